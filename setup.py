@@ -1,0 +1,176 @@
+"""Builds the native library with CMake and Ninja and puts it into py3-none-<platform> wheels.
+
+`python setup.py build_native` builds it in place (peft_kernels/lib); a wheel build does the same and packs the result.
+The library is a plain C ABI loaded through ctypes: building it needs no torch, and one build serves every Python and
+every torch. Without a C++ compiler the package is whole but for speed: every op then runs on its reference.
+Environment: CXX, CUDACXX or CUDA_HOME choose compilers; PEFT_KERNELS_NATIVE=0 leaves the library out and
+PEFT_KERNELS_CUDA=0 its CUDA half.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Command, find_packages, setup
+from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools below 70.1 leaves it to the wheel package
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).resolve().parent
+LIB = ROOT / "peft_kernels" / "lib"
+BUILD = ROOT / "build" / "native"
+# The least that is compiled ahead of time; each further card runs the nearest of these or its PTX.
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+
+def which(*names: str) -> str | None:
+    """The first of the programs found, the environment's own (a .venv that is not activated) before the system's."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+
+
+def trial(command: list[str], suffix: str, source: str) -> str | None:
+    """None if the compiler turns a trivial source into an object file, else the first line of what it said."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trial" + suffix)
+        file.write_text(source)
+        try:
+            done = subprocess.run([*command, "-c", file.name, "-o", "trial.o"], cwd=folder, capture_output=True, text=True)
+        except OSError as error:
+            return str(error)
+        lines = (done.stderr + done.stdout).strip().splitlines()
+        return None if done.returncode == 0 else (lines[0] if lines else f"exit code {done.returncode}")
+
+
+def find_cxx() -> tuple[list[str], str | None]:
+    """The C++ compiler as a command, or the reason why there is none."""
+    if os.environ.get("PEFT_KERNELS_NATIVE") == "0":
+        return [], "PEFT_KERNELS_NATIVE=0"
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named and which(named[0]) is None:
+        return [], f"no C++ compiler: CXX={os.environ['CXX']} is not a program"
+    found = [] if named else [which("c++", "g++", "clang++")]
+    command = named or [f for f in found if f]
+    if not command:
+        return [], "no C++ compiler: neither c++, g++ nor clang++ is on the PATH, and CXX is not set"
+    reason = trial(command, ".cpp", "#include <cstdint>\nstd::int32_t f() { return 1; }\n")
+    return command, f"the C++ compiler {command[0]} does not work: {reason}" if reason else None
+
+
+def find_nvcc() -> tuple[str, str | None]:
+    """nvcc, or the reason why the CUDA half is left out."""
+    if os.environ.get("PEFT_KERNELS_CUDA") == "0":
+        return "", "PEFT_KERNELS_CUDA=0"
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    candidates = [os.environ.get("CUDACXX"), *(str(Path(home, "bin", "nvcc")) for home in homes if home), "nvcc"]
+    nvcc = which(*(c for c in candidates if c))
+    if nvcc is None:
+        return "", "no nvcc: it is not on the PATH, and neither CUDACXX nor CUDA_HOME names one"
+    flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (CUDA_ARCHITECTURES[0], CUDA_ARCHITECTURES[-1])]
+    reason = trial([nvcc, *flags], ".cu", "__global__ void f() {}\n")
+    return nvcc, f"{nvcc} cannot build for sm_{CUDA_ARCHITECTURES[-1]}: {reason}" if reason else None
+
+
+def cmake(*args: str) -> None:
+    program = which("cmake")
+    if program is None:
+        sys.exit("error: a C++ compiler is here but no cmake: pip install cmake ninja")
+    subprocess.run([program, *args], check=True, cwd=ROOT)
+
+
+def build() -> dict[str, str]:
+    """Build what can be built into peft_kernels/lib and say, per half, what became of it."""
+    state = {"cpu": "built", "cuda": "built"}
+    cxx, reason = find_cxx()
+    nvcc = ""
+    if not (ROOT / "CMakeLists.txt").exists():
+        reason = "CMakeLists.txt is missing"
+    if reason is not None:
+        state = {"cpu": f"skipped: {reason}", "cuda": f"skipped: {reason}"}
+    else:
+        nvcc, cuda_reason = find_nvcc()
+        if cuda_reason is not None:
+            state["cuda"] = f"skipped: {cuda_reason}"
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_CXX_COMPILER": which(cxx[0]) or cxx[0],
+            "CMAKE_MAKE_PROGRAM": which("ninja", "ninja-build") or "ninja",
+            "PK_LIB_DIR": str(LIB),
+            "PK_CUDA": "OFF" if cuda_reason else "ON",
+        }
+        if cxx[1:]:
+            options["CMAKE_CXX_FLAGS"] = shlex.join(cxx[1:])
+        if not cuda_reason:
+            options["CMAKE_CUDA_COMPILER"] = nvcc
+            options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(f"{sm}-real" for sm in CUDA_ARCHITECTURES)
+        # A cache made with other compilers, or from another folder, makes CMake start over or stop: start clean instead.
+        key = json.dumps([str(ROOT), options], sort_keys=True)
+        stamp = BUILD / "options.json"
+        if BUILD.exists() and (not stamp.exists() or stamp.read_text() != key):
+            shutil.rmtree(BUILD)
+        cmake("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items()))
+        stamp.write_text(key)
+        cmake("--build", str(BUILD))
+    LIB.mkdir(parents=True, exist_ok=True)
+    (LIB / "build.json").write_text(json.dumps(state, indent=1) + "\n")  # `fastpeft doctor` repeats it
+    print(f"native library: CPU {state['cpu']}; CUDA {state['cuda']}")
+    if state["cpu"] != "built":
+        print("native library: every op runs on its reference: correct, but slower")
+    return state
+
+
+class BuildNative(Command):
+    """Build the native library in place."""
+
+    description = "build the native library into peft_kernels/lib"
+    user_options: list[tuple[str, str | None, str]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        build()
+
+
+class BuildPy(build_py):
+    """build_py, and the native library beside the Python files."""
+
+    def run(self) -> None:
+        super().run()
+        build()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib, "peft_kernels", "lib")
+        shutil.rmtree(target, ignore_errors=True)  # a library left by an earlier build must not be packed again
+        shutil.copytree(LIB, target)
+
+
+class BdistWheel(bdist_wheel):
+    """A wheel for any Python 3 on this platform; for any platform where no library could be built."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = find_cxx()[1] is not None
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return ("py3", "none", "any" if self.root_is_pure else platform)
+
+
+setup(
+    packages=find_packages(".", include=["peft_kernels*"]) + find_packages("python", include=["fastpeft*"]),
+    package_data={"peft_kernels": ["tuned/*.json", "tuned/**/*.json"], "fastpeft": ["py.typed"]},
+    cmdclass={"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel},
+)

@@ -1,0 +1,69 @@
+"""What every test gets: no hub, fixed seeds, uninitialised memory that shows, and `gpu` tests skipped without a GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+# Read when transformers and huggingface_hub are imported, so set before anything else is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (seeds the global generator that third-party code draws from)
+    torch.manual_seed(0)
+
+
+def _poison(t: torch.Tensor) -> torch.Tensor:
+    """Fill what was left uninitialised with a value that cannot pass for a result."""
+    # Fake and meta tensors hold nothing; under torch.compile the fill would become part of the graph under test.
+    if t.is_meta or type(t) is not torch.Tensor or torch.compiler.is_compiling():
+        return t
+    with torch.no_grad():
+        if t.is_floating_point() or t.is_complex():
+            t.fill_(float("nan"))
+        elif t.dtype == torch.bool:
+            t.fill_(True)
+        elif t.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+            t.fill_(torch.iinfo(t.dtype).max)
+    return t
+
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return _poison(make(*args, **kwargs))
+
+    wrapper.__wrapped__ = make  # type: ignore[attr-defined]
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` and its kin return NaN (integers: the largest value), so that a kernel that leaves a hole is seen."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
