@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, find_packages, setup
 from setuptools.command.build_py import build_py
@@ -46,7 +47,8 @@ def trial(command: list[str], suffix: str, source: str) -> str | None:
         file = Path(folder, "trial" + suffix)
         file.write_text(source)
         try:
-            done = subprocess.run([*command, "-c", file.name, "-o", "trial.o"], cwd=folder, capture_output=True, text=True)
+            args = [*command, "-c", file.name, "-o", "trial.o"]
+            done = subprocess.run(args, cwd=folder, capture_output=True, text=True)
         except OSError as error:
             return str(error)
         lines = (done.stderr + done.stdout).strip().splitlines()
@@ -114,7 +116,7 @@ def build() -> dict[str, str]:
         if not cuda_reason:
             options["CMAKE_CUDA_COMPILER"] = nvcc
             options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(f"{sm}-real" for sm in CUDA_ARCHITECTURES)
-        # A cache made with other compilers, or from another folder, makes CMake start over or stop: start clean instead.
+        # CMake stops at a cache made with other compilers or in another folder: start clean instead.
         key = json.dumps([str(ROOT), options], sort_keys=True)
         stamp = BUILD / "options.json"
         if BUILD.exists() and (not stamp.exists() or stamp.read_text() != key):
@@ -134,7 +136,7 @@ class BuildNative(Command):
     """Build the native library in place."""
 
     description = "build the native library into peft_kernels/lib"
-    user_options: list[tuple[str, str | None, str]] = []
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
 
     def initialize_options(self) -> None: ...
 

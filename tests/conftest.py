@@ -58,7 +58,7 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def _nan_in_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` and its kin return NaN (integers: the largest value), so that a kernel that leaves a hole is seen."""
+    """`torch.empty` and its kin return NaN (integers: the largest value), so that a hole in a result is seen."""
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

@@ -1,0 +1,54 @@
+# `make quickstart` and `make test` set up everything they need; `make help` lists the rest.
+# PYTHON=... chooses the interpreter that .venv is made from, ARGS=... is handed on to the command.
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-matrix bench lint native setup setup-dev clean
+
+# The first of these that runs, is 3.10 or newer and can make a virtual environment; 3.14 and later only if named.
+FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 \
+	&& { echo $$p; exit; }; done; echo no-python
+PYTHON ?= $(shell $(FIND_PYTHON))
+ARGS ?=
+WORKERS ?= 2
+VENV_PYTHON = .venv/bin/python
+BUILD_NATIVE = $(VENV_PYTHON) setup.py -q build_native
+SETUP = @case "$(PYTHON)" in no-python) \
+	echo "error: no Python 3.10 to 3.13 with venv found (on Debian: the package python3-venv); name one with PYTHON=..."; \
+	exit 1;; esac; $(PYTHON) tools/setup_env.py
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+quickstart: setup ## set up, then fine-tune a small model with QLoRA: before and after side by side, in runs/quickstart
+	@$(BUILD_NATIVE)
+	@.venv/bin/fastpeft quickstart $(ARGS)
+
+test: lint ## set up, then lint and run every test
+	@$(BUILD_NATIVE)
+	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) $(ARGS)
+
+test-matrix: setup-dev ## the tests with transformers 5.23 and with 5.24
+	@$(BUILD_NATIVE)
+	@$(VENV_PYTHON) tools/test_matrix.py 5.23 5.24 -- $(ARGS)
+
+bench: setup-dev ## the benches of the ops and of the whole model; results under bench/results
+	@$(BUILD_NATIVE)
+	@$(VENV_PYTHON) -m bench $(if $(ARGS),$(ARGS),--suite qlora)
+
+lint: setup-dev ## style (ruff) and types (mypy, strict)
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m mypy
+
+native: setup ## build the native library, where there is a compiler
+	@$(BUILD_NATIVE)
+
+setup: ## .venv with what the quickstart needs
+	$(SETUP) demo
+
+setup-dev: ## .venv with what the tests need, too
+	$(SETUP) demo test lint
+
+clean: ## remove what was built; .venv and runs stay
+	rm -rf build dist *.egg-info peft_kernels/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find peft_kernels python tests bench tools -name __pycache__ -type d -exec rm -rf {} +
