@@ -1,0 +1,44 @@
+/* What the level-independent files and the per-level kernel texts share. */
+#ifndef PK_KERNELS_H
+#define PK_KERNELS_H
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../pk_abi.h"
+
+/* A function table per level; pk_table() is the one in use. */
+struct PkTable {
+#define PK_KERNEL(ret, name, args) ret(*name) args;
+#include "kernels.def"
+#undef PK_KERNEL
+};
+const PkTable *pk_table();
+
+/* Each level's kernels live in its own namespace; the linker can then never mix the code of two levels. */
+#define PK_DECLARE_LEVEL(ns)                                                                                           \
+    namespace ns {                                                                                                     \
+    extern const PkTable table;                                                                                        \
+    }
+PK_DECLARE_LEVEL(pk_scalar)
+PK_DECLARE_LEVEL(pk_avx2)
+PK_DECLARE_LEVEL(pk_avx512)
+PK_DECLARE_LEVEL(pk_avx512bf16)
+
+/* Sets pk_last_error() (printf style) and returns `code`. */
+int pk_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* Runs fn(ctx, task) for task = 0 .. tasks-1 on up to `threads` threads. Tasks are handed out one by one, so which
+ * thread runs a task is not fixed: a task must write only what no other task writes or reads. Never throws. */
+void pk_parallel(int64_t tasks, int64_t threads, void (*fn)(void *ctx, int64_t task), void *ctx);
+
+/* Per-thread workspace, 64-byte aligned, contents undefined, valid until the same thread asks for the same slot again.
+ * Slots below PK_SHARED_SLOTS are for the calling thread outside of tasks, the others for use within one task.
+ * NULL when memory is short. Freed when the thread ends; blocks above 16 MiB already by pk_scratch_trim(). */
+enum { PK_SCRATCH_SLOTS = 16, PK_SHARED_SLOTS = 8 };
+void *pk_scratch(int slot, size_t bytes);
+void pk_scratch_trim();
+
+/* The 16 values of NF4 and FP4 in code order (the C twin of peft_kernels/formats.py; a test compares them). */
+extern const float pk_nf4_table[16];
+extern const float pk_fp4_table[16];
+#endif

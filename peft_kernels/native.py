@@ -1,0 +1,142 @@
+"""The only ctypes binding: the native libraries behind `csrc/pk_abi.h`, loaded on first use, after torch.
+
+`available()` says why the CPU library cannot be used (None: it can); `cpu()` is the loaded library. Nothing here takes
+tensors: callers check dtype, device, contiguity and shape, and pass `data_ptr()`s.
+
+Adding a function: declare it in csrc/pk_abi.h (which lists the other places) and add its argument types to
+`_CPU_SIGNATURES` (or `_CUDA_SIGNATURES`). Every function there returns a `pk_status`; wrap calls in `check(...)`.
+"""
+
+from __future__ import annotations
+
+import os
+from ctypes import CDLL, c_char_p, c_int
+from pathlib import Path
+from typing import Any
+
+import torch  # first: its OpenMP runtime is the one that the CPU library uses
+
+ABI_VERSION = 1  # PK_ABI_VERSION of csrc/pk_abi.h
+LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
+BUILD_COMMAND = "cmake -S . -B build/native -G Ninja && cmake --build build/native"
+DTYPES: dict[torch.dtype, int] = {  # pk_dtype
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.uint8: 4,
+}
+
+# name -> argument types; all return a pk_status
+_CPU_SIGNATURES: dict[str, list[Any]] = {
+    "pk_cpu_set_level": [c_char_p],
+}
+_CUDA_SIGNATURES: dict[str, list[Any]] = {}
+
+_LIB_DIR = Path(__file__).resolve().parent / "lib"
+_loaded: dict[str, CDLL | str] = {}  # library -> the loaded library, or the reason why there is none
+
+
+class NativeError(RuntimeError):
+    """A native function failed; the text is the library's own."""
+
+
+def _bind(lib: CDLL, signatures: dict[str, list[Any]]) -> str | None:
+    """Declare the functions of a library; the reason why that is impossible, or None."""
+    try:
+        lib.pk_abi_version.argtypes, lib.pk_abi_version.restype = [], c_int
+        lib.pk_last_error.argtypes, lib.pk_last_error.restype = [], c_char_p
+        version = lib.pk_abi_version()
+        if version != ABI_VERSION:
+            return (
+                f"the built library has ABI {version}, this package needs {ABI_VERSION}: rebuild it ({BUILD_COMMAND})"
+            )
+        for name, argtypes in signatures.items():
+            function = getattr(lib, name)
+            function.argtypes, function.restype = argtypes, c_int
+    except AttributeError as e:
+        return f"the built library lacks a function, {e}: rebuild it ({BUILD_COMMAND})"
+    return None
+
+
+def _load(name: str, signatures: dict[str, list[Any]]) -> CDLL | str:
+    path = _LIB_DIR / f"libpeft_kernels_{name}.so"
+    if not path.is_file():
+        return f"the native {name} library is not built: run `{BUILD_COMMAND}` in the repository"
+    try:
+        lib = CDLL(str(path))
+    except OSError as e:
+        return f"the native {name} library cannot be loaded: {e}"
+    return _bind(lib, signatures) or lib
+
+
+def _load_cpu() -> CDLL | str:
+    lib = _load("cpu", _CPU_SIGNATURES)
+    if isinstance(lib, str):
+        return lib
+    for name in ("pk_cpu_level", "pk_cpu_levels", "pk_cpu_openmp"):
+        getattr(lib, name).argtypes, getattr(lib, name).restype = [], c_char_p
+    wanted = os.environ.get(LEVEL_ENV, "")
+    if wanted and lib.pk_cpu_set_level(wanted.encode()) != 0:
+        return f"{LEVEL_ENV}={wanted}: {_text(lib)}"
+    return lib
+
+
+def _get(name: str) -> CDLL | str:
+    found = _loaded.get(name)
+    if found is None:
+        found = _loaded[name] = _load_cpu() if name == "cpu" else _load(name, _CUDA_SIGNATURES)
+    return found
+
+
+def _text(lib: CDLL) -> str:
+    return str(lib.pk_last_error().decode(errors="replace"))
+
+
+def available(library: str = "cpu") -> str | None:
+    """Why `library` ("cpu" or "cuda") cannot be used; None where it can."""
+    found = _get(library)
+    return found if isinstance(found, str) else None
+
+
+def cpu() -> CDLL:
+    """The CPU library. Raises NativeError with the reason where there is none."""
+    found = _get("cpu")
+    if isinstance(found, str):
+        raise NativeError(found)
+    return found
+
+
+def cuda() -> CDLL:
+    """The CUDA library. Raises NativeError with the reason where there is none."""
+    found = _get("cuda")
+    if isinstance(found, str):
+        raise NativeError(found)
+    return found
+
+
+def check(code: int, library: str = "cpu") -> None:
+    """Raise NativeError with the library's text unless `code` is PK_OK."""
+    if code:
+        lib = _get(library)
+        raise NativeError(lib if isinstance(lib, str) else _text(lib))
+
+
+def level() -> str:
+    """The instruction set level in use: scalar, avx2, avx512 or avx512bf16."""
+    return str(cpu().pk_cpu_level().decode())
+
+
+def levels() -> tuple[str, ...]:
+    """Every level that this CPU and build have, rising."""
+    return tuple(cpu().pk_cpu_levels().decode().split(","))
+
+
+def set_level(name: str | None) -> None:
+    """Use level `name` from now on (None: the best one). Process-wide; for tests and benches, not while kernels run."""
+    check(cpu().pk_cpu_set_level(name.encode() if name else None))
+
+
+def openmp() -> str:
+    """Path of the OpenMP runtime that the library runs on (torch's); "" where there is none and it runs serially."""
+    return str(cpu().pk_cpu_openmp().decode())
