@@ -1,0 +1,22 @@
+"""peft_kernels: fused kernels for parameter-efficient fine-tuning. Tensors in, tensors out; needs torch alone."""
+
+from __future__ import annotations
+
+from .dispatch import BackendUnavailable, explain, ops, use_backend
+from .formats import FP4_TABLE, NF4_TABLE, QuantWeight
+from .ops.lora_linear import lora_linear
+from .philox import draw_seed
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FP4_TABLE",
+    "NF4_TABLE",
+    "BackendUnavailable",
+    "QuantWeight",
+    "draw_seed",
+    "explain",
+    "lora_linear",
+    "ops",
+    "use_backend",
+]

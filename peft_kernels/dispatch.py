@@ -1,0 +1,238 @@
+"""Everything about choosing: `Op`, `Backend`, `use_backend`, `explain`.
+
+torch sees one operator per `Op` (`torch.ops.peft_kernels.<name>`); which backend serves a call is decided inside it,
+so a compiled graph neither breaks on the choice nor freezes it. Backends are tried in the order of `ORDER`; the
+reference comes last and takes everything. A backend that was **forced** and cannot serve raises with its reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "peft_kernels"
+ENV = "PEFT_KERNELS_BACKEND"
+ORDER = ("cuda", "triton", "native", "reference")
+# where each backend serves unasked; looked at before its module is imported, so that a CPU never pays for triton
+_HOME: dict[str, frozenset[str]] = {
+    "cuda": frozenset({"cuda"}),
+    "triton": frozenset({"cuda"}),
+    "native": frozenset({"cpu"}),
+}
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_ops: dict[str, Op] = {}
+
+
+class BackendUnavailable(RuntimeError):
+    """A forced backend cannot serve this call; the text says why."""
+
+
+def arg_error(op: str, arg: str, expected: str, got: object, kind: type[Exception] = ValueError) -> Exception:
+    """The one form of argument errors: the op, the argument, what was expected, what came."""
+    return kind(f"{op}: {arg} must be {expected}, got {got}")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    fn takes the op's positional arguments. devices: types it serves unasked; forced_devices: types it serves only when
+    forced (Triton's interpreter on CPU tensors). dtypes: of the op's first tensor. min_capability: least CUDA compute
+    capability. package: a module that must be importable. available(): a reason why it can serve nothing at all here.
+    when(*args): a reason why it cannot serve these arguments; None where it can.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype] = FLOATS
+    forced_devices: frozenset[str] = frozenset()
+    min_capability: tuple[int, int] | None = None
+    package: str | None = None
+    available: Callable[[], str | None] | None = None
+    when: Callable[..., str | None] | None = None
+
+    def reason(self, args: tuple[Any, ...], forced: bool = False) -> str | None:
+        """Why this backend cannot serve `args`; None where it can."""
+        first: Tensor = args[0]
+        device = first.device.type
+        if device not in self.devices and not (forced and device in self.forced_devices):
+            only = " unless forced" if device in self.forced_devices else ""
+            return f"does not serve {device} tensors{only}"
+        if first.dtype not in self.dtypes:
+            return f"does not serve {first.dtype}"
+        if self.available is not None and (why := self.available()) is not None:
+            return why
+        if self.min_capability is not None and device == "cuda":
+            have = torch.cuda.get_device_capability(first.device)
+            if have < self.min_capability:
+                return f"needs compute capability {self.min_capability}, this GPU has {have}"
+        return None if self.when is None else self.when(*args)
+
+
+@dataclass
+class Op:
+    """An operator: schema, check, fake, reference, and the backends found beside it.
+
+    schema: `(Tensor x, ...) -> ...` without the name. check(*args) raises on bad input and runs in the op and in the
+    fake. fake(*args) returns empty outputs. reference(*args) is plain torch, takes every dtype and device, and is the
+    oracle of the tests. folder: the package whose modules `native`, `triton` and `cuda` define `BACKENDS`.
+    """
+
+    name: str
+    schema: str
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    reference: Callable[..., Any]
+    folder: str
+    _loaded: dict[str, Backend | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _library.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self._call, "CompositeExplicitAutograd")
+
+        def fake(*args: Any) -> Any:
+            self.check(*args)
+            return self.fake(*args)
+
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
+        self.op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        _ops[self.name] = self
+
+    def load(self, name: str) -> Backend | str:
+        """The backend `name`, or the reason why there is none. Imports its module on first use."""
+        found = self._loaded.get(name)
+        if found is None:
+            found = self._loaded[name] = self._import(name)
+        return found
+
+    def _import(self, name: str) -> Backend | str:
+        if name == "reference":
+            return Backend("reference", self.reference, frozenset(), when=None)
+        module = f"{self.folder}.{name}"
+        if name not in ORDER or importlib.util.find_spec(module) is None:
+            return f"{self.name} has no {name} backend"
+        try:
+            backends: dict[str, Backend] = importlib.import_module(module).BACKENDS
+        except ImportError as e:  # an optional package is absent or broken: a reason, not a failure
+            return f"cannot be imported here: {e}"
+        return backends.get(self.name, f"{self.name} has no {name} backend")
+
+    def _call(self, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            raise RuntimeError(
+                f"{self.name}: the raw operator records no gradients; call peft_kernels.{self.name}, or detach the inputs"
+            )
+        self.check(*args)
+        fn = self.choose(args).fn
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):
+            # the public functions have done the casts; inside, autocast would silently change the numerics
+            with torch.autocast(device, enabled=False):
+                return fn(*args)
+        return fn(*args)
+
+    def choose(self, args: tuple[Any, ...]) -> Backend:
+        """The backend that serves `args`. Raises BackendUnavailable when the forced one cannot."""
+        forced = _forced.get(self.name, _forced.get("*"))
+        if forced is not None:
+            backend = self.load(forced)
+            if forced == "reference":
+                assert isinstance(backend, Backend)
+                return backend
+            why = backend if isinstance(backend, str) else backend.reason(args, forced=True)
+            if why is not None:
+                raise BackendUnavailable(f"{self.name}: backend {forced!r} was forced and cannot serve this call: {why}")
+            assert isinstance(backend, Backend)
+            return backend
+        device = args[0].device.type
+        for name in ORDER[:-1]:
+            if device not in _HOME[name]:
+                continue
+            backend = self.load(name)
+            if isinstance(backend, Backend) and backend.reason(args) is None:
+                return backend
+        backend = self.load("reference")
+        assert isinstance(backend, Backend)
+        return backend
+
+    def explain(self, *args: Any) -> dict[str, str]:
+        """For each backend why it cannot serve `args`; "chosen" for the one that does, "able" for those after it."""
+        self.check(*args)
+        forced = _forced.get(self.name, _forced.get("*"))
+        report: dict[str, str] = {}
+        chosen = False
+        for name in ORDER:
+            backend = self.load(name)
+            why = backend if isinstance(backend, str) else None
+            if isinstance(backend, Backend) and name != "reference":
+                why = backend.reason(args, forced=forced == name)
+            if why is None and forced is not None and forced != name:
+                why = f"{forced!r} is forced"
+            if why is None:
+                why, chosen = ("able" if chosen else "chosen"), True
+            report[name] = why
+        return report
+
+
+def ops() -> dict[str, Op]:
+    """Every op by name."""
+    return dict(_ops)
+
+
+def explain(op: str, *args: Any) -> dict[str, str]:
+    """`Op.explain` by name; an unknown name lists those that exist."""
+    if op not in _ops:
+        raise arg_error("explain", "op", f"one of {sorted(_ops)}", repr(op))
+    return _ops[op].explain(*args)
+
+
+def _parse(text: str) -> dict[str, str]:
+    """`reference` or `dora_norm=triton,lora_linear=native` -> {"*": ...} or {op: backend}."""
+    forced: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, name = part.rpartition("=")
+        if name not in ORDER:
+            raise arg_error(ENV, "a backend", f"one of {ORDER}", repr(name))
+        forced[op or "*"] = name
+    return forced
+
+
+_forced: dict[str, str] = _parse(os.environ.get(ENV, ""))
+_lock = threading.Lock()
+
+
+@contextmanager
+def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
+    """Force a backend for all ops (`use_backend("native")`) or for some (`use_backend(lora_linear="triton")`).
+
+    Process-wide, not per thread, because a backward runs on other threads. A forced backend that cannot serve a call
+    raises `BackendUnavailable`. `use_backend(None)` lifts what is forced outside.
+    """
+    global _forced
+    if per_op or backend is not None:
+        new = _parse(",".join(([backend] if backend else []) + [f"{op}={name}" for op, name in per_op.items()]))
+        for op in per_op:
+            if op not in _ops:
+                raise arg_error("use_backend", "op", f"one of {sorted(_ops)}", repr(op))
+    else:
+        new = {}
+    with _lock:
+        before = _forced
+        _forced = {**(before if per_op and backend is None else {}), **new}
+    try:
+        yield
+    finally:
+        with _lock:
+            _forced = before

@@ -1,0 +1,200 @@
+"""The 4-bit storage format of bitsandbytes, written once: the two code tables, `QuantWeight`, and the exact decode.
+
+A weight of any shape is read flat in row-major order, two codes a byte, the **high** nibble holding the even element.
+Every `blocksize` elements share a scale `absmax`. With nested (double) quantisation `absmax` itself is stored as
+uint8 codes into the 256-entry float32 map `nested_code`, with a float32 scale per `nested_blocksize` codes and one
+`offset`. The decoded value is by definition the float32 product `table[code] * absmax`, rounded once.
+
+Source of the format: QLoRA (arXiv 2305.14314) as stored by bitsandbytes' `Params4bit`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NF4_TABLE: tuple[float, ...] = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# sign, then a 2-bit exponent and one mantissa bit in bitsandbytes' own order, divided by the largest value, 12
+# (+ 0.0: code 8 is +0.0, as in bitsandbytes, not -0.0)
+FP4_TABLE: tuple[float, ...] = tuple(
+    sign * v / 12.0 + 0.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+)
+
+QUANT_TYPES: dict[str, int] = {"nf4": 1, "fp4": 2}  # 0 is a dense weight
+QUANT_NAMES: dict[int, str] = {v: k for k, v in QUANT_TYPES.items()}
+TABLES: dict[int, tuple[float, ...]] = {1: NF4_TABLE, 2: FP4_TABLE}
+BLOCKSIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+FlatWeight = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int]
+
+_tables: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def table(quant_type: int, device: torch.device | str = "cpu") -> Tensor:
+    """The 16 float32 values of a code table on `device` (cached; do not write to it)."""
+    key = (quant_type, torch.device(device))
+    if key not in _tables:
+        _tables[key] = torch.tensor(TABLES[quant_type], dtype=torch.float32, device=device)
+    return _tables[key]
+
+
+def decode_absmax(
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> Tensor:
+    """float32 scale per block, [nblocks]; the identity where `absmax` is not nested."""
+    if nested_absmax is None or nested_absmax.numel() == 0:
+        return absmax.reshape(-1)
+    assert nested_code is not None and offset is not None
+    codes = absmax.reshape(-1)
+    scale = nested_absmax.reshape(-1).repeat_interleave(nested_blocksize)[: codes.numel()]
+    return nested_code.reshape(-1)[codes.long()] * scale + offset.reshape(())
+
+
+def decode_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    quant_type: int,
+    blocksize: int,
+    nested_blocksize: int,
+    shape: tuple[int, ...] | torch.Size,
+) -> Tensor:
+    """The exact decode: a float32 tensor of `shape`. Plain torch on any device; the oracle of every kernel."""
+    numel = 1
+    for s in shape:
+        numel *= int(s)
+    flat = packed.reshape(-1)
+    codes = torch.stack((flat >> 4, flat & 15), dim=1).reshape(-1)[:numel].long()
+    scale = decode_absmax(absmax, nested_absmax, nested_code, offset, nested_blocksize)
+    scale = scale.repeat_interleave(blocksize)[:numel]
+    return (table(quant_type, packed.device)[codes] * scale).reshape(tuple(shape))
+
+
+@dataclass(frozen=True, eq=False)
+class QuantWeight:
+    """A 4-bit weight in bitsandbytes' layout, read in place (no copy is made of any tensor).
+
+    packed: uint8, contiguous, any shape, ceil(numel / 2) bytes; high nibble = even element.
+    absmax: [nblocks] float32, or uint8 codes when nested. shape: the logical shape, `(out_features, in_features)` for a
+    linear weight. dtype: what the weight was before quantisation and what `dequantize_4bit` returns by default.
+    nested_absmax: float32 [ceil(nblocks / nested_blocksize)]; nested_code: float32 [256]; offset: float32, one element.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: tuple[int, ...]
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    dtype: torch.dtype = torch.float32
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_blocksize: int = 256
+    offset: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.quant_type not in QUANT_TYPES:
+            raise ValueError(f"QuantWeight: quant_type must be one of {sorted(QUANT_TYPES)}, got {self.quant_type!r}")
+        if self.packed.dtype is not torch.uint8:
+            raise TypeError(f"QuantWeight: packed must be uint8, got {self.packed.dtype}")
+        nbytes = (self.numel + 1) // 2
+        if self.packed.numel() != nbytes:
+            raise ValueError(
+                f"QuantWeight: packed must hold {nbytes} bytes for shape {tuple(self.shape)}, got {self.packed.numel()}"
+            )
+        nblocks = -(-self.numel // self.blocksize)
+        if self.absmax.numel() != nblocks:
+            raise ValueError(
+                f"QuantWeight: absmax must hold {nblocks} scales for shape {tuple(self.shape)} at blocksize "
+                f"{self.blocksize}, got {self.absmax.numel()}"
+            )
+        if self.nested:
+            if self.absmax.dtype is not torch.uint8 or self.nested_code is None or self.offset is None:
+                raise TypeError(
+                    "QuantWeight: nested weights need uint8 absmax, nested_code and offset; "
+                    f"absmax is {self.absmax.dtype}"
+                )
+        elif self.absmax.dtype is not torch.float32:
+            raise TypeError(f"QuantWeight: absmax must be float32 when it is not nested, got {self.absmax.dtype}")
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for s in self.shape:
+            n *= s
+        return n
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight occupies, scales included."""
+        parts = (self.packed, self.absmax, self.nested_absmax, self.nested_code, self.offset)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    def flatten(self) -> FlatWeight:
+        """The weight as the ops take it: schemas hold tensors and numbers only. Computed once."""
+        flat: FlatWeight | None = self.__dict__.get("_flat")
+        if flat is None:
+            flat = (self.packed, self.absmax, self.nested_absmax, self.nested_code, self.offset,
+                    QUANT_TYPES[self.quant_type], self.blocksize, self.nested_blocksize)  # fmt: skip
+            self.__dict__["_flat"] = flat
+        return flat
+
+    def to(self, device: torch.device | str) -> QuantWeight:
+        """The same weight on another device. Never casts: the bytes and scales are the weight."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device)
+
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            absmax=self.absmax.to(device),
+            nested_absmax=move(self.nested_absmax),
+            nested_code=move(self.nested_code),
+            offset=move(self.offset),
+        )
+
+    @classmethod
+    def from_bnb(cls, weight: Any, quant_state: Any = None) -> QuantWeight:
+        """A view of bitsandbytes' `Params4bit` (or of packed data with its `QuantState`): shares every byte.
+
+        Reads attributes only, so bitsandbytes need not be importable here. Raises ValueError when the weight has not
+        been quantised yet (bitsandbytes quantises on the first move to a device).
+        """
+        state = quant_state if quant_state is not None else getattr(weight, "quant_state", None)
+        if state is None:
+            raise ValueError("QuantWeight.from_bnb: the weight has no quant_state; move the layer to its device first")
+        nested = state.state2 if getattr(state, "nested", False) else None
+        return cls(
+            packed=weight.data if hasattr(weight, "data") else weight,
+            absmax=state.absmax,
+            shape=tuple(state.shape),
+            quant_type=state.quant_type,
+            blocksize=state.blocksize,
+            dtype=state.dtype,
+            nested_absmax=None if nested is None else nested.absmax,
+            nested_code=None if nested is None else nested.code,
+            nested_blocksize=256 if nested is None else nested.blocksize,
+            offset=None if nested is None else state.offset,
+        )

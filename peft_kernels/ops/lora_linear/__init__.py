@@ -1,0 +1,300 @@
+"""lora_linear: `y = x W^T + bias + scaling * (drop(x) A^T) B^T`, W dense or 4-bit, forward and backward.
+
+LoRA: arXiv 2106.09685. QLoRA: arXiv 2305.14314. With no adapter it is the plain (4-bit) linear. Everything accumulates
+in float32 (float64 for float64 inputs); dropout is recomputed in the backward from a counter (`philox.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import philox
+from ...dispatch import Op, arg_error
+from ...formats import QUANT_NAMES, QuantWeight, decode_4bit
+
+_WEIGHT = (
+    "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "
+    "int quant_type, int blocksize, int nested_blocksize"
+)
+_ADAPTER = "Tensor? a, Tensor? b"
+
+
+def _acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def dense_weight(
+    weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, n: int, k: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """W as [n, k] in `dtype`: what eager code computes with (decoded in float32, then rounded once)."""
+    if quant_type == 0:
+        return weight.to(dtype)
+    assert absmax is not None
+    shape = (n, k)
+    return decode_4bit(
+        weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, shape
+    ).to(dtype)
+
+
+def _check_common(
+    op: str, x: Tensor, rows: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, n: int, k: int,
+    a: Tensor | None, b: Tensor | None, dropout_p: float, seed: Tensor | None,
+) -> None:  # fmt: skip
+    if x.dim() != 2:
+        raise arg_error(op, "x", "[M, K]", tuple(x.shape))
+    if not x.is_floating_point():
+        raise arg_error(op, "x", "a floating-point tensor", x.dtype, TypeError)
+    if quant_type == 0:
+        if weight.dim() != 2 or weight.shape[1] != k or weight.shape[0] != n:
+            raise arg_error(op, "weight", f"[{n}, {k}] to fit x {tuple(x.shape)}", tuple(weight.shape))
+        if not weight.is_floating_point():
+            raise arg_error(op, "weight", "a floating-point tensor (pass 4-bit weights as a QuantWeight)", weight.dtype,
+                            TypeError)  # fmt: skip
+    else:
+        if quant_type not in QUANT_NAMES:
+            raise arg_error(op, "quant_type", f"0 (dense) or one of {QUANT_NAMES}", quant_type)
+        if weight.dtype is not torch.uint8 or not weight.is_contiguous():
+            raise arg_error(op, "weight", "contiguous uint8 when 4-bit", weight.dtype, TypeError)
+        if weight.numel() != (n * k + 1) // 2:
+            raise arg_error(op, "weight", f"{(n * k + 1) // 2} packed bytes for [{n}, {k}]", weight.numel())
+        if absmax is None or absmax.numel() != -(-(n * k) // blocksize):
+            got = "None" if absmax is None else absmax.numel()
+            raise arg_error(op, "absmax", f"{-(-(n * k) // blocksize)} scales at blocksize {blocksize}", got)
+        if nested_absmax is not None and (nested_code is None or offset is None or absmax.dtype is not torch.uint8):
+            raise arg_error(op, "absmax", "uint8 with nested_code and offset when nested", absmax.dtype, TypeError)
+    if weight.device != x.device:
+        raise arg_error(op, "weight", f"on {x.device} like x", weight.device)
+    if (a is None) != (b is None):
+        raise arg_error(op, "a and b", "given together or not at all", "one of them")
+    if a is not None and b is not None:
+        if a.dim() != 2 or a.shape[1] != k:
+            raise arg_error(op, "a", f"[r, {k}]", tuple(a.shape))
+        if b.dim() != 2 or b.shape[0] != n or b.shape[1] != a.shape[0]:
+            raise arg_error(op, "b", f"[{n}, {a.shape[0]}]", tuple(b.shape))
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise arg_error(op, "a and b", "floating-point tensors", (a.dtype, b.dtype), TypeError)
+        if a.device != x.device or b.device != x.device:
+            raise arg_error(op, "a and b", f"on {x.device} like x", (a.device, b.device))
+    if not 0.0 <= dropout_p < 1.0:
+        raise arg_error(op, "dropout_p", "in [0, 1)", dropout_p)
+    if dropout_p > 0.0 and a is not None:
+        if seed is None or seed.dtype is not torch.int64 or seed.numel() != 1:
+            raise arg_error(op, "seed", "an int64 tensor of one element when dropout_p > 0",
+                            "None" if seed is None else (seed.dtype, tuple(seed.shape)))  # fmt: skip
+    if rows.shape[0] != x.shape[0]:
+        raise arg_error(op, "dy", f"{x.shape[0]} rows like x", rows.shape[0])
+
+
+def _check(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
+    a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
+) -> None:  # fmt: skip
+    _check_common("lora_linear", x, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+                  out_features, x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise arg_error("lora_linear", "bias", f"[{out_features}]", tuple(bias.shape))
+
+
+def _fake(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
+    a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = x.new_empty((x.shape[0], out_features))
+    s = x.new_empty((0,) if a is None else (x.shape[0], a.shape[0]), dtype=_acc(x.dtype))
+    return y, s
+
+
+def _reference(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
+    a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    w = dense_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
+                     out_features, x.shape[1], x.dtype)  # fmt: skip
+    y = torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+    if a is None or b is None:
+        return y, x.new_empty((0,), dtype=_acc(x.dtype))
+    acc = _acc(x.dtype)
+    s = _dropped(x, dropout_p, seed).to(acc) @ a.to(acc).t()
+    return (y.to(acc) + scaling * (s @ b.to(acc).t())).to(x.dtype), s
+
+
+def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    if dropout_p == 0.0:
+        return x
+    assert seed is not None
+    return philox.dropout(x.to(_acc(x.dtype)), dropout_p, seed)
+
+
+forward_op = Op(
+    name="lora_linear",
+    schema=(
+        f"(Tensor x, {_WEIGHT}, SymInt out_features, {_ADAPTER}, float scaling, Tensor? bias, float dropout_p, "
+        "Tensor? seed) -> (Tensor, Tensor)"
+    ),
+    check=_check,
+    fake=_fake,
+    reference=_reference,
+    folder=__name__,
+)
+
+
+def _check_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
+    a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
+    need_dx: bool, need_ab: bool,
+) -> None:  # fmt: skip
+    _check_common("lora_linear_backward", x, dy, weight, absmax, nested_absmax, nested_code, offset, quant_type,
+                  blocksize, dy.shape[-1], x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
+    if dy.dtype != x.dtype:
+        raise arg_error("lora_linear_backward", "dy", f"{x.dtype} like x", dy.dtype, TypeError)
+    if need_ab and (a is None or s is None):
+        raise arg_error("lora_linear_backward", "a, b and s", "given when their gradients are asked for", "None")
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
+    a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
+    need_dx: bool, need_ab: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    none = x.new_empty((0,))
+    da = torch.empty_like(a, memory_format=torch.contiguous_format) if need_ab and a is not None else none
+    db = torch.empty_like(b, memory_format=torch.contiguous_format) if need_ab and b is not None else x.new_empty((0,))
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty((0,))
+    return dx, da, db
+
+
+def _reference_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
+    a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
+    need_dx: bool, need_ab: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    acc = _acc(x.dtype)
+    dx, da, db = x.new_empty((0,)), x.new_empty((0,)), x.new_empty((0,))
+    if need_dx:
+        w = dense_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
+                         dy.shape[1], x.shape[1], x.dtype)  # fmt: skip
+        dx = dy @ w
+    if a is not None and b is not None:
+        ds = scaling * (dy.to(acc) @ b.to(acc))
+        if need_dx:
+            dx = (dx.to(acc) + _dropped(ds @ a.to(acc), dropout_p, seed)).to(x.dtype)
+        if need_ab:
+            assert s is not None
+            da = (ds.t() @ _dropped(x, dropout_p, seed).to(acc)).to(a.dtype)
+            db = (scaling * (dy.to(acc).t() @ s)).to(b.dtype)
+    return dx, da, db
+
+
+backward_op = Op(
+    name="lora_linear_backward",
+    schema=(
+        f"(Tensor dy, Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? s, float scaling, float dropout_p, Tensor? seed, "
+        "bool need_dx, bool need_ab) -> (Tensor, Tensor, Tensor)"
+    ),
+    check=_check_backward,
+    fake=_fake_backward,
+    reference=_reference_backward,
+    folder=__name__,
+)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """(x [M, K], weight..., a, b, ...) -> (y [M, N], s [M, r]); s is an output only so that it can be saved."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return forward_op.op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, absmax, nested_absmax, nested_code, offset, *ints = inputs[:9]
+        _, a, b, scaling, bias, dropout_p, seed = inputs[9:]
+        s = output[1]
+        ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)
+        # a frozen layer without an adapter needs x in its backward for its shape only
+        need_x = a is not None or weight.requires_grad
+        ctx.x_shape = x.shape
+        ctx.save_for_backward(x if need_x else None, weight, absmax, nested_absmax, nested_code, offset, a, b,
+                              s if a is not None else None, seed)  # fmt: skip
+        ctx.ints, ctx.scaling, ctx.dropout_p = ints, scaling, dropout_p
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * 16
+        if dy is None:
+            return tuple(grads)
+        x, weight, absmax, nested_absmax, nested_code, offset, a, b, s, seed = ctx.saved_tensors
+        dy = dy.contiguous()
+        need_dx, need_dw, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[13]
+        need_ab = ctx.needs_input_grad[10] or ctx.needs_input_grad[11]
+        if need_dx or need_ab:
+            rows = x if x is not None else dy.new_empty(ctx.x_shape)
+            dx, da, db = backward_op.op(
+                dy, rows, weight.detach(), absmax, nested_absmax, nested_code, offset, *ctx.ints,
+                None if a is None else a.detach(), None if b is None else b.detach(), s,
+                ctx.scaling, ctx.dropout_p, seed, need_dx, need_ab,
+            )  # fmt: skip
+            grads[0] = dx if need_dx else None
+            grads[10] = da if ctx.needs_input_grad[10] else None
+            grads[11] = db if ctx.needs_input_grad[11] else None
+        if need_dw:
+            grads[1] = (dy.t() @ x).to(weight.dtype)
+        if need_bias:
+            grads[13] = dy.sum(0, dtype=_acc(dy.dtype)).to(ctx.bias_dtype)
+        return tuple(grads)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | QuantWeight,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`x W^T + bias + scaling * (drop(x) A^T) B^T`, differentiable in x, a, b, bias and a dense weight.
+
+    x: [..., K] float32, bfloat16, float16 (float64 on the reference). weight: dense [N, K] or a `QuantWeight` of that
+    shape. a: [r, K], b: [N, r], in a dtype of their own (PEFT keeps float32 adapters on bfloat16 bases). bias: [N].
+    scaling: a plain factor (LoRA: alpha / r). dropout_p: probability that an element of the adapter's input is dropped;
+    seed: int64, one element; drawn from torch's generator when it is needed and not given. Returns [..., N] in x.dtype;
+    sums are float32. Under autocast x is cast to autocast's dtype. Raises ValueError or TypeError on bad arguments.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype is not torch.float64 else x
+    if isinstance(weight, QuantWeight):
+        if len(weight.shape) != 2:
+            raise arg_error("lora_linear", "weight", "a QuantWeight of shape (N, K)", weight.shape)
+        n, k = weight.shape
+        flat = weight.flatten()
+    else:
+        if weight.dim() != 2:
+            raise arg_error("lora_linear", "weight", "[N, K]", tuple(weight.shape))
+        n, k = weight.shape
+        flat = (weight, None, None, None, None, 0, 64, 256)
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise arg_error("lora_linear", "x", f"[..., {k}] to fit the weight [{n}, {k}]", tuple(x.shape))
+    if dropout_p > 0.0 and seed is None and a is not None:
+        seed = philox.draw_seed(x.device)
+    rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    args = (rows, *flat, n, a, b, scaling, bias, dropout_p, seed)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, flat[0], a, b, bias)):
+        y = _LoraLinear.apply(*args)[0]
+    else:
+        y = forward_op.op(*args)[0]
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)

@@ -1,0 +1,270 @@
+"""Triton backend of lora_linear: the host side. The kernels are in `triton_kernels.py`, imported on first use.
+
+Serves CUDA tensors, and CPU tensors when forced in a process with TRITON_INTERPRET=1. Scratch memory: float32 parts of
+the sums that are split over programs; never a dense copy of a 4-bit weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import formats, philox, tuning
+from ...dispatch import Backend
+from ...triton_lib import host
+
+_DENSE, _PAIR_ROWS, _PAIR_ANY, _ELEMENT = 0, 1, 2, 3  # as in triton_lib/device.py
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _rank_tile(r: int, most: int) -> int:
+    """Ranks per tile: a power of two of at least 16, which the tensor cores need; larger ranks are looped over."""
+    return min(max(16, 1 << max(r - 1, 0).bit_length()), most)
+
+
+def _split(total: int, step: int, tiles: int, programs: int, least: int) -> tuple[int, int]:
+    """(parts, span): a sum over `total` in parts of `span`, a multiple of `step` and at least `least` steps.
+
+    Depends on shapes and the table only, so the order of the sum is the same in every run.
+    """
+    steps = _cdiv(total, step)
+    parts = max(1, min(programs // max(tiles, 1), _cdiv(steps, least)))
+    span = max(1, _cdiv(steps, parts)) * step
+    return max(1, _cdiv(total, span)), span
+
+
+def weight_mode(quant_type: int, n: int, k: int, blocksize: int, dtype: torch.dtype) -> int:
+    """How the kernels read the weight; see `triton_lib/device.py`."""
+    if quant_type == 0:
+        return _DENSE
+    if dtype is torch.float32 or k % 2:
+        return _ELEMENT  # float32 decodes exactly; rows of odd length start in the middle of a byte
+    return _PAIR_ROWS if k % blocksize == 0 else _PAIR_ANY
+
+
+class _Weight:
+    """The weight's pointers and constants as the kernels take them. Unused pointers repeat a used one."""
+
+    def __init__(
+        self, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+        offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, n: int, k: int,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        mode = weight_mode(quant_type, n, k, blocksize, dtype)
+        nested = mode != _DENSE and nested_absmax is not None and nested_absmax.numel() > 0
+        if mode == _DENSE:
+            table = absmax = weight
+            self.strides = weight.stride()
+        else:
+            pair = mode in (_PAIR_ROWS, _PAIR_ANY)
+            table = (host.pair_table if pair else formats.table)(quant_type, weight.device)
+            self.strides = (k, 1)
+        second = (nested_absmax, nested_code, offset) if nested else (absmax, absmax, absmax)
+        self.pointers = (weight, absmax, *second, table)
+        self.constants: dict[str, Any] = {
+            "MODE": mode, "BLOCKSIZE": blocksize, "NESTED": nested, "NESTED_BLOCKSIZE": nested_blocksize,
+        }  # fmt: skip
+
+
+def _precision(dtype: torch.dtype) -> dict[str, str]:
+    """Products of float32 operands: exact where x is float32 (never TF32).
+
+    Where x is 16-bit, the low-rank sums that are outputs in float32 (s, ds, dA, dB) take three TF32 products, whose error
+    is that of float32; what is added to y or dx and rounded to 16 bits takes three for float16 and one for bfloat16.
+    """
+    if dtype is torch.float32:
+        return {"PRECISION": "ieee", "PRECISION_R": "ieee"}
+    return {"PRECISION": "tf32x3", "PRECISION_R": "tf32" if dtype is torch.bfloat16 else "tf32x3"}
+
+
+def _options(config: tuning.Config) -> dict[str, int]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def _reduce(parts: Tensor, out: Tensor, scale: float) -> Tensor:
+    """out = scale * parts.sum(0), added in order."""
+    from . import triton_kernels as kernels
+
+    block = 1024
+    host.launch(kernels.reduce_kernel, (_cdiv(out.numel(), block),), parts, out, out.numel(), parts.shape[0], scale,
+                BLOCK=block, num_warps=4, num_stages=1)  # fmt: skip
+    return out
+
+
+class _Dropout:
+    """The mask's arguments; p = 0 compiles to nothing."""
+
+    def __init__(self, p: float, seed: Tensor | None, k: int, like: Tensor) -> None:
+        self.on = p > 0.0
+        self.seed = seed if self.on and seed is not None else like
+        self.arguments = (philox.threshold(p), 1.0 / (1.0 - p))
+        self.constants = {"DROPOUT": self.on, "BY_FOUR": k % 4 == 0}
+
+
+def _project(x: Tensor, a: Tensor, drop: _Dropout, arch: str) -> Tensor:
+    """s = drop(x) a^T, float32 [M, r]."""
+    from . import triton_kernels as kernels
+
+    (m, k), r = x.shape, a.shape[0]
+    shape = tuning.Shape(m, r, k, r, x.element_size() * 8)
+    out = torch.empty((m, r), dtype=torch.float32, device=x.device)
+
+    def run(c: tuning.Config) -> Tensor:
+        br = _rank_tile(r, c.BR)
+        tiles = (_cdiv(m, c.BM), _cdiv(r, br))
+        parts, span = _split(k, c.BK, tiles[0] * tiles[1], c.programs, 4)
+        s = out if parts == 1 else torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
+        host.launch(kernels.project_kernel, (*tiles, parts), x, a, s, drop.seed, m, k, r, span, *drop.arguments,
+                    **drop.constants, PRECISION=_precision(x.dtype)["PRECISION"], BM=c.BM, BK=c.BK, BR=br,
+                    **_options(c))  # fmt: skip
+        return s if parts == 1 else _reduce(s, out, 1.0)
+
+    return run(tuning.choose("project", arch, shape, run))
+
+
+def _outer(
+    z: Tensor, t: Tensor, b: Tensor | None, out: Tensor, strides: tuple[int, int], scale: float, drop: _Dropout, arch: str
+) -> Tensor | None:
+    """out = scale * drop(z)^T t, [C, r] at `strides`; with b [C, r] also returns ds = scale * z b, in the same pass."""
+    from . import triton_kernels as kernels
+
+    (m, c_), r = z.shape, t.shape[1]
+    shape = tuning.Shape(m, c_, c_, r, z.element_size() * 8)
+    ds = None if b is None else torch.empty((m, r), dtype=torch.float32, device=z.device)
+
+    def run(c: tuning.Config) -> None:
+        br = _rank_tile(r, c.BR)
+        tiles = (_cdiv(c_, c.BN), _cdiv(r, br))
+        parts, span = _split(m, c.BM, tiles[0] * tiles[1], c.programs, 2)
+        outer = torch.empty((parts, c_ * r), dtype=torch.float32, device=z.device)
+        shares = outer if ds is None else torch.empty((tiles[0], m, r), dtype=torch.float32, device=z.device)
+        host.launch(kernels.outer_kernel, (*tiles, parts), z, t, t if b is None else b, outer, shares, drop.seed, m, c_, r,
+                    *strides, span, *drop.arguments, WITH_DS=ds is not None, **drop.constants,
+                    PRECISION=_precision(z.dtype)["PRECISION"], BM=c.BM, BC=c.BN, BR=br, **_options(c))  # fmt: skip
+        _reduce(outer, out, scale)
+        if ds is not None:
+            _reduce(shares, ds, scale)
+
+    run(tuning.choose("outer", arch, shape, run))
+    return ds
+
+
+def forward(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
+    a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [M, N], s [M, r]); s is empty without an adapter."""
+    from . import triton_kernels as kernels
+
+    x = x.contiguous()
+    (m, k), n = x.shape, out_features
+    arch = tuning.arch_of(x.device)
+    y = x.new_empty((m, n))
+    if a is None or b is None:
+        s, r, b_or_x = x.new_empty((0,), dtype=torch.float32), 0, x
+    else:
+        a, b_or_x, r = a.contiguous(), b.contiguous(), a.shape[0]
+        s = _project(x, a, _Dropout(dropout_p, seed, k, x), arch)
+    w = _Weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, n, k, x.dtype)
+
+    def run(c: tuning.Config) -> None:
+        tiles = _cdiv(m, c.BM) * _cdiv(n, c.BN)
+        parts, span = _split(k, c.BK, tiles, c.programs, 4)
+        out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
+        host.launch(kernels.forward_kernel, (tiles, parts), x, *w.pointers, s if r else x, b_or_x,
+                    x if bias is None else bias, out, m, n, k, r, *w.strides, span, scaling, ADAPTER=r > 0,
+                    BIAS=bias is not None, **w.constants, **_precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
+                    BR=_rank_tile(r, c.BR), GROUP=c.GROUP, **_options(c))  # fmt: skip
+        if parts > 1:
+            _reduce(out, y, 1.0)
+
+    if y.numel():
+        run(tuning.choose("forward", arch, tuning.Shape(m, n, k, r, x.element_size() * 8), run))
+    return y, s
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
+    a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
+    need_dx: bool, need_ab: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx [M, K], da [r, K], db [N, r]); empty where not needed."""
+    dy = dy.contiguous()
+    (m, n), k = dy.shape, x.shape[1]
+    arch = tuning.arch_of(dy.device)
+    none = dy.new_empty((0,))
+    dx, da, db, ds = none, none, none.clone(), None
+    if a is not None and b is not None and a.shape[0] > 0:
+        a, b = a.contiguous(), b.contiguous()
+        if need_ab:
+            assert s is not None
+            x = x.contiguous()
+            da, db = torch.empty_like(a), torch.empty_like(b)
+            off = _Dropout(0.0, None, 4, dy)
+            ds = _outer(dy, s.contiguous(), b, db, (b.shape[1], 1), scaling, off, arch)
+            assert ds is not None
+            _outer(x, ds, None, da, (1, k), 1.0, _Dropout(dropout_p, seed, k, x), arch)
+        else:
+            # ds = scaling * dy b is a projection onto the columns of b
+            ds = _project(dy, b.t().contiguous(), _Dropout(0.0, None, 4, dy), arch).mul_(scaling)
+    if need_dx:
+        w = _Weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, n, k,
+                    dy.dtype)  # fmt: skip
+        dx = _input_gradient(dy, w, ds, a, _Dropout(dropout_p, seed, k, dy), k, arch)
+    return dx, da, db
+
+
+def _input_gradient(
+    dy: Tensor, w: _Weight, ds: Tensor | None, a: Tensor | None, drop: _Dropout, k: int, arch: str
+) -> Tensor:
+    """dx = dy W + drop'(ds a)."""
+    from . import triton_kernels as kernels
+
+    m, n = dy.shape
+    r = 0 if ds is None else ds.shape[1]
+    dx = dy.new_empty((m, k))
+
+    def run(c: tuning.Config) -> None:
+        tiles = _cdiv(m, c.BM) * _cdiv(k, c.BK)
+        parts, span = _split(n, c.BN, tiles, c.programs, 4)
+        out = dx if parts == 1 else torch.empty((parts, m, k), dtype=torch.float32, device=dy.device)
+        host.launch(kernels.backward_kernel, (tiles, parts), dy, *w.pointers, dy if ds is None else ds,
+                    dy if a is None else a, drop.seed, out, m, n, k, r, *w.strides, span, *drop.arguments,
+                    ADAPTER=r > 0, **drop.constants, **w.constants, **_precision(dy.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
+                    BR=_rank_tile(r, c.BR), GROUP=c.GROUP, **_options(c))  # fmt: skip
+        if parts > 1:
+            _reduce(out, dx, 1.0)
+
+    if dx.numel():
+        run(tuning.choose("backward", arch, tuning.Shape(m, n, k, r, dy.element_size() * 8), run))
+    return dx
+
+
+def _available() -> str | None:
+    if torch.version.hip is not None:
+        return "has not been tried on ROCm"
+    return None
+
+
+def _when(x: Tensor, *_: Any) -> str | None:
+    if x.device.type == "cpu" and not host.interpreting():
+        return "CPU tensors need Triton's interpreter: start the process with TRITON_INTERPRET=1"
+    if x.device.type == "cuda" and host.interpreting():
+        return "Triton runs in its interpreter in this process (TRITON_INTERPRET=1)"
+    return None
+
+
+BACKENDS = {
+    name: Backend(
+        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
+        package="triton", available=_available, when=_when,
+    )
+    for name, fn in (("lora_linear", forward), ("lora_linear_backward", backward))
+}  # fmt: skip

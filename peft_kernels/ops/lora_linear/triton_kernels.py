@@ -1,0 +1,195 @@
+"""Triton kernels of lora_linear. Imported only when one is launched; the host side is `triton.py`.
+
+    s   = drop(x) A^T                          project_kernel
+    y   = x W^T + scaling * (s B^T) + bias     forward_kernel
+    dsdb: ds = dy B and dB = dy^T s            outer_kernel, one pass over dy
+    dA  = ds^T drop(x)                         outer_kernel
+    dx  = dy W + drop'(ds A)                   backward_kernel
+
+The two large products keep the *weight* as the left operand (the accumulator is [features, rows]): the decoded tile then
+goes from registers into the tensor cores of sm_90, and few rows cost few columns instead of a padded 64-row tile.
+Whenever a sum is split over programs, the parts are written out and `reduce_kernel` adds them in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...triton_lib.device import dot, dot_mixed, keep_mask, load_weight, tile_of
+
+_UNSPECIALISED = ["M", "threshold", "span", "parts", "scale", "keep_scale", "scaling"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def project_kernel(
+    p_x, p_a, p_s, p_seed, M, K, r, span, threshold, keep_scale,
+    DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Part i_part of s = drop(x) A^T: columns [i_part * span, + span) of x [M, K]. p_s: float32 [parts, M, r]."""
+    i_m0 = tl.program_id(0) * BM
+    i_r0 = tl.program_id(1) * BR
+    i_part = tl.program_id(2)
+    i_m = i_m0 + tl.arange(0, BM)
+    i_r = i_r0 + tl.arange(0, BR)
+    b_rows = (i_m < M)[:, None]
+    p_xrow = p_x + i_m.to(tl.int64)[:, None] * K
+    p_arow = p_a + i_r.to(tl.int64)[:, None] * K
+    b_s = tl.zeros((BM, BR), tl.float32)
+    for i_k0 in range(i_part * span, tl.minimum(K, (i_part + 1) * span), BK):
+        i_k = (i_k0 + tl.arange(0, BK))[None, :]
+        b_x = tl.load(p_xrow + i_k, mask=b_rows & (i_k < K), other=0.0)
+        if DROPOUT:
+            b_keep = keep_mask(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
+            b_x = tl.where(b_keep, b_x, 0.0)
+        b_a = tl.load(p_arow + i_k, mask=(i_r < r)[:, None] & (i_k < K), other=0.0)
+        b_s = dot_mixed(b_x, tl.trans(b_a), b_s, PRECISION)
+    if DROPOUT:
+        b_s = b_s * keep_scale
+    i_out = (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * r + i_r[None, :]
+    tl.store(p_s + i_out, b_s, mask=b_rows & (i_r < r)[None, :])
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def forward_kernel(
+    p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y,
+    M, N, K, r, stride_n, stride_k, span, scaling,
+    ADAPTER: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr, PRECISION_R: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Part i_part (columns [i_part * span, + span) of x) of y [parts, M, N]. Part 0 also holds s B^T and the bias."""
+    i_m0, i_n0 = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    i_m0, i_n0 = i_m0 * BM, i_n0 * BN
+    i_part = tl.program_id(1)
+    i_m = i_m0 + tl.arange(0, BM)
+    i_n = i_n0 + tl.arange(0, BN)
+    b_cols = (i_m < M)[None, :]
+    b_acc = tl.zeros((BN, BM), tl.float32)
+    if ADAPTER:
+        # first, so that reading s and B hides behind the large product and rounding hits the small term
+        if i_part == 0:
+            for i_r0 in range(0, r, BR):
+                i_r = i_r0 + tl.arange(0, BR)
+                p_bt = p_b + i_n.to(tl.int64)[:, None] * r + i_r[None, :]
+                b_b = tl.load(p_bt, mask=(i_n < N)[:, None] & (i_r < r)[None, :], other=0.0)
+                p_st = p_s + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
+                b_s = tl.load(p_st, mask=b_cols & (i_r < r)[:, None], other=0.0)
+                b_acc = dot_mixed(b_b, b_s, b_acc, PRECISION_R)
+            b_acc = b_acc * scaling
+    b_table = tl.arange(0, 1)
+    if MODE == 1 or MODE == 2:
+        b_table = tl.load(p_table + tl.arange(0, 256))
+    p_xt = p_x + i_m.to(tl.int64)[None, :] * K
+    for i_k0 in range(i_part * span, tl.minimum(K, (i_part + 1) * span), BK):
+        i_k = (i_k0 + tl.arange(0, BK))[:, None]
+        b_x = tl.load(p_xt + i_k, mask=b_cols & (i_k < K), other=0.0)
+        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
+                          N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
+                          p_x.dtype.element_ty)  # fmt: skip
+        b_acc = dot(b_w, b_x, b_acc, PRECISION)
+    if BIAS:
+        if i_part == 0:
+            b_bias = tl.load(p_bias + i_n, mask=i_n < N, other=0.0).to(tl.float32)
+            b_acc = b_acc + b_bias[:, None]
+    b_y = tl.trans(b_acc)
+    p_out = p_y + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * N + i_n[None, :]
+    tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=(i_m < M)[:, None] & (i_n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def backward_kernel(
+    p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_ds, p_a, p_seed, p_dx,
+    M, N, K, r, stride_n, stride_k, span, threshold, keep_scale,
+    ADAPTER: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr, PRECISION_R: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Part i_part (columns [i_part * span, + span) of dy) of dx [parts, M, K]; part 0 starts at drop'(ds A)."""
+    i_m0, i_k0 = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
+    i_m0, i_k0 = i_m0 * BM, i_k0 * BK
+    i_part = tl.program_id(1)
+    i_m = i_m0 + tl.arange(0, BM)
+    i_k = i_k0 + tl.arange(0, BK)
+    b_cols = (i_m < M)[None, :]
+    b_acc = tl.zeros((BK, BM), tl.float32)
+    if ADAPTER:
+        if i_part == 0:
+            for i_r0 in range(0, r, BR):
+                i_r = i_r0 + tl.arange(0, BR)
+                p_at = p_a + i_r.to(tl.int64)[None, :] * K + i_k[:, None]
+                b_a = tl.load(p_at, mask=(i_k < K)[:, None] & (i_r < r)[None, :], other=0.0)
+                p_dst = p_ds + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
+                b_ds = tl.load(p_dst, mask=b_cols & (i_r < r)[:, None], other=0.0)
+                b_acc = dot_mixed(b_a, b_ds, b_acc, PRECISION_R)
+            if DROPOUT:
+                b_keep = keep_mask(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
+                b_acc = tl.where(tl.trans(b_keep), b_acc * keep_scale, 0.0)
+    b_table = tl.arange(0, 1)
+    if MODE == 1 or MODE == 2:
+        b_table = tl.load(p_table + tl.arange(0, 256))
+    p_dyt = p_dy + i_m.to(tl.int64)[None, :] * N
+    for i_n0 in range(i_part * span, tl.minimum(N, (i_part + 1) * span), BN):
+        i_n = (i_n0 + tl.arange(0, BN))[:, None]
+        b_dy = tl.load(p_dyt + i_n, mask=b_cols & (i_n < N), other=0.0)
+        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
+                          N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
+                          p_dy.dtype.element_ty)  # fmt: skip
+        b_acc = dot(tl.trans(b_w), b_dy, b_acc, PRECISION)
+    b_dx = tl.trans(b_acc)
+    p_out = p_dx + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * K + i_k[None, :]
+    tl.store(p_out, b_dx.to(p_dx.dtype.element_ty), mask=(i_m < M)[:, None] & (i_k < K)[None, :])
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def outer_kernel(
+    p_z, p_t, p_b, p_outer, p_ds, p_seed, M, C, r, stride_c, stride_r, span, threshold, keep_scale,
+    WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One pass over z [M, C]: outer = drop(z)^T t for rows [i_part * span, + span) and, WITH_DS, ds = z b as well.
+
+    t: float32 [M, r]. p_outer: float32 [parts, C * r], laid out by stride_c and stride_r. b: [C, r].
+    p_ds: float32 [column tiles, M, r]: this tile's share of ds.
+    """
+    i_tile = tl.program_id(0)
+    i_r0 = tl.program_id(1) * BR
+    i_part = tl.program_id(2)
+    i_c0 = i_tile * BC
+    i_c = i_c0 + tl.arange(0, BC)
+    i_r = i_r0 + tl.arange(0, BR)
+    b_cs = i_c < C
+    b_rs = (i_r < r)[None, :]
+    b_outer = tl.zeros((BC, BR), tl.float32)
+    if WITH_DS:
+        p_bt = p_b + i_c.to(tl.int64)[:, None] * r + i_r[None, :]
+        b_b = tl.load(p_bt, mask=b_cs[:, None] & b_rs, other=0.0)
+    for i_m0 in range(i_part * span, tl.minimum(M, (i_part + 1) * span), BM):
+        i_m = i_m0 + tl.arange(0, BM)
+        b_ms = (i_m < M)[:, None]
+        b_z = tl.load(p_z + i_m.to(tl.int64)[:, None] * C + i_c[None, :], mask=b_ms & b_cs[None, :], other=0.0)
+        i_t = i_m.to(tl.int64)[:, None] * r + i_r[None, :]
+        b_t = tl.load(p_t + i_t, mask=b_ms & b_rs, other=0.0)
+        if DROPOUT:
+            b_keep = keep_mask(p_seed, i_m0, i_c0, C, threshold, BM, BC, BY_FOUR)
+            b_z = tl.where(b_keep, b_z, 0.0)
+        b_outer = dot_mixed(tl.trans(b_z), b_t, b_outer, PRECISION)
+        if WITH_DS:
+            b_ds = dot_mixed(b_z, b_b, tl.zeros((BM, BR), tl.float32), PRECISION)
+            tl.store(p_ds + i_tile.to(tl.int64) * M * r + i_t, b_ds, mask=b_ms & b_rs)
+    if DROPOUT:
+        b_outer = b_outer * keep_scale
+    i_out = i_c.to(tl.int64)[:, None] * stride_c + i_r.to(tl.int64)[None, :] * stride_r
+    tl.store(p_outer + i_part.to(tl.int64) * C * r + i_out, b_outer, mask=b_cs[:, None] & b_rs)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def reduce_kernel(p_part, p_out, numel, parts, scale, BLOCK: tl.constexpr):
+    """out = scale * (part 0 + part 1 + ...), in that order. p_part: float32 [parts, numel]."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_mask = i < numel
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    for i_part in range(parts):
+        b_sum = b_sum + tl.load(p_part + i_part * numel.to(tl.int64) + i, mask=b_mask, other=0.0)
+    tl.store(p_out + i, (b_sum * scale).to(p_out.dtype.element_ty), mask=b_mask)

@@ -1,0 +1,80 @@
+"""Test helpers, public for downstream use: the accuracy law and input makers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import QuantWeight
+
+
+def assert_no_worse(actual: Tensor, eager: Tensor, exact: Tensor, magnitude: Tensor | None = None) -> None:
+    """Elementwise: the kernel's error is at most twice eager's, plus a floor of 4 eps of `magnitude`.
+
+    actual: the kernel's result. eager: the reference's in the same dtype. exact: the reference's in float64.
+    magnitude: the sum of absolute terms behind each element (|x| |W|^T for a product), which rounding scales with;
+    by default |exact|. The shapes must agree and the dtype of `actual` must be eager's.
+    """
+    assert actual.shape == exact.shape == eager.shape, f"shapes: {actual.shape}, {eager.shape}, {exact.shape}"
+    assert actual.dtype == eager.dtype, f"dtype: {actual.dtype}, eager has {eager.dtype}"
+    if exact.numel() == 0:
+        return
+    exact = exact.double().cpu()
+    error = (actual.double().cpu() - exact).abs()
+    allowed = 2 * (eager.double().cpu() - exact).abs()
+    floor = 4 * torch.finfo(actual.dtype).eps * (exact.abs() if magnitude is None else magnitude.double().cpu().abs())
+    bad = ~(error <= allowed + floor)  # written so that a NaN is bad
+    if bad.any():
+        worst = torch.where(bad, error, torch.zeros_like(error)).nan_to_num(float("inf")).argmax()
+        i = tuple(int(v) for v in torch.unravel_index(worst, error.shape))
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.numel()} elements are worse than eager; worst at {i}: got "
+            f"{float(actual[i]):.8g}, eager {float(eager[i]):.8g}, exact {float(exact[i]):.8g}, "
+            f"error {float(error[i]):.3g}, allowed {float((allowed + floor)[i]):.3g}"
+        )
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal dtype, shape and bytes (so -0.0 differs from 0.0 and NaNs compare by their bits)."""
+    assert actual.dtype == expected.dtype, f"dtype: {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"shape: {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    got = actual.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    want = expected.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    if not torch.equal(got, want):
+        where = (got != want).nonzero()
+        i = int(where[0]) // actual.element_size()
+        raise AssertionError(
+            f"bytes differ in {len(where)} places of {got.numel()}; first at element {i}: "
+            f"{actual.reshape(-1)[i].item()!r} against {expected.reshape(-1)[i].item()!r}"
+        )
+
+
+def random_quant_weight(
+    n: int,
+    k: int,
+    *,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    nested: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> QuantWeight:
+    """A random, valid 4-bit weight made without any quantiser (every code and scale occurs)."""
+    g = torch.Generator().manual_seed(seed)
+    packed = torch.randint(0, 256, ((n * k + 1) // 2,), generator=g, dtype=torch.int64).to(torch.uint8)
+    nblocks = -(-(n * k) // blocksize)
+    if not nested:
+        absmax = torch.rand(nblocks, generator=g) * 0.1 + 0.01
+        return QuantWeight(packed, absmax, (n, k), quant_type, blocksize, dtype)
+    return QuantWeight(
+        packed,
+        torch.randint(0, 256, (nblocks,), generator=g, dtype=torch.int64).to(torch.uint8),
+        (n, k),
+        quant_type,
+        blocksize,
+        dtype,
+        nested_absmax=torch.rand(-(-nblocks // 256), generator=g) * 0.02 + 0.01,
+        nested_code=torch.linspace(-1, 1, 256),
+        nested_blocksize=256,
+        offset=torch.tensor(0.06),
+    )
