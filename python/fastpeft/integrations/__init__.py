@@ -1,0 +1,1 @@
+"""Meeting points with other libraries; each module imports its library only when it is used."""

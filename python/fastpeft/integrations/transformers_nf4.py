@@ -1,0 +1,270 @@
+"""4-bit models and transformers: what a quantised model must carry, and loading folders that hold one.
+
+transformers knows a quantised model by `hf_quantizer`, `is_quantized`, `quantization_method` and
+`config.quantization_config`. Ours carries bitsandbytes' `quantization_config`, since that is what the saved bytes are;
+its quantizer says that the model can be trained (with an adapter) and saved, and needs no bitsandbytes.
+`from_pretrained(folder, quantization_config=nf4_config())` quantises a dense folder into `NF4Linear` while loading.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..safety import AdapterFileError, Header, list_some, path_inside, read_header, read_json, read_tensors
+
+METHOD = "fastpeft_nf4"
+_MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method")
+# A shard's header names every tensor of a part of the model; 100 MB is the format's own limit.
+_MAX_MODEL_HEADER = 100_000_000
+
+
+@cache
+def _classes() -> tuple[type, type]:
+    """The configuration and quantizer classes, registered with transformers on first use."""
+    from transformers.quantizers import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
+        """Arguments of `quantize_model`, for `from_pretrained(..., quantization_config=...)`."""
+
+        def __init__(
+            self, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
+            skip: list[str] | None = None, compute_dtype: str | None = None, **_: Any,
+        ) -> None:  # fmt: skip
+            self.quant_method = METHOD
+            self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+            self.skip = ["lm_head"] if skip is None else list(skip)
+            self.compute_dtype = compute_dtype
+
+    class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
+        """Quantises after loading; afterwards tells transformers that the model trains and saves."""
+
+        requires_calibration = False
+
+        def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+            from ..nf4 import quantize_model
+
+            config = self.quantization_config
+            dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
+            return quantize_model(
+                model, config.quant_type, config.blocksize, config.double_quant, config.skip, dtype
+            )
+
+        def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+            from ..nf4 import dequantize_model
+
+            model = dequantize_model(model, dtype)
+            # transformers removes these itself right after this call
+            model.hf_quantizer, model.quantization_method = self, METHOD
+            model.config.quantization_config = self.quantization_config
+            return model
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+    for cls in (NF4Config, NF4Quantizer):
+        # Reachable by name, so that a model that carries them pickles.
+        cls.__qualname__ = cls.__name__
+        setattr(sys.modules[__name__], cls.__name__, cls)
+    register_quantization_config(METHOD)(NF4Config)
+    register_quantizer(METHOD)(NF4Quantizer)
+    return NF4Config, NF4Quantizer
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("NF4Config", "NF4Quantizer"):
+        return _classes()[name == "NF4Quantizer"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def nf4_config(**arguments: Any) -> Any:
+    """A `quantization_config` for `from_pretrained`, with `quantize_model`'s arguments."""
+    return _classes()[0](**arguments)
+
+
+def mark_quantized(
+    model: nn.Module, quant_type: str, double_quant: bool, compute_dtype: torch.dtype | None, kept: list[str]
+) -> None:
+    """Give a transformers model the attributes of a quantised one; any other model is left alone."""
+    if "transformers" not in sys.modules or not isinstance(model, sys.modules["transformers"].PreTrainedModel):
+        return
+    from transformers import BitsAndBytesConfig
+
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype or model.dtype,
+        # Exact names: left out, transformers guesses which layers are dense.
+        llm_int8_skip_modules=kept,
+    )
+    config_cls, quantizer_cls = _classes()
+    config = config_cls(quant_type=quant_type, double_quant=double_quant, skip=kept)
+    model.hf_quantizer = quantizer_cls(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    # transformers imports bitsandbytes to count the parameters of a model that says this.
+    model.is_loaded_in_4bit = importlib.util.find_spec("bitsandbytes") is not None
+
+
+def unmark_quantized(model: nn.Module) -> None:
+    """Undo `mark_quantized`."""
+    for name in _MARKS:
+        model.__dict__.pop(name, None)
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get their parameters without storage; buffers (rotary tables) are made as usual."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def load_nf4_model(
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype | None = None,
+    auto_class: Any = None,
+) -> Any:
+    """Load a folder with a 4-bit model, saved by transformers with bitsandbytes or by us, into `NF4Linear` layers.
+
+    bitsandbytes is not needed, and the dense weights never exist. dtype: of the layers that are not quantised (default:
+    the configuration's). compute_dtype: as in `NF4Linear`. auto_class: `transformers.AutoModelForCausalLM` by default.
+    Every header is read and checked against the model before a tensor is. No code from the folder runs. Raises
+    AdapterFileError when the folder holds no 4-bit weights or does not fit its configuration.
+    """
+    import transformers
+
+    root = Path(directory)
+    settings = read_json(root / "config.json")
+    quantization = settings.get("quantization_config") or {}
+    if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
+        raise AdapterFileError(f"{root}: its config.json has no quantization_config with load_in_4bit")
+    config = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    config.quantization_config = None
+    del config.quantization_config
+    dtype = dtype or config.dtype or torch.float32
+    auto_class = auto_class or transformers.AutoModelForCausalLM
+    with _parameters_on_meta():
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+    headers = _headers(root)
+    kept, quant_type, nested = _swap(model, headers, dtype, compute_dtype)
+    _check(model, headers, root)
+    for header in headers:
+        state = read_tensors(header)
+        model.load_state_dict(
+            {k: v.to(dtype) if _is_plain_float(k, v) else v for k, v in state.items()}, strict=False, assign=True
+        )
+    model.tie_weights()
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise AdapterFileError(f"{root}: no tensor for {list_some(left)}")
+    if (root / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(root)
+    mark_quantized(model, quant_type, nested, compute_dtype or _saved_dtype(quantization), kept)
+    return model.to(device).eval()
+
+
+def _saved_dtype(quantization: dict[str, Any]) -> torch.dtype | None:
+    name = quantization.get("bnb_4bit_compute_dtype")
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(name))
+
+
+def _is_plain_float(key: str, value: torch.Tensor) -> bool:
+    return value.is_floating_point() and ".weight." not in key
+
+
+def _headers(root: Path) -> list[Header]:
+    index = root / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({str(f) for f in read_json(index, 64 << 20).get("weight_map", {}).values()})
+    else:
+        files = ["model.safetensors"]
+    return [read_header(path_inside(root, f), _MAX_MODEL_HEADER) for f in files]
+
+
+def _swap(
+    model: nn.Module, headers: list[Header], dtype: torch.dtype, compute_dtype: torch.dtype | None
+) -> tuple[list[str], str, bool]:
+    """Put an empty NF4Linear wherever the files hold a 4-bit weight; return what stays dense, the type, nested or not."""
+    from ..nf4 import NF4Linear
+
+    names = {key for header in headers for key in header.tensors}
+    types = {}
+    for key in names:
+        module, mark, quant_type = key.partition(".weight.quant_state.bitsandbytes__")
+        if mark:
+            types[module] = quant_type
+    if not types:
+        raise AdapterFileError("the folder holds no 4-bit weights of bitsandbytes' format")
+    for name, quant_type in types.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise AdapterFileError(f"the files hold a 4-bit weight for {name}, which the model does not have") from None
+        if type(old) is not nn.Linear and type(old).__name__ != "Conv1D":
+            raise AdapterFileError(f"the files hold a 4-bit weight for {name}, a {type(old).__name__} in the model")
+        out_features, in_features = old.weight.shape if type(old) is nn.Linear else reversed(old.weight.shape)
+        nested = f"{name}.weight.nested_absmax" in names
+        # The block size is in the file's data; the layer is given its buffers when that is read.
+        new = NF4Linear.empty(
+            in_features, out_features, old.bias is not None, quant_type, nested=nested,
+            compute_dtype=compute_dtype, dtype=dtype,
+        )  # fmt: skip
+        model.set_submodule(name, new)
+    kept = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    first = next(iter(types))
+    return kept, types[first], f"{first}.weight.nested_absmax" in names
+
+
+def _check(model: nn.Module, headers: list[Header], root: Path) -> None:
+    expected = model.state_dict()
+    found = {name: info for header in headers for name, info in header.tensors.items()}
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    extra = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in found and name not in tied]
+    if extra or missing:
+        raise AdapterFileError(
+            f"{root} does not fit its configuration: missing {list_some(missing) or 'nothing'}; "
+            f"unexpected {list_some(extra) or 'nothing'}"
+        )
+    for name, info in found.items():
+        # Of a 4-bit weight's parts only the bytes have a size that the configuration fixes.
+        if ".weight." not in name and info.shape != tuple(expected[name].shape):
+            if info.nbytes != expected[name].nbytes or info.dtype == expected[name].dtype:
+                raise AdapterFileError(
+                    f"{root}: size mismatch for {name}: {info.shape}, the model has {tuple(expected[name].shape)}"
+                )

@@ -1,0 +1,387 @@
+"""Our own 4-bit linear layer, and turning a model's linear layers into it.
+
+`NF4Linear` holds the bytes that bitsandbytes would hold, as plain buffers: nothing hangs on a Parameter subclass, so
+the layer pickles, deep-copies and moves like any module, and its scales survive `.to(dtype)`. Its state dict has
+bitsandbytes' pre-quantised keys (`weight`, `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4`,
+...), so a saved model loads in transformers with bitsandbytes, and theirs loads here without bitsandbytes.
+
+Format and method: QLoRA (arXiv 2305.14314).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from peft_kernels import QuantWeight, lora_linear
+from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES, table
+from torch import Tensor, nn
+
+from .safety import AdapterFileError, list_some, parse_json
+
+_SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
+_STATE = "weight.quant_state.bitsandbytes__"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NESTED_BLOCKSIZE = 256
+
+Progress = Callable[[int, int, str], None]
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer whose weight is stored in 4 bits: `y = x W^T + bias` with x of [..., in_features].
+
+    Buffers: `weight` (packed bytes, [ceil(in * out / 2), 1], as bitsandbytes shapes them), `absmax`, and when nested
+    `nested_absmax`, `nested_code`, `offset`. `bias` is a Parameter that needs no gradient until asked to. The output has
+    x's dtype; sums are float32. With `compute_dtype` x is cast to it first, as bitsandbytes does.
+    """
+
+    weight: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, weight: QuantWeight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.register_buffer("weight", None)
+        for name in _SCALES:
+            self.register_buffer(name, None, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.set_quant_weight(weight)
+
+    @classmethod
+    def empty(
+        cls, in_features: int, out_features: int, bias: bool = False, quant_type: str = "nf4", blocksize: int = 64,
+        nested: bool = True, compute_dtype: torch.dtype | None = None, dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+    ) -> NF4Linear:  # fmt: skip
+        """A layer to load a state dict into."""
+        numel = in_features * out_features
+        nblocks = -(-numel // blocksize)
+        scale = {"device": device, "dtype": torch.float32}
+        weight = QuantWeight(
+            packed=torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=device),
+            absmax=torch.empty(nblocks, dtype=torch.uint8 if nested else torch.float32, device=device),
+            shape=(out_features, in_features), quant_type=quant_type, blocksize=blocksize, dtype=dtype,
+            nested_absmax=torch.empty(-(-nblocks // _NESTED_BLOCKSIZE), **scale) if nested else None,
+            nested_code=torch.empty(256, **scale) if nested else None,
+            offset=torch.empty((), **scale) if nested else None,
+        )  # fmt: skip
+        return cls(weight, torch.empty(out_features, dtype=dtype, device=device) if bias else None, compute_dtype)
+
+    @classmethod
+    def from_bnb(cls, layer: nn.Module) -> NF4Linear:
+        """A layer over the bytes of a bitsandbytes `Linear4bit` (shared, not copied)."""
+        state = getattr(layer.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "this bitsandbytes layer ran in eval mode on a CPU, which repacks its bytes; "
+                "take its state_dict() once (that packs them back) before converting it"
+            )
+        weight = QuantWeight.from_bnb(layer.weight)
+        compute_dtype = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
+        return cls(weight, layer.bias if isinstance(layer.bias, Tensor) else None, compute_dtype)
+
+    # --- the weight -------------------------------------------------------------------------------------------------
+
+    def quant_weight(self) -> QuantWeight:
+        """The weight as the kernels take it; shares the buffers and is rebuilt only when they were replaced."""
+        cached: QuantWeight | None = self.__dict__.get("_quant_weight")
+        if cached is None or cached.packed is not self.weight or cached.absmax is not self.absmax:
+            cached = QuantWeight(
+                packed=self.weight, absmax=self.absmax, shape=(self.out_features, self.in_features),
+                quant_type=self.quant_type, blocksize=self.blocksize, dtype=self.dtype,
+                nested_absmax=self.nested_absmax, nested_code=self.nested_code,
+                nested_blocksize=self.nested_blocksize, offset=self.offset,
+            )  # fmt: skip
+            self.__dict__["_quant_weight"] = cached
+        return cached
+
+    def set_quant_weight(self, weight: QuantWeight) -> None:
+        """Replace the weight. Its tensors are kept, not copied, so an old `quant_weight()` restores the exact bytes."""
+        if len(weight.shape) != 2:
+            raise ValueError(f"NF4Linear needs a weight of shape (out_features, in_features), got {weight.shape}")
+        self.out_features, self.in_features = (int(n) for n in weight.shape)
+        self.quant_type, self.blocksize, self.dtype = weight.quant_type, weight.blocksize, weight.dtype
+        self.nested_blocksize = weight.nested_blocksize
+        self.weight = weight.packed.detach().view(-1, 1)
+        self.absmax = weight.absmax
+        self.nested_absmax, self.nested_code, self.offset = weight.nested_absmax, weight.nested_code, weight.offset
+        self.__dict__.pop("_quant_weight", None)
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_absmax is not None
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a dense [out_features, in_features] tensor, by default in the dtype that it was quantised from."""
+        from peft_kernels import dequantize_4bit
+
+        return dequantize_4bit(self.quant_weight(), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compute_dtype is None or self.compute_dtype == x.dtype:
+            return lora_linear(x, self.quant_weight(), bias=self.bias)
+        return lora_linear(x.to(self.compute_dtype), self.quant_weight(), bias=self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        nested = ", nested" if self.nested else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.quant_type}, blocksize={self.blocksize}{nested}"
+        )
+
+    # --- moving and copying -----------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        # `model.half()` and `.to(bfloat16)` reach every floating buffer; a rounded scale would be another weight.
+        held = {name: self._buffers[name] for name in ("weight", *_SCALES)}
+        for name in held:
+            self._buffers[name] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(held)
+        for name, old in held.items():
+            if old is not None:
+                new = fn(old)
+                self._buffers[name] = new if new.dtype == old.dtype else old.to(new.device)
+        self.__dict__.pop("_quant_weight", None)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_quant_weight", None)
+        return state
+
+    # --- bitsandbytes' keys -----------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        destination.update({prefix + key: value for key, value in bnb_state(self.quant_weight()).items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        mine = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix + "weight")}
+        bias_key = prefix + "bias"
+        if self.bias is not None and bias_key in state_dict:
+            value = state_dict[bias_key]
+            if value.shape != self.bias.shape:
+                error_msgs.append(f"size mismatch for {bias_key}: {tuple(value.shape)} against {tuple(self.bias.shape)}")
+            elif self.bias.is_meta or local_metadata.get("assign_to_params_buffers", False):
+                self.bias = nn.Parameter(value.detach(), requires_grad=self.bias.requires_grad)
+            else:
+                self.bias.data.copy_(value)
+        elif self.bias is not None:
+            missing_keys.append(bias_key)
+        elif bias_key in state_dict:
+            unexpected_keys.append(bias_key)
+        if "weight" not in mine:
+            missing_keys.append(prefix + "weight")
+            return
+        try:
+            weight = parse_bnb_state(mine, prefix)
+            if tuple(weight.shape) != (self.out_features, self.in_features):
+                raise AdapterFileError(
+                    f"size mismatch for {prefix}weight: a 4-bit weight of {tuple(weight.shape)}, the layer is "
+                    f"{(self.out_features, self.in_features)}"
+                )
+        except (AdapterFileError, ValueError, TypeError) as error:
+            error_msgs.append(str(error))
+            return
+        if not (self.weight.is_meta or local_metadata.get("assign_to_params_buffers", False)):
+            # As `load_state_dict` does for parameters: a copy on the layer's own device, not the caller's tensors.
+            weight = _copy_of(weight, self.weight.device)
+        self.set_quant_weight(weight)
+
+
+def _copy_of(weight: QuantWeight, device: torch.device) -> QuantWeight:
+    from dataclasses import replace
+
+    tensors = {name: getattr(weight, name) for name in ("packed", *_SCALES)}
+    return replace(weight, **{k: None if t is None else t.to(device, copy=True) for k, t in tensors.items()})
+
+
+def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
+    """What bitsandbytes saves beside `weight`: the scales, the code table, and a json text as a uint8 tensor."""
+    facts: dict[str, Any] = {
+        "quant_type": weight.quant_type,
+        "blocksize": weight.blocksize,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    # Clones: safetensors and transformers take tensors that share memory for tied weights and drop all but one.
+    state = {
+        "weight.absmax": weight.absmax.detach(),
+        "weight.quant_map": table(QUANT_TYPES[weight.quant_type], weight.device).clone(),
+    }
+    if weight.nested_absmax is not None:
+        assert weight.nested_code is not None and weight.offset is not None
+        # A module on the meta device has no value to write; its state dict is only asked for its keys.
+        offset = 0.0 if weight.offset.is_meta else weight.offset.item()
+        facts |= {"nested_blocksize": weight.nested_blocksize, "nested_dtype": "float32", "nested_offset": offset}
+        state["weight.nested_absmax"] = weight.nested_absmax.detach()
+        state["weight.nested_quant_map"] = weight.nested_code.detach().clone()
+    text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    return state | {_STATE + weight.quant_type: text}
+
+
+def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight:
+    """The `QuantWeight` behind bitsandbytes' keys (`weight`, `weight.absmax`, ...); every one is checked first."""
+    packed = state["weight"]
+    texts = [key for key in state if key.startswith(_STATE)]
+    if len(texts) != 1:
+        raise AdapterFileError(
+            f"{where}weight: expected a 4-bit weight with one {_STATE}* entry, found {len(texts)}"
+            + (f" (a dense {packed.dtype} weight: load it before quantising)" if packed.is_floating_point() else "")
+        )
+    facts = parse_json(bytes(state[texts[0]].cpu().tolist()), where + texts[0])
+    quant_type, blocksize, shape, dtype = (facts.get(k) for k in ("quant_type", "blocksize", "shape", "dtype"))
+    if quant_type not in QUANT_TYPES or blocksize not in BLOCKSIZES or dtype not in _DTYPES:
+        raise AdapterFileError(f"{where}{texts[0]}: unknown quant_type, blocksize or dtype in {facts}")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n >= 0 for n in shape):
+        raise AdapterFileError(f"{where}{texts[0]}: expected a shape of two sizes, found {shape}")
+
+    def need(name: str, dtype: torch.dtype, numel: int) -> Tensor:
+        tensor = state.get(name)
+        if tensor is None:
+            raise AdapterFileError(f"{where}{name} is missing")
+        if tensor.dtype != dtype or tensor.numel() != numel:
+            raise AdapterFileError(
+                f"{where}{name}: {tensor.numel()} elements of {tensor.dtype}, expected {numel} of {dtype}"
+            )
+        return tensor.detach().reshape(-1)
+
+    if packed.dtype != torch.uint8:
+        packed = packed.contiguous().view(torch.uint8)  # bitsandbytes' quant_storage: the same bytes under another name
+    numel = shape[0] * shape[1]
+    nblocks = -(-numel // blocksize)
+    if packed.numel() != (numel + 1) // 2:
+        raise AdapterFileError(f"{where}weight: {packed.numel()} bytes, {shape} in 4 bits needs {(numel + 1) // 2}")
+    codes = need("weight.quant_map", torch.float32, 16)
+    if not codes.is_meta and not torch.equal(codes.cpu(), table(QUANT_TYPES[quant_type])):
+        raise AdapterFileError(f"{where}weight.quant_map is not the {quant_type} table")
+    nested = "weight.nested_absmax" in state
+    nested_blocksize = facts.get("nested_blocksize", _NESTED_BLOCKSIZE)
+    offset = facts.get("nested_offset", 0.0)
+    if type(nested_blocksize) is not int or nested_blocksize < 1 or not isinstance(offset, (int, float)):
+        raise AdapterFileError(f"{where}{texts[0]}: nested_blocksize {nested_blocksize}, nested_offset {offset}")
+    return QuantWeight(
+        packed=packed.detach().contiguous().view(-1, 1),
+        absmax=need("weight.absmax", torch.uint8 if nested else torch.float32, nblocks),
+        shape=(shape[0], shape[1]), quant_type=quant_type, blocksize=blocksize, dtype=_DTYPES[dtype],
+        nested_absmax=need("weight.nested_absmax", torch.float32, -(-nblocks // nested_blocksize)) if nested else None,
+        nested_code=need("weight.nested_quant_map", torch.float32, 256) if nested else None,
+        nested_blocksize=nested_blocksize,
+        offset=torch.tensor(float(offset), dtype=torch.float32, device=packed.device) if nested else None,
+    )  # fmt: skip
+
+
+# --- whole models -------------------------------------------------------------------------------------------------------
+
+
+def quantize_model(
+    model: nn.Module,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    skip: Iterable[str] = ("lm_head",),
+    compute_dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Replace every `nn.Linear` (and GPT-2's `Conv1D`) of `model`, in place, by an `NF4Linear`; returns the model.
+
+    skip: module names, whole or as dotted parts (`lm_head`, `layers.0.mlp`). Layers whose weight is shared with another
+    module (a tied output head) stay dense whatever `skip` says. progress(done, total, name) is called per layer.
+    First everything is checked, so that a bad layer leaves the model as it was; then one layer at a time is
+    quantised and its dense weight released. A transformers model also gets the `quantization_config` and the attributes
+    that Trainer and `save_pretrained` look for. Raises ValueError for unknown types, block sizes and NaN weights.
+    """
+    from peft_kernels import quantize_4bit
+
+    if quant_type not in QUANT_TYPES or blocksize not in BLOCKSIZES:
+        raise ValueError(f"quantize_model: {quant_type!r} at blocksize {blocksize}; expected {list(QUANT_TYPES)}, {BLOCKSIZES}")
+    skip = [skip] if isinstance(skip, str) else list(skip)
+    plan, kept = _plan(model, skip)
+    if not plan:
+        raise ValueError(f"quantize_model: no linear layer to quantise in {type(model).__name__} (skip={skip})")
+    total, done = len(plan), 0
+    while plan:
+        name, parent, child = plan.popleft()
+        layer = parent._modules[child]
+        assert layer is not None
+        dense = layer.weight.detach()
+        dense = dense.t() if _is_conv1d(layer) else dense
+        weight = quantize_4bit(dense.contiguous(), quant_type, blocksize, double_quant)
+        new = NF4Linear(weight, layer.bias, compute_dtype).train(layer.training)
+        parent._modules[child] = new
+        del layer, dense
+        done += 1
+        if progress is not None:
+            progress(done, total, name)
+    from .integrations import transformers_nf4
+
+    transformers_nf4.mark_quantized(model, quant_type, double_quant, compute_dtype, kept)
+    return model
+
+
+def _plan(model: nn.Module, skip: list[str]) -> tuple[deque[tuple[str, nn.Module, str]], list[str]]:
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    plan: deque[tuple[str, nn.Module, str]] = deque()
+    kept: list[str] = []
+    bad: list[str] = []
+    for parent_name, parent in model.named_modules():
+        for child, layer in parent.named_children():
+            if not (type(layer) is nn.Linear or _is_conv1d(layer)):
+                continue
+            name = f"{parent_name}.{child}" if parent_name else child
+            if owners[id(layer.weight)] > 1 or any(f".{part}." in f".{name}." for part in skip):
+                kept.append(name)
+                continue
+            plan.append((name, parent, child))
+            if layer.weight.is_meta:
+                raise ValueError(f"quantize_model: {name} is on the meta device; load its weights first")
+            if layer.weight.dtype not in _DTYPES.values() or not bool(torch.isfinite(layer.weight.sum(dtype=torch.float64))):
+                bad.append(name)
+    if bad:
+        raise ValueError(f"quantize_model: NaN, infinite or not float32/16 weights in {list_some(bad)}")
+    return plan, kept
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    # By name, so that transformers need not be imported: GPT-2's linear layer, which stores [in, out].
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every `NF4Linear` by a dense `nn.Linear`, in place; returns the model."""
+    for parent in list(model.modules()):
+        for child, layer in list(parent.named_children()):
+            if isinstance(layer, NF4Linear):
+                with torch.device("meta"):
+                    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+                if layer.bias is not None:
+                    dense.bias = nn.Parameter(layer.bias.detach().to(dense.weight.dtype), requires_grad=False)
+                parent._modules[child] = dense.train(layer.training)
+    from .integrations import transformers_nf4
+
+    transformers_nf4.unmark_quantized(model)
+    return model
+
+
+def from_bitsandbytes(model: nn.Module) -> nn.Module:
+    """Replace every bitsandbytes `Linear4bit` of `model`, in place, by an `NF4Linear` over the same bytes."""
+    for parent in list(model.modules()):
+        for child, layer in list(parent.named_children()):
+            if any(base.__name__ == "Linear4bit" for base in type(layer).__mro__):
+                parent._modules[child] = NF4Linear.from_bnb(layer).train(layer.training)
+    return model
