@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_lib.device import dot, dot_mixed, keep_mask, load_weight, tile_of
+from ...triton_lib.device import dot, dot_mixed, keep_mask, load_weight, round_to, tile_of
 
 _UNSPECIALISED = ["M", "threshold", "span", "parts", "scale", "keep_scale", "scaling"]
 
@@ -80,7 +80,7 @@ def forward_kernel(
             b_acc = b_acc * scaling
     b_table = tl.arange(0, 1)
     if MODE == 1 or MODE == 2:
-        b_table = tl.load(p_table + tl.arange(0, 256))
+        b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
     p_xt = p_x + i_m.to(tl.int64)[None, :] * K
     for i_k0 in range(i_part * span, tl.minimum(K, (i_part + 1) * span), BK):
         i_k = (i_k0 + tl.arange(0, BK))[:, None]
@@ -95,7 +95,7 @@ def forward_kernel(
             b_acc = b_acc + b_bias[:, None]
     b_y = tl.trans(b_acc)
     p_out = p_y + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * N + i_n[None, :]
-    tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=(i_m < M)[:, None] & (i_n < N)[None, :])
+    tl.store(p_out, round_to(b_y, p_y.dtype.element_ty), mask=(i_m < M)[:, None] & (i_n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -128,7 +128,7 @@ def backward_kernel(
                 b_acc = tl.where(tl.trans(b_keep), b_acc * keep_scale, 0.0)
     b_table = tl.arange(0, 1)
     if MODE == 1 or MODE == 2:
-        b_table = tl.load(p_table + tl.arange(0, 256))
+        b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
     p_dyt = p_dy + i_m.to(tl.int64)[None, :] * N
     for i_n0 in range(i_part * span, tl.minimum(N, (i_part + 1) * span), BN):
         i_n = (i_n0 + tl.arange(0, BN))[:, None]
@@ -139,7 +139,7 @@ def backward_kernel(
         b_acc = dot(tl.trans(b_w), b_dy, b_acc, PRECISION)
     b_dx = tl.trans(b_acc)
     p_out = p_dx + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * K + i_k[None, :]
-    tl.store(p_out, b_dx.to(p_dx.dtype.element_ty), mask=(i_m < M)[:, None] & (i_k < K)[None, :])
+    tl.store(p_out, round_to(b_dx, p_dx.dtype.element_ty), mask=(i_m < M)[:, None] & (i_k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -192,4 +192,4 @@ def reduce_kernel(p_part, p_out, numel, parts, scale, BLOCK: tl.constexpr):
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for i_part in range(parts):
         b_sum = b_sum + tl.load(p_part + i_part * numel.to(tl.int64) + i, mask=b_mask, other=0.0)
-    tl.store(p_out + i, (b_sum * scale).to(p_out.dtype.element_ty), mask=b_mask)
+    tl.store(p_out + i, round_to(b_sum * scale, p_out.dtype.element_ty), mask=b_mask)

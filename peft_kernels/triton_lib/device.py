@@ -1,0 +1,177 @@
+"""Device functions for Triton kernels: products, 4-bit decoding, dropout masks. Imported only when a kernel is launched.
+
+Names: `p_` pointers, `b_` block values, `i_` indices. Offsets that can pass 2**31 are 64-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# read when Triton is imported, like Triton's own decision to interpret
+INTERPRET: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
+
+# how a weight tile is read; chosen on the host by `weight_mode`
+DENSE: tl.constexpr = tl.constexpr(0)
+PAIR_ROWS: tl.constexpr = tl.constexpr(1)
+PAIR_ANY: tl.constexpr = tl.constexpr(2)
+ELEMENT: tl.constexpr = tl.constexpr(3)
+
+
+@triton.jit
+def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
+    """`b_acc + b_a @ b_b` with float32 sums.
+
+    Triton's interpreter keeps bfloat16 as its bits and multiplies those: there bfloat16 is widened first, which changes
+    no product (8 x 8 significant bits fit a float32).
+    """
+    if INTERPRET and b_a.dtype == tl.bfloat16:
+        b_a = b_a.to(tl.float32)
+    if INTERPRET and b_b.dtype == tl.bfloat16:
+        b_b = b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(b, DTYPE: tl.constexpr):
+    """float32 `b` in DTYPE, to nearest even. Triton's interpreter cuts bfloat16 off: there the bits are rounded here."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        b_bits = b.to(tl.uint32, bitcast=True)
+        b_bits = tl.where(b == b, (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16, 0x7FC0)
+        b_out = b_bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        b_out = b.to(DTYPE)
+    return b_out
+
+
+@triton.jit
+def dot_mixed(b_a, b_b, b_acc, PRECISION: tl.constexpr):
+    """`dot` for operands of two dtypes: both go to float32 unless they are the same 16-bit type."""
+    if b_a.dtype == b_b.dtype:
+        b_acc = dot(b_a, b_b, b_acc, PRECISION)
+    else:
+        b_acc = dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, PRECISION)
+    return b_acc
+
+
+@triton.jit
+def load_absmax(
+    p_absmax, p_nested, p_code, p_offset, i_block, b_mask, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr
+):
+    """float32 scales of the blocks `i_block`; the second level is decoded here, never stored.
+
+    The product and the sum round separately, as bitsandbytes' do: the kernels are compiled without fusing them.
+    """
+    if NESTED:
+        b_code = tl.load(p_absmax + i_block, mask=b_mask, other=0).to(tl.int32)
+        b_value = tl.load(p_code + b_code, mask=b_mask, other=0.0)
+        b_scale = tl.load(p_nested + i_block // NESTED_BLOCKSIZE, mask=b_mask, other=0.0)
+        b_absmax = b_value * b_scale + tl.load(p_offset)
+    else:
+        b_absmax = tl.load(p_absmax + i_block, mask=b_mask, other=0.0)
+    return b_absmax
+
+
+@triton.jit
+def decode_pairs(b_bytes, b_scale, b_table, R: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr):
+    """[R, C] weights of type DTYPE from bytes [R, C // 2] and one float32 scale per byte.
+
+    b_table: 256 x uint32, the two values of a byte as a pair of float16, the even element in the low half. float16 holds
+    the code values to 11 bits where bfloat16 has 8, and widening it costs the same one instruction. The gather is
+    one-dimensional: that makes it a layout barrier, so each byte is decoded by one thread only.
+    """
+    i_flat = tl.reshape(b_bytes, (R * (C // 2),)).to(tl.int32)
+    b_pair = tl.reshape(tl.gather(b_table, i_flat, 0), (R, C // 2))
+    b_even = (b_pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    b_odd = (b_pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    b_w = tl.join(round_to(b_even * b_scale, DTYPE), round_to(b_odd * b_scale, DTYPE))
+    return tl.reshape(b_w, (R, C))
+
+
+@triton.jit
+def load_weight(
+    p_w, p_absmax, p_nested, p_code, p_offset, b_table, i_n0, i_k0, N, K, stride_n, stride_k,
+    R: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The tile W[i_n0 : i_n0 + R, i_k0 : i_k0 + C] in DTYPE, zero outside [N, K]. i_k0 is a multiple of C.
+
+    MODE: DENSE; PAIR_ROWS (rows start at a block: one scale per row and block); PAIR_ANY (rows start at a byte: a scale
+    per byte); ELEMENT (anything, exact to float32: a code and a scale per element).
+    """
+    i_n = i_n0 + tl.arange(0, R)
+    b_row = (i_n < N)[:, None]
+    i_n = i_n.to(tl.int64)[:, None]
+    if MODE == 0:
+        i_k = i_k0 + tl.arange(0, C)[None, :]
+        b_w = tl.load(p_w + i_n * stride_n + i_k * stride_k, mask=b_row & (i_k < K), other=0.0)
+        if p_w.dtype.element_ty != DTYPE:
+            b_w = round_to(b_w.to(tl.float32), DTYPE)
+    elif MODE == 3:
+        i_k = i_k0 + tl.arange(0, C)[None, :]
+        b_mask = b_row & (i_k < K)
+        i_e = i_n * K + i_k
+        b_byte = tl.load(p_w + (i_e >> 1), mask=b_mask, other=0).to(tl.int32)
+        b_code = tl.where((i_e & 1) == 0, b_byte >> 4, b_byte & 15)
+        b_value = tl.load(b_table + b_code)
+        b_scale = load_absmax(p_absmax, p_nested, p_code, p_offset, i_e // BLOCKSIZE, b_mask, NESTED, NESTED_BLOCKSIZE)
+        b_w = round_to(tl.where(b_mask, b_value * b_scale, 0.0), DTYPE)
+    else:
+        i_byte = i_k0 // 2 + tl.arange(0, C // 2)[None, :]
+        b_mask = b_row & (i_byte < K // 2)
+        b_bytes = tl.load(p_w + i_n * (K // 2) + i_byte, mask=b_mask, other=0)
+        if MODE == 1:
+            BLOCKS: tl.constexpr = C // BLOCKSIZE if C > BLOCKSIZE else 1
+            i_b = i_k0 // BLOCKSIZE + tl.arange(0, BLOCKS)[None, :]
+            b_in = b_row & (i_b < K // BLOCKSIZE)
+            i_b = i_n * (K // BLOCKSIZE) + i_b
+            b_scale = load_absmax(p_absmax, p_nested, p_code, p_offset, i_b, b_in, NESTED, NESTED_BLOCKSIZE)
+            b_scale = tl.where(b_in, b_scale, 0.0)
+            b_scale = tl.broadcast_to(b_scale[:, :, None], (R, BLOCKS, C // 2 // BLOCKS))
+            b_scale = tl.reshape(b_scale, (R, C // 2))
+        else:
+            i_b = (i_n * K + i_byte * 2) // BLOCKSIZE
+            b_scale = load_absmax(p_absmax, p_nested, p_code, p_offset, i_b, b_mask, NESTED, NESTED_BLOCKSIZE)
+            b_scale = tl.where(b_mask, b_scale, 0.0)
+        b_w = decode_pairs(b_bytes, b_scale, b_table, R, C, DTYPE)
+    return b_w
+
+
+@triton.jit
+def keep_mask(
+    p_seed, i_m0, i_k0, K, threshold, BM: tl.constexpr, BK: tl.constexpr, BY_FOUR: tl.constexpr
+):
+    """True [BM, BK] where element (i_m0 + m, i_k0 + k) of a [*, K] input is kept; see `peft_kernels/philox.py`.
+
+    BY_FOUR: K is a multiple of 4, so one Philox call serves four neighbours. Otherwise a call per element.
+    """
+    seed = tl.load(p_seed)
+    b_bound = threshold.to(tl.uint32)
+    i_m = (i_m0 + tl.arange(0, BM)).to(tl.int64)[:, None]
+    if BY_FOUR:
+        i_group = i_m * (K // 4) + (i_k0 // 4 + tl.arange(0, BK // 4))[None, :]
+        b_zero = tl.zeros((BM, BK // 4), tl.uint32)
+        b_lo = (i_group & 0xFFFFFFFF).to(tl.uint32)
+        b_hi = (i_group >> 32).to(tl.uint32)
+        b_0, b_1, b_2, b_3 = tl.philox(seed, b_lo, b_hi, b_zero, b_zero)
+        b_word = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (BM, BK))
+    else:
+        i_e = i_m * K + (i_k0 + tl.arange(0, BK))[None, :]
+        i_group = i_e >> 2
+        b_zero = tl.zeros((BM, BK), tl.uint32)
+        b_lo = (i_group & 0xFFFFFFFF).to(tl.uint32)
+        b_hi = (i_group >> 32).to(tl.uint32)
+        b_0, b_1, b_2, b_3 = tl.philox(seed, b_lo, b_hi, b_zero, b_zero)
+        i_word = (i_e & 3).to(tl.int32)
+        b_word = tl.where(i_word < 2, tl.where(i_word == 0, b_0, b_1), tl.where(i_word == 2, b_2, b_3))
+    return b_word >= b_bound
+
+
+@triton.jit
+def tile_of(i_pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(m tile, n tile) of a program: GROUP rows of tiles at a time, so that neighbours share both operands in L2."""
+    width = GROUP * tiles_n
+    first = i_pid // width * GROUP
+    rows = tl.minimum(tiles_m - first, GROUP)
+    return first + i_pid % width % rows, i_pid % width // rows

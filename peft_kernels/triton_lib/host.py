@@ -1,0 +1,102 @@
+"""Launching Triton kernels, and compiling them for an architecture that is not here.
+
+Imports Triton inside the functions only. Kernels are compiled without fused multiply-add outside of products (the
+default of `enable_fp_fusion` differs between Triton's versions, and a fused nested absmax would round differently).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import TABLES
+
+_tables: dict[tuple[int, bool, torch.device], Tensor] = {}
+
+
+@dataclass
+class Compiled:
+    """A kernel compiled by `compile_only`, with the launch that asked for it."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_recording: list[Compiled] | None = None
+
+
+def interpreting() -> bool:
+    """True where Triton runs its kernels in Python on CPU tensors; settled when Triton is first imported."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def pair_table(quant_type: int, device: torch.device) -> Tensor:
+    """int32 [256]: for a byte of two codes, its two values as float16, the high nibble (even element) in the low half."""
+    key = (quant_type, True, device)
+    if key not in _tables:
+        values = torch.tensor(TABLES[quant_type], dtype=torch.float16)
+        pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
+        _tables[key] = pairs.contiguous().view(torch.int32).reshape(256).to(device)
+    return _tables[key]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constexprs: Any) -> None:
+    """Run `kernel` on the device of its first tensor; nothing to do where the grid is empty."""
+    if 0 in grid:
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    if _recording is not None:
+        compiled = kernel.warmup(*args, grid=grid, **options, **constexprs)
+        _recording.append(Compiled(kernel.__name__, compiled, grid, {**options, **constexprs}))
+        return
+    device = args[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **options, **constexprs)
+
+
+class _NoDevice:
+    """What Triton's `JITFunction` asks of a driver in order to compile: a target, and no device."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # a key of Triton's cache of binders, which must not be shared between architectures
+        return -self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only(capability: int) -> Iterator[list[Compiled]]:
+    """Within, `launch` compiles for sm_<capability> and runs nothing; yields the list of what was compiled.
+
+    Needs no GPU. The specialisation is Triton's own: what is compiled is what a launch with these arguments would run.
+    """
+    global _recording
+    from triton.runtime import driver
+
+    assert not interpreting(), "Triton was imported with TRITON_INTERPRET set: it cannot compile in this process"
+    before, kept = driver._active, _recording
+    _recording = []
+    driver.set_active(_NoDevice(capability))
+    try:
+        yield _recording
+    finally:
+        _recording = kept
+        driver._active = before

@@ -1,0 +1,183 @@
+"""Launch configurations of the Triton kernels: frozen tables per architecture, and a search only when asked.
+
+`tuned/<arch>.json` holds, per kernel, rows tried in order: the first whose limits hold gives the configuration. A row says
+where it comes from: "model" (chosen from the instruction counts, registers and shared memory of the compiled kernel; no
+clock has seen it) or "measured". An unknown GPU gets the table of the nearest older architecture.
+
+`PEFT_KERNELS_TUNE=1` or `with searching():` times at most `MAX_CANDIDATES` configurations on first use of a shape bucket
+and keeps the best for the process. Another configuration may split sums elsewhere, so a search can change the last bits
+of results from one process to the next; without it they never change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "tuned"
+ENV = "PEFT_KERNELS_TUNE"
+MAX_CANDIDATES = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes (powers of two), Triton's options, and how many programs a split sum may grow to.
+
+    BM: rows of x. BN, BK: out and in features (kernels with one feature axis use BN). BR: the largest tile of ranks.
+    GROUP: rows of tiles that run together. programs: sums are split until about this many programs exist.
+    """
+
+    BM: int
+    BN: int = 16
+    BK: int = 16
+    BR: int = 64
+    GROUP: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+    programs: int = 1
+    source: str = "model"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a configuration may depend on. bits: of an element of x."""
+
+    M: int
+    N: int
+    K: int
+    r: int
+    bits: int
+
+
+_overrides: dict[str, dict[str, Any]] = {}
+_found: dict[tuple[str, str, Shape], Config] = {}
+_searching = os.environ.get(ENV, "") not in ("", "0")
+
+
+@lru_cache(maxsize=None)
+def architectures() -> dict[int, str]:
+    """Compute capability -> table, of the tables there are."""
+    return {int(p.stem[3:]): p.stem for p in FOLDER.glob("sm_*.json")}
+
+
+@lru_cache(maxsize=None)
+def nearest(capability: int) -> str:
+    """The table for a compute capability (80, 90, ...): its own, else the newest older one, else the oldest."""
+    known = sorted(architectures())
+    older = [c for c in known if c <= capability]
+    return architectures()[older[-1] if older else known[0]]
+
+
+@lru_cache(maxsize=None)
+def table(arch: str) -> dict[str, Any]:
+    """The parsed `tuned/<arch>.json`."""
+    data: dict[str, Any] = json.loads((FOLDER / f"{arch}.json").read_text())
+    return data
+
+
+def _row_config(row: dict[str, Any], programs: int) -> Config:
+    names = {f.name for f in fields(Config)}
+    return Config(**{"programs": programs, **{k: v for k, v in row.items() if k in names}})
+
+
+def _fits(row: dict[str, Any], shape: Shape) -> bool:
+    limits = {"max_M": shape.M, "max_N": shape.N, "max_K": shape.K, "max_r": shape.r}
+    return row.get("bits", shape.bits) == shape.bits and all(v <= row.get(k, v) for k, v in limits.items())
+
+
+def rows(kernel: str, arch: str, shape: Shape) -> list[Config]:
+    """Every row of the table that fits, best guess first."""
+    data = table(arch)
+    return [_row_config(row, data["programs"]) for row in data["kernels"][kernel] if _fits(row, shape)]
+
+
+def choose(kernel: str, arch: str, shape: Shape, run: Callable[[Config], object] | None = None) -> Config:
+    """The configuration of `kernel` for a shape. `run` launches it once with a given configuration: for searching."""
+    candidates = rows(kernel, arch, shape)
+    config = candidates[0]
+    if _searching and run is not None and len(candidates) > 1:
+        key = (kernel, arch, bucket(shape))
+        if key not in _found:
+            _found[key] = search(candidates, run)
+        config = _found[key]
+    if kernel in _overrides:
+        config = replace(config, **_overrides[kernel])
+    return config
+
+
+def bucket(shape: Shape) -> Shape:
+    """The shape with M and r rounded up to powers of two: one search serves the whole bucket."""
+    return replace(shape, M=1 << (shape.M - 1).bit_length(), r=1 << max(shape.r - 1, 0).bit_length())
+
+
+def search(
+    candidates: Sequence[Config], run: Callable[[Config], object], clock: Callable[[Callable[[], object]], float] | None = None
+) -> Config:
+    """The fastest of the first `MAX_CANDIDATES`; one that does not fit the GPU is passed over."""
+    best: tuple[float, Config] | None = None
+    for config in candidates[:MAX_CANDIDATES]:
+        try:
+            seconds = (clock or _device_seconds)(lambda config=config: run(config))
+        except Exception as e:
+            if type(e).__name__ not in ("OutOfResources", "PTXASError"):
+                raise
+            continue
+        if best is None or seconds < best[0]:
+            best = (seconds, replace(config, source="measured"))
+    if best is None:
+        raise RuntimeError(f"tuning: none of {len(candidates)} configurations fits this GPU")
+    return best[1]
+
+
+def _device_seconds(run: Callable[[], object], repeats: int = 20) -> float:
+    """Median seconds of a launch on the current CUDA device, after the compilation and one more run."""
+    run()
+    run()
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in marks:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in marks)[repeats // 2] / 1e3
+
+
+@contextmanager
+def searching(on: bool = True) -> Iterator[None]:
+    """Search (or not) within the block, whatever the environment says."""
+    global _searching
+    before, _searching = _searching, on
+    try:
+        yield
+    finally:
+        _searching = before
+
+
+@contextmanager
+def override(kernel: str, **values: Any) -> Iterator[None]:
+    """Within, `choose(kernel, ...)` returns a configuration with these values: for tests and experiments."""
+    before = _overrides.get(kernel)
+    _overrides[kernel] = {**(before or {}), **values}
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[kernel]
+        else:
+            _overrides[kernel] = before
+
+
+def arch_of(device: torch.device) -> str:
+    """The table for a device; CPU tensors (Triton's interpreter) use the newest one."""
+    if device.type != "cuda":
+        return architectures()[max(architectures())]
+    major, minor = torch.cuda.get_device_capability(device)
+    return nearest(major * 10 + minor)
