@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .dispatch import BackendUnavailable, explain, ops, use_backend
 from .formats import FP4_TABLE, NF4_TABLE, QuantWeight
+from .ops.dequantize_4bit import dequantize_4bit
 from .ops.lora_linear import lora_linear
+from .ops.quantize_4bit import quantize_4bit
 from .philox import draw_seed
 
 __version__ = "0.1.0"
@@ -14,9 +16,11 @@ __all__ = [
     "NF4_TABLE",
     "BackendUnavailable",
     "QuantWeight",
+    "dequantize_4bit",
     "draw_seed",
     "explain",
     "lora_linear",
     "ops",
+    "quantize_4bit",
     "use_backend",
 ]

@@ -30,7 +30,7 @@ _HOME: dict[str, frozenset[str]] = {
 }
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]  # torch's is not annotated
 _ops: dict[str, Op] = {}
 
 
@@ -132,7 +132,7 @@ class Op:
     def _call(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             raise RuntimeError(
-                f"{self.name}: the raw operator records no gradients; call peft_kernels.{self.name}, or detach the inputs"
+                f"{self.name}: the raw operator records no gradients; call peft_kernels.{self.name} or detach the inputs"
             )
         self.check(*args)
         fn = self.choose(args).fn
@@ -153,7 +153,9 @@ class Op:
                 return backend
             why = backend if isinstance(backend, str) else backend.reason(args, forced=True)
             if why is not None:
-                raise BackendUnavailable(f"{self.name}: backend {forced!r} was forced and cannot serve this call: {why}")
+                raise BackendUnavailable(
+                    f"{self.name}: backend {forced!r} was forced and cannot serve this call: {why}"
+                )
             assert isinstance(backend, Backend)
             return backend
         device = args[0].device.type

@@ -56,7 +56,8 @@ def decode_absmax(
     """float32 scale per block, [nblocks]; the identity where `absmax` is not nested."""
     if nested_absmax is None or nested_absmax.numel() == 0:
         return absmax.reshape(-1)
-    assert nested_code is not None and offset is not None
+    assert nested_code is not None
+    assert offset is not None
     codes = absmax.reshape(-1)
     scale = nested_absmax.reshape(-1).repeat_interleave(nested_blocksize)[: codes.numel()]
     return nested_code.reshape(-1)[codes.long()] * scale + offset.reshape(())

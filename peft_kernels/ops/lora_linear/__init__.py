@@ -82,10 +82,9 @@ def _check_common(
             raise arg_error(op, "a and b", f"on {x.device} like x", (a.device, b.device))
     if not 0.0 <= dropout_p < 1.0:
         raise arg_error(op, "dropout_p", "in [0, 1)", dropout_p)
-    if dropout_p > 0.0 and a is not None:
-        if seed is None or seed.dtype is not torch.int64 or seed.numel() != 1:
-            raise arg_error(op, "seed", "an int64 tensor of one element when dropout_p > 0",
-                            "None" if seed is None else (seed.dtype, tuple(seed.shape)))  # fmt: skip
+    if dropout_p > 0.0 and a is not None and (seed is None or seed.dtype is not torch.int64 or seed.numel() != 1):
+        got_seed = "None" if seed is None else (seed.dtype, tuple(seed.shape))
+        raise arg_error(op, "seed", "an int64 tensor of one element when dropout_p > 0", got_seed)
     if rows.shape[0] != x.shape[0]:
         raise arg_error(op, "dy", f"{x.shape[0]} rows like x", rows.shape[0])
 
