@@ -132,7 +132,7 @@ class Op:
     def _call(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             raise RuntimeError(
-                f"{self.name}: the raw operator records no gradients; call peft_kernels.{self.name} or detach the inputs"
+                f"{self.name}: the raw operator records no gradients; call the function peft_kernels.{self.name}"
             )
         self.check(*args)
         fn = self.choose(args).fn
