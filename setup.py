@@ -30,7 +30,7 @@ except ImportError:  # setuptools below 70.1 leaves it to the wheel package
 
 ROOT = Path(__file__).resolve().parent
 LIB = ROOT / "peft_kernels" / "lib"
-BUILD = ROOT / "build" / "native"
+BUILD = ROOT / "build" / "cmake"
 # The least that is compiled ahead of time; each further card runs the nearest of these or its PTX.
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
@@ -150,12 +150,13 @@ class BuildPy(build_py):
     """build_py, and the native library beside the Python files."""
 
     def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # else files since removed would be packed again
         super().run()
         build()
         if self.editable_mode:
             return
         target = Path(self.build_lib, "peft_kernels", "lib")
-        shutil.rmtree(target, ignore_errors=True)  # a library left by an earlier build must not be packed again
         shutil.copytree(LIB, target)
 
 
@@ -163,8 +164,10 @@ class BdistWheel(bdist_wheel):
     """A wheel for any Python 3 on this platform; for any platform where no library could be built."""
 
     def finalize_options(self) -> None:
+        pure = find_cxx()[1] is not None
+        self.distribution.has_ext_modules = lambda: not pure  # decides where in the wheel the packages lie
         super().finalize_options()
-        self.root_is_pure = find_cxx()[1] is not None
+        self.root_is_pure = pure
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
