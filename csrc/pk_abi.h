@@ -90,6 +90,40 @@ PK_EXPORT int64_t pk_lora_args_size(void); /* sizeof(pk_lora_args), checked by n
 PK_EXPORT int pk_cpu_lora_linear(const pk_lora_args *args);
 PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args);
 
+/* ---- quantize_4bit, dequantize_4bit (CPU library) -----------------------------------------------------------------
+ * The layout of quantised weights is the one above, of any number of elements (the last block may be partial).
+ * w: numel elements, float32, bfloat16 or float16. packed: ceil(numel / 2) bytes. absmax: one float32 per block.
+ * midpoints: the 15 midpoints between the table's values, ascending; order: the 16 codes by ascending value. */
+PK_EXPORT int pk_cpu_quantize_4bit(const void *w, int64_t w_dtype, int64_t numel, int64_t blocksize,
+                                   const float *midpoints, const uint8_t *order, uint8_t *packed, float *absmax,
+                                   int64_t threads);
+/* The scales in 8 bits: per nested_blocksize of absmax - *offset the largest magnitude and a code for each.
+ * rounding: 65536 codes, entry i for the scaled value -1 + 2 i / 65535. */
+PK_EXPORT int pk_cpu_quantize_absmax(const float *absmax, int64_t nblocks, const float *offset,
+                                     int64_t nested_blocksize, const uint8_t *rounding, uint8_t *codes,
+                                     float *nested_absmax, int64_t threads);
+/* out: numel elements of out_dtype (float32, bfloat16, float16). Nested when nested_code != NULL. */
+PK_EXPORT int pk_cpu_dequantize_4bit(const uint8_t *packed, const void *absmax, const float *nested_absmax,
+                                     const float *nested_code, const float *offset, int64_t quant_type,
+                                     int64_t blocksize, int64_t nested_blocksize, int64_t numel, int64_t out_dtype,
+                                     void *out, int64_t threads);
+
+/* ---- CUDA library --------------------------------------------------------------------------------------------------
+ * The same functions on device memory of GPU `device`, put on `stream` (a cudaStream_t; NULL is the default stream).
+ * They return once the work is queued; PK_ERR_DEVICE where there is no usable GPU. Nothing synchronises or allocates.
+ * midpoints, order and table (the 16 values in code order) are **host** pointers, read before the call returns. */
+PK_EXPORT int pk_cuda_device_count(int64_t *count); /* PK_ERR_DEVICE with the reason where CUDA does not work */
+PK_EXPORT int pk_cuda_quantize_4bit(const void *w, int64_t w_dtype, int64_t numel, int64_t blocksize,
+                                    const float *midpoints, const uint8_t *order, uint8_t *packed, float *absmax,
+                                    int64_t device, void *stream);
+PK_EXPORT int pk_cuda_quantize_absmax(const float *absmax, int64_t nblocks, const float *offset,
+                                      int64_t nested_blocksize, const uint8_t *rounding, uint8_t *codes,
+                                      float *nested_absmax, int64_t device, void *stream);
+PK_EXPORT int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax, const float *nested_absmax,
+                                      const float *nested_code, const float *offset, const float *table,
+                                      int64_t blocksize, int64_t nested_blocksize, int64_t numel, int64_t out_dtype,
+                                      void *out, int64_t device, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

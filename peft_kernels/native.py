@@ -10,7 +10,7 @@ Adding a function: declare it in csrc/pk_abi.h (which lists the other places) an
 from __future__ import annotations
 
 import os
-from ctypes import CDLL, c_char_p, c_int
+from ctypes import CDLL, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,16 @@ DTYPES: dict[torch.dtype, int] = {  # pk_dtype
 # name -> argument types; all return a pk_status
 _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_set_level": [c_char_p],
+    "pk_cpu_quantize_4bit": [c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 4, c_int64],
+    "pk_cpu_quantize_absmax": [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 3, c_int64],
+    "pk_cpu_dequantize_4bit": [*[c_void_p] * 5, *[c_int64] * 5, c_void_p, c_int64],
 }
-_CUDA_SIGNATURES: dict[str, list[Any]] = {}
+_CUDA_SIGNATURES: dict[str, list[Any]] = {
+    "pk_cuda_device_count": [c_void_p],
+    "pk_cuda_quantize_4bit": [c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_void_p],
+    "pk_cuda_quantize_absmax": [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_void_p],
+    "pk_cuda_dequantize_4bit": [*[c_void_p] * 6, *[c_int64] * 4, c_void_p, c_int64, c_void_p],
+}
 
 _LIB_DIR = Path(__file__).resolve().parent / "lib"
 _loaded: dict[str, CDLL | str] = {}  # library -> the loaded library, or the reason why there is none

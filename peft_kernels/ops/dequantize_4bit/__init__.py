@@ -25,6 +25,11 @@ def numel_of(shape: tuple[int, ...] | torch.Size) -> int:
     return n
 
 
+def refuse_dtype(*args: object) -> str | None:
+    """`Backend.when` of every kernel: they write the three dtypes of OUT_DTYPES."""
+    return None if args[9] in OUT_DTYPES else f"does not write {args[9]}"
+
+
 def _check(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: Tensor | None,
     quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,

@@ -89,7 +89,7 @@ def _reference(w: Tensor, quant_type: int, blocksize: int, nested: bool, nested_
 
 
 def _reference_nested(absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    codes, nested_absmax, nested_code, offset = nested_parts(absmax, nested_blocksize)
+    _codes, nested_absmax, nested_code, offset = nested_parts(absmax, nested_blocksize)
     n = absmax.numel()
     centred = torch.nn.functional.pad(absmax - offset, (0, -n % nested_blocksize)).view(-1, nested_blocksize)
     # NaNs are passed over here, unlike above
