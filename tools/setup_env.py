@@ -83,8 +83,8 @@ def download(*args: str) -> None:
         assert running.stdout is not None
         for line in running.stdout:
             text = line.strip()
-            if text.startswith(("Downloading", "Using cached", "Installing", "Building", "ERROR")) and len(text) < 200:
-                print("  " + text, flush=True)
+            if text.startswith(("Downloading", "Using cached", "Installing", "Building", "ERROR")):
+                print("  " + text[:120], flush=True)
     if running.returncode != 0:
         give_up("pip failed")
 
