@@ -1,0 +1,166 @@
+"""The commands. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import session, size, table, utf8_streams
+
+app = typer.Typer(
+    name="fastpeft",
+    help="Parameter-efficient fine-tuning on fused kernels: train adapters on 4-bit models, use, merge and inspect them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; progress goes to stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback()
+def _all_commands() -> None:
+    utf8_streams()
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for the report, the curve and the adapter.")] = Path("runs/quickstart"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune SmolLM2-135M on Python's own documentation, and show what changed."""
+    with session(as_json, debug) as out:
+        from fastpeft.demo.quickstart import run, show
+
+        result = run(output, steps)
+        out.emit(result, lambda: show(result))
+
+
+@app.command()
+def train(
+    settings: Annotated[
+        list[str],
+        typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="A YAML file, and settings that override it.", show_default=False),
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan (parameters, memory, steps) and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest intact checkpoint in output.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter on a jsonl file of prompt/completion or messages.
+
+    Example: fastpeft train model=smollm2 data=train.jsonl output=runs/mine lora.r=8 epochs=2
+    """
+    with session(as_json, debug) as out:
+        from fastpeft.training.config import load_config
+
+        path = None if "=" in settings[0] and not Path(settings[0]).is_file() else settings[0]
+        config = load_config(path, settings if path is None else settings[1:])
+        from . import commands
+
+        if dry_run:
+            plan = commands.plan(config)
+            out.emit(plan, lambda: commands.show_plan(plan))
+        else:
+            result = commands.train(config, resume)
+            out.emit(result, lambda: commands.show_training(result))
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads one from stdin.")],
+    model: Annotated[str | None, typer.Option(help="Folder, Hub id, .gguf or smollm2; default: the adapter's base.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    quantize: Annotated[str, typer.Option(help="auto (as trained), none, nf4 or fp4.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer prompts with a model, with or without an adapter."""
+    with session(as_json, debug) as out:
+        import sys
+
+        from fastpeft.training.inference import Answerer
+
+        texts = [sys.stdin.read().strip() if p == "-" else p for p in prompts]
+        answerer = Answerer.load(
+            model, None if adapter is None else str(adapter), quantize=quantize, dtype=dtype, device=device, template=template
+        )
+        answers = answerer.answer(texts, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        result = {
+            "model": answerer.note,
+            "adapter": None if adapter is None else str(adapter),
+            "answers": [{"prompt": p, "answer": a.text, "tokens": a.tokens} for p, a in zip(texts, answers, strict=True)],
+            "tokens_per_s": sum(a.tokens for a in answers) / max(1e-9, sum(a.seconds for a in answers)),
+        }
+
+        def human() -> None:
+            for text, answer in zip(texts, answers, strict=True):
+                if len(texts) > 1:
+                    print(f"> {text}")
+                print(answer.text + ("\n" if len(texts) > 1 else ""))
+
+        out.emit(result, human)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the full model.")],
+    model: Annotated[str | None, typer.Option(help="Base model; default: the adapter's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    onto: Annotated[
+        str,
+        typer.Option(help="original: the base as published. quantized: the base as rounded to 4 bits in training."),
+    ] = "original",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base and save a full model folder."""
+    with session(as_json, debug) as out:
+        from . import commands
+
+        result = commands.merge(adapter, output, model, dtype, onto)
+        out.emit(
+            result,
+            lambda: print(f"{result['output']}: {result['parameters']:,} parameters, {result['dtype']}, {size(result['bytes'])}"),
+        )
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    keys: Annotated[bool, typer.Option("--keys", help="List every tensor.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show an adapter's method, ranks, keys, size and where it can be served. Loads no model."""
+    with session(as_json, debug) as out:
+        from . import commands
+
+        result = commands.inspect(adapter)
+        out.emit(result, lambda: commands.show_inspection(result, keys))
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Show versions, devices, and which backend serves which op and why; works when torch or a library is broken."""
+    with session(as_json, debug) as out:
+        from .doctor import examine, show
+
+        report = examine()
+        out.emit(report, lambda: show(report, table))
+        if not report["usable"]:
+            raise typer.Exit(1)

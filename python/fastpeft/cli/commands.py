@@ -1,0 +1,149 @@
+"""What `train`, `merge` and `inspect` do and print; ``app`` parses, this works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastpeft.training import models
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.errors import UserError
+
+from .output import size, table
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    from fastpeft.training.run import describe, prepare
+
+    return describe(prepare(config))
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    share = 100 * plan["trainable_parameters"] / plan["parameters"]
+    rows = [
+        ("model", f"{plan['model']}, {plan['quantize']}, computing in {plan['dtype']} on {plan['device']}"),
+        ("parameters", f"{plan['parameters']:,}"),
+        ("trainable", f"{plan['trainable_parameters']:,} ({share:.2f} %)"),
+        ("data", f"{plan['examples']:,} examples, {plan['held_out_examples']:,} held out"),
+        ("tokens an epoch", f"{plan['tokens_per_epoch']:,}, of which learned {plan['learned_tokens_per_epoch']:,}"),
+        ("too long", f"{plan['examples_cut']} cut, {plan['examples_dropped']} dropped"),
+        ("steps", f"{plan['steps']:,} over {plan['epochs']} epoch(s), {plan['warmup_steps']} of them warm-up"),
+        ("rows a step", f"{plan['rows_per_step']}, filled to {100 * plan['row_fill']:.0f} %"),
+    ]
+    rows += [(f"memory: {name}", size(count)) for name, count in plan["memory_bytes"].items()]
+    rows.append(("memory: estimate", size(plan["memory_total_bytes"])))
+    table("Plan (nothing was trained)", ("what", "value"), rows)
+    print("settings:")
+    for key, value in plan["config"].items():
+        print(f"  {key}: {json.dumps(value)}")
+
+
+def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
+    from fastpeft.training.metrics import Console
+    from fastpeft.training.run import prepare
+    from fastpeft.training.run import train as run
+
+    with Console() as progress:
+        prepared = prepare(config)
+        if prepared.train.cut or prepared.train.dropped:
+            progress.say(
+                f"{prepared.train.cut} examples cut and {prepared.train.dropped} dropped at max_length={config.max_length}"
+            )
+        result, _ = run(prepared, progress, resume)
+    root = Path(config.output)
+    return {
+        "output": str(root),
+        "adapter": str(root / "adapter"),
+        "metrics": str(root / "metrics.jsonl"),
+        "loss_curve": str(root / "loss.png"),
+        "steps": result.steps,
+        "resumed_from": result.resumed_from,
+        "held_out_before": result.held_out_before,
+        "held_out_after": result.held_out_after,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "peak_memory_mb": result.peak_memory_mb,
+    }
+
+
+def show_training(result: dict[str, Any]) -> None:
+    if result["held_out_before"] is not None and result["held_out_after"] is not None:
+        print(f"held-out loss {result['held_out_before']:.4f} -> {result['held_out_after']:.4f}")
+    print(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
+    print(f"adapter: {result['adapter']}   curve: {result['loss_curve']}   metrics: {result['metrics']}")
+
+
+def merge(adapter: Path, output: Path, model: str | None, dtype: str, onto: str) -> dict[str, Any]:
+    """Merge in float32 and round once, to ``dtype``; the folder appears whole or not at all."""
+    from fastpeft.training.inference import adapter_note, base_of
+
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}", "use --dtype bf16")
+    if onto not in ("original", "quantized"):
+        raise UserError(f"onto: expected original or quantized, got {onto!r}", "use --onto original")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not an empty folder", "choose another output")
+    note = adapter_note(str(adapter))
+    kind = str(note.get("quantize", "none"))
+    if onto == "quantized" and kind == "none":
+        raise UserError(f"{adapter} was not trained here on a quantised base", "use --onto original")
+    source = models.resolve(model or base_of(str(adapter), note))
+
+    import torch
+
+    from fastpeft import PeftModel
+    from fastpeft.atomic import atomic_directory
+
+    base = models.load_model(source, torch.float32, torch.device("cpu"))
+    if onto == "quantized":
+        _round_to_four_bits(base, kind, note)
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    chosen: torch.dtype = getattr(torch, _DTYPES[dtype])
+    merged = merged.to(chosen)
+    merged.config.dtype = chosen
+    tokenizer = models.load_tokenizer(source)
+    with models.quiet_transformers(), atomic_directory(output, keep=False) as temporary:
+        merged.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
+    return {
+        "output": str(output),
+        "base": source.note,
+        "adapter": str(adapter),
+        "onto": onto,
+        "dtype": _DTYPES[dtype],
+        "parameters": sum(p.numel() for p in merged.parameters()),
+        "bytes": sum(f.stat().st_size for f in output.rglob("*") if f.is_file()),
+    }
+
+
+def _round_to_four_bits(model: Any, kind: str, note: dict[str, Any]) -> None:
+    """Replace each weight by what its 4-bit form stands for: the base that the adapter was trained to correct."""
+    import torch
+    from peft_kernels import dequantize_4bit, quantize_4bit
+
+    skip = [str(s) for s in note.get("quantize_skip", ["lm_head"])]
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and not any(name == s or name.endswith("." + s) for s in skip):
+            rounded = quantize_4bit(module.weight.detach(), kind, nested=bool(note.get("double_quant", True)))
+            module.weight.data.copy_(dequantize_4bit(rounded))
+
+
+def inspect(adapter: Path) -> dict[str, Any]:
+    from fastpeft.training.inference import adapter_note
+
+    from fastpeft.checkpoint import inspect_adapter
+
+    if not adapter.is_dir():
+        raise UserError(f"{adapter} is not a folder", "give the folder of an adapter")
+    note = adapter_note(str(adapter))
+    result: dict[str, Any] = dict(inspect_adapter(str(adapter)))
+    if note:
+        result["trained_on"] = note
+    return result
+
+
+def show_inspection(result: dict[str, Any], with_keys: bool) -> None:
+    raise NotImplementedError

@@ -1,0 +1,156 @@
+"""Cross-entropy that never holds the logits of all tokens: only learned tokens, a slice of the vocabulary at a time.
+
+The head's product with one slice of the vocabulary gives a block of logits; as in flash attention, a running maximum and
+a running sum turn blocks into the exact softmax. The gradient for the hidden states, ``softmax @ W - W[target]``, is
+accumulated in the same sweep and rescaled with the running maximum, so the forward pass reads each slice of W once for
+both products and the backward pass multiplies by one number. Peak memory is tokens x slice instead of tokens x vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_vocab: int = 4096,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Sum over tokens of ``-log softmax(logits)[target]``, a float32 scalar (float64 for float64 ``hidden``).
+
+    hidden [N, H]; weight [V, H]; bias [V]; targets [N] int64 in 0..V-1.
+    ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)`` where given.
+    Differentiable in hidden, weight and bias. The weight's gradient costs a second sweep and is made only when needed.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden [N, H] and weight [V, H] expected, got {list(hidden.shape)} and {list(weight.shape)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets [{hidden.shape[0]}] expected, got {list(targets.shape)}")
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
+        raise ValueError(f"targets must lie in 0..{weight.shape[0] - 1}, got {int(targets.min())}..{int(targets.max())}")
+    result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's apply has no types
+        hidden, weight, bias, targets, scale, softcap, chunk_vocab, chunk_tokens
+    )
+    return result
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk_vocab: int,
+        chunk_tokens: int,
+    ) -> Tensor:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        head = _Head(weight, bias, scale, softcap, chunk_vocab, dtype)
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
+        grad_bias = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if need_bias else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            h, t = hidden[rows].detach().to(dtype), targets[rows]
+            part, log_sum, gradient = head.sweep(h, t, need_hidden)
+            loss += part
+            if grad_hidden is not None and gradient is not None:
+                grad_hidden[rows] = gradient
+            if grad_weight is not None or grad_bias is not None:
+                head.weight_gradients(h, t, log_sum, grad_weight, grad_bias)
+        ctx.gradients = (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        scaled = [None if g is None else g * grad.to(g.dtype) for g in ctx.gradients]
+        return (*scaled, None, None, None, None, None)
+
+
+class _Head:
+    """The projection to the vocabulary, slice by slice."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, chunk: int, dtype: torch.dtype
+    ) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.scale, self.softcap, self.chunk, self.dtype = scale, softcap, chunk, dtype
+
+    def _logits(self, h: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits of one slice [n, v], the slice of the weight, and tanh(z / softcap) where there is a cap."""
+        rows = slice(start, start + self.chunk)
+        w = self.weight[rows].to(self.dtype)
+        z = h @ w.t() if self.bias is None else torch.addmm(self.bias[rows].to(self.dtype), h, w.t())
+        if self.scale != 1.0:
+            z *= self.scale
+        if self.softcap is None:
+            return z, w, None
+        capped = torch.tanh(z / self.softcap)
+        return capped * self.softcap, w, capped
+
+    def sweep(self, h: Tensor, targets: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss sum, log of the softmax's denominator [n], and the loss's gradient for ``h`` [n, H]."""
+        n = h.shape[0]
+        top = torch.full((n,), -torch.inf, dtype=self.dtype, device=h.device)
+        total = torch.zeros(n, dtype=self.dtype, device=h.device)
+        at_target = torch.zeros(n, dtype=self.dtype, device=h.device)
+        slope = torch.ones(n, dtype=self.dtype, device=h.device)  # of the cap at the target
+        mean = torch.zeros_like(h) if need_gradient else None
+        for start in range(0, self.weight.shape[0], self.chunk):
+            logits, w, capped = self._logits(h, start)
+            inside = (targets >= start) & (targets < start + self.chunk)
+            index = (targets - start).clamp(0, logits.shape[1] - 1).unsqueeze(1)
+            at_target = torch.where(inside, logits.gather(1, index).squeeze(1), at_target)
+            higher = torch.maximum(top, logits.amax(dim=1))
+            rescale = torch.exp(top - higher)
+            p = logits.sub_(higher.unsqueeze(1)).exp_()
+            total = total * rescale + p.sum(dim=1)
+            if mean is not None:
+                if capped is not None:
+                    slope = torch.where(inside, 1 - capped.gather(1, index).squeeze(1) ** 2, slope)
+                    p *= 1 - capped**2
+                mean = torch.addmm(mean.mul_(rescale.unsqueeze(1)), p, w)
+            top = higher
+        log_sum = top + torch.log(total)
+        loss = (log_sum - at_target).sum()
+        if mean is None:
+            return loss, log_sum, None
+        mean /= total.unsqueeze(1)
+        mean -= self.weight[targets].to(self.dtype) * slope.unsqueeze(1)
+        return loss, log_sum, mean.mul_(self.scale)
+
+    def weight_gradients(
+        self, h: Tensor, targets: Tensor, log_sum: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None
+    ) -> None:
+        """Add ``(softmax - onehot).T @ h``: the softmax is complete only after a sweep, hence the second one."""
+        for start in range(0, self.weight.shape[0], self.chunk):
+            logits, _, capped = self._logits(h, start)
+            p = logits.sub_(log_sum.unsqueeze(1)).exp_()
+            rows = torch.nonzero((targets >= start) & (targets < start + self.chunk)).squeeze(1)
+            p[rows, targets[rows] - start] -= 1
+            if capped is not None:
+                p *= 1 - capped**2
+            p *= self.scale
+            if grad_weight is not None:
+                grad_weight[start : start + self.chunk] += p.t() @ h
+            if grad_bias is not None:
+                grad_bias[start : start + self.chunk] += p.sum(dim=0)

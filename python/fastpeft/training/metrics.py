@@ -1,0 +1,139 @@
+"""What a run writes down and shows: metrics.jsonl, the progress line, peak memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far, in MB: by torch on a GPU, by the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # kilobytes on Linux, bytes on macOS
+
+
+class MetricsFile:
+    """A line of json a step. Reopened for resuming, it drops the lines from after the checkpoint and torn ones."""
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[str] = []
+        if resume_step is not None and path.is_file():
+            kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= resume_step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+        self._file.write(json.dumps(rounded) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a line torn by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+class Progress(Protocol):
+    """What the loop tells of itself."""
+
+    def start(self, total: int, done: int) -> None: ...
+    def step(self, line: dict[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, total: int, done: int) -> None: ...
+    def step(self, line: dict[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+def _columns(line: dict[str, Any]) -> str:
+    parts = [f"loss {line['loss']:.3f}"] if "loss" in line else []
+    if "lr" in line:
+        parts.append(f"lr {line['lr']:.1e}")
+    if "tokens_per_s" in line:
+        parts.append(f"{line['tokens_per_s']:.0f} tok/s")
+    if "peak_memory_mb" in line:
+        parts.append(f"peak {line['peak_memory_mb'] / 1000:.2f} GB")
+    return "  ".join(parts)
+
+
+class Console:
+    """A rich progress bar on a terminal, a line every few seconds elsewhere; always on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console as RichConsole
+
+        self.console = RichConsole(stderr=True)
+        self._bar: Any = None
+        self._task: Any = None
+        self._last = 0.0
+        self._total = 0
+        self._held_out = ""
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self, total: int, done: int) -> None:
+        self._total = total
+        if not self.console.is_terminal:
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[columns]}"),
+            TimeRemainingColumn(compact=True), console=self.console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("training", total=total, completed=done, columns="")
+        self._bar.start()
+
+    def step(self, line: dict[str, Any]) -> None:
+        if "held_out_loss" in line:
+            self._held_out = f"  held-out {line['held_out_loss']:.3f}"
+        columns = _columns(line) + self._held_out
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line["step"], columns=columns)
+        elif time.monotonic() - self._last > 5 or line["step"] in (0, 1, self._total) or "held_out_loss" in line:
+            self._last = time.monotonic()
+            self.say(f"step {line['step']}/{self._total}  {columns}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
