@@ -1,0 +1,56 @@
+"""fastpeft: PEFT's interface on fused kernels. `import fastpeft as peft`.
+
+Names are imported when they are first used, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "config": (
+        "NoMatchingPeftModuleError", "PeftConfig", "PeftError", "PeftType", "PeftWarning", "TargetConfig", "TaskType",
+    ),
+    "checkpoint": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "model": ("PeftModel", "get_peft_model", "inject_adapter_in_model"),
+    "tasks": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+    ),
+    "auto": (
+        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
+    "prepare": ("cast_mixed_precision_params", "prepare_model_for_kbit_training"),
+    "layer": ("AdapterLayer",),
+    "method": ("Method", "register"),
+    "mapping": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
+    ),
+    "methods.lora": ("LoraConfig", "LoraRuntimeConfig"),
+    "nf4": ("NF4Linear", "quantize_model"),
+    "tuner": ("LoraModel",),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,264 @@
+"""PeftConfig: the fields that every method shares, written once; json in and out.
+
+Field names, defaults and the file `adapter_config.json` are those of PEFT 0.21. A method adds its own dataclass below
+`TargetConfig` in its file under `methods/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .safety import check_config, read_json
+
+CONFIG_NAME = "adapter_config.json"
+# The version of PEFT whose file format is written. It goes into `peft_version`, which readers use to tell formats apart.
+PEFT_FORMAT_VERSION = "0.21.2"
+
+
+class PeftType(str, enum.Enum):
+    """Every adapter type that PEFT's files can name. Which of them exist here, `fastpeft.method.registry()` tells."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    BOFT = "BOFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    IA3 = "IA3"
+    BEFT = "BEFT"
+    LILY = "LILY"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    FROD = "FROD"
+    PVERA = "PVERA"
+    FOURIERFT = "FOURIERFT"
+    GLORA = "GLORA"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    UNILORA = "UNILORA"
+    CPT = "CPT"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    HIRA = "HIRA"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    CARTRIDGE = "CARTRIDGE"
+    TINYLORA = "TINYLORA"
+    PSOFT = "PSOFT"
+    PEANUT = "PEANUT"
+    SHADOW = "SHADOW"
+    SUPERTUNING = "SUPERTUNING"
+    DEFT = "DEFT"
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for; it chooses the PeftModel class."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftError(ValueError):
+    """Base of the errors that a wrong configuration or model causes."""
+
+
+class NoMatchingPeftModuleError(PeftError):
+    """No module of the model is one that the configuration targets."""
+
+
+class PeftWarning(UserWarning):
+    """Something was ignored or changed that the user should know of."""
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter has. `task_type` and `peft_type` accept their names as text."""
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    # What only lives in memory and is left out of files.
+    runtime_fields: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            try:
+                self.task_type = TaskType(self.task_type)
+            except ValueError:
+                names = ", ".join(t.value for t in TaskType)
+                raise ValueError(f"Invalid task type: {self.task_type!r}. Must be one of: {names}.") from None
+        if self.peft_type is not None:
+            try:
+                self.peft_type = PeftType(self.peft_type)
+            except ValueError:
+                raise ValueError(f"Unknown PEFT type: {self.peft_type!r}") from None
+        if self.peft_version is None:
+            self.peft_version = PEFT_FORMAT_VERSION
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as json can hold it: enums as text, sets as sorted lists, nested configurations as dicts."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in self.runtime_fields}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` into `save_directory`, which is made where it is missing.
+
+        auto_mapping_dict: stored as `auto_mapping`, as PEFT does for models without a task type.
+        """
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
+        os.makedirs(save_directory, exist_ok=True)
+        content = self.to_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            content["auto_mapping"] = kwargs["auto_mapping_dict"]
+        path = os.path.join(save_directory, CONFIG_NAME)
+        temporary = f"{path}.tmp{os.getpid()}"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True))
+        os.replace(temporary, path)  # a reader sees the old file or the new one, never half of it
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """The configuration of the class that `peft_type` names (this class where it is missing).
+
+        Fields that the class does not know are dropped with a warning: they come from a newer version of a file.
+        """
+        config_cls: type[PeftConfig] = cls
+        if kwargs.get("peft_type") is not None:
+            from .method import get_method
+
+            config_cls = get_method(kwargs["peft_type"]).config_class
+        known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            warnings.warn(
+                f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was probably "
+                "written by a newer version of PEFT.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        return config_cls(**{name: value for name, value in kwargs.items() if name in known})
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: object = "adapter configuration") -> PeftConfig:
+        """A configuration from a file's content, its values checked for sense before any is used."""
+        check_config(content, where)
+        return cls.from_peft_type(**content)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The content of a configuration file, without the fields that only live in memory."""
+        content = read_json(path_json_file)
+        content.pop("runtime_config", None)
+        return content
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read `adapter_config.json` from a folder or, where there is no such folder, from the Hub."""
+        path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **kwargs)
+        return cls.from_dict(cls.from_json_file(path), path)
+
+
+def find_adapter_file(
+    name_or_path: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub_kwargs: Any
+) -> str:
+    """The path of `filename` in a local folder or, where that has none, in the Hub's cache after a download."""
+    folder = os.path.join(name_or_path, subfolder) if subfolder else os.fspath(name_or_path)
+    path = os.path.join(folder, filename)
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(folder):
+        raise ValueError(f"Can't find '{filename}' at '{folder}'")
+    try:
+        from huggingface_hub import hf_hub_download
+
+        accepted = ("revision", "token", "cache_dir", "force_download", "local_files_only", "repo_type")
+        options = {k: v for k, v in hub_kwargs.items() if k in accepted}
+        return str(hf_hub_download(os.fspath(name_or_path), filename, subfolder=subfolder, **options))
+    except Exception as error:
+        raise ValueError(f"Can't find '{filename}' at '{name_or_path}': {error}") from error
+
+
+@dataclass
+class TargetConfig(PeftConfig):
+    """What every method that acts on modules of a model has.
+
+    target_modules: names (a module matches by its full name or by a suffix of it that starts after a dot), a regular
+        expression for the full name, "all-linear", or None for the default of the model's architecture.
+    exclude_modules: the same, for what must not match. layers_to_transform: indices of the layers to adapt, where a
+        module's layer is the first number in its name, or the one after `layers_pattern`.
+    modules_to_save: modules that are trained in full and saved with the adapter.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+def _plain(value: Any) -> Any:
+    """`value` as json holds it."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(v) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,131 @@
+"""AdapterDict: one container per tensor name, keyed by adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class AdapterDict(nn.Module):
+    """Parameters, buffers and modules by adapter name, side by side.
+
+    nn.ModuleDict and nn.ParameterDict refuse names that are attributes of a module, such as `train` or `keys`, and
+    neither holds what the other does; LoRA's `lora_A` is a module and AdaLoRA's a parameter, and one layer may have
+    both. Keys in `state_dict` are `<container>.<adapter>` and `<container>.<adapter>.<tensor>`, as PEFT's.
+    """
+
+    def __init__(self, items: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        for name, value in (items or {}).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: nn.Module | Tensor) -> None:
+        self.set(name, value)
+
+    def set(self, name: str, value: nn.Module | Tensor, persistent: bool = True) -> None:
+        """Store a module, a parameter, or (any other tensor) a buffer, which `state_dict` has if `persistent`."""
+        if not isinstance(name, str) or not name or "." in name:
+            raise KeyError(f"adapter name must be a text without dots, got {name!r}")
+        self._forget(name)
+        if isinstance(value, nn.Module):
+            self._modules[name] = value
+        elif isinstance(value, nn.Parameter):
+            self._parameters[name] = value
+        elif isinstance(value, Tensor):
+            self._buffers[name] = value
+            if not persistent:
+                self._non_persistent_buffers_set.add(name)
+        else:
+            raise TypeError(f"AdapterDict holds modules and tensors, got {type(value).__name__}")
+
+    def _forget(self, name: str) -> None:
+        self._modules.pop(name, None)
+        self._parameters.pop(name, None)
+        self._buffers.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
+
+    def __getitem__(self, name: str) -> Any:
+        for store in (self._modules, self._parameters, self._buffers):
+            if name in store:
+                return store[name]
+        raise KeyError(name)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(name)
+        self._forget(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules or name in self._parameters or name in self._buffers
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters) + len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._modules, *self._parameters, *self._buffers])
+
+    def keys(self) -> list[str]:
+        return list(self)
+
+    def values(self) -> list[Any]:
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(name, self[name]) for name in self]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if name not in self and default:
+            return default[0]
+        value = self[name]
+        self._forget(name)
+        return value
+
+    def update(self, items: Mapping[str, Any]) -> None:
+        for name, value in items.items():
+            self[name] = value
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """(suffix, tensor) of everything that `state_dict` has for an adapter; the suffix is "" for a tensor itself."""
+        value = self.get(name)
+        if isinstance(value, Tensor):
+            if name not in self._non_persistent_buffers_set:
+                yield "", value
+        elif isinstance(value, nn.Module):
+            for key, tensor in value.state_dict(keep_vars=True).items():
+                yield key, tensor
+
+    def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of one adapter."""
+        value = self.get(name)
+        if isinstance(value, nn.Parameter):
+            yield value
+        elif isinstance(value, nn.Module):
+            yield from value.parameters()
+
+    def to_entry(self, name: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Move one adapter's entry to a device and its floating-point tensors to a dtype (None leaves either)."""
+        value = self[name]
+        if isinstance(value, nn.Module):
+            value.to(device=device, dtype=dtype)
+            return
+        target = dtype if dtype is not None and value.is_floating_point() else None
+        moved = value.to(device=device, dtype=target)
+        if moved is value:
+            return
+        if isinstance(value, nn.Parameter):
+            self._parameters[name] = nn.Parameter(moved.detach(), value.requires_grad)
+        else:
+            self._buffers[name] = moved
+
+    def forward(self) -> None:
+        raise RuntimeError("AdapterDict is a container; it has no forward")
+
+    def extra_repr(self) -> str:
+        tensors = {**self._parameters, **self._buffers}
+        return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in tensors.items() if t is not None)

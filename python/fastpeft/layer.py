@@ -1,0 +1,450 @@
+"""AdapterLayer: the one layer that holds adapters, composes their methods, merges and unmerges them.
+
+Adapter i wraps the layer that adapters 0..i-1 made, in the order of `active_adapters`; merging does exactly the same.
+So a layer with adapters of different methods is no special case.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import PeftWarning
+from .containers import AdapterDict
+from .method import AdapterView, Fused, LayerInfo, Method, State
+from .weights import BaseWeight, Weight, weight_of, wide
+
+
+class _Stack:
+    """One call of a layer: the base layer and the adapters that wrap it. Implements `method.Inner` at each depth."""
+
+    __slots__ = ("_args", "_depth", "_kwargs", "_layer", "_names", "_root", "_weight", "dtype")
+
+    def __init__(
+        self,
+        layer: AdapterLayer,
+        names: Sequence[str],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        root: _Stack | None = None,
+        depth: int | None = None,
+    ) -> None:
+        self._layer, self._names, self._args, self._kwargs = layer, names, args, kwargs or {}
+        self._depth = len(names) if depth is None else depth
+        self._root = root or self
+        self._weight: Weight | None = None
+        self.dtype: torch.dtype | None = None
+
+    @property
+    def info(self) -> LayerInfo:
+        return self._layer.info
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self._layer
+        if self._depth == 0:
+            y = layer.kind.call(layer.base_layer, x, *self._args, **self._kwargs)
+            self._root.dtype = y.dtype
+            return y
+        name = self._names[self._depth - 1]
+        inner = _Stack(layer, self._names, self._args, self._kwargs, self._root, self._depth - 1)
+        return layer.methods[name].forward(layer.view(name), layer.shared.get(name), x, inner)
+
+    def weight(self) -> Weight:
+        if self._weight is None:
+            self._weight = self._layer.merged_weight(self._names[: self._depth])
+        return self._weight
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._layer.kind.apply(self._layer.base_layer, x, weight, bias)
+
+
+class AdapterLayer(nn.Module):
+    """A base layer with any number of adapters of any methods. Its attributes are those of PEFT's tuner layers.
+
+    The tensors of an adapter are spread over one container per tensor name: `layer.lora_A["default"].weight`. Values
+    are in plain dicts: `layer.scaling["default"]`.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str = "", kind: type[BaseWeight] | None = None) -> None:
+        super().__init__()
+        found = kind or weight_of(base_layer)
+        if found is None:
+            raise ValueError(f"{type(base_layer).__name__} has no weight that an adapter could act on")
+        self.base_layer = base_layer
+        self.kind = found
+        self.layer_name = name
+        self.methods: dict[str, Method] = {}
+        self.shared: dict[str, Any] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self._trained: set[str] = set()  # adapters whose tensors may require gradients
+        self._rows: list[str] | None = None  # an adapter for each row of the batch, during a mixed-batch forward
+        self._taken: dict[str, Any] | None = None  # the base weight as it was before merging
+        self._plan: Fused | None = None
+        info = self.info
+        self.in_features, self.out_features = info.in_features, info.out_features
+        self.fan_in_fan_out = self.kind.fan_in_fan_out
+
+    # What it is
+
+    @property
+    def info(self) -> LayerInfo:
+        return self.kind.info(self.base_layer, self.layer_name)
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    @property
+    def quantization_backend(self) -> str | None:
+        return self.kind.quantized
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(n for m in self.methods.values() for n in m.tensors))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(n for m in self.methods.values() for n in m.others))
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.methods)
+
+    def view(self, adapter: str) -> AdapterView:
+        """The tensors and values of one adapter, as its method sees them."""
+        return AdapterView(self, adapter)
+
+    def containers(self) -> Iterator[tuple[str, AdapterDict]]:
+        """(name, container) of everything that holds adapters' tensors."""
+        for name, module in self._modules.items():
+            if isinstance(module, AdapterDict):
+                yield name, module
+
+    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
+        """(key in memory, key in a file, tensor) of what is saved for an adapter; keys start after the layer's name."""
+        method = self.methods.get(adapter)
+        for name, container in self.containers() if method is not None else ():
+            for suffix, tensor in container.tensors(adapter):
+                end = f".{suffix}" if suffix else ""
+                assert method is not None
+                yield f"{name}.{adapter}{end}", method.file_key(f"{name}{end}"), tensor
+
+    # Adapters come and go
+
+    def add(self, adapter: str, method: Method, state: State, shared: Any = None) -> None:
+        """Add an adapter whose state was made by `method.make_state`. Replaces one of the same name."""
+        self.methods[adapter] = method
+        self.shared.pop(adapter, None)
+        if shared:
+            self.shared[adapter] = shared
+        for name in (*method.others, *method.tensors):
+            value = state.get(name)
+            holds_tensors = name in method.tensors or isinstance(value, (nn.Module, Tensor))
+            if name not in self._modules and name not in self.__dict__:
+                setattr(self, name, AdapterDict() if holds_tensors else {})
+            container = getattr(self, name)
+            container.pop(adapter, None)
+            if name in state:
+                container[adapter] = value
+        self._plan = None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the first of the others, by name, becomes active."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Unmerge it first.")
+        method = self.methods.pop(adapter_name, None)
+        self.shared.pop(adapter_name, None)
+        self._trained.discard(adapter_name)
+        if method is not None:
+            for name in (*method.tensors, *method.others):
+                getattr(self, name).pop(adapter_name, None)
+        self._plan = None
+        if adapter_name not in self._active_adapter:
+            return
+        left = [name for name in self._active_adapter if name != adapter_name]
+        if not left and self.methods:
+            left = [min(self.methods)]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        self.set_adapter(left)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, in this order; only their tensors require gradients, if any do."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        # Only what changes is touched, so that the hundredth adapter costs no more than the first.
+        for name in self._trained - set(names):
+            self._set_requires_grad(name, False)
+        for name in names:
+            if name in self.methods:
+                self._set_requires_grad(name, not inference_mode)
+        self._active_adapter = names
+        self._plan = None
+
+    def _set_requires_grad(self, adapter: str, requires_grad: bool) -> None:
+        method, s = self.methods[adapter], self.view(adapter)
+        for name in method.tensors:
+            trains = requires_grad and method.trains(s, name)
+            for parameter in getattr(self, name).parameters_of(adapter):
+                if parameter.is_leaf:
+                    parameter.requires_grad_(trains)
+        (self._trained.add if requires_grad else self._trained.discard)(adapter)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Turn gradients of some adapters on or off without changing which are active."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.methods:
+                self._set_requires_grad(name, requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn all adapters on or off; while off, the layer is its base layer and no adapter requires gradients."""
+        self._disable_adapters = not enabled
+        self._plan = None
+        if enabled:
+            self.set_adapter(self._active_adapter)
+        else:
+            for name in list(self._trained):
+                self._set_requires_grad(name, False)
+
+    def set_rows(self, adapter_names: list[str] | None) -> None:
+        """Assign an adapter to each row of the next batches ("__base__" for none); None ends that."""
+        self._rows = adapter_names
+        self._plan = None
+
+    # Scaling, for methods that have one
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scaling to `scale` times what its configuration gives."""
+        initial = self._initial_scale(adapter)
+        if initial is not None:
+            self._scaling[adapter] = scale * initial
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self._scaled_active() if scale != 1 else ():
+            self._scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters, or reset it to what the configuration gives."""
+        for name in self._scaled_active():
+            self._scaling[name] = self._initial_scale(name) if scale is None else self._scaling[name] / scale
+
+    @property
+    def _scaling(self) -> dict[str, Any]:
+        found: dict[str, Any] = getattr(self, "scaling", {})
+        return found
+
+    def _initial_scale(self, adapter: str) -> float | None:
+        return self.methods[adapter].scale(self.view(adapter)) if adapter in self.methods else None
+
+    def _scaled_active(self) -> list[str]:
+        return [n for n in self._active_adapter if n in self._scaling and self._initial_scale(n) is not None]
+
+    # Merging
+
+    def merged_weight(self, adapters: Sequence[str], base: Weight | None = None) -> Weight:
+        """W and b, in at least float32, that the base layer has with these adapters merged in this order."""
+        w, b = base or self.kind.read(self.base_layer)
+        w = w.to(wide(w.dtype))
+        b = None if b is None else b.to(w.dtype)
+        for name in adapters:
+            w, b = self.methods[name].merged(self.view(name), self.shared.get(name), w, b)
+        return w, b
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging an adapter alone adds to the base weight, in the layout of `base_layer.weight`."""
+        with torch.no_grad():
+            base = self._unmerged(self.kind.read)
+            method = self.methods[adapter]
+            if type(method).merged is Method.merged and not method.needs_base_weight:
+                delta = method.delta_weight(self.view(adapter), self.shared.get(adapter), None).reshape(self.info.shape)
+            else:
+                delta = self.merged_weight([adapter], base)[0] - base[0]
+        transposed = self.kind.fan_in_fan_out or self.kind.kind == "embedding"
+        return delta.t() if transposed else delta
+
+    def _unmerged(self, read: Any) -> Weight:
+        """`read` of the base layer as it was before any merge."""
+        if self._taken is None:
+            return read(self.base_layer)  # type: ignore[no-any-return]
+        now = self.kind.take(self.base_layer)
+        self.kind.put_back(self.base_layer, self._taken)
+        try:
+            return read(self.base_layer)  # type: ignore[no-any-return]
+        finally:
+            self.kind.put_back(self.base_layer, now)
+
+    def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
+        """The adapters that `merge` would merge. Raises ValueError if one of them cannot be; changes nothing."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        wanted = self._active_adapter if adapter_names is None else adapter_names
+        names = [n for n in wanted if n in self.methods and n not in self.merged_adapters]
+        for name in names:
+            reason = self.methods[name].mergeable_in(self.view(name), self.info)
+            if reason:
+                raise ValueError(f"Adapter {name!r} cannot be merged into {self.layer_name or 'the layer'}: {reason}.")
+        return names
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, keep: bool = True
+    ) -> float | None:
+        """Merge adapters (None: the active ones) into the base weight, after those that are merged already.
+
+        safe_merge: raise ValueError, with nothing changed, if the result holds NaN or infinity. keep: hold on to the
+        old weight so that `unmerge` restores its exact bytes; this costs a second copy of the layer's weight. Returns
+        the relative error that requantising made, for a quantised layer.
+        """
+        names = self.to_merge(adapter_names)
+        if not names:
+            return None
+        with torch.no_grad():
+            # From the original, so that a second merge adds no second rounding.
+            base = self._unmerged(self.kind.read)
+            w, b = self.merged_weight([*self.merged_adapters, *names], base)
+            if safe_merge:
+                self._check_finite(names, w, b)
+            taken = self._taken if self._taken is not None else self.kind.take(self.base_layer)
+            try:
+                error = self.kind.write(self.base_layer, w, b)
+            except Exception:
+                self.kind.put_back(self.base_layer, taken)
+                raise
+        self._taken = taken if keep else None
+        self.merged_adapters.extend(names)
+        self._plan = None
+        return error
+
+    def check_safe(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise ValueError if merging would give NaN or infinity; changes nothing."""
+        names = self.to_merge(adapter_names)
+        if names:
+            with torch.no_grad():
+                base = self._unmerged(self.kind.read)
+                self._check_finite(names, *self.merged_weight([*self.merged_adapters, *names], base))
+
+    def _check_finite(self, names: Sequence[str], w: Tensor, b: Tensor | None) -> None:
+        stored = self.kind.dtype(self.base_layer)  # a weight that is finite in float32 may overflow float16
+        for tensor in (w, b):
+            if tensor is not None and not torch.isfinite(tensor.to(stored)).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights of {self.layer_name or 'the layer'}. "
+                    f"The adapter {', '.join(names)} seems to be broken"
+                )
+
+    def unmerge(self) -> None:
+        """Undo every merge: the exact bytes that the base weight had before are back."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
+            return
+        if self._taken is None:
+            raise ValueError("this layer was merged with keep=False, so its old weight is gone")
+        self.kind.put_back(self.base_layer, self._taken)
+        self._taken, self._plan = None, None
+        self.merged_adapters.clear()
+
+    # Forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan = self._plan
+        if plan is not None and not args and not kwargs:
+            y = plan(x)
+            if y is not None:
+                return y
+        return self._forward(x, args, kwargs)
+
+    def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        rows = kwargs.pop("adapter_names", None) or self._rows
+        if rows is not None:
+            return self._mixed(x, list(rows), args, kwargs)
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        if self._disable_adapters or self.merged_adapters:
+            return self._compose(x, (), args, kwargs)
+        names = [name for name in self._active_adapter if name in self.methods]
+        if len(names) == 1 and not args and not kwargs:
+            self._plan = self.methods[names[0]].fused(self, self.view(names[0]), self.shared.get(names[0]))
+            y = None if self._plan is None else self._plan(x)
+            if y is not None:
+                return y
+        return self._compose(x, names, args, kwargs)
+
+    def _compose(self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        stack = _Stack(self, names, args, kwargs)
+        y = stack(x)
+        return y if stack.dtype is None else y.to(stack.dtype)
+
+    def _mixed(self, x: Tensor, rows: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Each row through its own adapter. Every method works: rows of one adapter are one ordinary call."""
+        if len(x) != len(rows):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(rows)} and {len(x)} respectively."
+            )
+        if self.merged_adapters:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, call `unmerge_adapter` first.")
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(rows):
+            # An adapter that this layer does not have leaves it as it is, like "__base__".
+            groups.setdefault(name if name in self.methods and not self._disable_adapters else "__base__", []).append(i)
+        if len(groups) == 1:
+            return self._compose(x, [n for n in groups if n != "__base__"], args, kwargs)
+        order = [i for members in groups.values() for i in members]
+        parts = [
+            self._compose(x[members], [] if name == "__base__" else [name], args, kwargs)
+            for name, members in groups.items()
+        ]
+        back = torch.empty(len(order), dtype=torch.long)
+        back[order] = torch.arange(len(order))
+        return torch.cat(parts)[back.to(parts[0].device)]
+
+    # A plan reads tensors through their containers, but it is bound to these containers and to their device.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdapterLayer:
+        self._plan = None
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._plan = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> AdapterLayer:
+        self._plan = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}
+
+    def __repr__(self) -> str:
+        prefix = next((m.prefix.rstrip("_") for m in self.methods.values()), "adapter")
+        return super().__repr__().replace(type(self).__name__, f"{prefix}.{self.kind.label}", 1)

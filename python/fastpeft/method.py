@@ -1,0 +1,238 @@
+"""Method: the stateless math of one kind of adapter, and the registry of methods.
+
+A method knows one adapter's tensors in one layer and that layer's weight as a matrix. It knows nothing of names of
+other adapters, merging, devices, quantisation or other methods; `AdapterLayer` composes, merges and stores.
+
+The law that every method obeys (tests/fastpeft/test_laws.py holds each to it):
+
+    layer.forward(x) == F.linear(x, *merged(W, b))
+
+where W, b is the layer that the adapters before this one made. `W` is always given as [out_features, in_features]
+(Conv1D transposed, an embedding as the matrix that acts on one-hot rows), for convolutions [out, in / groups, *kernel].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .config import PeftConfig, PeftType, TargetConfig
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
+
+State = dict[str, Any]
+Fused = Callable[[Tensor], "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a method is told about the layer that it adapts.
+
+    kind: "linear", "embedding", "conv1d", "conv2d", "conv3d" (the kinds of `weights.py`). shape: of W as the law names
+    it. dtype: of the layer's arithmetic (a quantised layer's compute dtype). output_scale: what an embedding multiplies
+    its rows with. module: the base layer, for shapes of convolutions and for initialisations that read the weight.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    in_features: int
+    out_features: int
+    has_bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    module: nn.Module
+    groups: int = 1
+    quantized: str | None = None
+
+
+class Inner(Protocol):
+    """The layer that an adapter wraps: the base layer with the adapters before it."""
+
+    @property
+    def info(self) -> LayerInfo: ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Its output."""
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        """Its dense W and b, in at least float32; costly for quantised layers."""
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the layer would compute with another weight (a convolution with its stride and padding)."""
+
+
+class AdapterView:
+    """One adapter's tensors and values in one layer, by name: `s.lora_A`, `s.scaling`. Reads through, holds nothing."""
+
+    __slots__ = ("_layer", "_name")
+
+    def __init__(self, layer: AdapterLayer, name: str) -> None:
+        self._layer = layer
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return getattr(self._layer, name)[self._name]
+        except KeyError:
+            raise AttributeError(f"adapter {self._name!r} has no {name!r} in this layer") from None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        container = getattr(self._layer, name, None)
+        return default if container is None or self._name not in container else container[self._name]
+
+
+class Method:
+    """One adapter type. Subclasses live in `methods/`, one file each, and are registered with `@register`.
+
+    peft_type, prefix, config_class: its names. model_name: PEFT's name of the tuner class, such as "LoraModel".
+    tensors: names of the containers with trainable tensors, in PEFT's order. others: names of the remaining per-adapter
+    entries: values such as `scaling`, and modules or buffers that are not trained. kinds: of layers it can adapt.
+    mergeable: whether it has a merged form; a method without one is held to composition only.
+    """
+
+    peft_type: ClassVar[PeftType]
+    prefix: ClassVar[str]
+    config_class: ClassVar[type[PeftConfig]]
+    model_name: ClassVar[str] = "TunerModel"
+    tensors: ClassVar[tuple[str, ...]] = ()
+    others: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    default_targets: ClassVar[Mapping[str, Any]] = {}
+    mergeable: ClassVar[bool] = True
+    needs_base_weight: ClassVar[bool] = False
+
+    # What is asked before anything is built. Errors here leave the model as it was.
+
+    def check_config(self, config: Any, loading: bool = False) -> None:
+        """Raise for values that make no sense, and NotImplementedError for options that are not there yet.
+
+        loading: the tensors will come from a file, so how they would be initialised need not be supported.
+        """
+
+    def check_layer(self, config: Any, info: LayerInfo) -> None:
+        """Raise ValueError where the math makes no sense on this layer (never silently do nothing)."""
+        if info.kind not in self.kinds:
+            raise ValueError(
+                f"{self.peft_type.value} cannot adapt {info.name!r}, a {type(info.module).__name__}: it supports layers "
+                f"of kind {', '.join(sorted(self.kinds))}."
+            )
+
+    def layer_config(self, config: Any, names: Sequence[str]) -> dict[str, Any]:
+        """Configuration per layer where it differs from layer to layer (rank patterns); a missing name means `config`."""
+        return {}
+
+    # State: modules, parameters and buffers go into containers named after them, anything else into plain dicts.
+
+    def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
+        """Tensors that all layers of the adapter share (VeRA's A and B); {} for most methods."""
+        return {}
+
+    def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
+        """One layer's entries for every name in `tensors` and `others` that this adapter has there, initialised."""
+        raise NotImplementedError
+
+    def trains(self, s: Any, name: str) -> bool:
+        """Whether the entry `name` (one of `tensors`) is trained."""
+        return True
+
+    def file_key(self, key: str) -> str:
+        """The key in a file for a tensor's key in memory, both without the adapter's name."""
+        return key
+
+    # Math. `s` is an AdapterView, `shared` what make_shared gave, `inner` the layer that this adapter wraps.
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        """What is added to W, in W's shape. Additive methods need only this. w: W, if `needs_base_weight`."""
+        raise NotImplementedError
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias of the adapted layer, given those of the layer that it wraps."""
+        delta = self.delta_weight(s, shared, w if self.needs_base_weight else None)
+        return w + delta.to(w.dtype).reshape(w.shape), b
+
+    def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
+        """Why this adapter has no merged form in this layer, or None if it has."""
+        return None if self.mergeable else f"{self.peft_type.value} has no merged form"
+
+    def input(self, s: Any, shared: Any, x: Tensor) -> Tensor:
+        """What the wrapped layer sees in place of x."""
+        return x
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        """The adapted layer's output; y is the wrapped layer's for `input(x)`."""
+        w = inner.weight()[0] if self.needs_base_weight else None
+        delta = self.delta_weight(s, shared, w)
+        return y + inner.apply(x, delta.to(x.dtype) if x.is_floating_point() else delta)
+
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        """The adapted layer; only a method that calls `inner` other than once replaces it."""
+        return self.output(s, shared, x, inner(self.input(s, shared, x)), inner)
+
+    # Optional: speed, and scaling by a user.
+
+    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+        """A function that computes the whole layer for x while this adapter alone is active and unmerged, or None.
+
+        It is made once and kept until the layer's adapters change, so it must read tensors through their containers
+        (a parameter can be replaced at any time). It returns None for a call that it cannot serve; the composition of
+        `input` and `output` then does.
+        """
+        return None
+
+    def scale(self, s: Any) -> float | None:
+        """The scaling that the configuration gives, where the method has one (`layer.scaling`)."""
+        return None
+
+
+_REGISTRY: dict[PeftType, Method] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator: the method becomes what its `peft_type` means."""
+    _REGISTRY[cls.peft_type] = cls()
+    return cls
+
+
+def registry() -> Mapping[PeftType, Method]:
+    """Every method there is."""
+    from . import methods
+
+    methods.load_all()
+    return _REGISTRY
+
+
+def get_method(peft_type: PeftType | str | None) -> Method:
+    """The method of a PEFT type; a clear error for types that PEFT has and this version does not."""
+    try:
+        wanted = PeftType(peft_type)
+    except ValueError:
+        raise ValueError(f"Unknown PEFT type: {peft_type!r}") from None
+    found = registry().get(wanted)
+    if found is None:
+        have = ", ".join(sorted(t.value for t in registry()))
+        raise NotImplementedError(f"The method {wanted.value} is not there yet; this version has: {have}.")
+    return found
+
+
+def method_of(config: PeftConfig) -> Method:
+    """The method that a configuration object asks for."""
+    if config.peft_type is None:
+        raise ValueError(f"{type(config).__name__} names no method (peft_type is None)")
+    return get_method(config.peft_type)
+
+
+def target_config(config: PeftConfig) -> TargetConfig:
+    if not isinstance(config, TargetConfig):
+        raise TypeError(f"{type(config).__name__} does not act on modules of a model")
+    return config
+
+
+def tensor_names(methods: Iterable[Method]) -> list[str]:
+    """The container names of several methods, each once, in order."""
+    return list(dict.fromkeys(name for method in methods for name in method.tensors))

@@ -1,0 +1,292 @@
+"""LoRA: W + scaling * B A, with A [r, in_features] and B [out_features, r] (arXiv 2106.09685).
+
+scaling is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732). In a convolution A is a convolution to r
+channels and B one of kernel 1. In an embedding A holds a column per row of the table. One active adapter on a plain or
+4-bit linear layer is one call of `peft_kernels.lora_linear`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft_kernels import lora_linear
+from torch import Tensor, nn
+
+from ..config import PeftType, PeftWarning, TargetConfig
+from ..method import Fused, Inner, LayerInfo, Method, State, register
+from ..patterns import first_match
+from ..safety import MAX_RANK
+from ..targets import DEFAULT_TARGETS
+
+if TYPE_CHECKING:
+    from ..layer import AdapterLayer
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Options that only live in memory. ephemeral_gpu_offload: accepted; initialisations here need no offload."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(TargetConfig):
+    """Every field of PEFT's LoraConfig, with its default. Options that are not there yet raise on use, by name."""
+
+    r: int = 8
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, int] | None = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
+
+
+# Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
+LATER_OPTIONS = (
+    "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config",
+    "layer_replication", "loftq_config", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+)  # fmt: skip
+INITS = (True, False, "gaussian", "orthogonal")
+# Initialisations that leave the base weight as it is: a trained adapter of theirs is a plain LoRA.
+INITS_OF_PLAIN_FILES = ("eva", "loftq", "mica")
+
+
+@register
+class Lora(Method):
+    peft_type = PeftType.LORA
+    prefix = "lora_"
+    config_class = LoraConfig
+    model_name = "LoraModel"
+    tensors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    others = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
+    kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
+    default_targets = DEFAULT_TARGETS
+
+    def check_config(self, config: LoraConfig, loading: bool = False) -> None:
+        for name in LATER_OPTIONS:
+            if getattr(config, name) and not (loading and name in ("eva_config", "loftq_config")):
+                raise NotImplementedError(f"LoraConfig({name}=...) is not there yet in fastpeft.")
+        init = config.init_lora_weights
+        if init not in INITS and not (loading and init in INITS_OF_PLAIN_FILES):
+            raise NotImplementedError(
+                f"LoraConfig(init_lora_weights={init!r}) is not there yet in fastpeft; there are {INITS}."
+            )
+        ranks = {"r": config.r, **{f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}}
+        for name, r in ranks.items():
+            if not isinstance(r, int) or not 1 <= r <= MAX_RANK:
+                raise ValueError(f"`{name}` should be a positive integer of at most {MAX_RANK}, got {r!r}")
+            if init == "orthogonal" and r % 2:
+                raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {name}={r}.")
+        if not 0.0 <= config.lora_dropout < 1.0:
+            raise ValueError(f"`lora_dropout` should be in [0, 1), got {config.lora_dropout!r}")
+        if config.bias not in ("none", "all", "lora_only"):
+            raise NotImplementedError(f"Requested bias: {config.bias!r}, is not implemented (none, all, lora_only).")
+
+    def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if config.r % info.groups:
+            raise ValueError(
+                f"Targeting {info.name!r}, a {type(info.module).__name__} with groups={info.groups}, needs a rank that "
+                f"is divisible by groups, got r={config.r}. Choose another rank or do not target this layer."
+            )
+        if config.lora_bias and not info.has_bias and info.kind != "embedding":
+            warnings.warn(
+                f"`lora_bias=True` was passed but {info.name!r} ({type(info.module).__name__}) has no bias: this "
+                "adapter cannot be merged there.",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+    def layer_config(self, config: LoraConfig, names: Sequence[str]) -> dict[str, LoraConfig]:
+        ranks = first_match(config.rank_pattern or {}, names)
+        alphas = first_match(config.alpha_pattern or {}, names)
+        made: dict[tuple[int, Any], LoraConfig] = {}
+        result = {}
+        for name in names:
+            key = (ranks.get(name, config.r), alphas.get(name, config.lora_alpha))
+            if key == (config.r, config.lora_alpha):
+                continue
+            if key not in made:
+                made[key] = copy.copy(config)
+                made[key].r, made[key].lora_alpha = key
+            result[name] = made[key]
+        return result
+
+    # State. Modules are made and initialised in PEFT's order, so that a seed gives the same numbers here and there.
+
+    def make_state(self, config: LoraConfig, info: LayerInfo, shared: Any) -> State:
+        state: State = {
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "scaling": _scaling(config.lora_alpha, config.r, config.use_rslora),
+            "lora_dropout": nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity(),
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "lora_bias": config.lora_bias and info.kind != "embedding",
+        }
+        if info.kind == "embedding":
+            a, b = torch.randn(config.r, info.in_features), torch.randn(info.out_features, config.r)
+            if config.init_lora_weights is not False:
+                a.zero_()
+                b.normal_()
+            return {**state, "lora_embedding_A": nn.Parameter(a), "lora_embedding_B": nn.Parameter(b)}
+        a, b = (_linear if info.kind == "linear" else _conv)(config, info)
+        init = config.init_lora_weights
+        with torch.no_grad():
+            if init == "orthogonal":
+                _orthogonal(a.weight, b.weight, info)
+            elif init is not False:
+                if init == "gaussian":
+                    nn.init.normal_(a.weight, std=1 / config.r)
+                else:
+                    nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+                nn.init.zeros_(b.weight)
+                if b.bias is not None:
+                    nn.init.zeros_(b.bias)
+        return {**state, "lora_A": a, "lora_B": b}
+
+    # Math
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        a, b = s.get("lora_embedding_A"), s.get("lora_embedding_B")
+        if a is None:
+            a, b = s.lora_A.weight, s.lora_B.weight
+        wide = torch.promote_types(a.dtype, torch.float32)
+        # A of a convolution is [r, in, *kernel] and B [out, r, 1, ...]: the product is that of the matrices.
+        delta = b.to(wide).flatten(1) @ a.to(wide).flatten(1) * s.scaling
+        return delta.unflatten(1, a.shape[1:])
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        w, b = super().merged(s, shared, w, b)
+        if s.lora_bias:
+            added = s.lora_B.bias.to(w.dtype) * s.scaling
+            b = added if b is None else b + added
+        return w, b
+
+    def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
+        if info.groups > 1:
+            return "in a convolution with groups its update connects the groups, which the base weight cannot hold"
+        if s.lora_bias and not info.has_bias:
+            return "it has a bias (lora_bias=True) and the base layer has none"
+        return None
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        if s.get("lora_embedding_A") is not None:
+            rows = inner.apply(x, s.lora_embedding_A)
+            return y + F.linear(rows, s.lora_embedding_B) * s.scaling
+        a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
+        return y + b(a(dropout(x.to(a.weight.dtype)))) * s.scaling
+
+    def scale(self, s: Any) -> float | None:
+        return _scaling(s.lora_alpha, s.r, s.use_rslora)
+
+    # Speed
+
+    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+        name, base = s._name, layer.base_layer
+        if layer.kind.kind != "linear" or s.get("lora_embedding_A") is not None or s.lora_bias:
+            return None
+        weight = layer.kind.fast(base)
+        a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
+        if weight is None or type(a) is not nn.Linear or type(b) is not nn.Linear:
+            return None
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return None
+        get_weight = weight
+        drops = dropout if type(dropout) is nn.Dropout else None
+        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+        # Dicts rather than modules: a parameter that is replaced is seen, and a lookup costs a tenth of an attribute's.
+        scaling, base_parameters = layer.scaling, base._parameters
+        modules_a, modules_b, modules_drop = layer.lora_A._modules, layer.lora_B._modules, layer.lora_dropout._modules
+        parameters_a, parameters_b = a._parameters, b._parameters
+        hooks = (a._forward_hooks, a._forward_pre_hooks, b._forward_hooks, b._forward_pre_hooks)
+
+        def run(x: Tensor) -> Tensor | None:
+            w = get_weight()
+            wa, wb = parameters_a.get("weight"), parameters_b.get("weight")
+            if (
+                w is None or wa is None or wb is None
+                or modules_a.get(name) is not a or modules_b.get(name) is not b or modules_drop.get(name) is not dropout
+                or any(hooks)
+            ):  # fmt: skip
+                return None
+            p = drops.p if drops is not None and drops.training else 0.0
+            bias = base_parameters.get("bias")
+            if compute is not None and x.dtype is not compute:
+                return lora_linear(x.to(compute), w, wa, wb, scaling[name], bias, p).to(x.dtype)
+            return lora_linear(x, w, wa, wb, scaling[name], bias, p)
+
+        return run
+
+
+def _scaling(alpha: float, r: int, rslora: bool) -> float:
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+def _linear(config: LoraConfig, info: LayerInfo) -> tuple[nn.Linear, nn.Linear]:
+    a = nn.Linear(info.in_features, config.r, bias=False)
+    return a, nn.Linear(config.r, info.out_features, bias=config.lora_bias)
+
+
+def _conv(config: LoraConfig, info: LayerInfo) -> tuple[Any, Any]:
+    base: Any = info.module
+    conv = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[info.kind]
+    a = conv(
+        info.in_features, config.r, base.kernel_size, base.stride, base.padding, base.dilation, bias=False,
+        padding_mode=base.padding_mode,
+    )  # fmt: skip
+    return a, conv(config.r, info.out_features, 1, groups=info.groups, bias=config.lora_bias)
+
+
+def _orthogonal(a: Tensor, b: Tensor, info: LayerInfo) -> None:
+    """A from the odd and B from the even rows of one orthogonal matrix: B A starts at zero, neither A nor B does.
+
+    (datta0.github.io/posts/rethink-lora-init)
+    """
+    if info.kind != "linear":
+        raise ValueError(f"init_lora_weights='orthogonal' is for linear layers, {info.name!r} is of kind {info.kind}")
+    r = a.shape[0]
+    device = a.device
+    q = torch.linalg.qr(torch.randn(r, r, device=device)).Q
+    a.copy_(torch.randn(info.in_features, r // 2, device=device).mm(q[0::2]).T / 10.0)
+    b.copy_(torch.randn(r // 2, info.out_features, device=device).T.mm(q[1::2]) / 10.0)

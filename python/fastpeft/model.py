@@ -1,0 +1,445 @@
+"""PeftModel: a thin facade over a tuner, with PEFT's names."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint
+from .config import PeftConfig, PeftWarning
+from .inject import iter_adapter_tensors
+from .method import method_of
+from .safety import list_some
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters. Attributes that it lacks are those of the tuner, then of the base model.
+
+    model: changed in place (its target modules are replaced by adapter layers), unless an error is raised.
+    autocast_adapter_dtype: keep adapters in float32 on float16 and bfloat16 bases. low_cpu_mem_usage: make the
+    adapter's tensors on the meta device, to be filled by `load_adapter`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        _loading: bool = False,
+    ) -> None:
+        super().__init__()
+        self.peft_type = peft_config.peft_type
+        self.base_model: BaseTuner = tuner_class(method_of(peft_config))(
+            model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype, loading=_loading,
+        )  # fmt: skip
+        self.training = model.training
+        self.base_model.training = model.training
+        if getattr(model, "is_gradient_checkpointing", False):
+            enable_input_gradients(model)
+        # Some models split their matrices to imitate tensor parallelism, which adapter layers have no part in.
+        if hasattr(getattr(model, "config", None), "pretraining_tp"):
+            model.config.pretraining_tp = 1  # type: ignore[union-attr]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+        return getattr(self.base_model, name)
+
+    # What it has
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.base_model.active_adapter
+        return active[0] if isinstance(active, list) and len(active) == 1 else active
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {name for c in self.peft_config.values() for name in getattr(c, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.base_model, "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(parameters that require gradients, all parameters); a 4-bit weight counts its elements, not its bytes."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return get_model_status(self)
+
+    # Computing
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward. adapter_names: an adapter for each row of the batch ("__base__" for none)."""
+        if not any(name in kwargs for name in AUXILIARY_KWARGS):
+            return self.base_model.model(*args, **kwargs)
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.base_model.model(*args, **_without_auxiliary(kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.get_base_model().generate(*args, **_without_auxiliary(kwargs))  # type: ignore[operator]
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+
+    # Adapters come and go
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained adapter, of any method. It is not made active."""
+        self._prepare_config(peft_config)
+        self.base_model.add(
+            adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
+        )
+
+    @classmethod
+    def _prepare_config(cls, peft_config: PeftConfig) -> None:
+        """What a task adds to a configuration (a head that must be trained)."""
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one, or several in this order."""
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context in which the model computes as its base model does. Contexts nest."""
+        modules = [module for _, module in self.base_model.adapter_modules()]
+        before = [module.disable_adapters for module in modules]
+        grads = [p for p in self.parameters() if p.requires_grad]
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for module, disabled in zip(modules, before, strict=True):
+                if not disabled:
+                    module.enable_adapters(True)
+            # Enabling trains the active adapters; what did not train before (an adapter for inference) must not now.
+            kept = {id(p) for p in grads}
+            for module in modules:
+                for parameter in module.parameters():
+                    if parameter.requires_grad and id(parameter) not in kept:
+                        parameter.requires_grad_(False)
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write each adapter (or the selected ones) as `adapter_config.json` and `adapter_model.safetensors`.
+
+        The adapter `default` goes into the folder itself, others into folders of their names below it. state_dict: take
+        the values from here. Pickles are not written: safe_serialization=False raises ValueError.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle, which can run code when it is loaded")
+        if path_initial_model_for_weight_conversion is not None:
+            raise NotImplementedError("path_initial_model_for_weight_conversion is not there yet")
+        selected = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        unknown = [name for name in selected if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"selected_adapters names {unknown}, there are {list(self.peft_config)}.")
+        for name in selected:
+            tensors = checkpoint.get_peft_model_state_dict(
+                self, state_dict=kwargs.get("state_dict"), adapter_name=name,
+                save_embedding_layers=save_embedding_layers,  # type: ignore[arg-type]
+            )  # fmt: skip
+            if is_main_process:
+                folder = save_directory if name == "default" else os.path.join(save_directory, name)
+                checkpoint.save_adapter(folder, tensors, self._config_for_file(name))
+
+    def _config_for_file(self, adapter_name: str) -> dict[str, Any]:
+        config = self.peft_config[adapter_name]
+        content = config.to_dict()
+        content["inference_mode"] = True
+        if content["base_model_name_or_path"] is None:
+            content["base_model_name_or_path"] = getattr(self.get_base_model(), "name_or_path", None) or None
+        if config.task_type is None:
+            base = type(self.get_base_model())
+            content["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        return content
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A PeftModel over `model` with the adapter that a folder or Hub repository holds.
+
+        Everything is checked before `model` is changed. config: use this instead of the file's configuration.
+        """
+        if config is not None and not isinstance(config, PeftConfig):
+            raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
+        loaded = _read(model_id, model, config, key_mapping, is_trainable, kwargs)
+        peft_model = class_for(loaded.config, cls)(
+            model, loaded.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True,
+            _loading=True,
+        )  # fmt: skip
+        try:
+            peft_model._fill(adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
+        except Exception:
+            peft_model.base_model.unload()
+            raise
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a trained adapter under a new name, or new values for one of that name. It is not made active.
+
+        Everything is checked before the model is changed. Returns what was missing and unexpected: for a file that
+        passed the checks, nothing. torch_device: ignored; an adapter lives where its layers do.
+        """
+        config = self.peft_config.get(adapter_name)
+        loaded = _read(model_id, self.get_base_model(), config, key_mapping, is_trainable, kwargs)
+        if config is not None:
+            result = self._fill(adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
+        else:
+            self._prepare_config(loaded.config)
+            plan = self.base_model.add(
+                adapter_name, loaded.config, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast_adapter_dtype,
+                loading=True,
+            )  # fmt: skip
+            try:
+                result = self._fill(adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
+            except Exception:
+                self.base_model.remove(plan)
+                raise
+            if is_trainable:
+                self.set_requires_grad(adapter_name)
+        return result
+
+    def _fill(
+        self, adapter_name: str, loaded: _Loaded, autocast: bool, is_trainable: bool, options: Mapping[str, Any]
+    ) -> Any:
+        """Put a file's tensors into an adapter that is there. Raises before the first is put where they do not fit."""
+        lenient = bool(options.get("ignore_mismatched_sizes", False))
+        own = {file: tensor for _, file, tensor in iter_adapter_tensors(self, adapter_name)}
+        missing = [key for key in own if key not in loaded.tensors]
+        if missing and not lenient:
+            raise checkpoint.KeyMismatchError(f"{loaded.where} lacks tensors of the adapter: {list_some(missing)}")
+        tensors = dict(loaded.tensors)
+        for key, tensor in own.items():
+            value = tensors.get(key)
+            # The file's dtype is kept, as in PEFT's adapters, unless the adapter's is to be float32.
+            if value is not None and value.is_floating_point() and (autocast or not tensor.is_meta):
+                tensors[key] = value.to(tensor.dtype)
+        meta = any(tensor.is_meta for tensor in own.values())
+        result = checkpoint.set_peft_model_state_dict(
+            self, tensors, adapter_name, ignore_mismatched_sizes=lenient, low_cpu_mem_usage=meta
+        )
+        if result.unexpected_keys and not lenient:
+            raise checkpoint.KeyMismatchError(
+                f"{loaded.where} holds tensors that the adapter has no place for: {list_some(result.unexpected_keys)}"
+            )
+        if not is_trainable:
+            self.eval()
+        return result
+
+
+class _Loaded:
+    """An adapter file's content, checked against the base model."""
+
+    def __init__(self, where: str, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
+        self.where, self.config, self.tensors = where, config, tensors
+
+
+def _read(
+    model_id: str | os.PathLike[str],
+    model: nn.Module,
+    config: PeftConfig | None,
+    key_mapping: Mapping[str, str] | None,
+    is_trainable: bool,
+    options: Mapping[str, Any],
+) -> _Loaded:
+    passed = ("subfolder", "revision", "allow_pickle", "token", "cache_dir", "local_files_only", "force_download")
+    content, tensors = checkpoint.load_adapter_file(
+        model_id, model=None if key_mapping else model, **{k: options[k] for k in passed if k in options}
+    )
+    if config is None:
+        content.pop("runtime_config", None)
+        config = PeftConfig.from_dict(content, model_id)
+        config.inference_mode = not is_trainable
+    for old, new in (key_mapping or {}).items():
+        tensors = {_renamed(key, old, new): value for key, value in tensors.items()}
+    return _Loaded(os.fspath(model_id), config, tensors)
+
+
+def _renamed(key: str, old: str, new: str) -> str:
+    prefix = checkpoint.PREFIX
+    return prefix + re.sub(old, new, key.removeprefix(prefix)) if key.startswith(prefix) else re.sub(old, new, key)
+
+
+def _without_auxiliary(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in AUXILIARY_KWARGS}
+
+
+def enable_input_gradients(model: nn.Module) -> None:
+    """Make the embeddings' output require gradients, which reentrant gradient checkpointing needs to reach adapters."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    elif hasattr(model, "get_input_embeddings"):
+        embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(parameters that require gradients, all parameters). A 4-bit weight counts as many as it stands for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":  # two elements a byte
+            count *= 2 * parameter.element_size()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    for module in model.modules():
+        # Our 4-bit layers keep their bytes in buffers, so that nothing takes them for something to train.
+        if hasattr(module, "quant_weight") and hasattr(module, "set_quant_weight"):
+            total += module.quant_weight().numel
+    return trainable, total
+
+
+def class_for(config: PeftConfig, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
+    """The PeftModel class for a configuration's task."""
+    from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+    if config.task_type is None:
+        return default
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)), default)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put a new adapter into `model`, which is changed in place, and wrap it.
+
+    mixed: give PEFT's PeftMixedModel; any PeftModel here takes adapters of several methods. revision: of the base model,
+    noted in the configuration. On an error the model is as it was.
+    """
+    from .tasks import PeftMixedModel
+
+    new_name = model.__dict__.get("name_or_path") or None
+    if peft_config.base_model_name_or_path not in (None, new_name):
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{peft_config.base_model_name_or_path}' to "
+            f"'{new_name}'. Please ensure that the correct base model is loaded when loading this checkpoint.",
+            PeftWarning,
+            stacklevel=2,
+        )
+    if getattr(model, "peft_config", None):
+        warnings.warn(
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            "different config, make sure to call `.unload()` before.",
+            PeftWarning,
+            stacklevel=2,
+        )
+    cls: type[PeftModel] = PeftMixedModel if mixed else class_for(peft_config)
+    result = cls(
+        model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )  # fmt: skip
+    peft_config.base_model_name_or_path = new_name
+    if revision is not None:
+        peft_config.revision = revision
+    return result
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Put an adapter into `model`, which is changed in place and returned as it is, without a wrapper.
+
+    state_dict: adapt the modules that its keys name (its values are not used) rather than those of the configuration.
+    """
+    method = method_of(peft_config)
+    tuner = tuner_class(method)(
+        model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+    )
+    return tuner.model

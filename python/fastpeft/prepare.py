@@ -1,0 +1,59 @@
+"""Preparing a base model for training with adapters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .model import enable_input_gradients
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> nn.Module:
+    """Freeze a quantised model, keep what is not quantised in float32, and turn gradient checkpointing on.
+
+    The packed weights are left alone, whether in bitsandbytes' parameters or in our layers' buffers. Checkpointing is
+    turned on for quantised models only. Returns `model`, changed in place.
+    """
+    options = dict(gradient_checkpointing_kwargs or {})
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+        if parameter.dtype in _HALF and type(parameter).__name__ != "Params4bit":
+            parameter.data = parameter.data.to(torch.float32)
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if use_gradient_checkpointing and is_quantized(model):
+        # Reentrant checkpointing cuts the graph where no input requires gradients.
+        if options.get("use_reentrant", True):
+            enable_input_gradients(model)
+        enable: Any = model.gradient_checkpointing_enable
+        accepts = "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters
+        enable(**({"gradient_checkpointing_kwargs": options} if accepts else {}))
+    return model
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model holds quantised layers, by its own flags or by what it is made of."""
+    flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")
+    if any(getattr(model, flag, False) for flag in flags):
+        return True
+    return any(hasattr(module, "quant_weight") for module in model.modules())
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is frozen to `dtype` and keep what is trained in float32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,138 @@
+"""What adapters a model has and in what state, as PEFT reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from .containers import AdapterDict
+from .inject import AdapterModule, adapter_modules
+from .saved_modules import ModulesToSaveWrapper
+
+Irregular = Literal["irregular"]
+
+
+@dataclass
+class TunerLayerStatus:
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None | Irregular
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The status of each adapter layer and each module that adapters train in full.
+
+    model: a PeftModel (names then start below its tuner) or a model with injected adapters. Raises ValueError for a
+    model without adapters.
+    """
+    status = [_layer_status(name, module) for name, module in adapter_modules(_tuner(model))]
+    if not status:
+        raise ValueError("No adapter layers found in the model: it is no PEFT model and has no injected adapters.")
+    return status
+
+
+def _tuner(model: nn.Module) -> nn.Module:
+    from .model import PeftModel
+
+    return model.base_model if isinstance(model, PeftModel) else model
+
+
+def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
+    grads: dict[str, list[bool]] = {}
+    devices: dict[str, set[str]] = {}
+    for container in module._modules.values():
+        for adapter in container if isinstance(container, AdapterDict) else ():
+            parameters = list(container.parameters_of(adapter))
+            grads.setdefault(adapter, []).extend(p.requires_grad for p in parameters)
+            found = [*parameters, *(t for _, t in container.tensors(adapter))]
+            devices.setdefault(adapter, set()).update(t.device.type for t in found)
+    return TunerLayerStatus(
+        name=name,
+        module_type="ModulesToSaveWrapper" if isinstance(module, ModulesToSaveWrapper) else repr(module).partition("(")[0],
+        enabled=not module.disable_adapters,
+        active_adapters=list(module.active_adapters),
+        merged_adapters=list(module.merged_adapters),
+        requires_grad={adapter: _all_same(values) for adapter, values in grads.items() if values},
+        available_adapters=sorted(module._get_available_adapters()),
+        devices={adapter: sorted(found) for adapter, found in devices.items()},
+        quantization_backend=getattr(module, "quantization_backend", None),
+    )
+
+
+def _all_same(values: Iterable[Any]) -> Any:
+    """The one value that all have, or "irregular"."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found[0] if len(found) == 1 else "irregular"
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The status of the adapters of a model as a whole; "irregular" where its layers disagree."""
+    from .model import PeftModel, count_parameters
+
+    layers = get_layer_status(model)
+    if isinstance(model, PeftModel):
+        base_type, tuner_type = type(model.get_base_model()).__name__, type(model.base_model).__name__
+        types = {name: str(getattr(c.peft_type, "value", c.peft_type)) for name, c in model.peft_config.items()}
+    else:
+        base_type, tuner_type, types = _model_type(model), "None", {}
+    trainable, total = count_parameters(model)
+    available = sorted({name for layer in layers for name in layer.available_adapters})
+    merged = {name for layer in layers for name in layer.merged_adapters}
+    # A layer need not have every adapter; those that it has must all be merged or all not.
+    partly = any(merged & (set(layer.available_adapters) - set(layer.merged_adapters)) for layer in layers)
+    return TunerModelStatus(
+        base_model_type=base_type,
+        adapter_model_type=tuner_type,
+        peft_types=types,
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_all_same(layer.enabled for layer in layers),
+        active_adapters=_all_same(layer.active_adapters for layer in layers),
+        merged_adapters="irregular" if partly else sorted(merged),
+        requires_grad={
+            name: _all_same(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
+            for name in dict.fromkeys(n for layer in layers for n in layer.requires_grad)
+        },
+        available_adapters=available,
+        devices={
+            name: sorted({device for layer in layers for device in layer.devices.get(name, ())})
+            for name in dict.fromkeys(n for layer in layers for n in layer.devices)
+        },
+        quantization_backend=_all_same(layer.quantization_backend for layer in layers),
+    )
+
+
+def _model_type(model: nn.Module) -> str:
+    # transformers' models are told by their class without importing transformers.
+    is_pretrained = any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
+    return type(model).__name__ if is_pretrained else "other"

@@ -1,0 +1,388 @@
+"""BaseTuner: what PeftModel calls `base_model`. It knows a model's adapters as a whole; layers know their own.
+
+A model may hold adapters of different methods: each layer composes what it has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import PeftConfig, PeftWarning
+from .containers import AdapterDict
+from .inject import AdapterModule, InjectionPlan, Site, adapter_modules, plan_injection, walk
+from .layer import AdapterLayer
+from .method import Method, method_of, registry
+from .safety import list_some
+from .saved_modules import ModulesToSaveWrapper
+
+AUXILIARY_KWARGS = ("adapter_names", "alora_offsets")
+
+
+class BaseTuner(nn.Module):
+    """A model with adapters in it. Keys in memory start with `model.`, below a PeftModel with `base_model.model.`."""
+
+    holds_shared_adapters = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+        autocast_adapter_dtype: bool = False,
+        loading: bool = False,
+    ) -> None:
+        super().__init__()
+        config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+        existing = getattr(model, "peft_config", None)
+        self.peft_config: dict[str, PeftConfig] = dict(existing) if isinstance(existing, Mapping) else {}
+        self.model = model
+        self.active_adapter: str | list[str] = adapter_name
+        self.prefix = method_of(config).prefix
+        self.targeted_module_names: list[str] = []
+        self.merge_errors: dict[str, float] = {}  # of the last merge into quantised layers, by layer
+        self.add(
+            adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict,
+            autocast_adapter_dtype=autocast_adapter_dtype, loading=loading,
+        )  # fmt: skip
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+        return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
+
+    def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]:
+        return adapter_modules(self.model)
+
+    def adapter_layers(self) -> Iterator[tuple[str, AdapterLayer]]:
+        for name, module in self.adapter_modules():
+            if isinstance(module, AdapterLayer):
+                yield name, module
+
+    # Adapters come and go
+
+    def add(
+        self,
+        adapter_name: str,
+        config: PeftConfig,
+        *,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        state_dict: Mapping[str, Any] | None = None,
+        loading: bool = False,
+    ) -> InjectionPlan:
+        """Put an adapter into the model; on an error the model is as it was. Returns what can undo it."""
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        self._check_bias(config)
+        plan = plan_injection(
+            self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, loading=loading,
+            autocast_adapter_dtype=autocast_adapter_dtype, keys=None if state_dict is None else list(state_dict),
+        )  # fmt: skip
+        first = not self.peft_config
+        plan.commit()
+        self._add_shared(adapter_name, plan)
+        if first:
+            plan.freeze_base()
+        self.peft_config[adapter_name] = config
+        # As PEFT does: the model knows its configurations too, so that injected models can be asked for them.
+        self.model.peft_config = self.peft_config  # type: ignore[assignment]
+        active = self.active_adapters
+        train = adapter_name in active and not config.inference_mode
+        for module in self._modules_of(plan):
+            names = [n for n in active if n in module.modules_to_save] if isinstance(module, ModulesToSaveWrapper) else active
+            module._active_adapter = list(names)
+            module.set_requires_grad(adapter_name, train)
+        if train:
+            self._train_biases(config)
+        self.targeted_module_names.extend(n for n in plan.names if n not in self.targeted_module_names)
+        return plan
+
+    @staticmethod
+    def _modules_of(plan: InjectionPlan) -> list[AdapterModule]:
+        return [*(p.layer for p in plan.layers), *(p.wrapper for p in plan.saved)]
+
+    def remove(self, plan: InjectionPlan) -> None:
+        """Undo `add`, biases and frozen parameters included."""
+        plan.undo()
+        self.peft_config.pop(plan.adapter, None)
+        for name in plan.shared:
+            getattr(self, name).pop(plan.adapter, None)
+        if not self.peft_config and "peft_config" in vars(self.model):
+            del self.model.peft_config
+
+    def _add_shared(self, adapter_name: str, plan: InjectionPlan) -> None:
+        containers = {}
+        for name, value in plan.shared.items():
+            if name not in self._modules:
+                self._modules[name] = AdapterDict()
+            containers[name] = self._modules[name]
+            containers[name][adapter_name] = value  # type: ignore[index]
+        if plan.shared_view is not None:
+            plan.shared_view.bind(containers, adapter_name)  # type: ignore[arg-type]
+
+    def _check_bias(self, config: PeftConfig) -> None:
+        others = [c for c in self.peft_config.values() if getattr(c, "bias", "none") != "none"]
+        if others and getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                "Only one adapter can train the biases of the base model. When using multiple adapters, set bias to "
+                "'none' for all adapters but one."
+            )
+
+    def _train_biases(self, config: PeftConfig) -> None:
+        bias = getattr(config, "bias", "none")
+        if bias == "all":
+            for name, parameter in self.model.named_parameters():
+                if name == "bias" or name.endswith(".bias"):
+                    parameter.requires_grad_(True)
+        elif bias != "none":  # "lora_only" and its kin: the layers that the adapter sits on
+            for _, layer in self.adapter_layers():
+                if getattr(layer.base_layer, "bias", None) is not None:
+                    layer.bias.requires_grad_(True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, the first of the others that a layer chooses becomes active."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        modules = list(self.adapter_modules())
+        merged = [name for name, module in modules if adapter_name in module.merged_adapters]
+        if merged:
+            raise ValueError(
+                f"Cannot delete adapter {adapter_name!r} while it is merged (in {list_some(merged)}). Unmerge it first."
+            )
+        left = [n for n in self.active_adapters if n != adapter_name]
+        others = sorted(n for n in self.peft_config if n != adapter_name)
+        if adapter_name in self.active_adapters and not left and others:
+            left = others[:1]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        # Chosen once for the model, not by each layer for itself: layers need not have the same adapters.
+        self.set_adapter(left)
+        for _, module in modules:
+            module.delete_adapter(adapter_name)
+        for module in self._modules.values():
+            if isinstance(module, AdapterDict):
+                module.pop(adapter_name, None)
+        del self.peft_config[adapter_name]
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters active, in this order."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        missing = [n for n in names if n not in self.peft_config]
+        if missing:
+            raise ValueError(f"Adapter {missing[0]} not found. There are: {', '.join(self.peft_config)}.")
+        modules = list(self.adapter_modules())
+        for _, module in modules:
+            if isinstance(module, ModulesToSaveWrapper):
+                module.check_active(names)
+        if any(module.merged_adapters for _, module in modules):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning,
+                          stacklevel=2)  # fmt: skip
+            self.unmerge_adapter()
+        for _, module in modules:
+            module.set_adapter(names, inference_mode)
+        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Turn gradients of adapters on or off without changing which are active."""
+        for _, module in self.adapter_modules():
+            module.set_requires_grad(adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        for _, module in self.adapter_modules():
+            module.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        for name in self.active_adapters:
+            bias = getattr(self.peft_config.get(name), "bias", "none")
+            if bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
+                    "output as the base model would without adaption.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+        for _, module in self.adapter_modules():
+            module.enable_adapters(False)
+
+    # Merging. All layers or none.
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (None: the active ones) into the base weights; `unmerge_adapter` brings the exact bytes back.
+
+        That costs a second copy of each merged layer's weight, which is held until then. Into quantised layers the
+        result is requantised; a warning reports the error, and `merge_errors` holds it by layer. safe_merge: raise
+        ValueError if a merged weight is not finite. An error leaves every weight as it was.
+        """
+        layers = list(self.adapter_layers())
+        for _, layer in layers:
+            layer.to_merge(adapter_names)
+        done: list[tuple[AdapterLayer, list[str]]] = []
+        errors = {}
+        try:
+            for name, layer in layers:
+                before = list(layer.merged_adapters)
+                error = layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                if layer.merged_adapters != before:
+                    done.append((layer, before))
+                if error is not None:
+                    errors[name] = error
+        except Exception:
+            for layer, before in done:
+                layer.unmerge()
+                if before:
+                    layer.merge(adapter_names=before)
+            raise
+        self._report_errors(errors)
+
+    def _report_errors(self, errors: dict[str, float]) -> None:
+        self.merge_errors = errors
+        if errors:
+            worst = max(errors, key=lambda name: errors[name])
+            warnings.warn(
+                f"Merged into {len(errors)} quantised layers by requantising them: the relative error of the weights is "
+                f"{sum(errors.values()) / len(errors):.2e} on average, {errors[worst]:.2e} at most ({worst}).",
+                PeftWarning,
+                stacklevel=3,
+            )
+
+    def unmerge_adapter(self) -> None:
+        """Undo every merge; the base weights have the exact bytes that they had before."""
+        for _, layer in self.adapter_layers():
+            if layer.merged_adapters:
+                layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters and return the model without any adapter layer. Old weights are not kept.
+
+        safe_merge: every layer's result is checked before the first is written, so that an error leaves every weight
+        as it was.
+        """
+        layers = list(self.adapter_layers())
+        for _, layer in layers:
+            layer.to_merge(adapter_names)
+        if safe_merge:
+            for _, layer in layers:
+                layer.check_safe(adapter_names)
+        errors = {}
+        for name, layer in _progress(layers, "Unloading and merging model", progressbar):
+            error = layer.merge(adapter_names=adapter_names, keep=False)
+            if error is not None:
+                errors[name] = error
+        self._report_errors(errors)
+        return self._unload(merged=True)
+
+    def unload(self) -> nn.Module:
+        """The base model without any adapter layer."""
+        return self._unload(merged=False)
+
+    def _unload(self, merged: bool) -> nn.Module:
+        for site in list(walk(self.model)):
+            module = site.module
+            if isinstance(module, AdapterLayer):
+                _replace(site, module.base_layer)
+            elif isinstance(module, ModulesToSaveWrapper):
+                _replace(site, module.current() if merged else module.original_module)
+        if "peft_config" in vars(self.model):
+            del self.model.peft_config
+        if merged:
+            self._untie()
+        return self.model
+
+    def _untie(self) -> None:
+        """A merge into tied embeddings changes one of the two; the model's configuration must not tie them again."""
+        config = getattr(self.model, "config", None)
+        if not getattr(config, "tie_word_embeddings", False) or not hasattr(self.model, "get_input_embeddings"):
+            return
+        pair = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]  # type: ignore[operator]
+        weights = [getattr(module, "weight", None) for module in pair]
+        if all(isinstance(w, torch.Tensor) for w in weights) and weights[0].data_ptr() != weights[1].data_ptr():  # type: ignore[union-attr]
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            warnings.warn(
+                "Input and output embeddings are no longer tied after merging. Setting `tie_word_embeddings=False` in "
+                "the model config.",
+                PeftWarning,
+                stacklevel=4,
+            )
+
+    # Mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """For the duration of a forward: an adapter for each row, from the argument `adapter_names`."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted({n for n in names if n != "__base__" and n not in self.peft_config})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        repeats = beams if isinstance(beams, int) else 1
+        modules = [module for _, module in self.adapter_modules()]
+        # Beams repeat the decoder's rows; an encoder still sees each input once.
+        encoder = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
+        once = {id(m) for _, m in adapter_modules(encoder)} if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        try:
+            for module in modules:
+                module.set_rows([n for n in names for _ in range(1 if id(module) in once else repeats)])
+            yield
+        finally:
+            for module in modules:
+                module.set_rows(None)
+
+
+def _replace(site: Site, module: nn.Module) -> None:
+    assert site.parent is not None
+    site.parent._modules[site.child_name] = module
+
+
+def _progress(items: list[Any], title: str, shown: bool) -> Iterator[Any]:
+    if not shown:
+        yield from items
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(items, desc=title)
+
+
+def tuner_class(method: Method) -> type[BaseTuner]:
+    """The class with PEFT's name for a method's tuner, `LoraModel` for LoRA. They differ in their name only."""
+    found = globals().get(method.model_name)
+    if found is None:
+        found = type(method.model_name, (BaseTuner,), {"__module__": __name__, "prefix": method.prefix})
+        globals()[method.model_name] = found
+    return found  # type: ignore[no-any-return]
+
+
+def __getattr__(name: str) -> Any:
+    # So that `from fastpeft.tuner import LoraModel` and unpickling find classes that nobody asked for yet.
+    if name.endswith("Model"):
+        for method in registry().values():
+            if method.model_name == name:
+                return tuner_class(method)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
