@@ -10,22 +10,20 @@ Format and method: QLoRA (arXiv 2305.14314).
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from peft_kernels import QuantWeight, lora_linear
-from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES, table
 from torch import Tensor, nn
 
-from .safety import AdapterFileError, list_some, parse_json
+from peft_kernels import QuantWeight, lora_linear
+from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES
+
+from .bnb_state import DTYPES, NESTED_BLOCKSIZE, bnb_state, copy_of, parse_bnb_state
+from .safety import AdapterFileError, list_some
 
 _SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
-_STATE = "weight.quant_state.bitsandbytes__"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_NESTED_BLOCKSIZE = 256
 
 Progress = Callable[[int, int, str], None]
 
@@ -34,8 +32,8 @@ class NF4Linear(nn.Module):
     """A frozen linear layer whose weight is stored in 4 bits: `y = x W^T + bias` with x of [..., in_features].
 
     Buffers: `weight` (packed bytes, [ceil(in * out / 2), 1], as bitsandbytes shapes them), `absmax`, and when nested
-    `nested_absmax`, `nested_code`, `offset`. `bias` is a Parameter that needs no gradient until asked to. The output has
-    x's dtype; sums are float32. With `compute_dtype` x is cast to it first, as bitsandbytes does.
+    `nested_absmax`, `nested_code`, `offset`. `bias` is a Parameter that needs no gradient until asked to. The output
+    has x's dtype; sums are float32. With `compute_dtype` x is cast to it first, as bitsandbytes does.
     """
 
     weight: Tensor
@@ -44,7 +42,9 @@ class NF4Linear(nn.Module):
     nested_code: Tensor | None
     offset: Tensor | None
 
-    def __init__(self, weight: QuantWeight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, weight: QuantWeight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.compute_dtype = compute_dtype
         self.register_buffer("weight", None)
@@ -62,14 +62,17 @@ class NF4Linear(nn.Module):
         """A layer to load a state dict into."""
         numel = in_features * out_features
         nblocks = -(-numel // blocksize)
-        scale = {"device": device, "dtype": torch.float32}
+
+        def scales(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
         weight = QuantWeight(
             packed=torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=device),
             absmax=torch.empty(nblocks, dtype=torch.uint8 if nested else torch.float32, device=device),
             shape=(out_features, in_features), quant_type=quant_type, blocksize=blocksize, dtype=dtype,
-            nested_absmax=torch.empty(-(-nblocks // _NESTED_BLOCKSIZE), **scale) if nested else None,
-            nested_code=torch.empty(256, **scale) if nested else None,
-            offset=torch.empty((), **scale) if nested else None,
+            nested_absmax=scales(-(-nblocks // NESTED_BLOCKSIZE)) if nested else None,
+            nested_code=scales(256) if nested else None,
+            offset=scales() if nested else None,
         )  # fmt: skip
         return cls(weight, torch.empty(out_features, dtype=dtype, device=device) if bias else None, compute_dtype)
 
@@ -118,7 +121,7 @@ class NF4Linear(nn.Module):
         return self.nested_absmax is not None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as a dense [out_features, in_features] tensor, by default in the dtype that it was quantised from."""
+        """The weight as a dense [out_features, in_features] tensor, by default in the dtype that it came in."""
         from peft_kernels import dequantize_4bit
 
         return dequantize_4bit(self.quant_weight(), dtype)
@@ -143,7 +146,7 @@ class NF4Linear(nn.Module):
         for name in held:
             self._buffers[name] = None
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(held)
         for name, old in held.items():
@@ -161,7 +164,7 @@ class NF4Linear(nn.Module):
     # --- bitsandbytes' keys -----------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + key: value for key, value in bnb_state(self.quant_weight()).items()})
 
     def _load_from_state_dict(
@@ -173,7 +176,9 @@ class NF4Linear(nn.Module):
         if self.bias is not None and bias_key in state_dict:
             value = state_dict[bias_key]
             if value.shape != self.bias.shape:
-                error_msgs.append(f"size mismatch for {bias_key}: {tuple(value.shape)} against {tuple(self.bias.shape)}")
+                error_msgs.append(
+                    f"size mismatch for {bias_key}: {list(value.shape)}, expected {list(self.bias.shape)}"
+                )
             elif self.bias.is_meta or local_metadata.get("assign_to_params_buffers", False):
                 self.bias = nn.Parameter(value.detach(), requires_grad=self.bias.requires_grad)
             else:
@@ -197,93 +202,11 @@ class NF4Linear(nn.Module):
             return
         if not (self.weight.is_meta or local_metadata.get("assign_to_params_buffers", False)):
             # As `load_state_dict` does for parameters: a copy on the layer's own device, not the caller's tensors.
-            weight = _copy_of(weight, self.weight.device)
+            weight = copy_of(weight, self.weight.device)
         self.set_quant_weight(weight)
 
 
-def _copy_of(weight: QuantWeight, device: torch.device) -> QuantWeight:
-    from dataclasses import replace
-
-    tensors = {name: getattr(weight, name) for name in ("packed", *_SCALES)}
-    return replace(weight, **{k: None if t is None else t.to(device, copy=True) for k, t in tensors.items()})
-
-
-def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
-    """What bitsandbytes saves beside `weight`: the scales, the code table, and a json text as a uint8 tensor."""
-    facts: dict[str, Any] = {
-        "quant_type": weight.quant_type,
-        "blocksize": weight.blocksize,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "shape": list(weight.shape),
-    }
-    # Clones: safetensors and transformers take tensors that share memory for tied weights and drop all but one.
-    state = {
-        "weight.absmax": weight.absmax.detach(),
-        "weight.quant_map": table(QUANT_TYPES[weight.quant_type], weight.device).clone(),
-    }
-    if weight.nested_absmax is not None:
-        assert weight.nested_code is not None and weight.offset is not None
-        # A module on the meta device has no value to write; its state dict is only asked for its keys.
-        offset = 0.0 if weight.offset.is_meta else weight.offset.item()
-        facts |= {"nested_blocksize": weight.nested_blocksize, "nested_dtype": "float32", "nested_offset": offset}
-        state["weight.nested_absmax"] = weight.nested_absmax.detach()
-        state["weight.nested_quant_map"] = weight.nested_code.detach().clone()
-    text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
-    return state | {_STATE + weight.quant_type: text}
-
-
-def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight:
-    """The `QuantWeight` behind bitsandbytes' keys (`weight`, `weight.absmax`, ...); every one is checked first."""
-    packed = state["weight"]
-    texts = [key for key in state if key.startswith(_STATE)]
-    if len(texts) != 1:
-        raise AdapterFileError(
-            f"{where}weight: expected a 4-bit weight with one {_STATE}* entry, found {len(texts)}"
-            + (f" (a dense {packed.dtype} weight: load it before quantising)" if packed.is_floating_point() else "")
-        )
-    facts = parse_json(bytes(state[texts[0]].cpu().tolist()), where + texts[0])
-    quant_type, blocksize, shape, dtype = (facts.get(k) for k in ("quant_type", "blocksize", "shape", "dtype"))
-    if quant_type not in QUANT_TYPES or blocksize not in BLOCKSIZES or dtype not in _DTYPES:
-        raise AdapterFileError(f"{where}{texts[0]}: unknown quant_type, blocksize or dtype in {facts}")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n >= 0 for n in shape):
-        raise AdapterFileError(f"{where}{texts[0]}: expected a shape of two sizes, found {shape}")
-
-    def need(name: str, dtype: torch.dtype, numel: int) -> Tensor:
-        tensor = state.get(name)
-        if tensor is None:
-            raise AdapterFileError(f"{where}{name} is missing")
-        if tensor.dtype != dtype or tensor.numel() != numel:
-            raise AdapterFileError(
-                f"{where}{name}: {tensor.numel()} elements of {tensor.dtype}, expected {numel} of {dtype}"
-            )
-        return tensor.detach().reshape(-1)
-
-    if packed.dtype != torch.uint8:
-        packed = packed.contiguous().view(torch.uint8)  # bitsandbytes' quant_storage: the same bytes under another name
-    numel = shape[0] * shape[1]
-    nblocks = -(-numel // blocksize)
-    if packed.numel() != (numel + 1) // 2:
-        raise AdapterFileError(f"{where}weight: {packed.numel()} bytes, {shape} in 4 bits needs {(numel + 1) // 2}")
-    codes = need("weight.quant_map", torch.float32, 16)
-    if not codes.is_meta and not torch.equal(codes.cpu(), table(QUANT_TYPES[quant_type])):
-        raise AdapterFileError(f"{where}weight.quant_map is not the {quant_type} table")
-    nested = "weight.nested_absmax" in state
-    nested_blocksize = facts.get("nested_blocksize", _NESTED_BLOCKSIZE)
-    offset = facts.get("nested_offset", 0.0)
-    if type(nested_blocksize) is not int or nested_blocksize < 1 or not isinstance(offset, (int, float)):
-        raise AdapterFileError(f"{where}{texts[0]}: nested_blocksize {nested_blocksize}, nested_offset {offset}")
-    return QuantWeight(
-        packed=packed.detach().contiguous().view(-1, 1),
-        absmax=need("weight.absmax", torch.uint8 if nested else torch.float32, nblocks),
-        shape=(shape[0], shape[1]), quant_type=quant_type, blocksize=blocksize, dtype=_DTYPES[dtype],
-        nested_absmax=need("weight.nested_absmax", torch.float32, -(-nblocks // nested_blocksize)) if nested else None,
-        nested_code=need("weight.nested_quant_map", torch.float32, 256) if nested else None,
-        nested_blocksize=nested_blocksize,
-        offset=torch.tensor(float(offset), dtype=torch.float32, device=packed.device) if nested else None,
-    )  # fmt: skip
-
-
-# --- whole models -------------------------------------------------------------------------------------------------------
+# --- whole models ---------------------------------------------------------------------------------------------
 
 
 def quantize_model(
@@ -306,7 +229,8 @@ def quantize_model(
     from peft_kernels import quantize_4bit
 
     if quant_type not in QUANT_TYPES or blocksize not in BLOCKSIZES:
-        raise ValueError(f"quantize_model: {quant_type!r} at blocksize {blocksize}; expected {list(QUANT_TYPES)}, {BLOCKSIZES}")
+        expected = f"one of {list(QUANT_TYPES)} at one of {BLOCKSIZES}"
+        raise ValueError(f"quantize_model: {quant_type!r} at blocksize {blocksize!r}, expected {expected}")
     skip = [skip] if isinstance(skip, str) else list(skip)
     plan, kept = _plan(model, skip)
     if not plan:
@@ -314,8 +238,7 @@ def quantize_model(
     total, done = len(plan), 0
     while plan:
         name, parent, child = plan.popleft()
-        layer = parent._modules[child]
-        assert layer is not None
+        layer: Any = parent._modules[child]
         dense = layer.weight.detach()
         dense = dense.t() if _is_conv1d(layer) else dense
         weight = quantize_4bit(dense.contiguous(), quant_type, blocksize, double_quant)
@@ -349,11 +272,16 @@ def _plan(model: nn.Module, skip: list[str]) -> tuple[deque[tuple[str, nn.Module
             plan.append((name, parent, child))
             if layer.weight.is_meta:
                 raise ValueError(f"quantize_model: {name} is on the meta device; load its weights first")
-            if layer.weight.dtype not in _DTYPES.values() or not bool(torch.isfinite(layer.weight.sum(dtype=torch.float64))):
+            if layer.weight.dtype not in DTYPES.values() or not _is_finite(layer.weight):
                 bad.append(name)
     if bad:
         raise ValueError(f"quantize_model: NaN, infinite or not float32/16 weights in {list_some(bad)}")
     return plan, kept
+
+
+def _is_finite(weight: Tensor) -> bool:
+    # One pass and no mask; float64 holds the sum of any float32 values.
+    return bool(torch.isfinite(weight.detach().sum(dtype=torch.float64)))
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

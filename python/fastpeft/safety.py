@@ -177,9 +177,8 @@ def _walk(value: object, where: object, depth: int) -> None:
     elif isinstance(value, str):
         if len(value) > MAX_STRING:
             raise AdapterFileError(f"{where}: a text of {len(value)} characters")
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > MAX_NUMBER:
-            raise AdapterFileError(f"{where}: the number {_short(value)}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) <= MAX_NUMBER:
+        raise AdapterFileError(f"{where}: the number {_short(value)}")
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
         raise AdapterFileError(f"{where}: data_offsets {_short(offsets)}")
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise AdapterFileError(f"{where}: {_short(shape)} of {dtype} needs {nbytes} bytes, its offsets {offsets} differ")
+        raise AdapterFileError(f"{where}: {_short(shape)} of {dtype} needs {nbytes} bytes, not those at {offsets}")
     return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], nbytes)
 
 
@@ -260,17 +259,21 @@ def _is_ints(value: object) -> bool:
 
 
 def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """Read tensors of a checked file into memory of their own (not mapped: a file that shrinks later cannot crash us)."""
+    """Read tensors of a checked file into memory of their own: a mapped file that shrinks later would crash us."""
     tensors: dict[str, torch.Tensor] = {}
     with open_regular(header.path) as file:
         for name in header.tensors if names is None else names:
             info = header.tensors[name]
             data = torch.empty(info.nbytes, dtype=torch.uint8)
             file.seek(info.begin)
-            if info.nbytes and file.readinto(memoryview(data.numpy())) != info.nbytes:  # type: ignore[attr-defined]
+            if info.nbytes and _fill(file, data) != info.nbytes:
                 raise AdapterFileError(f"{header.path}: ended inside tensor {_short(name)} (truncated?)")
             tensors[name] = data.view(info.dtype).view(info.shape)
     return tensors
+
+
+def _fill(file: Any, data: torch.Tensor) -> int:
+    return int(file.readinto(data.numpy()))
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], where: object) -> None:

@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent))
 import zoo
 
-QUANT_CASES = [(kind, nested, blocksize) for kind in ("nf4", "fp4") for nested in (False, True) for blocksize in (64, 128)]
+QUANT_CASES = [
+    (kind, nested, blocksize) for kind in ("nf4", "fp4") for nested in (False, True) for blocksize in (64, 128)
+]
 
 
 def randomise(model: torch.nn.Module) -> None:

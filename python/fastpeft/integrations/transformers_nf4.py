@@ -31,37 +31,35 @@ _MAX_MODEL_HEADER = 100_000_000
 @cache
 def _classes() -> tuple[type, type]:
     """The configuration and quantizer classes, registered with transformers on first use."""
-    from transformers.quantizers import register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
+    class NF4Config(QuantizationConfigMixin):
         """Arguments of `quantize_model`, for `from_pretrained(..., quantization_config=...)`."""
 
         def __init__(
             self, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
             skip: list[str] | None = None, compute_dtype: str | None = None, **_: Any,
         ) -> None:  # fmt: skip
-            self.quant_method = METHOD
+            self.quant_method: Any = METHOD
             self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
             self.skip = ["lm_head"] if skip is None else list(skip)
             self.compute_dtype = compute_dtype
 
-    class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
+    class NF4Quantizer(HfQuantizer):
         """Quantises after loading; afterwards tells transformers that the model trains and saves."""
 
         requires_calibration = False
 
-        def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             from ..nf4 import quantize_model
 
-            config = self.quantization_config
+            config: Any = self.quantization_config
             dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
-            return quantize_model(
-                model, config.quant_type, config.blocksize, config.double_quant, config.skip, dtype
-            )
+            return quantize_model(model, config.quant_type, config.blocksize, config.double_quant, config.skip, dtype)
 
-        def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
             from ..nf4 import dequantize_model
 
             model = dequantize_model(model, dtype)
@@ -102,14 +100,15 @@ def nf4_config(**arguments: Any) -> Any:
 
 
 def mark_quantized(
-    model: nn.Module, quant_type: str, double_quant: bool, compute_dtype: torch.dtype | None, kept: list[str]
+    model: Any, quant_type: str, double_quant: bool, compute_dtype: torch.dtype | None, kept: list[str]
 ) -> None:
     """Give a transformers model the attributes of a quantised one; any other model is left alone."""
     if "transformers" not in sys.modules or not isinstance(model, sys.modules["transformers"].PreTrainedModel):
         return
     from transformers import BitsAndBytesConfig
 
-    model.config.quantization_config = BitsAndBytesConfig(
+    bnb_config: Any = BitsAndBytesConfig
+    model.config.quantization_config = bnb_config(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
@@ -126,11 +125,11 @@ def mark_quantized(
     model.is_loaded_in_4bit = importlib.util.find_spec("bitsandbytes") is not None
 
 
-def unmark_quantized(model: nn.Module) -> None:
+def unmark_quantized(model: Any) -> None:
     """Undo `mark_quantized`."""
     for name in _MARKS:
         model.__dict__.pop(name, None)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
 
@@ -145,7 +144,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None and not parameter.is_meta:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -173,7 +172,7 @@ def load_nf4_model(
     quantization = settings.get("quantization_config") or {}
     if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
         raise AdapterFileError(f"{root}: its config.json has no quantization_config with load_in_4bit")
-    config = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    config: Any = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
     config.quantization_config = None
     del config.quantization_config
     dtype = dtype or config.dtype or torch.float32
@@ -219,7 +218,7 @@ def _headers(root: Path) -> list[Header]:
 def _swap(
     model: nn.Module, headers: list[Header], dtype: torch.dtype, compute_dtype: torch.dtype | None
 ) -> tuple[list[str], str, bool]:
-    """Put an empty NF4Linear wherever the files hold a 4-bit weight; return what stays dense, the type, nested or not."""
+    """Put an empty NF4Linear wherever the files hold a 4-bit weight; return what stays dense, the type, and nested."""
     from ..nf4 import NF4Linear
 
     names = {key for header in headers for key in header.tensors}
@@ -232,7 +231,7 @@ def _swap(
         raise AdapterFileError("the folder holds no 4-bit weights of bitsandbytes' format")
     for name, quant_type in types.items():
         try:
-            old = model.get_submodule(name)
+            old: Any = model.get_submodule(name)
         except AttributeError:
             raise AdapterFileError(f"the files hold a 4-bit weight for {name}, which the model does not have") from None
         if type(old) is not nn.Linear and type(old).__name__ != "Conv1D":
@@ -263,8 +262,9 @@ def _check(model: nn.Module, headers: list[Header], root: Path) -> None:
         )
     for name, info in found.items():
         # Of a 4-bit weight's parts only the bytes have a size that the configuration fixes.
-        if ".weight." not in name and info.shape != tuple(expected[name].shape):
-            if info.nbytes != expected[name].nbytes or info.dtype == expected[name].dtype:
-                raise AdapterFileError(
-                    f"{root}: size mismatch for {name}: {info.shape}, the model has {tuple(expected[name].shape)}"
-                )
+        want = expected[name]
+        if ".weight." in name or info.shape == tuple(want.shape):
+            continue
+        # Packed bytes may be stored under another dtype, and then have another shape.
+        if info.nbytes != want.nbytes or info.dtype == want.dtype:
+            raise AdapterFileError(f"{root}: size mismatch for {name}: {info.shape}, expected {tuple(want.shape)}")

@@ -1,0 +1,228 @@
+"""Directories that are written whole or not at all, and manifests that say whether one is still whole.
+
+A writer fills a temporary folder beside the target; every file is flushed to the disk; then one rename puts the folder
+in place. A process killed at any point leaves the old folder as it was, and at worst a temporary folder that the next
+writer removes. Where the target already exists, the two folders are exchanged in one step (Linux's renameat2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .safety import AdapterFileError, list_some, path_inside, read_json
+
+# PEFT, transformers and the servers read files by name and pass over this one.
+MANIFEST_NAME = "fastpeft_manifest.json"
+FILE_MODE = 0o644  # safetensors and tempfile write 0600, which a server under another user cannot read
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it becomes `path`, with a manifest of what was written.
+
+    keep: files of an existing `path` that were not written anew stay in it (PEFT writes adapters into folders that
+    hold other things too). Raises whatever the body raises, after removing the temporary folder.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file, a directory was expected")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    temporary = target.parent / f".{target.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    if target.exists():
+        os.chmod(temporary, target.stat().st_mode & 0o777)
+    try:
+        yield temporary
+        write_manifest(temporary)
+        _sync_tree(temporary)
+        _put_in_place(temporary, target, keep)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
+    written = os.listdir(temporary)
+    if not target.exists() or not os.listdir(target):
+        os.rename(temporary, target)
+    elif _is_pinned(target):
+        _replace_files(temporary, target, written)
+    else:
+        if keep:
+            _link_missing(target, temporary)
+        if not _exchange(temporary, target):
+            _replace_files(temporary, target, written)
+    _sync(target.parent)
+
+
+def _is_pinned(target: Path) -> bool:
+    """A mount point cannot be renamed, and a process (a shell) standing in a folder would be left in the old one."""
+    here = Path.cwd()
+    return os.path.ismount(target) or target == here or target in here.parents
+
+
+def _replace_files(temporary: Path, target: Path, names: list[str]) -> None:
+    # Each file is whole at any time, though not the set of them: the manifest goes last and tells.
+    for name in sorted(names, key=lambda n: n == MANIFEST_NAME):
+        source, goal = temporary / name, target / name
+        if goal.is_dir() and not goal.is_symlink():
+            shutil.rmtree(goal)
+        os.replace(source, goal)
+    _sync(target)
+
+
+def _link_missing(old: Path, new: Path) -> None:
+    """Give `new` the entries of `old` that it lacks, by hard links (copies where the file system has none)."""
+    for entry in os.scandir(old):
+        goal = new / entry.name
+        if os.path.lexists(goal):
+            continue
+        if entry.is_symlink():
+            os.symlink(os.readlink(entry.path), goal)
+        elif entry.is_dir():
+            goal.mkdir(mode=entry.stat().st_mode & 0o777)
+            _link_missing(Path(entry.path), goal)
+        else:
+            try:
+                os.link(entry.path, goal)
+            except OSError:
+                shutil.copy2(entry.path, goal)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths in one step; False where the system or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBUSY):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            file = os.path.join(folder, name)
+            if not os.path.islink(file):
+                os.chmod(file, FILE_MODE)
+                _sync(file)
+        _sync(folder)
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a directory cannot be opened on Windows
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # a file system without fsync on directories
+            raise
+    finally:
+        os.close(handle)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "", platform.node())[:32] or "host"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary folders of writers on this machine that are no longer alive."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.tmp-{_host()}-(\d+)-[0-9a-f]{{8}}")
+    for name in os.listdir(target.parent):
+        match = pattern.fullmatch(name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(target.parent / name, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: str | os.PathLike[str]) -> Path:
+    """Record the size and sha256 of every file below `directory`, in `fastpeft_manifest.json`."""
+    root = Path(directory)
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    entries = {p.relative_to(root).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
+    path = root / MANIFEST_NAME
+    path.write_text(json.dumps({"version": 1, "files": entries}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def verify_manifest(directory: str | os.PathLike[str], names: list[str] | None = None) -> None:
+    """Raise AdapterFileError unless every file (or those named) is what the manifest says it was when written."""
+    root = Path(directory)
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        raise AdapterFileError(f"{root} has no {MANIFEST_NAME}: unfinished, or written by something else")
+    files = read_json(path).get("files")
+    if not isinstance(files, dict):
+        raise AdapterFileError(f"{path}: expected an object `files`")
+    bad = []
+    for name, entry in files.items():
+        if names is not None and name not in names:
+            continue
+        if not isinstance(entry, dict):
+            raise AdapterFileError(f"{path}: the entry of {name!r} is not an object")
+        file = path_inside(root, name)
+        if not file.is_file() or file.stat().st_size != entry.get("bytes") or sha256_of(file) != entry.get("sha256"):
+            bad.append(name)
+    if bad:
+        raise AdapterFileError(f"{root}: {list_some(bad)} changed since they were written (see {MANIFEST_NAME})")
+
+
+def newest_valid(root: str | os.PathLike[str], pattern: str = r"checkpoint-(\d+)") -> Path | None:
+    """The folder below `root` with the highest number in its name whose manifest holds; None where there is none.
+
+    pattern: a full match of the folder's name, whose first group is the number.
+    """
+    found = []
+    for path in Path(root).iterdir() if Path(root).is_dir() else ():
+        match = re.fullmatch(pattern, path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    for _, path in sorted(found, reverse=True):
+        try:
+            verify_manifest(path)
+        except (AdapterFileError, OSError):
+            continue
+        return path
+    return None

@@ -1,0 +1,104 @@
+"""The state dict keys under which bitsandbytes saves a 4-bit weight: written, and read with every part checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_kernels import QuantWeight
+from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES, table
+
+from .safety import AdapterFileError, parse_json
+
+_STATE = "weight.quant_state.bitsandbytes__"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NESTED_BLOCKSIZE = 256
+
+
+def copy_of(weight: QuantWeight, device: torch.device) -> QuantWeight:
+    """The same weight in memory of its own."""
+    names = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
+    changes: Any = {n: None if (t := getattr(weight, n)) is None else t.to(device, copy=True) for n in names}
+    copy: QuantWeight = replace(weight, **changes)
+    return copy
+
+
+def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
+    """What bitsandbytes saves beside `weight`: the scales, the code table, and a json text as a uint8 tensor."""
+    facts: dict[str, Any] = {
+        "quant_type": weight.quant_type,
+        "blocksize": weight.blocksize,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    # Clones: safetensors and transformers take tensors that share memory for tied weights and drop all but one.
+    state = {
+        "weight.absmax": weight.absmax.detach(),
+        "weight.quant_map": table(QUANT_TYPES[weight.quant_type], weight.device).clone(),
+    }
+    if weight.nested_absmax is not None:
+        assert weight.nested_code is not None
+        assert weight.offset is not None
+        # A module on the meta device has no value to write; its state dict is only asked for its keys.
+        offset = 0.0 if weight.offset.is_meta else weight.offset.item()
+        facts |= {"nested_blocksize": weight.nested_blocksize, "nested_dtype": "float32", "nested_offset": offset}
+        state["weight.nested_absmax"] = weight.nested_absmax.detach()
+        state["weight.nested_quant_map"] = weight.nested_code.detach().clone()
+    text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    return state | {_STATE + weight.quant_type: text}
+
+
+def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight:
+    """The `QuantWeight` behind bitsandbytes' keys (`weight`, `weight.absmax`, ...); every one is checked first."""
+    packed = state["weight"]
+    texts = [key for key in state if key.startswith(_STATE)]
+    if len(texts) != 1:
+        raise AdapterFileError(
+            f"{where}weight: expected a 4-bit weight with one {_STATE}* entry, found {len(texts)}"
+            + (f" (a dense {packed.dtype} weight: load it before quantising)" if packed.is_floating_point() else "")
+        )
+    facts = parse_json(bytes(state[texts[0]].cpu().tolist()), where + texts[0])
+    quant_type, blocksize, shape, dtype = (facts.get(k) for k in ("quant_type", "blocksize", "shape", "dtype"))
+    if quant_type not in QUANT_TYPES or blocksize not in BLOCKSIZES or dtype not in DTYPES:
+        raise AdapterFileError(f"{where}{texts[0]}: unknown quant_type, blocksize or dtype in {facts}")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n >= 0 for n in shape):
+        raise AdapterFileError(f"{where}{texts[0]}: expected a shape of two sizes, found {shape}")
+
+    def need(name: str, dtype: torch.dtype, numel: int) -> Tensor:
+        tensor = state.get(name)
+        if tensor is None:
+            raise AdapterFileError(f"{where}{name} is missing")
+        if tensor.dtype != dtype or tensor.numel() != numel:
+            raise AdapterFileError(
+                f"{where}{name}: {tensor.numel()} elements of {tensor.dtype}, expected {numel} of {dtype}"
+            )
+        return tensor.detach().reshape(-1)
+
+    if packed.dtype != torch.uint8:
+        packed = packed.contiguous().view(torch.uint8)  # bitsandbytes' quant_storage: the same bytes under another name
+    numel = shape[0] * shape[1]
+    nblocks = -(-numel // blocksize)
+    if packed.numel() != (numel + 1) // 2:
+        raise AdapterFileError(f"{where}weight: {packed.numel()} bytes, {shape} in 4 bits needs {(numel + 1) // 2}")
+    codes = need("weight.quant_map", torch.float32, 16)
+    if not codes.is_meta and not torch.equal(codes.cpu(), table(QUANT_TYPES[quant_type])):
+        raise AdapterFileError(f"{where}weight.quant_map is not the {quant_type} table")
+    nested = "weight.nested_absmax" in state
+    nested_blocksize = facts.get("nested_blocksize", NESTED_BLOCKSIZE)
+    offset = facts.get("nested_offset", 0.0)
+    if type(nested_blocksize) is not int or nested_blocksize < 1 or not isinstance(offset, (int, float)):
+        raise AdapterFileError(f"{where}{texts[0]}: nested_blocksize {nested_blocksize}, nested_offset {offset}")
+    return QuantWeight(
+        packed=packed.detach().contiguous().view(-1, 1),
+        absmax=need("weight.absmax", torch.uint8 if nested else torch.float32, nblocks),
+        shape=(shape[0], shape[1]), quant_type=quant_type, blocksize=blocksize, dtype=DTYPES[dtype],
+        nested_absmax=need("weight.nested_absmax", torch.float32, -(-nblocks // nested_blocksize)) if nested else None,
+        nested_code=need("weight.nested_quant_map", torch.float32, 256) if nested else None,
+        nested_blocksize=nested_blocksize,
+        offset=torch.tensor(float(offset), dtype=torch.float32, device=packed.device) if nested else None,
+    )  # fmt: skip
