@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import peft_kernels
 import torch
-from peft_kernels import QuantWeight
 from torch import Tensor, nn
+
+import peft_kernels
+from peft_kernels import QuantWeight
 
 from .weights import BaseWeight, Quant4bitWeight, Weight, _has_base, _has_hooks, relative_error
 

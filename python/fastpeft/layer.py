@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .config import PeftWarning
 from .containers import AdapterDict
+from .merging import Merging
 from .method import AdapterView, Fused, LayerInfo, Method, State
-from .weights import BaseWeight, Weight, weight_of, wide
+from .weights import BaseWeight, Weight, weight_of
 
 
 class _Stack:
@@ -62,7 +63,7 @@ class _Stack:
         return self._layer.kind.apply(self._layer.base_layer, x, weight, bias)
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(Merging, nn.Module):
     """A base layer with any number of adapters of any methods. Its attributes are those of PEFT's tuner layers.
 
     The tensors of an adapter are spread over one container per tensor name: `layer.lora_A["default"].weight`. Values
@@ -269,109 +270,6 @@ class AdapterLayer(nn.Module):
 
     def _scaled_active(self) -> list[str]:
         return [n for n in self._active_adapter if n in self._scaling and self._initial_scale(n) is not None]
-
-    # Merging
-
-    def merged_weight(self, adapters: Sequence[str], base: Weight | None = None) -> Weight:
-        """W and b, in at least float32, that the base layer has with these adapters merged in this order."""
-        w, b = base or self.kind.read(self.base_layer)
-        w = w.to(wide(w.dtype))
-        b = None if b is None else b.to(w.dtype)
-        for name in adapters:
-            w, b = self.methods[name].merged(self.view(name), self.shared.get(name), w, b)
-        return w, b
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging an adapter alone adds to the base weight, in the layout of `base_layer.weight`."""
-        with torch.no_grad():
-            base = self._unmerged(self.kind.read)
-            method = self.methods[adapter]
-            if type(method).merged is Method.merged and not method.needs_base_weight:
-                delta = method.delta_weight(self.view(adapter), self.shared.get(adapter), None).reshape(self.info.shape)
-            else:
-                delta = self.merged_weight([adapter], base)[0] - base[0]
-        transposed = self.kind.fan_in_fan_out or self.kind.kind == "embedding"
-        return delta.t() if transposed else delta
-
-    def _unmerged(self, read: Any) -> Weight:
-        """`read` of the base layer as it was before any merge."""
-        if self._taken is None:
-            return read(self.base_layer)  # type: ignore[no-any-return]
-        now = self.kind.take(self.base_layer)
-        self.kind.put_back(self.base_layer, self._taken)
-        try:
-            return read(self.base_layer)  # type: ignore[no-any-return]
-        finally:
-            self.kind.put_back(self.base_layer, now)
-
-    def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
-        """The adapters that `merge` would merge. Raises ValueError if one of them cannot be; changes nothing."""
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        wanted = self._active_adapter if adapter_names is None else adapter_names
-        names = [n for n in wanted if n in self.methods and n not in self.merged_adapters]
-        for name in names:
-            reason = self.methods[name].mergeable_in(self.view(name), self.info)
-            if reason:
-                raise ValueError(f"Adapter {name!r} cannot be merged into {self.layer_name or 'the layer'}: {reason}.")
-        return names
-
-    def merge(
-        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, keep: bool = True
-    ) -> float | None:
-        """Merge adapters (None: the active ones) into the base weight, after those that are merged already.
-
-        safe_merge: raise ValueError, with nothing changed, if the result holds NaN or infinity. keep: hold on to the
-        old weight so that `unmerge` restores its exact bytes; this costs a second copy of the layer's weight. Returns
-        the relative error that requantising made, for a quantised layer.
-        """
-        names = self.to_merge(adapter_names)
-        if not names:
-            return None
-        with torch.no_grad():
-            # From the original, so that a second merge adds no second rounding.
-            base = self._unmerged(self.kind.read)
-            w, b = self.merged_weight([*self.merged_adapters, *names], base)
-            if safe_merge:
-                self._check_finite(names, w, b)
-            taken = self._taken if self._taken is not None else self.kind.take(self.base_layer)
-            try:
-                error = self.kind.write(self.base_layer, w, b)
-            except Exception:
-                self.kind.put_back(self.base_layer, taken)
-                raise
-        self._taken = taken if keep else None
-        self.merged_adapters.extend(names)
-        self._plan = None
-        return error
-
-    def check_safe(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise ValueError if merging would give NaN or infinity; changes nothing."""
-        names = self.to_merge(adapter_names)
-        if names:
-            with torch.no_grad():
-                base = self._unmerged(self.kind.read)
-                self._check_finite(names, *self.merged_weight([*self.merged_adapters, *names], base))
-
-    def _check_finite(self, names: Sequence[str], w: Tensor, b: Tensor | None) -> None:
-        stored = self.kind.dtype(self.base_layer)  # a weight that is finite in float32 may overflow float16
-        for tensor in (w, b):
-            if tensor is not None and not torch.isfinite(tensor.to(stored)).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights of {self.layer_name or 'the layer'}. "
-                    f"The adapter {', '.join(names)} seems to be broken"
-                )
-
-    def unmerge(self) -> None:
-        """Undo every merge: the exact bytes that the base weight had before are back."""
-        if not self.merged_adapters:
-            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
-            return
-        if self._taken is None:
-            raise ValueError("this layer was merged with keep=False, so its old weight is gone")
-        self.kind.put_back(self.base_layer, self._taken)
-        self._taken, self._plan = None, None
-        self.merged_adapters.clear()
 
     # Forward
 

@@ -165,7 +165,12 @@ class Method:
         return x
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        """The adapted layer's output; y is the wrapped layer's for `input(x)`."""
+        """The adapted layer's output; y is the wrapped layer's for `input(x)`.
+
+        By default what `delta_weight` gives is applied to x; a method without one acts through `input` alone.
+        """
+        if type(self).delta_weight is Method.delta_weight:
+            return y
         w = inner.weight()[0] if self.needs_base_weight else None
         delta = self.delta_weight(s, shared, w)
         return y + inner.apply(x, delta.to(x.dtype) if x.is_floating_point() else delta)

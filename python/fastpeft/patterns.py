@@ -17,7 +17,8 @@ from typing import Any
 from .config import PeftError
 
 if sys.version_info >= (3, 11):
-    from re import _constants as _sre, _parser
+    from re import _constants as _sre
+    from re import _parser
 else:
     import sre_constants as _sre
     import sre_parse as _parser

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import peft_kernels
 import torch
 import torch.nn.functional as F
-from peft_kernels import QuantWeight
 from torch import Tensor, nn
+
+import peft_kernels
+from peft_kernels import QuantWeight
 
 from .method import LayerInfo
 
@@ -251,6 +252,7 @@ class Conv3dWeight(ConvWeight):
 class Quant4bitWeight(BaseWeight):
     """A linear layer with the protocol `quant_weight()` and `set_quant_weight(qw)`: fastpeft's NF4Linear."""
 
+    label = "NF4Linear"
     quantized = "nf4"
 
     @classmethod

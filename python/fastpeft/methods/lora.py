@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft_kernels import lora_linear
 from torch import Tensor, nn
+
+from peft_kernels import lora_linear
 
 from ..config import PeftType, PeftWarning, TargetConfig
 from ..method import Fused, Inner, LayerInfo, Method, State, register

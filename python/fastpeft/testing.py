@@ -1,0 +1,133 @@
+"""Test helpers, public for methods that others write: sample base layers, and the law that every method obeys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft_kernels.testing import assert_no_worse
+from torch import Tensor, nn
+
+from .layer import AdapterLayer
+from .method import Method
+from .weights import weight_of
+
+
+@dataclass(frozen=True)
+class SampleBase:
+    """A kind of base layer in small, and an input for it."""
+
+    make: Callable[[], nn.Module]
+    input: Callable[[], Tensor]
+
+
+def _nf4() -> nn.Module:
+    from peft_kernels import quantize_4bit
+
+    from .nf4 import NF4Linear
+
+    linear = nn.Linear(24, 20)
+    return NF4Linear(quantize_4bit(linear.weight.detach(), nested=True), linear.bias)
+
+
+def _conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    module: nn.Module = Conv1D(20, 24)
+    nn.init.normal_(module.bias)
+    return module
+
+
+def _rows() -> Tensor:
+    return torch.randn(2, 5, 24)
+
+
+# Sizes are multiples of nothing; inputs have a batch dimension first.
+SAMPLE_BASES: dict[str, SampleBase] = {
+    "linear": SampleBase(lambda: nn.Linear(24, 20), _rows),
+    "linear-no-bias": SampleBase(lambda: nn.Linear(24, 20, bias=False), _rows),
+    "transformers-conv1d": SampleBase(_conv1d, _rows),
+    "nf4": SampleBase(_nf4, _rows),
+    "embedding": SampleBase(lambda: nn.Embedding(31, 20, padding_idx=3), lambda: torch.randint(0, 31, (2, 7))),
+    "conv1d": SampleBase(lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 6, 11)),
+    "conv2d": SampleBase(lambda: nn.Conv2d(6, 8, (3, 2), dilation=(2, 1)), lambda: torch.randn(2, 6, 9, 7)),
+    "conv2d-1x1": SampleBase(lambda: nn.Conv2d(6, 8, 1), lambda: torch.randn(2, 6, 4, 5)),
+    "conv2d-circular": SampleBase(
+        lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"), lambda: torch.randn(2, 6, 5, 6)
+    ),
+    "conv2d-groups": SampleBase(lambda: nn.Conv2d(6, 8, 3, groups=2), lambda: torch.randn(2, 6, 5, 6)),
+    "conv3d": SampleBase(lambda: nn.Conv3d(4, 6, 2, bias=False), lambda: torch.randn(2, 4, 3, 4, 3)),
+}
+
+
+def add_adapter(layer: AdapterLayer, name: str, method: Method, config: Any) -> None:
+    """Add an adapter with random tensors (so that it does something), in the base layer's dtype."""
+    info = layer.info
+    method.check_config(config)
+    method.check_layer(config, info)
+    shared = method.make_shared(config, [info])
+    state = method.make_state(config, info, _Attributes(shared) if shared else None)
+    layer.add(name, method, state, _Attributes(shared) if shared else None)
+    with torch.no_grad():
+        for tensor in [t for _, _, t in layer.adapter_state(name) if t.is_floating_point()]:
+            tensor.copy_(torch.randn_like(tensor) * 0.3)
+
+
+class _Attributes:
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+
+
+def assert_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> None:
+    """forward(x) is what the base layer computes with the merged weight, for these adapters in this order.
+
+    Both are computed in float64 and must agree to float32's resolution, so that only a wrong formula can fail. The
+    merge is also carried out, and taken back byte for byte. A quantised base is compared with its decoded weight.
+    """
+    layer.double()
+    if x.is_floating_point():
+        x = x.double()
+    layer.set_adapter(list(names))
+    layer.eval()
+    kind, base = layer.kind, layer.base_layer
+    with torch.no_grad():
+        w0, b0 = (None if t is None else t.double() for t in kind.read(base))
+        assert w0 is not None
+        forward = layer(x)
+        w, b = layer.merged_weight(names, (w0, b0))
+        exact = kind.apply(base, x, w, b)
+        single = x.float() if x.is_floating_point() else x
+        eager = kind.apply(base, single, w.float(), None if b is None else b.float())
+        positive = x.abs() if x.is_floating_point() else x
+        sizes = w0.abs() + (w - w0).abs()
+        magnitude = kind.apply(base, positive, sizes, None if b is None else b.abs()).abs()
+        assert_no_worse(forward.float(), eager, exact, magnitude)
+        assert not torch.equal(exact, kind.apply(base, x, w0, b0)), "the adapter does nothing, so the law says nothing"
+        assert_merge_and_back(layer, names, x, forward)
+
+
+def assert_merge_and_back(layer: AdapterLayer, names: Sequence[str], x: Tensor, forward: Tensor) -> None:
+    """Merging gives a layer that computes the same without adapters, and unmerging gives the old bytes back."""
+    before = [t.clone() for t in layer.base_layer.state_dict().values()]
+    error = layer.merge(adapter_names=names)
+    assert layer.merged_adapters == list(names)
+    if layer.kind.quantized is None:
+        assert error is None
+        merged = layer(x)
+        assert_no_worse(merged.float(), forward.float(), forward, forward.abs() + 1)
+    else:
+        assert error is not None
+        assert 0 < error < 0.2
+    layer.unmerge()
+    after = list(layer.base_layer.state_dict().values())
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "unmerge did not restore the bytes"
+
+
+def make_layer(base: str) -> AdapterLayer:
+    """An adapter layer over a sample base, without adapters."""
+    module = SAMPLE_BASES[base].make()
+    assert weight_of(module) is not None
+    return AdapterLayer(module, base)
