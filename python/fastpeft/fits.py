@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .safety import AdapterFileError, TensorInfo, list_some
+
+if TYPE_CHECKING:
+    from .inject import InjectionPlan
 
 PREFIX = "base_model.model."
 
@@ -27,9 +31,12 @@ def check_fits(
     device, so that a rank of any size costs nothing. Raises KeyMismatchError that lists what is missing, unexpected or
     of another size, and whatever a configuration that cannot be used raises.
     """
-    expected = expected_shapes(config, model)
+    plan = _plan(config, model)
+    expected = expected_shapes(plan)
     plain = _plain_shapes(config, model)
     missing = [key for key in expected if key not in tensors]
+    biases = {key.replace(".base_layer.", ".") for key in tensors}
+    missing += [key for key in _trained_biases(config, plan) if key not in biases]
     unexpected, mismatched, wrong = [], [], []
     for key, info in tensors.items():
         shape = expected.get(key, plain.get(key.replace(".base_layer.", ".")))
@@ -54,16 +61,19 @@ def _is_lora(config: Mapping[str, Any]) -> bool:
     return str(config.get("peft_type")).upper() == "LORA"
 
 
-def expected_shapes(config: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a file of this configuration holds for this model, by its key in the file."""
+def _plan(config: Mapping[str, Any], model: nn.Module) -> InjectionPlan:
     from .config import PeftConfig
     from .inject import plan_injection
 
     with warnings.catch_warnings():
         # The warnings come again, for the user, when the adapter is put in.
         warnings.simplefilter("ignore")
-        settings = PeftConfig.from_dict(config)
-        plan = plan_injection(model, settings, "default", low_cpu_mem_usage=True, loading=True)
+        settings = PeftConfig.from_dict({k: v for k, v in config.items() if k != "runtime_config"})
+        return plan_injection(model, settings, "default", low_cpu_mem_usage=True, loading=True)
+
+
+def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a file of an adapter holds, by its key in the file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in plan.layers:
         for name in plan.method.tensors:
@@ -74,6 +84,20 @@ def expected_shapes(config: Mapping[str, Any], model: nn.Module) -> dict[str, tu
         for key, tensor in saved.module.state_dict().items():
             shapes[f"{PREFIX}{saved.site.name}.{key}"] = tuple(tensor.shape)
     return shapes
+
+
+def _trained_biases(config: Mapping[str, Any], plan: InjectionPlan) -> list[str]:
+    """The keys of the base model's biases that the adapter trains, without `base_layer`."""
+    mode = config.get("bias", "none")
+    if mode == "all":
+        saved = tuple(f"{site.site.name}." for site in plan.saved)
+        names = (n.replace(".base_layer.", ".") for n, _ in plan.model.named_parameters() if n.endswith(".bias"))
+        return [
+            PREFIX + n for n in names if not n.startswith(saved) and not re.search(r"\.lora_\w+\.|modules_to_save", n)
+        ]
+    if mode in (None, "none", False):
+        return []
+    return [f"{PREFIX}{layer.site.name}.bias" for layer in plan.layers if layer.layer.info.has_bias]
 
 
 def _entries(value: Any) -> list[tuple[str, Tensor]]:
