@@ -59,18 +59,23 @@ def save_adapter(
     """Write an adapter folder in one step: a crash leaves what was there before. Other files in the folder stay."""
     from safetensors.torch import save_file
 
-    # safetensors refuses tensors that share memory, and strided ones.
-    tensors = {key: _own(value) for key, value in sorted(state_dict.items())}
+    tensors: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for key, value in sorted(state_dict.items()):
+        # safetensors refuses tensors that share memory, and strided ones.
+        tensors[key] = value.detach() if _is_whole(value, held) else value.detach().cpu().contiguous().clone()
+        held.add(tensors[key].data_ptr())
     with atomic.atomic_directory(directory) as folder:
         save_file(tensors, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
         text = json.dumps(dict(config), indent=2, sort_keys=True, default=_plain)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def _own(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole and tensor.device.type == "cpu" else tensor.cpu().contiguous().clone()
+def _is_whole(tensor: Tensor, held: set[int]) -> bool:
+    """Whether a tensor fills a CPU storage of its own that none of `held` points to."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() in held:
+        return False
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 def _plain(value: Any) -> Any:

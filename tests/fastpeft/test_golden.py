@@ -28,7 +28,7 @@ def load(name: str, folder: Path | None = None, **kwargs: object) -> fastpeft.Pe
 
 
 def largest(exact: torch.Tensor) -> torch.Tensor:
-    """The size of the terms behind an element of a deep model: its largest neighbour's, in place of a bound per term."""
+    """The size of the terms behind an element of a deep model: its largest neighbour, in place of a bound per term."""
     return exact.abs().max().expand(exact.shape)
 
 
@@ -96,7 +96,7 @@ def test_peft_loads_what_is_saved_here(name, tmp_path):
 
 
 def expected_output(name: str) -> torch.Tensor:
-    """PEFT's own, computed here: its last bits depend on the machine, those of the golden file on the one it was made on."""
+    """What PEFT computes here: its last bits differ between machines, so the golden file's may be others."""
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
