@@ -32,6 +32,9 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_set_level": [c_char_p],
     "pk_cpu_quantize_4bit": [c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 4, c_int64],
     "pk_cpu_quantize_absmax": [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 3, c_int64],
+    # a pk_lora_args packed into bytes, which ctypes passes far faster than 30 arguments
+    "pk_cpu_lora_linear": [c_char_p],
+    "pk_cpu_lora_linear_backward": [c_char_p],
     "pk_cpu_dequantize_4bit": [*[c_void_p] * 5, *[c_int64] * 5, c_void_p, c_int64],
 }
 _CUDA_SIGNATURES: dict[str, list[Any]] = {
@@ -82,6 +85,7 @@ def _load_cpu() -> CDLL | str:
     lib = _load("cpu", _CPU_SIGNATURES)
     if isinstance(lib, str):
         return lib
+    lib.pk_lora_args_size.argtypes, lib.pk_lora_args_size.restype = [], c_int64
     for name in ("pk_cpu_level", "pk_cpu_levels", "pk_cpu_openmp"):
         getattr(lib, name).argtypes, getattr(lib, name).restype = [], c_char_p
     wanted = os.environ.get(LEVEL_ENV, "")
@@ -148,3 +152,8 @@ def set_level(name: str | None) -> None:
 def openmp() -> str:
     """Path of the OpenMP runtime that the library runs on (torch's); "" where there is none and it runs serially."""
     return str(cpu().pk_cpu_openmp().decode())
+
+
+def lora_args_size() -> int:
+    """sizeof(pk_lora_args) of the built library: ops/lora_linear/native.py packs the same struct."""
+    return int(cpu().pk_lora_args_size())

@@ -1,0 +1,44 @@
+/* Exported functions of lora_linear: argument checks (bugs of the caller; users' mistakes are found in Python). */
+#include "kernels.h"
+
+static int check(const pk_lora_args *a, bool backward) {
+    if (a->M < 0 || a->N < 0 || a->K < 0 || a->r < 0)
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: negative size (M %lld, N %lld, K %lld, r %lld)", (long long)a->M,
+                       (long long)a->N, (long long)a->K, (long long)a->r);
+    if (a->x_dtype < PK_F32 || a->x_dtype > PK_F16)
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: x_dtype must be float32, bfloat16 or float16, got %d", int(a->x_dtype));
+    if (a->quant_type < PK_DENSE || a->quant_type > PK_FP4)
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unknown quant_type %d", int(a->quant_type));
+    if (a->quant_type == PK_DENSE && (a->w_dtype < PK_F32 || a->w_dtype > PK_F16))
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unsupported dtype of a dense weight, %d", int(a->w_dtype));
+    if (a->quant_type != PK_DENSE && (a->blocksize <= 0 || (a->nested_code && a->nested_blocksize <= 0)))
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: blocksizes must be positive");
+    if (a->quant_type != PK_DENSE && a->nested_code && (!a->nested_absmax || !a->offset))
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: nested scales need nested_absmax and offset");
+    if (a->r > 0 && (!a->a || !a->b || a->a_dtype > PK_F16 || a->b_dtype > PK_F16 || (!a->s && a->M > 0)))
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter needs a, b (float32, bfloat16 or float16) and s");
+    if (a->r > 0 && a->dropout_p > 0 && (!a->seed || !(a->dropout_p < 1)))
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: dropout needs a seed and p < 1");
+    if (!backward && a->bias && (a->bias_dtype < PK_F32 || a->bias_dtype > PK_F16))
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unsupported dtype of bias, %d", int(a->bias_dtype));
+    return PK_OK;
+}
+
+static int finish(int code) {
+    return code == PK_ERR_MEMORY ? pk_fail(code, "lora_linear: no memory for the workspace") : code;
+}
+
+extern "C" {
+int64_t pk_lora_args_size(void) { return int64_t(sizeof(pk_lora_args)); }
+
+int pk_cpu_lora_linear(const pk_lora_args *args) {
+    int code = check(args, false);
+    if (code || args->M == 0 || args->N == 0) return code;
+    return finish(pk_table()->lora_linear(args));
+}
+
+int pk_cpu_lora_linear_backward(const pk_lora_args *args) {
+    int code = check(args, true);
+    return code ? code : finish(pk_table()->lora_linear_backward(args));
+}
+}
