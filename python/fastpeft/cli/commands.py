@@ -132,9 +132,8 @@ def _round_to_four_bits(model: Any, kind: str, note: dict[str, Any]) -> None:
 
 
 def inspect(adapter: Path) -> dict[str, Any]:
+    from fastpeft.serving import inspect_adapter
     from fastpeft.training.inference import adapter_note
-
-    from fastpeft.checkpoint import inspect_adapter
 
     if not adapter.is_dir():
         raise UserError(f"{adapter} is not a folder", "give the folder of an adapter")
@@ -146,4 +145,30 @@ def inspect(adapter: Path) -> dict[str, Any]:
 
 
 def show_inspection(result: dict[str, Any], with_keys: bool) -> None:
-    raise NotImplementedError
+    """The report as a table; ``with_keys`` adds every tensor."""
+    rows = [
+        ("method", str(result["method"])),
+        ("base model", str(result["base_model"])),
+        ("task", str(result["task_type"])),
+        ("ranks", _counts(result["ranks"], "modules")),
+        ("scalings", _counts(result["scalings"], "modules")),
+        ("targets", _targets(result["target_modules"])),
+        ("tensors", f"{len(result['tensors'])}, {_counts(result['dtypes'], 'tensors')}"),
+        ("size", f"{result['parameters']:,} parameters, {size(result['bytes'])}"),
+        ("manifest", str(result["manifest"])),
+    ]
+    rows += [(f"option {name}", json.dumps(value)) for name, value in result["options"].items()]
+    rows += [(f"trained on: {name}", json.dumps(value)) for name, value in result.get("trained_on", {}).items()]
+    for server, reasons in result["serving"].items():
+        rows.append((f"serving with {server}", "; ".join(reasons) or "yes, as it is"))
+    table(result["path"], ("what", "value"), rows)
+    if with_keys:
+        table("tensors", ("key", "shape"), [(k, "x".join(map(str, s))) for k, s in result["tensors"].items()])
+
+
+def _counts(counts: dict[Any, int], of: str) -> str:
+    return ", ".join(f"{value} ({number} {of})" for value, number in counts.items()) or "none"
+
+
+def _targets(targets: object) -> str:
+    return ", ".join(sorted(map(str, targets))) if isinstance(targets, (list, tuple, set)) else str(targets)

@@ -1,0 +1,73 @@
+"""The quickstart's report.md."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def write_report(output: Path, summary: dict[str, Any]) -> None:
+    temporary = output / "report.md.tmp"
+    temporary.write_text(report(summary), encoding="utf-8")
+    temporary.replace(output / "report.md")
+
+
+def report(summary: dict[str, Any]) -> str:
+    """The run in Markdown: numbers, curve, answers, and how to go on."""
+    share = 100 * summary["trainable_parameters"] / summary["parameters"]
+    facts = [
+        ("Model", f"{summary['model']}, linear layers in NF4 with double quantisation"),
+        ("Adapter", f"LoRA r=16 on all linear layers: {summary['trainable_parameters']:,} trainable parameters ({share:.1f} %)"),
+        ("Data", f"Python's own documentation: {summary['training_examples']:,} pairs, {summary['held_out_examples']} held out"),
+        ("Training", f"{summary['steps']} steps, {summary['tokens']:,} tokens" + _resumed(summary)),
+        ("Machine", f"{platform.machine()}, {summary['threads']} threads, {summary['device']}, {summary['dtype']} compute, "
+                    f"lora_linear served by the {summary['backend']} backend"),
+        ("Time", f"{summary['seconds_total']:.0f} s: " + ", ".join(f"{k} {v:.0f} s" for k, v in summary["seconds"].items())),
+        ("Peak memory", f"{summary['peak_memory_mb'] / 1000:.2f} GB (the whole process)"
+                        if summary["device"] == "cpu" else f"{summary['peak_memory_mb'] / 1000:.2f} GB on the device"),
+    ]  # fmt: skip
+    before, after = summary["held_out_before"], summary["held_out_after"]
+    lines = [
+        "# Quickstart: a small model learns how Python documents itself",
+        "",
+        f"**Held-out loss {before:.3f} → {after:.3f} ({summary['held_out_change_percent']:+.0f} %).** "
+        "The adapter was saved, loaded in a fresh process, and gave the same answers word for word.",
+        "",
+        "![loss](loss.png)",
+        "",
+        "| | |",
+        "|---|---|",
+        *[f"| {name} | {_cell(value)} |" for name, value in facts],
+        "",
+        "## The same prompts before and after",
+        "",
+        "None of these objects was in the training data.",
+        "",
+        "| prompt | before | after | Python's documentation |",
+        "|---|---|---|---|",
+        *[
+            f"| {_cell(a['prompt'])} | {_cell(a['before'])} | {_cell(a['after'])} | {_cell(a['documentation'])} |"
+            for a in summary["answers"]
+        ],
+        "",
+        "## Go on",
+        "",
+        "```",
+        f"fastpeft generate --adapter {summary['output']}/adapter 'What does `heapq.merge` do in Python?'",
+        f"fastpeft inspect {summary['output']}/adapter",
+        f"fastpeft merge {summary['output']}/adapter {summary['output']}/merged --dtype bf16",
+        f"fastpeft train {summary['output']}/config.yaml learning_rate=5e-4 lora.r=8",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _resumed(summary: dict[str, Any]) -> str:
+    return f" since step {summary['resumed_from']}, where an interrupted run was resumed" if summary["resumed_from"] else ""
+
+
+def _cell(text: str) -> str:
+    """Text that stays in one table cell and is not taken for markup."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
