@@ -28,9 +28,9 @@ __device__ float scale_of(const Scales &s, const float *code, float offset, int6
 }
 
 template <typename T> __device__ T rounded(float v);
-template <> __device__ float rounded<float>(float v) { return v; }
-template <> __device__ __nv_bfloat16 rounded<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
-template <> __device__ __half rounded<__half>(float v) { return __float2half_rn(v); }
+template <> __device__ inline float rounded<float>(float v) { return v; }
+template <> __device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <> __device__ inline __half rounded<__half>(float v) { return __float2half_rn(v); }
 
 __device__ void store8(float *to, const float *v) {
     reinterpret_cast<float4 *>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
@@ -49,7 +49,7 @@ template <typename T> __device__ void store8(T *to, const float *v) { /* the 16-
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     dequantize_kernel(const uint8_t *__restrict__ packed, Scales scales, const float *__restrict__ nested_code,
-                      Table entries, int64_t numel, int shift, bool aligned, T *__restrict__ out) {
+                      const __grid_constant__ Table entries, int64_t numel, int shift, bool aligned, T *__restrict__ out) {
     __shared__ float table[16], code[256];
     if (threadIdx.x < 16) table[threadIdx.x] = entries.value[threadIdx.x];
     float offset = 0.0f;

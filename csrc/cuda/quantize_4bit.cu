@@ -62,7 +62,7 @@ template <typename T> __device__ void load(const T *w, int64_t i, int64_t numel,
 
 template <typename T, int BS>
 __global__ void __launch_bounds__(THREADS)
-    quantize_kernel(const T *__restrict__ w, int64_t numel, int64_t nblocks, Tables tables, bool aligned,
+    quantize_kernel(const T *__restrict__ w, int64_t numel, int64_t nblocks, const __grid_constant__ Tables tables, bool aligned,
                     uint8_t *__restrict__ packed, float *__restrict__ absmax) {
     constexpr int TEAM = BS / CHUNK < 32 ? BS / CHUNK : 32;
     constexpr int PASSES = BS / (CHUNK * TEAM);

@@ -1,0 +1,44 @@
+"""dequantize_4bit on the native CUDA library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...cuda_rt import device_index, ready, stream
+from ...dispatch import Backend
+from ...formats import table
+from . import numel_of, refuse_dtype
+
+
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: Tensor | None,
+    quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = packed.new_empty(shape, dtype=dtype)
+    packed, absmax = packed.contiguous(), absmax.contiguous()
+    nested = [None if t is None else t.contiguous() for t in (nested_absmax, nested_code, offset)]
+    device = device_index(packed)
+    with torch.cuda.device(device):
+        native.check(
+            native.cuda().pk_cuda_dequantize_4bit(
+                packed.data_ptr(), absmax.data_ptr(), *(None if t is None else t.data_ptr() for t in nested),
+                table(quant_type, "cpu").data_ptr(), blocksize, nested_blocksize, numel_of(shape),
+                native.DTYPES[dtype], out.data_ptr(), device, stream(device),
+            ), "cuda",
+        )  # fmt: skip
+    return out
+
+
+BACKENDS = {
+    "dequantize_4bit": Backend(
+        "cuda",
+        dequantize_4bit,
+        frozenset({"cuda"}),
+        dtypes=frozenset({torch.uint8}),
+        min_capability=(8, 0),
+        available=ready,
+        when=refuse_dtype,
+    ),
+}

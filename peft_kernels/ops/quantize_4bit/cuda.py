@@ -1,0 +1,46 @@
+"""quantize_4bit on the native CUDA library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...cuda_rt import device_index, ready, stream
+from ...dispatch import Backend
+from . import levels, nested_parts, no_nesting, outputs
+
+_HOST = torch.device("cpu")
+
+
+def quantize_4bit(
+    w: Tensor, quant_type: int, blocksize: int, nested: bool, nested_blocksize: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    w = w.contiguous()
+    packed, absmax = outputs(w, blocksize)
+    lib, device = native.cuda(), device_index(w)
+    midpoints = levels.on_device("midpoints", quant_type, _HOST)
+    order = levels.on_device("order", quant_type, _HOST)
+    with torch.cuda.device(device):
+        native.check(
+            lib.pk_cuda_quantize_4bit(
+                w.data_ptr(), native.DTYPES[w.dtype], w.numel(), blocksize, midpoints.data_ptr(), order.data_ptr(),
+                packed.data_ptr(), absmax.data_ptr(), device, stream(device),
+            ), "cuda",
+        )  # fmt: skip
+        if not nested:
+            return packed, absmax, *no_nesting(w)
+        codes, nested_absmax, nested_code, offset = nested_parts(absmax, nested_blocksize)
+        rounding = levels.on_device("nested_rounding", 0, w.device)
+        native.check(
+            lib.pk_cuda_quantize_absmax(
+                absmax.data_ptr(), absmax.numel(), offset.data_ptr(), nested_blocksize, rounding.data_ptr(),
+                codes.data_ptr(), nested_absmax.data_ptr(), device, stream(device),
+            ), "cuda",
+        )  # fmt: skip
+    return packed, codes, nested_absmax, nested_code, offset
+
+
+BACKENDS = {
+    "quantize_4bit": Backend("cuda", quantize_4bit, frozenset({"cuda"}), min_capability=(8, 0), available=ready),
+}
