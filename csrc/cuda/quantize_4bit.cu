@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(THREADS)
             uint32_t bytes = 0;
 #pragma unroll
             for (int k = 0; k < CHUNK; ++k) {
-                const float s = full ? __fmul_rn(v[k], inverse) : __fdiv_rn(v[k], divisor);
+                /* the spare nibble of an odd count holds the code of zero, whatever the divisor */
+                const float s = full ? __fmul_rn(v[k], inverse) : (i + k < numel ? __fdiv_rn(v[k], divisor) : 0.0f);
                 int node = 1;
 #pragma unroll
                 for (int level = 0; level < 4; ++level) node = 2 * node + !(s <= tree[node]);

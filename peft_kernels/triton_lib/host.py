@@ -39,6 +39,20 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def missing() -> str | None:
+    """`Backend.available` of every Triton backend."""
+    return None if torch.version.hip is None else "has not been tried on ROCm"
+
+
+def wrong_mode(x: Tensor, *_: Any) -> str | None:
+    """`Backend.when` of every Triton backend: why this process cannot run kernels where `x` is."""
+    if x.device.type == "cpu" and not interpreting():
+        return "CPU tensors need Triton's interpreter: start the process with TRITON_INTERPRET=1"
+    if x.device.type == "cuda" and interpreting():
+        return "Triton runs in its interpreter in this process (TRITON_INTERPRET=1)"
+    return None
+
+
 def pair_table(quant_type: int, device: torch.device) -> Tensor:
     """int32 [256]: for a byte of two codes, its two values as float16, the high nibble (even element) in the low half."""
     key = (quant_type, True, device)

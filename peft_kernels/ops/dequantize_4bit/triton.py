@@ -1,0 +1,51 @@
+"""dequantize_4bit on Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Backend
+from ...formats import table
+from ...triton_lib import host
+from . import numel_of, refuse_dtype
+
+BYTES = 1024  # per program
+
+
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: Tensor | None,
+    quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    from .triton_kernels import dequantize_kernel
+
+    out = packed.new_empty(shape, dtype=dtype)
+    numel = numel_of(shape)
+    absmax = absmax.contiguous()
+    # where there is no nesting the kernel never reads these; a pointer has to be given
+    nested = [absmax if t is None else t.contiguous() for t in (nested_absmax, nested_code, offset)]
+    host.launch(
+        dequantize_kernel, (-(-numel // (2 * BYTES)),), packed.contiguous(), absmax, *nested,
+        table(quant_type, packed.device), out, numel, NESTED=nested_absmax is not None, BLOCKSIZE=blocksize,
+        NESTED_BLOCKSIZE=nested_blocksize, BYTES=BYTES, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def _when(packed: Tensor, *args: object) -> str | None:
+    return refuse_dtype(packed, *args) or host.wrong_mode(packed)
+
+
+BACKENDS = {
+    "dequantize_4bit": Backend(
+        "triton",
+        dequantize_4bit,
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({torch.uint8}),
+        forced_devices=frozenset({"cpu"}),
+        min_capability=(8, 0),
+        package="triton",
+        available=host.missing,
+        when=_when,
+    ),
+}
