@@ -48,13 +48,19 @@ class Config:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a configuration may depend on. bits: of an element of x."""
+    """What a configuration may depend on. bits: of an element of x. blocksize: of a 4-bit weight.
+
+    plain: rows of every operand start at a multiple of 16 elements and rows of the weight at a block. Elsewhere loads
+    are narrow and need many registers, so the tables have small tiles for it.
+    """
 
     M: int
     N: int
     K: int
     r: int
     bits: int
+    plain: bool = True
+    blocksize: int = 64
 
 
 _overrides: dict[str, dict[str, Any]] = {}
@@ -89,8 +95,13 @@ def _row_config(row: dict[str, Any], programs: int) -> Config:
 
 
 def _fits(row: dict[str, Any], shape: Shape) -> bool:
-    limits = {"max_M": shape.M, "max_N": shape.N, "max_K": shape.K, "max_r": shape.r}
-    return row.get("bits", shape.bits) == shape.bits and all(v <= row.get(k, v) for k, v in limits.items())
+    most = {"max_M": shape.M, "max_N": shape.N, "max_K": shape.K, "max_r": shape.r}
+    return (
+        row["bits"] == shape.bits
+        and (shape.bits == 32 or row.get("plain", True) == shape.plain)
+        and shape.blocksize >= row.get("min_blocksize", 0)
+        and all(v <= row.get(k, v) for k, v in most.items())
+    )
 
 
 def rows(kernel: str, arch: str, shape: Shape) -> list[Config]:

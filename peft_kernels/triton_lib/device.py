@@ -46,13 +46,38 @@ def round_to(b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot_mixed(b_a, b_b, b_acc, PRECISION: tl.constexpr):
-    """`dot` for operands of two dtypes: both go to float32 unless they are the same 16-bit type."""
-    if b_a.dtype == b_b.dtype:
-        b_acc = dot(b_a, b_b, b_acc, PRECISION)
+def dot_wide(b_x, b_y, b_acc):
+    """`b_acc + b_x @ b_y` to float32's accuracy at tensor-core speed where b_x is 16-bit: for sums that are outputs in
+    float32. b_y: float32, or of b_x's type.
+
+    The float32 operand is split into addends that the tensor cores take exactly. bfloat16 shares float32's range, so three
+    of them hold all 24 bits, and b_x stays as it is; float16 is a subset of TF32 (two addends, 22 bits). Where b_x is
+    float32: plain float32 products.
+    """
+    if b_x.dtype == b_y.dtype or b_x.dtype == tl.float32:
+        b_acc = dot(b_x, b_y.to(b_x.dtype), b_acc, "ieee")
+    elif b_x.dtype == tl.bfloat16:
+        b_y = b_y.to(tl.float32)
+        b_high = round_to(b_y, tl.bfloat16)
+        b_rest = b_y - b_high.to(tl.float32)
+        b_middle = round_to(b_rest, tl.bfloat16)
+        b_low = round_to(b_rest - b_middle.to(tl.float32), tl.bfloat16)
+        b_acc = dot(b_x, b_high, b_acc, "ieee")
+        b_acc = dot(b_x, b_middle, b_acc, "ieee")
+        b_acc = dot(b_x, b_low, b_acc, "ieee")
     else:
-        b_acc = dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, PRECISION)
+        b_x = b_x.to(tl.float32)
+        b_y = b_y.to(tl.float32)
+        b_high = (b_y.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        b_acc = dot(b_x, b_high, b_acc, "tf32")
+        b_acc = dot(b_x, b_y - b_high, b_acc, "tf32")
     return b_acc
+
+
+@triton.jit
+def dot_narrow(b_a, b_b, b_acc, PRECISION: tl.constexpr):
+    """`b_acc + b_a @ b_b` for two float32 or mixed operands whose result will be rounded to 16 bits, or float32 "ieee"."""
+    return dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, PRECISION)
 
 
 @triton.jit

@@ -28,14 +28,14 @@ def _rank_tile(r: int, most: int) -> int:
 
 
 def _split(total: int, step: int, tiles: int, programs: int, least: int) -> tuple[int, int]:
-    """(parts, span): a sum over `total` in parts of `span`, a multiple of `step` and at least `least` steps.
+    """(parts, steps): a sum over `total`, in tiles of `step`, in parts of `steps` tiles, `least` of them or more.
 
     Depends on shapes and the table only, so the order of the sum is the same in every run.
     """
-    steps = _cdiv(total, step)
-    parts = max(1, min(programs // max(tiles, 1), _cdiv(steps, least)))
-    span = max(1, _cdiv(steps, parts)) * step
-    return max(1, _cdiv(total, span)), span
+    tiles_in = _cdiv(total, step)
+    parts = max(1, min(programs // max(tiles, 1), _cdiv(tiles_in, least)))
+    steps = max(1, _cdiv(tiles_in, parts))
+    return max(1, _cdiv(tiles_in, steps)), steps
 
 
 def weight_mode(quant_type: int, n: int, k: int, blocksize: int, dtype: torch.dtype) -> int:
@@ -66,20 +66,18 @@ class _Weight:
             self.strides = (k, 1)
         second = (nested_absmax, nested_code, offset) if nested else (absmax, absmax, absmax)
         self.pointers = (weight, absmax, *second, table)
+        self.plain = mode == _PAIR_ROWS or (mode == _DENSE and 1 in self.strides)
+        self.blocksize = blocksize
         self.constants: dict[str, Any] = {
             "MODE": mode, "BLOCKSIZE": blocksize, "NESTED": nested, "NESTED_BLOCKSIZE": nested_blocksize,
         }  # fmt: skip
 
 
-def _precision(dtype: torch.dtype) -> dict[str, str]:
-    """Products of float32 operands: exact where x is float32 (never TF32).
-
-    Where x is 16-bit, the low-rank sums that are outputs in float32 (s, ds, dA, dB) take three TF32 products, whose error
-    is that of float32; what is added to y or dx and rounded to 16 bits takes three for float16 and one for bfloat16.
+def _precision(dtype: torch.dtype) -> str:
+    """Of the low-rank products that are added to y and dx: float32's where x is float32 (never TF32). Where the sum is
+    rounded to 16 bits a TF32 product will do: TF32 has float16's precision at least, and float32's range.
     """
-    if dtype is torch.float32:
-        return {"PRECISION": "ieee", "PRECISION_R": "ieee"}
-    return {"PRECISION": "tf32x3", "PRECISION_R": "tf32" if dtype is torch.bfloat16 else "tf32x3"}
+    return "ieee" if dtype is torch.float32 else "tf32"
 
 
 def _options(config: tuning.Config) -> dict[str, int]:
@@ -111,16 +109,16 @@ def _project(x: Tensor, a: Tensor, drop: _Dropout, arch: str) -> Tensor:
     from . import triton_kernels as kernels
 
     (m, k), r = x.shape, a.shape[0]
-    shape = tuning.Shape(m, r, k, r, x.element_size() * 8)
+    shape = tuning.Shape(m, r, k, r, x.element_size() * 8, plain=k % 16 == 0)
     out = torch.empty((m, r), dtype=torch.float32, device=x.device)
 
     def run(c: tuning.Config) -> Tensor:
         br = _rank_tile(r, c.BR)
         tiles = (_cdiv(m, c.BM), _cdiv(r, br))
-        parts, span = _split(k, c.BK, tiles[0] * tiles[1], c.programs, 4)
+        parts, steps = _split(k, c.BK, tiles[0] * tiles[1], c.programs, 4)
         s = out if parts == 1 else torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
-        host.launch(kernels.project_kernel, (*tiles, parts), x, a, s, drop.seed, m, k, r, span, *drop.arguments,
-                    **drop.constants, PRECISION=_precision(x.dtype)["PRECISION"], BM=c.BM, BK=c.BK, BR=br,
+        host.launch(kernels.project_kernel, (*tiles, parts), x, a, s, drop.seed, m, k, r, steps, *drop.arguments,
+                    **drop.constants, BM=c.BM, BK=c.BK, BR=br,
                     **_options(c))  # fmt: skip
         return s if parts == 1 else _reduce(s, out, 1.0)
 
@@ -134,18 +132,17 @@ def _outer(
     from . import triton_kernels as kernels
 
     (m, c_), r = z.shape, t.shape[1]
-    shape = tuning.Shape(m, c_, c_, r, z.element_size() * 8)
+    shape = tuning.Shape(m, c_, c_, r, z.element_size() * 8, plain=c_ % 16 == 0)
     ds = None if b is None else torch.empty((m, r), dtype=torch.float32, device=z.device)
 
     def run(c: tuning.Config) -> None:
         br = _rank_tile(r, c.BR)
         tiles = (_cdiv(c_, c.BN), _cdiv(r, br))
-        parts, span = _split(m, c.BM, tiles[0] * tiles[1], c.programs, 2)
+        parts, steps = _split(m, c.BM, tiles[0] * tiles[1], c.programs, 2)
         outer = torch.empty((parts, c_ * r), dtype=torch.float32, device=z.device)
         shares = outer if ds is None else torch.empty((tiles[0], m, r), dtype=torch.float32, device=z.device)
         host.launch(kernels.outer_kernel, (*tiles, parts), z, t, t if b is None else b, outer, shares, drop.seed, m, c_, r,
-                    *strides, span, *drop.arguments, WITH_DS=ds is not None, **drop.constants,
-                    PRECISION=_precision(z.dtype)["PRECISION"], BM=c.BM, BC=c.BN, BR=br, **_options(c))  # fmt: skip
+                    *strides, steps, *drop.arguments, WITH_DS=ds is not None, **drop.constants, BM=c.BM, BC=c.BN, BR=br, **_options(c))  # fmt: skip
         _reduce(outer, out, scale)
         if ds is not None:
             _reduce(shares, ds, scale)
@@ -175,17 +172,18 @@ def forward(
 
     def run(c: tuning.Config) -> None:
         tiles = _cdiv(m, c.BM) * _cdiv(n, c.BN)
-        parts, span = _split(k, c.BK, tiles, c.programs, 4)
+        parts, steps = _split(k, c.BK, tiles, c.programs, 4)
         out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
         host.launch(kernels.forward_kernel, (tiles, parts), x, *w.pointers, s if r else x, b_or_x,
-                    x if bias is None else bias, out, m, n, k, r, *w.strides, span, scaling, ADAPTER=r > 0,
-                    BIAS=bias is not None, **w.constants, **_precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
+                    x if bias is None else bias, out, m, n, k, r, *w.strides, steps, scaling, ADAPTER=r > 0,
+                    BIAS=bias is not None, **w.constants, PRECISION=_precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
                     BR=_rank_tile(r, c.BR), GROUP=c.GROUP, **_options(c))  # fmt: skip
         if parts > 1:
             _reduce(out, y, 1.0)
 
     if y.numel():
-        run(tuning.choose("forward", arch, tuning.Shape(m, n, k, r, x.element_size() * 8), run))
+        plain = w.plain and k % 16 == 0
+        run(tuning.choose("forward", arch, tuning.Shape(m, n, k, r, x.element_size() * 8, plain, w.blocksize), run))
     return y, s
 
 
@@ -233,17 +231,18 @@ def _input_gradient(
 
     def run(c: tuning.Config) -> None:
         tiles = _cdiv(m, c.BM) * _cdiv(k, c.BK)
-        parts, span = _split(n, c.BN, tiles, c.programs, 4)
+        parts, steps = _split(n, c.BN, tiles, c.programs, 4)
         out = dx if parts == 1 else torch.empty((parts, m, k), dtype=torch.float32, device=dy.device)
         host.launch(kernels.backward_kernel, (tiles, parts), dy, *w.pointers, dy if ds is None else ds,
-                    dy if a is None else a, drop.seed, out, m, n, k, r, *w.strides, span, *drop.arguments,
-                    ADAPTER=r > 0, **drop.constants, **w.constants, **_precision(dy.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
+                    dy if a is None else a, drop.seed, out, m, n, k, r, *w.strides, steps, *drop.arguments,
+                    ADAPTER=r > 0, **drop.constants, **w.constants, PRECISION=_precision(dy.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
                     BR=_rank_tile(r, c.BR), GROUP=c.GROUP, **_options(c))  # fmt: skip
         if parts > 1:
             _reduce(out, dx, 1.0)
 
     if dx.numel():
-        run(tuning.choose("backward", arch, tuning.Shape(m, n, k, r, dy.element_size() * 8), run))
+        plain = w.plain and k % 16 == 0 and n % 16 == 0
+        run(tuning.choose("backward", arch, tuning.Shape(m, n, k, r, dy.element_size() * 8, plain, w.blocksize), run))
     return dx
 
 

@@ -16,18 +16,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_lib.device import dot, dot_mixed, keep_mask, load_weight, round_to, tile_of
+from ...triton_lib.device import dot, dot_narrow, dot_wide, keep_mask, load_weight, round_to, tile_of
 
-_UNSPECIALISED = ["M", "threshold", "span", "parts", "scale", "keep_scale", "scaling"]
+_UNSPECIALISED = ["M", "threshold", "steps", "parts", "scale", "keep_scale", "scaling"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def project_kernel(
-    p_x, p_a, p_s, p_seed, M, K, r, span, threshold, keep_scale,
-    DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
+    p_x, p_a, p_s, p_seed, M, K, r, steps, threshold, keep_scale,
+    DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Part i_part of s = drop(x) A^T: columns [i_part * span, + span) of x [M, K]. p_s: float32 [parts, M, r]."""
+    """Part i_part of s = drop(x) A^T: `steps` tiles of BK columns of x [M, K]. p_s: float32 [parts, M, r]."""
     i_m0 = tl.program_id(0) * BM
     i_r0 = tl.program_id(1) * BR
     i_part = tl.program_id(2)
@@ -37,14 +37,15 @@ def project_kernel(
     p_xrow = p_x + i_m.to(tl.int64)[:, None] * K
     p_arow = p_a + i_r.to(tl.int64)[:, None] * K
     b_s = tl.zeros((BM, BR), tl.float32)
-    for i_k0 in range(i_part * span, tl.minimum(K, (i_part + 1) * span), BK):
+    for i_step in range(i_part * steps, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps)):
+        i_k0 = i_step * BK
         i_k = (i_k0 + tl.arange(0, BK))[None, :]
         b_x = tl.load(p_xrow + i_k, mask=b_rows & (i_k < K), other=0.0)
         if DROPOUT:
             b_keep = keep_mask(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
             b_x = tl.where(b_keep, b_x, 0.0)
         b_a = tl.load(p_arow + i_k, mask=(i_r < r)[:, None] & (i_k < K), other=0.0)
-        b_s = dot_mixed(b_x, tl.trans(b_a), b_s, PRECISION)
+        b_s = dot_wide(b_x, tl.trans(b_a), b_s)
     if DROPOUT:
         b_s = b_s * keep_scale
     i_out = (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * r + i_r[None, :]
@@ -54,12 +55,12 @@ def project_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def forward_kernel(
     p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y,
-    M, N, K, r, stride_n, stride_k, span, scaling,
+    M, N, K, r, stride_n, stride_k, steps, scaling,
     ADAPTER: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr, PRECISION_R: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Part i_part (columns [i_part * span, + span) of x) of y [parts, M, N]. Part 0 also holds s B^T and the bias."""
+    """Part i_part (`steps` tiles of BK columns of x) of y [parts, M, N]. Part 0 also holds s B^T and the bias."""
     i_m0, i_n0 = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     i_m0, i_n0 = i_m0 * BM, i_n0 * BN
     i_part = tl.program_id(1)
@@ -70,25 +71,26 @@ def forward_kernel(
     if ADAPTER:
         # first, so that reading s and B hides behind the large product and rounding hits the small term
         if i_part == 0:
-            for i_r0 in range(0, r, BR):
+            for i_r0 in tl.range(0, r, BR, num_stages=1):
                 i_r = i_r0 + tl.arange(0, BR)
                 p_bt = p_b + i_n.to(tl.int64)[:, None] * r + i_r[None, :]
                 b_b = tl.load(p_bt, mask=(i_n < N)[:, None] & (i_r < r)[None, :], other=0.0)
                 p_st = p_s + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
                 b_s = tl.load(p_st, mask=b_cols & (i_r < r)[:, None], other=0.0)
-                b_acc = dot_mixed(b_b, b_s, b_acc, PRECISION_R)
+                b_acc = dot_narrow(b_b, b_s, b_acc, PRECISION)
             b_acc = b_acc * scaling
     b_table = tl.arange(0, 1)
     if MODE == 1 or MODE == 2:
         b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
     p_xt = p_x + i_m.to(tl.int64)[None, :] * K
-    for i_k0 in range(i_part * span, tl.minimum(K, (i_part + 1) * span), BK):
+    for i_step in range(i_part * steps, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps)):
+        i_k0 = i_step * BK
         i_k = (i_k0 + tl.arange(0, BK))[:, None]
         b_x = tl.load(p_xt + i_k, mask=b_cols & (i_k < K), other=0.0)
         b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
                           N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
                           p_x.dtype.element_ty)  # fmt: skip
-        b_acc = dot(b_w, b_x, b_acc, PRECISION)
+        b_acc = dot(b_w, b_x, b_acc, "ieee")
     if BIAS:
         if i_part == 0:
             b_bias = tl.load(p_bias + i_n, mask=i_n < N, other=0.0).to(tl.float32)
@@ -101,12 +103,12 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def backward_kernel(
     p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_ds, p_a, p_seed, p_dx,
-    M, N, K, r, stride_n, stride_k, span, threshold, keep_scale,
+    M, N, K, r, stride_n, stride_k, steps, threshold, keep_scale,
     ADAPTER: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr, PRECISION_R: tl.constexpr,
+    NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Part i_part (columns [i_part * span, + span) of dy) of dx [parts, M, K]; part 0 starts at drop'(ds A)."""
+    """Part i_part (`steps` tiles of BN columns of dy) of dx [parts, M, K]; part 0 starts at drop'(ds A)."""
     i_m0, i_k0 = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
     i_m0, i_k0 = i_m0 * BM, i_k0 * BK
     i_part = tl.program_id(1)
@@ -116,13 +118,13 @@ def backward_kernel(
     b_acc = tl.zeros((BK, BM), tl.float32)
     if ADAPTER:
         if i_part == 0:
-            for i_r0 in range(0, r, BR):
+            for i_r0 in tl.range(0, r, BR, num_stages=1):
                 i_r = i_r0 + tl.arange(0, BR)
                 p_at = p_a + i_r.to(tl.int64)[None, :] * K + i_k[:, None]
                 b_a = tl.load(p_at, mask=(i_k < K)[:, None] & (i_r < r)[None, :], other=0.0)
                 p_dst = p_ds + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
                 b_ds = tl.load(p_dst, mask=b_cols & (i_r < r)[:, None], other=0.0)
-                b_acc = dot_mixed(b_a, b_ds, b_acc, PRECISION_R)
+                b_acc = dot_narrow(b_a, b_ds, b_acc, PRECISION)
             if DROPOUT:
                 b_keep = keep_mask(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
                 b_acc = tl.where(tl.trans(b_keep), b_acc * keep_scale, 0.0)
@@ -130,13 +132,14 @@ def backward_kernel(
     if MODE == 1 or MODE == 2:
         b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
     p_dyt = p_dy + i_m.to(tl.int64)[None, :] * N
-    for i_n0 in range(i_part * span, tl.minimum(N, (i_part + 1) * span), BN):
+    for i_step in range(i_part * steps, tl.minimum(tl.cdiv(N, BN), (i_part + 1) * steps)):
+        i_n0 = i_step * BN
         i_n = (i_n0 + tl.arange(0, BN))[:, None]
         b_dy = tl.load(p_dyt + i_n, mask=b_cols & (i_n < N), other=0.0)
         b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
                           N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
                           p_dy.dtype.element_ty)  # fmt: skip
-        b_acc = dot(tl.trans(b_w), b_dy, b_acc, PRECISION)
+        b_acc = dot(tl.trans(b_w), b_dy, b_acc, "ieee")
     b_dx = tl.trans(b_acc)
     p_out = p_dx + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * K + i_k[None, :]
     tl.store(p_out, round_to(b_dx, p_dx.dtype.element_ty), mask=(i_m < M)[:, None] & (i_k < K)[None, :])
@@ -144,11 +147,11 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def outer_kernel(
-    p_z, p_t, p_b, p_outer, p_ds, p_seed, M, C, r, stride_c, stride_r, span, threshold, keep_scale,
-    WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
+    p_z, p_t, p_b, p_outer, p_ds, p_seed, M, C, r, stride_c, stride_r, steps, threshold, keep_scale,
+    WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One pass over z [M, C]: outer = drop(z)^T t for rows [i_part * span, + span) and, WITH_DS, ds = z b as well.
+    """One pass over z [M, C]: outer = drop(z)^T t for `steps` tiles of BM rows and, WITH_DS, ds = z b as well.
 
     t: float32 [M, r]. p_outer: float32 [parts, C * r], laid out by stride_c and stride_r. b: [C, r].
     p_ds: float32 [column tiles, M, r]: this tile's share of ds.
@@ -165,7 +168,8 @@ def outer_kernel(
     if WITH_DS:
         p_bt = p_b + i_c.to(tl.int64)[:, None] * r + i_r[None, :]
         b_b = tl.load(p_bt, mask=b_cs[:, None] & b_rs, other=0.0)
-    for i_m0 in range(i_part * span, tl.minimum(M, (i_part + 1) * span), BM):
+    for i_step in range(i_part * steps, tl.minimum(tl.cdiv(M, BM), (i_part + 1) * steps)):
+        i_m0 = i_step * BM
         i_m = i_m0 + tl.arange(0, BM)
         b_ms = (i_m < M)[:, None]
         b_z = tl.load(p_z + i_m.to(tl.int64)[:, None] * C + i_c[None, :], mask=b_ms & b_cs[None, :], other=0.0)
@@ -174,9 +178,9 @@ def outer_kernel(
         if DROPOUT:
             b_keep = keep_mask(p_seed, i_m0, i_c0, C, threshold, BM, BC, BY_FOUR)
             b_z = tl.where(b_keep, b_z, 0.0)
-        b_outer = dot_mixed(tl.trans(b_z), b_t, b_outer, PRECISION)
+        b_outer = dot_wide(tl.trans(b_z), b_t, b_outer)
         if WITH_DS:
-            b_ds = dot_mixed(b_z, b_b, tl.zeros((BM, BR), tl.float32), PRECISION)
+            b_ds = dot_wide(b_z, b_b, tl.zeros((BM, BR), tl.float32))
             tl.store(p_ds + i_tile.to(tl.int64) * M * r + i_t, b_ds, mask=b_ms & b_rs)
     if DROPOUT:
         b_outer = b_outer * keep_scale
