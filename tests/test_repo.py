@@ -226,15 +226,22 @@ def test_documented_files_exist() -> None:
                 assert (path.parent / link).exists(), f"{rel(path)} links to {link}"
 
 
-def test_every_command_of_the_readme_is_one() -> None:
-    """`fastpeft x` in the documents is a command of the command line."""
+def test_every_documented_command_is_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`fastpeft x` in the documents is a command of the command line, with the options named after it."""
     from fastpeft.cli import main
 
+    named = set()
     for path in tree(".md"):
-        for command in set(re.findall(r"(?:`|^\s*|\$ )fastpeft ([a-z]+)", path.read_text(), flags=re.M)):
+        for command, rest in re.findall(r"(?:`|^\s*|\$ )fastpeft ([a-z]+)([^`\n]*)", path.read_text(), flags=re.M):
+            monkeypatch.setattr(sys, "argv", ["fastpeft", command, "--help"])
             with pytest.raises(SystemExit) as stopped:
-                main([command, "--help"])
+                main()
             assert stopped.value.code == 0, f"{rel(path)}: fastpeft {command}"
+            text = capsys.readouterr().out
+            for option in re.findall(r"--[a-z][a-z-]+", rest.split("#")[0]):
+                assert option in text, f"{rel(path)}: fastpeft {command} {option}"
+            named.add(command)
+    assert {"quickstart", "train", "generate", "merge", "inspect", "doctor"} <= named
 
 
 def test_license_and_changelog() -> None:

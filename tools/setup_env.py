@@ -128,7 +128,7 @@ def announce(found: list[dict[str, Any]], alone: list[str], downloads: dict[str,
         rows.append((f"{len(cuda)} nvidia packages", what, size))
     rest = [name for name in names if name not in cuda]
     if rest:
-        rows.append((f"{len(rest)} small ones", ", ".join(sorted(rest)), len(rest)))
+        rows.append((f"{len(rest)} small ones", ", ".join(sorted(rest)), round(0.6 * len(rest))))
     say(f"downloads, about {sum(size for _, _, size in rows)} MB in all (less where pip has them in its cache):")
     width = max(len(name) for name, _, _ in rows)
     for name, what, size in rows:
