@@ -88,9 +88,10 @@ def first_match(patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     found: dict[str, Any] = {}
     for pattern, value in patterns.items():
         left = [name for name in names if name not in found]
+        hits: Iterable[str] = []
         if is_plain(pattern):
-            hits: Iterable[str] = (n for n in left if n == pattern or n.endswith("." + pattern))
-        else:
+            hits = [n for n in left if n == pattern or n.endswith("." + pattern)]
+        if not hits and not pattern.isidentifier():  # even a dot may be meant as an expression
             hits = match_names(pattern, left, prefix=r"(?:.*\.)?")
         found.update(dict.fromkeys(hits, value))
     return found
