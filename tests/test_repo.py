@@ -230,6 +230,8 @@ def test_every_documented_command_is_one(monkeypatch: pytest.MonkeyPatch, capsys
     """`fastpeft x` in the documents is a command of the command line, with the options named after it."""
     from fastpeft.cli import main
 
+    monkeypatch.setenv("COLUMNS", "200")  # else rich cuts option names short
+    monkeypatch.setenv("NO_COLOR", "1")
     named = set()
     for path in tree(".md"):
         for command, rest in re.findall(r"(?:`|^\s*|\$ )fastpeft ([a-z]+)([^`\n]*)", path.read_text(), flags=re.M):
