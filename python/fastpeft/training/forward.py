@@ -107,6 +107,7 @@ class CompletionLoss:
             self.base.train(was_training)
 
     def _close(self, a: float, b: float) -> bool:
-        """Equal up to rounding: crossing examples moves such a loss by several per cent, bfloat16 by under one."""
-        tolerance = 1e-3 if self.base.dtype == torch.float32 else 1e-2
+        """Equal up to rounding. Crossing examples moves a trained model's loss by several per cent, a random one's by 0.02."""
+        precise = self.base.dtype == torch.float32 and self.base.device.type == "cpu"  # a GPU may round to TF32
+        tolerance = 2e-5 if precise else 1e-2
         return abs(a - b) <= tolerance * max(abs(a), abs(b), 1.0)

@@ -13,6 +13,7 @@ from .config import nearest
 from .data import Encoder
 from .errors import UserError
 
+_BATCH = 8
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -69,25 +70,31 @@ class Answerer:
     def answer(
         self, prompts: Sequence[str], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> list[Answer]:
-        """Answers one prompt after the other, so that an answer does not depend on what else is asked."""
+        """Answers to all prompts, computed in batches of up to eight, padded on the left."""
         import torch
 
         encoder = Encoder(self.tokenizer, self.template)
         device = next(p for p in self.model.parameters() if p.device.type != "meta").device
+        pad, ends = self.tokenizer.pad_token_id, self._ends()
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-        answers = []
-        for prompt in prompts:
-            torch.manual_seed(seed)
-            ids = torch.tensor([encoder.prompt_ids(prompt)], device=device)
+        torch.manual_seed(seed)
+        answers: list[Answer] = []
+        for start in range(0, len(prompts), _BATCH):
+            ids = [encoder.prompt_ids(prompt) for prompt in prompts[start : start + _BATCH]]
+            width = max(len(i) for i in ids)
+            inputs = torch.tensor([[pad] * (width - len(i)) + i for i in ids], device=device)
+            mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids], device=device)
             started = time.monotonic()
             with torch.inference_mode():
                 out = self.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-                    pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self._ends(), **sampling,
+                    input_ids=inputs, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad,
+                    eos_token_id=ends, **sampling,
                 )  # fmt: skip
-            new = out[0, ids.shape[1] :]
-            text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
-            answers.append(Answer(text, len(new), time.monotonic() - started))
+            seconds = (time.monotonic() - started) / len(ids)
+            for row in out[:, width:].tolist():
+                end = next((i for i, token in enumerate(row) if token in ends), len(row))
+                text = self.tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+                answers.append(Answer(text, min(len(row), end + 1), seconds))
         return answers
 
     def _ends(self) -> list[int]:

@@ -90,7 +90,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     elif config.schedule == "cosine":
         factor = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
     elif config.schedule == "inverse_sqrt":
-        factor = max(low, math.sqrt(max(1, warm) / max(1, warm, step + 1)))
+        factor = max(low, math.sqrt((warm + 1) / (step + 1)))
     else:  # wsd: stable, then linear down over the last share of all steps
         left = (steps - step) / max(1, round(config.decay * steps))
         factor = low + (1 - low) * min(1.0, left)
