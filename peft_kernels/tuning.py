@@ -1,12 +1,12 @@
 """Launch configurations of the Triton kernels: frozen tables per architecture, and a search only when asked.
 
-`tuned/<arch>.json` holds, per kernel, rows tried in order: the first whose limits hold gives the configuration. A row says
-where it comes from: "model" (chosen from the instruction counts, registers and shared memory of the compiled kernel; no
-clock has seen it) or "measured". An unknown GPU gets the table of the nearest older architecture.
+`tuned/<arch>.json` holds, per kernel, rows tried in order: the first whose limits hold gives the configuration. A row
+says where it comes from: "model" (chosen from the instruction counts, registers and shared memory of the compiled
+kernel; no clock has seen it) or "measured". An unknown GPU gets the table of the nearest older architecture.
 
-`PEFT_KERNELS_TUNE=1` or `with searching():` times at most `MAX_CANDIDATES` configurations on first use of a shape bucket
-and keeps the best for the process. Another configuration may split sums elsewhere, so a search can change the last bits
-of results from one process to the next; without it they never change.
+`PEFT_KERNELS_TUNE=1` or `with searching():` times at most `MAX_CANDIDATES` configurations on first use of a shape
+bucket and keeps the best for the process. Another configuration may split sums elsewhere, so a search can change the
+last bits of results from one process to the next; without it they never change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,17 @@ class Shape:
 
 _overrides: dict[str, dict[str, Any]] = {}
 _found: dict[tuple[str, str, Shape], Config] = {}
+_assumed: int | None = None
 _searching = os.environ.get(ENV, "") not in ("", "0")
 
 
-@lru_cache(maxsize=None)
+@cache
 def architectures() -> dict[int, str]:
     """Compute capability -> table, of the tables there are."""
     return {int(p.stem[3:]): p.stem for p in FOLDER.glob("sm_*.json")}
 
 
-@lru_cache(maxsize=None)
+@cache
 def nearest(capability: int) -> str:
     """The table for a compute capability (80, 90, ...): its own, else the newest older one, else the oldest."""
     known = sorted(architectures())
@@ -82,7 +83,7 @@ def nearest(capability: int) -> str:
     return architectures()[older[-1] if older else known[0]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def table(arch: str) -> dict[str, Any]:
     """The parsed `tuned/<arch>.json`."""
     data: dict[str, Any] = json.loads((FOLDER / f"{arch}.json").read_text())
@@ -104,10 +105,11 @@ def _fits(row: dict[str, Any], shape: Shape) -> bool:
     )
 
 
-def rows(kernel: str, arch: str, shape: Shape) -> list[Config]:
+@lru_cache(maxsize=4096)
+def rows(kernel: str, arch: str, shape: Shape) -> tuple[Config, ...]:
     """Every row of the table that fits, best guess first."""
     data = table(arch)
-    return [_row_config(row, data["programs"]) for row in data["kernels"][kernel] if _fits(row, shape)]
+    return tuple(_row_config(row, data["programs"]) for row in data["kernels"][kernel] if _fits(row, shape))
 
 
 def choose(kernel: str, arch: str, shape: Shape, run: Callable[[Config], object] | None = None) -> Config:
@@ -130,7 +132,9 @@ def bucket(shape: Shape) -> Shape:
 
 
 def search(
-    candidates: Sequence[Config], run: Callable[[Config], object], clock: Callable[[Callable[[], object]], float] | None = None
+    candidates: Sequence[Config],
+    run: Callable[[Config], object],
+    clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> Config:
     """The fastest of the first `MAX_CANDIDATES`; one that does not fit the GPU is passed over."""
     best: tuple[float, Config] | None = None
@@ -186,9 +190,25 @@ def override(kernel: str, **values: Any) -> Iterator[None]:
             _overrides[kernel] = before
 
 
+@contextmanager
+def assuming(capability: int) -> Iterator[None]:
+    """Within, `arch_of` answers for this compute capability: for compiling without the GPU."""
+    global _assumed
+    before, _assumed = _assumed, capability
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
 def arch_of(device: torch.device) -> str:
     """The table for a device; CPU tensors (Triton's interpreter) use the newest one."""
-    if device.type != "cuda":
-        return architectures()[max(architectures())]
-    major, minor = torch.cuda.get_device_capability(device)
-    return nearest(major * 10 + minor)
+    if _assumed is not None:
+        return nearest(_assumed)
+    return nearest(_capability(device) if device.type == "cuda" else max(architectures()))

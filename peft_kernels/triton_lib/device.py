@@ -1,4 +1,4 @@
-"""Device functions for Triton kernels: products, 4-bit decoding, dropout masks. Imported only when a kernel is launched.
+"""Device functions for Triton kernels: products, 4-bit decoding, dropout masks. Imported when a kernel is launched.
 
 Names: `p_` pointers, `b_` block values, `i_` indices. Offsets that can pass 2**31 are 64-bit.
 """
@@ -35,8 +35,9 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def round_to(b, DTYPE: tl.constexpr):
-    """float32 `b` in DTYPE, to nearest even. Triton's interpreter cuts bfloat16 off: there the bits are rounded here."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+    """float32 `b` in DTYPE, to nearest even. Triton's interpreter cuts bfloat16 off: there we round the bits here."""
+    BFLOAT16: tl.constexpr = DTYPE == tl.bfloat16  # noqa: SIM300 (DTYPE is a variable here)
+    if INTERPRET and BFLOAT16:
         b_bits = b.to(tl.uint32, bitcast=True)
         b_bits = tl.where(b == b, (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16, 0x7FC0)
         b_out = b_bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -47,12 +48,12 @@ def round_to(b, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot_wide(b_x, b_y, b_acc):
-    """`b_acc + b_x @ b_y` to float32's accuracy at tensor-core speed where b_x is 16-bit: for sums that are outputs in
+    """`b_acc + b_x @ b_y` to float32's accuracy, on tensor cores where b_x is 16-bit: for sums that are outputs in
     float32. b_y: float32, or of b_x's type.
 
-    The float32 operand is split into addends that the tensor cores take exactly. bfloat16 shares float32's range, so three
-    of them hold all 24 bits, and b_x stays as it is; float16 is a subset of TF32 (two addends, 22 bits). Where b_x is
-    float32: plain float32 products.
+    The float32 operand is split into addends that the tensor cores take exactly. bfloat16 shares float32's range, so
+    three of them hold all 24 bits, and b_x stays as it is; float16 is a subset of TF32 (two addends, 22 bits). Where
+    b_x is float32: plain float32 products.
     """
     if b_x.dtype == b_y.dtype or b_x.dtype == tl.float32:
         b_acc = dot(b_x, b_y.to(b_x.dtype), b_acc, "ieee")
@@ -76,7 +77,7 @@ def dot_wide(b_x, b_y, b_acc):
 
 @triton.jit
 def dot_narrow(b_a, b_b, b_acc, PRECISION: tl.constexpr):
-    """`b_acc + b_a @ b_b` for two float32 or mixed operands whose result will be rounded to 16 bits, or float32 "ieee"."""
+    """`b_acc + b_a @ b_b` in float32 operands; with PRECISION "tf32" only where the sum will be rounded to 16 bits."""
     return dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, PRECISION)
 
 
@@ -102,9 +103,9 @@ def load_absmax(
 def decode_pairs(b_bytes, b_scale, b_table, R: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr):
     """[R, C] weights of type DTYPE from bytes [R, C // 2] and one float32 scale per byte.
 
-    b_table: 256 x uint32, the two values of a byte as a pair of float16, the even element in the low half. float16 holds
-    the code values to 11 bits where bfloat16 has 8, and widening it costs the same one instruction. The gather is
-    one-dimensional: that makes it a layout barrier, so each byte is decoded by one thread only.
+    b_table: 256 x uint32, the two values of a byte as a pair of float16, the even element in the low half. float16
+    holds the code values to 11 bits where bfloat16 has 8, and widening it costs the same one instruction. The gather
+    is one-dimensional: that makes it a layout barrier, so each byte is decoded by one thread only.
     """
     i_flat = tl.reshape(b_bytes, (R * (C // 2),)).to(tl.int32)
     b_pair = tl.reshape(tl.gather(b_table, i_flat, 0), (R, C // 2))
@@ -164,9 +165,7 @@ def load_weight(
 
 
 @triton.jit
-def keep_mask(
-    p_seed, i_m0, i_k0, K, threshold, BM: tl.constexpr, BK: tl.constexpr, BY_FOUR: tl.constexpr
-):
+def keep_mask(p_seed, i_m0, i_k0, K, threshold, BM: tl.constexpr, BK: tl.constexpr, BY_FOUR: tl.constexpr):
     """True [BM, BK] where element (i_m0 + m, i_k0 + k) of a [*, K] input is kept; see `peft_kernels/philox.py`.
 
     BY_FOUR: K is a multiple of 4, so one Philox call serves four neighbours. Otherwise a call per element.

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tuning
 from ..formats import TABLES
 
-_tables: dict[tuple[int, bool, torch.device], Tensor] = {}
+_pair_tables: dict[tuple[int, torch.device], Tensor] = {}
 
 
 @dataclass
@@ -54,13 +55,13 @@ def wrong_mode(x: Tensor, *_: Any) -> str | None:
 
 
 def pair_table(quant_type: int, device: torch.device) -> Tensor:
-    """int32 [256]: for a byte of two codes, its two values as float16, the high nibble (even element) in the low half."""
-    key = (quant_type, True, device)
-    if key not in _tables:
+    """int32 [256]: the two values of a byte as float16, that of the high nibble (even element) in the low half."""
+    key = (quant_type, device)
+    if key not in _pair_tables:
         values = torch.tensor(TABLES[quant_type], dtype=torch.float16)
         pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
-        _tables[key] = pairs.contiguous().view(torch.int32).reshape(256).to(device)
-    return _tables[key]
+        _pair_tables[key] = pairs.contiguous().view(torch.int32).reshape(256).to(device)
+    return _pair_tables[key]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constexprs: Any) -> None:
@@ -110,7 +111,8 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
     _recording = []
     driver.set_active(_NoDevice(capability))
     try:
-        yield _recording
+        with tuning.assuming(capability):
+            yield _recording
     finally:
         _recording = kept
         driver._active = before

@@ -99,7 +99,7 @@ class _Dropout:
 
     def __init__(self, p: float, seed: Tensor | None, k: int, like: Tensor) -> None:
         self.on = p > 0.0
-        self.seed = seed if self.on and seed is not None else like
+        self.seed = seed.to(like.device) if self.on and seed is not None else like
         self.arguments = (philox.threshold(p), 1.0 / (1.0 - p))
         self.constants = {"DROPOUT": self.on, "BY_FOUR": k % 4 == 0}
 
@@ -126,8 +126,9 @@ def _project(x: Tensor, a: Tensor, drop: _Dropout, arch: str) -> Tensor:
 
 
 def _outer(
-    z: Tensor, t: Tensor, b: Tensor | None, out: Tensor, strides: tuple[int, int], scale: float, drop: _Dropout, arch: str
-) -> Tensor | None:
+    z: Tensor, t: Tensor, b: Tensor | None, out: Tensor, strides: tuple[int, int], scale: float, drop: _Dropout,
+    arch: str,
+) -> Tensor | None:  # fmt: skip
     """out = scale * drop(z)^T t, [C, r] at `strides`; with b [C, r] also returns ds = scale * z b, in the same pass."""
     from . import triton_kernels as kernels
 
@@ -141,8 +142,9 @@ def _outer(
         parts, steps = _split(m, c.BM, tiles[0] * tiles[1], c.programs, 2)
         outer = torch.empty((parts, c_ * r), dtype=torch.float32, device=z.device)
         shares = outer if ds is None else torch.empty((tiles[0], m, r), dtype=torch.float32, device=z.device)
-        host.launch(kernels.outer_kernel, (*tiles, parts), z, t, t if b is None else b, outer, shares, drop.seed, m, c_, r,
-                    *strides, steps, *drop.arguments, WITH_DS=ds is not None, **drop.constants, BM=c.BM, BC=c.BN, BR=br, **_options(c))  # fmt: skip
+        host.launch(kernels.outer_kernel, (*tiles, parts), z, t, t if b is None else b, outer, shares, drop.seed,
+                    m, c_, r, *strides, steps, *drop.arguments, WITH_DS=ds is not None, **drop.constants,
+                    BM=c.BM, BC=c.BN, BR=br, **_options(c))  # fmt: skip
         _reduce(outer, out, scale)
         if ds is not None:
             _reduce(shares, ds, scale)
@@ -168,7 +170,8 @@ def forward(
     else:
         a, b_or_x, r = a.contiguous(), b.contiguous(), a.shape[0]
         s = _project(x, a, _Dropout(dropout_p, seed, k, x), arch)
-    w = _Weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, n, k, x.dtype)
+    w = _Weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, n, k,
+                x.dtype)  # fmt: skip
 
     def run(c: tuning.Config) -> None:
         tiles = _cdiv(m, c.BM) * _cdiv(n, c.BN)
@@ -195,16 +198,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx [M, K], da [r, K], db [N, r]); empty where not needed."""
     dy = dy.contiguous()
-    (m, n), k = dy.shape, x.shape[1]
+    n, k = dy.shape[1], x.shape[1]
     arch = tuning.arch_of(dy.device)
-    none = dy.new_empty((0,))
-    dx, da, db, ds = none, none, none.clone(), None
-    if a is not None and b is not None and a.shape[0] > 0:
+    dx, da, db = (dy.new_empty((0,)) for _ in range(3))  # outputs of an op may not share memory
+    ds: Tensor | None = None
+    if a is not None and b is not None:
         a, b = a.contiguous(), b.contiguous()
         if need_ab:
+            da, db = torch.empty_like(a), torch.empty_like(b)
+        if a.shape[0] == 0:
+            pass  # an adapter of rank 0 adds nothing
+        elif need_ab:
             assert s is not None
             x = x.contiguous()
-            da, db = torch.empty_like(a), torch.empty_like(b)
             off = _Dropout(0.0, None, 4, dy)
             ds = _outer(dy, s.contiguous(), b, db, (b.shape[1], 1), scaling, off, arch)
             assert ds is not None
@@ -235,8 +241,8 @@ def _input_gradient(
         out = dx if parts == 1 else torch.empty((parts, m, k), dtype=torch.float32, device=dy.device)
         host.launch(kernels.backward_kernel, (tiles, parts), dy, *w.pointers, dy if ds is None else ds,
                     dy if a is None else a, drop.seed, out, m, n, k, r, *w.strides, steps, *drop.arguments,
-                    ADAPTER=r > 0, **drop.constants, **w.constants, PRECISION=_precision(dy.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
-                    BR=_rank_tile(r, c.BR), GROUP=c.GROUP, **_options(c))  # fmt: skip
+                    ADAPTER=r > 0, **drop.constants, **w.constants, PRECISION=_precision(dy.dtype), BM=c.BM, BN=c.BN,
+                    BK=c.BK, BR=_rank_tile(r, c.BR), GROUP=c.GROUP, **_options(c))  # fmt: skip
         if parts > 1:
             _reduce(out, dx, 1.0)
 
@@ -246,24 +252,10 @@ def _input_gradient(
     return dx
 
 
-def _available() -> str | None:
-    if torch.version.hip is not None:
-        return "has not been tried on ROCm"
-    return None
-
-
-def _when(x: Tensor, *_: Any) -> str | None:
-    if x.device.type == "cpu" and not host.interpreting():
-        return "CPU tensors need Triton's interpreter: start the process with TRITON_INTERPRET=1"
-    if x.device.type == "cuda" and host.interpreting():
-        return "Triton runs in its interpreter in this process (TRITON_INTERPRET=1)"
-    return None
-
-
 BACKENDS = {
     name: Backend(
         "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=_available, when=_when,
+        package="triton", available=host.missing, when=host.wrong_mode,
     )
     for name, fn in (("lora_linear", forward), ("lora_linear_backward", backward))
 }  # fmt: skip

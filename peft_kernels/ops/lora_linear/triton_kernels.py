@@ -2,12 +2,12 @@
 
     s   = drop(x) A^T                          project_kernel
     y   = x W^T + scaling * (s B^T) + bias     forward_kernel
-    dsdb: ds = dy B and dB = dy^T s            outer_kernel, one pass over dy
+    ds  = dy B and dB = dy^T s         outer_kernel, one pass over dy
     dA  = ds^T drop(x)                         outer_kernel
     dx  = dy W + drop'(ds A)                   backward_kernel
 
-The two large products keep the *weight* as the left operand (the accumulator is [features, rows]): the decoded tile then
-goes from registers into the tensor cores of sm_90, and few rows cost few columns instead of a padded 64-row tile.
+The two large products keep the *weight* as the left operand (the accumulator is [features, rows]): the decoded tile
+then goes from registers into the tensor cores of sm_90, and few rows cost few columns instead of a padded 64-row tile.
 Whenever a sum is split over programs, the parts are written out and `reduce_kernel` adds them in a fixed order.
 """
 
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ...triton_lib.device import dot, dot_narrow, dot_wide, keep_mask, load_weight, round_to, tile_of
 
-_UNSPECIALISED = ["M", "threshold", "steps", "parts", "scale", "keep_scale", "scaling"]
+_UNSPECIALISED = ["M", "threshold", "steps", "parts", "scale", "keep_scale", "scaling", "numel"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
