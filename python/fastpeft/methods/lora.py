@@ -130,6 +130,8 @@ class Lora(Method):
                 f"Targeting {info.name!r}, a {type(info.module).__name__} with groups={info.groups}, needs a rank that "
                 f"is divisible by groups, got r={config.r}. Choose another rank or do not target this layer."
             )
+        if config.init_lora_weights == "orthogonal" and info.kind.startswith("conv"):
+            raise ValueError(f"init_lora_weights='orthogonal' is for linear layers, {info.name!r} is a convolution")
         if config.lora_bias and not info.has_bias and info.kind != "embedding":
             warnings.warn(
                 f"`lora_bias=True` was passed but {info.name!r} ({type(info.module).__name__}) has no bias: this "
@@ -284,8 +286,6 @@ def _orthogonal(a: Tensor, b: Tensor, info: LayerInfo) -> None:
 
     (datta0.github.io/posts/rethink-lora-init)
     """
-    if info.kind != "linear":
-        raise ValueError(f"init_lora_weights='orthogonal' is for linear layers, {info.name!r} is of kind {info.kind}")
     r = a.shape[0]
     device = a.device
     q = torch.linalg.qr(torch.randn(r, r, device=device)).Q
