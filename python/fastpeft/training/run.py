@@ -85,7 +85,7 @@ def lora_config(config: TrainConfig) -> Any:
             raise UserError(f"unknown setting lora.{key}", nearest(str(key), known))
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"lora: {error}", "correct the lora settings") from error
 
 

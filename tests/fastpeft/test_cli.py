@@ -1,0 +1,199 @@
+"""The command line on a tiny model: results, JSON, errors in one line, start-up time."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from fastpeft.cli.app import app
+from fastpeft.training.testing import make_tiny_model, write_jsonl
+from typer.testing import CliRunner, Result
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def result_of(*words: object) -> dict[str, Any]:
+    """The JSON that a successful command prints; stdout holds nothing else."""
+    done = invoke(words[0], "--json", *words[1:])
+    assert done.exit_code == 0, done.output
+    parsed: dict[str, Any] = json.loads(done.stdout)
+    return parsed
+
+
+def error_of(*words: object) -> str:
+    """The line of a failing command; there is no traceback, and with --json the error is JSON."""
+    done = invoke(*words)
+    assert done.exit_code == 1, done.output
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if "Warning" not in line and not line.startswith("  ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    as_json = json.loads(invoke(words[0], "--json", *words[1:]).stdout)
+    assert as_json["error"]["problem"] in lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, data, a config file, and a run trained through the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    make_tiny_model(folder / "model")
+    write_jsonl(folder / "data.jsonl")
+    (folder / "config.yaml").write_text(
+        f"model: {folder / 'model'}\ndata: {folder / 'data.jsonl'}\noutput: {folder / 'run'}\neval_fraction: 0.2\n"
+        "max_length: 64\nbatch_size: 2\nmax_steps: 8\nlearning_rate: 2e-2\nlora: {r: 4, target_modules: all-linear}\n"
+    )
+    done = invoke("train", folder / "config.yaml", "save_every=4")
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_training_writes_what_it_promises(world: Path) -> None:
+    run = world / "run"
+    assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 9
+    assert lines[-1]["held_out_loss"] < lines[0]["held_out_loss"]
+    assert {p.name for p in run.iterdir()} == {
+        "adapter", "checkpoint-4", "checkpoint-8", "loss.png", "metrics.jsonl",
+    }  # fmt: skip
+    note = json.loads((run / "adapter" / "fastpeft_training.json").read_text())
+    assert (note["base"], note["quantize"]) == (str(world / "model"), "nf4")
+
+
+def test_resume_after_the_end_changes_nothing(world: Path) -> None:
+    before = (world / "run" / "metrics.jsonl").read_bytes()
+    result = result_of("train", world / "config.yaml", "--resume")
+    assert result["resumed_from"] == 8
+    assert (world / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_dry_run_trains_nothing(world: Path) -> None:
+    plan = result_of("train", world / "config.yaml", f"output={world / 'dry'}", "--dry-run")
+    assert not (world / "dry").exists()
+    assert plan["steps"] == 8
+    # 2 layers; per layer r * (in + out) over q, k, v, o, gate, up, down
+    per_layer = 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 2 * (32 + 64) + (64 + 32))
+    assert plan["trainable_parameters"] == 2 * per_layer
+    assert plan["parameters"] == sum(
+        p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(world / "model").parameters()
+    )
+    assert plan["memory_total_bytes"] == sum(plan["memory_bytes"].values())
+    assert invoke("train", world / "config.yaml", f"output={world / 'dry'}", "--dry-run").exit_code == 0
+
+
+def test_generate(world: Path) -> None:
+    adapter = world / "run" / "adapter"
+    tuned = result_of("generate", "--adapter", adapter, "--max-new-tokens", 12, "--", "colour 3?", "colour 4?")
+    assert [a["prompt"] for a in tuned["answers"]] == ["colour 3?", "colour 4?"]
+    assert tuned == {**result_of("generate", "--adapter", adapter, "--max-new-tokens", 12, "colour 3?", "colour 4?"),
+                     "tokens_per_s": tuned["tokens_per_s"]}  # fmt: skip
+    base = result_of("generate", "--model", world / "model", "--max-new-tokens", 12, "colour 3?")
+    assert base["answers"][0]["answer"] != tuned["answers"][0]["answer"]
+    shown = invoke("generate", "--adapter", adapter, "--max-new-tokens", 12, "colour 3?")
+    assert shown.stdout.strip() == tuned["answers"][0]["answer"]
+    first, second = (
+        result_of("generate", "--adapter", adapter, "--temperature", 1.5, "--seed", seed, "--max-new-tokens", 12, "x")["answers"]
+        for seed in (1, 2)
+    )
+    assert first != second
+    again = result_of("generate", "--adapter", adapter, "--temperature", 1.5, "--seed", 1, "--max-new-tokens", 12, "x")
+    assert again["answers"] == first
+
+
+@pytest.mark.parametrize("onto", ["original", "quantized"])
+def test_merge_makes_a_model_that_answers_like_the_adapter(world: Path, onto: str) -> None:
+    adapter, merged = world / "run" / "adapter", world / f"merged-{onto}"
+    result = result_of("merge", adapter, merged, "--dtype", "fp32", "--onto", onto)
+    assert result["dtype"] == "float32"
+    model = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    base = transformers.AutoModelForCausalLM.from_pretrained(world / "model")
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in base.named_parameters()}
+    quantize = "nf4" if onto == "quantized" else "none"
+    words = ("--max-new-tokens", 10, "colour 3?")
+    expected = result_of("generate", "--adapter", adapter, "--quantize", quantize, *words)["answers"]
+    assert result_of("generate", "--model", merged, *words)["answers"] == expected
+
+
+def test_merge_rounds_to_the_dtype_asked_for(world: Path) -> None:
+    result = result_of("merge", world / "run" / "adapter", world / "merged-bf16")
+    assert result["dtype"] == "bfloat16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(world / "merged-bf16", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert "exists and is not an empty folder" in error_of("merge", world / "run" / "adapter", world / "merged-bf16")
+
+
+def test_inspect(world: Path) -> None:
+    report = result_of("inspect", world / "run" / "adapter")
+    assert report["method"] == "LORA"
+    assert report["ranks"] == {"4": 14}
+    assert len(report["tensors"]) == 28
+    assert report["trained_on"]["quantize"] == "nf4"
+    shown = invoke("inspect", world / "run" / "adapter", "--keys").stdout
+    assert "lora_A" in shown
+    assert "vllm" in shown
+
+
+def test_errors_are_one_line(world: Path, tmp_path: Path) -> None:
+    config = world / "config.yaml"
+    assert "did you mean 'batch_size'?" in error_of("train", config, "batchsize=3")
+    assert "did you mean 'lora_dropout'?" in error_of("train", config, "lora.dropout=3", f"output={tmp_path}")
+    assert "is not a file" in error_of("train", tmp_path / "absent.yaml")
+    assert "does not exist" in error_of("train", config, "model=./nowhere", "--dry-run")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "x"}\n')
+    assert "bad.jsonl:2: expected text in 'prompt', got a number" in error_of("train", config, f"data={bad}")
+    assert "holds the checkpoints of an earlier run" in error_of("train", config)
+    assert "is not a folder" in error_of("inspect", tmp_path / "absent")
+    assert "no adapter_config.json" in error_of("generate", "--adapter", tmp_path, "hi")
+    assert "neither a model nor an adapter" in error_of("generate", "hi")
+    assert "quantize: expected one of" in error_of("generate", "--model", world / "model", "--quantize", "int3", "hi")
+    assert "nothing_like_it" in error_of("train", config, "lora.target_modules=[nothing_like_it]", f"output={tmp_path / 'o'}")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = invoke("train", tmp_path / "absent.yaml", "--debug")
+    assert done.exit_code == 1
+    assert type(done.exception).__name__ == "UserError"
+
+
+def test_an_unexpected_exception_is_called_a_defect(monkeypatch: pytest.MonkeyPatch, world: Path) -> None:
+    monkeypatch.setattr("fastpeft.cli.commands.plan", lambda config: {}["gone"])
+    done = invoke("train", world / "config.yaml", "--dry-run")
+    assert done.exit_code == 3
+    assert "error: unexpected KeyError: 'gone'; this is a defect; run again with --debug" in done.stderr
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    """Under 0.3 s of processor time, which other work on the machine does not change."""
+    command = [sys.executable, "-m", "fastpeft", "--help"]
+    used = []
+    for _ in range(3):
+        before = children_seconds()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+        used.append(children_seconds() - before)
+    assert min(used) < 0.3
+    for name in ("quickstart", "train", "generate", "merge", "inspect", "doctor"):
+        assert name in done.stdout
+    code = "import sys; sys.argv = ['fastpeft', 'train', '--help']\nfrom fastpeft.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "bad = {'torch', 'transformers', 'numpy', 'peft_kernels', 'matplotlib', 'yaml'} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment())

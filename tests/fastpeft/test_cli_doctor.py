@@ -1,0 +1,114 @@
+"""The doctor, on this machine and on broken ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastpeft.cli import doctor
+
+
+def examine(*shadows: Path, code: int = 0, **environment: str) -> dict[str, Any]:
+    """The JSON report of a doctor for whom the folders ``shadows`` come before all other packages."""
+    paths = [*map(str, shadows), *(p for p in sys.path if p)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastpeft", "doctor", "--json"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def findings(report: dict[str, Any]) -> dict[str, dict[str, str]]:
+    return {f["name"]: f for section in report["sections"].values() for f in section}
+
+
+def package(folder: Path, name: str, source: str) -> Path:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(source)
+    return folder
+
+
+def test_this_machine() -> None:
+    report = examine()
+    assert report["usable"] is True
+    assert {"python", "torch", "transformers", "peft_kernels"} <= set(report["versions"])
+    assert {"lora_linear", "lora_linear_backward", "quantize_4bit", "dequantize_4bit"} <= set(report["backends"])
+    for calls in report["backends"].values():
+        for reasons in calls.values():
+            assert list(reasons.values()).count("chosen") == 1
+            assert set(reasons) == {"cuda", "triton", "native", "reference"}
+    for f in findings(report).values():
+        assert f["status"] in ("ok", "note", "missing", "broken")
+        assert f["status"] == "ok" or f["fix"], f  # whatever is not right comes with what to do
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("raise OSError('libtorch_cpu.so: cannot open shared object file')", "libtorch_cpu.so: cannot open"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "looking at it ended the process with SIGILL"),
+        ("import os; os._exit(7)", "looking at it ended the process with code 7"),
+        ("raise SystemExit(0)", "SystemExit"),
+    ],
+)
+def test_broken_torch(tmp_path: Path, source: str, message: str) -> None:
+    report = examine(package(tmp_path, "torch", source), code=1)
+    found = findings(report)
+    assert report["usable"] is False
+    assert message in found["torch"]["value"]
+    assert found["torch"]["fix"].startswith("pip install")
+    assert found["peft_kernels"]["fix"] == "repair torch first"
+    assert found["c++ compiler"]["status"] in ("ok", "missing")
+
+
+def test_broken_triton_breaks_nothing_else_and_forcing_is_reported(tmp_path: Path) -> None:
+    report = examine(package(tmp_path, "triton", "import os; os.abort()"), PEFT_KERNELS_BACKEND="reference")
+    assert report["usable"] is True
+    assert "SIGABRT" in findings(report)["triton"]["value"]
+    assert report["backends"]
+    assert findings(report)["PEFT_KERNELS_BACKEND"]["value"] == "forces reference"
+
+
+def test_unusable_native_library() -> None:
+    report = examine(PEFT_KERNELS_CPU_LEVEL="avx4096")
+    native = findings(report)["native CPU library"]
+    assert native["status"] == "missing"
+    assert "the slower reference serves" in native["value"]
+    reasons = report["backends"]["lora_linear"]["cpu float32"]
+    assert reasons["reference"] == "chosen"
+    assert reasons["native"] not in ("chosen", "able")
+
+
+def test_absent_package_is_told_from_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(names: list[str]) -> dict[str, dict[str, Any]]:
+        found = {n: {"name": n, "found": {}} for n in names}
+        found["torch"] = {"found": {"gpus": [], "cuda_build": "13.0", "version": "2"}}
+        found["transformers"] = {"found": {"version": "5.24.0", "needs_peft": "0.22.0"}}
+        found["triton"] = {"error": "ModuleNotFoundError: No module named 'triton'", "absent": True}
+        found["native_cpu"] = {"found": {"reason": "the native cpu library is not built"}}
+        return found
+
+    monkeypatch.setattr(doctor, "probe", probe)
+    monkeypatch.setattr(doctor, "_version", lambda package: {"peft": "0.21.2"}.get(package))
+    monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: None)
+    report = doctor.examine()
+    found = findings(report)
+    assert found["triton"] == {
+        "name": "triton", "status": "missing", "value": "not installed", "fix": "pip install triton (Linux; used on GPUs only)",
+    }  # fmt: skip
+    # transformers 5.24 wants a peft that was never published.
+    assert "wants peft >= 0.22.0, installed is 0.21.2" in found["transformers and peft"]["value"]
+    assert report["trap"] is not None
+    for tool in ("nvcc", "c++ compiler", "cmake", "ninja"):
+        assert found[tool]["status"] == "missing"
+        assert found[tool]["fix"]
+    assert "built for CUDA 13.0" in found["gpu"]["value"]
+    assert "the slower reference serves" in found["native CPU library"]["value"]
