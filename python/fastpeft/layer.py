@@ -87,6 +87,7 @@ class AdapterLayer(Merging, nn.Module):
         self._rows: list[str] | None = None  # an adapter for each row of the batch, during a mixed-batch forward
         self._taken: dict[str, Any] | None = None  # the base weight as it was before merging
         self._plan: Fused | None = None
+        self._prefix = ""  # of the first method that the layer had
         info = self.info
         self.in_features, self.out_features = info.in_features, info.out_features
         self.fan_in_fan_out = self.kind.fan_in_fan_out
@@ -163,6 +164,7 @@ class AdapterLayer(Merging, nn.Module):
     def add(self, adapter: str, method: Method, state: State, shared: Any = None) -> None:
         """Add an adapter whose state was made by `method.make_state`. Replaces one of the same name."""
         self.methods[adapter] = method
+        self._prefix = self._prefix or method.prefix.rstrip("_")
         self.shared.pop(adapter, None)
         if shared:
             self.shared[adapter] = shared
@@ -344,5 +346,5 @@ class AdapterLayer(Merging, nn.Module):
         return {**self.__dict__, "_plan": None}
 
     def __repr__(self) -> str:
-        prefix = next((m.prefix.rstrip("_") for m in self.methods.values()), "adapter")
-        return super().__repr__().replace(type(self).__name__, f"{prefix}.{self.kind.label}", 1)
+        # As PEFT's class of the same purpose: `lora.Linear(...)`.
+        return super().__repr__().replace(type(self).__name__, f"{self._prefix or 'adapter'}.{self.kind.label}", 1)
