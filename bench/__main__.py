@@ -1,0 +1,84 @@
+"""`python -m bench --op OP` or `python -m bench --suite layers|qlora`; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from . import checks, machine, results
+from .measure import threads
+
+OPS = ("lora_linear", "quantize_4bit", "dequantize_4bit")
+SUITES = ("layers", "qlora")
+CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"]}
+
+
+def shape(text: str) -> tuple[int, int]:
+    """`576x1536` -> (576, 1536), in features x out features."""
+    try:
+        k, n = (int(v) for v in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a shape is INxOUT, such as 576x1536, got {text!r}") from None
+    if min(k, n) < 1:
+        raise argparse.ArgumentTypeError(f"a shape needs positive sizes, got {text!r}")
+    return k, n
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--op", choices=OPS)
+    what.add_argument("--suite", choices=SUITES)
+    p.add_argument("--backends", nargs="+", metavar="B", help="of an op: native, reference, triton, cuda")
+    p.add_argument("--shapes", nargs="+", type=shape, metavar="INxOUT")
+    p.add_argument("--m", nargs="+", type=int, help="rows of x")
+    p.add_argument("--dtype", nargs="+", choices=("f32", "bf16", "f16"), default=["bf16", "f32"])
+    p.add_argument("--dropout", type=float, default=0.0)
+    p.add_argument("--threads", type=int)
+    p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, decode")
+    p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
+    p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")
+    p.add_argument("--budget-s", type=float, default=20.0, help="seconds of one row")
+    p.add_argument("--model", type=Path, help="folder of a causal language model; default: SmolLM2 of the quickstart")
+    p.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/NAME.jsonl")
+    p.add_argument("--plot", type=Path, metavar="PNG")
+    p.add_argument("--quick", action="store_true", help="few rows and short samples")
+    p.add_argument("--skip-checks", action="store_true", help="do not run the tests first; then no speed-up is reported")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.quick:
+        args.rounds, args.sample_s, args.budget_s = min(args.rounds, 7), min(args.sample_s, 0.01), 6.0
+    args.only = args.only or ["forward", "train", "levels", "step", "decode"]
+    name = args.op or args.suite
+    args.threads = threads(args.threads)
+    verdict = checks.check_all([args.op] if args.op else CHECKED[args.suite], args.skip_checks)
+    print(verdict.text, file=sys.stderr)
+    info, bounds = machine.describe(args.threads), machine.bounds(args.threads)
+    print(machine.line(info))
+    print(f"bounds ({bounds['how']}): {bounds['gflops']:.0f} GFLOP/s float32, {bounds['gbs']:.1f} GB/s")
+    module = importlib.import_module(f"bench.{'ops' if args.op else 'suites'}.{name}")
+    header = results.header(info, bounds, machine.commit(), name)
+    path = args.json or results.default_path(name)
+    rows = []
+    for row in module.rows(args):
+        # written row by row, so that an interrupted run keeps what it measured
+        results.write_lines(results.as_lines([row], header, verdict.passed), path)
+        rows.append(row)
+        print(f"measured: {row.title}", file=sys.stderr)
+    results.print_rows(rows, bounds, verdict.passed, f"python -m bench {' '.join(argv or sys.argv[1:])}")
+    refused = {k: v for row in rows for k, v in row.case.get("refused", {}).items()}
+    for backend, why in refused.items():
+        print(f"{backend} was not run: {why}")
+    if args.plot:
+        results.plot_rows(rows, args.plot, f"{name}, {info['cpu']}, {info['threads']} threads")
+    print(f"{path}: {len(rows)} rows at commit {header['commit']}")
+    return 0 if verdict.passed or args.skip_checks else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The machine that numbers were measured on, in one line, and its bounds: float32 FMA peak and memory bandwidth."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@cache
+def last_cache_bytes() -> int:
+    """Size of the largest CPU cache; 32 MiB where the system does not say."""
+    found = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
+        found.append(int(text.rstrip("KM")) * unit)
+    return max(found, default=32 << 20)
+
+
+def commit() -> str:
+    """The commit of the tree, with "+" when files of the project differ from it; "unknown" outside a clone."""
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if dirty else "")
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata as metadata
+
+    found = {}
+    for name in ("torch", "triton", "bitsandbytes", "transformers", "peft"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def level() -> str:
+    """The instruction set level of the native library, or why there is none."""
+    why = native.available()
+    return native.level() if why is None else f"no native library ({why})"
+
+
+def describe(threads: int) -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(), "cores": os.cpu_count() or 1, "threads": threads, "level": level(),
+        "last_cache_mib": last_cache_bytes() >> 20, "python": platform.python_version(), **versions(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }  # fmt: skip
+
+
+def line(info: dict[str, Any]) -> str:
+    packages = ", ".join(f"{k} {info[k]}" for k in ("torch", "bitsandbytes", "transformers", "peft") if k in info)
+    gpu = f", {info['gpu']}" if info.get("gpu") else ", no GPU"
+    return (
+        f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, level {info['level']}, "
+        f"{info['last_cache_mib']} MiB last cache{gpu}; Python {info['python']}, {packages}"
+    )
+
+
+@cache
+def bounds(threads: int) -> dict[str, float | str]:
+    """Measured bounds: gflops (float32 FMA in registers on all threads), gbs (reading 256 MiB), and how each was got.
+
+    With a C++ compiler bench/peak.cpp is built and run. Without one torch stands in: its best float32 matmul (below the
+    true peak, so percentages of it flatter) and its fastest sum.
+    """
+    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    if compiler:
+        with tempfile.TemporaryDirectory() as folder:
+            exe = str(Path(folder) / "peak")
+            flags = ["-O3", "-march=native", "-ffp-contract=fast", "-pthread"]
+            built = subprocess.run([compiler, *flags, str(Path(__file__).parent / "peak.cpp"), "-o", exe],
+                                   capture_output=True, text=True)  # fmt: skip
+            if built.returncode == 0:
+                best = [0.0, 0.0]
+                for _ in range(2):
+                    words = subprocess.run([exe, str(threads)], capture_output=True, text=True, check=True).stdout.split()
+                    best = [max(best[0], float(words[0])), max(best[1], float(words[1]))]
+                return {"gflops": best[0], "gbs": best[1], "how": "bench/peak.cpp"}
+    a = torch.randn(1536, 1536)
+    data = torch.ones(64 << 20)
+    flops = max(2 * 1536**3 / _once(lambda: a @ a) for _ in range(8)) / 1e9
+    return {"gflops": flops, "gbs": max(4 * data.numel() / _once(data.sum) for _ in range(5)) / 1e9,
+            "how": "torch.mm and torch.sum: no C++ compiler found"}  # fmt: skip
+
+
+def _once(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,113 @@
+"""Timing: candidates of one row are sampled in turn, in rotated order, each sample over several copies of its weights.
+
+Interleaving lets a slow spell of the machine hit all candidates alike; the median and the 20th and 80th percentile say
+how much it did. Copies keep the working set larger than the last-level cache: one weight called in a loop would sit in
+it and show a speed that no model sees.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Candidate:
+    """One way to run a row. calls: the same work on copies of the weights; a sample runs `inner` of them."""
+
+    name: str
+    calls: Sequence[Callable[[], object]]
+    enter: Callable[[], object] | None = None  # e.g. choose a CPU level, before each sample
+
+
+@dataclass
+class Stats:
+    """Seconds per call."""
+
+    samples: list[float] = field(default_factory=list)
+
+    def at(self, quantile: float) -> float:
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, round(quantile * (len(ordered) - 1)))]
+
+    @property
+    def median(self) -> float:
+        return self.at(0.5)
+
+    def as_dict(self) -> dict[str, float | int]:
+        return {
+            "median_s": self.median, "p20_s": self.at(0.2), "p80_s": self.at(0.8), "min_s": self.at(0.0),
+            "samples": len(self.samples),
+        }  # fmt: skip
+
+
+def copies_needed(nbytes: int, cache_bytes: int, most: int = 256) -> int:
+    """How many copies of a weight of `nbytes` make a working set twice the cache."""
+    return max(2, min(most, -(-2 * cache_bytes // max(1, nbytes))))
+
+
+def interleave(
+    candidates: Sequence[Candidate], rounds: int = 15, sample_s: float = 0.02, budget_s: float = 20.0
+) -> dict[str, Stats]:
+    """Median and percentiles of every candidate.
+
+    rounds: samples of each, in rotated order. sample_s: a sample repeats the call until it lasts about this long.
+    budget_s: stop after this many seconds in all, but never with fewer than 5 rounds.
+    """
+    position = {c.name: 0 for c in candidates}
+    stats = {c.name: Stats() for c in candidates}
+    inner: dict[str, int] = {}
+
+    def sample(c: Candidate, n: int) -> float:
+        if c.enter is not None:
+            c.enter()
+        calls, i = c.calls, position[c.name]
+        count = len(calls)
+        start = time.perf_counter()
+        for _ in range(n):
+            calls[i]()
+            i += 1
+            if i == count:
+                i = 0
+        took = time.perf_counter() - start
+        position[c.name] = i
+        return took / n
+
+    begin = time.perf_counter()
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for c in candidates:
+            sample(c, 1)  # imports, allocations and repacking happen here
+            once = min(sample(c, 1) for _ in range(2))
+            inner[c.name] = max(1, min(4096, round(sample_s / max(once, 1e-7))))
+        for r in range(rounds):
+            for k in range(len(candidates)):
+                c = candidates[(k + r) % len(candidates)]
+                stats[c.name].samples.append(sample(c, inner[c.name]))
+            if r >= 4 and time.perf_counter() - begin > budget_s:
+                break
+    finally:
+        if enabled:
+            gc.enable()
+    return stats
+
+
+def warm_everything(candidates: Sequence[Candidate]) -> None:
+    """Run every copy once, untimed (bitsandbytes repacks each layer at its first call in eval mode)."""
+    for c in candidates:
+        if c.enter is not None:
+            c.enter()
+        for call in c.calls:
+            call()
+
+
+def threads(count: int | None) -> int:
+    if count:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()

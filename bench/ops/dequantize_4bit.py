@@ -1,0 +1,62 @@
+"""Rows of dequantize_4bit: decoding a whole weight, bound by memory. Theirs: bitsandbytes' dequantize_4bit."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+from peft_kernels import QuantWeight, dequantize_4bit, use_backend
+from peft_kernels.dispatch import ops
+
+from .. import subjects
+from ..machine import last_cache_bytes
+from ..measure import Candidate, copies_needed, interleave
+from ..results import Claim, Row
+from . import reason
+
+OP = "dequantize_4bit"
+SHAPES = [(576, 1536), (4096, 4096), (2048, 8192)]
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    for k, n in args.shapes or (SHAPES[:1] if args.quick else SHAPES):
+        for dtype in args.dtype:
+            for nested in (False, True):
+                yield row(k, n, dtype, nested, args)
+
+
+def row(k: int, n: int, dtype: str, nested: bool, args: argparse.Namespace) -> Row:
+    import bitsandbytes.functional as bnb
+
+    out = subjects.DTYPES[dtype]
+    nbytes = n * k * 0.5 + n * k * out.itemsize
+    weights = subjects.quant_copies(n, k, copies_needed(int(nbytes), last_cache_bytes(), 64), nested)
+    flat = weights[0].flatten()
+    refused: dict[str, str] = {}
+    candidates = []
+    for backend in args.backends or ["native", "reference"]:
+        why = reason(ops()[OP], backend, (*flat, (n, k), out))
+        if why is not None:
+            refused[backend] = why
+            continue
+
+        def call(q: QuantWeight, backend: str = backend) -> Callable[[], object]:
+            def forced() -> object:
+                with use_backend(backend):
+                    return dequantize_4bit(q, out)
+
+            return forced
+
+        candidates.append(Candidate(backend, [call(q) for q in weights]))
+    layers = [subjects.bnb_layer(q, out) for q in weights]
+
+    def theirs(layer: object) -> Callable[[], object]:
+        return lambda: bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[attr-defined]
+
+    candidates.append(Candidate("bitsandbytes", [theirs(layer) for layer in layers]))
+    stats = interleave(candidates, args.rounds, args.sample_s, args.budget_s)
+    ours = [c.name for c in candidates if c.name not in ("reference", "bitsandbytes")]
+    claims = [Claim(label, [name], [other]) for name in ours for label, other in (("a user's", "bitsandbytes"),
+                                                                                ("eager", "reference"))]  # fmt: skip
+    case = {"op": OP, "K": k, "N": n, "dtype": dtype, "nested": nested, "refused": refused}
+    return Row(f"{k}x{n} {dtype}{' nested' if nested else ''}", case, stats, claims, float(n * k), nbytes)

@@ -1,0 +1,61 @@
+// What this machine can do at best: float32 FMA in registers on every thread, and reading memory in order.
+// Built on the fly by bench/machine.py where there is a C++ compiler; prints "<GFLOP/s> <GB/s>".
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));  // one register at AVX-512, two at AVX2
+
+static double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+template <class F> static double in_threads(int n, F f) {
+    std::vector<std::thread> all;
+    double start = now();
+    for (int i = 0; i < n; i++) all.emplace_back(f, i);
+    for (auto &t : all) t.join();
+    return now() - start;
+}
+
+int main(int argc, char **argv) {
+    int threads = argc > 1 ? std::atoi(argv[1]) : 1;
+    const long steps = 4000000;
+    std::vector<float> out(threads * 64);
+    double flops = 0, bytes = 0;
+    for (int trial = 0; trial < 5; trial++) {
+        double took = in_threads(threads, [&](int id) {
+            vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, a4 = {}, a5 = {}, a6 = {}, a7 = {}, a8 = {}, a9 = {};
+            vec x = a0 + 0.9999f, y = a0 + 0.5f;
+            for (long i = 0; i < steps; i++) {  // ten chains hide the latency of two units
+                a0 = a0 * x + y; a1 = a1 * x + y; a2 = a2 * x + y; a3 = a3 * x + y; a4 = a4 * x + y;
+                a5 = a5 * x + y; a6 = a6 * x + y; a7 = a7 * x + y; a8 = a8 * x + y; a9 = a9 * x + y;
+                __asm__ volatile("" : "+v"(x), "+v"(y));
+            }
+            out[id * 64] = (a0 + a1 + a2 + a3 + a4 + a5 + a6 + a7 + a8 + a9)[0];
+        });
+        double rate = 2.0 * 16 * 10 * steps * threads / took / 1e9;
+        if (rate > flops) flops = rate;
+    }
+    const size_t n = size_t(64) << 20;  // floats: 256 MB for all threads together
+    std::vector<float> data(n, 1.0f);
+    for (int trial = 0; trial < 5; trial++) {
+        double took = in_threads(threads, [&](int id) {
+            size_t part = n / threads / 64 * 64;
+            const float *p = data.data() + id * part;
+            vec s0 = {}, s1 = {}, s2 = {}, s3 = {};
+            for (size_t i = 0; i + 64 <= part; i += 64) {
+                s0 += *(const vec *)(p + i); s1 += *(const vec *)(p + i + 16);
+                s2 += *(const vec *)(p + i + 32); s3 += *(const vec *)(p + i + 48);
+            }
+            out[id * 64 + 1] = (s0 + s1 + s2 + s3)[0];
+        });
+        double rate = 4.0 * (n / threads / 64 * 64 * threads) / took / 1e9;
+        if (rate > bytes) bytes = rate;
+    }
+    float sink = 0;
+    for (float v : out) sink += v;
+    std::printf("%.1f %.2f %g\n", flops, bytes, sink);
+}

@@ -1,0 +1,161 @@
+"""What a bench says: rich tables, JSON lines, an optional picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .measure import Stats
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass
+class Claim:
+    """One comparison of a row: the fastest of `ours` against the fastest of `against`; target: what the issue asks."""
+
+    label: str
+    ours: list[str]
+    against: list[str]
+    target: float | None = None
+
+
+@dataclass
+class Row:
+    """One measured row. case: what was run. stats: candidate -> Stats. flops, nbytes: of one call, for rates."""
+
+    title: str
+    case: dict[str, Any]
+    stats: dict[str, Stats]
+    claims: list[Claim] = field(default_factory=list)
+    flops: float = 0.0
+    nbytes: float = 0.0
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # name of a value -> candidate -> value
+
+    def best(self, names: Sequence[str]) -> str | None:
+        present = [n for n in names if n in self.stats]
+        return min(present, key=lambda n: self.stats[n].median) if present else None
+
+    def ratios(self) -> list[dict[str, Any]]:
+        """What each claim came to; claims whose candidates were not run are left out."""
+        found = []
+        for claim in self.claims:
+            mine, other = self.best(claim.ours), self.best(claim.against)
+            if mine is not None and other is not None:
+                ratio = self.stats[other].median / self.stats[mine].median
+                met = None if claim.target is None else ratio >= claim.target
+                found.append({"claim": claim.label, "ours": mine, "against": other, "ratio": ratio,
+                              "target": claim.target, "met": met})  # fmt: skip
+        return found
+
+
+def as_lines(rows: Sequence[Row], header: dict[str, Any], speedups: bool) -> list[dict[str, Any]]:
+    """One dictionary per candidate and row. Without `speedups` (failing or skipped checks) none is reported."""
+    lines = []
+    for row in rows:
+        for name, stats in row.stats.items():
+            line: dict[str, Any] = {**header, "row": row.title, **row.case, "candidate": name, **stats.as_dict()}
+            if row.flops:
+                line["gflops"] = row.flops / stats.median / 1e9
+            if row.nbytes:
+                line["gbs"] = row.nbytes / stats.median / 1e9
+            line.update({k: v[name] for k, v in row.extra.items() if name in v})
+            if speedups:
+                line["speedups"] = [r for r in row.ratios() if r["ours"] == name]
+            lines.append(line)
+    return lines
+
+
+def write_lines(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as f:
+        for line in lines:
+            f.write(json.dumps(line, sort_keys=True) + "\n")
+
+
+def default_path(name: str) -> Path:
+    return RESULTS / f"{name}.jsonl"
+
+
+def header(machine: dict[str, Any], bounds: dict[str, Any], commit: str, name: str) -> dict[str, Any]:
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"bench": name, "time": stamp, "commit": commit, "machine": machine, "bounds": bounds}
+
+
+def duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, title: str) -> None:
+    """Two tables: every candidate's median with p20 and p80 and its share of the machine's bound; and what was claimed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    # A table that goes to a file is not to be folded at 80 columns.
+    console = Console() if Console().is_terminal else Console(width=150)
+    extras = list(dict.fromkeys(k for row in rows for k in row.extra))
+    ours = {name for row in rows for claim in row.claims for name in claim.ours}
+    rates = any(row.flops for row in rows)
+    table = Table(title=title)
+    table.add_column("row", no_wrap=True)
+    table.add_column("candidate", no_wrap=True)
+    for name in ("median", "p20 .. p80", *(("GFLOP/s", "GB/s", "of bound") if rates else ()), *extras):
+        table.add_column(name, justify="right", no_wrap=True)
+    gflops, gbs = float(bounds.get("gflops") or 0), float(bounds.get("gbs") or 0)
+    for row in rows:
+        for i, (name, s) in enumerate(sorted(row.stats.items(), key=lambda item: item[1].median)):
+            rate, speed = row.flops / s.median / 1e9, row.nbytes / s.median / 1e9
+            share = max(rate / gflops if gflops else 0.0, speed / gbs if gbs else 0.0)
+            cells = [row.title if i == 0 else "", f"[bold]{name}[/bold]" if name in ours else name, duration(s.median),
+                     f"{duration(s.at(0.2))} .. {duration(s.at(0.8))}"]  # fmt: skip
+            if rates:
+                cells += [f"{rate:.1f}", f"{speed:.1f}", f"{share:.0%}"]
+            table.add_row(*cells, *(str(row.extra[k].get(name, "")) for k in extras))
+        table.add_section()
+    console.print(table)
+    found = [(row.title, r) for row in rows for r in row.ratios()]
+    if not speedups or not found:
+        return
+    claims = Table(title="speed-ups (ratio of medians, measured in turns in this run)")
+    for name in ("row", "ours", "against", "speed-up", "asked for"):
+        claims.add_column(name, justify="right" if name in ("speed-up", "asked for") else "left", no_wrap=True)
+    for title_of_row, r in found:
+        asked = "" if r["target"] is None else f"{r['target']:g}x {'met' if r['met'] else 'MISSED'}"
+        claims.add_row(title_of_row, r["ours"], f"{r['against']} ({r['claim']})", f"{r['ratio']:.2f}x", asked)
+    console.print(claims)
+
+
+def plot_rows(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Grouped bars of the medians, one group per row, relative to the fastest of theirs (higher is faster)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for row in rows for name in row.stats))
+    figure, axes = plt.subplots(figsize=(max(7.0, 0.9 * len(rows) + 3), 4.5))
+    width = 0.8 / max(1, len(names))
+    for i, name in enumerate(names):
+        at, heights = [], []
+        for k, row in enumerate(rows):
+            base = row.best([n for claim in row.claims for n in claim.against]) or next(iter(row.stats))
+            if name in row.stats:
+                at.append(k + (i - len(names) / 2) * width)
+                heights.append(row.stats[base].median / row.stats[name].median)
+        axes.bar(at, heights, width, label=name)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(rows)), [row.title for row in rows], rotation=40, ha="right", fontsize=7)
+    axes.set_ylabel("speed; the fastest that it is compared with = 1")
+    axes.set_title(title)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""Suites: the issue's tables of layers, and the whole model."""
