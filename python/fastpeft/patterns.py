@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .config import PeftError
+from .safety import list_some
 
 if sys.version_info >= (3, 11):
     from re import _constants as _sre
@@ -39,10 +40,13 @@ try:
     signal.setitimer(signal.ITIMER_PROF, %s)
 except (ImportError, AttributeError):
     pass
-pattern, names = json.loads(sys.stdin.read())
-match = re.compile(pattern).match
-found = ((name, match(name)) for name in names)
-print(json.dumps({name: m.groupdict().get("idx") or "" for name, m in found if m}))
+patterns, names = json.loads(sys.stdin.read())
+result = []
+for pattern in patterns:
+    match = re.compile(pattern).match
+    found = ((name, match(name)) for name in names)
+    result.append({name: m.groupdict().get("idx") or "" for name, m in found if m})
+print(json.dumps(result))
 """
 
 
@@ -66,40 +70,51 @@ def match_names(pattern: str, names: Iterable[str], prefix: str = "", suffix: st
 
     The default suffix makes it a full match. Raises PeftError for a pattern that is malformed, too long or too slow.
     """
-    compile_pattern(pattern)
     names = list(names)
-    whole = f"{prefix}(?:{pattern}){suffix}"
+    compiled = _compile_whole(pattern, prefix, suffix)
+    if _backtracks_little(compiled.pattern):
+        matches = ((name, compiled.match(name)) for name in names)
+        return {name: m.groupdict().get("idx") or "" for name, m in matches if m}
+    return _match_in_process({pattern: compiled.pattern}, names)[pattern]
+
+
+def _compile_whole(pattern: str, prefix: str, suffix: str) -> re.Pattern[str]:
+    compile_pattern(pattern)
     try:
-        compiled = re.compile(whole)
+        return re.compile(f"{prefix}(?:{pattern}){suffix}")
     except re.error:  # flags such as (?i) must stand at the start
         flags = re.match(r"\(\?[aiLmsux]+\)", pattern)
         if flags is None:
             raise PeftError(f"{pattern!r} cannot be used as part of a regular expression") from None
-        whole = f"{flags.group()}{prefix}(?:{pattern[flags.end() :]}){suffix}"
-        compiled = re.compile(whole)
-    if _backtracks_little(whole):
-        matches = ((name, compiled.match(name)) for name in names)
-        return {name: m.groupdict().get("idx") or "" for name, m in matches if m}
-    return _match_in_process(pattern, whole, names)
+        return re.compile(f"{flags.group()}{prefix}(?:{pattern[flags.end() :]}){suffix}")
 
 
 def first_match(patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """For each name the value of the first pattern that matches it or a part of it that starts after a dot."""
+    prefix = r"(?:.*\.)?"
+    wholes = {p: _compile_whole(p, prefix, r"\Z").pattern for p in patterns if not p.isidentifier()}
+    risky = {p: whole for p, whole in wholes.items() if not is_plain(p) and not _backtracks_little(whole)}
+    # All in one process, so that many slow patterns take no longer than one.
+    decided = _match_in_process(risky, list(names)) if risky else {}
     found: dict[str, Any] = {}
     for pattern, value in patterns.items():
         left = [name for name in names if name not in found]
         hits: Iterable[str] = []
-        if is_plain(pattern):
+        if pattern in decided:
+            hits = [n for n in left if n in decided[pattern]]
+        elif is_plain(pattern):
             hits = [n for n in left if n == pattern or n.endswith("." + pattern)]
-        if not hits and not pattern.isidentifier():  # even a dot may be meant as an expression
-            hits = match_names(pattern, left, prefix=r"(?:.*\.)?")
+        if not hits and pattern in wholes and pattern not in decided:  # even a dot may be meant as an expression
+            hits = match_names(pattern, left, prefix=prefix)
         found.update(dict.fromkeys(hits, value))
     return found
 
 
-def _match_in_process(pattern: str, whole: str, names: list[str]) -> dict[str, str]:
+def _match_in_process(wholes: Mapping[str, str], names: list[str]) -> dict[str, dict[str, str]]:
+    """What each pattern matches, given as the whole expressions that they stand for."""
+    which = f"pattern {next(iter(wholes))!r}" if len(wholes) == 1 else f"{len(wholes)} patterns {list_some(wholes, 3)}"
     slow = PeftError(
-        f"the pattern {pattern!r} took more than {CPU_SECONDS} s on {len(names)} module names: it backtracks without "
+        f"the {which} took more than {CPU_SECONDS} s on {len(names)} module names: backtracking without "
         "bound (nested or many repeats). Write it more simply, or list the module names."
     )
     if not sys.executable:
@@ -107,7 +122,7 @@ def _match_in_process(pattern: str, whole: str, names: list[str]) -> dict[str, s
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _WORKER % CPU_SECONDS],
-            input=json.dumps([whole, names]),
+            input=json.dumps([list(wholes.values()), names]),
             capture_output=True,
             text=True,
             timeout=WALL_SECONDS if sys.platform != "win32" else CPU_SECONDS + 0.3,
@@ -117,8 +132,7 @@ def _match_in_process(pattern: str, whole: str, names: list[str]) -> dict[str, s
         raise slow from None
     if done.returncode != 0:
         raise slow
-    result: dict[str, str] = json.loads(done.stdout)
-    return result
+    return dict(zip(wholes, json.loads(done.stdout), strict=True))
 
 
 def _backtracks_little(pattern: str) -> bool:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,12 +19,14 @@ from typing import Any, BinaryIO
 import torch
 
 MAX_JSON_BYTES = 4 << 20
-MAX_HEADER_BYTES = 16 << 20  # 46 thousand tensors (LoRA on every expert of a large MoE) need about 9 MB
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 1 << 16  # LoRA on every expert of a large mixture has 46 thousand, and a header of about 9 MB
 MAX_RANK = 1 << 16
 MAX_SCALE = 1e6  # of alpha: a scaling beyond this overflows float16 and leaves bfloat16 no digit of the base output
 MAX_NUMBER = 1e15
 MAX_STRING = 1 << 16
 MAX_PATTERN = 1000
+MAX_PATTERNS = 4096
 MAX_DEPTH = 16
 MAX_DIMS = 8
 
@@ -122,7 +124,6 @@ def check_config(config: Mapping[str, Any], where: object = "adapter configurati
 
     Fields that are unknown are left alone: whoever builds the configuration drops them with a warning.
     """
-    _walk(config, where, 0)
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or not peft_type:
         raise AdapterFileError(f"{where}: peft_type must be a method's name, found {_short(peft_type)}")
@@ -135,13 +136,25 @@ def check_config(config: Mapping[str, Any], where: object = "adapter configurati
             continue
         if not isinstance(patterns, Mapping):
             raise AdapterFileError(f"{where}: {field} must be an object, found {_short(patterns)}")
+        _check_count(patterns, f"{where}: {field}")
         for pattern, value in patterns.items():
             _check_pattern(pattern, f"{where}: {field}")
             check(value, f"{where}: {field}[{_short(pattern)}]")
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(field)
-        for pattern in [value] if isinstance(value, str) else value or ():
+        if not isinstance(value, (str, list, tuple, set, frozenset, type(None))):
+            raise AdapterFileError(f"{where}: {field} must be a text or a list of them, found {_short(value)}")
+        if isinstance(value, str):
+            value = [value]
+        _check_count(value or (), f"{where}: {field}")
+        for pattern in value or ():
             _check_pattern(pattern, f"{where}: {field}")
+    _walk(config, where, 0)
+
+
+def _check_count(patterns: Collection[Any], where: str) -> None:
+    if len(patterns) > MAX_PATTERNS:
+        raise AdapterFileError(f"{where}: {len(patterns)} entries, at most {MAX_PATTERNS} are read")
 
 
 def _check_pattern(pattern: object, where: str) -> None:
@@ -205,7 +218,9 @@ class Header:
         return sum(info.nbytes for info in self.tensors.values())
 
 
-def read_header(path: str | os.PathLike[str], max_header: int = MAX_HEADER_BYTES) -> Header:
+def read_header(
+    path: str | os.PathLike[str], max_header: int = MAX_HEADER_BYTES, max_tensors: int = MAX_TENSORS
+) -> Header:
     """Read and check the header of a safetensors file; no tensor data is read."""
     path = Path(path)
     with open_regular(path) as file:
@@ -218,7 +233,11 @@ def read_header(path: str | os.PathLike[str], max_header: int = MAX_HEADER_BYTES
             raise AdapterFileError(f"{path}: its header claims {length} bytes, the limit is {max_header}")
         if 8 + length > file_size:
             raise AdapterFileError(f"{path}: its header claims {length} bytes in a file of {file_size} (truncated?)")
-        raw = parse_json(file.read(length), path)
+        text = file.read(length)
+    # Each tensor is an object with two lists. Counted first, since parsing millions of anything takes seconds.
+    if text.count(b"{") > max_tensors + 2 or text.count(b"[") > 2 * max_tensors:
+        raise AdapterFileError(f"{path}: its header describes more than {max_tensors} tensors")
+    raw = parse_json(text, path)
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterFileError(f"{path}: __metadata__ must map texts to texts")
@@ -237,25 +256,35 @@ def read_header(path: str | os.PathLike[str], max_header: int = MAX_HEADER_BYTES
 
 
 def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    where = f"{path}: tensor {_short(name)}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterFileError(f"{where}: expected dtype, shape and data_offsets, found {_short(entry)}")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    def error(what: str) -> AdapterFileError:
+        return AdapterFileError(f"{path}: tensor {_short(name)}: {what}")
+
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
+        raise error(f"expected dtype, shape and data_offsets, found {_short(entry)}")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
-        raise AdapterFileError(f"{where}: unknown dtype {_short(entry['dtype'])}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
+        raise error(f"unknown dtype {_short(kind)}")
     if not _is_ints(shape) or len(shape) > MAX_DIMS:
-        raise AdapterFileError(f"{where}: shape {_short(shape)}")
+        raise error(f"shape {_short(shape)}")
     if not _is_ints(offsets) or len(offsets) != 2:
-        raise AdapterFileError(f"{where}: data_offsets {_short(offsets)}")
+        raise error(f"data_offsets {_short(offsets)}")
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise AdapterFileError(f"{where}: {_short(shape)} of {dtype} needs {nbytes} bytes, not those at {offsets}")
+        raise error(f"{_short(shape)} of {dtype} needs {nbytes} bytes, which the data_offsets {offsets} are not")
     return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], nbytes)
 
 
+_ENTRY = {"dtype", "shape", "data_offsets"}
+
+
 def _is_ints(value: object) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    if type(value) is not list:
+        return False
+    for number in value:  # noqa: SIM110 (a generator takes three times as long, and there are many)
+        if type(number) is not int or not 0 <= number < 1 << 63:
+            return False
+    return True
 
 
 def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:

@@ -212,7 +212,7 @@ def _headers(root: Path) -> list[Header]:
         files = sorted({str(f) for f in read_json(index, 64 << 20).get("weight_map", {}).values()})
     else:
         files = ["model.safetensors"]
-    return [read_header(path_inside(root, f), _MAX_MODEL_HEADER) for f in files]
+    return [read_header(path_inside(root, f), _MAX_MODEL_HEADER, 1 << 20) for f in files]
 
 
 def _swap(
