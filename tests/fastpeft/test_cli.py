@@ -103,7 +103,9 @@ def test_generate(world: Path) -> None:
     shown = invoke("generate", "--adapter", adapter, "--max-new-tokens", 12, "colour 3?")
     assert shown.stdout.strip() == tuned["answers"][0]["answer"]
     first, second = (
-        result_of("generate", "--adapter", adapter, "--temperature", 1.5, "--seed", seed, "--max-new-tokens", 12, "x")["answers"]
+        result_of("generate", "--adapter", adapter, "--temperature", 1.5, "--seed", seed, "--max-new-tokens", 12, "x")[
+            "answers"
+        ]
         for seed in (1, 2)
     )
     assert first != second
@@ -158,7 +160,9 @@ def test_errors_are_one_line(world: Path, tmp_path: Path) -> None:
     assert "no adapter_config.json" in error_of("generate", "--adapter", tmp_path, "hi")
     assert "neither a model nor an adapter" in error_of("generate", "hi")
     assert "quantize: expected one of" in error_of("generate", "--model", world / "model", "--quantize", "int3", "hi")
-    assert "nothing_like_it" in error_of("train", config, "lora.target_modules=[nothing_like_it]", f"output={tmp_path / 'o'}")
+    assert "nothing_like_it" in error_of(
+        "train", config, "lora.target_modules=[nothing_like_it]", f"output={tmp_path / 'o'}"
+    )
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -194,6 +198,14 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert min(used) < 0.3
     for name in ("quickstart", "train", "generate", "merge", "inspect", "doctor"):
         assert name in done.stdout
-    code = "import sys; sys.argv = ['fastpeft', 'train', '--help']\nfrom fastpeft.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    code += "bad = {'torch', 'transformers', 'numpy', 'peft_kernels', 'matplotlib', 'yaml'} & set(sys.modules); assert not bad, bad"
+    code = """
+import sys
+from fastpeft.cli import main
+sys.argv = ["fastpeft", "train", "--help"]
+try:
+    main()
+except SystemExit:
+    heavy = {"torch", "transformers", "numpy", "peft_kernels", "matplotlib", "yaml"} & set(sys.modules)
+    assert not heavy, heavy
+"""
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment())

@@ -102,7 +102,8 @@ def test_absent_package_is_told_from_a_broken_one(monkeypatch: pytest.MonkeyPatc
     report = doctor.examine()
     found = findings(report)
     assert found["triton"] == {
-        "name": "triton", "status": "missing", "value": "not installed", "fix": "pip install triton (Linux; used on GPUs only)",
+        "name": "triton", "status": "missing", "value": "not installed",
+        "fix": "pip install triton (Linux; used on GPUs only)",
     }  # fmt: skip
     # transformers 5.24 wants a peft that was never published.
     assert "wants peft >= 0.22.0, installed is 0.21.2" in found["transformers and peft"]["value"]

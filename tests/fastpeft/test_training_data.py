@@ -48,7 +48,9 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
 
 def test_blank_lines_bom_and_encoding(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
-    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\n  \n{"prompt": "c", "completion": "\xc3\xa9"}')
+    file.write_bytes(
+        b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\n  \n{"prompt": "c", "completion": "\xc3\xa9"}'
+    )
     assert [where.rpartition(":")[2] for where, _ in read_jsonl(str(file))] == ["1", "4"]
     file.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(UserError, match=r"data\.jsonl:2: not UTF-8"):

@@ -20,8 +20,9 @@ from fastpeft.training.metrics import Silent, read_metrics
 from fastpeft.training.optim import learning_rate, make_optimizer
 from fastpeft.training.packing import collate
 from fastpeft.training.testing import make_tiny_model, write_jsonl
-from peft_kernels.testing import assert_no_worse, assert_same_bits
 from torch import Tensor
+
+from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,13 @@ def trainer(settings: TrainConfig, change: Callable[[Any], Any] = lambda model: 
     prepared = run.prepare(settings)
     model = change(run.adapted_model(prepared))
     return Trainer(
-        settings, model, prepared.tokenizer.pad_token_id, prepared.train.examples, prepared.held_out.examples, CPU, Silent()
+        settings,
+        model,
+        prepared.tokenizer.pad_token_id,
+        prepared.train.examples,
+        prepared.held_out.examples,
+        CPU,
+        Silent(),
     )
 
 
@@ -118,7 +125,12 @@ def first_step(t: Trainer) -> tuple[dict[str, Any], list[Tensor]]:
 
 def test_accumulation_weights_by_tokens(world: Path, tmp_path: Path) -> None:
     """Six passes of one row give the gradient of one pass of six rows, though their lengths differ."""
-    common = {"packing": False, "quantize": "none", "lora": {"r": 4, "target_modules": "all-linear"}, "max_grad_norm": 0.0}
+    common = {
+        "packing": False,
+        "quantize": "none",
+        "lora": {"r": 4, "target_modules": "all-linear"},
+        "max_grad_norm": 0.0,
+    }
     together = trainer(config(world, tmp_path, batch_size=6, **common))
     apart = trainer(config(world, tmp_path, batch_size=1, gradient_accumulation=6, **common))
     rows = [row for rows in together.plan.steps[0][1] for row in rows]
@@ -163,7 +175,7 @@ class StopAt(Silent):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
 def test_resuming_continues_bit_for_bit(world: Path, tmp_path: Path, optimizer: str) -> None:
-    """Ten steps at once, and ten steps interrupted in the eighth after checkpoints at 3 and 6: the same file, the same bits."""
+    """Ten steps at once, and ten interrupted in the eighth after checkpoints at 3 and 6: the same lines and bits."""
     settings = {"optimizer": optimizer, "save_every": 3, "eval_every": 4}
     whole = trainer(config(world, tmp_path / "whole", **settings))
     whole.run()
@@ -245,7 +257,7 @@ def test_divergence_is_one_clear_line(world: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         next(p for p in t.model.parameters() if p.requires_grad).fill_(float("nan"))
     t.loss.self_check = lambda *_: None  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="step 1: the loss is nan .* training diverged"):
+    with pytest.raises(UserError, match=r"step 1: the loss is nan .* training diverged"):
         t.run()
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from fastpeft.training.loss import chunked_cross_entropy
-from peft_kernels.testing import assert_no_worse
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_kernels.testing import assert_no_worse
 
 N, H, V = 37, 24, 101
 
@@ -52,7 +53,8 @@ def test_gradcheck() -> None:
     t = torch.randint(0, 9, (5,))
     for softcap in (None, 3.0):
         assert torch.autograd.gradcheck(
-            lambda h, w, b, cap=softcap: chunked_cross_entropy(h, w, t, b, softcap=cap, chunk_vocab=2, chunk_tokens=3), (h, w, b)
+            lambda h, w, b, cap=softcap: chunked_cross_entropy(h, w, t, b, softcap=cap, chunk_vocab=2, chunk_tokens=3),
+            (h, w, b),
         )
 
 

@@ -11,7 +11,7 @@ from .output import session, size, table, utf8_streams
 
 app = typer.Typer(
     name="fastpeft",
-    help="Parameter-efficient fine-tuning on fused kernels: train adapters on 4-bit models, use, merge and inspect them.",
+    help="Parameter-efficient fine-tuning on fused kernels: train, use, merge and inspect adapters on 4-bit models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,7 +29,9 @@ def _all_commands() -> None:
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the report, the curve and the adapter.")] = Path("runs/quickstart"),
+    output: Annotated[Path, typer.Option(help="Folder for the report, the curve and the adapter.")] = Path(
+        "runs/quickstart"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
     as_json: Json = False,
     debug: Debug = False,
@@ -46,10 +48,18 @@ def quickstart(
 def train(
     settings: Annotated[
         list[str],
-        typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="A YAML file, and settings that override it.", show_default=False),
+        typer.Argument(
+            metavar="[CONFIG.yaml] [key=value]...",
+            help="A YAML file, and settings that override it.",
+            show_default=False,
+        ),
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan (parameters, memory, steps) and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest intact checkpoint in output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan (parameters, memory, steps) and stop.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest intact checkpoint in output.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -74,8 +84,12 @@ def train(
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads one from stdin.")],
-    model: Annotated[str | None, typer.Option(help="Folder, Hub id, .gguf or smollm2; default: the adapter's base.")] = None,
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads one from stdin.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Folder, Hub id, .gguf or smollm2; default: the adapter's base.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the likeliest token.")] = 0.0,
@@ -96,13 +110,21 @@ def generate(
 
         texts = [sys.stdin.read().strip() if p == "-" else p for p in prompts]
         answerer = Answerer.load(
-            model, None if adapter is None else str(adapter), quantize=quantize, dtype=dtype, device=device, template=template
+            model,
+            None if adapter is None else str(adapter),
+            quantize=quantize,
+            dtype=dtype,
+            device=device,
+            template=template,
         )
         answers = answerer.answer(texts, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         result = {
             "model": answerer.note,
             "adapter": None if adapter is None else str(adapter),
-            "answers": [{"prompt": p, "answer": a.text, "tokens": a.tokens} for p, a in zip(texts, answers, strict=True)],
+            "answers": [
+                {"prompt": p, "answer": a.text, "tokens": a.tokens, "complete": a.complete}
+                for p, a in zip(texts, answers, strict=True)
+            ],
             "tokens_per_s": sum(a.tokens for a in answers) / max(1e-9, sum(a.seconds for a in answers)),
         }
 
@@ -135,7 +157,9 @@ def merge(
         result = commands.merge(adapter, output, model, dtype, onto)
         out.emit(
             result,
-            lambda: print(f"{result['output']}: {result['parameters']:,} parameters, {result['dtype']}, {size(result['bytes'])}"),
+            lambda: print(
+                f"{result['output']}: {result['parameters']:,} parameters, {result['dtype']}, {size(result['bytes'])}"
+            ),
         )
 
 

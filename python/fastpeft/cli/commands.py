@@ -50,7 +50,7 @@ def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
         prepared = prepare(config)
         if prepared.train.cut or prepared.train.dropped:
             progress.say(
-                f"{prepared.train.cut} examples cut and {prepared.train.dropped} dropped at max_length={config.max_length}"
+                f"max_length={config.max_length}: {prepared.train.cut} examples cut, {prepared.train.dropped} dropped"
             )
         result, _ = run(prepared, progress, resume)
     root = Path(config.output)
@@ -122,6 +122,7 @@ def merge(adapter: Path, output: Path, model: str | None, dtype: str, onto: str)
 def _round_to_four_bits(model: Any, kind: str, note: dict[str, Any]) -> None:
     """Replace each weight by what its 4-bit form stands for: the base that the adapter was trained to correct."""
     import torch
+
     from peft_kernels import dequantize_4bit, quantize_4bit
 
     skip = [str(s) for s in note.get("quantize_skip", ["lm_head"])]

@@ -16,7 +16,17 @@ from typing import Any
 
 OK, NOTE, MISSING, BROKEN = "ok", "note", "missing", "broken"
 _PROBE = Path(__file__).with_name("probe.py")
-_LOOKS = ["torch", "peft_kernels", "native_cpu", "native_cuda", "triton", "transformers", "fastpeft", "bitsandbytes", "backends"]
+_LOOKS = [
+    "torch",
+    "peft_kernels",
+    "native_cpu",
+    "native_cuda",
+    "triton",
+    "transformers",
+    "fastpeft",
+    "bitsandbytes",
+    "backends",
+]
 _TIMEOUT = 120
 # package -> (what it is for, how to get it)
 _PACKAGES = {
@@ -34,7 +44,8 @@ _TOOLS = {
                      "install g++ (Debian: apt install g++)"),
     "cmake": (("cmake",), "builds the native library", "pip install cmake"),
     "ninja": (("ninja",), "builds the native library", "pip install ninja"),
-    "nvcc": (("nvcc",), "builds the CUDA kernels; without it Triton and torch serve GPUs", "install the CUDA toolkit (needed for GPUs only)"),
+    "nvcc": (("nvcc",), "builds the CUDA kernels; without it Triton and torch serve GPUs",
+             "install the CUDA toolkit (needed for GPUs only)"),
 }  # fmt: skip
 
 
@@ -68,13 +79,17 @@ def examine() -> dict[str, Any]:
 
 
 def probe(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Look at each name in a process apart; one that ends the process is blamed, and the rest is looked at in a new one."""
+    """Look at the names in a process apart; one that ends it is blamed, and the rest is looked at in a new process."""
     results: dict[str, dict[str, Any]] = {}
     while todo := [n for n in names if n not in results]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         try:
             done = subprocess.run(
-                [sys.executable, str(_PROBE), *todo], capture_output=True, timeout=_TIMEOUT, env=environment, check=False
+                [sys.executable, str(_PROBE), *todo],
+                capture_output=True,
+                timeout=_TIMEOUT,
+                env=environment,
+                check=False,
             )
             output, end = done.stdout, _ending(done.returncode, done.stderr)
         except subprocess.TimeoutExpired as error:
@@ -125,13 +140,20 @@ def _machine(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
         return rows
     gpus = torch["found"]["gpus"]
     for gpu in gpus:
-        rows.append(finding("gpu", OK, f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_bytes'] / 1e9:.0f} GB"))
+        rows.append(
+            finding(
+                "gpu", OK, f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_bytes'] / 1e9:.0f} GB"
+            )
+        )
     if not gpus:
         build = torch["found"]["cuda_build"]
         if build is None:
             value, fix = "none used: this torch is a CPU build", "with an NVIDIA GPU, install a CUDA build of torch"
         else:
-            value, fix = f"none seen by torch (built for CUDA {build})", "with an NVIDIA GPU, check its driver with nvidia-smi"
+            value, fix = (
+                f"none seen by torch (built for CUDA {build})",
+                "with an NVIDIA GPU, check its driver with nvidia-smi",
+            )
         rows.append(finding("gpu", NOTE, value, fix))
     return rows
 
@@ -158,7 +180,7 @@ def _packages(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
         "torch": "pip install --force-reinstall torch",
         "transformers": "pip install 'transformers>=5.17,<5.24'",
         "triton": "pip install triton (Linux; used on GPUs only)",
-        "bitsandbytes": "pip install bitsandbytes (to read its layers and for 8-bit optimizers; our own NF4 works without)",
+        "bitsandbytes": "pip install bitsandbytes (for its layers and 8-bit optimizers; our own NF4 works without)",
         "peft_kernels": "install this project: pip install -e .",
         "fastpeft": "install this project: pip install -e .",
     }
@@ -174,7 +196,9 @@ def _packages(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
             rows.append(finding(name, BROKEN, look["error"], fix if first else "repair torch first"))
     for name, (purpose, fix) in _PACKAGES.items():
         version = _version(name)
-        rows.append(finding(name, OK, version) if version else finding(name, MISSING, f"not installed ({purpose})", fix))
+        rows.append(
+            finding(name, OK, version) if version else finding(name, MISSING, f"not installed ({purpose})", fix)
+        )
     trap = _peft_trap(looks["transformers"])
     if trap:
         rows.append(finding("transformers and peft", NOTE, trap["problem"], trap["fix"]))
@@ -188,7 +212,7 @@ def _peft_trap(transformers: dict[str, Any]) -> dict[str, str] | None:
         return None
     version = transformers["found"]["version"]
     return {
-        "problem": f"transformers {version} wants peft >= {needs}, installed is {have}: model.add_adapter, load_adapter and "
+        "problem": f"transformers {version} wants peft >= {needs}, installed is {have}: model.add_adapter and "
         "the like raise. fastpeft's own functions are not affected",
         "fix": f"pip install 'peft>={needs}', or, where that version is not to be had, pip install 'transformers<5.24'",
     }
@@ -209,7 +233,9 @@ def _kernels(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     if "error" in cpu:
         rows.append(finding("native CPU library", BROKEN, cpu["error"], "rebuild it: " + build))
     elif cpu["found"].get("reason"):
-        rows.append(finding("native CPU library", MISSING, cpu["found"]["reason"] + "; the slower reference serves", build))
+        rows.append(
+            finding("native CPU library", MISSING, cpu["found"]["reason"] + "; the slower reference serves", build)
+        )
     else:
         found = cpu["found"]
         rows.append(finding("native CPU library", OK, "loaded"))
@@ -222,7 +248,14 @@ def _kernels(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     cuda = looks["native_cuda"]
     reason = cuda.get("error") or cuda.get("found", {}).get("reason")
     status = BROKEN if "error" in cuda else NOTE if reason else OK
-    rows.append(finding("native CUDA library", status, reason or "loaded", "needs nvcc at build time; only GPUs use it" if reason else ""))
+    rows.append(
+        finding(
+            "native CUDA library",
+            status,
+            reason or "loaded",
+            "needs nvcc at build time; only GPUs use it" if reason else "",
+        )
+    )
     if "error" in looks["backends"]:
         rows.append(finding("backends", BROKEN, looks["backends"]["error"], "repair what is broken above"))
     forced = os.environ.get("PEFT_KERNELS_BACKEND")
@@ -246,7 +279,11 @@ def _beside_python(command: str) -> str | None:
 
 def show(report: dict[str, Any], table: Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]) -> None:
     for title, findings in report["sections"].items():
-        table(title, ("what", "state", "found", "to do"), [(f["name"], f["status"], f["value"], f["fix"]) for f in findings])
+        table(
+            title,
+            ("what", "state", "found", "to do"),
+            [(f["name"], f["status"], f["value"], f["fix"]) for f in findings],
+        )
     rows = []
     for op, calls in report["backends"].items():
         for call, reasons in calls.items():

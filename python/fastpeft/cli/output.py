@@ -1,4 +1,4 @@
-"""How commands speak: results on stdout (a table or one JSON document), everything else on stderr, errors in one line."""
+"""How commands speak: results on stdout (a table or one JSON document), all else on stderr, errors in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Session:
 
 @contextlib.contextmanager
 def session(as_json: bool, debug: bool) -> Iterator[Session]:
-    """Run a command: with ``--json`` nothing but the result reaches stdout; an exception becomes one line and a code."""
+    """Run a command: with ``--json`` only the result reaches stdout; an exception becomes one line and a code."""
     current = Session(as_json)
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -59,7 +59,11 @@ def explain(error: Exception) -> tuple[str, str, int]:
         return "out of memory", "lower batch_size or max_length, or set gradient_checkpointing=true", USER_ERROR
     if isinstance(error, _EXPECTED) or name in ("BackendUnavailable", "NativeError"):
         if isinstance(error, ImportError) and error.name:
-            return text, f"pip install {error.name.partition('.')[0]}; `fastpeft doctor` shows what is missing", USER_ERROR
+            return (
+                text,
+                f"pip install {error.name.partition('.')[0]}; `fastpeft doctor` shows what is missing",
+                USER_ERROR,
+            )
         return text, "", USER_ERROR
     return f"unexpected {name}: {text}", "this is a defect; run again with --debug for the traceback", INTERNAL_ERROR
 

@@ -23,7 +23,7 @@ def look_torch() -> Finding:
         "cuda_build": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "openmp": torch.backends.openmp.is_available(),
+        "parallel": torch.__config__.parallel_info().splitlines()[:2],
         "product": float((torch.ones(4, 4) @ torch.ones(4, 4)).sum()),
         "gpus": [],
     }
@@ -95,8 +95,9 @@ def look_bitsandbytes() -> Finding:
 
 def look_backends() -> Finding:
     """Which backend serves which op, on every kind of device that is there."""
-    import peft_kernels
     import torch
+
+    import peft_kernels
     from peft_kernels import dispatch
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -116,8 +117,9 @@ def look_backends() -> Finding:
 
 def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
     """A small call of the op as training makes it: NF4, blocks of 64, nested scales, rank 16."""
-    import peft_kernels
     import torch
+
+    import peft_kernels
 
     w = torch.ones(64, 128, device=device)
     if op == "quantize_4bit":
@@ -126,7 +128,11 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
         weight = peft_kernels.quantize_4bit(w, "nf4", nested=True).flatten()
     if op == "dequantize_4bit":
         return (*weight, [64, 128], dtype)
-    x, a, b = torch.ones(8, 128, device=device, dtype=dtype), torch.ones(16, 128, device=device), torch.ones(64, 16, device=device)
+    x, a, b = (
+        torch.ones(8, 128, device=device, dtype=dtype),
+        torch.ones(16, 128, device=device),
+        torch.ones(64, 16, device=device),
+    )
     if op == "lora_linear":
         return (x, *weight, 64, a, b, 1.0, None, 0.0, None)
     if op == "lora_linear_backward":

@@ -1,8 +1,8 @@
 """Question and answer pairs from Python's own documentation, read from the running interpreter.
 
-Every Python carries thousands of documented objects. One pair asks what ``module.name(signature)`` does and answers with the
-first sentence of its docstring. Nothing is downloaded and nothing is stored in the repository; the same interpreter always
-yields the same pairs in the same order.
+Every Python carries thousands of documented objects. One pair asks what ``module.name(signature)`` does and answers
+with the first sentence of its docstring. Nothing is downloaded and nothing is stored in the repository; the same
+interpreter always yields the same pairs in the same order.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from types import ModuleType
 
 # Importing these opens a browser, prints, needs a display, patches the process or belongs to tests and installers.
-_SKIPPED = frozenset(
-    "antigravity this idlelib lib2to3 test turtle turtledemo tkinter ensurepip msilib venv distutils pydoc_data encodings "
-    "nturl2path pyexpat rlcompleter crypt nis ossaudiodev spwd".split()
-)
+_SKIPPED = (
+    "antigravity", "crypt", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "nis", "nturl2path",
+    "ossaudiodev", "pydoc_data", "pyexpat", "rlcompleter", "spwd", "test", "this", "tkinter", "turtle", "turtledemo",
+    "venv",
+)  # fmt: skip
 _ANSWER_CHARS = (18, 160)
 _SIGNATURE_CHARS = 90
 _HELD_OUT_IN = 10  # one pair in ten is held out
@@ -58,10 +59,11 @@ def pairs() -> list[Pair]:
 def split(all_pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Divide pairs into (training, held out) by a hash of the answer.
 
-    The hash is over the answer with case, digits and spacing removed, so objects that share a docstring fall on the same
-    side however the pairs were collected, and a pair stays on its side when others come or go.
+    The hash is over the answer with case, digits and spacing removed, so objects that share a docstring fall on the
+    same side however the pairs were collected, and a pair stays on its side when others come or go.
     """
-    train, held_out = [], []
+    train: list[Pair] = []
+    held_out: list[Pair] = []
     for pair in all_pairs:
         digest = hashlib.sha256(_normal(pair.answer).encode()).digest()
         (held_out if digest[0] % _HELD_OUT_IN == 0 else train).append(pair)

@@ -118,7 +118,8 @@ def run(output: Path, steps: int) -> dict[str, Any]:
                 f"the reloaded adapter answers {prompt!r} with {there!r}, the trained model with {here.text!r}",
                 "this is a defect of saving or loading; keep the output folder and report it",
             )
-    assert result.held_out_before is not None and result.held_out_after is not None
+    assert result.held_out_before is not None
+    assert result.held_out_after is not None
     trainable, total = model.get_nb_trainable_parameters()
     summary: dict[str, Any] = {
         "output": str(output),
@@ -142,13 +143,17 @@ def run(output: Path, steps: int) -> dict[str, Any]:
         "backend": _backend(prepared.device, prepared.dtype),
         "reloaded_answers_equal": True,
         "answers": [
-            {"prompt": p.prompt, "before": b.text, "after": a.text, "documentation": p.answer}
+            {"prompt": p.prompt, "before": _shown(b), "after": _shown(a), "documentation": p.answer}
             for p, b, a in zip(shown, before, after, strict=True)
         ],
     }
     write_report(output, summary)
     _mark(output, finished=True, settings=settings)
     return summary
+
+
+def _shown(answer: Any) -> str:
+    return str(answer.text) if answer.complete else f"{answer.text} …"
 
 
 def _continue_or_clear(output: Path, settings: TrainConfig) -> bool:
@@ -188,7 +193,9 @@ def _write_inputs(output: Path, settings: TrainConfig, train: list[pydocs.Pair],
     values = {**settings.to_dict(), "data": str(output / "train.jsonl"), "eval_data": str(output / "held_out.jsonl")}
     values["output"] = str(output) + "-again"
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in values.items()]  # JSON values are YAML
-    (output / "config.yaml").write_text("# fastpeft train config.yaml key=value ...\n" + "".join(lines), encoding="utf-8")
+    (output / "config.yaml").write_text(
+        "# fastpeft train config.yaml key=value ...\n" + "".join(lines), encoding="utf-8"
+    )
 
 
 def _in_fresh_process(adapter: Path, prompts: list[str]) -> list[str]:
@@ -211,6 +218,7 @@ def _in_fresh_process(adapter: Path, prompts: list[str]) -> list[str]:
 def _backend(device: Any, dtype: Any) -> str:
     """Which backend served the adapter layers."""
     import torch
+
     from peft_kernels import quantize_4bit
     from peft_kernels.dispatch import explain
 
@@ -233,5 +241,6 @@ def show(summary: dict[str, Any]) -> None:
     )
     print("adapter saved, reloaded in a fresh process: the same answers, word for word")
     print(f"{summary['seconds_total']:.0f} s in all, peak memory {summary['peak_memory_mb'] / 1000:.2f} GB")
-    print(f"report: {Path(summary['output']) / 'report.md'}   curve: loss.png   metrics: metrics.jsonl   adapter: adapter/")
-    print(f"try it: fastpeft generate --adapter {Path(summary['output']) / 'adapter'} 'What does `heapq.merge` do in Python?'")
+    output = Path(summary["output"])
+    print(f"report: {output / 'report.md'}   also there: loss.png, metrics.jsonl, adapter/")
+    print(f"try it: fastpeft generate --adapter {output / 'adapter'} 'What does `heapq.merge` do in Python?'")

@@ -18,12 +18,14 @@ def report(summary: dict[str, Any]) -> str:
     share = 100 * summary["trainable_parameters"] / summary["parameters"]
     facts = [
         ("Model", f"{summary['model']}, linear layers in NF4 with double quantisation"),
-        ("Adapter", f"LoRA r=16 on all linear layers: {summary['trainable_parameters']:,} trainable parameters ({share:.1f} %)"),
-        ("Data", f"Python's own documentation: {summary['training_examples']:,} pairs, {summary['held_out_examples']} held out"),
+        ("Adapter", f"LoRA r=16 on all linear layers: {summary['trainable_parameters']:,} parameters ({share:.1f} %)"),
+        ("Data", f"Python's own documentation: {summary['training_examples']:,} pairs, "
+                 f"{summary['held_out_examples']} held out"),
         ("Training", f"{summary['steps']} steps, {summary['tokens']:,} tokens" + _resumed(summary)),
-        ("Machine", f"{platform.machine()}, {summary['threads']} threads, {summary['device']}, {summary['dtype']} compute, "
-                    f"lora_linear served by the {summary['backend']} backend"),
-        ("Time", f"{summary['seconds_total']:.0f} s: " + ", ".join(f"{k} {v:.0f} s" for k, v in summary["seconds"].items())),
+        ("Machine", f"{platform.machine()}, {summary['threads']} threads, {summary['device']}, "
+                    f"{summary['dtype']} compute, lora_linear served by the {summary['backend']} backend"),
+        ("Time", f"{summary['seconds_total']:.0f} s: "
+                 + ", ".join(f"{phase} {s:.0f} s" for phase, s in summary["seconds"].items())),
         ("Peak memory", f"{summary['peak_memory_mb'] / 1000:.2f} GB (the whole process)"
                         if summary["device"] == "cpu" else f"{summary['peak_memory_mb'] / 1000:.2f} GB on the device"),
     ]  # fmt: skip
@@ -65,7 +67,11 @@ def report(summary: dict[str, Any]) -> str:
 
 
 def _resumed(summary: dict[str, Any]) -> str:
-    return f" since step {summary['resumed_from']}, where an interrupted run was resumed" if summary["resumed_from"] else ""
+    return (
+        f" since step {summary['resumed_from']}, where an interrupted run was resumed"
+        if summary["resumed_from"]
+        else ""
+    )
 
 
 def _cell(text: str) -> str:

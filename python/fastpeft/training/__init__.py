@@ -1,1 +1,1 @@
-"""Fine-tuning of causal language models with adapters: data, packing, chunked loss, optimizers, checkpoints, the loop."""
+"""Fine-tuning of causal language models: data, packing, chunked loss, optimizers, checkpoints, the loop."""

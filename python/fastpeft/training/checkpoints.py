@@ -1,7 +1,7 @@
 """Training checkpoints: the adapter in its ordinary format, and beside it all that continues the same loss curve.
 
 ``checkpoint-N/`` holds ``adapter_model.safetensors`` and ``adapter_config.json`` (loads anywhere) and
-``training_state.safetensors`` with ``training_state.json``: optimizer, random states, position, fingerprint of the data.
+``training_state.safetensors`` with ``training_state.json``: optimizer, random states, position, the data's fingerprint.
 A folder appears whole or not at all, with a manifest of hashes; resuming takes the newest one that is intact.
 Everything is safetensors and json, so reading a checkpoint cannot run code.
 """
@@ -101,7 +101,7 @@ def newest(root: Path) -> Path | None:
 def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer, fingerprint: str) -> dict[str, Any]:
     """Put adapter, optimizer and random states back; return ``{"step": ..., "extra": ...}``.
 
-    Raises `UserError` when the checkpoint belongs to other data or another layout, since its position means nothing there.
+    Raises `UserError` when the checkpoint belongs to other data or another layout: its position means nothing there.
     """
     from safetensors.torch import load_file
 
@@ -110,7 +110,8 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer, fingerprint
     stored = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
     if stored["extra"].get("fingerprint") != fingerprint:
         raise UserError(
-            f"{folder} was written with other data or another layout (seed, max_length, packing, batch_size, accumulation)",
+            f"{folder} was written with other data or another layout "
+            "(seed, max_length, packing, batch_size, gradient_accumulation)",
             "restore those settings to resume, or choose another output to start anew",
         )
     set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))

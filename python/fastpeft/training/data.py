@@ -62,7 +62,9 @@ def read_jsonl(path: str) -> list[tuple[str, Record]]:
         try:
             record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})", "save the file as UTF-8") from error
+            raise UserError(
+                f"{where}: not UTF-8 ({error.reason} at byte {error.start})", "save the file as UTF-8"
+            ) from error
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg} at column {error.colno})", "write one JSON object a line"
@@ -102,7 +104,9 @@ def _check_messages(messages: object, where: str) -> None:
     for index, message in enumerate(messages):
         at = f"{where}[{index}]"
         if not isinstance(message, dict):
-            raise UserError(f"{at}: expected an object with role and content, got {_kind(message)}", "write {role, content}")
+            raise UserError(
+                f"{at}: expected an object with role and content, got {_kind(message)}", "write {role, content}"
+            )
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             raise UserError(f"{at}: unknown role {role!r}", f"use one of {', '.join(_ROLES)}")
@@ -122,7 +126,9 @@ class Encoder:
     the tokens that the same prompt has at inference, whatever the tokenizer would merge across the boundary.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "auto", max_length: int = 512, truncate: str = "completion") -> None:
+    def __init__(
+        self, tokenizer: Any, template: str = "auto", max_length: int = 512, truncate: str = "completion"
+    ) -> None:
         self.tokenizer = tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if template == "chat" and not has_template:
@@ -146,7 +152,8 @@ class Encoder:
             result.examples.append(shorter)
         if not result.examples:
             raise UserError(
-                f"no example is left: all {result.dropped} are longer than max_length={self.max_length}", "raise max_length"
+                f"no example is left: all {result.dropped} are longer than max_length={self.max_length}",
+                "raise max_length",
             )
         return result
 
@@ -161,7 +168,9 @@ class Encoder:
                 {"role": "assistant", "content": record["completion"]},
             ]
         elif not self.chat:
-            raise UserError(f"{where}: messages need a chat template, which this tokenizer lacks", "use prompt and completion")
+            raise UserError(
+                f"{where}: messages need a chat template, which this tokenizer lacks", "use prompt and completion"
+            )
         return self._join(self._segments(messages, where), start=False, end=False)
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -228,7 +237,8 @@ class Encoder:
             return example
         if self.truncate == "error":
             raise UserError(
-                f"{where}: {len(example)} tokens are more than max_length={self.max_length}", "raise max_length or set truncate"
+                f"{where}: {len(example)} tokens are more than max_length={self.max_length}",
+                "raise max_length or set truncate",
             )
         if self.truncate == "drop":
             return None

@@ -30,12 +30,15 @@ class CompletionLoss:
         self.head = base.get_output_embeddings()
         if self.backbone is base or self.head is None:
             raise UserError(
-                f"{type(base).__name__} has no separate backbone and output head", "use a causal language model of transformers"
+                f"{type(base).__name__} has no separate backbone and output head",
+                "use a causal language model of transformers",
             )
         config = base.config.get_text_config()
         # The factors that the models of transformers put behind the head: Gemma 2, Cohere, Granite.
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         self.chunk_vocab, self.chunk_tokens = chunk_vocab, chunk_tokens
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -91,8 +94,8 @@ class CompletionLoss:
                 direct = float(torch.nn.functional.cross_entropy(logits[batch.where], batch.targets, reduction="sum"))
                 if not self._close(loss, direct):
                     raise UserError(
-                        f"{type(self.base).__name__}: loss over backbone and head is {loss:.5f}, over the model's logits "
-                        f"{direct:.5f}",
+                        f"{type(self.base).__name__}: loss over backbone and head is {loss:.5f}, "
+                        f"over the model's logits {direct:.5f}",
                         "this architecture changes the logits in a way that is not known here; report it",
                     )
             if packing and len(short) == 2:
@@ -107,7 +110,7 @@ class CompletionLoss:
             self.base.train(was_training)
 
     def _close(self, a: float, b: float) -> bool:
-        """Equal up to rounding. Crossing examples moves a trained model's loss by several per cent, a random one's by 0.02."""
+        """Equal up to rounding. Crossing moves a trained model's loss by per cents, a random one's by 0.02 %."""
         precise = self.base.dtype == torch.float32 and self.base.device.type == "cpu"  # a GPU may round to TF32
         tolerance = 2e-5 if precise else 1e-2
         return abs(a - b) <= tolerance * max(abs(a), abs(b), 1.0)

@@ -19,9 +19,12 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Answer:
+    """``complete`` is False where ``max_new_tokens`` cut the answer."""
+
     text: str
     tokens: int
     seconds: float
+    complete: bool
 
 
 @dataclass
@@ -47,9 +50,14 @@ class Answerer:
         """Load the base (by default the adapter's own, quantised as in its training) and the adapter on it."""
         note = adapter_note(adapter) if adapter is not None else {}
         name = model or base_of(adapter, note)
-        for given, value, choices in (("quantize", quantize, ("auto", "none", "nf4", "fp4")), ("dtype", dtype, _DTYPES)):
+        for given, value, choices in (
+            ("quantize", quantize, ("auto", "none", "nf4", "fp4")),
+            ("dtype", dtype, _DTYPES),
+        ):
             if value not in choices:
-                raise UserError(f"{given}: expected one of {', '.join(choices)}, got {value!r}", nearest(value, choices))
+                raise UserError(
+                    f"{given}: expected one of {', '.join(choices)}, got {value!r}", nearest(value, choices)
+                )
         kind = str(note.get("quantize", "none")) if quantize == "auto" else quantize
         source = models.resolve(name)
         where = models.pick_device(device)
@@ -68,7 +76,13 @@ class Answerer:
         return cls(base, tokenizer, chosen, text)
 
     def answer(
-        self, prompts: Sequence[str], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> list[Answer]:
         """Answers to all prompts, computed in batches of up to eight, padded on the left."""
         import torch
@@ -76,7 +90,9 @@ class Answerer:
         encoder = Encoder(self.tokenizer, self.template)
         device = next(p for p in self.model.parameters() if p.device.type != "meta").device
         pad, ends = self.tokenizer.pad_token_id, self._ends()
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        )
         torch.manual_seed(seed)
         answers: list[Answer] = []
         for start in range(0, len(prompts), _BATCH):
@@ -94,7 +110,7 @@ class Answerer:
             for row in out[:, width:].tolist():
                 end = next((i for i, token in enumerate(row) if token in ends), len(row))
                 text = self.tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-                answers.append(Answer(text, min(len(row), end + 1), seconds))
+                answers.append(Answer(text, min(len(row), end + 1), seconds, end < len(row)))
         return answers
 
     def _ends(self) -> list[int]:
@@ -107,7 +123,9 @@ class Answerer:
 def adapter_note(adapter: str) -> dict[str, Any]:
     folder = Path(adapter)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{adapter} has no adapter_config.json, so it is no adapter", "give the folder that training wrote")
+        raise UserError(
+            f"{adapter} has no adapter_config.json, so it is no adapter", "give the folder that training wrote"
+        )
     return models.training_note(folder) if folder.is_dir() else {}
 
 

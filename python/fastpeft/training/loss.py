@@ -1,9 +1,10 @@
 """Cross-entropy that never holds the logits of all tokens: only learned tokens, a slice of the vocabulary at a time.
 
-The head's product with one slice of the vocabulary gives a block of logits; as in flash attention, a running maximum and
-a running sum turn blocks into the exact softmax. The gradient for the hidden states, ``softmax @ W - W[target]``, is
-accumulated in the same sweep and rescaled with the running maximum, so the forward pass reads each slice of W once for
-both products and the backward pass multiplies by one number. Peak memory is tokens x slice instead of tokens x vocabulary.
+The head's product with one slice of the vocabulary gives a block of logits; as in flash attention, a running maximum
+and a running sum turn blocks into the exact softmax. The gradient for the hidden states, ``softmax @ W - W[target]``,
+is accumulated in the same sweep and rescaled with the running maximum, so the forward pass reads each slice of W once
+for both products and the backward pass multiplies by one number. Peak memory is tokens x slice, not tokens x
+vocabulary.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def chunked_cross_entropy(
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets [{hidden.shape[0]}] expected, got {list(targets.shape)}")
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
-        raise ValueError(f"targets must lie in 0..{weight.shape[0] - 1}, got {int(targets.min())}..{int(targets.max())}")
+        raise ValueError(
+            f"targets must lie in 0..{weight.shape[0] - 1}, got {int(targets.min())}..{int(targets.max())}"
+        )
     result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's apply has no types
         hidden, weight, bias, targets, scale, softcap, chunk_vocab, chunk_tokens
     )

@@ -1,4 +1,4 @@
-"""Find, convert and load the base model and its tokenizer: a folder, a Hub id, a ``.gguf`` file, or the packaged SmolLM2."""
+"""Find, convert and load base model and tokenizer: a folder, a Hub id, a ``.gguf`` file, or the packaged SmolLM2."""
 
 from __future__ import annotations
 
@@ -61,12 +61,16 @@ def resolve(model: str) -> Source:
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UserError(f"model: {model} is a file that does not end in .gguf", "give a model folder, Hub id or .gguf")
+            raise UserError(
+                f"model: {model} is a file that does not end in .gguf", "give a model folder, Hub id or .gguf"
+            )
         return Source(str(_converted(path.resolve(), path.stem)), f"GGUF {path.name}")
     if path.is_dir():
         if not (path / "config.json").is_file():
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
-            fix = f"give one of its GGUF files: {', '.join(ggufs)}" if ggufs else "give a folder that holds a saved model"
+            fix = (
+                f"give one of its GGUF files: {', '.join(ggufs)}" if ggufs else "give a folder that holds a saved model"
+            )
             raise UserError(f"model folder {model} has no config.json", fix)
         return Source(str(path), f"folder {model}")
     if model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith(".gguf"):
@@ -110,7 +114,7 @@ def quiet_transformers() -> Iterator[None]:
     """No progress bars or advice from transformers: ours is the only bar, and stdout may be JSON."""
     import transformers
 
-    logging = transformers.utils.logging
+    logging: Any = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -163,7 +167,7 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device, attenti
 
     extra = {} if attention == "auto" else {"attn_implementation": attention}
     with quiet_transformers(), _loading(source):
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **extra)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **extra)
     model.requires_grad_(False)
     return model.to(device).eval()
 
@@ -175,7 +179,8 @@ def empty_model(source: Source, dtype: torch.dtype) -> Any:
 
     with quiet_transformers(), _loading(source), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source.location)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        auto: Any = transformers.AutoModelForCausalLM
+        return auto.from_config(config, dtype=dtype)
 
 
 @contextlib.contextmanager

@@ -53,23 +53,24 @@ def _eight_bit(
     try:
         import bitsandbytes
     except ImportError as error:
-        raise UserError(f"optimizer={name} needs bitsandbytes", "pip install bitsandbytes, or use optimizer=adamw") from error
+        raise UserError(
+            f"optimizer={name} needs bitsandbytes", "pip install bitsandbytes, or use optimizer=adamw"
+        ) from error
     if not groups[0]["params"][0].is_cuda:
         raise UserError(f"optimizer={name}: bitsandbytes has 8-bit optimizers for GPUs only", "use optimizer=adamw")
-    kinds: dict[str, Any] = {
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-        "lion_8bit": bitsandbytes.optim.Lion8bit,
-    }
+    classes = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "lion_8bit": "Lion8bit"}
     extra = {} if name == "lion_8bit" else {"eps": config.epsilon}
-    optimizer: torch.optim.Optimizer = kinds[name](groups, lr=lr, betas=betas, **extra)
+    make = getattr(bitsandbytes.optim, classes[name])
+    optimizer: torch.optim.Optimizer = make(groups, lr=lr, betas=betas, **extra)
     return optimizer
 
 
 def _fused(groups: list[dict[str, Any]]) -> bool:
     """torch's fused update is one pass over memory; it wants plain float tensors on CPU or CUDA."""
     tensors = [p for group in groups for p in group["params"]]
-    return all(type(p) is torch.nn.Parameter and p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in tensors)
+    return all(
+        type(p) is torch.nn.Parameter and p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in tensors
+    )
 
 
 def warmup_steps(config: TrainConfig, steps: int) -> int:
@@ -77,7 +78,7 @@ def warmup_steps(config: TrainConfig, steps: int) -> int:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The learning rate of optimizer step ``step`` (from 0) of ``steps``: a pure function, so resuming needs no state."""
+    """The learning rate of step ``step`` (from 0) of ``steps``: a pure function, so resuming needs no state."""
     warm = warmup_steps(config, steps)
     if step < warm:
         return config.learning_rate * (step + 1) / (warm + 1)

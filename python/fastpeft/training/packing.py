@@ -34,8 +34,10 @@ class Batch:
     tokens: int  # without padding
 
     def to(self, device: torch.device) -> Batch:
-        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.where, self.targets))
-        return Batch(*moved, tokens=self.tokens)
+        ids, positions, where, targets = (
+            t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.where, self.targets)
+        )
+        return Batch(ids, positions, where, targets, self.tokens)
 
 
 def rows_of_epoch(lengths: Sequence[int], epoch: int, seed: int, max_length: int, packing: bool) -> list[Row]:
@@ -64,7 +66,7 @@ def rows_of_epoch(lengths: Sequence[int], epoch: int, seed: int, max_length: int
 
 
 class Plan:
-    """Which rows each optimizer step uses: a pure function of lengths, seed and layout, so a step number is a position."""
+    """Which rows each step uses: a pure function of lengths, seed and layout, so a step number is a position."""
 
     def __init__(
         self,
@@ -137,7 +139,9 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     )  # fmt: skip
 
 
-def eval_batches(examples: Sequence[Example], max_length: int, batch_size: int, packing: bool, pad_id: int) -> list[Batch]:
+def eval_batches(
+    examples: Sequence[Example], max_length: int, batch_size: int, packing: bool, pad_id: int
+) -> list[Batch]:
     """Batches over all examples in a fixed order: by length, so that rows without packing need little padding."""
     if packing:
         rows = rows_of_epoch([len(e) for e in examples], 0, 0, max_length, True)

@@ -10,8 +10,9 @@ from .metrics import read_metrics
 _TRAIN, _HELD_OUT, _RATE, _INK = "#4c72b0", "#c44e52", "#9a9a9a", "#333333"
 
 
-def smooth(values: list[float], share: float = 0.9) -> list[float]:
-    """Running mean with forgetting, corrected for its start."""
+def smooth(values: list[float]) -> list[float]:
+    """Running mean with forgetting, corrected for its start; it looks back over about a tenth of the curve."""
+    share = 1 - 1 / max(2.0, min(50.0, len(values) / 10))
     mean, weight, result = 0.0, 0.0, []
     for value in values:
         mean = share * mean + (1 - share) * value

@@ -57,19 +57,28 @@ def prepare(
     if config.max_eval_examples:
         held_out = held_out[: config.max_eval_examples]
     return Prepared(
-        config, source, tokenizer, device, dtype, encoder.dataset(train), encoder.dataset(held_out) if held_out else Dataset()
+        config,
+        source,
+        tokenizer,
+        device,
+        dtype,
+        encoder.dataset(train),
+        encoder.dataset(held_out) if held_out else Dataset(),
     )
 
 
-def split(records: list[tuple[str, Record]], fraction: float) -> tuple[list[tuple[str, Record]], list[tuple[str, Record]]]:
+def split(
+    records: list[tuple[str, Record]], fraction: float
+) -> tuple[list[tuple[str, Record]], list[tuple[str, Record]]]:
     """Divide by a hash of each record's content, so that equal records fall on one side and files may be reordered."""
-    train, held_out = [], []
+    train: list[tuple[str, Record]] = []
+    held_out: list[tuple[str, Record]] = []
     for where, record in records:
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
         (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append((where, record))
     if not train or not held_out:
         raise UserError(
-            f"eval_fraction={fraction} of {len(records)} records leaves {len(train)} for training and {len(held_out)} held out",
+            f"eval_fraction={fraction} of {len(records)} leaves {len(train)} to train, {len(held_out)} to hold out",
             "give more records or another fraction",
         )
     return train, held_out
@@ -115,8 +124,8 @@ def train(prepared: Prepared, progress: Progress, resume: bool = False, model: A
     if model is None:
         model = adapted_model(prepared)
     trainer = Trainer(
-        config, model, prepared.tokenizer.pad_token_id, prepared.train.examples, prepared.held_out.examples, prepared.device,
-        progress,
+        config, model, prepared.tokenizer.pad_token_id, prepared.train.examples, prepared.held_out.examples,
+        prepared.device, progress,
     )  # fmt: skip
     result = trainer.run(resume)
     save_adapter(model, root / "adapter", prepared)
@@ -219,7 +228,7 @@ def _base_bytes(model: Any, config: TrainConfig) -> int:
 
 
 def _activation_bytes(shape: Any, prepared: Prepared) -> int:
-    """What the backward pass needs of one forward pass: a layer keeps about 8 hidden and 4 intermediate vectors a token."""
+    """What one forward pass keeps for the backward: about 8 hidden and 4 intermediate vectors a token and layer."""
     config = prepared.config
     tokens = config.batch_size * (config.max_length if config.packing else max(len(e) for e in prepared.train.examples))
     hidden = int(shape.hidden_size)

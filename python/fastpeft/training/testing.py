@@ -44,7 +44,8 @@ def make_byte_tokenizer(chat: bool = True) -> Any:
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
     raw.add_special_tokens(special)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|pad|>")
+    make: Any = transformers.PreTrainedTokenizerFast
+    tokenizer = make(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|pad|>")
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -53,8 +54,6 @@ def make_byte_tokenizer(chat: bool = True) -> Any:
 def write_jsonl(path: Path, count: int = 40) -> Path:
     """``count`` distinct records of prompt and completion with a pattern that a tiny model can begin to learn."""
     words = ("red", "green", "blue", "black", "white")
-    records = [
-        {"prompt": f"colour {i}?", "completion": f"It is {words[i % 5]}" + "!" * (i % 7)} for i in range(count)
-    ]
+    records = [{"prompt": f"colour {i}?", "completion": f"It is {words[i % 5]}" + "!" * (i % 7)} for i in range(count)]
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
