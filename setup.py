@@ -31,8 +31,8 @@ except ImportError:  # setuptools below 70.1 leaves it to the wheel package
 ROOT = Path(__file__).resolve().parent
 LIB = ROOT / "peft_kernels" / "lib"
 BUILD = ROOT / "build" / "cmake"
-# The least that is compiled ahead of time; each further card runs the nearest of these or its PTX.
-CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# The first and the last architecture of CMakeLists.txt: an nvcc that knows both knows those between.
+CUDA_RANGE = (80, 120)
 
 
 def which(*names: str) -> str | None:
@@ -79,16 +79,18 @@ def find_nvcc() -> tuple[str, str | None]:
     nvcc = which(*(c for c in candidates if c))
     if nvcc is None:
         return "", "no nvcc: it is not on the PATH, and neither CUDACXX nor CUDA_HOME names one"
-    flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (CUDA_ARCHITECTURES[0], CUDA_ARCHITECTURES[-1])]
+    flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in CUDA_RANGE]
     reason = trial([nvcc, *flags], ".cu", "__global__ void f() {}\n")
-    return nvcc, f"{nvcc} cannot build for sm_{CUDA_ARCHITECTURES[-1]}: {reason}" if reason else None
+    return nvcc, f"{nvcc} cannot build for sm_{CUDA_RANGE[1]}: {reason}" if reason else None
 
 
-def cmake(*args: str) -> None:
+def cmake(*args: str, quiet: bool = False) -> None:
     program = which("cmake")
     if program is None:
         sys.exit("error: a C++ compiler is here but no cmake: pip install cmake ninja")
-    subprocess.run([program, *args], check=True, cwd=ROOT)
+    done = subprocess.run([program, *args], cwd=ROOT, stdout=subprocess.PIPE if quiet else None, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{done.stdout or ''}error: building the native library failed (PEFT_KERNELS_NATIVE=0 leaves it out)")
 
 
 def build() -> dict[str, str]:
@@ -115,20 +117,21 @@ def build() -> dict[str, str]:
             options["CMAKE_CXX_FLAGS"] = shlex.join(cxx[1:])
         if not cuda_reason:
             options["CMAKE_CUDA_COMPILER"] = nvcc
-            options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(f"{sm}-real" for sm in CUDA_ARCHITECTURES)
         # CMake stops at a cache made with other compilers or in another folder: start clean instead.
         key = json.dumps([str(ROOT), options], sort_keys=True)
         stamp = BUILD / "options.json"
         if BUILD.exists() and (not stamp.exists() or stamp.read_text() != key):
             shutil.rmtree(BUILD)
-        cmake("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items()))
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        cmake("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *defines, quiet=True)
         stamp.write_text(key)
         cmake("--build", str(BUILD))
     LIB.mkdir(parents=True, exist_ok=True)
     (LIB / "build.json").write_text(json.dumps(state, indent=1) + "\n")  # `fastpeft doctor` repeats it
-    print(f"native library: CPU {state['cpu']}; CUDA {state['cuda']}")
-    if state["cpu"] != "built":
-        print("native library: every op runs on its reference: correct, but slower")
+    if reason is None:
+        print(f"native library: CPU half {state['cpu']}, CUDA half {state['cuda']}", flush=True)
+    else:
+        print(f"native library: not built, every op runs on its reference (correct, but slower): {reason}", flush=True)
     return state
 
 
