@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
     p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")
     p.add_argument("--budget-s", type=float, default=20.0, help="seconds of one row")
+    p.add_argument("--modes", nargs="+", help="of the suite qlora, such as ours-bf16 bnb-bf16")
+    p.add_argument("--step-rounds", type=int, default=7, help="steps, or generations, of each mode")
     p.add_argument("--model", type=Path, help="folder of a causal language model; default: SmolLM2 of the quickstart")
     p.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/NAME.jsonl")
     p.add_argument("--plot", type=Path, metavar="PNG")

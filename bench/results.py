@@ -35,6 +35,7 @@ class Row:
     flops: float = 0.0
     nbytes: float = 0.0
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # name of a value -> candidate -> value
+    notes: list[str] = field(default_factory=list)
 
     def best(self, names: Sequence[str]) -> str | None:
         present = [n for n in names if n in self.stats]
@@ -120,6 +121,8 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
             table.add_row(*cells, *(str(row.extra[k].get(name, "")) for k in extras))
         table.add_section()
     console.print(table)
+    for note in (n for row in rows for n in row.notes):
+        console.print(note)
     found = [(row.title, r) for row in rows for r in row.ratios()]
     if not speedups or not found:
         return

@@ -1,0 +1,157 @@
+"""The whole model: a training step of SmolLM2 (4 x 128 tokens) and decoding of one sequence, ours beside PEFT's.
+
+Modes, each a process (worker.py), in turns:
+  ours-*      fastpeft on its NF4 layers; `-own` with fastpeft's training loss instead of the model's;
+              `-fast` with fastpeft.integrations.transformers_fast on top, else transformers' model code as it is
+  bnb-*       PEFT on bitsandbytes NF4 with double quantisation: in train mode for the step, in eval mode for decoding
+  dense-*     PEFT on torch's dense layers
+bf16 and f32 are the dtypes of the model and of the computing; adapters are float32 in all of them, r = 16 on all seven
+projections. The loss is over every token, the optimizer is AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..machine import ROOT
+from ..measure import Stats
+from ..results import Claim, Row
+
+STEP_MODES = ["ours-bf16-own", "ours-bf16", "ours-f32-own", "bnb-bf16", "bnb-f32", "dense-bf16", "dense-f32"]
+DECODE_MODES = ["ours-bf16-fast", "ours-f32-fast", "ours-bf16", "ours-f32", "bnb-bf16", "bnb-f32", "dense-f32"]
+
+
+class Worker:
+    """A mode in its own process. Raises RuntimeError with the end of its output when it dies."""
+
+    def __init__(self, mode: str, what: str, folder: Path, args: argparse.Namespace) -> None:
+        self.mode = mode
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.suites.worker"], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        task = {"mode": mode, "what": what, "folder": str(folder), "threads": args.threads, "dropout": args.dropout,
+                "rows": 4, "length": 128, "tokens": 16 if args.quick else 48}  # fmt: skip
+        self.send(json.dumps(task))
+        self.receive()
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            assert self.process.stderr is not None
+            raise RuntimeError(f"{self.mode} ended: {self.process.stderr.read()[-2000:]}")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def run(self) -> dict[str, Any]:
+        self.send("run")
+        return self.receive()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.send("end")
+            self.process.wait(timeout=60)
+
+
+def model_folder(args: argparse.Namespace) -> Path:
+    from fastpeft.training.models import PACKAGED, resolve
+
+    return Path(resolve(str(args.model) if args.model else PACKAGED).location)
+
+
+def measure(what: str, modes: list[str], rounds: int, args: argparse.Namespace) -> tuple[dict[str, Stats], dict[str, dict[str, Any]]]:
+    folder = model_folder(args)
+    workers = []
+    stats: dict[str, Stats] = {}
+    last: dict[str, dict[str, Any]] = {}
+    try:
+        for mode in modes:  # one after the other: they would slow each other down only while loading
+            workers.append(Worker(mode, what, folder, args))
+            print(f"{what}: {mode} is ready", file=sys.stderr)
+        stats = {mode: Stats() for mode in modes}
+        for r in range(rounds):
+            for i in range(len(workers)):
+                worker = workers[(i + r) % len(workers)]
+                last[worker.mode] = worker.run()
+                stats[worker.mode].samples.append(last[worker.mode]["s"])
+    finally:
+        for worker in workers:
+            worker.close()
+    return stats, last
+
+
+def extras(last: dict[str, dict[str, Any]], keys: list[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for key in keys:
+        values = {mode: reply[key] for mode, reply in last.items() if reply.get(key) is not None}
+        found[key] = {mode: round(v, 3 if v < 100 else 0) for mode, v in values.items()}
+    return {k: v for k, v in found.items() if v}
+
+
+def step_row(args: argparse.Namespace) -> Row:
+    modes = [m for m in args.modes or STEP_MODES if not m.endswith("-fast")]
+    stats, last = measure("step", modes, 3 if args.quick else args.step_rounds, args)
+    ours = [m for m in modes if m.startswith("ours")]
+    claims = [
+        Claim("bf16 compute", ours, ["bnb-bf16"], 2.0),
+        Claim("its fastest", ours, ["bnb-bf16", "bnb-f32"], 1.2),
+        Claim("dense", ours, ["dense-bf16", "dense-f32"]),
+        Claim("same loss code, bf16", ["ours-bf16"], ["bnb-bf16"]),
+    ]
+    case = {"suite": "qlora", "what": "step", "tokens": 512, "dropout": args.dropout, "r": 16}
+    row = Row("step, 4 x 128 tokens", case, stats, claims, extra=extras(last, ["peak_mib", "forward", "backward", "loss"]))
+    check_memory(row)
+    return row
+
+
+def check_memory(row: Row) -> None:
+    """Peak memory is to be never above theirs: said in words beside the table."""
+    peaks = row.extra.get("peak_mib", {})
+    for dtype in ("bf16", "f32"):
+        mine = {m: v for m, v in peaks.items() if m.startswith(f"ours-{dtype}")}
+        theirs = peaks.get(f"bnb-{dtype}")
+        if mine and theirs is not None:
+            for mode, peak in mine.items():
+                verdict = "met" if peak <= theirs else "MISSED"
+                row.notes.append(f"{row.title}: peak memory of {mode} {peak:.0f} MiB, bnb-{dtype} {theirs:.0f}: {verdict}")
+
+
+def decode_row(args: argparse.Namespace) -> Row:
+    modes = [m for m in args.modes or DECODE_MODES if not m.endswith("-own")]
+    stats, last = measure("decode", modes, 3 if args.quick else args.step_rounds, args)
+    ours = [m for m in modes if m.startswith("ours")]
+    theirs = ["bnb-bf16", "bnb-f32"]
+    claims = [
+        Claim("its fastest", ours, theirs, 2.0),
+        Claim("its fastest, plain generate()", [m for m in ours if not m.endswith("-fast")], theirs),
+        Claim("dense", ours, ["dense-f32"]),
+    ]
+    row = Row("decode, a token", {"suite": "qlora", "what": "decode", "r": 16}, stats, claims,
+              extra=extras(last, ["peak_mib"]))  # fmt: skip
+    row.extra["tokens/s"] = {m: round(1 / s.median, 1) for m, s in stats.items()}
+    for name in ("ours-f32-fast", "ours-bf16-fast"):
+        plain = name.removesuffix("-fast")
+        if name in last and plain in last:
+            same = sum(a == b for a, b in zip(last[name]["ids"], last[plain]["ids"], strict=True))
+            row.notes.append(f"decode: {same} of {last[plain]['tokens']} tokens of {name} are those of {plain}")
+    check_memory(row)
+    return row
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    if "step" in args.only:
+        yield step_row(args)
+    if "decode" in args.only:
+        yield decode_row(args)

@@ -1,0 +1,162 @@
+"""One mode of the whole model in a process of its own, driven over pipes by qlora.py.
+
+A process per mode, because bitsandbytes' eval mode changes its layers for good and peak memory is per process. The
+processes take turns, so a slow spell of the machine hits every mode alike. Protocol: a JSON object a line each way.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROMPT = "What does the os module of Python do? Explain it at length."
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def memory_mib(field: str) -> float | None:
+    """VmHWM (peak resident memory) or VmRSS of this process; None where the system does not tell."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return None
+
+
+def reset_peak() -> None:
+    """Give freed memory back and start the peak anew, so that it is of the run and not of loading."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        pass
+
+
+def load(mode: str, folder: str, dropout: float) -> Any:
+    """The adapter model of a mode: `<ours|bnb|dense>-<bf16|f32>`."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    kind, dtype_name = mode.split("-")[:2]
+    dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[dtype_name]
+    extra: dict[str, Any] = {}
+    if kind == "bnb":
+        extra = {"device_map": "cpu", "quantization_config": transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )}  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    package: Any
+    if kind == "ours":
+        import fastpeft as package
+
+        package.quantize_model(model, "nf4", double_quant=True, skip=["lm_head"])
+    else:
+        import peft as package
+    config = package.LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
+    adapted = package.get_peft_model(model, config)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=g) * 1e-3)
+            elif "lora_A" in name:
+                p.copy_(torch.randn(p.shape, generator=g) / p.shape[1] ** 0.5)
+    return adapted
+
+
+def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[str, float]]:
+    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or `own`: fastpeft's training loss."""
+    import torch
+
+    model.train()
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(5))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    own = None
+    if mode.endswith("-own"):
+        from fastpeft.training.forward import CompletionLoss
+        from fastpeft.training.packing import Batch
+
+        own = CompletionLoss(model)
+        where = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
+        position_ids = torch.arange(length).expand(rows, length)
+        batch = Batch(ids, position_ids, where, ids[:, 1:].flatten())
+
+    def step() -> dict[str, float]:
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss if own is None else own(batch) / where.numel()
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        end = time.perf_counter()
+        return {"s": end - start, "forward": forward - start, "backward": backward - forward, "loss": float(loss)}
+
+    return step
+
+
+def decoder(model: Any, mode: str, folder: str, tokens: int) -> Callable[[], dict[str, Any]]:
+    """Greedy `generate` of exactly `tokens` tokens for one prompt; seconds per token, prompt included."""
+    import torch
+    import transformers
+
+    model.eval()
+    if mode.endswith("-fast"):
+        from fastpeft.integrations.transformers_fast import accelerate
+
+        accelerate(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+    def decode() -> dict[str, Any]:
+        with torch.no_grad():
+            start = time.perf_counter()
+            out = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            took = time.perf_counter() - start
+        new = out[0, inputs["input_ids"].shape[1] :]
+        return {"s": took / len(new), "tokens": len(new), "ids": new.tolist()}
+
+    return decode
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    task = json.loads(sys.stdin.readline())
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # libraries that print must not break the protocol
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    model = load(task["mode"], task["folder"], task["dropout"])
+    if task["what"] == "step":
+        run: Callable[[], dict[str, Any]] = trainer(model, task["mode"], task["rows"], task["length"])
+    else:
+        run = decoder(model, task["mode"], task["folder"], task["tokens"])
+    reset_peak()
+    run()
+    print(json.dumps({"ready": True}), file=replies, flush=True)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        print(json.dumps({**run(), "peak_mib": memory_mib("VmHWM")}), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
