@@ -182,11 +182,7 @@ def load_nf4_model(
     headers = _headers(root)
     kept, quant_type, nested = _swap(model, headers, dtype, compute_dtype)
     _check(model, headers, root)
-    for header in headers:
-        state = read_tensors(header)
-        model.load_state_dict(
-            {k: v.to(dtype) if _is_plain_float(k, v) else v for k, v in state.items()}, strict=False, assign=True
-        )
+    _fill(model, headers, dtype)
     model.tie_weights()
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
@@ -200,10 +196,6 @@ def load_nf4_model(
 def _saved_dtype(quantization: dict[str, Any]) -> torch.dtype | None:
     name = quantization.get("bnb_4bit_compute_dtype")
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(name))
-
-
-def _is_plain_float(key: str, value: torch.Tensor) -> bool:
-    return value.is_floating_point() and ".weight." not in key
 
 
 def _headers(root: Path) -> list[Header]:
@@ -247,6 +239,28 @@ def _swap(
     kept = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     first = next(iter(types))
     return kept, types[first], f"{first}.weight.nested_absmax" in names
+
+
+def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype) -> None:
+    from ..nf4 import NF4Linear
+
+    owner = {key: header for header in headers for key in header.tensors}
+    packed: dict[str, list[str]] = {name: [] for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    plain: list[str] = []
+    for key in owner:
+        name, mark, _ = key.partition(".weight")
+        (packed[name] if mark and name in packed else plain).append(key)
+    for header in headers:
+        state = read_tensors(header, [key for key in plain if owner[key] is header])
+        cast = {key: v.to(dtype) if v.is_floating_point() else v for key, v in state.items()}
+        model.load_state_dict(cast, strict=False, assign=True)
+    # A layer's parts may lie in two shards.
+    for name, keys in packed.items():
+        state = {key: read_tensors(owner[key], [key])[key] for key in keys}
+        layer = model.get_submodule(name)
+        bias = layer._parameters.get("bias")
+        parts = {key.removeprefix(name + "."): value for key, value in state.items()}
+        layer.load_state_dict(parts | ({} if bias is None else {"bias": bias.detach()}), assign=True)
 
 
 def _check(model: nn.Module, headers: list[Header], root: Path) -> None:
