@@ -19,7 +19,7 @@ class Bnb4bitWeight(Quant4bitWeight):
 
     bitsandbytes' own forward repacks the bytes for its CPU kernel, with a loss in nested scales, whenever it runs in
     eval mode on a CPU with AVX512-BF16. So the base is computed by `peft_kernels`, which reads the standard layout; a
-    layer that was already repacked is converted back once, the way bitsandbytes itself does to save it.
+    layer that was already repacked is converted back once.
     """
 
     label = "Linear4bit"
@@ -40,9 +40,7 @@ class Bnb4bitWeight(Quant4bitWeight):
         if weight.quant_state is None:
             weight.quant_state = getattr(module, "quant_state", None)
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+            undo_cpu_packing(weight)
         return QuantWeight.from_bnb(weight)
 
     @classmethod
@@ -100,6 +98,21 @@ class Bnb4bitWeight(Quant4bitWeight):
             return qw
 
         return weight
+
+
+def undo_cpu_packing(weight: Any) -> None:
+    """Bring a `Params4bit` that bitsandbytes repacked for its CPU kernel back into the standard layout, in place.
+
+    The packing rounded the scales to bfloat16 and dropped the nested ones; they stay plain float32 here, since
+    quantising them again would lose more. (bitsandbytes' own way back leaves plain scales transposed.)
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = weight.quant_state
+    scales = state.absmax.T.reshape(-1).float()
+    state.original_nested = False
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    weight.quant_state.absmax, weight.quant_state.nested, weight.quant_state.state2 = scales, False, None
 
 
 def _replace_4bit(module: nn.Module, weight: Any) -> None:

@@ -1,0 +1,496 @@
+"""AdapterLayer on its own: when its plan must be made anew, quantised bases, containers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft_kernels import QuantWeight, dequantize_4bit
+from peft_kernels.testing import assert_no_worse, assert_same_bits
+from torch import Tensor, nn
+
+from fastpeft import LoraConfig, NF4Linear, PeftWarning, get_peft_model, quantize_model
+from fastpeft.config import TargetConfig
+from fastpeft.containers import AdapterDict
+from fastpeft.layer import AdapterLayer
+from fastpeft.method import Method, get_method
+from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
+from fastpeft.weights import relative_error, weight_of
+
+LORA = get_method("LORA")
+
+
+def lora_layer(base: str | nn.Module = "linear", names: str = "a", **options: Any) -> AdapterLayer:
+    layer = make_layer(base) if isinstance(base, str) else AdapterLayer(base, "layer")
+    layer.base_layer.requires_grad_(False)
+    for name in names:
+        add_adapter(layer, name, LORA, LoraConfig(**{"r": 4, **options}))
+    layer.set_adapter(names[0])
+    return layer.eval()
+
+
+def composed(layer: AdapterLayer, x: Tensor) -> Tensor:
+    """What the layer must give, without its plan: the slow, plain path."""
+    names = [n for n in layer.active_adapters if n in layer.methods]
+    if layer.disable_adapters or layer.merged:
+        names = []
+    return layer._compose(x, names, (), {})
+
+
+def size_of(layer: AdapterLayer, x: Tensor) -> Tensor:
+    """The sum of the absolute terms behind each element of the output, which rounding scales with."""
+    w, _ = layer.kind.read(layer.base_layer)
+    total = w.detach().double().abs()
+    for name in layer.active_adapters:
+        if isinstance(layer.lora_B.get(name), nn.Linear):
+            a, b = layer.lora_A[name].weight.double().abs(), layer.lora_B[name].weight.double().abs()
+            total = total + abs(layer.scaling[name]) * (b @ a)
+    return nn.functional.linear(x.double().abs(), total).detach()
+
+
+def assert_as_composed(layer: AdapterLayer, x: Tensor) -> Tensor:
+    y = layer(x).detach()
+    exact = composed(copy.deepcopy(layer).double(), x.double()).detach()
+    assert_no_worse(y, composed(layer, x).detach(), exact, size_of(layer, x))
+    return y
+
+
+# Whatever may happen to a layer after its first forward. Each must be seen by the next forward.
+def _replace_parameter(layer: AdapterLayer) -> None:
+    layer.lora_A["a"].weight = nn.Parameter(torch.randn_like(layer.lora_A["a"].weight))
+
+
+def _replace_module(layer: AdapterLayer) -> None:
+    layer.lora_B["a"] = nn.Linear(4, 20, bias=False)
+
+
+def _replace_module_with_another_kind(layer: AdapterLayer) -> None:
+    layer.lora_B["a"] = nn.Sequential(nn.Linear(4, 20))
+
+
+def _write_parameter(layer: AdapterLayer) -> None:
+    with torch.no_grad():
+        layer.lora_B["a"].weight.mul_(-2)
+
+
+def _replace_base_weight(layer: AdapterLayer) -> None:
+    layer.base_layer.weight = nn.Parameter(torch.randn(20, 24), requires_grad=False)
+
+
+def _replace_bias(layer: AdapterLayer) -> None:
+    layer.base_layer.bias = nn.Parameter(torch.randn(20), requires_grad=False)
+
+
+def _train_bias(layer: AdapterLayer) -> None:
+    layer.base_layer.bias.requires_grad_(True)
+
+
+def _assign_state(layer: AdapterLayer) -> None:
+    state = {k: torch.randn_like(v) for k, v in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+
+
+def _copy_state(layer: AdapterLayer) -> None:
+    layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()})
+
+
+def _assign_adapter_state(layer: AdapterLayer) -> None:
+    layer.lora_A["a"].load_state_dict({"weight": torch.randn(4, 24)}, assign=True)
+
+
+def _new_scaling(layer: AdapterLayer) -> None:
+    layer.scaling["a"] = 3.0
+
+
+def _other_adapter(layer: AdapterLayer) -> None:
+    layer.set_adapter("b")
+
+
+def _both_adapters(layer: AdapterLayer) -> None:
+    layer.set_adapter(["b", "a"])
+
+
+def _no_adapter(layer: AdapterLayer) -> None:
+    layer.set_adapter([])
+
+
+def _disable(layer: AdapterLayer) -> None:
+    layer.enable_adapters(False)
+
+
+def _merge(layer: AdapterLayer) -> None:
+    layer.merge()
+
+
+def _merge_unmerge(layer: AdapterLayer) -> None:
+    layer.merge()
+    layer(torch.randn(2, 24))
+    layer.unmerge()
+
+
+def _delete(layer: AdapterLayer) -> None:
+    layer.delete_adapter("a")
+
+
+def _replace_adapter(layer: AdapterLayer) -> None:
+    add_adapter(layer, "a", LORA, LoraConfig(r=2))
+
+
+def _double(layer: AdapterLayer) -> None:
+    layer.double().float()
+
+
+def _hook_on_base(layer: AdapterLayer) -> None:
+    layer.base_layer.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def _hook_on_a(layer: AdapterLayer) -> None:
+    layer.lora_A["a"].register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _pre_hook_on_b(layer: AdapterLayer) -> None:
+    layer.lora_B["a"].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def _parametrize(layer: AdapterLayer) -> None:
+    class Twice(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return 2 * w
+
+    nn.utils.parametrize.register_parametrization(layer.lora_A["a"], "weight", Twice())
+
+
+def _other_dropout(layer: AdapterLayer) -> None:
+    layer.lora_dropout["a"] = nn.Threshold(0.1, 0.0)
+
+
+CHANGES: list[Callable[[AdapterLayer], None]] = [
+    _replace_parameter, _replace_module, _replace_module_with_another_kind, _write_parameter, _replace_base_weight,
+    _replace_bias, _train_bias, _assign_state, _copy_state, _assign_adapter_state, _new_scaling, _other_adapter,
+    _both_adapters, _no_adapter, _disable, _merge, _merge_unmerge, _delete, _replace_adapter, _double, _hook_on_base,
+    _hook_on_a, _pre_hook_on_b, _parametrize, _other_dropout,
+]  # fmt: skip
+INVISIBLE = (_train_bias, _double, _merge_unmerge)  # these keep the output as it was
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__.strip("_"))
+def test_a_change_is_seen_by_the_next_forward(change: Callable[[AdapterLayer], None]) -> None:
+    layer = lora_layer(names="ab")
+    x = torch.randn(3, 24)
+    before = layer(x).detach()
+    assert layer._plan is not None
+    change(layer)
+    for _ in range(2):  # the second forward may take another path than the first
+        y = assert_as_composed(layer, x)
+    assert torch.equal(y, before) == (change in INVISIBLE)
+
+
+def test_a_bias_that_trains_gets_its_gradient() -> None:
+    layer = lora_layer()
+    _train_bias(layer)
+    layer(torch.randn(3, 24)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((20,), 3.0))
+
+
+def test_a_base_weight_that_trains_gets_its_gradient() -> None:
+    layer = lora_layer()
+    layer.base_layer.weight.requires_grad_(True)
+    x = torch.randn(3, 24)
+    layer(x).sum().backward()
+    assert_no_worse(layer.weight.grad, x.sum(0).expand(20, 24), x.double().sum(0).expand(20, 24))
+
+
+def test_copies_have_plans_of_their_own() -> None:
+    layer = lora_layer()
+    x = torch.randn(3, 24)
+    y = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin._plan is None
+        assert_same_bits(twin(x), y)
+        with torch.no_grad():
+            twin.lora_B["a"].weight.zero_()
+        assert not torch.equal(twin(x), y)
+        assert_same_bits(layer(x), y)
+
+
+def test_inputs_of_any_layout_and_length() -> None:
+    layer = lora_layer()
+    whole = torch.randn(4, 48)
+    for x in (whole[:, ::2], whole[:, :24].t().contiguous().t(), whole[0, :24], whole[:0, :24], whole.view(2, 2, 48)[..., :24]):
+        assert assert_as_composed(layer, x).shape == (*x.shape[:-1], 20)
+
+
+def test_each_row_of_a_mixed_batch_is_what_it_is_alone_for_any_method() -> None:
+    class Shift(Method):
+        """A method that only knows `output`, and no mixed batches."""
+
+        tensors = ("shift",)
+        prefix = "shift_"
+
+        def make_state(self, config: Any, info: Any, shared: Any) -> Any:
+            return {"shift": nn.Parameter(torch.zeros(info.out_features))}
+
+        def merged(self, s: Any, shared: Any, w: Any, b: Any) -> Any:
+            return w, s.shift if b is None else b + s.shift
+
+        def output(self, s: Any, shared: Any, x: Any, y: Any, inner: Any) -> Any:
+            return y + s.shift
+
+    layer = lora_layer(names="ab")
+    add_adapter(layer, "c", Shift(), TargetConfig())
+    x = torch.randn(6, 2, 24, requires_grad=True)
+    rows = ["c", "a", "__base__", "b", "a", "elsewhere"]
+    y = layer(x, adapter_names=rows)
+    for i, name in enumerate(rows):
+        layer.set_adapter([name] if name in "abc" else [])
+        alone = composed(layer, x[i : i + 1]).detach()
+        exact = composed(copy.deepcopy(layer).double(), x[i : i + 1].double()).detach()
+        assert_no_worse(y[i : i + 1].detach(), alone, exact, size_of(layer, x[i : i + 1]))
+    y.sum().backward()
+    assert x.grad is not None
+    assert (x.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+# Quantised bases
+
+
+def _linear4bit(nested: bool = True, quant_type: str = "nf4", compute_dtype: torch.dtype | None = None) -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(
+        64, 96, quant_type=quant_type, compress_statistics=nested, compute_dtype=compute_dtype
+    )
+    nn.init.normal_(layer.bias)
+    return layer.to("cpu")  # quantises
+
+
+def _linear8bit() -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False)
+    nn.init.normal_(layer.bias)
+    return layer.to("cpu")
+
+
+def _nf4() -> nn.Module:
+    model = nn.Sequential(nn.Linear(64, 96))
+    quantize_model(model, "nf4", double_quant=True)
+    assert isinstance(model[0], NF4Linear)
+    return model[0]
+
+
+QUANTISED = {
+    "nf4": _nf4,
+    "bnb-nf4": _linear4bit,
+    "bnb-nf4-plain-scales": lambda: _linear4bit(nested=False),
+    "bnb-fp4": lambda: _linear4bit(quant_type="fp4"),
+    "bnb-int8": _linear8bit,
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="MatMul8bitLt")
+        yield
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_a_quantised_base_computes_with_its_decoded_weight(base: str, names: str) -> None:
+    layer = lora_layer(QUANTISED[base](), names)
+    layer.set_adapter(list(names))
+    x = torch.randn(3, 64)
+    w, b = layer.merged_weight(list(names))
+    assert w.dtype == torch.float32
+    exact = nn.functional.linear(x.double(), *(t.double() for t in layer.merged_weight(names)))
+    eager = nn.functional.linear(x, w, b)
+    if base == "bnb-int8":
+        # bitsandbytes rounds x to int8 as well, so its own error is what eager's is: half a step per element of x.
+        steps = x.abs().amax(1, keepdim=True) / 127
+        noise = steps * layer.kind.read(layer.base_layer)[0].abs().sum(1)
+        eager = eager + noise
+    assert_no_worse(layer(x).detach(), eager.detach(), exact.detach(), size_of(layer, x))
+    assert layer.weight.dtype in (torch.uint8, torch.int8)
+
+
+@pytest.mark.parametrize("base", [b for b in QUANTISED if b != "bnb-int8"])
+def test_a_4bit_base_is_read_in_place_by_one_kernel_call(base: str) -> None:
+    layer = lora_layer(QUANTISED[base]())
+    layer(torch.randn(3, 64))
+    assert layer._plan is not None
+    fast = layer.kind.fast(layer.base_layer)
+    assert fast is not None
+    weight = fast()
+    assert isinstance(weight, QuantWeight)
+    assert weight.packed.data_ptr() == layer.base_layer.weight.data_ptr()
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+def test_merging_requantises_reports_its_error_and_comes_back_byte_for_byte(base: str) -> None:
+    model = get_peft_model(
+        nn.Sequential(QUANTISED[base]()), LoraConfig(target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    layer = model.base_model.model[0]
+    x = torch.randn(3, 64)
+    y = model(x).detach()
+    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
+    wanted = layer.merged_weight(["default"])[0]
+    with pytest.warns(PeftWarning, match="requantising"):
+        model.merge_adapter()
+    got = layer.kind.read(layer.base_layer)[0]
+    error = relative_error(got, wanted)
+    assert model.base_model.merge_errors == {"0": error}
+    assert 0 < error < (0.02 if base == "bnb-int8" else 0.2)
+    assert not torch.equal(model(x), y)
+    after = layer.base_layer.state_dict()
+    assert after["weight"].dtype == before["weight"].dtype
+    model.unmerge_adapter()
+    restored = layer.base_layer.state_dict()
+    assert list(restored) == list(before)
+    for key in before:
+        assert_same_bits(restored[key], before[key])
+    assert_same_bits(model(x).detach(), y)
+    with pytest.warns(PeftWarning, match="requantising"):
+        merged = model.merge_and_unload()
+    assert type(merged[0]) is type(layer.base_layer)
+    assert_same_bits(layer.kind.read(merged[0])[0], got)
+    assert layer._taken is None, "merge_and_unload must not keep the old weight"
+
+
+def test_merging_our_4bit_layer_keeps_its_format() -> None:
+    layer = lora_layer(_nf4())
+    old = layer.base_layer.quant_weight()
+    layer.merge()
+    new = layer.base_layer.quant_weight()
+    for name in ("shape", "quant_type", "blocksize", "dtype", "nested", "nested_blocksize"):
+        assert getattr(new, name) == getattr(old, name)
+    assert not torch.equal(dequantize_4bit(new), dequantize_4bit(old))
+
+
+def test_bitsandbytes_is_kept_from_repacking_the_bytes_of_its_layer() -> None:
+    # Its forward in eval mode on a CPU with AVX512-BF16 rewrites the weight, with a loss in nested scales.
+    base = _linear4bit()
+    layer = lora_layer(base)
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    x = torch.randn(3, 64)
+    layer(x)
+    layer.enable_adapters(False)
+    layer(x)
+    assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False)
+    for key, value in base.state_dict().items():
+        assert_same_bits(value, before[key])
+
+
+def test_a_layer_that_bitsandbytes_did_repack_is_read_right() -> None:
+    base = _linear4bit(nested=False).eval()
+    x = torch.randn(3, 64)
+    decoded = dequantize_4bit(QuantWeight.from_bnb(base.weight)).clone()
+    with torch.no_grad():
+        base(x)
+    layer = lora_layer(base)
+    rounded = layer.kind.read(base)[0]
+    # The packing rounded the scales to bfloat16: half a unit in the eighth bit.
+    assert torch.all((rounded - decoded).abs() <= decoded.abs() * torch.finfo(torch.bfloat16).eps)
+    assert torch.equal(rounded == 0, decoded == 0)
+    layer.enable_adapters(False)
+    assert layer(x).shape == (3, 96)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compute_dtype_of_a_4bit_layer_is_obeyed(compute: torch.dtype, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    fast = lora_layer(_linear4bit(compute_dtype=compute))
+    x = torch.randn(3, 64).to(dtype)
+    y = fast(x)
+    assert y.dtype == dtype
+    w, b = fast.merged_weight(["a"])
+    exact = nn.functional.linear(x.double(), w.double(), b.double())
+    eager = nn.functional.linear(x.to(compute), w.to(compute), b.to(compute)).to(dtype)
+    low = torch.promote_types(compute, dtype) if compute == dtype else torch.bfloat16
+    size = nn.functional.linear(x.double().abs(), w.double().abs()) * (torch.finfo(low).eps / torch.finfo(dtype).eps)
+    assert_no_worse(y.detach(), eager.detach(), exact.detach(), size.detach())
+
+
+def test_a_4bit_layer_that_is_not_quantised_yet_is_refused() -> None:
+    import bitsandbytes as bnb
+
+    with pytest.raises(ValueError, match="0: a bitsandbytes Linear4bit that is not quantised yet"):
+        get_peft_model(nn.Sequential(bnb.nn.Linear4bit(64, 96)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="0: a bitsandbytes Linear8bitLt that is not quantised yet"):
+        get_peft_model(nn.Sequential(bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="0: Embedding"):
+        get_peft_model(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), LoraConfig(target_modules=["0"]))
+
+
+def test_an_embedding_that_scales_its_rows_scales_the_adapters_too() -> None:
+    class Scaled(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * self.embed_scale
+
+    layer = lora_layer(Scaled(31, 20))
+    ids = torch.tensor([[1, 5], [30, 0]])
+    y = layer(ids)
+    w = layer.merged_weight(["a"])[0]
+    exact = nn.functional.embedding(ids, w.double().t()) * 3
+    assert_no_worse(y.detach(), (nn.functional.embedding(ids, w.t()) * 3).detach(), exact.detach(), exact.detach().abs() + 1)
+
+
+# Containers
+
+
+def test_one_container_holds_modules_parameters_and_buffers_under_any_name() -> None:
+    box = AdapterDict({"train": nn.Linear(2, 2), "keys": nn.Parameter(torch.ones(2)), "values": torch.zeros(3)})
+    box.set("hidden", torch.ones(1), persistent=False)
+    assert list(box) == ["train", "keys", "values", "hidden"]
+    assert len(box) == 4
+    assert set(box.state_dict()) == {"train.weight", "train.bias", "keys", "values"}
+    assert dict(box.items())["values"] is box["values"]
+    assert [n for n, _ in box.named_parameters()] == ["keys", "train.weight", "train.bias"]
+    assert box.train(False)["train"].training is False
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(box)))
+    assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), box.state_dict().values(), strict=True))
+    twin.load_state_dict({k: v + 1 for k, v in box.state_dict().items()}, assign=True)
+    assert torch.equal(twin["keys"], torch.full((2,), 2.0))
+    assert isinstance(twin["keys"], nn.Parameter)
+    box["keys"] = nn.Linear(1, 1)  # another kind under the same name
+    assert len(box) == 4
+    assert isinstance(box.pop("keys"), nn.Linear)
+    assert "keys" not in box
+    assert box.get("keys") is None
+    assert box.pop("keys", None) is None
+    with pytest.raises(KeyError):
+        del box["keys"]
+    with pytest.raises(KeyError, match="without dots"):
+        box["a.b"] = torch.ones(1)
+    with pytest.raises(TypeError, match="holds modules and tensors"):
+        box["a"] = 3  # type: ignore[assignment]
+    box.to(torch.float64)
+    assert {t.dtype for t in box.state_dict().values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("base", SAMPLE_BASES)
+def test_every_kind_of_layer_is_found_and_described(base: str) -> None:
+    module = SAMPLE_BASES[base].make()
+    kind = weight_of(module)
+    assert kind is not None
+    info = kind.info(module, "x")
+    w, b = kind.read(module)
+    assert tuple(w.shape) == info.shape
+    assert (b is not None) == info.has_bias
+    x = SAMPLE_BASES[base].input()
+    exact = copy.deepcopy(module).double()(x.double() if x.is_floating_point() else x)
+    assert_no_worse(kind.apply(module, x, w, b).detach(), module(x).detach(), exact.detach(), exact.detach().abs() + 1)
+
+
+def test_modules_without_a_weight_that_is_understood_are_none_of_them() -> None:
+    for module in (nn.ReLU(), nn.LayerNorm(4), nn.ConvTranspose2d(2, 2, 1), nn.LSTM(2, 2), nn.Sequential()):
+        assert weight_of(module) is None
