@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,8 +136,11 @@ def test_the_nf4_table_has_one_home_per_language() -> None:
         if len({round(n, 5) for n in numbers(path)} & values) >= 3:
             homes["python" if path.suffix == ".py" else "native"].append(rel(path))
     assert homes["python"] == ["peft_kernels/formats.py"]
-    assert len(homes["native"]) <= 1, homes["native"]
-    assert all(h.startswith("csrc/") for h in homes["native"])
+    assert [h.split("/")[0] for h in homes["native"]] == ["csrc"], homes["native"]
+    # one home per language, and both homes say the same
+    literals = re.findall(r"[-+]?\d+\.\d+(?=f)", (ROOT / homes["native"][0]).read_text())
+    have = {struct.pack("f", float(n)) for n in literals}
+    assert {struct.pack("f", v) for v in NF4_TABLE} <= have
 
 
 FORBIDDEN = ["transformers", "bitsandbytes", "peft", "fastpeft", "safetensors", "accelerate", "triton.compiler"]
