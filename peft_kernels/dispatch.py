@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ _ops: dict[str, Op] = {}
 
 class BackendUnavailable(RuntimeError):
     """A forced backend cannot serve this call; the text says why."""
+
+
+@lru_cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def arg_error(op: str, arg: str, expected: str, got: object, kind: type[Exception] = ValueError) -> Exception:
@@ -72,6 +78,8 @@ class Backend:
             return f"does not serve {device} tensors{only}"
         if first.dtype not in self.dtypes:
             return f"does not serve {first.dtype}"
+        if self.package is not None and not _installed(self.package):
+            return f"needs the package {self.package}, which is not installed"
         if self.available is not None and (why := self.available()) is not None:
             return why
         if self.min_capability is not None and device == "cuda":

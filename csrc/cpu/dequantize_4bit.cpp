@@ -10,7 +10,6 @@ struct Job {
     float offset;
     const float *table;
     int64_t numel, blocksize, nested_blocksize, out_dtype, out_size;
-    int stream;
     char *out;
 };
 
@@ -27,7 +26,7 @@ void run(void *ctx, int64_t task) {
             float v = j->nested_code[j->codes[block + i]] * j->nested_absmax[(block + i) / j->nested_blocksize];
             decoded[i] = v + j->offset; /* rounded twice, as the format says: no FMA (-ffp-contract=off) */
         }
-    pk_table()->dequantize_4bit_range(j->packed + first / 2, scales, j->table, n, j->blocksize, j->out_dtype, j->stream,
+    pk_table()->dequantize_4bit_range(j->packed + first / 2, scales, j->table, n, j->blocksize, j->out_dtype,
                                       j->out + first * j->out_size);
 }
 } // namespace
@@ -52,8 +51,6 @@ extern "C" int pk_cpu_dequantize_4bit(const uint8_t *packed, const void *absmax,
     if (nested && (!nested_absmax || !offset || nested_blocksize < 1))
         return pk_fail(PK_ERR_ARGUMENT, "dequantize_4bit: nested scales need nested_absmax, offset and nested_blocksize");
     int64_t size = out_dtype == PK_F32 ? 4 : 2;
-    /* An output beyond the caches is written past them: reading each line before overwriting it would cost a third. */
-    int stream = numel * size >= (int64_t(32) << 20) && reinterpret_cast<uintptr_t>(out) % 64 == 0;
     Job job = {packed,
                nested ? nullptr : static_cast<const float *>(absmax),
                nested ? static_cast<const uint8_t *>(absmax) : nullptr,
@@ -66,7 +63,6 @@ extern "C" int pk_cpu_dequantize_4bit(const uint8_t *packed, const void *absmax,
                nested_blocksize,
                out_dtype,
                size,
-               stream,
                static_cast<char *>(out)};
     pk_parallel((numel + TASK - 1) / TASK, threads, run, &job);
     return PK_OK;
