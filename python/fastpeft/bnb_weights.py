@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ class Bnb4bitWeight(Quant4bitWeight):
     @classmethod
     def check(cls, module: nn.Module) -> None:
         if getattr(module.weight, "quant_state", None) is None and module.weight.device.type != "meta":
-            raise ValueError("a bitsandbytes Linear4bit that is not quantised yet: move the model to its device first")
+            raise ValueError("a bitsandbytes Linear4bit that is not quantised: move the model to its device first")
 
     @classmethod
     def quant(cls, module: nn.Module) -> QuantWeight:
@@ -49,12 +50,11 @@ class Bnb4bitWeight(Quant4bitWeight):
 
     @classmethod
     def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:
-        from bitsandbytes.nn import Params4bit
-
+        bnb: Any = importlib.import_module("bitsandbytes")
         old: Any = module.weight
         qw = cls.quant(module)
         w = w.detach().to(torch.float32)
-        new = Params4bit(
+        new = bnb.nn.Params4bit(
             w.to("cpu", qw.dtype), requires_grad=False, blocksize=qw.blocksize, compress_statistics=qw.nested,
             quant_type=qw.quant_type, quant_storage=old.quant_storage, module=module,
         )  # fmt: skip
@@ -77,13 +77,14 @@ class Bnb4bitWeight(Quant4bitWeight):
         if args or kwargs or _has_hooks(module) or module.weight.requires_grad:
             return module(x, *args, **kwargs)  # type: ignore[no-any-return]
         compute = getattr(module, "compute_dtype", None) or x.dtype
-        bias = None if module.bias is None else module.bias.to(compute)
+        bias: Any = None if module.bias is None else module.bias.to(compute)
         return peft_kernels.lora_linear(x.to(compute), cls.quant(module), bias=bias).to(x.dtype)
 
     @classmethod
     def fast(cls, module: nn.Module) -> Callable[[], Tensor | QuantWeight | None] | None:
         parameters, hooks, pre = module._parameters, module._forward_hooks, module._forward_pre_hooks
-        held = state = None
+        held: Any = None
+        state: Any = None
         qw: QuantWeight | None = None
 
         def weight() -> QuantWeight | None:
@@ -106,12 +107,11 @@ def undo_cpu_packing(weight: Any) -> None:
     The packing rounded the scales to bfloat16 and dropped the nested ones; they stay plain float32 here, since
     quantising them again would lose more. (bitsandbytes' own way back leaves plain scales transposed.)
     """
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
+    functional: Any = importlib.import_module("bitsandbytes.functional")
     state = weight.quant_state
     scales = state.absmax.T.reshape(-1).float()
     state.original_nested = False
-    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
     weight.quant_state.absmax, weight.quant_state.nested, weight.quant_state.state2 = scales, False, None
 
 
@@ -134,7 +134,7 @@ class Bnb8bitWeight(BaseWeight):
     @classmethod
     def check(cls, module: nn.Module) -> None:
         if module.weight.dtype is not torch.int8 and not module.state.has_fp16_weights:  # type: ignore[union-attr]
-            raise ValueError("a bitsandbytes Linear8bitLt that is not quantised yet: move the model to its device first")
+            raise ValueError("a bitsandbytes Linear8bitLt that is not quantised: move the model to its device first")
 
     @classmethod
     def dtype(cls, module: nn.Module) -> torch.dtype:
@@ -142,21 +142,22 @@ class Bnb8bitWeight(BaseWeight):
 
     @classmethod
     def read(cls, module: nn.Module) -> Weight:
-        weight, state = module.weight, module.state
+        weight: Any = module.weight
+        state: Any = module.state
         if weight.dtype is not torch.int8:
             return super().read(module)
-        scales = state.SCB if state.SCB is not None else weight.SCB  # type: ignore[union-attr]
-        return weight.data.float() * (scales.float() / 127.0).unsqueeze(1), module.bias  # type: ignore[union-attr, operator, return-value]
+        scales = state.SCB if state.SCB is not None else weight.SCB
+        bias: Any = module.bias
+        return weight.data.float() * (scales.float() / 127.0).unsqueeze(1), bias
 
     @classmethod
     def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:
         old: Any = module.weight
         if old.dtype is not torch.int8:
             return super().write(module, w, b)
-        from bitsandbytes.nn import Int8Params
-
+        bnb: Any = importlib.import_module("bitsandbytes")
         w = w.detach().to(torch.float32)
-        new = Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False).to(old.device)
+        new = bnb.nn.Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False).to(old.device)
         _replace_8bit(module, new)
         cls._write_bias(module, b)
         return relative_error(cls.read(module)[0], w)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from .safety import check_config, read_json
 
 CONFIG_NAME = "adapter_config.json"
-# The version of PEFT whose file format is written. It goes into `peft_version`, which readers use to tell formats apart.
+# The version of PEFT whose file format is written. It goes into `peft_version`, by which readers tell formats apart.
 PEFT_FORMAT_VERSION = "0.21.2"
 
 
@@ -134,7 +134,7 @@ class PeftConfig:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as json can hold it: enums as text, sets as sorted lists, nested configurations as dicts."""
+        """The configuration as json holds it: enums as text, sets as sorted lists, nested configurations as dicts."""
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if name not in self.runtime_fields}
 

@@ -77,7 +77,10 @@ class AdapterDict(nn.Module):
         return [(name, self[name]) for name in self]
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        try:
+            return self[name]
+        except KeyError:
+            return default
 
     def pop(self, name: str, *default: Any) -> Any:
         if name not in self and default:
@@ -97,8 +100,7 @@ class AdapterDict(nn.Module):
             if name not in self._non_persistent_buffers_set:
                 yield "", value
         elif isinstance(value, nn.Module):
-            for key, tensor in value.state_dict(keep_vars=True).items():
-                yield key, tensor
+            yield from value.state_dict(keep_vars=True).items()
 
     def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of one adapter."""

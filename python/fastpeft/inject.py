@@ -190,8 +190,8 @@ def plan_injection(
     sites = {site.name: site for site in walk(model) if site.name and not _inside_saved(site)}
     resolved, matched = _resolve(model, config, method, sites, keys)
     if not matched.names:
-        possible = (n for n, s in sites.items() if _info(s) is not None and _info(s).kind in method.kinds)  # type: ignore[union-attr]
-        raise no_match_error(resolved, matched, possible)
+        every = ((name, _info(site)) for name, site in sites.items())
+        raise no_match_error(resolved, matched, (n for n, i in every if i is not None and i.kind in method.kinds))
 
     infos = [_checked_info(sites[name]) for name in matched.names]
     configs = method.layer_config(config, matched.names)
@@ -302,8 +302,8 @@ def _checked_info(site: Site) -> LayerInfo:
     kind: type[BaseWeight] | None = weight_of(site.module)
     if kind is None:
         raise ValueError(
-            f"Target module {site.name!r}, a {type(site.module).__name__}, is not supported. Supported are linear layers "
-            "(torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d and Conv3d."
+            f"Target module {site.name!r}, a {type(site.module).__name__}, is not supported. Supported are linear "
+            "layers (torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d and Conv3d."
         )
     try:
         kind.check(site.module)

@@ -312,7 +312,7 @@ class AdapterLayer(Merging, nn.Module):
                 f"{len(rows)} and {len(x)} respectively."
             )
         if self.merged_adapters:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, call `unmerge_adapter` first.")
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call `unmerge_adapter`.")
         groups: dict[str, list[int]] = {}
         for i, name in enumerate(rows):
             # An adapter that this layer does not have leaves it as it is, like "__base__".
@@ -332,7 +332,7 @@ class AdapterLayer(Merging, nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterLayer:
         self._plan = None
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._plan = None

@@ -119,12 +119,12 @@ class Method:
         """Raise ValueError where the math makes no sense on this layer (never silently do nothing)."""
         if info.kind not in self.kinds:
             raise ValueError(
-                f"{self.peft_type.value} cannot adapt {info.name!r}, a {type(info.module).__name__}: it supports layers "
-                f"of kind {', '.join(sorted(self.kinds))}."
+                f"{self.peft_type.value} cannot adapt {info.name!r}, a {type(info.module).__name__}: it supports "
+                f"layers of kind {', '.join(sorted(self.kinds))}."
             )
 
     def layer_config(self, config: Any, names: Sequence[str]) -> dict[str, Any]:
-        """Configuration per layer where it differs from layer to layer (rank patterns); a missing name means `config`."""
+        """The configuration of layers where it is not `config` (rank patterns), by name."""
         return {}
 
     # State: modules, parameters and buffers go into containers named after them, anything else into plain dicts.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,10 @@ from torch import nn
 
 from . import checkpoint
 from .config import PeftConfig, PeftWarning
-from .inject import iter_adapter_tensors
+from .loading import fill_adapter, read_adapter
 from .method import method_of
-from .safety import list_some
-from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .prepare import enable_input_gradients
+from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
 
 
@@ -134,7 +133,8 @@ class PeftModel(nn.Module):
         """Add an untrained adapter, of any method. It is not made active."""
         self._prepare_config(peft_config)
         self.base_model.add(
-            adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
+            adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
         )
 
     @classmethod
@@ -238,13 +238,13 @@ class PeftModel(nn.Module):
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
-        loaded = _read(model_id, model, config, key_mapping, is_trainable, kwargs)
+        loaded = read_adapter(model_id, model, config, key_mapping, is_trainable, kwargs)
         peft_model = class_for(loaded.config, cls)(
             model, loaded.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True,
             _loading=True,
         )  # fmt: skip
         try:
-            peft_model._fill(adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
+            fill_adapter(peft_model, adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
         except Exception:
             peft_model.base_model.unload()
             raise
@@ -268,9 +268,9 @@ class PeftModel(nn.Module):
         passed the checks, nothing. torch_device: ignored; an adapter lives where its layers do.
         """
         config = self.peft_config.get(adapter_name)
-        loaded = _read(model_id, self.get_base_model(), config, key_mapping, is_trainable, kwargs)
+        loaded = read_adapter(model_id, self.get_base_model(), config, key_mapping, is_trainable, kwargs)
         if config is not None:
-            result = self._fill(adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
+            result = fill_adapter(self, adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
         else:
             self._prepare_config(loaded.config)
             plan = self.base_model.add(
@@ -278,7 +278,7 @@ class PeftModel(nn.Module):
                 loading=True,
             )  # fmt: skip
             try:
-                result = self._fill(adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
+                result = fill_adapter(self, adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
             except Exception:
                 self.base_model.remove(plan)
                 raise
@@ -286,94 +286,9 @@ class PeftModel(nn.Module):
                 self.set_requires_grad(adapter_name)
         return result
 
-    def _fill(
-        self, adapter_name: str, loaded: _Loaded, autocast: bool, is_trainable: bool, options: Mapping[str, Any]
-    ) -> Any:
-        """Put a file's tensors into an adapter that is there. Raises before the first is put where they do not fit."""
-        lenient = bool(options.get("ignore_mismatched_sizes", False))
-        own = {file: tensor for _, file, tensor in iter_adapter_tensors(self, adapter_name)}
-        missing = [key for key in own if key not in loaded.tensors]
-        if missing and not lenient:
-            raise checkpoint.KeyMismatchError(f"{loaded.where} lacks tensors of the adapter: {list_some(missing)}")
-        tensors = dict(loaded.tensors)
-        for key, tensor in own.items():
-            value = tensors.get(key)
-            # The file's dtype is kept, as in PEFT's adapters, unless the adapter's is to be float32.
-            if value is not None and value.is_floating_point() and (autocast or not tensor.is_meta):
-                tensors[key] = value.to(tensor.dtype)
-        meta = any(tensor.is_meta for tensor in own.values())
-        result = checkpoint.set_peft_model_state_dict(
-            self, tensors, adapter_name, ignore_mismatched_sizes=lenient, low_cpu_mem_usage=meta
-        )
-        if result.unexpected_keys and not lenient:
-            raise checkpoint.KeyMismatchError(
-                f"{loaded.where} holds tensors that the adapter has no place for: {list_some(result.unexpected_keys)}"
-            )
-        if not is_trainable:
-            self.eval()
-        return result
-
-
-class _Loaded:
-    """An adapter file's content, checked against the base model."""
-
-    def __init__(self, where: str, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-        self.where, self.config, self.tensors = where, config, tensors
-
-
-def _read(
-    model_id: str | os.PathLike[str],
-    model: nn.Module,
-    config: PeftConfig | None,
-    key_mapping: Mapping[str, str] | None,
-    is_trainable: bool,
-    options: Mapping[str, Any],
-) -> _Loaded:
-    passed = ("subfolder", "revision", "allow_pickle", "token", "cache_dir", "local_files_only", "force_download")
-    content, tensors = checkpoint.load_adapter_file(
-        model_id, model=None if key_mapping else model, **{k: options[k] for k in passed if k in options}
-    )
-    if config is None:
-        content.pop("runtime_config", None)
-        config = PeftConfig.from_dict(content, model_id)
-        config.inference_mode = not is_trainable
-    for old, new in (key_mapping or {}).items():
-        tensors = {_renamed(key, old, new): value for key, value in tensors.items()}
-    return _Loaded(os.fspath(model_id), config, tensors)
-
-
-def _renamed(key: str, old: str, new: str) -> str:
-    prefix = checkpoint.PREFIX
-    return prefix + re.sub(old, new, key.removeprefix(prefix)) if key.startswith(prefix) else re.sub(old, new, key)
-
 
 def _without_auxiliary(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in AUXILIARY_KWARGS}
-
-
-def enable_input_gradients(model: nn.Module) -> None:
-    """Make the embeddings' output require gradients, which reentrant gradient checkpointing needs to reach adapters."""
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()  # type: ignore[operator]
-    elif hasattr(model, "get_input_embeddings"):
-        embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(parameters that require gradients, all parameters). A 4-bit weight counts as many as it stands for."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        count = parameter.numel()
-        if type(parameter).__name__ == "Params4bit":  # two elements a byte
-            count *= 2 * parameter.element_size()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    for module in model.modules():
-        # Our 4-bit layers keep their bytes in buffers, so that nothing takes them for something to train.
-        if hasattr(module, "quant_weight") and hasattr(module, "set_quant_weight"):
-            total += module.quant_weight().numel
-    return trainable, total
 
 
 def class_for(config: PeftConfig, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
@@ -396,8 +311,8 @@ def get_peft_model(
 ) -> PeftModel:
     """Put a new adapter into `model`, which is changed in place, and wrap it.
 
-    mixed: give PEFT's PeftMixedModel; any PeftModel here takes adapters of several methods. revision: of the base model,
-    noted in the configuration. On an error the model is as it was.
+    mixed: give PEFT's PeftMixedModel; any PeftModel here takes adapters of several methods. revision: of the base
+    model, noted in the configuration. On an error the model is as it was.
     """
     from .tasks import PeftMixedModel
 

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .model import enable_input_gradients
-
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -57,3 +55,12 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.float()
         elif parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def enable_input_gradients(model: nn.Module) -> None:
+    """Make the embeddings' output require gradients, which reentrant gradient checkpointing needs to reach adapters."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    elif hasattr(model, "get_input_embeddings"):
+        embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))

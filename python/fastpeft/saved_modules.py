@@ -117,10 +117,11 @@ class ModulesToSaveWrapper(nn.Module):
             )
         parts = []
         for i, name in enumerate(rows):
-            module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            module = self.modules_to_save.get(name, self.original_module)
             parts.append(module(x[i : i + 1], *rest, **kwargs))
         if not all(isinstance(part, Tensor) for part in parts):
-            raise TypeError(f"mixed batches need a module that returns one tensor, {type(self.original_module).__name__}")
+            name = type(self.original_module).__name__
+            raise TypeError(f"a mixed batch needs modules that return one tensor, which {name} does not")
         return torch.cat(parts)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from .containers import AdapterDict
 from .inject import AdapterModule, adapter_modules
 from .saved_modules import ModulesToSaveWrapper
+from .weights import Quant4bitWeight
 
 Irregular = Literal["irregular"]
 
@@ -42,7 +43,23 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None | Irregular
+    quantization_backend: str | Irregular | None
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(parameters that require gradients, all parameters). A 4-bit weight counts as many as it stands for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":  # two elements a byte
+            count *= 2 * parameter.element_size()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    for module in model.modules():
+        # Our 4-bit layers keep their bytes in buffers, so that nothing takes them for something to train.
+        if Quant4bitWeight.accepts(module):
+            total += Quant4bitWeight.quant(module).numel
+    return trainable, total
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -66,15 +83,16 @@ def _tuner(model: nn.Module) -> nn.Module:
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
     grads: dict[str, list[bool]] = {}
     devices: dict[str, set[str]] = {}
-    for container in module._modules.values():
-        for adapter in container if isinstance(container, AdapterDict) else ():
+    for container in [c for c in module._modules.values() if isinstance(c, AdapterDict)]:
+        for adapter in container:
             parameters = list(container.parameters_of(adapter))
             grads.setdefault(adapter, []).extend(p.requires_grad for p in parameters)
             found = [*parameters, *(t for _, t in container.tensors(adapter))]
             devices.setdefault(adapter, set()).update(t.device.type for t in found)
+    wrapper = isinstance(module, ModulesToSaveWrapper)
     return TunerLayerStatus(
         name=name,
-        module_type="ModulesToSaveWrapper" if isinstance(module, ModulesToSaveWrapper) else repr(module).partition("(")[0],
+        module_type="ModulesToSaveWrapper" if wrapper else repr(module).partition("(")[0],
         enabled=not module.disable_adapters,
         active_adapters=list(module.active_adapters),
         merged_adapters=list(module.merged_adapters),
@@ -96,7 +114,7 @@ def _all_same(values: Iterable[Any]) -> Any:
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The status of the adapters of a model as a whole; "irregular" where its layers disagree."""
-    from .model import PeftModel, count_parameters
+    from .model import PeftModel
 
     layers = get_layer_status(model)
     if isinstance(model, PeftModel):

@@ -107,8 +107,9 @@ class BaseTuner(nn.Module):
         active = self.active_adapters
         train = adapter_name in active and not config.inference_mode
         for module in self._modules_of(plan):
-            names = [n for n in active if n in module.modules_to_save] if isinstance(module, ModulesToSaveWrapper) else active
-            module._active_adapter = list(names)
+            module._active_adapter = list(active)
+            if isinstance(module, ModulesToSaveWrapper):
+                module._active_adapter = module.check_active(active)
             module.set_requires_grad(adapter_name, train)
         if train:
             self._train_biases(config)
@@ -131,12 +132,12 @@ class BaseTuner(nn.Module):
     def _add_shared(self, adapter_name: str, plan: InjectionPlan) -> None:
         containers = {}
         for name, value in plan.shared.items():
-            if name not in self._modules:
-                self._modules[name] = AdapterDict()
-            containers[name] = self._modules[name]
-            containers[name][adapter_name] = value  # type: ignore[index]
+            container = self._modules.setdefault(name, AdapterDict())
+            assert isinstance(container, AdapterDict)
+            container[adapter_name] = value
+            containers[name] = container
         if plan.shared_view is not None:
-            plan.shared_view.bind(containers, adapter_name)  # type: ignore[arg-type]
+            plan.shared_view.bind(containers, adapter_name)
 
     def _check_bias(self, config: PeftConfig) -> None:
         others = [c for c in self.peft_config.values() if getattr(c, "bias", "none") != "none"]
@@ -180,9 +181,9 @@ class BaseTuner(nn.Module):
         self.set_adapter(left)
         for _, module in modules:
             module.delete_adapter(adapter_name)
-        for module in self._modules.values():
-            if isinstance(module, AdapterDict):
-                module.pop(adapter_name, None)
+        for container in self._modules.values():
+            if isinstance(container, AdapterDict):
+                container.pop(adapter_name, None)
         del self.peft_config[adapter_name]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -260,8 +261,8 @@ class BaseTuner(nn.Module):
         if errors:
             worst = max(errors, key=lambda name: errors[name])
             warnings.warn(
-                f"Merged into {len(errors)} quantised layers by requantising them: the relative error of the weights is "
-                f"{sum(errors.values()) / len(errors):.2e} on average, {errors[worst]:.2e} at most ({worst}).",
+                f"Merged into {len(errors)} quantised layers by requantising them: the relative error of the weights "
+                f"is {sum(errors.values()) / len(errors):.2e} on average, {errors[worst]:.2e} at most ({worst}).",
                 PeftWarning,
                 stacklevel=3,
             )
@@ -345,8 +346,9 @@ class BaseTuner(nn.Module):
         repeats = beams if isinstance(beams, int) else 1
         modules = [module for _, module in self.adapter_modules()]
         # Beams repeat the decoder's rows; an encoder still sees each input once.
-        encoder = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
-        once = {id(m) for _, m in adapter_modules(encoder)} if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        encoder: Any = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
+        is_part = isinstance(encoder, nn.Module) and encoder is not self.model
+        once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
         try:
             for module in modules:
                 module.set_rows([n for n in names for _ in range(1 if id(module) in once else repeats)])
@@ -376,7 +378,8 @@ def tuner_class(method: Method) -> type[BaseTuner]:
     if found is None:
         found = type(method.model_name, (BaseTuner,), {"__module__": __name__, "prefix": method.prefix})
         globals()[method.model_name] = found
-    return found  # type: ignore[no-any-return]
+    assert isinstance(found, type)
+    return found
 
 
 def __getattr__(name: str) -> Any:

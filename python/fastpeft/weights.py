@@ -198,7 +198,7 @@ class EmbeddingWeight(BaseWeight):
     @classmethod
     def check(cls, module: nn.Module) -> None:
         if module.max_norm is not None:
-            raise ValueError("Embedding(max_norm=...) rescales its weight in every forward, so no adapter of it can merge")
+            raise ValueError("Embedding(max_norm=...) changes its weight in every forward: no adapter of it can merge")
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, ...]:

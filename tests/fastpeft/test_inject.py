@@ -7,20 +7,25 @@ import time
 import warnings
 from typing import Any
 
+import fastpeft
 import peft
 import pytest
 import torch
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig
-from transformers import LlamaForCausalLM
-
-import fastpeft
 from fastpeft import LoraConfig, NoMatchingPeftModuleError, PeftError, get_peft_model, inject_adapter_in_model
 from fastpeft.inject import iter_adapter_tensors
 from fastpeft.layer import AdapterLayer
 from fastpeft.patterns import CPU_SECONDS, first_match, match_names
 from fastpeft.safety import AdapterFileError
 from fastpeft.targets import minimal_suffixes
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 50}
 
@@ -92,7 +97,9 @@ SELECTIONS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "options"), SELECTIONS, ids=[f"{m.__name__}-{i}" for i, (m, _) in enumerate(SELECTIONS)])
+@pytest.mark.parametrize(
+    ("make", "options"), SELECTIONS, ids=[f"{make.__name__}-{i}" for i, (make, _) in enumerate(SELECTIONS)]
+)
 def test_the_same_modules_are_adapted_as_by_peft(make: Any, options: dict[str, Any]) -> None:
     ours, theirs = both(make, **options)
     a, b = dict(ours.named_parameters()), dict(theirs.named_parameters())
@@ -232,7 +239,10 @@ def test_patterns_are_bounded_wherever_they_stand(field: str) -> None:
 def test_an_involved_but_honest_pattern_gives_what_re_gives() -> None:
     import re
 
-    pattern = r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\..*(k|v)_proj)"
+    pattern = (
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\..*(k|v)_proj)"
+    )
     names = [n for n, _ in llama().named_modules()] + ["language.x.mlp.q_proj", "text.mlp.up_proj"]
     assert set(match_names(pattern, names)) == {n for n in names if re.fullmatch(pattern, n)}
     assert match_names("(?i).*Q_PROJ", ["a.q_proj"]) == {"a.q_proj": ""}
@@ -246,7 +256,8 @@ def test_injection_without_a_wrapper_is_pefts() -> None:
     theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), llama(), "ad")
     assert type(ours) is LlamaForCausalLM
     assert set(ours.state_dict()) == set(theirs.state_dict())
-    a, b = fastpeft.get_peft_model_state_dict(ours, adapter_name="ad"), peft.get_peft_model_state_dict(theirs, adapter_name="ad")
+    a = fastpeft.get_peft_model_state_dict(ours, adapter_name="ad")
+    b = peft.get_peft_model_state_dict(theirs, adapter_name="ad")
     assert set(a) == set(b)
     assert all(torch.equal(a[k], b[k]) for k in a)
     # A second one goes beside the first, and the targets may come from a state dict's keys.

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from fastpeft.config import PeftType, TargetConfig
 from fastpeft.method import Method, registry
 from fastpeft.testing import SAMPLE_BASES, add_adapter, assert_law, make_layer
+from torch import nn
 
 LINEAR = ("linear", "linear-no-bias", "transformers-conv1d", "nf4")
 
@@ -162,9 +161,7 @@ def test_two_of_the_same_kind(method: Method, base: str) -> None:
 
 
 @pytest.mark.parametrize("base", LINEAR)
-@pytest.mark.parametrize(
-    ("first", "second"), list(itertools.permutations(METHODS, 2)), ids=lambda m: name_of(m) if isinstance(m, Method) else m
-)
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(METHODS, 2)), ids=name_of)
 def test_any_ordered_pair_of_kinds(first: Method, second: Method, base: str) -> None:
     layer = make_layer(base)
     add_adapter(layer, "a", first, configs(first)[0])

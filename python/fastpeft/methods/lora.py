@@ -168,13 +168,16 @@ class Lora(Method):
             "lora_bias": config.lora_bias and info.kind != "embedding",
         }
         if info.kind == "embedding":
-            a, b = torch.randn(config.r, info.in_features), torch.randn(info.out_features, config.r)
-            if config.init_lora_weights is not False:
-                a.zero_()
-                b.normal_()
-            return {**state, "lora_embedding_A": nn.Parameter(a), "lora_embedding_B": nn.Parameter(b)}
+            rows, back = torch.empty(config.r, info.in_features), torch.empty(info.out_features, config.r)
+            if not rows.is_meta:  # drawing there would import torch's compiler, which takes seconds, for no numbers
+                rows.normal_()
+                back.normal_()
+                if config.init_lora_weights is not False:
+                    rows.zero_()
+                    back.normal_()
+            return {**state, "lora_embedding_A": nn.Parameter(rows), "lora_embedding_B": nn.Parameter(back)}
         a, b = (_linear if info.kind == "linear" else _conv)(config, info)
-        init = config.init_lora_weights
+        init = False if a.weight.is_meta else config.init_lora_weights  # a file will bring the numbers
         with torch.no_grad():
             if init == "orthogonal":
                 _orthogonal(a.weight, b.weight, info)
@@ -196,8 +199,8 @@ class Lora(Method):
             a, b = s.lora_A.weight, s.lora_B.weight
         wide = torch.promote_types(a.dtype, torch.float32)
         # A of a convolution is [r, in, *kernel] and B [out, r, 1, ...]: the product is that of the matrices.
-        delta = b.to(wide).flatten(1) @ a.to(wide).flatten(1) * s.scaling
-        return delta.unflatten(1, a.shape[1:])
+        delta: Tensor = b.to(wide).flatten(1) @ a.to(wide).flatten(1) * s.scaling
+        return delta.reshape(b.shape[0], *a.shape[1:])
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w, b = super().merged(s, shared, w, b)
@@ -214,11 +217,14 @@ class Lora(Method):
         return None
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        added: Tensor
         if s.get("lora_embedding_A") is not None:
             rows = inner.apply(x, s.lora_embedding_A)
-            return y + F.linear(rows, s.lora_embedding_B) * s.scaling
+            added = F.linear(rows, s.lora_embedding_B) * s.scaling
+            return y + added
         a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
-        return y + b(a(dropout(x.to(a.weight.dtype)))) * s.scaling
+        added = b(a(dropout(x.to(a.weight.dtype)))) * s.scaling
+        return y + added
 
     def scale(self, s: Any) -> float | None:
         return _scaling(s.lora_alpha, s.r, s.use_rslora)
@@ -239,8 +245,9 @@ class Lora(Method):
         drops = dropout if type(dropout) is nn.Dropout else None
         compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
         # Dicts rather than modules: a parameter that is replaced is seen, and a lookup costs a tenth of an attribute's.
-        scaling, base_parameters = layer.scaling, base._parameters
-        modules_a, modules_b, modules_drop = layer.lora_A._modules, layer.lora_B._modules, layer.lora_dropout._modules
+        scaling: Any = layer.scaling
+        base_parameters = base._parameters
+        modules_a, modules_b, modules_drop = (_modules(layer, c) for c in ("lora_A", "lora_B", "lora_dropout"))
         parameters_a, parameters_b = a._parameters, b._parameters
         hooks = (a._forward_hooks, a._forward_pre_hooks, b._forward_hooks, b._forward_pre_hooks)
 
@@ -260,6 +267,12 @@ class Lora(Method):
             return lora_linear(x, w, wa, wb, scaling[name], bias, p)
 
         return run
+
+
+def _modules(layer: AdapterLayer, container: str) -> dict[str, nn.Module | None]:
+    module = layer._modules[container]
+    assert module is not None
+    return module._modules
 
 
 def _scaling(alpha: float, r: int, rslora: bool) -> float:

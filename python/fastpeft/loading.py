@@ -1,0 +1,84 @@
+"""Filling an adapter from a file. Whatever the file holds is checked before the model is touched."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import IncompatibleKeys, load_adapter_file, set_peft_model_state_dict
+from .config import PeftConfig
+from .fits import PREFIX, KeyMismatchError
+from .inject import iter_adapter_tensors
+from .safety import list_some
+
+
+class Loaded:
+    """An adapter file's content, checked against the base model."""
+
+    def __init__(self, where: str, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
+        self.where, self.config, self.tensors = where, config, tensors
+
+
+def read_adapter(
+    model_id: str | os.PathLike[str],
+    model: nn.Module,
+    config: PeftConfig | None,
+    key_mapping: Mapping[str, str] | None,
+    is_trainable: bool,
+    options: Mapping[str, Any],
+) -> Loaded:
+    """Read an adapter and check it against the base model. config: use this in place of the file's."""
+    passed = ("subfolder", "revision", "allow_pickle", "token", "cache_dir", "local_files_only", "force_download")
+    content, tensors = load_adapter_file(
+        model_id, model=None if key_mapping else model, **{k: options[k] for k in passed if k in options}
+    )
+    if config is None:
+        content.pop("runtime_config", None)
+        config = PeftConfig.from_dict(content, model_id)
+        config.inference_mode = not is_trainable
+    for old, new in (key_mapping or {}).items():
+        tensors = {_renamed(key, old, new): value for key, value in tensors.items()}
+    return Loaded(os.fspath(model_id), config, tensors)
+
+
+def _renamed(key: str, old: str, new: str) -> str:
+    prefix = PREFIX
+    return prefix + re.sub(old, new, key.removeprefix(prefix)) if key.startswith(prefix) else re.sub(old, new, key)
+
+
+def fill_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    loaded: Loaded,
+    autocast: bool,
+    is_trainable: bool,
+    options: Mapping[str, Any],
+) -> IncompatibleKeys:
+    """Put a file's tensors into an adapter that is there. Raises before the first is put where they do not fit."""
+    lenient = bool(options.get("ignore_mismatched_sizes", False))
+    own = {file: tensor for _, file, tensor in iter_adapter_tensors(model, adapter_name)}
+    missing = [key for key in own if key not in loaded.tensors]
+    if missing and not lenient:
+        raise KeyMismatchError(f"{loaded.where} lacks tensors of the adapter: {list_some(missing)}")
+    tensors = dict(loaded.tensors)
+    for key, tensor in own.items():
+        value = tensors.get(key)
+        # The file's dtype is kept, as in PEFT's adapters, unless the adapter's is to be float32.
+        if value is not None and value.is_floating_point() and (autocast or not tensor.is_meta):
+            tensors[key] = value.to(tensor.dtype)
+    meta = any(tensor.is_meta for tensor in own.values())
+    result = set_peft_model_state_dict(
+        model, tensors, adapter_name, ignore_mismatched_sizes=lenient, low_cpu_mem_usage=meta
+    )
+    if result.unexpected_keys and not lenient:
+        raise KeyMismatchError(
+            f"{loaded.where} holds tensors that the adapter has no place for: {list_some(result.unexpected_keys)}"
+        )
+    if not is_trainable:
+        model.eval()
+    return result
