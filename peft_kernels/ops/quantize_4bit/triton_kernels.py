@@ -55,7 +55,12 @@ def quantize_kernel(
     i_block = i_pid * BLOCKS + tl.arange(0, BLOCKS)
     i_first = i_block * BLOCKSIZE
     i_e = i_first[:, None] + tl.arange(0, BLOCKSIZE)[None, :]
-    b_w = tl.load(p_w + i_e, mask=i_e < numel, other=0.0).to(tl.float32)
+    b_w = tl.load(p_w + i_e, mask=i_e < numel, other=0.0)
+    if p_w.dtype.element_ty == tl.bfloat16:
+        # by its bits: Triton's interpreter widens subnormals wrongly
+        b_w = (b_w.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        b_w = b_w.to(tl.float32)
     # magnitudes compare as integers, and there a NaN is the largest
     b_bits = tl.max(b_w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     b_top = b_bits.to(tl.float32, bitcast=True)
