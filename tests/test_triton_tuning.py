@@ -1,0 +1,144 @@
+"""Launch configurations: the tables are complete and valid, the nearest architecture serves, a search is bounded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peft_kernels import tuning
+
+KERNELS = ("project", "outer", "forward", "backward")
+SHAPES = [
+    tuning.Shape(m, n, k, r, bits, plain, blocksize)
+    for m in (1, 2, 16, 17, 33, 128, 129, 4096, 100_000)
+    for n, k in ((1, 1), (576, 576), (14336, 4096))
+    for r in (0, 1, 16, 64, 512)
+    for bits in (16, 32)
+    for plain in (True, False)
+    for blocksize in (32, 64, 4096)
+]
+
+
+@pytest.mark.parametrize("arch", sorted(tuning.architectures().values()))
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_shape_has_a_valid_row(kernel: str, arch: str) -> None:
+    for shape in SHAPES:
+        rows = tuning.rows(kernel, arch, shape)
+        assert rows, f"{kernel} on {arch} has no row for {shape}"
+        for c in rows:
+            for size in (c.BM, c.BN, c.BK, c.BR):
+                assert size >= 16, c
+                assert size & (size - 1) == 0, c
+            assert c.num_warps in (1, 2, 4, 8), c
+            assert c.source in ("model", "measured"), c
+            assert c.programs > 1, c
+
+
+def test_no_row_is_dead() -> None:
+    for arch in tuning.architectures().values():
+        for kernel in KERNELS:
+            used = {c for shape in SHAPES for c in tuning.rows(kernel, arch, shape)}
+            assert len(used) == len(tuning.table(arch)["kernels"][kernel]), (arch, kernel)
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [(70, "sm_80"), (80, "sm_80"), (86, "sm_80"), (89, "sm_80"), (90, "sm_90"), (120, "sm_90")]
+)
+def test_an_unknown_gpu_uses_the_nearest_older_table(capability: int, arch: str) -> None:
+    assert tuning.nearest(capability) == arch
+    with tuning.assuming(capability):
+        assert tuning.arch_of(torch.device("cpu")) == arch
+
+
+def test_a_search_times_few_and_keeps_the_fastest() -> None:
+    shape = tuning.Shape(4096, 4096, 4096, 16, 16)
+    candidates = tuning.rows("forward", "sm_90", shape)
+    many = [replace(c, GROUP=g) for g in (1, 2, 4) for c in candidates]
+    seconds = {c: 1.0 + i for i, c in enumerate(many)}
+    seconds[many[2]] = 0.5
+    seconds[many[tuning.MAX_CANDIDATES]] = 0.1  # faster, and beyond the limit
+    tried: list[tuning.Config] = []
+
+    def clock(run: object) -> float:
+        assert callable(run)
+        run()
+        return seconds[tried[-1]]
+
+    best = tuning.search(many, tried.append, clock)
+    assert len(tried) == tuning.MAX_CANDIDATES
+    assert best == replace(many[2], source="measured")
+
+
+def test_a_configuration_that_does_not_fit_is_passed_over() -> None:
+    class OutOfResources(Exception):
+        """Named like Triton's, which is known by its name: the tables need no Triton."""
+
+    first, second = tuning.Config(BM=64), tuning.Config(BM=32)
+
+    def run(c: tuning.Config) -> None:
+        if c.BM == 64:
+            raise OutOfResources
+
+    def clock(launch: object) -> float:
+        assert callable(launch)
+        launch()
+        return 1.0
+
+    assert tuning.search([first, second], run, clock).BM == 32
+    with pytest.raises(RuntimeError, match="none of 1 configurations fits"):
+        tuning.search([first], run, clock)
+
+    def broken(c: tuning.Config) -> None:
+        raise ValueError("a bug, not a lack of room")
+
+    with pytest.raises(ValueError, match="a bug"):
+        tuning.search([first, second], broken, clock)
+
+
+def test_it_searches_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = tuning.Shape(777, 4096, 4096, 16, 16)
+    ran: list[tuning.Config] = []
+
+    def clock(run: object, repeats: int = 20) -> float:
+        assert callable(run)
+        run()
+        return float(ran[-1].BM)  # the smallest tile wins
+
+    monkeypatch.setattr(tuning, "_device_seconds", clock)
+    monkeypatch.setattr(tuning, "_found", {})
+    asked = tuning.choose("forward", "sm_90", shape, ran.append)
+    assert asked.source == "model"
+    assert ran == []
+    with tuning.searching():
+        found = tuning.choose("forward", "sm_90", shape, ran.append)
+        assert found.source == "measured"
+        assert all(found.BM <= c.BM for c in ran)
+        times = len(ran)
+        assert tuning.choose("forward", "sm_90", replace(shape, M=1000), ran.append) == found, "one search a bucket"
+        assert len(ran) == times
+    assert tuning.choose("forward", "sm_90", shape, ran.append) == asked
+
+
+def test_overrides_nest() -> None:
+    shape = tuning.Shape(1, 64, 64, 8, 16)
+    before = tuning.choose("forward", "sm_90", shape)
+    with tuning.override("forward", BM=64):
+        with tuning.override("forward", BN=256):
+            inner = tuning.choose("forward", "sm_90", shape)
+            assert (inner.BM, inner.BN) == (64, 256)
+        assert tuning.choose("forward", "sm_90", shape) == replace(before, BM=64)
+    assert tuning.choose("forward", "sm_90", shape) == before
+
+
+def test_importing_peft_kernels_imports_no_triton() -> None:
+    code = (
+        "import sys, peft_kernels, peft_kernels.ops.lora_linear.triton; "
+        "sys.exit(', '.join(m for m in sys.modules if m.startswith('triton.')) or 0)"
+    )
+    # torch itself may import the top-level package to look at its version; the compiler must stay out
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
