@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .dispatch import BackendUnavailable, explain, ops, use_backend
+from . import dispatch
+from .dispatch import BackendUnavailable, explain, use_backend
 from .formats import FP4_TABLE, NF4_TABLE, QuantWeight
 from .ops.dequantize_4bit import dequantize_4bit
 from .ops.lora_linear import lora_linear
@@ -20,7 +21,8 @@ __all__ = [
     "draw_seed",
     "explain",
     "lora_linear",
-    "ops",
     "quantize_4bit",
     "use_backend",
 ]
+
+dispatch.check_environment()  # the ops are known now, so a misspelt one can be named

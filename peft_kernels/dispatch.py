@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -219,6 +219,17 @@ def _parse(text: str) -> dict[str, str]:
     return forced
 
 
+def _known(source: str, names: Iterable[str]) -> None:
+    for op in names:
+        if op not in _ops:
+            raise arg_error(source, "op", f"one of {sorted(_ops)}", repr(op))
+
+
+def check_environment() -> None:
+    """Raise on an op in PEFT_KERNELS_BACKEND that does not exist: it would force nothing, silently."""
+    _known(ENV, (op for op in _parse(os.environ.get(ENV, "")) if op != "*"))
+
+
 _forced: dict[str, str] = _parse(os.environ.get(ENV, ""))
 _lock = threading.Lock()
 
@@ -233,9 +244,7 @@ def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
     global _forced
     if per_op or backend is not None:
         new = _parse(",".join(([backend] if backend else []) + [f"{op}={name}" for op, name in per_op.items()]))
-        for op in per_op:
-            if op not in _ops:
-                raise arg_error("use_backend", "op", f"one of {sorted(_ops)}", repr(op))
+        _known("use_backend", per_op)
     else:
         new = {}
     with _lock:
