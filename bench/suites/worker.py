@@ -94,7 +94,7 @@ def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[
         own = CompletionLoss(model)
         where = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
         position_ids = torch.arange(length).expand(rows, length)
-        batch = Batch(ids, position_ids, where, ids[:, 1:].flatten())
+        batch = Batch(ids, position_ids, where, ids[:, 1:].flatten(), rows * length)
 
     def step() -> dict[str, float]:
         start = time.perf_counter()

@@ -1,0 +1,165 @@
+"""Faster decoding of Llama-like models of transformers, one token at a time: the same mathematics in fewer calls.
+
+At one token a model spends more time between kernels than in them: transformers' decoder layer makes about 45 torch
+calls, of which 14 are for the rotary embedding and 16 for two norms. `accelerate(model)` switches each decoder layer to
+a subclass whose forward, for one new token per sequence without gradients, makes about 20. Everything else (prefill,
+training, hooks that need the inner modules, other attention implementations) runs transformers' own forward, so what
+`generate` means does not change. Norms and attention are computed in float32 and rounded once, which is never less exact.
+
+Reversible: `handle.remove()` puts the classes back. Parameters, buffers, state dicts and adapters are not touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_kernels import lora_linear
+
+_ACCELERATED = "_fastpeft_accelerated"
+_HEAD_ROWS = 4  # above this torch's matrix product is the better one
+
+
+class _RotarySigns:
+    """`sin` with the signs of rotate_half folded in, made once a token for all layers; in the dtype of the model."""
+
+    def __init__(self) -> None:
+        self._of: Tensor | None = None
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def get(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin, [B, 1, 1, D]."""
+        if self._made is None or self._of is not sin:
+            half = sin.shape[-1] // 2
+            signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+            self._of, self._made = sin, (cos.unsqueeze(1), signed.unsqueeze(1))
+        return self._made
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    weight: Tensor = module.weight
+    return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
+
+
+def _one_token(
+    layer: Any, x: Tensor, mask: Tensor | None, cache: Any, position_embeddings: tuple[Tensor, Tensor]
+) -> Tensor:
+    """A decoder layer for x [B, 1, H] with `cache` holding the tokens before; x [B, 1, H] out."""
+    attention, mlp = layer.self_attn, layer.mlp
+    d = attention.head_dim
+    h = _norm(layer.input_layernorm, x)
+    q, k, v = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
+    batch, heads = x.shape[0], q.shape[-1] // d
+    cos, signed_sin = layer._fastpeft_signs.get(*position_embeddings)
+    qk = torch.cat((q, k), dim=-1).view(batch, -1, 1, d)
+    qk = torch.addcmul(qk * cos, torch.roll(qk, d // 2, dims=-1), signed_sin)
+    keys, values = cache.update(qk[:, heads:], v.view(batch, -1, 1, d), attention.layer_idx)
+    out = F.scaled_dot_product_attention(
+        # torch's bfloat16 attention on a CPU takes five times the float32 one at one query
+        qk[:, :heads].float(), keys.float(), values.float(), attn_mask=mask, scale=attention.scaling,
+        enable_gqa=keys.shape[1] != heads,
+    )  # fmt: skip
+    x = x + attention.o_proj(out.to(x.dtype).view(batch, 1, -1))
+    h = _norm(layer.post_attention_layernorm, x)
+    return x + mlp.down_proj(F.silu(mlp.gate_proj(h)).mul_(mlp.up_proj(h)))
+
+
+def _head_forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name for it)
+    # torch reads a large matrix at half of the memory's speed when it meets one row, and copies it first in bfloat16
+    if input.numel() > _HEAD_ROWS * self.in_features or torch.is_grad_enabled() or input.dtype is not self.weight.dtype:
+        return nn.Linear.forward(self, input)
+    return lora_linear(input, self.weight, bias=self.bias)
+
+
+_FastHead = type("_FastHead", (nn.Linear,), {"forward": _head_forward, _ACCELERATED: True, "__module__": __name__})
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether someone listens to this module's calls, which the short way would not make."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _serves(layer: Any, x: Tensor, cache: Any, position_embeddings: Any, kwargs: dict[str, Any]) -> bool:
+    if x.shape[1] != 1 or cache is None or position_embeddings is None or layer.training or torch.is_grad_enabled():
+        return False
+    if x.device.type != "cpu" or kwargs.get("output_attentions"):
+        return False
+    attention = layer.self_attn
+    if attention.config._attn_implementation not in ("sdpa", "eager") or attention.config.hidden_act != "silu":
+        return False
+    return not (
+        _hooked(attention) or _hooked(layer.mlp) or _hooked(layer.input_layernorm) or _hooked(layer.post_attention_layernorm)
+    )
+
+
+def _subclass(base: type) -> type:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if position_embeddings is not None and _serves(
+            self, hidden_states, past_key_values, position_embeddings, kwargs
+        ):
+            mask = attention_mask
+            if mask is not None and mask.dtype is not torch.bool:
+                mask = mask.float()
+            return _one_token(self, hidden_states, mask, past_key_values, position_embeddings)
+        result: Tensor = base.forward(  # type: ignore[attr-defined]
+            self, hidden_states, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+        )  # fmt: skip
+        return result
+
+    return type(f"Fast{base.__name__}", (base,), {"forward": forward, _ACCELERATED: True, "__module__": __name__})
+
+
+@dataclass
+class Accelerated:
+    """What `accelerate` changed: `layers` switched modules. `remove()` undoes it."""
+
+    switched: list[tuple[nn.Module, type]] = field(default_factory=list)
+
+    @property
+    def layers(self) -> int:
+        return len(self.switched)
+
+    def remove(self) -> None:
+        for module, original in self.switched:
+            module.__class__ = original
+            module.__dict__.pop("_fastpeft_signs", None)
+        self.switched.clear()
+
+
+def accelerate(model: nn.Module) -> Accelerated:
+    """Speed up one-token decoding of a Llama model of transformers (also inside a PeftModel) on a CPU, in place.
+
+    Raises ValueError when the model has no decoder layer of a kind that is known here.
+    """
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    made: dict[type, type] = {}
+    handle = Accelerated()
+    signs = _RotarySigns()
+    for module in model.modules():
+        kind = type(module)
+        if kind is LlamaDecoderLayer:
+            module.__dict__["_fastpeft_signs"] = signs
+            module.__class__ = made.setdefault(kind, _subclass(kind))
+            handle.switched.append((module, kind))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if handle.switched and type(head) is nn.Linear and head.weight.device.type == "cpu":
+        handle.switched.append((head, nn.Linear))
+        head.__class__ = _FastHead
+    if not handle.switched and not any(getattr(m, _ACCELERATED, False) for m in model.modules()):
+        raise ValueError(f"{type(model).__name__}: no decoder layer of Llama, nothing to accelerate")
+    return handle
