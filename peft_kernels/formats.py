@@ -181,14 +181,22 @@ class QuantWeight:
         """A view of bitsandbytes' `Params4bit` (or of packed data with its `QuantState`): shares every byte.
 
         Reads attributes only, so bitsandbytes need not be importable here. Raises ValueError when the weight has not
-        been quantised yet (bitsandbytes quantises on the first move to a device).
+        been quantised yet (bitsandbytes quantises on the first move to a device) or is in its private CPU layout.
         """
         state = quant_state if quant_state is not None else getattr(weight, "quant_state", None)
         if state is None:
             raise ValueError("QuantWeight.from_bnb: the weight has no quant_state; move the layer to its device first")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "QuantWeight.from_bnb: an eval-mode forward of bitsandbytes has repacked this weight for its own CPU "
+                "kernel; its state_dict() restores the bytes"
+            )
+        data = weight.data if hasattr(weight, "data") else weight
+        if data.dtype is not torch.uint8:
+            data = data.view(torch.uint8)  # quant_storage: the same bytes under another dtype
         nested = state.state2 if getattr(state, "nested", False) else None
         return cls(
-            packed=weight.data if hasattr(weight, "data") else weight,
+            packed=data,
             absmax=state.absmax,
             shape=tuple(state.shape),
             quant_type=state.quant_type,

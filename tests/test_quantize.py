@@ -162,6 +162,23 @@ def _flat(state):
     return flat
 
 
+def test_view_of_other_storage(bnb):
+    """quant_storage=bfloat16 (as FSDP wants it) holds the same bytes; they are viewed, not copied."""
+    w = weight((32, 64))
+    packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", quant_storage=torch.bfloat16)
+    view = QuantWeight.from_bnb(packed, state)
+    assert view.packed.data_ptr() == packed.data_ptr()
+    assert_same_bits(view.packed.flatten(), reference(w, "nf4", 64).packed.flatten())
+
+
+def test_view_of_a_repacked_weight(bnb):
+    """What an eval-mode forward leaves behind on CPUs with AVX512-BF16 is another layout: refused, not misread."""
+    packed, state = bnb.quantize_4bit(weight((32, 64)), quant_type="nf4")
+    state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="from_bnb: an eval-mode forward of bitsandbytes has repacked this weight"):
+        QuantWeight.from_bnb(packed, state)
+
+
 def test_view_of_a_weight_that_is_not_quantised_yet(bnb):
     import bitsandbytes
 
