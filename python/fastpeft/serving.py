@@ -134,7 +134,7 @@ def _against_both(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list
         reasons.append(f"init_lora_weights={init!r} changed the base weights, which a server does not have")
     for name in ("rank_pattern", "alpha_pattern"):
         if config.get(name):
-            reasons.append(f"{name} is ignored: some layers get a wrong scaling (export_for_serving folds it)")
+            reasons.append(f"{name} is refused, or ignored and the scaling wrong (export_for_serving folds it)")
     other = [key for key in tensors if not key.endswith((_A_SUFFIX, _B_SUFFIX))]
     if other and not (config.get("modules_to_save") or config.get("bias", "none") not in (None, "none")):
         reasons.append(f"tensors other than lora_A and lora_B of linear layers: {list_some(other, 3)}")
