@@ -47,6 +47,17 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Panels:
+    """When a product is left to the vendor's matmul: from how many rows, over a 4-bit and over a dense weight; and the
+    most elements of a 4-bit weight that stand decoded at once (they should stay in the L2 cache)."""
+
+    from_M: int
+    from_M_dense: int
+    elements: int
+    source: str = "model"
+
+
+@dataclass(frozen=True)
 class Shape:
     """What a configuration may depend on. bits: of an element of x. blocksize: of a 4-bit weight.
 
@@ -124,6 +135,11 @@ def choose(kernel: str, arch: str, shape: Shape, run: Callable[[Config], object]
     if kernel in _overrides:
         config = replace(config, **_overrides[kernel])
     return config
+
+
+def panels(arch: str) -> Panels:
+    """The `Panels` of an architecture; `override("panels", ...)` applies."""
+    return Panels(**{**table(arch)["panels"], **_overrides.get("panels", {})})
 
 
 def bucket(shape: Shape) -> Shape:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,21 @@ def test_no_worse_than_eager(name: str) -> None:
 )
 def test_no_worse_with_the_tables_tiles(c: Case) -> None:
     check(c)
+
+
+@on_device
+@pytest.mark.parametrize(
+    "name",
+    ["nothing aligned", "blocks straddle rows", "rows straddle bytes", "small block", "half adapter", "dense",
+     "no adapter", "no adapter, no bias", "one"],
+)  # fmt: skip
+@pytest.mark.usefixtures("small_tiles")
+def test_no_worse_by_panels(name: str) -> None:
+    """The way of many rows: W decoded in panels of 64 rows or columns, multiplied by the vendor's matmul."""
+    c = SHAPES[name]
+    with tuning.override("panels", from_M=1, from_M_dense=1, elements=64 * max(c.N, c.K)):
+        check(c)
+        check(replace(c, N=c.N + 70, K=c.K + 70 - c.K % 2))
 
 
 @on_device

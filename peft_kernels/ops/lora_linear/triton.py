@@ -1,7 +1,9 @@
 """Triton backend of lora_linear: the host side. The kernels are in `triton_kernels.py`, imported on first use.
 
 Serves CUDA tensors, and CPU tensors when forced in a process with TRITON_INTERPRET=1. Scratch memory: float32 parts of
-the sums that are split over programs; never a dense copy of a 4-bit weight.
+the sums that are split over programs; no dense copy of a 4-bit weight. Only with many rows of 16-bit x, where a
+vendor's matmul wins over decoding again for every tile of rows, W is decoded in panels of a bounded size, one by one,
+and the matmul adds each product onto the low-rank term that our kernel wrote (`_panels`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from ... import formats, philox, tuning
 from ...dispatch import Backend
 from ...triton_lib import host
 
+_PANEL_STEP = 64  # panels start at multiples of it
 _DENSE, _PAIR_ROWS, _PAIR_ANY, _ELEMENT = 0, 1, 2, 3  # as in triton_lib/device.py
 
 
@@ -67,10 +70,48 @@ class _Weight:
         second = (nested_absmax, nested_code, offset) if nested else (absmax, absmax, absmax)
         self.pointers = (weight, absmax, *second, table)
         self.plain = mode == _PAIR_ROWS or (mode == _DENSE and 1 in self.strides)
-        self.blocksize = blocksize
+        self.blocksize, self.shape, self.dtype = blocksize, (n, k), dtype
         self.constants: dict[str, Any] = {
             "MODE": mode, "BLOCKSIZE": blocksize, "NESTED": nested, "NESTED_BLOCKSIZE": nested_blocksize,
         }  # fmt: skip
+
+    def panel(self, rows: range, columns: range, buffer: Tensor) -> Tensor:
+        """W[rows, columns] in x's dtype: a view of a dense weight where possible, else decoded into `buffer`."""
+        from . import triton_kernels as kernels
+
+        if self.constants["MODE"] == _DENSE:
+            return self.pointers[0][rows.start : rows.stop, columns.start : columns.stop].to(self.dtype)
+        out = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
+        bn, bk = 32, _PANEL_STEP
+        host.launch(kernels.decode_kernel, (_cdiv(len(rows), bn), _cdiv(len(columns), bk)), *self.pointers, out,
+                    rows.start, columns.start, *out.shape, *self.shape, *self.strides, **self.constants, BN=bn, BK=bk,
+                    num_warps=4, num_stages=1)  # fmt: skip
+        return out
+
+
+def _panels(x: Tensor, w: _Weight, out: Tensor, started: bool, by_rows: bool, arch: str) -> None:
+    """out (+)= x W^T, by panels of rows of W, or out (+)= x W, by panels of columns; each sum is rounded once.
+
+    started: `out` holds what the products are added to.
+    """
+    n, k = w.shape
+    total, other = (n, k) if by_rows else (k, n)
+    most = total
+    buffer = out
+    if w.constants["MODE"] != _DENSE:
+        most = min(total, max(tuning.panels(arch).elements // other // _PANEL_STEP, 1) * _PANEL_STEP)
+        buffer = x.new_empty((most * other,))
+    for first in range(0, total, max(most, 1)):
+        part, whole = range(first, min(first + most, total)), range(other)
+        panel = w.panel(part, whole, buffer).t() if by_rows else w.panel(whole, part, buffer)
+        out[:, part.start : part.stop].addmm_(x, panel, beta=1 if started else 0)
+
+
+def _use_panels(x: Tensor, w: _Weight, arch: str) -> bool:
+    p = tuning.panels(arch)
+    return x.dtype is not torch.float32 and x.shape[0] >= (
+        p.from_M_dense if w.constants["MODE"] == _DENSE else p.from_M
+    )
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -173,9 +214,12 @@ def forward(
     w = _Weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, n, k,
                 x.dtype)  # fmt: skip
 
+    vendor = _use_panels(x, w, arch)
+
     def run(c: tuning.Config) -> None:
         tiles = _cdiv(m, c.BM) * _cdiv(n, c.BN)
-        parts, steps = _split(k, c.BK, tiles, c.programs, 4)
+        # without steps the kernel writes what it starts from: s B^T and the bias
+        parts, steps = (1, 0) if vendor else _split(k, c.BK, tiles, c.programs, 4)
         out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
         host.launch(kernels.forward_kernel, (tiles, parts), x, *w.pointers, s if r else x, b_or_x,
                     x if bias is None else bias, out, m, n, k, r, *w.strides, steps, scaling, ADAPTER=r > 0,
@@ -184,9 +228,13 @@ def forward(
         if parts > 1:
             _reduce(out, y, 1.0)
 
-    if y.numel():
+    started = r > 0 or bias is not None
+    if y.numel() and (started or not vendor):
         plain = w.plain and k % 16 == 0
-        run(tuning.choose("forward", arch, tuning.Shape(m, n, k, r, x.element_size() * 8, plain, w.blocksize), run))
+        shape = tuning.Shape(m, n, k, r, x.element_size() * 8, plain, w.blocksize)
+        run(tuning.choose("forward", arch, shape, None if vendor else run))
+    if vendor:
+        _panels(x, w, y, started, True, arch)
     return y, s
 
 
@@ -235,9 +283,11 @@ def _input_gradient(
     r = 0 if ds is None else ds.shape[1]
     dx = dy.new_empty((m, k))
 
+    vendor = _use_panels(dy, w, arch)
+
     def run(c: tuning.Config) -> None:
         tiles = _cdiv(m, c.BM) * _cdiv(k, c.BK)
-        parts, steps = _split(n, c.BN, tiles, c.programs, 4)
+        parts, steps = (1, 0) if vendor else _split(n, c.BN, tiles, c.programs, 4)
         out = dx if parts == 1 else torch.empty((parts, m, k), dtype=torch.float32, device=dy.device)
         host.launch(kernels.backward_kernel, (tiles, parts), dy, *w.pointers, dy if ds is None else ds,
                     dy if a is None else a, drop.seed, out, m, n, k, r, *w.strides, steps, *drop.arguments,
@@ -246,9 +296,12 @@ def _input_gradient(
         if parts > 1:
             _reduce(out, dx, 1.0)
 
-    if dx.numel():
+    if dx.numel() and (r > 0 or not vendor):
         plain = w.plain and k % 16 == 0 and n % 16 == 0
-        run(tuning.choose("backward", arch, tuning.Shape(m, n, k, r, dy.element_size() * 8, plain, w.blocksize), run))
+        shape = tuning.Shape(m, n, k, r, dy.element_size() * 8, plain, w.blocksize)
+        run(tuning.choose("backward", arch, shape, None if vendor else run))
+    if vendor:
+        _panels(dy, w, dx, r > 0, False, arch)
     return dx
 
 

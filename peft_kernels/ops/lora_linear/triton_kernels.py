@@ -5,6 +5,7 @@
     ds  = dy B and dB = dy^T s         outer_kernel, one pass over dy
     dA  = ds^T drop(x)                         outer_kernel
     dx  = dy W + drop'(ds A)                   backward_kernel
+    W[rows, columns] for many rows of x        decode_kernel
 
 The two large products keep the *weight* as the left operand (the accumulator is [features, rows]): the decoded tile
 then goes from registers into the tensor cores of sm_90, and few rows cost few columns instead of a padded 64-row tile.
@@ -197,3 +198,22 @@ def reduce_kernel(p_part, p_out, numel, parts, scale, BLOCK: tl.constexpr):
     for i_part in range(parts):
         b_sum = b_sum + tl.load(p_part + i_part * numel.to(tl.int64) + i, mask=b_mask, other=0.0)
     tl.store(p_out + i, round_to(b_sum * scale, p_out.dtype.element_ty), mask=b_mask)
+
+
+@triton.jit
+def decode_kernel(
+    p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_out, first_n, first_k, rows, columns, N, K,
+    stride_n, stride_k, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [rows, columns] = W[first_n:, first_k:], decoded. first_k is a multiple of BK."""
+    i_n0, i_k0 = tl.program_id(0) * BN, tl.program_id(1) * BK
+    b_table = tl.arange(0, 1)
+    if MODE == 1 or MODE == 2:
+        b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
+    b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, first_n + i_n0,
+                      first_k + i_k0, N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
+                      p_out.dtype.element_ty)  # fmt: skip
+    i_n = i_n0 + tl.arange(0, BN)[:, None]
+    i_k = i_k0 + tl.arange(0, BK)[None, :]
+    tl.store(p_out + i_n.to(tl.int64) * columns + i_k, b_w, mask=(i_n < rows) & (i_k < columns))
