@@ -1,7 +1,13 @@
 /* Shared by the CUDA launchers: error texts and the choice of the device. */
 #pragma once
-#include <cuda_runtime.h>
 #include <stdint.h>
+#if defined(PK_SIMT)
+#include "../simt/simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
 
 #include "../pk_abi.h"
 
@@ -20,6 +26,14 @@ inline int pk_cuda_use(int64_t device, const char *what) {
 }
 
 inline bool pk_aligned(const void *p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+/* Launches `kernel` (a function, or a pointer to one): by nvcc, or on the host stand-in of csrc/simt. */
+#if defined(PK_SIMT)
+#define PK_LAUNCH(kernel, grid, threads, stream, ...)                                                                  \
+    (static_cast<void>(stream), simt::launch(grid, threads, [&] { kernel(__VA_ARGS__); }))
+#else
+#define PK_LAUNCH(kernel, grid, threads, stream, ...) kernel<<<grid, threads, 0, stream>>>(__VA_ARGS__)
+#endif
 
 /* Blocks of a launch. Kernels loop over what a grid of this size does not reach at once. */
 inline unsigned pk_grid(int64_t wanted, int64_t most) {

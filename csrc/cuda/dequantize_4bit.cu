@@ -1,9 +1,6 @@
 /* dequantize_4bit on the GPU: bound by the bytes that it writes, so the layout follows the stores. A thread takes 4
  * packed bytes, 8 elements, one aligned 16-byte store of bfloat16 (two of float32); neighbouring threads take
  * neighbouring words. The table lies in shared memory (16 floats in 16 banks: no conflicts). */
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "common.cuh"
 
 namespace {
@@ -105,8 +102,9 @@ void launch(const uint8_t *packed, const Scales &scales, const float *nested_cod
     const int64_t per_block = int64_t(THREADS) * WORDS * 8;
     const unsigned grid = pk_grid((numel + per_block - 1) / per_block, 1 << 20);
     const bool aligned = pk_aligned(packed, 4) && pk_aligned(out, 16);
-    dequantize_kernel<T><<<grid, THREADS, 0, stream>>>(packed, scales, nested_code, table, numel, shift, aligned,
-                                                       static_cast<T *>(out));
+    auto kernel = dequantize_kernel<T>;
+    PK_LAUNCH(kernel, grid, THREADS, stream, packed, scales, nested_code, table, numel, shift, aligned,
+              static_cast<T *>(out));
 }
 } // namespace
 

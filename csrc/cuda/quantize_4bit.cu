@@ -4,9 +4,6 @@
  * of bfloat16, 4 bytes of result), so loads and stores are coalesced. The maximum goes through shuffles; the elements are
  * read again (from L1) for the codes where a team needs more than one pass. The midpoints lie in shared memory in heap
  * order: 16 floats are 16 banks, so the four look-ups of the 32 lanes never conflict. */
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "common.cuh"
 
 namespace {
@@ -131,9 +128,11 @@ void launch(const void *w, int64_t numel, int64_t blocksize, const Tables &table
     const bool aligned = pk_aligned(w, 16) && pk_aligned(packed, 4);
     switch (blocksize) {
 #define PK_CASE(bs)                                                                                                    \
-    case bs:                                                                                                           \
-        quantize_kernel<T, bs><<<grid, THREADS, 0, stream>>>(p, numel, nblocks, tables, aligned, packed, absmax);      \
-        break;
+    case bs: {                                                                                                         \
+        auto kernel = quantize_kernel<T, bs>;                                                                          \
+        PK_LAUNCH(kernel, grid, THREADS, stream, p, numel, nblocks, tables, aligned, packed, absmax);                  \
+        break;                                                                                                         \
+    }
         PK_CASE(32) PK_CASE(64) PK_CASE(128) PK_CASE(256) PK_CASE(512) PK_CASE(1024) PK_CASE(2048) PK_CASE(4096)
 #undef PK_CASE
     }
@@ -217,7 +216,7 @@ extern "C" int pk_cuda_quantize_absmax(const float *absmax, int64_t nblocks, con
         return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
     if (int code = pk_cuda_use(device, what)) return code;
     const unsigned grid = pk_grid((nblocks + nested_blocksize - 1) / nested_blocksize, 1 << 20);
-    absmax_kernel<<<grid, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(absmax, nblocks, offset, nested_blocksize,
-                                                                           rounding, codes, nested_absmax);
+    PK_LAUNCH(absmax_kernel, grid, THREADS, static_cast<cudaStream_t>(stream), absmax, nblocks, offset, nested_blocksize,
+              rounding, codes, nested_absmax);
     return pk_cuda_check(cudaGetLastError(), what);
 }
