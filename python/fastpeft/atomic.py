@@ -36,14 +36,15 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
     """Yield an empty folder to fill; on success it becomes `path`, with a manifest of what was written.
 
     keep: files of an existing `path` that were not written anew stay in it (PEFT writes adapters into folders that
-    hold other things too). Raises whatever the body raises, after removing the temporary folder.
+    hold other things too). A folder that cannot be renamed (see `_is_pinned`) keeps them in any case. Raises whatever the body raises, after removing the temporary folder.
     """
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file, a directory was expected")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    temporary = target.parent / f".{target.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    home = target if _is_pinned(target) else target.parent
+    _remove_leftovers(home, target.name)
+    temporary = home / f".{target.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     temporary.mkdir()
     if target.exists():
         os.chmod(temporary, target.stat().st_mode & 0o777)
@@ -58,10 +59,10 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
 
 def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
     written = os.listdir(temporary)
-    if not target.exists() or not os.listdir(target):
-        os.rename(temporary, target)
-    elif _is_pinned(target):
+    if temporary.parent == target:
         _replace_files(temporary, target, written)
+    elif not target.exists() or not os.listdir(target):
+        os.rename(temporary, target)
     else:
         if keep:
             _link_missing(target, temporary)
@@ -71,9 +72,15 @@ def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
 
 
 def _is_pinned(target: Path) -> bool:
-    """A mount point cannot be renamed, and a process (a shell) standing in a folder would be left in the old one."""
+    """Whether an existing folder must stay the one it is: its files are then replaced one by one.
+
+    A mount point cannot be renamed, nor a folder whose parent is read-only, and a process (a shell) that stands in a
+    folder would be left in the old one.
+    """
+    if not target.is_dir():
+        return False
     here = Path.cwd()
-    return os.path.ismount(target) or target == here or target in here.parents
+    return target == here or target in here.parents or os.path.ismount(target) or not os.access(target.parent, os.W_OK)
 
 
 def _replace_files(temporary: Path, target: Path, names: list[str]) -> None:
@@ -146,13 +153,13 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9]+", "", platform.node())[:32] or "host"
 
 
-def _remove_leftovers(target: Path) -> None:
+def _remove_leftovers(home: Path, target: str) -> None:
     """Remove temporary folders of writers on this machine that are no longer alive."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.tmp-{_host()}-(\d+)-[0-9a-f]{{8}}")
-    for name in os.listdir(target.parent):
+    pattern = re.compile(rf"\.{re.escape(target)}\.tmp-{_host()}-(\d+)-[0-9a-f]{{8}}")
+    for name in os.listdir(home):
         match = pattern.fullmatch(name)
         if match and not _is_alive(int(match[1])):
-            shutil.rmtree(target.parent / name, ignore_errors=True)
+            shutil.rmtree(home / name, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:

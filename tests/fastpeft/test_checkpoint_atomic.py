@@ -89,6 +89,26 @@ def test_saving_into_the_current_folder(tmp_path, monkeypatch, exchange):
     atomic.verify_manifest(tmp_path)
 
 
+@pytest.mark.parametrize("existing", [True, False])
+def test_saving_onto_a_mount_point(tmp_path, monkeypatch, existing):
+    """Nothing is written beside it (that is another file system), and the folder stays the one it is."""
+    out = tmp_path / "a"
+    out.mkdir()
+    if existing:
+        save_adapter(out, *adapter(1.0))
+        (out / "keep").write_text("x")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: real(a, b) if out in Path(a).parents else pytest.fail(f"from {a}"))
+    inode = out.stat().st_ino
+    save_adapter(out, *adapter(2.0))
+    assert out.stat().st_ino == inode
+    atomic.verify_manifest(out)
+    names = {CONFIG_NAME, SAFETENSORS_NAME, atomic.MANIFEST_NAME}
+    assert {p.name for p in out.iterdir()} == names | ({"keep"} if existing else set())
+    assert json.loads((out / CONFIG_NAME).read_text())["lora_alpha"] == 2.0
+
+
 def test_without_exchange_files_are_replaced_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     out = tmp_path / "a"
