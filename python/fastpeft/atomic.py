@@ -36,7 +36,8 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
     """Yield an empty folder to fill; on success it becomes `path`, with a manifest of what was written.
 
     keep: files of an existing `path` that were not written anew stay in it (PEFT writes adapters into folders that
-    hold other things too). A folder that cannot be renamed (see `_is_pinned`) keeps them in any case. Raises whatever the body raises, after removing the temporary folder.
+    hold other things too). A folder that cannot be renamed (see `_is_pinned`) keeps them in
+    any case. Raises whatever the body raises, after removing the temporary folder.
     """
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
