@@ -48,6 +48,28 @@ def test_loss_and_gradients(dtype: torch.dtype, softcap: float | None, chunk_voc
         assert_no_worse(mine, theirs.to(mine.dtype), best, magnitude)
 
 
+@pytest.mark.parametrize("confident", [False, True])
+def test_native_products_are_as_exact_as_the_models_own_head(confident: bool) -> None:
+    h, w, t = torch.randn(N, H), torch.randn(V, H), torch.randint(0, V, (N,))
+    if confident:  # softmax of the target near 1, where softmax - 1 cancels
+        h = w[t] * 2
+    leaves = [h.bfloat16().requires_grad_(), w.bfloat16()]
+    ours = gradients(chunked_cross_entropy(*leaves, t, chunk_vocab=16, native_products=True), leaves[:1])
+    # A model in bfloat16: logits rounded to it, the softmax in float32, the logits' gradient rounded to it again.
+    eager = gradients(
+        torch.nn.functional.cross_entropy(torch.nn.functional.linear(*leaves).float(), t, reduction="sum"), leaves[:1]
+    )
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    right = gradients(plain(exact[0], exact[1], None, t, 1.0, None), exact[:1])
+    # The loss and a gradient are sums of terms that were rounded to bfloat16: its epsilon times their magnitudes.
+    scores = (exact[0].detach() @ exact[1].detach().t()).abs().amax(1)
+    softmax = torch.softmax(exact[0].detach() @ exact[1].detach().t(), 1)
+    softmax[torch.arange(N), t] = 1 - softmax[torch.arange(N), t]
+    magnitudes = [scores.sum() * 2**16, softmax @ exact[1].detach().abs() + scores.unsqueeze(1) * softmax @ exact[1].abs()]
+    for mine, theirs, best, magnitude in zip(ours, eager, right, magnitudes, strict=True):
+        assert_no_worse(mine, theirs.to(mine.dtype), best, magnitude)
+
+
 def test_gradcheck() -> None:
     h, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 4), (9, 4), (9,)))
     t = torch.randint(0, 9, (5,))

@@ -48,7 +48,7 @@ class CompletionLoss:
         if type(self.head) is torch.nn.Linear:
             return chunked_cross_entropy(
                 hidden, self.head.weight, batch.targets, self.head.bias, scale=self.scale, softcap=self.softcap,
-                chunk_vocab=self.chunk_vocab, chunk_tokens=self.chunk_tokens,
+                chunk_vocab=self.chunk_vocab, chunk_tokens=self.chunk_tokens, native_products=True,
             )  # fmt: skip
         # A wrapped head's logits exist in full width, so the tokens at once are what bounds them.
         size = max(1, self.chunk_tokens // 8)

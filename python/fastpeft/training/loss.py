@@ -25,12 +25,14 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     chunk_vocab: int = 4096,
     chunk_tokens: int = 1024,
+    native_products: bool = False,
 ) -> Tensor:
     """Sum over tokens of ``-log softmax(logits)[target]``, a float32 scalar (float64 for float64 ``hidden``).
 
     hidden [N, H]; weight [V, H]; bias [V]; targets [N] int64 in 0..V-1.
     ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)`` where given.
-    Differentiable in hidden, weight and bias. The weight's gradient costs a second sweep and is made only when needed.
+    native_products: multiply bfloat16 as bfloat16 (float32 sums) instead of in float32: twice as fast, and as exact as
+    the model's own head. Differentiable in hidden, weight and bias. The weight's gradient costs a second sweep and is made only when needed.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [N, H] and weight [V, H] expected, got {list(hidden.shape)} and {list(weight.shape)}")
@@ -41,7 +43,7 @@ def chunked_cross_entropy(
             f"targets must lie in 0..{weight.shape[0] - 1}, got {int(targets.min())}..{int(targets.max())}"
         )
     result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's apply has no types
-        hidden, weight, bias, targets, scale, softcap, chunk_vocab, chunk_tokens
+        hidden, weight, bias, targets, scale, softcap, chunk_vocab, chunk_tokens, native_products
     )
     return result
 
@@ -58,17 +60,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         chunk_vocab: int,
         chunk_tokens: int,
+        native_products: bool,
     ) -> Tensor:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        head = _Head(weight, bias, scale, softcap, chunk_vocab, dtype)
+        product = torch.bfloat16 if native_products and _multiplies_bfloat16(hidden, weight) else dtype
+        head = _Head(weight, bias, scale, softcap, chunk_vocab, dtype, product)
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
         grad_bias = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if need_bias else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            h, t = hidden[rows].detach().to(dtype), targets[rows]
+            h, t = hidden[rows].detach().to(product), targets[rows]
             part, log_sum, gradient = head.sweep(h, t, need_hidden)
             loss += part
             if grad_hidden is not None and gradient is not None:
@@ -86,23 +90,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         scaled = [None if g is None else g * grad.to(g.dtype) for g in ctx.gradients]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
+
+
+def _multiplies_bfloat16(hidden: Tensor, weight: Tensor) -> bool:
+    if hidden.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16:
+        return False
+    return hidden.device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
 
 
 class _Head:
-    """The projection to the vocabulary, slice by slice."""
+    """The projection to the vocabulary, slice by slice. dtype: of the softmax and all sums; product: of the factors."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, chunk: int, dtype: torch.dtype
-    ) -> None:
+        self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, chunk: int, dtype: torch.dtype,
+        product: torch.dtype,
+    ) -> None:  # fmt: skip
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self.scale, self.softcap, self.chunk, self.dtype = scale, softcap, chunk, dtype
+        self.scale, self.softcap, self.chunk, self.dtype, self.product = scale, softcap, chunk, dtype, product
 
     def _logits(self, h: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits of one slice [n, v], the slice of the weight, and tanh(z / softcap) where there is a cap."""
         rows = slice(start, start + self.chunk)
-        w = self.weight[rows].to(self.dtype)
-        z = h @ w.t() if self.bias is None else torch.addmm(self.bias[rows].to(self.dtype), h, w.t())
+        w = self.weight[rows].to(self.product)
+        z = (h @ w.t()).to(self.dtype)
+        if self.bias is not None:
+            z += self.bias[rows].to(self.dtype)
         if self.scale != 1.0:
             z *= self.scale
         if self.softcap is None:
@@ -117,7 +130,7 @@ class _Head:
         total = torch.zeros(n, dtype=self.dtype, device=h.device)
         at_target = torch.zeros(n, dtype=self.dtype, device=h.device)
         slope = torch.ones(n, dtype=self.dtype, device=h.device)  # of the cap at the target
-        mean = torch.zeros_like(h) if need_gradient else None
+        mean = torch.zeros(h.shape, dtype=self.dtype, device=h.device) if need_gradient else None
         for start in range(0, self.weight.shape[0], self.chunk):
             logits, w, capped = self._logits(h, start)
             inside = (targets >= start) & (targets < start + self.chunk)
@@ -131,14 +144,19 @@ class _Head:
                 if capped is not None:
                     slope = torch.where(inside, 1 - capped.gather(1, index).squeeze(1) ** 2, slope)
                     p *= 1 - capped**2
-                mean = torch.addmm(mean.mul_(rescale.unsqueeze(1)), p, w)
+                p.scatter_(1, index, p.gather(1, index).masked_fill_(inside.unsqueeze(1), 0.0))
+                if self.product is self.dtype:
+                    mean = torch.addmm(mean.mul_(rescale.unsqueeze(1)), p, w)
+                else:
+                    mean.mul_(rescale.unsqueeze(1)).add_(p.to(self.product) @ w)
             top = higher
         log_sum = top + torch.log(total)
         loss = (log_sum - at_target).sum()
         if mean is None:
             return loss, log_sum, None
         mean /= total.unsqueeze(1)
-        mean -= self.weight[targets].to(self.dtype) * slope.unsqueeze(1)
+        # softmax - 1 at the target as expm1, which keeps the digits of a confident prediction
+        mean += self.weight[targets].to(self.dtype) * (torch.expm1(at_target - log_sum) * slope).unsqueeze(1)
         return loss, log_sum, mean.mul_(self.scale)
 
     def weight_gradients(
@@ -154,6 +172,6 @@ class _Head:
                 p *= 1 - capped**2
             p *= self.scale
             if grad_weight is not None:
-                grad_weight[start : start + self.chunk] += p.t() @ h
+                grad_weight[start : start + self.chunk] += p.t() @ h.to(self.dtype)
             if grad_bias is not None:
                 grad_bias[start : start + self.chunk] += p.sum(dim=0)
