@@ -51,7 +51,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "data.jsonl")
     (folder / "config.yaml").write_text(
         f"model: {folder / 'model'}\ndata: {folder / 'data.jsonl'}\noutput: {folder / 'run'}\neval_fraction: 0.2\n"
-        "max_length: 64\nbatch_size: 2\nmax_steps: 8\nlearning_rate: 2e-2\nlora: {r: 4, target_modules: all-linear}\n"
+        "max_length: 64\ndtype: float32\nbatch_size: 2\nmax_steps: 8\nlearning_rate: 2e-2\n"
+        "lora: {r: 4, target_modules: all-linear}\n"
     )
     done = invoke("train", folder / "config.yaml", "save_every=4")
     assert done.exit_code == 0, done.output
@@ -98,7 +99,7 @@ def test_generate(world: Path) -> None:
     assert [a["prompt"] for a in tuned["answers"]] == ["colour 3?", "colour 4?"]
     assert tuned == {**result_of("generate", "--adapter", adapter, "--max-new-tokens", 12, "colour 3?", "colour 4?"),
                      "tokens_per_s": tuned["tokens_per_s"]}  # fmt: skip
-    base = result_of("generate", "--model", world / "model", "--max-new-tokens", 12, "colour 3?")
+    base = result_of("generate", "--model", world / "model", "--dtype", "float32", "--max-new-tokens", 12, "colour 3?")
     assert base["answers"][0]["answer"] != tuned["answers"][0]["answer"]
     shown = invoke("generate", "--adapter", adapter, "--max-new-tokens", 12, "colour 3?")
     assert shown.stdout.strip() == tuned["answers"][0]["answer"]
@@ -122,7 +123,7 @@ def test_merge_makes_a_model_that_answers_like_the_adapter(world: Path, onto: st
     base = transformers.AutoModelForCausalLM.from_pretrained(world / "model")
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in base.named_parameters()}
     quantize = "nf4" if onto == "quantized" else "none"
-    words = ("--max-new-tokens", 10, "colour 3?")
+    words = ("--dtype", "float32", "--max-new-tokens", 10, "colour 3?")
     expected = result_of("generate", "--adapter", adapter, "--quantize", quantize, *words)["answers"]
     assert result_of("generate", "--model", merged, *words)["answers"] == expected
 

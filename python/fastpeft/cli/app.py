@@ -32,7 +32,7 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the report, the curve and the adapter.")] = Path(
         "runs/quickstart"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 48,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

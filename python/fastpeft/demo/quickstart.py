@@ -55,7 +55,7 @@ def config(output: Path, steps: int) -> TrainConfig:
         warmup=0.05,
         min_lr_ratio=0.05,
         max_steps=steps,
-        eval_every=max(1, steps // 3),
+        eval_every=max(1, steps // 4),
         save_every=max(1, steps // 4),
         keep_checkpoints=1,
     )

@@ -143,8 +143,8 @@ def pick_device(device: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype; "auto" is bfloat16 where the device multiplies it faster than float32, else float32.
 
-    On a CPU that takes its bfloat16 dot product (`avx512_bf16`) and our kernels: measured on a Zen 4, SmolLM2's training
-    step needs 3.4 s of processor time in bfloat16 and 4.7 s in float32.
+    On a CPU that takes its bfloat16 dot product (`avx512_bf16`) and our kernels: measured on a Zen 4, a training step
+    of SmolLM2 needs 3.4 s of processor time in bfloat16 and 4.7 s in float32.
     """
     import torch
 

@@ -50,14 +50,14 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
 def _eight_bit(
     name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], config: TrainConfig
 ) -> torch.optim.Optimizer:
+    if not groups[0]["params"][0].is_cuda:
+        raise UserError(f"optimizer={name}: bitsandbytes has 8-bit optimizers for GPUs only", "use optimizer=adamw")
     try:
         import bitsandbytes
     except ImportError as error:
         raise UserError(
             f"optimizer={name} needs bitsandbytes", "pip install bitsandbytes, or use optimizer=adamw"
         ) from error
-    if not groups[0]["params"][0].is_cuda:
-        raise UserError(f"optimizer={name}: bitsandbytes has 8-bit optimizers for GPUs only", "use optimizer=adamw")
     classes = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "lion_8bit": "Lion8bit"}
     extra = {} if name == "lion_8bit" else {"eps": config.epsilon}
     make = getattr(bitsandbytes.optim, classes[name])
