@@ -35,10 +35,10 @@ on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 # small tiles, so that small shapes have several of everything: rows, columns, steps, ranks, parts of a sum
 SMALL: dict[str, dict[str, int]] = {
-    "project": {"BM": 16, "BK": 32, "BR": 16, "programs": 16},
-    "outer": {"BM": 16, "BN": 32, "BR": 16, "programs": 16},
-    "forward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 16},
-    "backward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 16},
+    "project": {"BM": 16, "BK": 32, "BR": 16, "programs": 6},
+    "outer": {"BM": 16, "BN": 32, "BR": 16, "programs": 6},
+    "forward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 6},
+    "backward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 6},
 }
 
 
@@ -197,12 +197,12 @@ def test_no_worse_than_eager(name: str) -> None:
 @pytest.mark.parametrize(
     "c",
     [
-        Case(70, 150, 192, 16, bf16, p=0.05),
-        Case(130, 200, 256, 16, f16),
-        Case(1, 200, 576, 16, bf16),
-        Case(20, 200, 256, 64, bf16, p=0.05),
+        Case(40, 150, 192, 16, bf16, p=0.05),
+        Case(130, 140, 128, 16, f16),
+        Case(1, 130, 576, 16, bf16),
+        Case(20, 130, 128, 64, bf16, p=0.05),
         Case(40, 130, 192, 16, f32, p=0.05),
-        Case(3, 64, 320, 512, bf16),
+        Case(3, 40, 192, 512, bf16),
     ],
     ids=str,
 )
@@ -221,15 +221,14 @@ def test_no_worse_by_panels(name: str) -> None:
     """The way of many rows: W decoded in panels of 64 rows or columns, multiplied by the vendor's matmul."""
     c = SHAPES[name]
     with tuning.override("panels", from_M=1, from_M_dense=1, elements=64 * max(c.N, c.K)):
-        check(c)
-        check(replace(c, N=c.N + 70, K=c.K + 70 - c.K % 2))
+        check(replace(c, M=c.M + 1, N=c.N + 40, K=c.K + 40))
 
 
 @on_device
 @pytest.mark.parametrize("dtype", [f32, bf16])
 @pytest.mark.usefixtures("small_tiles")
 def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
-    c = Case(33, 40, 136, 20, dtype, p=0.1)
+    c = Case(33, 40, 104, 20, dtype, p=0.1)
     i = make(c)
     with pk.use_backend("triton"):
         runs = []
