@@ -93,7 +93,7 @@ class Bnb4bitWeight(Quant4bitWeight):
             if w is None or w.requires_grad or hooks or pre:
                 return None
             # The state object tells a requantised or repacked weight from the one that was seen last.
-            if w is not held or w.quant_state is not state or state.packing_format_for_cpu:
+            if w is not held or w.quant_state is not state or getattr(state, "packing_format_for_cpu", False):
                 qw = cls.quant(module)
                 held, state = w, w.quant_state
             return qw

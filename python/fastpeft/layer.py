@@ -276,7 +276,7 @@ class AdapterLayer(Merging, nn.Module):
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plan = self._plan
+        plan = None if torch.compiler.is_compiling() else self._plan
         if plan is not None and not args and not kwargs:
             y = plan(x)
             if y is not None:
@@ -293,8 +293,10 @@ class AdapterLayer(Merging, nn.Module):
             return self._compose(x, (), args, kwargs)
         names = [name for name in self._active_adapter if name in self.methods]
         if len(names) == 1 and not args and not kwargs:
-            self._plan = self.methods[names[0]].fused(self, self.view(names[0]), self.shared.get(names[0]))
-            y = None if self._plan is None else self._plan(x)
+            plan = self.methods[names[0]].fused(self, self.view(names[0]), self.shared.get(names[0]))
+            if not torch.compiler.is_compiling():  # a graph has no use for it
+                self._plan = plan
+            y = None if plan is None else plan(x)
             if y is not None:
                 return y
         return self._compose(x, names, args, kwargs)

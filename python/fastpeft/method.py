@@ -70,8 +70,7 @@ class Inner(Protocol):
 class AdapterView:
     """One adapter's tensors and values in one layer, by name: `s.lora_A`, `s.scaling`. Reads through, holds nothing."""
 
-    __slots__ = ("_layer", "_name")
-
+    # No __slots__: torch.compile traces `__getattr__` only of objects that have a `__dict__`.
     def __init__(self, layer: AdapterLayer, name: str) -> None:
         self._layer = layer
         self._name = name

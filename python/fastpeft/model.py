@@ -15,7 +15,7 @@ from . import checkpoint
 from .config import PeftConfig, PeftWarning
 from .loading import fill_adapter, read_adapter
 from .method import method_of
-from .prepare import enable_input_gradients
+from .prepare import enable_input_gradients, is_checkpointing
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
 
@@ -45,7 +45,7 @@ class PeftModel(nn.Module):
         )  # fmt: skip
         self.training = model.training
         self.base_model.training = model.training
-        if getattr(model, "is_gradient_checkpointing", False):
+        if is_checkpointing(model):
             enable_input_gradients(model)
         # Some models split their matrices to imitate tensor parallelism, which adapter layers have no part in.
         if hasattr(getattr(model, "config", None), "pretraining_tp"):

@@ -57,6 +57,12 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether a transformers model recomputes its activations (asked by the name that its version has)."""
+    name = "is_activation_checkpointing" if hasattr(type(model), "is_activation_checkpointing") else ""
+    return bool(getattr(model, name or "is_gradient_checkpointing", False))
+
+
 def enable_input_gradients(model: nn.Module) -> None:
     """Make the embeddings' output require gradients, which reentrant gradient checkpointing needs to reach adapters."""
     if hasattr(model, "enable_input_require_grads"):

@@ -218,6 +218,30 @@ def test_copies_have_plans_of_their_own() -> None:
         assert_same_bits(layer(x), y)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("base", ["linear", "nf4", "bnb-nf4", "conv2d"])
+def test_a_layer_compiles_into_one_graph(base: str, warm: bool, training: bool) -> None:
+    layer = lora_layer(QUANTISED[base]() if base in QUANTISED else base, lora_dropout=0.2).train(training)
+    x = torch.randn(3, 64) if base in QUANTISED else SAMPLE_BASES[base].input()
+    if warm:  # a plan made before must not stand in the way
+        layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, layer):
+        layer.zero_grad()
+        torch.manual_seed(3)
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+    assert len(results[0]) == 3
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+    layer.merge()
+    assert not torch.equal(compiled(x), results[0][0])
+    torch._dynamo.reset()
+
+
 def test_inputs_of_any_layout_and_length() -> None:
     layer = lora_layer()
     whole = torch.randn(4, 48)

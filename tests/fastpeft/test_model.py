@@ -431,6 +431,22 @@ def test_the_whole_public_surface_of_this_version_can_be_imported() -> None:
     assert issubclass(fastpeft.PeftMixedModel, PeftModel)
 
 
+def test_names_are_found_where_scripts_look_for_them() -> None:
+    from fastpeft.tuners.lora import LoraLayer, LoraModel
+    from fastpeft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from fastpeft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
+
+    ours, _ = pair(modules_to_save=["lm_head"])
+    layer = ours.model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, BaseTunerLayer)
+    assert isinstance(layer, LoraLayer)
+    assert not isinstance(layer.base_layer, LoraLayer)
+    assert isinstance(ours.base_model, LoraModel)
+    assert issubclass(LoraModel, BaseTuner)
+    assert isinstance(ours.model.lm_head, ModulesToSaveWrapper)
+    assert get_peft_model_state_dict is fastpeft.get_peft_model_state_dict
+
+
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, time, fastpeft; "
