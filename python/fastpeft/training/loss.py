@@ -32,7 +32,8 @@ def chunked_cross_entropy(
     hidden [N, H]; weight [V, H]; bias [V]; targets [N] int64 in 0..V-1.
     ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)`` where given.
     native_products: multiply bfloat16 as bfloat16 (float32 sums) instead of in float32: twice as fast, and as exact as
-    the model's own head. Differentiable in hidden, weight and bias. The weight's gradient costs a second sweep and is made only when needed.
+    the model's own head.
+    Differentiable in hidden, weight and bias. The weight's gradient costs a second sweep and is made only when needed.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [N, H] and weight [V, H] expected, got {list(hidden.shape)} and {list(weight.shape)}")
