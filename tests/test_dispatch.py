@@ -320,7 +320,7 @@ def test_forced_by_the_environment_and_unable():
 
 
 def test_import_is_light():
-    """No optional package, no compiler, no native library; 0.2 s on top of torch is the budget (measured as the best of
+    """No optional package, no compiler, no native library; 0.2 s on top of torch is the budget (the best of up to
     three, for the machine may be busy)."""
     code = """
 import time, torch, sys
@@ -342,4 +342,6 @@ print(*[m for m in heavy if m in sys.modules])
         assert lines[2] == "False", "import peft_kernels loads a native library"
         assert lines[3] == "", f"an op on CPU tensors imports {lines[3]}"
         best = min(best, float(lines[0]))
+        if best < 0.2:
+            break
     assert best < 0.2
