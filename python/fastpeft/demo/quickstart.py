@@ -78,6 +78,7 @@ def run(output: Path, steps: int) -> dict[str, Any]:
 
     from fastpeft.training import run as training
     from fastpeft.training.inference import Answerer
+    from fastpeft.training.plot import plot_losses
 
     from .report import write_report
 
@@ -147,6 +148,7 @@ def run(output: Path, steps: int) -> dict[str, Any]:
             for p, b, a in zip(shown, before, after, strict=True)
         ],
     }
+    plot_losses(output / "metrics.jsonl", output / "loss.png", "SmolLM2-135M on Python's documentation")
     write_report(output, summary)
     _mark(output, finished=True, settings=settings)
     return summary

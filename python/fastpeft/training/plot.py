@@ -39,11 +39,11 @@ def plot_losses(metrics: Path, picture: Path, title: str = "Training loss") -> N
     if held_out:
         xs, ys = [line["step"] for line in held_out], [line["held_out_loss"] for line in held_out]
         top.plot(xs, ys, color=_HELD_OUT, linewidth=1.4, linestyle="--", marker="o", markersize=6, label="held out")
-        ends = {0: (10, 4, "left"), len(xs) - 1: (-4, 9, "right")}
-        for i, (dx, dy, side) in ends.items():
+        box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+        for i, (dx, dy, side) in {0: (12, 7, "left"), len(xs) - 1: (0, -17, "right")}.items():
             top.annotate(
                 f"{ys[i]:.2f}", (xs[i], ys[i]), xytext=(dx, dy), textcoords="offset points", ha=side, color=_HELD_OUT,
-                fontweight="bold",
+                fontweight="bold", bbox=box, zorder=5,
             )  # fmt: skip
         if len(ys) > 1 and ys[0] > 0:
             title += f": held-out loss {ys[0]:.2f} → {ys[-1]:.2f} ({100 * (ys[-1] / ys[0] - 1):+.0f} %)"
@@ -65,4 +65,4 @@ def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.tick_params(colors=_INK)
-    axes.margins(x=0.02)
+    axes.margins(x=0.02, y=0.1)
