@@ -227,11 +227,11 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _kernels(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    build = "install a C++ compiler and build: pip install -e . (or make)"
+    build = "install a C++ compiler and run `make native`"
     rows = []
     cpu = looks["native_cpu"]
     if "error" in cpu:
-        rows.append(finding("native CPU library", BROKEN, cpu["error"], "rebuild it: " + build))
+        rows.append(finding("native CPU library", BROKEN, cpu["error"], build))
     elif cpu["found"].get("reason"):
         rows.append(
             finding("native CPU library", MISSING, cpu["found"]["reason"] + "; the slower reference serves", build)

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-# Importing these opens a browser, prints, needs a display, patches the process or belongs to tests and installers.
+# Importing these opens a browser, prints, needs a display or belongs to tests and installers.
 _SKIPPED = (
     "antigravity", "crypt", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "nis", "nturl2path",
-    "ossaudiodev", "pydoc_data", "pyexpat", "rlcompleter", "spwd", "test", "this", "tkinter", "turtle", "turtledemo",
-    "venv",
+    "ossaudiodev", "pydoc_data", "pyexpat", "readline", "rlcompleter", "spwd", "test", "this", "tkinter", "turtle",
+    "turtledemo", "venv",
 )  # fmt: skip
 _ANSWER_CHARS = (18, 160)
 _SIGNATURE_CHARS = 90
