@@ -44,7 +44,8 @@ bool supports_avx512() {
     return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool supports_avx512bf16() { return supports_avx512() && ((cpuid(7, 1, 0) >> 5) & 1); }
+// with VBMI, which look-ups of nested scales use; only Cooper Lake has bf16 without it
+bool supports_avx512bf16() { return supports_avx512() && ((cpuid(7, 1, 0) >> 5) & 1) && ((cpuid(7, 0, 2) >> 1) & 1); }
 
 // vdpbf16ps does twice the work of a float32 FMA on AMD (Zen 4 and later: measured 234 against 117 GFLOP/s a core), but
 // half of it on Intel's Xeons, where the float32 kernels win.
