@@ -15,6 +15,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+import torch.utils._device
+
+# `with torch.device(...)` knows the factory functions by identity and looks them up once: it must see torch's own,
+# which the wrappers below call.
+torch.utils._device._device_constructors()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .config import PeftError
-from .safety import list_some
 
 if sys.version_info >= (3, 11):
     from re import _constants as _sre
@@ -31,6 +30,9 @@ WALL_SECONDS = 20.0
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]*")
 
+# Of expressions that are matched in this process in one go; more than these share the other process's budget.
+MAX_HERE = 64
+
 # ITIMER_PROF counts processor time and its signal ends the process inside `re`'s own loop; where it is missing, the
 # caller's wall clock ends it.
 _WORKER = """
@@ -41,12 +43,11 @@ try:
 except (ImportError, AttributeError):
     pass
 patterns, names = json.loads(sys.stdin.read())
-result = []
-for pattern in patterns:
+def hits(pattern):
     match = re.compile(pattern).match
     found = ((name, match(name)) for name in names)
-    result.append({name: m.groupdict().get("idx") or "" for name, m in found if m})
-print(json.dumps(result))
+    return {name: m.groupdict().get("idx") or "" for name, m in found if m}
+print(json.dumps([hits(pattern) for pattern in patterns]))
 """
 
 
@@ -70,59 +71,63 @@ def match_names(pattern: str, names: Iterable[str], prefix: str = "", suffix: st
 
     The default suffix makes it a full match. Raises PeftError for a pattern that is malformed, too long or too slow.
     """
+    return match_all([pattern], names, prefix, suffix)[0]
+
+
+def match_all(
+    patterns: Sequence[str], names: Iterable[str], prefix: str = "", suffix: str = r"\Z"
+) -> list[dict[str, str]]:
+    """`match_names` for several patterns, which share one bound."""
     names = list(names)
-    compiled = _compile_whole(pattern, prefix, suffix)
-    if _backtracks_little(compiled.pattern):
-        matches = ((name, compiled.match(name)) for name in names)
-        return {name: m.groupdict().get("idx") or "" for name, m in matches if m}
-    return _match_in_process({pattern: compiled.pattern}, names)[pattern]
+    whole = [_whole(pattern, prefix, suffix) for pattern in patterns]
+    if len(patterns) <= MAX_HERE and all(_backtracks_little(w) for w in whole):
+        found = []
+        for expression in whole:
+            matches = ((name, re.match(expression, name)) for name in names)
+            found.append({name: m.groupdict().get("idx") or "" for name, m in matches if m})
+        return found
+    return _match_in_process(patterns, whole, names)
 
 
-def _compile_whole(pattern: str, prefix: str, suffix: str) -> re.Pattern[str]:
+def _whole(pattern: str, prefix: str, suffix: str) -> str:
     compile_pattern(pattern)
+    flags = re.match(r"\(\?[aiLmsux]+\)", pattern)  # these must stand at the start
+    start = flags.end() if flags else 0
+    whole = f"{pattern[:start]}{prefix}(?:{pattern[start:]}){suffix}"
     try:
-        return re.compile(f"{prefix}(?:{pattern}){suffix}")
-    except re.error:  # flags such as (?i) must stand at the start
-        flags = re.match(r"\(\?[aiLmsux]+\)", pattern)
-        if flags is None:
-            raise PeftError(f"{pattern!r} cannot be used as part of a regular expression") from None
-        return re.compile(f"{flags.group()}{prefix}(?:{pattern[flags.end() :]}){suffix}")
+        re.compile(whole)
+    except re.error:
+        raise PeftError(f"{pattern!r} cannot be used as part of a regular expression") from None
+    return whole
 
 
 def first_match(patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """For each name the value of the first pattern that matches it or a part of it that starts after a dot."""
-    prefix = r"(?:.*\.)?"
-    wholes = {p: _compile_whole(p, prefix, r"\Z").pattern for p in patterns if not p.isidentifier()}
-    risky = {p: whole for p, whole in wholes.items() if not is_plain(p) and not _backtracks_little(whole)}
-    # All in one process, so that many slow patterns take no longer than one.
-    decided = _match_in_process(risky, list(names)) if risky else {}
+    hits: dict[str, Iterable[str]] = {}
+    for pattern in filter(is_plain, patterns):
+        hits[pattern] = [n for n in names if n == pattern or n.endswith("." + pattern)]
+    # A name may be meant as an expression, its dots for any character, if it is nobody's name.
+    others = [p for p in patterns if not hits.get(p) and not p.isidentifier()]
+    hits.update(zip(others, match_all(others, names, prefix=r"(?:.*\.)?"), strict=True))
     found: dict[str, Any] = {}
     for pattern, value in patterns.items():
-        left = [name for name in names if name not in found]
-        hits: Iterable[str] = []
-        if pattern in decided:
-            hits = [n for n in left if n in decided[pattern]]
-        elif is_plain(pattern):
-            hits = [n for n in left if n == pattern or n.endswith("." + pattern)]
-        if not hits and pattern in wholes and pattern not in decided:  # even a dot may be meant as an expression
-            hits = match_names(pattern, left, prefix=prefix)
-        found.update(dict.fromkeys(hits, value))
+        for name in hits.get(pattern, ()):
+            found.setdefault(name, value)
     return found
 
 
-def _match_in_process(wholes: Mapping[str, str], names: list[str]) -> dict[str, dict[str, str]]:
-    """What each pattern matches, given as the whole expressions that they stand for."""
-    which = f"pattern {next(iter(wholes))!r}" if len(wholes) == 1 else f"{len(wholes)} patterns {list_some(wholes, 3)}"
+def _match_in_process(patterns: Sequence[str], whole: list[str], names: list[str]) -> list[dict[str, str]]:
+    what = f"pattern {patterns[0]!r}" if len(patterns) == 1 else f"{len(patterns)} patterns {patterns[0]!r}, ..."
     slow = PeftError(
-        f"the {which} took more than {CPU_SECONDS} s on {len(names)} module names: backtracking without "
-        "bound (nested or many repeats). Write it more simply, or list the module names."
+        f"the {what} took more than {CPU_SECONDS} s on {len(names)} module names: backtracking without bound (nested "
+        "or many repeats). Write it more simply, or list the module names."
     )
     if not sys.executable:
         raise slow
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _WORKER % CPU_SECONDS],
-            input=json.dumps([list(wholes.values()), names]),
+            input=json.dumps([whole, names]),
             capture_output=True,
             text=True,
             timeout=WALL_SECONDS if sys.platform != "win32" else CPU_SECONDS + 0.3,
@@ -132,7 +137,8 @@ def _match_in_process(wholes: Mapping[str, str], names: list[str]) -> dict[str, 
         raise slow from None
     if done.returncode != 0:
         raise slow
-    return dict(zip(wholes, json.loads(done.stdout), strict=True))
+    result: list[dict[str, str]] = json.loads(done.stdout)
+    return result
 
 
 def _backtracks_little(pattern: str) -> bool:

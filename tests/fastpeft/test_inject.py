@@ -236,6 +236,15 @@ def test_patterns_are_bounded_wherever_they_stand(field: str) -> None:
         get_peft_model(model, LoraConfig(target_modules=["q_proj"], **{field: value}, **extra))
 
 
+def test_many_patterns_share_one_bound() -> None:
+    names = ["a" * 40 + ".q_proj"]
+    start = time.process_time()
+    with pytest.raises(PeftError, match=r"300 patterns .* took more than"):
+        first_match({f"(a|a?)+b{i}": i for i in range(300)}, names)
+    assert time.process_time() - start < 2 * CPU_SECONDS
+    assert first_match({f"x{i}.*": i for i in range(300)} | {".*proj": 7}, names) == {names[0]: 7}
+
+
 def test_an_involved_but_honest_pattern_gives_what_re_gives() -> None:
     import re
 

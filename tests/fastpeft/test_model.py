@@ -379,6 +379,34 @@ def test_preparing_a_quantised_model_and_training_it_with_checkpointing(checkpoi
                for n, b in peft_model.named_buffers() if b.dtype == torch.uint8)  # fmt: skip
 
 
+def test_an_adapter_on_the_meta_device_waits_for_its_values() -> None:
+    ours, _ = pair()
+    values = get_peft_model_state_dict(ours)
+    empty = get_peft_model(llama(), LoraConfig(**config()), low_cpu_mem_usage=True).eval()
+    assert {p.device.type for n, p in empty.named_parameters() if "lora_" in n} == {"meta"}
+    result = fastpeft.set_peft_model_state_dict(empty, values, low_cpu_mem_usage=True)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert_same_bits(empty(X).logits, ours(X).logits)
+
+
+def test_a_merge_that_fails_halfway_takes_back_what_it_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair()
+    ours.add_adapter("other", LoraConfig(**config()))
+    ours.merge_adapter(["other"])  # what was merged before stays merged
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    last = ours.model.model.layers[1].mlp.down_proj
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(last, "merged_weight", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ours.merge_adapter(["default"])
+    for key, value in ours.state_dict().items():
+        assert_same_bits(value, before[key])
+    assert ours.get_model_status().merged_adapters == ["other"]
+
+
 def test_mixed_precision_casts() -> None:
     ours, _ = pair()
     fastpeft.cast_mixed_precision_params(ours, torch.bfloat16)
