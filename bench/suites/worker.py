@@ -78,11 +78,20 @@ def load(mode: str, folder: str, dropout: float) -> Any:
     return adapted
 
 
+def accelerate(model: Any, mode: str) -> None:
+    """What `-own` (fastpeft's training) and `-fast` (its decoding) add to transformers' model code."""
+    if mode.endswith(("-fast", "-own")):
+        from fastpeft.integrations import transformers_fast
+
+        transformers_fast.accelerate(model)
+
+
 def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[str, float]]:
     """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or `own`: fastpeft's training loss."""
     import torch
 
     model.train()
+    accelerate(model, mode)
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(5))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -105,7 +114,7 @@ def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         end = time.perf_counter()
-        return {"s": end - start, "forward": forward - start, "backward": backward - forward, "loss": float(loss)}
+        return {"s": end - start, "forward": forward - start, "backward": backward - forward, "loss": float(loss.detach())}
 
     return step
 
@@ -116,10 +125,7 @@ def decoder(model: Any, mode: str, folder: str, tokens: int) -> Callable[[], dic
     import transformers
 
     model.eval()
-    if mode.endswith("-fast"):
-        from fastpeft.integrations.transformers_fast import accelerate
-
-        accelerate(model)
+    accelerate(model, mode)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True

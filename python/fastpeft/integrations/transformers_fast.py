@@ -1,10 +1,11 @@
-"""Faster decoding of Llama-like models of transformers, one token at a time: the same mathematics in fewer calls.
+"""Faster Llama models of transformers on a CPU: the same mathematics in fewer and quicker calls.
 
-At one token a model spends more time between kernels than in them: transformers' decoder layer makes about 45 torch
-calls, of which 14 are for the rotary embedding and 16 for two norms. `accelerate(model)` switches each decoder layer to
-a subclass whose forward, for one new token per sequence without gradients, makes about 20. Everything else (prefill,
-training, hooks that need the inner modules, other attention implementations) runs transformers' own forward, so what
-`generate` means does not change. Norms and attention are computed in float32 and rounded once, which is never less exact.
+Decoding: at one token a model spends more time between kernels than in them. transformers' decoder layer makes about 45
+torch calls, of which 14 are for the rotary embedding and 16 for two norms; the subclass here makes about 20, and the
+output head reads its matrix at the memory's speed. Training: attention and norms from `short_attention.py`.
+Everything else (prefill, long sequences, other attention implementations, layers whose inner modules have hooks) runs
+transformers' own forward, so what `generate` and `loss.backward()` mean does not change. Decoding computes norms and
+attention in float32 and rounds once, which is never less exact.
 
 Reversible: `handle.remove()` puts the classes back. Parameters, buffers, state dicts and adapters are not touched.
 """
@@ -12,6 +13,7 @@ Reversible: `handle.remove()` puts the classes back. Parameters, buffers, state 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels import lora_linear
+
+from .short_attention import MOST_SCORES, frozen_rms_norm, short_attention
 
 _ACCELERATED = "_fastpeft_accelerated"
 _HEAD_ROWS = 4  # above this torch's matrix product is the better one
@@ -96,7 +100,55 @@ def _serves(layer: Any, x: Tensor, cache: Any, position_embeddings: Any, kwargs:
     )
 
 
-def _subclass(base: type) -> type:
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    x = hidden_states
+    if torch.is_grad_enabled() and x.requires_grad and not self.weight.requires_grad and x.device.type == "cpu":
+        if x.dtype in (torch.float32, torch.bfloat16) and self.weight.dtype is x.dtype:
+            return frozen_rms_norm(x, self.weight, self.variance_epsilon)
+    result: Tensor = self._fastpeft_base.forward(self, x)
+    return result
+
+
+def _attention_forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    batch, t = hidden_states.shape[:2]
+    if (
+        not torch.is_grad_enabled() or past_key_values is not None or position_embeddings is None
+        or hidden_states.dtype is not torch.bfloat16 or hidden_states.device.type != "cpu"
+        or self.config._attn_implementation != "sdpa" or (self.training and self.attention_dropout)
+        or (attention_mask is not None and attention_mask.dtype is not torch.bool)
+        or batch * self.config.num_attention_heads * t * t > MOST_SCORES
+    ):  # fmt: skip
+        result: tuple[Tensor, Tensor | None] = self._fastpeft_base.forward(
+            self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
+            past_key_values=past_key_values, **kwargs,
+        )  # fmt: skip
+        return result
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k, v = (
+        proj(hidden_states).view(batch, t, -1, self.head_dim).transpose(1, 2)
+        for proj in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    # no mask means causal, as transformers' sdpa has it
+    keep = torch.ones(t, t, dtype=torch.bool).tril_() if attention_mask is None else attention_mask
+    out = short_attention(q, k, v, keep, self.scaling)
+    return self.o_proj(out.transpose(1, 2).reshape(batch, t, -1)), None
+
+
+def _plain_subclass(base: type, forward: Any) -> type:
+    members = {"forward": forward, "_fastpeft_base": base, _ACCELERATED: True, "__module__": __name__}
+    return type(f"Fast{base.__name__}", (base,), members)
+
+
+def _layer_subclass(base: type) -> type:
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -123,14 +175,25 @@ def _subclass(base: type) -> type:
     return type(f"Fast{base.__name__}", (base,), {"forward": forward, _ACCELERATED: True, "__module__": __name__})
 
 
+@cache
+def _classes() -> dict[type, type]:
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
+
+    return {
+        LlamaDecoderLayer: _layer_subclass(LlamaDecoderLayer),
+        LlamaAttention: _plain_subclass(LlamaAttention, _attention_forward),
+        LlamaRMSNorm: _plain_subclass(LlamaRMSNorm, _norm_forward),
+    }
+
+
 @dataclass
 class Accelerated:
-    """What `accelerate` changed: `layers` switched modules. `remove()` undoes it."""
+    """What `accelerate` changed: `modules` switched modules. `remove()` undoes it."""
 
     switched: list[tuple[nn.Module, type]] = field(default_factory=list)
 
     @property
-    def layers(self) -> int:
+    def modules(self) -> int:
         return len(self.switched)
 
     def remove(self) -> None:
@@ -141,20 +204,18 @@ class Accelerated:
 
 
 def accelerate(model: nn.Module) -> Accelerated:
-    """Speed up one-token decoding of a Llama model of transformers (also inside a PeftModel) on a CPU, in place.
+    """Speed up decoding and training of a Llama model of transformers (also inside a PeftModel) on a CPU, in place.
 
     Raises ValueError when the model has no decoder layer of a kind that is known here.
     """
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    made: dict[type, type] = {}
     handle = Accelerated()
     signs = _RotarySigns()
+    classes = _classes()
     for module in model.modules():
         kind = type(module)
-        if kind is LlamaDecoderLayer:
+        if kind in classes:
             module.__dict__["_fastpeft_signs"] = signs
-            module.__class__ = made.setdefault(kind, _subclass(kind))
+            module.__class__ = classes[kind]
             handle.switched.append((module, kind))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if handle.switched and type(head) is nn.Linear and head.weight.device.type == "cpu":

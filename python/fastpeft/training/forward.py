@@ -45,7 +45,8 @@ class CompletionLoss:
         """Summed loss, a float32 scalar; divide by the learned tokens of the whole optimizer step."""
         output = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         hidden: Tensor = output[0].flatten(0, 1).index_select(0, batch.where)
-        if type(self.head) is torch.nn.Linear:
+        # a head that integrations.transformers_fast switched is a plain linear with a quicker way for few rows
+        if type(self.head) is torch.nn.Linear or getattr(type(self.head), "_fastpeft_accelerated", False):
             return chunked_cross_entropy(
                 hidden, self.head.weight, batch.targets, self.head.bias, scale=self.scale, softcap=self.softcap,
                 chunk_vocab=self.chunk_vocab, chunk_tokens=self.chunk_tokens, native_products=True,

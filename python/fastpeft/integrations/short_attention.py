@@ -1,0 +1,84 @@
+"""Attention over short sequences and RMSNorm with a frozen weight, for training on a CPU, in plain torch.
+
+torch's bfloat16 flash attention on a CPU takes twice as long, forward and backward, as the plain products at the lengths
+that adapters are trained on; its RMSNorm's backward makes a dozen passes where five do. Both functions here keep nothing
+for the backward but their inputs (probabilities are computed again), so they need no more memory than torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_SCORES = 1 << 24  # batch x heads x queries x keys that may stand at once: 64 MiB of float32
+
+
+class _ShortAttention(torch.autograd.Function):
+    """q [B, H, T, D], k and v [B, G, S, D] with H a multiple of G; keep: bool, True where a query sees a key."""
+
+    @staticmethod
+    def _probabilities(q: Tensor, k: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        batch, heads, t, d = q.shape
+        groups, s = k.shape[1], k.shape[2]
+        # the queries of a group of heads lie one below the other: one product per key head, no repeated keys
+        rows, keys = q.reshape(batch * groups, -1, d), k.reshape(batch * groups, s, d)
+        scores = torch.bmm(rows, keys.transpose(1, 2)).float().mul_(scale)
+        scores.view(batch, heads, t, s).masked_fill_(~keep, -torch.inf)
+        return rows, keys, torch.softmax(scores, dim=-1)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
+        _, keys, p = _ShortAttention._probabilities(q, k, keep, scale)
+        ctx.save_for_backward(q, k, v, keep)
+        ctx.scale = scale
+        return torch.bmm(p.to(q.dtype), v.reshape(keys.shape)).view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, keep = ctx.saved_tensors
+        rows, keys, p = _ShortAttention._probabilities(q, k, keep, ctx.scale)
+        values, dy = v.reshape(keys.shape), grad_outputs[0].reshape(rows.shape)
+        dv = torch.bmm(p.to(q.dtype).transpose(1, 2), dy)
+        dp = torch.bmm(dy, values.transpose(1, 2)).float()
+        # ds = p (dp - sum(p dp)), in place; float32 until it is a factor again
+        ds = dp.sub_(torch.linalg.vecdot(p, dp).unsqueeze(-1)).mul_(p).mul_(ctx.scale).to(q.dtype)
+        dq, dk = torch.bmm(ds, keys), torch.bmm(ds.transpose(1, 2), rows)
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None, None
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T where keep) v: [B, H, T, D] from q [B, H, T, D], k and v [B, G, S, D].
+
+    keep: bool, broadcastable to [B, H, T, S]; each query must see at least one key. The softmax is float32.
+    """
+    result: Tensor = _ShortAttention.apply(q, k, v, keep, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _FrozenNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        h = x.float() if x.dtype is not torch.float32 else x.clone()
+        norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+        inverse = norm.square_().mul_(1.0 / h.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse, weight)
+        return h.mul_(inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, weight = ctx.saved_tensors
+        g = grad_outputs[0].to(torch.float32, copy=True).mul_(weight)
+        h = x.float()
+        along = torch.linalg.vecdot(g, h).unsqueeze(-1).mul_(inverse.square() * (-1.0 / h.shape[-1]))
+        return g.addcmul_(h, along).mul_(inverse).to(x.dtype), None, None
+
+
+def frozen_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, rounded as transformers' Llama does; float32 inside.
+
+    Differentiable in x only: the weight is frozen.
+    """
+    result: Tensor = _FrozenNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return result
