@@ -2,7 +2,8 @@
 
 `tuned/<arch>.json` holds, per kernel, rows tried in order: the first whose limits hold gives the configuration. A row
 says where it comes from: "model" (chosen from the instruction counts, registers and shared memory of the compiled
-kernel; no clock has seen it) or "measured". An unknown GPU gets the table of the nearest older architecture.
+kernel; no clock has seen it) or "measured". An unknown GPU gets the table of the nearest older architecture (sm_120 has
+the tensor-core instructions of sm_80, not of sm_90: its table points there).
 
 `PEFT_KERNELS_TUNE=1` or `with searching():` times at most `MAX_CANDIDATES` configurations on first use of a shape
 bucket and keeps the best for the process. Another configuration may split sums elsewhere, so a search can change the
@@ -96,9 +97,9 @@ def nearest(capability: int) -> str:
 
 @cache
 def table(arch: str) -> dict[str, Any]:
-    """The parsed `tuned/<arch>.json`."""
+    """The parsed `tuned/<arch>.json`; "like" names a table that fills in what this one does not say."""
     data: dict[str, Any] = json.loads((FOLDER / f"{arch}.json").read_text())
-    return data
+    return {**table(data["like"]), **data} if "like" in data else data
 
 
 def _row_config(row: dict[str, Any], programs: int) -> Config:
@@ -224,7 +225,7 @@ def _capability(device: torch.device) -> int:
 
 
 def arch_of(device: torch.device) -> str:
-    """The table for a device; CPU tensors (Triton's interpreter) use the newest one."""
+    """The table for a device; CPU tensors (Triton's interpreter) use that of sm_90."""
     if _assumed is not None:
         return nearest(_assumed)
-    return nearest(_capability(device) if device.type == "cuda" else max(architectures()))
+    return nearest(_capability(device) if device.type == "cuda" else 90)

@@ -46,7 +46,8 @@ def test_no_row_is_dead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "arch"), [(70, "sm_80"), (80, "sm_80"), (86, "sm_80"), (89, "sm_80"), (90, "sm_90"), (120, "sm_90")]
+    ("capability", "arch"),
+    [(70, "sm_80"), (80, "sm_80"), (86, "sm_80"), (89, "sm_80"), (90, "sm_90"), (100, "sm_90"), (120, "sm_120")],
 )
 def test_an_unknown_gpu_uses_the_nearest_older_table(capability: int, arch: str) -> None:
     assert tuning.nearest(capability) == arch
