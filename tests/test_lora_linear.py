@@ -1,0 +1,357 @@
+"""lora_linear on the native CPU library at every level, and the reference, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft_kernels import QuantWeight, lora_linear, native, philox, use_backend
+from peft_kernels.dispatch import BackendUnavailable
+from peft_kernels.ops import lora_linear as op
+from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+FLOATS = (F32, BF16, F16)
+LEVELS = [] if native.available() else list(native.levels())
+needs_native = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
+
+
+@contextmanager
+def at_level(level: str) -> Iterator[None]:
+    """The native backend forced, at one instruction set level; "reference" is the reference."""
+    if level == "reference":
+        with use_backend("reference"):
+            yield
+        return
+    before = native.level()
+    native.set_level(level)
+    try:
+        with use_backend("native"):
+            yield
+    finally:
+        native.set_level(before)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    with at_level(request.param):
+        yield request.param
+
+
+@dataclass
+class Case:
+    """One call of the op: x, dy and the operator's arguments from `weight` to `seed`."""
+
+    x: Tensor
+    dy: Tensor
+    weight: tuple
+    n: int
+    a: Tensor | None
+    b: Tensor | None
+    bias: Tensor | None
+    scaling: float
+    p: float
+    seed: Tensor | None
+
+    def forward(self, fn) -> tuple[Tensor, Tensor]:
+        return fn(self.x, *self.weight, self.n, self.a, self.b, self.scaling, self.bias, self.p, self.seed)
+
+    def backward(self, fn, s: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return fn(self.dy, self.x, *self.weight, self.a, self.b, s, self.scaling, self.p, self.seed, True,
+                  self.a is not None)  # fmt: skip
+
+    def double(self) -> Case:
+        def up(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.double()
+
+        dense = self.weight[5] == 0
+        weight = (self.weight[0].double() if dense else self.weight[0], *self.weight[1:])
+        return Case(up(self.x), up(self.dy), weight, self.n, up(self.a), up(self.b), up(self.bias), self.scaling,
+                    self.p, self.seed)  # fmt: skip
+
+
+def make(
+    m: int, n: int, k: int, *, dtype: torch.dtype = F32, quant: str = "nf4", blocksize: int = 64, nested: bool = False,
+    w_dtype: torch.dtype = F32, r: int = 0, ab: torch.dtype = F32, p: float = 0.0, bias: bool = False, seed: int = 0,
+) -> Case:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    if quant == "dense":
+        weight = ((normal(n, k) * 0.1).to(w_dtype), None, None, None, None, 0, 64, 256)
+    else:
+        weight = random_quant_weight(n, k, quant_type=quant, blocksize=blocksize, nested=nested, seed=seed).flatten()
+    return Case(
+        normal(m, k).to(dtype),
+        normal(m, n).to(dtype),
+        weight,
+        n,
+        normal(r, k).to(ab) if r else None,
+        (normal(n, r) * 0.1).to(ab) if r else None,
+        normal(n).to(dtype) if bias else None,
+        0.7,
+        p,
+        torch.tensor([0x1234_5678_9ABC_DEF + seed]) if p else None,
+    )
+
+
+def check(c: Case) -> None:
+    """Forward and backward of the forced backend are no worse than eager code in the same dtype."""
+    exact, w = c.double(), op.dense_weight(*c.double().weight, c.n, c.x.shape[1], torch.float64)
+    y, s = c.forward(op.forward_op.op)
+    y_eager, s_eager = c.forward(op.forward_op.reference)
+    y_exact, s_exact = exact.forward(op.forward_op.reference)
+    size = exact.x.abs() @ w.abs().t()
+    dx_size = exact.dy.abs() @ w.abs()
+    if c.a is not None:
+        s_size = exact.x.abs() @ exact.a.abs().t() / (1 - c.p)
+        assert_no_worse(s, s_eager, s_exact, s_size)
+        size = size + c.scaling * (s_size @ exact.b.abs().t())
+        ds_size = c.scaling * (exact.dy.abs() @ exact.b.abs())
+        dx_size = dx_size + ds_size @ exact.a.abs() / (1 - c.p)
+    if c.bias is not None:
+        size = size + exact.bias.abs()
+    assert_no_worse(y, y_eager, y_exact, size)
+
+    adapter = c.a is not None
+    dx, da, db = c.backward(op.backward_op.op, s if adapter else None)
+    dx_eager, da_eager, db_eager = c.backward(op.backward_op.reference, s_eager if adapter else None)
+    dx_exact, da_exact, db_exact = exact.backward(op.backward_op.reference, s_exact if adapter else None)
+    assert_no_worse(dx, dx_eager, dx_exact, dx_size)
+    if adapter:
+        assert_no_worse(da, da_eager, da_exact, ds_size.t() @ exact.x.abs() / (1 - c.p))
+        assert_no_worse(db, db_eager, db_exact, c.scaling * (exact.dy.abs().t() @ s_size))
+
+
+# ---- shapes: M picks the kernel (GEMV, codes in registers, panels), N and K its edges -------------------------------
+ROWS = (1, 2, 3, 4, 5, 16, 33, 97, 130)
+SHAPES = ((64, 64), (50, 192), (7, 1088), (1, 96), (130, 576))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("m", ROWS)
+def test_quantised(level: str, m: int, dtype: torch.dtype) -> None:
+    for i, (n, k) in enumerate(SHAPES):
+        quant, blocksize = ("nf4", 64) if i % 2 == 0 else ("fp4", 32)
+        check(make(m, n, k, dtype=dtype, quant=quant, blocksize=blocksize, nested=True))
+        check(make(m, n, k, dtype=dtype, quant=quant, blocksize=blocksize, r=16, p=0.25, bias=True))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("m", [1, 4, 6, 40])
+def test_blocks_and_bytes_that_straddle_rows(level: str, m: int, dtype: torch.dtype) -> None:
+    for n, k in ((5, 1), (13, 15), (50, 77), (9, 1000), (33, 100)):
+        check(make(m, n, k, dtype=dtype, nested=True, r=3, p=0.1))
+
+
+@needs_native
+@pytest.mark.parametrize("w_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_dense(level: str, dtype: torch.dtype, w_dtype: torch.dtype) -> None:
+    for m, n, k in ((1, 33, 70), (4, 5, 600), (7, 49, 65), (130, 51, 96), (260, 64, 128)):
+        check(make(m, n, k, dtype=dtype, quant="dense", w_dtype=w_dtype, r=4, ab=F32, bias=True))
+
+
+@needs_native
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_blocksizes(level: str, blocksize: int) -> None:
+    for dtype in (F32, BF16):
+        for m in (1, 6, 100):
+            check(make(m, 20, 4096 + (0 if blocksize > 512 else blocksize), dtype=dtype, blocksize=blocksize,
+                       nested=True))  # fmt: skip
+
+
+@needs_native
+@pytest.mark.parametrize("r", [1, 5, 16, 37, 512])
+@pytest.mark.parametrize("ab", FLOATS, ids=str)
+def test_ranks(level: str, r: int, ab: torch.dtype) -> None:
+    for m in (2, 9):
+        check(make(m, 65, 128, dtype=BF16, r=r, ab=ab, p=0.5))
+
+
+@needs_native
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    quant = data.draw(st.sampled_from(("nf4", "fp4", "dense")))
+    case = make(
+        data.draw(st.integers(1, 140)),
+        data.draw(st.integers(1, 140)),
+        data.draw(st.integers(1, 320)),
+        dtype=data.draw(st.sampled_from(FLOATS)),
+        quant=quant,
+        blocksize=data.draw(st.sampled_from((32, 64, 128))),
+        nested=data.draw(st.booleans()),
+        w_dtype=data.draw(st.sampled_from(FLOATS)),
+        r=data.draw(st.integers(0, 40)),
+        ab=data.draw(st.sampled_from(FLOATS)),
+        p=data.draw(st.sampled_from((0.0, 0.05, 0.9))),
+        bias=data.draw(st.booleans()),
+        seed=data.draw(st.integers(0, 2**20)),
+    )
+    with at_level(data.draw(st.sampled_from(LEVELS))):
+        check(case)
+
+
+# ---- empty ----------------------------------------------------------------------------------------------------------
+@needs_native
+def test_no_rows(level: str) -> None:
+    c = make(0, 20, 64, r=4, bias=True)
+    y, s = c.forward(op.forward_op.op)
+    assert y.shape == (0, 20)
+    assert s.shape == (0, 4)
+    dx, da, db = c.backward(op.backward_op.op, s)
+    assert dx.shape == (0, 64)
+    assert_same_bits(da, torch.zeros(4, 64))  # a sum over nothing
+    assert_same_bits(db, torch.zeros(20, 4))
+
+
+# ---- determinism ----------------------------------------------------------------------------------------------------
+@needs_native
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("m", [1, 4, 16, 128, 600])
+def test_same_bits_on_one_and_two_threads_and_again(level: str, m: int, dtype: torch.dtype) -> None:
+    c = make(m, 200, 576, dtype=dtype, r=16, p=0.1, nested=True, bias=True)
+    runs = []
+    for n in (1, 2, 2):
+        with threads(n):
+            y, s = c.forward(op.forward_op.op)
+            runs.append((y, s, *c.backward(op.backward_op.op, s)))
+    for other in runs[1:]:
+        for got, want in zip(other, runs[0], strict=True):
+            assert_same_bits(got, want)
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+@needs_native
+@pytest.mark.parametrize(("m", "k"), [(1, 64), (5, 63), (40, 70), (3, 1), (9, 129)])
+def test_drops_what_the_reference_drops(level: str, m: int, k: int) -> None:
+    p, seed = 0.3, torch.tensor([-(2**62) + 12345])
+    a = torch.eye(k)  # then s is the dropped x itself
+    x = torch.ones(m, k)
+    w = torch.zeros(1, k)
+    _, s = op.forward_op.op(x, w, None, None, None, None, 0, 64, 256, 1, a, torch.zeros(1, k), 1.0, None, p, seed)
+    keep = philox.keep_mask(m, k, p, seed)
+    assert_same_bits(s, torch.where(keep, torch.tensor(1 / (1 - p), dtype=F32), torch.tensor(0.0)))
+    # the backward drops the same: dx = drop'(ds a) with ds = dy b
+    b, dy = torch.ones(1, k), torch.ones(m, 1)
+    dx, _, _ = op.backward_op.op(dy, x, w, None, None, None, None, 0, 64, 256, a, b, s, 1.0, p, seed, True, True)
+    assert_same_bits(dx, s)
+
+
+# ---- the public function --------------------------------------------------------------------------------------------
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+@needs_native
+@pytest.mark.parametrize("quant", ["nf4", "dense"])
+def test_gradients_of_the_public_function(level: str, quant: str) -> None:
+    c = make(12, 40, 64, dtype=BF16, quant=quant, r=8, p=0.2, bias=True)
+    qw = random_quant_weight(40, 64)
+    grads = {}
+    for name in ("native", "reference"):
+        with use_backend(name):
+            x, a, b, bias = leaves(c.x, c.a, c.b, c.bias)
+            w = qw if quant == "nf4" else c.weight[0]
+            y = lora_linear(x.reshape(3, 4, 64), w, a, b, 0.5, bias, 0.2, torch.tensor([7]))
+            y.backward(c.dy.reshape(3, 4, 40))
+            grads[name] = (y.reshape(12, 40), x.grad, a.grad, b.grad, bias.grad)
+    x, a, b, bias = leaves(c.x.double(), c.a.double(), c.b.double(), c.bias.double())
+    w = qw if quant == "nf4" else c.weight[0].double()
+    with use_backend("reference"):
+        y = lora_linear(x, w, a, b, 0.5, bias, 0.2, torch.tensor([7]))
+        y.backward(c.dy.double())
+    exact = (y.detach(), x.grad, a.grad, b.grad, bias.grad)
+    for got, eager, want in zip(grads["native"], grads["reference"], exact, strict=True):
+        # what rounding scales with: the largest element bounds the sum of magnitudes from below
+        assert_no_worse(got.detach(), eager.detach(), want, want.abs().max().expand_as(want))
+
+
+@needs_native
+def test_x_of_any_rank_and_stride(level: str) -> None:
+    qw = random_quant_weight(24, 64)
+    flat = torch.randn(30, 64)
+    want = lora_linear(flat, qw)
+    assert_same_bits(lora_linear(flat.reshape(2, 3, 5, 64), qw), want.reshape(2, 3, 5, 24))
+    assert_same_bits(lora_linear(flat.t().contiguous().t(), qw), want)
+    assert_same_bits(lora_linear(torch.cat([flat, flat], 1)[:, :64], qw), want)
+    one = lora_linear(flat[0], qw)
+    assert one.shape == (24,)
+    assert_same_bits(one, lora_linear(flat[:1], qw)[0])
+
+
+@needs_native
+def test_adapter_tensors_of_any_stride(level: str) -> None:
+    c = make(6, 24, 64, r=8)
+    want = c.forward(op.forward_op.op)
+    c.a, c.b = c.a.t().contiguous().t(), c.b.t().contiguous().t()
+    got = c.forward(op.forward_op.op)
+    assert_same_bits(got[0], want[0])
+    for t, u in zip(c.backward(op.backward_op.op, got[1]), make(6, 24, 64, r=8).backward(op.backward_op.op, want[1]),
+                    strict=True):  # fmt: skip
+        assert_same_bits(t, u)
+
+
+@needs_native
+def test_one_gradient_without_the_other(level: str) -> None:
+    c = make(9, 40, 128, dtype=BF16, r=4, p=0.1)
+    _, s = c.forward(op.forward_op.op)
+    dx, da, db = c.backward(op.backward_op.op, s)
+    args = (c.dy, c.x, *c.weight, c.a, c.b, s, c.scaling, c.p, c.seed)
+    only_dx = op.backward_op.op(*args, True, False)
+    only_ab = op.backward_op.op(*args, False, True)
+    assert_same_bits(only_dx[0], dx)
+    assert_same_bits(only_ab[1], da)
+    assert_same_bits(only_ab[2], db)
+    assert only_dx[1].numel() == only_dx[2].numel() == only_ab[0].numel() == 0
+
+
+@needs_native
+@pytest.mark.parametrize("m", [1, 9])
+def test_opcheck(m: int) -> None:
+    c = make(m, 24, 64, r=4, p=0.1, bias=True)
+    with use_backend("native"):
+        args = (c.x, *c.weight, c.n, c.a, c.b, c.scaling, c.bias, c.p, c.seed)
+        torch.library.opcheck(op.forward_op.op, args)
+        s = op.forward_op.op(*args)[1]
+        torch.library.opcheck(
+            op.backward_op.op, (c.dy, c.x, *c.weight, c.a, c.b, s, c.scaling, c.p, c.seed, True, True)
+        )
+
+
+# ---- what it does not serve -----------------------------------------------------------------------------------------
+@needs_native
+def test_float64_is_left_to_the_reference() -> None:
+    x, w = torch.randn(3, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    with use_backend("native"), pytest.raises(BackendUnavailable, match="float64"):
+        lora_linear(x, w)
+    torch.testing.assert_close(lora_linear(x, w), x @ w.t(), rtol=0, atol=0)
+
+
+@needs_native
+def test_a_float64_adapter_is_refused_with_its_name() -> None:
+    c = make(3, 8, 64, r=2, ab=torch.float64)
+    with use_backend("native"), pytest.raises(BackendUnavailable, match=r"does not serve a in torch\.float64"):
+        lora_linear(c.x, QuantWeight(c.weight[0], c.weight[1], (8, 64)), c.a, c.b)
