@@ -34,6 +34,7 @@ class TrainConfig:
     eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
     lora: fields of LoraConfig.
     quantize_skip: names of linear layers that stay dense.
+    fast_layers: on a CPU, quicker forms of transformers' Llama layers (the same mathematics).
     max_length: longest example in tokens, and the length of a packed row.
     truncate: what to do with longer examples: cut the completion's end or the prompt's start, drop, or raise an error.
     template: "chat" is the tokenizer's template, "plain" joins prompt and completion, "auto" is chat if there is one.
@@ -60,6 +61,7 @@ class TrainConfig:
     dtype: DType = "auto"
     device: str = "auto"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    fast_layers: bool = True
     max_length: int = 512
     truncate: Truncate = "completion"
     template: Template = "auto"

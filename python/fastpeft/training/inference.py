@@ -71,6 +71,7 @@ class Answerer:
 
             base = PeftModel.from_pretrained(base, adapter)
         base.eval()
+        models.speed_up(base, where)
         chosen = str(note.get("template", "auto")) if template == "auto" else template
         text = f"{source.note}, {kind if kind != 'none' else 'dense'}, {str(compute).removeprefix('torch.')}"
         return cls(base, tokenizer, chosen, text)

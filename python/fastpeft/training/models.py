@@ -216,6 +216,15 @@ def quantize(model: Any, kind: str, double_quant: bool, skip: list[str]) -> Any:
     return quantize_model(model, kind, double_quant=double_quant, skip=skip)
 
 
+def speed_up(model: Any, device: torch.device) -> bool:
+    """On a CPU, let a Llama model take the quicker ways of `integrations.transformers_fast`; True if it does."""
+    if device.type != "cpu" or getattr(model.config, "model_type", None) != "llama":
+        return False
+    from fastpeft.integrations.transformers_fast import accelerate
+
+    return accelerate(model).modules > 0
+
+
 def training_note(folder: Path) -> dict[str, Any]:
     """What this project's training wrote beside an adapter (base, quantisation, dtype); empty for other adapters."""
     file = folder / NOTE_NAME

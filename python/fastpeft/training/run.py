@@ -109,7 +109,10 @@ def adapted_model(prepared: Prepared) -> Any:
     model = models.load_model(prepared.source, prepared.dtype, prepared.device, config.attention)
     model = models.quantize(model, config.quantize, config.double_quant, config.quantize_skip)
     set_seed(config.seed)
-    return get_peft_model(model, lora)
+    model = get_peft_model(model, lora)
+    if config.fast_layers:
+        models.speed_up(model, prepared.device)
+    return model
 
 
 def train(prepared: Prepared, progress: Progress, resume: bool = False, model: Any = None) -> tuple[Result, Any]:
