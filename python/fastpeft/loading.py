@@ -55,7 +55,6 @@ def fill_adapter(
     model: nn.Module,
     adapter_name: str,
     loaded: Loaded,
-    autocast: bool,
     is_trainable: bool,
     options: Mapping[str, Any],
 ) -> IncompatibleKeys:
@@ -68,8 +67,8 @@ def fill_adapter(
     tensors = dict(loaded.tensors)
     for key, tensor in own.items():
         value = tensors.get(key)
-        # The file's dtype is kept, as in PEFT's adapters, unless the adapter's is to be float32.
-        if value is not None and value.is_floating_point() and (autocast or not tensor.is_meta):
+        # The adapter's dtype was decided by its layer; a tensor that is taken over rather than copied must have it too.
+        if value is not None and value.is_floating_point():
             tensors[key] = value.to(tensor.dtype)
     meta = any(tensor.is_meta for tensor in own.values())
     result = set_peft_model_state_dict(

@@ -243,10 +243,11 @@ class PeftModel(nn.Module):
             model, loaded.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True,
             _loading=True,
         )  # fmt: skip
+        plan = peft_model.base_model.__dict__.pop("_made")
         try:
-            fill_adapter(peft_model, adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
+            fill_adapter(peft_model, adapter_name, loaded, is_trainable, kwargs)
         except Exception:
-            peft_model.base_model.unload()
+            peft_model.base_model.remove(plan)
             raise
         return peft_model
 
@@ -270,7 +271,7 @@ class PeftModel(nn.Module):
         config = self.peft_config.get(adapter_name)
         loaded = read_adapter(model_id, self.get_base_model(), config, key_mapping, is_trainable, kwargs)
         if config is not None:
-            result = fill_adapter(self, adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
+            result = fill_adapter(self, adapter_name, loaded, is_trainable, kwargs)
         else:
             self._prepare_config(loaded.config)
             plan = self.base_model.add(
@@ -278,7 +279,7 @@ class PeftModel(nn.Module):
                 loading=True,
             )  # fmt: skip
             try:
-                result = fill_adapter(self, adapter_name, loaded, autocast_adapter_dtype, is_trainable, kwargs)
+                result = fill_adapter(self, adapter_name, loaded, is_trainable, kwargs)
             except Exception:
                 self.base_model.remove(plan)
                 raise

@@ -48,10 +48,12 @@ class BaseTuner(nn.Module):
         self.prefix = method_of(config).prefix
         self.targeted_module_names: list[str] = []
         self.merge_errors: dict[str, float] = {}  # of the last merge into quantised layers, by layer
-        self.add(
+        plan = self.add(
             adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict,
             autocast_adapter_dtype=autocast_adapter_dtype, loading=loading,
         )  # fmt: skip
+        if loading:
+            self._made = plan  # for whoever fills the adapter, to undo it if that fails
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -328,6 +328,31 @@ def test_loading_a_file_that_does_not_fit_changes_nothing(tmp_path: Any) -> None
     assert list(ours.state_dict()) == list(state)
 
 
+def test_a_load_that_fails_late_changes_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastpeft import loading
+
+    pair()[0].save_pretrained(tmp_path)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loading, "set_peft_model_state_dict", fails)
+    model = llama()
+    grads = {n: p.requires_grad for n, p in model.named_parameters()}
+    names = [n for n, _ in model.named_modules()]
+    with pytest.raises(OSError, match="the disk is gone"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == grads
+    assert [n for n, _ in model.named_modules()] == names
+    assert not hasattr(model, "peft_config")
+    ours, _ = pair()
+    state = list(ours.state_dict())
+    with pytest.raises(OSError, match="the disk is gone"):
+        ours.load_adapter(tmp_path, "other")
+    assert list(ours.peft_config) == ["default"]
+    assert list(ours.state_dict()) == state
+
+
 def test_a_model_that_was_loaded_half_precision_keeps_pefts_dtypes(tmp_path: Any) -> None:
     pair()[0].save_pretrained(tmp_path)
     for autocast in (True, False):
