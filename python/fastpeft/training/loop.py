@@ -66,7 +66,7 @@ class Trainer:
         self.loss.self_check(self.examples, config.packing, self.pad_id, self.device)
         if config.gradient_checkpointing:
             self.loss.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # transformers makes the embeddings' output require gradients for the reentrant kind; here it would only cost.
+            # transformers lets the embeddings' output require gradients, for the reentrant kind; here it only costs.
             self.loss.base.disable_input_require_grads()
         set_seed(config.seed)
         optimizer = make_optimizer(self.model, config)
