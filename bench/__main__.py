@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/NAME.jsonl")
     p.add_argument("--plot", type=Path, metavar="PNG")
     p.add_argument("--quick", action="store_true", help="few rows and short samples")
-    p.add_argument("--skip-checks", action="store_true", help="do not run the tests first; then no speed-up is reported")
+    p.add_argument(
+        "--skip-checks", action="store_true", help="do not run the tests first; then no speed-up is reported"
+    )
     return p
 
 
@@ -68,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     path = args.json or results.default_path(name)
     rows = []
     for row in module.rows(args):
+        row.measure(args.rounds, args.sample_s, args.budget_s)
         # written row by row, so that an interrupted run keeps what it measured
         results.write_lines(results.as_lines([row], header, verdict.passed), path)
         rows.append(row)

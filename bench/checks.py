@@ -1,4 +1,4 @@
-"""No speed-up without right answers: the quick tests of what is measured run first, or were seen to pass on these sources.
+"""No speed-up without right answers: the quick tests of what is measured run first, or passed on the same sources.
 
 A pass is remembered under a digest of the sources and the built library, so a second bench does not test again.
 """

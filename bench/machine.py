@@ -47,7 +47,11 @@ def commit() -> str:
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
         dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -106,7 +110,9 @@ def bounds(threads: int) -> dict[str, float | str]:
             if built.returncode == 0:
                 best = [0.0, 0.0]
                 for _ in range(2):
-                    words = subprocess.run([exe, str(threads)], capture_output=True, text=True, check=True).stdout.split()
+                    words = subprocess.run(
+                        [exe, str(threads)], capture_output=True, text=True, check=True
+                    ).stdout.split()
                     best = [max(best[0], float(words[0])), max(best[1], float(words[1]))]
                 return {"gflops": best[0], "gbs": best[1], "how": "bench/peak.cpp"}
     a = torch.randn(1536, 1536)

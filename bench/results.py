@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .measure import Stats
+from .measure import Candidate, Stats, interleave
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -26,16 +26,29 @@ class Claim:
 
 @dataclass
 class Row:
-    """One measured row. case: what was run. stats: candidate -> Stats. flops, nbytes: of one call, for rates."""
+    """One row. case: what is run. stats: candidate -> Stats, once measured. flops, nbytes: of one call, for rates."""
 
     title: str
     case: dict[str, Any]
-    stats: dict[str, Stats]
+    stats: dict[str, Stats] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     flops: float = 0.0
     nbytes: float = 0.0
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # name of a value -> candidate -> value
     notes: list[str] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)  # empty where a suite measures by itself
+    after: Callable[[], object] | None = None
+
+    def measure(self, rounds: int, sample_s: float, budget_s: float) -> Row:
+        """Fill `stats` from `candidates`; does nothing where the suite has measured."""
+        if self.candidates:
+            try:
+                self.stats = interleave(self.candidates, rounds, sample_s, budget_s)
+            finally:
+                if self.after is not None:
+                    self.after()
+            self.candidates = []  # their weights are large
+        return self
 
     def best(self, names: Sequence[str]) -> str | None:
         present = [n for n in names if n in self.stats]
@@ -95,7 +108,7 @@ def duration(seconds: float) -> str:
 
 
 def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, title: str) -> None:
-    """Two tables: every candidate's median with p20 and p80 and its share of the machine's bound; and what was claimed."""
+    """Two tables: every candidate's median, p20 and p80, and share of the machine's bound; and what was claimed."""
     from rich.console import Console
     from rich.table import Table
 

@@ -45,7 +45,7 @@ def test_samples_take_turns_over_all_copies() -> None:
     timed = calls[6:]  # after the three warm-up calls of each
     first_of_round = [timed[i][0] for i in range(0, 12, 2)]
     assert first_of_round == ["a", "b"] * 3, "the order must be rotated"
-    assert {c for c in timed} == {"a0", "a1", "b0", "b1"}, "every copy must be used"
+    assert set(timed) == {"a0", "a1", "b0", "b1"}, "every copy must be used"
 
 
 def test_lines_hold_rates_and_speed_ups() -> None:

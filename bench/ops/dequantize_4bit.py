@@ -10,7 +10,7 @@ from peft_kernels.dispatch import ops
 
 from .. import subjects
 from ..machine import last_cache_bytes
-from ..measure import Candidate, copies_needed, interleave
+from ..measure import Candidate, copies_needed
 from ..results import Claim, Row
 from . import reason
 
@@ -54,9 +54,9 @@ def row(k: int, n: int, dtype: str, nested: bool, args: argparse.Namespace) -> R
         return lambda: bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[attr-defined]
 
     candidates.append(Candidate("bitsandbytes", [theirs(layer) for layer in layers]))
-    stats = interleave(candidates, args.rounds, args.sample_s, args.budget_s)
     ours = [c.name for c in candidates if c.name not in ("reference", "bitsandbytes")]
     claims = [Claim(label, [name], [other]) for name in ours for label, other in (("a user's", "bitsandbytes"),
                                                                                 ("eager", "reference"))]  # fmt: skip
     case = {"op": OP, "K": k, "N": n, "dtype": dtype, "nested": nested, "refused": refused}
-    return Row(f"{k}x{n} {dtype}{' nested' if nested else ''}", case, stats, claims, float(n * k), nbytes)
+    return Row(f"{k}x{n} {dtype}{' nested' if nested else ''}", case, {}, claims, float(n * k), nbytes,
+               candidates=candidates)  # fmt: skip

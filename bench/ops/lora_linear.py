@@ -13,7 +13,7 @@ from peft_kernels.ops.lora_linear import forward_op
 
 from .. import subjects
 from ..machine import last_cache_bytes
-from ..measure import Candidate, copies_needed, interleave, warm_everything
+from ..measure import Candidate, copies_needed, warm_everything
 from ..results import Claim, Row
 from . import reason
 
@@ -66,7 +66,7 @@ def row(k: int, n: int, m: int, dtype: str, backward: bool, args: argparse.Names
         make = (lambda q: _step(x, q, a, b, dy, args.dropout)) if backward else (lambda q: _forward(x, q, a, b))
         candidates.append(Candidate(backend, [_under(backend, make(q)) for q in weights]))
     theirs = _theirs(weights, dtype, x, dy, backward, args)
-    stats = interleave([*candidates, *theirs], args.rounds, args.sample_s, args.budget_s)
+    everyone = [*candidates, *theirs]
     what = "forward+backward" if backward else "forward"
     ours = [c.name for c in candidates if c.name != "reference"]
     claims = [Claim("a user's", [name], [c.name for c in theirs]) for name in ours]
@@ -74,9 +74,9 @@ def row(k: int, n: int, m: int, dtype: str, backward: bool, args: argparse.Names
     times = 2 if backward else 1
     case = {"op": OP, "what": what, "K": k, "N": n, "M": m, "r": RANK, "dtype": dtype, "dropout": args.dropout,
             "refused": refused}  # fmt: skip
-    return Row(f"{what} {k}x{n} M={m} {dtype}", case, stats, claims,
+    return Row(f"{what} {k}x{n} M={m} {dtype}", case, {}, claims,
                times * 2.0 * m * n * k + (3 if backward else 1) * 2.0 * m * RANK * (n + k),
-               times * (n * k * 0.5 + m * (n + k) * x.element_size()))  # fmt: skip
+               times * (n * k * 0.5 + m * (n + k) * x.element_size()), candidates=everyone)  # fmt: skip
 
 
 def _under(backend: str, call: Callable[[], object]) -> Callable[[], object]:

@@ -13,7 +13,7 @@ from peft_kernels.dispatch import ops
 
 from .. import subjects
 from ..machine import last_cache_bytes
-from ..measure import Candidate, copies_needed, interleave
+from ..measure import Candidate, copies_needed
 from ..results import Claim, Row
 from . import reason
 
@@ -55,9 +55,9 @@ def row(k: int, n: int, dtype: str, nested: bool, args: argparse.Namespace) -> R
         return lambda: bnb.quantize_4bit(t, blocksize=64, compress_statistics=nested, quant_type="nf4")
 
     candidates.append(Candidate("bitsandbytes", [theirs(t) for t in weights]))
-    stats = interleave(candidates, args.rounds, args.sample_s, args.budget_s)
     ours = [c.name for c in candidates if c.name not in ("reference", "bitsandbytes")]
     claims = [Claim(label, [name], [other]) for name in ours for label, other in (("a user's", "bitsandbytes"),
                                                                                 ("eager", "reference"))]  # fmt: skip
     case = {"op": OP, "K": k, "N": n, "dtype": dtype, "nested": nested, "refused": refused}
-    return Row(f"{k}x{n} {dtype}{' nested' if nested else ''}", case, stats, claims, float(n * k), nbytes)
+    return Row(f"{k}x{n} {dtype}{' nested' if nested else ''}", case, {}, claims, float(n * k), nbytes,
+               candidates=candidates)  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 
 from .. import subjects
 from ..machine import last_cache_bytes
-from ..measure import Candidate, copies_needed, interleave, warm_everything
+from ..measure import Candidate, copies_needed, warm_everything
 from ..results import Claim, Row
 
 # (in, out): 576x576 and 576x1536 are SmolLM2's
@@ -49,18 +49,16 @@ def forward_row(k: int, n: int, m: int, args: argparse.Namespace) -> Row:
                               (f"torch dense {name}", dense)):  # fmt: skip
             candidates.append(Candidate(label, [subjects.forward_call(layer, x) for layer in layers]))
     warm_everything([c for c in candidates if c.name.startswith("bnb eval")])
-    stats = interleave(candidates, args.rounds, args.sample_s, args.budget_s)
     bnb = ["bnb eval bf16", "bnb eval f32", "bnb train bf16", "bnb train f32"]
     claims = [Claim(f"eval, {d}", [f"ours {d}"], [f"bnb eval {d}"], forward_target(m)) for d in ("bf16", "f32")]
     claims.append(Claim("its fastest", ["ours bf16", "ours f32"], bnb, any_dtype_target(m)))
-    return Row(f"forward {k}x{n} M={m}", {"suite": "layers", "what": "forward", "K": k, "N": n, "M": m}, stats, claims,
-               2.0 * m * n * k, n * k * 0.5 + m * (n + k) * 4)  # fmt: skip
+    return Row(f"forward {k}x{n} M={m}", {"suite": "layers", "what": "forward", "K": k, "N": n, "M": m}, {}, claims,
+               2.0 * m * n * k, n * k * 0.5 + m * (n + k) * 4, candidates=candidates)  # fmt: skip
 
 
 def train_row(k: int, n: int, m: int, dropout: float, args: argparse.Namespace) -> Row:
-    import peft
-
     import fastpeft
+    import peft
 
     count = copies_needed(n * k // 2, last_cache_bytes(), 8 if args.quick else 32)
     weights = subjects.quant_copies(n, k, count)
@@ -72,12 +70,11 @@ def train_row(k: int, n: int, m: int, dropout: float, args: argparse.Namespace) 
         ours = subjects.with_adapter(fastpeft, [subjects.our_layer(q) for q in weights], 16, dropout, True)
         candidates.append(Candidate(f"ours {name}", [subjects.step_call(layer, x, dy) for layer in ours]))
         candidates.append(Candidate(f"PEFT+bnb {name}", [subjects.step_call(layer, x, dy) for layer in theirs]))
-    stats = interleave(candidates, args.rounds, args.sample_s, args.budget_s)
     claims = [Claim(f"train, {d}", [f"ours {d}"], [f"PEFT+bnb {d}"], train_target(m, d)) for d in ("bf16", "f32")]
     case = {"suite": "layers", "what": "forward+backward", "K": k, "N": n, "M": m, "r": 16, "dropout": dropout}
     # y and dx, then the adapter's five thin products
-    return Row(f"train {k}x{n} M={m} p={dropout:g}", case, stats, claims, 4.0 * m * n * k + 6.0 * m * 16 * (n + k),
-               2 * n * k * 0.5 + 2 * m * (n + k) * 4)  # fmt: skip
+    return Row(f"train {k}x{n} M={m} p={dropout:g}", case, {}, claims, 4.0 * m * n * k + 6.0 * m * 16 * (n + k),
+               2 * n * k * 0.5 + 2 * m * (n + k) * 4, candidates=candidates)  # fmt: skip
 
 
 def level_row(k: int, n: int, m: int, args: argparse.Namespace) -> Row | None:
@@ -92,13 +89,10 @@ def level_row(k: int, n: int, m: int, args: argparse.Namespace) -> Row | None:
     ours = [subjects.our_layer(q) for q in subjects.quant_copies(n, k, count)]
     calls = [subjects.forward_call(layer, x) for layer in ours]
     candidates = [Candidate(v, calls, enter=lambda v=v: native.set_level(v)) for v in levels]  # type: ignore[misc]
-    try:
-        stats = interleave(candidates, args.rounds, args.sample_s, args.budget_s)
-    finally:
-        native.set_level(None)
-    return Row(f"levels {k}x{n} M={m} f32", {"suite": "layers", "what": "levels", "K": k, "N": n, "M": m}, stats,
+    return Row(f"levels {k}x{n} M={m} f32", {"suite": "layers", "what": "levels", "K": k, "N": n, "M": m}, {},
                [Claim("share of the speed of avx512, 1/2.5 = 0.4 asked", ["avx2"], ["avx512"], 0.4)],
-               2.0 * m * n * k, n * k * 0.5 + m * (n + k) * 4)  # fmt: skip
+               2.0 * m * n * k, n * k * 0.5 + m * (n + k) * 4, candidates=candidates,
+               after=lambda: native.set_level(None))  # fmt: skip
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:

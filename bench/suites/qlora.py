@@ -71,7 +71,9 @@ def model_folder(args: argparse.Namespace) -> Path:
     return Path(resolve(str(args.model) if args.model else PACKAGED).location)
 
 
-def measure(what: str, modes: list[str], rounds: int, args: argparse.Namespace) -> tuple[dict[str, Stats], dict[str, dict[str, Any]]]:
+def measure(
+    what: str, modes: list[str], rounds: int, args: argparse.Namespace
+) -> tuple[dict[str, Stats], dict[str, dict[str, Any]]]:
     folder = model_folder(args)
     workers = []
     stats: dict[str, Stats] = {}
@@ -111,7 +113,9 @@ def step_row(args: argparse.Namespace) -> Row:
         Claim("same loss code, bf16", ["ours-bf16"], ["bnb-bf16"]),
     ]
     case = {"suite": "qlora", "what": "step", "tokens": 512, "dropout": args.dropout, "r": 16}
-    row = Row("step, 4 x 128 tokens", case, stats, claims, extra=extras(last, ["peak_mib", "forward", "backward", "loss"]))
+    row = Row(
+        "step, 4 x 128 tokens", case, stats, claims, extra=extras(last, ["peak_mib", "forward", "backward", "loss"])
+    )
     check_memory(row)
     return row
 
@@ -125,7 +129,9 @@ def check_memory(row: Row) -> None:
         if mine and theirs is not None:
             for mode, peak in mine.items():
                 verdict = "met" if peak <= theirs else "MISSED"
-                row.notes.append(f"{row.title}: peak memory of {mode} {peak:.0f} MiB, bnb-{dtype} {theirs:.0f}: {verdict}")
+                row.notes.append(
+                    f"{row.title}: peak memory of {mode} {peak:.0f} MiB, bnb-{dtype} {theirs:.0f}: {verdict}"
+                )
 
 
 def decode_row(args: argparse.Namespace) -> Row:

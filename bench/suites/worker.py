@@ -87,7 +87,7 @@ def accelerate(model: Any, mode: str) -> None:
 
 
 def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[str, float]]:
-    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or `own`: fastpeft's training loss."""
+    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's."""
     import torch
 
     model.train()
@@ -114,7 +114,12 @@ def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         end = time.perf_counter()
-        return {"s": end - start, "forward": forward - start, "backward": backward - forward, "loss": float(loss.detach())}
+        return {
+            "s": end - start,
+            "forward": forward - start,
+            "backward": backward - forward,
+            "loss": float(loss.detach()),
+        }
 
     return step
 

@@ -1,8 +1,8 @@
 """Attention over short sequences and RMSNorm with a frozen weight, for training on a CPU, in plain torch.
 
-torch's bfloat16 flash attention on a CPU takes twice as long, forward and backward, as the plain products at the lengths
-that adapters are trained on; its RMSNorm's backward makes a dozen passes where five do. Both functions here keep nothing
-for the backward but their inputs (probabilities are computed again), so they need no more memory than torch's.
+At the lengths that adapters are trained on, torch's bfloat16 flash attention on a CPU takes twice as long, forward and
+backward, as the plain products; its RMSNorm's backward makes a dozen passes where five do. Both functions here keep
+nothing for the backward but their inputs (probabilities are computed again): no more memory than torch's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from torch import Tensor
 MOST_SCORES = 1 << 24  # batch x heads x queries x keys that may stand at once: 64 MiB of float32
 
 
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
 class _ShortAttention(torch.autograd.Function):
     """q [B, H, T, D], k and v [B, G, S, D] with H a multiple of G; keep: bool, True where a query sees a key."""
 
@@ -24,7 +28,7 @@ class _ShortAttention(torch.autograd.Function):
         groups, s = k.shape[1], k.shape[2]
         # the queries of a group of heads lie one below the other: one product per key head, no repeated keys
         rows, keys = q.reshape(batch * groups, -1, d), k.reshape(batch * groups, s, d)
-        scores = torch.bmm(rows, keys.transpose(1, 2)).float().mul_(scale)
+        scores = torch.bmm(rows, keys.transpose(1, 2)).to(_wide(q)).mul_(scale)
         scores.view(batch, heads, t, s).masked_fill_(~keep, -torch.inf)
         return rows, keys, torch.softmax(scores, dim=-1)
 
@@ -41,7 +45,7 @@ class _ShortAttention(torch.autograd.Function):
         rows, keys, p = _ShortAttention._probabilities(q, k, keep, ctx.scale)
         values, dy = v.reshape(keys.shape), grad_outputs[0].reshape(rows.shape)
         dv = torch.bmm(p.to(q.dtype).transpose(1, 2), dy)
-        dp = torch.bmm(dy, values.transpose(1, 2)).float()
+        dp = torch.bmm(dy, values.transpose(1, 2)).to(p.dtype)
         # ds = p (dp - sum(p dp)), in place; float32 until it is a factor again
         ds = dp.sub_(torch.linalg.vecdot(p, dp).unsqueeze(-1)).mul_(p).mul_(ctx.scale).to(q.dtype)
         dq, dk = torch.bmm(ds, keys), torch.bmm(ds.transpose(1, 2), rows)
@@ -51,7 +55,7 @@ class _ShortAttention(torch.autograd.Function):
 def short_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T where keep) v: [B, H, T, D] from q [B, H, T, D], k and v [B, G, S, D].
 
-    keep: bool, broadcastable to [B, H, T, S]; each query must see at least one key. The softmax is float32.
+    keep: bool, broadcastable to [B, H, T, S]; each query must see at least one key. The softmax is at least float32.
     """
     result: Tensor = _ShortAttention.apply(q, k, v, keep, scale)  # type: ignore[no-untyped-call]
     return result
@@ -60,7 +64,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float)
 class _FrozenNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        h = x.float() if x.dtype is not torch.float32 else x.clone()
+        h = x.to(_wide(x), copy=True)
         norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
         inverse = norm.square_().mul_(1.0 / h.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
@@ -69,8 +73,8 @@ class _FrozenNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse, weight = ctx.saved_tensors
-        g = grad_outputs[0].to(torch.float32, copy=True).mul_(weight)
-        h = x.float()
+        g = grad_outputs[0].to(_wide(x), copy=True).mul_(weight)
+        h = x.to(g.dtype)
         along = torch.linalg.vecdot(g, h).unsqueeze(-1).mul_(inverse.square() * (-1.0 / h.shape[-1]))
         return g.addcmul_(h, along).mul_(inverse).to(x.dtype), None, None
 

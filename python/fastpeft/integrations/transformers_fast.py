@@ -72,11 +72,13 @@ def _one_token(
     return x + mlp.down_proj(F.silu(mlp.gate_proj(h)).mul_(mlp.up_proj(h)))
 
 
-def _head_forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name for it)
+def _head_forward(self: Any, input: Tensor) -> Tensor:
     # torch reads a large matrix at half of the memory's speed when it meets one row, and copies it first in bfloat16
     if input.numel() > _HEAD_ROWS * self.in_features or torch.is_grad_enabled() or input.dtype is not self.weight.dtype:
-        return nn.Linear.forward(self, input)
-    return lora_linear(input, self.weight, bias=self.bias)
+        dense: Tensor = nn.Linear.forward(self, input)
+        return dense
+    one: Tensor = lora_linear(input, self.weight, bias=self.bias)
+    return one
 
 
 _FastHead = type("_FastHead", (nn.Linear,), {"forward": _head_forward, _ACCELERATED: True, "__module__": __name__})
@@ -95,16 +97,16 @@ def _serves(layer: Any, x: Tensor, cache: Any, position_embeddings: Any, kwargs:
     attention = layer.self_attn
     if attention.config._attn_implementation not in ("sdpa", "eager") or attention.config.hidden_act != "silu":
         return False
-    return not (
-        _hooked(attention) or _hooked(layer.mlp) or _hooked(layer.input_layernorm) or _hooked(layer.post_attention_layernorm)
-    )
+    return not any(map(_hooked, (attention, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)))
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    x = hidden_states
-    if torch.is_grad_enabled() and x.requires_grad and not self.weight.requires_grad and x.device.type == "cpu":
-        if x.dtype in (torch.float32, torch.bfloat16) and self.weight.dtype is x.dtype:
-            return frozen_rms_norm(x, self.weight, self.variance_epsilon)
+    x, weight = hidden_states, self.weight
+    if (
+        torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16) and weight.dtype is x.dtype
+    ):  # fmt: skip
+        return frozen_rms_norm(x, weight, self.variance_epsilon)
     result: Tensor = self._fastpeft_base.forward(self, x)
     return result
 
@@ -217,7 +219,8 @@ def accelerate(model: nn.Module) -> Accelerated:
             module.__dict__["_fastpeft_signs"] = signs
             module.__class__ = classes[kind]
             handle.switched.append((module, kind))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
     if handle.switched and type(head) is nn.Linear and head.weight.device.type == "cpu":
         handle.switched.append((head, nn.Linear))
         head.__class__ = _FastHead

@@ -1,0 +1,183 @@
+"""Faster Llama models: the same numbers as transformers' own code, the same keys, and undone without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+import fastpeft
+from fastpeft.integrations.short_attention import frozen_rms_norm, short_attention
+from fastpeft.integrations.transformers_fast import accelerate
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_kernels.testing import assert_no_worse, assert_same_bits
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=101, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for p in model.parameters():  # larger than the usual start, so that mistakes are larger than rounding
+        torch.nn.init.normal_(p, std=0.2)
+    return model.to(dtype).eval()
+
+
+def adapted(dtype: torch.dtype = torch.float32) -> fastpeft.PeftModel:
+    model = fastpeft.get_peft_model(llama(dtype), fastpeft.LoraConfig(r=4, target_modules="all-linear"))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def next_logits(model: torch.nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits of the last token, decoded with the cache of those before it."""
+    with torch.no_grad():
+        first = None if mask is None else mask[:, :-1]
+        cache = model(input_ids=ids[:, :-1], attention_mask=first, use_cache=True).past_key_values
+        return model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+def compare(fast: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """assert_no_worse over a whole model: an element is one of many sums, so the largest error of each is compared."""
+    worst = [(t.double() - exact).abs().max().reshape(1) for t in (fast, plain)]
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert_no_worse(worst[0].to(fast.dtype), worst[1].to(fast.dtype), zero, exact.abs().max().reshape(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_gives_the_same_logits(dtype: torch.dtype, batch: int) -> None:
+    model = adapted(dtype)
+    ids = torch.randint(1, 101, (batch, 9))
+    plain = next_logits(model, ids)
+    exact = next_logits(copy.deepcopy(model).double(), ids)
+    handle = accelerate(model)
+    assert handle.modules == 2 * 4 + 1 + 1  # layers, attentions, 2 x 2 + 1 norms, head
+    compare(next_logits(model, ids), plain, exact)
+
+
+def test_decoding_with_a_padded_batch() -> None:
+    model = adapted()
+    ids = torch.randint(1, 101, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    plain, exact = next_logits(model, ids, mask), next_logits(copy.deepcopy(model).double(), ids, mask)
+    accelerate(model)
+    compare(next_logits(model, ids, mask), plain, exact)
+
+
+def test_generate_gives_the_same_tokens() -> None:
+    model = adapted()
+    ids = torch.randint(1, 101, (1, 5))
+    want = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+    accelerate(model)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=12, do_sample=False), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_training_gives_the_same_gradients(dtype: torch.dtype) -> None:
+    model = adapted(dtype).train()
+    ids = torch.randint(1, 101, (2, 11))
+
+    def gradients(m: torch.nn.Module) -> Tensor:
+        m.zero_grad()
+        m(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
+
+    plain, exact = gradients(model), gradients(copy.deepcopy(model).double())
+    accelerate(model)
+    compare(gradients(model), plain, exact)
+
+
+def test_undone_without_a_trace() -> None:
+    model = adapted()
+    classes = [type(m) for m in model.modules()]
+    keys = list(model.state_dict())
+    logits = model(input_ids=torch.arange(1, 6)[None]).logits
+    handle = accelerate(model)
+    assert list(model.state_dict()) == keys
+    handle.remove()
+    assert [type(m) for m in model.modules()] == classes
+    assert not any("_fastpeft" in name for m in model.modules() for name in m.__dict__)
+    assert_same_bits(model(input_ids=torch.arange(1, 6)[None]).logits, logits)
+
+
+def test_accelerating_twice_changes_nothing_more() -> None:
+    model = adapted()
+    accelerate(model)
+    assert accelerate(model).modules == 0
+
+
+def test_hooks_on_inner_modules_still_run() -> None:
+    model = adapted()
+    accelerate(model)
+    seen = []
+    hook = model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    next_logits(model, torch.randint(1, 101, (1, 4)))
+    hook.remove()
+    assert len(seen) == 2, "prefill and one token"
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="no decoder layer of Llama"):
+        accelerate(torch.nn.Linear(2, 2))
+
+
+def both(function: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_short_attention(dtype: torch.dtype, masked: bool) -> None:
+    q, k, v = (torch.randn(2, h, 7, 16).to(dtype) for h in (4, 2, 2))
+    keep = torch.ones(7, 7, dtype=torch.bool).tril_()
+    if masked:  # packed rows: attention stays inside an example
+        keep = keep & (torch.arange(7)[:, None] // 4 == torch.arange(7)[None] // 4)
+    dy = torch.randn(2, 4, 7, 16)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = (q @ k.transpose(2, 3) * 0.25).masked_fill(~keep, -torch.inf)
+        return torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+
+    ours = both(lambda *t: short_attention(*t, keep, 0.25), [q, k, v], dy)
+    plain = both(eager, [q, k, v], dy)
+    exact = both(eager, [q.double(), k.double(), v.double()], dy.to(dtype).double())
+    for mine, theirs, right in zip(ours, plain, exact, strict=True):
+        assert_no_worse(mine, theirs, right, right.abs().amax().expand(right.shape))
+
+
+def test_gradcheck() -> None:
+    q, k, v = (torch.randn(1, h, 3, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
+    keep = torch.ones(3, 3, dtype=torch.bool).tril_()
+    assert torch.autograd.gradcheck(lambda *t: short_attention(*t, keep, 0.5), (q, k, v))
+    weight = torch.randn(4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: frozen_rms_norm(x, weight, 1e-5), (q,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_norm(dtype: torch.dtype) -> None:
+    x, weight, dy = torch.randn(3, 5, 32).to(dtype), torch.randn(32).to(dtype), torch.randn(3, 5, 32)
+
+    def eager(x: Tensor) -> Tensor:
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        return weight.to(x.dtype) * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    ours = both(lambda x: frozen_rms_norm(x, weight, 1e-5), [x], dy)
+    plain, exact = both(eager, [x], dy), both(eager, [x.double()], dy.to(dtype).double())
+    for mine, theirs, right in zip(ours, plain, exact, strict=True):
+        assert_no_worse(mine, theirs, right, right.abs().amax().expand(right.shape))
