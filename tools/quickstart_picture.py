@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 INK, MUTED, GRID, LOSS, HELD_OUT = "#1f2328", "#6e7781", "#d8dee4", "#9db7d5", "#c2410c"
-COLUMNS = ((0.00, 25, "asked"), (0.225, 44, "before"), (0.615, 44, "after"))
+COLUMNS = ((0.00, 30, "asked"), (0.285, 42, "before"), (0.65, 42, "after"))
 
 
 def draw(summary: dict[str, Any], metrics: list[dict[str, Any]], target: Path) -> None:
