@@ -218,6 +218,7 @@ def test_resuming_a_finished_run_trains_nothing(world: Path, tmp_path: Path) -> 
     again = trainer(config(world, tmp_path, max_steps=2)).run(resume=True)
     assert again.tokens == 0
     assert f"{again.held_out_before:.6g}" == f"{before[0][2]:.6g}"
+    assert f"{again.held_out_after:.6g}" == f"{before[-1][2]:.6g}" != f"{again.held_out_before:.6g}"
     assert losses(tmp_path) == before
 
 

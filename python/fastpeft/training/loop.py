@@ -70,11 +70,11 @@ class Trainer:
             self.loss.base.disable_input_require_grads()
         set_seed(config.seed)
         optimizer = make_optimizer(self.model, config)
-        done, before = self._resume(optimizer) if resume else (0, None)
+        done, before, after = self._resume(optimizer) if resume else (0, None, None)
         if not resume:
             _refuse_mixture(self.root)
         metrics = MetricsFile(self.root / "metrics.jsonl", done if done else None)
-        after, tokens = before, 0
+        tokens = 0
         self.progress.start(steps, done)
         try:
             if done == 0 and self.held_out:
@@ -136,14 +136,15 @@ class Trainer:
     def _batch(self, rows: list[list[int]]) -> Batch:
         return collate([[self.examples[i] for i in row] for row in rows], self.pad_id)
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None]:
+    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None, float | None]:
+        """(steps done, held-out loss before training, and at the checkpoint or before it)."""
         folder = checkpoints.newest(self.root)
         if folder is None:
             self.progress.say(f"no intact checkpoint in {self.root}: starting from the beginning")
-            return 0, None
+            return 0, None, None
         stored = checkpoints.load(folder, self.model, optimizer, self.plan.fingerprint)
         self.progress.say(f"resuming from {folder} (step {stored['step']} of {len(self.plan)})")
-        return stored["step"], stored["extra"].get("held_out_before")
+        return stored["step"], stored["extra"].get("held_out_before"), stored["extra"].get("held_out_after")
 
 
 def _refuse_mixture(root: Path) -> None:
