@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels import lora_linear
+from peft_kernels import QuantWeight, lora_linear
+from peft_kernels.ops.lora_linear import forward_op as lora_linear_op
 
+from ..layer import AdapterLayer
 from .short_attention import MOST_SCORES, frozen_rms_norm, short_attention
 
 _ACCELERATED = "_fastpeft_accelerated"
@@ -49,15 +51,33 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
 
 
+def _linear(module: Any, x: Tensor) -> Tensor:
+    """`module(x)` for x [M, K] without gradients, an adapter layer's kernel called without the modules around it."""
+    if type(module) is AdapterLayer and not (module._forward_hooks or module._forward_pre_hooks):
+        parts = getattr(module._plan, "parts", None)
+        found = None if parts is None else parts()
+        if found is not None:
+            weight, a, b, scaling, bias, compute, dropout = found
+            if type(weight) is QuantWeight and not dropout and (compute is None or compute is x.dtype):
+                # the operator's own body: it checks, chooses a backend and calls it; only torch's dispatch is left out
+                n, flat = weight.shape[0], weight.flatten()
+                y: Tensor = lora_linear_op._call(x, *flat, n, a, b, scaling, bias, 0.0, None)[0]
+                return y
+    result: Tensor = module(x)
+    return result
+
+
 def _one_token(
     layer: Any, x: Tensor, mask: Tensor | None, cache: Any, position_embeddings: tuple[Tensor, Tensor]
 ) -> Tensor:
     """A decoder layer for x [B, 1, H] with `cache` holding the tokens before; x [B, 1, H] out."""
     attention, mlp = layer.self_attn, layer.mlp
     d = attention.head_dim
+    batch = x.shape[0]
+    x = x.view(batch, -1)
     h = _norm(layer.input_layernorm, x)
-    q, k, v = attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)
-    batch, heads = x.shape[0], q.shape[-1] // d
+    q, k, v = _linear(attention.q_proj, h), _linear(attention.k_proj, h), _linear(attention.v_proj, h)
+    heads = q.shape[-1] // d
     cos, signed_sin = layer._fastpeft_signs.get(*position_embeddings)
     qk = torch.cat((q, k), dim=-1).view(batch, -1, 1, d)
     qk = torch.addcmul(qk * cos, torch.roll(qk, d // 2, dims=-1), signed_sin)
@@ -67,9 +87,10 @@ def _one_token(
         qk[:, :heads].float(), keys.float(), values.float(), attn_mask=mask, scale=attention.scaling,
         enable_gqa=keys.shape[1] != heads,
     )  # fmt: skip
-    x = x + attention.o_proj(out.to(x.dtype).view(batch, 1, -1))
+    x = x + _linear(attention.o_proj, out.to(x.dtype).view(batch, -1))
     h = _norm(layer.post_attention_layernorm, x)
-    return x + mlp.down_proj(F.silu(mlp.gate_proj(h)).mul_(mlp.up_proj(h)))
+    y: Tensor = x + _linear(mlp.down_proj, F.silu(_linear(mlp.gate_proj, h)).mul_(_linear(mlp.up_proj, h)))
+    return y.unsqueeze(1)
 
 
 def _head_forward(self: Any, input: Tensor) -> Tensor:

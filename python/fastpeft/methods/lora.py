@@ -251,7 +251,8 @@ class Lora(Method):
         parameters_a, parameters_b = a._parameters, b._parameters
         hooks = (a._forward_hooks, a._forward_pre_hooks, b._forward_hooks, b._forward_pre_hooks)
 
-        def run(x: Tensor) -> Tensor | None:
+        def parts() -> tuple[Any, ...] | None:
+            """weight, A, B, scaling, bias, compute dtype, dropout probability; None while no kernel may act."""
             w = get_weight()
             wa, wb = parameters_a.get("weight"), parameters_b.get("weight")
             if (
@@ -261,11 +262,18 @@ class Lora(Method):
             ):  # fmt: skip
                 return None
             p = drops.p if drops is not None and drops.training else 0.0
-            bias = base_parameters.get("bias")
-            if compute is not None and x.dtype is not compute:
-                return lora_linear(x.to(compute), w, wa, wb, scaling[name], bias, p).to(x.dtype)
-            return lora_linear(x, w, wa, wb, scaling[name], bias, p)
+            return w, wa, wb, scaling[name], base_parameters.get("bias"), compute, p
 
+        def run(x: Tensor) -> Tensor | None:
+            found = parts()
+            if found is None:
+                return None
+            w, wa, wb, scale, bias, _, p = found
+            if compute is not None and x.dtype is not compute:
+                return lora_linear(x.to(compute), w, wa, wb, scale, bias, p).to(x.dtype)
+            return lora_linear(x, w, wa, wb, scale, bias, p)
+
+        run.parts = parts  # type: ignore[attr-defined]  # for callers that fuse more than this layer
         return run
 
 
