@@ -123,8 +123,6 @@ class InjectionPlan:
             if plan.is_new:
                 _set_child(plan.site, plan.layer)
         for saved in self.saved:
-            grads = [p for p in saved.wrapper.original_module.parameters() if p.requires_grad]
-            self._frozen.extend(grads)
             saved.wrapper.add(self.adapter, saved.module)
             saved.wrapper.set_requires_grad(self.adapter, False)
             if saved.wrapper is not saved.site.module:

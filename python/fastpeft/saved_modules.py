@@ -63,9 +63,8 @@ class ModulesToSaveWrapper(nn.Module):
         return module
 
     def add(self, adapter: str, module: nn.Module) -> None:
-        """Give an adapter its copy; the original is frozen."""
+        """Give an adapter its copy."""
         self.modules_to_save[adapter] = module
-        self.original_module.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.modules_to_save.pop(adapter_name, None)

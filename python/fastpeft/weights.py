@@ -137,8 +137,6 @@ def _install(module: nn.Module, name: str, value: Tensor) -> None:
     old = module._parameters[name]
     assert old is not None
     value = value.detach().to(device=old.device, dtype=old.dtype).contiguous()
-    if value.data_ptr() == old.data_ptr() and value.numel():
-        value = value.clone()
     module._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
 
 

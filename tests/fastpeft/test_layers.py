@@ -1,63 +1,31 @@
-"""AdapterLayer on its own: when its plan must be made anew, quantised bases, containers."""
+"""AdapterLayer on its own: when its plan must be made anew, compiling, mixed batches, containers."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+import runpy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fastpeft import LoraConfig, NF4Linear, PeftWarning, get_peft_model, quantize_model
+from fastpeft import LoraConfig
 from fastpeft.config import TargetConfig
 from fastpeft.containers import AdapterDict
 from fastpeft.layer import AdapterLayer
-from fastpeft.method import Method, get_method
-from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
-from fastpeft.weights import relative_error, weight_of
+from fastpeft.method import Method
+from fastpeft.testing import SAMPLE_BASES, add_adapter
+from fastpeft.weights import weight_of
 from torch import Tensor, nn
 
-from peft_kernels import QuantWeight, dequantize_4bit
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
-LORA = get_method("LORA")
-
-
-def lora_layer(base: str | nn.Module = "linear", names: str = "a", **options: Any) -> AdapterLayer:
-    layer = make_layer(base) if isinstance(base, str) else AdapterLayer(base, "layer")
-    layer.base_layer.requires_grad_(False)
-    for name in names:
-        add_adapter(layer, name, LORA, LoraConfig(**{"r": 4, **options}))
-    layer.set_adapter(names[0])
-    return layer.eval()
-
-
-def composed(layer: AdapterLayer, x: Tensor) -> Tensor:
-    """What the layer must give, without its plan: the slow, plain path."""
-    names = [n for n in layer.active_adapters if n in layer.methods]
-    if layer.disable_adapters or layer.merged:
-        names = []
-    return layer._compose(x, names, (), {})
-
-
-def size_of(layer: AdapterLayer, x: Tensor) -> Tensor:
-    """The sum of the absolute terms behind each element of the output, which rounding scales with."""
-    w, _ = layer.kind.read(layer.base_layer)
-    total = w.detach().double().abs()
-    for name in layer.active_adapters:
-        if isinstance(layer.lora_B.get(name), nn.Linear):
-            a, b = layer.lora_A[name].weight.double().abs(), layer.lora_B[name].weight.double().abs()
-            total = total + abs(layer.scaling[name]) * (b @ a)
-    return nn.functional.linear(x.double().abs(), total).detach()
-
-
-def assert_as_composed(layer: AdapterLayer, x: Tensor) -> Tensor:
-    y = layer(x).detach()
-    exact = composed(copy.deepcopy(layer).double(), x.double()).detach()
-    assert_no_worse(y, composed(layer, x).detach(), exact, size_of(layer, x))
-    return y
+tools = runpy.run_path(str(Path(__file__).with_name("layer_tools.py")))
+LORA, lora_layer, composed, size_of, assert_as_composed, QUANTISED = (
+    tools[name] for name in ("LORA", "lora_layer", "composed", "size_of", "assert_as_composed", "QUANTISED")
+)
 
 
 # Whatever may happen to a layer after its first forward. Each must be seen by the next forward.
@@ -65,7 +33,11 @@ def _replace_parameter(layer: AdapterLayer) -> None:
     layer.lora_A["a"].weight = nn.Parameter(torch.randn_like(layer.lora_A["a"].weight))
 
 
-def _replace_module(layer: AdapterLayer) -> None:
+def _replace_a(layer: AdapterLayer) -> None:
+    layer.lora_A["a"] = nn.Linear(24, 4, bias=False)
+
+
+def _replace_b(layer: AdapterLayer) -> None:
     layer.lora_B["a"] = nn.Linear(4, 20, bias=False)
 
 
@@ -170,10 +142,10 @@ def _other_dropout(layer: AdapterLayer) -> None:
 
 
 CHANGES: list[Callable[[AdapterLayer], None]] = [
-    _replace_parameter, _replace_module, _replace_module_with_another_kind, _write_parameter, _replace_base_weight,
-    _replace_bias, _train_bias, _assign_state, _copy_state, _assign_adapter_state, _new_scaling, _other_adapter,
-    _both_adapters, _no_adapter, _disable, _merge, _merge_unmerge, _delete, _replace_adapter, _double, _hook_on_base,
-    _hook_on_a, _pre_hook_on_b, _parametrize, _other_dropout,
+    _replace_parameter, _replace_a, _replace_b, _replace_module_with_another_kind, _write_parameter,
+    _replace_base_weight, _replace_bias, _train_bias, _assign_state, _copy_state, _assign_adapter_state,
+    _new_scaling, _other_adapter, _both_adapters, _no_adapter, _disable, _merge, _merge_unmerge, _delete,
+    _replace_adapter, _double, _hook_on_base, _hook_on_a, _pre_hook_on_b, _parametrize, _other_dropout,
 ]  # fmt: skip
 INVISIBLE = (_train_bias, _double, _merge_unmerge)  # these keep the output as it was
 
@@ -281,196 +253,6 @@ def test_each_row_of_a_mixed_batch_is_what_it_is_alone_for_any_method() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert (x.grad.flatten(1).abs().sum(1) > 0).all()
-
-
-# Quantised bases
-
-
-def _linear4bit(nested: bool = True, quant_type: str = "nf4", compute_dtype: torch.dtype | None = None) -> nn.Module:
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear4bit(
-        64, 96, quant_type=quant_type, compress_statistics=nested, compute_dtype=compute_dtype
-    )
-    nn.init.normal_(layer.bias)
-    return layer.to("cpu")  # quantises
-
-
-def _linear8bit() -> nn.Module:
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False)
-    nn.init.normal_(layer.bias)
-    return layer.to("cpu")
-
-
-def _nf4() -> nn.Module:
-    model = nn.Sequential(nn.Linear(64, 96))
-    quantize_model(model, "nf4", double_quant=True)
-    assert isinstance(model[0], NF4Linear)
-    return model[0]
-
-
-QUANTISED = {
-    "nf4": _nf4,
-    "bnb-nf4": _linear4bit,
-    "bnb-nf4-plain-scales": lambda: _linear4bit(nested=False),
-    "bnb-fp4": lambda: _linear4bit(quant_type="fp4"),
-    "bnb-int8": _linear8bit,
-}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="MatMul8bitLt")
-        yield
-
-
-@pytest.mark.parametrize("base", QUANTISED)
-@pytest.mark.parametrize("names", ["a", "ab"])
-def test_a_quantised_base_computes_with_its_decoded_weight(base: str, names: str) -> None:
-    layer = lora_layer(QUANTISED[base](), names)
-    layer.set_adapter(list(names))
-    x = torch.randn(3, 64)
-    w, b = layer.merged_weight(list(names))
-    assert w.dtype == torch.float32
-    exact = nn.functional.linear(x.double(), *(t.double() for t in layer.merged_weight(names)))
-    eager = nn.functional.linear(x, w, b)
-    if base == "bnb-int8":
-        # bitsandbytes rounds x to int8 as well, so its own error is what eager's is: half a step per element of x.
-        steps = x.abs().amax(1, keepdim=True) / 127
-        noise = steps * layer.kind.read(layer.base_layer)[0].abs().sum(1)
-        eager = eager + noise
-    assert_no_worse(layer(x).detach(), eager.detach(), exact.detach(), size_of(layer, x))
-    assert layer.weight.dtype in (torch.uint8, torch.int8)
-
-
-@pytest.mark.parametrize("base", [b for b in QUANTISED if b != "bnb-int8"])
-def test_a_4bit_base_is_read_in_place_by_one_kernel_call(base: str) -> None:
-    layer = lora_layer(QUANTISED[base]())
-    layer(torch.randn(3, 64))
-    assert layer._plan is not None
-    fast = layer.kind.fast(layer.base_layer)
-    assert fast is not None
-    weight = fast()
-    assert isinstance(weight, QuantWeight)
-    assert weight.packed.data_ptr() == layer.base_layer.weight.data_ptr()
-
-
-@pytest.mark.parametrize("base", QUANTISED)
-def test_merging_requantises_reports_its_error_and_comes_back_byte_for_byte(base: str) -> None:
-    model = get_peft_model(
-        nn.Sequential(QUANTISED[base]()), LoraConfig(target_modules=["0"], init_lora_weights=False)
-    ).eval()
-    layer = model.base_model.model[0]
-    x = torch.randn(3, 64)
-    y = model(x).detach()
-    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
-    wanted = layer.merged_weight(["default"])[0]
-    with pytest.warns(PeftWarning, match="requantising"):
-        model.merge_adapter()
-    got = layer.kind.read(layer.base_layer)[0]
-    error = relative_error(got, wanted)
-    assert model.base_model.merge_errors == {"0": error}
-    assert 0 < error < (0.02 if base == "bnb-int8" else 0.2)
-    assert not torch.equal(model(x), y)
-    after = layer.base_layer.state_dict()
-    assert after["weight"].dtype == before["weight"].dtype
-    model.unmerge_adapter()
-    restored = layer.base_layer.state_dict()
-    assert list(restored) == list(before)
-    for key in before:
-        assert_same_bits(restored[key], before[key])
-    assert_same_bits(model(x).detach(), y)
-    with pytest.warns(PeftWarning, match="requantising"):
-        merged = model.merge_and_unload()
-    assert type(merged[0]) is type(layer.base_layer)
-    assert_same_bits(layer.kind.read(merged[0])[0], got)
-    assert layer._taken is None, "merge_and_unload must not keep the old weight"
-
-
-def test_merging_our_4bit_layer_keeps_its_format() -> None:
-    layer = lora_layer(_nf4())
-    old = layer.base_layer.quant_weight()
-    layer.merge()
-    new = layer.base_layer.quant_weight()
-    for name in ("shape", "quant_type", "blocksize", "dtype", "nested", "nested_blocksize"):
-        assert getattr(new, name) == getattr(old, name)
-    assert not torch.equal(dequantize_4bit(new), dequantize_4bit(old))
-
-
-def test_bitsandbytes_is_kept_from_repacking_the_bytes_of_its_layer() -> None:
-    # Its forward in eval mode on a CPU with AVX512-BF16 rewrites the weight, with a loss in nested scales.
-    base = _linear4bit()
-    layer = lora_layer(base)
-    before = {k: v.clone() for k, v in base.state_dict().items()}
-    x = torch.randn(3, 64)
-    layer(x)
-    layer.enable_adapters(False)
-    layer(x)
-    assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False)
-    for key, value in base.state_dict().items():
-        assert_same_bits(value, before[key])
-
-
-def test_a_layer_that_bitsandbytes_did_repack_is_read_right() -> None:
-    base = _linear4bit(nested=False).eval()
-    x = torch.randn(3, 64)
-    decoded = dequantize_4bit(QuantWeight.from_bnb(base.weight)).clone()
-    with torch.no_grad():
-        base(x)
-    layer = lora_layer(base)
-    rounded = layer.kind.read(base)[0]
-    # The packing rounded the scales to bfloat16: half a unit in the eighth bit.
-    assert torch.all((rounded - decoded).abs() <= decoded.abs() * torch.finfo(torch.bfloat16).eps)
-    assert torch.equal(rounded == 0, decoded == 0)
-    layer.enable_adapters(False)
-    assert layer(x).shape == (3, 96)
-
-
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compute_dtype_of_a_4bit_layer_is_obeyed(compute: torch.dtype, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    fast = lora_layer(_linear4bit(compute_dtype=compute))
-    x = torch.randn(3, 64).to(dtype)
-    y = fast(x)
-    assert y.dtype == dtype
-    w, b = fast.merged_weight(["a"])
-    exact = nn.functional.linear(x.double(), w.double(), b.double())
-    eager = nn.functional.linear(x.to(compute), w.to(compute), b.to(compute)).to(dtype)
-    low = torch.promote_types(compute, dtype) if compute == dtype else torch.bfloat16
-    size = nn.functional.linear(x.double().abs(), w.double().abs()) * (torch.finfo(low).eps / torch.finfo(dtype).eps)
-    assert_no_worse(y.detach(), eager.detach(), exact.detach(), size.detach())
-
-
-def test_a_4bit_layer_that_is_not_quantised_yet_is_refused() -> None:
-    import bitsandbytes as bnb
-
-    with pytest.raises(ValueError, match="0: a bitsandbytes Linear4bit that is not quantised"):
-        get_peft_model(nn.Sequential(bnb.nn.Linear4bit(64, 96)), LoraConfig(target_modules=["0"]))
-    model = nn.Sequential(bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False))
-    with pytest.raises(ValueError, match="0: a bitsandbytes Linear8bitLt that is not quantised"):
-        get_peft_model(model, LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="0: Embedding"):
-        get_peft_model(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), LoraConfig(target_modules=["0"]))
-
-
-def test_an_embedding_that_scales_its_rows_scales_the_adapters_too() -> None:
-    class Scaled(nn.Embedding):
-        embed_scale = torch.tensor(3.0)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return super().forward(ids) * self.embed_scale
-
-    layer = lora_layer(Scaled(31, 20))
-    ids = torch.tensor([[1, 5], [30, 0]])
-    y = layer(ids)
-    w = layer.merged_weight(["a"])[0]
-    exact = nn.functional.embedding(ids, w.double().t()) * 3
-    eager = nn.functional.embedding(ids, w.t()) * 3
-    assert_no_worse(y.detach(), eager.detach(), exact.detach(), exact.detach().abs() + 1)
 
 
 # Containers

@@ -1,0 +1,187 @@
+"""AdapterLayer over quantised bases: what it computes, merging and the way back."""
+
+from __future__ import annotations
+
+import runpy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fastpeft import LoraConfig, PeftWarning, get_peft_model
+from fastpeft.weights import relative_error
+from torch import Tensor, nn
+
+from peft_kernels import QuantWeight, dequantize_4bit
+from peft_kernels.testing import assert_no_worse, assert_same_bits
+
+tools = runpy.run_path(str(Path(__file__).with_name("layer_tools.py")))
+lora_layer, size_of, QUANTISED, _linear4bit, _nf4 = (
+    tools[name] for name in ("lora_layer", "size_of", "QUANTISED", "_linear4bit", "_nf4")
+)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="MatMul8bitLt")
+        yield
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_a_quantised_base_computes_with_its_decoded_weight(base: str, names: str) -> None:
+    layer = lora_layer(QUANTISED[base](), names)
+    layer.set_adapter(list(names))
+    x = torch.randn(3, 64)
+    w, b = layer.merged_weight(list(names))
+    assert w.dtype == torch.float32
+    exact = nn.functional.linear(x.double(), *(t.double() for t in layer.merged_weight(names)))
+    eager = nn.functional.linear(x, w, b)
+    if base == "bnb-int8":
+        # bitsandbytes rounds x to int8 as well, so its own error is what eager's is: half a step per element of x.
+        steps = x.abs().amax(1, keepdim=True) / 127
+        noise = steps * layer.kind.read(layer.base_layer)[0].abs().sum(1)
+        eager = eager + noise
+    assert_no_worse(layer(x).detach(), eager.detach(), exact.detach(), size_of(layer, x))
+    assert layer.weight.dtype in (torch.uint8, torch.int8)
+
+
+@pytest.mark.parametrize("base", [b for b in QUANTISED if b != "bnb-int8"])
+def test_a_4bit_base_is_read_in_place_by_one_kernel_call(base: str) -> None:
+    layer = lora_layer(QUANTISED[base]())
+    layer(torch.randn(3, 64))
+    assert layer._plan is not None
+    fast = layer.kind.fast(layer.base_layer)
+    assert fast is not None
+    weight = fast()
+    assert isinstance(weight, QuantWeight)
+    assert weight.packed.data_ptr() == layer.base_layer.weight.data_ptr()
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+def test_merging_requantises_reports_its_error_and_comes_back_byte_for_byte(base: str) -> None:
+    model = get_peft_model(
+        nn.Sequential(QUANTISED[base]()), LoraConfig(target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    layer = model.base_model.model[0]
+    x = torch.randn(3, 64)
+    y = model(x).detach()
+    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
+    wanted = layer.merged_weight(["default"])[0]
+    with pytest.warns(PeftWarning, match="requantising"):
+        model.merge_adapter()
+    got = layer.kind.read(layer.base_layer)[0]
+    error = relative_error(got, wanted)
+    assert model.base_model.merge_errors == {"0": error}
+    assert 0 < error < (0.02 if base == "bnb-int8" else 0.2)
+    assert not torch.equal(model(x), y)
+    after = layer.base_layer.state_dict()
+    assert after["weight"].dtype == before["weight"].dtype
+    model.unmerge_adapter()
+    restored = layer.base_layer.state_dict()
+    assert list(restored) == list(before)
+    for key in before:
+        assert_same_bits(restored[key], before[key])
+    assert_same_bits(model(x).detach(), y)
+    with pytest.warns(PeftWarning, match="requantising"):
+        merged = model.merge_and_unload()
+    assert type(merged[0]) is type(layer.base_layer)
+    assert_same_bits(layer.kind.read(merged[0])[0], got)
+    assert layer._taken is None, "merge_and_unload must not keep the old weight"
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+def test_merging_one_after_the_other_rounds_once(base: str) -> None:
+    layer = lora_layer(QUANTISED[base](), "ab")
+    layer.merge(adapter_names=["a", "b"])
+    together = layer.kind.read(layer.base_layer)[0].clone()
+    layer.unmerge()
+    layer.merge(adapter_names=["a"])
+    layer.merge(adapter_names=["b"])
+    assert layer.merged_adapters == ["a", "b"]
+    assert_same_bits(layer.kind.read(layer.base_layer)[0], together)
+
+
+def test_merging_our_4bit_layer_keeps_its_format() -> None:
+    layer = lora_layer(_nf4())
+    old = layer.base_layer.quant_weight()
+    layer.merge()
+    new = layer.base_layer.quant_weight()
+    for name in ("shape", "quant_type", "blocksize", "dtype", "nested", "nested_blocksize"):
+        assert getattr(new, name) == getattr(old, name)
+    assert not torch.equal(dequantize_4bit(new), dequantize_4bit(old))
+
+
+def test_bitsandbytes_is_kept_from_repacking_the_bytes_of_its_layer() -> None:
+    # Its forward in eval mode on a CPU with AVX512-BF16 rewrites the weight, with a loss in nested scales.
+    base = _linear4bit()
+    layer = lora_layer(base)
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    x = torch.randn(3, 64)
+    layer(x)
+    layer.enable_adapters(False)
+    layer(x)
+    assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False)
+    for key, value in base.state_dict().items():
+        assert_same_bits(value, before[key])
+
+
+def test_a_layer_that_bitsandbytes_did_repack_is_read_right() -> None:
+    base = _linear4bit(nested=False).eval()
+    x = torch.randn(3, 64)
+    decoded = dequantize_4bit(QuantWeight.from_bnb(base.weight)).clone()
+    with torch.no_grad():
+        base(x)
+    layer = lora_layer(base)
+    rounded = layer.kind.read(base)[0]
+    # The packing rounded the scales to bfloat16: half a unit in the eighth bit.
+    assert torch.all((rounded - decoded).abs() <= decoded.abs() * torch.finfo(torch.bfloat16).eps)
+    assert torch.equal(rounded == 0, decoded == 0)
+    layer.enable_adapters(False)
+    assert layer(x).shape == (3, 96)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compute_dtype_of_a_4bit_layer_is_obeyed(compute: torch.dtype, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    fast = lora_layer(_linear4bit(compute_dtype=compute))
+    x = torch.randn(3, 64).to(dtype)
+    y = fast(x)
+    assert y.dtype == dtype
+    w, b = fast.merged_weight(["a"])
+    exact = nn.functional.linear(x.double(), w.double(), b.double())
+    eager = nn.functional.linear(x.to(compute), w.to(compute), b.to(compute)).to(dtype)
+    low = torch.promote_types(compute, dtype) if compute == dtype else torch.bfloat16
+    size = nn.functional.linear(x.double().abs(), w.double().abs()) * (torch.finfo(low).eps / torch.finfo(dtype).eps)
+    assert_no_worse(y.detach(), eager.detach(), exact.detach(), size.detach())
+
+
+def test_a_4bit_layer_that_is_not_quantised_yet_is_refused() -> None:
+    import bitsandbytes as bnb
+
+    with pytest.raises(ValueError, match="0: a bitsandbytes Linear4bit that is not quantised"):
+        get_peft_model(nn.Sequential(bnb.nn.Linear4bit(64, 96)), LoraConfig(target_modules=["0"]))
+    model = nn.Sequential(bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False))
+    with pytest.raises(ValueError, match="0: a bitsandbytes Linear8bitLt that is not quantised"):
+        get_peft_model(model, LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="0: Embedding"):
+        get_peft_model(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), LoraConfig(target_modules=["0"]))
+
+
+def test_an_embedding_that_scales_its_rows_scales_the_adapters_too() -> None:
+    class Scaled(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * self.embed_scale
+
+    layer = lora_layer(Scaled(31, 20))
+    ids = torch.tensor([[1, 5], [30, 0]])
+    y = layer(ids)
+    w = layer.merged_weight(["a"])[0]
+    exact = nn.functional.embedding(ids, w.double().t()) * 3
+    eager = nn.functional.embedding(ids, w.t()) * 3
+    assert_no_worse(y.detach(), eager.detach(), exact.detach(), exact.detach().abs() + 1)
