@@ -21,6 +21,10 @@ import torch.utils._device
 # which the wrappers below call.
 torch.utils._device._device_constructors()
 
+# Two workers with as many threads each as there are cores would wait for one another. Tests of threads set their own.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
