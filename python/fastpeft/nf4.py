@@ -83,7 +83,7 @@ class NF4Linear(nn.Module):
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
                 "this bitsandbytes layer ran in eval mode on a CPU, which repacks its bytes; "
-                "take its state_dict() once (that packs them back) before converting it"
+                "call fastpeft.bnb_weights.undo_cpu_packing(layer.weight) before converting it"
             )
         weight = QuantWeight.from_bnb(layer.weight)
         compute_dtype = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
