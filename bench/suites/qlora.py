@@ -98,7 +98,7 @@ def extras(last: dict[str, dict[str, Any]], keys: list[str]) -> dict[str, dict[s
     found: dict[str, dict[str, Any]] = {}
     for key in keys:
         values = {mode: reply[key] for mode, reply in last.items() if reply.get(key) is not None}
-        found[key] = {mode: round(v, 3 if v < 100 else 0) for mode, v in values.items()}
+        found[key] = {mode: round(v, 4 if v < 1 else 2 if v < 100 else 0) for mode, v in values.items()}
     return {k: v for k, v in found.items() if v}
 
 
@@ -114,7 +114,11 @@ def step_row(args: argparse.Namespace) -> Row:
     ]
     case = {"suite": "qlora", "what": "step", "tokens": 512, "dropout": args.dropout, "r": 16}
     row = Row(
-        "step, 4 x 128 tokens", case, stats, claims, extra=extras(last, ["peak_mib", "forward", "backward", "loss"])
+        "step, 4 x 128 tokens",
+        case,
+        stats,
+        claims,
+        extra=extras(last, ["peak_mib", "cpu_s", "forward", "backward", "loss"]),
     )
     check_memory(row)
     return row
@@ -145,7 +149,7 @@ def decode_row(args: argparse.Namespace) -> Row:
         Claim("dense", ours, ["dense-f32"]),
     ]
     row = Row("decode, a token", {"suite": "qlora", "what": "decode", "r": 16}, stats, claims,
-              extra=extras(last, ["peak_mib"]))  # fmt: skip
+              extra=extras(last, ["peak_mib", "cpu_s"]))  # fmt: skip
     row.extra["tokens/s"] = {m: round(1 / s.median, 1) for m, s in stats.items()}
     for name in ("ours-f32-fast", "ours-bf16-fast"):
         plain = name.removesuffix("-fast")
