@@ -1,5 +1,6 @@
 // What this machine can do at best: float32 FMA in registers on every thread, and reading memory in order.
 // Built on the fly by bench/machine.py where there is a C++ compiler; prints "<GFLOP/s> <GB/s>".
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -24,8 +25,9 @@ int main(int argc, char **argv) {
     int threads = argc > 1 ? std::atoi(argv[1]) : 1;
     const long steps = 4000000;
     std::vector<float> out(threads * 64);
-    double flops = 0, bytes = 0;
-    for (int trial = 0; trial < 5; trial++) {
+    // The second best of seven: the best can be a jump of a virtual machine's clock.
+    std::vector<double> flops, bytes;
+    for (int trial = 0; trial < 7; trial++) {
         double took = in_threads(threads, [&](int id) {
             vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, a4 = {}, a5 = {}, a6 = {}, a7 = {}, a8 = {}, a9 = {};
             vec x = a0 + 0.9999f, y = a0 + 0.5f;
@@ -37,11 +39,11 @@ int main(int argc, char **argv) {
             out[id * 64] = (a0 + a1 + a2 + a3 + a4 + a5 + a6 + a7 + a8 + a9)[0];
         });
         double rate = 2.0 * 16 * 10 * steps * threads / took / 1e9;
-        if (rate > flops) flops = rate;
+        flops.push_back(rate);
     }
     const size_t n = size_t(64) << 20;  // floats: 256 MB for all threads together
     std::vector<float> data(n, 1.0f);
-    for (int trial = 0; trial < 5; trial++) {
+    for (int trial = 0; trial < 7; trial++) {
         double took = in_threads(threads, [&](int id) {
             size_t part = n / threads / 64 * 64;
             const float *p = data.data() + id * part;
@@ -53,9 +55,11 @@ int main(int argc, char **argv) {
             out[id * 64 + 1] = (s0 + s1 + s2 + s3)[0];
         });
         double rate = 4.0 * (n / threads / 64 * 64 * threads) / took / 1e9;
-        if (rate > bytes) bytes = rate;
+        bytes.push_back(rate);
     }
     float sink = 0;
     for (float v : out) sink += v;
-    std::printf("%.1f %.2f %g\n", flops, bytes, sink);
+    std::sort(flops.rbegin(), flops.rend());
+    std::sort(bytes.rbegin(), bytes.rend());
+    std::printf("%.1f %.2f %g\n", flops[1], bytes[1], sink);
 }
