@@ -131,7 +131,7 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
                      f"{duration(s.at(0.2))} .. {duration(s.at(0.8))}"]  # fmt: skip
             if rates:
                 cells += [f"{rate:.1f}", f"{speed:.1f}", f"{share:.0%}"]
-            table.add_row(*cells, *(str(row.extra[k].get(name, "")) for k in extras))
+            table.add_row(*cells, *(str(row.extra.get(k, {}).get(name, "")) for k in extras))
         table.add_section()
     console.print(table)
     for note in (n for row in rows for n in row.notes):
