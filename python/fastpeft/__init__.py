@@ -34,23 +34,34 @@ _HOMES = {
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
     ),
-    "methods.lora": ("LoraConfig", "LoraRuntimeConfig"),
+    "methods.lora": ("LoraRuntimeConfig",),
     "nf4": ("NF4Linear", "quantize_model"),
-    "tuner": ("LoraModel",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME)
+
+
+def _of_methods() -> dict[str, Any]:
+    """The configuration class and the tuner class of every method, by PEFT's names."""
+    from .method import registry
+    from .tuner import tuner_class
+
+    methods = registry().values()
+    return {m.config_class.__name__: m.config_class for m in methods} | {m.model_name: tuner_class(m) for m in methods}
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
+    if name == "__all__":
+        return sorted({*_HOME, *_of_methods()})
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    else:
+        value = _of_methods().get(name) if name.endswith(("Config", "Model")) else None
+    if value is None:
         raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{home}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__getattr__("__all__")})

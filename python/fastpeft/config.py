@@ -109,8 +109,13 @@ class PeftConfig:
 
     # What only lives in memory and is left out of files.
     runtime_fields: ClassVar[tuple[str, ...]] = ()
+    # What PEFT's configuration of this method lacks: it works here, and is left out of files while it has its default.
+    not_in_peft: ClassVar[tuple[str, ...]] = ()
+    # The method of this class, which is then the value of `peft_type`.
+    own_type: ClassVar[PeftType | None] = None
 
     def __post_init__(self) -> None:
+        self.peft_type = self.own_type or self.peft_type
         if self.task_type is not None:
             try:
                 self.task_type = TaskType(self.task_type)
@@ -135,8 +140,13 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as json holds it: enums as text, sets as sorted lists, nested configurations as dicts."""
-        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if name not in self.runtime_fields}
+        content = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in self.runtime_fields or (f.name in self.not_in_peft and value == f.default):
+                continue
+            content[f.name] = _plain(value)
+        return content
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into `save_directory`, which is made where it is missing.
@@ -247,6 +257,28 @@ class TargetConfig(PeftConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+@dataclass
+class HasBias:
+    """bias: which biases of the base model are trained too: "none", "all", or those of the adapted layers, which is
+    "<method>_only" ("lora_only")."""
+
+    bias: str = "none"
+
+
+@dataclass
+class HasInitWeights:
+    """init_weights: start as the identity (True), or with random values that show in a test (False)."""
+
+    init_weights: bool = True
+
+
+@dataclass
+class HasFanInFanOut:
+    """fan_in_fan_out: whether the layer stores its weight as [in, out], as Conv1D does; corrected where it is wrong."""
+
+    fan_in_fan_out: bool = False
 
 
 def _plain(value: Any) -> Any:

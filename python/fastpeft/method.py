@@ -13,6 +13,7 @@ where W, b is the layer that the adapters before this one made. `W` is always gi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import PeftConfig, PeftType, TargetConfig
+from .patterns import first_match
+from .targets import DEFAULT_TARGETS
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -92,7 +95,11 @@ class Method:
     peft_type, prefix, config_class: its names. model_name: PEFT's name of the tuner class, such as "LoraModel".
     tensors: names of the containers with trainable tensors, in PEFT's order. others: names of the remaining per-adapter
     entries: values such as `scaling`, and modules or buffers that are not trained. kinds: of layers it can adapt.
-    mergeable: whether it has a merged form; a method without one is held to composition only.
+    mergeable: whether it has a merged form; a method without one is held to composition only. default_targets: what is
+    adapted when no target is named, by `model.config.model_type`. patterns: fields that a layer can have its own value
+    of, with the field that gives these values by pattern ({"r": "rank_pattern"}). examples: arguments of small
+    configurations that between them exercise every option; the tests of the laws run over them. model_methods:
+    functions that a model with such an adapter has as methods, by name; each takes the tuner first.
     """
 
     peft_type: ClassVar[PeftType]
@@ -102,9 +109,16 @@ class Method:
     tensors: ClassVar[tuple[str, ...]] = ()
     others: ClassVar[tuple[str, ...]] = ()
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
-    default_targets: ClassVar[Mapping[str, Any]] = {}
+    default_targets: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS
+    patterns: ClassVar[Mapping[str, str]] = {}
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    model_methods: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     mergeable: ClassVar[bool] = True
     needs_base_weight: ClassVar[bool] = False
+
+    def variant(self, config: Any) -> Method:
+        """The method that a configuration means, where its options choose between several (LoRA and DoRA)."""
+        return self
 
     # What is asked before anything is built. Errors here leave the model as it was.
 
@@ -123,8 +137,19 @@ class Method:
             )
 
     def layer_config(self, config: Any, names: Sequence[str]) -> dict[str, Any]:
-        """The configuration of layers where it is not `config` (rank patterns), by name."""
-        return {}
+        """The configuration of layers where it is not `config`, because of `patterns`, by name."""
+        values = {f: first_match(getattr(config, p, None) or {}, names) for f, p in self.patterns.items()}
+        made: dict[tuple[Any, ...], Any] = {}
+        result = {}
+        for name in names:
+            own = {f: found[name] for f, found in values.items() if name in found}
+            if any(value != getattr(config, f) for f, value in own.items()):
+                key = tuple(sorted(own.items()))
+                if key not in made:
+                    made[key] = copy.copy(config)
+                    vars(made[key]).update(own)
+                result[name] = made[key]
+        return result
 
     # State: modules, parameters and buffers go into containers named after them, anything else into plain dicts.
 
@@ -228,7 +253,7 @@ def method_of(config: PeftConfig) -> Method:
     """The method that a configuration object asks for."""
     if config.peft_type is None:
         raise ValueError(f"{type(config).__name__} names no method (peft_type is None)")
-    return get_method(config.peft_type)
+    return get_method(config.peft_type).variant(config)
 
 
 def target_config(config: PeftConfig) -> TargetConfig:

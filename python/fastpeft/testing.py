@@ -65,7 +65,7 @@ SAMPLE_BASES: dict[str, SampleBase] = {
 
 def add_adapter(layer: AdapterLayer, name: str, method: Method, config: Any) -> None:
     """Add an adapter with random tensors (so that it does something), in the base layer's dtype."""
-    info = layer.info
+    info, method = layer.info, method.variant(config)
     method.check_config(config)
     method.check_layer(config, info)
     shared = method.make_shared(config, [info])

@@ -5,6 +5,7 @@ A model may hold adapters of different methods: each layer composes what it has.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,10 @@ class BaseTuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+        for config in self.peft_config.values():
+            function = method_of(config).model_methods.get(name)
+            if function is not None:
+                return functools.partial(function, self)
         return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -93,27 +93,16 @@ class NewBias(_Toy):
 TOYS = [ScaleOutput(), RotateInput(), HadamardOfWeight(), NewBias()]
 METHODS = [*registry().values(), *TOYS]
 
-# Options of a method that change its math. A method that is not named here is tested with its defaults.
-OPTIONS: dict[PeftType, list[dict[str, Any]]] = {
-    PeftType.LORA: [
-        {"r": 4, "lora_alpha": 3},
-        {"r": 6, "lora_alpha": 5, "use_rslora": True},
-        {"r": 2, "lora_bias": True},
-        {"r": 30, "init_lora_weights": "gaussian"},  # a rank above both sizes of the layer
-    ]
-}
-
-
 def name_of(method: Method) -> str:
     return type(method).__name__
 
 
 def configs(method: Method) -> list[Any]:
-    options = OPTIONS.get(method.peft_type, [{}]) if method not in TOYS else [{}]
-    return [method.config_class(**values) for values in options]
+    return [method.config_class(**values) for values in method.examples]
 
 
 def serves(method: Method, config: Any, base: str) -> bool:
+    method = method.variant(config)
     layer = make_layer(base)
     try:
         method.check_layer(config, layer.info)

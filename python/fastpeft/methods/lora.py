@@ -7,10 +7,8 @@ channels and B one of kernel 1. In an embedding A holds a column per row of the 
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,11 +18,9 @@ from torch import Tensor, nn
 
 from peft_kernels import lora_linear
 
-from ..config import PeftType, PeftWarning, TargetConfig
+from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
 from ..method import Fused, Inner, LayerInfo, Method, State, register
-from ..patterns import first_match
 from ..safety import MAX_RANK
-from ..targets import DEFAULT_TARGETS
 
 if TYPE_CHECKING:
     from ..layer import AdapterLayer
@@ -38,14 +34,14 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig(TargetConfig):
+class LoraConfig(HasFanInFanOut, HasBias, TargetConfig):
     """Every field of PEFT's LoraConfig, with its default. Options that are not there yet raise on use, by name."""
+
+    own_type = PeftType.LORA
 
     r: int = 8
     lora_alpha: int = 8
     lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: str = "none"
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
@@ -76,7 +72,6 @@ class LoraConfig(TargetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LORA
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
 
@@ -101,7 +96,13 @@ class Lora(Method):
     tensors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     others = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
-    default_targets = DEFAULT_TARGETS
+    patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+    examples = (
+        {"r": 4, "lora_alpha": 3},
+        {"r": 6, "lora_alpha": 5, "use_rslora": True},
+        {"r": 2, "lora_bias": True},
+        {"r": 30, "init_lora_weights": "gaussian"},  # a rank above both sizes of the layer
+    )
 
     def check_config(self, config: LoraConfig, loading: bool = False) -> None:
         for name in LATER_OPTIONS:
@@ -139,21 +140,6 @@ class Lora(Method):
                 PeftWarning,
                 stacklevel=2,
             )
-
-    def layer_config(self, config: LoraConfig, names: Sequence[str]) -> dict[str, LoraConfig]:
-        ranks = first_match(config.rank_pattern or {}, names)
-        alphas = first_match(config.alpha_pattern or {}, names)
-        made: dict[tuple[int, Any], LoraConfig] = {}
-        result = {}
-        for name in names:
-            key = (ranks.get(name, config.r), alphas.get(name, config.lora_alpha))
-            if key == (config.r, config.lora_alpha):
-                continue
-            if key not in made:
-                made[key] = copy.copy(config)
-                made[key].r, made[key].lora_alpha = key
-            result[name] = made[key]
-        return result
 
     # State. Modules are made and initialised in PEFT's order, so that a seed gives the same numbers here and there.
 
