@@ -234,7 +234,7 @@ def get_peft_model_state_dict(
     state_dict: take the values from here (keys as in memory), for models whose parameters are sharded or gathered.
     save_embedding_layers: "auto" saves embeddings that are targeted or whose vocabulary was resized.
     """
-    from .inject import iter_adapter_tensors
+    from .sites import iter_adapter_tensors
 
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
@@ -266,7 +266,7 @@ def set_peft_model_state_dict(
     state dict lacks are returned. low_cpu_mem_usage: take the tensors over instead of copying them (needed where the
     adapter was made on the meta device); they move to the device of their layer. Raises KeyMismatchError.
     """
-    from .inject import iter_adapter_tensors
+    from .sites import iter_adapter_tensors
 
     config = _configs(model)[adapter_name]
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
@@ -342,7 +342,7 @@ def _bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
 
 
 def _adapter_bias_names(model: nn.Module) -> set[str]:
-    from .inject import iter_adapter_tensors
+    from .sites import iter_adapter_tensors
 
     return {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,69 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import PeftWarning, TargetConfig, TaskType
+from .config import TargetConfig, TaskType
 from .containers import AdapterDict
 from .layer import AdapterLayer
 from .method import LayerInfo, Method, State, method_of, target_config
 from .safety import check_adapter_name, list_some
 from .saved_modules import ModulesToSaveWrapper, check_savable, copy_module
+from .sites import (
+    Site,
+    checked_info,
+    corrected_fan_in_fan_out,
+    info_of,
+    inside_saved,
+    model_config,
+    original_of,
+    set_child,
+    walk,
+    wrapper_of,
+)  # fmt: skip
 from .targets import ALL_LINEAR, Matched, match_targets, minimal_suffixes, no_match_error
-from .weights import BaseWeight, weight_of
 
-AdapterModule = AdapterLayer | ModulesToSaveWrapper
 LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 SEQ_CLS_HEADS = ("score", "classifier")
-
-
-@dataclass(frozen=True)
-class Site:
-    """A module and where it hangs."""
-
-    name: str
-    module: nn.Module
-    parent: nn.Module | None
-    child_name: str
-
-
-def walk(model: nn.Module) -> Iterator[Site]:
-    """Every module once, like `named_modules`, but not what is inside an adapter layer."""
-    seen: set[int] = set()
-    stack = [Site("", model, None, "")]
-    while stack:
-        site = stack.pop()
-        if id(site.module) in seen:
-            continue
-        seen.add(id(site.module))
-        yield site
-        if isinstance(site.module, AdapterLayer):
-            continue
-        prefix = f"{site.name}." if site.name else ""
-        children = [Site(prefix + n, m, site.module, n) for n, m in site.module._modules.items() if m is not None]
-        stack.extend(reversed(children))
-
-
-def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
-    """(name, module) of every adapter layer and every module that adapters train in full."""
-    for site in walk(model):
-        if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
-            yield site.name, site.module
-
-
-def iter_adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Tensor]]:
-    """(key in memory, key in a file, tensor) of everything that is saved for an adapter.
-
-    The keys start at `model`: pass a PeftModel for PEFT's `base_model.model.` keys. Tensors that all layers of the
-    adapter share come once, from the tuner that holds them.
-    """
-    for site in walk(model):
-        prefix = f"{site.name}." if site.name else ""
-        if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
-            for memory, file, tensor in site.module.adapter_state(adapter_name):
-                yield prefix + memory, prefix + file, tensor
-        elif isinstance(site.module, AdapterDict) and getattr(site.parent, "holds_shared_adapters", False):
-            for suffix, tensor in site.module.tensors(adapter_name):
-                end = f".{suffix}" if suffix else ""
-                yield f"{site.name}.{adapter_name}{end}", f"{site.name}{end}", tensor
 
 
 @dataclass
@@ -121,12 +79,12 @@ class InjectionPlan:
             plan.layer.add(self.adapter, self.method, plan.state, self.shared_view)
             plan.layer.set_requires_grad(self.adapter, False)
             if plan.is_new:
-                _set_child(plan.site, plan.layer)
+                set_child(plan.site, plan.layer)
         for saved in self.saved:
             saved.wrapper.add(self.adapter, saved.module)
             saved.wrapper.set_requires_grad(self.adapter, False)
             if saved.wrapper is not saved.site.module:
-                _set_child(saved.site, saved.wrapper)
+                set_child(saved.site, saved.wrapper)
         self._before = {name: getattr(self.config, name) for name in self.changes}
         vars(self.config).update(self.changes)
 
@@ -138,7 +96,7 @@ class InjectionPlan:
             base = site.module.base_layer if isinstance(site.module, AdapterLayer) else site.module
             recurse = isinstance(site.module, AdapterLayer)
             for parameter in base.parameters(recurse=recurse):
-                if parameter.requires_grad and not _inside_saved(site):
+                if parameter.requires_grad and not inside_saved(site):
                     parameter.requires_grad_(False)
                     self._frozen.append(parameter)
 
@@ -147,23 +105,14 @@ class InjectionPlan:
         for plan in self.layers:
             plan.layer.delete_adapter(self.adapter)
             if plan.is_new:
-                _set_child(plan.site, plan.site.module)
+                set_child(plan.site, plan.site.module)
         for saved in self.saved:
             saved.wrapper.delete_adapter(self.adapter)
             if saved.wrapper is not saved.site.module:
-                _set_child(saved.site, saved.site.module)
+                set_child(saved.site, saved.site.module)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         vars(self.config).update(self._before)
-
-
-def _inside_saved(site: Site) -> bool:
-    return "modules_to_save" in site.name.split(".")
-
-
-def _set_child(site: Site, module: nn.Module) -> None:
-    assert site.parent is not None
-    site.parent._modules[site.child_name] = module
 
 
 def plan_injection(
@@ -185,17 +134,17 @@ def plan_injection(
     config = target_config(config)
     method = method_of(config)
     method.check_config(config, loading=loading)
-    sites = {site.name: site for site in walk(model) if site.name and not _inside_saved(site)}
+    sites = {site.name: site for site in walk(model) if site.name and not inside_saved(site)}
     resolved, matched = _resolve(model, config, method, sites, keys)
     if not matched.names:
-        every = ((name, _info(site)) for name, site in sites.items())
+        every = ((name, info_of(site)) for name, site in sites.items())
         raise no_match_error(resolved, matched, (n for n, i in every if i is not None and i.kind in method.kinds))
 
-    infos = [_checked_info(sites[name]) for name in matched.names]
+    infos = [checked_info(sites[name]) for name in matched.names]
     configs = method.layer_config(config, matched.names)
     for info in infos:
         method.check_layer(configs.get(info.name, config), info)
-    resolved_fan = _fan_in_fan_out(config, sites, matched.names)
+    resolved_fan = corrected_fan_in_fan_out(config, sites, matched.names)
     saved = _plan_saved(model, config, sites)
 
     with torch.device("meta") if low_cpu_mem_usage else nullcontext():
@@ -214,7 +163,7 @@ def plan_injection(
                 if isinstance(child, nn.Module):
                     child.train(site.module.training)
         layers.append(_LayerPlan(site, layer, state))
-    plans = [_SavedPlan(site, _wrapper(site), copy_module(_original(site))) for site in saved]
+    plans = [_SavedPlan(site, wrapper_of(site), copy_module(original_of(site))) for site in saved]
     changes = {"target_modules": resolved.target_modules, **resolved_fan}
     return InjectionPlan(model, config, adapter_name, method, layers, plans, shared, view, changes)
 
@@ -261,7 +210,7 @@ def _resolve(
         matched = match_targets(resolved, names)
         return resolved, Matched([n for n in matched.names if n in linear], matched.excluded)
     if targets is None:
-        model_type = _model_config(model).get("model_type")
+        model_type = model_config(model).get("model_type")
         default = method.default_targets.get(model_type) if model_type else None
         if default is None:
             raise ValueError(
@@ -282,62 +231,9 @@ def _all_linear(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site
     elif config.task_type == TaskType.SEQ_CLS:
         heads.update(id(getattr(model, n)) for n in SEQ_CLS_HEADS if getattr(model, n, None) is not None)
     for name, site in sites.items():
-        info = _info(site)
+        info = info_of(site)
         if info is not None and info.kind == "linear" and id(site.module) not in heads:
             yield name
-
-
-def _info(site: Site) -> LayerInfo | None:
-    if isinstance(site.module, AdapterLayer):
-        return site.module.info
-    kind = weight_of(site.module)
-    return None if kind is None else kind.info(site.module, site.name)
-
-
-def _checked_info(site: Site) -> LayerInfo:
-    if isinstance(site.module, AdapterLayer):
-        return site.module.info
-    kind: type[BaseWeight] | None = weight_of(site.module)
-    if kind is None:
-        raise ValueError(
-            f"Target module {site.name!r}, a {type(site.module).__name__}, is not supported. Supported are linear "
-            "layers (torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d and Conv3d."
-        )
-    try:
-        kind.check(site.module)
-    except ValueError as error:
-        raise ValueError(f"{site.name}: {error}") from None
-    return kind.info(site.module, site.name)
-
-
-def _model_config(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    if config is None:
-        return {}
-    if hasattr(config, "to_dict"):
-        return dict(config.to_dict())
-    return dict(config) if isinstance(config, Mapping) else dict(vars(config))
-
-
-def _fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequence[str]) -> dict[str, bool]:
-    """The layer's type decides how its weight is stored; a configuration that says otherwise is corrected."""
-    asked = getattr(config, "fan_in_fan_out", None)
-    transposed = {_kind(sites[n]).fan_in_fan_out for n in names if _kind(sites[n]).kind == "linear"}
-    if asked is None or len(transposed) != 1 or asked in transposed:
-        return {}
-    actual = transposed.pop()
-    what = "stores its weight transposed" if actual else "does not store its weight transposed"
-    warnings.warn(f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {actual}.", PeftWarning,
-                  stacklevel=4)  # fmt: skip
-    return {"fan_in_fan_out": actual}
-
-
-def _kind(site: Site) -> type[BaseWeight]:
-    if isinstance(site.module, AdapterLayer):
-        return site.module.kind
-    kind = weight_of(site.module)
-    assert kind is not None
-    return kind
 
 
 def _plan_saved(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site]) -> list[Site]:
@@ -346,19 +242,10 @@ def _plan_saved(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site
     found = []
     for name, site in sites.items() if ends else ():
         if name.endswith(ends) and not (isinstance(site.parent, (ModulesToSaveWrapper, AdapterDict))):
-            check_savable(_original(site))
+            check_savable(original_of(site))
             found.append(site)
     inner = {s.name for s in found}
     return [s for s in found if not any(s.name.startswith(other + ".") for other in inner)]
-
-
-def _original(site: Site) -> nn.Module:
-    module = site.module
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-
-
-def _wrapper(site: Site) -> ModulesToSaveWrapper:
-    return site.module if isinstance(site.module, ModulesToSaveWrapper) else ModulesToSaveWrapper(site.module)
 
 
 def _place(state: State, info: LayerInfo, autocast: bool) -> None:

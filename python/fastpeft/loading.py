@@ -13,8 +13,8 @@ from torch import nn
 from .checkpoint import IncompatibleKeys, load_adapter_file, set_peft_model_state_dict
 from .config import PeftConfig
 from .fits import PREFIX, KeyMismatchError
-from .inject import iter_adapter_tensors
 from .safety import list_some
+from .sites import iter_adapter_tensors
 
 
 class Loaded:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import nn
 
 from .containers import AdapterDict
-from .inject import AdapterModule, adapter_modules
 from .saved_modules import ModulesToSaveWrapper
+from .sites import AdapterModule, adapter_modules
 from .weights import Quant4bitWeight
 
 Irregular = Literal["irregular"]

@@ -1,0 +1,143 @@
+"""Where modules hang in a model, which of them hold adapters, and what an adapter is told about them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import PeftWarning
+from .containers import AdapterDict
+from .layer import AdapterLayer
+from .method import LayerInfo
+from .saved_modules import ModulesToSaveWrapper
+from .weights import BaseWeight, weight_of
+
+AdapterModule = AdapterLayer | ModulesToSaveWrapper
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module and where it hangs."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    child_name: str
+
+
+def walk(model: nn.Module) -> Iterator[Site]:
+    """Every module once, like `named_modules`, but not what is inside an adapter layer."""
+    seen: set[int] = set()
+    stack = [Site("", model, None, "")]
+    while stack:
+        site = stack.pop()
+        if id(site.module) in seen:
+            continue
+        seen.add(id(site.module))
+        yield site
+        if isinstance(site.module, AdapterLayer):
+            continue
+        prefix = f"{site.name}." if site.name else ""
+        children = [Site(prefix + n, m, site.module, n) for n, m in site.module._modules.items() if m is not None]
+        stack.extend(reversed(children))
+
+
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+    """(name, module) of every adapter layer and every module that adapters train in full."""
+    for site in walk(model):
+        if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
+            yield site.name, site.module
+
+
+def iter_adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Tensor]]:
+    """(key in memory, key in a file, tensor) of everything that is saved for an adapter.
+
+    The keys start at `model`: pass a PeftModel for PEFT's `base_model.model.` keys. Tensors that all layers of the
+    adapter share come once, from the tuner that holds them.
+    """
+    for site in walk(model):
+        prefix = f"{site.name}." if site.name else ""
+        if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
+            for memory, file, tensor in site.module.adapter_state(adapter_name):
+                yield prefix + memory, prefix + file, tensor
+        elif isinstance(site.module, AdapterDict) and getattr(site.parent, "holds_shared_adapters", False):
+            for suffix, tensor in site.module.tensors(adapter_name):
+                end = f".{suffix}" if suffix else ""
+                yield f"{site.name}.{adapter_name}{end}", f"{site.name}{end}", tensor
+
+
+def inside_saved(site: Site) -> bool:
+    return "modules_to_save" in site.name.split(".")
+
+
+def set_child(site: Site, module: nn.Module) -> None:
+    assert site.parent is not None
+    site.parent._modules[site.child_name] = module
+
+
+def info_of(site: Site) -> LayerInfo | None:
+    if isinstance(site.module, AdapterLayer):
+        return site.module.info
+    kind = weight_of(site.module)
+    return None if kind is None else kind.info(site.module, site.name)
+
+
+def checked_info(site: Site) -> LayerInfo:
+    if isinstance(site.module, AdapterLayer):
+        return site.module.info
+    kind: type[BaseWeight] | None = weight_of(site.module)
+    if kind is None:
+        raise ValueError(
+            f"Target module {site.name!r}, a {type(site.module).__name__}, is not supported. Supported are linear "
+            "layers (torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d and Conv3d."
+        )
+    try:
+        kind.check(site.module)
+    except ValueError as error:
+        raise ValueError(f"{site.name}: {error}") from None
+    return kind.info(site.module, site.name)
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    if hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    return dict(config) if isinstance(config, Mapping) else dict(vars(config))
+
+
+def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequence[str]) -> dict[str, bool]:
+    """The layer's type decides how its weight is stored; a configuration that says otherwise is corrected."""
+    asked = getattr(config, "fan_in_fan_out", None)
+    transposed = {kind_of(sites[n]).fan_in_fan_out for n in names if kind_of(sites[n]).kind == "linear"}
+    if asked is None or len(transposed) != 1 or asked in transposed:
+        return {}
+    actual = transposed.pop()
+    what = "stores its weight transposed" if actual else "does not store its weight transposed"
+    warnings.warn(f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {actual}.", PeftWarning,
+                  stacklevel=4)  # fmt: skip
+    return {"fan_in_fan_out": actual}
+
+
+def kind_of(site: Site) -> type[BaseWeight]:
+    if isinstance(site.module, AdapterLayer):
+        return site.module.kind
+    kind = weight_of(site.module)
+    assert kind is not None
+    return kind
+
+
+def original_of(site: Site) -> nn.Module:
+    module = site.module
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def wrapper_of(site: Site) -> ModulesToSaveWrapper:
+    return site.module if isinstance(site.module, ModulesToSaveWrapper) else ModulesToSaveWrapper(site.module)
+
+
