@@ -42,12 +42,14 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def _of_methods() -> dict[str, Any]:
-    """The configuration class and the tuner class of every method, by PEFT's names."""
+    """The configuration class and the tuner class of every method, and nested configurations, by PEFT's names."""
     from .method import registry
+    from .methods.lora import SUB_CONFIGS
     from .tuner import tuner_class
 
     methods = registry().values()
-    return {m.config_class.__name__: m.config_class for m in methods} | {m.model_name: tuner_class(m) for m in methods}
+    configs = [*(m.config_class for m in methods), *SUB_CONFIGS.values()]
+    return {c.__name__: c for c in configs} | {m.model_name: tuner_class(m) for m in methods}
 
 
 def __getattr__(name: str) -> Any:

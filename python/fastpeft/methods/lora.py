@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_kernels import lora_linear
 
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
-from ..method import Fused, Inner, LayerInfo, Method, State, register
+from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
 from ..safety import MAX_RANK
 
 if TYPE_CHECKING:
@@ -72,10 +72,16 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in [(n, v) for n, v in vars(self).items() if v and isinstance(v, dict)]:
+            registry()  # the variants bring the classes
+            if name in SUB_CONFIGS:  # a file has a nested configuration as a dictionary
+                setattr(self, name, SUB_CONFIGS[name](**value))
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
 
 
+# The classes of nested configurations, by the field of LoraConfig. Who reads a field adds its class.
+SUB_CONFIGS: dict[str, type[Any]] = {}
 # Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
 LATER_OPTIONS = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config",
@@ -103,6 +109,12 @@ class Lora(Method):
         {"r": 2, "lora_bias": True},
         {"r": 30, "init_lora_weights": "gaussian"},  # a rank above both sizes of the layer
     )
+
+    def variant(self, config: LoraConfig) -> Method:
+        registry()  # finds the variants too
+        from .variants import variant_of
+
+        return variant_of(config) or self
 
     def check_config(self, config: LoraConfig, loading: bool = False) -> None:
         for name in LATER_OPTIONS:
