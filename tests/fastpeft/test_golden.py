@@ -11,20 +11,55 @@ import fastpeft
 import pytest
 import torch
 from fastpeft.checkpoint import CONFIG_NAME, SAFETENSORS_NAME, load_adapter_file, open_adapter
+from fastpeft.config import PeftConfig
+from fastpeft.method import method_of
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 zoo = runpy.run_path(str(GOLDEN / "zoo.py"))
-CASES = sorted(zoo["CASES"])
 
 
 def load(name: str, folder: Path | None = None, **kwargs: object) -> fastpeft.PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
-        base = zoo["base_model"]()
+        base = zoo["base_model"](case=name)
         return fastpeft.PeftModel.from_pretrained(base, folder or GOLDEN / "peft" / name, **kwargs).eval()
+
+
+def load_with_peft(name: str, folder: Path) -> torch.nn.Module:
+    if zoo["CASES"][name].get("peft_type") == "ADAMSS":
+        pytest.importorskip("sklearn", reason="PEFT clusters with scikit-learn")
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out|.*save_precomputed_indices")
+        return peft.PeftModel.from_pretrained(zoo["base_model"](case=name), folder).eval()
+
+
+def expectations(name: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "peft" / name / "expected.safetensors")
+
+
+def later(name: str) -> list[pytest.MarkDecorator]:
+    """A mark that skips the case while its method or an option of it is not there yet."""
+    content = json.loads((GOLDEN / "peft" / name / CONFIG_NAME).read_text())
+    try:
+        config = PeftConfig.from_dict(content)
+        method_of(config).check_config(config, loading=True)
+    except NotImplementedError as error:
+        return [pytest.mark.skip(reason=str(error))]
+    return []
+
+
+def merges(name: str) -> bool:
+    with safe_open(GOLDEN / "peft" / name / "expected.safetensors", "pt") as file:
+        return "merged" in file.keys()  # noqa: SIM118
+
+
+CASES = [pytest.param(name, marks=later(name)) for name in zoo["CASES"]]
+MERGED = [case for case in CASES if merges(case.values[0])]
 
 
 def no_worse(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
@@ -32,6 +67,9 @@ def no_worse(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> 
 
     Errors come in from every layer, so the terms behind an element are as large as the tensor's largest elements.
     """
+    if not exact.numel():  # AdaLoRA can leave no rank
+        assert actual.shape == exact.shape
+        return
     largest = exact.abs().max().expand(exact.shape)
     worst = (eager.double() - exact).abs().max()
     assert_no_worse(actual, (exact + worst).to(eager.dtype), exact, largest)
@@ -39,9 +77,8 @@ def no_worse(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> 
 
 @pytest.mark.parametrize("name", CASES)
 def test_keys_and_bytes_as_in_the_file(name):
-    model = load(name)
     expected = load_file(GOLDEN / "peft" / name / SAFETENSORS_NAME)
-    state = fastpeft.get_peft_model_state_dict(model)
+    state = fastpeft.get_peft_model_state_dict(load(name))
     assert state.keys() == expected.keys()
     for key, value in state.items():
         assert_same_bits(value, expected[key])
@@ -49,27 +86,30 @@ def test_keys_and_bytes_as_in_the_file(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_are_those_of_peft(name):
-    expected = load_file(GOLDEN / "peft" / name / "expected.safetensors")
+    expected = expectations(name)
     model = load(name, is_trainable=True).eval()
-    output = model(zoo["inputs"]())
+    output = zoo["call"](model, name)
     no_worse(output, expected["output"], expected["output64"])
     zoo["loss_of"](output).backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    assert {f"grad:{n}" for n in gradients} == {key for key in expected if key.startswith("grad:")}
+    # Several names for what layers share.
+    names = dict(model.named_parameters(remove_duplicate=False))
+    gradients = {key.removeprefix("grad:"): value for key, value in expected.items() if key.startswith("grad:")}
+    assert gradients.keys() <= names.keys()
+    trained = {id(p) for p in names.values() if p.requires_grad and p.grad is not None}
+    assert trained == {id(names[key]) for key in gradients}
     for key, value in gradients.items():
-        no_worse(value, expected[f"grad:{key}"], expected[f"grad64:{key}"])
+        no_worse(names[key].grad, value, expected[f"grad64:{key}"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MERGED)
 def test_merged_output_is_that_of_peft(name):
-    expected = load_file(GOLDEN / "peft" / name / "expected.safetensors")
+    expected = expectations(name)
     merged = load(name).merge_and_unload()
-    output = merged(zoo["inputs"]())
-    no_worse(output, expected["merged"], expected["output64"])
+    no_worse(zoo["call"](merged, name), expected["merged"], expected["output64"])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_saving_writes_the_same_files(name, tmp_path):
+def test_saving_writes_the_same_files_and_peft_loads_them(name, tmp_path):
     load(name).save_pretrained(tmp_path)
     ours, theirs = json.loads((tmp_path / CONFIG_NAME).read_text()), json.loads(
         (GOLDEN / "peft" / name / CONFIG_NAME).read_text()
@@ -77,8 +117,8 @@ def test_saving_writes_the_same_files(name, tmp_path):
     for content in (ours, theirs):
         content.pop("auto_mapping")  # names the module that the model's class was imported from
         content.pop("peft_version")
-        for key in ("target_modules", "exclude_modules"):
-            if isinstance(content[key], list):
+        for key in ("target_modules", "exclude_modules", "feedforward_modules"):
+            if isinstance(content.get(key), list):
                 content[key] = sorted(content[key])
     assert ours == theirs
     _, state = load_adapter_file(tmp_path)
@@ -87,25 +127,9 @@ def test_saving_writes_the_same_files(name, tmp_path):
     for key, value in state.items():
         assert_same_bits(value, expected[key])
     assert open_adapter(tmp_path).header.metadata == {"format": "pt"}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_peft_loads_what_is_saved_here(name, tmp_path):
-    peft = pytest.importorskip("peft")
-    load(name).save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
-        theirs = peft.PeftModel.from_pretrained(zoo["base_model"](), tmp_path).eval()
-    assert_same_bits(theirs(zoo["inputs"]()).detach(), expected_output(name))
-
-
-def expected_output(name: str) -> torch.Tensor:
-    """What PEFT computes here: its last bits differ between machines, so the golden file's may be others."""
-    peft = pytest.importorskip("peft")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
-        model = peft.PeftModel.from_pretrained(zoo["base_model"](), GOLDEN / "peft" / name).eval()
-    return model(zoo["inputs"]()).detach()
+    # Not the golden file's output: the last bits of what PEFT computes differ between machines.
+    theirs = load_with_peft(name, GOLDEN / "peft" / name)
+    assert_same_bits(zoo["call"](load_with_peft(name, tmp_path), name).detach(), zoo["call"](theirs, name).detach())
 
 
 @pytest.mark.parametrize("name", ["linear", "everything", "bias_all"])
