@@ -50,20 +50,25 @@ GompParallel find_runtime() {
     return found;
 }
 
+// Each thread starts with a run of tasks of its own, so that the memory which one task prefetches for the next is wanted by
+// the same core; then it helps with the runs of the others: right for any team size (a nested region may get one thread),
+// and a thread that the machine slows down does less.
+enum { RUNS = 64 };
 struct Job {
-    int64_t next, tasks;
+    int64_t runs, arrived;
     void (*fn)(void *, int64_t);
     void *ctx;
+    struct alignas(64) {
+        int64_t next, end;
+    } run[RUNS];
 };
 
-// Tasks are drawn from a counter: right for any team size (a nested region may get one thread), and a thread that the
-// machine slows down takes fewer.
 void work(void *p) {
     Job *job = static_cast<Job *>(p);
-    for (;;) {
-        int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-        if (task >= job->tasks) return;
-        job->fn(job->ctx, task);
+    int64_t mine = __atomic_fetch_add(&job->arrived, 1, __ATOMIC_RELAXED);
+    for (int64_t i = 0; i < job->runs; ++i) {
+        auto &run = job->run[(mine + i) % job->runs];
+        for (int64_t task; (task = __atomic_fetch_add(&run.next, 1, __ATOMIC_RELAXED)) < run.end;) job->fn(job->ctx, task);
     }
 }
 
@@ -80,11 +85,14 @@ thread_local Scratch scratch = {};
 void pk_parallel(int64_t tasks, int64_t threads, void (*fn)(void *, int64_t), void *ctx) {
     if (threads > tasks) threads = tasks;
     GompParallel run = threads > 1 ? find_runtime() : nullptr;
-    Job job = {0, tasks, fn, ctx};
-    if (run)
-        run(work, &job, static_cast<unsigned>(threads), 0);
-    else
+    if (!run) {
         for (int64_t task = 0; task < tasks; ++task) fn(ctx, task);
+        return;
+    }
+    Job job;
+    job.runs = threads < RUNS ? threads : int64_t(RUNS), job.arrived = 0, job.fn = fn, job.ctx = ctx;
+    for (int64_t i = 0; i < job.runs; ++i) job.run[i].next = tasks * i / job.runs, job.run[i].end = tasks * (i + 1) / job.runs;
+    run(work, &job, static_cast<unsigned>(threads), 0);
 }
 
 void *pk_scratch(int slot, size_t bytes) {
