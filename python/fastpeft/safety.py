@@ -130,7 +130,8 @@ def check_config(config: Mapping[str, Any], where: object = "adapter configurati
     _check_rank(config.get("r"), f"{where}: r", least=1 if peft_type.upper() == "LORA" else 0)
     for field in ("lora_alpha", "alpha"):
         _check_scale(config.get(field), f"{where}: {field}")
-    for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_scale)):
+    check_ranks = _check_kept if peft_type.upper() == "ADALORA" else _check_rank
+    for field, check in (("rank_pattern", check_ranks), ("alpha_pattern", _check_scale)):
         patterns = config.get(field)
         if patterns is None:
             continue
@@ -168,6 +169,12 @@ def _check_rank(value: object, where: str, least: int = 1) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_RANK:
         raise AdapterFileError(f"{where} = {_short(value)}: expected an integer from {least} to {MAX_RANK}")
+
+
+def _check_kept(value: object, where: str) -> None:
+    """AdaLoRA's pattern says of each rank whether it was kept."""
+    if not isinstance(value, list) or len(value) > MAX_RANK or not all(isinstance(v, bool) for v in value):
+        raise AdapterFileError(f"{where} = {_short(value)}: expected at most {MAX_RANK} times true or false")
 
 
 def _check_scale(value: object, where: str) -> None:

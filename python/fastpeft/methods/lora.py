@@ -86,7 +86,7 @@ SUB_CONFIGS: dict[str, type[Any]] = {}
 LATER_OPTIONS = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config",
     "layer_replication", "loftq_config", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+    "trainable_token_indices", "velora_config",
 )  # fmt: skip
 INITS = (True, False, "gaussian", "orthogonal")
 # Initialisations that leave the base weight as it is: a trained adapter of theirs is a plain LoRA.
@@ -191,10 +191,15 @@ class Lora(Method):
 
     # Math
 
+    def factors(self, s: Any) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of a layer that is no embedding; a variant's modules can have them in another form,
+        which a method `matrix` of theirs expands."""
+        return _matrix(s.lora_A), _matrix(s.lora_B)
+
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         a, b = s.get("lora_embedding_A"), s.get("lora_embedding_B")
         if a is None:
-            a, b = s.lora_A.weight, s.lora_B.weight
+            a, b = self.factors(s)
         wide = torch.promote_types(a.dtype, torch.float32)
         # A of a convolution is [r, in, *kernel] and B [out, r, 1, ...]: the product is that of the matrices.
         delta: Tensor = b.to(wide).flatten(1) @ a.to(wide).flatten(1) * s.scaling
@@ -235,7 +240,7 @@ class Lora(Method):
             return None
         weight = layer.kind.fast(base)
         a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
-        if weight is None or type(a) is not nn.Linear or type(b) is not nn.Linear:
+        if weight is None or not all(type(m) is nn.Linear or hasattr(m, "matrix") for m in (a, b)):
             return None
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return None
@@ -247,6 +252,7 @@ class Lora(Method):
         base_parameters = base._parameters
         modules_a, modules_b, modules_drop = (_modules(layer, c) for c in ("lora_A", "lora_B", "lora_dropout"))
         parameters_a, parameters_b = a._parameters, b._parameters
+        derived = type(self).factors is not Lora.factors or not type(a) is type(b) is nn.Linear
         hooks = (a._forward_hooks, a._forward_pre_hooks, b._forward_hooks, b._forward_pre_hooks)
 
         def parts() -> tuple[Any, ...] | None:
@@ -259,6 +265,8 @@ class Lora(Method):
                 or any(hooks)
             ):  # fmt: skip
                 return None
+            if derived:
+                wa, wb = self.factors(s)
             p = drops.p if drops is not None and drops.training else 0.0
             return w, wa, wb, scaling[name], base_parameters.get("bias"), compute, p
 
@@ -273,6 +281,11 @@ class Lora(Method):
 
         run.parts = parts  # type: ignore[attr-defined]  # for callers that fuse more than this layer
         return run
+
+
+def _matrix(module: Any) -> Tensor:
+    expanded: Tensor = module.matrix() if hasattr(module, "matrix") else module.weight
+    return expanded
 
 
 def _modules(layer: AdapterLayer, container: str) -> dict[str, nn.Module | None]:

@@ -1,0 +1,102 @@
+"""BD-LoRA: a block-diagonal A or B, so that each shard of a sharded layer needs one block (arXiv 2510.23346)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...method import LayerInfo, State
+from ..lora import Lora
+from . import variant
+
+
+@dataclass
+class BdLoraConfig:
+    """target_modules_bd_a, target_modules_bd_b: parts of the names of modules whose A, or B, is block-diagonal.
+    nblocks: blocks in each. match_strict: raise for a module that is in neither list (it has a plain LoRA otherwise).
+    """
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: int = 1
+    match_strict: bool = True
+
+    def __post_init__(self) -> None:
+        both = set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ())
+        if both:
+            raise ValueError(f"Found overlapping modules in target_modules_bd lists: {sorted(both)}.")
+
+
+class BlockDiagonalLinear(nn.Module):
+    """A linear map whose matrix has `nblocks` equal blocks on its diagonal; `weight` is the blocks below each other."""
+
+    def __init__(self, in_features: int, out_features: int, nblocks: int, init_zero: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.nblocks = in_features, out_features, nblocks
+        weight = torch.empty(out_features, in_features // nblocks)
+        if not weight.is_meta:
+            nn.init.zeros_(weight) if init_zero else nn.init.kaiming_uniform_(weight)
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = self.weight.unflatten(0, (self.nblocks, -1))
+        return torch.einsum("...bi,boi->...bo", x.unflatten(-1, (self.nblocks, -1)), blocks).flatten(-2)
+
+    def matrix(self) -> Tensor:
+        return torch.block_diag(*self.weight.chunk(self.nblocks))
+
+
+@variant("use_bdlora", BdLoraConfig)
+class BdLora(Lora):
+    """A module is matched by its own name, without what it is in. Its blocks are expanded for the fused kernel: A and B
+    are small."""
+
+    kinds = frozenset({"linear"})
+    examples: ClassVar[Any] = (
+        {"r": 4, "use_bdlora": BdLoraConfig([""], None, nblocks=2)},
+        {"r": 4, "use_bdlora": BdLoraConfig(None, [""], nblocks=4)},
+        {"r": 2, "use_bdlora": BdLoraConfig(match_strict=False), "lora_bias": True},
+    )
+
+    def check_layer(self, config: Any, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        blocked, options = _blocked(config, info), config.use_bdlora
+        if info.transient:
+            raise ValueError(f"BD-LoRA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
+        if len(blocked) == 2:
+            raise ValueError(f"Target {info.name!r} matches both target_modules_bd_a and target_modules_bd_b.")
+        if not blocked and options.match_strict:
+            raise ValueError(
+                f"Target {info.name!r} matches neither target_modules_bd_a nor target_modules_bd_b. If this is "
+                "intentional, set match_strict=False in BdLoraConfig."
+            )
+        if not isinstance(options.nblocks, int) or options.nblocks < 1:
+            raise ValueError(f"BdLoraConfig(nblocks={options.nblocks!r}) should be a positive integer.")
+        for which in blocked:
+            sizes = (info.in_features, config.r) if which == "A" else (config.r, info.out_features)
+            if any(size % options.nblocks for size in sizes):
+                raise ValueError(
+                    f"{which} of {info.name!r}, from {sizes[0]} to {sizes[1]} features, cannot have "
+                    f"nblocks={options.nblocks} equal blocks."
+                )
+        if config.lora_bias and "B" in blocked:
+            raise ValueError(f"lora_bias=True is not for {info.name!r}: a block-diagonal B has no bias.")
+
+    def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
+        state, nblocks = super().make_state(config, info, shared), config.use_bdlora.nblocks
+        for which in _blocked(config, info):
+            if which == "A":
+                state["lora_A"] = BlockDiagonalLinear(info.in_features, config.r, nblocks)
+            else:
+                state["lora_B"] = BlockDiagonalLinear(config.r, info.out_features, nblocks, init_zero=True)
+        return state
+
+
+def _blocked(config: Any, info: LayerInfo) -> list[str]:
+    """Which of A and B are block-diagonal in a layer."""
+    name, options = info.name.rpartition(".")[2], config.use_bdlora
+    patterns = {"A": options.target_modules_bd_a, "B": options.target_modules_bd_b}
+    return [which for which, parts in patterns.items() if any(part in name for part in parts or ())]
