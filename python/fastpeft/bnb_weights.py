@@ -151,6 +151,15 @@ class Bnb8bitWeight(BaseWeight):
         return weight.data.float() * (scales.float() / 127.0).unsqueeze(1), bias
 
     @classmethod
+    def rows(cls, module: nn.Module, index: slice | Tensor) -> Tensor:
+        weight: Any = module.weight
+        state: Any = module.state
+        if weight.dtype is not torch.int8:
+            return super().rows(module, index)
+        scales = state.SCB if state.SCB is not None else weight.SCB
+        return weight.data[index].float() * (scales[index].float() / 127.0).unsqueeze(1)
+
+    @classmethod
     def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:
         old: Any = module.weight
         if old.dtype is not torch.int8:

@@ -130,7 +130,7 @@ def check_config(config: Mapping[str, Any], where: object = "adapter configurati
     _check_rank(config.get("r"), f"{where}: r", least=1 if peft_type.upper() == "LORA" else 0)
     for field in ("lora_alpha", "alpha"):
         _check_scale(config.get(field), f"{where}: {field}")
-    check_ranks = _check_kept if peft_type.upper() == "ADALORA" else _check_rank
+    check_ranks = {"ADALORA": _check_kept, "OSF": _check_scale}.get(peft_type.upper(), _check_rank)  # OSF: fractions
     for field, check in (("rank_pattern", check_ranks), ("alpha_pattern", _check_scale)):
         patterns = config.get(field)
         if patterns is None:

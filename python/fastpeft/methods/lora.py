@@ -85,7 +85,7 @@ SUB_CONFIGS: dict[str, type[Any]] = {}
 # Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
 LATER_OPTIONS = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config",
-    "layer_replication", "loftq_config", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
+    "layer_replication", "loftq_config", "lora_ga_config", "megatron_config", "target_parameters",
     "trainable_token_indices", "velora_config",
 )  # fmt: skip
 INITS = (True, False, "gaussian", "orthogonal")
@@ -196,6 +196,10 @@ class Lora(Method):
         which a method `matrix` of theirs expands."""
         return _matrix(s.lora_A), _matrix(s.lora_B)
 
+    def drawn(self, s: Any) -> tuple[Tensor, Tensor]:
+        """`factors` as they act on this forward's input, where a variant draws them anew in training."""
+        return self.factors(s)
+
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         a, b = s.get("lora_embedding_A"), s.get("lora_embedding_B")
         if a is None:
@@ -252,7 +256,7 @@ class Lora(Method):
         base_parameters = base._parameters
         modules_a, modules_b, modules_drop = (_modules(layer, c) for c in ("lora_A", "lora_B", "lora_dropout"))
         parameters_a, parameters_b = a._parameters, b._parameters
-        derived = type(self).factors is not Lora.factors or not type(a) is type(b) is nn.Linear
+        derived = type(self).drawn is not Lora.drawn or not type(a) is type(b) is nn.Linear
         hooks = (a._forward_hooks, a._forward_pre_hooks, b._forward_hooks, b._forward_pre_hooks)
 
         def parts() -> tuple[Any, ...] | None:
@@ -266,7 +270,7 @@ class Lora(Method):
             ):  # fmt: skip
                 return None
             if derived:
-                wa, wb = self.factors(s)
+                wa, wb = self.drawn(s)
             p = drops.p if drops is not None and drops.training else 0.0
             return w, wa, wb, scaling[name], base_parameters.get("bias"), compute, p
 

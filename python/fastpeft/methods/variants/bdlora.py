@@ -46,7 +46,9 @@ class BlockDiagonalLinear(nn.Module):
         return torch.einsum("...bi,boi->...bo", x.unflatten(-1, (self.nblocks, -1)), blocks).flatten(-2)
 
     def matrix(self) -> Tensor:
-        return torch.block_diag(*self.weight.chunk(self.nblocks))
+        rows = self.weight.chunk(self.nblocks)
+        blocks: Tensor = torch.block_diag(*rows)  # type: ignore[no-untyped-call]
+        return blocks
 
 
 @variant("use_bdlora", BdLoraConfig)

@@ -1,0 +1,192 @@
+"""DoRA: the rows of W + sBA, normed and given a magnitude m that is learned (arXiv 2402.09353).
+
+With g = m / |W + sBA|, where the norm is a constant to the gradient as in the paper, the layer is
+
+    y = g (W x + s B A x) + b
+
+which costs a LoRA, a product by g and the norm. The norm needs no dense W + sBA:
+
+    |W + sBA|^2 = |W|^2 + 2 s rowsum(B * U) + s^2 rowsum((B G) * B),   U = W A^T,  G = A A^T
+
+|W|^2 is kept for each base weight, and U is r more tokens through the layer. Where the three terms cancel, the sum has
+lost its digits: rows below 1e-2 |W|^2 are computed anew from W + sBA, a tile of rows at a time. On top of other
+adapters W is the weight that they made, so that forward and merged agree (PEFT norms the base weight there).
+
+Dropout acts on both x and A x, as in PEFT: y = W x + b + (g - 1) W d(x) + g s B A d(x), two products with W.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels import lora_linear
+
+from ...method import Fused, Inner, LayerInfo, State
+from ...weights import BaseWeight, weight_of, wide
+from ..lora import Lora
+from . import variant
+
+if TYPE_CHECKING:
+    from ...layer import AdapterLayer
+
+CANCELLED = 1e-2
+TILE = 256
+
+
+class Magnitude(nn.Module):
+    """Holds m under PEFT's key, `lora_magnitude_vector.<adapter>.weight`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+@variant("use_dora")
+class Dora(Lora):
+    kinds = Lora.kinds - {"experts"}
+    examples: ClassVar[Any] = (
+        {"r": 4, "lora_alpha": 3, "use_dora": True},
+        {"r": 30, "use_dora": True, "use_rslora": True},
+    )
+
+    def check_config(self, config: Any, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        if config.lora_bias:
+            raise ValueError("lora_bias=True is not supported for DoRA, please pass use_dora=False.")
+
+    def check_layer(self, config: Any, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if info.transient:
+            raise ValueError(f"DoRA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
+        if info.groups > 1:
+            raise ValueError(f"DoRA cannot adapt {info.name!r}: its update connects the groups of the convolution.")
+
+    def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
+        state = super().make_state(config, info, shared)
+        kind = weight_of(info.module)
+        assert kind is not None
+        a, b = (state[k] if isinstance(state[k], Tensor) else state[k].weight for k in _names(state))
+        if a.is_meta or info.device.type == "meta":
+            m = torch.empty(info.out_features, device=a.device)
+        else:
+            a, b = a.to(info.device), b.to(info.device)
+            m = norms(kind, info.module, a, b, state["scaling"])
+        shape = (1, -1, *[1] * (len(info.shape) - 2)) if info.kind.startswith("conv") else (-1,)
+        return {**state, "lora_magnitude_vector": Magnitude(m.detach().view(shape))}
+
+    def file_key(self, key: str) -> str:
+        return key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+    # Math
+
+    def factors(self, s: Any) -> tuple[Tensor, Tensor]:
+        if s.get("lora_embedding_A") is not None:
+            return s.lora_embedding_A, s.lora_embedding_B
+        return super().factors(s)
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        w = w + self.delta_weight(s, shared, None).to(w.dtype).reshape(w.shape)
+        g = _gain(s, w.detach().flatten(1).norm(dim=1)).to(w.dtype)
+        return w * g.view(-1, *[1] * (w.dim() - 1)), b
+
+    def gain(self, s: Any, kind: type[BaseWeight], module: nn.Module) -> Tensor:
+        """g, over the base layer itself."""
+        return _gain(s, norms(kind, module, *self.factors(s), s.scaling))
+
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        module: Any = inner.info.module
+        kind = weight_of(module)
+        assert kind is not None
+        if inner.bare:
+            g, bias = self.gain(s, kind, module), module.bias if hasattr(module, "bias") else None
+        else:
+            w, bias = (None if t is None else t.detach() for t in inner.weight())
+            assert w is not None
+            w = w + self.delta_weight(s, shared, None).detach().to(w.dtype).reshape(w.shape)
+            g = _gain(s, w.flatten(1).norm(dim=1))
+        if inner.info.kind == "embedding":
+            return super().output(s, shared, x, inner(x), inner) * g
+        columns = (-1, *[1] * (x.dim() - 2)) if inner.info.kind.startswith("conv") else (-1,)
+        g = g.view(columns)
+        bias = None if bias is None else bias.to(g.dtype).view(columns)
+        y, dropped = inner(x), x
+        if isinstance(s.lora_dropout, nn.Dropout) and s.lora_dropout.training:
+            dropped = s.lora_dropout(x)
+            y, kept = inner(dropped), y
+        a, b = s.lora_A, s.lora_B
+        h = (y if bias is None else y - bias) + b(a(dropped.to(a.weight.dtype))) * s.scaling
+        if dropped is not x:
+            return kept - (y if bias is None else y - bias) + h * g
+        return h * g if bias is None else torch.addcmul(bias, h, g)
+
+    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+        parts = getattr(super().fused(layer, s, shared), "parts", None)
+        kind, base = layer.kind, layer.base_layer
+        if parts is None:
+            return None
+
+        def run(x: Tensor) -> Tensor | None:
+            found = parts()
+            if found is None:
+                return None
+            w, a, b, scale, bias, compute, p = found
+            g = self.gain(s, kind, base)
+            inside, dtype = x if compute is None else x.to(compute), x.dtype
+            if p:
+                dropped = torch.nn.functional.dropout(inside, p)
+                h = lora_linear(dropped, w, a, b, scale) * g
+                return (lora_linear(inside - dropped, w, bias=bias) + h).to(dtype)
+            h = lora_linear(inside, w, a, b, scale)
+            return (h * g if bias is None else torch.addcmul(bias.to(g.dtype), h, g)).to(dtype)
+
+        return run
+
+
+def _names(state: State) -> tuple[str, str]:
+    return ("lora_A", "lora_B") if "lora_A" in state else ("lora_embedding_A", "lora_embedding_B")
+
+
+def _gain(s: Any, norm: Tensor) -> Tensor:
+    m: Tensor = s.lora_magnitude_vector.weight
+    tiny = torch.finfo(norm.dtype).tiny  # a row of zeros stays one
+    return m.reshape(-1) / norm.clamp_min(tiny).to(m.dtype)
+
+
+# --- norms ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """|W + scale b a| of each row, in at least float32."""
+    dtype = torch.promote_types(wide(kind.dtype(module)), wide(a.dtype))
+    a, b = a.flatten(1).to(dtype), b.flatten(1).to(dtype)
+    base = _kept_norms(kind, module)
+    # The sums are small, and in float64 they lose nothing that the products had.
+    left = b.double()
+    squares = base.double() + 2 * scale * (left * kind.times(module, a)).sum(1)
+    squares += scale**2 * ((left @ (a @ a.t()).double()) * left).sum(1)
+    lost = (squares < CANCELLED * base).nonzero().flatten()
+    for index in lost.split(TILE):
+        rows = kind.rows(module, index).to(dtype)
+        squares[index] = torch.addmm(rows, b[index], a, alpha=scale).square().sum(1).double()
+    return squares.sqrt().to(dtype)
+
+
+_NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _kept_norms(kind: type[BaseWeight], module: nn.Module) -> Tensor:
+    """|W|^2 of each row, computed again when the module holds another weight or wrote into it."""
+    weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
+    version = 0 if weight.is_inference() else weight._version
+    key = (version, weight.data_ptr(), weight.device, weight.dtype)
+    found = _NORMS.get(module)
+    if found is not None and found[0][0]() is weight and found[0][1] == key:
+        return found[1]
+    value = kind.squared_norms(module)
+    _NORMS[module] = ((weakref.ref(weight), key), value)
+    return value
