@@ -1,4 +1,4 @@
-"""`python -m bench --op OP` or `python -m bench --suite layers|qlora`; see --help."""
+"""`python -m bench --op OP` or `python -m bench --suite layers|qlora|methods`; see --help."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from . import checks, machine, results
 from .measure import threads
 
 OPS = ("lora_linear", "quantize_4bit", "dequantize_4bit")
-SUITES = ("layers", "qlora")
-CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"]}
+SUITES = ("layers", "qlora", "methods")
+CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"]}
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--threads", type=int)
     p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, decode")
+    p.add_argument("--methods", nargs="+", metavar="M", help="of the suite methods, such as boft dora")
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
     p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")
     p.add_argument("--budget-s", type=float, default=20.0, help="seconds of one row")

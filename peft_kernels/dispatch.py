@@ -96,6 +96,7 @@ class Op:
     schema: `(Tensor x, ...) -> ...` without the name. check(*args) raises on bad input and runs in the op and in the
     fake. fake(*args) returns empty outputs. reference(*args) is plain torch, takes every dtype and device, and is the
     oracle of the tests. folder: the package whose modules `native`, `triton` and `cuda` define `BACKENDS`.
+    flops(*args): multiplications and additions of its products, as torch's FLOP counter counts them (`bench/flops.py`).
     """
 
     name: str
@@ -104,6 +105,7 @@ class Op:
     fake: Callable[..., Any]
     reference: Callable[..., Any]
     folder: str
+    flops: Callable[..., int] | None = None
     _loaded: dict[str, Backend | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -132,6 +132,19 @@ def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return philox.dropout(x.to(_acc(x.dtype)), dropout_p, seed)
 
 
+def _flops(x: Tensor, *rest: Any) -> int:
+    n, a = rest[8], rest[9]
+    (m, k), r = x.shape, 0 if a is None else a.shape[0]
+    return 2 * m * (n * k + r * (n + k))
+
+
+def _flops_backward(dy: Tensor, x: Tensor, *rest: Any) -> int:
+    a, need_dx, need_ab = rest[8], rest[-2], rest[-1]
+    (m, n), k, r = dy.shape, x.shape[1], 0 if a is None else a.shape[0]
+    # dS from dY and B; then dX from dY and W, and from dS and A; then dA and dB
+    return 2 * m * (r * n + (n * k + r * k if need_dx else 0) + (r * (n + k) if need_ab else 0))
+
+
 forward_op = Op(
     name="lora_linear",
     schema=(
@@ -142,6 +155,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    flops=_flops,
 )
 
 
@@ -205,6 +219,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    flops=_flops_backward,
 )
 
 
