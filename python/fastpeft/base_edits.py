@@ -1,0 +1,127 @@
+"""Adapters that change the base weight when they are put in, and the way back (PiSSA, OLoRA, CorDA, LoRA-GA, KaSA).
+
+A method's `make_state` puts a `BaseEdit` under the key `EDIT`; the layer carries it out when the adapter goes in, and
+takes it back, byte for byte, when the adapter is deleted or unloaded. For that it keeps the weight as it was: one more
+copy of each edited layer's weight, in the host's memory where the weight is dense and lives on an accelerator, and as
+the packed objects themselves where it is quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .weights import BaseWeight, wide
+
+EDIT = "base_edit"
+
+
+class BaseEdit(Protocol):
+    """used: attributes of the base layer that served to make the adapter, to be dropped once it is in."""
+
+    used: tuple[str, ...]
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """The new W for W as the law names it, in at least float32."""
+
+
+@dataclass(frozen=True)
+class LowRankEdit:
+    """W - P Q, with P [out, r] and Q [r, in]."""
+
+    p: Tensor
+    q: Tensor
+    used: tuple[str, ...] = ()
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return w - (self.p.to(w) @ self.q.to(w)).reshape(w.shape)
+
+
+class BaseEdits:
+    """The part of `AdapterLayer` that edits the base weight."""
+
+    base_layer: nn.Module
+    kind: type[BaseWeight]
+    layer_name: str
+    methods: dict[str, Any]
+    merged_adapters: list[str]
+    base_edits: Mapping[str, BaseEdit] = {}  # by adapter, in the order in which they were made; replaced, never changed
+    _original: dict[str, Any] | None = None  # the base weight before the first edit
+    _plan: Any
+
+    def unmerge(self) -> None:
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: Any = None, keep: bool = True) -> float | None:
+        raise NotImplementedError
+
+    def edit_base_for(self, adapter: str, state: Mapping[str, Any]) -> None:
+        """Carry out the edit in an adapter's new state, if any, in place of that of an adapter of the same name."""
+        if EDIT in state:
+            self.edit_base(adapter, state[EDIT])
+        elif adapter in self.methods:
+            self.restore_base(adapter)
+
+    def edit_base(self, adapter: str, edit: BaseEdit) -> None:
+        """Change the base weight for an adapter. An error leaves it as it was."""
+        self.check_editable()
+        self._rewrite({**self.base_edits, adapter: edit})
+
+    def check_editable(self) -> None:
+        if self.merged_adapters:
+            raise ValueError(
+                f"{self.layer_name or 'The layer'} has merged adapters ({', '.join(self.merged_adapters)}): an adapter "
+                "that changes the base weight can only be added after `unmerge_adapter`."
+            )
+
+    def restore_base(self, adapter: str | None = None) -> None:
+        """Take back what was changed for an adapter (None: for all), whatever was changed after it."""
+        left = {name: edit for name, edit in self.base_edits.items() if adapter not in (None, name)}
+        if len(left) == len(self.base_edits):
+            return
+        merged = list(self.merged_adapters)
+        if merged:
+            self.unmerge()
+        self._rewrite(left)
+        if merged:
+            self.merge(adapter_names=merged)
+
+    def _rewrite(self, edits: Mapping[str, BaseEdit]) -> None:
+        """Make the base weight what the edits make of the original; so no number is rounded, or quantised, twice."""
+        kind, module = self.kind, self.base_layer
+        before = kind.take(module)
+        trains = {name: p.requires_grad for name, p in module._parameters.items() if p is not None}
+        original = before if self._original is None else {**self._original, **_bias(before)}
+        try:
+            with torch.no_grad():
+                kind.put_back(module, original)
+                if edits:
+                    w = kind.read(module)[0]
+                    w = w.to(wide(w.dtype))
+                    for edit in edits.values():
+                        w = edit(w)
+                    kind.write(module, w, None)
+        except Exception:
+            kind.put_back(module, before)
+            raise
+        for name, p in module._parameters.items():
+            if p is not None and name in trains and p.requires_grad != trains[name]:
+                p.requires_grad_(trains[name])
+        self._original = {name: _on_host(value) for name, value in original.items()} if edits else None
+        self.base_edits = dict(edits)
+        self._plan = None
+
+
+def _bias(taken: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in taken.items() if name == "bias"}
+
+
+def _on_host(value: Any) -> Any:
+    """A dense parameter of an accelerator, in host memory: the device's is not spent on a second copy."""
+    if type(value) is not nn.Parameter or value.device.type in ("cpu", "meta"):
+        return value
+    return nn.Parameter(value.detach().to("cpu"), requires_grad=value.requires_grad)
