@@ -157,7 +157,8 @@ class Bnb8bitWeight(BaseWeight):
         if weight.dtype is not torch.int8:
             return super().rows(module, index)
         scales = state.SCB if state.SCB is not None else weight.SCB
-        return weight.data[index].float() * (scales[index].float() / 127.0).unsqueeze(1)
+        decoded: Tensor = weight.data[index].float() * (scales[index].float() / 127.0).unsqueeze(1)
+        return decoded
 
     @classmethod
     def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:

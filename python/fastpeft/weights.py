@@ -300,7 +300,7 @@ class Quant4bitWeight(BaseWeight):
         if k % qw.blocksize or k % 2:  # blocks straddle the rows
             return super().rows(module, index)
         scales = qw.absmax
-        if qw.nested_absmax is not None and qw.nested_code is not None:
+        if qw.nested_absmax is not None and qw.nested_code is not None and qw.offset is not None:
             outer = qw.nested_absmax.repeat_interleave(qw.nested_blocksize)[: len(scales)]
             scales = qw.nested_code[scales.long()] * outer + qw.offset
         packed = qw.packed.view(n, -1)[index]

@@ -99,11 +99,13 @@ class Lora(Method):
     prefix = "lora_"
     config_class = LoraConfig
     model_name = "LoraModel"
-    tensors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    tensors: ClassVar[tuple[str, ...]] = (
+        "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+    )  # fmt: skip
     others = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
-    examples = (
+    examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3},
         {"r": 6, "lora_alpha": 5, "use_rslora": True},
         {"r": 2, "lora_bias": True},
@@ -191,19 +193,19 @@ class Lora(Method):
 
     # Math
 
-    def factors(self, s: Any) -> tuple[Tensor, Tensor]:
+    def matrices(self, s: Any) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of a layer that is no embedding; a variant's modules can have them in another form,
         which a method `matrix` of theirs expands."""
         return _matrix(s.lora_A), _matrix(s.lora_B)
 
     def drawn(self, s: Any) -> tuple[Tensor, Tensor]:
-        """`factors` as they act on this forward's input, where a variant draws them anew in training."""
-        return self.factors(s)
+        """`matrices` as they act on this forward's input, where a variant draws them anew in training."""
+        return self.matrices(s)
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         a, b = s.get("lora_embedding_A"), s.get("lora_embedding_B")
         if a is None:
-            a, b = self.factors(s)
+            a, b = self.matrices(s)
         wide = torch.promote_types(a.dtype, torch.float32)
         # A of a convolution is [r, in, *kernel] and B [out, r, 1, ...]: the product is that of the matrices.
         delta: Tensor = b.to(wide).flatten(1) @ a.to(wide).flatten(1) * s.scaling

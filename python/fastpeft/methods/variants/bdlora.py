@@ -42,8 +42,8 @@ class BlockDiagonalLinear(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks = self.weight.unflatten(0, (self.nblocks, -1))
-        return torch.einsum("...bi,boi->...bo", x.unflatten(-1, (self.nblocks, -1)), blocks).flatten(-2)
+        blocks = self.weight.reshape(self.nblocks, -1, self.weight.shape[1])
+        return torch.einsum("...bi,boi->...bo", x.reshape(*x.shape[:-1], self.nblocks, -1), blocks).flatten(-2)
 
     def matrix(self) -> Tensor:
         rows = self.weight.chunk(self.nblocks)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from peft_kernels import lora_linear
 
+from ...base_edits import EDIT
 from ...method import Fused, Inner, LayerInfo, State
-from ...weights import BaseWeight, weight_of, wide
+from ...weights import BaseWeight, weight_in, weight_of, wide
 from ..lora import Lora
 from . import variant
 
@@ -72,6 +73,9 @@ class Dora(Lora):
         a, b = (state[k] if isinstance(state[k], Tensor) else state[k].weight for k in _names(state))
         if a.is_meta or info.device.type == "meta":
             m = torch.empty(info.out_features, device=a.device)
+        elif EDIT in state:  # on the base that the edit will leave
+            w = state[EDIT](weight_in(info))
+            m = (w + state["scaling"] * (b.to(w) @ a.to(w))).norm(dim=1)
         else:
             a, b = a.to(info.device), b.to(info.device)
             m = norms(kind, info.module, a, b, state["scaling"])
@@ -83,10 +87,10 @@ class Dora(Lora):
 
     # Math
 
-    def factors(self, s: Any) -> tuple[Tensor, Tensor]:
+    def matrices(self, s: Any) -> tuple[Tensor, Tensor]:
         if s.get("lora_embedding_A") is not None:
             return s.lora_embedding_A, s.lora_embedding_B
-        return super().factors(s)
+        return super().matrices(s)
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w = w + self.delta_weight(s, shared, None).to(w.dtype).reshape(w.shape)
@@ -95,7 +99,7 @@ class Dora(Lora):
 
     def gain(self, s: Any, kind: type[BaseWeight], module: nn.Module) -> Tensor:
         """g, over the base layer itself."""
-        return _gain(s, norms(kind, module, *self.factors(s), s.scaling))
+        return _gain(s, norms(kind, module, *self.matrices(s), s.scaling))
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
         module: Any = inner.info.module
@@ -104,23 +108,25 @@ class Dora(Lora):
         if inner.bare:
             g, bias = self.gain(s, kind, module), module.bias if hasattr(module, "bias") else None
         else:
-            w, bias = (None if t is None else t.detach() for t in inner.weight())
-            assert w is not None
-            w = w + self.delta_weight(s, shared, None).detach().to(w.dtype).reshape(w.shape)
+            w, bias = inner.weight()
+            w = w.detach() + self.delta_weight(s, shared, None).detach().to(w.dtype).reshape(w.shape)
             g = _gain(s, w.flatten(1).norm(dim=1))
         if inner.info.kind == "embedding":
-            return super().output(s, shared, x, inner(x), inner) * g
+            rows: Tensor = super().output(s, shared, x, inner(x), inner)
+            return rows * g
         columns = (-1, *[1] * (x.dim() - 2)) if inner.info.kind.startswith("conv") else (-1,)
         g = g.view(columns)
         bias = None if bias is None else bias.to(g.dtype).view(columns)
-        y, dropped = inner(x), x
+        dropped, y = x, inner(x)
+        h: Tensor
         if isinstance(s.lora_dropout, nn.Dropout) and s.lora_dropout.training:
             dropped = s.lora_dropout(x)
             y, kept = inner(dropped), y
         a, b = s.lora_A, s.lora_B
         h = (y if bias is None else y - bias) + b(a(dropped.to(a.weight.dtype))) * s.scaling
         if dropped is not x:
-            return kept - (y if bias is None else y - bias) + h * g
+            whole: Tensor = kept - (y if bias is None else y - bias) + h * g
+            return whole
         return h * g if bias is None else torch.addcmul(bias, h, g)
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
@@ -170,7 +176,7 @@ def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor, scale
     squares = base.double() + 2 * scale * (left * kind.times(module, a)).sum(1)
     squares += scale**2 * ((left @ (a @ a.t()).double()) * left).sum(1)
     lost = (squares < CANCELLED * base).nonzero().flatten()
-    for index in lost.split(TILE):
+    for index in torch.split(lost, TILE):
         rows = kind.rows(module, index).to(dtype)
         squares[index] = torch.addmm(rows, b[index], a, alpha=scale).square().sum(1).double()
     return squares.sqrt().to(dtype)

@@ -139,7 +139,7 @@ class MonteClora(Lora):
         return {**state, "lora_monteclora_sampler": Sampler(config.r, config.monteclora_config)}
 
     def drawn(self, s: Any) -> tuple[Tensor, Tensor]:
-        a, b = self.factors(s)
+        a, b = self.matrices(s)
         sampler: Sampler = s.lora_monteclora_sampler
         return (a + sampler.noise(a.shape[1]).to(a.dtype) if sampler.training else a), b
 

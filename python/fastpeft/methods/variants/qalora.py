@@ -25,7 +25,7 @@ class PooledLinear(nn.Linear):
         self.group, self.factor = group, in_features / group**2
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.unflatten(-1, (-1, self.group)).sum(-1) * self.factor)
+        return super().forward(x.reshape(*x.shape[:-1], -1, self.group).sum(-1) * self.factor)
 
     def matrix(self) -> Tensor:
         return self.weight.repeat_interleave(self.group, dim=1) * self.factor
