@@ -160,7 +160,8 @@ class AttentionWeight(TransientWeight):
             if not isinstance(out, AdapterLayer):
                 yield
                 return
-            names = [n for n in out.active_adapters if n in out.methods] if not out.merged_adapters else []
+            off = out.disable_adapters or out.merged
+            names = [] if off else [n for n in out.active_adapters if n in out.methods]
             wo, bo = out.stored_weight(names)
             held = out.base_layer._parameters
             taken = dict(held)
