@@ -86,7 +86,7 @@ SUB_CONFIGS: dict[str, type[Any]] = {}
 LATER_OPTIONS = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config",
     "layer_replication", "loftq_config", "lora_ga_config", "megatron_config", "target_parameters",
-    "trainable_token_indices", "velora_config",
+    "trainable_token_indices",
 )  # fmt: skip
 INITS = (True, False, "gaussian", "orthogonal")
 # Initialisations that leave the base weight as it is: a trained adapter of theirs is a plain LoRA.

@@ -49,6 +49,7 @@ class Magnitude(nn.Module):
 @variant("use_dora")
 class Dora(Lora):
     kinds = Lora.kinds - {"experts"}
+    needs_base_weight = True
     examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3, "use_dora": True},
         {"r": 30, "use_dora": True, "use_rslora": True},
