@@ -1,0 +1,248 @@
+"""AdaMSS: low-rank updates in subspaces of the weight's rows (adaptive multi-subspaces).
+
+[W | b] is approximated by U V of rank r, and its rows are clustered by those of U. On the rows of cluster i, W becomes
+W + B_i A_i V, where A_i and B_i are trained. So W + B A V, with the A_i stacked and the B_i on their clusters' rows: a
+LoRA of rank K, the sum of the clusters' ranks (5 by default), whose first factor is A V. FLOPs beside the frozen
+layer's: 3 * 2 * tokens * K * (in + out). The least has out * K / subspaces in place of out * K; 1.01 either way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import PeftType, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+from ..safety import MAX_RANK
+from ..targets import DEFAULT_TARGETS
+from ..weights import weight_of
+
+
+@dataclass
+class AdamssConfig(TargetConfig):
+    """r: of the approximation. num_subspaces: clusters of rows. subspace_rank: of each cluster's update, or with
+    use_dynamic_rank at most that, counting singular values above svd_threshold of the largest. init_weights:
+    "orthogonal" starts at the identity, None does not. random_seed: of the approximation. use_asa: while training,
+    only the most important subspaces of the whole model go on training: `model.update_and_allocate(step)`, called each
+    step before gradients are cleared, reduces them to asa_target_subspaces between the steps init_warmup and
+    final_warmup, every mask_interval steps, along a curve of asa_schedule_exponent; asa_importance_beta and
+    asa_uncertainty_beta average importance over steps."""
+
+    own_type = PeftType.ADAMSS
+    not_in_peft = ("exclude_modules",)
+
+    r: int = 100
+    num_subspaces: int = 5
+    subspace_rank: int = 1
+    init_weights: str | None = "orthogonal"
+    use_asa: bool = False
+    asa_target_subspaces: int = 50
+    init_warmup: int = 50
+    final_warmup: int = 1000
+    mask_interval: int = 100
+    asa_importance_beta: float = 0.85
+    asa_uncertainty_beta: float = 0.85
+    asa_schedule_exponent: float = 3.0
+    use_dynamic_rank: bool = False
+    svd_threshold: float = 0.1
+    random_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.init_weights = self.init_weights or None
+        if self.init_weights not in ("orthogonal", None):
+            raise ValueError(f"init_weights must be 'orthogonal' or None, got {self.init_weights}")
+        for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent") if self.use_asa else ():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive when `use_asa=True`, got {getattr(self, name)}.")
+        if self.use_asa and self.init_warmup >= self.final_warmup:
+            raise ValueError(
+                "`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got "
+                f"init_warmup={self.init_warmup} and final_warmup={self.final_warmup}."
+            )
+
+
+_AVERAGES = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")
+
+
+def update_and_allocate(tuner: Any, global_step: int) -> None:
+    """One step of adaptive subspace allocation for the active adapters that have `use_asa`."""
+    for adapter in tuner.active_adapters:
+        config = tuner.peft_config[adapter]
+        if not getattr(config, "use_asa", False) or not config.init_warmup <= global_step <= config.final_warmup:
+            continue
+        views = [m.view(adapter) for _, m in tuner.adapter_layers() if isinstance(m.methods.get(adapter), Adamss)]
+        for s in views:
+            _update_importance(s, config)
+        if global_step % config.mask_interval:
+            continue
+        total, target = sum(s.num_subspaces for s in views), config.asa_target_subspaces
+        left = 1.0 - (global_step - config.init_warmup) / (config.final_warmup - config.init_warmup)
+        _keep_best(views, int(target + (total - target) * left**config.asa_schedule_exponent))
+        for s in views:
+            for name in _AVERAGES:
+                getattr(s, name)[:] = [None] * s.num_subspaces
+
+
+def _update_importance(s: Any, config: AdamssConfig) -> None:
+    for end, parameters in (("A", s.adamss_A), ("B", s.adamss_B)):
+        importance, uncertainty = getattr(s, f"exp_avg_ipt_{end}"), getattr(s, f"exp_avg_unc_{end}")
+        for i, p in enumerate(parameters):
+            if p.grad is None:
+                continue
+            now = (p * p.grad).abs().detach()
+            before = torch.zeros_like(now) if importance[i] is None else importance[i]
+            spread = torch.zeros_like(now) if uncertainty[i] is None else uncertainty[i]
+            uncertainty[i] = spread.lerp((now - before).abs(), 1 - config.asa_uncertainty_beta)
+            importance[i] = before.lerp(now, 1 - config.asa_importance_beta)
+
+
+def _keep_best(views: list[Any], count: int) -> None:
+    """Stop training all subspaces but the `count` most important ones of the whole model."""
+    scores = [
+        (float(sum((getattr(s, f"exp_avg_ipt_{e}")[i] * getattr(s, f"exp_avg_unc_{e}")[i]).mean() for e in "AB")), s, i)
+        for s in views
+        for i in range(s.num_subspaces)
+        if s.exp_avg_ipt_A[i] is not None and s.exp_avg_ipt_B[i] is not None
+    ]
+    for rank, (_, s, i) in enumerate(sorted(scores, key=lambda found: found[0], reverse=True)):
+        for p in (s.adamss_A[i], s.adamss_B[i]):
+            p.requires_grad_(rank < count)
+            if rank >= count:
+                p.grad = None
+
+
+@register
+class Adamss(Method):
+    peft_type = PeftType.ADAMSS
+    prefix = "adamss_"
+    config_class = AdamssConfig
+    model_name = "AdamssModel"
+    tensors = ("adamss_A", "adamss_B")
+    others = ("adamss_newB", "num_subspaces", "scatter_index", *_AVERAGES)
+    default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "vit": ["query", "value"]}
+    examples = (
+        {"r": 6, "num_subspaces": 3, "subspace_rank": 2},
+        {"r": 100, "num_subspaces": 4, "subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.6},
+        {"r": 3, "use_asa": True, "init_weights": None},
+    )
+    model_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
+
+    def check_config(self, config: AdamssConfig, loading: bool = False) -> None:
+        for name in ("r", "num_subspaces", "subspace_rank"):
+            value = getattr(config, name)
+            if type(value) is not int or not 1 <= value <= MAX_RANK:
+                raise ValueError(f"`{name}` should be a positive integer of at most {MAX_RANK}, got {value!r}")
+
+    def make_state(self, config: AdamssConfig, info: LayerInfo, shared: Any) -> State:
+        kind = weight_of(info.module)
+        assert kind is not None
+        w, b = (None if t is None else t.detach().float() for t in kind.read(info.module))
+        assert w is not None
+        if w.is_meta:
+            raise ValueError(f"AdaMSS clusters the weight of {info.name!r}, which is on the meta device: load it first")
+        u, v = _low_rank(w if b is None else torch.cat((w, b.unsqueeze(1)), dim=1), config)
+        clusters = cluster(u, config.num_subspaces)
+        a_parts, b_parts = [], []
+        for rows in clusters:
+            a = _directions(u[rows], config)
+            back = torch.zeros(len(rows), len(a), device=w.device)
+            if config.init_weights is None:
+                back.normal_().mul_(0.01)
+            a_parts.append(nn.Parameter(a.to(info.dtype)))
+            b_parts.append(nn.Parameter(back.to(info.dtype)))
+        empty = {name: [None] * len(clusters) for name in _AVERAGES if config.use_asa}
+        return {
+            "adamss_A": nn.ParameterList(a_parts), "adamss_B": nn.ParameterList(b_parts), "adamss_newB": v,
+            "num_subspaces": len(clusters), "scatter_index": nn.Buffer(torch.cat(clusters), persistent=False), **empty,
+        }  # fmt: skip
+
+    def _factors(self, s: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A V, without and of the column for the bias, and B."""
+        v = s.adamss_newB.to(s.adamss_A[0].dtype)
+        down = torch.cat(list(s.adamss_A)) @ v
+        into = s._layer.info.in_features
+        blocks = torch.block_diag(*s.adamss_B)
+        up = torch.zeros_like(blocks).index_copy(0, s.scatter_index, blocks)
+        return down[:, :into], up, down[:, into] if v.shape[1] > into else None
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        down, up, column = (None if t is None else t.to(w.dtype) for t in self._factors(s))
+        assert down is not None
+        assert up is not None
+        added = None if column is None else up @ column
+        return w + up @ down, b if added is None else added if b is None else b + added
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        down, up, column = self._factors(s)
+        return (down, up) if column is None else None
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        down, up, column = self._factors(s)
+        return y + F.linear(F.linear(x.to(down.dtype), down, column), up)
+
+
+def _low_rank(w: Tensor, config: AdamssConfig) -> tuple[Tensor, Tensor]:
+    r = min(config.r, *w.shape)
+    with torch.random.fork_rng(devices=[] if w.device.type == "cpu" else [w.device], device_type=w.device.type):
+        torch.manual_seed(config.random_seed)
+        u, _, v = torch.svd_lowrank(w, q=r, niter=2)
+    return u[:, :r], v[:, :r].T.contiguous()
+
+
+def _directions(rows: Tensor, config: AdamssConfig) -> Tensor:
+    """A of one cluster: orthonormal directions of its rows of U, in PEFT's order of random numbers."""
+    gram = rows @ rows.T
+    rank = min(len(rows), config.subspace_rank)
+    if config.use_dynamic_rank:
+        values = torch.svd_lowrank(gram, q=len(rows), niter=2)[1]
+        rank = max(1, min(int((values > config.svd_threshold * values[0]).sum()), rank))
+    u = torch.svd_lowrank(gram, q=rank, niter=2)[0][:, :rank]
+    return torch.linalg.qr(rows.T @ u)[0].T.contiguous()
+
+
+def cluster(points: Tensor, count: int, iterations: int = 10, seed: int = 123456789) -> list[Tensor]:
+    """The indices of each cluster's points, by Lloyd's algorithm.
+
+    Clusters are not in files, so they must be those that PEFT finds: scikit-learn's KMeans(init="random", n_init=1)
+    is followed step by step, down to its random numbers.
+    """
+    x = points.detach().cpu().float().numpy()
+    x = x - x.mean(axis=0)
+    n, count = len(x), min(count, len(x))
+    tolerance = np.mean(np.var(x, axis=0)) * 1e-4
+    chances = np.ones(n, dtype=x.dtype) / np.float32(n)
+    centers = x[np.random.RandomState(seed).choice(n, size=count, replace=False, p=chances)]
+    labels = np.full(n, -1)
+
+    def nearest() -> Any:
+        return np.argmin((centers * centers).sum(axis=1) - 2.0 * (x @ centers.T), axis=1)
+
+    for _ in range(iterations):
+        new = nearest()
+        sizes, sums = np.bincount(new, minlength=count).astype(x.dtype), np.zeros_like(centers)
+        np.add.at(sums, new, x)
+        empty = np.flatnonzero(sizes == 0)
+        if len(empty):  # the points farthest from their centers become centers
+            distances = ((x - centers[new]) ** 2).sum(axis=1)
+            for at, far in zip(empty, np.argpartition(distances, -len(empty))[: -len(empty) - 1 : -1], strict=True):
+                sums[new[far]] -= x[far]
+                sizes[new[far]] -= 1
+                sums[at], sizes[at] = x[far], 1
+        moved = sums / np.maximum(sizes, 1)[:, None]
+        shift, centers = ((moved - centers) ** 2).sum(), moved
+        if np.array_equal(new, labels):
+            break
+        labels = new
+        if shift <= tolerance:
+            labels = nearest()
+            break
+    else:
+        labels = nearest()
+    found = torch.from_numpy(labels).to(points.device)
+    return [torch.where(found == i)[0] for i in range(count) if bool((found == i).any())]

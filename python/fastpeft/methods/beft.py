@@ -1,0 +1,67 @@
+"""BEFT: a learned addition to the bias, b -> b + d, of value projections by default (arXiv 2509.15974).
+
+No FLOPs of the order of the layer's, nothing saved for backward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+
+
+@dataclass
+class BeftConfig(HasInitWeights, TargetConfig):
+    own_type = PeftType.BEFT
+    not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@register
+class Beft(Method):
+    peft_type = PeftType.BEFT
+    prefix = "beft_"
+    config_class = BeftConfig
+    model_name = "BeftModel"
+    tensors = ("beft_bias",)
+    kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+    default_targets: ClassVar[dict[str, list[str]]] = {
+        model: [name]
+        for name, models in {
+            "v": "t5 mt5",
+            "value": "bert roberta",
+            "value_proj": "deberta-v2",
+            "v_proj": "opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text qwen2 qwen3",
+        }.items()
+        for model in models.split()
+    }
+
+    def check_layer(self, config: BeftConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if not info.has_bias:
+            warnings.warn(
+                f"{info.name!r} has no bias term: a BEFT adapter cannot be merged there.", PeftWarning, stacklevel=2
+            )
+
+    def make_state(self, config: BeftConfig, info: LayerInfo, shared: Any) -> State:
+        bias = torch.empty(1, info.out_features)
+        if not bias.is_meta:
+            bias.normal_()
+            if config.init_weights:
+                bias.zero_()
+        return {"beft_bias": nn.Parameter(bias)}
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        added = s.beft_bias.flatten().to(w.dtype)
+        return w, added if b is None else b + added
+
+    def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
+        return None if info.has_bias else "the base layer has no bias"
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        return y + s.beft_bias.view(-1, *[1] * (len(inner.info.shape) - 2))

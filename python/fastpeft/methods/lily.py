@@ -1,0 +1,90 @@
+"""Lily: y + s x A^T B, with B a mixture of num_B matrices by a router (arXiv 2407.09946).
+
+The router's weights are averaged over the batch's tokens, so no merged form exists. A is shared by stride_A layers in a
+row and the B by all layers of the same target and shape. FLOPs beside the frozen layer's: those of a LoRA of rank r,
+3 * 2 * tokens * r * (in + out), and num_B * r * out for the mixture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HasInitWeights, PeftType, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+from ..safety import MAX_RANK
+
+
+@dataclass
+class LilyConfig(HasInitWeights, TargetConfig):
+    """r: rank. stride_A: so many consecutive layers share one A. num_B: matrices B of a target, at least two.
+    scaling: factor of the update. init_weights: B starts at zero, or random (False)."""
+
+    own_type = PeftType.LILY
+
+    r: int = 32
+    stride_A: int = 1
+    num_B: int = 2
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride_A < 1:
+            raise ValueError("`stride_A` must be at least 1.")
+        if self.num_B < 2:
+            raise ValueError("`num_B` must be at least 2 for the router to be trained.")
+
+
+@register
+class Lily(Method):
+    peft_type = PeftType.LILY
+    prefix = "lily_"
+    config_class = LilyConfig
+    model_name = "LilyModel"
+    tensors = ("lily_A", "lily_B", "lily_router")
+    others = ("r", "scaling", "stride_A", "num_B")
+    examples = ({"r": 4}, {"r": 3, "num_B": 3, "scaling": 0.5, "init_weights": False})
+    mergeable = False
+
+    def check_config(self, config: LilyConfig, loading: bool = False) -> None:
+        for name, value in (("r", config.r), ("num_B", config.num_B)):
+            if type(value) is not int or not 1 <= value <= MAX_RANK:
+                raise ValueError(f"`{name}` should be a positive integer of at most {MAX_RANK}, got {value!r}")
+
+    def make_state(self, config: LilyConfig, info: LayerInfo, shared: Any) -> State:
+        a = nn.Linear(info.in_features, config.r, bias=False)
+        b = nn.Linear(info.out_features, config.num_B * config.r, bias=False)
+        router = nn.Linear(config.r, config.num_B, bias=False)
+        if not a.weight.is_meta:
+            for module in (a, router) if config.init_weights else (a, router, b):
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if config.init_weights:
+                nn.init.zeros_(b.weight)
+        return {
+            "lily_A": a, "lily_B": b, "lily_router": router, "r": config.r, "scaling": config.scaling,
+            "stride_A": config.stride_A, "num_B": config.num_B,
+        }  # fmt: skip
+
+    def tie(
+        self, config: LilyConfig, states: Mapping[str, State], infos: Sequence[LayerInfo], leaders: Any
+    ) -> None:  # fmt: skip
+        groups: dict[Any, list[str]] = {}
+        for info in infos:
+            targets = config.target_modules
+            ends = [targets] if isinstance(targets, str) else [t for t in targets or () if info.name.endswith(t)]
+            groups.setdefault((max(ends, key=len, default=""), info.shape), []).append(info.name)
+        for names in groups.values():
+            for i, name in enumerate(names):
+                states[name]["lily_B"] = states[names[0]]["lily_B"]
+                states[name]["lily_A"] = states[names[i - i % config.stride_A]]["lily_A"]
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        hidden = s.lily_A(x.to(s.lily_A.weight.dtype))
+        chosen = torch.softmax(s.lily_router(hidden), dim=-1).reshape(-1, s.num_B).mean(dim=0)
+        b = torch.einsum("e,eio->io", chosen, s.lily_B.weight.unflatten(0, (s.num_B, -1)))
+        return y + torch.matmul(hidden, b) * s.scaling

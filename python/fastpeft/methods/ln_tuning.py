@@ -1,0 +1,77 @@
+"""LN tuning: a trained copy of a normalisation layer takes its place (arXiv 2312.11420).
+
+W, b -> the copy's. Any layer that stores its weight densely can be trained so, as in PEFT; adapters before it are
+without effect there. Costs what the layer costs.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftType, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+from ..weights import weight_of
+
+_LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
+_GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+_QWEN, _T5 = ["post_attention_layernorm"], ["layer_norm", "final_layer_norm"]
+_BLOOM = ["input_layernorm", "post_attention_layernorm", "ln_f"]
+
+
+@dataclass
+class LNTuningConfig(TargetConfig):
+    own_type = PeftType.LN_TUNING
+    not_in_peft = ("layers_to_transform", "layers_pattern")
+
+
+@register
+class LNTuning(Method):
+    peft_type = PeftType.LN_TUNING
+    prefix = "ln_tuning_"
+    config_class = LNTuningConfig
+    model_name = "LNTuningModel"
+    tensors = ("ln_tuning_layers",)
+    kinds = frozenset({"norm", "linear", "embedding", "conv1d", "conv2d", "conv3d"})
+    autocast = False  # a copy computes as its original does, in the same dtype
+    default_targets: ClassVar[dict[str, list[str]]] = {
+        **dict.fromkeys(("llama", "mistral", "gemma"), _LLAMA),
+        **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
+        **dict.fromkeys(("bloom", "falcon"), _BLOOM),
+        **dict.fromkeys(("qwen2", "qwen3"), _QWEN),
+        **dict.fromkeys(("t5", "mt5"), _T5),
+        "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
+        "blip-2": ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"],
+        "gpt2": ["ln_1", "ln_2", "ln_f"],
+        "gptj": ["ln_1", "ln_f"],
+        # PEFT copies multi_modal_projector, which is no layer but holds these two, as a whole.
+        "llava": [*_LLAMA, "multi_modal_projector.linear_1", "multi_modal_projector.linear_2", "embed_tokens",
+                  "lm_head"],
+        "phi": ["input_layernorm", "final_layernorm"],
+    }  # fmt: skip
+
+    def check_layer(self, config: LNTuningConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if info.quantized:
+            raise ValueError(f"LN tuning trains a copy of {info.name!r}, whose quantised weight cannot be trained.")
+
+    def make_state(self, config: LNTuningConfig, info: LayerInfo, shared: Any) -> State:
+        memo: dict[int, Any] = {}
+        if torch.empty(0).is_meta:  # the copy's tensors will come from a file
+            memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in info.module.parameters()}
+        return {"ln_tuning_layers": copy.deepcopy(info.module, memo)}
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        own = s.ln_tuning_layers
+        kind = weight_of(own)
+        assert kind is not None
+        weight, bias = kind.read(own)
+        return weight.to(w.dtype), None if bias is None else bias.to(w.dtype)
+
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        y: Tensor = s.ln_tuning_layers(x)
+        return y

@@ -1,0 +1,111 @@
+"""PEANuT: W + s (f(W^T) B^T)^T, with f a small network that reads the base weight's columns (arXiv 2410.01870).
+
+f(W^T) = act(W^T A^T) and, for each of `depth`, one more layer on the way in and one on the way out with residuals.
+FLOPs beside the frozen layer's: reading W, 2 * in * out * r, and again for A's gradient; B stands behind the sum over
+inputs, (x f(W^T)) B^T, so that the update is never formed: 3 * 2 * tokens * r * (in + out). The least is what is done:
+1.1 of the frozen layer's for r = 32 at 2048 x 2048 and 512 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import HasInitWeights, PeftType, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+from ..safety import MAX_RANK
+
+
+@dataclass
+class PeanutConfig(HasInitWeights, TargetConfig):
+    """r: hidden size. depth: hidden layers on each side. act_fn: a key of transformers' ACT2FN. scaling: factor of the
+    update. init_weights: B starts at zero, or random (False)."""
+
+    own_type = PeftType.PEANUT
+
+    r: int = 32
+    depth: int = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r <= 0:
+            raise ValueError("`r` must be a positive integer.")
+        if self.depth < 0:
+            raise ValueError("`depth` can only be a non-negative integer.")
+        _activation(self.act_fn)
+
+
+@register
+class Peanut(Method):
+    peft_type = PeftType.PEANUT
+    prefix = "peanut_"
+    config_class = PeanutConfig
+    model_name = "PeanutModel"
+    tensors = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
+    others = ("r", "depth", "scaling", "act_fn")
+    examples = ({"r": 4}, {"r": 3, "depth": 2, "act_fn": "tanh", "scaling": 0.5, "init_weights": False})
+    needs_base_weight = True
+
+    def check_config(self, config: PeanutConfig, loading: bool = False) -> None:
+        for name, value, least in (("r", config.r, 1), ("depth", config.depth, 0)):
+            if type(value) is not int or not least <= value <= MAX_RANK:
+                raise ValueError(f"`{name}` should be an integer from {least} to {MAX_RANK}, got {value!r}")
+
+    def make_state(self, config: PeanutConfig, info: LayerInfo, shared: Any) -> State:
+        r = config.r
+        a = nn.Linear(info.out_features, r, bias=False)
+        encoders, decoders = (
+            nn.ModuleList([nn.Linear(r, r, bias=False) for _ in range(config.depth)]) for _ in range(2)
+        )
+        b = nn.Linear(r, info.out_features, bias=False)
+        if not a.weight.is_meta:
+            for module in (a, *encoders, *decoders, b)[: None if not config.init_weights else -1]:
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if config.init_weights:
+                nn.init.zeros_(b.weight)
+        return {
+            "peanut_A": a, "peanut_B": b, "peanut_encoders": encoders, "peanut_decoders": decoders, "r": r,
+            "depth": config.depth, "scaling": config.scaling, "act_fn": config.act_fn,
+        }  # fmt: skip
+
+    def _read(self, s: Any, w: Tensor) -> Tensor:
+        """f(W^T) [in_features, r]."""
+        act = _activation(s.act_fn)
+        h = act(F.linear(w.t(), s.peanut_A.weight))
+        before = []
+        for encoder in s.peanut_encoders:
+            before.append(h)
+            h = act(F.linear(h, encoder.weight))
+        for decoder in s.peanut_decoders:
+            h = act(F.linear(h, decoder.weight)) + before.pop()
+        return h
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        found = self.factors(s, shared, w)
+        assert found is not None
+        return found[1] @ found[0]
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        assert w is not None
+        b = s.peanut_B.weight
+        return self._read(s, w.to(b.dtype)).t(), b * s.scaling
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        found = self.factors(s, shared, inner.weight()[0])
+        assert found is not None
+        a, b = found
+        return y + F.linear(F.linear(x.to(b.dtype), a), b)
+
+
+def _activation(name: str) -> Any:
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ValueError(f"Unsupported `act_fn`: {name}. Must be one of {sorted(ACT2FN)}.")
+    return ACT2FN[name]

@@ -1,0 +1,122 @@
+"""SHiRA: W + S with a sparse S, trained at r (in + out) positions that are drawn at random (arXiv 2406.13175).
+
+FLOPs beside the frozen layer's: 3 products of 2 * tokens * entries (`sparse.py`), 1.05 of the layer's for r = 32 at
+2048 x 2048. Saved for backward: x.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+from ..safety import MAX_RANK
+from ..shared import Computed
+from ..sparse import dense, sparse_linear
+from ..targets import DEFAULT_TARGETS
+
+MaskFunction = Callable[..., Tensor]
+
+
+@dataclass
+class ShiraConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
+    """r: as many values are trained as a LoRA of this rank has. mask_type: "random", or anything else with `mask_fn`
+    set on the configuration: a function of (base_layer, r) that gives a mask of zeros and ones in the weight's shape.
+    random_seed: of the positions. init_weights: start at zero."""
+
+    own_type = PeftType.SHIRA
+    not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    mask_fn: ClassVar[MaskFunction | None] = None
+
+    r: int = 32
+    mask_type: str = "random"
+    random_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask_type != "random" and not self.inference_mode:
+            warnings.warn(
+                f"mask_type={self.mask_type!r} is not known: set a function of your own as `config.mask_fn`.",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+
+@register
+class Shira(Method):
+    peft_type = PeftType.SHIRA
+    prefix = "shira_"
+    config_class = ShiraConfig
+    model_name = "ShiraModel"
+    tensors = ("shira_weight",)
+    others = ("r", "scaling", "shira_indices")
+    default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
+    examples = ({"r": 2}, {"r": 1, "random_seed": 7, "init_weights": False})
+
+    def check_config(self, config: ShiraConfig, loading: bool = False) -> None:
+        if type(config.r) is not int or not 1 <= config.r <= MAX_RANK:
+            raise ValueError(f"`r` should be a positive integer of at most {MAX_RANK}, got {config.r!r}")
+        if config.mask_type != "random" and config.mask_fn is None and not loading:
+            raise ValueError(f"ShiraConfig(mask_type={config.mask_type!r}) needs a function: set `config.mask_fn`.")
+
+    def check_layer(self, config: ShiraConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        out, into = info.shape
+        if config.r * (out + into) > out * into:
+            raise ValueError(
+                f"r={config.r} gives {config.r * (out + into)} values for {info.name!r}, more than the {out * into} "
+                "that its weight has."
+            )
+
+    def make_state(self, config: ShiraConfig, info: LayerInfo, shared: Any) -> State:
+        out, into = info.shape
+        count = config.r * (out + into)
+        values = torch.empty(count)
+        if not values.is_meta:
+            values.zero_() if config.init_weights else values.normal_()
+        indices = Computed((2, count), lambda: _positions(config, info, count), dtype=torch.int32)
+        return {
+            "r": config.r, "scaling": 1.0, "shira_weight": nn.Parameter(values), "shira_indices": indices,
+        }  # fmt: skip
+
+    def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
+        check_positions(tensors["shira_indices"], info.shape)
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        return dense(s.shira_weight * s.scaling, s.shira_indices, tuple(s._layer.info.shape))
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        out, into = inner.info.shape
+        return y + sparse_linear(x, s.shira_weight * s.scaling, s.shira_indices, (out, into))
+
+    def scale(self, s: Any) -> float | None:
+        return 1.0
+
+
+def _positions(config: ShiraConfig, info: LayerInfo, count: int) -> Tensor:
+    out, into = info.shape
+    if config.mask_type == "random" and config.mask_fn is None:
+        generator = torch.Generator("cpu")  # PEFT's, which has a fixed seed of its own where none is given
+        if config.random_seed is not None:
+            generator.manual_seed(config.random_seed)
+        flat = torch.randperm(out * into, generator=generator)[:count].sort().values.to(info.device)
+        return torch.stack([flat // into, flat % into]).int()
+    assert config.mask_fn is not None
+    seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
+    found = torch.stack(torch.where(config.mask_fn(info.module, config.r, **seed) == 1.0)).int()
+    if found.shape[1] != count:
+        raise ValueError(f"the mask for {info.name!r} has {found.shape[1]} ones, but r={config.r} asks for {count}")
+    return found
+
+
+def check_positions(indices: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless all positions are inside a matrix of this shape. indices: as in `sparse.layouts`."""
+    ends = torch.tensor(shape).view(-1, 1) if indices.dim() == 2 else torch.tensor(shape).prod()
+    if indices.numel() and not bool(((indices >= 0) & (indices < ends.to(indices.device))).all()):
+        raise ValueError(f"a position lies outside the weight's shape {list(shape)}")

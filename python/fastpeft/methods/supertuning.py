@@ -1,0 +1,136 @@
+"""Super-Tuning: W + S, S sparse at the largest (or smallest) entries of W, and with `r` a LoRA too (arXiv 2607.09287).
+
+FLOPs beside the frozen layer's: 3 products of 2 * tokens * entries (`sparse.py`), 1.015 of the layer's at the default
+sparsity of 0.99; with r those of a LoRA. Saved for backward: x.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+from ..safety import MAX_RANK
+from ..shared import Computed
+from ..sparse import dense, sparse_linear
+from ..weights import weight_of
+from .shira import check_positions
+
+
+@dataclass
+class SupertuningConfig(HasInitWeights, TargetConfig):
+    """sparsity: the share of the weight that is not trained. select_top: train its largest entries, not its smallest.
+    r, lora_alpha (2 r), lora_dropout: of a LoRA beside it. save_precomputed_indices: write the positions into files;
+    otherwise they are found again in the base weight."""
+
+    own_type = PeftType.SUPERTUNING
+    not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+    sparsity: float = 0.99
+    select_top: bool = True
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    save_precomputed_indices: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"sparsity must be in [0.0, 1.0), got {self.sparsity}")
+        if self.r is not None and (type(self.r) is not int or not 1 <= self.r <= MAX_RANK):
+            raise ValueError(f"r must be a positive integer or None, got {self.r!r}")
+        if self.r is None and self.lora_alpha is not None:
+            raise ValueError("lora_alpha is set but r is None: a LoRA needs an explicit r.")
+        if self.r is not None and self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0.0, 1.0), got {self.lora_dropout}")
+        if not self.save_precomputed_indices:
+            warnings.warn(
+                "save_precomputed_indices=False: the positions will be found again in the base weight when the "
+                "adapter is loaded, so that needs the very same base weight.",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+
+@register
+class Supertuning(Method):
+    peft_type = PeftType.SUPERTUNING
+    prefix = "supertuning_"
+    config_class = SupertuningConfig
+    model_name = "SupertuningModel"
+    tensors = ("supertuning_values", "supertuning_lora_A", "supertuning_lora_B")
+    others = (
+        "supertuning_indices", "supertuning_rank", "supertuning_lora_alpha", "supertuning_lora_dropout",
+    )  # fmt: skip
+    examples = ({"sparsity": 0.9}, {"sparsity": 0.8, "select_top": False, "r": 3, "lora_dropout": 0.1})
+
+    def check_layer(self, config: SupertuningConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if _count(config, info) < 1:
+            raise ValueError(
+                f"sparsity={config.sparsity} leaves no trainable entries of {info.name!r}, whose weight has "
+                f"{math.prod(info.shape)}. Lower the sparsity."
+            )
+
+    def make_state(self, config: SupertuningConfig, info: LayerInfo, shared: Any) -> State:
+        count = _count(config, info)
+        values = torch.empty(count, dtype=torch.float32)
+        if not values.is_meta:
+            values.zero_() if config.init_weights else values.normal_()
+        state: State = {
+            "supertuning_values": nn.Parameter(values),
+            "supertuning_indices": Computed(
+                (count,), lambda: _positions(config, info, count), config.save_precomputed_indices, torch.int32
+            ),
+            "supertuning_rank": config.r or 0, "supertuning_lora_alpha": float(config.lora_alpha or 0.0),
+        }  # fmt: skip
+        if config.r is None:
+            return state
+        a = nn.Linear(info.in_features, config.r, bias=False, dtype=torch.float32)
+        b = nn.Linear(config.r, info.out_features, bias=False, dtype=torch.float32)
+        if not a.weight.is_meta:
+            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+            nn.init.zeros_(b.weight) if config.init_weights else nn.init.kaiming_uniform_(b.weight, a=math.sqrt(5))
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        return {
+            **state, "supertuning_lora_A": a, "supertuning_lora_B": b, "supertuning_lora_dropout": dropout,
+        }  # fmt: skip
+
+    def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
+        if "supertuning_indices" in tensors:
+            check_positions(tensors["supertuning_indices"], info.shape)
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        delta = dense(s.supertuning_values, s.supertuning_indices, tuple(s._layer.info.shape))
+        if not s.supertuning_rank:
+            return delta
+        lora = s.supertuning_lora_B.weight @ s.supertuning_lora_A.weight
+        return delta + lora * (s.supertuning_lora_alpha / s.supertuning_rank)
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        out, into = inner.info.shape
+        y = y + sparse_linear(x, s.supertuning_values, s.supertuning_indices, (out, into))
+        if s.supertuning_rank:
+            low = s.supertuning_lora_A(s.supertuning_lora_dropout(x).to(s.supertuning_lora_A.weight.dtype))
+            y = y + s.supertuning_lora_B(low) * (s.supertuning_lora_alpha / s.supertuning_rank)
+        return y
+
+
+def _positions(config: SupertuningConfig, info: LayerInfo, count: int) -> Tensor:
+    kind = weight_of(info.module)
+    assert kind is not None
+    scores = kind.read(info.module)[0].abs().flatten()
+    return torch.topk(scores, k=count, largest=config.select_top)[1].int()
+
+
+def _count(config: SupertuningConfig, info: LayerInfo) -> int:
+    return int(math.prod(info.shape) * (1 - config.sparsity))

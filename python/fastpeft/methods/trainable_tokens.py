@@ -1,0 +1,106 @@
+"""Trainable tokens: some rows of an embedding (or of an output head) are replaced by trained ones.
+
+W[token_indices] -> delta, by rows of the table. In an embedding the rows that were looked up are replaced, found by a
+binary search per token; in a linear layer the outputs of these rows. The table is never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import HasInitWeights, PeftType, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+from ..tied import embedding_name, tied_names
+from ..weights import EmbeddingWeight, weight_of
+
+
+@dataclass
+class TrainableTokensConfig(HasInitWeights, TargetConfig):
+    """token_indices: the rows to train. init_weights: start from the rows as they are, or random (False)."""
+
+    own_type = PeftType.TRAINABLE_TOKENS
+    not_in_peft = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+
+    token_indices: list[int] = field(default_factory=list)
+
+
+@register
+class TrainableTokens(Method):
+    peft_type = PeftType.TRAINABLE_TOKENS
+    prefix = "trainable_tokens_"
+    config_class = TrainableTokensConfig
+    model_name = "TrainableTokensModel"
+    tensors = ("trainable_tokens_delta",)
+    others = ("token_indices", "trainable_tokens_order")
+    kinds = frozenset({"embedding", "linear"})
+    examples = ({"token_indices": [3, 17, 0]}, {"token_indices": [5], "init_weights": False})
+
+    def check_config(self, config: TrainableTokensConfig, loading: bool = False) -> None:
+        check_tokens(config.token_indices)
+
+    def check_layer(self, config: TrainableTokensConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        rows = info.in_features if info.kind == "embedding" else info.out_features
+        outside = [i for i in config.token_indices if i >= rows]
+        if outside:
+            raise ValueError(f"token_indices holds {outside[0]}, but {info.name!r} has {rows} rows")
+
+    def open_fields(self, config: TrainableTokensConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:
+        return {} if config.target_modules is not None else {"target_modules": embedding_name(model) or "embed_tokens"}
+
+    def followers(self, config: Any, model: nn.Module) -> Mapping[str, str]:
+        return tied_names(model)
+
+    def make_state(self, config: TrainableTokensConfig, info: LayerInfo, shared: Any) -> State:
+        tokens = list(config.token_indices)
+        width = info.out_features if info.kind == "embedding" else info.in_features
+        rows = torch.empty(len(tokens), width, dtype=info.dtype)
+        if not rows.is_meta:
+            if config.init_weights:
+                kind = weight_of(info.module)
+                assert kind is not None
+                w = kind.read(info.module)[0]
+                rows = (w.t() if info.kind == "embedding" else w)[tokens].detach().clone()
+            else:
+                rows = torch.randn(len(tokens), width, dtype=info.dtype)
+        index = torch.tensor(tokens, dtype=torch.long, device="cpu")  # never from a file, so never on the meta device
+        order = nn.Buffer(torch.stack(torch.sort(index)), persistent=False)
+        return {"trainable_tokens_delta": nn.Parameter(rows), "token_indices": tokens, "trainable_tokens_order": order}
+
+    def tie(self, config: Any, states: Mapping[str, State], infos: Sequence[LayerInfo], leaders: Any) -> None:
+        for name, leader in leaders.items():
+            states[name]["trainable_tokens_delta"] = states[leader]["trainable_tokens_delta"]
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        rows, places = s.trainable_tokens_order
+        delta = s.trainable_tokens_delta[places].to(w.dtype)
+        embedding = s._layer.kind.kind == "embedding"
+        return (w.index_copy(1, rows, delta.t()) if embedding else w.index_copy(0, rows, delta)), b
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        delta, (rows, places) = s.trainable_tokens_delta, s.trainable_tokens_order
+        info = inner.info
+        if info.kind == "embedding":
+            at = torch.searchsorted(rows, x).clamp_(max=len(rows) - 1)
+            # As nn.Embedding, whose padding row gets no gradient.
+            padding = info.module.padding_idx
+            place = s.token_indices.index(padding) if padding in s.token_indices else None
+            mine = EmbeddingWeight.scaled(info.module, F.embedding(places[at], delta, place))
+            return torch.where((rows[at] == x).unsqueeze(-1), mine.to(y.dtype), y)
+        bias = info.module.bias if inner.bare else inner.weight()[1]
+        mine = F.linear(x.to(delta.dtype), delta[places], None if bias is None else bias[rows].to(delta.dtype))
+        return y.index_copy(-1, rows, mine.to(y.dtype))
+
+
+def check_tokens(tokens: Any) -> None:
+    """Raise ValueError unless these are token indices."""
+    if not isinstance(tokens, (list, tuple)) or not tokens or any(type(i) is not int or i < 0 for i in tokens):
+        raise ValueError(f"token indices should be a list of non-negative integers, got {tokens!r}")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("token indices should name each token once")
