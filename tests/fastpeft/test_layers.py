@@ -303,5 +303,6 @@ def test_every_kind_of_layer_is_found_and_described(base: str) -> None:
 
 
 def test_modules_without_a_weight_that_is_understood_are_none_of_them() -> None:
-    for module in (nn.ReLU(), nn.LayerNorm(4, elementwise_affine=False), nn.ConvTranspose2d(2, 2, 1), nn.LSTM(2, 2), nn.Sequential()):
+    norm = nn.LayerNorm(4, elementwise_affine=False)
+    for module in (nn.ReLU(), norm, nn.ConvTranspose2d(2, 2, 1), nn.LSTM(2, 2), nn.Sequential()):
         assert weight_of(module) is None
