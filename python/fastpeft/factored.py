@@ -1,0 +1,80 @@
+"""Methods whose update is a product of two thin matrices that follow from what they store: W + B A.
+
+They act on activations, as LoRA does, with its kernel: a layer's FLOPs grow by 3 r (in + out) / (2 in out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_kernels import lora_linear
+
+from .method import Fused, Inner, Method
+from .safety import MAX_RANK
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
+
+
+class FactoredMethod(Method):
+    """Subclasses give `factors`. dropout: the container of the dropout module on the input, if there is one."""
+
+    dropout: ClassVar[str] = ""
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        found = self.factors(s, shared, w)
+        assert found is not None
+        a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in found)
+        return b @ a
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        found = self.factors(s, shared, None)
+        assert found is not None
+        a, b = found
+        x = x.to(a.dtype)
+        return y + F.linear(F.linear(getattr(s, self.dropout)(x) if self.dropout else x, a), b)
+
+    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+        base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
+        if layer.kind.kind != "linear" or get_weight is None or not self._fusible(s):
+            return None
+        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+
+        def run(x: Tensor) -> Tensor | None:
+            w, found = get_weight(), self.factors(s, shared, None)
+            if w is None or found is None:
+                return None
+            drop = getattr(s, self.dropout) if self.dropout else None
+            p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+            bias = base._parameters.get("bias")
+            return lora_linear(x if compute is None else x.to(compute), w, *found, 1.0, bias, p).to(x.dtype)
+
+        return run
+
+    def _fusible(self, s: Any) -> bool:
+        """Whether the factors are all that acts in this call."""
+        return True
+
+
+def dropout(p: float) -> nn.Module:
+    """The module for a probability, as PEFT makes it."""
+    return nn.Dropout(p=p) if p > 0.0 else nn.Identity()
+
+
+def check_ranks(r: object, pattern: Mapping[str, object] | None = None, field: str = "r") -> None:
+    """ValueError for ranks that are none."""
+    for name, value in {field: r, **{f"rank_pattern[{k!r}]": v for k, v in (pattern or {}).items()}}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+            raise ValueError(f"`{name}` should be a positive integer value of at most {MAX_RANK}, got {value!r}")
+
+
+def check_probabilities(config: Any) -> None:
+    """ValueError for a dropout that is no probability below one."""
+    for name, value in vars(config).items():
+        if name.endswith("dropout") and not 0.0 <= value < 1.0:
+            raise ValueError(f"`{name}` should be in [0, 1), got {value!r}")

@@ -1,0 +1,77 @@
+"""DeLoRA: normalised rank-one updates, bounded by lambda (arXiv 2503.18225).
+
+W + B diag(lambda / (r |a_i| |b_i|)) A diag(n), with n the norms of W's columns when the adapter was made. Everything
+but B and A goes into B and A, so that it costs what LoRA costs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
+from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..method import LayerInfo, State, register
+from ..weights import weight_of
+
+LEAST_NORM = 1e-4
+
+
+@dataclass
+class DeloraConfig(HasBias, HasInitWeights, TargetConfig):
+    """r: rank. delora_lambda: bound of the update's norm, where its training starts. module_dropout: of the adapter's
+    input. rank_pattern, lambda_pattern: values for layers by pattern. init_weights: False starts with a random B."""
+
+    own_type = PeftType.DELORA
+
+    r: int = 8
+    delora_lambda: float = 15
+    module_dropout: float = 0.0
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    lambda_pattern: dict[str, float] | None = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r <= 0:
+            raise ValueError(f"`r` must be a positive integer; got {self.r}.")
+
+
+@register
+class Delora(FactoredMethod):
+    peft_type = PeftType.DELORA
+    prefix = "delora_"
+    config_class = DeloraConfig
+    model_name = "DeloraModel"
+    tensors = ("delora_A", "delora_B", "delora_lambda")
+    others = ("r", "delora_dropout", "delora_w_norm")
+    dropout = "delora_dropout"
+    patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}
+    examples = ({"r": 3}, {"r": 2, "delora_lambda": 4, "init_weights": False})
+
+    def check_config(self, config: DeloraConfig, loading: bool = False) -> None:
+        check_ranks(config.r, config.rank_pattern)
+        check_probabilities(config)
+
+    def make_state(self, config: DeloraConfig, info: LayerInfo, shared: Any) -> State:
+        a, b = torch.empty(config.r, info.in_features), torch.zeros(info.out_features, config.r)
+        bound = torch.full((1,), float(config.delora_lambda))
+        norm = torch.ones(info.in_features)
+        if not a.is_meta:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            if config.init_weights is not True:
+                nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+            kind = weight_of(info.module)
+            assert kind is not None
+            w = kind.read(info.module)[0].detach()
+            norm = norm if w.is_meta else w.norm(dim=0)
+        state: State = {"delora_A": nn.Parameter(a), "delora_B": nn.Parameter(b), "delora_lambda": nn.Parameter(bound)}
+        return {**state, "r": config.r, "delora_dropout": dropout(config.module_dropout), "delora_w_norm": norm}
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        a, b = s.delora_A, s.delora_B
+        norms = a.norm(dim=1).clamp(min=LEAST_NORM) * b.norm(dim=0).clamp(min=LEAST_NORM)
+        return a * s.delora_w_norm, b * (s.delora_lambda / s.r / norms)

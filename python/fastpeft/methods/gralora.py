@@ -1,0 +1,123 @@
+"""GraLoRA: k x k blocks of W, each with an update of rank r / k of its own (arXiv 2505.20355).
+
+The k blocks of x go through A, their parts are dealt to the k blocks of the output, and these go through B: a layer's
+FLOPs grow as with a LoRA of rank r. hybrid_r adds a plain LoRA of that rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
+from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..method import Fused, Inner, LayerInfo, State, register
+
+
+@dataclass
+class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+    """r: rank, of all blocks in a row of them together. gralora_k: blocks in a row and in a column. hybrid_r: rank of
+    the plain LoRA beside them. alpha: numerator of the scaling alpha / (r + hybrid_r). gralora_dropout: of the input.
+    init_weights: False starts with a random B."""
+
+    own_type = PeftType.GRALORA
+    not_in_peft = ("exclude_modules",)
+
+    r: int = 32
+    hybrid_r: int = 0
+    alpha: int = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gralora_k <= 0:
+            raise ValueError(f"`gralora_k` should be a positive integer value but the value passed is {self.gralora_k}")
+        if self.r % self.gralora_k:
+            raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
+
+
+@register
+class Gralora(FactoredMethod):
+    peft_type = PeftType.GRALORA
+    prefix = "gralora_"
+    config_class = GraloraConfig
+    model_name = "GraloraModel"
+    tensors = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
+    others = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
+    examples = ({"r": 4}, {"r": 8, "gralora_k": 4, "hybrid_r": 2, "alpha": 3, "init_weights": False})
+
+    def check_config(self, config: GraloraConfig, loading: bool = False) -> None:
+        check_ranks(config.r)
+        check_probabilities(config)
+        if config.hybrid_r:
+            check_ranks(config.hybrid_r, field="hybrid_r")
+
+    def check_layer(self, config: GraloraConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        for field, size in (("in_features", info.in_features), ("out_features", info.out_features)):
+            if size % config.gralora_k:
+                raise ValueError(
+                    f"{field} should be divisible by gralora_k, but got {size} and {config.gralora_k} in {info.name!r}"
+                )
+
+    def make_state(self, config: GraloraConfig, info: LayerInfo, shared: Any) -> State:
+        k, r = config.gralora_k, config.r
+        a, b = torch.empty(k, r, info.in_features // k), torch.zeros(k, info.out_features // k, r)
+        modules: list[nn.Module] = [nn.Identity(), nn.Identity()]
+        if not a.is_meta:
+            for block_a, block_b in zip(a, b, strict=True):
+                _start(block_a, block_b, config)
+        if config.hybrid_r > 0:
+            first = nn.Linear(info.in_features, config.hybrid_r, bias=False)
+            second = nn.Linear(config.hybrid_r, info.out_features, bias=False)
+            if not a.is_meta:
+                _start(first.weight.data, second.weight.data.zero_(), config)
+            modules = [first, second]
+        return {
+            "gralora_A": nn.Parameter(a.transpose(1, 2).contiguous()),
+            "gralora_B": nn.Parameter(b.transpose(1, 2).contiguous()),
+            "gralora_A_general": modules[0], "gralora_B_general": modules[1],
+            "r": r, "hybrid_r": config.hybrid_r, "alpha": config.alpha, "scaling": config.alpha / (r + config.hybrid_r),
+            "gralora_dropout": dropout(config.gralora_dropout), "gralora_k": k,
+        }  # fmt: skip
+
+    def scale(self, s: Any) -> float | None:
+        return float(s.alpha / (s.r + s.hybrid_r))
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A with the A of each block of x on its diagonal, B with the parts of B where the same rows of A go."""
+        k, r = s.gralora_k, s.r
+        a = torch.block_diag(*s.gralora_A.transpose(1, 2))  # [(n, j, r / k), in]
+        parts = s.gralora_B.unflatten(1, (k, -1))  # [j, n, r / k, out / k]
+        b = torch.stack([torch.block_diag(*[parts[j, n].t() for j in range(k)]) for n in range(k)], 1).flatten(1)
+        assert b.shape[1] == k * r
+        if s.hybrid_r:
+            a = torch.cat([a, s.gralora_A_general.weight])
+            b = torch.cat([b, s.gralora_B_general.weight], 1)
+        return a, b * s.scaling
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        a, b, k = s.gralora_A, s.gralora_B, s.gralora_k
+        x = s.gralora_dropout(x.to(a.dtype))
+        flat = x.reshape(-1, x.shape[-1])
+        z = torch.bmm(flat.view(len(flat), k, -1).transpose(0, 1), a)  # [n, T, (j, r / k)]
+        z = z.view(k, len(flat), k, -1).permute(2, 1, 0, 3).reshape(k, len(flat), -1)  # [j, T, (n, r / k)]
+        added = torch.bmm(z, b * s.scaling).transpose(0, 1).reshape(y.shape)
+        if s.hybrid_r:
+            second = s.gralora_B_general
+            added = added + second(s.gralora_A_general(x)) * s.scaling
+        return y + added
+
+    def fused(self, layer: Any, s: Any, shared: Any) -> Fused | None:
+        return None  # the factors are k times as wide as what `output` needs
+
+
+def _start(a: Tensor, b: Tensor, config: GraloraConfig) -> None:
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    if not config.init_weights:
+        nn.init.kaiming_uniform_(b, a=math.sqrt(5))
