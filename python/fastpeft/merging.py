@@ -21,7 +21,6 @@ class Merging:
     kind: type[BaseWeight]
     layer_name: str
     methods: dict[str, Method]
-    shared: dict[str, Any]
     merged_adapters: list[str]
     _active_adapter: list[str]
     _taken: dict[str, Any] | None
@@ -34,13 +33,29 @@ class Merging:
     def view(self, adapter: str) -> AdapterView:
         raise NotImplementedError
 
+    def _views(self, adapter: str) -> tuple[AdapterView, AdapterView]:
+        """The adapter's own tensors and the shared ones, which its layers hold in the same way."""
+        view = self.view(adapter)
+        return view, view
+
     def merged_weight(self, adapters: Sequence[str], base: Weight | None = None) -> Weight:
         """W and b, in at least float32, that the base layer has with these adapters merged in this order."""
         w, b = base or self.kind.read(self.base_layer)
         w = w.to(wide(w.dtype))
-        b = None if b is None else b.to(w.dtype)
+        return self._through(adapters, w, None if b is None else b.to(w.dtype))
+
+    def stored_weight(self, adapters: Sequence[str]) -> Weight:
+        """`merged_weight` in the base weight's own dtype."""
+        return self._through(adapters, *self.kind.read(self.base_layer))
+
+    def _through(self, adapters: Sequence[str], w: Tensor, b: Tensor | None) -> Weight:
         for name in adapters:
-            w, b = self.methods[name].merged(self.view(name), self.shared.get(name), w, b)
+            method, views = self.methods[name], self._views(name)
+            reason = method.mergeable_in(views[0], self.info)
+            if reason:
+                where = self.layer_name or "the layer"
+                raise ValueError(f"The weight of {where} with adapter {name!r} in it is needed, but {reason}.")
+            w, b = method.merged(*views, w, b)
         return w, b
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -49,7 +64,7 @@ class Merging:
             base = self._unmerged(self.kind.read)
             method = self.methods[adapter]
             if type(method).merged is Method.merged and not method.needs_base_weight:
-                delta = method.delta_weight(self.view(adapter), self.shared.get(adapter), None).reshape(self.info.shape)
+                delta = method.delta_weight(*self._views(adapter), None).reshape(self.info.shape)
             else:
                 delta = self.merged_weight([adapter], base)[0] - base[0]
         transposed = self.kind.fan_in_fan_out or self.kind.kind == "embedding"
