@@ -28,6 +28,9 @@ class BaseEdit(Protocol):
     def __call__(self, w: Tensor) -> Tensor:
         """The new W for W as the law names it, in at least float32."""
 
+    def taken(self, w: Tensor) -> tuple[Tensor, Tensor] | None:
+        """P [out, r] and Q [r, in] with W - P Q the new W, if there are such of a low rank."""
+
 
 @dataclass(frozen=True)
 class LowRankEdit:
@@ -39,6 +42,9 @@ class LowRankEdit:
 
     def __call__(self, w: Tensor) -> Tensor:
         return w - (self.p.to(w) @ self.q.to(w)).reshape(w.shape)
+
+    def taken(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        return self.p.to(w), self.q.to(w)
 
 
 class BaseEdits:

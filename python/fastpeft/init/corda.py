@@ -1,0 +1,147 @@
+"""CorDA: the SVD of W, oriented by the covariance of the layer's inputs (arXiv 2406.05223).
+
+With C the covariance, W C = U S V'; the adapter takes r components of U S (V' C^-1): the largest ("ipm", to learn what
+the samples are about) or the smallest ("kpm", to keep what the samples know).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+EIGENS = "eigens"  # of a layer, until the adapter is made
+
+
+@dataclass
+class CordaConfig:
+    """cache_file: where the components are written, or read from if it exists. covariance_file: the same for the
+    covariances, which serve any rank. corda_method: "ipm" or "kpm". use_float16_for_covariance: takes half the memory
+    for less precision. verbose: show progress. prune_temporary_fields: accepted; no other fields are made here."""
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+    def __post_init__(self) -> None:
+        if self.corda_method not in ("ipm", "kpm"):
+            raise ValueError(f"`corda_method` should be 'ipm' or 'kpm', got {self.corda_method!r}")
+
+
+@dataclass
+class CordaEigens:
+    """The components that the adapter takes: S [r], U [out, r] and V [in, r]."""
+
+    S_WC: Tensor
+    U_WC: Tensor
+    V_WC: Tensor
+
+
+def corda(eigens: CordaEigens, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and B with scaling * B A = U S V'."""
+    root = (eigens.S_WC / scaling).sqrt()
+    return eigens.V_WC.t() * root[:, None], eigens.U_WC * root
+
+
+def components(w: Tensor, covariance: Tensor, r: int, method: str) -> CordaEigens:
+    """The r components of W [out, in] for the covariance of its inputs [in, in], damped until it can be inverted."""
+    covariance = covariance.to(w)
+    eye = torch.eye(covariance.shape[0], dtype=w.dtype, device=w.device)
+    damp = 0.01
+    while True:
+        damped = covariance + torch.diag(torch.ones_like(covariance[0]) * covariance.diagonal().mean() * damp)
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, eye) < 0.05:
+            break
+        damp *= 2
+        if damp > 1e12:
+            raise ValueError("the covariance of the layer's inputs is zero or not finite")
+    u, s, vh = torch.linalg.svd(w @ damped, full_matrices=False)
+    v = (vh @ inverse).t()
+    taken = slice(None, r) if method == "ipm" else slice(-r, None)
+    return CordaEigens(s[taken].clone(), u[:, taken].clone(), v[:, taken].clone())
+
+
+@torch.no_grad()
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: Any,
+    run_model: Callable[[], None] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Compute what CorDA starts from. To be called before `get_peft_model`, which uses it up.
+
+    run_model: runs the model on samples, so that the layers' inputs are seen; not needed where a file of
+    `lora_config.corda_config` has the result. hooked_model: the model that `run_model` runs, if it is another.
+    """
+    from .targets import load_tensors, save_tensors, target_layers
+
+    config: CordaConfig = lora_config.corda_config or CordaConfig()
+    layers = target_layers(model, lora_config)
+    parts = ("S_WC", "U_WC", "V_WC")
+    found = load_tensors(config.cache_file, [f"{name}.{EIGENS}.{part}" for name in layers for part in parts])
+    if found is None:
+        covariances = load_tensors(config.covariance_file, list(layers))
+        if covariances is None:
+            if run_model is None:
+                raise ValueError("preprocess_corda needs `run_model`, since no file has the covariances or the result.")
+            watched = layers if hooked_model is None else target_layers(hooked_model, lora_config)
+            covariances = _covariances(hooked_model or model, watched, run_model, config.use_float16_for_covariance)
+            covariances = {name: c for name, c in covariances.items() if name in layers}
+            save_tensors(config.covariance_file, covariances)
+        missing = sorted(set(layers) - set(covariances))
+        if missing:
+            raise ValueError(f"`run_model` did not run {', '.join(missing[:5])}: there is no covariance of its inputs.")
+        found = {}
+        for name, layer in _progress(layers, config.verbose):
+            eigens = components(layer.weight(), covariances[name], layer.r, config.corda_method)
+            found |= {f"{name}.{EIGENS}.{part}": getattr(eigens, part) for part in parts}
+        save_tensors(config.cache_file, found)
+    for name, layer in layers.items():
+        setattr(layer.module, EIGENS, CordaEigens(*(found[f"{name}.{EIGENS}.{part}"] for part in parts)))
+
+
+def _progress(layers: Mapping[str, Any], shown: bool) -> Iterable[tuple[str, Any]]:
+    if not shown:
+        return layers.items()
+    from tqdm import tqdm
+
+    return tqdm(layers.items(), desc="Collecting eigens")
+
+
+def _covariances(
+    model: nn.Module, layers: Mapping[str, Any], run_model: Callable[[], None], half: bool
+) -> dict[str, Tensor]:
+    """The mean over forward passes of x' x for each layer's inputs, each pass scaled by its largest input."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            x = args[0].detach().flatten(0, -2)
+            x = x if half else x.float()
+            x = x / torch.max(x).abs()
+            covariance = x.t() @ x
+            if not torch.isfinite(covariance).all():
+                raise ValueError(f"the inputs of {name} hold, or their covariance overflows to, NaN or infinity")
+            sums[name] = sums[name] + covariance if name in sums else covariance
+            counts[name] = counts.get(name, 0) + 1
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    was_training = model.training
+    try:
+        model.eval()
+        run_model()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    return {name: total / counts[name] for name, total in sums.items()}

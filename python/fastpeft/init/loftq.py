@@ -1,0 +1,108 @@
+"""LoftQ: a quantised base and an adapter that together come close to W (arXiv 2310.08659)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peft_kernels
+
+
+@dataclass
+class LoftQConfig:
+    """loftq_bits: 4 (NF4) or 8 (int8, a scale per row). loftq_iter: how often quantising and decomposing alternate."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+
+def low_rank(w: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] with B A the best rank-r approximation of W, its singular values split evenly."""
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    root = torch.sqrt(s[:r])
+    return root[:, None] * vh[:r], u[:, :r] * root
+
+
+def quantised(w: Tensor, bits: int) -> Tensor:
+    """W as it is after quantising: NF4 in blocks of 64, or int8 with a scale per row."""
+    if bits == 4:
+        return peft_kernels.dequantize_4bit(peft_kernels.quantize_4bit(w.float(), nested=False), dtype=w.dtype)
+    scale = w.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+    return torch.round(w * (127.0 / scale)) * (scale / 127.0)
+
+
+@dataclass(frozen=True)
+class QuantisedBase:
+    """The edit of the base: what quantising W, less what the last but one adapter held, leaves of it."""
+
+    bits: int
+    held: tuple[Tensor, Tensor] | None = None
+    used: tuple[str, ...] = ()
+
+    def __call__(self, w: Tensor) -> Tensor:
+        if self.held is None:
+            return quantised(w, self.bits)
+        a, b = (t.to(w) for t in self.held)
+        return quantised(w - b @ a, self.bits)
+
+    def taken(self, w: Tensor) -> None:
+        return None
+
+
+def loftq(w: Tensor, r: int, bits: int, iterations: int) -> tuple[Tensor, Tensor, QuantisedBase]:
+    """A, B and the edit of the base: each iteration quantises what the adapter lacks and adapts to what that lost."""
+    held: tuple[Tensor, Tensor] | None = None
+    for i in range(iterations):
+        edit = QuantisedBase(bits, held)
+        a, b = low_rank(w - edit(w), r)
+        if i + 1 < iterations:
+            held = a, b
+    return a, b, edit
+
+
+def replace_lora_weights_loftq(
+    peft_model: nn.Module,
+    model_path: str | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Start a LoRA on a 4-bit base from what quantising lost: B A is close to W - dequantised(W).
+
+    model_path: the safetensors file of the unquantised model, or its folder (files may be sharded); None: where the
+    Hub's cache has the model. callback: called with the model and the module's name after each replacement, which is
+    taken back if it returns False; without it all are kept.
+    """
+    from ..tuner import BaseTuner
+    from .model_files import ModelTensors
+
+    tuner = getattr(peft_model, "base_model", peft_model)
+    if not isinstance(tuner, BaseTuner):
+        raise TypeError(f"{type(peft_model).__name__} is not a PeftModel")
+    layers = [
+        (name, layer) for name, layer in tuner.adapter_layers()
+        if layer.kind.quantized in ("nf4", "bnb 4bit") and hasattr(layer, "lora_A") and adapter_name in layer.lora_A
+    ]  # fmt: skip
+    if not layers:
+        raise ValueError(f"The model has no 4-bit layer with a LoRA named {adapter_name!r}.")
+    tensors = ModelTensors(model_path, tuner.model)
+    with torch.no_grad():
+        for name, layer in layers:
+            name = name.removeprefix("model.")
+            a: Any = layer.lora_A[adapter_name].weight
+            b: Any = layer.lora_B[adapter_name].weight
+            base = layer._unmerged(layer.kind.read)[0]
+            w = tensors.get(f"{name}.weight").to(base)
+            if w.shape != base.shape:
+                raise ValueError(
+                    f"{name}.weight is {list(w.shape)} in {tensors.where}, {list(base.shape)} in the model"
+                )
+            before = (a.detach().clone(), b.detach().clone())
+            for parameter, value in zip((a, b), low_rank(w - base, a.shape[0]), strict=True):
+                parameter.copy_(value)
+            if callback is not None and not callback(peft_model, name):
+                for parameter, value in zip((a, b), before, strict=True):
+                    parameter.copy_(value)

@@ -1,0 +1,120 @@
+"""LoRA-GA: A and B from the singular vectors of the loss's gradient with respect to W (arXiv 2407.05000)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+GRADIENT = "_peft_loraga_grad"  # of a layer, in its weight's layout, until the adapter is made
+
+
+@dataclass
+class LoraGAConfig:
+    """direction: which of the 2 r singular vectors go into A and which into B: alternating ("ArBr"), the second half
+    into A ("A2rBr") or into B ("ArB2r"), or "random". scale: of B, "stable" (by stable_gamma), "weight_svd",
+    "gd_scale", or "unit" for none."""
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: int = 16
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("direction", ("ArBr", "A2rBr", "ArB2r", "random")),
+                              ("scale", ("stable", "weight_svd", "gd_scale", "unit"))):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` should be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not self.stable_gamma > 0:
+            raise ValueError(f"`stable_gamma` should be positive, got {self.stable_gamma!r}")
+
+
+def lora_ga(w: Tensor, gradient: Tensor, r: int, scaling: float, config: LoraGAConfig) -> tuple[Tensor, Tensor]:
+    """A and B for W [out, in] and the gradient, of the same shape, of which 2 r singular components must exist."""
+    u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
+    first, second = torch.arange(r), torch.arange(r, 2 * r)
+    if config.direction == "random":
+        of_a = of_b = torch.randperm(2 * r)[:r]
+    else:
+        of_a, of_b = {"ArBr": (2 * first + 1, 2 * first), "A2rBr": (second, first), "ArB2r": (first, second)}[
+            config.direction
+        ]
+    a, largest = v.t()[of_a], s[of_b]
+    b = u[:, of_b] @ torch.diag(largest)
+    if config.scale == "stable":
+        b = b * (w.shape[0] ** 0.25 / config.stable_gamma**0.5)
+    elif config.scale == "weight_svd":
+        of_w = torch.svd_lowrank(w, q=r, niter=4)[1]
+        if largest[0] > 0:
+            b = b * (of_w[0] / largest[0])
+    elif config.scale == "gd_scale":
+        a, b = a / scaling, b / scaling
+    return a, b
+
+
+def preprocess_loraga(
+    model: nn.Module, lora_config: Any, train_step: Callable[[], None], cache_file: str | None = None
+) -> None:
+    """Measure the gradients that LoRA-GA starts from. To be called before `get_peft_model`, which uses them up.
+
+    train_step: runs the model forward and backward, once or several times; the gradients' mean is kept, on each layer.
+    cache_file: take the gradients from there if it exists, and write them there if not. Quantised layers work too: the
+    gradients are made of each layer's inputs and output gradients, and no weight need require any.
+    """
+    from .targets import load_tensors, save_tensors, target_layers
+
+    if lora_config.lora_ga_config is None:
+        raise ValueError("LoRA-GA needs LoraConfig(init_lora_weights='lora_ga', lora_ga_config=LoraGAConfig(...))")
+    layers = target_layers(model, lora_config)
+    found = load_tensors(cache_file, [f"{name}.{GRADIENT}" for name in layers])
+    if found is None:
+        found = {f"{name}.{GRADIENT}": g for name, g in _gradients(model, layers, train_step).items()}
+        save_tensors(cache_file, found)
+    for name, layer in layers.items():
+        gradient = found.get(f"{name}.{GRADIENT}")
+        if gradient is not None:
+            setattr(layer.module, GRADIENT, gradient)
+
+
+def _gradients(model: nn.Module, layers: Any, train_step: Callable[[], None]) -> dict[str, Tensor]:
+    """The mean over backward passes of the gradient of each layer's weight, in the weight's layout."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    handles = []
+
+    def watch(name: str, layer: Any) -> None:
+        def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = args[0].detach().flatten(0, -2)
+            if not output.requires_grad:  # nothing before this layer does
+                output = output.detach().requires_grad_()
+
+            def backward(dy: Tensor) -> None:
+                dy = dy.flatten(0, -2)
+                gradient = (x.t() @ dy if layer.kind.fan_in_fan_out else dy.t() @ x).float()
+                sums[name] = sums[name] + gradient if name in sums else gradient
+                counts[name] = counts.get(name, 0) + 1
+
+            output.register_hook(backward)
+            return output
+
+        handles.append(layer.module.register_forward_hook(forward))
+
+    was_training = model.training
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.train()
+        for p in trained:
+            p.requires_grad_(False)
+        for name, layer in layers.items():
+            watch(name, layer)
+        with torch.enable_grad():
+            train_step()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p in trained:
+            p.requires_grad_(True)
+        model.train(was_training)
+    return {name: total / counts[name] for name, total in sums.items()}

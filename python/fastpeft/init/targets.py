@@ -1,0 +1,65 @@
+"""The layers that an initialisation looks at before there is an adapter, and the files that keep what it found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..inject import _resolve
+from ..method import method_of
+from ..sites import inside_saved, walk
+from ..weights import BaseWeight, weight_of, wide
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    module: nn.Module
+    kind: type[BaseWeight]
+    r: int
+
+    def weight(self) -> Tensor:
+        """W [out, in], in at least float32."""
+        w = self.kind.read(self.module)[0].detach()
+        return w.to(wide(w.dtype))
+
+
+def target_layers(model: nn.Module, config: Any) -> dict[str, TargetLayer]:
+    """The linear layers that a LoraConfig targets, by name; a config without targets gets the model's default ones."""
+    method = method_of(config)
+    sites = {site.name: site for site in walk(model) if site.name and not inside_saved(site)}
+    resolved, matched = _resolve(model, config, method, sites, None)
+    config.target_modules = resolved.target_modules
+    own = method.layer_config(resolved, matched.names)
+    found = {}
+    for name in matched.names:
+        kind = weight_of(sites[name].module)
+        if kind is not None and kind.kind == "linear" and not kind.transient:
+            found[name] = TargetLayer(sites[name].module, kind, own.get(name, resolved).r)
+    if not found:
+        raise ValueError("The configuration targets no linear layer of the model.")
+    return found
+
+
+def load_tensors(path: str | None, names: Sequence[str]) -> dict[str, Tensor] | None:
+    """Tensors of a file that `torch.save` wrote, as PEFT's are; None where there is no file. Nothing in it is run."""
+    if path is None or not os.path.exists(path) or os.path.getsize(path) == 0:
+        return None
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    missing = [name for name in names if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]!r}: it was made for another model or configuration")
+    return {name: content[name] for name in names}
+
+
+def save_tensors(path: str | None, tensors: Mapping[str, Tensor]) -> None:
+    if path is None:
+        return
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.tmp{os.getpid()}"
+    torch.save(dict(tensors), temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,56 @@
+"""MiCA: B, frozen, holds the left singular vectors of W's smallest singular values; A is zero (arXiv 2604.01694)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...method import LayerInfo, State
+from ...weights import weight_in
+from ..lora import Lora
+from . import variant
+
+
+@variant("mica")
+class Mica(Lora):
+    kinds = frozenset({"linear", "embedding"})
+    inits = ("mica",)
+    examples: ClassVar[Any] = ({"r": 4, "lora_alpha": 3, "init_lora_weights": "mica"},)
+
+    def check_config(self, config: Any, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        if config.lora_bias:
+            raise ValueError("lora_bias=True is only supported with init_lora_weights=True or False, got 'mica'.")
+
+    def check_layer(self, config: Any, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if info.transient:
+            raise ValueError(f"MiCA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
+        most = min(info.out_features, info.in_features)
+        if config.r > most:
+            raise ValueError(f"MiCA requires a rank of at most {most} for {info.name!r}, got r={config.r}.")
+
+    def trains(self, s: Any, name: str) -> bool:
+        return name in ("lora_A", "lora_embedding_A")
+
+    def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
+        own = copy.copy(config)
+        own.init_lora_weights = False
+        state = super().make_state(own, info, shared)
+        a, b = (_tensor(state, name) for name in ("A", "B"))
+        if not b.is_meta:
+            w = weight_in(info)
+            if w.is_meta:
+                raise ValueError(f"init_lora_weights='mica' needs the weight of {info.name!r}, which is on 'meta'.")
+            with torch.no_grad():
+                a.zero_()
+                b.copy_(torch.linalg.svd(w, full_matrices=False)[0][:, -config.r :])
+        return state
+
+
+def _tensor(state: State, name: str) -> Tensor:
+    found: Tensor = state[f"lora_embedding_{name}"] if "lora_embedding_A" in state else state[f"lora_{name}"].weight
+    return found
