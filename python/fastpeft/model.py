@@ -109,10 +109,10 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: an adapter for each row of the batch ("__base__" for none)."""
-        if not any(name in kwargs for name in AUXILIARY_KWARGS):
+        if not self.base_model._hooked and not any(name in kwargs for name in AUXILIARY_KWARGS):
             return self.base_model.model(*args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.base_model.model(*args, **_without_auxiliary(kwargs))
+            return self.base_model(*args, **_without_auxiliary(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         with self._enable_peft_forward_hooks(*args, **kwargs):
