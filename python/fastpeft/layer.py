@@ -17,6 +17,7 @@ from .config import PeftWarning
 from .containers import AdapterDict
 from .merging import Merging
 from .method import AdapterView, Fused, LayerInfo, Method, State
+from .rows import Rows
 from .weights import BaseWeight, Weight, weight_of
 
 
@@ -63,7 +64,7 @@ class _Stack:
         return self._layer.kind.apply(self._layer.base_layer, x, weight, bias)
 
 
-class AdapterLayer(Merging, nn.Module):
+class AdapterLayer(Merging, Rows, nn.Module):
     """A base layer with any number of adapters of any methods. Its attributes are those of PEFT's tuner layers.
 
     The tensors of an adapter are spread over one container per tensor name: `layer.lora_A["default"].weight`. Values
@@ -84,7 +85,6 @@ class AdapterLayer(Merging, nn.Module):
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self._trained: set[str] = set()  # adapters whose tensors may require gradients
-        self._rows: list[str] | None = None  # an adapter for each row of the batch, during a mixed-batch forward
         self._taken: dict[str, Any] | None = None  # the base weight as it was before merging
         self._plan: Fused | None = None
         self._prefix = ""  # of the first method that the layer had
@@ -239,11 +239,6 @@ class AdapterLayer(Merging, nn.Module):
             for name in list(self._trained):
                 self._set_requires_grad(name, False)
 
-    def set_rows(self, adapter_names: list[str] | None) -> None:
-        """Assign an adapter to each row of the next batches ("__base__" for none); None ends that."""
-        self._rows = adapter_names
-        self._plan = None
-
     # Scaling, for methods that have one
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -305,30 +300,6 @@ class AdapterLayer(Merging, nn.Module):
         stack = _Stack(self, names, args, kwargs)
         y = stack(x)
         return y if stack.dtype is None else y.to(stack.dtype)
-
-    def _mixed(self, x: Tensor, rows: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Each row through its own adapter. Every method works: rows of one adapter are one ordinary call."""
-        if len(x) != len(rows):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(rows)} and {len(x)} respectively."
-            )
-        if self.merged_adapters:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call `unmerge_adapter`.")
-        groups: dict[str, list[int]] = {}
-        for i, name in enumerate(rows):
-            # An adapter that this layer does not have leaves it as it is, like "__base__".
-            groups.setdefault(name if name in self.methods and not self._disable_adapters else "__base__", []).append(i)
-        if len(groups) == 1:
-            return self._compose(x, [n for n in groups if n != "__base__"], args, kwargs)
-        order = [i for members in groups.values() for i in members]
-        parts = [
-            self._compose(x[members], [] if name == "__base__" else [name], args, kwargs)
-            for name, members in groups.items()
-        ]
-        back = torch.empty(len(order), dtype=torch.long)
-        back[order] = torch.arange(len(order))
-        return torch.cat(parts)[back.to(parts[0].device)]
 
     # A plan reads tensors through their containers, but it is bound to these containers and to their device.
 

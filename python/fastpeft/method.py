@@ -78,6 +78,11 @@ class AdapterView:
         self._layer = layer
         self._name = name
 
+    @property
+    def row_values(self) -> Sequence[Any] | None:
+        """What `Method.row_values` gave for the rows of this call."""
+        return self._layer.row_values(self._name)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return getattr(self._layer, name)[self._name]
@@ -202,6 +207,23 @@ class Method:
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
         """The adapted layer; only a method that calls `inner` other than once replaces it."""
         return self.output(s, shared, x, inner(self.input(s, shared, x)), inner)
+
+    # Optional: more of a model's forward than its layers see. Both act while the adapter is active.
+
+    def row_values(self, config: Any, inputs: Mapping[str, Any]) -> Sequence[Any] | None:
+        """A value for each row of a batch, which layers have as `s.row_values` (aLoRA's offsets). inputs: the arguments
+        of the model's forward or `generate` by name, with a first positional one as `input_ids`."""
+        return None
+
+    def model_output(self, tuner: Any, adapter: str, output: Any) -> Any:
+        """What a forward of the model returns (AdaLoRA adds a regularisation to its loss)."""
+        return output
+
+    @property
+    def hooks_model(self) -> bool:
+        """Whether one of these two is there."""
+        own = type(self)
+        return own.row_values is not Method.row_values or own.model_output is not Method.model_output
 
     # Optional: speed, and scaling by a user.
 

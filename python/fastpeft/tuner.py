@@ -46,6 +46,8 @@ class BaseTuner(ModelMerging, nn.Module):
         existing = getattr(model, "peft_config", None)
         self.peft_config: dict[str, PeftConfig] = dict(existing) if isinstance(existing, Mapping) else {}
         self.model = model
+        # Adapters whose methods act on the model's forward as a whole; their names may outlive them.
+        self._hooked = {n: m for n, m in ((n, method_of(c)) for n, c in self.peft_config.items()) if m.hooks_model}
         self.active_adapter: str | list[str] = adapter_name
         self.prefix = method_of(config).prefix
         self.targeted_module_names: list[str] = []
@@ -70,7 +72,13 @@ class BaseTuner(ModelMerging, nn.Module):
         return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        output = self.model(*args, **kwargs)
+        for name, method in self._hooks(self.active_adapters):
+            output = method.model_output(self, name, output)
+        return output
+
+    def _hooks(self, names: Sequence[str]) -> list[tuple[str, Method]]:
+        return [(n, self._hooked[n]) for n in names if n in self._hooked and n in self.peft_config]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -110,6 +118,9 @@ class BaseTuner(ModelMerging, nn.Module):
         if first:
             plan.freeze_base()
         self.peft_config[adapter_name] = config
+        self._hooked.pop(adapter_name, None)
+        if plan.method.hooks_model:
+            self._hooked[adapter_name] = plan.method
         # As PEFT does: the model knows its configurations too, so that injected models can be asked for them.
         self.model.peft_config = self.peft_config  # type: ignore[assignment]
         active = self.active_adapters
@@ -238,14 +249,17 @@ class BaseTuner(ModelMerging, nn.Module):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """For the duration of a forward: an adapter for each row, from the argument `adapter_names`."""
+        """For the duration of a forward: an adapter for each row, from the argument `adapter_names`, and values."""
         names = kwargs.get("adapter_names")
-        if names is None:
+        inputs = {"input_ids": args[0], **kwargs} if args else kwargs
+        hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
+        values = {n: v for n, v in ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked) if v is not None}
+        if names is None and not values:
             yield
             return
-        if self.training:
+        if names is not None and self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted({n for n in names if n != "__base__" and n not in self.peft_config})
+        unknown = sorted({n for n in names or () if n != "__base__" and n not in self.peft_config})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         beams = kwargs.get("num_beams")
@@ -257,11 +271,16 @@ class BaseTuner(ModelMerging, nn.Module):
         once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
         try:
             for module in modules:
-                module.set_rows([n for n in names for _ in range(1 if id(module) in once else repeats)])
+                times = range(1 if id(module) in once else repeats)
+                module.set_rows(None if names is None else [n for n in names for _ in times])
+                if isinstance(module, AdapterLayer):
+                    module.set_row_values({a: [v for v in row for _ in times] for a, row in values.items()})
             yield
         finally:
             for module in modules:
                 module.set_rows(None)
+                if isinstance(module, AdapterLayer):
+                    module.set_row_values(None)
 
 
 def tuner_class(method: Method) -> type[BaseTuner]:
