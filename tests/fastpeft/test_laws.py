@@ -19,8 +19,8 @@ import pytest
 import torch
 from fastpeft.config import PeftType, TargetConfig
 from fastpeft.layer import AdapterLayer
-from fastpeft.stack import Stack
 from fastpeft.method import Method, registry
+from fastpeft.stack import Stack
 from fastpeft.testing import SAMPLE_BASES, add_adapter, assert_law, make_layer
 from torch import nn
 
