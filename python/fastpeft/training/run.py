@@ -84,18 +84,27 @@ def split(
     return train, held_out
 
 
-def lora_config(config: TrainConfig) -> Any:
-    """The LoraConfig of the run; an unknown field is named with the nearest known one."""
-    from fastpeft import LoraConfig
+def adapter_config(config: TrainConfig) -> Any:
+    """The adapter configuration of the run; an unknown method or field is named with the nearest known one."""
+    from fastpeft import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 
-    known = [f.name for f in dataclasses.fields(LoraConfig)]
-    for key in config.lora:
+    name = config.method.lower()
+    where = "lora" if name in ("lora", "dora") else "adapter"
+    if where == "lora" and config.adapter:
+        raise UserError(f"adapter.* is for other methods, the method is {name}", "use lora.* instead")
+    fields = config.lora | ({"use_dora": True} if name == "dora" else {}) if where == "lora" else config.adapter
+    by_name = {kind.value.lower(): cls for kind, cls in CONFIGS.items()}
+    config_class = by_name.get("lora" if where == "lora" else name)
+    if config_class is None:
+        raise UserError(f"unknown method {config.method!r}", nearest(name, [*by_name, "dora"]))
+    known = [f.name for f in dataclasses.fields(config_class)]
+    for key in fields:
         if key not in known:
-            raise UserError(f"unknown setting lora.{key}", nearest(str(key), known))
+            raise UserError(f"unknown setting {where}.{key}", nearest(str(key), known))
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
+        return config_class(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **fields})
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"lora: {error}", "correct the lora settings") from error
+        raise UserError(f"{where}: {error}", f"correct the {where} settings") from error
 
 
 def adapted_model(prepared: Prepared) -> Any:
@@ -105,11 +114,11 @@ def adapted_model(prepared: Prepared) -> Any:
     from .loop import set_seed
 
     config = prepared.config
-    lora = lora_config(config)
+    adapter = adapter_config(config)
     model = models.load_model(prepared.source, prepared.dtype, prepared.device, config.attention)
     model = models.quantize(model, config.quantize, config.double_quant, config.quantize_skip)
     set_seed(config.seed)
-    model = get_peft_model(model, lora)
+    model = get_peft_model(model, adapter)
     if config.fast_layers:
         models.speed_up(model, prepared.device)
     return model
@@ -170,7 +179,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     model = models.empty_model(prepared.source, prepared.dtype)
     base_bytes = _base_bytes(model, config)
     total = sum(p.numel() for p in model.parameters())
-    adapted = get_peft_model(model, lora_config(config))
+    adapted = get_peft_model(model, adapter_config(config))
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     tokens = prepared.train.tokens
     first = [sum(len(prepared.train.examples[i]) for i in row) for rows in plan.steps[0][1] for row in rows]
