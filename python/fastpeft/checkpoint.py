@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import atomic
-from .fits import PREFIX, KeyMismatchError, check_fits, embedding_tensors
+from .fits import PREFIX, TUNER, KeyMismatchError, check_fits, embedding_tensors
 from .safety import (
     AdapterFileError,
     Header,
@@ -234,6 +234,7 @@ def get_peft_model_state_dict(
     state_dict: take the values from here (keys as in memory), for models whose parameters are sharded or gathered.
     save_embedding_layers: "auto" saves embeddings that are targeted or whose vocabulary was resized.
     """
+    from .method import method_of
     from .sites import iter_adapter_tensors
 
     if unwrap_compiled:
@@ -245,12 +246,28 @@ def get_peft_model_state_dict(
     if _saves_embeddings(model, config, save_embedding_layers):
         for memory, tensor in embedding_tensors(model).items():
             pairs.setdefault(memory, (memory, tensor))
+    method = method_of(config)
     if state_dict is None:
-        return {file: tensor.detach() for file, tensor in pairs.values()}
+        return method.pack(config, {file: tensor.detach() for file, tensor in pairs.values()})
     lacking = [memory for memory in pairs if memory not in state_dict]
     if lacking:
         raise KeyMismatchError(f"the state dict lacks {list_some(lacking)} of adapter {adapter_name!r}")
-    return {file: state_dict[memory] for memory, (file, _) in pairs.items()}
+    return method.pack(config, {file: state_dict[memory] for memory, (file, _) in pairs.items()})
+
+
+def unpacked(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors by their keys in a file, from what the file holds."""
+    from .method import method_of
+
+    method = method_of(config)
+    computed = [key for key in tensors if method.ignores(config, key)]
+    if computed:
+        warnings.warn(
+            f"The configuration says that {list_some(computed)} are computed, so those of the file are passed over "
+            "(save_projection=True would take them).",
+            stacklevel=3,
+        )
+    return method.unpack(config, {key: value for key, value in tensors.items() if key not in computed})
 
 
 def set_peft_model_state_dict(
@@ -266,15 +283,18 @@ def set_peft_model_state_dict(
     state dict lacks are returned. low_cpu_mem_usage: take the tensors over instead of copying them (needed where the
     adapter was made on the meta device); they move to the device of their layer. Raises KeyMismatchError.
     """
-    from .sites import iter_adapter_tensors
+    from .layer import AdapterLayer
+    from .shared import held_containers, reuse
+    from .sites import adapter_modules, iter_adapter_tensors
 
     config = _configs(model)[adapter_name]
+    peft_model_state_dict = unpacked(config, peft_model_state_dict)
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
     plain = _bias_tensors(model, config) | embedding_tensors(model)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected, mismatched = [], []
     for key, value in peft_model_state_dict.items():
-        for candidate in (key, PREFIX + key, key.removeprefix(PREFIX)):
+        for candidate in (key, PREFIX + key, key.removeprefix(PREFIX), TUNER + key, key.removeprefix(TUNER)):
             if candidate in own or candidate in plain:
                 memory, target = own[candidate] if candidate in own else (candidate, plain[candidate])
                 break
@@ -289,12 +309,19 @@ def set_peft_model_state_dict(
         raise KeyMismatchError(f"size mismatch for {list_some(mismatched)}")
     if mismatched:
         warnings.warn(f"ignored because of another size: {list_some(mismatched)}", stacklevel=2)
+    new: dict[int, nn.Parameter] = {}  # by the old one's id: what layers share stays one
     for memory, (target, value) in found.items():
         if low_cpu_mem_usage or target.is_meta:
-            _assign(model, memory, value)
+            _assign(model, memory, value, new)
+        elif not isinstance(target, nn.Parameter):  # adapters may share a buffer
+            _assign(model, memory, value.to(target.dtype, copy=True), new)
         else:
             with torch.no_grad():
                 target.copy_(value)
+    layers = [m for _, m in adapter_modules(model) if isinstance(m, AdapterLayer) and adapter_name in m.methods]
+    for layer in layers:
+        layer.methods[adapter_name].filled(layer, adapter_name)
+    reuse(held_containers(layers), adapter_name)
     return IncompatibleKeys([memory for memory, _ in own.values() if memory not in found], unexpected)
 
 
@@ -305,7 +332,7 @@ def _configs(model: nn.Module) -> Mapping[str, Any]:
     return configs
 
 
-def _assign(model: nn.Module, memory: str, value: Tensor) -> None:
+def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Parameter]) -> None:
     """Make `value` the tensor at a dotted path; looked up in the modules' tables, since `train` may be an adapter."""
     *path, name = memory.split(".")
     module, parents = model, [model]
@@ -321,7 +348,10 @@ def _assign(model: nn.Module, memory: str, value: Tensor) -> None:
         return
     old = module._parameters[name]
     assert old is not None
-    module._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+    if not old.is_meta and old.dtype == value.dtype:
+        old.data = value  # the same parameter, which another layer may hold too
+        return
+    module._parameters[name] = new.setdefault(id(old), nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -350,10 +380,8 @@ def _adapter_bias_names(model: nn.Module) -> set[str]:
 def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> bool:
     if choice != "auto":
         return bool(choice)
-    if getattr(config, "trainable_token_indices", None) is not None:
-        return False
-    layers = embedding_tensors(model)
-    if any(".base_layer." in name for name in layers):
+    trains_rows = any(getattr(config, name, None) for name in ("trainable_token_indices", "token_indices"))
+    if not trains_rows and any(".base_layer." in name for name in embedding_tensors(model)):
         warnings.warn("save_embedding_layers is on: an embedding layer is targeted by the adapter", stacklevel=3)
         return True
     base = getattr(config, "base_model_name_or_path", None)

@@ -15,7 +15,8 @@ from .safety import AdapterFileError, TensorInfo, list_some
 if TYPE_CHECKING:
     from .inject import InjectionPlan
 
-PREFIX = "base_model.model."
+TUNER = "base_model."  # where a PeftModel has its tuner, which holds what layers share
+PREFIX = TUNER + "model."
 
 
 class KeyMismatchError(AdapterFileError, RuntimeError):
@@ -41,7 +42,8 @@ def check_fits(
     for key, info in tensors.items():
         shape = expected.get(key, plain.get(key.replace(".base_layer.", ".")))
         if shape is None:
-            unexpected.append(key)
+            if not plan.method.ignores(plan.config, key):
+                unexpected.append(key)
         elif shape != info.shape:
             mismatched.append(f"{key} {list(info.shape)}, expected {list(shape)}")
         elif key in expected and not info.dtype.is_floating_point and _is_lora(config):
@@ -69,21 +71,27 @@ def _plan(config: Mapping[str, Any], model: nn.Module) -> InjectionPlan:
         # The warnings come again, for the user, when the adapter is put in.
         warnings.simplefilter("ignore")
         settings = PeftConfig.from_dict({k: v for k, v in config.items() if k != "runtime_config"})
-        return plan_injection(model, settings, "default", low_cpu_mem_usage=True, loading=True)
+        return plan_injection(model, settings, "default", low_cpu_mem_usage=True, loading=True, checking=True)
 
 
 def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a file of an adapter holds, by its key in the file."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, value in plan.shared.items():
+        for suffix, tensor in _entries(value) if getattr(value, "persistent", True) else ():
+            tensors[f"{TUNER}{name}{suffix}"] = tensor
+            if plan.method.repeats_shared:
+                tensors |= {f"{PREFIX}{layer.site.name}.{name}{suffix}": tensor for layer in plan.layers}
     for layer in plan.layers:
-        for name in plan.method.tensors:
-            for suffix, tensor in _entries(layer.state.get(name)):
-                key = plan.method.file_key(name + suffix)
-                shapes[f"{PREFIX}{layer.site.name}.{key}"] = tuple(tensor.shape)
+        for name in (*layer.method.tensors, *layer.method.others):
+            for suffix, tensor in _entries(layer.state.get(name)) if layer.method.saves(layer.state, name) else ():
+                key = layer.method.file_key(name + suffix)
+                if key is not None:
+                    tensors[f"{PREFIX}{layer.site.name}.{key}"] = tensor
     for saved in plan.saved:
         for key, tensor in saved.module.state_dict().items():
-            shapes[f"{PREFIX}{saved.site.name}.{key}"] = tuple(tensor.shape)
-    return shapes
+            tensors[f"{PREFIX}{saved.site.name}.{key}"] = tensor
+    return {key: tuple(tensor.shape) for key, tensor in plan.method.pack(plan.config, tensors).items()}
 
 
 def _trained_biases(config: Mapping[str, Any], plan: InjectionPlan) -> list[str]:
@@ -97,7 +105,7 @@ def _trained_biases(config: Mapping[str, Any], plan: InjectionPlan) -> list[str]
         ]
     if mode in (None, "none", False):
         return []
-    return [f"{PREFIX}{layer.site.name}.bias" for layer in plan.layers if layer.layer.info.has_bias]
+    return [f"{PREFIX}{layer.site.name}.bias" for layer in plan.layers if layer.layer.info.has_bias and layer.method is plan.method]
 
 
 def _entries(value: Any) -> list[tuple[str, Tensor]]:

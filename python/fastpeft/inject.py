@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .base_edits import EDIT
 from .config import TargetConfig, TaskType
 from .containers import AdapterDict
 from .layer import AdapterLayer
 from .method import LayerInfo, Method, State, method_of, target_config
+from .parameters import parameter_sites
+from .replicate import replicate_layers
 from .safety import check_adapter_name, list_some
 from .saved_modules import ModulesToSaveWrapper, check_savable, copy_module
+from .shared import SharedValues, compute, fill_containers, held_containers
 from .sites import (
     Site,
+    adapter_modules,
     checked_info,
     corrected_fan_in_fan_out,
     info_of,
     inside_saved,
     model_config,
     original_of,
+    parts,
     set_child,
     walk,
     wrapper_of,
 )  # fmt: skip
 from .targets import ALL_LINEAR, Matched, match_targets, minimal_suffixes, no_match_error
+from .token_sites import TokenPlan, plan_tokens
 
 LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 SEQ_CLS_HEADS = ("score", "classifier")
@@ -40,6 +47,7 @@ class _LayerPlan:
     site: Site
     layer: AdapterLayer
     state: State
+    method: Method
 
     @property
     def is_new(self) -> bool:
@@ -63,23 +71,31 @@ class InjectionPlan:
     method: Method
     layers: list[_LayerPlan]
     saved: list[_SavedPlan]
+    tokens: list[TokenPlan]
     shared: State
-    shared_view: SharedView | None
     changes: dict[str, Any]  # what the configuration says once the adapter is in: targets by name
+    abandon: Callable[[], None] = lambda: None  # what takes back the little that planning did to the model
     _before: dict[str, Any] = field(default_factory=dict)
     _frozen: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
-        return [plan.site.name for plan in self.layers]
+        return [plan.site.name for plan in self.layers if plan.method is self.method]
 
     def commit(self) -> None:
         """Put the adapter into the model. It is not active yet, and requires no gradients."""
+        self._edit_bases()
+        containers = {}
+        if self.shared:
+            held = held_containers(m for _, m in adapter_modules(self.model) if isinstance(m, AdapterLayer))
+            containers = fill_containers(self.shared, self.adapter, held)
         for plan in self.layers:
-            plan.layer.add(self.adapter, self.method, plan.state, self.shared_view)
+            plan.layer.add(self.adapter, plan.method, plan.state, containers)
             plan.layer.set_requires_grad(self.adapter, False)
-            if plan.is_new:
+            if plan.is_new and plan.site.parent is not None:
                 set_child(plan.site, plan.layer)
+        for tokens in self.tokens:
+            set_child(tokens.outer, tokens.wrapper)
         for saved in self.saved:
             saved.wrapper.add(self.adapter, saved.module)
             saved.wrapper.set_requires_grad(self.adapter, False)
@@ -87,6 +103,20 @@ class InjectionPlan:
                 set_child(saved.site, saved.wrapper)
         self._before = {name: getattr(self.config, name) for name in self.changes}
         vars(self.config).update(self.changes)
+
+    def _edit_bases(self) -> None:
+        """Change the base weights that the adapter changes: all or, on an error, none."""
+        edits = [(plan.layer, plan.state.pop(EDIT)) for plan in self.layers if EDIT in plan.state]
+        try:
+            for layer, edit in edits:
+                layer.edit_base(self.adapter, edit)
+        except Exception:
+            for layer, _ in edits:
+                layer.restore_base(self.adapter)
+            raise
+        for layer, edit in edits:
+            for name in edit.used:
+                vars(layer.base_layer).pop(name, None)
 
     def freeze_base(self) -> None:
         """Stop gradients of everything that is no adapter's; `undo` turns them on again."""
@@ -102,17 +132,20 @@ class InjectionPlan:
 
     def undo(self) -> None:
         """Take the adapter out again, leaving the model as it was before `commit`."""
+        for parameter in self._frozen:  # first: a base weight that comes back takes this over from the one in its place
+            parameter.requires_grad_(True)
         for plan in self.layers:
             plan.layer.delete_adapter(self.adapter)
-            if plan.is_new:
+            if plan.is_new and plan.site.parent is not None:
                 set_child(plan.site, plan.site.module)
+        for tokens in self.tokens:
+            set_child(tokens.outer, tokens.outer.module)
         for saved in self.saved:
             saved.wrapper.delete_adapter(self.adapter)
             if saved.wrapper is not saved.site.module:
                 set_child(saved.site, saved.site.module)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
         vars(self.config).update(self._before)
+        self.abandon()
 
 
 def plan_injection(
@@ -124,68 +157,103 @@ def plan_injection(
     autocast_adapter_dtype: bool = False,
     loading: bool = False,
     keys: Sequence[str] | None = None,
+    checking: bool = False,
 ) -> InjectionPlan:
     """Work out which layers an adapter goes into, and make its tensors. Raises without having changed anything.
 
     low_cpu_mem_usage: tensors on the meta device. autocast_adapter_dtype: float32 tensors on half-precision bases.
     loading: a file will fill the tensors. keys: take the targets from a state dict's keys, not from the configuration.
+    checking: the plan is for its shapes only, and never carried out.
     """
     check_adapter_name(adapter_name)
+    replication = getattr(config, "layer_replication", None)
+    abandon = replicate_layers(model, replication) if replication else None
+    try:
+        plan = _plan(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys, checking)
+    except Exception:
+        if abandon is not None:
+            abandon()
+        raise
+    if abandon is not None:
+        if checking:
+            abandon()
+        else:
+            plan.abandon = abandon
+    return plan
+
+
+def _plan(
+    model: nn.Module, config: Any, adapter_name: str, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool,
+    loading: bool, keys: Sequence[str] | None, checking: bool,
+) -> InjectionPlan:  # fmt: skip
     config = target_config(config)
     method = method_of(config)
     method.check_config(config, loading=loading)
     sites = {site.name: site for site in walk(model) if site.name and not inside_saved(site)}
-    resolved, matched = _resolve(model, config, method, sites, keys)
-    if not matched.names:
+    opened = method.open_fields(config, model, model_config(model).get("model_type"))
+    completed = copy.copy(config)
+    vars(completed).update(opened)
+    resolved, matched = _resolve(model, completed, method, sites, keys)
+    leaders = {n: to for n, to in method.followers(resolved, model).items() if to in matched.names and n in sites}
+    matched.names.extend(n for n in leaders if n not in matched.names)
+    targets = _with_parts([sites[name] for name in matched.names])
+    wanted = getattr(config, "target_parameters", None)
+    if wanted:
+        targets += parameter_sites(wanted, sites, matched.names)
+    if not targets:
         every = ((name, info_of(site)) for name, site in sites.items())
         raise no_match_error(resolved, matched, (n for n, i in every if i is not None and i.kind in method.kinds))
 
-    infos = [checked_info(sites[name]) for name in matched.names]
-    configs = method.layer_config(config, matched.names)
+    infos = [checked_info(site) for site in targets]
+    configs = method.layer_config(resolved, [info.name for info in infos])
     for info in infos:
-        method.check_layer(configs.get(info.name, config), info)
+        method.check_layer(configs.get(info.name, resolved), info)
     resolved_fan = corrected_fan_in_fan_out(config, sites, matched.names)
     saved = _plan_saved(model, config, sites)
 
     with torch.device("meta") if low_cpu_mem_usage else nullcontext():
-        shared = method.make_shared(config, infos)
-        view = SharedView(shared) if shared else None
-        states = [method.make_state(configs.get(info.name, config), info, view) for info in infos]
+        shared = method.make_shared(resolved, infos)
+        view = SharedValues(shared) if shared else None
+        compute(shared, low_cpu_mem_usage, checking)
+        states = [method.make_state(configs.get(info.name, resolved), info, view) for info in infos]
+        tokens = plan_tokens(model, resolved, sites, matched.names)
+        method.tie(resolved, {i.name: s for i, s in zip(infos, states, strict=True)}, infos, leaders)
+    placed: dict[int, tuple[Any, Any]] = {}
     for info, state in zip(infos, states, strict=True):
-        _place(state, info, autocast_adapter_dtype)
+        compute(state, low_cpu_mem_usage, checking)
+        _place(state, info, autocast_adapter_dtype and method.autocast, placed)
+        if shared:  # each layer moves what all share, as in PEFT; a quantised layer's arithmetic is not its precision
+            dtype = info.dtype if info.quantized is None else torch.float32
+            _place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast, {})
+    for site, state in zip(targets, states, strict=True):
+        if EDIT in state and isinstance(site.module, AdapterLayer):
+            site.module.check_editable()
     layers = []
-    for info, state in zip(infos, states, strict=True):
-        site = sites[info.name]
-        layer = site.module if isinstance(site.module, AdapterLayer) else AdapterLayer(site.module, info.name)
-        if site.module is not layer:
+    made: dict[int, AdapterLayer] = {}  # the outermost new layer of a module, for those that several layers go on
+    for site, info, state in zip(targets, infos, states, strict=True):
+        layer = site.module
+        if not isinstance(layer, AdapterLayer):
+            layer = AdapterLayer(made.get(id(site.module), site.module), info.name, site.kind)
+            made[id(site.module)] = layer
             layer.train(site.module.training)
             for child in state.values():
                 if isinstance(child, nn.Module):
                     child.train(site.module.training)
-        layers.append(_LayerPlan(site, layer, state))
+        layers.append(_LayerPlan(site, layer, state, method))
+    for plan in tokens:
+        _place(plan.state, plan.layer.info, autocast_adapter_dtype, placed)
+        layers.append(_LayerPlan(plan.site, plan.layer, plan.state, plan.method))
     plans = [_SavedPlan(site, wrapper_of(site), copy_module(original_of(site))) for site in saved]
-    changes = {"target_modules": resolved.target_modules, **resolved_fan}
-    return InjectionPlan(model, config, adapter_name, method, layers, plans, shared, view, changes)
+    changes = {**opened, "target_modules": resolved.target_modules, **resolved_fan}
+    return InjectionPlan(model, config, adapter_name, method, layers, plans, tokens, shared, changes)
 
 
-class SharedView:
-    """The tensors that all layers of an adapter share, by name, wherever they live."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self._tensors = dict(tensors)
-        self._containers: dict[str, AdapterDict] | None = None
-        self._adapter = ""
-
-    def bind(self, containers: dict[str, AdapterDict], adapter: str) -> None:
-        """Read from containers from now on: the tuner's, which move with the model."""
-        self._containers, self._adapter = containers, adapter
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if self._containers is not None:
-            return self._containers[name][self._adapter]
-        return self._tensors[name]
+def _with_parts(targets: Sequence[Site]) -> list[Site]:
+    """The sites, and after each the modules in it that the adapter goes into as well."""
+    own = {id(part.module): part for site in targets for part in parts(site)}
+    return [
+        s for site in targets if id(site.module) not in own for s in (site, *parts(site))
+    ]  # fmt: skip
 
 
 def _resolve(
@@ -195,7 +263,8 @@ def _resolve(
     names = list(sites)
     resolved = copy.copy(config)
     if keys is not None:
-        found = {key.removeprefix("base_model.model.").rpartition("." + method.prefix)[0] for key in keys}
+        layered = (k.removeprefix("base_model.model.") for k in keys)
+        found = {k.rpartition("." + method.prefix)[0] for k in layered if not k.startswith("base_model.")}
         wanted = {n for n in found if n in sites}
         lost = sorted(n for n in found - wanted if n)
         if lost:
@@ -204,6 +273,8 @@ def _resolve(
             resolved.target_modules = minimal_suffixes(wanted, names)
         return resolved, Matched([n for n in names if n in wanted], [])
     targets = config.target_modules
+    if not targets and getattr(config, "target_parameters", None):
+        return resolved, Matched([], [])
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         linear = set(_all_linear(model, config, sites))
         resolved.target_modules = minimal_suffixes(linear, names)
@@ -232,7 +303,8 @@ def _all_linear(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site
         heads.update(id(getattr(model, n)) for n in SEQ_CLS_HEADS if getattr(model, n, None) is not None)
     for name, site in sites.items():
         info = info_of(site)
-        if info is not None and info.kind == "linear" and id(site.module) not in heads:
+        reads_itself = info is None or info.transient or isinstance(site.parent, nn.MultiheadAttention)
+        if info is not None and info.kind == "linear" and not reads_itself and id(site.module) not in heads:
             yield name
 
 
@@ -248,10 +320,16 @@ def _plan_saved(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site
     return [s for s in found if not any(s.name.startswith(other + ".") for other in inner)]
 
 
-def _place(state: State, info: LayerInfo, autocast: bool) -> None:
-    """Move new tensors to their layer's device and dtype, as PEFT does; float32 for half precision if asked."""
+def _place(state: State, info: LayerInfo, autocast: bool, placed: dict[int, tuple[Any, Any]]) -> None:
+    """Move new tensors to their layer's device and dtype, as PEFT does; float32 for half precision if asked.
+
+    placed: what was moved so far, old and new by the old one's id, so that what layers share stays one.
+    """
     for name, value in state.items():
         if not isinstance(value, (nn.Module, Tensor)):
+            continue
+        if id(value) in placed:
+            state[name] = placed[id(value)][1]
             continue
         holder = AdapterDict({"x": value})
         tensors = [*holder.parameters(), *holder.buffers()]
@@ -264,4 +342,6 @@ def _place(state: State, info: LayerInfo, autocast: bool) -> None:
         holder.to_entry("x", device, dtype)
         if autocast and dtype in LOW_PRECISION:
             holder.to_entry("x", None, torch.float32)
-        state[name] = holder["x"]
+        keeps = getattr(value, "persistent", True)
+        state[name] = holder["x"] if keeps else nn.Buffer(holder["x"], persistent=False)
+        placed[id(value)] = value, state[name]

@@ -7,64 +7,24 @@ So a layer with adapters of different methods is no special case.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .base_edits import BaseEdits
 from .config import PeftWarning
 from .containers import AdapterDict
 from .merging import Merging
 from .method import AdapterView, Fused, LayerInfo, Method, State
 from .rows import Rows
-from .weights import BaseWeight, Weight, weight_of
+from .shared import SharedDict
+from .stack import Stack
+from .weights import BaseWeight, Part, weight_of
 
 
-class _Stack:
-    """One call of a layer: the base layer and the adapters that wrap it. Implements `method.Inner` at each depth."""
-
-    __slots__ = ("_args", "_depth", "_kwargs", "_layer", "_names", "_root", "_weight", "dtype")
-
-    def __init__(
-        self,
-        layer: AdapterLayer,
-        names: Sequence[str],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-        root: _Stack | None = None,
-        depth: int | None = None,
-    ) -> None:
-        self._layer, self._names, self._args, self._kwargs = layer, names, args, kwargs or {}
-        self._depth = len(names) if depth is None else depth
-        self._root = root or self
-        self._weight: Weight | None = None
-        self.dtype: torch.dtype | None = None
-
-    @property
-    def info(self) -> LayerInfo:
-        return self._layer.info
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer = self._layer
-        if self._depth == 0:
-            y = layer.kind.call(layer.base_layer, x, *self._args, **self._kwargs)
-            self._root.dtype = y.dtype
-            return y
-        name = self._names[self._depth - 1]
-        inner = _Stack(layer, self._names, self._args, self._kwargs, self._root, self._depth - 1)
-        return layer.methods[name].forward(layer.view(name), layer.shared.get(name), x, inner)
-
-    def weight(self) -> Weight:
-        if self._weight is None:
-            self._weight = self._layer.merged_weight(self._names[: self._depth])
-        return self._weight
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._layer.kind.apply(self._layer.base_layer, x, weight, bias)
-
-
-class AdapterLayer(Merging, Rows, nn.Module):
+class AdapterLayer(Merging, BaseEdits, Rows, nn.Module):
     """A base layer with any number of adapters of any methods. Its attributes are those of PEFT's tuner layers.
 
     The tensors of an adapter are spread over one container per tensor name: `layer.lora_A["default"].weight`. Values
@@ -80,7 +40,7 @@ class AdapterLayer(Merging, Rows, nn.Module):
         self.kind = found
         self.layer_name = name
         self.methods: dict[str, Method] = {}
-        self.shared: dict[str, Any] = {}
+        self.shared: dict[str, str] = {}  # attributes that are containers of several layers: their names on a tuner
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._disable_adapters = False
@@ -100,6 +60,20 @@ class AdapterLayer(Merging, Rows, nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
+
+    def parts(self) -> Iterator[Part]:
+        """(path, parent, name, module, kind) of modules in this layer that adapters can be in, or are."""
+        if isinstance(self.base_layer, AdapterLayer):
+            yield "base_layer", self, "base_layer", self.base_layer, None
+        yield from self.kind.parts(self.base_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "kind" or name not in self.kind.attributes:
+                raise
+        return self.kind.attribute(self.base_layer, name)
 
     @property
     def weight(self) -> Any:
@@ -154,28 +128,44 @@ class AdapterLayer(Merging, Rows, nn.Module):
         """(key in memory, key in a file, tensor) of what is saved for an adapter; keys start after the layer's name."""
         method = self.methods.get(adapter)
         for name, container in self.containers() if method is not None else ():
+            assert method is not None
+            if name in self.shared and not method.repeats_shared:
+                continue
             for suffix, tensor in container.tensors(adapter):
                 end = f".{suffix}" if suffix else ""
-                assert method is not None
-                yield f"{name}.{adapter}{end}", method.file_key(f"{name}{end}"), tensor
+                file = method.file_key(f"{name}{end}")
+                if file is not None:
+                    yield f"{name}.{adapter}{end}", file, tensor
 
     # Adapters come and go
 
-    def add(self, adapter: str, method: Method, state: State, shared: Any = None) -> None:
-        """Add an adapter whose state was made by `method.make_state`. Replaces one of the same name."""
+    def add(
+        self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None
+    ) -> None:
+        """Add an adapter whose state was made by `method.make_state`. Replaces one of the same name.
+
+        shared: the containers of what the adapter's layers share, by their names on a tuner.
+        """
+        self.edit_base_for(adapter, state)
         self.methods[adapter] = method
         self._prefix = self._prefix or method.prefix.rstrip("_")
-        self.shared.pop(adapter, None)
-        if shared:
-            self.shared[adapter] = shared
+        held = method.shares(self.info, list(shared)) if shared else {}
+        for attribute, name in held.items():
+            self._modules[attribute] = several = (shared or {})[name]
+            self.shared[attribute] = name
+            several.hold(adapter)
         for name in (*method.others, *method.tensors):
+            if name in held:
+                continue
             value = state.get(name)
             holds_tensors = name in method.tensors or isinstance(value, (nn.Module, Tensor))
             if name not in self._modules and name not in self.__dict__:
                 setattr(self, name, AdapterDict() if holds_tensors else {})
             container = getattr(self, name)
             container.pop(adapter, None)
-            if name in state:
+            if isinstance(container, AdapterDict) and value is not None:
+                container.set(adapter, value, persistent=method.saves(state, name))
+            elif name in state:
                 container[adapter] = value
         self._plan = None
 
@@ -183,12 +173,14 @@ class AdapterLayer(Merging, Rows, nn.Module):
         """Remove an adapter. If it was the only active one, the first of the others, by name, becomes active."""
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Unmerge it first.")
+        self.restore_base(adapter_name)
         method = self.methods.pop(adapter_name, None)
-        self.shared.pop(adapter_name, None)
         self._trained.discard(adapter_name)
         if method is not None:
-            for name in (*method.tensors, *method.others):
-                getattr(self, name).pop(adapter_name, None)
+            for name in {*method.tensors, *method.others, *self.shared}:
+                container = getattr(self, name)
+                drop = container.release if isinstance(container, SharedDict) else container.pop
+                drop(adapter_name, None)
         self._plan = None
         if adapter_name not in self._active_adapter:
             return
@@ -288,7 +280,8 @@ class AdapterLayer(Merging, Rows, nn.Module):
             return self._compose(x, (), args, kwargs)
         names = [name for name in self._active_adapter if name in self.methods]
         if len(names) == 1 and not args and not kwargs:
-            plan = self.methods[names[0]].fused(self, self.view(names[0]), self.shared.get(names[0]))
+            view = self.view(names[0])
+            plan = self.methods[names[0]].fused(self, view, view)
             if not torch.compiler.is_compiling():  # a graph has no use for it
                 self._plan = plan
             y = None if plan is None else plan(x)
@@ -297,7 +290,10 @@ class AdapterLayer(Merging, Rows, nn.Module):
         return self._compose(x, names, args, kwargs)
 
     def _compose(self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        stack = _Stack(self, names, args, kwargs)
+        if self.kind.transient:
+            with self.kind.replaced(self.base_layer, *self.stored_weight(names)):
+                return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        stack = Stack(self, names, args, kwargs)
         y = stack(x)
         return y if stack.dtype is None else y.to(stack.dtype)
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import IncompatibleKeys, load_adapter_file, set_peft_model_state_dict
+from .checkpoint import IncompatibleKeys, load_adapter_file, set_peft_model_state_dict, unpacked
 from .config import PeftConfig
 from .fits import PREFIX, KeyMismatchError
+from .layer import AdapterLayer
 from .safety import list_some
-from .sites import iter_adapter_tensors
+from .sites import adapter_modules, iter_adapter_tensors
 
 
 class Loaded:
@@ -61,15 +62,23 @@ def fill_adapter(
     """Put a file's tensors into an adapter that is there. Raises before the first is put where they do not fit."""
     lenient = bool(options.get("ignore_mismatched_sizes", False))
     own = {file: tensor for _, file, tensor in iter_adapter_tensors(model, adapter_name)}
-    missing = [key for key in own if key not in loaded.tensors]
+    tensors = unpacked(loaded.config, loaded.tensors)
+    missing = [key for key in own if key not in tensors]
     if missing and not lenient:
         raise KeyMismatchError(f"{loaded.where} lacks tensors of the adapter: {list_some(missing)}")
-    tensors = dict(loaded.tensors)
     for key, tensor in own.items():
         value = tensors.get(key)
         # The adapter's dtype was decided by its layer; a tensor that is taken over rather than copied must have it too.
         if value is not None and value.is_floating_point():
             tensors[key] = value.to(tensor.dtype)
+    for name, module in adapter_modules(model):
+        if isinstance(module, AdapterLayer) and adapter_name in module.methods:
+            keys = [file for _, file, _ in module.adapter_state(adapter_name)]
+            values = {key: tensors[f"{name}.{key}"] for key in keys if f"{name}.{key}" in tensors}
+            try:
+                module.methods[adapter_name].check_tensors(module.info, values)
+            except ValueError as error:
+                raise KeyMismatchError(f"{loaded.where}, {name}: {error}") from None
     meta = any(tensor.is_meta for tensor in own.values())
     result = set_peft_model_state_dict(
         model, tensors, adapter_name, ignore_mismatched_sizes=lenient, low_cpu_mem_usage=meta

@@ -36,9 +36,12 @@ Fused = Callable[[Tensor], "Tensor | None"]
 class LayerInfo:
     """What a method is told about the layer that it adapts.
 
-    kind: "linear", "embedding", "conv1d", "conv2d", "conv3d" (the kinds of `weights.py`). shape: of W as the law names
-    it. dtype: of the layer's arithmetic (a quantised layer's compute dtype). output_scale: what an embedding multiplies
-    its rows with. module: the base layer, for shapes of convolutions and for initialisations that read the weight.
+    kind: "linear", "embedding", "conv1d", "conv2d", "conv3d" (the kinds of `weights.py`), or "experts", a stack of
+    matrices [E, out_features, in_features]. transient: the module reads the weight itself, so that only `merged` acts
+    and inputs are never seen (MultiheadAttention, `target_parameters`). shape: of W as the law names it. dtype: of the
+    layer's arithmetic (a quantised layer's compute dtype). output_scale: what an embedding multiplies its rows with.
+    times: how often PEFT's LoRA adds its update here (twice in an attention's out_proj).
+    module: the base layer, for shapes of convolutions and for initialisations that read the weight.
     """
 
     name: str
@@ -52,6 +55,8 @@ class LayerInfo:
     module: nn.Module
     groups: int = 1
     quantized: str | None = None
+    transient: bool = False
+    times: int = 1
 
 
 class Inner(Protocol):
@@ -59,6 +64,10 @@ class Inner(Protocol):
 
     @property
     def info(self) -> LayerInfo: ...
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is the base layer itself, without adapters."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Its output."""
@@ -68,6 +77,13 @@ class Inner(Protocol):
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """What the layer would compute with another weight (a convolution with its stride and padding)."""
+
+    def bias(self) -> Tensor | None:
+        """Its b alone, without its W. For linear layers."""
+
+    def frozen(self) -> Callable[[], Tensor] | None:
+        """A function that gives the W of a frozen linear base layer, for a method that computes with another weight in
+        its place (`weight_side.py`); None if the module has to be called (adapters, hooks, training)."""
 
 
 class AdapterView:
@@ -79,9 +95,21 @@ class AdapterView:
         self._name = name
 
     @property
+    def training(self) -> bool:
+        return self._layer.training
+
+    @property
     def row_values(self) -> Sequence[Any] | None:
         """What `Method.row_values` gave for the rows of this call."""
         return self._layer.row_values(self._name)
+
+    @property
+    def in_features(self) -> int:
+        return self._layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self._layer.out_features
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -104,7 +132,8 @@ class Method:
     adapted when no target is named, by `model.config.model_type`. patterns: fields that a layer can have its own value
     of, with the field that gives these values by pattern ({"r": "rank_pattern"}). examples: arguments of small
     configurations that between them exercise every option; the tests of the laws run over them. model_methods:
-    functions that a model with such an adapter has as methods, by name; each takes the tuner first.
+    functions that a model with such an adapter has as methods, by name; each takes the tuner first. autocast: whether
+    tensors become float32 on half-precision bases. repeats_shared: whether files repeat what is shared in every layer.
     """
 
     peft_type: ClassVar[PeftType]
@@ -119,7 +148,9 @@ class Method:
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     model_methods: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     mergeable: ClassVar[bool] = True
+    autocast: ClassVar[bool] = True
     needs_base_weight: ClassVar[bool] = False
+    repeats_shared: ClassVar[bool] = False
 
     def variant(self, config: Any) -> Method:
         """The method that a configuration means, where its options choose between several (LoRA and DoRA)."""
@@ -140,6 +171,19 @@ class Method:
                 f"{self.peft_type.value} cannot adapt {info.name!r}, a {type(info.module).__name__}: it supports "
                 f"layers of kind {', '.join(sorted(self.kinds))}."
             )
+        if info.transient:
+            self._check_transient(config, info)
+
+    def _check_transient(self, config: Any, info: LayerInfo) -> None:
+        """The module computes with the merged weight: nothing can act on its inputs."""
+        what = f"{info.name!r}, a {type(info.module).__name__} that reads its weight itself"
+        if not self.mergeable:
+            raise ValueError(f"{self.peft_type.value} has no merged weight, which {what}, would need.")
+        dropouts = [n for n in vars(config) if n.endswith("dropout") and getattr(config, n)]
+        if dropouts:
+            raise ValueError(
+                f"{dropouts[0]}={getattr(config, dropouts[0])} cannot act in {what}: inputs are not seen. Set it to 0."
+            )
 
     def layer_config(self, config: Any, names: Sequence[str]) -> dict[str, Any]:
         """The configuration of layers where it is not `config`, because of `patterns`, by name."""
@@ -156,23 +200,66 @@ class Method:
                 result[name] = made[key]
         return result
 
+    def open_fields(self, config: Any, model: nn.Module, model_type: str | None) -> dict[str, Any]:
+        """Fields that a configuration leaves open and that the model decides, or ValueError if it cannot."""
+        return {}
+
+    def followers(self, config: Any, model: nn.Module) -> Mapping[str, str]:
+        """Modules that are adapted along with another, whose weight they have too, by name with the other's name."""
+        return {}
+
     # State: modules, parameters and buffers go into containers named after them, anything else into plain dicts.
 
     def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
-        """Tensors that all layers of the adapter share (VeRA's A and B); {} for most methods."""
+        """What all layers of the adapter share (VeRA's A and B); {} for most methods.
+
+        Parameters, buffers and modules go into containers of their names, which the layers hold (`shared.py`); a name
+        that is in `tensors` too is trained. Other values are for `make_state` alone.
+        """
         return {}
+
+    def shares(self, info: LayerInfo, names: Sequence[str]) -> Mapping[str, str]:
+        """Which of the shared entries `names` a layer holds, by the name that it has there."""
+        return {name: name for name in names}
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         """One layer's entries for every name in `tensors` and `others` that this adapter has there, initialised."""
         raise NotImplementedError
 
+    def tie(
+        self, config: Any, states: Mapping[str, State], infos: Sequence[LayerInfo], leaders: Mapping[str, str]
+    ) -> None:
+        """Let layers share entries: called once, with the states of all layers by name. leaders: see `followers`."""
+
+    def saves(self, state: Mapping[str, Any], name: str) -> bool:
+        """Whether the entry `name`, if it holds tensors, is in `state_dict` and in files."""
+        return bool(getattr(state.get(name), "persistent", True))  # nn.Buffer and `Computed` say it themselves
+
+    def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for a layer's tensors from a file, by key, that make no sense; names and shapes are right."""
+
     def trains(self, s: Any, name: str) -> bool:
         """Whether the entry `name` (one of `tensors`) is trained."""
         return True
 
-    def file_key(self, key: str) -> str:
-        """The key in a file for a tensor's key in memory, both without the adapter's name."""
+    def file_key(self, key: str) -> str | None:
+        """The key in a file for a tensor's key in memory, both without the adapter's name; None if it is in no file."""
         return key
+
+    def pack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds, given the adapter's tensors by their keys in a file. Also called with meta tensors."""
+        return tensors
+
+    def unpack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `pack`, to which it may be applied twice. Raises ValueError for values that make no sense."""
+        return tensors
+
+    def ignores(self, config: Any, key: str) -> bool:
+        """Whether a file's tensor is passed over because the configuration says that it is computed."""
+        return False
+
+    def filled(self, layer: AdapterLayer, adapter: str) -> None:
+        """Called once a file's tensors are in a layer, for what follows from them."""
 
     # Math. `s` is an AdapterView, `shared` what make_shared gave, `inner` the layer that this adapter wraps.
 
@@ -184,6 +271,10 @@ class Method:
         """The weight and bias of the adapted layer, given those of the layer that it wraps."""
         delta = self.delta_weight(s, shared, w if self.needs_base_weight else None)
         return w + delta.to(w.dtype).reshape(w.shape), b
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """A [r, in_features] and B [out_features, r] whose product is the whole update, where the method has them."""
+        return None
 
     def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
         """Why this adapter has no merged form in this layer, or None if it has."""
@@ -225,7 +316,13 @@ class Method:
         own = type(self)
         return own.row_values is not Method.row_values or own.model_output is not Method.model_output
 
-    # Optional: speed, and scaling by a user.
+    # Optional: combination, speed, and scaling by a user.
+
+    def add_weighted(
+        self, tuner: Any, adapters: Sequence[str], weights: Sequence[float], name: str, *args: Any, **options: Any
+    ) -> None:
+        """Add an adapter that is a weighted combination of some of this method (`combine.py`)."""
+        raise TypeError(f"{self.peft_type.value} does not support add_weighted_adapter: only LORA and IA3 do.")
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
         """A function that computes the whole layer for x while this adapter alone is active and unmerged, or None.

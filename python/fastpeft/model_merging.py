@@ -13,6 +13,7 @@ from .config import PeftWarning
 from .layer import AdapterLayer
 from .saved_modules import ModulesToSaveWrapper
 from .sites import set_child, walk
+from .token_sites import TrainableTokensWrapper
 
 
 class ModelMerging:
@@ -96,12 +97,16 @@ class ModelMerging:
         return self._unload(merged=False)
 
     def _unload(self, merged: bool) -> nn.Module:
-        for site in list(walk(self.model)):
+        for site in reversed(list(walk(self.model))):  # what is nested comes out first
             module = site.module
             if isinstance(module, AdapterLayer):
+                if not module.merged_adapters:
+                    module.restore_base()
                 set_child(site, module.base_layer)
             elif isinstance(module, ModulesToSaveWrapper):
                 set_child(site, module.current() if merged else module.original_module)
+            elif isinstance(module, TrainableTokensWrapper):
+                set_child(site, module.token_adapter)
         if "peft_config" in vars(self.model):
             del self.model.peft_config
         if merged:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from peft_kernels.testing import assert_no_worse
 
 from .layer import AdapterLayer
-from .method import Method
+from .method import LayerInfo, Method, State
+from .shared import SharedValues, compute, fill_containers, held_containers
 from .weights import weight_of
 
 
@@ -41,6 +42,11 @@ def _conv1d() -> nn.Module:
     return module  # type: ignore[no-any-return]
 
 
+def _ids() -> Tensor:
+    """Every id of the table, and one again."""
+    return torch.cat([torch.randperm(31), torch.tensor([5])]).view(2, 16)
+
+
 def _rows() -> Tensor:
     return torch.randn(2, 5, 24)
 
@@ -51,7 +57,9 @@ SAMPLE_BASES: dict[str, SampleBase] = {
     "linear-no-bias": SampleBase(lambda: nn.Linear(24, 20, bias=False), _rows),
     "transformers-conv1d": SampleBase(_conv1d, _rows),
     "nf4": SampleBase(_nf4, _rows),
-    "embedding": SampleBase(lambda: nn.Embedding(31, 20, padding_idx=3), lambda: torch.randint(0, 31, (2, 7))),
+    "embedding": SampleBase(lambda: nn.Embedding(31, 20, padding_idx=3), _ids),
+    "layernorm": SampleBase(lambda: nn.LayerNorm(24), _rows),
+    "rmsnorm": SampleBase(lambda: nn.RMSNorm(24), _rows),
     "conv1d": SampleBase(lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 6, 11)),
     "conv2d": SampleBase(lambda: nn.Conv2d(6, 8, (3, 2), dilation=(2, 1)), lambda: torch.randn(2, 6, 9, 7)),
     "conv2d-1x1": SampleBase(lambda: nn.Conv2d(6, 8, 1), lambda: torch.randn(2, 6, 4, 5)),
@@ -68,17 +76,24 @@ def add_adapter(layer: AdapterLayer, name: str, method: Method, config: Any) -> 
     info, method = layer.info, method.variant(config)
     method.check_config(config)
     method.check_layer(config, info)
-    shared = method.make_shared(config, [info])
-    state = method.make_state(config, info, _Attributes(shared) if shared else None)
-    layer.add(name, method, state, _Attributes(shared) if shared else None)
+    state, shared = make_tensors(method, config, info)
+    containers = fill_containers(shared, name, held_containers([layer]))
+    layer.add(name, method, state, containers)
+    tensors = [t for _, _, t in layer.adapter_state(name)]
+    tensors += [t for container in containers.values() for _, t in container.tensors(name)]
     with torch.no_grad():
-        for tensor in [t for _, _, t in layer.adapter_state(name) if t.is_floating_point()]:
-            tensor.copy_(torch.randn_like(tensor) * 0.3)
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn_like(tensor) * 0.3)
 
 
-class _Attributes:
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
+def make_tensors(method: Method, config: Any, info: LayerInfo) -> tuple[State, State]:
+    """What an adapter has in one layer, and what it would share with others."""
+    shared = method.make_shared(config, [info])
+    compute(shared)
+    state = method.make_state(config, info, SharedValues(shared) if shared else None)
+    compute(state)
+    return state, shared
 
 
 def assert_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 from torch import nn
 
 from .config import PeftConfig, PeftWarning
-from .containers import AdapterDict
 from .inject import InjectionPlan, plan_injection
 from .layer import AdapterLayer
 from .method import Method, method_of, registry
 from .model_merging import ModelMerging
 from .safety import list_some
 from .saved_modules import ModulesToSaveWrapper
+from .shared import held_containers, register_at
 from .sites import AdapterModule, adapter_modules
 
 AUXILIARY_KWARGS = ("adapter_names", "alora_offsets")
@@ -56,6 +56,7 @@ class BaseTuner(ModelMerging, nn.Module):
             adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict,
             autocast_adapter_dtype=autocast_adapter_dtype, loading=loading,
         )  # fmt: skip
+        self._adopt_shared()  # of adapters that were injected before, too
         if loading:
             self._made = plan  # for whoever fills the adapter, to undo it if that fails
 
@@ -114,7 +115,8 @@ class BaseTuner(ModelMerging, nn.Module):
         )  # fmt: skip
         first = not self.peft_config
         plan.commit()
-        self._add_shared(adapter_name, plan)
+        if plan.shared:
+            self._adopt_shared()
         if first:
             plan.freeze_base()
         self.peft_config[adapter_name] = config
@@ -143,20 +145,13 @@ class BaseTuner(ModelMerging, nn.Module):
         """Undo `add`, biases and frozen parameters included."""
         plan.undo()
         self.peft_config.pop(plan.adapter, None)
-        for name in plan.shared:
-            getattr(self, name).pop(plan.adapter, None)
         if not self.peft_config and "peft_config" in vars(self.model):
             del self.model.peft_config
 
-    def _add_shared(self, adapter_name: str, plan: InjectionPlan) -> None:
-        containers = {}
-        for name, value in plan.shared.items():
-            container = self._modules.setdefault(name, AdapterDict())
-            assert isinstance(container, AdapterDict)
-            container[adapter_name] = value
-            containers[name] = container
-        if plan.shared_view is not None:
-            plan.shared_view.bind(containers, adapter_name)
+    def _adopt_shared(self) -> None:
+        """Hold what layers share, so that it has a key of its own."""
+        for name, container in held_containers(layer for _, layer in self.adapter_layers()).items():
+            register_at(self, name, container)
 
     def _check_bias(self, config: PeftConfig) -> None:
         others = [c for c in self.peft_config.values() if getattr(c, "bias", "none") != "none"]
@@ -176,6 +171,14 @@ class BaseTuner(ModelMerging, nn.Module):
             for _, layer in self.adapter_layers():
                 if getattr(layer.base_layer, "bias", None) is not None:
                     layer.bias.requires_grad_(True)
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter that combines others by weights; LoRA's options are those of `combine.add_weighted_lora`."""
+        from .combine import add_weighted_adapter
+
+        add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others that a layer chooses becomes active."""
@@ -200,9 +203,6 @@ class BaseTuner(ModelMerging, nn.Module):
         self.set_adapter(left)
         for _, module in modules:
             module.delete_adapter(adapter_name)
-        for container in self._modules.values():
-            if isinstance(container, AdapterDict):
-                container.pop(adapter_name, None)
         del self.peft_config[adapter_name]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

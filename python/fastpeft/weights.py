@@ -12,7 +12,8 @@ tied to another layer must not change there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from peft_kernels import QuantWeight
 from .method import LayerInfo
 
 Weight = tuple[Tensor, "Tensor | None"]
+Part = tuple[str, nn.Module, str, nn.Module, "type[BaseWeight] | None"]
 
 
 def _has_base(module: nn.Module, class_name: str, package: str) -> bool:
@@ -49,6 +51,8 @@ class BaseWeight:
     label: ClassVar[str] = "Linear"  # as in PEFT's `lora.Linear`
     quantized: ClassVar[str | None] = None  # PEFT's name of the backend
     fan_in_fan_out: ClassVar[bool] = False  # whether the module stores W transposed
+    transient: ClassVar[bool] = False  # whether the module reads the weight itself: see parameter_weights.py
+    attributes: ClassVar[frozenset[str]] = frozenset()  # of the module, that code asks the adapter layer for
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -106,7 +110,7 @@ class BaseWeight:
     @classmethod
     def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:
         """Store W and b in the module's own format and dtype. Returns the relative error of requantising, if any."""
-        _install(module, "weight", w)
+        install(module, "weight", w)
         cls._write_bias(module, b)
         return None
 
@@ -118,7 +122,7 @@ class BaseWeight:
         if old is None:
             raise ValueError("the adapter adds a bias, and the base layer has none to hold it")
         if b is not old:
-            _install(module, "bias", b)
+            install(module, "bias", b)
 
     @classmethod
     def take(cls, module: nn.Module) -> dict[str, Any]:
@@ -131,8 +135,9 @@ class BaseWeight:
             if name not in module._parameters:
                 continue
             current = module._parameters[name]
-            if parameter is not None and current is not None and parameter.device != current.device:
-                parameter = nn.Parameter(parameter.data.to(current.device), parameter.requires_grad)
+            # The module may have moved, or changed its dtype, in between.
+            if parameter is not None and current is not None and not _alike(parameter, current):
+                parameter = nn.Parameter(parameter.data.to(current), parameter.requires_grad)
             module._parameters[name] = parameter
 
     @classmethod
@@ -146,13 +151,41 @@ class BaseWeight:
         return module(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     @classmethod
+    def attribute(cls, module: nn.Module, name: str) -> Any:
+        """The answer of the adapter layer for one of `attributes`."""
+        return getattr(module, name)
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> Iterator[Part]:
+        """(path, parent, name, module, kind) of modules below `module` that this layer's adapters go into as well."""
+        return iter(())
+
+    @classmethod
+    def replaced(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> AbstractContextManager[None]:
+        """Within this, the module computes with W and b. Only `transient` kinds need it."""
+        raise NotImplementedError
+
+    @classmethod
+    def frozen(cls, module: nn.Module) -> Callable[[], Tensor] | None:
+        """A function that reads W of a linear layer that is not trained and that nothing watches; None for others."""
+        weight = module._parameters.get("weight")
+        if cls.kind != "linear" or cls.transient or _has_hooks(module) or (weight is not None and weight.requires_grad):
+            return None
+        return lambda: cls.read(module)[0].detach()
+
+    @classmethod
     def fast(cls, module: nn.Module) -> Callable[[], Tensor | QuantWeight | None] | None:
         """A function that gives the weight as `peft_kernels.lora_linear` takes it, or None while it must not be used
         (trainable, hooked). None in place of the function where the kind has no such form."""
         return None
 
 
-def _install(module: nn.Module, name: str, value: Tensor) -> None:
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype
+
+
+def install(module: nn.Module, name: str, value: Tensor) -> None:
+    """A new Parameter in the place of the old one, whose dtype, device and `requires_grad` it keeps."""
     old = module._parameters[name]
     assert old is not None
     value = value.detach().to(device=old.device, dtype=old.dtype).contiguous()
@@ -165,6 +198,10 @@ class LinearWeight(BaseWeight):
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
+
+    @classmethod
+    def frozen(cls, module: nn.Module) -> Callable[[], Tensor] | None:
+        return super().frozen(module) if type(module).forward is nn.Linear.forward else None
 
     @classmethod
     def fast(cls, module: nn.Module) -> Callable[[], Tensor | QuantWeight | None] | None:
@@ -231,8 +268,12 @@ class EmbeddingWeight(BaseWeight):
 
     @classmethod
     def apply(cls, module: nn.Module, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        y = F.embedding(x, w.t(), padding_idx=module.padding_idx)  # type: ignore[arg-type]
-        scale = getattr(module, "embed_scale", None)  # Gemma multiplies the rows that it looks up
+        return cls.scaled(module, F.embedding(x, w.t(), padding_idx=module.padding_idx))  # type: ignore[arg-type]
+
+    @classmethod
+    def scaled(cls, module: nn.Module, y: Tensor) -> Tensor:
+        """Rows as the module gives them out: Gemma multiplies those that it looks up."""
+        scale = getattr(module, "embed_scale", None)
         return y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
 
@@ -361,11 +402,22 @@ def relative_error(stored: Tensor, exact: Tensor) -> float:
 def kinds() -> list[type[BaseWeight]]:
     """Every kind, the more special ones first."""
     from .bnb_weights import Bnb4bitWeight, Bnb8bitWeight
+    from .norm_weights import NormWeight
+    from .parameter_weights import AttentionWeight
 
     return [Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, Conv1DWeight, EmbeddingWeight, Conv1dWeight, Conv2dWeight,
-            Conv3dWeight, LinearWeight]  # fmt: skip
+            Conv3dWeight, AttentionWeight, LinearWeight, NormWeight]  # fmt: skip
 
 
 def weight_of(module: nn.Module) -> type[BaseWeight] | None:
     """The kind of a module's weight, or None if no adapter can act on it."""
     return next((kind for kind in kinds() if kind.accepts(module)), None)
+
+
+def weight_in(info: LayerInfo) -> Tensor:
+    """A layer's W, detached, in at least float32: for initialisations that read it. May be on the meta device."""
+    kind = weight_of(info.module)
+    if kind is None:
+        raise ValueError(f"{info.name!r} has no weight of its own to start an adapter from")
+    w = kind.read(info.module)[0].detach()
+    return w.to(wide(w.dtype))

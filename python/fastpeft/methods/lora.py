@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peft_kernels import lora_linear
 
+from .. import init
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
 from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
 from ..safety import MAX_RANK
@@ -78,19 +79,16 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig):
                 setattr(self, name, SUB_CONFIGS[name](**value))
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
+        init.complete(self)
 
 
 # The classes of nested configurations, by the field of LoraConfig. Who reads a field adds its class.
-SUB_CONFIGS: dict[str, type[Any]] = {}
+SUB_CONFIGS: dict[str, type[Any]] = dict(init.SUB_CONFIGS)
 # Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
 LATER_OPTIONS = (
-    "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config",
-    "layer_replication", "loftq_config", "lora_ga_config", "megatron_config", "target_parameters",
-    "trainable_token_indices",
+    "arrow_config", "megatron_config",
 )  # fmt: skip
 INITS = (True, False, "gaussian", "orthogonal")
-# Initialisations that leave the base weight as it is: a trained adapter of theirs is a plain LoRA.
-INITS_OF_PLAIN_FILES = ("eva", "loftq", "mica")
 
 
 @register
@@ -102,9 +100,12 @@ class Lora(Method):
     tensors: ClassVar[tuple[str, ...]] = (
         "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
     )  # fmt: skip
-    others = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
-    kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
+    others: ClassVar[tuple[str, ...]] = (
+        "r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "experts", "times",
+    )  # fmt: skip
+    kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"})
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+    inits: ClassVar[tuple[str, ...]] = ()  # values of `init_lora_weights` that a variant adds
     examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3},
         {"r": 6, "lora_alpha": 5, "use_rslora": True},
@@ -120,18 +121,21 @@ class Lora(Method):
 
     def check_config(self, config: LoraConfig, loading: bool = False) -> None:
         for name in LATER_OPTIONS:
-            if getattr(config, name) and not (loading and name in ("eva_config", "loftq_config")):
+            if getattr(config, name):
                 raise NotImplementedError(f"LoraConfig({name}=...) is not there yet in fastpeft.")
-        init = config.init_lora_weights
-        if init not in INITS and not (loading and init in INITS_OF_PLAIN_FILES):
-            raise NotImplementedError(
-                f"LoraConfig(init_lora_weights={init!r}) is not there yet in fastpeft; there are {INITS}."
+        start = config.init_lora_weights
+        if start not in (*INITS, *self.inits) and not init.is_init(start):
+            raise ValueError(
+                f"LoraConfig(init_lora_weights={start!r}) is unknown; there are {(*INITS, *init.NAMES)} and the "
+                "variant 'mica'."
             )
+        if init.is_init(start):
+            init.check_config(config, loading)
         ranks = {"r": config.r, **{f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}}
         for name, r in ranks.items():
             if not isinstance(r, int) or not 1 <= r <= MAX_RANK:
                 raise ValueError(f"`{name}` should be a positive integer of at most {MAX_RANK}, got {r!r}")
-            if init == "orthogonal" and r % 2:
+            if start == "orthogonal" and r % 2:
                 raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {name}={r}.")
         if not 0.0 <= config.lora_dropout < 1.0:
             raise ValueError(f"`lora_dropout` should be in [0, 1), got {config.lora_dropout!r}")
@@ -145,8 +149,12 @@ class Lora(Method):
                 f"Targeting {info.name!r}, a {type(info.module).__name__} with groups={info.groups}, needs a rank that "
                 f"is divisible by groups, got r={config.r}. Choose another rank or do not target this layer."
             )
+        if init.is_init(config.init_lora_weights):
+            init.check_layer(config, info)
         if config.init_lora_weights == "orthogonal" and info.kind.startswith("conv"):
             raise ValueError(f"init_lora_weights='orthogonal' is for linear layers, {info.name!r} is a convolution")
+        if config.lora_bias and not info.has_bias and info.transient:
+            raise ValueError(f"lora_bias=True needs a bias beside {info.name!r}, which its module reads itself")
         if config.lora_bias and not info.has_bias and info.kind != "embedding":
             warnings.warn(
                 f"`lora_bias=True` was passed but {info.name!r} ({type(info.module).__name__}) has no bias: this "
@@ -161,12 +169,16 @@ class Lora(Method):
         state: State = {
             "r": config.r,
             "lora_alpha": config.lora_alpha,
-            "scaling": _scaling(config.lora_alpha, config.r, config.use_rslora),
+            "scaling": _scaling(config.lora_alpha, config.r, config.use_rslora) * info.times,
             "lora_dropout": nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity(),
             "use_rslora": config.use_rslora,
             "use_dora": config.use_dora,
             "lora_bias": config.lora_bias and info.kind != "embedding",
         }
+        if info.kind == "experts":
+            state["experts"] = info.shape[0]
+        if info.times != 1:
+            state["times"] = info.times
         if info.kind == "embedding":
             rows, back = torch.empty(config.r, info.in_features), torch.empty(info.out_features, config.r)
             if not rows.is_meta:  # drawing there would import torch's compiler, which takes seconds, for no numbers
@@ -176,13 +188,18 @@ class Lora(Method):
                     rows.zero_()
                     back.normal_()
             return {**state, "lora_embedding_A": nn.Parameter(rows), "lora_embedding_B": nn.Parameter(back)}
-        a, b = (_linear if info.kind == "linear" else _conv)(config, info)
-        init = False if a.weight.is_meta else config.init_lora_weights  # a file will bring the numbers
+        a, b = (_linear if info.kind in ("linear", "experts") else _conv)(config, info)
+        start = config.init_lora_weights
+        if init.is_init(start):
+            return {**state, "lora_A": a, "lora_B": b,
+                    **init.initialise(config, info, state["scaling"], a.weight, b.weight)}  # fmt: skip
         with torch.no_grad():
-            if init == "orthogonal":
+            if a.weight.is_meta:
+                pass  # a file will bring the numbers
+            elif start == "orthogonal":
                 _orthogonal(a.weight, b.weight, info)
-            elif init is not False:
-                if init == "gaussian":
+            elif start is not False:
+                if start == "gaussian":
                     nn.init.normal_(a.weight, std=1 / config.r)
                 else:
                     nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
@@ -207,6 +224,10 @@ class Lora(Method):
         if a is None:
             a, b = self.matrices(s)
         wide = torch.promote_types(a.dtype, torch.float32)
+        if s.get("experts"):  # ranks by expert in A, experts by rank in B
+            stacked = a.to(wide).unflatten(0, (s.experts, -1))
+            return torch.baddbmm(stacked.new_zeros(()), b.to(wide).unflatten(1, (-1, s.experts)).permute(2, 0, 1),
+                                 stacked, beta=0, alpha=s.scaling)  # fmt: skip
         # A of a convolution is [r, in, *kernel] and B [out, r, 1, ...]: the product is that of the matrices.
         delta: Tensor = b.to(wide).flatten(1) @ a.to(wide).flatten(1) * s.scaling
         return delta.reshape(b.shape[0], *a.shape[1:])
@@ -236,7 +257,12 @@ class Lora(Method):
         return y + added
 
     def scale(self, s: Any) -> float | None:
-        return _scaling(s.lora_alpha, s.r, s.use_rslora)
+        return _scaling(s.lora_alpha, s.r, s.use_rslora) * int(s.get("times", 1))
+
+    def add_weighted(self, *args: Any, **options: Any) -> None:
+        from ..combine import add_weighted_lora
+
+        add_weighted_lora(*args, **options)
 
     # Speed
 
@@ -305,8 +331,9 @@ def _scaling(alpha: float, r: int, rslora: bool) -> float:
 
 
 def _linear(config: LoraConfig, info: LayerInfo) -> tuple[nn.Linear, nn.Linear]:
-    a = nn.Linear(info.in_features, config.r, bias=False)
-    return a, nn.Linear(config.r, info.out_features, bias=config.lora_bias)
+    r = config.r * (info.shape[0] if info.kind == "experts" else 1)
+    a = nn.Linear(info.in_features, r, bias=False)
+    return a, nn.Linear(r, info.out_features, bias=config.lora_bias)
 
 
 def _conv(config: LoraConfig, info: LayerInfo) -> tuple[Any, Any]:

@@ -60,16 +60,16 @@ class TrainableTokens(Method):
     def make_state(self, config: TrainableTokensConfig, info: LayerInfo, shared: Any) -> State:
         tokens = list(config.token_indices)
         width = info.out_features if info.kind == "embedding" else info.in_features
-        rows = torch.empty(len(tokens), width, dtype=info.dtype)
-        if not rows.is_meta:
-            if config.init_weights:
-                kind = weight_of(info.module)
-                assert kind is not None
-                w = kind.read(info.module)[0]
-                rows = (w.t() if info.kind == "embedding" else w)[tokens].detach().clone()
-            else:
-                rows = torch.randn(len(tokens), width, dtype=info.dtype)
-        index = torch.tensor(tokens, dtype=torch.long, device="cpu")  # never from a file, so never on the meta device
+        # Never on the meta device: layers share rows that are few, and their order is in no file.
+        rows = torch.empty(len(tokens), width, dtype=info.dtype, device="cpu")
+        kind = weight_of(info.module)
+        assert kind is not None
+        w = kind.read(info.module)[0]
+        if config.init_weights and not w.is_meta:
+            rows = (w.t() if info.kind == "embedding" else w)[tokens].detach().clone()
+        elif not config.init_weights:
+            rows.normal_()
+        index = torch.tensor(tokens, dtype=torch.long, device="cpu")
         order = nn.Buffer(torch.stack(torch.sort(index)), persistent=False)
         return {"trainable_tokens_delta": nn.Parameter(rows), "token_indices": tokens, "trainable_tokens_order": order}
 
@@ -96,6 +96,13 @@ class TrainableTokens(Method):
         bias = info.module.bias if inner.bare else inner.weight()[1]
         mine = F.linear(x.to(delta.dtype), delta[places], None if bias is None else bias[rows].to(delta.dtype))
         return y.index_copy(-1, rows, mine.to(y.dtype))
+
+
+class FollowingTokens(TrainableTokens):
+    """Rows that another layer trains and that are in files with it alone."""
+
+    def file_key(self, key: str) -> str | None:
+        return None
 
 
 def check_tokens(tokens: Any) -> None:
