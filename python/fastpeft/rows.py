@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ class Rows:
         """An adapter's values for the rows that its method sees now."""
         values = (self._row_values or {}).get(adapter)
         return values if values is None or self._members is None else [values[i] for i in self._members]
+
+    @contextmanager
+    def without_row_values(self) -> Iterator[None]:
+        """Within this, methods see an input that is not of the batch."""
+        values, self._row_values = self._row_values, None
+        try:
+            yield
+        finally:
+            self._row_values = values
 
     def _mixed(self, x: Tensor, rows: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Each row through its own adapter. Every method works: rows of one adapter are one ordinary call."""

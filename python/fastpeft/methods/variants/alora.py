@@ -2,8 +2,8 @@
 (arXiv 2504.12397).
 
 A row's offset is the position of the last invocation counted from the end of the sequence; the model's forward finds it
-in `input_ids`, or takes `alora_offsets` (a number or None for each row). A row without the invocation is the base model's.
-In `generate` the offsets are the prompt's: tokens that come later are after them, with a cache or without.
+in `input_ids`, or takes `alora_offsets` (a number or None for each row). A row without it is the base model's. In
+`generate` the offsets are the prompt's: tokens that come later are after them, with a cache or without.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Alora(Lora):
         a, b = s.lora_A, s.lora_B
         x = x.to(a.weight.dtype)
         length = x.shape[1] if x.dim() == 3 else 1
-        rows = s.row_values or [(None, None)] * len(x)
+        rows: Sequence[tuple[int | None, int | None]] = s.row_values or [(None, None)] * len(x)
         if len(rows) != len(x):
             raise ValueError(f"aLoRA has offsets for {len(rows)} rows, but a layer's input has {len(x)}.")
-        starts = [_start(*row, length) for row in rows]
+        starts = [_start(offset, whole, length) for offset, whole in rows]
         chosen = torch.tensor([r * length + t for r, start in enumerate(starts) for t in range(start, length)])
         chosen = chosen.to(device=x.device, dtype=torch.long)
         # With no token chosen the gradients are zeros, not missing.

@@ -1,8 +1,8 @@
 """VeLoRA: what A needs of its input for the gradient is kept as one number per group of features (arXiv 2405.17991).
 
-The input is cut into groups of g features; each group keeps its product with a unit vector v, and the backward pass puts
-scale * product * v in its place. So the LoRA branch saves 1/g of its input. The forward pass is a plain LoRA, and so is
-the merged weight.
+The input is cut into groups of g features; each group keeps its product with a unit vector v, and the backward pass
+puts scale * product * v in its place. So the LoRA branch saves 1/g of its input. The forward pass is a plain
+LoRA, and so is the merged weight.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Velora(Lora):
         }
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        if not (s.lora_A.training and torch.is_grad_enabled()):
+        if not (s.training and torch.is_grad_enabled()):
             return super().output(s, shared, x, y, inner)
         weight, v = s.lora_A.weight, s.lora_velora_embed
         x = s.lora_dropout(x.to(weight.dtype))
@@ -136,4 +136,5 @@ def _direction(v: Tensor) -> Tensor:
     v = v.float()
     if not v.any():
         v = torch.ones_like(v)
-    return v / torch.linalg.vector_norm(v)
+    unit: Tensor = v / torch.linalg.vector_norm(v)
+    return unit
