@@ -236,9 +236,9 @@ def _plan(
             layer = AdapterLayer(made.get(id(site.module), site.module), info.name, site.kind)
             made[id(site.module)] = layer
             layer.train(site.module.training)
-            for child in state.values():
-                if isinstance(child, nn.Module):
-                    child.train(site.module.training)
+        for child in state.values():
+            if isinstance(child, nn.Module):
+                child.train(layer.training)
         layers.append(_LayerPlan(site, layer, state, method))
     for plan in tokens:
         _place(plan.state, plan.layer.info, autocast_adapter_dtype, placed)

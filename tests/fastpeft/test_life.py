@@ -25,6 +25,7 @@ from fastpeft.layer import AdapterLayer
 from fastpeft.method import get_method
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
@@ -44,9 +45,13 @@ class Tiny(nn.Module):
         self.linear_back = nn.Linear(20, 24)
         self.norm = nn.LayerNorm(24)
         self.checkpointing = False
+        self.config = PretrainedConfig()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.embedding(ids)
+    def prepare_inputs_for_generation(self) -> None:
+        """PEFT asks for it in a causal language model."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        h = self.embedding(input_ids)
         if self.checkpointing and self.training:
             return checkpoint(self.block, h, use_reentrant=False)
         return self.block(h)
@@ -119,9 +124,9 @@ main = pytest.mark.parametrize("case", MAIN, ids=repr)
 LORA = Case(next(k for k in KINDS if k.method.peft_type == PeftType.LORA), "linear")
 
 
-def run(model: nn.Module, **kwargs: Any) -> Tensor:
+def run(model: nn.Module, ids: Tensor = IDS, **kwargs: Any) -> Tensor:
     with torch.no_grad():
-        return model(IDS, **kwargs)
+        return model(ids, **kwargs)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -164,6 +169,7 @@ def test_switching_disabling_and_deleting(case: Case) -> None:
     assert_same_bits(run(model), first)
 
     model.add_adapter("b", case.config())
+    assert not any(module.training for module in model.modules())
     scatter(model, "b", 2)
     other = next(c for c in (LORA, *MAIN) if c.kind.method is not case.kind.method)
     model.add_adapter("c", other.config())
@@ -208,21 +214,19 @@ def test_each_row_of_a_batch_has_its_own_adapter(case: Case) -> None:
     model.add_adapter("b", case.config())
     scatter(model, "b", 2)
     rows = ["b", "__base__", "a", "b"]
-    alone = {"a": run(model)}
-    model.set_adapter("b")
-    alone["b"] = run(model)
-    with model.disable_adapter():
-        alone["__base__"] = run(model)
-    exact = {}
-    wide = copy.deepcopy(model).double()
-    for name in ("a", "b"):
-        wide.set_adapter(name)
-        exact[name] = run(wide)
-    with wide.disable_adapter():
-        exact["__base__"] = run(wide)
     mixed = run(model, adapter_names=rows)
-    for i, name in enumerate(rows):
-        assert_close(mixed[i], alone[name][i], exact[name][i])
+    wide = copy.deepcopy(model).double()
+    for name in ("a", "b", "__base__"):
+        own = [i for i, row in enumerate(rows) if row == name]
+        alone = []
+        for each in (model, wide):
+            if name == "__base__":
+                with each.disable_adapter():
+                    alone.append(run(each, IDS[own]))
+            else:
+                each.set_adapter(name)
+                alone.append(run(each, IDS[own]))
+        assert_close(mixed[own], *alone)
 
 
 @every
@@ -323,8 +327,16 @@ def train(model: Any, steps: int = 3) -> None:
     model.eval()
 
 
+WRONG_IN_PEFT = {
+    "TrainableTokens": "drops the bias of a linear layer",
+    "QaLora": "has QA-LoRA on GPTQ layers only, elsewhere it is silently plain LoRA",
+}
+
+
 def with_peft(case: Case, make: Any) -> Any:
     """What `make(peft)` gives, where PEFT has this kind and can make it here."""
+    if repr(case).split("-")[0] in WRONG_IN_PEFT and case.place == "linear":
+        pytest.skip(f"PEFT {WRONG_IN_PEFT[repr(case).split('-')[0]]}")
     if case.kind.method.peft_type == PeftType.ADAMSS:
         pytest.importorskip("sklearn", reason="PEFT clusters with scikit-learn")
     peft = pytest.importorskip("peft")
