@@ -8,6 +8,7 @@ the packed objects themselves where it is quantised.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,9 +22,9 @@ EDIT = "base_edit"
 
 
 class BaseEdit(Protocol):
-    """used: attributes of the base layer that served to make the adapter, to be dropped once it is in."""
-
-    used: tuple[str, ...]
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Attributes of the base layer that served to make the adapter, to be dropped once it is in."""
 
     def __call__(self, w: Tensor) -> Tensor:
         """The new W for W as the law names it, in at least float32."""
@@ -96,23 +97,41 @@ class BaseEdits:
         if merged:
             self.merge(adapter_names=merged)
 
+    def taken_from_base(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """P and Q of what an adapter's edit took from the weight that it found, if it is of a low rank."""
+        names = list(self.base_edits)
+        before = dict(itertools.islice(self.base_edits.items(), names.index(adapter)))
+        taken = self.kind.take(self.base_layer)
+        try:
+            with torch.no_grad():
+                return self.base_edits[adapter].taken(self._edited(taken, before))
+        finally:
+            self.kind.put_back(self.base_layer, taken)
+
+    def _edited(self, now: Mapping[str, Any], edits: Mapping[str, BaseEdit]) -> Tensor:
+        """What edits make of the original W, which is put into the base layer in place of `now`."""
+        kind, module = self.kind, self.base_layer
+        if self._original is not None:
+            kind.put_back(module, {**self._original, **_bias(now)})
+        w = kind.read(module)[0]
+        w = w.to(wide(w.dtype))
+        for edit in edits.values():
+            w = edit(w)
+        return w
+
     def _rewrite(self, edits: Mapping[str, BaseEdit]) -> None:
         """Make the base weight what the edits make of the original; so no number is rounded, or quantised, twice."""
         kind, module = self.kind, self.base_layer
-        before = kind.take(module)
+        now = kind.take(module)
+        original = self._original or now
         trains = {name: p.requires_grad for name, p in module._parameters.items() if p is not None}
-        original = before if self._original is None else {**self._original, **_bias(before)}
         try:
             with torch.no_grad():
-                kind.put_back(module, original)
+                w = self._edited(now, edits)
                 if edits:
-                    w = kind.read(module)[0]
-                    w = w.to(wide(w.dtype))
-                    for edit in edits.values():
-                        w = edit(w)
                     kind.write(module, w, None)
         except Exception:
-            kind.put_back(module, before)
+            kind.put_back(module, now)
             raise
         for name, p in module._parameters.items():
             if p is not None and name in trains and p.requires_grad != trains[name]:

@@ -112,7 +112,8 @@ def _progress(layers: Mapping[str, Any], shown: bool) -> Iterable[tuple[str, Any
         return layers.items()
     from tqdm import tqdm
 
-    return tqdm(layers.items(), desc="Collecting eigens")
+    bar: Iterable[tuple[str, Any]] = tqdm(layers.items(), desc="Collecting eigens")
+    return bar
 
 
 def _covariances(

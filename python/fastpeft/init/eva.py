@@ -56,12 +56,14 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
     mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
     if peft_config.eva_config.use_label_mask and "labels" in model_input:
         mask = mask & (model_input["labels"] != peft_config.eva_config.label_mask_value)
-    return mask.nonzero()
+    pairs: Tensor = mask.nonzero()
+    return pairs
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
     """The layer's inputs at the pairs that `prepare_model_inputs_fn_language_modeling` gave."""
-    return _tensor(layer_input, layer_name)[model_input.T.unbind()]
+    pairs: tuple[Tensor, ...] = model_input.T.unbind()
+    return _tensor(layer_input, layer_name)[pairs]
 
 
 def _all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
@@ -268,7 +270,8 @@ class _Search:
 
 def _layers(model: nn.Module, adapter: str, config: Any) -> Iterator[tuple[str, int]]:
     """(name, rank) of the linear layers that EVA starts."""
-    from ..sites import AdapterLayer, adapter_modules
+    from ..layer import AdapterLayer
+    from ..sites import adapter_modules
     from .targets import target_layers
 
     if not hasattr(model, "peft_config"):
@@ -317,7 +320,7 @@ def initialize_lora_eva_weights(
     configuration follow."""
     if not hasattr(model, "peft_config"):
         raise ValueError("model must be a PeftModel")
-    tuner: BaseTuner = getattr(model, "base_model", model)  # type: ignore[assignment]
+    tuner: Any = getattr(model, "base_model", model)
     config: Any = tuner.peft_config[adapter_name]
     if len(tuner.active_adapters) > 1:
         raise ValueError("`initialize_lora_eva_weights` currently only works with a single active adapter")

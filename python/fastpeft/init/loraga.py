@@ -96,7 +96,7 @@ def _gradients(model: nn.Module, layers: Any, train_step: Callable[[], None]) ->
                 sums[name] = sums[name] + gradient if name in sums else gradient
                 counts[name] = counts.get(name, 0) + 1
 
-            output.register_hook(backward)
+            output.register_hook(backward)  # type: ignore[no-untyped-call]
             return output
 
         handles.append(layer.module.register_forward_hook(forward))

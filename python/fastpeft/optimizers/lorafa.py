@@ -80,7 +80,8 @@ def _projected(grad: Tensor, a: Tensor, scaling: float) -> Tensor:
     wide = torch.promote_types(a.dtype, torch.float32)
     a = a.to(wide)
     gram = a @ a.T + DAMPING * torch.eye(a.shape[0], device=a.device, dtype=wide)
-    return ((grad.to(wide) @ torch.linalg.pinv(gram)) / scaling**2).to(grad.dtype)
+    projected: Tensor = (grad.to(wide) @ torch.linalg.pinv(gram)) / scaling**2
+    return projected.to(grad.dtype)
 
 
 def create_lorafa_optimizer(

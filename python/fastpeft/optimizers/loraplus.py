@@ -39,7 +39,8 @@ def create_loraplus_optimizer(
         groups[group].append(p)
     decay = kwargs.pop("loraplus_weight_decay", 0.0)
     rates = {"A": lr, "embedding": kwargs.pop("loraplus_lr_embedding", 1e-6)}
-    optimizer = optimizer_cls(
+    made: Any = optimizer_cls
+    optimizer: Optimizer = made(
         [
             {"params": params, "weight_decay": 0.0 if group == "B_no_decay" else decay,
              "lr": rates.get(group, lr * loraplus_lr_ratio)}

@@ -25,7 +25,7 @@ def lora_pairs(model: nn.Module) -> Iterator[LoraPair]:
         containers: Any = dict(layer.containers()) if isinstance(layer, AdapterLayer) else {}
         if "lora_A" not in containers or "lora_B" not in containers:
             continue
-        for adapter in layer.methods:  # type: ignore[union-attr]
+        for adapter in layer.methods:
             a, b = (getattr(containers[c].get(adapter), "weight", None) for c in ("lora_A", "lora_B"))
             scaling = getattr(layer, "scaling", {}).get(adapter, 1.0)
             if isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter) and a.ndim == b.ndim == 2:

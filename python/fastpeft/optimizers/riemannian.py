@@ -52,4 +52,6 @@ def _rescale(pair: LoraPair, reg: float) -> None:
 
 
 def _inverse(gram: Tensor, reg: float) -> Tensor:
-    return torch.linalg.pinv(gram + reg * torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
+    eye = torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)
+    inverse: Tensor = torch.linalg.pinv(gram + reg * eye)
+    return inverse

@@ -46,7 +46,8 @@ class Truncation:
 
     def __call__(self, w: Tensor) -> Tensor:
         u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
-        return (u[:, : -self.r] * sigma[: -self.r]) @ vh[: -self.r]
+        kept: Tensor = (u[:, : -self.r] * sigma[: -self.r]) @ vh[: -self.r]
+        return kept
 
     def taken(self, w: Tensor) -> tuple[Tensor, Tensor]:
         u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
@@ -109,5 +110,5 @@ class Kasa(Lora):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
-        added: Tensor = b(a(dropout(x.to(a.weight.dtype))) * s.lora_diag) * s.scaling
+        added: Tensor = b(a(dropout(s.cast(x, a.weight.dtype))) * s.lora_diag) * s.scaling
         return y + added
