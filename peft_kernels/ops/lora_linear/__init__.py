@@ -252,8 +252,8 @@ class _LoraLinear(torch.autograd.Function):
             return tuple(grads)
         x, weight, absmax, nested_absmax, nested_code, offset, a, b, s, seed = ctx.saved_tensors
         dy = dy.contiguous()
-        need_dx, need_dw, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[13]
-        need_ab = ctx.needs_input_grad[10] or ctx.needs_input_grad[11]
+        need = ctx.needs_input_grad
+        need_dx, need_dw, need_ab, need_bias = need[0], need[1], need[10] or need[11], need[13]
         if need_dx or need_ab:
             rows = x if x is not None else dy.new_empty(ctx.x_shape)
             dx, da, db = backward_op.op(
@@ -262,13 +262,20 @@ class _LoraLinear(torch.autograd.Function):
                 ctx.scaling, ctx.dropout_p, seed, need_dx, need_ab,
             )  # fmt: skip
             grads[0] = dx if need_dx else None
-            grads[10] = da if ctx.needs_input_grad[10] else None
-            grads[11] = db if ctx.needs_input_grad[11] else None
+            grads[10] = da if need[10] else None
+            grads[11] = db if need[11] else None
         if need_dw:
             grads[1] = (dy.t() @ x).to(weight.dtype)
         if need_bias:
             grads[13] = dy.sum(0, dtype=_acc(dy.dtype)).to(ctx.bias_dtype)
         return tuple(grads)
+
+
+def _apply(*args: Any) -> Any:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _LoraLinear.apply(*args)
+    # Function.apply binds the arguments to forward's signature at each call, found anew by inspect: half of its time
+    return super(torch.autograd.Function, _LoraLinear).apply(*args)
 
 
 def lora_linear(
@@ -308,7 +315,7 @@ def lora_linear(
     rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
     args = (rows, *flat, n, a, b, scaling, bias, dropout_p, seed)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, flat[0], a, b, bias)):
-        y = _LoraLinear.apply(*args)[0]
+        y = _apply(*args)[0]
     else:
         y = forward_op.op(*args)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)

@@ -7,6 +7,7 @@ so that matters.
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,11 +20,16 @@ _F32 = torch.float32
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+@lru_cache(1)
+def _mismatch() -> str | None:  # of the built library, which is loaded once
+    have = native.lora_args_size()
+    if have != _ARGS.size:
+        return f"pk_lora_args has {have} bytes, this package packs {_ARGS.size}: rebuild the library"
+    return None
+
+
 def _available() -> str | None:
-    why = native.available()
-    if why is None and native.lora_args_size() != _ARGS.size:
-        return f"pk_lora_args has {native.lora_args_size()} bytes, this package packs {_ARGS.size}: rebuild the library"
-    return why
+    return native.available() or _mismatch()
 
 
 def _when(
@@ -107,9 +113,9 @@ def backward(
     m, k = x.shape
     n = dy.shape[1]
     dy, weight = dy.contiguous(), weight.contiguous()
-    none = x.new_empty((0,))
-    dx = torch.empty((m, k), dtype=x.dtype) if need_dx else none
-    da, db = none, x.new_empty((0,))
+    dx = x.new_empty((m, k) if need_dx else (0,))
+    if not need_ab:
+        da, db = x.new_empty((0,)), x.new_empty((0,))
     nested = nested_absmax is not None and nested_absmax.numel() > 0
     if absmax is not None:
         absmax = absmax.contiguous()
