@@ -34,6 +34,11 @@ _HOMES = {
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
     ),
+    "init.corda": ("CordaConfig", "preprocess_corda"),
+    "init.eva": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
+    "init.loftq": ("LoftQConfig", "replace_lora_weights_loftq"),
+    "init.loraga": ("LoraGAConfig", "preprocess_loraga"),
+    "helpers": ("find_kappa_target_modules",),
     "methods.lora": ("LoraRuntimeConfig",),
     "nf4": ("NF4Linear", "quantize_model"),
 }  # fmt: skip

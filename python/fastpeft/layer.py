@@ -31,6 +31,8 @@ class AdapterLayer(Merging, BaseEdits, Rows, nn.Module):
     are in plain dicts: `layer.scaling["default"]`.
     """
 
+    cast_input_dtype_enabled = True  # see `helpers.disable_input_dtype_casting`
+
     def __init__(self, base_layer: nn.Module, name: str = "", kind: type[BaseWeight] | None = None) -> None:
         super().__init__()
         found = kind or weight_of(base_layer)
@@ -279,7 +281,7 @@ class AdapterLayer(Merging, BaseEdits, Rows, nn.Module):
         if self._disable_adapters or self.merged_adapters:
             return self._compose(x, (), args, kwargs)
         names = [name for name in self._active_adapter if name in self.methods]
-        if len(names) == 1 and not args and not kwargs:
+        if len(names) == 1 and not args and not kwargs and self.cast_input_dtype_enabled:
             view = self.view(names[0])
             plan = self.methods[names[0]].fused(self, view, view)
             if not torch.compiler.is_compiling():  # a graph has no use for it

@@ -117,6 +117,10 @@ class AdapterView:
         except KeyError:
             raise AttributeError(f"adapter {self._name!r} has no {name!r} in this layer") from None
 
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """An input in the dtype of the adapter's tensors, unless a user turned that off."""
+        return x.to(dtype) if self._layer.cast_input_dtype_enabled else x
+
     def get(self, name: str, default: Any = None) -> Any:
         container = getattr(self._layer, name, None)
         return default if container is None or self._name not in container else container[self._name]

@@ -180,20 +180,21 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
+        path_initial_model_for_weight_conversion: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Write each adapter (or the selected ones) as `adapter_config.json` and `adapter_model.safetensors`.
 
         The adapter `default` goes into the folder itself, others into folders of their names below it. state_dict: take
         the values from here. Pickles are not written: safe_serialization=False raises ValueError.
+        path_initial_model_for_weight_conversion: the folder of a PiSSA, OLoRA, CorDA or LoRA-GA adapter as it was saved
+        before training; what is written is then a plain LoRA of the original base, with twice the rank. True: take what
+        the adapter took from the base from this model, which knows it (for KaSA too).
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle, which can run code when it is loaded")
-        if path_initial_model_for_weight_conversion is not None:
-            raise NotImplementedError("path_initial_model_for_weight_conversion is not there yet")
         selected = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         unknown = [name for name in selected if name not in self.peft_config]
         if unknown:
@@ -203,12 +204,17 @@ class PeftModel(nn.Module):
                 self, state_dict=kwargs.get("state_dict"), adapter_name=name,
                 save_embedding_layers=save_embedding_layers,  # type: ignore[arg-type]
             )  # fmt: skip
+            config = self.peft_config[name]
+            if path_initial_model_for_weight_conversion is not None:
+                from .init.plain import as_plain_lora
+
+                path = path_initial_model_for_weight_conversion
+                tensors, config = as_plain_lora(self.base_model, name, tensors, path)
             if is_main_process:
                 folder = save_directory if name == "default" else os.path.join(save_directory, name)
-                checkpoint.save_adapter(folder, tensors, self._config_for_file(name))
+                checkpoint.save_adapter(folder, tensors, self._config_for_file(config))
 
-    def _config_for_file(self, adapter_name: str) -> dict[str, Any]:
-        config = self.peft_config[adapter_name]
+    def _config_for_file(self, config: PeftConfig) -> dict[str, Any]:
         content = config.to_dict()
         content["inference_mode"] = True
         if content["base_model_name_or_path"] is None:

@@ -253,7 +253,7 @@ class Lora(Method):
             added = F.linear(rows, s.lora_embedding_B) * s.scaling
             return y + added
         a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
-        added = b(a(dropout(x.to(a.weight.dtype)))) * s.scaling
+        added = b(a(dropout(s.cast(x, a.weight.dtype)))) * s.scaling
         return y + added
 
     def scale(self, s: Any) -> float | None:

@@ -124,7 +124,7 @@ class Dora(Lora):
             dropped = s.lora_dropout(x)
             y, kept = inner(dropped), y
         a, b = s.lora_A, s.lora_B
-        h = (y if bias is None else y - bias) + b(a(dropped.to(a.weight.dtype))) * s.scaling
+        h = (y if bias is None else y - bias) + b(a(s.cast(dropped, a.weight.dtype))) * s.scaling
         if dropped is not x:
             whole: Tensor = kept - (y if bias is None else y - bias) + h * g
             return whole
