@@ -1,7 +1,7 @@
 """`trainable_token_indices`: rows of an embedding that are trained beside an adapter of another method.
 
-The embedding is wrapped, and the layer inside the wrapper holds the trained rows: an adapter layer like any other, found
-as `<module>.token_adapter`, which gives PEFT's keys.
+The embedding is wrapped, and the layer inside the wrapper holds the trained rows: an adapter layer like any other,
+found as `<module>.token_adapter`, which gives PEFT's keys.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
     wanted = getattr(config, "trainable_token_indices", None)
     if wanted is None:
         return []
-    from .methods.trainable_tokens import FollowingTokens, TrainableTokensConfig
     from .method import get_method
+    from .methods.trainable_tokens import FollowingTokens, TrainableTokensConfig
 
     asked = dict(wanted) if isinstance(wanted, Mapping) else {embedding_name(model) or "embed_tokens": wanted}
     tokens: dict[str, list[int]] = {}

@@ -300,7 +300,10 @@ class Lora(Method):
             if derived:
                 wa, wb = self.drawn(s)
             p = drops.p if drops is not None and drops.training else 0.0
-            return w, wa, wb, scaling[name], base_parameters.get("bias"), compute, p
+            scale = scaling[name]
+            if isinstance(scale, Tensor):  # so that a compiled graph does not freeze it (`utils.hotswap`)
+                wb, scale = wb * scale, 1.0
+            return w, wa, wb, scale, base_parameters.get("bias"), compute, p
 
         def run(x: Tensor) -> Tensor | None:
             found = parts()
