@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import atomic
-from .fits import PREFIX, TUNER, KeyMismatchError, check_fits, embedding_tensors
+from .fits import PREFIX, TUNER, KeyMismatchError, check_fits, embedding_tensors, make_room
 from .safety import (
     AdapterFileError,
     Header,
@@ -289,6 +289,7 @@ def set_peft_model_state_dict(
 
     config = _configs(model)[adapter_name]
     peft_model_state_dict = unpacked(config, peft_model_state_dict)
+    make_room(model, adapter_name, peft_model_state_dict)
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
     plain = _bias_tensors(model, config) | embedding_tensors(model)
     found: dict[str, tuple[Tensor, Tensor]] = {}

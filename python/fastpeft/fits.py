@@ -144,3 +144,21 @@ def embedding_tensors(model: nn.Module) -> dict[str, torch.nn.Parameter]:
         if any(module is base for base in bases)
         for key, tensor in module.named_parameters(recurse=False)
     }
+
+
+def make_room(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Let an adapter take the sizes of a file, where its method has such a thing (AdaLoRA's ranks)."""
+    from .layer import AdapterLayer
+    from .method import Method
+    from .sites import adapter_modules
+
+    for name, layer in adapter_modules(model):
+        if not isinstance(layer, AdapterLayer) or adapter_name not in layer.methods:
+            continue
+        method = layer.methods[adapter_name]
+        if type(method).make_room is Method.make_room:
+            continue
+        names = (f"{name}.", f"{PREFIX}{name}.", f"{name}.".removeprefix(PREFIX))
+        found = {key: tensors[n + key] for _, key, _ in layer.adapter_state(adapter_name) for n in names
+                 if n + key in tensors}  # fmt: skip
+        method.make_room(layer, adapter_name, found)

@@ -12,7 +12,7 @@ from torch import nn
 
 from .checkpoint import IncompatibleKeys, load_adapter_file, set_peft_model_state_dict, unpacked
 from .config import PeftConfig
-from .fits import PREFIX, KeyMismatchError
+from .fits import PREFIX, KeyMismatchError, make_room
 from .layer import AdapterLayer
 from .safety import list_some
 from .sites import adapter_modules, iter_adapter_tensors
@@ -61,8 +61,9 @@ def fill_adapter(
 ) -> IncompatibleKeys:
     """Put a file's tensors into an adapter that is there. Raises before the first is put where they do not fit."""
     lenient = bool(options.get("ignore_mismatched_sizes", False))
-    own = {file: tensor for _, file, tensor in iter_adapter_tensors(model, adapter_name)}
     tensors = unpacked(loaded.config, loaded.tensors)
+    make_room(model, adapter_name, tensors)
+    own = {file: tensor for _, file, tensor in iter_adapter_tensors(model, adapter_name)}
     missing = [key for key in own if key not in tensors]
     if missing and not lenient:
         raise KeyMismatchError(f"{loaded.where} lacks tensors of the adapter: {list_some(missing)}")

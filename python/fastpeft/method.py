@@ -262,6 +262,9 @@ class Method:
         """Whether a file's tensor is passed over because the configuration says that it is computed."""
         return False
 
+    def make_room(self, layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Called before a file's tensors, by their keys in the layer, go into it: sizes can be made those of the file."""
+
     def filled(self, layer: AdapterLayer, adapter: str) -> None:
         """Called once a file's tensors are in a layer, for what follows from them."""
 

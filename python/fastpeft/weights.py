@@ -11,7 +11,6 @@ tied to another layer must not change there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -25,6 +24,8 @@ import peft_kernels
 from peft_kernels import QuantWeight
 
 from .method import LayerInfo
+from .weight_rows import WeightRows, quant_rows
+from .weight_rows import wide as wide
 
 Weight = tuple[Tensor, "Tensor | None"]
 Part = tuple[str, nn.Module, str, nn.Module, "type[BaseWeight] | None"]
@@ -39,12 +40,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to merge in: float64 for float64, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-class BaseWeight:
+class BaseWeight(WeightRows):
     """Interface, and what the dense kinds share."""
 
     kind: ClassVar[str] = "linear"
@@ -88,24 +84,6 @@ class BaseWeight:
     def read(cls, module: nn.Module) -> Weight:
         """W and b, in the dtype that the module stores (quantised: decoded to at least float32). May alias."""
         return module.weight, getattr(module, "bias", None)  # type: ignore[return-value]
-
-    @classmethod
-    def rows(cls, module: nn.Module, index: slice | Tensor) -> Tensor:
-        """Some rows of W as [rows, columns], in at least float32, without decoding the others."""
-        w = cls.read(module)[0]
-        return w[index].to(wide(w.dtype)).flatten(1)
-
-    @classmethod
-    def times(cls, module: nn.Module, a: Tensor) -> Tensor:
-        """W a^T for a [n, columns], in a's dtype, which is at least float32. W is never whole in it."""
-        n, step = cls.shape(module)[0], max(1, (1 << 22) // a.shape[1])
-        return torch.cat([cls.rows(module, slice(i, i + step)).to(a.dtype) @ a.t() for i in range(0, n, step)])
-
-    @classmethod
-    def squared_norms(cls, module: nn.Module) -> Tensor:
-        """|W|^2 of each row, in at least float32."""
-        n, step = cls.shape(module)[0], max(1, (1 << 22) * cls.shape(module)[0] // max(1, math.prod(cls.shape(module))))
-        return torch.cat([cls.rows(module, slice(i, i + step)).square().sum(1) for i in range(0, n, step)])
 
     @classmethod
     def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:
@@ -336,18 +314,8 @@ class Quant4bitWeight(BaseWeight):
 
     @classmethod
     def rows(cls, module: nn.Module, index: slice | Tensor) -> Tensor:
-        qw = cls.quant(module)
-        n, k = qw.shape
-        if k % qw.blocksize or k % 2:  # blocks straddle the rows
-            return super().rows(module, index)
-        scales = qw.absmax
-        if qw.nested_absmax is not None and qw.nested_code is not None and qw.offset is not None:
-            outer = qw.nested_absmax.repeat_interleave(qw.nested_blocksize)[: len(scales)]
-            scales = qw.nested_code[scales.long()] * outer + qw.offset
-        packed = qw.packed.view(n, -1)[index]
-        some = QuantWeight(packed.contiguous(), scales.view(n, -1)[index].reshape(-1), (len(packed), k), qw.quant_type,
-                           qw.blocksize)  # fmt: skip
-        return peft_kernels.dequantize_4bit(some, dtype=torch.float32)
+        found = quant_rows(cls.quant(module), index)
+        return super().rows(module, index) if found is None else found
 
     @classmethod
     def times(cls, module: nn.Module, a: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Dora(Lora):
             m = (w + state["scaling"] * (b.to(w) @ a.to(w))).norm(dim=1)
         else:
             a, b = a.to(info.device), b.to(info.device)
-            m = norms(kind, info.module, a, b, state["scaling"])
+            m = norms(kind, info.module, a, b * state["scaling"])
         shape = (1, -1, *[1] * (len(info.shape) - 2)) if info.kind.startswith("conv") else (-1,)
         return {**state, "lora_magnitude_vector": Magnitude(m.detach().view(shape))}
 
@@ -100,7 +100,8 @@ class Dora(Lora):
 
     def gain(self, s: Any, kind: type[BaseWeight], module: nn.Module) -> Tensor:
         """g, over the base layer itself."""
-        return _gain(s, norms(kind, module, *self.matrices(s), s.scaling))
+        a, b = self.matrices(s)
+        return _gain(s, norms(kind, module, a, b.detach() * s.scaling))
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
         module: Any = inner.info.module
@@ -167,19 +168,19 @@ def _gain(s: Any, norm: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """|W + scale b a| of each row, in at least float32."""
+def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """|W + b a| of each row, in at least float32."""
     dtype = torch.promote_types(wide(kind.dtype(module)), wide(a.dtype))
     a, b = a.flatten(1).to(dtype), b.flatten(1).to(dtype)
     base = _kept_norms(kind, module)
     # The sums are small, and in float64 they lose nothing that the products had.
     left = b.double()
-    squares = base.double() + 2 * scale * (left * kind.times(module, a)).sum(1)
-    squares += scale**2 * ((left @ (a @ a.t()).double()) * left).sum(1)
+    squares = base.double() + 2 * (left * kind.times(module, a)).sum(1)
+    squares += ((left @ (a @ a.t()).double()) * left).sum(1)
     lost = (squares < CANCELLED * base).nonzero().flatten()
     for index in torch.split(lost, TILE):
         rows = kind.rows(module, index).to(dtype)
-        squares[index] = torch.addmm(rows, b[index], a, alpha=scale).square().sum(1).double()
+        squares[index] = torch.addmm(rows, b[index], a).square().sum(1).double()
     return squares.sqrt().to(dtype)
 
 

@@ -1,0 +1,233 @@
+"""AdaLoRA: W + scaling / r * B diag(E) A, of which training keeps the ranks that matter (arXiv 2303.10512).
+
+`model.update_and_allocate(step)` after each optimizer's step gives the budget out (`rank_allocator.py`), and a loss
+that the model returns has `orth_reg_weight` times the mean of |A A^T - 1| and |B^T B - 1| added. A file holds the ranks
+that were kept, which its configuration's `rank_pattern` names; a loaded adapter has only those. As in PEFT, "/ r" is by
+the rank at the start. One active adapter is one call of `lora_linear` with diag(E) A in A's place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import PeftType, PeftWarning
+from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..method import Inner, LayerInfo, State, register
+from ..rank_allocator import PARTS, RankAllocator
+from ..targets import DEFAULT_TARGETS
+from .lora import LoraConfig
+
+if TYPE_CHECKING:
+    from ..layer import AdapterLayer
+
+
+@dataclass
+class AdaLoraConfig(LoraConfig):
+    """Of LoRA's fields those that name targets, lora_alpha, lora_dropout, init_lora_weights (a bool) and bias act.
+
+    init_r, target_r: mean rank of the layers at the start and in the end. tinit, tfinal: steps before and after the
+    budget falls, of total_step. deltaT: steps between two allocations. beta1, beta2: smoothing of importance and of its
+    uncertainty. orth_reg_weight: of the orthogonality of A and B in the loss. rank_pattern: the ranks that were kept.
+    """
+
+    own_type = PeftType.ADALORA
+
+    rank_pattern: dict[str, Any] | None = None
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.total_step is None or self.total_step <= 0:
+            raise ValueError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
+        if self.orth_reg_weight < 0:
+            raise ValueError(f"`orth_reg_weight` should be at least 0, got {self.orth_reg_weight}")
+        if not 0 <= self.tinit < self.total_step - self.tfinal or self.deltaT < 1:
+            raise ValueError(
+                "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
+                "`total_step`."
+            )
+        if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
+            raise ValueError(f"`beta1` and `beta2` should be in (0, 1), got {self.beta1} and {self.beta2}")
+
+
+# LoRA's options that have no meaning here. PEFT refuses the first two and passes over the others.
+WITHOUT_MEANING = (
+    "use_dora", "loftq_config", "use_rslora", "lora_bias", "alpha_pattern", "use_qalora", "use_bdlora", "velora_config",
+    "monteclora_config", "kasa_config", "alora_invocation_tokens", "arrow_config", "eva_config", "corda_config",
+    "lora_ga_config", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config",
+)  # fmt: skip
+
+
+def update_and_allocate(tuner: Any, global_step: int) -> None:
+    """Measure what matters and give the budget of this step out, for each active AdaLoRA that trains."""
+    for adapter in tuner.active_adapters:
+        config = tuner.peft_config[adapter]
+        layers = [(n, m) for n, m in _layers(tuner, adapter) if m.lora_E[adapter].requires_grad]
+        if not layers:
+            continue
+        allocator = vars(tuner).setdefault("_allocators", {}).get(adapter)
+        if allocator is None or allocator.config is not config:
+            allocator = tuner._allocators[adapter] = RankAllocator(layers, config, adapter)
+        allocator.update_and_allocate(global_step)
+
+
+def resize_modules_by_rank_pattern(tuner: Any, rank_pattern: Mapping[str, Any], adapter_name: str) -> None:
+    """Take the ranks that are not in the pattern out of the layers. Their parameters are new ones."""
+    kept = _by_layer(rank_pattern)
+    for name, layer in _layers(tuner, adapter_name):
+        if name in kept:
+            parts = {part: getattr(layer, part)[adapter_name] for part in PARTS}
+            _install(layer, adapter_name, {part: _select(part, t.detach(), kept[name]) for part, t in parts.items()})
+
+
+def _layers(tuner: Any, adapter: str) -> list[tuple[str, Any]]:
+    return [
+        (name.removeprefix("model."), layer)
+        for name, layer in tuner.adapter_layers()
+        if isinstance(layer.methods.get(adapter), AdaLora)
+    ]
+
+
+@register
+class AdaLora(FactoredMethod):
+    peft_type = PeftType.ADALORA
+    prefix = "lora_"
+    config_class = AdaLoraConfig
+    model_name = "AdaLoraModel"
+    tensors = PARTS
+    others = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
+    dropout = "lora_dropout"
+    kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+    default_targets: ClassVar[dict[str, Any]] = {
+        **DEFAULT_TARGETS,
+        "t5": ["q", "k", "v", "o", "wi", "wo"],
+        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+        "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        "roberta": ["query", "key", "value", "dense"],
+        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    }
+    examples = ({"init_r": 4, "total_step": 9, "lora_alpha": 3}, {"init_r": 2, "total_step": 9, "lora_alpha": 0})
+    model_methods: ClassVar[dict[str, Any]] = {
+        "update_and_allocate": update_and_allocate,
+        "resize_modules_by_rank_pattern": resize_modules_by_rank_pattern,
+    }
+
+    def check_config(self, config: AdaLoraConfig, loading: bool = False) -> None:
+        for field in ("init_r", "target_r"):
+            check_ranks(getattr(config, field), field=field)
+        check_probabilities(config)
+        odd = [name for name in WITHOUT_MEANING if getattr(config, name)]
+        if odd and not loading:
+            raise ValueError(f"AdaLoraConfig({odd[0]}={getattr(config, odd[0])!r}) has no meaning for AdaLoRA.")
+        if config.init_lora_weights not in (True, False) and not loading:
+            raise ValueError(f"AdaLoRA's init_lora_weights is a bool, got {config.init_lora_weights!r}.")
+        if config.r != 8 and not loading:
+            warnings.warn("AdaLoRA does not use `r`; its ranks are `init_r` and `target_r`.", PeftWarning, stacklevel=2)
+
+    def make_state(self, config: AdaLoraConfig, info: LayerInfo, shared: Any) -> State:
+        r, columns = config.init_r, int(torch.Size(info.shape[1:]).numel())
+        a, e, b = torch.empty(r, columns), torch.empty(r, 1), torch.empty(info.out_features, r)
+        if not a.is_meta:  # in PEFT's order, with its number for the rank
+            a, e, b, _ = torch.randn(r, columns), torch.randn(r, 1), torch.randn(info.out_features, r), torch.randn(1)
+            if config.init_lora_weights:
+                e.zero_()
+                a.normal_(0.0, 0.02)
+                b.normal_(0.0, 0.02)
+        return {
+            "lora_A": nn.Parameter(a),
+            "lora_B": nn.Parameter(b),
+            "lora_E": nn.Parameter(e),
+            "r": r,
+            "lora_alpha": config.lora_alpha,
+            "scaling": config.lora_alpha if config.lora_alpha > 0 else float(r),
+            "lora_dropout": dropout(config.lora_dropout),
+            "ranknum": float(r),
+        }
+
+    # Files
+
+    def pack(self, config: AdaLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept, packed = _by_layer(config.rank_pattern or {}), {}
+        for key, tensor in tensors.items():
+            layer, _, part = key.removeprefix("base_model.model.").rpartition(".")
+            pattern = kept.get(layer, ()) if part in PARTS else ()
+            whole = len(pattern) == tensor.shape[1 if part == "lora_B" else 0]
+            packed[key] = _select(part, tensor, pattern) if pattern and whole and not all(pattern) else tensor
+        return packed
+
+    def make_room(self, layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        old = {part: getattr(layer, part)[adapter] for part in PARTS}
+        r = len(tensors["lora_E"]) if "lora_E" in tensors else len(old["lora_E"])
+        if r != len(old["lora_E"]):
+            shapes = {"lora_A": (r, old["lora_A"].shape[1]), "lora_E": (r, 1), "lora_B": (len(old["lora_B"]), r)}
+            if all(part in tensors and tensors[part].shape == shape for part, shape in shapes.items()):
+                _install(layer, adapter, {part: old[part].detach().new_zeros(shape) for part, shape in shapes.items()})
+
+    # Math
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        # The scale goes where there are fewest numbers.
+        return s.lora_A * (s.lora_E * (s.scaling / (s.ranknum + 1e-5))), s.lora_B
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        info = inner.info
+        if info.kind == "linear":
+            return super().output(s, shared, x, y, inner)
+        a, b = self.factors(s, shared, None)
+        x = s.lora_dropout(x.to(a.dtype))
+        if info.groups > 1 or not len(a):
+            return y + inner.apply(x, (b @ a).reshape(info.shape))
+        rows = inner.apply(x, a.reshape(-1, *info.shape[1:]))
+        return y + F.linear(rows.movedim(1, -1), b).movedim(-1, 1)
+
+    def _fusible(self, s: Any) -> bool:
+        return len(s.lora_E) > 0
+
+    def scale(self, s: Any) -> float | None:
+        return float(s.lora_alpha if s.lora_alpha > 0 else s.ranknum)
+
+    def model_output(self, tuner: Any, adapter: str, output: Any) -> Any:
+        loss, weight = getattr(output, "loss", None), tuner.peft_config[adapter].orth_reg_weight
+        if isinstance(loss, Tensor):
+            losses = []
+            for _, layer in _layers(tuner, adapter):
+                for m in (layer.lora_A[adapter], layer.lora_B[adapter].t()):
+                    if m.requires_grad:
+                        losses.append((m @ m.t() - torch.eye(len(m), device=m.device, dtype=m.dtype)).norm())
+            if losses:
+                output.loss = loss + weight * sum(part.to(loss.device) for part in losses) / len(losses)
+        return output
+
+
+def _by_layer(rank_pattern: Mapping[str, Any]) -> dict[str, list[bool]]:
+    """A pattern by the layers' names; PEFT's keys in memory end with the adapter's name."""
+    return {key.rpartition(".lora_E")[0]: [bool(v) for v in kept] for key, kept in rank_pattern.items()}
+
+
+def _select(part: str, tensor: Tensor, kept: list[bool]) -> Tensor:
+    index = torch.tensor([i for i, v in enumerate(kept) if v], dtype=torch.long, device=tensor.device)
+    return tensor.index_select(1 if part == "lora_B" else 0, index)
+
+
+def _install(layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    for part, tensor in tensors.items():
+        container = getattr(layer, part)
+        container[adapter] = nn.Parameter(tensor, requires_grad=container[adapter].requires_grad)
+    layer.r[adapter] = len(tensors["lora_E"])
+    layer._plan = None

@@ -1,0 +1,97 @@
+"""AdaLoRA's budget: which ranks of which layers are kept while it falls to the target (arXiv 2303.10512).
+
+The importance of a number is |p * grad|, smoothed over steps (beta1), times how far it strays from that (beta2). A
+rank's importance is that of its E plus the means over its row of A and its column of B. Each allocation sets E to zero
+for the ranks below the budget; a rank whose E grows again comes back at the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARTS = ("lora_A", "lora_B", "lora_E")
+
+
+class RankAllocator:
+    """The importance of one adapter's ranks. layers: (name, adapter layer) of those that have the adapter."""
+
+    def __init__(self, layers: Iterable[tuple[str, Any]], config: Any, adapter: str) -> None:
+        self.layers, self.config, self.adapter = dict(layers), config, adapter
+        self.init_bgt = sum(layer.lora_E[adapter].shape[0] for layer in self.layers.values())
+        self.target_bgt = config.target_r * len(self.layers)
+        self.reset_ipt()
+
+    def set_total_step(self, total_step: int) -> None:
+        self.config.total_step = total_step
+
+    def reset_ipt(self) -> None:
+        self.exp_avg_ipt: dict[tuple[str, str], Tensor] = {}
+        self.exp_avg_unc: dict[tuple[str, str], Tensor] = {}
+
+    def budget_schedule(self, step: int) -> tuple[int, bool]:
+        """(ranks that are kept in all, whether to allocate now)."""
+        c = self.config
+        if step <= c.tinit:
+            return self.init_bgt, False
+        if step > c.total_step - c.tfinal:
+            return self.target_bgt, True
+        left = 1 - (step - c.tinit) / (c.total_step - c.tfinal - c.tinit)
+        return int((self.init_bgt - self.target_bgt) * left**3 + self.target_bgt), step % c.deltaT == 0
+
+    @torch.no_grad()
+    def update_ipt(self) -> None:
+        b1, b2 = self.config.beta1, self.config.beta2
+        for name, layer in self.layers.items():
+            for part in PARTS:
+                p = getattr(layer, part)[self.adapter]
+                if p.grad is None:
+                    continue
+                key, now = (name, part), (p * p.grad).abs()
+                mean = self.exp_avg_ipt.setdefault(key, torch.zeros_like(p)).lerp_(now, 1 - b1)
+                self.exp_avg_unc.setdefault(key, torch.zeros_like(p)).lerp_((now - mean).abs(), 1 - b2)
+
+    def scores(self, name: str) -> Tensor:
+        """The importance of each rank of a layer."""
+        parts = []
+        for part, dim in (("lora_E", 1), ("lora_A", 1), ("lora_B", 0)):
+            if (name, part) in self.exp_avg_ipt:
+                parts.append((self.exp_avg_ipt[name, part] * self.exp_avg_unc[name, part]).mean(dim))
+        e = self.layers[name].lora_E[self.adapter]
+        return torch.stack(parts).sum(0) if parts else e.new_zeros(len(e))
+
+    @torch.no_grad()
+    def mask_to_budget(self, budget: int) -> dict[str, list[bool]]:
+        """Zero the E of the ranks that are least important. Returns what is kept, by layer."""
+        scores = {name: self.scores(name) for name in self.layers}
+        drop = self.init_bgt - budget
+        device = next(iter(scores.values())).device
+        every = torch.cat([score.to(device) for score in scores.values()])
+        least = torch.kthvalue(every, drop).values.item() if drop > 0 else float("-inf")
+        kept = {f"{name}.lora_E": (score > least).tolist() for name, score in scores.items()}
+        self.mask_using_rank_pattern(kept)
+        return kept
+
+    @torch.no_grad()
+    def mask_using_rank_pattern(self, rank_pattern: dict[str, list[bool]]) -> None:
+        for name, layer in self.layers.items():
+            e = layer.lora_E[self.adapter]
+            kept = rank_pattern.get(f"{name}.lora_E", rank_pattern.get(f"{name}.lora_E.{self.adapter}"))
+            if kept is not None and len(kept) == len(e):
+                e.masked_fill_(~torch.tensor(kept, dtype=torch.bool, device=e.device)[:, None], 0.0)
+
+    def update_and_allocate(self, step: int) -> None:
+        last = self.config.total_step - self.config.tfinal
+        if step > last:
+            self.mask_using_rank_pattern(self.config.rank_pattern or {})
+            return
+        if step < last:
+            self.update_ipt()
+        budget, now = self.budget_schedule(step)
+        if now or step == last:
+            self.config.rank_pattern = self.mask_to_budget(budget)
+        if step == last:
+            self.reset_ipt()
