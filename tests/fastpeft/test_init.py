@@ -1,0 +1,387 @@
+"""Adapters that take something from the base weight: the same start as PEFT's, the same model, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import fastpeft
+import peft
+import pytest
+import torch
+from fastpeft.base_edits import LowRankEdit
+from fastpeft.layer import AdapterLayer
+from fastpeft.nf4 import NF4Linear
+from fastpeft.weights import LinearWeight
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_kernels import quantize_4bit
+from peft_kernels.testing import assert_no_worse, assert_same_bits
+
+X = torch.linspace(-1, 1, 9 * 24).view(9, 24)
+RESIDUAL = ["pissa", "pissa_niter_3", "olora"]
+
+
+class Model(nn.Module):
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 20)
+        self.second = Conv1D(16, 20) if transposed else nn.Linear(20, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def model(transposed: bool = False) -> Model:
+    torch.manual_seed(0)
+    made = Model(transposed)
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.3)
+    return made
+
+
+def wrap(library: Any, base: nn.Module, name: str = "default", **options: Any) -> Any:
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": ["first", "second"], **options}
+    if "kasa_config" in options:
+        options["kasa_config"] = library.KasaConfig()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return library.get_peft_model(base, library.LoraConfig(**options), name)
+
+
+def train(adapted: Any, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        adapted(X.to(next(adapted.parameters()).dtype)).square().mean().backward()
+        optimizer.step()
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert_same_bits(a[key], b[key])
+
+
+def assert_close(a: Tensor, b: Tensor, exact: Tensor) -> None:
+    """Both are results of float32, none of them exact."""
+    assert_no_worse(a, b, exact.double(), 8 * (exact.abs() + exact.abs().mean()).double())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 3}, {"rank_pattern": {"second": 2}}])
+@pytest.mark.parametrize("init", RESIDUAL)
+def test_a_seed_gives_the_numbers_of_peft(init: str, options: dict[str, Any]) -> None:
+    ours, theirs = (wrap(lib, model(), init_lora_weights=init, **options) for lib in (fastpeft, peft))
+    assert_same(tensors(ours), tensors(theirs))
+    base = model()
+    assert_close(ours(X), base(X), copy.deepcopy(base).double()(X.double()))
+    for adapted in (ours, theirs, exact := copy.deepcopy(theirs).double()):
+        train(adapted)
+    assert_close(ours(X), theirs(X), exact(X.double()))
+
+
+@pytest.mark.parametrize("init", RESIDUAL)
+def test_layers_that_store_their_weight_transposed(init: str) -> None:
+    """PEFT decomposes the transposed weight for PiSSA; its OLoRA takes it as it is stored, and fails."""
+    base = model(transposed=True)
+    ours = wrap(fastpeft, model(transposed=True), init_lora_weights=init)
+    assert_close(ours(X), base(X), copy.deepcopy(base).double()(X.double()))
+    if init == "olora":
+        return
+    theirs = wrap(peft, model(transposed=True), init_lora_weights=init)
+    got, expected = (tensors(m)["base_model.model.second.base_layer.weight"] for m in (ours, theirs))
+    torch.testing.assert_close(got, expected)
+
+
+def test_half_precision_starts_closer_than_peft() -> None:
+    """What A and B lose when they are rounded, the base keeps."""
+    base = model().bfloat16()
+    w = base.first.weight.double()
+    errors = []
+    for lib in (fastpeft, peft):
+        state = tensors(wrap(lib, copy.deepcopy(base), init_lora_weights="pissa", r=8))
+        start = "base_model.model.first."
+        a, b = (state[f"{start}lora_{x}.default.weight"].double() for x in "AB")
+        assert state[f"{start}lora_A.default.weight"].dtype is torch.float32
+        errors.append((state[f"{start}base_layer.weight"].double() + b @ a - w).norm())
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("options", [*({"init_lora_weights": i} for i in RESIDUAL), {"kasa_config": True}], ids=str)
+class TestTheWayBack:
+    def test_unload_gives_the_base_back(self, options: dict[str, Any]) -> None:
+        base = model()
+        before, parameters = tensors(base), dict(base.named_parameters())
+        adapted = wrap(fastpeft, base, **options)
+        assert adapted.base_model.model.first.base_layer.weight is not parameters["first.weight"]
+        after = adapted.unload()
+        assert_same(tensors(after), before)
+        assert all(p is parameters[name] for name, p in after.named_parameters())
+
+    def test_deleting_restores_and_keeps_what_others_took(self, options: dict[str, Any]) -> None:
+        base = model()
+        before = base.first.weight.detach().clone()
+        adapted = wrap(fastpeft, base, **options)
+        torch.manual_seed(2)
+        adapted.add_adapter("other", fastpeft.LoraConfig(r=2, target_modules=["first"], init_lora_weights="pissa"))
+        layer = adapted.base_model.model.first
+        other = layer.base_edits["other"]
+        adapted.delete_adapter("default")
+        assert_same_bits(layer.base_layer.weight.detach(), other(before))
+        assert not layer.base_layer.weight.requires_grad
+        adapted.delete_adapter("other")
+        assert_same_bits(layer.base_layer.weight.detach(), before)
+        assert not layer.base_layer.weight.requires_grad
+        assert not layer.base_edits
+        assert layer._original is None
+
+    def test_deleting_one_while_another_is_merged(self, options: dict[str, Any]) -> None:
+        base = model()
+        adapted = wrap(fastpeft, base, **options)
+        adapted.add_adapter("plain", fastpeft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+        adapted.set_adapter("plain")
+        adapted.merge_adapter()
+        layer = adapted.base_model.model.first
+        expected = layer.merged_weight(["plain"], (model().first.weight, None))[0]
+        layer.delete_adapter("default")
+        assert layer.merged_adapters == ["plain"]
+        assert_same_bits(layer.base_layer.weight.detach(), expected.detach())
+        layer.unmerge()
+        assert_same_bits(layer.base_layer.weight.detach(), model().first.weight.detach())
+
+    def test_merging_and_unmerging_leave_the_edited_base(self, options: dict[str, Any]) -> None:
+        adapted = wrap(fastpeft, model(), **options)
+        train(adapted)
+        before, y = tensors(adapted), adapted(X)
+        adapted.merge_adapter()
+        adapted.unmerge_adapter()
+        assert_same(tensors(adapted), before)
+        merged = adapted.merge_and_unload()
+        assert_close(merged(X), y, copy.deepcopy(merged).double()(X.double()).float())
+
+    def test_a_moved_model_gets_its_weight_in_its_dtype(self, options: dict[str, Any]) -> None:
+        base = model()
+        before = base.first.weight.detach().double()
+        after = wrap(fastpeft, base, **options).double().unload()
+        assert_same_bits(after.first.weight.detach(), before)
+
+    def test_copies_can_be_restored_too(self, options: dict[str, Any]) -> None:
+        base = model()
+        before = tensors(base)
+        assert_same(tensors(copy.deepcopy(wrap(fastpeft, base, **options)).unload()), before)
+
+
+def test_a_failing_edit_leaves_every_weight_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = model()
+    before, parameters = tensors(base), dict(base.named_parameters())
+    written = []
+
+    def write(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
+        if written:
+            raise MemoryError
+        written.append(module)
+        module._parameters["weight"] = nn.Parameter(w)
+
+    monkeypatch.setattr(LinearWeight, "write", staticmethod(write))
+    with pytest.raises(MemoryError):
+        wrap(fastpeft, base, init_lora_weights="pissa")
+    assert written == [base.first]
+    assert isinstance(base.second, nn.Linear)
+    assert_same(tensors(base), before)
+    assert all(p is parameters[name] and p.requires_grad for name, p in base.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"kasa_config": True}], ids=str)
+def test_a_failed_load_leaves_the_base_as_it_was(options: dict[str, Any], tmp_path: Any) -> None:
+    wrap(fastpeft, model(), **options).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    broken = load_file(file)
+    broken.pop("base_model.model.second.lora_B.weight")
+    save_file(broken, file, metadata={"format": "pt"})
+    base = model()
+    before, parameters = tensors(base), dict(base.named_parameters())
+    with pytest.raises(ValueError, match=r"second\.lora_B"):
+        fastpeft.PeftModel.from_pretrained(base, tmp_path)
+    assert_same(tensors(base), before)
+    assert all(p is parameters[name] and p.requires_grad for name, p in base.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{"init_lora_weights": i} for i in ("pissa", "olora")] + [{"kasa_config": 1}], ids=str
+)
+def test_trained_adapters_go_both_ways(options: dict[str, Any], tmp_path: Any) -> None:
+    """Loading takes from the base again what the adapter took when it was made."""
+    ours, theirs = (wrap(lib, model(), **options) for lib in (fastpeft, peft))
+    for adapted, folder in ((ours, tmp_path / "ours"), (theirs, tmp_path / "theirs")):
+        train(adapted)
+        adapted.save_pretrained(folder)
+        for lib in (fastpeft, peft):
+            loaded = lib.PeftModel.from_pretrained(model(), folder)
+            assert_close(loaded(X), adapted(X), copy.deepcopy(adapted).double()(X.double()))
+    loaded = fastpeft.PeftModel.from_pretrained(model(), tmp_path / "ours")
+    assert_same(tensors(loaded.unload()), tensors(model()))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"second": 2}, "lora_alpha": 3}], ids=str
+)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_saving_as_a_plain_lora_of_the_original_base(init: str, options: dict[str, Any], tmp_path: Any) -> None:
+    ours, theirs = (wrap(lib, model(), init_lora_weights=init, **options) for lib in (fastpeft, peft))
+    for adapted, folder in ((ours, tmp_path / "fastpeft"), (theirs, tmp_path / "peft")):
+        adapted.save_pretrained(folder / "initial")
+    train(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    for adapted, folder in ((ours, tmp_path / "fastpeft"), (theirs, tmp_path / "peft")):
+        adapted.save_pretrained(folder, path_initial_model_for_weight_conversion=str(folder / "initial"))
+        config = fastpeft.LoraConfig.from_pretrained(folder)
+        assert (config.r, config.init_lora_weights) == (8, True)
+        for reader in (fastpeft, peft):
+            loaded = reader.PeftModel.from_pretrained(model(), folder)
+            assert_close(loaded(X), adapted(X), copy.deepcopy(adapted).double()(X.double()))
+    assert_same(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fastpeft", "peft")))
+    ours.save_pretrained(tmp_path / "remembered", path_initial_model_for_weight_conversion=True)
+    loaded = peft.PeftModel.from_pretrained(model(), tmp_path / "remembered")
+    assert_close(loaded(X), ours(X), copy.deepcopy(ours).double()(X.double()))
+
+
+def test_kasa_as_a_plain_lora(tmp_path: Any) -> None:
+    adapted = wrap(fastpeft, model(), kasa_config=True)
+    train(adapted)
+    adapted.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=True)
+    loaded = peft.PeftModel.from_pretrained(model(), tmp_path)
+    assert loaded.peft_config["default"].kasa_config is None
+    assert_close(loaded(X), adapted(X), copy.deepcopy(adapted).double()(X.double()))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"use_dora": True}, "cannot be saved as a plain LoRA"),
+    ({"use_rslora": True, "rank_pattern": {"second": 2}}, "scalings would change"),
+])  # fmt: skip
+def test_what_has_no_plain_form(options: dict[str, Any], message: str, tmp_path: Any) -> None:
+    adapted = wrap(fastpeft, model(), init_lora_weights="pissa", **options)
+    with pytest.raises(ValueError, match=message):
+        adapted.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=True)
+
+
+def test_dora_starts_as_the_base_as_well() -> None:
+    base = model()
+    adapted = wrap(fastpeft, model(), init_lora_weights="pissa", use_dora=True)
+    assert_close(adapted(X), base(X), copy.deepcopy(base).double()(X.double()))
+
+
+def test_kasa_regularises_as_in_peft() -> None:
+    ours, theirs = (wrap(lib, model(), kasa_config=True) for lib in (fastpeft, peft))
+    torch.testing.assert_close(ours._get_kasa_loss(), theirs.base_model._get_kasa_loss())
+    assert wrap(fastpeft, model())._get_kasa_loss() == 0.0
+
+
+def test_tied_weights_change_in_one_place_only() -> None:
+    """PEFT writes into the tensor that both share."""
+    base = model()
+    base.twin = nn.Linear(24, 20)
+    base.twin.weight = base.first.weight
+    before = base.twin.weight.detach().clone()
+    adapted = wrap(fastpeft, base, init_lora_weights="pissa")
+    assert_same_bits(base.twin.weight.detach(), before)
+    restored = adapted.unload()
+    assert restored.first.weight is restored.twin.weight
+
+
+def bnb(kind: str) -> nn.Module:
+    import bitsandbytes
+
+    base = model()
+    made = (
+        bitsandbytes.nn.Linear4bit(24, 20, quant_type="nf4", compute_dtype=torch.float32)
+        if kind == "4bit" else bitsandbytes.nn.Linear8bitLt(24, 20, has_fp16_weights=False)
+    )  # fmt: skip
+    made.load_state_dict(base.first.state_dict())
+    base.first = made.to("cpu")
+    return base
+
+
+def nf4() -> nn.Module:
+    base = model()
+    base.first = NF4Linear(quantize_4bit(base.first.weight.detach(), nested=True), base.first.bias)
+    return base
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
+                                     {"kasa_config": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("make", [nf4, lambda: bnb("4bit"), lambda: bnb("8bit")],
+                         ids=["nf4", "bnb-4bit", "bnb-8bit"])  # fmt: skip
+def test_quantised_bases_are_requantised_and_restored(make: Any, options: dict[str, Any]) -> None:
+    base = make()
+    found = AdapterLayer(base.first)
+    w = found.kind.read(base.first)[0].clone()
+    before = tensors(base.first)
+    adapted = wrap(fastpeft, base, **options)
+    layer = adapted.base_model.model.first
+    edited = layer.kind.read(layer.base_layer)[0]
+    wanted = layer.base_edits["default"](w)
+    assert 0 < (edited - wanted).norm() / wanted.norm() < 0.15
+    assert (edited - wanted).norm() < (edited - w).norm()
+    y = adapted(X)
+    expected = torch.tanh(X @ (edited + layer.get_delta_weight("default")).T + layer.bias)
+    torch.testing.assert_close(y, adapted.base_model.model.second(expected), rtol=1e-3, atol=1e-3)
+    adapted.unload()
+    after = tensors(base.first)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before if isinstance(before[key], Tensor))
+
+
+def test_low_rank_edit_is_what_it_says() -> None:
+    w, p, q = torch.randn(6, 5), torch.randn(6, 2), torch.randn(2, 5)
+    edit = LowRankEdit(p, q)
+    assert_same_bits(edit(w), w - p @ q)
+    assert_same_bits(edit(w.double()), w.double() - p.double() @ q.double())
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"init_lora_weights": "pissa", "r": 17}, "rank of at most 16"),
+    ({"init_lora_weights": "lora_ga"}, "lora_ga_config"),
+    ({"init_lora_weights": "pissa_niter_99999"}, "iterations"),
+    ({"init_lora_weights": "pizza"}, "unknown"),
+    ({"init_lora_weights": "pissa", "lora_bias": True}, "lora_bias"),
+    ({"init_lora_weights": "mica", "r": 17}, "rank of at most 16"),
+    ({"kasa_config": True, "r": 16}, "smaller than"),
+    ({"init_lora_weights": "pissa", "kasa_config": True}, "cannot be combined"),
+    ({"init_lora_weights": "loftq"}, "loftq_config"),
+    ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3}}, "loftq_bits"),
+    ({"init_lora_weights": "corda"}, "preprocess_corda"),
+])  # fmt: skip
+def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
+    base = model()
+    before = tensors(base)
+    with pytest.raises(ValueError, match=message):
+        wrap(fastpeft, base, **options)
+    assert_same(tensors(base), before)
+
+
+def test_an_edit_needs_an_unmerged_base() -> None:
+    adapted = wrap(fastpeft, model(), init_lora_weights=False)
+    adapted.merge_adapter()
+    before = tensors(adapted)
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        adapted.add_adapter("b", fastpeft.LoraConfig(r=2, target_modules=["first"], init_lora_weights="pissa"))
+    assert_same(tensors(adapted), before)
+
+
+def test_mica_is_peft_s_and_freezes_b() -> None:
+    ours, theirs = (wrap(lib, model(), init_lora_weights="mica") for lib in (fastpeft, peft))
+    assert_same(tensors(ours), tensors(theirs))
+    trained = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (ours, theirs)]
+    assert trained[0] == trained[1]
+    assert all("lora_A" in n for n in trained[0])
+    train(ours)
+    train(theirs)
+    assert_close(ours(X), theirs(X), copy.deepcopy(theirs).double()(X.double()))
