@@ -31,7 +31,7 @@ class _WeightSide(torch.autograd.Function):
         out = y.view(-1, n)
         with torch.autocast(x.device.type, enabled=False):
             for i, j in _tiles(n, step):
-                torch.mm(flat, rows(i, j, *params).to(x.dtype).t(), out=out[:, i:j])
+                out[:, i:j] = flat @ rows(i, j, *params).to(x.dtype).t()
         return y
 
     @staticmethod
@@ -73,4 +73,4 @@ def weight_side(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     step = max(TILE_ELEMENTS // max(x.shape[-1], 1) // align, 1) * align
     y = _WeightSide.apply(x, n, step, begin, *params)
-    return y if bias is None else y + bias.to(y.dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return y if bias is None else y.add_(bias.to(y.dtype))  # type: ignore[no-any-return, no-untyped-call]

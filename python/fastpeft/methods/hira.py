@@ -9,15 +9,16 @@ layer's FLOPs at T tokens, 1.63 with r = 32 and T = 512. With dropout on x, W st
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
+from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..factored import check_probabilities, check_ranks, dropout
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, weight_side
@@ -25,8 +26,8 @@ from ..weight_side import Rows, weight_side
 
 @dataclass
 class HiraConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
-    """r: rank of B A. hira_dropout: of the input. rank_pattern: ranks of layers by pattern. init_weights: B starts at
-    zero (True, or "gaussian" for a normal A), or both are random (False)."""
+    """r: rank of B A. hira_dropout: of the input. rank_pattern: of no effect, as in PEFT's layers, whose files are read
+    and written here. init_weights: B starts at zero (True, or "gaussian" for a normal A), or both are random (False)."""
 
     own_type = PeftType.HIRA
 
@@ -45,13 +46,14 @@ class Hira(Method):
     tensors = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
     others = ("r", "hira_dropout")
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
-    patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern"}
     examples = ({"r": 3}, {"r": 2, "init_weights": False})
     needs_base_weight = True
 
     def check_config(self, config: HiraConfig, loading: bool = False) -> None:
         check_ranks(config.r, config.rank_pattern)
         check_probabilities(config)
+        if config.rank_pattern and not loading:
+            warnings.warn("HiRA's layers all have the rank `r`: `rank_pattern` has no effect.", PeftWarning, stacklevel=2)
         if config.init_weights not in (True, False, None, "gaussian"):
             raise ValueError(f"`init_weights` should be a bool or 'gaussian', got {config.init_weights!r}")
 

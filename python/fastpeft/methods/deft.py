@@ -1,0 +1,118 @@
+"""DEFT: part of what W computes is replaced, in a subspace of the outputs: W + Q (alpha / r R - P^T W), with Q [out, r]
+from the trained matrix P. PaRa, its form without R, only removes.
+
+"relu": P^T stands for relu(P)^T and Q = P; "qr": both are P's orthonormal basis. P^T W x is P^T applied to the output
+that the layer has anyway, so that all costs what a LoRA costs: 3 r (in + 2 out) / (2 in out) of the layer's FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
+from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..method import Fused, Inner, LayerInfo, State, register
+from ..weights import weight_of
+
+
+@dataclass
+class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+    """r: size of the subspace, at most out_features. decomposition_method: "relu" or "qr". alpha: scaling alpha / r of
+    R; None for 1. para: no R. deft_dropout: of R's input. init_weights: start as the identity, where there is an R;
+    False: with a random R, of 0.02 init_scale."""
+
+    own_type = PeftType.DEFT
+
+    r: int = 8
+    decomposition_method: str = "relu"
+    init_scale: float = 1.0
+    alpha: int | None = None
+    para: bool = False
+    deft_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decomposition_method not in ("qr", "relu"):
+            raise ValueError(
+                f"Unknown decomposition_method '{self.decomposition_method}', must be one of ['qr', 'relu']."
+            )
+
+
+@register
+class Deft(FactoredMethod):
+    peft_type = PeftType.DEFT
+    prefix = "deft_"
+    config_class = DeftConfig
+    model_name = "DeftModel"
+    tensors = ("deft_P", "deft_R")
+    others = ("deft_r", "deft_decomposition", "deft_init_scale", "deft_para", "deft_scaling", "deft_dropout")
+    needs_base_weight = True
+    examples = (
+        {"r": 3, "alpha": 2},
+        {"r": 4, "decomposition_method": "qr"},
+        {"r": 25, "decomposition_method": "qr", "init_weights": False},
+        {"r": 2, "para": True},
+    )
+
+    def check_config(self, config: DeftConfig, loading: bool = False) -> None:
+        check_ranks(config.r)
+        check_probabilities(config)
+
+    def make_state(self, config: DeftConfig, info: LayerInfo, shared: Any) -> State:
+        r = min(config.r, info.out_features)
+        scaling = config.alpha / r if config.alpha else 1.0
+        state: State = {
+            "deft_r": r, "deft_decomposition": config.decomposition_method, "deft_init_scale": config.init_scale,
+            "deft_para": config.para, "deft_scaling": scaling, "deft_dropout": dropout(config.deft_dropout),
+        }  # fmt: skip
+        p, inject = torch.empty(info.out_features, r), torch.empty(r, info.in_features)
+        if not p.is_meta:
+            p.normal_(std=0.02)
+            if not config.para:
+                self._start(p, inject, config, info, scaling)
+        state["deft_P"] = nn.Parameter(p)
+        return state if config.para else {**state, "deft_R": nn.Parameter(inject)}
+
+    def _start(self, p: Tensor, inject: Tensor, config: DeftConfig, info: LayerInfo, scaling: float) -> None:
+        kind = weight_of(info.module)
+        assert kind is not None
+        w = kind.read(info.module)[0].detach() if config.init_weights else None
+        if w is None:
+            inject.normal_(std=0.02 * config.init_scale)
+        elif w.is_meta:
+            inject.zero_()
+        else:
+            right = _project(p.to(w.device), config.decomposition_method)[1]
+            inject.copy_(right.t() @ w.float() / scaling)
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert w is not None
+        basis, right = _project(s.deft_P, s.deft_decomposition)
+        a = -(right.t() @ w.to(right.dtype))
+        return a if s.deft_para else a + s.deft_R.to(a.dtype) * s.deft_scaling, basis
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        basis, right = _project(s.deft_P, s.deft_decomposition)
+        h, bias = -(y.to(right.dtype) @ right), inner.bias()
+        if bias is not None:
+            h = h + bias.to(right.dtype) @ right
+        if not s.deft_para:
+            h = h + F.linear(s.deft_dropout(x.to(right.dtype)), s.deft_R.to(right.dtype)) * s.deft_scaling
+        return y + F.linear(h, basis)
+
+    def fused(self, layer: Any, s: Any, shared: Any) -> Fused | None:
+        return None  # the factors need W
+
+
+def _project(p: Tensor, how: str) -> tuple[Tensor, Tensor]:
+    """Q, and what stands for P in P^T W, in at least float32."""
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    if how == "relu":
+        return p, torch.relu(p)
+    q = torch.linalg.qr(p)[0]
+    return q, q

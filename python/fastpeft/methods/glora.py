@@ -1,0 +1,167 @@
+"""GLoRA: W + W * A + B and b + b * D + E + W C (arXiv 2306.07967). C, D and E are there where the layer has a bias.
+
+A and B as a vector or a number act on the output and on the sum of the input's features. As low-rank products, A needs
+the weight side as HiRA's does (`weight_side.py`), and B goes into the same weight: (3 T + 8 r) / (2 T) of the frozen
+layer's FLOPs at T tokens, 1.56 with r = 8 and T = 512. W C is the layer's output for one more row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
+from ..factored import check_ranks
+from ..method import Inner, LayerInfo, Method, State, register
+from ..weight_side import Rows, weight_side
+
+FORMS = {
+    "config_A_B": ("lora", "vector", "constant", "none"),
+    "config_C": ("lora", "vector", "none"),
+    "config_D_E": ("vector", "constant", "none"),
+}
+
+
+@dataclass
+class GloraConfig(HasBias, HasInitWeights, TargetConfig):
+    """r: rank of the low-rank forms. config_A_B: "lora", "vector" (a number per output channel), "constant" (one
+    number) or "none". config_C: "lora", "vector" or "none". config_D_E: "vector", "constant" or "none".
+    init_weights: False starts at random."""
+
+    own_type = PeftType.GLORA
+    not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+    r: int = 8
+    config_A_B: str = "lora"
+    config_C: str = "lora"
+    config_D_E: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, forms in FORMS.items():
+            value = getattr(self, name)
+            if value not in forms:
+                raise ValueError(f"Invalid {name} value: {value!r}. Valid values are: {', '.join(sorted(forms))}.")
+
+
+class Path(nn.Module):
+    """One of A to E, of a shape: Xd Xu, or X, or, where there is none, the zeros that PEFT's files have for it."""
+
+    def __init__(self, form: str, shape: tuple[int, ...], r: int, init_weights: bool) -> None:
+        super().__init__()
+        self.form = form
+        if form == "none":
+            self.register_buffer("zeros", torch.zeros(shape))
+        elif form == "lora":
+            self.Xd, self.Xu = nn.Parameter(torch.zeros(shape[0], r)), nn.Parameter(torch.zeros(r, shape[1]))
+            if not self.Xu.is_meta:
+                nn.init.kaiming_uniform_(self.Xu, a=math.sqrt(5))
+                if not init_weights:
+                    nn.init.kaiming_uniform_(self.Xd, a=math.sqrt(5))
+        else:
+            sizes = {"constant": (1,), "vector": (shape[0], 1) if len(shape) == 2 else shape}
+            self.X = nn.Parameter(torch.zeros(sizes[form]))
+            if not init_weights and not self.X.is_meta:
+                if form == "constant":
+                    nn.init.normal_(self.X, std=0.02)
+                else:
+                    nn.init.kaiming_uniform_(self.X if self.X.dim() == 2 else self.X[None], a=math.sqrt(5))
+
+    def forward(self) -> Tensor | None:
+        """The value, which broadcasts to the shape, or None."""
+        if self.form == "none":
+            return None
+        return self.Xd @ self.Xu if self.form == "lora" else self.X
+
+
+@register
+class Glora(Method):
+    peft_type = PeftType.GLORA
+    prefix = "glora_"
+    config_class = GloraConfig
+    model_name = "GloraModel"
+    tensors = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
+    others = ("r",)
+    needs_base_weight = True
+    examples = (
+        {"r": 3},
+        {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector", "init_weights": False},
+        {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
+    )
+
+    def check_config(self, config: GloraConfig, loading: bool = False) -> None:
+        check_ranks(config.r)
+
+    def make_state(self, config: GloraConfig, info: LayerInfo, shared: Any) -> State:
+        out, width, init = info.out_features, info.in_features, config.init_weights
+        forms = {**dict.fromkeys("AB", config.config_A_B), "C": config.config_C, **dict.fromkeys("DE", config.config_D_E)}
+        shapes = {"A": (out, width), "B": (out, width), "C": (width, 1), "D": (out,), "E": (out,)}
+        if not info.has_bias:
+            forms |= dict.fromkeys("CDE", "none")
+        return {"r": config.r} | {f"glora_{n}": Path(forms[n], shapes[n], config.r, init) for n in "ABCDE"}
+
+    def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
+        for key, value in tensors.items():
+            if key.endswith("zeros") and value.any():
+                raise ValueError(f"{key} of {info.name!r} should be zeros: the configuration has no such path")
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        dw, db = _changes(s, w, b)
+        return w + dw, db if b is None else b + db if db is not None else b
+
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        frozen = inner.frozen()
+        if frozen is None:
+            dw, db = _changes(s, *inner.weight())
+            return inner(x) + inner.apply(x, dw.to(x.dtype), None if db is None else db.to(x.dtype))
+        n, b, c = inner.info.out_features, inner.bias(), s.glora_C()
+        db = _of_bias(s, b)
+        if c is not None:
+            column = weight_side(c.t().to(x.dtype), n, _plain(frozen))[0]
+            db = column if db is None else db + column
+        if s.glora_A.form == "lora":
+            total = b if db is None else db if b is None else b + db
+            factors = (s.glora_A.Xd, s.glora_A.Xu, s.glora_B.Xd, s.glora_B.Xu)
+            return weight_side(x, n, _scaled(frozen), *factors, bias=total)
+        y, a = inner(x), s.glora_A()
+        if a is not None:
+            z = y if b is None else y - b
+            y = y + z * a.t() + x.sum(-1, keepdim=True) * s.glora_B().t()
+        return y if db is None else y + db
+
+
+def _of_bias(s: Any, b: Tensor | None) -> Tensor | None:
+    """b * D + E."""
+    d, e = s.glora_D(), s.glora_E()
+    return None if d is None or b is None else b * d.to(b.dtype) + e.to(b.dtype)
+
+
+def _changes(s: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What is added to W and to b."""
+    a, c, db = s.glora_A(), s.glora_C(), _of_bias(s, b)
+    dw = torch.zeros_like(w) if a is None else w * a.to(w.dtype) + s.glora_B().to(w.dtype)
+    if c is not None and b is not None:
+        column = (w @ c.to(w.dtype)).squeeze(-1)
+        db = column if db is None else db + column
+    return dw, db
+
+
+def _plain(frozen: Callable[[], Tensor]) -> Callable[[], Rows]:
+    def begin() -> Rows:
+        w = frozen()
+        return lambda i, j: w[i:j]
+
+    return begin
+
+
+def _scaled(frozen: Callable[[], Tensor]) -> Callable[[], Rows]:
+    def begin() -> Rows:
+        w = frozen()
+        return lambda i, j, ad, au, bd, bu: w[i:j] * (1 + ad[i:j] @ au) + bd[i:j] @ bu
+
+    return begin

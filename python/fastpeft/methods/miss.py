@@ -1,0 +1,150 @@
+"""MiSS (and its variant Bat): one block of rows repeated along the input (arXiv 2409.15371).
+
+The input's features are summed in r groups, feature i into group i mod r, and the sums go through D [r, out_features],
+or with "mini" through D [r, mini_r] repeated along the output: one thin product. With "bat" each block of W [r, r] gets
+W_pq B_p + B_p, where B_p belongs to a row of blocks. That reads all of W, so it is made on the weight side
+(`weight_side.py`): (3 T + 3 r) / (2 T) of the frozen layer's FLOPs at T tokens, 1.69 with r = 64 and T = 512.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
+from ..factored import check_probabilities, check_ranks, dropout
+from ..method import Inner, LayerInfo, Method, State, register
+from ..weight_side import Rows, weight_side
+
+
+@dataclass
+class MissConfig(HasBias, HasInitWeights, TargetConfig):
+    """r: groups of the input. miss_dropout: of the input. mini_r: groups of the output, of "mini" alone. init_weights:
+    True, "bat" or "mini" for the forms above, which start at zero; False for the first, at random."""
+
+    own_type = PeftType.MISS
+
+    r: int = 64
+    miss_dropout: float = 0.0
+    mini_r: int = 1
+    init_weights: bool | str = True
+
+
+@register
+class Miss(Method):
+    peft_type = PeftType.MISS
+    prefix = "miss_"
+    config_class = MissConfig
+    model_name = "MissModel"
+    tensors = ("miss_block",)
+    others = ("miss_r", "miss_dropout", "miss_mini_r")
+    examples = (
+        {"r": 4},
+        {"r": 7, "init_weights": False},
+        {"r": 4, "init_weights": "bat"},
+        {"r": 5, "init_weights": "mini", "mini_r": 4},
+    )
+
+    def variant(self, config: MissConfig) -> Method:
+        return _BAT if config.init_weights == "bat" else self
+
+    def check_config(self, config: MissConfig, loading: bool = False) -> None:
+        check_ranks(config.r)
+        check_ranks(config.mini_r, field="mini_r")
+        check_probabilities(config)
+        if config.init_weights not in (True, False, "bat", "mini"):
+            raise ValueError(f"`init_weights` should be a bool, 'bat' or 'mini', got {config.init_weights!r}")
+
+    def check_layer(self, config: MissConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if config.r > info.in_features:
+            raise ValueError(
+                f"`r` ({config.r}) must be less than or equal to in_features ({info.in_features}) in {info.name!r}"
+            )
+        if config.init_weights == "mini" and info.out_features % config.mini_r:
+            raise ValueError(f"out_features ({info.out_features}) of {info.name!r} must be divisible by `mini_r`")
+
+    def make_state(self, config: MissConfig, info: LayerInfo, shared: Any) -> State:
+        block = torch.zeros(config.r, config.mini_r if config.init_weights == "mini" else info.out_features)
+        if not config.init_weights and not block.is_meta:
+            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+        return {**_values(config), "miss_block": nn.Parameter(block)}
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        block = s.miss_block
+        wide = torch.promote_types(block.dtype, torch.float32)
+        groups = torch.eye(s.miss_r, dtype=wide, device=block.device)
+        a = groups.repeat(1, -(-s.in_features // s.miss_r))[:, : s.in_features]
+        return a, block.to(wide).repeat(1, s.out_features // block.shape[1]).t()
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        block = s.miss_block.to(torch.promote_types(s.miss_block.dtype, torch.float32))
+        whole = block.t().repeat(s.out_features // block.shape[1], -(-s.in_features // s.miss_r))
+        return whole[:, : s.in_features]
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        block, r = s.miss_block, s.miss_r
+        x = s.miss_dropout(x.to(block.dtype))
+        whole = x.shape[-1] // r * r
+        sums = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
+        if whole < x.shape[-1]:
+            sums = sums + F.pad(x[..., whole:], (0, r - x.shape[-1] % r))
+        added = sums @ block
+        return y + added.repeat(*[1] * (added.dim() - 1), y.shape[-1] // added.shape[-1])
+
+
+class _Bat(Miss):
+    needs_base_weight = True
+
+    def check_config(self, config: MissConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        if config.miss_dropout and not loading:
+            raise ValueError("`miss_dropout` cannot act with init_weights='bat', which changes the weight. Set it to 0.")
+
+    def check_layer(self, config: MissConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if info.in_features % config.r or info.out_features % config.r:
+            raise ValueError(f"The weight matrix of {info.name!r} must be fully divisible into [r, r] blocks.")
+
+    def make_state(self, config: MissConfig, info: LayerInfo, shared: Any) -> State:
+        blocks = torch.zeros(info.out_features // config.r, config.r, config.r)
+        return {**_values(config), "miss_block": nn.Parameter(blocks)}
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> None:  # type: ignore[override]
+        return None
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        assert w is not None
+        return _bat(w, s.miss_block)
+
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        frozen, r = inner.frozen(), s.miss_r
+        if frozen is None:
+            y, w = inner(x), inner.weight()[0]
+            return y + inner.apply(x, _bat(w, s.miss_block).to(x.dtype))
+
+        def begin() -> Rows:
+            w = frozen()
+            return lambda i, j, blocks: w[i:j] + _bat(w[i:j], blocks[i // r : j // r])
+
+        return weight_side(x, inner.info.out_features, begin, s.miss_block, bias=inner.bias(), align=r)
+
+
+_BAT = _Bat()
+
+
+def _bat(w: Tensor, blocks: Tensor) -> Tensor:
+    """W_pq B_p + B_p for rows p of blocks. One product: W_p as [r (o), in / r (q)] rows of length r."""
+    n, r, _ = blocks.shape
+    blocks = blocks.to(torch.promote_types(blocks.dtype, torch.promote_types(w.dtype, torch.float32)))
+    added = torch.bmm(w.to(blocks.dtype).reshape(n, -1, r), blocks).view(n, r, -1, r)
+    return (added + blocks[:, :, None]).view(w.shape)
+
+
+def _values(config: MissConfig) -> State:
+    return {"miss_r": config.r, "miss_dropout": dropout(config.miss_dropout), "miss_mini_r": config.mini_r}
