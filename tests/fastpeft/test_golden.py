@@ -11,8 +11,6 @@ import fastpeft
 import pytest
 import torch
 from fastpeft.checkpoint import CONFIG_NAME, SAFETENSORS_NAME, load_adapter_file, open_adapter
-from fastpeft.config import PeftConfig
-from fastpeft.method import method_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -42,42 +40,46 @@ def expectations(name: str) -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / "peft" / name / "expected.safetensors")
 
 
-def later(name: str) -> list[pytest.MarkDecorator]:
-    """A mark that skips the case while its method or an option of it is not there yet."""
-    content = json.loads((GOLDEN / "peft" / name / CONFIG_NAME).read_text())
-    try:
-        config = PeftConfig.from_dict(content)
-        method_of(config).check_config(config, loading=True)
-    except NotImplementedError as error:
-        return [pytest.mark.skip(reason=str(error))]
-    return []
-
-
 def merges(name: str) -> bool:
     with safe_open(GOLDEN / "peft" / name / "expected.safetensors", "pt") as file:
         return "merged" in file.keys()  # noqa: SIM118
 
 
-CASES = [pytest.param(name, marks=later(name)) for name in zoo["CASES"]]
-MERGED = [case for case in CASES if merges(case.values[0])]
+CASES = list(zoo["CASES"])
+MERGED = [name for name in CASES if merges(name)]
 
 
-# Gradients that PEFT computes wrongly: the backward of its Tucker form takes the other product's core for these.
-WRONG_IN_PEFT = {"loha_conv_effective": ("hada_w1_a", "hada_w2_a")}
+# Parameters that PEFT gives a gradient that is not its output's derivative, by parts of their names. What we give them,
+# test_laws.py checks. C3A: its backward transforms the wrong way, which all that comes before sees. LoHa: the backward
+# of its Tucker form takes the other product's core. An attention's out_proj: one of two additions is not recorded.
+WRONG_IN_PEFT = {
+    "c3a": (".up.", ".down."),
+    "c3a_pattern": (".up.", ".down."),
+    "loha_conv_effective": (".hada_w1_a.", ".hada_w2_a."),
+    "attention": (".out_proj.",),
+    "attention_rslora": (".out_proj.",),
+}
 
 
-def no_worse(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, terms: float = 0.0) -> None:
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.double() - exact).abs().max() / exact.abs().max()) if exact.any() else 0.0
+
+
+def no_worse(
+    actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, terms: float = 0.0, luck: float = 0.0
+) -> None:
     """The law for a deep model: each element is held to eager's largest error in the tensor, not to its luck there.
 
     Errors come in from every layer, so the terms behind an element are as large as the tensor's largest elements, or as
-    `terms` where it has one element only.
+    `terms` where it has one element only; and what rounding does in one layer goes through all that follow, which is
+    eight. luck: eager's largest relative error in the tensors of the same name in other layers.
     """
     if not exact.numel():  # AdaLoRA can leave no rank
         assert actual.shape == exact.shape
         return
     largest = exact.abs().max().clamp(min=terms if exact.numel() == 1 else 0.0).expand(exact.shape)
-    worst = (eager.double() - exact).abs().max()
-    assert_no_worse(actual, (exact + worst).to(eager.dtype), exact, largest)
+    worst = (eager.double() - exact).abs().max().clamp(min=luck * float(exact.abs().max()))
+    assert_no_worse(actual, (exact + worst).to(eager.dtype), exact, 8 * largest)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,9 +105,18 @@ def test_outputs_and_gradients_are_those_of_peft(name):
     trained = {id(p) for p in names.values() if p.requires_grad and p.grad is not None}
     assert trained == {id(names[key]) for key in gradients}
     terms = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
+    luck: dict[str, float] = {}
     for key, value in gradients.items():
-        if not any(f".{wrong}." in key for wrong in WRONG_IN_PEFT.get(name, ())):
-            no_worse(names[key].grad, value, expected[f"grad64:{key}"], terms)
+        luck[kind_of(key)] = max(luck.get(kind_of(key), 0.0), relative_error(value, expected[f"grad64:{key}"]))
+    for key, value in gradients.items():
+        if not any(wrong in key for wrong in WRONG_IN_PEFT.get(name, ())):
+            no_worse(names[key].grad, value, expected[f"grad64:{key}"], terms, luck[kind_of(key)])
+
+
+def kind_of(key: str) -> str:
+    """What the parameters of all layers have in common: `lora_A.weight`."""
+    before, _, after = key.partition(".default")
+    return before.rpartition(".")[2] + after
 
 
 @pytest.mark.parametrize("name", MERGED)
