@@ -12,6 +12,8 @@ from torch import Tensor
 from .method import Method
 from .weights import BaseWeight
 
+RowValues = Mapping[str, Sequence[Any]]
+
 
 class Rows:
     """The part of `AdapterLayer` that knows what a batch's rows are, for the duration of one forward of the model."""
@@ -23,7 +25,9 @@ class Rows:
     _disable_adapters: bool
     _plan: Any
     _rows: list[str] | None = None
-    _row_values: Mapping[str, Sequence[Any]] | None = None
+    _row_values: RowValues | None = None
+    _kept: tuple[RowValues, ...] = ()  # those of forwards that a backward may compute again, two at most
+    _recalled: bool = False
     _members: list[int] | None = None  # the rows that are computed now, where these are not all
 
     def _compose(self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -34,19 +38,34 @@ class Rows:
         self._rows = adapter_names
         self._plan = None
 
-    def set_row_values(self, values: Mapping[str, Sequence[Any]] | None) -> None:
-        """What `Method.row_values` gave for each row of the next batches, by adapter; None ends that."""
+    def set_row_values(self, values: RowValues | None, keep: bool = False) -> None:
+        """What `Method.row_values` gave for each row of the next batches, by adapter; None ends that.
+
+        keep: gradient checkpointing may run the layer once more for this batch, in the backward pass.
+        """
+        if keep and values is not None:
+            before = () if self._recalled else self._kept
+            self._kept, self._recalled = (*(v for v in before if v != values), values)[-2:], False
         self._row_values = values
 
     def row_values(self, adapter: str) -> Sequence[Any] | None:
         """An adapter's values for the rows that its method sees now."""
-        values = (self._row_values or {}).get(adapter)
+        everyone = self._row_values
+        if everyone is None and self._kept and torch._C._current_graph_task_id() != -1:  # within a backward pass
+            self._recalled = True
+            if len(self._kept) > 1:
+                raise ValueError(
+                    "Gradient checkpointing runs a layer again in the backward pass, and after several forwards it is "
+                    "not known for which batch: call backward() after each forward."
+                )
+            everyone = self._kept[-1]
+        values = (everyone or {}).get(adapter)
         return values if values is None or self._members is None else [values[i] for i in self._members]
 
     @contextmanager
     def without_row_values(self) -> Iterator[None]:
         """Within this, methods see an input that is not of the batch."""
-        values, self._row_values = self._row_values, None
+        values, self._row_values = self._row_values, {}
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import PeftConfig, PeftWarning
@@ -270,11 +271,12 @@ class BaseTuner(ModelMerging, nn.Module):
         is_part = isinstance(encoder, nn.Module) and encoder is not self.model
         once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
         try:
+            keep = self.training and torch.is_grad_enabled()
             for module in modules:
                 times = range(1 if id(module) in once else repeats)
                 module.set_rows(None if names is None else [n for n in names for _ in times])
                 if isinstance(module, AdapterLayer):
-                    module.set_row_values({a: [v for v in row for _ in times] for a, row in values.items()})
+                    module.set_row_values({a: [v for v in row for _ in times] for a, row in values.items()}, keep)
             yield
         finally:
             for module in modules:

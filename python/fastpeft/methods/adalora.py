@@ -129,7 +129,7 @@ class AdaLora(FactoredMethod):
     }
 
     def check_config(self, config: AdaLoraConfig, loading: bool = False) -> None:
-        for field in ("init_r", "target_r"):
+        for field in ("r", "init_r", "target_r"):
             check_ranks(getattr(config, field), field=field)
         check_probabilities(config)
         odd = [name for name in WITHOUT_MEANING if getattr(config, name)]
