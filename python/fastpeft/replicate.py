@@ -69,5 +69,5 @@ def _clone(layer: nn.Module, index: int) -> nn.Module:
     clone = copy.deepcopy(layer, shared)
     for module in clone.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = index  # by it an attention finds its cache
+            vars(module)["layer_idx"] = index  # by it an attention finds its cache
     return clone

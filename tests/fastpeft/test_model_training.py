@@ -122,21 +122,31 @@ def test_the_whole_public_surface_of_this_version_can_be_imported() -> None:
 
     assert PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is LoraConfig
     assert isinstance(fastpeft.get_peft_config({"peft_type": "LORA", "r": 3}), LoraConfig)
-    with pytest.raises(NotImplementedError, match="VERA is not there yet"):
-        fastpeft.get_peft_config({"peft_type": "VERA"})
+    with pytest.raises(NotImplementedError, match="CARTRIDGE is not there yet"):
+        fastpeft.get_peft_config({"peft_type": "CARTRIDGE"})
     assert issubclass(fastpeft.PeftMixedModel, PeftModel)
 
 
 def test_names_are_found_where_scripts_look_for_them() -> None:
-    from fastpeft.tuners.lora import LoraLayer, LoraModel
+    from fastpeft.tuners import BOFTConfig
+    from fastpeft.tuners.ia3 import IA3Config, IA3Layer
+    from fastpeft.tuners.lora import Embedding, Linear, LoraLayer, LoraModel
     from fastpeft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from fastpeft.utils import (
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS,
+    )
     from fastpeft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 
     ours, _ = pair(modules_to_save=["lm_head"])
     layer = ours.model.model.layers[0].self_attn.q_proj
     assert isinstance(layer, BaseTunerLayer)
     assert isinstance(layer, LoraLayer)
+    assert isinstance(layer, Linear)
+    assert not isinstance(layer, Embedding)
+    assert not isinstance(layer, IA3Layer)
     assert not isinstance(layer.base_layer, LoraLayer)
+    assert (IA3Config, BOFTConfig) == (fastpeft.IA3Config, fastpeft.BOFTConfig)
+    assert LORA_TARGETS["llama"] == ["q_proj", "v_proj"]
     assert isinstance(ours.base_model, LoraModel)
     assert issubclass(LoraModel, BaseTuner)
     assert isinstance(ours.model.lm_head, ModulesToSaveWrapper)

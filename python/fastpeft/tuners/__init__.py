@@ -1,7 +1,81 @@
-"""`peft.tuners`: the names that scripts import from there, from where they live here."""
+"""`peft.tuners`: the names that scripts import from there, from where they live here.
 
-from ..methods.lora import LoraConfig
-from ..tuner import BaseTuner
-from .lora import LoraLayer, LoraModel
+`fastpeft.tuners.<method>` exists for every method file. There is one class of adapter layer, so `LoraLayer`, `IA3Layer`
+and the like, and `Linear`, `Embedding` and the like, answer `isinstance` by what a layer holds and sits on.
+"""
 
-__all__ = ["BaseTuner", "LoraConfig", "LoraLayer", "LoraModel"]
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from types import ModuleType
+from typing import Any
+
+from .. import methods as _methods
+from ..layer import AdapterLayer
+from ..method import Method, registry
+from ..tuner import BaseTuner, tuner_class
+
+_LABELS = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper"})
+
+
+class _HeldBy(type):
+    """The type of classes whose instances are the adapter layers with an adapter of `method` (on a layer `label`)."""
+
+    method: Method
+    label: str | None
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if not isinstance(instance, AdapterLayer) or (cls.label is not None and instance.kind.label != cls.label):
+            return False
+        return any(m.peft_type == cls.method.peft_type for m in instance.methods.values())
+
+
+def layer_class(method: Method, name: str) -> type:
+    """`isinstance(module, LoraLayer)`: whether a module is an adapter layer with an adapter of that method."""
+    label = name if name in _LABELS else None
+    return _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
+
+
+def attribute(module: ModuleType, name: str) -> Any:
+    """What `peft.tuners.<method>.<name>` is here; kept in the module."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    home = importlib.import_module(f"{_methods.__name__}.{module.__name__.rpartition('.')[2]}")
+    method = next(m for m in registry().values() if type(m).__module__ == home.__name__)
+    if name == method.model_name:
+        value: Any = tuner_class(method)
+    elif name in _LABELS or name == method.model_name.removesuffix("Model") + "Layer":
+        value = layer_class(method, name)
+    else:
+        value = getattr(home, name, None) or getattr(sys.modules[__name__.rpartition(".")[0]], name, None)
+    if value is None:
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+    setattr(module, name, value)
+    return value
+
+
+class _Tuner(ModuleType):
+    """`peft.tuners.<method>`, where nothing more is needed than its names."""
+
+    def __getattr__(self, name: str) -> Any:
+        return attribute(self, name)
+
+
+_NAMES = [m.name for m in pkgutil.iter_modules(_methods.__path__) if not m.ispkg]
+for _name in {*_NAMES} - {m.name for m in pkgutil.iter_modules(__path__)}:
+    sys.modules[f"{__name__}.{_name}"] = globals()[_name] = _Tuner(f"{__name__}.{_name}", _Tuner.__doc__)
+
+
+def __getattr__(name: str) -> Any:
+    if name.endswith(("Config", "Model", "Layer")):
+        for module in (importlib.import_module(f"{__name__}.{n}") for n in _NAMES):
+            try:
+                return getattr(module, name)
+            except AttributeError:
+                continue
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["BaseTuner", "layer_class"]
