@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import HasInitWeights, TargetConfig
+from .config import TargetConfig
 from .factored import FactoredMethod, check_probabilities, check_ranks
 from .method import Inner, LayerInfo, State
 
 
 @dataclass
-class LycorisConfig(HasInitWeights, TargetConfig):
+class LycorisConfig(TargetConfig):
     """r, alpha: rank and numerator of the scaling alpha / r. rank_pattern, alpha_pattern: values for layers by pattern.
     rank_dropout: share of the output channels that the update skips in a training step. module_dropout: probability
     that it skips a layer. use_effective_conv2d: Tucker decomposition in convolutions with a kernel above 1."""
@@ -34,11 +34,11 @@ class LycorisConfig(HasInitWeights, TargetConfig):
 class Lycoris(FactoredMethod):
     """Subclasses give `delta_weight` and, where that costs less, `added`."""
 
-    others = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
+    others: ClassVar[tuple[str, ...]] = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
     kinds = frozenset({"linear", "conv1d", "conv2d"})
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
-    def check_config(self, config: LycorisConfig, loading: bool = False) -> None:
+    def check_config(self, config: Any, loading: bool = False) -> None:
         check_ranks(config.r, config.rank_pattern)
         check_probabilities(config)
 

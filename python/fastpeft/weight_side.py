@@ -42,19 +42,19 @@ class _WeightSide(torch.autograd.Function):
         flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, n)
         wanted = [k for k in range(len(params)) if ctx.needs_input_grad[4 + k]]
         dx = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
-        sums: list[Tensor | None] = [torch.zeros_like(p) if k in wanted else None for k, p in enumerate(params)]
+        sums = {k: torch.zeros_like(params[k]) for k in wanted}
         with torch.autocast(x.device.type, enabled=False):
             for i, j in _tiles(n, ctx.step):
                 with torch.enable_grad():
                     leaves = [p.detach().requires_grad_(k in wanted) for k, p in enumerate(params)]
                     w = rows(i, j, *leaves)
                 if dx is not None:
-                    dx.addmm_(dy[:, i:j], w.detach().to(x.dtype))
+                    torch.addmm(dx, dy[:, i:j], w.detach().to(x.dtype), out=dx)
                 if wanted:
                     dw = (dy[:, i:j].t() @ flat).to(w.dtype)
                     for k, grad in zip(wanted, torch.autograd.grad(w, [leaves[k] for k in wanted], dw), strict=True):
                         sums[k] += grad
-        return (None if dx is None else dx.view(x.shape), None, None, None, *sums)
+        return (None if dx is None else dx.view(x.shape), None, None, None, *map(sums.get, range(len(params))))
 
 
 def _tiles(n: int, step: int) -> Iterator[tuple[int, int]]:
@@ -69,8 +69,9 @@ def weight_side(
     begin: called once for each direction, to give `rows(i, j, *params)`; a quantised weight is decoded there. align:
     what i is a multiple of.
     """
+    y: Tensor
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     step = max(TILE_ELEMENTS // max(x.shape[-1], 1) // align, 1) * align
-    y = _WeightSide.apply(x, n, step, begin, *params)
-    return y if bias is None else y.add_(bias.to(y.dtype))  # type: ignore[no-any-return, no-untyped-call]
+    y = _WeightSide.apply(x, n, step, begin, *params)  # type: ignore[no-untyped-call]
+    return y if bias is None else y.add_(bias.to(y.dtype))

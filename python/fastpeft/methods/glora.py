@@ -99,7 +99,8 @@ class Glora(Method):
 
     def make_state(self, config: GloraConfig, info: LayerInfo, shared: Any) -> State:
         out, width, init = info.out_features, info.in_features, config.init_weights
-        forms = {**dict.fromkeys("AB", config.config_A_B), "C": config.config_C, **dict.fromkeys("DE", config.config_D_E)}
+        of_weight, of_bias = dict.fromkeys("AB", config.config_A_B), dict.fromkeys("DE", config.config_D_E)
+        forms = {**of_weight, "C": config.config_C, **of_bias}
         shapes = {"A": (out, width), "B": (out, width), "C": (width, 1), "D": (out,), "E": (out,)}
         if not info.has_bias:
             forms |= dict.fromkeys("CDE", "none")

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..config import HasFanInFanOut, PeftType, PeftWarning, TargetConfig
 from ..factored import check_probabilities, check_ranks, dropout
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, weight_side
 
 
 @dataclass
-class HiraConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
-    """r: rank of B A. hira_dropout: of the input. rank_pattern: of no effect, as in PEFT's layers, whose files are read
-    and written here. init_weights: B starts at zero (True, or "gaussian" for a normal A), or both are random (False)."""
+class HiraConfig(HasFanInFanOut, TargetConfig):
+    """r: rank of B A. hira_dropout: of the input. rank_pattern: of no effect, as in PEFT, whose files fit here.
+    init_weights: B starts at zero (True, or "gaussian" for a normal A), or both are random (False)."""
 
     own_type = PeftType.HIRA
 
@@ -53,7 +53,7 @@ class Hira(Method):
         check_ranks(config.r, config.rank_pattern)
         check_probabilities(config)
         if config.rank_pattern and not loading:
-            warnings.warn("HiRA's layers all have the rank `r`: `rank_pattern` has no effect.", PeftWarning, stacklevel=2)
+            warnings.warn("HiRA's layers all have rank `r`; `rank_pattern` has no effect", PeftWarning, stacklevel=2)
         if config.init_weights not in (True, False, None, "gaussian"):
             raise ValueError(f"`init_weights` should be a bool or 'gaussian', got {config.init_weights!r}")
 
@@ -87,7 +87,8 @@ class Hira(Method):
         if a is None:
             a, b = s.hira_A, s.hira_B
         wide = torch.promote_types(a.dtype, w.dtype)
-        return w * (b.to(wide).flatten(1) @ a.to(wide).flatten(1)).view(w.shape)
+        product: Tensor = b.to(wide).flatten(1) @ a.to(wide).flatten(1)
+        return w * product.view(w.shape)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
         if inner.info.kind == "embedding":

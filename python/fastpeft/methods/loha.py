@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftType
+from ..config import HasInitWeights, PeftType
 from ..lycoris import Lycoris, LycorisConfig, effective, pointwise, uniform
 from ..method import Inner, LayerInfo, State, register
 from ..weight_side import Rows, weight_side
 
 
 @dataclass
-class LoHaConfig(LycorisConfig):
+class LoHaConfig(HasInitWeights, LycorisConfig):
     """See LycorisConfig."""
 
     own_type = PeftType.LOHA
@@ -61,8 +61,9 @@ class LoHa(Lycoris):
         w1a, w1b, w2a, w2b = (t.to(wide) for t in (s.hada_w1_a, s.hada_w1_b, s.hada_w2_a, s.hada_w2_b))
         if s.get("hada_t1") is not None:
             first = torch.einsum("ijkl,jc,io->ockl", s.hada_t1.to(wide), w1b, w1a)
-            return first * torch.einsum("ijkl,jc,io->ockl", s.hada_t2.to(wide), w2b, w2a) * s.scaling
-        return (w1a @ w1b) * (w2a @ w2b) * s.scaling
+            second = torch.einsum("ijkl,jc,io->ockl", s.hada_t2.to(wide), w2b, w2a)
+            return first * second * s.scaling  # type: ignore[no-any-return]
+        return (w1a @ w1b) * (w2a @ w2b) * s.scaling  # type: ignore[no-any-return]
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
         w1a, w1b, w2a, w2b = s.hada_w1_a, s.hada_w1_b, s.hada_w2_a, s.hada_w2_b

@@ -85,7 +85,7 @@ class LoKr(Lycoris):
     def _left(self, s: Any) -> Tensor:
         """w1 with the scaling, [a, c]."""
         w1: Tensor | None = s.get("lokr_w1")
-        return (s.lokr_w1_a @ s.lokr_w1_b if w1 is None else w1) * s.scaling
+        return (s.lokr_w1_a @ s.lokr_w1_b if w1 is None else w1) * s.scaling  # type: ignore[no-any-return]
 
     def _right(self, s: Any) -> Tensor:
         """w2: [b, d, *kernel], or [b, d * kernel] as a matrix."""
@@ -110,7 +110,7 @@ class LoKr(Lycoris):
         info, w1 = inner.info, self._left(s)
         (a, c), x = w1.shape, x.to(w1.dtype)
         if info.kind == "linear":
-            x = x.unflatten(-1, (c, -1))
+            x = x.reshape(*x.shape[:-1], c, -1)
             if s.get("lokr_w2") is None:
                 return F.linear(w1 @ F.linear(x, s.lokr_w2_b), s.lokr_w2_a).flatten(-2)
             b, d = s.lokr_w2.shape
@@ -122,6 +122,7 @@ class LoKr(Lycoris):
             return super().added(s, x, inner)
         batched = x.dim() == len(info.shape)
         x = x if batched else x[None]
-        y = inner.apply(x.unflatten(1, (c, -1)).flatten(0, 1), w2.reshape(len(w2), -1, *kernel)).unflatten(0, (-1, c))
+        y = inner.apply(x.reshape(len(x) * c, -1, *x.shape[2:]), w2.reshape(len(w2), -1, *kernel))
+        y = y.view(len(x), c, *y.shape[1:])
         y = F.linear(y.movedim(1, -1), w1).movedim(-1, 1).flatten(1, 2)
         return y if batched else y[0]

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
+from ..config import HasBias, PeftType, TargetConfig
 from ..factored import check_probabilities, check_ranks, dropout
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, weight_side
 
 
 @dataclass
-class MissConfig(HasBias, HasInitWeights, TargetConfig):
+class MissConfig(HasBias, TargetConfig):
     """r: groups of the input. miss_dropout: of the input. mini_r: groups of the output, of "mini" alone. init_weights:
     True, "bat" or "mini" for the forms above, which start at zero; False for the first, at random."""
 
@@ -84,18 +84,19 @@ class Miss(Method):
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         block = s.miss_block.to(torch.promote_types(s.miss_block.dtype, torch.float32))
-        whole = block.t().repeat(s.out_features // block.shape[1], -(-s.in_features // s.miss_r))
+        whole: Tensor = block.t().repeat(s.out_features // block.shape[1], -(-s.in_features // s.miss_r))
         return whole[:, : s.in_features]
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         block, r = s.miss_block, s.miss_r
         x = s.miss_dropout(x.to(block.dtype))
         whole = x.shape[-1] // r * r
-        sums = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
+        sums = x[..., :whole].reshape(*x.shape[:-1], -1, r).sum(-2)
         if whole < x.shape[-1]:
             sums = sums + F.pad(x[..., whole:], (0, r - x.shape[-1] % r))
-        added = sums @ block
-        return y + added.repeat(*[1] * (added.dim() - 1), y.shape[-1] // added.shape[-1])
+        added: Tensor = sums @ block
+        copies = y.shape[-1] // added.shape[-1]
+        return y + (added if copies == 1 else added.repeat(*[1] * (added.dim() - 1), copies))
 
 
 class _Bat(Miss):
@@ -104,7 +105,7 @@ class _Bat(Miss):
     def check_config(self, config: MissConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
         if config.miss_dropout and not loading:
-            raise ValueError("`miss_dropout` cannot act with init_weights='bat', which changes the weight. Set it to 0.")
+            raise ValueError("`miss_dropout` cannot act with init_weights='bat', which changes the weight.")
 
     def check_layer(self, config: MissConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
