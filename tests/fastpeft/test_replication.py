@@ -66,7 +66,7 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     y, layers = model(ids).logits, model.model.layers
     for options, message in (
         ({"layer_replication": [[0, 9]]}, "no range"),
-        ({"layer_replication": MAP, "exclude_modules": ["q_proj", "up_proj"]}, ""),
+        ({"layer_replication": MAP, "exclude_modules": ["q_proj", "up_proj"]}, "No modules|exclude"),
     ):
         with pytest.raises(ValueError, match=message):
             adapted(fastpeft, model, **options)
