@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ class BaseEdit(Protocol):
     @property
     def used(self) -> tuple[str, ...]:
         """Attributes of the base layer that served to make the adapter, to be dropped once it is in."""
+
+    @property
+    def once(self) -> bool:
+        """Whether an equal edit of another adapter is not to be made again."""
 
     def __call__(self, w: Tensor) -> Tensor:
         """The new W for W as the law names it, in at least float32."""
@@ -40,6 +44,7 @@ class LowRankEdit:
     p: Tensor
     q: Tensor
     used: tuple[str, ...] = ()
+    once: ClassVar[bool] = False
 
     def __call__(self, w: Tensor) -> Tensor:
         return w - (self.p.to(w) @ self.q.to(w)).reshape(w.shape)
@@ -115,8 +120,11 @@ class BaseEdits:
             kind.put_back(module, {**self._original, **_bias(now)})
         w = kind.read(module)[0]
         w = w.to(wide(w.dtype))
+        made: list[BaseEdit] = []
         for edit in edits.values():
-            w = edit(w)
+            if not (edit.once and edit in made):
+                w = edit(w)
+            made += [edit] if edit.once else []
         return w
 
     def _rewrite(self, edits: Mapping[str, BaseEdit]) -> None:

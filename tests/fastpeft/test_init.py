@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import runpy
+from pathlib import Path
 from typing import Any
 
 import fastpeft
@@ -12,68 +13,16 @@ import pytest
 import torch
 from fastpeft.base_edits import LowRankEdit
 from fastpeft.layer import AdapterLayer
-from fastpeft.nf4 import NF4Linear
 from fastpeft.weights import LinearWeight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from peft_kernels import quantize_4bit
-from peft_kernels.testing import assert_no_worse, assert_same_bits
+from peft_kernels.testing import assert_same_bits
 
-X = torch.linspace(-1, 1, 9 * 24).view(9, 24)
+tools = runpy.run_path(str(Path(__file__).with_name("init_tools.py")))
+X, model, wrap, train, tensors = (tools[name] for name in ("X", "model", "wrap", "train", "tensors"))
+assert_same, assert_close, bnb, nf4 = (tools[name] for name in ("assert_same", "assert_close", "bnb", "nf4"))
 RESIDUAL = ["pissa", "pissa_niter_3", "olora"]
-
-
-class Model(nn.Module):
-    def __init__(self, transposed: bool = False) -> None:
-        super().__init__()
-        self.first = nn.Linear(24, 20)
-        self.second = Conv1D(16, 20) if transposed else nn.Linear(20, 16, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
-
-
-def model(transposed: bool = False) -> Model:
-    torch.manual_seed(0)
-    made = Model(transposed)
-    for p in made.parameters():
-        nn.init.normal_(p, std=0.3)
-    return made
-
-
-def wrap(library: Any, base: nn.Module, name: str = "default", **options: Any) -> Any:
-    torch.manual_seed(1)
-    options = {"r": 4, "target_modules": ["first", "second"], **options}
-    if "kasa_config" in options:
-        options["kasa_config"] = library.KasaConfig()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return library.get_peft_model(base, library.LoraConfig(**options), name)
-
-
-def train(adapted: Any, steps: int = 3) -> None:
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        adapted(X.to(next(adapted.parameters()).dtype)).square().mean().backward()
-        optimizer.step()
-
-
-def tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        assert_same_bits(a[key], b[key])
-
-
-def assert_close(a: Tensor, b: Tensor, exact: Tensor) -> None:
-    """Both are results of float32, none of them exact."""
-    assert_no_worse(a, b, exact.double(), 8 * (exact.abs() + exact.abs().mean()).double())
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 3}, {"rank_pattern": {"second": 2}}])
@@ -296,25 +245,6 @@ def test_tied_weights_change_in_one_place_only() -> None:
     assert restored.first.weight is restored.twin.weight
 
 
-def bnb(kind: str) -> nn.Module:
-    import bitsandbytes
-
-    base = model()
-    made = (
-        bitsandbytes.nn.Linear4bit(24, 20, quant_type="nf4", compute_dtype=torch.float32)
-        if kind == "4bit" else bitsandbytes.nn.Linear8bitLt(24, 20, has_fp16_weights=False)
-    )  # fmt: skip
-    made.load_state_dict(base.first.state_dict())
-    base.first = made.to("cpu")
-    return base
-
-
-def nf4() -> nn.Module:
-    base = model()
-    base.first = NF4Linear(quantize_4bit(base.first.weight.detach(), nested=True), base.first.bias)
-    return base
-
-
 @pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
                                      {"kasa_config": True}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("make", [nf4, lambda: bnb("4bit"), lambda: bnb("8bit")],
@@ -385,3 +315,15 @@ def test_mica_is_peft_s_and_freezes_b() -> None:
     train(ours)
     train(theirs)
     assert_close(ours(X), theirs(X), copy.deepcopy(theirs).double()(X.double()))
+
+
+def test_a_second_kasa_of_the_same_rank_leaves_the_base_alone() -> None:
+    adapted = wrap(fastpeft, model(), kasa_config=True)
+    before = tensors(adapted)["base_model.model.first.base_layer.weight"]
+    for name, r in (("same", 4), ("more", 5)):
+        adapted.add_adapter(name, fastpeft.LoraConfig(r=r, target_modules=["first"], kasa_config=fastpeft.KasaConfig()))
+        now = tensors(adapted)["base_model.model.first.base_layer.weight"]
+        assert torch.equal(now, before) == (name == "same")
+    adapted.delete_adapter("default")
+    adapted.delete_adapter("more")
+    assert_same_bits(tensors(adapted)["base_model.model.first.base_layer.weight"], before)

@@ -53,6 +53,8 @@ def components(w: Tensor, covariance: Tensor, r: int, method: str) -> CordaEigen
     """The r components of W [out, in] for the covariance of its inputs [in, in], damped until it can be inverted."""
     covariance = covariance.to(w)
     eye = torch.eye(covariance.shape[0], dtype=w.dtype, device=w.device)
+    if not torch.isfinite(covariance).all() or covariance.diagonal().mean() <= 0:
+        raise ValueError("the covariance of the layer's inputs is zero or not finite")
     damp = 0.01
     while True:
         damped = covariance + torch.diag(torch.ones_like(covariance[0]) * covariance.diagonal().mean() * damp)
@@ -60,8 +62,6 @@ def components(w: Tensor, covariance: Tensor, r: int, method: str) -> CordaEigen
         if torch.dist(damped @ inverse, eye) < 0.05:
             break
         damp *= 2
-        if damp > 1e12:
-            raise ValueError("the covariance of the layer's inputs is zero or not finite")
     u, s, vh = torch.linalg.svd(w @ damped, full_matrices=False)
     v = (vh @ inverse).t()
     taken = slice(None, r) if method == "ipm" else slice(-r, None)

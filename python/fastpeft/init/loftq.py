@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ class QuantisedBase:
 
     bits: int
     held: tuple[Tensor, Tensor] | None = None
-    used: tuple[str, ...] = ()
+    used: ClassVar[tuple[str, ...]] = ()
+    once: ClassVar[bool] = False
 
     def __call__(self, w: Tensor) -> Tensor:
         if self.held is None:

@@ -42,7 +42,8 @@ class Truncation:
     """The edit of the base: W without its r smallest singular components."""
 
     r: int
-    used: tuple[str, ...] = ()
+    used: ClassVar[tuple[str, ...]] = ()
+    once: ClassVar[bool] = True
 
     def __call__(self, w: Tensor) -> Tensor:
         u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
