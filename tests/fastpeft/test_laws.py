@@ -199,6 +199,34 @@ def test_one_adapter(kind: Kind, base: str) -> None:
     assert_either(layer, ["a"], base)
 
 
+GRADIENTS = [(k, b) for k in EXAMPLES for b in ("linear", "nf4", "embedding", "conv2d") if k.adapts(b) and k.merges(b)]
+
+
+@pytest.mark.parametrize(("kind", "base"), GRADIENTS, ids=str)
+def test_gradients_are_those_through_the_merged_weight(kind: Kind, base: str) -> None:
+    layer = make_layer(base)
+    layer.base_layer.requires_grad_(False)
+    add_adapter(layer, "a", kind.method, kind.config())
+    layer.double().eval()
+    layer.set_adapter("a")
+    x = SAMPLE_BASES[base].input()
+    # No padding: its row of the table gets no gradient, which is the table's business.
+    x = x.double().requires_grad_() if x.is_floating_point() else x.where(x != 3, 4)
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    wanted = [*trained.values(), *([x] if x.is_floating_point() else [])]
+    y = layer(x)
+    weights = torch.randn_like(y)
+    ours = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)
+    with torch.no_grad():
+        w0, b0 = (None if t is None else t.double() for t in layer.kind.read(layer.base_layer))
+    y = layer.kind.apply(layer.base_layer, x, *layer.merged_weight(["a"], (w0, b0)))
+    exact = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)
+    for mine, true in zip(ours, exact, strict=True):
+        assert (mine is None) == (true is None)  # what acts in training alone, or has no entries
+        if true is not None and true.numel():
+            assert_no_worse(mine.float(), true.float(), true, true.abs().max().expand_as(true))
+
+
 @pytest.mark.parametrize("base", [*LINEAR, "embedding", "conv1d", "conv2d", "conv3d"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_two_of_the_same_kind(kind: Kind, base: str) -> None:
