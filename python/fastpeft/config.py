@@ -281,6 +281,15 @@ class HasFanInFanOut:
     fan_in_fan_out: bool = False
 
 
+@dataclass
+class HasProjection:
+    """projection_prng_key: the seed of the frozen projections. save_projection: whether files hold them; where they do
+    not, they are computed again on loading."""
+
+    projection_prng_key: int = 0
+    save_projection: bool = True
+
+
 def _plain(value: Any) -> Any:
     """`value` as json holds it."""
     if isinstance(value, enum.Enum):

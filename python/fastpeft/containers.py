@@ -23,7 +23,7 @@ class AdapterDict(nn.Module):
             self[name] = value
 
     def __setitem__(self, name: str, value: nn.Module | Tensor) -> None:
-        self.set(name, value)
+        self.set(name, value, getattr(value, "persistent", True))
 
     def set(self, name: str, value: nn.Module | Tensor, persistent: bool = True) -> None:
         """Store a module, a parameter, or (any other tensor) a buffer, which `state_dict` has if `persistent`."""

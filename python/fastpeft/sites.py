@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ AdapterModule = AdapterLayer | ModulesToSaveWrapper
 
 @dataclass(frozen=True)
 class Site:
-    """A module and where it hangs."""
+    """A module and where it hangs. kind: of its weight, where not its type says it but `target_parameters`. key: by
+    what name patterns know it, where that is not `name`, which keys of tensors start with."""
 
     name: str
     module: nn.Module
     parent: nn.Module | None
     child_name: str
+    kind: type[BaseWeight] | None = None
+    key: str = ""
 
 
 def walk(model: nn.Module) -> Iterator[Site]:
@@ -40,10 +43,25 @@ def walk(model: nn.Module) -> Iterator[Site]:
         seen.add(id(site.module))
         yield site
         if isinstance(site.module, AdapterLayer):
+            stack.extend(parts(site))
             continue
         prefix = f"{site.name}." if site.name else ""
         children = [Site(prefix + n, m, site.module, n) for n, m in site.module._modules.items() if m is not None]
         stack.extend(reversed(children))
+
+
+def parts(site: Site) -> list[Site]:
+    """The modules in or below a layer that its adapters go into as well (the out_proj of an attention)."""
+    module = site.module
+    if isinstance(module, AdapterLayer):
+        found = module.parts()
+    else:
+        kind = weight_of(module)
+        found = iter(()) if kind is None else kind.parts(module)
+    return [
+        Site(f"{site.name}.{path}", child, parent, name, own, f"{site.name}.{name}")
+        for path, parent, name, child, own in found
+    ]
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
@@ -57,17 +75,25 @@ def iter_adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[
     """(key in memory, key in a file, tensor) of everything that is saved for an adapter.
 
     The keys start at `model`: pass a PeftModel for PEFT's `base_model.model.` keys. Tensors that all layers of the
-    adapter share come once, from the tuner that holds them.
+    adapter share come once, from the tuner that holds them or, where there is none, from the first layer.
     """
+    tuner: str | None = None
+    shared: dict[str, tuple[str, AdapterDict]] = {}
     for site in walk(model):
         prefix = f"{site.name}." if site.name else ""
         if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
             for memory, file, tensor in site.module.adapter_state(adapter_name):
                 yield prefix + memory, prefix + file, tensor
-        elif isinstance(site.module, AdapterDict) and getattr(site.parent, "holds_shared_adapters", False):
-            for suffix, tensor in site.module.tensors(adapter_name):
-                end = f".{suffix}" if suffix else ""
-                yield f"{site.name}.{adapter_name}{end}", f"{site.name}{end}", tensor
+        if isinstance(site.module, AdapterLayer):
+            for name, path in site.module.shared.items():
+                shared.setdefault(path, (prefix + name, getattr(site.module, name)))
+        elif getattr(site.module, "holds_shared_adapters", False):
+            tuner = prefix
+    for path, (where, container) in shared.items():
+        file = f"{tuner or ''}{path}"
+        for suffix, tensor in container.tensors(adapter_name):
+            end = f".{suffix}" if suffix else ""
+            yield f"{where if tuner is None else file}.{adapter_name}{end}", f"{file}{end}", tensor
 
 
 def inside_saved(site: Site) -> bool:
@@ -88,18 +114,24 @@ def info_of(site: Site) -> LayerInfo | None:
 
 def checked_info(site: Site) -> LayerInfo:
     if isinstance(site.module, AdapterLayer):
-        return site.module.info
-    kind: type[BaseWeight] | None = weight_of(site.module)
+        return replace(site.module.info, name=site.key or site.name)
+    kind = site.kind or weight_of(site.module)
     if kind is None:
         raise ValueError(
             f"Target module {site.name!r}, a {type(site.module).__name__}, is not supported. Supported are linear "
-            "layers (torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d and Conv3d."
+            "layers (torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d, Conv3d, "
+            "MultiheadAttention and, by `target_parameters`, parameters."
+        )
+    if isinstance(site.parent, nn.MultiheadAttention) and not site.key:
+        raise ValueError(
+            f"{site.name!r} is read by its MultiheadAttention, which never calls it: target the attention itself "
+            f"({site.name.rpartition('.')[0]!r}); its adapters act on {site.child_name} too."
         )
     try:
         kind.check(site.module)
     except ValueError as error:
         raise ValueError(f"{site.name}: {error}") from None
-    return kind.info(site.module, site.name)
+    return kind.info(site.module, site.key or site.name)
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:

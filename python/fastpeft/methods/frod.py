@@ -1,0 +1,227 @@
+"""FRoD: W is written as U diag(l) V^T, with one V for all layers of the same role and U of unit columns; l and a sparse
+S in U (S + diag(l)) V^T are trained (doi 10.1609/aaai.v40i31.39813).
+
+The role is the last two parts of a layer's name (`self_attn_q_proj`). V comes from a joint decomposition of the role's
+weights; U = W V^-T diag(l)^-1 follows from V and the base weight and is in no file.
+
+What is added here is U (S + diag(l - l0)) V^T, with l0 what l began with. PEFT adds U (S + diag(l)) V^T - W, the same
+but for the rounding of the decomposition.
+
+Cost: products with V and U in both directions and none for their gradients, T in (in + out) each: 1 + (in + out) / out
+of the frozen layer, 3.0 if it is square, which is the least. S has sparse_rate in^2 entries; its products and its
+gradient, taken at these entries only, cost T of them each. Saved is V^T x.
+
+Half of this file is the decomposition.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
+from ..factored import dropout
+from ..method import Inner, LayerInfo, State, register
+from ..projections import ProjectedMethod, drawn_normal
+from ..shared import Computed
+from ..sparse import dense, sparse_linear
+from .vera import Vera
+
+if TYPE_CHECKING:
+    from ..layer import AdapterLayer
+
+
+@dataclass
+class FrodConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+    """frod_dropout: of the input. sparse_rate: the share of entries off the diagonal that S has. regularization_alpha:
+    keeps the joint decomposition stable where layers of a role are alike. progressbar: shown while it is computed.
+    runtime_offload_base_weight: accepted; the base weight is needed here and stays where it is."""
+
+    own_type = PeftType.FROD
+    not_in_peft = ("exclude_modules",)
+
+    frod_dropout: float = 0.0
+    sparse_rate: float = 0.01
+    regularization_alpha: float = 1e-3
+    progressbar: bool = True
+    runtime_offload_base_weight: bool = False
+
+
+@register
+class Frod(ProjectedMethod):
+    peft_type = PeftType.FROD
+    prefix = "frod_"
+    config_class = FrodConfig
+    model_name = "FrodModel"
+    tensors = ("frod_lambda_l", "frod_lambda_s_values")
+    others = ("r", "frod_U", "frod_lambda_0", "frod_dropout")
+    projections = ("frod_V", "frod_s_indices", "frod_s_size")
+    default_targets: ClassVar[dict[str, Any]] = {**Vera.default_targets, "vit": ["query", "value"]}
+    examples = (
+        {"sparse_rate": 0.05, "progressbar": False},
+        {"sparse_rate": 0.0, "progressbar": False, "save_projection": False, "init_weights": False},
+    )
+
+    def check_config(self, config: FrodConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        if not 0 <= config.sparse_rate <= 1:
+            raise ValueError(f"`sparse_rate` should be between 0 and 1, got {config.sparse_rate!r}.")
+        if not math.isfinite(config.regularization_alpha):
+            raise ValueError(f"`regularization_alpha` should be finite, got {config.regularization_alpha!r}.")
+
+    def make_shared(self, config: FrodConfig, layers: Sequence[LayerInfo]) -> State:
+        weights: dict[int, dict[str, LayerInfo]] = {}
+        for i, info in enumerate(layers):
+            weights.setdefault(_index(info.name, i), {})[_role(info.name)] = info
+        roles = {
+            role: [by_role[role] for _, by_role in sorted(weights.items()) if role in by_role]
+            for role in sorted({_role(info.name) for info in layers})
+        }
+        generator = functools.cache(lambda: torch.Generator(device="cpu").manual_seed(config.projection_prng_key))
+        bar = functools.cache(lambda: _bar(len(roles)) if config.progressbar else None)
+        shared: State = {}
+        for role, infos in roles.items():
+            n = infos[0].in_features
+            if any(_role(i.name) == role and i.in_features != n for i in layers):
+                raise ValueError(f"FRoD: layers of the role {role!r} have different numbers of inputs")
+            most = n * n - n
+            count = min(int(n * n * config.sparse_rate), most)
+            count = max(1, count) if config.sparse_rate > 0 and most else count
+            saved = config.save_projection
+            shared[f"frod_V.{role}"] = Computed(
+                (n, n), functools.partial(_basis, infos, config.regularization_alpha, bar), saved
+            )
+            shared[f"frod_s_indices.{role}"] = Computed(
+                (2, count), functools.partial(_off_diagonal, n, count, generator), saved, torch.long
+            )
+            shared[f"frod_s_size.{role}"] = Computed((2,), functools.partial(torch.tensor, [n, n]), saved, torch.long)
+        return shared
+
+    def shares(self, info: LayerInfo, names: Sequence[str]) -> Mapping[str, str]:
+        return {name: f"{name}.{_role(info.name)}" for name in self.projections}
+
+    def make_state(self, config: FrodConfig, info: LayerInfo, shared: Any) -> State:
+        role = _role(info.name)
+        v, indices = (getattr(shared, f"{name}.{role}") for name in self.projections[:2])
+        state: State = {"r": info.out_features, "frod_dropout": dropout(config.frod_dropout)}
+        values = torch.zeros(indices.shape[1])
+        u, lambdas = torch.empty(info.out_features, info.in_features), torch.empty(info.in_features)
+        if not u.is_meta:  # else a file brings V, from which U follows
+            u, lambdas = _left(_weight(info), v)
+        state["frod_U"] = nn.Buffer(u, persistent=False)
+        state["frod_lambda_0"] = nn.Buffer(lambdas.clone(), persistent=False)
+        if not config.init_weights and not u.is_meta:
+            values.normal_(std=0.1)
+            lambdas = lambdas + drawn_normal(info.in_features) * 0.1
+        return {**state, "frod_lambda_l": nn.Parameter(lambdas), "frod_lambda_s_values": nn.Parameter(values)}
+
+    def filled(self, layer: AdapterLayer, adapter: str) -> None:
+        weight = layer._unmerged(layer.kind.read)[0]
+        if weight.is_meta or layer.frod_V[adapter].is_meta:
+            return
+        u, lambdas = _left(weight, layer.frod_V[adapter])
+        like = layer.frod_lambda_l[adapter]
+        for name, value in (("frod_U", u), ("frod_lambda_0", lambdas)):
+            getattr(layer, name).set(adapter, value.to(like.device, like.dtype), persistent=False)
+
+    def unpack(self, config: FrodConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for key, indices in tensors.items():
+            if "frod_s_indices." not in key:
+                continue
+            n = tensors[key.replace("frod_s_indices.", "frod_V.")].shape[0]
+            size = tensors[key.replace("frod_s_indices.", "frod_s_size.")]
+            wrong = indices.is_floating_point() or ((indices < 0) | (indices >= n)).any()
+            if wrong or size.tolist() != [n, n]:
+                raise ValueError(f"{key} should be indices into a matrix of {n} x {n}")
+        return tensors
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        wide = torch.promote_types(s.frod_lambda_l.dtype, torch.float32)
+        u, v, values = (t.to(wide) for t in (s.frod_U, shared.frod_V, s.frod_lambda_s_values))
+        middle = dense(values, shared.frod_s_indices, (len(v), len(v)))
+        delta: Tensor = u @ (middle + torch.diag((s.frod_lambda_l - s.frod_lambda_0).to(wide))) @ v.t()
+        return delta
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        lambdas = s.frod_lambda_l
+        u, v = (t.to(x.device, lambdas.dtype) for t in (s.frod_U, shared.frod_V))
+        z = s.frod_dropout(x.to(lambdas.dtype)) @ v
+        rotated = sparse_linear(z, s.frod_lambda_s_values, shared.frod_s_indices, (len(v), len(v)))
+        return y + F.linear(rotated + z * (lambdas - s.frod_lambda_0), u)
+
+
+def _role(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj` -> `self_attn_q_proj`: the layers that share V."""
+    parts = name.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    role = "_".join(parts[-2:])
+    return "attention_output" if role == "output_dense" and parts[-3:-2] == ["attention"] else role
+
+
+def _index(name: str, fallback: int) -> int:
+    """The block of a layer: the number after `layers`, else the first in its name."""
+    parts = name.split(".")
+    after = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
+    return next((int(part) for part in (*after, *parts) if part.isdigit()), fallback)
+
+
+def _weight(info: LayerInfo) -> Tensor:
+    from ..weights import weight_of
+
+    kind = weight_of(info.module)
+    assert kind is not None
+    return kind.read(info.module)[0].detach()
+
+
+def _bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="FRoD joint decomposition", unit="role")
+
+
+def _basis(infos: Sequence[LayerInfo], alpha: float, bar: Any) -> Tensor:
+    """V of the layers of one role, from their weights: a higher-order generalised SVD."""
+    weights = [_weight(info) for info in infos]
+    matrices = [w.to("cpu", torch.float32) for w in weights]
+    stacked = torch.cat(matrices)
+    if stacked.shape[0] < stacked.shape[1]:
+        v = torch.linalg.svd(stacked, full_matrices=True).Vh.T
+    else:
+        q, r = torch.linalg.qr(stacked)
+        eye = torch.eye(r.shape[1])
+        parts = q.split([m.shape[0] for m in matrices])
+        mean = sum((torch.linalg.inv(p.T @ p + alpha * eye) for p in parts), torch.zeros_like(eye)) / len(parts)
+        v = r.T @ torch.linalg.eigh(mean).eigenvectors
+    if bar() is not None:
+        bar().update()
+    basis: Tensor = v.to(weights[0].dtype)
+    return basis
+
+
+def _off_diagonal(n: int, count: int, generator: Any) -> Tensor:
+    """The places of S: drawn from all off the diagonal, in the order of rows."""
+    if not count:
+        return torch.empty(2, 0, dtype=torch.long)
+    drawn = torch.randperm(n * n - n, generator=generator())[:count]
+    rows, columns = drawn // (n - 1), drawn % (n - 1)
+    return torch.stack([rows, columns + (columns >= rows)])
+
+
+def _left(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """U and l of W = U diag(l) V^T."""
+    w, v = weight.detach().to("cpu", torch.float64), v.detach().to("cpu", torch.float64)
+    try:
+        product = torch.linalg.solve(v, w.T).T
+    except RuntimeError:  # a singular V
+        product = w @ torch.linalg.pinv(v, rtol=1e-6).T
+    lambdas = torch.linalg.norm(product, dim=0)
+    unit = torch.where(lambdas > 1e-12, product / lambdas, torch.zeros_like(product))
+    return unit.float(), lambdas.float()

@@ -1,0 +1,171 @@
+"""RandLoRA: W + scaling * B C, a full-rank update from n random bases of rank r (arXiv 2502.00987).
+
+A [r, min(in, out)] and B [max(in, out), n r], with n r >= min(in, out), are frozen and shared by all layers. Trained
+are lambda [r, n] and gamma [n, min], which make n matrices of A: C[k n + b, j] = lambda[k, b] A[k, j] gamma[b, j].
+Where the layer has more inputs than outputs it is C^T B^T that is added.
+
+Cost, in products of the layer's size (the frozen layer has two): the forward has one for C and one for B, and so has
+the backward towards x. The gradients of lambda and gamma are sums over that of C, one more product; only with C on the
+input side do they follow from the product towards x, taken apart into n, at the price of n T in elements multiplied one
+by one. So the least is 3.0 times the frozen layer's FLOPs, and what is done here, 3.5, is within 1.2 of it. Saved is
+the input and, with C on the output side, B^T x; C is elementwise in A and made again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
+from ..factored import check_ranks, dropout
+from ..method import Inner, LayerInfo, State, register
+from ..projections import ProjectedMethod, drawn_normal, seeded
+from ..shared import Computed
+
+Shape = tuple[int, int, int]
+
+
+@dataclass
+class RandLoraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+    """r: the rank of a basis; a smaller one trains more. sparse, very_sparse: bases of -1, 0 and 1, of which a third,
+    or one in sqrt(min), is not 0. randlora_dropout: of the input. randlora_alpha: scaling is this over r."""
+
+    own_type = PeftType.RANDLORA
+    not_in_peft = ("exclude_modules",)
+
+    r: int = 32
+    sparse: bool = False
+    very_sparse: bool = False
+    randlora_dropout: float = 0.0
+    randlora_alpha: int = 640
+
+
+@register
+class RandLora(ProjectedMethod):
+    peft_type = PeftType.RANDLORA
+    prefix = "randlora_"
+    config_class = RandLoraConfig
+    model_name = "RandLoraModel"
+    tensors = ("randlora_lambda", "randlora_gamma")
+    others = ("randlora_dropout", "r", "scaling")
+    projections = ("randlora_A", "randlora_B")
+    repeats_shared = True
+    examples = (
+        {"r": 3, "randlora_alpha": 4},
+        {"r": 6, "randlora_alpha": 4, "sparse": True, "save_projection": False},
+        {"r": 25, "randlora_alpha": 9, "very_sparse": True, "init_weights": False},
+    )
+
+    def check_config(self, config: RandLoraConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        check_ranks(config.r)
+
+    def make_shared(self, config: RandLoraConfig, layers: Sequence[LayerInfo]) -> State:
+        sizes = max(i.in_features for i in layers), max(i.out_features for i in layers)
+        shapes = (config.r, 1, min(sizes)), (max(sizes), math.ceil(min(sizes) / config.r), config.r)
+        at = seeded(config.projection_prng_key, lambda g: _bases(config, shapes, g))
+        return {n: Computed(shapes[i], at(i), config.save_projection) for i, n in enumerate(self.projections)}
+
+    def make_state(self, config: RandLoraConfig, info: LayerInfo, shared: Any) -> State:
+        small, large = sorted((info.in_features, info.out_features))
+        n = math.ceil(small / config.r)
+        lambdas, gammas = drawn_normal(config.r, n), torch.ones(n, small) / large
+        if config.init_weights:
+            lambdas.zero_()
+            gammas.fill_(1 / max(gammas.shape))
+        return {
+            "r": config.r,
+            "scaling": config.randlora_alpha / config.r,
+            "randlora_dropout": dropout(config.randlora_dropout),
+            "randlora_lambda": nn.Parameter(lambdas),
+            "randlora_gamma": nn.Parameter(gammas),
+        }
+
+    def _parts(self, s: Any, shared: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        lambdas, gammas = s.randlora_lambda, s.randlora_gamma
+        n, small = gammas.shape
+        a = shared.randlora_A[:, 0, :small]
+        b = shared.randlora_B[: max(s.in_features, s.out_features), :n].flatten(1)
+        parts = (lambdas, gammas, a, b)
+        lambdas, gammas, a, b = (t.to(lambdas.device, dtype or lambdas.dtype) for t in parts)
+        return lambdas, gammas, a, b
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        lambdas, gammas, a, b = self._parts(s, shared, torch.promote_types(s.randlora_lambda.dtype, torch.float32))
+        delta: Tensor = b @ (lambdas[:, :, None] * a[:, None] * gammas).flatten(0, 1) * s.scaling
+        return delta if s.in_features <= s.out_features else delta.t()
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        parts = self._parts(s, shared)
+        x = s.randlora_dropout(x.to(parts[0].dtype))
+        added: Tensor = _Update.apply(x.flatten(0, -2), *parts, s.in_features <= s.out_features)  # type: ignore[no-untyped-call]
+        return torch.add(y, added.view(y.shape), alpha=s.scaling)
+
+
+def _bases(config: RandLoraConfig, shapes: tuple[Shape, Shape], generator: torch.Generator) -> tuple[Tensor, ...]:
+    """A and B of standard deviation 1, with the numbers that PEFT draws."""
+    if config.sparse or config.very_sparse:
+        sparsity = math.sqrt(shapes[0][2]) if config.very_sparse else 3.0
+        a, b = (_ternary(torch.rand(shape, generator=generator), 1 / (2 * sparsity)) for shape in shapes)
+    else:  # in bfloat16, and B a basis at a time
+        count = shapes[1][1]
+        a = _uniform(shapes[0], generator)
+        b = torch.cat([_uniform((shapes[1][0], 1, config.r), generator) for _ in range(count)], dim=1)
+    return (a / a.std()).float(), (b / b.std()).float()
+
+
+def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
+    return nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.bfloat16), a=math.sqrt(5), generator=generator)
+
+
+def _ternary(uniform: Tensor, edge: float) -> Tensor:
+    return (uniform > 1 - edge).float() - (uniform < edge).float()
+
+
+def _scaled(lambdas: Tensor, gammas: Tensor, a: Tensor) -> Tensor:
+    """C [n r, min]. A few rows of A at a time on a CPU, whose caches hold them."""
+    c = a.new_empty(*lambdas.shape, a.shape[1])
+    for rows in _blocks(a):
+        torch.mul(a[rows, None], gammas, out=c[rows]).mul_(lambdas[rows, :, None])
+    return c.flatten(0, 1)
+
+
+def _blocks(a: Tensor) -> list[slice]:
+    step = 1 if a.device.type == "cpu" else len(a)
+    return [slice(i, i + step) for i in range(0, len(a), step)]
+
+
+class _Update(torch.autograd.Function):
+    """x [T, in] -> C, then B; where `inward` is false, B^T, then C^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lambdas: Tensor, gammas: Tensor, a: Tensor, b: Tensor, inward: bool) -> Tensor:
+        c = _scaled(lambdas, gammas, a)
+        ctx.inward = inward
+        h = x @ (c.t() if inward else b)
+        ctx.save_for_backward(x if inward else h, lambdas, gammas, a, b)
+        return h @ (b.t() if inward else c)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved, lambdas, gammas, a, b = ctx.saved_tensors
+        dx = dlambda = dgamma = None
+        c = _scaled(lambdas, gammas, a) if ctx.needs_input_grad[0] else None
+        dh = dy @ b if ctx.inward else dy
+        if c is not None:
+            dx = dh @ c if ctx.inward else dy @ c.t() @ b.t()
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dc = torch.mm(*((dh.t(), saved) if ctx.inward else (saved.t(), dy)), out=c).view(*lambdas.shape, -1)
+            dlambda, dgamma = torch.empty_like(lambdas), torch.zeros_like(gammas)
+            for rows in _blocks(a):
+                part = dc[rows] * a[rows, None]
+                dlambda[rows] = torch.linalg.vecdot(part, gammas.expand_as(part))
+                dgamma += (part * lambdas[rows, :, None]).sum(0)
+        return dx, dlambda, dgamma, None, None, None

@@ -1,0 +1,133 @@
+"""TinyLoRA: W + B R A with R = sum_i v[i] P[i], where B A is the truncated SVD of W with its singular values shared
+between both, P [u, r, r] is random and frozen, and v [u] is all that is trained (arXiv 2602.04118).
+
+With `weight_tying` neighbouring layers share one v; one for all of them can be as few as 13 parameters. In an embedding
+it is the table, [rows, dim], that is decomposed.
+
+Cost: that of LoRA without the product for the gradients of A, 1 + (2 r in + 3 r out) / (2 in out), and u r r for R.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
+from ..factored import FactoredMethod, check_ranks, dropout
+from ..method import Inner, LayerInfo, State, register
+from ..projections import ProjectedMethod, seeded
+from ..shared import Computed
+
+MAX_ELEMENTS = 1 << 28  # of P, which may be computed for a file that names only its size
+
+
+@dataclass
+class TinyLoraConfig(HasFanInFanOut, HasBias, TargetConfig):
+    """r: the rank of the SVD. u: the length of v. weight_tying: from 0, a v for each layer, to 1, one for all.
+    projection_seed: of P, plus a layer's place among the targets. save_projection: whether files hold P. init_v_bound:
+    of uniform v. tinylora_dropout: of the input. init_weights: v starts as zeros (True), or uniform ("uniform", False).
+    """
+
+    own_type = PeftType.TINYLORA
+    not_in_peft = ("exclude_modules",)
+
+    r: int = 2
+    u: int = 64
+    weight_tying: float = 0.0
+    projection_seed: int = 42
+    save_projection: bool = True
+    init_v_bound: float = 0.02
+    tinylora_dropout: float = 0.0
+    init_weights: bool | str = True
+
+
+@register
+class TinyLora(ProjectedMethod, FactoredMethod):
+    peft_type = PeftType.TINYLORA
+    prefix = "tinylora_"
+    config_class = TinyLoraConfig
+    model_name = "TinyLoraModel"
+    tensors = ("tinylora_v",)
+    others = ("r", "u", "tinylora_A", "tinylora_B", "tinylora_P", "tinylora_group", "tinylora_dropout")
+    kinds = frozenset({"linear", "embedding"})
+    dropout = "tinylora_dropout"
+    seed, projections = "projection_seed", ("tinylora_P",)
+    examples = ({"u": 5}, {"r": 30, "u": 3, "weight_tying": 1.0, "save_projection": False})
+
+    def check_config(self, config: TinyLoraConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        for field in ("r", "u"):
+            check_ranks(getattr(config, field), field=field)
+        if config.u * config.r**2 > MAX_ELEMENTS:
+            raise ValueError(f"`u`={config.u} matrices of `r`={config.r} have more than {MAX_ELEMENTS} elements")
+        if not 0.0 <= config.weight_tying <= 1.0:
+            raise ValueError(f"`weight_tying` should be from 0.0 to 1.0, got {config.weight_tying!r}")
+        if config.init_weights not in (True, False, "uniform"):
+            raise ValueError(f"`init_weights` should be True, False or 'uniform', got {config.init_weights!r}")
+
+    def make_shared(self, config: TinyLoraConfig, layers: Sequence[LayerInfo]) -> State:
+        groups = max(1, round(len(layers) * (1.0 - config.weight_tying)))
+        size = max(1, len(layers) // groups)
+        group_of = [str(min(i // size, groups - 1)) for i in range(len(layers))]
+        vectors = nn.ParameterDict()
+        for group in dict.fromkeys(group_of):
+            v = torch.zeros(config.u)
+            if config.init_weights is not True and not v.is_meta:
+                v.uniform_(-config.init_v_bound, config.init_v_bound)
+            vectors[group] = nn.Parameter(v)
+        places = {info.name: (i, group) for i, (info, group) in enumerate(zip(layers, group_of, strict=True))}
+        return {"tinylora_v": vectors, "places": places}
+
+    def make_state(self, config: TinyLoraConfig, info: LayerInfo, shared: Any) -> State:
+        place, group = shared.places[info.name]
+        rows, columns = info.shape[::-1] if info.kind == "embedding" else info.shape
+        r = min(config.r, rows, columns)
+        p = (config.u, r, r)
+        at = seeded(config.projection_seed + place, lambda g: (torch.normal(0.0, r**-0.5, p, generator=g),))
+        svd = functools.cache(lambda: _svd(info, r))
+        return {
+            "r": r,
+            "u": config.u,
+            "tinylora_A": Computed((r, columns), lambda: svd()[0]),
+            "tinylora_B": Computed((rows, r), lambda: svd()[1]),
+            "tinylora_P": Computed(p, at(0), config.save_projection),
+            "tinylora_group": group,
+            "tinylora_dropout": dropout(config.tinylora_dropout),
+        }
+
+    def _middle(self, s: Any, shared: Any) -> Tensor:
+        v = shared.tinylora_v[s.tinylora_group]
+        p = s.tinylora_P.to(v.device, v.dtype)
+        middle: Tensor = (v @ p.flatten(1)).view(p.shape[1:])
+        return middle
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        a, b, middle = s.tinylora_A, s.tinylora_B, self._middle(s, shared)
+        if b.shape[0] != s.out_features or a.shape[1] != s.in_features:  # an embedding's table is the transposed weight
+            return b.t(), a.t() @ middle.t().to(a.device, a.dtype)
+        return a, b @ middle.to(b.device, b.dtype)
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        if inner.info.kind != "embedding":
+            return super().output(s, shared, x, y, inner)
+        rows = s.tinylora_dropout(inner.apply(x, s.tinylora_B.t()))
+        return y + F.linear(rows @ self._middle(s, shared).to(rows.dtype), s.tinylora_A.t().to(rows.dtype))
+
+
+def _svd(info: LayerInfo, r: int) -> tuple[Tensor, Tensor]:
+    """A and B, in the precision of the weight's own values."""
+    from ..weights import weight_of
+
+    kind = weight_of(info.module)
+    assert kind is not None
+    w = kind.read(info.module)[0].detach()
+    w = w.t() if info.kind == "embedding" else w
+    u, s, vh = torch.linalg.svd(w.float(), full_matrices=False)
+    u, vh, root = u[:, :r].to(w.dtype), vh[:r].to(w.dtype), torch.sqrt(s[:r].to(w.dtype))
+    return root[:, None] * vh, u * root

@@ -1,0 +1,141 @@
+"""Uni-LoRA: a LoRA whose A and B of all layers are one short trained vector, theta_d, spread out by a fixed random
+assignment: A[i, j] = theta_d[index[i, j]] / sqrt(how often that index occurs) (arXiv 2506.00799).
+
+Cost: A and B are gathered once a call, and the gradient of theta_d is summed into it; both are r (in + out) elements
+and no products. So it costs what LoRA does, 1 + 3 r (in + out) / (2 in out).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
+from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..method import LayerInfo, State, register
+from ..projections import check_bias, check_seed
+from ..shared import Computed
+
+MAX_LENGTH = 1 << 31
+# A file without indices names a rank only, and 12 bytes are allocated for each of its r (in + out) elements.
+MAX_LOADED_RANK = 1024
+
+
+@dataclass
+class UniLoraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+    """r: the rank. proj_seed: of the assignment. theta_d_length: of the vector. unilora_dropout: of the input.
+    init_theta_d_bound: theta_d starts uniform within this. save_indices: files hold the assignment too."""
+
+    own_type = PeftType.UNILORA
+    not_in_peft = ("exclude_modules",)
+
+    r: int = 4
+    proj_seed: int = 42
+    theta_d_length: int = 256
+    unilora_dropout: float = 0.0
+    init_theta_d_bound: float = 0.02
+    save_indices: bool = False
+
+
+@register
+class UniLora(FactoredMethod):
+    peft_type = PeftType.UNILORA
+    prefix = "unilora_"
+    config_class = UniLoraConfig
+    model_name = "UniLoraModel"
+    tensors = ("unilora_theta_d",)
+    others = (
+        "r", "unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B", "unilora_dropout",
+    )  # fmt: skip
+    dropout = "unilora_dropout"
+    examples = ({"r": 2, "theta_d_length": 12}, {"r": 3, "theta_d_length": 7, "save_indices": True})
+
+    def check_config(self, config: UniLoraConfig, loading: bool = False) -> None:
+        check_ranks(config.r)
+        check_probabilities(config)
+        check_seed(config, "proj_seed")
+        check_bias(config, "unilora")
+        length, bound = config.theta_d_length, config.init_theta_d_bound
+        if not isinstance(length, int) or not 1 <= length <= MAX_LENGTH:
+            raise ValueError(f"`theta_d_length` should be a positive integer of at most {MAX_LENGTH}, got {length!r}.")
+        if config.proj_seed < 0:
+            raise ValueError(f"`proj_seed` should not be negative, got {config.proj_seed}.")
+        if not bound > 0:
+            raise ValueError(f"`init_theta_d_bound` should be a positive float, got {bound!r}.")
+        if loading and not config.save_indices and config.r > MAX_LOADED_RANK:
+            raise ValueError(f"`r`={config.r} in a file without indices; at most {MAX_LOADED_RANK} is loaded")
+
+    def make_shared(self, config: UniLoraConfig, layers: Sequence[LayerInfo]) -> State:
+        theta = torch.empty(config.theta_d_length)
+        if not theta.is_meta:
+            bound = config.init_theta_d_bound
+            theta.uniform_(-bound, bound) if config.init_weights else theta.normal_()
+        return {"unilora_theta_d": nn.Parameter(theta), "assignment": _Assignment(config, layers)}
+
+    def make_state(self, config: UniLoraConfig, info: LayerInfo, shared: Any) -> State:
+        state: State = {"r": config.r, "unilora_dropout": dropout(config.unilora_dropout)}
+        for which, shape in _shapes(config, info).items():
+            for kind, dtype in (("indices", torch.long), ("scales", torch.float32)):
+                make = functools.partial(shared.assignment, info.name, which, kind)
+                state[f"unilora_{kind}_{which}"] = Computed(shape, make, config.save_indices, dtype)
+        return state
+
+    def unpack(self, config: UniLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for key, value in tensors.items():
+            wrong = "unilora_indices_" in key and (
+                value.is_floating_point() or ((value < 0) | (value >= config.theta_d_length)).any()
+            )
+            if wrong:
+                raise ValueError(f"{key} should be indices below theta_d_length={config.theta_d_length}")
+        return tensors
+
+    def ignores(self, config: UniLoraConfig, key: str) -> bool:
+        return not config.save_indices and key.rpartition(".")[2].startswith(("unilora_indices_", "unilora_scales_"))
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        theta = shared.unilora_theta_d.to(s.unilora_indices_A.device)
+        a = theta[s.unilora_indices_A] * s.unilora_scales_A.to(theta.dtype)
+        return a, theta[s.unilora_indices_B] * s.unilora_scales_B.to(theta.dtype)
+
+
+def _shapes(config: UniLoraConfig, info: LayerInfo) -> dict[str, tuple[int, int]]:
+    return {"A": (config.r, info.in_features), "B": (info.out_features, config.r)}
+
+
+class _Assignment:
+    """Which element of theta_d each element of each layer's A and B is, drawn for all of them together.
+
+    Every index occurs equally often, or once more; then all are shuffled (as PEFT does, with the same numbers).
+    """
+
+    def __init__(self, config: UniLoraConfig, layers: Sequence[LayerInfo]) -> None:
+        self.config, self.places, self.count = config, dict[tuple[str, str], tuple[int, tuple[int, int]]](), 0
+        for info in layers:
+            for which, shape in _shapes(config, info).items():
+                self.places[info.name, which] = self.count, shape
+                self.count += shape[0] * shape[1]
+        self.drawn: Callable[[], tuple[Tensor, Tensor]] = functools.cache(self._draw)
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        length = self.config.theta_d_length
+        rng = np.random.default_rng(self.config.proj_seed)
+        each, left = divmod(self.count, length)
+        data = np.repeat(np.arange(length), each)
+        if left:
+            data = np.concatenate([data, rng.choice(length, size=left, replace=False)])
+        rng.shuffle(data)
+        indices = torch.as_tensor(data, dtype=torch.long)
+        counts = torch.bincount(indices, minlength=length)
+        return indices, counts.clamp(min=1).float().rsqrt()
+
+    def __call__(self, name: str, which: str, kind: str) -> Tensor:
+        indices, scales = self.drawn()
+        start, shape = self.places[name, which]
+        mine = indices[start : start + shape[0] * shape[1]].view(shape)
+        return mine.clone() if kind == "indices" else scales[mine]

@@ -1,0 +1,102 @@
+"""VeRA: W + diag(b) B diag(d) A, with A [r, in] and B [out, r] random, frozen and shared by all layers, and the vectors
+b and d trained (arXiv 2310.11454).
+
+Cost: A and B are multiplied with once each in both directions, T r (in + out) each; they have no gradients, so there is
+no third product. That is the least, 1 + r (in + out) / (in out) of the frozen layer: 1.25 at r = 256 and 2048 x 2048.
+Saved are B(d A x) for the gradient of b, and A x for that of d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
+from ..factored import check_ranks, dropout
+from ..method import Inner, LayerInfo, State, register
+from ..projections import ProjectedMethod, drawn_normal, kaiming_uniform, seeded
+from ..shared import Computed
+from ..targets import DEFAULT_TARGETS
+
+
+@dataclass
+class VeraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+    """r: the rank. vera_dropout: of the input. d_initial: what d starts with."""
+
+    own_type = PeftType.VERA
+    not_in_peft = ("exclude_modules",)
+
+    r: int = 256
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+
+
+@register
+class Vera(ProjectedMethod):
+    peft_type = PeftType.VERA
+    prefix = "vera_lambda_"
+    config_class: ClassVar[type[Any]] = VeraConfig
+    model_name = "VeraModel"
+    tensors = ("vera_lambda_b", "vera_lambda_d")
+    others: ClassVar[tuple[str, ...]] = ("vera_dropout", "r")
+    default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
+    projections = ("vera_A", "vera_B")
+    examples = ({"r": 5}, {"r": 30, "save_projection": False, "init_weights": False})
+
+    word: ClassVar[str] = "vera"  # what the names of tensors begin with
+    parts: ClassVar[int] = 1  # how many vectors of r numbers d and A give
+
+    def check_config(self, config: Any, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        check_ranks(config.r)
+
+    def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
+        rows, r = self.parts * config.r, config.r
+        width, height = max(i.in_features for i in layers), max(i.out_features for i in layers)
+        at = seeded(
+            config.projection_prng_key, lambda g: (kaiming_uniform((rows, width), g), kaiming_uniform((height, r), g))
+        )
+        shapes = ((rows, width), (height, r))
+        return {n: Computed(shapes[i], at(i), config.save_projection) for i, n in enumerate(self.projections)}
+
+    def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
+        b, d = torch.ones(info.out_features), drawn_normal(self.parts * config.r)
+        if config.init_weights:
+            b.zero_()
+            d.fill_(config.d_initial)
+        return {
+            "r": config.r,
+            f"{self.word}_dropout": dropout(getattr(config, f"{self.word}_dropout")),
+            f"{self.word}_lambda_b": nn.Parameter(b),
+            f"{self.word}_lambda_d": nn.Parameter(d),
+        }
+
+    def tensors_of(self, s: Any, shared: Any, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """b, d, A and B for this layer, of A and d the first rows."""
+        b, d = getattr(s, f"{self.word}_lambda_b"), getattr(s, f"{self.word}_lambda_d")
+        a, back = (getattr(shared, name) for name in self.projections)
+        found = b, d[:rows], a[:rows, : s.in_features], back[: s.out_features]
+        return tuple(t.to(d.device, dtype or d.dtype) for t in found)
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        wide = torch.promote_types(getattr(s, f"{self.word}_lambda_d").dtype, torch.float32)
+        b, d, a, back = self.tensors_of(s, shared, s.r, wide)
+        return (b[:, None] * back) @ (d[:, None] * a)
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        b, d, a, back = self.tensors_of(s, shared, self.rows(s))
+        h = d * F.linear(getattr(s, f"{self.word}_dropout")(x.to(d.dtype)), a)
+        return torch.addcmul(y, b, F.linear(self.hidden(s, h), back))
+
+    def rows(self, s: Any) -> int:
+        """How many rows of A this call needs."""
+        return int(s.r)
+
+    def hidden(self, s: Any, h: Tensor) -> Tensor:
+        """What B is applied to."""
+        return h
