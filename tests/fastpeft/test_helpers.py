@@ -1,0 +1,139 @@
+"""`fastpeft.helpers` and the reduction of intruder dimensions, against PEFT's."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import fastpeft
+import fastpeft.helpers
+import fastpeft.tuners.lora.intruders
+import peft
+import peft.helpers
+import peft.tuners.lora.intruders
+import pytest
+import torch
+from torch import nn
+
+tools = runpy.run_path(str(Path(__file__).with_name("init_tools.py")))
+X, model, wrap, tensors, nf4 = (tools[name] for name in ("X", "model", "wrap", "tensors", "nf4"))
+LIBRARIES = (fastpeft, peft)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(12, 10 + i) for i in range(5))
+        self.mlp = nn.Module()
+        self.mlp.gate_up_proj = nn.Parameter(torch.randn(3, 6, 8))
+        self.mlp.down_proj = nn.Parameter(torch.randn(3, 8, 40))
+        self.mlp.other = nn.Parameter(torch.randn(3, 8, 4))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"max_dim_size_to_analyze": 12},
+                                     {"moe_param_suffixes": (".other",), "top_p": 1.0}])  # fmt: skip
+def test_kappa_targets(options: dict[str, Any]) -> None:
+    ours, theirs = (
+        lib.helpers.find_kappa_target_modules(Experts(), show_progress=False, **options) for lib in LIBRARIES
+    )
+    assert ours == theirs
+    assert ours["target_modules"]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_modules": 2}, {"threshold": 5.0}, {"top_p": 0.01}])
+def test_kappa_selector(options: dict[str, Any]) -> None:
+    for method in ("get_best_targets", "get_best_target_parameters"):
+        ours, theirs = (
+            getattr(lib.helpers.KappaTuneSelector(Experts(), show_progress=False), method)(**options)
+            for lib in LIBRARIES
+        )
+        assert ours == theirs
+
+
+def test_kappa_of_a_quantised_layer() -> None:
+    selector = fastpeft.helpers.KappaTuneSelector(nf4())
+    assert set(selector.get_best_targets()) == {"first", "second"}
+    assert fastpeft.find_kappa_target_modules(nn.Tanh(), show_progress=False)["target_modules"] == []
+
+
+def test_rescaling_is_for_the_time_being() -> None:
+    ours, theirs = (wrap(lib, model(), init_lora_weights=False, lora_alpha=6) for lib in LIBRARIES)
+    before = ours(X)  # makes the layers' plans
+    for lib, adapted in zip(LIBRARIES, (ours, theirs), strict=True):
+        with lib.helpers.rescale_adapter_scale(adapted, 0.5):
+            adapted.inside = adapted(X)
+    torch.testing.assert_close(ours.inside, theirs.inside)
+    assert not torch.equal(ours.inside, before)
+    assert torch.equal(ours(X), before)
+    with pytest.raises(RuntimeError, match="inside"), fastpeft.helpers.rescale_adapter_scale(ours, 0.5):
+        raise RuntimeError("inside")
+    assert torch.equal(ours(X), before)
+    with pytest.raises(TypeError, match="multiplier"), fastpeft.helpers.rescale_adapter_scale(ours, "2"):
+        pass
+    with pytest.raises(ValueError, match="scaling"), fastpeft.helpers.rescale_adapter_scale(model(), 2):
+        pass
+
+
+def test_inputs_are_not_cast() -> None:
+    """Something else casts: a hook, as diffusers' layerwise casting has."""
+    adapted = wrap(fastpeft, model(), init_lora_weights=False, target_modules=["first"])
+    layer = adapted.base_model.model.first
+    expected = layer(X)
+    seen = []
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    with torch.no_grad():
+        stored = a.weight.data
+        a.weight.data = stored.half()  # at rest, in a dtype that it does not compute in
+
+        def upcast(module: nn.Module, args: Any) -> None:
+            seen.append(args[0].dtype)
+            module.weight.data = stored
+
+        handle = a.register_forward_pre_hook(upcast)
+        with fastpeft.helpers.disable_input_dtype_casting(adapted):
+            torch.testing.assert_close(layer(X), expected)
+        handle.remove()
+    assert seen == [torch.float32]
+    assert layer.cast_input_dtype_enabled
+    with fastpeft.helpers.disable_input_dtype_casting(adapted, active=False):
+        assert layer.cast_input_dtype_enabled
+    a.half(), b.half()
+    assert layer(X).dtype is torch.float32
+    with pytest.raises(RuntimeError), fastpeft.helpers.disable_input_dtype_casting(adapted):
+        layer(X)
+
+
+def test_what_is_an_adapter(tmp_path: Any) -> None:
+    wrap(fastpeft, model()).save_pretrained(tmp_path / "a")
+    for lib in LIBRARIES:
+        assert lib.helpers.check_if_peft_model(str(tmp_path / "a"))
+        assert not lib.helpers.check_if_peft_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 16, "threshold_epsilon": 0.9, "mitigation_lambda": 0.2},
+                                     {"threshold_epsilon": 0.0}])  # fmt: skip
+def test_intruder_dimensions(options: dict[str, Any]) -> None:
+    adapters, said = [], []
+    for lib in LIBRARIES:
+        adapted = wrap(lib, model(), init_lora_weights=False, lora_alpha=40)
+        lines: list[str] = []
+        lib.tuners.lora.intruders.reduce_intruder_dimension(adapted, logging_sink=lines.append, **options)
+        said.append([line.rpartition(".")[2] for line in lines])
+        assert adapted.active_adapters == ["intruder_reduced"]
+        adapters.append(adapted)
+    assert said[0] == said[1]
+    torch.testing.assert_close(adapters[0](X), adapters[1](X), rtol=1e-4, atol=1e-4)
+    ours, theirs = (
+        [m.base_model.model.get_submodule(n).get_delta_weight("intruder_reduced") for n in ("first", "second")]
+        for m in adapters
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_intruders_of_a_quantised_layer() -> None:
+    adapted = wrap(fastpeft, nf4(), init_lora_weights=False, lora_alpha=40)
+    fastpeft.tuners.lora.intruders.reduce_intruder_dimension(adapted, logging_sink=None)
+    layer = adapted.base_model.model.first
+    assert not torch.equal(layer.get_delta_weight("default"), layer.get_delta_weight("intruder_reduced"))
