@@ -1,0 +1,379 @@
+"""LoHa, LoKr, HiRA, GLoRA, DeLoRA, GraLoRA, MiSS and DEFT beside live PEFT, and what they cost.
+
+The laws (test_laws.py), golden files (test_golden.py) and the life of an adapter (test_life.py) hold them too.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import fastpeft
+import peft
+import pytest
+import torch
+from fastpeft import weight_side as weight_side_module
+from fastpeft.config import PeftWarning
+from fastpeft.factored import FactoredMethod
+from fastpeft.method import get_method
+from fastpeft.methods.lokr import factorize
+from fastpeft.testing import add_adapter, make_layer
+from fastpeft.weight_side import weight_side
+from peft.tuners.lokr.layer import factorization
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
+
+from peft_kernels.testing import assert_no_worse, assert_same_bits
+
+LINEAR = {"lin": (lambda: nn.Linear(24, 20), (2, 5, 24)), "plain": (lambda: nn.Linear(24, 20, bias=False), (3, 24))}
+LAYERS: dict[str, Any] = {
+    **LINEAR,
+    "gpt2": (lambda: Conv1D(20, 24), (2, 5, 24)),
+    "conv1": (lambda: nn.Conv1d(6, 8, 3, padding=1), (2, 6, 9)),
+    "conv2": (lambda: nn.Conv2d(6, 8, 3, stride=2, dilation=(2, 1)), (2, 6, 9, 7)),
+    "pixel": (lambda: nn.Conv2d(6, 8, 1), (2, 6, 4, 5)),
+    "groups": (lambda: nn.Conv2d(6, 8, 3, groups=2), (2, 6, 5, 6)),
+    "conv3": (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 4, 3)),
+}
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("LoHaConfig", {"r": 3, "alpha": 4}, "lin plain conv1 conv2 pixel groups"),
+    ("LoHaConfig", {"r": 9, "init_weights": False}, "lin conv2"),
+    ("LoHaConfig", {"r": 2, "use_effective_conv2d": True}, "lin conv1 conv2 pixel groups"),
+    ("LoKrConfig", {"r": 1, "alpha": 4}, "lin plain conv1 conv2 pixel groups"),
+    ("LoKrConfig", {"r": 12, "init_weights": False}, "lin conv1 conv2 pixel groups"),
+    ("LoKrConfig", {"r": 1, "decompose_both": True, "init_weights": "lycoris"}, "lin conv1 conv2"),
+    ("LoKrConfig", {"r": 1, "decompose_factor": 4, "use_effective_conv2d": True}, "lin conv2"),  # conv1: PEFT raises
+    ("HiraConfig", {"r": 3}, "lin plain gpt2 conv1 conv2 pixel conv3"),
+    ("HiraConfig", {"r": 2, "init_weights": "gaussian"}, "lin gpt2 conv1"),
+    ("HiraConfig", {"r": 2, "init_weights": False}, "lin conv2"),
+    ("GloraConfig", {"r": 3}, "lin plain"),
+    ("GloraConfig", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}, "lin plain"),
+    ("GloraConfig", {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"}, "lin"),
+    ("GloraConfig", {"config_A_B": "none", "config_D_E": "vector", "init_weights": False}, "lin"),
+    ("DeloraConfig", {"r": 3}, "lin plain"),
+    ("DeloraConfig", {"r": 2, "delora_lambda": 4, "init_weights": False}, "lin"),
+    ("GraloraConfig", {"r": 4, "alpha": 3}, "lin plain gpt2"),
+    ("GraloraConfig", {"r": 8, "gralora_k": 4, "hybrid_r": 3, "init_weights": False}, "lin gpt2"),
+    ("MissConfig", {"r": 6}, "lin plain"),
+    ("MissConfig", {"r": 7, "init_weights": False}, "lin"),
+    ("MissConfig", {"r": 4, "init_weights": "bat"}, "lin"),
+    ("MissConfig", {"r": 7, "init_weights": "mini", "mini_r": 5}, "lin"),
+    ("DeftConfig", {"r": 3, "alpha": 2}, "lin plain gpt2"),
+    ("DeftConfig", {"r": 30, "decomposition_method": "qr"}, "lin"),
+    ("DeftConfig", {"r": 3, "init_weights": False, "init_scale": 0.5}, "lin"),
+    ("DeftConfig", {"r": 3, "para": True}, "lin gpt2"),
+]  # fmt: skip
+IDS = [
+    pytest.param(name, options, layer, id=f"{name}-{i}-{layer}")
+    for i, (name, options, layers) in enumerate(CASES)
+    for layer in layers.split()
+]
+
+
+def model_of(library: Any, layer: str | nn.Module, name: str, options: dict[str, Any], seed: int = 1) -> Any:
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("layer", LAYERS[layer][0]() if isinstance(layer, str) else copy.deepcopy(layer))
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
+        return library.get_peft_model(base, getattr(library, name)(target_modules=["layer"], **options)).eval()
+
+
+def pair(layer: str, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    return model_of(fastpeft, layer, name, options), model_of(peft, layer, name, options)
+
+
+def randomise(*models: Any) -> None:
+    for model in models:
+        torch.manual_seed(3)
+        for parameter in [p for p in model.parameters() if p.requires_grad]:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+
+
+def run(model: Any, x: Tensor) -> list[Tensor]:
+    """The output and every gradient, by name."""
+    x = x.clone().requires_grad_(True)
+    y = model(x)
+    torch.manual_seed(4)
+    y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
+    grads = [p.grad for _, p in sorted(model.named_parameters()) if p.requires_grad]
+    return [y.detach(), x.grad, *grads]
+
+
+def assert_as_good(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
+    """As PEFT in float64, to the accuracy that PEFT's own float32 has anywhere in the tensor."""
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        worst, largest = (b.double() - c).abs().max(), c.abs().max().clamp(min=1.0).expand(c.shape)
+        assert_no_worse(a, (c + worst).to(b.dtype), c, largest)
+
+
+@pytest.mark.parametrize(("name", "options", "layer"), IDS)
+def test_as_peft(name: str, options: dict[str, Any], layer: str) -> None:
+    ours, theirs = pair(layer, name, options)
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_same_bits(state[key], value)
+    randomise(ours, theirs)
+    x = torch.randn(LAYERS[layer][1])
+    exact = copy.deepcopy(theirs).double()
+    models = (ours, theirs, exact)
+    wrong = layer in ("conv1", "conv2", "groups") and options.get("use_effective_conv2d") and name == "LoHaConfig"
+    if wrong:  # PEFT's gradients of hada_w1_a and hada_w2_a: see the test below
+        results = [(model(x.to(next(model.parameters()).dtype)).detach(),) for model in models]
+    else:
+        results = [run(ours, x), run(theirs, x), run(exact, x.double())]
+    assert_as_good(*results)
+    assert_as_good(*[[m.merge_and_unload()(x.to(y[0].dtype)).detach()] for m, y in zip(models, results, strict=True)])
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv2"])
+def test_gradients_of_lohas_tucker_form_are_right_where_pefts_are_not(layer: str) -> None:
+    ours, theirs = (m.double() for m in pair(layer, "LoHaConfig", {"r": 2, "use_effective_conv2d": True}))
+    randomise(ours, theirs)
+    ours.double(), theirs.double()
+    x = torch.randn(LAYERS[layer][1], dtype=torch.float64)
+    trained = dict(sorted((n, p) for n, p in ours.named_parameters() if p.requires_grad))
+    names, values = list(trained), [p.detach().requires_grad_(True) for p in trained.values()]
+
+    def call(*tensors: Tensor) -> Tensor:
+        return torch.func.functional_call(ours, dict(zip(names, tensors, strict=True)), x).sum(0)
+
+    assert torch.autograd.gradcheck(call, values, fast_mode=True)
+    ours_grads, their_grads = run(ours, x)[2:], run(theirs, x)[2:]
+    differ = [n for n, a, b in zip(names, ours_grads, their_grads, strict=True) if not torch.allclose(a, b)]
+    assert all("w1_a" in n or "w2_a" in n for n in differ)
+    assert len(differ) == 2, "PEFT is right now: compare the gradients above, and in test_golden.py"
+
+
+@pytest.mark.parametrize(("name", "options", "layer"), [c for c in IDS if c.values[2] in LINEAR])
+def test_bfloat16_and_compositions_agree(name: str, options: dict[str, Any], layer: str) -> None:
+    """With a second adapter that does nothing, or a hook, the layer takes the slow path; half precision runs."""
+    model = model_of(fastpeft, layer, name, options)
+    randomise(model)
+    x = torch.randn(LAYERS[layer][1])
+    alone, exact = run(model, x), run(copy.deepcopy(model).double(), x.double())
+    inner = model.base_model.model.layer
+    model.zero_grad()
+    handle = inner.base_layer.register_forward_hook(lambda *_: None)
+    inner._plan = None
+    assert_as_good(run(model, x), alone, exact)
+    handle.remove()
+    half = copy.deepcopy(model).bfloat16()
+    y = half(x.bfloat16())
+    y.sum().backward()
+    assert y.dtype is torch.bfloat16
+    assert (y.double() - exact[0]).abs().max() < 0.1 * exact[0].abs().max() + 0.1
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in half.parameters() if p.requires_grad)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("name", ["LoHaConfig", "LoKrConfig"])
+def test_rank_dropout_skips_output_channels(name: str) -> None:
+    model = model_of(fastpeft, "lin", name, {"r": 2, "rank_dropout": 0.5})
+    randomise(model)
+    x = torch.randn(64, 24)
+    base, full = model.base_model.model.layer.base_layer(x), model(x)
+    assert torch.equal(model(x), full)
+    model.train()
+    ratios = torch.stack([((model(x) - base) / (full - base)).median(0).values for _ in range(20)])
+    kept = ratios.abs() > 1e-3
+    assert 0.3 < kept.float().mean() < 0.7
+    assert ((ratios != ratios[0]).any(0)).all()
+    per_step = ratios.sum(1) / kept.sum(1)
+    scaled = name == "LoHaConfig"  # LoKr scales up with rank_dropout_scale alone
+    assert torch.allclose(per_step, kept.shape[1] / kept.sum(1) if scaled else torch.ones(20), atol=1e-2)
+
+
+def test_when_every_channel_is_dropped_the_update_is_zero() -> None:
+    model = model_of(fastpeft, "lin", "LoHaConfig", {"r": 2, "rank_dropout": 1 - 1e-9}).train()
+    randomise(model)
+    x = torch.randn(2, 24)
+    assert torch.equal(model(x), model.base_model.model.layer.base_layer(x))  # PEFT: NaN
+
+
+@pytest.mark.parametrize("name", ["LoHaConfig", "LoKrConfig"])
+def test_module_dropout_skips_the_layer(name: str) -> None:
+    model = model_of(fastpeft, "lin", name, {"r": 2, "module_dropout": 0.5}).train()
+    randomise(model)
+    x = torch.randn(2, 24)
+    base = model.base_model.model.layer.base_layer(x)
+    skipped = [torch.equal(model(x), base) for _ in range(60)]
+    assert 10 < sum(skipped) < 50
+    assert not torch.equal(model.eval()(x), base)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("HiraConfig", {"r": 2, "hira_dropout": 0.5}), ("DeloraConfig", {"r": 2, "module_dropout": 0.5}),
+        ("GraloraConfig", {"r": 4, "gralora_dropout": 0.5, "hybrid_r": 1}),
+        ("MissConfig", {"r": 4, "miss_dropout": 0.5}), ("DeftConfig", {"r": 2, "deft_dropout": 0.5}),
+    ],
+)  # fmt: skip
+def test_dropout_acts_on_the_adapters_input_in_training_alone(name: str, options: dict[str, Any]) -> None:
+    model = model_of(fastpeft, "lin", name, options)
+    randomise(model)
+    x = torch.randn(1, 24)
+    expected = model(x)
+    assert torch.equal(model(x), expected)
+    model.train()
+    rows = model(x.repeat(2000, 1)).detach()
+    assert (rows.std(0) > 0).all()
+    assert ((rows.mean(0) - expected).abs() < 6 * rows.std(0) / 2000**0.5).all()
+
+
+# What differs from PEFT on purpose, and errors
+
+
+def test_two_miss_adapters_of_different_forms() -> None:
+    """PEFT keeps the form once per layer: the second adapter is computed as if it had the first one's."""
+    method, layer = get_method("MISS"), make_layer("linear")
+    for name, form in (("a", True), ("b", "mini")):
+        add_adapter(layer, name, method, fastpeft.MissConfig(r=4, mini_r=5, init_weights=form))
+    x = torch.randn(3, 24)
+    for name in ("a", "b"):
+        layer.set_adapter(name)
+        w, b = layer.merged_weight([name])
+        assert torch.allclose(layer(x), nn.functional.linear(x, w, b), atol=1e-5)
+
+
+def test_hiras_ranks_are_one_as_pefts_are() -> None:
+    options = {"r": 3, "rank_pattern": {"layer": 2}}
+    with pytest.warns(PeftWarning, match="no effect"):
+        ours = model_of(fastpeft, "lin", "HiraConfig", options)
+    theirs = model_of(peft, "lin", "HiraConfig", options)
+    assert ours.base_model.model.layer.hira_A["default"].shape == theirs.base_model.model.layer.hira_A["default"].shape
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer", "match"),
+    [
+        ("LoHaConfig", {"r": 0}, "lin", "positive integer"),
+        ("LoHaConfig", {"r": 10**7}, "lin", "at most 65536"),
+        ("LoKrConfig", {"decompose_factor": 0}, "lin", "decompose_factor"),
+        ("LoKrConfig", {"init_weights": "kaiming"}, "lin", "lycoris"),
+        ("LoKrConfig", {"rank_dropout": 1.5}, "lin", r"in \[0, 1\)"),
+        ("HiraConfig", {}, "groups", "groups=2"),
+        ("HiraConfig", {"init_weights": "uniform"}, "lin", "gaussian"),
+        ("DeloraConfig", {"rank_pattern": {"layer": -1}}, "lin", "positive integer"),
+        ("DeloraConfig", {}, "conv2", "cannot adapt"),
+        ("GraloraConfig", {"r": 6, "gralora_k": 3}, "lin", "out_features should be divisible"),
+        ("GraloraConfig", {"r": 5}, "lin", "divisible by gralora_k"),
+        ("MissConfig", {"r": 25}, "lin", "less than or equal to in_features"),
+        ("MissConfig", {"r": 5, "init_weights": "bat"}, "lin", "fully divisible"),
+        ("MissConfig", {"r": 4, "init_weights": "bat", "miss_dropout": 0.1}, "lin", "cannot act"),
+        ("MissConfig", {"r": 4, "init_weights": "mini", "mini_r": 3}, "lin", "divisible by `mini_r`"),
+        ("MissConfig", {"init_weights": "ball"}, "lin", "'bat' or 'mini'"),
+        ("GloraConfig", {"config_C": "constant"}, "lin", "Invalid config_C"),
+        ("DeftConfig", {"decomposition_method": "svd"}, "lin", "Unknown decomposition_method"),
+    ],
+)
+def test_errors(name: str, options: dict[str, Any], layer: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        model_of(fastpeft, layer, name, options)
+
+
+def test_a_file_with_a_path_that_its_configuration_lacks_is_refused() -> None:
+    method, layer = get_method("GLORA"), make_layer("linear")
+    method.check_tensors(layer.info, {"glora_A.zeros": torch.zeros(2)})
+    with pytest.raises(ValueError, match="should be zeros"):
+        method.check_tensors(layer.info, {"glora_A.zeros": torch.ones(2)})
+
+
+def test_factorize_as_peft() -> None:
+    for factor in (-1, 1, 2, 3, 4, 8, 50):
+        for size in (*range(1, 130), 768, 2048, 4099):
+            assert factorize(size, factor) == factorization(size, factor)
+
+
+@pytest.mark.parametrize("name", ["LOHA", "DELORA", "GRALORA", "MISS", "DEFT"])
+def test_factors_are_the_whole_update(name: str) -> None:
+    method, found = get_method(name), 0
+    for example in method.examples:
+        layer = make_layer("linear")
+        add_adapter(layer, "a", method, method.config_class(**example))
+        own, view, w = layer.methods["a"], layer.view("a"), layer.weight
+        factors = own.factors(view, view, w)
+        if factors is not None:
+            delta = own.merged(view, view, w, None)[0] - w
+            assert torch.allclose(factors[1] @ factors[0], delta, atol=1e-4)
+            found += 1
+    assert found >= 1
+
+
+# The weight that is made when it is needed
+
+
+def test_weight_side_is_right_in_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_side_module, "TILE_ELEMENTS", 21)  # rows 3 by 3, the last tile shorter
+    shapes = ((2, 3, 7), (10, 2), (2, 7), (10,))
+    x, a, b, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+
+    def call(*args: Tensor) -> Tensor:
+        x, a, b, bias = args
+        return weight_side(x, 10, lambda: lambda i, j, a, b: torch.tanh(a[i:j] @ b), a, b, bias=bias)
+
+    assert torch.allclose(call(x, a, b, bias), x @ torch.tanh(a @ b).t() + bias)
+    assert torch.autograd.gradcheck(call, (x, a, b, bias))
+    frozen = call(x, a.detach(), b, bias).sum()
+    assert torch.autograd.grad(frozen, b)[0].shape == b.shape
+    compiled = torch.compile(call, backend="eager")
+    assert torch.equal(compiled(x, a, b, bias), call(x, a, b, bias))
+
+
+COSTS = {
+    # FLOPs above the frozen layer's 4 T n^2, for n in and out features and T tokens; see each file's docstring.
+    "LoHaConfig": ({"r": 3}, lambda t, n: 6 * t * 9 * 2 * n),
+    "LoKrConfig": ({"r": 2}, lambda t, n: 6 * t * (2 * 2 * n + 2 * 8 * 8)),
+    "HiraConfig": ({"r": 4}, lambda t, n: 2 * t * n * n + 8 * 4 * n * n),
+    "GloraConfig": ({"r": 4}, lambda t, n: 2 * t * n * n + 16 * 4 * n * n + 8 * n * n),
+    "DeloraConfig": ({"r": 4}, lambda t, n: 6 * t * 4 * 2 * n),
+    "GraloraConfig": ({"r": 4}, lambda t, n: 6 * t * 4 * 2 * n),
+    "MissConfig": ({"r": 8}, lambda t, n: 6 * t * 8 * n),
+    "DeftConfig": ({"r": 4}, lambda t, n: 6 * t * 4 * 3 * n),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_costs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOPs are what the docstrings derive, and nothing of the weight's size is kept for the backward."""
+    t, n = 48, 64
+    options, extra = COSTS[name]
+    model = model_of(fastpeft, nn.Linear(n, n), name, options).train()
+    monkeypatch.setattr(FactoredMethod, "fused", lambda *_: None)  # the kernels' FLOPs are not counted
+    randomise(model)
+    x = torch.randn(t, n, requires_grad=True)
+    known = {p.untyped_storage().data_ptr() for p in [x, *model.parameters()]}
+    kept: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
+        y = model(x)
+    assert sum(kept.values()) <= 1.5 * x.nbytes, name
+    with flops:
+        y.sum().backward()
+    assert flops.get_total_flops() <= 1.02 * (4 * t * n * n + extra(t, n))
+
+
+def test_a_large_loha_keeps_no_weight() -> None:
+    model = model_of(fastpeft, nn.Linear(256, 256), "LoHaConfig", {"r": 32}).train()
+    randomise(model)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: (sizes.append(v.numel()), v)[1], lambda v: v):
+        model(torch.randn(2, 256))
+    base = 256 * 256
+    assert sorted(sizes)[-2:] != [base, base]
+    assert sum(size == base for size in sizes) <= 1  # the frozen layer's own weight
