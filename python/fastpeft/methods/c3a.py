@@ -1,0 +1,124 @@
+"""C3A: W + a matrix of circulant blocks of b, each given by its kernel of b numbers, / in_features (arXiv 2407.19342).
+
+A circulant block is a product of Fourier coefficients: per token the transforms of d numbers and, for each of b / 2
+frequencies, a complex product with [in / b, out / b] numbers: 2 d^2 / b multiplications against d^2 of the layer.
+The backward keeps x and the kernels and transforms x again. PEFT's forward of two adapters feeds one to the other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HasBias, PeftType, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+from ..targets import DEFAULT_TARGETS
+
+
+@dataclass
+class C3AConfig(HasBias, TargetConfig):
+    """block_size: divides the input and output sizes; block_size_pattern: its value by layer. init_weights: zeros
+    (True), "gaussian", "kaiming_uniform" or "xavier_uniform" (also False)."""
+
+    own_type = PeftType.C3A
+    not_in_peft = ("exclude_modules",)
+
+    block_size: int = 256
+    block_size_pattern: dict[str, int] | None = field(default_factory=dict)
+    init_weights: bool | str | None = "xavier_uniform"
+
+
+@register
+class C3A(Method):
+    peft_type = PeftType.C3A
+    prefix = "c3a_"
+    config_class = C3AConfig
+    model_name = "C3AModel"
+    tensors = ("c3a_kernel",)
+    others = ("block_size",)
+    default_targets: ClassVar[dict[str, Any]] = {
+        **DEFAULT_TARGETS, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"],
+    }  # fmt: skip
+    patterns: ClassVar[dict[str, str]] = {"block_size": "block_size_pattern"}
+    examples = (
+        {"block_size": 4},
+        {"block_size": 2, "init_weights": "gaussian"},
+        {"block_size": 1, "init_weights": True},
+    )
+
+    def check_config(self, config: C3AConfig, loading: bool = False) -> None:
+        if config.init_weights not in (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"):
+            raise ValueError(f"Unknown init_weights: {config.init_weights!r}")
+
+    def check_layer(self, config: C3AConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if config.block_size <= 0:
+            raise ValueError(f"`block_size` should be a positive integer, got {config.block_size!r}")
+        for what, size in (("input", info.in_features), ("output", info.out_features)):
+            if size % config.block_size:
+                raise ValueError(
+                    f"The block size should be a factor of the {what} size. However, the {what} size of {info.name!r} "
+                    f"is {size} and the block size is {config.block_size}"
+                )
+
+    def make_state(self, config: C3AConfig, info: LayerInfo, shared: Any) -> State:
+        b, ins, outs = config.block_size, info.in_features, info.out_features
+        kernel = torch.zeros(outs // b, ins // b, b)
+        bounds = {"kaiming_uniform": math.sqrt(1 / ins), True: 0.0}
+        if not kernel.is_meta:
+            if config.init_weights == "gaussian":
+                kernel.normal_()
+            elif config.init_weights is not True:
+                bound = bounds.get(config.init_weights or "", math.sqrt(3.0) * math.sqrt(2.0 / (ins + outs)))
+                kernel.uniform_(-bound, bound)
+        return {"c3a_kernel": nn.Parameter(kernel), "block_size": b}
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        kernel = _wide(s.c3a_kernel)
+        outs, ins, b = kernel.shape
+        i = torch.arange(b, device=kernel.device)
+        blocks = kernel[..., (i[None, :] - i[:, None]) % b]  # [outs, ins, row, column]
+        return blocks.transpose(1, 2).reshape(outs * b, ins * b) / (ins * b)
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        return y + _Circulant.apply(x, _wide(s.c3a_kernel))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _wide(kernel: Tensor) -> Tensor:
+    return kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+
+
+def _spectrum(x: Tensor, blocks: int, dtype: torch.dtype) -> Tensor:
+    """[frequencies, tokens, blocks]"""
+    found: Tensor = torch.fft.rfft(x.reshape(-1, blocks, x.shape[-1] // blocks).to(dtype))
+    return found.permute(2, 0, 1)
+
+
+class _Circulant(torch.autograd.Function):
+    """x times the transposed matrix of circulant blocks, by frequency: Y_f = X_f conj(K_f)^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(x, kernel)
+        outs, ins, b = kernel.shape
+        y = _spectrum(x, ins, kernel.dtype) @ torch.fft.rfft(kernel).permute(2, 1, 0).conj()
+        signal: Tensor = torch.fft.irfft(y.permute(1, 2, 0), n=b) / (ins * b)
+        return signal.reshape(*x.shape[:-1], outs * b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, kernel = ctx.saved_tensors
+        outs, ins, b = kernel.shape
+        dx = dkernel = None
+        dy = _spectrum(grads[0], outs, kernel.dtype) / (ins * b)
+        if ctx.needs_input_grad[0]:
+            rows = dy @ torch.fft.rfft(kernel).permute(2, 0, 1)
+            dx = torch.fft.irfft(rows.permute(1, 2, 0), n=b).reshape(x.shape).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            products = dy.mH @ _spectrum(x, ins, kernel.dtype)
+            dkernel = torch.fft.irfft(products.permute(1, 2, 0), n=b)
+        return dx, dkernel

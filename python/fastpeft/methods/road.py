@@ -1,0 +1,139 @@
+"""RoAd: the output is rotated and scaled in pairs, W -> R W and b -> R b (arXiv 2409.00119).
+
+R is [[a cos t, -a' sin t'], [a' sin t', a cos t]] for each pair: elementwise on activations, no FLOPs of the order of
+the layer's; the backward keeps the wrapped layer's output once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HasInitWeights, PeftType, TargetConfig
+from ..method import Inner, LayerInfo, Method, State, register
+
+SIZES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}  # angles per output, as a fraction
+
+
+@dataclass
+class RoadConfig(HasInitWeights, TargetConfig):
+    """variant: "road_1" has an angle and a scale for each pair, "road_2" for each element, "road_4" two for each.
+    group_size: element i of a group is paired with element i + group_size / 2; it must divide the output size."""
+
+    own_type = PeftType.ROAD
+    not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+    variant: str = "road_1"
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in SIZES:
+            raise ValueError(f"Invalid variant {self.variant} specified. Please choose from road_1, road_2 or road_4")
+        if self.group_size <= 0 or self.group_size % 2 != 0:
+            raise ValueError(f"The group_size must be a positive multiple of 2, but got {self.group_size}.")
+
+
+class _Road(torch.autograd.Function):
+    """y * first + (y with halves of groups swapped, the new first half negated) * second, keeping y once."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, first: Tensor, second: Tensor, half: int) -> Tensor:
+        ctx.save_for_backward(y, first, second)
+        ctx.half = half
+        return _turn(y, first, second, half)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        y, first, second = ctx.saved_tensors
+        (g,) = grads
+        dy = dfirst = dsecond = None
+        if ctx.needs_input_grad[0]:
+            # The transpose: element i takes from its partner what the partner takes from it.
+            dy = _turn(g, first, -_swap(second, ctx.half), ctx.half)
+        if ctx.needs_input_grad[1]:
+            rows, other = y.reshape(-1, y.shape[-1]), g.reshape(-1, g.shape[-1])
+            dfirst = torch.linalg.vecdot(other, rows, dim=0)
+            dsecond = torch.linalg.vecdot(other, _rotate_half(rows, ctx.half), dim=0)
+        return dy, dfirst, dsecond, None
+
+
+def _halves(y: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """The first and the second halves of all groups."""
+    first, second = y.view(*y.shape[:-1], -1, 2, half).unbind(-2)
+    return first, second
+
+
+def _swap(v: Tensor, half: int) -> Tensor:
+    return v.view(-1, 2, half).flip(-2).flatten()
+
+
+def _rotate_half(y: Tensor, half: int) -> Tensor:
+    a, b = _halves(y, half)
+    return torch.stack((-b, a), -2).flatten(-3)
+
+
+def _turn(y: Tensor, first: Tensor, second: Tensor, half: int) -> Tensor:
+    out = y * first
+    (a, b), (c, d), (to_a, to_b) = (_halves(t, half) for t in (y, second, out))
+    to_a.addcmul_(b, c, value=-1)
+    to_b.addcmul_(a, d)
+    return out
+
+
+@register
+class Road(Method):
+    peft_type = PeftType.ROAD
+    prefix = "road_"
+    config_class = RoadConfig
+    model_name = "RoadModel"
+    tensors = ("road_theta", "road_alpha")
+    others = ("variant", "group_size")
+    examples = (
+        {"group_size": 4},
+        {"variant": "road_2", "group_size": 2, "init_weights": False},
+        {"variant": "road_4", "group_size": 10},
+    )
+
+    def check_layer(self, config: RoadConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if info.out_features % config.group_size:
+            raise ValueError(
+                f"The out_features ({info.out_features}) of {info.name!r} must be divisible by group_size "
+                f"({config.group_size}) when using RoAd."
+            )
+
+    def make_state(self, config: RoadConfig, info: LayerInfo, shared: Any) -> State:
+        times, per = SIZES[config.variant]
+        theta, alpha = torch.zeros(info.out_features * times // per), torch.ones(info.out_features * times // per)
+        if not config.init_weights and not theta.is_meta:
+            theta.normal_(std=0.5)
+            alpha.normal_(mean=1.0, std=0.5)
+        return {
+            "road_theta": nn.Parameter(theta), "road_alpha": nn.Parameter(alpha),
+            "variant": config.variant, "group_size": config.group_size,
+        }  # fmt: skip
+
+    @staticmethod
+    def _columns(s: Any) -> tuple[Tensor, Tensor]:
+        theta, alpha = s.road_theta, s.road_alpha
+        if s.variant == "road_1":
+            half = s.group_size // 2
+            theta, alpha = (v.view(-1, 1, half).expand(-1, 2, half).flatten() for v in (theta, alpha))
+        if s.variant != "road_4":
+            return alpha * theta.cos(), alpha * theta.sin()
+        (t1, t2), (a1, a2) = (v.view(-1, 2, s.group_size).unbind(1) for v in (theta, alpha))
+        return (a1 * t1.cos()).flatten(), (a2 * t2.sin()).flatten()
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        first, second = (v.to(w.dtype) for v in self._columns(s))
+        half = s.group_size // 2
+        return _turn(w.T, first, second, half).T, None if b is None else _turn(b, first, second, half)
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        first, second = self._columns(s)
+        y = y.to(torch.promote_types(y.dtype, first.dtype))
+        return _Road.apply(y, first, second, s.group_size // 2)  # type: ignore[no-any-return, no-untyped-call]
