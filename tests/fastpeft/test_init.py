@@ -327,3 +327,19 @@ def test_a_second_kasa_of_the_same_rank_leaves_the_base_alone() -> None:
     adapted.delete_adapter("default")
     adapted.delete_adapter("more")
     assert_same_bits(tensors(adapted)["base_model.model.first.base_layer.weight"], before)
+
+
+def test_nested_configurations_come_as_dictionaries_from_files() -> None:
+    made = fastpeft.LoraConfig(kasa_config={}, init_lora_weights="eva", eva_config={"rho": 1.5})
+    assert made.kasa_config == fastpeft.KasaConfig()
+    assert made.eva_config.rho == 1.5
+    for bad in ({"eva_config": {"rho": "x"}}, {"eva_config": {"unknown": 1}}, {"kasa_config": {"beta": -1}},
+                {"eva_config": {"rho": 0.5}}, {"init_lora_weights": "loftq", "loftq_config": [4]}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"config|non-negative|rho"):
+            fastpeft.LoraConfig(**{"init_lora_weights": "eva", **bad})
+    with pytest.raises(TypeError, match="eva_config"):
+        fastpeft.LoraConfig(init_lora_weights="eva", eva_config=3)
+    with pytest.warns(fastpeft.PeftWarning, match="ignored"):
+        fastpeft.LoraConfig(eva_config=fastpeft.EvaConfig())
+    with pytest.warns(fastpeft.PeftWarning, match="plain LoRA"):
+        fastpeft.LoraConfig(init_lora_weights="pissa", use_rslora=True, rank_pattern={"a": 2})

@@ -150,7 +150,7 @@ def test_nothing_matches() -> None:
         ({"target_modules": ["embed_tokens"], "modules_to_save": ["layers"]}, TypeError, "ModuleList"),
         ({"target_modules": ["q_proj"], "r": 0}, ValueError, "positive"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"(": 2}}, PeftError, "regular expression"),
-        ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, NotImplementedError, "pissa"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "corda"}, ValueError, "preprocess_corda"),
         ({"target_modules": "(q_proj"}, PeftError, "not a valid regular expression"),
         ({"target_modules": "q" * 1001}, PeftError, "1001 characters"),
     ],

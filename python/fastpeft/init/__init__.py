@@ -46,6 +46,11 @@ def complete(config: Any) -> None:
     init = config.init_lora_weights
     if isinstance(config.loftq_config, LoftQConfig):
         config.loftq_config = dict(vars(config.loftq_config))
+    if config.loftq_config and not isinstance(config.loftq_config, dict):
+        raise ValueError(f"`loftq_config` should be a LoftQConfig or a dictionary, got {config.loftq_config!r}")
+    for name, cls in SUB_CONFIGS.items():
+        if not isinstance(getattr(config, name), cls | None):
+            raise TypeError(f"`{name}` must be a `{cls.__name__}`, a dict, or None.")
     if init == "loftq" and not config.loftq_config:
         raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
     if config.loftq_config and init != "loftq":

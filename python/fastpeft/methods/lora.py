@@ -73,15 +73,19 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in [(n, v) for n, v in vars(self).items() if v and isinstance(v, dict)]:
+        for name, value in [(n, v) for n, v in vars(self).items() if isinstance(v, dict) and n not in PLAIN_DICTS]:
             registry()  # the variants bring the classes
             if name in SUB_CONFIGS:  # a file has a nested configuration as a dictionary
-                setattr(self, name, SUB_CONFIGS[name](**value))
+                try:
+                    setattr(self, name, SUB_CONFIGS[name](**value))
+                except TypeError as error:  # a field that there is not, or a value of another type
+                    raise ValueError(f"LoraConfig({name}={value!r}): {error}") from None
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
         init.complete(self)
 
 
+PLAIN_DICTS = ("rank_pattern", "alpha_pattern", "loftq_config", "megatron_config", "auto_mapping")
 # The classes of nested configurations, by the field of LoraConfig. Who reads a field adds its class.
 SUB_CONFIGS: dict[str, type[Any]] = dict(init.SUB_CONFIGS)
 # Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
