@@ -137,3 +137,13 @@ def test_intruders_of_a_quantised_layer() -> None:
     fastpeft.tuners.lora.intruders.reduce_intruder_dimension(adapted, logging_sink=None)
     layer = adapted.base_model.model.first
     assert not torch.equal(layer.get_delta_weight("default"), layer.get_delta_weight("intruder_reduced"))
+
+
+def test_reducing_intruders_takes_nothing_from_the_base_again() -> None:
+    """PEFT makes the new adapter a PiSSA as well, which takes its part of what the first one left."""
+    adapted = wrap(fastpeft, model(), init_lora_weights="pissa")
+    before = tensors(adapted.base_model.model.first.base_layer)
+    fastpeft.tuners.lora.intruders.reduce_intruder_dimension(adapted, logging_sink=None)
+    assert torch.equal(tensors(adapted.base_model.model.first.base_layer)["weight"], before["weight"])
+    with pytest.raises(ValueError, match="variant"):
+        fastpeft.tuners.lora.intruders.reduce_intruder_dimension(wrap(fastpeft, model(), use_dora=True))

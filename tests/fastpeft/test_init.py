@@ -343,3 +343,45 @@ def test_nested_configurations_come_as_dictionaries_from_files() -> None:
         fastpeft.LoraConfig(eva_config=fastpeft.EvaConfig())
     with pytest.warns(fastpeft.PeftWarning, match="plain LoRA"):
         fastpeft.LoraConfig(init_lora_weights="pissa", use_rslora=True, rank_pattern={"a": 2})
+
+
+def test_a_plain_lora_of_a_quantised_base(tmp_path: Any) -> None:
+    """What requantising the rest of a weight changes stays behind, which a warning says."""
+    adapted = wrap(fastpeft, nf4(), init_lora_weights="pissa")
+    adapted.save_pretrained(tmp_path / "initial")
+    train(adapted)
+    with pytest.warns(fastpeft.PeftWarning, match="quantised"):
+        adapted.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=tmp_path / "initial")
+    loaded = fastpeft.PeftModel.from_pretrained(nf4(), tmp_path)
+    got, expected = (m.base_model.model.first for m in (loaded, adapted))
+    s = expected.base_edits["default"]
+    delta = expected.get_delta_weight("default") - s.p @ s.q
+    torch.testing.assert_close(got.get_delta_weight("default"), delta, rtol=1e-4, atol=1e-5)
+    before = nf4()(X)
+    assert (loaded(X) - adapted(X)).norm() < (before - adapted(X)).norm()
+
+
+def test_loading_on_a_quantised_base_takes_the_same_from_it(tmp_path: Any) -> None:
+    for options in ({"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"kasa_config": True}):
+        adapted = wrap(fastpeft, nf4(), **options)
+        train(adapted)
+        adapted.save_pretrained(tmp_path)
+        assert_close(fastpeft.PeftModel.from_pretrained(nf4(), tmp_path)(X), adapted(X), adapted(X))
+
+
+def test_a_loftq_adapter_on_the_base_that_it_was_made_for(tmp_path: Any) -> None:
+    adapted = wrap(fastpeft, model(), init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    assert_close(fastpeft.PeftModel.from_pretrained(model(), tmp_path)(X), adapted(X), adapted(X))
+    fastpeft.PeftModel.from_pretrained(nf4(), tmp_path)  # quantised as it is
+
+
+def test_pissa_through_saved_checkpoints_of_the_whole_model() -> None:
+    """Keys and values are those of the edited base, as in PEFT, so a checkpoint resumes."""
+    adapted = wrap(fastpeft, model(), init_lora_weights="pissa")
+    train(adapted)
+    other = wrap(fastpeft, model(), init_lora_weights="pissa")
+    other.load_state_dict(adapted.state_dict())
+    assert_same_bits(other(X).detach(), adapted(X).detach())
+    assert_same(tensors(other.unload()), tensors(model()))

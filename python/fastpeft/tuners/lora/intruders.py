@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...method import get_method, method_of
 from ...weights import wide
 
 
@@ -30,7 +32,10 @@ def reduce_intruder_dimension(
     say = logging_sink or (lambda text: None)
     if peft_model.peft_type != "LORA":
         raise ValueError("The provided model is not using LoRA and is therefore not supported.")
-    config = peft_model.peft_config[old_adapter_name]
+    config = copy.copy(peft_model.peft_config[old_adapter_name])
+    config.init_lora_weights = True  # A and B come from the old one, and so does what it took from the base
+    if method_of(config) is not get_method("LORA"):
+        raise ValueError("A variant of LoRA has no A and B that its intruder dimensions could be taken from.")
     layers = [(n, m) for n, m in peft_model.base_model.adapter_layers() if old_adapter_name in m.methods]
     for name, layer in layers:
         if layer.info.kind not in ("linear", "embedding"):
