@@ -205,6 +205,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shira_unseeded": _case("SHIRA", r=1),
     "c3a": _case("C3A", block_size=8),
     "c3a_pattern": _case("C3A", block_size=8, block_size_pattern={"up": 4}, bias="c3a_only"),
+    "c3a_alone": _case("C3A", target_modules=["layers.1.up"], block_size=8),
     "waveft": _case("WAVEFT", n_frequency=20),
     "waveft_db2": _case("WAVEFT", n_frequency=20, wavelet_family="db2", scaling=5.0, random_loc_seed=3),
     "waveft_coif": _case("WAVEFT", n_frequency=12, wavelet_family="coif1", n_frequency_pattern={"down": 5}),

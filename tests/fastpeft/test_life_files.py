@@ -1,0 +1,165 @@
+"""Files of adapters, for every method and variant: what is saved computes the same here and in PEFT; hostile ones."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import fastpeft
+import pytest
+import torch
+from fastpeft.checkpoint import CONFIG_NAME, SAFETENSORS_NAME
+from fastpeft.config import PeftType
+from torch import Tensor
+
+from peft_kernels.testing import assert_same_bits
+
+tools = runpy.run_path(str(Path(__file__).with_name("life_tools.py")))
+CASES = tools["CASES"]
+MAIN = tools["MAIN"]
+assert_close = tools["assert_close"]
+assert_same_state = tools["assert_same_state"]
+layers_of = tools["layers_of"]
+run = tools["run"]
+scatter = tools["scatter"]
+state_of = tools["state_of"]
+tiny = tools["tiny"]
+train = tools["train"]
+Case = Any
+every = pytest.mark.parametrize("case", CASES, ids=repr)
+main = pytest.mark.parametrize("case", MAIN, ids=repr)
+pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.PeftWarning", "ignore::UserWarning")
+
+
+@every
+def test_a_saved_adapter_computes_the_same_bits(case: Case, tmp_path: Path) -> None:
+    model = case.model()
+    output, state = run(model), fastpeft.get_peft_model_state_dict(model)
+    assert all(torch.isfinite(v).all() for v in state.values() if v.is_floating_point())
+    model.save_pretrained(tmp_path)
+    for low in (False, True):
+        loaded = fastpeft.PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=low).eval()
+        assert not [n for n, t in (*loaded.named_parameters(), *loaded.named_buffers()) if t.is_meta]
+        assert_same_bits(run(loaded), output)
+        assert not [n for n, p in loaded.named_parameters() if p.requires_grad]
+        again = fastpeft.get_peft_model_state_dict(loaded)
+        assert again.keys() == state.keys()
+        for key, value in state.items():
+            assert_same_bits(again[key], value)
+    second = case.model(seed=7, name="other")
+    second.load_adapter(tmp_path, "default")
+    second.set_adapter("default")
+    assert_same_bits(run(second), output)
+
+
+@main
+def test_state_dict_of_one_adapter_among_several(case: Case) -> None:
+    model = case.model(name="a")
+    model.add_adapter("a_b", case.config())
+    scatter(model, "a_b", 2)
+    alone = fastpeft.get_peft_model_state_dict(case.model())
+    first, second = (fastpeft.get_peft_model_state_dict(model, adapter_name=n) for n in ("a", "a_b"))
+    assert first.keys() == second.keys() == alone.keys()
+    for key, value in alone.items():
+        assert_same_bits(first[key], value)
+    model.set_adapter("a_b")
+    before = run(model)
+    model.set_adapter("a")
+    result = fastpeft.set_peft_model_state_dict(model, second, adapter_name="a")
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert_same_bits(run(model), before)
+    key = next(k for k, v in second.items() if v.is_floating_point())
+    with pytest.raises((ValueError, RuntimeError), match=r"size|shape"):
+        fastpeft.set_peft_model_state_dict(model, {**second, key: torch.ones(2, 3, 5)}, "a")
+    assert_same_bits(run(model), before)
+
+
+WRONG_IN_PEFT = {
+    "TrainableTokens": "drops the bias of a linear layer",
+    "QaLora": "has QA-LoRA on GPTQ layers only, elsewhere it is silently plain LoRA",
+}
+
+
+def with_peft(case: Case, make: Any) -> Any:
+    """What `make(peft)` gives, where PEFT has this kind and can make it here."""
+    if repr(case).split("-")[0] in WRONG_IN_PEFT and case.place == "linear":
+        pytest.skip(f"PEFT {WRONG_IN_PEFT[repr(case).split('-')[0]]}")
+    if case.kind.method.peft_type == PeftType.ADAMSS:
+        pytest.importorskip("sklearn", reason="PEFT clusters with scikit-learn")
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(peft)
+
+
+def exactly_in_peft(case: Case, folder: Path) -> Tensor:
+    theirs = with_peft(case, lambda peft: peft.PeftModel.from_pretrained(tiny(), folder).eval().double())
+    try:
+        return run(theirs)
+    except RuntimeError:  # it keeps tensors that `double` does not reach
+        return run(with_peft(case, lambda p: p.PeftModel.from_pretrained(tiny(torch.float64), folder).eval().double()))
+
+
+@every
+def test_what_is_trained_here_goes_on_in_peft(case: Case, tmp_path: Path) -> None:
+    model = case.model()
+    before = run(model)
+    train(model)
+    output = run(model)
+    assert not torch.equal(output, before)
+    model.save_pretrained(tmp_path)
+    theirs = with_peft(case, lambda peft: peft.PeftModel.from_pretrained(tiny(), tmp_path).eval())
+    assert_close(output, run(theirs), exactly_in_peft(case, tmp_path))
+
+
+@every
+def test_what_is_trained_in_peft_goes_on_here(case: Case, tmp_path: Path) -> None:
+    content = {**case.config().to_dict(), "peft_version": None}
+    config = with_peft(case, lambda peft: peft.get_peft_config(content))
+    model = with_peft(case, lambda peft: peft.get_peft_model(tiny(), config))
+    train(model)
+    model.save_pretrained(tmp_path)
+    ours = fastpeft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
+    assert_close(run(ours), run(model), exactly_in_peft(case, tmp_path))
+
+
+SIZES = ("r", "init_r", "n_frequency", "num_vectors", "u", "theta_d_length", "boft_block_size", "block_size")
+
+
+@main
+@pytest.mark.parametrize("value", [10**7, -1])
+def test_hostile_sizes_fail_at_once_and_change_nothing(case: Case, value: int, tmp_path: Path) -> None:
+    case.model().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / CONFIG_NAME).read_text())
+    fields = [f for f, v in content.items() if isinstance(v, int) and not isinstance(v, bool)]
+    file = (tmp_path / SAFETENSORS_NAME).stat().st_size
+    for field in fields:
+        base = tiny()
+        before = state_of(base)
+        start, refused = time.perf_counter(), False
+        try:
+            model = fastpeft.get_peft_model(base, case.config(**{field: value}))
+            assert sum(p.numel() for p in model.parameters()) < 10**6, field
+        except (ValueError, NotImplementedError):
+            refused = True
+            assert_same_state(base, before)
+            assert not layers_of(base)
+        assert time.perf_counter() - start < 1, field
+        assert refused or field not in SIZES, field
+
+        (tmp_path / CONFIG_NAME).write_text(json.dumps({**content, field: value}))
+        base, start = tiny(), time.perf_counter()
+        try:
+            fastpeft.PeftModel.from_pretrained(base, tmp_path)
+        except (ValueError, NotImplementedError):
+            assert_same_state(base, before)
+            assert not layers_of(base)
+        else:
+            assert field not in SIZES, field
+        assert time.perf_counter() - start < 1, field
+    assert (tmp_path / SAFETENSORS_NAME).stat().st_size == file
