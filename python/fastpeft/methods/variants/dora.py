@@ -4,20 +4,15 @@ With g = m / |W + sBA|, where the norm is a constant to the gradient as in the p
 
     y = g (W x + s B A x) + b
 
-which costs a LoRA, a product by g and the norm. The norm needs no dense W + sBA:
+which costs a LoRA, a product by g and the norm (`row_norms.py`). On top of other adapters W is the weight that they
+made, so that forward and merged agree (PEFT norms the base weight there).
 
-    |W + sBA|^2 = |W|^2 + 2 s rowsum(B * U) + s^2 rowsum((B G) * B),   U = W A^T,  G = A A^T
-
-|W|^2 is kept for each base weight, and U is r more tokens through the layer. Where the three terms cancel, the sum has
-lost its digits: rows below 1e-2 |W|^2 are computed anew from W + sBA, a tile of rows at a time. On top of other
-adapters W is the weight that they made, so that forward and merged agree (PEFT norms the base weight there).
-
-Dropout acts on both x and A x, as in PEFT: y = W x + b + (g - 1) W d(x) + g s B A d(x), two products with W.
+Dropout acts on both x and A x, as in PEFT: y = W (x - d(x)) + b + g (W d(x) + s B A d(x)), two products with W.
 """
 
 from __future__ import annotations
 
-import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,15 +22,13 @@ from peft_kernels import lora_linear
 
 from ...base_edits import EDIT
 from ...method import Fused, Inner, LayerInfo, State
-from ...weights import BaseWeight, weight_in, weight_of, wide
+from ...row_norms import norms
+from ...weights import BaseWeight, weight_in, weight_of
 from ..lora import Lora
 from . import variant
 
 if TYPE_CHECKING:
     from ...layer import AdapterLayer
-
-CANCELLED = 1e-2
-TILE = 256
 
 
 class Magnitude(nn.Module):
@@ -145,9 +138,10 @@ class Dora(Lora):
             g = self.gain(s, kind, base)
             inside, dtype = x if compute is None else x.to(compute), x.dtype
             if p:
-                dropped = torch.nn.functional.dropout(inside, p)
-                h = lora_linear(dropped, w, a, b, scale) * g
-                return (lora_linear(inside - dropped, w, bias=bias) + h).to(dtype)
+                dropped, rest, keep = _Split.apply(inside, p)  # type: ignore[no-untyped-call]
+                with _made_again(inside, dropped, keep, p):
+                    h = lora_linear(dropped, w, a, b, scale)
+                return (lora_linear(rest, w, bias=bias) + h * g).to(dtype)
             h = lora_linear(inside, w, a, b, scale)
             return (h * g if bias is None else torch.addcmul(bias.to(g.dtype), h, g)).to(dtype)
 
@@ -164,37 +158,38 @@ def _gain(s: Any, norm: Tensor) -> Tensor:
     return m.reshape(-1) / norm.clamp_min(tiny).to(m.dtype)
 
 
-# --- norms ------------------------------------------------------------------------------------------------------
+class _Split(torch.autograd.Function):
+    """d(x), x - d(x) and which elements were kept. Keeps a byte for each element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
+        keep = torch.empty_like(x).bernoulli_(1 - p).bool()  # the numbers that torch's dropout draws
+        dropped = _dropped(x, keep, p)
+        ctx.save_for_backward(keep)
+        ctx.p = p
+        ctx.mark_non_differentiable(keep)
+        return dropped, x - dropped, keep
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[1] + _dropped(grads[0] - grads[1], ctx.saved_tensors[0], ctx.p), None
 
 
-@torch.no_grad()
-def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    """|W + b a| of each row, in at least float32."""
-    dtype = torch.promote_types(wide(kind.dtype(module)), wide(a.dtype))
-    a, b = a.flatten(1).to(dtype), b.flatten(1).to(dtype)
-    base = _kept_norms(kind, module)
-    # The sums are small, and in float64 they lose nothing that the products had.
-    left = b.double()
-    squares = base.double() + 2 * (left * kind.times(module, a)).sum(1)
-    squares += ((left @ (a @ a.t()).double()) * left).sum(1)
-    lost = (squares < CANCELLED * base).nonzero().flatten()
-    for index in torch.split(lost, TILE):
-        rows = kind.rows(module, index).to(dtype)
-        squares[index] = torch.addmm(rows, b[index], a).square().sum(1).double()
-    return squares.sqrt().to(dtype)
+def _dropped(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    return x * keep * (1 / (1 - p))
 
 
-_NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+def _made_again(x: Tensor, dropped: Tensor, keep: Tensor, p: float) -> AbstractContextManager[Any]:
+    """Within this, a graph that needs d(x) in its backward keeps x and `keep`, which are there anyway."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    x = x.detach()
 
+    def pack(t: Tensor) -> Any:
+        same = t.data_ptr() == dropped.data_ptr() and t.numel() == dropped.numel()
+        return t.shape if same else t
 
-def _kept_norms(kind: type[BaseWeight], module: nn.Module) -> Tensor:
-    """|W|^2 of each row, computed again when the module holds another weight or wrote into it."""
-    weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
-    version = 0 if weight.is_inference() else weight._version
-    key = (version, weight.data_ptr(), weight.device, weight.dtype)
-    found = _NORMS.get(module)
-    if found is not None and found[0][0]() is weight and found[0][1] == key:
-        return found[1]
-    value = kind.squared_norms(module)
-    _NORMS[module] = ((weakref.ref(weight), key), value)
-    return value
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else _dropped(x, keep, p).reshape(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

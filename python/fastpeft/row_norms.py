@@ -1,0 +1,52 @@
+"""|W + B A| of each row of a base weight, with no dense W + B A.
+
+|W + B A|^2 = |W|^2 + 2 rowsum(B * U) + rowsum((B G) * B), with U = W A^T (r more tokens through the layer), G = A A^T.
+|W|^2 is kept for each base weight. Where the three terms cancel, the sum has lost its digits: rows below 1e-2 |W|^2 are
+computed anew from W + B A, a tile of rows at a time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .weights import BaseWeight, wide
+
+CANCELLED = 1e-2
+TILE = 256
+
+
+@torch.no_grad()
+def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """|W + b a| of each row, in at least float32."""
+    dtype = torch.promote_types(wide(kind.dtype(module)), wide(a.dtype))
+    a, b = a.flatten(1).to(dtype), b.flatten(1).to(dtype)
+    base = _kept_norms(kind, module)
+    # The sums are small, and in float64 they lose nothing that the products had.
+    left = b.double()
+    squares = base.double() + 2 * (left * kind.times(module, a)).sum(1)
+    squares += ((left @ (a @ a.t()).double()) * left).sum(1)
+    lost = (squares < CANCELLED * base).nonzero().flatten()
+    for index in torch.split(lost, TILE):
+        rows = kind.rows(module, index).to(dtype)
+        squares[index] = torch.addmm(rows, b[index], a).square().sum(1).double()
+    return squares.sqrt().to(dtype)
+
+
+_NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _kept_norms(kind: type[BaseWeight], module: nn.Module) -> Tensor:
+    """|W|^2 of each row, computed again when the module holds another weight or wrote into it."""
+    weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
+    version = 0 if weight.is_inference() else weight._version
+    key = (version, weight.data_ptr(), weight.device, weight.dtype)
+    found = _NORMS.get(module)
+    if found is not None and found[0][0]() is weight and found[0][1] == key:
+        return found[1]
+    value = kind.squared_norms(module)
+    _NORMS[module] = ((weakref.ref(weight), key), value)
+    return value
