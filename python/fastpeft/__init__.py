@@ -14,6 +14,7 @@ _HOMES = {
     "config": (
         "NoMatchingPeftModuleError", "PeftConfig", "PeftError", "PeftType", "PeftWarning", "TargetConfig", "TaskType",
     ),
+    "convert": ("convert_to_lora", "save_as_lora"),
     "checkpoint": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "model": ("PeftModel", "get_peft_model", "inject_adapter_in_model"),
     "tasks": (
