@@ -102,9 +102,10 @@ class OSF(Method):
 
             start = torch.empty(shape)
             if not start.is_meta:
-                start = part().clone() if config.init_weights else torch.randn_like(part())
+                start = part().clone(memory_format=torch.contiguous_format)
+                start = start if config.init_weights else start.normal_()
             params[name] = nn.Parameter(start)
-            state[f"_osf_{name}_init"] = Computed(shape, lambda part=part: part().clone(), persistent=False)  # type: ignore[misc]
+            state[f"_osf_{name}_init"] = Computed(shape, part, persistent=False)
         # Where a factor is square its frozen directions are the complement of the initial trained ones.
         if n > m:
             state["_osf_U_high"] = Computed((n, k), lambda: factors()[0][:, :k], persistent=False)

@@ -128,12 +128,12 @@ class Road(Method):
         (t1, t2), (a1, a2) = (v.view(-1, 2, s.group_size).unbind(1) for v in (theta, alpha))
         return (a1 * t1.cos()).flatten(), (a2 * t2.sin()).flatten()
 
+    def _rotate(self, s: Any, y: Tensor, dtype: torch.dtype) -> Tensor:
+        first, second = (v.to(dtype) for v in self._columns(s))
+        return _Road.apply(y.to(dtype), first, second, s.group_size // 2)  # type: ignore[no-any-return, no-untyped-call]
+
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        first, second = (v.to(w.dtype) for v in self._columns(s))
-        half = s.group_size // 2
-        return _turn(w.T, first, second, half).T, None if b is None else _turn(b, first, second, half)
+        return self._rotate(s, w.T, w.dtype).T, None if b is None else self._rotate(s, b, w.dtype)
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        first, second = self._columns(s)
-        y = y.to(torch.promote_types(y.dtype, first.dtype))
-        return _Road.apply(y, first, second, s.group_size // 2)  # type: ignore[no-any-return, no-untyped-call]
+        return self._rotate(s, y, torch.promote_types(y.dtype, s.road_theta.dtype))
