@@ -84,3 +84,12 @@ def nf4() -> nn.Module:
     base = model()
     base.first = NF4Linear(quantize_4bit(base.first.weight.detach(), nested=True), base.first.bias)
     return base
+
+
+def assert_near(a: Tensor, b: Tensor, growth: float = 1.0) -> None:
+    """Two ways of computing the same in float32 differ by rounding, which what they go through lets grow.
+
+    growth: by how much: a condition number, or the size of terms that cancel over that of the result.
+    """
+    a, b = a.detach().float(), b.detach().float()
+    assert_no_worse(a, b, b.double(), growth * b.abs().max().expand(b.shape).double())
