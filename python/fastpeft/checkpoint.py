@@ -240,7 +240,9 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config = _configs(model)[adapter_name]
-    pairs = {memory: (file, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
+    pairs: dict[str, tuple[str, Tensor]] = {}
+    for memory, file, tensor in iter_adapter_tensors(model, adapter_name):
+        pairs.setdefault(memory, (file, tensor))
     for memory, tensor in _bias_tensors(model, config).items():
         pairs.setdefault(memory, (memory, tensor))
     if _saves_embeddings(model, config, save_embedding_layers):
@@ -323,7 +325,8 @@ def set_peft_model_state_dict(
     for layer in layers:
         layer.methods[adapter_name].filled(layer, adapter_name)
     reuse(held_containers(layers), adapter_name)
-    return IncompatibleKeys([memory for memory, _ in own.values() if memory not in found], unexpected)
+    there = {id(target) for target, _ in found.values()}  # what layers share may be in a file once or often
+    return IncompatibleKeys([memory for memory, target in own.values() if id(target) not in there], unexpected)
 
 
 def _configs(model: nn.Module) -> Mapping[str, Any]:

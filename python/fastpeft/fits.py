@@ -34,7 +34,7 @@ def check_fits(
     """
     plan = _plan(config, model)
     expected = expected_shapes(plan)
-    plain = _plain_shapes(config, model)
+    plain = _plain_shapes(config, model) | _repeated_shapes(plan)
     missing = [key for key in expected if key not in tensors]
     biases = {key.replace(".base_layer.", ".") for key in tensors}
     missing += [key for key in _trained_biases(config, plan) if key not in biases]
@@ -80,8 +80,6 @@ def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
     for name, value in plan.shared.items():
         for suffix, tensor in _entries(value) if getattr(value, "persistent", True) else ():
             tensors[f"{TUNER}{name}{suffix}"] = tensor
-            if plan.method.repeats_shared:
-                tensors |= {f"{PREFIX}{layer.site.name}.{name}{suffix}": tensor for layer in plan.layers}
     for layer in plan.layers:
         for name in (*layer.method.tensors, *layer.method.others):
             for suffix, tensor in _entries(layer.state.get(name)) if layer.method.saves(layer.state, name) else ():
@@ -92,6 +90,12 @@ def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
         for key, tensor in saved.module.state_dict().items():
             tensors[f"{PREFIX}{saved.site.name}.{key}"] = tensor
     return {key: tuple(tensor.shape) for key, tensor in plan.method.pack(plan.config, tensors).items()}
+
+
+def _repeated_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
+    """What a file may hold once more for every layer."""
+    names = [n for n, t in plan.shared.items() if isinstance(t, Tensor)] if plan.method.repeats_shared else []
+    return {f"{PREFIX}{layer.site.name}.{n}": tuple(plan.shared[n].shape) for layer in plan.layers for n in names}
 
 
 def _trained_biases(config: Mapping[str, Any], plan: InjectionPlan) -> list[str]:

@@ -64,7 +64,8 @@ def fill_adapter(
     tensors = unpacked(loaded.config, loaded.tensors)
     make_room(model, adapter_name, tensors)
     own = {file: tensor for _, file, tensor in iter_adapter_tensors(model, adapter_name)}
-    missing = [key for key in own if key not in tensors]
+    there = {id(tensor) for key, tensor in own.items() if key in tensors}
+    missing = [key for key, tensor in own.items() if id(tensor) not in there]
     if missing and not lenient:
         raise KeyMismatchError(f"{loaded.where} lacks tensors of the adapter: {list_some(missing)}")
     for key, tensor in own.items():

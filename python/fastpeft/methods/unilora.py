@@ -20,9 +20,9 @@ from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetCo
 from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
 from ..method import LayerInfo, State, register
 from ..projections import check_bias, check_seed
+from ..safety import MAX_RANK
 from ..shared import Computed
 
-MAX_LENGTH = 1 << 31
 # A file without indices names a rank only, and 12 bytes are allocated for each of its r (in + out) elements.
 MAX_LOADED_RANK = 1024
 
@@ -62,8 +62,8 @@ class UniLora(FactoredMethod):
         check_seed(config, "proj_seed")
         check_bias(config, "unilora")
         length, bound = config.theta_d_length, config.init_theta_d_bound
-        if not isinstance(length, int) or not 1 <= length <= MAX_LENGTH:
-            raise ValueError(f"`theta_d_length` should be a positive integer of at most {MAX_LENGTH}, got {length!r}.")
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"`theta_d_length` should be a positive integer, got {length!r}.")
         if config.proj_seed < 0:
             raise ValueError(f"`proj_seed` should not be negative, got {config.proj_seed}.")
         if not bound > 0:
@@ -72,11 +72,16 @@ class UniLora(FactoredMethod):
             raise ValueError(f"`r`={config.r} in a file without indices; at most {MAX_LOADED_RANK} is loaded")
 
     def make_shared(self, config: UniLoraConfig, layers: Sequence[LayerInfo]) -> State:
+        assignment = _Assignment(config, layers)
+        if config.theta_d_length > max(assignment.count, MAX_RANK):  # some more, in a small model, do no harm
+            raise ValueError(
+                f"`theta_d_length`={config.theta_d_length} is more than the {assignment.count} elements that it is for"
+            )
         theta = torch.empty(config.theta_d_length)
         if not theta.is_meta:
             bound = config.init_theta_d_bound
             theta.uniform_(-bound, bound) if config.init_weights else theta.normal_()
-        return {"unilora_theta_d": nn.Parameter(theta), "assignment": _Assignment(config, layers)}
+        return {"unilora_theta_d": nn.Parameter(theta), "assignment": assignment}
 
     def make_state(self, config: UniLoraConfig, info: LayerInfo, shared: Any) -> State:
         state: State = {"r": config.r, "unilora_dropout": dropout(config.unilora_dropout)}
