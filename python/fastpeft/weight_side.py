@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 # rows(i, j, *p): rows i to j of W', in a precision of its own choice.
 Rows = Callable[..., Tensor]
@@ -72,6 +74,12 @@ def weight_side(
     y: Tensor
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.compiler.is_compiling():  # the same in terms that the compiler knows
+
+        def whole(x: Tensor, *params: Tensor) -> Tensor:
+            return F.linear(x, begin()(0, n, *params).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+        return checkpoint(whole, x, *params, use_reentrant=False)  # type: ignore[no-any-return]
     step = max(TILE_ELEMENTS // max(x.shape[-1], 1) // align, 1) * align
     y = _WeightSide.apply(x, n, step, begin, *params)  # type: ignore[no-untyped-call]
     return y if bias is None else y.add_(bias.to(y.dtype))

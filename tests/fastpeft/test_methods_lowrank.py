@@ -16,6 +16,7 @@ import torch
 from fastpeft import weight_side as weight_side_module
 from fastpeft.config import PeftWarning
 from fastpeft.factored import FactoredMethod
+from fastpeft.layer import AdapterLayer
 from fastpeft.method import get_method
 from fastpeft.methods.lokr import factorize
 from fastpeft.testing import add_adapter, make_layer
@@ -323,8 +324,33 @@ def test_weight_side_is_right_in_every_tile(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.autograd.gradcheck(call, (x, a, b, bias))
     frozen = call(x, a.detach(), b, bias).sum()
     assert torch.autograd.grad(frozen, b)[0].shape == b.shape
-    compiled = torch.compile(call, backend="eager")
-    assert torch.equal(compiled(x, a, b, bias), call(x, a, b, bias))
+    expected = torch.autograd.grad(call(x, a, b, bias).square().sum(), (x, a, b, bias))
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(x, a, b, bias).square().sum(), (x, a, b, bias))
+    assert all(torch.allclose(one, other) for one, other in zip(got, expected, strict=True))
+
+
+BNB = [("HIRA", {"r": 3}), ("GLORA", {}), ("MISS", {"r": 4, "init_weights": "bat"})]
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+@pytest.mark.parametrize(("name", "options"), BNB)
+def test_weights_of_bitsandbytes_are_decoded_when_they_are_needed(kind: str, name: str, options: dict[str, Any]) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    own = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"compute_dtype": torch.float32}
+    module = getattr(bnb.nn, kind)(64, 64, **own)
+    module.load_state_dict(nn.Linear(64, 64).state_dict())
+    layer, method = AdapterLayer(module.to("cpu").requires_grad_(False), "layer"), get_method(name)
+    add_adapter(layer, "a", method, method.config_class(**options))
+    layer.set_adapter("a")
+    x, kept = torch.randn(3, 64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: (kept.append(v.shape), v)[1], lambda v: v):
+        y = layer(x)
+    w, b = layer.merged_weight(["a"])
+    assert torch.allclose(y, nn.functional.linear(x, w, b), atol=1e-4)
+    assert (64, 64) not in kept
+    y.sum().backward()
+    assert torch.allclose(x.grad, w.sum(0).expand(3, -1), atol=1e-3)
 
 
 COSTS = {

@@ -7,6 +7,7 @@ FLOPs grow as with a LoRA of rank r. hybrid_r adds a plain LoRA of that rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +93,10 @@ class Gralora(FactoredMethod):
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         """A with the A of each block of x on its diagonal, B with the parts of B where the same rows of A go."""
         k, r = s.gralora_k, s.r
-        a = torch.block_diag(*s.gralora_A.transpose(1, 2))  # [(n, j, r / k), in]
+        diagonal: Callable[..., Tensor] = torch.block_diag
+        a = diagonal(*s.gralora_A.transpose(1, 2))  # [(n, j, r / k), in]
         parts = s.gralora_B.unflatten(1, (k, -1))  # [j, n, r / k, out / k]
-        b = torch.stack([torch.block_diag(*[parts[j, n].t() for j in range(k)]) for n in range(k)], 1).flatten(1)
+        b = torch.stack([diagonal(*[parts[j, n].t() for j in range(k)]) for n in range(k)], 1).flatten(1)
         assert b.shape[1] == k * r
         if s.hybrid_r:
             a = torch.cat([a, s.gralora_A_general.weight])
