@@ -1,0 +1,99 @@
+"""What the tests of methods beside live PEFT share: the same layer with the same adapter in both libraries."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import fastpeft
+import peft
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
+
+from peft_kernels.testing import assert_no_worse
+
+# By name: a function that makes the layer, and the shape of an input.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "lin": (lambda: nn.Linear(24, 20), (2, 5, 24)),
+    "plain": (lambda: nn.Linear(24, 20, bias=False), (3, 24)),
+    "wide": (lambda: nn.Linear(16, 28), (3, 16)),
+    "gpt2": (lambda: Conv1D(20, 24), (2, 5, 24)),
+    "embedding": (lambda: nn.Embedding(31, 24, padding_idx=3), (2, 7)),
+    "conv1": (lambda: nn.Conv1d(6, 8, 3, padding=1), (2, 6, 9)),
+    "conv2": (lambda: nn.Conv2d(6, 8, 3, stride=2, dilation=(2, 1)), (2, 6, 9, 7)),
+    "square": (lambda: nn.Conv2d(8, 6, 3, stride=2, padding=1), (2, 8, 9, 7)),
+    "pixel": (lambda: nn.Conv2d(6, 8, 1), (2, 6, 4, 5)),
+    "groups": (lambda: nn.Conv2d(6, 8, 3, groups=2), (2, 6, 5, 6)),
+    "conv3": (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 4, 3)),
+}
+
+
+def input_of(layer: str) -> Tensor:
+    shape = LAYERS[layer][1]
+    return torch.randint(0, 31, shape) if layer == "embedding" else torch.randn(shape)
+
+
+def model_of(library: Any, layer: str | nn.Module, name: str, options: dict[str, Any], seed: int = 1) -> Any:
+    """A model of one layer with an adapter: `name` is the configuration's class."""
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("layer", LAYERS[layer][0]() if isinstance(layer, str) else copy.deepcopy(layer))
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out|.*CUDA extension|.*butterfly|.*symmetric|Invalid `")
+        return library.get_peft_model(base, getattr(library, name)(target_modules=["layer"], **options)).eval()
+
+
+def pair(layer: str, name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Ours and PEFT's, made with the same seed."""
+    return model_of(fastpeft, layer, name, options), model_of(peft, layer, name, options)
+
+
+def randomise(*models: Any) -> None:
+    """The same random values for what each of them trains."""
+    for model in models:
+        torch.manual_seed(3)
+        for parameter in [p for p in model.parameters() if p.requires_grad]:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+
+
+def run(model: Any, x: Tensor) -> list[Tensor]:
+    """The output and every gradient, by name."""
+    x = x.clone().requires_grad_(x.is_floating_point())
+    y = model(x)
+    torch.manual_seed(4)
+    y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
+    grads = [p.grad for _, p in sorted(model.named_parameters()) if p.requires_grad]
+    return [y.detach(), *([x.grad] if x.grad is not None else []), *grads]
+
+
+def assert_as_good(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
+    """As PEFT in float64, to the accuracy that PEFT's own float32 has anywhere in the tensor."""
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        worst, largest = (b.double() - c).abs().max(), c.abs().max().clamp(min=1.0).expand(c.shape)
+        assert_no_worse(a, (c + worst).to(b.dtype), c, largest)
+
+
+def cost_of(model: Any, x: Tensor) -> tuple[int, int]:
+    """FLOPs of forward and backward, and bytes kept for the backward beside x and the parameters and buffers."""
+    x = x.requires_grad_(True)
+    known = {t.untyped_storage().data_ptr() for t in [x, *model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    held: list[Tensor] = []  # so that no storage is counted for another at its place
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), FlopCounterMode(display=False) as flops:
+        y = model(x)
+    with flops:
+        y.sum().backward()
+    return flops.get_total_flops(), sum(kept.values())
