@@ -6,13 +6,14 @@ import json
 import runpy
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fastpeft
 import pytest
 import torch
-from fastpeft.checkpoint import CONFIG_NAME, SAFETENSORS_NAME
+from fastpeft.checkpoint import CONFIG_NAME
 from fastpeft.config import PeftType
 from torch import Tensor
 
@@ -131,35 +132,40 @@ def test_what_is_trained_in_peft_goes_on_here(case: Case, tmp_path: Path) -> Non
 SIZES = ("r", "init_r", "n_frequency", "num_vectors", "u", "theta_d_length", "boft_block_size", "block_size")
 
 
+def hostile(content: dict[str, Any], value: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The configuration with `value` in place of each of its numbers, one at a time, by the number's name."""
+    for field, old in content.items():
+        if field.endswith("_pattern") and field != "layers_pattern":
+            yield field, {**content, field: {"linear": value}}
+        elif isinstance(old, dict):
+            for name, inner in hostile(old, value):
+                yield f"{field}.{name}", {**content, field: inner}
+        elif isinstance(old, (int, float)) and not isinstance(old, bool) and old != value:
+            yield field, {**content, field: value}
+
+
 @main
-@pytest.mark.parametrize("value", [10**7, -1])
-def test_hostile_sizes_fail_at_once_and_change_nothing(case: Case, value: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [10**7, -1, 0, 1e308])
+def test_hostile_numbers_fail_at_once_or_do_no_harm(case: Case, value: float, tmp_path: Path) -> None:
     case.model().save_pretrained(tmp_path)
     content = json.loads((tmp_path / CONFIG_NAME).read_text())
-    fields = [f for f, v in content.items() if isinstance(v, int) and not isinstance(v, bool)]
-    file = (tmp_path / SAFETENSORS_NAME).stat().st_size
-    for field in fields:
-        base = tiny()
-        before = state_of(base)
-        start, refused = time.perf_counter(), False
-        try:
-            model = fastpeft.get_peft_model(base, case.config(**{field: value}))
-            assert sum(p.numel() for p in model.parameters()) < 10**6, field
-        except (ValueError, NotImplementedError):
-            refused = True
-            assert_same_state(base, before)
-            assert not layers_of(base)
-        assert time.perf_counter() - start < 1, field
-        assert refused or field not in SIZES, field
-
-        (tmp_path / CONFIG_NAME).write_text(json.dumps({**content, field: value}))
-        base, start = tiny(), time.perf_counter()
-        try:
-            fastpeft.PeftModel.from_pretrained(base, tmp_path)
-        except (ValueError, NotImplementedError):
-            assert_same_state(base, before)
-            assert not layers_of(base)
-        else:
-            assert field not in SIZES, field
-        assert time.perf_counter() - start < 1, field
-    assert (tmp_path / SAFETENSORS_NAME).stat().st_size == file
+    for field, changed in hostile(content, value):
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(changed))
+        makers = [lambda base: fastpeft.PeftModel.from_pretrained(base, tmp_path)]
+        if field in content and isinstance(value, int):
+            makers.append(lambda base, field=field, new=changed: fastpeft.get_peft_model(
+                base, case.config(**{field: new[field]})
+            ))  # fmt: skip
+        for make in makers:
+            base = tiny()
+            before, start = state_of(base), time.perf_counter()
+            try:
+                model = make(base)
+            except (ValueError, NotImplementedError):
+                assert_same_state(base, before)
+                assert not layers_of(base)
+            else:
+                assert field not in SIZES, field
+                assert sum(p.numel() for p in model.parameters()) < 10**6, field
+                assert torch.isfinite(run(model)).all(), field
+            assert time.perf_counter() - start < 1, field
