@@ -22,6 +22,11 @@ def _fft(x: Any, dims: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return int(5 * math.prod(shape) * math.log2(max(2, length)))
 
 
+def _sparse(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    entries = a._nnz() if a.layout is not torch.strided else b._nnz()
+    return 2 * entries * (b.shape[-1] if a.layout is not torch.strided else a.shape[0])
+
+
 @cache
 def register() -> None:
     """Tell torch's counter of our ops and of the FFTs, once."""
@@ -36,6 +41,13 @@ def register() -> None:
             register_flop_formula(packet, get_raw=True)(
                 lambda *args, formula=formula, out_val=None, **kwargs: formula(*args)
             )
+    # What torch's own table lacks: products in place, and those with a sparse matrix, in which its entries count.
+    register_flop_formula(torch.ops.aten.addmm_)(lambda c, a, b, **_: 2 * math.prod(a) * b[-1])
+    register_flop_formula(torch.ops.aten.baddbmm_)(lambda c, a, b, **_: 2 * math.prod(a) * b[-1])
+    register_flop_formula([torch.ops.aten._sparse_mm, torch.ops.aten._sparse_sparse_matmul], get_raw=True)(_sparse)
+    register_flop_formula(torch.ops.aten.sparse_sampled_addmm, get_raw=True)(
+        lambda s, a, b, *_, **__: 2 * s.values().numel() * a.shape[-1]
+    )
     real = register_flop_formula([torch.ops.aten._fft_r2c, torch.ops.aten._fft_c2c, torch.ops.aten._fft_c2r])
     real(_fft)
 
@@ -56,9 +68,10 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> Iterator[list[int]]:
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        for part in (t._indices(), t._values()) if t.layout is torch.sparse_coo else (t,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
         return t
 
     result: list[int] = []
