@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .weights import BaseWeight, wide
 
@@ -36,17 +37,19 @@ def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor) -> Te
     return squares.sqrt().to(dtype)
 
 
-_NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+_NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def _kept_norms(kind: type[BaseWeight], module: nn.Module) -> Tensor:
-    """|W|^2 of each row, computed again when the module holds another weight or wrote into it."""
+    """|W|^2 of each row, computed again when the module holds another weight, or other memory for it, or wrote into it
+    (`weight.data.mul_(2)` writes without leaving a trace)."""
     weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
-    version = 0 if weight.is_inference() else weight._version
-    key = (version, weight.data_ptr(), weight.device, weight.dtype)
+    # The reference holds no memory, but keeps the address from being given to another storage.
+    storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    key = (0 if weight.is_inference() else weight._version, storage.cdata, weight.storage_offset())
     found = _NORMS.get(module)
-    if found is not None and found[0][0]() is weight and found[0][1] == key:
-        return found[1]
+    if found is not None and found[0] == key:
+        return found[2]
     value = kind.squared_norms(module)
-    _NORMS[module] = ((weakref.ref(weight), key), value)
+    _NORMS[module] = key, storage, value
     return value

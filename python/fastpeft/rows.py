@@ -15,6 +15,30 @@ from .weights import BaseWeight
 RowValues = Mapping[str, Sequence[Any]]
 
 
+class Recall:
+    """The row values of a model's last forwards: gradient checkpointing runs layers again in the backward pass, when
+    the forward's values are gone."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[RowValues, ...] = ()  # two that differ tell as much as more of them
+        self._used = False
+
+    def keep(self, values: RowValues) -> None:
+        before = () if self._used else self._kept
+        self._kept, self._used = (*(v for v in before if v != values), values)[-2:], False
+
+    def values(self) -> RowValues | None:
+        if not self._kept or torch._C._current_graph_task_id() == -1:  # not within a backward pass
+            return None
+        self._used = True
+        if len(self._kept) > 1:
+            raise ValueError(
+                "Gradient checkpointing runs a layer again in the backward pass, and after several forwards it is not "
+                "known for which batch: call backward() after each forward."
+            )
+        return self._kept[0]
+
+
 class Rows:
     """The part of `AdapterLayer` that knows what a batch's rows are, for the duration of one forward of the model."""
 
@@ -26,8 +50,7 @@ class Rows:
     _plan: Any
     _rows: list[str] | None = None
     _row_values: RowValues | None = None
-    _kept: tuple[RowValues, ...] = ()  # those of forwards that a backward may compute again, two at most
-    _recalled: bool = False
+    _recall: Recall | None = None
     _members: list[int] | None = None  # the rows that are computed now, where these are not all
 
     def _compose(self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -38,27 +61,18 @@ class Rows:
         self._rows = adapter_names
         self._plan = None
 
-    def set_row_values(self, values: RowValues | None, keep: bool = False) -> None:
+    def set_row_values(self, values: RowValues | None, recall: Recall | None = None) -> None:
         """What `Method.row_values` gave for each row of the next batches, by adapter; None ends that.
 
-        keep: gradient checkpointing may run the layer once more for this batch, in the backward pass.
+        recall: where to find them once more in a backward pass.
         """
-        if keep and values is not None:
-            before = () if self._recalled else self._kept
-            self._kept, self._recalled = (*(v for v in before if v != values), values)[-2:], False
-        self._row_values = values
+        self._row_values, self._recall = values, recall or self._recall
 
     def row_values(self, adapter: str) -> Sequence[Any] | None:
         """An adapter's values for the rows that its method sees now."""
         everyone = self._row_values
-        if everyone is None and self._kept and torch._C._current_graph_task_id() != -1:  # within a backward pass
-            self._recalled = True
-            if len(self._kept) > 1:
-                raise ValueError(
-                    "Gradient checkpointing runs a layer again in the backward pass, and after several forwards it is "
-                    "not known for which batch: call backward() after each forward."
-                )
-            everyone = self._kept[-1]
+        if everyone is None and self._recall is not None:
+            everyone = self._recall.values()
         values = (everyone or {}).get(adapter)
         return values if values is None or self._members is None else [values[i] for i in self._members]
 

@@ -19,6 +19,7 @@ from .inject import InjectionPlan, plan_injection
 from .layer import AdapterLayer
 from .method import Method, method_of, registry
 from .model_merging import ModelMerging
+from .rows import Recall
 from .safety import list_some
 from .saved_modules import ModulesToSaveWrapper
 from .shared import held_containers, register_at
@@ -49,6 +50,7 @@ class BaseTuner(ModelMerging, nn.Module):
         self.model = model
         # Adapters whose methods act on the model's forward as a whole; their names may outlive them.
         self._hooked = {n: m for n, m in ((n, method_of(c)) for n, c in self.peft_config.items()) if m.hooks_model}
+        self._recall = Recall()
         self.active_adapter: str | list[str] = adapter_name
         self.prefix = method_of(config).prefix
         self.targeted_module_names: list[str] = []
@@ -271,12 +273,14 @@ class BaseTuner(ModelMerging, nn.Module):
         is_part = isinstance(encoder, nn.Module) and encoder is not self.model
         once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
         try:
-            keep = self.training and torch.is_grad_enabled()
+            if self.training and torch.is_grad_enabled():
+                self._recall.keep(values)
             for module in modules:
                 times = range(1 if id(module) in once else repeats)
                 module.set_rows(None if names is None else [n for n in names for _ in times])
                 if isinstance(module, AdapterLayer):
-                    module.set_row_values({a: [v for v in row for _ in times] for a, row in values.items()}, keep)
+                    repeated = {a: [v for v in row for _ in times] for a, row in values.items()}
+                    module.set_row_values(repeated, self._recall)
             yield
         finally:
             for module in modules:
