@@ -11,8 +11,11 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import fastpeft
 import pytest
 import torch
+from fastpeft.config import PeftType
+from fastpeft.nf4 import dequantize_model
 from torch import nn
 
 from peft_kernels.testing import assert_same_bits
@@ -219,3 +222,32 @@ def test_float32_adapters_on_a_bfloat16_base(case: Case) -> None:
     assert (output - wide).abs().max() < 0.1 * wide.abs().max()
     train(model)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss_of(model(IDS)).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("case", [case for case in MAIN if case.place == "linear"], ids=repr)
+def test_a_4bit_base_is_its_decoded_weight(case: Case, tmp_path: Path) -> None:
+    if case.kind.method.peft_type == PeftType.LN_TUNING:
+        with pytest.raises(ValueError, match="quantised weight cannot be trained"):
+            fastpeft.get_peft_model(fastpeft.quantize_model(tiny()), case.config())
+        return
+    model = fastpeft.get_peft_model(fastpeft.quantize_model(tiny()), case.config())
+    scatter(model, "default", 1).eval().save_pretrained(tmp_path)
+    if any(layer.base_edits for layer in layers_of(model)):
+        assert torch.isfinite(run(model)).all()
+        return  # its base is quantised again after the change
+    dense = dequantize_model(fastpeft.quantize_model(tiny()))
+    plain = fastpeft.PeftModel.from_pretrained(dense, tmp_path, is_trainable=True).eval()
+    wide = copy.deepcopy(plain).double()
+    assert_close(run(model), run(plain), run(wide))
+    ours, theirs, exact = gradients(model), gradients(plain), gradients(wide)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert_close(value, theirs[name], exact[name])
+    again = fastpeft.PeftModel.from_pretrained(fastpeft.quantize_model(tiny()), tmp_path).eval()
+    assert_same_bits(run(again), run(model))
