@@ -9,6 +9,7 @@ the packed objects themselves where it is quantised.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from .config import PeftWarning
 from .weights import BaseWeight, wide
 
 EDIT = "base_edit"
@@ -80,14 +82,22 @@ class BaseEdits:
 
     def edit_base(self, adapter: str, edit: BaseEdit) -> None:
         """Change the base weight for an adapter. An error leaves it as it was."""
-        self.check_editable()
+        self.check_edit(edit)
         self._rewrite({**self.base_edits, adapter: edit})
 
-    def check_editable(self) -> None:
+    def check_edit(self, edit: BaseEdit) -> None:
+        """Raise ValueError while the base weight cannot be changed; warn if that changes what adapters here compute."""
         if self.merged_adapters:
             raise ValueError(
                 f"{self.layer_name or 'The layer'} has merged adapters ({', '.join(self.merged_adapters)}): an adapter "
                 "that changes the base weight can only be added after `unmerge_adapter`."
+            )
+        if any(not edit.once or self.base_edits.get(name) != edit for name in self.methods):
+            warnings.warn(
+                "The new adapter changes base weights on which other adapters act: what these compute changes with it. "
+                "Save such adapters as plain LoRAs (path_initial_model_for_weight_conversion) to use several at once.",
+                PeftWarning,
+                stacklevel=2,
             )
 
     def restore_base(self, adapter: str | None = None) -> None:
@@ -119,6 +129,8 @@ class BaseEdits:
         if self._original is not None:
             kind.put_back(module, {**self._original, **_bias(now)})
         w = kind.read(module)[0]
+        if w.is_meta and edits:
+            raise ValueError(f"an adapter changes the weight of {self.layer_name!r}, which is on the meta device")
         w = w.to(wide(w.dtype))
         made: list[BaseEdit] = []
         for edit in edits.values():

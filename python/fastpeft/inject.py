@@ -227,7 +227,7 @@ def _plan(
             _place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast, {})
     for site, state in zip(targets, states, strict=True):
         if EDIT in state and isinstance(site.module, AdapterLayer):
-            site.module.check_editable()
+            site.module.check_edit(state[EDIT])
     layers = []
     made: dict[int, AdapterLayer] = {}  # the outermost new layer of a module, for those that several layers go on
     for site, info, state in zip(targets, infos, states, strict=True):

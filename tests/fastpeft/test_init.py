@@ -302,9 +302,13 @@ def test_an_edit_needs_an_unmerged_base() -> None:
     adapted = wrap(fastpeft, model(), init_lora_weights=False)
     adapted.merge_adapter()
     before = tensors(adapted)
+    other = fastpeft.LoraConfig(r=2, target_modules=["first"], init_lora_weights="pissa")
     with pytest.raises(ValueError, match="unmerge_adapter"):
-        adapted.add_adapter("b", fastpeft.LoraConfig(r=2, target_modules=["first"], init_lora_weights="pissa"))
+        adapted.add_adapter("b", other)
     assert_same(tensors(adapted), before)
+    adapted.unmerge_adapter()
+    with pytest.warns(fastpeft.PeftWarning, match="other adapters act"):
+        adapted.add_adapter("b", other)
 
 
 def test_mica_is_peft_s_and_freezes_b() -> None:

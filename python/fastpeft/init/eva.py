@@ -376,6 +376,8 @@ def _start(tuner: BaseTuner, adapter: str, config: Any, found: Mapping[str, Tens
         if a is not None:
             layer.lora_A[adapter].weight.copy_(a)
     kept = [change for change in changes if change[2]]
+    gone = {site.name for site, *_ in changes if not site.module.methods}
+    tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in gone]
     config.target_modules = minimal_suffixes({c[0].name for c in kept}, [s.name for s in walk(tuner.model) if s.name])
     config.rank_pattern = {c[0].name: c[2] for c in kept if c[2] != config.r}
     config.alpha_pattern = {c[0].name: c[3] for c in kept if c[3] != config.lora_alpha}
