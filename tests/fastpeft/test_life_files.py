@@ -17,7 +17,7 @@ from fastpeft.checkpoint import CONFIG_NAME
 from fastpeft.config import PeftType
 from torch import Tensor
 
-from peft_kernels.testing import assert_same_bits
+from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("life_tools.py")))
 CASES = tools["CASES"]
@@ -104,6 +104,33 @@ def exactly_in_peft(case: Case, folder: Path) -> Tensor:
         return run(theirs)
     except RuntimeError:  # it keeps tensors that `double` does not reach
         return run(with_peft(case, lambda p: p.PeftModel.from_pretrained(tiny(torch.float64), folder).eval().double()))
+
+
+# PEFT draws another stream: it keeps many draws in every layer, ours are made when they are needed.
+OTHER_NUMBERS = {"MonteClora"}
+
+
+@every
+def test_a_new_adapter_is_that_of_peft(case: Case) -> None:
+    content = {**case.config().to_dict(), "peft_version": None}
+    config = with_peft(case, lambda peft: peft.get_peft_config(content))
+    base = tiny()
+    torch.manual_seed(4)
+    theirs = with_peft(case, lambda peft: peft.get_peft_model(base, config))
+    base = tiny()
+    torch.manual_seed(4)
+    ours = fastpeft.get_peft_model(base, case.config())
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert mine.keys() == other.keys()
+    trained = [{n: p.shape for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+    assert trained[0] == trained[1]
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    for key, value in other.items():
+        assert mine[key].dtype == value.dtype, key
+        assert mine[key].shape == value.shape, key
+        if not repr(case).startswith(tuple(OTHER_NUMBERS)):
+            wide = value.double()  # integers too; a norm may be rounded otherwise
+            assert_no_worse(mine[key].float(), value.float(), wide, wide.abs())
 
 
 @every
