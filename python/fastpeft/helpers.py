@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from .config import PeftConfig
 from .layer import AdapterLayer
 from .sites import adapter_modules
+from .tuner import BaseTuner
 from .weights import weight_of
 
 MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
@@ -24,6 +28,59 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
     except Exception:  # whatever is wrong with it, it is no adapter
         return False
     return True
+
+
+def update_signature(model: Any, method: str = "all") -> None:
+    """Give a PeftModel's `forward`, `generate` or both ("all") the base model's signature, for who inspects it."""
+    if method not in ("forward", "generate", "all"):
+        raise ValueError(f"method {method} is not supported please choose one of ['forward', 'generate', 'all']")
+    for name in ("forward", "generate") if method == "all" else (method,):
+        own, base = getattr(model, name, None), getattr(type(model.get_base_model()), name, None)
+        if own is None or base is None or not set(inspect.signature(own).parameters) <= {"args", "kwargs"}:
+            continue
+
+        def call(self: Any, *args: Any, _own: Any = own, **kwargs: Any) -> Any:
+            return _own(*args, **kwargs)
+
+        functools.update_wrapper(call, base, assigned=("__doc__", "__name__", "__annotations__"))
+        setattr(model, name, types.MethodType(call, model))
+
+
+def update_forward_signature(model: Any) -> None:
+    update_signature(model, "forward")
+
+
+def update_generate_signature(model: Any) -> None:
+    update_signature(model, "generate")
+
+
+class DoraCaching:
+    """Accepted as in PEFT, where it keeps norms of DoRA's weights between calls. Here what of them stays the same is
+    always kept, and the rest costs so little that nothing is left to turn on."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def __call__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+
+class MontecloraTrainerMixin:
+    """Put before a Trainer among the bases of a class: its loss then has MonteCLoRA's regulariser added."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        parent: Any = super()
+        result = parent.compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        tuners = (m for m in model.modules() if isinstance(m, BaseTuner) and hasattr(m, "_get_monteclora_loss"))
+        losses = [tuner._get_monteclora_loss() for tuner in tuners]
+        added = sum(losses) / max(1, len(losses))
+        return (result[0] + added, *result[1:]) if return_outputs else result + added
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import runpy
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,31 @@ def test_reducing_intruders_takes_nothing_from_the_base_again() -> None:
     assert torch.equal(tensors(adapted.base_model.model.first.base_layer)["weight"], before["weight"])
     with pytest.raises(ValueError, match="variant"):
         fastpeft.tuners.lora.intruders.reduce_intruder_dimension(wrap(fastpeft, model(), use_dora=True))
+
+
+def test_signatures_of_the_base_model() -> None:
+    ours, other = wrap(fastpeft, model()), wrap(fastpeft, model())
+    expected = ours(X)
+    fastpeft.helpers.update_signature(ours)
+    assert list(inspect.signature(ours.forward).parameters) == ["x"]
+    assert list(inspect.signature(other.forward).parameters) == ["args", "kwargs"]  # PEFT's changes the class
+    assert torch.equal(ours(X), expected)
+    with pytest.raises(ValueError, match="not supported"):
+        fastpeft.helpers.update_signature(ours, "backward")
+
+
+def test_the_trainer_s_loss_has_monteclora_s_regulariser() -> None:
+    class Trainer:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+            return (torch.tensor(2.0), "outputs") if return_outputs else torch.tensor(2.0)
+
+    class Ours(fastpeft.helpers.MontecloraTrainerMixin, Trainer):
+        pass
+
+    plain, sampled = wrap(fastpeft, model()), wrap(fastpeft, model(), monteclora_config=fastpeft.MontecloraConfig())
+    assert Ours().compute_loss(plain, {}) == 2.0
+    loss, outputs = Ours().compute_loss(sampled, {}, return_outputs=True)
+    assert outputs == "outputs"
+    assert loss == 2.0 + sampled._get_monteclora_loss() != 2.0
+    with fastpeft.helpers.DoraCaching():
+        fastpeft.helpers.DoraCaching()(enabled=False)

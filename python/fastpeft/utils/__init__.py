@@ -6,6 +6,7 @@ from ..checkpoint import PICKLE_NAME as WEIGHTS_NAME
 from ..checkpoint import SAFETENSORS_NAME as SAFETENSORS_WEIGHTS_NAME
 from ..checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from ..config import CONFIG_NAME, PeftType, TaskType
+from ..init.loftq import replace_lora_weights_loftq
 from ..method import registry
 from ..prepare import cast_mixed_precision_params, prepare_model_for_kbit_training
 from ..saved_modules import ModulesToSaveWrapper
@@ -22,6 +23,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "get_peft_model_state_dict",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
 ]
 
