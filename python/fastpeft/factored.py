@@ -37,7 +37,7 @@ class FactoredMethod(Method):
         assert found is not None
         a, b = found
         x = x.to(a.dtype)
-        return y + F.linear(F.linear(getattr(s, self.dropout)(x) if self.dropout else x, a), b)
+        return plus_product(y, F.linear(getattr(s, self.dropout)(x) if self.dropout else x, a), b.t())
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
         base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
@@ -59,6 +59,13 @@ class FactoredMethod(Method):
     def _fusible(self, s: Any) -> bool:
         """Whether the factors are all that acts in this call."""
         return True
+
+
+def plus_product(y: Tensor, z: Tensor, b: Tensor) -> Tensor:
+    """y + z b, in one pass over y where the dtypes allow."""
+    if not y.dtype == z.dtype == b.dtype:
+        return y + z @ b
+    return torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), b).view_as(y)
 
 
 def dropout(p: float) -> nn.Module:

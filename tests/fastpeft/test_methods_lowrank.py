@@ -335,7 +335,7 @@ BNB = [("HIRA", {"r": 3}), ("GLORA", {}), ("MISS", {"r": 4, "init_weights": "bat
 
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
 @pytest.mark.parametrize(("name", "options"), BNB)
-def test_weights_of_bitsandbytes_are_decoded_when_they_are_needed(kind: str, name: str, options: dict[str, Any]) -> None:
+def test_weights_of_bitsandbytes_are_decoded_when_needed(kind: str, name: str, options: dict[str, Any]) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     own = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"compute_dtype": torch.float32}
     module = getattr(bnb.nn, kind)(64, 64, **own)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout, plus_product
 from ..method import Fused, Inner, LayerInfo, State, register
 from ..weights import weight_of
 
@@ -103,7 +103,7 @@ class Deft(FactoredMethod):
             h = h + bias.to(right.dtype) @ right
         if not s.deft_para:
             h = h + F.linear(s.deft_dropout(x.to(right.dtype)), s.deft_R.to(right.dtype)) * s.deft_scaling
-        return y + F.linear(h, basis)
+        return plus_product(y, h, basis.t())
 
     def fused(self, layer: Any, s: Any, shared: Any) -> Fused | None:
         return None  # the factors need W

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, PeftType, TargetConfig
-from ..factored import check_probabilities, check_ranks, dropout
+from ..factored import check_probabilities, check_ranks, dropout, plus_product
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, weight_side
 
@@ -94,9 +94,11 @@ class Miss(Method):
         sums = x[..., :whole].reshape(*x.shape[:-1], -1, r).sum(-2)
         if whole < x.shape[-1]:
             sums = sums + F.pad(x[..., whole:], (0, r - x.shape[-1] % r))
-        added: Tensor = sums @ block
-        copies = y.shape[-1] // added.shape[-1]
-        return y + (added if copies == 1 else added.repeat(*[1] * (added.dim() - 1), copies))
+        copies = y.shape[-1] // block.shape[1]
+        if copies == 1:
+            return plus_product(y, sums, block)
+        added: Tensor = (sums @ block).repeat(*[1] * (x.dim() - 1), copies)
+        return y + added
 
 
 class _Bat(Miss):
