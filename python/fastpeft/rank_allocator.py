@@ -7,11 +7,14 @@ for the ranks below the budget; a rank whose E grows again comes back at the nex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
 
 PARTS = ("lora_A", "lora_B", "lora_E")
 
@@ -95,3 +98,54 @@ class RankAllocator:
             self.config.rank_pattern = self.mask_to_budget(budget)
         if step == last:
             self.reset_ipt()
+
+
+# --- in a model ---------------------------------------------------------------------------------------------------
+
+
+def update_and_allocate(tuner: Any, global_step: int) -> None:
+    """Measure what matters and give the budget of this step out, for each active AdaLoRA that trains."""
+    for adapter in tuner.active_adapters:
+        config = tuner.peft_config[adapter]
+        layers = [(n, m) for n, m in layers_of(tuner, adapter) if m.lora_E[adapter].requires_grad]
+        if not layers:
+            continue
+        allocator = vars(tuner).setdefault("_allocators", {}).get(adapter)
+        if allocator is None or allocator.config is not config:
+            allocator = tuner._allocators[adapter] = RankAllocator(layers, config, adapter)
+        allocator.update_and_allocate(global_step)
+
+
+def resize_modules_by_rank_pattern(tuner: Any, rank_pattern: Mapping[str, Any], adapter_name: str) -> None:
+    """Take the ranks that are not in the pattern out of the layers. Their parameters are new ones."""
+    kept = by_layer(rank_pattern)
+    for name, layer in layers_of(tuner, adapter_name):
+        if name in kept:
+            parts = {part: getattr(layer, part)[adapter_name] for part in PARTS}
+            install(layer, adapter_name, {part: select(part, t.detach(), kept[name]) for part, t in parts.items()})
+
+
+def layers_of(tuner: Any, adapter: str) -> list[tuple[str, Any]]:
+    return [
+        (name.removeprefix("model."), layer)
+        for name, layer in tuner.adapter_layers()
+        if adapter in getattr(layer, "lora_E", ())
+    ]
+
+
+def by_layer(rank_pattern: Mapping[str, Any]) -> dict[str, list[bool]]:
+    """A pattern by the layers' names; PEFT's keys in memory end with the adapter's name."""
+    return {key.rpartition(".lora_E")[0]: [bool(v) for v in kept] for key, kept in rank_pattern.items()}
+
+
+def select(part: str, tensor: Tensor, kept: list[bool]) -> Tensor:
+    index = torch.tensor([i for i, v in enumerate(kept) if v], dtype=torch.long, device=tensor.device)
+    return tensor.index_select(1 if part == "lora_B" else 0, index)
+
+
+def install(layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    for part, tensor in tensors.items():
+        container = getattr(layer, part)
+        container[adapter] = nn.Parameter(tensor, requires_grad=container[adapter].requires_grad)
+    layer.r[adapter] = len(tensors["lora_E"])
+    layer._plan = None

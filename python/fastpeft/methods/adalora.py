@@ -4,6 +4,8 @@
 that the model returns has `orth_reg_weight` times the mean of |A A^T - 1| and |B^T B - 1| added. A file holds the ranks
 that were kept, which its configuration's `rank_pattern` names; a loaded adapter has only those. As in PEFT, "/ r" is by
 the rank at the start. One active adapter is one call of `lora_linear` with diag(E) A in A's place.
+
+(This file is longer than others by the checks of a configuration that has all of LoRA's fields.)
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from torch import Tensor, nn
 from ..config import PeftType, PeftWarning
 from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
 from ..method import Inner, LayerInfo, State, register
-from ..rank_allocator import PARTS, RankAllocator
+from ..rank_allocator import (
+    PARTS,
+    by_layer,
+    install,
+    layers_of,
+    resize_modules_by_rank_pattern,
+    select,
+    update_and_allocate,
+)
 from ..targets import DEFAULT_TARGETS
 from .lora import LoraConfig
 
@@ -71,36 +81,6 @@ WITHOUT_MEANING = (
     "monteclora_config", "kasa_config", "alora_invocation_tokens", "arrow_config", "eva_config", "corda_config",
     "lora_ga_config", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config",
 )  # fmt: skip
-
-
-def update_and_allocate(tuner: Any, global_step: int) -> None:
-    """Measure what matters and give the budget of this step out, for each active AdaLoRA that trains."""
-    for adapter in tuner.active_adapters:
-        config = tuner.peft_config[adapter]
-        layers = [(n, m) for n, m in _layers(tuner, adapter) if m.lora_E[adapter].requires_grad]
-        if not layers:
-            continue
-        allocator = vars(tuner).setdefault("_allocators", {}).get(adapter)
-        if allocator is None or allocator.config is not config:
-            allocator = tuner._allocators[adapter] = RankAllocator(layers, config, adapter)
-        allocator.update_and_allocate(global_step)
-
-
-def resize_modules_by_rank_pattern(tuner: Any, rank_pattern: Mapping[str, Any], adapter_name: str) -> None:
-    """Take the ranks that are not in the pattern out of the layers. Their parameters are new ones."""
-    kept = _by_layer(rank_pattern)
-    for name, layer in _layers(tuner, adapter_name):
-        if name in kept:
-            parts = {part: getattr(layer, part)[adapter_name] for part in PARTS}
-            _install(layer, adapter_name, {part: _select(part, t.detach(), kept[name]) for part, t in parts.items()})
-
-
-def _layers(tuner: Any, adapter: str) -> list[tuple[str, Any]]:
-    return [
-        (name.removeprefix("model."), layer)
-        for name, layer in tuner.adapter_layers()
-        if isinstance(layer.methods.get(adapter), AdaLora)
-    ]
 
 
 @register
@@ -163,12 +143,12 @@ class AdaLora(FactoredMethod):
     # Files
 
     def pack(self, config: AdaLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        kept, packed = _by_layer(config.rank_pattern or {}), {}
+        kept, packed = by_layer(config.rank_pattern or {}), {}
         for key, tensor in tensors.items():
             layer, _, part = key.removeprefix("base_model.model.").rpartition(".")
             pattern = kept.get(layer, ()) if part in PARTS else ()
             whole = len(pattern) == tensor.shape[1 if part == "lora_B" else 0]
-            packed[key] = _select(part, tensor, pattern) if pattern and whole and not all(pattern) else tensor
+            packed[key] = select(part, tensor, pattern) if pattern and whole and not all(pattern) else tensor
         return packed
 
     def make_room(self, layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
@@ -177,7 +157,7 @@ class AdaLora(FactoredMethod):
         if r != len(old["lora_E"]):
             shapes = {"lora_A": (r, old["lora_A"].shape[1]), "lora_E": (r, 1), "lora_B": (len(old["lora_B"]), r)}
             if all(part in tensors and tensors[part].shape == shape for part, shape in shapes.items()):
-                _install(layer, adapter, {part: old[part].detach().new_zeros(shape) for part, shape in shapes.items()})
+                install(layer, adapter, {part: old[part].detach().new_zeros(shape) for part, shape in shapes.items()})
 
     # Math
 
@@ -187,10 +167,12 @@ class AdaLora(FactoredMethod):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         info = inner.info
-        if info.kind == "linear":
+        if info.kind == "linear" and len(s.lora_E):
             return super().output(s, shared, x, y, inner)
         a, b = self.factors(s, shared, None)
         x = s.lora_dropout(x.to(a.dtype))
+        if info.kind == "linear":  # every rank was dropped: zeros, with gradients of no numbers
+            return y + F.linear(F.linear(x, a), b)
         if info.groups > 1 or not len(a):
             return y + inner.apply(x, (b @ a).reshape(info.shape))
         rows = inner.apply(x, a.reshape(-1, *info.shape[1:]))
@@ -206,28 +188,10 @@ class AdaLora(FactoredMethod):
         loss, weight = getattr(output, "loss", None), tuner.peft_config[adapter].orth_reg_weight
         if isinstance(loss, Tensor):
             losses = []
-            for _, layer in _layers(tuner, adapter):
+            for _, layer in layers_of(tuner, adapter):
                 for m in (layer.lora_A[adapter], layer.lora_B[adapter].t()):
                     if m.requires_grad:
                         losses.append((m @ m.t() - torch.eye(len(m), device=m.device, dtype=m.dtype)).norm())
             if losses:
                 output.loss = loss + weight * sum(part.to(loss.device) for part in losses) / len(losses)
         return output
-
-
-def _by_layer(rank_pattern: Mapping[str, Any]) -> dict[str, list[bool]]:
-    """A pattern by the layers' names; PEFT's keys in memory end with the adapter's name."""
-    return {key.rpartition(".lora_E")[0]: [bool(v) for v in kept] for key, kept in rank_pattern.items()}
-
-
-def _select(part: str, tensor: Tensor, kept: list[bool]) -> Tensor:
-    index = torch.tensor([i for i, v in enumerate(kept) if v], dtype=torch.long, device=tensor.device)
-    return tensor.index_select(1 if part == "lora_B" else 0, index)
-
-
-def _install(layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    for part, tensor in tensors.items():
-        container = getattr(layer, part)
-        container[adapter] = nn.Parameter(tensor, requires_grad=container[adapter].requires_grad)
-    layer.r[adapter] = len(tensors["lora_E"])
-    layer._plan = None

@@ -12,7 +12,6 @@ Dropout acts on both x and A x, as in PEFT: y = W (x - d(x)) + b + g (W d(x) + s
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,6 +22,7 @@ from peft_kernels import lora_linear
 from ...base_edits import EDIT
 from ...method import Fused, Inner, LayerInfo, State
 from ...row_norms import norms
+from ...split_dropout import made_again, split
 from ...weights import BaseWeight, weight_in, weight_of
 from ..lora import Lora
 from . import variant
@@ -138,8 +138,8 @@ class Dora(Lora):
             g = self.gain(s, kind, base)
             inside, dtype = x if compute is None else x.to(compute), x.dtype
             if p:
-                dropped, rest, keep = _Split.apply(inside, p)  # type: ignore[no-untyped-call]
-                with _made_again(inside, dropped, keep, p):
+                dropped, rest, keep = split(inside, p)
+                with made_again(inside, dropped, keep, p):
                     h = lora_linear(dropped, w, a, b, scale)
                 return (lora_linear(rest, w, bias=bias) + h * g).to(dtype)
             h = lora_linear(inside, w, a, b, scale)
@@ -156,40 +156,3 @@ def _gain(s: Any, norm: Tensor) -> Tensor:
     m: Tensor = s.lora_magnitude_vector.weight
     tiny = torch.finfo(norm.dtype).tiny  # a row of zeros stays one
     return m.reshape(-1) / norm.clamp_min(tiny).to(m.dtype)
-
-
-class _Split(torch.autograd.Function):
-    """d(x), x - d(x) and which elements were kept. Keeps a byte for each element."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
-        keep = torch.empty_like(x).bernoulli_(1 - p).bool()  # the numbers that torch's dropout draws
-        dropped = _dropped(x, keep, p)
-        ctx.save_for_backward(keep)
-        ctx.p = p
-        ctx.mark_non_differentiable(keep)
-        return dropped, x - dropped, keep
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[1] + _dropped(grads[0] - grads[1], ctx.saved_tensors[0], ctx.p), None
-
-
-def _dropped(x: Tensor, keep: Tensor, p: float) -> Tensor:
-    return x * keep * (1 / (1 - p))
-
-
-def _made_again(x: Tensor, dropped: Tensor, keep: Tensor, p: float) -> AbstractContextManager[Any]:
-    """Within this, a graph that needs d(x) in its backward keeps x and `keep`, which are there anyway."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    x = x.detach()
-
-    def pack(t: Tensor) -> Any:
-        same = t.data_ptr() == dropped.data_ptr() and t.numel() == dropped.numel()
-        return t.shape if same else t
-
-    def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else _dropped(x, keep, p).reshape(kept)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
