@@ -380,6 +380,9 @@ def test_eva_s_errors_change_nothing() -> None:
         )
     with pytest.raises(ValueError, match="not adapted"):
         fastpeft.get_eva_state_dict(adapted, batches(), prepare_layer_inputs_fn={"other": lambda *a: a[0]})
+    few = [{key: value[:1, :3] for key, value in batch.items()} for batch in batches()]
+    with pytest.raises(ValueError, match="lower r or rho"):
+        quietly(fastpeft.get_eva_state_dict, adapted, few, show_progress_bar=False)
     assert_same(tensors(adapted), before)
     assert not any(m._forward_hooks for m in adapted.modules())
     with pytest.raises(ValueError, match="init_lora_weights='eva'"):

@@ -243,7 +243,8 @@ class _Search:
             watch.on(IncrementalPCA(self.most[name]), self.config.eva_config.tau)
         done = dict.fromkeys(first, False)
         ranks = dict(self.most)
-        for batch in _shown(itertools.cycle(loader), progress):
+        passes = 2 * len(loader)  # type: ignore[arg-type]
+        for i, batch in enumerate(_shown(itertools.cycle(loader), progress)):
             for name, watch in first.items():
                 converged = bool(watch.converged[: ranks[name]].all())
                 if converged and not done[name]:
@@ -254,8 +255,11 @@ class _Search:
             if all(done.values()):
                 break
             forward(self.model, self._feed(batch))
-            if all(watch.pca is not None and watch.pca.components is not None for watch in first.values()):
+            short = [name for name, watch in first.items() if watch.pca is None or watch.pca.components is None]
+            if not short:
                 ranks = self._ranks(of)
+            elif i + 1 == passes:  # PEFT goes on for ever
+                raise ValueError(f"no batch has as many rows for {short[0]} as EVA wants components; lower r or rho")
         result = {}
         for name, rank in ranks.items():
             pca = first[of[name]].pca
