@@ -85,11 +85,11 @@ def add_weighted_lora(
             raise ValueError(f"combination_type {kind!r} cannot combine {layer.layer_name!r}, a grouped convolution")
         if kind == "cat" or (kind == "svd" and svd_clamp is None):
             a, b = _side_by_side(layer, found)
-            return (a, b) if kind == "cat" else _cut(*_small_svd(a.flatten(1), b.flatten(1)), rank, None)
+            return (a, b) if kind == "cat" else _cut(_small_svd(a.flatten(1), b.flatten(1)), rank, None)
         delta = mix([layer.get_delta_weight(n) for n, _ in found], torch.tensor([w for _, w in found]))
         transposed = layer.kind.fan_in_fan_out or layer.kind.kind == "embedding"
         delta = delta.t() if transposed else delta.flatten(1)
-        return _cut(*torch.linalg.svd(delta, full_matrices=False, driver=svd_driver), rank, svd_clamp)
+        return _cut(tuple(torch.linalg.svd(delta, full_matrices=False, driver=svd_driver)), rank, svd_clamp)
 
     config = copy.copy(configs[0])
     edits_base = isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
@@ -109,7 +109,7 @@ def add_weighted_lora(
 
 
 def _rank(kind: str, configs: Sequence[Any], svd_rank: int | None) -> int:
-    ranks = [max([c.r, *(c.rank_pattern or {}).values()]) for c in configs]
+    ranks: list[int] = [max([c.r, *(c.rank_pattern or {}).values()]) for c in configs]
     if kind == "cat":
         return sum(ranks)
     if kind in UPDATES:
@@ -158,8 +158,9 @@ def _small_svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ u, values, v @ right.t()
 
 
-def _cut(u: Tensor, values: Tensor, v: Tensor, rank: int, clamp: float | None) -> tuple[Tensor, Tensor]:
+def _cut(svd: tuple[Tensor, ...], rank: int, clamp: float | None) -> tuple[Tensor, Tensor]:
     """A and B of the best approximation of a rank, cut off at a quantile of their values."""
+    u, values, v = svd
     b, a = u[:, :rank] * values[:rank], v[:rank]
     if clamp is not None:
         every = torch.cat([b.flatten(), a.flatten()])

@@ -1,21 +1,50 @@
-"""x -> x S^T for a sparse S of fixed positions and trained values, at the cost of its entries.
+"""x (W + S)^T for a frozen W and a sparse S of fixed positions and trained values, at the cost of S's entries.
 
-Both directions are products of a CSR matrix with x^T, where an entry is one multiple of a row, and the gradient of the
-values is a sampled product: 2 * tokens * entries FLOPs each, against 2 * tokens * in * out of the dense layer, and no
-dense matrix of S's size.
+The gradient of the values is a sampled product, 2 * tokens * entries FLOPs against 2 * tokens * in * out of the layer.
+For few tokens S is applied to x as a CSR matrix, in as many FLOPs again for each direction. For many, where that moves
+more memory than W has, the layer's own product reads W + S, made a few rows at a time and never kept.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Per tensor of positions: its version and (CSR order, row starts, columns) of S and of S^T.
-_LAYOUTS: Any = WeakIdKeyDictionary()
-Layout = tuple[Tensor, Tensor, Tensor]
+if TYPE_CHECKING:
+    from .method import Inner
+
+_LAYOUTS: Any = WeakIdKeyDictionary()  # by tensor of positions: its version and the layouts of S and of S^T
+TILE_ELEMENTS = 1 << 22  # of W, that are copied at a time
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A CSR structure. order: the entries' places in `values`, None if they are in order; flat: in a dense matrix."""
+
+    order: Tensor | None
+    starts: Tensor
+    columns: Tensor
+    flat: Tensor
+    width: int
+    starts_here: list[int]  # on the CPU
+
+    def sorted(self, values: Tensor) -> Tensor:
+        return values if self.order is None else values[self.order]
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """With values in the structure's order."""
+        _quiet()
+        shape = (len(self.starts) - 1, self.width)
+        return torch.sparse_csr_tensor(self.starts, self.columns, values, shape, check_invariants=False)
 
 
 def layouts(indices: Tensor, shape: tuple[int, int]) -> tuple[Layout, Layout]:
@@ -23,7 +52,7 @@ def layouts(indices: Tensor, shape: tuple[int, int]) -> tuple[Layout, Layout]:
     found = _LAYOUTS.get(indices)
     if found is None or found[0] != indices._version:
         rows, columns = row_column(indices, shape)
-        found = (indices._version, _layout(rows, columns, shape[0]), _layout(columns, rows, shape[1]))
+        found = (indices._version, _layout(rows, columns, *shape), _layout(columns, rows, *shape[::-1]))
         _LAYOUTS[indices] = found
     return found[1], found[2]
 
@@ -34,11 +63,15 @@ def row_column(indices: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]
     return (indices[0], indices[1]) if indices.dim() == 2 else (indices // shape[1], indices % shape[1])
 
 
-def _layout(rows: Tensor, columns: Tensor, count: int) -> Layout:
-    order = torch.argsort(rows, stable=True)
-    starts = torch.zeros(count + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(torch.bincount(rows, minlength=count), 0, out=starts[1:])
-    return order, starts.int(), columns[order].int()  # products with 32-bit positions take half the time
+def _layout(rows: Tensor, columns: Tensor, height: int, width: int) -> Layout:
+    order: Tensor | None = None
+    if bool((rows.diff() < 0).any()):
+        order = torch.argsort(rows, stable=True)
+        rows, columns = rows[order], columns[order]
+    starts = torch.zeros(height + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(torch.bincount(rows, minlength=height), 0, out=starts[1:])
+    # Products with 32-bit positions take half the time.
+    return Layout(order, starts.int(), columns.int(), rows * width + columns, width, starts.tolist())
 
 
 def dense(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -48,16 +81,37 @@ def dense(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
     return flat.index_add(0, rows * shape[1] + columns, values).view(shape)
 
 
+def sparse_update(x: Tensor, inner: Inner, values: Tensor, indices: Tensor) -> Tensor:
+    """The layer `inner` with S added to its weight."""
+    info = inner.info
+    shape = (info.out_features, info.in_features)
+    tokens = x.numel() // max(shape[1], 1)
+    frozen = inner.frozen() if info.quantized is None and tokens * len(values) > 2 * shape[0] * shape[1] else None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if frozen is None or autocast or x.dtype is not info.dtype or torch.compiler.is_compiling():
+        return inner(x) + sparse_linear(x, values, indices, shape)
+    y: Tensor = _SparseInWeight.apply(x, values, indices, shape, frozen)  # type: ignore[no-untyped-call]
+    bias = inner.bias()
+    return y if bias is None else y.add_(bias)
+
+
 def sparse_linear(x: Tensor, values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
     """x S^T, in x's dtype. shape: of S, [out_features, in_features]."""
     return _SparseLinear.apply(x, values, indices, shape)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _product(layout: Layout, values: Tensor, rows: Tensor, width: int) -> Tensor:
+def _product(layout: Layout, values: Tensor, rows: Tensor) -> Tensor:
     """(S rows^T)^T of [tokens, width] rows."""
-    order, starts, columns = layout
-    matrix = torch.sparse_csr_tensor(starts, columns, values[order], (len(starts) - 1, width))
-    return torch.sparse.mm(matrix, rows.t().contiguous()).t()
+    product: Tensor = torch.sparse.mm(layout.matrix(layout.sorted(values)), rows.t().contiguous())
+    return product.t()
+
+
+@functools.cache
+def _quiet() -> None:
+    """torch says once that its CSR support is young."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -66,10 +120,11 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x, values, indices)
         ctx.shape = shape
         rows = x.reshape(-1, shape[1]).to(_wide(x))
-        y = _product(layouts(indices, shape)[0], values.to(rows.dtype), rows, shape[1])
+        y = _product(layouts(indices, shape)[0], values.to(rows.dtype), rows)
         return y.to(x.dtype).reshape(*x.shape[:-1], shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, values, indices = ctx.saved_tensors
         shape, (grad,) = ctx.shape, grads
@@ -77,15 +132,60 @@ class _SparseLinear(torch.autograd.Function):
         dy = grad.reshape(-1, shape[0]).to(_wide(x))
         dx = dvalues = None
         if ctx.needs_input_grad[0]:
-            dx = _product(transposed, values.to(dy.dtype), dy, shape[0]).to(x.dtype).reshape(x.shape)
+            dx = _product(transposed, values.to(dy.dtype), dy).to(x.dtype).reshape(x.shape)
         if ctx.needs_input_grad[1]:
-            order, starts, columns = straight
-            empty = dy.new_zeros(len(columns))
-            sampled = torch.sparse.sampled_addmm(
-                torch.sparse_csr_tensor(starts, columns, empty, shape), dy.t(), x.reshape(-1, shape[1]).to(dy.dtype)
-            )
-            dvalues = torch.empty_like(empty).index_copy_(0, order, sampled.values()).to(values.dtype)
+            dvalues = _value_gradient(dy, x, values, straight)
         return dx, dvalues, None, None
+
+
+def _value_gradient(dy: Tensor, x: Tensor, values: Tensor, layout: Layout) -> Tensor:
+    """dy^T x at the positions of S."""
+    empty = torch.zeros_like(values, dtype=dy.dtype)
+    rows = x.reshape(-1, x.shape[-1]).to(dy.dtype)
+    found = torch.sparse.sampled_addmm(layout.matrix(empty), dy.t(), rows).values()
+    if layout.order is not None:
+        found = empty.index_copy_(0, layout.order, found)
+    return found.to(values.dtype)
+
+
+class _SparseInWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, indices: Tensor, shape: tuple[int, int], frozen: Any) -> Tensor:
+        ctx.save_for_backward(x, values, indices)
+        ctx.shape, ctx.frozen = shape, frozen
+        flat = x.reshape(-1, shape[1])
+        y = x.new_empty(*x.shape[:-1], shape[0])
+        rows = y.view(-1, shape[0])
+        for i, j, w in _tiles(frozen(), values, layouts(indices, shape)[0]):
+            torch.mm(flat, w.t(), out=rows[:, i:j])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, indices = ctx.saved_tensors
+        layout, dy = layouts(indices, ctx.shape)[0], grads[0].reshape(-1, ctx.shape[0])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x.reshape(-1, ctx.shape[1]))
+            for i, j, w in _tiles(ctx.frozen(), values, layout):
+                torch.addmm(dx, dy[:, i:j], w, beta=min(i, 1), out=dx)  # the first tile overwrites
+            dx = dx.view(x.shape)
+        dvalues = _value_gradient(dy.to(_wide(x)), x, values, layout) if ctx.needs_input_grad[1] else None
+        return dx, dvalues, None, None, None
+
+
+def _tiles(w: Tensor, values: Tensor, layout: Layout) -> Iterator[tuple[int, int, Tensor]]:
+    """(i, j, rows i to j of W + S)."""
+    out, into = w.shape
+    step = min(max(TILE_ELEMENTS // max(into, 1), 1), out)
+    buffer, added = w.new_empty(step, into), layout.sorted(values).to(w.dtype)
+    for i, j in itertools.pairwise([*range(0, out, step), out]):
+        a, b = layout.starts_here[i], layout.starts_here[j]
+        tile = buffer[: j - i].copy_(w[i:j])
+        at = layout.flat[a:b]
+        tile.view(-1).index_add_(0, at - i * into if i else at, added[a:b])
+        yield i, j, tile
 
 
 def _wide(x: Tensor) -> torch.dtype:

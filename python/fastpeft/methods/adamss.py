@@ -167,7 +167,7 @@ class Adamss(Method):
         v = s.adamss_newB.to(s.adamss_A[0].dtype)
         down = torch.cat(list(s.adamss_A)) @ v
         into = s._layer.info.in_features
-        blocks = torch.block_diag(*s.adamss_B)
+        blocks: Tensor = torch.block_diag(*s.adamss_B)  # type: ignore[no-untyped-call]
         up = torch.zeros_like(blocks).index_copy(0, s.scatter_index, blocks)
         return down[:, :into], up, down[:, into] if v.shape[1] > into else None
 
@@ -203,7 +203,8 @@ def _directions(rows: Tensor, config: AdamssConfig) -> Tensor:
         values = torch.svd_lowrank(gram, q=len(rows), niter=2)[1]
         rank = max(1, min(int((values > config.svd_threshold * values[0]).sum()), rank))
     u = torch.svd_lowrank(gram, q=rank, niter=2)[0][:, :rank]
-    return torch.linalg.qr(rows.T @ u)[0].T.contiguous()
+    directions: Tensor = torch.linalg.qr(rows.T @ u)[0]
+    return directions.T.contiguous()
 
 
 def cluster(points: Tensor, count: int, iterations: int = 10, seed: int = 123456789) -> list[Tensor]:

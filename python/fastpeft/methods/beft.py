@@ -64,4 +64,5 @@ class Beft(Method):
         return None if info.has_bias else "the base layer has no bias"
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        return y + s.beft_bias.view(-1, *[1] * (len(inner.info.shape) - 2))
+        bias: Tensor = s.beft_bias.view(-1, *[1] * (len(inner.info.shape) - 2))
+        return y + bias

@@ -87,4 +87,5 @@ class Lily(Method):
         hidden = s.lily_A(x.to(s.lily_A.weight.dtype))
         chosen = torch.softmax(s.lily_router(hidden), dim=-1).reshape(-1, s.num_B).mean(dim=0)
         b = torch.einsum("e,eio->io", chosen, s.lily_B.weight.unflatten(0, (s.num_B, -1)))
-        return y + torch.matmul(hidden, b) * s.scaling
+        added: Tensor = torch.matmul(hidden, b) * s.scaling
+        return y + added

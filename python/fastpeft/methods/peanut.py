@@ -77,7 +77,7 @@ class Peanut(Method):
     def _read(self, s: Any, w: Tensor) -> Tensor:
         """f(W^T) [in_features, r]."""
         act = _activation(s.act_fn)
-        h = act(F.linear(w.t(), s.peanut_A.weight))
+        h: Tensor = act(F.linear(w.t(), s.peanut_A.weight))
         before = []
         for encoder in s.peanut_encoders:
             before.append(h)

@@ -1,7 +1,7 @@
 """SHiRA: W + S with a sparse S, trained at r (in + out) positions that are drawn at random (arXiv 2406.13175).
 
-FLOPs beside the frozen layer's: 3 products of 2 * tokens * entries (`sparse.py`), 1.05 of the layer's for r = 32 at
-2048 x 2048. Saved for backward: x.
+FLOPs beside the frozen layer's: for few tokens 3 products of 2 * tokens * entries (`sparse.py`), 1.05 of the layer's
+for r = 32 at 2048 x 2048; for many one. Saved for backward: x.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, Targ
 from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
 from ..shared import Computed
-from ..sparse import dense, sparse_linear
+from ..sparse import dense, sparse_update
 from ..targets import DEFAULT_TARGETS
 
 MaskFunction = Callable[..., Tensor]
@@ -91,9 +91,9 @@ class Shira(Method):
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         return dense(s.shira_weight * s.scaling, s.shira_indices, tuple(s._layer.info.shape))
 
-    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        out, into = inner.info.shape
-        return y + sparse_linear(x, s.shira_weight * s.scaling, s.shira_indices, (out, into))
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        values = s.shira_weight if s.scaling == 1.0 else s.shira_weight * s.scaling
+        return sparse_update(x, inner, values, s.shira_indices)
 
     def scale(self, s: Any) -> float | None:
         return 1.0

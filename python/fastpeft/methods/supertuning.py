@@ -1,7 +1,7 @@
 """Super-Tuning: W + S, S sparse at the largest (or smallest) entries of W, and with `r` a LoRA too (arXiv 2607.09287).
 
-FLOPs beside the frozen layer's: 3 products of 2 * tokens * entries (`sparse.py`), 1.015 of the layer's at the default
-sparsity of 0.99; with r those of a LoRA. Saved for backward: x.
+FLOPs beside the frozen layer's: for few tokens 3 products of 2 * tokens * entries (`sparse.py`), 1.015 of the layer's
+at the default sparsity of 0.99, for many one; with r those of a LoRA. Saved for backward: x.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
 from ..shared import Computed
-from ..sparse import dense, sparse_linear
+from ..sparse import dense, sparse_update
 from ..weights import weight_of
 from .shira import check_positions
 
@@ -111,14 +111,13 @@ class Supertuning(Method):
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         delta = dense(s.supertuning_values, s.supertuning_indices, tuple(s._layer.info.shape))
-        if not s.supertuning_rank:
-            return delta
-        lora = s.supertuning_lora_B.weight @ s.supertuning_lora_A.weight
-        return delta + lora * (s.supertuning_lora_alpha / s.supertuning_rank)
+        if s.supertuning_rank:
+            lora = s.supertuning_lora_B.weight @ s.supertuning_lora_A.weight
+            delta = delta + lora * (s.supertuning_lora_alpha / s.supertuning_rank)
+        return delta
 
-    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        out, into = inner.info.shape
-        y = y + sparse_linear(x, s.supertuning_values, s.supertuning_indices, (out, into))
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        y = sparse_update(x, inner, s.supertuning_values, s.supertuning_indices)
         if s.supertuning_rank:
             low = s.supertuning_lora_A(s.supertuning_lora_dropout(x).to(s.supertuning_lora_A.weight.dtype))
             y = y + s.supertuning_lora_B(low) * (s.supertuning_lora_alpha / s.supertuning_rank)

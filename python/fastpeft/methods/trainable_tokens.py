@@ -89,11 +89,11 @@ class TrainableTokens(Method):
         if info.kind == "embedding":
             at = torch.searchsorted(rows, x).clamp_(max=len(rows) - 1)
             # As nn.Embedding, whose padding row gets no gradient.
-            padding = info.module.padding_idx
+            padding: Any = info.module.padding_idx
             place = s.token_indices.index(padding) if padding in s.token_indices else None
             mine = EmbeddingWeight.scaled(info.module, F.embedding(places[at], delta, place))
             return torch.where((rows[at] == x).unsqueeze(-1), mine.to(y.dtype), y)
-        bias = info.module.bias if inner.bare else inner.weight()[1]
+        bias = inner.bias()
         mine = F.linear(x.to(delta.dtype), delta[places], None if bias is None else bias[rows].to(delta.dtype))
         return y.index_copy(-1, rows, mine.to(y.dtype))
 
