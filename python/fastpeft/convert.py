@@ -25,6 +25,7 @@ from .methods.lora import LoraConfig
 from .saved_modules import ModulesToSaveWrapper
 from .sites import adapter_modules, walk
 from .targets import minimal_suffixes
+from .weights import wide
 
 PREFIX = "base_model.model."
 Converted = tuple[Tensor, Tensor, "Tensor | None"]  # A, B, and what is added to the bias
@@ -127,14 +128,14 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
     method, view, info = layer.methods[adapter], layer.view(adapter), layer.info
     dtype = next((t.dtype for _, _, t in layer.adapter_state(adapter) if t.is_floating_point()), info.dtype)
     base = layer._unmerged(layer.kind.read)
-    factors = None if layer.base_edits else method.factors(view, view, base[0].float())
+    factors = None if layer.base_edits else method.factors(view, view, base[0].to(wide(base[0].dtype)))
     added = None
     if factors is not None:
         u, s, v = _svd_of_product(*factors)
     else:
         w, b = layer.merged_weight([adapter], base)
         before = _pristine(layer)[0] if layer.base_edits else base[0]
-        u, s, v = torch.linalg.svd((w - before).float().flatten(1), full_matrices=False)
+        u, s, v = torch.linalg.svd((w - before).flatten(1), full_matrices=False)
         if b is not None and (base[1] is None or not torch.equal(b, base[1].to(b.dtype))):
             added = (b if base[1] is None else b - base[1]).to(dtype)
     kept = rank if isinstance(rank, int) else _cutoff(s, rank)
@@ -152,7 +153,8 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
 
 def _svd_of_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, S and V^T of B A, with A [r, in] and B [out, r], from matrices that are no larger than these."""
-    (qa, ra), (qb, rb) = torch.linalg.qr(a.float().t()), torch.linalg.qr(b.float())
+    a, b = a.to(wide(a.dtype)), b.to(wide(b.dtype))
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.t()), torch.linalg.qr(b)
     u, s, v = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
     return qb @ u, s, v @ qa.t()
 

@@ -6,21 +6,20 @@ The laws (test_laws.py), golden files (test_golden.py) and the life of an adapte
 from __future__ import annotations
 
 import copy
+import runpy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft import weight_side as weight_side_module
 from fastpeft.config import PeftWarning
 from fastpeft.factored import FactoredMethod
-from fastpeft.layer import AdapterLayer
 from fastpeft.method import get_method
 from fastpeft.methods.lokr import factorize
 from fastpeft.testing import add_adapter, make_layer
-from fastpeft.weight_side import weight_side
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
+tools = runpy.run_path(str(Path(__file__).with_name("init_tools.py")))
+assert_near = tools["assert_near"]
 LINEAR = {"lin": (lambda: nn.Linear(24, 20), (2, 5, 24)), "plain": (lambda: nn.Linear(24, 20, bias=False), (3, 24))}
 LAYERS: dict[str, Any] = {
     **LINEAR,
@@ -145,7 +146,7 @@ def test_gradients_of_lohas_tucker_form_are_right_where_pefts_are_not(layer: str
 
     assert torch.autograd.gradcheck(call, values, fast_mode=True)
     ours_grads, their_grads = run(ours, x)[2:], run(theirs, x)[2:]
-    differ = [n for n, a, b in zip(names, ours_grads, their_grads, strict=True) if not torch.allclose(a, b)]
+    differ = [n for n, a, b in zip(names, ours_grads, their_grads, strict=True) if (a - b).norm() > 1e-6 * b.norm()]
     assert all("w1_a" in n or "w2_a" in n for n in differ)
     assert len(differ) == 2, "PEFT is right now: compare the gradients above, and in test_golden.py"
 
@@ -188,7 +189,8 @@ def test_rank_dropout_skips_output_channels(name: str) -> None:
     assert ((ratios != ratios[0]).any(0)).all()
     per_step = ratios.sum(1) / kept.sum(1)
     scaled = name == "LoHaConfig"  # LoKr scales up with rank_dropout_scale alone
-    assert torch.allclose(per_step, kept.shape[1] / kept.sum(1) if scaled else torch.ones(20), atol=1e-2)
+    expected = kept.shape[1] / kept.sum(1) if scaled else torch.ones(20)
+    assert ((per_step - expected).abs() < 0.01).all()
 
 
 def test_when_every_channel_is_dropped_the_update_is_zero() -> None:
@@ -237,11 +239,12 @@ def test_two_miss_adapters_of_different_forms() -> None:
     method, layer = get_method("MISS"), make_layer("linear")
     for name, form in (("a", True), ("b", "mini")):
         add_adapter(layer, name, method, fastpeft.MissConfig(r=4, mini_r=5, init_weights=form))
-    x = torch.randn(3, 24)
+    layer.double()
+    x = torch.randn(3, 24, dtype=torch.float64)
     for name in ("a", "b"):
         layer.set_adapter(name)
         w, b = layer.merged_weight([name])
-        assert torch.allclose(layer(x), nn.functional.linear(x, w, b), atol=1e-5)
+        assert_near(layer(x), nn.functional.linear(x, w, b))
 
 
 def test_hiras_ranks_are_one_as_pefts_are() -> None:
@@ -299,59 +302,17 @@ def test_factors_are_the_whole_update(name: str) -> None:
     for example in method.examples:
         layer = make_layer("linear")
         add_adapter(layer, "a", method, method.config_class(**example))
+        layer.double()
         own, view, w = layer.methods["a"], layer.view("a"), layer.weight
         factors = own.factors(view, view, w)
         if factors is not None:
             delta = own.merged(view, view, w, None)[0] - w
-            assert torch.allclose(factors[1] @ factors[0], delta, atol=1e-4)
+            assert_near(factors[1] @ factors[0], delta)
             found += 1
     assert found >= 1
 
 
-# The weight that is made when it is needed
-
-
-def test_weight_side_is_right_in_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_side_module, "TILE_ELEMENTS", 21)  # rows 3 by 3, the last tile shorter
-    shapes = ((2, 3, 7), (10, 2), (2, 7), (10,))
-    x, a, b, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
-
-    def call(*args: Tensor) -> Tensor:
-        x, a, b, bias = args
-        return weight_side(x, 10, lambda: lambda i, j, a, b: torch.tanh(a[i:j] @ b), a, b, bias=bias)
-
-    assert torch.allclose(call(x, a, b, bias), x @ torch.tanh(a @ b).t() + bias)
-    assert torch.autograd.gradcheck(call, (x, a, b, bias))
-    frozen = call(x, a.detach(), b, bias).sum()
-    assert torch.autograd.grad(frozen, b)[0].shape == b.shape
-    expected = torch.autograd.grad(call(x, a, b, bias).square().sum(), (x, a, b, bias))
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    got = torch.autograd.grad(compiled(x, a, b, bias).square().sum(), (x, a, b, bias))
-    assert all(torch.allclose(one, other) for one, other in zip(got, expected, strict=True))
-
-
-BNB = [("HIRA", {"r": 3}), ("GLORA", {}), ("MISS", {"r": 4, "init_weights": "bat"})]
-
-
-@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
-@pytest.mark.parametrize(("name", "options"), BNB)
-def test_weights_of_bitsandbytes_are_decoded_when_needed(kind: str, name: str, options: dict[str, Any]) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    own = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"compute_dtype": torch.float32}
-    module = getattr(bnb.nn, kind)(64, 64, **own)
-    module.load_state_dict(nn.Linear(64, 64).state_dict())
-    layer, method = AdapterLayer(module.to("cpu").requires_grad_(False), "layer"), get_method(name)
-    add_adapter(layer, "a", method, method.config_class(**options))
-    layer.set_adapter("a")
-    x, kept = torch.randn(3, 64, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda v: (kept.append(v.shape), v)[1], lambda v: v):
-        y = layer(x)
-    w, b = layer.merged_weight(["a"])
-    assert torch.allclose(y, nn.functional.linear(x, w, b), atol=1e-4)
-    assert (64, 64) not in kept
-    y.sum().backward()
-    assert torch.allclose(x.grad, w.sum(0).expand(3, -1), atol=1e-3)
-
+# Cost
 
 COSTS = {
     # FLOPs above the frozen layer's 4 T n^2, for n in and out features and T tokens; see each file's docstring.
