@@ -107,6 +107,9 @@ KINDS = tools["kinds"]()
 CASES = [Case(k, p) for k in KINDS for p in PLACES if accepts(k, p) and (p != "norm" or not accepts(k, "linear"))]
 # On linear layers, or where it goes if it does not go there.
 MAIN = list({id(case.kind): case for case in reversed(CASES)}.values())[::-1]
+# Every example of every method, where it goes.
+EXAMPLES = [Case(k, p) for k in tools["examples"]() for p in PLACES if accepts(k, p)]
+EXAMPLES = [case for case in EXAMPLES if case.place == "linear" or not accepts(case.kind, "linear")]
 LORA = Case(next(k for k in KINDS if k.method.peft_type == PeftType.LORA), "linear")
 
 

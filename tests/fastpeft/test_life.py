@@ -209,6 +209,26 @@ def test_gradient_checkpointing_changes_no_gradient(case: Case) -> None:
         assert_same_bits(gradients[1][name], value)
 
 
+DROPOUTS = [(c, field) for c in MAIN for field in c.config().to_dict() if field.endswith("dropout")]
+
+
+@pytest.mark.parametrize(("case", "field"), DROPOUTS, ids=repr)
+def test_dropout_acts_in_training_alone(case: Case, field: str) -> None:
+    if repr(case).startswith("_Bat"):
+        with pytest.raises(ValueError, match=f"`{field}` cannot act"):
+            fastpeft.get_peft_model(tiny(), case.config(**{field: 0.5}))
+        return
+    model = fastpeft.get_peft_model(tiny(), case.config(**{field: 0.5}))
+    scatter(model, "default", 1).eval()
+    assert_same_bits(run(model), run(case.model()))
+    model.train()
+    outputs = {run(model).sum().item() for _ in range(12)}
+    if repr(case).startswith("Supertuning") and not case.kind.values.get("r"):
+        assert len(outputs) == 1  # it has no LoRA
+    else:
+        assert len(outputs) > 1
+
+
 @every
 def test_float32_adapters_on_a_bfloat16_base(case: Case) -> None:
     model = case.model(dtype=torch.bfloat16)
