@@ -122,9 +122,10 @@ class AdaLora(FactoredMethod):
 
     def make_state(self, config: AdaLoraConfig, info: LayerInfo, shared: Any) -> State:
         r, columns = config.init_r, int(torch.Size(info.shape[1:]).numel())
-        a, e, b = torch.empty(r, columns), torch.empty(r, 1), torch.empty(info.out_features, r)
-        if not a.is_meta:  # in PEFT's order, with its number for the rank
-            a, e, b, _ = torch.randn(r, columns), torch.randn(r, 1), torch.randn(info.out_features, r), torch.randn(1)
+        a, e, b, ranknum = torch.empty(r, columns), torch.empty(r, 1), torch.empty(info.out_features, r), torch.empty(1)
+        if not a.is_meta:  # in PEFT's order
+            a, e, b = torch.randn(r, columns), torch.randn(r, 1), torch.randn(info.out_features, r)
+            ranknum = torch.randn(1).fill_(float(r))
             if config.init_lora_weights:
                 e.zero_()
                 a.normal_(0.0, 0.02)
@@ -137,7 +138,7 @@ class AdaLora(FactoredMethod):
             "lora_alpha": config.lora_alpha,
             "scaling": config.lora_alpha if config.lora_alpha > 0 else float(r),
             "lora_dropout": dropout(config.lora_dropout),
-            "ranknum": float(r),
+            "ranknum": nn.Parameter(ranknum, requires_grad=False),
         }
 
     # Files
@@ -146,10 +147,16 @@ class AdaLora(FactoredMethod):
         kept, packed = by_layer(config.rank_pattern or {}), {}
         for key, tensor in tensors.items():
             layer, _, part = key.removeprefix("base_model.model.").rpartition(".")
+            if part == "ranknum":  # follows from the configuration
+                continue
             pattern = kept.get(layer, ()) if part in PARTS else ()
             whole = len(pattern) == tensor.shape[1 if part == "lora_B" else 0]
             packed[key] = select(part, tensor, pattern) if pattern and whole and not all(pattern) else tensor
         return packed
+
+    def unpack(self, config: AdaLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        layers = [key.removesuffix("lora_E") for key in tensors if key.endswith(".lora_E")]
+        return tensors | {f"{layer}ranknum": torch.tensor([float(config.init_r)]) for layer in layers}
 
     def make_room(self, layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
         old = {part: getattr(layer, part)[adapter] for part in PARTS}
@@ -182,7 +189,7 @@ class AdaLora(FactoredMethod):
         return len(s.lora_E) > 0
 
     def scale(self, s: Any) -> float | None:
-        return float(s.lora_alpha if s.lora_alpha > 0 else s.ranknum)
+        return float(s.lora_alpha if s.lora_alpha > 0 else s.ranknum.item())
 
     def model_output(self, tuner: Any, adapter: str, output: Any) -> Any:
         loss, weight = getattr(output, "loss", None), tuner.peft_config[adapter].orth_reg_weight
