@@ -113,6 +113,10 @@ def exactly_in_peft(case: Case, folder: Path) -> Tensor:
 OTHER_NUMBERS = ("MonteClora", "Adamss-1")
 
 
+# What PEFT has in the adapter's file and not in `model.state_dict()`.
+IN_FILES_ONLY = {"shira_indices", "frod_V", "frod_s_indices", "frod_s_size"}
+
+
 @pytest.mark.parametrize("case", tools["EXAMPLES"], ids=repr)
 def test_a_new_adapter_is_that_of_peft(case: Case) -> None:
     content = {**case.config().to_dict(), "peft_version": None}
@@ -124,7 +128,8 @@ def test_a_new_adapter_is_that_of_peft(case: Case) -> None:
     torch.manual_seed(4)
     ours = fastpeft.get_peft_model(base, case.config())
     mine, other = ours.state_dict(), theirs.state_dict()
-    assert mine.keys() == other.keys()
+    assert other.keys() <= mine.keys()
+    assert {key.split(".")[-2] for key in mine.keys() - other.keys()} <= IN_FILES_ONLY
     trained = [{n: p.shape for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
     assert trained[0].keys() == trained[1].keys()
     assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
