@@ -129,16 +129,8 @@ def _ternary(uniform: Tensor, edge: float) -> Tensor:
 
 
 def _scaled(lambdas: Tensor, gammas: Tensor, a: Tensor) -> Tensor:
-    """C [n r, min]. A few rows of A at a time on a CPU, whose caches hold them."""
-    c = a.new_empty(*lambdas.shape, a.shape[1])
-    for rows in _blocks(a):
-        torch.mul(a[rows, None], gammas, out=c[rows]).mul_(lambdas[rows, :, None])
-    return c.flatten(0, 1)
-
-
-def _blocks(a: Tensor) -> list[slice]:
-    step = 1 if a.device.type == "cpu" else len(a)
-    return [slice(i, i + step) for i in range(0, len(a), step)]
+    """C [n r, min]."""
+    return (a[:, None] * gammas).mul_(lambdas[:, :, None]).flatten(0, 1)
 
 
 class _Update(torch.autograd.Function):
@@ -163,9 +155,7 @@ class _Update(torch.autograd.Function):
             dx = dh @ c if ctx.inward else dy @ c.t() @ b.t()
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dc = torch.mm(*((dh.t(), saved) if ctx.inward else (saved.t(), dy)), out=c).view(*lambdas.shape, -1)
-            dlambda, dgamma = torch.empty_like(lambdas), torch.zeros_like(gammas)
-            for rows in _blocks(a):
-                part = dc[rows] * a[rows, None]
-                dlambda[rows] = torch.linalg.vecdot(part, gammas.expand_as(part))
-                dgamma += (part * lambdas[rows, :, None]).sum(0)
+            by_basis = dc.mul_(a[:, None]).transpose(0, 1)
+            dlambda = (by_basis @ gammas[..., None])[..., 0].t()
+            dgamma = (lambdas.t()[:, None] @ by_basis)[:, 0]
         return dx, dlambda, dgamma, None, None, None
