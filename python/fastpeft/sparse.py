@@ -142,7 +142,7 @@ def _value_gradient(dy: Tensor, x: Tensor, values: Tensor, layout: Layout) -> Te
     """dy^T x at the positions of S."""
     empty = torch.zeros_like(values, dtype=dy.dtype)
     rows = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-    found = torch.sparse.sampled_addmm(layout.matrix(empty), dy.t(), rows).values()
+    found: Tensor = torch.sparse.sampled_addmm(layout.matrix(empty), dy.t(), rows).values()
     if layout.order is not None:
         found = empty.index_copy_(0, layout.order, found)
     return found.to(values.dtype)
