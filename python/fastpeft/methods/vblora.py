@@ -103,8 +103,9 @@ class VBLoRA(FactoredMethod):
         check_bias(config, "vblora")
         if config.topk > config.num_vectors:
             raise ValueError(f"`topk`={config.topk} should be at most `num_vectors`={config.num_vectors}")
-        if config.init_logits_std < 0:
-            raise ValueError(f"`init_logits_std` should not be negative, got {config.init_logits_std!r}.")
+        for field in ("init_logits_std", "init_vector_bank_bound"):
+            if getattr(config, field) < 0:
+                raise ValueError(f"`{field}` should not be negative, got {getattr(config, field)!r}.")
 
     def check_layer(self, config: VBLoRAConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
