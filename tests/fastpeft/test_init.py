@@ -12,7 +12,6 @@ import peft
 import pytest
 import torch
 from fastpeft.base_edits import LowRankEdit
-from fastpeft.layer import AdapterLayer
 from fastpeft.weights import LinearWeight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -246,30 +245,6 @@ def test_tied_weights_change_in_one_place_only() -> None:
     assert restored.first.weight is restored.twin.weight
 
 
-@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
-                                     {"kasa_config": True}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("make", [nf4, lambda: bnb("4bit"), lambda: bnb("8bit")],
-                         ids=["nf4", "bnb-4bit", "bnb-8bit"])  # fmt: skip
-def test_quantised_bases_are_requantised_and_restored(make: Any, options: dict[str, Any]) -> None:
-    base = make()
-    found = AdapterLayer(base.first)
-    w = found.kind.read(base.first)[0].clone()
-    before = tensors(base.first)
-    adapted = wrap(fastpeft, base, **options)
-    layer = adapted.base_model.model.first
-    edited = layer.kind.read(layer.base_layer)[0]
-    wanted = layer.base_edits["default"](w)
-    assert 0 < (edited - wanted).norm() / wanted.norm() < 0.15
-    assert (edited - wanted).norm() < (edited - w).norm()
-    y = adapted(X)
-    expected = torch.tanh(X @ (edited + layer.get_delta_weight("default")).T + layer.bias)
-    assert_near(y, adapted.base_model.model.second(expected))
-    adapted.unload()
-    after = tensors(base.first)
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[key], before[key]) for key in before if isinstance(before[key], Tensor))
-
-
 def test_low_rank_edit_is_what_it_says() -> None:
     w, p, q = torch.randn(6, 5), torch.randn(6, 2), torch.randn(2, 5)
     edit = LowRankEdit(p, q)
@@ -348,40 +323,6 @@ def test_nested_configurations_come_as_dictionaries_from_files() -> None:
         fastpeft.LoraConfig(eva_config=fastpeft.EvaConfig())
     with pytest.warns(fastpeft.PeftWarning, match="plain LoRA"):
         fastpeft.LoraConfig(init_lora_weights="pissa", use_rslora=True, rank_pattern={"a": 2})
-
-
-def test_a_plain_lora_of_a_quantised_base(tmp_path: Any) -> None:
-    """What requantising the rest of a weight changes stays behind, which a warning says."""
-    adapted = wrap(fastpeft, nf4(), init_lora_weights="pissa")
-    adapted.save_pretrained(tmp_path / "initial")
-    train(adapted)
-    with pytest.warns(fastpeft.PeftWarning, match="quantised"):
-        adapted.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=tmp_path / "initial")
-    loaded = fastpeft.PeftModel.from_pretrained(nf4(), tmp_path)
-    got, expected = (m.base_model.model.first for m in (loaded, adapted))
-    s = expected.base_edits["default"]
-    trained, taken = expected.get_delta_weight("default"), s.p @ s.q
-    delta = trained - taken
-    terms = 2 * s.q.shape[0]
-    assert_near(got.get_delta_weight("default"), delta, terms * float(taken.abs().max() / delta.abs().max()))
-    before = nf4()(X)
-    assert (loaded(X) - adapted(X)).norm() < (before - adapted(X)).norm()
-
-
-def test_loading_on_a_quantised_base_takes_the_same_from_it(tmp_path: Any) -> None:
-    for options in ({"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"kasa_config": True}):
-        adapted = wrap(fastpeft, nf4(), **options)
-        train(adapted)
-        adapted.save_pretrained(tmp_path)
-        assert_close(fastpeft.PeftModel.from_pretrained(nf4(), tmp_path)(X), adapted(X), adapted(X))
-
-
-def test_a_loftq_adapter_on_the_base_that_it_was_made_for(tmp_path: Any) -> None:
-    adapted = wrap(fastpeft, model(), init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
-    train(adapted)
-    adapted.save_pretrained(tmp_path)
-    assert_close(fastpeft.PeftModel.from_pretrained(model(), tmp_path)(X), adapted(X), adapted(X))
-    fastpeft.PeftModel.from_pretrained(nf4(), tmp_path)  # quantised as it is
 
 
 def test_pissa_through_saved_checkpoints_of_the_whole_model() -> None:
