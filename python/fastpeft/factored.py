@@ -36,7 +36,7 @@ class FactoredMethod(Method):
         found = self.factors(s, shared, None)
         assert found is not None
         a, b = found
-        x = x.to(a.dtype)
+        x = s.cast(x, a.dtype)
         return plus_product(y, F.linear(getattr(s, self.dropout)(x) if self.dropout else x, a), b.t())
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
@@ -52,7 +52,9 @@ class FactoredMethod(Method):
             drop = getattr(s, self.dropout) if self.dropout else None
             p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
             bias = base._parameters.get("bias")
-            return lora_linear(x if compute is None else x.to(compute), w, *found, 1.0, bias, p).to(x.dtype)
+            if compute is None:
+                return lora_linear(x, w, *found, 1.0, bias, p)
+            return lora_linear(x.to(compute), w, *found, 1.0, bias, p).to(x.dtype)
 
         return run
 

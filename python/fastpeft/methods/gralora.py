@@ -105,7 +105,7 @@ class Gralora(FactoredMethod):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         a, b, k = s.gralora_A, s.gralora_B, s.gralora_k
-        x = s.gralora_dropout(x.to(a.dtype))
+        x = s.gralora_dropout(s.cast(x, a.dtype))
         flat = x.reshape(-1, x.shape[-1])
         z = torch.bmm(flat.view(len(flat), k, -1).transpose(0, 1), a)  # [n, T, (j, r / k)]
         z = z.view(k, len(flat), k, -1).permute(2, 1, 0, 3).reshape(k, len(flat), -1)  # [j, T, (n, r / k)]

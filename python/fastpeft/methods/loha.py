@@ -74,7 +74,7 @@ class LoHa(Lycoris):
 
     def added(self, s: Any, x: Tensor, inner: Inner) -> Tensor:
         info, found = inner.info, self.factors(s, s, None)
-        x = x.to(s.hada_w1_a.dtype)
+        x = s.cast(x, s.hada_w1_a.dtype)
         if found is None and info.kind == "linear":
             scale = s.scaling
 

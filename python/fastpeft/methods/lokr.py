@@ -108,7 +108,7 @@ class LoKr(Lycoris):
 
     def added(self, s: Any, x: Tensor, inner: Inner) -> Tensor:
         info, w1 = inner.info, self._left(s)
-        (a, c), x = w1.shape, x.to(w1.dtype)
+        (a, c), x = w1.shape, s.cast(x, w1.dtype)
         if info.kind == "linear":
             x = x.reshape(*x.shape[:-1], c, -1)
             if s.get("lokr_w2") is None:

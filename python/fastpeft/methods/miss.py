@@ -89,7 +89,7 @@ class Miss(Method):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         block, r = s.miss_block, s.miss_r
-        x = s.miss_dropout(x.to(block.dtype))
+        x = s.miss_dropout(s.cast(x, block.dtype))
         whole = x.shape[-1] // r * r
         sums = x[..., :whole].reshape(*x.shape[:-1], -1, r).sum(-2)
         if whole < x.shape[-1]:
