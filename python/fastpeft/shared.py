@@ -2,7 +2,8 @@
 
 A shared tensor is in one container that every layer of the adapter holds, and the tuner too where there is one, so that
 it moves with the model, and stays one, wherever it was injected. Keys are PEFT's: in memory
-`base_model.model.<layer>.vera_A.<adapter>` and `base_model.vera_A.<adapter>`, in a file `base_model.vera_A` alone.
+`base_model.model.<layer>.vera_A.<adapter>` and `base_model.vera_A.<adapter>`, in a file `base_model.vera_A` alone. Those
+of FRoD, one for the layers of a role, are on the tuner alone: `base_model.frod_V.<role>.<adapter>`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Computed:
     """A buffer that follows from the configuration and the base model.
 
     make: gives the tensor, of `shape` and `dtype`, on the CPU. persistent: whether files hold it. One that they do not
-    hold is computed even where a file will fill the others; none is computed while a file is only checked.
+    hold is computed even where a file will fill the others; none is computed while a file is only checked. exact: keep
+    `dtype` rather than take the layer's.
     """
 
     def __init__(
@@ -32,8 +34,10 @@ class Computed:
         make: Callable[[], Tensor],
         persistent: bool = True,
         dtype: torch.dtype = torch.float32,
+        exact: bool = False,
     ) -> None:
         self.shape, self.make, self.persistent, self.dtype = tuple(shape), make, persistent, dtype
+        self.exact = exact
 
     def tensor(self, empty: bool) -> Tensor:
         """The buffer; on the meta device if `empty`."""
@@ -42,7 +46,9 @@ class Computed:
         else:
             with torch.device("cpu"), torch.no_grad():
                 value = self.make().contiguous()
-        return nn.Buffer(value, persistent=self.persistent)
+        buffer = nn.Buffer(value, persistent=self.persistent)
+        buffer.exact = self.exact  # type: ignore[attr-defined]  # for `inject._place`
+        return buffer
 
 
 def compute(state: dict[str, Any], loading: bool = False, checking: bool = False) -> None:
@@ -58,6 +64,18 @@ class SharedDict(AdapterDict):
     def __init__(self) -> None:
         super().__init__()
         self._holders: dict[str, int] = {}
+        self.place = ""  # where on a tuner `state_dict` has it, if only there
+
+    def _is_elsewhere(self, prefix: str) -> bool:
+        return bool(self.place) and not f".{prefix}".endswith(f".{self.place}.")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self._is_elsewhere(prefix):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if not self._is_elsewhere(prefix):
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def hold(self, adapter: str) -> None:
         self._holders[adapter] = self._holders.get(adapter, 0) + 1
@@ -103,15 +121,17 @@ def reuse(containers: Mapping[str, SharedDict], adapter: str) -> None:
     """Give an adapter whose buffer has the very values of another adapter's that one, and its memory back."""
     for container in containers.values():
         value = container._buffers.get(adapter)
-        for other in container._buffers.values() if value is not None else ():
-            if other is not None and other is not value and _equal(other, value):
+        others = {id(t): t for t in container._buffers.values() if t is not None and t is not value}
+        for other in others.values() if value is not None else ():
+            if _equal(other, value):
                 container._buffers[adapter] = other
                 break
 
 
 def _equal(a: Tensor, b: Any) -> bool:
-    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return alike and not a.is_meta and torch.equal(a, b)
+    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and not a.is_meta and not b.is_meta
+    # The first values tell almost any two apart.
+    return alike and torch.equal(a.flatten()[:8], b.flatten()[:8]) and torch.equal(a, b)
 
 
 def held_containers(layers: Iterable[AdapterLayer]) -> dict[str, SharedDict]:
@@ -128,6 +148,7 @@ def held_containers(layers: Iterable[AdapterLayer]) -> dict[str, SharedDict]:
 def register_at(parent: nn.Module, name: str, container: SharedDict) -> None:
     """Make a container reachable from a tuner; a dot in its name is a level (`frod_V.q_proj`)."""
     *path, last = name.split(".")
+    container.place = name if path else ""  # PEFT's layers do not have these
     for part in path:
         child = parent._modules.setdefault(part, nn.ModuleDict())
         assert child is not None

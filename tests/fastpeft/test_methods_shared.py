@@ -49,10 +49,9 @@ def test_one_seed_gives_the_numbers_of_peft(case):
     assert mine.keys() == other.keys()
     for key in mine:
         assert_same_bits(mine[key], other[key])
-    # Layers of FRoD name here what they share, too; PEFT's embeddings with TinyLoRA forget `save_projection`.
-    odd = (".frod_", "emb.tinylora_P")
-    in_memory = {key for key in ours.state_dict() if not any(o in key for o in odd)}
-    assert in_memory == {key for key in theirs.state_dict() if not any(o in key for o in odd)}
+    # PEFT's embeddings with TinyLoRA forget `save_projection`.
+    assert set(ours.state_dict()) == {key for key in theirs.state_dict() if "emb.tinylora_P" not in key}
+    ours.load_state_dict(ours.state_dict())
     assert trained(ours).keys() == trained(theirs).keys()
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
