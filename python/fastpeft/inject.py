@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,7 +36,7 @@ from .sites import (
     wrapper_of,
 )  # fmt: skip
 from .targets import ALL_LINEAR, Matched, match_targets, minimal_suffixes, no_match_error
-from .token_sites import TokenPlan, plan_tokens
+from .token_sites import TokenPlan, plan_tokens, tie_tokens
 
 LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 SEQ_CLS_HEADS = ("score", "classifier")
@@ -74,6 +74,7 @@ class InjectionPlan:
     tokens: list[TokenPlan]
     shared: State
     changes: dict[str, Any]  # what the configuration says once the adapter is in: targets by name
+    leaders: Mapping[str, str]  # modules that share what another has, with its name
     abandon: Callable[[], None] = lambda: None  # what takes back the little that planning did to the model
     _before: dict[str, Any] = field(default_factory=dict)
     _frozen: list[nn.Parameter] = field(default_factory=list)
@@ -103,6 +104,16 @@ class InjectionPlan:
                 set_child(saved.site, saved.wrapper)
         self._before = {name: getattr(self.config, name) for name in self.changes}
         vars(self.config).update(self.changes)
+        self._tie()
+
+    def _tie(self) -> None:
+        """Let layers and copied modules share what they have in common."""
+        layers = {plan.site.name: plan.layer for plan in self.layers if plan.method is self.method}
+        self.method.tie(self.config, self.adapter, layers, _within(layers, self.leaders))
+        tie_tokens(self.adapter, self.tokens)
+        copies = {saved.site.name: saved.module for saved in self.saved}
+        for name, leader in _within(copies, self.leaders).items():
+            copies[name].weight = copies[leader].weight
 
     def _edit_bases(self) -> None:
         """Change the base weights that the adapter changes: all or, on an error, none."""
@@ -194,8 +205,8 @@ def _plan(
     completed = copy.copy(config)
     vars(completed).update(opened)
     resolved, matched = _resolve(model, completed, method, sites, keys)
-    leaders = {n: to for n, to in method.followers(resolved, model).items() if to in matched.names and n in sites}
-    matched.names.extend(n for n in leaders if n not in matched.names)
+    leaders = method.followers(resolved, model)
+    matched.names.extend(n for n, to in leaders.items() if to in matched.names and n not in matched.names)
     targets = _with_parts([sites[name] for name in matched.names])
     wanted = getattr(config, "target_parameters", None)
     if wanted:
@@ -209,7 +220,9 @@ def _plan(
     for info in infos:
         method.check_layer(configs.get(info.name, resolved), info)
     resolved_fan = corrected_fan_in_fan_out(config, sites, matched.names)
-    saved = _plan_saved(model, config, sites)
+    saved = _plan_saved(model, resolved, sites)
+    names = [site.name for site in saved]
+    saved += [sites[n] for n, to in leaders.items() if to in names and n not in names]
 
     with torch.device("meta") if low_cpu_mem_usage else nullcontext():
         shared = method.make_shared(resolved, infos)
@@ -217,14 +230,12 @@ def _plan(
         compute(shared, low_cpu_mem_usage, checking)
         states = [method.make_state(configs.get(info.name, resolved), info, view) for info in infos]
         tokens = plan_tokens(model, resolved, sites, matched.names)
-        method.tie(resolved, {i.name: s for i, s in zip(infos, states, strict=True)}, infos, leaders)
-    placed: dict[int, tuple[Any, Any]] = {}
     for info, state in zip(infos, states, strict=True):
         compute(state, low_cpu_mem_usage, checking)
-        _place(state, info, autocast_adapter_dtype and method.autocast, placed)
+        _place(state, info, autocast_adapter_dtype and method.autocast)
         if shared:  # each layer moves what all share, as in PEFT; a quantised layer's arithmetic is not its precision
             dtype = info.dtype if info.quantized is None else torch.float32
-            _place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast, {})
+            _place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast)
     for site, state in zip(targets, states, strict=True):
         if EDIT in state and isinstance(site.module, AdapterLayer):
             site.module.check_edit(state[EDIT])
@@ -241,11 +252,15 @@ def _plan(
                 child.train(layer.training)
         layers.append(_LayerPlan(site, layer, state, method))
     for plan in tokens:
-        _place(plan.state, plan.layer.info, autocast_adapter_dtype, placed)
+        _place(plan.state, plan.layer.info, autocast_adapter_dtype)
         layers.append(_LayerPlan(plan.site, plan.layer, plan.state, plan.method))
     plans = [_SavedPlan(site, wrapper_of(site), copy_module(original_of(site))) for site in saved]
     changes = {**opened, "target_modules": resolved.target_modules, **resolved_fan}
-    return InjectionPlan(model, config, adapter_name, method, layers, plans, tokens, shared, changes)
+    return InjectionPlan(model, config, adapter_name, method, layers, plans, tokens, shared, changes, leaders)
+
+
+def _within(names: Collection[str], leaders: Mapping[str, str]) -> dict[str, str]:
+    return {name: leader for name, leader in leaders.items() if name in names and leader in names}
 
 
 def _with_parts(targets: Sequence[Site]) -> list[Site]:
@@ -320,28 +335,19 @@ def _plan_saved(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site
     return [s for s in found if not any(s.name.startswith(other + ".") for other in inner)]
 
 
-def _place(state: State, info: LayerInfo, autocast: bool, placed: dict[int, tuple[Any, Any]]) -> None:
-    """Move new tensors to their layer's device and dtype, as PEFT does; float32 for half precision if asked.
-
-    placed: what was moved so far, old and new by the old one's id, so that what layers share stays one.
-    """
+def _place(state: State, info: LayerInfo, autocast: bool) -> None:
+    """Move new tensors to their layer's device and dtype, as PEFT does; float32 for half precision if asked."""
     for name, value in state.items():
         if not isinstance(value, (nn.Module, Tensor)):
             continue
-        if id(value) in placed:
-            state[name] = placed[id(value)][1]
-            continue
         holder = AdapterDict({"x": value})
         tensors = [*holder.parameters(), *holder.buffers()]
-        if not tensors or any(t.is_meta for t in tensors):
-            dtype, device = info.dtype if info.dtype.is_floating_point else None, None
-        else:
-            dtype, device = info.dtype if info.dtype.is_floating_point else None, info.device
-        if device is not None and device.type == "meta":
-            device = None
+        real = bool(tensors) and not any(t.is_meta for t in tensors) and info.device.type != "meta"
+        exact = getattr(value, "exact", False)  # a `Computed` that says so
+        dtype = info.dtype if info.dtype.is_floating_point and not exact else None
+        device = info.device if real else None
         holder.to_entry("x", device, dtype)
         if autocast and dtype in LOW_PRECISION:
             holder.to_entry("x", None, torch.float32)
         keeps = getattr(value, "persistent", True)
         state[name] = holder["x"] if keeps else nn.Buffer(holder["x"], persistent=False)
-        placed[id(value)] = value, state[name]

@@ -34,14 +34,14 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
     if terms is None:
         solved: Tensor = torch.linalg.solve(eye - q, eye + q, left=False)
         return solved
-    if terms <= 1:
-        return eye.expand_as(q)
-    result, power = eye + 2 * q, q
-    last = max(terms - 1, 3) if terms > 2 else 1
-    for k in range(2, last + 1):
-        power = power @ q
-        result = result + (power if k == last else 2 * power)
-    return result
+    if terms <= 2:
+        return eye + 2 * q if terms == 2 else eye.expand_as(q)
+    square, last = q @ q, max(terms - 1, 3)
+    pair = 2 * eye + 2 * q  # two powers at a time, from the highest down
+    result = 2 * eye + q if last % 2 else pair + square
+    for _ in range((last - 3) // 2):
+        result = pair + square @ result
+    return pair - eye + square @ result
 
 
 class _BlockRotation(torch.autograd.Function):

@@ -166,7 +166,7 @@ class _LowPart(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, u, s, v, u0, s0, v0, u_high, v_high, h, h0 = ctx.saved_tensors
         needs_x, needs_u, needs_s, needs_v = ctx.needs_input_grad[:4]
-        g, rows = grads[0].reshape(-1, len(u)), x.reshape(-1, x.shape[-1])
+        g, rows, h, h0 = (t.reshape(-1, t.shape[-1]).to(u.dtype) for t in (grads[0], x, h, h0))  # autocast made some
         gu, gu0 = g @ u, g @ u0
         dx = torch.addmm((gu * s) @ v, gu0 * s0, v0, alpha=-1).view(x.shape) if needs_x else None
         du = _projected(g, h * s, u0, u_high, gu0) if needs_u else None

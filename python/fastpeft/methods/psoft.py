@@ -112,6 +112,11 @@ class Psoft(FactoredMethod):
         {"r": 1, "use_cayley_neumann": True},
     )
 
+    def check_config(self, config: PsoftConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        if not config.psoft_alpha:
+            raise ValueError("`psoft_alpha` should not be 0: B is divided by it.")
+
     def check_layer(self, config: PsoftConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if config.r > min(info.in_features, info.out_features):
@@ -128,8 +133,8 @@ class Psoft(FactoredMethod):
             **{name: getattr(config, name) for name in as_given},
             "scaling": config.psoft_alpha / config.r,
             "psoft_dropout": dropout(config.psoft_dropout),
-            "_psoft_A_cache": Computed((config.r, m), lambda: factors()[0], persistent=False),
-            "_psoft_B_cache": Computed((n, config.r), lambda: factors()[1], persistent=False),
+            "_psoft_A_cache": Computed((config.r, m), lambda: factors()[0], persistent=False, exact=True),
+            "_psoft_B_cache": Computed((n, config.r), lambda: factors()[1], persistent=False, exact=True),
             "psoft_R": OrthLayer(config),
         }
 
