@@ -83,3 +83,18 @@ def weight_side(
     step = max(TILE_ELEMENTS // max(x.shape[-1], 1) // align, 1) * align
     y = _WeightSide.apply(x, n, step, begin, *params)  # type: ignore[no-untyped-call]
     return y if bias is None else y.add_(bias.to(y.dtype))
+
+
+def as_it_is(frozen: Callable[[], Tensor]) -> Callable[[], Rows]:
+    """W itself, for products with it that leave nothing of its size behind, however it is stored."""
+
+    def begin() -> Rows:
+        w = frozen()
+        return lambda i, j: w[i:j]
+
+    return begin
+
+
+def one_token(x: Tensor) -> bool:
+    """Then W * (B A) costs no less than the r products with W that take its place, and makes it as a matrix."""
+    return x.numel() == x.shape[-1]

@@ -364,3 +364,21 @@ def test_a_large_loha_keeps_no_weight() -> None:
     base = 256 * 256
     assert sorted(sizes)[-2:] != [base, base]
     assert sum(size == base for size in sizes) <= 1  # the frozen layer's own weight
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("HiraConfig", {"r": 3}), ("GloraConfig", {"r": 3}), ("GloraConfig", {"config_C": "none", "config_D_E": "none"}),
+     ("MissConfig", {"r": 4, "init_weights": "bat"})],
+)  # fmt: skip
+@pytest.mark.parametrize("layer", ["lin", "plain"])
+def test_one_token_is_computed_on_its_activations(name: str, options: dict[str, Any], layer: str) -> None:
+    ours, theirs = (m.double() for m in pair(layer, name, options))
+    randomise(ours, theirs)
+    ours.double(), theirs.double()
+    x = torch.randn(1, 24, dtype=torch.float64)
+    for a, b in zip(run(ours, x), run(theirs, x), strict=True):
+        assert_near(a, b)
+    with torch.no_grad():
+        for tokens in (x, x[0], torch.randn(1, 3, 24, dtype=torch.float64)):
+            assert_near(ours(tokens), theirs(tokens))

@@ -2,23 +2,26 @@
 
 A and B as a vector or a number act on the output and on the sum of the input's features. As low-rank products, A needs
 the weight side as HiRA's does (`weight_side.py`), and B goes into the same weight: (3 T + 8 r) / (2 T) of the frozen
-layer's FLOPs at T tokens, 1.56 with r = 8 and T = 512. W C is the layer's output for one more row.
+layer's FLOPs at T tokens, 1.56 with r = 8 and T = 512, but not for one token, which W is multiplied with r times. W C
+is a product with one more row.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
 from ..factored import check_ranks
 from ..method import Inner, LayerInfo, Method, State, register
-from ..weight_side import Rows, weight_side
+from ..weight_side import Rows, as_it_is, one_token, weight_side
 
 FORMS = {
     "config_A_B": ("lora", "vector", "constant", "none"),
@@ -113,27 +116,38 @@ class Glora(Method):
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dw, db = _changes(s, w, b)
-        return w + dw, db if b is None else b + db if db is not None else b
+        return w + dw, _sum(b, db)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
         frozen = inner.frozen()
         if frozen is None:
             dw, db = _changes(s, *inner.weight())
             return inner(x) + inner.apply(x, dw.to(x.dtype), None if db is None else db.to(x.dtype))
-        n, b, c = inner.info.out_features, inner.bias(), s.glora_C()
-        db = _of_bias(s, b)
-        if c is not None:
-            column = weight_side(c.t().to(x.dtype), n, _plain(frozen))[0]
-            db = column if db is None else db + column
-        if s.glora_A.form == "lora":
-            total = b if db is None else db if b is None else b + db
-            factors = (s.glora_A.Xd, s.glora_A.Xu, s.glora_B.Xd, s.glora_B.Xu)
-            return weight_side(x, n, _scaled(frozen), *factors, bias=total)
-        y, a = inner(x), s.glora_A()
-        if a is not None:
-            z = y if b is None else y - b
-            y = y + z * a.t() + x.sum(-1, keepdim=True) * s.glora_B().t()
-        return y if db is None else y + db
+        n, b, c, a = inner.info.out_features, inner.bias(), s.glora_C(), s.glora_A
+        few = a.form == "lora" and one_token(x)
+        rows = [x.reshape(1, -1), x.reshape(1, -1) * a.Xu.to(x.dtype)] if few else []
+        rows += [] if c is None else [c.t().to(x.dtype)]
+        products = weight_side(torch.cat(rows), n, as_it_is(frozen)) if rows else x.new_empty(0)
+        db = _sum(_of_bias(s, b), None if c is None else products[-1])
+        y: Tensor
+        if few:
+            through = F.linear(F.linear(rows[0].to(s.glora_B.Xu.dtype), s.glora_B.Xu), s.glora_B.Xd)[0]
+            y = products[0] + (products[1 : 1 + len(a.Xu)] * a.Xd.t()).sum(0) + through
+            y = _sum(y, b, db)
+            return y.view(*x.shape[:-1], n)
+        if a.form == "lora":
+            return weight_side(x, n, _scaled(frozen), a.Xd, a.Xu, s.glora_B.Xd, s.glora_B.Xu, bias=_sum(b, db))
+        y = inner(x)
+        if a.form != "none":
+            y = y + (y if b is None else y - b) * a().t() + x.sum(-1, keepdim=True) * s.glora_B().t()
+        y = _sum(y, db)
+        return y
+
+
+def _sum(*terms: Tensor | None) -> Any:
+    """The sum of those that are there, or None."""
+    there = [term for term in terms if term is not None]
+    return functools.reduce(torch.add, there) if there else None
 
 
 def _of_bias(s: Any, b: Tensor | None) -> Tensor | None:
@@ -147,17 +161,8 @@ def _changes(s: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None
     a, c, db = s.glora_A(), s.glora_C(), _of_bias(s, b)
     dw = torch.zeros_like(w) if a is None else w * a.to(w.dtype) + s.glora_B().to(w.dtype)
     if c is not None and b is not None:
-        column = (w @ c.to(w.dtype)).squeeze(-1)
-        db = column if db is None else db + column
+        db = _sum(db, (w @ c.to(w.dtype)).squeeze(-1))
     return dw, db
-
-
-def _plain(frozen: Callable[[], Tensor]) -> Callable[[], Rows]:
-    def begin() -> Rows:
-        w = frozen()
-        return lambda i, j: w[i:j]
-
-    return begin
 
 
 def _scaled(frozen: Callable[[], Tensor]) -> Callable[[], Rows]:

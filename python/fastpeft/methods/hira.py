@@ -1,9 +1,9 @@
 """HiRA: the weight times a low-rank product, elementwise: W + W * (B A) (openreview TwJrTz9cRS).
 
-An embedding row is looked up in W and in A alone. For other layers no activation side exists: each column pair of B and
-A would cost a product with W, r of them. W (1 + B A) in the place of W costs one product in the forward, two in the
-backward (`weight_side.py`), and B A and its transposes, r in out products each: (3 T + 4 r) / (2 T) of the frozen
-layer's FLOPs at T tokens, 1.63 with r = 32 and T = 512. With dropout on x, W stays a product of its own.
+An embedding row is looked up in W and in A alone. On other layers' activations, each column pair of B and A costs a
+product with W, r of them: no more, for one token alone. W (1 + B A) in the place of W costs one product in the forward,
+two in the backward (`weight_side.py`), and B A and its transposes, r in out products each: (3 T + 4 r) / (2 T) of the
+frozen layer's FLOPs at T tokens, 1.63 with r = 32 and T = 512. With dropout on x, W stays a product of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import HasFanInFanOut, PeftType, PeftWarning, TargetConfig
 from ..factored import check_probabilities, check_ranks, dropout
 from ..method import Inner, LayerInfo, Method, State, register
-from ..weight_side import Rows, weight_side
+from ..weight_side import Rows, as_it_is, one_token, weight_side
 
 
 @dataclass
@@ -100,6 +100,12 @@ class Hira(Method):
             w, y, x = inner.weight()[0], inner(x), drop(x)
             return y + inner.apply(x, self.delta_weight(s, shared, w).to(x.dtype))
         begin, n = _begin(frozen, 0 if drops else 1), inner.info.out_features
+        if one_token(x) and not drops:
+            flat = x.reshape(1, -1)
+            z = weight_side(torch.cat([flat, flat * s.hira_A.to(x.dtype)]), n, as_it_is(frozen))
+            added: Tensor = (z[1:] * s.hira_B.t()).sum(0)
+            b = inner.bias()
+            return (z[0] + added if b is None else z[0] + added + b).view(*x.shape[:-1], n)
         if drops:
             return inner(x) + weight_side(drop(x), n, begin, s.hira_A, s.hira_B)
         return weight_side(x, n, begin, s.hira_A, s.hira_B, bias=inner.bias())

@@ -4,6 +4,7 @@ The input's features are summed in r groups, feature i into group i mod r, and t
 or with "mini" through D [r, mini_r] repeated along the output: one thin product. With "bat" each block of W [r, r] gets
 W_pq B_p + B_p, where B_p belongs to a row of blocks. That reads all of W, so it is made on the weight side
 (`weight_side.py`): (3 T + 3 r) / (2 T) of the frozen layer's FLOPs at T tokens, 1.69 with r = 64 and T = 512.
+Fewer tokens than r, in evaluation, have it on their activations: 2 T products of W with a vector in place of T + r.
 """
 
 from __future__ import annotations
@@ -131,6 +132,9 @@ class _Bat(Miss):
             y, w = inner(x), inner.weight()[0]
             return y + inner.apply(x, _bat(w, s.miss_block).to(x.dtype))
 
+        if x[..., 0].numel() < r and not torch.is_grad_enabled():
+            return _bat_of_few(x, frozen(), s.miss_block, inner.bias())
+
         def begin() -> Rows:
             w = frozen()
             return lambda i, j, blocks: w[i:j] + _bat(w[i:j], blocks[i // r : j // r])
@@ -147,6 +151,17 @@ def _bat(w: Tensor, blocks: Tensor) -> Tensor:
     blocks = blocks.to(torch.promote_types(blocks.dtype, torch.promote_types(w.dtype, torch.float32)))
     added = torch.bmm(w.to(blocks.dtype).reshape(n, -1, r), blocks).view(n, r, -1, r)
     return (added + blocks[:, :, None]).view(w.shape)
+
+
+def _bat_of_few(x: Tensor, w: Tensor, blocks: Tensor, b: Tensor | None) -> Tensor:
+    """W_pq (x_q + B_p x_q) + B_p x_q, summed over q: cheaper for fewer tokens than r, on whose activations B_p acts."""
+    (n, r, _), x_blocks = blocks.shape, x.reshape(-1, x.shape[-1] // blocks.shape[1], blocks.shape[1])
+    turned = x_blocks.flatten(0, 1).to(blocks.dtype) @ blocks.transpose(1, 2)  # [p, T q, r]
+    seen = turned.view(n, *x_blocks.shape).to(x.dtype) + x_blocks
+    y = torch.bmm(seen.flatten(2), w.to(x.dtype).view(n, r, -1).transpose(1, 2))
+    y = y + turned.view(n, *x_blocks.shape).sum(2).to(x.dtype)
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], n * r)
+    return y if b is None else y + b.to(y.dtype)
 
 
 def _values(config: MissConfig) -> State:
