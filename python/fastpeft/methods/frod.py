@@ -115,7 +115,7 @@ class Frod(ProjectedMethod):
         u, lambdas = torch.empty(info.out_features, info.in_features), torch.empty(info.in_features)
         if not u.is_meta:  # else a file brings V, from which U follows
             u, lambdas = _left(_weight(info), v)
-        state["frod_U"] = nn.Buffer(u, persistent=False)
+        state["frod_U"] = _kept(u, info)
         state["frod_lambda_0"] = nn.Buffer(lambdas.clone(), persistent=False)
         if not config.init_weights and not u.is_meta:
             values.normal_(std=0.1)
@@ -127,9 +127,9 @@ class Frod(ProjectedMethod):
         if weight.is_meta or layer.frod_V[adapter].is_meta:
             return
         u, lambdas = _left(weight, layer.frod_V[adapter])
+        layer.frod_U.set(adapter, _kept(u, layer.info).to(weight.device), persistent=False)
         like = layer.frod_lambda_l[adapter]
-        for name, value in (("frod_U", u), ("frod_lambda_0", lambdas)):
-            getattr(layer, name).set(adapter, value.to(like.device, like.dtype), persistent=False)
+        layer.frod_lambda_0.set(adapter, lambdas.to(like.device, like.dtype), persistent=False)
 
     def unpack(self, config: FrodConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for key, indices in tensors.items():
@@ -151,10 +151,10 @@ class Frod(ProjectedMethod):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         lambdas = s.frod_lambda_l
-        u, v = (t.to(x.device, lambdas.dtype) for t in (s.frod_U, shared.frod_V))
+        u, v = s.frod_U.to(x.device), shared.frod_V.to(x.device, lambdas.dtype)
         z = s.frod_dropout(x.to(lambdas.dtype)) @ v
         rotated = sparse_linear(z, s.frod_lambda_s_values, shared.frod_s_indices, (len(v), len(v)))
-        return y + F.linear(rotated + z * (lambdas - s.frod_lambda_0), u)
+        return y + F.linear((rotated + z * (lambdas - s.frod_lambda_0)).to(u.dtype), u)
 
 
 def _role(name: str) -> str:
@@ -179,6 +179,13 @@ def _weight(info: LayerInfo) -> Tensor:
     kind = weight_of(info.module)
     assert kind is not None
     return kind.read(info.module)[0].detach()
+
+
+def _kept(u: Tensor, info: LayerInfo) -> Tensor:
+    """U as a layer keeps it: it is as large as the weight, and has its precision."""
+    u = nn.Buffer(u.to(info.dtype), persistent=False)
+    u.exact = True  # type: ignore[attr-defined]  # no float32 for it on a half-precision base
+    return u
 
 
 def _bar(total: int) -> Any:
