@@ -43,6 +43,8 @@ _NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, Tensor]] = weakref.
 def _kept_norms(kind: type[BaseWeight], module: nn.Module) -> Tensor:
     """|W|^2 of each row, computed again when the module holds another weight, or other memory for it, or wrote into it
     (`weight.data.mul_(2)` writes without leaving a trace)."""
+    if torch.compiler.is_compiling():  # a graph keeps nothing
+        return kind.squared_norms(module)
     weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
     # The reference holds no memory, but keeps the address from being given to another storage.
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]

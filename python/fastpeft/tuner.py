@@ -265,8 +265,9 @@ class BaseTuner(ModelMerging, nn.Module):
         unknown = sorted({n for n in names or () if n != "__base__" and n not in self.peft_config})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = kwargs.get("num_beams")
-        repeats = beams if isinstance(beams, int) else 1
+        # As `generate` repeats the rows of its inputs.
+        counts = [kwargs.get(name) for name in ("num_beams", "num_return_sequences")]
+        repeats = max([1, *(count for count in counts if isinstance(count, int))])
         modules = [module for _, module in self.adapter_modules()]
         # Beams repeat the decoder's rows; an encoder still sees each input once.
         encoder: Any = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
