@@ -17,8 +17,10 @@ import pytest
 import torch
 from fastpeft.checkpoint import CONFIG_NAME
 from fastpeft.config import PeftConfig
+from fastpeft.layer import AdapterLayer
+from fastpeft.method import get_method
 from fastpeft.methods.randlora import _Update
-from fastpeft.testing import SAMPLE_BASES
+from fastpeft.testing import SAMPLE_BASES, add_adapter, assert_law
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,6 +142,12 @@ def test_frod_follows_the_projections_of_its_file(tmp_path):
     # The identity, as it was when saved.
     y = loaded(IDS).detach()
     assert_no_worse(y, expected, expected.double(), 8 * expected.double().abs() + 1)
+
+
+def test_tinylora_in_a_square_embedding():
+    layer = AdapterLayer(nn.Embedding(16, 16), "emb")
+    add_adapter(layer, "a", get_method("TINYLORA"), configuration(fastpeft, "tinylora"))
+    assert_law(layer, ["a"], IDS)
 
 
 def test_randlora_gradients():

@@ -54,7 +54,9 @@ class TinyLora(ProjectedMethod, FactoredMethod):
     config_class = TinyLoraConfig
     model_name = "TinyLoraModel"
     tensors = ("tinylora_v",)
-    others = ("r", "u", "tinylora_A", "tinylora_B", "tinylora_P", "tinylora_group", "tinylora_dropout")
+    others = (
+        "r", "u", "tinylora_A", "tinylora_B", "tinylora_P", "tinylora_group", "tinylora_table", "tinylora_dropout",
+    )  # fmt: skip
     kinds = frozenset({"linear", "embedding"})
     dropout = "tinylora_dropout"
     seed, projections = "projection_seed", ("tinylora_P",)
@@ -98,6 +100,7 @@ class TinyLora(ProjectedMethod, FactoredMethod):
             "tinylora_B": Computed((rows, r), lambda: svd()[1]),
             "tinylora_P": Computed(p, at(0), config.save_projection),
             "tinylora_group": group,
+            "tinylora_table": info.kind == "embedding",
             "tinylora_dropout": dropout(config.tinylora_dropout),
         }
 
@@ -109,12 +112,12 @@ class TinyLora(ProjectedMethod, FactoredMethod):
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         a, b, middle = s.tinylora_A, s.tinylora_B, self._middle(s, shared)
-        if b.shape[0] != s.out_features or a.shape[1] != s.in_features:  # an embedding's table is the transposed weight
+        if s.tinylora_table:  # the transposed weight
             return b.t(), a.t() @ middle.t().to(a.device, a.dtype)
         return a, b @ middle.to(b.device, b.dtype)
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        if inner.info.kind != "embedding":
+        if not s.tinylora_table:
             return super().output(s, shared, x, y, inner)
         rows = s.tinylora_dropout(inner.apply(x, s.tinylora_B.t()))
         return y + F.linear(rows @ self._middle(s, shared).to(rows.dtype), s.tinylora_A.t().to(rows.dtype))

@@ -6,6 +6,8 @@ For every piece of `vector_length` numbers of A and B there are `num_vectors` lo
 
 Cost: A and B are made once a call, k r (in + out) products, which is nothing beside the T r (in + out) of LoRA; the
 gradient of the bank is that of a gather. So it costs what LoRA does, 1 + 3 r (in + out) / (2 in out).
+
+The small file format and PEFT's count of what a file holds take a third of this file.
 """
 
 from __future__ import annotations
