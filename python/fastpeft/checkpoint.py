@@ -350,6 +350,8 @@ def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Para
     if name in module._buffers:
         module._buffers[name] = value
         return
+    if name not in module._parameters:  # it follows a tensor that is given, too
+        return
     old = module._parameters[name]
     assert old is not None
     if not old.is_meta and old.dtype == value.dtype:

@@ -109,7 +109,8 @@ def _trained_biases(config: Mapping[str, Any], plan: InjectionPlan) -> list[str]
         ]
     if mode in (None, "none", False):
         return []
-    return [f"{PREFIX}{layer.site.name}.bias" for layer in plan.layers if layer.layer.info.has_bias and layer.method is plan.method]
+    own = [layer for layer in plan.layers if layer.method is plan.method]
+    return [f"{PREFIX}{layer.site.name}.bias" for layer in own if layer.layer.info.has_bias]
 
 
 def _entries(value: Any) -> list[tuple[str, Tensor]]:

@@ -82,7 +82,7 @@ class Inner(Protocol):
         """Its b alone, without its W. For linear layers."""
 
     def frozen(self) -> Callable[[], Tensor] | None:
-        """A function that gives the W of a frozen linear base layer, for a method that computes with another weight in
+        """A function that gives the W of a frozen base layer, linear or a convolution, for a method that computes with another weight in
         its place (`weight_side.py`); None if the module has to be called (adapters, hooks, training)."""
 
 
@@ -231,16 +231,17 @@ class Method:
         raise NotImplementedError
 
     def tie(
-        self, config: Any, states: Mapping[str, State], infos: Sequence[LayerInfo], leaders: Mapping[str, str]
+        self, config: Any, adapter: str, layers: Mapping[str, AdapterLayer], leaders: Mapping[str, str]
     ) -> None:
-        """Let layers share entries: called once, with the states of all layers by name. leaders: see `followers`."""
+        """Let layers share entries: called once, when the adapter is in all its layers, given by name. leaders: see
+        `followers`."""
 
     def saves(self, state: Mapping[str, Any], name: str) -> bool:
         """Whether the entry `name`, if it holds tensors, is in `state_dict` and in files."""
         return bool(getattr(state.get(name), "persistent", True))  # nn.Buffer and `Computed` say it themselves
 
     def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ValueError for a layer's tensors from a file, by key, that make no sense; names and shapes are right."""
+        """Raise ValueError for a layer's tensors from a file, by key, whose values make no sense; their shapes fit."""
 
     def trains(self, s: Any, name: str) -> bool:
         """Whether the entry `name` (one of `tensors`) is trained."""
@@ -263,7 +264,7 @@ class Method:
         return False
 
     def make_room(self, layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        """Called before a file's tensors, by their keys in the layer, go into it: sizes can be made those of the file."""
+        """Called before a file's tensors, by their keys in the layer, go into it: it can take over their sizes."""
 
     def filled(self, layer: AdapterLayer, adapter: str) -> None:
         """Called once a file's tensors are in a layer, for what follows from them."""

@@ -7,7 +7,7 @@ found as `<module>.token_adapter`, which gives PEFT's keys.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,7 @@ class TokenPlan:
     layer: AdapterLayer
     method: Method
     state: State
+    leader: str | None  # the module whose rows these are
 
 
 def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], targeted: Collection[str]) -> list[TokenPlan]:
@@ -91,7 +92,7 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
     method, following = get_method("TRAINABLE_TOKENS"), FollowingTokens()
     configs = {n: TrainableTokensConfig(token_indices=i) for n, i in tokens.items() if n not in leaders}
     configs.update({n: configs[leader] for n, leader in leaders.items()})
-    plans = {}
+    plans = []
     for name, own in configs.items():
         module, site = sites[name].module, sites[name]
         if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)) or name in targeted:
@@ -108,9 +109,17 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
             layer.train(module.training)
             wrapper = TrainableTokensWrapper(layer)
         state = method.make_state(own, info, None)
-        plans[name] = TokenPlan(site, wrapper, inner, layer, following if name in leaders else method, state)
-    method.tie(config, {name: plan.state for name, plan in plans.items()}, [], leaders)
-    return list(plans.values())
+        leader = leaders.get(name)
+        plans.append(TokenPlan(site, wrapper, inner, layer, following if leader else method, state, leader))
+    return plans
+
+
+def tie_tokens(adapter: str, plans: Sequence[TokenPlan]) -> None:
+    """Give tied modules the rows that they follow."""
+    layers = {plan.outer.name: plan.layer for plan in plans}
+    for plan in plans:
+        if plan.leader is not None:
+            plan.method.tie(None, adapter, layers, {plan.outer.name: plan.leader})
 
 
 def _leaders(tied: Mapping[str, str], tokens: Mapping[str, list[int]], config: Any) -> dict[str, str]:

@@ -538,3 +538,65 @@ def test_flops_are_those_that_the_math_needs(name: str, options: dict[str, Any],
     with FlopCounterMode(display=False) as counter:
         model(x).backward(dy)
     assert counter.get_total_flops() <= most * 4 * 512 * 2048 * 2048
+
+
+# Tied weights
+
+
+TIED: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": r".*(q_proj|embed_tokens)"},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+]
+
+
+@pytest.mark.parametrize("options", TIED, ids=str)
+def test_tied_layers_share_their_adapters(options: dict[str, Any], tmp_path: Path) -> None:
+    ids = torch.arange(8)[None]
+    options = {"r": 3, "ensure_weight_tying": True, "init_lora_weights": False, **options}
+    models = []
+    for library in (fastpeft, peft):
+        torch.manual_seed(1)
+        models.append(library.get_peft_model(llama(), library.LoraConfig(**options)).eval())
+    ours, theirs = models
+    state = {k: v + 0.1 for k, v in peft.get_peft_model_state_dict(theirs, save_embedding_layers=False).items()}
+    mine = fastpeft.get_peft_model_state_dict(ours, save_embedding_layers=False)
+    assert mine.keys() == state.keys()
+    fastpeft.set_peft_model_state_dict(ours, state)
+    wide = peft.get_peft_model(llama(), peft.LoraConfig(**options)).eval().double()  # PEFT's cannot be copied
+    for model in (theirs, wide):
+        peft.set_peft_model_state_dict(model, state)
+    with torch.no_grad():
+        exact = wide(ids).logits
+        check(ours(ids).logits, theirs(ids).logits, exact)
+    ours(ids).logits.square().sum().backward()
+    saves = "modules_to_save" in options
+    for model in (ours, fastpeft.get_peft_model(llama(), fastpeft.LoraConfig(**options)).double()):
+        body = model.base_model.model
+        if saves:
+            head = body.lm_head.modules_to_save["default"].weight
+            assert head is body.model.embed_tokens.modules_to_save["default"].weight
+        else:
+            up = body.lm_head.lora_B["default"].weight
+            assert up.data_ptr() == body.model.embed_tokens.lora_embedding_A["default"].data_ptr()
+    grads = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    assert all(g is not None for g in grads.values())
+    ours.save_pretrained(tmp_path, save_embedding_layers=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for library in (fastpeft, peft):
+            loaded = library.PeftModel.from_pretrained(llama(), tmp_path).eval()
+            check(loaded(ids).logits, theirs(ids).logits, exact)
+        merged = fastpeft.PeftModel.from_pretrained(llama(), tmp_path).merge_and_unload()
+        check(merged(ids).logits, theirs(ids).logits, exact)
+
+
+def test_asking_for_tying_where_there_is_none_warns() -> None:
+    for model, options, message in (
+        (llama(False), {"target_modules": ["embed_tokens"]}, "were found in the model"),
+        (llama(), {"target_modules": ["q_proj"]}, "are added in either"),
+    ):
+        with pytest.warns(fastpeft.PeftWarning, match=message):
+            fastpeft.get_peft_model(model, fastpeft.LoraConfig(ensure_weight_tying=True, **options))

@@ -365,7 +365,7 @@ def _start(tuner: BaseTuner, adapter: str, config: Any, found: Mapping[str, Tens
             own = copy.copy(config)
             own.r, own.lora_alpha, own.init_lora_weights = r, alpha, config.init_lora_weights if a is not None else True
             state = layer.methods[adapter].make_state(own, layer.info, None)
-            _place(state, layer.info, tensors[0].dtype is torch.float32, {})
+            _place(state, layer.info, tensors[0].dtype is torch.float32)
         changes.append((site, a, r, alpha, state))
     for site, a, r, _, state in changes:
         layer = site.module

@@ -8,7 +8,7 @@ row and the B by all layers of the same target and shape. FLOPs beside the froze
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,18 +70,16 @@ class Lily(Method):
             "stride_A": config.stride_A, "num_B": config.num_B,
         }  # fmt: skip
 
-    def tie(
-        self, config: LilyConfig, states: Mapping[str, State], infos: Sequence[LayerInfo], leaders: Any
-    ) -> None:  # fmt: skip
-        groups: dict[Any, list[str]] = {}
-        for info in infos:
+    def tie(self, config: LilyConfig, adapter: str, layers: Mapping[str, Any], leaders: Mapping[str, str]) -> None:
+        groups: dict[Any, list[Any]] = {}
+        for name, layer in layers.items():
             targets = config.target_modules
-            ends = [targets] if isinstance(targets, str) else [t for t in targets or () if info.name.endswith(t)]
-            groups.setdefault((max(ends, key=len, default=""), info.shape), []).append(info.name)
-        for names in groups.values():
-            for i, name in enumerate(names):
-                states[name]["lily_B"] = states[names[0]]["lily_B"]
-                states[name]["lily_A"] = states[names[i - i % config.stride_A]]["lily_A"]
+            ends = [targets] if isinstance(targets, str) else [t for t in targets or () if name.endswith(t)]
+            groups.setdefault((max(ends, key=len, default=""), layer.info.shape), []).append(layer)
+        for members in groups.values():
+            for i, layer in enumerate(members):
+                layer.lily_B[adapter] = members[0].lily_B[adapter]
+                layer.lily_A[adapter] = members[i - i % config.stride_A].lily_A[adapter]
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         hidden = s.lily_A(x.to(s.lily_A.weight.dtype))

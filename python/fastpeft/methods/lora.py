@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +23,7 @@ from .. import init
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
 from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
 from ..safety import MAX_RANK
+from ..tied import Transposed, tied_fields, tied_names
 
 if TYPE_CHECKING:
     from ..layer import AdapterLayer
@@ -122,6 +124,17 @@ class Lora(Method):
         from .variants import variant_of
 
         return variant_of(config) or self
+
+    def open_fields(self, config: LoraConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:
+        return tied_fields(config, model) if config.ensure_weight_tying else {}
+
+    def followers(self, config: LoraConfig, model: nn.Module) -> Mapping[str, str]:
+        return tied_names(model) if config.ensure_weight_tying else {}
+
+    def tie(self, config: Any, adapter: str, layers: Mapping[str, AdapterLayer], leaders: Mapping[str, str]) -> None:
+        for name, leader in leaders.items():  # the transposed update of the transposed weight
+            layers[name].lora_A[adapter] = Transposed(layers[leader].lora_embedding_B, adapter)
+            layers[name].lora_B[adapter] = Transposed(layers[leader].lora_embedding_A, adapter)
 
     def check_config(self, config: LoraConfig, loading: bool = False) -> None:
         for name in LATER_OPTIONS:

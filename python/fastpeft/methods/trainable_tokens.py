@@ -6,7 +6,7 @@ binary search per token; in a linear layer the outputs of these rows. The table 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,9 +73,9 @@ class TrainableTokens(Method):
         order = nn.Buffer(torch.stack(torch.sort(index)), persistent=False)
         return {"trainable_tokens_delta": nn.Parameter(rows), "token_indices": tokens, "trainable_tokens_order": order}
 
-    def tie(self, config: Any, states: Mapping[str, State], infos: Sequence[LayerInfo], leaders: Any) -> None:
+    def tie(self, config: Any, adapter: str, layers: Mapping[str, Any], leaders: Mapping[str, str]) -> None:
         for name, leader in leaders.items():
-            states[name]["trainable_tokens_delta"] = states[leader]["trainable_tokens_delta"]
+            layers[name].trainable_tokens_delta[adapter] = layers[leader].trainable_tokens_delta[adapter]
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rows, places = s.trainable_tokens_order
