@@ -204,7 +204,7 @@ def _plan(
     opened = method.open_fields(config, model, model_config(model).get("model_type"))
     completed = copy.copy(config)
     vars(completed).update(opened)
-    resolved, matched = _resolve(model, completed, method, sites, keys)
+    resolved, matched = resolve_targets(model, completed, method, sites, keys)
     leaders = method.followers(resolved, model)
     matched.names.extend(n for n, to in leaders.items() if to in matched.names and n not in matched.names)
     targets = _with_parts([sites[name] for name in matched.names])
@@ -232,10 +232,10 @@ def _plan(
         tokens = plan_tokens(model, resolved, sites, matched.names)
     for info, state in zip(infos, states, strict=True):
         compute(state, low_cpu_mem_usage, checking)
-        _place(state, info, autocast_adapter_dtype and method.autocast)
+        place(state, info, autocast_adapter_dtype and method.autocast)
         if shared:  # each layer moves what all share, as in PEFT; a quantised layer's arithmetic is not its precision
             dtype = info.dtype if info.quantized is None else torch.float32
-            _place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast)
+            place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast)
     for site, state in zip(targets, states, strict=True):
         if EDIT in state and isinstance(site.module, AdapterLayer):
             site.module.check_edit(state[EDIT])
@@ -252,7 +252,7 @@ def _plan(
                 child.train(layer.training)
         layers.append(_LayerPlan(site, layer, state, method))
     for plan in tokens:
-        _place(plan.state, plan.layer.info, autocast_adapter_dtype)
+        place(plan.state, plan.layer.info, autocast_adapter_dtype)
         layers.append(_LayerPlan(plan.site, plan.layer, plan.state, plan.method))
     plans = [_SavedPlan(site, wrapper_of(site), copy_module(original_of(site))) for site in saved]
     changes = {**opened, "target_modules": resolved.target_modules, **resolved_fan}
@@ -271,7 +271,7 @@ def _with_parts(targets: Sequence[Site]) -> list[Site]:
     ]  # fmt: skip
 
 
-def _resolve(
+def resolve_targets(
     model: nn.Module, config: TargetConfig, method: Method, sites: Mapping[str, Site], keys: Sequence[str] | None
 ) -> tuple[TargetConfig, Matched]:
     """The configuration with explicit targets, and the modules that they select."""
@@ -335,7 +335,7 @@ def _plan_saved(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site
     return [s for s in found if not any(s.name.startswith(other + ".") for other in inner)]
 
 
-def _place(state: State, info: LayerInfo, autocast: bool) -> None:
+def place(state: State, info: LayerInfo, autocast: bool) -> None:
     """Move new tensors to their layer's device and dtype, as PEFT does; float32 for half precision if asked."""
     for name, value in state.items():
         if not isinstance(value, (nn.Module, Tensor)):

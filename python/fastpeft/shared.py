@@ -47,7 +47,7 @@ class Computed:
             with torch.device("cpu"), torch.no_grad():
                 value = self.make().contiguous()
         buffer = nn.Buffer(value, persistent=self.persistent)
-        buffer.exact = self.exact  # type: ignore[attr-defined]  # for `inject._place`
+        buffer.exact = self.exact  # type: ignore[attr-defined]  # for `inject.place`
         return buffer
 
 

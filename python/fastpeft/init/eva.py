@@ -342,7 +342,7 @@ def initialize_lora_eva_weights(
 
 def _start(tuner: BaseTuner, adapter: str, config: Any, found: Mapping[str, Tensor]) -> None:
     """Give each layer its A, and the rank and alpha that go with it."""
-    from ..inject import _place
+    from ..inject import place
     from ..sites import set_child, walk
     from ..targets import minimal_suffixes
 
@@ -365,7 +365,7 @@ def _start(tuner: BaseTuner, adapter: str, config: Any, found: Mapping[str, Tens
             own = copy.copy(config)
             own.r, own.lora_alpha, own.init_lora_weights = r, alpha, config.init_lora_weights if a is not None else True
             state = layer.methods[adapter].make_state(own, layer.info, None)
-            _place(state, layer.info, tensors[0].dtype is torch.float32)
+            place(state, layer.info, tensors[0].dtype is torch.float32)
         changes.append((site, a, r, alpha, state))
     for site, a, r, _, state in changes:
         layer = site.module
@@ -376,6 +376,7 @@ def _start(tuner: BaseTuner, adapter: str, config: Any, found: Mapping[str, Tens
             continue
         if state is not None:
             layer.add(adapter, layer.methods[adapter], state)
+            layer.train(layer.training)
             layer.set_adapter(tuner.active_adapters)
         if a is not None:
             layer.lora_A[adapter].weight.copy_(a)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inject import _resolve
+from ..inject import resolve_targets
 from ..method import method_of
 from ..sites import inside_saved, walk
 from ..weights import BaseWeight, weight_of, wide
@@ -32,7 +32,7 @@ def target_layers(model: nn.Module, config: Any) -> dict[str, TargetLayer]:
     """The linear layers that a LoraConfig targets, by name; a config without targets gets the model's default ones."""
     method = method_of(config)
     sites = {site.name: site for site in walk(model) if site.name and not inside_saved(site)}
-    resolved, matched = _resolve(model, config, method, sites, None)
+    resolved, matched = resolve_targets(model, config, method, sites, None)
     config.target_modules = resolved.target_modules
     own = method.layer_config(resolved, matched.names)
     found = {}
