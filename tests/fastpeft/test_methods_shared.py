@@ -150,6 +150,23 @@ def test_tinylora_in_a_square_embedding():
     assert_law(layer, ["a"], IDS)
 
 
+def test_tinylora_decomposes_a_weight_once_and_again_when_it_changes(monkeypatch):
+    m = model(fastpeft, "tinylora")
+    calls = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
+    m.add_adapter("b", configuration(fastpeft, "tinylora"))
+    assert calls == []
+    layer = m.base_model.model.up
+    assert_same_bits(layer.tinylora_A["b"], layer.tinylora_A["default"])
+    assert layer.tinylora_A["b"].data_ptr() != layer.tinylora_A["default"].data_ptr()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    m.add_adapter("c", configuration(fastpeft, "tinylora"))
+    assert len(calls) == 1
+    assert not torch.equal(layer.tinylora_A["c"], layer.tinylora_A["default"])
+
+
 def test_randlora_gradients():
     for inward, size in ((True, (6, 9)), (False, (9, 6))):
         torch.manual_seed(0)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
 from ..factored import FactoredMethod, check_ranks, dropout
@@ -24,6 +25,7 @@ from ..method import Inner, LayerInfo, State, register
 from ..projections import ProjectedMethod, seeded
 from ..shared import Computed
 
+_SVDS: Any = WeakIdKeyDictionary()
 MAX_ELEMENTS = 1 << 28  # of P, which may be computed for a file that names only its size
 
 
@@ -124,13 +126,19 @@ class TinyLora(ProjectedMethod, FactoredMethod):
 
 
 def _svd(info: LayerInfo, r: int) -> tuple[Tensor, Tensor]:
-    """A and B, in the precision of the weight's own values."""
+    """A and B, in the precision of the weight's own values. Kept as long as the weight, for its next adapter."""
     from ..weights import weight_of
 
+    weight: Any = info.module.weight
+    state = weight.data_ptr(), weight._version, r
+    found = _SVDS.get(weight)
+    if found is not None and found[0] == state:
+        return found[1].clone(), found[2].clone()
     kind = weight_of(info.module)
     assert kind is not None
     w = kind.read(info.module)[0].detach()
     w = w.t() if info.kind == "embedding" else w
     u, s, vh = torch.linalg.svd(w.float(), full_matrices=False)
     u, vh, root = u[:, :r].to(w.dtype), vh[:r].to(w.dtype), torch.sqrt(s[:r].to(w.dtype))
+    _SVDS[weight] = state, root[:, None] * vh, u * root
     return root[:, None] * vh, u * root
