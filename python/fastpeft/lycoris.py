@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import TargetConfig
 from .factored import FactoredMethod, check_probabilities, check_ranks
 from .method import Inner, LayerInfo, State
+from .weight_side import with_weight
 
 
 @dataclass
@@ -56,6 +57,17 @@ class Lycoris(FactoredMethod):
             return inner.apply(x, self.delta_weight(s, s, None).to(x.dtype).reshape(inner.info.shape))
 
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        """A convolution, where nothing is dropped: one with another weight, unless `added` costs less."""
+        frozen = inner.frozen() if inner.info.kind != "linear" and self._fusible(s) else None
+        if frozen is None or self.is_cheap(s, inner.info):
+            return super().forward(s, shared, x, inner)
+        return with_weight(inner, x, frozen, lambda w: w + self.delta_weight(s, s, None).view(w.shape))
+
+    def is_cheap(self, s: Any, info: LayerInfo) -> bool:
+        """Whether `added` costs less than what one with another weight costs: half as much again as the layer."""
+        return False
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         if s.training and s.module_dropout > 0.0 and not torch.rand(1) > s.module_dropout:

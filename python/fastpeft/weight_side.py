@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .method import Inner
+
 # rows(i, j, *p): rows i to j of W', in a precision of its own choice.
 Rows = Callable[..., Tensor]
 TILE_ELEMENTS = 1 << 20
@@ -83,6 +85,19 @@ def weight_side(
     step = max(TILE_ELEMENTS // max(x.shape[-1], 1) // align, 1) * align
     y = _WeightSide.apply(x, n, step, begin, *params)  # type: ignore[no-untyped-call]
     return y if bias is None else y.add_(bias.to(y.dtype))
+
+
+def with_weight(
+    inner: Inner, x: Tensor, frozen: Callable[[], Tensor], change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A frozen base layer with the weight change(W) in the place of W, which is made again in the backward, not kept.
+    For convolutions, whose weight is small beside their activations."""
+    bias = inner.bias()
+
+    def run(x: Tensor) -> Tensor:
+        return inner.apply(x, change(frozen()).to(x.dtype), bias)
+
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 def as_it_is(frozen: Callable[[], Tensor]) -> Callable[[], Rows]:

@@ -145,9 +145,9 @@ class BaseWeight(WeightRows):
 
     @classmethod
     def frozen(cls, module: nn.Module) -> Callable[[], Tensor] | None:
-        """A function that reads W of a linear layer that is not trained and that nothing watches; None for others."""
+        """A function that reads W of a layer that is not trained and that nothing watches; None for others."""
         weight = module._parameters.get("weight")
-        if cls.kind != "linear" or cls.transient or _has_hooks(module) or (weight is not None and weight.requires_grad):
+        if cls.kind == "embedding" or cls.transient or _has_hooks(module) or (weight is not None and weight.requires_grad):
             return None
         return lambda: cls.read(module)[0].detach()
 

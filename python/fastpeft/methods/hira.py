@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import HasFanInFanOut, PeftType, PeftWarning, TargetConfig
 from ..factored import check_probabilities, check_ranks, dropout
 from ..method import Inner, LayerInfo, Method, State, register
-from ..weight_side import Rows, as_it_is, one_token, weight_side
+from ..weight_side import Rows, as_it_is, one_token, weight_side, with_weight
 
 
 @dataclass
@@ -94,9 +94,11 @@ class Hira(Method):
         if inner.info.kind == "embedding":
             y = inner(x)
             return y + y * F.linear(F.embedding(x, s.hira_embedding_A.t()), s.hira_embedding_B)
-        drop, frozen = s.hira_dropout, inner.frozen()
+        drop, linear, frozen = s.hira_dropout, inner.info.kind == "linear", inner.frozen()
         drops = isinstance(drop, nn.Dropout) and drop.training
-        if frozen is None:
+        if not linear and not drops and frozen is not None:
+            return with_weight(inner, x, frozen, lambda w: w + self.delta_weight(s, shared, w))
+        if not linear or frozen is None:
             w, y, x = inner.weight()[0], inner(x), drop(x)
             return y + inner.apply(x, self.delta_weight(s, shared, w).to(x.dtype))
         begin, n = _begin(frozen, 0 if drops else 1), inner.info.out_features

@@ -72,6 +72,10 @@ class LoHa(Lycoris):
             return None
         return (w1b[:, None] * w2b).flatten(0, 1), (w1a[:, :, None] * (w2a * s.scaling)[:, None]).flatten(1)
 
+    def is_cheap(self, s: Any, info: LayerInfo) -> bool:
+        (out, r), columns = s.hada_w1_a.shape, s.hada_w1_b.shape[1]
+        return info.groups == 1 and s.get("hada_t1") is None and 4 * r * r * (out + columns) < out * columns
+
     def added(self, s: Any, x: Tensor, inner: Inner) -> Tensor:
         info, found = inner.info, self.factors(s, s, None)
         x = s.cast(x, s.hada_w1_a.dtype)

@@ -1,8 +1,8 @@
 """LoKr: W + alpha / r kron(w1, w2), either factor of low rank or whole (LyCORIS, arXiv 2309.14859).
 
 With x as a matrix [c, d], kron(w1, w2) x is w1 x w2^T: about in (b + a) products per token in place of in out, and few
-more than a LoRA where w2 = w2_a w2_b. In a convolution w2 is one on groups of channels that share it, and w1 mixes the
-groups. t2 [r, r, *kernel] is its Tucker core.
+more than a LoRA where w2 = w2_a w2_b, whose Tucker core in a convolution is t2 [r, r, *kernel]. A convolution takes the
+weight as a whole: in groups of channels that share w2 it has fewer products and takes longer.
 """
 
 from __future__ import annotations
@@ -107,22 +107,14 @@ class LoKr(Lycoris):
         return (w1[:, None, :, None] * w2.flatten(1)[:, None]).flatten(0, 1).flatten(1)
 
     def added(self, s: Any, x: Tensor, inner: Inner) -> Tensor:
-        info, w1 = inner.info, self._left(s)
-        (a, c), x = w1.shape, s.cast(x, w1.dtype)
-        if info.kind == "linear":
-            x = x.reshape(*x.shape[:-1], c, -1)
-            if s.get("lokr_w2") is None:
-                return F.linear(w1 @ F.linear(x, s.lokr_w2_b), s.lokr_w2_a).flatten(-2)
-            b, d = s.lokr_w2.shape
-            if c * b * (d + a) < a * d * (c + b):
-                return (w1 @ F.linear(x, s.lokr_w2)).flatten(-2)
-            return F.linear(w1 @ x, s.lokr_w2).flatten(-2)
-        w2, kernel = self._right(s), info.shape[2:]
-        if info.groups > 1 or w2.dim() == 3:
+        if inner.info.kind != "linear":
             return super().added(s, x, inner)
-        batched = x.dim() == len(info.shape)
-        x = x if batched else x[None]
-        y = inner.apply(x.reshape(len(x) * c, -1, *x.shape[2:]), w2.reshape(len(w2), -1, *kernel))
-        y = y.view(len(x), c, *y.shape[1:])
-        y = F.linear(y.movedim(1, -1), w1).movedim(-1, 1).flatten(1, 2)
-        return y if batched else y[0]
+        w1 = self._left(s)
+        (a, c), x = w1.shape, s.cast(x, w1.dtype)
+        x = x.reshape(*x.shape[:-1], c, -1)
+        if s.get("lokr_w2") is None:
+            return F.linear(w1 @ F.linear(x, s.lokr_w2_b), s.lokr_w2_a).flatten(-2)
+        b, d = s.lokr_w2.shape
+        if c * b * (d + a) < a * d * (c + b):
+            return (w1 @ F.linear(x, s.lokr_w2)).flatten(-2)
+        return F.linear(w1 @ x, s.lokr_w2).flatten(-2)
