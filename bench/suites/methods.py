@@ -27,10 +27,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {"LORA": {}, "LORA dropout": {"lora_dropout": 0.05}, "DORA": {"use_dora": True},
             "DORA dropout": {"use_dora": True, "lora_dropout": 0.05}, "KASA": {"kasa_config": {}},
-            "MICA": {"init_lora_weights": "mica"}}  # fmt: skip
+            "MICA": {"init_lora_weights": "mica"},
+            "BDLORA": {"use_bdlora": {"target_modules_bd_a": ["lin"], "nblocks": 2}}, "QALORA": {"use_qalora": True},
+            "VELORA": {"velora_config": {}}, "MONTECLORA": {"monteclora_config": {"buffer_size": 8}}}  # fmt: skip
 # The bounds on FLOPs; methods that are not named need more by their math, which their files derive.
-CHEAP = {"LORA", "DORA", "KASA", "MICA", "BOFT", "HRA", "OFT", "LOHA", "LOKR", "FOURIERFT", "WAVEFT", "C3A", "MISS",
-         "PSOFT", "IA3", "ROAD", "SHIRA"}  # fmt: skip
+CHEAP = {"LORA", "DORA", "KASA", "MICA", "BDLORA", "QALORA", "VELORA", "MONTECLORA", "ADALORA", "BOFT", "HRA", "OFT",
+         "LOHA", "LOKR", "FOURIERFT", "WAVEFT", "C3A", "MISS", "PSOFT", "IA3", "ROAD", "SHIRA"}  # fmt: skip
 FASTER = {"BOFT": 5.0, "HRA": 5.0, "OSF": 5.0, "LOHA": 2.0, "LOKR": 2.0, "FOURIERFT": 2.0, "WAVEFT": 2.0}
 # Not on a linear layer alone.
 ELSEWHERE = {"LN_TUNING", "TRAINABLE_TOKENS"}
