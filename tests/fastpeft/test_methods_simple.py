@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fastpeft
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from fastpeft.fits import KeyMismatchError
 from fastpeft.methods.adamss import cluster
 from fastpeft.sparse import sparse_linear
+from fastpeft.tuners.adamss.asa_callback import AdamssAsaCallback
 from peft.utils import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -482,6 +484,11 @@ def test_adamss_trains_fewer_and_fewer_subspaces() -> None:
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 4
     assert_same_bits(model(IDS), before)  # they stop being trained, they still act
+    model = make(fastpeft, "Adamss", options)
+    for step in range(1, 3):
+        model(IDS).square().sum().backward()
+        AdamssAsaCallback().on_optimizer_step(None, SimpleNamespace(global_step=step), None, model=model)
+    assert sum(p.requires_grad for n, p in model.named_parameters() if "adamss_A" in n) == counts[2] < 12
     for wrong in ({"mask_interval": 0}, {"init_warmup": 9}, {"asa_target_subspaces": 0}, {"asa_schedule_exponent": 0}):
         with pytest.raises(ValueError, match="must be"):
             fastpeft.AdamssConfig(**{**options, **wrong})

@@ -11,6 +11,7 @@ from ..method import registry
 from ..prepare import cast_mixed_precision_params, prepare_model_for_kbit_training
 from ..saved_modules import ModulesToSaveWrapper
 from ..targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ..token_sites import TrainableTokensWrapper
 
 __all__ = [
     "CONFIG_NAME",
@@ -20,6 +21,7 @@ __all__ = [
     "ModulesToSaveWrapper",
     "PeftType",
     "TaskType",
+    "TrainableTokensWrapper",
     "cast_mixed_precision_params",
     "get_peft_model_state_dict",
     "prepare_model_for_kbit_training",
