@@ -13,8 +13,8 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from fastpeft.clusters import cluster
 from fastpeft.fits import KeyMismatchError
-from fastpeft.methods.adamss import cluster
 from fastpeft.sparse import sparse_linear
 from fastpeft.tuners.adamss.asa_callback import AdamssAsaCallback
 from peft.utils import constants

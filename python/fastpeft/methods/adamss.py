@@ -4,6 +4,7 @@
 W + B_i A_i V, where A_i and B_i are trained. So W + B A V, with the A_i stacked and the B_i on their clusters' rows: a
 LoRA of rank K, the sum of the clusters' ranks (5 by default), whose first factor is A V. FLOPs beside the frozen
 layer's: 3 * 2 * tokens * K * (in + out). The least has out * K / subspaces in place of out * K; 1.01 either way.
+(Longer than most: which subspaces go on training, `update_and_allocate`, is a part of the method.)
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..clusters import cluster
 from ..config import PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
@@ -205,45 +206,3 @@ def _directions(rows: Tensor, config: AdamssConfig) -> Tensor:
     u = torch.svd_lowrank(gram, q=rank, niter=2)[0][:, :rank]
     directions: Tensor = torch.linalg.qr(rows.T @ u)[0]
     return directions.T.contiguous()
-
-
-def cluster(points: Tensor, count: int, iterations: int = 10, seed: int = 123456789) -> list[Tensor]:
-    """The indices of each cluster's points, by Lloyd's algorithm.
-
-    Clusters are not in files, so they must be those that PEFT finds: scikit-learn's KMeans(init="random", n_init=1)
-    is followed step by step, down to its random numbers.
-    """
-    x = points.detach().cpu().float().numpy()
-    x = x - x.mean(axis=0)
-    n, count = len(x), min(count, len(x))
-    tolerance = np.mean(np.var(x, axis=0)) * 1e-4
-    chances = np.ones(n, dtype=x.dtype) / np.float32(n)
-    centers = x[np.random.RandomState(seed).choice(n, size=count, replace=False, p=chances)]
-    labels = np.full(n, -1)
-
-    def nearest() -> Any:
-        return np.argmin((centers * centers).sum(axis=1) - 2.0 * (x @ centers.T), axis=1)
-
-    for _ in range(iterations):
-        new = nearest()
-        sizes, sums = np.bincount(new, minlength=count).astype(x.dtype), np.zeros_like(centers)
-        np.add.at(sums, new, x)
-        empty = np.flatnonzero(sizes == 0)
-        if len(empty):  # the points farthest from their centers become centers
-            distances = ((x - centers[new]) ** 2).sum(axis=1)
-            for at, far in zip(empty, np.argpartition(distances, -len(empty))[: -len(empty) - 1 : -1], strict=True):
-                sums[new[far]] -= x[far]
-                sizes[new[far]] -= 1
-                sums[at], sizes[at] = x[far], 1
-        moved = sums / np.maximum(sizes, 1)[:, None]
-        shift, centers = ((moved - centers) ** 2).sum(), moved
-        if np.array_equal(new, labels):
-            break
-        labels = new
-        if shift <= tolerance:
-            labels = nearest()
-            break
-    else:
-        labels = nearest()
-    found = torch.from_numpy(labels).to(points.device)
-    return [torch.where(found == i)[0] for i in range(count) if bool((found == i).any())]
