@@ -54,8 +54,10 @@ class RankAllocator:
                 if p.grad is None:
                     continue
                 key, now = (name, part), (p * p.grad).abs()
-                mean = self.exp_avg_ipt.setdefault(key, torch.zeros_like(p)).lerp_(now, 1 - b1)
-                self.exp_avg_unc.setdefault(key, torch.zeros_like(p)).lerp_((now - mean).abs(), 1 - b2)
+                if key not in self.exp_avg_ipt or self.exp_avg_ipt[key].shape != p.shape:  # a file had other ranks
+                    self.exp_avg_ipt[key], self.exp_avg_unc[key] = torch.zeros_like(p), torch.zeros_like(p)
+                mean = self.exp_avg_ipt[key].lerp_(now, 1 - b1)
+                self.exp_avg_unc[key].lerp_((now - mean).abs(), 1 - b2)
 
     def scores(self, name: str) -> Tensor:
         """The importance of each rank of a layer."""
