@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import atomic
-from .fits import PREFIX, TUNER, KeyMismatchError, check_fits, embedding_tensors, make_room
+from .fits import PREFIX, TUNER, KeyMismatchError, check_fits, embedding_tensors, make_room, unpacked
 from .safety import (
     AdapterFileError,
     Header,
@@ -255,21 +255,6 @@ def get_peft_model_state_dict(
     if lacking:
         raise KeyMismatchError(f"the state dict lacks {list_some(lacking)} of adapter {adapter_name!r}")
     return method.pack(config, {file: state_dict[memory] for memory, (file, _) in pairs.items()})
-
-
-def unpacked(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors by their keys in a file, from what the file holds."""
-    from .method import method_of
-
-    method = method_of(config)
-    computed = [key for key in tensors if method.ignores(config, key)]
-    if computed:
-        warnings.warn(
-            f"The configuration says that {list_some(computed)} are computed, so those of the file are passed over "
-            "(save_projection=True would take them).",
-            stacklevel=3,
-        )
-    return method.unpack(config, {key: value for key, value in tensors.items() if key not in computed})
 
 
 def set_peft_model_state_dict(

@@ -167,3 +167,18 @@ def make_room(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         found = {key: tensors[n + key] for _, key, _ in layer.adapter_state(adapter_name) for n in names
                  if n + key in tensors}  # fmt: skip
         method.make_room(layer, adapter_name, found)
+
+
+def unpacked(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors by their keys in a file, from what the file holds."""
+    from .method import method_of
+
+    method = method_of(config)
+    computed = [key for key in tensors if method.ignores(config, key)]
+    if computed:
+        warnings.warn(
+            f"The configuration says that {list_some(computed)} are computed, so those of the file are passed over "
+            "(save_projection=True would take them).",
+            stacklevel=3,
+        )
+    return method.unpack(config, {key: value for key, value in tensors.items() if key not in computed})

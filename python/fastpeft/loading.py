@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import IncompatibleKeys, load_adapter_file, set_peft_model_state_dict, unpacked
+from .checkpoint import IncompatibleKeys, load_adapter_file, set_peft_model_state_dict
 from .config import PeftConfig
-from .fits import PREFIX, KeyMismatchError, make_room
+from .fits import PREFIX, KeyMismatchError, make_room, unpacked
 from .layer import AdapterLayer
 from .safety import list_some
 from .sites import adapter_modules, iter_adapter_tensors
