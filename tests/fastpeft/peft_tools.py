@@ -78,6 +78,11 @@ def assert_as_good(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]
         assert_no_worse(a, (c + worst).to(b.dtype), c, largest)
 
 
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Whether results are equal to float32's resolution of the largest element; in float64 only a formula differs."""
+    return bool(((a - b).abs() <= 4 * torch.finfo(torch.float32).eps * b.abs().max()).all())
+
+
 def cost_of(model: Any, x: Tensor) -> tuple[int, int]:
     """FLOPs of forward and backward, and bytes kept for the backward beside x and the parameters and buffers."""
     x = x.requires_grad_(True)

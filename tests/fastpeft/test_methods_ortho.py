@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))
-LAYERS, assert_as_good, cost_of, input_of = (tools[n] for n in ("LAYERS", "assert_as_good", "cost_of", "input_of"))
+LAYERS, agree, assert_as_good, cost_of = (tools[n] for n in ("LAYERS", "agree", "assert_as_good", "cost_of"))
+input_of = tools["input_of"]
 QUANTISED = runpy.run_path(str(Path(__file__).with_name("layer_tools.py")))["QUANTISED"]
 model_of, pair, randomise, run = (tools[n] for n in ("model_of", "pair", "randomise", "run"))
 
@@ -168,9 +169,9 @@ def test_two_adapters_compute_what_they_merge_to_where_pefts_do_not(name: str, o
         model.add_adapter("b", getattr(library, name)(target_modules=["layer"], **options))
         model.base_model.set_adapter(["default", "b"])
         randomise(model)
-        y = model.double()(x.double()).float()
+        y = model.double()(x.double())
         model.merge_adapter()
-        assert torch.allclose(y, model(x.double()).float()) is right
+        assert agree(y, model(x.double())) is right
 
 
 @pytest.mark.parametrize(("name", "options"), [
@@ -179,10 +180,10 @@ def test_two_adapters_compute_what_they_merge_to_where_pefts_do_not(name: str, o
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "square", "pixel", "conv3"])
 def test_convolutions_start_as_they_were(name: str, options: dict[str, Any], layer: str) -> None:
     model, x = model_of(fastpeft, layer, name, options).double(), input_of(layer).double()
-    assert torch.allclose(model(x), model.base_model.model.layer.base_layer(x))
+    assert agree(model(x), model.base_model.model.layer.base_layer(x))
     if name == "OFTConfig" and layer == "square":  # PEFT's folds patches that overlap
         theirs = model_of(peft, layer, name, options).double()
-        assert not torch.allclose(theirs(x), model(x))
+        assert not agree(theirs(x), model(x))
 
 
 def test_butterfly_factors_are_pefts_formula() -> None:
@@ -201,7 +202,7 @@ def test_butterfly_factors_are_pefts_formula() -> None:
             rotation = p @ torch.block_diag(*q) @ p.T @ rotation
         x = torch.randn(3, n, dtype=torch.float64)
         scaled = (x @ rotation @ layer.weight.T) * layer.boft_s["default"].flatten()
-        assert torch.allclose(model(x), scaled + layer.bias)
+        assert agree(model(x), scaled + layer.bias)
         assert torch.autograd.gradcheck(model, x[:1].requires_grad_(), fast_mode=True)
 
 
@@ -215,7 +216,7 @@ def test_gram_schmidt_of_equal_vectors_is_no_noise() -> None:
     layer = ours.double().base_model.model.layer
     q = torch.linalg.qr(layer.hra_u["default"][:, ::2]).Q
     expected = (x.double() @ (torch.eye(24) - 2 * q @ q.T)) @ layer.weight.T + layer.bias
-    assert torch.allclose(ours(x.double()), expected)
+    assert agree(ours(x.double()), expected)
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -231,11 +232,13 @@ def test_a_quantised_base_is_adapted_by_its_decoded_weight(name: str, base: str)
         before = layer.base_layer(x)
         w, b = layer.merged_weight(["a"])
         expected, y = nn.functional.linear(x, w, b), layer(x)
-        own = (before - nn.functional.linear(x, *layer.merged_weight([]))).norm()  # of an 8-bit layer's arithmetic
-        assert (y - expected).norm() <= 2 * own * (expected.norm() / before.norm()) + 1e-5 * expected.norm()
+        # What the layer's own arithmetic errs by, of 8 bits or of float32.
+        own = (before - nn.functional.linear(x, *layer.merged_weight([]))).norm() / before.norm()
+        own = own.clamp(min=64 * torch.finfo(torch.float32).eps)
+        assert (y - expected).norm() <= 2 * own * expected.norm()
         error = layer.merge()
         assert error is not None
-        assert (layer(x) - expected).norm() < (2 * error + 0.03) * expected.norm()  # PEFT's HRA: garbage on 8 bits
+        assert (layer(x) - expected).norm() <= 2 * (error + own) * expected.norm()  # PEFT's HRA: garbage on 8 bits
         layer.unmerge()
         assert_same_bits(layer(x), y)
 
