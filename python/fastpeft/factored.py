@@ -63,6 +63,12 @@ class FactoredMethod(Method):
         return True
 
 
+def is_thin(r: int, s: Any) -> bool:
+    """Whether factors of this rank add at most a tenth to what the layer costs, so that the kernel is worth it where a
+    method could do with fewer products."""
+    return 15 * r * (s.in_features + s.out_features) <= s.in_features * s.out_features  # type: ignore[no-any-return]
+
+
 def plus_product(y: Tensor, z: Tensor, b: Tensor) -> Tensor:
     """y + z b, in one pass over y where the dtypes allow."""
     if not y.dtype == z.dtype == b.dtype:

@@ -147,7 +147,8 @@ class BaseWeight(WeightRows):
     def frozen(cls, module: nn.Module) -> Callable[[], Tensor] | None:
         """A function that reads W of a layer that is not trained and that nothing watches; None for others."""
         weight = module._parameters.get("weight")
-        if cls.kind == "embedding" or cls.transient or _has_hooks(module) or (weight is not None and weight.requires_grad):
+        trained = weight is not None and weight.requires_grad
+        if cls.kind == "embedding" or cls.transient or trained or _has_hooks(module):
             return None
         return lambda: cls.read(module)[0].detach()
 

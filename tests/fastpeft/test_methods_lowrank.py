@@ -382,3 +382,18 @@ def test_one_token_is_computed_on_its_activations(name: str, options: dict[str, 
     with torch.no_grad():
         for tokens in (x, x[0], torch.randn(1, 3, 24, dtype=torch.float64)):
             assert_near(ours(tokens), theirs(tokens))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("LoHaConfig", {"r": 2}), ("DeloraConfig", {"r": 3}), ("MissConfig", {"r": 4}), ("MissConfig", {"r": 5}),
+     ("GraloraConfig", {"r": 2}), ("GraloraConfig", {"r": 2, "hybrid_r": 1})],
+)  # fmt: skip
+def test_the_kernel_computes_what_the_method_does(name: str, options: dict[str, Any]) -> None:
+    model = model_of(fastpeft, nn.Linear(256, 192), name, options)
+    randomise(model)
+    inner, x = model.base_model.model.layer, torch.randn(2, 3, 256)
+    exact = copy.deepcopy(model).double()
+    assert inner.methods["default"].fused(inner, inner.view("default"), inner.view("default")) is not None
+    for fast, value in zip(run(model, x), run(exact, x.double()), strict=True):
+        assert_near(fast, value, growth=8)  # sums of 256 terms that cancel

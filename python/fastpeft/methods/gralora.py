@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
-from ..method import Fused, Inner, LayerInfo, State, register
+from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout, is_thin
+from ..method import Inner, LayerInfo, State, register
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Gralora(FactoredMethod):
     model_name = "GraloraModel"
     tensors = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     others = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
+    dropout = "gralora_dropout"
     examples = ({"r": 4}, {"r": 8, "gralora_k": 4, "hybrid_r": 2, "alpha": 3, "init_weights": False})
 
     def check_config(self, config: GraloraConfig, loading: bool = False) -> None:
@@ -115,8 +116,8 @@ class Gralora(FactoredMethod):
             added = added + second(s.gralora_A_general(x)) * s.scaling
         return y + added
 
-    def fused(self, layer: Any, s: Any, shared: Any) -> Fused | None:
-        return None  # the factors are k times as wide as what `output` needs
+    def _fusible(self, s: Any) -> bool:
+        return is_thin(s.gralora_k * s.r + s.hybrid_r, s)  # the factors are k times as wide as what `output` needs
 
 
 def _start(a: Tensor, b: Tensor, config: GraloraConfig) -> None:

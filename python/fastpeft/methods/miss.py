@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, PeftType, TargetConfig
-from ..factored import check_probabilities, check_ranks, dropout, plus_product
+from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout, is_thin, plus_product
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, weight_side
 
@@ -37,13 +37,14 @@ class MissConfig(HasBias, TargetConfig):
 
 
 @register
-class Miss(Method):
+class Miss(FactoredMethod):
     peft_type = PeftType.MISS
     prefix = "miss_"
     config_class = MissConfig
     model_name = "MissModel"
     tensors = ("miss_block",)
     others = ("miss_r", "miss_dropout", "miss_mini_r")
+    dropout = "miss_dropout"
     examples = (
         {"r": 4},
         {"r": 7, "init_weights": False},
@@ -102,8 +103,15 @@ class Miss(Method):
         return y + added
 
 
+    def _fusible(self, s: Any) -> bool:
+        return s.miss_block.shape[1] == s.out_features and is_thin(s.miss_r, s)
+
+
 class _Bat(Miss):
     needs_base_weight = True
+
+    def _fusible(self, s: Any) -> bool:
+        return False
 
     def check_config(self, config: MissConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
