@@ -82,8 +82,8 @@ class Inner(Protocol):
         """Its b alone, without its W. For linear layers."""
 
     def frozen(self) -> Callable[[], Tensor] | None:
-        """A function that gives the W of a frozen base layer, linear or a convolution, for a method that computes with another weight in
-        its place (`weight_side.py`); None if the module has to be called (adapters, hooks, training)."""
+        """A function that gives the W of a frozen base layer (no embedding), for a method that computes with another
+        weight in its place (`weight_side.py`); None if the module has to be called (adapters, hooks, training)."""
 
 
 class AdapterView:
