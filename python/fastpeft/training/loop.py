@@ -124,7 +124,8 @@ class Trainer:
                 "lower learning_rate, raise warmup, or use dtype=float32",
             )
         optimizer.step()
-        allocate = getattr(self.model, "update_and_allocate", None)  # AdaLoRA and AdaMSS move their budget, by gradients
+        # AdaLoRA and AdaMSS move their budget, by the gradients
+        allocate = getattr(self.model, "update_and_allocate", None)
         if allocate is not None:
             allocate(step + 1)
         optimizer.zero_grad(set_to_none=True)
