@@ -133,7 +133,8 @@ def test_biases_and_copied_modules_come_along() -> None:
     nn.init.normal_(layer.lora_B["a"].bias)
     model.base_model.model.head.modules_to_save["a"].weight.data += 1
     combine(model, ["a", "b"], [0.5, 3.0])
-    assert torch.allclose(layer.lora_B["new"].bias, layer.lora_B["a"].bias * 1.5)
+    bias = layer.lora_B["a"].bias.detach()
+    assert_no_worse(layer.lora_B["new"].bias, bias * 1.5, bias.double() * 1.5)
     head = model.base_model.model.head.modules_to_save
     assert_same_bits(head["new"].weight, head["a"].weight)
 
