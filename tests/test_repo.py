@@ -256,3 +256,10 @@ def test_license_and_changelog() -> None:
 
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert __version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_table_of_methods_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "methods_table.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
