@@ -166,6 +166,12 @@ def test_tied_layers_share_their_adapters(options: dict[str, Any], tmp_path: Pat
         else:
             up = body.lm_head.lora_B["default"].weight
             assert up.data_ptr() == body.model.embed_tokens.lora_embedding_A["default"].data_ptr()
+    ours.load_state_dict(ours.state_dict())
+    copied = copy.deepcopy(ours)
+    shake(copied)  # a copy is tied to itself
+    with torch.no_grad():
+        check(ours(ids).logits, theirs(ids).logits, exact)
+        assert not torch.equal(copied(ids).logits, ours(ids).logits)
     grads = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
     assert all(g is not None for g in grads.values())
     ours.save_pretrained(tmp_path, save_embedding_layers=False)

@@ -19,6 +19,8 @@ from ..config import HasInitWeights, PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
 
+MAX_DEPTH = 1000  # each layer of it is two modules in every adapted layer
+
 
 @dataclass
 class PeanutConfig(HasInitWeights, TargetConfig):
@@ -53,9 +55,9 @@ class Peanut(Method):
     needs_base_weight = True
 
     def check_config(self, config: PeanutConfig, loading: bool = False) -> None:
-        for name, value, least in (("r", config.r, 1), ("depth", config.depth, 0)):
-            if type(value) is not int or not least <= value <= MAX_RANK:
-                raise ValueError(f"`{name}` should be an integer from {least} to {MAX_RANK}, got {value!r}")
+        for name, value, least, most in (("r", config.r, 1, MAX_RANK), ("depth", config.depth, 0, MAX_DEPTH)):
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"`{name}` should be an integer from {least} to {most}, got {value!r}")
 
     def make_state(self, config: PeanutConfig, info: LayerInfo, shared: Any) -> State:
         r = config.r
