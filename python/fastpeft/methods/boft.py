@@ -125,8 +125,14 @@ def _butterfly(x: Tensor, blocks: Tensor, transposed: bool) -> Tensor:
     for i in order if transposed else reversed(order):
         # P_i sorts chunks of half a block by parity, the even ones first, within groups of 2^(i + 1).
         if i > 0:
-            x = x.reshape(*x.shape[:-1], -1, 2, 2**i, half).transpose(-3, -2).flatten(-4)
+            x = _exchange(x, 2, 2**i, half)
         x = rotate_blocks(x, blocks[i].mT if transposed else blocks[i])
         if i > 0:
-            x = x.reshape(*x.shape[:-1], -1, 2**i, 2, half).transpose(-3, -2).flatten(-4)
+            x = _exchange(x, 2**i, 2, half)
     return x
+
+
+def _exchange(x: Tensor, a: int, b: int, chunk: int) -> Tensor:
+    """The last dimension as [..., a, b, chunk] with a and b exchanged: a gather beats copying tiny chunks."""
+    places = torch.arange(x.shape[-1], device=x.device).view(-1, a, b, chunk).transpose(1, 2).flatten()
+    return x.index_select(-1, places)
