@@ -200,6 +200,9 @@ def _plan(
     config = target_config(config)
     method = method_of(config)
     method.check_config(config, loading=loading)
+    bias = getattr(config, "bias", "none")
+    if bias not in ("none", "all") and not str(bias).endswith("_only"):  # "lora_only" and its kin
+        raise NotImplementedError(f"Requested bias: {bias!r}, is not implemented (none, all, <method>_only).")
     sites = {site.name: site for site in walk(model) if site.name and not inside_saved(site)}
     opened = method.open_fields(config, model, model_config(model).get("model_type"))
     completed = copy.copy(config)

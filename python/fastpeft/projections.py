@@ -28,7 +28,6 @@ class ProjectedMethod(Method):
     def check_config(self, config: Any, loading: bool = False) -> None:
         check_probabilities(config)
         check_seed(config, self.seed)
-        check_bias(config, self.prefix.split("_")[0])
 
     def ignores(self, config: Any, key: str) -> bool:
         return not config.save_projection and any(part in self.projections for part in key.split("."))
@@ -39,13 +38,6 @@ def check_seed(config: Any, field: str) -> None:
     value = getattr(config, field)
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 1 << 63:
         raise ValueError(f"`{field}` should be an integer of 64 bits, got {value!r}")
-
-
-def check_bias(config: Any, word: str) -> None:
-    """Raise for a choice of trained biases that there is not."""
-    allowed = ("none", "all", f"{word}_only")
-    if config.bias not in allowed:
-        raise NotImplementedError(f"Requested bias: {config.bias!r}, is not implemented ({', '.join(allowed)}).")
 
 
 def seeded(seed: int, draw: Callable[[torch.Generator], tuple[Tensor, ...]]) -> Callable[[int], Callable[[], Tensor]]:

@@ -140,6 +140,27 @@ def test_a_new_adapter_is_that_of_peft(case: Case) -> None:
         assert_no_worse(mine[key].float(), value.float(), wide, wide.abs())
 
 
+WITH_BIAS = [case for case in tools["MAIN"] if hasattr(case.config(), "bias")]
+
+
+@pytest.mark.parametrize("bias", ["all", "{}_only"])
+@pytest.mark.parametrize("case", WITH_BIAS, ids=repr)
+def test_biases_that_train_are_those_of_peft(case: Case, bias: str) -> None:
+    bias = bias.format(case.kind.method.peft_type.value.lower())
+    content = {**case.config().to_dict(), "bias": bias, "peft_version": None}
+    theirs = with_peft(case, lambda peft: peft.get_peft_model(tiny(), peft.get_peft_config(content)))
+    ours = fastpeft.get_peft_model(tiny(), case.config(bias=bias))
+    trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+    assert trained[0] == trained[1]
+    assert any(name.endswith(".bias") for name in trained[0])
+    saved = with_peft(case, lambda peft: peft.get_peft_model_state_dict(theirs))
+    assert fastpeft.get_peft_model_state_dict(ours).keys() == saved.keys()
+    base = tiny()
+    with pytest.raises(NotImplementedError, match="everything"):
+        fastpeft.get_peft_model(base, case.config(bias="everything"))
+    assert not layers_of(base)
+
+
 @every
 def test_what_is_trained_here_goes_on_in_peft(case: Case, tmp_path: Path) -> None:
     model = case.model()

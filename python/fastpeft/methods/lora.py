@@ -156,8 +156,6 @@ class Lora(Method):
                 raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {name}={r}.")
         if not 0.0 <= config.lora_dropout < 1.0:
             raise ValueError(f"`lora_dropout` should be in [0, 1), got {config.lora_dropout!r}")
-        if config.bias not in ("none", "all", "lora_only"):
-            raise NotImplementedError(f"Requested bias: {config.bias!r}, is not implemented (none, all, lora_only).")
 
     def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)

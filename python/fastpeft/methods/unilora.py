@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
 from ..method import LayerInfo, State, register
-from ..projections import check_bias, check_seed
+from ..projections import check_seed
 from ..safety import MAX_RANK
 from ..shared import Computed
 
@@ -60,7 +60,6 @@ class UniLora(FactoredMethod):
         check_ranks(config.r)
         check_probabilities(config)
         check_seed(config, "proj_seed")
-        check_bias(config, "unilora")
         length, bound = config.theta_d_length, config.init_theta_d_bound
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"`theta_d_length` should be a positive integer, got {length!r}.")

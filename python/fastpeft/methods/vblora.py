@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
 from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
 from ..method import Fused, LayerInfo, State, register
-from ..projections import check_bias
 from ..targets import DEFAULT_TARGETS
 
 if TYPE_CHECKING:
@@ -102,7 +101,6 @@ class VBLoRA(FactoredMethod):
         for field in ("r", "num_vectors", "vector_length", "topk"):
             check_ranks(getattr(config, field), field=field)
         check_probabilities(config)
-        check_bias(config, "vblora")
         if config.topk > config.num_vectors:
             raise ValueError(f"`topk`={config.topk} should be at most `num_vectors`={config.num_vectors}")
         for field in ("init_logits_std", "init_vector_bank_bound"):
