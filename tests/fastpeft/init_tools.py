@@ -62,7 +62,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert_same_bits(a[key], b[key])
 
 
-def assert_close(a: Tensor, b: Tensor, exact: Tensor) -> None:
+def assert_matches(a: Tensor, b: Tensor, exact: Tensor) -> None:
     """Both are results of float32, none of them exact."""
     assert_no_worse(a, b, exact.double(), 8 * (exact.abs() + exact.abs().mean()).double())
 

@@ -130,7 +130,7 @@ def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
         assert_same_bits(after[key], value)
 
 
-def assert_close(a: Tensor, b: Tensor, exact: Tensor) -> None:
+def assert_matches(a: Tensor, b: Tensor, exact: Tensor) -> None:
     """Both are as near to the exact result as float32 allows: neither errs more than the other by more than that."""
     size = exact.abs().max().expand(exact.shape)
     for one, other in ((a, b), (b, a)):

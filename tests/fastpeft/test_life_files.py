@@ -22,7 +22,7 @@ from peft_kernels.testing import assert_no_worse, assert_same_bits
 tools = runpy.run_path(str(Path(__file__).with_name("life_tools.py")))
 CASES = tools["CASES"]
 MAIN = tools["MAIN"]
-assert_close = tools["assert_close"]
+assert_matches = tools["assert_matches"]
 assert_same_state = tools["assert_same_state"]
 layers_of = tools["layers_of"]
 run = tools["run"]
@@ -170,7 +170,7 @@ def test_what_is_trained_here_goes_on_in_peft(case: Case, tmp_path: Path) -> Non
     assert not torch.equal(output, before)
     model.save_pretrained(tmp_path)
     theirs = with_peft(case, lambda peft: peft.PeftModel.from_pretrained(tiny(), tmp_path).eval())
-    assert_close(output, run(theirs), exactly_in_peft(case, tmp_path))
+    assert_matches(output, run(theirs), exactly_in_peft(case, tmp_path))
 
 
 @every
@@ -181,7 +181,7 @@ def test_what_is_trained_in_peft_goes_on_here(case: Case, tmp_path: Path) -> Non
     train(model)
     model.save_pretrained(tmp_path)
     ours = fastpeft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
-    assert_close(run(ours), run(model), exactly_in_peft(case, tmp_path))
+    assert_matches(run(ours), run(model), exactly_in_peft(case, tmp_path))
 
 
 SIZES = ("r", "init_r", "n_frequency", "num_vectors", "u", "theta_d_length", "boft_block_size", "block_size")
