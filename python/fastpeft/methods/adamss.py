@@ -5,6 +5,8 @@ W + B_i A_i V, where A_i and B_i are trained. So W + B A V, with the A_i stacked
 LoRA of rank K, the sum of the clusters' ranks (5 by default), whose first factor is A V. FLOPs beside the frozen
 layer's: 3 * 2 * tokens * K * (in + out). The least has out * K / subspaces in place of out * K; 1.01 either way.
 (Longer than most: which subspaces go on training, `update_and_allocate`, is a part of the method.)
+
+(Longer than others by the adaptive allocation of subspaces, which is half of this file.)
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ A and B as a vector or a number act on the output and on the sum of the input's 
 the weight side as HiRA's does (`weight_side.py`), and B goes into the same weight: (3 T + 8 r) / (2 T) of the frozen
 layer's FLOPs at T tokens, 1.56 with r = 8 and T = 512, but not for one token, which W is multiplied with r times. W C
 is a product with one more row.
+
+(Longer than others: five matrices, each in four forms.)
 """
 
 from __future__ import annotations

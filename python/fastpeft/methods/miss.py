@@ -5,6 +5,8 @@ or with "mini" through D [r, mini_r] repeated along the output: one thin product
 W_pq B_p + B_p, where B_p belongs to a row of blocks. That reads all of W, so it is made on the weight side
 (`weight_side.py`): (3 T + 3 r) / (2 T) of the frozen layer's FLOPs at T tokens, 1.69 with r = 64 and T = 512.
 Fewer tokens than r, in evaluation, have it on their activations: 2 T products of W with a vector in place of T + r.
+
+(Longer than others: three forms, which PEFT has under one name.)
 """
 
 from __future__ import annotations

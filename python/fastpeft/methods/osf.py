@@ -7,6 +7,8 @@ Cost, in products of T tokens by W (r = half the rank): the layer itself 2 (forw
 products of both with U and U0: 2 forward, 2 backward. Gradients of U and V: 1/2 each; their projections at least
 1/2 + 1/2 more each when made on the T rows, which costs less than on the gradients as long as T < 2 r. Together 8, four
 times the frozen layer's, of which nothing can be left out while the wrapped layer is called as it is. PEFT has 12.
+
+(Longer than others by this derivation and by the projection of the gradients.)
 """
 
 from __future__ import annotations

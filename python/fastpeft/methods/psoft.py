@@ -2,6 +2,8 @@
 orthogonal matrix scaled on both sides (openreview.net/forum?id=FSHrinMArK).
 
 On activations a LoRA with the factors A and B (R - I). A and B are in no file: they follow from the base weight.
+
+(Longer than others by its options: two ways to the factors, four forms of R.)
 """
 
 from __future__ import annotations

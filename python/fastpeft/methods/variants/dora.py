@@ -8,6 +8,8 @@ which costs a LoRA, a product by g and the norm (`row_norms.py`). On top of othe
 made, so that forward and merged agree (PEFT norms the base weight there).
 
 Dropout acts on both x and A x, as in PEFT: y = W (x - d(x)) + b + g (W d(x) + s B A d(x)), two products with W.
+
+(Longer than others: its forward has a form with dropout, one stacked on other adapters, and a fused one.)
 """
 
 from __future__ import annotations
