@@ -43,6 +43,8 @@ _HOMES = {
     "methods.lora": ("LoraRuntimeConfig",),
     "nf4": ("NF4Linear", "quantize_model"),
 }  # fmt: skip
+_LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Poly", "Prefix", "Prompt", "Shadow",
+          "XLora")  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
@@ -66,7 +68,8 @@ def __getattr__(name: str) -> Any:
     else:
         value = _of_methods().get(name) if name.endswith(("Config", "Model")) else None
     if value is None:
-        raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
+        later = " (prompt learning, X-LoRA, Poly, Arrow and Shadow are not there yet)" * name.startswith(_LATER)
+        raise AttributeError(f"module 'fastpeft' has no attribute {name!r}{later}")
     globals()[name] = value
     return value
 

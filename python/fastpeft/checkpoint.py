@@ -232,7 +232,7 @@ def get_peft_model_state_dict(
     """One adapter's tensors by their file keys: its own, trained biases, modules_to_save, embeddings where asked.
 
     state_dict: take the values from here (keys as in memory), for models whose parameters are sharded or gathered.
-    save_embedding_layers: "auto" saves embeddings that are targeted or whose vocabulary was resized.
+    save_embedding_layers: "auto" saves the embeddings that are targeted, else all if the vocabulary was resized.
     """
     from .method import method_of
     from .sites import iter_adapter_tensors
@@ -246,7 +246,9 @@ def get_peft_model_state_dict(
     for memory, tensor in _bias_tensors(model, config).items():
         pairs.setdefault(memory, (memory, tensor))
     if _saves_embeddings(model, config, save_embedding_layers):
-        for memory, tensor in embedding_tensors(model).items():
+        tensors = embedding_tensors(model)
+        targeted = {memory: tensor for memory, tensor in tensors.items() if ".base_layer." in memory}
+        for memory, tensor in (targeted or tensors).items():
             pairs.setdefault(memory, (memory, tensor))
     method = method_of(config)
     if state_dict is None:

@@ -1,7 +1,8 @@
 """`peft.tuners`: the names that scripts import from there, from where they live here.
 
-`fastpeft.tuners.<method>` exists for every method file. There is one class of adapter layer, so `LoraLayer`, `IA3Layer`
-and the like, and `Linear`, `Embedding` and the like, answer `isinstance` by what a layer holds and sits on.
+`fastpeft.tuners.<method>` exists for every method file, and in it `config`, `layer` and `model`. There is one class of
+adapter layer, so `LoraLayer`, `IA3Layer` and the like, and `Linear`, `Embedding` and the like, answer `isinstance` by
+what a layer holds and sits on.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ def attribute(module: ModuleType, name: str) -> Any:
     """What `peft.tuners.<method>.<name>` is here; kept in the module."""
     if name.startswith("__"):
         raise AttributeError(name)
-    home = importlib.import_module(f"{_methods.__name__}.{module.__name__.rpartition('.')[2]}")
+    part = sys.modules.get(f"{module.__name__}.{name}")
+    if part is not None:
+        return part
+    method_name = module.__name__.removeprefix(f"{__name__}.").partition(".")[0]
+    home = importlib.import_module(f"{_methods.__name__}.{method_name}")
     method = next(m for m in registry().values() if type(m).__module__ == home.__name__)
     if name == method.model_name:
         value: Any = tuner_class(method)
@@ -66,6 +71,8 @@ class _Tuner(ModuleType):
 _NAMES = [m.name for m in pkgutil.iter_modules(_methods.__path__) if not m.ispkg]
 for _name in {*_NAMES} - {m.name for m in pkgutil.iter_modules(__path__)}:
     sys.modules[f"{__name__}.{_name}"] = globals()[_name] = _Tuner(f"{__name__}.{_name}", _Tuner.__doc__)
+for _part in (f"{__name__}.{_name}.{_part}" for _name in _NAMES for _part in ("config", "layer", "model")):
+    sys.modules[_part] = _Tuner(_part, _Tuner.__doc__)  # PEFT's files of a method
 
 
 def __getattr__(name: str) -> Any:
