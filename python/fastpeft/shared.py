@@ -2,8 +2,8 @@
 
 A shared tensor is in one container that every layer of the adapter holds, and the tuner too where there is one, so that
 it moves with the model, and stays one, wherever it was injected. Keys are PEFT's: in memory
-`base_model.model.<layer>.vera_A.<adapter>` and `base_model.vera_A.<adapter>`, in a file `base_model.vera_A` alone. FRoD has
-its own, one for the layers of a role, on the tuner alone: `base_model.frod_V.<role>.<adapter>`.
+`base_model.model.<layer>.vera_A.<adapter>` and `base_model.vera_A.<adapter>`, in a file `base_model.vera_A` alone.
+FRoD's, one for the layers of a role, are on the tuner alone: `base_model.frod_V.<role>.<adapter>`.
 """
 
 from __future__ import annotations
