@@ -39,7 +39,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> CDLL:
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-DPK_SIMT", "-Wall", "-Wextra", "-Werror"]
     files = sorted(str(p) for p in SOURCES.glob("*.cu"))
     done = subprocess.run(
-        [*command, *flags, "-Wno-unknown-pragmas", "-x", "c++", *files, "-o", str(out)], capture_output=True, text=True
+        # the library by name: CXX may be gcc, which does not link it by itself
+        [*command, *flags, "-Wno-unknown-pragmas", "-x", "c++", *files, "-lstdc++", "-o", str(out)],
+        capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return CDLL(str(out))
