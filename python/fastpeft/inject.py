@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,18 +178,12 @@ def plan_injection(
     """
     check_adapter_name(adapter_name)
     replication = getattr(config, "layer_replication", None)
-    abandon = replicate_layers(model, replication) if replication else None
-    try:
+    with ExitStack() as stack:  # what planning does to the model is taken back on an error, and after a mere check
+        if replication:
+            stack.callback(replicate_layers(model, replication))
         plan = _plan(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys, checking)
-    except Exception:
-        if abandon is not None:
-            abandon()
-        raise
-    if abandon is not None:
-        if checking:
-            abandon()
-        else:
-            plan.abandon = abandon
+        if not checking:
+            plan.abandon = stack.pop_all().close
     return plan
 
 

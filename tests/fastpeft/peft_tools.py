@@ -9,12 +9,13 @@ from typing import Any
 
 import fastpeft
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from peft_kernels.testing import assert_no_worse
+from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 # By name: a function that makes the layer, and the shape of an input.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -69,6 +70,30 @@ def run(model: Any, x: Tensor) -> list[Tensor]:
     y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
     grads = [p.grad for _, p in sorted(model.named_parameters()) if p.requires_grad]
     return [y.detach(), *([x.grad] if x.grad is not None else []), *grads]
+
+
+def cases_of(cases: list[tuple[str, dict[str, Any], str]]) -> list[Any]:
+    """(configuration class, options, names of layers) as a test's parameters: one for each layer."""
+    return [
+        pytest.param(name, options, layer, id=f"{name}-{i}-{layer}")
+        for i, (name, options, layers) in enumerate(cases)
+        for layer in layers.split()
+    ]
+
+
+def assert_same_start(ours: Any, theirs: Any) -> None:
+    """The same seed gives the keys and bits that it gives in PEFT."""
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_same_bits(state[key], value)
+
+
+def close(actual: Tensor, expected: Tensor, times: float = 1.0) -> None:
+    """Equal to float32's resolution, whatever the dtype. The terms behind an element of a deep model are as large as
+    the tensor's largest ones; times: how many such terms one of them is made of."""
+    largest = (expected.abs().max() + 1).double().expand(expected.shape)
+    assert_no_worse(actual.float(), expected.float(), expected.double(), largest * 4 * times)
 
 
 def assert_as_good(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:

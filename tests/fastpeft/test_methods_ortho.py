@@ -26,7 +26,7 @@ from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))
 LAYERS, agree, assert_as_good, cost_of = (tools[n] for n in ("LAYERS", "agree", "assert_as_good", "cost_of"))
-input_of = tools["input_of"]
+assert_same_start, cases_of, input_of = (tools[n] for n in ("assert_same_start", "cases_of", "input_of"))
 QUANTISED = runpy.run_path(str(Path(__file__).with_name("layer_tools.py")))["QUANTISED"]
 model_of, pair, randomise, run = (tools[n] for n in ("model_of", "pair", "randomise", "run"))
 
@@ -61,20 +61,13 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("C3AConfig", {"block_size": 2, "init_weights": "gaussian"}, "lin"),
     ("C3AConfig", {"block_size": 1, "init_weights": "kaiming_uniform"}, "lin"),
 ]  # fmt: skip
-IDS = [
-    pytest.param(name, options, layer, id=f"{name}-{i}-{layer}")
-    for i, (name, options, layers) in enumerate(CASES)
-    for layer in layers.split()
-]
+IDS = cases_of(CASES)
 
 
 @pytest.mark.parametrize(("name", "options", "layer"), IDS)
 def test_as_peft(name: str, options: dict[str, Any], layer: str) -> None:
     ours, theirs = pair(layer, name, options)
-    state, expected = ours.state_dict(), theirs.state_dict()
-    assert state.keys() == expected.keys()
-    for key, value in expected.items():
-        assert_same_bits(state[key], value)
+    assert_same_start(ours, theirs)
     randomise(ours, theirs)
     x = input_of(layer)
     exact = copy.deepcopy(theirs).double()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fastpeft
@@ -16,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.testing import assert_no_worse
 
+close = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))["close"]
 IDS = torch.randint(0, 31, (3, 6), generator=torch.Generator().manual_seed(1))
 
 
@@ -81,10 +84,3 @@ def assert_as_peft(ours: Any, theirs: Any, train: bool, **kwargs: Any) -> None:
         largest = exact[name].double().abs().max().expand(value.shape)
         worst = (b[name].double() - exact[name]).abs().max()
         assert_no_worse(value, (exact[name] + worst).to(value.dtype), exact[name].double(), 8 * largest)
-
-
-def close(actual: Tensor, expected: Tensor, times: float = 1.0) -> None:
-    """Equal to float32's resolution, whatever the dtype. The terms behind an element of a deep model are as large as
-    the tensor's largest ones; times: how many such terms one of them is made of."""
-    largest = (expected.abs().max() + 1).double().expand(expected.shape)
-    assert_no_worse(actual.float(), expected.float(), expected.double(), largest * 4 * times)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..clusters import cluster
 from ..config import PeftType, TargetConfig
+from ..factored import check_ranks
 from ..method import Inner, LayerInfo, Method, State, register
-from ..safety import MAX_RANK
 from ..targets import DEFAULT_TARGETS
 from ..weights import weight_of
 
@@ -138,9 +138,7 @@ class Adamss(Method):
 
     def check_config(self, config: AdamssConfig, loading: bool = False) -> None:
         for name in ("r", "num_subspaces", "subspace_rank"):
-            value = getattr(config, name)
-            if type(value) is not int or not 1 <= value <= MAX_RANK:
-                raise ValueError(f"`{name}` should be a positive integer of at most {MAX_RANK}, got {value!r}")
+            check_ranks(getattr(config, name), field=name)
 
     def make_state(self, config: AdamssConfig, info: LayerInfo, shared: Any) -> State:
         kind = weight_of(info.module)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..factored import check_ranks
 from ..method import LayerInfo, State, register
 from ..rotation import RotatesInput
-from ..safety import MAX_RANK
 
 
 @dataclass
@@ -43,8 +43,7 @@ class HRA(RotatesInput):
     examples = ({"r": 4}, {"r": 3, "apply_GS": True}, {"r": 8, "init_weights": False}, {"r": 1})
 
     def check_config(self, config: HRAConfig, loading: bool = False) -> None:
-        if not isinstance(config.r, int) or not 1 <= config.r <= MAX_RANK:
-            raise ValueError(f"`r` should be a positive integer of at most {MAX_RANK}, got {config.r!r}")
+        check_ranks(config.r)
 
     def make_state(self, config: HRAConfig, info: LayerInfo, shared: Any) -> State:
         pairs = config.init_weights and config.r % 2 == 0

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, TargetConfig
+from ..factored import check_ranks
 from ..method import Inner, LayerInfo, Method, State, register
-from ..safety import MAX_RANK
 
 
 @dataclass
@@ -53,8 +53,7 @@ class Lily(Method):
 
     def check_config(self, config: LilyConfig, loading: bool = False) -> None:
         for name, value in (("r", config.r), ("num_B", config.num_B)):
-            if type(value) is not int or not 1 <= value <= MAX_RANK:
-                raise ValueError(f"`{name}` should be a positive integer of at most {MAX_RANK}, got {value!r}")
+            check_ranks(value, field=name)
 
     def make_state(self, config: LilyConfig, info: LayerInfo, shared: Any) -> State:
         a = nn.Linear(info.in_features, config.r, bias=False)

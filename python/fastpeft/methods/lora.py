@@ -23,8 +23,8 @@ from peft_kernels import lora_linear
 
 from .. import init
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
+from ..factored import check_probabilities, check_ranks
 from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
-from ..safety import MAX_RANK
 from ..tied import Transposed, tied_fields, tied_names
 
 if TYPE_CHECKING:
@@ -151,13 +151,11 @@ class Lora(Method):
         if init.is_init(start):
             init.check_config(config, loading)
         ranks = {"r": config.r, **{f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}}
+        check_ranks(config.r, config.rank_pattern)
         for name, r in ranks.items():
-            if not isinstance(r, int) or not 1 <= r <= MAX_RANK:
-                raise ValueError(f"`{name}` should be a positive integer of at most {MAX_RANK}, got {r!r}")
             if start == "orthogonal" and r % 2:
                 raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {name}={r}.")
-        if not 0.0 <= config.lora_dropout < 1.0:
-            raise ValueError(f"`lora_dropout` should be in [0, 1), got {config.lora_dropout!r}")
+        check_probabilities(config)
 
     def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..factored import check_ranks
 from ..method import Inner, LayerInfo, Method, State, register
-from ..safety import MAX_RANK
 from ..shared import Computed
 from ..sparse import dense, sparse_update
 from ..targets import DEFAULT_TARGETS
@@ -60,8 +60,7 @@ class Shira(Method):
     examples = ({"r": 2}, {"r": 1, "random_seed": 7, "init_weights": False})
 
     def check_config(self, config: ShiraConfig, loading: bool = False) -> None:
-        if type(config.r) is not int or not 1 <= config.r <= MAX_RANK:
-            raise ValueError(f"`r` should be a positive integer of at most {MAX_RANK}, got {config.r!r}")
+        check_ranks(config.r)
         if config.mask_type != "random" and config.mask_fn is None and not loading:
             raise ValueError(f"ShiraConfig(mask_type={config.mask_type!r}) needs a function: set `config.mask_fn`.")
 
