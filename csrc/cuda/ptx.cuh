@@ -1,0 +1,80 @@
+/* The one home of inline PTX: asynchronous copies, ldmatrix, mma.sync and a few single instructions, all of sm_80.
+ * csrc/simt/ptx.h has the same functions for the host build. Shared addresses are generic pointers into shared memory,
+ * 16-byte aligned where 16 bytes are read or written. All lanes of a warp call pk_ldmatrix_* and pk_mma_* together. */
+#pragma once
+#include "common.cuh"
+
+#if defined(PK_SIMT)
+#include "../simt/ptx.h"
+#else
+
+__device__ __forceinline__ uint32_t pk_shared_address(const void *shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+/* 16 bytes from global to shared memory without a register (and past L1); zeros, and no read, when !valid. */
+__device__ __forceinline__ void pk_cp_async16(void *shared, const void *global, bool valid) {
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(pk_shared_address(shared)), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+}
+/* Closes a group of copies; pk_cp_async_wait<N> returns when at most the N youngest groups of this thread are open. */
+__device__ __forceinline__ void pk_cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void pk_cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/* Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes) and gets, of
+ * each matrix, elements 2 (l % 4) and the next one of row l / 4; transposed: of column l / 4. */
+__device__ __forceinline__ void pk_ldmatrix_x4(uint32_t (&r)[4], const void *shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(pk_shared_address(shared))
+                 : "memory");
+}
+__device__ __forceinline__ void pk_ldmatrix_x4_trans(uint32_t (&r)[4], const void *shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(pk_shared_address(shared))
+                 : "memory");
+}
+__device__ __forceinline__ void pk_ldmatrix_x2(uint32_t (&r)[2], const void *shared) { /* addresses of lanes 0 to 15 */
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(pk_shared_address(shared))
+                 : "memory");
+}
+
+/* d [16, 8] += a [16, 16] b [16, 8], float32 sums. With g = lane / 4, t = lane % 4, low half first:
+ *   a[0] = a(g, 2t..2t+1)    a[1] = a(g + 8, 2t..)   a[2] = a(g, 2t + 8..)   a[3] = a(g + 8, 2t + 8..)
+ *   b[0] = b(2t..2t+1, g)    b[1] = b(2t + 8.., g)
+ *   d[0], d[1] = d(g, 2t), d(g, 2t + 1)              d[2], d[3] = d(g + 8, 2t), d(g + 8, 2t + 1) */
+__device__ __forceinline__ void pk_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void pk_mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* 16 bytes that are read once: they do not displace what L1 holds. */
+__device__ __forceinline__ uint4 pk_load_stream16(const void *global) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(global));
+    return v;
+}
+
+/* Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes of a (0 to 3) and b (4 to 7). */
+__device__ __forceinline__ uint32_t pk_prmt(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+
+#endif
