@@ -27,13 +27,29 @@ inline int pk_cuda_use(int64_t device, const char *what) {
 
 inline bool pk_aligned(const void *p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-/* Launches `kernel` (a function, or a pointer to one): by nvcc, or on the host stand-in of csrc/simt. */
+/* Launches `kernel` (a function, or a pointer to one) on a grid of blocks (a number, or a dim3) of `threads` threads: by
+ * nvcc, or on the host stand-in of csrc/simt. PK_LAUNCH_SHARED adds dynamic shared memory, which the kernel names with
+ * PK_DYNAMIC_SHARED(type, name): a `type *`, 16-byte aligned. Errors are left for cudaGetLastError(). */
 #if defined(PK_SIMT)
-#define PK_LAUNCH(kernel, grid, threads, stream, ...)                                                                  \
-    (static_cast<void>(stream), simt::launch(grid, threads, [&] { kernel(__VA_ARGS__); }))
+#define PK_LAUNCH_SHARED(kernel, grid, threads, shared_bytes, stream, ...)                                             \
+    (static_cast<void>(stream), simt::launch(grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }))
+#define PK_DYNAMIC_SHARED(type, name) type *const name = static_cast<type *>(simt::dynamic_shared())
 #else
-#define PK_LAUNCH(kernel, grid, threads, stream, ...) kernel<<<grid, threads, 0, stream>>>(__VA_ARGS__)
+/* More than 48 KB a block have to be asked for. */
+template <typename Kernel> inline bool pk_reserve_shared(Kernel *kernel, size_t bytes) {
+    return bytes <= (48 << 10) || cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       static_cast<int>(bytes)) == cudaSuccess;
+}
+#define PK_LAUNCH_SHARED(kernel, grid, threads, shared_bytes, stream, ...)                                             \
+    do {                                                                                                               \
+        if (pk_reserve_shared(kernel, shared_bytes)) kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__);     \
+    } while (0)
+/* one array for all kernels of a file: an extern array has one type */
+#define PK_DYNAMIC_SHARED(type, name)                                                                                  \
+    extern __shared__ __align__(16) unsigned char pk_dynamic_shared[];                                                 \
+    type *const name = reinterpret_cast<type *>(pk_dynamic_shared)
 #endif
+#define PK_LAUNCH(kernel, grid, threads, stream, ...) PK_LAUNCH_SHARED(kernel, grid, threads, 0, stream, __VA_ARGS__)
 
 /* Blocks of a launch. Kernels loop over what a grid of this size does not reach at once. */
 inline unsigned pk_grid(int64_t wanted, int64_t most) {

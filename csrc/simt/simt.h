@@ -18,7 +18,9 @@
 #define __device__
 #define __shared__ static
 #define __grid_constant__
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __forceinline__ inline __attribute__((always_inline))
 
 typedef enum { cudaSuccess = 0, cudaErrorNoDevice = 100, cudaErrorLaunchTimeout = 702 } cudaError_t;
 typedef void *cudaStream_t;
@@ -30,8 +32,10 @@ struct float4 {
     float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-struct Dim {
-    unsigned x;
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    dim3() = default;
+    dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
 namespace simt {
@@ -42,7 +46,7 @@ struct Fibre {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     State state;
-    uint32_t posted; /* what a shuffle hands to the others */
+    void *posted; /* what a warp's collective operation works on */
 };
 
 struct Machine {
@@ -51,12 +55,13 @@ struct Machine {
     unsigned current;
     void (*body)(void *);
     void *arguments;
+    std::vector<uint4> shared;
 };
 inline Machine machine;
 inline cudaError_t last_error = cudaSuccess;
 } // namespace simt
 
-inline Dim threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
 inline void wait(State how) {
@@ -113,19 +118,44 @@ inline bool run_block(unsigned threads) {
     }
 }
 
-template <typename F> void launch(unsigned grid, unsigned threads, F call) {
+template <typename F> void launch(dim3 grid, unsigned threads, size_t shared_bytes, F call) {
     while (machine.fibres.size() < threads) {
         machine.fibres.emplace_back();
         machine.fibres.back().stack.reset(new char[STACK]);
     }
     machine.body = [](void *p) { (*static_cast<F *>(p))(); };
     machine.arguments = &call;
-    gridDim.x = grid, blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x)
-        if (!run_block(threads)) {
-            last_error = cudaErrorLaunchTimeout;
-            return;
-        }
+    machine.shared.resize(shared_bytes / 16 + 1);
+    gridDim = grid, blockDim = dim3(threads);
+    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+                memset(machine.shared.data(), 0xff, machine.shared.size() * sizeof(uint4));
+                if (!run_block(threads)) {
+                    last_error = cudaErrorLaunchTimeout;
+                    return;
+                }
+            }
+}
+inline void *dynamic_shared() { return machine.shared.data(); }
+
+/* An operation of a warp: every lane of `mask` hands over its part; the last to come runs it on all of them. */
+typedef void (*Collective)(void *const *part, unsigned mask);
+inline void collective(unsigned mask, Collective run, void *mine) {
+    const unsigned me = machine.current, first = me / WARP * WARP;
+    Fibre *lane = &machine.fibres[first];
+    lane[me - first].posted = mine;
+    void *part[WARP] = {};
+    bool all = true;
+    for (unsigned i = 0; i < WARP; ++i) {
+        if (!(mask >> i & 1)) continue;
+        part[i] = lane[i].posted;
+        all &= first + i < blockDim.x && (first + i == me || lane[i].state == WAITS_WARP);
+    }
+    if (!all) return wait(WAITS_WARP);
+    run(part, mask);
+    for (unsigned i = 0; i < WARP; ++i)
+        if (mask >> i & 1) lane[i].state = READY;
 }
 
 template <typename To, typename From> To bits(From v) {
@@ -138,14 +168,56 @@ template <typename To, typename From> To bits(From v) {
 
 inline void __syncthreads() { simt::wait(simt::WAITS_BLOCK); }
 
-template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
-    using namespace simt;
-    unsigned me = machine.current;
-    machine.fibres[me].posted = bits<uint32_t>(value);
-    wait(WAITS_WARP);
-    T out = bits<T>(machine.fibres[me ^ static_cast<unsigned>(mask)].posted);
-    wait(WAITS_WARP); /* nobody posts again before all have read */
-    return out;
+namespace simt {
+template <typename T> struct Shuffle {
+    T value, out;
+    int from;
+};
+/* Each lane gets the value of lane `from`. */
+template <typename T> T shuffle(unsigned mask, T value, int from) {
+    Shuffle<T> mine = {value, value, from};
+    collective(mask, [](void *const *part, unsigned lanes) {
+        for (int i = 0; i < WARP; ++i)
+            if (lanes >> i & 1) {
+                Shuffle<T> *to = static_cast<Shuffle<T> *>(part[i]);
+                to->out = static_cast<Shuffle<T> *>(part[to->from])->value;
+            }
+    }, &mine);
+    return mine.out;
+}
+/* The lanes whose predicate holds. */
+inline unsigned vote(unsigned mask, bool predicate) {
+    unsigned mine = predicate;
+    collective(mask, [](void *const *part, unsigned lanes) {
+        unsigned all = 0;
+        for (int i = 0; i < WARP; ++i)
+            if (lanes >> i & 1) all |= *static_cast<unsigned *>(part[i]) << i;
+        for (int i = 0; i < WARP; ++i)
+            if (lanes >> i & 1) *static_cast<unsigned *>(part[i]) = all;
+    }, &mine);
+    return mine;
+}
+inline int lane() { return static_cast<int>(machine.current % WARP); }
+} // namespace simt
+inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::collective(mask, [](void *const *, unsigned) {}, nullptr); }
+template <typename T> T __shfl_sync(unsigned mask, T value, int from) { return simt::shuffle(mask, value, from & 31); }
+template <typename T> T __shfl_xor_sync(unsigned mask, T value, int m) { return simt::shuffle(mask, value, simt::lane() ^ m); }
+template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned d) {
+    const int from = simt::lane() + static_cast<int>(d);
+    return simt::shuffle(mask, value, from > 31 ? simt::lane() : from);
+}
+template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned d) {
+    const int from = simt::lane() - static_cast<int>(d);
+    return simt::shuffle(mask, value, from < 0 ? simt::lane() : from);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) { return simt::vote(mask, predicate != 0); }
+inline int __any_sync(unsigned mask, int predicate) { return simt::vote(mask, predicate != 0) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return simt::vote(mask, predicate != 0) == mask; }
+template <typename T> T __ldg(const T *p) { return *p; }
+template <typename T> T atomicAdd(T *p, T v) {
+    T old = *p;
+    *p = old + v;
+    return old;
 }
 
 inline float __uint_as_float(uint32_t v) { return simt::bits<float>(v); }
