@@ -7,7 +7,7 @@ default of `enable_fp_fusion` differs between Triton's versions, and a fused nes
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,11 @@ class Compiled:
     kernel: Any
     grid: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)  # by the kernel's own names, tensors included
 
 
 _recording: list[Compiled] | None = None
+_wanted: Container[str] | None = None
 
 
 def interpreting() -> bool:
@@ -70,8 +72,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
     if _recording is not None:
-        compiled = kernel.warmup(*args, grid=grid, **options, **constexprs)
-        _recording.append(Compiled(kernel.__name__, compiled, grid, {**options, **constexprs}))
+        name = kernel.__name__
+        if _wanted is None or name in _wanted:
+            compiled = kernel.warmup(*args, grid=grid, **options, **constexprs)
+            arguments = dict(zip(kernel.arg_names, args, strict=False))  # constexprs come by keyword
+            _recording.append(Compiled(name, compiled, grid, {**options, **constexprs}, arguments))
         return
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -98,21 +103,22 @@ class _NoDevice:
 
 
 @contextlib.contextmanager
-def compile_only(capability: int) -> Iterator[list[Compiled]]:
+def compile_only(capability: int, wanted: Container[str] | None = None) -> Iterator[list[Compiled]]:
     """Within, `launch` compiles for sm_<capability> and runs nothing; yields the list of what was compiled.
 
-    Needs no GPU. The specialisation is Triton's own: what is compiled is what a launch with these arguments would run.
+    wanted: the names of the kernels to compile; others are passed over. None: all. Needs no GPU.
+    The specialisation is Triton's own: what is compiled is what a launch with these arguments would run.
     """
-    global _recording
+    global _recording, _wanted
     from triton.runtime import driver
 
     assert not interpreting(), "Triton was imported with TRITON_INTERPRET set: it cannot compile in this process"
-    before, kept = driver._active, _recording
-    _recording = []
+    before, kept = driver._active, (_recording, _wanted)
+    _recording, _wanted = [], wanted
     driver.set_active(_NoDevice(capability))
     try:
         with tuning.assuming(capability):
             yield _recording
     finally:
-        _recording = kept
+        _recording, _wanted = kept
         driver._active = before
