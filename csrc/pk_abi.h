@@ -19,7 +19,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 1
+#define PK_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -84,6 +84,10 @@ typedef struct pk_lora_args {
     int64_t x_dtype, w_dtype, a_dtype, b_dtype, bias_dtype;
     int64_t threads;
     double scaling, dropout_p;
+    /* CUDA only; the CPU library ignores them (zeros) */
+    const float *table;      /* quantised weights: the 16 values in code order, on the **host** */
+    float *workspace;        /* device memory, 16-byte aligned: partial sums */
+    int64_t workspace_bytes; /* at least what pk_cuda_lora_workspace() says */
 } pk_lora_args;
 
 PK_EXPORT int64_t pk_lora_args_size(void); /* sizeof(pk_lora_args), checked by native.py */

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 
-_ARGS = struct.Struct("=29q2d")  # pk_lora_args of csrc/pk_abi.h
+_ARGS = struct.Struct("=29q2d24x")  # pk_lora_args of csrc/pk_abi.h; its last three fields are for CUDA
 _F32 = torch.float32
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
