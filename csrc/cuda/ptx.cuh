@@ -77,4 +77,11 @@ __device__ __forceinline__ uint32_t pk_prmt(uint32_t a, uint32_t b, uint32_t sel
     return __byte_perm(a, b, selector);
 }
 
+/* (a & b) | c, in one instruction whatever the compiler makes of its surroundings. */
+__device__ __forceinline__ uint32_t pk_and_or(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
 #endif

@@ -94,3 +94,5 @@ inline uint32_t pk_prmt(uint32_t a, uint32_t b, uint32_t selector) {
         out |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xffu) << (8 * i);
     return out;
 }
+
+inline uint32_t pk_and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
