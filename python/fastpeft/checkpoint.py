@@ -35,6 +35,7 @@ from .safety import (
     read_json,
     read_tensors,
 )
+from .sharded import copy_into, gathered
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -231,7 +232,8 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """One adapter's tensors by their file keys: its own, trained biases, modules_to_save, embeddings where asked.
 
-    state_dict: take the values from here (keys as in memory), for models whose parameters are sharded or gathered.
+    state_dict: take the values from here (keys as in memory), for models whose parameters are sharded elsewhere. Of a
+    model that FSDP2 shards the tensors are whole, on every process; all of them must call this.
     save_embedding_layers: "auto" saves the embeddings that are targeted, else all if the vocabulary was resized.
     """
     from .method import method_of
@@ -252,7 +254,7 @@ def get_peft_model_state_dict(
             pairs.setdefault(memory, (memory, tensor))
     method = method_of(config)
     if state_dict is None:
-        return method.pack(config, {file: tensor.detach() for file, tensor in pairs.values()})
+        return method.pack(config, gathered({file: tensor.detach() for file, tensor in pairs.values()}))
     lacking = [memory for memory in pairs if memory not in state_dict]
     if lacking:
         raise KeyMismatchError(f"the state dict lacks {list_some(lacking)} of adapter {adapter_name!r}")
@@ -277,7 +279,7 @@ def set_peft_model_state_dict(
     from .sites import adapter_modules, iter_adapter_tensors
 
     config = _configs(model)[adapter_name]
-    peft_model_state_dict = unpacked(config, peft_model_state_dict)
+    peft_model_state_dict = unpacked(model, config, peft_model_state_dict)
     make_room(model, adapter_name, peft_model_state_dict)
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
     plain = _bias_tensors(model, config) | embedding_tensors(model)
@@ -306,8 +308,7 @@ def set_peft_model_state_dict(
         elif not isinstance(target, nn.Parameter):  # adapters may share a buffer
             _assign(model, memory, value.to(target.dtype, copy=True), new)
         else:
-            with torch.no_grad():
-                target.copy_(value)
+            copy_into(target, value)
     layers = [m for _, m in adapter_modules(model) if isinstance(m, AdapterLayer) and adapter_name in m.methods]
     for layer in layers:
         layer.methods[adapter_name].filled(layer, adapter_name)

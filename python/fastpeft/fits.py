@@ -33,6 +33,7 @@ def check_fits(
     of another size, and whatever a configuration that cannot be used raises.
     """
     plan = _plan(config, model)
+    tensors = _stacked(plan, tensors)
     expected = expected_shapes(plan)
     plain = _plain_shapes(config, model) | _repeated_shapes(plan)
     missing = [key for key in expected if key not in tensors]
@@ -57,6 +58,18 @@ def check_fits(
     problems = [f"{label}: {list_some(keys)}" for label, keys in found.items() if keys]
     if problems:
         raise KeyMismatchError(f"{where} does not fit the model. " + ". ".join(problems))
+
+
+def _stacked(plan: InjectionPlan, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    """What the tensors of a file are once experts that were modules are laid together."""
+    from .experts import stacked_state
+
+    metas = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in tensors.items()}
+    state = stacked_state(plan.model, plan.config, metas)
+    return {
+        key: tensors[key] if metas.get(key) is t else TensorInfo(key, t.dtype, tuple(t.shape), 0, t.nbytes)
+        for key, t in state.items()
+    }
 
 
 def _is_lora(config: Mapping[str, Any]) -> bool:
@@ -169,8 +182,9 @@ def make_room(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         method.make_room(layer, adapter_name, found)
 
 
-def unpacked(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unpacked(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors by their keys in a file, from what the file holds."""
+    from .experts import stacked_state
     from .method import method_of
 
     method = method_of(config)
@@ -181,4 +195,5 @@ def unpacked(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "(save_projection=True would take them).",
             stacklevel=3,
         )
-    return method.unpack(config, {key: value for key, value in tensors.items() if key not in computed})
+    kept = {key: value for key, value in tensors.items() if key not in computed}
+    return method.unpack(config, stacked_state(model, config, kept))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .base_edits import EDIT
 from .config import TargetConfig, TaskType
 from .containers import AdapterDict
+from .experts import Converted, convert_targets, without_dropout
 from .layer import AdapterLayer
 from .method import LayerInfo, Method, State, method_of, target_config
 from .parameters import parameter_sites
@@ -35,7 +36,7 @@ from .sites import (
     walk,
     wrapper_of,
 )  # fmt: skip
-from .targets import ALL_LINEAR, Matched, match_targets, minimal_suffixes, no_match_error
+from .targets import ALL_LINEAR, Matched, match_targets, minimal_suffixes, no_match_error, warn_unmatched
 from .token_sites import TokenPlan, plan_tokens, tie_tokens
 
 LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -201,11 +202,15 @@ def _plan(
     opened = method.open_fields(config, model, model_config(model).get("model_type"))
     completed = copy.copy(config)
     vars(completed).update(opened)
+    converted = convert_targets(completed, method, model, sites) if keys is None else Converted({})
+    opened |= converted.changes
+    vars(completed).update(opened)
     resolved, matched = resolve_targets(model, completed, method, sites, keys)
+    matched.names = [n for n in matched.names if n not in converted.routers]
     leaders = method.followers(resolved, model)
     matched.names.extend(n for n, to in leaders.items() if to in matched.names and n not in matched.names)
     targets = _with_parts([sites[name] for name in matched.names])
-    wanted = getattr(config, "target_parameters", None)
+    wanted = getattr(resolved, "target_parameters", None)
     if wanted:
         targets += parameter_sites(wanted, sites, matched.names)
     if not targets:
@@ -214,6 +219,11 @@ def _plan(
 
     infos = [checked_info(site) for site in targets]
     configs = method.layer_config(resolved, [info.name for info in infos])
+    if loading:
+        configs = without_dropout(resolved, configs, infos)
+    elif keys is None:
+        adapted = [info.name for info in infos]
+        warn_unmatched(config, method.patterns.values(), list(sites), adapted, converted.targets)
     for info in infos:
         method.check_layer(configs.get(info.name, resolved), info)
     resolved_fan = corrected_fan_in_fan_out(config, sites, matched.names)

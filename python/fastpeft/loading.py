@@ -61,7 +61,7 @@ def fill_adapter(
 ) -> IncompatibleKeys:
     """Put a file's tensors into an adapter that is there. Raises before the first is put where they do not fit."""
     lenient = bool(options.get("ignore_mismatched_sizes", False))
-    tensors = unpacked(loaded.config, loaded.tensors)
+    tensors = unpacked(model, loaded.config, loaded.tensors)
     make_room(model, adapter_name, tensors)
     own = {file: tensor for _, file, tensor in iter_adapter_tensors(model, adapter_name)}
     there = {id(tensor) for key, tensor in own.items() if key in tensors}

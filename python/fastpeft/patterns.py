@@ -101,14 +101,21 @@ def _whole(pattern: str, prefix: str, suffix: str) -> str:
     return whole
 
 
-def first_match(patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """For each name the value of the first pattern that matches it or a part of it that starts after a dot."""
+def hits_of(patterns: Iterable[str], names: Sequence[str]) -> dict[str, Iterable[str]]:
+    """The names that each pattern matches, wholly or from a dot on."""
+    patterns = list(patterns)
     hits: dict[str, Iterable[str]] = {}
     for pattern in filter(is_plain, patterns):
         hits[pattern] = [n for n in names if n == pattern or n.endswith("." + pattern)]
     # A name may be meant as an expression, its dots for any character, if it is nobody's name.
     others = [p for p in patterns if not hits.get(p) and not p.isidentifier()]
     hits.update(zip(others, match_all(others, names, prefix=r"(?:.*\.)?"), strict=True))
+    return hits
+
+
+def first_match(patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """For each name the value of the first pattern that matches it or a part of it that starts after a dot."""
+    hits = hits_of(patterns, names)
     found: dict[str, Any] = {}
     for pattern, value in patterns.items():
         for name in hits.get(pattern, ()):

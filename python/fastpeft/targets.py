@@ -6,11 +6,12 @@ A list matches by full name or by a suffix that starts after a dot; a text is a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from .config import NoMatchingPeftModuleError, TargetConfig
-from .patterns import is_plain, match_names
+from .config import NoMatchingPeftModuleError, PeftWarning, TargetConfig
+from .patterns import hits_of, is_plain, match_names
 from .safety import list_some
 
 ALL_LINEAR = "all-linear"
@@ -127,6 +128,32 @@ def _layer_indices(layers_pattern: Iterable[str] | str | None, names: list[str])
             hits = match_names(pattern, left, prefix=r"(?:^|.*?\.)", suffix=r"\.(?P<idx>\d+)\.")
             index.update({n: int(i) for n, i in hits.items()})
     return index
+
+
+def warn_unmatched(
+    config: TargetConfig, patterns: Iterable[str], names: Sequence[str], adapted: Sequence[str], meant: Collection[str]
+) -> None:
+    """Warn of what a configuration names and the model lacks, which is likely a slip.
+
+    patterns: the fields that give layers values of their own. names: of all modules; adapted: of the layers that get
+    the adapter; meant: targets that stand for other things than modules.
+    """
+    targets, left_out = config.target_modules or (), config.exclude_modules or ()
+    if isinstance(targets, str):
+        there = targets.lower() == ALL_LINEAR or select(targets, names)
+        lost = {"target_modules": [] if there or targets in meant else [targets]}
+    else:
+        ends = {suffix for name in names for suffix in suffixes(name)}
+        lost = {"target_modules": [t for t in targets if t not in ends and t not in meant]}
+    if left_out and not select(left_out, names):
+        lost["exclude_modules"] = [left_out] if isinstance(left_out, str) else list(left_out)
+    for field in patterns:
+        hits = hits_of(getattr(config, field, None) or (), adapted)
+        lost[field] = [pattern for pattern in getattr(config, field, None) or () if not hits.get(pattern)]
+    for field, values in lost.items():
+        if values:
+            message = f"{field}: nothing in the model matches {list_some(sorted(values))}."
+            warnings.warn(message, PeftWarning, stacklevel=4)
 
 
 def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[str]) -> NoMatchingPeftModuleError:
