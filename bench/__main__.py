@@ -1,4 +1,4 @@
-"""`python -m bench --op OP` or `python -m bench --suite layers|qlora|methods`; see --help."""
+"""`python -m bench --op OP`, `--suite layers|qlora|methods`, or `--static`; see --help."""
 
 from __future__ import annotations
 
@@ -26,11 +26,23 @@ def shape(text: str) -> tuple[int, int]:
     return k, n
 
 
+def arch(text: str) -> int:
+    """`sm_90` or `90` -> 90."""
+    from .static.gpus import ARCHS
+
+    digits = text.removeprefix("sm_")
+    if not digits.isdigit() or int(digits) not in ARCHS:
+        known = ", ".join(f"sm_{a}" for a in ARCHS)
+        raise argparse.ArgumentTypeError(f"an architecture is one of {known}, got {text!r}")
+    return int(digits)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--op", choices=OPS)
     what.add_argument("--suite", choices=SUITES)
+    what.add_argument("--static", action="store_true", help="every GPU kernel as machine code; needs no GPU")
     p.add_argument("--backends", nargs="+", metavar="B", help="of an op: native, reference, triton, cuda")
     p.add_argument("--shapes", nargs="+", type=shape, metavar="INxOUT")
     p.add_argument("--m", nargs="+", type=int, help="rows of x")
@@ -45,7 +57,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--modes", nargs="+", help="of the suite qlora, such as ours-bf16 bnb-bf16")
     p.add_argument("--step-rounds", type=int, default=7, help="steps, or generations, of each mode")
     p.add_argument("--model", type=Path, help="folder of a causal language model; default: SmolLM2 of the quickstart")
-    p.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/NAME.jsonl")
+    p.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        nargs="?",
+        const=Path("-"),
+        help="default: bench/results/NAME.jsonl; of --static: also with no FILE, one object a line",
+    )
+    p.add_argument("--arch", nargs="+", type=arch, metavar="sm_90", help="of --static; default: 80, 89, 90, 100, 120")
+    p.add_argument("--kernels", nargs="+", metavar="K", help="of --static: ops or kernels, such as lora_linear outer")
+    p.add_argument("--most", type=int, help="of --static: at most so many specialisations an architecture")
+    p.add_argument("--jobs", type=int, default=2, help="of --static: processes that compile")
     p.add_argument("--plot", type=Path, metavar="PNG")
     p.add_argument("--quick", action="store_true", help="few rows and short samples")
     p.add_argument(
@@ -55,7 +78,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
+    if args.static:
+        from .static import report
+
+        return report.main(args)
+    if args.json == Path("-"):
+        p.error("--json needs a FILE, except with --static")
     if args.quick:
         args.rounds, args.sample_s, args.budget_s = min(args.rounds, 7), min(args.sample_s, 0.01), 6.0
     args.only = args.only or ["forward", "train", "levels", "step", "decode"]

@@ -1,0 +1,180 @@
+"""Which launches are compiled: one for every row of `peft_kernels/tuned/`, and a few for what the rows do not name.
+
+A case says what a user calls; the op's own host side turns it into launches (`triton_lib.host.compile_only`), so what
+is compiled is what would run. Where a case stands for a row, that row is forced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_kernels import tuning
+from peft_kernels.testing import random_quant_weight
+
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+_SHORT = {f32: "f32", f16: "f16", bf16: "bf16"}
+ROWS = 1024  # of x where a tuned row sets no limit: below the M that the vendor's matmul takes over at
+MOST = 40  # specialisations of an architecture that CI compiles
+
+
+@dataclass(frozen=True)
+class Case:
+    """kernel: its name without `_kernel`; row: of that kernel in the tuned table, None where nothing is forced.
+    first: without a search, a launch would take this row. p: dropout. Adapters are float32, as PEFT keeps them."""
+
+    kernel: str
+    M: int = ROWS
+    N: int = 4096
+    K: int = 4096
+    r: int = 16
+    dtype: torch.dtype = bf16
+    p: float = 0.05
+    dense: bool = False
+    blocksize: int = 64
+    row: int | None = None
+    first: bool = True
+
+    @property
+    def op(self) -> str:
+        return CALLS[self.kernel][0]
+
+    @property
+    def title(self) -> str:
+        kind = " dense" if self.dense else "" if self.blocksize == 64 else f" blocks of {self.blocksize}"
+        drop = "" if self.p else " p=0"
+        return f"{self.M} {self.K}x{self.N} r{self.r} {_SHORT[self.dtype]}{kind}{drop}"
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled here."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from peft_kernels.triton_lib import host
+
+    return "TRITON_INTERPRET is set: Triton cannot compile in this process" if host.interpreting() else None
+
+
+def meta(*shape: int, dtype: torch.dtype = f32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@cache
+def _packed(n: int, k: int, blocksize: int) -> tuple[Any, ...]:
+    return tuple(random_quant_weight(n, k, blocksize=blocksize, nested=True).to("meta").flatten())
+
+
+def _weight(c: Case) -> tuple[Any, ...]:
+    if c.dense:
+        return meta(c.N, c.K, dtype=c.dtype), None, None, None, None, 0, 64, 256
+    return _packed(c.N, c.K, c.blocksize)
+
+
+def _forward(c: Case) -> None:
+    from peft_kernels.ops.lora_linear import triton as backend
+
+    seed, bias = meta(1, dtype=torch.int64), meta(c.N, dtype=c.dtype)
+    backend.forward(meta(c.M, c.K, dtype=c.dtype), *_weight(c), c.N, meta(c.r, c.K), meta(c.N, c.r), 2.0, bias, c.p,
+                    seed)  # fmt: skip
+
+
+def _backward(c: Case) -> None:
+    from peft_kernels.ops.lora_linear import triton as backend
+
+    x, dy, seed = meta(c.M, c.K, dtype=c.dtype), meta(c.M, c.N, dtype=c.dtype), meta(1, dtype=torch.int64)
+    backend.backward(dy, x, *_weight(c), meta(c.r, c.K), meta(c.N, c.r), meta(c.M, c.r), 2.0, c.p, seed, True, True)
+
+
+def _dequantize(c: Case) -> None:
+    from peft_kernels.ops.dequantize_4bit.triton import dequantize_4bit
+
+    dequantize_4bit(*_weight(c), [c.N, c.K], c.dtype)
+
+
+def _quantize(c: Case) -> None:
+    from peft_kernels.ops.quantize_4bit.triton import quantize_4bit
+
+    quantize_4bit(meta(c.N, c.K, dtype=c.dtype), 1, c.blocksize, True, 256)
+
+
+# The op, and the call that launches a kernel of it. A kernel of tuned/ that is missing here is an error, so that a new
+# one is not forgotten.
+CALLS: dict[str, tuple[str, Callable[[Case], None]]] = {
+    "project": ("lora_linear", _forward), "forward": ("lora_linear", _forward),
+    "outer": ("lora_linear", _backward), "backward": ("lora_linear", _backward),
+    "reduce": ("lora_linear", _forward), "decode": ("lora_linear", _forward),
+    "dequantize": ("dequantize_4bit", _dequantize),
+    "quantize": ("quantize_4bit", _quantize), "absmax": ("quantize_4bit", _quantize),
+}  # fmt: skip
+# A row is forced under its kernel's name in tuned/; a launch of it is recorded under the kernel function's.
+EXTRA = (
+    Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"),
+    *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("project", "forward", "outer", "backward")),
+    *(Case(kernel, N=2048, K=2048, blocksize=32) for kernel in ("forward", "backward")),
+    *(Case(kernel, M=128, dense=True) for kernel in ("forward", "backward")),
+    *(Case(kernel, K=1056) for kernel in ("forward", "backward")),  # blocks straddle the rows
+    Case("quantize"), Case("absmax"), Case("dequantize", dtype=f16), Case("dequantize", dtype=f32),
+)  # fmt: skip
+
+
+def _of_row(kernel: str, arch: str, number: int, row: dict[str, Any]) -> Case | None:
+    """A case that `row` serves; its first where there are several."""
+    width = 4096 if row.get("plain", True) else 1001  # odd: nothing is aligned
+    n, k = (min(width, row.get(limit, width)) for limit in ("max_N", "max_K"))
+    case = Case(kernel, min(ROWS, row.get("max_M", ROWS)), n, k, min(16, row.get("max_r", 16)),
+                f32 if row["bits"] == 32 else bf16, blocksize=max(64, row.get("min_blocksize", 64)),
+                row=number)  # fmt: skip
+    bits, plain = row["bits"], row.get("plain", True)
+    served = tuning.rows(kernel, arch, tuning.Shape(case.M, n, k, case.r, bits, plain, case.blocksize))
+    config = config_of(kernel, arch, number)
+    return replace(case, first=served[0] == config) if config in served else None
+
+
+def config_of(kernel: str, arch: str, number: int) -> tuning.Config:
+    """The configuration of a row."""
+    data = tuning.table(arch)
+    return tuning._row_config(data["kernels"][kernel][number], data["programs"])
+
+
+def cases(capability: int) -> list[Case]:
+    """Every case of an architecture: first what a launch takes without a search, then what only a search may choose."""
+    arch = tuning.nearest(capability)
+    found = []
+    for kernel, rows in tuning.table(arch)["kernels"].items():
+        if kernel not in CALLS:
+            raise KeyError(f"tuned/{arch}.json has {kernel}: add the call that launches it to {__name__}.CALLS")
+        for number, row in enumerate(rows):
+            case = _of_row(kernel, arch, number, row)
+            if case is None:
+                raise ValueError(f"tuned/{arch}.json, {kernel}, row {number}: no shape is served by it: {row}")
+            found.append(case)
+    return [c for c in found if c.first] + list(EXTRA) + [c for c in found if not c.first]
+
+
+@contextlib.contextmanager
+def forced(case: Case, capability: int) -> Iterator[None]:
+    """Within, the case's launches use its row."""
+    if case.row is None:
+        yield
+        return
+    values = asdict(config_of(case.kernel, tuning.nearest(capability), case.row))
+    with tuning.override(case.kernel, **values):
+        yield
+
+
+def run(case: Case, capability: int) -> list[Any]:
+    """The launches of the case's kernel, compiled for sm_<capability>."""
+    from peft_kernels.triton_lib import host
+
+    with host.compile_only(capability, {f"{case.kernel}_kernel"}) as compiled, forced(case, capability):
+        CALLS[case.kernel][1](case)
+    if not compiled:
+        raise RuntimeError(f"{case.kernel} ({case.title}, sm_{capability}): the call did not launch it")
+    return list(compiled)

@@ -1,0 +1,137 @@
+"""The CUDA kernels as machine code: out of the built library, or compiled by nvcc where that is missing or older."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from peft_kernels import native
+
+from . import gpus, sass
+from .cuda_kernels import Fact, fact
+from .metrics import Row, row
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+_BUILTIN = {"f": "float", "d": "double", "i": "int", "j": "unsigned", "l": "int64", "m": "uint64", "b": "bool",
+            "h": "uint8", "a": "int8", "c": "char", "s": "int16", "t": "uint16"}  # fmt: skip
+_SHORT = {"__nv_bfloat16": "bf16", "__half": "f16", "float": "f32"}
+
+
+def demangle(name: str) -> tuple[str, tuple[str, ...]]:
+    """`_ZN..17dequantize_kernelI13__nv_bfloat16EEv..` -> ("dequantize_kernel", ("bf16",)): name, template arguments."""
+    if not name.startswith("_Z"):
+        return name, ()
+    at = 3 if name[2] == "N" else 2
+    base = ""
+    while m := re.match(r"\d+", name[at:]):
+        at += len(m[0])
+        base = name[at : at + int(m[0])]
+        at += int(m[0])
+    arguments: list[str] = []
+    if name[at : at + 1] == "I":
+        at += 1
+        while at < len(name) and name[at] != "E":
+            if m := re.match(r"L[a-z](n?)(\d+)E", name[at:]):
+                arguments.append(("-" if m[1] else "") + m[2])
+                at += len(m[0])
+            elif m := re.match(r"\d+", name[at:]):
+                start = at + len(m[0])
+                at = start + int(m[0])
+                arguments.append(_SHORT.get(name[start:at], name[start:at]))
+            elif name[at] in _BUILTIN:
+                text = _BUILTIN[name[at]]
+                arguments.append(_SHORT.get(text, text))
+                at += 1
+            else:
+                break  # a type of several parts: what came before it still tells the kernels apart
+    return base, tuple(arguments)
+
+
+def sources() -> list[Path]:
+    return sorted(SOURCES.glob("*.cu"))
+
+
+def digest() -> str:
+    """Of everything that a CUDA source includes."""
+    h = hashlib.sha256()
+    for path in sorted([*SOURCES.glob("*"), ROOT / "csrc" / "pk_abi.h"]):
+        h.update(path.name.encode() + path.read_bytes())
+    return h.hexdigest()[:24]
+
+
+def library() -> Path | None:
+    """The built library, where it is not older than its sources."""
+    path = native._LIB_DIR / "libpeft_kernels_cuda.so"
+    if not path.exists():
+        return None
+    newest = max(p.stat().st_mtime for p in SOURCES.glob("*.cu*"))
+    return path if path.stat().st_mtime >= newest else None
+
+
+def nvcc() -> Path | None:
+    found = sass.carried_tool("nvcc")
+    return found if found is not None else next((p for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+
+
+def from_library(path: Path, arch: int) -> Iterator[bytes]:
+    """The cubins of one architecture in a library."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sass.tool("cuobjdump"), "-xelf", f".sm_{arch}.cubin", str(path)], cwd=folder,
+                       capture_output=True, check=True)  # fmt: skip
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            yield cubin.read_bytes()
+
+
+def compiled(compiler: Path, arch: int, cache: Path) -> Iterator[bytes]:
+    """The cubins of one architecture, by nvcc; kept under the digest of the sources."""
+    folder = cache / f"nvcc-{digest()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sources():
+        out = folder / f"{source.stem}.sm_{arch}.cubin"
+        if not out.exists():
+            fresh = out.with_suffix(".part")
+            done = subprocess.run([str(compiler), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", str(source), "-o",
+                                   str(fresh)], capture_output=True, text=True, check=False)  # fmt: skip
+            if done.returncode != 0:
+                raise RuntimeError(f"nvcc does not compile {source.name} for sm_{arch}:\n{done.stderr.strip()}")
+            fresh.replace(out)
+        yield out.read_bytes()
+
+
+def rows(
+    archs: Sequence[int], kernels: Sequence[str], read: Callable[..., list[sass.Kernel]], cache: Path
+) -> tuple[list[Row], list[str]]:
+    """(rows of every CUDA kernel whose name or file holds one of `kernels`, why some are missing)."""
+    path, compiler = library(), nvcc()
+    if path is None and compiler is None:
+        return [], ["cuda: the library is not built, or older than its sources, and there is no nvcc: run `make native`"
+                    " where a CUDA toolkit is installed"]  # fmt: skip
+    found, unknown = [], dict[str, None]()
+    for arch in archs:
+        for cubin in from_library(path, arch) if path is not None else compiled(compiler, arch, cache):  # type: ignore[arg-type]
+            for code in read(cubin, None):
+                name, arguments = demangle(code.name)
+                known = fact(name, arguments)
+                if known is None:
+                    unknown[name] = None
+                    known = Fact(name)
+                if kernels and not any(k == known.op or k in name for k in kernels):
+                    continue
+                if known.marker is not None:
+                    code = next(k for k in read(cubin, known.marker) if k.name == code.name)
+                # from sm_90 on, the file counts what the system reserves
+                shared = max(0, code.shared - (gpus.RESERVED_SHARED if arch >= 90 else 0))
+                found.append(row(
+                    code, known.work(code), arch, kernel=name.removesuffix("_kernel"), backend="cuda",
+                    title=f"<{', '.join(arguments)}>" if arguments else "", config=dict(known.config),
+                    threads=code.threads or known.threads, shared=shared + known.dynamic_shared,
+                ))  # fmt: skip
+    if unknown:
+        return found, [f"cuda: {', '.join(unknown)} not described: what a loop decodes is not known (add to "
+                       f"bench/static/cuda_kernels.py)"]  # fmt: skip
+    return found, []

@@ -1,0 +1,218 @@
+"""Compiles, in two processes, remembers what machine code said, and prints: `python -m bench --static`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from peft_kernels import tuning
+
+from . import cases, cuda, gpus, sass
+from .metrics import Row, row
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "static"
+ARCHS = (80, 89, 90, 100, 120)
+
+
+def read(cubin: bytes, marker: str | None = None) -> list[sass.Kernel]:
+    """`sass.read`, remembered under the contents of the cubin and of the reader. (Triton keeps its own cubins.)"""
+    h = hashlib.sha256(cubin + repr(marker).encode() + Path(sass.__file__).read_bytes())
+    path = CACHE / f"{h.hexdigest()}.json"
+    try:
+        known = json.loads(path.read_text())
+        return [sass.Kernel(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}) for one in known]
+    except (OSError, ValueError, TypeError):
+        found = sass.read(cubin, marker)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps([asdict(k) for k in found]))
+    fresh.replace(path)
+    return found
+
+
+def triton_rows(case: cases.Case, capability: int) -> list[Row]:
+    """The rows of a case: one for each specialisation of its kernel that the call launches."""
+    from .launches import work
+
+    rows: dict[str, Row] = {}
+    arch = tuning.nearest(capability)
+    for launch in cases.run(case, capability):
+        cubin = launch.kernel.asm["cubin"]
+        code = read(cubin)[0]
+        o = launch.options
+        name = launch.name.removesuffix("_kernel") + ("+ds" if o.get("WITH_DS") else "")
+        source = "" if case.row is None else cases.config_of(case.kernel, arch, case.row).source
+        rows.setdefault(hashlib.sha256(cubin).hexdigest(), row(
+            code, work(launch), capability, kernel=name, backend="triton", title=case.title, config=o,
+            threads=32 * launch.kernel.metadata.num_warps, shared=launch.kernel.metadata.shared, source=source,
+            first=case.first,
+        ))  # fmt: skip
+    return list(rows.values())
+
+
+def _worker(capability: int, some: list[cases.Case]) -> list[tuple[cases.Case, list[Row]]]:
+    import torch
+
+    torch.set_num_threads(1)
+    return [(case, triton_rows(case, capability)) for case in some]
+
+
+def chosen(capability: int, kernels: Sequence[str], most: int | None) -> list[cases.Case]:
+    """The cases of an architecture whose kernel has one of `kernels` in its name; at most `most` specialisations."""
+    found = [c for c in cases.cases(capability) if not kernels or any(k in (c.kernel, c.op) for k in kernels)]
+    if most is None:
+        return found
+    kept, count = [], 0
+    for c in found:
+        count += 2 if c.kernel == "outer" else 1  # outer alone, and outer with ds
+        if count <= most:
+            kept.append(c)
+    return kept
+
+
+def distinct(rows: Sequence[Row]) -> list[Row]:
+    """Without the repetitions: cases may come to the same launch."""
+    named = {json.dumps([r.kernel, r.arch, r.config, r.title], sort_keys=True, default=str): r for r in reversed(rows)}
+    return list(named.values())[::-1]
+
+
+def measure(
+    archs: Sequence[int] = ARCHS, kernels: Sequence[str] = (), backends: Sequence[str] = ("triton", "cuda"),
+    most: int | None = None, jobs: int = 2, told: Any = None,
+) -> tuple[list[Row], list[str]]:  # fmt: skip
+    """(rows, what was left out and why). told(done, total) is called as compilations end."""
+    found: dict[int, list[tuple[int, list[Row]]]] = {a: [] for a in archs}
+    skipped: list[str] = []
+    work = []
+    if "triton" in backends:
+        why = cases.unavailable()
+        if why is not None:
+            skipped.append(f"triton: {why}")
+        else:
+            for arch in archs:
+                some = chosen(arch, kernels, most)
+                work += [(arch, i, some[i : i + 4]) for i in range(0, len(some), 4)]
+    total, done = sum(len(some) for *_, some in work), 0
+    if jobs > 1 and work:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            waiting = {pool.submit(_worker, arch, some): (arch, i) for arch, i, some in work}
+            for future in as_completed(waiting):
+                arch, i = waiting[future]
+                pairs = future.result()
+                found[arch].append((i, [r for _, rows in pairs for r in rows]))
+                done += len(pairs)
+                if told:
+                    told(done, total)
+    else:
+        for arch, i, some in work:
+            pairs = _worker(arch, some)
+            found[arch].append((i, [r for _, rows in pairs for r in rows]))
+            done += len(pairs)
+            if told:
+                told(done, total)
+    rows = distinct([r for arch in archs for _, part in sorted(found[arch], key=lambda x: x[0]) for r in part])
+    if "cuda" in backends:
+        more, why_not = cuda.rows(archs, kernels, read, CACHE)
+        rows += more
+        skipped += why_not
+    return rows, skipped
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
+    for r in rows:
+        yield json.dumps({f.name: _rounded(getattr(r, f.name)) for f in fields(r)}, sort_keys=False, default=str)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return value
+
+
+def _text(value: float | None, pattern: str = ".2f") -> str:
+    return "" if value is None else format(value, pattern)
+
+
+def _tile(config: dict[str, Any]) -> str:
+    names = "x".join(str(config[k]) for k in ("BM", "BN", "BC", "BK", "BR") if k in config)
+    return " ".join([names, *(f"{k[4]}{config[k]}" for k in ("num_warps", "num_stages") if k in config)])
+
+
+COLUMNS = ("regs", "spill", "stack", "smem", "occ", "mma", "ld16", "async", "i/w", "by pipe", "iss/tc", "bytes")
+LEGEND = """\
+launch: rows of x, in x out features, rank, dtype; NF4 in blocks of 64, nested, dropout 0.05, where it says nothing else.
+tile: BM x BN (or BC) x BK x BR, w warps, s stages. from: where the configuration comes from. In brackets: only a search takes it.
+occ: resident warps / most. ld16, async: loads of 16 bytes and asynchronous copies in the main loop. i/w: its instructions per
+weight decoded, by pipe (tensor, lsu, fma, xu, control, uniform, alu). iss/tc: issue cycles / tensor-core cycles. bytes: loaded /
+least. us: roofline of the launch, bound by memory, tensor cores, float units or issue. bench/static/metrics.py has the formulas."""
+
+
+def show(rows: Sequence[Row], skipped: Sequence[str]) -> None:
+    """A table per architecture."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if Console().is_terminal else Console(width=260)
+    for arch in dict.fromkeys(r.arch for r in rows):
+        names = list(gpus.of(int(arch.removeprefix("sm_"))))
+        table = Table(title=f"{arch}: static report (no GPU was used; rooflines from public specifications)")
+        for name in ("kernel", "launch", "tile", "from"):
+            table.add_column(name, no_wrap=True)
+        for name in (*COLUMNS, *(f"{n} us" for n in names)):
+            table.add_column(name, justify="right", no_wrap=True)
+        for r in rows:
+            if r.arch != arch:
+                continue
+            pipes = " ".join(f"{k[0]}{v:.1f}" for k, v in r.per_element_by_pipe.items())
+            table.add_row(
+                r.kernel if r.first else f"({r.kernel})", r.title, _tile(r.config), r.source or r.backend,
+                str(r.registers), str(r.spills), str(r.stack), str(r.shared_memory), f"{r.occupancy:.0%}", r.mma or "",
+                str(r.loads_16_bytes), str(r.async_copies), _text(r.per_element), pipes, _text(r.issue_over_tensor),
+                _text(r.bytes_over_least), *(f"{r.roofline_us[n]:.3g} {r.bound[n]}" for n in names),
+            )  # fmt: skip
+        console.print(table)
+    console.print(LEGEND, highlight=False)
+    for why in skipped:
+        console.print(f"left out: {why}")
+
+
+def main(args: Any) -> int:
+    """The command. Returns 1 where a budget is exceeded."""
+    from rich.progress import Progress
+
+    from . import budgets
+
+    archs = [int(a) for a in args.arch] if args.arch else list(ARCHS)
+    with Progress(console=_stderr(), transient=True) as progress:
+        task = progress.add_task("compiling", total=None)
+        rows, skipped = measure(archs, args.kernels or (), args.backends or ("triton", "cuda"), args.most, args.jobs,
+                                lambda done, total: progress.update(task, completed=done, total=total))  # fmt: skip
+    if args.json is not None:
+        text = "".join(line + "\n" for line in lines(rows))
+        if str(args.json) == "-":
+            sys.stdout.write(text)
+        else:
+            args.json.write_text(text)
+    else:
+        show(rows, skipped)
+    exceeded = budgets.check(rows)
+    for text in [*(skipped if args.json is not None else []), *exceeded]:
+        print(text, file=sys.stderr)
+    return 1 if exceeded else 0
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
