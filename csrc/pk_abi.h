@@ -19,7 +19,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 2
+#define PK_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -91,8 +91,11 @@ typedef struct pk_lora_args {
 } pk_lora_args;
 
 PK_EXPORT int64_t pk_lora_args_size(void); /* sizeof(pk_lora_args), checked by native.py */
-PK_EXPORT int pk_cpu_lora_linear(const pk_lora_args *args);
-PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args);
+/* A stack of `count` projections of one x (1 for a single layer): args[count], which share x, dx, M, K, x_dtype, threads.
+ * dx is the sum over them, rounded once. da of a projection may be NULL while another's is wanted. */
+enum { PK_LORA_MOST = 16 }; /* projections in a stack */
+PK_EXPORT int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count);
+PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count);
 
 /* ---- quantize_4bit, dequantize_4bit (CPU library) -----------------------------------------------------------------
  * The layout of quantised weights is the one above, of any number of elements (the last block may be partial).

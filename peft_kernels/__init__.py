@@ -7,6 +7,7 @@ from .dispatch import BackendUnavailable, explain, use_backend
 from .formats import FP4_TABLE, NF4_TABLE, QuantWeight
 from .ops.dequantize_4bit import dequantize_4bit
 from .ops.lora_linear import lora_linear
+from .ops.lora_linear_stacked import Projection, lora_linear_stacked
 from .ops.quantize_4bit import quantize_4bit
 from .philox import draw_seed
 
@@ -16,11 +17,13 @@ __all__ = [
     "FP4_TABLE",
     "NF4_TABLE",
     "BackendUnavailable",
+    "Projection",
     "QuantWeight",
     "dequantize_4bit",
     "draw_seed",
     "explain",
     "lora_linear",
+    "lora_linear_stacked",
     "quantize_4bit",
     "use_backend",
 ]

@@ -49,6 +49,13 @@ def arg_error(op: str, arg: str, expected: str, got: object, kind: type[Exceptio
     return kind(f"{op}: {arg} must be {expected}, got {got}")
 
 
+def _requires_grad(argument: object) -> bool:
+    """Whether an operator's argument, a tensor or a list of tensors, records gradients."""
+    if isinstance(argument, Tensor):
+        return argument.requires_grad
+    return isinstance(argument, list) and any(isinstance(t, Tensor) and t.requires_grad for t in argument)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of one op.
@@ -140,7 +147,7 @@ class Op:
         return backends.get(self.name, f"{self.name} has no {name} backend")
 
     def _call(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        if torch.is_grad_enabled() and any(map(_requires_grad, args)):
             raise RuntimeError(
                 f"{self.name}: the raw operator records no gradients; call the function peft_kernels.{self.name}"
             )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
-ABI_VERSION = 2  # PK_ABI_VERSION of csrc/pk_abi.h
+ABI_VERSION = 3  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
 BUILD_COMMAND = "cmake -S . -B build/native -G Ninja && cmake --build build/native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype
@@ -32,9 +32,9 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_set_level": [c_char_p],
     "pk_cpu_quantize_4bit": [c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 4, c_int64],
     "pk_cpu_quantize_absmax": [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 3, c_int64],
-    # a pk_lora_args packed into bytes, which ctypes passes far faster than 30 arguments
-    "pk_cpu_lora_linear": [c_char_p],
-    "pk_cpu_lora_linear_backward": [c_char_p],
+    # an array of pk_lora_args packed into bytes, which ctypes passes far faster than 30 arguments; its length
+    "pk_cpu_lora_linear": [c_char_p, c_int64],
+    "pk_cpu_lora_linear_backward": [c_char_p, c_int64],
     "pk_cpu_dequantize_4bit": [*[c_void_p] * 5, *[c_int64] * 5, c_void_p, c_int64],
 }
 _CUDA_SIGNATURES: dict[str, list[Any]] = {

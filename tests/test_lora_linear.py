@@ -3,115 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lora_tools import BF16, F32, FLOATS, LEVELS, Case, at_level, make, needs_native, threads
 from torch import Tensor
 
-from peft_kernels import QuantWeight, lora_linear, native, philox, use_backend
+from peft_kernels import QuantWeight, lora_linear, philox, use_backend
 from peft_kernels.dispatch import BackendUnavailable
 from peft_kernels.ops import lora_linear as op
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-FLOATS = (F32, BF16, F16)
-LEVELS = [] if native.available() else list(native.levels())
-needs_native = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
-
-
-@contextmanager
-def at_level(level: str) -> Iterator[None]:
-    """The native backend forced, at one instruction set level; "reference" is the reference."""
-    if level == "reference":
-        with use_backend("reference"):
-            yield
-        return
-    before = native.level()
-    native.set_level(level)
-    try:
-        with use_backend("native"):
-            yield
-    finally:
-        native.set_level(before)
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     with at_level(request.param):
         yield request.param
-
-
-@dataclass
-class Case:
-    """One call of the op: x, dy and the operator's arguments from `weight` to `seed`."""
-
-    x: Tensor
-    dy: Tensor
-    weight: tuple
-    n: int
-    a: Tensor | None
-    b: Tensor | None
-    bias: Tensor | None
-    scaling: float
-    p: float
-    seed: Tensor | None
-
-    def forward(self, fn) -> tuple[Tensor, Tensor]:
-        return fn(self.x, *self.weight, self.n, self.a, self.b, self.scaling, self.bias, self.p, self.seed)
-
-    def backward(self, fn, s: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return fn(self.dy, self.x, *self.weight, self.a, self.b, s, self.scaling, self.p, self.seed, True,
-                  self.a is not None)  # fmt: skip
-
-    def double(self) -> Case:
-        def up(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.double()
-
-        dense = self.weight[5] == 0
-        weight = (self.weight[0].double() if dense else self.weight[0], *self.weight[1:])
-        return Case(up(self.x), up(self.dy), weight, self.n, up(self.a), up(self.b), up(self.bias), self.scaling,
-                    self.p, self.seed)  # fmt: skip
-
-
-def make(
-    m: int, n: int, k: int, *, dtype: torch.dtype = F32, quant: str = "nf4", blocksize: int = 64, nested: bool = False,
-    w_dtype: torch.dtype = F32, r: int = 0, ab: torch.dtype = F32, p: float = 0.0, bias: bool = False, seed: int = 0,
-) -> Case:  # fmt: skip
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    if quant == "dense":
-        weight = ((normal(n, k) * 0.1).to(w_dtype), None, None, None, None, 0, 64, 256)
-    else:
-        weight = random_quant_weight(n, k, quant_type=quant, blocksize=blocksize, nested=nested, seed=seed).flatten()
-    return Case(
-        normal(m, k).to(dtype),
-        normal(m, n).to(dtype),
-        weight,
-        n,
-        normal(r, k).to(ab) if r else None,
-        (normal(n, r) * 0.1).to(ab) if r else None,
-        normal(n).to(dtype) if bias else None,
-        0.7,
-        p,
-        torch.tensor([0x1234_5678_9ABC_DEF + seed]) if p else None,
-    )
 
 
 def check(c: Case) -> None:

@@ -15,12 +15,25 @@ static int check(const pk_lora_args *a, bool backward) {
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: blocksizes must be positive");
     if (a->quant_type != PK_DENSE && a->nested_code && (!a->nested_absmax || !a->offset))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: nested scales need nested_absmax and offset");
-    if (a->r > 0 && (!a->a || !a->b || a->a_dtype > PK_F16 || a->b_dtype > PK_F16 || (!a->s && a->M > 0)))
+    if (a->r > 0 && ((!a->a && a->K > 0) || (!a->b && a->N > 0) || a->a_dtype > PK_F16 || a->b_dtype > PK_F16 || (!a->s && a->M > 0)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter needs a, b (float32, bfloat16 or float16) and s");
     if (a->r > 0 && a->dropout_p > 0 && (!a->seed || !(a->dropout_p < 1)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: dropout needs a seed and p < 1");
     if (!backward && a->bias && (a->bias_dtype < PK_F32 || a->bias_dtype > PK_F16))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unsupported dtype of bias, %d", int(a->bias_dtype));
+    return PK_OK;
+}
+
+static int check_stack(const pk_lora_args *args, int64_t count, bool backward) {
+    if (count < 1 || count > PK_LORA_MOST)
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: 1 to %d projections, got %lld", int(PK_LORA_MOST), (long long)count);
+    for (int64_t i = 0; i < count; ++i) {
+        const pk_lora_args &a = args[i];
+        if (a.x != args->x || a.dx != args->dx || a.M != args->M || a.K != args->K || a.x_dtype != args->x_dtype)
+            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: projections of a stack share x and dx, number %lld does not", (long long)i);
+        int code = check(args + i, backward);
+        if (code) return code;
+    }
     return PK_OK;
 }
 
@@ -31,14 +44,14 @@ static int finish(int code) {
 extern "C" {
 int64_t pk_lora_args_size(void) { return int64_t(sizeof(pk_lora_args)); }
 
-int pk_cpu_lora_linear(const pk_lora_args *args) {
-    int code = check(args, false);
-    if (code || args->M == 0 || args->N == 0) return code;
-    return finish(pk_table()->lora_linear(args));
+int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count) {
+    int code = check_stack(args, count, false);
+    if (code || args->M == 0) return code;
+    return finish(pk_table()->lora_linear(args, count));
 }
 
-int pk_cpu_lora_linear_backward(const pk_lora_args *args) {
-    int code = check(args, true);
-    return code ? code : finish(pk_table()->lora_linear_backward(args));
+int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count) {
+    int code = check_stack(args, count, true);
+    return code ? code : finish(pk_table()->lora_linear_backward(args, count));
 }
 }

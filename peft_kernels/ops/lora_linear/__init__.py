@@ -271,11 +271,12 @@ class _LoraLinear(torch.autograd.Function):
         return tuple(grads)
 
 
-def _apply(*args: Any) -> Any:
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, quicker."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _LoraLinear.apply(*args)
+        return function.apply(*args)  # type: ignore[no-untyped-call]
     # Function.apply binds the arguments to forward's signature at each call, found anew by inspect: half of its time
-    return super(torch.autograd.Function, _LoraLinear).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def lora_linear(
@@ -315,7 +316,7 @@ def lora_linear(
     rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
     args = (rows, *flat, n, a, b, scaling, bias, dropout_p, seed)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, flat[0], a, b, bias)):
-        y = _apply(*args)[0]
+        y = apply_function(_LoraLinear, *args)[0]
     else:
         y = forward_op.op(*args)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)

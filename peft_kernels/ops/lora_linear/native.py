@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,12 @@ def _mismatch() -> str | None:  # of the built library, which is loaded once
     return None
 
 
-def _available() -> str | None:
+def available() -> str | None:
     return native.available() or _mismatch()
 
 
-def _when(
-    x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+def refusal(
+    weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
     offset: Tensor | None, quant_type: int, a: Tensor | None, b: Tensor | None, bias: Tensor | None,
 ) -> str | None:  # fmt: skip
     if quant_type == 0 and weight.dtype not in _CODES:
@@ -55,7 +56,7 @@ def _when_forward(
     offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> str | None:  # fmt: skip
-    return _when(x, weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, bias)
+    return refusal(weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, bias)
 
 
 def _when_backward(
@@ -64,77 +65,93 @@ def _when_backward(
     a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
     need_dx: bool, need_ab: bool,
 ) -> str | None:  # fmt: skip
-    return _when(x, weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, None)
+    return refusal(weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, None)
 
 
 def _ptr(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def forward(
+def pack(
+    threads: int, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, n: int,
+    a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None, *,
+    y: Tensor | None = None, s: Tensor | None = None, dy: Tensor | None = None, dx: Tensor | None = None,
+    da: Tensor | None = None, db: Tensor | None = None,
+) -> bytes:  # fmt: skip
+    """pk_lora_args of one projection. Every tensor is contiguous and must live until the native call returns."""
+    nested = nested_absmax is not None and nested_absmax.numel() > 0
+    m, k = x.shape
+    return _ARGS.pack(
+        x.data_ptr(), weight.data_ptr(), _ptr(absmax), _ptr(nested_absmax) if nested else 0,
+        _ptr(nested_code) if nested else 0, _ptr(offset) if nested else 0, _ptr(a), _ptr(b), _ptr(bias), _ptr(seed),
+        _ptr(y), _ptr(s), _ptr(dy), _ptr(dx), _ptr(da), _ptr(db), m, n, k, 0 if a is None else a.shape[0], quant_type,
+        blocksize, nested_blocksize, _CODES[x.dtype], _CODES.get(weight.dtype, 0), 0 if a is None else _CODES[a.dtype],
+        0 if b is None else _CODES[b.dtype], 0 if bias is None else _CODES[bias.dtype], threads, scaling, dropout_p,
+    )  # fmt: skip
+
+
+def forward_arguments(
     x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
     offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    m, k = x.shape
-    # contiguous() is a no-op on what is contiguous; the names keep a copy alive until the call returns
-    x, weight = x.contiguous(), weight.contiguous()
-    y = x.new_empty((m, out_features))
-    nested = nested_absmax is not None and nested_absmax.numel() > 0
+) -> tuple[tuple[Any, ...], Tensor, Tensor]:  # fmt: skip
+    """(what `pack` takes after x, contiguous; y; s)."""
+    m = x.shape[0]
     if absmax is not None:
-        absmax = absmax.contiguous()
+        absmax = absmax.contiguous()  # a no-op on what is contiguous
     if bias is not None:
         bias = bias.contiguous()
-    r = a_dtype = b_dtype = 0
     if a is not None and b is not None:
-        a, b, r = a.contiguous(), b.contiguous(), a.shape[0]
-        a_dtype, b_dtype = _CODES[a.dtype], _CODES[b.dtype]
-        s = torch.empty((m, r), dtype=_F32)
+        a, b = a.contiguous(), b.contiguous()
+        s = torch.empty((m, a.shape[0]), dtype=_F32)
     else:
         s = torch.empty((0,), dtype=_F32)
-    code = native.cpu().pk_cpu_lora_linear(_ARGS.pack(
-        x.data_ptr(), weight.data_ptr(), _ptr(absmax), _ptr(nested_absmax) if nested else 0,
-        _ptr(nested_code) if nested else 0, _ptr(offset) if nested else 0, _ptr(a), _ptr(b), _ptr(bias), _ptr(seed),
-        y.data_ptr(), s.data_ptr(), 0, 0, 0, 0, m, out_features, k, r, quant_type, blocksize, nested_blocksize,
-        _CODES[x.dtype], _CODES.get(weight.dtype, 0), a_dtype, b_dtype, 0 if bias is None else _CODES[bias.dtype],
-        torch.get_num_threads(), scaling, dropout_p,
-    ))  # fmt: skip
+    return (weight.contiguous(), absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
+            out_features, a, b, scaling, bias, dropout_p, seed), x.new_empty((m, out_features)), s  # fmt: skip
+
+
+def backward_arguments(
+    dy: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, a: Tensor | None, b: Tensor | None,
+    s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None, need_ab: bool,
+) -> tuple[tuple[Any, ...], Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """(what `pack` takes after x, contiguous; dy; s; da; db), the last two empty where not needed."""
+    if absmax is not None:
+        absmax = absmax.contiguous()
+    if a is not None and b is not None:
+        a, b = a.contiguous(), b.contiguous()
+        s = None if s is None else s.contiguous()
+    if need_ab:
+        assert a is not None
+        assert b is not None
+        da, db = torch.empty_like(a), torch.empty_like(b)
+    else:
+        da, db = dy.new_empty((0,)), dy.new_empty((0,))
+    return (weight.contiguous(), absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
+            dy.shape[1], a, b, scaling, None, dropout_p, seed), dy.contiguous(), s, da, db  # fmt: skip
+
+
+def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """(y [M, N], s [M, r]); s is empty without an adapter."""
+    x = x.contiguous()
+    own, y, s = forward_arguments(x, *args)
+    code = native.cpu().pk_cpu_lora_linear(pack(torch.get_num_threads(), x, *own, y=y, s=s), 1)
     if code:
         native.check(code)
     return y, s
 
 
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
-    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
-    a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
-    need_dx: bool, need_ab: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    m, k = x.shape
-    n = dy.shape[1]
-    dy, weight = dy.contiguous(), weight.contiguous()
-    dx = x.new_empty((m, k) if need_dx else (0,))
-    if not need_ab:
-        da, db = x.new_empty((0,)), x.new_empty((0,))
-    nested = nested_absmax is not None and nested_absmax.numel() > 0
-    if absmax is not None:
-        absmax = absmax.contiguous()
-    r = a_dtype = b_dtype = 0
-    if a is not None and b is not None:
-        a, b, r = a.contiguous(), b.contiguous(), a.shape[0]
-        a_dtype, b_dtype = _CODES[a.dtype], _CODES[b.dtype]
-        if need_ab:
-            assert s is not None
-            x, s = x.contiguous(), s.contiguous()
-            da, db = torch.empty_like(a), torch.empty_like(b)
-    code = native.cpu().pk_cpu_lora_linear_backward(_ARGS.pack(
-        x.data_ptr(), weight.data_ptr(), _ptr(absmax), _ptr(nested_absmax) if nested else 0,
-        _ptr(nested_code) if nested else 0, _ptr(offset) if nested else 0, _ptr(a), _ptr(b), 0, _ptr(seed),
-        0, _ptr(s), dy.data_ptr(), dx.data_ptr() if need_dx else 0, da.data_ptr() if need_ab else 0,
-        db.data_ptr() if need_ab else 0, m, n, k, r, quant_type, blocksize, nested_blocksize,
-        _CODES[dy.dtype], _CODES.get(weight.dtype, 0), a_dtype, b_dtype, 0,
-        torch.get_num_threads(), scaling, dropout_p,
-    ))  # fmt: skip
+def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [M, K], da [r, K], db [N, r]); empty where not needed."""
+    *rest, need_dx, need_ab = args
+    own, dy, s, da, db = backward_arguments(dy, *rest, need_ab)
+    x = x.contiguous()
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    code = native.cpu().pk_cpu_lora_linear_backward(pack(
+        torch.get_num_threads(), x, *own, s=s, dy=dy, dx=dx if need_dx else None, da=da if need_ab else None,
+        db=db if need_ab else None,
+    ), 1)  # fmt: skip
     if code:
         native.check(code)
     return dx, da, db
@@ -142,6 +159,6 @@ def backward(
 
 _CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "lora_linear": Backend("native", forward, _CPU, available=_available, when=_when_forward),
-    "lora_linear_backward": Backend("native", backward, _CPU, available=_available, when=_when_backward),
+    "lora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
+    "lora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
 }

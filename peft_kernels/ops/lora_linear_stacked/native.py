@@ -1,0 +1,78 @@
+"""The native CPU backend of lora_linear_stacked: one call, an array of the structs that lora_linear packs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...dispatch import Backend
+from ..lora_linear import native as single
+from . import each
+
+_MOST = 16  # PK_LORA_MOST of csrc/pk_abi.h
+
+
+def _when(x: Tensor, lists: Sequence[Sequence[Any]]) -> str | None:
+    if len(lists[0]) > _MOST:
+        return f"does not serve more than {_MOST} projections at once"
+    for values in each(lists):
+        why = single.refusal(*values)
+        if why is not None:
+            return why
+    return None
+
+
+def _when_forward(x: Tensor, *lists: list[Any]) -> str | None:
+    weight, absmax, nested_absmax, nested_code, offset, quant_type, _, _, _, a, b, _, bias, _, _ = lists
+    return _when(x, (weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, bias))
+
+
+def _when_backward(x: Tensor, dy: list[Tensor], *args: Any) -> str | None:
+    *lists, _, _ = args
+    return _when(x, (*lists[:6], *lists[8:10], [None] * len(dy)))
+
+
+def forward(x: Tensor, *lists: list[Any]) -> list[Tensor]:
+    """Every y [M, N_i], then every s [M, r_i]; s is empty without an adapter."""
+    x = x.contiguous()
+    threads = torch.get_num_threads()
+    kept: list[Any] = []  # tensors that must live until the call returns
+    packed, ys, ss = [], [], []
+    for values in each(lists):
+        own, y, s = single.forward_arguments(x, *values)
+        kept.append(own)
+        packed.append(single.pack(threads, x, *own, y=y, s=s))
+        ys.append(y)
+        ss.append(s)
+    native.check(native.cpu().pk_cpu_lora_linear(b"".join(packed), len(packed)))
+    return ys + ss
+
+
+def backward(x: Tensor, *args: Any) -> list[Tensor]:
+    """dx [M, K], every da [r_i, K], every db [N_i, r_i]; empty where not needed."""
+    *lists, need_dx, need_ab = args
+    x = x.contiguous()
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    threads = torch.get_num_threads()
+    kept: list[Any] = []
+    packed, das, dbs = [], [], []
+    for values, ab in zip(each(lists), need_ab, strict=True):
+        own, dy, s, da, db = single.backward_arguments(*values, ab)
+        kept.append((own, dy, s))
+        packed.append(single.pack(threads, x, *own, s=s, dy=dy, dx=dx if need_dx else None,
+                                  da=da if ab else None, db=db if ab else None))  # fmt: skip
+        das.append(da)
+        dbs.append(db)
+    native.check(native.cpu().pk_cpu_lora_linear_backward(b"".join(packed), len(packed)))
+    return [dx, *das, *dbs]
+
+
+_CPU = frozenset({"cpu"})
+BACKENDS: dict[str, Backend] = {
+    "lora_linear_stacked": Backend("native", forward, _CPU, available=single.available, when=_when_forward),
+    "lora_linear_stacked_backward": Backend("native", backward, _CPU, available=single.available, when=_when_backward),
+}
