@@ -1,12 +1,14 @@
 """Limits on the rows of the static report, from `budgets.json`.
 
-A rule: `why`; `where`, the rows that it holds for, by field (a value, a list of values; launch options such as `BM` as
-`config.BM`); `most`, fields that may not exceed a number; `is`, fields that must have a value (or one of a list).
+A rule: `why`; `where`, the rows that it holds for, by field (a value, or a list of values; launch options, such as BM,
+as `config.BM`); `most` and `least`, numbers for fields; `is`, what fields must be (a value, or a list of values). A
+number that is not known exceeds every limit.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -31,24 +33,37 @@ def value(row: Row, name: str) -> Any:
 
 def holds(rule: dict[str, Any], row: Row) -> bool:
     """Whether `rule` is about `row`."""
-    return all(value(row, k) in (v if isinstance(v, list) else [v]) for k, v in rule["where"].items())
+    return all(value(row, k) in (_listed(v)) for k, v in rule["where"].items())
 
 
 def check(rows: Sequence[Row]) -> list[str]:
     """A sentence for each limit that a row exceeds."""
     found = []
     for row in rows:
-        what = f"{row.kernel} ({row.backend}, {row.arch}, {row.title})"
+        what = f"{row.kernel} ({row.backend}, {row.arch}, {row.title}, {_tile(row)})"
         for rule in rules():
             if not holds(rule, row):
                 continue
-            for name, most in rule.get("most", {}).items():
-                have = value(row, name)
-                if have is None or have > most:
-                    text = "not known" if have is None else f"{have:.3g}"
-                    found.append(f"{what}: {name} is {text}, the budget is {most:g}: {rule['why']}")
+            for side, beyond in (("most", operator.gt), ("least", operator.lt)):
+                for name, limit in rule.get(side, {}).items():
+                    have = value(row, name)
+                    if have is None or beyond(have, limit):
+                        text = "not known" if have is None else f"{have:.3g}"
+                        found.append(f"{what}: {name} is {text}, at {side} {limit:g}: {rule['why']}")
             for name, wanted in rule.get("is", {}).items():
-                have = value(row, name)
-                if have not in (wanted if isinstance(wanted, list) else [wanted]):
-                    found.append(f"{what}: {name} is {have}, it must be {wanted}: {rule['why']}")
+                if value(row, name) not in _listed(wanted):
+                    found.append(f"{what}: {name} is {value(row, name)}, not {wanted}: {rule['why']}")
     return found
+
+
+def unused(rows: Sequence[Row]) -> list[str]:
+    """The rules that are about none of `rows`: a limit that holds for nothing proves nothing."""
+    return [rule["why"] for rule in rules() if not any(holds(rule, row) for row in rows)]
+
+
+def _listed(wanted: Any) -> list[Any]:
+    return wanted if isinstance(wanted, list) else [wanted]
+
+
+def _tile(row: Row) -> str:
+    return "x".join(str(row.config[k]) for k in ("BM", "BN", "BC", "BK") if k in row.config)

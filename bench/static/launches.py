@@ -28,7 +28,8 @@ def work(launch: Compiled) -> Work:
     blocks = math.prod(launch.grid)
     first = next(t for t in a.values() if isinstance(t, Tensor))
     size = first.element_size()
-    common: dict[str, Any] = {"bytes": nbytes(a), "blocks": blocks, "wide": size == 2}
+    common: dict[str, Any] = {"bytes": nbytes(a), "blocks": blocks, "wide": False}
+    products: dict[str, Any] = {**common, "wide": size == 2}
     decodes = o.get("MODE", 0) != 0
     if "MODE" in o and "BM" in o:  # a product with a weight
         m, n, k, r = (a[name] for name in ("M", "N", "K", "r"))
@@ -40,15 +41,15 @@ def work(launch: Compiled) -> Work:
         return Work(
             weights=bn * bk if decodes else 0, tile=(bm, bn, bk),
             fmas=(m * n * k if started else 0) + m * r * columns, passes=min(a["steps"], _cdiv(sums, step)),
-            loop_bytes=tile + bm * step * size, **common,
+            loop_bytes=tile + bm * step * size, **products,
         )  # fmt: skip
     if "MODE" in o:  # a panel of a weight, decoded
         return Work(weights=o["BN"] * o["BK"] if decodes else 0, straight=True, passes=1, **common)
     if launch.name.startswith("dequantize"):
         return Work(weights=2 * o["BYTES"], straight=True, passes=1, **common)
     if launch.name.startswith("project"):
-        return Work(fmas=a["M"] * a["K"] * a["r"], passes=min(a["steps"], _cdiv(a["K"], o["BK"])), **common)
+        return Work(fmas=a["M"] * a["K"] * a["r"], passes=min(a["steps"], _cdiv(a["K"], o["BK"])), **products)
     if launch.name.startswith("outer"):
         fmas = a["M"] * a["C"] * a["r"] * (2 if o["WITH_DS"] else 1)
-        return Work(fmas=fmas, passes=min(a["steps"], _cdiv(a["M"], o["BM"])), **common)
+        return Work(fmas=fmas, passes=min(a["steps"], _cdiv(a["M"], o["BM"])), **products)
     return Work(**common)

@@ -69,6 +69,7 @@ class Row:
     tensor_cycles: float | None
     issue_over_tensor: float | None
     bytes_over_least: float | None
+    wide: bool  # has products of 16-bit numbers
     matrix: bool  # multiplies by a weight on the tensor cores
     tiles: float  # of a matrix kernel: products in its main loop / those of the tile; 1 unless unrolled or redundant
     decodes: bool
@@ -107,7 +108,7 @@ def row(
         issue_cycles=issue if code.loop else None, tensor_cycles=tensor,
         issue_over_tensor=issue / tensor if tensor else None,
         bytes_over_least=asked / work.loop_bytes if asked and work.loop_bytes else None,
-        matrix=matrix, tiles=times, decodes=weights > 0, roofline_us=roofs, bound=bound,
+        wide=work.wide, matrix=matrix, tiles=times, decodes=weights > 0, roofline_us=roofs, bound=bound,
     )  # fmt: skip
 
 

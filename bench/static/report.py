@@ -15,7 +15,7 @@ from typing import Any
 
 from peft_kernels import tuning
 
-from . import cases, cuda, gpus, sass
+from . import cases, cuda, gpus, loops, sass
 from .metrics import Row, row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,8 @@ ARCHS = (80, 89, 90, 100, 120)
 
 def read(cubin: bytes, marker: str | None = None) -> list[sass.Kernel]:
     """`sass.read`, remembered under the contents of the cubin and of the reader. (Triton keeps its own cubins.)"""
-    h = hashlib.sha256(cubin + repr(marker).encode() + Path(sass.__file__).read_bytes())
+    reader = b"".join(Path(module.__file__).read_bytes() for module in (sass, loops))
+    h = hashlib.sha256(cubin + repr(marker).encode() + reader)
     path = CACHE / f"{h.hexdigest()}.json"
     try:
         known = json.loads(path.read_text())
@@ -151,11 +152,11 @@ def _tile(config: dict[str, Any]) -> str:
 
 COLUMNS = ("regs", "spill", "stack", "smem", "occ", "mma", "ld16", "async", "i/w", "by pipe", "iss/tc", "bytes")
 LEGEND = """\
-launch: rows of x, in x out features, rank, dtype; NF4 in blocks of 64, nested, dropout 0.05, where it says nothing else.
-tile: BM x BN (or BC) x BK x BR, w warps, s stages. from: where the configuration comes from. In brackets: only a search takes it.
-occ: resident warps / most. ld16, async: loads of 16 bytes and asynchronous copies in the main loop. i/w: its instructions per
-weight decoded, by pipe (tensor, lsu, fma, xu, control, uniform, alu). iss/tc: issue cycles / tensor-core cycles. bytes: loaded /
-least. us: roofline of the launch, bound by memory, tensor cores, float units or issue. bench/static/metrics.py has the formulas."""
+launch: rows of x, in x out features, rank, dtype; where it says nothing else NF4 in nested blocks of 64, dropout 0.05.
+tile: BM x BN (or BC) x BK x BR, w warps, s stages. In brackets: a configuration that only a search takes. occ: warps
+on an SM / most. ld16, async: loads of 16 bytes, asynchronous copies in the main loop. i/w: its instructions per weight
+that it decodes, by pipe (tensor, lsu, fma, xu, control, uniform, alu). iss/tc: issue cycles / tensor-core cycles.
+bytes: loads ask for / least. us: roofline of the launch, and what bounds it. bench/static/metrics.py: the formulas."""
 
 
 def show(rows: Sequence[Row], skipped: Sequence[str]) -> None:

@@ -13,6 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from .loops import loops
+
 # A pipe by the beginning of an opcode; the first that fits. What fits none is integer, logic, or a move: the ALU.
 PIPES = (
     ("tensor", r"[HIDBQO]G?MMA|UTC[A-Z]*MMA"),
@@ -50,8 +52,9 @@ class Kernel:
 
     @property
     def atomics(self) -> int:
-        """Atomic operations on memory; sums made with them would depend on the order of the threads."""
-        return sum(opcode(i).split(".")[0] in ("RED", "REDG", "ATOM", "ATOMG", "ATOMS") for i in self.instructions)
+        """Atomic sums of floats, whose result would depend on the order of the threads."""
+        return sum(bool(re.match(r"(RED|ATOM)[GS]?\.", op)) and bool(re.search(r"\.(F\d|BF16|CAS)", op))
+                   for op in map(opcode, self.instructions))  # fmt: skip
 
 
 def carried_tool(name: str) -> Path | None:
@@ -174,11 +177,7 @@ def parse(text: str, marker: str | None = None) -> dict[str, tuple[tuple[str, ..
 def main_loop(code: list[str], labels: dict[str, int], marker: str | None = None) -> tuple[str, ...]:
     """The loop that does the work: of the loops with most 16-bit MMAs the innermost; where no loop has an MMA, the one
     with most instructions that match `marker` (a pattern of opcodes), else the innermost of most global loads."""
-    loops = []
-    for i, text in enumerate(code):
-        m = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
-        if m and labels.get(m[1], i + 1) <= i:
-            loops.append(code[labels[m[1]] : i + 1])
+    bodies = [[code[i] for i in body] for body in loops(code, labels)]
 
     def score(body: list[str]) -> tuple[int, int, int, int]:
         ops = [opcode(i) for i in body]
@@ -187,7 +186,7 @@ def main_loop(code: list[str], labels: dict[str, int], marker: str | None = None
         narrow = sum("TF32" in op for op in ops)
         return products or narrow, marked, sum(op.startswith("LDG") for op in ops), -len(body)
 
-    return tuple(max(loops, key=score, default=[]))
+    return tuple(max(bodies, key=score, default=[]))
 
 
 def _run(name: str, *arguments: str) -> str:
