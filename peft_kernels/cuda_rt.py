@@ -1,19 +1,25 @@
-"""What the cuda.py backends share: whether the CUDA library can run here, and the stream that a launch goes to."""
+"""What the cuda.py backends share: whether the CUDA library can run here, and the device and stream of a launch.
+
+On CPU tensors the same backends run a host build of the CUDA sources (csrc/simt): when forced, and when a test
+has loaded one (`native.use_simt`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import byref, c_int64
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
+from .dispatch import FLOATS, Backend
 
 
 @lru_cache(maxsize=1)
-def ready() -> str | None:
-    """Why the CUDA library cannot launch anything here; None where it can. Asked once: drivers do not come and go."""
+def _no_gpu() -> str | None:
     why = native.available("cuda")
     if why is not None:
         return why
@@ -23,11 +29,62 @@ def ready() -> str | None:
     return None if count.value else "the CUDA library finds no GPU"
 
 
-def device_index(t: Tensor) -> int:
-    """The index of the GPU that holds `t`."""
-    return t.get_device()
+def ready() -> str | None:
+    """Why the CUDA library cannot launch anything here; None where it can. Asked once: drivers do not come and go."""
+    if native.simt():
+        return "a host build of the CUDA sources stands in for the CUDA library, on CPU tensors alone"
+    return _no_gpu()
 
 
-def stream(device: int) -> int:
-    """torch's current stream on GPU `device`, as the launchers take it."""
-    return int(torch.cuda.current_stream(device).cuda_stream)
+def backend(
+    fn: Callable[..., Any],
+    *,
+    dtypes: frozenset[torch.dtype] = FLOATS,
+    when: Callable[..., str | None] | None = None,
+) -> Backend:
+    """The `Backend` of a function of the CUDA library: GPUs from sm_80, and CPU tensors as the top of this file says.
+
+    dtypes and when as in `Backend`.
+    """
+
+    def refuse(*args: Any) -> str | None:
+        if args[0].device.type == "cuda":
+            why = ready()
+        elif native.simt():
+            why = None
+        else:
+            why = "serves CPU tensors by a host build of the CUDA sources alone (native.use_simt), and none is loaded"
+        return why if why is not None or when is None else when(*args)
+
+    return Backend(
+        "cuda",
+        fn,
+        devices=frozenset({"cuda"}),
+        dtypes=dtypes,
+        forced_devices=frozenset({"cpu"}),
+        min_capability=(8, 0),
+        when=refuse,
+    )
+
+
+class launching:
+    """`with launching(t) as (device, stream)`: what the launchers take, with the GPU of `t` as torch's current one.
+
+    stream is torch's current stream there; device 0 and no stream on CPU tensors, for a host build.
+    """
+
+    def __init__(self, t: Tensor) -> None:
+        self._guard = torch.cuda.device(t.get_device()) if t.is_cuda else None
+
+    def __enter__(self) -> tuple[int, int | None]:
+        if self._guard is None:
+            if not native.simt():
+                raise native.NativeError("the CUDA library takes tensors on a GPU, got one on the CPU")
+            return 0, None
+        self._guard.__enter__()
+        device = torch.cuda.current_device()
+        return device, int(torch.cuda.current_stream(device).cuda_stream)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._guard is not None:
+            self._guard.__exit__(*error)

@@ -10,7 +10,7 @@ Adding a function: declare it in csrc/pk_abi.h (which lists the other places) an
 from __future__ import annotations
 
 import os
-from ctypes import CDLL, c_char_p, c_int, c_int64, c_void_p
+from ctypes import CDLL, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     # an array of pk_lora_args packed into bytes, which ctypes passes far faster than 30 arguments; its length
     "pk_cpu_lora_linear": [c_char_p, c_int64],
     "pk_cpu_lora_linear_backward": [c_char_p, c_int64],
+    "pk_cpu_swiglu": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64],
+    "pk_cpu_swiglu_backward": [*[c_void_p] * 3, c_int64, c_int64, *[c_void_p] * 2, c_int64],
     "pk_cpu_dequantize_4bit": [*[c_void_p] * 5, *[c_int64] * 5, c_void_p, c_int64],
 }
 _CUDA_SIGNATURES: dict[str, list[Any]] = {
@@ -42,10 +44,15 @@ _CUDA_SIGNATURES: dict[str, list[Any]] = {
     "pk_cuda_quantize_4bit": [c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_void_p],
     "pk_cuda_quantize_absmax": [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_void_p],
     "pk_cuda_dequantize_4bit": [*[c_void_p] * 6, *[c_int64] * 4, c_void_p, c_int64, c_void_p],
+    "pk_cuda_lora_workspace": [c_char_p, c_void_p],
+    "pk_cuda_lora_linear": [c_char_p, c_int64, c_void_p],
+    "pk_cuda_lora_linear_backward": [c_char_p, c_int64, c_void_p],
 }
 
 _LIB_DIR = Path(__file__).resolve().parent / "lib"
 _loaded: dict[str, CDLL | str] = {}  # library -> the loaded library, or the reason why there is none
+_hosts: dict[str, CDLL] = {}  # path -> a host build of the CUDA sources
+_host: CDLL | None = None  # the one in use
 
 
 class NativeError(RuntimeError):
@@ -94,7 +101,39 @@ def _load_cpu() -> CDLL | str:
     return lib
 
 
+def use_simt(path: str | os.PathLike[str] | None) -> CDLL | None:
+    """Let a host build of the CUDA sources (csrc/simt) stand in for the CUDA library, on CPU tensors, from now on.
+
+    None: the CUDA library again. Process-wide; for tests, which build it (tests/simt_tools.py). Returns the library.
+    Raises NativeError where it is none.
+    """
+    global _host
+    if path is None:
+        _host = None
+        return None
+    lib = _hosts.get(str(path))
+    if lib is None:
+        try:
+            lib = CDLL(str(path))
+            lib.pk_simt_set_seed.argtypes, lib.pk_simt_set_seed.restype = [c_uint64], None
+        except (OSError, AttributeError) as e:
+            raise NativeError(f"use_simt: path must be a host build of the CUDA sources, got {path}: {e}") from e
+        why = _bind(lib, _CUDA_SIGNATURES)
+        if why is not None:
+            raise NativeError(f"use_simt: {path}: {why}")
+        _hosts[str(path)] = lib
+    _host = lib
+    return lib
+
+
+def simt() -> bool:
+    """Whether a host build stands in for the CUDA library."""
+    return _host is not None
+
+
 def _get(name: str) -> CDLL | str:
+    if name == "cuda" and _host is not None:
+        return _host
     found = _loaded.get(name)
     if found is None:
         found = _loaded[name] = _load_cpu() if name == "cpu" else _load(name, _CUDA_SIGNATURES)

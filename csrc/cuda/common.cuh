@@ -30,11 +30,7 @@ inline bool pk_aligned(const void *p, uintptr_t bytes) { return reinterpret_cast
 /* Launches `kernel` (a function, or a pointer to one) on a grid of blocks (a number, or a dim3) of `threads` threads: by
  * nvcc, or on the host stand-in of csrc/simt. PK_LAUNCH_SHARED adds dynamic shared memory, which the kernel names with
  * PK_DYNAMIC_SHARED(type, name): a `type *`, 16-byte aligned. Errors are left for cudaGetLastError(). */
-#if defined(PK_SIMT)
-#define PK_LAUNCH_SHARED(kernel, grid, threads, shared_bytes, stream, ...)                                             \
-    (static_cast<void>(stream), simt::launch(grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }))
-#define PK_DYNAMIC_SHARED(type, name) type *const name = static_cast<type *>(simt::dynamic_shared())
-#else
+#if !defined(PK_SIMT) /* csrc/simt/simt.h has its own */
 /* More than 48 KB a block have to be asked for. */
 template <typename Kernel> inline bool pk_reserve_shared(Kernel *kernel, size_t bytes) {
     return bytes <= (48 << 10) || cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...cuda_rt import device_index, ready, stream
-from ...dispatch import Backend
+from ...cuda_rt import backend, launching
 from ...formats import table
 from . import numel_of, refuse_dtype
 
@@ -19,26 +18,17 @@ def dequantize_4bit(
     out = packed.new_empty(shape, dtype=dtype)
     packed, absmax = packed.contiguous(), absmax.contiguous()
     nested = [None if t is None else t.contiguous() for t in (nested_absmax, nested_code, offset)]
-    device = device_index(packed)
-    with torch.cuda.device(device):
+    with launching(packed) as (device, stream):
         native.check(
             native.cuda().pk_cuda_dequantize_4bit(
                 packed.data_ptr(), absmax.data_ptr(), *(None if t is None else t.data_ptr() for t in nested),
                 table(quant_type, "cpu").data_ptr(), blocksize, nested_blocksize, numel_of(shape),
-                native.DTYPES[dtype], out.data_ptr(), device, stream(device),
+                native.DTYPES[dtype], out.data_ptr(), device, stream,
             ), "cuda",
         )  # fmt: skip
     return out
 
 
 BACKENDS = {
-    "dequantize_4bit": Backend(
-        "cuda",
-        dequantize_4bit,
-        frozenset({"cuda"}),
-        dtypes=frozenset({torch.uint8}),
-        min_capability=(8, 0),
-        available=ready,
-        when=refuse_dtype,
-    ),
+    "dequantize_4bit": backend(dequantize_4bit, dtypes=frozenset({torch.uint8}), when=refuse_dtype),
 }

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...cuda_rt import device_index, ready, stream
-from ...dispatch import Backend
+from ...cuda_rt import backend, launching
 from . import levels, nested_parts, no_nesting, outputs
 
 _HOST = torch.device("cpu")
@@ -18,14 +17,14 @@ def quantize_4bit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w = w.contiguous()
     packed, absmax = outputs(w, blocksize)
-    lib, device = native.cuda(), device_index(w)
+    lib = native.cuda()
     midpoints = levels.on_device("midpoints", quant_type, _HOST)
     order = levels.on_device("order", quant_type, _HOST)
-    with torch.cuda.device(device):
+    with launching(w) as (device, stream):
         native.check(
             lib.pk_cuda_quantize_4bit(
                 w.data_ptr(), native.DTYPES[w.dtype], w.numel(), blocksize, midpoints.data_ptr(), order.data_ptr(),
-                packed.data_ptr(), absmax.data_ptr(), device, stream(device),
+                packed.data_ptr(), absmax.data_ptr(), device, stream,
             ), "cuda",
         )  # fmt: skip
         if not nested:
@@ -35,12 +34,10 @@ def quantize_4bit(
         native.check(
             lib.pk_cuda_quantize_absmax(
                 absmax.data_ptr(), absmax.numel(), offset.data_ptr(), nested_blocksize, rounding.data_ptr(),
-                codes.data_ptr(), nested_absmax.data_ptr(), device, stream(device),
+                codes.data_ptr(), nested_absmax.data_ptr(), device, stream,
             ), "cuda",
         )  # fmt: skip
     return packed, codes, nested_absmax, nested_code, offset
 
 
-BACKENDS = {
-    "quantize_4bit": Backend("cuda", quantize_4bit, frozenset({"cuda"}), min_capability=(8, 0), available=ready),
-}
+BACKENDS = {"quantize_4bit": backend(quantize_4bit)}

@@ -1,0 +1,113 @@
+/* What the headers of the stand-in and its runtime (machine.cpp, races.cpp) know of one another. */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <vector>
+
+typedef enum {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorNoDevice = 100,
+    cudaErrorIllegalAddress = 700,
+    cudaErrorLaunchTimeout = 702,
+    cudaErrorMisalignedAddress = 716,
+    cudaErrorLaunchFailure = 719
+} cudaError_t;
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+cudaError_t cudaGetLastError();
+const char *cudaGetErrorName(cudaError_t error);
+const char *cudaGetErrorString(cudaError_t error);
+
+namespace simt {
+constexpr unsigned WARP = 32, MOST_THREADS = 1024;
+constexpr unsigned MOST_SHARED = 99 << 10; /* dynamic bytes a block: what sm_86, 89 and 120 have, the least of all */
+
+/* A place in a kernel, as a default argument of what is called there. */
+struct Where {
+    const char *file;
+    int line;
+    Where(const char *f = __builtin_FILE(), int l = __builtin_LINE()) : file(f), line(l) {}
+};
+
+/* Ends the launch with this error (printf style); does not return to the kernel. */
+[[noreturn]] void fail(cudaError_t error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+void run(const char *name, const void *kernel, dim3 grid, unsigned threads, size_t shared_bytes, void (*body)(void *),
+         void *arguments);
+/* call(kernel) runs in every thread. The kernel goes through memory so that it stays a function with a name. */
+template <typename Kernel, typename Call>
+void launch(const char *name, dim3 grid, unsigned threads, size_t shared_bytes, Kernel *kernel, Call call) {
+    struct Both {
+        Kernel *kernel;
+        Call *call;
+    } both = {kernel, &call};
+    run(name, reinterpret_cast<const void *>(kernel), grid, threads, shared_bytes,
+        [](void *p) { (*static_cast<Both *>(p)->call)(static_cast<Both *>(p)->kernel); }, &both);
+}
+
+void *dynamic_shared();
+/* Where [p, p + bytes) lies in the shared memory of the block, dynamic and then each static variable; -1: not in one of
+ * them. */
+ptrdiff_t shared_offset(const void *p, size_t bytes);
+inline bool is_shared(const void *p, size_t bytes) { return shared_offset(p, bytes) >= 0; }
+unsigned lane();
+uint32_t draw(uint32_t below); /* of the seed's random numbers */
+
+/* An operation of a warp: every lane of `mask` that has not returned hands over its `part`; the last to come runs it on all
+ * of them (NULL for lanes outside `lanes`). WHOLE: needs 32 lanes (.aligned in PTX). ORDERS: a memory barrier as well. */
+typedef void (*Collective)(void *const *part, unsigned lanes);
+enum Kind { PLAIN = 0, WHOLE = 1, ORDERS = 2 };
+void collective(const char *what, Where where, Kind kind, unsigned mask, Collective run, void *part);
+void sync_block(Where where);
+
+/* async.cpp */
+void async_block(); /* a block starts */
+void cp_async16(void *shared, const void *global, bool valid);
+void cp_async_commit();
+void cp_async_wait(unsigned open);
+
+/* What races.cpp is told of accesses that no compiler reports; nothing in builds without it. */
+enum Access { READ, WRITE, ATOMIC, ISSUE, LAND }; /* the last two: of a cp.async, when it starts and when it is waited for */
+#if defined(PK_SIMT_RACES)
+void touch(const void *p, size_t bytes, Access how, unsigned thread, const void *pc);
+void races_launch(size_t shared_bytes); /* dynamic and static */
+void races_block();                     /* a block starts */
+void races_barrier();
+void races_warp(unsigned first, unsigned lanes);
+#define PK_SIMT_UNSEEN __attribute__((no_sanitize("thread")))
+#else
+inline void touch(const void *, size_t, Access, unsigned, const void *) {}
+inline void races_launch(size_t) {}
+inline void races_block() {}
+inline void races_barrier() {}
+inline void races_warp(unsigned, unsigned) {}
+#define PK_SIMT_UNSEEN
+#endif
+unsigned current(); /* the running thread; NONE outside kernels */
+constexpr unsigned NONE = ~0u;
+
+/* Memory of the machine, for races.cpp. */
+struct Range {
+    const char *first, *end;
+    bool holds(const void *p) const { return p >= first && p < end; }
+    size_t size() const { return static_cast<size_t>(end - first); }
+};
+Range dynamic_range();
+Range stacks();
+Range host_frames(); /* where the launcher keeps the arguments */
+
+/* symbols.cpp, from the symbol table of the library that all this is linked into. */
+Range image();                                       /* its code, constants and variables */
+std::vector<Range> shared_of(const void *kernel);    /* the __shared__ variables declared in a kernel */
+/* The function or variable that holds the address, as name or name + bytes; "" where there is none. */
+void describe(const void *address, char *text, size_t size);
+} // namespace simt

@@ -1,0 +1,230 @@
+/* Races: the compiler's -fsanitize=thread reports every load and store of a kernel to the functions at the end of this
+ * file (no ThreadSanitizer runtime is linked), and -fsanitize=alignment every misaligned address. Of each byte of shared
+ * and global memory the last write and up to two reads since are known. Two accesses by different threads, one of them a
+ * write, are a race unless
+ *   - a __syncthreads lies between them (shared memory also begins anew with each block), or
+ *   - both threads are of one warp and __syncwarp orders them (vector clocks within the warp), or
+ *   - both are atomic.
+ * Two reads are enough to find a race with every later write, unless __syncwarp is used on parts of a warp. */
+#include <stdio.h>
+
+#include <memory>
+#include <unordered_map>
+
+#include "machine.h"
+
+namespace simt {
+namespace {
+struct Seen {
+    uint32_t stamp = 0; /* which stretch between barriers; 0: never */
+    uint32_t clock = 0; /* of the thread */
+    uint16_t thread = 0;
+    bool atomic = false;
+    const void *pc = nullptr;
+};
+struct Byte {
+    Seen write, read[2];
+    uint32_t block = 0;    /* shared memory: the block that has written it */
+    bool pending = false;  /* a cp.async that nobody has waited for */
+};
+
+uint32_t now = 1, block_began = 1, launch_began = 1; /* stamps */
+uint32_t clocks[MOST_THREADS][WARP];                  /* what each thread knows of the lanes of its warp */
+std::unique_ptr<Byte[]> of_shared;
+size_t of_shared_size = 0;
+
+constexpr uintptr_t PAGE = 1024;
+constexpr size_t MOST_PAGES = 4096;
+std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages;
+uintptr_t last_page = ~uintptr_t(0);
+Byte *last_bytes = nullptr;
+
+Byte *global_byte(uintptr_t at) {
+    if (at / PAGE != last_page) {
+        std::unique_ptr<Byte[]> &page = pages[at / PAGE];
+        if (!page) page.reset(new Byte[PAGE]);
+        last_page = at / PAGE, last_bytes = page.get();
+    }
+    return last_bytes + at % PAGE;
+}
+
+bool another_block(const Seen &seen, bool shared) {
+    return !shared && seen.stamp >= launch_began && seen.stamp < block_began;
+}
+
+bool parallel(const Seen &seen, unsigned me, bool shared) {
+    if (seen.stamp != now) return another_block(seen, shared);
+    if (seen.thread == me) return false;
+    if (seen.thread / WARP != me / WARP) return true;
+    return clocks[me][seen.thread % WARP] < seen.clock;
+}
+
+void say_place(const void *p, bool shared, char *text, size_t size) {
+    const Range dynamic = dynamic_range();
+    if (dynamic.holds(p)) {
+        snprintf(text, size, "dynamic shared memory + %zu", static_cast<size_t>(static_cast<const char *>(p) - dynamic.first));
+    } else if (shared) {
+        describe(p, text, size);
+        for (char *name; (name = strstr(text, "::"));) memmove(text, name + 2, strlen(name + 2) + 1);
+    } else {
+        snprintf(text, size, "global memory at %p", p);
+    }
+}
+
+[[noreturn]] void race(const char *what, const void *p, bool shared, unsigned me, const void *pc, const Seen &other,
+                       const char *before) {
+    char place[120] = "", here[120] = "", there[120] = "";
+    say_place(p, shared, place, sizeof place);
+    describe(pc, here, sizeof here);
+    describe(other.pc, there, sizeof there);
+    const bool same_block = other.stamp >= block_began;
+    fail(cudaErrorLaunchFailure, "race: thread %u %s %s (%s) that thread %u%s %s (%s) with no barrier between", me, what,
+         place, here, other.thread, same_block ? "" : " of another block", before, there);
+}
+
+const char *verb(Access how, bool past) {
+    if (how == READ) return past ? "has read" : "reads";
+    if (how == ATOMIC) return past ? "has changed" : "changes";
+    return past ? "has written" : "writes";
+}
+
+void check(Byte &b, const void *p, Access how, unsigned me, const void *pc, bool shared) {
+    const bool reads = how == READ || how == ATOMIC, atomic = how == ATOMIC;
+    if (b.pending && b.block == block_began && shared && how != LAND) {
+        char place[120] = "";
+        say_place(p, shared, place, sizeof place);
+        fail(cudaErrorLaunchFailure, "thread %u %s %s, where a cp.async of thread %u is under way: nobody has waited for it",
+             me, verb(how, false), place, b.write.thread);
+    }
+    if (reads && shared && b.block != block_began) {
+        char place[120] = "", here[120] = "";
+        say_place(p, shared, place, sizeof place);
+        describe(pc, here, sizeof here);
+        fail(cudaErrorLaunchFailure, "thread %u reads %s (%s) that no thread of this block has written yet", me, place, here);
+    }
+    if (b.write.stamp && !(atomic && b.write.atomic) && parallel(b.write, me, shared))
+        race(verb(how, false), p, shared, me, pc, b.write, verb(b.write.atomic ? ATOMIC : WRITE, true));
+    const uint32_t clock = clocks[me][me % WARP];
+    const Seen mine = {now, clock, static_cast<uint16_t>(me), atomic, pc};
+    if (how == READ) {
+        Seen &a = b.read[0], &c = b.read[1];
+        if (another_block(a, shared))
+            c = mine; /* enough for a race with any write of this block */
+        else if (a.stamp != now || !parallel(a, me, shared))
+            a = mine;
+        else if (c.stamp != now || !parallel(c, me, shared) || c.thread / WARP == a.thread / WARP)
+            c = mine;
+        return;
+    }
+    for (const Seen &read : b.read)
+        if (read.stamp && parallel(read, me, shared)) race(verb(how, false), p, shared, me, pc, read, verb(READ, true));
+    b.write = mine;
+    b.block = block_began;
+    b.pending = how == ISSUE;
+}
+} // namespace
+
+void races_launch(size_t shared_bytes) {
+    if (pages.size() > MOST_PAGES) pages.clear();
+    last_page = ~uintptr_t(0);
+    launch_began = ++now;
+    for (unsigned i = 0; i < MOST_THREADS; ++i) clocks[i][i % WARP] += !clocks[i][i % WARP];
+    if (shared_bytes > of_shared_size) of_shared.reset(new Byte[of_shared_size = shared_bytes]);
+}
+void races_block() { block_began = ++now; }
+void races_barrier() { ++now; }
+
+/* The lanes learn all that any of them knows; what each does from here on is news. */
+void races_warp(unsigned first, unsigned lanes) {
+    uint32_t all[WARP] = {};
+    for (unsigned i = 0; i < WARP; ++i)
+        if (lanes >> i & 1)
+            for (unsigned k = 0; k < WARP; ++k) all[k] = all[k] > clocks[first + i][k] ? all[k] : clocks[first + i][k];
+    for (unsigned i = 0; i < WARP; ++i) {
+        if (!(lanes >> i & 1)) continue;
+        memcpy(clocks[first + i], all, sizeof all);
+        ++clocks[first + i][i];
+    }
+}
+
+void touch(const void *p, size_t bytes, Access how, unsigned thread, const void *pc) {
+    const char *at = static_cast<const char *>(p);
+    const ptrdiff_t offset = shared_offset(p, bytes);
+    if (offset >= 0) {
+        for (size_t i = 0; i < bytes; ++i)
+            check(of_shared[static_cast<size_t>(offset) + i], at + i, how, thread, pc, true);
+    } else if (shared_offset(p, 1) >= 0) {
+        char place[120] = "";
+        say_place(p, true, place, sizeof place);
+        fail(cudaErrorIllegalAddress, "thread %u %s %zu bytes at %s, past its end", thread, verb(how, false), bytes, place);
+    } else if (image().holds(p)) {
+        if (how != READ) { /* constants and threadIdx are read */
+            char place[120] = "", here[120] = "";
+            describe(p, place, sizeof place);
+            describe(pc, here, sizeof here);
+            fail(cudaErrorIllegalAddress, "thread %u (%s) %s %s at %p, which is no shared memory of this kernel: past the "
+                 "end of a variable, or __shared__ in a function that the kernel calls", thread, here, verb(how, false),
+                 place, p);
+        }
+    } else if (!stacks().holds(p) && !host_frames().holds(p)) {
+        for (size_t i = 0; i < bytes; ++i)
+            check(*global_byte(reinterpret_cast<uintptr_t>(at) + i), at + i, how, thread, pc, false);
+    }
+}
+
+namespace {
+/* Host code of the library runs outside the stacks of the machine, on another OS thread perhaps. */
+bool in_kernel() { return current() != NONE && stacks().holds(__builtin_frame_address(0)); }
+
+void report(const void *p, size_t bytes, Access how, const void *pc) {
+    if (in_kernel() && !stacks().holds(p)) touch(p, bytes, how, current(), pc);
+}
+
+/* What -fsanitize=alignment hands over. */
+struct TypeMismatch {
+    const char *file;
+    uint32_t line, column;
+    const void *type;
+    unsigned char log_alignment, kind;
+};
+void misaligned(const TypeMismatch *at, const void *p) {
+    if (!in_kernel()) return;
+    const char *name = strrchr(at->file, '/');
+    fail(cudaErrorMisalignedAddress, "thread %u (%s:%u) uses the address %p, which is not a multiple of %u", current(),
+         name ? name + 1 : at->file, at->line, p, 1u << at->log_alignment);
+}
+} // namespace
+} // namespace simt
+
+/* What the instrumented code calls; the names and arguments are the compilers'. */
+#define PK_TSAN extern "C" __attribute__((visibility("hidden")))
+#define PK_PC __builtin_return_address(0)
+#define PK_TSAN_SIZE(n)                                                                                                \
+    PK_TSAN void __tsan_read##n(void *p) { simt::report(p, n, simt::READ, PK_PC); }                                 \
+    PK_TSAN void __tsan_write##n(void *p) { simt::report(p, n, simt::WRITE, PK_PC); }                               \
+    PK_TSAN void __tsan_unaligned_read##n(void *p) { simt::report(p, n, simt::READ, PK_PC); }                       \
+    PK_TSAN void __tsan_unaligned_write##n(void *p) { simt::report(p, n, simt::WRITE, PK_PC); }
+PK_TSAN_SIZE(1)
+PK_TSAN_SIZE(2)
+PK_TSAN_SIZE(4)
+PK_TSAN_SIZE(8)
+PK_TSAN_SIZE(16)
+PK_TSAN void __tsan_read_range(void *p, size_t n) { simt::report(p, n, simt::READ, PK_PC); }
+PK_TSAN void __tsan_write_range(void *p, size_t n) { simt::report(p, n, simt::WRITE, PK_PC); }
+PK_TSAN void __ubsan_handle_type_mismatch_v1(simt::TypeMismatch *at, void *p) { simt::misaligned(at, p); }
+PK_TSAN void __tsan_init() {}
+PK_TSAN void __tsan_func_entry(void *) {}
+PK_TSAN void __tsan_func_exit(void *) {}
+PK_TSAN void __tsan_vptr_update(void **, void *) {}
+PK_TSAN void __tsan_vptr_read(void **) {}
+/* by clang; g++ reports copies of whole objects as ranges, and does not see a memcpy that stays a call */
+PK_TSAN void *__tsan_memcpy(void *to, const void *from, size_t n) {
+    simt::report(from, n, simt::READ, PK_PC);
+    simt::report(to, n, simt::WRITE, PK_PC);
+    return memmove(to, from, n);
+}
+PK_TSAN void *__tsan_memmove(void *to, const void *from, size_t n) { return __tsan_memcpy(to, from, n); }
+PK_TSAN void *__tsan_memset(void *to, int value, size_t n) {
+    simt::report(to, n, simt::WRITE, PK_PC);
+    return memset(to, value, n);
+}
