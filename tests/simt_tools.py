@@ -40,6 +40,7 @@ FLAGS = {
     "plain": ("-O2", "", "", ""),
     # instrumented for the functions of csrc/simt/races.cpp; without the flag at the link no sanitizer comes with it
     "races": ("-DPK_SIMT_RACES", "-O1 -fsanitize=thread,alignment", "-O2", ""),
+    "ucontext": ("-O2", "", "-DPK_SIMT_UCONTEXT", ""),  # the change of fibres on other processors
     "asan": ("-O1 -fsanitize=address -fno-omit-frame-pointer", "", "", "-fsanitize=address"),
 }
 

@@ -5,10 +5,10 @@
 #include <stdint.h>
 
 #if defined(__SANITIZE_ADDRESS__)
-#define PK_SIMT_ASAN 1
+#define PK_SIMT_ASAN
 #elif defined(__has_feature)
 #if __has_feature(address_sanitizer)
-#define PK_SIMT_ASAN 1
+#define PK_SIMT_ASAN
 #endif
 #endif
 #if defined(PK_SIMT_ASAN)
@@ -16,14 +16,16 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if (defined(__x86_64__) && !defined(__ILP32__)) || defined(__aarch64__)
+#if !defined(__x86_64__) && !defined(__aarch64__) && !defined(PK_SIMT_UCONTEXT)
+#define PK_SIMT_UCONTEXT
+#endif
+#if !defined(PK_SIMT_UCONTEXT)
 /* Saves the registers that a call keeps on the stack, that stack in *save, and goes on from the stack `load`. */
 extern "C" void pk_simt_switch(void **save, void *load) __attribute__((visibility("hidden")));
 #define PK_SIMT_TEXT(registers)                                                                                        \
     asm(".text\n.globl pk_simt_switch\n.hidden pk_simt_switch\n.type pk_simt_switch, %function\n.p2align 4\n"          \
         "pk_simt_switch:\n" registers ".size pk_simt_switch, .-pk_simt_switch\n");
 #else
-#define PK_SIMT_UCONTEXT 1
 #include <ucontext.h>
 #endif
 
