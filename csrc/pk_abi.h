@@ -97,6 +97,13 @@ enum { PK_LORA_MOST = 16 }; /* projections in a stack */
 PK_EXPORT int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count);
 PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count);
 
+/* ---- swiglu (CPU library) ------------------------------------------------------------------------------------------
+ * h = silu(gate) * up; dgate = dh * up * silu'(gate), dup = dh * silu(gate). numel elements of dtype (float32, bfloat16,
+ * float16) each, computed in float32. */
+PK_EXPORT int pk_cpu_swiglu(const void *gate, const void *up, int64_t dtype, int64_t numel, void *h, int64_t threads);
+PK_EXPORT int pk_cpu_swiglu_backward(const void *dh, const void *gate, const void *up, int64_t dtype, int64_t numel,
+                                     void *dgate, void *dup, int64_t threads);
+
 /* ---- quantize_4bit, dequantize_4bit (CPU library) -----------------------------------------------------------------
  * The layout of quantised weights is the one above, of any number of elements (the last block may be partial).
  * w: numel elements, float32, bfloat16 or float16. packed: ceil(numel / 2) bytes. absmax: one float32 per block.
@@ -130,6 +137,11 @@ PK_EXPORT int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax,
                                       const float *nested_code, const float *offset, const float *table,
                                       int64_t blocksize, int64_t nested_blocksize, int64_t numel, int64_t out_dtype,
                                       void *out, int64_t device, void *stream);
+/* lora_linear of one projection: quantised weights, x of bfloat16 or float16, blocksizes that are powers of two. M at most
+ * 8, in the backward 64. bytes: of args->workspace, for the backward where args->dy is not NULL. */
+PK_EXPORT int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t *bytes);
+PK_EXPORT int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, void *stream);
+PK_EXPORT int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t device, void *stream);
 
 #ifdef __cplusplus
 }

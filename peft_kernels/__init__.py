@@ -9,6 +9,8 @@ from .ops.dequantize_4bit import dequantize_4bit
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
 from .ops.quantize_4bit import quantize_4bit
+from .ops.swiglu import swiglu
+from .ops.swiglu.mlp import swiglu_mlp
 from .philox import draw_seed
 
 __version__ = "0.1.0"
@@ -25,6 +27,8 @@ __all__ = [
     "lora_linear",
     "lora_linear_stacked",
     "quantize_4bit",
+    "swiglu",
+    "swiglu_mlp",
     "use_backend",
 ]
 

@@ -182,6 +182,8 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "lora_linear_stacked": (x, *stack),
         "lora_linear_stacked_backward": (x, [dy] * 2, *stack[:8], *stack[9:11], [x @ a.t()] * 2, stack[11],
                                          *stack[13:], True, [True] * 2),
+        "swiglu": (x, x),
+        "swiglu_backward": (x, x, x),
     }
 
 
