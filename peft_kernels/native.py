@@ -18,7 +18,7 @@ import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
 ABI_VERSION = 3  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
-BUILD_COMMAND = "cmake -S . -B build/native -G Ninja && cmake --build build/native"
+BUILD_COMMAND = "make native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype
     torch.float32: 0,
     torch.bfloat16: 1,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .aliases import register as _register
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -15,7 +17,11 @@ _HOMES = {
         "NoMatchingPeftModuleError", "PeftConfig", "PeftError", "PeftType", "PeftWarning", "TargetConfig", "TaskType",
     ),
     "convert": ("convert_to_lora", "save_as_lora"),
+    "base_state": ("get_base_model_state_dict", "set_base_model_state_dict"),
     "checkpoint": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "integrations.transformers_nf4": ("load_nf4_model",),
+    "loading": ("load_peft_weights",),
+    "serving": ("export_for_serving", "inspect_adapter"),
     "model": ("PeftModel", "get_peft_model", "inject_adapter_in_model"),
     "tasks": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
@@ -30,6 +36,7 @@ _HOMES = {
     "status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "prepare": ("cast_mixed_precision_params", "prepare_model_for_kbit_training"),
     "layer": ("AdapterLayer",),
+    "distributed": ("fully_shard_model",),
     "method": ("Method", "register"),
     "mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
@@ -46,7 +53,10 @@ _HOMES = {
 _LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Poly", "Prefix", "Prompt", "Shadow",
           "XLora")  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-
+_register(__name__, {
+    "functional": "adapters checkpoint model", "mapping_func": "model tasks mapping", "mixed_model": "tasks",
+    "peft_model": "model tasks status mapping",
+})  # fmt: skip
 
 
 def _of_methods() -> dict[str, Any]:

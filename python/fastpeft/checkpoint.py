@@ -156,16 +156,17 @@ def load_adapter_file(
     *,
     model: nn.Module | None = None,
     allow_pickle: bool = False,
+    ignore_mismatched_sizes: bool = False,
     **hub: Any,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the state dict of an adapter folder, with file keys.
 
     model: the base model that the adapter is meant for; names, shapes, ranks and sizes are then checked against it
-    before any tensor is read. Other arguments as `open_adapter`.
+    before any tensor is read. ignore_mismatched_sizes: but for the sizes. Other arguments as `open_adapter`.
     """
     source = open_adapter(directory, subfolder, revision, allow_pickle=allow_pickle, **hub)
     if model is not None:
-        check_fits(source.config, source.tensors, model, source.folder)
+        check_fits(source.config, source.tensors, model, source.folder, ignore_mismatched_sizes)
     return source.config, source.read()
 
 

@@ -24,7 +24,8 @@ class KeyMismatchError(AdapterFileError, RuntimeError):
 
 
 def check_fits(
-    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], model: nn.Module, where: object = "the adapter"
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], model: nn.Module, where: object = "the adapter",
+    ignore_mismatched_sizes: bool = False,
 ) -> None:
     """Raise unless the tensors of a file are exactly those that `config` asks for on `model`, in names and shapes.
 
@@ -52,7 +53,7 @@ def check_fits(
     found = {
         "missing": missing,
         "unexpected": unexpected,
-        "size mismatch for": mismatched,
+        "size mismatch for": [] if ignore_mismatched_sizes else mismatched,
         "not floating-point": wrong,
     }
     problems = [f"{label}: {list_some(keys)}" for label, keys in found.items() if keys]

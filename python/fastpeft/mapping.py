@@ -7,7 +7,18 @@ from typing import Any
 
 from .config import PeftConfig, PeftType
 from .method import Method, get_method, registry
+from .model import get_peft_model, inject_adapter_in_model
 from .tuner import BaseTuner, tuner_class
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "get_peft_config",
+    "get_peft_model",
+    "inject_adapter_in_model",
+]
 
 
 class _Table(Mapping[PeftType, Any]):

@@ -13,9 +13,11 @@ from torch import nn
 
 from . import checkpoint
 from .config import PeftConfig, PeftWarning
+from .distributed import frozen_buffers
 from .loading import fill_adapter, read_adapter
 from .method import method_of
 from .prepare import enable_input_gradients, is_checkpointing
+from .sharded import is_sharded, may_write
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
 
@@ -50,6 +52,11 @@ class PeftModel(nn.Module):
         # Some models split their matrices to imitate tensor parallelism, which adapter layers have no part in.
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel need not send around (it asks by this name)."""
+        return frozen_buffers(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -190,6 +197,7 @@ class PeftModel(nn.Module):
         path_initial_model_for_weight_conversion: the folder of a PiSSA, OLoRA, CorDA or LoRA-GA adapter as it was saved
         before training; what is written is then a plain LoRA of the original base, with twice the rank. True: take what
         the adapter took from the base from this model, which knows it (for KaSA too).
+        A model that FSDP2 shards: every process must call this, and the first one writes.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -199,6 +207,7 @@ class PeftModel(nn.Module):
         unknown = [name for name in selected if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters names {unknown}, there are {list(self.peft_config)}.")
+        sharded = any(is_sharded(p) for p in self.parameters())
         for name in selected:
             tensors = checkpoint.get_peft_model_state_dict(
                 self, state_dict=kwargs.get("state_dict"), adapter_name=name,
@@ -210,7 +219,7 @@ class PeftModel(nn.Module):
 
                 path = path_initial_model_for_weight_conversion
                 tensors, config = as_plain_lora(self.base_model, name, tensors, path)
-            if is_main_process:
+            if may_write(sharded, is_main_process):
                 folder = save_directory if name == "default" else os.path.join(save_directory, name)
                 checkpoint.save_adapter(folder, tensors, self._config_for_file(config))
 
@@ -241,13 +250,14 @@ class PeftModel(nn.Module):
         """A PeftModel over `model` with the adapter that a folder or Hub repository holds.
 
         Everything is checked before `model` is changed. config: use this instead of the file's configuration.
+        ignore_mismatched_sizes: leave out tensors of another size, with a warning.
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         loaded = read_adapter(model_id, model, config, key_mapping, is_trainable, kwargs)
         peft_model = class_for(loaded.config, cls)(
-            model, loaded.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True,
-            _loading=True,
+            model, loaded.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=_on_meta(kwargs), _loading=True,
         )  # fmt: skip
         plan = peft_model.base_model.__dict__.pop("_made")
         try:
@@ -281,7 +291,8 @@ class PeftModel(nn.Module):
         else:
             self._prepare_config(loaded.config)
             plan = self.base_model.add(
-                adapter_name, loaded.config, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast_adapter_dtype,
+                adapter_name, loaded.config, low_cpu_mem_usage=_on_meta(kwargs),
+                autocast_adapter_dtype=autocast_adapter_dtype,
                 loading=True,
             )  # fmt: skip
             try:
@@ -292,6 +303,11 @@ class PeftModel(nn.Module):
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         return result
+
+
+def _on_meta(options: Mapping[str, Any]) -> bool:
+    """Whether a file fills every tensor of an adapter, which then need no memory before."""
+    return not options.get("ignore_mismatched_sizes", False)
 
 
 def _without_auxiliary(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import adapters
 from .config import PeftConfig, PeftWarning
 from .inject import InjectionPlan, plan_injection
 from .layer import AdapterLayer
 from .method import Method, method_of, registry
 from .model_merging import ModelMerging
 from .rows import Recall
-from .safety import list_some
 from .saved_modules import ModulesToSaveWrapper
 from .shared import held_containers, register_at
 from .sites import AdapterModule, adapter_modules
@@ -187,25 +187,7 @@ class BaseTuner(ModelMerging, nn.Module):
         """Remove an adapter. If it was active, the first of the others that a layer chooses becomes active."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        modules = list(self.adapter_modules())
-        merged = [name for name, module in modules if adapter_name in module.merged_adapters]
-        if merged:
-            raise ValueError(
-                f"Cannot delete adapter {adapter_name!r} while it is merged (in {list_some(merged)}). Unmerge it first."
-            )
-        left = [n for n in self.active_adapters if n != adapter_name]
-        others = sorted(n for n in self.peft_config if n != adapter_name)
-        if adapter_name in self.active_adapters and not left and others:
-            left = others[:1]
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                PeftWarning,
-                stacklevel=2,
-            )
-        # Chosen once for the model, not by each layer for itself: layers need not have the same adapters.
-        self.set_adapter(left)
-        for _, module in modules:
-            module.delete_adapter(adapter_name)
+        self.active_adapter = adapters.delete_adapter(self.model, adapter_name) or []
         del self.peft_config[adapter_name]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -214,22 +196,12 @@ class BaseTuner(ModelMerging, nn.Module):
         missing = [n for n in names if n not in self.peft_config]
         if missing:
             raise ValueError(f"Adapter {missing[0]} not found. There are: {', '.join(self.peft_config)}.")
-        modules = list(self.adapter_modules())
-        for _, module in modules:
-            if isinstance(module, ModulesToSaveWrapper):
-                module.check_active(names)
-        if any(module.merged_adapters for _, module in modules):
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning,
-                          stacklevel=2)  # fmt: skip
-            self.unmerge_adapter()
-        for _, module in modules:
-            module.set_adapter(names, inference_mode)
+        adapters.set_adapter(self.model, names, inference_mode)
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turn gradients of adapters on or off without changing which are active."""
-        for _, module in self.adapter_modules():
-            module.set_requires_grad(adapter_names, requires_grad)
+        adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         for _, module in self.adapter_modules():
@@ -274,7 +246,7 @@ class BaseTuner(ModelMerging, nn.Module):
         is_part = isinstance(encoder, nn.Module) and encoder is not self.model
         once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
         try:
-            if self.training and torch.is_grad_enabled():
+            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._recall.keep(values)
             for module in modules:
                 times = range(1 if id(module) in once else repeats)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +159,25 @@ def test_an_adapter_on_the_meta_device_waits_for_its_values() -> None:
     result = fastpeft.set_peft_model_state_dict(empty, values, low_cpu_mem_usage=True)
     assert result.missing_keys == result.unexpected_keys == []
     assert_same_bits(empty(X).logits, ours(X).logits)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_tensors_of_another_size_are_left_out_on_demand(added: bool, tmp_path: Path) -> None:
+    """What is left out starts as in PEFT, for the same seed."""
+    get_peft_model(llama(), LoraConfig(**config())).save_pretrained(tmp_path)
+    base = llama()
+    base.model.layers[1].mlp.down_proj = nn.Linear(30, 16, bias=False)
+    with pytest.raises(ValueError, match=r"size mismatch for: .*layers\.1\.mlp\.down_proj\.lora_A"):
+        PeftModel.from_pretrained(base, tmp_path)
+    states = []
+    for library in (fastpeft, peft):
+        model: Any = copy.deepcopy(base)
+        torch.manual_seed(5)
+        load = partial(library.PeftModel.from_pretrained, model)
+        if added:
+            model = library.get_peft_model(model, library.LoraConfig(**config(target_modules=["q_proj"])), "first")
+            load = partial(model.load_adapter, adapter_name="default")
+        with pytest.warns(UserWarning, match=r"down_proj\.lora_A"):
+            loaded = load(model_id=tmp_path, ignore_mismatched_sizes=True)
+        states.append(library.get_peft_model_state_dict(model if added else loaded))
+    assert {k: v.tolist() for k, v in states[0].items()} == {k: v.tolist() for k, v in states[1].items()}

@@ -63,3 +63,84 @@ def test_of_embeddings_only_targeted_ones_are_saved(targets, save):
         model = package.get_peft_model(llama(), package.LoraConfig(r=2, target_modules=["q_proj", *targets]))
         states.append(package.get_peft_model_state_dict(model, save_embedding_layers=save))
     assert sorted(states[0]) == sorted(states[1])
+
+
+def test_functional_without_a_peft_model():
+    from fastpeft import functional
+
+    base = llama()
+    model = functional.inject_adapter_in_model(fastpeft.LoraConfig(target_modules=["q_proj"]), base, "one")
+    assert model is base
+    functional.inject_adapter_in_model(fastpeft.LoHaConfig(target_modules=["v_proj"]), base, "two")
+    functional.set_adapter(model, ["two", "one"])
+    layers = [m for m in model.modules() if isinstance(m, fastpeft.AdapterLayer)]
+    assert all(layer.active_adapters == ["two", "one"] for layer in layers)
+    functional.set_requires_grad(model, "one", False)
+    assert {n for n, p in model.named_parameters() if p.requires_grad and ".one" in n} == set()
+    model.half()
+    functional.cast_adapter_dtype(model, "one")
+    dtypes = {name: {p.dtype for n, p in model.named_parameters() if f".{name}" in n} for name in ("one", "two")}
+    assert dtypes == {"one": {torch.float32}, "two": {torch.float16}}
+    assert functional.delete_adapter(model, "two", prefix="hada_") == ["one"]
+    with pytest.warns(fastpeft.PeftWarning, match="unmerged|Unmerging"):
+        _merged_then_set(functional, model, layers)
+    assert functional.delete_adapter(model, "one") is None
+
+
+def _merged_then_set(functional, model, layers):
+    next(layer for layer in layers if "one" in layer.methods).merge()
+    with pytest.raises(ValueError, match="while it is merged"):
+        functional.delete_adapter(model, "one")
+    functional.set_adapter(model, "one")
+
+
+def test_the_base_models_state_has_the_keys_that_it_had():
+    peft = pytest.importorskip("peft")
+    before = {k: v.clone() for k, v in llama().state_dict().items()}
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = fastpeft.get_peft_model(llama(), fastpeft.LoraConfig(**options))
+    state = fastpeft.get_base_model_state_dict(model)
+    assert {k: v.tolist() for k, v in state.items()} == {k: v.tolist() for k, v in before.items()}
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**options))
+    assert state.keys() == peft.get_base_model_state_dict(theirs).keys()
+    fastpeft.set_base_model_state_dict(model, {k: v + 1 for k, v in before.items()})
+    assert torch.equal(model.base_model.model.model.layers[1].self_attn.q_proj.base_layer.weight,
+                       before["model.layers.1.self_attn.q_proj.weight"] + 1)  # fmt: skip
+    del before["model.norm.weight"]
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
+        fastpeft.set_base_model_state_dict(model, before)
+    found = fastpeft.set_base_model_state_dict(model, {**before, "more": torch.zeros(1)}, strict=False)
+    assert found == (["model.norm.weight"], ["more"])
+
+
+def test_weights_of_a_file_and_its_layers(tmp_path):
+    from fastpeft.tuners.lora.bnb import Linear4bit
+    from fastpeft.utils.integrations import dequantize_module_weight
+
+    model = fastpeft.get_peft_model(llama(), fastpeft.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    state = fastpeft.load_peft_weights(tmp_path, device="cpu")
+    assert state.keys() == fastpeft.get_peft_model_state_dict(model).keys()
+    renamed = fastpeft.load_peft_weights(tmp_path, key_mapping={"^model.layers": "layers"})
+    assert all(key.startswith("base_model.model.layers.") for key in renamed)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert not isinstance(layer, Linear4bit)
+    assert torch.equal(dequantize_module_weight(layer), layer.base_layer.weight)
+    with pytest.raises(TypeError, match="LlamaMLP"):
+        dequantize_module_weight(model.base_model.model.model.layers[0].mlp)
+
+
+def test_the_package_is_its_own_in_utils():
+    from fastpeft import import_utils
+    from fastpeft.tuners.tuners_utils import check_target_module_exists, inspect_matched_modules
+    from fastpeft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+
+    peft = pytest.importorskip("peft")
+    assert FEEDFORWARD == peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    assert import_utils.is_transformers_ge_v5_4_0 is True
+    assert import_utils.is_diffusers_available() == bool(importlib.util.find_spec("diffusers"))
+    config = fastpeft.LoraConfig(target_modules=["q_proj"], exclude_modules=["layers.0.self_attn.q_proj"])
+    assert check_target_module_exists(config, "model.layers.1.self_attn.q_proj")
+    assert not check_target_module_exists(config, "model.layers.0.self_attn.q_proj")
+    found = inspect_matched_modules(fastpeft.get_peft_model(llama(), config).base_model)
+    assert found["matched"] == ["model.layers.1.self_attn.q_proj"]

@@ -16,7 +16,7 @@ from ..method import Inner, LayerInfo, Method, State, register
 from ..targets import DEFAULT_TARGETS, select
 
 # PEFT's table: what is adapted of each model type, and which of it is feedforward.
-_FEEDFORWARD = {
+FEEDFORWARD = {
     "bart": ["fc2"], "bert": ["output.dense"], "bloom": ["mlp.dense_4h_to_h"], "deberta": ["output.dense"],
     "deberta-v2": ["output.dense"], "falcon": ["dense_4h_to_h"], "gemma": ["down_proj"], "gemma2": ["down_proj"],
     "gemma3_text": ["down_proj"], "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"], "gpt_neo": ["c_proj"],
@@ -62,16 +62,16 @@ class IA3(Method):
     others = ("is_feedforward",)
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
     default_targets: ClassVar[dict[str, Any]] = {
-        name: [*_ATTENTION.get(name, DEFAULT_TARGETS[name]), *inner] for name, inner in _FEEDFORWARD.items()
+        name: [*_ATTENTION.get(name, DEFAULT_TARGETS[name]), *inner] for name, inner in FEEDFORWARD.items()
     }
     examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*", "init_ia3_weights": False})
 
     def open_fields(self, config: IA3Config, model: nn.Module, model_type: str | None) -> dict[str, Any]:
         if config.feedforward_modules is not None:
             return {}
-        if model_type not in _FEEDFORWARD:
+        if model_type not in FEEDFORWARD:
             raise ValueError("Please specify `feedforward_modules` in `peft_config`")
-        return {"feedforward_modules": set(_FEEDFORWARD[model_type])}
+        return {"feedforward_modules": set(FEEDFORWARD[model_type])}
 
     def make_state(self, config: IA3Config, info: LayerInfo, shared: Any) -> State:
         ends = config.feedforward_modules or ()

@@ -87,6 +87,7 @@ def split(
 def adapter_config(config: TrainConfig) -> Any:
     """The adapter configuration of the run; an unknown method or field is named with the nearest known one."""
     from fastpeft import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+    from fastpeft import PeftType
 
     name = config.method.lower()
     where = "lora" if name in ("lora", "dora") else "adapter"
@@ -95,6 +96,8 @@ def adapter_config(config: TrainConfig) -> Any:
     fields = config.lora | ({"use_dora": True} if name == "dora" else {}) if where == "lora" else config.adapter
     by_name = {kind.value.lower(): cls for kind, cls in CONFIGS.items()}
     config_class = by_name.get("lora" if where == "lora" else name)
+    if config_class is None and name.upper() in PeftType.__members__:
+        raise UserError(f"the method {name} is not there yet", "docs/methods.md lists those that are")
     if config_class is None:
         raise UserError(f"unknown method {config.method!r}", nearest(name, [*by_name, "dora"]))
     known = [f.name for f in dataclasses.fields(config_class)]

@@ -14,11 +14,15 @@ from types import ModuleType
 from typing import Any
 
 from .. import methods as _methods
+from ..aliases import register
 from ..layer import AdapterLayer
 from ..method import Method, registry
 from ..tuner import BaseTuner, tuner_class
 
-_LABELS = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper"})
+_LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper", "Linear4bit",
+           "Linear8bitLt")  # fmt: skip
+_FUNCTIONS = frozenset({"convert_to_lora", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
+                        "save_as_lora"})  # fmt: skip
 
 
 class _HeldBy(type):
@@ -35,7 +39,7 @@ class _HeldBy(type):
 
 def layer_class(method: Method, name: str) -> type:
     """`isinstance(module, LoraLayer)`: whether a module is an adapter layer with an adapter of that method."""
-    label = name if name in _LABELS else None
+    label = next((label for label in _LABELS if name.endswith(label)), None)
     return _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
 
 
@@ -51,14 +55,22 @@ def attribute(module: ModuleType, name: str) -> Any:
     method = next(m for m in registry().values() if type(m).__module__ == home.__name__)
     if name == method.model_name:
         value: Any = tuner_class(method)
-    elif name in _LABELS or name == method.model_name.removesuffix("Model") + "Layer":
+    elif _is_layer(method, name):
         value = layer_class(method, name)
     else:
-        value = getattr(home, name, None) or getattr(sys.modules[__name__.rpartition(".")[0]], name, None)
+        others = (sys.modules[__name__.rpartition(".")[0]], importlib.import_module("fastpeft.utils.constants"))
+        value = next((v for m in (home, *others) if (v := getattr(m, name, None)) is not None), None)
     if value is None:
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
     setattr(module, name, value)
     return value
+
+
+def _is_layer(method: Method, name: str) -> bool:
+    """Whether PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
+    whose = next((name.removesuffix(end) for end in (*_LABELS, "Layer") if name.endswith(end)), None)
+    own = {method.model_name.removesuffix("Model").lower(), "svd" if method.model_name == "AdaLoraModel" else ""}
+    return whose is not None and (whose.lower() in own or name in _LABELS)
 
 
 class _Tuner(ModuleType):
@@ -71,11 +83,15 @@ class _Tuner(ModuleType):
 _NAMES = [m.name for m in pkgutil.iter_modules(_methods.__path__) if not m.ispkg]
 for _name in {*_NAMES} - {m.name for m in pkgutil.iter_modules(__path__)}:
     sys.modules[f"{__name__}.{_name}"] = globals()[_name] = _Tuner(f"{__name__}.{_name}", _Tuner.__doc__)
-for _part in (f"{__name__}.{_name}.{_part}" for _name in _NAMES for _part in ("config", "layer", "model")):
+for _part in (f"{__name__}.{_name}.{_part}" for _name in _NAMES for _part in ("bnb", "config", "layer", "model")):
     sys.modules[_part] = _Tuner(_part, _Tuner.__doc__)  # PEFT's files of a method
 
 
 def __getattr__(name: str) -> Any:
+    if name == "lora":
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        return getattr(sys.modules[__name__.rpartition(".")[0]], name)
     if name.endswith(("Config", "Model", "Layer")):
         for module in (importlib.import_module(f"{__name__}.{n}") for n in _NAMES):
             try:
@@ -85,4 +101,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["BaseTuner", "layer_class"]
+MixedModel = BaseTuner  # every tuner takes adapters of several methods
+register(__name__, {"mixed": "tuners"})
+register(f"{__name__}.mixed", {"model": "tuners"})
+
+__all__ = ["BaseTuner", "MixedModel", "layer_class"]

@@ -1,5 +1,6 @@
 """`peft.utils.other`."""
 
-from . import CONFIG_NAME, ModulesToSaveWrapper, cast_mixed_precision_params, prepare_model_for_kbit_training
+from . import *  # noqa: F403 (its __all__)
+from . import __all__, __getattr__, _get_submodules
 
-__all__ = ["CONFIG_NAME", "ModulesToSaveWrapper", "cast_mixed_precision_params", "prepare_model_for_kbit_training"]
+__all__ = [*__all__, "__getattr__", "_get_submodules"]
