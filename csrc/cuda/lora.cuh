@@ -9,3 +9,18 @@
 const char *pk_lora_mma_refuses(const pk_lora_args &args);
 int64_t pk_lora_mma_workspace(const pk_lora_args &args);
 int pk_lora_mma(const pk_lora_args &args, cudaStream_t stream);
+
+/* The same for M <= PK_GEMV_ROWS, any shape: lora_gemv.cu. */
+constexpr int64_t PK_GEMV_ROWS = 8;
+int64_t pk_lora_gemv_workspace(const pk_lora_args &args);
+int pk_lora_gemv(const pk_lora_args &args, cudaStream_t stream);
+
+/* out[m, j] = scale * sum_c drop(z)[m, c] w[j, c], float32 [M, r], summed in a fixed order; z [M, C] of z_dtype (16 bits).
+ * by_columns: w is stored as [C, r]. dropout: args' own, of z = x. In lora_linear.cu. */
+int pk_lora_project(const pk_lora_args &args, const void *z, int64_t C, const void *w, int64_t w_dtype, bool by_columns,
+                    bool dropout, float scale, float *out, cudaStream_t stream);
+
+/* The whole backward for M <= PK_BACKWARD_ROWS: lora_backward.cu. */
+constexpr int64_t PK_BACKWARD_ROWS = 64;
+int64_t pk_lora_backward_workspace(const pk_lora_args &args);
+int pk_lora_backward(const pk_lora_args &args, cudaStream_t stream);

@@ -1,0 +1,303 @@
+/* lora_linear for at most 8 rows of x: bound by the bytes of W, so every byte is loaded once, 16 at a time, and looked up
+ * once. A warp owns 32 rows of W and 128 columns a step. Lane (g, t) = (lane / 4, lane % 4) holds 32 neighbouring codes,
+ * 16 bytes, of the rows g, g + 8, g + 16, g + 24. A byte's entry in the pair table is a word of two 16-bit values, which
+ * is an operand of mma.sync as it is, whatever order the columns are in, as long as x's fragment has the same one. So
+ * the tensor cores do what would be an unpacking and M multiply-adds for each element.
+ *
+ * 32 neighbouring elements that start at a multiple of 32 lie in one block of the format, also where blocks straddle
+ * rows. For the sums to stay apart per block, x has two of the eight columns of B for each t: columns 2t and 2t + 1 hold
+ * two rows of x at the k of lanes t, and zeros at those of the others. The sums that lane (g, t) receives are then those
+ * of its own 32 codes, and its own scale multiplies them: once per 32 elements. Where two (four) neighbouring t always
+ * lie in one block they share four (eight) columns, for so many rows of x. Twice as many rows take two SETS
+ * of columns; rows beyond that, which no usual shape has, read W again.
+ *
+ * The table has a copy per lane (32 KB): a lane reads its own bank, so no look-up conflicts with another. */
+#include "lora.cuh"
+#include "ptx.cuh"
+#include "values.cuh"
+
+namespace {
+constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 32, STEP = 128, TEAM = THREADS / ROWS;
+static_assert(TEAM == PK_GEMV_ROWS, "in the epilogue a row of W has a lane for each row of x");
+
+__device__ const uint4 zeros[4] = {}; /* what lanes without a row of x multiply by */
+
+struct Call {
+    const void *x;
+    const uint8_t *packed;
+    PkScales scales;
+    const float *s;
+    const void *b, *bias;
+    void *y;
+    float *parts; /* [splits][M][N], or NULL: y is written at once */
+    int64_t N, K;
+    int M, r, b_dtype, bias_dtype;
+    int steps; /* of STEP columns, in a split */
+    int share; /* 2^share neighbouring t lie in one block of the format */
+    float scaling;
+};
+
+template <typename T> __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    pk_mma_bf16(d, a, b);
+}
+template <> __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    pk_mma_f16(d, a, b);
+}
+
+/* y[member, n] = sum + bias[n] + scaling * s[member] . b[n]: a team of 8 lanes has row n of W, lane `member` of it brings
+ * the sum of x's row `member`. Lanes of rows that do not exist only take part in the shuffles. */
+template <typename T> __device__ __forceinline__ void finish(const Call &c, int64_t n, int member, float sum) {
+    const bool real = n < c.N;
+    float low[TEAM] = {};
+    for (int j = member; j < c.r && real; j += TEAM) {
+        const float b = pk_load_as(c.b, c.b_dtype, n * c.r + j);
+#pragma unroll
+        for (int m = 0; m < TEAM; ++m)
+            if (m < c.M) low[m] += __ldg(c.s + m * c.r + j) * b;
+    }
+    float mine = 0.0f;
+#pragma unroll
+    for (int m = 0; m < TEAM; ++m) {
+        if (m >= c.M || c.r == 0) continue; /* alike for all lanes */
+#pragma unroll
+        for (int d = TEAM / 2; d > 0; d /= 2) low[m] += __shfl_xor_sync(0xffffffffu, low[m], d);
+        mine = m == member ? low[m] : mine;
+    }
+    if (!real || member >= c.M) return;
+    if (c.bias) sum += pk_load_as(c.bias, c.bias_dtype, n);
+    static_cast<T *>(c.y)[member * c.N + n] = pk_rounded<T>(sum + c.scaling * mine);
+}
+
+template <typename T, int SETS, bool NESTED>
+__global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
+    __shared__ uint4 table[256 * 8]; /* 32 words for each byte; later the sums of the warps */
+    __shared__ float code[NESTED ? 256 : 1];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int64_t n0 = static_cast<int64_t>(blockIdx.x) * ROWS;
+    const int first = blockIdx.y * c.steps, last = static_cast<int>(min((c.K + STEP - 1) / STEP, int64_t(first) + c.steps));
+    const float offset = NESTED ? *c.scales.offset : 0.0f;
+
+    const uint8_t *rows[4];
+    int64_t element[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) { /* rows past the end repeat the last one */
+        element[i] = min(n0 + g + 8 * i, c.N - 1) * c.K;
+        rows[i] = c.packed + element[i] / 2;
+    }
+    const int K = static_cast<int>(c.K);
+    uint4 next[4];
+    uint8_t next_code[4];
+    float next_scale[4];
+    auto fetch = [&](int step) { /* past the end of a row: its last codes again; x is zero there */
+        const int k = min(step * STEP + 32 * t, K - 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            next[i] = pk_load_stream16(rows[i] + k / 2);
+            const uint32_t block = static_cast<uint32_t>((element[i] + k) >> c.scales.shift);
+            if (NESTED) {
+                next_code[i] = __ldg(c.scales.codes + block);
+                next_scale[i] = __ldg(c.scales.nested_absmax + (block >> c.scales.nested_shift));
+            } else {
+                next_scale[i] = __ldg(c.scales.absmax + block);
+            }
+        }
+    };
+    fetch(min(first + warp, last - 1));
+    {
+        const uint32_t w = pk_pack<T>(values.value[threadIdx.x / 16], values.value[threadIdx.x % 16]);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) table[threadIdx.x * 8 + ((k + threadIdx.x) & 7)] = {w, w, w, w};
+        if (NESTED) code[threadIdx.x] = c.scales.nested_code[threadIdx.x];
+    }
+    __syncthreads();
+
+    const char *const entries = reinterpret_cast<const char *>(table);
+    const uint32_t own = 4u * lane;
+    auto look_up = [&](uint32_t word, int byte) { /* 128 bytes an entry */
+        const uint32_t at = byte == 0 ? word << 7 : word >> (8 * byte - 7);
+        return *reinterpret_cast<const uint32_t *>(entries + pk_and_or(at, 0x7f80u, own));
+    };
+    const int columns = 2 << c.share; /* of B for 2^share t */
+    const char *x_rows[SETS];         /* NULL: this lane's column of B is zero at its k */
+#pragma unroll
+    for (int j = 0; j < SETS; ++j) {
+        const int m = columns * j + g % columns;
+        x_rows[j] = g / columns == t >> c.share && m < c.M
+                        ? reinterpret_cast<const char *>(static_cast<const T *>(c.x) + m * c.K)
+                        : nullptr;
+    }
+    float sums[2][SETS][4] = {};
+    for (int step = first + warp; step < last; step += WARPS) {
+        const int k = step * STEP + 32 * t;
+        uint32_t w[4][4];
+        float scale[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            w[i][0] = next[i].x, w[i][1] = next[i].y, w[i][2] = next[i].z, w[i][3] = next[i].w;
+            scale[i] = NESTED ? __fadd_rn(__fmul_rn(code[next_code[i]], next_scale[i]), offset) : next_scale[i];
+            if (k >= K) scale[i] = 0.0f; /* 0 times the infinite scale of a block that is counted already is no 0 */
+        }
+        fetch(min(step + WARPS, last - 1));
+        const char *from[SETS];
+#pragma unroll
+        for (int j = 0; j < SETS; ++j)
+            from[j] = x_rows[j] && k < K ? x_rows[j] + 2 * k : reinterpret_cast<const char *>(zeros);
+        float part[2][SETS][4] = {};
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+            uint32_t x[SETS][4];
+#pragma unroll
+            for (int j = 0; j < SETS; ++j) {
+                const uint4 v = *reinterpret_cast<const uint4 *>(from[j] + 16 * q);
+                x[j][0] = v.x, x[j][1] = v.y, x[j][2] = v.z, x[j][3] = v.w;
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int tile = 0; tile < 2; ++tile) {
+                    const uint32_t upper = w[2 * tile][q], lower = w[2 * tile + 1][q];
+                    const uint32_t a[4] = {look_up(upper, 2 * half), look_up(lower, 2 * half), look_up(upper, 2 * half + 1),
+                                           look_up(lower, 2 * half + 1)};
+#pragma unroll
+                    for (int j = 0; j < SETS; ++j) {
+                        const uint32_t b[2] = {x[j][2 * half], x[j][2 * half + 1]};
+                        mma<T>(part[tile][j], a, b);
+                    }
+                }
+        }
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+            for (int j = 0; j < SETS; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[tile][j][e] += scale[2 * tile + e / 2] * part[tile][j][e];
+    }
+
+    __syncthreads(); /* the table's place is free */
+    float *const shared = reinterpret_cast<float *>(table);
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int j = 0; j < SETS; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                float v = sums[tile][j][e];
+                if (c.share < 1) v += __shfl_xor_sync(0xffffffffu, v, 1);
+                if (c.share < 2) v += __shfl_xor_sync(0xffffffffu, v, 2);
+                if (t >> c.share == 0)
+                    shared[(warp * ROWS + 16 * tile + 8 * (e / 2) + g) * TEAM + columns * j + 2 * t + e % 2] = v;
+            }
+    __syncthreads();
+    const int row = threadIdx.x / TEAM, member = threadIdx.x % TEAM;
+    float sum = 0.0f;
+    if (member < c.M)
+        for (int i = 0; i < WARPS; ++i) sum += shared[(i * ROWS + row) * TEAM + member];
+    if (!c.parts)
+        finish<T>(c, n0 + row, member, sum);
+    else if (n0 + row < c.N && member < c.M)
+        c.parts[(int64_t(blockIdx.y) * c.M + member) * c.N + n0 + row] = sum;
+}
+
+template <typename T> __global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__ Call c, int splits) {
+    const int64_t n = static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.x / TEAM;
+    const int member = threadIdx.x % TEAM;
+    float sum = 0.0f;
+    for (int p = 0; p < splits && n < c.N && member < c.M; ++p) sum += c.parts[(int64_t(p) * c.M + member) * c.N + n];
+    finish<T>(c, n, member, sum);
+}
+
+/* Any K and any alignment, element by element: for shapes that no model has. A warp has a row of W. */
+template <typename T>
+__global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
+    __shared__ float table[16], code[256];
+    const int lane = threadIdx.x % 32;
+    const bool nested = c.scales.absmax == nullptr;
+    if (threadIdx.x < 16) table[threadIdx.x] = values.value[threadIdx.x];
+    if (nested) code[threadIdx.x] = c.scales.nested_code[threadIdx.x];
+    const float offset = nested ? *c.scales.offset : 0.0f;
+    __syncthreads();
+    const int64_t n = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
+    float sums[TEAM] = {};
+    for (int64_t k = lane; k < c.K && n < c.N; k += 32) {
+        const int64_t e = n * c.K + k;
+        const float scale = nested ? pk_scale<true>(c.scales, code, offset, e) : pk_scale<false>(c.scales, code, offset, e);
+        const float w = __fmul_rn(table[(c.packed[e / 2] >> (e % 2 ? 0 : 4)) & 15], scale);
+#pragma unroll
+        for (int m = 0; m < TEAM; ++m)
+            if (m < c.M) sums[m] += w * pk_float(static_cast<const T *>(c.x)[m * c.K + k]);
+    }
+    float mine = 0.0f;
+#pragma unroll
+    for (int m = 0; m < TEAM; ++m) {
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) sums[m] += __shfl_xor_sync(0xffffffffu, sums[m], d);
+        mine = m == lane % TEAM ? sums[m] : mine;
+    }
+    finish<T>(c, n, lane % TEAM, mine); /* the four teams of the warp write the same values */
+}
+
+bool whole_runs(const pk_lora_args &a) { return a.K > 0 && a.K % 32 == 0 && pk_aligned(a.x, 16) && pk_aligned(a.weight, 16); }
+
+/* How many blocks share a row of W: enough blocks for a large GPU, a step for every warp, and the same on every GPU. */
+int64_t splits_of(const pk_lora_args &a) {
+    const int64_t blocks = (a.N + ROWS - 1) / ROWS, steps = (a.K + STEP - 1) / STEP;
+    if (!whole_runs(a) || blocks >= 96) return 1;
+    const int64_t wanted = (192 + blocks - 1) / blocks, most = steps / WARPS;
+    return most < 1 ? 1 : (wanted < most ? wanted : most);
+}
+
+template <typename T, int SETS>
+void launch(const Call &c, const PkTable &table, unsigned splits, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>((c.N + ROWS - 1) / ROWS), splits);
+    auto kernel = c.scales.absmax ? gemv_kernel<T, SETS, false> : gemv_kernel<T, SETS, true>;
+    PK_LAUNCH(kernel, grid, THREADS, stream, c, table);
+}
+
+template <typename T> void launch_all(const pk_lora_args &a, Call &c, cudaStream_t stream) {
+    const PkTable table = pk_table_of(a.table);
+    if (!whole_runs(a)) {
+        auto kernel = any_kernel<T>;
+        PK_LAUNCH(kernel, static_cast<unsigned>((c.N + WARPS - 1) / WARPS), THREADS, stream, c, table);
+        return;
+    }
+    const int64_t steps = (c.K + STEP - 1) / STEP, wanted = splits_of(a);
+    c.steps = static_cast<int>((steps + wanted - 1) / wanted);
+    const unsigned splits = static_cast<unsigned>((steps + c.steps - 1) / c.steps);
+    c.parts = splits > 1 ? a.workspace : nullptr;
+    for (c.share = 2; c.share > 0 && ((32 << c.share) > a.blocksize || c.K % (32 << c.share) != 0);) --c.share;
+    const int most = 4 << c.share;
+    for (int m = 0; m < a.M; m += most) {
+        c.M = static_cast<int>(a.M - m < most ? a.M - m : most);
+        c.x = static_cast<const T *>(a.x) + m * a.K, c.y = static_cast<T *>(a.y) + m * a.N, c.s = a.s + m * a.r;
+        if (2 * c.M <= most)
+            launch<T, 1>(c, table, splits, stream);
+        else
+            launch<T, 2>(c, table, splits, stream);
+        if (splits == 1) continue;
+        auto kernel = finish_kernel<T>;
+        PK_LAUNCH(kernel, static_cast<unsigned>((c.N + ROWS - 1) / ROWS), THREADS, stream, c, static_cast<int>(splits));
+    }
+}
+} // namespace
+
+int64_t pk_lora_gemv_workspace(const pk_lora_args &a) {
+    const int64_t splits = splits_of(a);
+    return splits > 1 ? splits * a.M * a.N * 4 : 0;
+}
+
+int pk_lora_gemv(const pk_lora_args &a, cudaStream_t stream) {
+    Call c = {};
+    c.x = a.x, c.packed = static_cast<const uint8_t *>(a.weight), c.y = a.y;
+    c.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
+    c.s = a.s, c.b = a.b, c.bias = a.bias;
+    c.N = a.N, c.K = a.K, c.M = static_cast<int>(a.M), c.r = static_cast<int>(a.r);
+    c.b_dtype = static_cast<int>(a.b_dtype), c.bias_dtype = static_cast<int>(a.bias_dtype);
+    c.scaling = static_cast<float>(a.scaling);
+    if (a.x_dtype == PK_BF16)
+        launch_all<__nv_bfloat16>(a, c, stream);
+    else
+        launch_all<__half>(a, c, stream);
+    return pk_cuda_check(cudaGetLastError(), "lora_linear");
+}

@@ -1,0 +1,112 @@
+/* Values in and out of global memory: eight floats at a time, element types rounded once, 4-bit scales and tables. */
+#pragma once
+#include "common.cuh"
+
+/* The 16 values of a code table, by code; handed to kernels by value. */
+struct PkTable {
+    float value[16];
+};
+inline PkTable pk_table_of(const float *values) {
+    PkTable t;
+    for (int k = 0; k < 16; ++k) t.value[k] = values[k];
+    return t;
+}
+
+inline int pk_log2(int64_t power) {
+    int shift = 0;
+    while ((int64_t(1) << shift) < power) ++shift;
+    return shift;
+}
+inline bool pk_power_of_two(int64_t v) { return v > 0 && (v & (v - 1)) == 0; }
+
+/* Scales of the blocks: float32, or nested 8-bit codes (then `absmax` is NULL). Blocksizes are powers of two. */
+struct PkScales {
+    const float *absmax;
+    const uint8_t *codes;
+    const float *nested_absmax, *nested_code, *offset;
+    int shift, nested_shift;
+};
+inline PkScales pk_scales_of(const void *absmax, const float *nested_absmax, const float *nested_code,
+                             const float *offset, int64_t blocksize, int64_t nested_blocksize) {
+    const bool nested = nested_code != nullptr;
+    return {nested ? nullptr : static_cast<const float *>(absmax),
+            nested ? static_cast<const uint8_t *>(absmax) : nullptr,
+            nested_absmax, nested_code, offset, pk_log2(blocksize), nested ? pk_log2(nested_blocksize) : 0};
+}
+
+/* Scale of the block that holds the flat element e. code: the 256 values of nested_code in shared memory. */
+template <bool NESTED> __device__ __forceinline__ float pk_scale(const PkScales &s, const float *code, float offset, int64_t e) {
+    const int64_t block = e >> s.shift;
+    if (!NESTED) return __ldg(s.absmax + block);
+    /* product and sum rounded apart, as the format says */
+    return __fadd_rn(__fmul_rn(code[__ldg(s.codes + block)], __ldg(s.nested_absmax + (block >> s.nested_shift))), offset);
+}
+
+template <typename T> __device__ __forceinline__ T pk_rounded(float v);
+template <> __device__ __forceinline__ float pk_rounded<float>(float v) { return v; }
+template <> __device__ __forceinline__ __nv_bfloat16 pk_rounded<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <> __device__ __forceinline__ __half pk_rounded<__half>(float v) { return __float2half_rn(v); }
+
+__device__ __forceinline__ float pk_float(float v) { return v; }
+__device__ __forceinline__ float pk_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float pk_float(__half v) { return __half2float(v); }
+
+/* Two values as one word, the first in the low half. */
+template <typename T> __device__ __forceinline__ uint32_t pk_pack(float low, float high) {
+    union {
+        T half[2];
+        uint32_t word;
+    } out;
+    out.half[0] = pk_rounded<T>(low);
+    out.half[1] = pk_rounded<T>(high);
+    return out.word;
+}
+
+/* The two values of a word. */
+template <typename T> __device__ __forceinline__ void pk_unpack(uint32_t word, float *v);
+template <> __device__ __forceinline__ void pk_unpack<__nv_bfloat16>(uint32_t word, float *v) {
+    v[0] = __uint_as_float(word << 16);
+    v[1] = __uint_as_float(word & 0xffff0000u);
+}
+template <> __device__ __forceinline__ void pk_unpack<__half>(uint32_t word, float *v) {
+    v[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+    v[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+}
+
+/* Eight neighbouring elements as floats, from memory that is 16-byte aligned. */
+__device__ __forceinline__ void pk_load8(const float *p, float *v) {
+    const float4 a = reinterpret_cast<const float4 *>(p)[0], b = reinterpret_cast<const float4 *>(p)[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+template <typename T> __device__ __forceinline__ void pk_load8(const T *p, float *v) { /* the 16-bit types */
+    const uint4 raw = *reinterpret_cast<const uint4 *>(p);
+    pk_unpack<T>(raw.x, v), pk_unpack<T>(raw.y, v + 2), pk_unpack<T>(raw.z, v + 4), pk_unpack<T>(raw.w, v + 6);
+}
+
+/* Element i, or eight from i on (those from `left` on are zero), of a tensor whose dtype is known at run time only: a
+ * branch that all threads take alike. fast: all eight are there and 16-byte aligned. */
+__device__ __forceinline__ float pk_load_as(const void *p, int dtype, int64_t i) {
+    if (dtype == PK_F32) return static_cast<const float *>(p)[i];
+    if (dtype == PK_BF16) return __bfloat162float(static_cast<const __nv_bfloat16 *>(p)[i]);
+    return __half2float(static_cast<const __half *>(p)[i]);
+}
+__device__ __forceinline__ void pk_load8_as(const void *p, int dtype, int64_t i, int64_t left, bool fast, float *v) {
+    if (!fast) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) v[k] = k < left ? pk_load_as(p, dtype, i + k) : 0.0f;
+    } else if (dtype == PK_F32) {
+        pk_load8(static_cast<const float *>(p) + i, v);
+    } else if (dtype == PK_BF16) {
+        pk_load8(static_cast<const __nv_bfloat16 *>(p) + i, v);
+    } else {
+        pk_load8(static_cast<const __half *>(p) + i, v);
+    }
+}
+__device__ __forceinline__ void pk_store_as(void *p, int dtype, int64_t i, float v) {
+    if (dtype == PK_F32)
+        static_cast<float *>(p)[i] = v;
+    else if (dtype == PK_BF16)
+        static_cast<__nv_bfloat16 *>(p)[i] = __float2bfloat16_rn(v);
+    else
+        static_cast<__half *>(p)[i] = __float2half_rn(v);
+}
