@@ -90,7 +90,7 @@ def test_a_library_that_is_not_built_says_how_to_build_it(monkeypatch: pytest.Mo
     why = native.available()
     assert why is not None
     assert "not built" in why
-    assert "cmake --build" in why
+    assert "make native" in why
     with pytest.raises(native.NativeError, match="not built"):
         native.cpu()
 

@@ -131,3 +131,25 @@ class AdapterDict(nn.Module):
     def extra_repr(self) -> str:
         tensors = {**self._parameters, **self._buffers}
         return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in tensors.items() if t is not None)
+
+
+class Switches:
+    """What a module with adapters says of which of them act, by PEFT's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters

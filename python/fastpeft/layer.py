@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .base_edits import BaseEdits
 from .config import PeftWarning
-from .containers import AdapterDict
+from .containers import AdapterDict, Switches
 from .merging import Merging
 from .method import AdapterView, Fused, LayerInfo, Method, State
 from .rows import Rows
@@ -24,7 +24,7 @@ from .stack import Stack
 from .weights import BaseWeight, Part, weight_of
 
 
-class AdapterLayer(Merging, BaseEdits, Rows, nn.Module):
+class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
     """A base layer with any number of adapters of any methods. Its attributes are those of PEFT's tuner layers.
 
     The tensors of an adapter are spread over one container per tensor name: `layer.lora_A["default"].weight`. Values
@@ -43,9 +43,6 @@ class AdapterLayer(Merging, BaseEdits, Rows, nn.Module):
         self.layer_name = name
         self.methods: dict[str, Method] = {}
         self.shared: dict[str, str] = {}  # attributes that are containers of several layers: their names on a tuner
-        self.merged_adapters: list[str] = []
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
         self._trained: set[str] = set()  # adapters whose tensors may require gradients
         self._taken: dict[str, Any] | None = None  # the base weight as it was before merging
         self._plan: Fused | None = None
@@ -96,18 +93,6 @@ class AdapterLayer(Merging, BaseEdits, Rows, nn.Module):
     @property
     def other_param_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(n for m in self.methods.values() for n in m.others))
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self._active_adapter
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self._active_adapter
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
 
     @property
     def merged(self) -> bool:

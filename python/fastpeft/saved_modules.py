@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .containers import AdapterDict
+from .containers import AdapterDict, Switches
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Switches, nn.Module):
     """Holds the original module and one trained copy per adapter; the active adapter's copy computes.
 
     Keys in memory are `<module>.modules_to_save.<adapter>.<tensor>`, in a file `<module>.<tensor>`.
@@ -26,9 +26,6 @@ class ModulesToSaveWrapper(nn.Module):
         check_savable(module_to_save)
         self.original_module = module_to_save
         self.modules_to_save = AdapterDict()
-        self.merged_adapters: list[str] = []
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
         self._rows: list[str] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -38,18 +35,6 @@ class ModulesToSaveWrapper(nn.Module):
             if name.startswith("_") or "_modules" not in self.__dict__:
                 raise
         return getattr(self.current(), name)  # a model may read, say, `lm_head.weight`
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self._active_adapter
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self._active_adapter
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.modules_to_save)

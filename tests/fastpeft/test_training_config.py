@@ -94,6 +94,8 @@ def test_lora_settings_are_checked() -> None:
     assert (other.peft_type, other.target_modules) == ("IA3", "all-linear")
     with pytest.raises(UserError, match="unknown method 'loraa'"):
         adapter_config(from_dict({**BASE, "method": "loraa"}))
+    with pytest.raises(UserError, match="method prompt_tuning is not there yet"):
+        adapter_config(from_dict({**BASE, "method": "prompt_tuning"}))
     with pytest.raises(UserError, match=r"unknown setting adapter\.r"):
         adapter_config(from_dict({**BASE, "method": "ia3", "adapter": {"r": 3}}))
     with pytest.raises(UserError, match="for other methods"):
