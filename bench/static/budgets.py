@@ -25,6 +25,11 @@ def rules() -> list[dict[str, Any]]:
     return found
 
 
+def of_arch(arch: str) -> list[dict[str, Any]]:
+    """The rules that hold on an architecture (`sm_90`)."""
+    return [rule for rule in rules() if arch in _listed(rule["where"].get("arch", arch))]
+
+
 def value(row: Row, name: str) -> Any:
     if name.startswith("config."):
         return row.config.get(name.removeprefix("config."))
@@ -56,9 +61,9 @@ def check(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def unused(rows: Sequence[Row]) -> list[str]:
-    """The rules that are about none of `rows`: a limit that holds for nothing proves nothing."""
-    return [rule["why"] for rule in rules() if not any(holds(rule, row) for row in rows)]
+def unused(rows: Sequence[Row], some: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the rules `some` that are about none of `rows`: a limit that holds for nothing proves nothing."""
+    return [rule for rule in some if not any(holds(rule, row) for row in rows)]
 
 
 def _listed(wanted: Any) -> list[Any]:

@@ -11,7 +11,8 @@ from . import sass
 from .metrics import Work
 
 N = K = 4096  # the weight that rooflines are stated for
-BITS = {"f32": 4, "bf16": 2, "f16": 2}
+SIZE = {"f32": 4, "bf16": 2, "f16": 2}
+WEIGHT = N * K * (0.5 + 1 / 64 + 4 / 64 / 256)  # bytes of it in NF4, nested
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,39 @@ class Fact:
 
 
 def _dequantize(arguments: tuple[str, ...]) -> Fact:
-    size = BITS[arguments[0]]
-    packed = N * K * (0.5 + 1 / 64 + 4 / 64 / 256)
-    return Fact("dequantize_4bit", r"STG\.E\.(\w+\.)*128", 16 / size, bytes=packed + N * K * size, wide=False)
+    size = SIZE[arguments[0]]
+    return Fact("dequantize_4bit", r"STG\.E\.(\w+\.)*128", 16 / size, bytes=WEIGHT + N * K * size, wide=False)
 
 
+def _product(rows: int, weights: float) -> Fact:
+    """A product of `rows` rows of 16-bit numbers with the weight, on the tensor cores."""
+    return Fact("lora_linear", "HMMA", weights, bytes=WEIGHT + 2 * rows * (N + K), fmas=rows * N * K)
+
+
+def _gemv(arguments: tuple[str, ...]) -> Fact:
+    """<type, sets of rows of x, nested>: the weight is the left operand, 8 of it a thread in an instruction, and each
+    fragment is used by every set."""
+    return _product(8, 8 / int(arguments[1]))
+
+
+def _input(arguments: tuple[str, ...]) -> Fact:
+    """<type, tiles of 16 rows of dy, nested>: the weight is the right operand, 4 of it a thread."""
+    tiles = int(arguments[1])
+    return _product(16 * tiles, 4 / tiles)
+
+
+def _other(op: str) -> Callable[[tuple[str, ...]], Fact]:
+    return lambda arguments: Fact(op, wide=False)
+
+
+# Kernels that decode for the sake of shapes that no model has (any), or nothing at all, have no loop to speak of.
 FACTS: dict[str, Callable[[tuple[str, ...]], Fact]] = {
     "dequantize_kernel": _dequantize,
-    "quantize_kernel": lambda arguments: Fact("quantize_4bit", wide=False),
-    "absmax_kernel": lambda arguments: Fact("quantize_4bit", wide=False),
+    "quantize_kernel": _other("quantize_4bit"),
+    "absmax_kernel": _other("quantize_4bit"),
+    "gemv_kernel": _gemv,
+    "input_kernel": _input,
+    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "project", "finish", "sum", "outer")},
 }
 
 
