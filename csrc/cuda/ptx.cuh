@@ -72,6 +72,9 @@ __device__ __forceinline__ uint4 pk_load_stream16(const void *global) {
     return v;
 }
 
+/* 16 bytes that another block wrote during this launch: read past L1. */
+__device__ __forceinline__ float4 pk_load_fresh16(const float4 *global) { return __ldcg(global); }
+
 /* Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes of a (0 to 3) and b (4 to 7). */
 __device__ __forceinline__ uint32_t pk_prmt(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);

@@ -22,6 +22,7 @@ PK_SIMT_SWITCH
 dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0), blockDim, gridDim;
 
 namespace simt {
+Device device = {8, 9, 108, 99 << 10};
 namespace {
 constexpr size_t STACK = 256 << 10;
 enum State : uint8_t { READY, AT_BLOCK, AT_WARP, RETURNED };
@@ -311,11 +312,11 @@ void run(const char *name, const void *kernel, dim3 grid, unsigned threads, size
     std::lock_guard<std::mutex> lock(m.one_launch);
     m.name = name, m.kernel = kernel, m.failed = cudaSuccess, blockIdx = dim3(0, 0, 0);
     if (!threads || threads > MOST_THREADS || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 ||
-        grid.z > 65535 || shared_bytes > MOST_SHARED)
+        grid.z > 65535 || shared_bytes > device.shared)
         return report(cudaErrorInvalidConfiguration,
                       "a launch of (%u, %u, %u) blocks of %u threads and %zu bytes of shared memory; at most "
                       "(2147483647, 65535, 65535), %u and %u", grid.x, grid.y, grid.z, threads, shared_bytes,
-                      MOST_THREADS, MOST_SHARED);
+                      MOST_THREADS, device.shared);
     if (!make_stacks()) return report(cudaErrorLaunchFailure, "no memory for the stacks of %u threads", MOST_THREADS);
     m.host = Fibre();
     m.host_frame = static_cast<const char *>(__builtin_frame_address(0));
@@ -373,6 +374,12 @@ const char *cudaGetErrorString(cudaError_t error) {
     return error == cudaSuccess ? "no error" : simt::last_text;
 }
 
+/* Another GPU from now on: 80, 89, 90 ... and its number of multiprocessors. At first an sm_89, which like sm_86 and
+ * sm_120 has the least shared memory of all. */
+extern "C" PK_EXPORT void pk_simt_set_device(int capability, int processors) {
+    const bool least = (capability >= 86 && capability < 90) || capability >= 120;
+    simt::device = {capability / 10, capability % 10, processors, (least ? 99u : capability < 90 ? 163u : 227u) << 10};
+}
 /* The order of threads and blocks from now on: another seed, another order; the same one, the same order. */
 extern "C" PK_EXPORT void pk_simt_set_seed(uint64_t seed) { simt::m.seed = seed << 32; }
 /* What this build looks for: "plain", "races" or "asan". */

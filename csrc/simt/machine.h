@@ -29,7 +29,12 @@ const char *cudaGetErrorString(cudaError_t error);
 
 namespace simt {
 constexpr unsigned WARP = 32, MOST_THREADS = 1024;
-constexpr unsigned MOST_SHARED = 99 << 10; /* dynamic bytes a block: what sm_86, 89 and 120 have, the least of all */
+/* The GPU that this is taken for (pk_simt_set_device). shared: the most dynamic bytes a block. */
+struct Device {
+    int major, minor, processors;
+    unsigned shared;
+};
+extern Device device;
 
 /* A place in a kernel, as a default argument of what is called there. */
 struct Where {

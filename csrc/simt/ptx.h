@@ -109,3 +109,4 @@ using pk_shared_t = uintptr_t; /* here an address is a pointer */
 inline pk_shared_t pk_shared_address(const void *shared) { return reinterpret_cast<uintptr_t>(shared); }
 template <typename C> C pk_and_or(uint32_t a, uint32_t b, C c) { return (a & b) | c; }
 inline float pk_load_shared(pk_shared_t address) { return *reinterpret_cast<const float *>(address); }
+inline float4 pk_load_fresh16(const float4 *global) { return *global; }

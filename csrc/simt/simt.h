@@ -45,10 +45,10 @@ inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int) {
     switch (which) {
-    case cudaDevAttrMultiProcessorCount: *value = 108; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::MOST_SHARED; break;
+    case cudaDevAttrMultiProcessorCount: *value = simt::device.processors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = simt::device.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = simt::device.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(simt::device.shared); break;
     default: return cudaErrorInvalidValue;
     }
     return cudaSuccess;

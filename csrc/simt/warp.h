@@ -84,6 +84,8 @@ inline int __all_sync(unsigned mask, int predicate, simt::Where where = {}) {
 }
 
 template <typename T> T __ldg(const T *p) { return *p; }
+inline void __threadfence() {}
+inline void __trap() { simt::fail(cudaErrorLaunchFailure, "__trap()"); }
 
 namespace simt {
 /* Fibres change over at barriers only, so a plain read and write are one step. */
