@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import PeftWarning
 from .method import AdapterView, LayerInfo, Method
+from .sharded import is_sharded
 from .weights import BaseWeight, Weight, wide
 
 
@@ -87,6 +88,11 @@ class Merging:
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         wanted = self._active_adapter if adapter_names is None else adapter_names
         names = [n for n in wanted if n in self.methods and n not in self.merged_adapters]
+        if names and any(is_sharded(p) for p in self.base_layer.parameters()):
+            raise ValueError(
+                f"{self.layer_name or 'The layer'} is sharded (FSDP2): save the adapter, and merge it in a model that "
+                "is not."
+            )
         for name in names:
             reason = self.methods[name].mergeable_in(self.view(name), self.info)
             if reason:

@@ -106,6 +106,8 @@ class NF4Linear(nn.Module):
 
     def set_quant_weight(self, weight: QuantWeight) -> None:
         """Replace the weight. Its tensors are kept, not copied, so an old `quant_weight()` restores the exact bytes."""
+        if self.sharded:
+            raise ValueError("this NF4Linear is sharded: load, requantise or merge before `fully_shard_model`")
         if len(weight.shape) != 2:
             raise ValueError(f"NF4Linear needs a weight of shape (out_features, in_features), got {weight.shape}")
         self.out_features, self.in_features = (int(n) for n in weight.shape)
@@ -119,6 +121,21 @@ class NF4Linear(nn.Module):
     @property
     def nested(self) -> bool:
         return self.nested_absmax is not None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether `share_parameters` was called."""
+        return "weight" in self._parameters
+
+    def share_parameters(self) -> None:
+        """Hold `weight` and `absmax` as frozen parameters from now on, which FSDP2 shards; buffers it would not."""
+        for name in ("weight", "absmax"):
+            if name in self._buffers:
+                held = self._buffers.pop(name)
+                self._non_persistent_buffers_set.discard(name)
+                assert held is not None
+                self._parameters[name] = nn.Parameter(held, requires_grad=False)
+        self.__dict__.pop("_quant_weight", None)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor, by default in the dtype that it came in."""
@@ -142,17 +159,21 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # `model.half()` and `.to(bfloat16)` reach every floating buffer; a rounded scale would be another weight.
-        held = {name: self._buffers[name] for name in ("weight", *_SCALES)}
-        for name in held:
-            self._buffers[name] = None
+        held = {name: self._buffers.pop(name) for name in ("weight", *_SCALES) if name in self._buffers}
+        frozen: dict[str, Any] = {name: self._parameters.pop(name) for name in ("weight", "absmax") if name in self._parameters}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(held)
-        for name, old in held.items():
+            self._parameters.update(frozen)
+        for name, old in (*held.items(), *frozen.items()):
             if old is not None:
                 new = fn(old)
-                self._buffers[name] = new if new.dtype == old.dtype else old.to(new.device)
+                new = new if new.dtype == old.dtype else old.to(new.device)
+                if name in held:
+                    self._buffers[name] = new
+                else:
+                    self._parameters[name] = nn.Parameter(new, requires_grad=False)
         self.__dict__.pop("_quant_weight", None)
         return self
 
@@ -165,6 +186,7 @@ class NF4Linear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "absmax", None)  # of a sharded layer; its key is bitsandbytes'
         destination.update({prefix + key: value for key, value in bnb_state(self.quant_weight()).items()})
 
     def _load_from_state_dict(

@@ -76,11 +76,17 @@ def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     count = x.shape[-1] // size
     if len(blocks) == 1:
         blocks = blocks.expand(count, size, size)
-    together = math.gcd(count, max(MIN_BLOCK // size, 1))
+    together = _gcd(count, max(MIN_BLOCK // size, 1))
     if together > 1:
         parts = blocks.reshape(count // together, together, size, size).permute(0, 2, 3, 1)
         blocks = torch.diag_embed(parts, dim1=1, dim2=3).reshape(-1, together * size, together * size)
     return _BlockRotation.apply(x, blocks)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _gcd(a: int, b: int) -> int:
+    while b:  # math.gcd takes no symbolic sizes
+        a, b = b, a % b
+    return a
 
 
 class BlockDropout(nn.Module):
@@ -94,9 +100,9 @@ class BlockDropout(nn.Module):
         if not self.training:
             return blocks
         factors = blocks.reshape(-1, *blocks.shape[-3:])
-        chosen = torch.zeros(factors.shape[:2], dtype=torch.bool)
-        factor = int(torch.randint(0, len(factors), (1,)))
-        chosen[factor, torch.randperm(chosen.shape[1]) < int(self.p * chosen.shape[1])] = True
+        count, size = factors.shape[:2]
+        factor = torch.arange(count) == torch.randint(0, count, (1,))  # no number is read: a graph cannot
+        chosen = factor[:, None] & (torch.randperm(size) < int(self.p * size))
         eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
         return torch.where(chosen.view(blocks.shape[:-2]).to(blocks.device)[..., None, None], eye, blocks)
 

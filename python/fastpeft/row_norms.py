@@ -2,7 +2,8 @@
 
 |W + B A|^2 = |W|^2 + 2 rowsum(B * U) + rowsum((B G) * B), with U = W A^T (r more tokens through the layer), G = A A^T.
 |W|^2 is kept for each base weight. Where the three terms cancel, the sum has lost its digits: rows below 1e-2 |W|^2 are
-computed anew from W + B A, a tile of rows at a time.
+computed anew from W + B A, a tile of rows at a time. Which rows these are depends on data, and a compiled graph keeps
+no |W|^2: there every row is computed from W + B A, which decodes W once and not twice.
 """
 
 from __future__ import annotations
@@ -22,9 +23,17 @@ TILE = 256
 
 @torch.no_grad()
 def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    """|W + b a| of each row, in at least float32."""
+    """|W + b a| of each row, in at least float32, under autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return _norms(kind, module, a, b)
+
+
+def _norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(wide(kind.dtype(module)), wide(a.dtype))
     a, b = a.flatten(1).to(dtype), b.flatten(1).to(dtype)
+    if torch.compiler.is_compiling():
+        tiles = kind._tiles(module)
+        return torch.cat([torch.addmm(kind.rows(module, t).to(dtype), b[t], a).square().sum(1) for t in tiles]).sqrt()
     base = _kept_norms(kind, module)
     # The sums are small, and in float64 they lose nothing that the products had.
     left = b.double()
@@ -43,8 +52,6 @@ _NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, Tensor]] = weakref.
 def _kept_norms(kind: type[BaseWeight], module: nn.Module) -> Tensor:
     """|W|^2 of each row, computed again when the module holds another weight, or other memory for it, or wrote into it
     (`weight.data.mul_(2)` writes without leaving a trace)."""
-    if torch.compiler.is_compiling():  # a graph keeps nothing
-        return kind.squared_norms(module)
     weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
     # The reference holds no memory, but keeps the address from being given to another storage.
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]

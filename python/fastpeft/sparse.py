@@ -114,28 +114,54 @@ def _quiet() -> None:
         torch.zeros(1, 1).to_sparse_csr()
 
 
+# Both directions are opaque to torch.compile: layouts are found once from the positions and are no part of a graph.
+
+
+def _forward(x: Tensor, values: Tensor, indices: Tensor, out_features: int, in_features: int) -> Tensor:
+    rows = x.reshape(-1, in_features).to(_wide(x))
+    y = _product(layouts(indices, (out_features, in_features))[0], values.to(rows.dtype), rows)
+    return y.to(x.dtype).reshape(*x.shape[:-1], out_features).contiguous()
+
+
+def _backward(dy: Tensor, x: Tensor, values: Tensor, indices: Tensor, need_dx: bool, need_dvalues: bool) -> Any:
+    shape = (dy.shape[-1], x.shape[-1])
+    straight, transposed = layouts(indices, shape)
+    dy = dy.reshape(-1, shape[0]).to(_wide(x))
+    dx, dvalues = x.new_empty(0), values.new_empty(0)
+    if need_dx:
+        dx = _product(transposed, values.to(dy.dtype), dy).to(x.dtype).reshape(x.shape).contiguous()
+    if need_dvalues:
+        dvalues = _value_gradient(dy, x, values, straight)
+    return dx, dvalues
+
+
+def _fake_backward(dy: Tensor, x: Tensor, values: Tensor, indices: Tensor, need_dx: bool, need_dvalues: bool) -> Any:
+    return x.new_empty(x.shape if need_dx else (0,)), values.new_empty(values.shape if need_dvalues else (0,))
+
+
+_ops: Any = torch.library.Library("fastpeft", "DEF")  # type: ignore[no-untyped-call]
+_ops.define("sparse_linear(Tensor x, Tensor values, Tensor indices, SymInt out_features, SymInt in_features) -> Tensor",
+            tags=(torch.Tag.pt2_compliant_tag,))  # fmt: skip
+_ops.define("sparse_linear_backward(Tensor dy, Tensor x, Tensor values, Tensor indices, bool need_dx, "
+            "bool need_dvalues) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))  # fmt: skip
+_ops.impl("sparse_linear", _forward, "CompositeExplicitAutograd")
+_ops.impl("sparse_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fastpeft::sparse_linear", lambda x, v, i, n, k: x.new_empty((*x.shape[:-1], n)), lib=_ops)
+torch.library.register_fake("fastpeft::sparse_linear_backward", _fake_backward, lib=_ops)
+
+
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, values, indices)
-        ctx.shape = shape
-        rows = x.reshape(-1, shape[1]).to(_wide(x))
-        y = _product(layouts(indices, shape)[0], values.to(rows.dtype), rows)
-        return y.to(x.dtype).reshape(*x.shape[:-1], shape[0])
+        return torch.ops.fastpeft.sparse_linear(x, values, indices, *shape)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, indices = ctx.saved_tensors
-        shape, (grad,) = ctx.shape, grads
-        straight, transposed = layouts(indices, shape)
-        dy = grad.reshape(-1, shape[0]).to(_wide(x))
-        dx = dvalues = None
-        if ctx.needs_input_grad[0]:
-            dx = _product(transposed, values.to(dy.dtype), dy).to(x.dtype).reshape(x.shape)
-        if ctx.needs_input_grad[1]:
-            dvalues = _value_gradient(dy, x, values, straight)
-        return dx, dvalues, None, None
+        need_dx, need_dvalues = ctx.needs_input_grad[:2]
+        dx, dvalues = torch.ops.fastpeft.sparse_linear_backward(grads[0], *ctx.saved_tensors, need_dx, need_dvalues)
+        return dx if need_dx else None, dvalues if need_dvalues else None, None, None
 
 
 def _value_gradient(dy: Tensor, x: Tensor, values: Tensor, layout: Layout) -> Tensor:

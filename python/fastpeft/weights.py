@@ -350,13 +350,14 @@ class Quant4bitWeight(BaseWeight):
 
     @classmethod
     def fast(cls, module: nn.Module) -> Callable[[], Tensor | QuantWeight | None] | None:
-        buffers, hooks, pre = module._buffers, module._forward_hooks, module._forward_pre_hooks
-        held, qw = buffers.get("weight"), cls.quant(module)
+        hooks, pre = module._forward_hooks, module._forward_pre_hooks
+        tensors: Any = module._parameters if "weight" in module._parameters else module._buffers  # sharded: parameters
+        held, qw = tensors.get("weight"), cls.quant(module)
 
         def weight() -> QuantWeight | None:
             nonlocal held, qw
-            if buffers.get("weight") is not held:
-                held, qw = buffers.get("weight"), cls.quant(module)
+            if tensors.get("weight") is not held:
+                held, qw = tensors.get("weight"), cls.quant(module)
             return None if hooks or pre else qw
 
         return weight

@@ -57,9 +57,14 @@ class Alora(Lora):
         a, b = s.lora_A, s.lora_B
         x = x.to(a.weight.dtype)
         length = x.shape[1] if x.dim() == 3 else 1
-        rows: Sequence[tuple[int | None, int | None]] = s.row_values or [(None, None)] * len(x)
+        rows: Sequence[tuple[Any, int | None]] = s.row_values or [(None, None)] * len(x)
         if len(rows) != len(x):
             raise ValueError(f"aLoRA has offsets for {len(rows)} rows, but a layer's input has {len(x)}.")
+        if any(isinstance(offset, Tensor) for offset, _ in rows):  # in a graph, which cannot choose some tokens
+            first = torch.stack([_start_in_graph(offset, whole, length) for offset, whole in rows]).to(x.device)
+            acts = torch.arange(length, device=x.device) >= first[:, None]
+            added = b(a(s.lora_dropout(x))) * s.scaling
+            return y + torch.where(acts.view(*x.shape[:-1], 1), added, 0.0)
         starts = [_start(offset, whole, length) for offset, whole in rows]
         chosen = torch.tensor([r * length + t for r, start in enumerate(starts) for t in range(start, length)])
         chosen = chosen.to(device=x.device, dtype=torch.long)
@@ -72,14 +77,25 @@ class Alora(Lora):
         return None
 
 
-def offsets(ids: Tensor, tokens: Sequence[int]) -> list[int | None]:
-    """For each row of ids, how far before its end the last occurrence of `tokens` begins."""
+def offsets(ids: Tensor, tokens: Sequence[int]) -> list[Any]:
+    """For each row of ids, how far before its end the last occurrence of `tokens` begins, or None; while a graph is
+    traced that is a tensor, with 0 for None."""
     rows, length = ids.shape
     if length < len(tokens):
         return [None] * rows
     found = (ids.unfold(1, len(tokens), 1) == torch.tensor(tokens, device=ids.device)).all(-1)
     steps = torch.arange(1, found.shape[1] + 1, device=ids.device)
-    return [length - last + 1 if last else None for last in (found * steps).amax(1).tolist()]
+    lasts = (found * steps).amax(1)
+    if torch.compiler.is_compiling():
+        return list(torch.where(lasts > 0, length - lasts + 1, 0).unbind())
+    return [length - last + 1 if last else None for last in lasts.tolist()]
+
+
+def _start_in_graph(offset: Any, whole: int | None, length: int) -> Tensor:
+    """`_start` for an offset that is a tensor, 0 where there is none."""
+    offset = torch.as_tensor(0 if offset is None else offset)
+    end = whole if whole is not None and length >= whole else length
+    return torch.where(offset > 0, (end - offset).clamp_min(0), length)
 
 
 def _start(offset: int | None, whole: int | None, length: int) -> int:

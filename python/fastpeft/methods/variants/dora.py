@@ -138,13 +138,14 @@ class Dora(Lora):
                 return None
             w, a, b, scale, bias, compute, p = found
             g = self.gain(s, kind, base)
-            inside, dtype = x if compute is None else x.to(compute), x.dtype
+            inside = x if compute is None else x.to(compute)
             if p:
                 dropped, rest, keep = split(inside, p)
                 with made_again(inside, dropped, keep, p):
                     h = lora_linear(dropped, w, a, b, scale)
-                return (lora_linear(rest, w, bias=bias) + h * g).to(dtype)
+                return (lora_linear(rest, w, bias=bias) + h * g).to(x.dtype if inside is not x else h.dtype)
             h = lora_linear(inside, w, a, b, scale)
+            dtype = x.dtype if inside is not x else h.dtype  # autocast's, as the base layer's output has
             return (h * g if bias is None else torch.addcmul(bias.to(g.dtype), h, g)).to(dtype)
 
         return run

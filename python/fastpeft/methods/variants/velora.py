@@ -80,9 +80,12 @@ class Velora(Lora):
         weight, v = s.lora_A.weight, s.lora_velora_embed
         x = s.lora_dropout(x.to(weight.dtype))
         init = s.lora_velora_init_type
-        if init == "batch_average" or (init == "batch_average_once" and not v.any()):
+        once = init == "batch_average_once"
+        compiling = torch.compiler.is_compiling()  # then no branch may depend on data
+        if init == "batch_average" or (once and (compiling or not v.any())):
             with torch.no_grad():
-                v.copy_(_direction(_groups(x, s.lora_velora_num_groups).mean(0)))
+                found = _direction(_groups(x, s.lora_velora_num_groups).mean(0))
+                v.copy_(torch.where(v.any(), v, found) if once and compiling else found)
         rows: Tensor = _Compressed.apply(x, weight, v.clone(), s.lora_velora_num_groups, s.lora_velora_scale)  # type: ignore[no-untyped-call]
         added: Tensor = s.lora_B(rows) * s.scaling
         return y + added
@@ -134,7 +137,6 @@ def _groups(x: Tensor, groups: int) -> Tensor:
 
 def _direction(v: Tensor) -> Tensor:
     v = v.float()
-    if not v.any():
-        v = torch.ones_like(v)
+    v = torch.where(v.any(), v, torch.ones_like(v))
     unit: Tensor = v / torch.linalg.vector_norm(v)
     return unit
