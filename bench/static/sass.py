@@ -156,8 +156,10 @@ def parse(text: str, marker: str | None = None) -> dict[str, tuple[tuple[str, ..
     name, labels, code = "", dict[str, int](), list[str]()
 
     def close() -> None:
-        # what follows the last exit is an endless branch and padding
-        while code and (opcode(code[-1]) in ("NOP",) or re.match(r"BRA `\(\.L_x_\d+\)$", code[-1])):
+        # the end is padding, behind a branch to itself
+        while code and opcode(code[-1]) == "NOP":
+            code.pop()
+        if code and (m := re.match(r"BRA `\((\.L_x_\d+)\)$", code[-1])) and labels.get(m[1]) == len(code) - 1:
             code.pop()
         if code:
             found[name] = (tuple(code), main_loop(code, labels, marker))
