@@ -12,10 +12,13 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import fastpeft
+from fastpeft.integrations import transformers_fast
 from fastpeft.integrations.short_attention import frozen_rms_norm, short_attention
 from fastpeft.integrations.transformers_fast import accelerate
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import peft_kernels
+from peft_kernels import use_backend
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -63,7 +66,7 @@ def test_decoding_gives_the_same_logits(dtype: torch.dtype, batch: int) -> None:
     plain = next_logits(model, ids)
     exact = next_logits(copy.deepcopy(model).double(), ids)
     handle = accelerate(model)
-    assert handle.modules == 2 * 4 + 1 + 1  # layers, attentions, 2 x 2 + 1 norms, head
+    assert handle.modules == 2 * 5 + 1 + 1  # layers, attentions, MLPs, 2 x 2 + 1 norms, head
     compare(next_logits(model, ids), plain, exact)
 
 
@@ -98,6 +101,77 @@ def test_training_gives_the_same_gradients(dtype: torch.dtype) -> None:
     plain, exact = gradients(model), gradients(copy.deepcopy(model).double())
     accelerate(model)
     compare(gradients(model), plain, exact)
+
+
+def quantised(targets: object, dropout: float = 0.0) -> fastpeft.PeftModel:
+    model = llama(torch.bfloat16)
+    fastpeft.quantize_model(model, "nf4", double_quant=True, skip=["lm_head"])
+    config = fastpeft.LoraConfig(r=4, target_modules=targets, lora_dropout=dropout)
+    model = fastpeft.get_peft_model(model, config)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.train()
+
+
+def losses_and_gradients(model: torch.nn.Module, ids: Tensor) -> list[Tensor]:
+    torch.manual_seed(3)
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return [loss.detach().reshape(1), torch.cat(grads)]
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often the model called the functions that fuse several layers."""
+    seen = {"lora_linear_stacked": 0, "swiglu_mlp": 0}
+    for name in seen:
+
+        def counted(*args: object, name: str = name) -> object:
+            seen[name] += 1
+            return getattr(peft_kernels, name)(*args)
+
+        monkeypatch.setattr(transformers_fast, name, counted)
+    return seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]], ids=str)
+def test_training_through_stacks(targets: object, dropout: float, fused: dict[str, int]) -> None:
+    """Layers with adapters and without, and the same dropout masks as one layer after the other draws."""
+    model, ids = quantised(targets, dropout), torch.randint(1, 101, (2, 11))
+    plain = losses_and_gradients(model, ids)
+    assert fused == {"lora_linear_stacked": 0, "swiglu_mlp": 0}
+    with use_backend("reference"):
+        exact = losses_and_gradients(copy.deepcopy(model).double(), ids)
+    accelerate(model)
+    ours = losses_and_gradients(model, ids)
+    assert fused == {"lora_linear_stacked": 2, "swiglu_mlp": 2}
+    for mine, theirs, right in zip(ours, plain, exact, strict=True):
+        compare(mine.bfloat16(), theirs.bfloat16(), right)  # adapters are float32, what is rounded is bfloat16
+
+
+def test_training_of_layers_that_are_not_plain_calls_them(fused: dict[str, int]) -> None:
+    model, ids = quantised("all-linear"), torch.randint(1, 101, (2, 11))
+    losses_and_gradients(model, ids)  # plans appear with the first call
+    accelerate(model)
+    first, second = model.get_base_model().model.layers
+    seen = []
+    handles = [
+        first.self_attn.k_proj.register_forward_hook(lambda *_: seen.append("k")),
+        first.mlp.up_proj.register_full_backward_hook(lambda *_: seen.append("up")),
+        second.mlp.down_proj.lora_A["default"].register_forward_hook(lambda *_: seen.append("down")),
+    ]
+    losses_and_gradients(model, ids)
+    assert seen == ["k", "down", "up"]
+    assert fused == {"lora_linear_stacked": 1, "swiglu_mlp": 0}
+    for handle in handles:
+        handle.remove()
+    model.disable_adapter_layers()
+    model(input_ids=ids)
+    assert fused["swiglu_mlp"] == 0, "disabled adapters leave no plan"
 
 
 def test_undone_without_a_trace() -> None:

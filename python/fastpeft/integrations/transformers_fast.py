@@ -2,7 +2,8 @@
 
 Decoding: at one token a model spends more time between kernels than in them. transformers' decoder layer makes about 45
 torch calls, of which 14 are for the rotary embedding and 16 for two norms; the subclass here makes about 20, and the
-output head reads its matrix at the memory's speed. Training: attention and norms from `short_attention.py`.
+output head reads its matrix at the memory's speed. Training: attention and norms from `short_attention.py`; q, k and v
+are one call that reads its input once, the MLP is one function that keeps its input and gate's and up's outputs alone.
 Everything else (prefill, long sequences, other attention implementations, layers whose inner modules have hooks) runs
 transformers' own forward, so what `generate` and `loss.backward()` mean does not change. Decoding computes norms and
 attention in float32 and rounds once, which is never less exact.
@@ -12,6 +13,7 @@ Reversible: `handle.remove()` puts the classes back. Parameters, buffers, state 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -20,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels import QuantWeight, lora_linear
+from peft_kernels import Projection, QuantWeight, lora_linear, lora_linear_stacked, swiglu_mlp
 from peft_kernels.ops.lora_linear import forward_op as lora_linear_op
+from peft_kernels.ops.lora_linear_stacked import forward_op as stacked_op
 
 from ..layer import AdapterLayer
+from ..nf4 import NF4Linear
 from .short_attention import MOST_SCORES, frozen_rms_norm, short_attention
 
 _ACCELERATED = "_fastpeft_accelerated"
@@ -51,20 +55,56 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
 
 
-def _linear(module: Any, x: Tensor) -> Tensor:
-    """`module(x)` for x [M, K] without gradients, an adapter layer's kernel called without the modules around it."""
-    if type(module) is AdapterLayer and not (module._forward_hooks or module._forward_pre_hooks):
-        parts = getattr(module._plan, "parts", None)
-        found = None if parts is None else parts()
-        if found is not None:
-            weight, a, b, scaling, bias, compute, dropout = found
-            if type(weight) is QuantWeight and not dropout and (compute is None or compute is x.dtype):
-                # the operator's own body: it checks, chooses a backend and calls it; only torch's dispatch is left out
-                n, flat = weight.shape[0], weight.flatten()
-                y: Tensor = lora_linear_op._call(x, *flat, n, a, b, scaling, bias, 0.0, None)[0]
-                return y
-    result: Tensor = module(x)
-    return result
+def _hooked(module: nn.Module) -> bool:
+    """Whether someone listens to this module's calls, which the short way would not make."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _projection(module: Any, dtype: torch.dtype) -> Projection | None:
+    """A linear layer as the kernels take it, for x of `dtype`; None where it has to be called as a module: adapters
+    other than a single plain LoRA, hooks, a base that is computed in another dtype, weights that train.
+    """
+    if _hooked(module):
+        return None
+    if type(module) is NF4Linear:
+        given = module.compute_dtype in (None, dtype)
+        return Projection(module.quant_weight(), bias=module.bias) if given else None
+    # an AdapterLayer's plan appears with its first call, and goes with every change of its adapters
+    parts = getattr(module._plan, "parts", None) if type(module) is AdapterLayer else None
+    found = None if parts is None else parts()
+    if found is None:
+        return None
+    weight, a, b, scaling, bias, compute, dropout = found
+    return Projection(weight, a, b, scaling, bias, dropout) if compute is None or compute is dtype else None
+
+
+def _projections(x: Tensor, *modules: Any) -> list[Projection] | None:
+    """Those of all modules, or None."""
+    if torch.compiler.is_compiling():  # a graph sees the modules
+        return None
+    found = []
+    for module in modules:
+        projection = _projection(module, x.dtype)
+        if projection is None:
+            return None
+        found.append(projection)
+    return found
+
+
+def _linears(x: Tensor, *modules: Any) -> Sequence[Tensor]:
+    """`module(x)` of each for x [M, K] without gradients, as one call of a kernel and without the modules around it."""
+    found = _projections(x, *modules)
+    if found is None or any(p.dropout_p or type(p.weight) is not QuantWeight for p in found):
+        return [module(x) for module in modules]
+    # the operator's own body: it checks, chooses a backend and calls it; only torch's dispatch is left out
+    rows = [(*w.flatten(), w.shape[0], a, b, scaling, bias, 0.0, None) for w, a, b, scaling, bias, _, _ in found]
+    if len(rows) == 1:
+        y: Tensor = lora_linear_op._call(x, *rows[0])[0]
+        return [y]
+    ys: list[Tensor] = stacked_op._call(x, *map(list, zip(*rows, strict=True)))
+    return ys[: len(rows)]
 
 
 def _one_token(
@@ -76,7 +116,7 @@ def _one_token(
     batch = x.shape[0]
     x = x.view(batch, -1)
     h = _norm(layer.input_layernorm, x)
-    q, k, v = _linear(attention.q_proj, h), _linear(attention.k_proj, h), _linear(attention.v_proj, h)
+    q, k, v = _linears(h, attention.q_proj, attention.k_proj, attention.v_proj)
     heads = q.shape[-1] // d
     cos, signed_sin = layer._fastpeft_signs.get(*position_embeddings)
     qk = torch.cat((q, k), dim=-1).view(batch, -1, 1, d)
@@ -87,10 +127,10 @@ def _one_token(
         qk[:, :heads].float(), keys.float(), values.float(), attn_mask=mask, scale=attention.scaling,
         enable_gqa=keys.shape[1] != heads,
     )  # fmt: skip
-    x = x + _linear(attention.o_proj, out.to(x.dtype).view(batch, -1))
+    x = x + _linears(out.to(x.dtype).view(batch, -1), attention.o_proj)[0]
     h = _norm(layer.post_attention_layernorm, x)
-    y: Tensor = x + _linear(mlp.down_proj, F.silu(_linear(mlp.gate_proj, h)).mul_(_linear(mlp.up_proj, h)))
-    return y.unsqueeze(1)
+    gate, up = _linears(h, mlp.gate_proj, mlp.up_proj)
+    return (x + _linears(F.silu(gate).mul_(up), mlp.down_proj)[0]).unsqueeze(1)
 
 
 def _head_forward(self: Any, input: Tensor) -> Tensor:
@@ -103,11 +143,6 @@ def _head_forward(self: Any, input: Tensor) -> Tensor:
 
 
 _FastHead = type("_FastHead", (nn.Linear,), {"forward": _head_forward, _ACCELERATED: True, "__module__": __name__})
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether someone listens to this module's calls, which the short way would not make."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _serves(layer: Any, x: Tensor, cache: Any, position_embeddings: Any, kwargs: dict[str, Any]) -> bool:
@@ -155,15 +190,24 @@ def _attention_forward(
         return result
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    q, k, v = (
-        proj(hidden_states).view(batch, t, -1, self.head_dim).transpose(1, 2)
-        for proj in (self.q_proj, self.k_proj, self.v_proj)
-    )
+    layers = (self.q_proj, self.k_proj, self.v_proj)
+    found = _projections(hidden_states, *layers)
+    rows = [proj(hidden_states) for proj in layers] if found is None else lora_linear_stacked(hidden_states, found)
+    q, k, v = (y.view(batch, t, -1, self.head_dim).transpose(1, 2) for y in rows)
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     # no mask means causal, as transformers' sdpa has it
     keep = torch.ones(t, t, dtype=torch.bool).tril_() if attention_mask is None else attention_mask
     out = short_attention(q, k, v, keep, self.scaling)
     return self.o_proj(out.transpose(1, 2).reshape(batch, t, -1)), None
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    if x.device.type == "cpu" and self.config.hidden_act == "silu" and not _hooked(self.act_fn):
+        found = _projections(x, self.gate_proj, self.up_proj, self.down_proj)
+        if found is not None:
+            return swiglu_mlp(x, *found)
+    result: Tensor = self._fastpeft_base.forward(self, x)
+    return result
 
 
 def _plain_subclass(base: type, forward: Any) -> type:
@@ -200,11 +244,12 @@ def _layer_subclass(base: type) -> type:
 
 @cache
 def _classes() -> dict[type, type]:
-    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
     return {
         LlamaDecoderLayer: _layer_subclass(LlamaDecoderLayer),
         LlamaAttention: _plain_subclass(LlamaAttention, _attention_forward),
+        LlamaMLP: _plain_subclass(LlamaMLP, _mlp_forward),
         LlamaRMSNorm: _plain_subclass(LlamaRMSNorm, _norm_forward),
     }
 
