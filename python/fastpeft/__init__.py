@@ -73,6 +73,8 @@ def _of_methods() -> dict[str, Any]:
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         return sorted({*_HOME, *_of_methods()})
+    if name in ("helpers", "optimizers", "tuners", "utils"):
+        return importlib.import_module(f".{name}", __name__)
     if name in _HOME:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     else:

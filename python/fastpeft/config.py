@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .safety import check_config, read_json
+from .safety import MAX_RANK, check_config, read_json
 
 CONFIG_NAME = "adapter_config.json"
 # The version of PEFT whose file format is written. It goes into `peft_version`, by which readers tell formats apart.
@@ -303,3 +303,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value
+
+
+def check_ranks(r: object, pattern: Mapping[str, object] | None = None, field: str = "r") -> None:
+    """ValueError for ranks that are none."""
+    for name, value in {field: r, **{f"rank_pattern[{k!r}]": v for k, v in (pattern or {}).items()}}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+            raise ValueError(f"`{name}` should be a positive integer value of at most {MAX_RANK}, got {value!r}")
+
+
+def check_probabilities(config: Any) -> None:
+    """ValueError for a dropout that is no probability below one."""
+    for name, value in vars(config).items():
+        if name.endswith("dropout") and not 0.0 <= value < 1.0:
+            raise ValueError(f"`{name}` should be in [0, 1), got {value!r}")

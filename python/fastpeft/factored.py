@@ -5,7 +5,6 @@ They act on activations, as LoRA does, with its kernel: a layer's FLOPs grow by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from peft_kernels import lora_linear
 
 from .method import Fused, Inner, Method
-from .safety import MAX_RANK
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -79,17 +77,3 @@ def plus_product(y: Tensor, z: Tensor, b: Tensor) -> Tensor:
 def dropout(p: float) -> nn.Module:
     """The module for a probability, as PEFT makes it."""
     return nn.Dropout(p=p) if p > 0.0 else nn.Identity()
-
-
-def check_ranks(r: object, pattern: Mapping[str, object] | None = None, field: str = "r") -> None:
-    """ValueError for ranks that are none."""
-    for name, value in {field: r, **{f"rank_pattern[{k!r}]": v for k, v in (pattern or {}).items()}}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
-            raise ValueError(f"`{name}` should be a positive integer value of at most {MAX_RANK}, got {value!r}")
-
-
-def check_probabilities(config: Any) -> None:
-    """ValueError for a dropout that is no probability below one."""
-    for name, value in vars(config).items():
-        if name.endswith("dropout") and not 0.0 <= value < 1.0:
-            raise ValueError(f"`{name}` should be in [0, 1), got {value!r}")

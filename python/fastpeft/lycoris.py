@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import TargetConfig
-from .factored import FactoredMethod, check_probabilities, check_ranks
+from .factored import FactoredMethod
 from .method import Inner, LayerInfo, State
 from .weight_side import with_weight
 
@@ -37,11 +37,8 @@ class Lycoris(FactoredMethod):
 
     others: ClassVar[tuple[str, ...]] = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
     kinds = frozenset({"linear", "conv1d", "conv2d"})
+    counts = ("r",)
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
-
-    def check_config(self, config: Any, loading: bool = False) -> None:
-        check_ranks(config.r, config.rank_pattern)
-        check_probabilities(config)
 
     def values(self, config: LycorisConfig) -> State:
         own = {name: getattr(config, name) for name in self.others if name != "scaling"}

@@ -14,14 +14,14 @@ where W, b is the layer that the adapters before this one made. `W` is always gi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .config import PeftConfig, PeftType, TargetConfig
+from .config import PeftConfig, PeftType, TargetConfig, check_probabilities, check_ranks
 from .patterns import first_match
 from .targets import DEFAULT_TARGETS
 
@@ -129,7 +129,7 @@ class AdapterView:
 class Method:
     """One adapter type. Subclasses live in `methods/`, one file each, and are registered with `@register`.
 
-    peft_type, prefix, config_class: its names. model_name: PEFT's name of the tuner class, such as "LoraModel".
+    prefix, config_class: its names; PEFT's type and name of the tuner class ("LoraModel") follow from the latter.
     tensors: names of the containers with trainable tensors, in PEFT's order. others: names of the remaining per-adapter
     entries: values such as `scaling`, and modules or buffers that are not trained. kinds: of layers it can adapt.
     mergeable: whether it has a merged form; a method without one is held to composition only. default_targets: what is
@@ -138,6 +138,7 @@ class Method:
     configurations that between them exercise every option; the tests of the laws run over them. model_methods:
     functions that a model with such an adapter has as methods, by name; each takes the tuner first. autocast: whether
     tensors become float32 on half-precision bases. repeats_shared: whether files repeat what is shared in every layer.
+    counts: fields of the configuration that are positive integers, such as ranks.
     """
 
     peft_type: ClassVar[PeftType]
@@ -155,6 +156,12 @@ class Method:
     autocast: ClassVar[bool] = True
     needs_base_weight: ClassVar[bool] = False
     repeats_shared: ClassVar[bool] = False
+    counts: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        if "config_class" in vars(cls) and cls.config_class.own_type is not None:
+            cls.peft_type = cls.config_class.own_type
+            cls.model_name = cls.config_class.__name__.removesuffix("Config") + "Model"
 
     def variant(self, config: Any) -> Method:
         """The method that a configuration means, where its options choose between several (LoRA and DoRA)."""
@@ -167,6 +174,9 @@ class Method:
 
         loading: the tensors will come from a file, so how they would be initialised need not be supported.
         """
+        for field in self.counts:
+            check_ranks(getattr(config, field), getattr(config, self.patterns.get(field, ""), None), field)
+        check_probabilities(config)
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         """Raise ValueError where the math makes no sense on this layer (never silently do nothing)."""
@@ -387,8 +397,3 @@ def target_config(config: PeftConfig) -> TargetConfig:
     if not isinstance(config, TargetConfig):
         raise TypeError(f"{type(config).__name__} does not act on modules of a model")
     return config
-
-
-def tensor_names(methods: Iterable[Method]) -> list[str]:
-    """The container names of several methods, each once, in order."""
-    return list(dict.fromkeys(name for method in methods for name in method.tensors))

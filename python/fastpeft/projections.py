@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .factored import check_probabilities
 from .method import Method
 
 
@@ -26,7 +25,7 @@ class ProjectedMethod(Method):
     projections: ClassVar[tuple[str, ...]] = ()
 
     def check_config(self, config: Any, loading: bool = False) -> None:
-        check_probabilities(config)
+        super().check_config(config, loading)
         check_seed(config, self.seed)
 
     def ignores(self, config: Any, key: str) -> bool:

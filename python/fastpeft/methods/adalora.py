@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import PeftType, PeftWarning
-from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..factored import FactoredMethod, dropout
 from ..method import Inner, LayerInfo, State, register
 from ..rank_allocator import (
     PARTS,
@@ -85,10 +85,8 @@ WITHOUT_MEANING = (
 
 @register
 class AdaLora(FactoredMethod):
-    peft_type = PeftType.ADALORA
     prefix = "lora_"
     config_class = AdaLoraConfig
-    model_name = "AdaLoraModel"
     tensors = PARTS
     others = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
     dropout = "lora_dropout"
@@ -102,6 +100,7 @@ class AdaLora(FactoredMethod):
         "roberta": ["query", "key", "value", "dense"],
         "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
     }
+    counts = ("r", "init_r", "target_r")
     examples = ({"init_r": 4, "total_step": 9, "lora_alpha": 3}, {"init_r": 2, "total_step": 9, "lora_alpha": 0})
     model_methods: ClassVar[dict[str, Any]] = {
         "update_and_allocate": update_and_allocate,
@@ -109,9 +108,7 @@ class AdaLora(FactoredMethod):
     }
 
     def check_config(self, config: AdaLoraConfig, loading: bool = False) -> None:
-        for field in ("r", "init_r", "target_r"):
-            check_ranks(getattr(config, field), field=field)
-        check_probabilities(config)
+        super().check_config(config, loading)
         odd = [name for name in WITHOUT_MEANING if getattr(config, name)]
         if odd and not loading:
             raise ValueError(f"AdaLoraConfig({odd[0]}={getattr(config, odd[0])!r}) has no meaning for AdaLoRA.")

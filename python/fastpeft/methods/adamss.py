@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ..clusters import cluster
 from ..config import PeftType, TargetConfig
-from ..factored import check_ranks
 from ..method import Inner, LayerInfo, Method, State, register
 from ..targets import DEFAULT_TARGETS
 from ..weights import weight_of
@@ -122,23 +121,18 @@ def _keep_best(views: list[Any], count: int) -> None:
 
 @register
 class Adamss(Method):
-    peft_type = PeftType.ADAMSS
     prefix = "adamss_"
     config_class = AdamssConfig
-    model_name = "AdamssModel"
     tensors = ("adamss_A", "adamss_B")
     others = ("adamss_newB", "num_subspaces", "scatter_index", *_AVERAGES)
     default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "vit": ["query", "value"]}
+    counts = ("r", "num_subspaces", "subspace_rank")
     examples = (
         {"r": 6, "num_subspaces": 3, "subspace_rank": 2},
         {"r": 100, "num_subspaces": 4, "subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.6},
         {"r": 3, "use_asa": True, "init_weights": None},
     )
     model_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
-
-    def check_config(self, config: AdamssConfig, loading: bool = False) -> None:
-        for name in ("r", "num_subspaces", "subspace_rank"):
-            check_ranks(getattr(config, name), field=name)
 
     def make_state(self, config: AdamssConfig, info: LayerInfo, shared: Any) -> State:
         kind = weight_of(info.module)

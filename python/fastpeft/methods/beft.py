@@ -24,10 +24,8 @@ class BeftConfig(HasInitWeights, TargetConfig):
 
 @register
 class Beft(Method):
-    peft_type = PeftType.BEFT
     prefix = "beft_"
     config_class = BeftConfig
-    model_name = "BeftModel"
     tensors = ("beft_bias",)
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
     default_targets: ClassVar[dict[str, list[str]]] = {

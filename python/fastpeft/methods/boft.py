@@ -43,10 +43,8 @@ class BOFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
 @register
 class BOFT(RotatesInput):
-    peft_type = PeftType.BOFT
     prefix = "boft_"
     config_class = BOFTConfig
-    model_name = "BOFTModel"
     tensors = ("boft_R", "boft_s")
     others = ("boft_block_size", "boft_block_num", "boft_dropout")
     examples = (
@@ -57,12 +55,11 @@ class BOFT(RotatesInput):
     )
 
     def check_config(self, config: BOFTConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
         if config.boft_block_size < 0 or config.boft_block_num < 0:
             raise ValueError("`boft_block_size` and `boft_block_num` should not be negative")
         if not 1 <= config.boft_n_butterfly_factor <= 64:
             raise ValueError(f"`boft_n_butterfly_factor` should be in 1..64, got {config.boft_n_butterfly_factor!r}")
-        if not 0.0 <= config.boft_dropout < 1.0:
-            raise ValueError(f"`boft_dropout` should be in [0, 1), got {config.boft_dropout!r}")
 
     def check_layer(self, config: BOFTConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)

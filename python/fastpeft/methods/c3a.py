@@ -34,10 +34,8 @@ class C3AConfig(HasBias, TargetConfig):
 
 @register
 class C3A(Method):
-    peft_type = PeftType.C3A
     prefix = "c3a_"
     config_class = C3AConfig
-    model_name = "C3AModel"
     tensors = ("c3a_kernel",)
     others = ("block_size",)
     default_targets: ClassVar[dict[str, Any]] = {

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout, plus_product
+from ..factored import FactoredMethod, dropout, plus_product
 from ..method import Fused, Inner, LayerInfo, State, register
 from ..weights import weight_of
 
@@ -45,23 +45,18 @@ class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
 @register
 class Deft(FactoredMethod):
-    peft_type = PeftType.DEFT
     prefix = "deft_"
     config_class = DeftConfig
-    model_name = "DeftModel"
     tensors = ("deft_P", "deft_R")
     others = ("deft_r", "deft_decomposition", "deft_init_scale", "deft_para", "deft_scaling", "deft_dropout")
     needs_base_weight = True
+    counts = ("r",)
     examples = (
         {"r": 3, "alpha": 2},
         {"r": 4, "decomposition_method": "qr"},
         {"r": 25, "decomposition_method": "qr", "init_weights": False},
         {"r": 2, "para": True},
     )
-
-    def check_config(self, config: DeftConfig, loading: bool = False) -> None:
-        check_ranks(config.r)
-        check_probabilities(config)
 
     def make_state(self, config: DeftConfig, info: LayerInfo, shared: Any) -> State:
         r = min(config.r, info.out_features)

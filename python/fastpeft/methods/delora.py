@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
-from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
 from ..weights import weight_of
 
@@ -42,19 +42,14 @@ class DeloraConfig(HasBias, HasInitWeights, TargetConfig):
 
 @register
 class Delora(FactoredMethod):
-    peft_type = PeftType.DELORA
     prefix = "delora_"
     config_class = DeloraConfig
-    model_name = "DeloraModel"
     tensors = ("delora_A", "delora_B", "delora_lambda")
     others = ("r", "delora_dropout", "delora_w_norm")
     dropout = "delora_dropout"
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}
+    counts = ("r",)
     examples = ({"r": 3}, {"r": 2, "delora_lambda": 4, "init_weights": False})
-
-    def check_config(self, config: DeloraConfig, loading: bool = False) -> None:
-        check_ranks(config.r, config.rank_pattern)
-        check_probabilities(config)
 
     def make_state(self, config: DeloraConfig, info: LayerInfo, shared: Any) -> State:
         a, b = torch.empty(config.r, info.in_features), torch.zeros(info.out_features, config.r)

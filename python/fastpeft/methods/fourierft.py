@@ -31,10 +31,8 @@ class FourierFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
 @register
 class FourierFT(SpectrumMethod):
-    peft_type = PeftType.FOURIERFT
     prefix = "fourierft_"
     config_class = FourierFTConfig
-    model_name = "FourierFTModel"
     tensors = ("fourierft_spectrum",)
     others = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices", "fourierft_shape")
     examples = ({"n_frequency": 50}, {"n_frequency": 480, "scaling": 3.0, "init_weights": True, "random_loc_seed": 1})

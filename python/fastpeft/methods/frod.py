@@ -56,10 +56,8 @@ class FrodConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetC
 
 @register
 class Frod(ProjectedMethod):
-    peft_type = PeftType.FROD
     prefix = "frod_"
     config_class = FrodConfig
-    model_name = "FrodModel"
     tensors = ("frod_lambda_l", "frod_lambda_s_values")
     others = ("r", "frod_U", "frod_lambda_0", "frod_dropout")
     projections = ("frod_V", "frod_s_indices", "frod_s_size")

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
-from ..factored import check_ranks
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, as_it_is, one_token, weight_side
 
@@ -86,21 +85,17 @@ class Path(nn.Module):
 
 @register
 class Glora(Method):
-    peft_type = PeftType.GLORA
     prefix = "glora_"
     config_class = GloraConfig
-    model_name = "GloraModel"
     tensors = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
     others = ("r",)
     needs_base_weight = True
+    counts = ("r",)
     examples = (
         {"r": 3},
         {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector", "init_weights": False},
         {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
     )
-
-    def check_config(self, config: GloraConfig, loading: bool = False) -> None:
-        check_ranks(config.r)
 
     def make_state(self, config: GloraConfig, info: LayerInfo, shared: Any) -> State:
         out, width, init = info.out_features, info.in_features, config.init_weights

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout, is_thin
+from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig, check_ranks
+from ..factored import FactoredMethod, dropout, is_thin
 from ..method import Inner, LayerInfo, State, register
 
 
@@ -44,18 +44,16 @@ class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
 @register
 class Gralora(FactoredMethod):
-    peft_type = PeftType.GRALORA
     prefix = "gralora_"
     config_class = GraloraConfig
-    model_name = "GraloraModel"
     tensors = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     others = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
     dropout = "gralora_dropout"
+    counts = ("r",)
     examples = ({"r": 4}, {"r": 8, "gralora_k": 4, "hybrid_r": 2, "alpha": 3, "init_weights": False})
 
     def check_config(self, config: GraloraConfig, loading: bool = False) -> None:
-        check_ranks(config.r)
-        check_probabilities(config)
+        super().check_config(config, loading)
         if config.hybrid_r:
             check_ranks(config.hybrid_r, field="hybrid_r")
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasFanInFanOut, PeftType, PeftWarning, TargetConfig
-from ..factored import check_probabilities, check_ranks, dropout
+from ..config import HasFanInFanOut, PeftType, PeftWarning, TargetConfig, check_ranks
+from ..factored import dropout
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, as_it_is, one_token, weight_side, with_weight
 
@@ -39,10 +39,8 @@ class HiraConfig(HasFanInFanOut, TargetConfig):
 
 @register
 class Hira(Method):
-    peft_type = PeftType.HIRA
     prefix = "hira_"
     config_class = HiraConfig
-    model_name = "HiraModel"
     tensors = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
     others = ("r", "hira_dropout")
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
@@ -50,8 +48,8 @@ class Hira(Method):
     needs_base_weight = True
 
     def check_config(self, config: HiraConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
         check_ranks(config.r, config.rank_pattern)
-        check_probabilities(config)
         if config.rank_pattern and not loading:
             warnings.warn("HiRA's layers all have rank `r`; `rank_pattern` has no effect", PeftWarning, stacklevel=2)
         if config.init_weights not in (True, False, None, "gaussian"):

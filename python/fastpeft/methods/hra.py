@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..factored import check_ranks
 from ..method import LayerInfo, State, register
 from ..rotation import RotatesInput
 
@@ -34,16 +33,12 @@ class HRAConfig(HasBias, HasInitWeights, TargetConfig):
 
 @register
 class HRA(RotatesInput):
-    peft_type = PeftType.HRA
     prefix = "hra_"
     config_class = HRAConfig
-    model_name = "HRAModel"
     tensors = ("hra_u",)
     others = ("hra_r", "hra_apply_GS")
+    counts = ("r",)
     examples = ({"r": 4}, {"r": 3, "apply_GS": True}, {"r": 8, "init_weights": False}, {"r": 1})
-
-    def check_config(self, config: HRAConfig, loading: bool = False) -> None:
-        check_ranks(config.r)
 
     def make_state(self, config: HRAConfig, info: LayerInfo, shared: Any) -> State:
         pairs = config.init_weights and config.r % 2 == 0

@@ -54,10 +54,8 @@ class IA3Config(HasFanInFanOut, TargetConfig):
 
 @register
 class IA3(Method):
-    peft_type = PeftType.IA3
     prefix = "ia3_"
     config_class = IA3Config
-    model_name = "IA3Model"
     tensors = ("ia3_l",)
     others = ("is_feedforward",)
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})

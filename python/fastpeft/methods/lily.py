@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, TargetConfig
-from ..factored import check_ranks
 from ..method import Inner, LayerInfo, Method, State, register
 
 
@@ -42,18 +41,13 @@ class LilyConfig(HasInitWeights, TargetConfig):
 
 @register
 class Lily(Method):
-    peft_type = PeftType.LILY
     prefix = "lily_"
     config_class = LilyConfig
-    model_name = "LilyModel"
     tensors = ("lily_A", "lily_B", "lily_router")
     others = ("r", "scaling", "stride_A", "num_B")
+    counts = ("r", "num_B")
     examples = ({"r": 4}, {"r": 3, "num_B": 3, "scaling": 0.5, "init_weights": False})
     mergeable = False
-
-    def check_config(self, config: LilyConfig, loading: bool = False) -> None:
-        for name, value in (("r", config.r), ("num_B", config.num_B)):
-            check_ranks(value, field=name)
 
     def make_state(self, config: LilyConfig, info: LayerInfo, shared: Any) -> State:
         a = nn.Linear(info.in_features, config.r, bias=False)

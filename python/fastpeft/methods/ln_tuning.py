@@ -31,10 +31,8 @@ class LNTuningConfig(TargetConfig):
 
 @register
 class LNTuning(Method):
-    peft_type = PeftType.LN_TUNING
     prefix = "ln_tuning_"
     config_class = LNTuningConfig
-    model_name = "LNTuningModel"
     tensors = ("ln_tuning_layers",)
     kinds = frozenset({"norm", "linear", "embedding", "conv1d", "conv2d", "conv3d"})
     autocast = False  # a copy computes as its original does, in the same dtype

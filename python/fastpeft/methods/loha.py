@@ -30,10 +30,8 @@ class LoHaConfig(HasInitWeights, LycorisConfig):
 
 @register
 class LoHa(Lycoris):
-    peft_type = PeftType.LOHA
     prefix = "hada_"
     config_class = LoHaConfig
-    model_name = "LoHaModel"
     tensors = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     examples = (
         {"r": 2, "alpha": 3},

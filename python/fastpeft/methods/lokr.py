@@ -46,10 +46,8 @@ def factorize(size: int, factor: int = -1) -> tuple[int, int]:
 
 @register
 class LoKr(Lycoris):
-    peft_type = PeftType.LOKR
     prefix = "lokr_"
     config_class = LoKrConfig
-    model_name = "LoKrModel"
     tensors = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     others = (*Lycoris.others, "rank_dropout_scale")
     examples = (

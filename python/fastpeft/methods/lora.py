@@ -23,7 +23,6 @@ from peft_kernels import lora_linear
 
 from .. import init
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
-from ..factored import check_probabilities, check_ranks
 from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
 from ..tied import Transposed, tied_fields, tied_names
 
@@ -101,10 +100,8 @@ INITS = (True, False, "gaussian", "orthogonal")
 
 @register
 class Lora(Method):
-    peft_type = PeftType.LORA
     prefix = "lora_"
     config_class = LoraConfig
-    model_name = "LoraModel"
     tensors: ClassVar[tuple[str, ...]] = (
         "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
     )  # fmt: skip
@@ -113,6 +110,7 @@ class Lora(Method):
     )  # fmt: skip
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"})
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+    counts = ("r",)
     inits: ClassVar[tuple[str, ...]] = ()  # values of `init_lora_weights` that a variant adds
     examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3},
@@ -139,6 +137,7 @@ class Lora(Method):
             layers[name].lora_B[adapter] = Transposed(layers[leader].lora_embedding_A, adapter)
 
     def check_config(self, config: LoraConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
         for name in LATER_OPTIONS:
             if getattr(config, name):
                 raise NotImplementedError(f"LoraConfig({name}=...) is not there yet in fastpeft.")
@@ -151,11 +150,9 @@ class Lora(Method):
         if init.is_init(start):
             init.check_config(config, loading)
         ranks = {"r": config.r, **{f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}}
-        check_ranks(config.r, config.rank_pattern)
         for name, r in ranks.items():
             if start == "orthogonal" and r % 2:
                 raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {name}={r}.")
-        check_probabilities(config)
 
     def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, PeftType, TargetConfig
-from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout, is_thin, plus_product
+from ..factored import FactoredMethod, dropout, is_thin, plus_product
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, weight_side
 
@@ -40,13 +40,12 @@ class MissConfig(HasBias, TargetConfig):
 
 @register
 class Miss(FactoredMethod):
-    peft_type = PeftType.MISS
     prefix = "miss_"
     config_class = MissConfig
-    model_name = "MissModel"
     tensors = ("miss_block",)
     others = ("miss_r", "miss_dropout", "miss_mini_r")
     dropout = "miss_dropout"
+    counts = ("r", "mini_r")
     examples = (
         {"r": 4},
         {"r": 7, "init_weights": False},
@@ -58,9 +57,7 @@ class Miss(FactoredMethod):
         return _BAT if config.init_weights == "bat" else self
 
     def check_config(self, config: MissConfig, loading: bool = False) -> None:
-        check_ranks(config.r)
-        check_ranks(config.mini_r, field="mini_r")
-        check_probabilities(config)
+        super().check_config(config, loading)
         if config.init_weights not in (True, False, "bat", "mini"):
             raise ValueError(f"`init_weights` should be a bool, 'bat' or 'mini', got {config.init_weights!r}")
 

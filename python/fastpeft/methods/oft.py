@@ -75,10 +75,8 @@ class OFTRotationModule(nn.Module):
 
 @register
 class OFT(RotatesInput):
-    peft_type = PeftType.OFT
     prefix = "oft_"
     config_class = OFTConfig
-    model_name = "OFTModel"
     tensors = ("oft_R", "oft_embedding_R")
     others = ("r", "oft_block_size", "oft_dropout")
     kinds = RotatesInput.kinds | {"embedding"}
@@ -90,10 +88,9 @@ class OFT(RotatesInput):
     )
 
     def check_config(self, config: OFTConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
         if config.r < 0 or config.oft_block_size < 0:
             raise ValueError(f"`r` and `oft_block_size` should not be negative: {config.r}, {config.oft_block_size}")
-        if not 0.0 <= config.module_dropout < 1.0:
-            raise ValueError(f"`module_dropout` should be in [0, 1), got {config.module_dropout!r}")
         if not 1 <= config.num_cayley_neumann_terms <= 100:
             raise ValueError(f"`num_cayley_neumann_terms` should be in 1..100, got {config.num_cayley_neumann_terms!r}")
 

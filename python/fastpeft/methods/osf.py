@@ -48,10 +48,8 @@ class OSFConfig(HasInitWeights, TargetConfig):
 
 @register
 class OSF(Method):
-    peft_type = PeftType.OSF
     prefix = "osf_"
     config_class = OSFConfig
-    model_name = "OSFModel"
     tensors = ("osf_svd_params",)
     others = (
         "_osf_U_low_init", "_osf_S_low_init", "_osf_V_low_init", "_osf_U_high", "_osf_V_high", "effective_rank",

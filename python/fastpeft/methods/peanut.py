@@ -45,10 +45,8 @@ class PeanutConfig(HasInitWeights, TargetConfig):
 
 @register
 class Peanut(Method):
-    peft_type = PeftType.PEANUT
     prefix = "peanut_"
     config_class = PeanutConfig
-    model_name = "PeanutModel"
     tensors = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
     others = ("r", "depth", "scaling", "act_fn")
     examples = ({"r": 4}, {"r": 3, "depth": 2, "act_fn": "tanh", "scaling": 0.5, "init_weights": False})

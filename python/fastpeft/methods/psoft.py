@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..factored import FactoredMethod, check_ranks, dropout
+from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig, check_ranks
+from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
 from ..rotation import cayley, skew
 from ..shared import Computed
@@ -96,10 +96,8 @@ class OrthLayer(nn.Module):
 
 @register
 class Psoft(FactoredMethod):
-    peft_type = PeftType.PSOFT
     prefix = "psoft_"
     config_class = PsoftConfig
-    model_name = "PsoftModel"
     dropout = "psoft_dropout"
     tensors = ("psoft_R",)
     others = (

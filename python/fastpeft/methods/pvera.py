@@ -38,10 +38,8 @@ class PveraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, Target
 
 @register
 class Pvera(Vera):
-    peft_type = PeftType.PVERA
     prefix = "pvera_lambda_"
     config_class = PveraConfig
-    model_name = "PveraModel"
     tensors = ("pvera_lambda_b", "pvera_lambda_d")
     others = ("pvera_dropout", "r", "sample_at_inference", "pvera_generator")
     default_targets: ClassVar[dict[str, Any]] = {**Vera.default_targets, "dinov2": ["query", "value"]}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
-from ..factored import check_ranks, dropout
+from ..factored import dropout
 from ..method import Inner, LayerInfo, State, register
 from ..projections import ProjectedMethod, drawn_normal, seeded
 from ..shared import Computed
@@ -50,23 +50,18 @@ class RandLoraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, Tar
 
 @register
 class RandLora(ProjectedMethod):
-    peft_type = PeftType.RANDLORA
     prefix = "randlora_"
     config_class = RandLoraConfig
-    model_name = "RandLoraModel"
     tensors = ("randlora_lambda", "randlora_gamma")
     others = ("randlora_dropout", "r", "scaling")
     projections = ("randlora_A", "randlora_B")
     repeats_shared = True
+    counts = ("r",)
     examples = (
         {"r": 3, "randlora_alpha": 4},
         {"r": 6, "randlora_alpha": 4, "sparse": True, "save_projection": False},
         {"r": 25, "randlora_alpha": 9, "very_sparse": True, "init_weights": False},
     )
-
-    def check_config(self, config: RandLoraConfig, loading: bool = False) -> None:
-        super().check_config(config, loading)
-        check_ranks(config.r)
 
     def make_shared(self, config: RandLoraConfig, layers: Sequence[LayerInfo]) -> State:
         sizes = max(i.in_features for i in layers), max(i.out_features for i in layers)

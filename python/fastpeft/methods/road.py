@@ -86,10 +86,8 @@ def _turn(y: Tensor, first: Tensor, second: Tensor, half: int) -> Tensor:
 
 @register
 class Road(Method):
-    peft_type = PeftType.ROAD
     prefix = "road_"
     config_class = RoadConfig
-    model_name = "RoadModel"
     tensors = ("road_theta", "road_alpha")
     others = ("variant", "group_size")
     examples = (

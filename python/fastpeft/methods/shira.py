@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..factored import check_ranks
 from ..method import Inner, LayerInfo, Method, State, register
 from ..shared import Computed
 from ..sparse import dense, sparse_update
@@ -50,17 +49,16 @@ class ShiraConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
 
 @register
 class Shira(Method):
-    peft_type = PeftType.SHIRA
     prefix = "shira_"
     config_class = ShiraConfig
-    model_name = "ShiraModel"
     tensors = ("shira_weight",)
     others = ("r", "scaling", "shira_indices")
     default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
+    counts = ("r",)
     examples = ({"r": 2}, {"r": 1, "random_seed": 7, "init_weights": False})
 
     def check_config(self, config: ShiraConfig, loading: bool = False) -> None:
-        check_ranks(config.r)
+        super().check_config(config, loading)
         if config.mask_type != "random" and config.mask_fn is None and not loading:
             raise ValueError(f"ShiraConfig(mask_type={config.mask_type!r}) needs a function: set `config.mask_fn`.")
 

@@ -63,10 +63,8 @@ class SupertuningConfig(HasInitWeights, TargetConfig):
 
 @register
 class Supertuning(Method):
-    peft_type = PeftType.SUPERTUNING
     prefix = "supertuning_"
     config_class = SupertuningConfig
-    model_name = "SupertuningModel"
     tensors = ("supertuning_values", "supertuning_lora_A", "supertuning_lora_B")
     others = (
         "supertuning_indices", "supertuning_rank", "supertuning_lora_alpha", "supertuning_lora_dropout",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
-from ..factored import FactoredMethod, check_ranks, dropout
+from ..factored import FactoredMethod, dropout
 from ..method import Inner, LayerInfo, State, register
 from ..projections import ProjectedMethod, seeded
 from ..shared import Computed
@@ -51,10 +51,8 @@ class TinyLoraConfig(HasFanInFanOut, HasBias, TargetConfig):
 
 @register
 class TinyLora(ProjectedMethod, FactoredMethod):
-    peft_type = PeftType.TINYLORA
     prefix = "tinylora_"
     config_class = TinyLoraConfig
-    model_name = "TinyLoraModel"
     tensors = ("tinylora_v",)
     others = (
         "r", "u", "tinylora_A", "tinylora_B", "tinylora_P", "tinylora_group", "tinylora_table", "tinylora_dropout",
@@ -62,12 +60,11 @@ class TinyLora(ProjectedMethod, FactoredMethod):
     kinds = frozenset({"linear", "embedding"})
     dropout = "tinylora_dropout"
     seed, projections = "projection_seed", ("tinylora_P",)
+    counts = ("r", "u")
     examples = ({"u": 5}, {"r": 30, "u": 3, "weight_tying": 1.0, "save_projection": False})
 
     def check_config(self, config: TinyLoraConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
-        for field in ("r", "u"):
-            check_ranks(getattr(config, field), field=field)
         if config.u * config.r**2 > MAX_ELEMENTS:
             raise ValueError(f"`u`={config.u} matrices of `r`={config.r} have more than {MAX_ELEMENTS} elements")
         if not 0.0 <= config.weight_tying <= 1.0:

@@ -32,10 +32,8 @@ class TrainableTokensConfig(HasInitWeights, TargetConfig):
 
 @register
 class TrainableTokens(Method):
-    peft_type = PeftType.TRAINABLE_TOKENS
     prefix = "trainable_tokens_"
     config_class = TrainableTokensConfig
-    model_name = "TrainableTokensModel"
     tensors = ("trainable_tokens_delta",)
     others = ("token_indices", "trainable_tokens_order")
     kinds = frozenset({"embedding", "linear"})

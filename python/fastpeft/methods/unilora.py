@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
 from ..projections import check_seed
 from ..safety import MAX_RANK
@@ -45,20 +45,18 @@ class UniLoraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
 @register
 class UniLora(FactoredMethod):
-    peft_type = PeftType.UNILORA
     prefix = "unilora_"
     config_class = UniLoraConfig
-    model_name = "UniLoraModel"
     tensors = ("unilora_theta_d",)
     others = (
         "r", "unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B", "unilora_dropout",
     )  # fmt: skip
     dropout = "unilora_dropout"
+    counts = ("r",)
     examples = ({"r": 2, "theta_d_length": 12}, {"r": 3, "theta_d_length": 7, "save_indices": True})
 
     def check_config(self, config: UniLoraConfig, loading: bool = False) -> None:
-        check_ranks(config.r)
-        check_probabilities(config)
+        super().check_config(config, loading)
         check_seed(config, "proj_seed")
         length, bound = config.theta_d_length, config.init_theta_d_bound
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
-from ..factored import FactoredMethod, check_probabilities, check_ranks, dropout
+from ..factored import FactoredMethod, dropout
 from ..method import Fused, LayerInfo, State, register
 from ..targets import DEFAULT_TARGETS
 
@@ -74,10 +74,8 @@ def print_saved(tuner: Any) -> None:
 
 @register
 class VBLoRA(FactoredMethod):
-    peft_type = PeftType.VBLORA
     prefix = "vblora_"
     config_class = VBLoRAConfig
-    model_name = "VBLoRAModel"
     tensors = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
     others = ("r", "topk", "vblora_dropout")
     dropout = "vblora_dropout"
@@ -89,6 +87,7 @@ class VBLoRA(FactoredMethod):
         "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
         "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
     }
+    counts = ("r", "num_vectors", "vector_length", "topk")
     examples = (
         {"r": 2, "num_vectors": 6, "vector_length": 4},
         {"r": 3, "num_vectors": 5, "vector_length": 2, "topk": 3, "save_only_topk_weights": True},
@@ -98,9 +97,7 @@ class VBLoRA(FactoredMethod):
     }  # fmt: skip
 
     def check_config(self, config: VBLoRAConfig, loading: bool = False) -> None:
-        for field in ("r", "num_vectors", "vector_length", "topk"):
-            check_ranks(getattr(config, field), field=field)
-        check_probabilities(config)
+        super().check_config(config, loading)
         if config.topk > config.num_vectors:
             raise ValueError(f"`topk`={config.topk} should be at most `num_vectors`={config.num_vectors}")
         for field in ("init_logits_std", "init_vector_bank_bound"):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
-from ..factored import check_ranks, dropout
+from ..factored import dropout
 from ..method import Inner, LayerInfo, State, register
 from ..projections import ProjectedMethod, drawn_normal, kaiming_uniform, seeded
 from ..shared import Computed
@@ -38,22 +38,17 @@ class VeraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetC
 
 @register
 class Vera(ProjectedMethod):
-    peft_type = PeftType.VERA
     prefix = "vera_lambda_"
     config_class: ClassVar[type[Any]] = VeraConfig
-    model_name = "VeraModel"
     tensors = ("vera_lambda_b", "vera_lambda_d")
     others: ClassVar[tuple[str, ...]] = ("vera_dropout", "r")
     default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     projections = ("vera_A", "vera_B")
+    counts: ClassVar[tuple[str, ...]] = ("r",)
     examples = ({"r": 5}, {"r": 30, "save_projection": False, "init_weights": False})
 
     word: ClassVar[str] = "vera"  # what the names of tensors begin with
     parts: ClassVar[int] = 1  # how many vectors of r numbers d and A give
-
-    def check_config(self, config: Any, loading: bool = False) -> None:
-        super().check_config(config, loading)
-        check_ranks(config.r)
 
     def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
         rows, r = self.parts * config.r, config.r

@@ -46,10 +46,8 @@ class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
 @register
 class WaveFT(SpectrumMethod):
-    peft_type = PeftType.WAVEFT
     prefix = "waveft_"
     config_class = WaveFTConfig
-    model_name = "WaveFTModel"
     tensors = ("waveft_spectrum",)
     others = (
         "waveft_n_frequency", "waveft_scaling", "waveft_random_loc_seed", "waveft_wavelet_family", "waveft_indices",
