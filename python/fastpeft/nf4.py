@@ -160,7 +160,8 @@ class NF4Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # `model.half()` and `.to(bfloat16)` reach every floating buffer; a rounded scale would be another weight.
         held = {name: self._buffers.pop(name) for name in ("weight", *_SCALES) if name in self._buffers}
-        frozen: dict[str, Any] = {name: self._parameters.pop(name) for name in ("weight", "absmax") if name in self._parameters}
+        names = [name for name in ("weight", "absmax") if name in self._parameters]
+        frozen: dict[str, Any] = {name: self._parameters.pop(name) for name in names}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
