@@ -2,7 +2,7 @@
 # PYTHON=... chooses the interpreter that .venv is made from, ARGS=... is handed on to the command.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-matrix bench lint native setup setup-dev clean
+.PHONY: help quickstart test test-matrix bench gpu-report lint native setup setup-dev clean
 
 # The first of these that runs, is 3.10 or newer and can make a virtual environment; 3.14 and later only if named.
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -35,6 +35,10 @@ test-matrix: setup-dev ## the tests with transformers 5.23 and with 5.24
 bench: setup-dev ## the benches of the ops and of the whole model; results under bench/results
 	@$(BUILD_NATIVE)
 	@$(VENV_PYTHON) -m bench $(if $(ARGS),$(ARGS),--suite qlora)
+
+gpu-report: setup-dev ## the gpu tests and the benches on this machine's GPU; results under bench/results/<gpu>
+	@$(BUILD_NATIVE)
+	@$(VENV_PYTHON) -m bench --gpu $(ARGS)
 
 lint: setup-dev ## style (ruff) and types (mypy, strict)
 	@$(VENV_PYTHON) -m ruff check .

@@ -1,4 +1,4 @@
-"""`python -m bench --op OP`, `--suite layers|qlora|methods`, or `--static`; see --help."""
+"""`python -m bench --op OP`, `--suite layers|qlora|methods`, `--gpu` or `--static`; see --help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from . import checks, machine, results
-from .measure import threads
+from .measure import cuda_clock, threads, wall_clock
 
 OPS = ("lora_linear", "quantize_4bit", "dequantize_4bit")
 SUITES = ("layers", "qlora", "methods")
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--op", choices=OPS)
     what.add_argument("--suite", choices=SUITES)
+    what.add_argument("--gpu", action="store_true", help="gpu tests, then benches beside others, on a CUDA device")
     what.add_argument("--static", action="store_true", help="every GPU kernel as machine code; needs no GPU")
     p.add_argument("--backends", nargs="+", metavar="B", help="of an op: native, reference, triton, cuda")
     p.add_argument("--shapes", nargs="+", type=shape, metavar="INxOUT")
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", nargs="+", choices=("f32", "bf16", "f16"), default=["bf16", "f32"])
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--threads", type=int)
+    p.add_argument("--device", default="cpu", help="of an op: cpu (the default) or cuda")
     p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, decode")
     p.add_argument("--methods", nargs="+", metavar="M", help="of the suite methods, such as boft dora")
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
@@ -89,8 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.rounds, args.sample_s, args.budget_s = min(args.rounds, 7), min(args.sample_s, 0.01), 6.0
     args.only = args.only or ["forward", "train", "levels", "step", "decode"]
-    name = args.op or args.suite
     args.threads = threads(args.threads)
+    if args.gpu:
+        from .gpu import report as gpu_report
+
+        return gpu_report.main(args)
+    name = args.op or args.suite
     verdict = checks.check_all([args.op] if args.op else CHECKED[args.suite], args.skip_checks)
     print(verdict.text, file=sys.stderr)
     info, bounds = machine.describe(args.threads), machine.bounds(args.threads)
@@ -101,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     path = args.json or results.default_path(name)
     rows = []
     for row in module.rows(args):
-        row.measure(args.rounds, args.sample_s, args.budget_s)
+        row.measure(args.rounds, args.sample_s, args.budget_s, wall_clock if args.device == "cpu" else cuda_clock)
         # written row by row, so that an interrupted run keeps what it measured
         results.write_lines(results.as_lines([row], header, verdict.passed), path)
         rows.append(row)

@@ -42,6 +42,16 @@ def digest(files: list[Path]) -> str:
     return h.hexdigest()
 
 
+def pytest(files: list[Path], marker: str, timeout_s: float = 900.0) -> tuple[int, str] | str:
+    """(exit status, last line) of the tests of `files` with a marker; a sentence where they did not finish."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marker, "-p", "no:cacheprovider", *map(str, files)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"did not finish in {timeout_s:.0f} s"
+    return done.returncode, (done.stdout.strip().splitlines() or ["no output"])[-1]
+
+
 def check(what: str, timeout_s: float = 900.0) -> Verdict:
     """Run (or look up) the quick tests of `what`."""
     files = test_files(what)
@@ -54,13 +64,11 @@ def check(what: str, timeout_s: float = 900.0) -> Verdict:
         seen = {}
     if key in seen:
         return Verdict(True, f"tests of {what}: {seen[key]} (seen before on the same sources)")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", QUICK, "-p", "no:cacheprovider", *map(str, files)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return Verdict(False, f"tests of {what} did not finish in {timeout_s:.0f} s")
-    tail = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    if done.returncode != 0:
+    done = pytest(files, QUICK, timeout_s)
+    if isinstance(done, str):
+        return Verdict(False, f"tests of {what} {done}")
+    code, tail = done
+    if code != 0:
         return Verdict(False, f"tests of {what} fail: {tail}")
     SEEN.parent.mkdir(parents=True, exist_ok=True)
     SEEN.write_text(json.dumps({key: tail, **dict(list(seen.items())[:15])}))

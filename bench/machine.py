@@ -30,8 +30,10 @@ def cpu_name() -> str:
 
 
 @cache
-def last_cache_bytes() -> int:
-    """Size of the largest CPU cache; 32 MiB where the system does not say."""
+def last_cache_bytes(device: str = "cpu") -> int:
+    """Size of the largest CPU cache (32 MiB where the system does not say), or of a GPU's L2 cache."""
+    if device != "cpu":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
     found = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()

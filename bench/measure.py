@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+Clock = Callable[[Callable[[], object]], float]  # seconds that a call took
+
 
 @dataclass
 class Candidate:
@@ -50,13 +52,32 @@ def copies_needed(nbytes: int, cache_bytes: int, most: int = 256) -> int:
     return max(2, min(most, -(-2 * cache_bytes // max(1, nbytes))))
 
 
+def wall_clock(run: Callable[[], object]) -> float:
+    """Seconds that `run` took."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def cuda_clock(run: Callable[[], object]) -> float:
+    """Seconds that the current CUDA device was at work on what `run` queued, from one event to another."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def interleave(
-    candidates: Sequence[Candidate], rounds: int = 15, sample_s: float = 0.02, budget_s: float = 20.0
-) -> dict[str, Stats]:
+    candidates: Sequence[Candidate], rounds: int = 15, sample_s: float = 0.02, budget_s: float = 20.0,
+    clock: Clock = wall_clock,
+) -> dict[str, Stats]:  # fmt: skip
     """Median and percentiles of every candidate.
 
     rounds: samples of each, in rotated order. sample_s: a sample repeats the call until it lasts about this long.
-    budget_s: stop after this many seconds in all, but never with fewer than 5 rounds.
+    budget_s: stop after this many seconds in all, but never with fewer than 5 rounds. clock: times a sample.
     """
     position = {c.name: 0 for c in candidates}
     stats = {c.name: Stats() for c in candidates}
@@ -65,17 +86,18 @@ def interleave(
     def sample(c: Candidate, n: int) -> float:
         if c.enter is not None:
             c.enter()
-        calls, i = c.calls, position[c.name]
-        count = len(calls)
-        start = time.perf_counter()
-        for _ in range(n):
-            calls[i]()
-            i += 1
-            if i == count:
-                i = 0
-        took = time.perf_counter() - start
-        position[c.name] = i
-        return took / n
+        calls, count = c.calls, len(c.calls)
+
+        def run() -> None:
+            i = position[c.name]
+            for _ in range(n):
+                calls[i]()
+                i += 1
+                if i == count:
+                    i = 0
+            position[c.name] = i
+
+        return clock(run) / n
 
     begin = time.perf_counter()
     enabled = gc.isenabled()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .measure import Candidate, Stats, interleave
+from .measure import Candidate, Clock, Stats, interleave, wall_clock
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -38,12 +38,18 @@ class Row:
     notes: list[str] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)  # empty where a suite measures by itself
     after: Callable[[], object] | None = None
+    refused: str | None = None  # why the row holds no number
 
-    def measure(self, rounds: int, sample_s: float, budget_s: float) -> Row:
+    def refuse(self, why: str) -> Row:
+        """The row as a title without numbers: tests of what it measures did not pass."""
+        self.refused, self.candidates, self.stats, self.extra, self.notes = why, [], {}, {}, []
+        return self
+
+    def measure(self, rounds: int, sample_s: float, budget_s: float, clock: Clock = wall_clock) -> Row:
         """Fill `stats` from `candidates`; does nothing where the suite has measured."""
         if self.candidates:
             try:
-                self.stats = interleave(self.candidates, rounds, sample_s, budget_s)
+                self.stats = interleave(self.candidates, rounds, sample_s, budget_s, clock)
             finally:
                 if self.after is not None:
                     self.after()
@@ -69,8 +75,10 @@ class Row:
 
 def as_lines(rows: Sequence[Row], header: dict[str, Any], speedups: bool) -> list[dict[str, Any]]:
     """One dictionary per candidate and row. Without `speedups` (failing or skipped checks) none is reported."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     for row in rows:
+        if row.refused is not None:
+            lines.append({**header, "row": row.title, **row.case, "no_number": row.refused})
         for name, stats in row.stats.items():
             line: dict[str, Any] = {**header, "row": row.title, **row.case, "candidate": name, **stats.as_dict()}
             if row.flops:
@@ -124,6 +132,8 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
         table.add_column(name, justify="right", no_wrap=True)
     gflops, gbs = float(bounds.get("gflops") or 0), float(bounds.get("gbs") or 0)
     for row in rows:
+        if row.refused is not None:
+            table.add_row(row.title, "no number: tests failed")
         for i, (name, s) in enumerate(sorted(row.stats.items(), key=lambda item: item[1].median)):
             rate, speed = row.flops / s.median / 1e9, row.nbytes / s.median / 1e9
             share = max(rate / gflops if gflops else 0.0, speed / gbs if gbs else 0.0)
@@ -134,6 +144,8 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
             table.add_row(*cells, *(str(row.extra.get(k, {}).get(name, "")) for k in extras))
         table.add_section()
     console.print(table)
+    for why in dict.fromkeys(row.refused for row in rows if row.refused is not None):
+        console.print(f"no number: {why}")
     for note in (n for row in rows for n in row.notes):
         console.print(note)
     found = [(row.title, r) for row in rows for r in row.ratios()]

@@ -19,10 +19,12 @@ from peft_kernels import QuantWeight, quantize_4bit
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}
 
 
-def quant_copies(n: int, k: int, count: int, nested: bool = True, quant_type: str = "nf4") -> list[QuantWeight]:
+def quant_copies(
+    n: int, k: int, count: int, nested: bool = True, quant_type: str = "nf4", device: str = "cpu"
+) -> list[QuantWeight]:
     """`count` copies of one random 4-bit weight [n, k]."""
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
-    q = quantize_4bit(w, quant_type, nested=nested)
+    q = quantize_4bit(w, quant_type, nested=nested).to(device)
 
     def own(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.clone()
@@ -39,11 +41,11 @@ def bnb_layer(q: QuantWeight, compute: torch.dtype) -> nn.Module:
     from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
     n, k = q.shape
-    code = get_4bit_type(q.quant_type, "cpu")
+    code = get_4bit_type(q.quant_type, q.packed.device)
     inner = None
     if q.nested:
-        inner = QuantState(absmax=q.nested_absmax.clone(), code=create_dynamic_map(), blocksize=q.nested_blocksize,
-                           dtype=torch.float32)  # fmt: skip
+        inner = QuantState(absmax=q.nested_absmax.clone(), code=create_dynamic_map().to(q.packed.device),
+                           blocksize=q.nested_blocksize, dtype=torch.float32)  # fmt: skip
     state = QuantState(absmax=q.absmax.clone(), shape=torch.Size((n, k)), code=code, blocksize=q.blocksize,
                        quant_type=q.quant_type, dtype=compute, offset=q.offset, state2=inner)  # fmt: skip
     # a tiny layer first: its own initialisation of a large weight would take longer than all that is measured
@@ -97,15 +99,18 @@ def forward_call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], o
     return call
 
 
-def step_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], object]:
-    """Forward and backward of a layer in the middle of a model: gradients of x, A and B."""
+def step_call(
+    layer: nn.Module, x: Tensor, dy: Tensor, through: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[], object]:
+    """Forward and backward of a layer in the middle of a model: gradients of x, A and B. through: what computes it."""
+    run = layer if through is None else through
     x = x.detach().requires_grad_()
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
     if len(wanted) != 3:
         raise ValueError(f"expected A and B to be trained, found {len(wanted) - 1} trained tensors")
 
     def call() -> object:
-        return torch.autograd.grad(layer(x), wanted, dy)
+        return torch.autograd.grad(run(x), wanted, dy)
 
     return call
 

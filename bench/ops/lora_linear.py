@@ -6,16 +6,17 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, lora_linear, use_backend
 from peft_kernels.ops.lora_linear import forward_op
 
 from .. import subjects
+from ..gpu import others
 from ..machine import last_cache_bytes
 from ..measure import Candidate, copies_needed, warm_everything
 from ..results import Claim, Row
-from . import reason
+from . import default_backends, reason
 
 OP = "lora_linear"
 SHAPES = [(576, 576), (576, 1536), (4096, 4096)]
@@ -52,20 +53,21 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 
 def row(k: int, n: int, m: int, dtype: str, backward: bool, args: argparse.Namespace) -> Row:
     """Theirs: PEFT + bitsandbytes, forward in eval mode (its fast kernel), forward + backward in train mode."""
-    count = copies_needed(n * k // 2, last_cache_bytes(), 16 if args.quick else 64)
-    weights = subjects.quant_copies(n, k, count)
+    device = args.device
+    count = copies_needed(n * k // 2, last_cache_bytes(device), 16 if args.quick else 64)
+    weights = subjects.quant_copies(n, k, count, device=device)
     g = torch.Generator().manual_seed(3)
-    x, dy = (torch.randn(m, d, generator=g).to(subjects.DTYPES[dtype]) for d in (k, n))
-    a, b = torch.randn(RANK, k, generator=g) * 0.02, torch.randn(n, RANK, generator=g) * 0.02
+    x, dy = (torch.randn(m, d, generator=g).to(device, subjects.DTYPES[dtype]) for d in (k, n))
+    a, b = ((torch.randn(shape, generator=g) * 0.02).to(device) for shape in ((RANK, k), (n, RANK)))
     candidates, refused = [], {}
-    for backend in args.backends or ["native", "reference"]:
+    for backend in args.backends or default_backends(device):
         why = reason(forward_op, backend, (x, *weights[0].flatten(), n, a, b, 2.0, None, 0.0, None))
         if why is not None:
             refused[backend] = why
             continue
         make = (lambda q: _step(x, q, a, b, dy, args.dropout)) if backward else (lambda q: _forward(x, q, a, b))
         candidates.append(Candidate(backend, [_under(backend, make(q)) for q in weights]))
-    theirs = _theirs(weights, dtype, x, dy, backward, args)
+    theirs = _theirs(weights, x, dy, a, b, backward, args, refused)
     everyone = [*candidates, *theirs]
     what = "forward+backward" if backward else "forward"
     ours = [c.name for c in candidates if c.name != "reference"]
@@ -90,16 +92,40 @@ def _under(backend: str, call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _theirs(
-    weights: list[QuantWeight], dtype: str, x: Tensor, dy: Tensor, backward: bool, args: argparse.Namespace
-) -> list[Candidate]:
-    compute = subjects.DTYPES[dtype]
-    layers = [subjects.bnb_layer(q, compute) for q in weights]
-    import peft
+    weights: list[QuantWeight], x: Tensor, dy: Tensor, a: Tensor, b: Tensor, backward: bool, args: argparse.Namespace,
+    absent: dict[str, str],
+) -> list[Candidate]:  # fmt: skip
+    """What others run; `absent` gets what cannot be run here, and why."""
 
-    if backward:
-        wrapped = subjects.with_adapter(peft, layers, RANK, args.dropout, True)
-        return [Candidate("PEFT+bnb", [subjects.step_call(layer, x, dy) for layer in wrapped])]
-    wrapped = subjects.with_adapter(peft, layers, RANK, 0.0, False)
-    found = [Candidate("PEFT+bnb eval", [subjects.forward_call(layer, x) for layer in wrapped])]
-    warm_everything(found)
+    def layers() -> list[nn.Module]:
+        return [subjects.bnb_layer(q, x.dtype) for q in weights]
+
+    def wrapped(train: bool) -> list[nn.Module]:
+        import peft
+
+        return subjects.with_adapter(peft, layers(), RANK, args.dropout if train else 0.0, train)
+
+    def peft_calls() -> others.Calls:
+        if backward:
+            return [subjects.step_call(layer, x, dy) for layer in wrapped(True)]
+        return [subjects.forward_call(layer, x) for layer in wrapped(False)]
+
+    def unsloth_calls() -> others.Calls:
+        if args.dropout:
+            raise ValueError("its kernels have no dropout")
+        found = [(layer, others.unsloth(layer)) for layer in wrapped(backward)]
+        if backward:
+            return [subjects.step_call(layer, x, dy, through) for layer, through in found]
+        return [subjects.forward_call(through, x) for _, through in found]
+
+    name = "PEFT+bnb" if backward else "PEFT+bnb eval"
+    found = others.optional(absent, name, "bitsandbytes", peft_calls)
+    if args.device != "cpu":
+        found += others.optional(absent, "unsloth", "unsloth", unsloth_calls)
+        if not backward:
+            found += others.optional(
+                absent, "vLLM+bnb", "vllm", lambda: [others.vllm(layer, x, a, b, 2.0) for layer in layers()]
+            )
+    if not backward:
+        warm_everything(found)
     return found
