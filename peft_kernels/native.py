@@ -44,7 +44,7 @@ _CUDA_SIGNATURES: dict[str, list[Any]] = {
     "pk_cuda_quantize_4bit": [c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_void_p],
     "pk_cuda_quantize_absmax": [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_void_p],
     "pk_cuda_dequantize_4bit": [*[c_void_p] * 6, *[c_int64] * 4, c_void_p, c_int64, c_void_p],
-    "pk_cuda_lora_workspace": [c_char_p, c_void_p],
+    "pk_cuda_lora_workspace": [c_char_p, c_int64, c_void_p],
     "pk_cuda_lora_linear": [c_char_p, c_int64, c_void_p],
     "pk_cuda_lora_linear_backward": [c_char_p, c_int64, c_void_p],
 }

@@ -3,9 +3,10 @@
 #pragma once
 #include "common.cuh"
 
-/* y = x W^T + bias + scaling * s b^T for 8 < M <= 512, from ready args.s (float32 [M, r]); queued on `stream`.
+/* y = x W^T + bias + scaling * s b^T for PK_GEMV_ROWS < M <= PK_MMA_ROWS, from ready args.s (float32 [M, r]).
  * pk_lora_mma_refuses: why it cannot serve these arguments (a static text), or NULL; a caller asks first.
  * pk_lora_mma_workspace: the bytes of args.workspace that it needs. All in lora_mma.cu. */
+constexpr int64_t PK_MMA_ROWS = 512;
 const char *pk_lora_mma_refuses(const pk_lora_args &args);
 int64_t pk_lora_mma_workspace(const pk_lora_args &args);
 int pk_lora_mma(const pk_lora_args &args, cudaStream_t stream);

@@ -138,7 +138,7 @@ constexpr int ANY_ROWS = 8;
 template <typename T>
 __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Input in, const __grid_constant__ PkTable values) {
     __shared__ float table[16], map[256];
-    const bool nested = in.scales.absmax == nullptr;
+    const bool nested = in.scales.nested_code != nullptr;
     if (threadIdx.x < 16) table[threadIdx.x] = values.value[threadIdx.x];
     if (nested) map[threadIdx.x] = in.scales.nested_code[threadIdx.x];
     const float offset = nested ? *in.scales.offset : 0.0f;
@@ -269,7 +269,7 @@ int64_t ds_floats(const pk_lora_args &a) { return (a.M * a.r + 3) / 4 * 4; }
 template <typename T, int TILES>
 void launch_input(const Input &in, const PkTable &table, unsigned splits, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>((in.K + COLUMNS - 1) / COLUMNS), splits);
-    auto kernel = in.scales.absmax ? input_kernel<T, TILES, false> : input_kernel<T, TILES, true>;
+    auto kernel = !in.scales.nested_code ? input_kernel<T, TILES, false> : input_kernel<T, TILES, true>;
     PK_LAUNCH(kernel, grid, THREADS, stream, in, table);
 }
 
@@ -317,10 +317,10 @@ template <typename T> int backward(const pk_lora_args &a, cudaStream_t stream) {
         launch_dx<T>(a, ds, stream);
         if (int code = pk_cuda_check(cudaGetLastError(), what)) return code;
     }
-    if (a.r == 0 || !a.da) return PK_OK;
-    if (a.K > 0)
+    if (a.r == 0) return PK_OK;
+    if (a.da && a.K > 0)
         launch_outer<T>({a.x, ds, a.da, a.K, 1, a.K, M, r, static_cast<int>(a.a_dtype), 1.0f, pk_dropout_of(a)}, stream);
-    if (a.N > 0)
+    if (a.db && a.N > 0)
         launch_outer<T>({a.dy, a.s, a.db, a.N, a.r, 1, M, r, static_cast<int>(a.b_dtype), static_cast<float>(a.scaling),
                          {nullptr, 0, 1.0f}}, stream);
     return pk_cuda_check(cudaGetLastError(), what);

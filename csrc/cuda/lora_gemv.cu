@@ -213,7 +213,7 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
     __shared__ float table[16], code[256];
     const int lane = threadIdx.x % 32;
-    const bool nested = c.scales.absmax == nullptr;
+    const bool nested = c.scales.nested_code != nullptr;
     if (threadIdx.x < 16) table[threadIdx.x] = values.value[threadIdx.x];
     if (nested) code[threadIdx.x] = c.scales.nested_code[threadIdx.x];
     const float offset = nested ? *c.scales.offset : 0.0f;
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Ca
         for (int d = 16; d > 0; d /= 2) sums[m] += __shfl_xor_sync(0xffffffffu, sums[m], d);
         mine = m == lane % TEAM ? sums[m] : mine;
     }
-    finish<T>(c, n, lane % TEAM, mine); /* the four teams of the warp write the same values */
+    finish<T>(c, lane < TEAM ? n : c.N, lane % TEAM, mine); /* one team of the warp's four */
 }
 
 bool whole_runs(const pk_lora_args &a) { return a.K > 0 && a.K % 32 == 0 && pk_aligned(a.x, 16) && pk_aligned(a.weight, 16); }
@@ -251,7 +251,7 @@ int64_t splits_of(const pk_lora_args &a) {
 template <typename T, int SETS>
 void launch(const Call &c, const PkTable &table, unsigned splits, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>((c.N + ROWS - 1) / ROWS), splits);
-    auto kernel = c.scales.absmax ? gemv_kernel<T, SETS, false> : gemv_kernel<T, SETS, true>;
+    auto kernel = !c.scales.nested_code ? gemv_kernel<T, SETS, false> : gemv_kernel<T, SETS, true>;
     PK_LAUNCH(kernel, grid, THREADS, stream, c, table);
 }
 

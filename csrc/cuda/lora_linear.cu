@@ -112,7 +112,8 @@ int check(const pk_lora_args *a) {
     if (a->r > 0 && (!is_float(a->a_dtype) || !is_float(a->b_dtype)))
         return fail("a and b must be float32, bfloat16 or float16", is_float(a->a_dtype) ? a->b_dtype : a->a_dtype);
     if (a->r > 65535 * 4) return fail("r must be below 2^18", a->r);
-    if (a->r > 0 && a->M > 0 && (!a->a || !a->b)) return pk_fail(PK_ERR_ARGUMENT, "%s: a or b is NULL", what);
+    if (a->r > 0 && a->M > 0 && ((!a->a && a->K > 0) || (!a->b && a->N > 0)))
+        return pk_fail(PK_ERR_ARGUMENT, "%s: a or b is NULL", what);
     if (a->r > 0 && a->dropout_p != 0.0 && (!a->seed || !(a->dropout_p > 0.0 && a->dropout_p < 1.0)))
         return pk_fail(PK_ERR_ARGUMENT, "%s: dropout needs a seed and p in [0, 1), got p %g", what, a->dropout_p);
     if (a->bias && !is_float(a->bias_dtype)) return fail("bias must be float32, bfloat16 or float16", a->bias_dtype);
@@ -130,10 +131,15 @@ int check_workspace(const pk_lora_args &a, int64_t needed) {
 int check_forward(const pk_lora_args *args) {
     if (int code = check(args)) return code;
     const pk_lora_args &a = *args;
-    if (a.M > PK_GEMV_ROWS)
+    if (a.M > PK_MMA_ROWS)
         return pk_fail(PK_ERR_ARGUMENT, "%s: M must be at most %lld, got %lld", what,
-                       static_cast<long long>(PK_GEMV_ROWS), static_cast<long long>(a.M));
-    return PK_OK;
+                       static_cast<long long>(PK_MMA_ROWS), static_cast<long long>(a.M));
+    const char *why = a.M > PK_GEMV_ROWS ? pk_lora_mma_refuses(a) : nullptr;
+    return why ? pk_fail(PK_ERR_ARGUMENT, "%s: %s", what, why) : int(PK_OK);
+}
+
+int64_t forward_workspace(const pk_lora_args &a) {
+    return a.M > PK_GEMV_ROWS ? pk_lora_mma_workspace(a) : pk_lora_gemv_workspace(a);
 }
 
 int check_backward(const pk_lora_args *args) {
@@ -159,11 +165,10 @@ int pk_lora_project(const pk_lora_args &args, const void *z, int64_t C, const vo
     return pk_cuda_check(cudaGetLastError(), what);
 }
 
-extern "C" int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t *bytes) {
-    const bool backward = args && args->dy;
+extern "C" int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t backward, int64_t *bytes) {
     if (int code = backward ? check_backward(args) : check_forward(args)) return code;
     if (!bytes) return pk_fail(PK_ERR_ARGUMENT, "%s: bytes is NULL", what);
-    *bytes = args->M == 0 ? 0 : (backward ? pk_lora_backward_workspace(*args) : pk_lora_gemv_workspace(*args));
+    *bytes = args->M == 0 ? 0 : (backward ? pk_lora_backward_workspace(*args) : forward_workspace(*args));
     return PK_OK;
 }
 
@@ -173,20 +178,23 @@ extern "C" int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, voi
     if (a.M == 0) return PK_OK;
     if ((a.K > 0 && !a.x) || (a.N > 0 && !a.y) || (a.r > 0 && !a.s))
         return pk_fail(PK_ERR_ARGUMENT, "%s: x, y or s is NULL", what);
-    if (int code = check_workspace(a, pk_lora_gemv_workspace(a))) return code;
+    if (int code = check_workspace(a, forward_workspace(a))) return code;
     if (int code = pk_cuda_use(device, what)) return code;
     cudaStream_t on = static_cast<cudaStream_t>(stream);
     if (a.r > 0)
         if (int code = pk_lora_project(a, a.x, a.K, a.a, a.a_dtype, false, true, 1.0f, a.s, on)) return code;
-    return a.N == 0 ? int(PK_OK) : pk_lora_gemv(a, on);
+    if (a.N == 0) return PK_OK;
+    return a.M > PK_GEMV_ROWS ? pk_lora_mma(a, on) : pk_lora_gemv(a, on);
 }
 
 extern "C" int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t device, void *stream) {
     if (int code = check_backward(args)) return code;
     const pk_lora_args &a = *args;
-    if (a.M > 0 && (!a.dy || ((a.da || a.db) && a.r > 0 && (!a.x || !a.s))))
+    const bool factors = (a.da || a.db) && a.r > 0;
+    if (a.M > 0 && ((!a.dy && a.N > 0) || (factors && (!a.s || (!a.x && a.K > 0)))))
         return pk_fail(PK_ERR_ARGUMENT, "%s: dy, x or s is NULL", what);
-    if (!a.da != !a.db) return pk_fail(PK_ERR_ARGUMENT, "%s: da and db are given together or not at all", what);
+    if (a.r > 0 && a.N > 0 && a.K > 0 && !a.da != !a.db)
+        return pk_fail(PK_ERR_ARGUMENT, "%s: da and db are given together or not at all", what);
     if (int code = check_workspace(a, a.M == 0 ? 0 : pk_lora_backward_workspace(a))) return code;
     if (int code = pk_cuda_use(device, what)) return code;
     return pk_lora_backward(a, static_cast<cudaStream_t>(stream));

@@ -19,7 +19,7 @@ inline int pk_log2(int64_t power) {
 }
 inline bool pk_power_of_two(int64_t v) { return v > 0 && (v & (v - 1)) == 0; }
 
-/* Scales of the blocks: float32, or nested 8-bit codes (then `absmax` is NULL). Blocksizes are powers of two. */
+/* Scales of the blocks: float32, or 8-bit codes where nested_code is not NULL. Blocksizes are powers of two. */
 struct PkScales {
     const float *absmax;
     const uint8_t *codes;

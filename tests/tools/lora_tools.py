@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from torch import Tensor
 
 from peft_kernels import native, use_backend
-from peft_kernels.testing import random_quant_weight
+from peft_kernels.ops import lora_linear as op
+from peft_kernels.testing import assert_no_worse, random_quant_weight
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FLOATS = (F32, BF16, F16)
@@ -75,6 +76,40 @@ class Case:
         weight = (self.weight[0].double() if dense else self.weight[0], *self.weight[1:])
         return Case(up(self.x), up(self.dy), weight, self.n, up(self.a), up(self.b), up(self.bias), self.scaling,
                     self.p, self.seed)  # fmt: skip
+
+    def to(self, device: str) -> Case:
+        def move(v):
+            return tuple(map(move, v)) if isinstance(v, tuple) else v.to(device) if isinstance(v, Tensor) else v
+
+        return Case(*(move(getattr(self, f.name)) for f in fields(self)))
+
+
+def check(c: Case) -> None:
+    """Forward and backward of the forced backend are no worse than eager code in the same dtype."""
+    exact, w = c.double(), op.dense_weight(*c.double().weight, c.n, c.x.shape[1], torch.float64)
+    y, s = c.forward(op.forward_op.op)
+    y_eager, s_eager = c.forward(op.forward_op.reference)
+    y_exact, s_exact = exact.forward(op.forward_op.reference)
+    size = exact.x.abs() @ w.abs().t()
+    dx_size = exact.dy.abs() @ w.abs()
+    if c.a is not None:
+        s_size = exact.x.abs() @ exact.a.abs().t() / (1 - c.p)
+        assert_no_worse(s, s_eager, s_exact, s_size)
+        size = size + c.scaling * (s_size @ exact.b.abs().t())
+        ds_size = c.scaling * (exact.dy.abs() @ exact.b.abs())
+        dx_size = dx_size + ds_size @ exact.a.abs() / (1 - c.p)
+    if c.bias is not None:
+        size = size + exact.bias.abs()
+    assert_no_worse(y, y_eager, y_exact, size)
+
+    adapter = c.a is not None
+    dx, da, db = c.backward(op.backward_op.op, s if adapter else None)
+    dx_eager, da_eager, db_eager = c.backward(op.backward_op.reference, s_eager if adapter else None)
+    dx_exact, da_exact, db_exact = exact.backward(op.backward_op.reference, s_exact if adapter else None)
+    assert_no_worse(dx, dx_eager, dx_exact, dx_size)
+    if adapter:
+        assert_no_worse(da, da_eager, da_exact, ds_size.t() @ exact.x.abs() / (1 - c.p))
+        assert_no_worse(db, db_eager, db_exact, c.scaling * (exact.dy.abs().t() @ s_size))
 
 
 def make(

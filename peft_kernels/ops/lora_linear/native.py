@@ -104,9 +104,9 @@ def forward_arguments(
         bias = bias.contiguous()
     if a is not None and b is not None:
         a, b = a.contiguous(), b.contiguous()
-        s = torch.empty((m, a.shape[0]), dtype=_F32)
+        s = x.new_empty((m, a.shape[0]), dtype=_F32)
     else:
-        s = torch.empty((0,), dtype=_F32)
+        s = x.new_empty((0,), dtype=_F32)
     return (weight.contiguous(), absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
             out_features, a, b, scaling, bias, dropout_p, seed), x.new_empty((m, out_features)), s  # fmt: skip
 

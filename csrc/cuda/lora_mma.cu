@@ -1,0 +1,122 @@
+/* lora_linear for 8 < M <= 512 rows of x: W decoded into the operands of mma.sync. Chooses the tile and how many blocks
+ * share the sums of one tile, and launches lora_mma.cuh. */
+#include "lora_mma.cuh"
+
+namespace {
+using mma::Problem;
+using mma::Tile;
+/* 4 stages of x and W. Where memory is short, 3 with 32 rows of x, 2 with 64, and no larger tile: on those GPUs the
+ * tensor cores are the slowest part by far. */
+using Tile16 = Tile<16, 2, 4, mma::ANY>;
+using Tile32 = Tile<32, 2, 4, mma::LARGE>;
+using Tile64 = Tile<64, 2, 4, mma::LARGE>;
+using Tile128 = Tile<128, 1, 4, mma::LARGE>;
+using Tile32Small = Tile<32, 2, 3, mma::SMALL>;
+using Tile64Small = Tile<64, 2, 2, mma::SMALL>;
+using TileAny = Tile<32, 2, 3, mma::ANY, true>;
+
+/* What the kernel of one tile needs to be launched. */
+struct Shape {
+    int BM, BN, BK, quarters, threads, bytes;
+    void (*bf16)(Problem);
+    void (*f16)(Problem);
+};
+template <typename C> Shape shape() {
+    return {C::BM, C::BN, C::BK, C::QUARTERS, C::COLUMN_THREADS, C::BYTES, mma::kernel<__nv_bfloat16, C>,
+            mma::kernel<__half, C>};
+}
+
+struct Plan {
+    Shape shape;
+    int64_t n_tiles, m_tiles;
+    int split;
+    int64_t counters() const { return (n_tiles * m_tiles * 4 + 15) / 16 * 16; } /* bytes */
+    int64_t bytes() const {
+        return split == 1 ? 0 : counters() + n_tiles * m_tiles * split * shape.quarters * shape.threads * 16;
+    }
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int attribute(cudaDeviceAttr which, int otherwise) {
+    int device = 0, value = otherwise;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) {
+        cudaGetLastError(); /* no device: a launch will say so */
+        return otherwise;
+    }
+    return value;
+}
+
+Plan plan(const pk_lora_args &a, bool general) {
+    const bool small = mma::small_memory(10 * attribute(cudaDevAttrComputeCapabilityMajor, 8) +
+                                         attribute(cudaDevAttrComputeCapabilityMinor, 0));
+    /* the tile that costs least: decoding its part of W costs about as much as the products with 32 rows of x */
+    int rows = 16;
+    for (int BM = 32; BM <= (small ? 64 : 128); BM *= 2)
+        if (ceil_div(a.M, BM) * (BM + 32) <= ceil_div(a.M, rows) * (rows + 32)) rows = BM;
+    Plan out;
+    out.shape = general      ? shape<TileAny>()
+                : rows == 16 ? shape<Tile16>()
+                : rows == 32 ? (small ? shape<Tile32Small>() : shape<Tile32>())
+                : rows == 64 ? (small ? shape<Tile64Small>() : shape<Tile64>())
+                             : shape<Tile128>();
+    out.n_tiles = ceil_div(a.N, out.shape.BN), out.m_tiles = ceil_div(a.M, out.shape.BM);
+    /* parts of k, so that the last round of blocks is short; 3: steps that a block takes to start and end */
+    const int64_t slots = attribute(cudaDevAttrMultiProcessorCount, 108), steps = ceil_div(a.K, out.shape.BK);
+    const int64_t tiles = out.n_tiles * out.m_tiles;
+    int64_t least = 0;
+    out.split = 1;
+    for (int64_t split = 1; split <= 16 && (split == 1 || steps >= 4 * split); ++split) {
+        const int64_t adding = split > 1 ? 2 + split / 4 : 0;
+        const int64_t cost = ceil_div(tiles * split, slots) * (ceil_div(steps, split) + 3) + adding;
+        if (split == 1 || cost < least) least = cost, out.split = static_cast<int>(split);
+    }
+    return out;
+}
+
+/* Rows that cp.async cannot take 16 bytes at a time, or offsets beyond 32 bits. */
+bool is_general(const pk_lora_args &a) {
+    return a.K % 32 || !pk_aligned(a.x, 16) || !pk_aligned(a.weight, 16) || a.N * (a.K / 2) > UINT32_MAX - (1 << 20);
+}
+} // namespace
+
+const char *pk_lora_mma_refuses(const pk_lora_args &a) {
+    if (a.N * a.K / 32 >= int64_t(1) << 31) return "W has 2^36 elements or more";
+    if (a.M * a.K * 2 > UINT32_MAX - (1 << 20)) return "x has 4 GB or more";
+    return nullptr;
+}
+
+int64_t pk_lora_mma_workspace(const pk_lora_args &a) { /* whatever the alignment will be */
+    const int64_t usual = plan(a, false).bytes(), general = plan(a, true).bytes();
+    return usual > general ? usual : general;
+}
+
+int pk_lora_mma(const pk_lora_args &a, cudaStream_t stream) {
+    const char *what = "lora_linear (mma)";
+    if (const char *why = pk_lora_mma_refuses(a)) return pk_fail(PK_ERR_ARGUMENT, "%s: %s", what, why);
+    const bool general = is_general(a);
+    const Plan todo = plan(a, general);
+    if (todo.bytes() > a.workspace_bytes || (todo.split > 1 && !pk_aligned(a.workspace, 16)))
+        return pk_fail(PK_ERR_ARGUMENT, "%s: needs %lld bytes of workspace, 16-byte aligned; got %lld", what,
+                       static_cast<long long>(todo.bytes()), static_cast<long long>(a.workspace_bytes));
+    Problem p = {};
+    p.x = static_cast<const uint8_t *>(a.x), p.packed = static_cast<const uint8_t *>(a.weight);
+    p.scales = pk_block_scales(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.nested_blocksize);
+    p.b = a.b, p.bias = a.bias, p.s = a.s, p.y = static_cast<uint16_t *>(a.y);
+    p.M = static_cast<int>(a.M), p.N = static_cast<int>(a.N), p.K = static_cast<int>(a.K), p.r = static_cast<int>(a.r);
+    p.m_tiles = static_cast<int>(todo.m_tiles), p.split = todo.split;
+    p.x_row = static_cast<uint32_t>(a.K * 2), p.codes_row = static_cast<uint32_t>(a.K / 2);
+    p.shift = pk_log2(a.blocksize) - (general ? 0 : 5), p.whole = a.blocksize >= 64 && a.K % 64 == 0;
+    p.b_dtype = static_cast<int>(a.b_dtype), p.bias_dtype = static_cast<int>(a.bias_dtype);
+    p.scaling = static_cast<float>(a.scaling);
+    p.table = pk_table_of(a.table);
+    if (todo.split > 1) {
+        p.arrived = reinterpret_cast<unsigned *>(a.workspace);
+        p.partial = reinterpret_cast<float4 *>(reinterpret_cast<char *>(a.workspace) + todo.counters());
+        if (int code = pk_cuda_check(cudaMemsetAsync(p.arrived, 0, todo.counters(), stream), what)) return code;
+    }
+    const auto kernel = a.x_dtype == PK_BF16 ? todo.shape.bf16 : todo.shape.f16;
+    const dim3 grid(static_cast<unsigned>(todo.n_tiles * todo.m_tiles), static_cast<unsigned>(todo.split));
+    PK_LAUNCH_SHARED(kernel, grid, mma::THREADS, static_cast<size_t>(todo.shape.bytes), stream, p);
+    return pk_cuda_check(cudaGetLastError(), what);
+}

@@ -1,0 +1,265 @@
+/* The kernel of lora_mma.cu: its start, main loop and end. lora_mma_tile.cuh says how it is laid out. */
+#pragma once
+#include "lora_mma_tile.cuh"
+
+namespace mma {
+template <typename T> __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
+                                                                   const uint32_t (&b)[2]);
+template <>
+__device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
+                                                            const uint32_t (&b)[2]) {
+    pk_mma_bf16(d, a, b);
+}
+template <>
+__device__ __forceinline__ void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    pk_mma_f16(d, a, b);
+}
+
+/* Elements column to column + 3 of one row of a [rows, r] matrix times `factor`, each as a sum of two bfloat16, 16 bits
+ * of it, as one thread's part of fragments: {high 0, 1}, {high 2, 3}, {low 0, 1}, {low 2, 3}. */
+__device__ __forceinline__ uint4 halves(const void *p, int dtype, int row, int rows, int column, int r, float factor) {
+    uint32_t high[2], low[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float v[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int c = column + 2 * i + k;
+            const bool there = row < rows && c < r;
+            v[k] = there ? __fmul_rn(pk_load_as(p, dtype, static_cast<int64_t>(row) * r + c), factor) : 0.0f;
+        }
+        high[i] = pk_pack<__nv_bfloat16>(v[0], v[1]);
+        low[i] = pk_pack<__nv_bfloat16>(__fsub_rn(v[0], __uint_as_float(high[i] << 16)),
+                                        __fsub_rn(v[1], __uint_as_float(high[i] & 0xffff0000u)));
+    }
+    return {high[0], high[1], low[0], low[1]};
+}
+
+/* The sums start at bias + scaling * s b^T, in three products of the halves: float32 adapters lose nothing that shows
+ * in a 16-bit y. s goes through `room` of shared memory as fragments, so that it is split once for all warps. */
+template <typename C>
+__device__ __forceinline__ void start(const Problem &p, char *room, typename C::Sums &acc, int group, int n,
+                                      int m0) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    if (p.bias && group == 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float v = n + 8 * i < p.N ? pk_load_as(p.bias, p.bias_dtype, n + 8 * i) : 0.0f;
+#pragma unroll
+            for (int mt = 0; mt < C::BM / 8; ++mt) acc[i / 2][mt][i % 2 * 2] = acc[i / 2][mt][i % 2 * 2 + 1] = v;
+        }
+    }
+    for (int r0 = 0; r0 < p.r; r0 += 16 * C::WK) { /* 16 for each group */
+        for (int i = warp; i < C::BM / 8 * C::WK; i += THREADS / 32)
+            at<uint4>(room, (i * 32 + lane) * 16) = halves(p.s, PK_F32, m0 + 8 * (i / C::WK) + g, p.M,
+                                                           r0 + 16 * (i % C::WK) + 4 * t, p.r, p.scaling);
+        uint32_t high[2][4], low[2][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint4 v = halves(p.b, p.b_dtype, n + 8 * i, p.N, r0 + 16 * group + 4 * t, p.r, 1.0f);
+            high[i / 2][i % 2] = v.x, high[i / 2][i % 2 + 2] = v.y;
+            low[i / 2][i % 2] = v.z, low[i / 2][i % 2 + 2] = v.w;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int mt = 0; mt < C::BM / 8; ++mt) {
+            const uint4 v = at<uint4>(room, ((mt * C::WK + group) * 32 + lane) * 16);
+            const uint32_t h[2] = {v.x, v.y}, l[2] = {v.z, v.w};
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                pk_mma_bf16(acc[i][mt], low[i], h);
+                pk_mma_bf16(acc[i][mt], high[i], l);
+                pk_mma_bf16(acc[i][mt], high[i], h);
+            }
+        }
+        __syncthreads();
+    }
+}
+
+/* acc += W x^T over one group of 64 elements. codes, x: offsets of the thread's own; copy: of its column in a line of
+ * the table. */
+template <typename T, typename C>
+__device__ __forceinline__ void multiply(char *shared, typename C::Sums &acc, int codes, int x,
+                                         const RunScale<C::GENERAL> (&scale)[4], uint32_t copy) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        uint32_t a[2][2][4]; /* of two steps of 16 elements, of two 16-row parts of W */
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t word = at<uint32_t>(shared, codes + i * (2 * LINE) + 4 * h);
+#pragma unroll
+            for (int byte = 0; byte < 4; ++byte) {
+                const Floats v = at<Floats>(shared, pk_prmt(word, copy, 0x5504 | byte << 4)); /* byte * 256 + copy */
+                const int e = 8 * h + 2 * byte;
+                a[byte / 2][i / 2][i % 2 + byte % 2 * 2] =
+                    pk_pack<T>(__fmul_rn(v.even, scale[i].of(e)), __fmul_rn(v.odd, scale[i].of(e + 1)));
+            }
+        }
+#pragma unroll
+        for (int mt = 0; mt < C::BM / 8; ++mt) {
+            const uint4 v = at<uint4>(shared, (x ^ h * 16) + mt * 1024);
+            const uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
+#pragma unroll
+            for (int step = 0; step < 2; ++step)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) multiply_add<T>(acc[i][mt], a[step][i], b[step]);
+        }
+    }
+}
+
+/* Quarter q of the thread's sums: what it writes and reads as one float4. */
+template <typename C> __device__ __forceinline__ float (&quarter(typename C::Sums &acc, int q))[4] {
+    return acc[q / (C::BM / 8)][q % (C::BM / 8)];
+}
+__device__ __forceinline__ void add(float (&to)[4], float4 v) {
+    to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+}
+__device__ __forceinline__ float4 packed(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
+
+/* The tile goes through shared memory (row m, column n) to y, 16 bytes a thread where y's rows allow it. */
+template <typename T, typename C>
+__device__ __forceinline__ void store(const Problem &p, char *shared, typename C::Sums &acc, int n0, int m0,
+                                      bool holds, int column, int t) {
+    constexpr int ROW = (C::BN + 8) * 2;
+    if (holds) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int mt = 0; mt < C::BM / 8; ++mt)
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    at<uint16_t>(shared, (8 * mt + 2 * t + j % 2) * ROW + (column + 16 * i + j / 2 * 8) * 2) =
+                        static_cast<uint16_t>(pk_pack<T>(acc[i][mt][j], 0.0f));
+    }
+    __syncthreads();
+    const bool wide = p.N % 8 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+    for (int c = static_cast<int>(threadIdx.x); c < C::BM * C::BN / 8; c += THREADS) {
+        const int row = c / (C::BN / 8), n = c % (C::BN / 8) * 8;
+        if (m0 + row >= p.M || n0 + n >= p.N) continue;
+        uint16_t *to = p.y + static_cast<int64_t>(m0 + row) * p.N + n0 + n;
+        if (wide) {
+            *reinterpret_cast<uint4 *>(to) = at<uint4>(shared, row * ROW + n * 2);
+        } else {
+            for (int k = 0; k < 8 && n0 + n + k < p.N; ++k) to[k] = at<uint16_t>(shared, row * ROW + (n + k) * 2);
+        }
+    }
+}
+
+/* The sums of the second group of warps to the first. place: of the thread in its group. */
+template <typename C>
+__device__ __forceinline__ void add_groups(char *shared, typename C::Sums &acc, int group, int place) {
+    constexpr int STEP = C::COLUMN_THREADS * 16;
+    if (group == 1)
+#pragma unroll
+        for (int q = 0; q < C::QUARTERS; ++q) at<float4>(shared, q * STEP + place * 16) = packed(quarter<C>(acc, q));
+    __syncthreads();
+    if (group == 0)
+#pragma unroll
+        for (int q = 0; q < C::QUARTERS; ++q) add(quarter<C>(acc, q), at<float4>(shared, q * STEP + place * 16));
+    __syncthreads();
+}
+
+/* Hands over this part's sums; true in the last block of the tile to arrive, which gets the sum of all parts, added in
+ * their order whoever is last. holds: the thread has sums. */
+template <typename C>
+__device__ __forceinline__ bool add_parts(const Problem &p, char *shared, typename C::Sums &acc, bool holds,
+                                          int place) {
+    constexpr int STEP = C::COLUMN_THREADS, PART = C::QUARTERS * STEP;
+    const int tile = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y);
+    float4 *parts = p.partial + static_cast<int64_t>(tile) * p.split * PART + place;
+    if (holds) {
+#pragma unroll
+        for (int q = 0; q < C::QUARTERS; ++q) parts[part * PART + q * STEP] = packed(quarter<C>(acc, q));
+        __threadfence();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) at<unsigned>(shared, 0) = atomicAdd(p.arrived + tile, 1u);
+    __syncthreads();
+    const bool last = at<unsigned>(shared, 0) + 1 == static_cast<unsigned>(p.split);
+    __syncthreads(); /* the memory is used again */
+    if (!last || !holds) return last;
+    __threadfence();
+#pragma unroll
+    for (int q = 0; q < C::QUARTERS; ++q)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) quarter<C>(acc, q)[j] = 0.0f;
+    for (int from = 0; from < p.split; ++from)
+#pragma unroll
+        for (int q = 0; q < C::QUARTERS; ++q)
+            add(quarter<C>(acc, q), pk_load_fresh16(parts + from * PART + q * STEP));
+    return true;
+}
+
+template <typename T, typename C>
+__global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Problem p) {
+    PK_DYNAMIC_SHARED(char, shared);
+#if defined(__CUDA_ARCH__)
+    if constexpr (C::WHERE != ANY && small_memory(__CUDA_ARCH__ / 10) != (C::WHERE == SMALL)) return __trap();
+#endif
+    const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4;
+    const int warp = tid / 32 % (8 / C::WK), group = tid / C::COLUMN_THREADS;
+    const int tile = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y);
+    const int n0 = tile / p.m_tiles * C::BN, m0 = tile % p.m_tiles * C::BM;
+    const int all_steps = (p.K + C::BK - 1) / C::BK;
+    const int begin = static_cast<int>(static_cast<int64_t>(all_steps) * part / p.split);
+    const int steps = static_cast<int>(static_cast<int64_t>(all_steps) * (part + 1) / p.split) - begin;
+
+    Loader<C> loader(p, n0, m0, begin * C::BK, min(p.K, (begin + steps) * C::BK));
+    for (int i = 0; i < C::STAGES - 1; ++i) {
+        loader.load(p, shared, i, n0, (begin + i) * C::BK);
+        pk_cp_async_commit();
+    }
+    const float offset = pk_scale_offset(p.scales);
+    at<float>(shared, C::SCALE_CODE + 4 * tid) = pk_scale_code(p.scales, tid);
+    { /* line tid of the table; each lane starts at another column */
+        const float even = p.table.value[tid / 16], odd = p.table.value[tid % 16];
+        for (int i = 0; i < 8; ++i)
+            at<float4>(shared, tid * LINE + (i + tid) % 8 * 16) = make_float4(even, odd, even, odd);
+    }
+    ScaleLoader<C> scales(p, n0, begin * C::BK);
+    if (!C::GENERAL) {
+        scales.fetch(p);
+        __syncthreads(); /* the code of the scales */
+        scales.store(p, shared, 0, offset);
+        scales.fetch(p);
+    }
+
+    typename C::Sums acc = {};
+    const int n = n0 + warp * 32 + g; /* and n + 8, + 16, + 24 */
+    if (part == 0) start<C>(p, shared + C::X + (C::STAGES - 1) * C::X_STAGE, acc, group, n, m0); /* a free stage */
+
+    const int codes = (group * (C::BN / 4) + warp * 8 + g / 4) * LINE + HOLE + (g % 4 ^ 2 * group) * 32 + t * 8;
+    const int x = C::X + (group * C::BM + g) * 128 + (2 * t ^ (g & 1)) * 16;
+    const int scale_at = C::scales_at((warp * 32 + g) * (8 * C::WK)) + group * 8 + t / 2 * 4;
+    const uint32_t copy = lane % 16 * 8;
+    for (int i = 0; i < steps; ++i) {
+        pk_cp_async_wait<C::STAGES - 2>();
+        __syncthreads(); /* stage i is there, and nobody reads stage i - 1 any more */
+        RunScale<C::GENERAL> scale[4];
+        if constexpr (!C::GENERAL) {
+            scales.store(p, shared, (i + 1) % 2, offset);
+            scales.fetch(p);
+        }
+        loader.load(p, shared, (i + C::STAGES - 1) % C::STAGES, n0, (begin + i + C::STAGES - 1) * C::BK);
+        pk_cp_async_commit();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if constexpr (C::GENERAL)
+                scale[j] = run_scale(p, &at<float>(shared, C::SCALE_CODE), offset, n + 8 * j,
+                                     (begin + i) * C::BK + GROUP * group + 16 * t);
+            else
+                scale[j].value = at<float>(shared, scale_at + i % 2 * C::SCALES_STEP +
+                                                       (C::scales_at(64 * C::WK * j) - C::scales_at(0)));
+        }
+        const int stage = i % C::STAGES;
+        multiply<T, C>(shared, acc, codes + stage * (C::CODES * LINE), x + stage * C::X_STAGE, scale, copy);
+    }
+    pk_cp_async_wait<0>();
+    __syncthreads();
+
+    const int place = tid % C::COLUMN_THREADS;
+    if constexpr (C::WK > 1) add_groups<C>(shared, acc, group, place);
+    if (p.split > 1 && !add_parts<C>(p, shared, acc, group == 0, place)) return;
+    store<T, C>(p, shared, acc, n0, m0, group == 0, warp * 32 + g, t);
+}
+} // namespace mma

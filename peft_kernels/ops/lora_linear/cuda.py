@@ -1,0 +1,109 @@
+"""The CUDA backend of lora_linear: few rows of x on a 4-bit weight, where the bytes of W decide.
+
+With more rows Triton's kernels serve. The struct of the call is the CPU library's; three more fields hold the table of
+the codes, on the host, and a workspace for partial sums, which torch allocates here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from ctypes import byref, c_int64
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...cuda_rt import backend, launching
+from ...formats import BLOCKSIZES, table
+from .native import backward_arguments, forward_arguments, pack, refusal
+
+ROWS = 512  # PK_MMA_ROWS of csrc/cuda/lora.cuh
+BACKWARD_ROWS = 64  # PK_BACKWARD_ROWS
+_TAIL = struct.Struct("=3q")  # table, workspace, workspace_bytes: the last fields of pk_lora_args
+_DTYPES = frozenset({torch.bfloat16, torch.float16})
+
+
+def _refuses(
+    most: int, m: int, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, a: Tensor | None, b: Tensor | None,
+    bias: Tensor | None,
+) -> str | None:  # fmt: skip
+    if quant_type == 0:
+        return "serves 4-bit weights only, this one is dense"
+    if m > most:
+        return f"serves up to {most} rows of x, these are {m}"
+    if blocksize not in BLOCKSIZES:
+        return f"serves blocksizes of {BLOCKSIZES}, this one is {blocksize}"
+    if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
+        return f"serves nested blocksizes that are powers of two, this one is {nested_blocksize}"
+    return refusal(weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, bias)
+
+
+def _when_forward(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
+    a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
+) -> str | None:  # fmt: skip
+    return _refuses(ROWS, x.shape[0], weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+                    nested_blocksize, a, b, bias)  # fmt: skip
+
+
+def _when_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
+    a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
+    need_dx: bool, need_ab: bool,
+) -> str | None:  # fmt: skip
+    return _refuses(BACKWARD_ROWS, dy.shape[0], weight, absmax, nested_absmax, nested_code, offset, quant_type,
+                    blocksize, nested_blocksize, a, b, None)  # fmt: skip
+
+
+def with_tail(packed: bytes, quant_type: int, workspace: int = 0, workspace_bytes: int = 0) -> bytes:
+    """pk_lora_args from `pack`, with its last fields: the table of the codes and the workspace."""
+    return packed[: -_TAIL.size] + _TAIL.pack(table(quant_type, "cpu").data_ptr(), workspace, workspace_bytes)
+
+
+def _queue(launch: Callable[..., int], packed: bytes, quant_type: int, backward: bool, like: Tensor) -> None:
+    """Queue the call on the stream of `like`, with as much workspace as it asks for."""
+    needed = c_int64(0)
+    with launching(like) as (device, stream):
+        call = with_tail(packed, quant_type)
+        native.check(native.cuda().pk_cuda_lora_workspace(call, backward, byref(needed)), "cuda")
+        if needed.value:
+            # freed at the end of this call: torch's allocator hands it on in the order of the stream
+            workspace = torch.empty(needed.value, dtype=torch.uint8, device=like.device)
+            call = with_tail(packed, quant_type, workspace.data_ptr(), needed.value)
+        native.check(launch(call, device, stream), "cuda")
+
+
+def _on(t: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if t is None else t.to(like.device)
+
+
+def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """(y [M, N], s [M, r]); s is empty without an adapter."""
+    x = x.contiguous()
+    args = (*args[:-1], _on(args[-1], x))  # the seed is read by the kernel
+    own, y, s = forward_arguments(x, *args)
+    _queue(native.cuda().pk_cuda_lora_linear, pack(0, x, *own, y=y, s=s), own[5], False, x)
+    return y, s
+
+
+def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [M, K], da [r, K], db [N, r]); empty where not needed."""
+    *args, dropout_p, seed, need_dx, need_ab = args
+    own, dy, s, da, db = backward_arguments(dy, *args, dropout_p, _on(seed, dy), need_ab)
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    x = x.contiguous()
+    packed = pack(0, x, *own, s=s, dy=dy, dx=dx if need_dx else None, da=da if need_ab else None,
+                  db=db if need_ab else None)  # fmt: skip
+    _queue(native.cuda().pk_cuda_lora_linear_backward, packed, own[5], True, dy)
+    return dx, da, db
+
+
+BACKENDS = {
+    "lora_linear": backend(forward, dtypes=_DTYPES, when=_when_forward),
+    "lora_linear_backward": backend(backward, dtypes=_DTYPES, when=_when_backward),
+}
