@@ -50,25 +50,20 @@ def source_copy(target: Path) -> Path:
     return target
 
 
+def build_wheel(source: Path, into: Path, **env: str) -> Path:
+    """The one wheel that pip makes of a source tree."""
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(into)]
+    done = run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=source, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = into.glob("*.whl")
+    return wheel
+
+
 @pytest.mark.skipif(not HAS_CXX, reason="no C++ compiler on the PATH")
 def test_wheel_carries_the_library(tmp_path: Path) -> None:
     """A py3-none-<platform> wheel with the library inside, which an unpacked copy of it loads."""
     # In the tree itself: the library is there already, and what does not need building is not built again.
-    done = run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        ".",
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build_wheel(ROOT, tmp_path)
     _, _, python, abi, platform = wheel.stem.split("-")
     assert (python, abi) == ("py3", "none")
     assert platform != "any"
@@ -114,21 +109,7 @@ def test_without_a_compiler_everything_runs_on_the_reference(tmp_path: Path, hid
     where, reason = use(copy, tmp_path)
     assert where.startswith(str(copy))
     assert "not built" in reason
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
-    done = run(*command, cwd=copy, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [w.name.split("-", 2)[2] for w in tmp_path.glob("*.whl")] == ["py3-none-any.whl"]
+    assert build_wheel(copy, tmp_path, **env).name.split("-", 2)[2] == "py3-none-any.whl"
 
 
 @pytest.mark.skipif(not HAS_CXX, reason="no C++ compiler on the PATH")

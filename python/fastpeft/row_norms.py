@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .sharded import is_sharded
 from .weights import BaseWeight, wide
 
 CANCELLED = 1e-2
 TILE = 256
+SAMPLED = 64  # elements by which a write without a version is noticed
 
 
 @torch.no_grad()
@@ -46,19 +48,27 @@ def _norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor) -> T
     return squares.sqrt().to(dtype)
 
 
-_NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, Tensor]] = weakref.WeakKeyDictionary()
+_NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, Any, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def _kept_norms(kind: type[BaseWeight], module: nn.Module) -> Tensor:
-    """|W|^2 of each row, computed again when the module holds another weight, or other memory for it, or wrote into it
-    (`weight.data.mul_(2)` writes without leaving a trace)."""
+    """|W|^2 of each row, computed again when the module holds another weight, or other memory for it, or wrote into it.
+
+    `weight.data.mul_(2)` writes without a new version; it is noticed by a few of the weight's elements on the CPU,
+    where reading them does not wait for a device. A tensor made in inference mode has no version and is not kept.
+    """
     weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
+    if weight.is_inference():
+        return kind.squared_norms(module)
     # The reference holds no memory, but keeps the address from being given to another storage.
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-    key = (0 if weight.is_inference() else weight._version, storage.cdata, weight.storage_offset())
+    key = (weight._version, storage.cdata, weight.storage_offset())
+    some = None
+    if weight.device.type == "cpu" and not is_sharded(weight) and weight.is_contiguous():
+        some = weight.detach().view(-1)[:: weight.numel() // SAMPLED + 1].clone()
     found = _NORMS.get(module)
-    if found is not None and found[0] == key:
-        return found[2]
+    if found is not None and found[0] == key and (some is None or torch.equal(some, found[2])):
+        return found[3]
     value = kind.squared_norms(module)
-    _NORMS[module] = key, storage, value
+    _NORMS[module] = key, storage, some, value
     return value

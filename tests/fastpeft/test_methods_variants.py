@@ -236,13 +236,28 @@ def test_a_weight_that_changes_has_its_own_norms() -> None:
     add_adapter(layer, "a", LORA, LoraConfig(r=4, use_dora=True))
     x = torch.randn(2, 24)
     for change in (
-        lambda: layer.base_layer.weight.data.mul_(1.0),
+        lambda: layer.base_layer.weight.data.mul_(2.0),  # no new version
         lambda: torch.nn.init.normal_(layer.base_layer.weight),
         lambda: setattr(layer.base_layer.weight, "data", torch.randn(20, 24)),
         lambda: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(20, 24))),
     ):
         change()
         assert_law(layer, ["a"], x)
+
+
+def test_norms_of_a_weight_without_versions_are_not_kept() -> None:
+    from fastpeft.row_norms import norms
+    from fastpeft.weights import weight_of
+
+    with torch.inference_mode():
+        module = nn.Linear(24, 20)
+        kind = weight_of(module)
+        a, b = torch.randn(3, 24), torch.randn(20, 3)
+        first = norms(kind, module, a, b)
+        module.weight[:, 1] += 1.0
+        second = norms(kind, module, a, b)
+        assert not torch.equal(first, second)
+        close(second, (module.weight + b @ a).norm(dim=1))
 
 
 def test_a_bias_that_trains_under_dora_has_the_gradient_of_a_bias() -> None:
