@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 CACHE = ROOT / "build" / "simt"
-BUILD_ENV = "PEFT_KERNELS_SIMT_BUILD"  # set by `under_asan`: the build that the fixture `simt` loads
+LIBRARY_ENV = "PEFT_KERNELS_SIMT_LIBRARY"  # set by `under_asan`: the library that the fixture `simt` loads
 SEEDS = range(10)
 KEPT = 3 * 24 * 3600  # seconds that an unused object stays
 
@@ -109,7 +109,7 @@ def build(kind: str = "plain", sources: list[Path] | None = None) -> Path:
 @contextlib.contextmanager
 def loaded(kind: str) -> Iterator[CDLL]:
     """The host build `kind` as the CUDA library: `use_backend("cuda")` runs it on CPU tensors."""
-    lib = native.use_simt(build(kind))
+    lib = native.use_simt(os.environ.get(LIBRARY_ENV) or build(kind))
     assert lib is not None
     lib.pk_simt_set_seed(0)
     try:
@@ -120,7 +120,7 @@ def loaded(kind: str) -> Iterator[CDLL]:
 
 @pytest.fixture
 def simt() -> Iterator[CDLL]:
-    with loaded(os.environ.get(BUILD_ENV, "plain")) as lib:
+    with loaded("plain") as lib:
         yield lib
 
 
@@ -147,15 +147,14 @@ def asan_environment() -> dict[str, str]:
     return {
         **os.environ,
         "LD_PRELOAD": str(Path(found).resolve()),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "ASAN_OPTIONS": "detect_leaks=0" + ":symbolize=0" * ("clang" in version),  # the leaks are Python's
         "PYTHONMALLOC": "malloc",  # each object by itself, so that overruns are seen
     }
 
 
 def under_asan(file: str, *arguments: str) -> None:
     """Run tests of `file` in a process of its own, in which the fixture `simt` loads the AddressSanitizer build."""
-    build("asan")
-    environment = {**asan_environment(), BUILD_ENV: "asan"}
+    environment = {**asan_environment(), LIBRARY_ENV: str(build("asan"))}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0", file, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

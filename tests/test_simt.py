@@ -42,6 +42,8 @@ INSTRUMENTED = {
     "atomic_and_plain": RACE,
     "overlapping_blocks": r"thread \d+ writes global memory at .* that thread \d+ of another block has written",
     "in_place": RACE,
+    "handed_over_without_fence": r"reads global memory at .* that thread \d+ of another block has written",
+    "handed_over_before_the_barrier": r"reads global memory at .* that thread \d+ of another block has written",
     "unwritten_shared": r"thread 58 reads tile \+ 20 .* that no thread of this block has written yet",
     "async_not_waited": PENDING,
     "async_waits_for_too_few": r"reads dynamic shared memory \+ \d+, where a cp\.async of thread \d+ is under way",
@@ -197,7 +199,8 @@ def test_out_of_bounds_stops_under_address_sanitizer(name):
     assert bad.returncode != 0
     assert "ERROR: AddressSanitizer" in bad.stderr
     assert OUT_OF_BOUNDS[name] in bad.stderr
-    assert name in bad.stderr or "cp_async16" in bad.stderr, bad.stderr
+    if "clang" not in tools["compiler"]()[1]:  # its runtime would start a symbolizer, which outlives the process
+        assert name in bad.stderr or "cp_async16" in bad.stderr, bad.stderr
 
 
 # ---- what a warp does together ---------------------------------------------------------------------------------------

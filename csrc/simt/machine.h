@@ -88,6 +88,7 @@ void races_launch(size_t shared_bytes); /* dynamic and static */
 void races_block();                     /* a block starts */
 void races_barrier();
 void races_warp(unsigned first, unsigned lanes);
+void races_fence();
 #define PK_SIMT_UNSEEN __attribute__((no_sanitize("thread")))
 #else
 inline void touch(const void *, size_t, Access, unsigned, const void *) {}
@@ -95,6 +96,7 @@ inline void races_launch(size_t) {}
 inline void races_block() {}
 inline void races_barrier() {}
 inline void races_warp(unsigned, unsigned) {}
+inline void races_fence() {}
 #define PK_SIMT_UNSEEN
 #endif
 unsigned current(); /* the running thread; NONE outside kernels */

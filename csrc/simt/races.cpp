@@ -3,6 +3,8 @@
  * and global memory the last write and up to two reads since are known. Two accesses by different threads, one of them a
  * write, are a race unless
  *   - a __syncthreads lies between them (shared memory also begins anew with each block), or
+ *   - they are of two blocks, and one handed its work over to the other: __threadfence, an atomic; an atomic on the same
+ *     address, __threadfence; with a __syncthreads where other threads of the block join in, or
  *   - both threads are of one warp and __syncwarp orders them (vector clocks within the warp), or
  *   - both are atomic.
  * Two reads are enough to find a race with every later write, unless __syncwarp is used on parts of a warp. */
@@ -20,6 +22,7 @@ struct Seen {
     uint32_t clock = 0; /* of the thread */
     uint16_t thread = 0;
     bool atomic = false;
+    uint32_t fences = 0; /* that the thread had made */
     const void *pc = nullptr;
 };
 struct Byte {
@@ -52,8 +55,49 @@ bool another_block(const Seen &seen, bool shared) {
     return !shared && seen.stamp >= launch_began && seen.stamp < block_began;
 }
 
+/* ---- what blocks hand over to one another ---- */
+struct Fence {
+    uint32_t count = 0, stamp = 0; /* of the last one */
+} fences[MOST_THREADS];
+uint32_t fences_before[MOST_THREADS]; /* the last barrier */
+bool fenced = false;                  /* any thread of this block */
+
+struct Release { /* an atomic of a block that has made fences */
+    uint32_t began, ended;
+    std::vector<uint32_t> fences; /* of each thread, those that come before it */
+};
+struct Acquired { /* an atomic after it, by `thread` of the block that runs */
+    std::shared_ptr<Release> release;
+    uint32_t stamp, fences;
+    unsigned thread;
+};
+std::unordered_map<uintptr_t, std::vector<std::shared_ptr<Release>>> releases; /* by address */
+std::vector<Acquired> acquired;
+
+void meet(uintptr_t address, unsigned me) {
+    auto found = releases.find(address);
+    if (found != releases.end())
+        for (const auto &release : found->second)
+            if (release->ended < block_began) acquired.push_back({release, now, fences[me].count, me});
+    if (!fenced) return;
+    auto mine = std::make_shared<Release>(Release{block_began, now, {fences_before, fences_before + MOST_THREADS}});
+    mine->fences[me] = fences[me].count;
+    releases[address].push_back(mine);
+}
+
+bool handed_over(const Seen &seen, unsigned me) {
+    for (const Acquired &a : acquired) {
+        const Release &r = *a.release;
+        if (seen.stamp < r.began || seen.stamp > r.ended || seen.fences >= r.fences[seen.thread]) continue;
+        if (a.thread == me ? fences[me].count > a.fences : now > a.stamp && fences[me].stamp > a.stamp) return true;
+        const Fence &there = fences[a.thread]; /* its fence, and a barrier */
+        if (there.count > a.fences && there.stamp < now) return true;
+    }
+    return false;
+}
+
 bool parallel(const Seen &seen, unsigned me, bool shared) {
-    if (seen.stamp != now) return another_block(seen, shared);
+    if (seen.stamp != now) return another_block(seen, shared) && !handed_over(seen, me);
     if (seen.thread == me) return false;
     if (seen.thread / WARP != me / WARP) return true;
     return clocks[me][seen.thread % WARP] < seen.clock;
@@ -105,7 +149,7 @@ void check(Byte &b, const void *p, Access how, unsigned me, const void *pc, bool
     if (b.write.stamp && !(atomic && b.write.atomic) && parallel(b.write, me, shared))
         race(verb(how, false), p, shared, me, pc, b.write, verb(b.write.atomic ? ATOMIC : WRITE, true));
     const uint32_t clock = clocks[me][me % WARP];
-    const Seen mine = {now, clock, static_cast<uint16_t>(me), atomic, pc};
+    const Seen mine = {now, clock, static_cast<uint16_t>(me), atomic, fences[me].count, pc};
     if (how == READ) {
         Seen &a = b.read[0], &c = b.read[1];
         if (another_block(a, shared))
@@ -126,13 +170,27 @@ void check(Byte &b, const void *p, Access how, unsigned me, const void *pc, bool
 
 void races_launch(size_t shared_bytes) {
     if (pages.size() > MOST_PAGES) pages.clear();
+    releases.clear();
     last_page = ~uintptr_t(0);
     launch_began = ++now;
     for (unsigned i = 0; i < MOST_THREADS; ++i) clocks[i][i % WARP] += !clocks[i][i % WARP];
     if (shared_bytes > of_shared_size) of_shared.reset(new Byte[of_shared_size = shared_bytes]);
 }
-void races_block() { block_began = ++now; }
-void races_barrier() { ++now; }
+void races_block() {
+    block_began = ++now;
+    fenced = false;
+    acquired.clear();
+    memset(static_cast<void *>(fences), 0, sizeof fences);
+    memset(fences_before, 0, sizeof fences_before);
+}
+void races_barrier() {
+    ++now;
+    for (unsigned i = 0; fenced && i < MOST_THREADS; ++i) fences_before[i] = fences[i].count;
+}
+void races_fence() {
+    fences[current()] = {fences[current()].count + 1, now};
+    fenced = true;
+}
 
 /* The lanes learn all that any of them knows; what each does from here on is news. */
 void races_warp(unsigned first, unsigned lanes) {
@@ -167,6 +225,7 @@ void touch(const void *p, size_t bytes, Access how, unsigned thread, const void 
                  place, p);
         }
     } else if (!stacks().holds(p) && !host_frames().holds(p)) {
+        if (how == ATOMIC) meet(reinterpret_cast<uintptr_t>(p), thread);
         for (size_t i = 0; i < bytes; ++i)
             check(*global_byte(reinterpret_cast<uintptr_t>(at) + i), at + i, how, thread, pc, false);
     }

@@ -84,7 +84,7 @@ inline int __all_sync(unsigned mask, int predicate, simt::Where where = {}) {
 }
 
 template <typename T> T __ldg(const T *p) { return *p; }
-inline void __threadfence() {}
+inline void __threadfence() { simt::races_fence(); }
 inline void __trap() { simt::fail(cudaErrorLaunchFailure, "__trap()"); }
 
 namespace simt {

@@ -5,7 +5,7 @@
 #include <string.h>
 
 namespace {
-constexpr int N = 64;
+constexpr int N = 64, COUNTER = 12 * N - 1;
 
 /* ---- races in shared and global memory -------------------------------------------------------------------------- */
 template <bool BUG> __global__ void missing_barrier(const float *in, float *out) {
@@ -94,6 +94,34 @@ template <bool BUG> __global__ void overlapping_blocks(const float *in, float *o
 }
 template <bool BUG> __global__ void in_place(const float *in, float *out) {
     out[blockIdx.x * N + threadIdx.x] = (BUG ? out : in)[(blockIdx.x * N + threadIdx.x + 1) % (2 * N)];
+}
+
+/* the last block to arrive sums what the others handed over; pk_planted has zeroed the counter */
+template <bool BUG> __global__ void handed_over_without_fence(const float *in, float *out) {
+    __shared__ int arrived;
+    out[(blockIdx.x + 1) * N + threadIdx.x] = in[blockIdx.x * N + threadIdx.x];
+    if (!BUG) __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrived = atomicAdd(reinterpret_cast<int *>(out) + COUNTER, 1);
+    __syncthreads();
+    if (arrived != static_cast<int>(gridDim.x) - 1) return;
+    __threadfence();
+    float sum = 0.0f;
+    for (unsigned block = 0; block < gridDim.x; ++block) sum += out[(block + 1) * N + N - 1 - threadIdx.x];
+    out[threadIdx.x] = sum;
+}
+template <bool BUG> __global__ void handed_over_before_the_barrier(const float *in, float *out) {
+    __shared__ int arrived;
+    out[(blockIdx.x + 1) * N + threadIdx.x] = in[blockIdx.x * N + threadIdx.x];
+    __threadfence();
+    if (!BUG) __syncthreads();
+    if (threadIdx.x == 0) arrived = atomicAdd(reinterpret_cast<int *>(out) + COUNTER, 1);
+    __syncthreads();
+    if (arrived != static_cast<int>(gridDim.x) - 1) return;
+    __threadfence();
+    float sum = 0.0f;
+    for (unsigned block = 0; block < gridDim.x; ++block) sum += out[(block + 1) * N + N - 1 - threadIdx.x];
+    out[threadIdx.x] = sum;
 }
 
 template <bool BUG> __global__ void unwritten_shared(const float *in, float *out) {
@@ -231,9 +259,10 @@ template <bool BUG> __global__ void async_read_overrun(const float *in, float *o
 }
 template <bool BUG> __global__ void shared_overrun(const float *in, float *out) {
     __shared__ float tile[N], other[N];
-    tile[threadIdx.x] = other[threadIdx.x] = in[threadIdx.x];
+    other[threadIdx.x] = in[threadIdx.x];
     tile[threadIdx.x + (BUG ? 1 : 0)] = in[threadIdx.x];
-    out[threadIdx.x] = tile[threadIdx.x] + other[threadIdx.x];
+    __syncthreads();
+    out[threadIdx.x] = tile[N - 1 - threadIdx.x] + other[N - 1 - threadIdx.x];
 }
 template <bool BUG> __global__ void dynamic_shared_overrun(const float *in, float *out) { /* 12 N floats */
     PK_DYNAMIC_SHARED(float, tile);
@@ -242,8 +271,8 @@ template <bool BUG> __global__ void dynamic_shared_overrun(const float *in, floa
     out[threadIdx.x] = *mine;
 }
 template <bool BUG> __global__ void misaligned_vector(const float *in, float *out) {
-    const float4 v = *reinterpret_cast<const float4 *>(in + 4 * threadIdx.x + (BUG ? 2 : 0));
-    out[threadIdx.x] = v.x + v.y + v.z + v.w;
+    const float4 *v = reinterpret_cast<const float4 *>(in + 4 * threadIdx.x + (BUG ? 2 : 0));
+    out[threadIdx.x] = v->x + v->y + v->z + v->w;
 }
 
 /* ---- order ------------------------------------------------------------------------------------------------------- */
@@ -265,7 +294,7 @@ const Case CASES[] = {
     CASE(missing_barrier, 1), CASE(missing_second_barrier, 1), CASE(two_writers, 1), CASE(bytes_of_a_word, 1),
     CASE(missing_warp_barrier, 1), CASE(warp_barrier_for_a_block, 1), CASE(shuffle_for_a_barrier, 1),
     CASE(half_a_warp, 1), CASE(atomic_and_plain, 1), CASE(overlapping_blocks, 2), CASE(in_place, 2),
-    CASE(unwritten_shared, 1), CASE(divergent_barrier, 1), CASE(missed_barrier, 1), CASE(missing_lane, 1),
+    CASE(handed_over_without_fence, 4), CASE(handed_over_before_the_barrier, 4), CASE(unwritten_shared, 1), CASE(divergent_barrier, 1), CASE(missed_barrier, 1), CASE(missing_lane, 1),
     CASE(returned_lane, 1), CASE(not_in_the_mask, 1), CASE(two_masks, 1), CASE(async_not_waited, 1),
     CASE(async_waits_for_too_few, 1), CASE(async_not_committed, 1), CASE(async_without_barrier, 1),
     CASE(async_reuses_too_early, 1), CASE(async_misaligned, 1), CASE(global_read_overrun, 1),
@@ -279,6 +308,7 @@ extern "C" PK_EXPORT int pk_planted(const char *name, int bug, const float *in, 
     for (const Case &c : CASES) {
         if (strcmp(c.name, name)) continue;
         auto kernel = c.kernel[bug != 0];
+        if (strstr(name, "handed_over")) cudaMemsetAsync(out + COUNTER, 0, sizeof *out, nullptr);
         PK_LAUNCH_SHARED(kernel, c.blocks, N, 12 * N * sizeof(float), nullptr, in, out);
         return pk_cuda_check(cudaGetLastError(), name);
     }
