@@ -22,10 +22,15 @@ from ..results import Row
 from ..static import gpus
 
 SHAPES = [(4096, 4096), (4096, 14336)]  # in x out features: attention, gate and up of an 8B model
+DTYPES = ["bf16", "f32"]  # the command line's default; a GPU report is of bfloat16 unless others are named
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 OPS = ("lora_linear", "dequantize_4bit", "quantize_4bit")
 # the tests of an op that a GPU runs: by the names of their files
-TESTS = {"lora_linear": "test_*lora*.py", "dequantize_4bit": "test_*quantize*.py", "quantize_4bit": "test_*quantize*.py"}
+TESTS = {
+    "lora_linear": "test_*lora*.py", "dequantize_4bit": "test_*quantize*.py", "quantize_4bit": "test_*quantize*.py",
+}  # fmt: skip
+# of the whole model: what is written for GPUs; the quicker Llama layers of the CPU are not
+MODES = ["ours-bf16", "bnb-bf16", "dense-bf16"]
 GPU = "gpu"  # pytest's marker
 
 
@@ -161,6 +166,8 @@ def main(args: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name()
     args.device = device
     args.shapes = args.shapes or SHAPES
+    args.dtype = args.dtype if args.dtype != DTYPES else ["bf16"]
+    args.modes = args.modes or MODES
     args.m = args.m or ([1, 16, 128, 2048] if args.quick else ROWS)
     run = Run(device, folder_of(name), name, bounds=bounds_of(name))
     return report(run, args)

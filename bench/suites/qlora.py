@@ -37,7 +37,7 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         task = {"mode": mode, "what": what, "folder": str(folder), "threads": args.threads, "dropout": args.dropout,
-                "rows": 4, "length": 128, "tokens": 16 if args.quick else 48}  # fmt: skip
+                "device": args.device, "rows": 4, "length": 128, "tokens": 16 if args.quick else 48}  # fmt: skip
         self.send(json.dumps(task))
         self.receive()
 

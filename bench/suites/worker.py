@@ -42,8 +42,8 @@ def reset_peak() -> None:
         pass
 
 
-def load(mode: str, folder: str, dropout: float) -> Any:
-    """The adapter model of a mode: `<ours|bnb|dense>-<bf16|f32>`."""
+def load(mode: str, folder: str, dropout: float, device: str) -> Any:
+    """The adapter model of a mode, `<ours|bnb|dense>-<bf16|f32>`, on a device."""
     import torch
     import transformers
 
@@ -53,7 +53,7 @@ def load(mode: str, folder: str, dropout: float) -> Any:
     dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[dtype_name]
     extra: dict[str, Any] = {}
     if kind == "bnb":
-        extra = {"device_map": "cpu", "quantization_config": transformers.BitsAndBytesConfig(
+        extra = {"device_map": device, "quantization_config": transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )}  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
@@ -75,7 +75,19 @@ def load(mode: str, folder: str, dropout: float) -> Any:
                 p.copy_(torch.randn(p.shape, generator=g) * 1e-3)
             elif "lora_A" in name:
                 p.copy_(torch.randn(p.shape, generator=g) / p.shape[1] ** 0.5)
-    return adapted
+    return adapted if kind == "bnb" else adapted.to(device)
+
+
+def waiting(device: Any) -> Callable[[], float]:
+    """A clock that reads when everything queued on the device is done."""
+    import torch
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
 
 
 def accelerate(model: Any, mode: str) -> None:
@@ -93,7 +105,8 @@ def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[
     model.train()
     accelerate(model, mode)
     vocabulary = model.config.vocab_size
-    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(5)).to(model.device)
+    now = waiting(ids.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     own = None
     if mode.endswith("-own"):
@@ -101,19 +114,19 @@ def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[
         from fastpeft.training.packing import Batch
 
         own = CompletionLoss(model)
-        where = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
-        position_ids = torch.arange(length).expand(rows, length)
+        where = torch.arange(rows * length, device=ids.device).view(rows, length)[:, :-1].flatten()
+        position_ids = torch.arange(length, device=ids.device).expand(rows, length)
         batch = Batch(ids, position_ids, where, ids[:, 1:].flatten(), rows * length)
 
     def step() -> dict[str, float]:
-        start = time.perf_counter()
+        start = now()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss if own is None else own(batch) / where.numel()
-        forward = time.perf_counter()
+        forward = now()
         loss.backward()
-        backward = time.perf_counter()
+        backward = now()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end = time.perf_counter()
+        end = now()
         return {
             "s": end - start,
             "forward": forward - start,
@@ -134,13 +147,14 @@ def decoder(model: Any, mode: str, folder: str, tokens: int) -> Callable[[], dic
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    ).to(model.device)
+    now = waiting(model.device)
 
     def decode() -> dict[str, Any]:
         with torch.no_grad():
-            start = time.perf_counter()
+            start = now()
             out = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-            took = time.perf_counter() - start
+            took = now() - start
         new = out[0, inputs["input_ids"].shape[1] :]
         return {"s": took / len(new), "tokens": len(new), "ids": new.tolist()}
 
@@ -155,12 +169,15 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(task["threads"])
-    model = load(task["mode"], task["folder"], task["dropout"])
+    on_gpu = task["device"] != "cpu"
+    model = load(task["mode"], task["folder"], task["dropout"], task["device"])
     if task["what"] == "step":
         run: Callable[[], dict[str, Any]] = trainer(model, task["mode"], task["rows"], task["length"])
     else:
         run = decoder(model, task["mode"], task["folder"], task["tokens"])
     reset_peak()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     run()
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:
@@ -170,7 +187,8 @@ def main() -> None:
         before = time.process_time()
         reply = run()
         reply["cpu_s"] = (time.process_time() - before) / reply.get("tokens", 1)
-        print(json.dumps({**reply, "peak_mib": memory_mib("VmHWM")}), file=replies, flush=True)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mib("VmHWM")
+        print(json.dumps({**reply, "peak_mib": peak}), file=replies, flush=True)
 
 
 if __name__ == "__main__":
