@@ -6,8 +6,9 @@ kernel; no clock has seen it) or "measured". An unknown GPU gets the table of th
 the tensor-core instructions of sm_80, not of sm_90: its table points there).
 
 `PEFT_KERNELS_TUNE=1` or `with searching():` times at most `MAX_CANDIDATES` configurations on first use of a shape
-bucket and keeps the best for the process. Another configuration may split sums elsewhere, so a search can change the
-last bits of results from one process to the next; without it they never change.
+bucket and keeps the best for the process. `fastpeft tune` keeps what it found in a user table (`tuning_user.py`), which
+is read before the frozen ones. Another configuration may split sums elsewhere, so a search or another user table can
+change the last bits of results from one process to the next; without them they never change.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import tuning_user
 
 FOLDER = Path(__file__).parent / "tuned"
 ENV = "PEFT_KERNELS_TUNE"
@@ -33,7 +36,8 @@ class Config:
     """Tile sizes (powers of two), Triton's options, and how many programs a split sum may grow to.
 
     BM: rows of x. BN, BK: out and in features (kernels with one feature axis use BN). BR: the largest tile of ranks.
-    GROUP: rows of tiles that run together. programs: sums are split until about this many programs exist.
+    GROUP: rows of tiles that run together. programs: sums are split until about this many programs exist. LEFT: the
+    weight is the left operand of the large products (forward, backward).
     """
 
     BM: int
@@ -44,6 +48,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     programs: int = 1
+    LEFT: bool = True
     source: str = "model"
 
 
@@ -77,6 +82,8 @@ class Shape:
 
 _overrides: dict[str, dict[str, Any]] = {}
 _found: dict[tuple[str, str, Shape], Config] = {}
+Clock = Callable[[Callable[[], object]], float]  # seconds of one run
+_clock: Clock | None = None
 _assumed: int | None = None
 _searching = os.environ.get(ENV, "") not in ("", "0")
 
@@ -127,15 +134,26 @@ def rows(kernel: str, arch: str, shape: Shape) -> tuple[Config, ...]:
 def choose(kernel: str, arch: str, shape: Shape, run: Callable[[Config], object] | None = None) -> Config:
     """The configuration of `kernel` for a shape. `run` launches it once with a given configuration: for searching."""
     candidates = rows(kernel, arch, shape)
-    config = candidates[0]
+    config = candidates[0] if _assumed is not None else _measured(kernel, arch, bucket(shape)) or candidates[0]
     if _searching and run is not None and len(candidates) > 1:
         key = (kernel, arch, bucket(shape))
         if key not in _found:
-            _found[key] = search(candidates, run)
+            _found[key] = search(candidates, run, _clock)
         config = _found[key]
     if kernel in _overrides:
         config = replace(config, **_overrides[kernel])
     return config
+
+
+def found() -> dict[tuple[str, str, Shape], Config]:
+    """What searches of this process found: (kernel, table, bucket) -> configuration."""
+    return dict(_found)
+
+
+def _measured(kernel: str, arch: str, of: Shape) -> Config | None:
+    """The configuration that `fastpeft tune` measured for a bucket on a GPU like the one here."""
+    values = tuning_user.rows(arch).get((kernel, *asdict(of).values()))
+    return None if values is None else Config(**values)
 
 
 def panels(arch: str) -> Panels:
@@ -151,7 +169,7 @@ def bucket(shape: Shape) -> Shape:
 def search(
     candidates: Sequence[Config],
     run: Callable[[Config], object],
-    clock: Callable[[Callable[[], object]], float] | None = None,
+    clock: Clock | None = None,
 ) -> Config:
     """The fastest of the first `MAX_CANDIDATES`; one that does not fit the GPU is passed over."""
     best: tuple[float, Config] | None = None
@@ -183,14 +201,15 @@ def _device_seconds(run: Callable[[], object], repeats: int = 20) -> float:
 
 
 @contextmanager
-def searching(on: bool = True) -> Iterator[None]:
-    """Search (or not) within the block, whatever the environment says."""
-    global _searching
-    before, _searching = _searching, on
+def searching(on: bool = True, clock: Clock | None = None) -> Iterator[None]:
+    """Search (or not) within the block, whatever the environment says. clock: seconds of a run, instead of the GPU."""
+    global _searching, _clock
+    before = _searching, _clock
+    _searching, _clock = on, clock
     try:
         yield
     finally:
-        _searching = before
+        _searching, _clock = before
 
 
 @contextmanager

@@ -194,6 +194,15 @@ def test_no_worse_than_eager(name: str) -> None:
 
 
 @on_device
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", ["aligned", "nothing aligned", "blocks straddle rows", "no adapter", "float32"])
+@pytest.mark.usefixtures("small_tiles")
+def test_no_worse_with_the_weight_on_either_side(name: str, left: bool) -> None:
+    with tuning.override("forward", LEFT=left), tuning.override("backward", LEFT=left):
+        check(SHAPES[name])
+
+
+@on_device
 @pytest.mark.parametrize(
     "c",
     [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from peft_kernels import tuning
+from peft_kernels import tuning, tuning_user
 
 KERNELS = ("project", "outer", "forward", "backward")
 SHAPES = [
@@ -47,7 +49,7 @@ def test_no_row_is_dead() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "arch"),
-    [(70, "sm_80"), (80, "sm_80"), (86, "sm_80"), (89, "sm_80"), (90, "sm_90"), (100, "sm_90"), (120, "sm_120")],
+    [(70, "sm_80"), (80, "sm_80"), (87, "sm_86"), (89, "sm_89"), (90, "sm_90"), (103, "sm_100"), (121, "sm_120")],
 )
 def test_an_unknown_gpu_uses_the_nearest_older_table(capability: int, arch: str) -> None:
     assert tuning.nearest(capability) == arch
@@ -122,6 +124,61 @@ def test_it_searches_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tuning.choose("forward", "sm_90", replace(shape, M=1000), ran.append) == found, "one search a bucket"
         assert len(ran) == times
     assert tuning.choose("forward", "sm_90", shape, ran.append) == asked
+
+
+def measured_row(gpu: str, **values: object) -> dict[str, object]:
+    shape = tuning.bucket(tuning.Shape(777, 4096, 4096, 16, 16))
+    config = replace(tuning.rows("forward", "sm_90", shape)[-1], source="measured")
+    return {"gpu": gpu, "kernel": "forward", **asdict(shape), **asdict(config), **values}
+
+
+@pytest.fixture
+def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for user tables, on a machine that has one "Card A"."""
+    monkeypatch.setenv(tuning_user.ENV, str(tmp_path / "tables"))
+    monkeypatch.setattr(tuning_user, "gpus", lambda: frozenset({"Card A"}))
+    tuning_user.rows.cache_clear()
+    yield tmp_path / "tables" / "sm_90.json"
+    tuning_user.rows.cache_clear()
+
+
+def test_a_measured_row_of_the_same_gpu_comes_first(user_table: Path) -> None:
+    shape = tuning.Shape(777, 4096, 4096, 16, 16)
+    frozen = tuning.choose("forward", "sm_90", shape)
+    assert tuning_user.write(user_table, [measured_row("Card A", BM=16), measured_row("Card B", BM=32)]) == 2
+    found = tuning.choose("forward", "sm_90", shape)
+    assert (found.BM, found.source) == (16, "measured")
+    assert tuning.choose("forward", "sm_90", replace(shape, M=1000)) == found, "one bucket"
+    assert tuning.choose("forward", "sm_90", replace(shape, N=2048)) == frozen
+    with tuning.assuming(90):  # compiling for a GPU that is not here
+        assert tuning.choose("forward", "sm_90", shape) == frozen
+    assert tuning_user.write(user_table, [measured_row("Card A", BM=64)]) == 2, "in place of the row of that shape"
+    assert tuning.choose("forward", "sm_90", shape).BM == 64
+    assert [p.name for p in user_table.parent.iterdir()] == ["sm_90.json"], "nothing temporary is left"
+
+
+def test_a_user_table_appears_whole_or_not_at_all(user_table: Path) -> None:
+    tuning_user.write(user_table, [measured_row("Card A", BM=16)])
+    before = user_table.read_bytes()
+    with pytest.raises(TypeError):
+        tuning_user.write(user_table, [measured_row("Card A", BM=object())])
+    assert user_table.read_bytes() == before
+    assert [p.name for p in user_table.parent.iterdir()] == ["sm_90.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"format": 99, "rows": []}', '{"format": 1, "rows": [{"gpu": "Card A"}]}']
+)
+def test_a_broken_user_table_is_an_error(user_table: Path, text: str) -> None:
+    user_table.parent.mkdir()
+    user_table.write_text(text)
+    with pytest.raises(ValueError, match=r"sm_90\.json: expected a table written by .fastpeft tune.*delete the file"):
+        tuning.choose("forward", "sm_90", tuning.Shape(777, 4096, 4096, 16, 16))
+
+
+def test_user_tables_hold_every_field() -> None:
+    assert tuple(f.name for f in fields(tuning.Shape)) == tuning_user.SHAPE
+    assert tuple(f.name for f in fields(tuning.Config)) == tuning_user.CONFIG
 
 
 def test_overrides_nest() -> None:

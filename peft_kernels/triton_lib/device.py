@@ -100,6 +100,11 @@ def load_absmax(
 
 
 @triton.jit
+def first(a, b):
+    return a
+
+
+@triton.jit
 def decode_pairs(b_bytes, b_scale, b_table, R: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr):
     """[R, C] weights of type DTYPE from bytes [R, C // 2] and one float32 scale per byte.
 
@@ -112,7 +117,9 @@ def decode_pairs(b_bytes, b_scale, b_table, R: tl.constexpr, C: tl.constexpr, DT
     b_even = (b_pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     b_odd = (b_pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     b_w = tl.join(round_to(b_even * b_scale, DTYPE), round_to(b_odd * b_scale, DTYPE))
-    return tl.reshape(b_w, (R, C))
+    # A sum over an axis of one element: no instruction, but the compiler does not look through it. Otherwise it finds
+    # bytes behind the operand of `dot`, lays out both operands for them, and sm_80 spends 3 moves a pair to undo that.
+    return tl.reduce(tl.reshape(b_w, (R, C, 1)), 2, first)
 
 
 @triton.jit
@@ -120,18 +127,20 @@ def load_weight(
     p_w, p_absmax, p_nested, p_code, p_offset, b_table, i_n0, i_k0, N, K, stride_n, stride_k,
     R: tl.constexpr, C: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr, DTYPE: tl.constexpr,
+    EVEN_N: tl.constexpr = False, EVEN_K: tl.constexpr = False,
 ):  # fmt: skip
     """The tile W[i_n0 : i_n0 + R, i_k0 : i_k0 + C] in DTYPE, zero outside [N, K]. i_k0 is a multiple of C.
 
     MODE: DENSE; PAIR_ROWS (rows start at a block: one scale per row and block); PAIR_ANY (rows start at a byte: a scale
     per byte); ELEMENT (anything, exact to float32: a code and a scale per element).
+    EVEN_N, EVEN_K: the caller's word that N is a multiple of R, K of C. Masks cost an instruction in ten otherwise.
     """
     i_n = i_n0 + tl.arange(0, R)
-    b_row = (i_n < N)[:, None]
+    b_row = (i_n < N)[:, None] | EVEN_N
     i_n = i_n.to(tl.int64)[:, None]
     if MODE == 0:
         i_k = i_k0 + tl.arange(0, C)[None, :]
-        b_w = tl.load(p_w + i_n * stride_n + i_k * stride_k, mask=b_row & (i_k < K), other=0.0)
+        b_w = tl.load(p_w + i_n * stride_n + i_k * stride_k, mask=b_row & ((i_k < K) | EVEN_K), other=0.0)
         if p_w.dtype.element_ty != DTYPE:
             b_w = round_to(b_w.to(tl.float32), DTYPE)
     elif MODE == 3:
@@ -145,12 +154,12 @@ def load_weight(
         b_w = round_to(tl.where(b_mask, b_value * b_scale, 0.0), DTYPE)
     else:
         i_byte = i_k0 // 2 + tl.arange(0, C // 2)[None, :]
-        b_mask = b_row & (i_byte < K // 2)
+        b_mask = b_row & ((i_byte < K // 2) | EVEN_K)
         b_bytes = tl.load(p_w + i_n * (K // 2) + i_byte, mask=b_mask, other=0)
         if MODE == 1:
             BLOCKS: tl.constexpr = C // BLOCKSIZE if C > BLOCKSIZE else 1
             i_b = i_k0 // BLOCKSIZE + tl.arange(0, BLOCKS)[None, :]
-            b_in = b_row & (i_b < K // BLOCKSIZE)
+            b_in = b_row & ((i_b < K // BLOCKSIZE) | EVEN_K)
             i_b = i_n * (K // BLOCKSIZE) + i_b
             b_scale = load_absmax(p_absmax, p_nested, p_code, p_offset, i_b, b_in, NESTED, NESTED_BLOCKSIZE)
             b_scale = tl.where(b_in, b_scale, 0.0)
@@ -165,31 +174,55 @@ def load_weight(
 
 
 @triton.jit
+def keep_bits(p_seed, i_group, threshold):
+    """int32, bit j: element 4 * i_group + j is kept. i_group: int64, any 2-D shape. See `peft_kernels/philox.py`."""
+    b_bound = threshold.to(tl.uint32)
+    b_lo = (i_group & 0xFFFFFFFF).to(tl.uint32)
+    b_hi = (i_group >> 32).to(tl.uint32)
+    b_zero = b_lo * 0
+    b_0, b_1, b_2, b_3 = tl.philox(tl.load(p_seed), b_lo, b_hi, b_zero, b_zero)
+    b_low = (b_0 >= b_bound).to(tl.int32) | ((b_1 >= b_bound).to(tl.int32) << 1)
+    return b_low | ((b_2 >= b_bound).to(tl.int32) << 2) | ((b_3 >= b_bound).to(tl.int32) << 3)
+
+
+@triton.jit
+def keep_packed(p_seed, i_m0, i_k0, K, threshold, BM: tl.constexpr, BK: tl.constexpr, BY_FOUR: tl.constexpr):
+    """The mask of `keep_mask` as int32: [BM, BK // 16] of 16 bits with BY_FOUR, else [BM, BK] of one; see `unpack`.
+
+    For large tiles: made in four rounds, it needs a quarter of the registers for Philox's state, and little to keep.
+    """
+    i_m = (i_m0 + tl.arange(0, BM)).to(tl.int64)[:, None]
+    if BY_FOUR:
+        i_group = i_m * (K // 4) + (i_k0 // 4 + 4 * tl.arange(0, BK // 16))[None, :]
+        b_bits = tl.zeros((BM, BK // 16), tl.int32)
+        for i in range(4):
+            b_bits = b_bits | (keep_bits(p_seed, i_group + i, threshold) << (4 * i))
+    else:
+        i_e = i_m * K + (i_k0 + tl.arange(0, BK))[None, :]
+        b_bits = keep_bits(p_seed, i_e >> 2, threshold) >> (i_e & 3).to(tl.int32)
+    return b_bits
+
+
+@triton.jit
+def unpack(b_bits, BM: tl.constexpr, BK: tl.constexpr):
+    """bool [BM, BK] from int32 [BM, G]: element k is bit k % (BK // G) of word k // (BK // G)."""
+    BITS: tl.constexpr = BK // b_bits.shape[1]
+    return (tl.reshape(b_bits[:, :, None] >> tl.arange(0, BITS)[None, None, :], (BM, BK)) & 1) != 0
+
+
+@triton.jit
 def keep_mask(p_seed, i_m0, i_k0, K, threshold, BM: tl.constexpr, BK: tl.constexpr, BY_FOUR: tl.constexpr):
     """True [BM, BK] where element (i_m0 + m, i_k0 + k) of a [*, K] input is kept; see `peft_kernels/philox.py`.
 
     BY_FOUR: K is a multiple of 4, so one Philox call serves four neighbours. Otherwise a call per element.
     """
-    seed = tl.load(p_seed)
-    b_bound = threshold.to(tl.uint32)
     i_m = (i_m0 + tl.arange(0, BM)).to(tl.int64)[:, None]
     if BY_FOUR:
         i_group = i_m * (K // 4) + (i_k0 // 4 + tl.arange(0, BK // 4))[None, :]
-        b_zero = tl.zeros((BM, BK // 4), tl.uint32)
-        b_lo = (i_group & 0xFFFFFFFF).to(tl.uint32)
-        b_hi = (i_group >> 32).to(tl.uint32)
-        b_0, b_1, b_2, b_3 = tl.philox(seed, b_lo, b_hi, b_zero, b_zero)
-        b_word = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (BM, BK))
+        b_bits = keep_bits(p_seed, i_group, threshold)
     else:
-        i_e = i_m * K + (i_k0 + tl.arange(0, BK))[None, :]
-        i_group = i_e >> 2
-        b_zero = tl.zeros((BM, BK), tl.uint32)
-        b_lo = (i_group & 0xFFFFFFFF).to(tl.uint32)
-        b_hi = (i_group >> 32).to(tl.uint32)
-        b_0, b_1, b_2, b_3 = tl.philox(seed, b_lo, b_hi, b_zero, b_zero)
-        i_word = (i_e & 3).to(tl.int32)
-        b_word = tl.where(i_word < 2, tl.where(i_word == 0, b_0, b_1), tl.where(i_word == 2, b_2, b_3))
-    return b_word >= b_bound
+        b_bits = keep_packed(p_seed, i_m0, i_k0, K, threshold, BM, BK, False)
+    return unpack(b_bits, BM, BK)
 
 
 @triton.jit

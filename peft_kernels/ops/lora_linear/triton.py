@@ -125,6 +125,12 @@ def _options(config: tuning.Config) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
+def _tiling(config: tuning.Config, n: int, k: int) -> dict[str, int]:
+    """What the two large products take beside their tiles."""
+    even = {"EVEN_N": n % config.BN == 0, "EVEN_K": k % config.BK == 0}
+    return {"GROUP": config.GROUP, "LEFT": config.LEFT, **even, **_options(config)}
+
+
 def _reduce(parts: Tensor, out: Tensor, scale: float) -> Tensor:
     """out = scale * parts.sum(0), added in order."""
     from . import triton_kernels as kernels
@@ -224,7 +230,7 @@ def forward(
         host.launch(kernels.forward_kernel, (tiles, parts), x, *w.pointers, s if r else x, b_or_x,
                     x if bias is None else bias, out, m, n, k, r, *w.strides, steps, scaling, ADAPTER=r > 0,
                     BIAS=bias is not None, **w.constants, PRECISION=_precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
-                    BR=_rank_tile(r, c.BR), GROUP=c.GROUP, **_options(c))  # fmt: skip
+                    BR=_rank_tile(r, c.BR), **_tiling(c, n, k))  # fmt: skip
         if parts > 1:
             _reduce(out, y, 1.0)
 
@@ -292,7 +298,7 @@ def _input_gradient(
         host.launch(kernels.backward_kernel, (tiles, parts), dy, *w.pointers, dy if ds is None else ds,
                     dy if a is None else a, drop.seed, out, m, n, k, r, *w.strides, steps, *drop.arguments,
                     ADAPTER=r > 0, **drop.constants, **w.constants, PRECISION=_precision(dy.dtype), BM=c.BM, BN=c.BN,
-                    BK=c.BK, BR=_rank_tile(r, c.BR), GROUP=c.GROUP, **_options(c))  # fmt: skip
+                    BK=c.BK, BR=_rank_tile(r, c.BR), **_tiling(c, n, k))  # fmt: skip
         if parts > 1:
             _reduce(out, dx, 1.0)
 

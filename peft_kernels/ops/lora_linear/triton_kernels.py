@@ -7,8 +7,9 @@
     dx  = dy W + drop'(ds A)                   backward_kernel
     W[rows, columns] for many rows of x        decode_kernel
 
-The two large products keep the *weight* as the left operand (the accumulator is [features, rows]): the decoded tile
-then goes from registers into the tensor cores of sm_90, and few rows cost few columns instead of a padded 64-row tile.
+With LEFT the two large products have the *weight* as the left operand (the accumulator is [features, rows]): the
+decoded tile then goes from registers into the tensor cores of sm_90, and few rows cost few columns instead of a padded
+64-row tile. Without it the weight goes there through shared memory: fewer instructions, more of that memory's time.
 Whenever a sum is split over programs, the parts are written out and `reduce_kernel` adds them in a fixed order.
 """
 
@@ -17,7 +18,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_lib.device import dot, dot_narrow, dot_wide, keep_mask, load_weight, round_to, tile_of
+from ...triton_lib.device import (
+    dot,
+    dot_narrow,
+    dot_wide,
+    keep_mask,
+    keep_packed,
+    load_weight,
+    round_to,
+    tile_of,
+    unpack,
+)
 
 _UNSPECIALISED = ["M", "threshold", "steps", "parts", "scale", "keep_scale", "scaling", "numel"]
 
@@ -60,6 +71,7 @@ def forward_kernel(
     ADAPTER: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     """Part i_part (`steps` tiles of BK columns of x) of y [parts, M, N]. Part 0 also holds s B^T and the bias."""
     i_m0, i_n0 = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
@@ -68,7 +80,7 @@ def forward_kernel(
     i_m = i_m0 + tl.arange(0, BM)
     i_n = i_n0 + tl.arange(0, BN)
     b_cols = (i_m < M)[None, :]
-    b_acc = tl.zeros((BN, BM), tl.float32)
+    b_acc = tl.zeros((BN, BM) if LEFT else (BM, BN), tl.float32)
     if ADAPTER:
         # first, so that reading s and B hides behind the large product and rounding hits the small term
         if i_part == 0:
@@ -78,25 +90,32 @@ def forward_kernel(
                 b_b = tl.load(p_bt, mask=(i_n < N)[:, None] & (i_r < r)[None, :], other=0.0)
                 p_st = p_s + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
                 b_s = tl.load(p_st, mask=b_cols & (i_r < r)[:, None], other=0.0)
-                b_acc = dot_narrow(b_b, b_s, b_acc, PRECISION)
+                if LEFT:
+                    b_acc = dot_narrow(b_b, b_s, b_acc, PRECISION)
+                else:
+                    b_acc = dot_narrow(tl.trans(b_s), tl.trans(b_b), b_acc, PRECISION)
             b_acc = b_acc * scaling
     b_table = tl.arange(0, 1)
     if MODE == 1 or MODE == 2:
         b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
-    p_xt = p_x + i_m.to(tl.int64)[None, :] * K
+    # rows beyond M repeat the last one instead of being masked in every step; they are not stored
+    p_xt = p_x + tl.minimum(i_m, M - 1).to(tl.int64)[None, :] * K
     for i_step in range(i_part * steps, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps)):
         i_k0 = i_step * BK
         i_k = (i_k0 + tl.arange(0, BK))[:, None]
-        b_x = tl.load(p_xt + i_k, mask=b_cols & (i_k < K), other=0.0)
+        b_x = tl.load(p_xt + i_k, mask=(i_k < K) | EVEN_K, other=0.0)
         b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
                           N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
-                          p_x.dtype.element_ty)  # fmt: skip
-        b_acc = dot(b_w, b_x, b_acc, "ieee")
+                          p_x.dtype.element_ty, EVEN_N, EVEN_K)  # fmt: skip
+        if LEFT:
+            b_acc = dot(b_w, b_x, b_acc, "ieee")
+        else:
+            b_acc = dot(tl.trans(b_x), tl.trans(b_w), b_acc, "ieee")
     if BIAS:
         if i_part == 0:
             b_bias = tl.load(p_bias + i_n, mask=i_n < N, other=0.0).to(tl.float32)
-            b_acc = b_acc + b_bias[:, None]
-    b_y = tl.trans(b_acc)
+            b_acc = b_acc + (b_bias[:, None] if LEFT else b_bias[None, :])
+    b_y = tl.trans(b_acc) if LEFT else b_acc
     p_out = p_y + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * N + i_n[None, :]
     tl.store(p_out, round_to(b_y, p_y.dtype.element_ty), mask=(i_m < M)[:, None] & (i_n < N)[None, :])
 
@@ -108,6 +127,7 @@ def backward_kernel(
     ADAPTER: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     """Part i_part (`steps` tiles of BN columns of dy) of dx [parts, M, K]; part 0 starts at drop'(ds A)."""
     i_m0, i_k0 = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
@@ -116,32 +136,42 @@ def backward_kernel(
     i_m = i_m0 + tl.arange(0, BM)
     i_k = i_k0 + tl.arange(0, BK)
     b_cols = (i_m < M)[None, :]
-    b_acc = tl.zeros((BK, BM), tl.float32)
+    b_acc = tl.zeros((BK, BM) if LEFT else (BM, BK), tl.float32)
     if ADAPTER:
         if i_part == 0:
+            if DROPOUT:  # drawn first and kept as bits: beside the accumulator there is no room for Philox's state
+                b_bits = keep_packed(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
             for i_r0 in tl.range(0, r, BR, num_stages=1):
                 i_r = i_r0 + tl.arange(0, BR)
                 p_at = p_a + i_r.to(tl.int64)[None, :] * K + i_k[:, None]
                 b_a = tl.load(p_at, mask=(i_k < K)[:, None] & (i_r < r)[None, :], other=0.0)
                 p_dst = p_ds + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
                 b_ds = tl.load(p_dst, mask=b_cols & (i_r < r)[:, None], other=0.0)
-                b_acc = dot_narrow(b_a, b_ds, b_acc, PRECISION)
+                if LEFT:
+                    b_acc = dot_narrow(b_a, b_ds, b_acc, PRECISION)
+                else:
+                    b_acc = dot_narrow(tl.trans(b_ds), tl.trans(b_a), b_acc, PRECISION)
             if DROPOUT:
-                b_keep = keep_mask(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
-                b_acc = tl.where(tl.trans(b_keep), b_acc * keep_scale, 0.0)
+                b_keep = unpack(b_bits, BM, BK)
+                if LEFT:
+                    b_keep = tl.trans(b_keep)
+                b_acc = tl.where(b_keep, b_acc * keep_scale, 0.0)
     b_table = tl.arange(0, 1)
     if MODE == 1 or MODE == 2:
         b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
-    p_dyt = p_dy + i_m.to(tl.int64)[None, :] * N
+    p_dyt = p_dy + tl.minimum(i_m, M - 1).to(tl.int64)[None, :] * N
     for i_step in range(i_part * steps, tl.minimum(tl.cdiv(N, BN), (i_part + 1) * steps)):
         i_n0 = i_step * BN
         i_n = (i_n0 + tl.arange(0, BN))[:, None]
-        b_dy = tl.load(p_dyt + i_n, mask=b_cols & (i_n < N), other=0.0)
+        b_dy = tl.load(p_dyt + i_n, mask=(i_n < N) | EVEN_N, other=0.0)
         b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
                           N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
-                          p_dy.dtype.element_ty)  # fmt: skip
-        b_acc = dot(tl.trans(b_w), b_dy, b_acc, "ieee")
-    b_dx = tl.trans(b_acc)
+                          p_dy.dtype.element_ty, EVEN_N, EVEN_K)  # fmt: skip
+        if LEFT:
+            b_acc = dot(tl.trans(b_w), b_dy, b_acc, "ieee")
+        else:
+            b_acc = dot(tl.trans(b_dy), b_w, b_acc, "ieee")
+    b_dx = tl.trans(b_acc) if LEFT else b_acc
     p_out = p_dx + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * K + i_k[None, :]
     tl.store(p_out, round_to(b_dx, p_dx.dtype.element_ty), mask=(i_m < M)[:, None] & (i_k < K)[None, :])
 
