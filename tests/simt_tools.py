@@ -112,6 +112,7 @@ def loaded(kind: str) -> Iterator[CDLL]:
     lib = native.use_simt(os.environ.get(LIBRARY_ENV) or build(kind))
     assert lib is not None
     lib.pk_simt_set_seed(0)
+    lib.pk_simt_set_device(89, 108)
     try:
         yield lib
     finally:

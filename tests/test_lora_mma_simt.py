@@ -1,0 +1,202 @@
+"""lora_linear on the GPU for 9 to 512 rows of x (csrc/cuda/lora_mma.cu), run on the host (csrc/simt).
+
+Every tile of every architecture runs: pk_simt_set_device says which GPU the host is taken for. What nvcc makes of the
+sources is not seen here; the tests marked `gpu` run the same cases on a GPU.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_kernels import philox, use_backend
+from peft_kernels.dispatch import BackendUnavailable
+from peft_kernels.ops import lora_linear as op
+from peft_kernels.testing import assert_no_worse, assert_same_bits
+
+tools = runpy.run_path(str(Path(__file__).with_name("simt_tools.py")))
+simt, races, seed, under_asan = tools["simt"], tools["races"], tools["seed"], tools["under_asan"]
+lora = runpy.run_path(str(Path(__file__).with_name("tools") / "lora_tools.py"))
+make = lora["make"]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# M, N, K and what else: each tile (16, 32, 64, 128 rows; several of them), sums in parts, odd sizes, every blocksize
+CASES = [
+    (9, 130, 256, {"dtype": BF16, "r": 8, "bias": True}),
+    (16, 128, 1024, {"dtype": F16, "r": 16, "nested": True, "quant": "fp4"}),
+    (12, 200, 2112, {"dtype": BF16, "r": 1, "nested": True, "ab": BF16}),
+    (17, 70, 320, {"dtype": BF16, "r": 33, "ab": F16, "blocksize": 128, "bias": True}),
+    (40, 136, 160, {"dtype": F16, "r": 4, "blocksize": 32}),
+    (64, 264, 192, {"dtype": BF16, "r": 64, "nested": True, "p": 0.3}),
+    (70, 257, 96, {"dtype": BF16, "r": 2, "bias": True, "blocksize": 256}),
+    (130, 96, 576, {"dtype": F16, "r": 7, "nested": True}),
+    (30, 8, 4096, {"dtype": BF16, "blocksize": 4096, "nested": True}),
+    (10, 1, 32, {"dtype": BF16, "r": 256}),
+    # rows that cp.async cannot take: a number of columns that 32 does not divide, rows that start within a byte
+    (21, 37, 77, {"dtype": BF16, "r": 3, "nested": True, "bias": True}),
+    (33, 20, 1001, {"dtype": F16, "r": 9, "blocksize": 32}),
+    (11, 130, 40, {"dtype": BF16}),
+]
+SHAPE = ("m", "n", "k", "kwargs")
+DEVICES = (80, 89)  # what a block can have in shared memory: 163 KB, 99 KB
+
+
+def identity(t: Tensor) -> Tensor:
+    return t
+
+
+def call(case, move: Callable[[Tensor], Tensor] = identity) -> tuple[Tensor, Tensor]:
+    """y and s of the CUDA backend, on the CPU again."""
+    moved = [move(t) if isinstance(t, Tensor) else t for t in (
+        case.x, *case.weight, case.n, case.a, case.b, case.scaling, case.bias, case.p, case.seed)]  # fmt: skip
+    with use_backend("cuda"):
+        y, s = op.forward_op.op(*moved)
+    return y.cpu(), s.cpu()
+
+
+def check(m: int, n: int, k: int, kwargs: dict, move: Callable[[Tensor], Tensor] = identity) -> None:
+    case = make(m, n, k, **kwargs)
+    wide = case.double()
+    with use_backend("reference"):
+        eager, _ = case.forward(op.forward_op.op)
+        exact, _ = wide.forward(op.forward_op.op)
+    size = wide.x.abs() @ op.dense_weight(*case.weight, n, k, torch.float64).abs().t()
+    if case.a is not None:
+        x = philox.dropout(wide.x.abs(), case.p, case.seed) if case.p else wide.x.abs()
+        size += case.scaling * (x @ wide.a.abs().t() @ wide.b.abs().t())
+    y, _ = call(case, move)
+    assert_no_worse(y, eager, exact, size)
+
+
+def same_weights_as_the_reference(
+    m: int, n: int, k: int, move: Callable[[Tensor], Tensor] = identity, **kwargs
+) -> None:
+    """With rows of x that have a single 1, y is W^T: each weight must have the reference's bits."""
+    case = make(m, n, k, **kwargs)
+    for first in range(0, k, m):
+        case.x = torch.zeros(m, k, dtype=case.x.dtype)
+        count = min(m, k - first)
+        case.x[torch.arange(count), first + torch.arange(count)] = 1
+        y, _ = call(case, move)
+        w = op.dense_weight(*case.weight, n, k, case.x.dtype)
+        assert_same_bits(y[:count], w[:, first : first + count].t().contiguous() + 0)  # + 0: sums of zeros are +0
+
+
+@pytest.mark.parametrize(SHAPE, CASES)
+def test_no_worse_than_eager(simt, m, n, k, kwargs):
+    for device in DEVICES:
+        simt.pk_simt_set_device(device, 108)
+        check(m, n, k, kwargs)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_are_the_references(simt, nested, dtype):
+    for k, blocksize in ((96, 32), (128, 64), (75, 64)):
+        for device in DEVICES:
+            simt.pk_simt_set_device(device, 108)
+            same_weights_as_the_reference(32, 40, k, dtype=dtype, nested=nested, blocksize=blocksize)
+
+
+@pytest.mark.parametrize("nested_blocksize", [32, 256, 1024])
+def test_nested_blocks(simt, nested_blocksize):
+    """Of more than one inner block a row, and fewer."""
+    case = make(16, 64, 2048, dtype=BF16, nested=True)
+    blocks = case.weight[1].numel()
+    scales = torch.rand(-(-blocks // nested_blocksize)) * 0.02 + 0.01
+    case.weight = (*case.weight[:2], scales, *case.weight[3:7], nested_blocksize)
+    case.x = torch.eye(16, 2048, dtype=BF16)
+    w = op.dense_weight(*case.weight, 64, 2048, BF16)
+    assert_same_bits(call(case)[0], w[:, :16].t().contiguous() + 0)
+
+
+def test_every_order_of_threads_gives_the_same_bits(simt, seed):
+    for m, n, k in ((16, 128, 1088), (40, 100, 512), (12, 33, 77)):  # parts that arrive in another order, too
+        case = make(m, n, k, dtype=BF16, r=8, nested=True, bias=True)
+        simt.pk_simt_set_seed(0)
+        expected, _ = call(case)
+        simt.pk_simt_set_seed(seed + 1)
+        assert_same_bits(call(case)[0], expected)
+
+
+def test_no_races(races):
+    for device in DEVICES:
+        races.pk_simt_set_device(device, 108)
+        for i, (m, n, k) in enumerate(((12, 130, 1024), (30, 40, 192), (50, 40, 192), (100, 40, 192), (20, 20, 77))):
+            races.pk_simt_set_seed(i)
+            check(m, n, k, {"dtype": BF16, "r": 20, "nested": True, "bias": True})
+
+
+@pytest.mark.slow
+def test_nothing_out_of_bounds():
+    under_asan(__file__, "-k", "no_worse or any_storage")
+
+
+@pytest.mark.parametrize("offset", [1, 8])
+def test_any_storage(simt, offset):
+    """x and the codes may start anywhere, y's rows end anywhere."""
+    m, n, k = 20, 41, 128
+    case = make(m, n, k, dtype=BF16, r=4)
+    aligned, _ = call(case)
+    case.x = torch.empty(m * k + offset, dtype=BF16)[offset:].view(m, k).copy_(case.x)
+    packed = torch.empty(n * k // 2 + offset, dtype=torch.uint8)[offset:].copy_(case.weight[0])
+    case.weight = (packed, *case.weight[1:])
+    size = case.x.double().abs() @ op.dense_weight(*case.weight, n, k, torch.float64).abs().t()
+    with use_backend("reference"):
+        eager, _ = case.forward(op.forward_op.op)
+        exact, _ = case.double().forward(op.forward_op.op)
+    for y in (call(case)[0], aligned):
+        assert_no_worse(y, eager, exact, size)
+
+
+def test_infinite_scales_stay_in_their_rows(simt):
+    """Past the end of K the scales are zero, not what comes next in memory."""
+    case = make(10, 3, 160, dtype=BF16, blocksize=32)
+    absmax = case.weight[1].clone()
+    absmax[5:10] = float("inf")  # all of row 1
+    case.weight = (case.weight[0], absmax, *case.weight[2:])
+    y, _ = call(case)
+    assert y[:, [0, 2]].isfinite().all()
+    assert not y[:, 1].isfinite().any()
+
+
+def test_the_limit_of_rows_is_said(simt):
+    case = make(513, 4, 32, dtype=BF16)
+    with pytest.raises(BackendUnavailable, match="serves up to 512 rows of x, these are 513"):
+        call(case)
+    check(512, 8, 32, {"dtype": BF16})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(SHAPE, [*CASES, (100, 4096, 4096, {"dtype": BF16, "r": 16, "nested": True})])
+def test_on_a_gpu_no_worse_than_eager(m, n, k, kwargs):
+    check(m, n, k, kwargs, Tensor.cuda)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_weights_are_the_references():
+    for k, blocksize in ((96, 32), (128, 64), (75, 64)):
+        same_weights_as_the_reference(32, 40, k, Tensor.cuda, dtype=BF16, nested=True, blocksize=blocksize)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_bits_stay_the_same_also_in_a_graph():
+    case = make(16, 512, 4096, dtype=BF16, r=8, nested=True, bias=True)
+    expected, _ = call(case, Tensor.cuda)
+    for _ in range(20):
+        assert_same_bits(call(case, Tensor.cuda)[0], expected)
+    arguments = [t.cuda() if isinstance(t, Tensor) else t for t in (
+        case.x, *case.weight, case.n, case.a, case.b, case.scaling, case.bias, case.p, case.seed)]  # fmt: skip
+    graph = torch.cuda.CUDAGraph()
+    with use_backend("cuda"):
+        with torch.cuda.graph(graph):
+            y, _ = op.forward_op.op(*arguments)
+        for _ in range(3):
+            y.zero_()
+            graph.replay()
+            assert_same_bits(y.cpu(), expected)
