@@ -74,11 +74,7 @@ enum Kind { PLAIN = 0, WHOLE = 1, ORDERS = 2 };
 void collective(const char *what, Where where, Kind kind, unsigned mask, Collective run, void *part);
 void sync_block(Where where);
 
-/* async.cpp */
-void async_block(); /* a block starts */
-void cp_async16(void *shared, const void *global, bool valid);
-void cp_async_commit();
-void cp_async_wait(unsigned open);
+void async_block(); /* a block starts: no cp.async is under way (ptx.cpp) */
 
 /* What races.cpp is told of accesses that no compiler reports; nothing in builds without it. */
 enum Access { READ, WRITE, ATOMIC, ISSUE, LAND }; /* the last two: of a cp.async, when it starts and when it is waited for */

@@ -18,7 +18,7 @@ template <typename T> T shuffle(const char *what, Where where, unsigned mask, T 
     Shuffle<T> mine = {value, value, from};
     collective(
         what, where, PLAIN, mask,
-        [](void *const *part, unsigned lanes) {
+        [](void *const *part, unsigned lanes) PK_SIMT_UNSEEN {
             for (unsigned i = 0; i < WARP; ++i) {
                 if (!(lanes >> i & 1)) continue;
                 Shuffle<T> *to = static_cast<Shuffle<T> *>(part[i]);
@@ -39,7 +39,7 @@ inline Vote vote(const char *what, Where where, unsigned mask, bool predicate) {
     Vote mine = {0, predicate};
     collective(
         what, where, PLAIN, mask,
-        [](void *const *part, unsigned lanes) {
+        [](void *const *part, unsigned lanes) PK_SIMT_UNSEEN {
             unsigned yes = 0;
             for (unsigned i = 0; i < WARP; ++i)
                 if (lanes >> i & 1) yes |= static_cast<Vote *>(part[i])->yes << i;
