@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "peft_kernels"
 ENV = "PEFT_KERNELS_BACKEND"
@@ -54,6 +55,15 @@ def _requires_grad(argument: object) -> bool:
     if isinstance(argument, Tensor):
         return argument.requires_grad
     return isinstance(argument, list) and any(isinstance(t, Tensor) and t.requires_grad for t in argument)
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken (`torch.func.jvp`, `dual_level`).
+
+    A raw operator would drop them without a word; an `autograd.Function` that has none refuses by its name, so public
+    functions go through theirs then.
+    """
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,8 @@ class Op:
     def _call(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(map(_requires_grad, args)):
             raise RuntimeError(
-                f"{self.name}: the raw operator records no gradients; call the function peft_kernels.{self.name}"
+                f"{self.name}: the raw operator records no gradients; call peft_kernels.{self.name} instead. It has no "
+                "gradients under torch.func.vmap: apply vmap inside of what is differentiated, or batch the rows of x."
             )
         self.check(*args)
         fn = self.choose(args).fn

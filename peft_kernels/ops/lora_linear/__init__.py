@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...dispatch import Op, arg_error
+from ...dispatch import Op, arg_error, forward_mode
 from ...formats import QUANT_NAMES, QuantWeight, decode_4bit
 
 _WEIGHT = (
@@ -246,6 +247,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _ds: Tensor | None) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None] * 16
         if dy is None:
@@ -315,7 +317,8 @@ def lora_linear(
         seed = philox.draw_seed(x.device)
     rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
     args = (rows, *flat, n, a, b, scaling, bias, dropout_p, seed)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, flat[0], a, b, bias)):
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, flat[0], a, b, bias))
+    if wanted or forward_mode():
         y = apply_function(_LoraLinear, *args)[0]
     else:
         y = forward_op.op(*args)[0]

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...dispatch import Op, arg_error
+from ...dispatch import Op, arg_error, forward_mode
 from ...formats import QuantWeight
 from .. import lora_linear as single
 
@@ -215,6 +216,7 @@ class _Stacked(torch.autograd.Function):
         ctx.save_for_backward(*saved_of(x if needs_x(lists) else None, lists, output[n:]))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         n, need = ctx.n, ctx.needs_input_grad
         dy = dys[:n]
@@ -255,7 +257,8 @@ def as_rows(x: Tensor, k: int) -> Tensor:
 
 
 def wants_gradients(x: Tensor, flat: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or any(isinstance(t, Tensor) and t.requires_grad for t in flat))
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *flat))
+    return wanted or forward_mode()
 
 
 def lora_linear_stacked(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:

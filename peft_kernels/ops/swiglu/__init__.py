@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error
+from ...dispatch import Op, arg_error, forward_mode
 from ..lora_linear import apply_function
 
 
@@ -93,6 +94,7 @@ class _Swiglu(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *dh: Tensor) -> tuple[Tensor | None, Tensor | None]:
         gate, up = ctx.saved_tensors
         dgate, dup = backward_op.op(gate, up, dh[0])
@@ -105,7 +107,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up: of one shape, dtype (float32, bfloat16, float16; float64 on the reference) and device. Returns the same,
     contiguous; computed in float32 and rounded once. Raises ValueError or TypeError on bad arguments.
     """
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)) or forward_mode():
         result: Tensor = apply_function(_Swiglu, gate, up)
         return result
     h: Tensor = forward_op.op(gate, up)
