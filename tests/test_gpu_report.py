@@ -180,8 +180,8 @@ def test_unsloths_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("newer", [False, True])
 def test_vllms_adapter(newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lora_shrink(x, [A], out, *meta, scaling)`, then `lora_expand(low, [B], y, *meta, offset_start, add_inputs)`; what
-    lies between is from `LoRAKernelMeta.meta_args`, which newer versions give a second parameter."""
+    """`lora_shrink(x, [A], out, *meta, scaling)`, then `lora_expand(low, [B], y, *meta, offset_start, add_inputs)`;
+    what lies between is from `LoRAKernelMeta.meta_args`, which newer versions give a second parameter."""
     layer, x, a, b, check = layer_and_inputs()
 
     class LoRAKernelMeta:
