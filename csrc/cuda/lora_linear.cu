@@ -82,8 +82,8 @@ template <typename T> void launch(const Projection &p, cudaStream_t stream) {
         auto kernel = project_kernel<T, 1, 1>;
         PK_LAUNCH(kernel, dim3(p.r, 1), THREADS, stream, p);
     } else {
-        auto kernel = project_kernel<T, 8, 4>;
-        PK_LAUNCH(kernel, dim3((p.r + 3) / 4, static_cast<unsigned>((p.M + 7) / 8)), THREADS, stream, p);
+        auto kernel = project_kernel<T, 4, 4>;
+        PK_LAUNCH(kernel, dim3((p.r + 3) / 4, static_cast<unsigned>((p.M + 3) / 4)), THREADS, stream, p);
     }
 }
 
