@@ -100,6 +100,8 @@ def test_names() -> None:
     assert cuda.demangle("_Z11gemv_kernelI6__halfLi4ELb1EfEvPKhl") == ("gemv_kernel", ("f16", "4", "1", "f32"))
     assert cuda.demangle("_Z6plain_Pf") == ("plain_", ())
     assert cuda.demangle("main") == ("main", ())
+    nested = "_ZN3mma6kernelI6__halfNS_4TileILi16ELi2ELi4ELNS_5WhereE1ELb0EEEEEvNS_7ProblemE"
+    assert cuda.demangle(nested) == ("mma::kernel", ("f16", "Tile<16, 2, 4, 1, 0>"))
 
 
 def test_occupancy() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,44 +11,12 @@ from pathlib import Path
 from peft_kernels import native
 
 from . import gpus, sass
-from .cuda_kernels import Fact, fact
+from .cuda_kernels import NOT_THERE, Fact, fact
 from .metrics import Row, row
+from .names import demangle
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
-_BUILTIN = {"f": "float", "d": "double", "i": "int", "j": "unsigned", "l": "int64", "m": "uint64", "b": "bool",
-            "h": "uint8", "a": "int8", "c": "char", "s": "int16", "t": "uint16"}  # fmt: skip
-_SHORT = {"__nv_bfloat16": "bf16", "__half": "f16", "float": "f32"}
-
-
-def demangle(name: str) -> tuple[str, tuple[str, ...]]:
-    """`_ZN..17dequantize_kernelI13__nv_bfloat16EEv..` -> ("dequantize_kernel", ("bf16",)): name, template arguments."""
-    if not name.startswith("_Z"):
-        return name, ()
-    at = 3 if name[2] == "N" else 2
-    base = ""
-    while m := re.match(r"\d+", name[at:]):
-        at += len(m[0])
-        base = name[at : at + int(m[0])]
-        at += int(m[0])
-    arguments: list[str] = []
-    if name[at : at + 1] == "I":
-        at += 1
-        while at < len(name) and name[at] != "E":
-            if m := re.match(r"L[a-z](n?)(\d+)E", name[at:]):
-                arguments.append(("-" if m[1] else "") + m[2])
-                at += len(m[0])
-            elif m := re.match(r"\d+", name[at:]):
-                start = at + len(m[0])
-                at = start + int(m[0])
-                arguments.append(_SHORT.get(name[start:at], name[start:at]))
-            elif name[at] in _BUILTIN:
-                text = _BUILTIN[name[at]]
-                arguments.append(_SHORT.get(text, text))
-                at += 1
-            else:
-                break  # a type of several parts: what came before it still tells the kernels apart
-    return base, tuple(arguments)
 
 
 def sources() -> list[Path]:
@@ -116,10 +83,12 @@ def rows(
         for cubin in from_library(path, arch) if path is not None else compiled(compiler, arch, cache):  # type: ignore[arg-type]
             for code in read(cubin, None):
                 name, arguments = demangle(code.name)
-                known = fact(name, arguments)
+                known = fact(name, arguments, arch)
                 if known is None:
                     unknown[name] = None
                     known = Fact(name)
+                if known is NOT_THERE:
+                    continue
                 if kernels and not any(k == known.op or k in name for k in kernels):
                     continue
                 if known.marker is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import sass
+from . import gpus, sass
 from .metrics import Work
 
 N = K = 4096  # the weight that rooflines are stated for
@@ -38,7 +38,10 @@ class Fact:
                     wide=self.wide)  # fmt: skip
 
 
-def _dequantize(arguments: tuple[str, ...]) -> Fact:
+NOT_THERE = Fact("")  # a stub for an architecture that uses another kernel
+
+
+def _dequantize(arguments: tuple[str, ...], arch: int) -> Fact:
     size = SIZE[arguments[0]]
     return Fact("dequantize_4bit", r"STG\.E\.(\w+\.)*128", 16 / size, bytes=WEIGHT + N * K * size, wide=False)
 
@@ -48,33 +51,50 @@ def _product(rows: int, weights: float) -> Fact:
     return Fact("lora_linear", "HMMA", weights, bytes=WEIGHT + 2 * rows * (N + K), fmas=rows * N * K)
 
 
-def _gemv(arguments: tuple[str, ...]) -> Fact:
+def _gemv(arguments: tuple[str, ...], arch: int) -> Fact:
     """<type, sets of rows of x, nested>: the weight is the left operand, 8 of it a thread in an instruction, and each
     fragment is used by every set."""
     return _product(8, 8 / int(arguments[1]))
 
 
-def _input(arguments: tuple[str, ...]) -> Fact:
+def _input(arguments: tuple[str, ...], arch: int) -> Fact:
     """<type, tiles of 16 rows of dy, nested>: the weight is the right operand, 4 of it a thread."""
     tiles = int(arguments[1])
     return _product(16 * tiles, 4 / tiles)
 
 
-def _other(op: str) -> Callable[[tuple[str, ...]], Fact]:
-    return lambda arguments: Fact(op, wide=False)
+def _mma(arguments: tuple[str, ...], arch: int) -> Fact:
+    """<type, Tile<BM, WK, stages, where, general>>: a fragment of W, 8 weights a thread, is for BM / 8 products.
+
+    Tiles for much shared memory are stubs where there is little, and the other way round; those for any alignment
+    decode element by element. The shared memory is `Tile::BYTES` of csrc/cuda/lora_mma_tile.cuh."""
+    bm, wk, stages, where, general = (int(n) for n in re.findall(r"\d+", arguments[1].split("<")[1]))
+    small = gpus.ARCHS[arch].shared_per_block < 128 * gpus.KIB
+    if where and small != (where == 2):
+        return NOT_THERE
+    tile = (bm, 256 // wk, 64 * wk)
+    shared = (64 + 1 + (0 if stages < 4 else 4)) * gpus.KIB + stages * 2 * tile[0] * tile[2]
+    if general:
+        return Fact("lora_linear", dynamic_shared=shared, tile=tile)
+    return replace(_product(bm, 64 / bm), dynamic_shared=shared, tile=tile)
+
+
+def _other(op: str) -> Callable[[tuple[str, ...], int], Fact]:
+    return lambda arguments, arch: Fact(op, wide=False)
 
 
 # Kernels that decode for the sake of shapes that no model has (any), or nothing at all, have no loop to speak of.
-FACTS: dict[str, Callable[[tuple[str, ...]], Fact]] = {
+FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "dequantize_kernel": _dequantize,
     "quantize_kernel": _other("quantize_4bit"),
     "absmax_kernel": _other("quantize_4bit"),
     "gemv_kernel": _gemv,
     "input_kernel": _input,
+    "mma::kernel": _mma,
     **{f"{name}_kernel": _other("lora_linear") for name in ("any", "project", "finish", "sum", "outer")},
 }
 
 
-def fact(name: str, arguments: tuple[str, ...]) -> Fact | None:
+def fact(name: str, arguments: tuple[str, ...], arch: int) -> Fact | None:
     """None for a kernel that is not described: the report then says so, and the tests fail."""
-    return FACTS[name](arguments) if name in FACTS else None
+    return FACTS[name](arguments, arch) if name in FACTS else None
