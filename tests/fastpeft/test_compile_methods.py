@@ -120,6 +120,18 @@ def test_norms_where_the_update_cancels_the_weight_in_a_graph() -> None:
     assert_compiled_as_eager(layer, torch.randn(3, 24))
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_opcheck_of_the_sparse_product(flat: bool) -> None:
+    from fastpeft import sparse  # defines the operators
+
+    assert sparse
+    ops, x, values = torch.ops.fastpeft, torch.randn(2, 3, 8), torch.randn(4)
+    indices = torch.tensor([3, 8, 21, 39]) if flat else torch.tensor([[4, 0, 2, 4], [0, 3, 7, 1]])
+    torch.library.opcheck(ops.sparse_linear.default, (x, values, indices, 5, 8))
+    for need in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(ops.sparse_linear_backward.default, (torch.randn(2, 3, 5), x, values, indices, *need))
+
+
 # What a user changes between two calls
 
 
