@@ -81,7 +81,7 @@ class Shape:
 
 
 _overrides: dict[str, dict[str, Any]] = {}
-_found: dict[tuple[str, str, Shape], Config] = {}
+_found: dict[tuple[str, str, Shape], list[tuple[float, Config]]] = {}
 Clock = Callable[[Callable[[], object]], float]  # seconds of one run
 _clock: Clock | None = None
 _assumed: int | None = None
@@ -138,15 +138,15 @@ def choose(kernel: str, arch: str, shape: Shape, run: Callable[[Config], object]
     if _searching and run is not None and len(candidates) > 1:
         key = (kernel, arch, bucket(shape))
         if key not in _found:
-            _found[key] = search(candidates, run, _clock)
-        config = _found[key]
+            _found[key] = timed(candidates, run, _clock)
+        config = min(_found[key], key=_seconds)[1]
     if kernel in _overrides:
         config = replace(config, **_overrides[kernel])
     return config
 
 
-def found() -> dict[tuple[str, str, Shape], Config]:
-    """What searches of this process found: (kernel, table, bucket) -> configuration."""
+def found() -> dict[tuple[str, str, Shape], list[tuple[float, Config]]]:
+    """What searches of this process timed: (kernel, table, bucket) -> (seconds, configuration), as in the table."""
     return dict(_found)
 
 
@@ -166,13 +166,20 @@ def bucket(shape: Shape) -> Shape:
     return replace(shape, M=1 << (shape.M - 1).bit_length(), r=1 << max(shape.r - 1, 0).bit_length())
 
 
-def search(
-    candidates: Sequence[Config],
-    run: Callable[[Config], object],
-    clock: Clock | None = None,
-) -> Config:
+def search(candidates: Sequence[Config], run: Callable[[Config], object], clock: Clock | None = None) -> Config:
     """The fastest of the first `MAX_CANDIDATES`; one that does not fit the GPU is passed over."""
-    best: tuple[float, Config] | None = None
+    return min(timed(candidates, run, clock), key=_seconds)[1]
+
+
+def _seconds(measured: tuple[float, Config]) -> float:
+    return measured[0]
+
+
+def timed(
+    candidates: Sequence[Config], run: Callable[[Config], object], clock: Clock | None = None
+) -> list[tuple[float, Config]]:
+    """(seconds, configuration) of the first `MAX_CANDIDATES` that fit the GPU; RuntimeError where none does."""
+    done: list[tuple[float, Config]] = []
     for config in candidates[:MAX_CANDIDATES]:
         try:
             seconds = (clock or _device_seconds)(lambda config=config: run(config))
@@ -180,19 +187,21 @@ def search(
             if type(e).__name__ not in ("OutOfResources", "PTXASError"):
                 raise
             continue
-        if best is None or seconds < best[0]:
-            best = (seconds, replace(config, source="measured"))
-    if best is None:
+        done.append((seconds, replace(config, source="measured")))
+    if not done:
         raise RuntimeError(f"tuning: none of {len(candidates)} configurations fits this GPU")
-    return best[1]
+    return done
 
 
 def _device_seconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median seconds of a launch on the current CUDA device, after the compilation and one more run."""
+    """Median seconds of a launch on the current CUDA device, after the compilation and one more run. Its inputs are out
+    of the L2 cache, as a layer's weight is when its turn comes."""
     run()
     run()
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    other = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")  # bytes: twice the largest L2 there is
     for start, end in marks:
+        other.zero_()
         start.record()
         run()
         end.record()

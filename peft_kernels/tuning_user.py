@@ -1,8 +1,8 @@
 """The user's table of launch configurations: what `fastpeft tune` measured on this machine's GPUs.
 
-One file an architecture, `<folder>/sm_90.json`, in `$PEFT_KERNELS_TUNED`, else `$XDG_CACHE_HOME/peft-kernels/tuned`,
-else `~/.cache/peft-kernels/tuned`. A row is a GPU's name, a kernel, a bucket of shapes and the fastest configuration.
-It counts only on a GPU of that name; a file that cannot be read is an error, not a silent return to the frozen tables.
+One file an architecture, `tuned/sm_90.json` in the cache folder (`cache_root`). A row is a GPU's name, a kernel, a
+bucket of shapes and the fastest configuration. It counts only on a GPU of that name; a file that cannot be read is an
+error, not a silent return to the frozen tables.
 """
 
 from __future__ import annotations
@@ -17,25 +17,29 @@ from typing import Any
 
 import torch
 
-ENV = "PEFT_KERNELS_TUNED"
 FORMAT = 1
 SHAPE = ("M", "N", "K", "r", "bits", "plain", "blocksize")
 CONFIG = ("BM", "BN", "BK", "BR", "GROUP", "num_warps", "num_stages", "programs", "LEFT", "source")
 _KEY = ("gpu", "kernel", *SHAPE)
 
 
-def folder() -> Path:
-    """Where user tables are; it need not exist."""
-    if named := os.environ.get(ENV):
-        return Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(cache) / "peft-kernels" / "tuned"
+def cache_root() -> Path:
+    """`PEFT_KERNELS_CACHE`, else `peft-kernels` under `XDG_CACHE_HOME` or `~/.cache`. It need not exist."""
+    if chosen := os.environ.get("PEFT_KERNELS_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "peft-kernels"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def path(arch: str) -> Path:
+    """The user table of an architecture, "sm_90"; it need not exist."""
+    return cache_root() / "tuned" / f"{arch}.json"
+
+
+def read(table: Path) -> list[dict[str, Any]]:
     """The rows of a user table; none where there is no file. ValueError where it is not such a table."""
     try:
-        text = path.read_text()
+        text = table.read_text()
     except FileNotFoundError:
         return []
     try:
@@ -48,24 +52,24 @@ def read(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"a row without {', '.join(sorted(missing))}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: expected a table written by `fastpeft tune`, got {error!r}; delete the file or tune again"
+            f"{table}: expected a table written by `fastpeft tune`, got {error!r}; delete the file or tune again"
         ) from error
     return found
 
 
-def write(path: Path, new: Iterable[dict[str, Any]]) -> int:
+def write(table: Path, new: Iterable[dict[str, Any]]) -> int:
     """Add rows to a table, in place of those of the same GPU, kernel and shape; the number it then has.
 
     The file is replaced whole: a reader sees the old table or the new one.
     """
-    merged = {tuple(row[k] for k in _KEY): row for row in [*read(path), *new]}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = {tuple(row[k] for k in _KEY): row for row in [*read(table), *new]}
+    table.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n    ".join(json.dumps(row) for row in merged.values())
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=table.parent, prefix=table.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
             file.write(f'{{\n  "format": {FORMAT},\n  "rows": [\n    {lines}\n  ]\n}}\n')
-        os.replace(temporary, path)
+        os.replace(temporary, table)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -87,6 +91,6 @@ def rows(arch: str) -> dict[tuple[Any, ...], dict[str, Any]]:
         return {}
     return {
         (row["kernel"], *(row[k] for k in SHAPE)): {k: row[k] for k in CONFIG}
-        for row in read(folder() / f"{arch}.json")
+        for row in read(path(arch))
         if row["gpu"] in here
     }

@@ -135,10 +135,10 @@ def measured_row(gpu: str, **values: object) -> dict[str, object]:
 @pytest.fixture
 def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for user tables, on a machine that has one "Card A"."""
-    monkeypatch.setenv(tuning_user.ENV, str(tmp_path / "tables"))
+    monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning_user, "gpus", lambda: frozenset({"Card A"}))
     tuning_user.rows.cache_clear()
-    yield tmp_path / "tables" / "sm_90.json"
+    yield tuning_user.path("sm_90")
     tuning_user.rows.cache_clear()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import session, size, table, utf8_streams
+from .output import progress_bar, session, size, table, utf8_streams
 
 app = typer.Typer(
     name="fastpeft",
@@ -176,6 +176,41 @@ def inspect(
 
         result = commands.inspect(adapter)
         out.emit(result, lambda: commands.show_inspection(result, keys))
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, Hub id, .gguf or smollm2: tune for its linear layers.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="OUTxIN", help="Tune for a layer of this size; may be repeated.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Numbers of rows (tokens in a step); each stands for its power of two.")] = (
+        "1,16,64,256,1024,4096"
+    ),
+    r: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapter.")] = 16,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    blocksize: Annotated[int, typer.Option(min=32, help="Elements that share a scale.")] = 64,
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.99)] = 0.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time the launch configurations of the Triton kernels on this GPU, and keep the fastest for later runs.
+
+    Example: fastpeft tune --shape 14336x4096 --shape 4096x14336 --rows 1,512
+    """
+    with session(as_json, debug) as out:
+        from . import tune as tuner
+
+        shapes = [tuner.parse_shape(s) for s in shape or []]
+        counts, kind = tuner.parse_rows(rows), tuner.parse_dtype(dtype)
+        gpu = tuner.find_gpu()
+        shapes += [] if model is None else tuner.shapes_of_model(model)
+        layers = tuner.layers_of(shapes, r, kind, blocksize, dropout)
+        with progress_bar() as report:
+            result = tuner.run(layers, counts, gpu, report)
+        out.emit(result, lambda: tuner.show(result))
 
 
 @app.command()

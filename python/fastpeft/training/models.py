@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +29,10 @@ class Source:
 
 
 def cache_root() -> Path:
-    """``PEFT_KERNELS_CACHE``, else ``peft-kernels`` under ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    chosen = os.environ.get("PEFT_KERNELS_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "peft-kernels"
+    """The cache folder, as ``peft_kernels.tuning_user`` has it."""
+    from peft_kernels.tuning_user import cache_root as root
+
+    return root()
 
 
 def find_packaged_gguf() -> Path | None:
