@@ -10,7 +10,7 @@ from pathlib import Path
 from . import checks, machine, results
 from .measure import cuda_clock, threads, wall_clock
 
-OPS = ("lora_linear", "quantize_4bit", "dequantize_4bit")
+OPS = ("lora_linear", "lora_linear_stacked", "swiglu", "quantize_4bit", "dequantize_4bit")
 SUITES = ("layers", "qlora", "methods")
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"]}
 

@@ -1,0 +1,193 @@
+"""lora_linear_stacked and swiglu on Triton: in its interpreter against float64, and compiled for sm_80 and sm_90.
+
+The interpreter is chosen when Triton is imported, so `test_in_the_interpreter` starts this same file in a process of
+its own; what is marked `on_device` runs there, and on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from lora_tools import F16, F32, Case, make
+from torch import Tensor
+
+from bench.static import report
+from peft_kernels import BackendUnavailable, Projection, lora_linear_stacked, tuning, use_backend
+from peft_kernels.ops import lora_linear as single
+from peft_kernels.ops import lora_linear_stacked as op
+from peft_kernels.ops import swiglu
+from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
+from peft_kernels.triton_lib import host
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETER else "cuda"
+on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
+compiles = pytest.mark.skipif(INTERPRETER, reason="needs a process where Triton compiles")
+# small tiles, so that small shapes have several of everything: rows, columns, steps, ranks, parts of a sum
+SMALL: dict[str, dict[str, int]] = {
+    "project": {"BM": 16, "BK": 32, "BR": 16, "programs": 6},
+    "outer": {"BM": 16, "BN": 32, "BR": 16, "programs": 6},
+    "forward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 20},
+    "backward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 20},
+}
+
+
+@compiles
+@pytest.mark.slow
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("PYTEST_XDIST_WORKER", None)
+    command += ["-k", "device"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+@pytest.fixture
+def small() -> Iterator[None]:
+    with ExitStack() as stack:
+        for kernel, values in SMALL.items():
+            stack.enter_context(tuning.override(kernel, **values))
+        stack.enter_context(use_backend("triton"))
+        yield
+
+
+def put(c: Case) -> Case:
+    def move(t: object) -> object:
+        return t.to(DEVICE) if isinstance(t, Tensor) else t
+
+    return Case(*(tuple(map(move, v)) if isinstance(v, tuple) else move(v) for v in vars(c).values()))
+
+
+def forward(cases: list[Case], fn) -> list[Tensor]:
+    rows = [(*c.weight, c.n, c.a, c.b, c.scaling, c.bias, c.p, c.seed) for c in cases]
+    return fn(cases[0].x, *map(list, zip(*rows, strict=True)))
+
+
+def backward(cases: list[Case], fn, ss: list[Tensor]) -> list[Tensor]:
+    rows = [(c.dy, *c.weight, c.a, c.b, s if c.a is not None else None, c.scaling, c.p, c.seed)
+            for c, s in zip(cases, ss, strict=True)]  # fmt: skip
+    return fn(cases[0].x, *map(list, zip(*rows, strict=True)), True, [c.a is not None for c in cases])
+
+
+STACKS = {
+    "no dropout": lambda m, t: [make(m, 40, 96, dtype=t, r=16, blocksize=32, nested=True),
+                                make(m, 33, 96, dtype=t, r=3, bias=True, blocksize=32, seed=1)],
+    "own masks": lambda m, t: [make(m, 64, 64, dtype=t, r=5, p=0.25), make(m, 7, 64, dtype=t, r=20, p=0.5, seed=1),
+                               make(m, 48, 64, dtype=t, nested=True, seed=2)],
+    "any layout": lambda m, t: [make(m, 24, 77, dtype=t, r=4), make(m, 31, 77, dtype=t, quant="dense", w_dtype=t, r=4),
+                                make(m, 16, 77, dtype=t, quant="fp4", blocksize=64, bias=True, p=0.1, r=2)],
+}  # fmt: skip
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("m", [3, 37])
+@pytest.mark.parametrize("name", STACKS)
+def test_device_stack(small: None, name: str, m: int, dtype: torch.dtype) -> None:
+    cases = [put(c) for c in STACKS[name](m, dtype)]
+    for c in cases:
+        c.x = cases[0].x
+    exact = [c.double() for c in cases]
+    count = len(cases)
+    got, eager = forward(cases, op.forward_op.op), forward(cases, op.forward_op.reference)
+    want = forward(exact, op.forward_op.reference)
+    grads = backward(cases, op.backward_op.op, got[count:])
+    grads_eager = backward(cases, op.backward_op.reference, eager[count:])
+    grads_want = backward(exact, op.backward_op.reference, want[count:])
+    dx_size = torch.zeros_like(grads_want[0])
+    for i, (c, e) in enumerate(zip(cases, exact, strict=True)):
+        w = single.dense_weight(*e.weight, c.n, c.x.shape[1], torch.float64)
+        y_size, dx_size = e.x.abs() @ w.abs().t(), dx_size + e.dy.abs() @ w.abs()
+        if c.bias is not None:
+            y_size = y_size + e.bias.abs()
+        if c.a is not None:
+            s_size = e.x.abs() @ e.a.abs().t() / (1 - c.p)
+            ds_size = c.scaling * (e.dy.abs() @ e.b.abs())
+            y_size = y_size + c.scaling * (s_size @ e.b.abs().t())
+            dx_size = dx_size + ds_size @ e.a.abs() / (1 - c.p)
+            j = 1 + count + i
+            assert_no_worse(got[count + i], eager[count + i], want[count + i], s_size)
+            assert_no_worse(grads[1 + i], grads_eager[1 + i], grads_want[1 + i], ds_size.t() @ e.x.abs() / (1 - c.p))
+            assert_no_worse(grads[j], grads_eager[j], grads_want[j], c.scaling * (e.dy.abs().t() @ s_size))
+        assert_no_worse(got[i], eager[i], want[i], y_size)
+    assert_no_worse(grads[0], grads_eager[0], grads_want[0], dx_size)
+    for a, b in zip(got, forward(cases, op.forward_op.op), strict=True):
+        assert_same_bits(a, b)
+
+
+@on_device
+def test_device_stack_of_many_rows_takes_the_vendors_matmul(small: None) -> None:
+    """There every projection runs by itself, and has the bits that it has alone."""
+    cases = [put(c) for c in STACKS["own masks"](37, F16)]
+    for c in cases:
+        c.x = cases[0].x
+    with tuning.override("panels", from_M=16, from_M_dense=16):
+        got = forward(cases, op.forward_op.op)
+        for i, c in enumerate(cases):
+            assert_same_bits(got[i], c.forward(single.forward_op.op)[0])
+        exact = [c.double() for c in cases]
+        dx = backward(cases, op.backward_op.op, got[3:])[0]
+        want = backward(exact, op.backward_op.reference, forward(exact, op.forward_op.reference)[3:])[0]
+        eager = backward(cases, op.backward_op.reference, got[3:])[0]
+        assert_no_worse(dx, eager, want, want.abs().max().expand_as(want))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [F32, F16, torch.bfloat16], ids=str)
+def test_device_swiglu(small: None, dtype: torch.dtype) -> None:
+    for shape, scale in (((3, 5), 1.0), ((4, 1025), 4.0), ((4096,), 30.0)):
+        gate, up, dh = (torch.randn(shape, device=DEVICE, dtype=torch.float64) for _ in range(3))
+        calls = [t.to(dtype) for t in (gate * scale, up, dh)]
+        exact = [t.double() for t in calls]
+        assert_no_worse(swiglu.forward_op.op(*calls[:2]), swiglu.forward_op.reference(*calls[:2]),
+                        swiglu.forward_op.reference(*exact[:2]))  # fmt: skip
+        s = torch.sigmoid(exact[0])
+        size = (exact[2] * exact[1]).abs() * (s + exact[0].abs() * s * (1 - s))
+        got, eager = swiglu.backward_op.op(*calls), swiglu.backward_op.reference(*calls)
+        want = swiglu.backward_op.reference(*exact)
+        assert_no_worse(got[0], eager[0], want[0], size)
+        assert_no_worse(got[1], eager[1], want[1])
+
+
+@compiles
+def test_more_projections_than_a_launch_holds_are_refused() -> None:
+    x, q = torch.zeros(2, 64), random_quant_weight(8, 64)
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="more than 4 projections"):
+        lora_linear_stacked(x, [Projection(q)] * 5)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("m", [1, 512])
+def test_compiled_without_spills(capability: int, m: int) -> None:
+    """q, k, v of a large model (with dropout) and its gate and up (without), in bfloat16."""
+    k, bf16 = 4096, torch.bfloat16
+    for features, p in (((4096, 1024, 1024), 0.1), ((14336, 14336), 0.0)):
+        x = torch.empty(m, k, dtype=bf16)
+        rows, grads = [], []
+        for n in features:
+            q = random_quant_weight(n, k, nested=True).flatten()
+            a, b, seed = torch.empty(16, k), torch.empty(n, 16), torch.tensor([1])
+            rows.append((*q, n, a, b, 2.0, None, p, seed))
+            grads.append((torch.empty(m, n, dtype=bf16), *q, a, b, torch.empty(m, 16), 2.0, p, seed))
+        with host.compile_only(capability, ("stacked_forward_kernel", "stacked_backward_kernel")) as found:
+            backends = [o.load("triton") for o in (op.forward_op, op.backward_op)]
+            backends[0].fn(x, *map(list, zip(*rows, strict=True)))
+            backends[1].fn(x, *map(list, zip(*grads, strict=True)), True, [True] * len(features))
+        assert [c.name for c in found] == ["stacked_forward_kernel", "stacked_backward_kernel"]
+        for c in found:
+            (kernel,) = report.read(c.kernel.asm["cubin"])
+            assert (kernel.spills, kernel.stack) == (0, 0), (c.name, features, c.options)
