@@ -1,110 +1,106 @@
 /* dequantize_4bit on the GPU: bound by the bytes that it writes, so the layout follows the stores. A thread takes 4
- * packed bytes, 8 elements, one aligned 16-byte store of bfloat16 (two of float32); neighbouring threads take
+ * packed bytes, 8 elements, one aligned 16-byte store of the 16-bit types (two of float32); neighbouring threads take
  * neighbouring words. The table lies in shared memory (16 floats in 16 banks: no conflicts). */
 #include "common.cuh"
+#include "ptx.cuh"
+#include "scales.cuh"
 
 namespace {
 constexpr int THREADS = 256;
-constexpr int WORDS = 4; /* independent words per thread and round, to have that many loads under way */
+constexpr int WORDS = 4;  /* independent words per thread and round, to have that many loads under way */
+constexpr int BLOCKS = 6; /* that a multiprocessor holds */
 
-struct Table {
-    float value[16];
+struct Call {
+    const uint8_t *packed;
+    PkBlockScales scales;
+    PkTable values;
+    int64_t numel;
+    int shift; /* log2 of the block size */
 };
 
-struct Scales {
-    const float *absmax;  /* float32 scales, or NULL: nested */
-    const uint8_t *codes; /* nested: a code per block */
-    const float *nested_absmax, *offset;
-    int64_t nested_blocksize;
-};
-
-__device__ float scale_of(const Scales &s, const float *code, float offset, int64_t block) {
-    if (s.absmax) return s.absmax[block];
-    /* product and sum rounded apart, as the format says */
-    return __fadd_rn(__fmul_rn(code[s.codes[block]], s.nested_absmax[block / s.nested_blocksize]), offset);
+/* The four values of the nibbles whose offsets in the table are the bytes of `offsets`, lowest first. */
+__device__ __forceinline__ void look_up(const float *table, uint32_t offsets, float (&v)[4]) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        v[k] = *reinterpret_cast<const float *>(reinterpret_cast<const char *>(table) + pk_prmt(offsets, 0, 0x4440 | k));
 }
 
-template <typename T> __device__ T rounded(float v);
-template <> __device__ inline float rounded<float>(float v) { return v; }
-template <> __device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
-template <> __device__ inline __half rounded<__half>(float v) { return __float2half_rn(v); }
-
-__device__ void store8(float *to, const float *v) {
+__device__ __forceinline__ void store8(float *to, const float (&v)[8]) {
     reinterpret_cast<float4 *>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
     reinterpret_cast<float4 *>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
-template <typename T> __device__ void store8(T *to, const float *v) { /* the 16-bit types */
-    union {
-        T half[8];
-        uint4 words;
-    } out;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) out.half[k] = rounded<T>(v[k]);
-    *reinterpret_cast<uint4 *>(to) = out.words;
+template <typename T> __device__ __forceinline__ void store8(T *to, const float (&v)[8]) { /* the 16-bit types */
+    *reinterpret_cast<uint4 *>(to) = {pk_pack<T>(v[0], v[1]), pk_pack<T>(v[2], v[3]), pk_pack<T>(v[4], v[5]),
+                                      pk_pack<T>(v[6], v[7])};
 }
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS)
-    dequantize_kernel(const uint8_t *__restrict__ packed, Scales scales, const float *__restrict__ nested_code,
-                      const __grid_constant__ Table entries, int64_t numel, int shift, bool aligned, T *__restrict__ out) {
+/* N words of 8 elements, THREADS apart, from `first` on. ALIGNED: packed to 4 bytes and out to 16. */
+template <typename T, bool ALIGNED, int N>
+__device__ __forceinline__ void words_of(const Call &c, const float *table, const float *code, float offset,
+                                         uint32_t first, T *__restrict__ out) {
+    uint32_t raw[N];
+    PkRawScale scale[N];
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+        const uint32_t word = first + u * THREADS;
+        if (ALIGNED) {
+            raw[u] = __ldg(reinterpret_cast<const uint32_t *>(c.packed) + word);
+        } else {
+            raw[u] = 0;
+            for (int k = 0; k < 4; ++k) raw[u] |= static_cast<uint32_t>(c.packed[4 * int64_t(word) + k]) << (8 * k);
+        }
+        scale[u] = pk_fetch_scale(c.scales, word >> (c.shift - 3)); /* a block holds whole words */
+    }
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+        const int64_t i = 8 * int64_t(first + u * THREADS);
+        const float factor = pk_finish_scale(scale[u], code, offset);
+        float even[4], odd[4], v[8]; /* the even elements are in the high nibbles */
+        look_up(table, raw[u] >> 2 & 0x3c3c3c3cu, even);
+        look_up(table, raw[u] << 2 & 0x3c3c3c3cu, odd);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[2 * k] = __fmul_rn(even[k], factor), v[2 * k + 1] = __fmul_rn(odd[k], factor);
+        if (ALIGNED) {
+            store8(out + i, v);
+        } else {
+            for (int k = 0; k < 8; ++k) out[i + k] = pk_rounded<T>(v[k]);
+        }
+    }
+}
+
+template <typename T, bool ALIGNED>
+__global__ void __launch_bounds__(THREADS, BLOCKS) dequantize_kernel(const __grid_constant__ Call c, T *__restrict__ out) {
     __shared__ float table[16], code[256];
-    if (threadIdx.x < 16) table[threadIdx.x] = entries.value[threadIdx.x];
-    float offset = 0.0f;
-    if (!scales.absmax) {
-        code[threadIdx.x] = nested_code[threadIdx.x];
-        offset = *scales.offset;
-    }
+    if (threadIdx.x < 16) table[threadIdx.x] = c.values.value[threadIdx.x];
+    code[threadIdx.x] = pk_scale_code(c.scales, static_cast<int>(threadIdx.x));
+    const float offset = pk_scale_offset(c.scales);
     __syncthreads();
-    const int64_t words = numel / 8; /* whole words; the rest is done below */
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * THREADS * WORDS;
-    for (int64_t base = static_cast<int64_t>(blockIdx.x) * THREADS * WORDS + threadIdx.x; base < words; base += stride) {
-        uint32_t raw[WORDS];
-        float scale[WORDS];
-#pragma unroll
-        for (int u = 0; u < WORDS; ++u) {
-            const int64_t word = base + u * THREADS;
-            raw[u] = 0, scale[u] = 0.0f;
-            if (word >= words) continue;
-            if (aligned) {
-                raw[u] = reinterpret_cast<const uint32_t *>(packed)[word];
-            } else {
-                for (int k = 0; k < 4; ++k) raw[u] |= static_cast<uint32_t>(packed[4 * word + k]) << (8 * k);
-            }
-            scale[u] = scale_of(scales, code, offset, (8 * word) >> shift); /* a block holds whole words */
-        }
-#pragma unroll
-        for (int u = 0; u < WORDS; ++u) {
-            const int64_t word = base + u * THREADS;
-            if (word >= words) continue;
-            float v[8];
-#pragma unroll
-            for (int k = 0; k < 8; ++k) /* byte k / 2, the even element in its high nibble */
-                v[k] = __fmul_rn(table[(raw[u] >> (8 * (k / 2) + 4 * (1 - k % 2))) & 15u], scale[u]);
-            if (aligned) {
-                store8(out + 8 * word, v);
-            } else {
-                for (int k = 0; k < 8; ++k) out[8 * word + k] = rounded<T>(v[k]);
-            }
-        }
-    }
-    const int64_t i = 8 * words + threadIdx.x;
-    if (blockIdx.x == 0 && i < numel) {
-        const unsigned nibble = (packed[i / 2] >> (i % 2 ? 0 : 4)) & 15u;
-        out[i] = rounded<T>(__fmul_rn(table[nibble], scale_of(scales, code, offset, i >> shift)));
+    const uint32_t words = static_cast<uint32_t>(c.numel / 8), last = (WORDS - 1) * THREADS; /* words: below 2^31 */
+    uint32_t word = blockIdx.x * THREADS * WORDS + threadIdx.x;
+    for (; word + last < words; word += gridDim.x * THREADS * WORDS)
+        words_of<T, ALIGNED, WORDS>(c, table, code, offset, word, out);
+    for (int u = 0; u < WORDS; ++u, word += THREADS) /* of the one block that has the end */
+        if (word < words) words_of<T, ALIGNED, 1>(c, table, code, offset, word, out);
+    const int64_t i = 8 * int64_t(words) + threadIdx.x;
+    if (blockIdx.x == 0 && i < c.numel) {
+        const unsigned nibble = (c.packed[i / 2] >> (i % 2 ? 0 : 4)) & 15u;
+        const PkRawScale scale = pk_fetch_scale(c.scales, static_cast<uint32_t>(i >> c.shift));
+        out[i] = pk_rounded<T>(__fmul_rn(table[nibble], pk_finish_scale(scale, code, offset)));
     }
 }
 
 template <typename T>
-void launch(const uint8_t *packed, const Scales &scales, const float *nested_code, const Table &table, int64_t numel,
-            int64_t blocksize, void *out, cudaStream_t stream) {
-    int shift = 0;
-    while ((int64_t(1) << shift) < blocksize) ++shift;
+void launch(const uint8_t *packed, const PkBlockScales &scales, const PkTable &values, int64_t numel, int64_t blocksize,
+            void *out, int64_t device, cudaStream_t stream) {
+    const Call c = {packed, scales, values, numel, pk_log2(blocksize)};
     const int64_t per_block = int64_t(THREADS) * WORDS * 8;
-    const unsigned grid = pk_grid((numel + per_block - 1) / per_block, 1 << 20);
+    int processors = 108;
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, static_cast<int>(device));
+    /* as many blocks as run at once: each reads the code of the scales once */
+    const unsigned grid = pk_grid((numel + per_block - 1) / per_block, int64_t(processors) * BLOCKS);
     const bool aligned = pk_aligned(packed, 4) && pk_aligned(out, 16);
-    auto kernel = dequantize_kernel<T>;
-    PK_LAUNCH(kernel, grid, THREADS, stream, packed, scales, nested_code, table, numel, shift, aligned,
-              static_cast<T *>(out));
+    const auto kernel = aligned ? dequantize_kernel<T, true> : dequantize_kernel<T, false>;
+    PK_LAUNCH(kernel, grid, THREADS, stream, c, static_cast<T *>(out));
 }
 } // namespace
 
@@ -126,17 +122,15 @@ extern "C" int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax
     if (nested && (!nested_absmax || !offset || nested_blocksize < 1))
         return pk_fail(PK_ERR_ARGUMENT, "%s: nested scales need nested_absmax, offset and nested_blocksize", what);
     if (int code = pk_cuda_use(device, what)) return code;
-    const Scales scales = {nested ? nullptr : static_cast<const float *>(absmax),
-                           nested ? static_cast<const uint8_t *>(absmax) : nullptr, nested_absmax, offset,
-                           nested_blocksize};
-    Table entries;
-    for (int k = 0; k < 16; ++k) entries.value[k] = table[k];
+    if (numel >> 34) return pk_fail(PK_ERR_ARGUMENT, "%s: numel must be below 2^34", what);
+    const PkBlockScales scales = pk_block_scales(absmax, nested_absmax, nested_code, offset, nested_blocksize);
+    const PkTable values = pk_table_of(table);
     cudaStream_t on = static_cast<cudaStream_t>(stream);
     if (out_dtype == PK_F32)
-        launch<float>(packed, scales, nested_code, entries, numel, blocksize, out, on);
+        launch<float>(packed, scales, values, numel, blocksize, out, device, on);
     else if (out_dtype == PK_BF16)
-        launch<__nv_bfloat16>(packed, scales, nested_code, entries, numel, blocksize, out, on);
+        launch<__nv_bfloat16>(packed, scales, values, numel, blocksize, out, device, on);
     else
-        launch<__half>(packed, scales, nested_code, entries, numel, blocksize, out, on);
+        launch<__half>(packed, scales, values, numel, blocksize, out, device, on);
     return pk_cuda_check(cudaGetLastError(), what);
 }
