@@ -168,11 +168,12 @@ def test_a_batch_can_mix_doras_with_others() -> None:
         ours.set_adapter(name)
         scatter(ours)
     mixed = ours.eval()(IDS, adapter_names=["lora", "dora", "__base__"])
-    for i, name in enumerate(["lora", "dora"]):
-        ours.set_adapter(name)
-        alone = ours(IDS)[i]
+    for i, name in enumerate(["lora", "dora", "base"]):
+        if name != "base":
+            ours.set_adapter(name)
+        # Not the same bits: torch's product of more rows, or on more threads, may sum in another order.
+        alone = (Net() if name == "base" else ours)(IDS)[i]
         assert_no_worse(mixed[i], alone, alone.double(), 8 * alone.double().abs().max().expand(6, 31))
-    assert_same_bits(mixed[2], Net()(IDS)[2])
 
 
 @pytest.mark.parametrize("quantised", [False, True])

@@ -156,6 +156,8 @@ class Lora(Method):
 
     def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
+        if info.transient and type(self) is not Lora:
+            raise ValueError(f"{type(self).__name__} cannot adapt {info.name!r}, a {type(info.module).__name__}.")
         if config.r % info.groups:
             raise ValueError(
                 f"Targeting {info.name!r}, a {type(info.module).__name__} with groups={info.groups}, needs a rank that "

@@ -66,8 +66,6 @@ class BdLora(Lora):
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         super().check_layer(config, info)
         blocked, options = _blocked(config, info), config.use_bdlora
-        if info.transient:
-            raise ValueError(f"BD-LoRA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
         if len(blocked) == 2:
             raise ValueError(f"Target {info.name!r} matches both target_modules_bd_a and target_modules_bd_b.")
         if not blocked and options.match_strict:

@@ -57,8 +57,6 @@ class Dora(Lora):
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         super().check_layer(config, info)
-        if info.transient:
-            raise ValueError(f"DoRA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
         if info.groups > 1:
             raise ValueError(f"DoRA cannot adapt {info.name!r}: its update connects the groups of the convolution.")
 

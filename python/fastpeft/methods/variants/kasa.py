@@ -85,8 +85,6 @@ class Kasa(Lora):
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         super().check_layer(config, info)
-        if info.transient:
-            raise ValueError(f"KaSA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
         most = min(info.out_features, info.in_features)
         if config.r >= most:
             raise ValueError(

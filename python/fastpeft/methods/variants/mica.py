@@ -27,8 +27,6 @@ class Mica(Lora):
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         super().check_layer(config, info)
-        if info.transient:
-            raise ValueError(f"MiCA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
         most = min(info.out_features, info.in_features)
         if config.r > most:
             raise ValueError(f"MiCA requires a rank of at most {most} for {info.name!r}, got r={config.r}.")

@@ -129,11 +129,6 @@ class MonteClora(Lora):
         if config.monteclora_config.num_samples > MAX_SAMPLES:
             raise ValueError(f"MontecloraConfig(num_samples=...) should be at most {MAX_SAMPLES}.")
 
-    def check_layer(self, config: Any, info: LayerInfo) -> None:
-        super().check_layer(config, info)
-        if info.transient:
-            raise ValueError(f"MonteCLoRA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
-
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         state = super().make_state(config, info, shared)
         return {**state, "lora_monteclora_sampler": Sampler(config.r, config.monteclora_config)}

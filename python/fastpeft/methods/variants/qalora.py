@@ -47,8 +47,6 @@ class QaLora(Lora):
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         super().check_layer(config, info)
-        if info.transient:
-            raise ValueError(f"QA-LoRA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
         if info.in_features % config.qalora_group_size:
             raise ValueError(
                 f"use_qalora=True needs in_features of {info.name!r} ({info.in_features}) to be divisible by "

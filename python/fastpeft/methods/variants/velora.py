@@ -53,8 +53,6 @@ class Velora(Lora):
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         super().check_layer(config, info)
-        if info.transient:
-            raise ValueError(f"VeLoRA cannot adapt {info.name!r}, a {type(info.module).__name__}.")
         if config.velora_config.num_groups > info.in_features:
             raise ValueError(
                 f"VeloraConfig(num_groups={config.velora_config.num_groups}) is more than {info.name!r} has features "
