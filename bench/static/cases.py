@@ -27,7 +27,7 @@ MOST = 40  # specialisations of an architecture that CI compiles
 
 @dataclass(frozen=True)
 class Case:
-    """kernel: its name without `_kernel`; row: of that kernel in the tuned table, None where nothing is forced.
+    """kernel: its name in `CALLS`; row: of that kernel in the tuned table, None where nothing is forced.
     first: without a search, a launch would take this row. p: dropout. Adapters are float32, as PEFT keeps them."""
 
     kernel: str
@@ -104,23 +104,62 @@ def _quantize(c: Case) -> None:
     quantize_4bit(meta(c.N, c.K, dtype=c.dtype), 1, c.blocksize, True, 256)
 
 
-# The op, and the call that launches a kernel of it. A kernel of tuned/ that is missing here is an error, so that a new
-# one is not forgotten.
-CALLS: dict[str, tuple[str, Callable[[Case], None]]] = {
-    "project": ("lora_linear", _forward), "forward": ("lora_linear", _forward),
-    "outer": ("lora_linear", _backward), "backward": ("lora_linear", _backward),
-    "reduce": ("lora_linear", _forward), "decode": ("lora_linear", _forward),
-    "dequantize": ("dequantize_4bit", _dequantize),
-    "quantize": ("quantize_4bit", _quantize), "absmax": ("quantize_4bit", _quantize),
-}  # fmt: skip
-# A row is forced under its kernel's name in tuned/; a launch of it is recorded under the kernel function's.
+def _stack(c: Case) -> list[list[Any]]:
+    """Two projections like c, as gate and up, in the operator's lists."""
+    n = c.N // 2
+    seed, bias = meta(1, dtype=torch.int64), meta(n, dtype=c.dtype)
+    one = (*_packed(n, c.K, c.blocksize), n, meta(c.r, c.K), meta(n, c.r), 2.0, bias, c.p, seed)
+    return [[v, v] for v in one]
+
+
+def _stacked_forward(c: Case) -> None:
+    from peft_kernels.ops.lora_linear_stacked import triton as backend
+
+    backend.forward(meta(c.M, c.K, dtype=c.dtype), *_stack(c))
+
+
+def _stacked_backward(c: Case) -> None:
+    from peft_kernels.ops.lora_linear_stacked import triton as backend
+
+    lists = _stack(c)
+    weights, a, b, scaling, p, seed = lists[:8], lists[9], lists[10], lists[11], lists[13], lists[14]
+    dys, ss = ([meta(c.M, width, dtype=t) for _ in a] for width, t in ((c.N // 2, c.dtype), (c.r, f32)))
+    backend.backward(meta(c.M, c.K, dtype=c.dtype), dys, *weights, a, b, ss, scaling, p, seed, True, [True, True])
+
+
+def _swiglu(c: Case) -> None:
+    from peft_kernels.ops.swiglu import triton as backend
+
+    gate, up, dh = (meta(c.M, c.N, dtype=c.dtype) for _ in range(3))
+    backend.forward(gate, up)
+    backend.backward(gate, up, dh)
+
+
+# By the name in the report, which is also the one in tuned/: the op, its kernel, and a call that launches it. A kernel
+# of tuned/, or of an op's triton_kernels.py, that is missing here is an error (tests/test_static.py).
+CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
+    "project": ("lora_linear", "project_kernel", _forward),
+    "forward": ("lora_linear", "forward_kernel", _forward),
+    "outer": ("lora_linear", "outer_kernel", _backward),
+    "backward": ("lora_linear", "backward_kernel", _backward),
+    "reduce": ("lora_linear", "reduce_kernel", _forward),
+    "decode": ("lora_linear", "decode_kernel", _forward),
+    "stacked_forward": ("lora_linear_stacked", "stacked_forward_kernel", _stacked_forward),
+    "stacked_backward": ("lora_linear_stacked", "stacked_backward_kernel", _stacked_backward),
+    "swiglu": ("swiglu", "forward_kernel", _swiglu),
+    "swiglu_backward": ("swiglu", "backward_kernel", _swiglu),
+    "dequantize": ("dequantize_4bit", "dequantize_kernel", _dequantize),
+    "quantize": ("quantize_4bit", "quantize_kernel", _quantize),
+    "absmax": ("quantize_4bit", "absmax_kernel", _quantize),
+}
 EXTRA = (
-    Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"),
+    Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"),
     *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("project", "forward", "outer", "backward")),
-    *(Case(kernel, N=2048, K=2048, blocksize=32) for kernel in ("forward", "backward")),
+    Case("backward", N=2048, K=2048, blocksize=32),
     *(Case(kernel, M=128, dense=True) for kernel in ("forward", "backward")),
-    *(Case(kernel, K=1056) for kernel in ("forward", "backward")),  # blocks straddle the rows
-    Case("quantize"), Case("absmax"), Case("dequantize", dtype=f16), Case("dequantize", dtype=f32),
+    Case("forward", K=1056),  # blocks straddle the rows
+    *(Case(kernel, N=28672, K=4096) for kernel in ("stacked_forward", "stacked_backward")),
+    *(Case(kernel, N=14336) for kernel in ("swiglu", "swiglu_backward")),
 )  # fmt: skip
 
 
@@ -173,8 +212,9 @@ def run(case: Case, capability: int) -> list[Any]:
     """The launches of the case's kernel, compiled for sm_<capability>."""
     from peft_kernels.triton_lib import host
 
-    with host.compile_only(capability, {f"{case.kernel}_kernel"}) as compiled, forced(case, capability):
-        CALLS[case.kernel][1](case)
+    _, kernel, call = CALLS[case.kernel]
+    with host.compile_only(capability, {kernel}) as compiled, forced(case, capability):
+        call(case)
     if not compiled:
         raise RuntimeError(f"{case.kernel} ({case.title}, sm_{capability}): the call did not launch it")
     return list(compiled)

@@ -18,38 +18,53 @@ def _cdiv(a: float, b: float) -> int:
 
 def nbytes(arguments: dict[str, Any]) -> float:
     """Every tensor of the launch once. Pointers that a kernel does not use repeat one that it does."""
-    seen = {id(t): t for t in arguments.values() if isinstance(t, Tensor)}
+    flat = [t for v in arguments.values() for t in _all(v)]
+    seen = {id(t): t for t in flat if isinstance(t, Tensor)}
     return float(sum(t.numel() * t.element_size() for t in seen.values()))
+
+
+def _all(value: Any) -> tuple[Any, ...]:
+    """A launch of a stack has a tuple where one of a single layer has a value."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def options(launch: Compiled) -> dict[str, Any]:
+    """The launch's constants, those of a stack whose layers are alike as those of one layer."""
+    return {k: v[0] if isinstance(v, tuple) and len(set(v)) == 1 else v for k, v in launch.options.items()}
 
 
 def work(launch: Compiled) -> Work:
     """`Work` of a launch, by the names of its arguments and constants; see `peft_kernels/ops/*/triton_kernels.py`."""
-    a, o = launch.arguments, launch.options
+    a, o = launch.arguments, options(launch)
     blocks = math.prod(launch.grid)
     first = next(t for t in a.values() if isinstance(t, Tensor))
+    name = launch.name.removeprefix("stacked_")
     size = first.element_size()
     common: dict[str, Any] = {"bytes": nbytes(a), "blocks": blocks, "wide": False}
     products: dict[str, Any] = {**common, "wide": size == 2}
     decodes = o.get("MODE", 0) != 0
     if "MODE" in o and "BM" in o:  # a product with a weight
-        m, n, k, r = (a[name] for name in ("M", "N", "K", "r"))
+        m, k, ns, rs = a["M"], a["K"], _all(a["N"]), _all(a["r"])
+        n = sum(ns)
         bm, bn, bk = o["BM"], o["BN"], o["BK"]
-        sums, step, columns = (k, bk, n) if launch.name.startswith("forward") else (n, bn, k)
+        forward = name.startswith("forward")
+        sums, step = (k, bk) if forward else (n, bn)
+        low = sum(m * r * (features if forward else k) for features, r in zip(ns, rs, strict=True))
         scales = bn * bk / o["BLOCKSIZE"] * (1 if o["NESTED"] else 4)
         tile = bn * bk / 2 + scales if decodes else bn * bk * size
         started = a["steps"] > 0
         return Work(
             weights=bn * bk if decodes else 0, tile=(bm, bn, bk),
-            fmas=(m * n * k if started else 0) + m * r * columns, passes=min(a["steps"], _cdiv(sums, step)),
+            fmas=(m * n * k if started else 0) + low, passes=min(a["steps"], _cdiv(sums, step)),
             loop_bytes=tile + bm * step * size, **products,
         )  # fmt: skip
     if "MODE" in o:  # a panel of a weight, decoded
         return Work(weights=o["BN"] * o["BK"] if decodes else 0, straight=True, passes=1, **common)
-    if launch.name.startswith("dequantize"):
+    if name.startswith("dequantize"):
         return Work(weights=2 * o["BYTES"], straight=True, passes=1, **common)
-    if launch.name.startswith("project"):
+    if name.startswith("project"):
         return Work(fmas=a["M"] * a["K"] * a["r"], passes=min(a["steps"], _cdiv(a["K"], o["BK"])), **products)
-    if launch.name.startswith("outer"):
+    if name.startswith("outer"):
         fmas = a["M"] * a["C"] * a["r"] * (2 if o["WITH_DS"] else 1)
         return Work(fmas=fmas, passes=min(a["steps"], _cdiv(a["M"], o["BM"])), **products)
     return Work(**common)

@@ -42,15 +42,15 @@ def read(cubin: bytes, marker: str | None = None) -> list[sass.Kernel]:
 
 def triton_rows(case: cases.Case, capability: int) -> list[Row]:
     """The rows of a case: one for each specialisation of its kernel that the call launches."""
-    from .launches import work
+    from .launches import options, work
 
     rows: dict[str, Row] = {}
     arch = tuning.nearest(capability)
     for launch in cases.run(case, capability):
         cubin = launch.kernel.asm["cubin"]
         code = read(cubin)[0]
-        o = launch.options
-        name = launch.name.removesuffix("_kernel") + ("+ds" if o.get("WITH_DS") else "")
+        o = options(launch)
+        name = case.kernel + ("+ds" if o.get("WITH_DS") else "")
         source = "" if case.row is None else cases.config_of(case.kernel, arch, case.row).source
         rows.setdefault(hashlib.sha256(cubin).hexdigest(), row(
             code, work(launch), capability, kernel=name, backend="triton", title=case.title, config=o,
