@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, lora_linear, use_backend
-from peft_kernels.ops.lora_linear import forward_op
+from peft_kernels.ops.lora_linear import backward_op, forward_op
 
 from .. import subjects
 from ..gpu import others
@@ -62,6 +62,9 @@ def row(k: int, n: int, m: int, dtype: str, backward: bool, args: argparse.Names
     candidates, refused = [], {}
     for backend in args.backends or default_backends(device):
         why = reason(forward_op, backend, (x, *weights[0].flatten(), n, a, b, 2.0, None, 0.0, None))
+        if why is None and backward:  # it may serve fewer rows
+            s = torch.empty(m, RANK, device=device)
+            why = reason(backward_op, backend, (dy, x, *weights[0].flatten(), a, b, s, 2.0, 0.0, None, True, True))
         if why is not None:
             refused[backend] = why
             continue
