@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import sys
 from ctypes import byref, c_int64
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.static import sass
 from peft_kernels import cuda_rt, native
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_the_library_loads_and_the_binding_is_whole():
 
 def test_argument_counts_are_the_headers():
     """ctypes checks no prototype: count the parameters of each declaration."""
-    text = (ROOT / "csrc" / "pk_abi.h").read_text()
+    text = re.sub(r"/\*.*?\*/", "", (ROOT / "csrc" / "pk_abi.h").read_text(), flags=re.S)
     for name, signature in native._CUDA_SIGNATURES.items():
         parameters = re.search(rf"\b{name}\((.*?)\);", text, re.S)
         assert parameters is not None, name
@@ -82,12 +82,10 @@ def test_it_needs_neither_driver_nor_runtime():
 
 
 def cuobjdump() -> str:
-    spec = find_spec("triton")
-    carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec and spec.origin else None
-    found = str(carried) if carried and carried.exists() else shutil.which("cuobjdump")
+    found = sass.carried_tool("cuobjdump")
     if found is None:
         pytest.skip("cuobjdump is neither in Triton nor on the path")
-    return found
+    return str(found)
 
 
 def test_machine_code_for_every_architecture():
@@ -97,18 +95,17 @@ def test_machine_code_for_every_architecture():
     assert len({found.count(sm) for sm in ARCHITECTURES}) == 1, out
 
 
-def test_no_kernel_spills():
-    """Registers within what 8 blocks of 256 threads share on an SM where it matters, no local memory."""
+def test_kernels_bound_by_memory_use_few_registers():
+    """At most what 4 blocks of 256 threads share on an SM. Spills and stack of every kernel are in test_static.py."""
     out = subprocess.run([cuobjdump(), "-res-usage", str(path())], capture_output=True, text=True, check=True).stdout
     rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", out)
     kernels = {name for name, *_ in rows}
     assert sum("quantize_kernel" in name for name in kernels) == 3 * 8 + 3
     assert sum("absmax_kernel" in name for name in kernels) == 1
     assert len(rows) == len(kernels) * len(ARCHITECTURES)
-    for name, registers, stack, _shared, local in rows:
-        assert int(registers) <= 64, name
-        assert int(stack) <= 16, name
-        assert int(local) == 0, name
+    for name, registers, *_ in rows:
+        if any(kind in name for kind in ("quantize_kernel", "absmax_kernel")):
+            assert int(registers) <= 64, name
 
 
 def test_bad_arguments_are_named():
