@@ -152,7 +152,8 @@ def found() -> dict[tuple[str, str, Shape], list[tuple[float, Config]]]:
 
 def _measured(kernel: str, arch: str, of: Shape) -> Config | None:
     """The configuration that `fastpeft tune` measured for a bucket on a GPU like the one here."""
-    values = tuning_user.rows(arch).get((kernel, *asdict(of).values()))
+    known = tuning_user.rows(arch)
+    values = known.get((kernel, *asdict(of).values())) if known else None
     return None if values is None else Config(**values)
 
 
