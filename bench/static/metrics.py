@@ -115,7 +115,9 @@ def row(
 
 def roofline(work: Work, arch: int, issue: float) -> tuple[dict[str, float], dict[str, str]]:
     """(GPU -> least microseconds of the launch, GPU -> what sets it). issue: cycles of one pass of a block's loop."""
-    times, bound = {}, {}
+    times, bound = dict[str, float](), dict[str, str]()
+    if not work.bytes:  # nobody said what the launch does
+        return times, bound
     for name, gpu in gpus.of(arch).items():
         peak = gpu.tflops if work.wide else gpu.float_tflops
         parts = {

@@ -180,7 +180,7 @@ def show(rows: Sequence[Row], skipped: Sequence[str]) -> None:
                 r.kernel if r.first else f"({r.kernel})", r.title, _tile(r.config), r.source or r.backend,
                 str(r.registers), str(r.spills), str(r.stack), str(r.shared_memory), f"{r.occupancy:.0%}", r.mma or "",
                 str(r.loads_16_bytes), str(r.async_copies), _text(r.per_element), pipes, _text(r.issue_over_tensor),
-                _text(r.bytes_over_least), *(f"{r.roofline_us[n]:.3g} {r.bound[n]}" for n in names),
+                _text(r.bytes_over_least), *(f"{r.roofline_us[n]:.3g} {r.bound[n]}" if r.bound else "" for n in names),
             )  # fmt: skip
         console.print(table)
     console.print(LEGEND, highlight=False)
