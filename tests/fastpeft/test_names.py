@@ -39,7 +39,7 @@ GAPS = {
     "a part of how PEFT computes; here it is done in another way": """
         *:dispatch_* tuners._buffer_dict:* *:RankAllocator tuners.adamss.utils:* tuners.boft.layer:*
         tuners.c3a.utils:* tuners.glora.layer:Glora*Path tuners.loha.layer:* tuners.lokr.layer:*
-        tuners.lora.dora:* tuners.lora.eva:* tuners.lora.layer:LoraVariant tuners.lora.loraga:*
+        tuners.lora.corda:* tuners.lora.dora:* tuners.lora.eva:* tuners.lora.layer:LoraVariant tuners.lora.loraga:*
         tuners.lora.monteclora:* tuners.lora.variants:* tuners.lora.velora:* tuners.lycoris_utils:*
         tuners.oft.layer:MultiplicativeDropoutLayer tuners.osf.utils:* tuners.randlora.layer:UniqueBaseGrad
         tuners.shira.mask_functions:random_mask tuners.waveft.wave*:*
@@ -71,13 +71,15 @@ def exported(module) -> list[str]:
     return sorted(n for n in own if not n.startswith("_") and getattr(module, n).__module__ == module.__name__)
 
 
-def missing() -> set[str]:
-    found = set()
+def missing() -> tuple[set[str], set[str]]:
+    """(names, modules of PEFT that cannot be imported, for want of a package that PEFT does not ask for)"""
+    found, unread = set(), set()
     for info in [None, *pkgutil.walk_packages(peft.__path__, "peft.")]:
         name = "peft" if info is None else info.name
         try:
             theirs = importlib.import_module(name)
-        except ImportError:  # it needs a package that PEFT does not ask for
+        except ImportError:
+            unread.add(name.removeprefix("peft."))
             continue
         try:
             ours = importlib.import_module(f"fast{name}")
@@ -85,11 +87,12 @@ def missing() -> set[str]:
             ours = None
         where = name.removeprefix("peft").lstrip(".")
         found |= {f"{where}:{n}" for n in exported(theirs) if not hasattr(ours, n)}
-    return found
+    return found, unread
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_each_missing_name_has_its_reason_and_each_reason_its_names() -> None:
-    lacking = missing()
+    lacking, unread = missing()
     assert sorted(n for n in lacking if not any(fnmatch(n, gap) for gap in PATTERNS)) == []
-    assert [gap for gap in PATTERNS if not any(fnmatch(n, gap) for n in lacking)] == []
+    stale = [gap for gap in PATTERNS if not any(fnmatch(n, gap) for n in lacking)]
+    assert [gap for gap in stale if gap.partition(":")[0] not in unread] == []
