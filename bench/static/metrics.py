@@ -101,7 +101,7 @@ def row(
         kernel=kernel, backend=backend, arch=f"sm_{arch}", title=title, source=source, first=first, config=config,
         registers=code.registers, spills=code.spills, stack=code.stack + code.local, shared_memory=shared,
         threads=threads, blocks_per_sm=resident, occupancy=resident * warps / limits.warps,
-        mma=sass.mma_kind(body), tf32=sass.narrow_mma(code.instructions), atomics=code.atomics,
+        mma=sass.mma_kind(body) or sass.mma_kind(code.instructions), tf32=sass.narrow_mma(code.instructions), atomics=code.atomics,
         loads_16_bytes=sass.wide_loads(body), async_copies=sass.async_copies(body),
         instructions=len(code.instructions), loop_instructions=len(code.loop),
         per_element=(len(body) - sass.pipes(body).get("tensor", 0)) * each if each else None,
