@@ -6,6 +6,8 @@ from . import dispatch
 from .dispatch import BackendUnavailable, explain, use_backend
 from .formats import FP4_TABLE, NF4_TABLE, QuantWeight
 from .ops.dequantize_4bit import dequantize_4bit
+from .ops.dora_linear import dora_linear
+from .ops.dora_norm import dora_norm, squared_row_norms
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
 from .ops.quantize_4bit import quantize_4bit
@@ -22,11 +24,14 @@ __all__ = [
     "Projection",
     "QuantWeight",
     "dequantize_4bit",
+    "dora_linear",
+    "dora_norm",
     "draw_seed",
     "explain",
     "lora_linear",
     "lora_linear_stacked",
     "quantize_4bit",
+    "squared_row_norms",
     "swiglu",
     "swiglu_mlp",
     "use_backend",

@@ -182,6 +182,11 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "lora_linear_stacked": (x, *stack),
         "lora_linear_stacked_backward": (x, [dy] * 2, *stack[:8], *stack[9:11], [x @ a.t()] * 2, stack[11],
                                          *stack[13:], True, [True] * 2),
+        "squared_row_norms": (*qw.flatten(), 8, 64),
+        "dora_norm": (*qw.flatten(), a, b, 1.0, None),
+        "dora_linear": (x, *qw.flatten(), 8, a, b, torch.ones(8), 1.0, None, 0.0, None, True),
+        "dora_linear_backward": (dy, x, *qw.flatten(), a, b, torch.ones(8), dy, x @ a.t(), 1.0, 0.0, None, True, True,
+                                 True),
         "swiglu": (x, x),
         "swiglu_backward": (x, x, x),
     }

@@ -14,16 +14,16 @@ from torch.autograd.function import once_differentiable
 
 from ... import philox
 from ...dispatch import Op, arg_error, forward_mode
-from ...formats import QUANT_NAMES, QuantWeight, decode_4bit
+from ...formats import QUANT_NAMES, FlatWeight, QuantWeight, decode_4bit
 
-_WEIGHT = (
+WEIGHT = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "
     "int quant_type, int blocksize, int nested_blocksize"
 )
 _ADAPTER = "Tensor? a, Tensor? b"
 
 
-def _acc(dtype: torch.dtype) -> torch.dtype:
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -41,7 +41,42 @@ def dense_weight(
     ).to(dtype)
 
 
-def _check_common(
+def check_weight(
+    op: str, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, n: int, k: int,
+) -> None:  # fmt: skip
+    if quant_type == 0:
+        if weight.dim() != 2 or weight.shape[1] != k or weight.shape[0] != n:
+            raise arg_error(op, "weight", f"[{n}, {k}]", tuple(weight.shape))
+        if not weight.is_floating_point():
+            raise arg_error(op, "weight", "a floating-point tensor (pass 4-bit weights as a QuantWeight)", weight.dtype,
+                            TypeError)  # fmt: skip
+        return
+    if quant_type not in QUANT_NAMES:
+        raise arg_error(op, "quant_type", f"0 (dense) or one of {QUANT_NAMES}", quant_type)
+    if weight.dtype is not torch.uint8 or not weight.is_contiguous():
+        raise arg_error(op, "weight", "contiguous uint8 when 4-bit", weight.dtype, TypeError)
+    if weight.numel() != (n * k + 1) // 2:
+        raise arg_error(op, "weight", f"{(n * k + 1) // 2} packed bytes for [{n}, {k}]", weight.numel())
+    if absmax is None or absmax.numel() != -(-(n * k) // blocksize):
+        got = "None" if absmax is None else absmax.numel()
+        raise arg_error(op, "absmax", f"{-(-(n * k) // blocksize)} scales at blocksize {blocksize}", got)
+    if nested_absmax is not None and (nested_code is None or offset is None or absmax.dtype is not torch.uint8):
+        raise arg_error(op, "absmax", "uint8 with nested_code and offset when nested", absmax.dtype, TypeError)
+
+
+def check_adapter(op: str, device: torch.device, n: int, k: int, a: Tensor, b: Tensor) -> None:
+    if a.dim() != 2 or a.shape[1] != k:
+        raise arg_error(op, "a", f"[r, {k}]", tuple(a.shape))
+    if b.dim() != 2 or b.shape[0] != n or b.shape[1] != a.shape[0]:
+        raise arg_error(op, "b", f"[{n}, {a.shape[0]}]", tuple(b.shape))
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise arg_error(op, "a and b", "floating-point tensors", (a.dtype, b.dtype), TypeError)
+    if a.device != device or b.device != device:
+        raise arg_error(op, "a and b", f"on {device} like x", (a.device, b.device))
+
+
+def check_common(
     op: str, x: Tensor, rows: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
     nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, n: int, k: int,
     a: Tensor | None, b: Tensor | None, dropout_p: float, seed: Tensor | None,
@@ -50,37 +85,13 @@ def _check_common(
         raise arg_error(op, "x", "[M, K]", tuple(x.shape))
     if not x.is_floating_point():
         raise arg_error(op, "x", "a floating-point tensor", x.dtype, TypeError)
-    if quant_type == 0:
-        if weight.dim() != 2 or weight.shape[1] != k or weight.shape[0] != n:
-            raise arg_error(op, "weight", f"[{n}, {k}] to fit x {tuple(x.shape)}", tuple(weight.shape))
-        if not weight.is_floating_point():
-            raise arg_error(op, "weight", "a floating-point tensor (pass 4-bit weights as a QuantWeight)", weight.dtype,
-                            TypeError)  # fmt: skip
-    else:
-        if quant_type not in QUANT_NAMES:
-            raise arg_error(op, "quant_type", f"0 (dense) or one of {QUANT_NAMES}", quant_type)
-        if weight.dtype is not torch.uint8 or not weight.is_contiguous():
-            raise arg_error(op, "weight", "contiguous uint8 when 4-bit", weight.dtype, TypeError)
-        if weight.numel() != (n * k + 1) // 2:
-            raise arg_error(op, "weight", f"{(n * k + 1) // 2} packed bytes for [{n}, {k}]", weight.numel())
-        if absmax is None or absmax.numel() != -(-(n * k) // blocksize):
-            got = "None" if absmax is None else absmax.numel()
-            raise arg_error(op, "absmax", f"{-(-(n * k) // blocksize)} scales at blocksize {blocksize}", got)
-        if nested_absmax is not None and (nested_code is None or offset is None or absmax.dtype is not torch.uint8):
-            raise arg_error(op, "absmax", "uint8 with nested_code and offset when nested", absmax.dtype, TypeError)
+    check_weight(op, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, n, k)
     if weight.device != x.device:
         raise arg_error(op, "weight", f"on {x.device} like x", weight.device)
     if (a is None) != (b is None):
         raise arg_error(op, "a and b", "given together or not at all", "one of them")
     if a is not None and b is not None:
-        if a.dim() != 2 or a.shape[1] != k:
-            raise arg_error(op, "a", f"[r, {k}]", tuple(a.shape))
-        if b.dim() != 2 or b.shape[0] != n or b.shape[1] != a.shape[0]:
-            raise arg_error(op, "b", f"[{n}, {a.shape[0]}]", tuple(b.shape))
-        if not (a.is_floating_point() and b.is_floating_point()):
-            raise arg_error(op, "a and b", "floating-point tensors", (a.dtype, b.dtype), TypeError)
-        if a.device != x.device or b.device != x.device:
-            raise arg_error(op, "a and b", f"on {x.device} like x", (a.device, b.device))
+        check_adapter(op, x.device, n, k, a, b)
     if not 0.0 <= dropout_p < 1.0:
         raise arg_error(op, "dropout_p", "in [0, 1)", dropout_p)
     if dropout_p > 0.0 and a is not None and (seed is None or seed.dtype is not torch.int64 or seed.numel() != 1):
@@ -95,7 +106,7 @@ def _check(
     offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    _check_common("lora_linear", x, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+    check_common("lora_linear", x, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
                   out_features, x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise arg_error("lora_linear", "bias", f"[{out_features}]", tuple(bias.shape))
@@ -107,7 +118,7 @@ def _fake(
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = x.new_empty((x.shape[0], out_features))
-    s = x.new_empty((0,) if a is None else (x.shape[0], a.shape[0]), dtype=_acc(x.dtype))
+    s = x.new_empty((0,) if a is None else (x.shape[0], a.shape[0]), dtype=acc_dtype(x.dtype))
     return y, s
 
 
@@ -120,17 +131,17 @@ def _reference(
                      out_features, x.shape[1], x.dtype)  # fmt: skip
     y = torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
     if a is None or b is None:
-        return y, x.new_empty((0,), dtype=_acc(x.dtype))
-    acc = _acc(x.dtype)
-    s = _dropped(x, dropout_p, seed).to(acc) @ a.to(acc).t()
+        return y, x.new_empty((0,), dtype=acc_dtype(x.dtype))
+    acc = acc_dtype(x.dtype)
+    s = dropped(x, dropout_p, seed).to(acc) @ a.to(acc).t()
     return (y.to(acc) + scaling * (s @ b.to(acc).t())).to(x.dtype), s
 
 
-def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+def dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     if dropout_p == 0.0:
         return x
     assert seed is not None
-    return philox.dropout(x.to(_acc(x.dtype)), dropout_p, seed)
+    return philox.dropout(x.to(acc_dtype(x.dtype)), dropout_p, seed)
 
 
 def _flops(x: Tensor, *rest: Any) -> int:
@@ -149,7 +160,7 @@ def _flops_backward(dy: Tensor, x: Tensor, *rest: Any) -> int:
 forward_op = Op(
     name="lora_linear",
     schema=(
-        f"(Tensor x, {_WEIGHT}, SymInt out_features, {_ADAPTER}, float scaling, Tensor? bias, float dropout_p, "
+        f"(Tensor x, {WEIGHT}, SymInt out_features, {_ADAPTER}, float scaling, Tensor? bias, float dropout_p, "
         "Tensor? seed) -> (Tensor, Tensor)"
     ),
     check=_check,
@@ -166,7 +177,7 @@ def _check_backward(
     a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
     need_dx: bool, need_ab: bool,
 ) -> None:  # fmt: skip
-    _check_common("lora_linear_backward", x, dy, weight, absmax, nested_absmax, nested_code, offset, quant_type,
+    check_common("lora_linear_backward", x, dy, weight, absmax, nested_absmax, nested_code, offset, quant_type,
                   blocksize, dy.shape[-1], x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
     if dy.dtype != x.dtype:
         raise arg_error("lora_linear_backward", "dy", f"{x.dtype} like x", dy.dtype, TypeError)
@@ -193,7 +204,7 @@ def _reference_backward(
     a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
     need_dx: bool, need_ab: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    acc = _acc(x.dtype)
+    acc = acc_dtype(x.dtype)
     dx, da, db = x.new_empty((0,)), x.new_empty((0,)), x.new_empty((0,))
     if need_dx:
         w = dense_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
@@ -202,10 +213,10 @@ def _reference_backward(
     if a is not None and b is not None:
         ds = scaling * (dy.to(acc) @ b.to(acc))
         if need_dx:
-            dx = (dx.to(acc) + _dropped(ds @ a.to(acc), dropout_p, seed)).to(x.dtype)
+            dx = (dx.to(acc) + dropped(ds @ a.to(acc), dropout_p, seed)).to(x.dtype)
         if need_ab:
             assert s is not None
-            da = (ds.t() @ _dropped(x, dropout_p, seed).to(acc)).to(a.dtype)
+            da = (ds.t() @ dropped(x, dropout_p, seed).to(acc)).to(a.dtype)
             db = (scaling * (dy.to(acc).t() @ s)).to(b.dtype)
     return dx, da, db
 
@@ -213,7 +224,7 @@ def _reference_backward(
 backward_op = Op(
     name="lora_linear_backward",
     schema=(
-        f"(Tensor dy, Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? s, float scaling, float dropout_p, Tensor? seed, "
+        f"(Tensor dy, Tensor x, {WEIGHT}, {_ADAPTER}, Tensor? s, float scaling, float dropout_p, Tensor? seed, "
         "bool need_dx, bool need_ab) -> (Tensor, Tensor, Tensor)"
     ),
     check=_check_backward,
@@ -269,7 +280,7 @@ class _LoraLinear(torch.autograd.Function):
         if need_dw:
             grads[1] = (dy.t() @ x).to(weight.dtype)
         if need_bias:
-            grads[13] = dy.sum(0, dtype=_acc(dy.dtype)).to(ctx.bias_dtype)
+            grads[13] = dy.sum(0, dtype=acc_dtype(dy.dtype)).to(ctx.bias_dtype)
         return tuple(grads)
 
 
@@ -279,6 +290,17 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.apply(*args)  # type: ignore[no-untyped-call]
     # Function.apply binds the arguments to forward's signature at each call, found anew by inspect: half of its time
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def flat_weight(op: str, weight: Tensor | QuantWeight) -> tuple[FlatWeight, int, int]:
+    """(a weight as the operators take it, N, K)."""
+    if isinstance(weight, QuantWeight):
+        if len(weight.shape) != 2:
+            raise arg_error(op, "weight", "a QuantWeight of shape (N, K)", weight.shape)
+        return weight.flatten(), *weight.shape
+    if weight.dim() != 2:
+        raise arg_error(op, "weight", "[N, K]", tuple(weight.shape))
+    return (weight, None, None, None, None, 0, 64, 256), *weight.shape
 
 
 def lora_linear(
@@ -301,16 +323,7 @@ def lora_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype is not torch.float64 else x
-    if isinstance(weight, QuantWeight):
-        if len(weight.shape) != 2:
-            raise arg_error("lora_linear", "weight", "a QuantWeight of shape (N, K)", weight.shape)
-        n, k = weight.shape
-        flat = weight.flatten()
-    else:
-        if weight.dim() != 2:
-            raise arg_error("lora_linear", "weight", "[N, K]", tuple(weight.shape))
-        n, k = weight.shape
-        flat = (weight, None, None, None, None, 0, 64, 256)
+    flat, n, k = flat_weight("lora_linear", weight)
     if x.dim() == 0 or x.shape[-1] != k:
         raise arg_error("lora_linear", "x", f"[..., {k}] to fit the weight [{n}, {k}]", tuple(x.shape))
     if dropout_p > 0.0 and seed is None and a is not None:

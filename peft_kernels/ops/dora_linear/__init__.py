@@ -1,0 +1,256 @@
+"""dora_linear: base, LoRA and DoRA's magnitude in one pass, W dense or 4-bit, forward and backward (arXiv 2402.09353).
+
+With gain = magnitude / norm, S = x a^T:            y = gain * h + bias,  h = x W^T + scaling S b^T.
+With dropout d, as PEFT has it (d(x) replaces x in both terms that the gain scales), S = d(x) a^T:
+y = (x - d(x)) W^T + bias + gain * h,  h = d(x) W^T + scaling S b^T, where d is drop(x) of `philox.py`, recomputed in
+the backward. The gradients are `lora_linear`'s with gain * dy in the place of dy; dgain is the column sum of dy * h.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import philox
+from ...dispatch import Op, arg_error, forward_mode
+from ...formats import QuantWeight
+from .. import lora_linear as base
+
+
+def _check_gain(op: str, gain: Tensor, n: int, x: Tensor) -> None:
+    if tuple(gain.shape) != (n,):
+        raise arg_error(op, "gain", f"[{n}]", tuple(gain.shape))
+    if gain.dtype is not base.acc_dtype(x.dtype):
+        raise arg_error(op, "gain", f"{base.acc_dtype(x.dtype)} for x in {x.dtype}", gain.dtype, TypeError)
+    if gain.device != x.device:
+        raise arg_error(op, "gain", f"on {x.device} like x", gain.device)
+
+
+def _check(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int, a: Tensor,
+    b: Tensor, gain: Tensor, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None, need_h: bool,
+) -> None:  # fmt: skip
+    base.check_common("dora_linear", x, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+                      out_features, x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
+    _check_gain("dora_linear", gain, out_features, x)
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise arg_error("dora_linear", "bias", f"[{out_features}]", tuple(bias.shape))
+
+
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    n, a, need_h = rest[8], rest[9], rest[-1]
+    y = x.new_empty((x.shape[0], n))
+    h = x.new_empty((x.shape[0], n) if need_h else (0,))
+    return y, h, x.new_empty((x.shape[0], a.shape[0]), dtype=base.acc_dtype(x.dtype))
+
+
+def _reference(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int, a: Tensor,
+    b: Tensor, gain: Tensor, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None, need_h: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    acc = base.acc_dtype(x.dtype)
+    w = base.dense_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
+                          out_features, x.shape[1], x.dtype)  # fmt: skip
+    d = base.dropped(x, dropout_p, seed)
+    s = d.to(acc) @ a.to(acc).t()
+    h = (d.to(x.dtype) @ w.t()).to(acc) + scaling * (s @ b.to(acc).t())
+    y = gain * h
+    if dropout_p > 0.0:
+        y = y + ((x.to(acc) - d).to(x.dtype) @ w.t()).to(acc)
+    if bias is not None:
+        y = y + bias.to(acc)
+    return y.to(x.dtype), h.to(x.dtype) if need_h else x.new_empty((0,)), s
+
+
+def _flops(x: Tensor, *rest: Any) -> int:
+    assert base.forward_op.flops is not None
+    return base.forward_op.flops(x, *rest) * (1 if rest[13] == 0.0 else 2)
+
+
+forward_op = Op(
+    name="dora_linear",
+    schema=(
+        f"(Tensor x, {base.WEIGHT}, SymInt out_features, Tensor a, Tensor b, Tensor gain, float scaling, Tensor? bias, "
+        "float dropout_p, Tensor? seed, bool need_h) -> (Tensor, Tensor, Tensor)"  # y, h, s
+    ),
+    check=_check,
+    fake=_fake,
+    reference=_reference,
+    folder=__name__,
+    flops=_flops,
+)
+
+
+def _check_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
+    a: Tensor, b: Tensor, gain: Tensor, h: Tensor | None, s: Tensor, scaling: float, dropout_p: float,
+    seed: Tensor | None, need_dx: bool, need_ab: bool, need_gain: bool,
+) -> None:  # fmt: skip
+    op = "dora_linear_backward"
+    base.check_common(op, x, dy, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+                      dy.shape[-1], x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
+    _check_gain(op, gain, dy.shape[1], x)
+    if dy.dtype != x.dtype:
+        raise arg_error(op, "dy", f"{x.dtype} like x", dy.dtype, TypeError)
+    if need_gain and (h is None or h.shape != dy.shape or h.dtype != dy.dtype):
+        raise arg_error(op, "h", "like dy when the gradient of gain is asked for", None if h is None else h.shape)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (a, b, gain), (need_dx, need_ab, need_gain) = rest[8:11], rest[-3:]
+    da = torch.empty_like(a, memory_format=torch.contiguous_format) if need_ab else x.new_empty((0,))
+    db = torch.empty_like(b, memory_format=torch.contiguous_format) if need_ab else x.new_empty((0,))
+    dgain = torch.empty_like(gain, memory_format=torch.contiguous_format) if need_gain else gain.new_empty((0,))
+    return x.new_empty(x.shape if need_dx else (0,)), da, db, dgain
+
+
+def _reference_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
+    a: Tensor, b: Tensor, gain: Tensor, h: Tensor | None, s: Tensor, scaling: float, dropout_p: float,
+    seed: Tensor | None, need_dx: bool, need_ab: bool, need_gain: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    acc = base.acc_dtype(x.dtype)
+    dx, da, db, dgain = x.new_empty((0,)), x.new_empty((0,)), x.new_empty((0,)), gain.new_empty((0,))
+    dh = gain * dy.to(acc)
+    ds = scaling * (dh @ b.to(acc))
+    if need_dx:
+        w = base.dense_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+                              nested_blocksize, dy.shape[1], x.shape[1], x.dtype)  # fmt: skip
+        dd = (dh.to(x.dtype) @ w).to(acc) + ds @ a.to(acc)
+        if dropout_p > 0.0:  # x - d(x) has the gradient dy W
+            dr = (dy @ w).to(acc)
+            dd = base.dropped(dd - dr, dropout_p, seed) + dr
+        dx = dd.to(x.dtype)
+    if need_ab:
+        da = (ds.t() @ base.dropped(x, dropout_p, seed).to(acc)).to(a.dtype)
+        db = (scaling * (dh.t() @ s)).to(b.dtype)
+    if need_gain:
+        assert h is not None
+        dgain = (dy.to(acc) * h.to(acc)).sum(0)
+    return dx, da, db, dgain
+
+
+def _flops_backward(dy: Tensor, x: Tensor, *rest: Any) -> int:
+    a, dropout_p, need_dx, need_ab = rest[8], rest[13], rest[-3], rest[-2]
+    (m, n), k, r = dy.shape, x.shape[1], a.shape[0]
+    products = (1 if dropout_p == 0.0 else 2) * n * k if need_dx else 0
+    return 2 * m * (r * n + products + (r * k if need_dx else 0) + (r * (n + k) if need_ab else 0))
+
+
+backward_op = Op(
+    name="dora_linear_backward",
+    schema=(
+        f"(Tensor dy, Tensor x, {base.WEIGHT}, Tensor a, Tensor b, Tensor gain, Tensor? h, Tensor s, float scaling, "
+        "float dropout_p, Tensor? seed, bool need_dx, bool need_ab, bool need_gain) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    check=_check_backward,
+    fake=_fake_backward,
+    reference=_reference_backward,
+    folder=__name__,
+    flops=_flops_backward,
+)
+
+
+class _DoraLinear(torch.autograd.Function):
+    """(x [M, K], weight..., a, b, gain, ...) -> (y [M, N], h, s); h and s are outputs only to be saved."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return forward_op.op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, absmax, nested_absmax, nested_code, offset, *ints = inputs[:9]
+        a, b, gain, scaling, bias, dropout_p, seed, need_h = inputs[10:]
+        _, h, s = output
+        ctx.mark_non_differentiable(h, s)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, absmax, nested_absmax, nested_code, offset, a, b, gain,
+                              h if need_h else None, s, seed)  # fmt: skip
+        ctx.ints, ctx.scaling, ctx.dropout_p = ints, scaling, dropout_p
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None, _ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * 18
+        if dy is None:
+            return tuple(grads)
+        x, weight, absmax, nested_absmax, nested_code, offset, a, b, gain, h, s, seed = ctx.saved_tensors
+        dy, acc = dy.contiguous(), base.acc_dtype(dy.dtype)
+        need = ctx.needs_input_grad
+        if need[0] or need[10] or need[11] or need[12]:
+            dx, da, db, dgain = backward_op.op(
+                dy, x, weight.detach(), absmax, nested_absmax, nested_code, offset, *ctx.ints, a.detach(), b.detach(),
+                gain.detach(), h, s, ctx.scaling, ctx.dropout_p, seed, need[0], need[10] or need[11], need[12],
+            )  # fmt: skip
+            for index, grad in ((0, dx), (10, da), (11, db), (12, dgain)):
+                grads[index] = grad if need[index] else None
+        if need[1]:
+            dh = (dy * gain).to(x.dtype)
+            d = base.dropped(x, ctx.dropout_p, seed)
+            dw = dh.t() @ d.to(x.dtype)
+            if ctx.dropout_p > 0.0:
+                dw = dw + dy.t() @ (x - d).to(x.dtype)
+            grads[1] = dw.to(weight.dtype)
+        if need[14]:
+            grads[14] = dy.sum(0, dtype=acc).to(ctx.bias_dtype)
+        return tuple(grads)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor | QuantWeight,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`magnitude / norm * (x W^T + scaling (x a^T) b^T) + bias`, differentiable in all of its tensors.
+
+    x: [..., K] float32, bfloat16, float16 (float64 on the reference). weight: dense [N, K] or a `QuantWeight` of that
+    shape. a: [r, K], b: [N, r], in a dtype of their own. magnitude: N elements of any shape. norm: [N], from
+    `dora_norm(weight, a, b, scaling)`: a constant of the graph where it records no gradients, as in the paper and in
+    PEFT; rows of zeros are left at zero. bias: [N]. dropout_p: with dropout d, PEFT's
+    `x W^T + bias + (gain - 1) d(x) W^T + gain scaling (d(x) a^T) b^T`; seed: int64, one element, drawn from torch's
+    generator when it is needed and not given. Returns [..., N] in x.dtype; sums are float32. Under autocast x is cast
+    to autocast's dtype. Raises ValueError or TypeError on bad arguments.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype is not torch.float64 else x
+    flat, n, k = base.flat_weight("dora_linear", weight)
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise arg_error("dora_linear", "x", f"[..., {k}] to fit the weight [{n}, {k}]", tuple(x.shape))
+    if magnitude.numel() != n or tuple(norm.shape) != (n,):
+        raise arg_error("dora_linear", "magnitude and norm", f"of {n} elements and [{n}]",
+                        (tuple(magnitude.shape), tuple(norm.shape)))  # fmt: skip
+    if dropout_p > 0.0 and seed is None:
+        seed = philox.draw_seed(x.device)
+    gain = gain_of(magnitude, norm, base.acc_dtype(x.dtype))
+    rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    tensors = (x, flat[0], a, b, gain, bias)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    args = (rows, *flat, n, a, b, gain, scaling, bias, dropout_p, seed, wanted and gain.requires_grad)
+    if wanted or forward_mode():
+        y = base.apply_function(_DoraLinear, *args)[0]
+    else:
+        y = forward_op.op(*args)[0]
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
+
+
+def gain_of(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """magnitude / norm, [N] in `dtype`; a row of zeros stays one."""
+    norm = norm.to(dtype)
+    with torch.autocast(norm.device.type, enabled=False):
+        return magnitude.reshape(-1).to(dtype) / norm.clamp_min(torch.finfo(dtype).tiny)
