@@ -193,6 +193,7 @@ def test_one_gradient_without_the_other(level: str) -> None:
         assert_same_bits(a, b)
 
 
+@pytest.mark.slow
 @needs_native
 def test_opcheck() -> None:
     stack = qkv(5, 64, F32, p=0.1)
@@ -317,6 +318,7 @@ def test_saved_for_the_backward_is_x_once_and_the_small_sums() -> None:
     assert len(ys) == 3
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     parts = projections(F32, p=0.2)
     x, dys = torch.randn(5, 64), [torch.randn(5, n) for n in (24, 16, 40)]

@@ -88,6 +88,7 @@ def test_strides_and_empty() -> None:
     assert swiglu(gate[:0], up[:0]).shape == (0, 10)
 
 
+@pytest.mark.slow
 def test_gradcheck_and_opcheck() -> None:
     gate, up, _ = inputs((3, 4), torch.float64)
     assert torch.autograd.gradcheck(swiglu, (gate.requires_grad_(), up.requires_grad_()))
@@ -265,6 +266,7 @@ def test_under_autocast() -> None:
         assert_same_bits(swiglu_mlp(x, *parts), swiglu_mlp(x.to(BF16), *parts))
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     parts, x, dy = MLPS["all"](F32), torch.randn(5, K), torch.randn(5, N)
     torch._dynamo.reset()
