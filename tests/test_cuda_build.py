@@ -100,7 +100,7 @@ def test_kernels_bound_by_memory_use_few_registers():
     out = subprocess.run([cuobjdump(), "-res-usage", str(path())], capture_output=True, text=True, check=True).stdout
     rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", out)
     kernels = {name for name, *_ in rows}
-    assert sum("quantize_kernel" in name for name in kernels) == 3 * 8 + 3
+    assert sum("quantize_kernel" in name for name in kernels) == 3 * 8 + 3 * 2  # dequantise: aligned, or not
     assert sum("absmax_kernel" in name for name in kernels) == 1
     assert len(rows) == len(kernels) * len(ARCHITECTURES)
     for name, registers, *_ in rows:
