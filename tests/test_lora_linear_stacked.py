@@ -8,7 +8,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lora_tools import BF16, F16, F32, FLOATS, LEVELS, Case, at_level, make, needs_native, threads
+from lora_tools import (
+    BF16,
+    F16,
+    F32,
+    FLOATS,
+    LEVELS,
+    Stack,
+    at_level,
+    check_stack,
+    make,
+    needs_native,
+    threads,
+)  # fmt: skip
 from torch import Tensor
 
 import peft_kernels
@@ -24,57 +36,6 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-class Stack:
-    """Calls of lora_linear that share x, as one of lora_linear_stacked."""
-
-    def __init__(self, cases: Sequence[Case]) -> None:
-        self.cases = list(cases)
-        for c in cases:
-            c.x = cases[0].x
-
-    def forward(self, fn) -> list[Tensor]:
-        rows = [(*c.weight, c.n, c.a, c.b, c.scaling, c.bias, c.p, c.seed) for c in self.cases]
-        return fn(self.cases[0].x, *map(list, zip(*rows, strict=True)))
-
-    def backward(self, fn, ss: Sequence[Tensor], need_dx: bool = True, need_ab: bool = True) -> list[Tensor]:
-        rows = [(c.dy, *c.weight, c.a, c.b, s if c.a is not None else None, c.scaling, c.p, c.seed)
-                for c, s in zip(self.cases, ss, strict=True)]  # fmt: skip
-        return fn(self.cases[0].x, *map(list, zip(*rows, strict=True)), need_dx,
-                  [need_ab and c.a is not None for c in self.cases])  # fmt: skip
-
-    def double(self) -> Stack:
-        return Stack([c.double() for c in self.cases])
-
-
-def check(stack: Stack) -> None:
-    """The forced backend is no worse than eager code in the same dtype: outputs, and the gradients that are sums."""
-    cases, exact = stack.cases, stack.double()
-    count = len(cases)
-    got, eager = stack.forward(op.forward_op.op), stack.forward(op.forward_op.reference)
-    want = exact.forward(op.forward_op.reference)
-    grads = stack.backward(op.backward_op.op, got[count:])
-    grads_eager = stack.backward(op.backward_op.reference, eager[count:])
-    grads_want = exact.backward(op.backward_op.reference, want[count:])
-    dx_size = torch.zeros_like(grads_want[0])
-    for i, (c, e) in enumerate(zip(cases, exact.cases, strict=True)):
-        w = single.dense_weight(*e.weight, c.n, c.x.shape[1], torch.float64)
-        y_size = e.x.abs() @ w.abs().t()
-        dx_size = dx_size + e.dy.abs() @ w.abs()
-        if c.bias is not None:
-            y_size = y_size + e.bias.abs()
-        if c.a is not None:
-            s_size = e.x.abs() @ e.a.abs().t() / (1 - c.p)
-            ds_size = c.scaling * (e.dy.abs() @ e.b.abs())
-            y_size = y_size + c.scaling * (s_size @ e.b.abs().t())
-            dx_size = dx_size + ds_size @ e.a.abs() / (1 - c.p)
-            j, k = count + i, 1 + count + i
-            assert_no_worse(got[j], eager[j], want[j], s_size)
-            assert_no_worse(grads[1 + i], grads_eager[1 + i], grads_want[1 + i], ds_size.t() @ e.x.abs() / (1 - c.p))
-            assert_no_worse(grads[k], grads_eager[k], grads_want[k], c.scaling * (e.dy.abs().t() @ s_size))
-        assert_no_worse(got[i], eager[i], want[i], y_size)
-    assert_no_worse(grads[0], grads_eager[0], grads_want[0], dx_size)
-
-
 def qkv(m: int, k: int, dtype: torch.dtype, p: float = 0.0, seed: int = 0, **of_all) -> Stack:
     """Different N, r, dropout and seeds; the second has a bias, the third no adapter."""
     return Stack([
@@ -88,8 +49,8 @@ def qkv(m: int, k: int, dtype: torch.dtype, p: float = 0.0, seed: int = 0, **of_
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("m", [1, 2, 4, 5, 40, 97, 130])
 def test_quantised(level: str, m: int, dtype: torch.dtype) -> None:
-    check(qkv(m, 192, dtype, p=0.25))
-    check(qkv(m, 1088, dtype))
+    check_stack(qkv(m, 192, dtype, p=0.25))
+    check_stack(qkv(m, 1088, dtype))
 
 
 @needs_native
@@ -97,7 +58,7 @@ def test_quantised(level: str, m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("m", [1, 3, 33, 130])
 def test_dense_and_4_bit_weights_of_any_layout_in_one_stack(level: str, m: int, dtype: torch.dtype) -> None:
     for k in (96, 192, 200):  # 200: blocks straddle rows
-        check(Stack([
+        check_stack(Stack([
             make(m, 20, k, dtype=dtype, quant="dense", w_dtype=BF16, r=4, p=0.1),
             make(m, 64, k, dtype=dtype, blocksize=64, r=16, ab=F16),
             make(m, 33, k, dtype=dtype, quant="fp4", blocksize=32, nested=True, r=5, p=0.5, seed=3),
@@ -130,7 +91,7 @@ def test_any_shape(data: st.DataObject) -> None:
         for _ in range(data.draw(st.integers(1, 4)))
     ]
     with at_level(data.draw(st.sampled_from(LEVELS))):
-        check(Stack(cases))
+        check_stack(Stack(cases))
 
 
 @needs_native

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_tools import F16, F32, Case, make
+from lora_tools import F16, F32, Case, Stack, check_stack, make
 from torch import Tensor
 
 from bench.static import report
@@ -70,17 +70,6 @@ def put(c: Case) -> Case:
     return Case(*(tuple(map(move, v)) if isinstance(v, tuple) else move(v) for v in vars(c).values()))
 
 
-def forward(cases: list[Case], fn) -> list[Tensor]:
-    rows = [(*c.weight, c.n, c.a, c.b, c.scaling, c.bias, c.p, c.seed) for c in cases]
-    return fn(cases[0].x, *map(list, zip(*rows, strict=True)))
-
-
-def backward(cases: list[Case], fn, ss: list[Tensor]) -> list[Tensor]:
-    rows = [(c.dy, *c.weight, c.a, c.b, s if c.a is not None else None, c.scaling, c.p, c.seed)
-            for c, s in zip(cases, ss, strict=True)]  # fmt: skip
-    return fn(cases[0].x, *map(list, zip(*rows, strict=True)), True, [c.a is not None for c in cases])
-
-
 STACKS = {
     "no dropout": lambda m, t: [make(m, 40, 96, dtype=t, r=16, blocksize=32, nested=True),
                                 make(m, 33, 96, dtype=t, r=3, bias=True, blocksize=32, seed=1)],
@@ -96,52 +85,21 @@ STACKS = {
 @pytest.mark.parametrize("m", [3, 37])
 @pytest.mark.parametrize("name", STACKS)
 def test_device_stack(small: None, name: str, m: int, dtype: torch.dtype) -> None:
-    cases = [put(c) for c in STACKS[name](m, dtype)]
-    for c in cases:
-        c.x = cases[0].x
-    exact = [c.double() for c in cases]
-    count = len(cases)
-    got, eager = forward(cases, op.forward_op.op), forward(cases, op.forward_op.reference)
-    want = forward(exact, op.forward_op.reference)
-    grads = backward(cases, op.backward_op.op, got[count:])
-    grads_eager = backward(cases, op.backward_op.reference, eager[count:])
-    grads_want = backward(exact, op.backward_op.reference, want[count:])
-    dx_size = torch.zeros_like(grads_want[0])
-    for i, (c, e) in enumerate(zip(cases, exact, strict=True)):
-        w = single.dense_weight(*e.weight, c.n, c.x.shape[1], torch.float64)
-        y_size, dx_size = e.x.abs() @ w.abs().t(), dx_size + e.dy.abs() @ w.abs()
-        if c.bias is not None:
-            y_size = y_size + e.bias.abs()
-        if c.a is not None:
-            s_size = e.x.abs() @ e.a.abs().t() / (1 - c.p)
-            ds_size = c.scaling * (e.dy.abs() @ e.b.abs())
-            y_size = y_size + c.scaling * (s_size @ e.b.abs().t())
-            dx_size = dx_size + ds_size @ e.a.abs() / (1 - c.p)
-            j = 1 + count + i
-            assert_no_worse(got[count + i], eager[count + i], want[count + i], s_size)
-            assert_no_worse(grads[1 + i], grads_eager[1 + i], grads_want[1 + i], ds_size.t() @ e.x.abs() / (1 - c.p))
-            assert_no_worse(grads[j], grads_eager[j], grads_want[j], c.scaling * (e.dy.abs().t() @ s_size))
-        assert_no_worse(got[i], eager[i], want[i], y_size)
-    assert_no_worse(grads[0], grads_eager[0], grads_want[0], dx_size)
-    for a, b in zip(got, forward(cases, op.forward_op.op), strict=True):
+    stack = Stack([put(c) for c in STACKS[name](m, dtype)])
+    check_stack(stack)
+    for a, b in zip(stack.forward(op.forward_op.op), stack.forward(op.forward_op.op), strict=True):
         assert_same_bits(a, b)
 
 
 @on_device
 def test_device_stack_of_many_rows_takes_the_vendors_matmul(small: None) -> None:
     """There every projection runs by itself, and has the bits that it has alone."""
-    cases = [put(c) for c in STACKS["own masks"](37, F16)]
-    for c in cases:
-        c.x = cases[0].x
+    stack = Stack([put(c) for c in STACKS["own masks"](37, F16)])
     with tuning.override("panels", from_M=16, from_M_dense=16):
-        got = forward(cases, op.forward_op.op)
-        for i, c in enumerate(cases):
+        got = stack.forward(op.forward_op.op)
+        for i, c in enumerate(stack.cases):
             assert_same_bits(got[i], c.forward(single.forward_op.op)[0])
-        exact = [c.double() for c in cases]
-        dx = backward(cases, op.backward_op.op, got[3:])[0]
-        want = backward(exact, op.backward_op.reference, forward(exact, op.forward_op.reference)[3:])[0]
-        eager = backward(cases, op.backward_op.reference, got[3:])[0]
-        assert_no_worse(dx, eager, want, want.abs().max().expand_as(want))
+        check_stack(stack)
 
 
 @on_device

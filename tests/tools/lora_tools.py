@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peft_kernels import native, use_backend
 from peft_kernels.ops import lora_linear as op
+from peft_kernels.ops import lora_linear_stacked as stacked
 from peft_kernels.testing import assert_no_worse, random_quant_weight
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -137,3 +138,54 @@ def make(
         p,
         torch.tensor([0x1234_5678_9ABC_DEF + seed]) if p else None,
     )
+
+
+class Stack:
+    """Calls of lora_linear that share x, as one of lora_linear_stacked."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        self.cases = list(cases)
+        for c in cases:
+            c.x = cases[0].x
+
+    def forward(self, fn) -> list[Tensor]:
+        rows = [(*c.weight, c.n, c.a, c.b, c.scaling, c.bias, c.p, c.seed) for c in self.cases]
+        return fn(self.cases[0].x, *map(list, zip(*rows, strict=True)))
+
+    def backward(self, fn, ss: Sequence[Tensor], need_dx: bool = True, need_ab: bool = True) -> list[Tensor]:
+        rows = [(c.dy, *c.weight, c.a, c.b, s if c.a is not None else None, c.scaling, c.p, c.seed)
+                for c, s in zip(self.cases, ss, strict=True)]  # fmt: skip
+        return fn(self.cases[0].x, *map(list, zip(*rows, strict=True)), need_dx,
+                  [need_ab and c.a is not None for c in self.cases])  # fmt: skip
+
+    def double(self) -> Stack:
+        return Stack([c.double() for c in self.cases])
+
+
+def check_stack(stack: Stack) -> None:
+    """The forced backend is no worse than eager code in the same dtype: outputs, and the gradients that are sums."""
+    cases, exact = stack.cases, stack.double()
+    count = len(cases)
+    got, eager = stack.forward(stacked.forward_op.op), stack.forward(stacked.forward_op.reference)
+    want = exact.forward(stacked.forward_op.reference)
+    grads = stack.backward(stacked.backward_op.op, got[count:])
+    grads_eager = stack.backward(stacked.backward_op.reference, eager[count:])
+    grads_want = exact.backward(stacked.backward_op.reference, want[count:])
+    dx_size = torch.zeros_like(grads_want[0])
+    for i, (c, e) in enumerate(zip(cases, exact.cases, strict=True)):
+        w = op.dense_weight(*e.weight, c.n, c.x.shape[1], torch.float64)
+        y_size = e.x.abs() @ w.abs().t()
+        dx_size = dx_size + e.dy.abs() @ w.abs()
+        if c.bias is not None:
+            y_size = y_size + e.bias.abs()
+        if c.a is not None:
+            s_size = e.x.abs() @ e.a.abs().t() / (1 - c.p)
+            ds_size = c.scaling * (e.dy.abs() @ e.b.abs())
+            y_size = y_size + c.scaling * (s_size @ e.b.abs().t())
+            dx_size = dx_size + ds_size @ e.a.abs() / (1 - c.p)
+            j, k = count + i, 1 + count + i
+            assert_no_worse(got[j], eager[j], want[j], s_size)
+            assert_no_worse(grads[1 + i], grads_eager[1 + i], grads_want[1 + i], ds_size.t() @ e.x.abs() / (1 - c.p))
+            assert_no_worse(grads[k], grads_eager[k], grads_want[k], c.scaling * (e.dy.abs().t() @ s_size))
+        assert_no_worse(got[i], eager[i], want[i], y_size)
+    assert_no_worse(grads[0], grads_eager[0], grads_want[0], dx_size)
