@@ -42,7 +42,10 @@ NOT_THERE = Fact("")  # a stub for an architecture that uses another kernel
 
 
 def _dequantize(arguments: tuple[str, ...], arch: int) -> Fact:
+    """<type, aligned>: storage that is not aligned goes byte by byte."""
     size = SIZE[arguments[0]]
+    if arguments[1:] == ("0",):
+        return Fact("dequantize_4bit", bytes=WEIGHT + N * K * size, wide=False)
     return Fact("dequantize_4bit", r"STG\.E\.(\w+\.)*128", 16 / size, bytes=WEIGHT + N * K * size, wide=False)
 
 
