@@ -187,7 +187,8 @@ def test_no_races_in_the_backward(races) -> None:
 
 @pytest.mark.slow
 def test_nothing_out_of_bounds() -> None:
-    tools["under_asan"](__file__, "-k", "few_rows or any_shape or split or anywhere or more_rows or nothing_of")
+    one_of_each = "(simt-3- or simt-6- or simt-8 or simt-17- or simt-64-) and torch.bfloat16 or split and simt-8"
+    tools["under_asan"](__file__, "-k", f"({one_of_each}) or anywhere or nothing_of")
 
 
 # ---- empty, and in part ----------------------------------------------------------------------------------------------
