@@ -168,8 +168,10 @@ def test_what_exceeds_a_budget_is_named(changes: dict[str, object], text: str) -
 
 
 def test_the_budgets_name_fields_that_exist() -> None:
-    parts = ("where", "unless", "most", "least", "is")
-    names = {name for rule in budgets.rules() for part in parts for name in rule.get(part, {})}
+    names = {
+        name for rule in budgets.rules() for part in ("where", "most", "least", "is") for name in rule.get(part, {})
+    }
+    names |= {name for rule in budgets.rules() for fields in rule.get("unless", []) for name in fields}
     assert {n for n in names if not n.startswith("config.")} <= set(product().__dataclass_fields__)
     assert all(rule["why"] for rule in budgets.rules())
     assert all({"most", "least", "is"} & set(rule) for rule in budgets.rules())

@@ -42,7 +42,7 @@ def holds(rule: dict[str, Any], row: Row) -> bool:
     def fits(fields: dict[str, Any]) -> bool:
         return all(value(row, k) in _listed(v) for k, v in fields.items())
 
-    return fits(rule["where"]) and not ("unless" in rule and fits(rule["unless"]))
+    return fits(rule["where"]) and not any(fits(fields) for fields in _listed(rule.get("unless", [])))
 
 
 def check(rows: Sequence[Row]) -> list[str]:

@@ -135,6 +135,18 @@ def _swiglu(c: Case) -> None:
     backend.backward(gate, up, dh)
 
 
+def _norm(c: Case) -> None:
+    from peft_kernels.ops.dora_norm import triton as backend
+
+    backend.dora_norm(*_weight(c), meta(c.r, c.K), meta(c.N, c.r), 2.0, None)
+
+
+def _squares(c: Case) -> None:
+    from peft_kernels.ops.dora_norm import triton as backend
+
+    backend.squared_row_norms(*_weight(c), c.N, c.K)
+
+
 # By the name in the report, which is also the one in tuned/: the op, its kernel, and a call that launches it. A kernel
 # of tuned/, or of an op's triton_kernels.py, that is missing here is an error (tests/test_static.py).
 CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
@@ -146,6 +158,8 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "decode": ("lora_linear", "decode_kernel", _forward),
     "stacked_forward": ("lora_linear_stacked", "stacked_forward_kernel", _stacked_forward),
     "stacked_backward": ("lora_linear_stacked", "stacked_backward_kernel", _stacked_backward),
+    "dora_norm": ("dora_norm", "norm_kernel", _norm),
+    "squares": ("dora_norm", "norm_kernel", _squares),
     "swiglu": ("swiglu", "forward_kernel", _swiglu),
     "swiglu_backward": ("swiglu", "backward_kernel", _swiglu),
     "dequantize": ("dequantize_4bit", "dequantize_kernel", _dequantize),
@@ -153,7 +167,7 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "absmax": ("quantize_4bit", "absmax_kernel", _quantize),
 }
 EXTRA = (
-    Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"),
+    Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"), Case("squares"),
     *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("project", "forward", "outer", "backward")),
     Case("backward", N=2048, K=2048, blocksize=32),
     *(Case(kernel, M=128, dense=True) for kernel in ("forward", "backward")),
@@ -194,7 +208,11 @@ def cases(capability: int) -> list[Case]:
             if case is None:
                 raise ValueError(f"tuned/{arch}.json, {kernel}, row {number}: no shape is served by it: {row}")
             found.append(case)
-    return [c for c in found if c.first] + list(EXTRA) + [c for c in found if not c.first]
+    tables = tuning.table(arch)["kernels"]
+    # of what may be left out, the large tiles of the large products last
+    rest = [c for c in found if not c.first]
+    rest.sort(key=lambda c: (c.kernel in ("forward", "backward"), tables[c.kernel][c.row or 0]["BM"]), reverse=True)
+    return [c for c in found if c.first] + list(EXTRA) + rest
 
 
 @contextlib.contextmanager

@@ -58,6 +58,11 @@ def work(launch: Compiled) -> Work:
             fmas=(m * n * k if started else 0) + low, passes=min(a["steps"], _cdiv(sums, step)),
             loop_bytes=tile + bm * step * size, **products,
         )  # fmt: skip
+    if name.startswith("norm"):
+        weights = o["BN"] * o["BK"] if decodes else 0
+        passes = min(a["steps"], _cdiv(a["K"], o["BK"]))
+        common["wide"] = o["ADAPTER"]  # three products of TF32 are one of float32
+        return Work(weights=weights, passes=passes, fmas=3 * a["N"] * a["K"] * a["r"], **common)
     if "MODE" in o:  # a panel of a weight, decoded
         return Work(weights=o["BN"] * o["BK"] if decodes else 0, straight=True, passes=1, **common)
     if name.startswith("dequantize"):
