@@ -1,0 +1,104 @@
+"""dora_norm, squared_row_norms and dora_linear on Triton against float64: in Triton's interpreter, and on a GPU.
+
+As test_triton_lora_linear.py: in an ordinary run `test_in_the_interpreter` starts a process on this same file, in which
+Triton interprets, and what is below is marked `gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import dora_tools
+import pytest
+import torch
+from lora_tools import BF16, make
+
+import peft_kernels as pk
+from peft_kernels import tuning
+from peft_kernels.ops import dora_norm as norm_op
+from peft_kernels.testing import assert_no_worse, assert_same_bits
+
+pytest.importorskip("triton", reason="Triton is not installed")
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETER else "cuda"
+on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
+# small tiles, so that small shapes have several of everything
+SMALL: dict[str, dict[str, int]] = {
+    "project": {"BM": 16, "BK": 32, "BR": 16, "programs": 6},
+    "outer": {"BM": 16, "BN": 32, "BR": 16, "programs": 6},
+    "forward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 1},
+    "backward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 6},
+    "dora_norm": {"BN": 16, "BK": 64, "BR": 16, "programs": 6},
+}
+
+
+@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@pytest.mark.slow
+def test_in_the_interpreter() -> None:
+    """Every test below, on CPU tensors."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command += ["-k", "not the_interpreter"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles() -> Iterator[None]:
+    with ExitStack() as stack:
+        for kernel, values in SMALL.items():
+            stack.enter_context(tuning.override(kernel, **values))
+        stack.enter_context(pk.use_backend("triton"))
+        yield
+
+
+NORMS: dict[str, dict[str, Any]] = {
+    "whole blocks": {"n": 37, "k": 192, "r": 5, "nested": True},
+    "large block": {"n": 18, "k": 256, "r": 16, "blocksize": 256},
+    "small block, fp4": {"n": 20, "k": 96, "r": 40, "blocksize": 32, "quant": "fp4"},
+    "blocks straddle rows": {"n": 21, "k": 98, "r": 4, "nested": True},
+    "odd": {"n": 7, "k": 35, "r": 1},
+    "dense": {"n": 33, "k": 70, "r": 3, "quant": "dense"},
+    "dense bfloat16": {"n": 20, "k": 130, "r": 17, "quant": "dense", "w_dtype": BF16, "ab": BF16},
+}
+
+
+@on_device
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name: str) -> None:
+    c = make(1, **NORMS[name]).to(DEVICE)
+    first = dora_tools.check_norm(c)
+    assert_same_bits(dora_tools.check_norm(c, base_sq=True), first)
+
+
+@on_device
+@pytest.mark.parametrize("share", [1e-1, 1e-3, 1e-6, 0.0])
+def test_norms_where_the_terms_cancel(share: float) -> None:
+    for kind in ({"quant": "dense"}, {"quant": "nf4", "nested": True}):
+        c = dora_tools.cancelling(12, 64, 4 if kind["quant"] == "dense" else 64, share, **kind)
+        dora_tools.check_norm(c.to(DEVICE))
+
+
+@on_device
+def test_norms_of_nothing() -> None:
+    for n, k, r in ((0, 64, 3), (5, 0, 3), (5, 64, 0)):
+        w, a, b = torch.randn(n, k, device=DEVICE), torch.randn(r, k, device=DEVICE), torch.randn(n, r, device=DEVICE)
+        exact = w.double().norm(dim=1)
+        assert_no_worse(pk.dora_norm(w, a, b), exact.float(), exact)
+        assert pk.squared_row_norms(w).shape == (n,)
+
+
+@on_device
+def test_norms_of_float64_are_refused() -> None:
+    c = make(1, 8, 64, r=2).to(DEVICE)
+    with pytest.raises(pk.BackendUnavailable, match=r"does not serve a in torch\.float64"):
+        norm_op.norm_op.op(*c.weight, c.a.double(), c.b.double(), 1.0, None)
