@@ -17,7 +17,7 @@ from typing import Any
 import dora_tools
 import pytest
 import torch
-from lora_tools import BF16, make
+from lora_tools import BF16, F16, make
 
 import peft_kernels as pk
 from peft_kernels import tuning
@@ -102,3 +102,44 @@ def test_norms_of_float64_are_refused() -> None:
     c = make(1, 8, 64, r=2).to(DEVICE)
     with pytest.raises(pk.BackendUnavailable, match=r"does not serve a in torch\.float64"):
         norm_op.norm_op.op(*c.weight, c.a.double(), c.b.double(), 1.0, None)
+
+
+# name: rows and the rest of `make`
+LINEARS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one row": (1, {"n": 70, "k": 128, "r": 8, "dtype": BF16, "p": 0.2}),
+    "no rows": (0, {"n": 20, "k": 64, "r": 4, "dtype": BF16, "p": 0.2}),
+    "aligned": (32, {"n": 64, "k": 128, "r": 16, "dtype": F16, "nested": True, "bias": True}),
+    "nothing aligned": (19, {"n": 37, "k": 101, "r": 5, "dtype": BF16, "p": 0.3, "bias": True}),
+    "blocks straddle rows": (19, {"n": 50, "k": 98, "r": 20, "dtype": F16, "p": 0.3}),
+    "half adapter": (20, {"n": 48, "k": 64, "r": 16, "dtype": BF16, "ab": BF16, "bias": True}),
+    "dense": (20, {"n": 37, "k": 101, "r": 9, "dtype": BF16, "w_dtype": BF16, "quant": "dense", "p": 0.1}),
+    "float32": (19, {"n": 37, "k": 101, "r": 5, "p": 0.3, "bias": True}),
+    "float32 dense": (20, {"n": 48, "k": 72, "r": 17, "quant": "dense", "bias": True}),
+}
+
+
+@on_device
+@pytest.mark.parametrize("name", LINEARS)
+def test_linear(name: str) -> None:
+    m, kind = LINEARS[name]
+    c = make(m, **kind).to(DEVICE)
+    dora_tools.check(c, dora_tools.make_gain(c.n).to(DEVICE))
+
+
+@on_device
+@pytest.mark.parametrize("name", ["aligned", "nothing aligned", "float32"])
+def test_linear_in_parts(name: str) -> None:
+    """The rows of W split over programs: gain_kernel ends what forward_kernel began."""
+    m, kind = LINEARS[name]
+    c = make(m, **kind).to(DEVICE)
+    with tuning.override("forward", programs=12):
+        dora_tools.check(c, dora_tools.make_gain(c.n).to(DEVICE))
+
+
+@on_device
+@pytest.mark.parametrize("name", ["aligned", "blocks straddle rows", "dense"])
+def test_linear_by_panels(name: str) -> None:
+    m, kind = LINEARS[name]
+    c = make(m, **kind).to(DEVICE)
+    with tuning.override("panels", from_M=1, from_M_dense=1, elements=64 * 128):
+        dora_tools.check(c, dora_tools.make_gain(c.n).to(DEVICE))

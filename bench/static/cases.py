@@ -135,6 +135,22 @@ def _swiglu(c: Case) -> None:
     backend.backward(gate, up, dh)
 
 
+def _dora_forward(c: Case) -> None:
+    from peft_kernels.ops.dora_linear import triton as backend
+
+    seed, bias = meta(1, dtype=torch.int64), meta(c.N, dtype=c.dtype)
+    backend.forward(meta(c.M, c.K, dtype=c.dtype), *_weight(c), c.N, meta(c.r, c.K), meta(c.N, c.r), meta(c.N), 2.0,
+                    bias, c.p, seed, True)  # fmt: skip
+
+
+def _dora_backward(c: Case) -> None:
+    from peft_kernels.ops.dora_linear import triton as backend
+
+    x, dy, seed = meta(c.M, c.K, dtype=c.dtype), meta(c.M, c.N, dtype=c.dtype), meta(1, dtype=torch.int64)
+    backend.backward(dy, x, *_weight(c), meta(c.r, c.K), meta(c.N, c.r), meta(c.N), dy, meta(c.M, c.r), 2.0, c.p, seed,
+                     True, True, True)  # fmt: skip
+
+
 def _norm(c: Case) -> None:
     from peft_kernels.ops.dora_norm import triton as backend
 
@@ -158,6 +174,10 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "decode": ("lora_linear", "decode_kernel", _forward),
     "stacked_forward": ("lora_linear_stacked", "stacked_forward_kernel", _stacked_forward),
     "stacked_backward": ("lora_linear_stacked", "stacked_backward_kernel", _stacked_backward),
+    "dora_forward": ("lora_linear", "forward_kernel", _dora_forward),
+    "gain": ("lora_linear", "gain_kernel", _dora_forward),
+    "drop": ("dora_linear", "drop_kernel", _dora_forward),
+    "scale": ("dora_linear", "scale_kernel", _dora_backward),
     "dora_norm": ("dora_norm", "norm_kernel", _norm),
     "squares": ("dora_norm", "norm_kernel", _squares),
     "swiglu": ("swiglu", "forward_kernel", _swiglu),
@@ -168,6 +188,7 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
 }
 EXTRA = (
     Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"), Case("squares"),
+    Case("dora_forward", p=0.0), Case("gain", M=1), Case("drop"), Case("scale"),
     *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("project", "forward", "outer", "backward")),
     Case("backward", N=2048, K=2048, blocksize=32),
     *(Case(kernel, M=128, dense=True) for kernel in ("forward", "backward")),

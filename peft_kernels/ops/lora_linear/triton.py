@@ -8,6 +8,7 @@ and the matmul adds each product onto the low-rank term that our kernel wrote (`
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...dispatch import Backend
 from ...triton_lib import host
 
 _PANEL_STEP = 64  # panels start at multiples of it
+_LARGE = 128 * 128  # elements of a tile of y
 _DENSE, _PAIR_ROWS, _PAIR_ANY, _ELEMENT = 0, 1, 2, 3  # as in triton_lib/device.py
 
 
@@ -206,42 +208,89 @@ def forward(
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, N], s [M, r]); s is empty without an adapter."""
-    from . import triton_kernels as kernels
-
     x = x.contiguous()
     (m, k), n = x.shape, out_features
     arch = tuning.arch_of(x.device)
     y = x.new_empty((m, n))
-    if a is None or b is None:
-        s, r, b_or_x = x.new_empty((0,), dtype=torch.float32), 0, x
-    else:
-        a, b_or_x, r = a.contiguous(), b.contiguous(), a.shape[0]
-        s = _project(x, a, _Dropout(dropout_p, seed, k, x), arch)
+    s = x.new_empty((0,), dtype=torch.float32)
+    if a is not None and b is not None:
+        s = _project(x, a.contiguous(), _Dropout(dropout_p, seed, k, x), arch)
     w = _Weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, n, k,
                 x.dtype)  # fmt: skip
+    product(x, w, None if a is None else s, b, scaling, bias, y, arch)
+    return y, s
 
+
+@dataclass(frozen=True)
+class Gain:
+    """What dora_linear does to h = x W^T + scaling s b^T: y = gain * h + bias, plus what y held with `add`.
+
+    gain: float32 [N]. h: where h is kept, like y, or None.
+    """
+
+    gain: Tensor
+    h: Tensor | None
+    add: bool
+
+    def finish(self, parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """From h [parts, M, N], which may be the tensor that h is kept in."""
+        from . import triton_kernels as kernels
+
+        bm, bn = 4, 256
+        h = None if self.h is None or self.h.data_ptr() == parts.data_ptr() else self.h
+        host.launch(kernels.gain_kernel, (_cdiv(y.shape[0], bm), _cdiv(y.shape[1], bn)), parts, self.gain,
+                    y if bias is None else bias, y, y if h is None else h, *y.shape, parts.shape[0],
+                    BIAS=bias is not None, SAVE_H=h is not None, ADD=self.add, BM=bm, BN=bn, num_warps=4,
+                    num_stages=1)  # fmt: skip
+
+
+def product(
+    x: Tensor, w: _Weight, s: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, y: Tensor,
+    arch: str, gain: Gain | None = None,
+) -> None:  # fmt: skip
+    """y [M, N] = x W^T + scaling * s b^T + bias; with `gain` as it says. x and y are contiguous."""
+    from . import triton_kernels as kernels
+
+    (m, k), n = x.shape, y.shape[1]
+    r = 0 if s is None else s.shape[1]
+    b = x if b is None else b.contiguous()
     vendor = _use_panels(x, w, arch)
+    whole = y  # what a launch without parts writes
+    if vendor and gain is not None:
+        whole = y.new_empty(y.shape) if gain.h is None else gain.h
 
     def run(c: tuning.Config) -> None:
         tiles = _cdiv(m, c.BM) * _cdiv(n, c.BN)
         # without steps the kernel writes what it starts from: s B^T and the bias
         parts, steps = (1, 0) if vendor else _split(k, c.BK, tiles, c.programs, 4)
-        out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
-        host.launch(kernels.forward_kernel, (tiles, parts), x, *w.pointers, s if r else x, b_or_x,
-                    x if bias is None else bias, out, m, n, k, r, *w.strides, steps, scaling, ADAPTER=r > 0,
-                    BIAS=bias is not None, **w.constants, PRECISION=_precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
-                    BR=_rank_tile(r, c.BR), **_tiling(c, n, k))  # fmt: skip
+        out = whole if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
+        here = None if vendor or parts > 1 else gain  # the kernel itself ends with it
+        last = bias if gain is None or here is not None else None
+        h = None if here is None else here.h
+        if h is not None and c.BM * c.BN >= _LARGE:  # two results leave from it: with fewer warps it would spill
+            c = replace(c, num_warps=max(c.num_warps, 8))
+        host.launch(kernels.forward_kernel, (tiles, parts), x, *w.pointers, s if r else x, b,
+                    x if last is None else last, out, x if here is None else here.gain, out if h is None else h,
+                    m, n, k, r, *w.strides, steps, scaling, ADAPTER=r > 0, BIAS=last is not None,
+                    GAIN=here is not None, SAVE_H=h is not None, ADD=here is not None and here.add, **w.constants,
+                    PRECISION=_precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK, BR=_rank_tile(r, c.BR),
+                    **_tiling(c, n, k))  # fmt: skip
         if parts > 1:
-            _reduce(out, y, 1.0)
+            if gain is None:
+                _reduce(out, y, 1.0)
+            else:
+                gain.finish(out, bias, y)
 
-    started = r > 0 or bias is not None
+    started = r > 0 or (bias is not None and gain is None)
     if y.numel() and (started or not vendor):
         plain = w.plain and k % 16 == 0
         shape = tuning.Shape(m, n, k, r, x.element_size() * 8, plain, w.blocksize)
-        run(tuning.choose("forward", arch, shape, None if vendor else run))
+        once = vendor or (gain is not None and gain.add)  # to be run more than once it may not add to y
+        run(tuning.choose("forward", arch, shape, None if once else run))
     if vendor:
-        _panels(x, w, y, started, True, arch)
-    return y, s
+        _panels(x, w, whole, started, True, arch)
+        if gain is not None:
+            gain.finish(whole[None], bias, y)
 
 
 def backward(

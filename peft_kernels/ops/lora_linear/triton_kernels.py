@@ -1,7 +1,7 @@
 """Triton kernels of lora_linear. Imported only when one is launched; the host side is `triton.py`.
 
     s   = drop(x) A^T                          project_kernel
-    y   = x W^T + scaling * (s B^T) + bias     forward_kernel
+    y   = x W^T + scaling * (s B^T) + bias     forward_kernel; of dora_linear with gain_kernel, too
     ds  = dy B and dB = dy^T s         outer_kernel, one pass over dy
     dA  = ds^T drop(x)                         outer_kernel
     dx  = dy W + drop'(ds A)                   backward_kernel
@@ -66,14 +66,18 @@ def project_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def forward_kernel(
-    p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y,
+    p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_gain, p_h,
     M, N, K, r, stride_n, stride_k, steps, scaling,
-    ADAPTER: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    ADAPTER: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, SAVE_H: tl.constexpr, ADD: tl.constexpr,
+    MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
-    """Part i_part (`steps` tiles of BK columns of x) of y [parts, M, N]. Part 0 also holds s B^T and the bias."""
+    """Part i_part (`steps` tiles of BK columns of x) of y [parts, M, N]. Part 0 also holds s B^T and the bias.
+
+    GAIN (one part): y = gain * h + bias with the rest of the sum as h; SAVE_H stores it, ADD adds what y held.
+    """
     i_m0, i_n0 = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     i_m0, i_n0 = i_m0 * BM, i_n0 * BN
     i_part = tl.program_id(1)
@@ -111,13 +115,19 @@ def forward_kernel(
             b_acc = dot(b_w, b_x, b_acc, "ieee")
         else:
             b_acc = dot(tl.trans(b_x), tl.trans(b_w), b_acc, "ieee")
+    b_y = tl.trans(b_acc) if LEFT else b_acc
+    i_out = (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * N + i_n[None, :]
+    b_in = (i_m < M)[:, None] & (i_n < N)[None, :]
+    if GAIN:
+        if SAVE_H:
+            tl.store(p_h + i_out, round_to(b_y, p_h.dtype.element_ty), mask=b_in)
+        b_y = b_y * tl.load(p_gain + i_n, mask=i_n < N, other=0.0)[None, :]
+        if ADD:
+            b_y = b_y + tl.load(p_y + i_out, mask=b_in, other=0.0).to(tl.float32)
     if BIAS:
         if i_part == 0:
-            b_bias = tl.load(p_bias + i_n, mask=i_n < N, other=0.0).to(tl.float32)
-            b_acc = b_acc + (b_bias[:, None] if LEFT else b_bias[None, :])
-    b_y = tl.trans(b_acc) if LEFT else b_acc
-    p_out = p_y + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * N + i_n[None, :]
-    tl.store(p_out, round_to(b_y, p_y.dtype.element_ty), mask=(i_m < M)[:, None] & (i_n < N)[None, :])
+            b_y = b_y + tl.load(p_bias + i_n, mask=i_n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_y + i_out, round_to(b_y, p_y.dtype.element_ty), mask=b_in)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -228,6 +238,30 @@ def reduce_kernel(p_part, p_out, numel, parts, scale, BLOCK: tl.constexpr):
     for i_part in range(parts):
         b_sum = b_sum + tl.load(p_part + i_part * numel.to(tl.int64) + i, mask=b_mask, other=0.0)
     tl.store(p_out + i, round_to(b_sum * scale, p_out.dtype.element_ty), mask=b_mask)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def gain_kernel(
+    p_part, p_gain, p_bias, p_y, p_h, M, N, parts,
+    BIAS: tl.constexpr, SAVE_H: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The end of forward_kernel with GAIN, where h comes in parts: p_part [parts, M, N], added in order."""
+    i_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    i_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    b_cols = i_n < N
+    b_in = (i_m < M)[:, None] & b_cols[None, :]
+    i = i_m[:, None] * N + i_n[None, :]
+    b_h = tl.zeros((BM, BN), tl.float32)
+    for i_part in range(parts):
+        b_h = b_h + tl.load(p_part + i_part * (M.to(tl.int64) * N) + i, mask=b_in, other=0.0).to(tl.float32)
+    if SAVE_H:
+        tl.store(p_h + i, round_to(b_h, p_h.dtype.element_ty), mask=b_in)
+    b_y = b_h * tl.load(p_gain + i_n, mask=b_cols, other=0.0)[None, :]
+    if ADD:
+        b_y = b_y + tl.load(p_y + i, mask=b_in, other=0.0).to(tl.float32)
+    if BIAS:
+        b_y = b_y + tl.load(p_bias + i_n, mask=b_cols, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_y + i, round_to(b_y, p_y.dtype.element_ty), mask=b_in)
 
 
 @triton.jit
