@@ -4,8 +4,10 @@ torch.func; and copies of what they take."""
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
+import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -144,10 +146,35 @@ def test_func_transforms_are_right_or_say_that_they_are_not_there() -> None:
         torch.func.vmap(of_a)(a.expand(2, R, K).clone().requires_grad_())
 
 
-def test_a_second_derivative_is_refused_by_its_name() -> None:
-    f, trained = linear("plain")
-    x = torch.randn(3, K)
-    (first,) = torch.autograd.grad(f(x).square().sum(), trained[:1], create_graph=True)
+def functions() -> list[type[torch.autograd.Function]]:
+    """Every autograd Function of the package."""
+    names = [m.name for m in pkgutil.walk_packages(peft_kernels.__path__, "peft_kernels.") if "triton" not in m.name]
+    found = [v for name in names for v in vars(importlib.import_module(name)).values()]
+    return sorted({v for v in found if isinstance(v, type) and issubclass(v, torch.autograd.Function)}, key=str)
+
+
+def test_no_function_gives_a_second_derivative_that_is_wrong() -> None:
+    assert len(functions()) >= 4
+    for function in functions():
+        assert hasattr(function.backward, "__wrapped__"), f"{function}: its backward needs @once_differentiable"
+
+
+def second(name: str, x: Tensor) -> Tensor:
+    parts = [peft_kernels.Projection(w, *(torch.randn(s) * 0.1 for s in ((R, w.shape[1]), (w.shape[0], R))))
+             for w in (torch.randn(N, K), torch.randn(N, K), torch.randn(K, N))]  # fmt: skip
+    calls: dict[str, Callable[[], Tensor]] = {
+        "lora_linear": lambda: peft_kernels.lora_linear(x, *parts[0]),
+        "lora_linear_stacked": lambda: torch.cat(peft_kernels.lora_linear_stacked(x, parts[:2])),
+        "swiglu": lambda: peft_kernels.swiglu(x, x),
+        "swiglu_mlp": lambda: peft_kernels.swiglu_mlp(x, *parts),
+    }
+    return calls[name]()
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_stacked", "swiglu", "swiglu_mlp"])
+def test_a_second_derivative_is_refused_by_its_name(name: str) -> None:
+    x = torch.randn(3, K, requires_grad=True)
+    (first,) = torch.autograd.grad(second(name, x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 

@@ -116,12 +116,17 @@ def test_the_struct_of_the_call_has_the_size_that_c_gives_it() -> None:
 
 @needs_native
 def test_errors_of_the_library_carry_its_text() -> None:
-    wrong = backend._ARGS.pack(*[0] * 16, -1, 4, 4, 0, *[0] * 9, 1.0, 0.0)
+    sizes, x_dtype = slice(16, 19), 23  # of the fields of pk_lora_args
+
+    def arguments(mnk: tuple[int, int, int], dtype: int) -> bytes:
+        fields = list(backend._ARGS.unpack(bytes(backend._ARGS.size)))
+        fields[sizes], fields[x_dtype] = mnk, dtype
+        return backend._ARGS.pack(*fields)
+
     with pytest.raises(native.NativeError, match=r"negative size \(M -1, N 4"):
-        native.check(native.cpu().pk_cpu_lora_linear(wrong))
-    dtype = backend._ARGS.pack(*[0] * 16, 1, 4, 4, 0, 0, 0, 0, 3, *[0] * 5, 1.0, 0.0)
+        native.check(native.cpu().pk_cpu_lora_linear(arguments((-1, 4, 4), 0), 1))
     with pytest.raises(native.NativeError, match="x_dtype must be float32, bfloat16 or float16, got 3"):
-        native.check(native.cpu().pk_cpu_lora_linear(dtype))
+        native.check(native.cpu().pk_cpu_lora_linear(arguments((1, 4, 4), 3), 1))
 
 
 @needs_native

@@ -257,6 +257,23 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
                 return y
         return self._forward(x, args, kwargs)
 
+    def plan(self) -> Fused | None:
+        """What computes this layer in one call (`Method.fused`), made anew after each change of the layer. None while
+        several adapters, none, merged ones or ones chosen by row are active, and where the method has no such function.
+        """
+        compiling = torch.compiler.is_compiling()  # a graph makes its own, and does not depend on one that is there
+        if not compiling and self._plan is not None:
+            return self._plan
+        off = self._disable_adapters or self.merged_adapters or self._rows is not None
+        names = [name for name in self._active_adapter if name in self.methods]
+        if off or len(names) != 1 or not self.cast_input_dtype_enabled:
+            return None
+        view = self.view(names[0])
+        made = self.methods[names[0]].fused(self, view, view)
+        if not compiling:
+            self._plan = made
+        return made
+
     def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         rows = kwargs.pop("adapter_names", None) or self._rows
         if rows is not None:
@@ -266,11 +283,8 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
         if self._disable_adapters or self.merged_adapters:
             return self._compose(x, (), args, kwargs)
         names = [name for name in self._active_adapter if name in self.methods]
-        if len(names) == 1 and not args and not kwargs and self.cast_input_dtype_enabled:
-            view = self.view(names[0])
-            plan = self.methods[names[0]].fused(self, view, view)
-            if not torch.compiler.is_compiling():  # a graph has no use for it
-                self._plan = plan
+        if not args and not kwargs:
+            plan = self.plan()
             y = None if plan is None else plan(x)
             if y is not None:
                 return y

@@ -153,9 +153,22 @@ def test_training_through_stacks(targets: object, dropout: float, fused: dict[st
         compare(mine.bfloat16(), theirs.bfloat16(), right)  # adapters are float32, what is rounded is bfloat16
 
 
+def test_the_first_step_is_as_every_other(fused: dict[str, int]) -> None:
+    """A layer makes its plan when it is asked for it: after loading, `train()` or a change no step goes another way."""
+    model, ids = quantised("all-linear", 0.3), torch.randint(1, 101, (2, 11))
+    accelerate(model)
+    first = losses_and_gradients(model, ids)
+    assert fused == {"lora_linear_stacked": 2, "swiglu_mlp": 2}
+    for change in (model.eval, model.train):
+        change()
+    for _ in range(2):
+        for again, then in zip(losses_and_gradients(model, ids), first, strict=True):
+            assert_same_bits(again, then)
+    assert fused == {"lora_linear_stacked": 6, "swiglu_mlp": 6}
+
+
 def test_training_of_layers_that_are_not_plain_calls_them(fused: dict[str, int]) -> None:
     model, ids = quantised("all-linear"), torch.randint(1, 101, (2, 11))
-    losses_and_gradients(model, ids)  # plans appear with the first call
     accelerate(model)
     first, second = model.get_base_model().model.layers
     seen = []

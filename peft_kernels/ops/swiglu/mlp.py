@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...dispatch import arg_error
 from .. import lora_linear as single
@@ -49,6 +50,7 @@ class _SwigluMlp(torch.autograd.Function):
         ctx.save_for_backward(*first, gate, up, *stacked.saved_of(None, last, (s_down,))[1:])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         need, dy = ctx.needs_input_grad, dys[0]
         if dy is None:

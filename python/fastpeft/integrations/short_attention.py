@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MOST_SCORES = 1 << 24  # batch x heads x queries x keys that may stand at once: 64 MiB of float32
 
@@ -42,6 +43,7 @@ class _ShortAttention(torch.autograd.Function):
         return torch.bmm(p.to(q.dtype), v.reshape(keys.shape)).view(q.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, keep = ctx.saved_tensors
         rows, keys, p = _ShortAttention._probabilities(q, k, keep, ctx.scale)
@@ -73,6 +75,7 @@ class _FrozenNorm(torch.autograd.Function):
         return h.mul_(inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse, weight = ctx.saved_tensors
         g = grad_outputs[0].to(_wide(x), copy=True).mul_(weight)

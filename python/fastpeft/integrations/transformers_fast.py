@@ -71,8 +71,8 @@ def _projection(module: Any, dtype: torch.dtype) -> Projection | None:
     if type(module) is NF4Linear:
         given = module.compute_dtype in (None, dtype)
         return Projection(module.quant_weight(), bias=module.bias) if given else None
-    # an AdapterLayer's plan appears with its first call, and goes with every change of its adapters
-    parts = getattr(module._plan, "parts", None) if type(module) is AdapterLayer else None
+    # the plan is made here where it is not there yet: a first call must compute what the second will (checkpointing)
+    parts = getattr(module.plan(), "parts", None) if type(module) is AdapterLayer else None
     found = None if parts is None else parts()
     if found is None:
         return None
