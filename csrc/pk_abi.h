@@ -19,7 +19,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 3
+#define PK_ABI_VERSION 4
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -56,6 +56,10 @@ PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runti
  * Shapes: x, dx [M, K]; y, dy [M, N]; weight [N, K]; a, da [r, K]; b, db [N, r]; bias [N]; s [M, r] float32.
  *   forward:  s = drop(x) a^T;  y = x weight^T + bias + scaling * s b^T
  *   backward: ds = scaling * dy b;  dx = dy weight + drop'(ds a);  da = ds^T drop(x);  db = scaling * dy^T s
+ * With a gain [N] (DoRA; h [M, N], dgain [N] float32), d = drop:
+ *   forward:  h = d(x) weight^T + scaling * s b^T;  y = gain * h + (x - d(x)) weight^T + bias
+ *   backward: dh = gain * dy; ds, da, db as above with dh for dy; dgain = sum over rows of dy * h;
+ *             dx = dy weight + drop'((dh - dy) weight + ds a), which without dropout is dh weight + ds a
  * Quantised weights: N*K codes, two a byte, high nibble = even element of the flat row-major order, absmax per
  * `blocksize` elements of that order. absmax is float32, or uint8 codes when nested_code != NULL: then
  * absmax[i] = nested_code[codes[i]] * nested_absmax[i / nested_blocksize] + *offset.
@@ -84,6 +88,9 @@ typedef struct pk_lora_args {
     int64_t x_dtype, w_dtype, a_dtype, b_dtype, bias_dtype;
     int64_t threads;
     double scaling, dropout_p;
+    const float *gain; /* [N]; NULL: lora_linear; else DoRA, see above */
+    void *h;           /* forward: out, NULL: not needed; backward: in, not NULL with dgain; x_dtype */
+    float *dgain;      /* backward: out; NULL: not needed */
     /* CUDA only; the CPU library ignores them (zeros) */
     const float *table;      /* quantised weights: the 16 values in code order, on the **host** */
     float *workspace;        /* device memory, 16-byte aligned: partial sums */
@@ -96,6 +103,10 @@ PK_EXPORT int64_t pk_lora_args_size(void); /* sizeof(pk_lora_args), checked by n
 enum { PK_LORA_MOST = 16 }; /* projections in a stack */
 PK_EXPORT int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count);
 PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count);
+
+/* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; x, y, s and what belongs to rows of
+ * x are not read. */
+PK_EXPORT int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares);
 
 /* ---- swiglu (CPU library) ------------------------------------------------------------------------------------------
  * h = silu(gate) * up; dgate = dh * up * silu'(gate), dup = dh * silu(gate). numel elements of dtype (float32, bfloat16,

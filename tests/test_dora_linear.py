@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import dora_tools
 import pytest
 import torch
-from lora_tools import BF16, F32, LEVELS, at_level, make
+from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, make, needs_native, threads
 from torch import Tensor
 
 from peft_kernels import dora_linear, dora_norm, lora_linear, philox, use_backend
 from peft_kernels.ops import dora_linear as op
-from peft_kernels.testing import assert_no_worse
+from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 
 
 @pytest.fixture(params=LEVELS)
@@ -89,8 +89,10 @@ def test_bad_input() -> None:
     norm = dora_norm(w, a, b)
     with pytest.raises(ValueError, match=r"dora_linear: x must be \[\.\.\., 5\] to fit the weight \[4, 5\]"):
         dora_linear(x[:, :4], w, a, b, m, norm)
-    with pytest.raises(ValueError, match=r"dora_linear: magnitude and norm must be of 4 elements and \[4\]"):
+    with pytest.raises(ValueError, match=r"dora_linear: magnitude must be of 4 elements, got \(3,\)"):
         dora_linear(x, w, a, b, m[:3], norm)
+    with pytest.raises(ValueError, match=r"dora_linear: norm must be \[4\], got \(3,\)"):
+        dora_linear(x, w, a, b, m, norm[:3])
     with pytest.raises(ValueError, match=r"dora_linear: b must be \[4, 2\]"):
         dora_linear(x, w, a, b[:3], m, norm)
     with pytest.raises(ValueError, match="dora_linear: dropout_p must be in"):
@@ -106,3 +108,101 @@ def test_dense_weights_and_magnitudes_train_under_autocast() -> None:
     assert y.dtype is BF16
     y.float().sum().backward()
     assert all(t.grad is not None and t.grad.dtype is F32 and t.grad.abs().sum() > 0 for t in (x, w, a, b, m, bias))
+
+
+# ---- native: M picks the kernel (GEMV, codes in registers, panels), N and K its edges ------------------------------
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("m", [1, 4, 5, 33, 97, 130])
+def test_quantised(level: str, m: int, dtype: torch.dtype) -> None:
+    for i, (n, k) in enumerate(((64, 64), (50, 192), (7, 1088), (130, 576))):
+        quant, blocksize = ("nf4", 64) if i % 2 == 0 else ("fp4", 32)
+        gain = dora_tools.make_gain(n)
+        kind = {"dtype": dtype, "quant": quant, "blocksize": blocksize}
+        dora_tools.check(make(m, n, k, **kind, nested=True, r=16, bias=True), gain)
+        dora_tools.check(make(m, n, k, **kind, r=4, p=0.25, bias=i % 2 == 0), gain)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_dense_and_straddling(level: str, dtype: torch.dtype) -> None:
+    for i, (m, n, k) in enumerate(((1, 33, 70), (4, 5, 600), (7, 49, 65), (130, 51, 97), (260, 64, 128), (9, 13, 15))):
+        quant = "dense" if i < 4 else "nf4"
+        for p in (0.0, 0.05, 0.9):
+            c = make(m, n, k, dtype=dtype, quant=quant, w_dtype=FLOATS[i % 3], r=3, ab=FLOATS[i % 3], p=p)
+            dora_tools.check(c, dora_tools.make_gain(n))
+
+
+@needs_native
+def test_many_rows_and_deep_panels(level: str) -> None:
+    for dtype, quant, m, k in ((F32, "nf4", 520, 1088), (BF16, "nf4", 130, 1088), (BF16, "dense", 520, 900)):
+        c = make(m, 50, k, dtype=dtype, quant=quant, r=8, p=0.1, bias=True)
+        dora_tools.check(c, dora_tools.make_gain(50))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("m", [3, 40, 200])
+def test_same_bits_on_one_and_two_threads_and_again(level: str, m: int, p: float, dtype: torch.dtype) -> None:
+    c, gain = make(m, 200, 576, dtype=dtype, r=16, p=p, nested=True, bias=True), dora_tools.make_gain(200)
+    runs = []
+    for n in (1, 2, 2):
+        with threads(n):
+            y, h, s = dora_tools.forward(c, gain, op.forward_op.op)
+            runs.append((y, h, s, *dora_tools.backward(c, gain, h, s, op.backward_op.op)))
+    for run in runs[1:]:
+        for got, want in zip(run, runs[0], strict=True):
+            assert_same_bits(got, want)
+
+
+@needs_native
+def test_a_gain_of_one_is_lora_linear(level: str) -> None:
+    """The same kernels: without dropout the same bits, of the gradients too."""
+    from peft_kernels.ops import lora_linear as lora
+
+    for m in (2, 20, 140):
+        c, one = make(m, 60, 192, r=4), torch.ones(60)
+        y, h, s = dora_tools.forward(c, one, op.forward_op.op)
+        plain, plain_s = c.forward(lora.forward_op.op)
+        assert_same_bits(y, plain)
+        assert_same_bits(h, plain)
+        grads = dora_tools.backward(c, one, h, s, op.backward_op.op)
+        for got, want in zip(grads, c.backward(lora.backward_op.op, plain_s), strict=False):
+            assert_same_bits(got, want)
+
+
+@needs_native
+def test_no_rows_and_what_is_not_needed(level: str) -> None:
+    c, gain = make(0, 20, 64, r=4, bias=True), dora_tools.make_gain(20)
+    y, h, s = dora_tools.forward(c, gain, op.forward_op.op)
+    assert (y.shape, h.shape, s.shape) == ((0, 20), (0, 20), (0, 4))
+    dx, da, db, dgain = dora_tools.backward(c, gain, h, s, op.backward_op.op)
+    assert dx.shape == (0, 64)
+    for got, shape in ((da, (4, 64)), (db, (20, 4)), (dgain, (20,))):
+        assert torch.equal(got, torch.zeros(shape))  # 0 or -0: a gain may be negative
+    c = make(9, 20, 64, r=4, p=0.2)
+    _, h, s = dora_tools.forward(c, gain, op.forward_op.op)
+    whole = dora_tools.backward(c, gain, h, s, op.backward_op.op)
+    for needs in ((True, False, False), (False, True, False), (False, False, True)):
+        some = op.backward_op.op(c.dy, c.x, *c.weight, c.a, c.b, gain, h, s, c.scaling, c.p, c.seed, *needs)
+        for got, want, needed in zip(some, whole, (needs[0], needs[1], needs[1], needs[2]), strict=True):
+            assert_same_bits(got, want if needed else want.new_empty((0,)))
+
+
+@needs_native
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_compiled_and_eager_agree(p: float) -> None:
+    packed = random_quant_weight(24, 64, nested=True)
+    x, a, b, m = (torch.randn(s, requires_grad=True) for s in ((6, 64), (3, 64), (24, 3), (24,)))
+    seed = torch.tensor([9])
+
+    def run(*t: Tensor) -> Tensor:
+        norm = dora_norm(packed, t[1].detach(), t[2].detach(), 0.5)
+        return dora_linear(t[0], packed, *t[1:], norm, 0.5, None, p, seed if p else None)
+
+    eager = run(x, a, b, m)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x, a, b, m)
+    assert_same_bits(compiled, eager)
+    for got, want in zip(*(torch.autograd.grad(y.sum(), (x, a, b, m)) for y in (compiled, eager)), strict=True):
+        assert_same_bits(got, want)

@@ -19,6 +19,10 @@ static int check(const pk_lora_args *a, bool backward) {
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter needs a, b (float32, bfloat16 or float16) and s");
     if (a->r > 0 && a->dropout_p > 0 && (!a->seed || !(a->dropout_p < 1)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: dropout needs a seed and p < 1");
+    if (!backward && a->h && !a->gain) return pk_fail(PK_ERR_ARGUMENT, "lora_linear: h is given without a gain");
+    if (backward && a->dgain && (!a->gain || (!a->h && a->M > 0 && a->N > 0)))
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: dgain needs gain and h");
+    if (a->gain && !a->r) return pk_fail(PK_ERR_ARGUMENT, "lora_linear: a gain needs an adapter");
     if (!backward && a->bias && (a->bias_dtype < PK_F32 || a->bias_dtype > PK_F16))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unsupported dtype of bias, %d", int(a->bias_dtype));
     return PK_OK;
@@ -53,5 +57,13 @@ int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count) {
 int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count) {
     int code = check_stack(args, count, true);
     return code ? code : finish(pk_table()->lora_linear_backward(args, count));
+}
+
+int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares) {
+    pk_lora_args weight = *args; // without what belongs to rows of x
+    weight.M = 0, weight.x_dtype = PK_F32, weight.gain = nullptr, weight.h = nullptr, weight.dgain = nullptr;
+    weight.dropout_p = 0;
+    int code = check(&weight, true);
+    return code ? code : finish(pk_table()->squared_row_norms(&weight, squares));
 }
 }

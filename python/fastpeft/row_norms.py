@@ -1,74 +1,89 @@
-"""|W + B A| of each row of a base weight, with no dense W + B A.
-
-|W + B A|^2 = |W|^2 + 2 rowsum(B * U) + rowsum((B G) * B), with U = W A^T (r more tokens through the layer), G = A A^T.
-|W|^2 is kept for each base weight. Where the three terms cancel, the sum has lost its digits: rows below 1e-2 |W|^2 are
-computed anew from W + B A, a tile of rows at a time. Which rows these are depends on data, and a compiled graph keeps
-no |W|^2: there every row is computed from W + B A, which decodes W once and not twice.
-"""
+"""|W + s B A| of each row of a base weight, with no dense W + B A, and the norms that evaluation keeps."""
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from peft_kernels import QuantWeight, dora_norm
 
 from .sharded import is_sharded
-from .weights import BaseWeight, wide
+from .weights import BaseWeight, Quant4bitWeight, wide
 
-CANCELLED = 1e-2
-TILE = 256
-SAMPLED = 64  # elements by which a write without a version is noticed
+SAMPLED = 8  # elements by which a write without a version is noticed
 
 
-@torch.no_grad()
-def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    """|W + b a| of each row, in at least float32, under autocast too."""
-    with torch.autocast(a.device.type, enabled=False):
-        return _norms(kind, module, a, b)
-
-
-def _norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
+    """|W + scaling b a| of each row, in at least float32, under autocast too. Differentiable in a and b."""
+    if isinstance(scaling, Tensor):
+        b, scaling = b * scaling, 1.0
+    a, b = a.flatten(1), b.flatten(1)
+    w = _matrix(kind, module)
+    if w is not None:
+        return dora_norm(w, a, b, scaling)
     dtype = torch.promote_types(wide(kind.dtype(module)), wide(a.dtype))
-    a, b = a.flatten(1).to(dtype), b.flatten(1).to(dtype)
-    if torch.compiler.is_compiling():
-        tiles = kind._tiles(module)
-        return torch.cat([torch.addmm(kind.rows(module, t).to(dtype), b[t], a).square().sum(1) for t in tiles]).sqrt()
-    base = _kept_norms(kind, module)
-    # The sums are small, and in float64 they lose nothing that the products had.
-    left = b.double()
-    squares = base.double() + 2 * (left * kind.times(module, a)).sum(1)
-    squares += ((left @ (a @ a.t()).double()) * left).sum(1)
-    lost = (squares < CANCELLED * base).nonzero().flatten()
-    for index in torch.split(lost, TILE):
-        rows = kind.rows(module, index).to(dtype)
-        squares[index] = torch.addmm(rows, b[index], a).square().sum(1).double()
-    return squares.sqrt().to(dtype)
+    a, b = a.to(dtype), b.to(dtype) * scaling
+
+    def tile(rows: slice, a: Tensor, b: Tensor) -> Tensor:  # decoded again for its gradient rather than kept
+        norm: Tensor = torch.linalg.vector_norm(torch.addmm(kind.rows(module, rows).to(dtype), b, a), dim=1)
+        return norm
+
+    graph = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    with torch.autocast(a.device.type, enabled=False):
+        tiles = [(t, a, b[t]) for t in kind._tiles(module)]
+        return torch.cat([checkpoint(tile, *t, use_reentrant=False) if graph else tile(*t) for t in tiles])
 
 
-_NORMS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, Any, Tensor]] = weakref.WeakKeyDictionary()
+def _matrix(kind: type[BaseWeight], module: nn.Module) -> Tensor | QuantWeight | None:
+    """W as `dora_norm` reads it in place; None where it has to be decoded in tiles."""
+    if issubclass(kind, Quant4bitWeight):
+        return kind.quant(module)
+    if kind.quantized is not None:
+        return None
+    w = kind.read(module)[0]
+    return None if is_sharded(w) else w.detach().flatten(1)
 
 
-def _kept_norms(kind: type[BaseWeight], module: nn.Module) -> Tensor:
-    """|W|^2 of each row, computed again when the module holds another weight, or other memory for it, or wrote into it.
+class Kept:
+    """A value that is computed anew when one of the tensors that it came from was replaced or written to.
 
-    `weight.data.mul_(2)` writes without a new version; it is noticed by a few of the weight's elements on the CPU,
-    where reading them does not wait for a device. A tensor made in inference mode has no version and is not kept.
+    A tensor made in inference mode has no version: then nothing is kept. `weight.data.mul_(2)` writes without a new
+    version; it is noticed by a few elements on the CPU, where reading them does not wait for a device.
     """
-    weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
-    if weight.is_inference():
-        return kind.squared_norms(module)
-    # The reference holds no memory, but keeps the address from being given to another storage.
-    storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-    key = (weight._version, storage.cdata, weight.storage_offset())
-    some = None
-    if weight.device.type == "cpu" and not is_sharded(weight) and weight.is_contiguous():
-        some = weight.detach().view(-1)[:: weight.numel() // SAMPLED + 1].clone()
-    found = _NORMS.get(module)
-    if found is not None and found[0] == key and (some is None or torch.equal(some, found[2])):
-        return found[3]
-    value = kind.squared_norms(module)
-    _NORMS[module] = key, storage, some, value
-    return value
+
+    def __init__(self) -> None:
+        self._tensors: tuple[Tensor, ...] = ()
+        self._key: tuple[Any, ...] = ()
+        self._probes: list[tuple[Any, bytes]] = []
+        self._value: Tensor | None = None
+
+    def get(self, tensors: Sequence[Tensor], numbers: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """make(), or what it gave when `tensors` and `numbers` were the same. Constant, also under inference_mode."""
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+            with torch.no_grad():
+                return make()
+        key = (numbers, *((t._version, t.data_ptr()) for t in tensors))
+        if (
+            self._value is None or key != self._key or len(tensors) != len(self._tensors)
+            or any(t is not kept for t, kept in zip(tensors, self._tensors, strict=True))
+            or any(view.tobytes() != seen for view, seen in self._probes)
+        ):  # fmt: skip
+            with torch.inference_mode(False), torch.no_grad():
+                self._value = make()
+            self._tensors, self._key = tuple(tensors), key
+            self._probes = [(view, view.tobytes()) for view in map(_probe, tensors) if view is not None]
+        return self._value
+
+
+def _probe(t: Tensor) -> Any:
+    """A few elements of a tensor's memory as a numpy array."""
+    if t.device.type != "cpu" or is_sharded(t) or not t.is_contiguous() or not t.numel():
+        return None
+    flat = t.detach().view(-1)
+    if flat.dtype is torch.bfloat16:
+        flat = flat.view(torch.int16)
+    return flat[:: flat.numel() // SAMPLED + 1].numpy()

@@ -20,7 +20,7 @@ from fastpeft.testing import SAMPLE_BASES, add_adapter, assert_law, make_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_kernels import quantize_4bit
+from peft_kernels import draw_seed, philox, quantize_4bit
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 LORA = get_method("LORA")
@@ -43,6 +43,17 @@ CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+class CounterDropout(nn.Module):
+    """The dropout of our kernels, for PEFT's layers: its random numbers come from a counter."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return philox.dropout(x.flatten(0, -2), self.p, draw_seed()).view_as(x)
+
+
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_start_outputs_gradients_and_merged_weights_are_those_of_peft(name: str, train: bool) -> None:
@@ -58,6 +69,8 @@ def test_start_outputs_gradients_and_merged_weights_are_those_of_peft(name: str,
     for key, value in mine.items():
         assert_no_worse(value, start[key], start[key].double(), 8 * start[key].double().abs())
     ours, theirs = pair(CASES[name])
+    for up in (theirs.base_model.model.up, theirs.base_model.model.head) if name == "dora-dropout" and train else ():
+        up.lora_dropout["default"] = CounterDropout(0.4)
     assert_as_peft(ours, theirs, train)
     merged = [m.eval().merge_and_unload().state_dict() for m in (ours, theirs)]
     for key, value in merged[1].items():

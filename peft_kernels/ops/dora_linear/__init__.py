@@ -211,7 +211,7 @@ def dora_linear(
     a: Tensor,
     b: Tensor,
     magnitude: Tensor,
-    norm: Tensor,
+    norm: Tensor | None,
     scaling: float = 1.0,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -222,22 +222,24 @@ def dora_linear(
     x: [..., K] float32, bfloat16, float16 (float64 on the reference). weight: dense [N, K] or a `QuantWeight` of that
     shape. a: [r, K], b: [N, r], in a dtype of their own. magnitude: N elements of any shape. norm: [N], from
     `dora_norm(weight, a, b, scaling)`: a constant of the graph where it records no gradients, as in the paper and in
-    PEFT; rows of zeros are left at zero. bias: [N]. dropout_p: with dropout d, PEFT's
+    PEFT; rows of zeros stay zero; None: magnitude is the gain itself. bias: [N]. dropout_p: with dropout d, PEFT's
     `x W^T + bias + (gain - 1) d(x) W^T + gain scaling (d(x) a^T) b^T`; seed: int64, one element, drawn from torch's
-    generator when it is needed and not given. Returns [..., N] in x.dtype; sums are float32. Under autocast x is cast
-    to autocast's dtype. Raises ValueError or TypeError on bad arguments.
+    generator when needed and not given. Returns [..., N] in x.dtype; sums are float32. Under autocast x is cast to
+    autocast's dtype. Raises ValueError or TypeError on bad arguments.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype is not torch.float64 else x
     flat, n, k = base.flat_weight("dora_linear", weight)
     if x.dim() == 0 or x.shape[-1] != k:
         raise arg_error("dora_linear", "x", f"[..., {k}] to fit the weight [{n}, {k}]", tuple(x.shape))
-    if magnitude.numel() != n or tuple(norm.shape) != (n,):
-        raise arg_error("dora_linear", "magnitude and norm", f"of {n} elements and [{n}]",
-                        (tuple(magnitude.shape), tuple(norm.shape)))  # fmt: skip
+    if magnitude.numel() != n:
+        raise arg_error("dora_linear", "magnitude", f"of {n} elements", tuple(magnitude.shape))
+    if norm is not None and tuple(norm.shape) != (n,):
+        raise arg_error("dora_linear", "norm", f"[{n}]", tuple(norm.shape))
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(x.device)
-    gain = gain_of(magnitude, norm, base.acc_dtype(x.dtype))
+    acc = base.acc_dtype(x.dtype)
+    gain = magnitude.reshape(-1).to(acc) if norm is None else gain_of(magnitude, norm, acc)
     rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
     tensors = (x, flat[0], a, b, gain, bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -251,6 +253,4 @@ def dora_linear(
 
 def gain_of(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """magnitude / norm, [N] in `dtype`; a row of zeros stays one."""
-    norm = norm.to(dtype)
-    with torch.autocast(norm.device.type, enabled=False):
-        return magnitude.reshape(-1).to(dtype) / norm.clamp_min(torch.finfo(dtype).tiny)
+    return magnitude.reshape(-1).to(dtype) / norm.to(dtype).clamp_min(torch.finfo(dtype).tiny)

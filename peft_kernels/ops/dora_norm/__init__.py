@@ -41,7 +41,7 @@ def _fake_squares(weight: Tensor, *rest: Any) -> Tensor:
 
 def _reference_squares(weight: Tensor, *rest: Any) -> Tensor:
     *flat, n, k = rest
-    w = base.dense_weight(weight, *flat, n, k, _out_dtype(weight))
+    w = weight if flat[4] == 0 else base.dense_weight(weight, *flat, n, k, _out_dtype(weight))
     tiles = [w[i : i + TILE].double().square().sum(1) for i in range(0, n, TILE)]
     return torch.cat(tiles) if tiles else w.new_empty((0,), dtype=torch.float64)
 
@@ -92,11 +92,13 @@ def _reference(
     base_sq: Tensor | None,
 ) -> Tensor:  # fmt: skip
     n, k, dtype = b.shape[0], a.shape[1], _out_dtype(weight, a, b)
-    w = base.dense_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
-                          n, k, dtype)  # fmt: skip
+    w = weight
+    if quant_type != 0:
+        w = base.dense_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+                              nested_blocksize, n, k, dtype)  # fmt: skip
     a, b = a.to(dtype), b.to(dtype)
     tiles = [
-        torch.addmm(w[i : i + TILE], b[i : i + TILE], a, alpha=scaling).double().square().sum(1)
+        torch.addmm(w[i : i + TILE].to(dtype), b[i : i + TILE], a, alpha=scaling).double().square().sum(1)
         for i in range(0, n, TILE)
     ]
     return torch.cat(tiles).sqrt().to(dtype) if tiles else b.new_empty((0,))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 
-_ARGS = struct.Struct("=29q2d24x")  # pk_lora_args of csrc/pk_abi.h; its last three fields are for CUDA
+_ARGS = struct.Struct("=29q2d3q24x")  # pk_lora_args of csrc/pk_abi.h; its last three fields are for CUDA
 _F32 = torch.float32
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -77,7 +77,8 @@ def pack(
     nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, n: int,
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None, *,
     y: Tensor | None = None, s: Tensor | None = None, dy: Tensor | None = None, dx: Tensor | None = None,
-    da: Tensor | None = None, db: Tensor | None = None,
+    da: Tensor | None = None, db: Tensor | None = None, gain: Tensor | None = None, h: Tensor | None = None,
+    dgain: Tensor | None = None,
 ) -> bytes:  # fmt: skip
     """pk_lora_args of one projection. Every tensor is contiguous and must live until the native call returns."""
     nested = nested_absmax is not None and nested_absmax.numel() > 0
@@ -88,6 +89,7 @@ def pack(
         _ptr(y), _ptr(s), _ptr(dy), _ptr(dx), _ptr(da), _ptr(db), m, n, k, 0 if a is None else a.shape[0], quant_type,
         blocksize, nested_blocksize, _CODES[x.dtype], _CODES.get(weight.dtype, 0), 0 if a is None else _CODES[a.dtype],
         0 if b is None else _CODES[b.dtype], 0 if bias is None else _CODES[bias.dtype], threads, scaling, dropout_p,
+        _ptr(gain), _ptr(h), _ptr(dgain),
     )  # fmt: skip
 
 

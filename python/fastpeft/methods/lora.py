@@ -71,8 +71,10 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig):
     arrow_config: Any = None
     kasa_config: Any = None
     ensure_weight_tying: bool = False
+    dora_full_gradient: bool = False  # DoRA: the gradient of the norm, too, which the paper and PEFT leave out
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config",)
+    not_in_peft: ClassVar[tuple[str, ...]] = ("dora_full_gradient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +109,7 @@ class Lora(Method):
     )  # fmt: skip
     others: ClassVar[tuple[str, ...]] = (
         "r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "experts", "times",
+        "dora_full_gradient",
     )  # fmt: skip
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"})
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
@@ -149,6 +152,8 @@ class Lora(Method):
             )
         if init.is_init(start):
             init.check_config(config, loading)
+        if config.dora_full_gradient and not config.use_dora:
+            raise ValueError("LoraConfig(dora_full_gradient=True) is an option of DoRA: pass use_dora=True with it.")
         ranks = {"r": config.r, **{f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}}
         for name, r in ranks.items():
             if start == "orthogonal" and r % 2:

@@ -1,15 +1,15 @@
 """DoRA: the rows of W + sBA, normed and given a magnitude m that is learned (arXiv 2402.09353).
 
-With g = m / |W + sBA|, where the norm is a constant to the gradient as in the paper, the layer is
+With g = m / |W + sBA|, where the norm is a constant to the gradient as in the paper (`dora_full_gradient` lets the
+gradient through), the layer is
 
     y = g (W x + s B A x) + b
 
-which costs a LoRA, a product by g and the norm (`row_norms.py`). On top of other adapters W is the weight that they
-made, so that forward and merged agree (PEFT norms the base weight there).
+On a plain or 4-bit linear layer it is one call of `peft_kernels.dora_linear` and, in training, one of `dora_norm`;
+evaluation keeps the norms (`row_norms.Kept`). On top of other adapters W is the weight that they made, so that forward
+and merged agree (PEFT norms the base weight there).
 
-Dropout acts on both x and A x, as in PEFT: y = W (x - d(x)) + b + g (W d(x) + s B A d(x)), two products with W.
-
-(Longer than others: its forward has a form with dropout, one stacked on other adapters, and a fused one.)
+Dropout acts on both x and A x, as in PEFT: y = W (x - d(x)) + b + g (W d(x) + s B A d(x)).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import lora_linear
+from peft_kernels import QuantWeight, dora_linear, dora_norm
+from peft_kernels.ops.dora_linear import gain_of
 
 from ...base_edits import EDIT
 from ...method import Fused, Inner, LayerInfo, State
-from ...row_norms import norms
-from ...split_dropout import made_again, split
+from ...row_norms import Kept, norms
 from ...weights import BaseWeight, weight_in, weight_of
 from ..lora import Lora
 from . import variant
@@ -39,6 +39,10 @@ class Magnitude(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self._kept = (Kept(), Kept())  # norms, and gains
+
+    def __getstate__(self) -> dict[str, Any]:  # of a copy: none
+        return {**self.__dict__, "_kept": (Kept(), Kept())}
 
 
 @variant("use_dora")
@@ -72,8 +76,11 @@ class Dora(Lora):
             m = (w + state["scaling"] * (b.to(w) @ a.to(w))).norm(dim=1)
         else:
             a, b = a.to(info.device), b.to(info.device)
-            m = norms(kind, info.module, a, b * state["scaling"])
+            with torch.no_grad():
+                m = norms(kind, info.module, a, b, state["scaling"])
         shape = (1, -1, *[1] * (len(info.shape) - 2)) if info.kind.startswith("conv") else (-1,)
+        if config.dora_full_gradient:
+            state["dora_full_gradient"] = True
         return {**state, "lora_magnitude_vector": Magnitude(m.detach().view(shape))}
 
     def file_key(self, key: str) -> str:
@@ -88,13 +95,18 @@ class Dora(Lora):
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w = w + self.delta_weight(s, shared, None).to(w.dtype).reshape(w.shape)
-        g = _gain(s, w.detach().flatten(1).norm(dim=1)).to(w.dtype)
+        g = _gain(s, _constant(s, w.flatten(1)).norm(dim=1)).to(w.dtype)
         return w * g.view(-1, *[1] * (w.dim() - 1)), b
 
     def gain(self, s: Any, kind: type[BaseWeight], module: nn.Module) -> Tensor:
         """g, over the base layer itself."""
         a, b = self.matrices(s)
-        return _gain(s, norms(kind, module, a, b.detach() * s.scaling))
+        if s.training or s.get("dora_full_gradient"):
+            return _gain(s, norms(kind, module, _constant(s, a), _constant(s, b), s.scaling))
+        weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
+        kept: Kept = s.lora_magnitude_vector._kept[0]
+        norm = kept.get((weight, a, b), (s.scaling,), lambda: norms(kind, module, a, b, s.scaling))
+        return _gain(s, norm)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
         module: Any = inner.info.module
@@ -104,7 +116,7 @@ class Dora(Lora):
             g, bias = self.gain(s, kind, module), module.bias if hasattr(module, "bias") else None
         else:
             w, bias = inner.weight()
-            w = w.detach() + self.delta_weight(s, shared, None).detach().to(w.dtype).reshape(w.shape)
+            w = w.detach() + _constant(s, self.delta_weight(s, shared, None)).to(w.dtype).reshape(w.shape)
             g = _gain(s, w.flatten(1).norm(dim=1))
         if inner.info.kind == "embedding":
             rows: Tensor = super().output(s, shared, x, inner(x), inner)
@@ -126,25 +138,33 @@ class Dora(Lora):
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
         parts = getattr(super().fused(layer, s, shared), "parts", None)
-        kind, base = layer.kind, layer.base_layer
         if parts is None:
             return None
+        magnitudes: Any = layer._modules["lora_magnitude_vector"]
+        name, magnitude, full = s._name, s.lora_magnitude_vector, bool(s.get("dora_full_gradient"))
+        modules, parameters = magnitudes._modules, magnitude._parameters
+        kept_norm, kept_gain = magnitude._kept
 
         def run(x: Tensor) -> Tensor | None:
             found = parts()
-            if found is None:
+            m = parameters.get("weight")
+            if found is None or m is None or modules.get(name) is not magnitude:
                 return None
             w, a, b, scale, bias, compute, p = found
-            g = self.gain(s, kind, base)
             inside = x if compute is None else x.to(compute)
-            if p:
-                dropped, rest, keep = split(inside, p)
-                with made_again(inside, dropped, keep, p):
-                    h = lora_linear(dropped, w, a, b, scale)
-                return (lora_linear(rest, w, bias=bias) + h * g).to(x.dtype if inside is not x else h.dtype)
-            h = lora_linear(inside, w, a, b, scale)
-            dtype = x.dtype if inside is not x else h.dtype  # autocast's, as the base layer's output has
-            return (h * g if bias is None else torch.addcmul(bias.to(g.dtype), h, g)).to(dtype)
+            norm: Tensor | None = None
+            if full or layer.training:
+                norm = dora_norm(w, a if full else a.detach(), b if full else b.detach(), scale)
+                y = dora_linear(inside, w, a, b, m, norm, scale, bias, p)
+            else:
+                stored = (w.packed, w.absmax) if isinstance(w, QuantWeight) else (w,)
+                kept = None
+                if torch.is_grad_enabled() and m.requires_grad:
+                    norm = kept_norm.get((*stored, a, b), (scale,), lambda: dora_norm(w, a, b, scale))
+                else:
+                    kept = kept_gain.get((*stored, a, b, m), (scale,), lambda: _gain(s, dora_norm(w, a, b, scale)))
+                y = dora_linear(inside, w, a, b, m if kept is None else kept, norm, scale, bias, p)
+            return y.to(x.dtype) if inside is not x else y
 
         return run
 
@@ -153,7 +173,11 @@ def _names(state: State) -> tuple[str, str]:
     return ("lora_A", "lora_B") if "lora_A" in state else ("lora_embedding_A", "lora_embedding_B")
 
 
+def _constant(s: Any, t: Tensor) -> Tensor:
+    """A tensor as the norm sees it: a constant, as in the paper, unless the gradient is to be the full one."""
+    return t if s.get("dora_full_gradient") else t.detach()
+
+
 def _gain(s: Any, norm: Tensor) -> Tensor:
     m: Tensor = s.lora_magnitude_vector.weight
-    tiny = torch.finfo(norm.dtype).tiny  # a row of zeros stays one
-    return m.reshape(-1) / norm.clamp_min(tiny).to(m.dtype)
+    return gain_of(m, norm, m.dtype)
