@@ -104,9 +104,12 @@ def nearest(capability: int) -> str:
 
 @cache
 def table(arch: str) -> dict[str, Any]:
-    """The parsed `tuned/<arch>.json`; "like" names a table that fills in what this one does not say."""
+    """The parsed `tuned/<arch>.json`; "like" names a table that fills in what it does not say, kernel by kernel."""
     data: dict[str, Any] = json.loads((FOLDER / f"{arch}.json").read_text())
-    return {**table(data["like"]), **data} if "like" in data else data
+    if "like" not in data:
+        return data
+    like = table(data["like"])
+    return {**like, **data, "kernels": {**like["kernels"], **data.get("kernels", {})}}
 
 
 def _row_config(row: dict[str, Any], programs: int) -> Config:

@@ -22,8 +22,7 @@ from ..lora_linear import triton as single
 from . import each
 
 _MOST = 4  # projections in a launch: each is code of its own in the kernels
-_MOST_ROWS = 64  # of a tile, and
-_WARPS = 8  # at least: the kernels hold what every projection needs, so larger tiles or fewer threads would spill
+_MOST_ROWS = 64  # of a tile: the kernels hold what every projection needs, so larger tiles would spill
 
 
 def _when(x: Tensor, first: Sequence[Any], *_: Any) -> str | None:
@@ -55,7 +54,13 @@ def _config(kernel: str, x: Tensor, n: int, k: int, r: int, weights: Sequence[An
     if chosen.BM > _MOST_ROWS:
         fitting = [c for c in tuning.rows(kernel, arch, shape) if c.BM <= _MOST_ROWS]
         chosen = fitting[0] if fitting else replace(chosen, BM=_MOST_ROWS)
-    return replace(chosen, num_warps=max(chosen.num_warps, _WARPS))
+    # four adapters' terms beside the sum would spill with the threads that one layer's tile has
+    return replace(chosen, num_warps=max(chosen.num_warps, 8)) if len(weights) == _MOST else chosen
+
+
+def _tiling(config: tuning.Config, features: Sequence[int], k: int) -> dict[str, Any]:
+    """What the kernels take beside their tiles: as in lora_linear, EVEN_N by projection."""
+    return {**single._tiling(config, 0, k), "EVEN_N": tuple(n % config.BN == 0 for n in features)}
 
 
 def _plain(drops: Sequence[single._Dropout], a: Sequence[Tensor | None]) -> list[int]:
@@ -100,7 +105,7 @@ def forward(x: Tensor, *lists: list[Any]) -> list[Tensor]:
         tuple(features), tuple(ranks), *strides, tuple(map(float, scaling)), m, k, steps, COUNT=count,
         ADAPTER=tuple(r > 0 for r in ranks), BIAS=tuple(t is not None for t in bias), **constants,
         PRECISION=single._precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK, BR=single._rank_tile(max(ranks), c.BR),
-        GROUP=c.GROUP, **single._options(c),
+        **_tiling(c, features, k),
     )  # fmt: skip
     if parts > 1:
         for out, y in zip(outs, ys, strict=True):
@@ -171,7 +176,7 @@ def _input_gradient(
         tuple(drop.seed for drop in drops), tuple(features), tuple(ranks), *strides, bounds, keeps, m, k, steps,
         COUNT=len(dys), ADAPTER=tuple(r > 0 for r in ranks), DROPOUT=tuple(drop.on for drop in drops),
         BY_FOUR=k % 4 == 0, **constants, PRECISION=single._precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK,
-        BR=single._rank_tile(max(ranks), c.BR), GROUP=c.GROUP, **single._options(c),
+        BR=single._rank_tile(max(ranks), c.BR), **_tiling(c, features, k),
     )  # fmt: skip
     return dx if parts == 1 else single._reduce(out, dx, 1.0)
 
