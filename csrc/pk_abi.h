@@ -149,10 +149,14 @@ PK_EXPORT int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax,
                                       int64_t blocksize, int64_t nested_blocksize, int64_t numel, int64_t out_dtype,
                                       void *out, int64_t device, void *stream);
 /* lora_linear of one projection: quantised weights, x of bfloat16 or float16, blocksizes that are powers of two. M at most
- * 512, in the backward 64. bytes: of the workspace that the call with these arguments needs (0: none). */
+ * 512, in the backward 64; a gain without dropout only. bytes: of the workspace that the call with these arguments needs,
+ * 0 for none. */
 PK_EXPORT int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t backward, int64_t *bytes);
 PK_EXPORT int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, void *stream);
 PK_EXPORT int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t device, void *stream);
+/* As pk_cpu_squared_row_norms, of quantised weights; K is cut into `parts`: squares [parts][N], to be added in order. */
+PK_EXPORT int pk_cuda_squared_row_norms(const pk_lora_args *args, double *squares, int64_t parts, int64_t device,
+                                        void *stream);
 
 #ifdef __cplusplus
 }

@@ -48,6 +48,7 @@ _CUDA_SIGNATURES: dict[str, list[Any]] = {
     "pk_cuda_lora_workspace": [c_char_p, c_int64, c_void_p],
     "pk_cuda_lora_linear": [c_char_p, c_int64, c_void_p],
     "pk_cuda_lora_linear_backward": [c_char_p, c_int64, c_void_p],
+    "pk_cuda_squared_row_norms": [c_char_p, c_void_p, c_int64, c_int64, c_void_p],
 }
 
 _LIB_DIR = Path(__file__).resolve().parent / "lib"

@@ -82,6 +82,11 @@ def _mma(arguments: tuple[str, ...], arch: int) -> Fact:
     return replace(_product(bm, 64 / bm), dynamic_shared=shared, tile=tile)
 
 
+def _norm(arguments: tuple[str, ...], arch: int) -> Fact:
+    """<aligned, with an adapter>, of rank 16."""
+    return Fact("dora_norm", bytes=WEIGHT, fmas=16 * N * K if arguments[1] == "1" else 0, wide=False)
+
+
 def _other(op: str) -> Callable[[tuple[str, ...], int], Fact]:
     return lambda arguments, arch: Fact(op, wide=False)
 
@@ -94,7 +99,8 @@ FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "gemv_kernel": _gemv,
     "input_kernel": _input,
     "mma::kernel": _mma,
-    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "project", "finish", "sum", "outer")},
+    "norm_kernel": _norm,
+    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "project", "finish", "sum", "outer", "gain")},
 }
 
 

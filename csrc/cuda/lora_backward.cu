@@ -1,5 +1,6 @@
 /* Backward of lora_linear for few rows: ds = scaling * dy b;  dx = dy W + drop'(ds a);  da = ds^T drop(x);
- * db = scaling * dy^T s. No dense W, no atomics; every sum has one order.
+ * db = scaling * dy^T s. With a gain (no dropout then) dh = gain * dy stands for dy, and dgain = colsum(dy * h): dh is
+ * written, rounded, for dy W alone; elsewhere the gain multiplies b and the rows of db. No dense W, no atomics; every sum has one order.
  *
  * dy W goes over the rows of W, so a block's scale differs from term to term: W is decoded to what eager computes with,
  * float32 table times float32 scale, rounded once to x's type. A warp owns 64 columns and takes 16 rows a step: lane
@@ -213,6 +214,7 @@ struct Outer {
     int M, r, out_dtype;
     float scale;
     PkDropout drop;
+    const float *gain; /* NULL, or of the rows of out */
 };
 
 /* out[c, j] = scale * sum_m drop(z)[m, c] t[m, j]. A thread has 4 columns and RT ranks. */
@@ -242,7 +244,26 @@ template <typename T> __global__ void __launch_bounds__(OUTER_THREADS) outer_ker
 #pragma unroll
         for (int j = 0; j < RT; ++j)
             if (c + i < o.C && j0 + j < o.r)
-                pk_store_as(o.out, o.out_dtype, (c + i) * o.column + (j0 + j) * o.rank, scale * sums[i][j]);
+                pk_store_as(o.out, o.out_dtype, (c + i) * o.column + (j0 + j) * o.rank,
+                            (o.gain ? scale * __ldg(o.gain + c + i) : scale) * sums[i][j]);
+}
+
+/* dh = gain * dy and dgain = colsum(dy * h), each unless it is NULL. A thread has a column. */
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    gain_kernel(const T *__restrict__ dy, const float *__restrict__ gain, const T *__restrict__ h, T *__restrict__ dh,
+                float *__restrict__ dgain, int M, int64_t N) {
+    const int64_t n = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    if (n >= N) return;
+    const float factor = gain[n];
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int m = 0; m < M; ++m) {
+        const float v = pk_float(dy[m * N + n]);
+        if (dh) dh[m * N + n] = pk_rounded<T>(factor * v);
+        if (dgain) sum += v * pk_float(h[m * N + n]);
+    }
+    if (dgain) dgain[n] = sum;
 }
 
 bool whole_words(const pk_lora_args &a) {
@@ -264,7 +285,9 @@ Splits splits_of(const pk_lora_args &a) {
     return {steps, all < 1 ? 1 : (all + steps - 1) / steps};
 }
 
-int64_t ds_floats(const pk_lora_args &a) { return (a.M * a.r + 3) / 4 * 4; }
+/* The workspace: ds, dh, the parts of dx. */
+int64_t ds_floats(const pk_lora_args &a) { return a.r > 0 ? (a.M * a.r + 3) / 4 * 4 : 0; }
+int64_t dh_floats(const pk_lora_args &a) { return a.gain && a.dx ? (a.M * a.N + 7) / 8 * 4 : 0; }
 
 template <typename T, int TILES>
 void launch_input(const Input &in, const PkTable &table, unsigned splits, cudaStream_t stream) {
@@ -275,7 +298,7 @@ void launch_input(const Input &in, const PkTable &table, unsigned splits, cudaSt
 
 template <typename T> void launch_dx(const pk_lora_args &a, const float *ds, cudaStream_t stream) {
     const Splits splits = splits_of(a);
-    float *const parts = a.workspace + (a.r > 0 ? ds_floats(a) : 0);
+    float *const parts = a.workspace + ds_floats(a) + dh_floats(a);
     Input in = {};
     in.dy = a.dy, in.packed = static_cast<const uint8_t *>(a.weight), in.parts = parts;
     in.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
@@ -313,23 +336,32 @@ template <typename T> int backward(const pk_lora_args &a, cudaStream_t stream) {
     if (a.r > 0 && a.M > 0)
         if (int code = pk_lora_project(a, a.dy, a.N, a.b, a.b_dtype, true, false, static_cast<float>(a.scaling), ds, stream))
             return code;
+    pk_lora_args product = a;
+    if (a.gain && a.N > 0 && (a.dgain || dh_floats(a))) {
+        T *const dh = dh_floats(a) ? reinterpret_cast<T *>(a.workspace + ds_floats(a)) : nullptr;
+        auto kernel = gain_kernel<T>;
+        PK_LAUNCH(kernel, static_cast<unsigned>((a.N + THREADS - 1) / THREADS), THREADS, stream,
+                  static_cast<const T *>(a.dy), a.gain, static_cast<const T *>(a.h), dh, a.dgain, M, a.N);
+        product.dy = dh;
+    }
     if (a.dx && a.M > 0 && a.K > 0) {
-        launch_dx<T>(a, ds, stream);
+        launch_dx<T>(product, ds, stream);
         if (int code = pk_cuda_check(cudaGetLastError(), what)) return code;
     }
     if (a.r == 0) return PK_OK;
     if (a.da && a.K > 0)
-        launch_outer<T>({a.x, ds, a.da, a.K, 1, a.K, M, r, static_cast<int>(a.a_dtype), 1.0f, pk_dropout_of(a)}, stream);
+        launch_outer<T>({a.x, ds, a.da, a.K, 1, a.K, M, r, static_cast<int>(a.a_dtype), 1.0f, pk_dropout_of(a), nullptr},
+                       stream);
     if (a.db && a.N > 0)
         launch_outer<T>({a.dy, a.s, a.db, a.N, a.r, 1, M, r, static_cast<int>(a.b_dtype), static_cast<float>(a.scaling),
-                         {nullptr, 0, 1.0f}}, stream);
+                         {nullptr, 0, 1.0f}, a.gain}, stream);
     return pk_cuda_check(cudaGetLastError(), what);
 }
 } // namespace
 
 int64_t pk_lora_backward_workspace(const pk_lora_args &a) {
     const int64_t parts = a.dx ? splits_of(a).count * a.M * a.K : 0;
-    return 4 * (parts + (a.r > 0 ? ds_floats(a) : 0));
+    return 4 * (parts + ds_floats(a) + dh_floats(a));
 }
 
 int pk_lora_backward(const pk_lora_args &a, cudaStream_t stream) {

@@ -28,7 +28,8 @@ struct Call {
     PkScales scales;
     const float *s;
     const void *b, *bias;
-    void *y;
+    const float *gain; /* or NULL */
+    void *y, *h;       /* h: with a gain, or NULL */
     float *parts; /* [splits][M][N], or NULL: y is written at once */
     int64_t N, K;
     int M, r, b_dtype, bias_dtype;
@@ -46,7 +47,7 @@ template <> __device__ __forceinline__ void mma<__half>(float (&d)[4], const uin
     pk_mma_f16(d, a, b);
 }
 
-/* y[member, n] = sum + bias[n] + scaling * s[member] . b[n]: a team of 8 lanes has row n of W, lane `member` of it brings
+/* y[member, n] = gain[n] * (sum + scaling * s[member] . b[n]) + bias[n]: a team of 8 lanes has row n of W, lane `member` of it brings
  * the sum of x's row `member`. Lanes of rows that do not exist only take part in the shuffles. */
 template <typename T> __device__ __forceinline__ void finish(const Call &c, int64_t n, int member, float sum) {
     const bool real = n < c.N;
@@ -66,8 +67,11 @@ template <typename T> __device__ __forceinline__ void finish(const Call &c, int6
         mine = m == member ? low[m] : mine;
     }
     if (!real || member >= c.M) return;
+    sum += c.scaling * mine;
+    if (c.h) static_cast<T *>(c.h)[member * c.N + n] = pk_rounded<T>(sum);
+    if (c.gain) sum *= __ldg(c.gain + n);
     if (c.bias) sum += pk_load_as(c.bias, c.bias_dtype, n);
-    static_cast<T *>(c.y)[member * c.N + n] = pk_rounded<T>(sum + c.scaling * mine);
+    static_cast<T *>(c.y)[member * c.N + n] = pk_rounded<T>(sum);
 }
 
 template <typename T, int SETS, bool NESTED>
@@ -271,6 +275,7 @@ template <typename T> void launch_all(const pk_lora_args &a, Call &c, cudaStream
     for (int m = 0; m < a.M; m += most) {
         c.M = static_cast<int>(a.M - m < most ? a.M - m : most);
         c.x = static_cast<const T *>(a.x) + m * a.K, c.y = static_cast<T *>(a.y) + m * a.N, c.s = a.s + m * a.r;
+        c.h = a.gain && a.h ? static_cast<T *>(a.h) + m * a.N : nullptr;
         if (2 * c.M <= most)
             launch<T, 1>(c, table, splits, stream);
         else
@@ -291,7 +296,7 @@ int pk_lora_gemv(const pk_lora_args &a, cudaStream_t stream) {
     Call c = {};
     c.x = a.x, c.packed = static_cast<const uint8_t *>(a.weight), c.y = a.y;
     c.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
-    c.s = a.s, c.b = a.b, c.bias = a.bias;
+    c.s = a.s, c.b = a.b, c.bias = a.bias, c.gain = a.gain, c.h = a.gain ? a.h : nullptr;
     c.N = a.N, c.K = a.K, c.M = static_cast<int>(a.M), c.r = static_cast<int>(a.r);
     c.b_dtype = static_cast<int>(a.b_dtype), c.bias_dtype = static_cast<int>(a.bias_dtype);
     c.scaling = static_cast<float>(a.scaling);

@@ -9,6 +9,7 @@ const char *const what = "lora_linear";
 
 struct Projection {
     const void *z, *w;
+    const float *gain; /* NULL, or of the rows of w, by_columns */
     float *out;
     int64_t M, C;
     int r, w_dtype;
@@ -35,7 +36,9 @@ __global__ void __launch_bounds__(THREADS) project_kernel(const __grid_constant_
             } else if (p.by_columns) {
 #pragma unroll
                 for (int i = 0; i < 8; ++i)
-                    w[j][i] = c + i < p.C ? pk_load_as(p.w, p.w_dtype, (c + i) * p.r + j0 + j) : 0.0f;
+                    w[j][i] = c + i < p.C ? pk_load_as(p.w, p.w_dtype, (c + i) * p.r + j0 + j) *
+                                                (p.gain ? __ldg(p.gain + c + i) : 1.0f)
+                                          : 0.0f;
             } else {
                 pk_load8_as(p.w, p.w_dtype, (j0 + j) * p.C + c, p.C - c, p.w_fast, w[j]);
             }
@@ -88,9 +91,10 @@ template <typename T> void launch(const Projection &p, cudaStream_t stream) {
 }
 
 bool is_float(int64_t dtype) { return dtype == PK_F32 || dtype == PK_BF16 || dtype == PK_F16; }
+} // namespace
 
-int check(const pk_lora_args *a) {
-    const auto fail = [](const char *text, int64_t got) {
+int pk_lora_check(const pk_lora_args *a, const char *what) {
+    const auto fail = [what](const char *text, int64_t got) {
         return pk_fail(PK_ERR_ARGUMENT, "%s: %s, got %lld", what, text, static_cast<long long>(got));
     };
     if (!a) return pk_fail(PK_ERR_ARGUMENT, "%s: no arguments", what);
@@ -117,9 +121,12 @@ int check(const pk_lora_args *a) {
     if (a->r > 0 && a->dropout_p != 0.0 && (!a->seed || !(a->dropout_p > 0.0 && a->dropout_p < 1.0)))
         return pk_fail(PK_ERR_ARGUMENT, "%s: dropout needs a seed and p in [0, 1), got p %g", what, a->dropout_p);
     if (a->bias && !is_float(a->bias_dtype)) return fail("bias must be float32, bfloat16 or float16", a->bias_dtype);
+    if (a->gain && a->r > 0 && a->dropout_p != 0.0)
+        return pk_fail(PK_ERR_ARGUMENT, "%s: serves a gain without dropout only, got p %g", what, a->dropout_p);
     return PK_OK;
 }
 
+namespace {
 int check_workspace(const pk_lora_args &a, int64_t needed) {
     if (needed > 0 && (!a.workspace || a.workspace_bytes < needed || !pk_aligned(a.workspace, 16)))
         return pk_fail(PK_ERR_ARGUMENT, "%s: needs %lld bytes of workspace, 16-byte aligned; got %lld at %p", what,
@@ -129,7 +136,7 @@ int check_workspace(const pk_lora_args &a, int64_t needed) {
 }
 
 int check_forward(const pk_lora_args *args) {
-    if (int code = check(args)) return code;
+    if (int code = pk_lora_check(args, what)) return code;
     const pk_lora_args &a = *args;
     if (a.M > PK_MMA_ROWS)
         return pk_fail(PK_ERR_ARGUMENT, "%s: M must be at most %lld, got %lld", what,
@@ -143,7 +150,7 @@ int64_t forward_workspace(const pk_lora_args &a) {
 }
 
 int check_backward(const pk_lora_args *args) {
-    if (int code = check(args)) return code;
+    if (int code = pk_lora_check(args, what)) return code;
     if (args->M > PK_BACKWARD_ROWS)
         return pk_fail(PK_ERR_ARGUMENT, "%s: M must be at most %lld in the backward, got %lld", what,
                        static_cast<long long>(PK_BACKWARD_ROWS), static_cast<long long>(args->M));
@@ -154,7 +161,7 @@ int check_backward(const pk_lora_args *args) {
 int pk_lora_project(const pk_lora_args &args, const void *z, int64_t C, const void *w, int64_t w_dtype, bool by_columns,
                     bool dropout, float scale, float *out, cudaStream_t stream) {
     Projection p = {};
-    p.z = z, p.w = w, p.out = out, p.M = args.M, p.C = C;
+    p.z = z, p.w = w, p.gain = by_columns ? args.gain : nullptr, p.out = out, p.M = args.M, p.C = C;
     p.r = static_cast<int>(args.r), p.w_dtype = static_cast<int>(w_dtype), p.by_columns = by_columns;
     p.z_fast = C % 8 == 0 && pk_aligned(z, 16), p.w_fast = C % 8 == 0 && pk_aligned(w, 16);
     p.scale = scale, p.drop = dropout ? pk_dropout_of(args) : PkDropout{nullptr, 0, 1.0f};
@@ -195,6 +202,8 @@ extern "C" int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t de
         return pk_fail(PK_ERR_ARGUMENT, "%s: dy, x or s is NULL", what);
     if (a.r > 0 && a.N > 0 && a.K > 0 && !a.da != !a.db)
         return pk_fail(PK_ERR_ARGUMENT, "%s: da and db are given together or not at all", what);
+    if (a.dgain && (!a.gain || (!a.h && a.M > 0 && a.N > 0)))
+        return pk_fail(PK_ERR_ARGUMENT, "%s: dgain needs gain and h", what);
     if (int code = check_workspace(a, a.M == 0 ? 0 : pk_lora_backward_workspace(a))) return code;
     if (int code = pk_cuda_use(device, what)) return code;
     return pk_lora_backward(a, static_cast<cudaStream_t>(stream));

@@ -35,20 +35,12 @@ __device__ __forceinline__ uint4 halves(const void *p, int dtype, int row, int r
     return {high[0], high[1], low[0], low[1]};
 }
 
-/* The sums start at bias + scaling * s b^T, in three products of the halves: float32 adapters lose nothing that shows
+/* The sums start at scaling * s b^T, in three products of the halves: float32 adapters lose nothing that shows
  * in a 16-bit y. s goes through `room` of shared memory as fragments, so that it is split once for all warps. */
 template <typename C>
 __device__ __forceinline__ void start(const Problem &p, char *room, typename C::Sums &acc, int group, int n,
                                       int m0) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    if (p.bias && group == 0) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float v = n + 8 * i < p.N ? pk_load_as(p.bias, p.bias_dtype, n + 8 * i) : 0.0f;
-#pragma unroll
-            for (int mt = 0; mt < C::BM / 8; ++mt) acc[i / 2][mt][i % 2 * 2] = acc[i / 2][mt][i % 2 * 2 + 1] = v;
-        }
-    }
     for (int r0 = 0; r0 < p.r; r0 += 16 * C::WK) { /* 16 for each group */
         for (int i = warp; i < C::BM / 8 * C::WK; i += THREADS / 32)
             at<uint4>(room, (i * 32 + lane) * 16) = halves(p.s, PK_F32, m0 + 8 * (i / C::WK) + g, p.M,
@@ -116,10 +108,28 @@ __device__ __forceinline__ void add(float (&to)[4], float4 v) {
 }
 __device__ __forceinline__ float4 packed(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
 
+/* y = gain * h + bias, from h; a gain that is absent is 1. n: the thread's first column of y. */
+template <typename C>
+__device__ __forceinline__ void finish(const Problem &p, typename C::Sums &acc, int n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const bool real = n + 8 * i < p.N;
+        const float gain = real && p.gain ? __ldg(p.gain + n + 8 * i) : 1.0f;
+        const float bias = real && p.bias ? pk_load_as(p.bias, p.bias_dtype, n + 8 * i) : 0.0f;
+#pragma unroll
+        for (int mt = 0; mt < C::BM / 8; ++mt)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float &v = acc[i / 2][mt][i % 2 * 2 + j];
+                v = v * gain + bias;
+            }
+    }
+}
+
 /* The tile goes through shared memory (row m, column n) to y, 16 bytes a thread where y's rows allow it. */
 template <typename T, typename C>
-__device__ __forceinline__ void store(const Problem &p, char *shared, typename C::Sums &acc, int n0, int m0,
-                                      bool holds, int column, int t) {
+__device__ __forceinline__ void store(const Problem &p, uint16_t *y, char *shared, typename C::Sums &acc, int n0,
+                                      int m0, bool holds, int column, int t) {
     constexpr int ROW = (C::BN + 8) * 2;
     if (holds) {
 #pragma unroll
@@ -132,11 +142,11 @@ __device__ __forceinline__ void store(const Problem &p, char *shared, typename C
                         static_cast<uint16_t>(pk_pack<T>(acc[i][mt][j], 0.0f));
     }
     __syncthreads();
-    const bool wide = p.N % 8 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+    const bool wide = p.N % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
     for (int c = static_cast<int>(threadIdx.x); c < C::BM * C::BN / 8; c += THREADS) {
         const int row = c / (C::BN / 8), n = c % (C::BN / 8) * 8;
         if (m0 + row >= p.M || n0 + n >= p.N) continue;
-        uint16_t *to = p.y + static_cast<int64_t>(m0 + row) * p.N + n0 + n;
+        uint16_t *to = y + static_cast<int64_t>(m0 + row) * p.N + n0 + n;
         if (wide) {
             *reinterpret_cast<uint4 *>(to) = at<uint4>(shared, row * ROW + n * 2);
         } else {
@@ -260,6 +270,13 @@ __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Pro
     const int place = tid % C::COLUMN_THREADS;
     if constexpr (C::WK > 1) add_groups<C>(shared, acc, group, place);
     if (p.split > 1 && !add_parts<C>(p, shared, acc, group == 0, place)) return;
-    store<T, C>(p, shared, acc, n0, m0, group == 0, warp * 32 + g, t);
+    if (p.gain || p.bias) {
+        if (p.h) {
+            store<T, C>(p, p.h, shared, acc, n0, m0, group == 0, warp * 32 + g, t);
+            __syncthreads(); /* the memory is used again */
+        }
+        finish<C>(p, acc, n);
+    }
+    store<T, C>(p, p.y, shared, acc, n0, m0, group == 0, warp * 32 + g, t);
 }
 } // namespace mma

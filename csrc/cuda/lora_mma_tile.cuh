@@ -25,8 +25,8 @@ struct Problem {
     const uint8_t *x, *packed;
     PkBlockScales scales;
     const void *b, *bias;
-    const float *s;
-    uint16_t *y;
+    const float *s, *gain; /* gain: or NULL */
+    uint16_t *y, *h;       /* h: with a gain, or NULL */
     float4 *partial;   /* split > 1: [tile][part][BM / 4][threads of a K group] */
     unsigned *arrived; /* split > 1: per tile, zero */
     int M, N, K, r, m_tiles, split;

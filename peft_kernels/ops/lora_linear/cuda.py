@@ -22,18 +22,20 @@ from .native import backward_arguments, forward_arguments, pack, refusal
 ROWS = 512  # PK_MMA_ROWS of csrc/cuda/lora.cuh
 BACKWARD_ROWS = 64  # PK_BACKWARD_ROWS
 _TAIL = struct.Struct("=3q")  # table, workspace, workspace_bytes: the last fields of pk_lora_args
-_DTYPES = frozenset({torch.bfloat16, torch.float16})
+DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
-def _refuses(
-    most: int, m: int, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+def refuse_rows(most: int, x: Tensor) -> str | None:
+    return f"serves up to {most} rows of x, these are {x.shape[0]}" if x.shape[0] > most else None
+
+
+def refuse_weight(
+    weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
     offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, a: Tensor | None, b: Tensor | None,
     bias: Tensor | None,
 ) -> str | None:  # fmt: skip
     if quant_type == 0:
         return "serves 4-bit weights only, this one is dense"
-    if m > most:
-        return f"serves up to {most} rows of x, these are {m}"
     if blocksize not in BLOCKSIZES:
         return f"serves blocksizes of {BLOCKSIZES}, this one is {blocksize}"
     if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
@@ -46,8 +48,8 @@ def _when_forward(
     offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> str | None:  # fmt: skip
-    return _refuses(ROWS, x.shape[0], weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
-                    nested_blocksize, a, b, bias)  # fmt: skip
+    return refuse_rows(ROWS, x) or refuse_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type,
+                                                 blocksize, nested_blocksize, a, b, bias)  # fmt: skip
 
 
 def _when_backward(
@@ -56,8 +58,9 @@ def _when_backward(
     a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
     need_dx: bool, need_ab: bool,
 ) -> str | None:  # fmt: skip
-    return _refuses(BACKWARD_ROWS, dy.shape[0], weight, absmax, nested_absmax, nested_code, offset, quant_type,
-                    blocksize, nested_blocksize, a, b, None)  # fmt: skip
+    return refuse_rows(BACKWARD_ROWS, dy) or refuse_weight(
+        weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, a, b, None
+    )
 
 
 def with_tail(packed: bytes, quant_type: int, workspace: int = 0, workspace_bytes: int = 0) -> bytes:
@@ -65,7 +68,7 @@ def with_tail(packed: bytes, quant_type: int, workspace: int = 0, workspace_byte
     return packed[: -_TAIL.size] + _TAIL.pack(table(quant_type, "cpu").data_ptr(), workspace, workspace_bytes)
 
 
-def _queue(launch: Callable[..., int], packed: bytes, quant_type: int, backward: bool, like: Tensor) -> None:
+def queue(launch: Callable[..., int], packed: bytes, quant_type: int, backward: bool, like: Tensor) -> None:
     """Queue the call on the stream of `like`, with as much workspace as it asks for."""
     needed = c_int64(0)
     with launching(like) as (device, stream):
@@ -87,7 +90,7 @@ def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     args = (*args[:-1], _on(args[-1], x))  # the seed is read by the kernel
     own, y, s = forward_arguments(x, *args)
-    _queue(native.cuda().pk_cuda_lora_linear, pack(0, x, *own, y=y, s=s), own[5], False, x)
+    queue(native.cuda().pk_cuda_lora_linear, pack(0, x, *own, y=y, s=s), own[5], False, x)
     return y, s
 
 
@@ -99,11 +102,11 @@ def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]
     x = x.contiguous()
     packed = pack(0, x, *own, s=s, dy=dy, dx=dx if need_dx else None, da=da if need_ab else None,
                   db=db if need_ab else None)  # fmt: skip
-    _queue(native.cuda().pk_cuda_lora_linear_backward, packed, own[5], True, dy)
+    queue(native.cuda().pk_cuda_lora_linear_backward, packed, own[5], True, dy)
     return dx, da, db
 
 
 BACKENDS = {
-    "lora_linear": backend(forward, dtypes=_DTYPES, when=_when_forward),
-    "lora_linear_backward": backend(backward, dtypes=_DTYPES, when=_when_backward),
+    "lora_linear": backend(forward, dtypes=DTYPES, when=_when_forward),
+    "lora_linear_backward": backend(backward, dtypes=DTYPES, when=_when_backward),
 }
