@@ -171,7 +171,6 @@ def test_the_budgets_name_fields_that_exist() -> None:
     names = {
         name for rule in budgets.rules() for part in ("where", "most", "least", "is") for name in rule.get(part, {})
     }
-    names |= {name for rule in budgets.rules() for fields in rule.get("unless", []) for name in fields}
     assert {n for n in names if not n.startswith("config.")} <= set(product().__dataclass_fields__)
     assert all(rule["why"] for rule in budgets.rules())
     assert all({"most", "least", "is"} & set(rule) for rule in budgets.rules())

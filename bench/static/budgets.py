@@ -1,8 +1,8 @@
 """Limits on the rows of the static report, from `budgets.json`.
 
 A rule: `why`; `where`, the rows that it holds for, by field (a value, or a list of values; launch options, such as BM,
-as `config.BM`); `unless`, which of those it does not hold for; `most` and `least`, numbers for fields; `is`, what
-fields must be (a value, or a list of values). A number that is not known exceeds every limit.
+as `config.BM`); `most` and `least`, numbers for fields; `is`, what fields must be (a value, or a list of values). A
+number that is not known exceeds every limit.
 """
 
 from __future__ import annotations
@@ -38,11 +38,7 @@ def value(row: Row, name: str) -> Any:
 
 def holds(rule: dict[str, Any], row: Row) -> bool:
     """Whether `rule` is about `row`."""
-
-    def fits(fields: dict[str, Any]) -> bool:
-        return all(value(row, k) in _listed(v) for k, v in fields.items())
-
-    return fits(rule["where"]) and not any(fits(fields) for fields in _listed(rule.get("unless", [])))
+    return all(value(row, k) in _listed(v) for k, v in rule["where"].items())
 
 
 def check(rows: Sequence[Row]) -> list[str]:

@@ -80,6 +80,13 @@ __device__ __forceinline__ uint32_t pk_prmt(uint32_t a, uint32_t b, uint32_t sel
     return __byte_perm(a, b, selector);
 }
 
+/* 1 / v, off by one place at most; numbers that are not normal count as zero. */
+__device__ __forceinline__ float pk_reciprocal(float v) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
+
 /* (a & b) | c, in one instruction whatever the compiler makes of its surroundings. */
 __device__ __forceinline__ uint32_t pk_and_or(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t out;

@@ -4,10 +4,12 @@
  * of bfloat16, 4 bytes of result), so loads and stores are coalesced. The maximum goes through shuffles; the elements are
  * read again (from L1) for the codes where a team needs more than one pass. The midpoints lie in shared memory in heap
  * order: 16 floats are 16 banks, so the four look-ups of the 32 lanes never conflict. */
-#include "common.cuh"
+#include "divide.cuh"
+#include "values.cuh"
 
 namespace {
 constexpr int THREADS = 256;
+constexpr int BLOCKS = 4; /* that a multiprocessor holds at least: enough, and with more the compiler spills */
 constexpr int CHUNK = 8; /* elements a lane takes at a time */
 
 struct Tables {
@@ -15,50 +17,17 @@ struct Tables {
     uint8_t order[16];  /* code by rank */
 };
 
-template <typename T> struct Load8;
-template <> struct Load8<float> {
-    static __device__ float one(const float *p) { return *p; }
-    static __device__ void all(const float *p, float *v) {
-        float4 a = reinterpret_cast<const float4 *>(p)[0], b = reinterpret_cast<const float4 *>(p)[1];
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-    }
-};
-template <> struct Load8<__nv_bfloat16> {
-    static __device__ float one(const __nv_bfloat16 *p) { return __bfloat162float(*p); }
-    static __device__ void all(const __nv_bfloat16 *p, float *v) {
-        uint4 raw = *reinterpret_cast<const uint4 *>(p);
-        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            v[2 * k] = __uint_as_float(words[k] << 16);
-            v[2 * k + 1] = __uint_as_float(words[k] & 0xffff0000u);
-        }
-    }
-};
-template <> struct Load8<__half> {
-    static __device__ float one(const __half *p) { return __half2float(*p); }
-    static __device__ void all(const __half *p, float *v) {
-        uint4 raw = *reinterpret_cast<const uint4 *>(p);
-        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            v[2 * k] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[k])));
-            v[2 * k + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[k] >> 16)));
-        }
-    }
-};
-
 template <typename T> __device__ void load(const T *w, int64_t i, int64_t numel, bool fast, float *v) {
     if (fast) {
-        Load8<T>::all(w + i, v);
+        pk_load8(w + i, v);
         return;
     }
 #pragma unroll
-    for (int k = 0; k < CHUNK; ++k) v[k] = i + k < numel ? Load8<T>::one(w + i + k) : 0.0f;
+    for (int k = 0; k < CHUNK; ++k) v[k] = i + k < numel ? pk_float(w[i + k]) : 0.0f;
 }
 
 template <typename T, int BS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, BLOCKS)
     quantize_kernel(const T *__restrict__ w, int64_t numel, int64_t nblocks, const __grid_constant__ Tables tables, bool aligned,
                     uint8_t *__restrict__ packed, float *__restrict__ absmax) {
     constexpr int TEAM = BS / CHUNK < 32 ? BS / CHUNK : 32;
@@ -91,7 +60,7 @@ __global__ void __launch_bounds__(THREADS)
         if (block >= nblocks) continue;
         const float top = __uint_as_float(most);
         const float divisor = top < 1e-38f ? 1e-38f : top;
-        const float inverse = __fdiv_rn(1.0f, divisor);
+        const float inverse = pk_inverse(divisor);
         if (lane == 0) absmax[block] = full ? top : divisor;
 #pragma unroll 4
         for (int p = 0; p < PASSES; ++p) {
@@ -101,7 +70,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int k = 0; k < CHUNK; ++k) {
                 /* the spare nibble of an odd count holds the code of zero, whatever the divisor */
-                const float s = full ? __fmul_rn(v[k], inverse) : (i + k < numel ? __fdiv_rn(v[k], divisor) : 0.0f);
+                const float s = full ? __fmul_rn(v[k], inverse) : (i + k < numel ? pk_divide(v[k], divisor) : 0.0f);
                 int node = 1;
 #pragma unroll
                 for (int level = 0; level < 4; ++level) node = 2 * node + !(s <= tree[node]);
@@ -159,7 +128,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int k = 1; k < THREADS / 32; ++k) most = fmaxf(most, partial[k]);
         if (threadIdx.x == 0) nested_absmax[block] = most;
-        const float inverse = __fdiv_rn(1.0f, most);
+        const float inverse = pk_inverse(most);
         for (int64_t i = first + threadIdx.x; i < end; i += THREADS) {
             const float v = __fmul_rn(__fsub_rn(absmax[i], shift), inverse);
             int index = 0; /* NaN: 0 / 0, inf / inf */
