@@ -115,6 +115,14 @@ PK_EXPORT int pk_cpu_swiglu(const void *gate, const void *up, int64_t dtype, int
 PK_EXPORT int pk_cpu_swiglu_backward(const void *dh, const void *gate, const void *up, int64_t dtype, int64_t numel,
                                      void *dgate, void *dup, int64_t threads);
 
+/* ---- rms_norm (CPU library) ----------------------------------------------------------------------------------------
+ * x, y, dy, dx [rows, n] of dtype, weight [n] of w_dtype (float32, bfloat16, float16), computed in float32:
+ * y = weight * x * c with c = 1 / sqrt(mean(x^2) + eps);  dx = c (g - x c^2 mean(g x)) with g = dy * weight. */
+PK_EXPORT int pk_cpu_rms_norm(const void *x, const void *weight, int64_t dtype, int64_t w_dtype, int64_t rows, int64_t n,
+                              double eps, void *y, int64_t threads);
+PK_EXPORT int pk_cpu_rms_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype, int64_t w_dtype,
+                                       int64_t rows, int64_t n, double eps, void *dx, int64_t threads);
+
 /* ---- quantize_4bit, dequantize_4bit (CPU library) -----------------------------------------------------------------
  * The layout of quantised weights is the one above, of any number of elements (the last block may be partial).
  * w: numel elements, float32, bfloat16 or float16. packed: ceil(numel / 2) bytes. absmax: one float32 per block.

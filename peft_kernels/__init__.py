@@ -11,6 +11,7 @@ from .ops.dora_norm import dora_norm, squared_row_norms
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
 from .ops.quantize_4bit import quantize_4bit
+from .ops.rms_norm import rms_norm
 from .ops.swiglu import swiglu
 from .ops.swiglu.mlp import swiglu_mlp
 from .philox import draw_seed
@@ -31,6 +32,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_stacked",
     "quantize_4bit",
+    "rms_norm",
     "squared_row_norms",
     "swiglu",
     "swiglu_mlp",

@@ -10,7 +10,7 @@ Adding a function: declare it in csrc/pk_abi.h (which lists the other places) an
 from __future__ import annotations
 
 import os
-from ctypes import CDLL, c_char_p, c_int, c_int64, c_uint64, c_void_p
+from ctypes import CDLL, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_squared_row_norms": [c_char_p, c_void_p],
     "pk_cpu_swiglu": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64],
     "pk_cpu_swiglu_backward": [*[c_void_p] * 3, c_int64, c_int64, *[c_void_p] * 2, c_int64],
+    "pk_cpu_rms_norm": [*[c_void_p] * 2, *[c_int64] * 4, c_double, c_void_p, c_int64],
+    "pk_cpu_rms_norm_backward": [*[c_void_p] * 3, *[c_int64] * 4, c_double, c_void_p, c_int64],
     "pk_cpu_dequantize_4bit": [*[c_void_p] * 5, *[c_int64] * 5, c_void_p, c_int64],
 }
 _CUDA_SIGNATURES: dict[str, list[Any]] = {

@@ -166,12 +166,13 @@ def second(name: str, x: Tensor) -> Tensor:
         "lora_linear": lambda: peft_kernels.lora_linear(x, *parts[0]),
         "lora_linear_stacked": lambda: torch.cat(peft_kernels.lora_linear_stacked(x, parts[:2])),
         "swiglu": lambda: peft_kernels.swiglu(x, x),
+        "rms_norm": lambda: peft_kernels.rms_norm(x, x.detach()[0], 1e-5),
         "swiglu_mlp": lambda: peft_kernels.swiglu_mlp(x, *parts),
     }
     return calls[name]()
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_stacked", "swiglu", "swiglu_mlp"])
+@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_stacked", "swiglu", "swiglu_mlp", "rms_norm"])
 def test_a_second_derivative_is_refused_by_its_name(name: str) -> None:
     x = torch.randn(3, K, requires_grad=True)
     (first,) = torch.autograd.grad(second(name, x).square().sum(), x, create_graph=True)

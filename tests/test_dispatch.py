@@ -187,6 +187,8 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "dora_linear": (x, *qw.flatten(), 8, a, b, torch.ones(8), 1.0, None, 0.0, None, True),
         "dora_linear_backward": (dy, x, *qw.flatten(), a, b, torch.ones(8), dy, x @ a.t(), 1.0, 0.0, None, True, True,
                                  True),
+        "rms_norm": (x, torch.randn(64), 1e-5),
+        "rms_norm_backward": (x, x, torch.randn(64), 1e-5),
         "swiglu": (x, x),
         "swiglu_backward": (x, x, x),
     }

@@ -135,6 +135,14 @@ def _swiglu(c: Case) -> None:
     backend.backward(gate, up, dh)
 
 
+def _rms_norm(c: Case) -> None:
+    from peft_kernels.ops.rms_norm import triton as backend
+
+    x, dy, weight = meta(c.M, c.N, dtype=c.dtype), meta(c.M, c.N, dtype=c.dtype), meta(c.N, dtype=c.dtype)
+    backend.forward(x, weight, 1e-5)
+    backend.backward(dy, x, weight, 1e-5)
+
+
 def _dora_forward(c: Case) -> None:
     from peft_kernels.ops.dora_linear import triton as backend
 
@@ -180,6 +188,8 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "scale": ("dora_linear", "scale_kernel", _dora_backward),
     "dora_norm": ("dora_norm", "norm_kernel", _norm),
     "squares": ("dora_norm", "norm_kernel", _squares),
+    "rms_norm": ("rms_norm", "rms_norm_kernel", _rms_norm),
+    "rms_norm_backward": ("rms_norm", "rms_norm_backward_kernel", _rms_norm),
     "swiglu": ("swiglu", "forward_kernel", _swiglu),
     "swiglu_backward": ("swiglu", "backward_kernel", _swiglu),
     "dequantize": ("dequantize_4bit", "dequantize_kernel", _dequantize),
@@ -194,7 +204,7 @@ EXTRA = (
     *(Case(kernel, M=128, dense=True) for kernel in ("forward", "backward")),
     Case("forward", K=1056),  # blocks straddle the rows
     *(Case(kernel, N=28672, K=4096) for kernel in ("stacked_forward", "stacked_backward")),
-    *(Case(kernel, N=14336) for kernel in ("swiglu", "swiglu_backward")),
+    *(Case(kernel, N=14336) for kernel in ("swiglu", "swiglu_backward", "rms_norm", "rms_norm_backward")),
 )  # fmt: skip
 
 

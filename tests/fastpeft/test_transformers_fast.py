@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import fastpeft
 from fastpeft.integrations import transformers_fast
-from fastpeft.integrations.short_attention import frozen_rms_norm, short_attention
+from fastpeft.integrations.short_attention import short_attention
 from fastpeft.integrations.transformers_fast import accelerate
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -252,19 +252,3 @@ def test_gradcheck() -> None:
     q, k, v = (torch.randn(1, h, 3, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
     keep = torch.ones(3, 3, dtype=torch.bool).tril_()
     assert torch.autograd.gradcheck(lambda *t: short_attention(*t, keep, 0.5), (q, k, v))
-    weight = torch.randn(4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: frozen_rms_norm(x, weight, 1e-5), (q,))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_frozen_norm(dtype: torch.dtype) -> None:
-    x, weight, dy = torch.randn(3, 5, 32).to(dtype), torch.randn(32).to(dtype), torch.randn(3, 5, 32)
-
-    def eager(x: Tensor) -> Tensor:
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
-        return weight.to(x.dtype) * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
-
-    ours = both(lambda x: frozen_rms_norm(x, weight, 1e-5), [x], dy)
-    plain, exact = both(eager, [x], dy), both(eager, [x.double()], dy.to(dtype).double())
-    for mine, theirs, right in zip(ours, plain, exact, strict=True):
-        assert_no_worse(mine, theirs, right, right.abs().amax().expand(right.shape))

@@ -1,8 +1,8 @@
-"""Attention over short sequences and RMSNorm with a frozen weight, for training on a CPU, in plain torch.
+"""Attention over short sequences, for training on a CPU, in plain torch.
 
 At the lengths that adapters are trained on, torch's bfloat16 flash attention on a CPU takes twice as long, forward and
-backward, as the plain products; its RMSNorm's backward makes a dozen passes where five do. Both functions here keep
-nothing for the backward but their inputs (probabilities are computed again): no more memory than torch's.
+backward, as the plain products. Nothing is kept for the backward but the inputs (probabilities are computed again): no
+more memory than torch's.
 """
 
 from __future__ import annotations
@@ -62,32 +62,4 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float)
     keep: bool, broadcastable to [B, H, T, S]; each query must see at least one key. The softmax is at least float32.
     """
     result: Tensor = _ShortAttention.apply(q, k, v, keep, scale)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _FrozenNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        h = x.to(_wide(x), copy=True)
-        norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-        inverse = norm.square_().mul_(1.0 / h.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, inverse, weight)
-        return h.mul_(inverse).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, inverse, weight = ctx.saved_tensors
-        g = grad_outputs[0].to(_wide(x), copy=True).mul_(weight)
-        h = x.to(g.dtype)
-        along = torch.linalg.vecdot(g, h).unsqueeze(-1).mul_(inverse.square() * (-1.0 / h.shape[-1]))
-        return g.addcmul_(h, along).mul_(inverse).to(x.dtype), None, None
-
-
-def frozen_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, rounded as transformers' Llama does; float32 inside.
-
-    Differentiable in x only: the weight is frozen.
-    """
-    result: Tensor = _FrozenNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return result

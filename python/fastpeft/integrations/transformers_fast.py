@@ -2,11 +2,12 @@
 
 Decoding: at one token a model spends more time between kernels than in them. transformers' decoder layer makes about 45
 torch calls, of which 14 are for the rotary embedding and 16 for two norms; the subclass here makes about 20, and the
-output head reads its matrix at the memory's speed. Training: attention and norms from `short_attention.py`; q, k and v
-are one call that reads its input once, the MLP is one function that keeps its input and gate's and up's outputs alone.
-Everything else (prefill, long sequences, other attention implementations, layers whose inner modules have hooks) runs
-transformers' own forward, so what `generate` and `loss.backward()` mean does not change. Decoding computes norms and
-attention in float32 and rounds once, which is never less exact.
+output head reads its matrix at the memory's speed. Training: attention from `short_attention.py`; q, k and v are one
+call that reads its input once, the MLP is one function that keeps its input and gate's and up's outputs alone. Norms
+are one kernel forward and one backward. Everything else (the attention of prefill and of long sequences, other
+attention implementations, layers whose inner modules have hooks) runs transformers' own forward, so what `generate`
+and `loss.backward()` mean does not change. Norms, and attention in decoding, are computed in float32 and rounded once,
+which is never less exact.
 
 Reversible: `handle.remove()` puts the classes back. Parameters, buffers, state dicts and adapters are not touched.
 """
@@ -22,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels import Projection, QuantWeight, lora_linear, lora_linear_stacked, swiglu_mlp
+from peft_kernels import Projection, QuantWeight, lora_linear, lora_linear_stacked, rms_norm, swiglu_mlp
 from peft_kernels.ops.lora_linear import forward_op as lora_linear_op
 from peft_kernels.ops.lora_linear_stacked import forward_op as stacked_op
+from peft_kernels.ops.rms_norm import forward_op as rms_norm_op
 
 from ..layer import AdapterLayer
 from ..nf4 import NF4Linear
-from .short_attention import MOST_SCORES, frozen_rms_norm, short_attention
+from .short_attention import MOST_SCORES, short_attention
 
 _ACCELERATED = "_fastpeft_accelerated"
 _HEAD_ROWS = 4  # above this torch's matrix product is the better one
@@ -51,8 +53,8 @@ class _RotarySigns:
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
-    weight: Tensor = module.weight
-    return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
+    y: Tensor = rms_norm_op._call(x, module.weight, module.variance_epsilon)
+    return y
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -158,11 +160,9 @@ def _serves(layer: Any, x: Tensor, cache: Any, position_embeddings: Any, kwargs:
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     x, weight = hidden_states, self.weight
-    if (
-        torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16) and weight.dtype is x.dtype
-    ):  # fmt: skip
-        return frozen_rms_norm(x, weight, self.variance_epsilon)
+    plain = x.device.type == "cpu" and x.dtype is weight.dtype and x.dtype is not torch.float64
+    if plain and not weight.requires_grad and not torch.compiler.is_compiling():  # a graph has its own fusions
+        return rms_norm(x, weight, self.variance_epsilon)
     result: Tensor = self._fastpeft_base.forward(self, x)
     return result
 
