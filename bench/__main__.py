@@ -1,4 +1,4 @@
-"""`python -m bench --op OP`, `--suite layers|qlora|methods`, `--gpu` or `--static`; see --help."""
+"""`python -m bench --op OP`, `--suite layers|qlora|methods|dora`, `--gpu` or `--static`; see --help."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from . import checks, machine, results
 from .measure import cuda_clock, threads, wall_clock
 
-OPS = ("lora_linear", "lora_linear_stacked", "swiglu", "quantize_4bit", "dequantize_4bit")
-SUITES = ("layers", "qlora", "methods")
-CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"]}
+OPS = ("lora_linear", "lora_linear_stacked", "dora_norm", "dora_linear", "swiglu", "rms_norm", "quantize_4bit",
+       "dequantize_4bit")  # fmt: skip
+SUITES = ("layers", "qlora", "methods", "dora")
+CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],
+           "dora": ["dora_linear", "dora_norm", "fastpeft"]}  # fmt: skip
 
 
 def shape(text: str) -> tuple[int, int]:

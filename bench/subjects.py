@@ -75,10 +75,12 @@ def dense_layer(q: QuantWeight, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def with_adapter(package: Any, layers: list[nn.Module], r: int, dropout: float, train: bool) -> list[nn.Module]:
-    """The layers with LoRA of rank r, by `package` (peft, or fastpeft: the same API), B not zero."""
+def with_adapter(
+    package: Any, layers: list[nn.Module], r: int, dropout: float, train: bool, **options: Any
+) -> list[nn.Module]:
+    """The layers with LoRA of rank r, by `package` (peft, or fastpeft: one API), B not zero. options: more fields."""
     holder = nn.ModuleDict({f"n{i}": nn.ModuleDict({"lin": layer}) for i, layer in enumerate(layers)})
-    config = package.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["lin"])
+    config = package.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["lin"], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         package.inject_adapter_in_model(config, holder)
@@ -102,12 +104,13 @@ def forward_call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], o
 def step_call(
     layer: nn.Module, x: Tensor, dy: Tensor, through: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[], object]:
-    """Forward and backward of a layer in the middle of a model: gradients of x, A and B. through: what computes it."""
+    """Forward and backward of a layer in the middle of a model: gradients of x, A, B (and DoRA's m). through: what
+    computes it."""
     run = layer if through is None else through
     x = x.detach().requires_grad_()
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    if len(wanted) != 3:
-        raise ValueError(f"expected A and B to be trained, found {len(wanted) - 1} trained tensors")
+    if len(wanted) not in (3, 4):
+        raise ValueError(f"expected A and B, or A, B and m to be trained, found {len(wanted) - 1} trained tensors")
 
     def call() -> object:
         return torch.autograd.grad(run(x), wanted, dy)
