@@ -232,12 +232,11 @@ class Gain:
     h: Tensor | None
     add: bool
 
-    def finish(self, parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """From h [parts, M, N], which may be the tensor that h is kept in."""
+    def finish(self, parts: Tensor, h: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+        """From h in `parts` [parts, M, N]; where it is to be kept in `h`, too."""
         from . import triton_kernels as kernels
 
         bm, bn = 4, 256
-        h = None if self.h is None or self.h.data_ptr() == parts.data_ptr() else self.h
         host.launch(kernels.gain_kernel, (_cdiv(y.shape[0], bm), _cdiv(y.shape[1], bn)), parts, self.gain,
                     y if bias is None else bias, y, y if h is None else h, *y.shape, parts.shape[0],
                     BIAS=bias is not None, SAVE_H=h is not None, ADD=self.add, BM=bm, BN=bn, num_warps=4,
@@ -279,7 +278,7 @@ def product(
             if gain is None:
                 _reduce(out, y, 1.0)
             else:
-                gain.finish(out, bias, y)
+                gain.finish(out, gain.h, bias, y)
 
     started = r > 0 or (bias is not None and gain is None)
     if y.numel() and (started or not vendor):
@@ -290,7 +289,7 @@ def product(
     if vendor:
         _panels(x, w, whole, started, True, arch)
         if gain is not None:
-            gain.finish(whole[None], bias, y)
+            gain.finish(whole[None], None, bias, y)
 
 
 def backward(
