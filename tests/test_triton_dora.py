@@ -21,6 +21,7 @@ from lora_tools import BF16, F16, make
 
 import peft_kernels as pk
 from peft_kernels import tuning
+from peft_kernels.ops import dora_linear as linear_op
 from peft_kernels.ops import dora_norm as norm_op
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
@@ -143,3 +144,23 @@ def test_linear_by_panels(name: str) -> None:
     c = make(m, **kind).to(DEVICE)
     with tuning.override("panels", from_M=1, from_M_dense=1, elements=64 * 128):
         dora_tools.check(c, dora_tools.make_gain(c.n).to(DEVICE))
+
+
+@on_device
+def test_only_what_is_asked_for() -> None:
+    c = make(9, 40, 64, r=4, dtype=F16).to(DEVICE)
+    gain = dora_tools.make_gain(40).to(DEVICE)
+    y, h, s = dora_tools.forward(c, gain, linear_op.forward_op.op)
+    bare, none, _ = dora_tools.forward(c, gain, linear_op.forward_op.op, need_h=False)
+    assert_same_bits(bare, y)
+    assert none.numel() == 0
+    args = (c.dy, c.x, *c.weight, c.a, c.b, gain, h, s, c.scaling, c.p, c.seed)
+    _, da, db, dgain = linear_op.backward_op.op(*args, True, True, True)
+    dx, *others = linear_op.backward_op.op(*args, True, False, False)
+    assert dx.shape == c.x.shape
+    assert all(t.numel() == 0 for t in others)
+    no_dx, only_da, only_db, no_dgain = linear_op.backward_op.op(*args, False, True, False)
+    assert no_dx.numel() == no_dgain.numel() == 0
+    assert_same_bits(only_da, da)
+    assert_same_bits(only_db, db)
+    assert_same_bits(linear_op.backward_op.op(*args, False, False, True)[3], dgain)
