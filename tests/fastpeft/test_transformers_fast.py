@@ -13,9 +13,10 @@ pytest.importorskip("transformers")
 
 import fastpeft
 from fastpeft.integrations import transformers_fast
-from fastpeft.integrations.short_attention import short_attention
+from fastpeft.integrations.short_attention import rotary, short_attention
 from fastpeft.integrations.transformers_fast import accelerate
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import peft_kernels
 from peft_kernels import use_backend
@@ -248,7 +249,26 @@ def test_short_attention(dtype: torch.dtype, masked: bool) -> None:
         assert_no_worse(mine, theirs, right, right.abs().amax().expand(right.shape))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rotary(dtype: torch.dtype, rows: int) -> None:
+    """Any cos and sin, also where their halves differ; one position row for the batch, or one each."""
+    x, dy = torch.randn(3, 7, 4, 16).to(dtype), torch.randn(3, 4, 7, 16)
+    cos, sin = (torch.randn(rows, 7, 16).to(dtype) for _ in range(2))
+
+    def eager(x: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(x.transpose(1, 2), x[:, :, :1].transpose(1, 2), cos.to(x.dtype), sin.to(x.dtype))[0]
+
+    ours, plain = both(lambda x: rotary(x, cos, sin), [x], dy), both(eager, [x], dy)
+    exact = both(eager, [x.double()], dy.to(dtype).double())
+    for mine, theirs, right in zip(ours, plain, exact, strict=True):
+        assert mine.is_contiguous()
+        assert_no_worse(mine, theirs, right, right.abs().amax().expand(right.shape))
+
+
 def test_gradcheck() -> None:
+    x, cos, sin = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True), *torch.randn(2, 1, 3, 4).double()
+    assert torch.autograd.gradcheck(lambda x: rotary(x, cos, sin), (x,))
     q, k, v = (torch.randn(1, h, 3, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
     keep = torch.ones(3, 3, dtype=torch.bool).tril_()
     assert torch.autograd.gradcheck(lambda *t: short_attention(*t, keep, 0.5), (q, k, v))

@@ -1,8 +1,9 @@
-"""Attention over short sequences, for training on a CPU, in plain torch.
+"""Attention over short sequences and rotary embeddings, for training on a CPU, in plain torch.
 
 At the lengths that adapters are trained on, torch's bfloat16 flash attention on a CPU takes twice as long, forward and
 backward, as the plain products. Nothing is kept for the backward but the inputs (probabilities are computed again): no
-more memory than torch's.
+more memory than torch's. Rotary embeddings take three passes forward and three backward instead of five and nine, and
+leave their results where the next product reads them.
 """
 
 from __future__ import annotations
@@ -62,4 +63,36 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float)
     keep: bool, broadcastable to [B, H, T, S]; each query must see at least one key. The softmax is at least float32.
     """
     result: Tensor = _ShortAttention.apply(q, k, v, keep, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Rotary(torch.autograd.Function):
+    """x [B, T, H, D]; cos, sin [B, T, D] -> [B, H, T, D], both contiguous."""
+
+    @staticmethod
+    def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # the halves change places; sin carries the signs. The heads' new place costs nothing: roll copies anyway.
+        turned = torch.roll(x.transpose(1, 2), x.shape[-1] // 2, dims=-1).contiguous()
+        return turned.mul_(sin).addcmul_(x.transpose(1, 2), cos)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = sin.chunk(2, dim=-1)
+        return _Rotary._turn(x, cos.unsqueeze(1), torch.cat((-first, second), dim=-1).unsqueeze(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, dim=-1)  # the transposed matrix
+        signed = torch.cat((second, -first), dim=-1)
+        return _Rotary._turn(grad_outputs[0], cos.unsqueeze(2), signed.unsqueeze(2)), None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[B, H, T, D] from x [B, T, H, D]: x cos + rotate_half(x) sin, as transformers' Llama has it. cos, sin: [B, T, D]
+    or [1, T, D], of x's dtype, without gradients.
+    """
+    result: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return result

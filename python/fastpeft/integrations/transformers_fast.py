@@ -30,7 +30,7 @@ from peft_kernels.ops.rms_norm import forward_op as rms_norm_op
 
 from ..layer import AdapterLayer
 from ..nf4 import NF4Linear
-from .short_attention import MOST_SCORES, short_attention
+from .short_attention import MOST_SCORES, rotary, short_attention
 
 _ACCELERATED = "_fastpeft_accelerated"
 _HEAD_ROWS = 4  # above this torch's matrix product is the better one
@@ -188,13 +188,11 @@ def _attention_forward(
             past_key_values=past_key_values, **kwargs,
         )  # fmt: skip
         return result
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
     layers = (self.q_proj, self.k_proj, self.v_proj)
     found = _projections(hidden_states, *layers)
     rows = [proj(hidden_states) for proj in layers] if found is None else lora_linear_stacked(hidden_states, found)
-    q, k, v = (y.view(batch, t, -1, self.head_dim).transpose(1, 2) for y in rows)
-    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    q, k, v = (y.view(batch, t, -1, self.head_dim) for y in rows)
+    q, k, v = rotary(q, *position_embeddings), rotary(k, *position_embeddings), v.transpose(1, 2)
     # no mask means causal, as transformers' sdpa has it
     keep = torch.ones(t, t, dtype=torch.bool).tril_() if attention_mask is None else attention_mask
     out = short_attention(q, k, v, keep, self.scaling)
