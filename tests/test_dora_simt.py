@@ -150,4 +150,4 @@ def test_no_races(races, m: int, n: int, k: int) -> None:
 
 @pytest.mark.slow
 def test_nothing_out_of_bounds() -> None:
-    tools["under_asan"](__file__, "-k", "test_norms or test_linear or split or rows")
+    tools["under_asan"](__file__, "-k", "norms or split or test_linear and (3-torch.float16 or 9-torch.float16)")
