@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -56,33 +57,37 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        self._tensors: tuple[Tensor, ...] = ()
-        self._key: tuple[Any, ...] = ()
-        self._probes: list[tuple[Any, bytes]] = []
+        self._seen: list[tuple[Tensor, int, int, Any, bytes]] = []
+        self._numbers: tuple[Any, ...] = ()
         self._value: Tensor | None = None
 
     def get(self, tensors: Sequence[Tensor], numbers: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
         """make(), or what it gave when `tensors` and `numbers` were the same. Constant, also under inference_mode."""
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        if torch.compiler.is_compiling():
             with torch.no_grad():
                 return make()
-        key = (numbers, *((t._version, t.data_ptr()) for t in tensors))
-        if (
-            self._value is None or key != self._key or len(tensors) != len(self._tensors)
-            or any(t is not kept for t, kept in zip(tensors, self._tensors, strict=True))
-            or any(view.tobytes() != seen for view, seen in self._probes)
-        ):  # fmt: skip
-            with torch.inference_mode(False), torch.no_grad():
-                self._value = make()
-            self._tensors, self._key = tuple(tensors), key
-            self._probes = [(view, view.tobytes()) for view in map(_probe, tensors) if view is not None]
+        if self._value is not None and numbers == self._numbers and len(tensors) == len(self._seen):
+            for t, (kept, version, address, view, content) in zip(tensors, self._seen, strict=True):
+                if t is not kept or t._version != version or t.data_ptr() != address or view.tobytes() != content:
+                    break
+            else:
+                return self._value
+        self._value = None
+        if any(t.is_inference() for t in tensors):
+            with torch.no_grad():
+                return make()
+        with torch.inference_mode(False), torch.no_grad():
+            self._value = make()
+        views = map(_probe, tensors)
+        self._seen = [(t, t._version, t.data_ptr(), v, v.tobytes()) for t, v in zip(tensors, views, strict=True)]
+        self._numbers = numbers
         return self._value
 
 
 def _probe(t: Tensor) -> Any:
-    """A few elements of a tensor's memory as a numpy array."""
+    """A few elements of a tensor's memory as a numpy array; an empty one where they cannot be read at once."""
     if t.device.type != "cpu" or is_sharded(t) or not t.is_contiguous() or not t.numel():
-        return None
+        return numpy.empty(0)
     flat = t.detach().view(-1)
     if flat.dtype is torch.bfloat16:
         flat = flat.view(torch.int16)

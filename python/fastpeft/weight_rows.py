@@ -42,16 +42,6 @@ class WeightRows:
         step = max(1, TILE // max(1, math.prod(others)))
         return [slice(i, i + step) for i in range(0, n, step)]
 
-    @classmethod
-    def times(cls, module: nn.Module, a: Tensor) -> Tensor:
-        """W a^T for a [n, columns], in a's dtype, which is at least float32."""
-        return torch.cat([cls.rows(module, tile).to(a.dtype) @ a.t() for tile in cls._tiles(module)])
-
-    @classmethod
-    def squared_norms(cls, module: nn.Module) -> Tensor:
-        """|W|^2 of each row, in at least float32."""
-        return torch.cat([cls.rows(module, tile).square().sum(1) for tile in cls._tiles(module)])
-
 
 def quant_rows(qw: QuantWeight, index: slice | Tensor) -> Tensor | None:
     """Some rows of a 4-bit weight in float32; None where its blocks straddle rows."""

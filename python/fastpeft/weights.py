@@ -319,10 +319,6 @@ class Quant4bitWeight(BaseWeight):
         return super().rows(module, index) if found is None else found
 
     @classmethod
-    def times(cls, module: nn.Module, a: Tensor) -> Tensor:
-        return peft_kernels.lora_linear(a, cls.quant(module)).t()
-
-    @classmethod
     def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:
         old = cls.quant(module)
         w = w.detach().to(torch.float32)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dora_linear, dora_norm
-from peft_kernels.ops.dora_linear import gain_of
+from peft_kernels.dispatch import forward_mode
+from peft_kernels.ops.dora_linear import gain_of, infer
 
 from ...base_edits import EDIT
 from ...method import Fused, Inner, LayerInfo, State
@@ -157,13 +158,18 @@ class Dora(Lora):
                 norm = dora_norm(w, a if full else a.detach(), b if full else b.detach(), scale)
                 y = dora_linear(inside, w, a, b, m, norm, scale, bias, p)
             else:
-                stored = (w.packed, w.absmax) if isinstance(w, QuantWeight) else (w,)
-                kept = None
-                if torch.is_grad_enabled() and m.requires_grad:
+                quantised = isinstance(w, QuantWeight)
+                stored = (w.packed, w.absmax) if quantised else (w,)
+                if p or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or forward_mode():
                     norm = kept_norm.get((*stored, a, b), (scale,), lambda: dora_norm(w, a, b, scale))
+                    y = dora_linear(inside, w, a, b, m, norm, scale, bias, p)
                 else:
-                    kept = kept_gain.get((*stored, a, b, m), (scale,), lambda: _gain(s, dora_norm(w, a, b, scale)))
-                y = dora_linear(inside, w, a, b, m if kept is None else kept, norm, scale, bias, p)
+                    wide = torch.float64 if inside.dtype is torch.float64 else torch.float32
+                    gain = kept_gain.get(
+                        (*stored, a, b, m), (scale, wide), lambda: gain_of(m, dora_norm(w, a, b, scale), wide)
+                    )
+                    flat = w.flatten() if quantised else (w, None, None, None, None, 0, 64, 256)
+                    y = infer(inside, flat, m.numel(), a, b, gain, scale, bias)
             return y.to(x.dtype) if inside is not x else y
 
         return run
