@@ -12,10 +12,9 @@ constexpr int BLOCKS = 6; /* that a multiprocessor holds */
 
 struct Call {
     const uint8_t *packed;
-    PkBlockScales scales;
+    PkScales scales;
     PkTable values;
     int64_t numel;
-    int shift; /* log2 of the block size */
 };
 
 /* The four values of the nibbles whose offsets in the table are the bytes of `offsets`, lowest first. */
@@ -49,7 +48,7 @@ __device__ __forceinline__ void words_of(const Call &c, const float *table, cons
             raw[u] = 0;
             for (int k = 0; k < 4; ++k) raw[u] |= static_cast<uint32_t>(c.packed[4 * int64_t(word) + k]) << (8 * k);
         }
-        scale[u] = pk_fetch_scale(c.scales, word >> (c.shift - 3)); /* a block holds whole words */
+        scale[u] = pk_fetch_scale(c.scales, word >> (c.scales.block_shift - 3)); /* a block holds whole words */
     }
 #pragma unroll
     for (int u = 0; u < N; ++u) {
@@ -84,15 +83,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) dequantize_kernel(const __gri
     const int64_t i = 8 * int64_t(words) + threadIdx.x;
     if (blockIdx.x == 0 && i < c.numel) {
         const unsigned nibble = (c.packed[i / 2] >> (i % 2 ? 0 : 4)) & 15u;
-        const PkRawScale scale = pk_fetch_scale(c.scales, static_cast<uint32_t>(i >> c.shift));
-        out[i] = pk_rounded<T>(__fmul_rn(table[nibble], pk_finish_scale(scale, code, offset)));
+        out[i] = pk_rounded<T>(__fmul_rn(table[nibble], pk_scale(c.scales, code, offset, i)));
     }
 }
 
 template <typename T>
-void launch(const uint8_t *packed, const PkBlockScales &scales, const PkTable &values, int64_t numel, int64_t blocksize,
-            void *out, int64_t device, cudaStream_t stream) {
-    const Call c = {packed, scales, values, numel, pk_log2(blocksize)};
+void launch(const uint8_t *packed, const PkScales &scales, const PkTable &values, int64_t numel, void *out, int64_t device, cudaStream_t stream) {
+    const Call c = {packed, scales, values, numel};
     const int64_t per_block = int64_t(THREADS) * WORDS * 8;
     int processors = 108;
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, static_cast<int>(device));
@@ -123,14 +120,14 @@ extern "C" int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax
         return pk_fail(PK_ERR_ARGUMENT, "%s: nested scales need nested_absmax, offset and nested_blocksize", what);
     if (int code = pk_cuda_use(device, what)) return code;
     if (numel >> 34) return pk_fail(PK_ERR_ARGUMENT, "%s: numel must be below 2^34", what);
-    const PkBlockScales scales = pk_block_scales(absmax, nested_absmax, nested_code, offset, nested_blocksize);
+    const PkScales scales = pk_scales_of(absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize);
     const PkTable values = pk_table_of(table);
     cudaStream_t on = static_cast<cudaStream_t>(stream);
     if (out_dtype == PK_F32)
-        launch<float>(packed, scales, values, numel, blocksize, out, device, on);
+        launch<float>(packed, scales, values, numel, out, device, on);
     else if (out_dtype == PK_BF16)
-        launch<__nv_bfloat16>(packed, scales, values, numel, blocksize, out, device, on);
+        launch<__nv_bfloat16>(packed, scales, values, numel, out, device, on);
     else
-        launch<__half>(packed, scales, values, numel, blocksize, out, device, on);
+        launch<__half>(packed, scales, values, numel, out, device, on);
     return pk_cuda_check(cudaGetLastError(), what);
 }

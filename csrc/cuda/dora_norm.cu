@@ -7,7 +7,6 @@
 #include "lora.cuh"
 #include "ptx.cuh"
 #include "scales.cuh"
-#include "values.cuh"
 
 namespace {
 constexpr int THREADS = 256, WARPS = THREADS / 32, RT = 4, ROWS = WARPS * RT, COLUMNS = 256, RANKS = 16;
@@ -15,12 +14,11 @@ const char *const what = "squared_row_norms";
 
 struct Call {
     const uint8_t *packed;
-    PkBlockScales scales;
-    PkScales plain; /* the same, for single elements */
+    PkScales scales;
     const void *a, *b;
     double *out; /* [parts][N] */
     int64_t N, K;
-    int r, a_dtype, b_dtype, shift;
+    int r, a_dtype, b_dtype;
     bool a_fast; /* rows of whole, aligned vectors */
     float scaling;
 };
@@ -40,9 +38,7 @@ __device__ __forceinline__ void decode_any(const Call &c, const float *table, co
         w[i] = 0.0f;
         if (n >= c.N || k + i >= c.K) continue;
         const int64_t e = n * c.K + k + i;
-        const float scale = c.plain.nested_code ? pk_scale<true>(c.plain, code, offset, e)
-                                                : pk_scale<false>(c.plain, code, offset, e);
-        w[i] = __fmul_rn(table[(c.packed[e / 2] >> (e % 2 ? 0 : 4)) & 15], scale);
+        w[i] = __fmul_rn(table[(c.packed[e / 2] >> (e % 2 ? 0 : 4)) & 15], pk_scale(c.scales, code, offset, e));
     }
 }
 
@@ -72,7 +68,7 @@ __global__ void __launch_bounds__(THREADS, 2) norm_kernel(const __grid_constant_
             for (int i = 0; i < RT; ++i) { /* rows past the end repeat the last one */
                 const int64_t e = min(n0 + i, c.N - 1) * c.K + k;
                 raw[i] = __ldg(reinterpret_cast<const uint32_t *>(c.packed + e / 2));
-                scale[i] = pk_fetch_scale(c.scales, static_cast<uint32_t>(e >> c.shift));
+                scale[i] = pk_fetch_scale(c.scales, static_cast<uint32_t>(e >> c.scales.block_shift));
             }
         }
         float update[RT][8] = {};
@@ -160,10 +156,9 @@ extern "C" int pk_cuda_squared_row_norms(const pk_lora_args *args, double *squar
     if (int code = pk_cuda_use(device, what)) return code;
     Call c = {};
     c.packed = static_cast<const uint8_t *>(a.weight), c.out = squares, c.N = a.N, c.K = a.K;
-    c.scales = pk_block_scales(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.nested_blocksize);
-    c.plain = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
+    c.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
     c.a = a.a, c.b = a.b, c.r = static_cast<int>(a.r);
-    c.a_dtype = static_cast<int>(a.a_dtype), c.b_dtype = static_cast<int>(a.b_dtype), c.shift = pk_log2(a.blocksize);
+    c.a_dtype = static_cast<int>(a.a_dtype), c.b_dtype = static_cast<int>(a.b_dtype);
     c.a_fast = a.K % 8 == 0 && pk_aligned(a.a, 16), c.scaling = static_cast<float>(a.scaling);
     const bool aligned = a.K % 8 == 0 && pk_aligned(a.weight, 4);
     const PkTable table = a.table ? pk_table_of(a.table) : PkTable{};

@@ -5,12 +5,13 @@
  * dy W goes over the rows of W, so a block's scale differs from term to term: W is decoded to what eager computes with,
  * float32 table times float32 scale, rounded once to x's type. A warp owns 64 columns and takes 16 rows a step: lane
  * (g, t) = (lane / 4, lane % 4) decodes 8 neighbouring columns, one word, of the rows 4t .. 4t + 3, which are column g of
- * eight fragments of mma.sync. The table lies in shared memory once per lane, so that no look-up conflicts. Four warps
- * of a block share its columns and split its rows; their sums meet in shared memory, one warp after the other. */
+ * eight fragments of mma.sync. A byte's entry in the table is a pair of floats; a copy for each lane of a half-warp keeps
+ * look-ups from conflicts. Four warps of a block share its columns and split its rows; their sums meet in shared memory,
+ * one warp after the other. */
 #include "dropout.cuh"
 #include "lora.cuh"
 #include "ptx.cuh"
-#include "values.cuh"
+#include "scales.cuh"
 
 namespace {
 constexpr int WARPS = 8, THREADS = 32 * WARPS, WIDE = 2, DEEP = WARPS / WIDE; /* warps side by side, and over the rows */
@@ -25,28 +26,24 @@ struct Input {
     int M, steps; /* steps of STEP rows of W in a split */
 };
 
-template <typename T> __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    pk_mma_bf16(d, a, b);
-}
-template <> __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    pk_mma_f16(d, a, b);
-}
-
 /* N % 4 == 0, K % blocksize == 0, both below 2^25; W and dy aligned for the loads. */
 template <typename T, int TILES, bool NESTED> /* TILES of 16 rows of dy */
 __global__ void __launch_bounds__(THREADS)
     input_kernel(const __grid_constant__ Input in, const __grid_constant__ PkTable values) {
-    __shared__ __align__(2048) float table[16 * 32]; /* 128 bytes an entry */
+    __shared__ float4 table[256 * 8]; /* 16 pairs for each byte; later the sums of the warps */
     __shared__ float map[NESTED ? 256 : 1];
-    __shared__ float4 meeting[TILES * 16 * COLUMNS / 4];
+    static_assert(TILES * 16 * COLUMNS <= 4 * 256 * 8, "the sums fit the table's place");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    for (int i = threadIdx.x; i < 16 * 32; i += THREADS) table[i] = values.value[i / 32];
+    {
+        const float even = values.value[threadIdx.x / 16], odd = values.value[threadIdx.x % 16];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) table[threadIdx.x * 8 + ((i + threadIdx.x) & 7)] = {even, odd, even, odd};
+    }
     if (NESTED) map[threadIdx.x] = in.scales.nested_code[threadIdx.x];
     const float offset = NESTED ? *in.scales.offset : 0.0f;
     __syncthreads();
-    const pk_shared_t own = pk_shared_address(table + lane);
+    const char *const entries = reinterpret_cast<const char *>(table);
+    const uint32_t own = 8u * (lane % 16);
 
     const int N = static_cast<int>(in.N), K = static_cast<int>(in.K);
     const int first = (blockIdx.y * in.steps + warp / WIDE) * STEP, last = min(N, (blockIdx.y + 1) * in.steps * STEP);
@@ -59,23 +56,17 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             rows[i][half] = static_cast<const T *>(in.dy) + min(16 * i + g + 8 * half, in.M - 1) * in.N;
-    const int pitch = K / 2, pitch_blocks = K >> in.scales.shift; /* bytes and blocks in a row of W */
+    const int pitch = K / 2, pitch_blocks = K >> in.scales.block_shift; /* bytes and blocks in a row of W */
     const int start = min(first + 4 * t, N - 4);
     const uint8_t *packed = in.packed + int64_t(start) * pitch + k / 2;
-    uint32_t block = static_cast<uint32_t>(start) * pitch_blocks + (k >> in.scales.shift); /* numel / 32 at most */
-    uint32_t next[4], next_code[4];
-    float next_scale[4];
+    uint32_t block = static_cast<uint32_t>(start) * pitch_blocks + (k >> in.scales.block_shift); /* numel / 32 at most */
+    uint32_t next[4];
+    PkRawScale next_scale[4];
     const auto fetch = [&] {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint32_t at = block + i * pitch_blocks;
             next[i] = __ldg(reinterpret_cast<const uint32_t *>(packed + i * pitch));
-            if (NESTED) {
-                next_code[i] = __ldg(in.scales.codes + at);
-                next_scale[i] = __ldg(in.scales.nested_absmax + (at >> in.scales.nested_shift));
-            } else {
-                next_scale[i] = __ldg(in.scales.absmax + at);
-            }
+            next_scale[i] = pk_fetch_scale<NESTED>(in.scales, block + i * pitch_blocks);
         }
     };
     float sums[TILES][8][4] = {};
@@ -95,27 +86,29 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             word[i] = next[i];
-            scale[i] = NESTED ? __fadd_rn(__fmul_rn(map[next_code[i]], next_scale[i]), offset) : next_scale[i];
+            scale[i] = pk_finish_scale<NESTED>(next_scale[i], map, offset);
             if (!real) scale[i] = 0.0f; /* 0 times a scale that is infinite is no 0 */
         }
         if (n + DEEP * STEP < N) packed += DEEP * STEP * pitch, block += DEEP * STEP * pitch_blocks;
         fetch();
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int bit = 8 * (j / 2) + (j % 2 ? 0 : 4) - 7; /* byte j / 2, the even element in its high nibble */
-            float v[4];
+        for (int j = 0; j < 4; ++j) { /* byte j: columns 2j, in the high nibble, and 2j + 1 */
+            float even[4], odd[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const uint32_t at = bit < 0 ? word[i] << -bit : word[i] >> bit;
-                v[i] = __fmul_rn(pk_load_shared(pk_and_or(at, 0x780u, own)), scale[i]);
+                const uint32_t at = j == 0 ? word[i] << 7 : word[i] >> (8 * j - 7); /* 128 bytes an entry */
+                const float2 v = *reinterpret_cast<const float2 *>(entries + pk_and_or(at, 0x7f80u, own));
+                even[i] = __fmul_rn(v.x, scale[i]), odd[i] = __fmul_rn(v.y, scale[i]);
             }
-            const uint32_t b[2] = {pk_pack<T>(v[0], v[1]), pk_pack<T>(v[2], v[3])};
+            const uint32_t b[2][2] = {{pk_pack<T>(even[0], even[1]), pk_pack<T>(even[2], even[3])},
+                                      {pk_pack<T>(odd[0], odd[1]), pk_pack<T>(odd[2], odd[3])}};
 #pragma unroll
-            for (int i = 0; i < TILES; ++i) mma<T>(sums[i][j], dy[i], b);
+            for (int i = 0; i < TILES; ++i) pk_mma<T>(sums[i][2 * j], dy[i], b[0]), pk_mma<T>(sums[i][2 * j + 1], dy[i], b[1]);
         }
     }
 
-    float *const shared = reinterpret_cast<float *>(meeting);
+    __syncthreads(); /* the table's place is free */
+    float *const shared = reinterpret_cast<float *>(table);
     for (int turn = 0; turn < DEEP; ++turn) { /* sums[i][0 .. 7][e]: columns 64 (warp % WIDE) + 16t + 8 (e % 2) + 0 .. 7 */
         if (warp / WIDE == turn)
 #pragma unroll
@@ -139,10 +132,9 @@ constexpr int ANY_ROWS = 8;
 template <typename T>
 __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Input in, const __grid_constant__ PkTable values) {
     __shared__ float table[16], map[256];
-    const bool nested = in.scales.nested_code != nullptr;
     if (threadIdx.x < 16) table[threadIdx.x] = values.value[threadIdx.x];
-    if (nested) map[threadIdx.x] = in.scales.nested_code[threadIdx.x];
-    const float offset = nested ? *in.scales.offset : 0.0f;
+    map[threadIdx.x] = pk_scale_code(in.scales, static_cast<int>(threadIdx.x));
+    const float offset = pk_scale_offset(in.scales);
     __syncthreads();
     const int64_t k = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     const int m0 = blockIdx.z * ANY_ROWS;
@@ -151,7 +143,7 @@ __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ In
     float sums[ANY_ROWS] = {};
     for (int64_t n = int64_t(blockIdx.y) * in.steps * STEP; n < last; ++n) {
         const int64_t e = n * in.K + k;
-        const float scale = nested ? pk_scale<true>(in.scales, map, offset, e) : pk_scale<false>(in.scales, map, offset, e);
+        const float scale = pk_scale(in.scales, map, offset, e);
         const float w = pk_float(pk_rounded<T>(__fmul_rn(table[(in.packed[e / 2] >> (e % 2 ? 0 : 4)) & 15], scale)));
 #pragma unroll
         for (int m = 0; m < ANY_ROWS; ++m)

@@ -14,7 +14,7 @@
  * The table has a copy per lane (32 KB): a lane reads its own bank, so no look-up conflicts with another. */
 #include "lora.cuh"
 #include "ptx.cuh"
-#include "values.cuh"
+#include "scales.cuh"
 
 namespace {
 constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 32, STEP = 128, TEAM = THREADS / ROWS;
@@ -37,15 +37,6 @@ struct Call {
     int share; /* 2^share neighbouring t lie in one block of the format */
     float scaling;
 };
-
-template <typename T> __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    pk_mma_bf16(d, a, b);
-}
-template <> __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    pk_mma_f16(d, a, b);
-}
 
 /* y[member, n] = gain[n] * (sum + scaling * s[member] . b[n]) + bias[n]: a team of 8 lanes has row n of W, lane `member` of it brings
  * the sum of x's row `member`. Lanes of rows that do not exist only take part in the shuffles. */
@@ -92,20 +83,13 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const 
     }
     const int K = static_cast<int>(c.K);
     uint4 next[4];
-    uint8_t next_code[4];
-    float next_scale[4];
+    PkRawScale next_scale[4];
     auto fetch = [&](int step) { /* past the end of a row: its last codes again; x is zero there */
         const int k = min(step * STEP + 32 * t, K - 32);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             next[i] = pk_load_stream16(rows[i] + k / 2);
-            const uint32_t block = static_cast<uint32_t>((element[i] + k) >> c.scales.shift);
-            if (NESTED) {
-                next_code[i] = __ldg(c.scales.codes + block);
-                next_scale[i] = __ldg(c.scales.nested_absmax + (block >> c.scales.nested_shift));
-            } else {
-                next_scale[i] = __ldg(c.scales.absmax + block);
-            }
+            next_scale[i] = pk_fetch_scale<NESTED>(c.scales, static_cast<uint32_t>((element[i] + k) >> c.scales.block_shift));
         }
     };
     fetch(min(first + warp, last - 1));
@@ -140,7 +124,7 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             w[i][0] = next[i].x, w[i][1] = next[i].y, w[i][2] = next[i].z, w[i][3] = next[i].w;
-            scale[i] = NESTED ? __fadd_rn(__fmul_rn(code[next_code[i]], next_scale[i]), offset) : next_scale[i];
+            scale[i] = pk_finish_scale<NESTED>(next_scale[i], code, offset);
             if (k >= K) scale[i] = 0.0f; /* 0 times the infinite scale of a block that is counted already is no 0 */
         }
         fetch(min(step + WARPS, last - 1));
@@ -167,7 +151,7 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const 
 #pragma unroll
                     for (int j = 0; j < SETS; ++j) {
                         const uint32_t b[2] = {x[j][2 * half], x[j][2 * half + 1]};
-                        mma<T>(part[tile][j], a, b);
+                        pk_mma<T>(part[tile][j], a, b);
                     }
                 }
         }
@@ -217,16 +201,15 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
     __shared__ float table[16], code[256];
     const int lane = threadIdx.x % 32;
-    const bool nested = c.scales.nested_code != nullptr;
     if (threadIdx.x < 16) table[threadIdx.x] = values.value[threadIdx.x];
-    if (nested) code[threadIdx.x] = c.scales.nested_code[threadIdx.x];
-    const float offset = nested ? *c.scales.offset : 0.0f;
+    code[threadIdx.x] = pk_scale_code(c.scales, static_cast<int>(threadIdx.x));
+    const float offset = pk_scale_offset(c.scales);
     __syncthreads();
     const int64_t n = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
     float sums[TEAM] = {};
     for (int64_t k = lane; k < c.K && n < c.N; k += 32) {
         const int64_t e = n * c.K + k;
-        const float scale = nested ? pk_scale<true>(c.scales, code, offset, e) : pk_scale<false>(c.scales, code, offset, e);
+        const float scale = pk_scale(c.scales, code, offset, e);
         const float w = __fmul_rn(table[(c.packed[e / 2] >> (e % 2 ? 0 : 4)) & 15], scale);
 #pragma unroll
         for (int m = 0; m < TEAM; ++m)

@@ -101,7 +101,7 @@ int pk_lora_mma(const pk_lora_args &a, cudaStream_t stream) {
                        static_cast<long long>(todo.bytes()), static_cast<long long>(a.workspace_bytes));
     Problem p = {};
     p.x = static_cast<const uint8_t *>(a.x), p.packed = static_cast<const uint8_t *>(a.weight);
-    p.scales = pk_block_scales(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.nested_blocksize);
+    p.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
     p.b = a.b, p.bias = a.bias, p.s = a.s, p.y = static_cast<uint16_t *>(a.y);
     p.gain = a.gain, p.h = a.gain ? static_cast<uint16_t *>(a.h) : nullptr;
     p.M = static_cast<int>(a.M), p.N = static_cast<int>(a.N), p.K = static_cast<int>(a.K), p.r = static_cast<int>(a.r);

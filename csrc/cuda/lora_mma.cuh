@@ -3,18 +3,6 @@
 #include "lora_mma_tile.cuh"
 
 namespace mma {
-template <typename T> __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
-                                                                   const uint32_t (&b)[2]);
-template <>
-__device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
-                                                            const uint32_t (&b)[2]) {
-    pk_mma_bf16(d, a, b);
-}
-template <>
-__device__ __forceinline__ void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    pk_mma_f16(d, a, b);
-}
-
 /* Elements column to column + 3 of one row of a [rows, r] matrix times `factor`, each as a sum of two bfloat16, 16 bits
  * of it, as one thread's part of fragments: {high 0, 1}, {high 2, 3}, {low 0, 1}, {low 2, 3}. */
 __device__ __forceinline__ uint4 halves(const void *p, int dtype, int row, int rows, int column, int r, float factor) {
@@ -94,7 +82,7 @@ __device__ __forceinline__ void multiply(char *shared, typename C::Sums &acc, in
 #pragma unroll
             for (int step = 0; step < 2; ++step)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) multiply_add<T>(acc[i][mt], a[step][i], b[step]);
+                for (int i = 0; i < 2; ++i) pk_mma<T>(acc[i][mt], a[step][i], b[step]);
         }
     }
 }

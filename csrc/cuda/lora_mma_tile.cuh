@@ -14,7 +14,6 @@
 #include "lora.cuh"
 #include "ptx.cuh"
 #include "scales.cuh"
-#include "values.cuh"
 
 namespace mma {
 constexpr int THREADS = 256;
@@ -23,7 +22,7 @@ constexpr int LINES = 256, LINE = 256, HOLE = 128;
 
 struct Problem {
     const uint8_t *x, *packed;
-    PkBlockScales scales;
+    PkScales scales;
     const void *b, *bias;
     const float *s, *gain; /* gain: or NULL */
     uint16_t *y, *h;       /* h: with a gain, or NULL */

@@ -2,6 +2,8 @@
  * csrc/simt/ptx.h has the same functions for the host build. Shared addresses are generic pointers into shared memory,
  * 16-byte aligned where 16 bytes are read or written. All lanes of a warp call pk_ldmatrix_* and pk_mma_* together. */
 #pragma once
+#include <type_traits>
+
 #include "common.cuh"
 
 #if defined(PK_SIMT)
@@ -103,3 +105,11 @@ __device__ __forceinline__ float pk_load_shared(pk_shared_t address) {
 }
 
 #endif
+
+/* pk_mma_bf16 or pk_mma_f16, by the type of the operands. */
+template <typename T> __device__ __forceinline__ void pk_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        pk_mma_bf16(d, a, b);
+    else
+        pk_mma_f16(d, a, b);
+}

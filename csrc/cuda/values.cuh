@@ -1,4 +1,4 @@
-/* Values in and out of global memory: eight floats at a time, element types rounded once, 4-bit scales and tables. */
+/* Values in and out of global memory: eight floats at a time, element types rounded once, 4-bit tables. */
 #pragma once
 #include "common.cuh"
 
@@ -18,29 +18,6 @@ inline int pk_log2(int64_t power) {
     return shift;
 }
 inline bool pk_power_of_two(int64_t v) { return v > 0 && (v & (v - 1)) == 0; }
-
-/* Scales of the blocks: float32, or 8-bit codes where nested_code is not NULL. Blocksizes are powers of two. */
-struct PkScales {
-    const float *absmax;
-    const uint8_t *codes;
-    const float *nested_absmax, *nested_code, *offset;
-    int shift, nested_shift;
-};
-inline PkScales pk_scales_of(const void *absmax, const float *nested_absmax, const float *nested_code,
-                             const float *offset, int64_t blocksize, int64_t nested_blocksize) {
-    const bool nested = nested_code != nullptr;
-    return {nested ? nullptr : static_cast<const float *>(absmax),
-            nested ? static_cast<const uint8_t *>(absmax) : nullptr,
-            nested_absmax, nested_code, offset, pk_log2(blocksize), nested ? pk_log2(nested_blocksize) : 0};
-}
-
-/* Scale of the block that holds the flat element e. code: the 256 values of nested_code in shared memory. */
-template <bool NESTED> __device__ __forceinline__ float pk_scale(const PkScales &s, const float *code, float offset, int64_t e) {
-    const int64_t block = e >> s.shift;
-    if (!NESTED) return __ldg(s.absmax + block);
-    /* product and sum rounded apart, as the format says */
-    return __fadd_rn(__fmul_rn(code[__ldg(s.codes + block)], __ldg(s.nested_absmax + (block >> s.nested_shift))), offset);
-}
 
 template <typename T> __device__ __forceinline__ T pk_rounded(float v);
 template <> __device__ __forceinline__ float pk_rounded<float>(float v) { return v; }
