@@ -133,12 +133,24 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
         torch.ones(16, 128, device=device),
         torch.ones(64, 16, device=device),
     )
-    if op == "lora_linear":
-        return (x, *weight, 64, a, b, 1.0, None, 0.0, None)
-    if op == "lora_linear_backward":
-        dy, s = torch.ones(8, 64, device=device, dtype=dtype), torch.ones(8, 16, device=device)
-        return (dy, x, *weight, a, b, s, 1.0, 0.0, None, True, True)
-    return None
+    dy, s = torch.ones(8, 64, device=device, dtype=dtype), torch.ones(8, 16, device=device)
+    gain, wide = torch.ones(64, device=device), torch.ones(128, device=device, dtype=dtype)
+    stack = [[part] for part in weight]
+    calls: dict[str, tuple[Any, ...]] = {
+        "lora_linear": (x, *weight, 64, a, b, 1.0, None, 0.0, None),
+        "lora_linear_backward": (dy, x, *weight, a, b, s, 1.0, 0.0, None, True, True),
+        "lora_linear_stacked": (x, *stack, [64], [a], [b], [1.0], [None], [0.0], [None]),
+        "lora_linear_stacked_backward": (x, [dy], *stack, [a], [b], [s], [1.0], [0.0], [None], True, [True]),
+        "dora_linear": (x, *weight, 64, a, b, gain, 1.0, None, 0.0, None, True),
+        "dora_linear_backward": (dy, x, *weight, a, b, gain, dy, s, 1.0, 0.0, None, True, True, True),
+        "squared_row_norms": (*weight, 64, 128),
+        "dora_norm": (*weight, a, b, 1.0, None),
+        "rms_norm": (x, wide, 1e-5),
+        "rms_norm_backward": (x, x, wide, 1e-5),
+        "swiglu": (x, x),
+        "swiglu_backward": (x, x, x),
+    }
+    return calls.get(op)
 
 
 LOOKS: dict[str, Callable[[], Finding]] = {
