@@ -166,7 +166,8 @@ def test_cpu_tensors_are_refused_outside_the_interpreter():
 
 
 def test_cuda_refuses_cpu_tensors_outside_a_gpu():
-    with use_backend("cuda"), pytest.raises(BackendUnavailable, match=r"dequantize_4bit: .*serves CPU tensors by a host build"):
+    refusal = r"dequantize_4bit: .*serves CPU tensors by a host build"
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match=refusal):
         dequantize_4bit(random_quant_weight(4, 64))
 
 
