@@ -232,3 +232,31 @@ def tile_of(i_pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     first = i_pid // width * GROUP
     rows = tl.minimum(tiles_m - first, GROUP)
     return first + i_pid % width % rows, i_pid % width // rows
+
+
+@triton.jit
+def table_of(p_table, MODE: tl.constexpr):
+    """The table of pairs in registers where the weight is read by pairs; anything elsewhere."""
+    b_table = tl.arange(0, 1)
+    if MODE == 1 or MODE == 2:
+        b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
+    return b_table
+
+
+@triton.jit
+def low_rank(
+    p_b, p_s, i_n, i_m, N, M, r, b_acc, stride_n, stride_r, PRECISION: tl.constexpr, BR: tl.constexpr,
+    LEFT: tl.constexpr,
+):  # fmt: skip
+    """b_acc [N, M] + b [N, r] s [M, r]^T, b at strides; without LEFT b_acc [M, N] + s b^T."""
+    for i_r0 in tl.range(0, r, BR, num_stages=1):
+        i_r = i_r0 + tl.arange(0, BR)
+        p_bt = p_b + i_n.to(tl.int64)[:, None] * stride_n + i_r.to(tl.int64)[None, :] * stride_r
+        b_b = tl.load(p_bt, mask=(i_n < N)[:, None] & (i_r < r)[None, :], other=0.0)
+        p_st = p_s + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
+        b_s = tl.load(p_st, mask=(i_m < M)[None, :] & (i_r < r)[:, None], other=0.0)
+        if LEFT:
+            b_acc = dot_narrow(b_b, b_s, b_acc, PRECISION)
+        else:
+            b_acc = dot_narrow(tl.trans(b_s), tl.trans(b_b), b_acc, PRECISION)
+    return b_acc

@@ -20,12 +20,13 @@ import triton.language as tl
 
 from ...triton_lib.device import (
     dot,
-    dot_narrow,
     dot_wide,
     keep_mask,
     keep_packed,
     load_weight,
+    low_rank,
     round_to,
+    table_of,
     tile_of,
     unpack,
 )
@@ -64,9 +65,9 @@ def project_kernel(
     tl.store(p_s + i_out, b_s, mask=b_rows & (i_r < r)[None, :])
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
-def forward_kernel(
-    p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_gain, p_h,
+@triton.jit
+def forward_tile(
+    p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_gain, p_h, i_tile, i_part,
     M, N, K, r, stride_n, stride_k, steps, scaling,
     ADAPTER: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, SAVE_H: tl.constexpr, ADD: tl.constexpr,
     MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
@@ -74,34 +75,20 @@ def forward_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
-    """Part i_part (`steps` tiles of BK columns of x) of y [parts, M, N]. Part 0 also holds s B^T and the bias.
+    """Tile i_tile of part i_part (`steps` tiles of BK columns of x) of y [parts, M, N]. Part 0 has s B^T and the bias.
 
     GAIN (one part): y = gain * h + bias with the rest of the sum as h; SAVE_H stores it, ADD adds what y held.
     """
-    i_m0, i_n0 = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    i_m0, i_n0 = tile_of(i_tile, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     i_m0, i_n0 = i_m0 * BM, i_n0 * BN
-    i_part = tl.program_id(1)
     i_m = i_m0 + tl.arange(0, BM)
     i_n = i_n0 + tl.arange(0, BN)
-    b_cols = (i_m < M)[None, :]
     b_acc = tl.zeros((BN, BM) if LEFT else (BM, BN), tl.float32)
     if ADAPTER:
         # first, so that reading s and B hides behind the large product and rounding hits the small term
         if i_part == 0:
-            for i_r0 in tl.range(0, r, BR, num_stages=1):
-                i_r = i_r0 + tl.arange(0, BR)
-                p_bt = p_b + i_n.to(tl.int64)[:, None] * r + i_r[None, :]
-                b_b = tl.load(p_bt, mask=(i_n < N)[:, None] & (i_r < r)[None, :], other=0.0)
-                p_st = p_s + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
-                b_s = tl.load(p_st, mask=b_cols & (i_r < r)[:, None], other=0.0)
-                if LEFT:
-                    b_acc = dot_narrow(b_b, b_s, b_acc, PRECISION)
-                else:
-                    b_acc = dot_narrow(tl.trans(b_s), tl.trans(b_b), b_acc, PRECISION)
-            b_acc = b_acc * scaling
-    b_table = tl.arange(0, 1)
-    if MODE == 1 or MODE == 2:
-        b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
+            b_acc = low_rank(p_b, p_s, i_n, i_m, N, M, r, b_acc, r, 1, PRECISION, BR, LEFT) * scaling
+    b_table = table_of(p_table, MODE)
     # rows beyond M repeat the last one instead of being masked in every step; they are not stored
     p_xt = p_x + tl.minimum(i_m, M - 1).to(tl.int64)[None, :] * K
     for i_step in range(i_part * steps, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps)):
@@ -131,6 +118,46 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
+def forward_kernel(
+    p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_gain, p_h,
+    M, N, K, r, stride_n, stride_k, steps, scaling,
+    ADAPTER: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, SAVE_H: tl.constexpr, ADD: tl.constexpr,
+    MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
+    """`forward_tile` of program (tile, part)."""
+    forward_tile(p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_gain, p_h,
+                 tl.program_id(0), tl.program_id(1), M, N, K, r, stride_n, stride_k, steps, scaling, ADAPTER, BIAS,
+                 GAIN, SAVE_H, ADD, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, PRECISION, BM, BN, BK, BR, GROUP,
+                 EVEN_N, EVEN_K, LEFT)  # fmt: skip
+
+
+@triton.jit
+def add_input(
+    p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, i_m, i_k0, first, last, M, N, K, stride_n, stride_k,
+    b_acc, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
+    """b_acc [BK, BM] + (dy W)^T over the tiles first .. last - 1 of BN features; without LEFT b_acc [BM, BK] + dy W."""
+    b_table = table_of(p_table, MODE)
+    p_dyt = p_dy + tl.minimum(i_m, M - 1).to(tl.int64)[None, :] * N
+    for i_step in range(first, last):
+        i_n0 = i_step * BN
+        i_n = (i_n0 + tl.arange(0, BN))[:, None]
+        b_dy = tl.load(p_dyt + i_n, mask=(i_n < N) | EVEN_N, other=0.0)
+        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
+                          N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
+                          p_dy.dtype.element_ty, EVEN_N, EVEN_K)  # fmt: skip
+        if LEFT:
+            b_acc = dot(tl.trans(b_w), b_dy, b_acc, "ieee")
+        else:
+            b_acc = dot(tl.trans(b_dy), b_w, b_acc, "ieee")
+    return b_acc
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def backward_kernel(
     p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_ds, p_a, p_seed, p_dx,
     M, N, K, r, stride_n, stride_k, steps, threshold, keep_scale,
@@ -145,42 +172,20 @@ def backward_kernel(
     i_part = tl.program_id(1)
     i_m = i_m0 + tl.arange(0, BM)
     i_k = i_k0 + tl.arange(0, BK)
-    b_cols = (i_m < M)[None, :]
     b_acc = tl.zeros((BK, BM) if LEFT else (BM, BK), tl.float32)
     if ADAPTER:
         if i_part == 0:
             if DROPOUT:  # drawn first and kept as bits: beside the accumulator there is no room for Philox's state
                 b_bits = keep_packed(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
-            for i_r0 in tl.range(0, r, BR, num_stages=1):
-                i_r = i_r0 + tl.arange(0, BR)
-                p_at = p_a + i_r.to(tl.int64)[None, :] * K + i_k[:, None]
-                b_a = tl.load(p_at, mask=(i_k < K)[:, None] & (i_r < r)[None, :], other=0.0)
-                p_dst = p_ds + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
-                b_ds = tl.load(p_dst, mask=b_cols & (i_r < r)[:, None], other=0.0)
-                if LEFT:
-                    b_acc = dot_narrow(b_a, b_ds, b_acc, PRECISION)
-                else:
-                    b_acc = dot_narrow(tl.trans(b_ds), tl.trans(b_a), b_acc, PRECISION)
+            b_acc = low_rank(p_a, p_ds, i_k, i_m, K, M, r, b_acc, 1, K, PRECISION, BR, LEFT)
             if DROPOUT:
                 b_keep = unpack(b_bits, BM, BK)
                 if LEFT:
                     b_keep = tl.trans(b_keep)
                 b_acc = tl.where(b_keep, b_acc * keep_scale, 0.0)
-    b_table = tl.arange(0, 1)
-    if MODE == 1 or MODE == 2:
-        b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
-    p_dyt = p_dy + tl.minimum(i_m, M - 1).to(tl.int64)[None, :] * N
-    for i_step in range(i_part * steps, tl.minimum(tl.cdiv(N, BN), (i_part + 1) * steps)):
-        i_n0 = i_step * BN
-        i_n = (i_n0 + tl.arange(0, BN))[:, None]
-        b_dy = tl.load(p_dyt + i_n, mask=(i_n < N) | EVEN_N, other=0.0)
-        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
-                          N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
-                          p_dy.dtype.element_ty, EVEN_N, EVEN_K)  # fmt: skip
-        if LEFT:
-            b_acc = dot(tl.trans(b_w), b_dy, b_acc, "ieee")
-        else:
-            b_acc = dot(tl.trans(b_dy), b_w, b_acc, "ieee")
+    b_acc = add_input(p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, i_m, i_k0, i_part * steps,
+                      tl.minimum(tl.cdiv(N, BN), (i_part + 1) * steps), M, N, K, stride_n, stride_k, b_acc, MODE,
+                      BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BN, BK, EVEN_N, EVEN_K, LEFT)  # fmt: skip
     b_dx = tl.trans(b_acc) if LEFT else b_acc
     p_out = p_dx + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * K + i_k[None, :]
     tl.store(p_out, round_to(b_dx, p_dx.dtype.element_ty), mask=(i_m < M)[:, None] & (i_k < K)[None, :])
