@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_kernels import native
+from peft_kernels import native, use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -129,6 +129,15 @@ def simt() -> Iterator[CDLL]:
 def races() -> Iterator[CDLL]:
     with loaded("races") as lib:
         yield lib
+
+
+@pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend forced: on a GPU, or on CPU tensors with the host build."""
+    if request.param == "simt":
+        request.getfixturevalue("simt")
+    with use_backend("cuda"):
+        yield "cpu" if request.param == "simt" else "cuda"
 
 
 @pytest.fixture(params=SEEDS)

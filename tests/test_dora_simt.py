@@ -4,7 +4,6 @@ tests on a GPU where there is one."""
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 import dora_tools
@@ -20,18 +19,9 @@ from peft_kernels.ops import dora_norm as norm_op
 from peft_kernels.testing import assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("simt_tools.py")))
-simt, races, seed = tools["simt"], tools["races"], tools["seed"]
+simt, races, seed, device = (tools[name] for name in ("simt", "races", "seed", "device"))
 HALVES = (BF16, F16)
 BACKWARD_ON_REFERENCE = {"dora_linear": "cuda", "dora_linear_backward": "reference"}
-
-
-@pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend forced: on a GPU, or on CPU tensors with the host build."""
-    if request.param == "simt":
-        request.getfixturevalue("simt")
-    with use_backend("cuda"):
-        yield "cpu" if request.param == "simt" else "cuda"
 
 
 def check(c: Case, device: str) -> None:

@@ -19,6 +19,7 @@ from lora_tools import (
     check_stack,
     make,
     needs_native,
+    saved_bytes,
     threads,
 )  # fmt: skip
 from torch import Tensor
@@ -263,19 +264,10 @@ def test_seeds_are_drawn_in_order() -> None:
 @needs_native
 def test_saved_for_the_backward_is_x_once_and_the_small_sums() -> None:
     parts, x = projections(BF16), torch.randn(200, 64, dtype=BF16, requires_grad=True)
-    own = {t.untyped_storage().data_ptr() for t in trained(parts)}
-    own |= {t.untyped_storage().data_ptr() for p in parts if isinstance(p.weight, QuantWeight)
-            for t in p.weight.flatten() if isinstance(t, Tensor)}  # fmt: skip
-    saved: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        ys = lora_linear_stacked(x, parts)
-    assert sum(saved.values()) == 200 * (64 * 2 + (4 + 2) * 4)
+    packed = [t for p in parts if isinstance(p.weight, QuantWeight) for t in p.weight.flatten()]
+    ys: list[Tensor] = []
+    kept = saved_bytes(lambda: ys.extend(lora_linear_stacked(x, parts)), [*trained(parts), *packed])
+    assert kept == 200 * (64 * 2 + (4 + 2) * 4)
     assert len(ys) == 3
 
 

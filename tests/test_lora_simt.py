@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import runpy
-from collections.abc import Iterator
 from ctypes import byref, c_int64
 from pathlib import Path
 
@@ -24,17 +23,8 @@ from peft_kernels.ops.lora_linear import cuda
 from peft_kernels.testing import assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("simt_tools.py")))
-simt, races, seed = tools["simt"], tools["races"], tools["seed"]
+simt, races, seed, device = (tools[name] for name in ("simt", "races", "seed", "device"))
 HALVES = (BF16, F16)
-
-
-@pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend forced: on a GPU, or on CPU tensors with the host build."""
-    if request.param == "simt":
-        request.getfixturevalue("simt")
-    with use_backend("cuda"):
-        yield "cpu" if request.param == "simt" else "cuda"
 
 
 def run(c: Case) -> tuple[Tensor, ...]:

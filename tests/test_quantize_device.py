@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter_tools import run_in_the_interpreter
 from torch import Tensor
 
 from peft_kernels import BackendUnavailable, QuantWeight, dequantize_4bit, quantize_4bit, use_backend
@@ -36,13 +34,7 @@ backends = pytest.mark.parametrize("backend", ["triton"] if INTERPRETER else ["t
 @pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
 def test_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    command += ["-k", "not outside and not in_the_interpreter"]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, "not outside and not in_the_interpreter")
 
 
 def weight(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

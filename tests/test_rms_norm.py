@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter_tools import run_in_the_interpreter
 from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, needs_native, threads
 from torch import Tensor
 
@@ -177,14 +175,7 @@ def test_bad_input() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETER, reason="is that process")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    command += ["-k", "device"]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, "device")
 
 
 @needs_triton

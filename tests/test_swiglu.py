@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, needs_native, threads
+from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, needs_native, saved_bytes, threads
 from torch import Tensor
 
 from peft_kernels import Projection, QuantWeight, lora_linear, swiglu, swiglu_mlp, use_backend
@@ -193,32 +193,18 @@ def test_gradcheck_of_the_mlp() -> None:
     assert torch.autograd.gradcheck(f, (x, *leaves), fast_mode=True)
 
 
-def storages(tensors: Sequence[object]) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)}
-
-
 @needs_native
 def test_saves_x_gate_up_and_the_small_sums_alone() -> None:
     """unsloth's LoRA_MLP saves X, e (gate), g (up) beside the adapters' own tensors; ours adds s [M, r] of each."""
     m, parts = 200, MLPS["all"](BF16)
     x = torch.randn(m, K, dtype=BF16, requires_grad=True)
-    own = storages([t for p in parts for t in (*p, *(p.weight.flatten() if isinstance(p.weight, QuantWeight) else ()))])
-    saved: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = swiglu_mlp(x, *parts)
+    own = [t for p in parts for t in (*p, *(p.weight.flatten() if isinstance(p.weight, QuantWeight) else ()))]
+    ys: list[Tensor] = []
     unsloth, small = m * (K + 2 * F) * 2, m * (4 + 7 + 3) * 4
-    assert sum(saved.values()) == unsloth + small
-    saved.clear()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        by_parts(x, *parts)
-    assert sum(saved.values()) >= unsloth + small + 2 * m * F * 2, "one by one, silu(gate) and h are kept, too"
-    assert y.requires_grad
+    assert saved_bytes(lambda: ys.append(swiglu_mlp(x, *parts)), own) == unsloth + small
+    one_by_one = saved_bytes(lambda: by_parts(x, *parts), own)
+    assert one_by_one >= unsloth + small + 2 * m * F * 2, "one by one, silu(gate) and h are kept, too"
+    assert ys[0].requires_grad
 
 
 @needs_native

@@ -7,16 +7,14 @@ The interpreter is chosen when Triton is imported, so these tests run in a proce
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter_tools import run_in_the_interpreter
 from torch import Tensor
 
 import peft_kernels as pk
@@ -46,14 +44,7 @@ SMALL: dict[str, dict[str, int]] = {
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     """Every test below, in float32, float16 and bfloat16, on CPU tensors."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    command += ["-k", "not the_interpreter"]  # the two tests of the ordinary process
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, "not the_interpreter")  # the two tests of the ordinary process
 
 
 @pytest.mark.skipif(INTERPRETER, reason="needs a process where Triton compiles")

@@ -7,14 +7,12 @@ its own; what is marked `on_device` runs there, and on a GPU where there is one.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter_tools import run_in_the_interpreter
 from lora_tools import F16, F32, Case, Stack, check_stack, make
 from torch import Tensor
 
@@ -44,14 +42,7 @@ SMALL: dict[str, dict[str, int]] = {
 @compiles
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env.pop("PYTEST_XDIST_WORKER", None)
-    command += ["-k", "device"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, "device")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -45,6 +45,23 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def saved_bytes(run: Callable[[], object], own: Iterable[object]) -> int:
+    """Bytes of the storages that `run` keeps for its backward, each once, besides those of the tensors in `own`."""
+    known = {t.untyped_storage().data_ptr() for t in own if isinstance(t, Tensor)}
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage takes the address of one that was freed
+
+    def pack(t: Tensor) -> Tensor:
+        alive.append(t)
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(saved.values())
 
 
 @dataclass

@@ -1,0 +1,20 @@
+"""Triton's interpreter is chosen when Triton is imported: tests on CPU tensors run in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_in_the_interpreter(file: str, selection: str) -> None:
+    """The tests of `file` that pytest's -k `selection` names, with Triton interpreting; each must run and pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file, "-k", selection]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("PYTEST_XDIST_WORKER", None)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=root)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout, done.stdout[-2000:]
