@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lora_draws import draw_case
 from lora_tools import (
     BF16,
     F16,
@@ -73,24 +74,7 @@ def test_dense_and_4_bit_weights_of_any_layout_in_one_stack(level: str, m: int, 
 def test_any_shape(data: st.DataObject) -> None:
     m, k = data.draw(st.integers(1, 140)), data.draw(st.integers(1, 320))
     dtype = data.draw(st.sampled_from(FLOATS))
-    cases = [
-        make(
-            m,
-            data.draw(st.integers(1, 140)),
-            k,
-            dtype=dtype,
-            quant=data.draw(st.sampled_from(("nf4", "fp4", "dense"))),
-            blocksize=data.draw(st.sampled_from((32, 64, 128))),
-            nested=data.draw(st.booleans()),
-            w_dtype=data.draw(st.sampled_from(FLOATS)),
-            r=data.draw(st.integers(0, 40)),
-            ab=data.draw(st.sampled_from(FLOATS)),
-            p=data.draw(st.sampled_from((0.0, 0.05, 0.9))),
-            bias=data.draw(st.booleans()),
-            seed=data.draw(st.integers(0, 2**20)),
-        )
-        for _ in range(data.draw(st.integers(1, 4)))
-    ]
+    cases = [draw_case(data, m, k, dtype) for _ in range(data.draw(st.integers(1, 4)))]
     with at_level(data.draw(st.sampled_from(LEVELS))):
         check_stack(Stack(cases))
 
