@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from . import dispatch
 from .dispatch import BackendUnavailable, explain, use_backend
-from .formats import FP4_TABLE, NF4_TABLE, QuantWeight
+from .formats import FP4_TABLE, NF4_TABLE, AdapterStack, QuantWeight
 from .ops.dequantize_4bit import dequantize_4bit
 from .ops.dora_linear import dora_linear
 from .ops.dora_norm import dora_norm, squared_row_norms
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
+from .ops.multi_lora_linear import multi_lora_linear
 from .ops.quantize_4bit import quantize_4bit
 from .ops.rms_norm import rms_norm
 from .ops.swiglu import swiglu
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FP4_TABLE",
     "NF4_TABLE",
+    "AdapterStack",
     "BackendUnavailable",
     "Projection",
     "QuantWeight",
@@ -31,6 +33,7 @@ __all__ = [
     "explain",
     "lora_linear",
     "lora_linear_stacked",
+    "multi_lora_linear",
     "quantize_4bit",
     "rms_norm",
     "squared_row_norms",

@@ -173,12 +173,15 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     """A valid call of each op."""
     qw = random_quant_weight(8, 64)
     x, dy, a, b = torch.randn(3, 64), torch.randn(3, 8), torch.randn(2, 64), torch.randn(8, 2)
+    plan = (torch.tensor([0, 0, -1]), torch.zeros(1, dtype=torch.int64), torch.tensor([2]), torch.ones(1), 2)
     stack = [[value] * 2 for value in (*qw.flatten(), 8, a, b, 1.0, None, 0.0, None)]
     return {
         "quantize_4bit": (torch.randn(8, 64), 1, 64, False, 256),
         "dequantize_4bit": (*qw.flatten(), [8, 64], torch.float32),
         "lora_linear": (x, *qw.flatten(), 8, a, b, 1.0, None, 0.0, None),
         "lora_linear_backward": (dy, x, *qw.flatten(), a, b, x @ a.t(), 1.0, 0.0, None, True, True),
+        "multi_lora_linear": (x, *qw.flatten(), 8, a, b.t(), *plan, None, 0.0, None),
+        "multi_lora_linear_backward": (dy, x, *qw.flatten(), a, b.t(), x @ a.t(), *plan, 0.0, None, True, True),
         "lora_linear_stacked": (x, *stack),
         "lora_linear_stacked_backward": (x, [dy] * 2, *stack[:8], *stack[9:11], [x @ a.t()] * 2, stack[11],
                                          *stack[13:], True, [True] * 2),

@@ -76,6 +76,14 @@ def check_adapter(op: str, device: torch.device, n: int, k: int, a: Tensor, b: T
         raise arg_error(op, "a and b", f"on {device} like x", (a.device, b.device))
 
 
+def check_dropout(op: str, dropout_p: float, seed: Tensor | None, adapter: bool) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise arg_error(op, "dropout_p", "in [0, 1)", dropout_p)
+    if dropout_p > 0.0 and adapter and (seed is None or seed.dtype is not torch.int64 or seed.numel() != 1):
+        got_seed = "None" if seed is None else (seed.dtype, tuple(seed.shape))
+        raise arg_error(op, "seed", "an int64 tensor of one element when dropout_p > 0", got_seed)
+
+
 def check_common(
     op: str, x: Tensor, rows: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
     nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, n: int, k: int,
@@ -92,11 +100,7 @@ def check_common(
         raise arg_error(op, "a and b", "given together or not at all", "one of them")
     if a is not None and b is not None:
         check_adapter(op, x.device, n, k, a, b)
-    if not 0.0 <= dropout_p < 1.0:
-        raise arg_error(op, "dropout_p", "in [0, 1)", dropout_p)
-    if dropout_p > 0.0 and a is not None and (seed is None or seed.dtype is not torch.int64 or seed.numel() != 1):
-        got_seed = "None" if seed is None else (seed.dtype, tuple(seed.shape))
-        raise arg_error(op, "seed", "an int64 tensor of one element when dropout_p > 0", got_seed)
+    check_dropout(op, dropout_p, seed, a is not None)
     if rows.shape[0] != x.shape[0]:
         raise arg_error(op, "dy", f"{x.shape[0]} rows like x", rows.shape[0])
 

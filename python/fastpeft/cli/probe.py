@@ -136,11 +136,15 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
     dy, s = torch.ones(8, 64, device=device, dtype=dtype), torch.ones(8, 16, device=device)
     gain, wide = torch.ones(64, device=device), torch.ones(128, device=device, dtype=dtype)
     stack = [[part] for part in weight]
+    rows = torch.zeros(8, device=device, dtype=torch.int64)
+    several = (rows, rows[:1], rows[:1] + 16, torch.ones(1, device=device), 16)
     calls: dict[str, tuple[Any, ...]] = {
         "lora_linear": (x, *weight, 64, a, b, 1.0, None, 0.0, None),
         "lora_linear_backward": (dy, x, *weight, a, b, s, 1.0, 0.0, None, True, True),
         "lora_linear_stacked": (x, *stack, [64], [a], [b], [1.0], [None], [0.0], [None]),
         "lora_linear_stacked_backward": (x, [dy], *stack, [a], [b], [s], [1.0], [0.0], [None], True, [True]),
+        "multi_lora_linear": (x, *weight, 64, a, b.t(), *several, None, 0.0, None),
+        "multi_lora_linear_backward": (dy, x, *weight, a, b.t(), s, *several, 0.0, None, True, True),
         "dora_linear": (x, *weight, 64, a, b, gain, 1.0, None, 0.0, None, True),
         "dora_linear_backward": (dy, x, *weight, a, b, gain, dy, s, 1.0, 0.0, None, True, True, True),
         "squared_row_norms": (*weight, 64, 128),
