@@ -65,7 +65,7 @@ def _check_stack(
 def check_values(
     op: str, p: int, adapters: Tensor, starts: Tensor, ranks: Tensor, max_rank: int, disjoint: bool = False
 ) -> None:
-    """Raise ValueError on an index or range of rows that does not exist; disjoint: and on rows that two in use share."""
+    """Raise ValueError on an index or range of rows that is not there; disjoint: also on rows that two in use share."""
     s = starts.numel()
     wrong = adapters[(adapters < -1) | (adapters >= s)]
     if wrong.numel():
