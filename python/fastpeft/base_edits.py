@@ -65,7 +65,9 @@ class BaseEdits:
     merged_adapters: list[str]
     base_edits: Mapping[str, BaseEdit] = {}  # by adapter, in the order in which they were made; replaced, never changed
     _original: dict[str, Any] | None = None  # the base weight before the first edit
-    _plan: Any
+
+    def changed(self) -> None:
+        raise NotImplementedError
 
     def unmerge(self) -> None:
         raise NotImplementedError
@@ -158,7 +160,7 @@ class BaseEdits:
                 p.requires_grad_(trains[name])
         self._original = {name: _on_host(value) for name, value in original.items()} if edits else None
         self.base_edits = dict(edits)
-        self._plan = None
+        self.changed()
 
 
 def _bias(taken: Mapping[str, Any]) -> dict[str, Any]:

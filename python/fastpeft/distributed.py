@@ -64,7 +64,7 @@ def fully_shard_model(
         if isinstance(module, NF4Linear) and shard_quantized:
             module.share_parameters()
         if isinstance(module, AdapterLayer):
-            module._plan = None  # it may hold the buffers that are parameters now
+            module.changed()  # it may hold the buffers that are parameters now
     for unit in units:
         fully_shard(unit, mesh=mesh, ignored_params=ignored | across, **options)
     fully_shard(model, mesh=mesh, ignored_params=ignored, **options)

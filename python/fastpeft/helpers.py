@@ -109,11 +109,13 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     before = [layer.cast_input_dtype_enabled for layer in layers]
     try:
         for layer in layers:
-            layer.cast_input_dtype_enabled, layer._plan = False, None
+            layer.cast_input_dtype_enabled = False
+            layer.changed()
         yield
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.cast_input_dtype_enabled = enabled
+            layer.changed()
 
 
 class KappaTuneSelector:

@@ -24,7 +24,7 @@ from .stack import Stack
 from .weights import BaseWeight, Part, weight_of
 
 
-class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
+class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
     """A base layer with any number of adapters of any methods. Its attributes are those of PEFT's tuner layers.
 
     The tensors of an adapter are spread over one container per tensor name: `layer.lora_A["default"].weight`. Values
@@ -154,7 +154,7 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
                 container.set(adapter, value, persistent=method.saves(state, name))
             elif name in state:
                 container[adapter] = value
-        self._plan = None
+        self.changed()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first of the others, by name, becomes active."""
@@ -168,7 +168,7 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
                 container = getattr(self, name)
                 drop = container.release if isinstance(container, SharedDict) else container.pop
                 drop(adapter_name, None)
-        self._plan = None
+        self.changed()
         if adapter_name not in self._active_adapter:
             return
         left = [name for name in self._active_adapter if name != adapter_name]
@@ -191,7 +191,7 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
             if name in self.methods:
                 self._set_requires_grad(name, not inference_mode)
         self._active_adapter = names
-        self._plan = None
+        self.changed()
 
     def _set_requires_grad(self, adapter: str, requires_grad: bool) -> None:
         method, s = self.methods[adapter], self.view(adapter)
@@ -211,7 +211,7 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Turn all adapters on or off; while off, the layer is its base layer and no adapter requires gradients."""
         self._disable_adapters = not enabled
-        self._plan = None
+        self.changed()
         if enabled:
             self.set_adapter(self._active_adapter)
         else:
@@ -250,7 +250,7 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plan = None if torch.compiler.is_compiling() else self._plan
+        plan = None if torch.compiler.is_compiling() or self._recall is not None else self._plan
         if plan is not None and not args and not kwargs:
             y = plan(x)
             if y is not None:
@@ -259,12 +259,15 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
 
     def plan(self) -> Fused | None:
         """What computes this layer in one call (`Method.fused`), made anew after each change of the layer. None while
-        several adapters, none, merged ones or ones chosen by row are active, and where the method has no such function.
+        several adapters, none or merged ones are active, and where the method has no such function.
         """
         compiling = torch.compiler.is_compiling()  # a graph makes its own, and does not depend on one that is there
+        made: Fused | None = self._row_plan()
+        if made is not None:
+            return made
         if not compiling and self._plan is not None:
             return self._plan
-        off = self._disable_adapters or self.merged_adapters or self._rows is not None
+        off = self._disable_adapters or self.merged_adapters
         names = [name for name in self._active_adapter if name in self.methods]
         if off or len(names) != 1 or not self.cast_input_dtype_enabled:
             return None
@@ -275,9 +278,10 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
         return made
 
     def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        rows = kwargs.pop("adapter_names", None) or self._rows
-        if rows is not None:
-            return self._mixed(x, list(rows), args, kwargs)
+        names = kwargs.pop("adapter_names", None)
+        by_row = self._row_plan() if names is None else self.routed(tuple(names))
+        if by_row is not None:
+            return by_row(x, args, kwargs) if args or kwargs else by_row(x)  # type: ignore[no-any-return]
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         if self._disable_adapters or self.merged_adapters:
@@ -301,19 +305,21 @@ class AdapterLayer(Switches, Merging, BaseEdits, Rows, nn.Module):
     # A plan reads tensors through their containers, but it is bound to these containers and to their device.
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterLayer:
-        self._plan = None
+        self.changed()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._plan = None
+        self.changed()
         super()._load_from_state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> AdapterLayer:
+        if mode != self.training:
+            self.changed()
         self._plan = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}
+        return {**self.__dict__, **dict.fromkeys(("_plan", "_routed", "_packed", "_row_stack"))}
 
     def __repr__(self) -> str:
         # As PEFT's class of the same purpose: `lora.Linear(...)`.

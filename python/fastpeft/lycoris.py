@@ -62,6 +62,9 @@ class Lycoris(FactoredMethod):
             return super().forward(s, shared, x, inner)
         return with_weight(inner, x, frozen, lambda w: w + self.delta_weight(s, s, None).view(w.shape))
 
+    def splits(self, s: Any, info: LayerInfo) -> bool:
+        return info.kind == "linear" or self.is_cheap(s, info)
+
     def is_cheap(self, s: Any, info: LayerInfo) -> bool:
         """Whether `added` costs less than what one with another weight costs: half as much again as the layer."""
         return False

@@ -25,13 +25,15 @@ class Merging:
     merged_adapters: list[str]
     _active_adapter: list[str]
     _taken: dict[str, Any] | None
-    _plan: Any
 
     @property
     def info(self) -> LayerInfo:
         raise NotImplementedError
 
     def view(self, adapter: str) -> AdapterView:
+        raise NotImplementedError
+
+    def changed(self) -> None:
         raise NotImplementedError
 
     def _views(self, adapter: str) -> tuple[AdapterView, AdapterView]:
@@ -125,7 +127,7 @@ class Merging:
                 raise
         self._taken = taken if keep else None
         self.merged_adapters.extend(names)
-        self._plan = None
+        self.changed()
         return error
 
     def check_safe(self, adapter_names: Sequence[str] | None = None) -> None:
@@ -153,5 +155,6 @@ class Merging:
         if self._taken is None:
             raise ValueError("this layer was merged with keep=False, so its old weight is gone")
         self.kind.put_back(self.base_layer, self._taken)
-        self._taken, self._plan = None, None
+        self._taken = None
+        self.changed()
         self.merged_adapters.clear()

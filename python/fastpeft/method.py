@@ -317,6 +317,11 @@ class Method:
         """The adapted layer; only a method that calls `inner` other than once replaces it."""
         return self.output(s, shared, x, inner(self.input(s, shared, x)), inner)
 
+    def splits(self, s: Any, info: LayerInfo) -> bool:
+        """Whether `forward` is now one call of `inner` between `input` and `output`: then rows of several adapters have
+        that call in common (`routing.py`). A method that replaces `forward` says when."""
+        return type(self).forward is Method.forward
+
     # Optional: more of a model's forward than its layers see. Both act while the adapter is active.
 
     def row_values(self, config: Any, inputs: Mapping[str, Any]) -> Sequence[Any] | None:

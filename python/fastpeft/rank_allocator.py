@@ -150,4 +150,4 @@ def install(layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) ->
         container = getattr(layer, part)
         container[adapter] = nn.Parameter(tensor, requires_grad=container[adapter].requires_grad)
     layer.r[adapter] = len(tensors["lora_E"])
-    layer._plan = None
+    layer.changed()

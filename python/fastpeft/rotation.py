@@ -143,3 +143,6 @@ class RotatesInput(Method):
             w, b = self.merged(s, shared, *inner.weight())
             return inner.apply(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
         return super().forward(s, shared, x, inner)
+
+    def splits(self, s: Any, info: LayerInfo) -> bool:
+        return not info.kind.startswith("conv")

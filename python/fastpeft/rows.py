@@ -9,27 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .method import Method
-from .weights import BaseWeight
+from peft_kernels import AdapterStack
+
+from .routing import Packed, Routed, stacked
 
 RowValues = Mapping[str, Sequence[Any]]
 
 
 class Recall:
-    """The row values of a model's last forwards: gradient checkpointing runs layers again in the backward pass, when
-    the forward's values are gone."""
+    """What the rows of a model's last forwards were: gradient checkpointing runs layers again in the backward pass,
+    when the forward's values are gone."""
 
     def __init__(self) -> None:
-        self._kept: tuple[RowValues, ...] = ()  # two that differ tell as much as more of them
+        # two that differ tell as much as more of them
+        self._kept: tuple[tuple[tuple[str, ...] | None, RowValues], ...] = ()
         self._used = False
 
-    def keep(self, values: RowValues) -> None:
-        before = () if self._used else self._kept
-        self._kept, self._used = (*(v for v in before if v != values), values)[-2:], False
+    def __bool__(self) -> bool:
+        return bool(self._kept)
 
-    def values(self) -> RowValues | None:
+    def keep(self, rows: tuple[str, ...] | None, values: RowValues) -> None:
+        """Called for each forward that a backward pass may follow."""
+        before, new = () if self._used else self._kept, (rows, values)
+        self._kept, self._used = (*(kept for kept in before if kept != new), new)[-2:], False
+
+    def _last(self) -> tuple[tuple[str, ...] | None, RowValues | None]:
         if not self._kept or torch._C._current_graph_task_id() == -1:  # not within a backward pass
-            return None
+            return None, None
         self._used = True
         if len(self._kept) > 1:
             raise ValueError(
@@ -38,28 +44,72 @@ class Recall:
             )
         return self._kept[0]
 
+    def rows(self) -> tuple[str, ...] | None:
+        return self._last()[0]
+
+    def values(self) -> RowValues | None:
+        return self._last()[1]
+
 
 class Rows:
     """The part of `AdapterLayer` that knows what a batch's rows are, for the duration of one forward of the model."""
 
-    kind: type[BaseWeight]
-    layer_name: str
-    methods: dict[str, Method]
-    merged_adapters: list[str]
-    _disable_adapters: bool
     _plan: Any
-    _rows: list[str] | None = None
+    _disable_adapters: bool
+    _rows: tuple[str, ...] | None = None
+    _row_stack: tuple[AdapterStack, Tensor] | None = None
     _row_values: RowValues | None = None
     _recall: Recall | None = None
     _members: list[int] | None = None  # the rows that are computed now, where these are not all
+    _routed: Routed | None = None  # of the last assignment of rows, which may come again
+    _packed: Packed | None = None
 
-    def _compose(self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+    def changed(self) -> None:
+        """What was made for this layer is made anew: its adapters, its base or its mode are others now."""
+        self._plan = self._routed = self._packed = None
 
-    def set_rows(self, adapter_names: list[str] | None) -> None:
+    def set_rows(self, adapter_names: Sequence[str] | None) -> None:
         """Assign an adapter to each row of the next batches ("__base__" for none); None ends that."""
-        self._rows = adapter_names
+        self._rows = None if adapter_names is None else tuple(adapter_names)
         self._plan = None
+        if self._rows is not None and self._row_stack is not None:
+            raise ValueError("The rows of this layer have adapters of a stack: call set_row_stack(None, None) first.")
+        if self._routed is not None:
+            self._routed.again()
+
+    def set_row_stack(self, stack: AdapterStack | None, adapters: Tensor | None) -> None:
+        """Compute the next batches with adapters of `stack`, none of which is this layer's own; None ends that.
+
+        adapters: int64, the place in the stack for each of x.shape[0] rows, or for each token of x flattened to
+        [tokens, in_features]; -1 is the base alone. Both may be written to between forwards, in place (a CUDA graph
+        sees the new values). The layer needs no adapter of its own; it must be linear, dense or in 4 bits, frozen, and
+        without merged adapters: else ValueError.
+        """
+        if (stack is None) != (adapters is None):
+            raise ValueError("set_row_stack needs a stack and the rows' places in it, or None for both.")
+        if stack is not None and self._rows is not None:
+            raise ValueError("The rows of this layer have adapters by name: call set_rows(None) first.")
+        self._row_stack, self._plan = None, None
+        if stack is not None and adapters is not None:
+            stacked(self, stack, adapters)  # type: ignore[arg-type]  # raises where it cannot
+            self._row_stack = stack, adapters
+
+    def _row_plan(self) -> Any:
+        """What computes the layer for the rows of this forward, if it was told of any."""
+        if self._row_stack is None:
+            rows = self._rows if self._rows is not None or self._recall is None else self._recall.rows()
+            return None if rows is None else self.routed(rows)
+        if self._disable_adapters:
+            return None
+        return stacked(self, *self._row_stack)  # type: ignore[arg-type]
+
+    def routed(self, rows: tuple[str, ...]) -> Routed:
+        """What computes the layer for these adapters of its rows."""
+        if torch.compiler.is_compiling():
+            return Routed(self, rows)  # type: ignore[arg-type]
+        if self._routed is None or self._routed.rows != rows:
+            self._routed = Routed(self, rows)  # type: ignore[arg-type]
+        return self._routed
 
     def set_row_values(self, values: RowValues | None, recall: Recall | None = None) -> None:
         """What `Method.row_values` gave for each row of the next batches, by adapter; None ends that.
@@ -84,35 +134,3 @@ class Rows:
             yield
         finally:
             self._row_values = values
-
-    def _mixed(self, x: Tensor, rows: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Each row through its own adapter. Every method works: rows of one adapter are one ordinary call."""
-        if len(x) != len(rows):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(rows)} and {len(x)} respectively."
-            )
-        if self.kind.transient and len(set(rows)) > 1:
-            raise ValueError(
-                f"{self.layer_name or 'The layer'} ({self.kind.label}) runs with one merged weight, so that its rows "
-                "cannot have adapters of their own (`adapter_names`)."
-            )
-        if self.merged_adapters:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call `unmerge_adapter`.")
-        groups: dict[str, list[int]] = {}
-        for i, name in enumerate(rows):
-            # An adapter that this layer does not have leaves it as it is, like "__base__".
-            groups.setdefault(name if name in self.methods and not self._disable_adapters else "__base__", []).append(i)
-        if len(groups) == 1:
-            return self._compose(x, [n for n in groups if n != "__base__"], args, kwargs)
-        order = [i for members in groups.values() for i in members]
-        parts = []
-        try:
-            for name, members in groups.items():
-                self._members = members
-                parts.append(self._compose(x[members], [] if name == "__base__" else [name], args, kwargs))
-        finally:
-            self._members = None
-        back = torch.empty(len(order), dtype=torch.long)
-        back[order] = torch.arange(len(order))
-        return torch.cat(parts)[back.to(parts[0].device)]

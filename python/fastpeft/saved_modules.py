@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .containers import AdapterDict, Switches
+from .routing import BASE, check_length, grouped
 
 
 class ModulesToSaveWrapper(Switches, nn.Module):
@@ -26,7 +27,7 @@ class ModulesToSaveWrapper(Switches, nn.Module):
         check_savable(module_to_save)
         self.original_module = module_to_save
         self.modules_to_save = AdapterDict()
-        self._rows: list[str] | None = None
+        self._rows: tuple[str, ...] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -81,8 +82,8 @@ class ModulesToSaveWrapper(Switches, nn.Module):
             for module in self.modules_to_save.values():
                 module.requires_grad_(False)
 
-    def set_rows(self, adapter_names: list[str] | None) -> None:
-        self._rows = adapter_names
+    def set_rows(self, adapter_names: Sequence[str] | None) -> None:
+        self._rows = None if adapter_names is None else tuple(adapter_names)
 
     def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
         """As `AdapterLayer.adapter_state`."""
@@ -94,19 +95,16 @@ class ModulesToSaveWrapper(Switches, nn.Module):
         if rows is None or self._disable_adapters:
             return self.current()(*args, **kwargs)
         x, rest = args[0], args[1:]
-        if len(x) != len(rows):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(rows)} and {len(x)} respectively."
-            )
-        parts = []
-        for i, name in enumerate(rows):
+        check_length(x, rows)
+        groups = grouped(name if name in self.modules_to_save else BASE for name in rows)
+        parts, order = [], [i for members in groups.values() for i in members]
+        for name, members in groups.items():
             module = self.modules_to_save.get(name, self.original_module)
-            parts.append(module(x[i : i + 1], *rest, **kwargs))
+            parts.append(module(x[members], *rest, **kwargs))
         if not all(isinstance(part, Tensor) for part in parts):
             name = type(self.original_module).__name__
             raise TypeError(f"a mixed batch needs modules that return one tensor, which {name} does not")
-        return torch.cat(parts)
+        return torch.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
 
 
 def check_savable(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from .inject import InjectionPlan, plan_injection
 from .layer import AdapterLayer
 from .method import Method, method_of, registry
 from .model_merging import ModelMerging
-from .rows import Recall
+from .rows import Recall, RowValues
 from .saved_modules import ModulesToSaveWrapper
 from .shared import held_containers, register_at
 from .sites import AdapterModule, adapter_modules
@@ -240,20 +240,33 @@ class BaseTuner(ModelMerging, nn.Module):
         # As `generate` repeats the rows of its inputs.
         counts = [kwargs.get(name) for name in ("num_beams", "num_return_sequences")]
         repeats = max([1, *(count for count in counts if isinstance(count, int))])
-        modules = [module for _, module in self.adapter_modules()]
-        # Beams repeat the decoder's rows; an encoder still sees each input once.
+        with self.rows_assigned(names, values, repeats):
+            yield
+
+    @contextmanager
+    def rows_assigned(
+        self, names: Sequence[str] | None, values: RowValues | None = None, repeats: int = 1
+    ) -> Iterator[None]:
+        """Within this, rows of the batch have the adapters `names`, and values for their methods; in training too.
+
+        repeats: how often a decoder sees each row (beams); an encoder sees it once.
+        """
+        modules, values = [module for _, module in self.adapter_modules()], values or {}
         encoder: Any = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
         is_part = isinstance(encoder, nn.Module) and encoder is not self.model
         once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
+        rows = {n: None if names is None else tuple(name for name in names for _ in range(n)) for n in (1, repeats)}
+        repeated = {n: {a: [v for v in row for _ in range(n)] for a, row in values.items()} for n in (1, repeats)}
+        recall = None
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            recall = self._recall
+            recall.keep(rows[1], values)
         try:
-            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._recall.keep(values)
             for module in modules:
-                times = range(1 if id(module) in once else repeats)
-                module.set_rows(None if names is None else [n for n in names for _ in times])
+                times = 1 if id(module) in once else repeats
+                module.set_rows(rows[times])
                 if isinstance(module, AdapterLayer):
-                    repeated = {a: [v for v in row for _ in times] for a, row in values.items()}
-                    module.set_row_values(repeated, self._recall)
+                    module.set_row_values(repeated[times], recall)
             yield
         finally:
             for module in modules:

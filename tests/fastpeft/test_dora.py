@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from fastpeft import LoraConfig, get_peft_model
+from fastpeft.kept import Kept
 from fastpeft.layer import AdapterLayer
 from fastpeft.method import get_method
 from fastpeft.nf4 import NF4Linear
-from fastpeft.row_norms import Kept, norms
+from fastpeft.row_norms import norms
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

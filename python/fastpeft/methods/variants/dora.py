@@ -6,7 +6,7 @@ gradient through), the layer is
     y = g (W x + s B A x) + b
 
 On a plain or 4-bit linear layer it is one call of `peft_kernels.dora_linear` and, in training, one of `dora_norm`;
-evaluation keeps the norms (`row_norms.Kept`). On top of other adapters W is the weight that they made, so that forward
+evaluation keeps the norms (`kept.Kept`). On top of other adapters W is the weight that they made, so that forward
 and merged agree (PEFT norms the base weight there).
 
 Dropout acts on both x and A x, as in PEFT: y = W (x - d(x)) + b + g (W d(x) + s B A d(x)).
@@ -24,8 +24,9 @@ from peft_kernels.dispatch import forward_mode
 from peft_kernels.ops.dora_linear import gain_of, infer
 
 from ...base_edits import EDIT
+from ...kept import Kept
 from ...method import Fused, Inner, LayerInfo, State
-from ...row_norms import Kept, norms
+from ...row_norms import norms
 from ...weights import BaseWeight, weight_in, weight_of
 from ..lora import Lora
 from . import variant

@@ -1,0 +1,307 @@
+"""Rows of a batch through adapters of their own, in one pass over the base layer.
+
+Rows of LoRA adapters and rows without one are one call of `peft_kernels.multi_lora_linear`. Other methods go group by
+group: those that act on the layer's input and output (`Method.splits`) share that call too; those that compute with
+another weight, or call the layer several times, get a call for their rows alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels import AdapterStack, multi_lora_linear
+from peft_kernels.dispatch import forward_mode
+
+from .containers import AdapterDict
+from .kept import Seen
+from .method import Fused, Method
+from .stack import Stack
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
+
+BASE = "__base__"
+Parts = Callable[[], "tuple[Any, ...] | None"]  # `parts` of what `Lora.fused` gives
+
+
+def grouped(rows: Iterable[str]) -> dict[str, list[int]]:
+    """The rows of each adapter."""
+    groups: dict[str, list[int]] = {}
+    for i, name in enumerate(rows):
+        groups.setdefault(name, []).append(i)
+    return groups
+
+
+def check_length(x: Tensor, rows: Sequence[str]) -> None:
+    if len(x) != len(rows):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(rows)} and {len(x)} respectively."
+        )
+
+
+class Packed:
+    """The stack of some adapters of a layer in evaluation, for as long as none of them changes."""
+
+    def __init__(self, layer: AdapterLayer, names: Sequence[str], low_rank: Sequence[tuple[Tensor, Tensor, float]]):
+        self.slots = {name: i for i, name in enumerate(names)}
+        with torch.inference_mode(False), torch.no_grad():
+            self.stack = pack(low_rank)
+        self._scaling: Mapping[str, Any] = layer.scaling
+        self._scales = [self._scaling[name] for name in names]
+        self._held = [h for name in names for c in _containers(layer, name) for h in _entries(c, name)]
+        tensors = [t for _, _, t in self._held if isinstance(t, Tensor)]
+        self._tensors = tensors + [s for s in self._scales if isinstance(s, Tensor)]
+        self._seen = None if any(t.is_inference() for t in self._tensors) else Seen(self._tensors)
+
+    def serves(self, names: Iterable[str], closely: bool) -> bool:
+        """Whether it has these adapters as they are now. closely: writes without a version are looked for, too."""
+        seen = self._seen
+        if seen is None or not all(name in self.slots for name in names):
+            return False
+        for store, key, value in self._held:
+            if store.get(key) is not value:
+                return False
+        if [self._scaling.get(name) for name in self.slots] != self._scales:
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors):
+            return False
+        return seen.untouched() if closely else seen.unversioned()
+
+
+def pack(low_rank: Sequence[tuple[Tensor, Tensor, float]]) -> AdapterStack:
+    """`AdapterStack.pack` of adapters whose dtypes may differ; a float64 layer keeps scalings of its precision."""
+    if any(a.dtype is torch.float64 for a, _, _ in low_rank):
+        low_rank = [(a, b * scale, 1.0) for a, b, scale in low_rank]
+    return AdapterStack.pack(low_rank)
+
+
+def _containers(layer: AdapterLayer, adapter: str) -> Iterator[AdapterDict]:
+    return (container for _, container in layer.containers() if adapter in container)
+
+
+def _entries(container: AdapterDict, adapter: str) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """(dictionary, key, what is there) of every module and tensor that an adapter has in a container."""
+    for module, names in ((container, [adapter]), *((m, None) for m in _modules(container.get(adapter)))):
+        for store in (module._modules, module._parameters, module._buffers):
+            for name, value in store.items():
+                if value is not None and (names is None or name in names):
+                    yield store, name, value
+
+
+def _modules(value: Any) -> Iterable[nn.Module]:
+    return value.modules() if isinstance(value, nn.Module) else ()
+
+
+@dataclass
+class _Layout:
+    """Where the rows go. Indices are tensors on the device of x."""
+
+    inside: Tensor | None  # the rows that share the call of the base layer; None: all
+    adapters: Tensor | None  # of these, the place in the stack or -1; None where no row uses it
+    split: list[tuple[str, list[int], Tensor]]  # adapters on top: their rows, and where these are inside
+    on_top: Tensor | None  # all of those places
+    apart: list[tuple[str, list[int], Tensor]]  # adapters with calls of their own
+    back: Tensor | None  # where each row is when the parts are one after the other
+
+
+class Routed:
+    """What computes a layer for one assignment of its rows, for as long as the layer stays as it is."""
+
+    def __init__(self, layer: AdapterLayer, rows: tuple[str, ...]) -> None:
+        self.layer, self.rows = layer, rows
+        # An adapter that this layer does not have leaves it as it is, like "__base__".
+        here: Mapping[str, Method] = {} if layer._disable_adapters else layer.methods
+        self.groups = grouped(name if name in here else BASE for name in rows)
+        self._methods = {name: (here[name], layer.view(name)) for name in self.groups if name != BASE}
+        self._fused: dict[str, Fused] = {}
+        self._parts: dict[str, Parts] = {}
+        if layer.cast_input_dtype_enabled and not layer.merged_adapters:
+            for name, (method, view) in self._methods.items():
+                made = method.fused(layer, view, view)
+                if made is not None:
+                    self._fused[name] = made
+                    if hasattr(made, "parts"):
+                        self._parts[name] = made.parts
+        self._layouts: dict[Any, _Layout] = {}
+        self._closely = True
+
+    def again(self) -> None:
+        """The same rows come in another forward of the model."""
+        self._closely = True
+
+    def __call__(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Tensor:
+        layer = self.layer
+        check_length(x, self.rows)
+        if layer.merged_adapters:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if layer.kind.transient and len(self.groups) > 1:
+            raise ValueError(
+                f"{layer.layer_name or 'The layer'} ({layer.kind.label}) does not support mixed adapter batches: it "
+                "runs with one merged weight, so that its rows cannot have adapters of their own (`adapter_names`)."
+            )
+        if len(self.groups) == 1:
+            return self._call(next(iter(self.groups)), x, args, kwargs or {})
+        plain = not args and not kwargs
+        weight, stack, slots, low = self._low_rank() if plain and self._parts else (None, None, {}, None)
+        layout = self._layout(x, slots)
+        y: Tensor | None = None
+        if layout.inside is None or layout.inside.numel():
+            rows = x if layout.inside is None else x.index_select(0, layout.inside)
+            y = self._together(x, rows, layout, weight, stack, low, args, kwargs or {})
+        if not layout.apart:
+            assert y is not None
+            return y
+        parts = [] if y is None else [y]
+        try:
+            for name, members, index in layout.apart:
+                layer._members = members
+                parts.append(self._call(name, x.index_select(0, index), args, kwargs or {}))
+        finally:
+            layer._members = None
+        assert layout.back is not None
+        return torch.cat(parts).index_select(0, layout.back)
+
+    def _call(self, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Rows of one adapter, as if it alone were active."""
+        fused = None if args or kwargs else self._fused.get(name)
+        y = None if fused is None else fused(x)
+        return self.layer._compose(x, [] if name == BASE else [name], args, kwargs) if y is None else y
+
+    # The rows that share a call of the base layer
+
+    def _together(
+        self, x: Tensor, rows: Tensor, layout: _Layout, weight: Any, stack: AdapterStack | None, low: Any,
+        args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        layer = self.layer
+        given = self._inputs(rows, layout)
+        if layout.adapters is None:
+            y: Tensor = layer.kind.call(layer.base_layer, given, *args, **kwargs)
+        else:
+            bias, compute, p = low
+            inside = given if compute is None else given.to(compute)
+            y = multi_lora_linear(inside, weight, stack, layout.adapters, bias, p).to(given.dtype)  # type: ignore[arg-type]
+        if layout.on_top is None:
+            return y
+        inner, parts = Stack(layer, (), args, kwargs), []
+        try:
+            for name, members, index in layout.split:
+                method, view = self._methods[name]
+                layer._members = members
+                own = (rows.index_select(0, index), y.index_select(0, index))
+                parts.append(method.output(view, view, *own, inner).to(y.dtype))
+        finally:
+            layer._members = None
+        return y.index_copy(0, layout.on_top, torch.cat(parts))
+
+    def _inputs(self, rows: Tensor, layout: _Layout) -> Tensor:
+        changed = []
+        for name, members, index in layout.split:
+            method, view = self._methods[name]
+            if type(method).input is not Method.input:
+                self.layer._members = members
+                changed.append((index, method.input(view, view, rows.index_select(0, index)).to(rows.dtype)))
+        self.layer._members = None
+        if not changed:
+            return rows
+        return rows.index_copy(0, torch.cat([i for i, _ in changed]), torch.cat([part for _, part in changed]))
+
+    def _low_rank(self) -> tuple[Any, AdapterStack | None, Mapping[str, int], Any]:
+        """(weight, stack, places in it, (bias, compute dtype, dropout)) of the adapters that the kernel can take."""
+        layer = self.layer
+        evaluation = not (layer.training or torch.compiler.is_compiling() or forward_mode())
+        kept = layer._packed if evaluation else None
+        if kept is not None and kept.serves(self._parts, self._closely):
+            self._closely = False
+            found = next(iter(self._parts.values()))()
+            if found is not None:
+                return found[0], kept.stack, kept.slots, found[4:]
+        layer._packed = None
+        found_all = {name: found for name, parts in self._parts.items() if (found := parts()) is not None}
+        if not found_all:
+            return None, None, {}, None
+        # One call has one dropout: adapters with another go on top of the base's output.
+        p = Counter(found[6] for found in found_all.values()).most_common(1)[0][0]
+        chosen = {name: found for name, found in found_all.items() if found[6] == p}
+        weight, *_, bias, compute, _ = next(iter(chosen.values()))
+        low_rank = [found[1:4] for found in chosen.values()]
+        trained = torch.is_grad_enabled() and any(t.requires_grad for a, b, _ in low_rank for t in (a, b))
+        if not evaluation or trained or len(chosen) < len(self._parts):
+            return weight, pack(low_rank), {name: i for i, name in enumerate(chosen)}, (bias, compute, p)
+        layer._packed = kept = Packed(layer, list(chosen), low_rank)
+        self._closely = False
+        return weight, kept.stack, kept.slots, (bias, compute, p)
+
+    # Where rows go
+
+    def _layout(self, x: Tensor, slots: Mapping[str, int]) -> _Layout:
+        info: Any = None
+        fused = [name for name in self.groups if name in slots]
+        split: list[str] = []
+        apart: list[str] = []
+        for name, (method, view) in self._methods.items():
+            if name not in slots:
+                info = info or self.layer.info
+                (split if method.splits(view, info) else apart).append(name)
+        key = (x.device, tuple(slots[name] for name in fused), tuple(split), tuple(apart))
+        if key not in self._layouts:
+            self._layouts[key] = self._new_layout(x.device, slots, split, apart)
+        return self._layouts[key]
+
+    def _new_layout(
+        self, device: torch.device, slots: Mapping[str, int], split: Sequence[str], apart: Sequence[str]
+    ) -> _Layout:
+        def tensor(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        alone = {i for name in apart for i in self.groups[name]}
+        inside = [i for i in range(len(self.rows)) if i not in alone]
+        place = {i: at for at, i in enumerate(inside)}
+        adapters = [-1] * len(inside)
+        for name, members in self.groups.items():
+            for i in members if name in slots else ():
+                adapters[place[i]] = slots[name]
+        on_top = [(n, self.groups[n], tensor([place[i] for i in self.groups[n]])) for n in split]
+        order = inside + [i for name in apart for i in self.groups[name]]
+        return _Layout(
+            inside=tensor(inside) if apart else None,
+            adapters=tensor(adapters) if any(i >= 0 for i in adapters) else None,
+            split=on_top,
+            on_top=torch.cat([index for _, _, index in on_top]) if on_top else None,
+            apart=[(n, self.groups[n], tensor(self.groups[n])) for n in apart],
+            back=tensor(sorted(range(len(order)), key=order.__getitem__)) if apart else None,
+        )
+
+
+def stacked(layer: AdapterLayer, stack: AdapterStack, adapters: Tensor) -> Fused:
+    """What computes a layer with adapters of a stack, which are none of its own (`AdapterLayer.set_row_stack`)."""
+    base = layer.base_layer
+    get_weight = None if layer.kind.kind != "linear" else layer.kind.fast(base)
+    where = layer.layer_name or "The layer"
+    if get_weight is None:
+        raise ValueError(
+            f"{where}, a {type(base).__name__}, cannot have a stack of adapters: it needs a linear layer, dense or in "
+            "4 bits, that peft_kernels.multi_lora_linear can compute."
+        )
+    compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+    parameters = base._parameters
+
+    def run(x: Tensor) -> Tensor:
+        weight = get_weight()
+        if weight is None or layer.merged_adapters:
+            why = "has merged adapters" if layer.merged_adapters else "trains its weight or has hooks"
+            raise ValueError(f"{where} {why} while adapters of a stack are set: undo that, or set_row_stack(None, None).")
+        inside = x if compute is None else x.to(compute)
+        y = multi_lora_linear(inside, weight, stack, adapters, parameters.get("bias"))
+        return y if inside is x else y.to(x.dtype)
+
+    return run
