@@ -183,7 +183,7 @@ def test_every_row_of_every_table_has_a_case() -> None:
         assert {(c.kernel, c.row) for c in found if c.row is not None} == {
             (kernel, i) for kernel, some in table.items() for i in range(len(some))
         }
-        assert [c.first for c in found] == sorted((c.first for c in found), reverse=True)
+        assert [c.core for c in found] == sorted((c.core for c in found), reverse=True)
 
 
 def test_every_triton_kernel_has_a_case() -> None:

@@ -22,13 +22,14 @@ from peft_kernels.testing import random_quant_weight
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 _SHORT = {f32: "f32", f16: "f16", bf16: "bf16"}
 ROWS = 1024  # of x where a tuned row sets no limit: below the M that the vendor's matmul takes over at
-MOST = 48  # specialisations of an architecture that CI compiles
+MOST = 40  # specialisations of an architecture that CI compiles
 
 
 @dataclass(frozen=True)
 class Case:
     """kernel: its name in `CALLS`; row: of that kernel in the tuned table, None where nothing is forced.
-    first: without a search, a launch would take this row. p: dropout. Adapters are float32, as PEFT keeps them."""
+    first: without a search, a launch would take this row. core: CI compiles it whatever else there is. p: dropout.
+    ds: of outer's two launches the one that gives ds, too. Adapters are float32, as PEFT keeps them."""
 
     kernel: str
     M: int = ROWS
@@ -39,8 +40,10 @@ class Case:
     p: float = 0.05
     dense: bool = False
     blocksize: int = 64
+    ds: bool = False
     row: int | None = None
     first: bool = True
+    core: bool = True
 
     @property
     def op(self) -> str:
@@ -197,25 +200,30 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "absmax": ("quantize_4bit", "absmax_kernel", _quantize),
 }
 EXTRA = (
-    Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"), Case("squares"),
+    Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"),
     Case("dora_forward", p=0.0), Case("gain", M=1), Case("drop"), Case("scale"),
-    *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("project", "forward", "outer", "backward")),
-    Case("backward", N=2048, K=2048, blocksize=32),
-    *(Case(kernel, M=128, dense=True) for kernel in ("forward", "backward")),
-    Case("forward", K=1056),  # blocks straddle the rows
+    Case("forward", M=128, r=64, dtype=f16, p=0.0, dense=True),
+    Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
     *(Case(kernel, N=28672, K=4096) for kernel in ("stacked_forward", "stacked_backward")),
     *(Case(kernel, N=14336) for kernel in ("swiglu", "swiglu_backward", "rms_norm", "rms_norm_backward")),
 )  # fmt: skip
+# What differs little from the above: where the limit leaves room, and in the whole report.
+MORE = (
+    *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("forward", "backward", "project", "outer")),
+    Case("outer", r=64, dtype=f16, p=0.0, ds=True), Case("backward", M=128, dense=True),
+    Case("forward", M=128, dense=True), Case("squares"),
+)  # fmt: skip
+UNALIGNED = {"forward": 1056}  # features of each kernel's case: blocks straddle the rows; odd numbers elsewhere
 
 
 def _of_row(kernel: str, arch: str, number: int, row: dict[str, Any]) -> Case | None:
     """A case that `row` serves; its first where there are several."""
-    width = 4096 if row.get("plain", True) else 1001  # odd: nothing is aligned
+    plain, bits = row.get("plain", True), row["bits"]
+    width = 4096 if plain else UNALIGNED.get(kernel, 1001)
     n, k = (min(width, row.get(limit, width)) for limit in ("max_N", "max_K"))
-    case = Case(kernel, min(ROWS, row.get("max_M", ROWS)), n, k, min(16, row.get("max_r", 16)),
-                f32 if row["bits"] == 32 else bf16, blocksize=max(64, row.get("min_blocksize", 64)),
-                row=number)  # fmt: skip
-    bits, plain = row["bits"], row.get("plain", True)
+    dtype = f32 if bits == 32 else bf16 if plain else f16
+    case = Case(kernel, min(ROWS, row.get("max_M", ROWS)), n, k, min(16, row.get("max_r", 16)), dtype,
+                blocksize=max(64, row.get("min_blocksize", 64)), row=number)  # fmt: skip
     served = tuning.rows(kernel, arch, tuning.Shape(case.M, n, k, case.r, bits, plain, case.blocksize))
     config = config_of(kernel, arch, number)
     return replace(case, first=served[0] == config) if config in served else None
@@ -228,22 +236,35 @@ def config_of(kernel: str, arch: str, number: int) -> tuning.Config:
 
 
 def cases(capability: int) -> list[Case]:
-    """Every case of an architecture: first what a launch takes without a search, then what only a search may choose."""
+    """Every case of an architecture, what CI may leave out last.
+
+    The core is what a launch takes without a search, but for tiles between a smaller and a larger one. Then come tiles
+    that are larger than those, the tiles between, `MORE`, and last what else only a search may choose.
+    """
     arch = tuning.nearest(capability)
-    found = []
+    ranked: list[tuple[int, Case]] = []
     for kernel, rows in tuning.table(arch)["kernels"].items():
         if kernel not in CALLS:
             raise KeyError(f"tuned/{arch}.json has {kernel}: add the call that launches it to {__name__}.CALLS")
+        found = []
         for number, row in enumerate(rows):
             case = _of_row(kernel, arch, number, row)
             if case is None:
                 raise ValueError(f"tuned/{arch}.json, {kernel}, row {number}: no shape is served by it: {row}")
-            found.append(case)
-    tables = tuning.table(arch)["kernels"]
-    # of what may be left out, the large tiles of the large products last
-    rest = [c for c in found if not c.first]
-    rest.sort(key=lambda c: (c.kernel in ("forward", "backward"), tables[c.kernel][c.row or 0]["BM"]), reverse=True)
-    return [c for c in found if c.first] + list(EXTRA) + rest
+            found.append((row["BM"], case))
+        for size, case in found:
+            first = [s for s, c in found if c.first and (c.dtype, c.K) == (case.dtype, case.K)]
+            if case.first:
+                rank = 2 if min(first) < size < max(first) else 0
+            else:
+                rank = 1 if kernel in ("forward", "backward") and size > max(first) else 4
+            if kernel != "outer":
+                ranked.append((rank, case))
+            else:  # both launches of one row are core, of those for other types and alignments one
+                ranked += [(max(rank, 0 if case.dtype in (bf16, of) else 3), replace(case, ds=ds))
+                           for ds, of in ((False, f32), (True, f16))]  # fmt: skip
+    ranked += [(0, case) for case in EXTRA] + [(3, case) for case in MORE]
+    return [replace(case, core=rank == 0) for rank, case in sorted(ranked, key=lambda pair: pair[0])]
 
 
 @contextlib.contextmanager
@@ -262,7 +283,11 @@ def run(case: Case, capability: int) -> list[Any]:
     from peft_kernels.triton_lib import host
 
     _, kernel, call = CALLS[case.kernel]
-    with host.compile_only(capability, {kernel}) as compiled, forced(case, capability):
+
+    def wanted(name: str, options: dict[str, Any]) -> bool:
+        return name == kernel and options.get("WITH_DS", False) == case.ds
+
+    with host.compile_only(capability, wanted) as compiled, forced(case, capability):
         call(case)
     if not compiled:
         raise RuntimeError(f"{case.kernel} ({case.title}, sm_{capability}): the call did not launch it")

@@ -70,14 +70,7 @@ def _worker(capability: int, some: list[cases.Case]) -> list[tuple[cases.Case, l
 def chosen(capability: int, kernels: Sequence[str], most: int | None) -> list[cases.Case]:
     """The cases of an architecture whose kernel has one of `kernels` in its name; at most `most` specialisations."""
     found = [c for c in cases.cases(capability) if not kernels or any(k in (c.kernel, c.op) for k in kernels)]
-    if most is None:
-        return found
-    kept, count = [], 0
-    for c in found:
-        count += 2 if c.kernel == "outer" else 1  # outer alone, and outer with ds
-        if count <= most:
-            kept.append(c)
-    return kept
+    return found[:most]
 
 
 def distinct(rows: Sequence[Row]) -> list[Row]:

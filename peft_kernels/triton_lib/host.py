@@ -7,7 +7,7 @@ default of `enable_fp_fusion` differs between Triton's versions, and a fused nes
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ class Compiled:
 
 
 _recording: list[Compiled] | None = None
-_wanted: Container[str] | None = None
+_wanted: Callable[[str, dict[str, Any]], bool] | None = None
 
 
 def interpreting() -> bool:
@@ -73,7 +73,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
     if _recording is not None:
         name = kernel.__name__
-        if _wanted is None or name in _wanted:
+        if _wanted is None or _wanted(name, constexprs):
             compiled = kernel.warmup(*args, grid=grid, **options, **constexprs)
             arguments = dict(zip(kernel.arg_names, args, strict=False))  # constexprs come by keyword
             _recording.append(Compiled(name, compiled, grid, {**options, **constexprs}, arguments))
@@ -103,10 +103,12 @@ class _NoDevice:
 
 
 @contextlib.contextmanager
-def compile_only(capability: int, wanted: Container[str] | None = None) -> Iterator[list[Compiled]]:
+def compile_only(
+    capability: int, wanted: Callable[[str, dict[str, Any]], bool] | None = None
+) -> Iterator[list[Compiled]]:
     """Within, `launch` compiles for sm_<capability> and runs nothing; yields the list of what was compiled.
 
-    wanted: the names of the kernels to compile; others are passed over. None: all. Needs no GPU.
+    wanted: whether to compile a kernel, by its name and constants; others are passed over. None: all. Needs no GPU.
     The specialisation is Triton's own: what is compiled is what a launch with these arguments would run.
     """
     global _recording, _wanted
