@@ -49,6 +49,7 @@ _HOMES = {
     "helpers": ("find_kappa_target_modules",),
     "methods.lora": ("LoraRuntimeConfig",),
     "nf4": ("NF4Linear", "quantize_model"),
+    "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),
 }  # fmt: skip
 _LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Poly", "Prefix", "Prompt", "Shadow",
           "XLora")  # fmt: skip

@@ -47,13 +47,33 @@ def check_fits(
             if not plan.method.ignores(plan.config, key):
                 unexpected.append(key)
         elif shape != info.shape:
-            mismatched.append(f"{key} {list(info.shape)}, expected {list(shape)}")
+            mismatched.append(_mismatch(key, info, shape))
         elif key in expected and not info.dtype.is_floating_point and _is_lora(config):
             wrong.append(f"{key} {info.dtype}")
+    _raise_if_any(missing, unexpected, [] if ignore_mismatched_sizes else mismatched, wrong, where)
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], where: object) -> None:
+    """Raise KeyMismatchError unless the tensors of a file are floating-point ones of exactly these names and shapes."""
+    mismatched = [
+        _mismatch(k, info, shapes[k]) for k, info in tensors.items() if k in shapes and info.shape != shapes[k]
+    ]
+    wrong = [f"{k} {info.dtype}" for k, info in tensors.items() if not info.dtype.is_floating_point]
+    _raise_if_any([k for k in shapes if k not in tensors], [k for k in tensors if k not in shapes], mismatched, wrong,
+                  where)  # fmt: skip
+
+
+def _mismatch(key: str, info: TensorInfo, shape: tuple[int, ...]) -> str:
+    return f"{key} {list(info.shape)}, expected {list(shape)}"
+
+
+def _raise_if_any(
+    missing: list[str], unexpected: list[str], mismatched: list[str], wrong: list[str], where: object
+) -> None:
     found = {
         "missing": missing,
         "unexpected": unexpected,
-        "size mismatch for": [] if ignore_mismatched_sizes else mismatched,
+        "size mismatch for": mismatched,
         "not floating-point": wrong,
     }
     problems = [f"{label}: {list_some(keys)}" for label, keys in found.items() if keys]

@@ -103,6 +103,7 @@ def _modules(source: AdapterSource) -> dict[str, tuple[int, float]]:
 
 
 def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[float]:
+    from .methods.lora import scaling_of
     from .patterns import first_match
 
     names = [name.removeprefix("base_model.model.") for name in ranks]
@@ -110,12 +111,13 @@ def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[float
     default = config.get("lora_alpha", 8)
     root = bool(config.get("use_rslora"))
     return [
-        float(alphas.get(name, default)) / (math.sqrt(rank) if root else rank)
+        scaling_of(float(alphas.get(name, default)), rank, root)
         for name, rank in zip(names, ranks.values(), strict=True)
     ]
 
 
-def _against_both(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+def beyond_plain_lora(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    """What an adapter's configuration and tensors, by key, have beyond A, B and a scaling for each linear layer."""
     if str(config.get("peft_type")).upper() != "LORA":
         return [f"the method is {config.get('peft_type')}, only LORA is served"]
     reasons = []
@@ -132,15 +134,18 @@ def _against_both(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_SHIFTED_BASE):
         reasons.append(f"init_lora_weights={init!r} changed the base weights, which a server does not have")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if config.get(name):
-            reasons.append(f"{name} is refused, or ignored and the scaling wrong (export_for_serving folds it)")
     other = [key for key in tensors if not key.endswith((_A_SUFFIX, _B_SUFFIX))]
     if other and not (config.get("modules_to_save") or config.get("bias", "none") not in (None, "none")):
         reasons.append(f"tensors other than lora_A and lora_B of linear layers: {list_some(other, 3)}")
     elif any(len(info.shape) != 2 for info in tensors.values()) and not other:
         reasons.append("adapters on convolutions are not served")
     return reasons
+
+
+def _against_both(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    folds = "is refused, or ignored and the scaling wrong (export_for_serving folds it)"
+    patterns = [f"{name} {folds}" for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    return beyond_plain_lora(config, tensors) + patterns
 
 
 def _against_vllm(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
@@ -172,7 +177,7 @@ def export_for_serving(adapter: Any, out: str | os.PathLike[str], adapter_name: 
         source = open_adapter(adapter)
         config, state = dict(source.config), source.read()
     plain = {**config, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    reasons = _against_both(plain, state)
+    reasons = beyond_plain_lora(config, state)
     if reasons:
         raise ValueError(f"this adapter has no serving-safe form, merge it into the model: {'; '.join(reasons)}")
     ranks = {key.removesuffix(_A_SUFFIX): int(t.shape[0]) for key, t in state.items() if key.endswith(_A_SUFFIX)}

@@ -188,7 +188,7 @@ class Lora(Method):
         state: State = {
             "r": config.r,
             "lora_alpha": config.lora_alpha,
-            "scaling": _scaling(config.lora_alpha, config.r, config.use_rslora) * info.times,
+            "scaling": scaling_of(config.lora_alpha, config.r, config.use_rslora) * info.times,
             "lora_dropout": nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity(),
             "use_rslora": config.use_rslora,
             "use_dora": config.use_dora,
@@ -276,7 +276,7 @@ class Lora(Method):
         return y + added
 
     def scale(self, s: Any) -> float | None:
-        return _scaling(s.lora_alpha, s.r, s.use_rslora) * int(s.get("times", 1))
+        return scaling_of(s.lora_alpha, s.r, s.use_rslora) * int(s.get("times", 1))
 
     def add_weighted(self, *args: Any, **options: Any) -> None:
         from ..combine import add_weighted_lora
@@ -348,7 +348,8 @@ def _modules(layer: AdapterLayer, container: str) -> dict[str, nn.Module | None]
     return module._modules
 
 
-def _scaling(alpha: float, r: int, rslora: bool) -> float:
+def scaling_of(alpha: float, r: int, rslora: bool) -> float:
+    """What B A is multiplied by."""
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint import load_adapter_file
 from ..config import PeftConfig, PeftType
 from ..layer import AdapterLayer
-from ..methods.lora import LoraConfig, _scaling
+from ..methods.lora import LoraConfig, scaling_of
 from ..patterns import first_match
 from ..sites import adapter_modules, iter_adapter_tensors
 
@@ -105,7 +105,7 @@ def hotswap_adapter_from_state_dict(
                 continue
             r, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
             layer.r[adapter_name], layer.lora_alpha[adapter_name] = r, alpha
-            scaling = _scaling(alpha, r, config.use_rslora) * layer.info.times
+            scaling = scaling_of(alpha, r, config.use_rslora) * layer.info.times
             held = layer.scaling[adapter_name]
             if isinstance(held, Tensor):
                 held.fill_(scaling)
@@ -113,7 +113,7 @@ def hotswap_adapter_from_state_dict(
                 layer.scaling[adapter_name] = scaling
             for key in [key for key in state_dict if key.startswith(prefix)]:
                 _swap(own[key], state_dict[key], layer.info.groups if ".lora_A." in key else 1)
-            layer._plan = None
+            layer.changed()
 
 
 def _check_shape(key: str, old: Tensor, new: Tensor) -> None:
@@ -177,7 +177,7 @@ def prepare_model_for_compiled_hotswap(
         for factor, dim, groups in _factors(layer) if target_rank is not None else ():
             assert target_rank is not None
             _pad(factor, dim, groups, target_rank)
-        layer._plan = None
+        layer.changed()
     if target_rank is None or config is None:
         return
     for each in config.values() if isinstance(config, Mapping) else [config]:

@@ -1,0 +1,186 @@
+"""Adapter folders as a pool finds and reads them. Nothing a file says is believed before it was checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CONFIG_NAME, SAFETENSORS_NAME, open_adapter
+from .config import PeftConfig
+from .fits import PREFIX, check_shapes
+from .method import method_of
+from .methods.lora import Lora, LoraConfig, scaling_of
+from .pool_buffers import Buffers, LayerAdapter, Staged
+from .pool_layers import Selector
+from .safety import AdapterFileError, check_adapter_name, check_config, list_some, path_inside, read_json
+from .serving import beyond_plain_lora
+
+Signature = tuple[tuple[int, int, int] | None, ...]
+
+# Options of LoRA whose tensors or layers are no A and B of modules that are there.
+_OTHER_OPTIONS = ("target_parameters", "trainable_token_indices", "layer_replication", "ensure_weight_tying",
+                  "arrow_config", "megatron_config")  # fmt: skip
+
+
+class AdapterLoadError(RuntimeError):
+    """An adapter that cannot be used: `name`, and why not: `reason`. Others are not affected."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"adapter {name!r}: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.name, self.reason)
+
+
+class UnknownAdapterError(AdapterLoadError):
+    """There is no adapter of this name."""
+
+
+def signature_of(folder: Path) -> Signature:
+    """(time, size, inode) of an adapter's two files: what differs after a change. None for a file that is missing."""
+
+    def one(name: str) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(folder / name)
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    return one(CONFIG_NAME), one(SAFETENSORS_NAME)
+
+
+@dataclass
+class Record:
+    """An adapter folder. listed: whether it was found in the pool's directory. failure: why it could not be read last,
+    with the signature that it had then."""
+
+    name: str
+    folder: Path
+    listed: bool = False
+    failure: tuple[Signature, str] | None = None
+
+    def check(self) -> None:
+        """Raise what reading it raised last, unless its files have changed since."""
+        if self.failure is None:
+            return
+        if self.failure[0] == signature_of(self.folder):
+            raise AdapterLoadError(self.name, self.failure[1])
+        self.failure = None
+
+
+@dataclass
+class Registry:
+    """The adapters that a pool knows, by name. refused: why folders of the directory cannot be used, by name."""
+
+    directory: Path | None
+    records: dict[str, Record] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def get(self, name: str) -> Record:
+        record = self.records.get(name)
+        if record is None:
+            raise UnknownAdapterError(name, "there is no adapter of this name")
+        return record
+
+    def add(self, name: str, folder: str | os.PathLike[str]) -> None:
+        check_adapter_name(name)
+        if name in self.records:
+            raise ValueError(f"there is an adapter {name!r} already ({self.records[name].folder}): remove it first")
+        if not (Path(folder) / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: not an adapter")
+        self.records[name] = Record(name, Path(folder).resolve())
+
+    def scan(self) -> tuple[list[str], list[str]]:
+        """Look at the directory again. Returns the names that are new, and those whose folders are gone."""
+        if self.directory is None:
+            return [], []
+        found, self.refused = {}, {}
+        with os.scandir(self.directory) as entries:
+            folders = sorted(
+                e.name for e in entries if e.is_dir() and os.path.isfile(os.path.join(e.path, CONFIG_NAME))
+            )
+        for name in folders:
+            try:
+                found[check_adapter_name(name)] = path_inside(self.directory, name)
+            except AdapterFileError as error:
+                self.refused[name] = str(error)
+        gone = [name for name, r in self.records.items() if r.listed and found.get(name) != r.folder]
+        for name in gone:
+            del self.records[name]
+        new = [name for name in found if name not in self.records]
+        for name in new:
+            self.records[name] = Record(name, found[name], listed=True)
+        return new, gone
+
+
+def lora_config(content: Mapping[str, Any], tensors: Mapping[str, Any], where: object) -> LoraConfig:
+    """The configuration of a folder, which must be plain LoRA's. tensors: of the file, by key, for reasons against it.
+
+    Raises ValueError that says what a pool cannot serve.
+    """
+    reasons = beyond_plain_lora(content, tensors)
+    if reasons:
+        raise AdapterFileError(f"a pool serves plain LoRA: {'; '.join(reasons)}")
+    config = PeftConfig.from_dict({k: v for k, v in content.items() if k != "runtime_config"}, where)
+    assert isinstance(config, LoraConfig)
+    method = method_of(config)
+    method.check_config(config, loading=True)
+    set_options = [f"{f}={getattr(config, f)!r}" for f in _OTHER_OPTIONS if getattr(config, f)]
+    if set_options or type(method) is not Lora:
+        raise AdapterFileError(f"a pool serves plain LoRA, not {', '.join(set_options) or type(method).__name__}")
+    return config
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The checked configuration of a folder whose tensors are not looked at."""
+    path = folder / CONFIG_NAME
+    content = read_json(path)
+    check_config(content, path)
+    return lora_config(content, {}, path)
+
+
+def read(folder: Path, selector: Selector, buffers: Buffers) -> Staged:
+    """Read an adapter into CPU memory, laid out for the pool.
+
+    Configuration, names, shapes, ranks and sizes are checked before a tensor is read, then the values. Raises
+    ValueError, OSError or NotImplementedError.
+    """
+    before = signature_of(folder)
+    source = open_adapter(folder)
+    config = lora_config(source.config, source.tensors, folder)
+    names = selector.names(config)
+    if not names:
+        raise AdapterFileError(f"its target_modules {config.target_modules!r} select nothing in this model")
+    outside = [name for name in names if name not in buffers.layers]
+    if outside:
+        why = selector.why_not(outside[0]) or f"targets {list_some(outside, 3)}, outside of the pool's target_modules"
+        raise AdapterFileError(why)
+    configs = method_of(config).layer_config(config, names)
+    parts = {name: configs.get(name, config) for name in names}
+    top = max(part.r for part in parts.values())
+    if top > buffers.max_rank:
+        raise AdapterFileError(f"its rank {top} is above the pool's max_rank={buffers.max_rank}")
+    shapes = {}
+    for name, part in parts.items():
+        info = buffers.layers[name]
+        shapes[_key(name, "A")] = (part.r, info.in_features)
+        shapes[_key(name, "B")] = (info.out_features, part.r)
+    check_shapes(shapes, source.tensors, folder)
+    tensors = source.read()
+    staged = buffers.stage({
+        name: LayerAdapter(
+            tensors[_key(name, "A")], tensors[_key(name, "B")], scaling_of(part.lora_alpha, part.r, part.use_rslora)
+        )
+        for name, part in parts.items()
+    })  # fmt: skip
+    if signature_of(folder) != before:
+        raise AdapterFileError(f"{folder} changed while it was read")
+    return staged
+
+
+def _key(layer: str, which: str) -> str:
+    return f"{PREFIX}{layer}.lora_{which}.weight"

@@ -1,0 +1,114 @@
+"""How large a pool's stacks are.
+
+A row, over all layers, is `row_bytes`: the sum of (in_features + out_features) times the size of the dtype. An adapter
+takes a block of 8, 16, 32, 64 ... rows in every layer, whichever of them it acts on; ranks and scalings add 12 bytes
+per slot and layer. Without a byte budget there are as many rows as the `max_resident` largest adapters of the directory
+need, and at least one block of `max_rank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .method import LayerInfo
+from .methods.lora import LoraConfig
+from .pool_blocks import SMALLEST, block_size
+from .pool_buffers import row_bytes, slot_bytes
+from .pool_files import Registry, read_config
+from .pool_layers import Selector
+from .safety import list_some
+from .sites import checked_info
+
+LARGEST_BY_DEFAULT = 256  # so that one folder that claims rank 60,000 does not size everybody's stacks
+WITHOUT_ADAPTERS = 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """infos: of the pool's layers, by name, in the model's order. rows, slots, max_rank: of each stack."""
+
+    infos: dict[str, LayerInfo]
+    slots: int
+    rows: int
+    max_rank: int
+
+
+def plan_sizes(
+    selector: Selector,
+    registry: Registry,
+    target_modules: str | Sequence[str] | None,
+    max_resident: int | None,
+    byte_budget: int | None,
+    dtype: torch.dtype | None,
+    max_rank: int | None,
+) -> Sizes:
+    """Sizes from what the directory holds and what was asked for (see `AdapterPool`)."""
+    asked = {"max_resident": max_resident, "byte_budget": byte_budget, "max_rank": max_rank}
+    for name, value in asked.items():
+        if value is not None and value < 1:
+            raise ValueError(f"AdapterPool: {name} must be at least 1, got {value}")
+    configs = _configs(registry)
+    names = _names(selector, target_modules, configs)
+    infos = {name: checked_info(selector.sites[name]) for name in names}
+    tops = [max(config.r, *(config.rank_pattern or {}).values(), 1) for config in configs]
+    if max_rank is None:
+        max_rank = max((top for top in tops if top <= LARGEST_BY_DEFAULT), default=WITHOUT_ADAPTERS)
+    block = block_size(max_rank)
+    row, slot = row_bytes(infos.values(), dtype), slot_bytes(len(infos))
+    if max_resident is None:
+        if byte_budget is None:
+            raise ValueError("AdapterPool: give max_resident, byte_budget or both")
+        max_resident = max(1, byte_budget // (SMALLEST * row + slot))
+        rows = byte_budget // row  # limited below
+    else:
+        blocks = sorted((block_size(top) for top in tops if top <= max_rank), reverse=True)[:max_resident]
+        rows = sum(blocks) + (max_resident - len(blocks)) * (blocks[0] if blocks else block)
+    rows = max(rows, block)
+    if byte_budget is not None:
+        room = (byte_budget - max_resident * slot) // row // SMALLEST * SMALLEST
+        if room < block:
+            raise ValueError(
+                f"AdapterPool: byte_budget={byte_budget} has room for {max(room, 0)} rows of {row} bytes beside "
+                f"{max_resident} slots, one adapter of max_rank={max_rank} takes {block}"
+            )
+        rows = min(rows, room)
+    return Sizes(infos, max_resident, rows, max_rank)
+
+
+def _configs(registry: Registry) -> list[LoraConfig]:
+    """The configurations of the adapters that have a usable one; what is wrong with others is said on `acquire`."""
+    found = []
+    for record in registry.records.values():
+        try:
+            found.append(read_config(record.folder))
+        except (ValueError, TypeError, OSError, NotImplementedError):
+            continue
+    return found
+
+
+def _names(selector: Selector, target_modules: str | Sequence[str] | None, configs: Sequence[LoraConfig]) -> list[str]:
+    if target_modules is not None:
+        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+        names = list(selector.names(LoraConfig(target_modules=targets)))
+        if not names:
+            raise ValueError(f"AdapterPool: target_modules={target_modules!r} select nothing in the model")
+        refused = [why for why in map(selector.why_not, names) if why is not None]
+        if refused:
+            raise ValueError(f"AdapterPool: {list_some(refused, 3)}")
+        return names
+    wanted: set[str] = set()
+    for config in configs:
+        try:
+            wanted.update(selector.names(config))
+        except (ValueError, RuntimeError):  # of that adapter; it says so on `acquire`
+            continue
+    names = [name for name in selector.sites if name in wanted and selector.why_not(name) is None]
+    if not names:
+        raise ValueError(
+            "AdapterPool: no adapter of the directory targets a layer of this model that can be served; give "
+            "target_modules"
+        )
+    return names

@@ -1,0 +1,115 @@
+"""Which adapter is in which slot of a pool, who holds it and who has to go. Nothing here locks: its caller does."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .pool_blocks import Occupant, RowBlocks, block_size, least_recent
+from .pool_buffers import Buffers, Staged, fence, stream_waits
+from .pool_files import Signature
+
+
+@dataclass(eq=False)
+class Resident:
+    """An adapter in a slot. used: when it was used last, as a number that grows. refs: leases on it. current: False
+    once its files were changed or removed; it then goes with its last lease. written, last_use: fences."""
+
+    name: str
+    slot: int
+    start: int
+    signature: Signature
+    size: int
+    used: int
+    written: Any
+    refs: int = 0
+    current: bool = True
+    last_use: Any = None
+
+
+class Slots:
+    """The slots of the stacks. `current` has the residents that a name means now; others may still be held."""
+
+    def __init__(self, buffers: Buffers, count: int) -> None:
+        self._buffers = buffers
+        self.blocks = RowBlocks(buffers.rows)
+        self._free = list(range(count))
+        self._residents: list[Resident | None] = [None] * count
+        self._clock = 0
+        self.current: dict[str, Resident] = {}
+        self.pinned: set[str] = set()
+        self.evictions = 0
+
+    def __iter__(self) -> Iterator[Resident]:
+        return (r for r in self._residents if r is not None)
+
+    def is_free(self, resident: Resident) -> bool:
+        """Whether it may be evicted."""
+        return resident.refs == 0 and resident.name not in self.pinned
+
+    def why_full(self) -> str:
+        stay = sum(not self.is_free(r) for r in self)
+        return (
+            f"{stay} of {len(self._residents)} slots are in use or pinned, {self.blocks.taken} of {self.blocks.rows} "
+            "rows are taken"
+        )
+
+    def hold(self, resident: Resident) -> None:
+        """Count one more user, whose stream's next work begins after the copy into the slot."""
+        resident.refs += 1
+        self._touch(resident)
+        stream_waits([resident.written], self._buffers.device)
+
+    def let_go(self, resident: Resident) -> bool:
+        """Count one user less; whether it was the last."""
+        resident.refs -= 1
+        resident.last_use = fence(self._buffers.device)
+        self._touch(resident)
+        if resident.refs == 0 and not resident.current:
+            self._drop(resident)
+        return resident.refs == 0
+
+    def _touch(self, resident: Resident) -> None:
+        self._clock += 1
+        resident.used = self._clock
+
+    def place(self, name: str, signature: Signature, staged: Staged) -> Resident | None:
+        """Copy an adapter into a slot, evicting who must go; None if too many of them must stay."""
+        size = block_size(staged.rank)
+        start = self.blocks.take(size)
+        if start is None or not self._free:
+            occupants = [Occupant(r.slot, r.start, r.size, r.used, self.is_free(r)) for r in self]
+            victims = self.blocks.victims(size, occupants) if start is None else least_recent(occupants)
+            if victims is None:
+                if start is not None:
+                    self.blocks.give(start)
+                return None
+            for slot in victims:
+                resident = self._residents[slot]
+                assert resident is not None
+                del self.current[resident.name]
+                self._drop(resident)
+                self.evictions += 1
+            start = self.blocks.take(size) if start is None else start
+        assert start is not None
+        slot = heapq.heappop(self._free)
+        written = self._buffers.write(slot, start, staged)
+        resident = Resident(name, slot, start, signature, size, self._clock, written)
+        self._residents[slot] = self.current[name] = resident
+        return resident
+
+    def forget(self, name: str) -> None:
+        """Let a name mean nothing any more: what is in its slot goes, now or with its last lease."""
+        resident = self.current.pop(name, None)
+        if resident is not None:
+            resident.current = False
+            if resident.refs == 0:
+                self._drop(resident)
+
+    def _drop(self, resident: Resident) -> None:
+        self._residents[resident.slot] = None
+        self._buffers.clear(resident.slot, resident.last_use)
+        self.blocks.give(resident.start)
+        heapq.heappush(self._free, resident.slot)
