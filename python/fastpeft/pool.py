@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from .pool_files import AdapterLoadError, Registry, Signature, UnknownAdapterErr
 from .pool_layers import Selector, unwrap, wrap
 from .pool_loads import Load, Loads
 from .pool_sizes import plan_sizes
-from .pool_slots import Resident, Slots
+from .pool_slots import PoolStats, Resident, Slots
 
 __all__ = ["AdapterLoadError", "AdapterPool", "Lease", "PoolFull", "PoolStats", "UnknownAdapterError"]
 
@@ -70,36 +69,6 @@ class Lease(int):
         self.release()
 
 
-@dataclass(frozen=True)
-class PoolStats:
-    """Counts since the pool was made, and what it holds now. Times in seconds, sizes in bytes.
-
-    adapters: known by name. resident: in slots; in_use: of them held by leases. hits, misses: of `acquire` and
-    `try_acquire` (a miss is counted once, not for every try). loads: files read; failures: that could not be read.
-    in_flight: being read; staged: read and not yet in a slot. load_seconds: spent reading, of all threads together.
-    rows: of the stacks; rows_taken: in blocks of adapters. row_bytes: of one row in all layers. nbytes: of the stacks.
-    """
-
-    adapters: int
-    max_resident: int
-    resident: int
-    in_use: int
-    pinned: int
-    hits: int
-    misses: int
-    evictions: int
-    loads: int
-    failures: int
-    in_flight: int
-    staged: int
-    waiting: int
-    load_seconds: float
-    rows: int
-    rows_taken: int
-    row_bytes: int
-    nbytes: int
-
-
 class AdapterPool:
     """Serves the LoRA adapters of a directory on one base model, `max_resident` of them at a time.
 
@@ -132,13 +101,16 @@ class AdapterPool:
             raise FileNotFoundError(f"AdapterPool: directory {os.fspath(directory)!r} is no folder")
         self.model = model
         self.registry = Registry(None if directory is None else Path(directory))
-        self.registry.scan()
+        self.registry.update(self.registry.look())
         self._selector = Selector(model)
-        sizes = plan_sizes(self._selector, self.registry, target_modules, max_resident, byte_budget, dtype, max_rank)
-        model.requires_grad_(False).eval()
-        self.layers = wrap(self._selector, sizes.infos)
-        self.max_resident = sizes.slots
+        sizes = plan_sizes(
+            self._selector, self.registry, target_modules, max_resident, byte_budget, dtype, max_rank, loaders=loaders,
+            max_staged=max_staged,
+        )  # fmt: skip
         self._buffers = Buffers(sizes.infos, sizes.slots, sizes.rows, sizes.max_rank, dtype)
+        self.layers = wrap(self._selector, sizes.infos)  # nothing fails from here on
+        model.requires_grad_(False).eval()
+        self.max_resident = sizes.slots
         self._slots = Slots(self._buffers, sizes.slots)
         self._lock = threading.Condition()  # its waiters are told of every change
         most = sizes.slots if max_staged is None else max_staged
@@ -182,8 +154,9 @@ class AdapterPool:
 
         Who holds an adapter that is gone or was changed keeps it as it was; the next `acquire` reads the new files.
         """
+        seen = self.registry.look()  # thousands of folders: without the lock
         with self._lock:
-            new, gone = self.registry.scan()
+            new, gone = self.registry.update(seen)
             for name in gone:
                 if name not in self.registry.records:
                     self._slots.pinned.discard(name)

@@ -94,11 +94,12 @@ class Registry:
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: not an adapter")
         self.records[name] = Record(name, Path(folder).resolve())
 
-    def scan(self) -> tuple[list[str], list[str]]:
-        """Look at the directory again. Returns the names that are new, and those whose folders are gone."""
+    def look(self) -> tuple[dict[str, Path], dict[str, str]]:
+        """The adapter folders of the directory now, and why others are none, by name."""
+        found: dict[str, Path] = {}
+        refused: dict[str, str] = {}
         if self.directory is None:
-            return [], []
-        found, self.refused = {}, {}
+            return found, refused
         with os.scandir(self.directory) as entries:
             folders = sorted(
                 e.name for e in entries if e.is_dir() and os.path.isfile(os.path.join(e.path, CONFIG_NAME))
@@ -107,7 +108,12 @@ class Registry:
             try:
                 found[check_adapter_name(name)] = path_inside(self.directory, name)
             except AdapterFileError as error:
-                self.refused[name] = str(error)
+                refused[name] = str(error)
+        return found, refused
+
+    def update(self, seen: tuple[dict[str, Path], dict[str, str]]) -> tuple[list[str], list[str]]:
+        """Take over what `look` saw. Returns the names that are new, and those whose folders are gone or moved."""
+        found, self.refused = seen
         gone = [name for name, r in self.records.items() if r.listed and found.get(name) != r.folder]
         for name in gone:
             del self.records[name]

@@ -51,11 +51,7 @@ class Selector:
 
 
 def wrap(selector: Selector, infos: Mapping[str, LayerInfo]) -> dict[str, AdapterLayer]:
-    """Put an AdapterLayer without adapters in the place of each of these modules. Raises without a change."""
-    devices = {info.device for info in infos.values()}
-    if len(devices) > 1:
-        listed = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"AdapterPool: the layers are on several devices ({listed}), a pool serves those of one")
+    """Put an AdapterLayer without adapters in the place of each of these modules."""
     layers = {}
     for name in infos:
         site = selector.sites[name]

@@ -11,6 +11,8 @@ from pathlib import Path
 from .pool_buffers import Staged
 from .pool_files import AdapterLoadError, Record, Registry, Signature, signature_of
 
+MAX_REASON = 1000  # characters: a reason may quote names of a file's choice, and is kept
+
 
 class Load:
     """An adapter that is being read, or was and waits in CPU memory. waiters: who wants it in a slot. missed: whether
@@ -105,11 +107,12 @@ class Loads:
         try:
             staged = self._read_folder(record.folder)
         except Exception as error:  # whatever a file makes go wrong is its own adapter's
-            failed = AdapterLoadError(record.name, str(error) or type(error).__name__)
+            reason = (str(error) or type(error).__name__)[:MAX_REASON]
+            failed = AdapterLoadError(record.name, reason)
             failed.__cause__ = error
             with self._lock:
                 self.failures += 1
-                record.failure = (load.signature, failed.reason)
+                record.failure = (load.signature, reason)
                 if self._loads.get(record.name) is load:
                     del self._loads[record.name]
             load.future.set_exception(failed)

@@ -24,6 +24,7 @@ from .sites import checked_info
 
 LARGEST_BY_DEFAULT = 256  # so that one folder that claims rank 60,000 does not size everybody's stacks
 WITHOUT_ADAPTERS = 64
+STACKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,22 @@ def plan_sizes(
     byte_budget: int | None,
     dtype: torch.dtype | None,
     max_rank: int | None,
+    **threads: int | None,
 ) -> Sizes:
-    """Sizes from what the directory holds and what was asked for (see `AdapterPool`)."""
-    asked = {"max_resident": max_resident, "byte_budget": byte_budget, "max_rank": max_rank}
+    """Sizes from what the directory holds and what was asked for (see `AdapterPool`). threads: counts to check, too."""
+    if dtype is not None and dtype not in STACKED:
+        raise ValueError(f"AdapterPool: dtype must be one of {', '.join(map(str, STACKED))}, got {dtype}")
+    asked = {"max_resident": max_resident, "byte_budget": byte_budget, "max_rank": max_rank, **threads}
     for name, value in asked.items():
         if value is not None and value < 1:
             raise ValueError(f"AdapterPool: {name} must be at least 1, got {value}")
     configs = _configs(registry)
     names = _names(selector, target_modules, configs)
     infos = {name: checked_info(selector.sites[name]) for name in names}
+    devices = {info.device for info in infos.values()}
+    if len(devices) > 1:
+        listed = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"AdapterPool: the layers are on several devices ({listed}), a pool serves those of one")
     tops = [max(config.r, *(config.rank_pattern or {}).values(), 1) for config in configs]
     if max_rank is None:
         max_rank = max((top for top in tops if top <= LARGEST_BY_DEFAULT), default=WITHOUT_ADAPTERS)

@@ -29,6 +29,36 @@ class Resident:
     last_use: Any = None
 
 
+@dataclass(frozen=True)
+class PoolStats:
+    """Counts since the pool was made, and what it holds now. Times in seconds, sizes in bytes.
+
+    adapters: known by name. resident: in slots; in_use: of them held by leases. hits, misses: of `acquire` and
+    `try_acquire` (a miss is counted once, not for every try). loads: files read; failures: that could not be read.
+    in_flight: being read; staged: read and not yet in a slot. load_seconds: spent reading, of all threads together.
+    rows: of the stacks; rows_taken: in blocks of adapters. row_bytes: of one row in all layers. nbytes: of the stacks.
+    """
+
+    adapters: int
+    max_resident: int
+    resident: int
+    in_use: int
+    pinned: int
+    hits: int
+    misses: int
+    evictions: int
+    loads: int
+    failures: int
+    in_flight: int
+    staged: int
+    waiting: int
+    load_seconds: float
+    rows: int
+    rows_taken: int
+    row_bytes: int
+    nbytes: int
+
+
 class Slots:
     """The slots of the stacks. `current` has the residents that a name means now; others may still be held."""
 
@@ -95,7 +125,11 @@ class Slots:
             start = self.blocks.take(size) if start is None else start
         assert start is not None
         slot = heapq.heappop(self._free)
-        written = self._buffers.write(slot, start, staged)
+        try:
+            written = self._buffers.write(slot, start, staged)
+        except BaseException:
+            self._free_slot(slot, start, None)
+            raise
         resident = Resident(name, slot, start, signature, size, self._clock, written)
         self._residents[slot] = self.current[name] = resident
         return resident
@@ -110,6 +144,9 @@ class Slots:
 
     def _drop(self, resident: Resident) -> None:
         self._residents[resident.slot] = None
-        self._buffers.clear(resident.slot, resident.last_use)
-        self.blocks.give(resident.start)
-        heapq.heappush(self._free, resident.slot)
+        self._free_slot(resident.slot, resident.start, resident.last_use)
+
+    def _free_slot(self, slot: int, start: int, last_use: Any) -> None:
+        self._buffers.clear(slot, last_use)
+        self.blocks.give(start)
+        heapq.heappush(self._free, slot)
