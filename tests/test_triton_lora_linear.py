@@ -362,7 +362,7 @@ def test_what_is_not_served_says_why() -> None:
 
 @triton.jit(do_not_specialize=["threshold"])
 def mask_kernel(p_seed, p_out, first_row, K, threshold, BY_FOUR: tl.constexpr):
-    b_keep = device.keep_mask(p_seed, first_row, 64, K, threshold, 16, 32, BY_FOUR)
+    b_keep = device.keep_mask(p_seed, first_row + tl.arange(0, 16), 64, K, threshold, 16, 32, BY_FOUR)
     i = tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
     tl.store(p_out + i, b_keep.to(tl.int8))
 

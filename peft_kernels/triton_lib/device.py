@@ -186,12 +186,12 @@ def keep_bits(p_seed, i_group, threshold):
 
 
 @triton.jit
-def keep_packed(p_seed, i_m0, i_k0, K, threshold, BM: tl.constexpr, BK: tl.constexpr, BY_FOUR: tl.constexpr):
+def keep_packed(p_seed, i_m, i_k0, K, threshold, BM: tl.constexpr, BK: tl.constexpr, BY_FOUR: tl.constexpr):
     """The mask of `keep_mask` as int32: [BM, BK // 16] of 16 bits with BY_FOUR, else [BM, BK] of one; see `unpack`.
 
     For large tiles: made in four rounds, it needs a quarter of the registers for Philox's state, and little to keep.
     """
-    i_m = (i_m0 + tl.arange(0, BM)).to(tl.int64)[:, None]
+    i_m = i_m.to(tl.int64)[:, None]
     if BY_FOUR:
         i_group = i_m * (K // 4) + (i_k0 // 4 + 4 * tl.arange(0, BK // 16))[None, :]
         b_bits = tl.zeros((BM, BK // 16), tl.int32)
@@ -211,17 +211,16 @@ def unpack(b_bits, BM: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def keep_mask(p_seed, i_m0, i_k0, K, threshold, BM: tl.constexpr, BK: tl.constexpr, BY_FOUR: tl.constexpr):
-    """True [BM, BK] where element (i_m0 + m, i_k0 + k) of a [*, K] input is kept; see `peft_kernels/philox.py`.
+def keep_mask(p_seed, i_m, i_k0, K, threshold, BM: tl.constexpr, BK: tl.constexpr, BY_FOUR: tl.constexpr):
+    """True [BM, BK] where element (i_m[m], i_k0 + k) of a [*, K] input is kept; see `peft_kernels/philox.py`.
 
     BY_FOUR: K is a multiple of 4, so one Philox call serves four neighbours. Otherwise a call per element.
     """
-    i_m = (i_m0 + tl.arange(0, BM)).to(tl.int64)[:, None]
     if BY_FOUR:
-        i_group = i_m * (K // 4) + (i_k0 // 4 + tl.arange(0, BK // 4))[None, :]
+        i_group = i_m.to(tl.int64)[:, None] * (K // 4) + (i_k0 // 4 + tl.arange(0, BK // 4))[None, :]
         b_bits = keep_bits(p_seed, i_group, threshold)
     else:
-        b_bits = keep_packed(p_seed, i_m0, i_k0, K, threshold, BM, BK, False)
+        b_bits = keep_packed(p_seed, i_m, i_k0, K, threshold, BM, BK, False)
     return unpack(b_bits, BM, BK)
 
 

@@ -23,7 +23,7 @@ def drop_kernel(
     i_k = i_k0 + tl.arange(0, BK)
     b_in = (i_m < M)[:, None] & (i_k < K)[None, :]
     i = i_m.to(tl.int64)[:, None] * K + i_k[None, :]
-    b_keep = keep_mask(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
+    b_keep = keep_mask(p_seed, i_m, i_k0, K, threshold, BM, BK, BY_FOUR)
     b_x = tl.load(p_x + i, mask=b_in, other=0.0).to(tl.float32)
     if MIX:
         b_rest = tl.load(p_rest + i, mask=b_in, other=0.0).to(tl.float32)

@@ -34,6 +34,31 @@ from ...triton_lib.device import (
 _UNSPECIALISED = ["M", "threshold", "steps", "parts", "scale", "keep_scale", "scaling", "numel"]
 
 
+@triton.jit
+def project_rows(
+    p_x, p_a, p_seed, i_m, b_in, i_r, first, last, K, r, threshold, keep_scale,
+    DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """drop(x)[i_m] A[i_r]^T [BM, BR] over the tiles first .. last - 1 of BK columns; zero where b_in [BM] says so."""
+    b_rows = b_in[:, None]
+    p_xrow = p_x + i_m.to(tl.int64)[:, None] * K
+    p_arow = p_a + i_r.to(tl.int64)[:, None] * K
+    b_s = tl.zeros((BM, BR), tl.float32)
+    for i_step in range(first, last):
+        i_k0 = i_step * BK
+        i_k = (i_k0 + tl.arange(0, BK))[None, :]
+        b_x = tl.load(p_xrow + i_k, mask=b_rows & (i_k < K), other=0.0)
+        if DROPOUT:
+            b_keep = keep_mask(p_seed, i_m, i_k0, K, threshold, BM, BK, BY_FOUR)
+            b_x = tl.where(b_keep, b_x, 0.0)
+        b_a = tl.load(p_arow + i_k, mask=(i_r < r)[:, None] & (i_k < K), other=0.0)
+        b_s = dot_wide(b_x, tl.trans(b_a), b_s)
+    if DROPOUT:
+        b_s = b_s * keep_scale
+    return b_s
+
+
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def project_kernel(
     p_x, p_a, p_s, p_seed, M, K, r, steps, threshold, keep_scale,
@@ -41,28 +66,38 @@ def project_kernel(
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Part i_part of s = drop(x) A^T: `steps` tiles of BK columns of x [M, K]. p_s: float32 [parts, M, r]."""
-    i_m0 = tl.program_id(0) * BM
-    i_r0 = tl.program_id(1) * BR
     i_part = tl.program_id(2)
-    i_m = i_m0 + tl.arange(0, BM)
-    i_r = i_r0 + tl.arange(0, BR)
-    b_rows = (i_m < M)[:, None]
-    p_xrow = p_x + i_m.to(tl.int64)[:, None] * K
-    p_arow = p_a + i_r.to(tl.int64)[:, None] * K
-    b_s = tl.zeros((BM, BR), tl.float32)
-    for i_step in range(i_part * steps, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps)):
-        i_k0 = i_step * BK
-        i_k = (i_k0 + tl.arange(0, BK))[None, :]
-        b_x = tl.load(p_xrow + i_k, mask=b_rows & (i_k < K), other=0.0)
-        if DROPOUT:
-            b_keep = keep_mask(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
-            b_x = tl.where(b_keep, b_x, 0.0)
-        b_a = tl.load(p_arow + i_k, mask=(i_r < r)[:, None] & (i_k < K), other=0.0)
-        b_s = dot_wide(b_x, tl.trans(b_a), b_s)
-    if DROPOUT:
-        b_s = b_s * keep_scale
+    i_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    i_r = tl.program_id(1) * BR + tl.arange(0, BR)
+    b_s = project_rows(p_x, p_a, p_seed, i_m, i_m < M, i_r, i_part * steps,
+                       tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps), K, r, threshold, keep_scale, DROPOUT, BY_FOUR,
+                       BM, BK, BR)  # fmt: skip
     i_out = (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * r + i_r[None, :]
-    tl.store(p_s + i_out, b_s, mask=b_rows & (i_r < r)[None, :])
+    tl.store(p_s + i_out, b_s, mask=(i_m < M)[:, None] & (i_r < r)[None, :])
+
+
+@triton.jit
+def add_output(
+    p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, b_row, i_n0, first, last, N, K, stride_n, stride_k, b_acc,
+    MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
+    """b_acc [BN, BM] + (x W^T)^T over the tiles first .. last - 1 of BK columns, x at the rows b_row [BM]; without
+    LEFT b_acc [BM, BN] + x W^T."""
+    b_table = table_of(p_table, MODE)
+    p_xt = p_x + b_row.to(tl.int64)[None, :] * K
+    for i_step in range(first, last):
+        i_k0 = i_step * BK
+        i_k = (i_k0 + tl.arange(0, BK))[:, None]
+        b_x = tl.load(p_xt + i_k, mask=(i_k < K) | EVEN_K, other=0.0)
+        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
+                          N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
+                          p_x.dtype.element_ty, EVEN_N, EVEN_K)  # fmt: skip
+        if LEFT:
+            b_acc = dot(b_w, b_x, b_acc, "ieee")
+        else:
+            b_acc = dot(tl.trans(b_x), tl.trans(b_w), b_acc, "ieee")
+    return b_acc
 
 
 @triton.jit
@@ -88,20 +123,10 @@ def forward_tile(
         # first, so that reading s and B hides behind the large product and rounding hits the small term
         if i_part == 0:
             b_acc = low_rank(p_b, p_s, i_n, i_m, N, M, r, b_acc, r, 1, PRECISION, BR, LEFT) * scaling
-    b_table = table_of(p_table, MODE)
     # rows beyond M repeat the last one instead of being masked in every step; they are not stored
-    p_xt = p_x + tl.minimum(i_m, M - 1).to(tl.int64)[None, :] * K
-    for i_step in range(i_part * steps, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps)):
-        i_k0 = i_step * BK
-        i_k = (i_k0 + tl.arange(0, BK))[:, None]
-        b_x = tl.load(p_xt + i_k, mask=(i_k < K) | EVEN_K, other=0.0)
-        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
-                          N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
-                          p_x.dtype.element_ty, EVEN_N, EVEN_K)  # fmt: skip
-        if LEFT:
-            b_acc = dot(b_w, b_x, b_acc, "ieee")
-        else:
-            b_acc = dot(tl.trans(b_x), tl.trans(b_w), b_acc, "ieee")
+    b_acc = add_output(p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, tl.minimum(i_m, M - 1), i_n0,
+                       i_part * steps, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps), N, K, stride_n, stride_k,
+                       b_acc, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BN, BK, EVEN_N, EVEN_K, LEFT)  # fmt: skip
     b_y = tl.trans(b_acc) if LEFT else b_acc
     i_out = (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * N + i_n[None, :]
     b_in = (i_m < M)[:, None] & (i_n < N)[None, :]
@@ -136,13 +161,14 @@ def forward_kernel(
 
 @triton.jit
 def add_input(
-    p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, i_m, i_k0, first, last, M, N, K, stride_n, stride_k,
-    b_acc, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, b_row, i_k0, first, last, N, K, stride_n, stride_k, b_acc,
+    MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
-    """b_acc [BK, BM] + (dy W)^T over the tiles first .. last - 1 of BN features; without LEFT b_acc [BM, BK] + dy W."""
+    """b_acc [BK, BM] + (dy W)^T over the tiles first .. last - 1 of BN features, dy at the rows b_row [BM]; without
+    LEFT b_acc [BM, BK] + dy W."""
     b_table = table_of(p_table, MODE)
-    p_dyt = p_dy + tl.minimum(i_m, M - 1).to(tl.int64)[None, :] * N
+    p_dyt = p_dy + b_row.to(tl.int64)[None, :] * N
     for i_step in range(first, last):
         i_n0 = i_step * BN
         i_n = (i_n0 + tl.arange(0, BN))[:, None]
@@ -176,19 +202,55 @@ def backward_kernel(
     if ADAPTER:
         if i_part == 0:
             if DROPOUT:  # drawn first and kept as bits: beside the accumulator there is no room for Philox's state
-                b_bits = keep_packed(p_seed, i_m0, i_k0, K, threshold, BM, BK, BY_FOUR)
+                b_bits = keep_packed(p_seed, i_m, i_k0, K, threshold, BM, BK, BY_FOUR)
             b_acc = low_rank(p_a, p_ds, i_k, i_m, K, M, r, b_acc, 1, K, PRECISION, BR, LEFT)
             if DROPOUT:
                 b_keep = unpack(b_bits, BM, BK)
                 if LEFT:
                     b_keep = tl.trans(b_keep)
                 b_acc = tl.where(b_keep, b_acc * keep_scale, 0.0)
-    b_acc = add_input(p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, i_m, i_k0, i_part * steps,
-                      tl.minimum(tl.cdiv(N, BN), (i_part + 1) * steps), M, N, K, stride_n, stride_k, b_acc, MODE,
-                      BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BN, BK, EVEN_N, EVEN_K, LEFT)  # fmt: skip
+    b_acc = add_input(p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, tl.minimum(i_m, M - 1),
+                      i_k0, i_part * steps, tl.minimum(tl.cdiv(N, BN), (i_part + 1) * steps), N, K, stride_n, stride_k,
+                      b_acc, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BN, BK, EVEN_N, EVEN_K, LEFT)  # fmt: skip
     b_dx = tl.trans(b_acc) if LEFT else b_acc
     p_out = p_dx + (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * K + i_k[None, :]
     tl.store(p_out, round_to(b_dx, p_dx.dtype.element_ty), mask=(i_m < M)[:, None] & (i_k < K)[None, :])
+
+
+@triton.jit
+def outer_rows(
+    p_z, p_t, p_bt, p_ds, p_seed, p_order, first, last, i_c0, i_r, C, r, stride_t, threshold, ds_scale,
+    WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """drop(z)^T t [BC, BR] over the rows first .. last - 1, or p_order's entries there; see `outer_kernel`.
+
+    p_t and p_ds have rows of stride_t, of which r are columns. p_bt [BC, BR]: where b's tile is.
+    """
+    i_c = i_c0 + tl.arange(0, BC)
+    b_cs = i_c < C
+    b_rs = (i_r < r)[None, :]
+    b_outer = tl.zeros((BC, BR), tl.float32)
+    if WITH_DS:
+        b_b = tl.load(p_bt, mask=b_cs[:, None] & b_rs, other=0.0)
+    for i_m0 in range(first, last, BM):
+        i_m = i_m0 + tl.arange(0, BM)
+        b_ms = (i_m < last)[:, None]
+        if p_order is not None:
+            i_m = tl.load(p_order + i_m, mask=i_m < last, other=0)
+        b_z = tl.load(p_z + i_m.to(tl.int64)[:, None] * C + i_c[None, :], mask=b_ms & b_cs[None, :], other=0.0)
+        i_t = i_m.to(tl.int64)[:, None] * stride_t + i_r[None, :]
+        b_t = tl.load(p_t + i_t, mask=b_ms & b_rs, other=0.0)
+        if DROPOUT:
+            b_keep = keep_mask(p_seed, i_m, i_c0, C, threshold, BM, BC, BY_FOUR)
+            b_z = tl.where(b_keep, b_z, 0.0)
+        b_outer = dot_wide(tl.trans(b_z), b_t, b_outer)
+        if WITH_DS:
+            b_ds = dot_wide(b_z, b_b, tl.zeros((BM, BR), tl.float32))
+            if ds_scale is not None:
+                b_ds = b_ds * ds_scale
+            tl.store(p_ds + i_t, b_ds, mask=b_ms & b_rs)
+    return b_outer
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -203,35 +265,17 @@ def outer_kernel(
     p_ds: float32 [column tiles, M, r]: this tile's share of ds.
     """
     i_tile = tl.program_id(0)
-    i_r0 = tl.program_id(1) * BR
     i_part = tl.program_id(2)
-    i_c0 = i_tile * BC
-    i_c = i_c0 + tl.arange(0, BC)
-    i_r = i_r0 + tl.arange(0, BR)
-    b_cs = i_c < C
-    b_rs = (i_r < r)[None, :]
-    b_outer = tl.zeros((BC, BR), tl.float32)
-    if WITH_DS:
-        p_bt = p_b + i_c.to(tl.int64)[:, None] * r + i_r[None, :]
-        b_b = tl.load(p_bt, mask=b_cs[:, None] & b_rs, other=0.0)
-    for i_step in range(i_part * steps, tl.minimum(tl.cdiv(M, BM), (i_part + 1) * steps)):
-        i_m0 = i_step * BM
-        i_m = i_m0 + tl.arange(0, BM)
-        b_ms = (i_m < M)[:, None]
-        b_z = tl.load(p_z + i_m.to(tl.int64)[:, None] * C + i_c[None, :], mask=b_ms & b_cs[None, :], other=0.0)
-        i_t = i_m.to(tl.int64)[:, None] * r + i_r[None, :]
-        b_t = tl.load(p_t + i_t, mask=b_ms & b_rs, other=0.0)
-        if DROPOUT:
-            b_keep = keep_mask(p_seed, i_m0, i_c0, C, threshold, BM, BC, BY_FOUR)
-            b_z = tl.where(b_keep, b_z, 0.0)
-        b_outer = dot_wide(tl.trans(b_z), b_t, b_outer)
-        if WITH_DS:
-            b_ds = dot_wide(b_z, b_b, tl.zeros((BM, BR), tl.float32))
-            tl.store(p_ds + i_tile.to(tl.int64) * M * r + i_t, b_ds, mask=b_ms & b_rs)
+    i_c = i_tile * BC + tl.arange(0, BC)
+    i_r = tl.program_id(1) * BR + tl.arange(0, BR)
+    p_bt = p_b + i_c.to(tl.int64)[:, None] * r + i_r[None, :]
+    b_outer = outer_rows(p_z, p_t, p_bt, p_ds + i_tile.to(tl.int64) * M * r, p_seed, None, i_part * steps * BM,
+                         tl.minimum(M, (i_part + 1) * steps * BM), i_tile * BC, i_r, C, r, r, threshold, None, WITH_DS,
+                         DROPOUT, BY_FOUR, BM, BC, BR)  # fmt: skip
     if DROPOUT:
         b_outer = b_outer * keep_scale
     i_out = i_c.to(tl.int64)[:, None] * stride_c + i_r.to(tl.int64)[None, :] * stride_r
-    tl.store(p_outer + i_part.to(tl.int64) * C * r + i_out, b_outer, mask=b_cs[:, None] & b_rs)
+    tl.store(p_outer + i_part.to(tl.int64) * C * r + i_out, b_outer, mask=(i_c < C)[:, None] & (i_r < r)[None, :])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)

@@ -60,7 +60,7 @@ def stacked_backward_kernel(
         for i in tl.static_range(COUNT):
             if ADAPTER[i]:
                 if DROPOUT[i]:
-                    b_bits = keep_packed(p_seed[i], i_m0, i_k0, K, threshold[i], BM, BK, BY_FOUR)
+                    b_bits = keep_packed(p_seed[i], i_m, i_k0, K, threshold[i], BM, BK, BY_FOUR)
                     b_low = low_rank(p_a[i], p_ds[i], i_k, i_m, K, M, r[i], tl.zeros_like(b_acc), 1, K, PRECISION, BR,
                                      LEFT)  # fmt: skip
                     b_keep = unpack(b_bits, BM, BK)
@@ -70,10 +70,11 @@ def stacked_backward_kernel(
                 else:
                     b_acc = low_rank(p_a[i], p_ds[i], i_k, i_m, K, M, r[i], b_acc, 1, K, PRECISION, BR, LEFT)
     i_from, i_to = i_part * steps, (i_part + 1) * steps
+    b_row = tl.minimum(i_m, M - 1)
     for i in tl.static_range(COUNT):
         tiles = tl.cdiv(N[i], BN)
-        b_acc = add_input(p_dy[i], p_w[i], p_absmax[i], p_nested[i], p_code[i], p_offset[i], p_table[i], i_m, i_k0,
-                          tl.maximum(i_from, 0), tl.minimum(i_to, tiles), M, N[i], K, stride_n[i], stride_k[i], b_acc,
+        b_acc = add_input(p_dy[i], p_w[i], p_absmax[i], p_nested[i], p_code[i], p_offset[i], p_table[i], b_row, i_k0,
+                          tl.maximum(i_from, 0), tl.minimum(i_to, tiles), N[i], K, stride_n[i], stride_k[i], b_acc,
                           MODE[i], BLOCKSIZE[i], NESTED[i], NESTED_BLOCKSIZE[i], BN, BK, EVEN_N[i], EVEN_K,
                           LEFT)  # fmt: skip
         i_from -= tiles
