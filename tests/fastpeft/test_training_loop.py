@@ -17,9 +17,10 @@ from fastpeft.training.errors import UserError
 from fastpeft.training.forward import CompletionLoss
 from fastpeft.training.loop import Trainer
 from fastpeft.training.metrics import Silent, read_metrics
-from fastpeft.training.optim import learning_rate, make_optimizer
+from fastpeft.training.optim import learning_rate
 from fastpeft.training.packing import collate
 from fastpeft.training.testing import make_tiny_model, write_jsonl
+from fastpeft.training.track import Track
 from torch import Tensor
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
@@ -47,15 +48,9 @@ def config(world: Path, output: Path, **changes: Any) -> TrainConfig:
 def trainer(settings: TrainConfig, change: Callable[[Any], Any] = lambda model: model) -> Trainer:
     prepared = run.prepare(settings)
     model = change(run.adapted_model(prepared))
-    return Trainer(
-        settings,
-        model,
-        prepared.tokenizer.pad_token_id,
-        prepared.train.examples,
-        prepared.held_out.examples,
-        CPU,
-        Silent(),
-    )
+    pad = prepared.tokenizer.pad_token_id
+    track = Track("default", settings, prepared.train.examples, prepared.held_out.examples, pad)
+    return Trainer(settings, model, [track], pad, CPU, Silent())
 
 
 def adapter_gradients(t: Trainer, batches: list[list[list[Example]]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -76,7 +71,7 @@ def adapter_gradients(t: Trainer, batches: list[list[list[Example]]], dtype: tor
 def test_packed_equals_unpacked(world: Path, tmp_path: Path, quantize: str) -> None:
     """One row of three examples gives the loss and the gradients of three rows, and of three separate batches."""
     t = trainer(config(world, tmp_path, quantize=quantize))
-    three = list(t.examples[:3])
+    three = list(t.tracks[0].examples[:3])
     assert len({len(e) for e in three}) > 1
     layouts = {"packed": [[three]], "padded": [[[e] for e in three]], "alone": [[[e]] for e in three]}
     exact = adapter_gradients(t, layouts["alone"], torch.float64)
@@ -91,7 +86,7 @@ def test_packed_equals_unpacked(world: Path, tmp_path: Path, quantize: str) -> N
 
 def test_self_check_finds_attention_across_examples(world: Path, tmp_path: Path) -> None:
     t = trainer(config(world, tmp_path))
-    t.loss.self_check(t.examples, True, t.pad_id, CPU)
+    t.loss.self_check(t.tracks[0].examples, True, t.pad_id, CPU)
     backbone = t.loss.backbone
 
     def crossing(**inputs: Any) -> Any:  # a model that ignores where examples begin
@@ -100,27 +95,28 @@ def test_self_check_finds_attention_across_examples(world: Path, tmp_path: Path)
 
     t.loss.backbone = crossing
     with pytest.raises(UserError, match="attention of this model crosses examples; set packing=false"):
-        t.loss.self_check(t.examples, True, t.pad_id, CPU)
-    t.loss.self_check(t.examples, False, t.pad_id, CPU)
+        t.loss.self_check(t.tracks[0].examples, True, t.pad_id, CPU)
+    t.loss.self_check(t.tracks[0].examples, False, t.pad_id, CPU)
 
 
 def test_self_check_finds_logits_that_are_changed(world: Path, tmp_path: Path) -> None:
     t = trainer(config(world, tmp_path))
     t.loss.scale = 0.5
     with pytest.raises(UserError, match="over the model's logits"):
-        t.loss.self_check(t.examples, False, t.pad_id, CPU)
+        t.loss.self_check(t.tracks[0].examples, False, t.pad_id, CPU)
 
 
 def first_step(t: Trainer) -> tuple[dict[str, Any], list[Tensor]]:
     """The first step's line, and the gradients that the optimizer was given."""
-    optimizer = make_optimizer(t.model, t.config)
+    (track,) = t.tracks
+    track.start(t.model)
     seen: list[Tensor] = []
-    optimizer.register_step_pre_hook(
+    track.optimizer.register_step_pre_hook(
         lambda o, *_: seen.extend(p.grad.clone() for g in o.param_groups for p in g["params"] if p.grad is not None)
     )
     t.model.train()
     torch.manual_seed(5)
-    return t._step(0, optimizer), seen
+    return t._step(0, [track])[0], seen
 
 
 def test_accumulation_weights_by_tokens(world: Path, tmp_path: Path) -> None:
@@ -133,9 +129,9 @@ def test_accumulation_weights_by_tokens(world: Path, tmp_path: Path) -> None:
     }
     together = trainer(config(world, tmp_path, batch_size=6, **common))
     apart = trainer(config(world, tmp_path, batch_size=1, gradient_accumulation=6, **common))
-    rows = [row for rows in together.plan.steps[0][1] for row in rows]
-    assert rows == [row for rows in apart.plan.steps[0][1] for row in rows]
-    assert len({apart.examples[row[0]].learned for row in rows}) > 1
+    rows = [row for rows in together.tracks[0].plan.steps[0][1] for row in rows]
+    assert rows == [row for rows in apart.tracks[0].plan.steps[0][1] for row in rows]
+    assert len({apart.tracks[0].examples[row[0]].learned for row in rows}) > 1
     one, six = first_step(together), first_step(apart)
     assert one[0]["learned_tokens"] == six[0]["learned_tokens"]
     exact = first_step(trainer(config(world, tmp_path, batch_size=6, **common), lambda m: m.to(torch.float64)))
@@ -186,7 +182,7 @@ def test_resuming_continues_bit_for_bit(world: Path, tmp_path: Path, optimizer: 
     assert [p.name for p in checkpoints.numbered(tmp_path / "broken")] == ["checkpoint-3", "checkpoint-6"]
     torch.manual_seed(99)  # whatever the state is, the checkpoint's counts
     resumed = trainer(config(world, tmp_path / "broken", **settings))
-    result = resumed.run(resume=True)
+    result = resumed.run(resume=True)["default"]
     assert result.resumed_from == 6
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 11
@@ -200,7 +196,7 @@ def test_resuming_passes_over_a_damaged_checkpoint(world: Path, tmp_path: Path) 
     weights = tmp_path / "checkpoint-6" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     before = losses(tmp_path)
-    assert trainer(settings).run(resume=True).resumed_from == 3
+    assert trainer(settings).run(resume=True)["default"].resumed_from == 3
     assert losses(tmp_path) == before
 
 
@@ -215,7 +211,7 @@ def test_resuming_refuses_other_data(world: Path, tmp_path: Path) -> None:
 def test_resuming_a_finished_run_trains_nothing(world: Path, tmp_path: Path) -> None:
     trainer(config(world, tmp_path, max_steps=2)).run()
     before = losses(tmp_path)
-    again = trainer(config(world, tmp_path, max_steps=2)).run(resume=True)
+    again = trainer(config(world, tmp_path, max_steps=2)).run(resume=True)["default"]
     assert again.tokens == 0
     assert f"{again.held_out_before:.6g}" == f"{before[0][2]:.6g}"
     assert f"{again.held_out_after:.6g}" == f"{before[-1][2]:.6g}" != f"{again.held_out_before:.6g}"
@@ -225,7 +221,7 @@ def test_resuming_a_finished_run_trains_nothing(world: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "rmsprop", "adafactor"])
 def test_every_optimizer_learns(world: Path, tmp_path: Path, optimizer: str) -> None:
     rate = {"sgd": 10.0, "adafactor": 0.5, "rmsprop": 1e-3}.get(optimizer, 1e-2)
-    result = trainer(config(world, tmp_path, optimizer=optimizer, learning_rate=rate, quantize="none")).run()
+    result = trainer(config(world, tmp_path, optimizer=optimizer, learning_rate=rate, quantize="none")).run()["default"]
     assert result.held_out_after is not None
     assert result.held_out_before is not None
     assert result.held_out_after < 0.985 * result.held_out_before
@@ -239,7 +235,8 @@ def test_eight_bit_optimizers_say_what_they_need(world: Path, tmp_path: Path) ->
 
 def test_learning_rate_of_b_can_differ(world: Path, tmp_path: Path) -> None:
     t = trainer(config(world, tmp_path, lora_plus_ratio=16.0))
-    groups = {group["scale"]: len(group["params"]) for group in make_optimizer(t.model, t.config).param_groups}
+    t.tracks[0].start(t.model)
+    groups = {group["scale"]: len(group["params"]) for group in t.tracks[0].optimizer.param_groups}
     assert groups == {1.0: 14, 16.0: 14}
 
 

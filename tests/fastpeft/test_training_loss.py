@@ -48,6 +48,29 @@ def test_loss_and_gradients(dtype: torch.dtype, softcap: float | None, chunk_voc
         assert_no_worse(mine, theirs.to(mine.dtype), best, magnitude)
 
 
+def test_each_token_with_a_weight_of_its_own() -> None:
+    h, w, b, t = torch.randn(N, H), torch.randn(V, H), torch.randn(V), torch.randint(0, V, (N,))
+    weights = torch.rand(N)
+
+    def losses_and_gradient(dtype: torch.dtype, ours: bool) -> list[Tensor]:
+        x = h.to(dtype).requires_grad_()
+        if ours:
+            losses = chunked_cross_entropy(x, w.to(dtype), t, b.to(dtype), chunk_vocab=16, chunk_tokens=10,
+                                           reduction="none")  # fmt: skip
+        else:
+            logits = torch.nn.functional.linear(x, w.to(dtype), b.to(dtype))
+            losses = torch.nn.functional.cross_entropy(logits, t, reduction="none")
+        return [losses.detach(), *torch.autograd.grad((losses * weights).sum(), [x])]
+
+    eager, exact = losses_and_gradient(torch.float32, False), losses_and_gradient(torch.float64, False)
+    ours = losses_and_gradient(torch.float32, True)
+    logits = (h.abs() @ w.abs().t() + b.abs()).amax(1)
+    assert_no_worse(ours[0], eager[0], exact[0], logits)
+    assert_no_worse(ours[1], eager[1], exact[1], w.abs().max() * 2 * weights.unsqueeze(1).expand(N, H))
+    with pytest.raises(ValueError, match='reduction="none" needs a frozen weight and bias'):
+        chunked_cross_entropy(h, w.requires_grad_(), t, reduction="none")
+
+
 @pytest.mark.parametrize("confident", [False, True])
 def test_native_products_are_as_exact_as_the_models_own_head(confident: bool) -> None:
     h, w, t = torch.randn(N, H), torch.randn(V, H), torch.randint(0, V, (N,))

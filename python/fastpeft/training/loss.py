@@ -9,7 +9,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,14 +27,16 @@ def chunked_cross_entropy(
     chunk_vocab: int = 4096,
     chunk_tokens: int = 1024,
     native_products: bool = False,
+    reduction: Literal["sum", "none"] = "sum",
 ) -> Tensor:
-    """Sum over tokens of ``-log softmax(logits)[target]``, a float32 scalar (float64 for float64 ``hidden``).
+    """``-log softmax(logits)[target]``, float32 (float64 for float64 ``hidden``): its sum over tokens, or each [N].
 
     hidden [N, H]; weight [V, H]; bias [V]; targets [N] int64 in 0..V-1.
     ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)`` where given.
     native_products: multiply bfloat16 as bfloat16 (float32 sums) instead of in float32: twice as fast, and as exact as
     the model's own head.
-    Differentiable in hidden, weight and bias. The weight's gradient costs a second sweep and is made only when needed.
+    Differentiable in hidden, and with "sum" in weight and bias (a second sweep, made only when needed). With "none" a
+    weight or bias that trains is a ValueError: their gradients are made before it is known how tokens are weighted.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [N, H] and weight [V, H] expected, got {list(hidden.shape)} and {list(weight.shape)}")
@@ -44,8 +46,10 @@ def chunked_cross_entropy(
         raise ValueError(
             f"targets must lie in 0..{weight.shape[0] - 1}, got {int(targets.min())}..{int(targets.max())}"
         )
+    if reduction == "none" and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError('reduction="none" needs a frozen weight and bias; use "sum" to train the head')
     result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's apply has no types
-        hidden, weight, bias, targets, scale, softcap, chunk_vocab, chunk_tokens, native_products
+        hidden, weight, bias, targets, scale, softcap, chunk_vocab, chunk_tokens, native_products, reduction
     )
     return result
 
@@ -63,20 +67,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_vocab: int,
         chunk_tokens: int,
         native_products: bool,
+        reduction: str,
     ) -> Tensor:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         product = torch.bfloat16 if native_products and _multiplies_bfloat16(hidden, weight) else dtype
         head = _Head(weight, bias, scale, softcap, chunk_vocab, dtype, product)
-        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        losses = torch.empty(hidden.shape[:1], dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
         grad_bias = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if need_bias else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h, t = hidden[rows].detach().to(product), targets[rows]
-            part, log_sum, gradient = head.sweep(h, t, need_hidden)
-            loss += part
+            losses[rows], log_sum, gradient = head.sweep(h, t, need_hidden)
             if grad_hidden is not None and gradient is not None:
                 grad_hidden[rows] = gradient
             if grad_weight is not None or grad_bias is not None:
@@ -86,14 +90,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
-        return loss
+        return losses.sum() if reduction == "sum" else losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        scaled = [None if g is None else g * grad.to(g.dtype) for g in ctx.gradients]
-        return (*scaled, None, None, None, None, None, None)
+        factor = grad.unsqueeze(1) if grad.dim() else grad  # one for all tokens, or one for each
+        scaled = [None if g is None else g * factor.to(g.dtype) for g in ctx.gradients]
+        return (*scaled, None, None, None, None, None, None, None)
 
 
 def _multiplies_bfloat16(hidden: Tensor, weight: Tensor) -> bool:
@@ -127,7 +132,7 @@ class _Head:
         return capped * self.softcap, w, capped
 
     def sweep(self, h: Tensor, targets: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss sum, log of the softmax's denominator [n], and the loss's gradient for ``h`` [n, H]."""
+        """Losses [n], logs of the softmax's denominators [n], and the gradients of the losses for ``h`` [n, H]."""
         n = h.shape[0]
         top = torch.full((n,), -torch.inf, dtype=self.dtype, device=h.device)
         total = torch.zeros(n, dtype=self.dtype, device=h.device)
@@ -154,13 +159,13 @@ class _Head:
                     mean.mul_(rescale.unsqueeze(1)).add_(p.to(self.product) @ w)
             top = higher
         log_sum = top + torch.log(total)
-        loss = (log_sum - at_target).sum()
+        losses = log_sum - at_target
         if mean is None:
-            return loss, log_sum, None
+            return losses, log_sum, None
         mean /= total.unsqueeze(1)
         # softmax - 1 at the target as expm1, which keeps the digits of a confident prediction
         mean += self.weight[targets].to(self.dtype) * (torch.expm1(at_target - log_sum) * slope).unsqueeze(1)
-        return loss, log_sum, mean.mul_(self.scale)
+        return losses, log_sum, mean.mul_(self.scale)
 
     def weight_gradients(
         self, h: Tensor, targets: Tensor, log_sum: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -25,14 +26,17 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class MetricsFile:
-    """A line of json a step. Reopened for resuming, it drops the lines from after the checkpoint and torn ones."""
+    """A line of json a step and adapter. Reopened for resuming, it drops torn lines and those from after a checkpoint.
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+    done: the steps that each adapter has behind it.
+    """
+
+    def __init__(self, path: Path, done: Mapping[str, int]) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[str] = []
-        if resume_step is not None and path.is_file():
-            kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= resume_step]
+        if any(done.values()) and path.is_file():
+            kept = [json.dumps(line) for line in read_metrics(path) if _is_behind(line, done)]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
@@ -43,6 +47,11 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_behind(line: dict[str, Any], done: Mapping[str, int]) -> bool:
+    steps = done.get(line.get("adapter", "default"), 0)
+    return bool(steps) and line["step"] <= steps
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -78,6 +87,8 @@ class Silent:
 
 def _columns(line: dict[str, Any]) -> str:
     parts = [f"loss {line['loss']:.3f}"] if "loss" in line else []
+    if "losses" in line:  # several adapters
+        parts.append("loss " + ", ".join(f"{name} {loss:.3f}" for name, loss in line["losses"].items()))
     if "lr" in line:
         parts.append(f"lr {line['lr']:.1e}")
     if "tokens_per_s" in line:
@@ -124,7 +135,9 @@ class Console:
 
     def step(self, line: dict[str, Any]) -> None:
         if "held_out_loss" in line:
-            self._held_out = f"  held-out {line['held_out_loss']:.3f}"
+            loss = line["held_out_loss"]
+            by_name = loss.items() if isinstance(loss, dict) else [("", loss)]
+            self._held_out = "  held-out" + ",".join(f" {name} {x:.3f}".replace("  ", " ") for name, x in by_name)
         columns = _columns(line) + self._held_out
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], columns=columns)

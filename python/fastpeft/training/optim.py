@@ -29,9 +29,9 @@ def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], config: Tr
     ]
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer named in the config over the model's trainable parameters."""
-    groups = parameter_groups(model.named_parameters(), config)
+def make_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer named in the config over those of the parameters that are trainable."""
+    groups = parameter_groups(named, config)
     betas, lr = (float(config.betas[0]), float(config.betas[1])), config.learning_rate
     name = config.optimizer
     if name == "adamw":

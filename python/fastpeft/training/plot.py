@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 from .metrics import read_metrics
 
 _TRAIN, _HELD_OUT, _RATE, _INK = "#4c72b0", "#c44e52", "#9a9a9a", "#333333"
+_MANY = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -22,43 +24,65 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def plot_losses(metrics: Path, picture: Path, title: str = "Training loss") -> None:
-    """Draw training and held-out loss over the steps, with the learning rate below."""
+    """Draw training and held-out loss over the steps, with the learning rate below; of several adapters, in colours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = read_metrics(metrics)
-    train = [line for line in lines if "loss" in line]
-    held_out = [line for line in lines if "held_out_loss" in line]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for line in read_metrics(metrics):
+        runs.setdefault(line.get("adapter", ""), []).append(line)
     figure = Figure(figsize=(8, 5.2), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    steps = [line["step"] for line in train]
-    losses = [line["loss"] for line in train]
-    top.plot(steps, losses, color=_TRAIN, alpha=0.28, linewidth=1)
-    top.plot(steps, smooth(losses), color=_TRAIN, linewidth=2, label="training (smoothed)")
-    if held_out:
-        xs, ys = [line["step"] for line in held_out], [line["held_out_loss"] for line in held_out]
-        top.plot(xs, ys, color=_HELD_OUT, linewidth=1.4, linestyle="--", marker="o", markersize=6, label="held out")
-        box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
-        for i, (dx, dy, side) in {0: (12, 7, "left"), len(xs) - 1: (0, -17, "right")}.items():
-            top.annotate(
-                f"{ys[i]:.2f}", (xs[i], ys[i]), xytext=(dx, dy), textcoords="offset points", ha=side, color=_HELD_OUT,
-                fontweight="bold", bbox=box, zorder=5,
-            )  # fmt: skip
-        if len(ys) > 1 and ys[0] > 0:
-            title += f": held-out loss {ys[0]:.2f} → {ys[-1]:.2f} ({100 * (ys[-1] / ys[0] - 1):+.0f} %)"
+    if set(runs) <= {""}:
+        title += _draw(top, bottom, "training (smoothed)", "held out", runs.get("", []), (_TRAIN, _HELD_OUT, _RATE))
+    else:
+        title += " (smoothed; dashed: held out)"
+        for (name, lines), colour in zip(runs.items(), itertools.cycle(_MANY)):
+            _draw(top, bottom, name, None, lines, (colour, colour, colour))
     top.set_title(title, loc="left", color=_INK, fontsize=12)
     top.set_ylabel("loss per learned token")
     top.legend(frameon=False, loc="upper right")
-    bottom.plot(steps, [line["lr"] for line in train], color=_RATE, linewidth=1.5)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (top, bottom):
         _plain(axes)
+    save_picture(figure, picture)
+
+
+def save_picture(figure: Any, picture: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     temporary = picture.with_name(picture.name + ".tmp")
     figure.savefig(temporary, format="png")
     temporary.replace(picture)
+
+
+def _draw(
+    top: Any, bottom: Any, training: str, held_out: str | None, lines: list[dict[str, Any]], colours: tuple[str, ...]
+) -> str:
+    """One adapter's curves under these labels; what its held-out loss came to, in words for a title."""
+    train = [line for line in lines if "loss" in line]
+    losses = [line["loss"] for line in train]
+    steps = [line["step"] for line in train]
+    top.plot(steps, losses, color=colours[0], alpha=0.28, linewidth=1)
+    top.plot(steps, smooth(losses), color=colours[0], linewidth=2, label=training)
+    bottom.plot(steps, [line["lr"] for line in train], color=colours[2], linewidth=1.5)
+    points = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+    if not points:
+        return ""
+    top.plot(*zip(*points, strict=True), color=colours[1], linewidth=1.4, linestyle="--", marker="o", markersize=6,
+             label=held_out)  # fmt: skip
+    box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+    for i, (dx, dy, side) in {0: (12, 7, "left"), len(points) - 1: (0, -17, "right")}.items():
+        top.annotate(
+            f"{points[i][1]:.2f}", points[i], xytext=(dx, dy), textcoords="offset points", ha=side, color=colours[1],
+            fontweight="bold", bbox=box, zorder=5,
+        )  # fmt: skip
+    before, after = points[0][1], points[-1][1]
+    if len(points) == 1 or before <= 0:
+        return ""
+    return f": held-out loss {before:.2f} → {after:.2f} ({100 * (after / before - 1):+.0f} %)"
 
 
 def _plain(axes: Any) -> None:

@@ -1,12 +1,11 @@
-"""From a config to a trained adapter folder: load, prepare, plan, train, save."""
+"""From a config to trained adapter folders: load, prepare, train, save."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import math
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,12 @@ if TYPE_CHECKING:
     from .loop import Result
 
 
+Records = list[tuple[str, Record]]
+
+
 @dataclass
 class Prepared:
-    """A run that is ready to start."""
+    """An adapter's part of a run that is ready to start. config: its settings, as of a run of it alone."""
 
     config: TrainConfig
     source: models.Source
@@ -34,45 +36,53 @@ class Prepared:
     dtype: torch.dtype
     train: Dataset
     held_out: Dataset
+    name: str = "default"
 
 
-def prepare(
-    config: TrainConfig,
-    train: list[tuple[str, Record]] | None = None,
-    held_out: list[tuple[str, Record]] | None = None,
-) -> Prepared:
-    """Resolve the model, load the tokenizer and encode the data (given records, or the config's files)."""
-    if train is None:
-        train = read_jsonl(config.data)  # before the model: a bad line is found in a moment
-        if config.eval_data is not None:
-            held_out = read_jsonl(config.eval_data)
-        elif config.eval_fraction:
-            train, held_out = split(train, config.eval_fraction)
+def prepare(config: TrainConfig, train: Records | None = None, held_out: Records | None = None) -> Prepared:
+    """Prepare a run of one adapter, with given records or the config's files."""
+    (prepared,) = prepare_all(config, None if train is None else {"default": (train, held_out or [])})
+    return prepared
+
+
+def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Records]] | None = None) -> list[Prepared]:
+    """Resolve the model, load the tokenizer and encode each adapter's data.
+
+    records: (to train, held out) by adapter, in place of the config's files.
+    """
+    each = config.each()
+    if records is None:  # before the model: a bad line is found in a moment
+        records = {name: _read(one, name) for name, one in each.items()}
     source = models.resolve(config.model)
     device = models.pick_device(config.device)
     dtype = models.pick_dtype(config.dtype, device)
     tokenizer = models.load_tokenizer(source)
-    encoder = Encoder(tokenizer, config.template, config.max_length, config.truncate)
-    held_out = list(held_out or [])
-    if config.max_eval_examples:
-        held_out = held_out[: config.max_eval_examples]
-    return Prepared(
-        config,
-        source,
-        tokenizer,
-        device,
-        dtype,
-        encoder.dataset(train),
-        encoder.dataset(held_out) if held_out else Dataset(),
-    )
+    prepared = []
+    for name, one in each.items():
+        encoder = Encoder(tokenizer, one.template, one.max_length, one.truncate)
+        train, held_out = records[name]
+        held_out = held_out[: one.max_eval_examples or None]
+        data = encoder.dataset(train), encoder.dataset(held_out) if held_out else Dataset()
+        prepared.append(Prepared(one, source, tokenizer, device, dtype, *data, name))
+    return prepared
 
 
-def split(
-    records: list[tuple[str, Record]], fraction: float
-) -> tuple[list[tuple[str, Record]], list[tuple[str, Record]]]:
+def _read(config: TrainConfig, name: str) -> tuple[Records, Records]:
+    try:
+        train = read_jsonl(config.data)
+        if config.eval_data is not None:
+            return train, read_jsonl(config.eval_data)
+        return split(train, config.eval_fraction) if config.eval_fraction else (train, [])
+    except UserError as error:
+        if name == "default":
+            raise
+        raise UserError(f"adapters.{name}: {error.problem}", error.fix) from None
+
+
+def split(records: Records, fraction: float) -> tuple[Records, Records]:
     """Divide by a hash of each record's content, so that equal records fall on one side and files may be reordered."""
-    train: list[tuple[str, Record]] = []
-    held_out: list[tuple[str, Record]] = []
+    train: Records = []
+    held_out: Records = []
     for where, record in records:
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
         (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append((where, record))
@@ -110,50 +120,90 @@ def adapter_config(config: TrainConfig) -> Any:
         raise UserError(f"{where}: {error}", f"correct the {where} settings") from error
 
 
-def adapted_model(prepared: Prepared) -> Any:
-    """The quantised base with a fresh adapter, seeded, so that a resumed run starts from the same tensors."""
+def adapted_model(*prepared: Prepared) -> Any:
+    """The quantised base with fresh adapters, each seeded as alone, so that a resumed run starts from the same tensors.
+
+    Raises `UserError` for an adapter that would change the base under the others.
+    """
     from fastpeft import get_peft_model
 
     from .loop import set_seed
 
-    config = prepared.config
-    adapter = adapter_config(config)
-    model = models.load_model(prepared.source, prepared.dtype, prepared.device, config.attention)
-    model = models.quantize(model, config.quantize, config.double_quant, config.quantize_skip)
-    set_seed(config.seed)
-    model = get_peft_model(model, adapter)
-    if config.fast_layers:
-        models.speed_up(model, prepared.device)
+    first = prepared[0]
+    shared = first.config
+    configs = {p.name: adapter_config(p.config) for p in prepared}
+    model = models.load_model(first.source, first.dtype, first.device, shared.attention)
+    model = models.quantize(model, shared.quantize, shared.double_quant, shared.quantize_skip)
+    for p in prepared:
+        set_seed(p.config.seed)
+        if p is first:
+            model = get_peft_model(model, configs[p.name], p.name)
+        else:
+            model.add_adapter(p.name, configs[p.name])
+        _check_alone(model, p.name, len(prepared) > 1)
+    if shared.fast_layers:
+        models.speed_up(model, first.device)
     return model
 
 
-def train(prepared: Prepared, progress: Progress, resume: bool = False, model: Any = None) -> tuple[Result, Any]:
-    """Train and save ``<output>/adapter``; returns the result and the trained model."""
-    from .loop import Trainer
+def _check_alone(model: Any, name: str, several: bool) -> None:
+    """Raise for what training here does not do: values by row, and with several adapters what changes their base."""
+    from fastpeft.method import Method, method_of
 
-    config = prepared.config
-    root = Path(config.output)
-    if root.is_file():
-        raise UserError(f"output: {root} is a file", "choose a folder")
-    root.mkdir(parents=True, exist_ok=True)
+    config = model.peft_config[name]
+    where = f"adapters.{name}" if several else "lora"
+    if type(method_of(config)).row_values is not Method.row_values:
+        raise UserError(f"{where}: aLoRA needs an invocation in each row, which training here does not look for",
+                        "leave alora_invocation_tokens out, or train it with a loop of your own")  # fmt: skip
+    if not several:
+        return
+    edited = [layer for _, layer in model.base_model.adapter_layers() if name in layer.base_edits]
+    for changes, what in (
+        (getattr(config, "bias", "none") != "none", f"bias={getattr(config, 'bias', '')!r} trains the base's biases"),
+        (bool(getattr(config, "layer_replication", None)), "layer_replication changes the base's layers"),
+        (bool(edited), f"{getattr(config, 'init_lora_weights', 'its initialisation')!r} edits the base's weights"),
+    ):
+        if changes:
+            raise UserError(f"{where}: {what}, which the other adapters compute with", "train it in a run of its own")
+
+
+def train(prepared: Prepared, progress: Progress, resume: bool = False, model: Any = None) -> tuple[Result, Any]:
+    """Train one adapter and save ``<output>/adapter``; returns the result and the trained model."""
+    results, model = train_all(prepared.config, [prepared], progress, resume, model)
+    return results[prepared.name], model
+
+
+def train_all(
+    config: TrainConfig, prepared: Sequence[Prepared], progress: Progress, resume: bool = False, model: Any = None
+) -> tuple[dict[str, Result], Any]:
+    """Train a run's adapters and save each to ``adapter`` in its own output; returns results by name and the model."""
+    from .loop import Trainer
+    from .track import Track
+
+    for root in dict.fromkeys([Path(config.output), *(Path(p.config.output) for p in prepared)]):
+        if root.is_file():
+            raise UserError(f"output: {root} is a file", "choose a folder")
+        root.mkdir(parents=True, exist_ok=True)
     if model is None:
-        model = adapted_model(prepared)
-    trainer = Trainer(
-        config, model, prepared.tokenizer.pad_token_id, prepared.train.examples, prepared.held_out.examples,
-        prepared.device, progress,
-    )  # fmt: skip
-    result = trainer.run(resume)
-    save_adapter(model, root / "adapter", prepared)
-    if (root / "metrics.jsonl").stat().st_size:
+        model = adapted_model(*prepared)
+    pad = prepared[0].tokenizer.pad_token_id
+    tracks = [Track(p.name, p.config, p.train.examples, p.held_out.examples, pad) for p in prepared]
+    results = Trainer(config, model, tracks, pad, prepared[0].device, progress).run(resume)
+    for p in prepared:
+        save_adapter(model, Path(p.config.output) / "adapter", p)
+    metrics = Path(config.output) / "metrics.jsonl"
+    if metrics.stat().st_size:
         from .plot import plot_losses
 
-        plot_losses(root / "metrics.jsonl", root / "loss.png")
-    return result, model
+        plot_losses(metrics, metrics.with_name("loss.png"))
+    return results, model
 
 
 def save_adapter(model: Any, folder: Path, prepared: Prepared) -> None:
     """The adapter with a note on the base it was trained on, so that `generate` and `merge` rebuild that base."""
     from fastpeft.atomic import atomic_directory
+
+    from .checkpoints import write_adapter
 
     config = prepared.config
     note = {
@@ -165,90 +215,5 @@ def save_adapter(model: Any, folder: Path, prepared: Prepared) -> None:
         "template": config.template,
     }
     with atomic_directory(folder) as temporary:
-        model.save_pretrained(str(temporary))
+        write_adapter(model, prepared.name, Path(temporary))
         (Path(temporary) / models.NOTE_NAME).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-
-
-def describe(prepared: Prepared) -> dict[str, Any]:
-    """What a run would do: parameters, memory, steps. Builds the model without weights and trains nothing."""
-    from fastpeft import get_peft_model
-
-    from .loop import make_plan
-    from .optim import warmup_steps
-
-    config = prepared.config
-    started = time.monotonic()
-    plan = make_plan(config, prepared.train.examples)
-    model = models.empty_model(prepared.source, prepared.dtype)
-    base_bytes = _base_bytes(model, config)
-    total = sum(p.numel() for p in model.parameters())
-    adapted = get_peft_model(model, adapter_config(config))
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    tokens = prepared.train.tokens
-    first = [sum(len(prepared.train.examples[i]) for i in row) for rows in plan.steps[0][1] for row in rows]
-    memory = {
-        "base": base_bytes,
-        "adapter": 4 * trainable,
-        "gradients": 4 * trainable,
-        "optimizer": round(_STATES_PER_PARAMETER[config.optimizer] * 4 * trainable),
-        "activations": _activation_bytes(model.config.get_text_config(), prepared),
-        "loss": 4 * config.loss_chunk_tokens * config.loss_chunk_vocab,
-    }
-    return {
-        "model": prepared.source.note,
-        "device": str(prepared.device),
-        "dtype": str(prepared.dtype).removeprefix("torch."),
-        "quantize": config.quantize,
-        "parameters": total,
-        "trainable_parameters": trainable,
-        "examples": len(prepared.train.examples),
-        "held_out_examples": len(prepared.held_out.examples),
-        "tokens_per_epoch": tokens,
-        "learned_tokens_per_epoch": prepared.train.learned,
-        "examples_cut": prepared.train.cut,
-        "examples_dropped": prepared.train.dropped,
-        "steps": len(plan),
-        "warmup_steps": warmup_steps(config, len(plan)),
-        "epochs": plan.steps[-1][0] + 1,
-        "rows_per_step": len(first),
-        "row_fill": sum(first) / (len(first) * (config.max_length if config.packing else max(first))),
-        "memory_bytes": memory,
-        "memory_total_bytes": sum(memory.values()),
-        "seconds_to_plan": time.monotonic() - started,
-        "config": config.to_dict(),
-    }
-
-
-_STATES_PER_PARAMETER = {
-    "adamw": 2.0, "adam": 2.0, "sgd": 1.0, "rmsprop": 2.0, "adafactor": 0.1,
-    "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "lion_8bit": 0.25,
-}  # fmt: skip
-
-
-def _base_bytes(model: Any, config: TrainConfig) -> int:
-    """Bytes of the frozen weights: 4 bits and the scales for what will be quantised, the dtype for the rest."""
-    import torch
-
-    scale_bits = (8 + 32 / 256) / 64 if config.double_quant else 32 / 64
-    quantised = set()
-    for name, module in model.named_modules():
-        skipped = any(name == s or name.endswith("." + s) for s in config.quantize_skip)
-        if config.quantize != "none" and type(module) is torch.nn.Linear and not skipped:
-            quantised.add(id(module.weight))
-    total = 0.0
-    for parameter in model.parameters():
-        small = id(parameter) in quantised
-        total += parameter.numel() * ((4 + scale_bits) / 8 if small else parameter.element_size())
-    return math.ceil(total)
-
-
-def _activation_bytes(shape: Any, prepared: Prepared) -> int:
-    """What one forward pass keeps for the backward: about 8 hidden and 4 intermediate vectors a token and layer."""
-    config = prepared.config
-    tokens = config.batch_size * (config.max_length if config.packing else max(len(e) for e in prepared.train.examples))
-    hidden = int(shape.hidden_size)
-    layer = (8 * hidden + 4 * int(getattr(shape, "intermediate_size", None) or 4 * hidden)) * prepared.dtype.itemsize
-    layers = int(shape.num_hidden_layers)
-    if config.gradient_checkpointing:
-        return tokens * (layers * hidden * prepared.dtype.itemsize + layer)
-    return tokens * layers * layer
