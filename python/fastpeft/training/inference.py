@@ -90,7 +90,7 @@ class Answerer:
 
         encoder = Encoder(self.tokenizer, self.template)
         device = next(p for p in self.model.parameters() if p.device.type != "meta").device
-        pad, ends = self.tokenizer.pad_token_id, self._ends()
+        pad, ends = self.tokenizer.pad_token_id, end_tokens(self.model, self.tokenizer)
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
         )
@@ -114,11 +114,12 @@ class Answerer:
                 answers.append(Answer(text, min(len(row), end + 1), seconds, end < len(row)))
         return answers
 
-    def _ends(self) -> list[int]:
-        """Every token that ends an answer: the tokenizer's and those of the model's own generation settings."""
-        own = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        ids = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        return sorted(i for i in ids if i is not None)
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and those of the model's own generation settings."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted(i for i in ids if i is not None)
 
 
 def adapter_note(adapter: str) -> dict[str, Any]:
