@@ -1,0 +1,47 @@
+"""What a request can be answered with instead of text, as an OpenAI client expects it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ApiError(Exception):
+    """status: of HTTP. code, param: as in OpenAI's error objects. retry_after: seconds."""
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = {} if not retry_after else {"Retry-After": str(retry_after)}
+
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, code, param)
+
+
+def overloaded(requests: int, seconds: int) -> ApiError:
+    return ApiError(429, f"{requests} requests are open, which is all this server takes; try again in {seconds} s",
+                    "server_overloaded", retry_after=seconds)  # fmt: skip
+
+
+def unknown(name: str) -> ApiError:
+    return ApiError(404, f"The model {name!r} does not exist: it is neither the base nor an adapter of this server.",
+                    "model_not_found", "model")  # fmt: skip
+
+
+def unusable(name: str, reason: str) -> ApiError:
+    return ApiError(422, f"adapter {name!r} cannot be used: {reason}", "adapter_unusable", "model")
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", "shutting_down", retry_after=1)
+
+
+def late(seconds: float, why: str = "") -> ApiError:
+    return ApiError(504, f"the request was not answered within {seconds:g} s{why}", "timeout")
