@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -211,6 +211,66 @@ def tune(
         with progress_bar() as report:
             result = tuner.run(layers, counts, gpu, report)
         out.emit(result, lambda: tuner.show(result))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf or smollm2.")],
+    adapters: Annotated[Path | None, typer.Option(help="Folder of adapter folders, asked for by name.")] = None,
+    nf4: Annotated[bool, typer.Option("--nf4", help="Quantise the base to 4 bits.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from here alone.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="The base's name; default: MODEL.")] = None,
+    max_resident: Annotated[int, typer.Option(min=1, help="Adapters in memory at a time.")] = 32,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Largest rank served; default: the folder's.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Layers adapters may act on; default: as the folder's do.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests computed at once.")] = 64,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them; above: 429.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward.")] = 512,
+    cache_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens the key-value cache holds.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request; above: 504.")] = 300.0,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds for open requests after SIGTERM.")] = 30,
+    rescan: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the folder.")] = 10.0,
+    allow_runtime_adapters: Annotated[
+        bool, typer.Option("--allow-runtime-adapters", help="Requests may load and unload adapters of the folder.")
+    ] = False,
+    access_log: Annotated[bool, typer.Option("--access-log", help="A line on stderr for each request.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer OpenAI's API over HTTP with a model and a folder of adapters, all of them in one batch.
+
+    Example: fastpeft serve smollm2 --adapters runs/adapters
+    """
+    with session(as_json, debug) as out:
+        import sys
+
+        from fastpeft.serve.engine import Limits
+        from fastpeft.serve.run import Options, serve
+
+        limits = Limits(max_batch=max_batch, max_queue=max_queue, batch_tokens=batch_tokens, timeout=timeout)
+        options = Options(
+            model, adapters, nf4, served_model_name, dtype, device, host, port, max_resident, max_rank,
+            target_modules.split(",") if target_modules else None, max_length, cache_tokens, limits, grace, rescan,
+            allow_runtime_adapters, access_log,
+        )  # fmt: skip
+
+        def human(ready: dict[str, Any]) -> None:
+            print(f"{ready['base']}\n{ready['url']}/v1 answers as {ready['model']!r}", end="", flush=True)
+            print(f" and {ready['adapters']} adapters" if adapters is not None else "", flush=True)
+
+        serve(
+            options,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            lambda ready: out.emit(ready, lambda: human(ready)),
+        )
 
 
 @app.command()
