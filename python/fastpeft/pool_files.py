@@ -123,12 +123,9 @@ class Registry:
         return new, gone
 
 
-def lora_config(content: Mapping[str, Any], tensors: Mapping[str, Any], where: object) -> LoraConfig:
-    """The configuration of a folder, which must be plain LoRA's. tensors: of the file, by key, for reasons against it.
-
-    Raises ValueError that says what a pool cannot serve.
-    """
-    reasons = beyond_plain_lora(content, tensors)
+def lora_config(content: Mapping[str, Any], where: object) -> LoraConfig:
+    """The configuration of a folder, which must be plain LoRA's: else ValueError that says what it has beyond."""
+    reasons = beyond_plain_lora(content, {})  # tensors are compared with what the model needs, one by one, later
     if reasons:
         raise AdapterFileError(f"a pool serves plain LoRA: {'; '.join(reasons)}")
     config = PeftConfig.from_dict({k: v for k, v in content.items() if k != "runtime_config"}, where)
@@ -146,7 +143,7 @@ def read_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG_NAME
     content = read_json(path)
     check_config(content, path)
-    return lora_config(content, {}, path)
+    return lora_config(content, path)
 
 
 def read(folder: Path, selector: Selector, buffers: Buffers) -> Staged:
@@ -155,9 +152,11 @@ def read(folder: Path, selector: Selector, buffers: Buffers) -> Staged:
     Configuration, names, shapes, ranks and sizes are checked before a tensor is read, then the values. Raises
     ValueError, OSError or NotImplementedError.
     """
+    if not folder.is_dir():  # which could otherwise be the name of a repository
+        raise FileNotFoundError(f"the folder {folder} is gone")
     before = signature_of(folder)
     source = open_adapter(folder)
-    config = lora_config(source.config, source.tensors, folder)
+    config = lora_config(source.config, folder)
     names = selector.names(config)
     if not names:
         raise AdapterFileError(f"its target_modules {config.target_modules!r} select nothing in this model")

@@ -36,8 +36,14 @@ def random_fill(seed: int) -> Fill:
 
 
 def write(
-    folder: Path, fill: Fill | int, targets: Sequence[str] = ("q_proj", "v_proj"), r: int = 4, alpha: float = 6,
-    dtype: torch.dtype = torch.float32, layers: Sequence[int] = (0, 1), ranks: dict[str, int] | None = None,
+    folder: Path,
+    fill: Fill | int,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    r: int = 4,
+    alpha: float = 6,
+    dtype: torch.dtype = torch.float32,
+    layers: Sequence[int] = (0, 1),
+    ranks: dict[str, int] | None = None,
     **config: Any,
 ) -> Path:
     """A LoRA adapter for `llama()`, as PEFT would save it. fill: what makes a tensor, or a seed; ranks: by the end of a

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from fastpeft import AdapterPool, PoolFull
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
@@ -70,7 +69,8 @@ def test_rows_are_answered_as_with_each_adapter_alone(root: Path, base: str) -> 
         pair = names[i : i + 2]
         with pool.using([pair[0], None, pair[1]]) as slots:
             y = logits(pool.model)
-        assert slots[1] == -1 and len(set(slots)) == 3
+        assert slots[1] == -1
+        assert len(set(slots)) == 3
         for row, name in ((0, pair[0]), (1, None), (2, pair[1])):
             assert_as_alone(y[row : row + 1], make, None if name is None else root / name, X[row : row + 1])
     assert pool.stats().evictions >= len(KINDS) - 4
@@ -177,7 +177,8 @@ def test_pinned_ones_stay(six: Path) -> None:
 def test_a_slot_in_use_is_never_evicted(six: Path) -> None:
     pool = AdapterPool(llama(), six, max_resident=2)
     a, again, b = pool.acquire("a"), pool.acquire("a"), pool.acquire("b")
-    assert int(a) == int(again) != int(b) and bool(a)
+    assert int(a) == int(again) != int(b)
+    assert bool(a)
     before = [t.clone() for parts in content(pool, a).values() for t in parts[:2]]
     for name in "cdef":
         with pytest.raises(PoolFull):
@@ -244,7 +245,8 @@ def test_a_budget_of_bytes_is_kept(six: Path) -> None:
         use(pool, *"abcdef")
         assert pool.stats().resident == min(6, stats.max_resident)
     limited = AdapterPool(llama(), six, max_resident=32, byte_budget=20 * row).stats()
-    assert limited.rows == 16 and limited.nbytes <= 20 * row
+    assert limited.rows == 16
+    assert limited.nbytes <= 20 * row
     with pytest.raises(ValueError, match=rf"has room for 0 rows of {row} bytes .* takes 8"):
         AdapterPool(llama(), six, max_resident=1, byte_budget=7 * row)
 
@@ -265,7 +267,8 @@ def test_what_cannot_be_is_said_before_the_model_is_touched(six: Path, options: 
     model = llama().train()
     with pytest.raises(ValueError, match=message):
         AdapterPool(model, six, **options)
-    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
     assert not any(type(m).__name__ == "AdapterLayer" for m in model.modules())
 
 
@@ -275,7 +278,8 @@ def test_a_directory_is_needed_or_targets(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no folder"):
         AdapterPool(llama(), tmp_path / "nowhere")
     pool = AdapterPool(llama(), target_modules=["q_proj"])
-    assert pool.names() == [] and set(pool.layers) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert pool.names() == []
+    assert set(pool.layers) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     pool.add("later", write(tmp_path / "x", 0, targets=["q_proj"], r=64))
     use(pool, "later")
     with pytest.raises(ValueError, match="holds adapters already"):
@@ -298,7 +302,8 @@ def test_buffers_are_written_in_place(root: Path) -> None:
             logits(pool.model)
         for layer_name, layer in pool.layers.items():
             stack, rows = layer._row_stack
-            assert rows is slots and stack is stacks[layer_name]
+            assert rows is slots
+            assert stack is stacks[layer_name]
     now = [t for s in stacks.values() for t in (s.a, s.b, s.starts, s.ranks, s.scaling)]
     assert all(a is b for a, b in zip(tensors, now, strict=True))
     assert [t.data_ptr() for t in now] == where
@@ -339,7 +344,8 @@ def test_a_compiled_forward_is_not_compiled_again(six: Path) -> None:
             slots.copy_(torch.tensor([int(slot), -1, int(slot)]))
             y = compiled(x)
             assert_same_bits(y, mlp(x))
-            assert torch.equal(y[0], plain[0]) == (name == "b") and torch.equal(y[1], plain[1])
+            assert torch.equal(y[0], plain[0]) == (name == "b")
+            assert torch.equal(y[1], plain[1])
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -370,7 +376,10 @@ def test_a_long_load_of_many_adapters(tmp_path: Path) -> None:
     for name, y in list(seen.items())[::6]:
         assert_as_alone(y[None], tools["dense"], tmp_path / name, X[:1])
     stats = pool.stats()
-    assert stats.nbytes == nbytes and stats.resident == 8 and stats.failures == 0 and stats.in_use == 0
+    assert stats.nbytes == nbytes
+    assert stats.resident == 8
+    assert stats.failures == 0
+    assert stats.in_use == 0
     assert stats.hits + stats.misses == sum(len(set(asked[i : i + 3])) for i in range(0, requests, 3))
     # The most popular of 60 are asked for far more often than an eighth of the time.
     assert stats.hits / (stats.hits + stats.misses) > 8 / count
