@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import fastpeft
+import peft
 import pytest
 import torch
 from fastpeft import LoraConfig, get_peft_model
@@ -210,13 +212,18 @@ def test_norms_of_an_8bit_weight_have_the_full_gradient_tile_by_tile(monkeypatch
 
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", True, False])
 def test_every_start_leaves_the_base_s_output(start: str | bool) -> None:
-    """m begins as the norms of what the start leaves, so that the layer computes what LoRA's would."""
+    """m begins as the norms of what the start leaves, so that the layer computes what LoRA's would, and PEFT's DoRA.
+
+    Those that look at data are in test_init_data.py, quantised bases in test_init_quantised.py."""
     outputs = []
-    for dora in (True, False):
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
+    for library, dora in ((fastpeft, True), (fastpeft, False), (peft, True)):
+        if start == "loftq" and library is peft:  # it asks for CUDA there
+            continue
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(64, 48))
         more = {"loftq_config": {"loftq_bits": 4}} if start == "loftq" else {}
-        config = LoraConfig(r=4, use_dora=dora, init_lora_weights=start, target_modules=["0"], **more)
-        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
-        outputs.append(get_peft_model(model, config).eval()(x).detach())
-    assert_no_worse(outputs[0], outputs[1], outputs[1].double(), 8 * outputs[1].double().abs().max().expand(5, 48))
+        config = library.LoraConfig(r=4, use_dora=dora, init_lora_weights=start, target_modules=["0"], **more)
+        outputs.append(library.get_peft_model(model, config).eval()(x).detach())
+    for other in outputs[1:]:
+        assert_no_worse(outputs[0], other, other.double(), 8 * other.double().abs().max().expand(5, 48))

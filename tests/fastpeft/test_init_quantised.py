@@ -11,6 +11,7 @@ import fastpeft
 import pytest
 import torch
 from fastpeft.layer import AdapterLayer
+from safetensors.torch import save_file
 from torch import Tensor
 
 tools = runpy.run_path(str(Path(__file__).with_name("init_tools.py")))
@@ -76,18 +77,21 @@ def test_a_loftq_adapter_on_the_base_that_it_was_made_for(tmp_path: Any) -> None
     fastpeft.PeftModel.from_pretrained(nf4(), tmp_path)  # quantised as it is
 
 
-@pytest.mark.parametrize(("name", "init"), [
-    (name, init) for name in BASES for init in ("corda", "lora_ga", "eva", "mica", "pissa_niter_2")
+@pytest.mark.parametrize(("name", "init", "dora"), [
+    (name, init, dora) for name in BASES for init in ("corda", "lora_ga", "eva", "mica", "pissa_niter_2")
+    for dora in ((False,) if init == "mica" else (False, True))  # MiCA is a variant by itself, as DoRA is
     # On the CPU bitsandbytes' own forward in evaluation takes no layer of 20 outputs.
     if (name, init) != ("bnb-4bit", "corda")
 ])  # fmt: skip
-def test_every_initialisation_starts_near_the_base_and_goes_back(name: str, init: str) -> None:
-    """What is left of the weight is quantised again; no more than that keeps the start from the base."""
+def test_every_initialisation_starts_near_the_base_and_goes_back(name: str, init: str, dora: bool) -> None:
+    """What is left of the weight is quantised again; no more than that keeps the start from the base.
+
+    DoRA begins with the norms of the base's rows: it moves them by less than requantising did."""
     base = BASES[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = fastpeft.LoraConfig(
-            r=4, target_modules=["first"], init_lora_weights=init,
+            r=4, target_modules=["first"], init_lora_weights=init, use_dora=dora,
             lora_ga_config=fastpeft.LoraGAConfig(scale="gd_scale") if init == "lora_ga" else None,
         )  # fmt: skip
     before, w = tensors(base.first), AdapterLayer(base.first).kind.read(base.first)[0].clone()
@@ -101,9 +105,22 @@ def test_every_initialisation_starts_near_the_base_and_goes_back(name: str, init
     now = layer.merged_weight(["default"])[0]
     wanted = layer.base_edits["default"](w) if layer.base_edits else w
     requantised = (layer.kind.read(layer.base_layer)[0] - wanted).norm()
-    assert (now - w).norm() <= requantised + w.shape[1] * torch.finfo(w.dtype).eps * w.norm()
+    rounding = w.shape[1] * torch.finfo(w.dtype).eps * w.norm()
+    assert (now - w).norm() <= (2 if dora else 1) * requantised + rounding
     adapted(X).square().mean().backward()
     assert layer.lora_A["default"].weight.grad is not None
     adapted.unload()
     after = tensors(base.first)
     assert all(torch.equal(after[key], before[key]) for key in before if isinstance(before[key], Tensor))
+
+
+def test_loftq_gives_a_dora_the_norms_of_what_it_starts(tmp_path: Any) -> None:
+    save_file(model().state_dict(), tmp_path / "model.safetensors")
+    lora, dora = (wrap(fastpeft, nf4(), lora_alpha=4, use_dora=dora) for dora in (False, True))
+    before = tensors(dora)
+    fastpeft.replace_lora_weights_loftq(dora, str(tmp_path), callback=lambda *_: False)
+    after = tensors(dora)
+    assert all(torch.equal(after[key], before[key]) for key in before if isinstance(before[key], Tensor))
+    for adapted in (lora, dora):
+        fastpeft.replace_lora_weights_loftq(adapted, str(tmp_path))
+    assert_near(dora(X), lora(X))

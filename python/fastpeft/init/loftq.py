@@ -71,7 +71,7 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Start a LoRA on a 4-bit base from what quantising lost: B A is close to W - dequantised(W).
+    """Start a LoRA on a 4-bit base from what quantising lost: B A is close to W - dequantised(W). DoRA's m follows.
 
     model_path: the safetensors file of the unquantised model, or its folder (files may be sharded); None: where the
     Hub's cache has the model. callback: called with the model and the module's name after each replacement, which is
@@ -101,9 +101,13 @@ def replace_lora_weights_loftq(
                 raise ValueError(
                     f"{name}.weight is {list(w.shape)} in {tensors.where}, {list(base.shape)} in the model"
                 )
-            before = (a.detach().clone(), b.detach().clone())
+            state = [tensor for _, _, tensor in layer.adapter_state(adapter_name)]
+            before = [tensor.clone() for tensor in state]
             for parameter, value in zip((a, b), low_rank(w - base, a.shape[0]), strict=True):
                 parameter.copy_(value)
+            if adapter_name in getattr(layer, "lora_magnitude_vector", ()):
+                delta = layer.methods[adapter_name].delta_weight(layer.view(adapter_name), None, None)
+                layer.lora_magnitude_vector[adapter_name].weight.copy_((base + delta.to(base)).norm(dim=1))
             if callback is not None and not callback(peft_model, name):
-                for parameter, value in zip((a, b), before, strict=True):
-                    parameter.copy_(value)
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
