@@ -16,7 +16,7 @@ from .config import TargetConfig, TaskType
 from .containers import AdapterDict
 from .experts import Converted, convert_targets, without_dropout
 from .layer import AdapterLayer
-from .method import LayerInfo, Method, State, method_of, target_config
+from .method import LayerInfo, Method, State, method_of
 from .parameters import parameter_sites
 from .replicate import replicate_layers
 from .safety import check_adapter_name, list_some
@@ -192,7 +192,8 @@ def _plan(
     model: nn.Module, config: Any, adapter_name: str, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool,
     loading: bool, keys: Sequence[str] | None, checking: bool,
 ) -> InjectionPlan:  # fmt: skip
-    config = target_config(config)
+    if not isinstance(config, TargetConfig):
+        raise TypeError(f"{type(config).__name__} does not act on modules of a model")
     method = method_of(config)
     method.check_config(config, loading=loading)
     bias = getattr(config, "bias", "none")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from .config import PeftConfig, PeftType, TargetConfig, check_probabilities, check_ranks
+from .config import PeftConfig, PeftType, check_probabilities, check_ranks
 from .patterns import first_match
 from .targets import DEFAULT_TARGETS
 
@@ -396,9 +396,3 @@ def method_of(config: PeftConfig) -> Method:
     if config.peft_type is None:
         raise ValueError(f"{type(config).__name__} names no method (peft_type is None)")
     return get_method(config.peft_type).variant(config)
-
-
-def target_config(config: PeftConfig) -> TargetConfig:
-    if not isinstance(config, TargetConfig):
-        raise TypeError(f"{type(config).__name__} does not act on modules of a model")
-    return config

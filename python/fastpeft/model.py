@@ -116,14 +116,18 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: an adapter for each row of the batch ("__base__" for none)."""
-        if not self.base_model._hooked and not any(name in kwargs for name in AUXILIARY_KWARGS):
+        tuner = self.base_model
+        if not tuner._hooked and not tuner._recall and not any(name in kwargs for name in AUXILIARY_KWARGS):
             return self.base_model.model(*args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.base_model(*args, **_without_auxiliary(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.get_base_model().generate(*args, **_without_auxiliary(kwargs))  # type: ignore[operator]
+        """The base model's `generate`. adapter_names: an adapter for each row of the inputs, which beams repeat."""
+        base: Any = self.get_base_model()
+        defaults = {"generation_config": getattr(base, "generation_config", None)}
+        with self._enable_peft_forward_hooks(*args, **{**defaults, **kwargs}):
+            return base.generate(*args, **_without_auxiliary(kwargs))
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model._enable_peft_forward_hooks(*args, **kwargs)

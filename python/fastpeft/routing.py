@@ -7,7 +7,6 @@ another weight, or call the layer several times, get a call for their rows alone
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,6 +55,8 @@ class Packed:
         self._scaling: Mapping[str, Any] = layer.scaling
         self._scales = [self._scaling[name] for name in names]
         self._held = [h for name in names for c in _containers(layer, name) for h in _entries(c, name)]
+        modules = [m for _, _, m in self._held if isinstance(m, nn.Module)]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         tensors = [t for _, _, t in self._held if isinstance(t, Tensor)]
         self._tensors = tensors + [s for s in self._scales if isinstance(s, Tensor)]
         self._seen = None if any(t.is_inference() for t in self._tensors) else Seen(self._tensors)
@@ -63,7 +64,7 @@ class Packed:
     def serves(self, names: Iterable[str], closely: bool) -> bool:
         """Whether it has these adapters as they are now. closely: writes without a version are looked for, too."""
         seen = self._seen
-        if seen is None or not all(name in self.slots for name in names):
+        if seen is None or any(self._hooks) or not all(name in self.slots for name in names):
             return False
         for store, key, value in self._held:
             if store.get(key) is not value:
@@ -226,13 +227,14 @@ class Routed:
             if found is not None:
                 return found[0], kept.stack, kept.slots, found[4:]
         layer._packed = None
-        found_all = {name: found for name, parts in self._parts.items() if (found := parts()) is not None}
-        if not found_all:
-            return None, None, {}, None
+        there = {name: parts() for name, parts in self._parts.items()}
         # One call has one dropout: adapters with another go on top of the base's output.
-        p = Counter(found[6] for found in found_all.values()).most_common(1)[0][0]
-        chosen = {name: found for name, found in found_all.items() if found[6] == p}
-        weight, *_, bias, compute, _ = next(iter(chosen.values()))
+        chances = [found[6] for found in there.values() if found is not None]
+        if not chances:
+            return None, None, {}, None
+        p = max(chances, key=chances.count)
+        chosen = {name: found for name, found in there.items() if found is not None and found[6] == p}
+        weight, _, _, _, bias, compute, _ = next(iter(chosen.values()))
         low_rank = [found[1:4] for found in chosen.values()]
         trained = torch.is_grad_enabled() and any(t.requires_grad for a, b, _ in low_rank for t in (a, b))
         if not evaluation or trained or len(chosen) < len(self._parts):
@@ -299,7 +301,7 @@ def stacked(layer: AdapterLayer, stack: AdapterStack, adapters: Tensor) -> Fused
         weight = get_weight()
         if weight is None or layer.merged_adapters:
             why = "has merged adapters" if layer.merged_adapters else "trains its weight or has hooks"
-            raise ValueError(f"{where} {why} while adapters of a stack are set: undo that, or set_row_stack(None, None).")
+            raise ValueError(f"{where} {why} while it has adapters of a stack: undo it, or set_row_stack(None, None).")
         inside = x if compute is None else x.to(compute)
         y = multi_lora_linear(inside, weight, stack, adapters, parameters.get("bias"))
         return y if inside is x else y.to(x.dtype)

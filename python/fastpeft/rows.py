@@ -34,8 +34,8 @@ class Recall:
         self._kept, self._used = (*(kept for kept in before if kept != new), new)[-2:], False
 
     def _last(self) -> tuple[tuple[str, ...] | None, RowValues | None]:
-        if not self._kept or torch._C._current_graph_task_id() == -1:  # not within a backward pass
-            return None, None
+        if not self._kept or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return None, None  # not within a backward pass
         self._used = True
         if len(self._kept) > 1:
             raise ValueError(
@@ -68,12 +68,16 @@ class Rows:
         """What was made for this layer is made anew: its adapters, its base or its mode are others now."""
         self._plan = self._routed = self._packed = None
 
-    def set_rows(self, adapter_names: Sequence[str] | None) -> None:
-        """Assign an adapter to each row of the next batches ("__base__" for none); None ends that."""
-        self._rows = None if adapter_names is None else tuple(adapter_names)
-        self._plan = None
-        if self._rows is not None and self._row_stack is not None:
+    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None) -> None:
+        """Assign an adapter to each row of the next batches ("__base__" for none); None ends that.
+
+        recall: where to find it, and the rows' values, once more in a backward pass.
+        """
+        if adapter_names is not None and self._row_stack is not None:
             raise ValueError("The rows of this layer have adapters of a stack: call set_row_stack(None, None) first.")
+        self._rows = None if adapter_names is None else tuple(adapter_names)
+        self._recall = self._recall if recall is None else recall
+        self._plan = None
         if self._routed is not None:
             self._routed.again()
 
@@ -111,12 +115,9 @@ class Rows:
             self._routed = Routed(self, rows)  # type: ignore[arg-type]
         return self._routed
 
-    def set_row_values(self, values: RowValues | None, recall: Recall | None = None) -> None:
-        """What `Method.row_values` gave for each row of the next batches, by adapter; None ends that.
-
-        recall: where to find them once more in a backward pass.
-        """
-        self._row_values, self._recall = values, recall or self._recall
+    def set_row_values(self, values: RowValues | None) -> None:
+        """What `Method.row_values` gave for each row of the next batches, by adapter; None ends that."""
+        self._row_values = values
 
     def row_values(self, adapter: str) -> Sequence[Any] | None:
         """An adapter's values for the rows that its method sees now."""

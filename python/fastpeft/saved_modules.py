@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .containers import AdapterDict, Switches
 from .routing import BASE, check_length, grouped
+from .rows import Recall
 
 
 class ModulesToSaveWrapper(Switches, nn.Module):
@@ -28,6 +29,7 @@ class ModulesToSaveWrapper(Switches, nn.Module):
         self.original_module = module_to_save
         self.modules_to_save = AdapterDict()
         self._rows: tuple[str, ...] | None = None
+        self._recall: Recall | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -82,8 +84,9 @@ class ModulesToSaveWrapper(Switches, nn.Module):
             for module in self.modules_to_save.values():
                 module.requires_grad_(False)
 
-    def set_rows(self, adapter_names: Sequence[str] | None) -> None:
+    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None) -> None:
         self._rows = None if adapter_names is None else tuple(adapter_names)
+        self._recall = self._recall if recall is None else recall
 
     def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
         """As `AdapterLayer.adapter_state`."""
@@ -92,6 +95,8 @@ class ModulesToSaveWrapper(Switches, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop("adapter_names", None) or self._rows
+        if rows is None and self._recall is not None:
+            rows = self._recall.rows()
         if rows is None or self._disable_adapters:
             return self.current()(*args, **kwargs)
         x, rest = args[0], args[1:]

@@ -51,6 +51,7 @@ class BaseTuner(ModelMerging, nn.Module):
         # Adapters whose methods act on the model's forward as a whole; their names may outlive them.
         self._hooked = {n: m for n, m in ((n, method_of(c)) for n, c in self.peft_config.items()) if m.hooks_model}
         self._recall = Recall()
+        self._assigned: tuple[str, ...] | None = None  # adapters of the rows of the batch that is computed now
         self.active_adapter: str | list[str] = adapter_name
         self.prefix = method_of(config).prefix
         self.targeted_module_names: list[str] = []
@@ -226,31 +227,35 @@ class BaseTuner(ModelMerging, nn.Module):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """For the duration of a forward: an adapter for each row, from the argument `adapter_names`, and values."""
         names = kwargs.get("adapter_names")
+        if names is not None and self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        names = self._assigned if names is None else names
         inputs = {"input_ids": args[0], **kwargs} if args else kwargs
         hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
         values = {n: v for n, v in ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked) if v is not None}
-        if names is None and not values:
-            yield
+        if values or names is not self._assigned:
+            with self.rows_assigned(names, values, _repeats(kwargs)):
+                yield
             return
-        if names is not None and self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted({n for n in names or () if n != "__base__" and n not in self.peft_config})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        # As `generate` repeats the rows of its inputs.
-        counts = [kwargs.get(name) for name in ("num_beams", "num_return_sequences")]
-        repeats = max([1, *(count for count in counts if isinstance(count, int))])
-        with self.rows_assigned(names, values, repeats):
-            yield
+        if names is None and self._recall and self.training and torch.is_grad_enabled():
+            self._recall.keep(None, {})
+        yield
 
     @contextmanager
     def rows_assigned(
         self, names: Sequence[str] | None, values: RowValues | None = None, repeats: int = 1
     ) -> Iterator[None]:
-        """Within this, rows of the batch have the adapters `names`, and values for their methods; in training too.
+        """Within this, the rows of a batch have the adapters `names` ("__base__" for none), in training too.
 
-        repeats: how often a decoder sees each row (beams); an encoder sees it once.
+        `forward(adapter_names=...)` is this for evaluation. With gradient checkpointing call backward() after each
+        forward. values: for the adapters' methods, by adapter, a row each. repeats: how often a decoder sees each row
+        (beams); an encoder sees it once. Raises ValueError for names of no adapter.
         """
+        unknown = sorted({n for n in names or () if n != "__base__" and n not in self.peft_config})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if names is not None and not isinstance(names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
         modules, values = [module for _, module in self.adapter_modules()], values or {}
         encoder: Any = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
         is_part = isinstance(encoder, nn.Module) and encoder is not self.model
@@ -261,18 +266,27 @@ class BaseTuner(ModelMerging, nn.Module):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             recall = self._recall
             recall.keep(rows[1], values)
+        before, self._assigned = self._assigned, rows[1]
         try:
             for module in modules:
                 times = 1 if id(module) in once else repeats
-                module.set_rows(rows[times])
+                module.set_rows(rows[times], recall)
                 if isinstance(module, AdapterLayer):
-                    module.set_row_values(repeated[times], recall)
+                    module.set_row_values(repeated[times])
             yield
         finally:
+            self._assigned = before
             for module in modules:
-                module.set_rows(None)
+                module.set_rows(before)
                 if isinstance(module, AdapterLayer):
                     module.set_row_values(None)
+
+
+def _repeats(kwargs: Mapping[str, Any]) -> int:
+    """How often `generate` repeats the rows of its inputs, given its arguments."""
+    config = kwargs.get("generation_config")
+    counts = [kwargs.get(n, getattr(config, n, None)) for n in ("num_beams", "num_return_sequences")]
+    return max([1, *(count for count in counts if isinstance(count, int))])
 
 
 def tuner_class(method: Method) -> type[BaseTuner]:

@@ -111,6 +111,33 @@ class Dora(Lora):
         return _gain(s, norm)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        if self.splits(s, inner.info):
+            return super().forward(s, shared, x, inner)
+        dropped, whole = s.lora_dropout(x), inner(x)
+        g, bias = self._scales(s, x, inner)
+        y = inner(dropped)
+        h = self._direction(s, dropped, y, bias)
+        return whole - (y if bias is None else y - bias) + h * g  # type: ignore[no-any-return]
+
+    def splits(self, s: Any, info: LayerInfo) -> bool:
+        drops = isinstance(s.lora_dropout, nn.Dropout) and s.lora_dropout.training
+        return not drops or info.kind == "embedding"
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        g, bias = self._scales(s, x, inner)
+        if inner.info.kind == "embedding":
+            return super().output(s, shared, x, y, inner) * g
+        h = self._direction(s, x, y, bias)
+        return h * g if bias is None else torch.addcmul(bias, h, g)
+
+    def _direction(self, s: Any, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """(W + s B A) x; y: the wrapped layer's output with its bias."""
+        a, b = s.lora_A, s.lora_B
+        added: Tensor = b(a(s.cast(x, a.weight.dtype))) * s.scaling
+        return (y if bias is None else y - bias) + added
+
+    def _scales(self, s: Any, x: Tensor, inner: Inner) -> tuple[Tensor, Tensor | None]:
+        """g and the bias of the layer that is wrapped, as they go with its output."""
         module: Any = inner.info.module
         kind = weight_of(module)
         assert kind is not None
@@ -118,25 +145,11 @@ class Dora(Lora):
             g, bias = self.gain(s, kind, module), module.bias if hasattr(module, "bias") else None
         else:
             w, bias = inner.weight()
-            w = w.detach() + _constant(s, self.delta_weight(s, shared, None)).to(w.dtype).reshape(w.shape)
+            w = w.detach() + _constant(s, self.delta_weight(s, shared=None, w=None)).to(w.dtype).reshape(w.shape)
             g = _gain(s, w.flatten(1).norm(dim=1))
-        if inner.info.kind == "embedding":
-            rows: Tensor = super().output(s, shared, x, inner(x), inner)
-            return rows * g
         columns = (-1, *[1] * (x.dim() - 2)) if inner.info.kind.startswith("conv") else (-1,)
         g = g.view(columns)
-        bias = None if bias is None else bias.to(g.dtype).view(columns)
-        dropped, y = x, inner(x)
-        h: Tensor
-        if isinstance(s.lora_dropout, nn.Dropout) and s.lora_dropout.training:
-            dropped = s.lora_dropout(x)
-            y, kept = inner(dropped), y
-        a, b = s.lora_A, s.lora_B
-        h = (y if bias is None else y - bias) + b(a(s.cast(dropped, a.weight.dtype))) * s.scaling
-        if dropped is not x:
-            whole: Tensor = kept - (y if bias is None else y - bias) + h * g
-            return whole
-        return h * g if bias is None else torch.addcmul(bias, h, g)
+        return g, None if bias is None else bias.to(g.dtype).view(columns)
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
         parts = getattr(super().fused(layer, s, shared), "parts", None)
