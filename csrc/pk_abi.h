@@ -19,7 +19,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 4
+#define PK_ABI_VERSION 5
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -60,6 +60,9 @@ PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runti
  *   forward:  h = d(x) weight^T + scaling * s b^T;  y = gain * h + (x - d(x)) weight^T + bias
  *   backward: dh = gain * dy; ds, da, db as above with dh for dy; dgain = sum over rows of dy * h;
  *             dx = dy weight + drop'((dh - dy) weight + ds a), which without dropout is dh weight + ds a
+ * With adapters (many adapters on one weight, no gain): a, da [P, K]; b, db [P, N], which is b transposed; rows
+ * starts[i] .. starts[i] + ranks[i] of both are adapter i's. adapters[m] is row m's, -1 for none; r = max_rank is the width
+ * of s, with zeros beyond ranks[i]. Adapters in use share no rows in a backward, which writes their rows of da and db only.
  * Quantised weights: N*K codes, two a byte, high nibble = even element of the flat row-major order, absmax per
  * `blocksize` elements of that order. absmax is float32, or uint8 codes when nested_code != NULL: then
  * absmax[i] = nested_code[codes[i]] * nested_absmax[i / nested_blocksize] + *offset.
@@ -95,6 +98,12 @@ typedef struct pk_lora_args {
     const float *table;      /* quantised weights: the 16 values in code order, on the **host** */
     float *workspace;        /* device memory, 16-byte aligned: partial sums */
     int64_t workspace_bytes; /* at least what pk_cuda_lora_workspace() says */
+    /* an adapter per row, see above */
+    const int64_t *adapters; /* [M]; NULL: one adapter for all rows */
+    const int64_t *starts;   /* [S] */
+    const int64_t *ranks;    /* [S] */
+    const float *scalings;   /* [S]; `scaling` is not read */
+    int64_t S, P, max_rank;
 } pk_lora_args;
 
 PK_EXPORT int64_t pk_lora_args_size(void); /* sizeof(pk_lora_args), checked by native.py */

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
-ABI_VERSION = 4  # PK_ABI_VERSION of csrc/pk_abi.h
+ABI_VERSION = 5  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
 BUILD_COMMAND = "make native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype

@@ -1,6 +1,43 @@
 /* Exported functions of lora_linear: argument checks (bugs of the caller; users' mistakes are found in Python). */
 #include "kernels.h"
 
+/* Rows of the stacks that adapters in use share would get the gradient of one of them only. */
+static int check_disjoint(const pk_lora_args *a) {
+    int64_t *owner = (int64_t *)pk_scratch(0, size_t(a->P) * 8);
+    if (!owner) return pk_fail(PK_ERR_MEMORY, "lora_linear: no memory for the owners of %lld rows", (long long)a->P);
+    for (int64_t j = 0; j < a->P; ++j) owner[j] = -1;
+    for (int64_t m = 0; m < a->M; ++m) {
+        int64_t i = a->adapters[m];
+        if (i < 0 || !a->ranks[i] || owner[a->starts[i]] == i) continue;
+        for (int64_t j = a->starts[i]; j < a->starts[i] + a->ranks[i]; ++j) {
+            if (owner[j] >= 0)
+                return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapters %lld and %lld share row %lld of a and b", (long long)owner[j],
+                               (long long)i, (long long)j);
+            owner[j] = i;
+        }
+    }
+    return PK_OK;
+}
+
+static int check_adapters(const pk_lora_args *a, bool backward) {
+    if (a->gain) return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter per row and a gain do not go together");
+    if (a->S < 0 || a->P < 0 || a->r != a->max_rank || a->M > INT32_MAX)
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: bad sizes (S %lld, P %lld, r %lld, max_rank %lld, M %lld)", (long long)a->S,
+                       (long long)a->P, (long long)a->r, (long long)a->max_rank, (long long)a->M);
+    for (int64_t m = 0; m < a->M; ++m) {
+        int64_t i = a->adapters[m];
+        if (i < -1 || i >= a->S)
+            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld of row %lld of x, there are %lld", (long long)i, (long long)m,
+                           (long long)a->S);
+        if (i < 0) continue;
+        int64_t rank = a->ranks[i], start = a->starts[i];
+        if (rank < 0 || rank > a->max_rank || (rank > 0 && (start < 0 || start > a->P - rank)))
+            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld has rank %lld (max_rank %lld) from row %lld of %lld", (long long)i,
+                           (long long)rank, (long long)a->max_rank, (long long)start, (long long)a->P);
+    }
+    return backward && a->da ? check_disjoint(a) : PK_OK;
+}
+
 static int check(const pk_lora_args *a, bool backward) {
     if (a->M < 0 || a->N < 0 || a->K < 0 || a->r < 0)
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: negative size (M %lld, N %lld, K %lld, r %lld)", (long long)a->M,
@@ -15,7 +52,8 @@ static int check(const pk_lora_args *a, bool backward) {
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: blocksizes must be positive");
     if (a->quant_type != PK_DENSE && a->nested_code && (!a->nested_absmax || !a->offset))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: nested scales need nested_absmax and offset");
-    if (a->r > 0 && ((!a->a && a->K > 0) || (!a->b && a->N > 0) || a->a_dtype > PK_F16 || a->b_dtype > PK_F16 || (!a->s && a->M > 0)))
+    bool empty = a->adapters && !a->P;
+    if (a->r > 0 && ((!a->a && a->K > 0 && !empty) || (!a->b && a->N > 0 && !empty) || a->a_dtype > PK_F16 || a->b_dtype > PK_F16 || (!a->s && a->M > 0)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter needs a, b (float32, bfloat16 or float16) and s");
     if (a->r > 0 && a->dropout_p > 0 && (!a->seed || !(a->dropout_p < 1)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: dropout needs a seed and p < 1");
@@ -25,7 +63,7 @@ static int check(const pk_lora_args *a, bool backward) {
     if (a->gain && !a->r) return pk_fail(PK_ERR_ARGUMENT, "lora_linear: a gain needs an adapter");
     if (!backward && a->bias && (a->bias_dtype < PK_F32 || a->bias_dtype > PK_F16))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unsupported dtype of bias, %d", int(a->bias_dtype));
-    return PK_OK;
+    return a->adapters ? check_adapters(a, backward) : PK_OK;
 }
 
 static int check_stack(const pk_lora_args *args, int64_t count, bool backward) {

@@ -21,7 +21,8 @@ from .native import backward_arguments, forward_arguments, pack, refusal
 
 ROWS = 512  # PK_MMA_ROWS of csrc/cuda/lora.cuh
 BACKWARD_ROWS = 64  # PK_BACKWARD_ROWS
-_TAIL = struct.Struct("=3q")  # table, workspace, workspace_bytes: the last fields of pk_lora_args
+_OWN = struct.Struct("=3q")  # table, workspace, workspace_bytes of pk_lora_args
+_OWN_AT = 34 * 8  # bytes of the fields before them
 DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -64,8 +65,9 @@ def _when_backward(
 
 
 def with_tail(packed: bytes, quant_type: int, workspace: int = 0, workspace_bytes: int = 0) -> bytes:
-    """pk_lora_args from `pack`, with its last fields: the table of the codes and the workspace."""
-    return packed[: -_TAIL.size] + _TAIL.pack(table(quant_type, "cpu").data_ptr(), workspace, workspace_bytes)
+    """pk_lora_args from `pack`, with the fields of the GPU: the table of the codes and the workspace."""
+    own = _OWN.pack(table(quant_type, "cpu").data_ptr(), workspace, workspace_bytes)
+    return packed[:_OWN_AT] + own + packed[_OWN_AT + _OWN.size :]
 
 
 def queue(launch: Callable[..., int], packed: bytes, quant_type: int, backward: bool, like: Tensor) -> None:

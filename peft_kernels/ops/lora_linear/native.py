@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 
-_ARGS = struct.Struct("=29q2d3q24x")  # pk_lora_args of csrc/pk_abi.h; its last three fields are for CUDA
+_ARGS = struct.Struct("=29q2d3q24x7q")  # pk_lora_args of csrc/pk_abi.h; the three that are left out are for CUDA
 _F32 = torch.float32
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -78,18 +78,25 @@ def pack(
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None, *,
     y: Tensor | None = None, s: Tensor | None = None, dy: Tensor | None = None, dx: Tensor | None = None,
     da: Tensor | None = None, db: Tensor | None = None, gain: Tensor | None = None, h: Tensor | None = None,
-    dgain: Tensor | None = None,
+    dgain: Tensor | None = None, plan: tuple[Tensor, Tensor, Tensor, Tensor, int] | None = None,
 ) -> bytes:  # fmt: skip
-    """pk_lora_args of one projection. Every tensor is contiguous and must live until the native call returns."""
+    """pk_lora_args of one projection. Every tensor is contiguous and must live until the native call returns.
+
+    plan: adapters, starts, ranks, scaling and max_rank of `multi_lora_linear`.
+    """
     nested = nested_absmax is not None and nested_absmax.numel() > 0
     m, k = x.shape
+    r, many = 0 if a is None else a.shape[0], (0,) * 7
+    if plan is not None:
+        *each, most = plan
+        r, many = most, (*map(_ptr, each), each[1].shape[0], r, most)
     return _ARGS.pack(
         x.data_ptr(), weight.data_ptr(), _ptr(absmax), _ptr(nested_absmax) if nested else 0,
         _ptr(nested_code) if nested else 0, _ptr(offset) if nested else 0, _ptr(a), _ptr(b), _ptr(bias), _ptr(seed),
-        _ptr(y), _ptr(s), _ptr(dy), _ptr(dx), _ptr(da), _ptr(db), m, n, k, 0 if a is None else a.shape[0], quant_type,
-        blocksize, nested_blocksize, _CODES[x.dtype], _CODES.get(weight.dtype, 0), 0 if a is None else _CODES[a.dtype],
+        _ptr(y), _ptr(s), _ptr(dy), _ptr(dx), _ptr(da), _ptr(db), m, n, k, r, quant_type, blocksize,
+        nested_blocksize, _CODES[x.dtype], _CODES.get(weight.dtype, 0), 0 if a is None else _CODES[a.dtype],
         0 if b is None else _CODES[b.dtype], 0 if bias is None else _CODES[bias.dtype], threads, scaling, dropout_p,
-        _ptr(gain), _ptr(h), _ptr(dgain),
+        _ptr(gain), _ptr(h), _ptr(dgain), *many,
     )  # fmt: skip
 
 
