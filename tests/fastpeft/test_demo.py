@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,17 @@ def test_there_are_thousands_of_pairs_and_none_is_strange(all_pairs: list[pydocs
     by_name = {p.name.partition("(")[0]: p.answer for p in all_pairs}
     assert by_name["textwrap.fill"] == "Fill a single paragraph of text, returning a new string."
     assert by_name["math.sinh"] == "Return the hyperbolic sine of x."
+
+
+def test_what_has_no_signature_gives_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever `inspect` raises: it evaluates the defaults of builtins."""
+
+    def signature(member: object) -> None:
+        raise AttributeError("'builtin_function_or_method' object has no attribute 'EPOLLIN'")
+
+    assert list(pydocs._pair("textwrap.fill", textwrap.fill))
+    monkeypatch.setattr(inspect, "signature", signature)
+    assert list(pydocs._pair("textwrap.fill", textwrap.fill)) == []
 
 
 def test_pairs_do_not_depend_on_the_process() -> None:
@@ -69,7 +82,9 @@ def test_nothing_leaks_from_training_to_held_out(all_pairs: list[pydocs.Pair]) -
     assert pydocs.split([twin]) == ([], [twin])
     shown = quickstart.five(held_out)
     assert len(shown) == len({p.prompt for p in shown}) == 5
-    assert {p.name.partition("(")[0] for p in shown} == set(quickstart._KNOWN)
+    known = {p.name.partition("(")[0] for p in held_out} & set(quickstart._KNOWN)
+    assert known <= {p.name.partition("(")[0] for p in shown}
+    assert len(known) >= 4  # Python 3.13 keeps pathlib.Path in a private module
     assert quickstart.five(held_out[:6])[4:] != []
 
 

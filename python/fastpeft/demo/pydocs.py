@@ -138,7 +138,7 @@ def _pair(name: str, member: object) -> Iterator[Pair]:
 def _signature(member: object) -> str | None:
     try:
         text = str(inspect.signature(member))  # type: ignore[arg-type]  # callers pass callables only
-    except (TypeError, ValueError):
+    except Exception:  # defaults of builtins are evaluated: on select.epoll.register 3.13 raises AttributeError
         return None
     if inspect.isclass(member) or len(text) > _SIGNATURE_CHARS:
         text = "(...)" if text != "()" else text
