@@ -42,8 +42,8 @@ def reset_peak() -> None:
         pass
 
 
-def load(mode: str, folder: str, dropout: float, device: str) -> Any:
-    """The adapter model of a mode, `<ours|bnb|dense>-<bf16|f32>`, on a device."""
+def load(mode: str, folder: str, dropout: float, device: str, adapters: int = 1) -> Any:
+    """The adapter model of a mode, `<ours|bnb|dense>-<bf16|f32>`, on a device. adapters: `default`, `a1`, `a2` ..."""
     import torch
     import transformers
 
@@ -64,10 +64,10 @@ def load(mode: str, folder: str, dropout: float, device: str) -> Any:
         package.quantize_model(model, "nf4", double_quant=True, skip=["lm_head"])
     else:
         import peft as package
-    config = package.LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
-    adapted = package.get_peft_model(model, config)
+    options = {"r": 16, "lora_alpha": 32, "lora_dropout": dropout, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    adapted = package.get_peft_model(model, package.LoraConfig(**options))
+    for i in range(1, adapters):
+        adapted.add_adapter(f"a{i}", package.LoraConfig(**options))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in adapted.named_parameters():
@@ -137,8 +137,72 @@ def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[
     return step
 
 
-def decoder(model: Any, mode: str, folder: str, tokens: int) -> Callable[[], dict[str, Any]]:
-    """Greedy `generate` of exactly `tokens` tokens for one prompt; seconds per token, prompt included."""
+def adapters_trainer(model: Any, mode: str, adapters: int, length: int) -> Callable[[], dict[str, float]]:
+    """A step of each adapter with a row of `length` tokens: of all at once, or `-after` as runs of one at a time."""
+    import torch
+
+    model.train()
+    g = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, model.config.vocab_size, (adapters, length), generator=g)
+    now = waiting(model.device)
+    if mode.startswith("ours"):
+        steps = _loop_steps(model, mode, ids)
+    else:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        rows = ids.to(model.device).unsqueeze(1)
+
+        def steps() -> float:
+            total = 0.0
+            for row in rows:
+                loss = model(input_ids=row, labels=row, use_cache=False).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                total += float(loss.detach())
+            return total / len(rows)
+
+    def step() -> dict[str, float]:
+        start = now()
+        loss = steps()
+        return {"s": now() - start, "loss": loss}
+
+    return step
+
+
+def _loop_steps(model: Any, mode: str, ids: Any) -> Callable[[], float]:
+    """Steps of fastpeft's training loop: one with a row of `ids` for each adapter, or `-after` one a row."""
+    import itertools
+
+    from fastpeft.training.config import TrainConfig
+    from fastpeft.training.data import Example
+    from fastpeft.training.loop import Trainer
+    from fastpeft.training.metrics import Silent
+    from fastpeft.training.track import Track
+
+    accelerate(model, "-own")
+    rows = [Example(row, [True] * len(row)) for row in ids.tolist()]
+    names = list(model.peft_config)
+    config = TrainConfig(model="-", data="-", packing=False, max_steps=10_000, learning_rate=1e-4)
+    given = [[row] for row in rows] if mode.endswith("-once") else [rows]
+    tracks = [Track(name, config, own, [], 0) for name, own in zip(names, given, strict=True)]
+    trainer = Trainer(config, model, tracks, 0, model.device, Silent())
+    for track in tracks:
+        trainer._use([track])
+        track.start(model)
+    count = itertools.count()
+
+    def steps() -> float:
+        lines = [line for _ in given[0] for line in trainer._step(next(count), tracks)]
+        return sum(line["loss"] for line in lines) / len(lines)
+
+    return steps
+
+
+def decoder(model: Any, mode: str, folder: str, tokens: int, rows: int = 1) -> Callable[[], dict[str, Any]]:
+    """Greedy `generate` of exactly `tokens` tokens for one prompt, or for it in `rows` rows with an adapter each;
+    seconds per token of a row, prompt included."""
     import torch
     import transformers
 
@@ -148,15 +212,19 @@ def decoder(model: Any, mode: str, folder: str, tokens: int) -> Callable[[], dic
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
+    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, **inputs}
+    if rows > 1:
+        options |= {name: t.repeat(rows, 1) for name, t in inputs.items()}
+        options["adapter_names"] = [*model.peft_config][:rows]
     now = waiting(model.device)
 
     def decode() -> dict[str, Any]:
         with torch.no_grad():
             start = now()
-            out = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            out = model.generate(**options)
             took = now() - start
-        new = out[0, inputs["input_ids"].shape[1] :]
-        return {"s": took / len(new), "tokens": len(new), "ids": new.tolist()}
+        new = out[:, inputs["input_ids"].shape[1] :]
+        return {"s": took / tokens, "tokens": tokens, "ids": new.flatten().tolist()}
 
     return decode
 
@@ -170,11 +238,15 @@ def main() -> None:
 
     torch.set_num_threads(task["threads"])
     on_gpu = task["device"] != "cpu"
-    model = load(task["mode"], task["folder"], task["dropout"], task["device"])
+    at_once = task["rows"] if task["what"] == "train-adapters" and task["mode"].endswith("-once") else 1
+    mixed = 16 if task["what"] == "decode-mixed" else at_once
+    model = load(task["mode"], task["folder"], task["dropout"], task["device"], mixed)
     if task["what"] == "step":
         run: Callable[[], dict[str, Any]] = trainer(model, task["mode"], task["rows"], task["length"])
+    elif task["what"] == "train-adapters":
+        run = adapters_trainer(model, task["mode"], task["rows"], task["length"])
     else:
-        run = decoder(model, task["mode"], task["folder"], task["tokens"])
+        run = decoder(model, task["mode"], task["folder"], task["tokens"], mixed)
     reset_peak()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
