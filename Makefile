@@ -2,7 +2,7 @@
 # PYTHON=... chooses the interpreter that .venv is made from, ARGS=... is handed on to the command.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-matrix bench gpu-report lint native setup setup-dev clean
+.PHONY: help quickstart demo-adapters test test-matrix bench gpu-report lint native setup setup-dev clean
 
 # The first of these that runs, is 3.10 or newer and can make a virtual environment; 3.14 and later only if named.
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -18,11 +18,15 @@ SETUP = @case "$(PYTHON)" in no-python) \
 	exit 1;; esac; $(PYTHON) tools/setup_env.py
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 quickstart: setup ## set up, then fine-tune a small model with QLoRA: before and after side by side, in runs/quickstart
 	@$(BUILD_NATIVE)
 	@.venv/bin/fastpeft quickstart $(ARGS)
+
+demo-adapters: setup ## set up, then train three adapters at once: their styles side by side, in runs/demo-adapters
+	@$(BUILD_NATIVE)
+	@.venv/bin/fastpeft demo-adapters $(ARGS)
 
 test: lint ## set up, then lint and run every test
 	@$(BUILD_NATIVE)

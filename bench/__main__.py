@@ -1,4 +1,4 @@
-"""`python -m bench --op OP`, `--suite layers|qlora|methods|dora`, `--gpu` or `--static`; see --help."""
+"""`python -m bench --op OP`, `--suite SUITE`, `--gpu` or `--static`; see --help."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from . import checks, machine, results
 from .measure import cuda_clock, threads, wall_clock
 
-OPS = ("lora_linear", "lora_linear_stacked", "dora_norm", "dora_linear", "swiglu", "rms_norm", "quantize_4bit",
-       "dequantize_4bit")  # fmt: skip
-SUITES = ("layers", "qlora", "methods", "dora")
+OPS = ("lora_linear", "lora_linear_stacked", "multi_lora_linear", "dora_norm", "dora_linear", "swiglu", "rms_norm",
+       "quantize_4bit", "dequantize_4bit")  # fmt: skip
+SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train")
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],
-           "dora": ["dora_linear", "dora_norm", "fastpeft"]}  # fmt: skip
+           "dora": ["dora_linear", "dora_norm", "fastpeft"], "pool": ["multi_lora_linear", "pool"],
+           "multi": ["multi_lora_linear", "routing"],
+           "multi-train": ["multi_lora_linear", "train_adapters"]}  # fmt: skip
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     info, bounds = machine.describe(args.threads), machine.bounds(args.threads)
     print(machine.line(info))
     print(f"bounds ({bounds['how']}): {bounds['gflops']:.0f} GFLOP/s float32, {bounds['gbs']:.1f} GB/s")
-    module = importlib.import_module(f"bench.{'ops' if args.op else 'suites'}.{name}")
+    module = importlib.import_module(f"bench.{'ops' if args.op else 'suites'}.{name.replace('-', '_')}")
     header = results.header(info, bounds, machine.commit(), name)
     path = args.json or results.default_path(name)
     rows = []

@@ -30,14 +30,15 @@ DECODE_MODES = ["ours-bf16-fast", "ours-f32-fast", "ours-bf16", "ours-f32", "bnb
 class Worker:
     """A mode in its own process. Raises RuntimeError with the end of its output when it dies."""
 
-    def __init__(self, mode: str, what: str, folder: Path, args: argparse.Namespace) -> None:
+    def __init__(self, mode: str, what: str, folder: Path, args: argparse.Namespace, **more: int) -> None:
         self.mode = mode
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.suites.worker"], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         task = {"mode": mode, "what": what, "folder": str(folder), "threads": args.threads, "dropout": args.dropout,
-                "device": args.device, "rows": 4, "length": 128, "tokens": 16 if args.quick else 48}  # fmt: skip
+                "device": args.device, "rows": 4, "length": 128, "tokens": 16 if args.quick else 48,
+                **more}  # fmt: skip
         self.send(json.dumps(task))
         self.receive()
 
@@ -72,7 +73,7 @@ def model_folder(args: argparse.Namespace) -> Path:
 
 
 def measure(
-    what: str, modes: list[str], rounds: int, args: argparse.Namespace
+    what: str, modes: list[str], rounds: int, args: argparse.Namespace, **more: int
 ) -> tuple[dict[str, Stats], dict[str, dict[str, Any]]]:
     folder = model_folder(args)
     workers = []
@@ -80,7 +81,7 @@ def measure(
     last: dict[str, dict[str, Any]] = {}
     try:
         for mode in modes:  # one after the other: they would slow each other down only while loading
-            workers.append(Worker(mode, what, folder, args))
+            workers.append(Worker(mode, what, folder, args, **more))
             print(f"{what}: {mode} is ready", file=sys.stderr)
         stats = {mode: Stats() for mode in modes}
         for r in range(rounds):

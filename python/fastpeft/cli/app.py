@@ -45,6 +45,23 @@ def quickstart(
 
 
 @app.command()
+def demo_adapters(
+    output: Annotated[Path, typer.Option(help="Folder for the report, the plots and the adapters.")] = Path(
+        "runs/demo-adapters"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each adapter.")] = 40,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train three adapters in one run, and let them answer side by side in one batch."""
+    with session(as_json, debug) as out:
+        from fastpeft.demo.adapters import run, show
+
+        result = run(output, steps)
+        out.emit(result, lambda: show(result))
+
+
+@app.command()
 def train(
     settings: Annotated[
         list[str],

@@ -75,13 +75,13 @@ def _fail(current: Session, problem: str, fix: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lines: bool = False) -> None:
+    """Print a table on stdout. lines: between the rows, too."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+    drawn = Table(title=title, title_justify="left", title_style="bold", show_lines=lines)
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:

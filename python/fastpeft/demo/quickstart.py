@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +15,11 @@ from fastpeft.training.data import Record
 from fastpeft.training.errors import UserError
 from fastpeft.training.metrics import Console
 
-from . import pydocs
+from . import folder, pydocs
 
 TRAIN_PAIRS, HELD_OUT_PAIRS, ANSWER_TOKENS = 1600, 96, 40
 # Held-out objects that a reader knows; where this Python lacks one, others fill in.
 _KNOWN = ("math.dist", "textwrap.fill", "tempfile.mkdtemp", "pathlib.Path.is_file", "random.choices")
-
-
-@dataclass
-class Clock:
-    """Seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.monotonic)
-
-    def mark(self, phase: str) -> None:
-        now = time.monotonic()
-        self.seconds[phase] = round(now - self._last, 2)
-        self._last = now
 
 
 def config(output: Path, steps: int) -> TrainConfig:
@@ -82,7 +66,7 @@ def run(output: Path, steps: int) -> dict[str, Any]:
 
     from .report import write_report
 
-    clock, settings = Clock(), config(output, steps)
+    clock, settings = folder.Clock(), config(output, steps)
     with Console() as progress:
         progress.say(f"quickstart: SmolLM2-135M-Instruct, NF4, LoRA r=16, {steps} steps; results go to {output}")
         progress.say("reading Python's own documentation")
@@ -94,8 +78,12 @@ def run(output: Path, steps: int) -> dict[str, Any]:
         first_time = not any(models.cache_root().glob("smollm2-135m-instruct-*/config.json"))
         progress.say("loading the model" + (" (converting its GGUF file, once, about 20 s)" if first_time else ""))
         prepared = training.prepare(settings, records(train), records(held_out))
-        resume = _continue_or_clear(output, settings)
-        _write_inputs(output, settings, train, held_out)
+        resume = folder.continue_or_clear(output, settings)
+        # The data and the settings as files, so that `fastpeft train` can repeat and vary the run.
+        files = {"data": (output / "train.jsonl", train), "eval_data": (output / "held_out.jsonl", held_out)}
+        for file, pairs in files.values():
+            folder.write_records(file, records(pairs))
+        folder.write_config(output, settings.to_dict() | {key: str(file) for key, (file, _) in files.items()})
         model = training.adapted_model(prepared)
         backend, why = _backend(prepared.device, prepared.dtype)
         if why:
@@ -147,60 +135,14 @@ def run(output: Path, steps: int) -> dict[str, Any]:
         "backend": backend,
         "reloaded_answers_equal": True,
         "answers": [
-            {"prompt": p.prompt, "before": _shown(b), "after": _shown(a), "documentation": p.answer}
+            {"prompt": p.prompt, "before": folder.shown(b), "after": folder.shown(a), "documentation": p.answer}
             for p, b, a in zip(shown, before, after, strict=True)
         ],
     }
     plot_losses(output / "metrics.jsonl", output / "loss.png", "SmolLM2-135M on Python's documentation")
     write_report(output, summary)
-    _mark(output, finished=True, settings=settings)
+    folder.mark(output, finished=True, settings=settings)
     return summary
-
-
-def _shown(answer: Any) -> str:
-    return str(answer.text) if answer.complete else f"{answer.text} …"
-
-
-def _continue_or_clear(output: Path, settings: TrainConfig) -> bool:
-    """True to resume: the folder holds an unfinished run of the same settings. Else remove what an earlier run left."""
-    from fastpeft.training import checkpoints
-
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output: {output} is a file", "choose a folder")
-    state = output / "state.json"
-    if state.is_file():
-        try:
-            stored = json.loads(state.read_text(encoding="utf-8"))
-        except ValueError:
-            stored = {}
-        if stored == {"finished": False, "settings": settings.to_dict()} and checkpoints.newest(output) is not None:
-            return True
-    for folder in [*checkpoints.numbered(output), output / "adapter"]:
-        shutil.rmtree(folder, ignore_errors=True)
-    for name in ("metrics.jsonl", "loss.png", "report.md", "state.json"):
-        (output / name).unlink(missing_ok=True)
-    _mark(output, finished=False, settings=settings)
-    return False
-
-
-def _mark(output: Path, finished: bool, settings: TrainConfig) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / "state.json.tmp"
-    temporary.write_text(json.dumps({"finished": finished, "settings": settings.to_dict()}, indent=1), encoding="utf-8")
-    temporary.replace(output / "state.json")
-
-
-def _write_inputs(output: Path, settings: TrainConfig, train: list[pydocs.Pair], held_out: list[pydocs.Pair]) -> None:
-    """The data and the settings as files, so that `fastpeft train` can repeat and vary the run."""
-    for name, pairs in (("train.jsonl", train), ("held_out.jsonl", held_out)):
-        text = "".join(json.dumps(record) + "\n" for _, record in records(pairs))
-        (output / name).write_text(text, encoding="utf-8")
-    values = {**settings.to_dict(), "data": str(output / "train.jsonl"), "eval_data": str(output / "held_out.jsonl")}
-    values["output"] = str(output) + "-again"
-    lines = [f"{key}: {json.dumps(value)}\n" for key, value in values.items()]  # JSON values are YAML
-    (output / "config.yaml").write_text(
-        "# fastpeft train config.yaml key=value ...\n" + "".join(lines), encoding="utf-8"
-    )
 
 
 def _in_fresh_process(adapter: Path, prompts: list[str]) -> list[str]:

@@ -6,11 +6,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from .folder import write_text
+
 
 def write_report(output: Path, summary: dict[str, Any]) -> None:
-    temporary = output / "report.md.tmp"
-    temporary.write_text(report(summary), encoding="utf-8")
-    temporary.replace(output / "report.md")
+    write_text(output / "report.md", report(summary))
 
 
 def report(summary: dict[str, Any]) -> str:
@@ -40,7 +40,7 @@ def report(summary: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        *[f"| {name} | {_cell(value)} |" for name, value in facts],
+        *[f"| {name} | {cell(value)} |" for name, value in facts],
         "",
         "## The same prompts before and after",
         "",
@@ -49,7 +49,7 @@ def report(summary: dict[str, Any]) -> str:
         "| prompt | before | after | Python's documentation |",
         "|---|---|---|---|",
         *[
-            f"| {_cell(a['prompt'])} | {_cell(a['before'])} | {_cell(a['after'])} | {_cell(a['documentation'])} |"
+            f"| {cell(a['prompt'])} | {cell(a['before'])} | {cell(a['after'])} | {cell(a['documentation'])} |"
             for a in summary["answers"]
         ],
         "",
@@ -74,6 +74,6 @@ def _resumed(summary: dict[str, Any]) -> str:
     )
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Text that stays in one table cell and is not taken for markup."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

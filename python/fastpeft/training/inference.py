@@ -84,8 +84,13 @@ class Answerer:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        adapters: Sequence[str] | None = None,
+        batch: int = _BATCH,
     ) -> list[Answer]:
-        """Answers to all prompts, computed in batches of up to eight, padded on the left."""
+        """Answers to all prompts, computed in batches of up to ``batch``, padded on the left.
+
+        adapters: which of the model's adapters answers each prompt, "__base__" for none; by default the active one.
+        """
         import torch
 
         encoder = Encoder(self.tokenizer, self.template)
@@ -96,8 +101,9 @@ class Answerer:
         )
         torch.manual_seed(seed)
         answers: list[Answer] = []
-        for start in range(0, len(prompts), _BATCH):
-            ids = [encoder.prompt_ids(prompt) for prompt in prompts[start : start + _BATCH]]
+        for start in range(0, len(prompts), batch):
+            ids = [encoder.prompt_ids(prompt) for prompt in prompts[start : start + batch]]
+            rows = {} if adapters is None else {"adapter_names": list(adapters[start : start + batch])}
             width = max(len(i) for i in ids)
             inputs = torch.tensor([[pad] * (width - len(i)) + i for i in ids], device=device)
             mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids], device=device)
@@ -105,7 +111,7 @@ class Answerer:
             with torch.inference_mode():
                 out = self.model.generate(
                     input_ids=inputs, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad,
-                    eos_token_id=ends, **sampling,
+                    eos_token_id=ends, **sampling, **rows,
                 )  # fmt: skip
             seconds = (time.monotonic() - started) / len(ids)
             for row in out[:, width:].tolist():

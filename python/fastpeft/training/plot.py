@@ -8,7 +8,7 @@ from typing import Any
 
 from .metrics import read_metrics
 
-_TRAIN, _HELD_OUT, _RATE, _INK = "#4c72b0", "#c44e52", "#9a9a9a", "#333333"
+_TRAIN, _HELD_OUT, _RATE, INK = "#4c72b0", "#c44e52", "#9a9a9a", "#333333"
 _MANY = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
 
 
@@ -40,14 +40,14 @@ def plot_losses(metrics: Path, picture: Path, title: str = "Training loss") -> N
         title += " (smoothed; dashed: held out)"
         for (name, lines), colour in zip(runs.items(), itertools.cycle(_MANY)):
             _draw(top, bottom, name, None, lines, (colour, colour, colour))
-    top.set_title(title, loc="left", color=_INK, fontsize=12)
+    top.set_title(title, loc="left", color=INK, fontsize=12)
     top.set_ylabel("loss per learned token")
     top.legend(frameon=False, loc="upper right")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (top, bottom):
-        _plain(axes)
+        plain_axes(axes)
     save_picture(figure, picture)
 
 
@@ -85,8 +85,8 @@ def _draw(
     return f": held-out loss {before:.2f} → {after:.2f} ({100 * (after / before - 1):+.0f} %)"
 
 
-def _plain(axes: Any) -> None:
+def plain_axes(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    axes.tick_params(colors=_INK)
+    axes.tick_params(colors=INK)
     axes.margins(x=0.02, y=0.1)

@@ -1,0 +1,40 @@
+"""Training 4 LoRA adapters (r=16) on SmolLM2 in NF4: all in one step, beside one run after another.
+
+once: a step of all four, a row each, by fastpeft's training loop. after: the same loop with one adapter, four steps:
+what four runs one after another take for a step of each. PEFT on bitsandbytes NF4 trains one after another, too, with
+its model's own loss. A step is forward, loss, backward, clipping and AdamW of every adapter, the loss that of every
+token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from ..results import Claim, Row
+from .qlora import extras, measure
+
+MODES = ["ours-bf16-once", "ours-bf16-after", "ours-f32-once", "ours-f32-after", "bnb-bf16-after", "bnb-f32-after"]
+ADAPTERS = 4
+TARGETS = {8: 2.0, 64: 1.0}  # by tokens of an adapter's row: how much faster at once is to be
+
+
+def step_row(tokens: int, args: argparse.Namespace) -> Row:
+    modes = args.modes or MODES
+    rounds = 3 if args.quick else args.step_rounds
+    stats, last = measure("train-adapters", list(modes), rounds, args, rows=ADAPTERS, length=tokens)
+    once = [m for m in modes if m.endswith("-once")]
+    theirs = [m for m in modes if m.startswith("bnb")]
+    pairs = [(m, m.replace("-once", "-after")) for m in once]
+    claims = [
+        *(Claim(f"at once, {a.split('-')[1]}", [a], [b], TARGETS.get(tokens)) for a, b in pairs if b in modes),
+        Claim("PEFT + bitsandbytes, one after another", once, theirs),
+    ]
+    case = {"suite": "multi-train", "what": "step", "adapters": ADAPTERS, "tokens": tokens, "r": 16}
+    title = f"a step of {ADAPTERS} adapters, {tokens} tokens each"
+    return Row(title, case, stats, claims, extra=extras(last, ["peak_mib", "cpu_s", "loss"]))
+
+
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    for tokens in args.m or list(TARGETS):
+        yield step_row(tokens, args)
