@@ -9,14 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import CONFIG_NAME
 from ..pool import AdapterLoadError, PoolFull, UnknownAdapterError
+from ..safety import AdapterFileError, check_adapter_name
 from .answers import model_entry
 from .engine import Engine
 from .errors import ApiError, bad, unknown, unusable
 
 logger = logging.getLogger("fastpeft.serve")
 
-_AFTER_UNKNOWN = 1.0  # seconds: unknown names do not make the server look through its directory more often
 _LOAD = 60.0  # seconds for an adapter that a request loads
 
 
@@ -47,11 +48,20 @@ class Adapters:
         return model_entry(name, None if name == self.base else self.base, self.created, self.root)
 
     async def find(self, name: str) -> None:
-        """Raise 404 for a name that is no adapter's, after another look at the directory."""
-        if not self._known(name):
-            await self.look(_AFTER_UNKNOWN)
+        """Raise 404 for a name that is no adapter's, after another look at the directory if it has such a folder."""
+        if not self._known(name) and self._is_folder(name):
+            await self.look()
         if not self._known(name):
             raise unknown(name)
+
+    def _is_folder(self, name: str) -> bool:
+        """Whether a look at the directory might find it. Unknown names alone cost no look."""
+        if self.pool is None or self.directory is None or name in self.pool or name in self.pool.registry.refused:
+            return False
+        try:
+            return (self.directory / check_adapter_name(name) / CONFIG_NAME).is_file()
+        except (AdapterFileError, OSError):
+            return False
 
     def _known(self, name: str) -> bool:
         return self.pool is not None and name in self.pool and name not in self._unloaded

