@@ -7,9 +7,10 @@ another weight, or call the layer several times, get a call for their rows alone
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,26 +55,30 @@ class Packed:
             self.stack = pack(low_rank)
         self._scaling: Mapping[str, Any] = layer.scaling
         self._scales = [self._scaling[name] for name in names]
-        self._held = [h for name in names for c in _containers(layer, name) for h in _entries(c, name)]
-        modules = [m for _, _, m in self._held if isinstance(m, nn.Module)]
+        held = [h for name in names for c in _containers(layer, name) for h in _entries(c, name)]
+        self._stores, self._keys, self._values = zip(*held, strict=True)
+        modules = [m for m in self._values if isinstance(m, nn.Module)]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        tensors = [t for _, _, t in self._held if isinstance(t, Tensor)]
+        tensors = [t for t in self._values if isinstance(t, Tensor)]
         self._tensors = tensors + [s for s in self._scales if isinstance(s, Tensor)]
         self._seen = None if any(t.is_inference() for t in self._tensors) else Seen(self._tensors)
 
-    def serves(self, names: Iterable[str], closely: bool) -> bool:
-        """Whether it has these adapters as they are now. closely: writes without a version are looked for, too."""
+    def serves(self, names: Iterable[str]) -> bool:
+        """Whether it has these adapters as they are now."""
         seen = self._seen
         if seen is None or any(self._hooks) or not all(name in self.slots for name in names):
             return False
-        for store, key, value in self._held:
-            if store.get(key) is not value:
-                return False
-        if [self._scaling.get(name) for name in self.slots] != self._scales:
+        same = all(map(operator.is_, map(dict.get, self._stores, self._keys), self._values))
+        return same and self.unwritten() and seen.untouched()
+
+    def unwritten(self) -> bool:
+        """Whether nothing was written to, at a tenth of the time of `serves`: what was replaced, and writes that leave
+        no version, are not noticed."""
+        if self._seen is None or not self._seen.unversioned():
             return False
-        if torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors):
+        if [*map(self._scaling.get, self.slots)] != self._scales:
             return False
-        return seen.untouched() if closely else seen.unversioned()
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors))
 
 
 def pack(low_rank: Sequence[tuple[Tensor, Tensor, float]]) -> AdapterStack:
@@ -98,6 +103,17 @@ def _entries(container: AdapterDict, adapter: str) -> Iterator[tuple[dict[str, A
 
 def _modules(value: Any) -> Iterable[nn.Module]:
     return value.modules() if isinstance(value, nn.Module) else ()
+
+
+class _LowRank(NamedTuple):
+    """The adapters that the kernel can take, and what it needs besides."""
+
+    slots: Mapping[str, int]  # places in the stack
+    stack: AdapterStack
+    weight: Any
+    bias: Tensor | None
+    compute: torch.dtype | None
+    dropout: float
 
 
 @dataclass
@@ -131,11 +147,12 @@ class Routed:
                     if hasattr(made, "parts"):
                         self._parts[name] = made.parts
         self._layouts: dict[Any, _Layout] = {}
-        self._closely = True
+        self._last: tuple[Any, torch.device, _Layout] | None = None  # where every method is in these slots
+        self._known: Packed | None = None  # serves these rows, as was found when they were assigned
 
     def again(self) -> None:
         """The same rows come in another forward of the model."""
-        self._closely = True
+        self._known = None
 
     def __call__(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Tensor:
         layer = self.layer
@@ -151,13 +168,12 @@ class Routed:
             )
         if len(self.groups) == 1:
             return self._call(next(iter(self.groups)), x, args, kwargs or {})
-        plain = not args and not kwargs
-        weight, stack, slots, low = self._low_rank() if plain and self._parts else (None, None, {}, None)
-        layout = self._layout(x, slots)
+        low = None if args or kwargs or not self._parts else self._low_rank()
+        layout = self._layout(x, {} if low is None else low.slots)
         y: Tensor | None = None
         if layout.inside is None or layout.inside.numel():
             rows = x if layout.inside is None else x.index_select(0, layout.inside)
-            y = self._together(x, rows, layout, weight, stack, low, args, kwargs or {})
+            y = self._together(rows, layout, low, args, kwargs or {})
         if not layout.apart:
             assert y is not None
             return y
@@ -180,17 +196,16 @@ class Routed:
     # The rows that share a call of the base layer
 
     def _together(
-        self, x: Tensor, rows: Tensor, layout: _Layout, weight: Any, stack: AdapterStack | None, low: Any,
-        args: tuple[Any, ...], kwargs: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
+        self, rows: Tensor, layout: _Layout, low: _LowRank | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         layer = self.layer
-        given = self._inputs(rows, layout)
-        if layout.adapters is None:
+        given = self._inputs(rows, layout) if layout.split else rows
+        if low is None or layout.adapters is None:
             y: Tensor = layer.kind.call(layer.base_layer, given, *args, **kwargs)
         else:
-            bias, compute, p = low
-            inside = given if compute is None else given.to(compute)
-            y = multi_lora_linear(inside, weight, stack, layout.adapters, bias, p).to(given.dtype)  # type: ignore[arg-type]
+            inside = given if low.compute is None else given.to(low.compute)
+            y = multi_lora_linear(inside, low.weight, low.stack, layout.adapters, low.bias, low.dropout)
+            y = y if inside is given else y.to(given.dtype)
         if layout.on_top is None:
             return y
         inner, parts = Stack(layer, (), args, kwargs), []
@@ -206,46 +221,49 @@ class Routed:
 
     def _inputs(self, rows: Tensor, layout: _Layout) -> Tensor:
         changed = []
-        for name, members, index in layout.split:
-            method, view = self._methods[name]
-            if type(method).input is not Method.input:
-                self.layer._members = members
-                changed.append((index, method.input(view, view, rows.index_select(0, index)).to(rows.dtype)))
-        self.layer._members = None
+        try:
+            for name, members, index in layout.split:
+                method, view = self._methods[name]
+                if type(method).input is not Method.input:
+                    self.layer._members = members
+                    changed.append((index, method.input(view, view, rows.index_select(0, index)).to(rows.dtype)))
+        finally:
+            self.layer._members = None
         if not changed:
             return rows
         return rows.index_copy(0, torch.cat([i for i, _ in changed]), torch.cat([part for _, part in changed]))
 
-    def _low_rank(self) -> tuple[Any, AdapterStack | None, Mapping[str, int], Any]:
-        """(weight, stack, places in it, (bias, compute dtype, dropout)) of the adapters that the kernel can take."""
+    def _low_rank(self) -> _LowRank | None:
         layer = self.layer
         evaluation = not (layer.training or torch.compiler.is_compiling() or forward_mode())
         kept = layer._packed if evaluation else None
-        if kept is not None and kept.serves(self._parts, self._closely):
-            self._closely = False
+        if kept is not None and (kept.unwritten() if kept is self._known else kept.serves(self._parts)):
+            self._known = kept
             found = next(iter(self._parts.values()))()
             if found is not None:
-                return found[0], kept.stack, kept.slots, found[4:]
-        layer._packed = None
+                return _LowRank(kept.slots, kept.stack, found[0], *found[4:])
+        layer._packed = self._known = None
         there = {name: parts() for name, parts in self._parts.items()}
         # One call has one dropout: adapters with another go on top of the base's output.
         chances = [found[6] for found in there.values() if found is not None]
         if not chances:
-            return None, None, {}, None
+            return None
         p = max(chances, key=chances.count)
         chosen = {name: found for name, found in there.items() if found is not None and found[6] == p}
         weight, _, _, _, bias, compute, _ = next(iter(chosen.values()))
         low_rank = [found[1:4] for found in chosen.values()]
         trained = torch.is_grad_enabled() and any(t.requires_grad for a, b, _ in low_rank for t in (a, b))
         if not evaluation or trained or len(chosen) < len(self._parts):
-            return weight, pack(low_rank), {name: i for i, name in enumerate(chosen)}, (bias, compute, p)
-        layer._packed = kept = Packed(layer, list(chosen), low_rank)
-        self._closely = False
-        return weight, kept.stack, kept.slots, (bias, compute, p)
+            return _LowRank({name: i for i, name in enumerate(chosen)}, pack(low_rank), weight, bias, compute, p)
+        self._known = layer._packed = kept = Packed(layer, list(chosen), low_rank)
+        return _LowRank(kept.slots, kept.stack, weight, bias, compute, p)
 
     # Where rows go
 
     def _layout(self, x: Tensor, slots: Mapping[str, int]) -> _Layout:
+        last = self._last
+        if last is not None and last[0] is slots and last[1] == x.device:
+            return last[2]
         info: Any = None
         fused = [name for name in self.groups if name in slots]
         split: list[str] = []
@@ -257,7 +275,9 @@ class Routed:
         key = (x.device, tuple(slots[name] for name in fused), tuple(split), tuple(apart))
         if key not in self._layouts:
             self._layouts[key] = self._new_layout(x.device, slots, split, apart)
-        return self._layouts[key]
+        layout = self._layouts[key]
+        self._last = None if split or apart else (slots, x.device, layout)
+        return layout
 
     def _new_layout(
         self, device: torch.device, slots: Mapping[str, int], split: Sequence[str], apart: Sequence[str]

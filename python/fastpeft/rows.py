@@ -75,9 +75,9 @@ class Rows:
         """
         if adapter_names is not None and self._row_stack is not None:
             raise ValueError("The rows of this layer have adapters of a stack: call set_row_stack(None, None) first.")
-        self._rows = None if adapter_names is None else tuple(adapter_names)
-        self._recall = self._recall if recall is None else recall
-        self._plan = None
+        rows = None if adapter_names is None else tuple(adapter_names)
+        recall = self._recall if recall is None else recall
+        self.__dict__.update(_rows=rows, _recall=recall, _plan=None)  # nn.Module takes its time to set attributes
         if self._routed is not None:
             self._routed.again()
 
@@ -117,7 +117,7 @@ class Rows:
 
     def set_row_values(self, values: RowValues | None) -> None:
         """What `Method.row_values` gave for each row of the next batches, by adapter; None ends that."""
-        self._row_values = values
+        self.__dict__["_row_values"] = values
 
     def row_values(self, adapter: str) -> Sequence[Any] | None:
         """An adapter's values for the rows that its method sees now."""
