@@ -12,11 +12,12 @@ from .measure import cuda_clock, threads, wall_clock
 
 OPS = ("lora_linear", "lora_linear_stacked", "multi_lora_linear", "dora_norm", "dora_linear", "swiglu", "rms_norm",
        "quantize_4bit", "dequantize_4bit")  # fmt: skip
-SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train")
+SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve")
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],
            "dora": ["dora_linear", "dora_norm", "fastpeft"], "pool": ["multi_lora_linear", "pool"],
            "multi": ["multi_lora_linear", "routing"],
-           "multi-train": ["multi_lora_linear", "train_adapters"]}  # fmt: skip
+           "multi-train": ["multi_lora_linear", "train_adapters"],
+           "serve": ["multi_lora_linear", "pool", "serve"]}  # fmt: skip
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -146,5 +146,7 @@ class RowManager(ContinuousBatchingManager):
             runner.__class__ = RowRunner
             processor.rows = runner.rows = self.rows  # type: ignore[attr-defined]
             requests = self.continuous_batching_config.max_requests_per_batch or processor.max_batch_tokens
+            if self.model.device.type == "cpu":
+                processor.cache.cache_tensor.zero_()  # takes its memory now, not page by page under load
             self.rows.allocate(processor.max_batch_tokens, requests, self.model.device)
         return processor
