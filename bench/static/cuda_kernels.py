@@ -87,6 +87,11 @@ def _norm(arguments: tuple[str, ...], arch: int) -> Fact:
     return Fact("dora_norm", bytes=WEIGHT, fmas=16 * N * K if arguments[1] == "1" else 0, wide=False)
 
 
+def _by_adapters(arguments: tuple[str, ...], arch: int) -> Fact:
+    """<..., each row of x has an adapter of its own>"""
+    return Fact("multi_lora_linear" if arguments[-1] == "1" else "lora_linear", wide=False)
+
+
 def _other(op: str) -> Callable[[tuple[str, ...], int], Fact]:
     return lambda arguments, arch: Fact(op, wide=False)
 
@@ -100,7 +105,9 @@ FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "input_kernel": _input,
     "mma::kernel": _mma,
     "norm_kernel": _norm,
-    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "project", "finish", "sum", "outer", "gain")},
+    "expand_kernel": _other("multi_lora_linear"),
+    **{f"{name}_kernel": _by_adapters for name in ("project", "outer")},
+    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "finish", "sum", "gain")},
 }
 
 

@@ -11,9 +11,11 @@
 #include "dropout.cuh"
 #include "lora.cuh"
 #include "ptx.cuh"
+#include "routes.cuh"
 #include "scales.cuh"
 
 namespace {
+const char *const what = "lora_linear_backward";
 constexpr int WARPS = 8, THREADS = 32 * WARPS, WIDE = 2, DEEP = WARPS / WIDE; /* warps side by side, and over the rows */
 constexpr int COLUMNS = 64 * WIDE, STEP = 16;
 
@@ -207,22 +209,35 @@ struct Outer {
     float scale;
     PkDropout drop;
     const float *gain; /* NULL, or of the rows of out */
+    PkRoutes routes;
+    bool own_scaling; /* ROUTED: the adapter's, besides `scale` */
 };
 
-/* out[c, j] = scale * sum_m drop(z)[m, c] t[m, j]. A thread has 4 columns and RT ranks. */
+/* out[c, j] = scale * sum_m drop(z)[m, c] t[m, j]. A thread has 4 columns and RT ranks. ROUTED: over the rows m that have
+ * one adapter, to its rows of out; a block for each row, of which the first with an adapter works. */
 constexpr int OUTER_THREADS = 64, RT = 4;
-template <typename T> __global__ void __launch_bounds__(OUTER_THREADS) outer_kernel(const __grid_constant__ Outer o) {
+template <typename T, bool ROUTED>
+__global__ void __launch_bounds__(OUTER_THREADS) outer_kernel(const __grid_constant__ Outer o) {
+    __shared__ uint32_t same[ROUTED ? PK_BACKWARD_ROWS / 32 : 1];
     const int64_t c = 4 * (static_cast<int64_t>(blockIdx.x) * OUTER_THREADS + threadIdx.x);
-    const int j0 = blockIdx.y * RT;
-    if (c >= o.C) return;
+    const int j0 = blockIdx.y * RT, own = ROUTED ? static_cast<int>(blockIdx.z) : 0;
+    PkRoute route = {0, o.r, 1.0f};
+    if constexpr (ROUTED) {
+        const int64_t adapter = pk_adapter(o.routes, own);
+        pk_same<OUTER_THREADS>(o.routes, o.M, adapter, same);
+        if (pk_before(same, own)) return;
+        route = pk_route(o.routes, adapter);
+    }
+    if (c >= o.C || j0 >= route.rank) return;
     const uint64_t seed = pk_seed(o.drop);
     float sums[4][RT] = {};
-    for (int m = 0; m < o.M; ++m) {
+    for (int m = own; m < o.M; ++m) {
+        if (ROUTED && !(same[m / 32] >> m % 32 & 1)) continue;
         const int64_t e = m * o.C + c;
         const uint32_t keep = o.drop.seed ? pk_keep<4>(o.drop, seed, e) : 15u;
         float t[RT];
 #pragma unroll
-        for (int j = 0; j < RT; ++j) t[j] = j0 + j < o.r ? __ldg(o.t + int64_t(m) * o.r + j0 + j) : 0.0f;
+        for (int j = 0; j < RT; ++j) t[j] = j0 + j < route.rank ? __ldg(o.t + int64_t(m) * o.r + j0 + j) : 0.0f;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float z = c + i < o.C && (keep >> i & 1) ? pk_float(static_cast<const T *>(o.z)[e + i]) : 0.0f;
@@ -230,13 +245,13 @@ template <typename T> __global__ void __launch_bounds__(OUTER_THREADS) outer_ker
             for (int j = 0; j < RT; ++j) sums[i][j] += z * t[j];
         }
     }
-    const float scale = o.scale * o.drop.keep;
+    const float scale = (ROUTED && o.own_scaling ? o.scale * route.scaling : o.scale) * o.drop.keep;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
         for (int j = 0; j < RT; ++j)
-            if (c + i < o.C && j0 + j < o.r)
-                pk_store_as(o.out, o.out_dtype, (c + i) * o.column + (j0 + j) * o.rank,
+            if (c + i < o.C && j0 + j < route.rank)
+                pk_store_as(o.out, o.out_dtype, (c + i) * o.column + (route.start + j0 + j) * o.rank,
                             (o.gain ? scale * __ldg(o.gain + c + i) : scale) * sums[i][j]);
 }
 
@@ -288,7 +303,7 @@ void launch_input(const Input &in, const PkTable &table, unsigned splits, cudaSt
     PK_LAUNCH(kernel, grid, THREADS, stream, in, table);
 }
 
-template <typename T> void launch_dx(const pk_lora_args &a, const float *ds, cudaStream_t stream) {
+template <typename T> int launch_dx(const pk_lora_args &a, const float *ds, cudaStream_t stream) {
     const Splits splits = splits_of(a);
     float *const parts = a.workspace + ds_floats(a) + dh_floats(a);
     Input in = {};
@@ -310,24 +325,30 @@ template <typename T> void launch_dx(const pk_lora_args &a, const float *ds, cud
     }
     Sum s = {parts, ds, a.a, a.dx, a.K, in.M, static_cast<int>(a.r), static_cast<int>(splits.count),
              static_cast<int>(a.a_dtype), pk_dropout_of(a)};
+    if (a.adapters) { /* what they add is one more part */
+        if (int code = pk_lora_expand(a, ds, true, parts + splits.count * a.M * a.K, stream)) return code;
+        s.r = 0, s.splits += 1;
+    }
     auto kernel = sum_kernel<T>;
     const dim3 grid(static_cast<unsigned>((a.K + 4 * THREADS - 1) / (4 * THREADS)), static_cast<unsigned>((a.M + 3) / 4));
     PK_LAUNCH(kernel, grid, THREADS, stream, s);
+    return pk_cuda_check(cudaGetLastError(), what);
 }
 
 template <typename T> void launch_outer(const Outer &o, cudaStream_t stream) {
-    auto kernel = outer_kernel<T>;
+    const bool routed = o.routes.adapters != nullptr;
+    if (routed && o.M == 0) return; /* no blocks; the caller has zeros there */
+    auto kernel = routed ? outer_kernel<T, true> : outer_kernel<T, false>;
     const int64_t wide = 4 * OUTER_THREADS;
-    PK_LAUNCH(kernel, dim3(static_cast<unsigned>((o.C + wide - 1) / wide), (o.r + RT - 1) / RT), OUTER_THREADS, stream, o);
+    const dim3 grid(static_cast<unsigned>((o.C + wide - 1) / wide), (o.r + RT - 1) / RT, routed ? o.M : 1);
+    PK_LAUNCH(kernel, grid, OUTER_THREADS, stream, o);
 }
 
 template <typename T> int backward(const pk_lora_args &a, cudaStream_t stream) {
-    const char *const what = "lora_linear_backward";
     const int M = static_cast<int>(a.M), r = static_cast<int>(a.r);
     float *const ds = a.workspace;
     if (a.r > 0 && a.M > 0)
-        if (int code = pk_lora_project(a, a.dy, a.N, a.b, a.b_dtype, true, false, static_cast<float>(a.scaling), ds, stream))
-            return code;
+        if (int code = pk_lora_project(a, true, ds, stream)) return code;
     pk_lora_args product = a;
     if (a.gain && a.N > 0 && (a.dgain || dh_floats(a))) {
         T *const dh = dh_floats(a) ? reinterpret_cast<T *>(a.workspace + ds_floats(a)) : nullptr;
@@ -336,23 +357,24 @@ template <typename T> int backward(const pk_lora_args &a, cudaStream_t stream) {
                   static_cast<const T *>(a.dy), a.gain, static_cast<const T *>(a.h), dh, a.dgain, M, a.N);
         product.dy = dh;
     }
-    if (a.dx && a.M > 0 && a.K > 0) {
-        launch_dx<T>(product, ds, stream);
-        if (int code = pk_cuda_check(cudaGetLastError(), what)) return code;
-    }
+    if (a.dx && a.M > 0 && a.K > 0)
+        if (int code = launch_dx<T>(product, ds, stream)) return code;
     if (a.r == 0) return PK_OK;
+    const bool stack = a.adapters != nullptr; /* of a and b by rows, both */
+    const float scaling = stack ? 1.0f : static_cast<float>(a.scaling);
+    const PkRoutes routes = pk_routes_of(a);
     if (a.da && a.K > 0)
-        launch_outer<T>({a.x, ds, a.da, a.K, 1, a.K, M, r, static_cast<int>(a.a_dtype), 1.0f, pk_dropout_of(a), nullptr},
-                       stream);
+        launch_outer<T>({a.x, ds, a.da, a.K, 1, a.K, M, r, static_cast<int>(a.a_dtype), 1.0f, pk_dropout_of(a), nullptr,
+                         routes, false}, stream);
     if (a.db && a.N > 0)
-        launch_outer<T>({a.dy, a.s, a.db, a.N, a.r, 1, M, r, static_cast<int>(a.b_dtype), static_cast<float>(a.scaling),
-                         {nullptr, 0, 1.0f}, a.gain}, stream);
+        launch_outer<T>({a.dy, a.s, a.db, a.N, stack ? 1 : a.r, stack ? a.N : 1, M, r, static_cast<int>(a.b_dtype),
+                         scaling, {nullptr, 0, 1.0f}, a.gain, routes, stack}, stream);
     return pk_cuda_check(cudaGetLastError(), what);
 }
 } // namespace
 
 int64_t pk_lora_backward_workspace(const pk_lora_args &a) {
-    const int64_t parts = a.dx ? splits_of(a).count * a.M * a.K : 0;
+    const int64_t parts = a.dx ? (splits_of(a).count + (a.adapters ? 1 : 0)) * a.M * a.K : 0;
     return 4 * (parts + ds_floats(a) + dh_floats(a));
 }
 

@@ -14,6 +14,7 @@
  * The table has a copy per lane (32 KB): a lane reads its own bank, so no look-up conflicts with another. */
 #include "lora.cuh"
 #include "ptx.cuh"
+#include "routes.cuh"
 #include "scales.cuh"
 
 namespace {
@@ -36,7 +37,16 @@ struct Call {
     int steps; /* of STEP columns, in a split */
     int share; /* 2^share neighbouring t lie in one block of the format */
     float scaling;
+    PkRoutes routes;
 };
+
+/* The last steps: from h[member, n]. */
+template <typename T> __device__ __forceinline__ void store(const Call &c, int64_t n, int member, float sum) {
+    if (c.h) static_cast<T *>(c.h)[member * c.N + n] = pk_rounded<T>(sum);
+    if (c.gain) sum *= __ldg(c.gain + n);
+    if (c.bias) sum += pk_load_as(c.bias, c.bias_dtype, n);
+    static_cast<T *>(c.y)[member * c.N + n] = pk_rounded<T>(sum);
+}
 
 /* y[member, n] = gain[n] * (sum + scaling * s[member] . b[n]) + bias[n]: a team of 8 lanes has row n of W, lane `member` of it brings
  * the sum of x's row `member`. Lanes of rows that do not exist only take part in the shuffles. */
@@ -58,17 +68,44 @@ template <typename T> __device__ __forceinline__ void finish(const Call &c, int6
         mine = m == member ? low[m] : mine;
     }
     if (!real || member >= c.M) return;
-    sum += c.scaling * mine;
-    if (c.h) static_cast<T *>(c.h)[member * c.N + n] = pk_rounded<T>(sum);
-    if (c.gain) sum *= __ldg(c.gain + n);
-    if (c.bias) sum += pk_load_as(c.bias, c.bias_dtype, n);
-    static_cast<T *>(c.y)[member * c.N + n] = pk_rounded<T>(sum);
+    store<T>(c, n, member, sum + c.scaling * mine);
+}
+
+/* The same where each row of x has its own part of b, [P, N]: a lane for each n and member, neighbours in n. DEPTH loads
+ * are under way. */
+template <typename T, int DEPTH>
+__device__ __forceinline__ void finish(const Call &c, const PkRoute &route, int64_t n, int member, float sum) {
+    if (n >= c.N || member >= c.M) return;
+    float low = 0.0f;
+    for (int j0 = 0; j0 < route.rank; j0 += DEPTH) {
+        float b[DEPTH], s[DEPTH];
+        pk_load_column<DEPTH>(c.b, c.b_dtype, (route.start + j0) * c.N + n, c.N, route.rank - j0, b);
+        pk_load_column<DEPTH>(c.s + member * c.r, PK_F32, j0, 1, route.rank - j0, s);
+#pragma unroll
+        for (int j = 0; j < DEPTH; ++j) low += s[j] * b[j];
+    }
+    store<T>(c, n, member, sum + route.scaling * low);
+}
+
+template <typename T> __device__ __forceinline__ void finish_any(const Call &c, int64_t n, int member, float sum) {
+    if (!c.routes.adapters)
+        finish<T>(c, n, member, sum);
+    else if (n < c.N && member < c.M)
+        finish<T, 4>(c, pk_route(c.routes, pk_adapter(c.routes, member)), n, member, sum);
+}
+/* Which of a block's rows of W, and which row of x, a thread finishes. */
+__device__ __forceinline__ int row_of(const Call &c) {
+    return static_cast<int>(c.routes.adapters ? threadIdx.x % ROWS : threadIdx.x / TEAM);
+}
+__device__ __forceinline__ int member_of(const Call &c) {
+    return static_cast<int>(c.routes.adapters ? threadIdx.x / ROWS : threadIdx.x % TEAM);
 }
 
 template <typename T, int SETS, bool NESTED>
 __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
     __shared__ uint4 table[256 * 8]; /* 32 words for each byte; later the sums of the warps */
     __shared__ float code[NESTED ? 256 : 1];
+    __shared__ PkRoute routes[TEAM];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int64_t n0 = static_cast<int64_t>(blockIdx.x) * ROWS;
     const int first = blockIdx.y * c.steps, last = static_cast<int>(min((c.K + STEP - 1) / STEP, int64_t(first) + c.steps));
@@ -98,6 +135,9 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const 
 #pragma unroll
         for (int k = 0; k < 8; ++k) table[threadIdx.x * 8 + ((k + threadIdx.x) & 7)] = {w, w, w, w};
         if (NESTED) code[threadIdx.x] = c.scales.nested_code[threadIdx.x];
+        const int member = static_cast<int>(threadIdx.x);
+        if (c.routes.adapters && member < c.M) /* now: at the end somebody would wait for it */
+            routes[member] = pk_route(c.routes, pk_adapter(c.routes, member));
     }
     __syncthreads();
 
@@ -178,22 +218,24 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const 
                     shared[(warp * ROWS + 16 * tile + 8 * (e / 2) + g) * TEAM + columns * j + 2 * t + e % 2] = v;
             }
     __syncthreads();
-    const int row = threadIdx.x / TEAM, member = threadIdx.x % TEAM;
+    const int row = row_of(c), member = member_of(c);
     float sum = 0.0f;
     if (member < c.M)
         for (int i = 0; i < WARPS; ++i) sum += shared[(i * ROWS + row) * TEAM + member];
-    if (!c.parts)
+    if (!c.parts && c.routes.adapters)
+        finish<T, 8>(c, routes[member], n0 + row, member, sum);
+    else if (!c.parts)
         finish<T>(c, n0 + row, member, sum);
     else if (n0 + row < c.N && member < c.M)
         c.parts[(int64_t(blockIdx.y) * c.M + member) * c.N + n0 + row] = sum;
 }
 
 template <typename T> __global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__ Call c, int splits) {
-    const int64_t n = static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.x / TEAM;
-    const int member = threadIdx.x % TEAM;
+    const int64_t n = static_cast<int64_t>(blockIdx.x) * ROWS + row_of(c);
+    const int member = member_of(c);
     float sum = 0.0f;
     for (int p = 0; p < splits && n < c.N && member < c.M; ++p) sum += c.parts[(int64_t(p) * c.M + member) * c.N + n];
-    finish<T>(c, n, member, sum);
+    finish_any<T>(c, n, member, sum);
 }
 
 /* Any K and any alignment, element by element: for shapes that no model has. A warp has a row of W. */
@@ -222,7 +264,7 @@ __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Ca
         for (int d = 16; d > 0; d /= 2) sums[m] += __shfl_xor_sync(0xffffffffu, sums[m], d);
         mine = m == lane % TEAM ? sums[m] : mine;
     }
-    finish<T>(c, lane < TEAM ? n : c.N, lane % TEAM, mine); /* one team of the warp's four */
+    finish_any<T>(c, lane < TEAM ? n : c.N, lane % TEAM, mine); /* one team of the warp's four */
 }
 
 bool whole_runs(const pk_lora_args &a) { return a.K > 0 && a.K % 32 == 0 && pk_aligned(a.x, 16) && pk_aligned(a.weight, 16); }
@@ -259,6 +301,7 @@ template <typename T> void launch_all(const pk_lora_args &a, Call &c, cudaStream
         c.M = static_cast<int>(a.M - m < most ? a.M - m : most);
         c.x = static_cast<const T *>(a.x) + m * a.K, c.y = static_cast<T *>(a.y) + m * a.N, c.s = a.s + m * a.r;
         c.h = a.gain && a.h ? static_cast<T *>(a.h) + m * a.N : nullptr;
+        c.routes.adapters = a.adapters ? a.adapters + m : nullptr;
         if (2 * c.M <= most)
             launch<T, 1>(c, table, splits, stream);
         else
@@ -282,7 +325,7 @@ int pk_lora_gemv(const pk_lora_args &a, cudaStream_t stream) {
     c.s = a.s, c.b = a.b, c.bias = a.bias, c.gain = a.gain, c.h = a.gain ? a.h : nullptr;
     c.N = a.N, c.K = a.K, c.M = static_cast<int>(a.M), c.r = static_cast<int>(a.r);
     c.b_dtype = static_cast<int>(a.b_dtype), c.bias_dtype = static_cast<int>(a.bias_dtype);
-    c.scaling = static_cast<float>(a.scaling);
+    c.scaling = static_cast<float>(a.scaling), c.routes = pk_routes_of(a);
     if (a.x_dtype == PK_BF16)
         launch_all<__nv_bfloat16>(a, c, stream);
     else

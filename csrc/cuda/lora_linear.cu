@@ -1,6 +1,7 @@
 /* lora_linear on the GPU: what is exported. Checks the arguments once, projects x onto A, and chooses by M. */
 #include "dropout.cuh"
 #include "lora.cuh"
+#include "routes.cuh"
 #include "values.cuh"
 
 namespace {
@@ -14,39 +15,55 @@ struct Projection {
     int64_t M, C;
     int r, w_dtype;
     bool by_columns, z_fast, w_fast; /* fast: rows of whole, aligned vectors */
+    bool own_scaling;                /* ROUTED: the adapter's, besides `scale` */
     float scale;
     PkDropout drop;
+    PkRoutes routes;
 };
 
-/* A block has MT rows of z and RT ranks; its threads share the columns, eight at a time, and add up in a fixed order. */
-template <typename T, int MT, int RT>
+/* A block has MT rows of z and RT ranks; its threads share the columns, eight at a time, and add up in a fixed order.
+ * ROUTED: MT rows of one adapter, whose rows of w (by rows) it reads; a block for each row of z, of which most find that
+ * another has theirs. */
+template <typename T, int MT, int RT, bool ROUTED>
 __global__ void __launch_bounds__(THREADS) project_kernel(const __grid_constant__ Projection p) {
     __shared__ float warps[WARPS][MT * RT];
+    __shared__ uint32_t same[ROUTED ? PK_ROUTED_ROWS / 32 : 1];
     const int j0 = blockIdx.x * RT;
     const int64_t m0 = static_cast<int64_t>(blockIdx.y) * MT;
+    int rows[MT] = {};
+    PkRoute route = {0, p.r, 1.0f};
+    if constexpr (ROUTED) {
+        const int own = static_cast<int>(blockIdx.y), M = static_cast<int>(p.M);
+        const int64_t adapter = pk_adapter(p.routes, own);
+        pk_same<THREADS>(p.routes, M, adapter, same);
+        if (!pk_set_of<MT>(same, M, own, rows)) return;
+        route = pk_route(p.routes, adapter);
+    }
+    const auto row = [&](int i) { return ROUTED ? static_cast<int64_t>(rows[i]) : m0 + i; };
+    const int64_t columns = ROUTED && j0 >= route.rank ? 0 : p.C;
     const uint64_t seed = pk_seed(p.drop);
     float sums[MT * RT] = {};
-    for (int64_t c = 8 * threadIdx.x; c < p.C; c += 8 * THREADS) {
+    for (int64_t c = 8 * threadIdx.x; c < columns; c += 8 * THREADS) {
         float w[RT][8];
 #pragma unroll
         for (int j = 0; j < RT; ++j) {
-            if (j0 + j >= p.r) {
+            if (j0 + j >= route.rank) {
 #pragma unroll
                 for (int i = 0; i < 8; ++i) w[j][i] = 0.0f;
-            } else if (p.by_columns) {
+            } else if (!ROUTED && p.by_columns) {
 #pragma unroll
                 for (int i = 0; i < 8; ++i)
                     w[j][i] = c + i < p.C ? pk_load_as(p.w, p.w_dtype, (c + i) * p.r + j0 + j) *
                                                 (p.gain ? __ldg(p.gain + c + i) : 1.0f)
                                           : 0.0f;
             } else {
-                pk_load8_as(p.w, p.w_dtype, (j0 + j) * p.C + c, p.C - c, p.w_fast, w[j]);
+                pk_load8_as(p.w, p.w_dtype, (route.start + j0 + j) * p.C + c, p.C - c, p.w_fast, w[j]);
             }
         }
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            if (m0 + m >= p.M) continue;
-            const int64_t e = (m0 + m) * p.C + c;
+            if (row(m) >= p.M) continue;
+            const int64_t e = row(m) * p.C + c;
             float z[8];
             if (p.z_fast) {
                 pk_load8(static_cast<const T *>(p.z) + e, z);
@@ -72,21 +89,34 @@ __global__ void __launch_bounds__(THREADS) project_kernel(const __grid_constant_
         if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][i] = sums[i];
     }
     __syncthreads();
-    const int64_t m = m0 + threadIdx.x / RT;
+    const int own = static_cast<int>(threadIdx.x) / RT;
+    int64_t m = m0 + own;
+    if constexpr (ROUTED) {
+#pragma unroll
+        for (int i = 0; i < MT; ++i) m = i == own ? rows[i] : m;
+    }
     const int j = j0 + threadIdx.x % RT;
     if (threadIdx.x >= MT * RT || m >= p.M || j >= p.r) return;
     float sum = 0.0f;
     for (int i = 0; i < WARPS; ++i) sum += warps[i][threadIdx.x];
-    p.out[m * p.r + j] = p.scale * (p.drop.keep * sum);
+    const float scale = ROUTED && p.own_scaling ? p.scale * route.scaling : p.scale;
+    p.out[m * p.r + j] = scale * (p.drop.keep * sum);
 }
 
 template <typename T> void launch(const Projection &p, cudaStream_t stream) {
-    if (p.M == 1) { /* few rows: more blocks instead of more work for each */
-        auto kernel = project_kernel<T, 1, 1>;
-        PK_LAUNCH(kernel, dim3(p.r, 1), THREADS, stream, p);
+    const auto go = [&](auto kernel, int RT, int64_t rows) {
+        PK_LAUNCH(kernel, dim3((p.r + RT - 1) / RT, static_cast<unsigned>(rows)), THREADS, stream, p);
+    };
+    /* few rows: more blocks instead of more work for each */
+    if (p.routes.adapters) {
+        if (p.M <= PK_GEMV_ROWS)
+            go(project_kernel<T, PK_GEMV_ROWS, 1, true>, 1, p.M);
+        else
+            go(project_kernel<T, 4, 4, true>, 4, p.M);
+    } else if (p.M == 1) {
+        go(project_kernel<T, 1, 1, false>, 1, 1);
     } else {
-        auto kernel = project_kernel<T, 4, 4>;
-        PK_LAUNCH(kernel, dim3((p.r + 3) / 4, static_cast<unsigned>((p.M + 3) / 4)), THREADS, stream, p);
+        go(project_kernel<T, 4, 4, false>, 4, (p.M + 3) / 4);
     }
 }
 
@@ -116,7 +146,12 @@ int pk_lora_check(const pk_lora_args *a, const char *what) {
     if (a->r > 0 && (!is_float(a->a_dtype) || !is_float(a->b_dtype)))
         return fail("a and b must be float32, bfloat16 or float16", is_float(a->a_dtype) ? a->b_dtype : a->a_dtype);
     if (a->r > 65535 * 4) return fail("r must be below 2^18", a->r);
-    if (a->r > 0 && a->M > 0 && ((!a->a && a->K > 0) || (!a->b && a->N > 0)))
+    if (a->adapters && a->r != a->max_rank) return fail("r must be max_rank where rows have adapters", a->r);
+    if (a->adapters && (a->S < 0 || a->P < 0 || (a->S > 0 && (!a->starts || !a->ranks || !a->scalings))))
+        return fail("a stack needs starts, ranks and scalings, and S and P of 0 or more", a->S < a->P ? a->S : a->P);
+    if (a->adapters && a->gain) return pk_fail(PK_ERR_ARGUMENT, "%s: serves a gain with one adapter only", what);
+    const bool some = a->r > 0 && !(a->adapters && a->P == 0);
+    if (some && a->M > 0 && ((!a->a && a->K > 0) || (!a->b && a->N > 0)))
         return pk_fail(PK_ERR_ARGUMENT, "%s: a or b is NULL", what);
     if (a->r > 0 && a->dropout_p != 0.0 && (!a->seed || !(a->dropout_p > 0.0 && a->dropout_p < 1.0)))
         return pk_fail(PK_ERR_ARGUMENT, "%s: dropout needs a seed and p in [0, 1), got p %g", what, a->dropout_p);
@@ -135,9 +170,15 @@ int check_workspace(const pk_lora_args &a, int64_t needed) {
     return PK_OK;
 }
 
-int check_forward(const pk_lora_args *args) {
-    if (int code = pk_lora_check(args, what)) return code;
-    const pk_lora_args &a = *args;
+/* Without ranks there is no adapter at all. */
+pk_lora_args prepared(const pk_lora_args &args) {
+    pk_lora_args a = args;
+    if (a.r == 0) a.adapters = nullptr;
+    return a;
+}
+
+int check_forward(const pk_lora_args &a) {
+    if (int code = pk_lora_check(&a, what)) return code;
     if (a.M > PK_MMA_ROWS)
         return pk_fail(PK_ERR_ARGUMENT, "%s: M must be at most %lld, got %lld", what,
                        static_cast<long long>(PK_MMA_ROWS), static_cast<long long>(a.M));
@@ -145,26 +186,44 @@ int check_forward(const pk_lora_args *args) {
     return why ? pk_fail(PK_ERR_ARGUMENT, "%s: %s", what, why) : int(PK_OK);
 }
 
+/* The start of the sums of y, where rows have adapters of their own: one float each. */
+int64_t start_bytes(const pk_lora_args &a) { return a.adapters ? (a.M * a.N * 4 + 15) / 16 * 16 : 0; }
+
 int64_t forward_workspace(const pk_lora_args &a) {
-    return a.M > PK_GEMV_ROWS ? pk_lora_mma_workspace(a) : pk_lora_gemv_workspace(a);
+    return a.M > PK_GEMV_ROWS ? start_bytes(a) + pk_lora_mma_workspace(a) : pk_lora_gemv_workspace(a);
 }
 
-int check_backward(const pk_lora_args *args) {
-    if (int code = pk_lora_check(args, what)) return code;
-    if (args->M > PK_BACKWARD_ROWS)
+int check_backward(const pk_lora_args &a) {
+    if (int code = pk_lora_check(&a, what)) return code;
+    if (a.M > PK_BACKWARD_ROWS)
         return pk_fail(PK_ERR_ARGUMENT, "%s: M must be at most %lld in the backward, got %lld", what,
-                       static_cast<long long>(PK_BACKWARD_ROWS), static_cast<long long>(args->M));
+                       static_cast<long long>(PK_BACKWARD_ROWS), static_cast<long long>(a.M));
     return PK_OK;
+}
+
+int forward(const pk_lora_args &a, cudaStream_t on) {
+    if (a.r > 0)
+        if (int code = pk_lora_project(a, false, a.s, on)) return code;
+    if (a.N == 0) return PK_OK;
+    if (a.M <= PK_GEMV_ROWS) return pk_lora_gemv(a, on);
+    if (!a.adapters) return pk_lora_mma(a, nullptr, on);
+    pk_lora_args rest = a;
+    rest.workspace += start_bytes(a) / 4, rest.workspace_bytes -= start_bytes(a);
+    if (int code = pk_lora_expand(a, a.s, false, a.workspace, on)) return code;
+    return pk_lora_mma(rest, a.workspace, on);
 }
 } // namespace
 
-int pk_lora_project(const pk_lora_args &args, const void *z, int64_t C, const void *w, int64_t w_dtype, bool by_columns,
-                    bool dropout, float scale, float *out, cudaStream_t stream) {
+int pk_lora_project(const pk_lora_args &args, bool backward, float *out, cudaStream_t stream) {
     Projection p = {};
-    p.z = z, p.w = w, p.gain = by_columns ? args.gain : nullptr, p.out = out, p.M = args.M, p.C = C;
-    p.r = static_cast<int>(args.r), p.w_dtype = static_cast<int>(w_dtype), p.by_columns = by_columns;
-    p.z_fast = C % 8 == 0 && pk_aligned(z, 16), p.w_fast = C % 8 == 0 && pk_aligned(w, 16);
-    p.scale = scale, p.drop = dropout ? pk_dropout_of(args) : PkDropout{nullptr, 0, 1.0f};
+    p.z = backward ? args.dy : args.x, p.w = backward ? args.b : args.a, p.out = out;
+    p.M = args.M, p.C = backward ? args.N : args.K, p.r = static_cast<int>(args.r);
+    p.w_dtype = static_cast<int>(backward ? args.b_dtype : args.a_dtype), p.by_columns = backward && !args.adapters;
+    p.gain = backward ? args.gain : nullptr;
+    p.z_fast = p.C % 8 == 0 && pk_aligned(p.z, 16), p.w_fast = p.C % 8 == 0 && pk_aligned(p.w, 16);
+    p.own_scaling = backward, p.scale = backward && !args.adapters ? static_cast<float>(args.scaling) : 1.0f;
+    p.drop = backward ? PkDropout{nullptr, 0, 1.0f} : pk_dropout_of(args);
+    p.routes = pk_routes_of(args);
     if (args.x_dtype == PK_BF16)
         launch<__nv_bfloat16>(p, stream);
     else
@@ -173,30 +232,30 @@ int pk_lora_project(const pk_lora_args &args, const void *z, int64_t C, const vo
 }
 
 extern "C" int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t backward, int64_t *bytes) {
-    if (int code = backward ? check_backward(args) : check_forward(args)) return code;
+    if (!args) return pk_lora_check(args, what);
+    const pk_lora_args a = prepared(*args);
+    if (int code = backward ? check_backward(a) : check_forward(a)) return code;
     if (!bytes) return pk_fail(PK_ERR_ARGUMENT, "%s: bytes is NULL", what);
-    *bytes = args->M == 0 ? 0 : (backward ? pk_lora_backward_workspace(*args) : forward_workspace(*args));
+    *bytes = a.M == 0 ? 0 : (backward ? pk_lora_backward_workspace(a) : forward_workspace(a));
     return PK_OK;
 }
 
 extern "C" int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, void *stream) {
-    if (int code = check_forward(args)) return code;
-    const pk_lora_args &a = *args;
+    if (!args) return pk_lora_check(args, what);
+    const pk_lora_args a = prepared(*args);
+    if (int code = check_forward(a)) return code;
     if (a.M == 0) return PK_OK;
     if ((a.K > 0 && !a.x) || (a.N > 0 && !a.y) || (a.r > 0 && !a.s))
         return pk_fail(PK_ERR_ARGUMENT, "%s: x, y or s is NULL", what);
     if (int code = check_workspace(a, forward_workspace(a))) return code;
     if (int code = pk_cuda_use(device, what)) return code;
-    cudaStream_t on = static_cast<cudaStream_t>(stream);
-    if (a.r > 0)
-        if (int code = pk_lora_project(a, a.x, a.K, a.a, a.a_dtype, false, true, 1.0f, a.s, on)) return code;
-    if (a.N == 0) return PK_OK;
-    return a.M > PK_GEMV_ROWS ? pk_lora_mma(a, on) : pk_lora_gemv(a, on);
+    return forward(a, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t device, void *stream) {
-    if (int code = check_backward(args)) return code;
-    const pk_lora_args &a = *args;
+    if (!args) return pk_lora_check(args, what);
+    const pk_lora_args a = prepared(*args);
+    if (int code = check_backward(a)) return code;
     const bool factors = (a.da || a.db) && a.r > 0;
     if (a.M > 0 && ((!a.dy && a.N > 0) || (factors && (!a.s || (!a.x && a.K > 0)))))
         return pk_fail(PK_ERR_ARGUMENT, "%s: dy, x or s is NULL", what);

@@ -91,7 +91,7 @@ int64_t pk_lora_mma_workspace(const pk_lora_args &a) { /* whatever the alignment
     return usual > general ? usual : general;
 }
 
-int pk_lora_mma(const pk_lora_args &a, cudaStream_t stream) {
+int pk_lora_mma(const pk_lora_args &a, const float *start, cudaStream_t stream) {
     const char *what = "lora_linear (mma)";
     if (const char *why = pk_lora_mma_refuses(a)) return pk_fail(PK_ERR_ARGUMENT, "%s: %s", what, why);
     const bool general = is_general(a);
@@ -102,9 +102,10 @@ int pk_lora_mma(const pk_lora_args &a, cudaStream_t stream) {
     Problem p = {};
     p.x = static_cast<const uint8_t *>(a.x), p.packed = static_cast<const uint8_t *>(a.weight);
     p.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
-    p.b = a.b, p.bias = a.bias, p.s = a.s, p.y = static_cast<uint16_t *>(a.y);
+    p.b = a.b, p.bias = a.bias, p.s = a.s, p.start = start, p.y = static_cast<uint16_t *>(a.y);
     p.gain = a.gain, p.h = a.gain ? static_cast<uint16_t *>(a.h) : nullptr;
-    p.M = static_cast<int>(a.M), p.N = static_cast<int>(a.N), p.K = static_cast<int>(a.K), p.r = static_cast<int>(a.r);
+    p.M = static_cast<int>(a.M), p.N = static_cast<int>(a.N), p.K = static_cast<int>(a.K);
+    p.r = start ? 0 : static_cast<int>(a.r);
     p.m_tiles = static_cast<int>(todo.m_tiles), p.split = todo.split;
     p.x_row = static_cast<uint32_t>(a.K * 2), p.codes_row = static_cast<uint32_t>(a.K / 2);
     p.shift = pk_log2(a.blocksize) - (general ? 0 : 5), p.whole = a.blocksize >= 64 && a.K % 64 == 0;

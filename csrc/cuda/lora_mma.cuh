@@ -56,6 +56,21 @@ __device__ __forceinline__ void start(const Problem &p, char *room, typename C::
     }
 }
 
+/* The sums start at p.start. */
+template <typename C> __device__ __forceinline__ void start_from(const Problem &p, typename C::Sums &acc, int n, int m0) {
+    const int m = m0 + static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+    for (int mt = 0; mt < C::BM / 8; ++mt)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int row = m + 8 * mt + j;
+            const float *from = p.start + static_cast<int64_t>(row) * p.N + n;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (row < p.M && n + 8 * i < p.N) acc[i / 2][mt][i % 2 * 2 + j] = __ldg(from + 8 * i);
+        }
+}
+
 /* acc += W x^T over one group of 64 elements. codes, x: offsets of the thread's own; copy: of its column in a line of
  * the table. */
 template <typename T, typename C>
@@ -224,7 +239,11 @@ __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Pro
 
     typename C::Sums acc = {};
     const int n = n0 + warp * 32 + g; /* and n + 8, + 16, + 24 */
-    if (part == 0) start<C>(p, shared + C::X + (C::STAGES - 1) * C::X_STAGE, acc, group, n, m0); /* a free stage */
+    if (part == 0 && p.start) {
+        if (group == 0) start_from<C>(p, acc, n, m0);
+    } else if (part == 0) {
+        start<C>(p, shared + C::X + (C::STAGES - 1) * C::X_STAGE, acc, group, n, m0); /* a free stage */
+    }
 
     const int codes = (group * (C::BN / 4) + warp * 8 + g / 4) * LINE + HOLE + (g % 4 ^ 2 * group) * 32 + t * 8;
     const int x = C::X + (group * C::BM + g) * 128 + (2 * t ^ (g & 1)) * 16;

@@ -25,6 +25,7 @@ struct Problem {
     PkScales scales;
     const void *b, *bias;
     const float *s, *gain; /* gain: or NULL */
+    const float *start;    /* NULL, or [M, N]: what the sums start at, and r is 0 */
     uint16_t *y, *h;       /* h: with a gain, or NULL */
     float4 *partial;   /* split > 1: [tile][part][BM / 4][threads of a K group] */
     unsigned *arrived; /* split > 1: per tile, zero */

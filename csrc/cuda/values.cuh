@@ -79,6 +79,20 @@ __device__ __forceinline__ void pk_load8_as(const void *p, int dtype, int64_t i,
         pk_load8(static_cast<const __half *>(p) + i, v);
     }
 }
+/* COUNT elements, `pitch` apart, as above; the loads do not wait for one another. */
+template <int COUNT>
+__device__ __forceinline__ void pk_load_column(const void *p, int dtype, int64_t i, int64_t pitch, int left, float *v) {
+    const auto load = [&](auto *from) {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) v[k] = k < left ? pk_float(from[i + k * pitch]) : 0.0f;
+    };
+    if (dtype == PK_F32)
+        load(static_cast<const float *>(p));
+    else if (dtype == PK_BF16)
+        load(static_cast<const __nv_bfloat16 *>(p));
+    else
+        load(static_cast<const __half *>(p));
+}
 __device__ __forceinline__ void pk_store_as(void *p, int dtype, int64_t i, float v) {
     if (dtype == PK_F32)
         static_cast<float *>(p)[i] = v;

@@ -83,14 +83,14 @@ def queue(launch: Callable[..., int], packed: bytes, quant_type: int, backward: 
         native.check(launch(call, device, stream), "cuda")
 
 
-def _on(t: Tensor | None, like: Tensor) -> Tensor | None:
+def on_device_of(t: Tensor | None, like: Tensor) -> Tensor | None:
     return None if t is None else t.to(like.device)
 
 
 def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, r]); s is empty without an adapter."""
     x = x.contiguous()
-    args = (*args[:-1], _on(args[-1], x))  # the seed is read by the kernel
+    args = (*args[:-1], on_device_of(args[-1], x))  # the seed is read by the kernel
     own, y, s = forward_arguments(x, *args)
     queue(native.cuda().pk_cuda_lora_linear, pack(0, x, *own, y=y, s=s), own[5], False, x)
     return y, s
@@ -99,7 +99,7 @@ def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [M, K], da [r, K], db [N, r]); empty where not needed."""
     *args, dropout_p, seed, need_dx, need_ab = args
-    own, dy, s, da, db = backward_arguments(dy, *args, dropout_p, _on(seed, dy), need_ab)
+    own, dy, s, da, db = backward_arguments(dy, *args, dropout_p, on_device_of(seed, dy), need_ab)
     dx = x.new_empty(x.shape if need_dx else (0,))
     x = x.contiguous()
     packed = pack(0, x, *own, s=s, dy=dy, dx=dx if need_dx else None, da=da if need_ab else None,
