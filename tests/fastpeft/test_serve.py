@@ -254,6 +254,26 @@ def test_a_client_that_goes_away_frees_everything(server: Running, stream: bool)
     assert gone >= 1 + stream
 
 
+def test_waiting_for_a_slot_can_be_given_up(server: Running, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.pool is not None
+    leases = [server.pool.acquire(name) for name in ADAPTERS[:4]]
+    try:
+        assert server.complete("base", "hello").status_code == 200  # others do not wait with it
+        assert server.complete("a0", "hello").status_code == 200
+        with httpx.Client(base_url=server.client.base_url, timeout=0.5) as client, pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json={"model": "a5", "prompt": "hello"})
+        until(lambda: server.engine.open == 0)
+        monkeypatch.setattr(server.engine, "limits", dataclasses.replace(server.engine.limits, timeout=0.3))
+        late = server.complete("a4", "hello")
+        assert late.status_code == 504
+        assert "found no room" in late.json()["error"]["message"]
+    finally:
+        for lease in leases:
+            lease.release()
+    monkeypatch.undo()
+    assert server.complete("a5", "hello").json()["choices"][0]["text"] == alone.text("a5", "hello", 8)
+
+
 def test_a_failed_forward_fails_its_batch_alone(server: Running, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
     restarts = server.metric("fastpeft_engine_restarts_total")
     layer = server.engine.model.model.layers[0]
@@ -318,8 +338,16 @@ def test_adapters_by_request(world: Path, alone: Alone, tmp_path: Path) -> None:
         (world / "adapters" / "link").unlink()
 
 
+def test_a_base_in_four_bits(world: Path) -> None:
+    alone = Alone(world, nf4=True)
+    with running(world, nf4=True) as server:
+        answers = together([lambda n=n: server.complete(n or "base", "hello") for n in NAMES[:4]])
+        for name, answer in zip(NAMES, answers, strict=False):
+            assert answer.json()["choices"][0]["text"] == alone.text(name, "hello", 8)
+
+
 def test_a_server_without_adapters(world: Path, alone: Alone) -> None:
-    with running(world, adapters=False, nf4=False) as server:
+    with running(world, adapters=False) as server:
         assert server.complete("base", "hello").json()["choices"][0]["text"] == alone.text(None, "hello", 8)
         assert server.complete("a0", "hello").status_code == 404
         assert [entry["id"] for entry in server.client.get("/v1/models").json()["data"]] == ["base"]

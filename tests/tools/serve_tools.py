@@ -52,13 +52,15 @@ def make_adapter(root: Path, name: str, seed: int) -> Path:
 class Alone:
     """What each adapter answers when it is alone, by transformers' `generate`."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, nf4: bool = False) -> None:
+        self.root, self.nf4 = root, nf4
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(root / "model")
         self.ids, self.model = functools.cache(self._ids), functools.cache(self._model)
 
     def _model(self, name: str | None) -> Any:
         base = transformers.AutoModelForCausalLM.from_pretrained(self.root / "model", dtype=torch.float32)
+        if self.nf4:
+            base = fastpeft.quantize_model(base, "nf4", double_quant=True, skip=["lm_head"])
         if name is not None:
             base = fastpeft.PeftModel.from_pretrained(base, str(self.root / "adapters" / name))
         return base.eval()
