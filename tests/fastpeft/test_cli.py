@@ -197,7 +197,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
         used.append(children_seconds() - before)
     assert min(used) < 0.3
-    for name in ("quickstart", "train", "generate", "merge", "inspect", "doctor"):
+    for name in ("quickstart", "train", "generate", "merge", "inspect", "serve", "doctor"):
         assert name in done.stdout
     code = """
 import sys
