@@ -21,6 +21,7 @@ from peft_kernels.testing import random_quant_weight
 
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 _SHORT = {f32: "f32", f16: "f16", bf16: "bf16"}
+ADAPTERS = 64  # in the stack of a case of multi_lora_linear
 ROWS = 1024  # of x where a tuned row sets no limit: below the M that the vendor's matmul takes over at
 MOST = 40  # specialisations of an architecture that CI compiles
 
@@ -29,7 +30,8 @@ MOST = 40  # specialisations of an architecture that CI compiles
 class Case:
     """kernel: its name in `CALLS`; row: of that kernel in the tuned table, None where nothing is forced.
     first: without a search, a launch would take this row. core: CI compiles it whatever else there is. p: dropout.
-    ds: of outer's two launches the one that gives ds, too. Adapters are float32, as PEFT keeps them."""
+    ds: of outer's two launches the one that gives ds, too. Adapters are float32, as PEFT keeps them for training, in
+    multi_forward x's type, as in a pool."""
 
     kernel: str
     M: int = ROWS
@@ -130,6 +132,29 @@ def _stacked_backward(c: Case) -> None:
     backend.backward(meta(c.M, c.K, dtype=c.dtype), dys, *weights, a, b, ss, scaling, p, seed, True, [True, True])
 
 
+def _adapters(c: Case, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
+    """(a, b) of a stack of `ADAPTERS` like c's, and what says where they are and which row has which."""
+    i64, p = torch.int64, ADAPTERS * c.r
+    plan = [meta(c.M, dtype=i64), meta(ADAPTERS, dtype=i64), meta(ADAPTERS, dtype=i64), meta(ADAPTERS), c.r]
+    return [meta(p, c.K, dtype=dtype), meta(p, c.N, dtype=dtype)], plan
+
+
+def _multi_forward(c: Case) -> None:
+    from peft_kernels.ops.multi_lora_linear import triton as backend
+
+    ab, plan = _adapters(c, c.dtype)
+    seed, bias = meta(1, dtype=torch.int64), meta(c.N, dtype=c.dtype)
+    backend.forward(meta(c.M, c.K, dtype=c.dtype), *_weight(c), c.N, *ab, *plan, bias, c.p, seed)
+
+
+def _multi_backward(c: Case) -> None:
+    from peft_kernels.ops.multi_lora_linear import triton as backend
+
+    ab, plan = _adapters(c, f32)
+    x, dy, seed = meta(c.M, c.K, dtype=c.dtype), meta(c.M, c.N, dtype=c.dtype), meta(1, dtype=torch.int64)
+    backend.backward(dy, x, *_weight(c), *ab, meta(c.M, c.r), *plan, c.p, seed, True, True)
+
+
 def _swiglu(c: Case) -> None:
     from peft_kernels.ops.swiglu import triton as backend
 
@@ -185,6 +210,11 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "decode": ("lora_linear", "decode_kernel", _forward),
     "stacked_forward": ("lora_linear_stacked", "stacked_forward_kernel", _stacked_forward),
     "stacked_backward": ("lora_linear_stacked", "stacked_backward_kernel", _stacked_backward),
+    "plan": ("multi_lora_linear", "plan_kernel", _multi_forward),
+    "multi_project": ("multi_lora_linear", "multi_project_kernel", _multi_forward),
+    "multi_forward": ("multi_lora_linear", "multi_forward_kernel", _multi_forward),
+    "multi_outer": ("multi_lora_linear", "multi_outer_kernel", _multi_backward),
+    "multi_backward": ("multi_lora_linear", "multi_backward_kernel", _multi_backward),
     "dora_forward": ("lora_linear", "forward_kernel", _dora_forward),
     "gain": ("lora_linear", "gain_kernel", _dora_forward),
     "drop": ("dora_linear", "drop_kernel", _dora_forward),
@@ -203,15 +233,18 @@ EXTRA = (
     Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"),
     Case("dora_forward", p=0.0), Case("gain", M=1), Case("drop"), Case("scale"),
     Case("forward", M=128, r=64, dtype=f16, p=0.0, dense=True),
-    Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
     *(Case(kernel, N=28672, K=4096) for kernel in ("stacked_forward", "stacked_backward")),
+    Case("plan"), Case("multi_project", M=64, p=0.0), Case("multi_forward", M=64), Case("multi_outer", ds=True),
+    Case("multi_backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
     *(Case(kernel, N=14336) for kernel in ("swiglu", "swiglu_backward", "rms_norm", "rms_norm_backward")),
 )  # fmt: skip
 # What differs little from the above: where the limit leaves room, and in the whole report.
 MORE = (
     *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("forward", "backward", "project", "outer")),
     Case("outer", r=64, dtype=f16, p=0.0, ds=True), Case("backward", M=128, dense=True),
-    Case("forward", M=128, dense=True), Case("squares"),
+    Case("forward", M=128, dense=True), Case("squares"), Case("multi_forward", M=16), Case("multi_forward"),
+    Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32), Case("multi_backward"),
+    Case("multi_outer"),
 )  # fmt: skip
 UNALIGNED = {"forward": 1056}  # features of each kernel's case: blocks straddle the rows; odd numbers elsewhere
 

@@ -38,7 +38,7 @@ def work(launch: Compiled) -> Work:
     a, o = launch.arguments, options(launch)
     blocks = math.prod(launch.grid)
     first = next(t for t in a.values() if isinstance(t, Tensor))
-    name = launch.name.removeprefix("stacked_")
+    name = launch.name.removeprefix("stacked_").removeprefix("multi_")
     size = first.element_size()
     common: dict[str, Any] = {"bytes": nbytes(a), "blocks": blocks, "wide": False}
     products: dict[str, Any] = {**common, "wide": size == 2}
@@ -71,5 +71,6 @@ def work(launch: Compiled) -> Work:
         return Work(fmas=a["M"] * a["K"] * a["r"], passes=min(a["steps"], _cdiv(a["K"], o["BK"])), **products)
     if name.startswith("outer"):
         fmas = a["M"] * a["C"] * a["r"] * (2 if o["WITH_DS"] else 1)
-        return Work(fmas=fmas, passes=min(a["steps"], _cdiv(a["M"], o["BM"])), **products)
+        passes = _cdiv(a["M"], o["BM"])  # of multi_lora_linear, over the groups of rows and their parts
+        return Work(fmas=fmas, passes=min(a["steps"], passes) if "steps" in a else passes / launch.grid[2], **products)
     return Work(**common)

@@ -5,7 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from peft_kernels import tuning
+
+SMALL: dict[str, dict[str, int]] = {
+    "project": {"BM": 16, "BK": 32, "BR": 16, "programs": 6},
+    "outer": {"BM": 16, "BN": 32, "BR": 16, "programs": 6},
+    "forward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 20},
+    "backward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 20},
+}
+
+
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """Tiles so small that small shapes have several of everything: rows, columns, steps, ranks, parts of a sum."""
+    with ExitStack() as stack:
+        for kernel, values in SMALL.items():
+            stack.enter_context(tuning.override(kernel, **values))
+        yield
 
 
 def run_in_the_interpreter(file: str, selection: str) -> None:

@@ -219,13 +219,14 @@ def backward_kernel(
 
 @triton.jit
 def outer_rows(
-    p_z, p_t, p_bt, p_ds, p_seed, p_order, first, last, i_c0, i_r, C, r, stride_t, threshold, ds_scale,
+    p_z, p_t, p_bt, p_ds, p_seed, p_order, i_first, first, last, M, i_c0, i_r, C, r, stride_t, threshold, ds_scale,
     WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """drop(z)^T t [BC, BR] over the rows first .. last - 1, or p_order's entries there; see `outer_kernel`.
+    """drop(z)^T t [BC, BR] over the tiles first .. last - 1 of BM rows from i_first on, up to M; see `outer_kernel`.
 
-    p_t and p_ds have rows of stride_t, of which r are columns. p_bt [BC, BR]: where b's tile is.
+    p_order: None, or which row is at each place. p_t and p_ds have rows of stride_t, of which r are columns.
+    p_bt [BC, BR]: where b's tile is.
     """
     i_c = i_c0 + tl.arange(0, BC)
     b_cs = i_c < C
@@ -233,11 +234,11 @@ def outer_rows(
     b_outer = tl.zeros((BC, BR), tl.float32)
     if WITH_DS:
         b_b = tl.load(p_bt, mask=b_cs[:, None] & b_rs, other=0.0)
-    for i_m0 in range(first, last, BM):
-        i_m = i_m0 + tl.arange(0, BM)
-        b_ms = (i_m < last)[:, None]
+    for i_step in range(first, last):
+        i_m = i_first + i_step * BM + tl.arange(0, BM)
+        b_ms = (i_m < M)[:, None]
         if p_order is not None:
-            i_m = tl.load(p_order + i_m, mask=i_m < last, other=0)
+            i_m = tl.load(p_order + i_m, mask=i_m < M, other=0)
         b_z = tl.load(p_z + i_m.to(tl.int64)[:, None] * C + i_c[None, :], mask=b_ms & b_cs[None, :], other=0.0)
         i_t = i_m.to(tl.int64)[:, None] * stride_t + i_r[None, :]
         b_t = tl.load(p_t + i_t, mask=b_ms & b_rs, other=0.0)
@@ -269,9 +270,9 @@ def outer_kernel(
     i_c = i_tile * BC + tl.arange(0, BC)
     i_r = tl.program_id(1) * BR + tl.arange(0, BR)
     p_bt = p_b + i_c.to(tl.int64)[:, None] * r + i_r[None, :]
-    b_outer = outer_rows(p_z, p_t, p_bt, p_ds + i_tile.to(tl.int64) * M * r, p_seed, None, i_part * steps * BM,
-                         tl.minimum(M, (i_part + 1) * steps * BM), i_tile * BC, i_r, C, r, r, threshold, None, WITH_DS,
-                         DROPOUT, BY_FOUR, BM, BC, BR)  # fmt: skip
+    b_outer = outer_rows(p_z, p_t, p_bt, p_ds + i_tile.to(tl.int64) * M * r, p_seed, None, 0, i_part * steps,
+                         tl.minimum(tl.cdiv(M, BM), (i_part + 1) * steps), M, i_tile * BC, i_r, C, r, r, threshold,
+                         None, WITH_DS, DROPOUT, BY_FOUR, BM, BC, BR)  # fmt: skip
     if DROPOUT:
         b_outer = b_outer * keep_scale
     i_out = i_c.to(tl.int64)[:, None] * stride_c + i_r.to(tl.int64)[None, :] * stride_r
