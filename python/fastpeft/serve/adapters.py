@@ -14,7 +14,7 @@ from ..pool import AdapterLoadError, PoolFull, UnknownAdapterError
 from ..safety import AdapterFileError, check_adapter_name
 from .answers import model_entry
 from .engine import Engine
-from .errors import ApiError, bad, unknown, unusable
+from .errors import ApiError, bad, short, unknown, unusable
 
 logger = logging.getLogger("fastpeft.serve")
 
@@ -89,7 +89,7 @@ class Adapters:
         assert self.directory is not None
         folder = (self.directory / path).resolve()
         if self.directory not in folder.parents:
-            raise bad(f"lora_path: {path!r} is not below the server's directory of adapters", "lora_path")
+            raise bad(f"lora_path: {short(path)} is not below the server's directory of adapters", "lora_path")
         if name == self.base:
             raise bad(f"lora_name: {name!r} is the base model's", "lora_name")
         if name in self._unloaded:
@@ -99,7 +99,8 @@ class Adapters:
         try:
             self.pool.add(name, folder)
         except FileNotFoundError as error:
-            raise ApiError(404, f"lora_path: {path!r} holds no adapter", "adapter_not_found", "lora_path") from error
+            why = f"lora_path: {short(path)} holds no adapter"
+            raise ApiError(404, why, "adapter_not_found", "lora_path") from error
         except ValueError as error:
             raise bad(f"lora_name: {error}", "lora_name") from error
         try:

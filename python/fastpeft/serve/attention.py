@@ -8,6 +8,7 @@ prompt one product per request. No mask is allocated.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,15 @@ class Step:
     prompts: list[Prompt]
 
 
+class Current(threading.local):
+    """The step that this thread computes; None outside of continuous batching, which has a thread of its own."""
+
+    step: Step | None = None
+
+
+current = Current()
+
+
 def plan(query_lengths: list[int], key_lengths: list[int]) -> Step:
     """Who attends to what, for requests that lie one behind the other with these numbers of queries and keys."""
     groups: dict[int, list[tuple[int, int, int]]] = {}
@@ -80,12 +90,14 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query [1, H, tokens, D], key and value [1, G, tokens, D]; [1, tokens, H, D] out.
 
+    cache: what holds the keys and values of all tokens; since transformers 5.24 it has given them before this call.
     Raises ValueError outside of continuous batching.
     """
-    step: Step | None = getattr(cache, "fastpeft_step", None)
+    step = current.step
     if step is None:
         raise ValueError(f"attention {NAME!r} serves continuous batching alone; set_attn_implementation('sdpa')")
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if cache is not None:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = torch.empty_like(query[0].transpose(0, 1))  # [tokens, H, D]
     for part in step.prompts:

@@ -99,7 +99,7 @@ class RowProcessor(ContinuousBatchProcessor):
                 queries = [future.query_length for future in batch]
                 # the position is already behind this step's tokens: it is the number of keys
                 keys = [future.state.position_offset for future in batch]
-                self.cache.fastpeft_step = attention.plan(queries, keys)  # type: ignore[attr-defined]
+                attention.current.step = attention.plan(queries, keys)
         return some
 
 

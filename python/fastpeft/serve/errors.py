@@ -21,6 +21,12 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def short(value: object) -> str:
+    """A value of a request as an error may quote it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, code, param)
 
@@ -31,8 +37,8 @@ def overloaded(requests: int, seconds: int) -> ApiError:
 
 
 def unknown(name: str) -> ApiError:
-    return ApiError(404, f"The model {name!r} does not exist: it is neither the base nor an adapter of this server.",
-                    "model_not_found", "model")  # fmt: skip
+    why = "it is neither the base nor an adapter of this server"
+    return ApiError(404, f"The model {short(name)} does not exist: {why}", "model_not_found", "model")
 
 
 def unusable(name: str, reason: str) -> ApiError:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import ApiError, bad
+from .errors import ApiError, bad, short
 from .sampling import Sampling
 
 # field: (what it may be without effect, why it may not be anything else)
@@ -149,7 +149,7 @@ def parse(kind: type[BaseModel], content: object) -> Any:
         for name, (neutral, why) in _REFUSED.items():
             value = fields.pop(name, None)
             if value is not None and not any(value == plain for plain in neutral):
-                raise bad(f"{name}={value!r} is not supported: {why}", name, "unsupported_parameter")
+                raise bad(f"{name}={short(value)} is not supported: {why}", name, "unsupported_parameter")
         for name in _WITHOUT_EFFECT:
             fields.pop(name, None)
         if kind is Completion and type(fields.get("logprobs")) is int and fields["logprobs"] > 0:
