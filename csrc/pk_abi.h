@@ -132,6 +132,34 @@ PK_EXPORT int pk_cpu_rms_norm(const void *x, const void *weight, int64_t dtype, 
 PK_EXPORT int pk_cpu_rms_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype, int64_t w_dtype,
                                        int64_t rows, int64_t n, double eps, void *dx, int64_t threads);
 
+/* ---- rotations (CPU library) -------------------------------------------------------------------------------------------
+ * x, y, dy, dx: [M, d] of dtype (float32, bfloat16, float16); all else float32; computed in float32 and rounded once.
+ * butterfly_rotate: blocks, dblocks [m, d / b, b, b], or [m, 1, b, b] if shared. Factor i multiplies half blocks p and
+ * p + 2^i of every 2^(i + 1) by a block from the right; from the last factor to the first, or (transposed) from the first,
+ * each block transposed. m > 1: b is even, d / b a multiple of 2^(m - 1). dx may be NULL. */
+PK_EXPORT int pk_cpu_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d, int64_t b,
+                                      int64_t m, int64_t shared, int64_t transposed, void *y, int64_t threads);
+PK_EXPORT int pk_cpu_butterfly_rotate_backward(const void *dy, const void *x, const float *blocks, int64_t dtype, int64_t M,
+                                               int64_t d, int64_t b, int64_t m, int64_t shared, int64_t transposed, void *dx,
+                                               float *dblocks, int64_t threads);
+/* cayley: q, r [blocks, b, b]. n = 0: r = (I + q) (I - q)^-1; else the sum of weights[k] q^k, k < n. */
+PK_EXPORT int pk_cpu_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r, int64_t threads);
+PK_EXPORT int pk_cpu_cayley_backward(const float *q, const float *r, const float *dr, int64_t blocks, int64_t b,
+                                     const float *weights, int64_t n, float *dq, int64_t threads);
+/* householder_rotate: u, v, du, dv [r, d]; s [M, r]: s = x u^T, y = x - s v. du is NULL with dv, dx may be. */
+PK_EXPORT int pk_cpu_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M, int64_t d,
+                                        int64_t r, void *y, float *s, int64_t threads);
+PK_EXPORT int pk_cpu_householder_rotate_backward(const void *dy, const void *x, const float *u, const float *v, const float *s,
+                                                 int64_t dtype, int64_t M, int64_t d, int64_t r, void *dx, float *du, float *dv,
+                                                 int64_t threads);
+/* pair_rotate: first, second, dfirst, dsecond [d]. Within 2 * half features, a = x[i] and b = x[i + half] become
+ * a first - b second (at i) and b first + a second (at i + half). dfirst is NULL with dsecond, dx may be. */
+PK_EXPORT int pk_cpu_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M, int64_t d,
+                                 int64_t half, void *y, int64_t threads);
+PK_EXPORT int pk_cpu_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second, int64_t dtype,
+                                          int64_t M, int64_t d, int64_t half, void *dx, float *dfirst, float *dsecond,
+                                          int64_t threads);
+
 /* ---- quantize_4bit, dequantize_4bit (CPU library) -----------------------------------------------------------------
  * The layout of quantised weights is the one above, of any number of elements (the last block may be partial).
  * w: numel elements, float32, bfloat16 or float16. packed: ceil(numel / 2) bytes. absmax: one float32 per block.

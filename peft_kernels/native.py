@@ -40,6 +40,14 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_swiglu_backward": [*[c_void_p] * 3, c_int64, c_int64, *[c_void_p] * 2, c_int64],
     "pk_cpu_rms_norm": [*[c_void_p] * 2, *[c_int64] * 4, c_double, c_void_p, c_int64],
     "pk_cpu_rms_norm_backward": [*[c_void_p] * 3, *[c_int64] * 4, c_double, c_void_p, c_int64],
+    "pk_cpu_butterfly_rotate": [*[c_void_p] * 2, *[c_int64] * 7, c_void_p, c_int64],
+    "pk_cpu_butterfly_rotate_backward": [*[c_void_p] * 3, *[c_int64] * 7, *[c_void_p] * 2, c_int64],
+    "pk_cpu_cayley": [c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p, c_int64],
+    "pk_cpu_cayley_backward": [*[c_void_p] * 3, *[c_int64] * 2, c_void_p, c_int64, c_void_p, c_int64],
+    "pk_cpu_householder_rotate": [*[c_void_p] * 3, *[c_int64] * 4, *[c_void_p] * 2, c_int64],
+    "pk_cpu_householder_rotate_backward": [*[c_void_p] * 5, *[c_int64] * 4, *[c_void_p] * 3, c_int64],
+    "pk_cpu_pair_rotate": [*[c_void_p] * 3, *[c_int64] * 4, c_void_p, c_int64],
+    "pk_cpu_pair_rotate_backward": [*[c_void_p] * 4, *[c_int64] * 4, *[c_void_p] * 3, c_int64],
     "pk_cpu_dequantize_4bit": [*[c_void_p] * 5, *[c_int64] * 5, c_void_p, c_int64],
 }
 _CUDA_SIGNATURES: dict[str, list[Any]] = {

@@ -6,6 +6,15 @@
 
 #include "../pk_abi.h"
 
+/* butterfly_rotate: rows [M][d] of dtype; blocks [m][d / b, or 1 if shared][b][b]. Forward: x -> y. Backward: x and dy -> y,
+ * which is dx, or NULL. */
+struct PkButterfly {
+    const void *x, *dy;
+    const float *blocks;
+    void *y;
+    int64_t dtype, M, d, b, m, shared, transposed;
+};
+
 /* A function table per level; pk_table() is the one in use. */
 struct PkTable {
 #define PK_KERNEL(ret, name, args) ret(*name) args;

@@ -1,6 +1,6 @@
-"""Rotations of a layer's input: their parametrisations, block-diagonal ones, and the base of the methods that use them.
+"""Rotations of a layer's input: what is left of their parametrisations, and the base of the methods that use them.
 
-A rotation is never a matrix of the layer's size: blocks are multiplied as a batch, everything else is up to a method.
+A rotation is never a matrix of the layer's size: see `peft_kernels.butterfly_rotate` and `householder_rotate`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from .method import Inner, LayerInfo, Method
 
-MIN_BLOCK = 32  # smaller blocks are multiplied several at a time, as one block: a batch of tiny products is slower
-
 
 def skew(vector: Tensor, size: int) -> Tensor:
     """[..., n] entries above the diagonal, row by row, as skew-symmetric matrices [..., size, size]."""
@@ -22,71 +20,6 @@ def skew(vector: Tensor, size: int) -> Tensor:
     upper = vector.new_zeros(*vector.shape[:-1], size * size).index_copy(-1, i * size + j, vector)
     upper = upper.view(*vector.shape[:-1], size, size)
     return upper - upper.mT
-
-
-def cayley(q: Tensor, terms: int | None = None) -> Tensor:
-    """(I + Q) (I - Q)^-1, orthogonal for a skew-symmetric Q; in at least float32.
-
-    terms: PEFT's truncation of I + 2 (Q + Q^2 + ...) instead, in which the last power counts once.
-    """
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
-    eye = torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
-    if terms is None:
-        solved: Tensor = torch.linalg.solve(eye - q, eye + q, left=False)
-        return solved
-    if terms <= 2:
-        return eye + 2 * q if terms == 2 else eye.expand_as(q)
-    square, last = q @ q, max(terms - 1, 3)
-    pair = 2 * eye + 2 * q  # two powers at a time, from the highest down
-    result = 2 * eye + q if last % 2 else pair + square
-    for _ in range((last - 3) // 2):
-        result = pair + square @ result
-    return pair - eye + square @ result
-
-
-class _BlockRotation(torch.autograd.Function):
-    """x [..., D * H] times blocks [D, H, H]; keeps x as it came and the blocks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:
-        ctx.save_for_backward(x, blocks)
-        return _multiply(x, blocks)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, blocks = ctx.saved_tensors
-        (g,) = grads
-        dx = _multiply(g, blocks.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return dx, None
-        return dx, torch.bmm(_by_block(x, blocks).mT, _by_block(g, blocks))
-
-
-def _by_block(x: Tensor, blocks: Tensor) -> Tensor:
-    return x.reshape(-1, blocks.shape[0], blocks.shape[1]).to(blocks.dtype).transpose(0, 1)
-
-
-def _multiply(x: Tensor, blocks: Tensor) -> Tensor:
-    return torch.bmm(_by_block(x, blocks), blocks).transpose(0, 1).reshape(x.shape).to(x.dtype)
-
-
-def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x [..., D * H] with each of its D parts multiplied by its block of [D, H, H], or all by the one of [1, H, H]."""
-    size = blocks.shape[-1]
-    count = x.shape[-1] // size
-    if len(blocks) == 1:
-        blocks = blocks.expand(count, size, size)
-    together = _gcd(count, max(MIN_BLOCK // size, 1))
-    if together > 1:
-        parts = blocks.reshape(count // together, together, size, size).permute(0, 2, 3, 1)
-        blocks = torch.diag_embed(parts, dim1=1, dim2=3).reshape(-1, together * size, together * size)
-    return _BlockRotation.apply(x, blocks)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _gcd(a: int, b: int) -> int:
-    while b:  # math.gcd takes no symbolic sizes
-        a, b = b, a % b
-    return a
 
 
 class BlockDropout(nn.Module):

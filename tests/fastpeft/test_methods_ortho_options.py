@@ -12,13 +12,14 @@ import pytest
 import torch
 from fastpeft.config import PeftWarning
 from fastpeft.methods.oft import nearest_divisor
-from fastpeft.rotation import BlockDropout, cayley, skew
+from fastpeft.rotation import BlockDropout, skew
 from fastpeft.spectral import Fourier, Wavelet
 from fastpeft.wavelets import LOW_PASS, filters
 from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 from peft.tuners.waveft.wavelet import Wavelet as PeftWavelet
 from torch import Tensor, nn
 
+from peft_kernels import cayley
 from peft_kernels.testing import assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))

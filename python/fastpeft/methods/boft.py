@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from peft_kernels import butterfly_rotate, cayley
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..method import Inner, LayerInfo, State, register
-from ..rotation import BlockDropout, RotatesInput, cayley, rotate_blocks
+from ..rotation import BlockDropout, RotatesInput
 
 
 @dataclass
@@ -98,11 +99,7 @@ class BOFT(RotatesInput):
 
     def rotate(self, s: Any, x: Tensor, transposed: bool = False) -> Tensor:
         r = s.boft_R
-        blocks = s.boft_dropout(cayley(0.5 * (r.mT - r)))
-        if len(blocks) == 1 or not torch.is_grad_enabled():
-            return _butterfly(x, blocks, transposed)
-        # The backward computes what goes from factor to factor again: it keeps x alone.
-        return checkpoint(_butterfly, x, blocks, transposed, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return butterfly_rotate(x, s.boft_dropout(cayley(0.5 * (r.mT - r))), transposed)
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w, b = super().merged(s, shared, w, b)
@@ -113,23 +110,3 @@ class BOFT(RotatesInput):
         b, y = inner.bias(), y.to(torch.promote_types(y.dtype, scale.dtype))
         # The bias is not scaled: (y - b) s + b.
         return y * scale if b is None else torch.addcmul(b.to(y.dtype) * (1 - scale), y, scale)
-
-
-def _butterfly(x: Tensor, blocks: Tensor, transposed: bool) -> Tensor:
-    """x O, or x O^T."""
-    half = blocks.shape[-1] // 2
-    order = range(len(blocks))
-    for i in order if transposed else reversed(order):
-        # P_i sorts chunks of half a block by parity, the even ones first, within groups of 2^(i + 1).
-        if i > 0:
-            x = _exchange(x, 2, 2**i, half)
-        x = rotate_blocks(x, blocks[i].mT if transposed else blocks[i])
-        if i > 0:
-            x = _exchange(x, 2**i, 2, half)
-    return x
-
-
-def _exchange(x: Tensor, a: int, b: int, chunk: int) -> Tensor:
-    """The last dimension as [..., a, b, chunk] with a and b exchanged: a gather beats copying tiny chunks."""
-    places = torch.arange(x.shape[-1], device=x.device).view(-1, a, b, chunk).transpose(1, 2).flatten()
-    return x.index_select(-1, places)

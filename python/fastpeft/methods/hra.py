@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels import householder_rotate
+
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..method import LayerInfo, State, register
 from ..rotation import RotatesInput
@@ -51,16 +53,10 @@ class HRA(RotatesInput):
         return {"hra_u": nn.Parameter(u), "hra_r": config.r, "hra_apply_GS": config.apply_GS}
 
     def rotate(self, s: Any, x: Tensor, transposed: bool = False) -> Tensor:
-        u = s.hra_u.to(torch.promote_types(s.hra_u.dtype, torch.float32))
-        eye = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-        if s.hra_apply_GS:
-            u, inner = orthonormal(u), 2 * eye
-        else:
-            u = u / u.norm(dim=0)
-            inner = torch.linalg.solve_triangular((u.T @ u).triu(1) + eye / 2, eye, upper=True)
-        rows = x.to(u.dtype).flatten(0, -2)
-        out = torch.addmm(rows, rows @ u, (inner if transposed else inner.T) @ u.T, alpha=-1)
-        return out.view(x.shape).to(x.dtype)
+        if not s.hra_apply_GS:  # W H_1 ... H_r is W's rows turned, so what the input does is the transpose
+            return householder_rotate(x, s.hra_u, transposed=not transposed)
+        u = orthonormal(s.hra_u.to(torch.promote_types(s.hra_u.dtype, torch.float32)))
+        return householder_rotate(x, u, orthonormal=True)
 
 
 def orthonormal(u: Tensor) -> Tensor:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels import block_rotate, cayley
+
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..method import Inner, LayerInfo, State, register
-from ..rotation import BlockDropout, RotatesInput, cayley, rotate_blocks, skew
+from ..rotation import BlockDropout, RotatesInput, skew
 
 
 @dataclass
@@ -115,8 +117,7 @@ class OFT(RotatesInput):
 
     def rotate(self, s: Any, x: Tensor, transposed: bool = False) -> Tensor:
         module = s.get("oft_R") or s.oft_embedding_R
-        blocks = s.oft_dropout(module.blocks())
-        return rotate_blocks(x, blocks.mT if transposed else blocks)
+        return block_rotate(x, s.oft_dropout(module.blocks()), transposed)
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if s.get("oft_R") is None:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels import cayley
+
 from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig, check_ranks
 from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
-from ..rotation import cayley, skew
+from ..rotation import skew
 from ..shared import Computed
 from ..weights import weight_in
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels import pair_rotate
+
 from ..config import HasInitWeights, PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 
@@ -35,53 +37,6 @@ class RoadConfig(HasInitWeights, TargetConfig):
             raise ValueError(f"Invalid variant {self.variant} specified. Please choose from road_1, road_2 or road_4")
         if self.group_size <= 0 or self.group_size % 2 != 0:
             raise ValueError(f"The group_size must be a positive multiple of 2, but got {self.group_size}.")
-
-
-class _Road(torch.autograd.Function):
-    """y * first + (y with halves of groups swapped, the new first half negated) * second, keeping y once."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, first: Tensor, second: Tensor, half: int) -> Tensor:
-        ctx.save_for_backward(y, first, second)
-        ctx.half = half
-        return _turn(y, first, second, half)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        y, first, second = ctx.saved_tensors
-        (g,) = grads
-        dy = dfirst = dsecond = None
-        if ctx.needs_input_grad[0]:
-            # The transpose: element i takes from its partner what the partner takes from it.
-            dy = _turn(g, first, -_swap(second, ctx.half), ctx.half)
-        if ctx.needs_input_grad[1]:
-            rows, other = y.reshape(-1, y.shape[-1]), g.reshape(-1, g.shape[-1])
-            dfirst = torch.linalg.vecdot(other, rows, dim=0)
-            dsecond = torch.linalg.vecdot(other, _rotate_half(rows, ctx.half), dim=0)
-        return dy, dfirst, dsecond, None
-
-
-def _halves(y: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """The first and the second halves of all groups."""
-    first, second = y.view(*y.shape[:-1], -1, 2, half).unbind(-2)
-    return first, second
-
-
-def _swap(v: Tensor, half: int) -> Tensor:
-    return v.view(-1, 2, half).flip(-2).flatten()
-
-
-def _rotate_half(y: Tensor, half: int) -> Tensor:
-    a, b = _halves(y, half)
-    return torch.stack((-b, a), -2).flatten(-3)
-
-
-def _turn(y: Tensor, first: Tensor, second: Tensor, half: int) -> Tensor:
-    out = y * first
-    (a, b), (c, d), (to_a, to_b) = (_halves(t, half) for t in (y, second, out))
-    to_a.addcmul_(b, c, value=-1)
-    to_b.addcmul_(a, d)
-    return out
 
 
 @register
@@ -128,7 +83,7 @@ class Road(Method):
 
     def _rotate(self, s: Any, y: Tensor, dtype: torch.dtype) -> Tensor:
         first, second = (v.to(dtype) for v in self._columns(s))
-        return _Road.apply(y.to(dtype), first, second, s.group_size // 2)  # type: ignore[no-any-return, no-untyped-call]
+        return pair_rotate(y.to(dtype), first, second, s.group_size // 2)
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._rotate(s, w.T, w.dtype).T, None if b is None else self._rotate(s, b, w.dtype)
