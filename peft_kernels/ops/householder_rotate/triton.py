@@ -1,0 +1,74 @@
+"""Triton backend of householder_rotate: the host side. Rows are read twice, from the cache the second time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Backend
+from ...triton_lib import host
+
+MOST = 64  # reflections: s of a tile of rows lies in registers
+SPLIT = 1024  # rows of one part of the gradients of u and v
+
+
+def _ranks(r: int) -> int:
+    return max(16, 1 << (max(r, 1) - 1).bit_length())
+
+
+def _update(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    from .triton_kernels import update_kernel
+
+    (m, d), r = x.shape, u.shape[0]
+    y, s = torch.empty_like(x), torch.empty(m, r, dtype=torch.float32, device=x.device)
+    rows = 32 if m > 16 else 16
+    host.launch(update_kernel, (-(-m // rows),), x, u, v, y, s, m, d, r, BM=rows, BN=128, BR=_ranks(r), num_warps=4,
+                num_stages=2)  # fmt: skip
+    return y, s
+
+
+def _gradient(t: Tensor, x: Tensor) -> Tensor:
+    """[r, d] float32: -t^T x; parts of the rows are added in their order."""
+    from .triton_kernels import gradient_kernel
+
+    (m, d), r = x.shape, t.shape[1]
+    parts = max(1, -(-m // SPLIT))
+    out = torch.empty(parts, r, d, dtype=torch.float32, device=x.device)
+    host.launch(gradient_kernel, (parts, -(-d // 64)), t, x, out, m, d, r, SPLIT=SPLIT, BM=64 if m > 16 else 16, BN=64,
+                BR=_ranks(r), num_warps=4, num_stages=2)  # fmt: skip
+    return out[0] if parts == 1 else out.sum(0)
+
+
+def forward(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, s)."""
+    return _update(x.contiguous(), u.contiguous(), v.contiguous())
+
+
+def backward(
+    dy: Tensor, x: Tensor, u: Tensor, v: Tensor, s: Tensor, need_dx: bool, need_duv: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, du, dv)."""
+    dy, x, s = dy.contiguous(), x.contiguous(), s.contiguous()
+    if not (need_dx or need_duv):
+        return x.new_empty((0,)), u.new_empty((0,)), v.new_empty((0,))
+    dx, t = _update(dy, v.contiguous(), u.contiguous())  # dx = dy - (dy v^T) u
+    dx = dx if need_dx else x.new_empty((0,))
+    if not need_duv:
+        return dx, u.new_empty((0,)), v.new_empty((0,))
+    return dx, _gradient(t, x).to(u.dtype), _gradient(s, dy).to(v.dtype)
+
+
+def _refusal(*args: Any) -> str | None:
+    u = args[1] if len(args) == 3 else args[2]
+    return f"more than {MOST} reflections" if u.shape[0] > MOST else host.wrong_mode(args[0])
+
+
+BACKENDS = {
+    name: Backend(
+        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
+        package="triton", available=host.missing, when=_refusal,
+    )
+    for name, fn in (("householder_rotate", forward), ("householder_rotate_backward", backward))
+}  # fmt: skip

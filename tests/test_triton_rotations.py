@@ -1,0 +1,85 @@
+"""Triton backend of the rotations: in its interpreter, which is chosen when Triton is imported, so in a process of its
+own;
+the same tests on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from interpreter_tools import run_in_the_interpreter
+from lora_tools import BF16, F16, F32, FLOATS
+from rotation_tools import check_butterfly, check_cayley, check_householder, check_pairs
+
+from peft_kernels import BackendUnavailable, butterfly_rotate, cayley, householder_rotate, use_backend
+from peft_kernels.ops import butterfly_rotate as op
+
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETER else "cuda"
+on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
+needs_triton = pytest.mark.skipif(bool(op.forward_op.load("triton").available()), reason="Triton is not installed")
+pytestmark = needs_triton
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETER, reason="is that process")
+def test_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__, "device")
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_device_butterflies(dtype: torch.dtype) -> None:
+    shapes = [(5, 12, 1, 4), (3, 9, 1, 3), (33, 64, 1, 32), (2, 192, 1, 96), (17, 24, 2, 2), (3, 128, 3, 4), (4, 60, 2, 6)]
+    with use_backend("triton"):
+        for i, (rows, d, m, b) in enumerate(shapes):
+            check_butterfly(rows, d, m, b, dtype, transposed=i % 2 == 1, device=DEVICE)
+        check_butterfly(2, 16, 1, 4, dtype, shared=True, transposed=True, device=DEVICE)
+        check_butterfly(2, 16, 2, 4, dtype, shared=True, device=DEVICE)
+        check_butterfly(0, 16, 1, 4, dtype, device=DEVICE)
+
+
+@on_device
+def test_device_rows_in_parts() -> None:
+    with use_backend("triton"):
+        check_butterfly(1100, 8, 1, 8, F32, device=DEVICE)
+        check_householder(1050, 8, 2, F32, device=DEVICE)
+        check_pairs(300, 8, 2, F32, device=DEVICE)
+
+
+@on_device
+def test_device_cayley() -> None:
+    with use_backend("triton"):
+        for count, b in ((2, 1), (3, 4), (2, 19), (1, 32)):
+            for terms in (0, 1, 2, 3, 5, 6):
+                check_cayley(count, b, terms, 0.5, device=DEVICE)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_device_householder(dtype: torch.dtype) -> None:
+    with use_backend("triton"):
+        for rows, d, r in ((1, 1, 1), (5, 7, 2), (40, 200, 8), (3, 130, 17), (0, 8, 2)):
+            check_householder(rows, d, r, dtype, device=DEVICE)
+        check_householder(6, 40, 5, dtype, BF16, device=DEVICE)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_device_pairs(dtype: torch.dtype) -> None:
+    with use_backend("triton"):
+        for rows, d, half in ((1, 2, 1), (5, 12, 3), (33, 128, 32), (7, 320, 16), (0, 4, 2)):
+            check_pairs(rows, d, half, dtype, device=DEVICE)
+        check_pairs(4, 64, 32, dtype, F16, device=DEVICE)
+
+
+def test_what_no_program_holds_is_refused() -> None:
+    x = torch.zeros(2, 1024)
+    with use_backend("triton"):
+        with pytest.raises(BackendUnavailable, match="factors reach 512 features, above 256"):
+            butterfly_rotate(x, torch.zeros(3, 8, 128, 128))
+        with pytest.raises(BackendUnavailable, match="blocks of more than 64"):
+            cayley(torch.zeros(1, 65, 65))
+        with pytest.raises(BackendUnavailable, match="more than 64 reflections"):
+            householder_rotate(x, torch.zeros(1024, 65), orthonormal=True)
