@@ -11,13 +11,13 @@ from . import checks, machine, results
 from .measure import cuda_clock, threads, wall_clock
 
 OPS = ("lora_linear", "lora_linear_stacked", "multi_lora_linear", "dora_norm", "dora_linear", "swiglu", "rms_norm",
-       "quantize_4bit", "dequantize_4bit")  # fmt: skip
-SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve")
+       "rotations", "quantize_4bit", "dequantize_4bit")  # fmt: skip
+SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve", "ortho")
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],
            "dora": ["dora_linear", "dora_norm", "fastpeft"], "pool": ["multi_lora_linear", "pool"],
            "multi": ["multi_lora_linear", "routing"],
            "multi-train": ["multi_lora_linear", "train_adapters"],
-           "serve": ["multi_lora_linear", "pool", "serve"]}  # fmt: skip
+           "serve": ["multi_lora_linear", "pool", "serve"], "ortho": ["rotations", "fastpeft"]}  # fmt: skip
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int)
     p.add_argument("--device", default="cpu", help="of an op: cpu (the default) or cuda")
     p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, decode")
-    p.add_argument("--methods", nargs="+", metavar="M", help="of the suite methods, such as boft dora")
+    p.add_argument("--methods", nargs="+", metavar="M", help="of the suites methods and ortho, such as boft dora")
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
     p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")
     p.add_argument("--budget-s", type=float, default=20.0, help="seconds of one row")

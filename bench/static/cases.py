@@ -199,6 +199,35 @@ def _squares(c: Case) -> None:
     backend.squared_row_norms(*_weight(c), c.N, c.K)
 
 
+def _butterfly(c: Case) -> None:
+    from peft_kernels.ops.butterfly_rotate import triton as backend
+
+    x, blocks = meta(c.M, c.K, dtype=c.dtype), meta(1, c.K // 32, 32, 32)
+    backend.backward(x, x, blocks, False, True, True)
+
+
+def _cayley(c: Case) -> None:
+    from peft_kernels.ops.cayley import triton as backend
+
+    q = meta(c.K // 32, 32, 32)
+    backend.forward(q, 0)
+    backend.backward(q, q, q, 5)
+
+
+def _householder(c: Case) -> None:
+    from peft_kernels.ops.householder_rotate import triton as backend
+
+    x, u = meta(c.M, c.K, dtype=c.dtype), meta(c.r, c.K)
+    backend.backward(x, x, u, u, meta(c.M, c.r), True, True)
+
+
+def _pairs(c: Case) -> None:
+    from peft_kernels.ops.pair_rotate import triton as backend
+
+    x, columns = meta(c.M, c.K, dtype=c.dtype), meta(c.K)
+    backend.backward(x, x, columns, columns, 32, True, True)
+
+
 # By the name in the report, which is also the one in tuned/: the op, its kernel, and a call that launches it. A kernel
 # of tuned/, or of an op's triton_kernels.py, that is missing here is an error (tests/test_static.py).
 CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
@@ -225,6 +254,14 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "rms_norm_backward": ("rms_norm", "rms_norm_backward_kernel", _rms_norm),
     "swiglu": ("swiglu", "forward_kernel", _swiglu),
     "swiglu_backward": ("swiglu", "backward_kernel", _swiglu),
+    "rotate": ("butterfly_rotate", "rotate_kernel", _butterfly),
+    "rotate_gradient": ("butterfly_rotate", "gradient_kernel", _butterfly),
+    "cayley": ("cayley", "cayley_kernel", _cayley),
+    "cayley_backward": ("cayley", "cayley_backward_kernel", _cayley),
+    "reflect": ("householder_rotate", "update_kernel", _householder),
+    "reflect_gradient": ("householder_rotate", "gradient_kernel", _householder),
+    "pairs": ("pair_rotate", "pair_kernel", _pairs),
+    "pairs_gradient": ("pair_rotate", "pair_gradient_kernel", _pairs),
     "dequantize": ("dequantize_4bit", "dequantize_kernel", _dequantize),
     "quantize": ("quantize_4bit", "quantize_kernel", _quantize),
     "absmax": ("quantize_4bit", "absmax_kernel", _quantize),
@@ -232,7 +269,8 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
 EXTRA = (
     Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"),
     Case("dora_forward", p=0.0), Case("gain", M=1), Case("drop"), Case("scale"),
-    Case("forward", M=128, r=64, dtype=f16, p=0.0, dense=True),
+    *(Case(kernel) for kernel in ("rotate", "rotate_gradient", "reflect", "reflect_gradient", "pairs", "pairs_gradient")),
+    *(Case(kernel, dtype=f32) for kernel in ("cayley", "cayley_backward")),
     *(Case(kernel, N=28672, K=4096) for kernel in ("stacked_forward", "stacked_backward")),
     Case("plan"), Case("multi_project", M=64, p=0.0), Case("multi_forward", M=64), Case("multi_outer", ds=True),
     Case("multi_backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
@@ -240,10 +278,12 @@ EXTRA = (
 )  # fmt: skip
 # What differs little from the above: where the limit leaves room, and in the whole report.
 MORE = (
+    Case("forward", M=128, r=64, dtype=f16, p=0.0, dense=True),
+    Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
     *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("forward", "backward", "project", "outer")),
     Case("outer", r=64, dtype=f16, p=0.0, ds=True), Case("backward", M=128, dense=True),
     Case("forward", M=128, dense=True), Case("squares"), Case("multi_forward", M=16), Case("multi_forward"),
-    Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32), Case("multi_backward"),
+    Case("multi_backward"),
     Case("multi_outer"),
 )  # fmt: skip
 UNALIGNED = {"forward": 1056}  # features of each kernel's case: blocks straddle the rows; odd numbers elsewhere
@@ -287,8 +327,9 @@ def cases(capability: int) -> list[Case]:
             found.append((row["BM"], case))
         for size, case in found:
             first = [s for s, c in found if c.first and (c.dtype, c.K) == (case.dtype, case.K)]
+            odd = case.dtype is f32 or case.K != 4096  # of project and outer the plain case stands for these
             if case.first:
-                rank = 2 if min(first) < size < max(first) else 0
+                rank = 2 if min(first) < size < max(first) else 3 if odd and kernel in ("project", "outer") else 0
             else:
                 rank = 1 if kernel in ("forward", "backward") and size > max(first) else 4
             if kernel != "outer":

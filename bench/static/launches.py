@@ -73,4 +73,10 @@ def work(launch: Compiled) -> Work:
         fmas = a["M"] * a["C"] * a["r"] * (2 if o["WITH_DS"] else 1)
         passes = _cdiv(a["M"], o["BM"])  # of multi_lora_linear, over the groups of rows and their parts
         return Work(fmas=fmas, passes=min(a["steps"], passes) if "steps" in a else passes / launch.grid[2], **products)
+    if "SEVERAL" in o:  # blocks of features, each multiplied by its own
+        return Work(fmas=a["M"] * a["d"] * o["SIZE"], **products)
+    if name in ("update_kernel", "gradient_kernel"):  # reflections
+        x = a["p_x"]
+        fmas = a["M"] * a["d"] * a["r"] * (2 if name == "update_kernel" else 1)
+        return Work(fmas=fmas, **{**common, "wide": x.element_size() == 2})
     return Work(**common)

@@ -1,9 +1,9 @@
 """Triton backend of butterfly_rotate: the host side.
 
-The m factors of a group of P = b * 2^(m - 1) features, which is as far as they reach, are multiplied into one block of P
-first: as many operations as turning P rows. Then x is read once and written once, in tiles on tensor cores, whatever m
-is; at P <= 256 that stays bound by memory. The gradient of those blocks is one product over the rows of x and dy, and
-goes back through the factors as it would through P rows. Blocks below 16 are turned several at a time.
+The m factors of a group of P = b * 2^(m - 1) features, as far as they reach, are multiplied into one block of P
+first: as many operations as turning P rows. Then x is read once and written once, in tiles on tensor cores, whatever m;
+at P <= 256 that stays bound by memory. The gradient of those blocks is one product over the rows of x and dy, and goes
+back through the factors as it would through P rows. Blocks below 16 are turned several at a time.
 """
 
 from __future__ import annotations

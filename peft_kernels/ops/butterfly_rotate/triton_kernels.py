@@ -33,7 +33,8 @@ def rotate_kernel(
         p_block = p_r + i_block + (i_k % SIZE)[:, None] * SIZE + (i_c % SIZE)[None, :]
         b_r = tl.load(p_block, mask=b_same & b_in[:, None] & b_live[None, :], other=0.0)
         b_acc = dot_wide(b_x, b_r, b_acc)
-    tl.store(p_y + i_row + i_c[None, :], round_to(b_acc, p_y.dtype.element_ty), mask=(i_m < M)[:, None] & b_live[None, :])
+    b_out = (i_m < M)[:, None] & b_live[None, :]
+    tl.store(p_y + i_row + i_c[None, :], round_to(b_acc, p_y.dtype.element_ty), mask=b_out)
 
 
 @triton.jit

@@ -36,7 +36,9 @@ def update_kernel(p_x, p_u, p_v, p_y, p_s, M, d, r, BM: tl.constexpr, BN: tl.con
 
 
 @triton.jit
-def gradient_kernel(p_t, p_x, p_out, M, d, r, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+def gradient_kernel(
+    p_t, p_x, p_out, M, d, r, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+):
     """out[part] = -t^T x over a part of the rows."""
     i_part = tl.program_id(0)
     i_n = tl.program_id(1) * BN + tl.arange(0, BN)

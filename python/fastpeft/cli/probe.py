@@ -136,6 +136,7 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
     dy, s = torch.ones(8, 64, device=device, dtype=dtype), torch.ones(8, 16, device=device)
     gain, wide = torch.ones(64, device=device), torch.ones(128, device=device, dtype=dtype)
     stack = [[part] for part in weight]
+    turns, columns = torch.ones(1, 32, 4, 4, device=device), torch.ones(128, device=device)
     rows = torch.zeros(8, device=device, dtype=torch.int64)
     several = (rows, rows[:1], rows[:1] + 16, torch.ones(1, device=device), 16)
     calls: dict[str, tuple[Any, ...]] = {
@@ -149,6 +150,14 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
         "dora_linear_backward": (dy, x, *weight, a, b, gain, dy, s, 1.0, 0.0, None, True, True, True),
         "squared_row_norms": (*weight, 64, 128),
         "dora_norm": (*weight, a, b, 1.0, None),
+        "butterfly_rotate": (x, turns, False),
+        "butterfly_rotate_backward": (x, x, turns, False, True, True),
+        "cayley": (turns[0] - 1, 0),
+        "cayley_backward": (turns[0], turns[0] - 1, turns[0], 0),
+        "householder_rotate": (x, a, a),
+        "householder_rotate_backward": (x, x, a, a, s, True, True),
+        "pair_rotate": (x, columns, columns, 32),
+        "pair_rotate_backward": (x, x, columns, columns, 32, True, True),
         "rms_norm": (x, wide, 1e-5),
         "rms_norm_backward": (x, x, wide, 1e-5),
         "swiglu": (x, x),

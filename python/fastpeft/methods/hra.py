@@ -10,16 +10,20 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import householder_rotate
+from peft_kernels import householder_rotate, lora_linear
+from peft_kernels.ops.householder_rotate import compact_wy
 
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..method import LayerInfo, State, register
+from ..method import Fused, LayerInfo, State, register
 from ..rotation import RotatesInput
+
+if TYPE_CHECKING:
+    from ..layer import AdapterLayer
 
 
 @dataclass
@@ -53,10 +57,36 @@ class HRA(RotatesInput):
         return {"hra_u": nn.Parameter(u), "hra_r": config.r, "hra_apply_GS": config.apply_GS}
 
     def rotate(self, s: Any, x: Tensor, transposed: bool = False) -> Tensor:
-        if not s.hra_apply_GS:  # W H_1 ... H_r is W's rows turned, so what the input does is the transpose
-            return householder_rotate(x, s.hra_u, transposed=not transposed)
-        u = orthonormal(s.hra_u.to(torch.promote_types(s.hra_u.dtype, torch.float32)))
-        return householder_rotate(x, u, orthonormal=True)
+        # W H_1 ... H_r is W's rows turned, so what the input does is the transpose
+        return householder_rotate(x, *self._vectors(s), transposed=not transposed)
+
+    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+        """(x - x u^T v) W^T is a LoRA with A = u and B = -(v W^T)^T: no turned x is written, and r more rows of the
+        base product, forward and backward, are little where tokens are many."""
+        base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
+        if layer.kind.kind != "linear" or get_weight is None:
+            return None
+        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+
+        def run(x: Tensor) -> Tensor | None:
+            w, few = get_weight(), x.numel() < 8 * s.hra_u.numel()
+            if w is None or few:
+                return None
+            u, v = compact_wy(*self._vectors(s), transposed=True)
+            turned = lora_linear(v, w).t()
+            bias = base._parameters.get("bias")
+            if compute is None:
+                return lora_linear(x, w, u, turned, -1.0, bias)
+            return lora_linear(x.to(compute), w, u, turned, -1.0, bias).to(x.dtype)
+
+        return run
+
+    @staticmethod
+    def _vectors(s: Any) -> tuple[Tensor, bool]:
+        """(u, whether its columns are orthonormal)."""
+        if not s.hra_apply_GS:
+            return s.hra_u, False
+        return orthonormal(s.hra_u.to(torch.promote_types(s.hra_u.dtype, torch.float32))), True
 
 
 def orthonormal(u: Tensor) -> Tensor:
