@@ -269,7 +269,8 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
 EXTRA = (
     Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"),
     Case("dora_forward", p=0.0), Case("gain", M=1), Case("drop"), Case("scale"),
-    *(Case(kernel) for kernel in ("rotate", "rotate_gradient", "reflect", "reflect_gradient", "pairs", "pairs_gradient")),
+    *(Case(kernel) for kernel in ("rotate", "rotate_gradient", "reflect", "reflect_gradient")),
+    *(Case(kernel) for kernel in ("pairs", "pairs_gradient")),
     *(Case(kernel, dtype=f32) for kernel in ("cayley", "cayley_backward")),
     *(Case(kernel, N=28672, K=4096) for kernel in ("stacked_forward", "stacked_backward")),
     Case("plan"), Case("multi_project", M=64, p=0.0), Case("multi_forward", M=64), Case("multi_outer", ds=True),
