@@ -328,7 +328,8 @@ def cases(capability: int) -> list[Case]:
             found.append((row["BM"], case))
         for size, case in found:
             first = [s for s, c in found if c.first and (c.dtype, c.K) == (case.dtype, case.K)]
-            odd = case.dtype is f32 or case.K != 4096  # of project and outer the plain case stands for these
+            # of project and outer the plain case stands for these
+            odd = case.dtype is f32 or case.K != 4096 or (kernel == "project" and case.M < ROWS)
             if case.first:
                 rank = 2 if min(first) < size < max(first) else 3 if odd and kernel in ("project", "outer") else 0
             else:
