@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import runpy
 import threading
@@ -138,6 +139,32 @@ def test_threads_that_acquire_and_release_see_their_own_adapters_only(tmp_path: 
     assert stats.staged <= 3
     assert stats.rows_taken == sum(r.size for r in pool._slots)
     assert all(holds(pool, r.slot, r.name) for r in pool._slots)
+
+
+def test_what_was_evicted_leaves_nothing_behind(tmp_path: Path) -> None:
+    marked(tmp_path, 10)
+    write(tmp_path / "bad", 0, use_dora=True)
+    pool = AdapterPool(llama(), tmp_path, max_resident=3, target_modules=["q_proj", "v_proj"])
+
+    def lap() -> tuple[int, int]:
+        for i in range(1, 11):
+            pool.prefetch(f"m{i % 10 + 1}")
+            with pool.using([f"m{i}"]):
+                pass
+            with pytest.raises(AdapterLoadError):
+                pool.acquire("bad")
+        while pool.stats().staged or pool.stats().in_flight:
+            for name in pool._loads.names():
+                pool.acquire(name, timeout=SECONDS).release()
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()), threading.active_count()
+
+    lap()
+    before = lap()
+    for _ in range(3):
+        after = lap()
+    assert after == before
+    assert pool.stats().evictions > 40
 
 
 def test_an_adapter_that_many_want_is_read_once(tmp_path: Path, gate: Gate) -> None:
