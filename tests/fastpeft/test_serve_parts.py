@@ -30,15 +30,18 @@ from peft_kernels.testing import assert_no_worse, assert_same_bits
 class Cache:
     """Stands where transformers' paged cache does: gives the keys and values of all requests, one behind the other."""
 
-    def __init__(self, keys: Tensor, values: Tensor, step: attention.Step) -> None:
-        self.held, self.fastpeft_step = (keys, values), step
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.held = keys, values
 
     def update(self, **given: Any) -> tuple[Tensor, Tensor]:
         return self.held
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_sees_its_own_request_alone(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cached", [True, False], ids=["by-attention", "by-the-layer"])  # before and since 5.24
+def test_attention_sees_its_own_request_alone(
+    dtype: torch.dtype, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lengths = [(1, 9), (5, 5), (1, 1), (3, 12), (1, 8), (1, 130), (7, 7), (1, 2)]  # queries, keys
     heads, groups, d = 6, 2, 16
     step = attention.plan([q for q, _ in lengths], [k for _, k in lengths])
@@ -48,7 +51,9 @@ def test_attention_sees_its_own_request_alone(dtype: torch.dtype) -> None:
     query = torch.randn(1, heads, sum(q for q, _ in lengths), d).to(dtype)
     keys, values = (torch.randn(1, groups, sum(k for _, k in lengths), d).to(dtype) for _ in range(2))
     module = SimpleNamespace(layer_idx=0)
-    out, _ = attention.paged_attention(module, query, query, query, None, cache=Cache(keys, values, step))
+    monkeypatch.setattr(attention.current, "step", step)
+    given = (query, query, Cache(keys, values)) if cached else (keys, values, None)
+    out, _ = attention.paged_attention(module, query, *given[:2], None, cache=given[2])
 
     def one_by_one(kind: torch.dtype) -> Tensor:
         results = []

@@ -147,8 +147,16 @@ def _head_forward(self: Any, input: Tensor) -> Tensor:
 _FastHead = type("_FastHead", (nn.Linear,), {"forward": _head_forward, _ACCELERATED: True, "__module__": __name__})
 
 
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """Where a layer keeps keys and values: `cache` since transformers 5.24, `past_key_values` before."""
+    found = kwargs.get("past_key_values")
+    return kwargs.get("cache") if found is None else found
+
+
 def _serves(layer: Any, x: Tensor, cache: Any, position_embeddings: Any, kwargs: dict[str, Any]) -> bool:
     if x.shape[1] != 1 or cache is None or position_embeddings is None or layer.training or torch.is_grad_enabled():
+        return False
+    if "read_index" in kwargs:  # continuous batching: a row is not a sequence
         return False
     if x.device.type != "cpu" or kwargs.get("output_attentions"):
         return False
@@ -172,21 +180,19 @@ def _attention_forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     batch, t = hidden_states.shape[:2]
     if (
-        not torch.is_grad_enabled() or past_key_values is not None or position_embeddings is None
+        not torch.is_grad_enabled() or _cache_of(kwargs) is not None or position_embeddings is None
         or hidden_states.dtype is not torch.bfloat16 or hidden_states.device.type != "cpu"
         or self.config._attn_implementation != "sdpa" or (self.training and self.attention_dropout)
         or (attention_mask is not None and attention_mask.dtype is not torch.bool)
         or batch * self.config.num_attention_heads * t * t > MOST_SCORES
     ):  # fmt: skip
         result: tuple[Tensor, Tensor | None] = self._fastpeft_base.forward(
-            self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
-            past_key_values=past_key_values, **kwargs,
-        )  # fmt: skip
+            self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
+        )
         return result
     layers = (self.q_proj, self.k_proj, self.v_proj)
     found = _projections(hidden_states, *layers)
@@ -219,21 +225,19 @@ def _layer_subclass(base: type) -> type:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
+        *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if position_embeddings is not None and _serves(
-            self, hidden_states, past_key_values, position_embeddings, kwargs
-        ):
+        kept = _cache_of(kwargs)
+        if position_embeddings is not None and _serves(self, hidden_states, kept, position_embeddings, kwargs):
             mask = attention_mask
             if mask is not None and mask.dtype is not torch.bool:
                 mask = mask.float()
-            return _one_token(self, hidden_states, mask, past_key_values, position_embeddings)
+            return _one_token(self, hidden_states, mask, kept, position_embeddings)
         result: Tensor = base.forward(  # type: ignore[attr-defined]
             self, hidden_states, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+            position_embeddings=position_embeddings, **kwargs,
         )  # fmt: skip
         return result
 
