@@ -18,6 +18,7 @@ from torch import Tensor
 from ..integrations.short_attention import short_attention
 
 NAME = "fastpeft_paged"
+_STEP = 16  # keys: oneDNN keeps a program for every shape that it meets, so that some shapes are better than all
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def plan(query_lengths: list[int], key_lengths: list[int]) -> Step:
     decoding = []
     for members in groups.values():
         rows, starts, lengths = (torch.tensor(column) for column in zip(*members, strict=True))
-        places = torch.arange(int(lengths.max()))
+        places = torch.arange(-(-int(lengths.max()) // _STEP) * _STEP)
         keep = places < lengths[:, None]
         where = starts[:, None] + places.where(keep, 0)
         decoding.append(Decoding(rows, where, keep[:, None, None]))
