@@ -26,8 +26,9 @@ from .engine import Engine, Limits
 from .metrics import Metrics
 
 Say = Callable[[str], None]
-# Batches come in all sizes, and for each, on a CPU in bfloat16, torch and oneDNN keep a compiled product with every shape
-# of weight, 1024 of them: a gigabyte after some minutes. 128 are enough for the sizes of now. Read at the first product.
+# Batches come in all sizes, and for each, on a CPU in bfloat16, torch and oneDNN keep a compiled product with every
+# shape of weight, 1024 of them: a gigabyte after some minutes. 128 are enough for the sizes of now, and one that is
+# missing costs a millisecond. Read at the first product.
 _ONEDNN_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 _CACHED = 512  # tokens of the cache for each request of a batch, if nothing else is said
 _SHARE = 0.25  # of the machine's memory that the cache takes at most then
