@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from lora_tools import needs_native
 from torch import Tensor
 
 from bench import __main__ as cli
@@ -102,6 +103,7 @@ def test_the_report_refuses_the_numbers_of_what_failed(tmp_path: Path, capsys: p
     assert "whole model: no number" in out
 
 
+@needs_native
 def test_a_report_that_passes_returns_zero(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run = fake(tmp_path, {"lora_linear": PASSED})

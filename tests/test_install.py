@@ -97,7 +97,10 @@ def no_compiler_path(tmp_path: Path) -> str:
 @pytest.mark.parametrize("hidden", ["path", "broken"])
 def test_without_a_compiler_everything_runs_on_the_reference(tmp_path: Path, hidden: str) -> None:
     copy = source_copy(tmp_path / "copy")
-    env = {"PATH": no_compiler_path(tmp_path)} if hidden == "path" else {"CXX": shutil.which("false") or "false"}
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    env = {"PATH": no_compiler_path(tmp_path)} if hidden == "path" else {"CXX": str(broken)}
     done = run(sys.executable, "setup.py", "-q", "build_native", cwd=copy, **env)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("native library:")]

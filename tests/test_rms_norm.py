@@ -166,8 +166,12 @@ def test_bad_input() -> None:
         rms_norm(x[:, :0], weight[:0], EPS)
     with pytest.raises(ValueError, match=r"rms_norm_backward: dy must be torch\.float32 \(3, 4\) on cpu like x"):
         op.backward_op.op(x[:2], x, weight, EPS)
+
+
+@needs_native
+def test_native_takes_one_dtype() -> None:
     with use_backend("native"), pytest.raises(BackendUnavailable, match=r"weight is torch\.float64"):
-        rms_norm(x, weight.double(), EPS)
+        rms_norm(torch.randn(3, 4), torch.randn(4).double(), EPS)
 
 
 # ---- Triton: in its interpreter, which is chosen when Triton is imported, so in a process of its own -----------------
