@@ -20,6 +20,7 @@ or 32-bit loads the two forms together have too few registers. The parts of a su
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,6 +112,8 @@ def _outer(
     (m, c_), r = z.shape, plan.max_rank
     shape = tuning.Shape(m, c_, c_, r, z.element_size() * 8, plain=c_ % 16 == 0)
     c = tuning.choose("outer", arch, shape)
+    if b is not None:  # two products in the loop, and rows by index: a wider tile would spill
+        c = replace(c, BN=min(c.BN, 64))
     br = single._rank_tile(r, c.BR)
     tiles = (single._cdiv(c_, c.BN), single._cdiv(r, br))
     # by what the shapes say of the groups: with many adapters, a part of each is enough

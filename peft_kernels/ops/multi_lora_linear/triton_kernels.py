@@ -290,16 +290,16 @@ def multi_outer_kernel(
         steps = tl.cdiv(tl.cdiv(i_to - i_from, BM), parts)
         i_c = i_tile * BC + tl.arange(0, BC)
         i_r = i_r0 + tl.arange(0, BR)
-        b_at = (i_start + i_r)[None, :] * C + i_c[:, None]
+        i_own = (i_start + i_r)[None, :] * C + i_c[:, None]
         scale = 1.0
         if WITH_DS:
             scale = tl.load(p_scaling + i_slot)
         elif DROPOUT:
             scale = keep_scale
-        b_outer = outer_rows(p_z, p_t, p_b + b_at, p_ds + i_tile.to(tl.int64) * M * r, p_seed, p_order, i_from,
-                             i_part * steps, tl.minimum(tl.cdiv(i_to - i_from, BM), (i_part + 1) * steps), i_to,
-                             i_tile * BC, i_r, C, i_rank, r, threshold, scale, WITH_DS, DROPOUT, BY_FOUR, BM, BC,
-                             BR)  # fmt: skip
-        b_at += i_part.to(tl.int64) * P * C
+        b_outer = outer_rows(p_z, p_t, p_b + i_own, p_ds + i_tile.to(tl.int64) * M * r, p_seed, p_order,
+                             i_from, i_part * steps, tl.minimum(tl.cdiv(i_to - i_from, BM), (i_part + 1) * steps),
+                             i_to, i_tile * BC, i_r, C, i_rank, r, threshold, scale, WITH_DS, DROPOUT, BY_FOUR, BM,
+                             BC, BR)  # fmt: skip
         b_outer = round_to(b_outer * scale, p_outer.dtype.element_ty)
-        tl.store(p_outer + b_at, b_outer, mask=(i_c < C)[:, None] & (i_r < i_rank)[None, :])
+        p_out = p_outer + i_part.to(tl.int64) * P * C + i_own
+        tl.store(p_out, b_outer, mask=(i_c < C)[:, None] & (i_r < i_rank)[None, :])
