@@ -83,6 +83,13 @@ def test_most_rows(device: str) -> None:
     check(make(512, 8, 32, [2, 5, 1], dtype=F16, bias=True).to(device))
 
 
+@pytest.mark.parametrize("m", [20, 40])
+def test_tiles_where_memory_is_short(simt, m: int) -> None:
+    simt.pk_simt_set_device(89, 108)
+    with use_backend("cuda"):
+        check(make(m, 72, 128, dtype=BF16, nested=True, bias=True))
+
+
 @pytest.mark.parametrize("m", [8, 24])
 def test_rows_of_w_are_split(device: str, m: int) -> None:
     check(make(m, 40, 2080, [8, 16, 3], dtype=BF16, nested=True, bias=True).to(device))
