@@ -95,13 +95,13 @@ def zipf(count: int, requests: int, seed: int) -> list[str]:
 
 
 def decode(model: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens [B, TOKENS], every 500th of the logits before the first)."""
+    """(tokens [B, TOKENS], every 500th of the logits before the first: all of them would be the growth of memory)."""
     with torch.no_grad():
         out = model.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=TOKENS, min_new_tokens=TOKENS,
             do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
-    return out.sequences[:, prompts.shape[1] :], out.logits[0][:, ::500].float()
+    return out.sequences[:, prompts.shape[1] :], out.logits[0][:, ::500].clone()
 
 
 def serve(pool: Any, names: list[str], prompts: Tensor) -> Round:
