@@ -22,6 +22,7 @@ from .containers import AdapterDict
 from .kept import Seen
 from .method import Fused, Method
 from .stack import Stack
+from .trained_rows import linears
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -57,7 +58,7 @@ class Packed:
         self._scales = [self._scaling[name] for name in names]
         held = [h for name in names for c in _containers(layer, name) for h in _entries(c, name)]
         self._stores, self._keys, self._values = zip(*held, strict=True)
-        modules = [m for m in self._values if isinstance(m, nn.Module)]
+        modules = [m for m in self._values if isinstance(m, nn.Module) and m._parameters]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         tensors = [t for t in self._values if isinstance(t, Tensor)]
         self._tensors = tensors + [s for s in self._scales if isinstance(s, Tensor)]
@@ -148,6 +149,7 @@ class Routed:
                         self._parts[name] = made.parts
         self._layouts: dict[Any, _Layout] = {}
         self._last: tuple[Any, torch.device, _Layout] | None = None  # where every method is in these slots
+        self.tables: Any = None  # of `trained_rows`
         self._known: Packed | None = None  # serves these rows, as was found when they were assigned
 
     def again(self) -> None:
@@ -168,6 +170,10 @@ class Routed:
             )
         if len(self.groups) == 1:
             return self._call(next(iter(self.groups)), x, args, kwargs or {})
+        if torch.is_grad_enabled() and not args and not kwargs:
+            trained = linears(x, [layer])
+            if trained is not None:
+                return trained[0]
         low = None if args or kwargs or not self._parts else self._low_rank()
         layout = self._layout(x, {} if low is None else low.slots)
         y: Tensor | None = None

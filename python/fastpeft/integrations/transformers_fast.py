@@ -28,6 +28,7 @@ from peft_kernels.ops.lora_linear import forward_op as lora_linear_op
 from peft_kernels.ops.lora_linear_stacked import forward_op as stacked_op
 from peft_kernels.ops.rms_norm import forward_op as rms_norm_op
 
+from .. import trained_rows
 from ..layer import AdapterLayer
 from ..nf4 import NF4Linear
 from .short_attention import MOST_SCORES, rotary, short_attention
@@ -93,6 +94,15 @@ def _projections(x: Tensor, *modules: Any) -> list[Projection] | None:
             return None
         found.append(projection)
     return found
+
+
+def _modules_on(x: Tensor, *modules: Any) -> Sequence[Tensor]:
+    """`module(x)` of each; adapters by row in training are one node of the graph."""
+    if all(type(module) is AdapterLayer and not _hooked(module) for module in modules):
+        together = trained_rows.linears(x, modules)
+        if together is not None:
+            return together
+    return [module(x) for module in modules]
 
 
 def _linears(x: Tensor, *modules: Any) -> Sequence[Tensor]:
@@ -196,7 +206,7 @@ def _attention_forward(
         return result
     layers = (self.q_proj, self.k_proj, self.v_proj)
     found = _projections(hidden_states, *layers)
-    rows = [proj(hidden_states) for proj in layers] if found is None else lora_linear_stacked(hidden_states, found)
+    rows = _modules_on(hidden_states, *layers) if found is None else lora_linear_stacked(hidden_states, found)
     q, k, v = (y.view(batch, t, -1, self.head_dim) for y in rows)
     q, k, v = rotary(q, *position_embeddings), rotary(k, *position_embeddings), v.transpose(1, 2)
     # no mask means causal, as transformers' sdpa has it
@@ -210,6 +220,10 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
         found = _projections(x, self.gate_proj, self.up_proj, self.down_proj)
         if found is not None:
             return swiglu_mlp(x, *found)
+        if torch.is_grad_enabled():
+            gate, up = _modules_on(x, self.gate_proj, self.up_proj)
+            y: Tensor = self.down_proj(F.silu(gate) * up)
+            return y
     result: Tensor = self._fastpeft_base.forward(self, x)
     return result
 

@@ -49,7 +49,10 @@ class Track:
         """One optimizer step with the gradients at hand; the learning rate and the gradient's norm before clipping."""
         rate = learning_rate(self.config, step, len(self.plan))
         set_learning_rate(self.optimizer, rate)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or float("inf")))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if norm > (self.config.max_grad_norm or float("inf")):
+            torch._foreach_mul_(gradients, self.config.max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         if not (norm < float("inf") and loss == loss):
             of = "" if self.name == "default" else f"adapter {self.name}, "
             raise UserError(

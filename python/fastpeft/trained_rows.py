@@ -1,0 +1,160 @@
+"""Training with LoRA adapters by row: layers that read one input are one autograd node.
+
+The ordinary way (`routing.py`) packs the adapters with differentiable operations, which cost more than the products at
+few tokens. Here the node packs them, and its backward pass gives each adapter its part of the stack's gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_kernels import philox
+from peft_kernels.dispatch import forward_mode
+from peft_kernels.ops.lora_linear import flat_weight
+from peft_kernels.ops.multi_lora_linear import backward_op, forward_op
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
+    from .routing import Routed
+
+
+class Tables(NamedTuple):
+    """Where the adapters of a layer are in its stack, for ranks and scalings that seldom change."""
+
+    key: tuple[Any, ...]
+    spans: list[slice]  # rows of the stack, by adapter
+    adapters: Tensor  # [tokens] int64, the place of each in the stack; -1: the base
+    starts: Tensor
+    ranks: Tensor
+    scaling: Tensor
+    max_rank: int
+
+
+class _Job(NamedTuple):
+    """One layer of a node."""
+
+    weight: tuple[Any, ...]
+    n: int
+    tables: Tables
+    bias: Tensor | None
+    dropout: float
+    seed: Tensor | None
+
+
+def linears(x: Tensor, layers: Sequence[AdapterLayer]) -> list[Tensor] | None:
+    """``layer(x)`` of layers whose rows were assigned, x [rows, ..., K]; None where it takes the ordinary way.
+
+    It does without gradients, with methods other than LoRA, adapters of several dtypes or dropouts in a layer, trained
+    base weights, and under autocast, torch.compile and forward-mode derivatives.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_mode() or x.dtype is torch.float64:
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    tokens, jobs, factors = x.numel() // x.shape[-1], [], []
+    for layer in layers:
+        found = _job(layer, x, tokens)
+        if found is None:
+            return None
+        jobs.append(found[0])
+        factors += found[1]
+    rows = x.reshape(tokens, x.shape[-1]).contiguous()
+    ys = _Linears.apply(rows, jobs, *factors)  # type: ignore[no-untyped-call]
+    return [y.view(*x.shape[:-1], job.n) for y, job in zip(ys, jobs, strict=True)]
+
+
+def _job(layer: AdapterLayer, x: Tensor, tokens: int) -> tuple[_Job, list[Tensor]] | None:
+    """What the node needs of one layer, and its As and Bs."""
+    routed: Routed | None = None if layer._row_stack is not None or layer._rows is None else layer.routed(layer._rows)
+    if routed is None or len(x) != len(routed.rows) or layer.merged_adapters or layer.kind.transient:
+        return None
+    names = list(routed._parts)
+    if not names or len(names) != len(routed._methods):
+        return None
+    every = [parts() for parts in routed._parts.values()]
+    found = [parts for parts in every if parts is not None]
+    if len(found) < len(every):
+        return None
+    weight, a, b, _, bias, compute, p = found[0]
+    if (compute is not None and compute is not x.dtype) or any(f[6] != p for f in found):
+        return None
+    if any(f[1].dtype is not a.dtype or f[2].dtype is not b.dtype for f in found):
+        return None
+    flat, n, k = flat_weight("multi_lora_linear", weight)
+    if k != x.shape[-1] or flat[0].requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    tables = _tables(routed, names, [f[1].shape[0] for f in found], [f[3] for f in found], x.device, tokens)
+    seed = philox.draw_seed(x.device) if p > 0.0 else None
+    return _Job(flat, n, tables, bias, p, seed), [*(f[1] for f in found), *(f[2] for f in found)]
+
+
+def _tables(
+    routed: Routed, names: list[str], ranks: list[int], scaling: list[float], device: torch.device, tokens: int
+) -> Tables:
+    key = (tokens, device, *ranks, *scaling)
+    tables: Tables | None = routed.tables
+    if tables is None or tables.key != key:
+        starts = [sum(ranks[:i]) for i in range(len(ranks))]
+        slots = {name: i for i, name in enumerate(names)}
+        of_rows = torch.tensor([slots.get(name, -1) for name in routed.rows], dtype=torch.int64, device=device)
+        routed.tables = tables = Tables(
+            key, [slice(s, s + r) for s, r in zip(starts, ranks, strict=True)],
+            of_rows.repeat_interleave(tokens // len(routed.rows)),
+            torch.tensor(starts, dtype=torch.int64, device=device),
+            torch.tensor(ranks, dtype=torch.int64, device=device),
+            torch.tensor(scaling, dtype=torch.float32, device=device), max(ranks),
+        )  # fmt: skip
+    return tables
+
+
+class _Linears(torch.autograd.Function):
+    """(x [M, K], jobs, As and Bs of the first job, of the second, ...) -> y [M, N] of each job."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, jobs: list[_Job], *factors: Tensor) -> tuple[Tensor, ...]:
+        saved, ys, at = [x], [], 0
+        for job in jobs:
+            count, t = len(job.tables.spans), job.tables
+            a = torch.cat(factors[at : at + count])
+            # side by side first: two quick copies in place of one across the grain
+            b = torch.cat(factors[at + count : at + 2 * count], 1).t().contiguous()
+            at += 2 * count
+            y, s = forward_op._call(
+                x, *job.weight, job.n, a, b, t.adapters, t.starts, t.ranks, t.scaling, t.max_rank, job.bias,
+                job.dropout, job.seed,
+            )  # fmt: skip
+            ys.append(y)
+            saved += [a, b, s]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.jobs = jobs
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        x, *packed = ctx.saved_tensors
+        need_dx, _, *need = ctx.needs_input_grad
+        dx: Tensor | None = None
+        grads: list[Tensor | None] = []
+        for i, (job, dy) in enumerate(zip(ctx.jobs, dys, strict=True)):
+            spans, t = job.tables.spans, job.tables
+            wanted = need[len(grads) : len(grads) + 2 * len(spans)]
+            if dy is None:
+                grads += [None] * len(wanted)
+                continue
+            a, b, s = packed[3 * i : 3 * i + 3]
+            more, da, db = backward_op._call(
+                dy.contiguous(), x, *job.weight, a, b, s, t.adapters, t.starts, t.ranks, t.scaling, t.max_rank,
+                job.dropout, job.seed, need_dx, any(wanted),
+            )  # fmt: skip
+            if need_dx:
+                dx = more if dx is None else dx.add_(more)
+            parts = [da[own] for own in spans] + [db[own].t() for own in spans] if any(wanted) else [None] * len(wanted)
+            grads += [part if asked else None for part, asked in zip(parts, wanted, strict=True)]
+        return dx, None, *grads
