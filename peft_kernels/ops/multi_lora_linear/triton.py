@@ -112,8 +112,8 @@ def _outer(
     (m, c_), r = z.shape, plan.max_rank
     shape = tuning.Shape(m, c_, c_, r, z.element_size() * 8, plain=c_ % 16 == 0)
     c = tuning.choose("outer", arch, shape)
-    if b is not None:  # two products in the loop, and rows by index: a wider tile would spill
-        c = replace(c, BN=min(c.BN, 64))
+    # rows by index need registers: a tile as wide as lora_linear's would spill, with two products or narrow loads
+    c = replace(c, BN=min(c.BN, 16 if not shape.plain else c.BN if b is None else 64))
     br = single._rank_tile(r, c.BR)
     tiles = (single._cdiv(c_, c.BN), single._cdiv(r, br))
     # by what the shapes say of the groups: with many adapters, a part of each is enough
