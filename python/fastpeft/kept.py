@@ -6,6 +6,7 @@ version; it is noticed by a few elements on the CPU, where reading them does not
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,26 +23,25 @@ class Seen:
     """Tensors as they were when this was made. None of them may be of inference mode."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        views = map(_probe, tensors)
-        self._of = [(t, t._version, t.data_ptr(), v, v.tobytes()) for t, v in zip(tensors, views, strict=True)]
-        self._versions = [(t, t._version) for t in tensors]
+        self._tensors, self._versions = list(tensors), [t._version for t in tensors]
+        self._addresses = [*map(Tensor.data_ptr, tensors)]
+        self._views = [*map(_probe, tensors)]
+        self._content = b"".join(map(numpy.ndarray.tobytes, self._views))
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, and none was written to."""
-        if len(tensors) != len(self._of) or any(t is not o[0] for t, o in zip(tensors, self._of, strict=True)):
-            return False
-        return self.untouched()
+        held = self._tensors
+        return len(tensors) == len(held) and all(map(operator.is_, tensors, held)) and self.untouched()
 
     def untouched(self) -> bool:
         """Whether no one of them was written to."""
-        for t, version, address, view, content in self._of:
-            if t._version != version or t.data_ptr() != address or view.tobytes() != content:
-                return False
-        return True
+        if not self.unversioned() or [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
+            return False
+        return b"".join(map(numpy.ndarray.tobytes, self._views)) == self._content
 
     def unversioned(self) -> bool:
-        """`untouched` at a tenth of its time: writes that leave no version are not noticed."""
-        return all(t._version == version for t, version in self._versions)
+        """`untouched` at a fraction of its time: writes that leave no version are not noticed."""
+        return [t._version for t in self._tensors] == self._versions
 
 
 class Kept:

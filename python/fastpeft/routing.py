@@ -170,7 +170,7 @@ class Routed:
             )
         if len(self.groups) == 1:
             return self._call(next(iter(self.groups)), x, args, kwargs or {})
-        if torch.is_grad_enabled() and not args and not kwargs:
+        if torch.is_grad_enabled() and not args and not kwargs and self._trains():
             trained = linears(x, [layer])
             if trained is not None:
                 return trained[0]
@@ -192,6 +192,16 @@ class Routed:
             layer._members = None
         assert layout.back is not None
         return torch.cat(parts).index_select(0, layout.back)
+
+    def _trains(self) -> bool:
+        """Whether a stack would have gradients; in evaluation one without them is kept."""
+        layer = self.layer
+        if layer.training:
+            return True
+        if self._known is not None and self._known is layer._packed:
+            return not self._known.unwritten()
+        found = [parts() for parts in self._parts.values()]
+        return any(f is not None and (f[1].requires_grad or f[2].requires_grad) for f in found)
 
     def _call(self, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Rows of one adapter, as if it alone were active."""

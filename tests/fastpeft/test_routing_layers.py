@@ -102,10 +102,10 @@ def test_stacks_are_kept_in_evaluation_and_shared_by_rows(counts: dict[str, int]
     assert counts == {"calls": 10, "packed": 1}
     layer.set_rows(ROWS)
     layer.set_requires_grad(["a"])
-    layer(x_of()).sum().backward()  # a stack with gradients is made for each call
+    layer(x_of()).sum().backward()  # a stack with gradients is not kept
     assert layer.lora_A["a"].weight.grad is not None
     assert layer.lora_A["b"].weight.grad is None
-    assert counts["packed"] == 2
+    assert counts == {"calls": 10, "packed": 1}
 
 
 def _write(layer: AdapterLayer) -> None:
@@ -221,7 +221,7 @@ def test_every_row_is_dropped_by_its_own_adapters_probability(same: bool, counts
     x = torch.randn(5, 40, 24)
     layer.set_rows(ROWS)
     y = layer(x)
-    assert counts == {"calls": 1, "packed": 1}
+    assert counts["calls"] == (0 if same else 1)  # where all agree it is one node of the graph (`trained_rows.py`)
     for i, name in enumerate(ROWS):
         base, p = layer.base_layer(x[i]), chances.get(name, 1.0)
         added = (y[i] - base).detach()
