@@ -179,11 +179,13 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         base_seconds, base_tokens = base_alone(pool, prompts[:requests])
         served: list[Round] = []
         memory: list[float] = []
+        read: list[int] = []
         for r in range(rounds):
             part = slice(r * requests, (r + 1) * requests)
             served.append(serve(pool, asked[part], prompts[part]))
             gc.collect()
             memory.append(memory_mib("VmRSS") or 0.0)
+            read.append(pool.stats().loads)
         stats = pool.stats()
         pool.close()
         answers = served[0].answers
@@ -197,6 +199,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     }
     errors = [e for one in served for e in one.errors]
     growth = memory[-1] - memory[0]
+    # A leak grows with what is read: less than a tenth of it since the first round is none.
+    read_mib = (read[-1] - read[0]) * on_disk / count / 2**20
     share = stats.hits / max(1, stats.hits + stats.misses)
     changed = sum(not torch.equal(a.tokens, t) for a, t in zip(served[0].answers, base_tokens, strict=False))
     values = {"hits": f"{share:.0%}", "MiB growth": round(growth, 1), "failed": len(errors), "differ": differ}
@@ -210,7 +214,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         f"read in {1e3 * stats.load_seconds / max(1, stats.loads):.1f} ms each, beside the computing",
         f"{len(errors)} of {requests * rounds} requests failed: {verdict[bool(errors) or bool(stats.failures)]}",
         f"resident memory after each {requests} requests: {', '.join(f'{m:.0f}' for m in memory)} MiB, growth "
-        f"{growth:+.1f} MiB since the first",
+        f"{growth:+.1f} MiB while {read_mib:.0f} MiB were read: {verdict[growth > read_mib / 10]}",
         f"{differ} of {len(answers)} answers ({TOKENS} tokens) differ from the adapter's alone: {verdict[differ > 0]}; "
         f"logits by at most {worst:.1e} of the largest; {changed} of the first {requests} differ from the base's",
     ]
