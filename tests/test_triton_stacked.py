@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import pytest
 import torch
-from interpreter_tools import run_in_the_interpreter
+from interpreter_tools import run_in_the_interpreter, small_tiles
 from lora_tools import F16, F32, Case, Stack, check_stack, make
 from torch import Tensor
 
@@ -30,13 +29,6 @@ INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETER else "cuda"
 on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
 compiles = pytest.mark.skipif(INTERPRETER, reason="needs a process where Triton compiles")
-# small tiles, so that small shapes have several of everything: rows, columns, steps, ranks, parts of a sum
-SMALL: dict[str, dict[str, int]] = {
-    "project": {"BM": 16, "BK": 32, "BR": 16, "programs": 6},
-    "outer": {"BM": 16, "BN": 32, "BR": 16, "programs": 6},
-    "forward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 20},
-    "backward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 20},
-}
 
 
 @compiles
@@ -47,10 +39,7 @@ def test_in_the_interpreter() -> None:
 
 @pytest.fixture
 def small() -> Iterator[None]:
-    with ExitStack() as stack:
-        for kernel, values in SMALL.items():
-            stack.enter_context(tuning.override(kernel, **values))
-        stack.enter_context(use_backend("triton"))
+    with small_tiles(), use_backend("triton"):
         yield
 
 
