@@ -171,6 +171,12 @@ class Op:
                 return fn(*args)
         return fn(*args)
 
+    def settle(self, *args: Any) -> Callable[..., Any]:
+        """What computes the operator for `args`, which were checked, and for others of their shapes, dtypes and devices
+        while `forced_backends()` is the same object: a caller with hundreds of equal calls a step asks once."""
+        self.check(*args)
+        return self.choose(args).fn
+
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend that serves `args`. Raises BackendUnavailable when the forced one cannot."""
         forced = _forced.get(self.name, _forced.get("*"))
@@ -251,6 +257,11 @@ def check_environment() -> None:
 
 
 _forced: dict[str, str] = _parse(os.environ.get(ENV, ""))
+
+
+def forced_backends() -> dict[str, str]:
+    """The backends that are forced now, by op; a new object after each change."""
+    return _forced
 _lock = threading.Lock()
 
 

@@ -6,7 +6,8 @@ few tokens. Here the node packs them, and its backward pass gives each adapter i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels import philox
-from peft_kernels.dispatch import forward_mode
+from peft_kernels.dispatch import forced_backends, forward_mode
 from peft_kernels.ops.lora_linear import flat_weight
 from peft_kernels.ops.multi_lora_linear import backward_op, forward_op
 
@@ -23,16 +24,20 @@ if TYPE_CHECKING:
     from .routing import Routed
 
 
-class Tables(NamedTuple):
-    """Where the adapters of a layer are in its stack, for ranks and scalings that seldom change."""
+@dataclass
+class Tables:
+    """Where the adapters of a layer are in its stack, and which kernels serve it: what seldom changes between steps."""
 
     key: tuple[Any, ...]
+    forced: dict[str, str]
     spans: list[slice]  # rows of the stack, by adapter
     adapters: Tensor  # [tokens] int64, the place of each in the stack; -1: the base
     starts: Tensor
     ranks: Tensor
     scaling: Tensor
     max_rank: int
+    forward: Callable[..., Any] | None = None
+    backward: Callable[..., Any] | None = None
 
 
 class _Job(NamedTuple):
@@ -88,22 +93,22 @@ def _job(layer: AdapterLayer, x: Tensor, tokens: int) -> tuple[_Job, list[Tensor
     flat, n, k = flat_weight("multi_lora_linear", weight)
     if k != x.shape[-1] or flat[0].requires_grad or (bias is not None and bias.requires_grad):
         return None
-    tables = _tables(routed, names, [f[1].shape[0] for f in found], [f[3] for f in found], x.device, tokens)
+    given = (tokens, x.device, x.dtype, a.dtype, b.dtype, bias is None, p > 0.0)
+    tables = _tables(routed, names, [f[1].shape[0] for f in found], [f[3] for f in found], given)
     seed = philox.draw_seed(x.device) if p > 0.0 else None
     return _Job(flat, n, tables, bias, p, seed), [*(f[1] for f in found), *(f[2] for f in found)]
 
 
-def _tables(
-    routed: Routed, names: list[str], ranks: list[int], scaling: list[float], device: torch.device, tokens: int
-) -> Tables:
-    key = (tokens, device, *ranks, *scaling)
+def _tables(routed: Routed, names: list[str], ranks: list[int], scaling: list[float], given: tuple[Any, ...]) -> Tables:
+    key, forced = (*given, *ranks, *scaling), forced_backends()
     tables: Tables | None = routed.tables
-    if tables is None or tables.key != key:
+    if tables is None or tables.key != key or tables.forced is not forced:
+        tokens, device = given[:2]
         starts = [sum(ranks[:i]) for i in range(len(ranks))]
         slots = {name: i for i, name in enumerate(names)}
         of_rows = torch.tensor([slots.get(name, -1) for name in routed.rows], dtype=torch.int64, device=device)
         routed.tables = tables = Tables(
-            key, [slice(s, s + r) for s, r in zip(starts, ranks, strict=True)],
+            key, forced, [slice(s, s + r) for s, r in zip(starts, ranks, strict=True)],
             of_rows.repeat_interleave(tokens // len(routed.rows)),
             torch.tensor(starts, dtype=torch.int64, device=device),
             torch.tensor(ranks, dtype=torch.int64, device=device),
@@ -124,10 +129,10 @@ class _Linears(torch.autograd.Function):
             # side by side first: two quick copies in place of one across the grain
             b = torch.cat(factors[at + count : at + 2 * count], 1).t().contiguous()
             at += 2 * count
-            y, s = forward_op._call(
-                x, *job.weight, job.n, a, b, t.adapters, t.starts, t.ranks, t.scaling, t.max_rank, job.bias,
-                job.dropout, job.seed,
-            )  # fmt: skip
+            args = (x, *job.weight, job.n, a, b, t.adapters, t.starts, t.ranks, t.scaling, t.max_rank, job.bias,
+                    job.dropout, job.seed)  # fmt: skip
+            t.forward = t.forward or forward_op.settle(*args)
+            y, s = t.forward(*args)
             ys.append(y)
             saved += [a, b, s]
         ctx.set_materialize_grads(False)
@@ -149,10 +154,10 @@ class _Linears(torch.autograd.Function):
                 grads += [None] * len(wanted)
                 continue
             a, b, s = packed[3 * i : 3 * i + 3]
-            more, da, db = backward_op._call(
-                dy.contiguous(), x, *job.weight, a, b, s, t.adapters, t.starts, t.ranks, t.scaling, t.max_rank,
-                job.dropout, job.seed, need_dx, any(wanted),
-            )  # fmt: skip
+            args = (dy.contiguous(), x, *job.weight, a, b, s, t.adapters, t.starts, t.ranks, t.scaling, t.max_rank,
+                    job.dropout, job.seed, need_dx, any(wanted))  # fmt: skip
+            t.backward = t.backward or backward_op.settle(*args)
+            more, da, db = t.backward(*args)
             if need_dx:
                 dx = more if dx is None else dx.add_(more)
             parts = [da[own] for own in spans] + [db[own].t() for own in spans] if any(wanted) else [None] * len(wanted)
