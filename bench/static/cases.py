@@ -280,11 +280,10 @@ EXTRA = (
 # What differs little from the above: where the limit leaves room, and in the whole report.
 MORE = (
     Case("forward", M=128, r=64, dtype=f16, p=0.0, dense=True),
-    Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
     *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("forward", "backward", "project", "outer")),
     Case("outer", r=64, dtype=f16, p=0.0, ds=True), Case("backward", M=128, dense=True),
     Case("forward", M=128, dense=True), Case("squares"), Case("multi_forward", M=16), Case("multi_forward"),
-    Case("multi_backward"),
+    Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32), Case("multi_backward"),
     Case("multi_outer"),
 )  # fmt: skip
 UNALIGNED = {"forward": 1056}  # features of each kernel's case: blocks straddle the rows; odd numbers elsewhere
@@ -312,8 +311,9 @@ def config_of(kernel: str, arch: str, number: int) -> tuning.Config:
 def cases(capability: int) -> list[Case]:
     """Every case of an architecture, what CI may leave out last.
 
-    The core is what a launch takes without a search, but for tiles between a smaller and a larger one. Then come tiles
-    that are larger than those, the tiles between, `MORE`, and last what else only a search may choose.
+    The core is what a launch takes without a search, but for tiles between a smaller and a larger one, and the largest
+    tiles of the large products, which have a budget of their own. Then come the backward for odd sizes and for
+    float32, the tiles between, `MORE`, and last what else only a search may choose.
     """
     arch = tuning.nearest(capability)
     ranked: list[tuple[int, Case]] = []
@@ -329,11 +329,13 @@ def cases(capability: int) -> list[Case]:
         for size, case in found:
             first = [s for s, c in found if c.first and (c.dtype, c.K) == (case.dtype, case.K)]
             # of project and outer the plain case stands for these
-            odd = case.dtype is f32 or case.K != 4096 or (kernel == "project" and case.M < ROWS)
-            if case.first:
-                rank = 2 if min(first) < size < max(first) else 3 if odd and kernel in ("project", "outer") else 0
+            odd = kernel in ("project", "outer") and (case.dtype is not bf16 or (kernel == "project" and case.M < ROWS))
+            if not case.first:
+                rank = 0 if kernel in ("forward", "backward") and size > max(first) else 4
+            elif min(first) < size < max(first):
+                rank = 2
             else:
-                rank = 1 if kernel in ("forward", "backward") and size > max(first) else 4
+                rank = 1 if kernel == "backward" and case.dtype is not bf16 else 3 if odd else 0
             if kernel != "outer":
                 ranked.append((rank, case))
             else:  # both launches of one row are core, of those for other types and alignments one
