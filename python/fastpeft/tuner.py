@@ -251,17 +251,20 @@ class BaseTuner(ModelMerging, nn.Module):
         forward. values: for the adapters' methods, by adapter, a row each. repeats: how often a decoder sees each row
         (beams); an encoder sees it once. Raises ValueError for names of no adapter.
         """
-        unknown = sorted({n for n in names or () if n != "__base__" and n not in self.peft_config})
+        unknown = set(names or ()).difference(self.peft_config, ("__base__",))
         if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         if names is not None and not isinstance(names, (list, tuple)):
             raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
         modules, values = [module for _, module in self.adapter_modules()], values or {}
         encoder: Any = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
         is_part = isinstance(encoder, nn.Module) and encoder is not self.model
         once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
-        rows = {n: None if names is None else tuple(name for name in names for _ in range(n)) for n in (1, repeats)}
-        repeated = {n: {a: [v for v in row for _ in range(n)] for a, row in values.items()} for n in (1, repeats)}
+        rows: dict[int, tuple[str, ...] | None] = {1: None if names is None else tuple(names)}
+        repeated: dict[int, RowValues] = {1: values}
+        if repeats > 1:
+            rows[repeats] = None if names is None else tuple(name for name in names for _ in range(repeats))
+            repeated[repeats] = {a: [v for v in row for _ in range(repeats)] for a, row in values.items()}
         recall = None
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             recall = self._recall
@@ -271,21 +274,23 @@ class BaseTuner(ModelMerging, nn.Module):
             for module in modules:
                 times = 1 if id(module) in once else repeats
                 module.set_rows(rows[times], recall)
-                if isinstance(module, AdapterLayer):
+                if values and isinstance(module, AdapterLayer):
                     module.set_row_values(repeated[times])
             yield
         finally:
             self._assigned = before
             for module in modules:
                 module.set_rows(before)
-                if isinstance(module, AdapterLayer):
+                if values and isinstance(module, AdapterLayer):
                     module.set_row_values(None)
 
 
 def _repeats(kwargs: Mapping[str, Any]) -> int:
     """How often `generate` repeats the rows of its inputs, given its arguments."""
-    config = kwargs.get("generation_config")
-    counts = [kwargs.get(n, getattr(config, n, None)) for n in ("num_beams", "num_return_sequences")]
+    names, config = ("num_beams", "num_return_sequences"), kwargs.get("generation_config")
+    if config is None and not any(name in kwargs for name in names):
+        return 1
+    counts = [kwargs.get(n, getattr(config, n, None)) for n in names]
     return max([1, *(count for count in counts if isinstance(count, int))])
 
 
