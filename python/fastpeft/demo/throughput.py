@@ -94,9 +94,8 @@ def plot(result: dict[str, Any], picture: Path, title: str) -> None:
         ("one_after_another", "one adapter after another", "#c44e52"),
     ):
         axes.plot(x, result[key], color=colour, marker="o", linewidth=2, label=label)
-        for i in (0, len(x) - 1):
-            axes.annotate(f"{result[key][i]:.0f}", (i, result[key][i]), xytext=(0, -15), textcoords="offset points",
-                          ha="center", color=colour, fontweight="bold")  # fmt: skip
+        axes.annotate(f"{result[key][-1]:.0f}", (x[-1], result[key][-1]), xytext=(0, 7), textcoords="offset points",
+                      ha="center", color=colour, fontweight="bold")  # fmt: skip
     axes.set_xticks(list(x), [str(k) for k in result["adapters"]])
     axes.set_ylim(0, 1.15 * max(result["base"], *result["one_batch"], *result["one_after_another"]))
     axes.set_xlabel("adapters in the batch")
@@ -104,4 +103,5 @@ def plot(result: dict[str, Any], picture: Path, title: str) -> None:
     axes.set_title(title, loc="left", color=INK, fontsize=12)
     axes.legend(frameon=False, loc="lower left")
     plain_axes(axes)
+    axes.set_xlim(-0.3, len(x) - 0.7)
     save_picture(figure, picture)

@@ -35,11 +35,18 @@ def plot_losses(metrics: Path, picture: Path, title: str = "Training loss") -> N
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     if set(runs) <= {""}:
-        title += _draw(top, bottom, "training (smoothed)", "held out", runs.get("", []), (_TRAIN, _HELD_OUT, _RATE))
+        lines = runs.get("", [])
+        points = _draw(top, bottom, "training (smoothed)", "held out", lines, (_TRAIN, _HELD_OUT, _RATE))
+        _annotate(top, points)
+        if len(points) > 1 and points[0][1] > 0:
+            before, after = points[0][1], points[-1][1]
+            title += f": held-out loss {before:.2f} → {after:.2f} ({100 * (after / before - 1):+.0f} %)"
     else:
         title += " (smoothed; dashed: held out)"
         for (name, lines), colour in zip(runs.items(), itertools.cycle(_MANY)):
-            _draw(top, bottom, name, None, lines, (colour, colour, colour))
+            held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+            label = f"{name}: {held_out[0]:.2f} → {held_out[-1]:.2f}" if held_out else name
+            _draw(top, bottom, label, None, lines, (colour, colour, colour))
     top.set_title(title, loc="left", color=INK, fontsize=12)
     top.set_ylabel("loss per learned token")
     top.legend(frameon=False, loc="upper right")
@@ -60,8 +67,8 @@ def save_picture(figure: Any, picture: Path) -> None:
 
 def _draw(
     top: Any, bottom: Any, training: str, held_out: str | None, lines: list[dict[str, Any]], colours: tuple[str, ...]
-) -> str:
-    """One adapter's curves under these labels; what its held-out loss came to, in words for a title."""
+) -> list[tuple[int, float]]:
+    """One adapter's curves under these labels; its held-out losses as (step, loss)."""
     train = [line for line in lines if "loss" in line]
     losses = [line["loss"] for line in train]
     steps = [line["step"] for line in train]
@@ -69,20 +76,20 @@ def _draw(
     top.plot(steps, smooth(losses), color=colours[0], linewidth=2, label=training)
     bottom.plot(steps, [line["lr"] for line in train], color=colours[2], linewidth=1.5)
     points = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
-    if not points:
-        return ""
-    top.plot(*zip(*points, strict=True), color=colours[1], linewidth=1.4, linestyle="--", marker="o", markersize=6,
-             label=held_out)  # fmt: skip
+    if points:
+        top.plot(*zip(*points, strict=True), color=colours[1], linewidth=1.4, linestyle="--", marker="o", markersize=6,
+                 label=held_out)  # fmt: skip
+    return points
+
+
+def _annotate(top: Any, points: list[tuple[int, float]]) -> None:
+    """Write the first and the last held-out loss beside the curve."""
     box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
-    for i, (dx, dy, side) in {0: (12, 7, "left"), len(points) - 1: (0, -17, "right")}.items():
+    for i, (dx, dy, side) in {0: (12, 7, "left"), len(points) - 1: (0, -17, "right")}.items() if points else ():
         top.annotate(
-            f"{points[i][1]:.2f}", points[i], xytext=(dx, dy), textcoords="offset points", ha=side, color=colours[1],
+            f"{points[i][1]:.2f}", points[i], xytext=(dx, dy), textcoords="offset points", ha=side, color=_HELD_OUT,
             fontweight="bold", bbox=box, zorder=5,
         )  # fmt: skip
-    before, after = points[0][1], points[-1][1]
-    if len(points) == 1 or before <= 0:
-        return ""
-    return f": held-out loss {before:.2f} → {after:.2f} ({100 * (after / before - 1):+.0f} %)"
 
 
 def plain_axes(axes: Any) -> None:
