@@ -34,7 +34,6 @@ def config(output: Path, steps: int) -> TrainConfig:
         warmup=0.05,
         min_lr_ratio=0.05,
         max_steps=steps,
-        eval_every=max(1, steps // 2),
         save_every=max(1, steps // 2),
         keep_checkpoints=1,
     )
