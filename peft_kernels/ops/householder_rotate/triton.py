@@ -24,7 +24,7 @@ def _update(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     (m, d), r = x.shape, u.shape[0]
     y, s = torch.empty_like(x), torch.empty(m, r, dtype=torch.float32, device=x.device)
     rows = 32 if m > 16 else 16
-    host.launch(update_kernel, (-(-m // rows),), x, u, v, y, s, m, d, r, BM=rows, BN=128, BR=_ranks(r), num_warps=4,
+    host.launch(update_kernel, (-(-m // rows),), x, u, v, y, s, m, d, r, BM=rows, BN=64, BR=_ranks(r), num_warps=4,
                 num_stages=2)  # fmt: skip
     return y, s
 
