@@ -238,7 +238,8 @@ def test_every_documented_command_is_one(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv("NO_COLOR", "1")
     named = set()
     for path in tree(".md"):
-        for command, rest in re.findall(r"(?:`|^\s*|\$ )fastpeft ([a-z]+)([^`\n]*)", path.read_text(), flags=re.M):
+        pattern = r"(?:`|^\s*|\$ )fastpeft ([a-z]+(?:-[a-z]+)*)([^`\n]*)"
+        for command, rest in re.findall(pattern, path.read_text(), flags=re.M):
             monkeypatch.setattr(sys, "argv", ["fastpeft", command, "--help"])
             with pytest.raises(SystemExit) as stopped:
                 main()
