@@ -279,6 +279,7 @@ EXTRA = (
 )  # fmt: skip
 # What differs little from the above: where the limit leaves room, and in the whole report.
 MORE = (
+    *(Case(kernel, r=64) for kernel in ("reflect", "reflect_gradient")),
     Case("forward", M=128, r=64, dtype=f16, p=0.0, dense=True),
     *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("forward", "backward", "project", "outer")),
     Case("outer", r=64, dtype=f16, p=0.0, ds=True), Case("backward", M=128, dense=True),

@@ -14,8 +14,10 @@ MOST = 64  # reflections: s of a tile of rows lies in registers
 SPLIT = 1024  # rows of one part of the gradients of u and v
 
 
-def _ranks(r: int) -> int:
-    return max(16, 1 << (max(r, 1) - 1).bit_length())
+def _ranks(r: int) -> dict[str, int]:
+    """Ranks of a tile, and warps that hold it without spilling."""
+    ranks = max(16, 1 << (max(r, 1) - 1).bit_length())
+    return {"BR": ranks, "num_warps": 4 if ranks <= 32 else 8, "num_stages": 2}
 
 
 def _update(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,8 +26,7 @@ def _update(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     (m, d), r = x.shape, u.shape[0]
     y, s = torch.empty_like(x), torch.empty(m, r, dtype=torch.float32, device=x.device)
     rows = 32 if m > 16 else 16
-    host.launch(update_kernel, (-(-m // rows),), x, u, v, y, s, m, d, r, BM=rows, BN=64, BR=_ranks(r), num_warps=4,
-                num_stages=2)  # fmt: skip
+    host.launch(update_kernel, (-(-m // rows),), x, u, v, y, s, m, d, r, BM=rows, BN=64, **_ranks(r))
     return y, s
 
 
@@ -36,8 +37,9 @@ def _gradient(t: Tensor, x: Tensor) -> Tensor:
     (m, d), r = x.shape, t.shape[1]
     parts = max(1, -(-m // SPLIT))
     out = torch.empty(parts, r, d, dtype=torch.float32, device=x.device)
-    host.launch(gradient_kernel, (parts, -(-d // 64)), t, x, out, m, d, r, SPLIT=SPLIT, BM=64 if m > 16 else 16, BN=64,
-                BR=_ranks(r), num_warps=4, num_stages=2)  # fmt: skip
+    ranks = _ranks(r)
+    rows = 16 if m <= 16 else 64 if ranks["BR"] <= 32 else 32
+    host.launch(gradient_kernel, (parts, -(-d // 64)), t, x, out, m, d, r, SPLIT=SPLIT, BM=rows, BN=64, **ranks)
     return out[0] if parts == 1 else out.sum(0)
 
 
