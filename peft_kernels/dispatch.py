@@ -50,6 +50,21 @@ def arg_error(op: str, arg: str, expected: str, got: object, kind: type[Exceptio
     return kind(f"{op}: {arg} must be {expected}, got {got}")
 
 
+def check_alike(op: str, arg: str, got: Tensor, x: Tensor, name: str = "x") -> None:
+    """ValueError unless `got` has the dtype, shape and device of `x`, which the message calls `name`."""
+    if got.dtype != x.dtype or got.shape != x.shape or got.device != x.device:
+        raise arg_error(op, arg, f"{x.dtype} {tuple(x.shape)} on {x.device} like {name}",
+                        (got.dtype, tuple(got.shape), got.device))  # fmt: skip
+
+
+def check_beside(op: str, arg: str, got: Tensor, x: Tensor) -> None:
+    """An error unless `got`, whose dtype is its own, is a floating-point tensor where x is."""
+    if not got.is_floating_point():
+        raise arg_error(op, arg, "a floating-point tensor", got.dtype, TypeError)
+    if got.device != x.device:
+        raise arg_error(op, arg, f"on {x.device} like x", got.device)
+
+
 def _requires_grad(argument: object) -> bool:
     """Whether an operator's argument, a tensor or a list of tensors, records gradients."""
     if isinstance(argument, Tensor):

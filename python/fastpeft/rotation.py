@@ -1,4 +1,4 @@
-"""Rotations of a layer's input: what is left of their parametrisations, and the base of the methods that use them.
+"""Rotations of a layer's input: skew-symmetric blocks, dropout of blocks, and the base of the methods that turn it.
 
 A rotation is never a matrix of the layer's size: see `peft_kernels.butterfly_rotate` and `householder_rotate`.
 """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, forward_mode
+from ...dispatch import Op, arg_error, check_alike, check_beside, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 
@@ -24,10 +24,7 @@ def check_blocks(op: str, x: Tensor, blocks: Tensor) -> None:
     d = x.shape[-1]
     if blocks.dim() != 4 or blocks.shape[-1] != blocks.shape[-2] or min(blocks.shape) < 1:
         raise arg_error(op, "blocks", "[m, D, b, b], or [m, 1, b, b] where one block serves all", tuple(blocks.shape))
-    if not blocks.is_floating_point():
-        raise arg_error(op, "blocks", "a floating-point tensor", blocks.dtype, TypeError)
-    if blocks.device != x.device:
-        raise arg_error(op, "blocks", f"on {x.device} like x", blocks.device)
+    check_beside(op, "blocks", blocks, x)
     m, count, b = blocks.shape[:3]
     if d % b or count not in (1, d // b):
         raise arg_error(op, "blocks", f"for {d} features: [m, D or 1, b, b] with D * b = {d}", tuple(blocks.shape))
@@ -99,9 +96,7 @@ forward_op = Op(
 
 def _check_backward(dy: Tensor, x: Tensor, blocks: Tensor, transposed: bool, need_dx: bool, need_dblocks: bool) -> None:
     _check(x, blocks, transposed)
-    if dy.dtype != x.dtype or dy.shape != x.shape or dy.device != x.device:
-        raise arg_error("butterfly_rotate_backward", "dy", f"{x.dtype} {tuple(x.shape)} on {x.device} like x",
-                        (dy.dtype, tuple(dy.shape), dy.device))  # fmt: skip
+    check_alike("butterfly_rotate_backward", "dy", dy, x)
 
 
 def _fake_backward(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, forward_mode
+from ...dispatch import Op, arg_error, check_alike, forward_mode
 from ..lora_linear import apply_function
 
 
@@ -77,9 +77,7 @@ forward_op = Op(
 def _check_backward(dr: Tensor, q: Tensor, r: Tensor, terms: int) -> None:
     _check(q, terms)
     for name, t in (("dr", dr), ("r", r)):
-        if t.shape != q.shape or t.dtype != q.dtype or t.device != q.device:
-            raise arg_error("cayley_backward", name, f"{q.dtype} {tuple(q.shape)} on {q.device} like q",
-                            (t.dtype, tuple(t.shape), t.device))  # fmt: skip
+        check_alike("cayley_backward", name, t, q, "q")
 
 
 def _fake_backward(dr: Tensor, q: Tensor, r: Tensor, terms: int) -> Tensor:

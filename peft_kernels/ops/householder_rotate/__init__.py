@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, forward_mode
+from ...dispatch import Op, arg_error, check_alike, check_beside, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 
@@ -23,10 +23,7 @@ def _check(x: Tensor, u: Tensor, v: Tensor) -> None:
     for name, t in (("u", u), ("v", v)):
         if t.dim() != 2 or t.shape[1] != x.shape[1] or t.shape[0] != u.shape[0]:
             raise arg_error("householder_rotate", name, f"[r, {x.shape[1]}], both alike", tuple(t.shape))
-        if not t.is_floating_point():
-            raise arg_error("householder_rotate", name, "a floating-point tensor", t.dtype, TypeError)
-        if t.device != x.device:
-            raise arg_error("householder_rotate", name, f"on {x.device} like x", t.device)
+        check_beside("householder_rotate", name, t, x)
 
 
 def _fake(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,9 +53,7 @@ forward_op = Op(
 
 def _check_backward(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, s: Tensor, need_dx: bool, need_duv: bool) -> None:
     _check(x, u, v)
-    if dy.dtype != x.dtype or dy.shape != x.shape or dy.device != x.device:
-        raise arg_error("householder_rotate_backward", "dy", f"{x.dtype} {tuple(x.shape)} on {x.device} like x",
-                        (dy.dtype, tuple(dy.shape), dy.device))  # fmt: skip
+    check_alike("householder_rotate_backward", "dy", dy, x)
     if tuple(s.shape) != (x.shape[0], u.shape[0]):
         raise arg_error("householder_rotate_backward", "s", f"[{x.shape[0]}, {u.shape[0]}]", tuple(s.shape))
 

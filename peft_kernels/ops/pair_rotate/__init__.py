@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, forward_mode
+from ...dispatch import Op, arg_error, check_alike, check_beside, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 
@@ -26,10 +26,7 @@ def _check(x: Tensor, first: Tensor, second: Tensor, half: int) -> None:
     for name, t in (("first", first), ("second", second)):
         if tuple(t.shape) != (d,):
             raise arg_error("pair_rotate", name, f"[{d}]", tuple(t.shape))
-        if not t.is_floating_point():
-            raise arg_error("pair_rotate", name, "a floating-point tensor", t.dtype, TypeError)
-        if t.device != x.device:
-            raise arg_error("pair_rotate", name, f"on {x.device} like x", t.device)
+        check_beside("pair_rotate", name, t, x)
 
 
 def _fake(x: Tensor, first: Tensor, second: Tensor, half: int) -> Tensor:
@@ -64,9 +61,7 @@ def _check_backward(
     dy: Tensor, x: Tensor, first: Tensor, second: Tensor, half: int, need_dx: bool, need_columns: bool
 ) -> None:
     _check(x, first, second, half)
-    if dy.dtype != x.dtype or dy.shape != x.shape or dy.device != x.device:
-        raise arg_error("pair_rotate_backward", "dy", f"{x.dtype} {tuple(x.shape)} on {x.device} like x",
-                        (dy.dtype, tuple(dy.shape), dy.device))  # fmt: skip
+    check_alike("pair_rotate_backward", "dy", dy, x)
 
 
 def _fake_backward(

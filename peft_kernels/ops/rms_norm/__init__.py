@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, forward_mode
+from ...dispatch import Op, arg_error, check_alike, check_beside, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 
@@ -23,10 +23,7 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
         raise arg_error("rms_norm", "x", "[..., N], N at least 1", tuple(x.shape))
     if tuple(weight.shape) != tuple(x.shape[-1:]):
         raise arg_error("rms_norm", "weight", f"[{x.shape[-1]}], one for each feature of x", tuple(weight.shape))
-    if not weight.is_floating_point():
-        raise arg_error("rms_norm", "weight", "a floating-point tensor", weight.dtype, TypeError)
-    if weight.device != x.device:
-        raise arg_error("rms_norm", "weight", f"on {x.device} like x", weight.device)
+    check_beside("rms_norm", "weight", weight, x)
     if not eps >= 0.0:
         raise arg_error("rms_norm", "eps", "0 or above", eps)
 
@@ -61,9 +58,7 @@ forward_op = Op(
 
 def _check_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     _check(x, weight, eps)
-    if dy.dtype != x.dtype or dy.shape != x.shape or dy.device != x.device:
-        raise arg_error("rms_norm_backward", "dy", f"{x.dtype} {tuple(x.shape)} on {x.device} like x",
-                        (dy.dtype, tuple(dy.shape), dy.device))  # fmt: skip
+    check_alike("rms_norm_backward", "dy", dy, x)
 
 
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, forward_mode
+from ...dispatch import Op, arg_error, check_alike, forward_mode
 from ..lora_linear import apply_function
 
 
@@ -57,9 +57,7 @@ forward_op = Op(
 
 def _check_backward(gate: Tensor, up: Tensor, dh: Tensor) -> None:
     _check(gate, up)
-    if dh.dtype != gate.dtype or dh.shape != gate.shape or dh.device != gate.device:
-        raise arg_error("swiglu_backward", "dh", f"{gate.dtype} {tuple(gate.shape)} on {gate.device} like gate",
-                        (dh.dtype, tuple(dh.shape), dh.device))  # fmt: skip
+    check_alike("swiglu_backward", "dh", dh, gate, "gate")
 
 
 def _fake_backward(gate: Tensor, up: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
