@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
+from ..dispatch import FLOATS, Backend
 from ..formats import TABLES
 
 _pair_tables: dict[tuple[int, torch.device], Tensor] = {}
@@ -54,6 +55,21 @@ def wrong_mode(x: Tensor, *_: Any) -> str | None:
     if x.device.type == "cuda" and interpreting():
         return "Triton runs in its interpreter in this process (TRITON_INTERPRET=1)"
     return None
+
+
+def backends(
+    functions: dict[str, Callable[..., Any]],
+    when: Callable[..., str | None] = wrong_mode,
+    dtypes: frozenset[torch.dtype] = FLOATS,
+) -> dict[str, Backend]:
+    """`BACKENDS` of a Triton module: an operator's function by its name. when: calls `wrong_mode` last."""
+    return {
+        name: Backend(
+            "triton", function, devices=frozenset({"cuda"}), dtypes=dtypes, forced_devices=frozenset({"cpu"}),
+            min_capability=(8, 0), package="triton", available=missing, when=when,
+        )
+        for name, function in functions.items()
+    }  # fmt: skip
 
 
 def pair_table(quant_type: int, device: torch.device) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import Backend
 from ...triton_lib import host
 from . import _reference, _reference_backward
 
@@ -106,10 +105,4 @@ def _refusal(*args: Any) -> str | None:
     return f"factors reach {reach} features, above {MOST}" if reach > MOST else host.wrong_mode(x)
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=host.missing, when=_refusal,
-    )
-    for name, fn in (("butterfly_rotate", forward), ("butterfly_rotate_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"butterfly_rotate": forward, "butterfly_rotate_backward": backward}, _refusal)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, empty_like
 
-from ...dispatch import Backend
 from ...triton_lib import host
 from . import series
 
@@ -50,10 +49,4 @@ def _refusal(q: Tensor, *_: Any) -> str | None:
     return f"blocks of more than {MOST}" if q.shape[-1] > MOST else host.wrong_mode(q)
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), dtypes=frozenset({torch.float32}), forced_devices=frozenset({"cpu"}),
-        min_capability=(8, 0), package="triton", available=host.missing, when=_refusal,
-    )
-    for name, fn in (("cayley", forward), ("cayley_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"cayley": forward, "cayley_backward": backward}, _refusal, dtypes=frozenset({torch.float32}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import Backend
 from ...formats import table
 from ...triton_lib import host
 from . import numel_of, refuse_dtype
@@ -36,16 +35,4 @@ def _when(packed: Tensor, *args: object) -> str | None:
     return refuse_dtype(packed, *args) or host.wrong_mode(packed)
 
 
-BACKENDS = {
-    "dequantize_4bit": Backend(
-        "triton",
-        dequantize_4bit,
-        devices=frozenset({"cuda"}),
-        dtypes=frozenset({torch.uint8}),
-        forced_devices=frozenset({"cpu"}),
-        min_capability=(8, 0),
-        package="triton",
-        available=host.missing,
-        when=_when,
-    ),
-}
+BACKENDS = host.backends({"dequantize_4bit": dequantize_4bit}, _when, dtypes=frozenset({torch.uint8}))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...dispatch import Backend
 from ...triton_lib import host
 from ..lora_linear import triton as lora
 
@@ -106,10 +105,4 @@ def backward(
     return dx, da, db, dgain
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=host.missing, when=host.wrong_mode,
-    )
-    for name, fn in (("dora_linear", forward), ("dora_linear_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"dora_linear": forward, "dora_linear_backward": backward})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import formats, tuning
-from ...dispatch import FLOATS, Backend
+from ...dispatch import FLOATS
 from ...triton_lib import host
 from ..lora_linear.triton import _cdiv, _options, _rank_tile, _split
 
@@ -66,10 +66,6 @@ def _when(weight: Tensor, *rest: Any) -> str | None:
     return host.wrong_mode(weight)
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), dtypes=FLOATS | {torch.uint8}, forced_devices=frozenset({"cpu"}),
-        min_capability=(8, 0), package="triton", available=host.missing, when=_when,
-    )
-    for name, fn in (("squared_row_norms", squared_row_norms), ("dora_norm", dora_norm))
-}  # fmt: skip
+BACKENDS = host.backends(
+    {"squared_row_norms": squared_row_norms, "dora_norm": dora_norm}, _when, dtypes=FLOATS | {torch.uint8}
+)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import Backend
 from ...triton_lib import host
 
 MOST = 64  # reflections: s of a tile of rows lies in registers
@@ -67,10 +66,4 @@ def _refusal(*args: Any) -> str | None:
     return f"more than {MOST} reflections" if u.shape[0] > MOST else host.wrong_mode(args[0])
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=host.missing, when=_refusal,
-    )
-    for name, fn in (("householder_rotate", forward), ("householder_rotate_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"householder_rotate": forward, "householder_rotate_backward": backward}, _refusal)

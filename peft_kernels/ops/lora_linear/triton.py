@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ... import formats, philox, tuning
-from ...dispatch import Backend
 from ...triton_lib import host
 
 _PANEL_STEP = 64  # panels start at multiples of it
@@ -359,10 +358,4 @@ def _input_gradient(
     return dx
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=host.missing, when=host.wrong_mode,
-    )
-    for name, fn in (("lora_linear", forward), ("lora_linear_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"lora_linear": forward, "lora_linear_backward": backward})

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...dispatch import Backend
 from ...triton_lib import host
 from ..lora_linear import triton as single
 from . import each
@@ -181,10 +180,4 @@ def _input_gradient(
     return dx if parts == 1 else single._reduce(out, dx, 1.0)
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=host.missing, when=_when,
-    )
-    for name, fn in (("lora_linear_stacked", forward), ("lora_linear_stacked_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"lora_linear_stacked": forward, "lora_linear_stacked_backward": backward}, _when)

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...dispatch import Backend
 from ...triton_lib import host
 from ..lora_linear import triton as single
 
@@ -231,10 +230,4 @@ def _input_gradient(
     return dx
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=host.missing, when=host.wrong_mode,
-    )
-    for name, fn in (("multi_lora_linear", forward), ("multi_lora_linear_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"multi_lora_linear": forward, "multi_lora_linear_backward": backward})

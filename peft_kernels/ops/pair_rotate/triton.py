@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ...dispatch import Backend
 from ...triton_lib import host
 
 SPLIT = 256  # rows of one part of the columns' gradients
@@ -50,14 +47,4 @@ def backward(
     return dx, dfirst.to(first.dtype), dsecond.to(second.dtype)
 
 
-def _refusal(x: Tensor, *_: Any) -> str | None:
-    return host.wrong_mode(x)
-
-
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=host.missing, when=_refusal,
-    )
-    for name, fn in (("pair_rotate", forward), ("pair_rotate_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"pair_rotate": forward, "pair_rotate_backward": backward})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...dispatch import Backend
 from ...triton_lib import host
 from . import levels, nested_parts, no_nesting, outputs
 
@@ -34,15 +33,4 @@ def quantize_4bit(
     return packed, codes, nested_absmax, nested_code, offset
 
 
-BACKENDS = {
-    "quantize_4bit": Backend(
-        "triton",
-        quantize_4bit,
-        devices=frozenset({"cuda"}),
-        forced_devices=frozenset({"cpu"}),
-        min_capability=(8, 0),
-        package="triton",
-        available=host.missing,
-        when=host.wrong_mode,
-    ),
-}
+BACKENDS = host.backends({"quantize_4bit": quantize_4bit})

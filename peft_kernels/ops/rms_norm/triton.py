@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, empty_like
 
-from ...dispatch import Backend
 from ...triton_lib import host
 
 MOST = 16384  # features: a row lies in the registers of a program
@@ -41,10 +40,4 @@ def _refusal(x: Tensor, *args: Any) -> str | None:
     return f"rows of more than {MOST} features" if x.shape[-1] > MOST else host.wrong_mode(x)
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=host.missing, when=_refusal,
-    )
-    for name, fn in (("rms_norm", forward), ("rms_norm_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"rms_norm": forward, "rms_norm_backward": backward}, _refusal)

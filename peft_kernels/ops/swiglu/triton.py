@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import Backend
 from ...triton_lib import host
 
 BLOCK = 2048  # elements a program
@@ -32,10 +31,4 @@ def backward(gate: Tensor, up: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     return dgate, dup
 
 
-BACKENDS = {
-    name: Backend(
-        "triton", fn, devices=frozenset({"cuda"}), forced_devices=frozenset({"cpu"}), min_capability=(8, 0),
-        package="triton", available=host.missing, when=host.wrong_mode,
-    )
-    for name, fn in (("swiglu", forward), ("swiglu_backward", backward))
-}  # fmt: skip
+BACKENDS = host.backends({"swiglu": forward, "swiglu_backward": backward})
