@@ -202,6 +202,42 @@ PK_EXPORT int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t dev
 /* As pk_cpu_squared_row_norms, of quantised weights; K is cut into `parts`: squares [parts][N], to be added in order. */
 PK_EXPORT int pk_cuda_squared_row_norms(const pk_lora_args *args, double *squares, int64_t parts, int64_t device,
                                         void *stream);
+/* ---- rotations (CUDA library): x, y, dy, dx and what they are as in the CPU library, d below 2^24 -------------------
+ * Gradients that are sums over the rows of x come in parts of the rows, to be added in order. */
+/* sums [parts][2][d]: dfirst, dsecond; NULL with x, dx may be. */
+PK_EXPORT int pk_cuda_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M, int64_t d,
+                                  int64_t half, void *y, int64_t device, void *stream);
+PK_EXPORT int pk_cuda_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second, int64_t dtype,
+                                           int64_t M, int64_t d, int64_t half, void *dx, float *sums, int64_t parts,
+                                           int64_t device, void *stream);
+/* Factors as in the CPU library that reach b * 2^(m - 1) <= 256 features, one after another in float32. x NULL: the rows of
+ * an identity for each such group, float32 [b * 2^(m - 1), d]. every: y [m][M][d], what each factor gives. */
+PK_EXPORT int pk_cuda_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d, int64_t b,
+                                       int64_t m, int64_t shared, int64_t transposed, int64_t every, void *y, int64_t device,
+                                       void *stream);
+/* The gradient of the factors' blocks, dblocks [m][d / b][b][b], from that of what they make of identities: last
+ * [b * 2^(m - 1)][d]; inputs and gradients: `every` factor of the identities, and of `last` turned back. */
+PK_EXPORT int pk_cuda_butterfly_gradient(const float *inputs, const float *gradients, const float *last, int64_t d, int64_t b,
+                                         int64_t m, int64_t transposed, float *dblocks, int64_t device, void *stream);
+/* y = x by block-diagonal matrices on tensor cores: 16-bit x, y, 8-byte aligned, P a multiple of 16 up to 256. Element (k, c)
+ * of matrix n is matrices[n * group + k * row + c * column]; about 16 bits of it count. */
+PK_EXPORT int pk_cuda_block_product(const void *x, const float *matrices, int64_t dtype, int64_t M, int64_t d, int64_t P,
+                                    int64_t group, int64_t row, int64_t column, void *y, int64_t device, void *stream);
+/* x^T dy within each group of P <= 256 features, in parts of the rows: out [parts][d * P], element (k, c) of group n at
+ * n * group + k * row + c. */
+PK_EXPORT int pk_cuda_block_gradient(const void *x, const void *dy, int64_t dtype, int64_t M, int64_t d, int64_t P,
+                                     int64_t group, int64_t row, float *out, int64_t parts, int64_t device, void *stream);
+/* Up to 64 reflections. y NULL: only s. The other way round, x = dy with u and v exchanged gives dx and t = dy v^T. */
+PK_EXPORT int pk_cuda_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M, int64_t d,
+                                         int64_t r, void *y, float *s, int64_t device, void *stream);
+/* out [parts][r][d]: -t^T x, which is du, and dv where t is s and x is dy. t: float32 [M, r]. */
+PK_EXPORT int pk_cuda_householder_gradient(const float *t, const void *x, int64_t dtype, int64_t M, int64_t d, int64_t r,
+                                           float *out, int64_t parts, int64_t device, void *stream);
+/* cayley: b <= 64, n <= 104; weights [n] on the **host**. */
+PK_EXPORT int pk_cuda_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r, int64_t device,
+                             void *stream);
+PK_EXPORT int pk_cuda_cayley_backward(const float *q, const float *r, const float *dr, int64_t blocks, int64_t b,
+                                      const float *weights, int64_t n, float *dq, int64_t device, void *stream);
 
 #ifdef __cplusplus
 }

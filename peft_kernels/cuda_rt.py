@@ -17,6 +17,8 @@ from torch import Tensor
 from . import native
 from .dispatch import FLOATS, Backend
 
+_BLOCKS = 264  # a launch should have: two on each multiprocessor of a large GPU, and the same number on every GPU
+
 
 @lru_cache(maxsize=1)
 def _no_gpu() -> str | None:
@@ -88,3 +90,14 @@ class launching:
     def __exit__(self, *error: Any) -> None:
         if self._guard is not None:
             self._guard.__exit__(*error)
+
+
+def queue(function: str, like: Tensor, *args: Any) -> None:
+    """`function` of the CUDA library with `args`, on the device and the stream of `like`."""
+    with launching(like) as (device, stream):
+        native.check(getattr(native.cuda(), function)(*args, device, stream), "cuda")
+
+
+def parts(work: int, across: int) -> int:
+    """How many parts a sum over `work` pieces is cut into where `across` blocks stand side by side: at least one."""
+    return max(1, min(work, _BLOCKS // max(1, across)))

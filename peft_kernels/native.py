@@ -59,6 +59,16 @@ _CUDA_SIGNATURES: dict[str, list[Any]] = {
     "pk_cuda_lora_linear": [c_char_p, c_int64, c_void_p],
     "pk_cuda_lora_linear_backward": [c_char_p, c_int64, c_void_p],
     "pk_cuda_squared_row_norms": [c_char_p, c_void_p, c_int64, c_int64, c_void_p],
+    "pk_cuda_pair_rotate": [*[c_void_p] * 3, *[c_int64] * 4, c_void_p, c_int64, c_void_p],
+    "pk_cuda_pair_rotate_backward": [*[c_void_p] * 4, *[c_int64] * 4, *[c_void_p] * 2, *[c_int64] * 2, c_void_p],
+    "pk_cuda_butterfly_rotate": [*[c_void_p] * 2, *[c_int64] * 8, c_void_p, c_int64, c_void_p],
+    "pk_cuda_butterfly_gradient": [*[c_void_p] * 3, *[c_int64] * 4, c_void_p, c_int64, c_void_p],
+    "pk_cuda_block_product": [*[c_void_p] * 2, *[c_int64] * 7, c_void_p, c_int64, c_void_p],
+    "pk_cuda_block_gradient": [*[c_void_p] * 2, *[c_int64] * 6, c_void_p, *[c_int64] * 2, c_void_p],
+    "pk_cuda_householder_rotate": [*[c_void_p] * 3, *[c_int64] * 4, *[c_void_p] * 2, c_int64, c_void_p],
+    "pk_cuda_householder_gradient": [*[c_void_p] * 2, *[c_int64] * 4, c_void_p, *[c_int64] * 2, c_void_p],
+    "pk_cuda_cayley": [c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p, c_int64, c_void_p],
+    "pk_cuda_cayley_backward": [*[c_void_p] * 3, *[c_int64] * 2, c_void_p, c_int64, c_void_p, c_int64, c_void_p],
 }
 
 _LIB_DIR = Path(__file__).resolve().parent / "lib"

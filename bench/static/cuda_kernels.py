@@ -11,6 +11,7 @@ from . import gpus, sass
 from .metrics import Work
 
 N = K = 4096  # the weight that rooflines are stated for
+ROWS = 8192  # of x, for the rotations
 SIZE = {"f32": 4, "bf16": 2, "f16": 2}
 WEIGHT = N * K * (0.5 + 1 / 64 + 4 / 64 / 256)  # bytes of it in NF4, nested
 
@@ -87,6 +88,51 @@ def _norm(arguments: tuple[str, ...], arch: int) -> Fact:
     return Fact("dora_norm", bytes=WEIGHT, fmas=16 * N * K if arguments[1] == "1" else 0, wide=False)
 
 
+def _pair(arguments: tuple[str, ...], arch: int) -> Fact:
+    """<type, pairs a lane, with sums>: x and y; dy, x and dx."""
+    return Fact("pair_rotate", bytes=ROWS * K * SIZE[arguments[0]] * (3 if arguments[2] == "1" else 2), wide=False)
+
+
+def _turned(arguments: tuple[str, ...], arch: int) -> Fact:
+    """<type, vector>: two factors of blocks of 8."""
+    return Fact("butterfly_rotate", bytes=2 * ROWS * K * SIZE[arguments[0]], fmas=ROWS * K * 16, wide=False,
+                dynamic_shared=2 * 64 * 33 * 4)  # fmt: skip
+
+
+def _by_blocks(arguments: tuple[str, ...], arch: int) -> Fact:
+    """<type, tiles of 8 columns>: a product with blocks of 32, or of 64, on the tensor cores, in two halves."""
+    size = 64 if arguments[1] == "8" else 32
+    return Fact("butterfly_rotate", bytes=4 * ROWS * K, fmas=2 * ROWS * K * size, dynamic_shared=64 * 4 * size)
+
+
+def _block_gradient(arguments: tuple[str, ...], arch: int) -> Fact:
+    """<type>: x^T dy of blocks of 32."""
+    return Fact("butterfly_rotate", bytes=2 * ROWS * K * SIZE[arguments[0]], fmas=ROWS * K * 32, wide=False)
+
+
+def _block_gradient_mma(arguments: tuple[str, ...], arch: int) -> Fact:
+    return replace(_block_gradient(arguments, arch), wide=True)
+
+
+def _reflect(arguments: tuple[str, ...], arch: int) -> Fact:
+    """<type>: 8 reflections; x, from the cache the second time, and y."""
+    return Fact("householder_rotate", bytes=2 * ROWS * K * SIZE[arguments[0]], fmas=16 * ROWS * K, wide=False)
+
+
+def _reflect_gradient(arguments: tuple[str, ...], arch: int) -> Fact:
+    return Fact("householder_rotate", bytes=ROWS * K * SIZE[arguments[0]], fmas=8 * ROWS * K, wide=False)
+
+
+def _cayley(matrices: int) -> Callable[[tuple[str, ...], int], Fact]:
+    """<elements of a thread's side>: of blocks of the largest size. matrices: of them in shared memory."""
+
+    def described(arguments: tuple[str, ...], arch: int) -> Fact:
+        side = 16 * int(arguments[0])
+        return Fact("cayley", wide=False, dynamic_shared=4 * matrices * side * (side + 1) if matrices else 32 * side)
+
+    return described
+
+
 def _by_adapters(arguments: tuple[str, ...], arch: int) -> Fact:
     """<..., each row of x has an adapter of its own>"""
     return Fact("multi_lora_linear" if arguments[-1] == "1" else "lora_linear", wide=False)
@@ -105,6 +151,17 @@ FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "input_kernel": _input,
     "mma::kernel": _mma,
     "norm_kernel": _norm,
+    "pair_kernel": _pair,
+    "turn_kernel": _turned,
+    "factor_kernel": _other("butterfly_rotate"),
+    "block_product_kernel": _by_blocks,
+    "block_gradient_kernel": _block_gradient,
+    "block_gradient_mma_kernel": _block_gradient_mma,
+    "reflect_kernel": _reflect,
+    "reflect_gradient_kernel": _reflect_gradient,
+    "cayley_exact_kernel": _cayley(0),
+    "cayley_series_kernel": _cayley(2),
+    "cayley_backward_kernel": _cayley(4),
     "expand_kernel": _other("multi_lora_linear"),
     **{f"{name}_kernel": _by_adapters for name in ("project", "outer")},
     **{f"{name}_kernel": _other("lora_linear") for name in ("any", "finish", "sum", "gain")},

@@ -60,6 +60,32 @@ template <typename T> __device__ __forceinline__ void pk_load8(const T *p, float
     pk_unpack<T>(raw.x, v), pk_unpack<T>(raw.y, v + 2), pk_unpack<T>(raw.z, v + 4), pk_unpack<T>(raw.w, v + 6);
 }
 
+/* Four neighbouring elements as floats, and back, rounded once. fast: all four are there, and aligned to their size; else
+ * those from `left` on are zeros, and are not written. */
+template <typename T> __device__ __forceinline__ void pk_load4(const T *p, int64_t left, bool fast, float *v) {
+    if (!fast) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[k] = k < left ? pk_float(p[k]) : 0.0f;
+    } else if constexpr (sizeof(T) == 4) {
+        const float4 raw = *reinterpret_cast<const float4 *>(p);
+        v[0] = raw.x, v[1] = raw.y, v[2] = raw.z, v[3] = raw.w;
+    } else {
+        const uint2 raw = *reinterpret_cast<const uint2 *>(p);
+        pk_unpack<T>(raw.x, v), pk_unpack<T>(raw.y, v + 2);
+    }
+}
+template <typename T> __device__ __forceinline__ void pk_store4(T *p, int64_t left, bool fast, const float *v) {
+    if (!fast) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (k < left) p[k] = pk_rounded<T>(v[k]);
+    } else if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<float4 *>(p) = make_float4(v[0], v[1], v[2], v[3]);
+    } else {
+        *reinterpret_cast<uint2 *>(p) = make_uint2(pk_pack<T>(v[0], v[1]), pk_pack<T>(v[2], v[3]));
+    }
+}
+
 /* Element i, or eight from i on (those from `left` on are zero), of a tensor whose dtype is known at run time only: a
  * branch that all threads take alike. fast: all eight are there and 16-byte aligned. */
 __device__ __forceinline__ float pk_load_as(const void *p, int dtype, int64_t i) {

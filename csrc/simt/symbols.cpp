@@ -16,6 +16,7 @@ namespace {
 struct Symbol {
     const char *first, *end;
     std::string name;
+    bool variable;
 };
 
 std::vector<Symbol> read_symbols() {
@@ -39,7 +40,8 @@ std::vector<Symbol> read_symbols() {
         for (size_t i = 0; i < sections[s].sh_size / sizeof *symbols; ++i)
             if (symbols[i].st_size && symbols[i].st_shndx != SHN_UNDEF) {
                 const char *first = static_cast<const char *>(here.dli_fbase) + symbols[i].st_value;
-                found.push_back({first, first + symbols[i].st_size, names + symbols[i].st_name});
+                found.push_back({first, first + symbols[i].st_size, names + symbols[i].st_name,
+                                 ELF64_ST_TYPE(symbols[i].st_info) == STT_OBJECT});
             }
     }
     return found;
@@ -103,7 +105,8 @@ std::vector<Range> shared_of(const void *kernel) {
         if (s.first == kernel && s.name.compare(0, 2, "_Z") == 0) prefix = "_Z" + s.name.substr(1) + "E";
     std::vector<Range> found;
     for (const Symbol &s : symbols())
-        if (!prefix.empty() && s.name.compare(0, prefix.size(), prefix) == 0) found.push_back({s.first, s.end});
+        if (!prefix.empty() && s.variable && s.name.compare(0, prefix.size(), prefix) == 0) /* not a lambda of the kernel's */
+            found.push_back({s.first, s.end});
     return found;
 }
 

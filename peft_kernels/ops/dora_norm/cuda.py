@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import native
-from ...cuda_rt import backend, launching
+from ...cuda_rt import backend, parts, queue
 from ..lora_linear.cuda import refuse_weight, with_tail
 from ..lora_linear.native import pack
 
-_BLOCKS = 264  # a launch should have: two on each multiprocessor of a large GPU, and the same number on every GPU
 _ROWS, _COLUMNS = 32, 256  # of W that a block takes at once: csrc/cuda/dora_norm.cu
 
 
@@ -26,14 +24,12 @@ def _sums(weight: tuple[Any, ...], n: int, k: int, a: Tensor | None, b: Tensor |
         a = b = None
     else:
         a, b = a.contiguous(), b.contiguous()
-    parts = max(1, min(-(-k // _COLUMNS), _BLOCKS * _ROWS // n))
-    out = torch.empty((parts, n), dtype=torch.float64, device=device)
+    count = parts(-(-k // _COLUMNS), -(-n // _ROWS))
+    out = torch.empty((count, n), dtype=torch.float64, device=device)
     x = torch.empty((0, k), dtype=torch.bfloat16, device=device)  # no rows: only its width is read
     packed = pack(0, x, *tensors, *weight[5:], n, a, b, scaling, None, 0.0, None)  # type: ignore[arg-type]
-    with launching(weight[0]) as (index, stream):
-        call = with_tail(packed, weight[5])
-        native.check(native.cuda().pk_cuda_squared_row_norms(call, out.data_ptr(), parts, index, stream), "cuda")
-    return out[0] if parts == 1 else out.sum(0)
+    queue("pk_cuda_squared_row_norms", weight[0], with_tail(packed, weight[5]), out.data_ptr(), count)
+    return out[0] if count == 1 else out.sum(0)
 
 
 def squared_row_norms(*args: Any) -> Tensor:
