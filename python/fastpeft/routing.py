@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import AdapterStack, multi_lora_linear
-from peft_kernels.dispatch import forward_mode
+from peft_kernels.dispatch import forced_backends, forward_mode
+from peft_kernels.ops.lora_linear import flat_weight
+from peft_kernels.ops.multi_lora_linear import forward_op
 
 from .containers import AdapterDict
 from .kept import Seen
@@ -117,6 +119,15 @@ class _LowRank(NamedTuple):
     dropout: float
 
 
+class _Ready(NamedTuple):
+    """The kernel for one shape, dtype and device of x while some backends are forced, and its arguments after x."""
+
+    x: tuple[torch.Size, torch.dtype, torch.device]
+    forced: dict[str, str]
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
 @dataclass
 class _Layout:
     """Where the rows go. Indices are tensors on the device of x."""
@@ -151,10 +162,11 @@ class Routed:
         self._last: tuple[Any, torch.device, _Layout] | None = None  # where every method is in these slots
         self.tables: Any = None  # of `trained_rows`
         self._known: Packed | None = None  # serves these rows, as was found when they were assigned
+        self._ready: _Ready | None = None
 
     def again(self) -> None:
         """The same rows come in another forward of the model."""
-        self._known = None
+        self._known = self._ready = None
 
     def __call__(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Tensor:
         layer = self.layer
@@ -192,6 +204,39 @@ class Routed:
             layer._members = None
         assert layout.back is not None
         return torch.cat(parts).index_select(0, layout.back)
+
+    def _unwritten(self, kept: Packed) -> bool:
+        """`Packed.unwritten`, unless it is known already: a look at each tensor of each adapter takes as long as a
+        small layer's product."""
+        return (self.layer._steady and not torch.is_grad_enabled()) or kept.unwritten()
+
+    def quick(self, x: Tensor) -> Tensor | None:
+        """The layer for x [rows, K] without gradients while all that it has is steady, by the kernel alone: without the
+        checks of the operator, which the first call made. None where it takes the ordinary way."""
+        ready = self._ready
+        if ready is None or ready.forced is not forced_backends() or ready.x != (x.shape, x.dtype, x.device):
+            ready = self._ready = self._make_ready(x)
+        if ready is None:
+            return None
+        y: Tensor = ready.run(x, *ready.args)[0]
+        return y
+
+    def _make_ready(self, x: Tensor) -> _Ready | None:
+        layer = self.layer
+        if not layer._steady or layer.training or layer.merged_adapters or layer.kind.transient:
+            return None
+        if len(self.groups) == 1 or not self._parts or len(x) != len(self.rows) or x.dim() != 2:
+            return None
+        low = self._low_rank()
+        if low is None or self._known is None or low.compute not in (None, x.dtype) or low.dropout:
+            return None
+        layout = self._layout(x, low.slots)
+        if layout.inside is not None or layout.split or layout.adapters is None:
+            return None
+        flat, n, _ = flat_weight("multi_lora_linear", low.weight)
+        t = low.stack
+        args = (*flat, n, t.a, t.b, layout.adapters, t.starts, t.ranks, t.scaling, t.max_rank, low.bias, 0.0, None)
+        return _Ready((x.shape, x.dtype, x.device), forced_backends(), forward_op.settle(x, *args), args)
 
     def _trains(self) -> bool:
         """Whether a stack would have gradients; in evaluation one without them is kept."""
@@ -253,7 +298,7 @@ class Routed:
         layer = self.layer
         evaluation = not (layer.training or torch.compiler.is_compiling() or forward_mode())
         kept = layer._packed if evaluation else None
-        if kept is not None and (kept.unwritten() if kept is self._known else kept.serves(self._parts)):
+        if kept is not None and (self._unwritten(kept) if kept is self._known else kept.serves(self._parts)):
             self._known = kept
             found = next(iter(self._parts.values()))()
             if found is not None:

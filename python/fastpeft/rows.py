@@ -60,6 +60,7 @@ class Rows:
     _row_stack: tuple[AdapterStack, Tensor] | None = None
     _row_values: RowValues | None = None
     _recall: Recall | None = None
+    _steady = False  # nothing is written to until rows are assigned again
     _members: list[int] | None = None  # the rows that are computed now, where these are not all
     _routed: Routed | None = None  # of the last assignment of rows, which may come again
     _packed: Packed | None = None
@@ -68,16 +69,18 @@ class Rows:
         """What was made for this layer is made anew: its adapters, its base or its mode are others now."""
         self._plan = self._routed = self._packed = None
 
-    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None) -> None:
+    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None, steady: bool = False) -> None:
         """Assign an adapter to each row of the next batches ("__base__" for none); None ends that.
 
-        recall: where to find it, and the rows' values, once more in a backward pass.
+        recall: where to find it, and the rows' values, once more in a backward pass. steady: nothing is written to
+        before rows are assigned again, so that only the first batch looks whether something was.
         """
         if adapter_names is not None and self._row_stack is not None:
             raise ValueError("The rows of this layer have adapters of a stack: call set_row_stack(None, None) first.")
         rows = None if adapter_names is None else tuple(adapter_names)
         recall = self._recall if recall is None else recall
-        self.__dict__.update(_rows=rows, _recall=recall, _plan=None)  # nn.Module takes its time to set attributes
+        # nn.Module takes its time to set attributes
+        self.__dict__.update(_rows=rows, _recall=recall, _steady=steady, _plan=None)
         if self._routed is not None:
             self._routed.again()
 

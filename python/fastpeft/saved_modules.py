@@ -84,7 +84,7 @@ class ModulesToSaveWrapper(Switches, nn.Module):
             for module in self.modules_to_save.values():
                 module.requires_grad_(False)
 
-    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None) -> None:
+    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None, steady: bool = False) -> None:
         self._rows = None if adapter_names is None else tuple(adapter_names)
         self._recall = self._recall if recall is None else recall
 

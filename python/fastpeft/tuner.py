@@ -234,7 +234,7 @@ class BaseTuner(ModelMerging, nn.Module):
         hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
         values = {n: v for n, v in ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked) if v is not None}
         if values or names is not self._assigned:
-            with self.rows_assigned(names, values, _repeats(kwargs)):
+            with self.rows_assigned(names, values, _repeats(kwargs), steady=True):
                 yield
             return
         if names is None and self._recall and self.training and torch.is_grad_enabled():
@@ -243,13 +243,14 @@ class BaseTuner(ModelMerging, nn.Module):
 
     @contextmanager
     def rows_assigned(
-        self, names: Sequence[str] | None, values: RowValues | None = None, repeats: int = 1
+        self, names: Sequence[str] | None, values: RowValues | None = None, repeats: int = 1, steady: bool = False
     ) -> Iterator[None]:
         """Within this, the rows of a batch have the adapters `names` ("__base__" for none), in training too.
 
         `forward(adapter_names=...)` is this for evaluation. With gradient checkpointing call backward() after each
         forward. values: for the adapters' methods, by adapter, a row each. repeats: how often a decoder sees each row
-        (beams); an encoder sees it once. Raises ValueError for names of no adapter.
+        (beams); an encoder sees it once. steady: adapters stay as they are within this. Raises
+        ValueError for names of no adapter.
         """
         unknown = set(names or ()).difference(self.peft_config, ("__base__",))
         if unknown:
@@ -273,7 +274,7 @@ class BaseTuner(ModelMerging, nn.Module):
         try:
             for module in modules:
                 times = 1 if id(module) in once else repeats
-                module.set_rows(rows[times], recall)
+                module.set_rows(rows[times], recall, steady)
                 if values and isinstance(module, AdapterLayer):
                     module.set_row_values(repeated[times])
             yield

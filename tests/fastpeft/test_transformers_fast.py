@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import fastpeft
+from fastpeft import routing
 from fastpeft.integrations import transformers_fast
 from fastpeft.integrations.short_attention import rotary, short_attention
 from fastpeft.integrations.transformers_fast import accelerate
@@ -87,6 +88,71 @@ def test_generate_gives_the_same_tokens() -> None:
     want = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
     accelerate(model)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=12, do_sample=False), want)
+
+
+def mixed(dtype: torch.dtype) -> fastpeft.PeftModel:
+    """A model on NF4 with adapters `default`, `a` and, of other layers, `b`."""
+    model = quantised("all-linear").to(dtype)
+    model.add_adapter("a", fastpeft.LoraConfig(r=3, target_modules=["q_proj", "up_proj", "down_proj"]))
+    model.add_adapter("b", fastpeft.LoraConfig(r=2, target_modules=["o_proj", "gate_proj"], use_rslora=True))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def quick_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of `Routed.quick` served."""
+    found, quick = [], routing.Routed.quick
+
+    def counted(self: routing.Routed, x: Tensor) -> Tensor | None:
+        y = quick(self, x)
+        found.append(y is not None)
+        return y
+
+    monkeypatch.setattr(routing.Routed, "quick", counted)
+    return found
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_rows_of_several_adapters(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are those of the layers' own way; writes between two forwards are seen, and so is another backend."""
+    model, names, served = mixed(dtype), ["a", "b", "__base__", "default", "a"], quick_calls(monkeypatch)
+    ids = torch.randint(1, 101, (len(names), 1))
+    past = torch.randint(1, 101, (len(names), 5))
+
+    def logits(m: torch.nn.Module) -> Tensor:
+        with torch.no_grad():
+            cache = m(input_ids=past, adapter_names=names, use_cache=True).past_key_values
+            out = m(input_ids=ids, past_key_values=cache, adapter_names=names, use_cache=True)
+        return out.logits[:, -1]
+
+    def exact() -> Tensor:
+        with use_backend("reference"):
+            return logits(copy.deepcopy(model).double())
+
+    with use_backend(backend):
+        plain = logits(model)
+        assert not served
+        accelerate(model)
+        compare(logits(model), plain, exact())
+        layers = [m for m in model.modules() if type(m) is fastpeft.layer.AdapterLayer]
+        assert sum(served) >= len(layers) / 2  # a layer of one group of rows is an ordinary call
+        with torch.no_grad():
+            for p in (p for name, p in model.named_parameters() if "lora_B.a." in name):
+                p.mul_(-3)
+        changed = logits(model)
+        compare(changed, logits(copy.deepcopy(model)), exact())
+        assert not torch.equal(changed[0], plain[0])
+
+
+def test_generating_rows_of_several_adapters() -> None:
+    model, names = mixed(torch.float32), ["a", "b", "__base__", "default"]
+    inputs = {"input_ids": torch.randint(1, 101, (4, 5)), "max_new_tokens": 8, "do_sample": False}
+    want = model.generate(**inputs, adapter_names=names)
+    accelerate(model)
+    assert torch.equal(model.generate(**inputs, adapter_names=names), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
