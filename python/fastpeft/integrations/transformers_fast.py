@@ -162,7 +162,7 @@ def _one_token(
 
 
 def _head_forward(self: Any, input: Tensor) -> Tensor:
-    # `hidden[:, -1:]` is not contiguous: torch takes the matrix once for each row then, in bfloat16 at 200 times the time
+    # `hidden[:, -1:]` is not contiguous: torch takes the matrix once a row then, in bfloat16 at 200 times the time
     input = input.contiguous()
     # torch reads a large matrix at half of the memory's speed when it meets one row, and copies it first in bfloat16
     if input.numel() > _HEAD_ROWS * self.in_features or torch.is_grad_enabled() or input.dtype is not self.weight.dtype:
