@@ -11,7 +11,7 @@ from . import checks, machine, results
 from .measure import cuda_clock, threads, wall_clock
 
 OPS = ("lora_linear", "lora_linear_stacked", "multi_lora_linear", "dora_norm", "dora_linear", "swiglu", "rms_norm",
-       "rotations", "quantize_4bit", "dequantize_4bit")  # fmt: skip
+       "rotary_attention", "rotations", "quantize_4bit", "dequantize_4bit")  # fmt: skip
 SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve", "ortho")
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],
            "dora": ["dora_linear", "dora_norm", "fastpeft"], "pool": ["multi_lora_linear", "pool"],

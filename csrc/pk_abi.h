@@ -132,6 +132,20 @@ PK_EXPORT int pk_cpu_rms_norm(const void *x, const void *weight, int64_t dtype, 
 PK_EXPORT int pk_cpu_rms_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype, int64_t w_dtype,
                                        int64_t rows, int64_t n, double eps, void *dx, int64_t threads);
 
+/* ---- rotary_attention (CPU library) --------------------------------------------------------------------------------
+ * Self-attention with rotary embeddings: y = softmax(scale R(q) R(k)^T where seen) v, R(x) = x cos + (-x2, x1) sin of the
+ * halves x1, x2 of a head. q, y, dy, dq [B, T, H, D], k, v, dk, dv [B, T, G, D] of dtype, H a multiple of G, D even; cos, sin
+ * [tables, T, D] of table_dtype; keep [masks, T, T] of 0 and 1, tables and masks 1 or B; NULL: a query sees the keys up to its
+ * own. lse [B, H, T]: log of the sum of exponentials, which the backward takes; inf where a query sees nothing (y is 0).
+ * float32, bfloat16, float16; sums are float32. Turned q and k, and probabilities, are rounded to bfloat16 where dtype is. */
+PK_EXPORT int pk_cpu_rotary_attention(const void *q, const void *k, const void *v, const void *cos, const void *sin, const uint8_t *keep,
+                                      int64_t dtype, int64_t table_dtype, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D,
+                                      int64_t tables, int64_t masks, double scale, void *y, float *lse, int64_t threads);
+PK_EXPORT int pk_cpu_rotary_attention_backward(const void *dy, const void *q, const void *k, const void *v, const void *cos,
+                                               const void *sin, const uint8_t *keep, const float *lse, int64_t dtype,
+                                               int64_t table_dtype, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, int64_t tables,
+                                               int64_t masks, double scale, void *dq, void *dk, void *dv, int64_t threads);
+
 /* ---- rotations (CPU library) -------------------------------------------------------------------------------------------
  * x, y, dy, dx: [M, d] of dtype (float32, bfloat16, float16); all else float32; computed in float32 and rounded once.
  * butterfly_rotate: blocks, dblocks [m, d / b, b, b], or [m, 1, b, b] if shared. Factor i multiplies half blocks p and

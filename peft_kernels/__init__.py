@@ -17,6 +17,7 @@ from .ops.multi_lora_linear import multi_lora_linear
 from .ops.pair_rotate import pair_rotate
 from .ops.quantize_4bit import quantize_4bit
 from .ops.rms_norm import rms_norm
+from .ops.rotary_attention import rotary_attention
 from .ops.swiglu import swiglu
 from .ops.swiglu.mlp import swiglu_mlp
 from .philox import draw_seed
@@ -45,6 +46,7 @@ __all__ = [
     "pair_rotate",
     "quantize_4bit",
     "rms_norm",
+    "rotary_attention",
     "squared_row_norms",
     "swiglu",
     "swiglu_mlp",

@@ -40,6 +40,8 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_swiglu_backward": [*[c_void_p] * 3, c_int64, c_int64, *[c_void_p] * 2, c_int64],
     "pk_cpu_rms_norm": [*[c_void_p] * 2, *[c_int64] * 4, c_double, c_void_p, c_int64],
     "pk_cpu_rms_norm_backward": [*[c_void_p] * 3, *[c_int64] * 4, c_double, c_void_p, c_int64],
+    "pk_cpu_rotary_attention": [*[c_void_p] * 6, *[c_int64] * 9, c_double, *[c_void_p] * 2, c_int64],
+    "pk_cpu_rotary_attention_backward": [*[c_void_p] * 8, *[c_int64] * 9, c_double, *[c_void_p] * 3, c_int64],
     "pk_cpu_butterfly_rotate": [*[c_void_p] * 2, *[c_int64] * 7, c_void_p, c_int64],
     "pk_cpu_butterfly_rotate_backward": [*[c_void_p] * 3, *[c_int64] * 7, *[c_void_p] * 2, c_int64],
     "pk_cpu_cayley": [c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p, c_int64],

@@ -162,17 +162,21 @@ def test_no_function_gives_a_second_derivative_that_is_wrong() -> None:
 def second(name: str, x: Tensor) -> Tensor:
     parts = [peft_kernels.Projection(w, *(torch.randn(s) * 0.1 for s in ((R, w.shape[1]), (w.shape[0], R))))
              for w in (torch.randn(N, K), torch.randn(N, K), torch.randn(K, N))]  # fmt: skip
+    angles = [x.detach()[None]] * 2
     calls: dict[str, Callable[[], Tensor]] = {
         "lora_linear": lambda: peft_kernels.lora_linear(x, *parts[0]),
         "lora_linear_stacked": lambda: torch.cat(peft_kernels.lora_linear_stacked(x, parts[:2])),
         "swiglu": lambda: peft_kernels.swiglu(x, x),
         "rms_norm": lambda: peft_kernels.rms_norm(x, x.detach()[0], 1e-5),
         "swiglu_mlp": lambda: peft_kernels.swiglu_mlp(x, *parts),
+        "rotary_attention": lambda: peft_kernels.rotary_attention(*[x[None, :, None]] * 3, *angles, scale=1.0),
     }
     return calls[name]()
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_stacked", "swiglu", "swiglu_mlp", "rms_norm"])
+@pytest.mark.parametrize(
+    "name", ["lora_linear", "lora_linear_stacked", "swiglu", "swiglu_mlp", "rms_norm", "rotary_attention"]
+)
 def test_a_second_derivative_is_refused_by_its_name(name: str) -> None:
     x = torch.randn(3, K, requires_grad=True)
     (first,) = torch.autograd.grad(second(name, x).square().sum(), x, create_graph=True)

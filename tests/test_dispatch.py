@@ -175,6 +175,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     x, dy, a, b = torch.randn(3, 64), torch.randn(3, 8), torch.randn(2, 64), torch.randn(8, 2)
     plan = (torch.tensor([0, 0, -1]), torch.zeros(1, dtype=torch.int64), torch.tensor([2]), torch.ones(1), 2)
     stack = [[value] * 2 for value in (*qw.flatten(), 8, a, b, 1.0, None, 0.0, None)]
+    head = torch.randn(1, 3, 2, 8)
     return {
         "quantize_4bit": (torch.randn(8, 64), 1, 64, False, 256),
         "dequantize_4bit": (*qw.flatten(), [8, 64], torch.float32),
@@ -198,6 +199,8 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "householder_rotate_backward": (x, x, a, a, x @ a.t(), True, True),
         "pair_rotate": (x, *torch.randn(2, 64), 16),
         "pair_rotate_backward": (x, x, *torch.randn(2, 64), 16, True, True),
+        "rotary_attention": (*[head] * 3, *torch.randn(2, 1, 3, 8), None, 0.5),
+        "rotary_attention_backward": (*[head] * 4, *torch.randn(2, 1, 3, 8), None, torch.ones(1, 2, 3), 0.5),
         "rms_norm": (x, torch.randn(64), 1e-5),
         "rms_norm_backward": (x, x, torch.randn(64), 1e-5),
         "swiglu": (x, x),

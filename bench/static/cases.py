@@ -171,6 +171,16 @@ def _rms_norm(c: Case) -> None:
     backend.backward(dy, x, weight, 1e-5)
 
 
+def _attention(c: Case) -> None:
+    """K / 64 heads of a row of M tokens, a quarter of them of keys."""
+    from peft_kernels.ops.rotary_attention import triton as backend
+
+    heads = c.K // 64
+    q, k, angles = (meta(1, c.M, h, 64, dtype=c.dtype) for h in (heads, heads // 4, 1))
+    backend.forward(q, k, k, angles[:, :, 0], angles[:, :, 0], None, 0.125)
+    backend.backward(q, q, k, k, angles[:, :, 0], angles[:, :, 0], None, meta(1, heads, c.M), 0.125)
+
+
 def _dora_forward(c: Case) -> None:
     from peft_kernels.ops.dora_linear import triton as backend
 
@@ -252,6 +262,9 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "squares": ("dora_norm", "norm_kernel", _squares),
     "rms_norm": ("rms_norm", "rms_norm_kernel", _rms_norm),
     "rms_norm_backward": ("rms_norm", "rms_norm_backward_kernel", _rms_norm),
+    "attention": ("rotary_attention", "forward_kernel", _attention),
+    "attention_queries": ("rotary_attention", "queries_kernel", _attention),
+    "attention_keys": ("rotary_attention", "keys_kernel", _attention),
     "swiglu": ("swiglu", "forward_kernel", _swiglu),
     "swiglu_backward": ("swiglu", "backward_kernel", _swiglu),
     "rotate": ("butterfly_rotate", "rotate_kernel", _butterfly),
@@ -285,7 +298,7 @@ MORE = (
     Case("outer", r=64, dtype=f16, p=0.0, ds=True), Case("backward", M=128, dense=True),
     Case("forward", M=128, dense=True), Case("squares"), Case("multi_forward", M=16), Case("multi_forward"),
     Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32), Case("multi_backward"),
-    Case("multi_outer"),
+    Case("multi_outer"), *(Case(kernel) for kernel in ("attention", "attention_queries", "attention_keys")),
 )  # fmt: skip
 UNALIGNED = {"forward": 1056}  # features of each kernel's case: blocks straddle the rows; odd numbers elsewhere
 

@@ -15,6 +15,18 @@ struct PkButterfly {
     int64_t dtype, M, d, b, m, shared, transposed;
 };
 
+/* rotary_attention: q, y, dy, dq [B, T, H, D]; k, v, dk, dv [B, T, G, D] of dtype; cos, sin [tables, T, D] of table_dtype;
+ * keep [masks, T, T], NULL: a query sees the keys up to its own; lse [B, H, T]. dy NULL: forward. */
+struct PkAttention {
+    const void *q, *k, *v, *dy, *cos, *sin;
+    const uint8_t *keep;
+    int64_t dtype, table_dtype, B, T, H, G, D, tables, masks;
+    float scale;
+    void *y, *dq, *dk, *dv;
+    float *lse;
+    int64_t threads;
+};
+
 /* A function table per level; pk_table() is the one in use. */
 struct PkTable {
 #define PK_KERNEL(ret, name, args) ret(*name) args;

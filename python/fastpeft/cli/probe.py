@@ -137,6 +137,7 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
     gain, wide = torch.ones(64, device=device), torch.ones(128, device=device, dtype=dtype)
     stack = [[part] for part in weight]
     turns, columns = torch.ones(1, 32, 4, 4, device=device), torch.ones(128, device=device)
+    head, angles = x.view(1, 8, 4, 32), x[None, :, :32]
     rows = torch.zeros(8, device=device, dtype=torch.int64)
     several = (rows, rows[:1], rows[:1] + 16, torch.ones(1, device=device), 16)
     calls: dict[str, tuple[Any, ...]] = {
@@ -158,6 +159,8 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
         "householder_rotate_backward": (x, x, a, a, s, True, True),
         "pair_rotate": (x, columns, columns, 32),
         "pair_rotate_backward": (x, x, columns, columns, 32, True, True),
+        "rotary_attention": (*[head] * 3, angles, angles, None, 1.0),
+        "rotary_attention_backward": (*[head] * 4, angles, angles, None, dy.float()[None, :4, :8], 1.0),
         "rms_norm": (x, wide, 1e-5),
         "rms_norm_backward": (x, x, wide, 1e-5),
         "swiglu": (x, x),

@@ -2,11 +2,11 @@
 
 Decoding: at one token a model spends more time between kernels than in them. transformers' decoder layer makes about 45
 torch calls, of which 14 are for the rotary embedding and 16 for two norms; the subclass here makes about 20, and the
-output head reads its matrix at the memory's speed. Training: attention from `short_attention.py`; q, k and v are one
-call that reads its input once, the MLP is one function that keeps its input and gate's and up's outputs alone. Norms
-are one kernel forward and one backward. Everything else (the attention of prefill and of long sequences, other
-attention implementations, layers whose inner modules have hooks) runs transformers' own forward, so what `generate`
-and `loss.backward()` mean does not change. Norms, and attention in decoding, are computed in float32 and rounded once,
+output head reads its matrix at the memory's speed. Training: q, k and v are one call that reads its input once,
+attention with its rotary embeddings is one kernel forward and one backward, the MLP is one function that keeps its
+input and gate's and up's outputs alone. Norms are one kernel each way. Everything else (the attention of prefill, other
+attention implementations, layers whose inner modules have hooks) runs transformers' own forward, so what `generate` and
+`loss.backward()` mean does not change. Norms, and attention in decoding, are computed in float32 and rounded once,
 which is never less exact.
 
 Reversible: `handle.remove()` puts the classes back. Parameters, buffers, state dicts and adapters are not touched.
@@ -23,7 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels import Projection, QuantWeight, lora_linear, lora_linear_stacked, rms_norm, swiglu_mlp
+from peft_kernels import (
+    Projection,
+    QuantWeight,
+    lora_linear,
+    lora_linear_stacked,
+    native,
+    rms_norm,
+    rotary_attention,
+    swiglu_mlp,
+)
 from peft_kernels.ops.lora_linear import forward_op as lora_linear_op
 from peft_kernels.ops.lora_linear_stacked import forward_op as stacked_op
 from peft_kernels.ops.rms_norm import forward_op as rms_norm_op
@@ -31,9 +40,9 @@ from peft_kernels.ops.rms_norm import forward_op as rms_norm_op
 from .. import trained_rows
 from ..layer import AdapterLayer
 from ..nf4 import NF4Linear
-from .short_attention import MOST_SCORES, rotary, short_attention
 
 _ACCELERATED = "_fastpeft_accelerated"
+MOST_SCORES = 1 << 24  # batch x heads x queries x keys that may stand at once: 64 MiB of float32
 _HEAD_ROWS = 4  # above this torch's matrix product is the better one
 
 
@@ -213,10 +222,11 @@ def _attention_forward(
     batch, t = hidden_states.shape[:2]
     if (
         not torch.is_grad_enabled() or _cache_of(kwargs) is not None or position_embeddings is None
-        or hidden_states.dtype is not torch.bfloat16 or hidden_states.device.type != "cpu"
+        or hidden_states.dtype is torch.float64 or hidden_states.device.type != "cpu"
         or self.config._attn_implementation != "sdpa" or (self.training and self.attention_dropout)
         or (attention_mask is not None and attention_mask.dtype is not torch.bool)
-        or batch * self.config.num_attention_heads * t * t > MOST_SCORES
+        # eager code would keep every score
+        or (native.available() is not None and batch * self.config.num_attention_heads * t * t > MOST_SCORES)
     ):  # fmt: skip
         result: tuple[Tensor, Tensor | None] = self._fastpeft_base.forward(
             self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
@@ -226,11 +236,10 @@ def _attention_forward(
     found = _projections(hidden_states, *layers)
     rows = _modules_on(hidden_states, *layers) if found is None else lora_linear_stacked(hidden_states, found)
     q, k, v = (y.view(batch, t, -1, self.head_dim) for y in rows)
-    q, k, v = rotary(q, *position_embeddings), rotary(k, *position_embeddings), v.transpose(1, 2)
     # no mask means causal, as transformers' sdpa has it
-    keep = torch.ones(t, t, dtype=torch.bool).tril_() if attention_mask is None else attention_mask
-    out = short_attention(q, k, v, keep, self.scaling)
-    return self.o_proj(out.transpose(1, 2).reshape(batch, t, -1)), None
+    keep = None if attention_mask is None else attention_mask[:, 0]
+    out = rotary_attention(q, k, v, *position_embeddings, keep, scale=self.scaling)
+    return self.o_proj(out.view(batch, t, -1)), None
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""Triton backend of rotary_attention: the host side. Tiles of one size; written for any head, not tuned for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...triton_lib import host
+
+MOST = 256  # features of a head: both halves of a tile lie in the registers of a program
+BLOCK = 64  # queries and keys of a tile; fewer for wide heads
+
+
+def _common(
+    q: Tensor, k: Tensor, cos: Tensor, keep: Tensor | None, scale: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The numbers and the constants of every kernel."""
+    _, tokens, heads, d = q.shape
+    block = BLOCK if d <= 128 and q.element_size() == 2 else BLOCK // 2
+    numbers = (tokens, heads, k.shape[2], d, tokens * d if cos.shape[0] > 1 else 0,
+               tokens * tokens if keep is not None and keep.shape[0] > 1 else 0, scale)  # fmt: skip
+    options = {"MASKED": keep is not None, "PRECISION": "ieee", "BM": block, "BN": block,
+               "BD": max(16, 1 << (d // 2 - 1).bit_length()), "num_warps": 4, "num_stages": 1}  # fmt: skip
+    return numbers, options
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keep: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(y, lse)."""
+    from .triton_kernels import forward_kernel
+
+    q, k, v, cos, sin = (t.contiguous() for t in (q, k, v, cos, sin))
+    batch, tokens, heads, _ = q.shape
+    y, lse = torch.empty_like(q), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    numbers, options = _common(q, k, cos, keep, scale)
+    mask = cos if keep is None else keep.contiguous().view(torch.uint8)
+    grid = (-(-tokens // options["BM"]), batch * heads)
+    host.launch(forward_kernel, grid, q, k, v, cos, sin, mask, y, lse, *numbers, **options)
+    return y, lse
+
+
+def backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keep: Tensor | None, lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv)."""
+    from .triton_kernels import keys_kernel, queries_kernel
+
+    dy, q, k, v, cos, sin, lse = (t.contiguous() for t in (dy, q, k, v, cos, sin, lse))
+    batch, tokens, heads, _ = q.shape
+    dq, dk, dv, along = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    numbers, options = _common(q, k, cos, keep, scale)
+    given = (dy, q, k, v, cos, sin, cos if keep is None else keep.contiguous().view(torch.uint8), lse)
+    tiles = -(-tokens // options["BM"])
+    host.launch(queries_kernel, (tiles, batch * heads), *given, dq, along, *numbers, **options)
+    host.launch(keys_kernel, (tiles, batch * k.shape[2]), *given, along, dk, dv, *numbers, **options)
+    return dq, dk, dv
+
+
+def _refusal(*args: Any) -> str | None:
+    q = args[1] if args[3].dim() == 4 else args[0]  # the backward begins with dy
+    return f"heads of more than {MOST} features" if q.shape[3] > MOST else host.wrong_mode(q)
+
+
+BACKENDS = host.backends({"rotary_attention": forward, "rotary_attention_backward": backward}, _refusal)
