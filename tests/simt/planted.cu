@@ -10,9 +10,11 @@ constexpr int N = 64, COUNTER = 12 * N - 1;
 /* ---- races in shared and global memory -------------------------------------------------------------------------- */
 template <bool BUG> __global__ void missing_barrier(const float *in, float *out) {
     __shared__ float tile[N];
+    /* a function of the kernel's, beside its shared variable in the symbol table */
+    const auto other = [](unsigned i) __attribute__((noinline)) { return (i + 33) % N; };
     tile[threadIdx.x] = in[threadIdx.x];
     if (!BUG) __syncthreads();
-    out[threadIdx.x] = tile[(threadIdx.x + 33) % N];
+    out[threadIdx.x] = tile[other(threadIdx.x)];
 }
 
 /* the tile is written again while others may still read it */
