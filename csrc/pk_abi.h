@@ -156,6 +156,12 @@ PK_EXPORT int pk_cpu_butterfly_rotate(const void *x, const float *blocks, int64_
 PK_EXPORT int pk_cpu_butterfly_rotate_backward(const void *dy, const void *x, const float *blocks, int64_t dtype, int64_t M,
                                                int64_t d, int64_t b, int64_t m, int64_t shared, int64_t transposed, void *dx,
                                                float *dblocks, int64_t threads);
+/* butterfly_linear: lora_linear (forward, backward) of x turned by butterfly_rotate, not transposed. args: one projection
+ * without adapter and dropout; x and dx as before the rotation; a gain may come without an adapter here. Backward: x is not read
+ * where dblocks is NULL; neither dx nor dblocks: dgain alone. No turned copy of x is longer than 1,024 rows. */
+PK_EXPORT int pk_cpu_butterfly_linear(const pk_lora_args *args, const float *blocks, int64_t b, int64_t m, int64_t shared);
+PK_EXPORT int pk_cpu_butterfly_linear_backward(const pk_lora_args *args, const float *blocks, int64_t b, int64_t m, int64_t shared,
+                                               float *dblocks);
 /* cayley: q, r [blocks, b, b]. n = 0: r = (I + q) (I - q)^-1; else the sum of weights[k] q^k, k < n. */
 PK_EXPORT int pk_cpu_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r, int64_t threads);
 PK_EXPORT int pk_cpu_cayley_backward(const float *q, const float *r, const float *dr, int64_t blocks, int64_t b,

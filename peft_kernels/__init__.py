@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import dispatch
 from .dispatch import BackendUnavailable, explain, use_backend
 from .formats import FP4_TABLE, NF4_TABLE, AdapterStack, QuantWeight
+from .ops.butterfly_linear import butterfly_linear
 from .ops.butterfly_rotate import block_rotate, butterfly_rotate
 from .ops.cayley import cayley
 from .ops.dequantize_4bit import dequantize_4bit
@@ -32,6 +33,7 @@ __all__ = [
     "Projection",
     "QuantWeight",
     "block_rotate",
+    "butterfly_linear",
     "butterfly_rotate",
     "cayley",
     "dequantize_4bit",

@@ -44,6 +44,8 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_rotary_attention_backward": [*[c_void_p] * 8, *[c_int64] * 9, c_double, *[c_void_p] * 3, c_int64],
     "pk_cpu_butterfly_rotate": [*[c_void_p] * 2, *[c_int64] * 7, c_void_p, c_int64],
     "pk_cpu_butterfly_rotate_backward": [*[c_void_p] * 3, *[c_int64] * 7, *[c_void_p] * 2, c_int64],
+    "pk_cpu_butterfly_linear": [c_char_p, c_void_p, *[c_int64] * 3],
+    "pk_cpu_butterfly_linear_backward": [c_char_p, c_void_p, *[c_int64] * 3, c_void_p],
     "pk_cpu_cayley": [c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p, c_int64],
     "pk_cpu_cayley_backward": [*[c_void_p] * 3, *[c_int64] * 2, c_void_p, c_int64, c_void_p, c_int64],
     "pk_cpu_householder_rotate": [*[c_void_p] * 3, *[c_int64] * 4, *[c_void_p] * 2, c_int64],

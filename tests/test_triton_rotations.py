@@ -11,6 +11,7 @@ import torch
 from interpreter_tools import run_in_the_interpreter
 from lora_tools import BF16, F16, F32, FLOATS
 from rotation_tools import check_butterfly, check_cayley, check_householder, check_pairs
+from turned_tools import Turned, check_turned
 
 from peft_kernels import BackendUnavailable, butterfly_rotate, cayley, householder_rotate, use_backend
 from peft_kernels.ops import butterfly_rotate as op
@@ -39,6 +40,16 @@ def test_device_butterflies(dtype: torch.dtype) -> None:
         check_butterfly(2, 16, 1, 4, dtype, shared=True, transposed=True, device=DEVICE)
         check_butterfly(2, 16, 2, 4, dtype, shared=True, device=DEVICE)
         check_butterfly(0, 16, 1, 4, dtype, device=DEVICE)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_device_butterfly_linear(dtype: torch.dtype) -> None:
+    with use_backend("triton"):
+        check_turned(Turned(5, 24, 64, 1, 32, 64), dtype, DEVICE)
+        check_turned(Turned(18, 20, 48, 2, 4, gain=True), dtype, DEVICE)
+        check_turned(Turned(3, 16, 36, 1, 6, gain=True, bias=False, shared=True), dtype, DEVICE)
+        check_turned(Turned(0, 16, 32, 1, 4), dtype, DEVICE)
 
 
 @on_device

@@ -1,6 +1,7 @@
-"""Rows of the rotations: butterfly_rotate (OFT's block_rotate is one factor), householder_rotate, pair_rotate, cayley.
+"""Rows of the rotations: butterfly_rotate (OFT's block_rotate is one factor), householder_rotate, pair_rotate, cayley;
+and of butterfly_linear on an NF4 weight, beside the rotation and the product one after the other.
 
-Forward + backward, each backend beside the eager reference. Bound by memory but for large blocks.
+Forward + backward, each backend beside the eager reference. Bound by memory but for large blocks and the product.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from peft_kernels import butterfly_rotate, cayley, householder_rotate, pair_rotate, use_backend
+from peft_kernels import (
+    butterfly_linear,
+    butterfly_rotate,
+    cayley,
+    householder_rotate,
+    lora_linear,
+    pair_rotate,
+    use_backend,
+)
 from peft_kernels.dispatch import Op
 from peft_kernels.ops import butterfly_rotate as butterfly_op
 from peft_kernels.ops import cayley as cayley_op
@@ -61,6 +70,22 @@ def _row(title: str, op: Op, call: Callable[[], object], example: tuple[object, 
     return Row(title, {"op": OP, **case, "refused": refused}, {}, claims, None, bytes_moved, candidates=candidates)
 
 
+def _linear_row(d: int, m: int, dtype: str, device: str) -> Row:
+    """OFT's layer on whatever backend is chosen: as one operator, as two, and the layer alone."""
+    weight = subjects.quant_copies(d, d, 1)[0].to(device)
+    x = torch.randn(m, d, device=device).to(subjects.DTYPES[dtype]).requires_grad_()
+    dy, r = torch.randn_like(x), _blocks(1, d, 32).to(device).requires_grad_()
+    calls: dict[str, Callable[[], object]] = {
+        "one": lambda: torch.autograd.grad(butterfly_linear(x, weight, r), [x, r], dy),
+        "two": lambda: torch.autograd.grad(lora_linear(butterfly_rotate(x, r), weight), [x, r], dy),
+        "frozen": lambda: torch.autograd.grad(lora_linear(x, weight), x, dy),
+    }
+    case = {"op": OP, "what": "forward+backward", "kind": "butterfly_linear", "M": m, "d": d, "dtype": dtype}
+    candidates = [Candidate(name, [call]) for name, call in calls.items()]
+    claims = [Claim("two calls", ["one"], ["two"]), Claim("the layer", ["one"], ["frozen"])]
+    return Row(f"OFT b=32 NF4 linear {m}x{d} {dtype}", case, {}, claims, 4.0 * m * d * d, candidates=candidates)
+
+
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     sizes = [k for k, _ in args.shapes] if args.shapes else SIZES[: 1 if args.quick else None]
     for d in sizes:
@@ -80,6 +105,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
                     case = {"what": "forward+backward", "kind": kind, "M": m, "d": d, "dtype": dtype}
                     example = raw(*(t.detach() for t in (x, *parts)))
                     yield _row(f"{kind} {m}x{d} {dtype}", op, call, example, moved, case, args)
+        for m in args.m or M[-1:]:
+            yield _linear_row(d, m, args.dtype[0], args.device)
         for b, terms in ((4, None), (32, 5)):
             q = torch.randn(d // b, b, b, device=args.device) * 0.05
             q = (q - q.mT).requires_grad_()

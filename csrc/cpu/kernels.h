@@ -15,6 +15,14 @@ struct PkButterfly {
     int64_t dtype, M, d, b, m, shared, transposed;
 };
 
+/* Of butterfly_rotate.cpp, for what turns rows on their way into something else. A pk_status each.
+ * pk_butterfly_backward adds to the sums of the blocks' gradients, [ranges][m][d / b][b][b], which pk_butterfly_sums() adds up
+ * in their order: range i has the rows i * rows .. of each call. */
+int pk_butterfly_check(const PkButterfly &t);
+int pk_butterfly(const PkButterfly &t, int64_t rows, int64_t threads);
+int pk_butterfly_backward(const PkButterfly &t, int64_t rows, float *sums, int64_t threads);
+void pk_butterfly_sums(const PkButterfly &t, const float *sums, int64_t ranges, float *dblocks, int64_t threads);
+
 /* rotary_attention: q, y, dy, dq [B, T, H, D]; k, v, dk, dv [B, T, G, D] of dtype; cos, sin [tables, T, D] of table_dtype;
  * keep [masks, T, T], NULL: a query sees the keys up to its own; lse [B, H, T]. dy NULL: forward. */
 struct PkAttention {
@@ -53,11 +61,12 @@ int pk_fail(int code, const char *format, ...) __attribute__((format(printf, 2, 
 void pk_parallel(int64_t tasks, int64_t threads, void (*fn)(void *ctx, int64_t task), void *ctx);
 
 /* Per-thread workspace, 64-byte aligned, contents undefined, valid until the same thread asks for the same slot again.
- * Slots below PK_SHARED_SLOTS are for the calling thread outside of tasks, the others for use within one task.
+ * Slots below PK_SHARED_SLOTS are for the calling thread outside of tasks, those below PK_OUTER_SLOT for use within one
+ * task, the rest for functions that call others which have slots of their own.
  * NULL when memory is short. Freed when the thread ends; blocks above 16 MiB already by pk_scratch_trim(). */
-enum { PK_SCRATCH_SLOTS = 16, PK_SHARED_SLOTS = 8 };
+enum { PK_SCRATCH_SLOTS = 19, PK_SHARED_SLOTS = 8, PK_OUTER_SLOT = 16 };
 void *pk_scratch(int slot, size_t bytes);
-void pk_scratch_trim();
+void pk_scratch_trim(int first = 0, int end = PK_OUTER_SLOT);
 
 /* The 16 values of NF4 and FP4 in code order (the C twin of peft_kernels/formats.py; a test compares them). */
 extern const float pk_nf4_table[16];

@@ -60,7 +60,6 @@ static int check(const pk_lora_args *a, bool backward) {
     if (!backward && a->h && !a->gain) return pk_fail(PK_ERR_ARGUMENT, "lora_linear: h is given without a gain");
     if (backward && a->dgain && (!a->gain || (!a->h && a->M > 0 && a->N > 0)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: dgain needs gain and h");
-    if (a->gain && !a->r) return pk_fail(PK_ERR_ARGUMENT, "lora_linear: a gain needs an adapter");
     if (!backward && a->bias && (a->bias_dtype < PK_F32 || a->bias_dtype > PK_F16))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unsupported dtype of bias, %d", int(a->bias_dtype));
     return a->adapters ? check_adapters(a, backward) : PK_OK;

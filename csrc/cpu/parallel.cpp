@@ -109,8 +109,8 @@ void *pk_scratch(int slot, size_t bytes) {
     return mine.block[slot];
 }
 
-void pk_scratch_trim() {
-    for (int slot = 0; slot < PK_SCRATCH_SLOTS; ++slot)
+void pk_scratch_trim(int first, int end) {
+    for (int slot = first; slot < end; ++slot)
         if (scratch.bytes[slot] > (size_t(16) << 20)) {
             free(scratch.block[slot]);
             scratch.block[slot] = nullptr;

@@ -6,12 +6,17 @@ A rotation is never a matrix of the layer's size: see `peft_kernels.butterfly_ro
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .method import Inner, LayerInfo, Method
+from peft_kernels import butterfly_linear, butterfly_rotate
+
+from .method import Fused, Inner, LayerInfo, Method
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
 
 
 def skew(vector: Tensor, size: int) -> Tensor:
@@ -79,3 +84,38 @@ class RotatesInput(Method):
 
     def splits(self, s: Any, info: LayerInfo) -> bool:
         return not info.kind.startswith("conv")
+
+
+class Butterfly(RotatesInput):
+    """A rotation by butterfly factors; on a linear layer, plain or 4-bit, one call of `butterfly_linear`.
+
+    It is x that is turned however many the tokens are: blocks of a turned weight would have their gradient from
+    dy^T x, T N K multiplications, half as many again as the frozen layer takes forward and backward.
+    """
+
+    def blocks(self, s: Any) -> Tensor:
+        """[m, D or 1, b, b], as `butterfly_rotate` takes them."""
+        raise NotImplementedError
+
+    def gain(self, s: Any) -> Tensor | None:
+        """What the features of the layer, less its bias, are multiplied by."""
+        return None
+
+    def rotate(self, s: Any, x: Tensor, transposed: bool = False) -> Tensor:
+        return butterfly_rotate(x, self.blocks(s), transposed)
+
+    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+        base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
+        if layer.kind.kind != "linear" or get_weight is None:
+            return None
+        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+
+        def run(x: Tensor) -> Tensor | None:
+            w = get_weight()
+            if w is None:
+                return None
+            wide = x if compute is None else x.to(compute)
+            y = butterfly_linear(wide, w, self.blocks(s), base._parameters.get("bias"), self.gain(s))
+            return y if compute is None else y.to(x.dtype)
+
+        return run

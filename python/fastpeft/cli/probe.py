@@ -151,6 +151,8 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
         "dora_linear_backward": (dy, x, *weight, a, b, gain, dy, s, 1.0, 0.0, None, True, True, True),
         "squared_row_norms": (*weight, 64, 128),
         "dora_norm": (*weight, a, b, 1.0, None),
+        "butterfly_linear": (x, turns, *weight, 64, gain, None, True),
+        "butterfly_linear_backward": (dy, x, turns, *weight, gain, dy, True, True, True),
         "butterfly_rotate": (x, turns, False),
         "butterfly_rotate_backward": (x, x, turns, False, True, True),
         "cayley": (turns[0] - 1, 0),

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import butterfly_rotate, cayley
+from peft_kernels import cayley
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..method import Inner, LayerInfo, State, register
-from ..rotation import BlockDropout, RotatesInput
+from ..rotation import BlockDropout, Butterfly
 
 
 @dataclass
@@ -43,7 +43,7 @@ class BOFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
 
 @register
-class BOFT(RotatesInput):
+class BOFT(Butterfly):
     prefix = "boft_"
     config_class = BOFTConfig
     tensors = ("boft_R", "boft_s")
@@ -97,9 +97,12 @@ class BOFT(RotatesInput):
             "boft_dropout": BlockDropout(config.boft_dropout) if config.boft_dropout > 0 else nn.Identity(),
         }
 
-    def rotate(self, s: Any, x: Tensor, transposed: bool = False) -> Tensor:
+    def blocks(self, s: Any) -> Tensor:
         r = s.boft_R
-        return butterfly_rotate(x, s.boft_dropout(cayley(0.5 * (r.mT - r))), transposed)
+        return s.boft_dropout(cayley(0.5 * (r.mT - r)))  # type: ignore[no-any-return]
+
+    def gain(self, s: Any) -> Tensor:
+        return s.boft_s  # type: ignore[no-any-return]
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w, b = super().merged(s, shared, w, b)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import block_rotate, cayley
+from peft_kernels import cayley
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..method import Inner, LayerInfo, State, register
-from ..rotation import BlockDropout, RotatesInput, skew
+from ..rotation import BlockDropout, Butterfly, skew
 
 
 @dataclass
@@ -76,12 +76,12 @@ class OFTRotationModule(nn.Module):
 
 
 @register
-class OFT(RotatesInput):
+class OFT(Butterfly):
     prefix = "oft_"
     config_class = OFTConfig
     tensors = ("oft_R", "oft_embedding_R")
     others = ("r", "oft_block_size", "oft_dropout")
-    kinds = RotatesInput.kinds | {"embedding"}
+    kinds = Butterfly.kinds | {"embedding"}
     examples = (
         {"oft_block_size": 4},
         {"oft_block_size": 2, "use_cayley_neumann": False},
@@ -115,9 +115,9 @@ class OFT(RotatesInput):
             "oft_dropout": BlockDropout(config.module_dropout) if config.module_dropout > 0 else nn.Identity(),
         }
 
-    def rotate(self, s: Any, x: Tensor, transposed: bool = False) -> Tensor:
+    def blocks(self, s: Any) -> Tensor:
         module = s.get("oft_R") or s.oft_embedding_R
-        return block_rotate(x, s.oft_dropout(module.blocks()), transposed)
+        return s.oft_dropout(module.blocks()).unsqueeze(0)  # type: ignore[no-any-return]
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if s.get("oft_R") is None:

@@ -1,0 +1,60 @@
+"""`fastpeft train` with OFT and BOFT on a tiny model, dense and NF4: it learns; its adapter generates and merges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastpeft.cli.app import app
+from fastpeft.training.metrics import read_metrics
+from fastpeft.training.testing import make_tiny_model, write_jsonl
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+METHODS: dict[str, tuple[dict[str, Any], str]] = {
+    "oft": ({"oft_block_size": 8}, "oft_R"),
+    "boft": ({"boft_block_size": 4, "boft_n_butterfly_factor": 2}, "boft_R"),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_tiny_model(folder / "model", hidden=64)
+    write_jsonl(folder / "data.jsonl", 40)
+    return folder
+
+
+def result_of(*args: object) -> Any:
+    done = CliRunner().invoke(app, [str(a) for a in args] + ["--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_rotations_train_from_the_command_line(world: Path, tmp_path: Path, method: str, quantize: str) -> None:
+    adapter, tensor = METHODS[method]
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({
+        "model": str(world / "model"), "data": str(world / "data.jsonl"), "output": str(tmp_path / "run"),
+        "method": method, "adapter": {"target_modules": "all-linear", **adapter}, "quantize": quantize,
+        "dtype": "float32", "eval_fraction": 0.2, "max_length": 64, "batch_size": 2, "max_steps": 10,
+        "learning_rate": 3e-2,
+    }))  # fmt: skip
+    result = result_of("train", file)
+    assert result["held_out_after"] < 0.98 * result["held_out_before"]
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    folder = tmp_path / "run" / "adapter"
+    tensors = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if tensor in k}
+    assert len(tensors) == 2 * 7  # of two layers all projections
+    assert all(bool(t.any()) and bool(torch.isfinite(t).all()) for t in tensors.values())
+    words = ("--dtype", "float32", "--max-new-tokens", 8, "colour 3?")
+    expected = result_of("generate", "--adapter", folder, "--quantize", quantize, *words)["answers"]
+    onto = "quantized" if quantize == "nf4" else "original"
+    result_of("merge", folder, tmp_path / "merged", "--dtype", "fp32", "--onto", onto)
+    assert result_of("generate", "--model", tmp_path / "merged", *words)["answers"] == expected
