@@ -34,6 +34,7 @@ def result_of(*args: object) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("method", METHODS)
 def test_rotations_train_from_the_command_line(world: Path, tmp_path: Path, method: str, quantize: str) -> None:
@@ -42,7 +43,7 @@ def test_rotations_train_from_the_command_line(world: Path, tmp_path: Path, meth
     file.write_text(json.dumps({
         "model": str(world / "model"), "data": str(world / "data.jsonl"), "output": str(tmp_path / "run"),
         "method": method, "adapter": {"target_modules": "all-linear", **adapter}, "quantize": quantize,
-        "dtype": "float32", "eval_fraction": 0.2, "max_length": 64, "batch_size": 2, "max_steps": 10,
+        "dtype": "float32", "eval_fraction": 0.2, "max_length": 64, "batch_size": 2, "max_steps": 8,
         "learning_rate": 3e-2,
     }))  # fmt: skip
     result = result_of("train", file)
@@ -53,6 +54,8 @@ def test_rotations_train_from_the_command_line(world: Path, tmp_path: Path, meth
     tensors = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if tensor in k}
     assert len(tensors) == 2 * 7  # of two layers all projections
     assert all(bool(t.any()) and bool(torch.isfinite(t).all()) for t in tensors.values())
+    if (method, quantize) in (("oft", "none"), ("boft", "nf4")):
+        return  # the other two go on
     words = ("--dtype", "float32", "--max-new-tokens", 8, "colour 3?")
     expected = result_of("generate", "--adapter", folder, "--quantize", quantize, *words)["answers"]
     onto = "quantized" if quantize == "nf4" else "original"
