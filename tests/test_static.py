@@ -92,6 +92,7 @@ def test_loads_and_products_are_counted() -> None:
     assert sass.block_fmas(code, warps=8) == 2 * 64 * 128 * 16, "TF32 is no product of 16-bit numbers"
     assert sass.narrow_mma(code) == 1
     assert sass.mma_kind(code) == "HGMMA"
+    assert sass.fillers(("HMMA.16816.F32 R0, R1, R2, R0", "NOP", "NOP", "LDS R1, [R2]", "NOP")) == 1
     assert sass.block_fmas(["HMMA.16816.F32 R0, R1, R2, R0"], warps=4) == 4 * 16 * 8 * 16
 
 

@@ -68,19 +68,20 @@ def _input(arguments: tuple[str, ...], arch: int) -> Fact:
 
 
 def _mma(arguments: tuple[str, ...], arch: int) -> Fact:
-    """<type, Tile<BM, WK, stages, where, general>>: a fragment of W, 8 weights a thread, is for BM / 8 products.
+    """<type, Tile<BM, WK, stages, where, scaling>>: a fragment of W, 8 weights a thread, is for BM / 8 products.
 
     Tiles for much shared memory are stubs where there is little, and the other way round; those for any alignment
     decode element by element. The shared memory is `Tile::BYTES` of csrc/cuda/lora_mma_tile.cuh."""
-    bm, wk, stages, where, general = (int(n) for n in re.findall(r"\d+", arguments[1].split("<")[1]))
+    bm, wk, stages, where, scaling = (int(n) for n in re.findall(r"\d+", arguments[1].split("<")[1]))
     small = gpus.ARCHS[arch].shared_per_block < 128 * gpus.KIB
     if where and small != (where == 2):
         return NOT_THERE
     tile = (bm, 256 // wk, 64 * wk)
-    shared = (64 + 1 + (0 if stages < 4 else 4)) * gpus.KIB + stages * 2 * tile[0] * tile[2]
-    if general:
+    shared = (64 + 1) * gpus.KIB + stages * 2 * tile[0] * tile[2]
+    if scaling == 3:
         return Fact("lora_linear", dynamic_shared=shared, tile=tile)
-    return replace(_product(bm, 64 / bm), dynamic_shared=shared, tile=tile)
+    config = {"scaling": ("sums", "weights", "halves")[scaling]}
+    return replace(_product(bm, 64 / bm), dynamic_shared=shared, tile=tile, config=config)
 
 
 def _norm(arguments: tuple[str, ...], arch: int) -> Fact:

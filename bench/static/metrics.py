@@ -3,8 +3,9 @@ of one kernel, the launch that it belongs to, and the public numbers in `gpus.py
 
 main loop       of the loops with most 16-bit tensor-core instructions the innermost (`sass.main_loop`); without one
                 the whole kernel
-per_element     instructions of the main loop other than the tensor cores' x threads of a block / weights that a block
-                decodes in it; by pipe those of the tensor cores are listed, too (on mma.sync they grow with BM)
+per_element     instructions of the main loop other than the tensor cores' (and the NOPs that fill the slots behind
+                those on sm_120) x threads of a block / weights that a block decodes in it; by pipe all are listed
+                (on mma.sync the tensor cores' grow with BM)
 issue_cycles    instructions of the main loop x warps of a block / 4 schedulers: clocks that an SM needs to issue them
 tensor_cycles   multiply-adds of the main loop / what the SM's tensor cores do in a clock
 bytes_over_least  bytes that the main loop's global loads ask for x threads / bytes of the tiles it works on, each once
@@ -105,7 +106,7 @@ def row(
         atomics=code.atomics,
         loads_16_bytes=sass.wide_loads(body), async_copies=sass.async_copies(body),
         instructions=len(code.instructions), loop_instructions=len(code.loop),
-        per_element=(len(body) - sass.pipes(body).get("tensor", 0)) * each if each else None,
+        per_element=(len(body) - sass.pipes(body).get("tensor", 0) - sass.fillers(body)) * each if each else None,
         per_element_by_pipe={k: n * each for k, n in sass.pipes(body).items()} if each else {},
         issue_cycles=issue if code.loop else None, tensor_cycles=tensor,
         issue_over_tensor=issue / tensor if tensor else None,

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 from .loops import loops
@@ -102,6 +103,12 @@ def mma_kind(code: Iterable[str]) -> str | None:
 def narrow_mma(code: Iterable[str]) -> int:
     """Tensor-core instructions on TF32 operands, which hold fewer digits than float32."""
     return sum("TF32" in opcode(i) for i in code if pipe(opcode(i)) == "tensor")
+
+
+def fillers(code: Iterable[str]) -> int:
+    """NOPs right behind tensor-core instructions: on sm_120 the assembler's, where it has nothing else for the slot."""
+    ops = [opcode(i) for i in code]
+    return sum(b == "NOP" and pipe(a) == "tensor" for a, b in pairwise(ops))
 
 
 def fmas_of(op: str) -> tuple[int, int] | None:

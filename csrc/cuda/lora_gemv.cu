@@ -36,7 +36,7 @@ struct Call {
     int M, r, b_dtype, bias_dtype;
     int steps; /* of STEP columns, in a split */
     int share; /* 2^share neighbouring t lie in one block of the format */
-    float scaling;
+    float scaling, unscale; /* unscale: 1 / what the table is multiplied by */
     PkRoutes routes;
 };
 
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const 
         for (int j = 0; j < SETS; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                float v = sums[tile][j][e];
+                float v = sums[tile][j][e] * c.unscale;
                 if (c.share < 1) v += __shfl_xor_sync(0xffffffffu, v, 1);
                 if (c.share < 2) v += __shfl_xor_sync(0xffffffffu, v, 2);
                 if (t >> c.share == 0)
@@ -285,12 +285,14 @@ void launch(const Call &c, const PkTable &table, unsigned splits, cudaStream_t s
 }
 
 template <typename T> void launch_all(const pk_lora_args &a, Call &c, cudaStream_t stream) {
-    const PkTable table = pk_table_of(a.table);
     if (!whole_runs(a)) {
         auto kernel = any_kernel<T>;
-        PK_LAUNCH(kernel, static_cast<unsigned>((c.N + WARPS - 1) / WARPS), THREADS, stream, c, table);
+        PK_LAUNCH(kernel, static_cast<unsigned>((c.N + WARPS - 1) / WARPS), THREADS, stream, c, pk_table_of(a.table));
         return;
     }
+    const float factor = pk_table_factor(a.quant_type, a.x_dtype);
+    const PkTable table = pk_table_of(a.table, factor);
+    c.unscale = 1.0f / factor;
     const int64_t steps = (c.K + STEP - 1) / STEP, wanted = splits_of(a);
     c.steps = static_cast<int>((steps + wanted - 1) / wanted);
     const unsigned splits = static_cast<unsigned>((steps + c.steps - 1) / c.steps);

@@ -7,13 +7,16 @@ using mma::Problem;
 using mma::Tile;
 /* 4 stages of x and W. Where memory is short, 3 with 32 rows of x, 2 with 64, and no larger tile: on those GPUs the
  * tensor cores are the slowest part by far. */
-using Tile16 = Tile<16, 2, 4, mma::ANY>;
-using Tile32 = Tile<32, 2, 4, mma::LARGE>;
-using Tile64 = Tile<64, 2, 4, mma::LARGE>;
-using Tile128 = Tile<128, 1, 4, mma::LARGE>;
-using Tile32Small = Tile<32, 2, 3, mma::SMALL>;
-using Tile64Small = Tile<64, 2, 2, mma::SMALL>;
-using TileAny = Tile<32, 2, 3, mma::ANY, true>;
+using Tile16 = Tile<16, 2, 4, mma::ANY, mma::SUMS>;
+using Tile32 = Tile<32, 2, 4, mma::LARGE, mma::SUMS>;
+using Tile64 = Tile<64, 2, 4, mma::LARGE, mma::SUMS>;
+using Tile128 = Tile<128, 1, 4, mma::LARGE, mma::WEIGHTS>;
+using Tile32Small = Tile<32, 2, 3, mma::SMALL, mma::SUMS>;
+using Tile64Small = Tile<64, 2, 2, mma::SMALL, mma::SUMS>;
+/* where 64 elements have two scales */
+using Halves32 = Tile<32, 2, 3, mma::ANY, mma::HALVES>;
+using Halves64 = Tile<64, 2, 4, mma::LARGE, mma::HALVES>;
+using TileAny = Tile<32, 2, 3, mma::ANY, mma::ELEMENTS>;
 
 /* What the kernel of one tile needs to be launched. */
 struct Shape {
@@ -50,12 +53,15 @@ int attribute(cudaDeviceAttr which, int otherwise) {
 Plan plan(const pk_lora_args &a, bool general) {
     const bool small = mma::small_memory(10 * attribute(cudaDevAttrComputeCapabilityMajor, 8) +
                                          attribute(cudaDevAttrComputeCapabilityMinor, 0));
+    const bool halves = a.blocksize < 64 || a.K % 64;
     /* the tile that costs least: decoding its part of W costs about as much as the products with 32 rows of x */
-    int rows = 16;
-    for (int BM = 32; BM <= (small ? 64 : 128); BM *= 2)
+    const int least = halves ? 32 : 16, most = halves ? (small ? 32 : 64) : (small ? 64 : 128);
+    int rows = least;
+    for (int BM = 2 * least; BM <= most; BM *= 2)
         if (ceil_div(a.M, BM) * (BM + 32) <= ceil_div(a.M, rows) * (rows + 32)) rows = BM;
     Plan out;
     out.shape = general      ? shape<TileAny>()
+                : halves     ? (rows == 32 ? shape<Halves32>() : shape<Halves64>())
                 : rows == 16 ? shape<Tile16>()
                 : rows == 32 ? (small ? shape<Tile32Small>() : shape<Tile32>())
                 : rows == 64 ? (small ? shape<Tile64Small>() : shape<Tile64>())
@@ -64,12 +70,12 @@ Plan plan(const pk_lora_args &a, bool general) {
     /* parts of k, so that the last round of blocks is short; 3: steps that a block takes to start and end */
     const int64_t slots = attribute(cudaDevAttrMultiProcessorCount, 108), steps = ceil_div(a.K, out.shape.BK);
     const int64_t tiles = out.n_tiles * out.m_tiles;
-    int64_t least = 0;
+    int64_t fewest = 0;
     out.split = 1;
     for (int64_t split = 1; split <= 16 && (split == 1 || steps >= 4 * split); ++split) {
         const int64_t adding = split > 1 ? 2 + split / 4 : 0;
         const int64_t cost = ceil_div(tiles * split, slots) * (ceil_div(steps, split) + 3) + adding;
-        if (split == 1 || cost < least) least = cost, out.split = static_cast<int>(split);
+        if (split == 1 || cost < fewest) fewest = cost, out.split = static_cast<int>(split);
     }
     return out;
 }
@@ -108,10 +114,12 @@ int pk_lora_mma(const pk_lora_args &a, const float *start, cudaStream_t stream) 
     p.r = start ? 0 : static_cast<int>(a.r);
     p.m_tiles = static_cast<int>(todo.m_tiles), p.split = todo.split;
     p.x_row = static_cast<uint32_t>(a.K * 2), p.codes_row = static_cast<uint32_t>(a.K / 2);
-    p.shift = pk_log2(a.blocksize) - (general ? 0 : 5), p.whole = a.blocksize >= 64 && a.K % 64 == 0;
+    p.last_unit = static_cast<uint32_t>((a.N * a.K - 1) / 32);
+    p.shift = pk_log2(a.blocksize) - (general ? 0 : 5);
     p.b_dtype = static_cast<int>(a.b_dtype), p.bias_dtype = static_cast<int>(a.bias_dtype);
     p.scaling = static_cast<float>(a.scaling);
-    p.table = pk_table_of(a.table);
+    const float factor = pk_table_factor(a.quant_type, a.x_dtype);
+    p.table = pk_table_of(a.table, factor), p.unscale = 1.0f / factor;
     if (todo.split > 1) {
         p.arrived = reinterpret_cast<unsigned *>(a.workspace);
         p.partial = reinterpret_cast<float4 *>(reinterpret_cast<char *>(a.workspace) + todo.counters());

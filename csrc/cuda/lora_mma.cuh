@@ -23,7 +23,7 @@ __device__ __forceinline__ uint4 halves(const void *p, int dtype, int row, int r
     return {high[0], high[1], low[0], low[1]};
 }
 
-/* The sums start at scaling * s b^T, in three products of the halves: float32 adapters lose nothing that shows
+/* sums += scaling * s b^T, in three products of the halves: float32 adapters lose nothing that shows
  * in a 16-bit y. s goes through `room` of shared memory as fragments, so that it is split once for all warps. */
 template <typename C>
 __device__ __forceinline__ void start(const Problem &p, char *room, typename C::Sums &acc, int group, int n,
@@ -56,7 +56,7 @@ __device__ __forceinline__ void start(const Problem &p, char *room, typename C::
     }
 }
 
-/* The sums start at p.start. */
+/* sums += p.start. */
 template <typename C> __device__ __forceinline__ void start_from(const Problem &p, typename C::Sums &acc, int n, int m0) {
     const int m = m0 + static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
@@ -67,38 +67,75 @@ template <typename C> __device__ __forceinline__ void start_from(const Problem &
             const float *from = p.start + static_cast<int64_t>(row) * p.N + n;
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (row < p.M && n + 8 * i < p.N) acc[i / 2][mt][i % 2 * 2 + j] = __ldg(from + 8 * i);
+                if (row < p.M && n + 8 * i < p.N) acc[i / 2][mt][i % 2 * 2 + j] += __ldg(from + 8 * i);
         }
 }
 
-/* acc += W x^T over one group of 64 elements. codes, x: offsets of the thread's own; copy: of its column in a line of
- * the table. */
+/* The entry of a byte of codes. copy: of the thread's column in a line of the table. */
+__device__ __forceinline__ uint32_t look_up(char *shared, uint32_t word, int byte, uint32_t copy) {
+    return at<uint32_t>(shared, pk_prmt(word, copy, 0x5504 | byte << 4)); /* byte * 256 + copy */
+}
+
+/* first, second += W x^T over 8 of a thread's elements, so 32 of k: fragments of two steps of 16, of two 16-row parts of
+ * W, and 8 rows of x. */
+template <typename T>
+__device__ __forceinline__ void product(char *shared, float (&first)[4], float (&second)[4],
+                                        const uint32_t (&fragments)[2][2][4], int x) {
+    const uint4 v = at<uint4>(shared, x);
+    const uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+        pk_mma<T>(first, fragments[step][0], b[step]), pk_mma<T>(second, fragments[step][1], b[step]);
+}
+
+/* acc += W x^T over one group of 64 elements, scaled as C says. codes: offset of the thread's own; x: of its own, in each
+ * half of 32. */
 template <typename T, typename C>
-__device__ __forceinline__ void multiply(char *shared, typename C::Sums &acc, int codes, int x,
-                                         const RunScale<C::GENERAL> (&scale)[4], uint32_t copy) {
+__device__ __forceinline__ void multiply_sums(char *shared, typename C::Sums &acc, int codes, const int (&x)[2],
+                                              const float (&scale)[4], uint32_t copy) {
+    uint32_t a[2][2][2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const Words words = at<Words>(shared, codes + i * (2 * LINE));
+#pragma unroll
+        for (int byte = 0; byte < 8; ++byte)
+            a[byte / 4][byte / 2 % 2][i / 2][i % 2 + byte % 2 * 2] =
+                look_up(shared, byte < 4 ? words.x : words.y, byte % 4, copy);
+    }
+#pragma unroll
+    for (int mt = 0; mt < C::BM / 8; ++mt) {
+        float part[2][4] = {};
+#pragma unroll
+        for (int h = 0; h < 2; ++h) product<T>(shared, part[0], part[1], a[h], x[h] + mt * 1024);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) acc[i][mt][j] += scale[2 * i + j / 2] * part[i][j];
+    }
+}
+template <typename T, typename C, typename S> /* S: uint32_t, a pair of 16-bit scales, or RunScale */
+__device__ __forceinline__ void multiply_weights(char *shared, typename C::Sums &acc, int codes, const int (&x)[2],
+                                         const S (&scale)[4], uint32_t copy) {
+    Words words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = at<Words>(shared, codes + i * (2 * LINE));
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        uint32_t a[2][2][4]; /* of two steps of 16 elements, of two 16-row parts of W */
+        uint32_t a[2][2][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t word = at<uint32_t>(shared, codes + i * (2 * LINE) + 4 * h);
+        for (int i = 0; i < 4; ++i)
 #pragma unroll
             for (int byte = 0; byte < 4; ++byte) {
-                const Floats v = at<Floats>(shared, pk_prmt(word, copy, 0x5504 | byte << 4)); /* byte * 256 + copy */
-                const int e = 8 * h + 2 * byte;
-                a[byte / 2][i / 2][i % 2 + byte % 2 * 2] =
-                    pk_pack<T>(__fmul_rn(v.even, scale[i].of(e)), __fmul_rn(v.odd, scale[i].of(e + 1)));
+                const uint32_t pair = look_up(shared, h ? words[i].y : words[i].x, byte, copy);
+                uint32_t factor;
+                if constexpr (C::GENERAL)
+                    factor = pk_pack<T>(scale[i].of(8 * h + 2 * byte), scale[i].of(8 * h + 2 * byte + 1));
+                else
+                    factor = scale[i];
+                a[byte / 2][i / 2][i % 2 + byte % 2 * 2] = pk_mul2<T>(pair, factor);
             }
-        }
 #pragma unroll
-        for (int mt = 0; mt < C::BM / 8; ++mt) {
-            const uint4 v = at<uint4>(shared, (x ^ h * 16) + mt * 1024);
-            const uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
-#pragma unroll
-            for (int step = 0; step < 2; ++step)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) pk_mma<T>(acc[i][mt], a[step][i], b[step]);
-        }
+        for (int mt = 0; mt < C::BM / 8; ++mt) product<T>(shared, acc[0][mt], acc[1][mt], a, x[h] + mt * 1024);
     }
 }
 
@@ -203,87 +240,114 @@ __device__ __forceinline__ bool add_parts(const Problem &p, char *shared, typena
     return true;
 }
 
+/* What a thread works on. */
+template <typename C> struct Place {
+    int lane, g, t, warp, group, part, n0, m0, n; /* n and n + 8, + 16, + 24 are its columns of y */
+    __device__ __forceinline__ Place(const Problem &p, unsigned tid, unsigned tile, unsigned part)
+        : lane(tid % 32), g(lane / 4), t(lane % 4), warp(tid / 32 % (8 / C::WK)), group(tid / C::COLUMN_THREADS),
+          part(part), n0(tile / p.m_tiles * C::BN), m0(tile % p.m_tiles * C::BM), n(n0 + warp * 32 + g) {}
+};
+
+/* Adds the low-rank term, or what stands for it. room: of shared memory. */
+template <typename C>
+__device__ __forceinline__ void add_low_rank(const Problem &p, char *room, typename C::Sums &acc, const Place<C> &at) {
+    if (at.part != 0) return;
+    if (!p.start)
+        start<C>(p, room, acc, at.group, at.n, at.m0);
+    else if (at.group == 0)
+        start_from<C>(p, acc, at.n, at.m0);
+}
+
+/* From the sums to y. */
+template <typename T, typename C>
+__device__ __forceinline__ void end_tile(const Problem &p, char *shared, typename C::Sums &acc, const Place<C> &at) {
+    const int place = static_cast<int>(threadIdx.x) % C::COLUMN_THREADS, column = at.warp * 32 + at.g;
+    const bool holds = at.group == 0;
+    if constexpr (C::WK > 1) add_groups<C>(shared, acc, at.group, place);
+    if (p.split > 1 && !add_parts<C>(p, shared, acc, holds, place)) return;
+    if (p.gain || p.bias) {
+        if (p.h) {
+            store<T, C>(p, p.h, shared, acc, at.n0, at.m0, holds, column, at.t);
+            __syncthreads(); /* the memory is used again */
+        }
+        finish<C>(p, acc, at.n);
+    }
+    store<T, C>(p, p.y, shared, acc, at.n0, at.m0, holds, column, at.t);
+}
+
 template <typename T, typename C>
 __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Problem p) {
     PK_DYNAMIC_SHARED(char, shared);
 #if defined(__CUDA_ARCH__)
     if constexpr (C::WHERE != ANY && small_memory(__CUDA_ARCH__ / 10) != (C::WHERE == SMALL)) return __trap();
 #endif
-    const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4;
-    const int warp = tid / 32 % (8 / C::WK), group = tid / C::COLUMN_THREADS;
-    const int tile = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y);
-    const int n0 = tile / p.m_tiles * C::BN, m0 = tile % p.m_tiles * C::BM;
+    const int tid = static_cast<int>(threadIdx.x);
+    const Place<C> place(p, threadIdx.x, blockIdx.x, blockIdx.y);
+    const int g = place.g, t = place.t, warp = place.warp, group = place.group, part = place.part, n0 = place.n0;
     const int all_steps = (p.K + C::BK - 1) / C::BK;
     const int begin = static_cast<int>(static_cast<int64_t>(all_steps) * part / p.split);
     const int steps = static_cast<int>(static_cast<int64_t>(all_steps) * (part + 1) / p.split) - begin;
 
-    Loader<C> loader(p, n0, m0, begin * C::BK, min(p.K, (begin + steps) * C::BK));
+    const int first = begin * C::BK, end = min(p.K, (begin + steps) * C::BK); /* of k */
+    Loader<C> loader(p, n0, place.m0, first, end);
     for (int i = 0; i < C::STAGES - 1; ++i) {
-        loader.load(p, shared, i, n0, (begin + i) * C::BK);
+        loader.load(p, shared, i, steps, n0, first);
         pk_cp_async_commit();
     }
-    const float offset = pk_scale_offset(p.scales);
-    at<float>(shared, C::SCALE_CODE + 4 * tid) = pk_scale_code(p.scales, tid);
+    const float offset = pk_scale_offset(p.scales) * p.unscale;
+    at<float>(shared, C::SCALE_CODE + 4 * tid) = pk_scale_code(p.scales, tid) * p.unscale;
     { /* line tid of the table; each lane starts at another column */
-        const float even = p.table.value[tid / 16], odd = p.table.value[tid % 16];
-        for (int i = 0; i < 8; ++i)
-            at<float4>(shared, tid * LINE + (i + tid) % 8 * 16) = make_float4(even, odd, even, odd);
+        const uint32_t w = pk_pack<T>(p.table.value[tid / 16], p.table.value[tid % 16]);
+        for (int i = 0; i < 8; ++i) at<uint4>(shared, tid * LINE + (i + tid) % 8 * 16) = {w, w, w, w};
     }
-    ScaleLoader<C> scales(p, n0, begin * C::BK);
-    if (!C::GENERAL) {
-        scales.fetch(p);
-        __syncthreads(); /* the code of the scales */
-        scales.store(p, shared, 0, offset);
-        scales.fetch(p);
-    }
+    ScaleLoader<C> scales(p, n0 + warp * 32, first + GROUP * group, end);
+    if constexpr (!C::GENERAL)
+#pragma unroll
+        for (int i = 0; i < scales.AHEAD; ++i) scales.fetch(p, i);
 
     typename C::Sums acc = {};
-    const int n = n0 + warp * 32 + g; /* and n + 8, + 16, + 24 */
-    if (part == 0 && p.start) {
-        if (group == 0) start_from<C>(p, acc, n, m0);
-    } else if (part == 0) {
-        start<C>(p, shared + C::X + (C::STAGES - 1) * C::X_STAGE, acc, group, n, m0); /* a free stage */
-    }
+    if (!C::LATE) add_low_rank<C>(p, shared + C::X + (C::STAGES - 1) * C::X_STAGE, acc, place); /* a free stage */
 
     const int codes = (group * (C::BN / 4) + warp * 8 + g / 4) * LINE + HOLE + (g % 4 ^ 2 * group) * 32 + t * 8;
-    const int x = C::X + (group * C::BM + g) * 128 + (2 * t ^ (g & 1)) * 16;
-    const int scale_at = C::scales_at((warp * 32 + g) * (8 * C::WK)) + group * 8 + t / 2 * 4;
-    const uint32_t copy = lane % 16 * 8;
-    for (int i = 0; i < steps; ++i) {
-        pk_cp_async_wait<C::STAGES - 2>();
-        __syncthreads(); /* stage i is there, and nobody reads stage i - 1 any more */
-        RunScale<C::GENERAL> scale[4];
-        if constexpr (!C::GENERAL) {
-            scales.store(p, shared, (i + 1) % 2, offset);
-            scales.fetch(p);
-        }
-        loader.load(p, shared, (i + C::STAGES - 1) % C::STAGES, n0, (begin + i + C::STAGES - 1) * C::BK);
-        pk_cp_async_commit();
+    const int x = C::X + (group * C::BM + g) * 128 + (2 * t ^ (g & 1) ^ 4 * group) * 16;
+    const int x_halves[2] = {x, x ^ 16};
+    const uint32_t copy = place.lane * 4;
+    for (int left = steps; left > 0; left -= C::ROUND) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if constexpr (C::GENERAL)
-                scale[j] = run_scale(p, &at<float>(shared, C::SCALE_CODE), offset, n + 8 * j,
-                                     (begin + i) * C::BK + GROUP * group + 16 * t);
+        for (int s = 0; s < C::ROUND; ++s) {
+            if (s > 0 && left <= s) break;
+            pk_cp_async_wait<C::STAGES - 2>();
+            __syncthreads(); /* stage s is there, and nobody reads stage s - 1 any more */
+            const int stage_x[2] = {x_halves[0] + s % C::STAGES * C::X_STAGE,
+                                    x_halves[1] + s % C::STAGES * C::X_STAGE};
+            const int stage_codes = codes + s % C::STAGES * (C::CODES * LINE), k0 = first + (steps - left) * C::BK;
+            loader.load(p, shared, s + C::STAGES - 1, left, n0, k0);
+            pk_cp_async_commit();
+            std::conditional_t<C::GENERAL, RunScale, std::conditional_t<C::SCALING == SUMS, float, uint32_t>> scale[4];
+            if constexpr (C::GENERAL) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    scale[j] = run_scale(p, &at<float>(shared, C::SCALE_CODE), offset, place.n + 8 * j,
+                                         k0 + s * C::BK + GROUP * group + 16 * t);
+            } else {
+                scales.template take<T>(shared, offset, s, scale);
+                scales.fetch(p, s + scales.AHEAD);
+            }
+            if (s == C::ROUND - 1) loader.advance(), scales.advance();
+            if constexpr (C::SCALING == SUMS)
+                multiply_sums<T, C>(shared, acc, stage_codes, stage_x, scale, copy);
             else
-                scale[j].value = at<float>(shared, scale_at + i % 2 * C::SCALES_STEP +
-                                                       (C::scales_at(64 * C::WK * j) - C::scales_at(0)));
+                multiply_weights<T, C>(shared, acc, stage_codes, stage_x, scale, copy);
         }
-        const int stage = i % C::STAGES;
-        multiply<T, C>(shared, acc, codes + stage * (C::CODES * LINE), x + stage * C::X_STAGE, scale, copy);
     }
     pk_cp_async_wait<0>();
     __syncthreads();
-
-    const int place = tid % C::COLUMN_THREADS;
-    if constexpr (C::WK > 1) add_groups<C>(shared, acc, group, place);
-    if (p.split > 1 && !add_parts<C>(p, shared, acc, group == 0, place)) return;
-    if (p.gain || p.bias) {
-        if (p.h) {
-            store<T, C>(p, p.h, shared, acc, n0, m0, group == 0, warp * 32 + g, t);
-            __syncthreads(); /* the memory is used again */
-        }
-        finish<C>(p, acc, n);
+    if constexpr (C::LATE) {
+        const Place<C> again(p, pk_thread_again(), pk_block_again(0), pk_block_again(1)); /* the loop needs the registers */
+        add_low_rank<C>(p, shared, acc, again);
+        end_tile<T, C>(p, shared, acc, again);
+    } else {
+        end_tile<T, C>(p, shared, acc, place);
     }
-    store<T, C>(p, p.y, shared, acc, n0, m0, group == 0, warp * 32 + g, t);
 }
 } // namespace mma

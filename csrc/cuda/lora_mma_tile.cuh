@@ -6,10 +6,14 @@
  * elements 16 t to 16 t + 15, 8 neighbouring bytes of codes and 32 of x. Codes become fragments without a shuffle, and
  * x comes by 16-byte loads.
  *
- * A byte of codes picks a pair of float32 values from a table in shared memory, the pair is multiplied by the scale and
- * rounded once: the very bits of the reference's W. The table has 16 copies, one for each lane of a half-warp, so no
- * two lanes meet in a bank; an entry is 256 bytes from the next, so one byte permute makes the address. The table fills
- * the first half of each 256-byte line; the packed bytes on their way in fill the other halves. */
+ * A byte of codes picks a pair of 16-bit values from a table in shared memory, one word of a fragment. The table has a
+ * copy for each lane, so no two meet in a bank; an entry is 256 bytes from the next, so one byte permute makes the address.
+ * The table fills the first half of each 256-byte line; the packed bytes on their way in fill the other halves.
+ *
+ * The scale of a block of the format, one for 64 or more elements of a row of W, multiplies what is cheaper: a thread's
+ * sums over 64 elements of k (SUMS: BM multiply-adds for its 64 weights; float32) or its weights (WEIGHTS: an instruction
+ * for each pair, whatever BM is; in 16 bits, so that a weight is rounded three times where eager's is once: its code's value, the
+ * scale, the product). Blocks of 32, and rows of whole 32 but not 64, have two scales in 64 (HALVES). */
 #pragma once
 #include "lora.cuh"
 #include "ptx.cuh"
@@ -31,47 +35,41 @@ struct Problem {
     unsigned *arrived; /* split > 1: per tile, zero */
     int M, N, K, r, m_tiles, split;
     uint32_t x_row, codes_row; /* bytes */
+    uint32_t last_unit;        /* of W; 32 elements */
     int shift;                 /* log2 of the block size in elements, or in 32 of them where the tile is not GENERAL */
-    bool whole;                /* 64 elements from a multiple of 64 in a row have one scale */
     int b_dtype, bias_dtype;
-    float scaling;
+    float scaling, unscale; /* unscale: 1 / what the table is multiplied by */
     PkTable table;
 };
 
 /* A block can have 99 KB of shared memory on sm_86 to 89 and from sm_120 on, 163 KB or more on the others. */
 __host__ __device__ constexpr bool small_memory(int arch) { return (arch >= 86 && arch < 90) || arch >= 120; }
 enum Where { ANY, LARGE, SMALL };
+enum Scaling { SUMS, WEIGHTS, HALVES, ELEMENTS };
 
-/* WK: groups of warps that share the columns and split k. WHERE: the architectures that have this tile. GENERAL: any K
+/* WK: groups of warps that share the columns and split k. WHERE: the architectures that have this tile. ELEMENTS: any K
  * and alignment, by plain loads, the scales looked up where they are used. */
-template <int BM_, int WK_, int STAGES_, Where WHERE_, bool GENERAL_ = false> struct Tile {
+template <int BM_, int WK_, int STAGES_, Where WHERE_, Scaling SCALING_> struct Tile {
     static constexpr int BM = BM_, WK = WK_, STAGES = STAGES_;
     static constexpr Where WHERE = WHERE_;
-    static constexpr bool GENERAL = GENERAL_;
+    static constexpr Scaling SCALING = SCALING_;
+    static constexpr bool GENERAL = SCALING == ELEMENTS;
+    static constexpr bool WHOLE = SCALING == SUMS || SCALING == WEIGHTS; /* groups of 64 are there, or not */
+    static constexpr bool LATE = BM > 64; /* the low-rank term is added at the end: before, the loop's values fill all registers */
     static constexpr int BN = 256 / WK, BK = GROUP * WK, COLUMN_THREADS = THREADS / WK;
     using Sums = float[2][BM / 8][4]; /* of 16 rows of W, 8 of x: one product of mma.sync */
     static constexpr int QUARTERS = BM / 4; /* float4 of sums a thread */
     static constexpr int CODES = 64; /* lines of codes a stage */
     static constexpr int X = LINES * LINE, X_STAGE = BM * BK * 2;
-    static constexpr int SCALES_SLOT = 2048; /* bytes, of two slots; a scale per 32 elements */
-    static constexpr bool SCALES_IN_HOLES = STAGES < 4;
-    static constexpr int SCALES_STEP = SCALES_IN_HOLES ? 2 * SCALES_SLOT : SCALES_SLOT;
-    static constexpr int SCALES = X + STAGES * X_STAGE;
-    static constexpr int SCALE_CODE = SCALES + (SCALES_IN_HOLES ? 0 : 2 * SCALES_SLOT);
+    static constexpr int ROUND = STAGES == 2 ? 4 : STAGES; /* steps in a pass of the loop */
+    static constexpr int SCALE_CODE = X + STAGES * X_STAGE;
     static constexpr int BYTES = SCALE_CODE + 1024;
     static_assert(BM * (BN + 8) * 2 <= BYTES && (WK == 1 || COLUMN_THREADS * BM * 4 <= BYTES), "the end reuses it");
     static_assert(BYTES <= (WHERE == LARGE ? 163 << 10 : 99 << 10), "what a block can have");
-    /* offset of byte i of a slot of scales */
-    static constexpr __device__ __forceinline__ int scales_at(int i) {
-        return SCALES_IN_HOLES ? (STAGES * CODES + i / HOLE) * LINE + HOLE + i % HOLE : SCALES + i;
-    }
 };
 
 struct alignas(8) Words {
     uint32_t x, y;
-};
-struct alignas(8) Floats {
-    float even, odd;
 };
 
 template <typename To> __device__ __forceinline__ To &at(char *memory, int offset) {
@@ -79,102 +77,137 @@ template <typename To> __device__ __forceinline__ To &at(char *memory, int offse
 }
 
 /* What a thread brings in: 2 chunks of 32 codes and BM * WK / 32 chunks of 8 elements of x a stage. Rows past the end
- * read the last one: what becomes of it is not stored. Past the end of k (`end`) there are zeros. */
+ * read the last one: what becomes of it is not stored. Past the end of k (`end`) there are zeros. The loop goes round
+ * once for all stages, so that each has its place in the code; `step` counts from there. */
 template <typename C> struct Loader {
     static constexpr int X_CHUNKS = C::BM * C::WK / 32;
-    uint32_t codes, codes_last, x, x_last; /* byte offsets of the first chunk, and of its like in the last row */
-    int codes_to, x_to, codes_left, x_left; /* left: elements of k from a chunk to the end */
+    const uint8_t *codes[2], *x[X_CHUNKS];
+    int codes_to, x_to, left, own_left; /* elements of k to the end, from the thread's group; and of x from its chunk */
 
     __device__ __forceinline__ Loader(const Problem &p, int n0, int m0, int k0, int end) {
         const int tid = threadIdx.x;
         const int row = tid / (2 * C::WK), chunk = tid % (2 * C::WK), group = chunk / 2;
-        codes_left = end - k0 - 32 * chunk;
+        left = end - k0 - GROUP * group - (C::WHOLE ? 0 : 32 * (chunk % 2));
         codes_to = (group * (C::BN / 4) + row / 4) * LINE + HOLE + (row % 4 ^ 2 * group) * 32 + chunk % 2 * 16;
-        codes_last = static_cast<uint32_t>((p.N - 1) * p.codes_row) + (k0 + 32 * chunk) / 2;
-        codes = static_cast<uint32_t>((n0 + row) * p.codes_row) + (k0 + 32 * chunk) / 2;
-        const int x_row = tid / (8 * C::WK), x_chunk = tid % (8 * C::WK);
-        x_left = end - k0 - 8 * x_chunk;
-        x_to = C::X + (x_chunk / 8 * C::BM + x_row) * 128 + (x_chunk % 8 ^ (x_row & 1)) * 16;
-        x_last = static_cast<uint32_t>((p.M - 1) * p.x_row) + (k0 + 8 * x_chunk) * 2;
-        x = static_cast<uint32_t>((m0 + x_row) * p.x_row) + (k0 + 8 * x_chunk) * 2;
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            codes[j] = p.packed + static_cast<int64_t>(min(n0 + row + j * (C::BN / 2), p.N - 1)) * p.codes_row +
+                       (k0 + 32 * chunk) / 2;
+        /* of x a thread has the same group, so that one comparison does for both */
+        const int x_row = tid / (8 * C::WK), x_chunk = C::WK == 1 ? tid % 8 : tid % 16 / 4 * 2 + tid % 2;
+        own_left = end - k0 - GROUP * group - 8 * x_chunk;
+        x_to = C::X + (group * C::BM + x_row) * 128 + (x_chunk ^ (x_row & 1) ^ 4 * group) * 16;
+#pragma unroll
+        for (int j = 0; j < X_CHUNKS; ++j)
+            x[j] = p.x + static_cast<int64_t>(min(m0 + x_row + j * (32 / C::WK), p.M - 1)) * p.x_row +
+                   (k0 + GROUP * group + 8 * x_chunk) * 2;
     }
 
-    __device__ __forceinline__ void load(const Problem &p, char *shared, int stage, int n0, int k0) {
+    __device__ __forceinline__ void load(const Problem &p, char *shared, int step, int steps, int n0, int k0) {
+        const int stage = step % C::STAGES;
+        const bool there = C::WHOLE && C::WK == 1 ? step < steps : left > step * C::BK; /* steps: to the end */
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             char *to = shared + codes_to + stage * (C::CODES * LINE) + j * (C::BN / 8 * LINE);
             if constexpr (C::GENERAL)
                 copy_codes(p, to, min(n0 + static_cast<int>(threadIdx.x) / (2 * C::WK) + j * (C::BN / 2), p.N - 1),
-                           k0 + static_cast<int>(threadIdx.x) % (2 * C::WK) * 32);
+                           k0 + step * C::BK + static_cast<int>(threadIdx.x) % (2 * C::WK) * 32, left - step * C::BK);
             else
-                pk_cp_async16(to, p.packed + min(codes + j * (C::BN / 2) * p.codes_row, codes_last), codes_left > 0);
+                pk_cp_async16(to, codes[j] + step * (C::BK / 2), there);
         }
 #pragma unroll
         for (int j = 0; j < X_CHUNKS; ++j) {
             char *to = shared + x_to + stage * C::X_STAGE + j * (32 / C::WK * 128);
-            const uint8_t *from = p.x + min(x + j * (32 / C::WK) * p.x_row, x_last);
+            const uint8_t *from = x[j] + step * (C::BK * 2);
             if constexpr (C::GENERAL)
                 for (int i = 0; i < 8; ++i)
-                    at<uint16_t>(to, 2 * i) = i < x_left ? __ldg(reinterpret_cast<const uint16_t *>(from) + i) : 0;
+                    at<uint16_t>(to, 2 * i) =
+                        i < own_left - step * C::BK ? __ldg(reinterpret_cast<const uint16_t *>(from) + i) : 0;
             else
-                pk_cp_async16(to, from, x_left > 0);
+                pk_cp_async16(to, from, C::WHOLE ? there : own_left > step * C::BK);
         }
-        codes += C::BK / 2, codes_last += C::BK / 2, codes_left -= C::BK;
-        x += C::BK * 2, x_last += C::BK * 2, x_left -= C::BK;
+    }
+    __device__ __forceinline__ void advance() {
+        constexpr int K = C::ROUND * C::BK;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) pk_advance(codes[j], K / 2);
+#pragma unroll
+        for (int j = 0; j < X_CHUNKS; ++j) pk_advance(x[j], K * 2);
+        left -= K, own_left -= K;
     }
 
     /* 32 codes of row n from k on: where K is odd, every other row starts in the middle of a byte. */
-    __device__ void copy_codes(const Problem &p, char *to, int n, int k) const {
+    static __device__ void copy_codes(const Problem &p, char *to, int n, int k, int left) {
         const int64_t element = static_cast<int64_t>(n) * p.K + k;
         const uint8_t *from = p.packed + element / 2;
         for (int i = 0; i < 16; ++i) {
-            unsigned byte = 2 * i < codes_left ? __ldg(from + i) : 0;
-            if (element & 1) byte = byte << 4 | (2 * i + 1 < codes_left ? __ldg(from + i + 1) >> 4 : 0);
+            unsigned byte = 2 * i < left ? __ldg(from + i) : 0;
+            if (element & 1) byte = byte << 4 | (2 * i + 1 < left ? __ldg(from + i + 1) >> 4 : 0);
             at<uint8_t>(to, i) = static_cast<uint8_t>(byte);
         }
     }
 };
 
-/* A thread's scales of one group of 64 elements of a row: of its two halves. The first is fetched a stage before it
- * goes to shared memory, where it lies a stage before it is used. */
+/* The scales of the 32 rows and 64 elements of a warp: each lane fetches one, AHEAD steps before its use, and of HALVES
+ * two; shuffles then give each thread those of its four rows. */
 template <typename C> struct ScaleLoader {
-    PkRawScale raw;
-    uint32_t unit; /* 32 elements */
-    int left, to;
+    static constexpr int COUNT = C::SCALING == HALVES ? 2 : 1, AHEAD = C::LATE ? 1 : 2;
+    PkRawScale raw[C::ROUND][COUNT];
+    uint32_t unit[COUNT]; /* 32 elements */
+    int left;
 
-    __device__ __forceinline__ ScaleLoader(const Problem &p, int n0, int k0) {
-        const int row = static_cast<int>(threadIdx.x) / C::WK, k = k0 + GROUP * (static_cast<int>(threadIdx.x) % C::WK);
-        unit = static_cast<uint32_t>((static_cast<int64_t>(min(n0 + row, p.N - 1)) * p.K + k) / 32);
-        left = p.K - k;
-        to = C::scales_at(row * (8 * C::WK)) + static_cast<int>(threadIdx.x) % C::WK * 8;
-        raw = {0.0f, 0};
+    __device__ __forceinline__ ScaleLoader(const Problem &p, int n, int k, int end) { /* the warp's first row and column */
+        /* four neighbours t have those that all of them need: of rows g + 8 t, or for each half of 64 two t, two rows each */
+        const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
+        const int half = COUNT == 1 ? 0 : t / 2;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int row = min(n + g + 8 * (COUNT == 1 ? t : t % 2 * 2 + i), p.N - 1);
+            unit[i] = static_cast<uint32_t>((static_cast<int64_t>(row) * p.K + k) / 32 + half);
+        }
+        left = end - k - 32 * half;
     }
-    __device__ __forceinline__ void fetch(const Problem &p) {
-        if (left > 0) raw = pk_fetch_scale(p.scales, unit >> p.shift);
+    __device__ __forceinline__ void fetch(const Problem &p, int step) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) { /* past the end the last one of W, not used */
+            const uint32_t block = min(unit[i] + step * (C::BK / 32), p.last_unit) >> p.shift;
+            raw[step % C::ROUND][i] = {pk_load_now(p.scales.values + (block >> p.scales.outer_shift)),
+                                        pk_load_now(p.scales.codes + block)};
+        }
     }
-    __device__ __forceinline__ void store(const Problem &p, char *shared, int slot, float offset) {
-        const float *code = &at<float>(shared, C::SCALE_CODE);
-        Floats v;
-        v.even = v.odd = left > 0 ? pk_finish_scale(raw, code, offset) : 0.0f;
-        if (!p.whole) /* rare: not asked for early */
-            v.odd = left > 32 ? pk_finish_scale(pk_fetch_scale(p.scales, (unit + 1) >> p.shift), code, offset) : 0.0f;
-        at<Floats>(shared, to + slot * C::SCALES_STEP) = v;
-        left -= C::BK, unit += C::BK / 32;
+    /* of the threads' rows n, n + 8, n + 16, n + 24; past the end of k zero: 0 times an infinite one is no 0 */
+    template <typename T, typename S> __device__ __forceinline__ void take(char *shared, float offset, int step, S (&scale)[4]) {
+        S own[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const float v = pk_finish_scale(raw[step % C::ROUND][i], &at<float>(shared, C::SCALE_CODE), offset);
+            const float there = (C::WHOLE && C::WK == 1) || left > step * C::BK ? v : 0.0f;
+            if constexpr (C::SCALING == SUMS)
+                own[i] = there;
+            else
+                own[i] = pk_pack<T>(there, there);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            scale[j] = __shfl_sync(0xffffffffu, own[j % COUNT], j / COUNT, 4 / COUNT);
+        }
+    }
+    __device__ __forceinline__ void advance() {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) unit[i] += C::ROUND * C::BK / 32;
+        left -= C::ROUND * C::BK;
     }
 };
 
-/* The scale of the 16 elements of one row that a thread works on. */
-template <bool GENERAL> struct RunScale {
-    float value;
-    __device__ __forceinline__ float of(int) const { return value; }
-};
-template <> struct RunScale<true> { /* the run may go over into the next block, or past the row's end */
+/* The scales of the 16 elements of one row that a thread works on, which may go over into the next block, or past the
+ * row's end. */
+struct RunScale {
     float first, second;
     int left, count;
     __device__ __forceinline__ float of(int i) const { return i < count ? (i < left ? first : second) : 0.0f; }
 };
-__device__ inline RunScale<true> run_scale(const Problem &p, const float *code, float offset, int n, int k) {
-    RunScale<true> out = {0.0f, 0.0f, 0, n < p.N ? p.K - k : 0};
+__device__ inline RunScale run_scale(const Problem &p, const float *code, float offset, int n, int k) {
+    RunScale out = {0.0f, 0.0f, 0, n < p.N ? p.K - k : 0};
     if (out.count <= 0) return out;
     const int64_t element = static_cast<int64_t>(n) * p.K + k, block = element >> p.shift;
     const int64_t left = ((block + 1) << p.shift) - element;

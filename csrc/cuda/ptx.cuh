@@ -65,12 +65,54 @@ __device__ __forceinline__ void pk_mma_f16(float (&d)[4], const uint32_t (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/* a * b + c of the two 16-bit numbers of each word, rounded once. */
+template <typename T> __device__ __forceinline__ uint32_t pk_fma2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    else
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 /* 16 bytes that are read once: they do not displace what L1 holds. */
 __device__ __forceinline__ uint4 pk_load_stream16(const void *global) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(global));
+    return v;
+}
+
+/* threadIdx.x and an axis of blockIdx, read anew: what comes of them needs no register until then. */
+__device__ __forceinline__ unsigned pk_thread_again() {
+    unsigned v;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+    return v;
+}
+__device__ __forceinline__ unsigned pk_block_again(int axis) {
+    unsigned v;
+    if (axis == 0)
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
+    else
+        asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(v));
+    return v;
+}
+
+/* p += bytes, here and not further up, where both values would be alive, and the loop would end with copies. */
+__device__ __forceinline__ void pk_advance(const uint8_t *&p, int64_t bytes) {
+    asm volatile("add.s64 %0, %0, %1;" : "+l"(p) : "l"(bytes));
+}
+
+/* What will not change, loaded here: the compiler would put a plain load off until after the branch that comes before its use. */
+__device__ __forceinline__ float pk_load_now(const float *global) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(global));
+    return v;
+}
+__device__ __forceinline__ uint32_t pk_load_now(const uint8_t *global) {
+    uint32_t v;
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(global));
     return v;
 }
 
@@ -105,6 +147,11 @@ __device__ __forceinline__ float pk_load_shared(pk_shared_t address) {
 }
 
 #endif
+
+/* a * b of the two 16-bit numbers of each word: sm_80 has no such product of bfloat16 but as a sum with -0. */
+template <typename T> __device__ __forceinline__ uint32_t pk_mul2(uint32_t a, uint32_t b) {
+    return pk_fma2<T>(a, b, 0x80008000u);
+}
 
 /* pk_mma_bf16 or pk_mma_f16, by the type of the operands. */
 template <typename T> __device__ __forceinline__ void pk_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

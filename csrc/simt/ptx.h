@@ -44,4 +44,30 @@ using pk_shared_t = uintptr_t; /* here an address is a pointer */
 inline pk_shared_t pk_shared_address(const void *shared) { return reinterpret_cast<uintptr_t>(shared); }
 template <typename C> C pk_and_or(uint32_t a, uint32_t b, C c) { return (a & b) | c; }
 inline float pk_load_shared(pk_shared_t address) { return *reinterpret_cast<const float *>(address); }
+inline unsigned pk_thread_again() { return threadIdx.x; }
+inline unsigned pk_block_again(int axis) { return axis == 0 ? blockIdx.x : blockIdx.y; }
+inline void pk_advance(const uint8_t *&p, int64_t bytes) { p += bytes; }
+inline float pk_load_now(const float *global) { return *global; }
+inline uint32_t pk_load_now(const uint8_t *global) { return *global; }
 inline float4 pk_load_fresh16(const float4 *global) { return *global; }
+/* The sum of a product, which float64 holds exactly, and a number, rounded once. */
+template <typename T> uint32_t pk_fma2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const auto value = [i](uint32_t word) {
+            if constexpr (std::is_same_v<T, __half>) return __half2float({static_cast<uint16_t>(word >> i)});
+            return __uint_as_float(word >> i << 16);
+        };
+        const double exact = static_cast<double>(value(a)) * value(b) + value(c);
+        float v = static_cast<float>(exact);
+        if (v != exact && exact == exact && !(__float_as_uint(v) & 1)) /* to odd: what follows rounds as if it were exact */
+            v = nextafterf(v, v < exact ? INFINITY : -INFINITY);
+        uint16_t half;
+        if constexpr (std::is_same_v<T, __half>)
+            half = __float2half_rn(v).x;
+        else
+            half = __float2bfloat16_rn(v).x;
+        out |= static_cast<uint32_t>(half) << i;
+    }
+    return out;
+}
