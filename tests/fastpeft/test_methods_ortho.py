@@ -260,3 +260,28 @@ def test_costs(name: str, options: dict[str, Any], most: Any) -> None:
     flops, kept = cost_of(model, torch.randn(t, n))
     assert flops <= 1.02 * (4 * t * n * n + most(t, n))
     assert kept <= 1.5 * t * n * 4
+
+
+@pytest.mark.parametrize("name", ["OFT", "BOFT"])
+@pytest.mark.parametrize("base", ["dense", "nf4", "bnb-nf4"])
+def test_a_rotation_and_its_layer_are_one_operator(name: str, base: str) -> None:
+    """Kept beside x are blocks, and with BOFT's trained scale what it scales; hooks on the layer are honoured."""
+    method, (t, n) = get_method(name), (512, 64)
+    layer = AdapterLayer(nn.Linear(n, n).requires_grad_(False) if base == "dense" else QUANTISED[base](), "layer")
+    add_adapter(layer, "a", method, method.config_class(target_modules=["layer"]))
+    layer.set_adapter("a")
+    layer.train()
+    x, called = torch.randn(t, n), []
+    plan = layer.plan()
+    assert plan is not None
+    y = plan(x)
+    assert y is not None
+    assert "ButterflyLinear" in type(y.grad_fn).__name__
+    flops, kept = cost_of(layer, x.clone())
+    assert flops <= 4 * t * n * layer.out_features + 6 * t * n * 32
+    assert kept <= 4 * n * 32 * 4 + (t * layer.out_features * 4 if name == "BOFT" else 0)
+    layer.base_layer.register_forward_hook(lambda *_: called.append(1))
+    with torch.no_grad():
+        again = layer(x)
+    assert called
+    assert_rounds_as(again, y.detach(), layer.double()(x.double()).detach() if base == "dense" else y.detach().double())
