@@ -62,7 +62,7 @@ PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runti
  *             dx = dy weight + drop'((dh - dy) weight + ds a), which without dropout is dh weight + ds a
  * With adapters (many adapters on one weight, no gain): a, da [P, K]; b, db [P, N], which is b transposed; rows
  * starts[i] .. starts[i] + ranks[i] of both are adapter i's. adapters[m] is row m's, -1 for none; r = max_rank is the width
- * of s, with zeros beyond ranks[i]. Adapters in use share no rows in a backward, which writes their rows of da and db only.
+ * of s, with zeros beyond ranks[i]. Adapters in use share no rows in a backward; what of da and db is nobody's is zero.
  * Quantised weights: N*K codes, two a byte, high nibble = even element of the flat row-major order, absmax per
  * `blocksize` elements of that order. absmax is float32, or uint8 codes when nested_code != NULL: then
  * absmax[i] = nested_code[codes[i]] * nested_absmax[i / nested_blocksize] + *offset.
@@ -123,6 +123,16 @@ PK_EXPORT int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares
 PK_EXPORT int pk_cpu_swiglu(const void *gate, const void *up, int64_t dtype, int64_t numel, void *h, int64_t threads);
 PK_EXPORT int pk_cpu_swiglu_backward(const void *dh, const void *gate, const void *up, int64_t dtype, int64_t numel,
                                      void *dgate, void *dup, int64_t threads);
+
+/* ---- transpose (CPU library) --------------------------------------------------------------------------------------
+ * to[c][r] = from[r][c] for each of `count` matrices of items of 2 or 4 bytes; ld_from, ld_to: items from one row to the
+ * next, at least a row's. They must not overlap. */
+typedef struct pk_transpose {
+    const void *from; /* [rows][cols] */
+    void *to;         /* [cols][rows] */
+    int64_t rows, cols, ld_from, ld_to;
+} pk_transpose;
+PK_EXPORT int pk_cpu_transpose(const pk_transpose *list, int64_t count, int64_t item_bytes, int64_t threads);
 
 /* ---- rms_norm (CPU library) ----------------------------------------------------------------------------------------
  * x, y, dy, dx [rows, n] of dtype, weight [n] of w_dtype (float32, bfloat16, float16), computed in float32:

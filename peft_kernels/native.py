@@ -38,6 +38,7 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_squared_row_norms": [c_char_p, c_void_p],
     "pk_cpu_swiglu": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64],
     "pk_cpu_swiglu_backward": [*[c_void_p] * 3, c_int64, c_int64, *[c_void_p] * 2, c_int64],
+    "pk_cpu_transpose": [c_char_p, *[c_int64] * 3],
     "pk_cpu_rms_norm": [*[c_void_p] * 2, *[c_int64] * 4, c_double, c_void_p, c_int64],
     "pk_cpu_rms_norm_backward": [*[c_void_p] * 3, *[c_int64] * 4, c_double, c_void_p, c_int64],
     "pk_cpu_rotary_attention": [*[c_void_p] * 6, *[c_int64] * 9, c_double, *[c_void_p] * 2, c_int64],

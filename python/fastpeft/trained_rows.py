@@ -18,6 +18,7 @@ from peft_kernels import philox
 from peft_kernels.dispatch import forced_backends, forward_mode
 from peft_kernels.ops.lora_linear import flat_weight
 from peft_kernels.ops.multi_lora_linear import backward_op, forward_op
+from peft_kernels.transposing import copy_transposed
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -30,7 +31,7 @@ class Tables:
 
     key: tuple[Any, ...]
     forced: dict[str, str]
-    spans: list[slice]  # rows of the stack, by adapter
+    sizes: list[int]  # of its parts, by adapter
     adapters: Tensor  # [tokens] int64, the place of each in the stack; -1: the base
     starts: Tensor
     ranks: Tensor
@@ -108,8 +109,7 @@ def _tables(routed: Routed, names: list[str], ranks: list[int], scaling: list[fl
         slots = {name: i for i, name in enumerate(names)}
         of_rows = torch.tensor([slots.get(name, -1) for name in routed.rows], dtype=torch.int64, device=device)
         routed.tables = tables = Tables(
-            key, forced, [slice(s, s + r) for s, r in zip(starts, ranks, strict=True)],
-            of_rows.repeat_interleave(tokens // len(routed.rows)),
+            key, forced, ranks, of_rows.repeat_interleave(tokens // len(routed.rows)),
             torch.tensor(starts, dtype=torch.int64, device=device),
             torch.tensor(ranks, dtype=torch.int64, device=device),
             torch.tensor(scaling, dtype=torch.float32, device=device), max(ranks),
@@ -122,13 +122,19 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, jobs: list[_Job], *factors: Tensor) -> tuple[Tensor, ...]:
-        saved, ys, at = [x], [], 0
+        saved, ys, at, stacks = [x], [], 0, []
+        parts: list[tuple[Tensor, Tensor]] = []
         for job in jobs:
-            count, t = len(job.tables.spans), job.tables
-            a = torch.cat(factors[at : at + count])
-            # side by side first: two quick copies in place of one across the grain
-            b = torch.cat(factors[at + count : at + 2 * count], 1).t().contiguous()
+            sizes = job.tables.sizes
+            count = len(sizes)
+            own = factors[at + count : at + 2 * count]
+            b = own[0].new_empty((sum(sizes), job.n))
+            stacks.append((torch.cat(factors[at : at + count]), b))
+            parts += zip(torch.split(b, sizes), own, strict=True)
             at += 2 * count
+        copy_transposed(parts)
+        for job, (a, b) in zip(jobs, stacks, strict=True):
+            t = job.tables
             args = (x, *job.weight, job.n, a, b, t.adapters, t.starts, t.ranks, t.scaling, t.max_rank, job.bias,
                     job.dropout, job.seed)  # fmt: skip
             t.forward = t.forward or forward_op.settle(*args)
@@ -147,9 +153,10 @@ class _Linears(torch.autograd.Function):
         need_dx, _, *need = ctx.needs_input_grad
         dx: Tensor | None = None
         grads: list[Tensor | None] = []
+        turned: list[tuple[Tensor, Tensor]] = []
         for i, (job, dy) in enumerate(zip(ctx.jobs, dys, strict=True)):
-            spans, t = job.tables.spans, job.tables
-            wanted = need[len(grads) : len(grads) + 2 * len(spans)]
+            t = job.tables
+            wanted = need[len(grads) : len(grads) + 2 * len(t.sizes)]
             if dy is None:
                 grads += [None] * len(wanted)
                 continue
@@ -160,6 +167,11 @@ class _Linears(torch.autograd.Function):
             more, da, db = t.backward(*args)
             if need_dx:
                 dx = more if dx is None else dx.add_(more)
-            parts = [da[own] for own in spans] + [db[own].t() for own in spans] if any(wanted) else [None] * len(wanted)
-            grads += [part if asked else None for part, asked in zip(parts, wanted, strict=True)]
+            if not any(wanted):
+                grads += [None] * len(wanted)
+                continue
+            of_b = [db.new_empty((job.n, r)) for r in t.sizes]
+            turned += zip(of_b, torch.split(db, t.sizes), strict=True)
+            grads += [part if asked else None for part, asked in zip([*torch.split(da, t.sizes), *of_b], wanted, strict=True)]
+        copy_transposed(turned)
         return dx, None, *grads

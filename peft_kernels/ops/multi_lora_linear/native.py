@@ -54,10 +54,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx [M, K], da [P, K], db [P, N]); empty where not needed."""
     dx = x.new_empty(x.shape if need_dx else (0,))
-    # the library writes the rows of adapters in use
-    da, db = a.new_zeros(a.shape if need_ab else (0,)), b.new_zeros(b.shape if need_ab else (0,))
+    da, db = (t.new_empty(t.shape if need_ab else (0,)) for t in (a, b))
     if not x.shape[0]:
-        return dx, da, db
+        return dx, da.zero_(), db.zero_()
     dy, x, a, b, s = (t.contiguous() for t in (dy, x, a, b, s))
     plan = (*(t.contiguous() for t in (adapters, starts, ranks, scaling)), max_rank)
     packed = pack(torch.get_num_threads(), x, weight.contiguous(), None if absmax is None else absmax.contiguous(),
