@@ -119,6 +119,26 @@ def test_one_gradient_without_the_other(level: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_gradients_of_rows_that_no_adapter_of_the_batch_owns_are_zero(level: str, dtype: torch.dtype) -> None:
+    """An adapter without rows of x, a hole in the stack and a free slot; and nothing but the base."""
+    starts, ranks = torch.tensor([0, 5, 12, 3]), torch.tensor([3, 4, 2, 0])
+    scaling, n, k = torch.ones(4), 40, 128
+    weight, a, b = torch.randn(n, k), torch.randn(14, k, dtype=dtype), torch.randn(14, n, dtype=dtype)
+    for adapters, owned in (([0, 2, -1, 3, 2], [0, 1, 2, 12, 13]), ([-1, 3, 3, -1, -1], [])):
+        x, dy = torch.randn(5, k), torch.randn(5, n)
+        args = (weight, None, None, None, None, 0, 64, 256)
+        plan = (torch.tensor(adapters), starts, ranks, scaling, 4)
+        with use_backend("native"):
+            _, s = op.forward_op.op(x, *args, n, a, b, *plan, None, 0.0, None)
+            _, da, db = op.backward_op.op(dy, x, *args, a, b, s, *plan, 0.0, None, True, True)
+        others = [i for i in range(14) if i not in owned]
+        for grad in (da, db):
+            assert_same_bits(grad[others], torch.zeros_like(grad[others]))
+            assert grad[owned].abs().min(1).values.max() > 0 if owned else True
+
+
+@needs_native
 def test_tensors_of_any_stride(level: str) -> None:
     c = make_multi(6, 24, 64, [8, 3])
     _, s = want = c.forward(op.forward_op.op)

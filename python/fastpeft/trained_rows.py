@@ -172,6 +172,7 @@ class _Linears(torch.autograd.Function):
                 continue
             of_b = [db.new_empty((job.n, r)) for r in t.sizes]
             turned += zip(of_b, torch.split(db, t.sizes), strict=True)
-            grads += [part if asked else None for part, asked in zip([*torch.split(da, t.sizes), *of_b], wanted, strict=True)]
+            parts = [*torch.split(da, t.sizes), *of_b]
+            grads += [part if asked else None for part, asked in zip(parts, wanted, strict=True)]
         copy_transposed(turned)
         return dx, None, *grads
