@@ -107,7 +107,7 @@ def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(5)).to(model.device)
     now = waiting(ids.device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     own = None
     if mode.endswith("-own"):
         from fastpeft.training.forward import CompletionLoss
