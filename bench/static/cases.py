@@ -289,6 +289,7 @@ EXTRA = (
     Case("plan"), Case("multi_project", M=64, p=0.0), Case("multi_forward", M=64), Case("multi_outer", ds=True),
     Case("multi_backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
     *(Case(kernel, N=14336) for kernel in ("swiglu", "swiglu_backward", "rms_norm", "rms_norm_backward")),
+    *(Case(kernel) for kernel in ("attention", "attention_queries", "attention_keys")),
 )  # fmt: skip
 # What differs little from the above: where the limit leaves room, and in the whole report.
 MORE = (
@@ -298,7 +299,7 @@ MORE = (
     Case("outer", r=64, dtype=f16, p=0.0, ds=True), Case("backward", M=128, dense=True),
     Case("forward", M=128, dense=True), Case("squares"), Case("multi_forward", M=16), Case("multi_forward"),
     Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32), Case("multi_backward"),
-    Case("multi_outer"), *(Case(kernel) for kernel in ("attention", "attention_queries", "attention_keys")),
+    Case("multi_outer"),
 )  # fmt: skip
 UNALIGNED = {"forward": 1056}  # features of each kernel's case: blocks straddle the rows; odd numbers elsewhere
 
@@ -325,9 +326,9 @@ def config_of(kernel: str, arch: str, number: int) -> tuning.Config:
 def cases(capability: int) -> list[Case]:
     """Every case of an architecture, what CI may leave out last.
 
-    The core is what a launch takes without a search, but for tiles between a smaller and a larger one, and the largest
-    tiles of the large products, which have a budget of their own. Then come the backward for odd sizes and for
-    float32, the tiles between, `MORE`, and last what else only a search may choose.
+    The core is what a launch takes without a search, but for tiles between a smaller and a larger one and small ones of
+    the backward, and the largest tiles of the large products, which have a budget of their own. Then come the backward
+    for odd sizes, the products for float32, the tiles between, `MORE`, and last what else only a search may choose.
     """
     arch = tuning.nearest(capability)
     ranked: list[tuple[int, Case]] = []
@@ -346,15 +347,16 @@ def cases(capability: int) -> list[Case]:
             odd = kernel in ("project", "outer") and (case.dtype is not bf16 or (kernel == "project" and case.M < ROWS))
             if not case.first:
                 rank = 0 if kernel in ("forward", "backward") and size > max(first) else 4
-            elif min(first) < size < max(first):
+            elif size < max(first) and (kernel == "backward" or size > min(first)):
                 rank = 2
             else:
-                rank = 1 if kernel == "backward" and case.dtype is not bf16 else 3 if odd else 0
+                late = case.dtype is not bf16 if kernel == "backward" else kernel == "forward" and case.dtype is f32
+                rank = 1 if late else 3 if odd else 0
             if kernel != "outer":
                 ranked.append((rank, case))
-            else:  # both launches of one row are core, of those for other types and alignments one
-                ranked += [(max(rank, 0 if case.dtype in (bf16, of) else 3), replace(case, ds=ds))
-                           for ds, of in ((False, f32), (True, f16))]  # fmt: skip
+            else:  # of both launches of a row the one that does more is core, of those for other types one
+                ranked += [(max(rank, 0 if case.dtype is of else 3), replace(case, ds=ds))
+                           for ds, of in ((False, f32), (True, bf16 if case.dtype is bf16 else f16))]  # fmt: skip
     ranked += [(0, case) for case in EXTRA] + [(3, case) for case in MORE]
     return [replace(case, core=rank == 0) for rank, case in sorted(ranked, key=lambda pair: pair[0])]
 

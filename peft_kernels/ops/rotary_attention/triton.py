@@ -10,18 +10,20 @@ from torch import Tensor
 from ...triton_lib import host
 
 MOST = 256  # features of a head: both halves of a tile lie in the registers of a program
-BLOCK = 64  # queries and keys of a tile; fewer for wide heads
+OWN = 64  # queries, or keys, that a program has; fewer for wide heads
+OTHERS = 16  # of what it goes through at a time: `mma.sync` holds both factors in registers, and more would spill
 
 
 def _common(
-    q: Tensor, k: Tensor, cos: Tensor, keep: Tensor | None, scale: float
+    q: Tensor, k: Tensor, cos: Tensor, keep: Tensor | None, scale: float, keys: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The numbers and the constants of every kernel."""
+    """The numbers and the constants of a kernel. keys: its programs have keys, not queries."""
     _, tokens, heads, d = q.shape
-    block = BLOCK if d <= 128 and q.element_size() == 2 else BLOCK // 2
+    own = OWN if d <= 128 and q.element_size() == 2 else OWN // 2
+    bm, bn = (OTHERS, own) if keys else (own, OTHERS)
     numbers = (tokens, heads, k.shape[2], d, tokens * d if cos.shape[0] > 1 else 0,
                tokens * tokens if keep is not None and keep.shape[0] > 1 else 0, scale)  # fmt: skip
-    options = {"MASKED": keep is not None, "PRECISION": "ieee", "BM": block, "BN": block,
+    options = {"MASKED": keep is not None, "PRECISION": "ieee", "BM": bm, "BN": bn,
                "BD": max(16, 1 << (d // 2 - 1).bit_length()), "num_warps": 4, "num_stages": 1}  # fmt: skip
     return numbers, options
 
@@ -56,12 +58,16 @@ def backward(
     given = (dy, q, k, v, cos, sin, cos if keep is None else keep.contiguous().view(torch.uint8), lse)
     tiles = -(-tokens // options["BM"])
     host.launch(queries_kernel, (tiles, batch * heads), *given, dq, along, *numbers, **options)
+    numbers, options = _common(q, k, cos, keep, scale, keys=True)
+    tiles = -(-tokens // options["BN"])
     host.launch(keys_kernel, (tiles, batch * k.shape[2]), *given, along, dk, dv, *numbers, **options)
     return dq, dk, dv
 
 
 def _refusal(*args: Any) -> str | None:
     q = args[1] if args[3].dim() == 4 else args[0]  # the backward begins with dy
+    if q[:1].numel() >= 2**31:
+        return "2^31 elements in a row of the batch: offsets within one are 32 bits wide"
     return f"heads of more than {MOST} features" if q.shape[3] > MOST else host.wrong_mode(q)
 
 

@@ -40,14 +40,13 @@ def store_turned_back(p_dx, p_cos, p_sin, i_x, i_angle, i_d, mask, half, b_1, b_
 
 
 @triton.jit
-def visible(p_keep, i_mask, i_q, i_k, T, MASKED: tl.constexpr):
-    """bool [queries, keys]."""
-    b_seen = (i_q < T)[:, None] & (i_k < T)[None, :]
+def visible(p_keep, i_q, i_k, T, MASKED: tl.constexpr):
+    """bool of the shape of i_q and i_k together: which of the queries see which of the keys."""
+    b_seen = (i_q < T) & (i_k < T)
     if MASKED:
-        p_seen = p_keep + i_mask + i_q[:, None].to(tl.int64) * T + i_k[None, :]
-        b_seen = b_seen & (tl.load(p_seen, mask=b_seen, other=0) != 0)
+        b_seen = b_seen & (tl.load(p_keep + i_q.to(tl.int64) * T + i_k, mask=b_seen, other=0) != 0)
     else:
-        b_seen = b_seen & (i_q[:, None] >= i_k[None, :])
+        b_seen = b_seen & (i_q >= i_k)
     return b_seen
 
 
@@ -61,12 +60,17 @@ def forward_kernel(
     half = D // 2
     i_head = tl.program_id(1) % H
     i_batch = (tl.program_id(1) // H).to(tl.int64)
+    # offsets within a row of the batch are 32 bits wide: wider ones take the registers of the tiles
+    queries, keys = i_batch * T * H * D, i_batch * T * G * D
+    p_q, p_k, p_v, p_keep = p_q + queries, p_k + keys, p_v + keys, p_keep + i_batch * masks
+    p_cos, p_sin, p_lse = p_cos + i_batch * angles, p_sin + i_batch * angles, p_lse + i_batch * H * T
+    p_y += queries
     i_group = i_head // (H // G)
     i_q = tl.program_id(0) * BM + tl.arange(0, BM)
     i_d = tl.arange(0, BD)
     b_in = (i_q < T)[:, None] & (i_d < half)[None, :]
-    i_x = ((i_batch * T + i_q) * H + i_head) * D
-    b_q1, b_q2 = turned(p_q, p_cos, p_sin, i_x, i_batch * angles + i_q * D, i_d, b_in, half, DTYPE)
+    i_x = (i_q * H + i_head) * D
+    b_q1, b_q2 = turned(p_q, p_cos, p_sin, i_x, i_q * D, i_d, b_in, half, DTYPE)
     b_top = tl.full((BM,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BM,), tl.float32)
     b_y1 = tl.zeros((BM, BD), tl.float32)
@@ -77,11 +81,10 @@ def forward_kernel(
     for i_k0 in tl.range(0, end, BN, num_stages=1):
         i_k = i_k0 + tl.arange(0, BN)
         b_k_in = (i_k < T)[:, None] & (i_d < half)[None, :]
-        i_z = ((i_batch * T + i_k) * G + i_group) * D
-        b_k1, b_k2 = turned(p_k, p_cos, p_sin, i_z, i_batch * angles + i_k * D, i_d, b_k_in, half, DTYPE)
-        b_s = dot(b_q1, tl.trans(b_k1), tl.zeros((BM, BN), tl.float32), PRECISION)
-        b_s = dot(b_q2, tl.trans(b_k2), b_s, PRECISION) * scale
-        b_s = tl.where(visible(p_keep, i_batch * masks, i_q, i_k, T, MASKED), b_s, float("-inf"))
+        i_z = (i_k * G + i_group) * D
+        b_k1, b_k2 = turned(p_k, p_cos, p_sin, i_z, i_k * D, i_d, b_k_in, half, DTYPE)
+        b_s = product(b_q1, b_q2, b_k1, b_k2, BM, BN, PRECISION) * scale
+        b_s = tl.where(visible(p_keep, i_q[:, None], i_k[None, :], T, MASKED), b_s, float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_s, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp(b_s - b_base[:, None])
@@ -95,19 +98,17 @@ def forward_kernel(
     b_none = b_sum == 0.0  # sees nothing
     b_inverse = tl.where(b_none, 0.0, 1.0 / tl.where(b_none, 1.0, b_sum))[:, None]
     b_lse = tl.where(b_none, float("inf"), b_top + tl.log(tl.where(b_none, 1.0, b_sum)))
-    tl.store(p_lse + (i_batch * H + i_head) * T + i_q, b_lse, mask=i_q < T)
+    tl.store(p_lse + i_head * T + i_q, b_lse, mask=i_q < T)
     p_first = p_y + i_x[:, None] + i_d[None, :]
     tl.store(p_first, round_to(b_y1 * b_inverse, DTYPE), mask=b_in)
     tl.store(p_first + half, round_to(b_y2 * b_inverse, DTYPE), mask=b_in)
 
 
 @triton.jit
-def probabilities(
-    b_q1, b_q2, b_k1, b_k2, b_lse, b_seen, scale, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
-):
-    b_s = dot(b_q1, tl.trans(b_k1), tl.zeros((BM, BN), tl.float32), PRECISION)
-    b_s = dot(b_q2, tl.trans(b_k2), b_s, PRECISION) * scale
-    return tl.exp(tl.where(b_seen, b_s, float("-inf")) - b_lse[:, None])
+def product(b_x1, b_x2, b_z1, b_z2, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """x z^T [M, N] of rows in halves."""
+    b_s = dot(b_x1, tl.trans(b_z1), tl.zeros((M, N), tl.float32), PRECISION)
+    return dot(b_x2, tl.trans(b_z2), b_s, PRECISION)
 
 
 @triton.jit
@@ -120,15 +121,20 @@ def queries_kernel(
     half = D // 2
     i_head = tl.program_id(1) % H
     i_batch = (tl.program_id(1) // H).to(tl.int64)
+    # offsets within a row of the batch are 32 bits wide: wider ones take the registers of the tiles
+    queries, keys = i_batch * T * H * D, i_batch * T * G * D
+    p_q, p_k, p_v, p_keep = p_q + queries, p_k + keys, p_v + keys, p_keep + i_batch * masks
+    p_cos, p_sin, p_lse = p_cos + i_batch * angles, p_sin + i_batch * angles, p_lse + i_batch * H * T
+    p_dy, p_dq, p_along = p_dy + queries, p_dq + queries, p_along + i_batch * H * T
     i_group = i_head // (H // G)
     i_q = tl.program_id(0) * BM + tl.arange(0, BM)
     i_d = tl.arange(0, BD)
     b_in = (i_q < T)[:, None] & (i_d < half)[None, :]
-    i_x = ((i_batch * T + i_q) * H + i_head) * D
-    b_q1, b_q2 = turned(p_q, p_cos, p_sin, i_x, i_batch * angles + i_q * D, i_d, b_in, half, DTYPE)
+    i_x = (i_q * H + i_head) * D
+    b_q1, b_q2 = turned(p_q, p_cos, p_sin, i_x, i_q * D, i_d, b_in, half, DTYPE)
     b_dy1, b_dy2 = halves(p_dy, i_x, i_d, b_in, half)
     b_dy1, b_dy2 = b_dy1.to(DTYPE), b_dy2.to(DTYPE)
-    i_lse = (i_batch * H + i_head) * T + i_q
+    i_lse = i_head * T + i_q
     b_lse = tl.load(p_lse + i_lse, mask=i_q < T, other=float("inf"))
     b_along = tl.zeros((BM,), tl.float32)
     b_dq1 = tl.zeros((BM, BD), tl.float32)
@@ -140,13 +146,13 @@ def queries_kernel(
     for i in tl.range(0, 2 * blocks, num_stages=1):
         i_k = i % blocks * BN + tl.arange(0, BN)
         b_k_in = (i_k < T)[:, None] & (i_d < half)[None, :]
-        i_z = ((i_batch * T + i_k) * G + i_group) * D
-        b_k1, b_k2 = turned(p_k, p_cos, p_sin, i_z, i_batch * angles + i_k * D, i_d, b_k_in, half, DTYPE)
-        b_seen = visible(p_keep, i_batch * masks, i_q, i_k, T, MASKED)
-        b_p = probabilities(b_q1, b_q2, b_k1, b_k2, b_lse, b_seen, scale, BM, BN, PRECISION)
+        i_z = (i_k * G + i_group) * D
+        b_k1, b_k2 = turned(p_k, p_cos, p_sin, i_z, i_k * D, i_d, b_k_in, half, DTYPE)
+        b_seen = visible(p_keep, i_q[:, None], i_k[None, :], T, MASKED)
+        b_s = product(b_q1, b_q2, b_k1, b_k2, BM, BN, PRECISION) * scale
+        b_p = tl.exp(tl.where(b_seen, b_s, float("-inf")) - b_lse[:, None])
         b_v1, b_v2 = halves(p_v, i_z, i_d, b_k_in, half)
-        b_dp = dot(b_dy1, tl.trans(b_v1.to(DTYPE)), tl.zeros((BM, BN), tl.float32), PRECISION)
-        b_dp = dot(b_dy2, tl.trans(b_v2.to(DTYPE)), b_dp, PRECISION)
+        b_dp = product(b_dy1, b_dy2, b_v1.to(DTYPE), b_v2.to(DTYPE), BM, BN, PRECISION)
         if i < blocks:
             b_along += tl.sum(b_p * b_dp, 1)
         else:
@@ -154,7 +160,7 @@ def queries_kernel(
             b_dq1 = dot(b_ds, b_k1, b_dq1, PRECISION)
             b_dq2 = dot(b_ds, b_k2, b_dq2, PRECISION)
     tl.store(p_along + i_lse, b_along, mask=i_q < T)
-    store_turned_back(p_dq, p_cos, p_sin, i_x, i_batch * angles + i_q * D, i_d, b_in, half, b_dq1, b_dq2)
+    store_turned_back(p_dq, p_cos, p_sin, i_x, i_q * D, i_d, b_in, half, b_dq1, b_dq2)
 
 
 @triton.jit
@@ -167,11 +173,16 @@ def keys_kernel(
     half = D // 2
     i_group = tl.program_id(1) % G
     i_batch = (tl.program_id(1) // G).to(tl.int64)
+    # offsets within a row of the batch are 32 bits wide: wider ones take the registers of the tiles
+    queries, keys = i_batch * T * H * D, i_batch * T * G * D
+    p_q, p_k, p_v, p_keep = p_q + queries, p_k + keys, p_v + keys, p_keep + i_batch * masks
+    p_cos, p_sin, p_lse = p_cos + i_batch * angles, p_sin + i_batch * angles, p_lse + i_batch * H * T
+    p_dy, p_along, p_dk, p_dv = p_dy + queries, p_along + i_batch * H * T, p_dk + keys, p_dv + keys
     i_k = tl.program_id(0) * BN + tl.arange(0, BN)
     i_d = tl.arange(0, BD)
     b_in = (i_k < T)[:, None] & (i_d < half)[None, :]
-    i_z = ((i_batch * T + i_k) * G + i_group) * D
-    b_k1, b_k2 = turned(p_k, p_cos, p_sin, i_z, i_batch * angles + i_k * D, i_d, b_in, half, DTYPE)
+    i_z = (i_k * G + i_group) * D
+    b_k1, b_k2 = turned(p_k, p_cos, p_sin, i_z, i_k * D, i_d, b_in, half, DTYPE)
     b_v1, b_v2 = halves(p_v, i_z, i_d, b_in, half)
     b_v1, b_v2 = b_v1.to(DTYPE), b_v2.to(DTYPE)
     b_dk1 = tl.zeros((BN, BD), tl.float32)
@@ -187,24 +198,25 @@ def keys_kernel(
         i_head = i_group * share + i // blocks
         i_q = (first + i % blocks) * BM + tl.arange(0, BM)
         b_q_in = (i_q < T)[:, None] & (i_d < half)[None, :]
-        i_x = ((i_batch * T + i_q) * H + i_head) * D
-        b_q1, b_q2 = turned(p_q, p_cos, p_sin, i_x, i_batch * angles + i_q * D, i_d, b_q_in, half, DTYPE)
+        i_x = (i_q * H + i_head) * D
+        b_q1, b_q2 = turned(p_q, p_cos, p_sin, i_x, i_q * D, i_d, b_q_in, half, DTYPE)
         b_dy1, b_dy2 = halves(p_dy, i_x, i_d, b_q_in, half)
         b_dy1, b_dy2 = b_dy1.to(DTYPE), b_dy2.to(DTYPE)
-        i_lse = (i_batch * H + i_head) * T + i_q
+        i_lse = i_head * T + i_q
         b_lse = tl.load(p_lse + i_lse, mask=i_q < T, other=float("inf"))
         b_along = tl.load(p_along + i_lse, mask=i_q < T, other=0.0)
-        b_seen = visible(p_keep, i_batch * masks, i_q, i_k, T, MASKED)
-        b_p = probabilities(b_q1, b_q2, b_k1, b_k2, b_lse, b_seen, scale, BM, BN, PRECISION)
-        b_dp = dot(b_dy1, tl.trans(b_v1), tl.zeros((BM, BN), tl.float32), PRECISION)
-        b_dp = dot(b_dy2, tl.trans(b_v2), b_dp, PRECISION)
-        b_ds = tl.trans(round_to(b_p * (b_dp - b_along[:, None]) * scale, DTYPE))
-        b_p = tl.trans(round_to(b_p, DTYPE))
+        b_seen = visible(p_keep, i_q[None, :], i_k[:, None], T, MASKED)
+        # [keys, queries], so that they are the left factors of the gradients as they are
+        b_s = product(b_k1, b_k2, b_q1, b_q2, BN, BM, PRECISION) * scale
+        b_p = tl.exp(tl.where(b_seen, b_s, float("-inf")) - b_lse[None, :])
+        b_dp = product(b_v1, b_v2, b_dy1, b_dy2, BN, BM, PRECISION)
+        b_ds = round_to(b_p * (b_dp - b_along[None, :]) * scale, DTYPE)
+        b_p = round_to(b_p, DTYPE)
         b_dv1 = dot(b_p, b_dy1, b_dv1, PRECISION)
         b_dv2 = dot(b_p, b_dy2, b_dv2, PRECISION)
         b_dk1 = dot(b_ds, b_q1, b_dk1, PRECISION)
         b_dk2 = dot(b_ds, b_q2, b_dk2, PRECISION)
-    store_turned_back(p_dk, p_cos, p_sin, i_z, i_batch * angles + i_k * D, i_d, b_in, half, b_dk1, b_dk2)
+    store_turned_back(p_dk, p_cos, p_sin, i_z, i_k * D, i_d, b_in, half, b_dk1, b_dk2)
     p_first = p_dv + i_z[:, None] + i_d[None, :]
     tl.store(p_first, round_to(b_dv1, DTYPE), mask=b_in)
     tl.store(p_first + half, round_to(b_dv2, DTYPE), mask=b_in)
