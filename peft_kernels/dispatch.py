@@ -277,6 +277,8 @@ _forced: dict[str, str] = _parse(os.environ.get(ENV, ""))
 def forced_backends() -> dict[str, str]:
     """The backends that are forced now, by op; a new object after each change."""
     return _forced
+
+
 _lock = threading.Lock()
 
 

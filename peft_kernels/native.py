@@ -193,6 +193,11 @@ def cuda() -> CDLL:
     return found
 
 
+def pointer(t: torch.Tensor | None) -> int:
+    """Where a tensor's data begins; 0 for none, which is C's NULL."""
+    return 0 if t is None else t.data_ptr()
+
+
 def check(code: int, library: str = "cpu") -> None:
     """Raise NativeError with the library's text unless `code` is PK_OK."""
     if code:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from lora_tools import FLOATS, LEVELS, at_level, needs_native, saved_bytes, threads
+from lora_tools import FLOATS, LEVELS, at_level, level_fixture, needs_native, saved_bytes, threads
 from rotation_tools import make_blocks
 from torch import Tensor
 from turned_tools import CASES, LONG, Turned, check_turned
@@ -16,11 +16,7 @@ from peft_kernels import QuantWeight, butterfly_linear, butterfly_rotate, lora_l
 from peft_kernels.ops import butterfly_linear as op
 from peft_kernels.testing import assert_same_bits, random_quant_weight
 
-
-@pytest.fixture(params=[*LEVELS, "reference"])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at_level(request.param):
-        yield request.param
+level = level_fixture("reference")
 
 
 def rand(*shape: int) -> Tensor:

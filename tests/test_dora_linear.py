@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import dora_tools
 import pytest
 import torch
-from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, make, needs_native, threads
+from lora_tools import BF16, F32, FLOATS, level_fixture, make, needs_native, threads
 from torch import Tensor
 
 from peft_kernels import dora_linear, dora_norm, lora_linear, philox, use_backend
 from peft_kernels.ops import dora_linear as op
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at_level(request.param):
-        yield request.param
+level = level_fixture()
 
 
 def parts(m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_draws import draw_case
-from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, check, make, needs_native, threads
+from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, check, level_fixture, make, needs_native, threads
 from torch import Tensor
 
 from peft_kernels import QuantWeight, lora_linear, philox, use_backend
@@ -17,11 +15,7 @@ from peft_kernels.dispatch import BackendUnavailable
 from peft_kernels.ops import lora_linear as op
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at_level(request.param):
-        yield request.param
+level = level_fixture()
 
 
 # ---- shapes: M picks the kernel (GEMV, codes in registers, panels), N and K its edges -------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from lora_tools import (
     Stack,
     at_level,
     check_stack,
+    level_fixture,
     make,
     needs_native,
     saved_bytes,
@@ -31,11 +32,7 @@ from peft_kernels.ops import lora_linear as single
 from peft_kernels.ops import lora_linear_stacked as op
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at_level(request.param):
-        yield request.param
+level = level_fixture()
 
 
 def qkv(m: int, k: int, dtype: torch.dtype, p: float = 0.0, seed: int = 0, **of_all) -> Stack:
@@ -155,6 +152,7 @@ def test_opcheck() -> None:
 # ---- the public function ------------------------------------------------------------------------------------------
 def projections(dtype: torch.dtype, k: int = 64, p: float = 0.0) -> list[Projection]:
     """4-bit with an adapter; dense and trained with a bias; 4-bit alone."""
+
     def leaf(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, dtype=torch.float64) * scale).to(of).requires_grad_()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lora_tools import BF16, F16, F32, FLOATS, LEVELS, at_level, make, needs_native, threads
+from lora_tools import BF16, F16, F32, FLOATS, LEVELS, at_level, level_fixture, make, needs_native, threads
 from multi_tools import MultiCase, check_multi, draw_multi, make_multi, make_stack
 from torch import Tensor
 
@@ -20,11 +19,7 @@ from peft_kernels.ops import multi_lora_linear as op
 from peft_kernels.ops.lora_linear.native import pack
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at_level(request.param):
-        yield request.param
+level = level_fixture()
 
 
 # ---- shapes: M picks the kernel (GEMV, codes in registers, panels, chunks), N and K its edges ------------------------

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
 from interpreter_tools import run_in_the_interpreter
-from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, needs_native, threads
+from lora_tools import BF16, F32, FLOATS, level_fixture, needs_native, threads
 from torch import Tensor
 
 from peft_kernels import BackendUnavailable, rms_norm, use_backend
@@ -23,10 +22,7 @@ on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark
 needs_triton = pytest.mark.skipif(bool(op.forward_op.load("triton").available()), reason="Triton is not installed")
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at_level(request.param):
-        yield request.param
+level = level_fixture()
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, device: str = "cpu") -> list[Tensor]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from interpreter_tools import run_in_the_interpreter
-from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, needs_native, threads
+from lora_tools import BF16, F32, FLOATS, level_fixture, needs_native, threads
 from torch import Tensor
 
 from peft_kernels import BackendUnavailable, rotary_attention, use_backend
@@ -29,10 +28,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at_level(request.param):
-        yield request.param
+level = level_fixture()
 
 
 def inputs(

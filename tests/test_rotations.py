@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from lora_tools import BF16, F16, F32, FLOATS, LEVELS, at_level, needs_native, saved_bytes, threads
+from lora_tools import BF16, F16, F32, FLOATS, LEVELS, at_level, level_fixture, needs_native, saved_bytes, threads
 from rotation_tools import (
     FACTORS,
     check_butterfly,
@@ -23,11 +23,7 @@ from peft_kernels import block_rotate, butterfly_rotate, cayley, householder_rot
 from peft_kernels.ops import butterfly_rotate as butterfly_op
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
-
-@pytest.fixture(params=[*LEVELS, "reference"])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at_level(request.param):
-        yield request.param
+level = level_fixture("reference")
 
 
 def rand(*shape: int) -> Tensor:

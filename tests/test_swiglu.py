@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, needs_native, saved_bytes, threads
+from lora_tools import BF16, F32, FLOATS, level_fixture, needs_native, saved_bytes, threads
 from torch import Tensor
 
 from peft_kernels import Projection, QuantWeight, lora_linear, swiglu, swiglu_mlp, use_backend
 from peft_kernels.ops import swiglu as op
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at_level(request.param):
-        yield request.param
+level = level_fixture()
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from peft_kernels import rms_norm, use_backend
+from peft_kernels import rms_norm
 from peft_kernels.ops.rms_norm import forward_op
 
 from .. import subjects
 from ..measure import Candidate
 from ..results import Claim, Row
-from . import reason
+from . import on_backends
 
 OP = "rms_norm"
 SIZES = [576, 4096]
@@ -46,28 +46,16 @@ def row(n: int, m: int, dtype: str, trains: bool, args: argparse.Namespace) -> R
     weight = torch.rand(n, generator=g).to(t)
     x.requires_grad_(trains)
 
-    def call(norm: Callable[[Tensor, Tensor, float], Tensor], backend: str | None) -> Callable[[], object]:
+    def call(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[], object]:
         def once() -> object:
             y = norm(x, weight, EPS)
             return torch.autograd.grad(y, x, dy) if trains else y
 
-        if backend is None:
-            return once
+        return once
 
-        def forced() -> object:
-            with use_backend(backend):
-                return once()
-
-        return forced
-
-    candidates, refused = [], {}
-    for backend in args.backends or ["native", "reference"]:
-        why = reason(forward_op, backend, (x, weight, EPS))
-        if why is not None:
-            refused[backend] = why
-        else:
-            candidates.append(Candidate(backend, [call(rms_norm, backend)]))
-    candidates += [Candidate("torch", [call(_torch, None)]), Candidate("transformers", [call(_llama, None)])]
+    backends = args.backends or ["native", "reference"]
+    candidates, refused = on_backends(forward_op, backends, (x, weight, EPS), call(rms_norm))
+    candidates += [Candidate("torch", [call(_torch)]), Candidate("transformers", [call(_llama)])]
     fused = [c.name for c in candidates if c.name in ("native", "triton")]
     claims = [Claim("a user's", [name], ["torch", "transformers"]) for name in fused]
     what = "forward+backward" if trains else "forward"

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from peft_kernels import rotary_attention, use_backend
+from peft_kernels import rotary_attention
 from peft_kernels.ops.rotary_attention import forward_op
 
 from .. import subjects
 from ..measure import Candidate
 from ..results import Claim, Row
-from . import reason
+from . import on_backends
 
 OP = "rotary_attention"
 HEADS = [(9, 3), (32, 8)]  # of queries, and of keys and values
@@ -57,28 +57,16 @@ def row(shape: tuple[int, int, int, int], dtype: str, trains: bool, args: argpar
     for leaf in (q, k, v):
         leaf.requires_grad_(trains)
 
-    def call(attention: Callable[..., Tensor], backend: str | None) -> Callable[[], object]:
+    def call(attention: Callable[..., Tensor]) -> Callable[[], object]:
         def once() -> object:
             y = attention(q, k, v, cos, sin)
             return torch.autograd.grad(y, (q, k, v), dy) if trains else y
 
-        if backend is None:
-            return once
+        return once
 
-        def forced() -> object:
-            with use_backend(backend):
-                return once()
-
-        return forced
-
-    candidates, refused = [], {}
-    for backend in args.backends or ["native", "reference"]:
-        why = reason(forward_op, backend, (q, k, v, cos, sin, None, 1.0))
-        if why is not None:
-            refused[backend] = why
-        else:
-            candidates.append(Candidate(backend, [call(_ours, backend)]))
-    candidates.append(Candidate("torch sdpa", [call(_torch, None)]))
+    backends = args.backends or ["native", "reference"]
+    candidates, refused = on_backends(forward_op, backends, (q, k, v, cos, sin, None, 1.0), call(_ours))
+    candidates.append(Candidate("torch sdpa", [call(_torch)]))
     claims = [Claim("a user's", [c.name], ["torch sdpa"]) for c in candidates if c.name in ("native", "triton")]
     what = "forward+backward" if trains else "forward"
     case = {

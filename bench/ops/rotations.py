@@ -19,7 +19,6 @@ from peft_kernels import (
     householder_rotate,
     lora_linear,
     pair_rotate,
-    use_backend,
 )
 from peft_kernels.dispatch import Op
 from peft_kernels.ops import butterfly_rotate as butterfly_op
@@ -30,7 +29,7 @@ from peft_kernels.ops import pair_rotate as pair_op
 from .. import subjects
 from ..measure import Candidate
 from ..results import Claim, Row
-from . import default_backends, reason
+from . import default_backends, on_backends
 
 OP = "rotations"
 SIZES = [2048, 4096]
@@ -54,18 +53,7 @@ def _blocks(m: int, d: int, b: int) -> Tensor:
 
 def _row(title: str, op: Op, call: Callable[[], object], example: tuple[object, ...], bytes_moved: float,
          case: dict[str, object], args: argparse.Namespace) -> Row:  # fmt: skip
-    candidates, refused = [], {}
-    for backend in args.backends or default_backends(args.device):
-        why = reason(op, backend, example)
-        if why is not None:
-            refused[backend] = why
-            continue
-
-        def forced(backend: str = backend) -> object:
-            with use_backend(backend):
-                return call()
-
-        candidates.append(Candidate(backend, [forced]))
+    candidates, refused = on_backends(op, args.backends or default_backends(args.device), example, call)
     claims = [Claim("eager", [c.name], ["reference"]) for c in candidates if c.name != "reference"]
     return Row(title, {"op": OP, **case, "refused": refused}, {}, claims, None, bytes_moved, candidates=candidates)
 

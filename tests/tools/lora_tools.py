@@ -37,6 +37,17 @@ def at_level(level: str) -> Iterator[None]:
         native.set_level(before)
 
 
+def level_fixture(*more: str) -> Callable[..., Iterator[str]]:
+    """A fixture: the test at each level, and on what more `at_level` takes."""
+
+    @pytest.fixture(name="level", params=[*LEVELS, *more])
+    def level(request: pytest.FixtureRequest) -> Iterator[str]:
+        with at_level(request.param):
+            yield request.param
+
+    return level
+
+
 @contextmanager
 def threads(n: int) -> Iterator[None]:
     before = torch.get_num_threads()

@@ -126,9 +126,7 @@ def _reference_backward(
     return dx, dblocks.to(blocks.dtype) if need_dblocks else blocks.new_empty((0,))
 
 
-def _flops_backward(
-    dy: Tensor, x: Tensor, blocks: Tensor, transposed: bool, need_dx: bool, need_dblocks: bool
-) -> int:
+def _flops_backward(dy: Tensor, x: Tensor, blocks: Tensor, transposed: bool, need_dx: bool, need_dblocks: bool) -> int:
     m = blocks.shape[0]
     passes = (2 * m + (m - 1) + (0 if need_dx else -1)) if need_dblocks else m
     return 2 * x.numel() * blocks.shape[-1] * passes

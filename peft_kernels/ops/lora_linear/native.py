@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
+from ...native import pointer
 
 _ARGS = struct.Struct("=29q2d3q24x7q")  # pk_lora_args of csrc/pk_abi.h; the three that are left out are for CUDA
 _F32 = torch.float32
@@ -68,10 +69,6 @@ def _when_backward(
     return refusal(weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, None)
 
 
-def _ptr(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def pack(
     threads: int, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
     nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, n: int,
@@ -89,14 +86,15 @@ def pack(
     r, many = 0 if a is None else a.shape[0], (0,) * 7
     if plan is not None:
         *each, most = plan
-        r, many = most, (*map(_ptr, each), each[1].shape[0], r, most)
+        r, many = most, (*map(pointer, each), each[1].shape[0], r, most)
     return _ARGS.pack(
-        x.data_ptr(), weight.data_ptr(), _ptr(absmax), _ptr(nested_absmax) if nested else 0,
-        _ptr(nested_code) if nested else 0, _ptr(offset) if nested else 0, _ptr(a), _ptr(b), _ptr(bias), _ptr(seed),
-        _ptr(y), _ptr(s), _ptr(dy), _ptr(dx), _ptr(da), _ptr(db), m, n, k, r, quant_type, blocksize,
+        x.data_ptr(), weight.data_ptr(), pointer(absmax), pointer(nested_absmax) if nested else 0,
+        pointer(nested_code) if nested else 0, pointer(offset) if nested else 0, pointer(a), pointer(b),
+        pointer(bias), pointer(seed),
+        pointer(y), pointer(s), pointer(dy), pointer(dx), pointer(da), pointer(db), m, n, k, r, quant_type, blocksize,
         nested_blocksize, _CODES[x.dtype], _CODES.get(weight.dtype, 0), 0 if a is None else _CODES[a.dtype],
         0 if b is None else _CODES[b.dtype], 0 if bias is None else _CODES[bias.dtype], threads, scaling, dropout_p,
-        _ptr(gain), _ptr(h), _ptr(dgain), *many,
+        pointer(gain), pointer(h), pointer(dgain), *many,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
+from ...native import pointer
 
 _CODES = {t: native.DTYPES[t] for t in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -19,10 +20,6 @@ def _shape(q: Tensor, k: Tensor, cos: Tensor, keep: Tensor | None) -> tuple[int,
     return (_CODES[q.dtype], _CODES[cos.dtype], *q.shape[:3], k.shape[2], q.shape[3], cos.shape[0], masks)
 
 
-def _ptr(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keep: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -31,7 +28,7 @@ def forward(
     keep = None if keep is None else keep.contiguous()
     y, lse = torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     native.check(native.cpu().pk_cpu_rotary_attention(
-        *map(_ptr, (q, k, v, cos, sin, keep)), *_shape(q, k, cos, keep), scale, y.data_ptr(), lse.data_ptr(),
+        *map(pointer, (q, k, v, cos, sin, keep)), *_shape(q, k, cos, keep), scale, y.data_ptr(), lse.data_ptr(),
         torch.get_num_threads(),
     ))  # fmt: skip
     return y, lse
@@ -46,7 +43,7 @@ def backward(
     keep = None if keep is None else keep.contiguous()
     grads = tuple(map(torch.empty_like, (q, k, v)))
     native.check(native.cpu().pk_cpu_rotary_attention_backward(
-        *map(_ptr, (dy, q, k, v, cos, sin, keep, lse)), *_shape(q, k, cos, keep), scale, *map(_ptr, grads),
+        *map(pointer, (dy, q, k, v, cos, sin, keep, lse)), *_shape(q, k, cos, keep), scale, *map(pointer, grads),
         torch.get_num_threads(),
     ))  # fmt: skip
     return grads[0], grads[1], grads[2]
