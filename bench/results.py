@@ -135,7 +135,7 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
         if row.refused is not None:
             table.add_row(row.title, "no number: tests failed")
         for i, (name, s) in enumerate(sorted(row.stats.items(), key=lambda item: item[1].median)):
-            rate, speed = row.flops / s.median / 1e9, row.nbytes / s.median / 1e9
+            rate, speed = (row.flops or 0.0) / s.median / 1e9, row.nbytes / s.median / 1e9
             share = max(rate / gflops if gflops else 0.0, speed / gbs if gbs else 0.0)
             cells = [row.title if i == 0 else "", f"[bold]{name}[/bold]" if name in ours else name, duration(s.median),
                      f"{duration(s.at(0.2))} .. {duration(s.at(0.8))}"]  # fmt: skip
