@@ -19,7 +19,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 5
+#define PK_ABI_VERSION 6
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -63,6 +63,8 @@ PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runti
  * With adapters (many adapters on one weight, no gain): a, da [P, K]; b, db [P, N], which is b transposed; rows
  * starts[i] .. starts[i] + ranks[i] of both are adapter i's. adapters[m] is row m's, -1 for none; r = max_rank is the width
  * of s, with zeros beyond ranks[i]. Adapters in use share no rows in a backward; what of da and db is nobody's is zero.
+ * starts NULL (CPU only): a, b, da, db are arrays of S pointers, to a_i, da_i [ranks[i], K] and b_i, db_i [N, ranks[i]] of
+ * each adapter; one of da or db that is NULL is not wanted, what is of an adapter without rows is zero. P is not read.
  * Quantised weights: N*K codes, two a byte, high nibble = even element of the flat row-major order, absmax per
  * `blocksize` elements of that order. absmax is float32, or uint8 codes when nested_code != NULL: then
  * absmax[i] = nested_code[codes[i]] * nested_absmax[i / nested_blocksize] + *offset.
@@ -100,7 +102,7 @@ typedef struct pk_lora_args {
     int64_t workspace_bytes; /* at least what pk_cuda_lora_workspace() says */
     /* an adapter per row, see above */
     const int64_t *adapters; /* [M]; NULL: one adapter for all rows */
-    const int64_t *starts;   /* [S] */
+    const int64_t *starts;   /* [S]; NULL: each adapter in tensors of its own */
     const int64_t *ranks;    /* [S] */
     const float *scalings;   /* [S]; `scaling` is not read */
     int64_t S, P, max_rank;
@@ -124,15 +126,20 @@ PK_EXPORT int pk_cpu_swiglu(const void *gate, const void *up, int64_t dtype, int
 PK_EXPORT int pk_cpu_swiglu_backward(const void *dh, const void *gate, const void *up, int64_t dtype, int64_t numel,
                                      void *dgate, void *dup, int64_t threads);
 
-/* ---- transpose (CPU library) --------------------------------------------------------------------------------------
- * to[c][r] = from[r][c] for each of `count` matrices of items of 2 or 4 bytes; ld_from, ld_to: items from one row to the
- * next, at least a row's. They must not overlap. */
-typedef struct pk_transpose {
-    const void *from; /* [rows][cols] */
-    void *to;         /* [cols][rows] */
-    int64_t rows, cols, ld_from, ld_to;
-} pk_transpose;
-PK_EXPORT int pk_cpu_transpose(const pk_transpose *list, int64_t count, int64_t item_bytes, int64_t threads);
+/* ---- adamw (CPU library) -------------------------------------------------------------------------------------------
+ * A step of AdamW (arXiv 1711.05101) over float32 tensors: with g = scale * grad and t = ++step,
+ *   p -= lr decay p;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;
+ *   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+ * settings: lr, beta1, beta2, eps, decay, scale. The norm is of `grad`, summed over the tensors; the rest is not read. */
+typedef struct pk_adamw {
+    float *p;
+    const float *grad;
+    float *m, *v;
+    float *step; /* one number */
+    int64_t numel;
+} pk_adamw;
+PK_EXPORT int pk_cpu_adamw(const pk_adamw *list, int64_t count, const double *settings, int64_t threads);
+PK_EXPORT int pk_cpu_squared_norm(const pk_adamw *list, int64_t count, double *square, int64_t threads);
 
 /* ---- rms_norm (CPU library) ----------------------------------------------------------------------------------------
  * x, y, dy, dx [rows, n] of dtype, weight [n] of w_dtype (float32, bfloat16, float16), computed in float32:

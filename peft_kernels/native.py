@@ -16,7 +16,7 @@ from typing import Any
 
 import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
-ABI_VERSION = 5  # PK_ABI_VERSION of csrc/pk_abi.h
+ABI_VERSION = 6  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
 BUILD_COMMAND = "make native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype
@@ -38,7 +38,8 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_squared_row_norms": [c_char_p, c_void_p],
     "pk_cpu_swiglu": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64],
     "pk_cpu_swiglu_backward": [*[c_void_p] * 3, c_int64, c_int64, *[c_void_p] * 2, c_int64],
-    "pk_cpu_transpose": [c_char_p, *[c_int64] * 3],
+    "pk_cpu_adamw": [c_char_p, c_int64, c_char_p, c_int64],
+    "pk_cpu_squared_norm": [c_char_p, c_int64, c_void_p, c_int64],
     "pk_cpu_rms_norm": [*[c_void_p] * 2, *[c_int64] * 4, c_double, c_void_p, c_int64],
     "pk_cpu_rms_norm_backward": [*[c_void_p] * 3, *[c_int64] * 4, c_double, c_void_p, c_int64],
     "pk_cpu_rotary_attention": [*[c_void_p] * 6, *[c_int64] * 9, c_double, *[c_void_p] * 2, c_int64],

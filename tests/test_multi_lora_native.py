@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft_kernels.dispatch import BackendUnavailable
 from peft_kernels.ops import lora_linear as single
 from peft_kernels.ops import multi_lora_linear as op
 from peft_kernels.ops.lora_linear.native import pack
+from peft_kernels.ops.multi_lora_linear.native import Layer, backward_layers, forward_layers
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 level = level_fixture()
@@ -148,6 +150,60 @@ def test_tensors_of_any_stride(level: str) -> None:
         assert_same_bits(got, expected)
     for got, expected in zip(moved.backward(op.backward_op.op, strided(s)), grads, strict=True):
         assert_same_bits(got, expected)
+
+
+# ---- adapters in tensors of their own -------------------------------------------------------------------------------
+def of_stack(
+    n: int, weight: Any, a: Tensor, b: Tensor, plan: Any, bias: Tensor | None, p: float, seed: Tensor | None
+) -> Layer:
+    """A layer with the adapters of a stack, each a [r, K] and b [N, r]."""
+    adapters, starts, ranks, scaling, most = plan
+    parts = [slice(i, i + r) for i, r in zip(starts.tolist(), ranks.tolist(), strict=True)]
+    bs = [b[part].t().contiguous() for part in parts]
+    return Layer(weight, n, [a[part] for part in parts], bs, adapters, ranks, scaling, most, bias, p, seed)
+
+
+def apart(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The operator's forward by `forward_layers`."""
+    weight, (n, a, b), plan = args[:8], args[8:11], args[11:16]
+    (y,), (s,) = forward_layers(x, [of_stack(n, weight, a, b, plan, *args[16:])])
+    return y, s
+
+
+def apart_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """And its backward; what is nobody's is zero, and another call for one gradient at a time has the same bits."""
+    weight, (a, b, s), plan = args[:8], args[8:11], args[11:16]
+    layer = of_stack(dy.shape[1], weight, a, b, plan, None, *args[16:18])
+    count = len(layer.a)
+    dx, (grads,) = backward_layers([dy], x, [layer], [s], True, [[True] * 2 * count])
+    none, (only_a,) = backward_layers([dy], x, [layer], [s], False, [[True] * count + [False] * count])
+    _, (only_b,) = backward_layers([dy], x, [layer], [s], True, [[False] * count + [True] * count])
+    assert none is None
+    assert dx is not None
+    da, db = torch.zeros_like(a), torch.zeros_like(b)
+    for i, (start, r) in enumerate(zip(plan[1].tolist(), plan[2].tolist(), strict=True)):
+        da[start : start + r], db[start : start + r] = grads[i], grads[count + i].t()
+        assert_same_bits(only_a[i], grads[i])
+        assert_same_bits(only_b[count + i], grads[count + i])
+        assert only_a[count + i] is only_b[i] is None
+    return dx, da, db
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("m", [1, 33, 130])
+def test_adapters_apart(level: str, m: int, dtype: torch.dtype) -> None:
+    for n, k, ab, p in ((64, 64, F32, 0.0), (50, 77, BF16, 0.25), (70, 192, F16, 0.1)):
+        c = make_multi(m, n, k, (3, 16, 0, 37), dtype=dtype, quant="nf4" if k == 64 else "dense", w_dtype=dtype, ab=ab,
+                       bias=True, p=p, nested=True)  # fmt: skip
+        check_multi(c, apart, apart_backward)
+        runs = []
+        for count in (1, 2):
+            with threads(count):
+                y, s = c.forward(apart)
+                runs.append((y, s, *c.backward(apart_backward, s)))
+        for one, two in zip(*runs, strict=True):
+            assert_same_bits(one, two)
 
 
 # ---- a stack of projections, some of many adapters: what the library can, ahead of an operator for it ----------------

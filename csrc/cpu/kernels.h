@@ -23,6 +23,12 @@ int pk_butterfly(const PkButterfly &t, int64_t rows, int64_t threads);
 int pk_butterfly_backward(const PkButterfly &t, int64_t rows, float *sums, int64_t threads);
 void pk_butterfly_sums(const PkButterfly &t, const float *sums, int64_t ranges, float *dblocks, int64_t threads);
 
+/* Of adamw.cpp: what a step takes besides the tensors. */
+struct PkAdamw {
+    double step;
+    float scale, new_m, old_v, new_v, root, eps, decay, rate; /* root: 1 / sqrt(1 - beta2^step) */
+};
+
 /* rotary_attention: q, y, dy, dq [B, T, H, D]; k, v, dk, dv [B, T, G, D] of dtype; cos, sin [tables, T, D] of table_dtype;
  * keep [masks, T, T], NULL: a query sees the keys up to its own; lse [B, H, T]. dy NULL: forward. */
 struct PkAttention {

@@ -1,7 +1,8 @@
 """Training with LoRA adapters by row: layers that read one input are one autograd node.
 
 The ordinary way (`routing.py`) packs the adapters with differentiable operations, which cost more than the products at
-few tokens. Here the node packs them, and its backward pass gives each adapter its part of the stack's gradients.
+few tokens. On a CPU nothing is packed here: the kernel finds each adapter and its gradients where they are. For other
+backends the node packs them, and its backward pass gives each adapter its part of the stack's gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from peft_kernels import philox
 from peft_kernels.dispatch import forced_backends, forward_mode
 from peft_kernels.ops.lora_linear import flat_weight
 from peft_kernels.ops.multi_lora_linear import backward_op, forward_op
-from peft_kernels.transposing import copy_transposed
+from peft_kernels.ops.multi_lora_linear import native as apart
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -39,6 +40,7 @@ class Tables:
     max_rank: int
     forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
+    apart: bool | None = None  # whether the adapters may stay where they are
 
 
 class _Job(NamedTuple):
@@ -70,7 +72,8 @@ def linears(x: Tensor, layers: Sequence[AdapterLayer]) -> list[Tensor] | None:
         jobs.append(found[0])
         factors += found[1]
     rows = x.reshape(tokens, x.shape[-1]).contiguous()
-    ys = _Linears.apply(rows, jobs, *factors)  # type: ignore[no-untyped-call]
+    node = _Apart if _apart(rows, jobs, factors) else _Linears
+    ys = node.apply(rows, jobs, *factors)  # type: ignore[no-untyped-call]
     return [y.view(*x.shape[:-1], job.n) for y, job in zip(ys, jobs, strict=True)]
 
 
@@ -117,22 +120,69 @@ def _tables(routed: Routed, names: list[str], ranks: list[int], scaling: list[fl
     return tables
 
 
+def _layers(jobs: Sequence[_Job], factors: Sequence[Tensor]) -> list[apart.Layer]:
+    """The jobs with their As and Bs as the native library takes them."""
+    layers, at = [], 0
+    for weight, n, t, bias, dropout, seed in jobs:
+        count = len(t.sizes)
+        a, b = factors[at : at + count], factors[at + count : at + 2 * count]
+        layers.append(apart.Layer(weight, n, a, b, t.adapters, t.ranks, t.scaling, t.max_rank, bias, dropout, seed))
+        at += 2 * count
+    return layers
+
+
+def _apart(x: Tensor, jobs: Sequence[_Job], factors: Sequence[Tensor]) -> bool:
+    if any(job.tables.apart is None for job in jobs):
+        for job, layer in zip(jobs, _layers(jobs, factors), strict=True):
+            job.tables.apart = apart.serves_layers(x, layer)
+    return all(job.tables.apart for job in jobs) and len(jobs) <= apart.MOST
+
+
+class _Apart(torch.autograd.Function):
+    """As `_Linears`, where nothing needs to be packed: one native call each way for all jobs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, jobs: list[_Job], *factors: Tensor) -> tuple[Tensor, ...]:
+        ys, ss = apart.forward_layers(x, _layers(jobs, factors))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *factors, *ss)
+        ctx.jobs = jobs
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        x, *saved = ctx.saved_tensors
+        need_dx, _, *need = ctx.needs_input_grad
+        count = len(saved) - len(dys)
+        used, wanted, at = [], [], 0
+        for i, (layer, dy) in enumerate(zip(_layers(ctx.jobs, saved[:count]), dys, strict=True)):
+            asked = need[at : at + 2 * len(layer.a)]
+            at += len(asked)
+            wanted.append(asked)
+            if dy is not None:
+                used.append((i, dy.contiguous(), layer, saved[count + i]))
+        dx: Tensor | None = None
+        grads: list[list[Tensor | None]] = [[None] * len(asked) for asked in wanted]
+        if used:
+            places, some, layers, ss = zip(*used, strict=True)
+            dx, found = apart.backward_layers(some, x, layers, ss, need_dx, [wanted[i] for i in places])
+            for i, own in zip(places, found, strict=True):
+                grads[i] = own
+        return dx, None, *(grad for own in grads for grad in own)
+
+
 class _Linears(torch.autograd.Function):
     """(x [M, K], jobs, As and Bs of the first job, of the second, ...) -> y [M, N] of each job."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, jobs: list[_Job], *factors: Tensor) -> tuple[Tensor, ...]:
         saved, ys, at, stacks = [x], [], 0, []
-        parts: list[tuple[Tensor, Tensor]] = []
         for job in jobs:
-            sizes = job.tables.sizes
-            count = len(sizes)
+            count = len(job.tables.sizes)
             own = factors[at + count : at + 2 * count]
-            b = own[0].new_empty((sum(sizes), job.n))
-            stacks.append((torch.cat(factors[at : at + count]), b))
-            parts += zip(torch.split(b, sizes), own, strict=True)
+            stacks.append((torch.cat(factors[at : at + count]), torch.cat([b.t() for b in own])))
             at += 2 * count
-        copy_transposed(parts)
         for job, (a, b) in zip(jobs, stacks, strict=True):
             t = job.tables
             args = (x, *job.weight, job.n, a, b, t.adapters, t.starts, t.ranks, t.scaling, t.max_rank, job.bias,
@@ -153,7 +203,6 @@ class _Linears(torch.autograd.Function):
         need_dx, _, *need = ctx.needs_input_grad
         dx: Tensor | None = None
         grads: list[Tensor | None] = []
-        turned: list[tuple[Tensor, Tensor]] = []
         for i, (job, dy) in enumerate(zip(ctx.jobs, dys, strict=True)):
             t = job.tables
             wanted = need[len(grads) : len(grads) + 2 * len(t.sizes)]
@@ -170,9 +219,6 @@ class _Linears(torch.autograd.Function):
             if not any(wanted):
                 grads += [None] * len(wanted)
                 continue
-            of_b = [db.new_empty((job.n, r)) for r in t.sizes]
-            turned += zip(of_b, torch.split(db, t.sizes), strict=True)
-            parts = [*torch.split(da, t.sizes), *of_b]
+            parts = [*torch.split(da, t.sizes), *(part.t() for part in torch.split(db, t.sizes))]
             grads += [part if asked else None for part, asked in zip(parts, wanted, strict=True)]
-        copy_transposed(turned)
         return dx, None, *grads

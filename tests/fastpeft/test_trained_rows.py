@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft import LoraConfig, get_peft_model, quantize_model
+from fastpeft import LoraConfig, get_peft_model, quantize_model, trained_rows
 from fastpeft.trained_rows import linears
 from torch import Tensor, nn
 
-from peft_kernels import AdapterStack, multi_lora_linear, philox
+from peft_kernels import AdapterStack, multi_lora_linear, native, philox
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 K, SIZES = 64, {"q": 48, "k": 32, "v": 32}
@@ -62,9 +62,15 @@ def results(made: Any, x: Tensor, together: bool) -> list[Tensor]:
     return [*(y.detach() for y in ys), *torch.autograd.grad(total, [x, *parameters])]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("way", ["apart", "stacked"])
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_each_layer_in_float64(nf4: bool, dtype: torch.dtype) -> None:
+def test_as_each_layer_in_float64(nf4: bool, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[int] = []
+    run = trained_rows.apart.forward_layers
+    monkeypatch.setattr(trained_rows.apart, "forward_layers", lambda x, of: (served.append(len(of)), run(x, of))[1])
+    if way == "stacked":  # as where the backend is another
+        monkeypatch.setattr(trained_rows.apart, "serves_layers", lambda x, layer: False)
     made = model(nf4)
     x = torch.randn(len(ROWS), 3, K, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact_model = model(nf4).double()
@@ -80,6 +86,7 @@ def test_as_each_layer_in_float64(nf4: bool, dtype: torch.dtype) -> None:
         exact = results(exact_model.double(), x.double(), False)
     ours, eager = results(made, x, True), results(made, x, False)
     assert len(ours) == 3 + 1 + 2 * 3 * len(RANKS)
+    assert served == ([] if way == "stacked" or native.available() is not None else [3, 1, 1, 1])
     for mine, theirs, best in zip(ours, eager, exact, strict=True):
         assert_no_worse(mine, theirs, best, best.abs().max().expand_as(best) * 4)
 

@@ -103,14 +103,16 @@ def draw_multi(data: st.DataObject, m: int, k: int, dtype: torch.dtype) -> Multi
     return MultiCase(replace(base, a=None, b=None), stack, torch.tensor(rows, dtype=torch.int64))
 
 
-def check_multi(c: MultiCase) -> None:
-    """Forward and backward of the forced backend are no worse than eager code in the same dtype."""
+def check_multi(
+    c: MultiCase, forward: Callable[..., Any] = op.forward_op.op, backward: Callable[..., Any] = op.backward_op.op
+) -> None:
+    """Forward and backward, of the forced backend by default, are no worse than eager code in the same dtype."""
     exact, size = c.double(), c.magnitudes()
-    found, eager = c.forward(op.forward_op.op), c.forward(op.forward_op.reference)
+    found, eager = c.forward(forward), c.forward(op.forward_op.reference)
     want, sizes = exact.forward(op.forward_op.reference), size.forward(op.forward_op.reference)
     for part in zip(found, eager, want, sizes, strict=True):
         assert_no_worse(*part)
-    grads = c.backward(op.backward_op.op, found[1])
+    grads = c.backward(backward, found[1])
     grads_eager = c.backward(op.backward_op.reference, eager[1])
     grads_want = exact.backward(op.backward_op.reference, want[1])
     grad_sizes = size.backward(op.backward_op.reference, sizes[1])

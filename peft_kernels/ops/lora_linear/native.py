@@ -75,18 +75,18 @@ def pack(
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None, *,
     y: Tensor | None = None, s: Tensor | None = None, dy: Tensor | None = None, dx: Tensor | None = None,
     da: Tensor | None = None, db: Tensor | None = None, gain: Tensor | None = None, h: Tensor | None = None,
-    dgain: Tensor | None = None, plan: tuple[Tensor, Tensor, Tensor, Tensor, int] | None = None,
+    dgain: Tensor | None = None, plan: tuple[Tensor, Tensor | None, Tensor, Tensor, int] | None = None,
 ) -> bytes:  # fmt: skip
     """pk_lora_args of one projection. Every tensor is contiguous and must live until the native call returns.
 
-    plan: adapters, starts, ranks, scaling and max_rank of `multi_lora_linear`.
+    plan: adapters, starts, ranks, scaling and max_rank of `multi_lora_linear`, whose `native` does without starts.
     """
     nested = nested_absmax is not None and nested_absmax.numel() > 0
     m, k = x.shape
     r, many = 0 if a is None else a.shape[0], (0,) * 7
     if plan is not None:
         *each, most = plan
-        r, many = most, (*map(pointer, each), each[1].shape[0], r, most)
+        r, many = most, (*map(pointer, each), each[2].shape[0], r, most)
     return _ARGS.pack(
         x.data_ptr(), weight.data_ptr(), pointer(absmax), pointer(nested_absmax) if nested else 0,
         pointer(nested_code) if nested else 0, pointer(offset) if nested else 0, pointer(a), pointer(b),

@@ -1,8 +1,17 @@
-"""The native CPU backend of multi_lora_linear: lora_linear's kernels, which group the rows by adapter."""
+"""The native CPU backend of multi_lora_linear: lora_linear's kernels, which group the rows by adapter.
+
+The operator takes stacks, which serving fills once. In training every step changes the adapters, and filling a stack of
+them and taking its gradients apart again costs more than the products at few tokens. `forward_layers` and
+`backward_layers` leave the adapters where they are: the library reads each one's A [r, K] and B [N, r] through a
+pointer, writes its gradients to tensors of its own, and takes all layers that read one x in a call.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import struct
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +19,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 from ..lora_linear.native import available, pack, refusal
-from . import check_values
+from . import backward_op, check_values, forward_op
 
 
 def _when_forward(x: Tensor, *args: Any) -> str | None:
@@ -72,3 +81,89 @@ BACKENDS: dict[str, Backend] = {
     "multi_lora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
     "multi_lora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
 }
+
+
+# ---- several layers of one x, adapters in tensors of their own ------------------------------------------------------
+MOST = 16  # PK_LORA_MOST of csrc/pk_abi.h
+_A, _DA = 6 * 8, 14 * 8  # where pk_lora_args has a and b, da and db
+
+
+class Layer(NamedTuple):
+    """A linear layer with adapters by row of x. Everything is contiguous, and the values are in range."""
+
+    weight: tuple[Any, ...]  # as `lora_linear.flat_weight` has it
+    n: int
+    a: Sequence[Tensor]  # of each adapter [r_i, K], of one dtype
+    b: Sequence[Tensor]  # [N, r_i], of one dtype
+    adapters: Tensor  # int64 [M], -1: the base alone
+    ranks: Tensor  # int64 [S]
+    scaling: Tensor  # float32 [S]
+    max_rank: int
+    bias: Tensor | None
+    dropout_p: float
+    seed: Tensor | None
+
+
+def serves_layers(x: Tensor, layer: Layer) -> bool:
+    """Whether the native library serves such layers, by the rules of the operator: a backend may be forced."""
+    if not all(t.is_contiguous() for t in (*layer.a, *layer.b)):
+        return False
+    a, b, empty = layer.a[0], layer.b[0], x.new_empty((0,))
+    plan = (layer.adapters, empty, layer.ranks, layer.scaling, layer.max_rank)
+    args = (x, *layer.weight, layer.n, a, b, *plan, layer.bias, layer.dropout_p, layer.seed)
+    back = (x, x, *layer.weight, a, b, empty, *plan, layer.dropout_p, layer.seed, True, True)
+    return forward_op.choose(args).name == "native" and backward_op.choose(back).name == "native"
+
+
+def _packed(x: Tensor, layer: Layer, pointers: array[int], grads: array[int] | None, **more: Any) -> bytearray:
+    plan = (layer.adapters, None, layer.ranks, layer.scaling, layer.max_rank)
+    args = bytearray(pack(
+        torch.get_num_threads(), x, *layer.weight, layer.n, layer.a[0], layer.b[0], 1.0, layer.bias, layer.dropout_p,
+        layer.seed, plan=plan, **more,
+    ))  # fmt: skip
+    half = 8 * len(layer.a)
+    for at, table in ((_A, pointers), (_DA, grads)):
+        if table is not None:
+            first = table.buffer_info()[0]
+            struct.pack_into("=2q", args, at, first, first + half)
+    return args
+
+
+def forward_layers(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
+    """(y [M, N], s [M, max_rank] float32) of each layer; x [M, K] contiguous, at most `MOST` layers."""
+    m = x.shape[0]
+    ys = [x.new_empty((m, layer.n)) for layer in layers]
+    ss = [x.new_empty((m, layer.max_rank), dtype=torch.float32) for layer in layers]
+    tables = [_table((*layer.a, *layer.b)) for layer in layers]
+    args = [_packed(x, *own, None, y=y, s=s) for *own, y, s in zip(layers, tables, ys, ss, strict=True)]
+    code = native.cpu().pk_cpu_lora_linear(b"".join(args), len(args))
+    if code:
+        native.check(code)
+    return ys, ss
+
+
+def backward_layers(
+    dys: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], ss: Sequence[Tensor], need_dx: bool,
+    wanted: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
+    """(dx [M, K], the sum over the layers; of each layer, the gradients of its as and then of its bs).
+
+    dys: contiguous. wanted: of each layer, which of those gradients; the others are None.
+    """
+    dx = torch.empty_like(x) if need_dx else None
+    args, kept, found = [], [], []
+    for dy, layer, s, asked in zip(dys, layers, ss, wanted, strict=True):
+        factors = (*layer.a, *layer.b)
+        grads = [torch.empty_like(t) if need else None for t, need in zip(factors, asked, strict=True)]
+        pointers, of_grads = _table(factors), _table(grads) if any(asked) else None
+        args.append(_packed(x, layer, pointers, of_grads, s=s, dy=dy, dx=dx))
+        kept.append((pointers, of_grads))
+        found.append(grads)
+    code = native.cpu().pk_cpu_lora_linear_backward(b"".join(args), len(args))
+    if code:
+        native.check(code)
+    return dx, found
+
+
+def _table(tensors: Sequence[Tensor | None]) -> array[int]:
+    return array("q", [0 if t is None else t.data_ptr() for t in tensors])

@@ -31,6 +31,7 @@ from peft_kernels import (
     native,
     rms_norm,
     rotary_attention,
+    swiglu,
     swiglu_mlp,
 )
 from peft_kernels.ops.lora_linear import forward_op as lora_linear_op
@@ -239,7 +240,7 @@ def _attention_forward(
     # no mask means causal, as transformers' sdpa has it
     keep = None if attention_mask is None else attention_mask[:, 0]
     out = rotary_attention(q, k, v, *position_embeddings, keep, scale=self.scaling)
-    return self.o_proj(out.view(batch, t, -1)), None
+    return _modules_on(out.view(batch, t, -1), self.o_proj)[0], None
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
@@ -249,7 +250,7 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
             return swiglu_mlp(x, *found)
         if torch.is_grad_enabled():
             gate, up = _modules_on(x, self.gate_proj, self.up_proj)
-            y: Tensor = self.down_proj(F.silu(gate) * up)
+            y: Tensor = _modules_on(swiglu(gate, up), self.down_proj)[0]
             return y
     result: Tensor = self._fastpeft_base.forward(self, x)
     return result

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from fastpeft.optimizers.adamw import AdamW
+from peft_kernels import adamw
+
 from .config import TrainConfig
 from .errors import UserError
 
@@ -35,6 +38,8 @@ def make_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], config: Trai
     betas, lr = (float(config.betas[0]), float(config.betas[1])), config.learning_rate
     name = config.optimizer
     if name == "adamw":
+        if adamw.reason([p for group in groups for p in group["params"]]) is None:
+            return AdamW(groups, lr=lr, betas=betas, eps=config.epsilon)
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.epsilon, fused=_fused(groups))
     if name == "adam":
         return torch.optim.Adam(groups, lr=lr, betas=betas, eps=config.epsilon, fused=_fused(groups))
@@ -96,6 +101,23 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
         left = (steps - step) / max(1, round(config.decay * steps))
         factor = low + (1 - low) * min(1.0, left)
     return config.learning_rate * factor
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> float:
+    """The norm over all gradients, before clipping."""
+    if isinstance(optimizer, AdamW):
+        return adamw.norm(gradients)
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def update(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], factor: float, in_place: bool) -> None:
+    """A step with the gradients times a factor. in_place: whether they are read again afterwards, so multiplied."""
+    if isinstance(optimizer, AdamW) and not in_place:
+        optimizer.step(scale=factor)
+        return
+    if factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+    optimizer.step()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

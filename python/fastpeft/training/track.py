@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from fastpeft.method import method_of
 
 from . import checkpoints
 from .config import TrainConfig
 from .data import Example
 from .errors import UserError
-from .optim import learning_rate, make_optimizer, set_learning_rate
+from .optim import gradient_norm, learning_rate, make_optimizer, set_learning_rate, update
 from .packing import Plan, eval_batches
 
 
@@ -50,28 +50,25 @@ class Track:
         rate = learning_rate(self.config, step, len(self.plan))
         set_learning_rate(self.optimizer, rate)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if norm > (self.config.max_grad_norm or float("inf")):
-            torch._foreach_mul_(gradients, self.config.max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+        norm = gradient_norm(self.optimizer, gradients)
+        most = self.config.max_grad_norm or float("inf")
+        factor = most / (norm + 1e-6) if norm > most else 1.0  # as torch's clip_grad_norm_
         if not (norm < float("inf") and loss == loss):
             of = "" if self.name == "default" else f"adapter {self.name}, "
             raise UserError(
                 f"{of}step {step + 1}: the loss is {loss} and the gradient norm {norm}: training diverged",
                 "lower learning_rate, raise warmup, or use dtype=float32",
             )
-        self.optimizer.step()
-        self._allocate(step + 1)
+        allocate = method_of(self.model.base_model.peft_config[self.name]).model_methods.get("update_and_allocate")
+        update(self.optimizer, gradients, factor, in_place=allocate is not None)
+        if allocate is not None:
+            self._allocate(allocate, step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         return {"lr": rate, "grad_norm": norm}
 
-    def _allocate(self, step: int) -> None:
+    def _allocate(self, allocate: Callable[[Any, int], Any], step: int) -> None:
         """AdaLoRA and AdaMSS move their budget, by the gradients; they do it for the active adapters."""
-        from fastpeft.method import method_of
-
         tuner = self.model.base_model
-        allocate = method_of(tuner.peft_config[self.name]).model_methods.get("update_and_allocate")
-        if allocate is None:
-            return
         active, tuner.active_adapter = tuner.active_adapter, self.name
         try:
             allocate(tuner, step)
