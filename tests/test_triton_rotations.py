@@ -1,20 +1,21 @@
 """Triton backend of the rotations: in its interpreter, which is chosen when Triton is imported, so in a process of its
-own;
-the same tests on a GPU where there is one."""
+own; the same tests on a GPU where there is one."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
-from interpreter_tools import run_in_the_interpreter
+from interpreter_tools import run_in_the_interpreter, small_tiles
 from lora_tools import BF16, F16, F32, FLOATS
 from rotation_tools import check_butterfly, check_cayley, check_householder, check_pairs
 from turned_tools import Turned, check_turned
 
 from peft_kernels import BackendUnavailable, butterfly_rotate, cayley, householder_rotate, use_backend
 from peft_kernels.ops import butterfly_rotate as op
+from peft_kernels.triton_lib import host
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETER else "cuda"
@@ -50,6 +51,31 @@ def test_device_butterfly_linear(dtype: torch.dtype) -> None:
         check_turned(Turned(18, 20, 48, 2, 4, gain=True), dtype, DEVICE)
         check_turned(Turned(3, 16, 36, 1, 6, gain=True, bias=False, shared=True), dtype, DEVICE)
         check_turned(Turned(0, 16, 32, 1, 4), dtype, DEVICE)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_device_few_rows_are_turned_inside_of_the_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 32 rows, one factor of blocks of up to 32: rows, features and blocks that fill no tile, and split sums."""
+    turned: list[int] = []
+    launch = host.launch
+
+    def recorded(kernel: Any, *args: Any, **options: Any) -> None:
+        turned.append(options.get("TURN", 0))
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(host, "launch", recorded)
+    few = [Turned(17, 40, 128, 1, 32, 64), Turned(3, 33, 112, 1, 4, gain=True), Turned(1, 7, 48, 1, 16, shared=True)]
+    with use_backend("triton"), small_tiles():
+        for case in few[:: 1 if dtype is F16 else 2]:
+            turned.clear()
+            check_turned(case, dtype, DEVICE)
+            assert max(turned) == case.b, case
+        for case in (Turned(33, 8, 32, 1, 16), Turned(2, 8, 64, 1, 64), Turned(2, 8, 24, 1, 4)):
+            turned.clear()
+            if dtype is F16:
+                check_turned(case, dtype, DEVICE)
+            assert not any(turned), case
 
 
 @on_device

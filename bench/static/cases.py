@@ -216,6 +216,13 @@ def _butterfly(c: Case) -> None:
     backend.backward(x, x, blocks, False, True, True)
 
 
+def _turned(c: Case) -> None:
+    from peft_kernels.ops.butterfly_linear import triton as backend
+
+    x, blocks, bias = meta(c.M, c.K, dtype=c.dtype), meta(1, c.K // 32, 32, 32), meta(c.N, dtype=c.dtype)
+    backend.forward(x, blocks, *_weight(c), c.N, None, bias, False)
+
+
 def _cayley(c: Case) -> None:
     from peft_kernels.ops.cayley import triton as backend
 
@@ -267,6 +274,7 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "attention_keys": ("rotary_attention", "keys_kernel", _attention),
     "swiglu": ("swiglu", "forward_kernel", _swiglu),
     "swiglu_backward": ("swiglu", "backward_kernel", _swiglu),
+    "turned": ("lora_linear", "forward_kernel", _turned),
     "rotate": ("butterfly_rotate", "rotate_kernel", _butterfly),
     "rotate_gradient": ("butterfly_rotate", "gradient_kernel", _butterfly),
     "cayley": ("cayley", "cayley_kernel", _cayley),
@@ -346,7 +354,9 @@ def cases(capability: int) -> list[Case]:
             # of project and outer the plain case stands for these
             odd = kernel in ("project", "outer") and (case.dtype is not bf16 or (kernel == "project" and case.M < ROWS))
             if not case.first:
-                rank = 0 if kernel in ("forward", "backward") and size > max(first) else 4
+                rank = 0 if kernel == "forward" and size > max(first) else 4
+            elif kernel == "turned":
+                rank = 0 if size == min(first) else 1
             elif size < max(first) and (kernel == "backward" or size > min(first)):
                 rank = 2
             else:

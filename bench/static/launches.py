@@ -53,9 +53,11 @@ def work(launch: Compiled) -> Work:
         scales = bn * bk / o["BLOCKSIZE"] * (1 if o["NESTED"] else 4)
         tile = bn * bk / 2 + scales if decodes else bn * bk * size
         started = a["steps"] > 0
+        turn = max(16, o["TURN"]) if o.get("TURN") else 0  # of x's tile by its blocks, two addends each, beside W's
         return Work(
-            weights=bn * bk if decodes else 0, tile=(bm, bn, bk),
-            fmas=(m * n * k if started else 0) + low, passes=min(a["steps"], _cdiv(sums, step)),
+            weights=bn * bk if decodes else 0, tile=None if turn else (bm, bn, bk),
+            fmas=(m * n * k if started else 0) + low + 2 * m * k * turn * _cdiv(n, bn),
+            passes=min(a["steps"], _cdiv(sums, step)),
             loop_bytes=tile + bm * step * size, **products,
         )  # fmt: skip
     if name.startswith("norm"):

@@ -47,9 +47,10 @@ def round_to(b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot_wide(b_x, b_y, b_acc):
+def dot_wide(b_x, b_y, b_acc, ALL: tl.constexpr = True):
     """`b_acc + b_x @ b_y` to float32's accuracy, on tensor cores where b_x is 16-bit: for sums that are outputs in
-    float32. b_y: float32, or of b_x's type.
+    float32. b_y: float32, or of b_x's type. Without ALL 16 bits of b_y count at least: for sums that will be rounded
+    to b_x's type.
 
     The float32 operand is split into addends that the tensor cores take exactly. bfloat16 shares float32's range, so
     three of them hold all 24 bits, and b_x stays as it is; float16 is a subset of TF32 (two addends, 22 bits). Where
@@ -62,10 +63,11 @@ def dot_wide(b_x, b_y, b_acc):
         b_high = round_to(b_y, tl.bfloat16)
         b_rest = b_y - b_high.to(tl.float32)
         b_middle = round_to(b_rest, tl.bfloat16)
-        b_low = round_to(b_rest - b_middle.to(tl.float32), tl.bfloat16)
         b_acc = dot(b_x, b_high, b_acc, "ieee")
         b_acc = dot(b_x, b_middle, b_acc, "ieee")
-        b_acc = dot(b_x, b_low, b_acc, "ieee")
+        if ALL:
+            b_low = round_to(b_rest - b_middle.to(tl.float32), tl.bfloat16)
+            b_acc = dot(b_x, b_low, b_acc, "ieee")
     else:
         b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
@@ -259,3 +261,36 @@ def low_rank(
         else:
             b_acc = dot_narrow(tl.trans(b_s), tl.trans(b_b), b_acc, PRECISION)
     return b_acc
+
+
+@triton.jit
+def load_turned(
+    p_x, p_turn, b_row, i_k0, K, BM: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr, SHARED: tl.constexpr,
+    EVEN_K: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
+    """Columns i_k0 .. i_k0 + BK - 1 of x's rows b_row [BM], turned: [BK, BM] in x's type, without LEFT [BM, BK].
+
+    p_turn: float32 [K / SIZE or (SHARED) 1, SIZE, SIZE], whose blocks the columns are multiplied by from the right.
+    SIZE is a power of two, BK a multiple of it; blocks below 16 lie side by side in one of 16. Rounded once.
+    """
+    WIDE: tl.constexpr = 16 if SIZE < 16 else SIZE
+    GROUPS: tl.constexpr = BK // WIDE
+    i_in = tl.arange(0, WIDE)
+    i_k = i_k0 + tl.arange(0, GROUPS)[:, None] * WIDE + i_in[None, :]
+    b_in = (i_k < K) | EVEN_K
+    b_x = tl.load(p_x + b_row.to(tl.int64)[None, :, None] * K + i_k[:, None, :], mask=b_in[:, None, :], other=0.0)
+    i_r = (i_k % SIZE if SHARED else i_k)[:, :, None] * SIZE + (i_in % SIZE)[None, None, :]
+    b_r = tl.load(p_turn + i_r, mask=b_in[:, :, None], other=0.0)
+    if SIZE < WIDE:
+        b_r = tl.where((i_in // SIZE)[None, :, None] == (i_in // SIZE)[None, None, :], b_r, 0.0)
+    if GROUPS == 1:
+        b_x, b_r = tl.reshape(b_x, (BM, WIDE)), tl.reshape(b_r, (WIDE, WIDE))
+        b_y = dot_wide(b_x, b_r, tl.zeros((BM, WIDE), tl.float32), False)
+        b_y = tl.trans(b_y) if LEFT else b_y
+    else:
+        b_y = dot_wide(b_x, b_r, tl.zeros((GROUPS, BM, WIDE), tl.float32), False)
+        if LEFT:
+            b_y = tl.reshape(tl.permute(b_y, (0, 2, 1)), (BK, BM))
+        else:
+            b_y = tl.reshape(tl.permute(b_y, (1, 0, 2)), (BM, BK))
+    return round_to(b_y, p_x.dtype.element_ty)

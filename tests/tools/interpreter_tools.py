@@ -15,6 +15,7 @@ SMALL: dict[str, dict[str, int]] = {
     "project": {"BM": 16, "BK": 32, "BR": 16, "programs": 6},
     "outer": {"BM": 16, "BN": 32, "BR": 16, "programs": 6},
     "forward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 20},
+    "turned": {"BM": 16, "BN": 32, "BK": 32, "GROUP": 2, "programs": 20},
     "backward": {"BM": 16, "BN": 32, "BK": 32, "BR": 16, "GROUP": 2, "programs": 20},
 }
 

@@ -242,11 +242,26 @@ class Gain:
                     num_stages=1)  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What butterfly_linear does to x before the product: its columns times blocks, in the product's own tiles.
+
+    blocks: float32 [K / size or 1, size, size], contiguous; size a power of two that divides every BK of "turned" in
+    `tuned/`, whose rows say for how many rows of x there is a tile.
+    """
+
+    blocks: Tensor
+
+    @property
+    def size(self) -> int:
+        return int(self.blocks.shape[-1])
+
+
 def product(
     x: Tensor, w: _Weight, s: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, y: Tensor,
-    arch: str, gain: Gain | None = None,
+    arch: str, gain: Gain | None = None, turn: Turn | None = None,
 ) -> None:  # fmt: skip
-    """y [M, N] = x W^T + scaling * s b^T + bias; with `gain` as it says. x and y are contiguous."""
+    """y [M, N] = x W^T + scaling * s b^T + bias; with `gain` and `turn` as they say. x and y are contiguous."""
     from . import triton_kernels as kernels
 
     (m, k), n = x.shape, y.shape[1]
@@ -269,9 +284,11 @@ def product(
             c = replace(c, num_warps=max(c.num_warps, 8))
         host.launch(kernels.forward_kernel, (tiles, parts), x, *w.pointers, s if r else x, b,
                     x if last is None else last, out, x if here is None else here.gain, out if h is None else h,
-                    m, n, k, r, *w.strides, steps, scaling, ADAPTER=r > 0, BIAS=last is not None,
-                    GAIN=here is not None, SAVE_H=h is not None, ADD=here is not None and here.add, **w.constants,
-                    PRECISION=_precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK, BR=_rank_tile(r, c.BR),
+                    None if turn is None else turn.blocks, m, n, k, r, *w.strides, steps, scaling, ADAPTER=r > 0,
+                    BIAS=last is not None, GAIN=here is not None, SAVE_H=h is not None,
+                    ADD=here is not None and here.add, **w.constants, PRECISION=_precision(x.dtype),
+                    BM=c.BM, BN=c.BN, BK=c.BK, BR=_rank_tile(r, c.BR),
+                    TURN=0 if turn is None else turn.size, ONE_TURN=turn is not None and len(turn.blocks) == 1,
                     **_tiling(c, n, k))  # fmt: skip
         if parts > 1:
             if gain is None:
@@ -284,7 +301,8 @@ def product(
         plain = w.plain and k % 16 == 0
         shape = tuning.Shape(m, n, k, r, x.element_size() * 8, plain, w.blocksize)
         once = vendor or (gain is not None and gain.add)  # to be run more than once it may not add to y
-        run(tuning.choose("forward", arch, shape, None if once else run))
+        kernel = "forward" if turn is None else "turned"
+        run(tuning.choose(kernel, arch, shape, None if once else run))
     if vendor:
         _panels(x, w, whole, started, True, arch)
         if gain is not None:

@@ -23,6 +23,7 @@ from ...triton_lib.device import (
     dot_wide,
     keep_mask,
     keep_packed,
+    load_turned,
     load_weight,
     low_rank,
     round_to,
@@ -81,22 +82,26 @@ def add_output(
     p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, b_row, i_n0, first, last, N, K, stride_n, stride_k, b_acc,
     MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
+    p_turn=None, TURN: tl.constexpr = 0, ONE_TURN: tl.constexpr = False,
 ):  # fmt: skip
     """b_acc [BN, BM] + (x W^T)^T over the tiles first .. last - 1 of BK columns, x at the rows b_row [BM]; without
-    LEFT b_acc [BM, BN] + x W^T."""
+    LEFT b_acc [BM, BN] + x W^T. TURN: x is turned by the blocks of that size at p_turn; see `load_turned`."""
     b_table = table_of(p_table, MODE)
     p_xt = p_x + b_row.to(tl.int64)[None, :] * K
     for i_step in range(first, last):
         i_k0 = i_step * BK
         i_k = (i_k0 + tl.arange(0, BK))[:, None]
-        b_x = tl.load(p_xt + i_k, mask=(i_k < K) | EVEN_K, other=0.0)
+        if TURN:
+            b_x = load_turned(p_x, p_turn, b_row, i_k0, K, b_row.shape[0], BK, TURN, ONE_TURN, EVEN_K, LEFT)
+        else:
+            b_x = tl.load(p_xt + i_k, mask=(i_k < K) | EVEN_K, other=0.0)
         b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
                           N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
                           p_x.dtype.element_ty, EVEN_N, EVEN_K)  # fmt: skip
         if LEFT:
             b_acc = dot(b_w, b_x, b_acc, "ieee")
         else:
-            b_acc = dot(tl.trans(b_x), tl.trans(b_w), b_acc, "ieee")
+            b_acc = dot(b_x if TURN else tl.trans(b_x), tl.trans(b_w), b_acc, "ieee")
     return b_acc
 
 
@@ -109,6 +114,7 @@ def forward_tile(
     NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
+    p_turn=None, TURN: tl.constexpr = 0, ONE_TURN: tl.constexpr = False,
 ):  # fmt: skip
     """Tile i_tile of part i_part (`steps` tiles of BK columns of x) of y [parts, M, N]. Part 0 has s B^T and the bias.
 
@@ -126,7 +132,8 @@ def forward_tile(
     # rows beyond M repeat the last one instead of being masked in every step; they are not stored
     b_acc = add_output(p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, tl.minimum(i_m, M - 1), i_n0,
                        i_part * steps, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps), N, K, stride_n, stride_k,
-                       b_acc, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BN, BK, EVEN_N, EVEN_K, LEFT)  # fmt: skip
+                       b_acc, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BN, BK, EVEN_N, EVEN_K, LEFT, p_turn, TURN,
+                       ONE_TURN)  # fmt: skip
     b_y = tl.trans(b_acc) if LEFT else b_acc
     i_out = (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * N + i_n[None, :]
     b_in = (i_m < M)[:, None] & (i_n < N)[None, :]
@@ -144,19 +151,19 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def forward_kernel(
-    p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_gain, p_h,
+    p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_gain, p_h, p_turn,
     M, N, K, r, stride_n, stride_k, steps, scaling,
     ADAPTER: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, SAVE_H: tl.constexpr, ADD: tl.constexpr,
     MODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr, TURN: tl.constexpr, ONE_TURN: tl.constexpr,
 ):  # fmt: skip
     """`forward_tile` of program (tile, part)."""
     forward_tile(p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_gain, p_h,
                  tl.program_id(0), tl.program_id(1), M, N, K, r, stride_n, stride_k, steps, scaling, ADAPTER, BIAS,
                  GAIN, SAVE_H, ADD, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, PRECISION, BM, BN, BK, BR, GROUP,
-                 EVEN_N, EVEN_K, LEFT)  # fmt: skip
+                 EVEN_N, EVEN_K, LEFT, p_turn, TURN, ONE_TURN)  # fmt: skip
 
 
 @triton.jit
