@@ -159,6 +159,7 @@ def test_butterflies(level: str, dtype: torch.dtype) -> None:
         check_butterfly(rows, d, m, b, dtype, transposed=i % 2 == 1)
     check_butterfly(0, 8, 1, 4, dtype)
     check_butterfly(9, 8, 1, 4, dtype, shared=True)
+    check_butterfly(140, 96, 1, 32, dtype, shared=True, transposed=True)
     check_butterfly(1100, 24, 2, 4, dtype, shared=True, transposed=True)
 
 

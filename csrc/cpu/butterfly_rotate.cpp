@@ -5,6 +5,7 @@
 
 namespace {
 enum { ROWS = 512, ROWS_BACKWARD = 1024 }; // rows of a task; the sums of the blocks' gradients are cut there
+enum { LITTLE = 1 << 18 }; // multiply-adds that one thread has done before another has begun
 
 struct Work {
     PkButterfly t;
@@ -43,6 +44,7 @@ void add_up(void *ctx, int64_t factor) { // in the order of the rows, then of th
 int run(Work &w, int64_t threads) {
     w.columns = pk_table()->butterfly_columns(&w.t), w.failed = 0;
     w.across = (w.t.d + w.columns - 1) / w.columns;
+    if (w.t.M <= LITTLE / (w.t.d * w.t.b * w.t.m)) threads = 1;
     pk_parallel((w.t.M + w.rows - 1) / w.rows * w.across, threads, task, &w);
     return w.failed ? pk_fail(w.failed, "butterfly_rotate: out of memory") : PK_OK;
 }
