@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import butterfly_linear, butterfly_rotate
+from peft_kernels.dispatch import forward_mode
 
+from .kept import Kept
 from .method import Fused, Inner, LayerInfo, Method
 
 if TYPE_CHECKING:
@@ -43,6 +45,11 @@ class BlockDropout(nn.Module):
         chosen = factor[:, None] & (torch.randperm(size) < int(self.p * size))
         eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
         return torch.where(chosen.view(blocks.shape[:-2]).to(blocks.device)[..., None, None], eye, blocks)
+
+
+def constant(s: Any, parameter: Tensor) -> bool:
+    """Whether what is made of an adapter's parameter in a forward may be kept for the next: no training, no gradient."""
+    return not (s.training or (torch.is_grad_enabled() and parameter.requires_grad) or forward_mode())
 
 
 class RotatesInput(Method):
@@ -93,6 +100,10 @@ class Butterfly(RotatesInput):
     dy^T x, T N K multiplications, half as many again as the frozen layer takes forward and backward.
     """
 
+    def parameter(self, s: Any) -> Tensor:
+        """What `blocks` are made of, in evaluation alone."""
+        raise NotImplementedError
+
     def blocks(self, s: Any) -> Tensor:
         """[m, D or 1, b, b], as `butterfly_rotate` takes them."""
         raise NotImplementedError
@@ -109,13 +120,15 @@ class Butterfly(RotatesInput):
         if layer.kind.kind != "linear" or get_weight is None:
             return None
         compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+        kept = Kept()
 
         def run(x: Tensor) -> Tensor | None:
             w = get_weight()
             if w is None:
                 return None
-            wide = x if compute is None else x.to(compute)
-            y = butterfly_linear(wide, w, self.blocks(s), base._parameters.get("bias"), self.gain(s))
+            wide, of = x if compute is None else x.to(compute), self.parameter(s)
+            blocks = kept.get((of,), (), lambda: self.blocks(s)) if constant(s, of) else self.blocks(s)
+            y = butterfly_linear(wide, w, blocks, base._parameters.get("bias"), self.gain(s))
             return y if compute is None else y.to(x.dtype)
 
         return run

@@ -21,6 +21,7 @@ from fastpeft.testing import add_adapter
 from peft.tuners.boft.layer import BOFTLayer
 from peft.tuners.c3a.utils import BlockCircularConvolution
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
@@ -285,3 +286,46 @@ def test_a_rotation_and_its_layer_are_one_operator(name: str, base: str) -> None
         again = layer(x)
     assert called
     assert_rounds_as(again, y.detach(), layer.double()(x.double()).detach() if base == "dense" else y.detach().double())
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that are called, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "view" not in str(func) and "detach" not in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["OFT", "BOFT", "HRA"])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_evaluation_keeps_what_it_turns_with(name: str, base: str) -> None:
+    """Its forward is one call, until a parameter or the weight changes; training and gradients keep nothing."""
+    method = get_method(name)
+    layer = AdapterLayer(nn.Linear(64, 64).requires_grad_(False) if base == "dense" else QUANTISED[base](), "layer")
+    add_adapter(layer, "a", method, method.config_class(target_modules=["layer"]))
+    layer.set_adapter("a")
+    x = torch.randn(2, layer.in_features)
+    (part,) = (p for n, p in layer.named_parameters() if n.endswith(("oft_R.a.weight", "boft_R.a", "hra_u.a")))
+    y = layer.eval()(x)
+    assert torch.autograd.grad(y.sum(), part)[0].abs().sum() > 0
+    with torch.no_grad():
+        before = layer(x)
+        with Called() as seen:
+            again = layer(x)
+        assert_same_bits(again, before)
+        assert [n.split(".")[1].removesuffix("_linear") for n in seen.names] == ["lora" if name == "HRA" else "butterfly"]
+        held = [part, *([layer.base_layer.weight] if base == "dense" else [])]
+        for changed in held:
+            changed.add_(0.1 * torch.randn_like(changed))
+            after = layer(x)
+            assert not torch.equal(after, before)
+            assert_same_bits(after, copy.deepcopy(layer)(x))
+            before = after
+        with Called() as seen:
+            layer.train()(x)
+    assert len(seen.names) > 1

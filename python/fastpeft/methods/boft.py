@@ -97,6 +97,9 @@ class BOFT(Butterfly):
             "boft_dropout": BlockDropout(config.boft_dropout) if config.boft_dropout > 0 else nn.Identity(),
         }
 
+    def parameter(self, s: Any) -> Tensor:
+        return s.boft_R  # type: ignore[no-any-return]
+
     def blocks(self, s: Any) -> Tensor:
         r = s.boft_R
         return s.boft_dropout(cayley(0.5 * (r.mT - r)))  # type: ignore[no-any-return]

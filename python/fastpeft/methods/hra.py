@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import householder_rotate, lora_linear
+from peft_kernels import QuantWeight, householder_rotate, lora_linear
 from peft_kernels.ops.householder_rotate import compact_wy
 
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..kept import Kept
 from ..method import Fused, LayerInfo, State, register
-from ..rotation import RotatesInput
+from ..rotation import RotatesInput, constant
 
 if TYPE_CHECKING:
     from ..layer import AdapterLayer
@@ -68,16 +69,31 @@ class HRA(RotatesInput):
             return None
         compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
 
+        kept = (Kept(), Kept())
+
+        def factors() -> tuple[Tensor, Tensor]:
+            return compact_wy(*self._vectors(s), transposed=True)
+
+        def turned(v: Tensor, w: Tensor | QuantWeight) -> Tensor:
+            return lora_linear(v, w).t()
+
         def run(x: Tensor) -> Tensor | None:
-            w, few = get_weight(), x.numel() < 8 * s.hra_u.numel()
-            if w is None or few:
+            w, of = get_weight(), s.hra_u
+            if w is None:
                 return None
-            u, v = compact_wy(*self._vectors(s), transposed=True)
-            turned = lora_linear(v, w).t()
             bias = base._parameters.get("bias")
+            if constant(s, of):  # in evaluation both factors are there already, however few tokens are
+                stored = [t for t in w.flatten() if isinstance(t, Tensor)] if isinstance(w, QuantWeight) else [w]
+                u = kept[0].get((of,), (), lambda: factors()[0])
+                b = kept[1].get((of, *stored), (), lambda: turned(factors()[1], w).contiguous())
+            elif x.numel() < 8 * of.numel():
+                return None
+            else:
+                u, v = factors()
+                b = turned(v, w)
             if compute is None:
-                return lora_linear(x, w, u, turned, -1.0, bias)
-            return lora_linear(x.to(compute), w, u, turned, -1.0, bias).to(x.dtype)
+                return lora_linear(x, w, u, b, -1.0, bias)
+            return lora_linear(x.to(compute), w, u, b, -1.0, bias).to(x.dtype)
 
         return run
 

@@ -115,6 +115,9 @@ class OFT(Butterfly):
             "oft_dropout": BlockDropout(config.module_dropout) if config.module_dropout > 0 else nn.Identity(),
         }
 
+    def parameter(self, s: Any) -> Tensor:
+        return (s.get("oft_R") or s.oft_embedding_R).weight  # type: ignore[no-any-return]
+
     def blocks(self, s: Any) -> Tensor:
         module = s.get("oft_R") or s.oft_embedding_R
         return s.oft_dropout(module.blocks()).unsqueeze(0)  # type: ignore[no-any-return]
