@@ -48,7 +48,7 @@ class BlockDropout(nn.Module):
 
 
 def constant(s: Any, parameter: Tensor) -> bool:
-    """Whether what is made of an adapter's parameter in a forward may be kept for the next: no training, no gradient."""
+    """Whether what is made of an adapter's parameter in a forward may be kept: no training, no gradient."""
     return not (s.training or (torch.is_grad_enabled() and parameter.requires_grad) or forward_mode())
 
 
