@@ -11,6 +11,8 @@ from ...triton_lib import host
 
 MOST = 64  # reflections: s of a tile of rows lies in registers
 SPLIT = 1024  # rows of one part of the gradients of u and v
+# Of s v, on tensor cores where y has 16 bits: TF32 has two more than bfloat16, and as many as float16, which takes three.
+PRECISION = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
 
 
 def _ranks(r: int) -> dict[str, int]:
@@ -25,7 +27,8 @@ def _update(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     (m, d), r = x.shape, u.shape[0]
     y, s = torch.empty_like(x), torch.empty(m, r, dtype=torch.float32, device=x.device)
     rows = 32 if m > 16 else 16
-    host.launch(update_kernel, (-(-m // rows),), x, u, v, y, s, m, d, r, BM=rows, BN=64, **_ranks(r))
+    host.launch(update_kernel, (-(-m // rows),), x, u, v, y, s, m, d, r, BM=rows, BN=64, PRECISION=PRECISION[x.dtype],
+                **_ranks(r))  # fmt: skip
     return y, s
 
 

@@ -16,8 +16,10 @@ def _vectors(p, i_r, i_n, r, d):
 
 
 @triton.jit
-def update_kernel(p_x, p_u, p_v, p_y, p_s, M, d, r, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
-    """s = x u^T; y = x - s v."""
+def update_kernel(
+    p_x, p_u, p_v, p_y, p_s, M, d, r, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr
+):
+    """s = x u^T; y = x - s v. PRECISION: of the second product, whose sum is rounded to x's type."""
     i_m = tl.program_id(0) * BM + tl.arange(0, BM)
     i_r = tl.arange(0, BR)
     i_row = i_m.to(tl.int64)[:, None] * d
@@ -31,7 +33,7 @@ def update_kernel(p_x, p_u, p_v, p_y, p_s, M, d, r, BM: tl.constexpr, BN: tl.con
         i_n = i_n0 + tl.arange(0, BN)
         b_in = (i_m < M)[:, None] & (i_n < d)[None, :]
         b_x = tl.load(p_x + i_row + i_n[None, :], mask=b_in, other=0.0).to(tl.float32)
-        b_y = dot(-b_s, _vectors(p_v, i_r, i_n, r, d), b_x, "ieee")
+        b_y = dot(-b_s, _vectors(p_v, i_r, i_n, r, d), b_x, PRECISION)
         tl.store(p_y + i_row + i_n[None, :], round_to(b_y, p_y.dtype.element_ty), mask=b_in)
 
 
