@@ -11,7 +11,7 @@ from ...triton_lib import host
 
 MOST = 64  # reflections: s of a tile of rows lies in registers
 SPLIT = 1024  # rows of one part of the gradients of u and v
-# Of s v, on tensor cores where y has 16 bits: TF32 has two more than bfloat16, and as many as float16, which takes three.
+# Of s v, on tensor cores where y has 16 bits: TF32 has two more than bfloat16, and those of float16, which takes three.
 PRECISION = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
 
 
