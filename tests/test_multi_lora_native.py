@@ -166,7 +166,7 @@ def of_stack(
 def apart(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The operator's forward by `forward_layers`."""
     weight, (n, a, b), plan = args[:8], args[8:11], args[11:16]
-    (y,), (s,) = forward_layers(x, [of_stack(n, weight, a, b, plan, *args[16:])])
+    (y,), (s,), _ = forward_layers(x, [of_stack(n, weight, a, b, plan, *args[16:])])
     return y, s
 
 
@@ -175,9 +175,10 @@ def apart_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     weight, (a, b, s), plan = args[:8], args[8:11], args[11:16]
     layer = of_stack(dy.shape[1], weight, a, b, plan, None, *args[16:18])
     count = len(layer.a)
-    dx, (grads,) = backward_layers([dy], x, [layer], [s], True, [[True] * 2 * count])
-    none, (only_a,) = backward_layers([dy], x, [layer], [s], False, [[True] * count + [False] * count])
-    _, (only_b,) = backward_layers([dy], x, [layer], [s], True, [[False] * count + [True] * count])
+    packed = forward_layers(x.clone(), [layer])[2]  # of tensors that are gone
+    dx, (grads,) = backward_layers([dy], x, [layer], [s], packed, True, [[True] * 2 * count])
+    none, (only_a,) = backward_layers([dy], x, [layer], [s], packed, False, [[True] * count + [False] * count])
+    _, (only_b,) = backward_layers([dy], x, [layer], [s], packed, True, [[False] * count + [True] * count])
     assert none is None
     assert dx is not None
     da, db = torch.zeros_like(a), torch.zeros_like(b)

@@ -13,23 +13,20 @@ from torch import Tensor
 from .. import native
 
 _F32 = torch.float32
+_POINTER, _SIZE, _CONTIGUOUS = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
 
 
 def reason(parameters: Iterable[Tensor]) -> str | None:
     """Why the library cannot update these; None where it can."""
     for p in parameters:
-        if not _plain(p):
-            return f"takes contiguous float32 tensors of a CPU, not {p.dtype} on {p.device} with strides {p.stride()}"
+        if not _all_plain([p]):
+            return f"takes contiguous float32 tensors of a CPU, not {p.dtype} on {p.device}"
     return native.available()
 
 
-def _plain(t: Tensor) -> bool:
-    return t.dtype is _F32 and t.device.type == "cpu" and t.layout is torch.strided and t.is_contiguous()
-
-
 def squared_norm(gradients: Sequence[Tensor]) -> float:
-    kept = [_gradient(g) for g in gradients]
-    numbers = array("q", [n for g in kept for n in (0, g.data_ptr(), 0, 0, 0, g.numel())])
+    kept = _dense(gradients)
+    numbers = _columns(len(kept), {1: map(_POINTER, kept), 5: map(_SIZE, kept)})
     square = c_double()
     code = native.cpu().pk_cpu_squared_norm(
         numbers.tobytes(), len(kept), cast(pointer(square), c_void_p), torch.get_num_threads()
@@ -39,23 +36,40 @@ def squared_norm(gradients: Sequence[Tensor]) -> float:
 
 
 def update(tensors: Sequence[tuple[Tensor, ...]], settings: tuple[float, ...]) -> None:
-    numbers: list[int] = []
-    kept: list[Tensor] = []  # copies must live until the call returns
-    for p, given, m, v, step in tensors:
-        g = given if given.is_contiguous() and given.dtype is _F32 else _gradient(given)
-        kept.append(g)
-        n = p.numel()
-        if not (n == g.numel() == m.numel() == v.numel() and step.numel() == 1):
-            raise ValueError(f"adamw.update: tensors of one size expected, got {[t.numel() for t in (p, g, m, v)]}")
-        if not (_plain(p) and _plain(m) and _plain(v) and _plain(step)):
-            raise ValueError("adamw.update: contiguous float32 tensors of a CPU expected")
-        numbers += (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), step.data_ptr(), n)
-    packed = struct.pack(f"={len(numbers)}q", *numbers)
-    code = native.cpu().pk_cpu_adamw(packed, len(tensors), struct.pack("=6d", *settings), torch.get_num_threads())
-    native.check(code)
+    if not tensors:
+        return
+    # whole columns at a time: there are hundreds of small tensors, and a loop over them takes as long as the update
+    p, given, m, v, step = zip(*tensors, strict=True)
+    g = _dense(given)  # copies live until the call returns
+    sizes = [*map(_SIZE, p)]
+    if any([*map(_SIZE, column)] != sizes for column in (g, m, v)) or any(n != 1 for n in map(_SIZE, step)):
+        raise ValueError("adamw.update: a parameter, its gradient and moments of one size, and a step of one expected")
+    if not _all_plain((*p, *m, *v, *step)):
+        raise ValueError("adamw.update: contiguous float32 tensors of a CPU expected")
+    numbers = _columns(len(p), {i: map(_POINTER, column) for i, column in enumerate((p, g, m, v, step))})
+    numbers[5::6] = array("q", sizes)
+    packed = struct.pack("=6d", *settings)
+    native.check(native.cpu().pk_cpu_adamw(numbers.tobytes(), len(p), packed, torch.get_num_threads()))
 
 
-def _gradient(g: Tensor) -> Tensor:
-    if g.dtype is not _F32 or g.device.type != "cpu" or g.layout is not torch.strided:
-        raise ValueError(f"adamw: dense float32 gradients on a CPU expected, got {g.dtype} on {g.device}, {g.layout}")
-    return g.contiguous()
+def _columns(count: int, columns: dict[int, Iterable[int]]) -> array[int]:
+    """pk_adamw of each tensor, from some of the fields."""
+    numbers = array("q", bytes(48 * count))
+    for i, column in columns.items():
+        numbers[i::6] = array("q", column)
+    return numbers
+
+
+def _all_plain(tensors: Sequence[Tensor]) -> bool:
+    strided = all(t.layout is torch.strided and t.is_cpu for t in tensors)
+    return strided and all(map(_CONTIGUOUS, tensors)) and all(t.dtype is _F32 for t in tensors)
+
+
+def _dense(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    if _all_plain(gradients):
+        return gradients
+    for g in gradients:
+        if g.dtype is not _F32 or not g.is_cpu or g.layout is not torch.strided:
+            got = f"{g.dtype} on {g.device}, {g.layout}"
+            raise ValueError(f"adamw: dense float32 gradients on a CPU expected, got {got}")
+    return [g.contiguous() for g in gradients]

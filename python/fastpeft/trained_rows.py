@@ -143,7 +143,7 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, jobs: list[_Job], *factors: Tensor) -> tuple[Tensor, ...]:
-        ys, ss = apart.forward_layers(x, _layers(jobs, factors))
+        ys, ss, ctx.packed = apart.forward_layers(x, _layers(jobs, factors))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *factors, *ss)
         ctx.jobs = jobs
@@ -161,12 +161,12 @@ class _Apart(torch.autograd.Function):
             at += len(asked)
             wanted.append(asked)
             if dy is not None:
-                used.append((i, dy.contiguous(), layer, saved[count + i]))
+                used.append((i, dy.contiguous(), layer, saved[count + i], ctx.packed[i]))
         dx: Tensor | None = None
         grads: list[list[Tensor | None]] = [[None] * len(asked) for asked in wanted]
         if used:
-            places, some, layers, ss = zip(*used, strict=True)
-            dx, found = apart.backward_layers(some, x, layers, ss, need_dx, [wanted[i] for i in places])
+            places, some, layers, ss, packed = zip(*used, strict=True)
+            dx, found = apart.backward_layers(some, x, layers, ss, packed, need_dx, [wanted[i] for i in places])
             for i, own in zip(places, found, strict=True):
                 grads[i] = own
         return dx, None, *(grad for own in grads for grad in own)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
+from ...native import pointer
 from ..lora_linear.native import available, pack, refusal
 from . import backward_op, check_values, forward_op
 
@@ -85,7 +86,7 @@ BACKENDS: dict[str, Backend] = {
 
 # ---- several layers of one x, adapters in tensors of their own ------------------------------------------------------
 MOST = 16  # PK_LORA_MOST of csrc/pk_abi.h
-_A, _DA = 6 * 8, 14 * 8  # where pk_lora_args has a and b, da and db
+_X, _A, _S = 0, 6 * 8, 11 * 8  # where pk_lora_args has x, a and b, and s, dy, dx, da and db
 
 
 class Layer(NamedTuple):
@@ -115,54 +116,62 @@ def serves_layers(x: Tensor, layer: Layer) -> bool:
     return forward_op.choose(args).name == "native" and backward_op.choose(back).name == "native"
 
 
-def _packed(x: Tensor, layer: Layer, pointers: array[int], grads: array[int] | None, **more: Any) -> bytearray:
-    plan = (layer.adapters, None, layer.ranks, layer.scaling, layer.max_rank)
-    args = bytearray(pack(
-        torch.get_num_threads(), x, *layer.weight, layer.n, layer.a[0], layer.b[0], 1.0, layer.bias, layer.dropout_p,
-        layer.seed, plan=plan, **more,
-    ))  # fmt: skip
-    half = 8 * len(layer.a)
-    for at, table in ((_A, pointers), (_DA, grads)):
-        if table is not None:
-            first = table.buffer_info()[0]
-            struct.pack_into("=2q", args, at, first, first + half)
-    return args
+def forward_layers(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor], list[bytearray]]:
+    """y [M, N] and s [M, max_rank] float32 of each layer, and what `backward_layers` takes of each.
 
-
-def forward_layers(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
-    """(y [M, N], s [M, max_rank] float32) of each layer; x [M, K] contiguous, at most `MOST` layers."""
-    m = x.shape[0]
+    x [M, K] contiguous, at most `MOST` layers.
+    """
+    m, threads = x.shape[0], torch.get_num_threads()
     ys = [x.new_empty((m, layer.n)) for layer in layers]
     ss = [x.new_empty((m, layer.max_rank), dtype=torch.float32) for layer in layers]
-    tables = [_table((*layer.a, *layer.b)) for layer in layers]
-    args = [_packed(x, *own, None, y=y, s=s) for *own, y, s in zip(layers, tables, ys, ss, strict=True)]
+    tables, args = [], []
+    for layer, y, s in zip(layers, ys, ss, strict=True):
+        plan = (layer.adapters, None, layer.ranks, layer.scaling, layer.max_rank)
+        own = bytearray(pack(threads, x, *layer.weight, layer.n, layer.a[0], layer.b[0], 1.0, layer.bias,
+                             layer.dropout_p, layer.seed, y=y, s=s, plan=plan))  # fmt: skip
+        tables.append(_table((*layer.a, *layer.b)))
+        struct.pack_into("=2q", own, _A, *_halves(tables[-1]))
+        args.append(own)
     code = native.cpu().pk_cpu_lora_linear(b"".join(args), len(args))
     if code:
         native.check(code)
-    return ys, ss
+    return ys, ss, args
 
 
 def backward_layers(
-    dys: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], ss: Sequence[Tensor], need_dx: bool,
-    wanted: Sequence[Sequence[bool]],
+    dys: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], ss: Sequence[Tensor], packed: Sequence[bytearray],
+    need_dx: bool, wanted: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
     """(dx [M, K], the sum over the layers; of each layer, the gradients of its as and then of its bs).
 
-    dys: contiguous. wanted: of each layer, which of those gradients; the others are None.
+    dys: contiguous. packed: of the forward, whose x, as, bs and s may be elsewhere now, but not the rest. wanted: of
+    each layer, which of those gradients; the others are None.
     """
     dx = torch.empty_like(x) if need_dx else None
     args, kept, found = [], [], []
-    for dy, layer, s, asked in zip(dys, layers, ss, wanted, strict=True):
+    x_at, dx_at = x.data_ptr(), pointer(dx)
+    for dy, layer, s, before, asked in zip(dys, layers, ss, packed, wanted, strict=True):
         factors = (*layer.a, *layer.b)
         grads = [torch.empty_like(t) if need else None for t, need in zip(factors, asked, strict=True)]
-        pointers, of_grads = _table(factors), _table(grads) if any(asked) else None
-        args.append(_packed(x, layer, pointers, of_grads, s=s, dy=dy, dx=dx))
+        pointers, of_grads = _table(factors), _table(grads)
+        own = before[:]
+        struct.pack_into("=q", own, _X, x_at)
+        struct.pack_into("=2q", own, _A, *_halves(pointers))
+        to = _halves(of_grads) if any(asked) else (0, 0)
+        struct.pack_into("=5q", own, _S, s.data_ptr(), dy.data_ptr(), dx_at, *to)
+        args.append(own)
         kept.append((pointers, of_grads))
         found.append(grads)
     code = native.cpu().pk_cpu_lora_linear_backward(b"".join(args), len(args))
     if code:
         native.check(code)
     return dx, found
+
+
+def _halves(table: array[int]) -> tuple[int, int]:
+    """Where a table and its second half begin."""
+    first, count = table.buffer_info()
+    return first, first + 4 * count
 
 
 def _table(tensors: Sequence[Tensor | None]) -> array[int]:
