@@ -29,8 +29,9 @@ int main(int argc, char **argv) {
     std::vector<double> flops, bytes;
     for (int trial = 0; trial < 7; trial++) {
         double took = in_threads(threads, [&](int id) {
-            vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, a4 = {}, a5 = {}, a6 = {}, a7 = {}, a8 = {}, a9 = {};
-            vec x = a0 + 0.9999f, y = a0 + 0.5f;
+            vec a0 = {}, x = a0 + 0.9999f, y = a0 + 0.5f;  // each chain starts elsewhere, or the compiler makes them one
+            vec a1 = a0 + 1, a2 = a0 + 2, a3 = a0 + 3, a4 = a0 + 4, a5 = a0 + 5, a6 = a0 + 6, a7 = a0 + 7, a8 = a0 + 8;
+            vec a9 = a0 + 9;
             for (long i = 0; i < steps; i++) {  // ten chains hide the latency of two units
                 a0 = a0 * x + y; a1 = a1 * x + y; a2 = a2 * x + y; a3 = a3 * x + y; a4 = a4 * x + y;
                 a5 = a5 * x + y; a6 = a6 * x + y; a7 = a7 * x + y; a8 = a8 * x + y; a9 = a9 * x + y;

@@ -32,6 +32,9 @@ _HOME: dict[str, frozenset[str]] = {
 }
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
+# types of arguments that torch's dispatcher passes on as they are
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None)})
+
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]  # torch's is not annotated
 _ops: dict[str, Op] = {}
 
@@ -170,6 +173,19 @@ class Op:
         except ImportError as e:  # an optional package is absent or broken: a reason, not a failure
             return f"cannot be imported here: {e}"
         return backends.get(self.name, f"{self.name} has no {name} backend")
+
+    def __call__(self, *args: Any) -> Any:
+        """`self.op(*args)`; without torch's dispatcher, which takes longer than a token through a small layer, where
+        nothing between could see or change the call: plain tensors, eager mode, no transform, mode or profiler."""
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._autograd._profiler_enabled()
+            or not _PLAIN.issuperset(map(type, args))
+        ):
+            return self.op(*args)
+        return self._call(*args)
 
     def _call(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(map(_requires_grad, args)):

@@ -159,20 +159,24 @@ backward_op = Op(
 
 
 class _DoraLinear(torch.autograd.Function):
-    """(x [M, K], weight..., a, b, gain, ...) -> (y [M, N], h, s); h and s are outputs only to be saved."""
+    """(x [M, K], weight..., a, b, magnitude, norm or None, ...) -> (y [M, N], h, s); h and s are outputs to be saved.
+
+    The gain is a part of it: as operations of their own, its division and the ones back took a tenth of a small layer.
+    """
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return forward_op.op(*args)
+        x, magnitude, norm = args[0], args[12], args[13]
+        return forward_op(*args[:12], gain_of(magnitude, norm, base.acc_dtype(x.dtype)), *args[14:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         x, weight, absmax, nested_absmax, nested_code, offset, *ints = inputs[:9]
-        a, b, gain, scaling, bias, dropout_p, seed, need_h = inputs[10:]
+        a, b, magnitude, norm, scaling, bias, dropout_p, seed, need_h = inputs[10:]
         _, h, s = output
         ctx.mark_non_differentiable(h, s)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, absmax, nested_absmax, nested_code, offset, a, b, gain,
+        ctx.save_for_backward(x, weight, absmax, nested_absmax, nested_code, offset, a, b, magnitude, norm,
                               h if need_h else None, s, seed)  # fmt: skip
         ctx.ints, ctx.scaling, ctx.dropout_p = ints, scaling, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -180,19 +184,31 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None, _ds: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * 18
+        grads: list[Tensor | None] = [None] * 19
         if dy is None:
             return tuple(grads)
-        x, weight, absmax, nested_absmax, nested_code, offset, a, b, gain, h, s, seed = ctx.saved_tensors
+        x, weight, absmax, nested_absmax, nested_code, offset, a, b, magnitude, norm, h, s, seed = ctx.saved_tensors
         dy, acc = dy.contiguous(), base.acc_dtype(dy.dtype)
+        divisor = None if norm is None else _divisor(norm, acc)
+        flat = gain_of(magnitude, None, acc)
+        gain = flat if divisor is None else flat / divisor
         need = ctx.needs_input_grad
-        if need[0] or need[10] or need[11] or need[12]:
-            dx, da, db, dgain = backward_op.op(
+        need_gain = need[12] or need[13]
+        if need[0] or need[10] or need[11] or need_gain:
+            dx, da, db, dgain = backward_op(
                 dy, x, weight.detach(), absmax, nested_absmax, nested_code, offset, *ctx.ints, a.detach(), b.detach(),
-                gain.detach(), h, s, ctx.scaling, ctx.dropout_p, seed, need[0], need[10] or need[11], need[12],
+                gain, h, s, ctx.scaling, ctx.dropout_p, seed, need[0], need[10] or need[11], need_gain,
             )  # fmt: skip
-            for index, grad in ((0, dx), (10, da), (11, db), (12, dgain)):
+            for index, grad in ((0, dx), (10, da), (11, db)):
                 grads[index] = grad if need[index] else None
+            if need_gain:
+                by_norm = dgain if divisor is None else dgain / divisor
+                if need[12]:
+                    same = magnitude.dim() == 1 and magnitude.dtype is acc
+                    grads[12] = by_norm if same else by_norm.to(magnitude.dtype).view(magnitude.shape)
+                if need[13]:  # what a row of zeros is divided by is not its norm
+                    assert norm is not None
+                    grads[13] = (-by_norm * gain).masked_fill(norm < torch.finfo(acc).tiny, 0.0).to(norm.dtype)
         if need[1]:
             dh = (dy * gain).to(x.dtype)
             d = base.dropped(x, ctx.dropout_p, seed)
@@ -200,8 +216,8 @@ class _DoraLinear(torch.autograd.Function):
             if ctx.dropout_p > 0.0:
                 dw = dw + dy.t() @ (x - d).to(x.dtype)
             grads[1] = dw.to(weight.dtype)
-        if need[14]:
-            grads[14] = dy.sum(0, dtype=acc).to(ctx.bias_dtype)
+        if need[15]:
+            grads[15] = dy.sum(0, dtype=acc).to(ctx.bias_dtype)
         return tuple(grads)
 
 
@@ -238,22 +254,28 @@ def dora_linear(
         raise arg_error("dora_linear", "norm", f"[{n}]", tuple(norm.shape))
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(x.device)
-    acc = base.acc_dtype(x.dtype)
-    gain = magnitude.reshape(-1).to(acc) if norm is None else gain_of(magnitude, norm, acc)
     rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
-    tensors = (x, flat[0], a, b, gain, bias)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    args = (rows, *flat, n, a, b, gain, scaling, bias, dropout_p, seed, wanted and gain.requires_grad)
+    tensors = (magnitude, norm, x, flat[0], a, b, bias)
+    graph = torch.is_grad_enabled()
+    wanted = graph and any(t is not None and t.requires_grad for t in tensors)
+    need_h = graph and any(t is not None and t.requires_grad for t in tensors[:2])
+    args = (rows, *flat, n, a, b, magnitude, norm, scaling, bias, dropout_p, seed, need_h)
     if wanted or forward_mode():
         y = base.apply_function(_DoraLinear, *args)[0]
     else:
-        y = forward_op.op(*args)[0]
+        y = _DoraLinear.forward(*args)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
 
 
-def gain_of(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """magnitude / norm, [N] in `dtype`; a row of zeros stays one."""
-    return magnitude.reshape(-1).to(dtype) / norm.to(dtype).clamp_min(torch.finfo(dtype).tiny)
+def gain_of(magnitude: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """magnitude / norm, [N] in `dtype`; a row of zeros stays one. norm None: the magnitude itself."""
+    if magnitude.dim() != 1 or magnitude.dtype is not dtype:  # each call is a microsecond of a small layer's 50
+        magnitude = magnitude.reshape(-1).to(dtype)
+    return magnitude if norm is None else magnitude / _divisor(norm, dtype)
+
+
+def _divisor(norm: Tensor, dtype: torch.dtype) -> Tensor:
+    return (norm if norm.dtype is dtype else norm.to(dtype)).clamp_min(torch.finfo(dtype).tiny)
 
 
 def infer(
@@ -263,5 +285,5 @@ def infer(
     """`dora_linear` with a gain that is known, where no gradients are recorded and no autocast is on: at one token what
     the public function looks at takes longer than a small layer. flat: as `QuantWeight.flatten()` has it."""
     rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-    y: Tensor = forward_op.op(rows, *flat, out_features, a, b, gain, scaling, bias, 0.0, None, False)[0]
+    y: Tensor = forward_op(rows, *flat, out_features, a, b, gain, scaling, bias, 0.0, None, False)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)

@@ -174,5 +174,5 @@ def dora_norm(
     if (torch.is_grad_enabled() and any(t.requires_grad for t in (flat[0], a, b))) or forward_mode():
         norm: Tensor = base.apply_function(_DoraNorm, *args)
     else:
-        norm = norm_op.op(*args)
+        norm = norm_op(*args)
     return norm

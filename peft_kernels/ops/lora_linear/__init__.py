@@ -244,7 +244,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return forward_op.op(*args)
+        return forward_op(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -273,7 +273,7 @@ class _LoraLinear(torch.autograd.Function):
         need_dx, need_dw, need_ab, need_bias = need[0], need[1], need[10] or need[11], need[13]
         if need_dx or need_ab:
             rows = x if x is not None else dy.new_empty(ctx.x_shape)
-            dx, da, db = backward_op.op(
+            dx, da, db = backward_op(
                 dy, rows, weight.detach(), absmax, nested_absmax, nested_code, offset, *ctx.ints,
                 None if a is None else a.detach(), None if b is None else b.detach(), s,
                 ctx.scaling, ctx.dropout_p, seed, need_dx, need_ab,
