@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft import IA3Config, LoraConfig, OFTConfig, VeraConfig, routing
+from fastpeft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig, routing
 from fastpeft.layer import AdapterLayer
 from fastpeft.method import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
@@ -65,6 +65,7 @@ def test_rows_of_many_kinds_share_one_call_of_the_base(base: str, counts: dict[s
     others = {
         "ia3": IA3Config(feedforward_modules=[], target_modules=["x"]), "oft": OFTConfig(oft_block_size=4),
         "vera": VeraConfig(r=4), "dora": LoraConfig(r=2, use_dora=True), "bias": LoraConfig(lora_bias=True),
+        "boft": BOFTConfig(), "hra": HRAConfig(r=2),
     }  # fmt: skip
     for name, config in others.items():
         add_adapter(layer, name, get_method(config.peft_type), config)
