@@ -6,7 +6,7 @@ Modes, each a process (worker.py), in turns:
   bnb-*       PEFT on bitsandbytes NF4 with double quantisation: in train mode for the step, in eval mode for decoding
   dense-*     PEFT on torch's dense layers
 bf16 and f32 are the dtypes of the model and of the computing; adapters are float32 in all of them, r = 16 on all seven
-projections. The loss is over every token, the optimizer torch's fused AdamW, which fastpeft and Trainer take as well.
+projections. The loss is over every token, the optimizer torch's fused AdamW, which Trainer takes as well.
 """
 
 from __future__ import annotations
