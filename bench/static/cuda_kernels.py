@@ -62,9 +62,14 @@ def _gemv(arguments: tuple[str, ...], arch: int) -> Fact:
 
 
 def _input(arguments: tuple[str, ...], arch: int) -> Fact:
-    """<type, tiles of 16 rows of dy, nested>: the weight is the right operand, 4 of it a thread."""
-    tiles = int(arguments[1])
-    return _product(16 * tiles, 4 / tiles)
+    """<type, rows of dy, what the scale multiplies>: the weight is the left operand, 8 of it a thread, for rows / 8
+    products; 2: any alignment. The shared memory is `Layout::BYTES` of csrc/cuda/lora_input.cu."""
+    rows, how = int(arguments[1]), int(arguments[2])
+    shared = (64 + 1) * gpus.KIB + 4 * rows * 128 + (1 if rows == 64 or how == 1 else 2) * gpus.KIB
+    if how == 2:
+        return Fact("lora_linear", dynamic_shared=shared)
+    config = {"scaling": ("gradients", "weights")[how]}
+    return replace(_product(rows, 64 / rows), dynamic_shared=shared, tile=(rows, 256, 64), config=config)
 
 
 def _mma(arguments: tuple[str, ...], arch: int) -> Fact:

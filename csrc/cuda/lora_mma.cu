@@ -1,6 +1,7 @@
 /* lora_linear for 8 < M <= 512 rows of x: W decoded into the operands of mma.sync. Chooses the tile and how many blocks
  * share the sums of one tile, and launches lora_mma.cuh. */
 #include "lora_mma.cuh"
+#include "splits.cuh"
 
 namespace {
 using mma::Problem;
@@ -39,26 +40,15 @@ struct Plan {
     }
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int attribute(cudaDeviceAttr which, int otherwise) {
-    int device = 0, value = otherwise;
-    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) {
-        cudaGetLastError(); /* no device: a launch will say so */
-        return otherwise;
-    }
-    return value;
-}
-
 Plan plan(const pk_lora_args &a, bool general) {
-    const bool small = mma::small_memory(10 * attribute(cudaDevAttrComputeCapabilityMajor, 8) +
-                                         attribute(cudaDevAttrComputeCapabilityMinor, 0));
+    const bool small = mma::small_memory(10 * pk_device_attribute(cudaDevAttrComputeCapabilityMajor, 8) +
+                                         pk_device_attribute(cudaDevAttrComputeCapabilityMinor, 0));
     const bool halves = a.blocksize < 64 || a.K % 64;
     /* the tile that costs least: decoding its part of W costs about as much as the products with 32 rows of x */
     const int least = halves ? 32 : 16, most = halves ? (small ? 32 : 64) : (small ? 64 : 128);
     int rows = least;
     for (int BM = 2 * least; BM <= most; BM *= 2)
-        if (ceil_div(a.M, BM) * (BM + 32) <= ceil_div(a.M, rows) * (rows + 32)) rows = BM;
+        if (pk_ceil_div(a.M, BM) * (BM + 32) <= pk_ceil_div(a.M, rows) * (rows + 32)) rows = BM;
     Plan out;
     out.shape = general      ? shape<TileAny>()
                 : halves     ? (rows == 32 ? shape<Halves32>() : shape<Halves64>())
@@ -66,17 +56,8 @@ Plan plan(const pk_lora_args &a, bool general) {
                 : rows == 32 ? (small ? shape<Tile32Small>() : shape<Tile32>())
                 : rows == 64 ? (small ? shape<Tile64Small>() : shape<Tile64>())
                              : shape<Tile128>();
-    out.n_tiles = ceil_div(a.N, out.shape.BN), out.m_tiles = ceil_div(a.M, out.shape.BM);
-    /* parts of k, so that the last round of blocks is short; 3: steps that a block takes to start and end */
-    const int64_t slots = attribute(cudaDevAttrMultiProcessorCount, 108), steps = ceil_div(a.K, out.shape.BK);
-    const int64_t tiles = out.n_tiles * out.m_tiles;
-    int64_t fewest = 0;
-    out.split = 1;
-    for (int64_t split = 1; split <= 16 && (split == 1 || steps >= 4 * split); ++split) {
-        const int64_t adding = split > 1 ? 2 + split / 4 : 0;
-        const int64_t cost = ceil_div(tiles * split, slots) * (ceil_div(steps, split) + 3) + adding;
-        if (split == 1 || cost < fewest) fewest = cost, out.split = static_cast<int>(split);
-    }
+    out.n_tiles = pk_ceil_div(a.N, out.shape.BN), out.m_tiles = pk_ceil_div(a.M, out.shape.BM);
+    out.split = pk_splits(out.n_tiles * out.m_tiles, pk_ceil_div(a.K, out.shape.BK), 3);
     return out;
 }
 

@@ -71,11 +71,6 @@ template <typename C> __device__ __forceinline__ void start_from(const Problem &
         }
 }
 
-/* The entry of a byte of codes. copy: of the thread's column in a line of the table. */
-__device__ __forceinline__ uint32_t look_up(char *shared, uint32_t word, int byte, uint32_t copy) {
-    return at<uint32_t>(shared, pk_prmt(word, copy, 0x5504 | byte << 4)); /* byte * 256 + copy */
-}
-
 /* first, second += W x^T over 8 of a thread's elements, so 32 of k: fragments of two steps of 16, of two 16-row parts of
  * W, and 8 rows of x. */
 template <typename T>
@@ -296,10 +291,7 @@ __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Pro
     }
     const float offset = pk_scale_offset(p.scales) * p.unscale;
     at<float>(shared, C::SCALE_CODE + 4 * tid) = pk_scale_code(p.scales, tid) * p.unscale;
-    { /* line tid of the table; each lane starts at another column */
-        const uint32_t w = pk_pack<T>(p.table.value[tid / 16], p.table.value[tid % 16]);
-        for (int i = 0; i < 8; ++i) at<uint4>(shared, tid * LINE + (i + tid) % 8 * 16) = {w, w, w, w};
-    }
+    fill_table<T>(shared, p.table);
     ScaleLoader<C> scales(p, n0 + warp * 32, first + GROUP * group, end);
     if constexpr (!C::GENERAL)
 #pragma unroll

@@ -6,9 +6,7 @@
  * elements 16 t to 16 t + 15, 8 neighbouring bytes of codes and 32 of x. Codes become fragments without a shuffle, and
  * x comes by 16-byte loads.
  *
- * A byte of codes picks a pair of 16-bit values from a table in shared memory, one word of a fragment. The table has a
- * copy for each lane, so no two meet in a bank; an entry is 256 bytes from the next, so one byte permute makes the address.
- * The table fills the first half of each 256-byte line; the packed bytes on their way in fill the other halves.
+ * Pairs of codes are looked up in the table of pair_table.cuh.
  *
  * The scale of a block of the format, one for 64 or more elements of a row of W, multiplies what is cheaper: a thread's
  * sums over 64 elements of k (SUMS: BM multiply-adds for its 64 weights; float32) or its weights (WEIGHTS: an instruction
@@ -16,13 +14,11 @@
  * scale, the product). Blocks of 32, and rows of whole 32 but not 64, have two scales in 64 (HALVES). */
 #pragma once
 #include "lora.cuh"
-#include "ptx.cuh"
+#include "pair_table.cuh"
 #include "scales.cuh"
 
 namespace mma {
-constexpr int THREADS = 256;
 constexpr int GROUP = 64; /* elements of k that a warp works on between two barriers */
-constexpr int LINES = 256, LINE = 256, HOLE = 128;
 
 struct Problem {
     const uint8_t *x, *packed;
@@ -71,10 +67,6 @@ template <int BM_, int WK_, int STAGES_, Where WHERE_, Scaling SCALING_> struct 
 struct alignas(8) Words {
     uint32_t x, y;
 };
-
-template <typename To> __device__ __forceinline__ To &at(char *memory, int offset) {
-    return *reinterpret_cast<To *>(memory + offset);
-}
 
 /* What a thread brings in: 2 chunks of 32 codes and BM * WK / 32 chunks of 8 elements of x a stage. Rows past the end
  * read the last one: what becomes of it is not stored. Past the end of k (`end`) there are zeros. The loop goes round

@@ -137,6 +137,12 @@ __device__ __forceinline__ uint32_t pk_and_or(uint32_t a, uint32_t b, uint32_t c
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
     return out;
 }
+/* The bits of a where mask has ones, those of b elsewhere: one instruction as well. */
+__device__ __forceinline__ uint32_t pk_blend(uint32_t a, uint32_t b, uint32_t mask) {
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(out) : "r"(a), "r"(b), "r"(mask));
+    return out;
+}
 /* A word of shared memory by its address (pk_shared_t), on which the caller may calculate: with a table aligned to its
  * size, pk_and_or makes the address of an entry in one instruction. */
 using pk_shared_t = uint32_t;

@@ -43,6 +43,7 @@ inline float pk_reciprocal(float v) {
 using pk_shared_t = uintptr_t; /* here an address is a pointer */
 inline pk_shared_t pk_shared_address(const void *shared) { return reinterpret_cast<uintptr_t>(shared); }
 template <typename C> C pk_and_or(uint32_t a, uint32_t b, C c) { return (a & b) | c; }
+inline uint32_t pk_blend(uint32_t a, uint32_t b, uint32_t mask) { return (a & mask) | (b & ~mask); }
 inline float pk_load_shared(pk_shared_t address) { return *reinterpret_cast<const float *>(address); }
 inline unsigned pk_thread_again() { return threadIdx.x; }
 inline unsigned pk_block_again(int axis) { return axis == 0 ? blockIdx.x : blockIdx.y; }
