@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,15 @@ def nvcc() -> Path | None:
     return found if found is not None else next((p for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
 
 
+def gencode(arch: int) -> str:
+    """nvcc's option for one architecture, with the PTX that the build takes for it."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    for ptx, archs in re.findall(r"-gencode=arch=(compute_\d+),code=\[([^]]+)\]", text):
+        if f"sm_{arch}" in archs.split(","):
+            return f"-gencode=arch={ptx},code=sm_{arch}"
+    raise ValueError(f"CMakeLists.txt does not build for sm_{arch}")
+
+
 def from_library(path: Path, arch: int) -> Iterator[bytes]:
     """The cubins of one architecture in a library."""
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +72,7 @@ def compiled(compiler: Path, arch: int, cache: Path) -> Iterator[bytes]:
         out = folder / f"{source.stem}.sm_{arch}.cubin"
         if not out.exists():
             fresh = out.with_suffix(".part")
-            done = subprocess.run([str(compiler), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", str(source), "-o",
+            done = subprocess.run([str(compiler), "-std=c++17", "-O3", "-cubin", gencode(arch), str(source), "-o",
                                    str(fresh)], capture_output=True, text=True, check=False)  # fmt: skip
             if done.returncode != 0:
                 raise RuntimeError(f"nvcc does not compile {source.name} for sm_{arch}:\n{done.stderr.strip()}")

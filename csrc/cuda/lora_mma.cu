@@ -14,9 +14,8 @@ using Tile64 = Tile<64, 2, 4, mma::LARGE, mma::SUMS>;
 using Tile128 = Tile<128, 1, 4, mma::LARGE, mma::WEIGHTS>;
 using Tile32Small = Tile<32, 2, 3, mma::SMALL, mma::SUMS>;
 using Tile64Small = Tile<64, 2, 2, mma::SMALL, mma::SUMS>;
-/* where 64 elements have two scales */
+/* where 64 elements have two scales, which few weights do: one tile for all */
 using Halves32 = Tile<32, 2, 3, mma::ANY, mma::HALVES>;
-using Halves64 = Tile<64, 2, 4, mma::LARGE, mma::HALVES>;
 using TileAny = Tile<32, 2, 3, mma::ANY, mma::ELEMENTS>;
 
 /* What the kernel of one tile needs to be launched. */
@@ -45,13 +44,12 @@ Plan plan(const pk_lora_args &a, bool general) {
                                          pk_device_attribute(cudaDevAttrComputeCapabilityMinor, 0));
     const bool halves = a.blocksize < 64 || a.K % 64;
     /* the tile that costs least: decoding its part of W costs about as much as the products with 32 rows of x */
-    const int least = halves ? 32 : 16, most = halves ? (small ? 32 : 64) : (small ? 64 : 128);
-    int rows = least;
-    for (int BM = 2 * least; BM <= most; BM *= 2)
+    int rows = 16;
+    for (int BM = 32; BM <= (small ? 64 : 128); BM *= 2)
         if (pk_ceil_div(a.M, BM) * (BM + 32) <= pk_ceil_div(a.M, rows) * (rows + 32)) rows = BM;
     Plan out;
     out.shape = general      ? shape<TileAny>()
-                : halves     ? (rows == 32 ? shape<Halves32>() : shape<Halves64>())
+                : halves     ? shape<Halves32>()
                 : rows == 16 ? shape<Tile16>()
                 : rows == 32 ? (small ? shape<Tile32Small>() : shape<Tile32>())
                 : rows == 64 ? (small ? shape<Tile64Small>() : shape<Tile64>())

@@ -6,19 +6,15 @@ namespace mma {
 /* Elements column to column + 3 of one row of a [rows, r] matrix times `factor`, each as a sum of two bfloat16, 16 bits
  * of it, as one thread's part of fragments: {high 0, 1}, {high 2, 3}, {low 0, 1}, {low 2, 3}. */
 __device__ __forceinline__ uint4 halves(const void *p, int dtype, int row, int rows, int column, int r, float factor) {
+    float v[4];
+    pk_load_column<4>(p, dtype, static_cast<int64_t>(row) * r + column, 1, row < rows ? r - column : 0, v);
     uint32_t high[2], low[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        float v[2];
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const int c = column + 2 * i + k;
-            const bool there = row < rows && c < r;
-            v[k] = there ? __fmul_rn(pk_load_as(p, dtype, static_cast<int64_t>(row) * r + c), factor) : 0.0f;
-        }
-        high[i] = pk_pack<__nv_bfloat16>(v[0], v[1]);
-        low[i] = pk_pack<__nv_bfloat16>(__fsub_rn(v[0], __uint_as_float(high[i] << 16)),
-                                        __fsub_rn(v[1], __uint_as_float(high[i] & 0xffff0000u)));
+        const float first = __fmul_rn(v[2 * i], factor), second = __fmul_rn(v[2 * i + 1], factor);
+        high[i] = pk_pack<__nv_bfloat16>(first, second);
+        low[i] = pk_pack<__nv_bfloat16>(__fsub_rn(first, __uint_as_float(high[i] << 16)),
+                                        __fsub_rn(second, __uint_as_float(high[i] & 0xffff0000u)));
     }
     return {high[0], high[1], low[0], low[1]};
 }
@@ -29,7 +25,9 @@ template <typename C>
 __device__ __forceinline__ void start(const Problem &p, char *room, typename C::Sums &acc, int group, int n,
                                       int m0) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+#pragma unroll 1
     for (int r0 = 0; r0 < p.r; r0 += 16 * C::WK) { /* 16 for each group */
+#pragma unroll 1
         for (int i = warp; i < C::BM / 8 * C::WK; i += THREADS / 32)
             at<uint4>(room, (i * 32 + lane) * 16) = halves(p.s, PK_F32, m0 + 8 * (i / C::WK) + g, p.M,
                                                            r0 + 16 * (i % C::WK) + 4 * t, p.r, p.scaling);
@@ -146,17 +144,17 @@ __device__ __forceinline__ float4 packed(const float (&v)[4]) { return make_floa
 /* y = gain * h + bias, from h; a gain that is absent is 1. n: the thread's first column of y. */
 template <typename C>
 __device__ __forceinline__ void finish(const Problem &p, typename C::Sums &acc, int n) {
+    float bias[4] = {};
+    if (p.bias) pk_load_column<4>(p.bias, p.bias_dtype, n, 8, n < p.N ? (p.N - n + 7) / 8 : 0, bias);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const bool real = n + 8 * i < p.N;
-        const float gain = real && p.gain ? __ldg(p.gain + n + 8 * i) : 1.0f;
-        const float bias = real && p.bias ? pk_load_as(p.bias, p.bias_dtype, n + 8 * i) : 0.0f;
+        const float gain = p.gain && n + 8 * i < p.N ? __ldg(p.gain + n + 8 * i) : 1.0f;
 #pragma unroll
         for (int mt = 0; mt < C::BM / 8; ++mt)
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 float &v = acc[i / 2][mt][i % 2 * 2 + j];
-                v = v * gain + bias;
+                v = v * gain + bias[i];
             }
     }
 }
@@ -260,14 +258,14 @@ __device__ __forceinline__ void end_tile(const Problem &p, char *shared, typenam
     const bool holds = at.group == 0;
     if constexpr (C::WK > 1) add_groups<C>(shared, acc, at.group, place);
     if (p.split > 1 && !add_parts<C>(p, shared, acc, holds, place)) return;
-    if (p.gain || p.bias) {
-        if (p.h) {
-            store<T, C>(p, p.h, shared, acc, at.n0, at.m0, holds, column, at.t);
-            __syncthreads(); /* the memory is used again */
-        }
-        finish<C>(p, acc, at.n);
+    /* first h, where it is asked for, then y: one text for both */
+#pragma unroll 1
+    for (uint16_t *to = p.h ? p.h : p.y;; to = p.y) {
+        if (to == p.y && (p.gain || p.bias)) finish<C>(p, acc, at.n);
+        store<T, C>(p, to, shared, acc, at.n0, at.m0, holds, column, at.t);
+        if (to == p.y) break;
+        __syncthreads(); /* the memory is used again */
     }
-    store<T, C>(p, p.y, shared, acc, at.n0, at.m0, holds, column, at.t);
 }
 
 template <typename T, typename C>
@@ -305,7 +303,7 @@ __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Pro
     const int x_halves[2] = {x, x ^ 16};
     const uint32_t copy = place.lane * 4;
     for (int left = steps; left > 0; left -= C::ROUND) {
-#pragma unroll
+#pragma unroll(C::GENERAL ? 1 : C::ROUND)
         for (int s = 0; s < C::ROUND; ++s) {
             if (s > 0 && left <= s) break;
             pk_cp_async_wait<C::STAGES - 2>();
