@@ -98,7 +98,7 @@ def test_backward_of_more_rows(device: str, m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("m", [16, 64])
 def test_dy_with_a_mean(device: str, m: int, dtype: torch.dtype) -> None:
-    """Where all of dy is positive, errors of weights that depend on the code add up; eager's do not. N is split here."""
+    """Where all of dy is positive, errors of weights that depend on the code add up; eager's do not. N is split."""
     c = make(m, 2048, 64, dtype=dtype).to(device)
     c.dy = c.dy.abs()
     c.weight = quantize_4bit(torch.randn(2048, 64, device=device) * 0.02, "nf4", blocksize=64).flatten()

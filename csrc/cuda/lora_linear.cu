@@ -25,7 +25,7 @@ struct Projection {
  * ROUTED: MT rows of one adapter, whose rows of w (by rows) it reads; a block for each row of z, of which most find that
  * another has theirs. */
 template <typename T, int MT, int RT, bool ROUTED>
-__global__ void __launch_bounds__(THREADS) project_kernel(const __grid_constant__ Projection p) {
+__global__ void __launch_bounds__(THREADS, 2) project_kernel(const __grid_constant__ Projection p) {
     __shared__ float warps[WARPS][MT * RT];
     __shared__ uint32_t same[ROUTED ? PK_ROUTED_ROWS / 32 : 1];
     const int j0 = blockIdx.x * RT;
