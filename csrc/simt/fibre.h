@@ -59,6 +59,7 @@ constexpr int SAVED = 20, RETURN = 11; /* x30 */
                  "ret\n")
 #endif
 
+constexpr size_t ENTRY = 4 << 10; /* more than the frames of entry() take until it calls a kernel */
 /* The next change to `f` calls entry() at the top of its stack. */
 inline void prepare(Fibre &f, void (*entry)(), size_t offset) {
 #if defined(PK_SIMT_UCONTEXT)
@@ -77,6 +78,8 @@ inline void prepare(Fibre &f, void (*entry)(), size_t offset) {
 #endif
 #if defined(PK_SIMT_ASAN)
     f.fake = nullptr;
+    /* entry() never returns: where it lay is free again */
+    __asan_unpoison_memory_region(f.stack + f.size - offset - ENTRY, ENTRY);
 #endif
 }
 
