@@ -20,12 +20,15 @@ SAMPLED = 8  # elements by which a write without a version is noticed
 
 
 class Seen:
-    """Tensors as they were when this was made. None of them may be of inference mode."""
+    """Tensors as they were when this was made. None of them may be of inference mode.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    samples: elements of each by which a write without a version is noticed.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], samples: int = SAMPLED) -> None:
         self._tensors, self._versions = list(tensors), [t._version for t in tensors]
         self._addresses = [*map(Tensor.data_ptr, tensors)]
-        self._views = [*map(_probe, tensors)]
+        self._views = [_probe(t, samples) for t in tensors]
         self._content = b"".join(map(numpy.ndarray.tobytes, self._views))
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
@@ -70,11 +73,11 @@ class Kept:
         return self._value
 
 
-def _probe(t: Tensor) -> Any:
+def _probe(t: Tensor, samples: int) -> Any:
     """A few elements of a tensor's memory as a numpy array; an empty one where they cannot be read at once."""
     if t.device.type != "cpu" or is_sharded(t) or not t.is_contiguous() or not t.numel():
         return numpy.empty(0)
     flat = t.detach().view(-1)
     if flat.dtype is torch.bfloat16:
         flat = flat.view(torch.int16)
-    return flat[:: flat.numel() // SAMPLED + 1].numpy()
+    return flat[:: flat.numel() // samples + 1].numpy()

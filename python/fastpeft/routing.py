@@ -7,22 +7,20 @@ another weight, or call the layer several times, get a call for their rows alone
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_kernels import AdapterStack, multi_lora_linear
 from peft_kernels.dispatch import forced_backends, forward_mode
 from peft_kernels.ops.lora_linear import flat_weight
 from peft_kernels.ops.multi_lora_linear import forward_op
 
-from .containers import AdapterDict
-from .kept import Seen
 from .method import Fused, Method
+from .packed import Packed, pack
 from .stack import Stack
 from .trained_rows import linears
 
@@ -47,65 +45,6 @@ def check_length(x: Tensor, rows: Sequence[str]) -> None:
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(rows)} and {len(x)} respectively."
         )
-
-
-class Packed:
-    """The stack of some adapters of a layer in evaluation, for as long as none of them changes."""
-
-    def __init__(self, layer: AdapterLayer, names: Sequence[str], low_rank: Sequence[tuple[Tensor, Tensor, float]]):
-        self.slots = {name: i for i, name in enumerate(names)}
-        with torch.inference_mode(False), torch.no_grad():
-            self.stack = pack(low_rank)
-        self._scaling: Mapping[str, Any] = layer.scaling
-        self._scales = [self._scaling[name] for name in names]
-        held = [h for name in names for c in _containers(layer, name) for h in _entries(c, name)]
-        self._stores, self._keys, self._values = zip(*held, strict=True)
-        modules = [m for m in self._values if isinstance(m, nn.Module) and m._parameters]
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        tensors = [t for t in self._values if isinstance(t, Tensor)]
-        self._tensors = tensors + [s for s in self._scales if isinstance(s, Tensor)]
-        self._seen = None if any(t.is_inference() for t in self._tensors) else Seen(self._tensors)
-
-    def serves(self, names: Iterable[str]) -> bool:
-        """Whether it has these adapters as they are now."""
-        seen = self._seen
-        if seen is None or any(self._hooks) or not all(name in self.slots for name in names):
-            return False
-        same = all(map(operator.is_, map(dict.get, self._stores, self._keys), self._values))
-        return same and self.unwritten() and seen.untouched()
-
-    def unwritten(self) -> bool:
-        """Whether nothing was written to, at a tenth of the time of `serves`: what was replaced, and writes that leave
-        no version, are not noticed."""
-        if self._seen is None or not self._seen.unversioned():
-            return False
-        if [*map(self._scaling.get, self.slots)] != self._scales:
-            return False
-        return not (torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors))
-
-
-def pack(low_rank: Sequence[tuple[Tensor, Tensor, float]]) -> AdapterStack:
-    """`AdapterStack.pack` of adapters whose dtypes may differ; a float64 layer keeps scalings of its precision."""
-    if any(a.dtype is torch.float64 for a, _, _ in low_rank):
-        low_rank = [(a, b * scale, 1.0) for a, b, scale in low_rank]
-    return AdapterStack.pack(low_rank)
-
-
-def _containers(layer: AdapterLayer, adapter: str) -> Iterator[AdapterDict]:
-    return (container for _, container in layer.containers() if adapter in container)
-
-
-def _entries(container: AdapterDict, adapter: str) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """(dictionary, key, what is there) of every module and tensor that an adapter has in a container."""
-    for module, names in ((container, [adapter]), *((m, None) for m in _modules(container.get(adapter)))):
-        for store in (module._modules, module._parameters, module._buffers):
-            for name, value in store.items():
-                if value is not None and (names is None or name in names):
-                    yield store, name, value
-
-
-def _modules(value: Any) -> Iterable[nn.Module]:
-    return value.modules() if isinstance(value, nn.Module) else ()
 
 
 class _LowRank(NamedTuple):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from peft_kernels import AdapterStack
 
-from .routing import Packed, Routed, stacked
+from .packed import Packed
+from .routing import Routed, stacked
 
 RowValues = Mapping[str, Sequence[Any]]
 
