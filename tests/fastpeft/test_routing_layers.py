@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig, routing
+from fastpeft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig, packed, routing
 from fastpeft.layer import AdapterLayer
 from fastpeft.method import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
@@ -55,7 +55,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return run
 
     monkeypatch.setattr(routing, "multi_lora_linear", count("calls", routing.multi_lora_linear))
-    monkeypatch.setattr(routing, "pack", count("packed", routing.pack))
+    packs = count("packed", packed.pack)
+    monkeypatch.setattr(routing, "pack", packs)
+    monkeypatch.setattr(packed, "pack", packs)
     return found
 
 
