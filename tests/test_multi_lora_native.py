@@ -209,7 +209,7 @@ def test_adapters_apart(level: str, m: int, dtype: torch.dtype) -> None:
 
 # ---- a stack of projections, some of many adapters: what the library can, ahead of an operator for it ----------------
 @needs_native
-@pytest.mark.parametrize("m", [2, 20])
+@pytest.mark.parametrize("m", [2, 30])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_projections_with_a_stack_each(level: str, m: int, p: float) -> None:
     first, second = (make_multi(m, n, 64, ranks, p=p, seed=i, bias=True)
