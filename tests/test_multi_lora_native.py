@@ -39,6 +39,13 @@ def test_rows(level: str, m: int, dtype: torch.dtype, quant: str) -> None:
 
 
 @needs_native
+def test_rows_of_eight_adapters_and_more(level: str) -> None:
+    """From there on a 4-bit weight has a row of x a lane, where x is not bfloat16."""
+    for dtype, k, ab, p in ((F32, 192, BF16, 0.0), (F16, 96, F32, 0.25), (F32, 77, F32, 0.0)):
+        check_multi(make_multi(46, 50, k, RANKS * 3, dtype=dtype, ab=ab, nested=True, bias=True, p=p))
+
+
+@needs_native
 @pytest.mark.parametrize("adapters", [[0] * 600, [2, 1] * 300, [1] * 200 + [-1] * 200 + [0] * 200, [-1] * 599 + [2]])
 def test_more_rows_than_a_chunk(level: str, adapters: list[int]) -> None:
     for dtype in (F32, BF16):
@@ -213,7 +220,7 @@ def test_adapters_apart(level: str, m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_projections_with_a_stack_each(level: str, m: int, p: float) -> None:
     first, second = (make_multi(m, n, 64, ranks, p=p, seed=i, bias=True)
-                     for i, (n, ranks) in enumerate(((50, [3, 5]), (20, [2, 0, 9]))))  # fmt: skip
+                     for i, (n, ranks) in enumerate(((50, [3, 5] * 5), (20, [2, 0, 9]))))  # fmt: skip
     plain = make(m, 30, 64, r=4, p=p, seed=5)
     x = plain.x
     cases = [MultiCase(replace(c.base, x=x), c.stack, c.adapters) for c in (first, second)]
