@@ -63,7 +63,7 @@ PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runti
  * With adapters (many adapters on one weight, no gain): a, da [P, K]; b, db [P, N], which is b transposed; rows
  * starts[i] .. starts[i] + ranks[i] of both are adapter i's. adapters[m] is row m's, -1 for none; r = max_rank is the width
  * of s, with zeros beyond ranks[i]. Adapters in use share no rows in a backward; what of da and db is nobody's is zero.
- * starts NULL (CPU only): a, b, da, db are arrays of S pointers, to a_i, da_i [ranks[i], K] and b_i, db_i [N, ranks[i]] of
+ * starts NULL, S > 0 (CPU only): a, b, da, db are arrays of S pointers, to a_i, da_i [ranks[i], K] and b_i, db_i [N, ranks[i]] of
  * each adapter; one of da or db that is NULL is not wanted, what is of an adapter without rows is zero. P is not read.
  * Quantised weights: N*K codes, two a byte, high nibble = even element of the flat row-major order, absmax per
  * `blocksize` elements of that order. absmax is float32, or uint8 codes when nested_code != NULL: then

@@ -21,7 +21,7 @@ static int check_disjoint(const pk_lora_args *a) {
 
 static int check_adapters(const pk_lora_args *a, bool backward) {
     if (a->gain) return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter per row and a gain do not go together");
-    bool apart = !a->starts;
+    bool apart = pk_adapters_apart(a);
     if (a->S < 0 || a->P < 0 || a->r != a->max_rank || a->M > INT32_MAX)
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: bad sizes (S %lld, P %lld, r %lld, max_rank %lld, M %lld)", (long long)a->S,
                        (long long)a->P, (long long)a->r, (long long)a->max_rank, (long long)a->M);
@@ -55,7 +55,7 @@ static int check(const pk_lora_args *a, bool backward) {
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: blocksizes must be positive");
     if (a->quant_type != PK_DENSE && a->nested_code && (!a->nested_absmax || !a->offset))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: nested scales need nested_absmax and offset");
-    bool empty = a->adapters && a->starts && !a->P;
+    bool empty = a->adapters && !pk_adapters_apart(a) && !a->P;
     if (a->r > 0 && ((!a->a && a->K > 0 && !empty) || (!a->b && a->N > 0 && !empty) || a->a_dtype > PK_F16 || a->b_dtype > PK_F16 || (!a->s && a->M > 0)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter needs a, b (float32, bfloat16 or float16) and s");
     if (a->r > 0 && a->dropout_p > 0 && (!a->seed || !(a->dropout_p < 1)))
