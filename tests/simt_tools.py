@@ -157,8 +157,8 @@ def asan_environment() -> dict[str, str]:
     return {
         **os.environ,
         "LD_PRELOAD": str(Path(found).resolve()),
-        # The leaks are Python's. To look for uses after a return is to map a stack at every switch of fibres, which would
-        # take most of the time.
+        # The leaks are Python's. To look for uses after a return is to map a stack at every switch of fibres, which
+        # would take most of the time.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0" + ":symbolize=0" * ("clang" in version),
         "PYTHONMALLOC": "malloc",  # each object by itself, so that overruns are seen
     }

@@ -100,7 +100,8 @@ def test_files_go_both_ways(name: str, tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = other.PeftModel.from_pretrained(base, tmp_path / str(i)).eval()
-        assert_same_bits(loaded(x).detach(), models[1 - i].eval()(x).detach())
+        with torch.no_grad():  # where gradients are wanted, HRA computes in another order
+            assert_same_bits(loaded(x), models[1 - i].eval()(x))
 
 
 def assert_rounds_as(y: Tensor, eager: Tensor, exact: Tensor) -> None:

@@ -15,6 +15,7 @@ from .checkpoints import set_random_state
 from .config import TrainConfig
 from .data import Example
 from .forward import CompletionLoss, rows_set
+from .memory import keep_freed_memory
 from .metrics import MetricsFile, Progress, peak_memory_mb
 from .packing import collate
 from .track import Track
@@ -58,6 +59,8 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.tracks = config, model, list(tracks)
         self.pad_id, self.device, self.progress = pad_id, device, progress
+        if device.type == "cpu":
+            keep_freed_memory()
         self.loss = CompletionLoss(model, config.loss_chunk_vocab, config.loss_chunk_tokens)
         self.several = bool(config.adapters)
         self._modules = [module for _, module in model.base_model.adapter_modules()]
