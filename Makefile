@@ -30,7 +30,7 @@ demo-adapters: setup ## set up, then train three adapters at once: their styles 
 
 test: lint ## set up, then lint and run every test
 	@$(BUILD_NATIVE)
-	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) $(ARGS)
+	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-matrix: setup-dev ## the tests with transformers 5.23 and with 5.24
 	@$(BUILD_NATIVE)

@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The long ones first: at the end the others fill what the workers have left.
+    # The long ones first; of the short ones a worker then takes over what another has left (--dist worksteal).
     items.sort(key=lambda item: "slow" not in item.keywords)
     if torch.cuda.is_available():
         return
