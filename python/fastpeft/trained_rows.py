@@ -7,7 +7,7 @@ backends the node packs them, and its backward pass gives each adapter its part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -120,15 +120,23 @@ def _tables(routed: Routed, names: list[str], ranks: list[int], scaling: list[fl
     return tables
 
 
+def _by_job(
+    jobs: Sequence[_Job], factors: Sequence[Tensor]
+) -> Iterator[tuple[_Job, Sequence[Tensor], Sequence[Tensor]]]:
+    """Each job with its As and its Bs."""
+    at = 0
+    for job in jobs:
+        count = len(job.tables.sizes)
+        yield job, factors[at : at + count], factors[at + count : at + 2 * count]
+        at += 2 * count
+
+
 def _layers(jobs: Sequence[_Job], factors: Sequence[Tensor]) -> list[apart.Layer]:
     """The jobs with their As and Bs as the native library takes them."""
-    layers, at = [], 0
-    for weight, n, t, bias, dropout, seed in jobs:
-        count = len(t.sizes)
-        a, b = factors[at : at + count], factors[at + count : at + 2 * count]
-        layers.append(apart.Layer(weight, n, a, b, t.adapters, t.ranks, t.scaling, t.max_rank, bias, dropout, seed))
-        at += 2 * count
-    return layers
+    return [
+        apart.Layer(weight, n, a, b, t.adapters, t.ranks, t.scaling, t.max_rank, bias, dropout, seed)
+        for (weight, n, t, bias, dropout, seed), a, b in _by_job(jobs, factors)
+    ]
 
 
 def _apart(x: Tensor, jobs: Sequence[_Job], factors: Sequence[Tensor]) -> bool:
@@ -177,14 +185,9 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, jobs: list[_Job], *factors: Tensor) -> tuple[Tensor, ...]:
-        saved, ys, at, stacks = [x], [], 0, []
-        for job in jobs:
-            count = len(job.tables.sizes)
-            own = factors[at + count : at + 2 * count]
-            stacks.append((torch.cat(factors[at : at + count]), torch.cat([b.t() for b in own])))
-            at += 2 * count
-        for job, (a, b) in zip(jobs, stacks, strict=True):
-            t = job.tables
+        saved, ys = [x], []
+        for job, own_a, own_b in _by_job(jobs, factors):
+            t, a, b = job.tables, torch.cat([*own_a]), torch.cat([each.t() for each in own_b])
             args = (x, *job.weight, job.n, a, b, t.adapters, t.starts, t.ranks, t.scaling, t.max_rank, job.bias,
                     job.dropout, job.seed)  # fmt: skip
             t.forward = t.forward or forward_op.settle(*args)
