@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpeft.pool_blocks import Occupant, RowBlocks, block_size, least_recent
+from fastpeft.pool.blocks import Occupant, RowBlocks, block_size, least_recent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

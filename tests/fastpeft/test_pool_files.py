@@ -247,7 +247,7 @@ def test_a_repaired_adapter_is_read_again(net: tuple[AdapterPool, Path]) -> None
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_believed(net: tuple[AdapterPool, Path], monkeypatch: Any) -> None:
-    from fastpeft import pool_files
+    from fastpeft.pool import files as pool_files
 
     pool, _ = net
     opened = pool_files.open_adapter

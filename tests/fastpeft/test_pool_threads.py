@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft import AdapterLoadError, AdapterPool, PoolFull, pool_files
+from fastpeft import AdapterLoadError, AdapterPool, PoolFull
+from fastpeft.pool import files as pool_files
 
 tools = runpy.run_path(str(Path(__file__).with_name("pool_tools.py")))
 write, llama, logits, content, X = (tools[name] for name in ("write", "llama", "logits", "content", "X"))

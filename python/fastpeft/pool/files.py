@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG_NAME, SAFETENSORS_NAME, open_adapter
-from .config import PeftConfig
-from .fits import PREFIX, check_shapes
-from .method import method_of
-from .methods.lora import Lora, LoraConfig, scaling_of
-from .pool_buffers import Buffers, LayerAdapter, Staged
-from .pool_layers import Selector
-from .safety import AdapterFileError, check_adapter_name, check_config, list_some, path_inside, read_json
-from .serving import beyond_plain_lora
+from ..checkpoint import CONFIG_NAME, SAFETENSORS_NAME, open_adapter
+from ..config import PeftConfig
+from ..fits import PREFIX, check_shapes
+from ..method import method_of
+from ..methods.lora import Lora, LoraConfig, scaling_of
+from ..safety import AdapterFileError, check_adapter_name, check_config, list_some, path_inside, read_json
+from ..serving import beyond_plain_lora
+from .buffers import Buffers, LayerAdapter, Staged
+from .layers import Selector
 
 Signature = tuple[tuple[int, int, int] | None, ...]
 

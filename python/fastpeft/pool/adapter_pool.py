@@ -1,14 +1,4 @@
-"""AdapterPool: thousands of LoRA adapters on disk, a bounded number of them in memory, any of them for any row.
-
-    pool = AdapterPool(model, "adapters/", max_resident=32)
-    with pool.using(["alice", "bob", None]):        # an adapter, or None for the base, per row of the next forwards
-        model(input_ids)
-
-A server does the same step by step: `prefetch` when a request arrives (a thread reads and checks the file), `acquire`
-or `try_acquire` between two forwards (copies it into its slot; the slot stays while someone holds it), `assign` for the
-slots of the next forward's rows or tokens, `release` when the request has ended. All methods may be called from any
-thread, except that `assign` belongs to the one that runs the model.
-"""
+"""The pool itself: what is asked of it, from any thread."""
 
 from __future__ import annotations
 
@@ -25,15 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import pool_files
-from .pool_buffers import Buffers, Staged
-from .pool_files import AdapterLoadError, Registry, Signature, UnknownAdapterError, signature_of
-from .pool_layers import Selector, unwrap, wrap
-from .pool_loads import Load, Loads
-from .pool_sizes import plan_sizes
-from .pool_slots import PoolStats, Resident, Slots
-
-__all__ = ["AdapterLoadError", "AdapterPool", "Lease", "PoolFull", "PoolStats", "UnknownAdapterError"]
+from . import files
+from .buffers import Buffers, Staged
+from .files import Registry, Signature, signature_of
+from .layers import Selector, unwrap, wrap
+from .loads import Load, Loads
+from .sizes import plan_sizes
+from .slots import PoolStats, Resident, Slots
 
 BASE = "__base__"
 TIMEOUT = 30.0
@@ -338,7 +326,7 @@ class AdapterPool:
     # Outside of it
 
     def _read(self, folder: Path) -> Staged:
-        return pool_files.read(folder, self._selector, self._buffers)
+        return files.read(folder, self._selector, self._buffers)
 
     def _wait_read(self, load: Load, deadline: float | None) -> Staged:
         try:

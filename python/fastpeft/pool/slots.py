@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .pool_blocks import Occupant, RowBlocks, block_size, least_recent
-from .pool_buffers import Buffers, Staged, fence, stream_waits
-from .pool_files import Signature
+from .blocks import Occupant, RowBlocks, block_size, least_recent
+from .buffers import Buffers, Staged, fence, stream_waits
+from .files import Signature
 
 
 @dataclass(eq=False)

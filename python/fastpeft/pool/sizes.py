@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .method import LayerInfo
-from .methods.lora import LoraConfig
-from .pool_blocks import SMALLEST, block_size
-from .pool_buffers import row_bytes, slot_bytes
-from .pool_files import Registry, read_config
-from .pool_layers import Selector
-from .safety import list_some
-from .sites import checked_info
+from ..method import LayerInfo
+from ..methods.lora import LoraConfig
+from ..safety import list_some
+from ..sites import checked_info
+from .blocks import SMALLEST, block_size
+from .buffers import row_bytes, slot_bytes
+from .files import Registry, read_config
+from .layers import Selector
 
 LARGEST_BY_DEFAULT = 256  # so that one folder that claims rank 60,000 does not size everybody's stacks
 WITHOUT_ADAPTERS = 64

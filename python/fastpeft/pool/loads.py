@@ -8,8 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from .pool_buffers import Staged
-from .pool_files import AdapterLoadError, Record, Registry, Signature, signature_of
+from .buffers import Staged
+from .files import AdapterLoadError, Record, Registry, Signature, signature_of
 
 MAX_REASON = 1000  # characters: a reason may quote names of a file's choice, and is kept
 
