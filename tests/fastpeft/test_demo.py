@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crash_tools import interrupted_on_console
 from demo_tools import stand_in
 from fastpeft.cli.app import app
 from fastpeft.demo import pydocs, quickstart
 from fastpeft.training import models
 from fastpeft.training.errors import UserError
 from fastpeft.training.inference import Answerer
-from fastpeft.training.metrics import Console, read_metrics
+from fastpeft.training.metrics import read_metrics
 from typer.testing import CliRunner
 
 
@@ -137,24 +138,10 @@ def in_this_process(adapter: Path, prompts: list[str]) -> list[str]:
     return [a.text for a in Answerer.load(None, str(adapter)).answer(prompts, quickstart.ANSWER_TOKENS)]
 
 
-class Stop(Exception):
-    """Stands for a crash."""
-
-
 def test_an_interrupted_quickstart_goes_on_where_it_was(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "_in_fresh_process", in_this_process)
     quickstart.run(tiny / "whole", 4)
-    step = Console.step
-
-    def stopping(self: Console, line: dict[str, Any]) -> None:
-        step(self, line)
-        if line["step"] == 3:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Console, "step", stopping)
-        with pytest.raises(Stop):
-            quickstart.run(tiny / "broken", 4)
+    interrupted_on_console(monkeypatch, 3, lambda: quickstart.run(tiny / "broken", 4))
     assert not (tiny / "broken" / "report.md").exists()
     assert quickstart.run(tiny / "broken", 4)["resumed_from"] == 2
 

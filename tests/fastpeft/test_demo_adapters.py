@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crash_tools import interrupted_on_console
 from demo_tools import stand_in
 from fastpeft.cli.app import app
 from fastpeft.demo import adapters, docstyles, pydocs, throughput
-from fastpeft.training.metrics import Console, read_metrics
+from fastpeft.training.metrics import read_metrics
 from typer.testing import CliRunner
 
 
@@ -59,10 +60,6 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, styles: dict[str, list
     return tmp_path
 
 
-class Stop(Exception):
-    """Stands for a crash."""
-
-
 def test_from_start_to_end_and_after_a_crash(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tiny / "whole"
     done = CliRunner().invoke(app, ["demo-adapters", "--output", str(output), "--steps", "4", "--json"])
@@ -85,17 +82,7 @@ def test_from_start_to_end_and_after_a_crash(tiny: Path, monkeypatch: pytest.Mon
     )
     adapters.show(summary)
 
-    step = Console.step
-
-    def stopping(self: Console, line: dict[str, Any]) -> None:
-        step(self, line)
-        if line["step"] == 3:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Console, "step", stopping)
-        with pytest.raises(Stop):
-            adapters.run(tiny / "broken", 4)
+    interrupted_on_console(monkeypatch, 3, lambda: adapters.run(tiny / "broken", 4))
     assert not (tiny / "broken" / "report.md").exists()
     again = adapters.run(tiny / "broken", 4)
     assert again["held_out"] == summary["held_out"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from crash_tools import interrupted
 from fastpeft.cli.app import app
 from fastpeft.training import checkpoints, run
 from fastpeft.training.config import TrainConfig, from_dict, load_config
@@ -144,33 +145,13 @@ def test_gradient_checkpointing_changes_no_bit(world: Path, tmp_path: Path) -> N
         assert_same_bits(trained(plain, name), trained(saving, name))
 
 
-class Stop(Exception):
-    """Stands for a crash."""
-
-
-class StopAt(Silent):
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def step(self, line: dict[str, Any]) -> None:
-        if line["step"] == self.at:
-            raise Stop
-
-
-def interrupted(settings: TrainConfig, at: int) -> None:
-    broken = trainer(settings)
-    broken.progress = StopAt(at)
-    with pytest.raises(Stop):
-        broken.run()
-
-
 def test_resuming_continues_every_adapter(world: Path, tmp_path: Path) -> None:
     """After a crash in the fifth step, with one adapter that was at its end: the same lines and bits, with dropout."""
     settings = {"save_every": 2, "eval_every": 2, "lora": {**LORA, "lora_dropout": 0.1}}
     whole = trainer(config(world, tmp_path / "whole", **settings))
     whole.run()
     again = config(world, tmp_path / "broken", **settings)
-    interrupted(again, 5)
+    interrupted(trainer(again), 5)
     found = {name: [p.name for p in checkpoints.numbered(tmp_path / "broken" / name)] for name in DIFFERENT}
     assert found == {
         "red": ["checkpoint-2", "checkpoint-4"], "green": ["checkpoint-2", "checkpoint-3"],
@@ -209,7 +190,7 @@ def test_an_adapter_that_lost_its_checkpoint_catches_up(world: Path, tmp_path: P
 
 def test_a_checkpoint_goes_on_as_a_run_of_its_adapter_alone(world: Path, tmp_path: Path) -> None:
     settings = config(world, tmp_path, save_every=2)
-    interrupted(settings, 4)
+    interrupted(trainer(settings), 4)
     one = settings.each()["red"]
     result = trainer(one).run(resume=True)["default"]
     assert (result.resumed_from, result.steps) == (2, 5)

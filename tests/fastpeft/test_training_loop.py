@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from crash_tools import interrupted
 from fastpeft.training import checkpoints, run
 from fastpeft.training.config import TrainConfig, from_dict
 from fastpeft.training.data import Example
@@ -156,29 +157,13 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
     return [tuple(line.get(k) for k in keys) for line in read_metrics(folder / "metrics.jsonl")]
 
 
-class Stop(Exception):
-    """Stands for a crash."""
-
-
-class StopAt(Silent):
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def step(self, line: dict[str, Any]) -> None:
-        if line["step"] == self.at:
-            raise Stop
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
 def test_resuming_continues_bit_for_bit(world: Path, tmp_path: Path, optimizer: str) -> None:
     """Ten steps at once, and ten interrupted in the eighth after checkpoints at 3 and 6: the same lines and bits."""
     settings = {"optimizer": optimizer, "save_every": 3, "eval_every": 4}
     whole = trainer(config(world, tmp_path / "whole", **settings))
     whole.run()
-    broken = trainer(config(world, tmp_path / "broken", **settings))
-    broken.progress = StopAt(8)
-    with pytest.raises(Stop):
-        broken.run()
+    interrupted(trainer(config(world, tmp_path / "broken", **settings)), 8)
     assert [p.name for p in checkpoints.numbered(tmp_path / "broken")] == ["checkpoint-3", "checkpoint-6"]
     torch.manual_seed(99)  # whatever the state is, the checkpoint's counts
     resumed = trainer(config(world, tmp_path / "broken", **settings))
