@@ -119,6 +119,10 @@ def test_other_gradients_and_parameters() -> None:
     twin.grad = p.grad.contiguous()
     other.step()
     assert_same_bits(p.detach(), twin.detach())
+    loss = twin.square().sum()
+    other.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # as after torch's step
+        loss.backward()
     for wrong in (torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.bfloat16), torch.randn(4, 6).t()):
         with pytest.raises(ValueError, match=r"contiguous float32 tensors.*torch\.optim\.AdamW"):
             AdamW([torch.nn.Parameter(wrong)], **OPTIONS)

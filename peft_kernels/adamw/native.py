@@ -50,6 +50,7 @@ def update(tensors: Sequence[tuple[Tensor, ...]], settings: tuple[float, ...]) -
     numbers[5::6] = array("q", sizes)
     packed = struct.pack("=6d", *settings)
     native.check(native.cpu().pk_cpu_adamw(numbers.tobytes(), len(p), packed, torch.get_num_threads()))
+    torch.autograd.graph.increment_version(p)  # a backward pass with the old values is refused
 
 
 def _columns(count: int, columns: dict[int, Iterable[int]]) -> array[int]:
