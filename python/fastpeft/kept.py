@@ -75,9 +75,13 @@ class Kept:
 
 def _probe(t: Tensor, samples: int) -> Any:
     """A few elements of a tensor's memory as a numpy array; an empty one where they cannot be read at once."""
-    if t.device.type != "cpu" or is_sharded(t) or not t.is_contiguous() or not t.numel():
+    if t.device.type != "cpu" or is_sharded(t) or not t.numel():
         return numpy.empty(0)
-    flat = t.detach().view(-1)
+    t = t.detach()
+    t = t if t.is_contiguous() else t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))  # as it lies there
+    if not t.is_contiguous():
+        return numpy.empty(0)
+    flat = t.view(-1)
     if flat.dtype is torch.bfloat16:
         flat = flat.view(torch.int16)
     return flat[:: flat.numel() // samples + 1].numpy()

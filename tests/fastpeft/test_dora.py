@@ -84,6 +84,11 @@ def test_an_evaluation_forward_is_one_call() -> None:
         assert real == ["peft_kernels.dora_linear.default"], seen.names
 
 
+def _transpose(parameter: Tensor) -> None:
+    """Lay its memory out by columns."""
+    parameter.data = parameter.data.t().contiguous().t()
+
+
 CHANGES: dict[str, Callable[[AdapterLayer], object]] = {
     "a": lambda layer: layer.lora_A["a"].weight.data.mul_(2.0),  # no new version
     "a in place": lambda layer: nn.init.normal_(layer.lora_A["a"].weight),
@@ -96,6 +101,8 @@ CHANGES: dict[str, Callable[[AdapterLayer], object]] = {
     "loaded": lambda layer: layer.load_state_dict({k: v * 1.5 for k, v in layer.state_dict().items()}),
     "dtype": lambda layer: layer.bfloat16().float(),
     "w data": lambda layer: layer.base_layer.weight.data.mul_(2.0),
+    "w transposed": lambda layer: (_transpose(layer.base_layer.weight), layer(torch.ones(1, 24)),
+                                   layer.base_layer.weight.data.mul_(2.0)),
     "w in place": lambda layer: nn.init.normal_(layer.base_layer.weight),
     "w replaced": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(20, 24), False)),
 }
