@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,6 +173,8 @@ def test_other_errors_have_the_same_shape(server: Running) -> None:
         (server.client.post("/v1/completions", content=b"{"), 400),
         (server.client.post("/v1/completions", content=b"[1]"), 400),
         (server.client.post("/v1/completions", content=b" " * (5 << 20)), 413),
+        (server.client.post("/v1/completions", content=b'{"model": "base", "prompt": "\\ud800"}'), 400),  # half of one
+        (server.client.post("/v1/completions", content=b'{"model": "base", "prompt": "\xed\xa0\x80"}'), 400),
         (server.post("/v1/chat/completions", model="base", messages=[]), 400),
         (server.post("/v1/load_lora_adapter", lora_name="x", lora_path="a0"), 404),  # not allowed here
     ):
@@ -254,6 +257,14 @@ def test_a_client_that_goes_away_frees_everything(server: Running, stream: bool)
     assert gone >= 1 + stream
 
 
+def test_a_client_that_goes_away_while_it_sends_is_no_error(server: Running) -> None:
+    before = server.metric("fastpeft_requests_total", endpoint="completions", status="499", adapter="unknown")
+    with socket.create_connection((server.client.base_url.host, server.client.base_url.port or 0)) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    until(lambda: server.metric("fastpeft_requests_total", endpoint="completions", status="499", adapter="unknown")
+          == before + 1)  # fmt: skip
+
+
 def test_waiting_for_a_slot_can_be_given_up(server: Running, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.pool is not None
     leases = [server.pool.acquire(name) for name in ADAPTERS[:4]]
@@ -318,7 +329,7 @@ def test_adapters_by_request(world: Path, alone: Alone, tmp_path: Path) -> None:
         with running(world, by_request=True) as server:
             for path, status in (
                 (str(tmp_path / "outside"), 400), ("../adapters/../..", 400), ("link", 400), (".", 400),
-                ("more/none", 404), ("more/bad", 422),
+                ("more/none", 404), ("more/bad", 422), ("more/\0", 400), ("x" * 5000, 400),
             ):  # fmt: skip
                 assert server.post(load, lora_name="mine", lora_path=path).status_code == status, path
                 assert server.complete("mine", "hello").status_code == 404

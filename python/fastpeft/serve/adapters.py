@@ -87,7 +87,10 @@ class Adapters:
         """Make the adapter of a folder below the directory known by this name. Raises ApiError."""
         assert self.pool is not None
         assert self.directory is not None
-        folder = (self.directory / path).resolve()
+        try:
+            folder = (self.directory / path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a character that no path has, a loop of links
+            raise bad(f"lora_path: {short(path)} cannot be a path: {error}", "lora_path") from error
         if self.directory not in folder.parents:
             raise bad(f"lora_path: {short(path)} is not below the server's directory of adapters", "lora_path")
         if name == self.base:
@@ -101,6 +104,8 @@ class Adapters:
         except FileNotFoundError as error:
             why = f"lora_path: {short(path)} holds no adapter"
             raise ApiError(404, why, "adapter_not_found", "lora_path") from error
+        except OSError as error:
+            raise bad(f"lora_path: {short(path)} cannot be read: {error.strerror}", "lora_path") from error
         except ValueError as error:
             raise bad(f"lora_name: {error}", "lora_name") from error
         try:

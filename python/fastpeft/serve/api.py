@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from . import schemas
 from .adapters import Adapters
@@ -263,12 +264,19 @@ async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
 async def _body(request: Request) -> object:
     """The JSON of a body. Raises ApiError."""
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MOST_BYTES:
-            raise ApiError(413, f"the body is larger than {MOST_BYTES >> 20} MiB", "too_large")
     try:
-        return json.loads(content)
+        async for part in request.stream():
+            content += part
+            if len(content) > MOST_BYTES:
+                raise ApiError(413, f"the body is larger than {MOST_BYTES >> 20} MiB", "too_large")
+    except ClientDisconnect:
+        raise ApiError(_GONE, "the client went away") from None
+    try:
+        text = content.decode("utf-8-sig")
+        found: object = json.loads(text)
+        if "\\u" in text:  # halves of characters, which no tokenizer takes, are a UnicodeEncodeError here
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except (ValueError, RecursionError) as error:
         raise bad(f"the body is not JSON: {error}") from None
 
