@@ -21,13 +21,13 @@ from peft_kernels.ops.multi_lora_linear import forward_op
 
 from .method import Fused, Method
 from .packed import Packed, pack
+from .safety import BASE
 from .stack import Stack
 from .trained_rows import linears
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
 
-BASE = "__base__"
 Parts = Callable[[], "tuple[Any, ...] | None"]  # `parts` of what `Lora.fused` gives
 
 
@@ -39,7 +39,7 @@ def grouped(rows: Iterable[str]) -> dict[str, list[int]]:
     return groups
 
 
-def check_length(x: Tensor, rows: Sequence[str]) -> None:
+def check_length(x: Tensor | Sequence[Any], rows: Sequence[str]) -> None:
     if len(x) != len(rows):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "

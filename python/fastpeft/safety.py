@@ -30,6 +30,7 @@ MAX_PATTERNS = 4096
 MAX_DEPTH = 16
 MAX_DIMS = 8
 
+BASE = "__base__"  # no adapter, where rows of a batch name theirs
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # The names that the safetensors format gives to dtypes.
@@ -57,6 +58,8 @@ def check_adapter_name(name: object) -> str:
     """Return `name` if it can be a folder, a key and a module name: 1 to 64 of letters, digits, `_` and `-`."""
     if not isinstance(name, str) or _ADAPTER_NAME.fullmatch(name) is None:
         raise AdapterFileError(f"adapter name {_short(name)}: expected 1 to 64 of the characters A-Z a-z 0-9 _ -")
+    if name == BASE:
+        raise AdapterFileError(f"adapter name {name!r}: in a batch it stands for the model without an adapter")
     return name
 
 

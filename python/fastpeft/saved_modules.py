@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .containers import AdapterDict, Switches
-from .routing import BASE, check_length, grouped
+from .routing import check_length, grouped
 from .rows import Recall
+from .safety import BASE
 
 
 class ModulesToSaveWrapper(Switches, nn.Module):

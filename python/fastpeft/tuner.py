@@ -20,7 +20,9 @@ from .inject import InjectionPlan, plan_injection
 from .layer import AdapterLayer
 from .method import Method, method_of, registry
 from .model_merging import ModelMerging
+from .routing import check_length
 from .rows import Recall, RowValues
+from .safety import BASE
 from .saved_modules import ModulesToSaveWrapper
 from .shared import held_containers, register_at
 from .sites import AdapterModule, adapter_modules
@@ -234,7 +236,7 @@ class BaseTuner(ModelMerging, nn.Module):
         hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
         values = {n: v for n, v in ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked) if v is not None}
         if values or names is not self._assigned:
-            with self.rows_assigned(names, values, _repeats(kwargs), steady=True):
+            with self.rows_assigned(names, values, _repeats(kwargs, self.model), steady=True):
                 yield
             return
         if names is None and self._recall and self.training and torch.is_grad_enabled():
@@ -252,12 +254,15 @@ class BaseTuner(ModelMerging, nn.Module):
         (beams); an encoder sees it once. steady: adapters stay as they are within this. Raises
         ValueError for names of no adapter.
         """
-        unknown = set(names or ()).difference(self.peft_config, ("__base__",))
+        unknown = set(names or ()).difference(self.peft_config, (BASE,))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         if names is not None and not isinstance(names, (list, tuple)):
             raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
         modules, values = [module for _, module in self.adapter_modules()], values or {}
+        if names is not None:
+            for given in values.values():
+                check_length(given, names)
         encoder: Any = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
         is_part = isinstance(encoder, nn.Module) and encoder is not self.model
         once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
@@ -286,13 +291,14 @@ class BaseTuner(ModelMerging, nn.Module):
                     module.set_row_values(None)
 
 
-def _repeats(kwargs: Mapping[str, Any]) -> int:
+def _repeats(kwargs: Mapping[str, Any], model: nn.Module) -> int:
     """How often `generate` repeats the rows of its inputs, given its arguments."""
-    names, config = ("num_beams", "num_return_sequences"), kwargs.get("generation_config")
-    if config is None and not any(name in kwargs for name in names):
+    names = ("num_beams", "num_return_sequences")
+    if not any(name in kwargs for name in (*names, "generation_config")):
         return 1
-    counts = [kwargs.get(n, getattr(config, n, None)) for n in names]
-    return max([1, *(count for count in counts if isinstance(count, int))])
+    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]  # what the first leaves open
+    choices = ((kwargs.get(name), *(getattr(config, name, None) for config in configs)) for name in names)
+    return max(next((count for count in some if isinstance(count, int)), 1) for some in choices)
 
 
 def tuner_class(method: Method) -> type[BaseTuner]:

@@ -84,6 +84,8 @@ def test_alora_in_a_mixed_batch() -> None:
         close(mixed[i], alone[name][i])
     model.set_adapter("lora")  # an aLoRA that is not active but in the batch
     close(model(IDS, adapter_names=["a"] * 3), alone["a"])
+    with pytest.raises(ValueError, match="got 3 and 1 respectively"):
+        model(IDS, adapter_names=["lora", "a", "other"], alora_offsets=[2])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.set_adapter("a")

@@ -76,7 +76,9 @@ def test_every_row_of_several_kinds_is_what_it_is_alone() -> None:
             assert torch.equal(rows[1][i], base(x[i : i + 1]).logits[0]) == (name == "__base__")
 
 
-@pytest.mark.parametrize("how", ["plain", "without-a-cache", "beams", "beams-of-a-config", "beams-of-the-model"])
+@pytest.mark.parametrize(
+    "how", ["plain", "without-a-cache", "beams", "beams-of-a-config", "beams-of-the-model", "beams-left-to-the-model"]
+)
 def test_generation_gives_every_row_its_own_text(how: str) -> None:
     model, x = mixed_model(), ids(len(ROWS))
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -84,8 +86,10 @@ def test_generation_gives_every_row_its_own_text(how: str) -> None:
         options["num_beams"] = 3
     if how == "beams-of-a-config":
         options = {"generation_config": GenerationConfig(num_beams=3, **options)}
-    if how == "beams-of-the-model":
+    if how in ("beams-of-the-model", "beams-left-to-the-model"):
         model.get_base_model().generation_config.num_beams = 3
+    if how == "beams-left-to-the-model":
+        options = {"generation_config": GenerationConfig(**options)}
     if how == "without-a-cache":
         options["use_cache"] = False
     together = model.generate(x, adapter_names=ROWS, **options)

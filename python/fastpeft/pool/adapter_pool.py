@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..safety import BASE
 from . import files
 from .buffers import Buffers, Staged
 from .files import Registry, Signature, signature_of
@@ -23,7 +24,6 @@ from .loads import Load, Loads
 from .sizes import plan_sizes
 from .slots import PoolStats, Resident, Slots
 
-BASE = "__base__"
 TIMEOUT = 30.0
 
 
@@ -261,8 +261,14 @@ class AdapterPool:
             raise ValueError(f"assign: slots must be int64 [rows], got {slots.dtype} {list(slots.shape)}")
         if slots is not None and slots.device != self._buffers.device:
             raise ValueError(f"assign: slots must be on {self._buffers.device}, got {slots.device}")
-        for name, layer in self.layers.items():
-            layer.set_row_stack(None if slots is None else self._buffers.stacks[name], slots)
+        try:
+            for name, layer in self.layers.items():
+                layer.set_row_stack(None if slots is None else self._buffers.stacks[name], slots)
+        except BaseException:  # a layer that somebody changed: not some layers with adapters, others without
+            for layer in self.layers.values():
+                layer.set_row_stack(None, None)
+            self._assigned = None
+            raise
         self._assigned = slots
 
     def close(self) -> None:

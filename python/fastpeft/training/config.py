@@ -142,8 +142,7 @@ def _one(shared: dict[str, Any], name: object, own: object) -> TrainConfig:
     from fastpeft.safety import check_adapter_name  # which imports torch
 
     try:
-        if check_adapter_name(name) == "__base__":
-            raise ValueError("the name __base__ stands for the model without an adapter")
+        check_adapter_name(name)
     except ValueError as error:
         raise UserError(f"adapters: {error}", "choose another name") from None
     where = f"adapters.{name}"
