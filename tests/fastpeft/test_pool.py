@@ -203,6 +203,10 @@ def test_an_error_within_using_lets_go_of_everything(six: Path) -> None:
     with pytest.raises(ZeroDivisionError), pool.using(["a", "b"]):
         raise ZeroDivisionError
     assert pool.stats().in_use == 0
+    last = list(pool.layers.values())[-1]
+    last.set_rows(["elsewhere"])
+    with pytest.raises(ValueError, match="adapters by name"), pool.using(["a", "b"]):
+        pass
     assert all(layer._row_stack is None for layer in pool.layers.values())
 
 

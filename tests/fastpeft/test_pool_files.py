@@ -200,11 +200,13 @@ def test_folders_with_names_that_cannot_be_and_links_out_of_the_directory(tmp_pa
     (tmp_path / "in" / "link").symlink_to(write(tmp_path / "outside", 2))
     (tmp_path / "in" / "inner").symlink_to(tmp_path / "in" / "good")
     (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "in" / "loop").symlink_to("loop")
+    write(tmp_path / "in" / "__base__", 3)  # in a batch it stands for no adapter
     (tmp_path / "in" / "empty").mkdir()
     (tmp_path / "in" / "file").write_text("x")
     pool = AdapterPool(llama(), tmp_path / "in")
     assert pool.names() == ["good", "inner"]
-    assert set(pool.registry.refused) == {"bad.name", "link"}
+    assert set(pool.registry.refused) == {"bad.name", "link", "__base__"}
     assert "leaves its folder" in pool.registry.refused["link"]
 
 

@@ -101,9 +101,8 @@ class Registry:
         if self.directory is None:
             return found, refused
         with os.scandir(self.directory) as entries:
-            folders = sorted(
-                e.name for e in entries if e.is_dir() and os.path.isfile(os.path.join(e.path, CONFIG_NAME))
-            )
+            # isfile is False for what cannot be looked at, a link to itself say, where the entry's is_dir raises
+            folders = sorted(e.name for e in entries if os.path.isfile(os.path.join(e.path, CONFIG_NAME)))
         for name in folders:
             try:
                 found[check_adapter_name(name)] = path_inside(self.directory, name)

@@ -117,9 +117,9 @@ class Loads:
                     del self._loads[record.name]
             load.future.set_exception(failed)
             return
-        load.future.set_result(staged)
-        with self._lock:
+        with self._lock:  # who waits for the result sees it counted
             self.read += 1
             self.seconds += time.perf_counter() - begin
+            load.future.set_result(staged)
             self.trim()
             self._lock.notify_all()
