@@ -220,7 +220,7 @@ def test_only_what_is_in_the_batch_trains(world: Path, tmp_path: Path) -> None:
     [
         ({"a": 3}, "adapters.a: expected a mapping of settings, got 3"),
         ({"a.b": {}}, "adapter name 'a.b': expected 1 to 64 of the characters"),
-        ({"__base__": {}}, "the name __base__ stands for the model without an adapter; choose another name"),
+        ({"__base__": {}}, "it stands for the model without an adapter; choose another name"),
         (
             {"a": {"quantize": "none"}},
             "adapters.a.quantize: quantize holds for the whole run; write it beside adapters",
@@ -270,9 +270,15 @@ def test_what_would_change_the_base_is_refused(world: Path, own: dict[str, Any],
         run.adapted_model(*run.prepare_all(settings))
 
 
-def test_a_file_that_is_missing_names_its_adapter(world: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_with_one_adapter_names_it(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapters\.a: data: expected a jsonl file, .*nothing is not a file"):
         run.prepare_all(config(world, tmp_path, {"a": {"data": "nothing"}}))
+    red = {"data": str(world / "red.jsonl")}
+    with pytest.raises(UserError, match=r"adapters\.a: no example is left"):
+        run.prepare_all(config(world, tmp_path, {"a": {**red, "max_length": 2, "truncate": "drop"}}))
+    for wrong, message in (({"r": 0}, "`r` should be"), ({"target_modules": ["nothing"]}, "Target modules")):
+        with pytest.raises(UserError, match=rf"adapters\.b: {message}"):
+            run.adapted_model(*run.prepare_all(config(world, tmp_path, {"a": red, "b": {**red, "lora": wrong}})))
 
 
 def test_divergence_names_the_adapter(world: Path, tmp_path: Path) -> None:

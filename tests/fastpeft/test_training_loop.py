@@ -185,12 +185,17 @@ def test_resuming_passes_over_a_damaged_checkpoint(world: Path, tmp_path: Path) 
     assert losses(tmp_path) == before
 
 
-def test_resuming_refuses_other_data(world: Path, tmp_path: Path) -> None:
+def test_resuming_refuses_other_data_and_optimizers_and_takes_other_settings(world: Path, tmp_path: Path) -> None:
     trainer(config(world, tmp_path, max_steps=2)).run()
     with pytest.raises(UserError, match="was written with other data or another layout"):
         trainer(config(world, tmp_path, max_steps=4, seed=1)).run(resume=True)
     with pytest.raises(UserError, match="holds the checkpoints of an earlier run"):
         trainer(config(world, tmp_path, max_steps=4)).run()
+    with pytest.raises(UserError, match="was written with another optimizer"):
+        trainer(config(world, tmp_path, max_steps=4, optimizer="sgd")).run(resume=True)
+    other = trainer(config(world, tmp_path, max_steps=3, weight_decay=0.25))
+    other.run(resume=True)
+    assert {group["weight_decay"] for group in other.tracks[0].optimizer.param_groups} == {0.25}
 
 
 def test_resuming_a_finished_run_trains_nothing(world: Path, tmp_path: Path) -> None:

@@ -133,7 +133,19 @@ def load(
             "(seed, max_length, packing, batch_size, gradient_accumulation)",
             "restore those settings to resume, or choose another output to start anew",
         )
-    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), adapter)
     state = unpack(stored["state"], load_file(str(folder / "training_state.safetensors")))
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    then, now = (
+        [(len(group["params"]), sorted({"alpha", "betas", "momentum"} & group.keys())) for group in groups]
+        for groups in (state["optimizer"]["param_groups"], optimizer.param_groups)
+    )
+    if then != now:
+        raise UserError(
+            f"{folder} was written with another optimizer or another kind of adapter",
+            "restore optimizer, method and targets to resume, or choose another output to start anew",
+        )
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), adapter)
     optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)  # the settings of now, as those of the learning rate
     return {"step": int(stored["step"]), "extra": stored["extra"], "random": state["random"]}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,24 +60,36 @@ def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Record
     tokenizer = models.load_tokenizer(source)
     prepared = []
     for name, one in each.items():
-        encoder = Encoder(tokenizer, one.template, one.max_length, one.truncate)
         train, held_out = records[name]
         held_out = held_out[: one.max_eval_examples or None]
-        data = encoder.dataset(train), encoder.dataset(held_out) if held_out else Dataset()
+        with _named(name):
+            encoder = Encoder(tokenizer, one.template, one.max_length, one.truncate)
+            data = encoder.dataset(train), encoder.dataset(held_out) if held_out else Dataset()
         prepared.append(Prepared(one, source, tokenizer, device, dtype, *data, name))
     return prepared
 
 
 def _read(config: TrainConfig, name: str) -> tuple[Records, Records]:
-    try:
+    with _named(name):
         train = read_jsonl(config.data)
         if config.eval_data is not None:
             return train, read_jsonl(config.eval_data)
         return split(train, config.eval_fraction) if config.eval_fraction else (train, [])
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Within this, errors say which adapter of several they are of."""
+    try:
+        yield
     except UserError as error:
         if name == "default":
             raise
         raise UserError(f"adapters.{name}: {error.problem}", error.fix) from None
+    except (ValueError, NotImplementedError) as error:
+        if name == "default":
+            raise
+        raise UserError(f"adapters.{name}: {error}", "correct its settings") from error
 
 
 def split(records: Records, fraction: float) -> tuple[Records, Records]:
@@ -131,15 +144,19 @@ def adapted_model(*prepared: Prepared) -> Any:
 
     first = prepared[0]
     shared = first.config
-    configs = {p.name: adapter_config(p.config) for p in prepared}
+    configs = {}
+    for p in prepared:
+        with _named(p.name):
+            configs[p.name] = adapter_config(p.config)
     model = models.load_model(first.source, first.dtype, first.device, shared.attention)
     model = models.quantize(model, shared.quantize, shared.double_quant, shared.quantize_skip)
     for p in prepared:
         set_seed(p.config.seed)
-        if p is first:
-            model = get_peft_model(model, configs[p.name], p.name)
-        else:
-            model.add_adapter(p.name, configs[p.name])
+        with _named(p.name):
+            if p is first:
+                model = get_peft_model(model, configs[p.name], p.name)
+            else:
+                model.add_adapter(p.name, configs[p.name])
         _check_alone(model, p.name, len(prepared) > 1)
     if shared.fast_layers:
         models.speed_up(model, first.device)
