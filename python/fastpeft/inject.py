@@ -321,7 +321,8 @@ def _all_linear(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     if head is not None:
-        heads.update((id(head), id(getattr(head, "original_module", head))))  # another adapter may have copied it
+        # another adapter may have copied it, or train rows of it
+        heads.update(id(getattr(head, inner, head)) for inner in ("original_module", "token_adapter"))
     elif config.task_type == TaskType.SEQ_CLS:
         heads.update(id(getattr(model, n)) for n in SEQ_CLS_HEADS if getattr(model, n, None) is not None)
     for name, site in sites.items():

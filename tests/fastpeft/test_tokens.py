@@ -106,6 +106,9 @@ def test_trained_tokens_beside_an_adapter_come_and_go() -> None:
     check(mixed[1:2].detach(), first.detach(), first.detach().double())
     ours.delete_adapter("b")
     assert not any(n.endswith(".b") or ".b." in n for n, _ in ours.named_parameters())
+    tied = fastpeft.get_peft_model(llama(True), fastpeft.LoraConfig(**options))
+    tied.add_adapter("b", fastpeft.LoraConfig(target_modules="all-linear"))  # which leaves out the head, wrapped or not
+    assert not any("lm_head" in n and ".b." in n for n, _ in tied.named_parameters())
     assert ours.unload().state_dict().keys() == before.keys()
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
