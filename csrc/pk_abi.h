@@ -52,6 +52,12 @@ PK_EXPORT const char *pk_cpu_levels(void);           /* all levels that this CPU
 PK_EXPORT int pk_cpu_set_level(const char *name);    /* NULL or "": the best one. For tests: not while kernels run */
 PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runtime in use; "" when there is none (serial) */
 
+/* ---- memory (CPU library) ------------------------------------------------------------------------------------------
+ * Many places that are in no cache, at once. prefetch: any address will do, nothing is read. unchanged: 1 where each of
+ * `count` places of 1, 2, 4 or 8 `bytes` is as in content [count], else 0. */
+PK_EXPORT void pk_cpu_prefetch(const int64_t *addresses, int64_t count);
+PK_EXPORT int pk_cpu_unchanged(const int64_t *addresses, int64_t count, int64_t bytes, const void *content);
+
 /* ---- lora_linear (CPU library) -----------------------------------------------------------------------------------
  * Shapes: x, dx [M, K]; y, dy [M, N]; weight [N, K]; a, da [r, K]; b, db [N, r]; bias [N]; s [M, r] float32.
  *   forward:  s = drop(x) a^T;  y = x weight^T + bias + scaling * s b^T

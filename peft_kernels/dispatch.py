@@ -84,6 +84,17 @@ def forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def watched() -> bool:
+    """Whether something would see an operator that torch dispatches: a compiler, mode, transform or profiler."""
+    return bool(
+        forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of one op.
@@ -91,7 +102,8 @@ class Backend:
     fn takes the op's positional arguments. devices: types it serves unasked; forced_devices: types it serves only when
     forced (Triton's interpreter on CPU tensors). dtypes: of the op's first tensor. min_capability: least CUDA compute
     capability. package: a module that must be importable. available(): a reason why it can serve nothing at all here.
-    when(*args): a reason why it cannot serve these arguments; None where it can.
+    when(*args): a reason why it cannot serve these arguments; None where it can. bind: see `Op.bind`; None for
+    arguments that it has nothing to prepare for.
     """
 
     name: str
@@ -103,6 +115,7 @@ class Backend:
     package: str | None = None
     available: Callable[[], str | None] | None = None
     when: Callable[..., str | None] | None = None
+    bind: Callable[..., Callable[[Tensor], Any] | None] | None = None
 
     def reason(self, args: tuple[Any, ...], forced: bool = False) -> str | None:
         """Why this backend cannot serve `args`; None where it can."""
@@ -177,13 +190,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """`self.op(*args)`; without torch's dispatcher, which takes longer than a token through a small layer, where
         nothing between could see or change the call: plain tensors, eager mode, no transform, mode or profiler."""
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._autograd._profiler_enabled()
-            or not _PLAIN.issuperset(map(type, args))
-        ):
+        if watched() or not _PLAIN.issuperset(map(type, args)):
             return self.op(*args)
         return self._call(*args)
 
@@ -207,6 +214,14 @@ class Op:
         while `forced_backends()` is the same object: a caller with hundreds of equal calls a step asks once."""
         self.check(*args)
         return self.choose(args).fn
+
+    def bind(self, *args: Any) -> Callable[[Tensor], Any] | None:
+        """`settle` for these arguments: the operator as a function of the first, where the backend has such a form. The
+        others must stay where they are in memory, and in shape and dtype; what is in them may change. Nothing here
+        keeps their memory, but that of a stack and its plan."""
+        self.check(*args)
+        backend = self.choose(args)
+        return None if backend.bind is None else backend.bind(*args)
 
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend that serves `args`. Raises BackendUnavailable when the forced one cannot."""

@@ -10,7 +10,7 @@ Adding a function: declare it in csrc/pk_abi.h (which lists the other places) an
 from __future__ import annotations
 
 import os
-from ctypes import CDLL, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import CDLL, PYFUNCTYPE, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_pair_rotate": [*[c_void_p] * 3, *[c_int64] * 4, c_void_p, c_int64],
     "pk_cpu_pair_rotate_backward": [*[c_void_p] * 4, *[c_int64] * 4, *[c_void_p] * 3, c_int64],
     "pk_cpu_dequantize_4bit": [*[c_void_p] * 5, *[c_int64] * 5, c_void_p, c_int64],
+}
+# Which look at what other threads of Python may change: these wait while they run. Any result.
+_CPU_HOLDING: dict[str, list[Any]] = {
+    "pk_cpu_prefetch": [None, c_void_p, c_int64],
+    "pk_cpu_unchanged": [c_int, c_void_p, c_int64, c_int64, c_char_p],
 }
 _CUDA_SIGNATURES: dict[str, list[Any]] = {
     "pk_cuda_device_count": [c_void_p],
@@ -123,6 +128,11 @@ def _load_cpu() -> CDLL | str:
     lib.pk_lora_args_size.argtypes, lib.pk_lora_args_size.restype = [], c_int64
     for name in ("pk_cpu_level", "pk_cpu_levels", "pk_cpu_openmp"):
         getattr(lib, name).argtypes, getattr(lib, name).restype = [], c_char_p
+    try:
+        for name, types in _CPU_HOLDING.items():
+            setattr(lib, name, PYFUNCTYPE(*types)((name, lib)))
+    except AttributeError as e:
+        return f"the built library lacks a function, {e}: rebuild it ({BUILD_COMMAND})"
     wanted = os.environ.get(LEVEL_ENV, "")
     if wanted and lib.pk_cpu_set_level(wanted.encode()) != 0:
         return f"{LEVEL_ENV}={wanted}: {_text(lib)}"

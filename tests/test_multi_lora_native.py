@@ -62,6 +62,23 @@ def test_any_shape(data: st.DataObject) -> None:
         check_multi(case)
 
 
+@needs_native
+def test_bound_arguments_give_the_same_bits() -> None:
+    nf4 = make_multi(33, 50, 192, RANKS, nested=True, bias=True)
+    for c in (nf4, make_multi(3, 33, 77, RANKS, quant="dense", p=0.1)):
+        run = c.forward(op.forward_op.bind)
+        assert run is not None
+        for x in (c.base.x, c.base.x.flip(0), torch.stack([c.base.x] * 2, 1)[:, 0]):
+            again = replace(c, base=replace(c.base, x=x))
+            for got, want in zip(run(x), again.forward(op.forward_op.op), strict=True):
+                assert_same_bits(got, want)
+            c.adapters.neg_().clamp_(-1)  # what is in the others may change
+    turned = replace(c, stack=replace(c.stack, a=c.stack.a.t().contiguous().t()))
+    assert turned.forward(op.forward_op.bind) is None
+    with use_backend("reference"):
+        assert c.forward(op.forward_op.bind) is None
+
+
 # ---- what it is ---------------------------------------------------------------------------------------------------
 @needs_native
 @pytest.mark.parametrize("m", [2, 40])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,24 @@ def test_another_abi_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_native
 def test_the_struct_of_the_call_has_the_size_that_c_gives_it() -> None:
     assert backend._ARGS.size == native.lora_args_size()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64"])
+def test_places_in_memory_are_as_they_were(dtype: str) -> None:
+    library, t = native.cpu(), torch.arange(100, dtype=getattr(torch, dtype))
+    size = t.element_size()
+    places = array("q", range(t.data_ptr(), t.data_ptr() + 100 * size, 7 * size))
+    library.pk_cpu_prefetch(*places.buffer_info())
+    library.pk_cpu_prefetch(*array("q", [0, 1, -1, 1 << 46]).buffer_info())  # nothing is read
+    content = t[::7].numpy().tobytes()
+    check = [*places.buffer_info(), size, content]
+    assert library.pk_cpu_unchanged(*check) == 1
+    t[50] = -1  # is not looked at
+    assert library.pk_cpu_unchanged(*check) == 1
+    t[98] = -1
+    assert library.pk_cpu_unchanged(*check) == 0
+    assert library.pk_cpu_unchanged(places.buffer_info()[0], 14, size, content) == 1
 
 
 @needs_native

@@ -7,13 +7,18 @@ version; it is noticed by a few elements on the CPU, where reading them does not
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import string_at
+from itertools import repeat
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
+from peft_kernels import native
+
+from .prefetch import of_objects, of_tensors
 from .sharded import is_sharded
 
 SAMPLED = 8  # elements by which a write without a version is noticed
@@ -28,8 +33,11 @@ class Seen:
     def __init__(self, tensors: Sequence[Tensor], samples: int = SAMPLED) -> None:
         self._tensors, self._versions = list(tensors), [t._version for t in tensors]
         self._addresses = [*map(Tensor.data_ptr, tensors)]
-        self._views = [_probe(t, samples) for t in tensors]
-        self._content = b"".join(map(numpy.ndarray.tobytes, self._views))
+        places: dict[int, list[int]] = {}  # of elements in memory, by their size in bytes
+        for t in tensors:
+            size = min(t.element_size(), 8)
+            places.setdefault(size, []).extend(_sampled(t, samples))
+        self._samples = [_Samples(at, size) for size, at in places.items() if at]
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, and none was written to."""
@@ -40,11 +48,36 @@ class Seen:
         """Whether no one of them was written to."""
         if not self.unversioned() or [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
             return False
-        return b"".join(map(numpy.ndarray.tobytes, self._views)) == self._content
+        return all(map(_Samples.unchanged, self._samples))
 
     def unversioned(self) -> bool:
         """`untouched` at a fraction of its time: writes that leave no version are not noticed."""
         return [t._version for t in self._tensors] == self._versions
+
+    def addresses(self) -> Iterator[int]:
+        """Where in memory `untouched` looks, for `Prefetch`."""
+        yield from of_tensors(self._tensors)
+        yield from of_objects(self._addresses)
+        for each in self._samples:
+            yield from each.places
+
+
+class _Samples:
+    """What elements of one size are. Their memory must be there still whenever they are looked at."""
+
+    def __init__(self, addresses: Sequence[int], size: int) -> None:
+        self.places = array("q", addresses)
+        self._at, self._size = self.places.buffer_info(), size
+        self._content = self._read()
+        self._run = None if native.available() else native.cpu().pk_cpu_unchanged
+
+    def _read(self) -> bytes:
+        return b"".join(map(string_at, self.places, repeat(self._size)))
+
+    def unchanged(self) -> bool:
+        if self._run is None:
+            return self._read() == self._content
+        return bool(self._run(*self._at, self._size, self._content))
 
 
 class Kept:
@@ -73,15 +106,10 @@ class Kept:
         return self._value
 
 
-def _probe(t: Tensor, samples: int) -> Any:
-    """A few elements of a tensor's memory as a numpy array; an empty one where they cannot be read at once."""
+def _sampled(t: Tensor, samples: int) -> Sequence[int]:
+    """Addresses of a few elements of a tensor; none where they cannot be read at once."""
     if t.device.type != "cpu" or is_sharded(t) or not t.numel():
-        return numpy.empty(0)
-    t = t.detach()
-    t = t if t.is_contiguous() else t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))  # as it lies there
-    if not t.is_contiguous():
-        return numpy.empty(0)
-    flat = t.view(-1)
-    if flat.dtype is torch.bfloat16:
-        flat = flat.view(torch.int16)
-    return flat[:: flat.numel() // samples + 1].numpy()
+        return ()
+    dense = t.is_contiguous() or t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).is_contiguous()
+    first, size, count = t.data_ptr(), t.element_size(), t.numel()
+    return range(first, first + count * size, (count // samples + 1) * size) if first and dense else ()

@@ -117,10 +117,10 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: an adapter for each row of the batch ("__base__" for none)."""
         tuner = self.base_model
-        if not tuner._hooked and not tuner._recall and not any(name in kwargs for name in AUXILIARY_KWARGS):
-            return self.base_model.model(*args, **kwargs)
+        if not tuner._hooked and not tuner._recall and AUXILIARY_KWARGS.isdisjoint(kwargs):
+            return tuner.model(*args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.base_model(*args, **_without_auxiliary(kwargs))
+            return (tuner if tuner._hooked else tuner.model)(*args, **_without_auxiliary(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`. adapter_names: an adapter for each row of the inputs, which beams repeat."""

@@ -7,6 +7,7 @@ another weight, or call the layer several times, get a call for their rows alone
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels import AdapterStack, multi_lora_linear
-from peft_kernels.dispatch import forced_backends, forward_mode
+from peft_kernels.dispatch import forced_backends, forward_mode, watched
 from peft_kernels.ops.lora_linear import flat_weight
 from peft_kernels.ops.multi_lora_linear import forward_op
 
@@ -59,12 +60,19 @@ class _LowRank(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """The kernel for one shape, dtype and device of x while some backends are forced, and its arguments after x."""
+    """The kernel for one shape, dtype and device of x, while some backends are forced, one stack is kept, and the base
+    layer's tensors are in their places."""
 
     x: tuple[torch.Size, torch.dtype, torch.device]
     forced: dict[str, str]
-    run: Callable[..., Any]
-    args: tuple[Any, ...]
+    kept: Packed
+    places: tuple[Any, ...]
+    run: Callable[[Tensor], Any]
+    lasts: bool  # beyond a forward: `run` keeps nothing of the base layer
+
+
+def _after(run: Callable[..., Any], args: tuple[Any, ...], x: Tensor) -> Any:
+    return run(x, *args)
 
 
 @dataclass
@@ -102,13 +110,20 @@ class Routed:
         self.tables: Any = None  # of `trained_rows`
         self._known: Packed | None = None  # serves these rows, as was found when they were assigned
         self._ready: _Ready | None = None
+        self._base: list[Tensor] = []  # the base layer's tensors, as they were looked up for this forward
 
     def again(self) -> None:
         """The same rows come in another forward of the model."""
-        self._known = self._ready = None
+        self._known, self._base = None, []
+        if self._ready is not None and not self._ready.lasts:
+            self._ready = None
 
     def __call__(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Tensor:
         layer = self.layer
+        if layer._steady and not args and not kwargs and type(x) is Tensor and self._alone(x):
+            y = self._directly(x)
+            if y is not None:
+                return y
         check_length(x, self.rows)
         if layer.merged_adapters:
             raise ValueError(
@@ -127,7 +142,7 @@ class Routed:
                 return trained[0]
         low = None if args or kwargs or not self._parts else self._low_rank()
         layout = self._layout(x, {} if low is None else low.slots)
-        y: Tensor | None = None
+        y = None
         if layout.inside is None or layout.inside.numel():
             rows = x if layout.inside is None else x.index_select(0, layout.inside)
             y = self._together(rows, layout, low, args, kwargs or {})
@@ -152,19 +167,51 @@ class Routed:
     def quick(self, x: Tensor) -> Tensor | None:
         """The layer for x [rows, K] without gradients while all that it has is steady, by the kernel alone: without the
         checks of the operator, which the first call made. None where it takes the ordinary way."""
-        ready = self._ready
-        if ready is None or ready.forced is not forced_backends() or ready.x != (x.shape, x.dtype, x.device):
-            ready = self._ready = self._make_ready(x)
+        return self._directly(x) if x.dim() == 2 else None
+
+    @staticmethod
+    def _alone(x: Tensor) -> bool:
+        """Whether the kernel's output is all that a call of the layer has to give."""
+        return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or watched())
+
+    def _directly(self, x: Tensor) -> Tensor | None:
+        """`quick` for x [rows, ..., K]."""
+        ready, layer = self._ready, self.layer
+        if not layer._steady or layer.training or layer.merged_adapters:
+            return None
+        if ready is None or not self._in_place(ready, x):
+            ready = self._made_ready(x)
         if ready is None:
             return None
-        y: Tensor = ready.run(x, *ready.args)[0]
-        return y
+        y: Tensor = ready.run(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))[0]
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
-    def _make_ready(self, x: Tensor) -> _Ready | None:
-        layer = self.layer
-        if not layer._steady or layer.training or layer.merged_adapters or layer.kind.transient:
-            return None
-        if len(self.groups) == 1 or not self._parts or len(x) != len(self.rows) or x.dim() != 2:
+    def _in_place(self, ready: _Ready, x: Tensor) -> bool:
+        """Whether all is as it was when `ready` was made. Adapters are looked at once in a forward."""
+        if ready.forced is not forced_backends() or ready.x != (x.shape, x.dtype, x.device):
+            return False
+        if ready.kept is not self.layer._packed:
+            return False
+        if self._known is ready.kept and self._base:
+            return bool([*map(Tensor.data_ptr, self._base)] == ready.places[0])
+        if not ready.kept.unchanged():
+            return False
+        found = next(iter(self._parts.values()))()
+        if found is None or self._placed(found) != ready.places:
+            return False
+        self._known = ready.kept
+        return True
+
+    def _placed(self, found: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Where the base layer's tensors are in memory, and all else that the kernel's arguments come from."""
+        flat, n, _ = flat_weight("multi_lora_linear", found[0])
+        self._base = base = [t for t in (*flat[:5], found[4]) if t is not None]
+        forms = [(t.dtype, t.numel(), t.is_contiguous()) for t in base]
+        return [*map(Tensor.data_ptr, base)], forms, flat[5:], n, found[4] is None, found[5:]
+
+    def _made_ready(self, x: Tensor) -> _Ready | None:
+        self._ready, layer = None, self.layer
+        if layer.kind.transient or len(self.groups) == 1 or not self._parts or len(x) != len(self.rows):
             return None
         low = self._low_rank()
         if low is None or self._known is None or low.compute not in (None, x.dtype) or low.dropout:
@@ -172,10 +219,17 @@ class Routed:
         layout = self._layout(x, low.slots)
         if layout.inside is not None or layout.split or layout.adapters is None:
             return None
-        flat, n, _ = flat_weight("multi_lora_linear", low.weight)
-        t = low.stack
-        args = (*flat, n, t.a, t.b, layout.adapters, t.starts, t.ranks, t.scaling, t.max_rank, low.bias, 0.0, None)
-        return _Ready((x.shape, x.dtype, x.device), forced_backends(), forward_op.settle(x, *args), args)
+        flat, n, k = flat_weight("multi_lora_linear", low.weight)
+        if x.dim() < 2 or x.shape[-1] != k:
+            return None
+        rows, t = x if x.dim() == 2 else x.reshape(-1, k), low.stack
+        adapters = layout.adapters.repeat_interleave(len(rows) // len(x)) if len(x) else layout.adapters
+        args = (*flat, n, t.a, t.b, adapters, t.starts, t.ranks, t.scaling, t.max_rank, low.bias, 0.0, None)
+        bound = forward_op.bind(rows, *args)
+        run = bound or functools.partial(_after, forward_op.settle(rows, *args), args)
+        places = self._placed((low.weight, None, None, None, low.bias, low.compute, low.dropout))
+        self._ready = _Ready((x.shape, x.dtype, x.device), forced_backends(), self._known, places, run, bool(bound))
+        return self._ready
 
     def _trains(self) -> bool:
         """Whether a stack would have gradients; in evaluation one without them is kept."""

@@ -71,6 +71,28 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
             yield site.name, site.module
 
 
+class KnownModules:
+    """The modules of `adapter_modules`, looked for anew only where a module of the model is another than before."""
+
+    def __init__(self) -> None:
+        # model, the `_modules` of every module that was walked through, what was in them, what was found
+        self._last: tuple[nn.Module | None, list[Any], list[list[Any]], list[AdapterModule]] = (None, [], [], [])
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a model has modules of its own
+        return KnownModules, ()
+
+    def of(self, model: nn.Module) -> list[AdapterModule]:
+        """Those of `model`; not to be changed."""
+        known, stores, children, found = self._last
+        if known is not model or [*map(list, map(dict.values, stores))] != children:
+            modules = [site.module for site in walk(model)]
+            inner = [module.base_layer for module in modules if isinstance(module, AdapterLayer)]
+            stores = [module._modules for module in (*modules, *inner)]
+            found = [m for m in modules if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))]
+            self._last = model, stores, [[*store.values()] for store in stores], found
+        return found
+
+
 def iter_adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Tensor]]:
     """(key in memory, key in a file, tensor) of everything that is saved for an adapter.
 

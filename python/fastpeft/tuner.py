@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from .rows import Recall, RowValues
 from .safety import BASE
 from .saved_modules import ModulesToSaveWrapper
 from .shared import held_containers, register_at
-from .sites import AdapterModule, adapter_modules
+from .sites import AdapterModule, KnownModules, adapter_modules
 
-AUXILIARY_KWARGS = ("adapter_names", "alora_offsets")
+AUXILIARY_KWARGS = frozenset({"adapter_names", "alora_offsets"})
 
 
 class BaseTuner(ModelMerging, nn.Module):
@@ -53,6 +53,8 @@ class BaseTuner(ModelMerging, nn.Module):
         # Adapters whose methods act on the model's forward as a whole; their names may outlive them.
         self._hooked = {n: m for n, m in ((n, method_of(c)) for n, c in self.peft_config.items()) if m.hooks_model}
         self._recall = Recall()
+        self._known = KnownModules()
+        self._names: tuple[tuple[str, ...], list[str]] = (), []  # the last rows' adapters, and those that there were
         self._assigned: tuple[str, ...] | None = None  # adapters of the rows of the batch that is computed now
         self.active_adapter: str | list[str] = adapter_name
         self.prefix = method_of(config).prefix
@@ -225,23 +227,23 @@ class BaseTuner(ModelMerging, nn.Module):
 
     # Mixed batches
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """For the duration of a forward: an adapter for each row, from the argument `adapter_names`, and values."""
         names = kwargs.get("adapter_names")
         if names is not None and self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         names = self._assigned if names is None else names
-        inputs = {"input_ids": args[0], **kwargs} if args else kwargs
-        hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
-        values = {n: v for n, v in ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked) if v is not None}
+        values = {}
+        if self._hooked:
+            inputs = {"input_ids": args[0], **kwargs} if args else kwargs
+            hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
+            found = ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked)
+            values = {n: v for n, v in found if v is not None}
         if values or names is not self._assigned:
-            with self.rows_assigned(names, values, _repeats(kwargs, self.model), steady=True):
-                yield
-            return
+            return self.rows_assigned(names, values, _repeats(kwargs, self.model), steady=True)
         if names is None and self._recall and self.training and torch.is_grad_enabled():
             self._recall.keep(None, {})
-        yield
+        return nullcontext()
 
     @contextmanager
     def rows_assigned(
@@ -254,28 +256,25 @@ class BaseTuner(ModelMerging, nn.Module):
         (beams); an encoder sees it once. steady: adapters stay as they are within this. Raises
         ValueError for names of no adapter.
         """
-        unknown = set(names or ()).difference(self.peft_config, (BASE,))
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        if names is not None and not isinstance(names, (list, tuple)):
-            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-        modules, values = [module for _, module in self.adapter_modules()], values or {}
-        if names is not None:
-            for given in values.values():
-                check_length(given, names)
+        given = self._checked(names)
+        modules, values = self._known.of(self.model), values or {}
+        if given is not None:
+            for each in values.values():
+                check_length(each, given)
         encoder: Any = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
         is_part = isinstance(encoder, nn.Module) and encoder is not self.model
         once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
-        rows: dict[int, tuple[str, ...] | None] = {1: None if names is None else tuple(names)}
+        rows: dict[int, tuple[str, ...] | None] = {1: given}
         repeated: dict[int, RowValues] = {1: values}
         if repeats > 1:
-            rows[repeats] = None if names is None else tuple(name for name in names for _ in range(repeats))
+            rows[repeats] = None if given is None else tuple(name for name in given for _ in range(repeats))
             repeated[repeats] = {a: [v for v in row for _ in range(repeats)] for a, row in values.items()}
         recall = None
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             recall = self._recall
             recall.keep(rows[1], values)
-        before, self._assigned = self._assigned, rows[1]
+        own, before = self.__dict__, self._assigned  # nn.Module takes its time to set attributes
+        own["_assigned"] = rows[1]
         try:
             for module in modules:
                 times = 1 if id(module) in once else repeats
@@ -284,11 +283,26 @@ class BaseTuner(ModelMerging, nn.Module):
                     module.set_row_values(repeated[times])
             yield
         finally:
-            self._assigned = before
+            own["_assigned"] = before
             for module in modules:
                 module.set_rows(before)
                 if values and isinstance(module, AdapterLayer):
                     module.set_row_values(None)
+
+    def _checked(self, names: Sequence[str] | None) -> tuple[str, ...] | None:
+        """The names of adapters that there are, as a tuple; they are looked up where others came last."""
+        there = [*self.peft_config]
+        if isinstance(names, (list, tuple)) and (rows := tuple(names), there) == self._names:
+            return rows
+        unknown = set(names or ()).difference(there, (BASE,))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        if names is None:
+            return None
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+        self.__dict__["_names"] = rows, there
+        return rows
 
 
 def _repeats(kwargs: Mapping[str, Any], model: nn.Module) -> int:

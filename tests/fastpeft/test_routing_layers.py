@@ -17,7 +17,7 @@ from fastpeft.method import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
 from torch import Tensor, nn
 
-from peft_kernels import AdapterStack
+from peft_kernels import AdapterStack, native
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("layer_tools.py")))
@@ -197,6 +197,43 @@ def test_a_change_is_seen_by_the_next_forward(change: Callable[[AdapterLayer], N
     if change not in AT_ONCE:  # is found when the rows are assigned again, which every forward of a model does
         layer.set_rows(ROWS)
     assert not torch.equal(assert_mixed(layer, x), before) or change is _base_trains
+
+
+def _write_base(layer: AdapterLayer) -> None:
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(2)
+
+
+def _move_base(layer: AdapterLayer) -> None:
+    layer.base_layer.weight.data = torch.randn(20, 24)  # the same parameter, elsewhere in memory
+
+
+def forward_of_a_model(layer: AdapterLayer, x: Tensor) -> Tensor:
+    """As a model calls it: nothing is written to before the rows are assigned again."""
+    layer.set_rows(ROWS, steady=True)
+    with torch.no_grad():
+        assert_same_bits(y := layer(x), layer(x))
+        return assert_mixed(layer, x, y=y)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, _write_base, _move_base])
+def test_a_change_is_seen_by_the_next_forward_of_a_model(change: Callable[[AdapterLayer], None]) -> None:
+    layer, x = lora_layer(names="abc"), x_of()
+    layer.requires_grad_(False)
+    for _ in range(packed._OFTEN + 1):
+        before = forward_of_a_model(layer, x)
+    assert layer._routed is not None
+    assert layer._routed._ready is not None  # the short way
+    change(layer)
+    after = forward_of_a_model(layer, x)
+    assert not torch.equal(after, before) or change is _base_trains
+    assert_same_bits(forward_of_a_model(layer, x), after)
+
+
+def test_changes_are_seen_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_loaded", {"cpu": "not here"})
+    for change in (_write_unseen, _move_base):
+        test_a_change_is_seen_by_the_next_forward_of_a_model(change)
 
 
 def test_adapters_in_two_dtypes_and_float64_scalings() -> None:

@@ -15,7 +15,7 @@ from fastpeft import IA3Config, LoraConfig, OFTConfig, VeraConfig, get_peft_mode
 from torch import Tensor
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
-from peft_kernels.testing import assert_no_worse
+from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("model_tools.py")))
 llama, config, pair, add_both, assert_same_outputs, X = (
@@ -74,6 +74,27 @@ def test_every_row_of_several_kinds_is_what_it_is_alone() -> None:
     with torch.no_grad():
         for i, name in enumerate(ROWS):
             assert torch.equal(rows[1][i], base(x[i : i + 1]).logits[0]) == (name == "__base__")
+
+
+def test_layers_that_come_later_are_told_of_their_rows() -> None:
+    """A model's layers are known between forwards, as long as they hang where they did; a copy has its own."""
+    model, x, names = get_peft_model(llama(), CONFIGS["default"]), ids(4), ["default", "wide", "__base__", "wide"]
+    model.eval().add_adapter("wide", CONFIGS["wide"])
+
+    def logits(m: Any) -> Tensor:
+        with torch.no_grad():
+            return m(x, adapter_names=names).logits
+
+    assert_same_bits(logits(model), logits(copy.deepcopy(model)))
+    attention = model.base_model.model.model.layers[0].self_attn
+    before, layer = logits(model), copy.deepcopy(attention.q_proj)
+    torch.nn.init.normal_(layer.lora_B["wide"].weight)
+    attention.q_proj = torch.nn.Sequential(layer)
+    after = logits(model)
+    assert not torch.equal(after[1], before[1])
+    attention.q_proj = layer
+    assert_same_bits(after, logits(model))
+    assert_same_bits(after, logits(copy.deepcopy(model)))
 
 
 @pytest.mark.parametrize(

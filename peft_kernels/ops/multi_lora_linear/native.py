@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,10 @@ from ...dispatch import Backend
 from ...native import pointer
 from ..lora_linear.native import available, pack, refusal
 from . import backward_op, check_values, forward_op
+
+# where pk_lora_args has x; a and b; y and s; s, dy, dx, da and db; threads
+_X, _A, _Y, _S, _THREADS = 0, 6 * 8, 10 * 8, 11 * 8, 28 * 8
+_ONE, _TWO = struct.Struct("=q"), struct.Struct("=2q")
 
 
 def _when_forward(x: Tensor, *args: Any) -> str | None:
@@ -56,6 +60,28 @@ def forward(
     return y, s
 
 
+def bind(x: Tensor, *rest: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """`forward` of everything but x as a function of x; None where a tensor would have to be copied first."""
+    *weight, n, a, b, adapters, starts, ranks, scaling, max_rank, bias, dropout_p, seed = rest
+    plan = (adapters, starts, ranks, scaling, max_rank)
+    if not all(t.is_contiguous() for t in rest if isinstance(t, Tensor)):
+        return None
+    shape, small = (x.shape[0], n), (x.shape[0], max_rank)
+    packed = pack(1, x, *weight, n, a, b, 1.0, bias, dropout_p, seed, plan=plan)
+    first, second, last = packed[8:_Y], packed[_Y + 16 : _THREADS], packed[_THREADS + 8 :]
+    run, threads, one, two = native.cpu().pk_cpu_lora_linear, torch.get_num_threads, _ONE.pack, _TWO.pack
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        y, s = x.new_empty(shape), x.new_empty(small, dtype=torch.float32)
+        outputs = two(y.data_ptr(), s.data_ptr())
+        own = b"".join((one(x.data_ptr()), first, outputs, second, one(threads()), last))
+        _check(run(own, 1), "multi_lora_linear", a, plan, False)
+        return y, s
+
+    return call
+
+
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
     nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
@@ -79,14 +105,13 @@ def backward(
 
 _CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "multi_lora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
+    "multi_lora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward, bind=bind),
     "multi_lora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
 }
 
 
 # ---- several layers of one x, adapters in tensors of their own ------------------------------------------------------
 MOST = 16  # PK_LORA_MOST of csrc/pk_abi.h
-_X, _A, _S = 0, 6 * 8, 11 * 8  # where pk_lora_args has x, a and b, and s, dy, dx, da and db
 
 
 class Layer(NamedTuple):
