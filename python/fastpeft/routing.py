@@ -124,7 +124,8 @@ class Routed:
             y = self._directly(x)
             if y is not None:
                 return y
-        check_length(x, self.rows)
+        if not layer.kind.transient:  # which need not have a row of x for each of the batch (experts, attention)
+            check_length(x, self.rows)
         if layer.merged_adapters:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."

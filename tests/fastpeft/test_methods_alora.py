@@ -114,12 +114,14 @@ def test_alora_generates_what_peft_does_with_and_without_a_cache() -> None:
         if package is fastpeft:
             # PEFT moves the start along with the end, so that without a cache the invocation falls out again.
             without = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=False)
+            named = model.generate(inputs=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
             beams = model.generate(input_ids=ids, max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0)
             several = model.generate(input_ids=ids, max_new_tokens=2, num_return_sequences=2, do_sample=True)
             with model.disable_adapter():
                 plain = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert torch.equal(*texts)
     assert torch.equal(texts[0], without)
+    assert torch.equal(texts[0], named)
     assert beams.shape == (3, 9)
     assert several.shape == (6, 7)
     assert torch.equal(texts[0][2], plain[2])

@@ -143,6 +143,32 @@ def test_two_adapters_compose_and_come_and_go() -> None:
     assert_same_bits(clone(x), one)
 
 
+def test_rows_of_a_mixed_batch_share_one_adapter_there() -> None:
+    """Whatever is first in the module's input: experts see tokens."""
+
+    class Flat(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mid(self.mlp["experts"](x.flatten(0, 1)).view(*x.shape[:2], 6))
+
+    model = fastpeft.get_peft_model(Flat(), fastpeft.LoraConfig(target_modules=["mid"], init_lora_weights=False), "mid")
+    options = {"target_parameters": PARAMETERS[:2], "init_lora_weights": False}
+    model.add_adapter("experts", fastpeft.LoraConfig(**options))
+    model.eval()
+    x = torch.randn(3, 5, 8)
+    with model.disable_adapter():
+        base = model(x)
+    alone = {}
+    for name in ("mid", "experts"):
+        model.set_adapter(name)
+        alone[name] = model(x)
+    mixed = model(x, adapter_names=["mid", "__base__", "mid"])
+    for i, expected in enumerate((alone["mid"], base, alone["mid"])):
+        close(mixed[i], expected[i])
+    close(model(x, adapter_names=["experts"] * 3), alone["experts"])
+    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
+        model(x, adapter_names=["mid", "experts", "mid"])
+
+
 def test_an_encoder_layer_does_not_pass_the_adapter_over_in_eval() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()

@@ -43,7 +43,7 @@ class Alora(Lora):
 
     def row_values(self, config: Any, inputs: Mapping[str, Any]) -> Sequence[Any] | None:
         """(offset or None, length of the sequence that it was found in, if known) of each row."""
-        given, ids = inputs.get("alora_offsets"), inputs.get("input_ids")
+        given, ids = inputs.get("alora_offsets"), inputs.get("input_ids", inputs.get("inputs"))  # `generate` takes both
         if given is not None:
             return [(None if offset is None else int(offset), None) for offset in given]
         if not isinstance(ids, Tensor):
