@@ -151,6 +151,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [5, 100_000]}, "prompt", "from 0 to"),
     ({"prompt": ["a", "b"]}, "prompt", "one a request, got 2"),
     ({"prompt": "y" * 300}, "max_tokens", "the prompt has 300 tokens"),
+    ({"prompt": [5, "x"]}, "prompt", "valid integer"),
+    ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
     ({"seed": "x"}, "seed", "valid integer"),
     ({"color": "red"}, "color", "knows no such field"),
 ]

@@ -16,10 +16,11 @@ import httpx
 import pytest
 import torch
 from fastpeft.cli.app import app
-from fastpeft.serve import attention
+from fastpeft.serve import attention, schemas
 from fastpeft.serve.sampling import Sampling, draw, logprobs
 from fastpeft.serve.text import Decoder, Stops
 from fastpeft.training.testing import make_byte_tokenizer
+from pydantic import ValidationError
 from serve_tools import events, make_world
 from torch import Tensor
 from typer.testing import CliRunner
@@ -135,6 +136,20 @@ def test_text_comes_whole_and_without_half_characters(text: str) -> None:
     parts = [decoder.push(token) for token in tokenizer(text)["input_ids"]]
     assert "".join(parts) + decoder.flush() == text
     assert not any("\ufffd" in part for part in parts)
+
+
+def test_a_body_of_mistakes_is_one_error() -> None:
+    """Each of a million would take kilobytes, and all of them seconds."""
+    many = [None] * 1000
+    for kind, body in (
+        (schemas.Completion, {"model": "m", "prompt": many}),
+        (schemas.Completion, {"model": "m", "prompt": [many]}),
+        (schemas.Chat, {"model": "m", "messages": many}),
+        (schemas.Chat, {"model": "m", "messages": [{"role": "user", "content": many}]}),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(body)
+        assert caught.value.error_count() <= 4
 
 
 def test_half_a_character_at_the_end_is_given_out() -> None:

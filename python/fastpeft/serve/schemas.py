@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,6 +29,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 # Fields that change no answer.
 _WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                    "parallel_tool_calls")  # fmt: skip
+
+
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]  # a body has room for a million errors, which would take gigabytes
 
 
 class StreamOptions(BaseModel):
@@ -75,7 +79,7 @@ class Asked(BaseModel):
 class Completion(Asked):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     logprobs: Literal[0] | bool | None = None
 
     def wants_logprobs(self) -> bool:
@@ -102,7 +106,7 @@ class Part(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Items[Part]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -113,7 +117,7 @@ class Message(BaseModel):
 class Chat(Asked):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1)]
     logprobs: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
@@ -163,7 +167,9 @@ def parse(kind: type[BaseModel], content: object) -> Any:
 
 
 def _explained(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    found = error.errors(include_url=False, include_context=False)
+    # of a field with several types, what is wrong within the one that it has, rather than that it is not the first
+    first = next((each for each in found if not each["type"].endswith("_type")), found[0])
     where = [str(part) for part in first["loc"]]
     name = where[0] if where else None
     if first["type"] == "extra_forbidden":
