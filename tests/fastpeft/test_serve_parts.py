@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ import httpx
 import pytest
 import torch
 from fastpeft.cli.app import app
-from fastpeft.serve import attention, schemas
+from fastpeft.serve import api, attention, schemas
 from fastpeft.serve.sampling import Sampling, draw, logprobs
 from fastpeft.serve.text import Decoder, Stops
 from fastpeft.training.testing import make_byte_tokenizer
@@ -136,6 +138,23 @@ def test_text_comes_whole_and_without_half_characters(text: str) -> None:
     parts = [decoder.push(token) for token in tokenizer(text)["input_ids"]]
     assert "".join(parts) + decoder.flush() == text
     assert not any("\ufffd" in part for part in parts)
+
+
+def test_a_client_that_does_not_read_is_taken_for_one_that_went_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep its request's place, and its adapter in a slot, for ever."""
+    monkeypatch.setattr(api, "_LAST_WORDS", 0.0)
+    ended = []
+
+    async def never(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def texts() -> AsyncIterator[str]:
+        yield "data: x\n\n"
+
+    stream = api.EventStream(texts(), lambda: 0.05, lambda: ended.append(True))
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}  # uvicorn's
+    asyncio.run(asyncio.wait_for(stream(scope, never, never), 20))
+    assert ended == [True]
 
 
 def test_a_body_of_mistakes_is_one_error() -> None:

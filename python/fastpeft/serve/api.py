@@ -27,6 +27,7 @@ logger = logging.getLogger("fastpeft.serve")
 
 MOST_BYTES = 4 << 20  # of a body
 _LONG = 10_000  # characters: above, a prompt is tokenized on a thread
+_LAST_WORDS = 1.0  # seconds for sending that time is up
 _GONE = 499  # as nginx counts clients that did not wait; nobody receives it
 
 
@@ -168,7 +169,7 @@ class Call:
             pieces = self._pieces(asked.stops(), shape.logprobs)
             if asked.stream:
                 handed_over = True
-                return EventStream(self._events(pieces, shape), self._end_of_stream)
+                return EventStream(self._events(pieces, shape), lambda: engine.left(self.open), self._end_of_stream)
             collected = await self._or_gone(_all(pieces))
             self._count(200)
             return JSONResponse(shape.whole(collected, self.prompt, self.made))
@@ -239,15 +240,22 @@ class Call:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. ended: called in any case, also when nothing was sent."""
+    """Server-sent events. left: the seconds that it may still take; a client that does not read until then is taken
+    for one that went away. ended: called in any case, also when nothing was sent."""
 
-    def __init__(self, content: AsyncIterator[str], ended: Callable[[], None]) -> None:
+    def __init__(self, content: AsyncIterator[str], left: Callable[[], float], ended: Callable[[], None]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._ended = ended
+        self._left, self._ended = left, ended
 
-    async def __call__(self, *args: Any) -> None:
+    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
+        async def gone_or_late() -> Any:
+            try:
+                return await asyncio.wait_for(receive(), self._left() + _LAST_WORDS)
+            except asyncio.TimeoutError:
+                return {"type": "http.disconnect"}
+
         try:
-            await super().__call__(*args)
+            await super().__call__(scope, gone_or_late, send)
         finally:
             self._ended()
 

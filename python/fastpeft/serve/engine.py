@@ -171,7 +171,7 @@ class Engine:
         """Its tokens, to the last. Raises ApiError where the engine failed or time is up."""
         while True:
             try:
-                token = await asyncio.wait_for(request.tokens.get(), self._left(request))
+                token = await asyncio.wait_for(request.tokens.get(), self.left(request))
             except asyncio.TimeoutError:
                 raise late(self.limits.timeout) from None
             if isinstance(token, ApiError):
@@ -180,7 +180,8 @@ class Engine:
             if token.end is not None:
                 return
 
-    def _left(self, request: _Open) -> float:
+    def left(self, request: _Open) -> float:
+        """Seconds until its time is up."""
         return max(0.01, request.began + self.limits.timeout - time.monotonic())
 
     def leave(self, request: _Open) -> None:
@@ -276,7 +277,7 @@ class Engine:
     async def _wait_for(self, name: str, request: _Open) -> Lease:
         pool = self.pool
         assert pool is not None
-        waiting = self._threads.submit(lambda: pool.acquire(name, self._left(request)))
+        waiting = self._threads.submit(lambda: pool.acquire(name, self.left(request)))
         try:
             return await asyncio.wrap_future(waiting)
         except asyncio.CancelledError:
