@@ -189,6 +189,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "squared_row_norms": (*qw.flatten(), 8, 64),
         "dora_norm": (*qw.flatten(), a, b, 1.0, None),
         "dora_linear": (x, *qw.flatten(), 8, a, b, torch.ones(8), 1.0, None, 0.0, None, True),
+        "dora_linear_normed": (x, *qw.flatten(), 8, a, b, torch.ones(8), 1.0, None, 0.0, None, True),
         "dora_linear_backward": (dy, x, *qw.flatten(), a, b, torch.ones(8), dy, x @ a.t(), 1.0, 0.0, None, True, True,
                                  True),
         "butterfly_linear": (x, torch.randn(2, 16, 4, 4), *qw.flatten(), 8, torch.ones(8), None, True),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peft_kernels import dora_linear, dora_norm, lora_linear, philox, use_backend
 from peft_kernels.ops import dora_linear as op
+from peft_kernels.ops.dora_norm import norm_op as dora_norm_op
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 
 level = level_fixture()
@@ -76,6 +77,7 @@ def test_opcheck() -> None:
                 else:
                     dora_tools.backward(c, gain, h, s, record)
                 torch.library.opcheck(fn.op, calls[-1])
+            torch.library.opcheck(op.normed_op.op, dora_tools.forward(c, gain, lambda *args: args))
 
 
 def test_bad_input() -> None:
@@ -167,6 +169,28 @@ def test_a_gain_of_one_is_lora_linear(level: str) -> None:
 
 
 @needs_native
+def test_normed_is_the_norm_and_then_the_layer(level: str) -> None:
+    """One call, the same bits as two, and of `trained` the same gradients."""
+    cases = ((130, 64, 576, F32, "nf4", 0.0), (9, 50, 97, F32, "dense", 0.0), (1, 7, 64, BF16, "fp4", 0.3))
+    for m, n, k, dtype, quant, p in cases:
+        c, magnitude = make(m, n, k, dtype=dtype, quant=quant, r=3, p=p, bias=True), dora_tools.make_gain(n)
+        c.b[n // 3] = 0.0  # a row without an update; of a dense weight a row of zeros
+        if quant == "dense":
+            c.weight[0][n // 3] = 0.0
+        y, h, s, gain, norm = dora_tools.forward(c, magnitude, op.normed_op.op)
+        assert_same_bits(norm, dora_norm_op.op(*dora_tools.norm_args(c)).clamp_min(torch.finfo(F32).tiny))
+        assert_same_bits(gain, magnitude / norm)
+        for got, want in zip((y, h, s), dora_tools.forward(c, gain, op.forward_op.op), strict=True):
+            assert_same_bits(got, want)
+    w, *train = (t.detach() for t in (torch.randn(8, 64), *parts(5, 8, 64, 2, F32)[:1], *parts(5, 8, 64, 2, F32)[2:5]))
+    x, a, b, magnitude = (t.requires_grad_() for t in train)
+    want = dora_linear(x, w, a, b, magnitude, dora_norm(w, a.detach(), b.detach(), 0.7), 0.7)
+    ys = (op.trained(x, w, a, b, magnitude, 0.7, None, 0.0), want)
+    for got, two in zip(*(torch.autograd.grad(y.square().sum(), (x, a, b, magnitude)) for y in ys), strict=True):
+        assert_same_bits(got, two)
+
+
+@needs_native
 def test_no_rows_and_what_is_not_needed(level: str) -> None:
     c, gain = make(0, 20, 64, r=4, bias=True), dora_tools.make_gain(20)
     y, h, s = dora_tools.forward(c, gain, op.forward_op.op)
@@ -192,8 +216,10 @@ def test_compiled_and_eager_agree(p: float) -> None:
     seed = torch.tensor([9])
 
     def run(*t: Tensor) -> Tensor:
+        if not p:
+            return op.trained(t[0], packed, *t[1:], 0.5, None, p)
         norm = dora_norm(packed, t[1].detach(), t[2].detach(), 0.5)
-        return dora_linear(t[0], packed, *t[1:], norm, 0.5, None, p, seed if p else None)
+        return dora_linear(t[0], packed, *t[1:], norm, 0.5, None, p, seed)
 
     eager = run(x, a, b, m)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x, a, b, m)

@@ -1,4 +1,7 @@
 /* Exported functions of lora_linear: argument checks (bugs of the caller; users' mistakes are found in Python). */
+#include <float.h>
+#include <math.h>
+
 #include "kernels.h"
 
 /* Rows of the stacks that adapters in use share would get the gradient of one of them only. */
@@ -105,5 +108,21 @@ int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares) {
     weight.dropout_p = 0;
     int code = check(&weight, true);
     return code ? code : finish(pk_table()->squared_row_norms(&weight, squares));
+}
+
+int pk_cpu_dora_linear(const pk_lora_args *args, const float *magnitude, float *gain, float *norm) {
+    if (args->gain != gain || (args->N > 0 && (!gain || !magnitude || !norm)))
+        return pk_fail(PK_ERR_ARGUMENT, "dora_linear: needs magnitude, norm, and a gain that is the arguments' own");
+    int code = check(args, false);
+    if (code) return code;
+    double *squares = (double *)pk_scratch(2, size_t(args->N) * 8);
+    if (!squares) return finish(PK_ERR_MEMORY);
+    if ((code = pk_cpu_squared_row_norms(args, squares))) return code;
+    for (int64_t i = 0; i < args->N; ++i) {
+        float length = float(sqrt(squares[i]));
+        norm[i] = length < FLT_MIN ? FLT_MIN : length; // NaN stays
+        gain[i] = magnitude[i] / norm[i];
+    }
+    return pk_cpu_lora_linear(args, 1);
 }
 }

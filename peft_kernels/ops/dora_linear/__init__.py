@@ -4,6 +4,7 @@ With gain = magnitude / norm, S = x a^T:            y = gain * h + bias,  h = x 
 With dropout d, as PEFT has it (d(x) replaces x in both terms that the gain scales), S = d(x) a^T:
 y = (x - d(x)) W^T + bias + gain * h,  h = d(x) W^T + scaling S b^T, where d is drop(x) of `philox.py`, recomputed in
 the backward. The gradients are `lora_linear`'s with gain * dy in the place of dy; dgain is the column sum of dy * h.
+In training the norm is that of this very call's weight: `dora_linear_normed` takes both in one call on a CPU.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...dispatch import Op, arg_error, forward_mode
+from ...dispatch import Op, arg_error, forced_backends, forward_mode
 from ...formats import FlatWeight, QuantWeight
 from .. import lora_linear as base
+from ..dora_norm import dora_norm, norm_op
 
 
 def _check_gain(op: str, gain: Tensor, n: int, x: Tensor) -> None:
@@ -83,6 +85,32 @@ forward_op = Op(
     reference=_reference,
     folder=__name__,
     flops=_flops,
+)
+
+
+def _fake_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    acc = base.acc_dtype(x.dtype)
+    return (*_fake(x, *rest), *(x.new_empty((rest[8],), dtype=acc) for _ in range(2)))
+
+
+def _reference_normed(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *weight, n, a, b, magnitude, scaling = rest[:13]
+    norm = _divisor(norm_op.reference(*weight, a, b, scaling, None), base.acc_dtype(x.dtype))
+    gain = magnitude / norm
+    return (*_reference(x, *weight, n, a, b, gain, scaling, *rest[13:]), gain, norm)
+
+
+normed_op = Op(
+    name="dora_linear_normed",
+    schema=(
+        f"(Tensor x, {base.WEIGHT}, SymInt out_features, Tensor a, Tensor b, Tensor magnitude, float scaling, "
+        "Tensor? bias, float dropout_p, Tensor? seed, bool need_h) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),  # y, h, s, gain = magnitude / norm, norm = |W + scaling b a|, at least the smallest normal number
+    check=_check,
+    fake=_fake_normed,
+    reference=_reference_normed,
+    folder=__name__,
+    flops=lambda x, *rest: _flops(x, *rest) + 2 * rest[9].shape[0] * x.shape[1] * rest[8],
 )
 
 
@@ -159,45 +187,52 @@ backward_op = Op(
 
 
 class _DoraLinear(torch.autograd.Function):
-    """(x [M, K], weight..., a, b, magnitude, norm or None, ...) -> (y [M, N], h, s); h and s are outputs to be saved.
+    """(x [M, K], weight..., a, b, magnitude, norm or None, ..., need_h, normed) -> (y [M, N], h, s, ...); all but y are
+    outputs to be saved. normed: the norm is the weight's own.
 
     The gain is a part of it: as operations of their own, its division and the ones back took a tenth of a small layer.
     """
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        x, magnitude, norm = args[0], args[12], args[13]
-        return forward_op(*args[:12], gain_of(magnitude, norm, base.acc_dtype(x.dtype)), *args[14:])
+        magnitude, norm, acc = args[12], args[13], base.acc_dtype(args[0].dtype)
+        if args[19]:
+            return normed_op(*args[:12], gain_of(magnitude, None, acc), *args[14:19])
+        return forward_op(*args[:12], gain_of(magnitude, norm, acc), *args[14:19])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, absmax, nested_absmax, nested_code, offset, *ints = inputs[:9]
-        a, b, magnitude, norm, scaling, bias, dropout_p, seed, need_h = inputs[10:]
-        _, h, s = output
-        ctx.mark_non_differentiable(h, s)
+        a, b, magnitude, norm, scaling, bias, dropout_p, seed, need_h, _ = inputs[10:]
+        _, h, s, *own = output  # own: gain, norm
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, absmax, nested_absmax, nested_code, offset, a, b, magnitude, norm,
-                              h if need_h else None, s, seed)  # fmt: skip
+                              h if need_h else None, s, seed, *own)  # fmt: skip
         ctx.ints, ctx.scaling, ctx.dropout_p = ints, scaling, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None, _ds: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * 19
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * 20
         if dy is None:
             return tuple(grads)
-        x, weight, absmax, nested_absmax, nested_code, offset, a, b, magnitude, norm, h, s, seed = ctx.saved_tensors
+        (x, weight, absmax, nested_absmax, nested_code, offset, a, b, magnitude, norm, h, s, seed,
+         *own) = ctx.saved_tensors  # fmt: skip
         dy, acc = dy.contiguous(), base.acc_dtype(dy.dtype)
-        divisor = None if norm is None else _divisor(norm, acc)
-        flat = gain_of(magnitude, None, acc)
-        gain = flat if divisor is None else flat / divisor
+        if own:
+            gain, divisor = own
+        else:
+            divisor = None if norm is None else _divisor(norm, acc)
+            gain = gain_of(magnitude, None, acc)
+            gain = gain if divisor is None else gain / divisor
         need = ctx.needs_input_grad
         need_gain = need[12] or need[13]
         if need[0] or need[10] or need[11] or need_gain:
             dx, da, db, dgain = backward_op(
-                dy, x, weight.detach(), absmax, nested_absmax, nested_code, offset, *ctx.ints, a.detach(), b.detach(),
-                gain, h, s, ctx.scaling, ctx.dropout_p, seed, need[0], need[10] or need[11], need_gain,
+                dy, x, weight, absmax, nested_absmax, nested_code, offset, *ctx.ints, a, b, gain, h, s, ctx.scaling,
+                ctx.dropout_p, seed, need[0], need[10] or need[11], need_gain,
             )  # fmt: skip
             for index, grad in ((0, dx), (10, da), (11, db)):
                 grads[index] = grad if need[index] else None
@@ -243,6 +278,36 @@ def dora_linear(
     generator when needed and not given. Returns [..., N] in x.dtype; sums are float32. Under autocast x is cast to
     autocast's dtype. Raises ValueError or TypeError on bad arguments.
     """
+    x, flat, n = _arguments(x, weight, magnitude)
+    if norm is not None and tuple(norm.shape) != (n,):
+        raise arg_error("dora_linear", "norm", f"[{n}]", tuple(norm.shape))
+    if dropout_p > 0.0 and seed is None:
+        seed = philox.draw_seed(x.device)
+    return _apply(x, flat, n, a, b, magnitude, norm, scaling, bias, dropout_p, seed, False)
+
+
+def trained(
+    x: Tensor, weight: Tensor | QuantWeight, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float,
+    bias: Tensor | None, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """`dora_linear` with the norm of this very weight, W + scaling b a, as a constant of the graph; the seed is drawn.
+
+    On a CPU it is one call: at 128 tokens of a small layer, what torch and Python did between two took a tenth of a
+    step. A dense weight that is trained sees the norm's gradient.
+    """
+    forced = forced_backends()
+    forced_to = forced.get("dora_linear_normed", forced.get("*", "native"))
+    full = isinstance(weight, Tensor) and weight.requires_grad
+    if full or x.device.type != "cpu" or forced_to not in ("native", "reference"):
+        norm = dora_norm(weight, a.detach(), b.detach(), scaling)
+        return dora_linear(x, weight, a, b, magnitude, norm, scaling, bias, dropout_p)
+    x, flat, n = _arguments(x, weight, magnitude)
+    seed = philox.draw_seed(x.device) if dropout_p > 0.0 else None
+    return _apply(x, flat, n, a, b, magnitude, None, scaling, bias, dropout_p, seed, True)
+
+
+def _arguments(x: Tensor, weight: Tensor | QuantWeight, magnitude: Tensor) -> tuple[Tensor, FlatWeight, int]:
+    """(x in autocast's dtype, the weight as operators take it, N)."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype is not torch.float64 else x
     flat, n, k = base.flat_weight("dora_linear", weight)
@@ -250,16 +315,19 @@ def dora_linear(
         raise arg_error("dora_linear", "x", f"[..., {k}] to fit the weight [{n}, {k}]", tuple(x.shape))
     if magnitude.numel() != n:
         raise arg_error("dora_linear", "magnitude", f"of {n} elements", tuple(magnitude.shape))
-    if norm is not None and tuple(norm.shape) != (n,):
-        raise arg_error("dora_linear", "norm", f"[{n}]", tuple(norm.shape))
-    if dropout_p > 0.0 and seed is None:
-        seed = philox.draw_seed(x.device)
-    rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    return x, flat, n
+
+
+def _apply(
+    x: Tensor, flat: FlatWeight, n: int, a: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor | None, scaling: float,
+    bias: Tensor | None, dropout_p: float, seed: Tensor | None, normed: bool,
+) -> Tensor:  # fmt: skip
+    rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
     tensors = (magnitude, norm, x, flat[0], a, b, bias)
     graph = torch.is_grad_enabled()
     wanted = graph and any(t is not None and t.requires_grad for t in tensors)
     need_h = graph and any(t is not None and t.requires_grad for t in tensors[:2])
-    args = (rows, *flat, n, a, b, magnitude, norm, scaling, bias, dropout_p, seed, need_h)
+    args = (rows, *flat, n, a, b, magnitude, norm, scaling, bias, dropout_p, seed, need_h, normed)
     if wanted or forward_mode():
         y = base.apply_function(_DoraLinear, *args)[0]
     else:

@@ -37,6 +37,20 @@ def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, h, s
 
 
+def normed(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """(y [M, N], h [M, N] or empty, s [M, r], gain [N], norm [N])."""
+    *weight, a, b, magnitude, scaling, bias, dropout_p, seed, need_h = args
+    x, magnitude = x.contiguous(), magnitude.contiguous()
+    own, y, s = forward_arguments(x, *weight, a, b, scaling, bias, dropout_p, seed)
+    h = torch.empty_like(y) if need_h else x.new_empty((0,))
+    gain, norm = torch.empty_like(magnitude), torch.empty_like(magnitude)
+    packed = pack(torch.get_num_threads(), x, *own, y=y, s=s, gain=gain, h=h if need_h else None)
+    code = native.cpu().pk_cpu_dora_linear(packed, magnitude.data_ptr(), gain.data_ptr(), norm.data_ptr())
+    if code:
+        native.check(code)
+    return y, h, s, gain, norm
+
+
 def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [M, K], da [r, K], db [N, r], dgain [N]); empty where not needed."""
     *weight, a, b, gain, h, s, scaling, dropout_p, seed, need_dx, need_ab, need_gain = args
@@ -56,5 +70,6 @@ def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor,
 _CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
     "dora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
+    "dora_linear_normed": Backend("native", normed, _CPU, available=available, when=_when_forward),
     "dora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
 }

@@ -274,9 +274,8 @@ class _LoraLinear(torch.autograd.Function):
         if need_dx or need_ab:
             rows = x if x is not None else dy.new_empty(ctx.x_shape)
             dx, da, db = backward_op(
-                dy, rows, weight.detach(), absmax, nested_absmax, nested_code, offset, *ctx.ints,
-                None if a is None else a.detach(), None if b is None else b.detach(), s,
-                ctx.scaling, ctx.dropout_p, seed, need_dx, need_ab,
+                dy, rows, weight, absmax, nested_absmax, nested_code, offset, *ctx.ints, a, b, s, ctx.scaling,
+                ctx.dropout_p, seed, need_dx, need_ab,
             )  # fmt: skip
             grads[0] = dx if need_dx else None
             grads[10] = da if need[10] else None

@@ -148,6 +148,7 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
         "multi_lora_linear": (x, *weight, 64, a, b.t(), *several, None, 0.0, None),
         "multi_lora_linear_backward": (dy, x, *weight, a, b.t(), s, *several, 0.0, None, True, True),
         "dora_linear": (x, *weight, 64, a, b, gain, 1.0, None, 0.0, None, True),
+        "dora_linear_normed": (x, *weight, 64, a, b, gain, 1.0, None, 0.0, None, True),
         "dora_linear_backward": (dy, x, *weight, a, b, gain, dy, s, 1.0, 0.0, None, True, True, True),
         "squared_row_norms": (*weight, 64, 128),
         "dora_norm": (*weight, a, b, 1.0, None),

@@ -5,7 +5,7 @@ gradient through), the layer is
 
     y = g (W x + s B A x) + b
 
-On a plain or 4-bit linear layer it is one call of `peft_kernels.dora_linear` and, in training, one of `dora_norm`;
+On a plain or 4-bit linear layer it is one call of `peft_kernels.dora_linear`, in training together with the norm;
 evaluation keeps the norms (`kept.Kept`). On top of other adapters W is the weight that they made, so that forward
 and merged agree (PEFT norms the base weight there).
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dora_linear, dora_norm
 from peft_kernels.dispatch import forward_mode
-from peft_kernels.ops.dora_linear import gain_of, infer
+from peft_kernels.ops.dora_linear import gain_of, infer, trained
 
 from ...base_edits import EDIT
 from ...kept import Kept
@@ -167,10 +167,10 @@ class Dora(Lora):
                 return None
             w, a, b, scale, bias, compute, p = found
             inside = x if compute is None else x.to(compute)
-            norm: Tensor | None = None
-            if full or layer.training:
-                norm = dora_norm(w, a if full else a.detach(), b if full else b.detach(), scale)
-                y = dora_linear(inside, w, a, b, m, norm, scale, bias, p)
+            if full:
+                y = dora_linear(inside, w, a, b, m, dora_norm(w, a, b, scale), scale, bias, p)
+            elif layer.training:
+                y = trained(inside, w, a, b, m, scale, bias, p)
             else:
                 quantised = isinstance(w, QuantWeight)
                 stored = (w.packed, w.absmax) if quantised else (w,)
