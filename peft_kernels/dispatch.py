@@ -35,6 +35,10 @@ FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # types of arguments that torch's dispatcher passes on as they are
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None)})
 
+# by names of this module: the way through torch's modules takes longer than what they do
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_profiled, _compiling = torch._C._autograd._profiler_enabled, torch.compiler.is_compiling
+
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]  # torch's is not annotated
 _ops: dict[str, Op] = {}
 
@@ -86,13 +90,7 @@ def forward_mode() -> bool:
 
 def watched() -> bool:
     """Whether something would see an operator that torch dispatches: a compiler, mode, transform or profiler."""
-    return bool(
-        forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._profiler_enabled()
-    )
+    return bool(_compiling() or forward_ad._current_level >= 0 or _modes() or _transforms() or _profiled())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -245,10 +245,9 @@ class BaseTuner(ModelMerging, nn.Module):
             self._recall.keep(None, {})
         return nullcontext()
 
-    @contextmanager
     def rows_assigned(
         self, names: Sequence[str] | None, values: RowValues | None = None, repeats: int = 1, steady: bool = False
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Within this, the rows of a batch have the adapters `names` ("__base__" for none), in training too.
 
         `forward(adapter_names=...)` is this for evaluation. With gradient checkpointing call backward() after each
@@ -261,33 +260,12 @@ class BaseTuner(ModelMerging, nn.Module):
         if given is not None:
             for each in values.values():
                 check_length(each, given)
-        encoder: Any = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
-        is_part = isinstance(encoder, nn.Module) and encoder is not self.model
-        once = {id(m) for _, m in adapter_modules(encoder)} if is_part else set()
-        rows: dict[int, tuple[str, ...] | None] = {1: given}
-        repeated: dict[int, RowValues] = {1: values}
+        once: set[int] = set()
         if repeats > 1:
-            rows[repeats] = None if given is None else tuple(name for name in given for _ in range(repeats))
-            repeated[repeats] = {a: [v for v in row for _ in range(repeats)] for a, row in values.items()}
-        recall = None
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            recall = self._recall
-            recall.keep(rows[1], values)
-        own, before = self.__dict__, self._assigned  # nn.Module takes its time to set attributes
-        own["_assigned"] = rows[1]
-        try:
-            for module in modules:
-                times = 1 if id(module) in once else repeats
-                module.set_rows(rows[times], recall, steady)
-                if values and isinstance(module, AdapterLayer):
-                    module.set_row_values(repeated[times])
-            yield
-        finally:
-            own["_assigned"] = before
-            for module in modules:
-                module.set_rows(before)
-                if values and isinstance(module, AdapterLayer):
-                    module.set_row_values(None)
+            encoder: Any = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
+            if isinstance(encoder, nn.Module) and encoder is not self.model:
+                once = {id(m) for _, m in adapter_modules(encoder)}
+        return _Assigned(self, modules, given, values, repeats, once, steady)
 
     def _checked(self, names: Sequence[str] | None) -> tuple[str, ...] | None:
         """The names of adapters that there are, as a tuple; they are looked up where others came last."""
@@ -305,10 +283,51 @@ class BaseTuner(ModelMerging, nn.Module):
         return rows
 
 
+class _Assigned:
+    """The context of `BaseTuner.rows_assigned`. A class, since a generator's takes as long as all that it does."""
+
+    def __init__(
+        self, tuner: BaseTuner, modules: list[AdapterModule], names: tuple[str, ...] | None, values: RowValues,
+        repeats: int, once: set[int], steady: bool,
+    ) -> None:  # fmt: skip
+        self.tuner, self.modules, self.names, self.values = tuner, modules, names, values
+        self.repeats, self.once, self.steady = repeats, once, steady
+        self.before: tuple[str, ...] | None = None
+
+    def __enter__(self) -> None:
+        tuner, names, values, repeats = self.tuner, self.names, self.values, self.repeats
+        rows: dict[int, tuple[str, ...] | None] = {1: names}
+        repeated: dict[int, RowValues] = {1: values}
+        if repeats > 1:
+            rows[repeats] = None if names is None else tuple(name for name in names for _ in range(repeats))
+            repeated[repeats] = {a: [v for v in row for _ in range(repeats)] for a, row in values.items()}
+        recall = None
+        if tuner.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            recall = tuner._recall
+            recall.keep(names, values)
+        self.before, tuner.__dict__["_assigned"] = tuner._assigned, names  # nn.Module takes its time to set attributes
+        try:
+            for module in self.modules:
+                times = 1 if id(module) in self.once else repeats
+                module.set_rows(rows[times], recall, self.steady)
+                if values and isinstance(module, AdapterLayer):
+                    module.set_row_values(repeated[times])
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self.tuner.__dict__["_assigned"] = self.before
+        for module in self.modules:
+            module.set_rows(self.before)
+            if self.values and isinstance(module, AdapterLayer):
+                module.set_row_values(None)
+
+
 def _repeats(kwargs: Mapping[str, Any], model: nn.Module) -> int:
     """How often `generate` repeats the rows of its inputs, given its arguments."""
     names = ("num_beams", "num_return_sequences")
-    if not any(name in kwargs for name in (*names, "generation_config")):
+    if kwargs.keys().isdisjoint((*names, "generation_config")):
         return 1
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]  # what the first leaves open
     choices = ((kwargs.get(name), *(getattr(config, name, None) for config in configs)) for name in names)
