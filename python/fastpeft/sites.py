@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import PeftWarning
@@ -83,6 +84,8 @@ class KnownModules:
 
     def of(self, model: nn.Module) -> list[AdapterModule]:
         """Those of `model`; not to be changed."""
+        if torch.compiler.is_compiling():  # a graph has guards of its own
+            return [module for _, module in adapter_modules(model)]
         known, stores, children, found = self._last
         if known is not model or [*map(list, map(dict.values, stores))] != children:
             modules = [site.module for site in walk(model)]

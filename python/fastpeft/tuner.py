@@ -269,9 +269,9 @@ class BaseTuner(ModelMerging, nn.Module):
 
     def _checked(self, names: Sequence[str] | None) -> tuple[str, ...] | None:
         """The names of adapters that there are, as a tuple; they are looked up where others came last."""
-        there = [*self.peft_config]
-        if isinstance(names, (list, tuple)) and (rows := tuple(names), there) == self._names:
-            return rows
+        there, keeps = [*self.peft_config], not torch.compiler.is_compiling()
+        if keeps and isinstance(names, (list, tuple)) and (tuple(names), there) == self._names:
+            return self._names[0]
         unknown = set(names or ()).difference(there, (BASE,))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
@@ -279,7 +279,9 @@ class BaseTuner(ModelMerging, nn.Module):
             return None
         if not isinstance(names, (list, tuple)):
             raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-        self.__dict__["_names"] = rows, there
+        rows = tuple(names)
+        if keeps:
+            self.__dict__["_names"] = rows, there
         return rows
 
 
@@ -327,7 +329,7 @@ class _Assigned:
 def _repeats(kwargs: Mapping[str, Any], model: nn.Module) -> int:
     """How often `generate` repeats the rows of its inputs, given its arguments."""
     names = ("num_beams", "num_return_sequences")
-    if kwargs.keys().isdisjoint((*names, "generation_config")):
+    if not any(name in kwargs for name in (*names, "generation_config")):
         return 1
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]  # what the first leaves open
     choices = ((kwargs.get(name), *(getattr(config, name, None) for config in configs)) for name in names)

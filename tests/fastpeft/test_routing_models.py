@@ -97,6 +97,16 @@ def test_layers_that_come_later_are_told_of_their_rows() -> None:
     assert_same_bits(after, logits(copy.deepcopy(model)))
 
 
+def test_a_whole_graph_gives_rows_their_adapters() -> None:
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
+    model.eval().add_adapter("b", LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+    x, rows = torch.randn(3, 8), [["b", "default", "__base__"], ["b", "b", "default"]]
+    with torch.no_grad():
+        run = torch.compile(model, backend="eager", fullgraph=True)
+        for names in (*rows, *rows):
+            assert_same_bits(run(x, adapter_names=names), model(x, adapter_names=names))
+
+
 @pytest.mark.parametrize(
     "how", ["plain", "without-a-cache", "beams", "beams-of-a-config", "beams-of-the-model", "beams-left-to-the-model"]
 )
