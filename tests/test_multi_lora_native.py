@@ -160,7 +160,7 @@ def test_gradients_of_rows_that_no_adapter_of_the_batch_owns_are_zero(level: str
 
 
 @needs_native
-def test_tensors_of_any_stride(level: str) -> None:
+def test_tensors_of_any_stride(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     c = make_multi(6, 24, 64, [8, 3])
     _, s = want = c.forward(op.forward_op.op)
     grads = c.backward(op.backward_op.op, s)
@@ -173,6 +173,22 @@ def test_tensors_of_any_stride(level: str) -> None:
     for got, expected in zip(moved.forward(op.forward_op.op), want, strict=True):
         assert_same_bits(got, expected)
     for got, expected in zip(moved.backward(op.backward_op.op, strided(s)), grads, strict=True):
+        assert_same_bits(got, expected)
+    c = make_multi(35, 64, 64, [8, 3], quant="dense", w_dtype=F32)
+    weight, *other = c.base.weight
+    turned = replace(c, base=replace(c.base, weight=(weight.t().contiguous().t(), *other)))
+    _, s = want = c.forward(op.forward_op.op)
+    grads = c.backward(op.backward_op.op, s)
+    library, others = native.cpu(), []
+
+    def cpu() -> Any:  # a copy of the weight that nobody holds is something else by now
+        others.extend(torch.full((64, 64), float("nan")) for _ in range(8))
+        return library
+
+    monkeypatch.setattr(native, "cpu", cpu)
+    for got, expected in zip(turned.forward(op.forward_op.op), want, strict=True):
+        assert_same_bits(got, expected)
+    for got, expected in zip(turned.backward(op.backward_op.op, s), grads, strict=True):
         assert_same_bits(got, expected)
 
 

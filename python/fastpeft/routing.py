@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -338,7 +339,9 @@ class Routed:
         self, device: torch.device, slots: Mapping[str, int], split: Sequence[str], apart: Sequence[str]
     ) -> _Layout:
         def tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+            # kept for forwards with gradients, too, which tensors of inference mode cannot be in
+            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                return torch.tensor(values, dtype=torch.int64, device=device)
 
         alone = {i for name in apart for i in self.groups[name]}
         inside = [i for i in range(len(self.rows)) if i not in alone]
@@ -353,7 +356,7 @@ class Routed:
             inside=tensor(inside) if apart else None,
             adapters=tensor(adapters) if any(i >= 0 for i in adapters) else None,
             split=on_top,
-            on_top=torch.cat([index for _, _, index in on_top]) if on_top else None,
+            on_top=tensor([place[i] for name in split for i in self.groups[name]]) if on_top else None,
             apart=[(n, self.groups[n], tensor(self.groups[n])) for n in apart],
             back=tensor(sorted(range(len(order)), key=order.__getitem__)) if apart else None,
         )

@@ -140,6 +140,9 @@ def _layers(jobs: Sequence[_Job], factors: Sequence[Tensor]) -> list[apart.Layer
 
 
 def _apart(x: Tensor, jobs: Sequence[_Job], factors: Sequence[Tensor]) -> bool:
+    given = (t for job in jobs for t in (*job.weight, job.bias) if isinstance(t, Tensor))
+    if not (all(map(Tensor.is_contiguous, factors)) and all(map(Tensor.is_contiguous, given))):
+        return False
     if any(job.tables.apart is None for job in jobs):
         for job, layer in zip(jobs, _layers(jobs, factors), strict=True):
             job.tables.apart = apart.serves_layers(x, layer)

@@ -111,6 +111,20 @@ def test_stacks_are_kept_in_evaluation_and_shared_by_rows(counts: dict[str, int]
     assert counts == {"calls": 10, "packed": 1}
 
 
+def test_rows_of_inference_mode_have_gradients_later() -> None:
+    layer = lora_layer(names="abc")
+    add_adapter(layer, "ia3", get_method("IA3"), IA3Config(feedforward_modules=[], target_modules=["x"]))
+    rows = [*ROWS, "ia3"]
+    layer.eval().set_rows(rows)
+    x = x_of(len(rows))
+    with torch.inference_mode():
+        layer(x)
+    layer.set_requires_grad(["a", "ia3"])
+    layer(x).sum().backward()
+    assert layer.lora_A["a"].weight.grad is not None
+    assert layer.ia3_l["ia3"].grad is not None
+
+
 def _write(layer: AdapterLayer) -> None:
     with torch.no_grad():
         layer.lora_B["a"].weight.mul_(-2)

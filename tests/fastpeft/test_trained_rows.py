@@ -91,6 +91,17 @@ def test_as_each_layer_in_float64(nf4: bool, dtype: torch.dtype, way: str, monke
         assert_no_worse(mine, theirs, best, best.abs().max().expand_as(best) * 4)
 
 
+def test_tensors_that_lie_by_columns() -> None:
+    made, x = model(), torch.randn(len(ROWS), K)
+    eager, exact = results(made, x, False), results(model().double(), x.double(), False)
+    results(made, x, True)  # what serves these layers is known from here on
+    for layer in layers(made):
+        for weight in (layer.base_layer.weight, layer.lora_A["b"].weight):
+            weight.data = weight.data.t().contiguous().t()
+    for mine, theirs, best in zip(results(made, x, True), eager, exact, strict=True):
+        assert_no_worse(mine, theirs, best, best.abs().max().expand_as(best) * 4)
+
+
 def test_dropout_is_that_of_the_op() -> None:
     made = model(lora_dropout=0.4)
     x = torch.randn(len(ROWS), 2, K)

@@ -50,11 +50,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, N], s [M, max_rank])."""
     x, a, b, m = x.contiguous(), a.contiguous(), b.contiguous(), x.shape[0]
+    weight = weight.contiguous()  # the names keep a copy alive during the call
     absmax, bias = (None if t is None else t.contiguous() for t in (absmax, bias))
     plan = (*(t.contiguous() for t in (adapters, starts, ranks, scaling)), max_rank)
     y, s = x.new_empty((m, out_features)), x.new_empty((m, max_rank), dtype=torch.float32)
-    packed = pack(torch.get_num_threads(), x, weight.contiguous(), absmax, nested_absmax, nested_code, offset,
-                  quant_type, blocksize, nested_blocksize, out_features, a, b, 1.0, bias, dropout_p, seed, y=y, s=s,
+    packed = pack(torch.get_num_threads(), x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+                  nested_blocksize, out_features, a, b, 1.0, bias, dropout_p, seed, y=y, s=s,
                   plan=plan)  # fmt: skip
     _check(native.cpu().pk_cpu_lora_linear(packed, 1), "multi_lora_linear", a, plan, False)
     return y, s
@@ -93,10 +94,11 @@ def backward(
     da, db = (t.new_empty(t.shape if need_ab else (0,)) for t in (a, b))
     if not x.shape[0]:
         return dx, da.zero_(), db.zero_()
-    dy, x, a, b, s = (t.contiguous() for t in (dy, x, a, b, s))
+    dy, x, a, b, s, weight = (t.contiguous() for t in (dy, x, a, b, s, weight))
+    absmax = None if absmax is None else absmax.contiguous()
     plan = (*(t.contiguous() for t in (adapters, starts, ranks, scaling)), max_rank)
-    packed = pack(torch.get_num_threads(), x, weight.contiguous(), None if absmax is None else absmax.contiguous(),
-                  nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, dy.shape[1], a, b, 1.0,
+    packed = pack(torch.get_num_threads(), x, weight, absmax, nested_absmax, nested_code, offset, quant_type,
+                  blocksize, nested_blocksize, dy.shape[1], a, b, 1.0,
                   None, dropout_p, seed, s=s, dy=dy, dx=dx if need_dx else None, da=da if need_ab else None,
                   db=db if need_ab else None, plan=plan)  # fmt: skip
     _check(native.cpu().pk_cpu_lora_linear_backward(packed, 1), "multi_lora_linear_backward", a, plan, need_ab)
