@@ -49,7 +49,7 @@ class Counted(TorchDispatchMode):
 
     @property
     def norms(self) -> int:
-        return sum("dora_norm" in name for name in self.names)
+        return sum("dora_norm" in name or "_normed" in name for name in self.names)
 
 
 @pytest.mark.parametrize("base", BASES)
