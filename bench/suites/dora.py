@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import subjects
 from ..machine import last_cache_bytes
-from ..measure import Candidate, copies_needed
+from ..measure import Candidate, copies_needed, warm_everything
 from ..results import Claim, Row
 
 SHAPES = [(576, 576), (2048, 2048), (4096, 4096)]
@@ -62,10 +62,12 @@ def inference_row(k: int, n: int, m: int, base: str, args: argparse.Namespace) -
 
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(2))
     candidates = []
+    # both over the same weights: one copy can be a fifth slower to read than another, by the pages that it lies in
+    layers = _layers(base, n, k, _count(base, n, k, args), True)
     for name, dora in (("DoRA", True), ("LoRA", False)):
-        layers = _layers(base, n, k, _count(base, n, k, args), True)
         adapted = subjects.with_adapter(fastpeft, layers, RANK, 0.0, False, use_dora=dora)
         candidates.append(Candidate(name, [subjects.forward_call(layer, x) for layer in adapted]))
+    warm_everything(candidates)  # DoRA's first call computes norms: by its time, a sample would be a few calls
     claims = [Claim("of our LoRA's speed", ["DoRA"], ["LoRA"], OF_LORA_IN_INFERENCE)]
     case = {"suite": "dora", "what": "forward", "K": k, "N": n, "M": m, "r": RANK, "base": base}
     return Row(f"inference {base} {k}x{n} M={m}", case, {}, claims, 2.0 * m * (n * k + RANK * (n + k)),

@@ -20,7 +20,8 @@ from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_kernels import quantize_4bit
+from peft_kernels import quantize_4bit, use_backend
+from peft_kernels.dispatch import BackendUnavailable
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 LORA = get_method("LORA")
@@ -100,6 +101,8 @@ CHANGES: dict[str, Callable[[AdapterLayer], object]] = {
     "scaling": lambda layer: layer.scaling.__setitem__("a", 0.3),
     "loaded": lambda layer: layer.load_state_dict({k: v * 1.5 for k, v in layer.state_dict().items()}),
     "dtype": lambda layer: layer.bfloat16().float(),
+    "bias data": lambda layer: setattr(layer.base_layer.bias, "data", torch.randn(20)),
+    "bias replaced": lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.randn(20), False)),
     "w data": lambda layer: layer.base_layer.weight.data.mul_(2.0),
     "w transposed": lambda layer: (_transpose(layer.base_layer.weight), layer(torch.ones(1, 24)),
                                    layer.base_layer.weight.data.mul_(2.0)),
@@ -119,6 +122,21 @@ def test_what_is_kept_goes_when_something_changes(change: str) -> None:
             after = layer(x).detach()
         assert not torch.equal(after, before)
         assert_same_bits(after, copy.deepcopy(layer)(x).detach())  # a copy keeps nothing
+
+
+@pytest.mark.parametrize("base", ["linear", "nf4"])
+def test_inputs_and_backends_may_change_between_calls(base: str) -> None:
+    layer, x = dora_layer(base)
+    fresh = copy.deepcopy(layer)
+    with torch.no_grad():
+        for given in (x, x, x[:1], x[0], x.bfloat16(), x.double(), x[:0], x.unsqueeze(1), x):
+            assert_same_bits(layer(given), copy.deepcopy(fresh)(given))
+        with use_backend("cuda"), pytest.raises(BackendUnavailable):
+            layer(x)
+        w = layer.base_layer.weight
+        w.data = w.data.flatten()[:-1]  # where it was
+        with pytest.raises(ValueError, match="dora_linear: weight must be"):
+            layer(x)
 
 
 @pytest.mark.parametrize("base", ["embedding", "conv2d", "transformers-conv1d"])

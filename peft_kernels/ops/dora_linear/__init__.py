@@ -344,14 +344,3 @@ def gain_of(magnitude: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tenso
 
 def _divisor(norm: Tensor, dtype: torch.dtype) -> Tensor:
     return (norm if norm.dtype is dtype else norm.to(dtype)).clamp_min(torch.finfo(dtype).tiny)
-
-
-def infer(
-    x: Tensor, flat: FlatWeight, out_features: int, a: Tensor, b: Tensor, gain: Tensor, scaling: float,
-    bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """`dora_linear` with a gain that is known, where no gradients are recorded and no autocast is on: at one token what
-    the public function looks at takes longer than a small layer. flat: as `QuantWeight.flatten()` has it."""
-    rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-    y: Tensor = forward_op(rows, *flat, out_features, a, b, gain, scaling, bias, 0.0, None, False)[0]
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
-from ..lora_linear.native import available, backward_arguments, forward_arguments, pack, refusal
+from ..lora_linear.native import again, available, backward_arguments, forward_arguments, pack, refusal
 
 _NO_RANK = "does not serve adapters of rank 0"
 
@@ -51,6 +52,26 @@ def normed(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return y, h, s, gain, norm
 
 
+def bind(x: Tensor, *args: Any) -> Callable[[Tensor], tuple[Tensor, None, Tensor]] | None:
+    """`forward` as a function of x, without h; None where a tensor would have to be copied first, or h is wanted."""
+    *weight, n, a, b, gain, scaling, bias, dropout_p, seed, need_h = args
+    if need_h or dropout_p or not all(t.is_contiguous() for t in args if isinstance(t, Tensor)):
+        return None
+    shape, small = (x.shape[0], n), (x.shape[0], a.shape[0])
+    packed = again(pack(0, x, *weight, n, a, b, scaling, bias, dropout_p, seed, gain=gain))
+    run = native.cpu().pk_cpu_lora_linear
+
+    def call(x: Tensor) -> tuple[Tensor, None, Tensor]:
+        x = x.contiguous()
+        y, s = x.new_empty(shape), x.new_empty(small, dtype=torch.float32)
+        code = run(packed(x, y, s), 1)
+        if code:
+            native.check(code)
+        return y, None, s
+
+    return call
+
+
 def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [M, K], da [r, K], db [N, r], dgain [N]); empty where not needed."""
     *weight, a, b, gain, h, s, scaling, dropout_p, seed, need_dx, need_ab, need_gain = args
@@ -69,7 +90,7 @@ def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor,
 
 _CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "dora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
+    "dora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward, bind=bind),
     "dora_linear_normed": Backend("native", normed, _CPU, available=available, when=_when_forward),
     "dora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
 }

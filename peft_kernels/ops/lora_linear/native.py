@@ -7,6 +7,7 @@ so that matters.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from ...dispatch import Backend
 from ...native import pointer
 
 _ARGS = struct.Struct("=29q2d3q24x7q")  # pk_lora_args of csrc/pk_abi.h; the three that are left out are for CUDA
+_X, _Y, _THREADS = 0, 10 * 8, 28 * 8  # where it has x; y and s; threads
 _F32 = torch.float32
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -96,6 +98,17 @@ def pack(
         0 if b is None else _CODES[b.dtype], 0 if bias is None else _CODES[bias.dtype], threads, scaling, dropout_p,
         pointer(gain), pointer(h), pointer(dgain), *many,
     )  # fmt: skip
+
+
+def again(packed: bytes) -> Callable[[Tensor, Tensor, Tensor], bytes]:
+    """A function of x, y and s: `packed` with these in the place of its own, and with as many threads as there are."""
+    first, second, last = packed[_X + 8 : _Y], packed[_Y + 16 : _THREADS], packed[_THREADS + 8 :]
+    put = struct.Struct(f"=q{len(first)}s2q{len(second)}sq{len(last)}s").pack
+
+    def of(x: Tensor, y: Tensor, s: Tensor) -> bytes:
+        return put(x.data_ptr(), first, y.data_ptr(), s.data_ptr(), second, torch.get_num_threads(), last)
+
+    return of
 
 
 def forward_arguments(

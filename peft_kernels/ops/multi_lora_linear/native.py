@@ -19,12 +19,10 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 from ...native import pointer
-from ..lora_linear.native import available, pack, refusal
+from ..lora_linear.native import again, available, pack, refusal
 from . import backward_op, check_values, forward_op
 
-# where pk_lora_args has x; a and b; y and s; s, dy, dx, da and db; threads
-_X, _A, _Y, _S, _THREADS = 0, 6 * 8, 10 * 8, 11 * 8, 28 * 8
-_ONE, _TWO = struct.Struct("=q"), struct.Struct("=2q")
+_X, _A, _S = 0, 6 * 8, 11 * 8  # where pk_lora_args has x; a and b; s, dy, dx, da and db
 
 
 def _when_forward(x: Tensor, *args: Any) -> str | None:
@@ -68,16 +66,13 @@ def bind(x: Tensor, *rest: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]] | N
     if not all(t.is_contiguous() for t in rest if isinstance(t, Tensor)):
         return None
     shape, small = (x.shape[0], n), (x.shape[0], max_rank)
-    packed = pack(1, x, *weight, n, a, b, 1.0, bias, dropout_p, seed, plan=plan)
-    first, second, last = packed[8:_Y], packed[_Y + 16 : _THREADS], packed[_THREADS + 8 :]
-    run, threads, one, two = native.cpu().pk_cpu_lora_linear, torch.get_num_threads, _ONE.pack, _TWO.pack
+    packed = again(pack(0, x, *weight, n, a, b, 1.0, bias, dropout_p, seed, plan=plan))
+    run = native.cpu().pk_cpu_lora_linear
 
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
         y, s = x.new_empty(shape), x.new_empty(small, dtype=torch.float32)
-        outputs = two(y.data_ptr(), s.data_ptr())
-        own = b"".join((one(x.data_ptr()), first, outputs, second, one(threads()), last))
-        _check(run(own, 1), "multi_lora_linear", a, plan, False)
+        _check(run(packed(x, y, s), 1), "multi_lora_linear", a, plan, False)
         return y, s
 
     return call

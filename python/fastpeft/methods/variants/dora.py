@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dora_linear, dora_norm
 from peft_kernels.dispatch import forward_mode
-from peft_kernels.ops.dora_linear import gain_of, infer, trained
+from peft_kernels.ops.dora_linear import gain_of, trained
 
 from ...base_edits import EDIT
+from ...bound import Inference
 from ...kept import Kept
 from ...method import Fused, Inner, LayerInfo, State
 from ...row_norms import norms
@@ -159,6 +160,7 @@ class Dora(Lora):
         name, magnitude, full = s._name, s.lora_magnitude_vector, bool(s.get("dora_full_gradient"))
         modules, parameters = magnitudes._modules, magnitude._parameters
         kept_norm, kept_gain = magnitude._kept
+        infer = Inference()
 
         def run(x: Tensor) -> Tensor | None:
             found = parts()
@@ -172,8 +174,7 @@ class Dora(Lora):
             elif layer.training:
                 y = trained(inside, w, a, b, m, scale, bias, p)
             else:
-                quantised = isinstance(w, QuantWeight)
-                stored = (w.packed, w.absmax) if quantised else (w,)
+                stored = (w.packed, w.absmax) if isinstance(w, QuantWeight) else (w,)
                 if p or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or forward_mode():
                     norm = kept_norm.get((*stored, a, b), (scale,), lambda: dora_norm(w, a, b, scale))
                     y = dora_linear(inside, w, a, b, m, norm, scale, bias, p)
@@ -182,8 +183,7 @@ class Dora(Lora):
                     gain = kept_gain.get(
                         (*stored, a, b, m), (scale, wide), lambda: gain_of(m, dora_norm(w, a, b, scale), wide)
                     )
-                    flat = w.flatten() if quantised else (w, None, None, None, None, 0, 64, 256)
-                    y = infer(inside, flat, m.numel(), a, b, gain, scale, bias)
+                    y = infer(inside, w, a, b, gain, scale, bias)
             return y.to(x.dtype) if inside is not x else y
 
         return run
