@@ -120,13 +120,14 @@ def interleave(
     return stats
 
 
-def warm_everything(candidates: Sequence[Candidate]) -> None:
-    """Run every copy once, untimed (bitsandbytes repacks each layer at its first call in eval mode)."""
+def warm_everything(candidates: Sequence[Candidate], times: int = 1) -> None:
+    """Run every copy, untimed: layers prepare themselves in their first calls, by which a sample must not be sized."""
     for c in candidates:
         if c.enter is not None:
             c.enter()
-        for call in c.calls:
-            call()
+        for _ in range(times):
+            for call in c.calls:
+                call()
 
 
 def threads(count: int | None) -> int:
