@@ -47,6 +47,7 @@ _HOMES = {
     "init.loftq": ("LoftQConfig", "replace_lora_weights_loftq"),
     "init.loraga": ("LoraGAConfig", "preprocess_loraga"),
     "helpers": ("find_kappa_target_modules",),
+    "huge_pages": ("use_huge_pages",),
     "methods.lora": ("LoraRuntimeConfig",),
     "nf4": ("NF4Linear", "quantize_model"),
     "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),

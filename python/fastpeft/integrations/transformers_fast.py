@@ -39,6 +39,7 @@ from peft_kernels.ops.lora_linear_stacked import forward_op as stacked_op
 from peft_kernels.ops.rms_norm import forward_op as rms_norm_op
 
 from .. import trained_rows
+from ..huge_pages import use_huge_pages
 from ..layer import AdapterLayer
 from ..nf4 import NF4Linear
 
@@ -315,9 +316,10 @@ class Accelerated:
         self.switched.clear()
 
 
-def accelerate(model: nn.Module) -> Accelerated:
+def accelerate(model: nn.Module, huge_pages: bool = True) -> Accelerated:
     """Speed up decoding and training of a Llama model of transformers (also inside a PeftModel) on a CPU, in place.
 
+    huge_pages: put its weights into huge pages of memory where the system has them (`huge_pages.use_huge_pages`).
     Raises ValueError when the model has no decoder layer of a kind that is known here.
     """
     handle = Accelerated()
@@ -336,4 +338,6 @@ def accelerate(model: nn.Module) -> Accelerated:
         head.__class__ = _FastHead
     if not handle.switched and not any(getattr(m, _ACCELERATED, False) for m in model.modules()):
         raise ValueError(f"{type(model).__name__}: no decoder layer of Llama, nothing to accelerate")
+    if huge_pages:
+        use_huge_pages((*model.parameters(), *model.buffers()))
     return handle
