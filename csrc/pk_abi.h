@@ -127,6 +127,8 @@ PK_EXPORT int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares
 /* DoRA's forward with the norm of this weight: norm[n] = |row n of weight + scaling * b a|, at least FLT_MIN; gain[n] =
  * magnitude[n] / norm[n]; then pk_cpu_lora_linear with that gain, which args->gain points to. */
 PK_EXPORT int pk_cpu_dora_linear(const pk_lora_args *args, const float *magnitude, float *gain, float *norm);
+/* Its backward: pk_cpu_lora_linear_backward, but dgain is the gradient of magnitude, dgain / norm. */
+PK_EXPORT int pk_cpu_dora_linear_backward(const pk_lora_args *args, const float *norm);
 
 /* ---- swiglu (CPU library) ------------------------------------------------------------------------------------------
  * h = silu(gate) * up; dgate = dh * up * silu'(gate), dup = dh * silu(gate). numel elements of dtype (float32, bfloat16,

@@ -125,4 +125,12 @@ int pk_cpu_dora_linear(const pk_lora_args *args, const float *magnitude, float *
     }
     return pk_cpu_lora_linear(args, 1);
 }
+
+int pk_cpu_dora_linear_backward(const pk_lora_args *args, const float *norm) {
+    if (args->dgain && args->N > 0 && !norm) return pk_fail(PK_ERR_ARGUMENT, "dora_linear: the gradient of magnitude needs norm");
+    int code = pk_cpu_lora_linear_backward(args, 1);
+    if (code || !args->dgain) return code;
+    for (int64_t i = 0; i < args->N; ++i) args->dgain[i] /= norm[i];
+    return PK_OK;
+}
 }

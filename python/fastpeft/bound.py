@@ -12,6 +12,7 @@ from torch import Tensor
 from peft_kernels import QuantWeight
 from peft_kernels.dispatch import forced_backends, watched
 from peft_kernels.ops.dora_linear import forward_op
+from peft_kernels.ops.dora_linear.native import places
 from peft_kernels.ops.lora_linear import flat_weight
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -43,7 +44,7 @@ class Inference:
                 y: Tensor = forward_op(*args)[0]
                 return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
             run = forward_op.bind(*args) or _with(forward_op.settle(*args), args[1:])
-            self._bound = bound = _Bound(given, form, tensors, _places(tensors), run)
+            self._bound = bound = _Bound(given, form, tensors, places(tensors), run)
         y = bound.run(rows)[0]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
@@ -56,13 +57,8 @@ class _Bound(NamedTuple):
     run: Callable[[Tensor], Any]
 
     def holds(self, given: tuple[Any, ...], form: tuple[Any, ...]) -> bool:
-        return all(map(is_, given, self.given)) and form == self.form and _places(self.tensors) == self.places
+        return all(map(is_, given, self.given)) and form == self.form and places(self.tensors) == self.places
 
 
 def _with(run: Callable[..., Any], rest: tuple[Any, ...]) -> Callable[[Tensor], Any]:
     return lambda x: run(x, *rest)
-
-
-def _places(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
-    """Where in memory, and in which form: `t.data = other` changes them under the same object."""
-    return [(t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import fastpeft
 import peft
 import pytest
 import torch
+import torch.utils.checkpoint
 from fastpeft import LoraConfig, get_peft_model
 from fastpeft.kept import Kept
 from fastpeft.layer import AdapterLayer
@@ -32,7 +34,7 @@ def dora_layer(base: str, **options: Any) -> tuple[AdapterLayer, Tensor]:
     """A layer in evaluation with a DoRA on it, and an input."""
     layer = make_layer(base)
     layer.base_layer.requires_grad_(False)
-    add_adapter(layer, "a", LORA, LoraConfig(r=3, use_dora=True, **options))
+    add_adapter(layer, "a", LORA, LoraConfig(**{"r": 3, "use_dora": True, **options}))
     layer.set_adapter("a")
     return layer.eval(), SAMPLE_BASES[base].input()
 
@@ -104,8 +106,11 @@ CHANGES: dict[str, Callable[[AdapterLayer], object]] = {
     "bias data": lambda layer: setattr(layer.base_layer.bias, "data", torch.randn(20)),
     "bias replaced": lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.randn(20), False)),
     "w data": lambda layer: layer.base_layer.weight.data.mul_(2.0),
-    "w transposed": lambda layer: (_transpose(layer.base_layer.weight), layer(torch.ones(1, 24)),
-                                   layer.base_layer.weight.data.mul_(2.0)),
+    "w transposed": lambda layer: (
+        _transpose(layer.base_layer.weight),
+        layer(torch.ones(1, 24)),
+        layer.base_layer.weight.data.mul_(2.0),
+    ),
     "w in place": lambda layer: nn.init.normal_(layer.base_layer.weight),
     "w replaced": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(20, 24), False)),
 }
@@ -137,6 +142,62 @@ def test_inputs_and_backends_may_change_between_calls(base: str) -> None:
         w.data = w.data.flatten()[:-1]  # where it was
         with pytest.raises(ValueError, match="dora_linear: weight must be"):
             layer(x)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("base", ["linear", "nf4"])
+def test_a_step_of_training_has_the_operators_bits_however_it_is_taken(base: str, dora: bool, p: float) -> None:
+    layer, x = dora_layer(base, use_dora=dora, lora_dropout=p)
+    layer.train()
+    with torch.no_grad():
+        for weight in layer.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    plain, watched = contextlib.nullcontext, Counted
+
+    def step(x: Tensor, forward: Any = plain, backward: Any = plain, run: Any = layer) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        torch.manual_seed(0)
+        with forward():
+            y = run(x)
+        trained = [x, *(weight for weight in layer.parameters() if weight.requires_grad)]
+        with backward():
+            return [y.detach(), *torch.autograd.grad(y, trained, torch.ones_like(y))]
+
+    def check(given: Tensor, *how: Any) -> None:
+        for got, expected in zip(step(given, *how), step(given, watched, watched), strict=True):
+            assert_same_bits(got, expected)
+
+    def hooks() -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
+
+    def checkpointed(x: Tensor) -> Any:
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+    for given in (x, x, x[:1], x[0], x[:0], x.unsqueeze(1), x.bfloat16(), x.double(), x):
+        check(given)
+    for how in ((plain, watched), (watched, plain), (hooks,), (plain, plain, checkpointed)):
+        check(x, *how)
+    a = layer.lora_A["a"].weight
+    a.data = a.data * 2  # elsewhere, without a version
+    check(x)
+    y = layer(x)
+    with use_backend("cuda"), pytest.raises(BackendUnavailable):
+        y.sum().backward()
+    y = layer(x)
+    with torch.no_grad():
+        a.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = layer(x.requires_grad_())
+    (dx,) = torch.autograd.grad(y.pow(2).sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+    w = layer.base_layer.weight
+    w.data = w.data.flatten()[:-1]  # where it was
+    with pytest.raises(ValueError, match="weight must be"):
+        layer(x)
 
 
 @pytest.mark.parametrize("base", ["embedding", "conv2d", "transformers-conv1d"])

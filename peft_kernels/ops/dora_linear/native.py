@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
-from ..lora_linear.native import again, available, backward_arguments, forward_arguments, pack, refusal
+from ...native import pointer
+from ..lora_linear.native import again, available, backward_arguments, forward_arguments, pack, put, refusal
 
 _NO_RANK = "does not serve adapters of rank 0"
 
@@ -86,6 +87,82 @@ def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor,
     )  # fmt: skip
     native.check(native.cpu().pk_cpu_lora_linear_backward(packed, 1))
     return dx, da, db, dgain
+
+
+# ---- a step of training, of what `bound.py` has checked and packed --------------------------------------------------
+def places(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    """Where in memory, and in which form: `t.data = other` changes them under the same object."""
+    return [(t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors]
+
+
+def addresses(tensors: list[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _whole(count: int) -> int:
+    """count float32 numbers rounded up to whole cache lines."""
+    return (count + 15) & -16
+
+
+def parts_of(left: Tensor, m: int, r: int, n: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(s [M, r], gain [N], norm [N]) of what `step` leaves, each from a whole cache line on; no gain, no norm where
+    there is no magnitude."""
+    gain, norm = _whole(m * r), _whole(m * r) + _whole(n)
+    s = left[: m * r].view(m, r)
+    return (s, left[gain : gain + n], left[norm:]) if left.numel() > gain else (s, None, None)
+
+
+def step(
+    packed: tuple[bytes, ...], x: Tensor, n: int, r: int, magnitude: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y [M, N], s with the gain and the norm in one tensor, h [M, N] where the magnitude is trained) of `lora_linear`
+    (no magnitude) or of `dora_linear_normed`. packed: `lora_linear.native.fields`; x [M, K] contiguous."""
+    m = x.shape[0]
+    at_gain = _whole(m * r)
+    y = x.new_empty((m, n))
+    if magnitude is None:
+        left = x.new_empty(at_gain, dtype=torch.float32)
+        code = native.cpu().pk_cpu_lora_linear(put(packed, x, seed, m, y.data_ptr(), left.data_ptr()), 1)
+        if code:
+            native.check(code)
+        return y, left, None
+    at_norm = at_gain + _whole(n)
+    left = x.new_empty(at_norm + n, dtype=torch.float32)
+    h = x.new_empty((m, n)) if magnitude.requires_grad else None
+    s = left.data_ptr()
+    gain = s + 4 * at_gain
+    args = put(packed, x, seed, m, y.data_ptr(), s, gain=gain, h=0 if h is None else h.data_ptr())
+    code = native.cpu().pk_cpu_dora_linear(args, magnitude.data_ptr(), gain, s + 4 * at_norm)
+    if code:
+        native.check(code)
+    return y, left, h
+
+
+def step_backward(
+    packed: tuple[bytes, ...], dy: Tensor, x: Tensor, left: Tensor, h: Tensor | None, seed: Tensor | None, a: Tensor,
+    b: Tensor, magnitude: Tensor | None, need: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dx [M, K], da [r, K], db [N, r], dm [N]); None where `need` says so."""
+    need_dx, need_a, need_b, need_m = need[:4]
+    dy = dy.contiguous()
+    m, n = dy.shape
+    dx, da, db, dm = torch.empty_like(x) if need_dx else None, None, None, None
+    if need_a or need_b:
+        da, db = torch.empty_like(a), torch.empty_like(b)
+    s, gain = left.data_ptr(), 0
+    if magnitude is not None:
+        gain = s + 4 * _whole(m * a.shape[0])
+        dm = torch.empty_like(magnitude) if need_m else None
+    args = put(packed, x, seed, m, 0, s, dy.data_ptr(), pointer(dx), pointer(da), pointer(db), gain,
+               0 if dm is None else pointer(h), pointer(dm))  # fmt: skip
+    library = native.cpu()
+    if dm is None:
+        code = library.pk_cpu_lora_linear_backward(args, 1)
+    else:
+        code = library.pk_cpu_dora_linear_backward(args, gain + 4 * _whole(n))
+    if code:
+        native.check(code)
+    return dx, da if need_a else None, db if need_b else None, dm
 
 
 _CPU = frozenset({"cpu"})

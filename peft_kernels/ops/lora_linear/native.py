@@ -111,6 +111,25 @@ def again(packed: bytes) -> Callable[[Tensor, Tensor, Tensor], bytes]:
     return of
 
 
+_STEP = struct.Struct("=q64s8q88sq16s3q80s")  # pk_lora_args, what a step changes apart from the rest
+
+
+def fields(packed: bytes) -> tuple[bytes, ...]:
+    """What `put` takes of a `pack`: the parts that stay from step to step."""
+    parts = _STEP.unpack(packed)
+    return parts[1], parts[10], parts[12], parts[16]
+
+
+def put(
+    rest: tuple[bytes, ...], x: Tensor, seed: Tensor | None, m: int, y: int, s: int, dy: int = 0, dx: int = 0,
+    da: int = 0, db: int = 0, gain: int = 0, h: int = 0, dgain: int = 0,
+) -> bytes:  # fmt: skip
+    """`pack` with other activations, of m rows, and as many threads as there are; addresses in the place of tensors."""
+    tensors, sizes, factors, last = rest
+    return _STEP.pack(x.data_ptr(), tensors, 0 if seed is None else seed.data_ptr(), y, s, dy, dx, da, db, m, sizes,
+                      torch.get_num_threads(), factors, gain, h, dgain, last)  # fmt: skip
+
+
 def forward_arguments(
     x: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
     offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,

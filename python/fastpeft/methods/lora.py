@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels import lora_linear
+from peft_kernels.ops.dora_linear.bound import Training
 
 from .. import init
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
@@ -324,14 +324,16 @@ class Lora(Method):
                 wb, scale = wb * scale, 1.0
             return w, wa, wb, scale, base_parameters.get("bias"), compute, p
 
+        train = Training()
+
         def run(x: Tensor) -> Tensor | None:
             found = parts()
             if found is None:
                 return None
             w, wa, wb, scale, bias, _, p = found
             if compute is not None and x.dtype is not compute:
-                return lora_linear(x.to(compute), w, wa, wb, scale, bias, p).to(x.dtype)
-            return lora_linear(x, w, wa, wb, scale, bias, p)
+                return train(x.to(compute), w, wa, wb, None, scale, bias, p).to(x.dtype)
+            return train(x, w, wa, wb, None, scale, bias, p)
 
         run.parts = parts  # type: ignore[attr-defined]  # for callers that fuse more than this layer
         return run

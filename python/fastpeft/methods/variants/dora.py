@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dora_linear, dora_norm
 from peft_kernels.dispatch import forward_mode
-from peft_kernels.ops.dora_linear import gain_of, trained
+from peft_kernels.ops.dora_linear import gain_of
+from peft_kernels.ops.dora_linear.bound import Training
 
 from ...base_edits import EDIT
 from ...bound import Inference
@@ -160,7 +161,7 @@ class Dora(Lora):
         name, magnitude, full = s._name, s.lora_magnitude_vector, bool(s.get("dora_full_gradient"))
         modules, parameters = magnitudes._modules, magnitude._parameters
         kept_norm, kept_gain = magnitude._kept
-        infer = Inference()
+        infer, train = Inference(), Training()
 
         def run(x: Tensor) -> Tensor | None:
             found = parts()
@@ -172,7 +173,7 @@ class Dora(Lora):
             if full:
                 y = dora_linear(inside, w, a, b, m, dora_norm(w, a, b, scale), scale, bias, p)
             elif layer.training:
-                y = trained(inside, w, a, b, m, scale, bias, p)
+                y = train(inside, w, a, b, m, scale, bias, p)
             else:
                 stored = (w.packed, w.absmax) if isinstance(w, QuantWeight) else (w,)
                 if p or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or forward_mode():
