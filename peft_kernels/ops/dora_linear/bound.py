@@ -143,18 +143,19 @@ class _Step(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         bound: _Bound = ctx.bound
         if dy is None:
             return (None,) * 6
         x, left, h, seed, *saved = ctx.saved_tensors  # hooks may have put others in their places
         if (
-            torch.is_grad_enabled() or type(dy) is not Tensor or watched() or bound.forced is not forced_backends()
+            type(dy) is not Tensor or watched() or bound.forced is not forced_backends()
             or addresses(saved) != bound.addresses
             or not (x.is_contiguous() and left.is_contiguous() and (h is None or h.is_contiguous()))
             or x.dtype is not bound.dtype
         ):  # fmt: skip
-            return _usual(ctx, dy)  # type: ignore[no-any-return]
+            return _usual(ctx, dy)
         need = ctx.needs_input_grad
         return *step_backward(bound.packed, dy, x, left, h, seed, bound.a, bound.b, bound.magnitude, need), None, None
 
@@ -163,7 +164,6 @@ class _Step(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Step).apply
 
 
-@once_differentiable
 def _usual(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The backward through the operators, on what the hooks of saved tensors made of them."""
     x, left, h, seed, *saved = ctx.saved_tensors
