@@ -27,4 +27,5 @@ print(faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_what_was_freed_is_not_asked_for_again() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 16 * (4 << 20) / 4096 / 10  # a tenth of its pages
+    pages = 16 * (4 << 20) // 4096
+    assert int(done.stdout) < pages / 4  # what is allocated in between can keep a tensor or two from its old place

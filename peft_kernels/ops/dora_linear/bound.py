@@ -148,14 +148,15 @@ class _Step(torch.autograd.Function):
         bound: _Bound = ctx.bound
         if dy is None:
             return (None,) * 6
-        x, left, h, seed, *saved = ctx.saved_tensors  # hooks may have put others in their places
+        given = ctx.saved_tensors  # hooks may have put others in their places, and a checkpoint gives them once
+        x, left, h, seed, *saved = given
         if (
             type(dy) is not Tensor or watched() or bound.forced is not forced_backends()
             or addresses(saved) != bound.addresses
             or not (x.is_contiguous() and left.is_contiguous() and (h is None or h.is_contiguous()))
             or x.dtype is not bound.dtype
         ):  # fmt: skip
-            return _usual(ctx, dy)
+            return _usual(ctx, dy, given)
         need = ctx.needs_input_grad
         return *step_backward(bound.packed, dy, x, left, h, seed, bound.a, bound.b, bound.magnitude, need), None, None
 
@@ -164,9 +165,9 @@ class _Step(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Step).apply
 
 
-def _usual(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _usual(ctx: Any, dy: Tensor, given: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """The backward through the operators, on what the hooks of saved tensors made of them."""
-    x, left, h, seed, *saved = ctx.saved_tensors
+    x, left, h, seed, *saved = given
     bound: _Bound = ctx.bound
     each = iter(saved)
     flat = [None if t is None else next(each) for t in bound.flat[:5]]
