@@ -32,8 +32,9 @@ _HOME: dict[str, frozenset[str]] = {
 }
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
+PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass may do anything
 # types of arguments that torch's dispatcher passes on as they are
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None)})
+_PLAIN_ARGUMENTS = PLAIN | {int, float, bool, type(None)}
 
 # by names of this module: the way through torch's modules takes longer than what they do
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
@@ -188,7 +189,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """`self.op(*args)`; without torch's dispatcher, which takes longer than a token through a small layer, where
         nothing between could see or change the call: plain tensors, eager mode, no transform, mode or profiler."""
-        if watched() or not _PLAIN.issuperset(map(type, args)):
+        if watched() or not _PLAIN_ARGUMENTS.issuperset(map(type, args)):
             return self.op(*args)
         return self._call(*args)
 

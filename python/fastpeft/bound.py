@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from peft_kernels import QuantWeight
-from peft_kernels.dispatch import forced_backends, watched
+from peft_kernels.dispatch import PLAIN, forced_backends, watched
 from peft_kernels.ops.dora_linear import forward_op
 from peft_kernels.ops.dora_linear.native import places
 from peft_kernels.ops.lora_linear import flat_weight
-
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 class Inference:
@@ -35,12 +33,12 @@ class Inference:
     ) -> Tensor:  # fmt: skip
         rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
         given, form = (weight, a, b, gain, scaling, bias, forced_backends()), (rows.shape, rows.dtype, rows.device)
-        bound, plain = self._bound, type(x) in _PLAIN and not watched()
+        bound, plain = self._bound, type(x) in PLAIN and not watched()
         if not plain or bound is None or not bound.holds(given, form):
             flat, n, _ = flat_weight("dora_linear", weight)
             args = (rows, *flat, n, a, b, gain, scaling, bias, 0.0, None, False)
             tensors = [t for t in args[1:] if isinstance(t, Tensor)]
-            if not plain or not _PLAIN.issuperset(map(type, tensors)):
+            if not plain or not PLAIN.issuperset(map(type, tensors)):
                 y: Tensor = forward_op(*args)[0]
                 return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
             run = forward_op.bind(*args) or _with(forward_op.settle(*args), args[1:])

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...dispatch import FLOATS, BackendUnavailable, forced_backends, watched
+from ...dispatch import FLOATS, PLAIN, BackendUnavailable, forced_backends, watched
 from ...formats import QuantWeight
 from .. import lora_linear as base
 from ..lora_linear.native import fields, pack
 from . import backward_op, normed_op, trained
 from .native import addresses, parts_of, places, step, step_backward
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _F32 = torch.float32
 
 
