@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .aliases import register as _register
+from .compat import peft_names as _peft_names
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_NAMES = {
     "config": (
         "NoMatchingPeftModuleError", "PeftConfig", "PeftError", "PeftType", "PeftWarning", "TargetConfig", "TaskType",
     ),
@@ -38,7 +38,7 @@ _HOMES = {
     "layer": ("AdapterLayer",),
     "distributed": ("fully_shard_model",),
     "method": ("Method", "register"),
-    "mapping": (
+    "compat.peft_only": (
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
     ),
@@ -52,13 +52,10 @@ _HOMES = {
     "nf4": ("NF4Linear", "quantize_model"),
     "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),
 }  # fmt: skip
+HOMES = {name: home for home, names in _NAMES.items() for name in names}
 _LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Poly", "Prefix", "Prompt", "Shadow",
           "XLora")  # fmt: skip
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
-_register(__name__, {
-    "functional": "adapters checkpoint model", "mapping_func": "model tasks mapping", "mixed_model": "tasks",
-    "peft_model": "model tasks status mapping",
-})  # fmt: skip
+_peft_names.install()
 
 
 def _of_methods() -> dict[str, Any]:
@@ -74,11 +71,11 @@ def _of_methods() -> dict[str, Any]:
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
-        return sorted({*_HOME, *_of_methods()})
-    if name in ("helpers", "optimizers", "tuners", "utils"):
+        return sorted({*HOMES, *_of_methods()})
+    if name in _peft_names.PATHS:
         return importlib.import_module(f".{name}", __name__)
-    if name in _HOME:
-        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in HOMES:
+        value = getattr(importlib.import_module(f".{HOMES[name]}", __name__), name)
     else:
         value = _of_methods().get(name) if name.endswith(("Config", "Model")) else None
     if value is None:

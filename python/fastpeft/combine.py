@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import merge_math
 from .method import get_method, method_of
 from .saved_modules import ModulesToSaveWrapper
-from .utils import merge_utils
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -75,7 +75,7 @@ def add_weighted_lora(
     if kind not in ("linear", "svd", "cat"):
         options["density"] = density
     name = {"linear": "task_arithmetic", "svd": "task_arithmetic"}.get(kind, kind.removesuffix("_svd"))
-    mix: Any = None if kind == "cat" else functools.partial(getattr(merge_utils, name), **options)
+    mix: Any = None if kind == "cat" else functools.partial(getattr(merge_math, name), **options)
 
     def combine(layer: AdapterLayer, found: Found) -> tuple[Tensor, Tensor]:
         """A and B of a layer's new adapter, whose scaling is one."""

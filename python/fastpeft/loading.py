@@ -59,8 +59,6 @@ def load_peft_weights(
     device: where to put them; the accelerator by default, if there is one. key_mapping: expressions for keys without
     `base_model.model.`, and what takes the place of what they match. hub: as `PeftModel.from_pretrained`.
     """
-    from .utils import infer_device
-
     tensors = load_adapter_file(model_id, **hub)[1]
     return {_renamed(k, key_mapping): t.to(device or infer_device()) for k, t in tensors.items()}
 
@@ -116,3 +114,9 @@ def fill_adapter(
     if not is_trainable:
         model.eval()
     return result
+
+
+def infer_device() -> str:
+    """The kind of accelerator that torch sees, "cpu" without one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type

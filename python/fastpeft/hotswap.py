@@ -1,4 +1,4 @@
-"""`peft.utils.hotswap`: the values of one LoRA adapter in place of another's, in the same tensors where they fit.
+"""Hot-swapping: the values of one LoRA adapter in place of another's, in the same tensors where they fit.
 
 A compiled model goes on without recompilation if `prepare_model_for_compiled_hotswap` was called before it was
 compiled: scalings become tensors and factors get the rank of the largest adapter, with zeros behind an adapter's own.
@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import load_adapter_file
-from ..config import PeftConfig, PeftType
-from ..layer import AdapterLayer
-from ..methods.lora import LoraConfig, scaling_of
-from ..patterns import first_match
-from ..sites import adapter_modules, iter_adapter_tensors
+from .checkpoint import load_adapter_file
+from .config import PeftConfig, PeftType
+from .layer import AdapterLayer
+from .methods.lora import LoraConfig, scaling_of
+from .patterns import first_match
+from .sites import adapter_modules, iter_adapter_tensors
 
 # What must be the same in both adapters; ranks and scalings are swapped too.
 CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...method import get_method, method_of
-from ...weights import wide
+from .method import get_method, method_of
+from .weights import wide
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`peft.tuners.adamss.asa_callback`: adaptive subspace allocation in transformers' Trainer."""
+"""Adaptive subspace allocation in transformers' Trainer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`peft.utils.merge_utils`: sums of tensors, some of whose values are pruned first.
+"""Sums of tensors, some of whose values are pruned first.
 
 `ties` (arXiv 2306.01708): keep the largest values, elect a sign for each position and average what has it. `dare_*`
 (arXiv 2311.03099): drop values at random and scale up the rest. A list has one tensor per task, `weights` a weight.

@@ -1,0 +1,67 @@
+"""Classes of adapter layers by PEFT's names. There is one class of adapter layer here, so `LoraLayer`, `IA3Layer` and
+the like, and `Linear`, `Embedding` and the like, answer `isinstance` by what a layer holds and sits on."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+from ..layer import AdapterLayer
+from ..method import Method, registry
+from ..tuner import tuner_class
+
+_LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper", "Linear4bit",
+           "Linear8bitLt")  # fmt: skip
+
+
+class _HeldBy(type):
+    """The type of classes whose instances are the adapter layers with an adapter of `method` (on a layer `label`)."""
+
+    method: Method
+    label: str | None
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if not isinstance(instance, AdapterLayer) or (cls.label is not None and instance.kind.label != cls.label):
+            return False
+        return any(m.peft_type == cls.method.peft_type for m in instance.methods.values())
+
+
+@functools.cache
+def layer_class(method: Method, name: str) -> type:
+    """`isinstance(module, LoraLayer)`: whether a module is an adapter layer with an adapter of that method."""
+    label = next((label for label in _LABELS if name.endswith(label)), None)
+    return _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
+
+
+def _is_layer(method: Method, name: str) -> bool:
+    """Whether PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
+    whose = next((name.removesuffix(end) for end in (*_LABELS, "Layer") if name.endswith(end)), None)
+    own = {method.model_name.removesuffix("Model").lower(), "svd" if method.model_name == "AdaLoraModel" else ""}
+    return whose is not None and (whose.lower() in own or name in _LABELS)
+
+
+def _method(tuner: str) -> Method:
+    return next(m for m in registry().values() if type(m).__module__.rpartition(".")[2] == tuner)
+
+
+def names(tuner: str) -> list[str]:
+    """The names of `peft.tuners.<tuner>`: the method's configuration, its model and its layers."""
+    method = _method(tuner)
+    layer = method.model_name.removesuffix("Model") + "Layer"
+    return [method.config_class.__name__, method.model_name, layer, *_LABELS]
+
+
+def attribute(tuner: str, name: str) -> Any:
+    """A name of `peft.tuners.<tuner>`, or None if it is not the method's own."""
+    method = _method(tuner)
+    if name == method.model_name:
+        return tuner_class(method)
+    if _is_layer(method, name):
+        return layer_class(method, name)
+    return getattr(importlib.import_module(type(method).__module__), name, None)
+
+
+def any_layer(name: str) -> type | None:
+    """`LoraLayer` and the like, whatever the method."""
+    return next((layer_class(m, name) for m in registry().values() if _is_layer(m, name)), None)

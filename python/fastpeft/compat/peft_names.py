@@ -1,0 +1,196 @@
+"""The table of PEFT's modules, and the part of Python's import that makes modules of its rows.
+
+`fastpeft.<path>` can be imported for each path, though no file is there: a name in it is looked up in its home when it
+is first used. PEFT's modules import each other's names and scripts take them from any, so every module here has every
+name that the table knows; its own are those that `dir` shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+PACKAGE = __name__.partition(".")[0]
+
+# The homes of PEFT's names that are not public ones of `fastpeft` (those are in its `HOMES`), and `theirs=ours` where a
+# name differs.
+HOMES = {
+    "adamss_callback": "AdamssAsaCallback",
+    "adapters": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
+    "checkpoint": "SAFETENSORS_WEIGHTS_NAME=SAFETENSORS_NAME WEIGHTS_NAME=PICKLE_NAME",
+    "compat.peft_only": """
+        ALLOWED_COMPUTE_DTYPES EMBEDDING_LAYER_NAMES SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME _get_submodules
+        check_target_module_exists dequantize_module_weight find_parameter_name_by_module get_device_map
+        inspect_matched_modules is_xpu_available transpose TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    """,
+    "config": "CONFIG_NAME",
+    "distributed": "fsdp_auto_wrap_policy",
+    "helpers": """
+        DoraCaching KappaTuneSelector MontecloraTrainerMixin check_if_peft_model disable_input_dtype_casting
+        rescale_adapter_scale update_forward_signature update_generate_signature update_signature
+    """,
+    "hotswap": """
+        CONFIG_KEYS_TO_CHECK check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
+        prepare_model_for_compiled_hotswap
+    """,
+    "init.corda": "CordaEigens",
+    "init.eva": """
+        forward_fn_dict prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling
+    """,
+    "init.incremental_pca": "IncrementalPCA",
+    "intruders": "reduce_intruder_dimension",
+    "layer": "BaseTunerLayer=AdapterLayer",
+    "loading": "infer_device",
+    "lycoris": "LycorisConfig",
+    "merge_math": """
+        calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune
+        random_pruning reshape_weight_task_tensors task_arithmetic ties
+    """,
+    "optimizers.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
+    "optimizers.loraplus": "create_loraplus_optimizer",
+    "optimizers.riemannian": "create_riemannian_optimizer",
+    "replicate": "replicate_layers",
+    "saved_modules": "ModulesToSaveWrapper",
+    "targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
+    "token_sites": "TrainableTokensWrapper",
+    "tuner": "BaseTuner MixedModel=BaseTuner",
+}
+_PATTERNS = ("TRANSFORMERS_MODELS_TO_", "is_")  # names that compat.peft_only makes by their pattern
+
+# PEFT's modules, with names and with homes all of whose names they have.
+_LORA = "init.eva LoftQConfig convert_to_lora preprocess_loraga save_as_lora"
+_STATE = "base_state checkpoint loading"
+_UTILS = f"{_STATE} compat.peft_only distributed prepare saved_modules targets token_sites"
+_MODULES = {
+    "auto": "auto",
+    "config": "CONFIG_NAME PeftConfig PeftType TaskType",
+    "functional": "adapters get_peft_model_state_dict inject_adapter_in_model set_peft_model_state_dict",
+    "helpers": "helpers",
+    "import_utils": "is_xpu_available",
+    "mapping": "compat.peft_only inject_adapter_in_model",
+    "mapping_func": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING get_peft_model",
+    "mixed_model": "PeftMixedModel",
+    "optimizers": "optimizers.lorafa optimizers.loraplus optimizers.riemannian",
+    "optimizers.lorafa": "optimizers.lorafa",
+    "optimizers.loraplus": "optimizers.loraplus",
+    "optimizers.riemannian": "optimizers.riemannian",
+    "peft_model": "PeftModel status tasks",
+    "tuners": f"tuner {_LORA}",
+    "tuners.adamss.asa_callback": "adamss_callback",
+    "tuners.lora.conversion": "convert",
+    "tuners.lora.corda": "init.corda",
+    "tuners.lora.eva": "init.eva",
+    "tuners.lora.intruders": "intruders",
+    "tuners.lora.loraga": "init.loraga",
+    "tuners.mixed": "MixedModel",
+    "tuners.mixed.model": "MixedModel",
+    "tuners.tuners_utils": "adapters compat.peft_only layer replicate tuner",
+    "utils": f"{_UTILS} NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType replace_lora_weights_loftq",
+    "utils.constants": "compat.peft_only checkpoint targets",
+    "utils.error": "NoMatchingPeftModuleError PeftError",
+    "utils.hotswap": "hotswap",
+    "utils.incremental_pca": "init.incremental_pca",
+    "utils.integrations": "dequantize_module_weight",
+    "utils.loftq_utils": "init.loftq",
+    "utils.merge_utils": "merge_math",
+    "utils.other": _UTILS,
+    "utils.peft_types": "PeftType TaskType",
+    "utils.save_and_load": _STATE,
+    "utils.warning": "PeftWarning",
+}
+# PEFT's `tuners.<method>`, called as our files of methods are.
+_METHODS = """
+    adalora adamss beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 lily ln_tuning loha lokr lora
+    miss oft osf peanut psoft pvera randlora road shira supertuning tinylora trainable_tokens unilora vblora vera waveft
+"""
+METHODS = tuple(_METHODS.split())
+_METHOD_PATHS = {
+    f"tuners.{method}{file}": method for method in METHODS for file in ("", ".bnb", ".config", ".layer", ".model")
+}
+PATHS = {*_MODULES, *_METHOD_PATHS}
+_HOME = {name.partition("=")[0]: (home, name) for home, names in HOMES.items() for name in names.split()}
+
+
+def _of_method() -> Any:
+    return importlib.import_module(f"{PACKAGE}.compat.layer_classes")
+
+
+def names(path: str) -> list[str]:
+    """The names of PEFT's module `path` that are here."""
+    package = sys.modules[PACKAGE]
+    row = {*_MODULES.get(path, _LORA if path == "tuners.lora" else "").split()}
+    homes = {**package.HOMES, **{name: home for name, (home, _) in _HOME.items()}}
+    found = row.difference(homes.values()) | {name for name, home in homes.items() if home in row}
+    if path in _METHOD_PATHS:
+        found.update(_of_method().names(_METHOD_PATHS[path]))
+    elif path == "tuners":
+        found.update(n for n in package.__all__ if n.endswith(("Config", "Model")) and not n.startswith("Peft"))
+    return sorted(found)
+
+
+def find(module: str, name: str) -> Any:
+    """The object that PEFT's module has as `name`, or AttributeError. module: the full name here.
+
+    A package of ours that has a path of PEFT's too can offer its names with `__getattr__ = partial(find, __name__)`.
+    """
+    path, package = module.removeprefix(f"{PACKAGE}."), sys.modules[PACKAGE]
+    if name == "__all__":
+        return names(path)
+    if f"{path}.{name}" in PATHS:
+        return importlib.import_module(f"{module}.{name}")
+    if not name.startswith("__"):
+        value = None
+        if path in _METHOD_PATHS:
+            value = _of_method().attribute(_METHOD_PATHS[path], name)
+        elif path == "tuners" and name.endswith("Layer"):
+            value = _of_method().any_layer(name)
+        if value is not None:
+            return value
+        if name in _HOME or name.startswith(_PATTERNS):
+            home, called = _HOME.get(name, ("compat.peft_only", name))
+            return getattr(importlib.import_module(f"{PACKAGE}.{home}"), called.rpartition("=")[2])
+        if name in package.HOMES or name.endswith(("Config", "Model")):
+            return getattr(package, name)
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+class PeftModule(ModuleType):
+    """A module of PEFT's, whose names are looked up when they are used."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = find(self.__name__, name)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        path = self.__name__.removeprefix(f"{PACKAGE}.")
+        below = {p.removeprefix(f"{path}.").partition(".")[0] for p in PATHS if p.startswith(f"{path}.")}
+        return sorted({*vars(self), *names(path), *below})
+
+
+class _Finder(MetaPathFinder, Loader):
+    """The finder of those modules that have no file here."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        package, _, inner = fullname.partition(".")
+        if package != PACKAGE or inner not in PATHS or PathFinder.find_spec(fullname, path) is not None:
+            return None
+        is_package = any(other.startswith(f"{inner}.") for other in PATHS)
+        return ModuleSpec(fullname, self, origin=__name__, is_package=is_package)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return PeftModule(spec.name, f"`{spec.name.replace(PACKAGE, 'peft', 1)}`.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing runs: names are looked up when they are used."""
+
+
+def install() -> None:
+    """Let Python find these modules, before it asks finders that might take them from another copy of this package."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

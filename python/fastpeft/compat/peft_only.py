@@ -1,0 +1,146 @@
+"""Functions and values that PEFT's users call and nothing here does: tables from the registry, helpers of PEFT's
+`utils`, `tuners_utils` and `import_utils`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata, util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftConfig, PeftType
+from ..inject import SEQ_CLS_HEADS
+from ..layer import AdapterLayer
+from ..method import Method, get_method, registry
+from ..methods.ia3 import FEEDFORWARD
+from ..targets import match_targets
+from ..tuner import BaseTuner, tuner_class
+from ..weights import weight_of
+
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
+SEQ_CLS_HEAD_NAMES = list(SEQ_CLS_HEADS)
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {name: list(inner) for name, inner in FEEDFORWARD.items()}
+_PACKAGES = {
+    "aqlm": "aqlm", "bnb": "bitsandbytes", "bnb_4bit": "bitsandbytes", "diffusers": "diffusers", "eetq": "eetq",
+    "gptqmodel": "gptqmodel", "hqq": "hqq", "inc": "neural_compressor", "optimum": "optimum",
+    "te": "transformer_engine", "te_pytorch": "transformer_engine_torch", "torchao": "torchao",
+}  # fmt: skip
+
+
+class _Table(Mapping[PeftType, Any]):
+    """A view of the registry, so that nothing stands twice."""
+
+    def __init__(self, entry: Callable[[Method], Any]) -> None:
+        self._entry = entry
+
+    def __getitem__(self, key: PeftType | str) -> Any:
+        method = registry().get(PeftType(key)) if key in list(PeftType) else None
+        if method is None:
+            raise KeyError(key)
+        return self._entry(method)
+
+    def __iter__(self) -> Iterator[PeftType]:
+        return iter(registry())
+
+    def __len__(self) -> int:
+        return len(registry())
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING = _Table(lambda method: method.config_class)
+PEFT_TYPE_TO_TUNER_MAPPING = PEFT_TYPE_TO_MIXED_MODEL_MAPPING = _Table(tuner_class)
+PEFT_TYPE_TO_PREFIX_MAPPING = _Table(lambda method: method.prefix)
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The configuration object that a dictionary with `peft_type` describes."""
+    return get_method(config_dict.get("peft_type")).config_class(**config_dict)
+
+
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """Whether a configuration adapts the module of this name."""
+    return bool(match_targets(config, [key]).names)
+
+
+def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:
+    """The names of a tuner's modules, "matched" and "unmatched" by the configuration of an adapter."""
+    names = [name for name, _ in tuner.model.named_modules()]
+    matched = match_targets(tuner.peft_config[adapter_name], [name for name in names if name]).names  # type: ignore[arg-type]
+    found = set(matched)
+    return {"matched": matched, "unmatched": [name for name in names if name not in found]}
+
+
+def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
+    """The name of a module in a model, "" if it is not there."""
+    return next((name for name, module in model.named_modules() if module is reference_module), "")
+
+
+def get_device_map(model: nn.Module) -> dict[str, Any]:
+    """accelerate's map of devices by module, or the one device that a model without it is on."""
+    found: dict[str, Any] = getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
+    return found
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """A weight as [out, in], of a layer that stores it [in, out] if `fan_in_fan_out`; a parameter stays one."""
+    if not fan_in_fan_out:
+        return weight
+    return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
+
+
+def dequantize_module_weight(module: nn.Module) -> Tensor:
+    """The dense weight of a layer as its module holds it, dequantised if need be; of an adapter layer the base's.
+
+    Raises TypeError for a module that is no such layer.
+    """
+    base = module.base_layer if isinstance(module, AdapterLayer) else module
+    kind = weight_of(base)
+    if kind is None:
+        raise TypeError(f"{type(base).__name__} has no weight of a layer that adapters act on")
+    w = kind.read(base)[0]
+    return w.T if kind.fan_in_fan_out else w
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, name in the parent) of a module by its name."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def is_xpu_available(check_device: bool = False) -> bool:
+    """Whether torch has an XPU; check_device: and can reach one."""
+    if not check_device or not torch.xpu.is_available():
+        return torch.xpu.is_available()
+    try:
+        torch.empty(0, device="xpu")
+    except RuntimeError:
+        return False
+    return True
+
+
+def _available(package: str) -> Callable[[], bool]:
+    def is_available() -> bool:
+        return util.find_spec(package) is not None
+
+    is_available.__doc__ = f"Whether {package} is installed. It is not imported to answer."
+    return is_available
+
+
+def __getattr__(name: str) -> Any:
+    """Names by pattern: `TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`, a method's default targets by model
+    type; `is_<package>_available()`; `is_transformers_ge_v5_4_0` and the like."""
+    start, end = "TRANSFORMERS_MODELS_TO_", "_TARGET_MODULES_MAPPING"
+    if name.startswith(start) and name.endswith(end):
+        for kind, method in registry().items():
+            if kind.value.replace("_", "") == name[len(start) : -len(end)]:
+                return dict(method.default_targets)
+    if name.startswith("is_transformers_ge_v"):
+        wanted = [int(part) for part in name.removeprefix("is_transformers_ge_v").split("_")]
+        return [int(part) for part in metadata.version("transformers").split(".")[: len(wanted)]] >= wanted
+    package = _PACKAGES.get(name.removeprefix("is_").removesuffix("_available"))
+    if package is None or name != f"is_{name[3:-10]}_available":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _available(package)
