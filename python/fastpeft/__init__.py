@@ -23,10 +23,10 @@ _NAMES = {
     "loading": ("load_peft_weights",),
     "serving": ("export_for_serving", "inspect_adapter"),
     "model": ("PeftModel", "get_peft_model", "inject_adapter_in_model"),
-    "tasks": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
-        "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
-        "PeftModelForTokenClassification",
+    "tasks": (  # PeftModel from here, so that the classes of all tasks are there for it
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
     ),
     "auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
@@ -46,7 +46,7 @@ _NAMES = {
     "init.eva": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
     "init.loftq": ("LoftQConfig", "replace_lora_weights_loftq"),
     "init.loraga": ("LoraGAConfig", "preprocess_loraga"),
-    "helpers": ("find_kappa_target_modules",),
+    "kappa": ("find_kappa_target_modules",),
     "huge_pages": ("use_huge_pages",),
     "methods.lora": ("LoraRuntimeConfig",),
     "nf4": ("NF4Linear", "quantize_model"),

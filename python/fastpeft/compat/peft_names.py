@@ -24,16 +24,14 @@ HOMES = {
     "adapters": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
     "checkpoint": "SAFETENSORS_WEIGHTS_NAME=SAFETENSORS_NAME WEIGHTS_NAME=PICKLE_NAME",
     "compat.peft_only": """
-        ALLOWED_COMPUTE_DTYPES EMBEDDING_LAYER_NAMES SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME _get_submodules
-        check_target_module_exists dequantize_module_weight find_parameter_name_by_module get_device_map
-        inspect_matched_modules is_xpu_available transpose TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+        ALLOWED_COMPUTE_DTYPES DoraCaching EMBEDDING_LAYER_NAMES MontecloraTrainerMixin SEQ_CLS_HEAD_NAMES
+        TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING _get_submodules
+        check_if_peft_model check_target_module_exists dequantize_module_weight find_parameter_name_by_module
+        get_device_map inspect_matched_modules is_xpu_available transpose update_forward_signature
+        update_generate_signature update_signature
     """,
     "config": "CONFIG_NAME",
     "distributed": "fsdp_auto_wrap_policy",
-    "helpers": """
-        DoraCaching KappaTuneSelector MontecloraTrainerMixin check_if_peft_model disable_input_dtype_casting
-        rescale_adapter_scale update_forward_signature update_generate_signature update_signature
-    """,
     "hotswap": """
         CONFIG_KEYS_TO_CHECK check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
         prepare_model_for_compiled_hotswap
@@ -44,6 +42,7 @@ HOMES = {
     """,
     "init.incremental_pca": "IncrementalPCA",
     "intruders": "reduce_intruder_dimension",
+    "kappa": "KappaTuneSelector",
     "layer": "BaseTunerLayer=AdapterLayer",
     "loading": "infer_device",
     "lycoris": "LycorisConfig",
@@ -56,6 +55,7 @@ HOMES = {
     "optimizers.riemannian": "create_riemannian_optimizer",
     "replicate": "replicate_layers",
     "saved_modules": "ModulesToSaveWrapper",
+    "scaling": "disable_input_dtype_casting rescale_adapter_scale",
     "targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
     "token_sites": "TrainableTokensWrapper",
     "tuner": "BaseTuner MixedModel=BaseTuner",
@@ -70,7 +70,7 @@ _MODULES = {
     "auto": "auto",
     "config": "CONFIG_NAME PeftConfig PeftType TaskType",
     "functional": "adapters get_peft_model_state_dict inject_adapter_in_model set_peft_model_state_dict",
-    "helpers": "helpers",
+    "helpers": "compat.peft_only kappa scaling",
     "import_utils": "is_xpu_available",
     "mapping": "compat.peft_only inject_adapter_in_model",
     "mapping_func": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING get_peft_model",

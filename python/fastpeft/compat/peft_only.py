@@ -1,8 +1,11 @@
-"""Functions and values that PEFT's users call and nothing here does: tables from the registry, helpers of PEFT's
-`utils`, `tuners_utils` and `import_utils`."""
+"""Functions and values that PEFT's users call and nothing here does: tables from the registry, PEFT's
+`helpers`, `utils`, `tuners_utils` and `import_utils`."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata, util
 from typing import Any
@@ -108,6 +111,68 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     """(parent, module, name in the parent) of a module by its name."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Whether a folder, or a repository on the Hub, holds an adapter."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except Exception:  # whatever is wrong with it, it is no adapter
+        return False
+    return True
+
+
+def update_signature(model: Any, method: str = "all") -> None:
+    """Give a PeftModel's `forward`, `generate` or both ("all") the base model's signature, for who inspects it."""
+    if method not in ("forward", "generate", "all"):
+        raise ValueError(f"method {method} is not supported please choose one of ['forward', 'generate', 'all']")
+    for name in ("forward", "generate") if method == "all" else (method,):
+        own, base = getattr(model, name, None), getattr(type(model.get_base_model()), name, None)
+        if own is None or base is None or not set(inspect.signature(own).parameters) <= {"args", "kwargs"}:
+            continue
+
+        def call(self: Any, *args: Any, _own: Any = own, **kwargs: Any) -> Any:
+            return _own(*args, **kwargs)
+
+        functools.update_wrapper(call, base, assigned=("__doc__", "__name__", "__annotations__"))
+        setattr(model, name, types.MethodType(call, model))
+
+
+def update_forward_signature(model: Any) -> None:
+    update_signature(model, "forward")
+
+
+def update_generate_signature(model: Any) -> None:
+    update_signature(model, "generate")
+
+
+class DoraCaching:
+    """Accepted as in PEFT, where it keeps norms of DoRA's weights between calls. Here what of them stays the same is
+    always kept, and the rest costs so little that nothing is left to turn on."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def __call__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+
+class MontecloraTrainerMixin:
+    """Put before a Trainer among the bases of a class: its loss then has MonteCLoRA's regulariser added."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        parent: Any = super()
+        result = parent.compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        tuners = (m for m in model.modules() if isinstance(m, BaseTuner) and hasattr(m, "_get_monteclora_loss"))
+        losses = [tuner._get_monteclora_loss() for tuner in tuners]
+        added = sum(losses) / max(1, len(losses))
+        return (result[0] + added, *result[1:]) if return_outputs else result + added
 
 
 def is_xpu_available(check_device: bool = False) -> bool:
