@@ -22,7 +22,7 @@ _NAMES = {
     "integrations.transformers_nf4": ("load_nf4_model",),
     "loading": ("load_peft_weights",),
     "serving": ("export_for_serving", "inspect_adapter"),
-    "model": ("PeftModel", "get_peft_model", "inject_adapter_in_model"),
+    "factory": ("get_peft_model", "inject_adapter_in_model"),
     "tasks": (  # PeftModel from here, so that the classes of all tasks are there for it
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",

@@ -6,7 +6,7 @@ import os
 from typing import Any, ClassVar
 
 from .config import PeftConfig, TaskType
-from .model import PeftModel, class_for
+from .tasks import PeftModel, class_for
 
 # What transformers calls the classes that build a base model for a task.
 AUTO_CLASSES = {

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from . import checkpoint
-from .config import PeftConfig, PeftWarning
+from .config import PeftConfig, TaskType
 from .distributed import frozen_buffers
 from .loading import fill_adapter, read_adapter
 from .method import method_of
@@ -29,6 +28,13 @@ class PeftModel(nn.Module):
     autocast_adapter_dtype: keep adapters in float32 on float16 and bfloat16 bases. low_cpu_mem_usage: make the
     adapter's tensors on the meta device, to be filled by `load_adapter`.
     """
+
+    by_task: ClassVar[dict[str, type[PeftModel]]] = {}  # the classes of `tasks.py`
+
+    def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            PeftModel.by_task[task.value] = cls
 
     def __init__(
         self,
@@ -320,68 +326,6 @@ def _without_auxiliary(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def class_for(config: PeftConfig, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
     """The PeftModel class for a configuration's task."""
-    from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
     if config.task_type is None:
         return default
-    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)), default)
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """Put a new adapter into `model`, which is changed in place, and wrap it.
-
-    mixed: give PEFT's PeftMixedModel; any PeftModel here takes adapters of several methods. revision: of the base
-    model, noted in the configuration. On an error the model is as it was.
-    """
-    from .tasks import PeftMixedModel
-
-    new_name = model.__dict__.get("name_or_path") or None
-    if peft_config.base_model_name_or_path not in (None, new_name):
-        warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from '{peft_config.base_model_name_or_path}' to "
-            f"'{new_name}'. Please ensure that the correct base model is loaded when loading this checkpoint.",
-            PeftWarning,
-            stacklevel=2,
-        )
-    if getattr(model, "peft_config", None):
-        warnings.warn(
-            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
-            "different config, make sure to call `.unload()` before.",
-            PeftWarning,
-            stacklevel=2,
-        )
-    cls: type[PeftModel] = PeftMixedModel if mixed else class_for(peft_config)
-    result = cls(
-        model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )  # fmt: skip
-    peft_config.base_model_name_or_path = new_name
-    if revision is not None:
-        peft_config.revision = revision
-    return result
-
-
-def inject_adapter_in_model(
-    peft_config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    """Put an adapter into `model`, which is changed in place and returned as it is, without a wrapper.
-
-    state_dict: adapt the modules that its keys name (its values are not used) rather than those of the configuration.
-    """
-    method = method_of(peft_config)
-    tuner = tuner_class(method)(
-        model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
-    )
-    return tuner.model
+    return PeftModel.by_task.get(str(getattr(config.task_type, "value", config.task_type)), default)

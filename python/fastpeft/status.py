@@ -11,6 +11,7 @@ from torch import nn
 from .containers import AdapterDict
 from .saved_modules import ModulesToSaveWrapper
 from .sites import AdapterModule, adapter_modules
+from .tuner import BaseTuner
 from .weights import Quant4bitWeight
 
 Irregular = Literal["irregular"]
@@ -75,9 +76,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def _tuner(model: nn.Module) -> nn.Module:
-    from .model import PeftModel
-
-    return model.base_model if isinstance(model, PeftModel) else model
+    tuner = getattr(model, "base_model", None)
+    return tuner if isinstance(tuner, BaseTuner) else model
 
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
@@ -114,12 +114,10 @@ def _all_same(values: Iterable[Any]) -> Any:
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The status of the adapters of a model as a whole; "irregular" where its layers disagree."""
-    from .model import PeftModel
-
-    layers = get_layer_status(model)
-    if isinstance(model, PeftModel):
-        base_type, tuner_type = type(model.get_base_model()).__name__, type(model.base_model).__name__
-        types = {name: str(getattr(c.peft_type, "value", c.peft_type)) for name, c in model.peft_config.items()}
+    layers, tuner = get_layer_status(model), _tuner(model)
+    if isinstance(tuner, BaseTuner) and tuner is not model:
+        base_type, tuner_type = type(tuner.model).__name__, type(tuner).__name__
+        types = {name: str(getattr(c.peft_type, "value", c.peft_type)) for name, c in tuner.peft_config.items()}
     else:
         base_type, tuner_type, types = _model_type(model), "None", {}
     trainable, total = count_parameters(model)

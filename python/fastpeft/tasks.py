@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .config import PeftConfig, TaskType
-from .model import PeftModel
+from .model import PeftModel as PeftModel
+from .model import class_for as class_for
 
 
 class _WithHead(PeftModel):
@@ -32,29 +33,29 @@ class _WithHead(PeftModel):
             peft_config.modules_to_save = [*present, *(name for name in cls.head_names if name not in present)]
 
 
-class PeftModelForCausalLM(PeftModel):
+class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
 
-class PeftModelForSeq2SeqLM(PeftModel):
+class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
 
-class PeftModelForSequenceClassification(_WithHead):
+class PeftModelForSequenceClassification(_WithHead, task=TaskType.SEQ_CLS):
     head_names = ("classifier", "score")
 
 
-class PeftModelForTokenClassification(_WithHead):
+class PeftModelForTokenClassification(_WithHead, task=TaskType.TOKEN_CLS):
     head_names = ("classifier", "score")
 
 
-class PeftModelForQuestionAnswering(_WithHead):
+class PeftModelForQuestionAnswering(_WithHead, task=TaskType.QUESTION_ANS):
     head_names = ("qa_outputs",)
 
 
-class PeftModelForFeatureExtraction(PeftModel):
+class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION):
     pass
 
 
@@ -62,11 +63,4 @@ class PeftMixedModel(PeftModel):
     """PEFT's class for adapters of several methods; here every PeftModel takes them."""
 
 
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
-    TaskType.SEQ_CLS.value: PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM.value: PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM.value: PeftModelForCausalLM,
-    TaskType.TOKEN_CLS.value: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
-}
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = PeftModel.by_task

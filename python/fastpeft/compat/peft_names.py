@@ -79,7 +79,7 @@ _MODULES = {
     "optimizers.lorafa": "optimizers.lorafa",
     "optimizers.loraplus": "optimizers.loraplus",
     "optimizers.riemannian": "optimizers.riemannian",
-    "peft_model": "PeftModel status tasks",
+    "peft_model": "status tasks",
     "tuners": f"tuner {_LORA}",
     "tuners.adamss.asa_callback": "adamss_callback",
     "tuners.lora.conversion": "convert",
