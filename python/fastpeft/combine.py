@@ -11,19 +11,18 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import merge_math
+from .config import PeftConfig, PeftType
+from .layer import AdapterLayer
 from .method import get_method, method_of
 from .saved_modules import ModulesToSaveWrapper
-
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
-    from .tuner import BaseTuner
+from .sites import AdapterModule
 
 FACTORS = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 UPDATES = ("svd", "ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
@@ -35,8 +34,20 @@ Found = Sequence[tuple[str, float]]
 Mix = Callable[[list[Tensor], Tensor], Tensor]
 
 
+class Tuner(Protocol):
+    """The members of `BaseTuner` that are used here."""
+
+    peft_config: dict[str, PeftConfig]
+
+    def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]: ...
+    def adapter_layers(self) -> Iterator[tuple[str, AdapterLayer]]: ...
+    def add(self, adapter_name: str, config: Any) -> Any: ...
+    def remove(self, plan: Any) -> None: ...
+    def set_requires_grad(self, adapter_names: str, requires_grad: bool) -> None: ...
+
+
 def add_weighted_lora(
-    tuner: BaseTuner,
+    tuner: Tuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -170,7 +181,7 @@ def _cut(svd: tuple[Tensor, ...], rank: int, clamp: float | None) -> tuple[Tenso
 
 
 def add_weighted_ia3(
-    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> None:  # fmt: skip
     """Add an adapter whose vectors are the weighted sums of those of IA3 adapters. It is not trained."""
     configs: list[Any] = [tuner.peft_config[name] for name in adapters]
@@ -199,7 +210,7 @@ def _union(values: Sequence[Any], what: str) -> Any:
 
 @contextmanager
 def _added(
-    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str, config: Any
+    tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], name: str, config: Any
 ) -> Iterator[list[tuple[AdapterLayer, Found]]]:
     """Put the new adapter in; its layers, each with what it combines. An error takes it out again."""
     wrappers = [m for _, m in tuner.adapter_modules() if isinstance(m, ModulesToSaveWrapper)]
@@ -232,12 +243,16 @@ def _added(
     tuner.set_requires_grad(name, False)
 
 
-def add_weighted_adapter(
-    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **options: Any
-) -> None:  # fmt: skip
-    """What their method makes of adapters of one method; nothing happens if there is one of the new name.
+COMBINES: dict[PeftType, Callable[..., None]] = {PeftType.LORA: add_weighted_lora, PeftType.IA3: add_weighted_ia3}
 
-    Raises ValueError where they cannot be combined, with the model as it was.
+
+def add_weighted_adapter(
+    tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **options: Any
+) -> None:  # fmt: skip
+    """Add an adapter that combines others of one method by weights; nothing happens if there is one of the new name.
+
+    LoRA's options are those of `add_weighted_lora`. Raises ValueError where adapters cannot be combined, with the model
+    as it was.
     """
     if adapter_name in tuner.peft_config:
         return
@@ -252,4 +267,8 @@ def add_weighted_adapter(
     if len(kinds) > 1:
         raise ValueError(f"add_weighted_adapter combines adapters of one method, got {', '.join(sorted(kinds))}")
     method = get_method(tuner.peft_config[adapters[0]].peft_type)
-    method.add_weighted(tuner, adapters, weights, adapter_name, *args, **options)
+    if method.peft_type not in COMBINES:
+        raise TypeError(
+            f"{method.peft_type.value} does not support add_weighted_adapter: only {' and '.join(COMBINES)} do."
+        )
+    COMBINES[method.peft_type](tuner, adapters, weights, adapter_name, *args, **options)

@@ -339,13 +339,7 @@ class Method:
         own = type(self)
         return own.row_values is not Method.row_values or own.model_output is not Method.model_output
 
-    # Optional: combination, speed, and scaling by a user.
-
-    def add_weighted(
-        self, tuner: Any, adapters: Sequence[str], weights: Sequence[float], name: str, *args: Any, **options: Any
-    ) -> None:
-        """Add an adapter that is a weighted combination of some of this method (`combine.py`)."""
-        raise TypeError(f"{self.peft_type.value} does not support add_weighted_adapter: only LORA and IA3 do.")
+    # Optional: speed, and scaling by a user.
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
         """A function that computes the whole layer for x while this adapter alone is active and unmerged, or None.

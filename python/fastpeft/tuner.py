@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import adapters
+from .combine import add_weighted_adapter
 from .config import PeftConfig, PeftWarning
 from .inject import InjectionPlan, plan_injection
 from .layer import AdapterLayer
@@ -180,13 +181,7 @@ class BaseTuner(ModelMerging, nn.Module):
                 if getattr(layer.base_layer, "bias", None) is not None:
                     layer.bias.requires_grad_(True)
 
-    def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Add an adapter that combines others by weights; LoRA's options are those of `combine.add_weighted_lora`."""
-        from .combine import add_weighted_adapter
-
-        add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs)
+    add_weighted_adapter = add_weighted_adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others that a layer chooses becomes active."""

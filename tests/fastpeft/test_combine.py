@@ -204,7 +204,7 @@ def test_ia3_is_pefts() -> None:
     assert "new" not in mixed.peft_config
 
 
-@pytest.mark.parametrize("name", [n for n in vars(peft_merge_utils) if n in vars(merge_utils) and n[0].islower()])
+@pytest.mark.parametrize("name", [n for n in vars(peft_merge_utils) if n in dir(merge_utils) and n[0].islower()])
 def test_merge_utils_are_pefts(name: str) -> None:
     ours, theirs = getattr(merge_utils, name), getattr(peft_merge_utils, name)
     if not callable(ours):

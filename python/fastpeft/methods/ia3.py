@@ -84,11 +84,6 @@ class IA3(Method):
                 scale.fill_(1.0)
         return {"ia3_l": nn.Parameter(scale), "is_feedforward": feedforward}
 
-    def add_weighted(self, *args: Any, **options: Any) -> None:
-        from ..combine import add_weighted_ia3
-
-        add_weighted_ia3(*args, **options)
-
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale = s.ia3_l.flatten().to(w.dtype)
         if not s.is_feedforward:

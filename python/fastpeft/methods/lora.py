@@ -278,11 +278,6 @@ class Lora(Method):
     def scale(self, s: Any) -> float | None:
         return scaling_of(s.lora_alpha, s.r, s.use_rslora) * int(s.get("times", 1))
 
-    def add_weighted(self, *args: Any, **options: Any) -> None:
-        from ..combine import add_weighted_lora
-
-        add_weighted_lora(*args, **options)
-
     # Speed
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
