@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from . import atomic
 from .checkpoint import AdapterSource, get_peft_model_state_dict, open_adapter, save_adapter
 from .safety import AdapterFileError, list_some
+from .start import start_of
 
 # The ranks that vLLM has kernels for; an adapter of another rank is served at the next one (max_lora_rank).
 VLLM_MAX_RANK = 512
-_SHIFTED_BASE = ("pissa", "olora", "corda", "lora_ga")
 _A_SUFFIX, _B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -132,7 +132,8 @@ def beyond_plain_lora(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> 
     if config.get("alora_invocation_tokens"):
         reasons.append("aLoRA is refused")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_SHIFTED_BASE):
+    start = start_of(init.lower()) if isinstance(init, str) else None
+    if start is not None and start.takes_base:
         reasons.append(f"init_lora_weights={init!r} changed the base weights, which a server does not have")
     other = [key for key in tensors if not key.endswith((_A_SUFFIX, _B_SUFFIX))]
     if other and not (config.get("modules_to_save") or config.get("bias", "none") not in (None, "none")):

@@ -20,7 +20,7 @@ import peft.utils.loftq_utils
 import pytest
 import torch
 from fastpeft.init.corda import components
-from fastpeft.init.loftq import quantised
+from fastpeft.start.loftq import quantised
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

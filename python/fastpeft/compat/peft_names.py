@@ -36,7 +36,6 @@ HOMES = {
         CONFIG_KEYS_TO_CHECK check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
         prepare_model_for_compiled_hotswap
     """,
-    "init.corda": "CordaEigens",
     "init.eva": """
         forward_fn_dict prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling
     """,
@@ -56,6 +55,7 @@ HOMES = {
     "replicate": "replicate_layers",
     "saved_modules": "ModulesToSaveWrapper",
     "scaling": "disable_input_dtype_casting rescale_adapter_scale",
+    "start.corda": "CordaEigens",
     "targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
     "token_sites": "TrainableTokensWrapper",
     "tuner": "BaseTuner MixedModel=BaseTuner",
@@ -63,7 +63,7 @@ HOMES = {
 _PATTERNS = ("TRANSFORMERS_MODELS_TO_", "is_")  # names that compat.peft_only makes by their pattern
 
 # PEFT's modules, with names and with homes all of whose names they have.
-_LORA = "init.eva LoftQConfig convert_to_lora preprocess_loraga save_as_lora"
+_LORA = "EvaConfig LoftQConfig LoraGAConfig init.eva convert_to_lora preprocess_loraga save_as_lora"
 _STATE = "base_state checkpoint loading"
 _UTILS = f"{_STATE} compat.peft_only distributed prepare saved_modules targets token_sites"
 _MODULES = {
@@ -83,10 +83,10 @@ _MODULES = {
     "tuners": f"tuner {_LORA}",
     "tuners.adamss.asa_callback": "adamss_callback",
     "tuners.lora.conversion": "convert",
-    "tuners.lora.corda": "init.corda",
-    "tuners.lora.eva": "init.eva",
+    "tuners.lora.corda": "init.corda start.corda",
+    "tuners.lora.eva": "init.eva start.eva",
     "tuners.lora.intruders": "intruders",
-    "tuners.lora.loraga": "init.loraga",
+    "tuners.lora.loraga": "init.loraga start.loraga",
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
     "tuners.tuners_utils": "adapters compat.peft_only layer replicate tuner",

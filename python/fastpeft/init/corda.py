@@ -7,46 +7,12 @@ the samples are about) or the smallest ("kpm", to keep what the samples know).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-EIGENS = "eigens"  # of a layer, until the adapter is made
-
-
-@dataclass
-class CordaConfig:
-    """cache_file: where the components are written, or read from if it exists. covariance_file: the same for the
-    covariances, which serve any rank. corda_method: "ipm" or "kpm". use_float16_for_covariance: takes half the memory
-    for less precision. verbose: show progress. prune_temporary_fields: accepted; no other fields are made here."""
-
-    cache_file: str | None = None
-    covariance_file: str | None = None
-    corda_method: Literal["ipm", "kpm"] = "ipm"
-    verbose: bool = False
-    use_float16_for_covariance: bool = False
-    prune_temporary_fields: bool = True
-
-    def __post_init__(self) -> None:
-        if self.corda_method not in ("ipm", "kpm"):
-            raise ValueError(f"`corda_method` should be 'ipm' or 'kpm', got {self.corda_method!r}")
-
-
-@dataclass
-class CordaEigens:
-    """The components that the adapter takes: S [r], U [out, r] and V [in, r]."""
-
-    S_WC: Tensor
-    U_WC: Tensor
-    V_WC: Tensor
-
-
-def corda(eigens: CordaEigens, scaling: float) -> tuple[Tensor, Tensor]:
-    """A and B with scaling * B A = U S V'."""
-    root = (eigens.S_WC / scaling).sqrt()
-    return eigens.V_WC.t() * root[:, None], eigens.U_WC * root
+from ..start.corda import EIGENS, CordaConfig, CordaEigens
 
 
 def components(w: Tensor, covariance: Tensor, r: int, method: str) -> CordaEigens:

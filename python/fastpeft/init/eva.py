@@ -8,7 +8,6 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,27 +21,6 @@ if TYPE_CHECKING:
 
 MAX_RHO = 1000
 PREFIX = "base_model.model."
-
-
-@dataclass
-class EvaConfig:
-    """rho: a layer's rank is at most rho times its configured one; 1 leaves ranks as they are. tau: a component has
-    converged when it and the one of the step before have this cosine similarity. use_label_mask, label_mask_value:
-    pass over tokens with this label. whiten: scale components by their singular values. adjust_scaling_factors: keep a
-    layer's scaling where its rank changes."""
-
-    rho: float = 2.0
-    tau: float = 0.99
-    use_label_mask: bool = True
-    label_mask_value: int = -100
-    whiten: bool = False
-    adjust_scaling_factors: bool = True
-
-    def __post_init__(self) -> None:
-        if self.rho < 1.0:
-            raise ValueError("`rho` must be >= 1.0")
-        if not 0.0 <= self.tau <= 1.0:
-            raise ValueError("`tau` must be between 0.0 and 1.0.")
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

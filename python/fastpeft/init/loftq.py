@@ -1,68 +1,14 @@
-"""LoftQ: a quantised base and an adapter that together come close to W (arXiv 2310.08659)."""
+"""LoftQ on a base that is quantised already: the adapter starts from what quantising lost (arXiv 2310.08659)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import peft_kernels
-
-
-@dataclass
-class LoftQConfig:
-    """loftq_bits: 4 (NF4) or 8 (int8, a scale per row). loftq_iter: how often quantising and decomposing alternate."""
-
-    loftq_bits: int = 4
-    loftq_iter: int = 1
-
-
-def low_rank(w: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] with B A the best rank-r approximation of W, its singular values split evenly."""
-    u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    root = torch.sqrt(s[:r])
-    return root[:, None] * vh[:r], u[:, :r] * root
-
-
-def quantised(w: Tensor, bits: int) -> Tensor:
-    """W as it is after quantising: NF4 in blocks of 64, or int8 with a scale per row."""
-    if bits == 4:
-        return peft_kernels.dequantize_4bit(peft_kernels.quantize_4bit(w.float(), nested=False), dtype=w.dtype)
-    scale = w.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-    return torch.round(w * (127.0 / scale)) * (scale / 127.0)
-
-
-@dataclass(frozen=True)
-class QuantisedBase:
-    """The edit of the base: what quantising W, less what the last but one adapter held, leaves of it."""
-
-    bits: int
-    held: tuple[Tensor, Tensor] | None = None
-    used: ClassVar[tuple[str, ...]] = ()
-    once: ClassVar[bool] = False
-
-    def __call__(self, w: Tensor) -> Tensor:
-        if self.held is None:
-            return quantised(w, self.bits)
-        a, b = (t.to(w) for t in self.held)
-        return quantised(w - b @ a, self.bits)
-
-    def taken(self, w: Tensor) -> None:
-        return None
-
-
-def loftq(w: Tensor, r: int, bits: int, iterations: int) -> tuple[Tensor, Tensor, QuantisedBase]:
-    """A, B and the edit of the base: each iteration quantises what the adapter lacks and adapts to what that lost."""
-    held: tuple[Tensor, Tensor] | None = None
-    for i in range(iterations):
-        edit = QuantisedBase(bits, held)
-        a, b = low_rank(w - edit(w), r)
-        if i + 1 < iterations:
-            held = a, b
-    return a, b, edit
+from ..start.loftq import low_rank
 
 
 def replace_lora_weights_loftq(

@@ -3,55 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-GRADIENT = "_peft_loraga_grad"  # of a layer, in its weight's layout, until the adapter is made
-
-
-@dataclass
-class LoraGAConfig:
-    """direction: which of the 2 r singular vectors go into A and which into B: alternating ("ArBr"), the second half
-    into A ("A2rBr") or into B ("ArB2r"), or "random". scale: of B, "stable" (by stable_gamma), "weight_svd",
-    "gd_scale", or "unit" for none."""
-
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
-    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    stable_gamma: int = 16
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("direction", ("ArBr", "A2rBr", "ArB2r", "random")),
-                              ("scale", ("stable", "weight_svd", "gd_scale", "unit"))):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` should be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not self.stable_gamma > 0:
-            raise ValueError(f"`stable_gamma` should be positive, got {self.stable_gamma!r}")
-
-
-def lora_ga(w: Tensor, gradient: Tensor, r: int, scaling: float, config: LoraGAConfig) -> tuple[Tensor, Tensor]:
-    """A and B for W [out, in] and the gradient, of the same shape, of which 2 r singular components must exist."""
-    u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
-    first, second = torch.arange(r), torch.arange(r, 2 * r)
-    if config.direction == "random":
-        of_a = of_b = torch.randperm(2 * r)[:r]
-    else:
-        of_a, of_b = {"ArBr": (2 * first + 1, 2 * first), "A2rBr": (second, first), "ArB2r": (first, second)}[
-            config.direction
-        ]
-    a, largest = v.t()[of_a], s[of_b]
-    b = u[:, of_b] @ torch.diag(largest)
-    if config.scale == "stable":
-        b = b * (w.shape[0] ** 0.25 / config.stable_gamma**0.5)
-    elif config.scale == "weight_svd":
-        of_w = torch.svd_lowrank(w, q=r, niter=4)[1]
-        if largest[0] > 0:
-            b = b * (of_w[0] / largest[0])
-    elif config.scale == "gd_scale":
-        a, b = a / scaling, b / scaling
-    return a, b
+from ..start.loraga import GRADIENT
 
 
 def preprocess_loraga(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peft_kernels.ops.dora_linear.bound import Training
 
-from .. import init
+from .. import start
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
 from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
 from ..tied import Transposed, tied_fields, tied_names
@@ -87,12 +87,12 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig):
                     raise ValueError(f"LoraConfig({name}={value!r}): {error}") from None
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
-        init.complete(self)
+        start.complete(self)
 
 
 PLAIN_DICTS = ("rank_pattern", "alpha_pattern", "loftq_config", "megatron_config", "auto_mapping")
 # The classes of nested configurations, by the field of LoraConfig. Who reads a field adds its class.
-SUB_CONFIGS: dict[str, type[Any]] = dict(init.SUB_CONFIGS)
+SUB_CONFIGS: dict[str, type[Any]] = {s.field: s.options for s in start.starts() if s.options}
 # Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
 LATER_OPTIONS = (
     "arrow_config", "megatron_config",
@@ -144,19 +144,23 @@ class Lora(Method):
         for name in LATER_OPTIONS:
             if getattr(config, name):
                 raise NotImplementedError(f"LoraConfig({name}=...) is not there yet in fastpeft.")
-        start = config.init_lora_weights
-        if start not in (*INITS, *self.inits) and not init.is_init(start):
+        init, found = config.init_lora_weights, start.start_of(config.init_lora_weights)
+        if found is not None:
+            if config.lora_bias:
+                raise ValueError(
+                    f"lora_bias=True is only supported with init_lora_weights=True or False, got {init!r}."
+                )
+            found.check_config(config)
+        elif init not in (*INITS, *self.inits):
+            names = (*INITS, *(s.name for s in start.starts()), "pissa_niter_<n>")
             raise ValueError(
-                f"LoraConfig(init_lora_weights={start!r}) is unknown; there are {(*INITS, *init.NAMES)} and the "
-                "variant 'mica'."
+                f"LoraConfig(init_lora_weights={init!r}) is unknown; there are {names} and the variant 'mica'."
             )
-        if init.is_init(start):
-            init.check_config(config, loading)
         if config.dora_full_gradient and not config.use_dora:
             raise ValueError("LoraConfig(dora_full_gradient=True) is an option of DoRA: pass use_dora=True with it.")
         ranks = {"r": config.r, **{f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}}
         for name, r in ranks.items():
-            if start == "orthogonal" and r % 2:
+            if init == "orthogonal" and r % 2:
                 raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {name}={r}.")
 
     def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
@@ -168,8 +172,7 @@ class Lora(Method):
                 f"Targeting {info.name!r}, a {type(info.module).__name__} with groups={info.groups}, needs a rank that "
                 f"is divisible by groups, got r={config.r}. Choose another rank or do not target this layer."
             )
-        if init.is_init(config.init_lora_weights):
-            init.check_layer(config, info)
+        start.check_layer(config, info)
         if config.init_lora_weights == "orthogonal" and info.kind.startswith("conv"):
             raise ValueError(f"init_lora_weights='orthogonal' is for linear layers, {info.name!r} is a convolution")
         if config.lora_bias and not info.has_bias and info.transient:
@@ -208,17 +211,17 @@ class Lora(Method):
                     back.normal_()
             return {**state, "lora_embedding_A": nn.Parameter(rows), "lora_embedding_B": nn.Parameter(back)}
         a, b = (_linear if info.kind in ("linear", "experts") else _conv)(config, info)
-        start = config.init_lora_weights
-        if init.is_init(start):
-            return {**state, "lora_A": a, "lora_B": b,
-                    **init.initialise(config, info, state["scaling"], a.weight, b.weight)}  # fmt: skip
+        init, found = config.init_lora_weights, start.start_of(config.init_lora_weights)
+        if found is not None:
+            more = found.initialise(config, info, state["scaling"], a.weight, b.weight)
+            return {**state, "lora_A": a, "lora_B": b, **more}
         with torch.no_grad():
             if a.weight.is_meta:
                 pass  # a file will bring the numbers
-            elif start == "orthogonal":
+            elif init == "orthogonal":
                 _orthogonal(a.weight, b.weight, info)
-            elif start is not False:
-                if start == "gaussian":
+            elif init is not False:
+                if init == "gaussian":
                     nn.init.normal_(a.weight, std=1 / config.r)
                 else:
                     nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ... import init
 from ...base_edits import EDIT
 from ...method import Inner, LayerInfo, State
+from ...start import start_of
 from ..lora import Lora
 from . import variant
 
@@ -80,7 +80,8 @@ class Kasa(Lora):
 
     def check_config(self, config: Any, loading: bool = False) -> None:
         super().check_config(config, loading)
-        if init.is_init(config.init_lora_weights) and config.init_lora_weights != "eva":
+        start = start_of(config.init_lora_weights)
+        if start is not None and start.edits_base:
             raise ValueError(f"kasa_config cannot be combined with init_lora_weights={config.init_lora_weights!r}.")
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
