@@ -136,8 +136,8 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([text[0], "|---" * len(used) + "|", *text[1:]])
 
 
-def wrapped(text: str) -> str:
-    """Lines of at most WIDTH characters; what stands in backquotes stays on one of them."""
+def wrapped(text: str, width: int = WIDTH) -> str:
+    """Lines of at most so many characters; what stands in backquotes stays on one of them."""
     whole = "`".join(t.replace(" ", "\0") if i % 2 else t for i, t in enumerate(text.split("`")))
-    lines = textwrap.wrap(whole, WIDTH, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines).replace("\0", " ")
