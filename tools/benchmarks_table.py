@@ -209,7 +209,8 @@ def document(page: str, folder: Path = RESULTS) -> str:
             if run:
                 parts.append(section(table, name, run))
     if others and page == next(iter(HEADS)):
-        parts.append("## Results without a table\n\n" + "\n".join(f"- `bench/results/{name}`" for name in others))
+        said = [f"- `bench/results/{n}`" + ": two commits in turns" * n.startswith("ab-") for n in others]
+        parts.append("## Results without a table\n\n" + "\n".join(said))
     return "\n\n".join(parts) + "\n"
 
 
