@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .classes import loaded_by as _loaded_by
 from .compat import peft_names as _peft_names
 
 __version__ = "0.1.0"
@@ -60,6 +61,9 @@ HOMES = {name: home for home, names in _NAMES.items() for name in names}
 _LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Poly", "Prefix", "Prompt", "Shadow",
           "XLora")  # fmt: skip
 _peft_names.install()
+
+
+_loaded_by(lambda: importlib.import_module(".methods", __name__).load_all())  # type: ignore[no-any-return]
 
 
 def _of_methods() -> dict[str, Any]:
