@@ -15,6 +15,7 @@ from peft_kernels import butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
 from .adapted import AdaptedLayer
+from .factored import Weight, fused_linear
 from .kept import Kept
 from .method import Fused, Inner, LayerInfo, Method
 
@@ -114,19 +115,11 @@ class Butterfly(RotatesInput):
         return butterfly_rotate(x, self.blocks(s), transposed)
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
-        base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
-        if layer.kind.kind != "linear" or get_weight is None:
-            return None
-        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
         kept = Kept()
 
-        def run(x: Tensor) -> Tensor | None:
-            w = get_weight()
-            if w is None:
-                return None
-            wide, of = x if compute is None else x.to(compute), self.parameter(s)
+        def run(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
+            of = self.parameter(s)
             blocks = kept.get((of,), (), lambda: self.blocks(s)) if constant(s, of) else self.blocks(s)
-            y = butterfly_linear(wide, w, blocks, base._parameters.get("bias"), self.gain(s))
-            return y if compute is None else y.to(x.dtype)
+            return butterfly_linear(x, w, blocks, bias, self.gain(s))
 
-        return run
+        return fused_linear(layer, run)

@@ -20,6 +20,7 @@ from peft_kernels.ops.householder_rotate import compact_wy
 
 from ..adapted import AdaptedLayer
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..factored import Weight, fused_linear
 from ..kept import Kept
 from ..method import Fused, LayerInfo, State, register
 from ..rotation import RotatesInput, constant
@@ -62,24 +63,16 @@ class HRA(RotatesInput):
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         """(x - x u^T v) W^T is a LoRA with A = u and B = -(v W^T)^T: no turned x is written, and r more rows of the
         base product, forward and backward, are little where tokens are many."""
-        base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
-        if layer.kind.kind != "linear" or get_weight is None:
-            return None
-        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
-
         kept = (Kept(), Kept())
 
         def factors() -> tuple[Tensor, Tensor]:
             return compact_wy(*self._vectors(s), transposed=True)
 
-        def turned(v: Tensor, w: Tensor | QuantWeight) -> Tensor:
+        def turned(v: Tensor, w: Weight) -> Tensor:
             return lora_linear(v, w).t()
 
-        def run(x: Tensor) -> Tensor | None:
-            w, of = get_weight(), s.hra_u
-            if w is None:
-                return None
-            bias = base._parameters.get("bias")
+        def run(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor | None:
+            of = s.hra_u
             if constant(s, of):  # in evaluation both factors are there already, however few tokens are
                 stored = [t for t in w.flatten() if isinstance(t, Tensor)] if isinstance(w, QuantWeight) else [w]
                 u = kept[0].get((of,), (), lambda: factors()[0])
@@ -89,11 +82,9 @@ class HRA(RotatesInput):
             else:
                 u, v = factors()
                 b = turned(v, w)
-            if compute is None:
-                return lora_linear(x, w, u, b, -1.0, bias)
-            return lora_linear(x.to(compute), w, u, b, -1.0, bias).to(x.dtype)
+            return lora_linear(x, w, u, b, -1.0, bias)
 
-        return run
+        return fused_linear(layer, run)
 
     @staticmethod
     def _vectors(s: Any) -> tuple[Tensor, bool]:
