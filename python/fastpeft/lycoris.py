@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import TargetConfig
+from .draws import kaiming_
 from .factored import FactoredMethod
 from .method import Inner, LayerInfo, State
 from .weight_side import with_weight
@@ -97,7 +98,4 @@ def pointwise(z: Tensor, weight: Tensor, spatial: int) -> Tensor:
 
 def uniform(*shape: int) -> nn.Parameter:
     """As PEFT starts its factors, in the order of the calls."""
-    value = torch.empty(shape)
-    if not value.is_meta:
-        nn.init.kaiming_uniform_(value, a=math.sqrt(5))
-    return nn.Parameter(value)
+    return nn.Parameter(kaiming_(torch.empty(shape)))

@@ -53,9 +53,3 @@ def kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tenso
     """Uniform with the variance 2 / columns of He et al. (arXiv 1502.01852)."""
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def drawn_normal(*shape: int) -> Tensor:
-    """`torch.randn`, but nothing is drawn on the meta device, where that would import torch's compiler."""
-    tensor = torch.empty(shape)
-    return tensor if tensor.is_meta else tensor.normal_()

@@ -9,10 +9,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..draws import drawn_normal
 from ..method import Inner, LayerInfo, Method, State, register
 
 
@@ -47,11 +47,9 @@ class Beft(Method):
             )
 
     def make_state(self, config: BeftConfig, info: LayerInfo, shared: Any) -> State:
-        bias = torch.empty(1, info.out_features)
-        if not bias.is_meta:
-            bias.normal_()
-            if config.init_weights:
-                bias.zero_()
+        bias = drawn_normal(1, info.out_features)
+        if config.init_weights:
+            bias.zero_()
         return {"beft_bias": nn.Parameter(bias)}
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

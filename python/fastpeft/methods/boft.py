@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_kernels import cayley
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
+from ..draws import normal_
 from ..method import Inner, LayerInfo, State, register
 from ..rotation import BlockDropout, Butterfly
 
@@ -86,9 +87,9 @@ class BOFT(Butterfly):
         size, count = self._blocks(config, self.features(info))
         r = torch.zeros(config.boft_n_butterfly_factor, count, size, size)
         scale = torch.ones(*((info.out_features, 1) if info.kind == "linear" else (1, info.out_features)))
-        if not config.init_weights and not r.is_meta:
-            r.normal_(std=0.1)
-            scale.normal_(mean=1.0, std=0.1)
+        if not config.init_weights:
+            normal_(r, std=0.1)
+            normal_(scale, mean=1.0, std=0.1)
         return {
             "boft_R": nn.Parameter(r),
             "boft_s": nn.Parameter(scale),

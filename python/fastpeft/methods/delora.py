@@ -6,7 +6,6 @@ but B and A goes into B and A, so that it costs what LoRA costs.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
+from ..draws import kaiming_
 from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
 from ..weights import weight_of
@@ -56,9 +56,9 @@ class Delora(FactoredMethod):
         bound = torch.full((1,), float(config.delora_lambda))
         norm = torch.ones(info.in_features)
         if not a.is_meta:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            kaiming_(a)
             if config.init_weights is not True:
-                nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+                kaiming_(b)
             kind = weight_of(info.module)
             assert kind is not None
             w = kind.read(info.module)[0].detach()

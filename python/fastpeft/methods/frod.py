@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from ..adapted import AdaptedLayer
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
+from ..draws import drawn_normal
 from ..factored import dropout
 from ..method import Inner, LayerInfo, State, register
-from ..projections import ProjectedMethod, drawn_normal
+from ..projections import ProjectedMethod
 from ..shared import Computed
 from ..sparse import dense, sparse_linear
 from .vera import Vera

@@ -11,7 +11,6 @@ is a product with one more row.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
+from ..draws import kaiming_, normal_
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, as_it_is, one_token, weight_side
 
@@ -63,18 +63,16 @@ class Path(nn.Module):
             self.register_buffer("zeros", torch.zeros(shape))
         elif form == "lora":
             self.Xd, self.Xu = nn.Parameter(torch.zeros(shape[0], r)), nn.Parameter(torch.zeros(r, shape[1]))
-            if not self.Xu.is_meta:
-                nn.init.kaiming_uniform_(self.Xu, a=math.sqrt(5))
-                if not init_weights:
-                    nn.init.kaiming_uniform_(self.Xd, a=math.sqrt(5))
+            kaiming_(self.Xu)
+            if not init_weights:
+                kaiming_(self.Xd)
         else:
             sizes = {"constant": (1,), "vector": (shape[0], 1) if len(shape) == 2 else shape}
             self.X = nn.Parameter(torch.zeros(sizes[form]))
-            if not init_weights and not self.X.is_meta:
-                if form == "constant":
-                    nn.init.normal_(self.X, std=0.02)
-                else:
-                    nn.init.kaiming_uniform_(self.X if self.X.dim() == 2 else self.X[None], a=math.sqrt(5))
+            if not init_weights and form == "constant":
+                normal_(self.X, std=0.02)
+            elif not init_weights:
+                kaiming_(self.X if self.X.dim() == 2 else self.X[None])
 
     def forward(self) -> Tensor | None:
         """The value, which broadcasts to the shape, or None."""

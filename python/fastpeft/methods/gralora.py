@@ -6,7 +6,6 @@ FLOPs grow as with a LoRA of rank r. hybrid_r adds a plain LoRA of that rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig, check_ranks
+from ..draws import kaiming_
 from ..factored import FactoredMethod, dropout, is_thin
 from ..method import Inner, LayerInfo, State, register
 
@@ -69,14 +69,12 @@ class Gralora(FactoredMethod):
         k, r = config.gralora_k, config.r
         a, b = torch.empty(k, r, info.in_features // k), torch.zeros(k, info.out_features // k, r)
         modules: list[nn.Module] = [nn.Identity(), nn.Identity()]
-        if not a.is_meta:
-            for block_a, block_b in zip(a, b, strict=True):
-                _start(block_a, block_b, config)
+        for block_a, block_b in zip(a, b, strict=True):
+            _start(block_a, block_b, config)
         if config.hybrid_r > 0:
             first = nn.Linear(info.in_features, config.hybrid_r, bias=False)
             second = nn.Linear(config.hybrid_r, info.out_features, bias=False)
-            if not a.is_meta:
-                _start(first.weight.data, second.weight.data.zero_(), config)
+            _start(first.weight.data, second.weight.data.zero_(), config)
             modules = [first, second]
         return {
             "gralora_A": nn.Parameter(a.transpose(1, 2).contiguous()),
@@ -119,6 +117,6 @@ class Gralora(FactoredMethod):
 
 
 def _start(a: Tensor, b: Tensor, config: GraloraConfig) -> None:
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    kaiming_(a)
     if not config.init_weights:
-        nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+        kaiming_(b)

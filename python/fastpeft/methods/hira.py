@@ -8,7 +8,6 @@ frozen layer's FLOPs at T tokens, 1.63 with r = 32 and T = 512. With dropout on 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasFanInFanOut, PeftType, PeftWarning, TargetConfig, check_ranks
+from ..draws import kaiming_
 from ..factored import dropout
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, as_it_is, one_token, weight_side, with_weight
@@ -73,7 +73,7 @@ class Hira(Method):
                 if config.init_weights == "gaussian" and info.kind == "linear":
                     a.normal_(std=1 / config.r)
                 else:
-                    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+                    kaiming_(a)
                 b.zero_()
         names = ("hira_embedding_A", "hira_embedding_B") if info.kind == "embedding" else ("hira_A", "hira_B")
         made = dict(zip(names, (nn.Parameter(a), nn.Parameter(b)), strict=True))

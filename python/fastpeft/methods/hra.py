@@ -7,7 +7,6 @@ T tokens cost 2 T d r multiplications against T d^2 of the layer, and the backwa
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from peft_kernels.ops.householder_rotate import compact_wy
 
 from ..adapted import AdaptedLayer
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..draws import kaiming_
 from ..factored import Weight, fused_linear
 from ..kept import Kept
 from ..method import Fused, LayerInfo, State, register
@@ -50,9 +50,7 @@ class HRA(RotatesInput):
         pairs = config.init_weights and config.r % 2 == 0
         if config.init_weights and not pairs:
             warnings.warn("The symmetric initialization can NOT be performed when r is odd!", PeftWarning, stacklevel=2)
-        u = torch.zeros(self.features(info), config.r // 2 if pairs else config.r)
-        if not u.is_meta:
-            nn.init.kaiming_uniform_(u, a=math.sqrt(5))
+        u = kaiming_(torch.zeros(self.features(info), config.r // 2 if pairs else config.r))
         u = u.repeat_interleave(2, dim=1) if pairs else u
         return {"hra_u": nn.Parameter(u), "hra_r": config.r, "hra_apply_GS": config.apply_GS}
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..config import HasFanInFanOut, PeftType, TargetConfig
+from ..draws import drawn_normal
 from ..method import Inner, LayerInfo, Method, State, register
 from ..targets import DEFAULT_TARGETS, select
 
@@ -77,11 +77,9 @@ class IA3(Method):
         feedforward = bool(select(ends, [info.name])) if isinstance(ends, str) else info.name.endswith(tuple(ends))
         n = info.in_features if feedforward else info.out_features
         shape = (1, n) if feedforward or info.kind != "linear" else (n, 1)
-        scale = torch.empty(*shape, *[1] * (len(info.shape) - 2))
-        if not scale.is_meta:
-            scale.normal_()
-            if config.init_ia3_weights:
-                scale.fill_(1.0)
+        scale = drawn_normal(*shape, *[1] * (len(info.shape) - 2))
+        if config.init_ia3_weights:
+            scale.fill_(1.0)
         return {"ia3_l": nn.Parameter(scale), "is_feedforward": feedforward}
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,6 @@ row and the B by all layers of the same target and shape. FLOPs beside the froze
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, TargetConfig
+from ..draws import kaiming_
 from ..method import Inner, LayerInfo, Method, State, register
 
 
@@ -53,11 +53,10 @@ class Lily(Method):
         a = nn.Linear(info.in_features, config.r, bias=False)
         b = nn.Linear(info.out_features, config.num_B * config.r, bias=False)
         router = nn.Linear(config.r, config.num_B, bias=False)
-        if not a.weight.is_meta:
-            for module in (a, router) if config.init_weights else (a, router, b):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if config.init_weights:
-                nn.init.zeros_(b.weight)
+        for module in (a, router) if config.init_weights else (a, router, b):
+            kaiming_(module.weight)
+        if config.init_weights:
+            nn.init.zeros_(b.weight)
         return {
             "lily_A": a, "lily_B": b, "lily_router": router, "r": config.r, "scaling": config.scaling,
             "stride_A": config.stride_A, "num_B": config.num_B,

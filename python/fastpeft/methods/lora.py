@@ -24,6 +24,7 @@ from peft_kernels.ops.dora_linear.bound import Training
 from .. import start
 from ..adapted import AdaptedLayer
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
+from ..draws import drawn_normal, kaiming_, normal_
 from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
 from ..tied import Transposed, tied_fields, tied_names
 
@@ -200,13 +201,10 @@ class Lora(Method):
         if info.times != 1:
             state["times"] = info.times
         if info.kind == "embedding":
-            rows, back = torch.empty(config.r, info.in_features), torch.empty(info.out_features, config.r)
-            if not rows.is_meta:  # drawing there would import torch's compiler, which takes seconds, for no numbers
-                rows.normal_()
-                back.normal_()
-                if config.init_lora_weights is not False:
-                    rows.zero_()
-                    back.normal_()
+            rows, back = drawn_normal(config.r, info.in_features), drawn_normal(info.out_features, config.r)
+            if config.init_lora_weights is not False:
+                rows.zero_()
+                normal_(back)
             return {**state, "lora_embedding_A": nn.Parameter(rows), "lora_embedding_B": nn.Parameter(back)}
         a, b = (_linear if info.kind in ("linear", "experts") else _conv)(config, info)
         init, found = config.init_lora_weights, start.start_of(config.init_lora_weights)
@@ -222,7 +220,7 @@ class Lora(Method):
                 if init == "gaussian":
                     nn.init.normal_(a.weight, std=1 / config.r)
                 else:
-                    nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+                    kaiming_(a.weight)
                 nn.init.zeros_(b.weight)
                 if b.bias is not None:
                     nn.init.zeros_(b.bias)

@@ -11,7 +11,6 @@ Fewer tokens than r, in evaluation, have it on their activations: 2 T products o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, PeftType, TargetConfig
+from ..draws import kaiming_
 from ..factored import FactoredMethod, dropout, is_thin, plus_product
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, weight_side
@@ -72,8 +72,8 @@ class Miss(FactoredMethod):
 
     def make_state(self, config: MissConfig, info: LayerInfo, shared: Any) -> State:
         block = torch.zeros(config.r, config.mini_r if config.init_weights == "mini" else info.out_features)
-        if not config.init_weights and not block.is_meta:
-            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+        if not config.init_weights:
+            kaiming_(block)
         return {**_values(config), "miss_block": nn.Parameter(block)}
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:

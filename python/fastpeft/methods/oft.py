@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peft_kernels import cayley
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..draws import normal_
 from ..method import Inner, LayerInfo, State, register
 from ..rotation import BlockDropout, Butterfly, skew
 
@@ -58,8 +59,8 @@ class OFTRotationModule(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1 if config.block_share else blocks, size * (size - 1) // 2))
         self.size, self.eps = size, config.eps if config.coft else None
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
-        if not config.init_weights and not self.weight.is_meta:
-            nn.init.normal_(self.weight, std=0.1)
+        if not config.init_weights:
+            normal_(self.weight, std=0.1)
 
     def blocks(self) -> Tensor:
         vector: Tensor = self.weight

@@ -8,7 +8,6 @@ inputs, (x f(W^T)) B^T, so that the update is never formed: 3 * 2 * tokens * r *
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, TargetConfig
+from ..draws import kaiming_
 from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
 
@@ -64,11 +64,10 @@ class Peanut(Method):
             nn.ModuleList([nn.Linear(r, r, bias=False) for _ in range(config.depth)]) for _ in range(2)
         )
         b = nn.Linear(r, info.out_features, bias=False)
-        if not a.weight.is_meta:
-            for module in (a, *encoders, *decoders, b)[: None if not config.init_weights else -1]:
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if config.init_weights:
-                nn.init.zeros_(b.weight)
+        for module in (a, *encoders, *decoders, b)[: None if not config.init_weights else -1]:
+            kaiming_(module.weight)
+        if config.init_weights:
+            nn.init.zeros_(b.weight)
         return {
             "peanut_A": a, "peanut_B": b, "peanut_encoders": encoders, "peanut_decoders": decoders, "r": r,
             "depth": config.depth, "scaling": config.scaling, "act_fn": config.act_fn,

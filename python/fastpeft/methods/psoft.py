@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peft_kernels import cayley
 
 from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig, check_ranks
+from ..draws import drawn_normal
 from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
 from ..rotation import skew
@@ -81,8 +82,8 @@ class OrthLayer(nn.Module):
         self.weight = nn.Parameter(torch.zeros(n * (n - 1) // 2) if self.orth else torch.eye(n))
         self.vector_b = nn.Parameter(torch.ones(n)) if config.psoft_mag_b else None
         self.vector_a = nn.Parameter(torch.ones(n)) if config.psoft_mag_a else None
-        if not config.init_weights and not self.weight.is_meta:
-            self.weight.data += torch.randn_like(self.weight) * 0.1
+        if not config.init_weights:
+            self.weight.data += drawn_normal(*self.weight.shape) * 0.1
 
     def get_matrix(self) -> Tensor:
         r: Tensor = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))

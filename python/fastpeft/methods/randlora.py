@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
+from ..draws import drawn_normal
 from ..factored import dropout
 from ..method import Inner, LayerInfo, State, register
-from ..projections import ProjectedMethod, drawn_normal, seeded
+from ..projections import ProjectedMethod, seeded
 from ..shared import Computed
 
 Shape = tuple[int, int, int]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_kernels import pair_rotate
 
 from ..config import HasInitWeights, PeftType, TargetConfig
+from ..draws import normal_
 from ..method import Inner, LayerInfo, Method, State, register
 
 SIZES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}  # angles per output, as a fraction
@@ -62,9 +63,9 @@ class Road(Method):
     def make_state(self, config: RoadConfig, info: LayerInfo, shared: Any) -> State:
         times, per = SIZES[config.variant]
         theta, alpha = torch.zeros(info.out_features * times // per), torch.ones(info.out_features * times // per)
-        if not config.init_weights and not theta.is_meta:
-            theta.normal_(std=0.5)
-            alpha.normal_(mean=1.0, std=0.5)
+        if not config.init_weights:
+            normal_(theta, std=0.5)
+            normal_(alpha, mean=1.0, std=0.5)
         return {
             "road_theta": nn.Parameter(theta), "road_alpha": nn.Parameter(alpha),
             "variant": config.variant, "group_size": config.group_size,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..draws import drawn_normal
 from ..method import Inner, LayerInfo, Method, State, register
 from ..shared import Computed
 from ..sparse import dense, sparse_update
@@ -74,9 +75,7 @@ class Shira(Method):
     def make_state(self, config: ShiraConfig, info: LayerInfo, shared: Any) -> State:
         out, into = info.shape
         count = config.r * (out + into)
-        values = torch.empty(count)
-        if not values.is_meta:
-            values.zero_() if config.init_weights else values.normal_()
+        values = torch.zeros(count) if config.init_weights else drawn_normal(count)
         indices = Computed((2, count), lambda: _positions(config, info, count), dtype=torch.int32)
         return {
             "r": config.r, "scaling": 1.0, "shira_weight": nn.Parameter(values), "shira_indices": indices,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..draws import kaiming_, normal_
 from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
 from ..shared import Computed
@@ -81,9 +82,9 @@ class Supertuning(Method):
 
     def make_state(self, config: SupertuningConfig, info: LayerInfo, shared: Any) -> State:
         count = _count(config, info)
-        values = torch.empty(count, dtype=torch.float32)
-        if not values.is_meta:
-            values.zero_() if config.init_weights else values.normal_()
+        values = torch.zeros(count, dtype=torch.float32)
+        if not config.init_weights:
+            normal_(values)
         state: State = {
             "supertuning_values": nn.Parameter(values),
             "supertuning_indices": Computed(
@@ -95,9 +96,8 @@ class Supertuning(Method):
             return state
         a = nn.Linear(info.in_features, config.r, bias=False, dtype=torch.float32)
         b = nn.Linear(config.r, info.out_features, bias=False, dtype=torch.float32)
-        if not a.weight.is_meta:
-            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-            nn.init.zeros_(b.weight) if config.init_weights else nn.init.kaiming_uniform_(b.weight, a=math.sqrt(5))
+        kaiming_(a.weight)
+        nn.init.zeros_(b.weight) if config.init_weights else kaiming_(b.weight)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         return {
             **state, "supertuning_lora_A": a, "supertuning_lora_B": b, "supertuning_lora_dropout": dropout,

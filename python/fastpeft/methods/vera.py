@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
+from ..draws import drawn_normal
 from ..factored import dropout
 from ..method import Inner, LayerInfo, State, register
-from ..projections import ProjectedMethod, drawn_normal, kaiming_uniform, seeded
+from ..projections import ProjectedMethod, kaiming_uniform, seeded
 from ..shared import Computed
 from ..targets import DEFAULT_TARGETS
 

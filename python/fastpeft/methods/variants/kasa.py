@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...adapted import AdaptedModel
 from ...base_edits import EDIT
+from ...draws import drawn_normal
 from ...method import Inner, LayerInfo, State
 from ...start import start_of
 from ..lora import Lora
@@ -93,11 +94,7 @@ class Kasa(Lora):
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         state = super().make_state(config, info, shared)
-        a = state["lora_A"].weight
-        d = torch.empty(config.r, device=a.device)
-        if not a.is_meta:
-            d = torch.randn(config.r)
-        return {**state, "lora_diag": nn.Parameter(d), EDIT: Truncation(config.r)}
+        return {**state, "lora_diag": nn.Parameter(drawn_normal(config.r)), EDIT: Truncation(config.r)}
 
     def matrices(self, s: Any) -> tuple[Tensor, Tensor]:
         a, b = super().matrices(s)
