@@ -69,7 +69,7 @@ _loaded_by(lambda: importlib.import_module(".methods", __name__).load_all())  # 
 def _of_methods() -> dict[str, Any]:
     """The configuration class and the tuner class of every method, and nested configurations, by PEFT's names."""
     from .method import registry
-    from .methods.lora import SUB_CONFIGS
+    from .methods.variants import SUB_CONFIGS
     from .tuner import tuner_class
 
     methods = registry().values()

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from .config import PeftWarning
 from .inject import LOW_PRECISION
-from .layer import AdapterLayer
 from .safety import list_some
 from .saved_modules import ModulesToSaveWrapper
-from .sites import adapter_modules
+from .sites import adapter_layers, adapter_modules
 
 
 def set_adapter(
@@ -29,7 +28,7 @@ def set_adapter(
     for module in modules:
         if isinstance(module, ModulesToSaveWrapper):
             module.check_active(names)
-    merged = [module for module in modules if isinstance(module, AdapterLayer) and module.merged_adapters]
+    merged = [layer for _, layer in adapter_layers(model) if layer.merged_adapters]
     if merged:
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning,
                       stacklevel=3)  # fmt: skip
@@ -78,8 +77,8 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Make an adapter's tensors of 16 and 8 bits float32; they are new parameters."""
-    for _, layer in adapter_modules(model) if autocast_adapter_dtype else ():
-        for _, container in layer.containers() if isinstance(layer, AdapterLayer) else ():
+    for _, layer in adapter_layers(model, adapter_name) if autocast_adapter_dtype else ():
+        for _, container in layer.containers():
             if adapter_name not in container:
                 continue
             entry = container[adapter_name]

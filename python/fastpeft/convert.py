@@ -22,8 +22,9 @@ from .checkpoint import save_adapter
 from .config import PeftType, PeftWarning
 from .layer import AdapterLayer
 from .methods.lora import LoraConfig
+from .progress import shown
 from .saved_modules import ModulesToSaveWrapper
-from .sites import adapter_modules, walk
+from .sites import adapter_layers, walk
 from .targets import minimal_suffixes
 from .weights import wide
 
@@ -57,7 +58,8 @@ def convert_to_lora(
     work: Callable[..., Converted] = _convert
     if compile_kwargs is not None:
         work = torch.compile(_convert, **compile_kwargs)
-    found = {name: work(layer, adapter_name, rank) for name, layer in _progress(layers, progressbar)}
+    bar = shown(layers.items(), "Converting to LoRA", progressbar)
+    found = {name: work(layer, adapter_name, rank) for name, layer in bar}
     config = _config(model, source, rank, {name: len(a) for name, (a, _, _) in found.items()})
     config.lora_bias = any(added is not None for _, _, added in found.values())
     state: dict[str, Tensor] = {}
@@ -68,7 +70,7 @@ def convert_to_lora(
         state |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
         if config.lora_bias:
             state[f"{name}.lora_B.bias"] = b.new_zeros(len(b)) if added is None else added
-    for name, module in adapter_modules(model):
+    for name, module in adapter_layers(model):
         if isinstance(module, ModulesToSaveWrapper):
             state |= {f"{name}.{key}": tensor.detach() for _, key, tensor in module.adapter_state(adapter_name)}
     return config, state
@@ -98,7 +100,7 @@ def _check_rank(rank: int | float) -> None:
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
     """The layers with the adapter, by name, if all of them can be converted."""
-    layers = {n: m for n, m in adapter_modules(model) if isinstance(m, AdapterLayer) and adapter in m.methods}
+    layers = dict(adapter_layers(model, adapter))
     if not layers:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
     reasons = {}
@@ -113,14 +115,6 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
         listed = "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
         raise TypeError(f"Some modules on this model do not support LoRA conversion: {listed}.")
     return layers
-
-
-def _progress(layers: dict[str, AdapterLayer], show: bool) -> Any:
-    if not show:
-        return layers.items()
-    from tqdm import tqdm
-
-    return tqdm(layers.items(), desc="Converting to LoRA")
 
 
 @torch.no_grad()

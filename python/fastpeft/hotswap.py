@@ -19,7 +19,7 @@ from .config import PeftConfig, PeftType
 from .layer import AdapterLayer
 from .methods.lora import LoraConfig, scaling_of
 from .patterns import first_match
-from .sites import adapter_modules, iter_adapter_tensors
+from .sites import adapter_layers, iter_adapter_tensors
 
 # What must be the same in both adapters; ranks and scalings are swapped too.
 CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
@@ -80,7 +80,7 @@ def hotswap_adapter_from_state_dict(
     RuntimeError, with nothing changed, for tensors that it has no place for.
     """
     bare = getattr(model, "_orig_mod", model)
-    layers = {n: m for n, m in adapter_modules(bare) if isinstance(m, AdapterLayer) and adapter_name in m.methods}
+    layers = dict(adapter_layers(bare, adapter_name))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. "
@@ -161,8 +161,7 @@ def prepare_model_for_compiled_hotswap(
             )
         elif check_compiled != "ignore":
             raise ValueError(f"check_compiled should be 'error', 'warn' or 'ignore', got {check_compiled!r}")
-    layers = [m for _, m in adapter_modules(getattr(model, "_orig_mod", model)) if isinstance(m, AdapterLayer)]
-    layers = [layer for layer in layers if hasattr(layer, "lora_A")]
+    layers = [m for _, m in adapter_layers(getattr(model, "_orig_mod", model)) if hasattr(m, "lora_A")]
     if not layers:
         raise ValueError(
             "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "

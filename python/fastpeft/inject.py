@@ -24,7 +24,7 @@ from .saved_modules import ModulesToSaveWrapper, check_savable, copy_module
 from .shared import SharedValues, compute, fill_containers, held_containers
 from .sites import (
     Site,
-    adapter_modules,
+    adapter_layers,
     checked_info,
     corrected_fan_in_fan_out,
     info_of,
@@ -89,7 +89,7 @@ class InjectionPlan:
         self._edit_bases()
         containers = {}
         if self.shared:
-            held = held_containers(m for _, m in adapter_modules(self.model) if isinstance(m, AdapterLayer))
+            held = held_containers(m for _, m in adapter_layers(self.model))
             containers = fill_containers(self.shared, self.adapter, held)
         for plan in self.layers:
             plan.layer.add(self.adapter, plan.method, plan.state, containers)

@@ -36,7 +36,7 @@ def reduce_intruder_dimension(
     config.init_lora_weights = True  # A and B come from the old one, and so does what it took from the base
     if method_of(config) is not get_method("LORA"):
         raise ValueError("A variant of LoRA has no A and B that its intruder dimensions could be taken from.")
-    layers = [(n, m) for n, m in peft_model.base_model.adapter_layers() if old_adapter_name in m.methods]
+    layers = list(peft_model.base_model.adapter_layers(old_adapter_name))
     for name, layer in layers:
         if layer.info.kind not in ("linear", "embedding"):
             raise ValueError(f"{name}: intruder dimensions are those of a matrix, not of a {layer.kind.label}")

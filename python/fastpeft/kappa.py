@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from .progress import shown
 from .weights import weight_of
 
 MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
@@ -33,25 +31,17 @@ class KappaTuneSelector:
         if self._found is None:
             modules, parameters = {}, {}
             linear = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.Linear) or _is_quantised(m)]
-            for name, module in self._shown(linear, "Computing SVD (linear layers)"):
+            for name, module in shown(linear, "Computing SVD (linear layers)", self.show_progress):
                 kind = weight_of(module)
                 if kind is not None and max(kind.shape(module)) <= self.max_dim_size_to_analyze:
                     modules[name] = _condition(kind.read(module)[0])
             stacks = [(n, p) for n, p in self.model.named_parameters()
                       if p.dim() == 3 and n.endswith(self.moe_param_suffixes)]  # fmt: skip
-            for name, stack in self._shown(stacks, "Computing SVD (MoE parameters)"):
+            for name, stack in shown(stacks, "Computing SVD (MoE parameters)", self.show_progress):
                 if max(stack.shape[1:]) <= self.max_dim_size_to_analyze:
                     parameters[name] = sum(_condition(w) for w in stack) / len(stack)
             self._found = modules, parameters
         return self._found
-
-    def _shown(self, items: Sequence[Any], title: str) -> Iterable[Any]:
-        if not self.show_progress:
-            return items
-        from tqdm import tqdm
-
-        bar: Iterable[Any] = tqdm(items, desc=title)
-        return bar
 
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None

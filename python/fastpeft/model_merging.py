@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from .config import PeftWarning
 from .layer import AdapterLayer
+from .progress import shown
 from .saved_modules import ModulesToSaveWrapper
 from .sites import set_child, walk
 from .token_sites import TrainableTokensWrapper
@@ -22,7 +22,7 @@ class ModelMerging:
     model: nn.Module
     merge_errors: dict[str, float]  # of the last merge into quantised layers, by layer
 
-    def adapter_layers(self) -> Iterator[tuple[str, AdapterLayer]]:
+    def adapter_layers(self, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
         raise NotImplementedError
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -85,7 +85,7 @@ class ModelMerging:
             for _, layer in layers:
                 layer.check_safe(adapter_names)
         errors = {}
-        for name, layer in _progress(layers, "Unloading and merging model", progressbar):
+        for name, layer in shown(layers, "Unloading and merging model", progressbar):
             error = layer.merge(adapter_names=adapter_names, keep=False)
             if error is not None:
                 errors[name] = error
@@ -128,12 +128,3 @@ class ModelMerging:
                 PeftWarning,
                 stacklevel=4,
             )
-
-
-def _progress(items: list[Any], title: str, shown: bool) -> Iterator[Any]:
-    if not shown:
-        yield from items
-        return
-    from tqdm import tqdm
-
-    yield from tqdm(items, desc=title)

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .layer import AdapterLayer
-from .sites import adapter_modules
+from .sites import adapter_layers
 
 
 @contextmanager
@@ -17,7 +16,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """Within this, every adapter that has a scaling acts with `multiplier` times it."""
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    layers: list[Any] = [m for _, m in adapter_modules(model) if isinstance(m, AdapterLayer) and m._scaling]
+    layers: list[Any] = [m for _, m in adapter_layers(model) if m._scaling]
     if not layers:
         raise ValueError("scaling is only supported for models with `LoraLayer`s")
     before = [dict(layer.scaling) for layer in layers]
@@ -34,7 +33,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
     """Within this, adapters take inputs as they are: something else (layerwise casting) brings the dtypes together."""
-    layers = [m for _, m in adapter_modules(model) if isinstance(m, AdapterLayer)] if active else []
+    layers = [m for _, m in adapter_layers(model)] if active else []
     before = [layer.cast_input_dtype_enabled for layer in layers]
     try:
         for layer in layers:

@@ -72,6 +72,13 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
             yield site.name, site.module
 
 
+def adapter_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
+    """(name, layer) of every adapter layer, or of those that have an adapter."""
+    for site in walk(model):
+        if isinstance(site.module, AdapterLayer) and (adapter is None or adapter in site.module.methods):
+            yield site.name, site.module
+
+
 class KnownModules:
     """The modules of `adapter_modules`, looked for anew only where a module of the model is another than before."""
 

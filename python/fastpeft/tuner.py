@@ -26,7 +26,7 @@ from .rows import Recall, RowValues
 from .safety import BASE
 from .saved_modules import ModulesToSaveWrapper
 from .shared import held_containers, register_at
-from .sites import AdapterModule, KnownModules, adapter_modules
+from .sites import AdapterModule, KnownModules, adapter_layers, adapter_modules
 
 AUXILIARY_KWARGS = frozenset({"adapter_names", "alora_offsets"})
 
@@ -97,10 +97,8 @@ class BaseTuner(ModelMerging, nn.Module):
     def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]:
         return adapter_modules(self.model)
 
-    def adapter_layers(self) -> Iterator[tuple[str, AdapterLayer]]:
-        for name, module in self.adapter_modules():
-            if isinstance(module, AdapterLayer):
-                yield name, module
+    def adapter_layers(self, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
+        return adapter_layers(self.model, adapter)
 
     # Adapters come and go
 

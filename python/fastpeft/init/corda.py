@@ -6,12 +6,13 @@ the samples are about) or the smallest ("kpm", to keep what the samples know).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..progress import shown
 from ..start.corda import EIGENS, CordaConfig, CordaEigens
 
 
@@ -65,21 +66,12 @@ def preprocess_corda(
         if missing:
             raise ValueError(f"`run_model` did not run {', '.join(missing[:5])}: there is no covariance of its inputs.")
         found = {}
-        for name, layer in _progress(layers, config.verbose):
+        for name, layer in shown(layers.items(), "Collecting eigens", config.verbose):
             eigens = components(layer.weight(), covariances[name], layer.r, config.corda_method)
             found |= {f"{name}.{EIGENS}.{part}": getattr(eigens, part) for part in parts}
         save_tensors(config.cache_file, found)
     for name, layer in layers.items():
         setattr(layer.module, EIGENS, CordaEigens(*(found[f"{name}.{EIGENS}.{part}"] for part in parts)))
-
-
-def _progress(layers: Mapping[str, Any], shown: bool) -> Iterable[tuple[str, Any]]:
-    if not shown:
-        return layers.items()
-    from tqdm import tqdm
-
-    bar: Iterable[tuple[str, Any]] = tqdm(layers.items(), desc="Collecting eigens")
-    return bar
 
 
 def _covariances(

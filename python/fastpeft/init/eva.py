@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftWarning
+from ..progress import shown
 from .incremental_pca import IncrementalPCA
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ class _Search:
         done = dict.fromkeys(first, False)
         ranks = dict(self.most)
         passes = 2 * len(loader)  # type: ignore[arg-type]
-        for i, batch in enumerate(_shown(itertools.cycle(loader), progress)):
+        for i, batch in enumerate(shown(itertools.cycle(loader), "EVA", progress, leave=False)):
             for name, watch in first.items():
                 converged = bool(watch.converged[: ranks[name]].all())
                 if converged and not done[name]:
@@ -252,16 +253,14 @@ class _Search:
 
 def _layers(model: nn.Module, adapter: str, config: Any) -> Iterator[tuple[str, int]]:
     """(name, rank) of the linear layers that EVA starts."""
-    from ..layer import AdapterLayer
-    from ..sites import adapter_modules
+    from ..sites import adapter_layers
     from .targets import target_layers
 
     if not hasattr(model, "peft_config"):
         yield from ((name, layer.r) for name, layer in target_layers(model, config).items())
         return
-    for name, layer in adapter_modules(model):
-        adapted = isinstance(layer, AdapterLayer) and adapter in layer.methods
-        if adapted and layer.kind.kind == "linear" and not layer.kind.transient:
+    for name, layer in adapter_layers(model, adapter):
+        if layer.kind.kind == "linear" and not layer.kind.transient:
             yield name, layer.r[adapter]
 
 
@@ -273,14 +272,6 @@ def _moved(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, (tuple, list)):
         return type(inputs)(_moved(v, device) for v in inputs)
     return inputs
-
-
-def _shown(batches: Iterator[Any], shown: bool) -> Iterator[Any]:
-    if not shown:
-        return batches
-    from tqdm import tqdm
-
-    return iter(tqdm(batches, desc="EVA", leave=False))
 
 
 @torch.no_grad()

@@ -18,8 +18,7 @@ from torch import Tensor
 from ..checkpoint import load_adapter_file
 from ..config import PeftConfig, PeftWarning
 from ..fits import PREFIX
-from ..layer import AdapterLayer
-from ..sites import adapter_modules
+from ..sites import adapter_layers
 from ..tuner import BaseTuner
 
 PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
@@ -43,9 +42,8 @@ def as_plain_lora(
     if path is not True and not config.kasa_config:
         initial = load_adapter_file(path, model=tuner.model)[1]  # type: ignore[arg-type]
     result = dict(tensors)
-    for name, layer in adapter_modules(tuner.model):
-        if isinstance(layer, AdapterLayer) and adapter in layer.methods:
-            _double(f"{PREFIX}{name}.", layer, adapter, result, initial)
+    for name, layer in adapter_layers(tuner.model, adapter):
+        _double(f"{PREFIX}{name}.", layer, adapter, result, initial)
     if any(layer.kind.quantized and layer.base_edits for _, layer in tuner.adapter_layers()):
         warnings.warn(
             "The base is quantised, and quantising the rest of a weight is not the rest of the quantised weight: the "

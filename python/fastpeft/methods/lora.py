@@ -27,6 +27,7 @@ from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfi
 from ..draws import drawn_normal, kaiming_, normal_
 from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
 from ..tied import Transposed, tied_fields, tied_names
+from .variants import SUB_CONFIGS, variant_of
 
 
 @dataclass
@@ -90,8 +91,6 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig):
 
 
 PLAIN_DICTS = ("rank_pattern", "alpha_pattern", "loftq_config", "megatron_config", "auto_mapping")
-# The classes of nested configurations, by the field of LoraConfig. Who reads a field adds its class.
-SUB_CONFIGS: dict[str, type[Any]] = {s.field: s.options for s in start.starts() if s.options}
 # Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
 LATER_OPTIONS = (
     "arrow_config", "megatron_config",
@@ -123,8 +122,6 @@ class Lora(Method):
 
     def variant(self, config: LoraConfig) -> Method:
         registry()  # finds the variants too
-        from .variants import variant_of
-
         return variant_of(config) or self
 
     def open_fields(self, config: LoraConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..layer import AdapterLayer
-from ..sites import adapter_modules
+from ..sites import adapter_layers
 
 
 class LoraPair(NamedTuple):
@@ -21,8 +20,8 @@ class LoraPair(NamedTuple):
 
 
 def lora_pairs(model: nn.Module) -> Iterator[LoraPair]:
-    for name, layer in adapter_modules(model):
-        containers: Any = dict(layer.containers()) if isinstance(layer, AdapterLayer) else {}
+    for name, layer in adapter_layers(model):
+        containers: Any = dict(layer.containers())
         if "lora_A" not in containers or "lora_B" not in containers:
             continue
         for adapter in layer.methods:

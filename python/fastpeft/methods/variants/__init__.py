@@ -7,23 +7,28 @@ allows one variant at a time, and so does `Lora.variant`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from ..lora import SUB_CONFIGS, Lora
+from ...method import Method
+from ...start import starts
 
-VARIANTS: dict[str, Lora] = {}
+V = TypeVar("V", bound=type[Method])
+VARIANTS: dict[str, Method] = {}
+# The classes of nested configurations, by the field of LoraConfig.
+SUB_CONFIGS: dict[str, type[Any]] = {start.field: start.options for start in starts() if start.options}
 
 
-def variant(option: str, config_class: type[Any] | None = None) -> Callable[[type[Lora]], type[Lora]]:
+def variant(option: str, config_class: type[Any] | None = None) -> Callable[[V], V]:
     """Class decorator: the method that LoraConfig means when `asks(config, option)`; its examples join LoRA's.
 
     config_class: of the option's value, which files hold as a dictionary; it is exported as `fastpeft.<its name>`.
     """
 
-    def add(cls: type[Lora]) -> type[Lora]:
+    def add(cls: V) -> V:
         VARIANTS[option] = cls()
-        Lora.examples = (*Lora.examples, *cls.examples)
-        Lora.model_methods = {**Lora.model_methods, **cls.model_methods}
+        lora: type[Method] = cls.__bases__[0]
+        lora.examples = (*lora.examples, *cls.examples)
+        lora.model_methods = {**lora.model_methods, **cls.model_methods}
         if config_class is not None:
             SUB_CONFIGS[option] = config_class
         return cls
@@ -31,7 +36,7 @@ def variant(option: str, config_class: type[Any] | None = None) -> Callable[[typ
     return add
 
 
-def variant_of(config: Any) -> Lora | None:
+def variant_of(config: Any) -> Method | None:
     """The variant that a LoraConfig asks for, if any; ValueError if it asks for several."""
     asked = [option for option in VARIANTS if asks(config, option)]
     if len(asked) > 1:
