@@ -115,8 +115,8 @@ def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
         for suffix, tensor in _entries(value) if getattr(value, "persistent", True) else ():
             tensors[f"{TUNER}{name}{suffix}"] = tensor
     for layer in plan.layers:
-        for name in (*layer.method.tensors, *layer.method.others):
-            for suffix, tensor in _entries(layer.state.get(name)) if layer.method.saves(layer.state, name) else ():
+        for name, value in layer.state.items():
+            for suffix, tensor in _entries(value) if layer.method.saves(layer.state, name) else ():
                 key = layer.method.file_key(name + suffix)
                 if key is not None:
                     tensors[f"{PREFIX}{layer.site.name}.{key}"] = tensor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_edits import BaseEdits
+from .base_edits import EDIT, BaseEdits
 from .config import PeftWarning
 from .containers import AdapterDict, Switches
 from .merging import Merging
@@ -42,6 +42,7 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
         self.kind = found
         self.layer_name = name
         self.methods: dict[str, Method] = {}
+        self._entries: dict[str, None] = {}  # attributes that are containers by adapter, but for what layers share
         self.shared: dict[str, str] = {}  # attributes that are containers of several layers: their names on a tuner
         self._trained: set[str] = set()  # adapters whose tensors may require gradients
         self._taken: dict[str, Any] | None = None  # the base weight as it was before merging
@@ -92,7 +93,7 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(n for m in self.methods.values() for n in m.others))
+        return tuple(n for n in self._entries if n not in self.adapter_layer_names and getattr(self, n))
 
     @property
     def merged(self) -> bool:
@@ -141,15 +142,18 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
             self._modules[attribute] = several = (shared or {})[name]
             self.shared[attribute] = name
             several.hold(adapter)
-        for name in (*method.others, *method.tensors):
+        others = [name for name in state if name not in method.tensors and name != EDIT]
+        for name in self._entries.keys() - self.shared.keys():
+            getattr(self, name).pop(adapter, None)
+        for name in (*others, *method.tensors):
             if name in held:
                 continue
+            self._entries[name] = None
             value = state.get(name)
             holds_tensors = name in method.tensors or isinstance(value, (nn.Module, Tensor))
             if name not in self._modules and name not in self.__dict__:
                 setattr(self, name, AdapterDict() if holds_tensors else {})
             container = getattr(self, name)
-            container.pop(adapter, None)
             if isinstance(container, AdapterDict) and value is not None:
                 container.set(adapter, value, persistent=method.saves(state, name))
             elif name in state:
@@ -164,7 +168,7 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
         method = self.methods.pop(adapter_name, None)
         self._trained.discard(adapter_name)
         if method is not None:
-            for name in {*method.tensors, *method.others, *self.shared}:
+            for name in {*self._entries, *self.shared}:
                 container = getattr(self, name)
                 drop = container.release if isinstance(container, SharedDict) else container.pop
                 drop(adapter_name, None)

@@ -36,13 +36,12 @@ class LycorisConfig(TargetConfig):
 class Lycoris(FactoredMethod):
     """Subclasses give `delta_weight` and, where that costs less, `added`."""
 
-    others: ClassVar[tuple[str, ...]] = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
     kinds = frozenset({"linear", "conv1d", "conv2d"})
     counts = ("r",)
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
     def values(self, config: LycorisConfig) -> State:
-        own = {name: getattr(config, name) for name in self.others if name != "scaling"}
+        own = {name: getattr(config, name) for name in ("r", "alpha", "rank_dropout", "module_dropout")}
         return {**own, "scaling": config.alpha / config.r}
 
     def scale(self, s: Any) -> float | None:

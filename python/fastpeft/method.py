@@ -130,8 +130,7 @@ class Method:
     """One adapter type. Subclasses live in `methods/`, one file each, and are registered with `@register`.
 
     prefix, config_class: its names; PEFT's type and name of the tuner class ("LoraModel") follow from the latter.
-    tensors: names of the containers with trainable tensors, in PEFT's order. others: names of the remaining per-adapter
-    entries: values such as `scaling`, and modules or buffers that are not trained. kinds: of layers it can adapt.
+    tensors: names of the containers with trainable tensors, in PEFT's order. kinds: of layers it can adapt.
     mergeable: whether it has a merged form; a method without one is held to composition only. default_targets: what is
     adapted when no target is named, by `model.config.model_type`. patterns: fields that a layer can have its own value
     of, with the field that gives these values by pattern ({"r": "rank_pattern"}). examples: arguments of small
@@ -146,7 +145,6 @@ class Method:
     config_class: ClassVar[type[PeftConfig]]
     model_name: ClassVar[str] = "TunerModel"
     tensors: ClassVar[tuple[str, ...]] = ()
-    others: ClassVar[tuple[str, ...]] = ()
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     default_targets: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS
     patterns: ClassVar[Mapping[str, str]] = {}
@@ -237,7 +235,8 @@ class Method:
         return {name: name for name in names}
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
-        """One layer's entries for every name in `tensors` and `others` that this adapter has there, initialised."""
+        """One layer's entries by name, initialised: those of `tensors` that this adapter has there, values such as
+        `scaling`, and modules or buffers that are not trained."""
         raise NotImplementedError
 
     def tie(

@@ -86,7 +86,6 @@ class AdaLora(FactoredMethod):
     prefix = "lora_"
     config_class = AdaLoraConfig
     tensors = PARTS
-    others = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
     dropout = "lora_dropout"
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
     default_targets: ClassVar[dict[str, Any]] = {

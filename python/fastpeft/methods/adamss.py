@@ -124,7 +124,6 @@ class Adamss(Method):
     prefix = "adamss_"
     config_class = AdamssConfig
     tensors = ("adamss_A", "adamss_B")
-    others = ("adamss_newB", "num_subspaces", "scatter_index", *_AVERAGES)
     default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "vit": ["query", "value"]}
     counts = ("r", "num_subspaces", "subspace_rank")
     examples = (

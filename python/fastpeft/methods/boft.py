@@ -48,7 +48,6 @@ class BOFT(Butterfly):
     prefix = "boft_"
     config_class = BOFTConfig
     tensors = ("boft_R", "boft_s")
-    others = ("boft_block_size", "boft_block_num", "boft_dropout")
     examples = (
         {"boft_block_size": 2},
         {"boft_block_size": 2, "boft_n_butterfly_factor": 2},

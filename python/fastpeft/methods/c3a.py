@@ -37,7 +37,6 @@ class C3A(Method):
     prefix = "c3a_"
     config_class = C3AConfig
     tensors = ("c3a_kernel",)
-    others = ("block_size",)
     default_targets: ClassVar[dict[str, Any]] = {
         **DEFAULT_TARGETS, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"],
     }  # fmt: skip

@@ -48,7 +48,6 @@ class Deft(FactoredMethod):
     prefix = "deft_"
     config_class = DeftConfig
     tensors = ("deft_P", "deft_R")
-    others = ("deft_r", "deft_decomposition", "deft_init_scale", "deft_para", "deft_scaling", "deft_dropout")
     needs_base_weight = True
     counts = ("r",)
     examples = (

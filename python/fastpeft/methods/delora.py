@@ -45,7 +45,6 @@ class Delora(FactoredMethod):
     prefix = "delora_"
     config_class = DeloraConfig
     tensors = ("delora_A", "delora_B", "delora_lambda")
-    others = ("r", "delora_dropout", "delora_w_norm")
     dropout = "delora_dropout"
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}
     counts = ("r",)

@@ -34,7 +34,6 @@ class FourierFT(SpectrumMethod):
     prefix = "fourierft_"
     config_class = FourierFTConfig
     tensors = ("fourierft_spectrum",)
-    others = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices", "fourierft_shape")
     examples = ({"n_frequency": 50}, {"n_frequency": 480, "scaling": 3.0, "init_weights": True, "random_loc_seed": 1})
 
     def make_state(self, config: FourierFTConfig, info: LayerInfo, shared: Any) -> State:

@@ -58,7 +58,6 @@ class Frod(ProjectedMethod):
     prefix = "frod_"
     config_class = FrodConfig
     tensors = ("frod_lambda_l", "frod_lambda_s_values")
-    others = ("r", "frod_U", "frod_lambda_0", "frod_dropout")
     projections = ("frod_V", "frod_s_indices", "frod_s_size")
     default_targets: ClassVar[dict[str, Any]] = {**Vera.default_targets, "vit": ["query", "value"]}
     examples = (

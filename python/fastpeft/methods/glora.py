@@ -86,7 +86,6 @@ class Glora(Method):
     prefix = "glora_"
     config_class = GloraConfig
     tensors = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
-    others = ("r",)
     needs_base_weight = True
     counts = ("r",)
     examples = (

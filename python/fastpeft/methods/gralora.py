@@ -47,7 +47,6 @@ class Gralora(FactoredMethod):
     prefix = "gralora_"
     config_class = GraloraConfig
     tensors = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
-    others = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
     dropout = "gralora_dropout"
     counts = ("r",)
     examples = ({"r": 4}, {"r": 8, "gralora_k": 4, "hybrid_r": 2, "alpha": 3, "init_weights": False})

@@ -42,7 +42,6 @@ class Hira(Method):
     prefix = "hira_"
     config_class = HiraConfig
     tensors = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
-    others = ("r", "hira_dropout")
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
     examples = ({"r": 3}, {"r": 2, "init_weights": False})
     needs_base_weight = True

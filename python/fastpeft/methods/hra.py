@@ -42,7 +42,6 @@ class HRA(RotatesInput):
     prefix = "hra_"
     config_class = HRAConfig
     tensors = ("hra_u",)
-    others = ("hra_r", "hra_apply_GS")
     counts = ("r",)
     examples = ({"r": 4}, {"r": 3, "apply_GS": True}, {"r": 8, "init_weights": False}, {"r": 1})
 

@@ -57,7 +57,6 @@ class IA3(Method):
     prefix = "ia3_"
     config_class = IA3Config
     tensors = ("ia3_l",)
-    others = ("is_feedforward",)
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
     default_targets: ClassVar[dict[str, Any]] = {
         name: [*_ATTENTION.get(name, DEFAULT_TARGETS[name]), *inner] for name, inner in FEEDFORWARD.items()

@@ -44,7 +44,6 @@ class Lily(Method):
     prefix = "lily_"
     config_class = LilyConfig
     tensors = ("lily_A", "lily_B", "lily_router")
-    others = ("r", "scaling", "stride_A", "num_B")
     counts = ("r", "num_B")
     examples = ({"r": 4}, {"r": 3, "num_B": 3, "scaling": 0.5, "init_weights": False})
     mergeable = False

@@ -49,7 +49,6 @@ class LoKr(Lycoris):
     prefix = "lokr_"
     config_class = LoKrConfig
     tensors = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-    others = (*Lycoris.others, "rank_dropout_scale")
     examples = (
         {"r": 1, "alpha": 3},
         {"r": 8, "alpha": 5, "init_weights": False, "decompose_factor": 4},
@@ -78,7 +77,7 @@ class LoKr(Lycoris):
         else:
             shapes |= {"lokr_w2_a": (b, r), "lokr_w2_b": (r, d * math.prod(kernel))}
         made = {n: nn.Parameter(torch.zeros(shape)) if n in zero else uniform(*shape) for n, shape in shapes.items()}
-        return {**self.values(config), **made}
+        return {**self.values(config), "rank_dropout_scale": config.rank_dropout_scale, **made}
 
     def _left(self, s: Any) -> Tensor:
         """w1 with the scaling, [a, c]."""

@@ -105,10 +105,6 @@ class Lora(Method):
     tensors: ClassVar[tuple[str, ...]] = (
         "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
     )  # fmt: skip
-    others: ClassVar[tuple[str, ...]] = (
-        "r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "experts", "times",
-        "dora_full_gradient",
-    )  # fmt: skip
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"})
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     counts = ("r",)

@@ -43,7 +43,6 @@ class Miss(FactoredMethod):
     prefix = "miss_"
     config_class = MissConfig
     tensors = ("miss_block",)
-    others = ("miss_r", "miss_dropout", "miss_mini_r")
     dropout = "miss_dropout"
     counts = ("r", "mini_r")
     examples = (

@@ -81,7 +81,6 @@ class OFT(Butterfly):
     prefix = "oft_"
     config_class = OFTConfig
     tensors = ("oft_R", "oft_embedding_R")
-    others = ("r", "oft_block_size", "oft_dropout")
     kinds = Butterfly.kinds | {"embedding"}
     examples = (
         {"oft_block_size": 4},

@@ -51,9 +51,6 @@ class OSF(Method):
     prefix = "osf_"
     config_class = OSFConfig
     tensors = ("osf_svd_params",)
-    others = (
-        "_osf_U_low_init", "_osf_S_low_init", "_osf_V_low_init", "_osf_U_high", "_osf_V_high", "effective_rank",
-    )  # fmt: skip
     default_targets: ClassVar[dict[str, Any]] = {
         **{name: [*_DECODER] for name in _LLAMA_LIKE},
         **{name: ["c_attn", "c_proj"] for name in ("gpt2", "gpt_bigcode")},

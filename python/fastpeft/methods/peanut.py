@@ -48,7 +48,6 @@ class Peanut(Method):
     prefix = "peanut_"
     config_class = PeanutConfig
     tensors = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
-    others = ("r", "depth", "scaling", "act_fn")
     examples = ({"r": 4}, {"r": 3, "depth": 2, "act_fn": "tanh", "scaling": 0.5, "init_weights": False})
     needs_base_weight = True
 

@@ -103,10 +103,6 @@ class Psoft(FactoredMethod):
     config_class = PsoftConfig
     dropout = "psoft_dropout"
     tensors = ("psoft_R",)
-    others = (
-        "r", "psoft_alpha", "scaling", "psoft_dropout", "psoft_svd", "psoft_svd_lowrank_niter", "random_seed",
-        "ab_svd_init", "_psoft_A_cache", "_psoft_B_cache",
-    )  # fmt: skip
     examples = (
         {"r": 6, "psoft_alpha": 3},
         {"r": 5, "ab_svd_init": "pissa_init", "psoft_svd": "lowrank", "psoft_mag_a": False},

@@ -41,7 +41,6 @@ class Pvera(Vera):
     prefix = "pvera_lambda_"
     config_class = PveraConfig
     tensors = ("pvera_lambda_b", "pvera_lambda_d")
-    others = ("pvera_dropout", "r", "sample_at_inference", "pvera_generator")
     default_targets: ClassVar[dict[str, Any]] = {**Vera.default_targets, "dinov2": ["query", "value"]}
     projections = ("pvera_A", "pvera_B")
     examples = ({"r": 5}, {"r": 30, "save_projection": False, "init_weights": False})

@@ -54,7 +54,6 @@ class RandLora(ProjectedMethod):
     prefix = "randlora_"
     config_class = RandLoraConfig
     tensors = ("randlora_lambda", "randlora_gamma")
-    others = ("randlora_dropout", "r", "scaling")
     projections = ("randlora_A", "randlora_B")
     repeats_shared = True
     counts = ("r",)

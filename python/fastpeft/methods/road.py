@@ -45,7 +45,6 @@ class Road(Method):
     prefix = "road_"
     config_class = RoadConfig
     tensors = ("road_theta", "road_alpha")
-    others = ("variant", "group_size")
     examples = (
         {"group_size": 4},
         {"variant": "road_2", "group_size": 2, "init_weights": False},

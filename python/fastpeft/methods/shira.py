@@ -53,7 +53,6 @@ class Shira(Method):
     prefix = "shira_"
     config_class = ShiraConfig
     tensors = ("shira_weight",)
-    others = ("r", "scaling", "shira_indices")
     default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     counts = ("r",)
     examples = ({"r": 2}, {"r": 1, "random_seed": 7, "init_weights": False})

@@ -67,9 +67,6 @@ class Supertuning(Method):
     prefix = "supertuning_"
     config_class = SupertuningConfig
     tensors = ("supertuning_values", "supertuning_lora_A", "supertuning_lora_B")
-    others = (
-        "supertuning_indices", "supertuning_rank", "supertuning_lora_alpha", "supertuning_lora_dropout",
-    )  # fmt: skip
     examples = ({"sparsity": 0.9}, {"sparsity": 0.8, "select_top": False, "r": 3, "lora_dropout": 0.1})
 
     def check_layer(self, config: SupertuningConfig, info: LayerInfo) -> None:

@@ -54,9 +54,6 @@ class TinyLora(ProjectedMethod, FactoredMethod):
     prefix = "tinylora_"
     config_class = TinyLoraConfig
     tensors = ("tinylora_v",)
-    others = (
-        "r", "u", "tinylora_A", "tinylora_B", "tinylora_P", "tinylora_group", "tinylora_table", "tinylora_dropout",
-    )  # fmt: skip
     kinds = frozenset({"linear", "embedding"})
     dropout = "tinylora_dropout"
     seed, projections = "projection_seed", ("tinylora_P",)

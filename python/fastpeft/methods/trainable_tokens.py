@@ -35,7 +35,6 @@ class TrainableTokens(Method):
     prefix = "trainable_tokens_"
     config_class = TrainableTokensConfig
     tensors = ("trainable_tokens_delta",)
-    others = ("token_indices", "trainable_tokens_order")
     kinds = frozenset({"embedding", "linear"})
     examples = ({"token_indices": [3, 17, 0]}, {"token_indices": [5], "init_weights": False})
 

@@ -48,9 +48,6 @@ class UniLora(FactoredMethod):
     prefix = "unilora_"
     config_class = UniLoraConfig
     tensors = ("unilora_theta_d",)
-    others = (
-        "r", "unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B", "unilora_dropout",
-    )  # fmt: skip
     dropout = "unilora_dropout"
     counts = ("r",)
     examples = ({"r": 2, "theta_d_length": 12}, {"r": 3, "theta_d_length": 7, "save_indices": True})

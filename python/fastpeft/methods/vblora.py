@@ -75,7 +75,6 @@ class VBLoRA(FactoredMethod):
     prefix = "vblora_"
     config_class = VBLoRAConfig
     tensors = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
-    others = ("r", "topk", "vblora_dropout")
     dropout = "vblora_dropout"
     default_targets: ClassVar[dict[str, Any]] = {
         **DEFAULT_TARGETS,

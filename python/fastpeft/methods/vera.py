@@ -42,7 +42,6 @@ class Vera(ProjectedMethod):
     prefix = "vera_lambda_"
     config_class: ClassVar[type[Any]] = VeraConfig
     tensors = ("vera_lambda_b", "vera_lambda_d")
-    others: ClassVar[tuple[str, ...]] = ("vera_dropout", "r")
     default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     projections = ("vera_A", "vera_B")
     counts: ClassVar[tuple[str, ...]] = ("r",)

@@ -49,10 +49,6 @@ class WaveFT(SpectrumMethod):
     prefix = "waveft_"
     config_class = WaveFTConfig
     tensors = ("waveft_spectrum",)
-    others = (
-        "waveft_n_frequency", "waveft_scaling", "waveft_random_loc_seed", "waveft_wavelet_family", "waveft_indices",
-        "waveft_use_idwt", "waveft_shape",
-    )  # fmt: skip
     examples = (
         {"n_frequency": 60},
         {"n_frequency": 300, "wavelet_family": "db3", "scaling": 3.0, "init_weights": False},

@@ -34,7 +34,6 @@ class PooledLinear(nn.Linear):
 @variant("use_qalora")
 class QaLora(Lora):
     kinds = frozenset({"linear"})
-    others = (*Lora.others, "qalora_group_size")
     examples: ClassVar[Any] = (
         {"r": 4, "use_qalora": True, "qalora_group_size": 4},
         {"r": 2, "use_qalora": True, "qalora_group_size": 12, "lora_bias": True},

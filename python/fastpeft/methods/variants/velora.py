@@ -43,7 +43,6 @@ class VeloraConfig:
 class Velora(Lora):
     kinds = frozenset({"linear"})
     tensors = (*Lora.tensors, "lora_velora_embed")
-    others = (*Lora.others, "lora_velora_num_groups", "lora_velora_init_type", "lora_velora_scale")
     examples: ClassVar[Any] = (
         {"r": 4, "velora_config": VeloraConfig(num_groups=5)},  # 24 features: the last group is padded
         {"r": 2, "velora_config": VeloraConfig(num_groups=4, init_type="random"), "lora_bias": True},
