@@ -24,7 +24,7 @@ from .layer import AdapterLayer
 from .methods.lora import LoraConfig
 from .progress import shown
 from .saved_modules import ModulesToSaveWrapper
-from .sites import adapter_layers, walk
+from .sites import adapter_layers, adapter_modules, walk
 from .targets import minimal_suffixes
 from .weights import wide
 
@@ -70,7 +70,7 @@ def convert_to_lora(
         state |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
         if config.lora_bias:
             state[f"{name}.lora_B.bias"] = b.new_zeros(len(b)) if added is None else added
-    for name, module in adapter_layers(model):
+    for name, module in adapter_modules(model):
         if isinstance(module, ModulesToSaveWrapper):
             state |= {f"{name}.{key}": tensor.detach() for _, key, tensor in module.adapter_state(adapter_name)}
     return config, state
