@@ -16,7 +16,8 @@ OPEN = {"apps", "pool"}
 
 
 def test_the_top_level_holds_rooms_alone() -> None:
-    assert {p.name for p in PACKAGE.iterdir() if p.is_file()} == {"__init__.py", "__main__.py", "testing.py", "py.typed"}
+    files = {p.name for p in PACKAGE.iterdir() if p.is_file()}
+    assert files == {"__init__.py", "__main__.py", "testing.py", "py.typed"}
     assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(ROOMS)
 
 
@@ -41,7 +42,7 @@ def test_no_circle_of_files(folder: str) -> None:
 
 def test_circles_are_found() -> None:
     pairs = [("a", "b"), ("b", "c"), ("c", "b"), ("c", "d"), ("e", "a"), ("f", "g"), ("g", "h"), ("h", "f")]
-    assert circles(Arrow((s,), (t,), 1) for s, t in pairs) in ([["b", "c"], ["f", "g", "h"]], [["f", "g", "h"], ["b", "c"]])
+    assert sorted(circles(Arrow((s,), (t,), 1) for s, t in pairs)) == [["b", "c"], ["f", "g", "h"]]
 
 
 def test_the_architecture_has_a_row_for_each_room() -> None:
