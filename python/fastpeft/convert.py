@@ -25,7 +25,7 @@ from .methods.lora import LoraConfig
 from .saved_modules import ModulesToSaveWrapper
 from .sites import adapter_modules, walk
 from .targets import minimal_suffixes
-from .weights import wide
+from .weights.base import wide
 
 PREFIX = "base_model.model."
 Converted = tuple[Tensor, Tensor, "Tensor | None"]  # A, B, and what is added to the bias

@@ -16,7 +16,7 @@ from .config import PeftConfig
 from .layer import AdapterLayer
 from .sites import adapter_modules
 from .tuner import BaseTuner
-from .weights import weight_of
+from .weights.base import weight_of
 
 MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_edits import EDIT
+from .base_edit import EDIT
 from .config import TargetConfig, TaskType
 from .containers import AdapterDict
 from .experts import Converted, convert_targets, without_dropout

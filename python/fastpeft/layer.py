@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_edits import BaseEdits
+from .base_edit import BaseEdits
 from .config import PeftWarning
 from .containers import AdapterDict, Switches
 from .merging import Merging
@@ -21,7 +21,7 @@ from .method import AdapterView, Fused, LayerInfo, Method, State
 from .rows import Rows
 from .shared import SharedDict
 from .stack import Stack
-from .weights import BaseWeight, Part, weight_of
+from .weights.base import BaseWeight, Part, weight_of
 
 
 class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .config import PeftWarning
 from .method import AdapterView, LayerInfo, Method
 from .sharded import is_sharded
-from .weights import BaseWeight, Weight, wide
+from .weights.base import BaseWeight, Weight, wide
 
 
 class Merging:

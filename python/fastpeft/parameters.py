@@ -8,9 +8,9 @@ from torch import nn
 
 from .config import PeftError
 from .layer import AdapterLayer
-from .parameter_weights import TransientWeight, innermost, kind_of_parameter
 from .safety import list_some
 from .sites import Site
+from .weights.read_by_module import TransientWeight, innermost, kind_of_parameter
 
 
 def parameter_sites(wanted: Sequence[str], sites: Mapping[str, Site], targeted: Sequence[str]) -> list[Site]:

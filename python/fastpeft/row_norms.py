@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_kernels import QuantWeight, dora_norm
 
 from .sharded import is_sharded
-from .weights import BaseWeight, Quant4bitWeight, wide
+from .weights.base import BaseWeight, Quant4bitWeight, wide
 
 
 def norms(kind: type[BaseWeight], module: nn.Module, a: Tensor, b: Tensor, scaling: float | Tensor = 1.0) -> Tensor:

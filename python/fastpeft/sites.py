@@ -15,7 +15,7 @@ from .containers import AdapterDict
 from .layer import AdapterLayer
 from .method import LayerInfo
 from .saved_modules import ModulesToSaveWrapper
-from .weights import BaseWeight, weight_of
+from .weights.base import BaseWeight, weight_of
 
 AdapterModule = AdapterLayer | ModulesToSaveWrapper
 

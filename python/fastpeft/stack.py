@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .method import LayerInfo
-from .weights import Weight
+from .weights.base import Weight
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer

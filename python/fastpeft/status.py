@@ -11,7 +11,7 @@ from torch import nn
 from .containers import AdapterDict
 from .saved_modules import ModulesToSaveWrapper
 from .sites import AdapterModule, adapter_modules
-from .weights import Quant4bitWeight
+from .weights.base import Quant4bitWeight
 
 Irregular = Literal["irregular"]
 

@@ -14,7 +14,7 @@ from peft_kernels.testing import assert_no_worse
 from .layer import AdapterLayer
 from .method import LayerInfo, Method, State
 from .shared import SharedValues, compute, fill_containers, held_containers
-from .weights import weight_of
+from .weights.base import weight_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SampleBase:
 def _nf4() -> nn.Module:
     from peft_kernels import quantize_4bit
 
-    from .nf4 import NF4Linear
+    from .weights.nf4_linear import NF4Linear
 
     linear = nn.Linear(24, 20)
     return NF4Linear(quantize_4bit(linear.weight.detach(), nested=True), linear.bias)

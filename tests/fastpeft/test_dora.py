@@ -16,9 +16,9 @@ from fastpeft import LoraConfig, get_peft_model
 from fastpeft.kept import Kept
 from fastpeft.layer import AdapterLayer
 from fastpeft.method import get_method
-from fastpeft.nf4 import NF4Linear
 from fastpeft.row_norms import norms
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
+from fastpeft.weights.nf4_linear import NF4Linear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -280,8 +280,8 @@ def test_the_full_gradient_is_an_option_of_dora() -> None:
 
 
 def test_norms_of_an_8bit_weight_have_the_full_gradient_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastpeft import weight_rows
-    from fastpeft.weights import LinearWeight
+    from fastpeft.weights import rows as weight_rows
+    from fastpeft.weights.base import LinearWeight
 
     class Decoded(LinearWeight):  # as a weight that no kernel reads in place
         quantized = "8bit"

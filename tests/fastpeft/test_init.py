@@ -11,8 +11,8 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.base_edits import LowRankEdit
-from fastpeft.weights import LinearWeight
+from fastpeft.base_edit import LowRankEdit
+from fastpeft.weights.base import LinearWeight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

@@ -17,7 +17,7 @@ from fastpeft.containers import AdapterDict
 from fastpeft.layer import AdapterLayer
 from fastpeft.method import Method
 from fastpeft.testing import SAMPLE_BASES, add_adapter
-from fastpeft.weights import weight_of
+from fastpeft.weights.base import weight_of
 from torch import Tensor, nn
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastpeft import LoraConfig, PeftWarning, get_peft_model
-from fastpeft.weights import relative_error
+from fastpeft.weights.base import relative_error
 from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dequantize_4bit

@@ -192,9 +192,9 @@ def test_a_batch_can_mix_doras_with_others() -> None:
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_norms_hold_where_the_update_cancels_the_weight(cancelled: bool, quantised: bool) -> None:
-    from fastpeft.nf4 import NF4Linear
     from fastpeft.row_norms import norms
-    from fastpeft.weights import weight_of
+    from fastpeft.weights.base import weight_of
+    from fastpeft.weights.nf4_linear import NF4Linear
 
     torch.manual_seed(0)
     base = nn.Linear(128, 40)
@@ -233,7 +233,7 @@ class _Largest(TorchDispatchMode):
 def test_dora_makes_no_dense_weight(quantised: bool, dropout: float) -> None:
     layer = AdapterLayer(nn.Linear(256, 192).requires_grad_(False), "x")
     if quantised:
-        from fastpeft.nf4 import NF4Linear
+        from fastpeft.weights.nf4_linear import NF4Linear
 
         layer = AdapterLayer(NF4Linear(quantize_4bit(layer.base_layer.weight, nested=True), None), "x")
     add_adapter(layer, "a", LORA, LoraConfig(r=4, use_dora=True, lora_dropout=dropout))

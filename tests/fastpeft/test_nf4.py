@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastpeft.nf4 import NF4Linear, bnb_state, dequantize_model, from_bitsandbytes, parse_bnb_state, quantize_model
 from fastpeft.safety import AdapterFileError
+from fastpeft.weights.nf4_linear import (
+    NF4Linear,
+    bnb_state,
+    dequantize_model,
+    from_bitsandbytes,
+    parse_bnb_state,
+    quantize_model,
+)
 from safetensors.torch import load_file
 from torch import nn
 

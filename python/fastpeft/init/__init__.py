@@ -1,7 +1,7 @@
 """Initialisations of LoRA that read the base weight, or gradients or inputs of its layer. One file each.
 
 What they have in common is here: which there are, what they need, and what the base weight gives up for the adapter
-(`base_edits.py`), so that the model starts as what it was.
+(`base_edit.py`), so that the model starts as what it was.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base_edits import EDIT, BaseEdit, LowRankEdit
+from ..base_edit import EDIT, BaseEdit, LowRankEdit
 from ..config import PeftWarning
 from ..method import LayerInfo, State
-from ..weights import weight_in, weight_of
+from ..weights.base import weight_in, weight_of
 from .corda import EIGENS, CordaConfig, CordaEigens, corda
 from .eva import EvaConfig
 from .loftq import LoftQConfig, loftq

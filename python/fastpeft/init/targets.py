@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..inject import resolve_targets
 from ..method import method_of
 from ..sites import inside_saved, walk
-from ..weights import BaseWeight, weight_of, wide
+from ..weights.base import BaseWeight, weight_of, wide
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..clusters import cluster
 from ..config import PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 from ..targets import DEFAULT_TARGETS
-from ..weights import weight_of
+from ..weights.base import weight_of
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout, plus_product
 from ..method import Fused, Inner, LayerInfo, State, register
-from ..weights import weight_of
+from ..weights.base import weight_of
 
 
 @dataclass

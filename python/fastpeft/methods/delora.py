@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
-from ..weights import weight_of
+from ..weights.base import weight_of
 
 LEAST_NORM = 1e-4
 

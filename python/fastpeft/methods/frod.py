@@ -172,7 +172,7 @@ def _index(name: str, fallback: int) -> int:
 
 
 def _weight(info: LayerInfo) -> Tensor:
-    from ..weights import weight_of
+    from ..weights.base import weight_of
 
     kind = weight_of(info.module)
     assert kind is not None

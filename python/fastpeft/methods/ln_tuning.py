@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
-from ..weights import weight_of
+from ..weights.base import weight_of
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
 _GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]

@@ -26,7 +26,7 @@ from ..method import Inner, LayerInfo, Method, State, register
 from ..patterns import match_names
 from ..shared import Computed
 from ..targets import ALL_LINEAR
-from ..weights import weight_in
+from ..weights.base import weight_in
 
 _LLAMA_LIKE = ("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi")
 _DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")

@@ -23,7 +23,7 @@ from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
 from ..rotation import skew
 from ..shared import Computed
-from ..weights import weight_in
+from ..weights.base import weight_in
 
 
 @dataclass

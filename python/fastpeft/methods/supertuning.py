@@ -20,7 +20,7 @@ from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
 from ..shared import Computed
 from ..sparse import dense, sparse_update
-from ..weights import weight_of
+from ..weights.base import weight_of
 from .shira import check_positions
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import HasInitWeights, PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 from ..tied import embedding_name, tied_names
-from ..weights import EmbeddingWeight, weight_of
+from ..weights.base import EmbeddingWeight, weight_of
 
 
 @dataclass

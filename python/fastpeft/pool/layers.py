@@ -12,7 +12,7 @@ from ..layer import AdapterLayer
 from ..method import LayerInfo, method_of
 from ..methods.lora import LoraConfig
 from ..sites import Site, inside_saved, kind_of, set_child, walk
-from ..weights import weight_of
+from ..weights.base import weight_of
 
 
 class Selector:

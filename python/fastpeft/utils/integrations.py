@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..layer import AdapterLayer
-from ..weights import weight_of
+from ..weights.base import weight_of
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:

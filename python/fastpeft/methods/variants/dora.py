@@ -24,12 +24,12 @@ from peft_kernels.dispatch import forward_mode
 from peft_kernels.ops.dora_linear import gain_of
 from peft_kernels.ops.dora_linear.bound import Training
 
-from ...base_edits import EDIT
+from ...base_edit import EDIT
 from ...bound import Inference
 from ...kept import Kept
 from ...method import Fused, Inner, LayerInfo, State
 from ...row_norms import norms
-from ...weights import BaseWeight, weight_in, weight_of
+from ...weights.base import BaseWeight, weight_in, weight_of
 from ..lora import Lora
 from . import variant
 

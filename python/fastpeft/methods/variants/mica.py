@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...method import LayerInfo, State
-from ...weights import weight_in
+from ...weights.base import weight_in
 from ..lora import Lora
 from . import variant
 

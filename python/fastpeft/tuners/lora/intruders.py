@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...method import get_method, method_of
-from ...weights import wide
+from ...weights.base import wide
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import peft_kernels
 from peft_kernels import QuantWeight
 
-from .method import LayerInfo
-from .weight_rows import WeightRows, quant_rows
-from .weight_rows import wide as wide
+from ..method import LayerInfo
+from .rows import WeightRows, quant_rows
+from .rows import wide as wide
 
 Weight = tuple[Tensor, "Tensor | None"]
 Part = tuple[str, nn.Module, str, nn.Module, "type[BaseWeight] | None"]
@@ -47,7 +47,7 @@ class BaseWeight(WeightRows):
     label: ClassVar[str] = "Linear"  # as in PEFT's `lora.Linear`
     quantized: ClassVar[str | None] = None  # PEFT's name of the backend
     fan_in_fan_out: ClassVar[bool] = False  # whether the module stores W transposed
-    transient: ClassVar[bool] = False  # whether the module reads the weight itself: see parameter_weights.py
+    transient: ClassVar[bool] = False  # whether the module reads the weight itself: see read_by_module.py
     attributes: ClassVar[frozenset[str]] = frozenset()  # of the module, that code asks the adapter layer for
 
     @classmethod
@@ -367,9 +367,9 @@ def relative_error(stored: Tensor, exact: Tensor) -> float:
 
 def kinds() -> list[type[BaseWeight]]:
     """Every kind, the more special ones first."""
-    from .bnb_weights import Bnb4bitWeight, Bnb8bitWeight
-    from .norm_weights import NormWeight
-    from .parameter_weights import AttentionWeight
+    from .bnb import Bnb4bitWeight, Bnb8bitWeight
+    from .norms import NormWeight
+    from .read_by_module import AttentionWeight
 
     return [Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, Conv1DWeight, EmbeddingWeight, Conv1dWeight, Conv2dWeight,
             Conv3dWeight, AttentionWeight, LinearWeight, NormWeight]  # fmt: skip

@@ -53,14 +53,14 @@ def _classes() -> tuple[type, type]:
         requires_calibration = False
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            from ..nf4 import quantize_model
+            from .nf4_linear import quantize_model
 
             config: Any = self.quantization_config
             dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
             return quantize_model(model, config.quant_type, config.blocksize, config.double_quant, config.skip, dtype)
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-            from ..nf4 import dequantize_model
+            from .nf4_linear import dequantize_model
 
             model = dequantize_model(model, dtype)
             # transformers removes these itself right after this call
@@ -211,7 +211,7 @@ def _swap(
     model: nn.Module, headers: list[Header], dtype: torch.dtype, compute_dtype: torch.dtype | None
 ) -> tuple[list[str], str, bool]:
     """Put an empty NF4Linear wherever the files hold a 4-bit weight; return what stays dense, the type, and nested."""
-    from ..nf4 import NF4Linear
+    from .nf4_linear import NF4Linear
 
     names = {key for header in headers for key in header.tensors}
     types = {}
@@ -242,7 +242,7 @@ def _swap(
 
 
 def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype) -> None:
-    from ..nf4 import NF4Linear
+    from .nf4_linear import NF4Linear
 
     owner = {key: header for header in headers for key in header.tensors}
     packed: dict[str, list[str]] = {name: [] for name, m in model.named_modules() if isinstance(m, NF4Linear)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .weights import BaseWeight
+from .base import BaseWeight
 
 
 class NormWeight(BaseWeight):

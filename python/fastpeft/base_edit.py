@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PeftWarning
-from .weights import BaseWeight, wide
+from .weights.base import BaseWeight, wide
 
 EDIT = "base_edit"
 

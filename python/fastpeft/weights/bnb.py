@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import peft_kernels
 from peft_kernels import QuantWeight
 
-from .weights import BaseWeight, Quant4bitWeight, Weight, _has_base, _has_hooks, relative_error
+from .base import BaseWeight, Quant4bitWeight, Weight, _has_base, _has_hooks, relative_error
 
 
 class Bnb4bitWeight(Quant4bitWeight):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from peft_kernels import QuantWeight, lora_linear
 from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES
 
-from .bnb_state import DTYPES, NESTED_BLOCKSIZE, bnb_state, copy_of, parse_bnb_state
-from .safety import AdapterFileError, list_some
+from ..safety import AdapterFileError, list_some
+from .bnb_keys import DTYPES, NESTED_BLOCKSIZE, bnb_state, copy_of, parse_bnb_state
 
 _SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
 
@@ -83,7 +83,7 @@ class NF4Linear(nn.Module):
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
                 "this bitsandbytes layer ran in eval mode on a CPU, which repacks its bytes; "
-                "call fastpeft.bnb_weights.undo_cpu_packing(layer.weight) before converting it"
+                "call fastpeft.weights.bnb.undo_cpu_packing(layer.weight) before converting it"
             )
         weight = QuantWeight.from_bnb(layer.weight)
         compute_dtype = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
@@ -271,9 +271,9 @@ def quantize_model(
         done += 1
         if progress is not None:
             progress(done, total, name)
-    from .integrations import transformers_nf4
+    from . import load_nf4
 
-    transformers_nf4.mark_quantized(model, quant_type, double_quant, compute_dtype, kept)
+    load_nf4.mark_quantized(model, quant_type, double_quant, compute_dtype, kept)
     return model
 
 
@@ -323,9 +323,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
                 if layer.bias is not None:
                     dense.bias = nn.Parameter(layer.bias.detach().to(dense.weight.dtype), requires_grad=False)
                 parent._modules[child] = dense.train(layer.training)
-    from .integrations import transformers_nf4
+    from . import load_nf4
 
-    transformers_nf4.unmark_quantized(model)
+    load_nf4.unmark_quantized(model)
     return model
 
 

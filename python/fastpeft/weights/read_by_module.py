@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .method import LayerInfo
-from .weights import BaseWeight, LinearWeight, Part, Weight, install
+from ..method import LayerInfo
+from .base import BaseWeight, LinearWeight, Part, Weight, install
 
 
 def innermost(module: nn.Module) -> nn.Module:
     """The module below any adapter layers."""
-    from .layer import AdapterLayer
+    from ..layer import AdapterLayer
 
     while isinstance(module, AdapterLayer):
         module = module.base_layer
@@ -153,7 +153,7 @@ class AttentionWeight(TransientWeight):
     @classmethod
     @contextmanager
     def replaced(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> Iterator[None]:
-        from .layer import AdapterLayer
+        from ..layer import AdapterLayer
 
         out: Any = module.out_proj
         with super().replaced(module, w, b):
