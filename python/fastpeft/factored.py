@@ -38,10 +38,10 @@ class FactoredMethod(Method):
         return plus_product(y, F.linear(getattr(s, self.dropout)(x) if self.dropout else x, a), b.t())
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
-        base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
-        if layer.kind.kind != "linear" or get_weight is None or not self._fusible(s):
+        base, get_weight = layer.base_layer, layer.base.fast()
+        if layer.base.kind != "linear" or get_weight is None or not self._fusible(s):
             return None
-        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+        compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
 
         def run(x: Tensor) -> Tensor | None:
             w, found = get_weight(), self.factors(s, shared, None)

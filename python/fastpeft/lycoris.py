@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import TargetConfig
 from .factored import FactoredMethod
-from .method import Inner, LayerInfo, State
+from .method import Inner, State
 from .weight_side import with_weight
+from .weights.base import LayerInfo
 
 
 @dataclass

@@ -15,7 +15,8 @@ from peft_kernels import butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
 from .kept import Kept
-from .method import Fused, Inner, LayerInfo, Method
+from .method import Fused, Inner, Method
+from .weights.base import LayerInfo
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -116,10 +117,10 @@ class Butterfly(RotatesInput):
         return butterfly_rotate(x, self.blocks(s), transposed)
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
-        base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
-        if layer.kind.kind != "linear" or get_weight is None:
+        base, get_weight = layer.base_layer, layer.base.fast()
+        if layer.base.kind != "linear" or get_weight is None:
             return None
-        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+        compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
         kept = Kept()
 
         def run(x: Tensor) -> Tensor | None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .containers import AdapterDict, Switches
+from .containers import ActiveAdapters, AdapterDict
 from .routing import check_length, grouped
 from .rows import Recall
 from .safety import BASE
 
 
-class ModulesToSaveWrapper(Switches, nn.Module):
+class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
     """Holds the original module and one trained copy per adapter; the active adapter's copy computes.
 
     Keys in memory are `<module>.modules_to_save.<adapter>.<tensor>`, in a file `<module>.<tensor>`.

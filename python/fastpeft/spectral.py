@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .method import Inner, LayerInfo, Method
+from .method import Inner, Method
 from .shared import Computed
 from .targets import DEFAULT_TARGETS
+from .weights.base import LayerInfo
 
 
 class Transform(Protocol):

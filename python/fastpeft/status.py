@@ -11,7 +11,7 @@ from torch import nn
 from .containers import AdapterDict
 from .saved_modules import ModulesToSaveWrapper
 from .sites import AdapterModule, adapter_modules
-from .weights.base import Quant4bitWeight
+from .weights.nf4 import Quant4bitWeight
 
 Irregular = Literal["irregular"]
 
@@ -58,7 +58,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         # Our 4-bit layers keep their bytes in buffers, so that nothing takes them for something to train.
         if Quant4bitWeight.accepts(module):
-            total += Quant4bitWeight.quant(module).numel
+            total += Quant4bitWeight(module).quant().numel
     return trainable, total
 
 

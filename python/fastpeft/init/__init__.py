@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..base_edit import EDIT, BaseEdit, LowRankEdit
 from ..config import PeftWarning
-from ..method import LayerInfo, State
-from ..weights.base import weight_in, weight_of
+from ..method import State
+from ..weights.base import LayerInfo
+from ..weights.find import weight_of
 from .corda import EIGENS, CordaConfig, CordaEigens, corda
 from .eva import EvaConfig
 from .loftq import LoftQConfig, loftq
@@ -135,7 +136,7 @@ def initialise(config: Any, info: LayerInfo, scaling: float, a: Tensor, b: Tenso
             stacklevel=2,
         )
         return {}
-    w = weight_in(info)
+    w = info.weight()
     if w.is_meta:
         raise ValueError(f"init_lora_weights={init!r} needs the weight of {info.name!r}, which is on the meta device.")
     made_a, made_b, edit = _start(config, info, scaling, w)
@@ -169,7 +170,7 @@ def _start(config: Any, info: LayerInfo, scaling: float, w: Tensor) -> tuple[Ten
                 )
         return *corda(CordaEigens(*(getattr(eigens, n).to(w) for n in ("S_WC", "U_WC", "V_WC"))), scaling), None
     if init == "lora_ga":
-        gradient, kind = getattr(info.module, GRADIENT).to(w), weight_of(info.module)
-        transposed = kind is not None and kind.fan_in_fan_out
-        return *lora_ga(w, gradient.t() if transposed else gradient, r, scaling, config.lora_ga_config), None
+        gradient = getattr(info.module, GRADIENT).to(w)
+        gradient = gradient.t() if info.base.fan_in_fan_out else gradient
+        return *lora_ga(w, gradient, r, scaling, config.lora_ga_config), None
     return *pissa(w, r, scaling, _niter(init)), None

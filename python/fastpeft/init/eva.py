@@ -283,7 +283,7 @@ def _layers(model: nn.Module, adapter: str, config: Any) -> Iterator[tuple[str, 
         return
     for name, layer in adapter_modules(model):
         adapted = isinstance(layer, AdapterLayer) and adapter in layer.methods
-        if adapted and layer.kind.kind == "linear" and not layer.kind.transient:
+        if adapted and layer.base.kind == "linear" and not layer.base.transient:
             yield name, layer.r[adapter]
 
 

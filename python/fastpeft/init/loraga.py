@@ -92,7 +92,7 @@ def _gradients(model: nn.Module, layers: Any, train_step: Callable[[], None]) ->
 
             def backward(dy: Tensor) -> None:
                 dy = dy.flatten(0, -2)
-                gradient = (x.t() @ dy if layer.kind.fan_in_fan_out else dy.t() @ x).float()
+                gradient = (x.t() @ dy if layer.info.base.fan_in_fan_out else dy.t() @ x).float()
                 sums[name] = sums[name] + gradient if name in sums else gradient
                 counts[name] = counts.get(name, 0) + 1
 

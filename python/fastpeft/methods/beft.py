@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..method import Inner, LayerInfo, Method, State, register
+from ..method import Inner, Method, State, register
+from ..weights.base import LayerInfo
 
 
 @dataclass

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout
-from ..method import LayerInfo, State, register
-from ..weights.base import weight_of
+from ..method import State, register
+from ..weights.base import LayerInfo
 
 LEAST_NORM = 1e-4
 
@@ -59,9 +59,7 @@ class Delora(FactoredMethod):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             if config.init_weights is not True:
                 nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-            kind = weight_of(info.module)
-            assert kind is not None
-            w = kind.read(info.module)[0].detach()
+            w = info.base.read()[0].detach()
             norm = norm if w.is_meta else w.norm(dim=0)
         state: State = {"delora_A": nn.Parameter(a), "delora_B": nn.Parameter(b), "delora_lambda": nn.Parameter(bound)}
         return {**state, "r": config.r, "delora_dropout": dropout(config.module_dropout), "delora_w_norm": norm}

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
 from ..factored import dropout
-from ..method import Inner, LayerInfo, State, register
+from ..method import Inner, State, register
 from ..projections import ProjectedMethod, drawn_normal
 from ..shared import Computed
 from ..sparse import dense, sparse_linear
+from ..weights.base import LayerInfo
 from .vera import Vera
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Frod(ProjectedMethod):
         return {**state, "frod_lambda_l": nn.Parameter(lambdas), "frod_lambda_s_values": nn.Parameter(values)}
 
     def filled(self, layer: AdapterLayer, adapter: str) -> None:
-        weight = layer._unmerged(layer.kind.read)[0]
+        weight = layer.unmerged_weight()[0]
         if weight.is_meta or layer.frod_V[adapter].is_meta:
             return
         u, lambdas = _left(weight, layer.frod_V[adapter])
@@ -172,11 +173,8 @@ def _index(name: str, fallback: int) -> int:
 
 
 def _weight(info: LayerInfo) -> Tensor:
-    from ..weights.base import weight_of
 
-    kind = weight_of(info.module)
-    assert kind is not None
-    return kind.read(info.module)[0].detach()
+    return info.base.read()[0].detach()
 
 
 def _kept(u: Tensor, info: LayerInfo) -> Tensor:

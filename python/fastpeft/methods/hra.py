@@ -20,8 +20,9 @@ from peft_kernels.ops.householder_rotate import compact_wy
 
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..kept import Kept
-from ..method import Fused, LayerInfo, State, register
+from ..method import Fused, State, register
 from ..rotation import RotatesInput, constant
+from ..weights.base import LayerInfo
 
 if TYPE_CHECKING:
     from ..layer import AdapterLayer
@@ -64,10 +65,10 @@ class HRA(RotatesInput):
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
         """(x - x u^T v) W^T is a LoRA with A = u and B = -(v W^T)^T: no turned x is written, and r more rows of the
         base product, forward and backward, are little where tokens are many."""
-        base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
-        if layer.kind.kind != "linear" or get_weight is None:
+        base, get_weight = layer.base_layer, layer.base.fast()
+        if layer.base.kind != "linear" or get_weight is None:
             return None
-        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+        compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
 
         kept = (Kept(), Kept())
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType
 from ..lycoris import Lycoris, LycorisConfig, effective, pointwise, uniform
-from ..method import Inner, LayerInfo, State, register
+from ..method import Inner, State, register
 from ..weight_side import Rows, weight_side
+from ..weights.base import LayerInfo
 
 
 @dataclass

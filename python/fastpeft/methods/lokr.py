@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..config import PeftType
 from ..lycoris import Lycoris, LycorisConfig, effective, uniform
-from ..method import Inner, LayerInfo, State, register
+from ..method import Inner, State, register
+from ..weights.base import LayerInfo
 
 
 @dataclass

@@ -20,10 +20,10 @@ from peft_kernels import cayley
 
 from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig, check_ranks
 from ..factored import FactoredMethod, dropout
-from ..method import LayerInfo, State, register
+from ..method import State, register
 from ..rotation import skew
 from ..shared import Computed
-from ..weights.base import weight_in
+from ..weights.base import LayerInfo
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Psoft(FactoredMethod):
             )
 
     def make_state(self, config: PsoftConfig, info: LayerInfo, shared: Any) -> State:
-        factors = functools.cache(lambda: _principal(weight_in(info), config))
+        factors = functools.cache(lambda: _principal(info.weight(), config))
         n, m = info.out_features, info.in_features
         as_given = ("r", "psoft_alpha", "psoft_svd", "psoft_svd_lowrank_niter", "random_seed", "ab_svd_init")
         return {

@@ -21,9 +21,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout
-from ..method import Inner, LayerInfo, State, register
+from ..method import Inner, State, register
 from ..projections import ProjectedMethod, seeded
 from ..shared import Computed
+from ..weights.base import LayerInfo
 
 _SVDS: Any = WeakIdKeyDictionary()
 MAX_ELEMENTS = 1 << 28  # of P, which may be computed for a file that names only its size
@@ -124,16 +125,13 @@ class TinyLora(ProjectedMethod, FactoredMethod):
 
 def _svd(info: LayerInfo, r: int) -> tuple[Tensor, Tensor]:
     """A and B, in the precision of the weight's own values. Kept as long as the weight, for its next adapter."""
-    from ..weights.base import weight_of
 
     weight: Any = info.module.weight
     state = weight.data_ptr(), weight._version, r
     found = _SVDS.get(weight)
     if found is not None and found[0] == state:
         return found[1].clone(), found[2].clone()
-    kind = weight_of(info.module)
-    assert kind is not None
-    w = kind.read(info.module)[0].detach()
+    w = info.base.read()[0].detach()
     w = w.t() if info.kind == "embedding" else w
     u, s, vh = torch.linalg.svd(w.float(), full_matrices=False)
     u, vh, root = u[:, :r].to(w.dtype), vh[:r].to(w.dtype), torch.sqrt(s[:r].to(w.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..layer import AdapterLayer
-from ..weights.base import weight_of
+from ..weights.find import weight_of
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
@@ -13,9 +13,8 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
 
     Raises TypeError for a module that is no such layer.
     """
-    base = module.base_layer if isinstance(module, AdapterLayer) else module
-    kind = weight_of(base)
-    if kind is None:
-        raise TypeError(f"{type(base).__name__} has no weight of a layer that adapters act on")
-    w = kind.read(base)[0]
-    return w.T if kind.fan_in_fan_out else w
+    base = module.base if isinstance(module, AdapterLayer) else weight_of(module)
+    if base is None:
+        raise TypeError(f"{type(module).__name__} has no weight of a layer that adapters act on")
+    w = base.read()[0]
+    return w.T if base.fan_in_fan_out else w

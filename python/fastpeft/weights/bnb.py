@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import peft_kernels
 from peft_kernels import QuantWeight
 
-from .base import BaseWeight, Quant4bitWeight, Weight, _has_base, _has_hooks, relative_error
+from .base import BaseWeight, Saved, Weight, has_base, has_hooks, put_back, relative_error
+from .nf4 import Quant4bitWeight
 
 
 class Bnb4bitWeight(Quant4bitWeight):
@@ -28,60 +29,53 @@ class Bnb4bitWeight(Quant4bitWeight):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        return _has_base(module, "Linear4bit", "bitsandbytes")
+        return has_base(module, "Linear4bit", "bitsandbytes")
 
-    @classmethod
-    def check(cls, module: nn.Module) -> None:
-        if getattr(module.weight, "quant_state", None) is None and module.weight.device.type != "meta":
+    def check(self) -> None:
+        weight = self.module.weight
+        if getattr(weight, "quant_state", None) is None and weight.device.type != "meta":
             raise ValueError("a bitsandbytes Linear4bit that is not quantised: move the model to its device first")
 
-    @classmethod
-    def quant(cls, module: nn.Module) -> QuantWeight:
-        weight: Any = module.weight
+    def quant(self) -> QuantWeight:
+        weight = self.module.weight
         if weight.quant_state is None:
-            weight.quant_state = getattr(module, "quant_state", None)
+            weight.quant_state = getattr(self.module, "quant_state", None)
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             undo_cpu_packing(weight)
         return QuantWeight.from_bnb(weight)
 
-    @classmethod
-    def _set(cls, module: nn.Module, qw: QuantWeight) -> None:
-        raise NotImplementedError("a Params4bit is written as a whole")
-
-    @classmethod
-    def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:
+    def _store(self, w: Tensor, like: QuantWeight) -> None:
         bnb: Any = importlib.import_module("bitsandbytes")
-        old: Any = module.weight
-        qw = cls.quant(module)
-        w = w.detach().to(torch.float32)
+        old = self.module.weight
         new = bnb.nn.Params4bit(
-            w.to("cpu", qw.dtype), requires_grad=False, blocksize=qw.blocksize, compress_statistics=qw.nested,
-            quant_type=qw.quant_type, quant_storage=old.quant_storage, module=module,
+            w.to("cpu", like.dtype), requires_grad=False, blocksize=like.blocksize, compress_statistics=like.nested,
+            quant_type=like.quant_type, quant_storage=old.quant_storage, module=self.module,
         )  # fmt: skip
-        _replace_4bit(module, new.to(old.device))
-        cls._write_bias(module, b)
-        return relative_error(cls.read(module)[0], w)
+        self._replace(new.to(old.device))
 
-    @classmethod
-    def take(cls, module: nn.Module) -> dict[str, Any]:
-        cls.quant(module)  # undoes a repacking, so that what is kept is the standard layout
-        return BaseWeight.take(module)
+    def _replace(self, weight: Any) -> None:
+        self.module._parameters["weight"] = weight
+        self.module.quant_state = weight.quant_state
+        weight.module = self.module
 
-    @classmethod
-    def put_back(cls, module: nn.Module, taken: dict[str, Any]) -> None:
-        _replace_4bit(module, taken["weight"].to(module.weight.device))
-        BaseWeight.put_back(module, {"bias": taken["bias"]})
+    def save(self) -> Saved:
+        self.quant()  # undoes a repacking, so that what is kept is the standard layout
+        return BaseWeight.save(self)
 
-    @classmethod
-    def call(cls, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or _has_hooks(module) or module.weight.requires_grad:
+    def restore(self, saved: Saved) -> None:
+        self._replace(saved["weight"].to(self.module.weight.device))
+        put_back(self.module, {"bias": saved["bias"]})
+
+    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        module = self.module
+        if args or kwargs or has_hooks(module) or module.weight.requires_grad:
             return module(x, *args, **kwargs)  # type: ignore[no-any-return]
         compute = getattr(module, "compute_dtype", None) or x.dtype
-        bias: Any = None if module.bias is None else module.bias.to(compute)
-        return peft_kernels.lora_linear(x.to(compute), cls.quant(module), bias=bias).to(x.dtype)
+        bias = None if module.bias is None else module.bias.to(compute)
+        return peft_kernels.lora_linear(x.to(compute), self.quant(), bias=bias).to(x.dtype)
 
-    @classmethod
-    def fast(cls, module: nn.Module) -> Callable[[], Tensor | QuantWeight | None] | None:
+    def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
+        module = self.module
         parameters, hooks, pre = module._parameters, module._forward_hooks, module._forward_pre_hooks
         held: Any = None
         state: Any = None
@@ -89,12 +83,12 @@ class Bnb4bitWeight(Quant4bitWeight):
 
         def weight() -> QuantWeight | None:
             nonlocal held, state, qw
-            w: Any = parameters.get("weight")
+            w = parameters.get("weight")
             if w is None or w.requires_grad or hooks or pre:
                 return None
             # The state object tells a requantised or repacked weight from the one that was seen last.
             if w is not held or w.quant_state is not state or getattr(state, "packing_format_for_cpu", False):
-                qw = cls.quant(module)
+                qw = self.quant()
                 held, state = w, w.quant_state
             return qw
 
@@ -115,12 +109,6 @@ def undo_cpu_packing(weight: Any) -> None:
     weight.quant_state.absmax, weight.quant_state.nested, weight.quant_state.state2 = scales, False, None
 
 
-def _replace_4bit(module: nn.Module, weight: Any) -> None:
-    module._parameters["weight"] = weight
-    module.quant_state = weight.quant_state
-    weight.module = module
-
-
 class Bnb8bitWeight(BaseWeight):
     """Linear8bitLt: int8 rows with a float32 scale each, W = CB * SCB / 127."""
 
@@ -129,72 +117,58 @@ class Bnb8bitWeight(BaseWeight):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        return _has_base(module, "Linear8bitLt", "bitsandbytes")
+        return has_base(module, "Linear8bitLt", "bitsandbytes")
 
-    @classmethod
-    def check(cls, module: nn.Module) -> None:
-        if module.weight.dtype is not torch.int8 and not module.state.has_fp16_weights:  # type: ignore[union-attr]
+    @property
+    def _packed(self) -> bool:
+        return self.module.weight.dtype is torch.int8
+
+    @property
+    def _scales(self) -> Any:
+        return self.module.state.SCB if self.module.state.SCB is not None else self.module.weight.SCB
+
+    def check(self) -> None:
+        if not self._packed and not self.module.state.has_fp16_weights:
             raise ValueError("a bitsandbytes Linear8bitLt that is not quantised: move the model to its device first")
 
-    @classmethod
-    def dtype(cls, module: nn.Module) -> torch.dtype:
-        return torch.float32 if module.weight.dtype is torch.int8 else super().dtype(module)
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self._packed else super().dtype
 
-    @classmethod
-    def read(cls, module: nn.Module) -> Weight:
-        weight: Any = module.weight
-        state: Any = module.state
-        if weight.dtype is not torch.int8:
-            return super().read(module)
-        scales = state.SCB if state.SCB is not None else weight.SCB
-        bias: Any = module.bias
-        return weight.data.float() * (scales.float() / 127.0).unsqueeze(1), bias
+    def read(self) -> Weight:
+        return (self.rows(slice(None)), self.bias) if self._packed else super().read()
 
-    @classmethod
-    def rows(cls, module: nn.Module, index: slice | Tensor) -> Tensor:
-        weight: Any = module.weight
-        state: Any = module.state
-        if weight.dtype is not torch.int8:
-            return super().rows(module, index)
-        scales = state.SCB if state.SCB is not None else weight.SCB
-        decoded: Tensor = weight.data[index].float() * (scales[index].float() / 127.0).unsqueeze(1)
+    def rows(self, index: slice | Tensor) -> Tensor:
+        if not self._packed:
+            return super().rows(index)
+        decoded: Tensor = self.module.weight.data[index].float() * (self._scales[index].float() / 127.0).unsqueeze(1)
         return decoded
 
-    @classmethod
-    def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:
-        old: Any = module.weight
-        if old.dtype is not torch.int8:
-            return super().write(module, w, b)
+    def write(self, w: Tensor, b: Tensor | None) -> float | None:
+        if not self._packed:
+            return super().write(w, b)
         bnb: Any = importlib.import_module("bitsandbytes")
         w = w.detach().to(torch.float32)
-        new = bnb.nn.Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False).to(old.device)
-        _replace_8bit(module, new)
-        cls._write_bias(module, b)
-        return relative_error(cls.read(module)[0], w)
+        new = bnb.nn.Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False)
+        self._replace(new.to(self.module.weight.device))
+        self._write_bias(b)
+        return relative_error(self.read()[0], w)
 
-    @classmethod
-    def take(cls, module: nn.Module) -> dict[str, Any]:
-        taken = super().take(module)
-        state: Any = module.state
-        if module.weight.dtype is torch.int8:
-            weight: Any = module.weight
-            taken["SCB"] = state.SCB if state.SCB is not None else weight.SCB
-        return taken
+    def _replace(self, weight: Any) -> None:
+        """Install an int8 weight; the layer's own state takes its scales over on the next forward."""
+        self.module._parameters["weight"] = weight
+        state = self.module.state
+        state.CB, state.SCB = None, None
+        state.reset_grads()
 
-    @classmethod
-    def put_back(cls, module: nn.Module, taken: dict[str, Any]) -> None:
-        BaseWeight.put_back(module, {"bias": taken["bias"]})
-        weight = taken["weight"]
-        if "SCB" in taken:
-            weight.CB, weight.SCB = weight.data, taken["SCB"]
-            _replace_8bit(module, weight.to(module.weight.device))
+    def save(self) -> Saved:
+        return {**super().save(), **({"SCB": self._scales} if self._packed else {})}
+
+    def restore(self, saved: Saved) -> None:
+        put_back(self.module, {"bias": saved["bias"]})
+        weight = saved["weight"]
+        if "SCB" in saved:
+            weight.CB, weight.SCB = weight.data, saved["SCB"]
+            self._replace(weight.to(self.module.weight.device))
         else:
-            module._parameters["weight"] = weight
-
-
-def _replace_8bit(module: nn.Module, weight: Any) -> None:
-    """Install an int8 weight; the layer's own state takes its scales over on the next forward."""
-    module._parameters["weight"] = weight
-    state: Any = module.state
-    state.CB, state.SCB = None, None
-    state.reset_grads()
+            self.module._parameters["weight"] = weight

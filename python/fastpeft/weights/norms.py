@@ -21,10 +21,10 @@ class NormWeight(BaseWeight):
             return False
         return weight.dim() == 1 or isinstance(module, nn.LayerNorm)
 
-    @classmethod
-    def in_features(cls, module: nn.Module, shape: tuple[int, ...]) -> int:
-        return shape[0]
+    @property
+    def in_features(self) -> int:
+        return self.shape[0]
 
-    @classmethod
-    def apply(cls, module: nn.Module, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return functional_call(module, {"weight": w} if b is None else {"weight": w, "bias": b}, (x,))  # type: ignore[no-any-return]
+    def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        tensors = {"weight": w} if b is None else {"weight": w, "bias": b}
+        return functional_call(self.module, tensors, (x,))  # type: ignore[no-any-return]

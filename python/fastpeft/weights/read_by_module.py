@@ -6,104 +6,88 @@ Nothing can wrap a call here, so the module runs with the merged weight in the p
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..method import LayerInfo
-from .base import BaseWeight, LinearWeight, Part, Weight, install
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    """The module below any adapter layers."""
-    from ..layer import AdapterLayer
-
-    while isinstance(module, AdapterLayer):
-        module = module.base_layer
-    return module
+from .base import BaseWeight, LayerInfo, Part, Saved, Weight, Wrapping, innermost, install, put_back
+from .dense import LinearWeight
 
 
 class TransientWeight(BaseWeight):
-    """weight, bias: the names of the module's parameters that hold them. The module may be an adapter layer itself:
-    layers for several parameters of one module are nested."""
+    """weight_name, bias_name: the module's parameters that hold it. The module may be an adapter layer itself: layers
+    for several parameters of one module are nested."""
 
     transient = True
-    weight: ClassVar[str]
-    bias: ClassVar[str | None] = None
+    weight_name: str
+    bias_name: str | None = None
 
-    @classmethod
-    def parameter(cls, module: nn.Module) -> Tensor:
-        return innermost(module)._parameters[cls.weight]  # type: ignore[return-value]
+    @property
+    def held(self) -> dict[str, Any]:
+        """The parameters of the module that reads them."""
+        return innermost(self.module)._parameters
 
-    @classmethod
-    def info(cls, module: nn.Module, name: str = "") -> LayerInfo:
-        p, shape = cls.parameter(module), cls.shape(module)
+    def info(self, name: str = "") -> LayerInfo:
+        p, shape = self.held[self.weight_name], self.shape
         return LayerInfo(
-            name=name, kind=cls.kind, shape=shape, in_features=shape[-1], out_features=shape[-2],
-            has_bias=cls.read(module)[1] is not None, dtype=p.dtype, device=p.device, module=module, transient=True,
+            name=name, kind=self.kind, shape=shape, in_features=shape[-1], out_features=shape[-2],
+            has_bias=self.bias is not None, dtype=p.dtype, device=p.device, base=self, transient=True,
         )  # fmt: skip
 
-    @classmethod
-    def shape(cls, module: nn.Module) -> tuple[int, ...]:
-        return tuple(cls.read(module)[0].shape)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.read()[0].shape)
 
-    @classmethod
-    def dtype(cls, module: nn.Module) -> Any:
-        return cls.parameter(module).dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.held[self.weight_name].dtype
+        return dtype
 
-    @classmethod
-    def read(cls, module: nn.Module) -> Weight:
-        bias = innermost(module)._parameters.get(cls.bias) if cls.bias else None
-        return cls.parameter(module), bias
+    @property
+    def bias(self) -> Tensor | None:
+        return self.held.get(self.bias_name) if self.bias_name else None
 
-    @classmethod
-    def store(cls, w: Tensor) -> Tensor:
-        """W in the layout of the parameter."""
+    def read(self) -> Weight:
+        return self.turned(self.held[self.weight_name]), self.bias
+
+    def turned(self, w: Tensor) -> Tensor:
+        """W in the layout of the parameter, and the other way round."""
         return w
 
-    @classmethod
-    def write(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> float | None:
-        target = innermost(module)
-        old = cls.read(module)[1]
+    def write(self, w: Tensor, b: Tensor | None) -> float | None:
+        old = self.bias
         if b is not None and old is None:
             raise ValueError("the adapter adds a bias, and there is none beside the parameter to hold it")
-        install(target, cls.weight, cls.store(w))
-        if b is not None and b is not old and cls.bias is not None:
-            install(target, cls.bias, b)
+        install(innermost(self.module), self.weight_name, self.turned(w))
+        if b is not None and b is not old and self.bias_name is not None:
+            install(innermost(self.module), self.bias_name, b)
         return None
 
-    @classmethod
-    def take(cls, module: nn.Module) -> dict[str, Any]:
-        names = [cls.weight, *([cls.bias] if cls.bias else [])]
-        return {name: innermost(module)._parameters.get(name) for name in names}
+    def save(self) -> Saved:
+        names = [self.weight_name, *([self.bias_name] if self.bias_name else [])]
+        return {name: self.held.get(name) for name in names}
 
-    @classmethod
-    def put_back(cls, module: nn.Module, taken: dict[str, Any]) -> None:
-        super().put_back(innermost(module), taken)
+    def restore(self, saved: Saved) -> None:
+        put_back(innermost(self.module), saved)
 
-    @classmethod
-    def apply(cls, module: nn.Module, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        with cls.replaced(module, w, b):
-            return module(x)  # type: ignore[no-any-return]
+    def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        with self.replaced(w, b):
+            return self.module(x)  # type: ignore[no-any-return]
 
-    @classmethod
     @contextmanager
-    def replaced(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> Iterator[None]:
+    def replaced(self, w: Tensor, b: Tensor | None) -> Iterator[None]:
         """Within this, the module computes with W and b; gradients flow to what they were made of."""
-        held = innermost(module)._parameters
-        taken = cls.take(module)
+        held, saved = self.held, self.save()
         try:
-            held[cls.weight] = cls.store(w).to(taken[cls.weight].dtype)  # type: ignore[assignment]
-            if b is not None and cls.bias is not None:
-                held[cls.bias] = b.to(taken[cls.bias].dtype)  # type: ignore[assignment]
+            held[self.weight_name] = self.turned(w).to(saved[self.weight_name].dtype)
+            if b is not None and self.bias_name is not None:
+                held[self.bias_name] = b.to(saved[self.bias_name].dtype)
             yield
         finally:
-            held.update(taken)
+            held.update(saved)
 
 
 class AttentionOutWeight(LinearWeight):
@@ -111,9 +95,7 @@ class AttentionOutWeight(LinearWeight):
     hold acts with twice its scaling; to compute what they were trained to compute, so it does here. (PEFT's gradient
     sees it once; ours is the function's.)"""
 
-    @classmethod
-    def info(cls, module: nn.Module, name: str = "") -> LayerInfo:
-        return replace(super().info(module, name), times=2)
+    times = 2
 
 
 class AttentionWeight(TransientWeight):
@@ -123,100 +105,61 @@ class AttentionWeight(TransientWeight):
     """
 
     label = "MultiheadAttention"
-    weight, bias = "in_proj_weight", "in_proj_bias"
+    weight_name, bias_name = "in_proj_weight", "in_proj_bias"
     # What nn.TransformerEncoderLayer and others ask an attention for.
     attributes = frozenset({"embed_dim", "kdim", "vdim", "num_heads", "dropout", "batch_first", "head_dim", "out_proj",
                             "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn",
                             "_qkv_same_embed_dim"})  # fmt: skip
 
     @classmethod
-    def attribute(cls, module: nn.Module, name: str) -> Any:
-        # False keeps TransformerEncoderLayer off a fused path that reads the base weights and passes adapters over.
-        if name == "_qkv_same_embed_dim":
-            return False
-        value = getattr(module, name)
-        return innermost(value) if name == "out_proj" else value
-
-    @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention)
 
-    @classmethod
-    def check(cls, module: nn.Module) -> None:
-        if not module._qkv_same_embed_dim:
+    def attribute(self, name: str) -> Any:
+        # False keeps TransformerEncoderLayer off a fused path that reads the base weights and passes adapters over.
+        if name == "_qkv_same_embed_dim":
+            return False
+        value = getattr(self.module, name)
+        return innermost(value) if name == "out_proj" else value
+
+    def check(self) -> None:
+        if not self.module._qkv_same_embed_dim:
             raise ValueError("MultiheadAttention with other widths for key or value (kdim, vdim) is not supported")
 
-    @classmethod
-    def parts(cls, module: nn.Module) -> Iterator[Part]:
-        yield "base_layer.out_proj", module, "out_proj", module.out_proj, AttentionOutWeight  # type: ignore[misc]
+    def parts(self) -> Iterator[Part]:
+        out = self.module.out_proj
+        yield "base_layer.out_proj", self.module, "out_proj", out, AttentionOutWeight(out)
 
-    @classmethod
     @contextmanager
-    def replaced(cls, module: nn.Module, w: Tensor, b: Tensor | None) -> Iterator[None]:
-        from ..layer import AdapterLayer
-
-        out: Any = module.out_proj
-        with super().replaced(module, w, b):
-            if not isinstance(out, AdapterLayer):
+    def replaced(self, w: Tensor, b: Tensor | None) -> Iterator[None]:
+        out = self.module.out_proj
+        with super().replaced(w, b):
+            if not isinstance(out, Wrapping):
                 yield
                 return
-            off = out.disable_adapters or out.merged
-            names = [] if off else [n for n in out.active_adapters if n in out.methods]
-            wo, bo = out.stored_weight(names)
-            held = out.base_layer._parameters
-            taken = dict(held)
+            held: Any = out.base_layer._parameters
+            saved = dict(held)
             try:
-                held["weight"], held["bias"] = wo, bo  # type: ignore[assignment]
+                held["weight"], held["bias"] = out.current_weight()
                 yield
             finally:
-                held.update(taken)
+                held.update(saved)
 
 
-class _ParameterKind(type):
-    """The type of what `parameter_kind` makes, by which pickle knows to call it again."""
+class ParameterWeight(TransientWeight):
+    """A parameter of any module, by name: 2-d as W [out, in]; 3-d as a stack of experts [E, out, in], which a module
+    with `is_transposed` keeps as [E, in, out]. ValueError for other parameters."""
 
-    made_by: tuple[str, int, bool]
+    label = "ParamWrapper"
 
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module)
+        self.weight_name = name
+        dim = self.held[name].dim()
+        if dim not in (2, 3):
+            raise ValueError(f"parameter {name!r} has {dim} dimensions; only 2 and 3 (experts) are supported")
+        self.kind = "linear" if dim == 2 else "experts"
+        self._swapped = dim == 3 and bool(getattr(innermost(module), "is_transposed", False))
 
-@cache
-def parameter_kind(name: str, ndim: int, transposed: bool) -> type[TransientWeight]:
-    """The kind of a module's parameter `name`: 2-d as W [out, in]; 3-d as a stack of experts [E, out, in], which a
-    module with `is_transposed` keeps as [E, in, out]."""
-
-    class ParameterWeight(TransientWeight, metaclass=_ParameterKind):
-        made_by = (name, ndim, transposed)
-        label = "ParamWrapper"
-        kind = "linear" if ndim == 2 else "experts"
-        weight = name
-
-        @classmethod
-        def accepts(cls, module: nn.Module) -> bool:
-            return isinstance(innermost(module)._parameters.get(name), nn.Parameter)
-
-        @classmethod
-        def read(cls, module: nn.Module) -> Weight:
-            return cls.store(cls.parameter(module)), None
-
-        @classmethod
-        def store(cls, w: Tensor) -> Tensor:
-            return w.transpose(-1, -2) if transposed else w
-
-    ParameterWeight.__name__ = ParameterWeight.__qualname__ = f"ParameterWeight_{name}"
-    return ParameterWeight
-
-
-def _pickled(kind: _ParameterKind) -> Any:
-    return parameter_kind, kind.made_by
-
-
-copyreg.pickle(_ParameterKind, _pickled)
-
-
-def kind_of_parameter(module: nn.Module, name: str) -> type[TransientWeight]:
-    """Raises ValueError for a parameter that is neither a matrix nor a stack of matrices."""
-    parameter = innermost(module)._parameters[name]
-    assert parameter is not None
-    if parameter.dim() not in (2, 3):
-        raise ValueError(f"parameter {name!r} has {parameter.dim()} dimensions; only 2 and 3 (experts) are supported")
-    transposed = parameter.dim() == 3 and bool(getattr(innermost(module), "is_transposed", False))
-    return parameter_kind(name, parameter.dim(), transposed)
+    def turned(self, w: Tensor) -> Tensor:
+        return w.transpose(-1, -2) if self._swapped else w

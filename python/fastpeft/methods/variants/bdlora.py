@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...method import LayerInfo, State
+from ...method import State
+from ...weights.base import LayerInfo
 from ..lora import Lora
 from . import variant
 

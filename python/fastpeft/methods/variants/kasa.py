@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ... import init
 from ...base_edit import EDIT
-from ...method import Inner, LayerInfo, State
+from ...method import Inner, State
+from ...weights.base import LayerInfo
 from ..lora import Lora
 from . import variant
 
@@ -50,7 +51,7 @@ class Truncation:
         kept: Tensor = (u[:, : -self.r] * sigma[: -self.r]) @ vh[: -self.r]
         return kept
 
-    def taken(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def removed_factors(self, w: Tensor) -> tuple[Tensor, Tensor]:
         u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
         return u[:, -self.r :] * sigma[-self.r :], vh[-self.r :]
 

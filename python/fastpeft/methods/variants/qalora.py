@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...method import LayerInfo, State
+from ...method import State
+from ...weights.base import LayerInfo
 from ..lora import Lora
 from . import variant
 

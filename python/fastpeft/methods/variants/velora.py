@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...method import Fused, Inner, LayerInfo, State
+from ...method import Fused, Inner, State
+from ...weights.base import LayerInfo
 from ..lora import Lora
 from . import variant
 
