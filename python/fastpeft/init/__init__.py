@@ -17,7 +17,6 @@ from ..base_edit import EDIT, BaseEdit, LowRankEdit
 from ..config import PeftWarning
 from ..method import State
 from ..weights.base import LayerInfo
-from ..weights.find import weight_of
 from .corda import EIGENS, CordaConfig, CordaEigens, corda
 from .eva import EvaConfig
 from .loftq import LoftQConfig, loftq
