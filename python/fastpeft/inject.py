@@ -16,7 +16,7 @@ from .config import TargetConfig, TaskType
 from .containers import AdapterDict
 from .experts import Converted, convert_targets, without_dropout
 from .layer import AdapterLayer
-from .method import Method, State, method_of
+from .method import LayerInfo, Method, State, method_of
 from .parameters import parameter_sites
 from .replicate import replicate_layers
 from .safety import check_adapter_name, list_some
@@ -38,7 +38,6 @@ from .sites import (
 )  # fmt: skip
 from .targets import ALL_LINEAR, Matched, match_targets, minimal_suffixes, no_match_error, warn_unmatched
 from .token_sites import TokenPlan, plan_tokens, tie_tokens
-from .weights.base import LayerInfo
 
 LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 SEQ_CLS_HEADS = ("score", "classifier")

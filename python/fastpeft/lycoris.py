@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import TargetConfig
 from .factored import FactoredMethod
-from .method import Inner, State
+from .method import Inner, LayerInfo, State
 from .weight_side import with_weight
-from .weights.base import LayerInfo
 
 
 @dataclass

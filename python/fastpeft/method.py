@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .config import PeftConfig, PeftType, check_probabilities, check_ranks
 from .patterns import first_match
 from .targets import DEFAULT_TARGETS
-from .weights.base import LayerInfo
+from .weights.base import LayerInfo as LayerInfo
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer

@@ -57,7 +57,7 @@ def _chain(site: Site, name: str, parameters: list[str], base: nn.Module) -> lis
                  f"{name}.{p}")
             for full, p in zip(names, parameters, strict=True)
         ]  # fmt: skip
-    held = [layer.base.weight_name if isinstance(layer.base, TransientWeight) else None for layer in existing]
+    held = [layer.base.names[0] if isinstance(layer.base, TransientWeight) else None for layer in existing]
     if held != parameters:
         raise ValueError(
             f"all adapters of a model must target the same parameters of a module: {name!r} has {held}, and the new "

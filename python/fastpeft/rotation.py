@@ -15,8 +15,7 @@ from peft_kernels import butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
 from .kept import Kept
-from .method import Fused, Inner, Method
-from .weights.base import LayerInfo
+from .method import Fused, Inner, LayerInfo, Method
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer

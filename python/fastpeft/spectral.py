@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .method import Inner, Method
+from .method import Inner, LayerInfo, Method
 from .shared import Computed
 from .targets import DEFAULT_TARGETS
-from .weights.base import LayerInfo
 
 
 class Transform(Protocol):

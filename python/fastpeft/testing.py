@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from peft_kernels.testing import assert_no_worse
 
 from .layer import AdapterLayer
-from .method import Method, State
+from .method import LayerInfo, Method, State
 from .shared import SharedValues, compute, fill_containers, held_containers
-from .weights.base import LayerInfo
 
 
 @dataclass(frozen=True)

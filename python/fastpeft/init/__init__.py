@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..base_edit import EDIT, BaseEdit, LowRankEdit
 from ..config import PeftWarning
-from ..method import State
-from ..weights.base import LayerInfo
+from ..method import LayerInfo, State
 from .corda import EIGENS, CordaConfig, CordaEigens, corda
 from .eva import EvaConfig
 from .loftq import LoftQConfig, loftq

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..inject import resolve_targets
-from ..method import method_of
+from ..method import LayerInfo, method_of
 from ..sites import inside_saved, walk
-from ..weights.base import LayerInfo
 from ..weights.find import weight_of
 
 

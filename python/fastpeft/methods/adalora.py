@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..config import PeftType, PeftWarning
 from ..factored import FactoredMethod, dropout
-from ..method import Inner, State, register
+from ..method import Inner, LayerInfo, State, register
 from ..rank_allocator import (
     PARTS,
     by_layer,
@@ -32,7 +32,6 @@ from ..rank_allocator import (
     update_and_allocate,
 )
 from ..targets import DEFAULT_TARGETS
-from ..weights.base import LayerInfo
 from .lora import LoraConfig
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from ..clusters import cluster
 from ..config import PeftType, TargetConfig
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..targets import DEFAULT_TARGETS
-from ..weights.base import LayerInfo
 
 
 @dataclass

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..method import Inner, Method, State, register
-from ..weights.base import LayerInfo
+from ..method import Inner, LayerInfo, Method, State, register
 
 
 @dataclass

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasBias, PeftType, TargetConfig
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..targets import DEFAULT_TARGETS
-from ..weights.base import LayerInfo
 
 
 @dataclass

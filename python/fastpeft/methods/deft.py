@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout, plus_product
-from ..method import Fused, Inner, State, register
-from ..weights.base import LayerInfo
+from ..method import Fused, Inner, LayerInfo, State, register
 
 
 @dataclass

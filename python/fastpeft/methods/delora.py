@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout
-from ..method import State, register
-from ..weights.base import LayerInfo
+from ..method import LayerInfo, State, register
 
 LEAST_NORM = 1e-4
 

@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..method import State, register
+from ..method import LayerInfo, State, register
 from ..spectral import SpectrumMethod, Update, fourier_update, wide
-from ..weights.base import LayerInfo
 
 
 @dataclass

@@ -28,11 +28,10 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
 from ..factored import dropout
-from ..method import Inner, State, register
+from ..method import Inner, LayerInfo, State, register
 from ..projections import ProjectedMethod, drawn_normal
 from ..shared import Computed
 from ..sparse import dense, sparse_linear
-from ..weights.base import LayerInfo
 from .vera import Vera
 
 if TYPE_CHECKING:

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, as_it_is, one_token, weight_side
-from ..weights.base import LayerInfo
 
 FORMS = {
     "config_A_B": ("lora", "vector", "constant", "none"),

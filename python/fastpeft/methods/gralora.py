@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig, check_ranks
 from ..factored import FactoredMethod, dropout, is_thin
-from ..method import Inner, State, register
-from ..weights.base import LayerInfo
+from ..method import Inner, LayerInfo, State, register
 
 
 @dataclass

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from ..config import HasFanInFanOut, PeftType, PeftWarning, TargetConfig, check_ranks
 from ..factored import dropout
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, as_it_is, one_token, weight_side, with_weight
-from ..weights.base import LayerInfo
 
 
 @dataclass

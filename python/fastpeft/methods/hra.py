@@ -20,9 +20,8 @@ from peft_kernels.ops.householder_rotate import compact_wy
 
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..kept import Kept
-from ..method import Fused, State, register
+from ..method import Fused, LayerInfo, State, register
 from ..rotation import RotatesInput, constant
-from ..weights.base import LayerInfo
 
 if TYPE_CHECKING:
     from ..layer import AdapterLayer

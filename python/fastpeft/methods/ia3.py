@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasFanInFanOut, PeftType, TargetConfig
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..targets import DEFAULT_TARGETS, select
-from ..weights.base import LayerInfo
 
 # PEFT's table: what is adapted of each model type, and which of it is feedforward.
 FEEDFORWARD = {

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftType, TargetConfig
-from ..method import Inner, Method, State, register
-from ..weights.base import LayerInfo
+from ..method import Inner, LayerInfo, Method, State, register
 from ..weights.find import weight_of
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]

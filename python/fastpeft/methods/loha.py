@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType
 from ..lycoris import Lycoris, LycorisConfig, effective, pointwise, uniform
-from ..method import Inner, State, register
+from ..method import Inner, LayerInfo, State, register
 from ..weight_side import Rows, weight_side
-from ..weights.base import LayerInfo
 
 
 @dataclass

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ..config import PeftType
 from ..lycoris import Lycoris, LycorisConfig, effective, uniform
-from ..method import Inner, State, register
-from ..weights.base import LayerInfo
+from ..method import Inner, LayerInfo, State, register
 
 
 @dataclass

@@ -23,9 +23,8 @@ from peft_kernels.ops.dora_linear.bound import Training
 
 from .. import init
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
-from ..method import Fused, Inner, Method, State, register, registry
+from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
 from ..tied import Transposed, tied_fields, tied_names
-from ..weights.base import LayerInfo
 
 if TYPE_CHECKING:
     from ..layer import AdapterLayer

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from ..config import HasBias, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout, is_thin, plus_product
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, weight_side
-from ..weights.base import LayerInfo
 
 
 @dataclass

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from peft_kernels import cayley
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..method import Inner, State, register
+from ..method import Inner, LayerInfo, State, register
 from ..rotation import BlockDropout, Butterfly, skew
-from ..weights.base import LayerInfo
 
 
 @dataclass

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, TargetConfig
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..patterns import match_names
 from ..shared import Computed
 from ..targets import ALL_LINEAR
-from ..weights.base import LayerInfo
 
 _LLAMA_LIKE = ("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi")
 _DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, TargetConfig
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
-from ..weights.base import LayerInfo
 
 MAX_DEPTH = 1000  # each layer of it is two modules in every adapted layer
 

@@ -20,10 +20,9 @@ from peft_kernels import cayley
 
 from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig, check_ranks
 from ..factored import FactoredMethod, dropout
-from ..method import State, register
+from ..method import LayerInfo, State, register
 from ..rotation import skew
 from ..shared import Computed
-from ..weights.base import LayerInfo
 
 
 @dataclass

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
-from ..method import State, register
+from ..method import LayerInfo, State, register
 from ..projections import check_seed
-from ..weights.base import LayerInfo
 from .vera import Vera
 
 

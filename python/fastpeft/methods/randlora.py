@@ -26,10 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
 from ..factored import dropout
-from ..method import Inner, State, register
+from ..method import Inner, LayerInfo, State, register
 from ..projections import ProjectedMethod, drawn_normal, seeded
 from ..shared import Computed
-from ..weights.base import LayerInfo
 
 Shape = tuple[int, int, int]
 

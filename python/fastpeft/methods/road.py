@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from peft_kernels import pair_rotate
 
 from ..config import HasInitWeights, PeftType, TargetConfig
-from ..method import Inner, Method, State, register
-from ..weights.base import LayerInfo
+from ..method import Inner, LayerInfo, Method, State, register
 
 SIZES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}  # angles per output, as a fraction
 

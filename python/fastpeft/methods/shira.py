@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..shared import Computed
 from ..sparse import dense, sparse_update
 from ..targets import DEFAULT_TARGETS
-from ..weights.base import LayerInfo
 
 MaskFunction = Callable[..., Tensor]
 

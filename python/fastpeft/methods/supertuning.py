@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
 from ..shared import Computed
 from ..sparse import dense, sparse_update
-from ..weights.base import LayerInfo
 from .shira import check_positions
 
 

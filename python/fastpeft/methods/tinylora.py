@@ -21,10 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout
-from ..method import Inner, State, register
+from ..method import Inner, LayerInfo, State, register
 from ..projections import ProjectedMethod, seeded
 from ..shared import Computed
-from ..weights.base import LayerInfo
 
 _SVDS: Any = WeakIdKeyDictionary()
 MAX_ELEMENTS = 1 << 28  # of P, which may be computed for a file that names only its size

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, TargetConfig
-from ..method import Inner, Method, State, register
+from ..method import Inner, LayerInfo, Method, State, register
 from ..tied import embedding_name, tied_names
-from ..weights.base import LayerInfo
 from ..weights.dense import scaled
 
 

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout
-from ..method import Fused, State, register
+from ..method import Fused, LayerInfo, State, register
 from ..targets import DEFAULT_TARGETS
-from ..weights.base import LayerInfo
 
 if TYPE_CHECKING:
     from ..layer import AdapterLayer

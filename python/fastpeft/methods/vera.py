@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
 from ..factored import dropout
-from ..method import Inner, State, register
+from ..method import Inner, LayerInfo, State, register
 from ..projections import ProjectedMethod, drawn_normal, kaiming_uniform, seeded
 from ..shared import Computed
 from ..targets import DEFAULT_TARGETS
-from ..weights.base import LayerInfo
 
 
 @dataclass

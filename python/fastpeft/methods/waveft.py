@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..method import State, register
+from ..method import LayerInfo, State, register
 from ..spectral import Identity, SpectrumMethod, Update, Wavelet, wide
 from ..wavelets import LOW_PASS, filters
-from ..weights.base import LayerInfo
 
 
 @dataclass

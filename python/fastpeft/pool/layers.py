@@ -9,10 +9,9 @@ from torch import nn
 
 from ..inject import resolve_targets
 from ..layer import AdapterLayer
-from ..method import method_of
+from ..method import LayerInfo, method_of
 from ..methods.lora import LoraConfig
 from ..sites import Site, base_of, inside_saved, set_child, walk
-from ..weights.base import LayerInfo
 
 
 class Selector:

@@ -102,6 +102,7 @@ class BaseWeight:
     transient: ClassVar[bool] = False  # the module reads the weight itself: see read_by_module.py
     times: ClassVar[int] = 1  # as in LayerInfo
     attributes: ClassVar[frozenset[str]] = frozenset()  # of the module, that code asks the adapter layer for
+    names: tuple[str, str | None] = ("weight", "bias")  # of the parameters that hold W and b
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -120,39 +121,56 @@ class BaseWeight:
     def info(self, name: str = "") -> LayerInfo:
         shape = self.shape
         return LayerInfo(
-            name=name, kind=self.kind, shape=shape, in_features=self.in_features, out_features=shape[0],
-            has_bias=self.bias is not None, dtype=self.dtype, device=self.module.weight.device, base=self,
-            groups=int(getattr(self.module, "groups", 1)), quantized=self.quantized, times=self.times,
+            name=name, kind=self.kind, shape=shape, in_features=self.in_features(shape),
+            out_features=self.out_features(shape), has_bias=self.bias is not None, dtype=self.dtype,
+            device=self.tensor.device, base=self,
+            groups=1 if self.transient else int(getattr(self.module, "groups", 1)),
+            quantized=self.quantized, transient=self.transient, times=self.times,
         )  # fmt: skip
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.module.weight.shape)
+    def holder(self) -> Any:
+        """The module that has the parameters."""
+        return self.module
 
     @property
-    def in_features(self) -> int:
-        return self.shape[1]
+    def tensor(self) -> Tensor:
+        """W as the module holds it."""
+        return getattr(self.holder, self.names[0])  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.holder, self.names[1], None) if self.names[1] else None
 
     @property
     def transposed(self) -> bool:
         """Whether a matrix W is the transpose of the module's tensor."""
         return self.fan_in_fan_out or self.kind == "embedding"
 
+    def turned(self, w: Tensor) -> Tensor:
+        """The module's tensor as W, and W as the module's tensor."""
+        return w.t() if self.transposed else w
+
     @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.turned(self.tensor).shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.module.weight.dtype
-        return dtype
+        return self.tensor.dtype
+
+    def in_features(self, shape: tuple[int, ...]) -> int:
+        return shape[1]
+
+    def out_features(self, shape: tuple[int, ...]) -> int:
+        return shape[0]
 
     def check(self) -> None:
         """Raise ValueError for a module of this kind that no adapter can serve."""
 
     def read(self) -> Weight:
         """W and b, in the dtype that the module stores (quantised: decoded to at least float32). May alias."""
-        return self.module.weight, self.bias
+        return self.turned(self.tensor), self.bias
 
     def rows(self, index: slice | Tensor) -> Tensor:
         """Some rows of W as [rows, columns], in at least float32, without decoding the others."""
@@ -167,25 +185,23 @@ class BaseWeight:
 
     def write(self, w: Tensor, b: Tensor | None) -> float | None:
         """Store W and b in the module's own format and dtype. Returns the relative error of requantising, if any."""
-        install(self.module, "weight", w)
         self._write_bias(b)
+        install(self.holder, self.names[0], self.turned(w))
         return None
 
     def _write_bias(self, b: Tensor | None) -> None:
-        old = self.bias
-        if b is None:
+        if b is None or b is self.bias:
             return
-        if old is None:
+        if self.bias is None or self.names[1] is None:
             raise ValueError("the adapter adds a bias, and the base layer has none to hold it")
-        if b is not old:
-            install(self.module, "bias", b)
+        install(self.holder, self.names[1], b)
 
     def save(self) -> Saved:
         """The objects that hold the weight, to be restored later."""
-        return {name: self.module._parameters.get(name) for name in ("weight", "bias")}
+        return {name: self.holder._parameters.get(name) for name in self.names if name}
 
     def restore(self, saved: Saved) -> None:
-        put_back(self.module, saved)
+        put_back(self.holder, saved)
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """What the module would compute with W and b."""

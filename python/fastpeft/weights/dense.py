@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight
 
-from .base import BaseWeight, Weight, has_base
+from .base import BaseWeight, has_base
 
 
 class LinearWeight(BaseWeight):
@@ -37,21 +37,7 @@ class LinearWeight(BaseWeight):
         return weight
 
 
-class _Transposed(BaseWeight):
-    """A weight that its module stores as W^T."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(reversed(self.module.weight.shape))
-
-    def read(self) -> Weight:
-        return self.module.weight.t(), self.bias
-
-    def write(self, w: Tensor, b: Tensor | None) -> float | None:
-        return super().write(w.t(), b)
-
-
-class Conv1DWeight(_Transposed):
+class Conv1DWeight(BaseWeight):
     """transformers' Conv1D (GPT-2): a linear layer that stores W transposed."""
 
     fan_in_fan_out = True
@@ -61,11 +47,12 @@ class Conv1DWeight(_Transposed):
         return has_base(module, "Conv1D", "transformers")
 
 
-class EmbeddingWeight(_Transposed):
+class EmbeddingWeight(BaseWeight):
     """nn.Embedding, as the linear layer that acts on one-hot rows: W = weight^T."""
 
     kind = "embedding"
     label = "Embedding"
+    names = ("weight", None)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -74,9 +61,6 @@ class EmbeddingWeight(_Transposed):
     def check(self) -> None:
         if self.module.max_norm is not None:
             raise ValueError("Embedding(max_norm=...) changes its weight in every forward: no adapter of it can merge")
-
-    def read(self) -> Weight:
-        return self.module.weight.t(), None
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return scaled(self.module, F.embedding(x, w.t(), padding_idx=self.module.padding_idx))
@@ -97,8 +81,7 @@ class ConvWeight(BaseWeight):
     def accepts(cls, module: nn.Module) -> bool:
         return isinstance(module, cls.types) and not getattr(module, "transposed", False)
 
-    @property
-    def in_features(self) -> int:
+    def in_features(self, shape: tuple[int, ...]) -> int:
         return int(self.module.in_channels)
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:

@@ -10,68 +10,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .base import BaseWeight, LayerInfo, Part, Saved, Weight, Wrapping, innermost, install, put_back
+from .base import BaseWeight, Part, Wrapping, innermost
 from .dense import LinearWeight
 
 
 class TransientWeight(BaseWeight):
-    """weight_name, bias_name: the module's parameters that hold it. The module may be an adapter layer itself: layers
-    for several parameters of one module are nested."""
+    """A parameter that its module reads. The module may be an adapter layer itself: layers for several parameters of
+    one module are nested."""
 
     transient = True
-    weight_name: str
-    bias_name: str | None = None
 
     @property
-    def held(self) -> dict[str, Any]:
-        """The parameters of the module that reads them."""
-        return innermost(self.module)._parameters
+    def holder(self) -> Any:
+        return innermost(self.module)
 
-    def info(self, name: str = "") -> LayerInfo:
-        p, shape = self.held[self.weight_name], self.shape
-        return LayerInfo(
-            name=name, kind=self.kind, shape=shape, in_features=shape[-1], out_features=shape[-2],
-            has_bias=self.bias is not None, dtype=p.dtype, device=p.device, base=self, transient=True,
-        )  # fmt: skip
+    def in_features(self, shape: tuple[int, ...]) -> int:
+        return shape[-1]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.read()[0].shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.held[self.weight_name].dtype
-        return dtype
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.held.get(self.bias_name) if self.bias_name else None
-
-    def read(self) -> Weight:
-        return self.turned(self.held[self.weight_name]), self.bias
-
-    def turned(self, w: Tensor) -> Tensor:
-        """W in the layout of the parameter, and the other way round."""
-        return w
-
-    def write(self, w: Tensor, b: Tensor | None) -> float | None:
-        old = self.bias
-        if b is not None and old is None:
-            raise ValueError("the adapter adds a bias, and there is none beside the parameter to hold it")
-        install(innermost(self.module), self.weight_name, self.turned(w))
-        if b is not None and b is not old and self.bias_name is not None:
-            install(innermost(self.module), self.bias_name, b)
-        return None
-
-    def save(self) -> Saved:
-        names = [self.weight_name, *([self.bias_name] if self.bias_name else [])]
-        return {name: self.held.get(name) for name in names}
-
-    def restore(self, saved: Saved) -> None:
-        put_back(innermost(self.module), saved)
+    def out_features(self, shape: tuple[int, ...]) -> int:
+        return shape[-2]
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         with self.replaced(w, b):
@@ -80,11 +39,11 @@ class TransientWeight(BaseWeight):
     @contextmanager
     def replaced(self, w: Tensor, b: Tensor | None) -> Iterator[None]:
         """Within this, the module computes with W and b; gradients flow to what they were made of."""
-        held, saved = self.held, self.save()
+        held, saved, (weight, bias) = self.holder._parameters, self.save(), self.names
         try:
-            held[self.weight_name] = self.turned(w).to(saved[self.weight_name].dtype)
-            if b is not None and self.bias_name is not None:
-                held[self.bias_name] = b.to(saved[self.bias_name].dtype)
+            held[weight] = self.turned(w).to(saved[weight].dtype)
+            if b is not None and bias is not None:
+                held[bias] = b.to(saved[bias].dtype)
             yield
         finally:
             held.update(saved)
@@ -105,7 +64,7 @@ class AttentionWeight(TransientWeight):
     """
 
     label = "MultiheadAttention"
-    weight_name, bias_name = "in_proj_weight", "in_proj_bias"
+    names = ("in_proj_weight", "in_proj_bias")
     # What nn.TransformerEncoderLayer and others ask an attention for.
     attributes = frozenset({"embed_dim", "kdim", "vdim", "num_heads", "dropout", "batch_first", "head_dim", "out_proj",
                             "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn",
@@ -154,12 +113,12 @@ class ParameterWeight(TransientWeight):
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__(module)
-        self.weight_name = name
-        dim = self.held[name].dim()
+        self.names = (name, None)
+        dim = self.tensor.dim()
         if dim not in (2, 3):
             raise ValueError(f"parameter {name!r} has {dim} dimensions; only 2 and 3 (experts) are supported")
         self.kind = "linear" if dim == 2 else "experts"
-        self._swapped = dim == 3 and bool(getattr(innermost(module), "is_transposed", False))
+        self._swapped = dim == 3 and bool(getattr(self.holder, "is_transposed", False))
 
     def turned(self, w: Tensor) -> Tensor:
         return w.transpose(-1, -2) if self._swapped else w

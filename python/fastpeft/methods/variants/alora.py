@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ...config import PeftWarning, TaskType
-from ...method import Fused, Inner
-from ...weights.base import LayerInfo
+from ...method import Fused, Inner, LayerInfo
 from ..lora import Lora
 from . import variant
 

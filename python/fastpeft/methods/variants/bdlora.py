@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...method import State
-from ...weights.base import LayerInfo
+from ...method import LayerInfo, State
 from ..lora import Lora
 from . import variant
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ... import init
 from ...base_edit import EDIT
-from ...method import Inner, State
-from ...weights.base import LayerInfo
+from ...method import Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
 

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...method import Inner, State
-from ...weights.base import LayerInfo
+from ...method import Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
 

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...method import State
-from ...weights.base import LayerInfo
+from ...method import LayerInfo, State
 from ..lora import Lora
 from . import variant
 

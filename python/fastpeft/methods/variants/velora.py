@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...method import Fused, Inner, State
-from ...weights.base import LayerInfo
+from ...method import Fused, Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
 
