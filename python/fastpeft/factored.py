@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels import lora_linear
+from peft_kernels import QuantWeight, lora_linear
 
 from .method import Fused, Inner, Method
 
@@ -38,23 +38,13 @@ class FactoredMethod(Method):
         return plus_product(y, F.linear(getattr(s, self.dropout)(x) if self.dropout else x, a), b.t())
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
-        base, get_weight = layer.base_layer, layer.base.fast()
-        if layer.base.kind != "linear" or get_weight is None or not self._fusible(s):
-            return None
-        compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
-
-        def run(x: Tensor) -> Tensor | None:
-            w, found = get_weight(), self.factors(s, shared, None)
-            if w is None or found is None:
-                return None
+        def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor | None:
+            found = self.factors(s, shared, None)
             drop = getattr(s, self.dropout) if self.dropout else None
             p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-            bias = base._parameters.get("bias")
-            if compute is None:
-                return lora_linear(x, w, *found, 1.0, bias, p)
-            return lora_linear(x.to(compute), w, *found, 1.0, bias, p).to(x.dtype)
+            return None if found is None else lora_linear(x, w, *found, 1.0, bias, p)
 
-        return run
+        return layer.base.fused(call) if self._fusible(s) else None
 
     def _fusible(self, s: Any) -> bool:
         """Whether the factors are all that acts in this call."""

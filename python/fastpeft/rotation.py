@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import butterfly_linear, butterfly_rotate
+from peft_kernels import QuantWeight, butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
 from .kept import Kept
@@ -116,19 +116,11 @@ class Butterfly(RotatesInput):
         return butterfly_rotate(x, self.blocks(s), transposed)
 
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
-        base, get_weight = layer.base_layer, layer.base.fast()
-        if layer.base.kind != "linear" or get_weight is None:
-            return None
-        compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
         kept = Kept()
 
-        def run(x: Tensor) -> Tensor | None:
-            w = get_weight()
-            if w is None:
-                return None
-            wide, of = x if compute is None else x.to(compute), self.parameter(s)
+        def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor:
+            of = self.parameter(s)
             blocks = kept.get((of,), (), lambda: self.blocks(s)) if constant(s, of) else self.blocks(s)
-            y = butterfly_linear(wide, w, blocks, base._parameters.get("bias"), self.gain(s))
-            return y if compute is None else y.to(x.dtype)
+            return butterfly_linear(x, w, blocks, bias, self.gain(s))
 
-        return run
+        return layer.base.fused(call)

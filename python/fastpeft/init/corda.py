@@ -100,11 +100,11 @@ def preprocess_corda(
             raise ValueError(f"`run_model` did not run {', '.join(missing[:5])}: there is no covariance of its inputs.")
         found = {}
         for name, layer in _progress(layers, config.verbose):
-            eigens = components(layer.weight(), covariances[name], layer.r, config.corda_method)
+            eigens = components(layer.info.weight(), covariances[name], layer.r, config.corda_method)
             found |= {f"{name}.{EIGENS}.{part}": getattr(eigens, part) for part in parts}
         save_tensors(config.cache_file, found)
     for name, layer in layers.items():
-        setattr(layer.module, EIGENS, CordaEigens(*(found[f"{name}.{EIGENS}.{part}"] for part in parts)))
+        setattr(layer.info.module, EIGENS, CordaEigens(*(found[f"{name}.{EIGENS}.{part}"] for part in parts)))
 
 
 def _progress(layers: Mapping[str, Any], shown: bool) -> Iterable[tuple[str, Any]]:
@@ -136,7 +136,7 @@ def _covariances(
 
         return hook
 
-    handles = [layer.module.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    handles = [layer.info.module.register_forward_hook(watch(name)) for name, layer in layers.items()]
     was_training = model.training
     try:
         model.eval()

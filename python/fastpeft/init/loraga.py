@@ -75,7 +75,7 @@ def preprocess_loraga(
     for name, layer in layers.items():
         gradient = found.get(f"{name}.{GRADIENT}")
         if gradient is not None:
-            setattr(layer.module, GRADIENT, gradient)
+            setattr(layer.info.module, GRADIENT, gradient)
 
 
 def _gradients(model: nn.Module, layers: Any, train_step: Callable[[], None]) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def _gradients(model: nn.Module, layers: Any, train_step: Callable[[], None]) ->
             output.register_hook(backward)  # type: ignore[no-untyped-call]
             return output
 
-        handles.append(layer.module.register_forward_hook(forward))
+        handles.append(layer.info.module.register_forward_hook(forward))
 
     was_training = model.training
     trained = [p for p in model.parameters() if p.requires_grad]

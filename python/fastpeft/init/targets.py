@@ -21,14 +21,6 @@ class TargetLayer:
     info: LayerInfo
     r: int
 
-    @property
-    def module(self) -> nn.Module:
-        return self.info.module
-
-    def weight(self) -> Tensor:
-        """W [out, in], in at least float32."""
-        return self.info.weight()
-
 
 def target_layers(model: nn.Module, config: Any) -> dict[str, TargetLayer]:
     """The linear layers that a LoraConfig targets, by name; a config without targets gets the model's default ones."""

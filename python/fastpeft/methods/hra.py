@@ -64,11 +64,6 @@ class HRA(RotatesInput):
     def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
         """(x - x u^T v) W^T is a LoRA with A = u and B = -(v W^T)^T: no turned x is written, and r more rows of the
         base product, forward and backward, are little where tokens are many."""
-        base, get_weight = layer.base_layer, layer.base.fast()
-        if layer.base.kind != "linear" or get_weight is None:
-            return None
-        compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
-
         kept = (Kept(), Kept())
 
         def factors() -> tuple[Tensor, Tensor]:
@@ -77,11 +72,8 @@ class HRA(RotatesInput):
         def turned(v: Tensor, w: Tensor | QuantWeight) -> Tensor:
             return lora_linear(v, w).t()
 
-        def run(x: Tensor) -> Tensor | None:
-            w, of = get_weight(), s.hra_u
-            if w is None:
-                return None
-            bias = base._parameters.get("bias")
+        def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor | None:
+            of = s.hra_u
             if constant(s, of):  # in evaluation both factors are there already, however few tokens are
                 stored = [t for t in w.flatten() if isinstance(t, Tensor)] if isinstance(w, QuantWeight) else [w]
                 u = kept[0].get((of,), (), lambda: factors()[0])
@@ -91,11 +83,9 @@ class HRA(RotatesInput):
             else:
                 u, v = factors()
                 b = turned(v, w)
-            if compute is None:
-                return lora_linear(x, w, u, b, -1.0, bias)
-            return lora_linear(x.to(compute), w, u, b, -1.0, bias).to(x.dtype)
+            return lora_linear(x, w, u, b, -1.0, bias)
 
-        return run
+        return layer.base.fused(call)
 
     @staticmethod
     def _vectors(s: Any) -> tuple[Tensor, bool]:

@@ -236,6 +236,25 @@ class BaseWeight:
         (trainable, hooked). None in place of the function where the kind has no such form."""
         return None
 
+    def fused(self, call: Callable[..., Tensor | None]) -> Callable[[Tensor], Tensor | None] | None:
+        """`call(x, W, bias)` as a function of x alone, with W as `fast` gives it and x in the layer's compute dtype.
+
+        The function returns None while W must not be used; None in its place where the kind has no such W.
+        """
+        get_weight, parameters = self.fast(), self.module._parameters
+        compute = getattr(self.module, "compute_dtype", None) if self.quantized else None
+        if get_weight is None:
+            return None
+
+        def run(x: Tensor) -> Tensor | None:
+            w = get_weight()
+            if w is None:
+                return None
+            y = call(x if compute is None else x.to(compute), w, parameters.get("bias"))
+            return y if y is None or compute is None else y.to(x.dtype)
+
+        return run
+
 
 def has_base(module: nn.Module, class_name: str, package: str) -> bool:
     """Whether `module` is of a class named so in a package, without importing that package."""

@@ -20,9 +20,7 @@ _MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_met
 
 
 @cache
-def make_classes(
-    home: str, quantize: Callable[..., Any], dequantize: Callable[..., Any]
-) -> tuple[type, type]:
+def make_classes(home: str, quantize: Callable[..., Any], dequantize: Callable[..., Any]) -> tuple[type, type]:
     """The configuration and quantizer classes, registered with transformers on first use.
 
     home: the module that has them as attributes, so that a model that carries them pickles. quantize, dequantize: of a
