@@ -21,7 +21,7 @@ from .method import Fused, Method, State
 from .rows import Rows
 from .shared import SharedDict
 from .stack import Stack
-from .weights.base import BaseWeight, Part
+from .weights.base import BaseWeight
 
 
 class AdapterLayer(Rows, MergingLayer):
@@ -47,12 +47,6 @@ class AdapterLayer(Rows, MergingLayer):
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
-
-    def parts(self) -> Iterator[Part]:
-        """(path, parent, name, module, its weight) of modules in this layer that adapters can be in, or are."""
-        if isinstance(self.base_layer, AdapterLayer):
-            yield "base_layer", self, "base_layer", self.base_layer, None
-        yield from self.base.parts()
 
     def __getattr__(self, name: str) -> Any:
         try:

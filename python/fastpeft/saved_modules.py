@@ -13,6 +13,7 @@ from .containers import ActiveAdapters, AdapterDict
 from .routing import check_length, grouped
 from .rows import Recall
 from .safety import BASE
+from .weights.base import Wrapping
 
 
 class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
@@ -115,10 +116,8 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
 
 def check_savable(module: nn.Module) -> None:
     """Raise TypeError for modules that cannot be trained as a copy."""
-    from .layer import AdapterLayer
-
     containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterDict)
-    if isinstance(module, (*containers, AdapterLayer)):
+    if isinstance(module, (*containers, Wrapping)):
         raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)}")
 
 

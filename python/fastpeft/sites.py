@@ -14,7 +14,7 @@ from .config import PeftWarning
 from .containers import AdapterDict
 from .layer import AdapterLayer
 from .saved_modules import ModulesToSaveWrapper
-from .weights.base import BaseWeight, LayerInfo
+from .weights.base import BaseWeight, LayerInfo, innermost
 from .weights.find import weight_of
 
 AdapterModule = AdapterLayer | ModulesToSaveWrapper
@@ -52,14 +52,13 @@ def walk(model: nn.Module) -> Iterator[Site]:
 
 
 def parts(site: Site) -> list[Site]:
-    """The modules in or below a layer that its adapters go into as well (the out_proj of an attention)."""
-    module = site.module
-    base = None if isinstance(module, AdapterLayer) else weight_of(module)
-    found = module.parts() if isinstance(module, AdapterLayer) else () if base is None else base.parts()
-    return [
-        Site(f"{site.name}.{path}", child, parent, name, own, f"{site.name}.{name}")
-        for path, parent, name, child, own in found
-    ]
+    """The modules in or below a layer that its adapters go into as well (the out_proj of an attention), or are in."""
+    module, below = site.module, f"{site.name}.base_layer"
+    base = module.base if isinstance(module, AdapterLayer) else weight_of(module)
+    found = {} if base is None else base.parts()
+    own = [Site(f"{below}.{n}", w.module, innermost(module), n, w, f"{site.name}.{n}") for n, w in found.items()]
+    inner = module.base_layer if isinstance(module, AdapterLayer) else None
+    return [Site(below, inner, module, "base_layer", None, below), *own] if isinstance(inner, AdapterLayer) else own
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:

@@ -143,5 +143,4 @@ def assert_merge_and_back(layer: AdapterLayer, names: Sequence[str], x: Tensor, 
 
 def make_layer(base: str) -> AdapterLayer:
     """An adapter layer over a sample base, without adapters."""
-    module = SAMPLE_BASES[base].make()
-    return AdapterLayer(module, base)
+    return AdapterLayer(SAMPLE_BASES[base].make(), base)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,7 +30,7 @@ from .sites import AdapterModule, KnownModules, adapter_modules
 AUXILIARY_KWARGS = frozenset({"adapter_names", "alora_offsets"})
 
 
-class BaseTuner(ModelMerging, nn.Module):
+class BaseTuner(ModelMerging):
     """A model with adapters in it. Keys in memory start with `model.`, below a PeftModel with `base_model.model.`."""
 
     holds_shared_adapters = True
@@ -93,15 +93,7 @@ class BaseTuner(ModelMerging, nn.Module):
     def active_adapters(self) -> list[str]:
         return [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
 
-    def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]:
-        return adapter_modules(self.model)
-
-    def adapter_layers(self) -> Iterator[tuple[str, AdapterLayer]]:
-        for name, module in self.adapter_modules():
-            if isinstance(module, AdapterLayer):
-                yield name, module
-
-    # Adapters come and go
+    # Adding and removing adapters
 
     def add(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastpeft import LoraConfig, PeftWarning, get_peft_model
+from fastpeft import LoraConfig, PeftWarning, get_peft_model, quantize_model
 from fastpeft.weights.base import relative_error
 from fastpeft.weights.find import weight_of
 from torch import Tensor, nn
@@ -186,3 +186,38 @@ def test_an_embedding_that_scales_its_rows_scales_the_adapters_too() -> None:
     exact = nn.functional.embedding(ids, w.double().t()) * 3
     eager = nn.functional.embedding(ids, w.t()) * 3
     assert_no_worse(y.detach(), eager.detach(), exact.detach(), exact.detach().abs() + 1)
+
+
+def test_a_base_layer_that_is_quantised_under_its_adapters_is_read_as_what_it_is() -> None:
+    layer = lora_layer(nn.Linear(64, 32))
+    x = torch.randn(3, 64)
+    layer(x)
+    quantize_model(layer, skip=("lora_A", "lora_B"))
+    layer.changed()
+    assert layer.info.quantized == layer.quantization_backend == "nf4"
+    assert_same_bits(layer.base.read()[0], layer.base_layer.dequantize(torch.float32))
+    exact = nn.functional.linear(x.double(), *(t.double() for t in layer.merged_weight("a")))
+    eager = nn.functional.linear(x, *layer.merged_weight("a"))
+    assert_no_worse(layer(x).detach(), eager.detach(), exact.detach(), size_of(layer, x))
+    assert 0 < layer.merge() < 0.2
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+def test_a_second_merge_that_fails_leaves_the_first(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = lora_layer(QUANTISED[base](), "ab")
+    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
+    layer.merge(adapter_names=["a"])
+    merged = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
+
+    def fails(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(layer.base), "write", fails)
+    with pytest.raises(MemoryError):
+        layer.merge(adapter_names=["b"])
+    assert layer.merged_adapters == ["a"]
+    for key, value in layer.base_layer.state_dict().items():
+        assert_same_bits(value, merged[key])
+    layer.unmerge()
+    for key, value in layer.base_layer.state_dict().items():
+        assert_same_bits(value, before[key])

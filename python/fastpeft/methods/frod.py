@@ -112,7 +112,7 @@ class Frod(ProjectedMethod):
         values = torch.zeros(indices.shape[1])
         u, lambdas = torch.empty(info.out_features, info.in_features), torch.empty(info.in_features)
         if not u.is_meta:  # else a file brings V, from which U follows
-            u, lambdas = _left(_weight(info), v)
+            u, lambdas = _left(info.base.read()[0], v)
         state["frod_U"] = _kept(u, info)
         state["frod_lambda_0"] = nn.Buffer(lambdas.clone(), persistent=False)
         if not config.init_weights and not u.is_meta:
@@ -171,11 +171,6 @@ def _index(name: str, fallback: int) -> int:
     return next((int(part) for part in (*after, *parts) if part.isdigit()), fallback)
 
 
-def _weight(info: LayerInfo) -> Tensor:
-
-    return info.base.read()[0].detach()
-
-
 def _kept(u: Tensor, info: LayerInfo) -> Tensor:
     """U as a layer keeps it: it is as large as the weight, and has its precision."""
     u = nn.Buffer(u.to(info.dtype), persistent=False)
@@ -191,7 +186,7 @@ def _bar(total: int) -> Any:
 
 def _basis(infos: Sequence[LayerInfo], alpha: float, bar: Any) -> Tensor:
     """V of the layers of one role, from their weights: a higher-order generalised SVD."""
-    weights = [_weight(info) for info in infos]
+    weights = [info.base.read()[0].detach() for info in infos]
     matrices = [w.to("cpu", torch.float32) for w in weights]
     stacked = torch.cat(matrices)
     if stacked.shape[0] < stacked.shape[1]:

@@ -124,7 +124,6 @@ class TinyLora(ProjectedMethod, FactoredMethod):
 
 def _svd(info: LayerInfo, r: int) -> tuple[Tensor, Tensor]:
     """A and B, in the precision of the weight's own values. Kept as long as the weight, for its next adapter."""
-
     weight: Any = info.module.weight
     state = weight.data_ptr(), weight._version, r
     found = _SVDS.get(weight)

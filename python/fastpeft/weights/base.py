@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +28,6 @@ from peft_kernels import QuantWeight
 
 Weight = tuple[Tensor, "Tensor | None"]
 Saved = dict[str, Any]  # what `BaseWeight.save` gives
-Part = tuple[str, nn.Module, str, nn.Module, "BaseWeight | None"]
 
 TILE = 1 << 22  # elements of W that are decoded at a time
 
@@ -215,9 +214,9 @@ class BaseWeight:
         """The answer of the adapter layer for one of `attributes`."""
         return getattr(self.module, name)
 
-    def parts(self) -> Iterator[Part]:
-        """(path, parent, name, module, its weight) of modules below that this layer's adapters go into as well."""
-        return iter(())
+    def parts(self) -> dict[str, BaseWeight]:
+        """The weights of modules below that this one's adapters go into as well, by their names in the module."""
+        return {}
 
     def replaced(self, w: Tensor, b: Tensor | None) -> AbstractContextManager[None]:
         """Within this, the module computes with W and b."""

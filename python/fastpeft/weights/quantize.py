@@ -102,26 +102,28 @@ def _is_conv1d(layer: nn.Module) -> bool:
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every `NF4Linear` by a dense `nn.Linear`, in place; returns the model."""
-    for parent in list(model.modules()):
-        for child, layer in list(parent.named_children()):
-            if isinstance(layer, NF4Linear):
-                with torch.device("meta"):
-                    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-                dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
-                if layer.bias is not None:
-                    dense.bias = nn.Parameter(layer.bias.detach().to(dense.weight.dtype), requires_grad=False)
-                parent._modules[child] = dense.train(layer.training)
+    for parent, child, layer in _children(model):
+        if isinstance(layer, NF4Linear):
+            with torch.device("meta"):
+                dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+            if layer.bias is not None:
+                dense.bias = nn.Parameter(layer.bias.detach().to(dense.weight.dtype), requires_grad=False)
+            parent._modules[child] = dense.train(layer.training)
     unmark_quantized(model)
     return model
 
 
 def from_bitsandbytes(model: nn.Module) -> nn.Module:
     """Replace every bitsandbytes `Linear4bit` of `model`, in place, by an `NF4Linear` over the same bytes."""
-    for parent in list(model.modules()):
-        for child, layer in list(parent.named_children()):
-            if has_base(layer, "Linear4bit", "bitsandbytes"):
-                parent._modules[child] = NF4Linear.from_bnb(layer).train(layer.training)
+    for parent, child, layer in _children(model):
+        if has_base(layer, "Linear4bit", "bitsandbytes"):
+            parent._modules[child] = NF4Linear.from_bnb(layer).train(layer.training)
     return model
+
+
+def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    return [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
 
 
 def transformers_classes() -> tuple[type, type]:

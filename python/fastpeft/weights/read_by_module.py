@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import BaseWeight, Part, Wrapping, innermost
+from .base import BaseWeight, Wrapping, innermost
 from .dense import LinearWeight
 
 
@@ -85,9 +85,8 @@ class AttentionWeight(TransientWeight):
         if not self.module._qkv_same_embed_dim:
             raise ValueError("MultiheadAttention with other widths for key or value (kdim, vdim) is not supported")
 
-    def parts(self) -> Iterator[Part]:
-        out = self.module.out_proj
-        yield "base_layer.out_proj", self.module, "out_proj", out, AttentionOutWeight(out)
+    def parts(self) -> dict[str, BaseWeight]:
+        return {"out_proj": AttentionOutWeight(self.module.out_proj)}
 
     @contextmanager
     def replaced(self, w: Tensor, b: Tensor | None) -> Iterator[None]:

@@ -46,6 +46,7 @@ def make_classes(home: str, quantize: Callable[..., Any], dequantize: Callable[.
         """Quantises after loading; afterwards tells transformers that the model trains and saves."""
 
         requires_calibration = False
+        is_trainable = is_compileable = True
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             config: Any = self.quantization_config
@@ -60,14 +61,6 @@ def make_classes(home: str, quantize: Callable[..., Any], dequantize: Callable[.
             return model
 
         def is_serializable(self) -> bool:
-            return True
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-        @property
-        def is_compileable(self) -> bool:
             return True
 
     for cls in (NF4Config, NF4Quantizer):
