@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from benchmarks_cells import wrapped
 from fastpeft.config import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
 from fastpeft.method import Method, registry
 from fastpeft.methods.variants import VARIANTS
@@ -15,11 +16,17 @@ HEAD = """# Methods
 
 Every row is one file in `python/fastpeft/methods/` (LoRA's variants in `methods/variants/`); its docstring derives what
 it costs. Configurations, defaults, keys and files are those of PEFT 0.21. "linear" is nn.Linear, transformers' Conv1D
-and 4-bit and 8-bit layers. All methods share `target_modules`, `exclude_modules`, `modules_to_save`,
-`layers_to_transform` and `layers_pattern`. Made by `python tools/methods_table.py`.
+and 4-bit and 8-bit layers. Made by `python tools/methods_table.py`.
 
-| method | what it does | layers | merges | its options and defaults |
-|---|---|---|---|---|
+| method | what it does | layers | merges |
+|---|---|---|---|
+"""
+OPTIONS = """
+## Options and their defaults
+
+All methods share `target_modules`, `exclude_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern`.
+The docstring of a method's configuration says what its options mean; `fastpeft train` takes them as `adapter.NAME`.
+
 """
 SHARED = {f.name for c in (TargetConfig, HasBias, HasFanInFanOut, HasInitWeights) for f in dataclasses.fields(c)}
 
@@ -30,29 +37,44 @@ def summary(method: Method) -> str:
     return text.partition(": ")[2].replace("|", "\\|") or text.replace("|", "\\|")
 
 
-def options(method: Method) -> str:
+def options(config: type) -> list[str]:
+    """`name=default` of each field that not all methods share."""
     own = []
-    for f in dataclasses.fields(method.config_class):
+    for f in dataclasses.fields(config):
         if f.name not in SHARED:
             default = f.default if f.default is not dataclasses.MISSING else None
             if default is dataclasses.MISSING or default is None:
                 default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-            own.append(f"{f.name}={getattr(default, 'value', default)!r}")
-    return ", ".join(own)
+            own.append(f"`{f.name}={getattr(default, 'value', default)!r}`")
+    return own
 
 
-def row(name: str, method: Method, fields: str) -> str:
+def option_list() -> list[str]:
+    """One item per method: its options; of another method's that it takes over, that method's name alone."""
+    classes = {method.config_class: kind.value for kind, method in registry().items()}
+    items = []
+    for config, name in sorted(classes.items(), key=lambda item: item[1]):
+        parent = next((c for c in config.__mro__[1:] if c in classes), None)
+        inherited = options(parent) if parent else []
+        said = [f"those of `{classes[parent]}`"] if parent else []
+        said += [option for option in options(config) if option not in inherited]
+        if said:
+            items.append("- " + wrapped(f"`{name}`: {', '.join(said)}", 118).replace("\n", "\n  "))
+    return items
+
+
+def row(name: str, method: Method) -> str:
     merges = "yes" if method.mergeable else "no"
-    return f"| {name} | {summary(method)} | {', '.join(sorted(method.kinds))} | {merges} | {fields} |"
+    return f"| {name} | {summary(method)} | {', '.join(sorted(method.kinds))} | {merges} |"
 
 
 def table() -> str:
     lines = []
     for kind, method in sorted(registry().items(), key=lambda item: item[0].value):
-        lines.append(row(f"`{kind.value}`", method, f"`{options(method)}`" if options(method) else ""))
+        lines.append(row(f"`{kind.value}`", method))
         if kind.value == "LORA":
-            lines += [row(f"`LORA` with `{option}`", v, "as LORA") for option, v in sorted(VARIANTS.items())]
-    return HEAD + "\n".join(lines) + "\n"
+            lines += [row(f"`LORA` with `{option}`", v) for option, v in sorted(VARIANTS.items())]
+    return HEAD + "\n".join(lines) + "\n" + OPTIONS + "\n".join(option_list()) + "\n"
 
 
 def main() -> int:

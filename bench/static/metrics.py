@@ -1,5 +1,5 @@
-"""The formulas of the static report; docs/kernels.md explains how to read it. Everything follows from the machine code
-of one kernel, the launch that it belongs to, and the public numbers in `gpus.py`.
+"""The formulas of the static report; docs/kernels/without_a_gpu.md explains how to read it. Everything follows from the
+machine code of one kernel, the launch that it belongs to, and the public numbers in `gpus.py`.
 
 main loop       of the loops with most 16-bit tensor-core instructions the innermost (`sass.main_loop`); without one
                 the whole kernel

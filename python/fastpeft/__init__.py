@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from .aliases import register as _register
+from .classes import loaded_by as _loaded_by
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,9 @@ _register(__name__, {
     "functional": "adapters checkpoint model", "mapping_func": "model tasks mapping", "mixed_model": "tasks",
     "peft_model": "model tasks status mapping",
 })  # fmt: skip
+
+
+_loaded_by(lambda: importlib.import_module(".methods", __name__).load_all())  # type: ignore[no-any-return]
 
 
 def _of_methods() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .classes import CLASSES, class_of
 from .safety import MAX_RANK, check_config, read_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -72,6 +73,14 @@ class PeftType(str, enum.Enum):
     DEFT = "DEFT"
 
 
+def peft_type(value: PeftType | str | None) -> PeftType:
+    """The type that a name means; ValueError for a name that PEFT does not have."""
+    try:
+        return PeftType(value)
+    except ValueError:
+        raise ValueError(f"Unknown PEFT type: {value!r}") from None
+
+
 class TaskType(str, enum.Enum):
     """What the adapted model is for; it chooses the PeftModel class."""
 
@@ -114,6 +123,10 @@ class PeftConfig:
     # The method of this class, which is then the value of `peft_type`.
     own_type: ClassVar[PeftType | None] = None
 
+    def __init_subclass__(cls) -> None:
+        if vars(cls).get("own_type") is not None:
+            CLASSES[vars(cls)["own_type"].value] = cls
+
     def __post_init__(self) -> None:
         self.peft_type = self.own_type or self.peft_type
         if self.task_type is not None:
@@ -123,10 +136,7 @@ class PeftConfig:
                 names = ", ".join(t.value for t in TaskType)
                 raise ValueError(f"Invalid task type: {self.task_type!r}. Must be one of: {names}.") from None
         if self.peft_type is not None:
-            try:
-                self.peft_type = PeftType(self.peft_type)
-            except ValueError:
-                raise ValueError(f"Unknown PEFT type: {self.peft_type!r}") from None
+            self.peft_type = peft_type(self.peft_type)
         if self.peft_version is None:
             self.peft_version = PEFT_FORMAT_VERSION
 
@@ -173,9 +183,7 @@ class PeftConfig:
         """
         config_cls: type[PeftConfig] = cls
         if kwargs.get("peft_type") is not None:
-            from .method import get_method
-
-            config_cls = get_method(kwargs["peft_type"]).config_class
+            config_cls = class_of(peft_type(kwargs["peft_type"]).value)
         known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
         unknown = sorted(set(kwargs) - known)
         if unknown:

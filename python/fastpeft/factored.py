@@ -5,7 +5,7 @@ They act on activations, as LoRA does, with its kernel: a layer's FLOPs grow by 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, lora_linear
 
+from .adapted import AdaptedLayer
 from .method import Fused, Inner, Method
-
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
 
 
 class FactoredMethod(Method):
@@ -37,7 +35,7 @@ class FactoredMethod(Method):
         x = s.cast(x, a.dtype)
         return plus_product(y, F.linear(getattr(s, self.dropout)(x) if self.dropout else x, a), b.t())
 
-    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor | None:
             found = self.factors(s, shared, None)
             drop = getattr(s, self.dropout) if self.dropout else None

@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .adapted import AdaptedLayer
+from .classes import class_of
 from .config import PeftConfig, PeftType, check_probabilities, check_ranks
+from .config import peft_type as known_type
 from .patterns import first_match
 from .targets import DEFAULT_TARGETS
 from .weights.base import LayerInfo as LayerInfo
-
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
 
 State = dict[str, Any]
 Fused = Callable[[Tensor], "Tensor | None"]
@@ -63,7 +63,7 @@ class AdapterView:
     """One adapter's tensors and values in one layer, by name: `s.lora_A`, `s.scaling`. Reads through, holds nothing."""
 
     # No __slots__: torch.compile traces `__getattr__` only of objects that have a `__dict__`.
-    def __init__(self, layer: AdapterLayer, name: str) -> None:
+    def __init__(self, layer: AdaptedLayer, name: str) -> None:
         self._layer = layer
         self._name = name
 
@@ -214,7 +214,7 @@ class Method:
         raise NotImplementedError
 
     def tie(
-        self, config: Any, adapter: str, layers: Mapping[str, AdapterLayer], leaders: Mapping[str, str]
+        self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]
     ) -> None:
         """Let layers share entries: called once, when the adapter is in all its layers, given by name. leaders: see
         `followers`."""
@@ -246,10 +246,10 @@ class Method:
         """Whether a file's tensor is passed over because the configuration says that it is computed."""
         return False
 
-    def make_room(self, layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    def make_room(self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
         """Called before a file's tensors, by their keys in the layer, go into it: it can take over their sizes."""
 
-    def filled(self, layer: AdapterLayer, adapter: str) -> None:
+    def filled(self, layer: AdaptedLayer, adapter: str) -> None:
         """Called once a file's tensors are in a layer, for what follows from them."""
 
     # Math. `s` is an AdapterView, `shared` what make_shared gave, `inner` the layer that this adapter wraps.
@@ -320,7 +320,7 @@ class Method:
         """Add an adapter that is a weighted combination of some of this method (`combine.py`)."""
         raise TypeError(f"{self.peft_type.value} does not support add_weighted_adapter: only LORA and IA3 do.")
 
-    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         """A function that computes the whole layer for x while this adapter alone is active and unmerged, or None.
 
         It is made once and kept until the layer's adapters change, so it must read tensors through their containers
@@ -353,15 +353,7 @@ def registry() -> Mapping[PeftType, Method]:
 
 def get_method(peft_type: PeftType | str | None) -> Method:
     """The method of a PEFT type; a clear error for types that PEFT has and this version does not."""
-    try:
-        wanted = PeftType(peft_type)
-    except ValueError:
-        raise ValueError(f"Unknown PEFT type: {peft_type!r}") from None
-    found = registry().get(wanted)
-    if found is None:
-        have = ", ".join(sorted(t.value for t in registry()))
-        raise NotImplementedError(f"The method {wanted.value} is not there yet; this version has: {have}.")
-    return found
+    return _REGISTRY[class_of(known_type(peft_type).value).own_type]
 
 
 def method_of(config: PeftConfig) -> Method:

@@ -8,13 +8,12 @@ for the ranks below the budget; a rank whose E grows again comes back at the nex
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
+from .adapted import AdaptedLayer
 
 PARTS = ("lora_A", "lora_B", "lora_E")
 
@@ -145,7 +144,7 @@ def select(part: str, tensor: Tensor, kept: list[bool]) -> Tensor:
     return tensor.index_select(1 if part == "lora_B" else 0, index)
 
 
-def install(layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+def install(layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
     for part, tensor in tensors.items():
         container = getattr(layer, part)
         container[adapter] = nn.Parameter(tensor, requires_grad=container[adapter].requires_grad)

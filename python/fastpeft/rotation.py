@@ -6,7 +6,7 @@ A rotation is never a matrix of the layer's size: see `peft_kernels.butterfly_ro
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from peft_kernels import QuantWeight, butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
+from .adapted import AdaptedLayer
 from .kept import Kept
 from .method import Fused, Inner, LayerInfo, Method
-
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
 
 
 def skew(vector: Tensor, size: int) -> Tensor:
@@ -115,7 +113,7 @@ class Butterfly(RotatesInput):
     def rotate(self, s: Any, x: Tensor, transposed: bool = False) -> Tensor:
         return butterfly_rotate(x, self.blocks(s), transposed)
 
-    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         kept = Kept()
 
         def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapted import Container
 from .config import PeftWarning
-from .containers import AdapterDict
 from .sites import model_config
 from .targets import select
 
@@ -79,7 +79,7 @@ class Transposed(nn.Module):
 
     bias = None
 
-    def __init__(self, container: AdapterDict, adapter: str) -> None:
+    def __init__(self, container: Container, adapter: str) -> None:
         super().__init__()
         self.__dict__["_entry"] = (container, adapter)  # no child: the container belongs to another layer
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapted import AdaptedLayer
 from ..config import PeftType, PeftWarning
 from ..factored import FactoredMethod, dropout
 from ..method import Inner, LayerInfo, State, register
@@ -33,9 +34,6 @@ from ..rank_allocator import (
 )
 from ..targets import DEFAULT_TARGETS
 from .lora import LoraConfig
-
-if TYPE_CHECKING:
-    from ..layer import AdapterLayer
 
 
 @dataclass
@@ -155,7 +153,7 @@ class AdaLora(FactoredMethod):
         layers = [key.removesuffix("lora_E") for key in tensors if key.endswith(".lora_E")]
         return tensors | {f"{layer}ranknum": torch.tensor([float(config.init_r)]) for layer in layers}
 
-    def make_room(self, layer: AdapterLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    def make_room(self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
         old = {part: getattr(layer, part)[adapter] for part in PARTS}
         r = len(tensors["lora_E"]) if "lora_E" in tensors else len(old["lora_E"])
         if r != len(old["lora_E"]):

@@ -20,12 +20,13 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapted import AdaptedLayer
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
 from ..factored import dropout
 from ..method import Inner, LayerInfo, State, register
@@ -33,9 +34,6 @@ from ..projections import ProjectedMethod, drawn_normal
 from ..shared import Computed
 from ..sparse import dense, sparse_linear
 from .vera import Vera
-
-if TYPE_CHECKING:
-    from ..layer import AdapterLayer
 
 
 @dataclass
@@ -120,7 +118,7 @@ class Frod(ProjectedMethod):
             lambdas = lambdas + drawn_normal(info.in_features) * 0.1
         return {**state, "frod_lambda_l": nn.Parameter(lambdas), "frod_lambda_s_values": nn.Parameter(values)}
 
-    def filled(self, layer: AdapterLayer, adapter: str) -> None:
+    def filled(self, layer: AdaptedLayer, adapter: str) -> None:
         weight = layer.unmerged_weight()[0]
         if weight.is_meta or layer.frod_V[adapter].is_meta:
             return

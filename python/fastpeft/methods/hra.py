@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from peft_kernels import QuantWeight, householder_rotate, lora_linear
 from peft_kernels.ops.householder_rotate import compact_wy
 
+from ..adapted import AdaptedLayer
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..kept import Kept
 from ..method import Fused, LayerInfo, State, register
 from ..rotation import RotatesInput, constant
-
-if TYPE_CHECKING:
-    from ..layer import AdapterLayer
 
 
 @dataclass
@@ -61,7 +59,7 @@ class HRA(RotatesInput):
         # W H_1 ... H_r is W's rows turned, so what the input does is the transpose
         return householder_rotate(x, *self._vectors(s), transposed=not transposed)
 
-    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         """(x - x u^T v) W^T is a LoRA with A = u and B = -(v W^T)^T: no turned x is written, and r more rows of the
         base product, forward and backward, are little where tokens are many."""
         kept = (Kept(), Kept())

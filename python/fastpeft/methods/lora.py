@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from peft_kernels.ops.dora_linear.bound import Training
 
 from .. import init
+from ..adapted import AdaptedLayer
 from ..config import HasBias, HasFanInFanOut, PeftType, PeftWarning, TargetConfig
 from ..method import Fused, Inner, LayerInfo, Method, State, register, registry
 from ..tied import Transposed, tied_fields, tied_names
-
-if TYPE_CHECKING:
-    from ..layer import AdapterLayer
 
 
 @dataclass
@@ -134,7 +132,7 @@ class Lora(Method):
     def followers(self, config: LoraConfig, model: nn.Module) -> Mapping[str, str]:
         return tied_names(model) if config.ensure_weight_tying else {}
 
-    def tie(self, config: Any, adapter: str, layers: Mapping[str, AdapterLayer], leaders: Mapping[str, str]) -> None:
+    def tie(self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]) -> None:
         for name, leader in leaders.items():  # the transposed update of the transposed weight
             layers[name].lora_A[adapter] = Transposed(layers[leader].lora_embedding_B, adapter)
             layers[name].lora_B[adapter] = Transposed(layers[leader].lora_embedding_A, adapter)
@@ -285,7 +283,7 @@ class Lora(Method):
 
     # Speed
 
-    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         name, base = s._name, layer.base_layer
         if layer.base.kind != "linear" or s.get("lora_embedding_A") is not None or s.lora_bias:
             return None
@@ -344,8 +342,8 @@ def _matrix(module: Any) -> Tensor:
     return expanded
 
 
-def _modules(layer: AdapterLayer, container: str) -> dict[str, nn.Module | None]:
-    module = layer._modules[container]
+def _modules(layer: AdaptedLayer, container: str) -> dict[str, nn.Module | None]:
+    module: nn.Module = layer._modules[container]
     assert module is not None
     return module._modules
 

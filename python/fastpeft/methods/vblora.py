@@ -14,19 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapted import AdaptedLayer
 from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout
 from ..method import Fused, LayerInfo, State, register
 from ..targets import DEFAULT_TARGETS
-
-if TYPE_CHECKING:
-    from ..layer import AdapterLayer
 
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 
@@ -143,7 +141,7 @@ class VBLoRA(FactoredMethod):
         a, b = (_mixture(logits, bank, s.topk) for logits in (logits_a, logits_b))
         return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
 
-    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         plan = super().fused(layer, s, shared)
         # Logits have gradients that are small differences of large ones, to which the kernel's rounding is noise.
         return None if plan is None else lambda x: None if torch.is_grad_enabled() else plan(x)

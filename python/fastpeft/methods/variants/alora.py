@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ...adapted import AdaptedLayer
 from ...config import PeftWarning, TaskType
 from ...method import Fused, Inner, LayerInfo
 from ..lora import Lora
 from . import variant
-
-if TYPE_CHECKING:
-    from ...layer import AdapterLayer
 
 
 @variant("alora_invocation_tokens")
@@ -73,7 +71,7 @@ class Alora(Lora):
         flat = y.to(added.dtype).reshape(-1, y.shape[-1]).index_add(0, chosen, added)
         return flat.view(y.shape)
 
-    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         return None
 
 

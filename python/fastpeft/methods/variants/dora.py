@@ -14,7 +14,7 @@ Dropout acts on both x and A x, as in PEFT: y = W (x - d(x)) + b + g (W d(x) + s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from peft_kernels.dispatch import forward_mode
 from peft_kernels.ops.dora_linear import gain_of
 from peft_kernels.ops.dora_linear.bound import Training
 
+from ...adapted import AdaptedLayer
 from ...base_edit import EDIT
 from ...bound import Inference
 from ...kept import Kept
@@ -32,9 +33,6 @@ from ...row_norms import norms
 from ...weights.base import BaseWeight, LayerInfo
 from ..lora import Lora
 from . import variant
-
-if TYPE_CHECKING:
-    from ...layer import AdapterLayer
 
 
 class Magnitude(nn.Module):
@@ -149,7 +147,7 @@ class Dora(Lora):
         g = g.view(columns)
         return g, None if bias is None else bias.to(g.dtype).view(columns)
 
-    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         parts = getattr(super().fused(layer, s, shared), "parts", None)
         if parts is None:
             return None

@@ -8,19 +8,17 @@ these components, where PEFT leaves them as they are and drops d without a word.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ... import init
+from ...adapted import AdaptedModel
 from ...base_edit import EDIT
 from ...method import Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
-
-if TYPE_CHECKING:
-    from ...tuner import BaseTuner
 
 
 @dataclass
@@ -55,7 +53,7 @@ class Truncation:
         return u[:, -self.r :] * sigma[-self.r :], vh[-self.r :]
 
 
-def kasa_loss(tuner: BaseTuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
+def kasa_loss(tuner: AdaptedModel, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """The regularisers of the adapters (None: the active ones), summed over layers; 0.0 if none is a KaSA."""
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or tuner.active_adapters
     total: Tensor | float = 0.0

@@ -8,18 +8,16 @@ LoRA, and so is the merged weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...adapted import AdaptedLayer
 from ...method import Fused, Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
-
-if TYPE_CHECKING:
-    from ...layer import AdapterLayer
 
 INITS = ("batch_average_once", "batch_average", "random")
 
@@ -88,7 +86,7 @@ class Velora(Lora):
         added: Tensor = s.lora_B(rows) * s.scaling
         return y + added
 
-    def fused(self, layer: AdapterLayer, s: Any, shared: Any) -> Fused | None:
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         plain = super().fused(layer, s, shared)
         if plain is None:
             return None
