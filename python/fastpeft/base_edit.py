@@ -21,7 +21,7 @@ class BaseEdit(Protocol):
 
     @property
     def once(self) -> bool:
-        """Whether an equal edit of another adapter is not to be made again."""
+        """True if an equal edit of another adapter is not to be made again."""
 
     def __call__(self, w: Tensor) -> Tensor:
         """The new W for W as the law names it, in at least float32."""

@@ -1,4 +1,4 @@
-"""What an adapter layer's base weight is: the original, then the edits of adapters, then merged adapters.
+"""History of an adapter layer's base weight: the original, then the edits of adapters, then merged adapters.
 
 Every change of it makes the weight anew from the first of these that stays, so that no number is rounded, or quantised,
 twice, and going back restores the very objects that were there, byte for byte. For that the layer keeps the weight from
@@ -93,7 +93,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
         return w, b
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging an adapter alone adds to the base weight, in the layout of `base_layer.weight`."""
+        """Difference that merging an adapter alone makes to the base weight, in the layout of `base_layer.weight`."""
         with torch.no_grad():
             base = self.unmerged_weight()
             method, view = self.methods[adapter], self.view(adapter)
@@ -268,7 +268,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
 
 
 def _edited(w: Tensor, edits: Iterable[BaseEdit]) -> Tensor:
-    """What edits make of W, in at least float32."""
+    """W after edits, in at least float32."""
     w = w.to(wide(w.dtype))
     made: list[BaseEdit] = []
     for edit in edits:

@@ -108,7 +108,7 @@ class BaseWeight:
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Whether a module stores its weight in this way."""
+        """True for a module that stores its weight in this way."""
         return False
 
     def of(self, module: nn.Module) -> BaseWeight:
@@ -143,7 +143,7 @@ class BaseWeight:
 
     @property
     def transposed(self) -> bool:
-        """Whether a matrix W is the transpose of the module's tensor."""
+        """True where a matrix W is the transpose of the module's tensor."""
         return self.fan_in_fan_out or self.kind == "embedding"
 
     def turned(self, w: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class BaseWeight:
         put_back(self.holder, saved)
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        """What the module would compute with W and b."""
+        """Output of the module if it had W and b."""
         return F.linear(x, w, b)
 
     def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -256,7 +256,7 @@ class BaseWeight:
 
 
 def has_base(module: nn.Module, class_name: str, package: str) -> bool:
-    """Whether `module` is of a class named so in a package, without importing that package."""
+    """True if `module` is of a class named so in a package, which is not imported to tell."""
     return any(c.__name__ == class_name and c.__module__.split(".")[0] == package for c in type(module).__mro__)
 
 

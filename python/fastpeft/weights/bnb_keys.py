@@ -29,7 +29,7 @@ def copy_of(weight: QuantWeight, device: torch.device) -> QuantWeight:
 
 
 def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
-    """What bitsandbytes saves beside `weight`: the scales, the code table, and a json text as a uint8 tensor."""
+    """Entries that bitsandbytes saves beside `weight`: scales, the code table, and a json text as a uint8 tensor."""
     facts: dict[str, Any] = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,

@@ -120,7 +120,7 @@ class NF4Linear(nn.Module):
 
     @property
     def sharded(self) -> bool:
-        """Whether `share_parameters` was called."""
+        """True once `share_parameters` was called."""
         return "weight" in self._parameters
 
     def share_parameters(self) -> None:
