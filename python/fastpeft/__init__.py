@@ -20,7 +20,7 @@ _NAMES = {
     "convert": ("convert_to_lora", "save_as_lora"),
     "base_state": ("get_base_model_state_dict", "set_base_model_state_dict"),
     "checkpoint": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
-    "integrations.transformers_nf4": ("load_nf4_model",),
+    "weights.load_nf4": ("load_nf4_model",),
     "loading": ("load_peft_weights",),
     "serving": ("export_for_serving", "inspect_adapter"),
     "factory": ("get_peft_model", "inject_adapter_in_model"),
@@ -54,7 +54,8 @@ _NAMES = {
     "kappa": ("find_kappa_target_modules",),
     "huge_pages": ("use_huge_pages",),
     "methods.lora": ("LoraRuntimeConfig",),
-    "nf4": ("NF4Linear", "quantize_model"),
+    "weights.nf4_linear": ("NF4Linear",),
+    "weights.quantize": ("dequantize_model", "from_bitsandbytes", "nf4_config", "quantize_model"),
     "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),
 }  # fmt: skip
 HOMES = {name: home for home, names in _NAMES.items() for name in names}

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from .config import PeftConfig
+from .weights.base import BaseWeight
 
 
 class AdaptedLayer(Protocol):
@@ -17,6 +18,10 @@ class AdaptedLayer(Protocol):
     training: bool
     in_features: int
     out_features: int
+
+    @property
+    def base(self) -> BaseWeight:
+        """The base layer's weight."""
 
     def changed(self) -> None:
         """Forget whatever was made from the layer's adapters, base and mode."""

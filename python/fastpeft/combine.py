@@ -98,8 +98,7 @@ def add_weighted_lora(
             a, b = _side_by_side(layer, found)
             return (a, b) if kind == "cat" else _cut(_small_svd(a.flatten(1), b.flatten(1)), rank, None)
         delta = mix([layer.get_delta_weight(n) for n, _ in found], torch.tensor([w for _, w in found]))
-        transposed = layer.kind.fan_in_fan_out or layer.kind.kind == "embedding"
-        delta = delta.t() if transposed else delta.flatten(1)
+        delta = delta.t() if layer.base.transposed else delta.flatten(1)
         return _cut(tuple(torch.linalg.svd(delta, full_matrices=False, driver=svd_driver)), rank, svd_clamp)
 
     config = copy.copy(configs[0])
@@ -114,7 +113,7 @@ def add_weighted_lora(
             for target, value in zip(_pair(layer, adapter_name), combine(layer, found), strict=True):
                 value = value.reshape(value.shape[0], -1, *target.shape[2:])  # an SVD saw the kernel flattened
                 target.zero_()[tuple(slice(n) for n in value.shape)] = value.to(target.dtype)
-            if config.lora_bias and layer.kind.kind != "embedding":
+            if config.lora_bias and layer.base.kind != "embedding":
                 biases = [layer.lora_B[n].bias * (w * layer.scaling[n]) for n, w in found if layer.lora_bias[n]]
                 layer.lora_B[adapter_name].bias.copy_(sum(biases, torch.zeros((), device=target.device)))
 

@@ -133,8 +133,8 @@ class AdapterDict(nn.Module):
         return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in tensors.items() if t is not None)
 
 
-class Switches:
-    """What a module with adapters says of which of them act, by PEFT's names."""
+class ActiveAdapters:
+    """Active, merged and disabled adapters of a module: PEFT's properties."""
 
     def __init__(self) -> None:
         super().__init__()

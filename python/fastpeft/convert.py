@@ -26,7 +26,7 @@ from .progress import shown
 from .saved_modules import ModulesToSaveWrapper
 from .sites import adapter_layers, adapter_modules, walk
 from .targets import minimal_suffixes
-from .weights import wide
+from .weights.base import wide
 
 PREFIX = "base_model.model."
 Converted = tuple[Tensor, Tensor, "Tensor | None"]  # A, B, and what is added to the bias
@@ -121,14 +121,14 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
 def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
     method, view, info = layer.methods[adapter], layer.view(adapter), layer.info
     dtype = next((t.dtype for _, _, t in layer.adapter_state(adapter) if t.is_floating_point()), info.dtype)
-    base = layer._unmerged(layer.kind.read)
+    base = layer.unmerged_weight()
     factors = None if layer.base_edits else method.factors(view, view, base[0].to(wide(base[0].dtype)))
     added = None
     if factors is not None:
         u, s, v = _svd_of_product(*factors)
     else:
         w, b = layer.merged_weight([adapter], base)
-        before = _pristine(layer)[0] if layer.base_edits else base[0]
+        before = layer.original_weight()[0]
         u, s, v = torch.linalg.svd((w - before).flatten(1), full_matrices=False)
         if b is not None and (base[1] is None or not torch.equal(b, base[1].to(b.dtype))):
             added = (b if base[1] is None else b - base[1]).to(dtype)
@@ -157,17 +157,6 @@ def _cutoff(s: Tensor, share: float) -> int:
     """How many of the largest singular values it takes to have this share of the sum of their squares; at least one."""
     energy = torch.cumsum(s.double() ** 2, 0)
     return int(torch.searchsorted(energy, share * energy[-1])) + 1
-
-
-def _pristine(layer: AdapterLayer) -> tuple[Tensor, Tensor | None]:
-    """The base weight before adapters that start by changing it (PiSSA) did so."""
-    now = layer.kind.take(layer.base_layer)
-    assert layer._original is not None
-    layer.kind.put_back(layer.base_layer, layer._original)
-    try:
-        return layer.kind.read(layer.base_layer)
-    finally:
-        layer.kind.put_back(layer.base_layer, now)
 
 
 def _config(model: nn.Module, source: Any, rank: int | float, ranks: dict[str, int]) -> LoraConfig:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from .layer import AdapterLayer
-from .nf4 import NF4Linear
 from .safety import list_some
 from .shared import SharedDict
+from .weights.nf4_linear import NF4Linear
 
 Blocks = Iterable["str | type[nn.Module]"]
 

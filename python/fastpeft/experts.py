@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from .config import PeftError, PeftType, PeftWarning, TargetConfig
 from .fits import PREFIX, KeyMismatchError
-from .method import LayerInfo, Method
-from .parameter_weights import innermost
+from .method import Method
 from .patterns import first_match
 from .safety import list_some
 from .sites import Site, walk
 from .targets import ALL_LINEAR, match_targets, minimal_suffixes, select
-from .weights import weight_of
+from .weights.base import LayerInfo, innermost
+from .weights.find import weight_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ They act on activations, as LoRA does, with its kernel: a layer's FLOPs grow by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -39,35 +38,17 @@ class FactoredMethod(Method):
         return plus_product(y, F.linear(getattr(s, self.dropout)(x) if self.dropout else x, a), b.t())
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
-        def run(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor | None:
+        def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor | None:
             found = self.factors(s, shared, None)
             drop = getattr(s, self.dropout) if self.dropout else None
             p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
             return None if found is None else lora_linear(x, w, *found, 1.0, bias, p)
 
-        return fused_linear(layer, run) if self._fusible(s) else None
+        return layer.base.fused(call) if self._fusible(s) else None
 
     def _fusible(self, s: Any) -> bool:
         """Whether the factors are all that acts in this call."""
         return True
-
-
-def fused_linear(layer: AdaptedLayer, run: Callable[[Tensor, Weight, Tensor | None], Tensor | None]) -> Fused | None:
-    """`run(x, w, bias)` as `Method.fused` wants it, x in the dtype in which the layer computes; None for a layer whose
-    weight no kernel takes."""
-    base, get_weight = layer.base_layer, layer.kind.fast(layer.base_layer)
-    if layer.kind.kind != "linear" or get_weight is None:
-        return None
-    compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
-
-    def call(x: Tensor) -> Tensor | None:
-        w = get_weight()
-        if w is None:
-            return None
-        y = run(x if compute is None else x.to(compute), w, base._parameters.get("bias"))
-        return y if y is None or compute is None else y.to(x.dtype)
-
-    return call
 
 
 def is_thin(r: int, s: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_edits import EDIT
+from .base_edit import EDIT
 from .config import TargetConfig, TaskType
 from .containers import AdapterDict
 from .experts import Converted, convert_targets, without_dropout
@@ -252,7 +252,7 @@ def _plan(
     for site, info, state in zip(targets, infos, states, strict=True):
         layer = site.module
         if not isinstance(layer, AdapterLayer):
-            layer = AdapterLayer(made.get(id(site.module), site.module), info.name, site.kind)
+            layer = AdapterLayer(made.get(id(site.module), site.module), info.name, site.base)
             made[id(site.module)] = layer
             layer.train(site.module.training)
         for child in state.values():

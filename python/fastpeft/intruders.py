@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .method import get_method, method_of
-from .weights import wide
+from .weights.base import wide
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def reduce_intruder_dimension(
     layers = list(peft_model.base_model.adapter_layers(old_adapter_name))
     for name, layer in layers:
         if layer.info.kind not in ("linear", "embedding"):
-            raise ValueError(f"{name}: intruder dimensions are those of a matrix, not of a {layer.kind.label}")
+            raise ValueError(f"{name}: intruder dimensions are those of a matrix, not of a {layer.base.label}")
     peft_model.add_adapter(new_adapter_name, config)
     for name, layer in layers:
         old = _factors(layer, old_adapter_name)
@@ -61,7 +61,7 @@ def _mitigated(
     layer: Any, adapter: str, r: int, top_k: int, threshold: float, scale: float
 ) -> tuple[Tensor, Tensor, int] | None:
     """A, B and the number of intruders, or None without any."""
-    w = layer._unmerged(layer.kind.read)[0]
+    w = layer.unmerged_weight()[0]
     w = w.to(wide(w.dtype))
     adapted = layer.merged_weight([adapter], (w, None))[0]
     base = torch.linalg.svd(w, full_matrices=False)[0]

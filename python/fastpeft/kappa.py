@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .progress import shown
-from .weights import weight_of
+from .weights.find import weight_of
 
 MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
@@ -32,9 +32,9 @@ class KappaTuneSelector:
             modules, parameters = {}, {}
             linear = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.Linear) or _is_quantised(m)]
             for name, module in shown(linear, "Computing SVD (linear layers)", self.show_progress):
-                kind = weight_of(module)
-                if kind is not None and max(kind.shape(module)) <= self.max_dim_size_to_analyze:
-                    modules[name] = _condition(kind.read(module)[0])
+                base = weight_of(module)
+                if base is not None and max(base.shape) <= self.max_dim_size_to_analyze:
+                    modules[name] = _condition(base.read()[0])
             stacks = [(n, p) for n, p in self.model.named_parameters()
                       if p.dim() == 3 and n.endswith(self.moe_param_suffixes)]  # fmt: skip
             for name, stack in shown(stacks, "Computing SVD (MoE parameters)", self.show_progress):
@@ -73,8 +73,8 @@ def find_kappa_target_modules(
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    kind = weight_of(module)
-    return kind is not None and kind.quantized is not None
+    base = weight_of(module)
+    return base is not None and base.quantized is not None
 
 
 def _condition(w: Tensor) -> float:

@@ -13,67 +13,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_edits import EDIT, BaseEdits
+from .base_edit import EDIT
 from .config import PeftWarning
-from .containers import AdapterDict, Switches
-from .merging import Merging
-from .method import AdapterView, Fused, LayerInfo, Method, State
+from .containers import AdapterDict
+from .merging import MergingLayer
+from .method import Fused, Method, State
 from .rows import Rows
 from .shared import SharedDict
 from .stack import Stack
-from .weights import BaseWeight, Part, weight_of
+from .weights.base import BaseWeight
 
 
-class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
+class AdapterLayer(Rows, MergingLayer):
     """A base layer with any number of adapters of any methods. Its attributes are those of PEFT's tuner layers.
 
     The tensors of an adapter are spread over one container per tensor name: `layer.lora_A["default"].weight`. Values
     are in plain dicts: `layer.scaling["default"]`.
     """
 
+    _plan: Fused | None
     cast_input_dtype_enabled = True  # see `helpers.disable_input_dtype_casting`
 
-    def __init__(self, base_layer: nn.Module, name: str = "", kind: type[BaseWeight] | None = None) -> None:
-        super().__init__()
-        found = kind or weight_of(base_layer)
-        if found is None:
-            raise ValueError(f"{type(base_layer).__name__} has no weight that an adapter could act on")
-        self.base_layer = base_layer
-        self.kind = found
-        self.layer_name = name
-        self.methods: dict[str, Method] = {}
+    def __init__(self, base_layer: nn.Module, name: str = "", base: BaseWeight | None = None) -> None:
+        super().__init__(base_layer, name, base)
         self._entries: dict[str, None] = {}  # attributes that are containers by adapter, but for what layers share
         self.shared: dict[str, str] = {}  # attributes that are containers of several layers: their names on a tuner
         self._trained: set[str] = set()  # adapters whose tensors may require gradients
-        self._taken: dict[str, Any] | None = None  # the base weight as it was before merging
-        self._plan: Fused | None = None
         self._prefix = ""  # of the first method that the layer had
         info = self.info
         self.in_features, self.out_features = info.in_features, info.out_features
-        self.fan_in_fan_out = self.kind.fan_in_fan_out
+        self.fan_in_fan_out = self.base.fan_in_fan_out
 
     # What it is
 
-    @property
-    def info(self) -> LayerInfo:
-        return self.kind.info(self.base_layer, self.layer_name)
-
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
-
-    def parts(self) -> Iterator[Part]:
-        """(path, parent, name, module, kind) of modules in this layer that adapters can be in, or are."""
-        if isinstance(self.base_layer, AdapterLayer):
-            yield "base_layer", self, "base_layer", self.base_layer, None
-        yield from self.kind.parts(self.base_layer)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "kind" or name not in self.kind.attributes:
+            if name == "_base" or name not in self._base.attributes:
                 raise
-        return self.kind.attribute(self.base_layer, name)
+        return self.base.attribute(name)
 
     @property
     def weight(self) -> Any:
@@ -85,7 +67,7 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
 
     @property
     def quantization_backend(self) -> str | None:
-        return self.kind.quantized
+        return self.base.quantized
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -101,10 +83,6 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.methods)
-
-    def view(self, adapter: str) -> AdapterView:
-        """The tensors and values of one adapter, as its method sees them."""
-        return AdapterView(self, adapter)
 
     def containers(self) -> Iterator[tuple[str, AdapterDict]]:
         """(name, container) of everything that holds adapters' tensors."""
@@ -125,7 +103,7 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
                 if file is not None:
                     yield f"{name}.{adapter}{end}", file, tensor
 
-    # Adapters come and go
+    # Adding and removing adapters
 
     def add(
         self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None
@@ -134,7 +112,10 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
 
         shared: the containers of what the adapter's layers share, by their names on a tuner.
         """
-        self.edit_base_for(adapter, state)
+        if EDIT in state:
+            self.edit_base(adapter, state[EDIT])
+        elif adapter in self.methods:
+            self.restore_base(adapter)
         self.methods[adapter] = method
         self._prefix = self._prefix or method.prefix.rstrip("_")
         held = method.shares(self.info, list(shared)) if shared else {}
@@ -299,8 +280,8 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
         return self._compose(x, names, args, kwargs)
 
     def _compose(self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if self.kind.transient:
-            with self.kind.replaced(self.base_layer, *self.stored_weight(names)):
+        if self.base.transient:
+            with self.base.replaced(*self.stored_weight(names)):
                 return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         stack = Stack(self, names, args, kwargs)
         y = stack(x)
@@ -327,4 +308,4 @@ class AdapterLayer(Switches, Rows, Merging, BaseEdits, nn.Module):
 
     def __repr__(self) -> str:
         # As PEFT's class of the same purpose: `lora.Linear(...)`.
-        return super().__repr__().replace(type(self).__name__, f"{self._prefix or 'adapter'}.{self.kind.label}", 1)
+        return super().__repr__().replace(type(self).__name__, f"{self._prefix or 'adapter'}.{self.base.label}", 1)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -27,36 +26,10 @@ from .config import PeftConfig, PeftType, check_probabilities, check_ranks
 from .config import peft_type as known_type
 from .patterns import first_match
 from .targets import DEFAULT_TARGETS
+from .weights.base import LayerInfo as LayerInfo
 
 State = dict[str, Any]
 Fused = Callable[[Tensor], "Tensor | None"]
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """What a method is told about the layer that it adapts.
-
-    kind: "linear", "embedding", "conv1d", "conv2d", "conv3d" (the kinds of `weights.py`), or "experts", a stack of
-    matrices [E, out_features, in_features]. transient: the module reads the weight itself, so that only `merged` acts
-    and inputs are never seen (MultiheadAttention, `target_parameters`). shape: of W as the law names it. dtype: of the
-    layer's arithmetic (a quantised layer's compute dtype). output_scale: what an embedding multiplies its rows with.
-    times: how often PEFT's LoRA adds its update here (twice in an attention's out_proj).
-    module: the base layer, for shapes of convolutions and for initialisations that read the weight.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    in_features: int
-    out_features: int
-    has_bias: bool
-    dtype: torch.dtype
-    device: torch.device
-    module: nn.Module
-    groups: int = 1
-    quantized: str | None = None
-    transient: bool = False
-    times: int = 1
 
 
 class Inner(Protocol):

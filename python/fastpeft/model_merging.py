@@ -12,18 +12,21 @@ from .config import PeftWarning
 from .layer import AdapterLayer
 from .progress import shown
 from .saved_modules import ModulesToSaveWrapper
-from .sites import set_child, walk
+from .sites import AdapterModule, adapter_layers, adapter_modules, set_child, walk
 from .token_sites import TrainableTokensWrapper
 
 
-class ModelMerging:
-    """The part of `BaseTuner` that merges."""
+class ModelMerging(nn.Module):
+    """A model with adapter layers, which merges them."""
 
     model: nn.Module
     merge_errors: dict[str, float]  # of the last merge into quantised layers, by layer
 
+    def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]:
+        return adapter_modules(self.model)
+
     def adapter_layers(self, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
-        raise NotImplementedError
+        return adapter_layers(self.model, adapter)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (None: the active ones) into the base weights; `unmerge_adapter` brings the exact bytes back.

@@ -8,9 +8,10 @@ from torch import nn
 
 from .config import PeftError
 from .layer import AdapterLayer
-from .parameter_weights import TransientWeight, innermost, kind_of_parameter
 from .safety import list_some
 from .sites import Site
+from .weights.base import innermost
+from .weights.read_by_module import ParameterWeight, TransientWeight
 
 
 def parameter_sites(wanted: Sequence[str], sites: Mapping[str, Site], targeted: Sequence[str]) -> list[Site]:
@@ -52,17 +53,17 @@ def _chain(site: Site, name: str, parameters: list[str], base: nn.Module) -> lis
     if not existing:
         # Only the outermost is put into the model; the others hang below it.
         return [
-            Site(full, base, site.parent if full == name else None, site.child_name, kind_of_parameter(base, p),
+            Site(full, base, site.parent if full == name else None, site.child_name, ParameterWeight(base, p),
                  f"{name}.{p}")
             for full, p in zip(names, parameters, strict=True)
         ]  # fmt: skip
-    held = [layer.kind.weight if issubclass(layer.kind, TransientWeight) else None for layer in existing]
+    held = [layer.base.names[0] if isinstance(layer.base, TransientWeight) else None for layer in existing]
     if held != parameters:
         raise ValueError(
             f"all adapters of a model must target the same parameters of a module: {name!r} has {held}, and the new "
             f"adapter asks for {parameters}"
         )
     return [
-        Site(full, layer, site.parent, site.child_name, layer.kind, f"{name}.{p}")
+        Site(full, layer, site.parent, site.child_name, layer.base, f"{name}.{p}")
         for full, p, layer in zip(names, parameters, existing, strict=True)
     ]

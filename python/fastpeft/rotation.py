@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import butterfly_linear, butterfly_rotate
+from peft_kernels import QuantWeight, butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
 from .adapted import AdaptedLayer
-from .factored import Weight, fused_linear
 from .kept import Kept
 from .method import Fused, Inner, LayerInfo, Method
 
@@ -117,9 +116,9 @@ class Butterfly(RotatesInput):
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         kept = Kept()
 
-        def run(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
+        def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor:
             of = self.parameter(s)
             blocks = kept.get((of,), (), lambda: self.blocks(s)) if constant(s, of) else self.blocks(s)
             return butterfly_linear(x, w, blocks, bias, self.gain(s))
 
-        return fused_linear(layer, run)
+        return layer.base.fused(call)

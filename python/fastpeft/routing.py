@@ -125,15 +125,15 @@ class Routed:
             y = self._directly(x)
             if y is not None:
                 return y
-        if not layer.kind.transient:  # which need not have a row of x for each of the batch (experts, attention)
+        if not layer.base.transient:  # which need not have a row of x for each of the batch (experts, attention)
             check_length(x, self.rows)
         if layer.merged_adapters:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if layer.kind.transient and len(self.groups) > 1:
+        if layer.base.transient and len(self.groups) > 1:
             raise ValueError(
-                f"{layer.layer_name or 'The layer'} ({layer.kind.label}) does not support mixed adapter batches: it "
+                f"{layer.layer_name or 'The layer'} ({layer.base.label}) does not support mixed adapter batches: it "
                 "runs with one merged weight, so that its rows cannot have adapters of their own (`adapter_names`)."
             )
         if len(self.groups) == 1:
@@ -213,7 +213,7 @@ class Routed:
 
     def _made_ready(self, x: Tensor) -> _Ready | None:
         self._ready, layer = None, self.layer
-        if layer.kind.transient or len(self.groups) == 1 or not self._parts or len(x) != len(self.rows):
+        if layer.base.transient or len(self.groups) == 1 or not self._parts or len(x) != len(self.rows):
             return None
         low = self._low_rank()
         if low is None or self._known is None or low.compute not in (None, x.dtype) or low.dropout:
@@ -257,7 +257,7 @@ class Routed:
         layer = self.layer
         given = self._inputs(rows, layout) if layout.split else rows
         if low is None or layout.adapters is None:
-            y: Tensor = layer.kind.call(layer.base_layer, given, *args, **kwargs)
+            y: Tensor = layer.base.call(given, *args, **kwargs)
         else:
             inside = given if low.compute is None else given.to(low.compute)
             y = multi_lora_linear(inside, low.weight, low.stack, layout.adapters, low.bias, low.dropout)
@@ -365,14 +365,14 @@ class Routed:
 def stacked(layer: AdapterLayer, stack: AdapterStack, adapters: Tensor) -> Fused:
     """What computes a layer with adapters of a stack, which are none of its own (`AdapterLayer.set_row_stack`)."""
     base = layer.base_layer
-    get_weight = None if layer.kind.kind != "linear" else layer.kind.fast(base)
+    get_weight = None if layer.base.kind != "linear" else layer.base.fast()
     where = layer.layer_name or "The layer"
     if get_weight is None:
         raise ValueError(
             f"{where}, a {type(base).__name__}, cannot have a stack of adapters: it needs a linear layer, dense or in "
             "4 bits, that peft_kernels.multi_lora_linear can compute."
         )
-    compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+    compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
     parameters = base._parameters
 
     def run(x: Tensor) -> Tensor:

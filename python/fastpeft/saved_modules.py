@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .containers import AdapterDict, Switches
+from .containers import ActiveAdapters, AdapterDict
 from .routing import check_length, grouped
 from .rows import Recall
 from .safety import BASE
+from .weights.base import Wrapping
 
 
-class ModulesToSaveWrapper(Switches, nn.Module):
+class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
     """Holds the original module and one trained copy per adapter; the active adapter's copy computes.
 
     Keys in memory are `<module>.modules_to_save.<adapter>.<tensor>`, in a file `<module>.<tensor>`.
@@ -115,10 +116,8 @@ class ModulesToSaveWrapper(Switches, nn.Module):
 
 def check_savable(module: nn.Module) -> None:
     """Raise TypeError for modules that cannot be trained as a copy."""
-    from .layer import AdapterLayer
-
     containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterDict)
-    if isinstance(module, (*containers, AdapterLayer)):
+    if isinstance(module, (*containers, Wrapping)):
         raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)}")
 
 

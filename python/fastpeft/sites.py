@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from .config import PeftWarning
 from .containers import AdapterDict
 from .layer import AdapterLayer
-from .method import LayerInfo
 from .saved_modules import ModulesToSaveWrapper
-from .weights import BaseWeight, weight_of
+from .weights.base import BaseWeight, LayerInfo, innermost
+from .weights.find import weight_of
 
 AdapterModule = AdapterLayer | ModulesToSaveWrapper
 
 
 @dataclass(frozen=True)
 class Site:
-    """A module and where it hangs. kind: of its weight, where not its type says it but `target_parameters`. key: by
-    what name patterns know it, where that is not `name`, which keys of tensors start with."""
+    """A module and where it hangs. base: its weight, where not its type says it but `target_parameters`. key: by what
+    name patterns know it, where that is not `name`, which keys of tensors start with."""
 
     name: str
     module: nn.Module
     parent: nn.Module | None
     child_name: str
-    kind: type[BaseWeight] | None = None
+    base: BaseWeight | None = None
     key: str = ""
 
 
@@ -52,17 +52,13 @@ def walk(model: nn.Module) -> Iterator[Site]:
 
 
 def parts(site: Site) -> list[Site]:
-    """The modules in or below a layer that its adapters go into as well (the out_proj of an attention)."""
-    module = site.module
-    if isinstance(module, AdapterLayer):
-        found = module.parts()
-    else:
-        kind = weight_of(module)
-        found = iter(()) if kind is None else kind.parts(module)
-    return [
-        Site(f"{site.name}.{path}", child, parent, name, own, f"{site.name}.{name}")
-        for path, parent, name, child, own in found
-    ]
+    """The modules in or below a layer that its adapters go into as well (the out_proj of an attention), or are in."""
+    module, below = site.module, f"{site.name}.base_layer"
+    base = module.base if isinstance(module, AdapterLayer) else weight_of(module)
+    found = {} if base is None else base.parts()
+    own = [Site(f"{below}.{n}", w.module, innermost(module), n, w, f"{site.name}.{n}") for n, w in found.items()]
+    inner = module.base_layer if isinstance(module, AdapterLayer) else None
+    return [Site(below, inner, module, "base_layer", None, below), *own] if isinstance(inner, AdapterLayer) else own
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
@@ -137,18 +133,23 @@ def set_child(site: Site, module: nn.Module) -> None:
     site.parent._modules[site.child_name] = module
 
 
+def base_of(site: Site) -> BaseWeight | None:
+    """The weight that adapters of a module act on; None where there is none."""
+    return site.module.base if isinstance(site.module, AdapterLayer) else site.base or weight_of(site.module)
+
+
 def info_of(site: Site) -> LayerInfo | None:
     if isinstance(site.module, AdapterLayer):
         return site.module.info
-    kind = weight_of(site.module)
-    return None if kind is None else kind.info(site.module, site.name)
+    base = base_of(site)
+    return None if base is None else base.info(site.name)
 
 
 def checked_info(site: Site) -> LayerInfo:
     if isinstance(site.module, AdapterLayer):
         return replace(site.module.info, name=site.key or site.name)
-    kind = site.kind or weight_of(site.module)
-    if kind is None:
+    base = base_of(site)
+    if base is None:
         raise ValueError(
             f"Target module {site.name!r}, a {type(site.module).__name__}, is not supported. Supported are linear "
             "layers (torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d, Conv3d, "
@@ -160,10 +161,10 @@ def checked_info(site: Site) -> LayerInfo:
             f"({site.name.rpartition('.')[0]!r}); its adapters act on {site.child_name} too."
         )
     try:
-        kind.check(site.module)
+        base.check()
     except ValueError as error:
         raise ValueError(f"{site.name}: {error}") from None
-    return kind.info(site.module, site.key or site.name)
+    return base.info(site.key or site.name)
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
@@ -178,7 +179,8 @@ def model_config(model: nn.Module) -> dict[str, Any]:
 def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequence[str]) -> dict[str, bool]:
     """The layer's type decides how its weight is stored; a configuration that says otherwise is corrected."""
     asked = getattr(config, "fan_in_fan_out", None)
-    transposed = {kind_of(sites[n]).fan_in_fan_out for n in names if kind_of(sites[n]).kind == "linear"}
+    bases = [base_of(sites[n]) for n in names]
+    transposed = {base.fan_in_fan_out for base in bases if base is not None and base.kind == "linear"}
     if asked is None or len(transposed) != 1 or asked in transposed:
         return {}
     actual = transposed.pop()
@@ -186,14 +188,6 @@ def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequ
     warnings.warn(f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {actual}.", PeftWarning,
                   stacklevel=4)  # fmt: skip
     return {"fan_in_fan_out": actual}
-
-
-def kind_of(site: Site) -> type[BaseWeight]:
-    if isinstance(site.module, AdapterLayer):
-        return site.module.kind
-    kind = weight_of(site.module)
-    assert kind is not None
-    return kind
 
 
 def original_of(site: Site) -> nn.Module:

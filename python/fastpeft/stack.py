@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .method import LayerInfo
-from .weights import Weight
+from .weights.base import LayerInfo, Weight
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -46,7 +45,7 @@ class Stack:
     def __call__(self, x: Tensor) -> Tensor:
         layer = self._layer
         if self._depth == 0:
-            y = layer.kind.call(layer.base_layer, x, *self._args, **self._kwargs)
+            y = layer.base.call(x, *self._args, **self._kwargs)
             self._root.dtype = y.dtype
             return y
         name = self._names[self._depth - 1]
@@ -60,7 +59,7 @@ class Stack:
         return self._weight
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._layer.kind.apply(self._layer.base_layer, x, weight, bias)
+        return self._layer.base.apply(x, weight, bias)
 
     def bias(self) -> Tensor | None:
         if self.bare:
@@ -71,4 +70,4 @@ class Stack:
 
     def frozen(self) -> Callable[[], Tensor] | None:
         bare = self.bare and not self._args and not self._kwargs
-        return self._layer.kind.frozen(self._layer.base_layer) if bare else None
+        return self._layer.base.frozen() if bare else None

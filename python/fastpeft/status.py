@@ -12,7 +12,7 @@ from .containers import AdapterDict
 from .saved_modules import ModulesToSaveWrapper
 from .sites import AdapterModule, adapter_modules
 from .tuner import BaseTuner
-from .weights import Quant4bitWeight
+from .weights.nf4 import Quant4bitWeight
 
 Irregular = Literal["irregular"]
 
@@ -59,7 +59,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         # Our 4-bit layers keep their bytes in buffers, so that nothing takes them for something to train.
         if Quant4bitWeight.accepts(module):
-            total += Quant4bitWeight.quant(module).numel
+            total += Quant4bitWeight(module).quant().numel
     return trainable, total
 
 

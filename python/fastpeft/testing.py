@@ -14,7 +14,6 @@ from peft_kernels.testing import assert_no_worse
 from .layer import AdapterLayer
 from .method import LayerInfo, Method, State
 from .shared import SharedValues, compute, fill_containers, held_containers
-from .weights import weight_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class SampleBase:
 def _nf4() -> nn.Module:
     from peft_kernels import quantize_4bit
 
-    from .nf4 import NF4Linear
+    from .weights.nf4_linear import NF4Linear
 
     linear = nn.Linear(24, 20)
     return NF4Linear(quantize_4bit(linear.weight.detach(), nested=True), linear.bias)
@@ -107,20 +106,20 @@ def assert_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> None:
         x = x.double()
     layer.set_adapter(list(names))
     layer.eval()
-    kind, base = layer.kind, layer.base_layer
+    base = layer.base
     with torch.no_grad():
-        w0, b0 = (None if t is None else t.double() for t in kind.read(base))
+        w0, b0 = (None if t is None else t.double() for t in base.read())
         assert w0 is not None
         forward = layer(x)
         w, b = layer.merged_weight(names, (w0, b0))
-        exact = kind.apply(base, x, w, b)
+        exact = base.apply(x, w, b)
         single = x.float() if x.is_floating_point() else x
-        eager = kind.apply(base, single, w.float(), None if b is None else b.float())
+        eager = base.apply(single, w.float(), None if b is None else b.float())
         positive = x.abs() if x.is_floating_point() else x
         sizes = w0.abs() + (w - w0).abs()
-        magnitude = kind.apply(base, positive, sizes, None if b is None else b.abs()).abs()
+        magnitude = base.apply(positive, sizes, None if b is None else b.abs()).abs()
         assert_no_worse(forward.float(), eager, exact, magnitude)
-        assert not torch.equal(exact, kind.apply(base, x, w0, b0)), "the adapter does nothing, so the law says nothing"
+        assert not torch.equal(exact, base.apply(x, w0, b0)), "the adapter does nothing, so the law says nothing"
         assert_merge_and_back(layer, names, x, forward)
 
 
@@ -129,7 +128,7 @@ def assert_merge_and_back(layer: AdapterLayer, names: Sequence[str], x: Tensor, 
     before = [t.clone() for t in layer.base_layer.state_dict().values()]
     error = layer.merge(adapter_names=names)
     assert layer.merged_adapters == list(names)
-    if layer.kind.quantized is None:
+    if layer.base.quantized is None:
         assert error is None
         merged = layer(x)
         assert_no_worse(merged.float(), forward.float(), forward, forward.abs() + 1)
@@ -144,6 +143,4 @@ def assert_merge_and_back(layer: AdapterLayer, names: Sequence[str], x: Tensor, 
 
 def make_layer(base: str) -> AdapterLayer:
     """An adapter layer over a sample base, without adapters."""
-    module = SAMPLE_BASES[base].make()
-    assert weight_of(module) is not None
-    return AdapterLayer(module, base)
+    return AdapterLayer(SAMPLE_BASES[base].make(), base)

@@ -45,11 +45,10 @@ class TrainableTokensWrapper(nn.Module):
     def weight(self) -> Any:
         """With the active rows in it, for models that read it rather than call the module."""
         layer = self.token_adapter
-        active = [n for n in layer.active_adapters if n in layer.methods]
-        if layer.disable_adapters or layer.merged or not active:
+        if layer.disable_adapters or layer.merged or not layer.methods.keys() & set(layer.active_adapters):
             return layer.weight
-        w = layer.stored_weight(active)[0]
-        return w.t() if layer.kind.kind == "embedding" or layer.kind.fan_in_fan_out else w
+        w = layer.current_weight()[0]
+        return w.t() if layer.base.transposed else w
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(*args, **kwargs)

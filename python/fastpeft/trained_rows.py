@@ -80,7 +80,7 @@ def linears(x: Tensor, layers: Sequence[AdapterLayer]) -> list[Tensor] | None:
 def _job(layer: AdapterLayer, x: Tensor, tokens: int) -> tuple[_Job, list[Tensor]] | None:
     """What the node needs of one layer, and its As and Bs."""
     routed: Routed | None = None if layer._row_stack is not None or layer._rows is None else layer.routed(layer._rows)
-    if routed is None or len(x) != len(routed.rows) or layer.merged_adapters or layer.kind.transient:
+    if routed is None or len(x) != len(routed.rows) or layer.merged_adapters or layer.base.transient:
         return None
     names = list(routed._parts)
     if not names or len(names) != len(routed._methods):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,12 +26,12 @@ from .rows import Recall, RowValues
 from .safety import BASE
 from .saved_modules import ModulesToSaveWrapper
 from .shared import held_containers, register_at
-from .sites import AdapterModule, KnownModules, adapter_layers, adapter_modules
+from .sites import AdapterModule, KnownModules, adapter_modules
 
 AUXILIARY_KWARGS = frozenset({"adapter_names", "alora_offsets"})
 
 
-class BaseTuner(ModelMerging, nn.Module):
+class BaseTuner(ModelMerging):
     """A model with adapters in it. Keys in memory start with `model.`, below a PeftModel with `base_model.model.`."""
 
     holds_shared_adapters = True
@@ -94,13 +94,7 @@ class BaseTuner(ModelMerging, nn.Module):
     def active_adapters(self) -> list[str]:
         return [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
 
-    def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]:
-        return adapter_modules(self.model)
-
-    def adapter_layers(self, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
-        return adapter_layers(self.model, adapter)
-
-    # Adapters come and go
+    # Adding and removing adapters
 
     def add(
         self,

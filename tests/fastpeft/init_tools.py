@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from fastpeft.nf4 import NF4Linear
+from fastpeft.weights.nf4_linear import NF4Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

@@ -36,7 +36,7 @@ def composed(layer: AdapterLayer, x: Tensor) -> Tensor:
 
 def size_of(layer: AdapterLayer, x: Tensor) -> Tensor:
     """The sum of the absolute terms behind each element of the output, which rounding scales with."""
-    w, _ = layer.kind.read(layer.base_layer)
+    w, _ = layer.base.read()
     total = w.detach().double().abs()
     for name in layer.active_adapters:
         if isinstance(layer.lora_B.get(name), nn.Linear):

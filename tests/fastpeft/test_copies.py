@@ -47,8 +47,8 @@ def test_a_copy_of_a_layer_that_ran_follows_its_own_tensors(
         assert twin._plan is None
         assert_same_bits(twin(x), y)
         # A weight of its own: what the original keeps of W (|W|^2, decoded facts, plans) must not serve the copy.
-        w, b = twin.kind.read(twin.base_layer)
-        twin.kind.write(twin.base_layer, w.detach() * 3, b)
+        w, b = twin.base.read()
+        twin.base.write(w.detach() * 3, b)
         other = twin(x)
         assert not torch.equal(other, y)
         assert_same_bits(twin(x), other)

@@ -16,9 +16,9 @@ from fastpeft import LoraConfig, get_peft_model
 from fastpeft.kept import Kept
 from fastpeft.layer import AdapterLayer
 from fastpeft.method import get_method
-from fastpeft.nf4 import NF4Linear
 from fastpeft.row_norms import norms
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
+from fastpeft.weights.nf4_linear import NF4Linear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -258,9 +258,9 @@ def test_the_full_gradient(base: str) -> None:
         weights = torch.randn(layer(x).shape, dtype=torch.float64)
         grads[full] = torch.autograd.grad((layer(x) * weights).sum(), trained)
         if full:
-            w, b = (None if t is None else t.detach().double() for t in layer.kind.read(layer.base_layer))
+            w, b = (None if t is None else t.detach().double() for t in layer.base.read())
             merged, bias = layer.methods["a"].merged(layer.view("a"), None, w, b)
-            y = layer.kind.apply(layer.base_layer, x, merged, bias)
+            y = layer.base.apply(x, merged, bias)
             want = torch.autograd.grad((y * weights).sum(), trained)
             for got, exact in zip(grads[True], want, strict=True):
                 assert_no_worse(got.float(), exact.float(), exact, exact.abs().max().expand_as(exact))
@@ -280,17 +280,17 @@ def test_the_full_gradient_is_an_option_of_dora() -> None:
 
 
 def test_norms_of_an_8bit_weight_have_the_full_gradient_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastpeft import weight_rows
-    from fastpeft.weights import LinearWeight
+    from fastpeft.weights import base
+    from fastpeft.weights.dense import LinearWeight
 
     class Decoded(LinearWeight):  # as a weight that no kernel reads in place
         quantized = "8bit"
 
-    monkeypatch.setattr(weight_rows, "TILE", 3 * 24)
+    monkeypatch.setattr(base, "TILE", 3 * 24)
     module = nn.Linear(24, 20).double()
     a, b = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((3, 24), (20, 3)))
     want = (module.weight.detach() + 0.7 * b @ a).norm(dim=1)
-    got = norms(Decoded, module, a, b, 0.7)
+    got = norms(Decoded(module), a, b, 0.7)
     assert_no_worse(got.detach().float(), want.detach().float(), want.detach())
     for one, other in zip(*(torch.autograd.grad(t.sum(), (a, b)) for t in (got, want)), strict=True):
         assert_no_worse(one.float(), other.float(), other, other.abs().max().expand_as(other))

@@ -11,8 +11,8 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.base_edits import LowRankEdit
-from fastpeft.weights import LinearWeight
+from fastpeft.base_edit import LowRankEdit
+from fastpeft.weights.dense import LinearWeight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -90,7 +90,7 @@ class TestTheWayBack:
         assert_same_bits(layer.base_layer.weight.detach(), before)
         assert not layer.base_layer.weight.requires_grad
         assert not layer.base_edits
-        assert layer._original is None
+        assert layer._unedited is None
 
     def test_deleting_one_while_another_is_merged(self, options: dict[str, Any]) -> None:
         base = model()
@@ -133,13 +133,13 @@ def test_a_failing_edit_leaves_every_weight_as_it_was(monkeypatch: pytest.Monkey
     before, parameters = tensors(base), dict(base.named_parameters())
     written = []
 
-    def write(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
+    def write(weight: LinearWeight, w: Tensor, b: Tensor | None) -> None:
         if written:
             raise MemoryError
-        written.append(module)
-        module._parameters["weight"] = nn.Parameter(w)
+        written.append(weight.module)
+        weight.module._parameters["weight"] = nn.Parameter(w)
 
-    monkeypatch.setattr(LinearWeight, "write", staticmethod(write))
+    monkeypatch.setattr(LinearWeight, "write", write)
     with pytest.raises(MemoryError):
         wrap(fastpeft, base, init_lora_weights="pissa")
     assert written == [base.first]

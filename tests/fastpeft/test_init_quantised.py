@@ -26,11 +26,11 @@ BASES = {"nf4": nf4, "bnb-4bit": lambda: bnb("4bit"), "bnb-8bit": lambda: bnb("8
 def test_quantised_bases_are_requantised_and_restored(make: Any, options: dict[str, Any]) -> None:
     base = make()
     found = AdapterLayer(base.first)
-    w = found.kind.read(base.first)[0].clone()
+    w = found.base.read()[0].clone()
     before = tensors(base.first)
     adapted = wrap(fastpeft, base, **options)
     layer = adapted.base_model.model.first
-    edited = layer.kind.read(layer.base_layer)[0]
+    edited = layer.base.read()[0]
     wanted = layer.base_edits["default"](w)
     assert 0 < (edited - wanted).norm() / wanted.norm() < 0.15
     assert (edited - wanted).norm() < (edited - w).norm()
@@ -94,7 +94,7 @@ def test_every_initialisation_starts_near_the_base_and_goes_back(name: str, init
             r=4, target_modules=["first"], init_lora_weights=init, use_dora=dora,
             lora_ga_config=fastpeft.LoraGAConfig(scale="gd_scale") if init == "lora_ga" else None,
         )  # fmt: skip
-    before, w = tensors(base.first), AdapterLayer(base.first).kind.read(base.first)[0].clone()
+    before, w = tensors(base.first), AdapterLayer(base.first).base.read()[0].clone()
     if init == "corda":
         fastpeft.preprocess_corda(base, config, lambda: base(X))
     if init == "lora_ga":
@@ -104,7 +104,7 @@ def test_every_initialisation_starts_near_the_base_and_goes_back(name: str, init
     assert bool(layer.base_edits) == (init not in ("eva", "mica"))
     now = layer.merged_weight(["default"])[0]
     wanted = layer.base_edits["default"](w) if layer.base_edits else w
-    requantised = (layer.kind.read(layer.base_layer)[0] - wanted).norm()
+    requantised = (layer.base.read()[0] - wanted).norm()
     rounding = w.shape[1] * torch.finfo(w.dtype).eps * w.norm()
     assert (now - w).norm() <= (2 if dora else 1) * requantised + rounding
     adapted(X).square().mean().backward()

@@ -133,7 +133,7 @@ class ByHand:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.layer
         if not self.names:
-            return layer.kind.call(layer.base_layer, x)
+            return layer.base.call(x)
         view = layer.view(self.names[-1])
         inner: Any = ByHand(layer, self.names[:-1])
         return layer.methods[self.names[-1]].forward(view, view, x, inner)
@@ -218,8 +218,8 @@ def test_gradients_are_those_through_the_merged_weight(kind: Kind, base: str) ->
     weights = torch.randn_like(y)
     ours = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)
     with torch.no_grad():
-        w0, b0 = (None if t is None else t.double() for t in layer.kind.read(layer.base_layer))
-    y = layer.kind.apply(layer.base_layer, x, *layer.merged_weight(["a"], (w0, b0)))
+        w0, b0 = (None if t is None else t.double() for t in layer.base.read())
+    y = layer.base.apply(x, *layer.merged_weight(["a"], (w0, b0)))
     exact = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)
     for mine, true in zip(ours, exact, strict=True):
         assert (mine is None) == (true is None)  # what acts in training alone, or has no entries

@@ -17,7 +17,7 @@ from fastpeft.containers import AdapterDict
 from fastpeft.layer import AdapterLayer
 from fastpeft.method import Method
 from fastpeft.testing import SAMPLE_BASES, add_adapter
-from fastpeft.weights import weight_of
+from fastpeft.weights.find import weight_of
 from torch import Tensor, nn
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
@@ -291,15 +291,15 @@ def test_one_container_holds_modules_parameters_and_buffers_under_any_name() -> 
 @pytest.mark.parametrize("base", SAMPLE_BASES)
 def test_every_kind_of_layer_is_found_and_described(base: str) -> None:
     module = SAMPLE_BASES[base].make()
-    kind = weight_of(module)
-    assert kind is not None
-    info = kind.info(module, "x")
-    w, b = kind.read(module)
+    found = weight_of(module)
+    assert found is not None
+    info = found.info("x")
+    w, b = found.read()
     assert tuple(w.shape) == info.shape
     assert (b is not None) == info.has_bias
     x = SAMPLE_BASES[base].input()
     exact = copy.deepcopy(module).double()(x.double() if x.is_floating_point() else x)
-    assert_no_worse(kind.apply(module, x, w, b).detach(), module(x).detach(), exact.detach(), exact.detach().abs() + 1)
+    assert_no_worse(found.apply(x, w, b).detach(), module(x).detach(), exact.detach(), exact.detach().abs() + 1)
 
 
 def test_modules_without_a_weight_that_is_understood_are_none_of_them() -> None:

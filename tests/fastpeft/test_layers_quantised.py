@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastpeft import LoraConfig, PeftWarning, get_peft_model
-from fastpeft.weights import relative_error
+from fastpeft import LoraConfig, PeftWarning, get_peft_model, quantize_model
+from fastpeft.weights.base import relative_error
+from fastpeft.weights.find import weight_of
 from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dequantize_4bit
@@ -42,7 +43,7 @@ def test_a_quantised_base_computes_with_its_decoded_weight(base: str, names: str
     if base == "bnb-int8":
         # bitsandbytes rounds x to int8 as well, so its own error is what eager's is: half a step per element of x.
         steps = x.abs().amax(1, keepdim=True) / 127
-        noise = steps * layer.kind.read(layer.base_layer)[0].abs().sum(1)
+        noise = steps * layer.base.read()[0].abs().sum(1)
         eager = eager + noise
     assert_no_worse(layer(x).detach(), eager.detach(), exact.detach(), size_of(layer, x))
     assert layer.weight.dtype in (torch.uint8, torch.int8)
@@ -53,7 +54,7 @@ def test_a_4bit_base_is_read_in_place_by_one_kernel_call(base: str) -> None:
     layer = lora_layer(QUANTISED[base]())
     layer(torch.randn(3, 64))
     assert layer._plan is not None
-    fast = layer.kind.fast(layer.base_layer)
+    fast = layer.base.fast()
     assert fast is not None
     weight = fast()
     assert isinstance(weight, QuantWeight)
@@ -72,7 +73,7 @@ def test_merging_requantises_reports_its_error_and_comes_back_byte_for_byte(base
     wanted = layer.merged_weight(["default"])[0]
     with pytest.warns(PeftWarning, match="requantising"):
         model.merge_adapter()
-    got = layer.kind.read(layer.base_layer)[0]
+    got = layer.base.read()[0]
     error = relative_error(got, wanted)
     assert model.base_model.merge_errors == {"0": error}
     assert 0 < error < (0.02 if base == "bnb-int8" else 0.2)
@@ -88,20 +89,20 @@ def test_merging_requantises_reports_its_error_and_comes_back_byte_for_byte(base
     with pytest.warns(PeftWarning, match="requantising"):
         merged = model.merge_and_unload()
     assert type(merged[0]) is type(layer.base_layer)
-    assert_same_bits(layer.kind.read(merged[0])[0], got)
-    assert layer._taken is None, "merge_and_unload must not keep the old weight"
+    assert_same_bits(weight_of(merged[0]).read()[0], got)
+    assert layer._unmerged is None, "merge_and_unload must not keep the old weight"
 
 
 @pytest.mark.parametrize("base", QUANTISED)
 def test_merging_one_after_the_other_rounds_once(base: str) -> None:
     layer = lora_layer(QUANTISED[base](), "ab")
     layer.merge(adapter_names=["a", "b"])
-    together = layer.kind.read(layer.base_layer)[0].clone()
+    together = layer.base.read()[0].clone()
     layer.unmerge()
     layer.merge(adapter_names=["a"])
     layer.merge(adapter_names=["b"])
     assert layer.merged_adapters == ["a", "b"]
-    assert_same_bits(layer.kind.read(layer.base_layer)[0], together)
+    assert_same_bits(layer.base.read()[0], together)
 
 
 def test_merging_our_4bit_layer_keeps_its_format() -> None:
@@ -135,7 +136,7 @@ def test_a_layer_that_bitsandbytes_did_repack_is_read_right() -> None:
     with torch.no_grad():
         base(x)
     layer = lora_layer(base)
-    rounded = layer.kind.read(base)[0]
+    rounded = layer.base.read()[0]
     # The packing rounded the scales to bfloat16: half a unit in the eighth bit.
     assert torch.all((rounded - decoded).abs() <= decoded.abs() * torch.finfo(torch.bfloat16).eps)
     assert torch.equal(rounded == 0, decoded == 0)
@@ -185,3 +186,38 @@ def test_an_embedding_that_scales_its_rows_scales_the_adapters_too() -> None:
     exact = nn.functional.embedding(ids, w.double().t()) * 3
     eager = nn.functional.embedding(ids, w.t()) * 3
     assert_no_worse(y.detach(), eager.detach(), exact.detach(), exact.detach().abs() + 1)
+
+
+def test_a_base_layer_that_is_quantised_under_its_adapters_is_read_as_what_it_is() -> None:
+    layer = lora_layer(nn.Linear(64, 32))
+    x = torch.randn(3, 64)
+    layer(x)
+    quantize_model(layer, skip=("lora_A", "lora_B"))
+    layer.changed()
+    assert layer.info.quantized == layer.quantization_backend == "nf4"
+    assert_same_bits(layer.base.read()[0], layer.base_layer.dequantize(torch.float32))
+    exact = nn.functional.linear(x.double(), *(t.double() for t in layer.merged_weight("a")))
+    eager = nn.functional.linear(x, *layer.merged_weight("a"))
+    assert_no_worse(layer(x).detach(), eager.detach(), exact.detach(), size_of(layer, x))
+    assert 0 < layer.merge() < 0.2
+
+
+@pytest.mark.parametrize("base", QUANTISED)
+def test_a_second_merge_that_fails_leaves_the_first(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = lora_layer(QUANTISED[base](), "ab")
+    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
+    layer.merge(adapter_names=["a"])
+    merged = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
+
+    def fails(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(layer.base), "write", fails)
+    with pytest.raises(MemoryError):
+        layer.merge(adapter_names=["b"])
+    assert layer.merged_adapters == ["a"]
+    for key, value in layer.base_layer.state_dict().items():
+        assert_same_bits(value, merged[key])
+    layer.unmerge()
+    for key, value in layer.base_layer.state_dict().items():
+        assert_same_bits(value, before[key])

@@ -15,7 +15,7 @@ import fastpeft
 import pytest
 import torch
 from fastpeft.config import PeftType
-from fastpeft.nf4 import dequantize_model
+from fastpeft.weights.quantize import dequantize_model
 from torch import nn
 
 from peft_kernels.testing import assert_same_bits

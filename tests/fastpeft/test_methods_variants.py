@@ -143,7 +143,7 @@ def test_variants_act_on_bitsandbytes_layers(bits: int) -> None:
         exact = nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
         # bitsandbytes' 8-bit layer rounds its input to 8 bits too.
         assert (layer.eval()(x) - exact).abs().max() < (2e-2 if bits == 8 else 1e-5) * exact.abs().max(), options
-        assert (layer(x) - layer.kind.call(layer.base_layer, x)).abs().max() > 0.1, options
+        assert (layer(x) - layer.base.call(x)).abs().max() > 0.1, options
         layer.train()
         before = layer(x)
         before.sum().backward()
@@ -192,16 +192,16 @@ def test_a_batch_can_mix_doras_with_others() -> None:
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_norms_hold_where_the_update_cancels_the_weight(cancelled: bool, quantised: bool) -> None:
-    from fastpeft.nf4 import NF4Linear
     from fastpeft.row_norms import norms
-    from fastpeft.weights import weight_of
+    from fastpeft.weights.find import weight_of
+    from fastpeft.weights.nf4_linear import NF4Linear
 
     torch.manual_seed(0)
     base = nn.Linear(128, 40)
     module = NF4Linear(quantize_4bit(base.weight.detach(), nested=True), None) if quantised else base
-    kind = weight_of(module)
-    assert kind is not None
-    w = kind.read(module)[0].detach()
+    found = weight_of(module)
+    assert found is not None
+    w = found.read()[0].detach()
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
     a, b = vh, -(u * s)
     if not cancelled:
@@ -211,7 +211,7 @@ def test_norms_hold_where_the_update_cancels_the_weight(cancelled: bool, quantis
         b[3:5] = 0
     exact = (w.double() + b.double() @ a.double()).norm(dim=1)
     eager = (w + b @ a).norm(dim=1)
-    assert_no_worse(norms(kind, module, a, b), eager, exact, 8 * (exact + (w.norm(dim=1) * 1e-2 if cancelled else 0)))
+    assert_no_worse(norms(found, a, b), eager, exact, 8 * (exact + (w.norm(dim=1) * 1e-2 if cancelled else 0)))
 
 
 class _Largest(TorchDispatchMode):
@@ -233,7 +233,7 @@ class _Largest(TorchDispatchMode):
 def test_dora_makes_no_dense_weight(quantised: bool, dropout: float) -> None:
     layer = AdapterLayer(nn.Linear(256, 192).requires_grad_(False), "x")
     if quantised:
-        from fastpeft.nf4 import NF4Linear
+        from fastpeft.weights.nf4_linear import NF4Linear
 
         layer = AdapterLayer(NF4Linear(quantize_4bit(layer.base_layer.weight, nested=True), None), "x")
     add_adapter(layer, "a", LORA, LoraConfig(r=4, use_dora=True, lora_dropout=dropout))

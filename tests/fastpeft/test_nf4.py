@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastpeft.nf4 import NF4Linear, bnb_state, dequantize_model, from_bitsandbytes, parse_bnb_state, quantize_model
 from fastpeft.safety import AdapterFileError
+from fastpeft.weights.bnb_keys import bnb_state, parse_bnb_state
+from fastpeft.weights.nf4_linear import NF4Linear
+from fastpeft.weights.quantize import dequantize_model, from_bitsandbytes, quantize_model
 from safetensors.torch import load_file
 from torch import nn
 

@@ -11,9 +11,10 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.integrations.transformers_nf4 import load_nf4_model, nf4_config
-from fastpeft.nf4 import NF4Linear, dequantize_model, quantize_model
 from fastpeft.safety import AdapterFileError
+from fastpeft.weights.load_nf4 import load_nf4_model
+from fastpeft.weights.nf4_linear import NF4Linear
+from fastpeft.weights.quantize import dequantize_model, nf4_config, quantize_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -316,7 +316,7 @@ def stack_of(layer: AdapterLayer, ranks: tuple[int, ...] = (3, 2)) -> AdapterSta
 
 
 def by_hand(layer: AdapterLayer, stack: AdapterStack, ids: list[int], x: Tensor) -> Tensor:
-    w, b = (None if t is None else t.detach().to(x.dtype) for t in layer.kind.read(layer.base_layer))
+    w, b = (None if t is None else t.detach().to(x.dtype) for t in layer.base.read())
     assert w is not None
     rows = []
     for i, row in zip(ids, x, strict=True):

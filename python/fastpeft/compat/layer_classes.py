@@ -22,7 +22,7 @@ class _HeldBy(type):
     label: str | None
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        if not isinstance(instance, AdapterLayer) or (cls.label is not None and instance.kind.label != cls.label):
+        if not isinstance(instance, AdapterLayer) or (cls.label is not None and instance.base.label != cls.label):
             return False
         return any(m.peft_type == cls.method.peft_type for m in instance.methods.values())
 

@@ -20,7 +20,7 @@ from ..method import Method, get_method, registry
 from ..methods.ia3 import FEEDFORWARD
 from ..targets import match_targets
 from ..tuner import BaseTuner, tuner_class
-from ..weights import weight_of
+from ..weights.find import weight_of
 
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
@@ -99,12 +99,11 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
 
     Raises TypeError for a module that is no such layer.
     """
-    base = module.base_layer if isinstance(module, AdapterLayer) else module
-    kind = weight_of(base)
-    if kind is None:
-        raise TypeError(f"{type(base).__name__} has no weight of a layer that adapters act on")
-    w = kind.read(base)[0]
-    return w.T if kind.fan_in_fan_out else w
+    base = module.base if isinstance(module, AdapterLayer) else weight_of(module)
+    if base is None:
+        raise TypeError(f"{type(module).__name__} has no weight of a layer that adapters act on")
+    w = base.read()[0]
+    return w.T if base.fan_in_fan_out else w
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:

@@ -67,11 +67,11 @@ def preprocess_corda(
             raise ValueError(f"`run_model` did not run {', '.join(missing[:5])}: there is no covariance of its inputs.")
         found = {}
         for name, layer in shown(layers.items(), "Collecting eigens", config.verbose):
-            eigens = components(layer.weight(), covariances[name], layer.r, config.corda_method)
+            eigens = components(layer.info.weight(), covariances[name], layer.r, config.corda_method)
             found |= {f"{name}.{EIGENS}.{part}": getattr(eigens, part) for part in parts}
         save_tensors(config.cache_file, found)
     for name, layer in layers.items():
-        setattr(layer.module, EIGENS, CordaEigens(*(found[f"{name}.{EIGENS}.{part}"] for part in parts)))
+        setattr(layer.info.module, EIGENS, CordaEigens(*(found[f"{name}.{EIGENS}.{part}"] for part in parts)))
 
 
 def _covariances(
@@ -94,7 +94,7 @@ def _covariances(
 
         return hook
 
-    handles = [layer.module.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    handles = [layer.info.module.register_forward_hook(watch(name)) for name, layer in layers.items()]
     was_training = model.training
     try:
         model.eval()

@@ -260,7 +260,7 @@ def _layers(model: nn.Module, adapter: str, config: Any) -> Iterator[tuple[str, 
         yield from ((name, layer.r) for name, layer in target_layers(model, config).items())
         return
     for name, layer in adapter_layers(model, adapter):
-        if layer.kind.kind == "linear" and not layer.kind.transient:
+        if layer.base.kind == "linear" and not layer.base.transient:
             yield name, layer.r[adapter]
 
 

@@ -31,7 +31,7 @@ def replace_lora_weights_loftq(
         raise TypeError(f"{type(peft_model).__name__} is not a PeftModel")
     layers = [
         (name, layer) for name, layer in tuner.adapter_layers()
-        if layer.kind.quantized in ("nf4", "bnb 4bit") and hasattr(layer, "lora_A") and adapter_name in layer.lora_A
+        if layer.base.quantized in ("nf4", "bnb 4bit") and hasattr(layer, "lora_A") and adapter_name in layer.lora_A
     ]  # fmt: skip
     if not layers:
         raise ValueError(f"The model has no 4-bit layer with a LoRA named {adapter_name!r}.")
@@ -41,7 +41,7 @@ def replace_lora_weights_loftq(
             name = name.removeprefix("model.")
             a: Any = layer.lora_A[adapter_name].weight
             b: Any = layer.lora_B[adapter_name].weight
-            base = layer._unmerged(layer.kind.read)[0]
+            base = layer.unmerged_weight()[0]
             w = tensors.get(f"{name}.weight").to(base)
             if w.shape != base.shape:
                 raise ValueError(

@@ -32,7 +32,7 @@ def preprocess_loraga(
     for name, layer in layers.items():
         gradient = found.get(f"{name}.{GRADIENT}")
         if gradient is not None:
-            setattr(layer.module, GRADIENT, gradient)
+            setattr(layer.info.module, GRADIENT, gradient)
 
 
 def _gradients(model: nn.Module, layers: Any, train_step: Callable[[], None]) -> dict[str, Tensor]:
@@ -49,14 +49,14 @@ def _gradients(model: nn.Module, layers: Any, train_step: Callable[[], None]) ->
 
             def backward(dy: Tensor) -> None:
                 dy = dy.flatten(0, -2)
-                gradient = (x.t() @ dy if layer.kind.fan_in_fan_out else dy.t() @ x).float()
+                gradient = (x.t() @ dy if layer.info.base.fan_in_fan_out else dy.t() @ x).float()
                 sums[name] = sums[name] + gradient if name in sums else gradient
                 counts[name] = counts.get(name, 0) + 1
 
             output.register_hook(backward)  # type: ignore[no-untyped-call]
             return output
 
-        handles.append(layer.module.register_forward_hook(forward))
+        handles.append(layer.info.module.register_forward_hook(forward))
 
     was_training = model.training
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -44,7 +44,7 @@ def as_plain_lora(
     result = dict(tensors)
     for name, layer in adapter_layers(tuner.model, adapter):
         _double(f"{PREFIX}{name}.", layer, adapter, result, initial)
-    if any(layer.kind.quantized and layer.base_edits for _, layer in tuner.adapter_layers()):
+    if any(layer.base.quantized and layer.base_edits for _, layer in tuner.adapter_layers()):
         warnings.warn(
             "The base is quantised, and quantising the rest of a weight is not the rest of the quantised weight: the "
             "converted adapter on the original base differs by these errors from the model that was trained.",
@@ -73,7 +73,7 @@ def _double(
         if diagonal is not None:
             b = b * diagonal.to(b)
         if initial is None:
-            p, q = _taken(layer, adapter, a, b)
+            p, q = _removed(layer, adapter, a, b)
             p = p / layer.scaling[adapter]
         elif initial.get(key_a, a).shape == a.shape and key_a in initial and key_b in initial:
             p, q = initial[key_b], initial[key_a]
@@ -82,11 +82,11 @@ def _double(
         tensors[key_a], tensors[key_b] = torch.cat([a, q.to(a)]), torch.cat([b, -p.to(b)], dim=1)
 
 
-def _taken(layer: Any, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _removed(layer: Any, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """P and Q of a layer's base edit; zeros where it has none."""
     if adapter not in layer.base_edits:
         return torch.zeros_like(b), torch.zeros_like(a)
-    found = layer.taken_from_base(adapter)
+    found = layer.removed_factors(adapter)
     if found is None or found[1].shape != a.shape:
         raise ValueError(f"what adapter {adapter!r} took from the base weight is not of its rank")
     p, q = found

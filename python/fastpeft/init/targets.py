@@ -11,21 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..inject import resolve_targets
-from ..method import method_of
+from ..method import LayerInfo, method_of
 from ..sites import inside_saved, walk
-from ..weights import BaseWeight, weight_of, wide
+from ..weights.find import weight_of
 
 
 @dataclass(frozen=True)
 class TargetLayer:
-    module: nn.Module
-    kind: type[BaseWeight]
+    info: LayerInfo
     r: int
-
-    def weight(self) -> Tensor:
-        """W [out, in], in at least float32."""
-        w = self.kind.read(self.module)[0].detach()
-        return w.to(wide(w.dtype))
 
 
 def target_layers(model: nn.Module, config: Any) -> dict[str, TargetLayer]:
@@ -37,9 +31,9 @@ def target_layers(model: nn.Module, config: Any) -> dict[str, TargetLayer]:
     own = method.layer_config(resolved, matched.names)
     found = {}
     for name in matched.names:
-        kind = weight_of(sites[name].module)
-        if kind is not None and kind.kind == "linear" and not kind.transient:
-            found[name] = TargetLayer(sites[name].module, kind, own.get(name, resolved).r)
+        base = weight_of(sites[name].module)
+        if base is not None and base.kind == "linear" and not base.transient:
+            found[name] = TargetLayer(base.info(name), own.get(name, resolved).r)
     if not found:
         raise ValueError("The configuration targets no linear layer of the model.")
     return found

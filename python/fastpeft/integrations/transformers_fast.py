@@ -41,7 +41,7 @@ from peft_kernels.ops.rms_norm import forward_op as rms_norm_op
 from .. import trained_rows
 from ..huge_pages import use_huge_pages
 from ..layer import AdapterLayer
-from ..nf4 import NF4Linear
+from ..weights.nf4_linear import NF4Linear
 
 _ACCELERATED = "_fastpeft_accelerated"
 MOST_SCORES = 1 << 24  # batch x heads x queries x keys that may stand at once: 64 MiB of float32

@@ -22,7 +22,6 @@ from ..clusters import cluster
 from ..config import PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 from ..targets import DEFAULT_TARGETS
-from ..weights import weight_of
 
 
 @dataclass
@@ -134,9 +133,7 @@ class Adamss(Method):
     model_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
 
     def make_state(self, config: AdamssConfig, info: LayerInfo, shared: Any) -> State:
-        kind = weight_of(info.module)
-        assert kind is not None
-        w, b = (None if t is None else t.detach().float() for t in kind.read(info.module))
+        w, b = (None if t is None else t.detach().float() for t in info.base.read())
         assert w is not None
         if w.is_meta:
             raise ValueError(f"AdaMSS clusters the weight of {info.name!r}, which is on the meta device: load it first")

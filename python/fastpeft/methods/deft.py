@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout, plus_product
 from ..method import Fused, Inner, LayerInfo, State, register
-from ..weights import weight_of
 
 
 @dataclass
@@ -73,9 +72,7 @@ class Deft(FactoredMethod):
         return state if config.para else {**state, "deft_R": nn.Parameter(inject)}
 
     def _start(self, p: Tensor, inject: Tensor, config: DeftConfig, info: LayerInfo, scaling: float) -> None:
-        kind = weight_of(info.module)
-        assert kind is not None
-        w = kind.read(info.module)[0].detach() if config.init_weights else None
+        w = info.base.read()[0].detach() if config.init_weights else None
         if w is None:
             inject.normal_(std=0.02 * config.init_scale)
         elif w.is_meta:

@@ -16,7 +16,6 @@ from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
 from ..draws import kaiming_
 from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
-from ..weights import weight_of
 
 LEAST_NORM = 1e-4
 
@@ -58,9 +57,7 @@ class Delora(FactoredMethod):
             kaiming_(a)
             if config.init_weights is not True:
                 kaiming_(b)
-            kind = weight_of(info.module)
-            assert kind is not None
-            w = kind.read(info.module)[0].detach()
+            w = info.base.read()[0].detach()
             norm = norm if w.is_meta else w.norm(dim=0)
         state: State = {"delora_A": nn.Parameter(a), "delora_B": nn.Parameter(b), "delora_lambda": nn.Parameter(bound)}
         return {**state, "r": config.r, "delora_dropout": dropout(config.module_dropout), "delora_w_norm": norm}

@@ -110,7 +110,7 @@ class Frod(ProjectedMethod):
         values = torch.zeros(indices.shape[1])
         u, lambdas = torch.empty(info.out_features, info.in_features), torch.empty(info.in_features)
         if not u.is_meta:  # else a file brings V, from which U follows
-            u, lambdas = _left(_weight(info), v)
+            u, lambdas = _left(info.base.read()[0], v)
         state["frod_U"] = _kept(u, info)
         state["frod_lambda_0"] = nn.Buffer(lambdas.clone(), persistent=False)
         if not config.init_weights and not u.is_meta:
@@ -119,7 +119,7 @@ class Frod(ProjectedMethod):
         return {**state, "frod_lambda_l": nn.Parameter(lambdas), "frod_lambda_s_values": nn.Parameter(values)}
 
     def filled(self, layer: AdaptedLayer, adapter: str) -> None:
-        weight = layer._unmerged(layer.kind.read)[0]
+        weight = layer.unmerged_weight()[0]
         if weight.is_meta or layer.frod_V[adapter].is_meta:
             return
         u, lambdas = _left(weight, layer.frod_V[adapter])
@@ -169,14 +169,6 @@ def _index(name: str, fallback: int) -> int:
     return next((int(part) for part in (*after, *parts) if part.isdigit()), fallback)
 
 
-def _weight(info: LayerInfo) -> Tensor:
-    from ..weights import weight_of
-
-    kind = weight_of(info.module)
-    assert kind is not None
-    return kind.read(info.module)[0].detach()
-
-
 def _kept(u: Tensor, info: LayerInfo) -> Tensor:
     """U as a layer keeps it: it is as large as the weight, and has its precision."""
     u = nn.Buffer(u.to(info.dtype), persistent=False)
@@ -192,7 +184,7 @@ def _bar(total: int) -> Any:
 
 def _basis(infos: Sequence[LayerInfo], alpha: float, bar: Any) -> Tensor:
     """V of the layers of one role, from their weights: a higher-order generalised SVD."""
-    weights = [_weight(info) for info in infos]
+    weights = [info.base.read()[0].detach() for info in infos]
     matrices = [w.to("cpu", torch.float32) for w in weights]
     stacked = torch.cat(matrices)
     if stacked.shape[0] < stacked.shape[1]:

@@ -20,7 +20,7 @@ from peft_kernels.ops.householder_rotate import compact_wy
 from ..adapted import AdaptedLayer
 from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..draws import kaiming_
-from ..factored import Weight, fused_linear
+from ..factored import Weight
 from ..kept import Kept
 from ..method import Fused, LayerInfo, State, register
 from ..rotation import RotatesInput, constant
@@ -68,7 +68,7 @@ class HRA(RotatesInput):
         def turned(v: Tensor, w: Weight) -> Tensor:
             return lora_linear(v, w).t()
 
-        def run(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor | None:
+        def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor | None:
             of = s.hra_u
             if constant(s, of):  # in evaluation both factors are there already, however few tokens are
                 stored = [t for t in w.flatten() if isinstance(t, Tensor)] if isinstance(w, QuantWeight) else [w]
@@ -81,7 +81,7 @@ class HRA(RotatesInput):
                 b = turned(v, w)
             return lora_linear(x, w, u, b, -1.0, bias)
 
-        return fused_linear(layer, run)
+        return layer.base.fused(call)
 
     @staticmethod
     def _vectors(s: Any) -> tuple[Tensor, bool]:

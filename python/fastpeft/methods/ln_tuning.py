@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
-from ..weights import weight_of
+from ..weights.find import weight_of
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
 _GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -65,9 +65,9 @@ class LNTuning(Method):
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         own = s.ln_tuning_layers
-        kind = weight_of(own)
-        assert kind is not None
-        weight, bias = kind.read(own)
+        base = weight_of(own)
+        assert base is not None
+        weight, bias = base.read()
         return weight.to(w.dtype), None if bias is None else bias.to(w.dtype)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:

@@ -274,9 +274,9 @@ class Lora(Method):
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         name, base = s._name, layer.base_layer
-        if layer.kind.kind != "linear" or s.get("lora_embedding_A") is not None or s.lora_bias:
+        if layer.base.kind != "linear" or s.get("lora_embedding_A") is not None or s.lora_bias:
             return None
-        weight = layer.kind.fast(base)
+        weight = layer.base.fast()
         a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
         if weight is None or not all(type(m) is nn.Linear or hasattr(m, "matrix") for m in (a, b)):
             return None
@@ -284,7 +284,7 @@ class Lora(Method):
             return None
         get_weight = weight
         drops = dropout if type(dropout) is nn.Dropout else None
-        compute = getattr(base, "compute_dtype", None) if layer.kind.quantized else None
+        compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
         # Dicts rather than modules: a parameter that is replaced is seen, and a lookup costs a tenth of an attribute's.
         scaling: Any = layer.scaling
         base_parameters = base._parameters

@@ -26,7 +26,6 @@ from ..method import Inner, LayerInfo, Method, State, register
 from ..patterns import match_names
 from ..shared import Computed
 from ..targets import ALL_LINEAR
-from ..weights import weight_in
 
 _LLAMA_LIKE = ("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi")
 _DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
@@ -87,7 +86,7 @@ class OSF(Method):
 
         @functools.cache
         def factors() -> tuple[Tensor, Tensor, Tensor]:
-            u, sigma, v = torch.linalg.svd(weight_in(info).to(torch.float32), full_matrices=False)
+            u, sigma, v = torch.linalg.svd(info.weight().to(torch.float32), full_matrices=False)
             return u.to(dtype), sigma.to(dtype), v.to(dtype)
 
         low = min(n, m) - k

@@ -24,7 +24,6 @@ from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
 from ..rotation import skew
 from ..shared import Computed
-from ..weights import weight_in
 
 
 @dataclass
@@ -125,7 +124,7 @@ class Psoft(FactoredMethod):
             )
 
     def make_state(self, config: PsoftConfig, info: LayerInfo, shared: Any) -> State:
-        factors = functools.cache(lambda: _principal(weight_in(info), config))
+        factors = functools.cache(lambda: _principal(info.weight(), config))
         n, m = info.out_features, info.in_features
         as_given = ("r", "psoft_alpha", "psoft_svd", "psoft_svd_lowrank_niter", "random_seed", "ab_svd_init")
         return {

@@ -21,7 +21,6 @@ from ..method import Inner, LayerInfo, Method, State, register
 from ..safety import MAX_RANK
 from ..shared import Computed
 from ..sparse import dense, sparse_update
-from ..weights import weight_of
 from .shira import check_positions
 
 
@@ -120,9 +119,7 @@ class Supertuning(Method):
 
 
 def _positions(config: SupertuningConfig, info: LayerInfo, count: int) -> Tensor:
-    kind = weight_of(info.module)
-    assert kind is not None
-    scores = kind.read(info.module)[0].abs().flatten()
+    scores = info.base.read()[0].abs().flatten()
     return torch.topk(scores, k=count, largest=config.select_top)[1].int()
 
 

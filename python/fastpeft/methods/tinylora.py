@@ -121,16 +121,12 @@ class TinyLora(ProjectedMethod, FactoredMethod):
 
 def _svd(info: LayerInfo, r: int) -> tuple[Tensor, Tensor]:
     """A and B, in the precision of the weight's own values. Kept as long as the weight, for its next adapter."""
-    from ..weights import weight_of
-
     weight: Any = info.module.weight
     state = weight.data_ptr(), weight._version, r
     found = _SVDS.get(weight)
     if found is not None and found[0] == state:
         return found[1].clone(), found[2].clone()
-    kind = weight_of(info.module)
-    assert kind is not None
-    w = kind.read(info.module)[0].detach()
+    w = info.base.read()[0].detach()
     w = w.t() if info.kind == "embedding" else w
     u, s, vh = torch.linalg.svd(w.float(), full_matrices=False)
     u, vh, root = u[:, :r].to(w.dtype), vh[:r].to(w.dtype), torch.sqrt(s[:r].to(w.dtype))

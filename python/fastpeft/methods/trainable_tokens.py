@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import HasInitWeights, PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 from ..tied import embedding_name, tied_names
-from ..weights import EmbeddingWeight, weight_of
+from ..weights.dense import scaled
 
 
 @dataclass
@@ -59,9 +59,7 @@ class TrainableTokens(Method):
         width = info.out_features if info.kind == "embedding" else info.in_features
         # Never on the meta device: layers share rows that are few, and their order is in no file.
         rows = torch.empty(len(tokens), width, dtype=info.dtype, device="cpu")
-        kind = weight_of(info.module)
-        assert kind is not None
-        w = kind.read(info.module)[0]
+        w = info.base.read()[0]
         if config.init_weights and not w.is_meta:
             rows = (w.t() if info.kind == "embedding" else w)[tokens].detach().clone()
         elif not config.init_weights:
@@ -77,7 +75,7 @@ class TrainableTokens(Method):
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rows, places = s.trainable_tokens_order
         delta = s.trainable_tokens_delta[places].to(w.dtype)
-        embedding = s._layer.kind.kind == "embedding"
+        embedding = s._layer.base.kind == "embedding"
         return (w.index_copy(1, rows, delta.t()) if embedding else w.index_copy(0, rows, delta)), b
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
@@ -88,7 +86,7 @@ class TrainableTokens(Method):
             # As nn.Embedding, whose padding row gets no gradient.
             padding: Any = info.module.padding_idx
             place = s.token_indices.index(padding) if padding in s.token_indices else None
-            mine = EmbeddingWeight.scaled(info.module, F.embedding(places[at], delta, place))
+            mine = scaled(info.module, F.embedding(places[at], delta, place))
             return torch.where((rows[at] == x).unsqueeze(-1), mine.to(y.dtype), y)
         bias = inner.bias()
         mine = F.linear(x.to(delta.dtype), delta[places], None if bias is None else bias[rows].to(delta.dtype))

@@ -22,7 +22,7 @@ def create_loraplus_optimizer(
     of_embeddings = set()
     undecayed = set()
     for module in model.modules():
-        if isinstance(module, AdapterLayer) and module.kind.kind == "embedding":
+        if isinstance(module, AdapterLayer) and module.base.kind == "embedding":
             of_embeddings |= {id(p) for _, c in module.containers() for p in c.parameters()}
         if isinstance(module, nn.LayerNorm):
             undecayed |= {id(p) for p in module.parameters(recurse=False)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_kernels import AdapterStack
 
-from ..method import LayerInfo
+from ..weights.base import LayerInfo
 
 Group = tuple[torch.dtype, int]  # of layers whose a, or b, have this dtype and width
 

@@ -11,8 +11,7 @@ from ..inject import resolve_targets
 from ..layer import AdapterLayer
 from ..method import LayerInfo, method_of
 from ..methods.lora import LoraConfig
-from ..sites import Site, inside_saved, kind_of, set_child, walk
-from ..weights import weight_of
+from ..sites import Site, base_of, inside_saved, set_child, walk
 
 
 class Selector:
@@ -39,13 +38,13 @@ class Selector:
     def why_not(self, name: str) -> str | None:
         """Why a module cannot be one of the pool's layers; None if it can."""
         site = self.sites[name]
-        kind = kind_of(site) if isinstance(site.module, AdapterLayer) else weight_of(site.module)
+        base = base_of(site)
         what = f"{name!r}, a {type(site.module).__name__}"
-        if kind is None or kind.kind != "linear" or isinstance(site.parent, nn.MultiheadAttention):
+        if base is None or base.kind != "linear" or isinstance(site.parent, nn.MultiheadAttention):
             return f"{what}, is no linear layer"
         if isinstance(site.module, AdapterLayer):
             return f"{what}, holds adapters already: give the pool the plain base model"
-        if kind.fast(site.module) is None:
+        if base.fast() is None:
             return f"{what}, has no weight that multi_lora_linear takes (dense as nn.Linear stores it, or 4-bit)"
         return None
 
@@ -55,7 +54,7 @@ def wrap(selector: Selector, infos: Mapping[str, LayerInfo]) -> dict[str, Adapte
     layers = {}
     for name in infos:
         site = selector.sites[name]
-        layers[name] = layer = AdapterLayer(site.module, name, site.kind)
+        layers[name] = layer = AdapterLayer(site.module, name, site.base)
         layer.train(site.module.training)
         set_child(site, layer)
     return layers

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..method import LayerInfo
 from ..methods.lora import LoraConfig
 from ..safety import list_some
 from ..sites import checked_info
+from ..weights.base import LayerInfo
 from .blocks import SMALLEST, block_size
 from .buffers import row_bytes, slot_bytes
 from .files import Registry, read_config

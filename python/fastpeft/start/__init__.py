@@ -15,10 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..base_edits import EDIT, BaseEdit, LowRankEdit
+from ..base_edit import EDIT, BaseEdit, LowRankEdit
 from ..config import PeftWarning
 from ..method import LayerInfo, State
-from ..weights import weight_in
 
 MAX_ITERATIONS = 1000
 
@@ -70,7 +69,7 @@ class Start:
         A and B on the meta device are for a file to fill; the base is edited all the same, as it was when they were
         made.
         """
-        w = weight_in(info)
+        w = info.weight()
         if w.is_meta:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} needs the weight of {info.name!r}, which is on the "

@@ -52,7 +52,7 @@ class QuantisedBase:
         a, b = (t.to(w) for t in self.held)
         return quantised(w - b @ a, self.bits)
 
-    def taken(self, w: Tensor) -> None:
+    def removed_factors(self, w: Tensor) -> None:
         return None
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..config import PeftWarning
 from ..method import LayerInfo, State
-from ..weights import weight_of
 from . import Start
 
 GRADIENT = "_peft_loraga_grad"  # of a layer, in its weight's layout, until the adapter is made
@@ -65,9 +64,9 @@ class LoraGA(Start):
         return {}
 
     def factors(self, config: Any, info: LayerInfo, scaling: float, w: Tensor) -> tuple[Tensor, Tensor, None]:
-        gradient, kind = getattr(info.module, GRADIENT).to(w), weight_of(info.module)
-        transposed = kind is not None and kind.fan_in_fan_out
-        return *lora_ga(w, gradient.t() if transposed else gradient, config.r, scaling, config.lora_ga_config), None
+        gradient = getattr(info.module, GRADIENT).to(w)
+        gradient = gradient.t() if info.base.fan_in_fan_out else gradient
+        return *lora_ga(w, gradient, config.r, scaling, config.lora_ga_config), None
 
 
 def lora_ga(w: Tensor, gradient: Tensor, r: int, scaling: float, config: LoraGAConfig) -> tuple[Tensor, Tensor]:

@@ -212,7 +212,7 @@ def quantize(model: Any, kind: str, double_quant: bool, skip: list[str]) -> Any:
     """Replace the linear layers by 4-bit ones in place."""
     if kind == "none":
         return model
-    from fastpeft.nf4 import quantize_model
+    from fastpeft import quantize_model
 
     return quantize_model(model, kind, double_quant=double_quant, skip=skip)
 

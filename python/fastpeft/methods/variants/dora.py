@@ -25,12 +25,12 @@ from peft_kernels.ops.dora_linear import gain_of
 from peft_kernels.ops.dora_linear.bound import Training
 
 from ...adapted import AdaptedLayer
-from ...base_edits import EDIT
+from ...base_edit import EDIT
 from ...bound import Inference
 from ...kept import Kept
-from ...method import Fused, Inner, LayerInfo, State
+from ...method import Fused, Inner, State
 from ...row_norms import norms
-from ...weights import BaseWeight, weight_in, weight_of
+from ...weights.base import BaseWeight, LayerInfo
 from ..lora import Lora
 from . import variant
 
@@ -68,18 +68,16 @@ class Dora(Lora):
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         state = super().make_state(config, info, shared)
-        kind = weight_of(info.module)
-        assert kind is not None
         a, b = (state[k] if isinstance(state[k], Tensor) else state[k].weight for k in _names(state))
         if a.is_meta or info.device.type == "meta":
             m = torch.empty(info.out_features, device=a.device)
         elif EDIT in state:  # on the base that the edit will leave
-            w = state[EDIT](weight_in(info))
+            w = state[EDIT](info.weight())
             m = (w + state["scaling"] * (b.to(w) @ a.to(w))).norm(dim=1)
         else:
             a, b = a.to(info.device), b.to(info.device)
             with torch.no_grad():
-                m = norms(kind, info.module, a, b, state["scaling"])
+                m = norms(info.base, a, b, state["scaling"])
         shape = (1, -1, *[1] * (len(info.shape) - 2)) if info.kind.startswith("conv") else (-1,)
         if config.dora_full_gradient:
             state["dora_full_gradient"] = True
@@ -100,14 +98,14 @@ class Dora(Lora):
         g = _gain(s, _constant(s, w.flatten(1)).norm(dim=1)).to(w.dtype)
         return w * g.view(-1, *[1] * (w.dim() - 1)), b
 
-    def gain(self, s: Any, kind: type[BaseWeight], module: nn.Module) -> Tensor:
+    def gain(self, s: Any, base: BaseWeight) -> Tensor:
         """g, over the base layer itself."""
         a, b = self.matrices(s)
         if s.training or s.get("dora_full_gradient"):
-            return _gain(s, norms(kind, module, _constant(s, a), _constant(s, b), s.scaling))
-        weight: Any = module._parameters.get("weight", module._buffers.get("weight"))
+            return _gain(s, norms(base, _constant(s, a), _constant(s, b), s.scaling))
+        weight: Any = base.module._parameters.get("weight", base.module._buffers.get("weight"))
         kept: Kept = s.lora_magnitude_vector._kept[0]
-        norm = kept.get((weight, a, b), (s.scaling,), lambda: norms(kind, module, a, b, s.scaling))
+        norm = kept.get((weight, a, b), (s.scaling,), lambda: norms(base, a, b, s.scaling))
         return _gain(s, norm)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
@@ -138,11 +136,9 @@ class Dora(Lora):
 
     def _scales(self, s: Any, x: Tensor, inner: Inner) -> tuple[Tensor, Tensor | None]:
         """g and the bias of the layer that is wrapped, as they go with its output."""
-        module: Any = inner.info.module
-        kind = weight_of(module)
-        assert kind is not None
         if inner.bare:
-            g, bias = self.gain(s, kind, module), module.bias if hasattr(module, "bias") else None
+            base = inner.info.base
+            g, bias = self.gain(s, base), base.bias
         else:
             w, bias = inner.weight()
             w = w.detach() + _constant(s, self.delta_weight(s, shared=None, w=None)).to(w.dtype).reshape(w.shape)

@@ -1,7 +1,7 @@
 """KaSA: W + scaling * B diag(d) A on a base without its r smallest singular components (arXiv 2412.06071).
 
 d [r] is learned, as are A and B; the model starts as the base so truncated, since B starts at zero. The truncation is a
-base edit (`base_edits.py`): deleting the adapter brings the base back; 4-bit and 8-bit bases are requantised without
+base edit (`base_edit.py`): deleting the adapter brings the base back; 4-bit and 8-bit bases are requantised without
 these components, where PEFT leaves them as they are and drops d without a word.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapted import AdaptedModel
-from ...base_edits import EDIT
+from ...base_edit import EDIT
 from ...draws import drawn_normal
 from ...method import Inner, LayerInfo, State
 from ...start import start_of
@@ -49,7 +49,7 @@ class Truncation:
         kept: Tensor = (u[:, : -self.r] * sigma[: -self.r]) @ vh[: -self.r]
         return kept
 
-    def taken(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def removed_factors(self, w: Tensor) -> tuple[Tensor, Tensor]:
         u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
         return u[:, -self.r :] * sigma[-self.r :], vh[-self.r :]
 

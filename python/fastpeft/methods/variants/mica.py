@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...method import LayerInfo, State
-from ...weights import weight_in
 from ..lora import Lora
 from . import variant
 
@@ -40,7 +39,7 @@ class Mica(Lora):
         state = super().make_state(own, info, shared)
         a, b = (_tensor(state, name) for name in ("A", "B"))
         if not b.is_meta:
-            w = weight_in(info)
+            w = info.weight()
             if w.is_meta:
                 raise ValueError(f"init_lora_weights='mica' needs the weight of {info.name!r}, which is on 'meta'.")
             with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .weights import BaseWeight
+from .base import BaseWeight
 
 
 class NormWeight(BaseWeight):
@@ -21,10 +21,9 @@ class NormWeight(BaseWeight):
             return False
         return weight.dim() == 1 or isinstance(module, nn.LayerNorm)
 
-    @classmethod
-    def in_features(cls, module: nn.Module, shape: tuple[int, ...]) -> int:
+    def in_features(self, shape: tuple[int, ...]) -> int:
         return shape[0]
 
-    @classmethod
-    def apply(cls, module: nn.Module, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return functional_call(module, {"weight": w} if b is None else {"weight": w, "bias": b}, (x,))  # type: ignore[no-any-return]
+    def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        tensors = {"weight": w} if b is None else {"weight": w, "bias": b}
+        return functional_call(self.module, tensors, (x,))  # type: ignore[no-any-return]

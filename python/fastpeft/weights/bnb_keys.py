@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_kernels import QuantWeight
 from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES, table
 
-from .safety import AdapterFileError, parse_json
+from ..safety import AdapterFileError, parse_json
 
 _STATE = "weight.quant_state.bitsandbytes__"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,7 +29,7 @@ def copy_of(weight: QuantWeight, device: torch.device) -> QuantWeight:
 
 
 def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
-    """What bitsandbytes saves beside `weight`: the scales, the code table, and a json text as a uint8 tensor."""
+    """Entries that bitsandbytes saves beside `weight`: scales, the code table, and a json text as a uint8 tensor."""
     facts: dict[str, Any] = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,

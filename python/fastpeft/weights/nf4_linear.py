@@ -1,4 +1,4 @@
-"""Our own 4-bit linear layer, and turning a model's linear layers into it.
+"""Our own 4-bit linear layer.
 
 `NF4Linear` holds the bytes that bitsandbytes would hold, as plain buffers: nothing hangs on a Parameter subclass, so
 the layer pickles, deep-copies and moves like any module, and its scales survive `.to(dtype)`. Its state dict has
@@ -10,22 +10,18 @@ Format and method: QLoRA (arXiv 2305.14314).
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import QuantWeight, lora_linear
-from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES
+from peft_kernels import QuantWeight, dequantize_4bit, lora_linear
 
-from .bnb_state import DTYPES, NESTED_BLOCKSIZE, bnb_state, copy_of, parse_bnb_state
-from .safety import AdapterFileError, list_some
+from ..safety import AdapterFileError
+from .bnb_keys import NESTED_BLOCKSIZE, bnb_state, copy_of, parse_bnb_state
 
 _SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
-
-Progress = Callable[[int, int, str], None]
 
 
 class NF4Linear(nn.Module):
@@ -83,7 +79,7 @@ class NF4Linear(nn.Module):
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
                 "this bitsandbytes layer ran in eval mode on a CPU, which repacks its bytes; "
-                "call fastpeft.bnb_weights.undo_cpu_packing(layer.weight) before converting it"
+                "call fastpeft.weights.bnb.undo_cpu_packing(layer.weight) before converting it"
             )
         weight = QuantWeight.from_bnb(layer.weight)
         compute_dtype = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
@@ -124,7 +120,7 @@ class NF4Linear(nn.Module):
 
     @property
     def sharded(self) -> bool:
-        """Whether `share_parameters` was called."""
+        """True once `share_parameters` was called."""
         return "weight" in self._parameters
 
     def share_parameters(self) -> None:
@@ -139,8 +135,6 @@ class NF4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor, by default in the dtype that it came in."""
-        from peft_kernels import dequantize_4bit
-
         return dequantize_4bit(self.quant_weight(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,112 +221,3 @@ class NF4Linear(nn.Module):
             # As `load_state_dict` does for parameters: a copy on the layer's own device, not the caller's tensors.
             weight = copy_of(weight, self.weight.device)
         self.set_quant_weight(weight)
-
-
-# --- whole models ---------------------------------------------------------------------------------------------
-
-
-def quantize_model(
-    model: nn.Module,
-    quant_type: str = "nf4",
-    blocksize: int = 64,
-    double_quant: bool = True,
-    skip: Iterable[str] = ("lm_head",),
-    compute_dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> nn.Module:
-    """Replace every `nn.Linear` (and GPT-2's `Conv1D`) of `model`, in place, by an `NF4Linear`; returns the model.
-
-    skip: module names, whole or as dotted parts (`lm_head`, `layers.0.mlp`). Layers whose weight is shared with another
-    module (a tied output head) stay dense whatever `skip` says. progress(done, total, name) is called per layer.
-    First everything is checked, so that a bad layer leaves the model as it was; then one layer at a time is
-    quantised and its dense weight released. A transformers model also gets the `quantization_config` and the attributes
-    that Trainer and `save_pretrained` look for. Raises ValueError for unknown types, block sizes and NaN weights.
-    """
-    from peft_kernels import quantize_4bit
-
-    if quant_type not in QUANT_TYPES or blocksize not in BLOCKSIZES:
-        expected = f"one of {list(QUANT_TYPES)} at one of {BLOCKSIZES}"
-        raise ValueError(f"quantize_model: {quant_type!r} at blocksize {blocksize!r}, expected {expected}")
-    skip = [skip] if isinstance(skip, str) else list(skip)
-    plan, kept = _plan(model, skip)
-    if not plan:
-        raise ValueError(f"quantize_model: no linear layer to quantise in {type(model).__name__} (skip={skip})")
-    total, done = len(plan), 0
-    while plan:
-        name, parent, child = plan.popleft()
-        layer: Any = parent._modules[child]
-        dense = layer.weight.detach()
-        dense = dense.t() if _is_conv1d(layer) else dense
-        weight = quantize_4bit(dense.contiguous(), quant_type, blocksize, double_quant)
-        new = NF4Linear(weight, layer.bias, compute_dtype).train(layer.training)
-        parent._modules[child] = new
-        del layer, dense
-        done += 1
-        if progress is not None:
-            progress(done, total, name)
-    from .integrations import transformers_nf4
-
-    transformers_nf4.mark_quantized(model, quant_type, double_quant, compute_dtype, kept)
-    return model
-
-
-def _plan(model: nn.Module, skip: list[str]) -> tuple[deque[tuple[str, nn.Module, str]], list[str]]:
-    owners: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    plan: deque[tuple[str, nn.Module, str]] = deque()
-    kept: list[str] = []
-    bad: list[str] = []
-    for parent_name, parent in model.named_modules():
-        for child, layer in parent.named_children():
-            if not (type(layer) is nn.Linear or _is_conv1d(layer)):
-                continue
-            name = f"{parent_name}.{child}" if parent_name else child
-            if owners[id(layer.weight)] > 1 or any(f".{part}." in f".{name}." for part in skip):
-                kept.append(name)
-                continue
-            plan.append((name, parent, child))
-            if layer.weight.is_meta:
-                raise ValueError(f"quantize_model: {name} is on the meta device; load its weights first")
-            if layer.weight.dtype not in DTYPES.values() or not _is_finite(layer.weight):
-                bad.append(name)
-    if bad:
-        raise ValueError(f"quantize_model: NaN, infinite or not float32/16 weights in {list_some(bad)}")
-    return plan, kept
-
-
-def _is_finite(weight: Tensor) -> bool:
-    # One pass and no mask; float64 holds the sum of any float32 values.
-    return bool(torch.isfinite(weight.detach().sum(dtype=torch.float64)))
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    # By name, so that transformers need not be imported: GPT-2's linear layer, which stores [in, out].
-    return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
-
-
-def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every `NF4Linear` by a dense `nn.Linear`, in place; returns the model."""
-    for parent in list(model.modules()):
-        for child, layer in list(parent.named_children()):
-            if isinstance(layer, NF4Linear):
-                with torch.device("meta"):
-                    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-                dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
-                if layer.bias is not None:
-                    dense.bias = nn.Parameter(layer.bias.detach().to(dense.weight.dtype), requires_grad=False)
-                parent._modules[child] = dense.train(layer.training)
-    from .integrations import transformers_nf4
-
-    transformers_nf4.unmark_quantized(model)
-    return model
-
-
-def from_bitsandbytes(model: nn.Module) -> nn.Module:
-    """Replace every bitsandbytes `Linear4bit` of `model`, in place, by an `NF4Linear` over the same bytes."""
-    for parent in list(model.modules()):
-        for child, layer in list(parent.named_children()):
-            if any(base.__name__ == "Linear4bit" for base in type(layer).__mro__):
-                parent._modules[child] = NF4Linear.from_bnb(layer).train(layer.training)
-    return model

@@ -1,19 +1,10 @@
-"""4-bit models and transformers: what a quantised model must carry, and loading folders that hold one.
-
-transformers knows a quantised model by `hf_quantizer`, `is_quantized`, `quantization_method` and
-`config.quantization_config`. Ours carries bitsandbytes' `quantization_config`, since that is what the saved bytes are;
-its quantizer says that the model can be trained (with an adapter) and saved, and needs no bitsandbytes.
-`from_pretrained(folder, quantization_config=nf4_config())` quantises a dense folder into `NF4Linear` while loading.
-"""
+"""Loading folders that hold a 4-bit model, without its dense weights and without bitsandbytes."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,117 +12,13 @@ import torch
 from torch import nn
 
 from ..safety import AdapterFileError, Header, list_some, path_inside, read_header, read_json, read_tensors
+from .bnb_keys import DTYPES
+from .nf4_linear import NF4Linear
+from .quantize import transformers_classes
+from .transformers_nf4 import mark_quantized
 
-METHOD = "fastpeft_nf4"
-_MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method")
 # A shard's header names every tensor of a part of the model; 100 MB is the format's own limit.
 _MAX_MODEL_HEADER = 100_000_000
-
-
-@cache
-def _classes() -> tuple[type, type]:
-    """The configuration and quantizer classes, registered with transformers on first use."""
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    class NF4Config(QuantizationConfigMixin):
-        """Arguments of `quantize_model`, for `from_pretrained(..., quantization_config=...)`."""
-
-        def __init__(
-            self, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
-            skip: list[str] | None = None, compute_dtype: str | None = None, **_: Any,
-        ) -> None:  # fmt: skip
-            self.quant_method: Any = METHOD
-            self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
-            self.skip = ["lm_head"] if skip is None else list(skip)
-            self.compute_dtype = compute_dtype
-
-    class NF4Quantizer(HfQuantizer):
-        """Quantises after loading; afterwards tells transformers that the model trains and saves."""
-
-        requires_calibration = False
-
-        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            from ..nf4 import quantize_model
-
-            config: Any = self.quantization_config
-            dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
-            return quantize_model(model, config.quant_type, config.blocksize, config.double_quant, config.skip, dtype)
-
-        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-            from ..nf4 import dequantize_model
-
-            model = dequantize_model(model, dtype)
-            # transformers removes these itself right after this call
-            model.hf_quantizer, model.quantization_method = self, METHOD
-            model.config.quantization_config = self.quantization_config
-            return model
-
-        def is_serializable(self) -> bool:
-            return True
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-        @property
-        def is_compileable(self) -> bool:
-            return True
-
-    for cls in (NF4Config, NF4Quantizer):
-        # Reachable by name, so that a model that carries them pickles.
-        cls.__qualname__ = cls.__name__
-        setattr(sys.modules[__name__], cls.__name__, cls)
-    register_quantization_config(METHOD)(NF4Config)
-    register_quantizer(METHOD)(NF4Quantizer)
-    return NF4Config, NF4Quantizer
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("NF4Config", "NF4Quantizer"):
-        return _classes()[name == "NF4Quantizer"]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def nf4_config(**arguments: Any) -> Any:
-    """A `quantization_config` for `from_pretrained`, with `quantize_model`'s arguments."""
-    return _classes()[0](**arguments)
-
-
-def mark_quantized(
-    model: Any, quant_type: str, double_quant: bool, compute_dtype: torch.dtype | None, kept: list[str]
-) -> None:
-    """Give a transformers model the attributes of a quantised one; any other model is left alone."""
-    if "transformers" not in sys.modules or not isinstance(model, sys.modules["transformers"].PreTrainedModel):
-        return
-    from transformers import BitsAndBytesConfig
-
-    bnb_config: Any = BitsAndBytesConfig
-    model.config.quantization_config = bnb_config(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype or model.dtype,
-        # Exact names: left out, transformers guesses which layers are dense.
-        llm_int8_skip_modules=kept,
-    )
-    config_cls, quantizer_cls = _classes()
-    config = config_cls(quant_type=quant_type, double_quant=double_quant, skip=kept)
-    model.hf_quantizer = quantizer_cls(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = METHOD
-    # transformers imports bitsandbytes to count the parameters of a model that says this.
-    model.is_loaded_in_4bit = importlib.util.find_spec("bitsandbytes") is not None
-
-
-def unmark_quantized(model: Any) -> None:
-    """Undo `mark_quantized`."""
-    for name in _MARKS:
-        model.__dict__.pop(name, None)
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
 
 
 @contextmanager
@@ -189,13 +76,9 @@ def load_nf4_model(
         raise AdapterFileError(f"{root}: no tensor for {list_some(left)}")
     if (root / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(root)
-    mark_quantized(model, quant_type, nested, compute_dtype or _saved_dtype(quantization), kept)
+    saved_dtype = DTYPES.get(str(quantization.get("bnb_4bit_compute_dtype")))
+    mark_quantized(model, transformers_classes, quant_type, nested, compute_dtype or saved_dtype, kept)
     return model.to(device).eval()
-
-
-def _saved_dtype(quantization: dict[str, Any]) -> torch.dtype | None:
-    name = quantization.get("bnb_4bit_compute_dtype")
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(name))
 
 
 def _headers(root: Path) -> list[Header]:
@@ -211,8 +94,6 @@ def _swap(
     model: nn.Module, headers: list[Header], dtype: torch.dtype, compute_dtype: torch.dtype | None
 ) -> tuple[list[str], str, bool]:
     """Put an empty NF4Linear wherever the files hold a 4-bit weight; return what stays dense, the type, and nested."""
-    from ..nf4 import NF4Linear
-
     names = {key for header in headers for key in header.tensors}
     types = {}
     for key in names:
@@ -242,8 +123,6 @@ def _swap(
 
 
 def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype) -> None:
-    from ..nf4 import NF4Linear
-
     owner = {key: header for header in headers for key in header.tensors}
     packed: dict[str, list[str]] = {name: [] for name, m in model.named_modules() if isinstance(m, NF4Linear)}
     plain: list[str] = []

@@ -1,0 +1,174 @@
+"""bitsandbytes' quantised layers as base weights. bitsandbytes is imported only to write one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peft_kernels
+from peft_kernels import QuantWeight
+
+from .base import BaseWeight, Saved, Weight, has_base, has_hooks, put_back, relative_error
+from .nf4 import Quant4bitWeight
+
+
+class Bnb4bitWeight(Quant4bitWeight):
+    """Linear4bit: its bytes are read in place by the kernels.
+
+    bitsandbytes' own forward repacks the bytes for its CPU kernel, with a loss in nested scales, whenever it runs in
+    eval mode on a CPU with AVX512-BF16. So the base is computed by `peft_kernels`, which reads the standard layout; a
+    layer that was already repacked is converted back once.
+    """
+
+    label = "Linear4bit"
+    quantized = "bnb 4bit"
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return has_base(module, "Linear4bit", "bitsandbytes")
+
+    def check(self) -> None:
+        weight = self.module.weight
+        if getattr(weight, "quant_state", None) is None and weight.device.type != "meta":
+            raise ValueError("a bitsandbytes Linear4bit that is not quantised: move the model to its device first")
+
+    def quant(self) -> QuantWeight:
+        weight = self.module.weight
+        if weight.quant_state is None:
+            weight.quant_state = getattr(self.module, "quant_state", None)
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            undo_cpu_packing(weight)
+        return QuantWeight.from_bnb(weight)
+
+    def _store(self, w: Tensor, like: QuantWeight) -> None:
+        bnb: Any = importlib.import_module("bitsandbytes")
+        old = self.module.weight
+        new = bnb.nn.Params4bit(
+            w.to("cpu", like.dtype), requires_grad=False, blocksize=like.blocksize, compress_statistics=like.nested,
+            quant_type=like.quant_type, quant_storage=old.quant_storage, module=self.module,
+        )  # fmt: skip
+        self._replace(new.to(old.device))
+
+    def _replace(self, weight: Any) -> None:
+        self.module._parameters["weight"] = weight
+        self.module.quant_state = weight.quant_state
+        weight.module = self.module
+
+    def save(self) -> Saved:
+        self.quant()  # undoes a repacking, so that what is kept is the standard layout
+        return BaseWeight.save(self)
+
+    def restore(self, saved: Saved) -> None:
+        self._replace(saved["weight"].to(self.module.weight.device))
+        put_back(self.module, {"bias": saved["bias"]})
+
+    def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        module = self.module
+        if args or kwargs or has_hooks(module) or module.weight.requires_grad:
+            return module(x, *args, **kwargs)  # type: ignore[no-any-return]
+        compute = getattr(module, "compute_dtype", None) or x.dtype
+        bias = None if module.bias is None else module.bias.to(compute)
+        return peft_kernels.lora_linear(x.to(compute), self.quant(), bias=bias).to(x.dtype)
+
+    def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
+        module = self.module
+        parameters, hooks, pre = module._parameters, module._forward_hooks, module._forward_pre_hooks
+        held: Any = None
+        state: Any = None
+        qw: QuantWeight | None = None
+
+        def weight() -> QuantWeight | None:
+            nonlocal held, state, qw
+            w = parameters.get("weight")
+            if w is None or w.requires_grad or hooks or pre:
+                return None
+            # The state object tells a requantised or repacked weight from the one that was seen last.
+            if w is not held or w.quant_state is not state or getattr(state, "packing_format_for_cpu", False):
+                qw = self.quant()
+                held, state = w, w.quant_state
+            return qw
+
+        return weight
+
+
+def undo_cpu_packing(weight: Any) -> None:
+    """Bring a `Params4bit` that bitsandbytes repacked for its CPU kernel back into the standard layout, in place.
+
+    The packing rounded the scales to bfloat16 and dropped the nested ones; they stay plain float32 here, since
+    quantising them again would lose more. (bitsandbytes' own way back leaves plain scales transposed.)
+    """
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    state = weight.quant_state
+    scales = state.absmax.T.reshape(-1).float()
+    state.original_nested = False
+    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    weight.quant_state.absmax, weight.quant_state.nested, weight.quant_state.state2 = scales, False, None
+
+
+class Bnb8bitWeight(BaseWeight):
+    """Linear8bitLt: int8 rows with a float32 scale each, W = CB * SCB / 127."""
+
+    label = "Linear8bitLt"
+    quantized = "bnb 8bit"
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return has_base(module, "Linear8bitLt", "bitsandbytes")
+
+    @property
+    def _packed(self) -> bool:
+        return self.module.weight.dtype is torch.int8
+
+    @property
+    def _scales(self) -> Any:
+        return self.module.state.SCB if self.module.state.SCB is not None else self.module.weight.SCB
+
+    def check(self) -> None:
+        if not self._packed and not self.module.state.has_fp16_weights:
+            raise ValueError("a bitsandbytes Linear8bitLt that is not quantised: move the model to its device first")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self._packed else super().dtype
+
+    def read(self) -> Weight:
+        return (self.rows(slice(None)), self.bias) if self._packed else super().read()
+
+    def rows(self, index: slice | Tensor) -> Tensor:
+        if not self._packed:
+            return super().rows(index)
+        decoded: Tensor = self.module.weight.data[index].float() * (self._scales[index].float() / 127.0).unsqueeze(1)
+        return decoded
+
+    def write(self, w: Tensor, b: Tensor | None) -> float | None:
+        if not self._packed:
+            return super().write(w, b)
+        bnb: Any = importlib.import_module("bitsandbytes")
+        w = w.detach().to(torch.float32)
+        new = bnb.nn.Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False)
+        self._replace(new.to(self.module.weight.device))
+        self._write_bias(b)
+        return relative_error(self.read()[0], w)
+
+    def _replace(self, weight: Any) -> None:
+        """Install an int8 weight; the layer's own state takes its scales over on the next forward."""
+        self.module._parameters["weight"] = weight
+        state = self.module.state
+        state.CB, state.SCB = None, None
+        state.reset_grads()
+
+    def save(self) -> Saved:
+        return {**super().save(), **({"SCB": self._scales} if self._packed else {})}
+
+    def restore(self, saved: Saved) -> None:
+        put_back(self.module, {"bias": saved["bias"]})
+        weight = saved["weight"]
+        if "SCB" in saved:
+            weight.CB, weight.SCB = weight.data, saved["SCB"]
+            self._replace(weight.to(self.module.weight.device))
+        else:
+            self.module._parameters["weight"] = weight

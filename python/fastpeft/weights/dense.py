@@ -1,0 +1,100 @@
+"""Layers that store a plain weight: linear, embedding, convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_kernels import QuantWeight
+
+from .base import BaseWeight, has_base
+
+
+class LinearWeight(BaseWeight):
+    """nn.Linear and subclasses of it that store a plain weight."""
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def frozen(self) -> Callable[[], Tensor] | None:
+        return super().frozen() if type(self.module).forward is nn.Linear.forward else None
+
+    def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
+        module = self.module
+        if type(module).forward is not nn.Linear.forward:
+            return None
+        parameters, hooks, pre = module._parameters, module._forward_hooks, module._forward_pre_hooks
+        backward = module._backward_hooks
+
+        def weight() -> Tensor | None:
+            w: Tensor | None = parameters.get("weight")
+            return None if w is None or w.requires_grad or hooks or pre or backward else w
+
+        return weight
+
+
+class Conv1DWeight(BaseWeight):
+    """transformers' Conv1D (GPT-2): a linear layer that stores W transposed."""
+
+    fan_in_fan_out = True
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return has_base(module, "Conv1D", "transformers")
+
+
+class EmbeddingWeight(BaseWeight):
+    """nn.Embedding, as the linear layer that acts on one-hot rows: W = weight^T."""
+
+    kind = "embedding"
+    label = "Embedding"
+    names = ("weight", None)
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    def check(self) -> None:
+        if self.module.max_norm is not None:
+            raise ValueError("Embedding(max_norm=...) changes its weight in every forward: no adapter of it can merge")
+
+    def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return scaled(self.module, F.embedding(x, w.t(), padding_idx=self.module.padding_idx))
+
+
+def scaled(embedding: nn.Module, y: Tensor) -> Tensor:
+    """Rows as an embedding gives them out: Gemma multiplies those that it looks up."""
+    scale = getattr(embedding, "embed_scale", None)
+    return y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+
+class ConvWeight(BaseWeight):
+    """nn.Conv1d, Conv2d and Conv3d, grouped or not, with any padding mode."""
+
+    types: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, cls.types) and not getattr(module, "transposed", False)
+
+    def in_features(self, shape: tuple[int, ...]) -> int:
+        return int(self.module.in_channels)
+
+    def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return self.module._conv_forward(x, w, b)  # type: ignore[no-any-return]
+
+
+class Conv1dWeight(ConvWeight):
+    kind, label, types = "conv1d", "Conv1d", nn.Conv1d
+
+
+class Conv2dWeight(ConvWeight):
+    kind, label, types = "conv2d", "Conv2d", nn.Conv2d
+
+
+class Conv3dWeight(ConvWeight):
+    kind, label, types = "conv3d", "Conv3d", nn.Conv3d

@@ -1,0 +1,23 @@
+"""The kind of storage that a module has."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import BaseWeight
+from .bnb import Bnb4bitWeight, Bnb8bitWeight
+from .dense import Conv1DWeight, Conv1dWeight, Conv2dWeight, Conv3dWeight, EmbeddingWeight, LinearWeight
+from .nf4 import Quant4bitWeight
+from .norms import NormWeight
+from .read_by_module import AttentionWeight
+
+# The more special ones first.
+KINDS: tuple[type[BaseWeight], ...] = (
+    Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, Conv1DWeight, EmbeddingWeight, Conv1dWeight, Conv2dWeight,
+    Conv3dWeight, AttentionWeight, LinearWeight, NormWeight,
+)  # fmt: skip
+
+
+def weight_of(module: nn.Module) -> BaseWeight | None:
+    """A module's weight, or None if no adapter can act on it."""
+    return next((kind(module) for kind in KINDS if kind.accepts(module)), None)

@@ -1,0 +1,93 @@
+"""4-bit layers as base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peft_kernels
+from peft_kernels import QuantWeight
+
+from .base import BaseWeight, Saved, Weight, put_back, relative_error
+
+
+class Quant4bitWeight(BaseWeight):
+    """A linear layer with the protocol `quant_weight()` and `set_quant_weight(qw)`: fastpeft's NF4Linear."""
+
+    label = "NF4Linear"
+    quantized = "nf4"
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return hasattr(module, "quant_weight") and hasattr(module, "set_quant_weight")
+
+    def quant(self) -> QuantWeight:
+        return self.module.quant_weight()  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.quant().shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(self.module, "compute_dtype", None) or self.quant().dtype
+
+    def read(self) -> Weight:
+        return peft_kernels.dequantize_4bit(self.quant(), dtype=torch.float32), self.bias
+
+    def rows(self, index: slice | Tensor) -> Tensor:
+        found = _rows(self.quant(), index)
+        return super().rows(index) if found is None else found
+
+    def write(self, w: Tensor, b: Tensor | None) -> float | None:
+        w = w.detach().to(torch.float32)
+        self._store(w, self.quant())
+        self._write_bias(b)
+        return relative_error(self.read()[0], w)
+
+    def _store(self, w: Tensor, like: QuantWeight) -> None:
+        new = peft_kernels.quantize_4bit(
+            w, quant_type=like.quant_type, blocksize=like.blocksize, nested=like.nested,
+            nested_blocksize=like.nested_blocksize,
+        )  # fmt: skip
+        self.module.set_quant_weight(replace(new, dtype=like.dtype))
+
+    def save(self) -> Saved:
+        # `set_quant_weight` replaces the tensors and never writes into them, so these stay what they are.
+        return {"weight": self.quant(), "bias": self.module._parameters.get("bias")}
+
+    def restore(self, saved: Saved) -> None:
+        self.module.set_quant_weight(saved["weight"].to(self.quant().device))
+        put_back(self.module, {"bias": saved["bias"]})
+
+    def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
+        module = self.module
+        hooks, pre = module._forward_hooks, module._forward_pre_hooks
+        tensors: Any = module._parameters if "weight" in module._parameters else module._buffers  # sharded: parameters
+        held, qw = tensors.get("weight"), self.quant()
+
+        def weight() -> QuantWeight | None:
+            nonlocal held, qw
+            if tensors.get("weight") is not held:
+                held, qw = tensors.get("weight"), self.quant()
+            return None if hooks or pre else qw
+
+        return weight
+
+
+def _rows(qw: QuantWeight, index: slice | Tensor) -> Tensor | None:
+    """Some rows of a 4-bit weight in float32; None where its blocks straddle rows."""
+    n, k = qw.shape
+    if k % qw.blocksize or k % 2:
+        return None
+    scales = qw.absmax
+    if qw.nested_absmax is not None and qw.nested_code is not None and qw.offset is not None:
+        outer = qw.nested_absmax.repeat_interleave(qw.nested_blocksize)[: len(scales)]
+        scales = qw.nested_code[scales.long()] * outer + qw.offset
+    packed = qw.packed.view(n, -1)[index].contiguous()
+    some = QuantWeight(packed, scales.view(n, -1)[index].reshape(-1), (len(packed), k), qw.quant_type, qw.blocksize)
+    return peft_kernels.dequantize_4bit(some, dtype=torch.float32)

@@ -1,0 +1,123 @@
+"""Weights that their module's forward reads for itself: MultiheadAttention's projections, and parameters named by
+`target_parameters`, such as a mixture's stack of experts.
+
+Nothing can wrap a call here, so the module runs with the merged weight in the parameter's place: one transient weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import BaseWeight, Wrapping, innermost
+from .dense import LinearWeight
+
+
+class TransientWeight(BaseWeight):
+    """A parameter that its module reads. The module may be an adapter layer itself: layers for several parameters of
+    one module are nested."""
+
+    transient = True
+
+    @property
+    def holder(self) -> Any:
+        return innermost(self.module)
+
+    def in_features(self, shape: tuple[int, ...]) -> int:
+        return shape[-1]
+
+    def out_features(self, shape: tuple[int, ...]) -> int:
+        return shape[-2]
+
+    def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        with self.replaced(w, b):
+            return self.module(x)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def replaced(self, w: Tensor, b: Tensor | None) -> Iterator[None]:
+        """Within this, the module computes with W and b; gradients flow to what they were made of."""
+        held, saved, (weight, bias) = self.holder._parameters, self.save(), self.names
+        try:
+            held[weight] = self.turned(w).to(saved[weight].dtype)
+            if b is not None and bias is not None:
+                held[bias] = b.to(saved[bias].dtype)
+            yield
+        finally:
+            held.update(saved)
+
+
+class AttentionOutWeight(LinearWeight):
+    """The out_proj of an attention. PEFT adds an update there twice, in forward and merge alike, so that what its files
+    hold acts with twice its scaling; to compute what they were trained to compute, so it does here. (PEFT's gradient
+    sees it once; ours is the function's.)"""
+
+    times = 2
+
+
+class AttentionWeight(TransientWeight):
+    """nn.MultiheadAttention with one width for query, key and value: in_proj_weight as W [3 embed_dim, embed_dim].
+
+    Its out_proj gets the adapter as well, in a layer of its own, whose weight is put in place with this one's.
+    """
+
+    label = "MultiheadAttention"
+    names = ("in_proj_weight", "in_proj_bias")
+    # What nn.TransformerEncoderLayer and others ask an attention for.
+    attributes = frozenset({"embed_dim", "kdim", "vdim", "num_heads", "dropout", "batch_first", "head_dim", "out_proj",
+                            "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn",
+                            "_qkv_same_embed_dim"})  # fmt: skip
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    def attribute(self, name: str) -> Any:
+        # False keeps TransformerEncoderLayer off a fused path that reads the base weights and passes adapters over.
+        if name == "_qkv_same_embed_dim":
+            return False
+        value = getattr(self.module, name)
+        return innermost(value) if name == "out_proj" else value
+
+    def check(self) -> None:
+        if not self.module._qkv_same_embed_dim:
+            raise ValueError("MultiheadAttention with other widths for key or value (kdim, vdim) is not supported")
+
+    def parts(self) -> dict[str, BaseWeight]:
+        return {"out_proj": AttentionOutWeight(self.module.out_proj)}
+
+    @contextmanager
+    def replaced(self, w: Tensor, b: Tensor | None) -> Iterator[None]:
+        out = self.module.out_proj
+        with super().replaced(w, b):
+            if not isinstance(out, Wrapping):
+                yield
+                return
+            held: Any = out.base_layer._parameters
+            saved = dict(held)
+            try:
+                held["weight"], held["bias"] = out.current_weight()
+                yield
+            finally:
+                held.update(saved)
+
+
+class ParameterWeight(TransientWeight):
+    """A parameter of any module, by name: 2-d as W [out, in]; 3-d as a stack of experts [E, out, in], which a module
+    with `is_transposed` keeps as [E, in, out]. ValueError for other parameters."""
+
+    label = "ParamWrapper"
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module)
+        self.names = (name, None)
+        dim = self.tensor.dim()
+        if dim not in (2, 3):
+            raise ValueError(f"parameter {name!r} has {dim} dimensions; only 2 and 3 (experts) are supported")
+        self.kind = "linear" if dim == 2 else "experts"
+        self._swapped = dim == 3 and bool(getattr(self.holder, "is_transposed", False))
+
+    def turned(self, w: Tensor) -> Tensor:
+        return w.transpose(-1, -2) if self._swapped else w
