@@ -165,7 +165,7 @@ def test_the_tables_in_c_are_those_of_formats(quant_type: int) -> None:
 
 
 def test_the_bf16_table_of_the_kernels_loses_less_than_a_rounded_weight() -> None:
-    # csrc/cpu/lora_panels.inc: codes are multiplied in bf16 as table * factor, and scaled in float32 afterwards
+    # csrc/cpu/lora/pack_forward.inc: codes are multiplied in bf16 as table * factor, and scaled in float32 afterwards
     table = torch.tensor(NF4_TABLE, dtype=torch.float64)
     factor = torch.tensor(1.8598137, dtype=torch.float32)
     kept = (table.float() * factor).bfloat16().double() / factor.double()

@@ -35,6 +35,6 @@ constexpr int64_t PK_BACKWARD_ROWS = 64;
 int64_t pk_lora_backward_workspace(const pk_lora_args &args);
 int pk_lora_backward(const pk_lora_args &args, cudaStream_t stream);
 
-/* Its product dy W, float32 [splits, M, K], to be added up: lora_input.cu. */
-int pk_lora_input_splits(const pk_lora_args &args);
-int pk_lora_input(const pk_lora_args &args, float *parts, cudaStream_t stream);
+/* Its product dy W, float32 [splits, M, K], to be added up: lora_dx.cu. */
+int pk_lora_dx_splits(const pk_lora_args &args);
+int pk_lora_dx(const pk_lora_args &args, float *parts, cudaStream_t stream);

@@ -2,7 +2,7 @@
 #include <float.h>
 #include <math.h>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 /* Rows of the stacks that adapters in use share would get the gradient of one of them only. */
 static int check_disjoint(const pk_lora_args *a) {
