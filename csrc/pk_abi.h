@@ -19,7 +19,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 6
+#define PK_ABI_VERSION 7
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -120,6 +120,11 @@ PK_EXPORT int64_t pk_lora_args_size(void); /* sizeof(pk_lora_args), checked by n
 enum { PK_LORA_MOST = 16 }; /* projections in a stack */
 PK_EXPORT int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count);
 PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count);
+/* For tests: paths[count] = the pk_lora_path by which a forward with these arguments multiplies row `row` of x by each
+ * projection's weight, at the level in use. PK_PATH_X is csrc/cpu/lora/forward_x.inc; lora_linear.inc there says when. Of what
+ * the arguments point to, the adapters are read. */
+typedef enum pk_lora_path { PK_PATH_GEMV, PK_PATH_ROW_PER_LANE, PK_PATH_IN_REGISTERS, PK_PATH_PANELS } pk_lora_path;
+PK_EXPORT int pk_cpu_lora_linear_paths(const pk_lora_args *args, int64_t count, int64_t row, int64_t *paths);
 
 /* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; x, y, s and what belongs to rows of
  * x are not read. */

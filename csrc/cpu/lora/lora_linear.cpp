@@ -97,6 +97,14 @@ int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count) {
     return finish(pk_table()->lora_linear(args, count));
 }
 
+int pk_cpu_lora_linear_paths(const pk_lora_args *args, int64_t count, int64_t row, int64_t *paths) {
+    if (int code = check_stack(args, count, false)) return code;
+    if (row < 0 || row >= args->M)
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear_paths: row must be one of the %lld of x, got %lld", (long long)args->M, (long long)row);
+    pk_table()->lora_linear_paths(args, count, row, paths);
+    return PK_OK;
+}
+
 int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count) {
     int code = check_stack(args, count, true);
     return code ? code : finish(pk_table()->lora_linear_backward(args, count));
