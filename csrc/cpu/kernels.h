@@ -7,7 +7,7 @@
 #include "../pk_abi.h"
 
 /* Whether a, b, da and db are tables of pointers. Without adapters `starts` may be NULL because it is empty. */
-static inline bool pk_adapters_apart(const pk_lora_args *args) { return args->adapters && !args->starts && args->S > 0; }
+static inline bool pk_adapters_by_pointer(const pk_lora_args *args) { return args->adapters && !args->starts && args->S > 0; }
 
 /* butterfly_rotate: rows [M][d] of dtype; blocks [m][d / b, or 1 if shared][b][b]. Forward: x -> y. Backward: x and dy -> y,
  * which is dx, or NULL. */
