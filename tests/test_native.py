@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from array import array
@@ -177,6 +178,14 @@ def test_the_bf16_table_of_the_kernels_loses_less_than_a_rounded_weight() -> Non
     fp4 = torch.tensor(TABLES[2], dtype=torch.float64)
     exact = (fp4.float() * 1.5).bfloat16().double() / 1.5
     assert (exact - fp4).abs().max() < 2.0**-24
+
+
+def test_comments_of_the_sources_name_their_subject() -> None:
+    """The first word of a comment is a noun or a verb of the field."""
+    begins = re.compile(r"(?:/\*|//) *(?:What|Whether|Who|That)\b.*")
+    for path in sorted((Path(__file__).parents[1] / "csrc").rglob("*.*")):
+        found = begins.search(path.read_text())
+        assert found is None, f"{path.name}: {found[0]}"
 
 
 @needs_native

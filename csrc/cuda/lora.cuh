@@ -1,4 +1,4 @@
-/* What the files of lora_linear on the GPU share. pk_lora_args is checked once, in lora_linear.cu; the functions here
+/* Shared by the files of lora_linear on the GPU. pk_lora_args is checked once, in lora_linear.cu; the functions here
  * start from checked arguments: quantised W (16 `table` values on the host), x of bfloat16 or float16, N, K, M > 0. */
 #pragma once
 #include "common.cuh"

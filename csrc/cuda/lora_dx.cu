@@ -25,7 +25,8 @@ using mma::THREADS;
 constexpr int WIDE = 4, DEEP = 2, ROWS = 32, STEP = ROWS * DEEP, COLUMNS = 64 * WIDE, STAGES = 4;
 static_assert(32 * WIDE * DEEP == THREADS && STAGES * STEP == mma::LINES, "a line of codes for each row and stage");
 
-/* What the scale multiplies. GENERAL: weights that need not share a scale in 64 columns; dy and N of any alignment. */
+/* The operand that the scale multiplies. GENERAL: weights that need not share a scale in 64 columns; dy and N of any
+ * alignment. */
 enum How { GRADIENTS, WEIGHTS, GENERAL };
 
 struct Dx {

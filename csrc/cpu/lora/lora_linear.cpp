@@ -1,10 +1,10 @@
-/* Exported functions of lora_linear: argument checks (bugs of the caller; users' mistakes are found in Python). */
+/* Exported functions of the LoRA family: argument checks (bugs of the caller; users' mistakes are found in Python). */
 #include <float.h>
 #include <math.h>
 
 #include "../kernels.h"
 
-/* Rows of the stacks that adapters in use share would get the gradient of one of them only. */
+/* Refuses adapters in use that share rows of a stack: such rows would get the gradient of one of them only. */
 static int check_disjoint(const pk_lora_args *a) {
     int64_t *owner = (int64_t *)pk_scratch(0, size_t(a->P) * 8);
     if (!owner) return pk_fail(PK_ERR_MEMORY, "lora_linear: no memory for the owners of %lld rows", (long long)a->P);
@@ -100,7 +100,8 @@ int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count) {
 int pk_cpu_lora_linear_paths(const pk_lora_args *args, int64_t count, int64_t row, int64_t *paths) {
     if (int code = check_stack(args, count, false)) return code;
     if (row < 0 || row >= args->M)
-        return pk_fail(PK_ERR_ARGUMENT, "lora_linear_paths: row must be one of the %lld of x, got %lld", (long long)args->M, (long long)row);
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear_paths: row must be one of the %lld of x, got %lld",
+                       (long long)args->M, (long long)row);
     pk_table()->lora_linear_paths(args, count, row, paths);
     return PK_OK;
 }
