@@ -1,4 +1,4 @@
-"""The table at the top of csrc/cpu/lora/lora_linear.inc, of which file serves a call, against the library's own answer."""
+"""The table at the top of csrc/cpu/lora/lora_linear.inc (which file serves a call), against the library's answer."""
 
 from __future__ import annotations
 
