@@ -14,12 +14,14 @@
  *   3. csrc/cpu/<op>.inc: the text of that kernel, compiled once per level (see csrc/cpu/unit.cpp for the rules);
  *   4. csrc/cpu/<op>.cpp: the exported function: checks its arguments, then calls pk_table()->name(...);
  *   5. CMakeLists.txt: <op> in PK_CPU_OPS; peft_kernels/native.py: its argtypes in _CPU_SIGNATURES.
+ * The LoRA family (lora_linear, lora_linear_stacked, multi_lora_linear, dora_linear, dora_norm) shares csrc/cpu/lora/:
+ * 3 and 4 are lora_linear.inc, lora_linear_backward.inc and lora_linear.cpp there.
  */
 #ifndef PK_ABI_H
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 6
+#define PK_ABI_VERSION 7
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -68,9 +70,11 @@ PK_EXPORT int pk_cpu_unchanged(const int64_t *addresses, int64_t count, int64_t 
  *             dx = dy weight + drop'((dh - dy) weight + ds a), which without dropout is dh weight + ds a
  * With adapters (many adapters on one weight, no gain): a, da [P, K]; b, db [P, N], which is b transposed; rows
  * starts[i] .. starts[i] + ranks[i] of both are adapter i's. adapters[m] is row m's, -1 for none; r = max_rank is the width
- * of s, with zeros beyond ranks[i]. Adapters in use share no rows in a backward; what of da and db is nobody's is zero.
- * starts NULL, S > 0 (CPU only): a, b, da, db are arrays of S pointers, to a_i, da_i [ranks[i], K] and b_i, db_i [N, ranks[i]] of
- * each adapter; one of da or db that is NULL is not wanted, what is of an adapter without rows is zero. P is not read.
+ * of s, with zeros beyond ranks[i]. Adapters in use share no rows in a backward; rows of da and db that belong to no
+ * adapter in use are zeroed.
+ * Adapters by pointer (starts NULL, S > 0; CPU only): a, b, da, db are arrays of S pointers, to a_i, da_i [ranks[i], K]
+ * and b_i, db_i [N, ranks[i]] of each adapter; an entry of da or db that is NULL is not wanted, and those of adapters
+ * without a row of x are zeroed. P is not read.
  * Quantised weights: N*K codes, two a byte, high nibble = even element of the flat row-major order, absmax per
  * `blocksize` elements of that order. absmax is float32, or uint8 codes when nested_code != NULL: then
  * absmax[i] = nested_code[codes[i]] * nested_absmax[i / nested_blocksize] + *offset.
@@ -120,6 +124,11 @@ PK_EXPORT int64_t pk_lora_args_size(void); /* sizeof(pk_lora_args), checked by n
 enum { PK_LORA_MOST = 16 }; /* projections in a stack */
 PK_EXPORT int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count);
 PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count);
+/* For tests: paths[count] = the pk_lora_path by which a forward with these arguments multiplies row `row` of x by each
+ * projection's weight, at the level in use. PK_PATH_X is csrc/cpu/lora/forward_x.inc; a table in lora_linear.inc says
+ * when. Of the memory that the arguments point to, adapters, starts and ranks are read (and a, b by pointer). */
+typedef enum pk_lora_path { PK_PATH_GEMV, PK_PATH_ROW_PER_LANE, PK_PATH_IN_REGISTERS, PK_PATH_PANELS } pk_lora_path;
+PK_EXPORT int pk_cpu_lora_linear_paths(const pk_lora_args *args, int64_t count, int64_t row, int64_t *paths);
 
 /* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; x, y, s and what belongs to rows of
  * x are not read. */

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
-ABI_VERSION = 6  # PK_ABI_VERSION of csrc/pk_abi.h
+ABI_VERSION = 7  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
 BUILD_COMMAND = "make native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype
@@ -35,6 +35,7 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     # an array of pk_lora_args packed into bytes, which ctypes passes far faster than 30 arguments; its length
     "pk_cpu_lora_linear": [c_char_p, c_int64],
     "pk_cpu_lora_linear_backward": [c_char_p, c_int64],
+    "pk_cpu_lora_linear_paths": [c_char_p, *[c_int64] * 2, c_void_p],
     "pk_cpu_squared_row_norms": [c_char_p, c_void_p],
     "pk_cpu_dora_linear": [c_char_p, *[c_void_p] * 3],
     "pk_cpu_dora_linear_backward": [c_char_p, c_void_p],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from array import array
@@ -165,7 +166,7 @@ def test_the_tables_in_c_are_those_of_formats(quant_type: int) -> None:
 
 
 def test_the_bf16_table_of_the_kernels_loses_less_than_a_rounded_weight() -> None:
-    # csrc/cpu/lora_panels.inc: codes are multiplied in bf16 as table * factor, and scaled in float32 afterwards
+    # csrc/cpu/lora/pack_forward.inc: codes are multiplied in bf16 as table * factor, and scaled in float32 afterwards
     table = torch.tensor(NF4_TABLE, dtype=torch.float64)
     factor = torch.tensor(1.8598137, dtype=torch.float32)
     kept = (table.float() * factor).bfloat16().double() / factor.double()
@@ -177,6 +178,14 @@ def test_the_bf16_table_of_the_kernels_loses_less_than_a_rounded_weight() -> Non
     fp4 = torch.tensor(TABLES[2], dtype=torch.float64)
     exact = (fp4.float() * 1.5).bfloat16().double() / 1.5
     assert (exact - fp4).abs().max() < 2.0**-24
+
+
+def test_comments_of_the_sources_name_their_subject() -> None:
+    """The first word of a comment is a noun or a verb of the field."""
+    begins = re.compile(r"(?:/\*|//) *(?:What|Whether|Who|That)\b.*")
+    for path in sorted((Path(__file__).parents[1] / "csrc").rglob("*.*")):
+        found = begins.search(path.read_text())
+        assert found is None, f"{path.name}: {found[0]}"
 
 
 @needs_native

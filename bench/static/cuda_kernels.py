@@ -61,9 +61,9 @@ def _gemv(arguments: tuple[str, ...], arch: int) -> Fact:
     return _product(8, 8 / int(arguments[1]))
 
 
-def _input(arguments: tuple[str, ...], arch: int) -> Fact:
+def _dx(arguments: tuple[str, ...], arch: int) -> Fact:
     """<type, rows of dy, what the scale multiplies>: the weight is the left operand, 8 of it a thread, for rows / 8
-    products; 2: any alignment. The shared memory is `Layout::BYTES` of csrc/cuda/lora_input.cu."""
+    products; 2: any alignment. The shared memory is `Layout::BYTES` of csrc/cuda/lora_dx.cu."""
     rows, how = int(arguments[1]), int(arguments[2])
     shared = (64 + 1) * gpus.KIB + 4 * rows * 128 + (1 if rows == 64 or how == 1 else 2) * gpus.KIB
     if how == 2:
@@ -154,7 +154,7 @@ FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "quantize_kernel": _other("quantize_4bit"),
     "absmax_kernel": _other("quantize_4bit"),
     "gemv_kernel": _gemv,
-    "input_kernel": _input,
+    "dx_kernel": _dx,
     "mma::kernel": _mma,
     "norm_kernel": _norm,
     "pair_kernel": _pair,

@@ -1,4 +1,4 @@
-/* What the level-independent files and the per-level kernel texts share. */
+/* Shared by the level-independent files and the kernel texts of each level. */
 #ifndef PK_KERNELS_H
 #define PK_KERNELS_H
 #include <stddef.h>
@@ -6,8 +6,10 @@
 
 #include "../pk_abi.h"
 
-/* Whether a, b, da and db are tables of pointers. Without adapters `starts` may be NULL because it is empty. */
-static inline bool pk_adapters_apart(const pk_lora_args *args) { return args->adapters && !args->starts && args->S > 0; }
+/* True where a, b, da and db are arrays of pointers. Without adapters `starts` may be NULL because it is empty. */
+static inline bool pk_adapters_by_pointer(const pk_lora_args *args) {
+    return args->adapters && !args->starts && args->S > 0;
+}
 
 /* butterfly_rotate: rows [M][d] of dtype; blocks [m][d / b, or 1 if shared][b][b]. Forward: x -> y. Backward: x and dy -> y,
  * which is dx, or NULL. */
@@ -18,15 +20,15 @@ struct PkButterfly {
     int64_t dtype, M, d, b, m, shared, transposed;
 };
 
-/* Of butterfly_rotate.cpp, for what turns rows on their way into something else. A pk_status each.
- * pk_butterfly_backward adds to the sums of the blocks' gradients, [ranges][m][d / b][b][b], which pk_butterfly_sums() adds up
- * in their order: range i has the rows i * rows .. of each call. */
+/* Functions of butterfly_rotate.cpp for kernels that turn rows on their way into another product; each returns a
+ * pk_status. pk_butterfly_backward adds to the sums of the blocks' gradients, [ranges][m][d / b][b][b], which
+ * pk_butterfly_sums() adds up in their order: range i has the rows i * rows .. of each call. */
 int pk_butterfly_check(const PkButterfly &t);
 int pk_butterfly(const PkButterfly &t, int64_t rows, int64_t threads);
 int pk_butterfly_backward(const PkButterfly &t, int64_t rows, float *sums, int64_t threads);
 void pk_butterfly_sums(const PkButterfly &t, const float *sums, int64_t ranges, float *dblocks, int64_t threads);
 
-/* Of adamw.cpp: what a step takes besides the tensors. */
+/* Constants of an AdamW step, besides the tensors: made by adamw.cpp. */
 struct PkAdamw {
     double step;
     float scale, new_m, old_v, new_v, root, eps, decay, rate; /* root: 1 / sqrt(1 - beta2^step) */

@@ -1,4 +1,4 @@
-/* What the files of butterfly_rotate share. */
+/* Shared by the files of butterfly_rotate. */
 #pragma once
 #include "rotate.cuh"
 

@@ -1,4 +1,4 @@
-/* What the files of lora_linear on the GPU share. pk_lora_args is checked once, in lora_linear.cu; the functions here
+/* Shared by the files of lora_linear on the GPU. pk_lora_args is checked once, in lora_linear.cu; the functions here
  * start from checked arguments: quantised W (16 `table` values on the host), x of bfloat16 or float16, N, K, M > 0. */
 #pragma once
 #include "common.cuh"
@@ -35,6 +35,6 @@ constexpr int64_t PK_BACKWARD_ROWS = 64;
 int64_t pk_lora_backward_workspace(const pk_lora_args &args);
 int pk_lora_backward(const pk_lora_args &args, cudaStream_t stream);
 
-/* Its product dy W, float32 [splits, M, K], to be added up: lora_input.cu. */
-int pk_lora_input_splits(const pk_lora_args &args);
-int pk_lora_input(const pk_lora_args &args, float *parts, cudaStream_t stream);
+/* Its product dy W, float32 [splits, M, K], to be added up: lora_dx.cu. */
+int pk_lora_dx_splits(const pk_lora_args &args);
+int pk_lora_dx(const pk_lora_args &args, float *parts, cudaStream_t stream);

@@ -3,7 +3,7 @@
  * written, rounded, for dy W alone; elsewhere the gain multiplies b and the rows of db. No dense W, no atomics; every sum has one order. */
 #include "dropout.cuh"
 #include "lora.cuh"
-#include "routes.cuh"
+#include "row_groups.cuh"
 #include "values.cuh"
 
 namespace {
@@ -132,9 +132,9 @@ int64_t ds_floats(const pk_lora_args &a) { return a.r > 0 ? (a.M * a.r + 3) / 4 
 int64_t dh_floats(const pk_lora_args &a) { return a.gain && a.dx ? (a.M * a.N + 7) / 8 * 4 : 0; }
 
 template <typename T> int launch_dx(const pk_lora_args &a, const float *ds, cudaStream_t stream) {
-    const int splits = pk_lora_input_splits(a);
+    const int splits = pk_lora_dx_splits(a);
     float *const parts = a.workspace + ds_floats(a) + dh_floats(a);
-    if (int code = pk_lora_input(a, parts, stream)) return code;
+    if (int code = pk_lora_dx(a, parts, stream)) return code;
     Sum s = {parts, ds, a.a, a.dx, a.K, static_cast<int>(a.M), static_cast<int>(a.r), splits,
              static_cast<int>(a.a_dtype), pk_dropout_of(a)};
     if (a.adapters) { /* what they add is one more part */
@@ -186,7 +186,7 @@ template <typename T> int backward(const pk_lora_args &a, cudaStream_t stream) {
 } // namespace
 
 int64_t pk_lora_backward_workspace(const pk_lora_args &a) {
-    const int64_t parts = a.dx ? (pk_lora_input_splits(a) + (a.adapters ? 1 : 0)) * a.M * a.K : 0;
+    const int64_t parts = a.dx ? (pk_lora_dx_splits(a) + (a.adapters ? 1 : 0)) * a.M * a.K : 0;
     return 4 * (parts + ds_floats(a) + dh_floats(a));
 }
 

@@ -14,7 +14,7 @@
  * The table has a copy per lane (32 KB): a lane reads its own bank, so no look-up conflicts with another. */
 #include "lora.cuh"
 #include "ptx.cuh"
-#include "routes.cuh"
+#include "row_groups.cuh"
 #include "scales.cuh"
 
 namespace {

@@ -1,7 +1,7 @@
 /* lora_linear on the GPU: what is exported. Checks the arguments once, projects x onto A, and chooses by M. */
 #include "dropout.cuh"
 #include "lora.cuh"
-#include "routes.cuh"
+#include "row_groups.cuh"
 #include "values.cuh"
 
 namespace {

@@ -18,7 +18,7 @@ using Tile64Small = Tile<64, 2, 2, mma::SMALL, mma::SUMS>;
 using Halves32 = Tile<32, 2, 3, mma::ANY, mma::HALVES>;
 using TileAny = Tile<32, 2, 3, mma::ANY, mma::ELEMENTS>;
 
-/* What the kernel of one tile needs to be launched. */
+/* Launch parameters of the kernel of one tile. */
 struct Shape {
     int BM, BN, BK, quarters, threads, bytes;
     void (*bf16)(Problem);

@@ -233,7 +233,7 @@ __device__ __forceinline__ bool add_parts(const Problem &p, char *shared, typena
     return true;
 }
 
-/* What a thread works on. */
+/* The work of a thread. */
 template <typename C> struct Place {
     int lane, g, t, warp, group, part, n0, m0, n; /* n and n + 8, + 16, + 24 are its columns of y */
     __device__ __forceinline__ Place(const Problem &p, unsigned tid, unsigned tile, unsigned part)

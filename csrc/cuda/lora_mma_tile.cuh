@@ -68,9 +68,9 @@ struct alignas(8) Words {
     uint32_t x, y;
 };
 
-/* What a thread brings in: 2 chunks of 32 codes and BM * WK / 32 chunks of 8 elements of x a stage. Rows past the end
- * read the last one: what becomes of it is not stored. Past the end of k (`end`) there are zeros. The loop goes round
- * once for all stages, so that each has its place in the code; `step` counts from there. */
+/* Loads of a thread: 2 chunks of 32 codes and BM * WK / 32 chunks of 8 elements of x a stage. Rows past the end read
+ * the last one, and their sums are not stored. Past the end of k (`end`) there are zeros. The loop goes round once
+ * for all stages, so that each has its place in the code; `step` counts from there. */
 template <typename C> struct Loader {
     static constexpr int X_CHUNKS = C::BM * C::WK / 32;
     const uint8_t *codes[2], *x[X_CHUNKS];

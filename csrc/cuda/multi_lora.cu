@@ -2,7 +2,7 @@
  * read once for ROWS rows that share it. */
 #include "dropout.cuh"
 #include "lora.cuh"
-#include "routes.cuh"
+#include "row_groups.cuh"
 #include "values.cuh"
 
 namespace {

@@ -104,7 +104,8 @@ __device__ __forceinline__ void pk_advance(const uint8_t *&p, int64_t bytes) {
     asm volatile("add.s64 %0, %0, %1;" : "+l"(p) : "l"(bytes));
 }
 
-/* What will not change, loaded here: the compiler would put a plain load off until after the branch that comes before its use. */
+/* Loads a value that will not change, here: the compiler would put a plain load off until after the branch that
+ * comes before its use. */
 __device__ __forceinline__ float pk_load_now(const float *global) {
     float v;
     asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(global));

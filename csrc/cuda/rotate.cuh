@@ -1,4 +1,4 @@
-/* What the rotations share: the choice of x's type, checks of its shape, sums over the warps of a block. */
+/* Shared by the rotations: the choice of x's type, checks of its shape, sums over the warps of a block. */
 #pragma once
 #include "values.cuh"
 

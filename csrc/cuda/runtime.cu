@@ -1,4 +1,4 @@
-/* What every library of pk_abi.h has: its ABI version and its last error; and the number of GPUs. */
+/* The functions that every library of pk_abi.h has (its ABI version, its last error), and the number of GPUs. */
 #include <stdarg.h>
 #include <stdio.h>
 

@@ -32,7 +32,7 @@ __device__ __forceinline__ float pk_scale_code(const PkScales &s, int i) {
 }
 __device__ __forceinline__ float pk_scale_offset(const PkScales &s) { return s.offset ? __ldg(s.offset) : 0.0f; }
 
-/* What has to come from memory for the scale of one block: asked for early, finished when it is needed. */
+/* The parts of one block's scale that come from memory: asked for early, finished when it is needed. */
 struct PkRawScale {
     float value;
     uint32_t code;

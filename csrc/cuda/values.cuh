@@ -11,8 +11,8 @@ inline PkTable pk_table_of(const float *values, float factor = 1.0f) {
     for (int k = 0; k < 16; ++k) t.value[k] = values[k] * factor;
     return t;
 }
-/* What to multiply a table by that is rounded to 16 bits (PK_BF16 or PK_F16), and to divide by later. All weights of one
- * code have one rounding error, so where x has a mean they add up: with these factors their own mean, over the codes of
+/* Factor of a table that is rounded to 16 bits (PK_BF16 or PK_F16), to be divided by later. All weights of one code
+ * have one rounding error, so where x has a mean they add up: with these factors their own mean, over the codes of
  * normal weights at any block size and over codes that are as frequent, is a fifteenth of what it is without
  * (bfloat16; tests/test_lora_mma_simt.py). FP4's values are exact. */
 inline float pk_table_factor(int64_t quant_type, int64_t dtype) {

@@ -83,7 +83,7 @@ inline void prepare(Fibre &f, void (*entry)(), size_t offset) {
 #endif
 }
 
-/* What a fibre does first. */
+/* The first function of a fibre. */
 inline void arrived([[maybe_unused]] Fibre &now, [[maybe_unused]] Fibre &host) {
 #if defined(PK_SIMT_ASAN)
     const void *bottom;

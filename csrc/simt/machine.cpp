@@ -382,7 +382,7 @@ extern "C" PK_EXPORT void pk_simt_set_device(int capability, int processors) {
 }
 /* The order of threads and blocks from now on: another seed, another order; the same one, the same order. */
 extern "C" PK_EXPORT void pk_simt_set_seed(uint64_t seed) { simt::m.seed = seed << 32; }
-/* What this build looks for: "plain", "races" or "asan". */
+/* The kind of this build: "plain", "races" or "asan". */
 extern "C" PK_EXPORT const char *pk_simt_build(void) {
 #if defined(PK_SIMT_RACES)
     return "races";

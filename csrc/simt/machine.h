@@ -1,4 +1,4 @@
-/* What the headers of the stand-in and its runtime (machine.cpp, races.cpp) know of one another. */
+/* Shared by the headers of the stand-in and its runtime (machine.cpp, races.cpp). */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -76,7 +76,7 @@ void sync_block(Where where);
 
 void async_block(); /* a block starts: no cp.async is under way (ptx.cpp) */
 
-/* What races.cpp is told of accesses that no compiler reports; nothing in builds without it. */
+/* Reports to races.cpp of accesses that no compiler reports; empty in builds without it. */
 enum Access { READ, WRITE, ATOMIC, ISSUE, LAND }; /* the last two: of a cp.async, when it starts and when it is waited for */
 #if defined(PK_SIMT_RACES)
 void touch(const void *p, size_t bytes, Access how, unsigned thread, const void *pc);

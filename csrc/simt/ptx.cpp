@@ -1,4 +1,4 @@
-/* What the PTX instructions of csrc/cuda/ptx.cuh do, with the layouts of their fragments. */
+/* The PTX instructions of csrc/cuda/ptx.cuh on the host, with the layouts of their fragments. */
 #include "ptx.h"
 
 #include <vector>

@@ -239,7 +239,7 @@ void report(const void *p, size_t bytes, Access how, const void *pc) {
     if (in_kernel() && !stacks().holds(p)) touch(p, bytes, how, current(), pc);
 }
 
-/* What -fsanitize=alignment hands over. */
+/* The argument that -fsanitize=alignment hands over. */
 struct TypeMismatch {
     const char *file;
     uint32_t line, column;
@@ -255,7 +255,7 @@ void misaligned(const TypeMismatch *at, const void *p) {
 } // namespace
 } // namespace simt
 
-/* What the instrumented code calls; the names and arguments are the compilers'. */
+/* The functions that instrumented code calls; names and arguments are the compilers'. */
 #define PK_TSAN extern "C" __attribute__((visibility("hidden")))
 #define PK_PC __builtin_return_address(0)
 #define PK_TSAN_SIZE(n)                                                                                                \

@@ -10,7 +10,7 @@
  * -fsanitize=thread and PK_SIMT_RACES (races.cpp): races, reads of shared memory that nobody wrote, cp.async data that
  * nobody waited for, misaligned vectors. With -fsanitize=address: accesses out of bounds.
  *
- * What it asks of the sources: launches through PK_LAUNCH; __shared__ variables declared in the kernel itself, not in a
+ * Required of the sources: launches through PK_LAUNCH; __shared__ variables declared in the kernel itself, not in a
  * function that it calls (they are found by their names in the symbol table). */
 #pragma once
 #include "machine.h"

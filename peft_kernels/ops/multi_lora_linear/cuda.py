@@ -1,7 +1,7 @@
 """The CUDA backend of multi_lora_linear: lora_linear's kernels, in which every row of x finds its own adapter.
 
-Rows are grouped where the kernels run (csrc/cuda/routes.cuh), so nothing here depends on the values of the indices: no
-plan, no sort, no synchronisation. What does not exist acts as the base alone. Limits as lora_linear's.
+Rows are grouped where the kernels run (csrc/cuda/row_groups.cuh), so nothing here depends on the values of the indices:
+no plan, no sort, no synchronisation. What does not exist acts as the base alone. Limits as lora_linear's.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-/* Exported functions of lora_linear: argument checks (bugs of the caller; users' mistakes are found in Python). */
+/* Exported functions of the LoRA family: argument checks (bugs of the caller; users' mistakes are found in Python). */
 #include <float.h>
 #include <math.h>
 
-#include "kernels.h"
+#include "../kernels.h"
 
-/* Rows of the stacks that adapters in use share would get the gradient of one of them only. */
+/* Refuses adapters in use that share rows of a stack: such rows would get the gradient of one of them only. */
 static int check_disjoint(const pk_lora_args *a) {
     int64_t *owner = (int64_t *)pk_scratch(0, size_t(a->P) * 8);
     if (!owner) return pk_fail(PK_ERR_MEMORY, "lora_linear: no memory for the owners of %lld rows", (long long)a->P);
@@ -24,7 +24,7 @@ static int check_disjoint(const pk_lora_args *a) {
 
 static int check_adapters(const pk_lora_args *a, bool backward) {
     if (a->gain) return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter per row and a gain do not go together");
-    bool apart = pk_adapters_apart(a);
+    bool by_pointer = pk_adapters_by_pointer(a);
     if (a->S < 0 || a->P < 0 || a->r != a->max_rank || a->M > INT32_MAX)
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: bad sizes (S %lld, P %lld, r %lld, max_rank %lld, M %lld)", (long long)a->S,
                        (long long)a->P, (long long)a->r, (long long)a->max_rank, (long long)a->M);
@@ -34,14 +34,14 @@ static int check_adapters(const pk_lora_args *a, bool backward) {
             return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld of row %lld of x, there are %lld", (long long)i, (long long)m,
                            (long long)a->S);
         if (i < 0) continue;
-        int64_t rank = a->ranks[i], start = apart ? 0 : a->starts[i];
-        if (rank > 0 && apart && (!((const void *const *)a->a)[i] || !((const void *const *)a->b)[i]))
+        int64_t rank = a->ranks[i], start = by_pointer ? 0 : a->starts[i];
+        if (rank > 0 && by_pointer && (!((const void *const *)a->a)[i] || !((const void *const *)a->b)[i]))
             return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld of row %lld of x has no a or no b", (long long)i, (long long)m);
-        if (rank < 0 || rank > a->max_rank || (rank > 0 && !apart && (start < 0 || start > a->P - rank)))
+        if (rank < 0 || rank > a->max_rank || (rank > 0 && !by_pointer && (start < 0 || start > a->P - rank)))
             return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld has rank %lld (max_rank %lld) from row %lld of %lld", (long long)i,
                            (long long)rank, (long long)a->max_rank, (long long)start, (long long)a->P);
     }
-    return backward && a->da && !apart ? check_disjoint(a) : PK_OK;
+    return backward && a->da && !by_pointer ? check_disjoint(a) : PK_OK;
 }
 
 static int check(const pk_lora_args *a, bool backward) {
@@ -58,7 +58,7 @@ static int check(const pk_lora_args *a, bool backward) {
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: blocksizes must be positive");
     if (a->quant_type != PK_DENSE && a->nested_code && (!a->nested_absmax || !a->offset))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: nested scales need nested_absmax and offset");
-    bool empty = a->adapters && !pk_adapters_apart(a) && !a->P;
+    bool empty = a->adapters && !pk_adapters_by_pointer(a) && !a->P;
     if (a->r > 0 && ((!a->a && a->K > 0 && !empty) || (!a->b && a->N > 0 && !empty) || a->a_dtype > PK_F16 || a->b_dtype > PK_F16 || (!a->s && a->M > 0)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter needs a, b (float32, bfloat16 or float16) and s");
     if (a->r > 0 && a->dropout_p > 0 && (!a->seed || !(a->dropout_p < 1)))
@@ -95,6 +95,15 @@ int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count) {
     int code = check_stack(args, count, false);
     if (code || args->M == 0) return code;
     return finish(pk_table()->lora_linear(args, count));
+}
+
+int pk_cpu_lora_linear_paths(const pk_lora_args *args, int64_t count, int64_t row, int64_t *paths) {
+    if (int code = check_stack(args, count, false)) return code;
+    if (row < 0 || row >= args->M)
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear_paths: row must be one of the %lld of x, got %lld",
+                       (long long)args->M, (long long)row);
+    pk_table()->lora_linear_paths(args, count, row, paths);
+    return PK_OK;
 }
 
 int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count) {

@@ -25,10 +25,11 @@ using mma::THREADS;
 constexpr int WIDE = 4, DEEP = 2, ROWS = 32, STEP = ROWS * DEEP, COLUMNS = 64 * WIDE, STAGES = 4;
 static_assert(32 * WIDE * DEEP == THREADS && STAGES * STEP == mma::LINES, "a line of codes for each row and stage");
 
-/* What the scale multiplies. GENERAL: weights that need not share a scale in 64 columns; dy and N of any alignment. */
+/* The operand that the scale multiplies. GENERAL: weights that need not share a scale in 64 columns; dy and N of any
+ * alignment. */
 enum How { GRADIENTS, WEIGHTS, GENERAL };
 
-struct Input {
+struct Dx {
     const void *dy;
     const uint8_t *packed;
     PkScales scales;
@@ -66,7 +67,7 @@ template <typename T, int BM, How HOW> struct Loader {
     int64_t stride;
     int codes_to, dy_to, left[2], dy_left; /* rows of W to the end */
 
-    __device__ __forceinline__ Loader(const Input &in, int k0, int m0, int n0, int end) {
+    __device__ __forceinline__ Loader(const Dx &in, int k0, int m0, int n0, int end) {
         const int tid = static_cast<int>(threadIdx.x);
         {
             const int row = tid / 4, chunk = tid % 4; /* and chunk + 4 */
@@ -118,7 +119,7 @@ template <typename T, int BM, How HOW> struct Scaler {
     int to;
     float offset;
 
-    __device__ __forceinline__ Scaler(const Input &in, int k0, int n0, int end) {
+    __device__ __forceinline__ Scaler(const Dx &in, int k0, int n0, int end) {
         const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
         for (int h = 0; h < L::HALVES; ++h) {
@@ -130,7 +131,7 @@ template <typename T, int BM, How HOW> struct Scaler {
         to = L::SCALES + warp * L::WARP_SCALES + 2 * lane;
         offset = pk_scale_offset(in.scales) * in.unscale;
     }
-    __device__ __forceinline__ void fetch(const Input &in, int slot) {
+    __device__ __forceinline__ void fetch(const Dx &in, int slot) {
 #pragma unroll
         for (int h = 0; h < L::HALVES; ++h) {
             const uint32_t block = min(unit[h], last[h]) >> in.unit_shift;
@@ -207,7 +208,7 @@ __device__ __forceinline__ void multiply(char *shared, Sums<BM> &sums, const int
 }
 
 template <typename T, int BM, How HOW>
-__global__ void __launch_bounds__(THREADS, 1) input_kernel(const __grid_constant__ Input in) {
+__global__ void __launch_bounds__(THREADS, 1) dx_kernel(const __grid_constant__ Dx in) {
     using L = Layout<BM, HOW>;
     PK_DYNAMIC_SHARED(char, shared);
     const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4;
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(THREADS, 1) input_kernel(const __grid_constant
 
 /* Any shape and alignment, element by element: a thread has a column of ANY_ROWS rows of dy. */
 constexpr int ANY_ROWS = 8;
-template <typename T> __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Input in) {
+template <typename T> __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Dx in) {
     __shared__ float table[16], map[256];
     if (threadIdx.x < 16) table[threadIdx.x] = in.table.value[threadIdx.x];
     map[threadIdx.x] = pk_scale_code(in.scales, static_cast<int>(threadIdx.x));
@@ -309,17 +310,17 @@ bool by_chunks(const pk_lora_args &a) { /* of 32 codes; fewer than 2^31 units */
 }
 bool whole(const pk_lora_args &a) { return a.K % 64 == 0 && a.blocksize >= 64 && a.N % 8 == 0 && pk_aligned(a.dy, 16); }
 
-template <typename T, int BM, How HOW> void launch(Input &in, const pk_lora_args &a, unsigned splits, cudaStream_t stream) {
+template <typename T, int BM, How HOW> void launch(Dx &in, const pk_lora_args &a, unsigned splits, cudaStream_t stream) {
     using L = Layout<BM, HOW>;
     const float factor = pk_table_factor(a.quant_type, a.x_dtype);
     in.table = pk_table_of(a.table, factor), in.unscale = 1.0f / factor;
     in.last_unit = static_cast<uint32_t>((a.N * a.K - 1) / L::UNIT), in.unit_shift = pk_log2(a.blocksize / L::UNIT);
-    auto kernel = input_kernel<T, BM, HOW>;
+    auto kernel = dx_kernel<T, BM, HOW>;
     const dim3 grid(static_cast<unsigned>(pk_ceil_div(a.K, COLUMNS)), splits, (in.M + BM - 1) / BM);
     PK_LAUNCH_SHARED(kernel, grid, THREADS, L::BYTES, stream, in);
 }
 
-template <typename T> void launch_all(Input &in, const pk_lora_args &a, unsigned splits, cudaStream_t stream) {
+template <typename T> void launch_all(Dx &in, const pk_lora_args &a, unsigned splits, cudaStream_t stream) {
     constexpr How USUAL = std::is_same_v<T, __half> ? WEIGHTS : GRADIENTS; /* small gradients times scales are too small for float16 */
     if (!by_chunks(a)) {
         in.table = a.table ? pk_table_of(a.table) : PkTable{};
@@ -338,16 +339,16 @@ template <typename T> void launch_all(Input &in, const pk_lora_args &a, unsigned
 }
 } // namespace
 
-int pk_lora_input_splits(const pk_lora_args &a) {
+int pk_lora_dx_splits(const pk_lora_args &a) {
     const int64_t steps = pk_ceil_div(a.N, STEP);
     /* a block starts and ends in 3 steps; for each 16 rows of dy its sums take the memory a step's time */
     const int64_t wanted = pk_splits(pk_ceil_div(a.K, COLUMNS), steps, 3 + pk_ceil_div(a.M, 16));
     return static_cast<int>(steps ? pk_ceil_div(steps, pk_ceil_div(steps, wanted)) : 1);
 }
 
-int pk_lora_input(const pk_lora_args &a, float *parts, cudaStream_t stream) {
-    const int splits = pk_lora_input_splits(a);
-    Input in = {};
+int pk_lora_dx(const pk_lora_args &a, float *parts, cudaStream_t stream) {
+    const int splits = pk_lora_dx_splits(a);
+    Dx in = {};
     in.dy = a.dy, in.packed = static_cast<const uint8_t *>(a.weight), in.parts = parts;
     in.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
     in.N = a.N, in.K = a.K, in.M = static_cast<int>(a.M);

@@ -1,6 +1,6 @@
-/* Rows of x with an adapter each (multi_lora_linear): which one, and which rows share it. Nothing is sorted: the block of
- * a row looks through all of them, and those of equal rows agree on one that works for a set of them. So the grid, one
- * block a row, does not depend on values, and a row's sums do not on its neighbours. */
+/* Rows of x grouped by adapter (multi_lora_linear): which adapter a row has, and which rows share it. Nothing is
+ * sorted: the block of a row looks through all of them, and those of equal rows agree on one that works for a set of
+ * them. So the grid, one block a row, does not depend on values, and a row's sums do not on its neighbours. */
 #pragma once
 #include "common.cuh"
 
