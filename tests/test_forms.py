@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -35,15 +36,23 @@ def test_a_matrix_keeps_its_cases_their_order_and_marks() -> None:
             forms.matrix([1, 2], short=short)
 
 
-@pytest.mark.parametrize("axes", [("abcd", "xy"), ("abcd", "xyz"), ("abcd", "xy", "12"), ("a", "x"), ("ab", "xyzuvw")])
-def test_a_grid_has_every_value_of_every_axis_in_its_short_form(axes: tuple[str, ...]) -> None:
-    short, left = marked(forms.grid(*axes))
-    assert [set(values) for values in zip(*short, strict=True)] == [set(axis) for axis in axes]
-    assert len(short) == max(map(len, axes))
-    product = 1
-    for axis in axes:
-        product *= len(axis)
-    assert len({*short, *left}) == len(short) + len(left) == product
+AXES = ["abcd", "abcd xy", "abcd xyz", "abcd xy 12", "a x", "ab xyzuvw", "ab xyz 123 uv"]
+
+
+@pytest.mark.parametrize("strength", [1, 2])
+@pytest.mark.parametrize("axes", AXES)
+def test_the_short_form_of_a_grid_has_every_value_and_every_pair(axes: str, strength: int) -> None:
+    lists = axes.split()
+    short, left = marked(forms.grid(*lists, strength=strength))
+    assert [set(values) for values in zip(*short, strict=True)] == [set(axis) for axis in lists]
+    everything = list(itertools.product(*lists))
+    assert sorted([*short, *left]) == sorted(everything)
+    if strength == 1:
+        assert len(short) == max(map(len, lists))
+    else:
+        for i, j in itertools.combinations(range(len(lists)), 2):
+            assert {(v[i], v[j]) for v in short} == {(v[i], v[j]) for v in everything}
+        assert len(short) <= max(len(a) * len(b) for a, b in itertools.product(lists, lists))
 
 
 def collected(*options: str) -> set[str]:

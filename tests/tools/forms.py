@@ -1,14 +1,16 @@
 """The suite's two forms and its parts: `make test` runs the short form, `make test-all [PART=...]` everything.
 
 A test names all of its cases, once, and beside them those of the short form: every kind of case, but not every
-combination, seed or draw. `matrix` and `grid` mark the others, which are deselected without `--full`; `by_form` is for
-what lies inside of a test, a number of draws or a loop. Processes that tests start run the same form.
+combination, seed or draw. `matrix` and `grid` mark the others, which are deselected without `--full`; `by_form` and
+`combinations` are for what lies inside of a test, a number of draws or a loop. Processes that tests start run the same
+form.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -67,19 +69,35 @@ def matrix(cases: Iterable[Any], short: Collection[Any] | Callable[..., bool]) -
     return found
 
 
-def grid(*axes: Iterable[Any]) -> list[Any]:
-    """All combinations of the axes' values; in the short form each value of each axis, once or a little more.
-
-    An axis that another's length divides is taken in another order, so that values do not always meet the same ones."""
+def _covering(axes: tuple[Iterable[Any], ...], strength: int) -> list[tuple[tuple[Any, ...], bool]]:
+    """All combinations of the axes' values and whether each is of the short form: a greedy choice, in which values
+    occur about equally often."""
     lists = [list(axis) for axis in axes]
-    longest = max(map(len, lists))
-    short = {tuple((i + i // len(one)) % len(one) for one in lists) for i in range(longest)}
-    places = itertools.product(*(range(len(one)) for one in lists))
-    values = itertools.product(*lists)
+    places = list(itertools.product(*(range(len(one)) for one in lists)))
+    chosen = list(itertools.combinations(range(len(lists)), min(strength, len(lists))))
+    has = {place: {(some, *(place[i] for i in some)) for some in chosen} for place in places}
+    left, short = set().union(*has.values()), set()
+    used: Counter[tuple[int, int]] = Counter()
+    while left:
+        best = max(places, key=lambda place: (len(left & has[place]), -sum(used[at] for at in enumerate(place))))
+        short.add(best)
+        used.update(enumerate(best))
+        left -= has[best]
+    return [(value, place in short) for place, value in zip(places, itertools.product(*lists), strict=True)]
+
+
+def grid(*axes: Iterable[Any], strength: int = 1) -> list[Any]:
+    """All combinations of the axes' values, as parameters. The short form has each value of each axis, with strength 2
+    each pair of values of two axes."""
     return [
-        pytest.param(*value, marks=() if place in short else pytest.mark.full_form)
-        for place, value in zip(places, values, strict=True)
+        pytest.param(*value, marks=() if short else pytest.mark.full_form)
+        for value, short in _covering(axes, strength)
     ]
+
+
+def combinations(*axes: Iterable[Any], strength: int = 1) -> list[tuple[Any, ...]]:
+    """As `grid`, for a loop in a test: the combinations of the form that runs."""
+    return [value for value, short in _covering(axes, strength) if short or full()]
 
 
 def part_of(path: Path) -> str:
