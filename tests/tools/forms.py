@@ -100,6 +100,11 @@ def combinations(*axes: Iterable[Any], strength: int = 1) -> list[tuple[Any, ...
     return [value for value, short in _covering(axes, strength) if short or full()]
 
 
+def share(key: Any, keys: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """The cases that go with one of the keys, a test for each of which loops over them: all, in the short form some."""
+    return [case for other, case in combinations(keys, cases) if other == key]
+
+
 def part_of(path: Path) -> str:
     """The part that a test file belongs to."""
     name = path.resolve().relative_to(PARTS_ROOT).as_posix()
