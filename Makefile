@@ -2,7 +2,8 @@
 # PYTHON=... chooses the interpreter that .venv is made from, ARGS=... is handed on to the command.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo-adapters test test-matrix bench gpu-report lint native setup setup-dev clean
+.PHONY: help quickstart demo-adapters test test-all test-ecosystem test-matrix bench gpu-report lint native setup \
+	setup-dev setup-ecosystem clean
 
 # The first of these that runs, is 3.10 or newer and can make a virtual environment; 3.14 and later only if named.
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -10,27 +11,41 @@ FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11 python3.10; do \
 	&& { echo $$p; exit; }; done; echo no-python
 PYTHON ?= $(shell $(FIND_PYTHON))
 ARGS ?=
+PART ?=
 WORKERS ?= 2
 VENV_PYTHON = .venv/bin/python
 BUILD_NATIVE = $(VENV_PYTHON) setup.py -q build_native
+# Without the CUDA sources, a third of the build, where no GPU could run them and PEFT_KERNELS_CUDA=1 does not ask.
+BUILD_FOR_HERE = $(BUILD_NATIVE) --for-this-machine
 SETUP = @case "$(PYTHON)" in no-python) \
 	echo "error: no Python 3.10 to 3.13 with venv found (on Debian: the package python3-venv); name one with PYTHON=..."; \
 	exit 1;; esac; $(PYTHON) tools/setup_env.py
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 quickstart: setup ## set up, then fine-tune a small model with QLoRA: before and after side by side, in runs/quickstart
-	@$(BUILD_NATIVE)
+	@$(BUILD_FOR_HERE)
 	@.venv/bin/fastpeft quickstart $(ARGS)
 
 demo-adapters: setup ## set up, then train three adapters at once: their styles side by side, in runs/demo-adapters
-	@$(BUILD_NATIVE)
+	@$(BUILD_FOR_HERE)
 	@.venv/bin/fastpeft demo-adapters $(ARGS)
 
-test: lint ## set up, then lint and run every test
+PYTEST = $(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal
+
+test: lint ## set up, then lint and run every test, the longest ones in a short form
 	@$(BUILD_NATIVE)
-	@$(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+# The parts are those of tests/tools/forms.py.
+test-all: lint ## every test in full; PART= kernels, simt, triton, methods, files, models, training, serve or project
+	@$(BUILD_NATIVE)
+	@$(PYTEST) --full $(foreach part,$(PART),--part $(part)) $(ARGS)
+
+test-ecosystem: setup-ecosystem ## the tests with TRL, diffusers and datasets, which it installs into .venv
+	@$(BUILD_NATIVE)
+	@$(PYTEST) --ecosystem -m ecosystem $(ARGS)
 
 test-matrix: setup-dev ## the tests with transformers 5.23 and with 5.24
 	@$(BUILD_NATIVE)
@@ -56,6 +71,9 @@ setup: ## .venv with what the quickstart needs
 
 setup-dev: ## .venv with what the tests need, too
 	$(SETUP) demo test lint
+
+setup-ecosystem: ## .venv with TRL, diffusers and datasets, too
+	$(SETUP) demo test lint ecosystem
 
 clean: ## remove what was built; .venv and runs stay
 	rm -rf build dist *.egg-info peft_kernels/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,12 +3,15 @@
 `python setup.py build_native` builds it in place (peft_kernels/lib); a wheel build does the same and packs the result.
 The library is a plain C ABI loaded through ctypes: building it needs no torch, and one build serves every Python and
 every torch. Without a C++ compiler the package is whole but for speed: every op then runs on its reference.
+Its CUDA half is built where nvcc is; `build_native --for-this-machine` (make quickstart) builds it only where a GPU is
+seen, too, or where an earlier build made it.
 Environment: CXX, CUDACXX or CUDA_HOME choose compilers; PEFT_KERNELS_NATIVE=0 leaves the library out and
-PEFT_KERNELS_CUDA=0 its CUDA half.
+PEFT_KERNELS_CUDA=0 its CUDA half; PEFT_KERNELS_CUDA=1 builds that half wherever, or fails.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shlex
@@ -31,8 +34,11 @@ except ImportError:  # setuptools below 70.1 leaves it to the wheel package
 ROOT = Path(__file__).resolve().parent
 LIB = ROOT / "peft_kernels" / "lib"
 BUILD = ROOT / "build" / "cmake"
+STAMP = BUILD / "options.json"
 # The first and the last architecture of CMakeLists.txt: an nvcc that knows both knows those between.
 CUDA_RANGE = (80, 120)
+# Where NVIDIA's driver shows the GPUs of this machine; torch, which would know, is not there in an isolated build.
+GPU_FILES = ("/proc/driver/nvidia/gpus/*", "/dev/nvidia[0-9]*")
 
 
 def which(*names: str) -> str | None:
@@ -70,10 +76,35 @@ def find_cxx() -> tuple[list[str], str | None]:
     return command, f"the C++ compiler {command[0]} does not work: {reason}" if reason else None
 
 
-def find_nvcc() -> tuple[str, str | None]:
-    """nvcc, or the reason why the CUDA half is left out."""
-    if os.environ.get("PEFT_KERNELS_CUDA") == "0":
+def gpu_seen() -> bool:
+    """An NVIDIA GPU is in this machine, by the files of its driver or by `nvidia-smi -L` (under WSL there are none)."""
+    if any(glob.glob(pattern) for pattern in GPU_FILES):
+        return True
+    program = which("nvidia-smi")
+    try:
+        done = program and subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return bool(done) and done.returncode == 0 and done.stdout.startswith("GPU ")
+
+
+def find_nvcc(wanted: bool = True) -> tuple[str, str | None]:
+    """nvcc, or the reason why the CUDA half is left out. wanted: where PEFT_KERNELS_CUDA says neither 0 nor 1."""
+    asked = os.environ.get("PEFT_KERNELS_CUDA", "")
+    if asked not in ("", "0", "1"):
+        sys.exit(f"error: PEFT_KERNELS_CUDA should be 0, 1 or not set, got {asked!r}")
+    if asked == "0":
         return "", "PEFT_KERNELS_CUDA=0"
+    if not asked and not wanted:
+        return "", "no NVIDIA GPU is seen here; PEFT_KERNELS_CUDA=1 builds it all the same"
+    nvcc, reason = working_nvcc()
+    if asked and reason is not None:
+        sys.exit(f"error: PEFT_KERNELS_CUDA=1 asks for the CUDA half, but {reason}")
+    return nvcc, reason
+
+
+def working_nvcc() -> tuple[str, str | None]:
+    """nvcc, or the reason why none can be used."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     candidates = [os.environ.get("CUDACXX"), *(str(Path(home, "bin", "nvcc")) for home in homes if home), "nvcc"]
     nvcc = which(*(c for c in candidates if c))
@@ -93,17 +124,29 @@ def cmake(*args: str, quiet: bool = False) -> None:
         sys.exit(f"{done.stdout or ''}error: building the native library failed (PEFT_KERNELS_NATIVE=0 leaves it out)")
 
 
-def build() -> dict[str, str]:
-    """Build what can be built into peft_kernels/lib and say, per half, what became of it."""
+def last_options() -> dict[str, str] | None:
+    """CMake's options of the build that is there; None where it is not of this folder."""
+    root, options = json.loads(STAMP.read_text()) if STAMP.exists() else ("", None)
+    return options if root == str(ROOT) else None
+
+
+def build(for_this_machine: bool = False) -> dict[str, str]:
+    """Build what can be built into peft_kernels/lib and say, per half, what became of it.
+
+    for_this_machine: the CUDA half only where it can run, or where it was built before and would grow stale."""
     state = {"cpu": "built", "cuda": "built"}
     cxx, reason = find_cxx()
     nvcc = ""
     if not (ROOT / "CMakeLists.txt").exists():
         reason = "CMakeLists.txt is missing"
     if reason is not None:
+        if os.environ.get("PEFT_KERNELS_CUDA") == "1" and os.environ.get("PEFT_KERNELS_NATIVE") != "0":
+            sys.exit(f"error: PEFT_KERNELS_CUDA=1 asks for the CUDA half, but {reason}")
         state = {"cpu": f"skipped: {reason}", "cuda": f"skipped: {reason}"}
     else:
-        nvcc, cuda_reason = find_nvcc()
+        last = last_options()
+        built_before = last is not None and last["PK_CUDA"] == "ON"
+        nvcc, cuda_reason = find_nvcc(not for_this_machine or built_before or gpu_seen())
         if cuda_reason is not None:
             state["cuda"] = f"skipped: {cuda_reason}"
         options = {
@@ -117,14 +160,14 @@ def build() -> dict[str, str]:
             options["CMAKE_CXX_FLAGS"] = shlex.join(cxx[1:])
         if not cuda_reason:
             options["CMAKE_CUDA_COMPILER"] = nvcc
-        # CMake stops at a cache made with other compilers or in another folder: start clean instead.
-        key = json.dumps([str(ROOT), options], sort_keys=True)
-        stamp = BUILD / "options.json"
-        if BUILD.exists() and (not stamp.exists() or stamp.read_text() != key):
+        # CMake stops at a cache made with other compilers or in another folder: start clean instead. The CUDA half can
+        # be added to a build without it.
+        without = {k: v for k, v in options.items() if k != "CMAKE_CUDA_COMPILER"} | {"PK_CUDA": "OFF"}
+        if BUILD.exists() and last not in (options, without):
             shutil.rmtree(BUILD)
         defines = [f"-D{name}={value}" for name, value in options.items()]
         cmake("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *defines, quiet=True)
-        stamp.write_text(key)
+        STAMP.write_text(json.dumps([str(ROOT), options], sort_keys=True))
         cmake("--build", str(BUILD))
     LIB.mkdir(parents=True, exist_ok=True)
     (LIB / "build.json").write_text(json.dumps(state, indent=1) + "\n")  # `fastpeft doctor` repeats it
@@ -139,14 +182,18 @@ class BuildNative(Command):
     """Build the native library in place."""
 
     description = "build the native library into peft_kernels/lib"
-    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = [
+        ("for-this-machine", None, "leave the CUDA half out where no GPU is seen"),
+    ]
+    boolean_options: ClassVar[list[str]] = ["for-this-machine"]
 
-    def initialize_options(self) -> None: ...
+    def initialize_options(self) -> None:
+        self.for_this_machine = False
 
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        build()
+        build(bool(self.for_this_machine))
 
 
 class BuildPy(build_py):
@@ -177,8 +224,9 @@ class BdistWheel(bdist_wheel):
         return ("py3", "none", "any" if self.root_is_pure else platform)
 
 
-setup(
-    packages=find_packages(".", include=["peft_kernels*"]) + find_packages("python", include=["fastpeft*"]),
-    package_data={"peft_kernels": ["tuned/*.json", "tuned/**/*.json"], "fastpeft": ["py.typed"]},
-    cmdclass={"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel},
-)
+if __name__ == "__main__":  # so that tests can read this file
+    setup(
+        packages=find_packages(".", include=["peft_kernels*"]) + find_packages("python", include=["fastpeft*"]),
+        package_data={"peft_kernels": ["tuned/*.json", "tuned/**/*.json"], "fastpeft": ["py.typed"]},
+        cmdclass={"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel},
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -44,9 +45,10 @@ def digest(files: list[Path]) -> str:
 
 def pytest(files: list[Path], marker: str, timeout_s: float = 900.0) -> tuple[int, str] | str:
     """(exit status, last line) of the tests of `files` with a marker; a sentence where they did not finish."""
+    environment = {**os.environ, "PEFT_KERNELS_FULL_TESTS": "1"}  # tests/tools/forms.py
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marker, "-p", "no:cacheprovider", *map(str, files)]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return f"did not finish in {timeout_s:.0f} s"
     return done.returncode, (done.stdout.strip().splitlines() or ["no output"])[-1]

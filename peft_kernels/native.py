@@ -9,6 +9,7 @@ Adding a function: declare it in csrc/pk_abi.h (which lists the other places) an
 
 from __future__ import annotations
 
+import json
 import os
 from ctypes import CDLL, PYFUNCTYPE, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
@@ -113,10 +114,19 @@ def _bind(lib: CDLL, signatures: dict[str, list[Any]]) -> str | None:
     return None
 
 
+def _left_out(name: str) -> str:
+    """The reason that the last build gave for having no library `name`, in brackets."""
+    try:
+        state = str(json.loads((_LIB_DIR / "build.json").read_text(encoding="utf-8"))[name])
+    except (OSError, ValueError, KeyError):
+        return ""
+    return f" ({state.removeprefix('skipped: ')})" if state.startswith("skipped: ") else ""
+
+
 def _load(name: str, signatures: dict[str, list[Any]]) -> CDLL | str:
     path = _LIB_DIR / f"libpeft_kernels_{name}.so"
     if not path.is_file():
-        return f"the native {name} library is not built: run `{BUILD_COMMAND}` in the repository"
+        return f"the native {name} library is not built{_left_out(name)}: run `{BUILD_COMMAND}` in the repository"
     try:
         lib = CDLL(str(path))
     except OSError as e:

@@ -1,10 +1,13 @@
-"""What every test gets: no hub, fixed seeds, uninitialised memory that shows, and `gpu` tests skipped without a GPU."""
+"""What every test gets: no hub, fixed seeds, uninitialised memory that shows; and which tests run: the short form or
+the full one, a part, `gpu` tests where there is a GPU, `ecosystem` tests where they are asked for.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Read when transformers and huggingface_hub are imported, so set before anything else is.
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils._device
+from forms import FULL_ENV, PARTS, full, part_of
 from hypothesis import settings
 
 # `with torch.device(...)` knows the factory functions by identity and looks them up once: it must see torch's own,
@@ -33,15 +37,40 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("peft-kernels")
+    group.addoption("--full", action="store_true", help="the full form of the tests (make test-all)")
+    group.addoption("--part", action="append", choices=sorted(PARTS), default=[], help="of tests/tools/forms.py")
+    group.addoption("--ecosystem", action="store_true", help="tests with TRL, diffusers, ... (make test-ecosystem)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--full"):
+        os.environ[FULL_ENV] = "1"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    parts = config.getoption("--part")
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if parts and is_test and part_of(collection_path) not in parts else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left = [] if full() else [item for item in items if "full_form" in item.keywords]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if "full_form" not in item.keywords]
     # The long ones first; of the short ones a worker then takes over what another has left (--dist worksteal).
     items.sort(key=lambda item: "slow" not in item.keywords)
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
+    skips = {}
+    if not torch.cuda.is_available():
+        skips["gpu"] = "needs a CUDA device: torch.cuda.is_available() is False"
+    if not config.getoption("--ecosystem"):
+        skips["ecosystem"] = "needs packages that most do not have (the extra `ecosystem`): make test-ecosystem"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for name, reason in skips.items():
+            if name in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

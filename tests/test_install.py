@@ -40,6 +40,15 @@ def use(path: Path, cwd: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def source_copy(target: Path) -> Path:
     """What a fresh clone has, less what building does not read."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
@@ -125,13 +134,116 @@ def test_a_broken_source_fails_loudly(tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py over a scratch folder, with compilers that work, no GPU, and a CMake that remembers its calls."""
+    module = load(ROOT / "setup.py")
+    calls: list[tuple[str, ...]] = []
+
+    def cmake(*args: str, quiet: bool = False) -> None:
+        calls.append(args)
+        module.BUILD.mkdir(parents=True, exist_ok=True)
+
+    (tmp_path / "CMakeLists.txt").touch()
+    for name in ("PEFT_KERNELS_CUDA", "PEFT_KERNELS_NATIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "ROOT": tmp_path,
+        "LIB": tmp_path / "lib",
+        "BUILD": tmp_path / "cmake",
+        "STAMP": tmp_path / "cmake" / "options.json",
+        "GPU_FILES": (str(tmp_path / "gpus" / "*"), str(tmp_path / "nvidia[0-9]*")),
+        "which": lambda *names: None,
+        "find_cxx": lambda: (["c++"], None),
+        "working_nvcc": lambda: ("nvcc", None),
+        "cmake": cmake,
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    module.calls = calls  # type: ignore[attr-defined]
+    return module
+
+
+def test_a_gpu_is_seen_without_torch(builder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not builder.gpu_seen()
+    (tmp_path / "nvidiactl").touch()  # the driver's own, which is there without a GPU
+    assert not builder.gpu_seen()
+    for file in ("nvidia0", "gpus/0000:01:00.0"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+        assert builder.gpu_seen()
+        (tmp_path / file).unlink()
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setattr(builder, "which", lambda *names: str(program) if names == ("nvidia-smi",) else None)
+    assert not builder.gpu_seen()  # it does not run
+    for says, seen in (
+        ("echo 'GPU 0: NVIDIA L4 (UUID: GPU-1)'", True),
+        ("echo 'No devices found.'", False),
+        ("echo 'NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.'; exit 9", False),
+    ):
+        program.write_text(f"#!/bin/sh\n{says}\n")
+        program.chmod(0o755)
+        assert builder.gpu_seen() is seen, says
+
+
+def test_the_cuda_half_is_built_where_it_is_asked_for(builder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`build_native`: where nvcc is. With --for-this-machine: where a GPU is, too, or where it was built before."""
+
+    def cuda(**options: bool) -> str:
+        state: str = builder.build(**options)["cuda"]
+        configured = [a for call in builder.calls for a in call if a.startswith("-DPK_CUDA=")]
+        assert configured[-1] == ("-DPK_CUDA=ON" if state == "built" else "-DPK_CUDA=OFF")
+        assert json.loads((builder.LIB / "build.json").read_text())["cuda"] == state
+        return state
+
+    assert "no NVIDIA GPU is seen" in cuda(for_this_machine=True)
+    objects = builder.BUILD / "objects"
+    objects.touch()
+    assert "PEFT_KERNELS_CUDA=1 builds it" in cuda(for_this_machine=True)
+    assert cuda() == "built"
+    assert objects.exists()  # it is added, and the CPU half not built anew
+    assert cuda(for_this_machine=True) == "built"  # else its library would grow older than its sources
+    assert objects.exists()
+    monkeypatch.setenv("PEFT_KERNELS_CUDA", "0")
+    assert cuda() == "skipped: PEFT_KERNELS_CUDA=0"
+    assert not objects.exists()
+    monkeypatch.setenv("PEFT_KERNELS_CUDA", "1")
+    assert cuda(for_this_machine=True) == "built"
+    monkeypatch.setenv("PEFT_KERNELS_CUDA", "0")
+    cuda()
+    monkeypatch.delenv("PEFT_KERNELS_CUDA")
+    monkeypatch.setattr(builder, "gpu_seen", lambda: True)
+    assert cuda(for_this_machine=True) == "built"
+
+
+def test_a_cuda_half_that_is_asked_for_and_cannot_be_built_is_an_error(
+    builder: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "working_nvcc", lambda: ("", "no nvcc"))
+    assert builder.build()["cuda"] == "skipped: no nvcc"
+    for value, match in (("1", "asks for the CUDA half, but no nvcc"), ("yes", "should be 0, 1 or not set, got 'yes'")):
+        monkeypatch.setenv("PEFT_KERNELS_CUDA", value)
+        with pytest.raises(SystemExit, match=match):
+            builder.build()
+    monkeypatch.setenv("PEFT_KERNELS_CUDA", "1")
+    monkeypatch.setattr(builder, "find_cxx", lambda: ([], "no C++ compiler"))
+    with pytest.raises(SystemExit, match="but no C\\+\\+ compiler"):
+        builder.build()
+    monkeypatch.setenv("PEFT_KERNELS_NATIVE", "0")  # tools/setup_env.py: the library comes later, with `build_native`
+    assert builder.build()["cuda"].startswith("skipped")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on the PATH")
+@pytest.mark.parametrize("target", ["quickstart", "demo-adapters", "native", "test", "bench", "gpu-report"])
+def test_only_the_demos_leave_the_cuda_half_out_where_no_gpu_is_seen(target: str) -> None:
+    done = run("make", "-n", target, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "build_native" in line]
+    assert line.endswith("--for-this-machine") is (target in ("quickstart", "demo-adapters"))
+
+
+@pytest.fixture
 def setup_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/setup_env.py over a scratch folder, with a pip that installs nothing and remembers its calls."""
-    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(ROOT / "tools" / "setup_env.py")
     shutil.copy(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
     venv = tmp_path / ".venv"
     venv.mkdir()

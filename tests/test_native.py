@@ -95,6 +95,12 @@ def test_a_library_that_is_not_built_says_how_to_build_it(monkeypatch: pytest.Mo
     assert "make native" in why
     with pytest.raises(native.NativeError, match="not built"):
         native.cpu()
+    (tmp_path / "build.json").write_text('{"cpu": "built", "cuda": "skipped: no NVIDIA GPU is seen here"}')
+    monkeypatch.setattr(native, "_loaded", {})
+    assert native.available("cuda") == "the native cuda library is not built (no NVIDIA GPU is seen here): " + (
+        "run `make native` in the repository"
+    )
+    assert native.available() == why
 
 
 def test_a_broken_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import grid
 from interpreter_tools import run_in_the_interpreter
 from lora_tools import BF16, F32, FLOATS, level_fixture, needs_native, threads
 from torch import Tensor
@@ -250,11 +251,17 @@ def test_in_the_interpreter() -> None:
 
 @needs_triton
 @on_device
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_device(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "shape"), grid(FLOATS, SHAPES[:4]), ids=str)
+def test_device(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     with use_backend("triton"):
-        for shape in SHAPES[:4]:
-            check(*inputs(shape, dtype, DEVICE))
+        check(*inputs(shape, dtype, DEVICE))
+
+
+@needs_triton
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_device_no_rows(dtype: torch.dtype) -> None:
+    with use_backend("triton"):
         _, tensors, _ = inputs((0, 4, 2, 1, 8, 1, 0), dtype, DEVICE)
         assert rotary_attention(*tensors, scale=1.0).shape == (0, 4, 2, 8)
 

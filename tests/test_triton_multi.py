@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forms import matrix
 from interpreter_tools import run_in_the_interpreter, small_tiles
 from lora_tools import BF16, F16, F32
 from multi_tools import MultiCase, check_multi, make_multi
@@ -65,16 +66,16 @@ CASES = {
 
 
 @on_device
-@pytest.mark.parametrize(
-    ("name", "dtype", "form"),
+@pytest.mark.parametrize(("name", "dtype", "form"), matrix(
     [
         ("mixed ranks", F32, "by group"), ("mixed ranks", F16, "by row"), ("one row each", F32, "by row"),
         ("one row each", F16, "either"), ("one adapter", F16, "either"), ("one adapter", F16, "by group"),
         ("the base alone", F16, "by group"), ("any layout", F32, "by row"), ("any layout", F16, "by group"),
         ("dense", F32, "by group"), ("dense", F16, "either"), ("dense", BF16, "by group"),
     ],
-    indirect=["form"],
-)  # fmt: skip
+    short=[("mixed ranks", F32, "by group"), ("one row each", F16, "either"), ("one adapter", F16, "by group"),
+           ("the base alone", F16, "by group"), ("any layout", F32, "by row"), ("dense", BF16, "by group")],
+), indirect=["form"])  # fmt: skip
 def test_device_cases(small: None, form: None, name: str, dtype: torch.dtype) -> None:
     check_multi(CASES[name](dtype).to(DEVICE))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import share
 from interpreter_tools import run_in_the_interpreter, small_tiles
 from lora_tools import BF16, F16, F32, FLOATS
 from rotation_tools import check_butterfly, check_cayley, check_householder, check_pairs
@@ -36,7 +37,7 @@ def test_device_butterflies(dtype: torch.dtype) -> None:
     shapes = [(5, 12, 1, 4), (3, 9, 1, 3), (33, 64, 1, 32), (2, 192, 1, 96), (17, 24, 2, 2), (3, 128, 3, 4)]
     shapes.append((4, 60, 2, 6))
     with use_backend("triton"):
-        for i, (rows, d, m, b) in enumerate(shapes):
+        for i, (rows, d, m, b) in share(dtype, FLOATS, enumerate(shapes)):
             check_butterfly(rows, d, m, b, dtype, transposed=i % 2 == 1, device=DEVICE)
         check_butterfly(2, 16, 1, 4, dtype, shared=True, transposed=True, device=DEVICE)
         check_butterfly(2, 16, 2, 4, dtype, shared=True, device=DEVICE)
@@ -47,10 +48,10 @@ def test_device_butterflies(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_device_butterfly_linear(dtype: torch.dtype) -> None:
     with use_backend("triton"):
-        check_turned(Turned(5, 24, 64, 1, 32, 64), dtype, DEVICE)
-        check_turned(Turned(18, 20, 48, 2, 4, gain=True), dtype, DEVICE)
-        check_turned(Turned(3, 16, 36, 1, 6, gain=True, bias=False, shared=True), dtype, DEVICE)
-        check_turned(Turned(0, 16, 32, 1, 4), dtype, DEVICE)
+        cases = [Turned(5, 24, 64, 1, 32, 64), Turned(18, 20, 48, 2, 4, gain=True), Turned(0, 16, 32, 1, 4),
+                 Turned(3, 16, 36, 1, 6, gain=True, bias=False, shared=True)]  # fmt: skip
+        for case in share(dtype, FLOATS, cases):
+            check_turned(case, dtype, DEVICE)
 
 
 @on_device
@@ -98,7 +99,8 @@ def test_device_cayley() -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_device_householder(dtype: torch.dtype) -> None:
     with use_backend("triton"):
-        for rows, d, r in ((1, 1, 1), (5, 7, 2), (40, 200, 8), (3, 130, 17), (40, 70, 40), (0, 8, 2)):
+        shapes = ((1, 1, 1), (5, 7, 2), (40, 200, 8), (3, 130, 17), (40, 70, 40), (0, 8, 2))
+        for rows, d, r in share(dtype, FLOATS, shapes):
             check_householder(rows, d, r, dtype, device=DEVICE)
         check_householder(6, 40, 5, dtype, BF16, device=DEVICE)
 
@@ -107,7 +109,7 @@ def test_device_householder(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_device_pairs(dtype: torch.dtype) -> None:
     with use_backend("triton"):
-        for rows, d, half in ((1, 2, 1), (5, 12, 3), (33, 128, 32), (7, 320, 16), (0, 4, 2)):
+        for rows, d, half in share(dtype, FLOATS, ((1, 2, 1), (5, 12, 3), (33, 128, 32), (7, 320, 16), (0, 4, 2))):
             check_pairs(rows, d, half, dtype, device=DEVICE)
         check_pairs(4, 64, 32, dtype, F16, device=DEVICE)
 

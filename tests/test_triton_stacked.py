@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from forms import grid
 from interpreter_tools import run_in_the_interpreter, small_tiles
 from lora_tools import F16, F32, Case, Stack, check_stack, make
 from torch import Tensor
@@ -61,9 +62,7 @@ STACKS = {
 
 
 @on_device
-@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-@pytest.mark.parametrize("m", [3, 37])
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize(("name", "m", "dtype"), grid(STACKS, [3, 37], [F32, F16], strength=2), ids=str)
 def test_device_stack(small: None, name: str, m: int, dtype: torch.dtype) -> None:
     stack = Stack([put(c) for c in STACKS[name](m, dtype)])
     check_stack(stack)
@@ -108,8 +107,7 @@ def test_more_projections_than_a_launch_holds_are_refused() -> None:
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("m", [1, 512])
+@pytest.mark.parametrize(("m", "capability"), grid([1, 512], [80, 90]))
 def test_compiled_without_spills(capability: int, m: int) -> None:
     """q, k, v of a large model (with dropout) and its gate and up (without), in bfloat16."""
     k, bf16 = 4096, torch.bfloat16

@@ -46,7 +46,7 @@ def environment(version: str) -> Path:
 
 def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    versions, args = sys.argv[1:split], sys.argv[split + 1 :] or ["-q", "tests/fastpeft"]
+    versions, args = sys.argv[1:split], sys.argv[split + 1 :] or ["-q", "--full", "tests/fastpeft"]
     failed = []
     for version in versions:
         python = environment(version)

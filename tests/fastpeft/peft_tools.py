@@ -45,7 +45,8 @@ def model_of(library: Any, layer: str | nn.Module, name: str, options: dict[str,
     base.add_module("layer", LAYERS[layer][0]() if isinstance(layer, str) else copy.deepcopy(layer))
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out|.*CUDA extension|.*butterfly|.*symmetric|Invalid `")
+        for known in (".*fan_in_fan_out|.*CUDA extension|.*butterfly|.*symmetric|Invalid `", ".*clamped to"):
+            warnings.filterwarnings("ignore", message=known)
         return library.get_peft_model(base, getattr(library, name)(target_modules=["layer"], **options)).eval()
 
 
@@ -99,6 +100,9 @@ def close(actual: Tensor, expected: Tensor, times: float = 1.0) -> None:
 def assert_as_good(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
     """As PEFT in float64, to the accuracy that PEFT's own float32 has anywhere in the tensor."""
     for a, b, c in zip(ours, theirs, exact, strict=True):
+        if not c.numel():  # OSF can leave nothing to train
+            assert a.shape == b.shape == c.shape
+            continue
         worst, largest = (b.double() - c).abs().max(), c.abs().max().clamp(min=1.0).expand(c.shape)
         assert_no_worse(a, (c + worst).to(b.dtype), c, largest)
 

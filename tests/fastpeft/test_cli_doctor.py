@@ -94,6 +94,7 @@ def test_absent_package_is_told_from_a_broken_one(monkeypatch: pytest.MonkeyPatc
         found["transformers"] = {"found": {"version": "5.24.0", "needs_peft": "0.22.0"}}
         found["triton"] = {"error": "ModuleNotFoundError: No module named 'triton'", "absent": True}
         found["native_cpu"] = {"found": {"reason": "the native cpu library is not built"}}
+        found["native_cuda"] = {"found": {"reason": "the native cuda library is not built (no NVIDIA GPU is seen)"}}
         return found
 
     monkeypatch.setattr(doctor, "probe", probe)
@@ -113,3 +114,5 @@ def test_absent_package_is_told_from_a_broken_one(monkeypatch: pytest.MonkeyPatc
         assert found[tool]["fix"]
     assert "built for CUDA 13.0" in found["gpu"]["value"]
     assert "the slower reference serves" in found["native CPU library"]["value"]
+    assert "no NVIDIA GPU is seen" in found["native CUDA library"]["value"]
+    assert "PEFT_KERNELS_CUDA=1 make native" in found["native CUDA library"]["fix"]

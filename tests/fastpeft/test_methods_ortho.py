@@ -52,6 +52,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("OSFConfig", {}, "lin wide"),
     ("OSFConfig", {"effective_rank": 3}, "lin plain wide"),
     ("OSFConfig", {"rank_pattern": {"ay": 0.7, "layer": 2}, "init_weights": False}, "lin"),
+    ("OSFConfig", {"effective_rank": 1000}, "lin wide"),
     ("FourierFTConfig", {"n_frequency": 40, "scaling": 5.0}, "lin plain gpt2"),
     ("FourierFTConfig", {"n_frequency": 448, "init_weights": True, "random_loc_seed": 4, "scaling": 5.0}, "wide"),
     ("WaveFTConfig", {"n_frequency": 40, "scaling": 2.0}, "lin plain gpt2"),

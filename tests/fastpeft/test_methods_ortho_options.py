@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from peft_kernels.testing import assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))
 agree, input_of, model_of = (tools[n] for n in ("agree", "input_of", "model_of"))
+assert_as_good, assert_same_start = tools["assert_as_good"], tools["assert_same_start"]
 pair, randomise, run = (tools[n] for n in ("pair", "randomise", "run"))
 
 
@@ -107,6 +110,41 @@ def test_osf_targets_every_linear_layer_where_it_knows_no_default() -> None:
         assert len([n for n, _ in model.named_parameters() if n.endswith("U_low")]) == 2
 
 
+@pytest.mark.parametrize("rank", [1.0, 20, 21, 1000])
+def test_osf_freezes_all_directions_where_the_rank_is_not_below_the_smaller_size(rank: float, tmp_path: Path) -> None:
+    """As PEFT does, which does not warn: other layers train, and files go both ways."""
+    def adapted(library: Any, folder: Path | None = None) -> Any:
+        torch.manual_seed(0)
+        base = nn.Sequential()
+        base.add_module("small", nn.Linear(24, 20))
+        base.add_module("large", nn.Linear(20, 40))
+        if folder is not None:
+            return library.PeftModel.from_pretrained(base, folder, is_trainable=True)
+        return library.get_peft_model(base, library.OSFConfig(
+            target_modules=["small", "large"], effective_rank=rank, rank_pattern={"large": 3}))  # fmt: skip
+
+    with pytest.warns(PeftWarning, match=r"`effective_rank` \(.*\), clamped to 20, .* nothing is trained in it"):
+        ours = adapted(fastpeft)
+    theirs = adapted(peft)
+    assert_same_start(ours, theirs)
+    layer = ours.base_model.model.small
+    assert layer.effective_rank == theirs.base_model.model.small.effective_rank == {"default": 20}
+    assert [p.numel() for p in layer.osf_svd_params["default"].values()] == [0, 0, 0]
+    randomise(ours, theirs)
+    x = torch.randn(7, 24)
+    exact = run(copy.deepcopy(theirs).double(), x.double())
+    assert_as_good(run(ours, x), run(theirs, x), exact)
+    for i, (model, other) in enumerate(((ours, peft), (theirs, fastpeft))):
+        model.save_pretrained(tmp_path / str(i))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*clamped to")
+            loaded = adapted(other, tmp_path / str(i))
+        assert_same_bits(loaded.eval()(x), (theirs if other is peft else ours).eval()(x))
+    before = layer.weight.clone()
+    ours.merge_adapter()
+    assert_same_bits(layer.weight.detach(), before.detach())
+
+
 # Sizes, places and errors
 
 
@@ -171,7 +209,6 @@ def test_waveft_shares_its_parameters_out_as_peft() -> None:
     ("RoadConfig", {"variant": "road_3"}, "lin", "road_4"),
     ("PsoftConfig", {}, "lin", "less than or equal to min"),
     ("PsoftConfig", {"psoft_svd": "some"}, "lin", "psoft_svd"),
-    ("OSFConfig", {"effective_rank": 1.0}, "lin", "leave something to train"),
     ("OSFConfig", {"effective_rank": 0}, "lin", "at least 1"),
     ("OSFConfig", {}, "conv2", "cannot adapt"),
     ("FourierFTConfig", {}, "lin", "at most in_features"),

@@ -214,6 +214,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "waveft_conv1d_gpt2": _case("WAVEFT", target_modules=["proj"], n_frequency=9, fan_in_fan_out=True),
     "osf": _case("OSF"),
     "osf_rank": _case("OSF", effective_rank=4, rank_pattern={"layers.1.up": 0.25}),
+    "osf_clamped": _case("OSF", effective_rank=5, rank_pattern={"layers.1.up": 100, "layers.0.down": 1.0}),
     "delora": _case("DELORA", r=3),
     "delora_patterns": _case(
         "DELORA", r=3, delora_lambda=4, rank_pattern={"up": 2}, lambda_pattern={"layers.0.down": 7}, bias="delora_only",

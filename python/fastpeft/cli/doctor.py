@@ -253,7 +253,7 @@ def _kernels(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
             "native CUDA library",
             status,
             reason or "loaded",
-            "needs nvcc at build time; only GPUs use it" if reason else "",
+            "only GPUs use it; with nvcc of CUDA 12.8 or newer: PEFT_KERNELS_CUDA=1 make native" if reason else "",
         )
     )
     if "error" in looks["backends"]:

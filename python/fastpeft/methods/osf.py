@@ -14,6 +14,7 @@ times the frozen layer's, of which nothing can be left out while the wrapped lay
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import HasInitWeights, PeftType, TargetConfig
+from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 from ..patterns import match_names
 from ..shared import Computed
@@ -34,8 +35,8 @@ _DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "u
 @dataclass
 class OSFConfig(HasInitWeights, TargetConfig):
     """effective_rank: number of singular directions that are frozen, or their share of the smaller size if it is a
-    float; half by default. rank_pattern: its value by layer, by expressions that match anywhere in a name.
-    target_svd_config: accepted and not used, as in PEFT."""
+    float; half by default, at most all, which leaves nothing to train in that layer. rank_pattern: its value by layer,
+    by expressions that match anywhere in a name. target_svd_config: accepted and not used, as in PEFT."""
 
     own_type = PeftType.OSF
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -73,23 +74,29 @@ class OSF(Method):
 
     def check_layer(self, config: OSFConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
-        rank, most = _rank(config, info), min(info.in_features, info.out_features)
-        if not 1 <= rank < most:
+        if (rank := _rank(config, info)) < 1:
             raise ValueError(
-                f"{info.name!r}: `effective_rank` should be at least 1 and leave something to train: less than {most}, "
-                f"the smaller of the layer's sizes. Got {config.effective_rank!r}, which is {rank}."
+                f"{info.name!r}: `effective_rank` should be at least 1. Got {config.effective_rank!r}, which is {rank} "
+                f"for a weight of {info.out_features} x {info.in_features}."
             )
 
     def make_state(self, config: OSFConfig, info: LayerInfo, shared: Any) -> State:
         k, n, m = _rank(config, info), info.out_features, info.in_features
         dtype = info.dtype if info.dtype.is_floating_point else torch.float32
+        low = min(n, m) - k
+        if low == 0:  # PEFT serves it and says nothing; the name of the layer is left out, so that equal ones warn once
+            warnings.warn(
+                f"`effective_rank` ({config.effective_rank}), clamped to {k}, the smaller size of a layer, freezes all "
+                "of its singular directions: nothing is trained in it.",
+                PeftWarning,
+                stacklevel=2,
+            )
 
         @functools.cache
         def factors() -> tuple[Tensor, Tensor, Tensor]:
             u, sigma, v = torch.linalg.svd(info.weight().to(torch.float32), full_matrices=False)
             return u.to(dtype), sigma.to(dtype), v.to(dtype)
 
-        low = min(n, m) - k
         params, state = {}, State(effective_rank=k)
         for i, (name, shape) in enumerate({"U_low": (n, low), "S_low": (low,), "V_low": (low, m)}.items()):
 
@@ -162,7 +169,8 @@ class _LowPart(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, u, s, v, u0, s0, v0, u_high, v_high, h, h0 = ctx.saved_tensors
         needs_x, needs_u, needs_s, needs_v = ctx.needs_input_grad[:4]
-        g, rows, h, h0 = (t.reshape(-1, t.shape[-1]).to(u.dtype) for t in (grads[0], x, h, h0))  # autocast made some
+        g, rows = (t.reshape(-1, t.shape[-1]).to(u.dtype) for t in (grads[0], x))  # autocast made some of the four
+        h, h0 = h.to(u.dtype), h0.to(u.dtype)
         gu, gu0 = g @ u, g @ u0
         dx = torch.addmm((gu * s) @ v, gu0 * s0, v0, alpha=-1).view(x.shape) if needs_x else None
         du = _projected(g, h * s, u0, u_high, gu0) if needs_u else None
