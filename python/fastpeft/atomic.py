@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .safety import AdapterFileError, list_some, path_inside, read_json
+from .checks import AdapterFileError, list_some, path_inside, read_json
 
 # PEFT, transformers and the servers read files by name and pass over this one.
 MANIFEST_NAME = "fastpeft_manifest.json"

@@ -2,7 +2,7 @@
 
 The key rule: in memory `base_model.model.<module>.lora_A.<adapter>.weight`, in a file the adapter's name is left out.
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, as PEFT, vLLM and diffusers read and write them,
-and our manifest, which they pass over. Loading believes nothing before it was checked (`safety.py`, `fits.py`), and
+and our manifest, which they pass over. Loading believes nothing before it was checked (`safetensors_files.py`, `fits.py`), and
 setting a state dict changes the model only after every tensor was found to fit.
 """
 
@@ -21,20 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from . import atomic
-from .fits import PREFIX, TUNER, KeyMismatchError, check_fits, embedding_tensors, make_room, unpacked
-from .safety import (
-    AdapterFileError,
-    Header,
-    TensorInfo,
-    check_config,
-    check_finite,
-    list_some,
-    open_regular,
-    path_inside,
-    read_header,
-    read_json,
-    read_tensors,
-)
+from .checks import PREFIX, TUNER, AdapterFileError, KeyMismatchError, list_some, open_regular, path_inside, read_json
+from .fits import check_fits, embedding_tensors, make_room, unpacked
+from .limits import check_config
+from .safetensors_files import Header, TensorInfo, check_finite, read_header, read_tensors
 from .sharded import copy_into, gathered
 
 CONFIG_NAME = "adapter_config.json"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import save_adapter
+from .checks import PREFIX
 from .config import PeftType, PeftWarning
 from .layer import AdapterLayer
 from .methods.lora import LoraConfig
@@ -27,7 +28,6 @@ from .sites import adapter_modules, walk
 from .targets import minimal_suffixes
 from .weights import wide
 
-PREFIX = "base_model.model."
 Converted = tuple[Tensor, Tensor, "Tensor | None"]  # A, B, and what is added to the bias
 
 

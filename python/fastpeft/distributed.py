@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import list_some
 from .layer import AdapterLayer
 from .nf4 import NF4Linear
-from .safety import list_some
 from .shared import SharedDict
 
 Blocks = Iterable["str | type[nn.Module]"]

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import PREFIX, KeyMismatchError, list_some
 from .config import PeftError, PeftType, PeftWarning, TargetConfig
-from .fits import PREFIX, KeyMismatchError
 from .method import LayerInfo, Method
 from .parameter_weights import innermost
 from .patterns import first_match
-from .safety import list_some
 from .sites import Site, walk
 from .targets import ALL_LINEAR, match_targets, minimal_suffixes, select
 from .weights import weight_of

@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .safety import AdapterFileError, TensorInfo, list_some
+from .checks import PREFIX, TUNER, KeyMismatchError, list_some
+from .safetensors_files import TensorInfo
 
 if TYPE_CHECKING:
     from .inject import InjectionPlan
-
-TUNER = "base_model."  # where a PeftModel has its tuner, which holds what layers share
-PREFIX = TUNER + "model."
-
-
-class KeyMismatchError(AdapterFileError, RuntimeError):
-    """Tensors that do not fit the model: missing, unexpected or of another size. The message lists them."""
 
 
 def check_fits(

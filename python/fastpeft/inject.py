@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .base_edits import EDIT
+from .checks import PREFIX, TUNER, list_some
 from .config import TargetConfig, TaskType
 from .containers import AdapterDict
 from .experts import Converted, convert_targets, without_dropout
 from .layer import AdapterLayer
+from .limits import check_adapter_name
 from .method import LayerInfo, Method, State, method_of
 from .parameters import parameter_sites
 from .replicate import replicate_layers
-from .safety import check_adapter_name, list_some
 from .saved_modules import ModulesToSaveWrapper, check_savable, copy_module
 from .shared import SharedValues, compute, fill_containers, held_containers
 from .sites import (
@@ -286,8 +287,8 @@ def resolve_targets(
     names = list(sites)
     resolved = copy.copy(config)
     if keys is not None:
-        layered = (k.removeprefix("base_model.model.") for k in keys)
-        found = {k.rpartition("." + method.prefix)[0] for k in layered if not k.startswith("base_model.")}
+        layered = (k.removeprefix(PREFIX) for k in keys)
+        found = {k.rpartition("." + method.prefix)[0] for k in layered if not k.startswith(TUNER)}
         wanted = {n for n in found if n in sites}
         lost = sorted(n for n in found - wanted if n)
         if lost:

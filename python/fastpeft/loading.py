@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from .checkpoint import IncompatibleKeys, load_adapter_file, set_peft_model_state_dict
+from .checks import PREFIX, KeyMismatchError, list_some
 from .config import PeftConfig
-from .fits import PREFIX, KeyMismatchError, make_room, unpacked
+from .fits import make_room, unpacked
 from .layer import AdapterLayer
-from .safety import list_some
 from .sites import adapter_modules, iter_adapter_tensors
 
 

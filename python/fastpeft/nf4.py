@@ -21,7 +21,7 @@ from peft_kernels import QuantWeight, lora_linear
 from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES
 
 from .bnb_state import DTYPES, NESTED_BLOCKSIZE, bnb_state, copy_of, parse_bnb_state
-from .safety import AdapterFileError, list_some
+from .checks import AdapterFileError, list_some
 
 _SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
 

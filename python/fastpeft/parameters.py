@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from .checks import list_some
 from .config import PeftError
 from .layer import AdapterLayer
 from .parameter_weights import TransientWeight, innermost, kind_of_parameter
-from .safety import list_some
 from .sites import Site
 
 

@@ -18,11 +18,11 @@ from . import adapters
 from .config import PeftConfig, PeftWarning
 from .inject import InjectionPlan, plan_injection
 from .layer import AdapterLayer
+from .limits import BASE
 from .method import Method, method_of, registry
 from .model_merging import ModelMerging
 from .routing import check_length
 from .rows import Recall, RowValues
-from .safety import BASE
 from .saved_modules import ModulesToSaveWrapper
 from .shared import held_containers, register_at
 from .sites import AdapterModule, KnownModules, adapter_modules

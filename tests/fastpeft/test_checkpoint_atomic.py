@@ -20,7 +20,7 @@ from fastpeft.checkpoint import (
     load_adapter_file,
     save_adapter,
 )
-from fastpeft.safety import AdapterFileError
+from fastpeft.checks import AdapterFileError
 
 
 def adapter(value: float) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

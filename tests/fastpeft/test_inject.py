@@ -12,9 +12,9 @@ import peft
 import pytest
 import torch
 from fastpeft import LoraConfig, NoMatchingPeftModuleError, PeftError, get_peft_model, inject_adapter_in_model
+from fastpeft.checks import AdapterFileError
 from fastpeft.layer import AdapterLayer
 from fastpeft.patterns import CPU_SECONDS, first_match, match_names
-from fastpeft.safety import AdapterFileError
 from fastpeft.sites import iter_adapter_tensors
 from fastpeft.targets import minimal_suffixes
 from torch import nn

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastpeft.checks import AdapterFileError
 from fastpeft.nf4 import NF4Linear, bnb_state, dequantize_model, from_bitsandbytes, parse_bnb_state, quantize_model
-from fastpeft.safety import AdapterFileError
 from safetensors.torch import load_file
 from torch import nn
 

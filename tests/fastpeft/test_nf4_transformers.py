@@ -11,9 +11,9 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
+from fastpeft.checks import AdapterFileError
 from fastpeft.integrations.transformers_nf4 import load_nf4_model, nf4_config
 from fastpeft.nf4 import NF4Linear, dequantize_model, quantize_model
-from fastpeft.safety import AdapterFileError
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from fastpeft.checkpoint import CONFIG_NAME, SAFETENSORS_NAME
-from fastpeft.fits import KeyMismatchError
+from fastpeft.checks import KeyMismatchError
 from safetensors.torch import load_file, save_file
 from torch import nn
 

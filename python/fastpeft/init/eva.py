@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import PREFIX
 from ..config import PeftWarning
 from .incremental_pca import IncrementalPCA
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ..tuner import BaseTuner
 
 MAX_RHO = 1000
-PREFIX = "base_model.model."
 
 
 @dataclass

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import load_adapter_file
+from ..checks import PREFIX
 from ..config import PeftConfig, PeftWarning
-from ..fits import PREFIX
 from ..layer import AdapterLayer
 from ..sites import adapter_modules
 from ..tuner import BaseTuner

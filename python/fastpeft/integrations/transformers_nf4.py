@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..safety import AdapterFileError, Header, list_some, path_inside, read_header, read_json, read_tensors
+from ..checks import AdapterFileError, list_some, path_inside, read_json
+from ..safetensors_files import Header, read_header, read_tensors
 
 METHOD = "fastpeft_nf4"
 _MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method")

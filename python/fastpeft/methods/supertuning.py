@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
+from ..limits import MAX_RANK
 from ..method import Inner, LayerInfo, Method, State, register
-from ..safety import MAX_RANK
 from ..shared import Computed
 from ..sparse import dense, sparse_update
 from ..weights import weight_of

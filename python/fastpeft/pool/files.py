@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CONFIG_NAME, SAFETENSORS_NAME, open_adapter
+from ..checks import PREFIX, AdapterFileError, list_some, path_inside, read_json
 from ..config import PeftConfig
-from ..fits import PREFIX, check_shapes
+from ..fits import check_shapes
+from ..limits import check_adapter_name, check_config
 from ..method import method_of
 from ..methods.lora import Lora, LoraConfig, scaling_of
-from ..safety import AdapterFileError, check_adapter_name, check_config, list_some, path_inside, read_json
 from ..serving import beyond_plain_lora
 from .buffers import Buffers, LayerAdapter, Staged
 from .layers import Selector

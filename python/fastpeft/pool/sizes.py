@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import list_some
 from ..method import LayerInfo
 from ..methods.lora import LoraConfig
-from ..safety import list_some
 from ..sites import checked_info
 from .blocks import SMALLEST, block_size
 from .buffers import row_bytes, slot_bytes

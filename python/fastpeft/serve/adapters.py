@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CONFIG_NAME
+from ..checks import AdapterFileError
+from ..limits import check_adapter_name
 from ..pool import AdapterLoadError, PoolFull, UnknownAdapterError
-from ..safety import AdapterFileError, check_adapter_name
 from .answers import model_entry
 from .engine import Engine
 from .errors import ApiError, bad, short, unknown, unusable
