@@ -2,8 +2,8 @@
 
 The key rule: in memory `base_model.model.<module>.lora_A.<adapter>.weight`, in a file the adapter's name is left out.
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, as PEFT, vLLM and diffusers read and write them,
-and our manifest, which they pass over. Loading believes nothing before it was checked (`safetensors_files.py`, `fits.py`), and
-setting a state dict changes the model only after every tensor was found to fit.
+and our manifest, which they pass over. Loading believes nothing before it was checked (`safetensors_files.py`,
+`fits.py`), and setting a state dict changes the model only after every tensor was found to fit.
 """
 
 from __future__ import annotations
