@@ -18,7 +18,6 @@ _HOMES = {
     ),
     "convert": ("convert_to_lora", "save_as_lora"),
     "base_state": ("get_base_model_state_dict", "set_base_model_state_dict"),
-    "checkpoint": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "integrations.transformers_nf4": ("load_nf4_model",),
     "loading": ("load_peft_weights",),
     "serving": ("export_for_serving", "inspect_adapter"),
@@ -33,6 +32,7 @@ _HOMES = {
         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
+    "state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "prepare": ("cast_mixed_precision_params", "prepare_model_for_kbit_training"),
     "layer": ("AdapterLayer",),
@@ -56,7 +56,7 @@ _LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Pol
           "XLora")  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _register(__name__, {
-    "functional": "adapters checkpoint model", "mapping_func": "model tasks mapping", "mixed_model": "tasks",
+    "functional": "adapters state_dict model", "mapping_func": "model tasks mapping", "mixed_model": "tasks",
     "peft_model": "model tasks status mapping",
 })  # fmt: skip
 

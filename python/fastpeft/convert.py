@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import save_adapter
 from .checks import PREFIX
 from .config import PeftType, PeftWarning
+from .folder import save_adapter
 from .layer import AdapterLayer
 from .methods.lora import LoraConfig
 from .saved_modules import ModulesToSaveWrapper

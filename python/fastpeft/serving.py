@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from . import atomic
-from .checkpoint import AdapterSource, get_peft_model_state_dict, open_adapter, save_adapter
 from .checks import PREFIX, AdapterFileError, list_some
+from .folder import AdapterSource, open_adapter, save_adapter
+from .state_dict import get_peft_model_state_dict
 
 # The ranks that vLLM has kernels for; an adapter of another rank is served at the next one (max_lora_rank).
 VLLM_MAX_RANK = 512

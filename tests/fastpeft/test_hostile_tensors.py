@@ -10,8 +10,8 @@ from pathlib import Path
 import fastpeft
 import pytest
 import torch
-from fastpeft.checkpoint import SAFETENSORS_NAME, load_adapter_file
 from fastpeft.checks import AdapterFileError
+from fastpeft.folder import SAFETENSORS_NAME, load_adapter_file
 from fastpeft.safetensors_files import MAX_HEADER_BYTES
 from safetensors.torch import load_file, save_file
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_adapter_file
 from ..checks import PREFIX
 from ..config import PeftConfig, PeftWarning
+from ..folder import load_adapter_file
 from ..layer import AdapterLayer
 from ..sites import adapter_modules
 from ..tuner import BaseTuner
@@ -41,7 +41,7 @@ def as_plain_lora(
         )
     initial = None
     if path is not True and not config.kasa_config:
-        initial = load_adapter_file(path, model=tuner.model)[1]  # type: ignore[arg-type]
+        initial = load_adapter_file(path)[1]  # type: ignore[arg-type]
     result = dict(tensors)
     for name, layer in adapter_modules(tuner.model):
         if isinstance(layer, AdapterLayer) and adapter in layer.methods:

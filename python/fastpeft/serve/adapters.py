@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CONFIG_NAME
 from ..checks import AdapterFileError
+from ..config import CONFIG_NAME
 from ..limits import check_adapter_name
 from ..pool import AdapterLoadError, PoolFull, UnknownAdapterError
 from .answers import model_entry

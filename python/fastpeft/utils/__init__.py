@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..aliases import register
 from ..base_state import get_base_model_state_dict, set_base_model_state_dict
-from ..checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from ..config import NoMatchingPeftModuleError, PeftError, PeftType, PeftWarning, TaskType
 from ..distributed import fsdp_auto_wrap_policy
 from ..init.loftq import replace_lora_weights_loftq
-from ..loading import load_peft_weights
+from ..loading import infer_device, load_peft_weights
 from ..prepare import cast_mixed_precision_params, prepare_model_for_kbit_training
 from ..saved_modules import ModulesToSaveWrapper
+from ..state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from ..token_sites import TrainableTokensWrapper
 from . import constants
 from .constants import *  # noqa: F403 (its __all__)
@@ -45,12 +44,6 @@ register(__name__, {
     "error": "config", "incremental_pca": "init.incremental_pca", "loftq_utils": "init.loftq", "peft_types": "config",
     "save_and_load": "utils mapping", "warning": "config",
 })  # fmt: skip
-
-
-def infer_device() -> str:
-    """The kind of accelerator that torch sees, "cpu" without one."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if found is None else found.type
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import PICKLE_NAME as WEIGHTS_NAME
-from ..checkpoint import SAFETENSORS_NAME as SAFETENSORS_WEIGHTS_NAME
 from ..config import CONFIG_NAME
+from ..folder import PICKLE_NAME as WEIGHTS_NAME
+from ..folder import SAFETENSORS_NAME as SAFETENSORS_WEIGHTS_NAME
 from ..inject import SEQ_CLS_HEADS
 from ..method import registry
 from ..methods.ia3 import FEEDFORWARD
