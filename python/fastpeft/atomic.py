@@ -70,11 +70,13 @@ def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
     if temporary.parent != target:
         if not target.exists():
             os.rename(temporary, target)
-            return _sync(target.parent)
+            _sync(target.parent)
+            return
         if keep:
             _link_missing(target, temporary)
         if _exchange(temporary, target):
-            return _sync(target.parent)
+            _sync(target.parent)
+            return
     # Each file is whole at any time, though not the set of them: the manifest goes last and tells.
     for name in sorted(written, key=lambda n: n == MANIFEST_NAME):
         source, goal = temporary / name, target / name

@@ -26,10 +26,11 @@ def check_fits(
     """
     tensors = _stacked(plan, tensors)
     expected = expected_shapes(plan)
-    plain = _plain_shapes(plan) | _repeated_shapes(plan)
+    base, trained = _base_shapes(plan)
+    plain = base | _repeated_shapes(plan)
     missing = [key for key in expected if key not in tensors]
     biases = {key.replace(".base_layer.", ".") for key in tensors}
-    missing += [key for key in _trained_biases(plan) if key not in biases]
+    missing += [key for key in trained if key not in biases]
     unexpected, mismatched, wrong = [], [], []
     for key, info in tensors.items():
         shape = expected.get(key, plain.get(key.replace(".base_layer.", ".")))
@@ -109,19 +110,19 @@ def _repeated_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
     return {f"{PREFIX}{layer.site.name}.{n}": tuple(t.shape) for layer in plan.layers for n, t in shared.items()}
 
 
-def _trained_biases(plan: InjectionPlan) -> list[str]:
-    """The keys of the base model's biases that the adapter trains, without `base_layer`."""
-    mode = getattr(plan.config, "bias", "none")
+def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Tensors of the base model that a file may hold, biases and embeddings, and the biases that it must hold, which
+    the adapter trains. Keys are without `base_layer`."""
+    mode = getattr(plan.config, "bias", "none") or "none"
+    tensors = {n: p for n, p in plan.model.named_parameters() if n.endswith("bias")} if mode != "none" else {}
+    tensors |= embedding_tensors(plan.model)
+    found = {PREFIX + name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in tensors.items()}
     if mode == "all":
-        saved = tuple(f"{site.site.name}." for site in plan.saved)
-        names = (n.replace(".base_layer.", ".") for n, _ in plan.model.named_parameters() if n.endswith(".bias"))
-        return [
-            PREFIX + n for n in names if not n.startswith(saved) and not re.search(r"\.lora_\w+\.|modules_to_save", n)
-        ]
-    if mode in (None, "none", False):
-        return []
-    own = [layer for layer in plan.layers if layer.method is plan.method]
-    return [f"{PREFIX}{layer.site.name}.bias" for layer in own if layer.layer.info.has_bias]
+        other = tuple(f"{PREFIX}{site.site.name}." for site in plan.saved)
+        trained = [key for key in found if key.endswith(".bias") and not key.startswith(other)]
+        return found, [key for key in trained if not re.search(r"\.lora_\w+\.|modules_to_save", key)]
+    own = [layer for layer in plan.layers if layer.method is plan.method and mode != "none"]
+    return found, [f"{PREFIX}{layer.site.name}.bias" for layer in own if layer.layer.info.has_bias]
 
 
 def _entries(value: Any) -> list[tuple[str, Tensor]]:
@@ -130,18 +131,6 @@ def _entries(value: Any) -> list[tuple[str, Tensor]]:
     if isinstance(value, Computed):
         value = value.tensor(empty=True)
     return [("", value)] if isinstance(value, Tensor) else []
-
-
-def _plain_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
-    """Tensors of the base model that a file may bring along: biases that were trained, and embeddings."""
-    found: dict[str, tuple[int, ...]] = {}
-    bias = getattr(plan.config, "bias", "none")
-    for name, parameter in plan.model.named_parameters():
-        if bias not in (None, "none", False) and name.endswith("bias"):
-            found[PREFIX + name.replace(".base_layer.", ".")] = tuple(parameter.shape)
-    for name, tensor in embedding_tensors(plan.model).items():
-        found[PREFIX + name.replace(".base_layer.", ".")] = tuple(tensor.shape)
-    return found
 
 
 def embedding_tensors(model: nn.Module) -> dict[str, torch.nn.Parameter]:

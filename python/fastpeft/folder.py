@@ -94,20 +94,15 @@ class AdapterSource:
 
 
 def open_adapter(
-    directory: str | os.PathLike[str],
-    subfolder: str | None = None,
-    revision: str | None = None,
-    *,
-    allow_pickle: bool = False,
-    **hub: Any,
+    directory: str | os.PathLike[str], subfolder: str | None = None, *, allow_pickle: bool = False, **hub: Any
 ) -> AdapterSource:
     """Read and check an adapter's configuration and header.
 
     directory: a local folder, or `user/name` on the Hugging Face Hub, which needs huggingface_hub and its `hub`
-    arguments (token, cache_dir, local_files_only, ...; others are passed over). revision: of a Hub repository; a local
-    folder has none. allow_pickle: also accept `adapter_model.bin`, through torch.load(weights_only=True).
+    arguments (revision, token, cache_dir, local_files_only, ...; others are passed over). allow_pickle: also accept
+    `adapter_model.bin`, through torch.load(weights_only=True).
     """
-    folder = _local_folder(directory, subfolder, revision, allow_pickle, hub)
+    folder = _local_folder(directory, subfolder, allow_pickle, hub)
     config_path = folder / CONFIG_NAME
     if not config_path.exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: not an adapter")
@@ -162,11 +157,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _local_folder(
-    directory: str | os.PathLike[str],
-    subfolder: str | None,
-    revision: str | None,
-    allow_pickle: bool,
-    hub: dict[str, Any],
+    directory: str | os.PathLike[str], subfolder: str | None, allow_pickle: bool, hub: dict[str, Any]
 ) -> Path:
     root = Path(directory)
     if root.is_dir():
@@ -176,11 +167,11 @@ def _local_folder(
         raise NotADirectoryError(f"{root} is a file, an adapter folder was expected")
     if not isinstance(name, str) or _HUB_ID.fullmatch(name) is None or ".." in name:
         raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a repository on the Hub")
-    fetched = Path(find_adapter_file(name, CONFIG_NAME, subfolder, revision=revision, **hub))
+    fetched = Path(find_adapter_file(name, CONFIG_NAME, subfolder, **hub))
     try:
-        find_adapter_file(name, SAFETENSORS_NAME, subfolder, revision=revision, **hub)
+        find_adapter_file(name, SAFETENSORS_NAME, subfolder, **hub)
     except ValueError:
         if not allow_pickle:
             raise
-        find_adapter_file(name, PICKLE_NAME, subfolder, revision=revision, **hub)
+        find_adapter_file(name, PICKLE_NAME, subfolder, **hub)
     return fetched.parent

@@ -47,31 +47,24 @@ def check_config(config: Mapping[str, Any], where: object = "adapter configurati
             continue
         if not isinstance(patterns, Mapping):
             raise AdapterFileError(f"{where}: {field} must be an object, found {short(patterns)}")
-        _check_count(patterns, f"{where}: {field}")
+        _check_patterns(patterns, f"{where}: {field}")
         for pattern, value in patterns.items():
-            _check_pattern(pattern, f"{where}: {field}")
             check(value, f"{where}: {field}[{short(pattern)}]")
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(field)
         if not isinstance(value, (str, list, tuple, set, frozenset, type(None))):
             raise AdapterFileError(f"{where}: {field} must be a text or a list of them, found {short(value)}")
-        if isinstance(value, str):
-            value = [value]
-        _check_count(value or (), f"{where}: {field}")
-        for pattern in value or ():
-            _check_pattern(pattern, f"{where}: {field}")
+        _check_patterns([value] if isinstance(value, str) else value or (), f"{where}: {field}")
     _walk(config, where, 0)
 
 
-def _check_count(patterns: Collection[Any], where: str) -> None:
+def _check_patterns(patterns: Collection[Any], where: str) -> None:
     if len(patterns) > MAX_PATTERNS:
         raise AdapterFileError(f"{where}: {len(patterns)} entries, at most {MAX_PATTERNS} are read")
-
-
-def _check_pattern(pattern: object, where: str) -> None:
-    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
-        raise AdapterFileError(f"{where}: expected names or patterns of at most {MAX_PATTERN} characters, "
-                               f"found {short(pattern)}")  # fmt: skip
+    for pattern in patterns:
+        if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
+            expected = f"names or patterns of at most {MAX_PATTERN} characters"
+            raise AdapterFileError(f"{where}: expected {expected}, found {short(pattern)}")
 
 
 def _check_rank(value: object, where: str, least: int = 1) -> None:

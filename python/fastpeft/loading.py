@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,45 +54,30 @@ class Loaded:
 
 
 def plan_loading(
-    source: AdapterSource,
-    config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str,
-    key_mapping: Mapping[str, str] | None,
-    autocast_adapter_dtype: bool,
-    options: Mapping[str, Any],
+    source: AdapterSource, config: PeftConfig, model: nn.Module, adapter_name: str,
+    key_mapping: Mapping[str, str] | None, options: Mapping[str, Any], autocast_adapter_dtype: bool = False,
     is_new: bool = True,
-) -> Loaded:
-    """Plan an adapter of `config` on the base model, check a file's header against it, and read the tensors."""
+) -> Loaded:  # fmt: skip
+    """Plan an adapter of `config` on the base model, check a file's header against it, and read the tensors.
+
+    is_new: carry the plan out later. Else the adapter is in the model already, and the plan is for the check alone.
+    """
     lenient = bool(options.get("ignore_mismatched_sizes", False))  # what is passed over starts as for a new adapter
-    plan = plan_injection(
-        model, config, adapter_name, low_cpu_mem_usage=not lenient, loading=True,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-    )  # fmt: skip
-    try:
+    with warnings.catch_warnings():
+        if not is_new:  # they came when the adapter was put in
+            warnings.simplefilter("ignore")
+        plan = plan_injection(
+            model, config, adapter_name, low_cpu_mem_usage=not lenient, loading=True,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
+    with ExitStack() as stack:
+        stack.callback(plan.abandon)
         header = {_renamed(key, key_mapping): info for key, info in source.tensors.items()}
         check_fits(plan, header, source.folder, lenient)
         tensors = {_renamed(key, key_mapping): value for key, value in source.read().items()}
-    except Exception:
-        plan.abandon()
-        raise
+        if is_new:
+            stack.pop_all()
     return Loaded(source.folder, plan, tensors, lenient, is_new)
-
-
-def check_existing(
-    source: AdapterSource,
-    config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str,
-    key_mapping: Mapping[str, str] | None,
-    options: Mapping[str, Any],
-) -> Loaded:
-    """`plan_loading` for an adapter that is in the model: the plan, of the file's configuration, is for the check."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they came when the adapter was put in
-        loaded = plan_loading(source, config, model, adapter_name, key_mapping, False, options, is_new=False)
-    loaded.plan.abandon()
-    return loaded
 
 
 def load_peft_weights(

@@ -15,7 +15,7 @@ from .config import PeftConfig, PeftWarning
 from .distributed import frozen_buffers
 from .folder import open_adapter, save_adapter
 from .inject import InjectionPlan
-from .loading import check_existing, plan_loading
+from .loading import plan_loading
 from .method import method_of
 from .prepare import enable_input_gradients, is_checkpointing
 from .sharded import is_sharded, may_write
@@ -269,7 +269,7 @@ class PeftModel(nn.Module):
             config.inference_mode = not is_trainable
         kind = class_for(config, cls)
         with kind._preparing(config):
-            loaded = plan_loading(source, config, model, adapter_name, key_mapping, autocast_adapter_dtype, kwargs)
+            loaded = plan_loading(source, config, model, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)
             peft_model = kind(model, config, adapter_name, _plan=loaded.plan)
         loaded.fill(peft_model, is_trainable)
         return peft_model
@@ -294,11 +294,11 @@ class PeftModel(nn.Module):
         source, base = open_adapter(model_id, **kwargs), self.get_base_model()
         config = source.peft_config()
         if adapter_name in self.peft_config:
-            loaded = check_existing(source, config, base, adapter_name, key_mapping, kwargs)
+            loaded = plan_loading(source, config, base, adapter_name, key_mapping, kwargs, is_new=False)
             return loaded.fill(self, is_trainable)
         config.inference_mode = not is_trainable
         with self._preparing(config):
-            loaded = plan_loading(source, config, base, adapter_name, key_mapping, autocast_adapter_dtype, kwargs)
+            loaded = plan_loading(source, config, base, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)
             self.base_model.add(adapter_name, config, plan=loaded.plan)
         result = loaded.fill(self, is_trainable)
         if is_trainable:

@@ -50,7 +50,7 @@ def match_all(
     found: list[dict[str, str]] = []
     try:
         for pattern in patterns:
-            match = _compiled(_whole(pattern, prefix, suffix)).match
+            match = _compiled(pattern, prefix, suffix).match
             # `regex` counts the processor time of all threads: enough to end a match that has no end.
             matches = ((name, match(name, timeout=max(end - time.thread_time(), 0.0))) for name in names)
             found.append({name: m.groupdict().get("idx") or "" for name, m in matches if m})
@@ -63,14 +63,7 @@ def match_all(
     return found
 
 
-def _compiled(whole: str) -> Any:
-    try:
-        return regex.compile(whole, regex.VERSION0)
-    except (regex.error, RecursionError, MemoryError) as error:
-        raise PeftError(f"{whole!r} is not a regular expression that can be bounded in time: {error}") from None
-
-
-def _whole(pattern: str, prefix: str, suffix: str) -> str:
+def _compiled(pattern: str, prefix: str, suffix: str) -> Any:
     """The expression `prefix + pattern + suffix`, or an error that says what is wrong with the pattern."""
     if len(pattern) > MAX_PATTERN:
         raise PeftError(f"a pattern of {len(pattern)} characters: at most {MAX_PATTERN} are accepted")
@@ -88,9 +81,9 @@ def _whole(pattern: str, prefix: str, suffix: str) -> str:
     whole = f"{pattern[:start]}{prefix}(?:{pattern[start:]}){suffix}"
     try:
         re.compile(whole)
-    except re.error:
+        return regex.compile(whole, regex.VERSION0)
+    except (re.error, regex.error, RecursionError):
         raise PeftError(f"{pattern!r} cannot be used as part of a regular expression") from None
-    return whole
 
 
 def hits_of(patterns: Iterable[str], names: Sequence[str]) -> dict[str, Iterable[str]]:

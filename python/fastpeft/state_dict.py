@@ -95,7 +95,8 @@ def fill(
     where: a file that the state dict comes from. It must then hold all that the adapter has and nothing else, with
     values that the methods accept, and takes the adapter's dtypes; else KeyMismatchError, with the model as it was.
     """
-    make_room(model, adapter_name, state)
+    layers = {n: m for n, m in adapter_modules(model) if isinstance(m, AdapterLayer) and adapter_name in m.methods}
+    _make_room(layers, adapter_name, state)
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
     plain = _bias_tensors(model, _configs(model)[adapter_name]) | embedding_tensors(model)
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -117,7 +118,6 @@ def fill(
         found[memory] = (target, value)
     there = {id(target) for target, _ in found.values()}  # what layers share may be in a file once or often
     missing = [memory for memory, target in own.values() if id(target) not in there]
-    layers = {n: m for n, m in adapter_modules(model) if isinstance(m, AdapterLayer) and adapter_name in m.methods}
     if where is not None:
         lacking = [key for key, (_, target) in own.items() if id(target) not in there | skipped]
         report(where, lacking, unexpected, [] if ignore_mismatched_sizes else mismatched)
@@ -154,18 +154,14 @@ def _check_values(
             raise KeyMismatchError(f"{where}, {name}: {error}") from None
 
 
-def make_room(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Let an adapter take the sizes of a file, where its method has such a thing (AdaLoRA's ranks)."""
-    for name, layer in adapter_modules(model):
-        if not isinstance(layer, AdapterLayer) or adapter_name not in layer.methods:
-            continue
-        method = layer.methods[adapter_name]
-        if type(method).make_room is Method.make_room:
-            continue
-        names = (f"{name}.", f"{PREFIX}{name}.", f"{name}.".removeprefix(PREFIX))
-        found = {key: tensors[n + key] for _, key, _ in layer.adapter_state(adapter_name) for n in names
-                 if n + key in tensors}  # fmt: skip
-        method.make_room(layer, adapter_name, found)
+def _make_room(layers: Mapping[str, AdapterLayer], adapter: str, state: Mapping[str, Tensor]) -> None:
+    """Let an adapter take the sizes of a state dict, where its method has such a thing (AdaLoRA's ranks)."""
+    for name, layer in layers.items():
+        method = layer.methods[adapter]
+        if type(method).make_room is not Method.make_room:
+            names = (f"{name}.", f"{PREFIX}{name}.", f"{name}.".removeprefix(PREFIX))
+            files = [file for _, file, _ in layer.adapter_state(adapter)]
+            method.make_room(layer, adapter, {f: state[n + f] for f in files for n in names if n + f in state})
 
 
 def unpacked(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +194,8 @@ def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Para
         assert child is not None
         module = child
         parents.append(module)
-    device = next((t.device for m in reversed(parents) for t in _tensors(m) if not t.is_meta), value.device)
+    near = (t for m in reversed(parents) for t in (*m.parameters(), *m.buffers()) if not t.is_meta)
+    device = next((t.device for t in near), value.device)
     value = value.to(device)
     if name in module._buffers:
         module._buffers[name] = value
@@ -213,10 +210,6 @@ def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Para
     module._parameters[name] = new.setdefault(id(old), nn.Parameter(value, requires_grad=old.requires_grad))
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
 def _bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
     """The base model's biases that this adapter trains, which PEFT saves under their keys in memory."""
     bias = getattr(config, "bias", "none")
@@ -224,14 +217,10 @@ def _bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
         return {}
     biases = {name: p for name, p in model.named_parameters() if name == "bias" or name.endswith(".bias")}
     if bias == "all":
-        own = _adapter_bias_names(model)
+        own = {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name)}
         return {name: p for name, p in biases.items() if name not in own}
     # "<method>_only": the biases of the layers that the adapter sits on
     return {name: p for name, p in biases.items() if name.endswith(".base_layer.bias")}
-
-
-def _adapter_bias_names(model: nn.Module) -> set[str]:
-    return {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name)}
 
 
 def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> bool:

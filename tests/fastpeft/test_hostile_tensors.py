@@ -26,11 +26,11 @@ write_raw = tools["write_raw"]
 
 
 RAW = {
-    "empty": (None, b"", "shorter than"),
-    "seven_bytes": (None, b"1234567", "shorter than"),
+    "empty": (None, b"", "header too small"),
+    "seven_bytes": (None, b"1234567", "claims more than"),
     "only_a_length": (None, (50).to_bytes(8, "little"), "truncated"),
-    "huge_header": (None, (1 << 62).to_bytes(8, "little") + b"{}", "its header claims"),
-    "header_over_the_limit": (None, (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "the limit is"),
+    "huge_header": (None, (1 << 62).to_bytes(8, "little") + b"{}", "claims more than"),
+    "header_over_the_limit": (None, (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "claims more than"),
     "not_json": (b"\xff\xfe{}", b"", "invalid UTF-8"),
     "list": ([], b"", "invalid type: sequence"),
     "nested": (b'{"a":' + b"[" * 50000, b"", "recursion limit"),
