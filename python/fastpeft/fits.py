@@ -13,18 +13,17 @@ from .checks import PREFIX, TUNER, KeyMismatchError, list_some
 from .config import PeftType
 from .experts import stacked_state
 from .inject import InjectionPlan
-from .safetensors_files import TensorInfo
 from .shared import Computed
 
 
 def check_fits(
-    plan: InjectionPlan, tensors: Mapping[str, TensorInfo], where: object, ignore_mismatched_sizes: bool = False
+    plan: InjectionPlan, tensors: Mapping[str, Tensor], where: object, ignore_mismatched_sizes: bool = False
 ) -> None:
     """Raise KeyMismatchError unless the tensors of a file are exactly those of an adapter, in names and shapes.
 
     plan: the adapter, laid out on the meta device, so that a rank of any size costs nothing.
     """
-    tensors = _stacked(plan, tensors)
+    tensors = stacked_state(plan.stacks, plan.config, tensors)  # experts that were modules are laid together
     expected = expected_shapes(plan)
     base, trained = _base_shapes(plan)
     plain = base | _repeated_shapes(plan)
@@ -44,7 +43,7 @@ def check_fits(
     report(where, missing, unexpected, [] if ignore_mismatched_sizes else mismatched, wrong)
 
 
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], where: object) -> None:
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: object) -> None:
     """Raise KeyMismatchError unless the tensors of a file are floating-point ones of exactly these names and shapes."""
     mismatched = [
         mismatch(k, info.shape, shapes[k]) for k, info in tensors.items() if k in shapes and info.shape != shapes[k]
@@ -72,18 +71,6 @@ def report(
     problems = [f"{label}: {list_some(keys)}" for label, keys in found.items() if keys]
     if problems:
         raise KeyMismatchError(f"{where} does not fit the model. " + ". ".join(problems))
-
-
-def _stacked(plan: InjectionPlan, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-    """The tensors of a file once experts that were modules are laid together."""
-    if not plan.stacks:
-        return tensors
-    metas = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in tensors.items()}
-    state = stacked_state(plan.stacks, plan.config, metas)
-    return {
-        key: tensors[key] if metas.get(key) is t else TensorInfo(key, t.dtype, tuple(t.shape), 0, t.nbytes)
-        for key, t in state.items()
-    }
 
 
 def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from . import atomic
 from .checks import AdapterFileError, open_regular, path_inside, read_json
 from .config import CONFIG_NAME, PeftConfig, find_adapter_file
 from .limits import check_config
-from .safetensors_files import Header, TensorInfo, check_finite, read_header, read_tensors
+from .safetensors_files import Header, check_finite, read_header, read_tensors
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -73,14 +73,9 @@ class AdapterSource:
     pickled: dict[str, Tensor] | None = None
 
     @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        if self.header is not None:
-            return self.header.tensors
-        assert self.pickled is not None
-        return {
-            name: TensorInfo(name, t.dtype, tuple(t.shape), 0, t.numel() * t.element_size())
-            for name, t in self.pickled.items()
-        }
+    def tensors(self) -> dict[str, Tensor]:
+        """For their names, shapes and dtypes."""
+        return self.header.tensors if self.header is not None else self.pickled or {}
 
     def peft_config(self) -> PeftConfig:
         """The configuration as an object; its values were checked when it was read."""

@@ -15,6 +15,7 @@ from .checks import AdapterFileError, list_some, open_regular, parse_json, short
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 1 << 16  # LoRA on every expert of a large mixture has 46 thousand, and a header of about 9 MB
 MAX_DIMS = 8
+MAX_ELEMENTS = 1 << 48  # counted as if no dimension were 0
 
 # The names that the safetensors format gives to dtypes.
 DTYPES: dict[str, torch.dtype] = {
@@ -34,22 +35,15 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a safetensors file: its place in the file, in bytes, and what it holds."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class Header:
-    """A checked safetensors header: every tensor lies in the file, none overlaps another, nothing is left over."""
+    """A checked safetensors header: every tensor lies in the file, none overlaps another, nothing is left over.
+
+    tensors: on the meta device, for their shapes and dtypes. begins: where in the file they start.
+    """
 
     path: Path
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, torch.Tensor]
+    begins: dict[str, int]
     metadata: dict[str, str]
 
 
@@ -72,20 +66,21 @@ def read_header(
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata()
             parts = {name: opened.get_slice(name) for name in opened.offset_keys()}
-            found = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()]
+            found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except SafetensorError as error:
         raise AdapterFileError(f"{path}: {error} (truncated, or no safetensors file?)") from None
     if text.count(b"{") != len(found) + 1 + (metadata is not None):
         parse_json(text, path)  # a name stands there twice, or a brace in one
-    tensors: dict[str, TensorInfo] = {}
+    header = Header(path, {}, {}, metadata or {})
     begin = 8 + length  # one after another, as safe_open has checked
-    for name, kind, shape in found:
-        if len(shape) > MAX_DIMS or kind not in DTYPES:
-            expected = f"at most {MAX_DIMS} dimensions of {', '.join(DTYPES)}"
+    for name, (kind, shape) in found.items():
+        if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS or kind not in DTYPES:
+            expected = f"at most {MAX_DIMS} dimensions, {MAX_ELEMENTS} elements, and one of {', '.join(DTYPES)}"
             raise AdapterFileError(f"{path}: tensor {short(name)}: {kind} of shape {short(shape)}, expected {expected}")
-        tensors[name] = TensorInfo(name, DTYPES[kind], shape, begin, math.prod(shape) * DTYPES[kind].itemsize)
-        begin += tensors[name].nbytes
-    return Header(path, tensors, metadata or {})
+        header.tensors[name] = tensor = torch.empty(shape, dtype=DTYPES[kind], device="meta")
+        header.begins[name] = begin
+        begin += tensor.nbytes
+    return header
 
 
 def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -95,7 +90,7 @@ def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str
         for name in header.tensors if names is None else names:
             info = header.tensors[name]
             data = torch.empty(info.nbytes, dtype=torch.uint8)
-            file.seek(info.begin)
+            file.seek(header.begins[name])
             if info.nbytes and file.readinto(data.numpy()) != info.nbytes:  # type: ignore[attr-defined]
                 raise AdapterFileError(f"{header.path}: ended inside tensor {short(name)} (truncated?)")
             tensors[name] = data.view(info.dtype).view(info.shape)

@@ -46,6 +46,8 @@ RAW = {
     "negative": ({"a": entry([1], -4, 0)}, b"0" * 4, "integer `-4`"),
     "wrong_size": ({"a": entry([3], 0, 4)}, b"0" * 4, "invalid shape"),
     "overflow": ({"a": entry([1 << 62, 1 << 62, 4], 0, 0)}, b"", "overflow"),
+    "huge_and_empty": ({"a": entry([1 << 63, 0], 0, 0)}, b"", "shape"),
+    "huge_together_and_empty": ({"a": entry([1 << 40, 1 << 23, 0], 0, 0)}, b"", "shape"),
     "negative_shape": ({"a": entry([-1, -1], 0, 4)}, b"0" * 4, "integer `-1`"),
     "float_shape": ({"a": entry([1.0], 0, 4)}, b"0" * 4, "floating point"),
     "bool_shape": ({"a": entry([True], 0, 4)}, b"0" * 4, "boolean"),

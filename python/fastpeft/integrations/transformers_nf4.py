@@ -282,4 +282,4 @@ def _check(model: nn.Module, headers: list[Header], root: Path) -> None:
             continue
         # Packed bytes may be stored under another dtype, and then have another shape.
         if info.nbytes != want.nbytes or info.dtype == want.dtype:
-            raise AdapterFileError(f"{root}: size mismatch for {name}: {info.shape}, expected {tuple(want.shape)}")
+            raise AdapterFileError(f"{root}: size mismatch for {name}: {tuple(info.shape)}, expected {tuple(want.shape)}")
