@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import list_some
 from .config import PeftWarning
 from .inject import LOW_PRECISION
-from .safety import list_some
 from .saved_modules import ModulesToSaveWrapper
 from .sites import adapter_layers, adapter_modules
 

@@ -19,9 +19,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from .safety import AdapterFileError, list_some, path_inside, read_json
+from .checks import AdapterFileError, list_some, path_inside, read_json
 
 # PEFT, transformers and the servers read files by name and pass over this one.
 MANIFEST_NAME = "fastpeft_manifest.json"
@@ -29,6 +28,9 @@ FILE_MODE = 0o644  # safetensors and tempfile write 0600, which a server under a
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBUSY)
+
+_TEMPORARY = re.compile(r"\.(.+)\.tmp-([A-Za-z0-9]+)-(\d+)-[0-9a-f]{8}")  # target, host and process of a writer
 
 
 @contextmanager
@@ -36,12 +38,17 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
     """Yield an empty folder to fill; on success it becomes `path`, with a manifest of what was written.
 
     keep: files of an existing `path` that were not written anew stay in it (PEFT writes adapters into folders that
-    hold other things too). A folder that cannot be renamed (see `_is_pinned`) keeps them in
-    any case. Raises whatever the body raises, after removing the temporary folder.
+    hold other things too). A folder that cannot be renamed (see `_is_pinned`) keeps them in any case. Inside of another
+    such folder there is nothing to do: that one is made whole. Raises whatever the body raises, after removing the
+    temporary folder.
     """
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file, a directory was expected")
+    if any(_TEMPORARY.fullmatch(folder.name) for folder in (target, *target.parents)):
+        target.mkdir(parents=True, exist_ok=True)
+        yield target
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     home = target if _is_pinned(target) else target.parent
     _remove_leftovers(home, target.name)
@@ -60,16 +67,23 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
 
 def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
     written = os.listdir(temporary)
-    if temporary.parent == target:
-        _replace_files(temporary, target, written)
-    elif not target.exists() or not os.listdir(target):
-        os.rename(temporary, target)
-    else:
+    if temporary.parent != target:
+        if not target.exists():
+            os.rename(temporary, target)
+            _sync(target.parent)
+            return
         if keep:
             _link_missing(target, temporary)
-        if not _exchange(temporary, target):
-            _replace_files(temporary, target, written)
-    _sync(target.parent)
+        if _exchange(temporary, target):
+            _sync(target.parent)
+            return
+    # Each file is whole at any time, though not the set of them: the manifest goes last and tells.
+    for name in sorted(written, key=lambda n: n == MANIFEST_NAME):
+        source, goal = temporary / name, target / name
+        if goal.is_dir() and not goal.is_symlink():
+            shutil.rmtree(goal)
+        os.replace(source, goal)
+    _sync(target)
 
 
 def _is_pinned(target: Path) -> bool:
@@ -78,38 +92,27 @@ def _is_pinned(target: Path) -> bool:
     A mount point cannot be renamed, nor a folder whose parent is read-only, and a process (a shell) that stands in a
     folder would be left in the old one.
     """
-    if not target.is_dir():
-        return False
     here = Path.cwd()
-    return target == here or target in here.parents or os.path.ismount(target) or not os.access(target.parent, os.W_OK)
-
-
-def _replace_files(temporary: Path, target: Path, names: list[str]) -> None:
-    # Each file is whole at any time, though not the set of them: the manifest goes last and tells.
-    for name in sorted(names, key=lambda n: n == MANIFEST_NAME):
-        source, goal = temporary / name, target / name
-        if goal.is_dir() and not goal.is_symlink():
-            shutil.rmtree(goal)
-        os.replace(source, goal)
-    _sync(target)
+    return target.is_dir() and (
+        target in (here, *here.parents) or os.path.ismount(target) or not os.access(target.parent, os.W_OK)
+    )
 
 
 def _link_missing(old: Path, new: Path) -> None:
     """Give `new` the entries of `old` that it lacks, by hard links (copies where the file system has none)."""
     for entry in os.scandir(old):
         goal = new / entry.name
-        if os.path.lexists(goal):
-            continue
-        if entry.is_symlink():
-            os.symlink(os.readlink(entry.path), goal)
-        elif entry.is_dir():
-            goal.mkdir(mode=entry.stat().st_mode & 0o777)
-            _link_missing(Path(entry.path), goal)
-        else:
-            try:
-                os.link(entry.path, goal)
-            except OSError:
-                shutil.copy2(entry.path, goal)
+        if entry.is_dir(follow_symlinks=False) and not os.path.lexists(goal):
+            shutil.copytree(entry.path, goal, symlinks=True, copy_function=_link)
+        elif not os.path.lexists(goal):
+            _link(entry.path, goal)
+
+
+def _link(source: str, goal: str | Path) -> None:
+    try:
+        os.link(source, goal, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, goal, follow_symlinks=False)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -120,8 +123,7 @@ def _exchange(a: Path, b: Path) -> bool:
         return False
     if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBUSY):
+    if (code := ctypes.get_errno()) in _NOT_HERE:
         return False
     raise OSError(code, os.strerror(code), str(b))
 
@@ -156,10 +158,9 @@ def _host() -> str:
 
 def _remove_leftovers(home: Path, target: str) -> None:
     """Remove temporary folders of writers on this machine that are no longer alive."""
-    pattern = re.compile(rf"\.{re.escape(target)}\.tmp-{_host()}-(\d+)-[0-9a-f]{{8}}")
     for name in os.listdir(home):
-        match = pattern.fullmatch(name)
-        if match and not _is_alive(int(match[1])):
+        match = _TEMPORARY.fullmatch(name)
+        if match and match[1] == target and match[2] == _host() and not _is_alive(int(match[3])):
             shutil.rmtree(home / name, ignore_errors=True)
 
 
@@ -174,14 +175,10 @@ def _is_alive(pid: int) -> bool:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -222,11 +219,8 @@ def newest_valid(root: str | os.PathLike[str], pattern: str = r"checkpoint-(\d+)
 
     pattern: a full match of the folder's name, whose first group is the number.
     """
-    found = []
-    for path in Path(root).iterdir() if Path(root).is_dir() else ():
-        match = re.fullmatch(pattern, path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
+    folders = Path(root).iterdir() if Path(root).is_dir() else ()
+    found = [(int(match[1]), path) for path in folders if (match := re.fullmatch(pattern, path.name)) and path.is_dir()]
     for _, path in sorted(found, reverse=True):
         try:
             verify_manifest(path)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoint import IncompatibleKeys
 from .containers import AdapterDict
 from .layer import AdapterLayer
 from .saved_modules import ModulesToSaveWrapper
+from .state_dict import IncompatibleKeys
 
 
 def _original_keys(base: nn.Module) -> dict[str, str]:

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .checks import read_json
 from .classes import CLASSES, class_of
-from .safety import MAX_RANK, check_config, read_json
+from .limits import MAX_RANK, check_config
 
 CONFIG_NAME = "adapter_config.json"
 # The version of PEFT whose file format is written. It goes into `peft_version`, by which readers tell formats apart.

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import save_adapter
+from .checks import PREFIX
 from .config import PeftType, PeftWarning
+from .folder import save_adapter
 from .layer import AdapterLayer
 from .methods.lora import LoraConfig
 from .progress import shown
@@ -28,7 +29,6 @@ from .sites import adapter_layers, adapter_modules, walk
 from .targets import minimal_suffixes
 from .weights.base import wide
 
-PREFIX = "base_model.model."
 Converted = tuple[Tensor, Tensor, "Tensor | None"]  # A, B, and what is added to the bias
 
 

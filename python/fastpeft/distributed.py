@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import list_some
 from .layer import AdapterLayer
-from .safety import list_some
 from .shared import SharedDict
 from .weights.nf4_linear import NF4Linear
 

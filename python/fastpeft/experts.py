@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import PREFIX, KeyMismatchError, list_some
 from .config import PeftError, PeftType, PeftWarning, TargetConfig
-from .fits import PREFIX, KeyMismatchError
 from .method import Method
 from .patterns import first_match
-from .safety import list_some
 from .sites import Site, walk
 from .targets import ALL_LINEAR, match_targets, minimal_suffixes, select
 from .weights.base import LayerInfo, innermost
@@ -127,16 +126,17 @@ class Converted:
     targets: frozenset[str] = frozenset()
 
 
-def convert_targets(config: TargetConfig, method: Method, model: nn.Module, sites: Mapping[str, Site]) -> Converted:
+def convert_targets(
+    config: TargetConfig, method: Method, stacks: Sequence[Stack], sites: Mapping[str, Site]
+) -> Converted:
     """Turn targets that were modules of experts into parameters.
 
     A method that cannot adapt experts leaves them out, with a warning that names them. Raises PeftError where only a
     part of a stack is meant.
     """
     targets = config.target_modules
-    stacks = find_stacks(model) if targets else []
     names = {name: what for stack in stacks for name, what in stack.old_names().items()}
-    if not names:
+    if not names or not targets:
         return Converted({})
     probe = copy.copy(config)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
@@ -270,7 +270,7 @@ def without_dropout(config: Any, configs: Mapping[str, Any], infos: Iterable[Lay
 # --- files ----------------------------------------------------------------------------------------------------
 
 
-def stacked_state(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A LoRA's tensors by today's keys, from a file that may have a module for each expert.
 
     A, of experts by rank: [experts * sum of r, in]; B, of ranks by expert and block-diagonal in what is joined: [sum of
@@ -278,7 +278,6 @@ def stacked_state(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) 
     """
     if config.peft_type != PeftType.LORA or not any(".lora_" in key for key in tensors):
         return dict(tensors)
-    stacks = find_stacks(model)
     names = {name: what for stack in stacks for name, what in stack.old_names().items()}
     result: dict[str, Tensor] = {}
     parts: dict[tuple[str, str], dict[tuple[str, int], Tensor]] = {}

@@ -1,45 +1,35 @@
-"""Does a file's adapter fit this model? Answered from configuration and header, before anything is allocated."""
+"""Fit of a file's adapter to a model, checked by its header before anything is allocated."""
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .safety import AdapterFileError, TensorInfo, list_some
-
-if TYPE_CHECKING:
-    from .inject import InjectionPlan
-
-TUNER = "base_model."  # where a PeftModel has its tuner, which holds what layers share
-PREFIX = TUNER + "model."
-
-
-class KeyMismatchError(AdapterFileError, RuntimeError):
-    """Tensors that do not fit the model: missing, unexpected or of another size. The message lists them."""
+from .checks import PREFIX, TUNER, KeyMismatchError, list_some
+from .config import PeftType
+from .experts import stacked_state
+from .inject import InjectionPlan
+from .shared import Computed
 
 
 def check_fits(
-    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], model: nn.Module, where: object = "the adapter",
-    ignore_mismatched_sizes: bool = False,
+    plan: InjectionPlan, tensors: Mapping[str, Tensor], where: object, ignore_mismatched_sizes: bool = False
 ) -> None:
-    """Raise unless the tensors of a file are exactly those that `config` asks for on `model`, in names and shapes.
+    """Raise KeyMismatchError unless the tensors of a file are exactly those of an adapter, in names and shapes.
 
-    model: the base model, with or without other adapters in it; it is not changed. The adapter is laid out on the meta
-    device, so that a rank of any size costs nothing. Raises KeyMismatchError that lists what is missing, unexpected or
-    of another size, and whatever a configuration that cannot be used raises.
+    plan: the adapter, laid out on the meta device, so that a rank of any size costs nothing.
     """
-    plan = _plan(config, model)
-    tensors = _stacked(plan, tensors)
+    tensors = stacked_state(plan.stacks, plan.config, tensors)  # experts that were modules are laid together
     expected = expected_shapes(plan)
-    plain = _plain_shapes(config, model) | _repeated_shapes(plan)
+    base, trained = _base_shapes(plan)
+    plain = base | _repeated_shapes(plan)
     missing = [key for key in expected if key not in tensors]
     biases = {key.replace(".base_layer.", ".") for key in tensors}
-    missing += [key for key in _trained_biases(config, plan) if key not in biases]
+    missing += [key for key in trained if key not in biases]
     unexpected, mismatched, wrong = [], [], []
     for key, info in tensors.items():
         shape = expected.get(key, plain.get(key.replace(".base_layer.", ".")))
@@ -47,29 +37,31 @@ def check_fits(
             if not plan.method.ignores(plan.config, key):
                 unexpected.append(key)
         elif shape != info.shape:
-            mismatched.append(_mismatch(key, info, shape))
-        elif key in expected and not info.dtype.is_floating_point and _is_lora(config):
+            mismatched.append(mismatch(key, info.shape, shape))
+        elif key in expected and not info.dtype.is_floating_point and plan.config.peft_type == PeftType.LORA:
             wrong.append(f"{key} {info.dtype}")
-    _raise_if_any(missing, unexpected, [] if ignore_mismatched_sizes else mismatched, wrong, where)
+    report(where, missing, unexpected, [] if ignore_mismatched_sizes else mismatched, wrong)
 
 
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], where: object) -> None:
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: object) -> None:
     """Raise KeyMismatchError unless the tensors of a file are floating-point ones of exactly these names and shapes."""
     mismatched = [
-        _mismatch(k, info, shapes[k]) for k, info in tensors.items() if k in shapes and info.shape != shapes[k]
+        mismatch(k, info.shape, shapes[k]) for k, info in tensors.items() if k in shapes and info.shape != shapes[k]
     ]
     wrong = [f"{k} {info.dtype}" for k, info in tensors.items() if not info.dtype.is_floating_point]
-    _raise_if_any([k for k in shapes if k not in tensors], [k for k in tensors if k not in shapes], mismatched, wrong,
-                  where)  # fmt: skip
+    missing, unexpected = [k for k in shapes if k not in tensors], [k for k in tensors if k not in shapes]
+    report(where, missing, unexpected, mismatched, wrong)
 
 
-def _mismatch(key: str, info: TensorInfo, shape: tuple[int, ...]) -> str:
-    return f"{key} {list(info.shape)}, expected {list(shape)}"
+def mismatch(key: str, shape: Sequence[int], expected: Sequence[int]) -> str:
+    return f"{key} {list(shape)}, expected {list(expected)}"
 
 
-def _raise_if_any(
-    missing: list[str], unexpected: list[str], mismatched: list[str], wrong: list[str], where: object
-) -> None:
+def report(
+    where: object, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str],
+    wrong: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Raise KeyMismatchError that lists the keys of tensors that do not fit; nothing if there are none."""
     found = {
         "missing": missing,
         "unexpected": unexpected,
@@ -79,33 +71,6 @@ def _raise_if_any(
     problems = [f"{label}: {list_some(keys)}" for label, keys in found.items() if keys]
     if problems:
         raise KeyMismatchError(f"{where} does not fit the model. " + ". ".join(problems))
-
-
-def _stacked(plan: InjectionPlan, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
-    """What the tensors of a file are once experts that were modules are laid together."""
-    from .experts import stacked_state
-
-    metas = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in tensors.items()}
-    state = stacked_state(plan.model, plan.config, metas)
-    return {
-        key: tensors[key] if metas.get(key) is t else TensorInfo(key, t.dtype, tuple(t.shape), 0, t.nbytes)
-        for key, t in state.items()
-    }
-
-
-def _is_lora(config: Mapping[str, Any]) -> bool:
-    return str(config.get("peft_type")).upper() == "LORA"
-
-
-def _plan(config: Mapping[str, Any], model: nn.Module) -> InjectionPlan:
-    from .config import PeftConfig
-    from .inject import plan_injection
-
-    with warnings.catch_warnings():
-        # The warnings come again, for the user, when the adapter is put in.
-        warnings.simplefilter("ignore")
-        settings = PeftConfig.from_dict({k: v for k, v in config.items() if k != "runtime_config"})
-        return plan_injection(model, settings, "default", low_cpu_mem_usage=True, loading=True, checking=True)
 
 
 def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
@@ -127,42 +92,32 @@ def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
 
 
 def _repeated_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
-    """What a file may hold once more for every layer."""
-    names = [n for n, t in plan.shared.items() if isinstance(t, Tensor)] if plan.method.repeats_shared else []
-    return {f"{PREFIX}{layer.site.name}.{n}": tuple(plan.shared[n].shape) for layer in plan.layers for n in names}
+    """Shapes of shared tensors that a file may repeat for every layer."""
+    shared = {n: t for n, t in plan.shared.items() if isinstance(t, (Tensor, Computed)) and plan.method.repeats_shared}
+    return {f"{PREFIX}{layer.site.name}.{n}": tuple(t.shape) for layer in plan.layers for n, t in shared.items()}
 
 
-def _trained_biases(config: Mapping[str, Any], plan: InjectionPlan) -> list[str]:
-    """The keys of the base model's biases that the adapter trains, without `base_layer`."""
-    mode = config.get("bias", "none")
+def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Tensors of the base model that a file may hold, biases and embeddings, and the biases that it must hold, which
+    the adapter trains. Keys are without `base_layer`."""
+    mode = getattr(plan.config, "bias", "none") or "none"
+    tensors = {n: p for n, p in plan.model.named_parameters() if n.endswith("bias")} if mode != "none" else {}
+    tensors |= embedding_tensors(plan.model)
+    found = {PREFIX + name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in tensors.items()}
     if mode == "all":
-        saved = tuple(f"{site.site.name}." for site in plan.saved)
-        names = (n.replace(".base_layer.", ".") for n, _ in plan.model.named_parameters() if n.endswith(".bias"))
-        return [
-            PREFIX + n for n in names if not n.startswith(saved) and not re.search(r"\.lora_\w+\.|modules_to_save", n)
-        ]
-    if mode in (None, "none", False):
-        return []
-    own = [layer for layer in plan.layers if layer.method is plan.method]
-    return [f"{PREFIX}{layer.site.name}.bias" for layer in own if layer.layer.info.has_bias]
+        other = tuple(f"{PREFIX}{site.site.name}." for site in plan.saved)
+        trained = [key for key in found if key.endswith(".bias") and not key.startswith(other)]
+        return found, [key for key in trained if not re.search(r"\.lora_\w+\.|modules_to_save", key)]
+    own = [layer for layer in plan.layers if layer.method is plan.method and mode != "none"]
+    return found, [f"{PREFIX}{layer.site.name}.bias" for layer in own if layer.layer.info.has_bias]
 
 
 def _entries(value: Any) -> list[tuple[str, Tensor]]:
     if isinstance(value, nn.Module):
         return [(f".{key}", tensor) for key, tensor in value.state_dict().items()]
+    if isinstance(value, Computed):
+        value = value.tensor(empty=True)
     return [("", value)] if isinstance(value, Tensor) else []
-
-
-def _plain_shapes(config: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Tensors of the base model that a file may bring along: biases that were trained, and embeddings."""
-    found: dict[str, tuple[int, ...]] = {}
-    bias = config.get("bias", "none")
-    for name, parameter in model.named_parameters():
-        if bias not in (None, "none", False) and name.endswith("bias"):
-            found[PREFIX + name.replace(".base_layer.", ".")] = tuple(parameter.shape)
-    for name, tensor in embedding_tensors(model).items():
-        found[PREFIX + name.replace(".base_layer.", ".")] = tuple(tensor.shape)
-    return found
 
 
 def embedding_tensors(model: nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -183,38 +138,3 @@ def embedding_tensors(model: nn.Module) -> dict[str, torch.nn.Parameter]:
         if any(module is base for base in bases)
         for key, tensor in module.named_parameters(recurse=False)
     }
-
-
-def make_room(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Let an adapter take the sizes of a file, where its method has such a thing (AdaLoRA's ranks)."""
-    from .layer import AdapterLayer
-    from .method import Method
-    from .sites import adapter_modules
-
-    for name, layer in adapter_modules(model):
-        if not isinstance(layer, AdapterLayer) or adapter_name not in layer.methods:
-            continue
-        method = layer.methods[adapter_name]
-        if type(method).make_room is Method.make_room:
-            continue
-        names = (f"{name}.", f"{PREFIX}{name}.", f"{name}.".removeprefix(PREFIX))
-        found = {key: tensors[n + key] for _, key, _ in layer.adapter_state(adapter_name) for n in names
-                 if n + key in tensors}  # fmt: skip
-        method.make_room(layer, adapter_name, found)
-
-
-def unpacked(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors by their keys in a file, from what the file holds."""
-    from .experts import stacked_state
-    from .method import method_of
-
-    method = method_of(config)
-    computed = [key for key in tensors if method.ignores(config, key)]
-    if computed:
-        warnings.warn(
-            f"The configuration says that {list_some(computed)} are computed, so those of the file are passed over "
-            "(save_projection=True would take them).",
-            stacklevel=3,
-        )
-    kept = {key: value for key, value in tensors.items() if key not in computed}
-    return method.unpack(config, stacked_state(model, config, kept))

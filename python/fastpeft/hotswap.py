@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_adapter_file
 from .config import PeftConfig, PeftType
+from .folder import open_adapter
 from .layer import AdapterLayer
 from .methods.lora import LoraConfig, scaling_of
 from .patterns import first_match
@@ -56,13 +56,11 @@ def hotswap_adapter(
     bare: Any = getattr(model, "_orig_mod", model)
     if adapter_name not in bare.peft_config:
         raise ValueError(f"Adapter {adapter_name!r} not found. There are: {', '.join(bare.peft_config)}.")
-    passed = ("subfolder", "revision", "allow_pickle", "token", "cache_dir", "local_files_only", "force_download")
-    content, tensors = load_adapter_file(model_name_or_path, **{k: kwargs[k] for k in passed if k in kwargs})
-    content.pop("runtime_config", None)
-    config: Any = PeftConfig.from_dict(content, model_name_or_path)
+    source = open_adapter(model_name_or_path, **kwargs)
+    config: Any = source.peft_config()
     check_hotswap_configs_compatible(bare.peft_config[adapter_name], config)
     keys = {file: memory for memory, file, _ in iter_adapter_tensors(bare, adapter_name)}
-    state = {keys.get(file, file): value for file, value in tensors.items()}
+    state = {keys.get(file, file): value for file, value in source.read().items()}
     hotswap_adapter_from_state_dict(model, state, adapter_name, config)
 
 

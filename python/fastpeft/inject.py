@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .base_edit import EDIT
+from .checks import PREFIX, TUNER, list_some
 from .config import TargetConfig, TaskType
 from .containers import AdapterDict
-from .experts import Converted, convert_targets, without_dropout
+from .experts import Converted, Stack, convert_targets, find_stacks, without_dropout
 from .layer import AdapterLayer
+from .limits import check_adapter_name
 from .method import LayerInfo, Method, State, method_of
 from .parameters import parameter_sites
 from .replicate import replicate_layers
-from .safety import check_adapter_name, list_some
 from .saved_modules import ModulesToSaveWrapper, check_savable, copy_module
 from .shared import SharedValues, compute, fill_containers, held_containers
 from .sites import (
@@ -76,7 +77,9 @@ class InjectionPlan:
     shared: State
     changes: dict[str, Any]  # what the configuration says once the adapter is in: targets by name
     leaders: Mapping[str, str]  # modules that share what another has, with its name
-    abandon: Callable[[], None] = lambda: None  # what takes back the little that planning did to the model
+    stacks: Sequence[Stack]  # the model's experts, where they were looked for
+    finish: Callable[[], None]  # computes what no file holds; a plan for a file needs it before `commit`
+    abandon: Callable[[], None] = lambda: None  # takes back the little that planning did to the model
     _before: dict[str, Any] = field(default_factory=dict)
     _frozen: list[nn.Parameter] = field(default_factory=list)
 
@@ -169,28 +172,28 @@ def plan_injection(
     autocast_adapter_dtype: bool = False,
     loading: bool = False,
     keys: Sequence[str] | None = None,
-    checking: bool = False,
 ) -> InjectionPlan:
     """Work out which layers an adapter goes into, and make its tensors. Raises without having changed anything.
 
     low_cpu_mem_usage: tensors on the meta device. autocast_adapter_dtype: float32 tensors on half-precision bases.
-    loading: a file will fill the tensors. keys: take the targets from a state dict's keys, not from the configuration.
-    checking: the plan is for its shapes only, and never carried out.
+    loading: a file will fill the tensors; together with low_cpu_mem_usage, nothing is computed before `finish`.
+    keys: take the targets from a state dict's keys, not from the configuration.
     """
     check_adapter_name(adapter_name)
     replication = getattr(config, "layer_replication", None)
-    with ExitStack() as stack:  # what planning does to the model is taken back on an error, and after a mere check
+    with ExitStack() as stack:  # what planning does to the model is taken back on an error
         if replication:
             stack.callback(replicate_layers(model, replication))
-        plan = _plan(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys, checking)
-        if not checking:
-            plan.abandon = stack.pop_all().close
+        plan = _plan(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys)
+        if not (loading and low_cpu_mem_usage):
+            plan.finish()
+        plan.abandon = stack.pop_all().close
     return plan
 
 
 def _plan(
     model: nn.Module, config: Any, adapter_name: str, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool,
-    loading: bool, keys: Sequence[str] | None, checking: bool,
+    loading: bool, keys: Sequence[str] | None,
 ) -> InjectionPlan:  # fmt: skip
     if not isinstance(config, TargetConfig):
         raise TypeError(f"{type(config).__name__} does not act on modules of a model")
@@ -203,7 +206,8 @@ def _plan(
     opened = method.open_fields(config, model, model_config(model).get("model_type"))
     completed = copy.copy(config)
     vars(completed).update(opened)
-    converted = convert_targets(completed, method, model, sites) if keys is None else Converted({})
+    stacks = find_stacks(model) if keys is None and (loading or completed.target_modules) else []
+    converted = convert_targets(completed, method, stacks, sites) if keys is None else Converted({})
     opened |= converted.changes
     vars(completed).update(opened)
     resolved, matched = resolve_targets(model, completed, method, sites, keys)
@@ -235,15 +239,19 @@ def _plan(
     with torch.device("meta") if low_cpu_mem_usage else nullcontext():
         shared = method.make_shared(resolved, infos)
         view = SharedValues(shared) if shared else None
-        compute(shared, low_cpu_mem_usage, checking)
+        compute(shared, low_cpu_mem_usage, later=loading and low_cpu_mem_usage)
         states = [method.make_state(configs.get(info.name, resolved), info, view) for info in infos]
         tokens = plan_tokens(model, resolved, sites, matched.names)
-    for info, state in zip(infos, states, strict=True):
-        compute(state, low_cpu_mem_usage, checking)
-        place(state, info, autocast_adapter_dtype and method.autocast)
-        if shared:  # each layer moves what all share, as in PEFT; a quantised layer's arithmetic is not its precision
-            dtype = info.dtype if info.quantized is None else torch.float32
-            place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast)
+
+    def finish() -> None:
+        compute(shared, low_cpu_mem_usage)
+        for info, state in zip(infos, states, strict=True):
+            compute(state, low_cpu_mem_usage)
+            place(state, info, autocast_adapter_dtype and method.autocast)
+            if shared:  # each layer moves what all share, as in PEFT; a quantised one's arithmetic is not its precision
+                dtype = info.dtype if info.quantized is None else torch.float32
+                place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast)
+
     for site, state in zip(targets, states, strict=True):
         if EDIT in state and isinstance(site.module, AdapterLayer):
             site.module.check_edit(state[EDIT])
@@ -264,7 +272,8 @@ def _plan(
         layers.append(_LayerPlan(plan.site, plan.layer, plan.state, plan.method))
     plans = [_SavedPlan(site, wrapper_of(site), copy_module(original_of(site))) for site in saved]
     changes = {**opened, "target_modules": resolved.target_modules, **resolved_fan}
-    return InjectionPlan(model, config, adapter_name, method, layers, plans, tokens, shared, changes, leaders)
+    return InjectionPlan(model, config, adapter_name, method, layers, plans, tokens, shared, changes, leaders,
+                         stacks, finish)  # fmt: skip
 
 
 def _within(names: Collection[str], leaders: Mapping[str, str]) -> dict[str, str]:
@@ -286,8 +295,8 @@ def resolve_targets(
     names = list(sites)
     resolved = copy.copy(config)
     if keys is not None:
-        layered = (k.removeprefix("base_model.model.") for k in keys)
-        found = {k.rpartition("." + method.prefix)[0] for k in layered if not k.startswith("base_model.")}
+        layered = (k.removeprefix(PREFIX) for k in keys)
+        found = {k.rpartition("." + method.prefix)[0] for k in layered if not k.startswith(TUNER)}
         wanted = {n for n in found if n in sites}
         lost = sorted(n for n in found - wanted if n)
         if lost:

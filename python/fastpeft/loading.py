@@ -1,51 +1,83 @@
-"""Filling an adapter from a file. Whatever the file holds is checked before the model is touched."""
+"""Loading an adapter from a file: open, plan, check the header against the plan, read, and fill what that plan made.
+
+Everything is checked before the model is touched; a plan for a file lies on the meta device until then.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .checkpoint import IncompatibleKeys, load_adapter_file, set_peft_model_state_dict
+from .checks import PREFIX
 from .config import PeftConfig
-from .fits import PREFIX, KeyMismatchError, make_room, unpacked
-from .layer import AdapterLayer
-from .safety import list_some
-from .sites import adapter_modules, iter_adapter_tensors
+from .fits import check_fits
+from .folder import AdapterSource, load_adapter_file
+from .inject import InjectionPlan, plan_injection
+from .state_dict import IncompatibleKeys, fill, unpacked
 
 
+@dataclass(frozen=True)
 class Loaded:
-    """An adapter file's content, checked against the base model."""
+    """The checked tensors of an adapter file and the plan that they fit. lenient: but for their sizes. is_new: the plan
+    is carried out, rather than made for the check of values for an adapter that is there."""
 
-    def __init__(self, where: str, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-        self.where, self.config, self.tensors = where, config, tensors
+    where: os.PathLike[str]
+    plan: InjectionPlan
+    tensors: dict[str, Tensor]
+    lenient: bool
+    is_new: bool
+
+    def fill(self, model: Any, is_trainable: bool) -> IncompatibleKeys:
+        """Put the tensors into the adapter, which is in the PeftModel `model`; on an error a new one is taken out.
+
+        With `lenient`, tensors of another size stay as they were made, with a warning.
+        """
+        name = self.plan.adapter
+        try:
+            tensors = unpacked(self.plan.stacks, model.peft_config[name], self.tensors)
+            result = fill(model, name, tensors, self.lenient, self.is_new and not self.lenient, where=self.where)
+        except Exception:
+            if self.is_new:
+                model.base_model.remove(self.plan)
+            raise
+        if not is_trainable:
+            model.eval()
+        return result
 
 
-def read_adapter(
-    model_id: str | os.PathLike[str],
-    model: nn.Module,
-    config: PeftConfig | None,
-    key_mapping: Mapping[str, str] | None,
-    is_trainable: bool,
-    options: Mapping[str, Any],
-) -> Loaded:
-    """Read an adapter and check it against the base model. config: use this in place of the file's."""
-    passed = ("subfolder", "revision", "allow_pickle", "token", "cache_dir", "local_files_only", "force_download",
-              "ignore_mismatched_sizes")  # fmt: skip
-    content, tensors = load_adapter_file(
-        model_id, model=None if key_mapping else model, **{k: options[k] for k in passed if k in options}
-    )
-    if config is None:
-        content.pop("runtime_config", None)
-        config = PeftConfig.from_dict(content, model_id)
-        config.inference_mode = not is_trainable
-    if key_mapping:
-        tensors = {_renamed(key, key_mapping): value for key, value in tensors.items()}
-    return Loaded(os.fspath(model_id), config, tensors)
+def plan_loading(
+    source: AdapterSource, config: PeftConfig, model: nn.Module, adapter_name: str,
+    key_mapping: Mapping[str, str] | None, options: Mapping[str, Any], autocast_adapter_dtype: bool = False,
+    is_new: bool = True,
+) -> Loaded:  # fmt: skip
+    """Plan an adapter of `config` on the base model, check a file's header against it, and read the tensors.
+
+    is_new: carry the plan out later. Else the adapter is in the model already, and the plan is for the check alone.
+    """
+    lenient = bool(options.get("ignore_mismatched_sizes", False))  # what is passed over starts as for a new adapter
+    with warnings.catch_warnings():
+        if not is_new:  # they came when the adapter was put in
+            warnings.simplefilter("ignore")
+        plan = plan_injection(
+            model, config, adapter_name, low_cpu_mem_usage=not lenient, loading=True,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
+    with ExitStack() as stack:
+        stack.callback(plan.abandon)
+        header = {_renamed(key, key_mapping): info for key, info in source.tensors.items()}
+        check_fits(plan, header, source.folder, lenient)
+        tensors = {_renamed(key, key_mapping): value for key, value in source.read().items()}
+        if is_new:
+            stack.pop_all()
+    return Loaded(source.folder, plan, tensors, lenient, is_new)
 
 
 def load_peft_weights(
@@ -63,60 +95,15 @@ def load_peft_weights(
     return {_renamed(k, key_mapping): t.to(device or infer_device()) for k, t in tensors.items()}
 
 
+def infer_device() -> str:
+    """The kind of accelerator that torch sees, "cpu" without one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
+
+
 def _renamed(key: str, key_mapping: Mapping[str, str] | None) -> str:
     prefix = PREFIX if key.startswith(PREFIX) else ""
     key = key.removeprefix(prefix)
     for old, new in (key_mapping or {}).items():
         key = re.sub(old, new, key)
     return prefix + key
-
-
-def fill_adapter(
-    model: nn.Module,
-    adapter_name: str,
-    loaded: Loaded,
-    is_trainable: bool,
-    options: Mapping[str, Any],
-) -> IncompatibleKeys:
-    """Put a file's tensors into an adapter that is there. Raises before the first is put where they do not fit; with
-    the option ignore_mismatched_sizes, tensors of another size stay as they were made, with a warning."""
-    lenient = bool(options.get("ignore_mismatched_sizes", False))
-    tensors = unpacked(model, loaded.config, loaded.tensors)
-    make_room(model, adapter_name, tensors)
-    own = {file: tensor for _, file, tensor in iter_adapter_tensors(model, adapter_name)}
-    there = {id(tensor) for key, tensor in own.items() if key in tensors}
-    missing = [key for key, tensor in own.items() if id(tensor) not in there]
-    if missing:
-        raise KeyMismatchError(f"{loaded.where} lacks tensors of the adapter: {list_some(missing)}")
-    for key, tensor in own.items():
-        value = tensors.get(key)
-        # The adapter's dtype was decided by its layer; a tensor that is taken over rather than copied must have it too.
-        if value is not None and value.is_floating_point():
-            tensors[key] = value.to(tensor.dtype)
-    for name, module in adapter_modules(model):
-        if isinstance(module, AdapterLayer) and adapter_name in module.methods:
-            keys = [file for _, file, _ in module.adapter_state(adapter_name)]
-            values = {key: tensors[f"{name}.{key}"] for key in keys if f"{name}.{key}" in tensors}
-            if lenient and any(value.shape != own[f"{name}.{key}"].shape for key, value in values.items()):
-                continue
-            try:
-                module.methods[adapter_name].check_tensors(module.info, values)
-            except ValueError as error:
-                raise KeyMismatchError(f"{loaded.where}, {name}: {error}") from None
-    meta = any(tensor.is_meta for tensor in own.values())
-    result = set_peft_model_state_dict(
-        model, tensors, adapter_name, ignore_mismatched_sizes=lenient, low_cpu_mem_usage=meta
-    )
-    if result.unexpected_keys:
-        raise KeyMismatchError(
-            f"{loaded.where} holds tensors that the adapter has no place for: {list_some(result.unexpected_keys)}"
-        )
-    if not is_trainable:
-        model.eval()
-    return result
-
-
-def infer_device() -> str:
-    """The kind of accelerator that torch sees, "cpu" without one."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if found is None else found.type

@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import checkpoint
 from .config import PeftConfig, TaskType
 from .distributed import frozen_buffers
-from .loading import fill_adapter, read_adapter
+from .folder import open_adapter, save_adapter
+from .inject import InjectionPlan
+from .loading import plan_loading
 from .method import method_of
 from .prepare import enable_input_gradients, is_checkpointing
 from .sharded import is_sharded, may_write
+from .state_dict import get_peft_model_state_dict
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
 
@@ -43,14 +45,15 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
-        _loading: bool = False,
+        _plan: InjectionPlan | None = None,
     ) -> None:
         super().__init__()
         self.peft_type = peft_config.peft_type
-        self.base_model: BaseTuner = tuner_class(method_of(peft_config))(
-            model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype, loading=_loading,
-        )  # fmt: skip
+        with self._preparing(peft_config):
+            self.base_model: BaseTuner = tuner_class(method_of(peft_config))(
+                model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype, plan=_plan,
+            )  # fmt: skip
         self.training = model.training
         self.base_model.training = model.training
         if is_checkpointing(model):
@@ -148,15 +151,17 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an untrained adapter, of any method. It is not made active."""
-        self._prepare_config(peft_config)
-        self.base_model.add(
-            adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+        with self._preparing(peft_config):
+            self.base_model.add(
+                adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )  # fmt: skip
 
     @classmethod
-    def _prepare_config(cls, peft_config: PeftConfig) -> None:
-        """What a task adds to a configuration (a head that must be trained)."""
+    @contextmanager
+    def _preparing(cls, peft_config: PeftConfig) -> Iterator[None]:
+        """Add to a configuration what the task needs (a head that must be trained); taken back on an error."""
+        yield
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, or several in this order."""
@@ -219,7 +224,7 @@ class PeftModel(nn.Module):
             raise ValueError(f"selected_adapters names {unknown}, there are {list(self.peft_config)}.")
         sharded = any(is_sharded(p) for p in self.parameters())
         for name in selected:
-            tensors = checkpoint.get_peft_model_state_dict(
+            tensors = get_peft_model_state_dict(
                 self, state_dict=kwargs.get("state_dict"), adapter_name=name,
                 save_embedding_layers=save_embedding_layers,  # type: ignore[arg-type]
             )  # fmt: skip
@@ -231,7 +236,7 @@ class PeftModel(nn.Module):
                 tensors, config = as_plain_lora(self.base_model, name, tensors, path)
             if may_write(sharded, is_main_process):
                 folder = save_directory if name == "default" else os.path.join(save_directory, name)
-                checkpoint.save_adapter(folder, tensors, self._config_for_file(config))
+                save_adapter(folder, tensors, self._config_for_file(config))
 
     def _config_for_file(self, config: PeftConfig) -> dict[str, Any]:
         content = config.to_dict()
@@ -264,17 +269,15 @@ class PeftModel(nn.Module):
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
-        loaded = read_adapter(model_id, model, config, key_mapping, is_trainable, kwargs)
-        peft_model = class_for(loaded.config, cls)(
-            model, loaded.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=_on_meta(kwargs), _loading=True,
-        )  # fmt: skip
-        plan = peft_model.base_model.__dict__.pop("_made")
-        try:
-            fill_adapter(peft_model, adapter_name, loaded, is_trainable, kwargs)
-        except Exception:
-            peft_model.base_model.remove(plan)
-            raise
+        source = open_adapter(model_id, **kwargs)
+        if config is None:
+            config = source.peft_config()
+            config.inference_mode = not is_trainable
+        kind = class_for(config, cls)
+        with kind._preparing(config):
+            loaded = plan_loading(source, config, model, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)
+            peft_model = kind(model, config, adapter_name, _plan=loaded.plan)
+        loaded.fill(peft_model, is_trainable)
         return peft_model
 
     def load_adapter(
@@ -294,30 +297,19 @@ class PeftModel(nn.Module):
         Everything is checked before the model is changed. Returns what was missing and unexpected: for a file that
         passed the checks, nothing. torch_device: ignored; an adapter lives where its layers do.
         """
-        config = self.peft_config.get(adapter_name)
-        loaded = read_adapter(model_id, self.get_base_model(), config, key_mapping, is_trainable, kwargs)
-        if config is not None:
-            result = fill_adapter(self, adapter_name, loaded, is_trainable, kwargs)
-        else:
-            self._prepare_config(loaded.config)
-            plan = self.base_model.add(
-                adapter_name, loaded.config, low_cpu_mem_usage=_on_meta(kwargs),
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                loading=True,
-            )  # fmt: skip
-            try:
-                result = fill_adapter(self, adapter_name, loaded, is_trainable, kwargs)
-            except Exception:
-                self.base_model.remove(plan)
-                raise
-            if is_trainable:
-                self.set_requires_grad(adapter_name)
+        source, base = open_adapter(model_id, **kwargs), self.get_base_model()
+        config = source.peft_config()
+        if adapter_name in self.peft_config:
+            loaded = plan_loading(source, config, base, adapter_name, key_mapping, kwargs, is_new=False)
+            return loaded.fill(self, is_trainable)
+        config.inference_mode = not is_trainable
+        with self._preparing(config):
+            loaded = plan_loading(source, config, base, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)
+            self.base_model.add(adapter_name, config, plan=loaded.plan)
+        result = loaded.fill(self, is_trainable)
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
         return result
-
-
-def _on_meta(options: Mapping[str, Any]) -> bool:
-    """Whether a file fills every tensor of an adapter, which then need no memory before."""
-    return not options.get("ignore_mismatched_sizes", False)
 
 
 def _without_auxiliary(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from .checks import list_some
 from .config import PeftError
 from .layer import AdapterLayer
-from .safety import list_some
 from .sites import Site
 from .weights.base import innermost
 from .weights.read_by_module import ParameterWeight, TransientWeight

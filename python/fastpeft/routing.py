@@ -21,9 +21,9 @@ from peft_kernels.dispatch import forced_backends, forward_mode, watched
 from peft_kernels.ops.lora_linear import flat_weight
 from peft_kernels.ops.multi_lora_linear import forward_op
 
+from .limits import BASE
 from .method import Fused, Method
 from .packed import Packed, pack
-from .safety import BASE
 from .stack import Stack
 from .trained_rows import linears
 

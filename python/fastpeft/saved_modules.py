@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .containers import ActiveAdapters, AdapterDict
+from .limits import BASE
 from .routing import check_length, grouped
 from .rows import Recall
-from .safety import BASE
 from .weights.base import Wrapping
 
 

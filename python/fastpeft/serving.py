@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from . import atomic
-from .checkpoint import AdapterSource, get_peft_model_state_dict, open_adapter, save_adapter
-from .safety import AdapterFileError, list_some
+from .checks import PREFIX, AdapterFileError, list_some
+from .folder import AdapterSource, open_adapter, save_adapter
 from .start import start_of
+from .state_dict import get_peft_model_state_dict
 
 # The ranks that vLLM has kernels for; an adapter of another rank is served at the next one (max_lora_rank).
 VLLM_MAX_RANK = 512
@@ -106,7 +107,7 @@ def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[float
     from .methods.lora import scaling_of
     from .patterns import first_match
 
-    names = [name.removeprefix("base_model.model.") for name in ranks]
+    names = [name.removeprefix(PREFIX) for name in ranks]
     alphas = first_match(config.get("alpha_pattern") or {}, names)
     default = config.get("lora_alpha", 8)
     root = bool(config.get("use_rslora"))

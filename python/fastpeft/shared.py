@@ -24,7 +24,7 @@ class Computed:
     """A buffer that follows from the configuration and the base model.
 
     make: gives the tensor, of `shape` and `dtype`, on the CPU. persistent: whether files hold it. One that they do not
-    hold is computed even where a file will fill the others; none is computed while a file is only checked. exact: keep
+    hold is computed even where a file will fill the others, once the file was checked. exact: keep
     `dtype` rather than take the layer's.
     """
 
@@ -51,11 +51,11 @@ class Computed:
         return buffer
 
 
-def compute(state: dict[str, Any], loading: bool = False, checking: bool = False) -> None:
-    """Replace each `Computed` by its tensor. loading: a file brings those that it holds. checking: compute none."""
+def compute(state: dict[str, Any], loading: bool = False, later: bool = False) -> None:
+    """Replace each `Computed` by its tensor. loading: a file brings those that it holds. later: compute none yet."""
     for name, value in state.items():
-        if isinstance(value, Computed):
-            state[name] = value.tensor(empty=checking or (loading and value.persistent))
+        if isinstance(value, Computed) and not (later and not value.persistent):
+            state[name] = value.tensor(empty=loading and value.persistent)
 
 
 class SharedDict(AdapterDict):

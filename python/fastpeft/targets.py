@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from .checks import list_some
 from .config import NoMatchingPeftModuleError, PeftWarning, TargetConfig
 from .patterns import hits_of, is_plain, match_names
-from .safety import list_some
 
 ALL_LINEAR = "all-linear"
 

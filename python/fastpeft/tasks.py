@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from torch import nn
-
-from .config import PeftConfig, TaskType
+from .config import PeftConfig, TargetConfig, TaskType
 from .model import PeftModel as PeftModel
 from .model import class_for as class_for
 
@@ -16,21 +16,20 @@ class _WithHead(PeftModel):
 
     head_names: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
-        before = getattr(peft_config, "modules_to_save", None)
-        self._prepare_config(peft_config)
-        try:
-            super().__init__(model, peft_config, adapter_name, **kwargs)
-        except Exception:
-            if hasattr(peft_config, "modules_to_save"):
-                peft_config.modules_to_save = before
-            raise
-
     @classmethod
-    def _prepare_config(cls, peft_config: PeftConfig) -> None:
-        if hasattr(peft_config, "modules_to_save"):
-            present = list(peft_config.modules_to_save or ())
-            peft_config.modules_to_save = [*present, *(name for name in cls.head_names if name not in present)]
+    @contextmanager
+    def _preparing(cls, peft_config: PeftConfig) -> Iterator[None]:
+        if not isinstance(peft_config, TargetConfig):
+            yield
+            return
+        before = peft_config.modules_to_save
+        present = list(before or ())
+        peft_config.modules_to_save = [*present, *(name for name in cls.head_names if name not in present)]
+        try:
+            yield
+        except Exception:
+            peft_config.modules_to_save = before
+            raise
 
 
 class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):

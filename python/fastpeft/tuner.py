@@ -19,11 +19,11 @@ from .combine import add_weighted_adapter
 from .config import PeftConfig, PeftWarning
 from .inject import InjectionPlan, plan_injection
 from .layer import AdapterLayer
+from .limits import BASE
 from .method import Method, method_of, registry
 from .model_merging import ModelMerging
 from .routing import check_length
 from .rows import Recall, RowValues
-from .safety import BASE
 from .saved_modules import ModulesToSaveWrapper
 from .shared import held_containers, register_at
 from .sites import AdapterModule, KnownModules, adapter_modules
@@ -44,7 +44,7 @@ class BaseTuner(ModelMerging):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Any] | None = None,
         autocast_adapter_dtype: bool = False,
-        loading: bool = False,
+        plan: InjectionPlan | None = None,
     ) -> None:
         super().__init__()
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
@@ -61,13 +61,11 @@ class BaseTuner(ModelMerging):
         self.prefix = method_of(config).prefix
         self.targeted_module_names: list[str] = []
         self.merge_errors: dict[str, float] = {}  # of the last merge into quantised layers, by layer
-        plan = self.add(
+        self.add(
             adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict,
-            autocast_adapter_dtype=autocast_adapter_dtype, loading=loading,
+            autocast_adapter_dtype=autocast_adapter_dtype, plan=plan,
         )  # fmt: skip
         self._adopt_shared()  # of adapters that were injected before, too
-        if loading:
-            self._made = plan  # for whoever fills the adapter, to undo it if that fails
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -104,16 +102,26 @@ class BaseTuner(ModelMerging):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
         state_dict: Mapping[str, Any] | None = None,
-        loading: bool = False,
+        plan: InjectionPlan | None = None,
     ) -> InjectionPlan:
-        """Put an adapter into the model; on an error the model is as it was. Returns what can undo it."""
-        if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-        self._check_bias(config)
-        plan = plan_injection(
-            self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, loading=loading,
-            autocast_adapter_dtype=autocast_adapter_dtype, keys=None if state_dict is None else list(state_dict),
-        )  # fmt: skip
+        """Put an adapter into the model; on an error the model is as it was. plan: made before, for a file that was
+        checked against it. Returns what can undo it."""
+        try:
+            if adapter_name in self.peft_config:
+                raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+            self._check_bias(config)
+            if plan is None:
+                plan = plan_injection(
+                    self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    keys=None if state_dict is None else list(state_dict),
+                )  # fmt: skip
+            else:
+                plan.finish()
+        except Exception:
+            if plan is not None:
+                plan.abandon()
+            raise
         first = not self.peft_config
         plan.commit()
         if plan.shared:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from fastpeft import AdapterPool, NF4Linear, PeftModel, quantize_model
-from fastpeft.checkpoint import CONFIG_NAME, SAFETENSORS_NAME
+from fastpeft.config import CONFIG_NAME
+from fastpeft.folder import SAFETENSORS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

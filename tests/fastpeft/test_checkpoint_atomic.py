@@ -14,13 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from fastpeft import atomic
-from fastpeft.checkpoint import (
-    CONFIG_NAME,
-    SAFETENSORS_NAME,
-    load_adapter_file,
-    save_adapter,
-)
-from fastpeft.safety import AdapterFileError
+from fastpeft.checks import AdapterFileError
+from fastpeft.config import CONFIG_NAME
+from fastpeft.folder import SAFETENSORS_NAME, load_adapter_file, save_adapter
 
 
 def adapter(value: float) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
@@ -155,7 +151,7 @@ def tracer(frame, event, arg):
             os.kill(os.getpid(), signal.SIGKILL)
     return tracer
 import torch
-from fastpeft.checkpoint import save_adapter
+from fastpeft.folder import save_adapter
 key = "base_model.model.up.lora_A.weight"
 sys.settrace(tracer)
 save_adapter(sys.argv[1], {key: torch.full((2, 8), 2.0)}, {"peft_type": "LORA", "lora_alpha": 2.0})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fastpeft
 import pytest
-from fastpeft.checkpoint import CONFIG_NAME
+from fastpeft.config import CONFIG_NAME
 
 tools = runpy.run_path(str(Path(__file__).with_name("hostile_tools.py")))
 good = tools["good"]
@@ -71,6 +71,10 @@ CATASTROPHES = {
     "layers_pattern": {"layers_to_transform": [0], "layers_pattern": ["(.*.*)*x!"]},
     "many_patterns": {"rank_pattern": {rf"(a|b|.)*(.*)*x{i}!": 4 for i in range(60)}},
     "back_reference": {"target_modules": r"(.*)(.*)(.*)(.*)\1\2\3\4(.*)*!"},
+    "no_character_that_must_be_there": {"target_modules": r"(l|a|y|e|r|s|\.|\d|\w\w|.)*[!?]"},
+    "many_of_them": {"rank_pattern": {rf"(a|b|.)*(.*)*{i}[!?]": 4 for i in range(60)} | {"(.|..)*[!?]": 4}},
+    "written_out": {"target_modules": "(?:(?:(?:[ab]{1000}){1000}){1000}){1000}"},
+    "long_and_many": {"alpha_pattern": {f"(a{i}|b|[c-f]|.)*" * 50 + "[!?]": 4 for i in range(60)}},
 }
 
 

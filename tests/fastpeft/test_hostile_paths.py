@@ -12,8 +12,11 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.checkpoint import CONFIG_NAME, PICKLE_NAME, SAFETENSORS_NAME
-from fastpeft.safety import AdapterFileError, check_adapter_name, path_inside, read_header
+from fastpeft.checks import AdapterFileError, path_inside
+from fastpeft.config import CONFIG_NAME
+from fastpeft.folder import PICKLE_NAME, SAFETENSORS_NAME
+from fastpeft.limits import check_adapter_name
+from fastpeft.safetensors_files import read_header
 from safetensors.torch import load_file
 
 tools = runpy.run_path(str(Path(__file__).with_name("hostile_tools.py")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import fastpeft
 import pytest
 import torch
-from fastpeft import safety
-from fastpeft.checkpoint import SAFETENSORS_NAME, load_adapter_file
-from fastpeft.safety import AdapterFileError
+from fastpeft.checks import AdapterFileError
+from fastpeft.folder import SAFETENSORS_NAME, load_adapter_file
+from fastpeft.safetensors_files import MAX_HEADER_BYTES
 from safetensors.torch import load_file, save_file
 
 tools = runpy.run_path(str(Path(__file__).with_name("hostile_tools.py")))
@@ -25,35 +26,38 @@ write_raw = tools["write_raw"]
 
 
 RAW = {
-    "empty": (None, b"", "shorter than"),
-    "seven_bytes": (None, b"1234567", "shorter than"),
+    "empty": (None, b"", "header too small"),
+    "seven_bytes": (None, b"1234567", "claims more than"),
     "only_a_length": (None, (50).to_bytes(8, "little"), "truncated"),
-    "huge_header": (None, (1 << 62).to_bytes(8, "little") + b"{}", "its header claims"),
-    "header_over_the_limit": (None, (safety.MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "the limit is"),
-    "not_json": (b"\xff\xfe{}", b"", "not valid json"),
-    "list": ([], b"", "expected a json object"),
-    "nested": (b'{"a":' + b"[" * 50000, b"", "not valid json"),
-    "twice": (b'{"a":{"dtype":"F32"},"a":{"dtype":"F32"}}', b"1234", "twice"),
+    "huge_header": (None, (1 << 62).to_bytes(8, "little") + b"{}", "claims more than"),
+    "header_over_the_limit": (None, (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "claims more than"),
+    "not_json": (b"\xff\xfe{}", b"", "invalid UTF-8"),
+    "list": ([], b"", "invalid type: sequence"),
+    "nested": (b'{"a":' + b"[" * 50000, b"", "recursion limit"),
+    "twice": (b'{"a":%b,"a":%b}' % ((json.dumps(entry([1], 0, 4)).encode(),) * 2), b"1234", "twice"),
     "millions": (b'{"a":[' + b"{}," * 1000000 + b"0]}", b"", "more than"),
-    "overlap": ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, b"0" * 12, "overlaps"),
-    "same_place": ({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, b"0" * 8, "overlaps"),
-    "gap": ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, b"0" * 12, "gap"),
-    "late_start": ({"a": entry([1], 4, 8)}, b"0" * 8, "gap"),
-    "left_over": ({"a": entry([1], 0, 4)}, b"0" * 400, "the file has"),
-    "past_the_end": ({"a": entry([100], 0, 400)}, b"0" * 4, "the file has"),
-    "reversed": ({"a": entry([1], 4, 0)}, b"0" * 4, "offsets"),
-    "negative": ({"a": entry([1], -4, 0)}, b"0" * 4, "data_offsets"),
-    "wrong_size": ({"a": entry([3], 0, 4)}, b"0" * 4, "needs 12 bytes"),
-    "overflow": ({"a": entry([1 << 62, 1 << 62, 4], 0, 0)}, b"", "needs"),
-    "negative_shape": ({"a": entry([-1, -1], 0, 4)}, b"0" * 4, "shape"),
-    "float_shape": ({"a": entry([1.0], 0, 4)}, b"0" * 4, "shape"),
-    "bool_shape": ({"a": entry([True], 0, 4)}, b"0" * 4, "shape"),
+    "overlap": ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, b"0" * 12, "invalid offset for tensor `b`"),
+    "same_place": ({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, b"0" * 8, "invalid offset"),
+    "gap": ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, b"0" * 12, "invalid offset for tensor `b`"),
+    "late_start": ({"a": entry([1], 4, 8)}, b"0" * 8, "invalid offset"),
+    "left_over": ({"a": entry([1], 0, 4)}, b"0" * 400, "not fully covered"),
+    "past_the_end": ({"a": entry([100], 0, 400)}, b"0" * 4, "not fully covered"),
+    "reversed": ({"a": entry([1], 4, 0)}, b"0" * 4, "invalid offset"),
+    "negative": ({"a": entry([1], -4, 0)}, b"0" * 4, "integer `-4`"),
+    "wrong_size": ({"a": entry([3], 0, 4)}, b"0" * 4, "invalid shape"),
+    "overflow": ({"a": entry([1 << 62, 1 << 62, 4], 0, 0)}, b"", "overflow"),
+    "huge_and_empty": ({"a": entry([1 << 63, 0], 0, 0)}, b"", "shape"),
+    "huge_together_and_empty": ({"a": entry([1 << 40, 1 << 23, 0], 0, 0)}, b"", "shape"),
+    "negative_shape": ({"a": entry([-1, -1], 0, 4)}, b"0" * 4, "integer `-1`"),
+    "float_shape": ({"a": entry([1.0], 0, 4)}, b"0" * 4, "floating point"),
+    "bool_shape": ({"a": entry([True], 0, 4)}, b"0" * 4, "boolean"),
     "many_dims": ({"a": entry([1] * 1000, 0, 4)}, b"0" * 4, "shape"),
-    "no_shape": ({"a": {"dtype": "F32"}}, b"", "expected dtype"),
-    "entry_text": ({"a": "b"}, b"", "expected dtype"),
-    "dtype": ({"a": entry([1], 0, 4, "PICKLE")}, b"0" * 4, "unknown dtype"),
-    "dtype_list": ({"a": entry([1], 0, 4, ["F32"])}, b"0" * 4, "unknown dtype"),
-    "metadata": ({"__metadata__": {"a": {"b": 1}}}, b"", "__metadata__"),
+    "no_shape": ({"a": {"dtype": "F32"}}, b"", "missing field `shape`"),
+    "entry_text": ({"a": "b"}, b"", "expected struct TensorInfo"),
+    "dtype": ({"a": entry([1], 0, 4, "PICKLE")}, b"0" * 4, "unknown variant `PICKLE`"),
+    "dtype_of_half_bytes": ({"a": entry([2], 0, 1, "F4")}, b"0", "F4 of shape .* expected"),
+    "dtype_list": ({"a": entry([1], 0, 4, ["F32"])}, b"0" * 4, "invalid type: sequence"),
+    "metadata": ({"__metadata__": {"a": {"b": 1}}}, b"", "expected a string"),
     "nothing": ({}, b"", "missing"),
 }  # fmt: skip
 

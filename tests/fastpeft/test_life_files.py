@@ -13,8 +13,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.checkpoint import CONFIG_NAME
-from fastpeft.config import PeftType
+from fastpeft.config import CONFIG_NAME, PeftType
 from torch import Tensor
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits

@@ -178,7 +178,7 @@ def test_adalora_trains_allocates_and_saves_as_pefts_does(tmp_path: Any) -> None
     y = ours.eval()(IDS)
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
-    files = [fastpeft.checkpoint.load_adapter_file(tmp_path / n) for n in ("ours", "theirs")]
+    files = [fastpeft.folder.load_adapter_file(tmp_path / n) for n in ("ours", "theirs")]
     assert files[0][0]["rank_pattern"] == files[1][0]["rank_pattern"] == kept
     shapes = [{k: v.shape for k, v in f[1].items()} for f in files]
     assert shapes[0] == shapes[1]

@@ -15,8 +15,7 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.checkpoint import CONFIG_NAME
-from fastpeft.config import PeftConfig
+from fastpeft.config import CONFIG_NAME, PeftConfig
 from fastpeft.layer import AdapterLayer
 from fastpeft.method import get_method
 from fastpeft.methods.randlora import _Update

@@ -125,7 +125,7 @@ def test_a_load_that_fails_late_changes_nothing(tmp_path: Any, monkeypatch: pyte
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(loading, "set_peft_model_state_dict", fails)
+    monkeypatch.setattr(loading, "fill", fails)
     model = llama()
     grads = {n: p.requires_grad for n, p in model.named_parameters()}
     names = [n for n, _ in model.named_modules()]

@@ -14,8 +14,9 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.checkpoint import CONFIG_NAME, SAFETENSORS_NAME
-from fastpeft.fits import KeyMismatchError
+from fastpeft.checks import KeyMismatchError
+from fastpeft.config import CONFIG_NAME
+from fastpeft.folder import SAFETENSORS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 

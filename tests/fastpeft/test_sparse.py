@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from fastpeft.fits import KeyMismatchError
+from fastpeft.checks import KeyMismatchError
 from fastpeft.sparse import sparse_linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

@@ -22,7 +22,7 @@ PACKAGE = __name__.partition(".")[0]
 HOMES = {
     "adamss_callback": "AdamssAsaCallback",
     "adapters": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
-    "checkpoint": "SAFETENSORS_WEIGHTS_NAME=SAFETENSORS_NAME WEIGHTS_NAME=PICKLE_NAME",
+    "folder": "SAFETENSORS_WEIGHTS_NAME=SAFETENSORS_NAME WEIGHTS_NAME=PICKLE_NAME",
     "compat.peft_only": """
         ALLOWED_COMPUTE_DTYPES DoraCaching EMBEDDING_LAYER_NAMES MontecloraTrainerMixin SEQ_CLS_HEAD_NAMES
         TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING _get_submodules
@@ -64,7 +64,7 @@ _PATTERNS = ("TRANSFORMERS_MODELS_TO_", "is_")  # names that compat.peft_only ma
 
 # PEFT's modules, with names and with homes all of whose names they have.
 _LORA = "EvaConfig LoftQConfig LoraGAConfig init.eva convert_to_lora preprocess_loraga save_as_lora"
-_STATE = "base_state checkpoint loading"
+_STATE = "base_state folder loading state_dict"
 _UTILS = f"{_STATE} compat.peft_only distributed prepare saved_modules targets token_sites"
 _MODULES = {
     "auto": "auto",
@@ -91,7 +91,7 @@ _MODULES = {
     "tuners.mixed.model": "MixedModel",
     "tuners.tuners_utils": "adapters compat.peft_only layer replicate tuner",
     "utils": f"{_UTILS} NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType replace_lora_weights_loftq",
-    "utils.constants": "compat.peft_only checkpoint targets",
+    "utils.constants": "compat.peft_only folder targets",
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": "hotswap",
     "utils.incremental_pca": "init.incremental_pca",

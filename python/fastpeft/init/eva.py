@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import PREFIX
 from ..config import PeftWarning
 from ..progress import shown
 from .incremental_pca import IncrementalPCA
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ..tuner import BaseTuner
 
 MAX_RHO = 1000
-PREFIX = "base_model.model."
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..safety import path_inside, read_json
+from ..checks import path_inside, read_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_adapter_file
+from ..checks import PREFIX
 from ..config import PeftConfig, PeftWarning
-from ..fits import PREFIX
+from ..folder import load_adapter_file
 from ..sites import adapter_layers
 from ..tuner import BaseTuner
 
@@ -40,7 +40,7 @@ def as_plain_lora(
         )
     initial = None
     if path is not True and not config.kasa_config:
-        initial = load_adapter_file(path, model=tuner.model)[1]  # type: ignore[arg-type]
+        initial = load_adapter_file(path)[1]  # type: ignore[arg-type]
     result = dict(tensors)
     for name, layer in adapter_layers(tuner.model, adapter):
         _double(f"{PREFIX}{name}.", layer, adapter, result, initial)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapted import AdaptedLayer
+from ..checks import PREFIX
 from ..config import PeftType, PeftWarning
 from ..factored import FactoredMethod, dropout
 from ..method import Inner, LayerInfo, State, register
@@ -140,7 +141,7 @@ class AdaLora(FactoredMethod):
     def pack(self, config: AdaLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         kept, packed = by_layer(config.rank_pattern or {}), {}
         for key, tensor in tensors.items():
-            layer, _, part = key.removeprefix("base_model.model.").rpartition(".")
+            layer, _, part = key.removeprefix(PREFIX).rpartition(".")
             if part == "ranknum":  # follows from the configuration
                 continue
             pattern = kept.get(layer, ()) if part in PARTS else ()

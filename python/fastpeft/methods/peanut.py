@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, TargetConfig
 from ..draws import kaiming_
+from ..limits import MAX_RANK
 from ..method import Inner, LayerInfo, Method, State, register
-from ..safety import MAX_RANK
 
 MAX_DEPTH = 1000  # each layer of it is two modules in every adapted layer
 

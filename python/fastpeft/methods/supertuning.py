@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
 from ..draws import kaiming_, normal_
+from ..limits import MAX_RANK
 from ..method import Inner, LayerInfo, Method, State, register
-from ..safety import MAX_RANK
 from ..shared import Computed
 from ..sparse import dense, sparse_update
 from .shira import check_positions

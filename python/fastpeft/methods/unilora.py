@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout
+from ..limits import MAX_RANK
 from ..method import LayerInfo, State, register
 from ..projections import check_seed
-from ..safety import MAX_RANK
 from ..shared import Computed
 
 # A file without indices names a rank only, and 12 bytes are allocated for each of its r (in + out) elements.

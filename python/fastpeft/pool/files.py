@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CONFIG_NAME, SAFETENSORS_NAME, open_adapter
-from ..config import PeftConfig
-from ..fits import PREFIX, check_shapes
+from ..checks import PREFIX, AdapterFileError, list_some, path_inside, read_json
+from ..config import CONFIG_NAME, PeftConfig
+from ..fits import check_shapes
+from ..folder import SAFETENSORS_NAME, open_adapter
+from ..limits import check_adapter_name, check_config
 from ..method import method_of
 from ..methods.lora import Lora, LoraConfig, scaling_of
-from ..safety import AdapterFileError, check_adapter_name, check_config, list_some, path_inside, read_json
 from ..serving import beyond_plain_lora
 from .buffers import Buffers, LayerAdapter, Staged
 from .layers import Selector
@@ -122,12 +123,12 @@ class Registry:
         return new, gone
 
 
-def lora_config(content: Mapping[str, Any], where: object) -> LoraConfig:
+def lora_config(content: Mapping[str, Any]) -> LoraConfig:
     """The configuration of a folder, which must be plain LoRA's: else ValueError that says what it has beyond."""
     reasons = beyond_plain_lora(content, {})  # tensors are compared with what the model needs, one by one, later
     if reasons:
         raise AdapterFileError(f"a pool serves plain LoRA: {'; '.join(reasons)}")
-    config = PeftConfig.from_dict({k: v for k, v in content.items() if k != "runtime_config"}, where)
+    config = PeftConfig.from_peft_type(**{k: v for k, v in content.items() if k != "runtime_config"})
     assert isinstance(config, LoraConfig)
     method = method_of(config)
     method.check_config(config, loading=True)
@@ -142,7 +143,7 @@ def read_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG_NAME
     content = read_json(path)
     check_config(content, path)
-    return lora_config(content, path)
+    return lora_config(content)
 
 
 def read(folder: Path, selector: Selector, buffers: Buffers) -> Staged:
@@ -155,7 +156,7 @@ def read(folder: Path, selector: Selector, buffers: Buffers) -> Staged:
         raise FileNotFoundError(f"the folder {folder} is gone")
     before = signature_of(folder)
     source = open_adapter(folder)
-    config = lora_config(source.config, folder)
+    config = lora_config(source.config)
     names = selector.names(config)
     if not names:
         raise AdapterFileError(f"its target_modules {config.target_modules!r} select nothing in this model")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import list_some
 from ..methods.lora import LoraConfig
-from ..safety import list_some
 from ..sites import checked_info
 from ..weights.base import LayerInfo
 from .blocks import SMALLEST, block_size

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CONFIG_NAME
+from ..checks import AdapterFileError
+from ..config import CONFIG_NAME
+from ..limits import check_adapter_name
 from ..pool import AdapterLoadError, PoolFull, UnknownAdapterError
-from ..safety import AdapterFileError, check_adapter_name
 from .answers import model_entry
 from .engine import Engine
 from .errors import ApiError, bad, short, unknown, unusable

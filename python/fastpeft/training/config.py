@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from fastpeft.limits import check_adapter_name
+
 from .errors import UserError
 
 Quantize = Literal["none", "nf4", "fp4"]
@@ -139,8 +141,6 @@ SHARED = (
 
 def _one(shared: dict[str, Any], name: object, own: object) -> TrainConfig:
     """The settings of adapter ``name``: its own over the run's."""
-    from fastpeft.safety import check_adapter_name  # which imports torch
-
     try:
         check_adapter_name(name)
     except ValueError as error:

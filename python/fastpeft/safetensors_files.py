@@ -1,0 +1,111 @@
+"""Tensors of safetensors files: the header is checked before a tensor is allocated, the values before they are used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checks import AdapterFileError, list_some, open_regular, parse_json, short
+
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 1 << 16  # LoRA on every expert of a large mixture has 46 thousand, and a header of about 9 MB
+MAX_DIMS = 8
+MAX_ELEMENTS = 1 << 48  # counted as if no dimension were 0
+
+# The names that the safetensors format gives to dtypes.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked safetensors header: every tensor lies in the file, none overlaps another, nothing is left over.
+
+    tensors: on the meta device, for their shapes and dtypes. begins: where in the file they start.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    begins: dict[str, int]
+    metadata: dict[str, str]
+
+
+def read_header(
+    path: str | os.PathLike[str], max_header: int = MAX_HEADER_BYTES, max_tensors: int = MAX_TENSORS
+) -> Header:
+    """Read and check the header of a safetensors file; no tensor data is read."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > max_header:
+            raise AdapterFileError(f"{path}: no safetensors file, or its header claims more than {max_header} bytes")
+        text = file.read(length)
+    # Each tensor is an object. Counted first, since parsing millions of anything takes seconds.
+    if text.count(b"{") > max_tensors + 2:
+        raise AdapterFileError(f"{path}: its header describes more than {max_tensors} tensors")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata()
+            parts = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path}: {error} (truncated, or no safetensors file?)") from None
+    if text.count(b"{") != len(found) + 1 + (metadata is not None):
+        parse_json(text, path)  # a name stands there twice, or a brace in one
+    header = Header(path, {}, {}, metadata or {})
+    begin = 8 + length  # one after another, as safe_open has checked
+    for name, (kind, shape) in found.items():
+        if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS or kind not in DTYPES:
+            expected = f"at most {MAX_DIMS} dimensions, {MAX_ELEMENTS} elements, and one of {', '.join(DTYPES)}"
+            raise AdapterFileError(f"{path}: tensor {short(name)}: {kind} of shape {short(shape)}, expected {expected}")
+        header.tensors[name] = tensor = torch.empty(shape, dtype=DTYPES[kind], device="meta")
+        header.begins[name] = begin
+        begin += tensor.nbytes
+    return header
+
+
+def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Read tensors of a checked file into memory of their own: a mapped file that shrinks later would crash us."""
+    tensors: dict[str, torch.Tensor] = {}
+    with open_regular(header.path) as file:
+        for name in header.tensors if names is None else names:
+            info = header.tensors[name]
+            data = torch.empty(info.nbytes, dtype=torch.uint8)
+            file.seek(header.begins[name])
+            if info.nbytes and file.readinto(data.numpy()) != info.nbytes:  # type: ignore[attr-defined]
+                raise AdapterFileError(f"{header.path}: ended inside tensor {short(name)} (truncated?)")
+            tensors[name] = data.view(info.dtype).view(info.shape)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], where: object) -> None:
+    """Raise if a floating-point tensor holds NaN or infinity, and name the tensors that do."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _all_finite(tensor)]
+    if bad:
+        raise AdapterFileError(f"{where}: NaN or infinite values in {list_some(bad)}")
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.float32)
+    # One sum per tensor instead of a mask the size of the tensor; only a sum that overflows needs the mask.
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())
