@@ -23,6 +23,7 @@ from .layer import AdapterLayer
 from .method import get_method, method_of
 from .saved_modules import ModulesToSaveWrapper
 from .sites import AdapterModule
+from .weights.base import widened
 
 FACTORS = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 UPDATES = ("svd", "ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
@@ -161,7 +162,7 @@ def _mixed_factors(layer: AdapterLayer, found: Found, mix: Mix) -> tuple[Tensor,
 
 def _small_svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of B A by those of its thin factors, without forming it."""
-    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))
+    a, b = (widened(t) for t in (a, b))
     left, middle_left = torch.linalg.qr(b)
     right, middle_right = torch.linalg.qr(a.t())
     u, values, v = torch.linalg.svd(middle_left @ middle_right.t(), full_matrices=False)

@@ -15,6 +15,7 @@ from peft_kernels import QuantWeight, lora_linear
 
 from .adapted import AdaptedLayer
 from .method import Fused, Inner, Method
+from .weights.base import widened
 
 Weight = Tensor | QuantWeight
 
@@ -27,7 +28,7 @@ class FactoredMethod(Method):
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         found = self.factors(s, shared, w)
         assert found is not None
-        a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in found)
+        a, b = (widened(t) for t in found)
         return b @ a
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:

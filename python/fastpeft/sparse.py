@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .weights.base import wide
+
 if TYPE_CHECKING:
     from .method import Inner
 
@@ -118,7 +120,7 @@ def _quiet() -> None:
 
 
 def _forward(x: Tensor, values: Tensor, indices: Tensor, out_features: int, in_features: int) -> Tensor:
-    rows = x.reshape(-1, in_features).to(_wide(x))
+    rows = x.reshape(-1, in_features).to(wide(x.dtype))
     y = _product(layouts(indices, (out_features, in_features))[0], values.to(rows.dtype), rows)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features).contiguous()
 
@@ -126,7 +128,7 @@ def _forward(x: Tensor, values: Tensor, indices: Tensor, out_features: int, in_f
 def _backward(dy: Tensor, x: Tensor, values: Tensor, indices: Tensor, need_dx: bool, need_dvalues: bool) -> Any:
     shape = (dy.shape[-1], x.shape[-1])
     straight, transposed = layouts(indices, shape)
-    dy = dy.reshape(-1, shape[0]).to(_wide(x))
+    dy = dy.reshape(-1, shape[0]).to(wide(x.dtype))
     dx, dvalues = x.new_empty(0), values.new_empty(0)
     if need_dx:
         dx = _product(transposed, values.to(dy.dtype), dy).to(x.dtype).reshape(x.shape).contiguous()
@@ -197,7 +199,7 @@ class _SparseInWeight(torch.autograd.Function):
             for i, j, w in _tiles(ctx.frozen(), values, layout):
                 torch.addmm(dx, dy[:, i:j], w, beta=min(i, 1), out=dx)  # the first tile overwrites
             dx = dx.view(x.shape)
-        dvalues = _value_gradient(dy.to(_wide(x)), x, values, layout) if ctx.needs_input_grad[1] else None
+        dvalues = _value_gradient(dy.to(wide(x.dtype)), x, values, layout) if ctx.needs_input_grad[1] else None
         return dx, dvalues, None, None, None
 
 
@@ -212,7 +214,3 @@ def _tiles(w: Tensor, values: Tensor, layout: Layout) -> Iterator[tuple[int, int
         at = layout.flat[a:b]
         tile.view(-1).index_add_(0, at - i * into if i else at, added[a:b])
         yield i, j, tile
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -213,7 +213,3 @@ class SpectrumMethod(Method):
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         update, values = self.update(s)
         return y + update.linear(x, values)
-
-
-def wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import HasBias, PeftType, TargetConfig
 from ..method import Inner, LayerInfo, Method, State, register
 from ..targets import DEFAULT_TARGETS
+from ..weights.base import widened
 
 
 @dataclass
@@ -75,18 +76,14 @@ class C3A(Method):
         return {"c3a_kernel": nn.Parameter(kernel), "block_size": b}
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        kernel = _wide(s.c3a_kernel)
+        kernel = widened(s.c3a_kernel)
         outs, ins, b = kernel.shape
         i = torch.arange(b, device=kernel.device)
         blocks = kernel[..., (i[None, :] - i[:, None]) % b]  # [outs, ins, row, column]
         return blocks.transpose(1, 2).reshape(outs * b, ins * b) / (ins * b)
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        return y + _Circulant.apply(x, _wide(s.c3a_kernel))  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _wide(kernel: Tensor) -> Tensor:
-    return kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+        return y + _Circulant.apply(x, widened(s.c3a_kernel))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _spectrum(x: Tensor, blocks: int, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..factored import FactoredMethod, dropout, plus_product
 from ..method import Fused, Inner, LayerInfo, State, register
+from ..weights.base import widened
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Deft(FactoredMethod):
 
 def _project(p: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """Q, and what stands for P in P^T W, in at least float32."""
-    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    p = widened(p)
     if how == "relu":
         return p, torch.relu(p)
     q = torch.linalg.qr(p)[0]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..method import LayerInfo, State, register
-from ..spectral import SpectrumMethod, Update, fourier_update, wide
+from ..spectral import SpectrumMethod, Update, fourier_update
+from ..weights.base import widened
 
 
 @dataclass
@@ -51,5 +52,5 @@ class FourierFT(SpectrumMethod):
 
     def update(self, s: Any) -> tuple[Update, Tensor]:
         rows, columns = s.fourierft_shape
-        values = wide(s.fourierft_spectrum) * (s.fourierft_scaling / (rows * columns))
+        values = widened(s.fourierft_spectrum) * (s.fourierft_scaling / (rows * columns))
         return fourier_update((rows, columns), s.indices), values

@@ -24,6 +24,7 @@ from ..factored import Weight
 from ..kept import Kept
 from ..method import Fused, LayerInfo, State, register
 from ..rotation import RotatesInput, constant
+from ..weights.base import widened
 
 
 @dataclass
@@ -88,7 +89,7 @@ class HRA(RotatesInput):
         """(u, whether its columns are orthonormal)."""
         if not s.hra_apply_GS:
             return s.hra_u, False
-        return orthonormal(s.hra_u.to(torch.promote_types(s.hra_u.dtype, torch.float32))), True
+        return orthonormal(widened(s.hra_u)), True
 
 
 def orthonormal(u: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ..draws import kaiming_
 from ..factored import FactoredMethod, dropout, is_thin, plus_product
 from ..method import Inner, LayerInfo, Method, State, register
 from ..weight_side import Rows, weight_side
+from ..weights.base import widened
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Miss(FactoredMethod):
         return a, block.to(wide).repeat(1, s.out_features // block.shape[1]).t()
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        block = s.miss_block.to(torch.promote_types(s.miss_block.dtype, torch.float32))
+        block = widened(s.miss_block)
         whole: Tensor = block.t().repeat(s.out_features // block.shape[1], -(-s.in_features // s.miss_r))
         return whole[:, : s.in_features]
 

@@ -24,6 +24,7 @@ from ..factored import FactoredMethod, dropout
 from ..method import LayerInfo, State, register
 from ..rotation import skew
 from ..shared import Computed
+from ..weights.base import widened
 
 
 @dataclass
@@ -85,7 +86,7 @@ class OrthLayer(nn.Module):
             self.weight.data += drawn_normal(*self.weight.shape) * 0.1
 
     def get_matrix(self) -> Tensor:
-        r: Tensor = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        r: Tensor = widened(self.weight)
         if self.orth:
             q = skew(r, self.size)
             if self.terms is not None and self.eps is not None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
 from ..method import LayerInfo, State, register
-from ..spectral import Identity, SpectrumMethod, Update, Wavelet, wide
+from ..spectral import Identity, SpectrumMethod, Update, Wavelet
 from ..wavelets import LOW_PASS, filters
+from ..weights.base import widened
 
 
 @dataclass
@@ -79,7 +80,7 @@ class WaveFT(SpectrumMethod):
         }
 
     def update(self, s: Any) -> tuple[Update, Tensor]:
-        values = wide(s.waveft_spectrum) * s.waveft_scaling
+        values = widened(s.waveft_spectrum) * s.waveft_scaling
         rows, columns = s.waveft_indices
         if not s.waveft_use_idwt:
             return Update(Identity(s.waveft_shape[0]), Identity(s.waveft_shape[1]), rows, columns), values

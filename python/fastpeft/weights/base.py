@@ -32,6 +32,10 @@ Saved = dict[str, Any]  # what `BaseWeight.save` gives
 TILE = 1 << 22  # elements of W that are decoded at a time
 
 
+def widened(values: Tensor) -> Tensor:
+    return values.to(wide(values.dtype))
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype to merge in: float64 for float64, else float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
