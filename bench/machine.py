@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +19,15 @@ from peft_kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# (family, models) of AMD's cores, as the kernel's arch/x86/kernel/cpu/amd.c tells them apart
+_ZEN = {
+    (0x17, (*range(0x00, 0x30), *range(0x50, 0x60))): "zen",
+    (0x17, (*range(0x30, 0x50), *range(0x60, 0x80), *range(0x90, 0xB0))): "zen2",
+    (0x19, (*range(0x00, 0x10), *range(0x20, 0x60))): "zen3",
+    (0x19, (*range(0x10, 0x20), *range(0x60, 0xB0))): "zen4",
+    (0x1A, (*range(0x00, 0x30), *range(0x40, 0x50), *range(0x60, 0x80))): "zen5",
+}
+
 
 def cpu_name() -> str:
     try:
@@ -27,6 +37,35 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cpu_family() -> tuple[str, int, int] | None:
+    """(vendor, family, model) of the CPU as Linux on x86 tells them."""
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+        return found["vendor_id"], int(found["cpu family"]), int(found["model"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def core() -> str:
+    """The CPU's core in a file's name: `zen4`, `zen5`, ...; the name that the CPU gives itself where it is another's.
+
+    An EPYC in a virtual machine calls itself no more than that, so AMD's are told by family and model."""
+    known = cpu_family()
+    if known is not None and known[0] == "AuthenticAMD":
+        for (family, models), zen in _ZEN.items():
+            if known[1] == family and known[2] in models:
+                return zen
+    return re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+
+
+def name(threads: int) -> str:
+    """The machine in the name of a file of results: `zen5-2threads`."""
+    return f"{core()}-{threads}threads"
 
 
 @cache
@@ -42,15 +81,15 @@ def last_cache_bytes(device: str = "cpu") -> int:
     return max(found, default=32 << 20)
 
 
-def commit() -> str:
-    """The commit of the tree, with "+" when files of the project differ from it; "unknown" outside a clone."""
+def commit(root: Path = ROOT) -> str:
+    """The commit of a tree, with "+" when files of the project differ from it; "unknown" outside a clone."""
     try:
         head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
         ).stdout.strip()
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=ROOT,
+            cwd=root,
             capture_output=True,
             text=True,
             check=True,

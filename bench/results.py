@@ -99,8 +99,9 @@ def write_lines(lines: Sequence[dict[str, Any]], path: Path) -> None:
             f.write(json.dumps(line, sort_keys=True) + "\n")
 
 
-def default_path(name: str) -> Path:
-    return RESULTS / f"{name}.jsonl"
+def default_path(name: str, machine: str) -> Path:
+    """`qlora`, `zen5-2threads` -> bench/results/qlora-zen5-2threads.jsonl"""
+    return RESULTS / f"{name}-{machine}.jsonl"
 
 
 def header(machine: dict[str, Any], bounds: dict[str, Any], commit: str, name: str) -> dict[str, Any]:
