@@ -125,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
         results.write_lines(results.as_lines([row], header, verdict.passed), path)
         rows.append(row)
         print(f"measured: {row.title}", file=sys.stderr)
-    results.print_rows(rows, bounds, verdict.passed, f"python -m bench {' '.join(argv or sys.argv[1:])}")
+    title = f"python -m bench {' '.join(argv or sys.argv[1:])}"
+    results.print_rows(rows, bounds, verdict.passed, title, info["bnb"])
     refused = {k: v for row in rows for k, v in row.case.get("refused", {}).items()}
     for backend, why in refused.items():
         print(f"{backend} was not run: {why}")

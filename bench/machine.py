@@ -17,15 +17,17 @@ import torch
 
 from peft_kernels import native
 
+from .bnb import use_kernel
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # (family, models) of AMD's cores, as the kernel's arch/x86/kernel/cpu/amd.c tells them apart
 _ZEN = {
-    (0x17, (*range(0x00, 0x30), *range(0x50, 0x60))): "zen",
+    (0x17, (*range(0x30), *range(0x50, 0x60))): "zen",
     (0x17, (*range(0x30, 0x50), *range(0x60, 0x80), *range(0x90, 0xB0))): "zen2",
-    (0x19, (*range(0x00, 0x10), *range(0x20, 0x60))): "zen3",
+    (0x19, (*range(0x10), *range(0x20, 0x60))): "zen3",
     (0x19, (*range(0x10, 0x20), *range(0x60, 0xB0))): "zen4",
-    (0x1A, (*range(0x00, 0x30), *range(0x40, 0x50), *range(0x60, 0x80))): "zen5",
+    (0x1A, (*range(0x30), *range(0x40, 0x50), *range(0x60, 0x80))): "zen5",
 }
 
 
@@ -121,12 +123,13 @@ def describe(threads: int) -> dict[str, Any]:
     return {
         "cpu": cpu_name(), "cores": os.cpu_count() or 1, "threads": threads, "level": level(),
         "last_cache_mib": last_cache_bytes() >> 20, "python": platform.python_version(), **versions(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "bnb": use_kernel(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
 
 
 def line(info: dict[str, Any]) -> str:
-    packages = ", ".join(f"{k} {info[k]}" for k in ("torch", "bitsandbytes", "transformers", "peft") if k in info)
+    packages = ", ".join(f"{k} {info[k]}" for k in ("torch", "transformers", "peft") if k in info)
+    packages += f", bitsandbytes {info['bnb']}" if info.get("bnb") else ""
     gpu = f", {info['gpu']}" if info.get("gpu") else ", no GPU"
     return (
         f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, level {info['level']}, "

@@ -106,7 +106,8 @@ def default_path(name: str, machine: str) -> Path:
 
 def header(machine: dict[str, Any], bounds: dict[str, Any], commit: str, name: str) -> dict[str, Any]:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"bench": name, "time": stamp, "commit": commit, "machine": machine, "bounds": bounds}
+    return {"bench": name, "time": stamp, "commit": commit, "bnb": machine.get("bnb"), "machine": machine,
+            "bounds": bounds}  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -116,8 +117,10 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, title: str) -> None:
-    """Two tables: every candidate's median, p20 and p80, and share of the machine's bound; and what was claimed."""
+def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, title: str, bnb: str | None = None) -> None:
+    """Two tables: every candidate's median, p20 and p80, and share of the machine's bound; and what was claimed.
+
+    bnb: the version and kernel of the bitsandbytes that rows are beside."""
     from rich.console import Console
     from rich.table import Table
 
@@ -126,7 +129,7 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
     extras = list(dict.fromkeys(k for row in rows for k in row.extra))
     ours = {name for row in rows for claim in row.claims for name in claim.ours}
     rates = any(row.flops for row in rows)
-    table = Table(title=title)
+    table = Table(title=title, caption=None if bnb is None else f"bitsandbytes: {bnb}")
     table.add_column("row", no_wrap=True)
     table.add_column("candidate", no_wrap=True)
     for name in ("median", "p20 .. p80", *(("GFLOP/s", "GB/s", "of bound") if rates else ()), *extras):
@@ -152,7 +155,8 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
     found = [(row.title, r) for row in rows for r in row.ratios()]
     if not speedups or not found:
         return
-    claims = Table(title="speed-ups (ratio of medians, measured in turns in this run)")
+    beside = "" if bnb is None else f"; bitsandbytes {bnb}"
+    claims = Table(title=f"speed-ups (ratio of medians, measured in turns in this run{beside})")
     for name in ("row", "ours", "against", "speed-up", "asked for"):
         claims.add_column(name, justify="right" if name in ("speed-up", "asked for") else "left", no_wrap=True)
     for title_of_row, r in found:

@@ -30,7 +30,7 @@ P = TypeVar("P", bound=Process)
 
 
 def commit_of(checkout: Path) -> str:
-    """The commit of a checkout that imports its own packages and has a native library; SystemExit says what is amiss."""
+    """The commit of a checkout that imports its own packages and has a native library. Raises SystemExit otherwise."""
     done = subprocess.run(
         [sys.executable, "-c", _LOOK], cwd=checkout, env=environment(checkout), capture_output=True, text=True
     )
@@ -69,7 +69,7 @@ def in_turns(
     for r in range(rounds):
         for i in range(len(names)):
             name = names[(i + r) % len(names)]
-            for side in ORDERS[(i + r) % len(ORDERS)]:
+            for side in ORDERS[r % len(ORDERS)]:
                 stats[name][side].samples.append(sample(side, name))
         if r + 1 >= LEAST_ROUNDS and time.perf_counter() - begin > budget_s:
             break

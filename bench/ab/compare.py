@@ -1,8 +1,8 @@
 """`python -m bench --suite SUITE --against CHECKOUT`: is a row slower here (B) than in another checkout (A)?
 
 Of each row only this project's candidates run, each checkout with its own bench and library, in turns: A, A', B, where
-A' is A once more. A line passes where B's median is at most A's times 1 + 5 % + the difference of A and A'. Lines that do
-not are measured once more by new processes with 15 samples, and that counts.
+A' is A once more. A line passes where B's median is at most A's times 1 + 5 % + the difference of A and A'. Lines that
+fail are measured once more by new processes with 15 samples, and that counts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ ALONE = ("frozen", "base")  # a layer without adapters: ours in NF4, torch's in 
 # the parts of each suite whose rows are layers, as --only names them; whole models are in its WHOLE_MODELS
 LAYERS: dict[str, list[str]] = {"layers": ["forward", "train"], "dora": ["forward", "train"], "multi": ["forward"],
                                 "methods": ["train"], "ortho": ["train"]}  # fmt: skip
+A2 = checkouts.SIDES[1]
 SUITES = ("layers", "qlora", "methods", "dora", "multi", "multi-train", "ortho")
 
 
@@ -53,7 +54,7 @@ class Line:
 
     @property
     def allowed(self) -> float:
-        return 1 + self.slack + abs(self.of_a("A'") - 1)
+        return 1 + self.slack + abs(self.of_a(A2) - 1)
 
     @property
     def passed(self) -> bool:
@@ -63,7 +64,7 @@ class Line:
         medians = {f"{side}_median_s": self.stats[side].median for side in checkouts.SIDES}
         samples = {f"{side}_samples_s": self.stats[side].samples for side in checkouts.SIDES}
         return {"row": self.row, **self.case, "candidate": self.candidate, **medians, **samples,
-                "b_of_a": self.of_a("B"), "a2_of_a": self.of_a("A'"), "allowed": self.allowed, "again": self.again,
+                "b_of_a": self.of_a("B"), "a2_of_a": self.of_a(A2), "allowed": self.allowed, "again": self.again,
                 "passed": self.passed}  # fmt: skip
 
 
@@ -127,7 +128,7 @@ class Comparison:
                 if row.get("end"):
                     return
                 names = [name for name in row["copies"] if is_ours(name, row["case"])]
-                if title is not None and row["title"] != title or not names:
+                if not names or (title is not None and row["title"] != title):
                     continue
                 ready = checkouts.ask_each(running, "prepare", names, SAMPLE_S)
                 calls = {name: max(reply["calls"][name] for reply in ready.values()) for name in names}
@@ -180,7 +181,7 @@ def print_lines(lines: list[Line], title: str) -> None:
         verdict = ("passed" if line.passed else "SLOWER") + (" (again)" if line.again else "")
         table.add_row("" if line.row == last else line.row, line.candidate,
                       *(results.duration(line.stats[side].median) for side in checkouts.SIDES),
-                      f"{line.of_a('B'):.3f}", f"{line.of_a(chr(65) + chr(39)):.3f}", f"{line.allowed:.3f}", verdict)  # fmt: skip
+                      f"{line.of_a('B'):.3f}", f"{line.of_a(A2):.3f}", f"{line.allowed:.3f}", verdict)  # fmt: skip
         last = line.row
     console.print(table)
 
@@ -209,7 +210,8 @@ def main(args: argparse.Namespace, only: list[str] | None) -> int:
     slower = [line for line in lines if not line.passed]
     print(f"{len(lines)} rows, {sum(line.again for line in lines)} measured again, {len(slower)} slower than allowed")
     if args.json:
-        path = args.json if args.json != Path("-") else results.default_path(f"ab-{args.suite}", machine.name(args.threads))
+        default = results.default_path(f"ab-{args.suite}", machine.name(args.threads))
+        path = default if args.json == Path("-") else args.json
         header = {**results.header(info, {}, commits["B"], f"ab {args.suite}"), "commits": commits}
         replaced = [line for line in first if not line.passed]
         found = [{**header, **line.as_dict(), "counts": False} for line in replaced]

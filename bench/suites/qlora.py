@@ -23,6 +23,7 @@ from ..measure import Stats
 from ..pipes import Process
 from ..results import Claim, Row
 
+
 @dataclass(frozen=True)
 class WholeModel:
     """A row of a suite that whole models are timed for, a process a mode. more: fields of the worker's task."""
