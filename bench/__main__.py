@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     print(verdict.text, file=sys.stderr)
     info, bounds = machine.describe(args.threads), machine.bounds(args.threads)
     print(machine.line(info))
-    print(f"bounds ({bounds['how']}): {bounds['gflops']:.0f} GFLOP/s float32, {bounds['gbs']:.1f} GB/s")
+    print(machine.bounds_line(bounds))
     module = importlib.import_module(f"bench.{'ops' if args.op else 'suites'}.{name.replace('-', '_')}")
     header = results.header(info, bounds, machine.commit(), name)
     path = args.json or results.default_path(name, machine.name(args.threads))

@@ -127,6 +127,11 @@ def describe(threads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def bounds_line(found: dict[str, Any]) -> str:
+    dots = f", {found['gflops_bf16']:.0f} bfloat16" if "gflops_bf16" in found else ""
+    return f"bounds ({found['how']}): {found['gflops']:.0f} GFLOP/s float32{dots}, {found['gbs']:.1f} GB/s"
+
+
 def line(info: dict[str, Any]) -> str:
     packages = ", ".join(f"{k} {info[k]}" for k in ("torch", "transformers", "peft") if k in info)
     packages += f", bitsandbytes {info['bnb']}" if info.get("bnb") else ""
@@ -139,7 +144,8 @@ def line(info: dict[str, Any]) -> str:
 
 @cache
 def bounds(threads: int) -> dict[str, float | str]:
-    """Measured bounds: gflops (float32 FMA in registers on all threads), gbs (reading 256 MiB), and how each was got.
+    """Measured bounds: gflops (float32 FMA in registers on all threads), gbs (reading 256 MiB), and how each was got;
+    gflops_bf16 (bfloat16 dot products) on CPUs that have them, where bench/peak.cpp can be built.
 
     With a C++ compiler bench/peak.cpp is built and run. Without one torch stands in: its best float32 matmul (below the
     true peak, so percentages of it flatter) and its fastest sum.
@@ -152,13 +158,14 @@ def bounds(threads: int) -> dict[str, float | str]:
             built = subprocess.run([compiler, *flags, str(Path(__file__).parent / "peak.cpp"), "-o", exe],
                                    capture_output=True, text=True)  # fmt: skip
             if built.returncode == 0:
-                best = [0.0, 0.0]
+                best = [0.0, 0.0, 0.0]
                 for _ in range(2):
                     words = subprocess.run(
                         [exe, str(threads)], capture_output=True, text=True, check=True
                     ).stdout.split()
-                    best = [max(best[0], float(words[0])), max(best[1], float(words[1]))]
-                return {"gflops": best[0], "gbs": best[1], "how": "bench/peak.cpp"}
+                    best = [max(old, float(word)) for old, word in zip(best, words, strict=False)]
+                dots = {"gflops_bf16": best[2]} if best[2] else {}
+                return {"gflops": best[0], "gbs": best[1], **dots, "how": "bench/peak.cpp"}
     a = torch.randn(1536, 1536)
     data = torch.ones(64 << 20)
     flops = max(2 * 1536**3 / _once(lambda: a @ a) for _ in range(8)) / 1e9

@@ -117,6 +117,12 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
+def products_bound(bounds: dict[str, Any], candidate: str, case: dict[str, Any]) -> float:
+    """GFLOP/s that a candidate can reach at best: bfloat16's where it computes in that and the machine has it."""
+    bf16 = "bf16" in candidate or case.get("dtype") == "bf16"
+    return float((bounds.get("gflops_bf16") if bf16 else None) or bounds.get("gflops") or 0)
+
+
 def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, title: str, bnb: str | None = None) -> None:
     """Two tables: every candidate's median, p20 and p80, and share of the machine's bound; and what was claimed.
 
@@ -134,12 +140,13 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
     table.add_column("candidate", no_wrap=True)
     for name in ("median", "p20 .. p80", *(("GFLOP/s", "GB/s", "of bound") if rates else ()), *extras):
         table.add_column(name, justify="right", no_wrap=True)
-    gflops, gbs = float(bounds.get("gflops") or 0), float(bounds.get("gbs") or 0)
+    gbs = float(bounds.get("gbs") or 0)
     for row in rows:
         if row.refused is not None:
             table.add_row(row.title, "no number: tests failed")
         for i, (name, s) in enumerate(sorted(row.stats.items(), key=lambda item: item[1].median)):
             rate, speed = (row.flops or 0.0) / s.median / 1e9, row.nbytes / s.median / 1e9
+            gflops = products_bound(bounds, name, row.case)
             share = max(rate / gflops if gflops else 0.0, speed / gbs if gbs else 0.0)
             cells = [row.title if i == 0 else "", f"[bold]{name}[/bold]" if name in ours else name, duration(s.median),
                      f"{duration(s.at(0.2))} .. {duration(s.at(0.8))}"]  # fmt: skip
