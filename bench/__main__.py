@@ -70,8 +70,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         nargs="?",
         const=Path("-"),
-        help="default: bench/results/NAME.jsonl; of --static: also with no FILE, one object a line",
+        help="default: bench/results/NAME-MACHINE.jsonl; of --static: also with no FILE, one object a line; "
+        "of --against: with no FILE, bench/results/ab-SUITE-MACHINE.jsonl, and without it no file",
     )
+    p.add_argument("--against", type=Path, metavar="CHECKOUT", help="of a suite: our rows in turns with those of "
+                   "another checkout, which has its native library built: is one slower here?")  # fmt: skip
     p.add_argument("--arch", nargs="+", type=arch, metavar="sm_90", help="of --static; default: 80, 89, 90, 100, 120")
     p.add_argument("--kernels", nargs="+", metavar="K", help="of --static: ops or kernels, such as lora_linear outer")
     p.add_argument("--most", type=int, help="of --static: at most so many specialisations an architecture")
@@ -91,25 +94,30 @@ def main(argv: list[str] | None = None) -> int:
         from .static import report
 
         return report.main(args)
-    if args.json == Path("-"):
-        p.error("--json needs a FILE, except with --static")
+    if args.against is None and args.json == Path("-"):
+        p.error("--json needs a FILE, except with --static and --against")
     if args.quick:
         args.rounds, args.sample_s, args.budget_s = min(args.rounds, 7), min(args.sample_s, 0.01), 6.0
-    args.only = args.only or ["forward", "train", "levels", "step", "decode"]
+    only = args.only
+    args.only = only or ["forward", "train", "levels", "step", "decode"]
     args.threads = threads(args.threads)
     if args.gpu:
         from .gpu import report as gpu_report
 
         return gpu_report.main(args)
+    if args.against is not None:
+        from .ab import compare
+
+        return compare.main(args, only)
     name = args.op or args.suite
     verdict = checks.check_all([args.op] if args.op else CHECKED[args.suite], args.skip_checks)
     print(verdict.text, file=sys.stderr)
     info, bounds = machine.describe(args.threads), machine.bounds(args.threads)
     print(machine.line(info))
-    print(f"bounds ({bounds['how']}): {bounds['gflops']:.0f} GFLOP/s float32, {bounds['gbs']:.1f} GB/s")
+    print(machine.bounds_line(bounds))
     module = importlib.import_module(f"bench.{'ops' if args.op else 'suites'}.{name.replace('-', '_')}")
     header = results.header(info, bounds, machine.commit(), name)
-    path = args.json or results.default_path(name)
+    path = args.json or results.default_path(name, machine.name(args.threads))
     rows = []
     for row in module.rows(args):
         row.measure(args.rounds, args.sample_s, args.budget_s, wall_clock if args.device == "cpu" else cuda_clock)
@@ -117,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
         results.write_lines(results.as_lines([row], header, verdict.passed), path)
         rows.append(row)
         print(f"measured: {row.title}", file=sys.stderr)
-    results.print_rows(rows, bounds, verdict.passed, f"python -m bench {' '.join(argv or sys.argv[1:])}")
+    title = f"python -m bench {' '.join(argv or sys.argv[1:])}"
+    results.print_rows(rows, bounds, verdict.passed, title, info["bnb"])
     refused = {k: v for row in rows for k, v in row.case.get("refused", {}).items()}
     for backend, why in refused.items():
         print(f"{backend} was not run: {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -16,7 +17,18 @@ import torch
 
 from peft_kernels import native
 
+from .bnb import use_kernel
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# (family, models) of AMD's cores, as the kernel's arch/x86/kernel/cpu/amd.c tells them apart
+_ZEN = {
+    (0x17, (*range(0x30), *range(0x50, 0x60))): "zen",
+    (0x17, (*range(0x30, 0x50), *range(0x60, 0x80), *range(0x90, 0xB0))): "zen2",
+    (0x19, (*range(0x10), *range(0x20, 0x60))): "zen3",
+    (0x19, (*range(0x10, 0x20), *range(0x60, 0xB0))): "zen4",
+    (0x1A, (*range(0x30), *range(0x40, 0x50), *range(0x60, 0x80))): "zen5",
+}
 
 
 def cpu_name() -> str:
@@ -27,6 +39,35 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cpu_family() -> tuple[str, int, int] | None:
+    """(vendor, family, model) of the CPU as Linux on x86 tells them."""
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+        return found["vendor_id"], int(found["cpu family"]), int(found["model"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def core() -> str:
+    """The CPU's core in a file's name: `zen4`, `zen5`, ...; the name that the CPU gives itself where it is another's.
+
+    An EPYC in a virtual machine calls itself no more than that, so AMD's are told by family and model."""
+    known = cpu_family()
+    if known is not None and known[0] == "AuthenticAMD":
+        for (family, models), zen in _ZEN.items():
+            if known[1] == family and known[2] in models:
+                return zen
+    return re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+
+
+def name(threads: int) -> str:
+    """The machine in the name of a file of results: `zen5-2threads`."""
+    return f"{core()}-{threads}threads"
 
 
 @cache
@@ -42,15 +83,15 @@ def last_cache_bytes(device: str = "cpu") -> int:
     return max(found, default=32 << 20)
 
 
-def commit() -> str:
-    """The commit of the tree, with "+" when files of the project differ from it; "unknown" outside a clone."""
+def commit(root: Path = ROOT) -> str:
+    """The commit of a tree, with "+" when files of the project differ from it; "unknown" outside a clone."""
     try:
         head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
         ).stdout.strip()
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=ROOT,
+            cwd=root,
             capture_output=True,
             text=True,
             check=True,
@@ -82,12 +123,18 @@ def describe(threads: int) -> dict[str, Any]:
     return {
         "cpu": cpu_name(), "cores": os.cpu_count() or 1, "threads": threads, "level": level(),
         "last_cache_mib": last_cache_bytes() >> 20, "python": platform.python_version(), **versions(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "bnb": use_kernel(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
 
 
+def bounds_line(found: dict[str, Any]) -> str:
+    dots = f", {found['gflops_bf16']:.0f} bfloat16" if "gflops_bf16" in found else ""
+    return f"bounds ({found['how']}): {found['gflops']:.0f} GFLOP/s float32{dots}, {found['gbs']:.1f} GB/s"
+
+
 def line(info: dict[str, Any]) -> str:
-    packages = ", ".join(f"{k} {info[k]}" for k in ("torch", "bitsandbytes", "transformers", "peft") if k in info)
+    packages = ", ".join(f"{k} {info[k]}" for k in ("torch", "transformers", "peft") if k in info)
+    packages += f", bitsandbytes {info['bnb']}" if info.get("bnb") else ""
     gpu = f", {info['gpu']}" if info.get("gpu") else ", no GPU"
     return (
         f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, level {info['level']}, "
@@ -97,7 +144,8 @@ def line(info: dict[str, Any]) -> str:
 
 @cache
 def bounds(threads: int) -> dict[str, float | str]:
-    """Measured bounds: gflops (float32 FMA in registers on all threads), gbs (reading 256 MiB), and how each was got.
+    """Measured bounds: gflops (float32 FMA in registers on all threads), gbs (reading 256 MiB), and how each was got;
+    gflops_bf16 (bfloat16 dot products) on CPUs that have them, where bench/peak.cpp can be built.
 
     With a C++ compiler bench/peak.cpp is built and run. Without one torch stands in: its best float32 matmul (below the
     true peak, so percentages of it flatter) and its fastest sum.
@@ -110,13 +158,14 @@ def bounds(threads: int) -> dict[str, float | str]:
             built = subprocess.run([compiler, *flags, str(Path(__file__).parent / "peak.cpp"), "-o", exe],
                                    capture_output=True, text=True)  # fmt: skip
             if built.returncode == 0:
-                best = [0.0, 0.0]
+                best = [0.0, 0.0, 0.0]
                 for _ in range(2):
                     words = subprocess.run(
                         [exe, str(threads)], capture_output=True, text=True, check=True
                     ).stdout.split()
-                    best = [max(best[0], float(words[0])), max(best[1], float(words[1]))]
-                return {"gflops": best[0], "gbs": best[1], "how": "bench/peak.cpp"}
+                    best = [max(old, float(word)) for old, word in zip(best, words, strict=False)]
+                dots = {"gflops_bf16": best[2]} if best[2] else {}
+                return {"gflops": best[0], "gbs": best[1], **dots, "how": "bench/peak.cpp"}
     a = torch.randn(1536, 1536)
     data = torch.ones(64 << 20)
     flops = max(2 * 1536**3 / _once(lambda: a @ a) for _ in range(8)) / 1e9

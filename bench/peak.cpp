@@ -1,11 +1,15 @@
-// What this machine can do at best: float32 FMA in registers on every thread, and reading memory in order.
-// Built on the fly by bench/machine.py where there is a C++ compiler; prints "<GFLOP/s> <GB/s>".
+// What this machine can do at best: float32 FMA and bfloat16 dot products in registers on every thread, and reading
+// memory in order. Built on the fly by bench/machine.py where there is a C++ compiler; prints
+// "<GFLOP/s float32> <GB/s> <GFLOP/s bfloat16, 0 where the CPU has no such instruction>".
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));  // one register at AVX-512, two at AVX2
 
@@ -26,7 +30,7 @@ int main(int argc, char **argv) {
     const long steps = 4000000;
     std::vector<float> out(threads * 64);
     // The second best of seven: the best can be a jump of a virtual machine's clock.
-    std::vector<double> flops, bytes;
+    std::vector<double> flops, bytes, dots;
     for (int trial = 0; trial < 7; trial++) {
         double took = in_threads(threads, [&](int id) {
             vec a0 = {}, x = a0 + 0.9999f, y = a0 + 0.5f;  // each chain starts elsewhere, or the compiler makes them one
@@ -42,6 +46,22 @@ int main(int argc, char **argv) {
         double rate = 2.0 * 16 * 10 * steps * threads / took / 1e9;
         flops.push_back(rate);
     }
+#ifdef __AVX512BF16__
+    for (int trial = 0; trial < 7; trial++) {
+        double took = in_threads(threads, [&](int id) {
+            __m512 a[12];
+            for (int i = 0; i < 12; i++) a[i] = _mm512_set1_ps(float(i));
+            __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f7f3f7f), y = (__m512bh)_mm512_set1_epi32(0x3f003f00);
+            for (long i = 0; i < steps; i++) {  // twelve chains: its latency is longer than the FMA's
+                for (int j = 0; j < 12; j++) a[j] = _mm512_dpbf16_ps(a[j], x, y);
+                __asm__ volatile("" : "+v"(x), "+v"(y));
+            }
+            for (int i = 1; i < 12; i++) a[0] += a[i];
+            out[id * 64 + 2] = a[0][0];
+        });
+        dots.push_back(4.0 * 16 * 12 * steps * threads / took / 1e9);
+    }
+#endif
     const size_t n = size_t(64) << 20;  // floats: 256 MB for all threads together
     std::vector<float> data(n, 1.0f);
     for (int trial = 0; trial < 7; trial++) {
@@ -62,5 +82,6 @@ int main(int argc, char **argv) {
     for (float v : out) sink += v;
     std::sort(flops.rbegin(), flops.rend());
     std::sort(bytes.rbegin(), bytes.rend());
-    std::printf("%.1f %.2f %g\n", flops[1], bytes[1], sink);
+    std::sort(dots.rbegin(), dots.rend());
+    std::printf("%.1f %.2f %.1f %g\n", flops[1], bytes[1], dots.empty() ? 0.0 : dots[1], sink);
 }

@@ -99,13 +99,15 @@ def write_lines(lines: Sequence[dict[str, Any]], path: Path) -> None:
             f.write(json.dumps(line, sort_keys=True) + "\n")
 
 
-def default_path(name: str) -> Path:
-    return RESULTS / f"{name}.jsonl"
+def default_path(name: str, machine: str) -> Path:
+    """`qlora`, `zen5-2threads` -> bench/results/qlora-zen5-2threads.jsonl"""
+    return RESULTS / f"{name}-{machine}.jsonl"
 
 
 def header(machine: dict[str, Any], bounds: dict[str, Any], commit: str, name: str) -> dict[str, Any]:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"bench": name, "time": stamp, "commit": commit, "machine": machine, "bounds": bounds}
+    return {"bench": name, "time": stamp, "commit": commit, "bnb": machine.get("bnb"), "machine": machine,
+            "bounds": bounds}  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -115,8 +117,16 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, title: str) -> None:
-    """Two tables: every candidate's median, p20 and p80, and share of the machine's bound; and what was claimed."""
+def products_bound(bounds: dict[str, Any], candidate: str, case: dict[str, Any]) -> float:
+    """GFLOP/s that a candidate can reach at best: bfloat16's where it computes in that and the machine has it."""
+    bf16 = "bf16" in candidate or case.get("dtype") == "bf16"
+    return float((bounds.get("gflops_bf16") if bf16 else None) or bounds.get("gflops") or 0)
+
+
+def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, title: str, bnb: str | None = None) -> None:
+    """Two tables: every candidate's median, p20 and p80, and share of the machine's bound; and what was claimed.
+
+    bnb: the version and kernel of the bitsandbytes that rows are beside."""
     from rich.console import Console
     from rich.table import Table
 
@@ -125,17 +135,18 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
     extras = list(dict.fromkeys(k for row in rows for k in row.extra))
     ours = {name for row in rows for claim in row.claims for name in claim.ours}
     rates = any(row.flops for row in rows)
-    table = Table(title=title)
+    table = Table(title=title, caption=None if bnb is None else f"bitsandbytes: {bnb}")
     table.add_column("row", no_wrap=True)
     table.add_column("candidate", no_wrap=True)
     for name in ("median", "p20 .. p80", *(("GFLOP/s", "GB/s", "of bound") if rates else ()), *extras):
         table.add_column(name, justify="right", no_wrap=True)
-    gflops, gbs = float(bounds.get("gflops") or 0), float(bounds.get("gbs") or 0)
+    gbs = float(bounds.get("gbs") or 0)
     for row in rows:
         if row.refused is not None:
             table.add_row(row.title, "no number: tests failed")
         for i, (name, s) in enumerate(sorted(row.stats.items(), key=lambda item: item[1].median)):
             rate, speed = (row.flops or 0.0) / s.median / 1e9, row.nbytes / s.median / 1e9
+            gflops = products_bound(bounds, name, row.case)
             share = max(rate / gflops if gflops else 0.0, speed / gbs if gbs else 0.0)
             cells = [row.title if i == 0 else "", f"[bold]{name}[/bold]" if name in ours else name, duration(s.median),
                      f"{duration(s.at(0.2))} .. {duration(s.at(0.8))}"]  # fmt: skip
@@ -151,7 +162,8 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
     found = [(row.title, r) for row in rows for r in row.ratios()]
     if not speedups or not found:
         return
-    claims = Table(title="speed-ups (ratio of medians, measured in turns in this run)")
+    beside = "" if bnb is None else f"; bitsandbytes {bnb}"
+    claims = Table(title=f"speed-ups (ratio of medians, measured in turns in this run{beside})")
     for name in ("row", "ours", "against", "speed-up", "asked for"):
         claims.add_column(name, justify="right" if name in ("speed-up", "asked for") else "left", no_wrap=True)
     for title_of_row, r in found:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, quantize_4bit
 
+from .bnb import use_kernel
+
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16}
 
 
@@ -40,6 +42,7 @@ def bnb_layer(q: QuantWeight, compute: torch.dtype) -> nn.Module:
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
+    use_kernel()
     n, k = q.shape
     code = get_4bit_type(q.quant_type, q.packed.device)
     inner = None

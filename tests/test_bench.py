@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import __main__ as cli
-from bench import checks, machine
+from bench import checks, machine, results
 from bench.measure import Candidate, Stats, copies_needed, interleave
 from bench.results import Claim, Row, as_lines, write_lines
 
@@ -111,6 +111,17 @@ def test_bounds_are_measured() -> None:
     bounds = machine.bounds(1)
     assert float(bounds["gflops"]) > 1
     assert float(bounds["gbs"]) > 0.1
+    assert machine.bounds_line(bounds).startswith(f"bounds ({bounds['how']}): {bounds['gflops']:.0f} GFLOP/s float32")
+    if bounds["how"] == "bench/peak.cpp" and "bf16" in machine.level():
+        assert float(bounds["gflops_bf16"]) > 1
+
+
+def test_products_in_bfloat16_have_its_bound() -> None:
+    bounds = {"gflops": 100.0, "gflops_bf16": 200.0}
+    assert results.products_bound(bounds, "ours bf16", {}) == 200
+    assert results.products_bound(bounds, "native", {"dtype": "bf16"}) == 200
+    assert results.products_bound(bounds, "ours f32", {"dtype": "f32"}) == 100
+    assert results.products_bound({"gflops": 100.0}, "ours bf16", {}) == 100, "CPUs without such an instruction"
 
 
 def test_shapes() -> None:

@@ -52,7 +52,7 @@ def test_the_short_form_of_a_grid_has_every_value_and_every_pair(axes: str, stre
     else:
         for i, j in itertools.combinations(range(len(lists)), 2):
             assert {(v[i], v[j]) for v in short} == {(v[i], v[j]) for v in everything}
-        assert len(short) <= max(len(a) * len(b) for a, b in itertools.product(lists, lists))
+        assert len(short) < len(everything) or len(lists) < 3
 
 
 def collected(*options: str) -> set[str]:

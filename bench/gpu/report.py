@@ -152,7 +152,7 @@ def report(run: Run, args: argparse.Namespace, parts: tuple[str, ...] = (*OPS, "
             print(f"whole model: no number, {judged.text}")
         if not rows:
             continue
-        results.print_rows(rows, run.bounds, judged.passed, f"{part}, {run.name}")
+        results.print_rows(rows, run.bounds, judged.passed, f"{part}, {run.name}", info["bnb"])
         for name, why in {k: v for row in rows for k, v in row.case.get("refused", {}).items()}.items():
             print(f"{name} was not run: {why}")
         if judged.passed:

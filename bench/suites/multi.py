@@ -20,13 +20,16 @@ from .. import subjects
 from ..machine import last_cache_bytes
 from ..measure import Candidate, copies_needed, warm_everything
 from ..results import Claim, Row
-from .qlora import extras, measure
+from .qlora import WholeModel, extras, measure
 
 # (in, out): SmolLM2's, and a wide one
 SHAPES = [(576, 576), (576, 192), (576, 1536), (1536, 576), (2048, 2048)]
 ADAPTERS = (1, 8, 16, 64)
 RANK, ROWS = 16, 64
-DECODE_MODES = ["ours-f32-fast", "ours-bf16-fast", "ours-f32", "ours-bf16", "bnb-f32", "bnb-bf16", "dense-f32"]
+DECODE = WholeModel("decode, a token of 16 rows with 16 adapters", "decode-mixed",
+                    ["ours-f32-fast", "ours-bf16-fast", "ours-f32", "ours-bf16", "bnb-f32", "bnb-bf16",
+                     "dense-f32"])  # fmt: skip
+WHOLE_MODELS = [DECODE]
 
 
 class OneLayer(nn.Module):
@@ -106,14 +109,14 @@ def layer_row(k: int, n: int, m: int, base: str, args: argparse.Namespace) -> Ro
 
 
 def decode_row(args: argparse.Namespace) -> Row:
-    modes: Sequence[str] = args.modes or DECODE_MODES
-    stats, last = measure("decode-mixed", list(modes), 3 if args.quick else args.step_rounds, args)
+    modes: Sequence[str] = args.modes or DECODE.modes
+    stats, last = measure(DECODE.what, list(modes), 3 if args.quick else args.step_rounds, args)
     ours, theirs = [m for m in modes if m.startswith("ours")], [m for m in modes if not m.startswith("ours")]
     claims = [
         Claim("PEFT's fastest", ours, theirs, 3.0),
         Claim("its fastest, plain generate()", [m for m in ours if not m.endswith("-fast")], theirs),
     ]
-    row = Row("decode, a token of 16 rows with 16 adapters", {"suite": "multi", "what": "decode", "r": RANK}, stats,
+    row = Row(DECODE.title, {"suite": "multi", "what": "decode", "r": RANK}, stats,
               claims, extra=extras(last, ["peak_mib", "cpu_s"]))  # fmt: skip
     row.extra["tokens/s"] = {m: round(16 / s.median, 1) for m, s in stats.items()}
     for name in modes:

@@ -12,17 +12,26 @@ import argparse
 from collections.abc import Iterator
 
 from ..results import Claim, Row
-from .qlora import extras, measure
+from .qlora import WholeModel, extras, measure
 
 MODES = ["ours-bf16-once", "ours-bf16-after", "ours-f32-once", "ours-f32-after", "bnb-bf16-after", "bnb-f32-after"]
 ADAPTERS = 4
 TARGETS = {8: 2.0, 64: 1.0}  # by tokens of an adapter's row: how much faster at once is to be
 
 
+def whole_model(tokens: int) -> WholeModel:
+    return WholeModel(f"a step of {ADAPTERS} adapters, {tokens} tokens each", "train-adapters", MODES,
+                      {"rows": ADAPTERS, "length": tokens})  # fmt: skip
+
+
+WHOLE_MODELS = [whole_model(tokens) for tokens in TARGETS]
+
+
 def step_row(tokens: int, args: argparse.Namespace) -> Row:
-    modes = args.modes or MODES
+    row = whole_model(tokens)
+    modes = args.modes or row.modes
     rounds = 3 if args.quick else args.step_rounds
-    stats, last = measure("train-adapters", list(modes), rounds, args, rows=ADAPTERS, length=tokens)
+    stats, last = measure(row.what, list(modes), rounds, args, **row.more)
     once = [m for m in modes if m.endswith("-once")]
     theirs = [m for m in modes if m.startswith("bnb")]
     pairs = [(m, m.replace("-once", "-after")) for m in once]
@@ -31,8 +40,7 @@ def step_row(tokens: int, args: argparse.Namespace) -> Row:
         Claim("PEFT + bitsandbytes, one after another", once, theirs),
     ]
     case = {"suite": "multi-train", "what": "step", "adapters": ADAPTERS, "tokens": tokens, "r": 16}
-    title = f"a step of {ADAPTERS} adapters, {tokens} tokens each"
-    return Row(title, case, stats, claims, extra=extras(last, ["peak_mib", "cpu_s", "loss"]))
+    return Row(row.title, case, stats, claims, extra=extras(last, ["peak_mib", "cpu_s", "loss"]))
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:

@@ -12,58 +12,49 @@ projections. The loss is over every token, the optimizer torch's fused AdamW, wh
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..machine import ROOT
 from ..measure import Stats
+from ..pipes import Process
 from ..results import Claim, Row
 
-STEP_MODES = ["ours-bf16-own", "ours-bf16", "ours-f32-own", "bnb-bf16", "bnb-f32", "dense-bf16", "dense-f32"]
-DECODE_MODES = ["ours-bf16-fast", "ours-f32-fast", "ours-bf16", "ours-f32", "bnb-bf16", "bnb-f32", "dense-f32"]
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A row of a suite that whole models are timed for, a process a mode. more: fields of the worker's task."""
+
+    title: str
+    what: str
+    modes: list[str]
+    more: dict[str, int] = field(default_factory=dict)
 
 
-class Worker:
-    """A mode in its own process. Raises RuntimeError with the end of its output when it dies."""
+STEP = WholeModel("step, 4 x 128 tokens", "step", ["ours-bf16-own", "ours-bf16", "ours-f32-own", "bnb-bf16", "bnb-f32",
+                                                   "dense-bf16", "dense-f32"])  # fmt: skip
+DECODE = WholeModel("decode, a token", "decode", ["ours-bf16-fast", "ours-f32-fast", "ours-bf16", "ours-f32",
+                                                  "bnb-bf16", "bnb-f32", "dense-f32"])  # fmt: skip
+WHOLE_MODELS = [STEP, DECODE]
 
-    def __init__(self, mode: str, what: str, folder: Path, args: argparse.Namespace, **more: int) -> None:
+
+class Worker(Process):
+    """A mode in its own process, of this checkout or another."""
+
+    def __init__(
+        self, mode: str, what: str, folder: Path, args: argparse.Namespace, checkout: Path = ROOT, **more: int
+    ) -> None:
         self.mode = mode
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.suites.worker"], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
         task = {"mode": mode, "what": what, "folder": str(folder), "threads": args.threads, "dropout": args.dropout,
                 "device": args.device, "rows": 4, "length": 128, "tokens": 16 if args.quick else 48,
                 **more}  # fmt: skip
-        self.send(json.dumps(task))
-        self.receive()
-
-    def send(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-
-    def receive(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            assert self.process.stderr is not None
-            raise RuntimeError(f"{self.mode} ended: {self.process.stderr.read()[-2000:]}")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        super().__init__(mode, checkout, ["-m", "bench.suites.worker"], task)
 
     def run(self) -> dict[str, Any]:
-        self.send("run")
-        return self.receive()
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.send("end")
-            self.process.wait(timeout=60)
+        return self.ask("run")
 
 
 def model_folder(args: argparse.Namespace) -> Path:
@@ -82,6 +73,7 @@ def measure(
     try:
         for mode in modes:  # one after the other: they would slow each other down only while loading
             workers.append(Worker(mode, what, folder, args, **more))
+            workers[-1].receive()
             print(f"{what}: {mode} is ready", file=sys.stderr)
         stats = {mode: Stats() for mode in modes}
         for r in range(rounds):
@@ -104,8 +96,8 @@ def extras(last: dict[str, dict[str, Any]], keys: list[str]) -> dict[str, dict[s
 
 
 def step_row(args: argparse.Namespace) -> Row:
-    modes = [m for m in args.modes or STEP_MODES if not m.endswith("-fast")]
-    stats, last = measure("step", modes, 3 if args.quick else args.step_rounds, args)
+    modes = [m for m in args.modes or STEP.modes if not m.endswith("-fast")]
+    stats, last = measure(STEP.what, modes, 3 if args.quick else args.step_rounds, args)
     ours = [m for m in modes if m.startswith("ours")]
     claims = [
         Claim("bf16 compute", ours, ["bnb-bf16"], 2.0),
@@ -115,7 +107,7 @@ def step_row(args: argparse.Namespace) -> Row:
     ]
     case = {"suite": "qlora", "what": "step", "tokens": 512, "dropout": args.dropout, "r": 16}
     row = Row(
-        "step, 4 x 128 tokens",
+        STEP.title,
         case,
         stats,
         claims,
@@ -140,8 +132,8 @@ def check_memory(row: Row) -> None:
 
 
 def decode_row(args: argparse.Namespace) -> Row:
-    modes = [m for m in args.modes or DECODE_MODES if not m.endswith("-own")]
-    stats, last = measure("decode", modes, 3 if args.quick else args.step_rounds, args)
+    modes = [m for m in args.modes or DECODE.modes if not m.endswith("-own")]
+    stats, last = measure(DECODE.what, modes, 3 if args.quick else args.step_rounds, args)
     ours = [m for m in modes if m.startswith("ours")]
     theirs = ["bnb-bf16", "bnb-f32"]
     claims = [
@@ -149,7 +141,7 @@ def decode_row(args: argparse.Namespace) -> Row:
         Claim("its fastest, plain generate()", [m for m in ours if not m.endswith("-fast")], theirs),
         Claim("dense", ours, ["dense-f32"]),
     ]
-    row = Row("decode, a token", {"suite": "qlora", "what": "decode", "r": 16}, stats, claims,
+    row = Row(DECODE.title, {"suite": "qlora", "what": "decode", "r": 16}, stats, claims,
               extra=extras(last, ["peak_mib", "cpu_s"]))  # fmt: skip
     row.extra["tokens/s"] = {m: round(1 / s.median, 1) for m, s in stats.items()}
     for name in ("ours-f32-fast", "ours-bf16-fast"):

@@ -53,6 +53,9 @@ def load(mode: str, folder: str, dropout: float, device: str, adapters: int = 1)
     dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[dtype_name]
     extra: dict[str, Any] = {}
     if kind == "bnb":
+        from ..bnb import use_kernel
+
+        use_kernel()
         extra = {"device_map": device, "quantization_config": transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )}  # fmt: skip

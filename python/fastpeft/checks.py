@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,3 +91,24 @@ def list_some(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def mismatch(key: str, shape: Sequence[int], expected: Sequence[int]) -> str:
+    """One tensor of another size, for `report`."""
+    return f"{key} {list(shape)}, expected {list(expected)}"
+
+
+def report(
+    where: object, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str],
+    wrong: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Raise KeyMismatchError that lists the keys of tensors that do not fit; nothing if there are none."""
+    found = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "size mismatch for": mismatched,
+        "not floating-point": wrong,
+    }
+    problems = [f"{label}: {list_some(keys)}" for label, keys in found.items() if keys]
+    if problems:
+        raise KeyMismatchError(f"{where} does not fit the model. " + ". ".join(problems))

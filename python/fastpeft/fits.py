@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import PREFIX, TUNER, KeyMismatchError, list_some
+from .checks import PREFIX, TUNER, mismatch, report
 from .config import PeftType
 from .experts import stacked_state
 from .inject import InjectionPlan
@@ -51,26 +51,6 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
     wrong = [f"{k} {info.dtype}" for k, info in tensors.items() if not info.dtype.is_floating_point]
     missing, unexpected = [k for k in shapes if k not in tensors], [k for k in tensors if k not in shapes]
     report(where, missing, unexpected, mismatched, wrong)
-
-
-def mismatch(key: str, shape: Sequence[int], expected: Sequence[int]) -> str:
-    return f"{key} {list(shape)}, expected {list(expected)}"
-
-
-def report(
-    where: object, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str],
-    wrong: Sequence[str] = (),
-) -> None:  # fmt: skip
-    """Raise KeyMismatchError that lists the keys of tensors that do not fit; nothing if there are none."""
-    found = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "size mismatch for": mismatched,
-        "not floating-point": wrong,
-    }
-    problems = [f"{label}: {list_some(keys)}" for label, keys in found.items() if keys]
-    if problems:
-        raise KeyMismatchError(f"{where} does not fit the model. " + ". ".join(problems))
 
 
 def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:

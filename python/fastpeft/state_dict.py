@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from .checks import PREFIX, TUNER, KeyMismatchError, list_some, read_json
+from .checks import PREFIX, TUNER, KeyMismatchError, list_some, mismatch, read_json, report
 from .experts import Stack, find_stacks, stacked_state
-from .fits import embedding_tensors, mismatch, report
+from .fits import embedding_tensors
 from .layer import AdapterLayer
 from .method import Method, method_of
 from .sharded import copy_into, gathered

@@ -64,6 +64,19 @@ def test_keep_false_replaces_the_folder(tmp_path):
     assert {p.name for p in out.iterdir()} == {"x", atomic.MANIFEST_NAME}
 
 
+def test_a_folder_inside_another_is_made_whole_with_it(tmp_path):
+    with atomic.atomic_directory(tmp_path / "a") as folder:
+        save_adapter(folder / "inner", *adapter(1.0))
+        assert {p.name for p in (folder / "inner").iterdir()} == {CONFIG_NAME, SAFETENSORS_NAME}
+        assert list(tmp_path.iterdir()) == [folder]
+    atomic.verify_manifest(tmp_path / "a", [f"inner/{SAFETENSORS_NAME}"])
+    weights = tmp_path / "a" / "inner" / SAFETENSORS_NAME
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(AdapterFileError, match=r"inner/adapter_model\.safetensors changed"):
+        atomic.verify_manifest(tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "a").write_text("x")
     with pytest.raises(NotADirectoryError), atomic.atomic_directory(tmp_path / "a"):

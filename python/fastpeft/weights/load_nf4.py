@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import AdapterFileError, list_some, path_inside, read_json
+from ..checks import AdapterFileError, list_some, mismatch, path_inside, read_json
 from ..safetensors_files import Header, read_header, read_tensors
 from .bnb_keys import DTYPES
 from .nf4_linear import NF4Linear
@@ -161,5 +161,4 @@ def _check(model: nn.Module, headers: list[Header], root: Path) -> None:
             continue
         # Packed bytes may be stored under another dtype, and then have another shape.
         if info.nbytes != want.nbytes or info.dtype == want.dtype:
-            sizes = f"{tuple(info.shape)}, expected {tuple(want.shape)}"
-            raise AdapterFileError(f"{root}: size mismatch for {name}: {sizes}")
+            raise AdapterFileError(f"{root}: size mismatch for {mismatch(name, info.shape, want.shape)}")
