@@ -39,7 +39,7 @@ class FactoredMethod(Method):
         return plus_product(y, F.linear(getattr(s, self.dropout)(x) if self.dropout else x, a), b.t())
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
-        def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor | None:
+        def call(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor | None:
             found = self.factors(s, shared, None)
             drop = getattr(s, self.dropout) if self.dropout else None
             p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0

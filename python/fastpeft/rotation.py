@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import QuantWeight, butterfly_linear, butterfly_rotate
+from peft_kernels import butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
 from .adapted import AdaptedLayer
+from .factored import Weight
 from .kept import Kept
 from .method import Fused, Inner, LayerInfo, Method
 
@@ -116,7 +117,7 @@ class Butterfly(RotatesInput):
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         kept = Kept()
 
-        def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor:
+        def call(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
             of = self.parameter(s)
             blocks = kept.get((of,), (), lambda: self.blocks(s)) if constant(s, of) else self.blocks(s)
             return butterfly_linear(x, w, blocks, bias, self.gain(s))

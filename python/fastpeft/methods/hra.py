@@ -69,7 +69,7 @@ class HRA(RotatesInput):
         def turned(v: Tensor, w: Weight) -> Tensor:
             return lora_linear(v, w).t()
 
-        def call(x: Tensor, w: Tensor | QuantWeight, bias: Tensor | None) -> Tensor | None:
+        def call(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor | None:
             of = s.hra_u
             if constant(s, of):  # in evaluation both factors are there already, however few tokens are
                 stored = [t for t in w.flatten() if isinstance(t, Tensor)] if isinstance(w, QuantWeight) else [w]
