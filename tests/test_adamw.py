@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft.optimizers.adamw import AdamW
+from fastpeft.recipes.optimizers.adamw import AdamW
 from lora_tools import level_fixture, needs_native, threads
 from torch import Tensor
 

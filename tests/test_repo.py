@@ -232,7 +232,7 @@ def test_documented_files_exist() -> None:
 
 def test_every_documented_command_is_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`fastpeft x` in the documents is a command of the command line, with the options named after it."""
-    from fastpeft.cli import main
+    from fastpeft.apps.cli import main
 
     monkeypatch.setenv("COLUMNS", "200")  # else rich cuts option names short
     monkeypatch.setenv("NO_COLOR", "1")

@@ -18,7 +18,7 @@ OPEN = {"apps", "pool"}
 def test_the_top_level_holds_rooms_alone() -> None:
     files = {p.name for p in PACKAGE.iterdir() if p.is_file()}
     assert files == {"__init__.py", "__main__.py", "testing.py", "py.typed"}
-    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(ROOMS)
+    assert {p.relative_to(PACKAGE).parts[0] for p in PACKAGE.glob("*/**/*.py")} == set(ROOMS)
 
 
 def test_no_room_knows_one_above_it() -> None:

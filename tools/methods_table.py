@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from benchmarks_cells import wrapped
-from fastpeft.config import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
-from fastpeft.method import Method, registry
-from fastpeft.methods.variants import VARIANTS
+from fastpeft.config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
+from fastpeft.methods.lora.variants import VARIANTS
+from fastpeft.methods.method import Method
+from fastpeft.methods.registry import registry
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 HEAD = """# Methods

@@ -142,7 +142,7 @@ def under_load(server: Server, root: Path, seconds: float) -> tuple[Clients, Cli
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     import torch
-    from fastpeft.training import models
+    from fastpeft.apps.training import models
 
     seconds = 20.0 if args.quick else 120.0
     folder = model_folder(args)

@@ -96,7 +96,7 @@ def waiting(device: Any) -> Callable[[], float]:
 def accelerate(model: Any, mode: str) -> None:
     """What `-own` (fastpeft's training) and `-fast` (its decoding) add to transformers' model code."""
     if mode.endswith(("-fast", "-own")):
-        from fastpeft.integrations import transformers_fast
+        from fastpeft.recipes import llama_cpu as transformers_fast
 
         transformers_fast.accelerate(model)
 
@@ -113,8 +113,8 @@ def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     own = None
     if mode.endswith("-own"):
-        from fastpeft.training.forward import CompletionLoss
-        from fastpeft.training.packing import Batch
+        from fastpeft.apps.training.forward import CompletionLoss
+        from fastpeft.apps.training.packing import Batch
 
         own = CompletionLoss(model)
         where = torch.arange(rows * length, device=ids.device).view(rows, length)[:, :-1].flatten()
@@ -178,11 +178,11 @@ def _loop_steps(model: Any, mode: str, ids: Any) -> Callable[[], float]:
     """Steps of fastpeft's training loop: one with a row of `ids` for each adapter, or `-after` one a row."""
     import itertools
 
-    from fastpeft.training.config import TrainConfig
-    from fastpeft.training.data import Example
-    from fastpeft.training.loop import Trainer
-    from fastpeft.training.metrics import Silent
-    from fastpeft.training.track import Track
+    from fastpeft.apps.training.config import TrainConfig
+    from fastpeft.apps.training.data import Example
+    from fastpeft.apps.training.loop import Trainer
+    from fastpeft.apps.training.metrics import Silent
+    from fastpeft.apps.training.track import Track
 
     accelerate(model, "-own")
     rows = [Example(row, [True] * len(row)) for row in ids.tolist()]

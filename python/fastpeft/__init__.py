@@ -8,55 +8,61 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .classes import loaded_by as _loaded_by
 from .compat import peft_names as _peft_names
+from .config.classes import loaded_by as _loaded_by
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "config": (
-        "NoMatchingPeftModuleError", "PeftConfig", "PeftError", "PeftType", "PeftWarning", "TargetConfig", "TaskType",
-    ),
-    "convert": ("convert_to_lora", "save_as_lora"),
-    "base_state": ("get_base_model_state_dict", "set_base_model_state_dict"),
+    "files.atomic": ("atomic_directory", "newest_valid"),
+    "files.checks": ("AdapterFileError",),
+    "config.base": ("CONFIG_NAME", "PeftConfig", "TargetConfig"),
+    "config.limits": ("check_adapter_name",),
+    "config.types": ("NoMatchingPeftModuleError", "PeftError", "PeftType", "PeftWarning", "TaskType"),
     "weights.load_nf4": ("load_nf4_model",),
-    "loading": ("load_peft_weights",),
-    "serving": ("export_for_serving", "inspect_adapter"),
-    "factory": ("get_peft_model", "inject_adapter_in_model"),
-    "tasks": (  # PeftModel from here, so that the classes of all tasks are there for it
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
-        "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
-        "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
-    ),
-    "auto": (
+    "weights.nf4_linear": ("NF4Linear",),
+    "weights.quantize": ("dequantize_model", "from_bitsandbytes", "nf4_config", "quantize_model"),
+    "methods.lora.lora": ("LoraRuntimeConfig",),
+    "methods.lora.start.corda": ("CordaConfig",),
+    "methods.lora.start.eva": ("EvaConfig",),
+    "methods.lora.start.loftq": ("LoftQConfig",),
+    "methods.lora.start.loraga": ("LoraGAConfig",),
+    "methods.method": ("Method",),
+    "methods.registry": ("method_of", "register"),
+    "layer.layer": ("AdapterLayer",),
+    "inject.modules": ("adapter_modules",),
+    "saving.base_state": ("get_base_model_state_dict", "set_base_model_state_dict"),
+    "saving.export": ("export_for_serving", "inspect_adapter"),
+    "saving.load": ("load_peft_weights",),
+    "saving.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "model.auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    "state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
-    "status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
-    "prepare": ("cast_mixed_precision_params", "prepare_model_for_kbit_training"),
-    "layer": ("AdapterLayer",),
-    "distributed": ("fully_shard_model",),
-    "method": ("Method", "register"),
+    "model.distributed": ("fully_shard_model",),
+    "model.factory": ("get_peft_model", "inject_adapter_in_model"),
+    "model.prepare": ("cast_mixed_precision_params", "prepare_model_for_kbit_training"),
+    "model.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
+    "model.tasks": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
+    ),
+    "recipes.convert": ("convert_to_lora", "save_as_lora"),
+    "recipes.corda": ("preprocess_corda",),
+    "recipes.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
+    "recipes.huge_pages": ("use_huge_pages",),
+    "recipes.kappa": ("find_kappa_target_modules",),
+    "recipes.llama_cpu": ("accelerate",),
+    "recipes.loftq": ("replace_lora_weights_loftq",),
+    "recipes.loraga": ("preprocess_loraga",),
+    "recipes.optimizers.adamw": ("AdamW",),
+    "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),
     "compat.peft_only": (
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
     ),
-    "init.corda": ("preprocess_corda",),
-    "init.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
-    "init.loftq": ("replace_lora_weights_loftq",),
-    "init.loraga": ("preprocess_loraga",),
-    "start.corda": ("CordaConfig",),
-    "start.eva": ("EvaConfig",),
-    "start.loftq": ("LoftQConfig",),
-    "start.loraga": ("LoraGAConfig",),
-    "kappa": ("find_kappa_target_modules",),
-    "huge_pages": ("use_huge_pages",),
-    "methods.lora": ("LoraRuntimeConfig",),
-    "weights.nf4_linear": ("NF4Linear",),
-    "weights.quantize": ("dequantize_model", "from_bitsandbytes", "nf4_config", "quantize_model"),
-    "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),
 }  # fmt: skip
 HOMES = {name: home for home, names in _NAMES.items() for name in names}
 _LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Poly", "Prefix", "Prompt", "Shadow",
@@ -64,14 +70,14 @@ _LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Pol
 _peft_names.install()
 
 
-_loaded_by(lambda: importlib.import_module(".methods", __name__).load_all())  # type: ignore[no-any-return]
+_loaded_by(lambda: importlib.import_module(".methods.registry", __name__).load_all())  # type: ignore[no-any-return]
 
 
 def _of_methods() -> dict[str, Any]:
     """The configuration class and the tuner class of every method, and nested configurations, by PEFT's names."""
-    from .method import registry
-    from .methods.variants import SUB_CONFIGS
-    from .tuner import tuner_class
+    from .methods.lora.variants import SUB_CONFIGS
+    from .methods.registry import registry
+    from .model.tuner import tuner_class
 
     methods = registry().values()
     configs = [*(m.config_class for m in methods), *SUB_CONFIGS.values()]

@@ -1,5 +1,5 @@
 """``python -m fastpeft`` is the command line."""
 
-from fastpeft.cli import main
+from .apps.cli import main
 
 main()

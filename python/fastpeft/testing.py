@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from peft_kernels.testing import assert_no_worse
 
-from .layer import AdapterLayer
-from .method import LayerInfo, Method, State
-from .shared import SharedValues, compute, fill_containers, held_containers
+from .layer.layer import AdapterLayer
+from .layer.shared_tensors import fill_containers, held_containers
+from .methods.computed import SharedValues, compute
+from .methods.method import LayerInfo, Method, State
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.config import CONFIG_NAME
+from fastpeft.config.base import CONFIG_NAME
 from torch import nn
 
 SECONDS = 1.0

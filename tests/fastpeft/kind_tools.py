@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastpeft.method import Method, registry
+from fastpeft.methods.method import Method
+from fastpeft.methods.registry import registry
 from fastpeft.testing import add_adapter, make_layer
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from fastpeft import LoraConfig, NF4Linear, quantize_model
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import get_method
+from fastpeft.layer.layer import AdapterLayer
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import add_adapter, make_layer
 from torch import Tensor, nn
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import fastpeft
 import torch
-from fastpeft.config import PeftType
-from fastpeft.layer import AdapterLayer
+from fastpeft.config.types import PeftType
+from fastpeft.layer.layer import AdapterLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from fastpeft import AdapterPool, NF4Linear, PeftModel, quantize_model
-from fastpeft.config import CONFIG_NAME
-from fastpeft.folder import SAFETENSORS_NAME
+from fastpeft.config.base import CONFIG_NAME
+from fastpeft.saving.folder import SAFETENSORS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

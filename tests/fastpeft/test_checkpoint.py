@@ -8,10 +8,10 @@ import warnings
 import fastpeft
 import pytest
 import torch
-from fastpeft.checks import KeyMismatchError
-from fastpeft.folder import SAFETENSORS_NAME, load_adapter_file, save_adapter
-from fastpeft.serving import export_for_serving, inspect_adapter
-from fastpeft.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from fastpeft.files.checks import KeyMismatchError
+from fastpeft.saving.export import export_for_serving, inspect_adapter
+from fastpeft.saving.folder import SAFETENSORS_NAME, load_adapter_file, save_adapter
+from fastpeft.saving.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 

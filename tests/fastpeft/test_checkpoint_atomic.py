@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastpeft import atomic
-from fastpeft.checks import AdapterFileError
-from fastpeft.config import CONFIG_NAME
-from fastpeft.folder import SAFETENSORS_NAME, load_adapter_file, save_adapter
+from fastpeft.config.base import CONFIG_NAME
+from fastpeft.files import atomic
+from fastpeft.files.checks import AdapterFileError
+from fastpeft.saving.folder import SAFETENSORS_NAME, load_adapter_file, save_adapter
 
 
 def adapter(value: float) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
@@ -164,7 +164,7 @@ def tracer(frame, event, arg):
             os.kill(os.getpid(), signal.SIGKILL)
     return tracer
 import torch
-from fastpeft.folder import save_adapter
+from fastpeft.saving.folder import save_adapter
 key = "base_model.model.up.lora_A.weight"
 sys.settrace(tracer)
 save_adapter(sys.argv[1], {key: torch.full((2, 8), 2.0)}, {"peft_type": "LORA", "lora_alpha": 2.0})

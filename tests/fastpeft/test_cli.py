@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fastpeft.cli.app import app
-from fastpeft.training.testing import make_tiny_model, write_jsonl
+from fastpeft.apps.cli.app import app
+from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
 from typer.testing import CliRunner, Result
 
 
@@ -173,7 +173,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_an_unexpected_exception_is_called_a_defect(monkeypatch: pytest.MonkeyPatch, world: Path) -> None:
-    monkeypatch.setattr("fastpeft.cli.commands.plan", lambda config: {}["gone"])
+    monkeypatch.setattr("fastpeft.apps.cli.commands.plan", lambda config: {}["gone"])
     done = invoke("train", world / "config.yaml", "--dry-run")
     assert done.exit_code == 3
     assert "error: unexpected KeyError: 'gone'; this is a defect; run again with --debug" in done.stderr
@@ -201,7 +201,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         assert name in done.stdout
     code = """
 import sys
-from fastpeft.cli import main
+from fastpeft.apps.cli import main
 sys.argv = ["fastpeft", "train", "--help"]
 try:
     main()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastpeft.cli import doctor
+from fastpeft.apps.cli import doctor
 
 
 def examine(*shadows: Path, code: int = 0, **environment: str) -> dict[str, Any]:

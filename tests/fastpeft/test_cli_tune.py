@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft.cli import tune
-from fastpeft.cli.app import app
-from fastpeft.training.testing import make_tiny_model
+from fastpeft.apps.cli import tune
+from fastpeft.apps.cli.app import app
+from fastpeft.apps.training.testing import make_tiny_model
 from typer.testing import CliRunner, Result
 
 from peft_kernels import tuning, tuning_user

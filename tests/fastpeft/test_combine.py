@@ -9,7 +9,7 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.combine import FACTORS, UPDATES
+from fastpeft.model.combine import FACTORS, UPDATES
 from fastpeft.utils import merge_utils
 from peft.utils import merge_utils as peft_merge_utils
 from torch import Tensor, nn

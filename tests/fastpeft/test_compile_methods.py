@@ -12,7 +12,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.layer import AdapterLayer
+from fastpeft.layer.layer import AdapterLayer
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -23,7 +23,7 @@ from peft_kernels.testing import assert_no_worse, assert_same_bits
 KINDS = runpy.run_path(str(Path(__file__).with_name("kind_tools.py")))["kinds"]()
 QUANTISED = runpy.run_path(str(Path(__file__).with_name("layer_tools.py")))["QUANTISED"]
 BY_NAME = {type(kind.variant).__name__: kind for kind in KINDS}
-pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.PeftWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.types.PeftWarning", "ignore::UserWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_norms_where_the_update_cancels_the_weight_in_a_graph() -> None:
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_opcheck_of_the_sparse_product(flat: bool) -> None:
-    from fastpeft import sparse  # defines the operators
+    from fastpeft.methods.math import sparse
 
     assert sparse
     ops, x, values = torch.ops.fastpeft, torch.randn(2, 3, 8), torch.randn(4)

@@ -10,16 +10,17 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.config import PeftWarning
-from fastpeft.convert import _svd_of_product
-from fastpeft.method import Method, registry
+from fastpeft.config.types import PeftWarning
+from fastpeft.methods.method import Method
+from fastpeft.methods.registry import registry
+from fastpeft.recipes.convert import _svd_of_product
 from torch import Tensor, nn
 
 tools = runpy.run_path(str(Path(__file__).with_name("init_tools.py")))
 assert_near = tools["assert_near"]
 X = torch.arange(12).view(3, 4)
 
-pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.PeftWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.types.PeftWarning", "ignore::UserWarning")
 
 
 class Net(nn.Module):

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from crash_tools import interrupted_on_console
 from demo_tools import stand_in
-from fastpeft.cli.app import app
-from fastpeft.demo import pydocs, quickstart
-from fastpeft.training import models
-from fastpeft.training.errors import UserError
-from fastpeft.training.inference import Answerer
-from fastpeft.training.metrics import read_metrics
+from fastpeft.apps.cli.app import app
+from fastpeft.apps.demo import pydocs, quickstart
+from fastpeft.apps.training import models
+from fastpeft.apps.training.errors import UserError
+from fastpeft.apps.training.inference import Answerer
+from fastpeft.apps.training.metrics import read_metrics
 from typer.testing import CliRunner
 
 
@@ -53,7 +53,7 @@ def test_what_has_no_signature_gives_no_pair(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_pairs_do_not_depend_on_the_process() -> None:
-    code = "from fastpeft.demo import pydocs; import hashlib\n"
+    code = "from fastpeft.apps.demo import pydocs; import hashlib\n"
     code += "train, held = pydocs.split(pydocs.pairs())\n"
     code += "print(hashlib.sha256(repr((train, held, pydocs.choose(train, 99))).encode()).hexdigest())"
     path = os.pathsep.join(p for p in sys.path if p)

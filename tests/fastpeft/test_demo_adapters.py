@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from crash_tools import interrupted_on_console
 from demo_tools import stand_in
-from fastpeft.cli.app import app
-from fastpeft.demo import adapters, docstyles, pydocs, throughput
-from fastpeft.training.metrics import read_metrics
+from fastpeft.apps.cli.app import app
+from fastpeft.apps.demo import adapters, docstyles, pydocs, throughput
+from fastpeft.apps.training.metrics import read_metrics
 from typer.testing import CliRunner
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from fastpeft import LoraConfig, get_peft_model
-from fastpeft.kept import Kept
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import get_method
-from fastpeft.row_norms import norms
+from fastpeft.layer.layer import AdapterLayer
+from fastpeft.methods.math.cache import Kept
+from fastpeft.methods.math.row_norms import norms
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
 from fastpeft.weights.nf4_linear import NF4Linear
 from torch import Tensor, nn

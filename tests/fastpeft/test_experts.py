@@ -12,7 +12,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.experts import find_stacks
+from fastpeft.inject.old_experts import find_stacks
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import fastpeft
 import pytest
 import torch
-from fastpeft.config import CONFIG_NAME
-from fastpeft.folder import SAFETENSORS_NAME, load_adapter_file, open_adapter
+from fastpeft.config.base import CONFIG_NAME
+from fastpeft.saving.folder import SAFETENSORS_NAME, load_adapter_file, open_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file
 

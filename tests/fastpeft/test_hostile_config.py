@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fastpeft
 import pytest
-from fastpeft.config import CONFIG_NAME
+from fastpeft.config.base import CONFIG_NAME
 
 tools = runpy.run_path(str(Path(__file__).with_name("hostile_tools.py")))
 good = tools["good"]

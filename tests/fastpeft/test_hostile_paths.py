@@ -12,11 +12,11 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.checks import AdapterFileError, path_inside
-from fastpeft.config import CONFIG_NAME
-from fastpeft.folder import PICKLE_NAME, SAFETENSORS_NAME
-from fastpeft.limits import check_adapter_name
-from fastpeft.safetensors_files import read_header
+from fastpeft.config.base import CONFIG_NAME
+from fastpeft.config.limits import check_adapter_name
+from fastpeft.files.checks import AdapterFileError, path_inside
+from fastpeft.files.safetensors import read_header
+from fastpeft.saving.folder import PICKLE_NAME, SAFETENSORS_NAME
 from safetensors.torch import load_file
 
 tools = runpy.run_path(str(Path(__file__).with_name("hostile_tools.py")))

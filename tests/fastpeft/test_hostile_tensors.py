@@ -10,9 +10,9 @@ from pathlib import Path
 import fastpeft
 import pytest
 import torch
-from fastpeft.checks import AdapterFileError
-from fastpeft.folder import SAFETENSORS_NAME, load_adapter_file
-from fastpeft.safetensors_files import MAX_HEADER_BYTES
+from fastpeft.files.checks import AdapterFileError
+from fastpeft.files.safetensors import MAX_HEADER_BYTES
+from fastpeft.saving.folder import SAFETENSORS_NAME, load_adapter_file
 from safetensors.torch import load_file, save_file
 
 tools = runpy.run_path(str(Path(__file__).with_name("hostile_tools.py")))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastpeft import huge_pages
-from fastpeft.huge_pages import PAGE, use_huge_pages
+from fastpeft.recipes import huge_pages
+from fastpeft.recipes.huge_pages import PAGE, use_huge_pages
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.base_edit import LowRankEdit
+from fastpeft.methods.base_edit import LowRankEdit
 from fastpeft.weights.dense import LinearWeight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

@@ -19,8 +19,8 @@ import peft
 import peft.utils.loftq_utils
 import pytest
 import torch
-from fastpeft.init.corda import components
-from fastpeft.start.loftq import quantised
+from fastpeft.methods.lora.start.loftq import quantised
+from fastpeft.recipes.corda import components
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

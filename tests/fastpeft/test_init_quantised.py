@@ -10,7 +10,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.layer import AdapterLayer
+from fastpeft.layer.layer import AdapterLayer
 from safetensors.torch import save_file
 from torch import Tensor
 

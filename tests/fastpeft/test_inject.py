@@ -12,11 +12,11 @@ import peft
 import pytest
 import torch
 from fastpeft import LoraConfig, NoMatchingPeftModuleError, PeftError, get_peft_model, inject_adapter_in_model
-from fastpeft.checks import AdapterFileError
-from fastpeft.layer import AdapterLayer
-from fastpeft.patterns import CPU_SECONDS, first_match, match_names
-from fastpeft.sites import iter_adapter_tensors
-from fastpeft.targets import minimal_suffixes
+from fastpeft.config.patterns import CPU_SECONDS, first_match, match_names
+from fastpeft.config.targets import minimal_suffixes
+from fastpeft.files.checks import AdapterFileError
+from fastpeft.inject.modules import iter_adapter_tensors
+from fastpeft.layer.layer import AdapterLayer
 from torch import nn
 from transformers import (
     BertConfig,

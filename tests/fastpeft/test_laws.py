@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft.config import PeftType, TargetConfig
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import Method, registry
-from fastpeft.stack import Stack
+from fastpeft.config.base import TargetConfig
+from fastpeft.config.types import PeftType
+from fastpeft.layer.compose import Stack
+from fastpeft.layer.layer import AdapterLayer
+from fastpeft.methods.method import Method
+from fastpeft.methods.registry import registry
 from fastpeft.testing import SAMPLE_BASES, add_adapter, assert_law, make_layer
 from torch import nn
 

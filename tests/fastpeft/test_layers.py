@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from fastpeft import LoraConfig
-from fastpeft.config import TargetConfig
-from fastpeft.containers import AdapterDict
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import Method
+from fastpeft.config.base import TargetConfig
+from fastpeft.layer.containers import AdapterDict
+from fastpeft.layer.layer import AdapterLayer
+from fastpeft.methods.method import Method
 from fastpeft.testing import SAMPLE_BASES, add_adapter
 from fastpeft.weights.find import weight_of
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.config import PeftType
+from fastpeft.config.types import PeftType
 from fastpeft.weights.quantize import dequantize_model
 from torch import nn
 
@@ -40,11 +40,11 @@ Tiny.__module__ = __name__  # where unpickling finds it
 Case = Any
 every = pytest.mark.parametrize("case", CASES, ids=repr)
 main = pytest.mark.parametrize("case", MAIN, ids=repr)
-pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.PeftWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.types.PeftWarning", "ignore::UserWarning")
 
 
 def test_every_method_is_here() -> None:
-    from fastpeft.method import registry
+    from fastpeft.methods.registry import registry
 
     assert {case.kind.method.peft_type for case in CASES} == set(registry())
 

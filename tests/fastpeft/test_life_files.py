@@ -13,7 +13,8 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.config import CONFIG_NAME, PeftType
+from fastpeft.config.base import CONFIG_NAME
+from fastpeft.config.types import PeftType
 from torch import Tensor
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
@@ -32,7 +33,7 @@ train = tools["train"]
 Case = Any
 every = pytest.mark.parametrize("case", CASES, ids=repr)
 main = pytest.mark.parametrize("case", MAIN, ids=repr)
-pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.PeftWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.types.PeftWarning", "ignore::UserWarning")
 
 
 @every

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from fastpeft import LoraConfig, get_peft_model
-from fastpeft.methods.lora import LATER_OPTIONS, Lora
+from fastpeft.methods.lora.lora import LATER_OPTIONS, Lora
 from fastpeft.testing import SAMPLE_BASES
 from torch import Tensor, nn
 

@@ -14,8 +14,8 @@ import peft
 import pytest
 import torch
 from fastpeft import AdaLoraConfig, LoraConfig
-from fastpeft.method import get_method
-from fastpeft.methods.variants.alora import offsets
+from fastpeft.methods.lora.variants.alora import offsets
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, assert_law, make_layer
 from peft.tuners.lora.variants import calculate_alora_offsets
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ LORA = get_method("LORA")
 tools = runpy.run_path(str(Path(__file__).with_name("variants_tools.py")))
 IDS, Net = tools["IDS"], tools["Net"]
 assert_as_peft, close, pair, run, scatter = (tools[n] for n in ("assert_as_peft", "close", "pair", "run", "scatter"))
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::fastpeft.config.PeftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::fastpeft.config.types.PeftWarning")
 
 
 # --- aLoRA ------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_adalora_trains_allocates_and_saves_as_pefts_does(tmp_path: Any) -> None
     y = ours.eval()(IDS)
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
-    files = [fastpeft.folder.load_adapter_file(tmp_path / n) for n in ("ours", "theirs")]
+    files = [fastpeft.saving.folder.load_adapter_file(tmp_path / n) for n in ("ours", "theirs")]
     assert files[0][0]["rank_pattern"] == files[1][0]["rank_pattern"] == kept
     shapes = [{k: v.shape for k, v in f[1].items()} for f in files]
     assert shapes[0] == shapes[1]

@@ -14,10 +14,10 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.config import PeftWarning
-from fastpeft.factored import FactoredMethod
-from fastpeft.method import get_method
+from fastpeft.config.types import PeftWarning
 from fastpeft.methods.lokr import factorize
+from fastpeft.methods.math.factored import FactoredMethod
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import add_adapter, make_layer
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn

@@ -15,8 +15,8 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import get_method
+from fastpeft.layer.layer import AdapterLayer
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import add_adapter
 from peft.tuners.boft.layer import BOFTLayer
 from peft.tuners.c3a.utils import BlockCircularConvolution

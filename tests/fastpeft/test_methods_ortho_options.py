@@ -12,11 +12,11 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.config import PeftWarning
+from fastpeft.config.types import PeftWarning
+from fastpeft.methods.math.rotation import BlockDropout, skew
+from fastpeft.methods.math.spectral import Fourier, Wavelet
+from fastpeft.methods.math.wavelets import LOW_PASS, filters
 from fastpeft.methods.oft import nearest_divisor
-from fastpeft.rotation import BlockDropout, skew
-from fastpeft.spectral import Fourier, Wavelet
-from fastpeft.wavelets import LOW_PASS, filters
 from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 from peft.tuners.waveft.wavelet import Wavelet as PeftWavelet
 from torch import Tensor, nn

@@ -15,10 +15,10 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.config import CONFIG_NAME, PeftConfig
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import get_method
+from fastpeft.config.base import CONFIG_NAME, PeftConfig
+from fastpeft.layer.layer import AdapterLayer
 from fastpeft.methods.randlora import _Update
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, assert_law
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -13,7 +13,7 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.clusters import cluster
+from fastpeft.methods.math.kmeans import cluster
 from fastpeft.tuners.adamss.asa_callback import AdamssAsaCallback
 from peft.utils import constants
 from safetensors.torch import load_file
@@ -110,7 +110,7 @@ def test_default_targets_are_pefts() -> None:
     tables = {"IA3": "IA3", "BEFT": "BEFT", "SHIRA": "SHIRA", "SUPERTUNING": "SUPERTUNING", "LILY": "LILY",
               "PEANUT": "PEANUT", "ADAMSS": "ADAMSS", "LN_TUNING": "LNTUNING"}  # fmt: skip
     for kind, name in tables.items():
-        ours = dict(fastpeft.method.get_method(kind).default_targets)
+        ours = dict(fastpeft.methods.registry.get_method(kind).default_targets)
         theirs = dict(getattr(constants, f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING"))
         if kind == "LN_TUNING":  # PEFT copies a module that is no layer as a whole
             assert {t.split(".")[0] for t in ours.pop("llava")} == set(theirs.pop("llava"))
@@ -119,7 +119,7 @@ def test_default_targets_are_pefts() -> None:
         }, kind
     table = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     for model_type, ends in table.items():
-        opened = fastpeft.method.get_method("IA3").open_fields(fastpeft.IA3Config(), nn.Module(), model_type)
+        opened = fastpeft.methods.registry.get_method("IA3").open_fields(fastpeft.IA3Config(), nn.Module(), model_type)
         assert opened == {"feedforward_modules": set(ends)}
 
 

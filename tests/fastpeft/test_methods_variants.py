@@ -14,8 +14,8 @@ import peft
 import pytest
 import torch
 from fastpeft import LoraConfig
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import get_method
+from fastpeft.layer.layer import AdapterLayer
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, assert_law, make_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +27,7 @@ LORA = get_method("LORA")
 tools = runpy.run_path(str(Path(__file__).with_name("variants_tools.py")))
 IDS, Net = tools["IDS"], tools["Net"]
 assert_as_peft, close, pair, run, scatter = (tools[n] for n in ("assert_as_peft", "close", "pair", "run", "scatter"))
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::fastpeft.config.PeftWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::fastpeft.config.types.PeftWarning")
 
 
 CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -192,7 +192,7 @@ def test_a_batch_can_mix_doras_with_others() -> None:
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_norms_hold_where_the_update_cancels_the_weight(cancelled: bool, quantised: bool) -> None:
-    from fastpeft.row_norms import norms
+    from fastpeft.methods.math.row_norms import norms
     from fastpeft.weights.find import weight_of
     from fastpeft.weights.nf4_linear import NF4Linear
 

@@ -118,7 +118,10 @@ def test_loading_a_file_that_does_not_fit_changes_nothing(tmp_path: Any) -> None
 
 
 def test_an_adapter_is_planned_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastpeft import folder, inject, loading, tuner
+    from fastpeft.inject.plan import plan as inject
+    from fastpeft.model.peft_model import tuner
+    from fastpeft.saving import folder
+    from fastpeft.saving import load as loading
 
     pair()[0].save_pretrained(tmp_path)
     calls: list[str] = []
@@ -134,7 +137,7 @@ def test_an_adapter_is_planned_once(tmp_path: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_load_that_fails_late_changes_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastpeft import loading
+    from fastpeft.saving import load as loading
 
     pair()[0].save_pretrained(tmp_path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastpeft.checks import AdapterFileError
+from fastpeft.files.checks import AdapterFileError
 from fastpeft.weights.bnb_keys import bnb_state, parse_bnb_state
 from fastpeft.weights.nf4_linear import NF4Linear
 from fastpeft.weights.quantize import dequantize_model, from_bitsandbytes, quantize_model

@@ -11,7 +11,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.checks import AdapterFileError
+from fastpeft.files.checks import AdapterFileError
 from fastpeft.weights.load_nf4 import load_nf4_model
 from fastpeft.weights.nf4_linear import NF4Linear
 from fastpeft.weights.quantize import dequantize_model, nf4_config, quantize_model

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fastpeft
-import fastpeft.optimizers
+import fastpeft.recipes.optimizers
 import peft
 import peft.optimizers
 import peft.optimizers.lorafa
@@ -102,7 +102,7 @@ def test_lora_fa_leaves_nothing_out() -> None:
     """DoRA's magnitude, embeddings and what else is trained get plain steps; PEFT pairs them wrongly."""
     adapted = words(fastpeft, use_dora=True)
     before = tensors(adapted)
-    optimizer = fastpeft.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1e-2)
+    optimizer = fastpeft.recipes.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1e-2)
     after = steps(adapted, optimizer)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {name for name, p in adapted.named_parameters() if p.requires_grad}
@@ -114,11 +114,11 @@ def test_lora_fa_resumes_from_its_state() -> None:
     made = []
     for resumed in (False, True):
         adapted = wrap(fastpeft, model(), init_lora_weights=False)
-        optimizer = fastpeft.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1e-2)
+        optimizer = fastpeft.recipes.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1e-2)
         steps(adapted, optimizer, X, 2)
         if resumed:
             state = optimizer.state_dict()
-            optimizer = fastpeft.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1.0)
+            optimizer = fastpeft.recipes.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1.0)
             optimizer.load_state_dict(state)
         made.append(steps(adapted, optimizer, X, 2))
     assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
@@ -127,9 +127,9 @@ def test_lora_fa_resumes_from_its_state() -> None:
 def test_lora_fa_s_use_rslora_is_what_the_configuration_says() -> None:
     adapted = wrap(fastpeft, model(), use_rslora=True)
     with pytest.raises(ValueError, match="say otherwise"):
-        fastpeft.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1e-2, use_rslora=False)
+        fastpeft.recipes.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1e-2, use_rslora=False)
     with pytest.warns(FutureWarning):
-        fastpeft.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1e-2, use_rslora=True)
+        fastpeft.recipes.optimizers.create_lorafa_optimizer(adapted, 4, 4, lr=1e-2, use_rslora=True)
 
 
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.AdamW])
@@ -146,7 +146,7 @@ def test_riemannian(optimizer_cls: Any, reg: float) -> None:
 
 def test_riemannian_refuses_what_it_cannot_do() -> None:
     adapted = wrap(fastpeft, model())
-    create = fastpeft.optimizers.create_riemannian_optimizer
+    create = fastpeft.recipes.optimizers.create_riemannian_optimizer
     with pytest.raises(ValueError, match="closures"):
         create(adapted, torch.optim.SGD, lr=1e-2).step(lambda: 0.0)
     with pytest.raises(ValueError, match="inside its step"):
@@ -162,4 +162,4 @@ def test_riemannian_refuses_what_it_cannot_do() -> None:
 ])  # fmt: skip
 def test_lora_fa_s_own_arguments(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Invalid"):
-        fastpeft.optimizers.LoraFAOptimizer([nn.Parameter(torch.ones(1))], **options)
+        fastpeft.recipes.optimizers.LoraFAOptimizer([nn.Parameter(torch.ones(1))], **options)

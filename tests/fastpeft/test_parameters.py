@@ -12,7 +12,7 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.layer import AdapterLayer
+from fastpeft.layer.layer import AdapterLayer
 from torch import Tensor, nn
 
 from peft_kernels.testing import assert_same_bits

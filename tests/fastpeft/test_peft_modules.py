@@ -12,7 +12,7 @@ from unittest import mock
 import fastpeft
 import pytest
 from fastpeft.compat import peft_names
-from fastpeft.method import registry
+from fastpeft.methods.registry import registry
 
 
 @pytest.mark.parametrize("path", sorted(peft_names.PATHS))
@@ -86,7 +86,7 @@ def test_names_can_be_patched_pickled_and_starred():
 
 
 def test_a_package_of_ours_can_have_a_path_of_peft_too():
-    package = ModuleType("fastpeft.config")
+    package = ModuleType("fastpeft.config.base")
     package.__getattr__ = partial(peft_names.find, package.__name__)
     assert package.PeftConfig is fastpeft.PeftConfig
     assert not hasattr(package, "nothing")

@@ -13,9 +13,9 @@ import fastpeft
 import pytest
 import torch
 from fastpeft import AdapterLoadError, AdapterPool
-from fastpeft.config import CONFIG_NAME
-from fastpeft.folder import SAFETENSORS_NAME
+from fastpeft.config.base import CONFIG_NAME
 from fastpeft.pool import UnknownAdapterError
+from fastpeft.saving.folder import SAFETENSORS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -148,7 +148,7 @@ def test_shapes_are_checked_before_anything_is_allocated(net: tuple[AdapterPool,
     pool, folder = net
     tensors = {k: v.repeat(1, 50) for k, v in load_file(folder / SAFETENSORS_NAME).items()}
     save_file(tensors, folder / SAFETENSORS_NAME)
-    monkeypatch.setattr("fastpeft.folder.read_tensors", lambda *_: pytest.fail("tensors were read"))
+    monkeypatch.setattr("fastpeft.saving.folder.read_tensors", lambda *_: pytest.fail("tensors were read"))
     acquire_fails(pool, "bad", "size mismatch")
 
 

@@ -14,10 +14,10 @@ from serve_tools import Alone, events, make_world
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'ray[serve]'")
 
-from fastpeft.serve import ray_deployment
-from fastpeft.serve.engine import Limits
-from fastpeft.serve.run import listen
-from fastpeft.training.errors import UserError
+from fastpeft.apps.serve import ray_deployment
+from fastpeft.apps.serve.engine import Limits
+from fastpeft.apps.serve.run import listen
+from fastpeft.apps.training.errors import UserError
 
 
 def test_arguments_are_the_servers_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from fastpeft import IA3Config, LoraConfig
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import get_method
+from fastpeft.layer.layer import AdapterLayer
 from fastpeft.methods.lily import Lily
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
 from torch import Tensor
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig, packed, routing
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import get_method
+from fastpeft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig
+from fastpeft.layer.by_row import mixed as routing
+from fastpeft.layer.by_row import packed
+from fastpeft.layer.layer import AdapterLayer
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
 from torch import Tensor, nn
 

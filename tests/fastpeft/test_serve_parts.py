@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from fastpeft.cli.app import app
-from fastpeft.serve import api, attention, schemas
-from fastpeft.serve.sampling import Sampling, draw, logprobs
-from fastpeft.serve.text import Decoder, Stops
-from fastpeft.training.testing import make_byte_tokenizer
+from fastpeft.apps.cli.app import app
+from fastpeft.apps.serve import api, attention, schemas
+from fastpeft.apps.serve.sampling import Sampling, draw, logprobs
+from fastpeft.apps.serve.text import Decoder, Stops
+from fastpeft.apps.training.testing import make_byte_tokenizer
 from pydantic import ValidationError
 from serve_tools import events, make_world
 from torch import Tensor
@@ -258,6 +258,6 @@ def test_command_line_errors(world: Path, words: list[str], says: str) -> None:
 
 def test_the_servers_packages_are_imported_by_the_command_alone() -> None:
     names = ["fastapi", "uvicorn", "prometheus_client", "transformers"]
-    code = f"import sys, fastpeft, fastpeft.cli.app; print([n for n in {names} if n in sys.modules])"
+    code = f"import sys, fastpeft, fastpeft.apps.cli.app; print([n for n in {names} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -14,9 +14,9 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.checks import KeyMismatchError
-from fastpeft.config import CONFIG_NAME
-from fastpeft.folder import SAFETENSORS_NAME
+from fastpeft.config.base import CONFIG_NAME
+from fastpeft.files.checks import KeyMismatchError
+from fastpeft.saving.folder import SAFETENSORS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -13,8 +13,8 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from fastpeft.checks import KeyMismatchError
-from fastpeft.sparse import sparse_linear
+from fastpeft.files.checks import KeyMismatchError
+from fastpeft.methods.math.sparse import sparse_linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

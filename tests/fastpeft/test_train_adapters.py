@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from crash_tools import interrupted
-from fastpeft.cli.app import app
-from fastpeft.training import checkpoints, run
-from fastpeft.training.config import TrainConfig, from_dict, load_config
-from fastpeft.training.errors import UserError
-from fastpeft.training.loop import Trainer
-from fastpeft.training.metrics import Silent, read_metrics
-from fastpeft.training.testing import make_tiny_model, write_jsonl
-from fastpeft.training.track import Track
+from fastpeft.apps.cli.app import app
+from fastpeft.apps.training import checkpoints, run
+from fastpeft.apps.training.config import TrainConfig, from_dict, load_config
+from fastpeft.apps.training.errors import UserError
+from fastpeft.apps.training.loop import Trainer
+from fastpeft.apps.training.metrics import Silent, read_metrics
+from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
+from fastpeft.apps.training.track import Track
 from torch import Tensor
 from typer.testing import CliRunner
 

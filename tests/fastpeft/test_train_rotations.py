@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft.cli.app import app
-from fastpeft.training.metrics import read_metrics
-from fastpeft.training.testing import make_tiny_model, write_jsonl
+from fastpeft.apps.cli.app import app
+from fastpeft.apps.training.metrics import read_metrics
+from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 

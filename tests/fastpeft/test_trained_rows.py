@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft import LoraConfig, get_peft_model, quantize_model, trained_rows
-from fastpeft.trained_rows import linears
+from fastpeft import LoraConfig, get_peft_model, quantize_model
+from fastpeft.layer.by_row import train as trained_rows
+from fastpeft.layer.by_row.train import linears
 from torch import Tensor, nn
 
 from peft_kernels import AdapterStack, multi_lora_linear, native, philox

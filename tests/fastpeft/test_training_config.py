@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fastpeft.training.config import TrainConfig, from_dict, load_config
-from fastpeft.training.errors import UserError
-from fastpeft.training.run import adapter_config
+from fastpeft.apps.training.config import TrainConfig, from_dict, load_config
+from fastpeft.apps.training.errors import UserError
+from fastpeft.apps.training.run import adapter_config
 
 BASE = {"model": "m", "data": "d"}
 

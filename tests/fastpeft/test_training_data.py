@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastpeft.training.data import Encoder, Example, read_jsonl
-from fastpeft.training.errors import UserError
-from fastpeft.training.packing import Plan, collate, rows_of_epoch
-from fastpeft.training.testing import make_byte_tokenizer
+from fastpeft.apps.training.data import Encoder, Example, read_jsonl
+from fastpeft.apps.training.errors import UserError
+from fastpeft.apps.training.packing import Plan, collate, rows_of_epoch
+from fastpeft.apps.training.testing import make_byte_tokenizer
 
 CHAT, PLAIN = make_byte_tokenizer(chat=True), make_byte_tokenizer(chat=False)
 

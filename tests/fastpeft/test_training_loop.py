@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from crash_tools import interrupted
-from fastpeft.training import checkpoints, run
-from fastpeft.training.config import TrainConfig, from_dict
-from fastpeft.training.data import Example
-from fastpeft.training.errors import UserError
-from fastpeft.training.forward import CompletionLoss
-from fastpeft.training.loop import Trainer
-from fastpeft.training.metrics import Silent, read_metrics
-from fastpeft.training.optim import learning_rate
-from fastpeft.training.packing import collate
-from fastpeft.training.testing import make_tiny_model, write_jsonl
-from fastpeft.training.track import Track
+from fastpeft.apps.training import checkpoints, run
+from fastpeft.apps.training.config import TrainConfig, from_dict
+from fastpeft.apps.training.data import Example
+from fastpeft.apps.training.errors import UserError
+from fastpeft.apps.training.forward import CompletionLoss
+from fastpeft.apps.training.loop import Trainer
+from fastpeft.apps.training.metrics import Silent, read_metrics
+from fastpeft.apps.training.optim import learning_rate
+from fastpeft.apps.training.packing import collate
+from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
+from fastpeft.apps.training.track import Track
 from torch import Tensor
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits

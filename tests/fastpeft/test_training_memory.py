@@ -11,7 +11,7 @@ import pytest
 # In a process of its own: what it sets holds for the rest of the process.
 PROGRAM = """
 import resource, sys, torch
-from fastpeft.training.memory import keep_freed_memory
+from fastpeft.apps.training.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,10 +11,10 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import fastpeft
-from fastpeft import routing
-from fastpeft.integrations import transformers_fast
-from fastpeft.integrations.short_attention import short_attention
-from fastpeft.integrations.transformers_fast import accelerate
+from fastpeft.apps.short_attention import short_attention
+from fastpeft.layer.by_row import mixed as routing
+from fastpeft.recipes import llama_cpu as transformers_fast
+from fastpeft.recipes.llama_cpu import accelerate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_kernels
@@ -135,7 +135,7 @@ def test_decoding_rows_of_several_adapters(backend: str, dtype: torch.dtype, mon
         assert not served
         accelerate(model)
         compare(logits(model), plain, exact())
-        layers = [m for m in model.modules() if type(m) is fastpeft.layer.AdapterLayer]
+        layers = [m for m in model.modules() if type(m) is fastpeft.layer.layer.AdapterLayer]
         assert sum(served) >= len(layers) / 2  # a layer of one group of rows is an ordinary call
         with torch.no_grad():
             for p in (p for name, p in model.named_parameters() if "lora_B.a." in name):

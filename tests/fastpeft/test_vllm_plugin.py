@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft.integrations import vllm_plugin as plugin
+from fastpeft.apps import vllm_plugin as plugin
 from lora_tools import BF16, F16, F32, needs_native
 from torch import Tensor
 
@@ -255,7 +255,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(plugin, "_replaced", [])
     plugin.register()
     plugin.register()
-    assert platform.get_punica_wrapper() == "fastpeft.integrations.vllm_plugin.PunicaWrapper"
+    assert platform.get_punica_wrapper() == "fastpeft.apps.vllm_plugin.PunicaWrapper"
     yield lambda: punica_selector.get_punica_wrapper(32, max_batches=8, device="cpu")
     vars(plugin).pop("PunicaWrapper", None)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft import weight_side as weight_side_module
-from fastpeft.layer import AdapterLayer
-from fastpeft.method import get_method
+from fastpeft.layer.layer import AdapterLayer
+from fastpeft.methods.math import made_weight as weight_side_module
+from fastpeft.methods.math.made_weight import weight_side
+from fastpeft.methods.registry import get_method
 from fastpeft.testing import add_adapter
-from fastpeft.weight_side import weight_side
 from torch import Tensor, nn
 
 assert_near = runpy.run_path(str(Path(__file__).with_name("init_tools.py")))["assert_near"]

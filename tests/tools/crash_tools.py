@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fastpeft.training.metrics import Console, Silent
+from fastpeft.apps.training.metrics import Console, Silent
 
 
 class Stop(Exception):

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from fastpeft.training.testing import make_tiny_model
+from fastpeft.apps.training.testing import make_tiny_model
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,10 @@ import httpx
 import torch
 import transformers
 import uvicorn
-from fastpeft.serve.engine import Limits
-from fastpeft.serve.run import Loaded, Options, Server, listen, load
-from fastpeft.serve.text import Decoder
-from fastpeft.training.testing import make_tiny_model
+from fastpeft.apps.serve.engine import Limits
+from fastpeft.apps.serve.run import Loaded, Options, Server, listen, load
+from fastpeft.apps.serve.text import Decoder
+from fastpeft.apps.training.testing import make_tiny_model
 
 ADAPTERS = [f"a{i}" for i in range(6)]
 PROMPTS = ["hello", "a longer prompt, of some words", "x", "The sea."]

@@ -7,9 +7,10 @@ import functools
 import importlib
 from typing import Any
 
-from ..layer import AdapterLayer
-from ..method import Method, registry
-from ..tuner import tuner_class
+from ..layer.layer import AdapterLayer
+from ..methods.method import Method
+from ..methods.registry import registry
+from ..model.tuner import tuner_class
 
 _LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper", "Linear4bit",
            "Linear8bitLt")  # fmt: skip

@@ -20,9 +20,9 @@ PACKAGE = __name__.partition(".")[0]
 # The homes of PEFT's names that are not public ones of `fastpeft` (those are in its `HOMES`), and `theirs=ours` where a
 # name differs.
 HOMES = {
-    "adamss_callback": "AdamssAsaCallback",
-    "adapters": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
-    "folder": "SAFETENSORS_WEIGHTS_NAME=SAFETENSORS_NAME WEIGHTS_NAME=PICKLE_NAME",
+    "recipes.adamss_callback": "AdamssAsaCallback",
+    "model.adapters": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
+    "saving.folder": "SAFETENSORS_WEIGHTS_NAME=SAFETENSORS_NAME WEIGHTS_NAME=PICKLE_NAME",
     "compat.peft_only": """
         ALLOWED_COMPUTE_DTYPES DoraCaching EMBEDDING_LAYER_NAMES MontecloraTrainerMixin SEQ_CLS_HEAD_NAMES
         TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING _get_submodules
@@ -30,74 +30,74 @@ HOMES = {
         get_device_map inspect_matched_modules is_xpu_available transpose update_forward_signature
         update_generate_signature update_signature
     """,
-    "config": "CONFIG_NAME",
-    "distributed": "fsdp_auto_wrap_policy",
-    "hotswap": """
+    "config.base": "CONFIG_NAME",
+    "model.distributed": "fsdp_auto_wrap_policy",
+    "saving.hotswap": """
         CONFIG_KEYS_TO_CHECK check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
         prepare_model_for_compiled_hotswap
     """,
-    "init.eva": """
+    "recipes.eva": """
         forward_fn_dict prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling
     """,
-    "init.incremental_pca": "IncrementalPCA",
-    "intruders": "reduce_intruder_dimension",
-    "kappa": "KappaTuneSelector",
-    "layer": "BaseTunerLayer=AdapterLayer",
-    "loading": "infer_device",
-    "lycoris": "LycorisConfig",
-    "merge_math": """
+    "recipes.incremental_pca": "IncrementalPCA",
+    "recipes.intruders": "reduce_intruder_dimension",
+    "recipes.kappa": "KappaTuneSelector",
+    "layer.layer": "BaseTunerLayer=AdapterLayer",
+    "saving.load": "infer_device",
+    "methods.math.lycoris": "LycorisConfig",
+    "model.merge_math": """
         calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune
         random_pruning reshape_weight_task_tensors task_arithmetic ties
     """,
-    "optimizers.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
-    "optimizers.loraplus": "create_loraplus_optimizer",
-    "optimizers.riemannian": "create_riemannian_optimizer",
-    "replicate": "replicate_layers",
-    "saved_modules": "ModulesToSaveWrapper",
-    "scaling": "disable_input_dtype_casting rescale_adapter_scale",
-    "start.corda": "CordaEigens",
-    "targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
-    "token_sites": "TrainableTokensWrapper",
-    "tuner": "BaseTuner MixedModel=BaseTuner",
+    "recipes.optimizers.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
+    "recipes.optimizers.loraplus": "create_loraplus_optimizer",
+    "recipes.optimizers.riemannian": "create_riemannian_optimizer",
+    "inject.replicate": "replicate_layers",
+    "layer.saved_modules": "ModulesToSaveWrapper",
+    "recipes.scaling": "disable_input_dtype_casting rescale_adapter_scale",
+    "methods.lora.start.corda": "CordaEigens",
+    "config.targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
+    "inject.tokens": "TrainableTokensWrapper",
+    "model.tuner": "BaseTuner MixedModel=BaseTuner",
 }
 _PATTERNS = ("TRANSFORMERS_MODELS_TO_", "is_")  # names that compat.peft_only makes by their pattern
 
 # PEFT's modules, with names and with homes all of whose names they have.
-_LORA = "EvaConfig LoftQConfig LoraGAConfig init.eva convert_to_lora preprocess_loraga save_as_lora"
-_STATE = "base_state folder loading state_dict"
-_UTILS = f"{_STATE} compat.peft_only distributed prepare saved_modules targets token_sites"
+_LORA = "EvaConfig LoftQConfig LoraGAConfig recipes.eva convert_to_lora preprocess_loraga save_as_lora"
+_STATE = "saving.base_state saving.folder saving.load saving.state_dict"
+_UTILS = f"{_STATE} compat.peft_only model.distributed model.prepare layer.saved_modules config.targets inject.tokens"
 _MODULES = {
-    "auto": "auto",
+    "auto": "model.auto",
     "config": "CONFIG_NAME PeftConfig PeftType TaskType",
-    "functional": "adapters get_peft_model_state_dict inject_adapter_in_model set_peft_model_state_dict",
-    "helpers": "compat.peft_only kappa scaling",
+    "functional": "model.adapters get_peft_model_state_dict inject_adapter_in_model set_peft_model_state_dict",
+    "helpers": "compat.peft_only recipes.kappa recipes.scaling",
     "import_utils": "is_xpu_available",
     "mapping": "compat.peft_only inject_adapter_in_model",
     "mapping_func": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING get_peft_model",
     "mixed_model": "PeftMixedModel",
-    "optimizers": "optimizers.lorafa optimizers.loraplus optimizers.riemannian",
-    "optimizers.lorafa": "optimizers.lorafa",
-    "optimizers.loraplus": "optimizers.loraplus",
-    "optimizers.riemannian": "optimizers.riemannian",
-    "peft_model": "status tasks",
-    "tuners": f"tuner {_LORA}",
-    "tuners.adamss.asa_callback": "adamss_callback",
-    "tuners.lora.conversion": "convert",
-    "tuners.lora.corda": "init.corda start.corda",
-    "tuners.lora.eva": "init.eva start.eva",
-    "tuners.lora.intruders": "intruders",
-    "tuners.lora.loraga": "init.loraga start.loraga",
+    "optimizers": "recipes.optimizers.lorafa recipes.optimizers.loraplus recipes.optimizers.riemannian",
+    "optimizers.lorafa": "recipes.optimizers.lorafa",
+    "optimizers.loraplus": "recipes.optimizers.loraplus",
+    "optimizers.riemannian": "recipes.optimizers.riemannian",
+    "peft_model": "model.status model.tasks",
+    "tuners": f"model.tuner {_LORA}",
+    "tuners.adamss.asa_callback": "recipes.adamss_callback",
+    "tuners.lora.conversion": "recipes.convert",
+    "tuners.lora.corda": "recipes.corda methods.lora.start.corda",
+    "tuners.lora.eva": "recipes.eva methods.lora.start.eva",
+    "tuners.lora.intruders": "recipes.intruders",
+    "tuners.lora.loraga": "recipes.loraga methods.lora.start.loraga",
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
-    "tuners.tuners_utils": "adapters compat.peft_only layer replicate tuner",
+    "tuners.tuners_utils": "model.adapters compat.peft_only layer.layer inject.replicate model.tuner",
     "utils": f"{_UTILS} NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType replace_lora_weights_loftq",
-    "utils.constants": "compat.peft_only folder targets",
+    "utils.constants": "compat.peft_only saving.folder config.targets",
     "utils.error": "NoMatchingPeftModuleError PeftError",
-    "utils.hotswap": "hotswap",
-    "utils.incremental_pca": "init.incremental_pca",
+    "utils.hotswap": "saving.hotswap",
+    "utils.incremental_pca": "recipes.incremental_pca",
     "utils.integrations": "dequantize_module_weight",
-    "utils.loftq_utils": "init.loftq",
-    "utils.merge_utils": "merge_math",
+    "utils.loftq_utils": "recipes.loftq",
+    "utils.merge_utils": "model.merge_math",
     "utils.other": _UTILS,
     "utils.peft_types": "PeftType TaskType",
     "utils.save_and_load": _STATE,

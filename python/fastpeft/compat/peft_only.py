@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, PeftType
-from ..inject import SEQ_CLS_HEADS
-from ..layer import AdapterLayer
-from ..method import Method, get_method, registry
+from ..config.base import PeftConfig
+from ..config.targets import match_targets
+from ..config.types import PeftType
+from ..inject.plan import SEQ_CLS_HEADS
+from ..layer.layer import AdapterLayer
 from ..methods.ia3 import FEEDFORWARD
-from ..targets import match_targets
-from ..tuner import BaseTuner, tuner_class
+from ..methods.method import Method
+from ..methods.registry import get_method, registry
+from ..model.tuner import BaseTuner, tuner_class
 from ..weights.find import weight_of
 
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

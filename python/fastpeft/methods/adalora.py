@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapted import AdaptedLayer
-from ..checks import PREFIX
-from ..config import PeftType, PeftWarning
-from ..factored import FactoredMethod, dropout
-from ..method import Inner, LayerInfo, State, register
-from ..rank_allocator import (
+from ..config.targets import DEFAULT_TARGETS
+from ..config.types import PeftType, PeftWarning
+from ..files.checks import PREFIX
+from .adapted import AdaptedLayer
+from .lora.lora import LoraConfig
+from .math.factored import FactoredMethod, dropout
+from .math.rank_allocator import (
     PARTS,
     by_layer,
     install,
@@ -33,8 +34,8 @@ from ..rank_allocator import (
     select,
     update_and_allocate,
 )
-from ..targets import DEFAULT_TARGETS
-from .lora import LoraConfig
+from .method import Inner, LayerInfo, State
+from .registry import register
 
 
 @dataclass

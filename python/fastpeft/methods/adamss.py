@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clusters import cluster
-from ..config import PeftType, TargetConfig
-from ..method import Inner, LayerInfo, Method, State, register
-from ..targets import DEFAULT_TARGETS
+from ..config.base import TargetConfig
+from ..config.targets import DEFAULT_TARGETS
+from ..config.types import PeftType
+from .math.kmeans import cluster
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 
 @dataclass

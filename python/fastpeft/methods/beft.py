@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..draws import drawn_normal
-from ..method import Inner, LayerInfo, Method, State, register
+from ..config.base import HasInitWeights, TargetConfig
+from ..config.types import PeftType, PeftWarning
+from .math.draws import drawn_normal
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 
 @dataclass

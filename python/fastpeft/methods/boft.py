@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from peft_kernels import cayley
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..draws import normal_
-from ..method import Inner, LayerInfo, State, register
-from ..rotation import BlockDropout, Butterfly
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
+from ..config.types import PeftType
+from .math.draws import normal_
+from .math.rotation import BlockDropout, Butterfly
+from .method import Inner, LayerInfo, State
+from .registry import register
 
 
 @dataclass

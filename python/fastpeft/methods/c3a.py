@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import HasBias, PeftType, TargetConfig
-from ..method import Inner, LayerInfo, Method, State, register
-from ..targets import DEFAULT_TARGETS
+from ..config.base import HasBias, TargetConfig
+from ..config.targets import DEFAULT_TARGETS
+from ..config.types import PeftType
 from ..weights.base import widened
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 
 @dataclass

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..factored import FactoredMethod, dropout, plus_product
-from ..method import Fused, Inner, LayerInfo, State, register
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
+from ..config.types import PeftType
 from ..weights.base import widened
+from .math.factored import FactoredMethod, dropout, plus_product
+from .method import Fused, Inner, LayerInfo, State
+from .registry import register
 
 
 @dataclass

@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
-from ..draws import kaiming_
-from ..factored import FactoredMethod, dropout
-from ..method import LayerInfo, State, register
+from ..config.base import HasBias, HasInitWeights, TargetConfig
+from ..config.types import PeftType
+from .math.draws import kaiming_
+from .math.factored import FactoredMethod, dropout
+from .method import LayerInfo, State
+from .registry import register
 
 LEAST_NORM = 1e-4
 

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..method import LayerInfo, State, register
-from ..spectral import SpectrumMethod, Update, fourier_update
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
+from ..config.types import PeftType
 from ..weights.base import widened
+from .math.spectral import SpectrumMethod, Update, fourier_update
+from .method import LayerInfo, State
+from .registry import register
 
 
 @dataclass

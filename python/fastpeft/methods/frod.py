@@ -26,14 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapted import AdaptedLayer
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
-from ..draws import drawn_normal
-from ..factored import dropout
-from ..method import Inner, LayerInfo, State, register
-from ..projections import ProjectedMethod
-from ..shared import Computed
-from ..sparse import dense, sparse_linear
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
+from ..config.types import PeftType
+from .adapted import AdaptedLayer
+from .computed import Computed
+from .math.draws import drawn_normal
+from .math.factored import dropout
+from .math.projections import ProjectedMethod
+from .math.sparse import dense, sparse_linear
+from .method import Inner, LayerInfo, State
+from .registry import register
 from .vera import Vera
 
 

@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasBias, HasInitWeights, PeftType, TargetConfig
-from ..draws import kaiming_, normal_
-from ..method import Inner, LayerInfo, Method, State, register
-from ..weight_side import Rows, as_it_is, one_token, weight_side
+from ..config.base import HasBias, HasInitWeights, TargetConfig
+from ..config.types import PeftType
+from .math.draws import kaiming_, normal_
+from .math.made_weight import Rows, as_it_is, one_token, weight_side
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 FORMS = {
     "config_A_B": ("lora", "vector", "constant", "none"),

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig, check_ranks
-from ..draws import kaiming_
-from ..factored import FactoredMethod, dropout, is_thin
-from ..method import Inner, LayerInfo, State, register
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig, check_ranks
+from ..config.types import PeftType
+from .math.draws import kaiming_
+from .math.factored import FactoredMethod, dropout, is_thin
+from .method import Inner, LayerInfo, State
+from .registry import register
 
 
 @dataclass

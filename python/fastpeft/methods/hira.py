@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasFanInFanOut, PeftType, PeftWarning, TargetConfig, check_ranks
-from ..draws import kaiming_
-from ..factored import dropout
-from ..method import Inner, LayerInfo, Method, State, register
-from ..weight_side import Rows, as_it_is, one_token, weight_side, with_weight
+from ..config.base import HasFanInFanOut, TargetConfig, check_ranks
+from ..config.types import PeftType, PeftWarning
+from .math.draws import kaiming_
+from .math.factored import dropout
+from .math.made_weight import Rows, as_it_is, one_token, weight_side, with_weight
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 
 @dataclass

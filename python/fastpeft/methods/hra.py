@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from peft_kernels import QuantWeight, householder_rotate, lora_linear
 from peft_kernels.ops.householder_rotate import compact_wy
 
-from ..adapted import AdaptedLayer
-from ..config import HasBias, HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..draws import kaiming_
-from ..factored import Weight
-from ..kept import Kept
-from ..method import Fused, LayerInfo, State, register
-from ..rotation import RotatesInput, constant
+from ..config.base import HasBias, HasInitWeights, TargetConfig
+from ..config.types import PeftType, PeftWarning
 from ..weights.base import widened
+from .adapted import AdaptedLayer
+from .math.cache import Kept
+from .math.draws import kaiming_
+from .math.factored import Weight
+from .math.rotation import RotatesInput, constant
+from .method import Fused, LayerInfo, State
+from .registry import register
 
 
 @dataclass

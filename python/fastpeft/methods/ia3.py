@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..config import HasFanInFanOut, PeftType, TargetConfig
-from ..draws import drawn_normal
-from ..method import Inner, LayerInfo, Method, State, register
-from ..targets import DEFAULT_TARGETS, select
+from ..config.base import HasFanInFanOut, TargetConfig
+from ..config.targets import DEFAULT_TARGETS, select
+from ..config.types import PeftType
+from .math.draws import drawn_normal
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 # PEFT's table: what is adapted of each model type, and which of it is feedforward.
 FEEDFORWARD = {

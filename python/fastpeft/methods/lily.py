@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import HasInitWeights, PeftType, TargetConfig
-from ..draws import kaiming_
-from ..method import Inner, LayerInfo, Method, State, register
+from ..config.base import HasInitWeights, TargetConfig
+from ..config.types import PeftType
+from .math.draws import kaiming_
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 
 @dataclass

@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig
-from ..method import Inner, LayerInfo, Method, State, register
+from ..config.base import TargetConfig
+from ..config.types import PeftType
 from ..weights.find import weight_of
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
 _GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasInitWeights, PeftType
-from ..lycoris import Lycoris, LycorisConfig, effective, pointwise, uniform
-from ..method import Inner, LayerInfo, State, register
-from ..weight_side import Rows, weight_side
+from ..config.base import HasInitWeights
+from ..config.types import PeftType
+from .math.lycoris import Lycoris, LycorisConfig, effective, pointwise, uniform
+from .math.made_weight import Rows, weight_side
+from .method import Inner, LayerInfo, State
+from .registry import register
 
 
 @dataclass

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftType
-from ..lycoris import Lycoris, LycorisConfig, effective, uniform
-from ..method import Inner, LayerInfo, State, register
+from ..config.types import PeftType
+from .math.lycoris import Lycoris, LycorisConfig, effective, uniform
+from .method import Inner, LayerInfo, State
+from .registry import register
 
 
 @dataclass

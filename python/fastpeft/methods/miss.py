@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasBias, PeftType, TargetConfig
-from ..draws import kaiming_
-from ..factored import FactoredMethod, dropout, is_thin, plus_product
-from ..method import Inner, LayerInfo, Method, State, register
-from ..weight_side import Rows, weight_side
+from ..config.base import HasBias, TargetConfig
+from ..config.types import PeftType
 from ..weights.base import widened
+from .math.draws import kaiming_
+from .math.factored import FactoredMethod, dropout, is_thin, plus_product
+from .math.made_weight import Rows, weight_side
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 
 @dataclass

@@ -22,11 +22,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..method import Inner, LayerInfo, Method, State, register
-from ..patterns import match_names
-from ..shared import Computed
-from ..targets import ALL_LINEAR
+from ..config.base import HasInitWeights, TargetConfig
+from ..config.patterns import match_names
+from ..config.targets import ALL_LINEAR
+from ..config.types import PeftType, PeftWarning
+from .computed import Computed
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 _LLAMA_LIKE = ("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi")
 _DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")

@@ -14,10 +14,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasInitWeights, PeftType, TargetConfig
-from ..draws import kaiming_
-from ..limits import MAX_RANK
-from ..method import Inner, LayerInfo, Method, State, register
+from ..config.base import HasInitWeights, TargetConfig
+from ..config.limits import MAX_RANK
+from ..config.types import PeftType
+from .math.draws import kaiming_
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 MAX_DEPTH = 1000  # each layer of it is two modules in every adapted layer
 

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from peft_kernels import cayley
 
-from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig, check_ranks
-from ..draws import drawn_normal
-from ..factored import FactoredMethod, dropout
-from ..method import LayerInfo, State, register
-from ..rotation import skew
-from ..shared import Computed
+from ..config.base import HasFanInFanOut, HasInitWeights, TargetConfig, check_ranks
+from ..config.types import PeftType, PeftWarning
 from ..weights.base import widened
+from .computed import Computed
+from .math.draws import drawn_normal
+from .math.factored import FactoredMethod, dropout
+from .math.rotation import skew
+from .method import LayerInfo, State
+from .registry import register
 
 
 @dataclass

@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
-from ..method import LayerInfo, State, register
-from ..projections import check_seed
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
+from ..config.types import PeftType
+from .math.projections import check_seed
+from .method import LayerInfo, State
+from .registry import register
 from .vera import Vera
 
 

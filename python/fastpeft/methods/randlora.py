@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
-from ..draws import drawn_normal
-from ..factored import dropout
-from ..method import Inner, LayerInfo, State, register
-from ..projections import ProjectedMethod, seeded
-from ..shared import Computed
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
+from ..config.types import PeftType
+from .computed import Computed
+from .math.draws import drawn_normal
+from .math.factored import dropout
+from .math.projections import ProjectedMethod, seeded
+from .method import Inner, LayerInfo, State
+from .registry import register
 
 Shape = tuple[int, int, int]
 

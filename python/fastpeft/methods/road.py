@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from peft_kernels import pair_rotate
 
-from ..config import HasInitWeights, PeftType, TargetConfig
-from ..draws import normal_
-from ..method import Inner, LayerInfo, Method, State, register
+from ..config.base import HasInitWeights, TargetConfig
+from ..config.types import PeftType
+from .math.draws import normal_
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 SIZES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}  # angles per output, as a fraction
 

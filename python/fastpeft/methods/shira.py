@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import HasFanInFanOut, HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..draws import drawn_normal
-from ..method import Inner, LayerInfo, Method, State, register
-from ..shared import Computed
-from ..sparse import dense, sparse_update
-from ..targets import DEFAULT_TARGETS
+from ..config.base import HasFanInFanOut, HasInitWeights, TargetConfig
+from ..config.targets import DEFAULT_TARGETS
+from ..config.types import PeftType, PeftWarning
+from .computed import Computed
+from .math.draws import drawn_normal
+from .math.sparse import dense, sparse_update
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 
 MaskFunction = Callable[..., Tensor]
 

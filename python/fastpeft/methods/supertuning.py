@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import HasInitWeights, PeftType, PeftWarning, TargetConfig
-from ..draws import kaiming_, normal_
-from ..limits import MAX_RANK
-from ..method import Inner, LayerInfo, Method, State, register
-from ..shared import Computed
-from ..sparse import dense, sparse_update
+from ..config.base import HasInitWeights, TargetConfig
+from ..config.limits import MAX_RANK
+from ..config.types import PeftType, PeftWarning
+from .computed import Computed
+from .math.draws import kaiming_, normal_
+from .math.sparse import dense, sparse_update
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
 from .shira import check_positions
 
 

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
-from ..factored import FactoredMethod, dropout
-from ..method import Inner, LayerInfo, State, register
-from ..projections import ProjectedMethod, seeded
-from ..shared import Computed
+from ..config.base import HasBias, HasFanInFanOut, TargetConfig
+from ..config.types import PeftType
+from .computed import Computed
+from .math.factored import FactoredMethod, dropout
+from .math.projections import ProjectedMethod, seeded
+from .method import Inner, LayerInfo, State
+from .registry import register
 
 _SVDS: Any = WeakIdKeyDictionary()
 MAX_ELEMENTS = 1 << 28  # of P, which may be computed for a file that names only its size

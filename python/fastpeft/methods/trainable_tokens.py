@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasInitWeights, PeftType, TargetConfig
-from ..method import Inner, LayerInfo, Method, State, register
-from ..tied import embedding_name, tied_names
+from ..config.base import HasInitWeights, TargetConfig
+from ..config.types import PeftType
 from ..weights.dense import scaled
+from .method import Inner, LayerInfo, Method, State
+from .registry import register
+from .tied import embedding_name, tied_names
 
 
 @dataclass

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..factored import FactoredMethod, dropout
-from ..limits import MAX_RANK
-from ..method import LayerInfo, State, register
-from ..projections import check_seed
-from ..shared import Computed
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
+from ..config.limits import MAX_RANK
+from ..config.types import PeftType
+from .computed import Computed
+from .math.factored import FactoredMethod, dropout
+from .math.projections import check_seed
+from .method import LayerInfo, State
+from .registry import register
 
 # A file without indices names a rank only, and 12 bytes are allocated for each of its r (in + out) elements.
 MAX_LOADED_RANK = 1024

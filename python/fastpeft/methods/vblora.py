@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapted import AdaptedLayer
-from ..config import HasBias, HasFanInFanOut, PeftType, TargetConfig
-from ..factored import FactoredMethod, dropout
-from ..method import Fused, LayerInfo, State, register
-from ..targets import DEFAULT_TARGETS
+from ..config.base import HasBias, HasFanInFanOut, TargetConfig
+from ..config.targets import DEFAULT_TARGETS
+from ..config.types import PeftType
+from .adapted import AdaptedLayer
+from .math.factored import FactoredMethod, dropout
+from .method import Fused, LayerInfo, State
+from .registry import register
 
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, PeftType, TargetConfig
-from ..draws import drawn_normal
-from ..factored import dropout
-from ..method import Inner, LayerInfo, State, register
-from ..projections import ProjectedMethod, kaiming_uniform, seeded
-from ..shared import Computed
-from ..targets import DEFAULT_TARGETS
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
+from ..config.targets import DEFAULT_TARGETS
+from ..config.types import PeftType
+from .computed import Computed
+from .math.draws import drawn_normal
+from .math.factored import dropout
+from .math.projections import ProjectedMethod, kaiming_uniform, seeded
+from .method import Inner, LayerInfo, State
+from .registry import register
 
 
 @dataclass

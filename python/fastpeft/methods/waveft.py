@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import HasBias, HasFanInFanOut, HasInitWeights, PeftType, TargetConfig
-from ..method import LayerInfo, State, register
-from ..spectral import Identity, SpectrumMethod, Update, Wavelet
-from ..wavelets import LOW_PASS, filters
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
+from ..config.types import PeftType
 from ..weights.base import widened
+from .math.spectral import Identity, SpectrumMethod, Update, Wavelet
+from .math.wavelets import LOW_PASS, filters
+from .method import LayerInfo, State
+from .registry import register
 
 
 @dataclass

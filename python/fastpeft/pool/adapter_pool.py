@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..limits import BASE
+from ..config.limits import BASE
 from . import files
 from .buffers import Buffers, Staged
 from .files import Registry, Signature, signature_of

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checks import PREFIX, AdapterFileError, list_some, path_inside, read_json
-from ..config import CONFIG_NAME, PeftConfig
-from ..fits import check_shapes
-from ..folder import SAFETENSORS_NAME, open_adapter
-from ..limits import check_adapter_name, check_config
-from ..method import method_of
-from ..methods.lora import Lora, LoraConfig, scaling_of
-from ..serving import beyond_plain_lora
+from ..config.base import CONFIG_NAME, PeftConfig
+from ..config.limits import check_adapter_name, check_config
+from ..files.checks import PREFIX, AdapterFileError, list_some, path_inside, read_json
+from ..methods.lora.lora import Lora, LoraConfig, scaling_of
+from ..methods.registry import method_of
+from ..saving.export import beyond_plain_lora
+from ..saving.fits import check_shapes
+from ..saving.folder import SAFETENSORS_NAME, open_adapter
 from .buffers import Buffers, LayerAdapter, Staged
 from .layers import Selector
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..inject import resolve_targets
-from ..layer import AdapterLayer
-from ..method import LayerInfo, method_of
-from ..methods.lora import LoraConfig
-from ..sites import Site, base_of, inside_saved, set_child, walk
+from ..inject.modules import Site, base_of, inside_saved, set_child, walk
+from ..inject.plan import resolve_targets
+from ..layer.layer import AdapterLayer
+from ..methods.lora.lora import LoraConfig
+from ..methods.method import LayerInfo
+from ..methods.registry import method_of
 
 
 class Selector:

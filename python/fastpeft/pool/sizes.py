@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import list_some
-from ..methods.lora import LoraConfig
-from ..sites import checked_info
+from ..files.checks import list_some
+from ..inject.modules import checked_info
+from ..methods.lora.lora import LoraConfig
 from ..weights.base import LayerInfo
 from .blocks import SMALLEST, block_size
 from .buffers import row_bytes, slot_bytes

@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_kernels import QuantWeight
 from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES, table
 
-from ..checks import AdapterFileError, parse_json
+from ..files.checks import AdapterFileError, parse_json
 
 _STATE = "weight.quant_state.bitsandbytes__"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

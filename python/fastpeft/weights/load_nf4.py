@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import AdapterFileError, list_some, mismatch, path_inside, read_json
-from ..safetensors_files import Header, read_header, read_tensors
+from ..files.checks import AdapterFileError, list_some, mismatch, path_inside, read_json
+from ..files.safetensors import Header, read_header, read_tensors
 from .bnb_keys import DTYPES
 from .nf4_linear import NF4Linear
 from .quantize import transformers_classes

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dequantize_4bit, lora_linear
 
-from ..checks import AdapterFileError
+from ..files.checks import AdapterFileError
 from .bnb_keys import NESTED_BLOCKSIZE, bnb_state, copy_of, parse_bnb_state
 
 _SCALES = ("absmax", "nested_absmax", "nested_code", "offset")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_kernels import quantize_4bit
 from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES
 
-from ..checks import list_some
+from ..files.checks import list_some
 from .base import has_base
 from .bnb_keys import DTYPES
 from .nf4_linear import NF4Linear

@@ -1,0 +1,302 @@
+"""The commands. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import progress_bar, session, size, table, utf8_streams
+
+app = typer.Typer(
+    name="fastpeft",
+    help="Parameter-efficient fine-tuning on fused kernels: train, use, merge and inspect adapters on 4-bit models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; progress goes to stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback()
+def _all_commands() -> None:
+    utf8_streams()
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for the report, the curve and the adapter.")] = Path(
+        "runs/quickstart"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 48,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune SmolLM2-135M on Python's own documentation, and show what changed."""
+    with session(as_json, debug) as out:
+        from ..demo.quickstart import run, show
+
+        result = run(output, steps)
+        out.emit(result, lambda: show(result))
+
+
+@app.command()
+def demo_adapters(
+    output: Annotated[Path, typer.Option(help="Folder for the report, the plots and the adapters.")] = Path(
+        "runs/demo-adapters"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each adapter.")] = 40,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train three adapters in one run, and let them answer side by side in one batch."""
+    with session(as_json, debug) as out:
+        from ..demo.adapters import run, show
+
+        result = run(output, steps)
+        out.emit(result, lambda: show(result))
+
+
+@app.command()
+def train(
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[CONFIG.yaml] [key=value]...",
+            help="A YAML file, and settings that override it.",
+            show_default=False,
+        ),
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan (parameters, memory, steps) and stop.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest intact checkpoint in output.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter on a jsonl file of prompt/completion or messages.
+
+    Example: fastpeft train model=smollm2 data=train.jsonl output=runs/mine lora.r=8 epochs=2
+    """
+    with session(as_json, debug) as out:
+        from ..training.config import load_config
+
+        path = None if "=" in settings[0] and not Path(settings[0]).is_file() else settings[0]
+        config = load_config(path, settings if path is None else settings[1:])
+        from . import commands
+
+        if dry_run:
+            plan = commands.plan(config)
+            out.emit(plan, lambda: commands.show_plan(plan))
+        else:
+            result = commands.train(config, resume)
+            out.emit(result, lambda: commands.show_training(result))
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads one from stdin.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Folder, Hub id, .gguf or smollm2; default: the adapter's base.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    quantize: Annotated[str, typer.Option(help="auto (as trained), none, nf4 or fp4.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer prompts with a model, with or without an adapter."""
+    with session(as_json, debug) as out:
+        import sys
+
+        from ..training.inference import Answerer
+
+        texts = [sys.stdin.read().strip() if p == "-" else p for p in prompts]
+        answerer = Answerer.load(
+            model,
+            None if adapter is None else str(adapter),
+            quantize=quantize,
+            dtype=dtype,
+            device=device,
+            template=template,
+        )
+        answers = answerer.answer(texts, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        result = {
+            "model": answerer.note,
+            "adapter": None if adapter is None else str(adapter),
+            "answers": [
+                {"prompt": p, "answer": a.text, "tokens": a.tokens, "complete": a.complete}
+                for p, a in zip(texts, answers, strict=True)
+            ],
+            "tokens_per_s": sum(a.tokens for a in answers) / max(1e-9, sum(a.seconds for a in answers)),
+        }
+
+        def human() -> None:
+            for text, answer in zip(texts, answers, strict=True):
+                if len(texts) > 1:
+                    print(f"> {text}")
+                print(answer.text + ("\n" if len(texts) > 1 else ""))
+
+        out.emit(result, human)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the full model.")],
+    model: Annotated[str | None, typer.Option(help="Base model; default: the adapter's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    onto: Annotated[
+        str,
+        typer.Option(help="original: the base as published. quantized: the base as rounded to 4 bits in training."),
+    ] = "original",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base and save a full model folder."""
+    with session(as_json, debug) as out:
+        from . import commands
+
+        result = commands.merge(adapter, output, model, dtype, onto)
+        out.emit(
+            result,
+            lambda: print(
+                f"{result['output']}: {result['parameters']:,} parameters, {result['dtype']}, {size(result['bytes'])}"
+            ),
+        )
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    keys: Annotated[bool, typer.Option("--keys", help="List every tensor.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show an adapter's method, ranks, keys, size and where it can be served. Loads no model."""
+    with session(as_json, debug) as out:
+        from . import commands
+
+        result = commands.inspect(adapter)
+        out.emit(result, lambda: commands.show_inspection(result, keys))
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, Hub id, .gguf or smollm2: tune for its linear layers.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="OUTxIN", help="Tune for a layer of this size; may be repeated.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Numbers of rows (tokens in a step); each stands for its power of two.")] = (
+        "1,16,64,256,1024,4096"
+    ),
+    r: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapter.")] = 16,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    blocksize: Annotated[int, typer.Option(min=32, help="Elements that share a scale.")] = 64,
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.99)] = 0.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time the launch configurations of the Triton kernels on this GPU, and keep the fastest for later runs.
+
+    Example: fastpeft tune --shape 14336x4096 --shape 4096x14336 --rows 1,512
+    """
+    with session(as_json, debug) as out:
+        from . import tune as tuner
+
+        shapes = [tuner.parse_shape(s) for s in shape or []]
+        counts, kind = tuner.parse_rows(rows), tuner.parse_dtype(dtype)
+        gpu = tuner.find_gpu()
+        shapes += [] if model is None else tuner.shapes_of_model(model)
+        layers = tuner.layers_of(shapes, r, kind, blocksize, dropout)
+        with progress_bar() as report:
+            result = tuner.run(layers, counts, gpu, report)
+        out.emit(result, lambda: tuner.show(result))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf or smollm2.")],
+    adapters: Annotated[Path | None, typer.Option(help="Folder of adapter folders, asked for by name.")] = None,
+    nf4: Annotated[bool, typer.Option("--nf4", help="Quantise the base to 4 bits.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from here alone.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="The base's name; default: MODEL.")] = None,
+    max_resident: Annotated[int, typer.Option(min=1, help="Adapters in memory at a time.")] = 32,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Largest rank served; default: the folder's.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Layers adapters may act on; default: as the folder's do.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests computed at once.")] = 64,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them; above: 429.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward.")] = 512,
+    cache_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens the key-value cache holds.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request; above: 504.")] = 300.0,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds for open requests after SIGTERM.")] = 30,
+    rescan: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the folder.")] = 10.0,
+    allow_runtime_adapters: Annotated[
+        bool, typer.Option("--allow-runtime-adapters", help="Requests may load and unload adapters of the folder.")
+    ] = False,
+    access_log: Annotated[bool, typer.Option("--access-log", help="A line on stderr for each request.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer OpenAI's API over HTTP with a model and a folder of adapters, all of them in one batch.
+
+    Example: fastpeft serve smollm2 --adapters runs/adapters
+    """
+    with session(as_json, debug) as out:
+        import sys
+
+        from ..serve.engine import Limits
+        from ..serve.run import Options, serve
+
+        limits = Limits(max_batch=max_batch, max_queue=max_queue, batch_tokens=batch_tokens, timeout=timeout)
+        options = Options(
+            model, adapters, nf4, served_model_name, dtype, device, host, port, max_resident, max_rank,
+            target_modules.split(",") if target_modules else None, max_length, cache_tokens, limits, grace, rescan,
+            allow_runtime_adapters, access_log,
+        )  # fmt: skip
+
+        def human(ready: dict[str, Any]) -> None:
+            print(f"{ready['base']}\n{ready['url']}/v1 answers as {ready['model']!r}", end="", flush=True)
+            print(f" and {ready['adapters']} adapters" if adapters is not None else "", flush=True)
+
+        serve(
+            options,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            lambda ready: out.emit(ready, lambda: human(ready)),
+        )
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Show versions, devices, and which backend serves which op and why; works when torch or a library is broken."""
+    with session(as_json, debug) as out:
+        from .doctor import examine, show
+
+        report = examine()
+        out.emit(report, lambda: show(report, table))
+        if not report["usable"]:
+            raise typer.Exit(1)

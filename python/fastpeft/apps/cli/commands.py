@@ -1,0 +1,194 @@
+"""What `train`, `merge` and `inspect` do and print; ``app`` parses, this works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..training import models
+from ..training.config import TrainConfig
+from ..training.errors import UserError
+from .output import size, table
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    from ..training.describe import describe
+    from ..training.run import prepare_all
+
+    return describe(config, prepare_all(config))
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    adapters = plan.get("adapters", {"": plan})
+    share = 100 * plan["trainable_parameters"] / plan["parameters"]
+    rows = [
+        ("model", f"{plan['model']}, {plan['quantize']}, computing in {plan['dtype']} on {plan['device']}"),
+        ("parameters", f"{plan['parameters']:,}"),
+        ("trainable", f"{plan['trainable_parameters']:,} ({share:.2f} %)"),
+    ]
+    for name, one in adapters.items():
+        of = f"{name}: " if name else ""
+        rows += [
+            (f"{of}data", f"{one['examples']:,} examples, {one['held_out_examples']:,} held out"),
+            (f"{of}tokens an epoch",
+             f"{one['tokens_per_epoch']:,}, of which learned {one['learned_tokens_per_epoch']:,}"),
+            (f"{of}too long", f"{one['examples_cut']} cut, {one['examples_dropped']} dropped"),
+            (f"{of}steps", f"{one['steps']:,} over {one['epochs']} epoch(s), {one['warmup_steps']} of them warm-up"),
+            (f"{of}rows a step", f"{one['rows_per_step']}, filled to {100 * one['row_fill']:.0f} %"),
+        ]  # fmt: skip
+    rows += [(f"memory: {name}", size(count)) for name, count in plan["memory_bytes"].items()]
+    rows.append(("memory: estimate", size(plan["memory_total_bytes"])))
+    table("Plan (nothing was trained)", ("what", "value"), rows)
+    print("settings:")
+    for key, value in plan["config"].items():
+        print(f"  {key}: {json.dumps(value)}")
+
+
+def train(config: TrainConfig, resume: bool) -> dict[str, Any]:
+    from ..training.metrics import Console
+    from ..training.run import prepare_all, train_all
+
+    with Console() as progress:
+        prepared = prepare_all(config)
+        for p in prepared:
+            if p.train.cut or p.train.dropped:
+                of = f"{p.name}: " if config.adapters else ""
+                lost = f"{p.train.cut} examples cut, {p.train.dropped} dropped"
+                progress.say(f"{of}max_length={p.config.max_length}: {lost}")
+        results, _ = train_all(config, prepared, progress, resume)
+    root = Path(config.output)
+    whole = {"output": str(root), "metrics": str(root / "metrics.jsonl"), "loss_curve": str(root / "loss.png")}
+    ran = {
+        p.name: {
+            "adapter": str(Path(p.config.output) / "adapter"),
+            "steps": results[p.name].steps,
+            "resumed_from": results[p.name].resumed_from,
+            "held_out_before": results[p.name].held_out_before,
+            "held_out_after": results[p.name].held_out_after,
+            "tokens": results[p.name].tokens,
+        }
+        for p in prepared
+    }
+    last = results[prepared[-1].name]
+    return {
+        **whole,
+        **({"adapters": ran, "tokens": sum(r.tokens for r in results.values())} if config.adapters else ran["default"]),
+        "seconds": last.seconds,
+        "peak_memory_mb": last.peak_memory_mb,
+    }
+
+
+def show_training(result: dict[str, Any]) -> None:
+    for name, one in result.get("adapters", {"": result}).items():
+        of = f"{name}: " if name else ""
+        if one["held_out_before"] is not None and one["held_out_after"] is not None:
+            print(f"{of}held-out loss {one['held_out_before']:.4f} -> {one['held_out_after']:.4f}")
+        if name:
+            print(f"{of}{one['steps']} steps, {one['tokens']:,} tokens   adapter: {one['adapter']}")
+    if "adapters" in result:
+        print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s")
+        print(f"curves: {result['loss_curve']}   metrics: {result['metrics']}")
+        return
+    print(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
+    print(f"adapter: {result['adapter']}   curve: {result['loss_curve']}   metrics: {result['metrics']}")
+
+
+def merge(adapter: Path, output: Path, model: str | None, dtype: str, onto: str) -> dict[str, Any]:
+    """Merge in float32 and round once, to ``dtype``; the folder appears whole or not at all."""
+    from ..training.inference import adapter_note, base_of
+
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}", "use --dtype bf16")
+    if onto not in ("original", "quantized"):
+        raise UserError(f"onto: expected original or quantized, got {onto!r}", "use --onto original")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not an empty folder", "choose another output")
+    note = adapter_note(str(adapter))
+    kind = str(note.get("quantize", "none"))
+    if onto == "quantized" and kind == "none":
+        raise UserError(f"{adapter} was not trained here on a quantised base", "use --onto original")
+    source = models.resolve(model or base_of(str(adapter), note))
+
+    import torch
+
+    from ... import PeftModel, atomic_directory
+
+    base = models.load_model(source, torch.float32, torch.device("cpu"))
+    if onto == "quantized":
+        _round_to_four_bits(base, kind, note)
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    chosen: torch.dtype = getattr(torch, _DTYPES[dtype])
+    merged = merged.to(chosen)
+    merged.config.dtype = chosen
+    tokenizer = models.load_tokenizer(source)
+    with models.quiet_transformers(), atomic_directory(output, keep=False) as temporary:
+        merged.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
+    return {
+        "output": str(output),
+        "base": source.note,
+        "adapter": str(adapter),
+        "onto": onto,
+        "dtype": _DTYPES[dtype],
+        "parameters": sum(p.numel() for p in merged.parameters()),
+        "bytes": sum(f.stat().st_size for f in output.rglob("*") if f.is_file()),
+    }
+
+
+def _round_to_four_bits(model: Any, kind: str, note: dict[str, Any]) -> None:
+    """Replace each weight by what its 4-bit form stands for: the base that the adapter was trained to correct."""
+    import torch
+
+    from peft_kernels import dequantize_4bit, quantize_4bit
+
+    skip = [str(s) for s in note.get("quantize_skip", ["lm_head"])]
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and not any(name == s or name.endswith("." + s) for s in skip):
+            rounded = quantize_4bit(module.weight.detach(), kind, nested=bool(note.get("double_quant", True)))
+            module.weight.data.copy_(dequantize_4bit(rounded))
+
+
+def inspect(adapter: Path) -> dict[str, Any]:
+    from ... import inspect_adapter
+    from ..training.inference import adapter_note
+
+    if not adapter.is_dir():
+        raise UserError(f"{adapter} is not a folder", "give the folder of an adapter")
+    note = adapter_note(str(adapter))
+    result: dict[str, Any] = dict(inspect_adapter(str(adapter)))
+    if note:
+        result["trained_on"] = note
+    return result
+
+
+def show_inspection(result: dict[str, Any], with_keys: bool) -> None:
+    """The report as a table; ``with_keys`` adds every tensor."""
+    rows = [
+        ("method", str(result["method"])),
+        ("base model", str(result["base_model"])),
+        ("task", str(result["task_type"])),
+        ("ranks", _counts(result["ranks"], "modules")),
+        ("scalings", _counts(result["scalings"], "modules")),
+        ("targets", _targets(result["target_modules"])),
+        ("tensors", f"{len(result['tensors'])}, {_counts(result['dtypes'], 'tensors')}"),
+        ("size", f"{result['parameters']:,} parameters, {size(result['bytes'])}"),
+        ("manifest", str(result["manifest"])),
+    ]
+    rows += [(f"option {name}", json.dumps(value)) for name, value in result["options"].items()]
+    rows += [(f"trained on: {name}", json.dumps(value)) for name, value in result.get("trained_on", {}).items()]
+    for server, reasons in result["serving"].items():
+        rows.append((f"serving with {server}", "; ".join(reasons) or "yes, as it is"))
+    table(result["path"], ("what", "value"), rows)
+    if with_keys:
+        table("tensors", ("key", "shape"), [(k, "x".join(map(str, s))) for k, s in result["tensors"].items()])
+
+
+def _counts(counts: dict[Any, int], of: str) -> str:
+    return ", ".join(f"{value} ({number} {of})" for value, number in counts.items()) or "none"
+
+
+def _targets(targets: object) -> str:
+    return ", ".join(sorted(map(str, targets))) if isinstance(targets, (list, tuple, set)) else str(targets)

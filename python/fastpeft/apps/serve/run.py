@@ -1,0 +1,217 @@
+"""The process of `fastpeft serve`: load, listen, answer until a signal, end in order."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from ...pool import AdapterPool
+from ..training import models
+from ..training.errors import UserError
+from ..training.inference import end_tokens
+from .adapters import Adapters
+from .api import Service
+from .engine import Engine, Limits
+from .metrics import Metrics
+
+Say = Callable[[str], None]
+# Batches come in all sizes, and for each, on a CPU in bfloat16, torch and oneDNN keep a compiled product with every
+# shape of weight, 1024 of them: a gigabyte after some minutes. 128 are enough for the sizes of now, and one that is
+# missing costs a millisecond. Read at the first product.
+_ONEDNN_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+_CACHED = 512  # tokens of the cache for each request of a batch, if nothing else is said
+_SHARE = 0.25  # of the machine's memory that the cache takes at most then
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `fastpeft serve` is told. cache_tokens: None for what fits. grace: seconds for open requests at the end.
+    rescan: seconds after which the directory is looked through again."""
+
+    model: str
+    adapters: Path | None = None
+    nf4: bool = False
+    name: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_resident: int = 32
+    max_rank: int | None = None
+    target_modules: list[str] | None = None
+    max_length: int | None = None
+    cache_tokens: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    grace: int = 30
+    rescan: float = 10.0
+    by_request: bool = False
+    access_log: bool = False
+
+
+@dataclass
+class Loaded:
+    """A server's parts before it listens."""
+
+    service: Service
+    note: str
+    name: str
+    pool: AdapterPool | None
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+
+
+def load(options: Options, say: Say) -> Loaded:
+    """The model, the pool and the application. Raises UserError."""
+    for name in _ONEDNN_CACHES:
+        os.environ.setdefault(name, "128")
+    if options.by_request and options.adapters is None:
+        raise UserError("--allow-runtime-adapters needs a directory of adapters", "give --adapters DIR")
+    source = models.resolve(options.model)
+    device = models.pick_device(options.device)
+    dtype = models.pick_dtype(options.dtype, device)
+    say(f"loading {source.note}")
+    tokenizer = models.load_tokenizer(source)
+    model = models.load_model(source, dtype, device)
+    if options.nf4:
+        say("quantising to NF4")
+        model = models.quantize(model, "nf4", True, ["lm_head"])
+    pool = None if options.adapters is None else _pool(model, options, say)
+    models.speed_up(model, device)
+    limits = _limits(model, device, dtype, options)
+    engine = Engine(model, pool, end_tokens(model, tokenizer), limits, Metrics())
+    name = options.name or _name_of(options.model)
+    if pool is not None and name in pool:
+        say(f"warning: adapter {name!r} has the base model's name and cannot be asked for; see --served-model-name")
+    adapters = Adapters(engine, name, source.location, options.adapters, options.by_request, options.rescan)
+    kind = "NF4" if options.nf4 else "dense"
+    note = f"{source.note}, {kind}, {str(dtype).removeprefix('torch.')} on {device}"
+    return Loaded(Service(engine, tokenizer, adapters), note, name, pool)
+
+
+def _name_of(model: str) -> str:
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
+
+
+def _pool(model: Any, options: Options, say: Say) -> AdapterPool:
+    directory = options.adapters
+    assert directory is not None
+    if not directory.is_dir():
+        raise UserError(f"--adapters {directory} is no folder", "give the folder that holds the adapters' folders")
+    targets: Any = options.target_modules
+    if targets is None and not any(directory.glob("*/adapter_config.json")):
+        say(f"{directory} holds no adapter yet: all linear layers are made ready for some")
+        targets = "all-linear"
+    say(f"preparing {options.max_resident} slots for the adapters of {directory}")
+    return AdapterPool(
+        model, directory, options.max_resident, target_modules=targets, max_rank=options.max_rank, loaders=2
+    )
+
+
+def _limits(model: Any, device: torch.device, dtype: torch.dtype, options: Options) -> Limits:
+    """options.limits, with a cache and a length that this model and machine have."""
+    config, asked = model.config.get_text_config(), options.limits
+    longest = int(getattr(config, "max_position_embeddings", asked.max_length))
+    length = min(asked.max_length, longest) if options.max_length is None else options.max_length
+    if length > longest:
+        raise UserError(f"--max-length {length} is more than the model's {longest} positions", "lower it")
+    cache = options.cache_tokens
+    if cache is None and device.type == "cpu":  # on a GPU transformers takes what is free
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        cache = max(length, min(_CACHED * asked.max_batch, int(_SHARE * memory) // per_token))
+    if cache is not None and cache < length:
+        raise UserError(f"--cache-tokens {cache} is less than one request's {length}", "raise it or lower --max-length")
+    return Limits(length, asked.max_batch, asked.max_queue, asked.batch_tokens, asked.page, cache, asked.timeout)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which tells when it is ready, and ends with exit code 0 after a signal."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, ready: Callable[[], None], say: Say) -> None:
+        super().__init__(config)
+        self._engine, self._ready, self._say = engine, ready, say
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        try:
+            yield  # uvicorn would raise the signal once more here, and the process end as if it was killed
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.should_exit:  # asked twice
+            self.force_exit = True
+            return
+        self._engine.draining = True
+        self.should_exit = True
+        self._say(f"{signal.Signals(sig).name}: no new requests; {self._engine.open} open ones may end")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}", "choose another --port"
+        ) from error
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(options: Options, say: Say, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Run until SIGTERM or SIGINT. say: lines for people; ready: called once, with where and what."""
+    with contextlib.closing(listen(options.host, options.port)) as sock:
+        loaded = load(options, say)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        url = f"http://{host}:{sock.getsockname()[1]}"
+        names = loaded.service.adapters.names()
+        if not is_loopback(options.host):
+            say(f"warning: whoever reaches {url} can use this server: it asks for no password and speaks no TLS")
+        config = uvicorn.Config(
+            loaded.service.app(), log_config=uvicorn.config.LOGGING_CONFIG if options.access_log else None,
+            log_level="info" if options.access_log else "warning", access_log=options.access_log,
+            timeout_graceful_shutdown=options.grace, lifespan="on",
+        )  # fmt: skip
+        described = {
+            "url": url, "pid": os.getpid(), "model": loaded.name, "base": loaded.note, "adapters": len(names),
+            "max_length": loaded.service.engine.limits.max_length,
+        }  # fmt: skip
+        server = Server(config, loaded.service.engine, lambda: ready(described), say)
+        try:
+            server.run(sockets=[sock])
+        finally:
+            loaded.close()
+    say("ended")

@@ -1,0 +1,152 @@
+"""Training checkpoints: the adapter in its ordinary format, and beside it all that continues the same loss curve.
+
+``checkpoint-N/`` holds ``adapter_model.safetensors`` and ``adapter_config.json`` (loads anywhere) and
+``training_state.safetensors`` with ``training_state.json``: optimizer, random states, position, the data's fingerprint.
+A folder appears whole or not at all, with a manifest of hashes; resuming takes the newest one that is intact.
+Everything is safetensors and json, so reading a checkpoint cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+_TENSOR = "$tensor"
+_PATTERN = r"checkpoint-(\d+)"
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """``value`` as json, its tensors moved into ``tensors`` under their paths; `unpack` is the inverse."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {_TENSOR: path}
+    if isinstance(value, dict):
+        return {"$items": [[k, pack(v, tensors, f"{path}.{k}" if path else str(k))] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        packed = [pack(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]
+        return packed if isinstance(value, list) else {"$tuple": packed}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{path}: cannot store a {type(value).__name__} in a checkpoint")
+
+
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        if "$tuple" in value:
+            return tuple(unpack(v, tensors) for v in value["$tuple"])
+        return {k: unpack(v, tensors) for k, v in value["$items"]}
+    if isinstance(value, list):
+        return [unpack(v, tensors) for v in value]
+    return value
+
+
+def random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = list(torch.cuda.get_rng_state_all())
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    cuda = state.get("cuda", [])
+    if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def write_adapter(model: Any, adapter: str, folder: Path) -> None:
+    """One adapter's files in ``folder`` itself, where `save_pretrained` would make a folder of its name."""
+    model.save_pretrained(str(folder), selected_adapters=[adapter])
+    if adapter != "default":
+        for file in (folder / adapter).iterdir():
+            file.replace(folder / file.name)
+        (folder / adapter).rmdir()
+
+
+def save(
+    root: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+    keep: int,
+    adapter: str = "default",
+) -> Path:
+    """Write ``root/checkpoint-<step>`` and delete all but the ``keep`` newest; ``extra`` must be json."""
+    from safetensors.torch import save_file
+
+    from ... import atomic_directory
+
+    tensors: dict[str, Tensor] = {}
+    state = pack({"optimizer": optimizer.state_dict(), "random": random_state()}, tensors)
+    folder = root / f"checkpoint-{step}"
+    root.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(folder, keep=False) as temporary:
+        write_adapter(model, adapter, Path(temporary))
+        save_file(tensors, str(Path(temporary) / "training_state.safetensors"))
+        text = json.dumps({"step": step, "extra": extra, "state": state})
+        (Path(temporary) / "training_state.json").write_text(text, encoding="utf-8")
+    for old in numbered(root)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def numbered(root: Path) -> list[Path]:
+    """Checkpoint folders by rising step, intact or not."""
+    folders = [p for p in root.glob("checkpoint-*") if p.is_dir() and p.name.partition("-")[2].isdecimal()]
+    return sorted(folders, key=lambda p: int(p.name.partition("-")[2]))
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint whose manifest holds; None where there is none."""
+    from ... import newest_valid
+
+    found: Path | None = newest_valid(root, _PATTERN)
+    return found
+
+
+def load(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, fingerprint: str, adapter: str = "default"
+) -> dict[str, Any]:
+    """Put adapter and optimizer back; return ``{"step": ..., "extra": ..., "random": ...}``.
+
+    Raises `UserError` when the checkpoint belongs to other data or another layout: its position means nothing there.
+    """
+    from safetensors.torch import load_file
+
+    from ... import set_peft_model_state_dict
+
+    stored = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+    if stored["extra"].get("fingerprint") != fingerprint:
+        raise UserError(
+            f"{folder} was written with other data or another layout "
+            "(seed, max_length, packing, batch_size, gradient_accumulation)",
+            "restore those settings to resume, or choose another output to start anew",
+        )
+    state = unpack(stored["state"], load_file(str(folder / "training_state.safetensors")))
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    then, now = (
+        [(len(group["params"]), sorted({"alpha", "betas", "momentum"} & group.keys())) for group in groups]
+        for groups in (state["optimizer"]["param_groups"], optimizer.param_groups)
+    )
+    if then != now:
+        raise UserError(
+            f"{folder} was written with another optimizer or another kind of adapter",
+            "restore optimizer, method and targets to resume, or choose another output to start anew",
+        )
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), adapter)
+    optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)  # the settings of now, as those of the learning rate
+    return {"step": int(stored["step"]), "extra": stored["extra"], "random": state["random"]}

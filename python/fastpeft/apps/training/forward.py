@@ -1,0 +1,150 @@
+"""From a batch to its loss: the backbone runs on all tokens, the head only on those that are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ... import adapter_modules
+from .data import Example
+from .errors import UserError
+from .loss import chunked_cross_entropy
+from .packing import Batch, collate
+
+
+@contextmanager
+def rows_set(modules: Sequence[Any], adapters: Sequence[str]) -> Iterator[None]:
+    """Within this, row i of what the adapter modules are given belongs to ``adapters[i]``."""
+    before = [module._rows for module in modules]
+    for module in modules:
+        module.set_rows(list(adapters))
+    try:
+        yield
+    finally:
+        for module, rows in zip(modules, before, strict=True):
+            module.set_rows(rows)
+
+
+class CompletionLoss:
+    """Computes the summed loss over a batch's learned tokens, or that of each token.
+
+    model: a transformers causal language model, or an adapter model around one.
+    A plain linear head goes through `chunked_cross_entropy`. A head that something wraps (an adapter on ``lm_head``, a
+    trained copy) is called on ``chunk_tokens`` tokens at a time and recomputed in the backward pass.
+    """
+
+    def __init__(self, model: Any, chunk_vocab: int = 4096, chunk_tokens: int = 1024) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base
+        self.backbone: Callable[..., Any] = base.base_model
+        self.head = base.get_output_embeddings()
+        self._head_modules = [] if self.head is None else [module for _, module in adapter_modules(self.head)]
+        if self.backbone is base or self.head is None:
+            raise UserError(
+                f"{type(base).__name__} has no separate backbone and output head",
+                "use a causal language model of transformers",
+            )
+        config = base.config.get_text_config()
+        # The factors that the models of transformers put behind the head: Gemma 2, Cohere, Granite.
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.chunk_vocab, self.chunk_tokens = chunk_vocab, chunk_tokens
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Summed loss, a float32 scalar; divide by the learned tokens of the whole optimizer step."""
+        return self._losses(batch, "sum", None)
+
+    def by_token(self, batch: Batch, adapters: Sequence[str] | None = None) -> Tensor:
+        """The loss of each learned token, [learned]. adapters: each token's, where the rows of the batch differ."""
+        return self._losses(batch, "none", adapters)
+
+    def _losses(self, batch: Batch, reduction: Literal["sum", "none"], adapters: Sequence[str] | None) -> Tensor:
+        output = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        hidden: Tensor = output[0].flatten(0, 1).index_select(0, batch.where)
+        # a head that integrations.transformers_fast switched is a plain linear with a quicker way for few rows
+        if type(self.head) is torch.nn.Linear or getattr(type(self.head), "_fastpeft_accelerated", False):
+            return chunked_cross_entropy(
+                hidden, self.head.weight, batch.targets, self.head.bias, scale=self.scale, softcap=self.softcap,
+                chunk_vocab=self.chunk_vocab, chunk_tokens=self.chunk_tokens, native_products=True,
+                reduction=reduction,
+            )  # fmt: skip
+        # A wrapped head's logits exist in full width, so the tokens at once are what bounds them.
+        size = max(1, self.chunk_tokens // 8)
+        parts = [
+            checkpoint(
+                self._wrapped, hidden[i : i + size], batch.targets[i : i + size],
+                None if adapters is None else list(adapters[i : i + size]), use_reentrant=False,
+            )
+            for i in range(0, hidden.shape[0], size)
+        ]  # fmt: skip
+        losses = torch.cat(parts) if parts else hidden.sum(1) * 0
+        return losses.sum() if reduction == "sum" else losses
+
+    def _wrapped(self, hidden: Tensor, targets: Tensor, adapters: list[str] | None) -> Tensor:
+        if adapters is None:
+            logits = self.head(hidden)
+        else:
+            with rows_set(self._head_modules, adapters):  # for the head a row is a token
+                logits = self.head(hidden)
+        return torch.nn.functional.cross_entropy(self._cap(logits.float()), targets, reduction="none")
+
+    def _cap(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], device: torch.device) -> float:
+        """Mean loss per learned token, in eval mode."""
+        was_training = self.base.training
+        self.base.eval()
+        try:
+            total = sum(float(self(batch.to(device))) for batch in batches)
+        finally:
+            self.base.train(was_training)
+        return total / max(1, sum(batch.targets.numel() for batch in batches))
+
+    @torch.no_grad()
+    def self_check(self, examples: Sequence[Example], packing: bool, pad_id: int, device: torch.device) -> None:
+        """Hold this model to what training assumes; raise `UserError` where it does not.
+
+        On the first tokens of two examples: the loss equals the one from the model's own logits (so backbone and head
+        were found right), and one packed row gives the same as two separate rows (so attention stays inside examples).
+        """
+        short = [Example(e.input_ids[:24], [False] + [True] * (len(e.input_ids[:24]) - 1)) for e in examples[:2]]
+        was_training = self.base.training
+        self.base.eval()
+        try:
+            apart = [collate([[e]], pad_id).to(device) for e in short]
+            losses = [float(self(batch)) for batch in apart]
+            for batch, loss in zip(apart, losses, strict=True):
+                logits = self.base(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+                direct = float(torch.nn.functional.cross_entropy(logits[batch.where], batch.targets, reduction="sum"))
+                if not self._close(loss, direct):
+                    raise UserError(
+                        f"{type(self.base).__name__}: loss over backbone and head is {loss:.5f}, "
+                        f"over the model's logits {direct:.5f}",
+                        "this architecture changes the logits in a way that is not known here; report it",
+                    )
+            if packing and len(short) == 2:
+                together = float(self(collate([short], pad_id).to(device)))
+                if not self._close(together, sum(losses)):
+                    raise UserError(
+                        f"{type(self.base).__name__}: a packed row gives loss {together:.5f}, its examples alone "
+                        f"{sum(losses):.5f}: attention of this model crosses examples",
+                        "set packing=false",
+                    )
+        finally:
+            self.base.train(was_training)
+
+    def _close(self, a: float, b: float) -> bool:
+        """Equal up to rounding. Crossing moves a trained model's loss by per cents, a random one's by 0.02 %."""
+        precise = self.base.dtype == torch.float32 and self.base.device.type == "cpu"  # a GPU may round to TF32
+        tolerance = 2e-5 if precise else 1e-2
+        return abs(a - b) <= tolerance * max(abs(a), abs(b), 1.0)

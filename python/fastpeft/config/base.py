@@ -1,0 +1,229 @@
+"""PeftConfig: the fields that every method shares, written once; json in and out.
+
+Field names, defaults and the file `adapter_config.json` are those of PEFT 0.21. A method adds its own dataclass below
+`TargetConfig` in its file under `methods/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..files.checks import read_json
+from ..files.hub import find_adapter_file
+from .classes import CLASSES, class_of
+from .limits import MAX_RANK, check_config
+from .types import PeftType, PeftWarning, TaskType, peft_type
+
+CONFIG_NAME = "adapter_config.json"
+# The version of PEFT whose file format is written. It goes into `peft_version`, by which readers tell formats apart.
+PEFT_FORMAT_VERSION = "0.21.2"
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter has. `task_type` and `peft_type` accept their names as text."""
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    # What only lives in memory and is left out of files.
+    runtime_fields: ClassVar[tuple[str, ...]] = ()
+    # What PEFT's configuration of this method lacks: it works here, and is left out of files while it has its default.
+    not_in_peft: ClassVar[tuple[str, ...]] = ()
+    # The method of this class, which is then the value of `peft_type`.
+    own_type: ClassVar[PeftType | None] = None
+
+    def __init_subclass__(cls) -> None:
+        if vars(cls).get("own_type") is not None:
+            CLASSES[vars(cls)["own_type"].value] = cls
+
+    def __post_init__(self) -> None:
+        self.peft_type = self.own_type or self.peft_type
+        if self.task_type is not None:
+            try:
+                self.task_type = TaskType(self.task_type)
+            except ValueError:
+                names = ", ".join(t.value for t in TaskType)
+                raise ValueError(f"Invalid task type: {self.task_type!r}. Must be one of: {names}.") from None
+        if self.peft_type is not None:
+            self.peft_type = peft_type(self.peft_type)
+        if self.peft_version is None:
+            self.peft_version = PEFT_FORMAT_VERSION
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as json holds it: enums as text, sets as sorted lists, nested configurations as dicts."""
+        content = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in self.runtime_fields or (f.name in self.not_in_peft and value == f.default):
+                continue
+            content[f.name] = _plain(value)
+        return content
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` into `save_directory`, which is made where it is missing.
+
+        auto_mapping_dict: stored as `auto_mapping`, as PEFT does for models without a task type.
+        """
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
+        os.makedirs(save_directory, exist_ok=True)
+        content = self.to_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            content["auto_mapping"] = kwargs["auto_mapping_dict"]
+        path = os.path.join(save_directory, CONFIG_NAME)
+        temporary = f"{path}.tmp{os.getpid()}"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True))
+        os.replace(temporary, path)  # a reader sees the old file or the new one, never half of it
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """The configuration of the class that `peft_type` names (this class where it is missing).
+
+        Fields that the class does not know are dropped with a warning: they come from a newer version of a file.
+        """
+        config_cls: type[PeftConfig] = cls
+        if kwargs.get("peft_type") is not None:
+            config_cls = class_of(peft_type(kwargs["peft_type"]).value)
+        known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            warnings.warn(
+                f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was probably "
+                "written by a newer version of PEFT.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        return config_cls(**{name: value for name, value in kwargs.items() if name in known})
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: object = "adapter configuration") -> PeftConfig:
+        """A configuration from a file's content, its values checked for sense before any is used."""
+        check_config(content, where)
+        return cls.from_peft_type(**content)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The content of a configuration file, without the fields that only live in memory."""
+        content = read_json(path_json_file)
+        content.pop("runtime_config", None)
+        return content
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read `adapter_config.json` from a folder or, where there is no such folder, from the Hub."""
+        path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **kwargs)
+        return cls.from_dict(cls.from_json_file(path), path)
+
+
+@dataclass
+class TargetConfig(PeftConfig):
+    """What every method that acts on modules of a model has.
+
+    target_modules: names (a module matches by its full name or by a suffix of it that starts after a dot), a regular
+        expression for the full name, "all-linear", or None for the default of the model's architecture.
+    exclude_modules: the same, for what must not match. layers_to_transform: indices of the layers to adapt, where a
+        module's layer is the first number in its name, or the one after `layers_pattern`.
+    modules_to_save: modules that are trained in full and saved with the adapter.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+@dataclass
+class HasBias:
+    """bias: which biases of the base model are trained too: "none", "all", or those of the adapted layers, which is
+    "<method>_only" ("lora_only")."""
+
+    bias: str = "none"
+
+
+@dataclass
+class HasInitWeights:
+    """init_weights: start as the identity (True), or with random values that show in a test (False)."""
+
+    init_weights: bool = True
+
+
+@dataclass
+class HasFanInFanOut:
+    """fan_in_fan_out: whether the layer stores its weight as [in, out], as Conv1D does; corrected where it is wrong."""
+
+    fan_in_fan_out: bool = False
+
+
+@dataclass
+class HasProjection:
+    """projection_prng_key: the seed of the frozen projections. save_projection: whether files hold them; where they do
+    not, they are computed again on loading."""
+
+    projection_prng_key: int = 0
+    save_projection: bool = True
+
+
+def _plain(value: Any) -> Any:
+    """`value` as json holds it."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(v) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def check_ranks(r: object, pattern: Mapping[str, object] | None = None, field: str = "r") -> None:
+    """ValueError for ranks that are none."""
+    for name, value in {field: r, **{f"rank_pattern[{k!r}]": v for k, v in (pattern or {}).items()}}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+            raise ValueError(f"`{name}` should be a positive integer value of at most {MAX_RANK}, got {value!r}")
+
+
+def check_probabilities(config: Any) -> None:
+    """ValueError for a dropout that is no probability below one."""
+    for name, value in vars(config).items():
+        if name.endswith("dropout") and not 0.0 <= value < 1.0:
+            raise ValueError(f"`{name}` should be in [0, 1), got {value!r}")

@@ -1,0 +1,194 @@
+"""Which modules a configuration means. Names only: nothing here touches a module.
+
+A list matches by full name or by a suffix that starts after a dot; a text is a regular expression for the full name.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..files.checks import list_some
+from .base import TargetConfig
+from .patterns import hits_of, is_plain, match_names
+from .types import NoMatchingPeftModuleError, PeftWarning
+
+ALL_LINEAR = "all-linear"
+
+# What PEFT adapts when no target is named, by `model.config.model_type`. Methods that differ override an entry.
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
+    "bart": ["q_proj", "v_proj"],
+    "bert": ["query", "value"],
+    "blip-2": ["q", "v", "q_proj", "v_proj"],
+    "bloom": ["query_key_value"],
+    "btlm": ["c_proj", "c_attn"],
+    "chatglm": ["query_key_value"],
+    "codegen": ["qkv_proj"],
+    "deberta": ["in_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "electra": ["query", "value"],
+    "falcon": ["query_key_value"],
+    "gemma": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gemma3_text": ["q_proj", "v_proj"],
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "gpt2": ["c_attn"],
+    "gpt_bigcode": ["c_attn"],
+    "gpt_neo": ["q_proj", "v_proj"],
+    "gpt_neox": ["query_key_value"],
+    "gptj": ["q_proj", "v_proj"],
+    "layoutlm": ["query", "value"],
+    "llama": ["q_proj", "v_proj"],
+    "llama4": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "mpt": ["Wqkv"],
+    "mt5": ["q", "v"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "opt": ["q_proj", "v_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "RefinedWeb": ["query_key_value"],
+    "RefinedWebModel": ["query_key_value"],
+    "roberta": ["query", "value"],
+    "rwkv": ["key", "value", "receptance", "output"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+    "stablelm": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+    "xlm-roberta": ["query", "value"],
+}
+
+
+@dataclass
+class Matched:
+    """The names that a configuration targets, in the model's order, and those it would but for `exclude_modules`."""
+
+    names: list[str]
+    excluded: list[str]
+
+
+def suffixes(name: str) -> list[str]:
+    """`a.b.c` -> `a.b.c`, `b.c`, `c`."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def select(wanted: Iterable[str] | str | None, names: Sequence[str]) -> set[str]:
+    """The names that a list of suffixes, or a regular expression, selects."""
+    if not wanted:
+        return set()
+    if isinstance(wanted, str):
+        return set(match_names(wanted, names))
+    chosen = set(wanted)
+    return {name for name in names if any(suffix in chosen for suffix in suffixes(name))}
+
+
+def minimal_suffixes(wanted: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The fewest, shortest suffixes that select exactly `wanted` out of `names`."""
+    wanted = set(wanted)
+    taken = {suffix for name in names if name not in wanted for suffix in suffixes(name)}
+    return {next((s for s in reversed(suffixes(name)) if s not in taken), name) for name in wanted}
+
+
+def match_targets(config: TargetConfig, names: Sequence[str]) -> Matched:
+    """The modules that `config.target_modules` selects, less the excluded ones and those that are trained in full."""
+    excluded = select(config.exclude_modules, names)
+    saved = set(config.modules_to_save or ())
+    chosen = select(config.target_modules, names)
+    if config.layers_to_transform is not None and config.layers_to_transform != [] and chosen:
+        wanted = config.layers_to_transform
+        layers = {wanted} if isinstance(wanted, int) else set(wanted)
+        index = _layer_indices(config.layers_pattern, [n for n in names if n in chosen])
+        chosen = {name for name in chosen if index.get(name) in layers}
+    # A module that is copied and trained in full cannot hold an adapter as well.
+    held = {n for n in chosen if any(part in saved for part in n.split(".")) or _under(n, saved)}
+    matched = [n for n in names if n in chosen and n not in excluded and n not in held]
+    return Matched(matched, [n for n in names if n in chosen and n not in matched])
+
+
+def _under(name: str, roots: set[str]) -> bool:
+    return bool(roots) and any(f".{name}.".find(f".{root}.") >= 0 for root in roots)
+
+
+def _layer_indices(layers_pattern: Iterable[str] | str | None, names: list[str]) -> dict[str, int]:
+    """The index of the layer that each name lies in; names outside any layer are missing."""
+    if not layers_pattern:
+        # The first number, not the last: in `layers.1.experts.0.w1` the layer is 1.
+        found = {n: re.search(r"\.(\d+)\.", n) for n in names}
+        return {n: int(m.group(1)) for n, m in found.items() if m}
+    index: dict[str, int] = {}
+    for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern:
+        left = [n for n in names if n not in index]
+        if is_plain(pattern):
+            inner = re.compile(rf"(?:^|\.){re.escape(pattern)}\.(\d+)\.")
+            index.update({n: int(m.group(1)) for n in left if (m := inner.search(n))})
+        else:
+            hits = match_names(pattern, left, prefix=r"(?:^|.*?\.)", suffix=r"\.(?P<idx>\d+)\.")
+            index.update({n: int(i) for n, i in hits.items()})
+    return index
+
+
+def warn_unmatched(
+    config: TargetConfig, patterns: Iterable[str], names: Sequence[str], adapted: Sequence[str], meant: Collection[str]
+) -> None:
+    """Warn of what a configuration names and the model lacks, which is likely a slip.
+
+    patterns: the fields that give layers values of their own. names: of all modules; adapted: of the layers that get
+    the adapter; meant: targets that stand for other things than modules.
+    """
+    targets, left_out = config.target_modules or (), config.exclude_modules or ()
+    if isinstance(targets, str):
+        there = targets.lower() == ALL_LINEAR or select(targets, names)
+        lost = {"target_modules": [] if there or targets in meant else [targets]}
+    else:
+        ends = {suffix for name in names for suffix in suffixes(name)}
+        lost = {"target_modules": [t for t in targets if t not in ends and t not in meant]}
+    if left_out and not select(left_out, names):
+        lost["exclude_modules"] = [left_out] if isinstance(left_out, str) else list(left_out)
+    for field in patterns:
+        hits = hits_of(getattr(config, field, None) or (), adapted)
+        lost[field] = [pattern for pattern in getattr(config, field, None) or () if not hits.get(pattern)]
+    for field, values in lost.items():
+        if values:
+            message = f"{field}: nothing in the model matches {list_some(sorted(values))}."
+            warnings.warn(message, PeftWarning, stacklevel=4)
+
+
+def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[str]) -> NoMatchingPeftModuleError:
+    """Why nothing is left to adapt, and what could be named instead."""
+    if matched.excluded:
+        return NoMatchingPeftModuleError(
+            f"No modules were targeted for adaptation: all that target_modules={_shown(config.target_modules)} selects "
+            f"are left out by exclude_modules={_shown(config.exclude_modules)} or modules_to_save="
+            f"{config.modules_to_save}: {list_some(matched.excluded)}."
+        )
+    message = f"Target modules {_shown(config.target_modules)} not found in the base model."
+    for name in ("layers_to_transform", "layers_pattern"):
+        if getattr(config, name) is not None:
+            message += f" Note: {name}={getattr(config, name)!r} leaves out further modules."
+    ends: dict[str, int] = {}
+    for name in possible:
+        end = name.rpartition(".")[2]
+        ends[end] = ends.get(end, 0) + 1
+    listed = [f"{end} ({count})" for end, count in ends.items()]
+    return NoMatchingPeftModuleError(f"{message} What could be targeted: {list_some(listed, 24) or 'nothing'}.")
+
+
+def _shown(value: object) -> str:
+    text = repr(sorted(value) if isinstance(value, (set, frozenset)) else value)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    if hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    return dict(config) if isinstance(config, Mapping) else dict(vars(config))

@@ -1,1 +1,0 @@
-"""Procedures before or after LoRA's starts: measuring what they need, and giving the base back what they took."""

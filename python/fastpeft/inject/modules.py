@@ -1,0 +1,192 @@
+"""Where modules hang in a model, which of them hold adapters, and what an adapter is told about them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.types import PeftWarning
+from ..layer.containers import AdapterDict
+from ..layer.layer import AdapterLayer
+from ..layer.saved_modules import ModulesToSaveWrapper
+from ..weights.base import BaseWeight, LayerInfo, innermost
+from ..weights.find import weight_of
+
+AdapterModule = AdapterLayer | ModulesToSaveWrapper
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module and where it hangs. base: its weight, where not its type says it but `target_parameters`. key: by what
+    name patterns know it, where that is not `name`, which keys of tensors start with."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    child_name: str
+    base: BaseWeight | None = None
+    key: str = ""
+
+
+def walk(model: nn.Module) -> Iterator[Site]:
+    """Every module once, like `named_modules`, but not what is inside an adapter layer."""
+    seen: set[int] = set()
+    stack = [Site("", model, None, "")]
+    while stack:
+        site = stack.pop()
+        if id(site.module) in seen:
+            continue
+        seen.add(id(site.module))
+        yield site
+        if isinstance(site.module, AdapterLayer):
+            stack.extend(parts(site))
+            continue
+        prefix = f"{site.name}." if site.name else ""
+        children = [Site(prefix + n, m, site.module, n) for n, m in site.module._modules.items() if m is not None]
+        stack.extend(reversed(children))
+
+
+def parts(site: Site) -> list[Site]:
+    """The modules in or below a layer that its adapters go into as well (the out_proj of an attention), or are in."""
+    module, below = site.module, f"{site.name}.base_layer"
+    base = module.base if isinstance(module, AdapterLayer) else weight_of(module)
+    found = {} if base is None else base.parts()
+    own = [Site(f"{below}.{n}", w.module, innermost(module), n, w, f"{site.name}.{n}") for n, w in found.items()]
+    inner = module.base_layer if isinstance(module, AdapterLayer) else None
+    return [Site(below, inner, module, "base_layer", None, below), *own] if isinstance(inner, AdapterLayer) else own
+
+
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+    """(name, module) of every adapter layer and every module that adapters train in full."""
+    for site in walk(model):
+        if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
+            yield site.name, site.module
+
+
+def adapter_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
+    """(name, layer) of every adapter layer, or of those that have an adapter."""
+    for site in walk(model):
+        if isinstance(site.module, AdapterLayer) and (adapter is None or adapter in site.module.methods):
+            yield site.name, site.module
+
+
+class KnownModules:
+    """The modules of `adapter_modules`, looked for anew only where a module of the model is another than before."""
+
+    def __init__(self) -> None:
+        # model, the `_modules` of every module that was walked through, what was in them, what was found
+        self._last: tuple[nn.Module | None, list[Any], list[list[Any]], list[AdapterModule]] = (None, [], [], [])
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a model has modules of its own
+        return KnownModules, ()
+
+    def of(self, model: nn.Module) -> list[AdapterModule]:
+        """Those of `model`; not to be changed."""
+        if torch.compiler.is_compiling():  # a graph has guards of its own
+            return [module for _, module in adapter_modules(model)]
+        known, stores, children, found = self._last
+        if known is not model or [*map(list, map(dict.values, stores))] != children:
+            modules = [site.module for site in walk(model)]
+            inner = [module.base_layer for module in modules if isinstance(module, AdapterLayer)]
+            stores = [module._modules for module in (*modules, *inner)]
+            found = [m for m in modules if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))]
+            self._last = model, stores, [[*store.values()] for store in stores], found
+        return found
+
+
+def iter_adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Tensor]]:
+    """(key in memory, key in a file, tensor) of everything that is saved for an adapter.
+
+    The keys start at `model`: pass a PeftModel for PEFT's `base_model.model.` keys. Tensors that all layers of the
+    adapter share come once, from the tuner that holds them or, where there is none, from the first layer.
+    """
+    tuner: str | None = None
+    shared: dict[str, tuple[str, AdapterDict]] = {}
+    for site in walk(model):
+        prefix = f"{site.name}." if site.name else ""
+        if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
+            for memory, file, tensor in site.module.adapter_state(adapter_name):
+                yield prefix + memory, prefix + file, tensor
+        if isinstance(site.module, AdapterLayer):
+            for name, path in site.module.shared.items():
+                shared.setdefault(path, (prefix + name, getattr(site.module, name)))
+        elif getattr(site.module, "holds_shared_adapters", False):
+            tuner = prefix
+    for path, (where, container) in shared.items():
+        file = f"{tuner or ''}{path}"
+        for suffix, tensor in container.tensors(adapter_name):
+            end = f".{suffix}" if suffix else ""
+            yield f"{where if tuner is None else file}.{adapter_name}{end}", f"{file}{end}", tensor
+
+
+def inside_saved(site: Site) -> bool:
+    return "modules_to_save" in site.name.split(".")
+
+
+def set_child(site: Site, module: nn.Module) -> None:
+    assert site.parent is not None
+    site.parent._modules[site.child_name] = module
+
+
+def base_of(site: Site) -> BaseWeight | None:
+    """The weight that adapters of a module act on; None where there is none."""
+    return site.module.base if isinstance(site.module, AdapterLayer) else site.base or weight_of(site.module)
+
+
+def info_of(site: Site) -> LayerInfo | None:
+    if isinstance(site.module, AdapterLayer):
+        return site.module.info
+    base = base_of(site)
+    return None if base is None else base.info(site.name)
+
+
+def checked_info(site: Site) -> LayerInfo:
+    if isinstance(site.module, AdapterLayer):
+        return replace(site.module.info, name=site.key or site.name)
+    base = base_of(site)
+    if base is None:
+        raise ValueError(
+            f"Target module {site.name!r}, a {type(site.module).__name__}, is not supported. Supported are linear "
+            "layers (torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d, Conv3d, "
+            "MultiheadAttention and, by `target_parameters`, parameters."
+        )
+    if isinstance(site.parent, nn.MultiheadAttention) and not site.key:
+        raise ValueError(
+            f"{site.name!r} is read by its MultiheadAttention, which never calls it: target the attention itself "
+            f"({site.name.rpartition('.')[0]!r}); its adapters act on {site.child_name} too."
+        )
+    try:
+        base.check()
+    except ValueError as error:
+        raise ValueError(f"{site.name}: {error}") from None
+    return base.info(site.key or site.name)
+
+
+def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequence[str]) -> dict[str, bool]:
+    """The layer's type decides how its weight is stored; a configuration that says otherwise is corrected."""
+    asked = getattr(config, "fan_in_fan_out", None)
+    bases = [base_of(sites[n]) for n in names]
+    transposed = {base.fan_in_fan_out for base in bases if base is not None and base.kind == "linear"}
+    if asked is None or len(transposed) != 1 or asked in transposed:
+        return {}
+    actual = transposed.pop()
+    what = "stores its weight transposed" if actual else "does not store its weight transposed"
+    warnings.warn(f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {actual}.", PeftWarning,
+                  stacklevel=4)  # fmt: skip
+    return {"fan_in_fan_out": actual}
+
+
+def original_of(site: Site) -> nn.Module:
+    module = site.module
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def wrapper_of(site: Site) -> ModulesToSaveWrapper:
+    return site.module if isinstance(site.module, ModulesToSaveWrapper) else ModulesToSaveWrapper(site.module)
+
+

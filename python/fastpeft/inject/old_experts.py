@@ -1,0 +1,319 @@
+"""Mixtures of experts whose modules became one parameter.
+
+In transformers 4 each expert's projections were modules (`experts.3.w1`); in 5 a layer's experts are stacked, and some
+projections joined, in one parameter (`experts.gate_up_proj` [experts, out, in]), and the router is no linear layer any
+more. Targets and files with the old names go on working, as in PEFT: a target becomes a `target_parameters` entry, with
+the summed rank where projections are joined, and the tensors of a file are laid together. What the old names were is
+read from transformers' own conversion of checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.base import TargetConfig
+from ..config.patterns import first_match
+from ..config.targets import ALL_LINEAR, match_targets, minimal_suffixes, select
+from ..config.types import PeftError, PeftType, PeftWarning
+from ..files.checks import PREFIX, KeyMismatchError, list_some
+from ..methods.method import Method
+from ..weights.base import LayerInfo, innermost
+from ..weights.find import weight_of
+from .modules import Site, walk
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One layer's experts. name: of their module; old: its name in transformers 4. count: of experts. projections: by
+    parameter, in the module's order, the old modules that it holds, in the order of its rows. router: the name of the
+    router's module, if its weight is a parameter that nothing wraps; old_router: its name in transformers 4."""
+
+    name: str
+    old: str
+    count: int
+    projections: dict[str, list[str]]
+    router: str | None
+    old_router: str | None
+
+    def old_names(self) -> dict[str, tuple[str, str, int | None]]:
+        """(parameter, old module, number of the expert or None for all) by every name that stands for it."""
+        names: dict[str, tuple[str, str, int | None]] = {}
+        for parameter, olds in self.projections.items():
+            for old in olds:
+                for root in (self.name, self.old):
+                    names |= {f"{root}.{i}.{old}": (f"{self.name}.{parameter}", old, i) for i in range(self.count)}
+                    names[f"{root}.{old}"] = (f"{self.name}.{parameter}", old, None)
+        if self.router is not None and self.old_router is not None:
+            names[self.router] = names[self.old_router] = (f"{self.router}.weight", "", None)
+        return names
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The stacks of experts of a transformers model that its checkpoints hold, or held, as modules."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    sites = [site for site in walk(model) if not site.name.endswith(".base_layer")]
+    stacked = [site for site in sites if any(p is not None and p.dim() == 3 for p in _own(site).values())]
+    if not stacked or not hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    joined: dict[str, list[str]] = {}
+    renamed: list[tuple[str, str]] = []
+    for conversion in conversions:
+        sources, targets = conversion.source_patterns, conversion.target_patterns
+        if not hasattr(conversion, "operations"):
+            if all(re.fullmatch(r"[\w.\\]+", p) for p in (*sources[:1], *targets[:1])) and len(sources) == 1:
+                renamed.append((_plain(sources[0]), _plain(targets[0])))
+            continue
+        steps = [type(o).__name__ for o in conversion.operations]
+        concatenated = all(o.dim == 1 for o in conversion.operations[1:] if hasattr(o, "dim"))
+        if steps in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and concatenated and len(targets) == 1:
+            joined[_plain(targets[0])] = [_plain(s).rpartition("*.")[2].removesuffix(".weight") for s in sources]
+    found = []
+    for site in stacked:
+        projections, count = {}, 0
+        for parameter, value in _own(site).items():
+            ends = [end for end in joined if f".{site.name}.{parameter}".endswith(f".{end}")]
+            if value is not None and value.dim() == 3 and ends:
+                projections[parameter], count = joined[ends[0]], len(value)
+        if projections:
+            siblings = [s for s in sites if s.parent is site.parent and _is_router(s, count)]
+            router = siblings[0].name if siblings else None
+            old, old_router = (name and _old_name(name, renamed) for name in (site.name, router))
+            found.append(Stack(site.name, old or site.name, count, projections, router, old_router))
+    return found
+
+
+def _own(site: Site) -> dict[str, nn.Parameter | None]:
+    return innermost(site.module)._parameters
+
+
+def _plain(pattern: str) -> str:
+    return pattern.replace("\\", "").strip("^$.")
+
+
+def _is_router(site: Site, count: int) -> bool:
+    module, own = innermost(site.module), _own(site)
+    weight = own.get("weight")
+    return weight_of(module) is None and weight is not None and weight.dim() == 2 and len(weight) == count
+
+
+def _old_name(name: str, renamed: Iterable[tuple[str, str]]) -> str:
+    for old, new in renamed:
+        if f".{new}." in f".{name}.":
+            return f".{name}.".replace(f".{new}.", f".{old}.").strip(".")
+    return name
+
+
+# --- targets --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a configuration says instead; the modules that are routers; and the targets that stood for experts."""
+
+    changes: dict[str, Any]
+    routers: frozenset[str] = frozenset()
+    targets: frozenset[str] = frozenset()
+
+
+def convert_targets(
+    config: TargetConfig, method: Method, stacks: Sequence[Stack], sites: Mapping[str, Site]
+) -> Converted:
+    """Turn targets that were modules of experts into parameters.
+
+    A method that cannot adapt experts leaves them out, with a warning that names them. Raises PeftError where only a
+    part of a stack is meant.
+    """
+    targets = config.target_modules
+    names = {name: what for stack in stacks for name, what in stack.old_names().items()}
+    if not names or not targets:
+        return Converted({})
+    probe = copy.copy(config)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        probe.target_modules = list(names)
+    hits: dict[str, dict[str, set[int | None]]] = {}
+    for name in match_targets(probe, list(names)).names:
+        parameter, old, expert = names[name]
+        hits.setdefault(parameter, {}).setdefault(old, set()).add(expert)
+    routers = {f"{s.router}.weight": s.router for s in stacks if s.router is not None}
+    if not hits:
+        return Converted({})
+    if "experts" not in method.kinds:
+        left = sorted({p for p in hits if p not in routers})
+        if left:
+            warnings.warn(
+                f"{method.peft_type.value} cannot adapt stacks of experts, which the targets {_shown(targets)} mean "
+                f"too: {list_some(left)} are left out.",
+                PeftWarning, stacklevel=4,
+            )  # fmt: skip
+        return Converted({}, targets=_meant(targets, names))
+    for stack in stacks:
+        for parameter, olds in stack.projections.items():
+            _check_whole(f"{stack.name}.{parameter}", olds, stack.count, hits.get(f"{stack.name}.{parameter}", {}))
+    every = [f"{n}.{p}" for n, s in sites.items() if not n.endswith(".base_layer") for p in _own(s)]
+    given = list(getattr(config, "target_parameters", None) or [])
+    there = select(given, every)
+    new = [p for p in hits if p not in there]
+    changes: dict[str, Any] = {"target_parameters": sorted({*given, *minimal_suffixes(new, every)})}
+    changes |= _patterns(config, {p: n for p, n in _projections(stacks).items() if p in new}, every)
+    meant = _meant(targets, names)
+    if not isinstance(targets, str):
+        modules = [n for n, s in sites.items() if n not in routers.values() and weight_of(innermost(s.module))]
+        changes["target_modules"] = {t for t in targets or () if t not in meant or select([t], modules)}
+    return Converted(changes, frozenset(r for p, r in routers.items() if p in hits), meant)
+
+
+def _shown(targets: Any) -> Any:
+    return targets if isinstance(targets, str) else sorted(targets)
+
+
+def _meant(targets: Any, names: Iterable[str]) -> frozenset[str]:
+    names = list(names)
+    return frozenset(t for t in ([targets] if isinstance(targets, str) else targets)
+                     if t == ALL_LINEAR or select(t if isinstance(targets, str) else [t], names))  # fmt: skip
+
+
+def _projections(stacks: Iterable[Stack]) -> dict[str, list[list[str]]]:
+    """By parameter: the old names of each expert's modules in it."""
+    return {
+        f"{s.name}.{p}": [[f"{s.old}.{i}.{old}" for old in olds] for i in range(s.count)]
+        for s in stacks
+        for p, olds in s.projections.items()
+    }
+
+
+def _check_whole(parameter: str, olds: Sequence[str], count: int, hits: Mapping[str, set[int | None]]) -> None:
+    for old, experts in hits.items():
+        if None not in experts and len(experts) < count:
+            raise PeftError(
+                f"target_modules selects {old!r} of {len(experts)} of the {count} experts of {parameter!r}, which are "
+                "one parameter now: select all of them or none."
+            )
+    missing = [old for old in olds if old not in hits]
+    if hits and missing:
+        raise PeftError(
+            f"target_modules selects {', '.join(sorted(hits))} without {', '.join(missing)}, and {parameter!r} holds "
+            "both: select all of them or none."
+        )
+
+
+def _patterns(config: Any, projections: Mapping[str, list[list[str]]], every: Sequence[str]) -> dict[str, Any]:
+    """`rank_pattern` and `alpha_pattern` under which a joined parameter has the sum of its projections' ranks, and the
+    scaling that each of them had."""
+    ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
+    olds = [n for experts in projections.values() for expert in experts for n in expert] if ranks or alphas else []
+    old_ranks, old_alphas = first_match(ranks, olds), first_match(alphas, olds)
+    now_ranks, now_alphas = first_match(ranks, list(projections)), first_match(alphas, list(projections))
+    power = 0.5 if config.use_rslora else 1.0
+
+    def setting(name: str) -> tuple[int, float]:
+        return old_ranks.get(name, config.r), old_alphas.get(name, config.lora_alpha)
+
+    wanted: dict[str, tuple[int, float]] = {}
+    for parameter, experts in projections.items():
+        settings = {tuple(setting(n) for n in expert) for expert in experts}
+        scalings = {alpha / r**power for expert in settings for r, alpha in expert}
+        if len(settings) > 1 or len(scalings) > 1:
+            raise PeftError(
+                f"rank_pattern and alpha_pattern give the experts of {parameter!r} several ranks or scalings, and they "
+                "are one parameter now: give them one."
+            )
+        first = next(iter(settings))
+        rank = sum(r for r, _ in first)
+        alpha = first[0][1] if len(first) == 1 else first[0][1] * (rank / first[0][0]) ** power
+        if len(first) > 1 or (rank, alpha) != (
+            now_ranks.get(parameter, config.r), now_alphas.get(parameter, config.lora_alpha)
+        ):  # fmt: skip
+            wanted[parameter] = rank, int(alpha) if math.isclose(alpha, round(alpha)) else alpha
+    # One pattern for all parameters of a name if they agree; it stands first, since the first that matches counts.
+    keys: dict[str, tuple[int, float]] = {}
+    for parameter, values in wanted.items():
+        end = parameter.rpartition(".")[2]
+        same = {p: v for p, v in wanted.items() if p.endswith("." + end)}
+        alone = len(set(same.values())) == 1 and len(same) == sum(p.endswith("." + end) for p in every)
+        keys[rf".*\.{re.escape(end)}" if alone else parameter] = values
+    return {
+        "rank_pattern": {**{k: r for k, (r, _) in keys.items()}, **ranks},
+        "alpha_pattern": {**{k: a for k, (_, a) in keys.items()}, **alphas},
+    }
+
+
+def without_dropout(config: Any, configs: Mapping[str, Any], infos: Iterable[LayerInfo]) -> dict[str, Any]:
+    """The layers' configurations for an adapter from a file: where inputs are not seen, its dropout does not act.
+
+    Files of experts that were modules have one, and it has no part in what they compute.
+    """
+    there = [n for n in vars(config) if n.endswith("dropout") and getattr(config, n)]
+    found = dict(configs)
+    transient = [info.name for info in infos if info.transient] if there else []
+    for name in transient:
+        found[name] = copy.copy(found.get(name, config))
+        vars(found[name]).update(dict.fromkeys(there, 0.0))
+    if transient:
+        warnings.warn(
+            f"{there[0]}={getattr(config, there[0])} does not act in {list_some(transient)}, whose inputs are not "
+            "seen.", PeftWarning, stacklevel=4,
+        )  # fmt: skip
+    return found
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA's tensors by today's keys, from a file that may have a module for each expert.
+
+    A, of experts by rank: [experts * sum of r, in]; B, of ranks by expert and block-diagonal in what is joined: [sum of
+    out, sum of r * experts]. Works on meta tensors too. Raises KeyMismatchError if an expert's tensor is missing.
+    """
+    if config.peft_type != PeftType.LORA or not any(".lora_" in key for key in tensors):
+        return dict(tensors)
+    names = {name: what for stack in stacks for name, what in stack.old_names().items()}
+    result: dict[str, Tensor] = {}
+    parts: dict[tuple[str, str], dict[tuple[str, int], Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])\.weight", key) if names else None
+        parameter, old, expert = names.get(found[1], ("", "", None)) if found else ("", "", None)
+        if found and expert is not None:
+            parts.setdefault((parameter, found[2]), {})[old, expert] = tensor
+        elif found and parameter and not old:  # a router
+            result[f"{PREFIX}{parameter.removesuffix('.weight')}.{found[2]}.weight"] = tensor
+        else:
+            result[key] = tensor
+    for stack in stacks:
+        own = [p for p in stack.projections if (f"{stack.name}.{p}", "lora_A") in parts]
+        for i, parameter in enumerate(own):
+            # Layers of several parameters of a module are nested in its parameters' order.
+            where = f"{PREFIX}{stack.name}{'.base_layer' * (len(own) - 1 - i)}"
+            for side, fuse in (("lora_A", _fused_a), ("lora_B", _fused_b)):
+                held = parts.pop((f"{stack.name}.{parameter}", side), {})
+                wanted = [[(o, e) for o in stack.projections[parameter]] for e in range(stack.count)]
+                missing = [f"{stack.old}.{e}.{o}.{side}" for expert in wanted for o, e in expert if (o, e) not in held]
+                if missing:
+                    raise KeyMismatchError(f"the experts of {stack.name!r} lack {list_some(missing)}")
+                shapes = [{tuple(held[o, e].shape) for o, e in column} for column in zip(*wanted, strict=True)]
+                if any(len(s) > 1 or len(next(iter(s))) != 2 for s in shapes):
+                    raise KeyMismatchError(f"the experts of {stack.name!r} have {side} of several shapes: {shapes}")
+                result[f"{where}.{side}.weight"] = fuse([[held[k] for k in expert] for expert in wanted])
+    for (parameter, side), held in parts.items():
+        raise KeyMismatchError(f"{parameter!r} has {side} of {len(held)} experts and nothing else")
+    return result
+
+
+def _fused_a(experts: list[list[Tensor]]) -> Tensor:
+    return torch.cat([a for expert in experts for a in expert])
+
+
+def _fused_b(experts: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.block_diag(*expert) for expert in experts], dim=-1).flatten(1)  # type: ignore[no-untyped-call]

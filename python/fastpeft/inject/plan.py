@@ -1,0 +1,381 @@
+"""Putting adapters into a model, in two phases: a plan that changes nothing, and its commit, which cannot fail."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.base import TargetConfig
+from ..config.limits import check_adapter_name
+from ..config.targets import (
+    ALL_LINEAR,
+    Matched,
+    match_targets,
+    minimal_suffixes,
+    model_config,
+    no_match_error,
+    warn_unmatched,
+)
+from ..config.types import TaskType
+from ..files.checks import PREFIX, TUNER, list_some
+from ..layer.containers import AdapterDict
+from ..layer.layer import AdapterLayer
+from ..layer.saved_modules import ModulesToSaveWrapper, check_savable, copy_module
+from ..layer.shared_tensors import fill_containers, held_containers
+from ..methods.base_edit import EDIT
+from ..methods.computed import SharedValues, compute
+from ..methods.method import LayerInfo, Method, State
+from ..methods.registry import method_of
+from .modules import (
+    Site,
+    adapter_layers,
+    checked_info,
+    corrected_fan_in_fan_out,
+    info_of,
+    inside_saved,
+    original_of,
+    parts,
+    set_child,
+    walk,
+    wrapper_of,
+)
+from .old_experts import Converted, Stack, convert_targets, find_stacks, without_dropout
+from .parameters import parameter_sites
+from .replicate import replicate_layers
+from .tokens import TokenPlan, plan_tokens, tie_tokens
+
+LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+SEQ_CLS_HEADS = ("score", "classifier")
+
+
+@dataclass
+class _LayerPlan:
+    site: Site
+    layer: AdapterLayer
+    state: State
+    method: Method
+
+    @property
+    def is_new(self) -> bool:
+        return self.layer is not self.site.module
+
+
+@dataclass
+class _SavedPlan:
+    site: Site
+    wrapper: ModulesToSaveWrapper
+    module: nn.Module
+
+
+@dataclass
+class InjectionPlan:
+    """Everything that an adapter needs, made and checked, with the model as it was. `commit` puts it in."""
+
+    model: nn.Module
+    config: TargetConfig
+    adapter: str
+    method: Method
+    layers: list[_LayerPlan]
+    saved: list[_SavedPlan]
+    tokens: list[TokenPlan]
+    shared: State
+    changes: dict[str, Any]  # what the configuration says once the adapter is in: targets by name
+    leaders: Mapping[str, str]  # modules that share what another has, with its name
+    stacks: Sequence[Stack]  # the model's experts, where they were looked for
+    finish: Callable[[], None]  # computes what no file holds; a plan for a file needs it before `commit`
+    abandon: Callable[[], None] = lambda: None  # takes back the little that planning did to the model
+    _before: dict[str, Any] = field(default_factory=dict)
+    _frozen: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        return [plan.site.name for plan in self.layers if plan.method is self.method]
+
+    def commit(self) -> None:
+        """Put the adapter into the model. It is not active yet, and requires no gradients."""
+        self._edit_bases()
+        containers = {}
+        if self.shared:
+            held = held_containers(m for _, m in adapter_layers(self.model))
+            containers = fill_containers(self.shared, self.adapter, held)
+        for plan in self.layers:
+            plan.layer.add(self.adapter, plan.method, plan.state, containers)
+            plan.layer.set_requires_grad(self.adapter, False)
+            if plan.is_new and plan.site.parent is not None:
+                set_child(plan.site, plan.layer)
+        for tokens in self.tokens:
+            set_child(tokens.outer, tokens.wrapper)
+        for saved in self.saved:
+            saved.wrapper.add(self.adapter, saved.module)
+            saved.wrapper.set_requires_grad(self.adapter, False)
+            if saved.wrapper is not saved.site.module:
+                set_child(saved.site, saved.wrapper)
+        self._before = {name: getattr(self.config, name) for name in self.changes}
+        vars(self.config).update(self.changes)
+        self._tie()
+
+    def _tie(self) -> None:
+        """Let layers and copied modules share what they have in common."""
+        layers = {plan.site.name: plan.layer for plan in self.layers if plan.method is self.method}
+        self.method.tie(self.config, self.adapter, layers, _within(layers, self.leaders))
+        tie_tokens(self.adapter, self.tokens)
+        copies = {saved.site.name: saved.module for saved in self.saved}
+        for name, leader in _within(copies, self.leaders).items():
+            copies[name].weight = copies[leader].weight
+
+    def _edit_bases(self) -> None:
+        """Change the base weights that the adapter changes: all or, on an error, none."""
+        edits = [(plan.layer, plan.state.pop(EDIT)) for plan in self.layers if EDIT in plan.state]
+        try:
+            for layer, edit in edits:
+                layer.edit_base(self.adapter, edit)
+        except Exception:
+            for layer, _ in edits:
+                layer.restore_base(self.adapter)
+            raise
+        for layer, edit in edits:
+            for name in edit.used:
+                vars(layer.base_layer).pop(name, None)
+
+    def freeze_base(self) -> None:
+        """Stop gradients of everything that is no adapter's; `undo` turns them on again."""
+        for site in walk(self.model):
+            if isinstance(site.module, AdapterDict):
+                continue
+            base = site.module.base_layer if isinstance(site.module, AdapterLayer) else site.module
+            recurse = isinstance(site.module, AdapterLayer)
+            for parameter in base.parameters(recurse=recurse):
+                if parameter.requires_grad and not inside_saved(site):
+                    parameter.requires_grad_(False)
+                    self._frozen.append(parameter)
+
+    def undo(self) -> None:
+        """Take the adapter out again, leaving the model as it was before `commit`."""
+        for parameter in self._frozen:  # first: a base weight that comes back takes this over from the one in its place
+            parameter.requires_grad_(True)
+        for plan in self.layers:
+            plan.layer.delete_adapter(self.adapter)
+            if plan.is_new and plan.site.parent is not None:
+                set_child(plan.site, plan.site.module)
+        for tokens in self.tokens:
+            set_child(tokens.outer, tokens.outer.module)
+        for saved in self.saved:
+            saved.wrapper.delete_adapter(self.adapter)
+            if saved.wrapper is not saved.site.module:
+                set_child(saved.site, saved.site.module)
+        vars(self.config).update(self._before)
+        self.abandon()
+
+
+def plan_injection(
+    model: nn.Module,
+    config: Any,
+    adapter_name: str = "default",
+    *,
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = False,
+    loading: bool = False,
+    keys: Sequence[str] | None = None,
+) -> InjectionPlan:
+    """Work out which layers an adapter goes into, and make its tensors. Raises without having changed anything.
+
+    low_cpu_mem_usage: tensors on the meta device. autocast_adapter_dtype: float32 tensors on half-precision bases.
+    loading: a file will fill the tensors; together with low_cpu_mem_usage, nothing is computed before `finish`.
+    keys: take the targets from a state dict's keys, not from the configuration.
+    """
+    check_adapter_name(adapter_name)
+    replication = getattr(config, "layer_replication", None)
+    with ExitStack() as stack:  # what planning does to the model is taken back on an error
+        if replication:
+            stack.callback(replicate_layers(model, replication))
+        plan = _plan(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys)
+        if not (loading and low_cpu_mem_usage):
+            plan.finish()
+        plan.abandon = stack.pop_all().close
+    return plan
+
+
+def _plan(
+    model: nn.Module, config: Any, adapter_name: str, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool,
+    loading: bool, keys: Sequence[str] | None,
+) -> InjectionPlan:  # fmt: skip
+    if not isinstance(config, TargetConfig):
+        raise TypeError(f"{type(config).__name__} does not act on modules of a model")
+    method = method_of(config)
+    method.check_config(config, loading=loading)
+    bias = getattr(config, "bias", "none")
+    if bias not in ("none", "all") and not str(bias).endswith("_only"):  # "lora_only" and its kin
+        raise NotImplementedError(f"Requested bias: {bias!r}, is not implemented (none, all, <method>_only).")
+    sites = {site.name: site for site in walk(model) if site.name and not inside_saved(site)}
+    opened = method.open_fields(config, model, model_config(model).get("model_type"))
+    completed = copy.copy(config)
+    vars(completed).update(opened)
+    stacks = find_stacks(model) if keys is None and (loading or completed.target_modules) else []
+    converted = convert_targets(completed, method, stacks, sites) if keys is None else Converted({})
+    opened |= converted.changes
+    vars(completed).update(opened)
+    resolved, matched = resolve_targets(model, completed, method, sites, keys)
+    matched.names = [n for n in matched.names if n not in converted.routers]
+    leaders = method.followers(resolved, model)
+    matched.names.extend(n for n, to in leaders.items() if to in matched.names and n not in matched.names)
+    targets = _with_parts([sites[name] for name in matched.names])
+    wanted = getattr(resolved, "target_parameters", None)
+    if wanted:
+        targets += parameter_sites(wanted, sites, matched.names)
+    if not targets:
+        every = ((name, info_of(site)) for name, site in sites.items())
+        raise no_match_error(resolved, matched, (n for n, i in every if i is not None and i.kind in method.kinds))
+
+    infos = [checked_info(site) for site in targets]
+    configs = method.layer_config(resolved, [info.name for info in infos])
+    if loading:
+        configs = without_dropout(resolved, configs, infos)
+    elif keys is None:
+        adapted = [info.name for info in infos]
+        warn_unmatched(config, method.patterns.values(), list(sites), adapted, converted.targets)
+    for info in infos:
+        method.check_layer(configs.get(info.name, resolved), info)
+    resolved_fan = corrected_fan_in_fan_out(config, sites, matched.names)
+    saved = _plan_saved(model, resolved, sites)
+    names = [site.name for site in saved]
+    saved += [sites[n] for n, to in leaders.items() if to in names and n not in names]
+
+    with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+        shared = method.make_shared(resolved, infos)
+        view = SharedValues(shared) if shared else None
+        compute(shared, low_cpu_mem_usage, later=loading and low_cpu_mem_usage)
+        states = [method.make_state(configs.get(info.name, resolved), info, view) for info in infos]
+        tokens = plan_tokens(model, resolved, sites, matched.names)
+
+    def finish() -> None:
+        compute(shared, low_cpu_mem_usage)
+        for info, state in zip(infos, states, strict=True):
+            compute(state, low_cpu_mem_usage)
+            place(state, info, autocast_adapter_dtype and method.autocast)
+            if shared:  # each layer moves what all share, as in PEFT; a quantised one's arithmetic is not its precision
+                dtype = info.dtype if info.quantized is None else torch.float32
+                place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast)
+
+    for site, state in zip(targets, states, strict=True):
+        if EDIT in state and isinstance(site.module, AdapterLayer):
+            site.module.check_edit(state[EDIT])
+    layers = []
+    made: dict[int, AdapterLayer] = {}  # the outermost new layer of a module, for those that several layers go on
+    for site, info, state in zip(targets, infos, states, strict=True):
+        layer = site.module
+        if not isinstance(layer, AdapterLayer):
+            layer = AdapterLayer(made.get(id(site.module), site.module), info.name, site.base)
+            made[id(site.module)] = layer
+            layer.train(site.module.training)
+        for child in state.values():
+            if isinstance(child, nn.Module):
+                child.train(layer.training)
+        layers.append(_LayerPlan(site, layer, state, method))
+    for plan in tokens:
+        place(plan.state, plan.layer.info, autocast_adapter_dtype)
+        layers.append(_LayerPlan(plan.site, plan.layer, plan.state, plan.method))
+    plans = [_SavedPlan(site, wrapper_of(site), copy_module(original_of(site))) for site in saved]
+    changes = {**opened, "target_modules": resolved.target_modules, **resolved_fan}
+    return InjectionPlan(model, config, adapter_name, method, layers, plans, tokens, shared, changes, leaders,
+                         stacks, finish)  # fmt: skip
+
+
+def _within(names: Collection[str], leaders: Mapping[str, str]) -> dict[str, str]:
+    return {name: leader for name, leader in leaders.items() if name in names and leader in names}
+
+
+def _with_parts(targets: Sequence[Site]) -> list[Site]:
+    """The sites, and after each the modules in it that the adapter goes into as well."""
+    own = {id(part.module): part for site in targets for part in parts(site)}
+    return [
+        s for site in targets if id(site.module) not in own for s in (site, *parts(site))
+    ]  # fmt: skip
+
+
+def resolve_targets(
+    model: nn.Module, config: TargetConfig, method: Method, sites: Mapping[str, Site], keys: Sequence[str] | None
+) -> tuple[TargetConfig, Matched]:
+    """The configuration with explicit targets, and the modules that they select."""
+    names = list(sites)
+    resolved = copy.copy(config)
+    if keys is not None:
+        layered = (k.removeprefix(PREFIX) for k in keys)
+        found = {k.rpartition("." + method.prefix)[0] for k in layered if not k.startswith(TUNER)}
+        wanted = {n for n in found if n in sites}
+        lost = sorted(n for n in found - wanted if n)
+        if lost:
+            raise ValueError(f"the state dict names modules that the model lacks: {list_some(lost)}")
+        if config.target_modules is None:
+            resolved.target_modules = minimal_suffixes(wanted, names)
+        return resolved, Matched([n for n in names if n in wanted], [])
+    targets = config.target_modules
+    if not targets and getattr(config, "target_parameters", None):
+        return resolved, Matched([], [])
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        linear = set(_all_linear(model, config, sites))
+        resolved.target_modules = minimal_suffixes(linear, names)
+        matched = match_targets(resolved, names)
+        return resolved, Matched([n for n in matched.names if n in linear], matched.excluded)
+    if targets is None:
+        model_type = model_config(model).get("model_type")
+        default = method.default_targets.get(model_type) if model_type else None
+        if default is None:
+            raise ValueError(
+                f"Please specify `target_modules` in `peft_config`: there is no default for "
+                f"{f'models of type {model_type!r}' if model_type else type(model).__name__}."
+            )
+        resolved.target_modules = default if isinstance(default, str) else set(default)
+    return resolved, match_targets(resolved, names)
+
+
+def _all_linear(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site]) -> Iterator[str]:
+    """Every linear layer but the output embeddings, or the head of a classifier."""
+    heads: set[int] = set()
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is not None:
+        # another adapter may have copied it, or train rows of it
+        heads.update(id(getattr(head, inner, head)) for inner in ("original_module", "token_adapter"))
+    elif config.task_type == TaskType.SEQ_CLS:
+        heads.update(id(getattr(model, n)) for n in SEQ_CLS_HEADS if getattr(model, n, None) is not None)
+    for name, site in sites.items():
+        info = info_of(site)
+        reads_itself = info is None or info.transient or isinstance(site.parent, nn.MultiheadAttention)
+        if info is not None and info.kind == "linear" and not reads_itself and id(site.module) not in heads:
+            yield name
+
+
+def _plan_saved(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site]) -> list[Site]:
+    """The modules that `modules_to_save` names; PEFT matches the end of a name, whatever stands before it."""
+    ends = tuple(config.modules_to_save or ())
+    found = []
+    for name, site in sites.items() if ends else ():
+        if name.endswith(ends) and not (isinstance(site.parent, (ModulesToSaveWrapper, AdapterDict))):
+            check_savable(original_of(site))
+            found.append(site)
+    inner = {s.name for s in found}
+    return [s for s in found if not any(s.name.startswith(other + ".") for other in inner)]
+
+
+def place(state: State, info: LayerInfo, autocast: bool) -> None:
+    """Move new tensors to their layer's device and dtype, as PEFT does; float32 for half precision if asked."""
+    for name, value in state.items():
+        if not isinstance(value, (nn.Module, Tensor)):
+            continue
+        holder = AdapterDict({"x": value})
+        tensors = [*holder.parameters(), *holder.buffers()]
+        real = bool(tensors) and not any(t.is_meta for t in tensors) and info.device.type != "meta"
+        exact = getattr(value, "exact", False)  # a `Computed` that says so
+        dtype = info.dtype if info.dtype.is_floating_point and not exact else None
+        device = info.device if real else None
+        holder.to_entry("x", device, dtype)
+        if autocast and dtype in LOW_PRECISION:
+            holder.to_entry("x", None, torch.float32)
+        keeps = getattr(value, "persistent", True)
+        state[name] = holder["x"] if keeps else nn.Buffer(holder["x"], persistent=False)

@@ -1,0 +1,143 @@
+"""`trainable_token_indices`: rows of an embedding that are trained beside an adapter of another method.
+
+The embedding is wrapped, and the layer inside the wrapper holds the trained rows: an adapter layer like any other,
+found as `<module>.token_adapter`, which gives PEFT's keys.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..config.types import PeftWarning
+from ..layer.layer import AdapterLayer
+from ..layer.saved_modules import ModulesToSaveWrapper
+from ..methods.method import Method, State
+from ..methods.tied import embedding_name, tied_names
+from .modules import Site, checked_info
+
+
+class TrainableTokensWrapper(nn.Module):
+    """What stands in the place of an embedding (or output head) whose rows adapters train."""
+
+    def __init__(self, layer: AdapterLayer) -> None:
+        super().__init__()
+        self.token_adapter = layer
+        self.training = layer.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "token_adapter":
+                raise
+        return getattr(self.token_adapter.base_layer, name)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        return self.token_adapter.base_layer
+
+    @property
+    def weight(self) -> Any:
+        """With the active rows in it, for models that read it rather than call the module."""
+        layer = self.token_adapter
+        if layer.disable_adapters or layer.merged or not layer.methods.keys() & set(layer.active_adapters):
+            return layer.weight
+        w = layer.current_weight()[0]
+        return w.t() if layer.base.transposed else w
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
+
+
+@dataclass
+class TokenPlan:
+    """Trained rows of one module. outer: where the wrapper goes; site: where the layer goes, in the wrapper."""
+
+    outer: Site
+    wrapper: TrainableTokensWrapper
+    site: Site
+    layer: AdapterLayer
+    method: Method
+    state: State
+    leader: str | None  # the module whose rows these are
+
+
+def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], targeted: Collection[str]) -> list[TokenPlan]:
+    """The trained rows that a configuration asks for beside its adapter in the modules `targeted`; changes nothing."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    if wanted is None:
+        return []
+    from ..methods.registry import get_method
+    from ..methods.trainable_tokens import FollowingTokens, TrainableTokensConfig
+
+    asked = dict(wanted) if isinstance(wanted, Mapping) else {embedding_name(model) or "embed_tokens": wanted}
+    tokens: dict[str, list[int]] = {}
+    for end, indices in asked.items():
+        if end in (config.modules_to_save or ()):
+            raise ValueError(
+                f"The embedding layer is already marked to be trained fully: name {end!r} either in `modules_to_save` "
+                "or in `trainable_token_indices`, not in both."
+            )
+        found = [name for name in sites if name.endswith(end)]
+        if not found:
+            raise ValueError(f"Target modules ['{end}'] not found in the base model (trainable_token_indices).")
+        tokens.update(dict.fromkeys(found, indices))
+    leaders = _leaders(tied_names(model), tokens, config)
+    method, following = get_method("TRAINABLE_TOKENS"), FollowingTokens()
+    configs = {n: TrainableTokensConfig(token_indices=i) for n, i in tokens.items() if n not in leaders}
+    configs.update({n: configs[leader] for n, leader in leaders.items()})
+    plans = []
+    for name, own in configs.items():
+        module, site = sites[name].module, sites[name]
+        if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)) or name in targeted:
+            raise TypeError(f"trainable_token_indices cannot be applied to modules of type {type(module)}")
+        method.check_config(own)
+        inner = Site(f"{name}.token_adapter", module, None, "token_adapter")
+        if isinstance(module, TrainableTokensWrapper):
+            wrapper, layer = module, module.token_adapter
+            inner = Site(inner.name, layer, wrapper, "token_adapter")
+        info = checked_info(inner)
+        method.check_layer(own, info)
+        if not isinstance(module, TrainableTokensWrapper):
+            layer = AdapterLayer(module, inner.name)
+            layer.train(module.training)
+            wrapper = TrainableTokensWrapper(layer)
+        state = method.make_state(own, info, None)
+        leader = leaders.get(name)
+        plans.append(TokenPlan(site, wrapper, inner, layer, following if leader else method, state, leader))
+    return plans
+
+
+def tie_tokens(adapter: str, plans: Sequence[TokenPlan]) -> None:
+    """Give tied modules the rows that they follow."""
+    layers = {plan.outer.name: plan.layer for plan in plans}
+    for plan in plans:
+        if plan.leader is not None:
+            plan.method.tie(None, adapter, layers, {plan.outer.name: plan.leader})
+
+
+def _leaders(tied: Mapping[str, str], tokens: Mapping[str, list[int]], config: Any) -> dict[str, str]:
+    """Tied modules that follow the input embeddings' rows: all but those that name other rows."""
+    ensure = getattr(config, "ensure_weight_tying", False)
+    if ensure and not tied:
+        warnings.warn(
+            "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
+            "tying will not be applied for trainable_token_indices.",
+            PeftWarning,
+            stacklevel=5,
+        )
+    leaders = {}
+    for other, name in tied.items():
+        if name in tokens and tokens.get(other, tokens[name]) == tokens[name]:
+            leaders[other] = name
+        elif name in tokens and ensure:
+            raise ValueError(
+                "Cannot ensure weight tying when different token indices are specified for tied layers. Conflicting "
+                f"layers: {name}: {tokens[name]}, {other}: {tokens[other]}."
+            )
+    return leaders

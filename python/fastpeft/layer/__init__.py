@@ -1,0 +1,1 @@
+"""Several adapters in one layer: composing, merging, tensors that layers share."""

@@ -1,0 +1,126 @@
+"""ModulesToSaveWrapper: a module of which each adapter trains and saves a full copy (a new head, say)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.limits import BASE
+from ..weights.base import Wrapping
+from .by_row.mixed import check_length, grouped
+from .by_row.rows import Recall
+from .containers import ActiveAdapters, AdapterDict
+
+
+class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
+    """Holds the original module and one trained copy per adapter; the active adapter's copy computes.
+
+    Keys in memory are `<module>.modules_to_save.<adapter>.<tensor>`, in a file `<module>.<tensor>`.
+    """
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, module_to_save: nn.Module) -> None:
+        super().__init__()
+        check_savable(module_to_save)
+        self.original_module = module_to_save
+        self.modules_to_save = AdapterDict()
+        self._rows: tuple[str, ...] | None = None
+        self._recall: Recall | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_modules" not in self.__dict__:
+                raise
+        return getattr(self.current(), name)  # a model may read, say, `lm_head.weight`
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    def current(self) -> nn.Module:
+        """The module that computes now."""
+        name = next((n for n in self._active_adapter if n in self.modules_to_save), None)
+        if self._disable_adapters or name is None:
+            return self.original_module
+        module: nn.Module = self.modules_to_save[name]
+        return module
+
+    def add(self, adapter: str, module: nn.Module) -> None:
+        """Give an adapter its copy."""
+        self.modules_to_save[adapter] = module
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.modules_to_save.pop(adapter_name, None)
+        self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
+
+    def check_active(self, adapter_names: Sequence[str]) -> list[str]:
+        """Those of the adapters that have a copy here; two copies cannot both compute."""
+        found = [n for n in adapter_names if n in self.modules_to_save]
+        if len(found) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for a module in modules_to_save, got {found}")
+        return found
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._active_adapter = self.check_active(names)
+        for name in self.modules_to_save:
+            self.modules_to_save[name].requires_grad_(name in self._active_adapter and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled
+        if enabled:
+            self.set_adapter(self._active_adapter)
+        else:
+            for module in self.modules_to_save.values():
+                module.requires_grad_(False)
+
+    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None, steady: bool = False) -> None:
+        self._rows = None if adapter_names is None else tuple(adapter_names)
+        self._recall = self._recall if recall is None else recall
+
+    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
+        """As `AdapterLayer.adapter_state`."""
+        for key, tensor in self.modules_to_save.tensors(adapter):
+            yield f"modules_to_save.{adapter}.{key}", key, tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = kwargs.pop("adapter_names", None) or self._rows
+        if rows is None and self._recall is not None:
+            rows = self._recall.rows()
+        if rows is None or self._disable_adapters:
+            return self.current()(*args, **kwargs)
+        x, rest = args[0], args[1:]
+        check_length(x, rows)
+        groups = grouped(name if name in self.modules_to_save else BASE for name in rows)
+        parts, order = [], [i for members in groups.values() for i in members]
+        for name, members in groups.items():
+            module = self.modules_to_save.get(name, self.original_module)
+            parts.append(module(x[members], *rest, **kwargs))
+        if not all(isinstance(part, Tensor) for part in parts):
+            name = type(self.original_module).__name__
+            raise TypeError(f"a mixed batch needs modules that return one tensor, which {name} does not")
+        return torch.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
+
+
+def check_savable(module: nn.Module) -> None:
+    """Raise TypeError for modules that cannot be trained as a copy."""
+    containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterDict)
+    if isinstance(module, (*containers, Wrapping)):
+        raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)}")
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """The copy that an adapter trains."""
+    return copy.deepcopy(module)

@@ -1,0 +1,99 @@
+"""Containers of tensors that all layers of an adapter share (VeRA's A and B)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .containers import AdapterDict
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
+
+
+class SharedDict(AdapterDict):
+    """A container that several layers hold; an adapter's entry goes when the last of its layers lets it go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._holders: dict[str, int] = {}
+        self.place = ""  # where on a tuner `state_dict` has it, if only there
+
+    def _is_elsewhere(self, prefix: str) -> bool:
+        return bool(self.place) and not f".{prefix}".endswith(f".{self.place}.")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self._is_elsewhere(prefix):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if not self._is_elsewhere(prefix):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def hold(self, adapter: str) -> None:
+        self._holders[adapter] = self._holders.get(adapter, 0) + 1
+
+    def release(self, adapter: str, default: None = None) -> None:
+        """`hold` undone; nothing where this layer's adapter holds nothing."""
+        left = self._holders.get(adapter, 0) - 1
+        if left > 0:
+            self._holders[adapter] = left
+            return
+        self._holders.pop(adapter, None)
+        self.pop(adapter, None)
+
+
+def fill_containers(values: Mapping[str, Any], adapter: str, held: Mapping[str, SharedDict]) -> dict[str, SharedDict]:
+    """Put an adapter's shared tensors into containers by their names: those of `held` that other adapters use, or new
+    ones."""
+    found = {}
+    for name, value in values.items():
+        if not isinstance(value, (Tensor, nn.Module)):
+            continue  # told to `make_state` only
+        container = held.get(name)
+        found[name] = container = SharedDict() if container is None else container
+        container.set(adapter, value, persistent=getattr(value, "persistent", True))
+    reuse(found, adapter)
+    return found
+
+
+def reuse(containers: Mapping[str, SharedDict], adapter: str) -> None:
+    """Give an adapter whose buffer has the very values of another adapter's that one, and its memory back."""
+    for container in containers.values():
+        value = container._buffers.get(adapter)
+        others = {id(t): t for t in container._buffers.values() if t is not None and t is not value}
+        for other in others.values() if value is not None else ():
+            if _equal(other, value):
+                container._buffers[adapter] = other
+                break
+
+
+def _equal(a: Tensor, b: Any) -> bool:
+    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and not a.is_meta and not b.is_meta
+    # The first values tell almost any two apart.
+    return alike and torch.equal(a.flatten()[:8], b.flatten()[:8]) and torch.equal(a, b)
+
+
+def held_containers(layers: Iterable[AdapterLayer]) -> dict[str, SharedDict]:
+    """The shared containers of a model's layers, by their names on a tuner."""
+    found: dict[str, SharedDict] = {}
+    for layer in layers:
+        for attribute, name in layer.shared.items():
+            container = layer._modules[attribute]
+            assert isinstance(container, SharedDict)
+            found.setdefault(name, container)
+    return found
+
+
+def register_at(parent: nn.Module, name: str, container: SharedDict) -> None:
+    """Make a container reachable from a tuner; a dot in its name is a level (`frod_V.q_proj`)."""
+    *path, last = name.split(".")
+    container.place = name if path else ""  # PEFT's layers do not have these
+    for part in path:
+        child = parent._modules.setdefault(part, nn.ModuleDict())
+        assert child is not None
+        parent = child
+    parent._modules[last] = container

@@ -1,0 +1,372 @@
+"""LoRA: W + scaling * B A, with A [r, in_features] and B [out_features, r] (arXiv 2106.09685).
+
+scaling is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732). In a convolution A is a convolution to r
+channels and B one of kernel 1. In an embedding A holds a column per row of the table. One active adapter on a plain or
+4-bit linear layer is one call of `peft_kernels.lora_linear`.
+
+(Longer than others by a configuration of thirty fields and by the fused path that its variants share.)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_kernels.ops.dora_linear.bound import Training
+
+from ...config.base import HasBias, HasFanInFanOut, TargetConfig
+from ...config.types import PeftType, PeftWarning
+from ..adapted import AdaptedLayer
+from ..math.draws import drawn_normal, kaiming_, normal_
+from ..method import Fused, Inner, LayerInfo, Method, State
+from ..registry import register, registry
+from ..tied import Transposed, tied_fields, tied_names
+from . import start
+from .variants import SUB_CONFIGS, variant_of
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Options that only live in memory. ephemeral_gpu_offload: accepted; initialisations here need no offload."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(HasFanInFanOut, HasBias, TargetConfig):
+    """Every field of PEFT's LoraConfig, with its default. Options that are not there yet raise on use, by name."""
+
+    own_type = PeftType.LORA
+
+    r: int = 8
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, int] | None = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+    dora_full_gradient: bool = False  # DoRA: the gradient of the norm, too, which the paper and PEFT leave out
+
+    runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config",)
+    not_in_peft: ClassVar[tuple[str, ...]] = ("dora_full_gradient",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in [(n, v) for n, v in vars(self).items() if isinstance(v, dict) and n not in PLAIN_DICTS]:
+            registry()  # the variants bring the classes
+            if name in SUB_CONFIGS:  # a file has a nested configuration as a dictionary
+                try:
+                    setattr(self, name, SUB_CONFIGS[name](**value))
+                except TypeError as error:  # a field that there is not, or a value of another type
+                    raise ValueError(f"LoraConfig({name}={value!r}): {error}") from None
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
+        start.complete(self)
+
+
+PLAIN_DICTS = ("rank_pattern", "alpha_pattern", "loftq_config", "megatron_config", "auto_mapping")
+# Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
+LATER_OPTIONS = (
+    "arrow_config", "megatron_config",
+)  # fmt: skip
+INITS = (True, False, "gaussian", "orthogonal")
+
+
+@register
+class Lora(Method):
+    prefix = "lora_"
+    config_class = LoraConfig
+    tensors: ClassVar[tuple[str, ...]] = (
+        "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+    )  # fmt: skip
+    kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"})
+    patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+    counts = ("r",)
+    inits: ClassVar[tuple[str, ...]] = ()  # values of `init_lora_weights` that a variant adds
+    examples: ClassVar[Any] = (
+        {"r": 4, "lora_alpha": 3},
+        {"r": 6, "lora_alpha": 5, "use_rslora": True},
+        {"r": 2, "lora_bias": True},
+        {"r": 30, "init_lora_weights": "gaussian"},  # a rank above both sizes of the layer
+    )
+
+    def variant(self, config: LoraConfig) -> Method:
+        registry()  # finds the variants too
+        return variant_of(config) or self
+
+    def open_fields(self, config: LoraConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:
+        return tied_fields(config, model) if config.ensure_weight_tying else {}
+
+    def followers(self, config: LoraConfig, model: nn.Module) -> Mapping[str, str]:
+        return tied_names(model) if config.ensure_weight_tying else {}
+
+    def tie(self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]) -> None:
+        for name, leader in leaders.items():  # the transposed update of the transposed weight
+            layers[name].lora_A[adapter] = Transposed(layers[leader].lora_embedding_B, adapter)
+            layers[name].lora_B[adapter] = Transposed(layers[leader].lora_embedding_A, adapter)
+
+    def check_config(self, config: LoraConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        for name in LATER_OPTIONS:
+            if getattr(config, name):
+                raise NotImplementedError(f"LoraConfig({name}=...) is not there yet in fastpeft.")
+        init, found = config.init_lora_weights, start.start_of(config.init_lora_weights)
+        if found is not None:
+            if config.lora_bias:
+                raise ValueError(
+                    f"lora_bias=True is only supported with init_lora_weights=True or False, got {init!r}."
+                )
+            found.check_config(config)
+        elif init not in (*INITS, *self.inits):
+            names = (*INITS, *(s.name for s in start.starts()), "pissa_niter_<n>")
+            raise ValueError(
+                f"LoraConfig(init_lora_weights={init!r}) is unknown; there are {names} and the variant 'mica'."
+            )
+        if config.dora_full_gradient and not config.use_dora:
+            raise ValueError("LoraConfig(dora_full_gradient=True) is an option of DoRA: pass use_dora=True with it.")
+        ranks = {"r": config.r, **{f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}}
+        for name, r in ranks.items():
+            if init == "orthogonal" and r % 2:
+                raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {name}={r}.")
+
+    def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if info.transient and type(self) is not Lora:
+            raise ValueError(f"{type(self).__name__} cannot adapt {info.name!r}, a {type(info.module).__name__}.")
+        if config.r % info.groups:
+            raise ValueError(
+                f"Targeting {info.name!r}, a {type(info.module).__name__} with groups={info.groups}, needs a rank that "
+                f"is divisible by groups, got r={config.r}. Choose another rank or do not target this layer."
+            )
+        start.check_layer(config, info)
+        if config.init_lora_weights == "orthogonal" and info.kind.startswith("conv"):
+            raise ValueError(f"init_lora_weights='orthogonal' is for linear layers, {info.name!r} is a convolution")
+        if config.lora_bias and not info.has_bias and info.transient:
+            raise ValueError(f"lora_bias=True needs a bias beside {info.name!r}, which its module reads itself")
+        if config.lora_bias and not info.has_bias and info.kind != "embedding":
+            warnings.warn(
+                f"`lora_bias=True` was passed but {info.name!r} ({type(info.module).__name__}) has no bias: this "
+                "adapter cannot be merged there.",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+    # State. Modules are made and initialised in PEFT's order, so that a seed gives the same numbers here and there.
+
+    def make_state(self, config: LoraConfig, info: LayerInfo, shared: Any) -> State:
+        state: State = {
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "scaling": scaling_of(config.lora_alpha, config.r, config.use_rslora) * info.times,
+            "lora_dropout": nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity(),
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "lora_bias": config.lora_bias and info.kind != "embedding",
+        }
+        if info.kind == "experts":
+            state["experts"] = info.shape[0]
+        if info.times != 1:
+            state["times"] = info.times
+        if info.kind == "embedding":
+            rows, back = drawn_normal(config.r, info.in_features), drawn_normal(info.out_features, config.r)
+            if config.init_lora_weights is not False:
+                rows.zero_()
+                normal_(back)
+            return {**state, "lora_embedding_A": nn.Parameter(rows), "lora_embedding_B": nn.Parameter(back)}
+        a, b = (_linear if info.kind in ("linear", "experts") else _conv)(config, info)
+        init, found = config.init_lora_weights, start.start_of(config.init_lora_weights)
+        if found is not None:
+            more = found.initialise(config, info, state["scaling"], a.weight, b.weight)
+            return {**state, "lora_A": a, "lora_B": b, **more}
+        with torch.no_grad():
+            if a.weight.is_meta:
+                pass  # a file will bring the numbers
+            elif init == "orthogonal":
+                _orthogonal(a.weight, b.weight, info)
+            elif init is not False:
+                if init == "gaussian":
+                    nn.init.normal_(a.weight, std=1 / config.r)
+                else:
+                    kaiming_(a.weight)
+                nn.init.zeros_(b.weight)
+                if b.bias is not None:
+                    nn.init.zeros_(b.bias)
+        return {**state, "lora_A": a, "lora_B": b}
+
+    # Math
+
+    def matrices(self, s: Any) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of a layer that is no embedding; a variant's modules can have them in another form,
+        which a method `matrix` of theirs expands."""
+        return _matrix(s.lora_A), _matrix(s.lora_B)
+
+    def drawn(self, s: Any) -> tuple[Tensor, Tensor]:
+        """`matrices` as they act on this forward's input, where a variant draws them anew in training."""
+        return self.matrices(s)
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        a, b = s.get("lora_embedding_A"), s.get("lora_embedding_B")
+        if a is None:
+            a, b = self.matrices(s)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        if s.get("experts"):  # ranks by expert in A, experts by rank in B
+            stacked = a.to(wide).unflatten(0, (s.experts, -1))
+            return torch.baddbmm(stacked.new_zeros(()), b.to(wide).unflatten(1, (-1, s.experts)).permute(2, 0, 1),
+                                 stacked, beta=0, alpha=s.scaling)  # fmt: skip
+        # A of a convolution is [r, in, *kernel] and B [out, r, 1, ...]: the product is that of the matrices.
+        delta: Tensor = b.to(wide).flatten(1) @ a.to(wide).flatten(1) * s.scaling
+        return delta.reshape(b.shape[0], *a.shape[1:])
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        w, b = super().merged(s, shared, w, b)
+        if s.lora_bias:
+            added = s.lora_B.bias.to(w.dtype) * s.scaling
+            b = added if b is None else b + added
+        return w, b
+
+    def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
+        if info.groups > 1:
+            return "in a convolution with groups its update connects the groups, which the base weight cannot hold"
+        if s.lora_bias and not info.has_bias:
+            return "it has a bias (lora_bias=True) and the base layer has none"
+        return None
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        added: Tensor
+        if s.get("lora_embedding_A") is not None:
+            rows = inner.apply(x, s.lora_embedding_A)
+            added = F.linear(rows, s.lora_embedding_B) * s.scaling
+            return y + added
+        a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
+        added = b(a(dropout(s.cast(x, a.weight.dtype)))) * s.scaling
+        return y + added
+
+    def scale(self, s: Any) -> float | None:
+        return scaling_of(s.lora_alpha, s.r, s.use_rslora) * int(s.get("times", 1))
+
+    # Speed
+
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
+        name, base = s._name, layer.base_layer
+        if layer.base.kind != "linear" or s.get("lora_embedding_A") is not None or s.lora_bias:
+            return None
+        weight = layer.base.fast()
+        a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
+        if weight is None or not all(type(m) is nn.Linear or hasattr(m, "matrix") for m in (a, b)):
+            return None
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return None
+        get_weight = weight
+        drops = dropout if type(dropout) is nn.Dropout else None
+        compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
+        # Dicts rather than modules: a parameter that is replaced is seen, and a lookup costs a tenth of an attribute's.
+        scaling: Any = layer.scaling
+        base_parameters = base._parameters
+        modules_a, modules_b, modules_drop = (_modules(layer, c) for c in ("lora_A", "lora_B", "lora_dropout"))
+        parameters_a, parameters_b = a._parameters, b._parameters
+        derived = type(self).drawn is not Lora.drawn or not type(a) is type(b) is nn.Linear
+        hooks = (a._forward_hooks, a._forward_pre_hooks, b._forward_hooks, b._forward_pre_hooks)
+
+        def parts() -> tuple[Any, ...] | None:
+            """weight, A, B, scaling, bias, compute dtype, dropout probability; None while no kernel may act."""
+            w = get_weight()
+            wa, wb = parameters_a.get("weight"), parameters_b.get("weight")
+            if (
+                w is None or wa is None or wb is None
+                or modules_a.get(name) is not a or modules_b.get(name) is not b or modules_drop.get(name) is not dropout
+                or any(hooks)
+            ):  # fmt: skip
+                return None
+            if derived:
+                wa, wb = self.drawn(s)
+            p = drops.p if drops is not None and drops.training else 0.0
+            scale = scaling[name]
+            if isinstance(scale, Tensor):  # so that a compiled graph does not freeze it (`utils.hotswap`)
+                wb, scale = wb * scale, 1.0
+            return w, wa, wb, scale, base_parameters.get("bias"), compute, p
+
+        train = Training()
+
+        def run(x: Tensor) -> Tensor | None:
+            found = parts()
+            if found is None:
+                return None
+            w, wa, wb, scale, bias, _, p = found
+            if compute is not None and x.dtype is not compute:
+                return train(x.to(compute), w, wa, wb, None, scale, bias, p).to(x.dtype)
+            return train(x, w, wa, wb, None, scale, bias, p)
+
+        run.parts = parts  # type: ignore[attr-defined]  # for callers that fuse more than this layer
+        return run
+
+
+def _matrix(module: Any) -> Tensor:
+    expanded: Tensor = module.matrix() if hasattr(module, "matrix") else module.weight
+    return expanded
+
+
+def _modules(layer: AdaptedLayer, container: str) -> dict[str, nn.Module | None]:
+    module: nn.Module = layer._modules[container]
+    assert module is not None
+    return module._modules
+
+
+def scaling_of(alpha: float, r: int, rslora: bool) -> float:
+    """What B A is multiplied by."""
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+def _linear(config: LoraConfig, info: LayerInfo) -> tuple[nn.Linear, nn.Linear]:
+    r = config.r * (info.shape[0] if info.kind == "experts" else 1)
+    a = nn.Linear(info.in_features, r, bias=False)
+    return a, nn.Linear(r, info.out_features, bias=config.lora_bias)
+
+
+def _conv(config: LoraConfig, info: LayerInfo) -> tuple[Any, Any]:
+    base: Any = info.module
+    conv = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[info.kind]
+    a = conv(
+        info.in_features, config.r, base.kernel_size, base.stride, base.padding, base.dilation, bias=False,
+        padding_mode=base.padding_mode,
+    )  # fmt: skip
+    return a, conv(config.r, info.out_features, 1, groups=info.groups, bias=config.lora_bias)
+
+
+def _orthogonal(a: Tensor, b: Tensor, info: LayerInfo) -> None:
+    """A from the odd and B from the even rows of one orthogonal matrix: B A starts at zero, neither A nor B does.
+
+    (datta0.github.io/posts/rethink-lora-init)
+    """
+    r = a.shape[0]
+    device = a.device
+    q = torch.linalg.qr(torch.randn(r, r, device=device)).Q
+    a.copy_(torch.randn(info.in_features, r // 2, device=device).mm(q[0::2]).T / 10.0)
+    b.copy_(torch.randn(r // 2, info.out_features, device=device).T.mm(q[1::2]) / 10.0)

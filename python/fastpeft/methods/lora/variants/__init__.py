@@ -1,0 +1,49 @@
+"""LoRA's variants, one file each: methods of the same `peft_type` that an option of LoraConfig chooses.
+
+A new file is found by itself. Its class is decorated with `@variant("use_dora")`, the option that asks for it; PEFT
+allows one variant at a time, and so does `Lora.variant`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ...method import Method
+from ..start import starts
+
+V = TypeVar("V", bound=type[Method])
+VARIANTS: dict[str, Method] = {}
+# The classes of nested configurations, by the field of LoraConfig.
+SUB_CONFIGS: dict[str, type[Any]] = {start.field: start.options for start in starts() if start.options}
+
+
+def variant(option: str, config_class: type[Any] | None = None) -> Callable[[V], V]:
+    """Class decorator: the method that LoraConfig means when `asks(config, option)`; its examples join LoRA's.
+
+    config_class: of the option's value, which files hold as a dictionary; it is exported as `fastpeft.<its name>`.
+    """
+
+    def add(cls: V) -> V:
+        VARIANTS[option] = cls()
+        lora: type[Method] = cls.__bases__[0]
+        lora.examples = (*lora.examples, *cls.examples)
+        lora.model_methods = {**lora.model_methods, **cls.model_methods}
+        if config_class is not None:
+            SUB_CONFIGS[option] = config_class
+        return cls
+
+    return add
+
+
+def variant_of(config: Any) -> Method | None:
+    """The variant that a LoraConfig asks for, if any; ValueError if it asks for several."""
+    asked = [option for option in VARIANTS if asks(config, option)]
+    if len(asked) > 1:
+        raise ValueError(f"LoraConfig asks for {' and '.join(asked)}: only one variant of LoRA can be chosen.")
+    return VARIANTS[asked[0]] if asked else None
+
+
+def asks(config: Any, option: str) -> bool:
+    """Whether a variant's option is set: a field that is truthy, or a value of `init_lora_weights` (mica)."""
+    return bool(getattr(config, option)) if hasattr(config, option) else config.init_lora_weights == option

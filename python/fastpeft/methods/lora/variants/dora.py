@@ -1,0 +1,198 @@
+"""DoRA: the rows of W + sBA, normed and given a magnitude m that is learned (arXiv 2402.09353).
+
+With g = m / |W + sBA|, where the norm is a constant to the gradient as in the paper (`dora_full_gradient` lets the
+gradient through), the layer is
+
+    y = g (W x + s B A x) + b
+
+On a plain or 4-bit linear layer it is one call of `peft_kernels.dora_linear`, in training together with the norm;
+evaluation keeps the norms (`kept.Kept`). On top of other adapters W is the weight that they made, so that forward
+and merged agree (PEFT norms the base weight there).
+
+Dropout acts on both x and A x, as in PEFT: y = W (x - d(x)) + b + g (W d(x) + s B A d(x)).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels import QuantWeight, dora_linear, dora_norm
+from peft_kernels.dispatch import forward_mode
+from peft_kernels.ops.dora_linear import gain_of
+from peft_kernels.ops.dora_linear.bound import Training
+
+from ....weights.base import BaseWeight, LayerInfo
+from ...adapted import AdaptedLayer
+from ...base_edit import EDIT
+from ...math.bound import Inference
+from ...math.cache import Kept
+from ...math.row_norms import norms
+from ...method import Fused, Inner, State
+from ..lora import Lora
+from . import variant
+
+
+class Magnitude(nn.Module):
+    """Holds m under PEFT's key, `lora_magnitude_vector.<adapter>.weight`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self._kept = (Kept(), Kept())  # norms, and gains
+
+    def __getstate__(self) -> dict[str, Any]:  # of a copy: none
+        return {**self.__dict__, "_kept": (Kept(), Kept())}
+
+
+@variant("use_dora")
+class Dora(Lora):
+    kinds = Lora.kinds - {"experts"}
+    needs_base_weight = True
+    examples: ClassVar[Any] = (
+        {"r": 4, "lora_alpha": 3, "use_dora": True},
+        {"r": 30, "use_dora": True, "use_rslora": True},
+    )
+
+    def check_config(self, config: Any, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        if config.lora_bias:
+            raise ValueError("lora_bias=True is not supported for DoRA, please pass use_dora=False.")
+
+    def check_layer(self, config: Any, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        if info.groups > 1:
+            raise ValueError(f"DoRA cannot adapt {info.name!r}: its update connects the groups of the convolution.")
+
+    def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
+        state = super().make_state(config, info, shared)
+        a, b = (state[k] if isinstance(state[k], Tensor) else state[k].weight for k in _names(state))
+        if a.is_meta or info.device.type == "meta":
+            m = torch.empty(info.out_features, device=a.device)
+        elif EDIT in state:  # on the base that the edit will leave
+            w = state[EDIT](info.weight())
+            m = (w + state["scaling"] * (b.to(w) @ a.to(w))).norm(dim=1)
+        else:
+            a, b = a.to(info.device), b.to(info.device)
+            with torch.no_grad():
+                m = norms(info.base, a, b, state["scaling"])
+        shape = (1, -1, *[1] * (len(info.shape) - 2)) if info.kind.startswith("conv") else (-1,)
+        if config.dora_full_gradient:
+            state["dora_full_gradient"] = True
+        return {**state, "lora_magnitude_vector": Magnitude(m.detach().view(shape))}
+
+    def file_key(self, key: str) -> str:
+        return key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+    # Math
+
+    def matrices(self, s: Any) -> tuple[Tensor, Tensor]:
+        if s.get("lora_embedding_A") is not None:
+            return s.lora_embedding_A, s.lora_embedding_B
+        return super().matrices(s)
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        w = w + self.delta_weight(s, shared, None).to(w.dtype).reshape(w.shape)
+        g = _gain(s, _constant(s, w.flatten(1)).norm(dim=1)).to(w.dtype)
+        return w * g.view(-1, *[1] * (w.dim() - 1)), b
+
+    def gain(self, s: Any, base: BaseWeight) -> Tensor:
+        """g, over the base layer itself."""
+        a, b = self.matrices(s)
+        if s.training or s.get("dora_full_gradient"):
+            return _gain(s, norms(base, _constant(s, a), _constant(s, b), s.scaling))
+        weight: Any = base.module._parameters.get("weight", base.module._buffers.get("weight"))
+        kept: Kept = s.lora_magnitude_vector._kept[0]
+        norm = kept.get((weight, a, b), (s.scaling,), lambda: norms(base, a, b, s.scaling))
+        return _gain(s, norm)
+
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        if self.splits(s, inner.info):
+            return super().forward(s, shared, x, inner)
+        dropped, whole = s.lora_dropout(x), inner(x)
+        g, bias = self._scales(s, x, inner)
+        y = inner(dropped)
+        h = self._direction(s, dropped, y, bias)
+        return whole - (y if bias is None else y - bias) + h * g  # type: ignore[no-any-return]
+
+    def splits(self, s: Any, info: LayerInfo) -> bool:
+        drops = isinstance(s.lora_dropout, nn.Dropout) and s.lora_dropout.training
+        return not drops or info.kind == "embedding"
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        g, bias = self._scales(s, x, inner)
+        if inner.info.kind == "embedding":
+            return super().output(s, shared, x, y, inner) * g
+        h = self._direction(s, x, y, bias)
+        return h * g if bias is None else torch.addcmul(bias, h, g)
+
+    def _direction(self, s: Any, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """(W + s B A) x; y: the wrapped layer's output with its bias."""
+        a, b = s.lora_A, s.lora_B
+        added: Tensor = b(a(s.cast(x, a.weight.dtype))) * s.scaling
+        return (y if bias is None else y - bias) + added
+
+    def _scales(self, s: Any, x: Tensor, inner: Inner) -> tuple[Tensor, Tensor | None]:
+        """g and the bias of the layer that is wrapped, as they go with its output."""
+        if inner.bare:
+            base = inner.info.base
+            g, bias = self.gain(s, base), base.bias
+        else:
+            w, bias = inner.weight()
+            w = w.detach() + _constant(s, self.delta_weight(s, shared=None, w=None)).to(w.dtype).reshape(w.shape)
+            g = _gain(s, w.flatten(1).norm(dim=1))
+        columns = (-1, *[1] * (x.dim() - 2)) if inner.info.kind.startswith("conv") else (-1,)
+        g = g.view(columns)
+        return g, None if bias is None else bias.to(g.dtype).view(columns)
+
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
+        parts = getattr(super().fused(layer, s, shared), "parts", None)
+        if parts is None:
+            return None
+        magnitudes: Any = layer._modules["lora_magnitude_vector"]
+        name, magnitude, full = s._name, s.lora_magnitude_vector, bool(s.get("dora_full_gradient"))
+        modules, parameters = magnitudes._modules, magnitude._parameters
+        kept_norm, kept_gain = magnitude._kept
+        infer, train = Inference(), Training()
+
+        def run(x: Tensor) -> Tensor | None:
+            found = parts()
+            m = parameters.get("weight")
+            if found is None or m is None or modules.get(name) is not magnitude:
+                return None
+            w, a, b, scale, bias, compute, p = found
+            inside = x if compute is None else x.to(compute)
+            if full:
+                y = dora_linear(inside, w, a, b, m, dora_norm(w, a, b, scale), scale, bias, p)
+            elif layer.training:
+                y = train(inside, w, a, b, m, scale, bias, p)
+            else:
+                stored = (w.packed, w.absmax) if isinstance(w, QuantWeight) else (w,)
+                if p or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or forward_mode():
+                    norm = kept_norm.get((*stored, a, b), (scale,), lambda: dora_norm(w, a, b, scale))
+                    y = dora_linear(inside, w, a, b, m, norm, scale, bias, p)
+                else:
+                    wide = torch.float64 if inside.dtype is torch.float64 else torch.float32
+                    gain = kept_gain.get(
+                        (*stored, a, b, m), (scale, wide), lambda: gain_of(m, dora_norm(w, a, b, scale), wide)
+                    )
+                    y = infer(inside, w, a, b, gain, scale, bias)
+            return y.to(x.dtype) if inside is not x else y
+
+        return run
+
+
+def _names(state: State) -> tuple[str, str]:
+    return ("lora_A", "lora_B") if "lora_A" in state else ("lora_embedding_A", "lora_embedding_B")
+
+
+def _constant(s: Any, t: Tensor) -> Tensor:
+    """A tensor as the norm sees it: a constant, as in the paper, unless the gradient is to be the full one."""
+    return t if s.get("dora_full_gradient") else t.detach()
+
+
+def _gain(s: Any, norm: Tensor) -> Tensor:
+    m: Tensor = s.lora_magnitude_vector.weight
+    return gain_of(m, norm, m.dtype)

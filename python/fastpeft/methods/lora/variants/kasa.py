@@ -1,0 +1,109 @@
+"""KaSA: W + scaling * B diag(d) A on a base without its r smallest singular components (arXiv 2412.06071).
+
+d [r] is learned, as are A and B; the model starts as the base so truncated, since B starts at zero. The truncation is a
+base edit (`base_edit.py`): deleting the adapter brings the base back; 4-bit and 8-bit bases are requantised without
+these components, where PEFT leaves them as they are and drops d without a word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...adapted import AdaptedModel
+from ...base_edit import EDIT
+from ...math.draws import drawn_normal
+from ...method import Inner, LayerInfo, State
+from ..lora import Lora
+from ..start import start_of
+from . import variant
+
+
+@dataclass
+class KasaConfig:
+    """Weights of the two regularisers that `model._get_kasa_loss()` gives, to be added to the task's loss: beta of
+    |d|^2, gamma of |B'B - I| + |AA' - I|."""
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "gamma"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be non-negative, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """The edit of the base: W without its r smallest singular components."""
+
+    r: int
+    used: ClassVar[tuple[str, ...]] = ()
+    once: ClassVar[bool] = True
+
+    def __call__(self, w: Tensor) -> Tensor:
+        u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
+        kept: Tensor = (u[:, : -self.r] * sigma[: -self.r]) @ vh[: -self.r]
+        return kept
+
+    def removed_factors(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
+        return u[:, -self.r :] * sigma[-self.r :], vh[-self.r :]
+
+
+def kasa_loss(tuner: AdaptedModel, adapter_names: str | list[str] | None = None) -> Tensor | float:
+    """The regularisers of the adapters (None: the active ones), summed over layers; 0.0 if none is a KaSA."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or tuner.active_adapters
+    total: Tensor | float = 0.0
+    for _, layer in tuner.adapter_layers():
+        for name in names:
+            if not isinstance(layer.methods.get(name), Kasa):
+                continue
+            s, config = layer.view(name), tuner.peft_config[name].kasa_config  # type: ignore[attr-defined]
+            a, b, d = s.lora_A.weight.float(), s.lora_B.weight.float(), s.lora_diag.float()
+            eye = torch.eye(len(d), device=d.device)
+            off = torch.linalg.norm(b.T @ b - eye) + torch.linalg.norm(a @ a.T - eye)
+            total = total + config.beta * d.square().sum() + config.gamma * off
+    return total
+
+
+@variant("kasa_config", KasaConfig)
+class Kasa(Lora):
+    kinds = frozenset({"linear"})
+    tensors = (*Lora.tensors, "lora_diag")
+    examples: ClassVar[Any] = ({"r": 4, "lora_alpha": 3, "kasa_config": KasaConfig()},)
+    model_methods: ClassVar[Any] = {"_get_kasa_loss": kasa_loss}
+
+    def check_config(self, config: Any, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        start = start_of(config.init_lora_weights)
+        if start is not None and start.edits_base:
+            raise ValueError(f"kasa_config cannot be combined with init_lora_weights={config.init_lora_weights!r}.")
+
+    def check_layer(self, config: Any, info: LayerInfo) -> None:
+        super().check_layer(config, info)
+        most = min(info.out_features, info.in_features)
+        if config.r >= most:
+            raise ValueError(
+                f"KaSA requires `r` ({config.r}) to be smaller than min(in_features, out_features) ({most}) of "
+                f"{info.name!r}, so that something of the base weight is left."
+            )
+
+    def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
+        state = super().make_state(config, info, shared)
+        return {**state, "lora_diag": nn.Parameter(drawn_normal(config.r)), EDIT: Truncation(config.r)}
+
+    def matrices(self, s: Any) -> tuple[Tensor, Tensor]:
+        a, b = super().matrices(s)
+        return a, b * s.lora_diag.to(b.dtype)
+
+    def drawn(self, s: Any) -> tuple[Tensor, Tensor]:
+        return self.matrices(s)
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
+        added: Tensor = b(a(dropout(s.cast(x, a.weight.dtype))) * s.lora_diag) * s.scaling
+        return y + added

@@ -1,0 +1,328 @@
+"""Method: the stateless math of one kind of adapter, and the registry of methods.
+
+A method knows one adapter's tensors in one layer and that layer's weight as a matrix. It knows nothing of names of
+other adapters, merging, devices, quantisation or other methods; `AdapterLayer` composes, merges and stores.
+
+The law that every method obeys (tests/fastpeft/test_laws.py holds each to it):
+
+    layer.forward(x) == F.linear(x, *merged(W, b))
+
+where W, b is the layer that the adapters before this one made. `W` is always given as [out_features, in_features]
+(Conv1D transposed, an embedding as the matrix that acts on one-hot rows), for convolutions [out, in / groups, *kernel].
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config.base import PeftConfig, check_probabilities, check_ranks
+from ..config.patterns import first_match
+from ..config.targets import DEFAULT_TARGETS
+from ..config.types import PeftType
+from ..weights.base import LayerInfo as LayerInfo
+from .adapted import AdaptedLayer
+
+State = dict[str, Any]
+Fused = Callable[[Tensor], "Tensor | None"]
+
+
+class Inner(Protocol):
+    """The layer that an adapter wraps: the base layer with the adapters before it."""
+
+    @property
+    def info(self) -> LayerInfo: ...
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is the base layer itself, without adapters."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Its output."""
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        """Its dense W and b, in at least float32; costly for quantised layers."""
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the layer would compute with another weight (a convolution with its stride and padding)."""
+
+    def bias(self) -> Tensor | None:
+        """Its b alone, without its W. For linear layers."""
+
+    def frozen(self) -> Callable[[], Tensor] | None:
+        """A function that gives the W of a frozen base layer (no embedding), for a method that computes with another
+        weight in its place (`weight_side.py`); None if the module has to be called (adapters, hooks, training)."""
+
+
+class AdapterView:
+    """One adapter's tensors and values in one layer, by name: `s.lora_A`, `s.scaling`. Reads through, holds nothing."""
+
+    # No __slots__: torch.compile traces `__getattr__` only of objects that have a `__dict__`.
+    def __init__(self, layer: AdaptedLayer, name: str) -> None:
+        self._layer = layer
+        self._name = name
+
+    @property
+    def training(self) -> bool:
+        return self._layer.training
+
+    @property
+    def row_values(self) -> Sequence[Any] | None:
+        """What `Method.row_values` gave for the rows of this call."""
+        return self._layer.row_values(self._name)
+
+    @property
+    def in_features(self) -> int:
+        return self._layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self._layer.out_features
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return getattr(self._layer, name)[self._name]
+        except KeyError:
+            raise AttributeError(f"adapter {self._name!r} has no {name!r} in this layer") from None
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """An input in the dtype of the adapter's tensors, unless a user turned that off."""
+        return x.to(dtype) if self._layer.cast_input_dtype_enabled else x
+
+    def get(self, name: str, default: Any = None) -> Any:
+        container = getattr(self._layer, name, None)
+        return default if container is None or self._name not in container else container[self._name]
+
+
+class Method:
+    """One adapter type. Subclasses live in `methods/`, one file each, and are registered with `@register`.
+
+    prefix, config_class: its names; PEFT's type and name of the tuner class ("LoraModel") follow from the latter.
+    tensors: names of the containers with trainable tensors, in PEFT's order. kinds: of layers it can adapt.
+    mergeable: whether it has a merged form; a method without one is held to composition only. default_targets: what is
+    adapted when no target is named, by `model.config.model_type`. patterns: fields that a layer can have its own value
+    of, with the field that gives these values by pattern ({"r": "rank_pattern"}). examples: arguments of small
+    configurations that between them exercise every option; the tests of the laws run over them. model_methods:
+    functions that a model with such an adapter has as methods, by name; each takes the tuner first. autocast: whether
+    tensors become float32 on half-precision bases. repeats_shared: whether files repeat what is shared in every layer.
+    counts: fields of the configuration that are positive integers, such as ranks.
+    """
+
+    peft_type: ClassVar[PeftType]
+    prefix: ClassVar[str]
+    config_class: ClassVar[type[PeftConfig]]
+    model_name: ClassVar[str] = "TunerModel"
+    tensors: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    default_targets: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS
+    patterns: ClassVar[Mapping[str, str]] = {}
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    model_methods: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    mergeable: ClassVar[bool] = True
+    autocast: ClassVar[bool] = True
+    needs_base_weight: ClassVar[bool] = False
+    repeats_shared: ClassVar[bool] = False
+    counts: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        if "config_class" in vars(cls) and cls.config_class.own_type is not None:
+            cls.peft_type = cls.config_class.own_type
+            cls.model_name = cls.config_class.__name__.removesuffix("Config") + "Model"
+
+    def variant(self, config: Any) -> Method:
+        """The method that a configuration means, where its options choose between several (LoRA and DoRA)."""
+        return self
+
+    # What is asked before anything is built. Errors here leave the model as it was.
+
+    def check_config(self, config: Any, loading: bool = False) -> None:
+        """Raise for values that make no sense, and NotImplementedError for options that are not there yet.
+
+        loading: the tensors will come from a file, so how they would be initialised need not be supported.
+        """
+        for field in self.counts:
+            check_ranks(getattr(config, field), getattr(config, self.patterns.get(field, ""), None), field)
+        check_probabilities(config)
+
+    def check_layer(self, config: Any, info: LayerInfo) -> None:
+        """Raise ValueError where the math makes no sense on this layer (never silently do nothing)."""
+        if info.kind not in self.kinds:
+            raise ValueError(
+                f"{self.peft_type.value} cannot adapt {info.name!r}, a {type(info.module).__name__}: it supports "
+                f"layers of kind {', '.join(sorted(self.kinds))}."
+            )
+        if info.transient:
+            self._check_transient(config, info)
+
+    def _check_transient(self, config: Any, info: LayerInfo) -> None:
+        """The module computes with the merged weight: nothing can act on its inputs."""
+        what = f"{info.name!r}, a {type(info.module).__name__} that reads its weight itself"
+        if not self.mergeable:
+            raise ValueError(f"{self.peft_type.value} has no merged weight, which {what}, would need.")
+        dropouts = [n for n in vars(config) if n.endswith("dropout") and getattr(config, n)]
+        if dropouts:
+            raise ValueError(
+                f"{dropouts[0]}={getattr(config, dropouts[0])} cannot act in {what}: inputs are not seen. Set it to 0."
+            )
+
+    def layer_config(self, config: Any, names: Sequence[str]) -> dict[str, Any]:
+        """The configuration of layers where it is not `config`, because of `patterns`, by name."""
+        values = {f: first_match(getattr(config, p, None) or {}, names) for f, p in self.patterns.items()}
+        made: dict[tuple[Any, ...], Any] = {}
+        result = {}
+        for name in names:
+            own = {f: found[name] for f, found in values.items() if name in found}
+            if any(value != getattr(config, f) for f, value in own.items()):
+                key = tuple(sorted(own.items()))
+                if key not in made:
+                    made[key] = copy.copy(config)
+                    vars(made[key]).update(own)
+                result[name] = made[key]
+        return result
+
+    def open_fields(self, config: Any, model: nn.Module, model_type: str | None) -> dict[str, Any]:
+        """Fields that a configuration leaves open and that the model decides, or ValueError if it cannot."""
+        return {}
+
+    def followers(self, config: Any, model: nn.Module) -> Mapping[str, str]:
+        """Modules that are adapted along with another, whose weight they have too, by name with the other's name."""
+        return {}
+
+    # State: modules, parameters and buffers go into containers named after them, anything else into plain dicts.
+
+    def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
+        """What all layers of the adapter share (VeRA's A and B); {} for most methods.
+
+        Parameters, buffers and modules go into containers of their names, which the layers hold (`shared.py`); a name
+        that is in `tensors` too is trained. Other values are for `make_state` alone.
+        """
+        return {}
+
+    def shares(self, info: LayerInfo, names: Sequence[str]) -> Mapping[str, str]:
+        """Which of the shared entries `names` a layer holds, by the name that it has there."""
+        return {name: name for name in names}
+
+    def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
+        """One layer's entries by name, initialised: those of `tensors` that this adapter has there, values such as
+        `scaling`, and modules or buffers that are not trained."""
+        raise NotImplementedError
+
+    def tie(
+        self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]
+    ) -> None:
+        """Let layers share entries: called once, when the adapter is in all its layers, given by name. leaders: see
+        `followers`."""
+
+    def saves(self, state: Mapping[str, Any], name: str) -> bool:
+        """Whether the entry `name`, if it holds tensors, is in `state_dict` and in files."""
+        return bool(getattr(state.get(name), "persistent", True))  # nn.Buffer and `Computed` say it themselves
+
+    def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for a layer's tensors from a file, by key, whose values make no sense; their shapes fit."""
+
+    def trains(self, s: Any, name: str) -> bool:
+        """Whether the entry `name` (one of `tensors`) is trained."""
+        return True
+
+    def file_key(self, key: str) -> str | None:
+        """The key in a file for a tensor's key in memory, both without the adapter's name; None if it is in no file."""
+        return key
+
+    def pack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds, given the adapter's tensors by their keys in a file. Also called with meta tensors."""
+        return tensors
+
+    def unpack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `pack`, to which it may be applied twice. Raises ValueError for values that make no sense."""
+        return tensors
+
+    def ignores(self, config: Any, key: str) -> bool:
+        """Whether a file's tensor is passed over because the configuration says that it is computed."""
+        return False
+
+    def make_room(self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Called before a file's tensors, by their keys in the layer, go into it: it can take over their sizes."""
+
+    def filled(self, layer: AdaptedLayer, adapter: str) -> None:
+        """Called once a file's tensors are in a layer, for what follows from them."""
+
+    # Math. `s` is an AdapterView, `shared` what make_shared gave, `inner` the layer that this adapter wraps.
+
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        """What is added to W, in W's shape. Additive methods need only this. w: W, if `needs_base_weight`."""
+        raise NotImplementedError
+
+    def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias of the adapted layer, given those of the layer that it wraps."""
+        delta = self.delta_weight(s, shared, w if self.needs_base_weight else None)
+        return w + delta.to(w.dtype).reshape(w.shape), b
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """A [r, in_features] and B [out_features, r] whose product is the whole update, where the method has them."""
+        return None
+
+    def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
+        """Why this adapter has no merged form in this layer, or None if it has."""
+        return None if self.mergeable else f"{self.peft_type.value} has no merged form"
+
+    def input(self, s: Any, shared: Any, x: Tensor) -> Tensor:
+        """What the wrapped layer sees in place of x."""
+        return x
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        """The adapted layer's output; y is the wrapped layer's for `input(x)`.
+
+        By default what `delta_weight` gives is applied to x; a method without one acts through `input` alone.
+        """
+        if type(self).delta_weight is Method.delta_weight:
+            return y
+        w = inner.weight()[0] if self.needs_base_weight else None
+        delta = self.delta_weight(s, shared, w)
+        return y + inner.apply(x, delta.to(x.dtype) if x.is_floating_point() else delta)
+
+    def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
+        """The adapted layer; only a method that calls `inner` other than once replaces it."""
+        return self.output(s, shared, x, inner(self.input(s, shared, x)), inner)
+
+    def splits(self, s: Any, info: LayerInfo) -> bool:
+        """Whether `forward` is now one call of `inner` between `input` and `output`: then rows of several adapters have
+        that call in common (`routing.py`). A method that replaces `forward` says when."""
+        return type(self).forward is Method.forward
+
+    # Optional: more of a model's forward than its layers see. Both act while the adapter is active.
+
+    def row_values(self, config: Any, inputs: Mapping[str, Any]) -> Sequence[Any] | None:
+        """A value for each row of a batch, which layers have as `s.row_values` (aLoRA's offsets). inputs: the arguments
+        of the model's forward or `generate` by name, with a first positional one as `input_ids`."""
+        return None
+
+    def model_output(self, tuner: Any, adapter: str, output: Any) -> Any:
+        """What a forward of the model returns (AdaLoRA adds a regularisation to its loss)."""
+        return output
+
+    @property
+    def hooks_model(self) -> bool:
+        """Whether one of these two is there."""
+        own = type(self)
+        return own.row_values is not Method.row_values or own.model_output is not Method.model_output
+
+    # Optional: speed, and scaling by a user.
+
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
+        """A function that computes the whole layer for x while this adapter alone is active and unmerged, or None.
+
+        It is made once and kept until the layer's adapters change, so it must read tensors through their containers
+        (a parameter can be replaced at any time). It returns None for a call that it cannot serve; the composition of
+        `input` and `output` then does.
+        """
+        return None
+
+    def scale(self, s: Any) -> float | None:
+        """The scaling that the configuration gives, where the method has one (`layer.scaling`)."""
+        return None
+
+

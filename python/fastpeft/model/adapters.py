@@ -1,0 +1,87 @@
+"""The adapters of any model, with a PeftModel around it or without: which are active, which train, in what dtype."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.types import PeftWarning
+from ..files.checks import list_some
+from ..inject.modules import adapter_layers, adapter_modules
+from ..inject.plan import LOW_PRECISION
+from ..layer.saved_modules import ModulesToSaveWrapper
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+) -> None:
+    """Make one or several adapters of `model` active, in this order; a merged model is unmerged first, with a warning.
+
+    inference_mode: they do not train. layer_cls: PEFT's; all adapter layers are of one class here.
+    """
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    modules = [module for _, module in adapter_modules(model)]
+    for module in modules:
+        if isinstance(module, ModulesToSaveWrapper):
+            module.check_active(names)
+    merged = [layer for _, layer in adapter_layers(model) if layer.merged_adapters]
+    if merged:
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning,
+                      stacklevel=3)  # fmt: skip
+    for layer in merged:
+        layer.unmerge()
+    for module in modules:
+        module.set_adapter(names, inference_mode)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
+    """Remove an adapter from `model` (not its entry in `model.peft_config`), and give the adapters that are active now,
+    None if there are none.
+
+    If it was the only active one, the first of the others, by name, becomes active. prefix, layer_cls: PEFT's, of no
+    use here. Raises ValueError while it is merged.
+    """
+    modules = list(adapter_modules(model))
+    merged = [name for name, module in modules if adapter_name in module.merged_adapters]
+    if merged:
+        raise ValueError(
+            f"Cannot delete adapter {adapter_name!r} while it is merged (in {list_some(merged)}). Unmerge it first."
+        )
+    layers_first = sorted(modules, key=lambda item: isinstance(item[1], ModulesToSaveWrapper))  # those know only theirs
+    active = list(dict.fromkeys(name for _, module in layers_first for name in module.active_adapters))
+    left = [name for name in active if name != adapter_name]
+    others = sorted({name for _, module in modules for name in module._get_available_adapters()} - {adapter_name})
+    if adapter_name in active and not left and others:
+        left = others[:1]
+        warnings.warn(
+            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+            PeftWarning,
+            stacklevel=3,
+        )
+    # Chosen once for the model, not by each layer for itself: layers need not have the same adapters.
+    set_adapter(model, left)
+    for _, module in modules:
+        module.delete_adapter(adapter_name)
+    return left or None
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Turn gradients of adapters on or off without changing which are active."""
+    for _, module in adapter_modules(model):
+        module.set_requires_grad(adapter_names, requires_grad)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Make an adapter's tensors of 16 and 8 bits float32; they are new parameters."""
+    for _, layer in adapter_layers(model, adapter_name) if autocast_adapter_dtype else ():
+        for _, container in layer.containers():
+            if adapter_name not in container:
+                continue
+            entry = container[adapter_name]
+            tensors = [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]
+            if any(tensor.dtype in LOW_PRECISION for tensor in tensors):
+                container.to_entry(adapter_name, None, torch.float32)

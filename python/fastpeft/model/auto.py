@@ -1,0 +1,100 @@
+"""AutoPeftModel: the base model and the adapter from the adapter's folder alone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+from ..config.base import PeftConfig
+from ..config.types import TaskType
+from .tasks import PeftModel, class_for
+
+# What transformers calls the classes that build a base model for a task.
+AUTO_CLASSES = {
+    TaskType.SEQ_CLS.value: "AutoModelForSequenceClassification",
+    TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
+    TaskType.CAUSAL_LM.value: "AutoModelForCausalLM",
+    TaskType.TOKEN_CLS.value: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS.value: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION.value: "AutoModel",
+}
+
+
+class AutoPeftModel:
+    """`AutoPeftModel.from_pretrained(adapter)` loads the base model that the adapter's configuration names."""
+
+    task_type: ClassVar[TaskType | None] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise OSError(f"{type(self).__name__} is made with {type(self).__name__}.from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """The adapter over its base model. Further arguments go to the base model's `from_pretrained`."""
+        import transformers
+
+        hub = {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        peft_config = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
+        if cls.task_type is not None and peft_config.task_type not in (None, cls.task_type):
+            raise ValueError(f"{cls.__name__} is for {cls.task_type.value}, the adapter for {peft_config.task_type}")
+        if peft_config.base_model_name_or_path is None:
+            raise ValueError(f"{pretrained_model_name_or_path} does not name its base model (base_model_name_or_path)")
+        base_options = {k: v for k, v in kwargs.items() if k != "subfolder"}
+        base_class = getattr(transformers, cls._base_class_name(peft_config))
+        model = base_class.from_pretrained(
+            peft_config.base_model_name_or_path, revision=peft_config.revision or "main", **base_options
+        )
+        return class_for(peft_config).from_pretrained(
+            model, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config,
+            revision=revision, **hub,
+        )  # fmt: skip
+
+    @classmethod
+    def _base_class_name(cls, config: PeftConfig) -> str:
+        task = cls.task_type or config.task_type
+        if task is not None:
+            return AUTO_CLASSES[str(getattr(task, "value", task))]
+        # A configuration names a class and its module. Nothing that a file names is imported: only a model class that
+        # transformers itself offers is taken.
+        import transformers
+
+        name = str((config.auto_mapping or {}).get("base_model_class", ""))
+        found = getattr(transformers, name, None) if name.isidentifier() else None
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+            raise ValueError(
+                f"The adapter has no task type and its base class {name!r} is no model of transformers: load the base "
+                "model yourself and call PeftModel.from_pretrained(model, adapter)."
+            )
+        return name
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    task_type = TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    task_type = TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    task_type = TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    task_type = TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    task_type = TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    task_type = TaskType.FEATURE_EXTRACTION

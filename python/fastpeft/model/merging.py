@@ -1,0 +1,133 @@
+"""Merging adapters into a whole model, taking them out again, and unloading: all layers or none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ..config.types import PeftWarning
+from ..files.progress import shown
+from ..inject.modules import AdapterModule, adapter_layers, adapter_modules, set_child, walk
+from ..inject.tokens import TrainableTokensWrapper
+from ..layer.layer import AdapterLayer
+from ..layer.saved_modules import ModulesToSaveWrapper
+
+
+class ModelMerging(nn.Module):
+    """A model with adapter layers, which merges them."""
+
+    model: nn.Module
+    merge_errors: dict[str, float]  # of the last merge into quantised layers, by layer
+
+    def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]:
+        return adapter_modules(self.model)
+
+    def adapter_layers(self, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
+        return adapter_layers(self.model, adapter)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (None: the active ones) into the base weights; `unmerge_adapter` brings the exact bytes back.
+
+        That costs a second copy of each merged layer's weight, which is held until then. Into quantised layers the
+        result is requantised; a warning reports the error, and `merge_errors` holds it by layer. safe_merge: raise
+        ValueError if a merged weight is not finite. An error leaves every weight as it was.
+        """
+        layers = list(self.adapter_layers())
+        for _, layer in layers:
+            layer.to_merge(adapter_names)
+        done: list[tuple[AdapterLayer, list[str]]] = []
+        errors = {}
+        try:
+            for name, layer in layers:
+                before = list(layer.merged_adapters)
+                error = layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                if layer.merged_adapters != before:
+                    done.append((layer, before))
+                if error is not None:
+                    errors[name] = error
+        except Exception:
+            for layer, before in done:
+                layer.unmerge()
+                if before:
+                    layer.merge(adapter_names=before)
+            raise
+        self._report_errors(errors)
+
+    def _report_errors(self, errors: dict[str, float]) -> None:
+        self.merge_errors = errors
+        if errors:
+            worst = max(errors, key=lambda name: errors[name])
+            warnings.warn(
+                f"Merged into {len(errors)} quantised layers by requantising them: the relative error of the weights "
+                f"is {sum(errors.values()) / len(errors):.2e} on average, {errors[worst]:.2e} at most ({worst}).",
+                PeftWarning,
+                stacklevel=3,
+            )
+
+    def unmerge_adapter(self) -> None:
+        """Undo every merge; the base weights have the exact bytes that they had before."""
+        for _, layer in self.adapter_layers():
+            if layer.merged_adapters:
+                layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters and return the model without any adapter layer. Old weights are not kept.
+
+        safe_merge: every layer's result is checked before the first is written, so that an error leaves every weight
+        as it was.
+        """
+        layers = list(self.adapter_layers())
+        for _, layer in layers:
+            layer.to_merge(adapter_names)
+        if safe_merge:
+            for _, layer in layers:
+                layer.check_safe(adapter_names)
+        errors = {}
+        for name, layer in shown(layers, "Unloading and merging model", progressbar):
+            error = layer.merge(adapter_names=adapter_names, keep=False)
+            if error is not None:
+                errors[name] = error
+        self._report_errors(errors)
+        return self._unload(merged=True)
+
+    def unload(self) -> nn.Module:
+        """The base model without any adapter layer."""
+        return self._unload(merged=False)
+
+    def _unload(self, merged: bool) -> nn.Module:
+        for site in reversed(list(walk(self.model))):  # what is nested comes out first
+            module = site.module
+            if isinstance(module, AdapterLayer):
+                if not module.merged_adapters:
+                    module.restore_base()
+                set_child(site, module.base_layer)
+            elif isinstance(module, ModulesToSaveWrapper):
+                set_child(site, module.current() if merged else module.original_module)
+            elif isinstance(module, TrainableTokensWrapper):
+                set_child(site, module.token_adapter)
+        if "peft_config" in vars(self.model):
+            del self.model.peft_config
+        if merged:
+            self._untie()
+        return self.model
+
+    def _untie(self) -> None:
+        """A merge into tied embeddings changes one of the two; the model's configuration must not tie them again."""
+        config = getattr(self.model, "config", None)
+        if not getattr(config, "tie_word_embeddings", False) or not hasattr(self.model, "get_input_embeddings"):
+            return
+        pair = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]  # type: ignore[operator]
+        weights = [getattr(module, "weight", None) for module in pair]
+        if all(isinstance(w, torch.Tensor) for w in weights) and weights[0].data_ptr() != weights[1].data_ptr():  # type: ignore[union-attr]
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            warnings.warn(
+                "Input and output embeddings are no longer tied after merging. Setting `tie_word_embeddings=False` in "
+                "the model config.",
+                PeftWarning,
+                stacklevel=4,
+            )

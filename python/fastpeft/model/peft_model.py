@@ -1,0 +1,324 @@
+"""PeftModel: a thin facade over a tuner, with PEFT's names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..config.base import PeftConfig
+from ..config.types import TaskType
+from ..files.whole import is_sharded, may_write
+from ..inject.plan import InjectionPlan
+from ..methods.registry import method_of
+from ..saving.folder import open_adapter, save_adapter
+from ..saving.load import plan_loading
+from ..saving.state_dict import get_peft_model_state_dict
+from .distributed import frozen_buffers
+from .prepare import enable_input_gradients, is_checkpointing
+from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters. Attributes that it lacks are those of the tuner, then of the base model.
+
+    model: changed in place (its target modules are replaced by adapter layers), unless an error is raised.
+    autocast_adapter_dtype: keep adapters in float32 on float16 and bfloat16 bases. low_cpu_mem_usage: make the
+    adapter's tensors on the meta device, to be filled by `load_adapter`.
+    """
+
+    by_task: ClassVar[dict[str, type[PeftModel]]] = {}  # the classes of `tasks.py`
+
+    def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            PeftModel.by_task[task.value] = cls
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        _plan: InjectionPlan | None = None,
+    ) -> None:
+        super().__init__()
+        self.peft_type = peft_config.peft_type
+        with self._preparing(peft_config):
+            self.base_model: BaseTuner = tuner_class(method_of(peft_config))(
+                model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype, plan=_plan,
+            )  # fmt: skip
+        self.training = model.training
+        self.base_model.training = model.training
+        if is_checkpointing(model):
+            enable_input_gradients(model)
+        # Some models split their matrices to imitate tensor parallelism, which adapter layers have no part in.
+        if hasattr(getattr(model, "config", None), "pretraining_tp"):
+            model.config.pretraining_tp = 1  # type: ignore[union-attr]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel need not send around (it asks by this name)."""
+        return frozen_buffers(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+        return getattr(self.base_model, name)
+
+    # What it has
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.base_model.active_adapter
+        return active[0] if isinstance(active, list) and len(active) == 1 else active
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {name for c in self.peft_config.values() for name in getattr(c, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.base_model, "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(parameters that require gradients, all parameters); a 4-bit weight counts its elements, not its bytes."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return get_model_status(self)
+
+    # Computing
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward. adapter_names: an adapter for each row of the batch ("__base__" for none)."""
+        tuner = self.base_model
+        if not tuner._hooked and not tuner._recall and AUXILIARY_KWARGS.isdisjoint(kwargs):
+            return tuner.model(*args, **kwargs)
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return (tuner if tuner._hooked else tuner.model)(*args, **_without_auxiliary(kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`. adapter_names: an adapter for each row of the inputs, which beams repeat."""
+        base: Any = self.get_base_model()
+        defaults = {"generation_config": getattr(base, "generation_config", None)}
+        with self._enable_peft_forward_hooks(*args, **{**defaults, **kwargs}):
+            return base.generate(*args, **_without_auxiliary(kwargs))
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+
+    # Adapters come and go
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained adapter, of any method. It is not made active."""
+        with self._preparing(peft_config):
+            self.base_model.add(
+                adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )  # fmt: skip
+
+    @classmethod
+    @contextmanager
+    def _preparing(cls, peft_config: PeftConfig) -> Iterator[None]:
+        """Add to a configuration what the task needs (a head that must be trained); taken back on an error."""
+        yield
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one, or several in this order."""
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context in which the model computes as its base model does. Contexts nest."""
+        modules = [module for _, module in self.base_model.adapter_modules()]
+        before = [module.disable_adapters for module in modules]
+        grads = [p for p in self.parameters() if p.requires_grad]
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for module, disabled in zip(modules, before, strict=True):
+                if not disabled:
+                    module.enable_adapters(True)
+            # Enabling trains the active adapters; what did not train before (an adapter for inference) must not now.
+            kept = {id(p) for p in grads}
+            for module in modules:
+                for parameter in module.parameters():
+                    if parameter.requires_grad and id(parameter) not in kept:
+                        parameter.requires_grad_(False)
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write each adapter (or the selected ones) as `adapter_config.json` and `adapter_model.safetensors`.
+
+        The adapter `default` goes into the folder itself, others into folders of their names below it. state_dict: take
+        the values from here. Pickles are not written: safe_serialization=False raises ValueError.
+        path_initial_model_for_weight_conversion: the folder of a PiSSA, OLoRA, CorDA or LoRA-GA adapter as it was saved
+        before training; what is written is then a plain LoRA of the original base, with twice the rank. True: take what
+        the adapter took from the base from this model, which knows it (for KaSA too).
+        A model that FSDP2 shards: every process must call this, and the first one writes.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle, which can run code when it is loaded")
+        selected = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        unknown = [name for name in selected if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"selected_adapters names {unknown}, there are {list(self.peft_config)}.")
+        sharded = any(is_sharded(p) for p in self.parameters())
+        for name in selected:
+            tensors = get_peft_model_state_dict(
+                self, state_dict=kwargs.get("state_dict"), adapter_name=name,
+                save_embedding_layers=save_embedding_layers,  # type: ignore[arg-type]
+            )  # fmt: skip
+            config = self.peft_config[name]
+            if path_initial_model_for_weight_conversion is not None:
+                from ..saving.plain_lora import as_plain_lora
+
+                path = path_initial_model_for_weight_conversion
+                tensors, config = as_plain_lora(self.base_model, name, tensors, path)
+            if may_write(sharded, is_main_process):
+                folder = save_directory if name == "default" else os.path.join(save_directory, name)
+                save_adapter(folder, tensors, self._config_for_file(config))
+
+    def _config_for_file(self, config: PeftConfig) -> dict[str, Any]:
+        content = config.to_dict()
+        content["inference_mode"] = True
+        if content["base_model_name_or_path"] is None:
+            content["base_model_name_or_path"] = getattr(self.get_base_model(), "name_or_path", None) or None
+        if config.task_type is None:
+            base = type(self.get_base_model())
+            content["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        return content
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A PeftModel over `model` with the adapter that a folder or Hub repository holds.
+
+        Everything is checked before `model` is changed. config: use this instead of the file's configuration.
+        ignore_mismatched_sizes: leave out tensors of another size, with a warning.
+        """
+        if config is not None and not isinstance(config, PeftConfig):
+            raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
+        source = open_adapter(model_id, **kwargs)
+        if config is None:
+            config = source.peft_config()
+            config.inference_mode = not is_trainable
+        kind = class_for(config, cls)
+        with kind._preparing(config):
+            loaded = plan_loading(source, config, model, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)
+            peft_model = kind(model, config, adapter_name, _plan=loaded.plan)
+        loaded.fill(peft_model, is_trainable)
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a trained adapter under a new name, or new values for one of that name. It is not made active.
+
+        Everything is checked before the model is changed. Returns what was missing and unexpected: for a file that
+        passed the checks, nothing. torch_device: ignored; an adapter lives where its layers do.
+        """
+        source, base = open_adapter(model_id, **kwargs), self.get_base_model()
+        config = source.peft_config()
+        if adapter_name in self.peft_config:
+            loaded = plan_loading(source, config, base, adapter_name, key_mapping, kwargs, is_new=False)
+            return loaded.fill(self, is_trainable)
+        config.inference_mode = not is_trainable
+        with self._preparing(config):
+            loaded = plan_loading(source, config, base, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)
+            self.base_model.add(adapter_name, config, plan=loaded.plan)
+        result = loaded.fill(self, is_trainable)
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
+        return result
+
+
+def _without_auxiliary(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in AUXILIARY_KWARGS}
+
+
+def class_for(config: PeftConfig, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
+    """The PeftModel class for a configuration's task."""
+    if config.task_type is None:
+        return default
+    return PeftModel.by_task.get(str(getattr(config.task_type, "value", config.task_type)), default)

@@ -1,0 +1,352 @@
+"""BaseTuner: what PeftModel calls `base_model`. It knows a model's adapters as a whole; layers know their own.
+
+A model may hold adapters of different methods: each layer composes what it has.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.base import PeftConfig
+from ..config.limits import BASE
+from ..config.types import PeftWarning
+from ..inject.modules import AdapterModule, KnownModules, adapter_modules
+from ..inject.plan import InjectionPlan, plan_injection
+from ..layer.by_row.mixed import check_length
+from ..layer.by_row.rows import Recall, RowValues
+from ..layer.layer import AdapterLayer
+from ..layer.saved_modules import ModulesToSaveWrapper
+from ..layer.shared_tensors import held_containers, register_at
+from ..methods.method import Method
+from ..methods.registry import method_of, registry
+from . import adapters
+from .combine import add_weighted_adapter
+from .merging import ModelMerging
+
+AUXILIARY_KWARGS = frozenset({"adapter_names", "alora_offsets"})
+
+
+class BaseTuner(ModelMerging):
+    """A model with adapters in it. Keys in memory start with `model.`, below a PeftModel with `base_model.model.`."""
+
+    holds_shared_adapters = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+        autocast_adapter_dtype: bool = False,
+        plan: InjectionPlan | None = None,
+    ) -> None:
+        super().__init__()
+        config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+        existing = getattr(model, "peft_config", None)
+        self.peft_config: dict[str, PeftConfig] = dict(existing) if isinstance(existing, Mapping) else {}
+        self.model = model
+        # Adapters whose methods act on the model's forward as a whole; their names may outlive them.
+        self._hooked = {n: m for n, m in ((n, method_of(c)) for n, c in self.peft_config.items()) if m.hooks_model}
+        self._recall = Recall()
+        self._known = KnownModules()
+        self._names: tuple[tuple[str, ...], list[str]] = (), []  # the last rows' adapters, and those that there were
+        self._assigned: tuple[str, ...] | None = None  # adapters of the rows of the batch that is computed now
+        self.active_adapter: str | list[str] = adapter_name
+        self.prefix = method_of(config).prefix
+        self.targeted_module_names: list[str] = []
+        self.merge_errors: dict[str, float] = {}  # of the last merge into quantised layers, by layer
+        self.add(
+            adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict,
+            autocast_adapter_dtype=autocast_adapter_dtype, plan=plan,
+        )  # fmt: skip
+        self._adopt_shared()  # of adapters that were injected before, too
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+        for config in self.peft_config.values():
+            function = method_of(config).model_methods.get(name)
+            if function is not None:
+                return functools.partial(function, self)
+        return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        for name, method in self._hooks(self.active_adapters):
+            output = method.model_output(self, name, output)
+        return output
+
+    def _hooks(self, names: Sequence[str]) -> list[tuple[str, Method]]:
+        return [(n, self._hooked[n]) for n in names if n in self._hooked and n in self.peft_config]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
+
+    # Adding and removing adapters
+
+    def add(
+        self,
+        adapter_name: str,
+        config: PeftConfig,
+        *,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        state_dict: Mapping[str, Any] | None = None,
+        plan: InjectionPlan | None = None,
+    ) -> InjectionPlan:
+        """Put an adapter into the model; on an error the model is as it was. plan: made before, for a file that was
+        checked against it. Returns what can undo it."""
+        try:
+            if adapter_name in self.peft_config:
+                raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+            self._check_bias(config)
+            if plan is None:
+                plan = plan_injection(
+                    self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    keys=None if state_dict is None else list(state_dict),
+                )  # fmt: skip
+            else:
+                plan.finish()
+        except Exception:
+            if plan is not None:
+                plan.abandon()
+            raise
+        first = not self.peft_config
+        plan.commit()
+        if plan.shared:
+            self._adopt_shared()
+        if first:
+            plan.freeze_base()
+        self.peft_config[adapter_name] = config
+        self._hooked.pop(adapter_name, None)
+        if plan.method.hooks_model:
+            self._hooked[adapter_name] = plan.method
+        # As PEFT does: the model knows its configurations too, so that injected models can be asked for them.
+        self.model.peft_config = self.peft_config  # type: ignore[assignment]
+        active = self.active_adapters
+        train = adapter_name in active and not config.inference_mode
+        for module in self._modules_of(plan):
+            module._active_adapter = list(active)
+            if isinstance(module, ModulesToSaveWrapper):
+                module._active_adapter = module.check_active(active)
+            module.set_requires_grad(adapter_name, train)
+        if train:
+            self._train_biases(config)
+        self.targeted_module_names.extend(n for n in plan.names if n not in self.targeted_module_names)
+        return plan
+
+    @staticmethod
+    def _modules_of(plan: InjectionPlan) -> list[AdapterModule]:
+        return [*(p.layer for p in plan.layers), *(p.wrapper for p in plan.saved)]
+
+    def remove(self, plan: InjectionPlan) -> None:
+        """Undo `add`, biases and frozen parameters included."""
+        plan.undo()
+        self.peft_config.pop(plan.adapter, None)
+        if not self.peft_config and "peft_config" in vars(self.model):
+            del self.model.peft_config
+
+    def _adopt_shared(self) -> None:
+        """Hold what layers share, so that it has a key of its own."""
+        for name, container in held_containers(layer for _, layer in self.adapter_layers()).items():
+            register_at(self, name, container)
+
+    def _check_bias(self, config: PeftConfig) -> None:
+        others = [c for c in self.peft_config.values() if getattr(c, "bias", "none") != "none"]
+        if others and getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                "Only one adapter can train the biases of the base model. When using multiple adapters, set bias to "
+                "'none' for all adapters but one."
+            )
+
+    def _train_biases(self, config: PeftConfig) -> None:
+        bias = getattr(config, "bias", "none")
+        if bias == "all":
+            for name, parameter in self.model.named_parameters():
+                if name == "bias" or name.endswith(".bias"):
+                    parameter.requires_grad_(True)
+        elif bias != "none":  # "lora_only" and its kin: the layers that the adapter sits on
+            for _, layer in self.adapter_layers():
+                if getattr(layer.base_layer, "bias", None) is not None:
+                    layer.bias.requires_grad_(True)
+
+    add_weighted_adapter = add_weighted_adapter
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, the first of the others that a layer chooses becomes active."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        self.active_adapter = adapters.delete_adapter(self.model, adapter_name) or []
+        del self.peft_config[adapter_name]
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters active, in this order."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        missing = [n for n in names if n not in self.peft_config]
+        if missing:
+            raise ValueError(f"Adapter {missing[0]} not found. There are: {', '.join(self.peft_config)}.")
+        adapters.set_adapter(self.model, names, inference_mode)
+        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Turn gradients of adapters on or off without changing which are active."""
+        adapters.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        for _, module in self.adapter_modules():
+            module.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        for name in self.active_adapters:
+            bias = getattr(self.peft_config.get(name), "bias", "none")
+            if bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
+                    "output as the base model would without adaption.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+        for _, module in self.adapter_modules():
+            module.enable_adapters(False)
+
+    # Mixed batches
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """For the duration of a forward: an adapter for each row, from the argument `adapter_names`, and values."""
+        names = kwargs.get("adapter_names")
+        if names is not None and self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        names = self._assigned if names is None else names
+        values = {}
+        if self._hooked:
+            inputs = {"input_ids": args[0], **kwargs} if args else kwargs
+            hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
+            found = ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked)
+            values = {n: v for n, v in found if v is not None}
+        if values or names is not self._assigned:
+            return self.rows_assigned(names, values, _repeats(kwargs, self.model), steady=True)
+        if names is None and self._recall and self.training and torch.is_grad_enabled():
+            self._recall.keep(None, {})
+        return nullcontext()
+
+    def rows_assigned(
+        self, names: Sequence[str] | None, values: RowValues | None = None, repeats: int = 1, steady: bool = False
+    ) -> AbstractContextManager[None]:
+        """Within this, the rows of a batch have the adapters `names` ("__base__" for none), in training too.
+
+        `forward(adapter_names=...)` is this for evaluation. With gradient checkpointing call backward() after each
+        forward. values: for the adapters' methods, by adapter, a row each. repeats: how often a decoder sees each row
+        (beams); an encoder sees it once. steady: adapters stay as they are within this. Raises
+        ValueError for names of no adapter.
+        """
+        given = self._checked(names)
+        modules, values = self._known.of(self.model), values or {}
+        if given is not None:
+            for each in values.values():
+                check_length(each, given)
+        once: set[int] = set()
+        if repeats > 1:
+            encoder: Any = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
+            if isinstance(encoder, nn.Module) and encoder is not self.model:
+                once = {id(m) for _, m in adapter_modules(encoder)}
+        return _Assigned(self, modules, given, values, repeats, once, steady)
+
+    def _checked(self, names: Sequence[str] | None) -> tuple[str, ...] | None:
+        """The names of adapters that there are, as a tuple; they are looked up where others came last."""
+        there, keeps = [*self.peft_config], not torch.compiler.is_compiling()
+        if keeps and isinstance(names, (list, tuple)) and (tuple(names), there) == self._names:
+            return self._names[0]
+        unknown = set(names or ()).difference(there, (BASE,))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        if names is None:
+            return None
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+        rows = tuple(names)
+        if keeps:
+            self.__dict__["_names"] = rows, there
+        return rows
+
+
+class _Assigned:
+    """The context of `BaseTuner.rows_assigned`. A class, since a generator's takes as long as all that it does."""
+
+    def __init__(
+        self, tuner: BaseTuner, modules: list[AdapterModule], names: tuple[str, ...] | None, values: RowValues,
+        repeats: int, once: set[int], steady: bool,
+    ) -> None:  # fmt: skip
+        self.tuner, self.modules, self.names, self.values = tuner, modules, names, values
+        self.repeats, self.once, self.steady = repeats, once, steady
+        self.before: tuple[str, ...] | None = None
+
+    def __enter__(self) -> None:
+        tuner, names, values, repeats = self.tuner, self.names, self.values, self.repeats
+        rows: dict[int, tuple[str, ...] | None] = {1: names}
+        repeated: dict[int, RowValues] = {1: values}
+        if repeats > 1:
+            rows[repeats] = None if names is None else tuple(name for name in names for _ in range(repeats))
+            repeated[repeats] = {a: [v for v in row for _ in range(repeats)] for a, row in values.items()}
+        recall = None
+        if tuner.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            recall = tuner._recall
+            recall.keep(names, values)
+        self.before, tuner.__dict__["_assigned"] = tuner._assigned, names  # nn.Module takes its time to set attributes
+        try:
+            for module in self.modules:
+                times = 1 if id(module) in self.once else repeats
+                module.set_rows(rows[times], recall, self.steady)
+                if values and isinstance(module, AdapterLayer):
+                    module.set_row_values(repeated[times])
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self.tuner.__dict__["_assigned"] = self.before
+        for module in self.modules:
+            module.set_rows(self.before)
+            if self.values and isinstance(module, AdapterLayer):
+                module.set_row_values(None)
+
+
+def _repeats(kwargs: Mapping[str, Any], model: nn.Module) -> int:
+    """How often `generate` repeats the rows of its inputs, given its arguments."""
+    names = ("num_beams", "num_return_sequences")
+    if not any(name in kwargs for name in (*names, "generation_config")):
+        return 1
+    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]  # what the first leaves open
+    choices = ((kwargs.get(name), *(getattr(config, name, None) for config in configs)) for name in names)
+    return max(next((count for count in some if isinstance(count, int)), 1) for some in choices)
+
+
+def tuner_class(method: Method) -> type[BaseTuner]:
+    """The class with PEFT's name for a method's tuner, `LoraModel` for LoRA. They differ in their name only."""
+    found = globals().get(method.model_name)
+    if found is None:
+        found = type(method.model_name, (BaseTuner,), {"__module__": __name__, "prefix": method.prefix})
+        globals()[method.model_name] = found
+    assert isinstance(found, type)
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    # So that `from fastpeft.model.tuner import LoraModel` and unpickling find classes that nobody asked for yet.
+    if name.endswith("Model"):
+        for method in registry().values():
+            if method.model_name == name:
+                return tuner_class(method)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

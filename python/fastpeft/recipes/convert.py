@@ -1,0 +1,179 @@
+"""Any adapter with a merged form as a LoRA: for servers that know LoRA alone, mixed batches, merging with LoRAs.
+
+Each layer's update, merged weight less base weight, is cut to the wanted rank by its singular values, which no matrix
+of that rank approximates better. A method that knows thin factors of its update (`Method.factors`) needs no
+decomposition of anything of the weight's size, and loses nothing where their rank suffices. What the adapter adds to
+biases becomes LoRA's bias (`lora_bias`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.targets import minimal_suffixes
+from ..config.types import PeftType, PeftWarning
+from ..files.checks import PREFIX
+from ..files.progress import shown
+from ..inject.modules import adapter_layers, adapter_modules, walk
+from ..layer.layer import AdapterLayer
+from ..layer.saved_modules import ModulesToSaveWrapper
+from ..methods.lora.lora import LoraConfig
+from ..saving.folder import save_adapter
+from ..weights.base import wide
+
+Converted = tuple[Tensor, Tensor, "Tensor | None"]  # A, B, and what is added to the bias
+
+
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A LoRA that does what an adapter does, as near as its rank allows: its configuration, and tensors by file key.
+
+    rank: of every layer (int), or the share of the squared singular values that each layer has to keep (float in
+    (0, 1]), which gives each layer a rank of its own. A layer whose update is known to have a lower rank gets that one.
+    compile_kwargs: compile the work on one layer with these arguments of `torch.compile`. Layers' scaling is one.
+
+    Raises TypeError where a layer's adapter has no such form, and ValueError for a rank that makes no sense.
+    """
+    _check_rank(rank)
+    layers = _layers(model, adapter_name)
+    source = getattr(model, "peft_config", {}).get(adapter_name)
+    if source is not None and source.peft_type == PeftType.LORA:
+        warnings.warn("The adapter to be converted to LoRA is a LoRA already.", PeftWarning, stacklevel=2)
+    bias = getattr(source, "bias", "none")
+    if bias != "none":
+        raise ValueError(f"The adapter's config sets bias={bias}: biases of the base model are no part of a LoRA.")
+    work: Callable[..., Converted] = _convert
+    if compile_kwargs is not None:
+        work = torch.compile(_convert, **compile_kwargs)
+    bar = shown(layers.items(), "Converting to LoRA", progressbar)
+    found = {name: work(layer, adapter_name, rank) for name, layer in bar}
+    config = _config(model, source, rank, {name: len(a) for name, (a, _, _) in found.items()})
+    config.lora_bias = any(added is not None for _, _, added in found.values())
+    state: dict[str, Tensor] = {}
+    for name, (a, b, added) in found.items():
+        if layers[name].info.kind == "embedding":
+            state |= {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
+            continue
+        state |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        if config.lora_bias:
+            state[f"{name}.lora_B.bias"] = b.new_zeros(len(b)) if added is None else added
+    for name, module in adapter_modules(model):
+        if isinstance(module, ModulesToSaveWrapper):
+            state |= {f"{name}.{key}": tensor.detach() for _, key, tensor in module.adapter_state(adapter_name)}
+    return config, state
+
+
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Write what `convert_to_lora` gives as an adapter folder."""
+    config, state = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    save_adapter(path, state, config.to_dict())
+
+
+def _check_rank(rank: int | float) -> None:
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise ValueError(
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
+        )
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"Passing a rank of {rank} doesn't make sense, please pass a valid value.")
+
+
+def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
+    """The layers with the adapter, by name, if all of them can be converted."""
+    layers = dict(adapter_layers(model, adapter))
+    if not layers:
+        raise TypeError("Could not detect any layer that supports LoRA conversion.")
+    reasons = {}
+    for name, layer in layers.items():
+        info = layer.info
+        reason = layer.methods[adapter].mergeable_in(layer.view(adapter), info)
+        if info.transient or info.groups > 1 or info.kind not in ("linear", "embedding", "conv1d", "conv2d", "conv3d"):
+            reason = f"a {type(info.module).__name__} as this one has no LoRA that could do the same"
+        if reason:
+            reasons[reason] = name
+    if reasons:
+        listed = "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
+        raise TypeError(f"Some modules on this model do not support LoRA conversion: {listed}.")
+    return layers
+
+
+@torch.no_grad()
+def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
+    method, view, info = layer.methods[adapter], layer.view(adapter), layer.info
+    dtype = next((t.dtype for _, _, t in layer.adapter_state(adapter) if t.is_floating_point()), info.dtype)
+    base = layer.unmerged_weight()
+    factors = None if layer.base_edits else method.factors(view, view, base[0].to(wide(base[0].dtype)))
+    added = None
+    if factors is not None:
+        u, s, v = _svd_of_product(*factors)
+    else:
+        w, b = layer.merged_weight([adapter], base)
+        before = layer.original_weight()[0]
+        u, s, v = torch.linalg.svd((w - before).flatten(1), full_matrices=False)
+        if b is not None and (base[1] is None or not torch.equal(b, base[1].to(b.dtype))):
+            added = (b if base[1] is None else b - base[1]).to(dtype)
+    kept = rank if isinstance(rank, int) else _cutoff(s, rank)
+    most = min(info.shape[0], math.prod(info.shape[1:]))
+    if kept > most:
+        raise ValueError(
+            f"The chosen rank {kept} is larger than the weight shape ({most}), please choose a lower rank."
+        )
+    kept = min(kept, len(s))
+    a, b_out = v[:kept], u[:, :kept] * s[:kept]
+    ones = [1] * len(info.shape[2:])
+    a, b_out = a.reshape(kept, -1, *info.shape[2:]), b_out.reshape(-1, kept, *ones)
+    return a.to(dtype).contiguous(), b_out.to(dtype).contiguous(), added
+
+
+def _svd_of_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V^T of B A, with A [r, in] and B [out, r], from matrices that are no larger than these."""
+    a, b = a.to(wide(a.dtype)), b.to(wide(b.dtype))
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.t()), torch.linalg.qr(b)
+    u, s, v = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
+    return qb @ u, s, v @ qa.t()
+
+
+def _cutoff(s: Tensor, share: float) -> int:
+    """How many of the largest singular values it takes to have this share of the sum of their squares; at least one."""
+    energy = torch.cumsum(s.double() ** 2, 0)
+    return int(torch.searchsorted(energy, share * energy[-1])) + 1
+
+
+def _config(model: nn.Module, source: Any, rank: int | float, ranks: dict[str, int]) -> LoraConfig:
+    """Of the converted layers, whose names start at `model`."""
+    ranks = {name.removeprefix(PREFIX): r for name, r in ranks.items()}
+    common = rank if isinstance(rank, int) else max(set(ranks.values()), key=list(ranks.values()).count)
+    config = LoraConfig(r=common, lora_alpha=common)
+    if source is not None:
+        names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        for name in (*names, "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
+            setattr(config, name, copy.copy(getattr(source, name, getattr(config, name))))
+    else:
+        config.target_modules = minimal_suffixes(ranks, [s.name.removeprefix(PREFIX) for s in walk(model) if s.name])
+    for name, r in ranks.items():
+        if r != common:
+            # A pattern also matches the end of a name: where this name is one, it has to be the whole.
+            pattern = f"^{name}" if any(other.endswith(f".{name}") for other in ranks) else name
+            config.rank_pattern = {**(config.rank_pattern or {}), pattern: r}
+            config.alpha_pattern = {**(config.alpha_pattern or {}), pattern: r}
+    return config

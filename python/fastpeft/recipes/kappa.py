@@ -1,0 +1,91 @@
+"""KappaTune: the weights with the lowest condition numbers as targets of adapters (arXiv 2506.16289)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..files.progress import shown
+from ..weights.find import weight_of
+
+MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
+
+
+class KappaTuneSelector:
+    """Finds the weights with the lowest condition numbers, those that adapters change with the least harm
+    (arXiv 2506.16289): linear layers, and stacks of experts' matrices by their parameters' names."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_dim_size_to_analyze: int = 16384,
+        moe_param_suffixes: tuple[str, ...] | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.model, self.max_dim_size_to_analyze, self.show_progress = model, max_dim_size_to_analyze, show_progress
+        self.moe_param_suffixes = moe_param_suffixes or MOE_SUFFIXES
+        self._found: tuple[dict[str, float], dict[str, float]] | None = None
+
+    def _kappas(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Condition numbers of modules and of parameters, by name."""
+        if self._found is None:
+            modules, parameters = {}, {}
+            linear = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.Linear) or _is_quantised(m)]
+            for name, module in shown(linear, "Computing SVD (linear layers)", self.show_progress):
+                base = weight_of(module)
+                if base is not None and max(base.shape) <= self.max_dim_size_to_analyze:
+                    modules[name] = _condition(base.read()[0])
+            stacks = [(n, p) for n, p in self.model.named_parameters()
+                      if p.dim() == 3 and n.endswith(self.moe_param_suffixes)]  # fmt: skip
+            for name, stack in shown(stacks, "Computing SVD (MoE parameters)", self.show_progress):
+                if max(stack.shape[1:]) <= self.max_dim_size_to_analyze:
+                    parameters[name] = sum(_condition(w) for w in stack) / len(stack)
+            self._found = modules, parameters
+        return self._found
+
+    def get_best_targets(
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """Names of modules, best first: so many, or this share of them, or those below a condition number, or all."""
+        return _best(self._kappas()[0], top_p, num_modules, threshold)
+
+    def get_best_target_parameters(
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """The same of experts' parameters, for `target_parameters`."""
+        return _best(self._kappas()[1], top_p, num_modules, threshold)
+
+
+def find_kappa_target_modules(
+    model: nn.Module,
+    top_p: float = 0.2,
+    max_dim_size_to_analyze: int = 16384,
+    moe_param_suffixes: tuple[str, ...] | None = None,
+    show_progress: bool = True,
+) -> dict[str, list[str] | None]:
+    """`target_modules` and `target_parameters` (None without experts) of the share `top_p` with the lowest condition
+    numbers. Weights with a side above `max_dim_size_to_analyze` are passed over."""
+    selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
+    return {
+        "target_modules": selector.get_best_targets(top_p=top_p),
+        "target_parameters": selector.get_best_target_parameters(top_p=top_p) or None,
+    }
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    base = weight_of(module)
+    return base is not None and base.quantized is not None
+
+
+def _condition(w: Tensor) -> float:
+    s = torch.linalg.svdvals(w.detach().float())
+    return float(s[0] / (s[-1] + 1e-8))
+
+
+def _best(kappas: dict[str, float], top_p: float | None, count: int | None, threshold: float | None) -> list[str]:
+    names = sorted(kappas, key=lambda name: kappas[name])
+    if count is not None:
+        return names[:count]
+    if top_p is not None:
+        return names[: max(1, int(len(names) * top_p))]
+    return names if threshold is None else [name for name in names if kappas[name] <= threshold]

@@ -1,0 +1,56 @@
+"""The base model's tensors under the keys that they had before adapters were put in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layer.containers import AdapterDict
+from ..layer.layer import AdapterLayer
+from ..layer.saved_modules import ModulesToSaveWrapper
+from .state_dict import IncompatibleKeys
+
+
+def _original_keys(base: nn.Module) -> dict[str, str]:
+    """The key in memory of each of the base model's tensors, by the key that it had."""
+    adapters: set[str] = set()
+    wrapped: set[str] = set()
+    for name, module in base.named_modules():
+        if isinstance(module, AdapterDict):
+            adapters.add(name)
+        elif isinstance(module, AdapterLayer):
+            wrapped.add(f"{name}.base_layer".lstrip("."))
+        elif isinstance(module, ModulesToSaveWrapper):
+            wrapped.add(f"{name}.original_module".lstrip("."))
+    found = {}
+    for key in base.state_dict():
+        parts = key.split(".")
+        above = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        if not adapters.intersection(above):
+            found[".".join(part for part, path in zip(parts, above, strict=True) if path not in wrapped)] = key
+    return found
+
+
+def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+    """The state dict of a PeftModel's base model as it would be without adapters (their merged updates included)."""
+    base = model.get_base_model()
+    state = base.state_dict()
+    return {original: state[key] for original, key in _original_keys(base).items()}
+
+
+def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:
+    """Load a state dict of the base model, with the keys that it had without adapters, into a PeftModel.
+
+    strict: raise RuntimeError, before anything is loaded, if keys are missing or unexpected; else they are returned.
+    """
+    base = model.get_base_model()
+    keys = _original_keys(base)
+    result = IncompatibleKeys([k for k in keys if k not in state_dict], [k for k in state_dict if k not in keys])
+    if strict and any(result):
+        raise RuntimeError(
+            f"the base model's state dict lacks {result.missing_keys} and has {result.unexpected_keys} too many"
+        )
+    base.load_state_dict({keys[k]: value for k, value in state_dict.items() if k in keys}, strict=False)
+    return result

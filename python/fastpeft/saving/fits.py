@@ -1,0 +1,120 @@
+"""Fit of a file's adapter to a model, checked by its header before anything is allocated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.types import PeftType
+from ..files.checks import PREFIX, TUNER, mismatch, report
+from ..inject.old_experts import stacked_state
+from ..inject.plan import InjectionPlan
+from ..methods.computed import Computed
+
+
+def check_fits(
+    plan: InjectionPlan, tensors: Mapping[str, Tensor], where: object, ignore_mismatched_sizes: bool = False
+) -> None:
+    """Raise KeyMismatchError unless the tensors of a file are exactly those of an adapter, in names and shapes.
+
+    plan: the adapter, laid out on the meta device, so that a rank of any size costs nothing.
+    """
+    tensors = stacked_state(plan.stacks, plan.config, tensors)  # experts that were modules are laid together
+    expected = expected_shapes(plan)
+    base, trained = _base_shapes(plan)
+    plain = base | _repeated_shapes(plan)
+    missing = [key for key in expected if key not in tensors]
+    biases = {key.replace(".base_layer.", ".") for key in tensors}
+    missing += [key for key in trained if key not in biases]
+    unexpected, mismatched, wrong = [], [], []
+    for key, info in tensors.items():
+        shape = expected.get(key, plain.get(key.replace(".base_layer.", ".")))
+        if shape is None:
+            if not plan.method.ignores(plan.config, key):
+                unexpected.append(key)
+        elif shape != info.shape:
+            mismatched.append(mismatch(key, info.shape, shape))
+        elif key in expected and not info.dtype.is_floating_point and plan.config.peft_type == PeftType.LORA:
+            wrong.append(f"{key} {info.dtype}")
+    report(where, missing, unexpected, [] if ignore_mismatched_sizes else mismatched, wrong)
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: object) -> None:
+    """Raise KeyMismatchError unless the tensors of a file are floating-point ones of exactly these names and shapes."""
+    mismatched = [
+        mismatch(k, info.shape, shapes[k]) for k, info in tensors.items() if k in shapes and info.shape != shapes[k]
+    ]
+    wrong = [f"{k} {info.dtype}" for k, info in tensors.items() if not info.dtype.is_floating_point]
+    missing, unexpected = [k for k in shapes if k not in tensors], [k for k in tensors if k not in shapes]
+    report(where, missing, unexpected, mismatched, wrong)
+
+
+def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a file of an adapter holds, by its key in the file."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in plan.shared.items():
+        for suffix, tensor in _entries(value) if getattr(value, "persistent", True) else ():
+            tensors[f"{TUNER}{name}{suffix}"] = tensor
+    for layer in plan.layers:
+        for name, value in layer.state.items():
+            for suffix, tensor in _entries(value) if layer.method.saves(layer.state, name) else ():
+                key = layer.method.file_key(name + suffix)
+                if key is not None:
+                    tensors[f"{PREFIX}{layer.site.name}.{key}"] = tensor
+    for saved in plan.saved:
+        for key, tensor in saved.module.state_dict().items():
+            tensors[f"{PREFIX}{saved.site.name}.{key}"] = tensor
+    return {key: tuple(tensor.shape) for key, tensor in plan.method.pack(plan.config, tensors).items()}
+
+
+def _repeated_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
+    """Shapes of shared tensors that a file may repeat for every layer."""
+    shared = {n: t for n, t in plan.shared.items() if isinstance(t, (Tensor, Computed)) and plan.method.repeats_shared}
+    return {f"{PREFIX}{layer.site.name}.{n}": tuple(t.shape) for layer in plan.layers for n, t in shared.items()}
+
+
+def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Tensors of the base model that a file may hold, biases and embeddings, and the biases that it must hold, which
+    the adapter trains. Keys are without `base_layer`."""
+    mode = getattr(plan.config, "bias", "none") or "none"
+    tensors = {n: p for n, p in plan.model.named_parameters() if n.endswith("bias")} if mode != "none" else {}
+    tensors |= embedding_tensors(plan.model)
+    found = {PREFIX + name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    if mode == "all":
+        other = tuple(f"{PREFIX}{site.site.name}." for site in plan.saved)
+        trained = [key for key in found if key.endswith(".bias") and not key.startswith(other)]
+        return found, [key for key in trained if not re.search(r"\.lora_\w+\.|modules_to_save", key)]
+    own = [layer for layer in plan.layers if layer.method is plan.method and mode != "none"]
+    return found, [f"{PREFIX}{layer.site.name}.bias" for layer in own if layer.layer.info.has_bias]
+
+
+def _entries(value: Any) -> list[tuple[str, Tensor]]:
+    if isinstance(value, nn.Module):
+        return [(f".{key}", tensor) for key, tensor in value.state_dict().items()]
+    if isinstance(value, Computed):
+        value = value.tensor(empty=True)
+    return [("", value)] if isinstance(value, Tensor) else []
+
+
+def embedding_tensors(model: nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The base weights of a transformers model's input and output embeddings, by their keys in memory."""
+    if not hasattr(model, "get_input_embeddings"):
+        return {}
+    layers = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        getter: Any = getattr(model, name, None)
+        try:
+            layers.append(getter() if getter is not None else None)
+        except (AttributeError, NotImplementedError):  # a model without such a layer
+            continue
+    bases = [getattr(layer, "base_layer", layer) for layer in layers if isinstance(layer, nn.Module)]
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if any(module is base for base in bases)
+        for key, tensor in module.named_parameters(recurse=False)
+    }

@@ -1,0 +1,173 @@
+"""Adapters as folders.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`, as PEFT, vLLM and diffusers read and write them,
+and our manifest, which they pass over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.base import CONFIG_NAME, PeftConfig
+from ..config.limits import check_config
+from ..files import atomic
+from ..files.checks import AdapterFileError, open_regular, path_inside, read_json
+from ..files.hub import find_adapter_file
+from ..files.safetensors import Header, check_finite, read_header, read_tensors
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
+
+
+def save_adapter(
+    directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    """Write an adapter folder in one step: a crash leaves what was there before. Other files in the folder stay."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for key, value in sorted(state_dict.items()):
+        # safetensors refuses tensors that share memory, and strided ones.
+        tensors[key] = value.detach() if _is_whole(value, held) else value.detach().cpu().contiguous().clone()
+        held.add(tensors[key].data_ptr())
+    with atomic.atomic_directory(directory) as folder:
+        save_file(tensors, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
+        text = json.dumps(dict(config), indent=2, sort_keys=True, default=_plain)
+        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _is_whole(tensor: Tensor, held: set[int]) -> bool:
+    """Whether a tensor fills a CPU storage of its own that none of `held` points to."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() in held:
+        return False
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    raise TypeError(f"adapter configuration: {type(value).__name__} cannot be written as json")
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter folder whose configuration and header were read and checked; the tensors are still on the disk."""
+
+    folder: Path
+    config: dict[str, Any]
+    header: Header | None
+    pickled: dict[str, Tensor] | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """For their names, shapes and dtypes."""
+        return self.header.tensors if self.header is not None else self.pickled or {}
+
+    def peft_config(self) -> PeftConfig:
+        """The configuration as an object; its values were checked when it was read."""
+        return PeftConfig.from_peft_type(**{k: v for k, v in self.config.items() if k != "runtime_config"})
+
+    def read(self) -> dict[str, Tensor]:
+        """Read the tensors into CPU memory; NaN and infinity are an error."""
+        state = read_tensors(self.header) if self.header is not None else dict(self.pickled or {})
+        check_finite(state, self.folder)
+        return state
+
+
+def open_adapter(
+    directory: str | os.PathLike[str], subfolder: str | None = None, *, allow_pickle: bool = False, **hub: Any
+) -> AdapterSource:
+    """Read and check an adapter's configuration and header.
+
+    directory: a local folder, or `user/name` on the Hugging Face Hub, which needs huggingface_hub and its `hub`
+    arguments (revision, token, cache_dir, local_files_only, ...; others are passed over). allow_pickle: also accept
+    `adapter_model.bin`, through torch.load(weights_only=True).
+    """
+    folder = _local_folder(directory, subfolder, allow_pickle, hub)
+    config_path = folder / CONFIG_NAME
+    if not config_path.exists():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: not an adapter")
+    config = read_json(config_path)
+    check_config(config, config_path)
+    weights = folder / SAFETENSORS_NAME
+    if weights.exists():
+        header = read_header(weights)
+        _warn_if_changed(folder)
+        return AdapterSource(folder, config, header)
+    pickle = folder / PICKLE_NAME
+    if not pickle.exists():
+        raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_NAME}")
+    if not allow_pickle:
+        raise AdapterFileError(
+            f"{folder} holds only {PICKLE_NAME}, a pickle, which can run code when it is loaded. "
+            "If you trust it, pass allow_pickle=True (it is then read with weights_only=True)"
+        )
+    return AdapterSource(folder, config, None, _read_pickle(pickle))
+
+
+def load_adapter_file(
+    directory: str | os.PathLike[str], **options: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the state dict of an adapter folder, with file keys. options: those of `open_adapter`."""
+    source = open_adapter(directory, **options)
+    return source.config, source.read()
+
+
+def _warn_if_changed(folder: Path) -> None:
+    if not (folder / atomic.MANIFEST_NAME).exists():
+        return
+    try:
+        atomic.verify_manifest(folder, [SAFETENSORS_NAME])
+    except AdapterFileError as error:
+        # Not an error: PEFT may have saved into the folder since. A damaged file fails the checks of its content.
+        warnings.warn(f"{error}. Loading it all the same; save it again to refresh the manifest.", stacklevel=4)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with open_regular(path) as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler raises whatever the file makes it raise
+            raise AdapterFileError(f"{path}: not a file of tensors only ({str(error).splitlines()[0][:200]})") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and type(v) is Tensor for k, v in state.items()):
+        raise AdapterFileError(f"{path}: expected a dictionary of tensors by name")
+    if sum(t.numel() * t.element_size() for t in state.values()) > size:
+        raise AdapterFileError(f"{path}: its tensors claim more than the file's {size} bytes")
+    return state
+
+
+def _local_folder(
+    directory: str | os.PathLike[str], subfolder: str | None, allow_pickle: bool, hub: dict[str, Any]
+) -> Path:
+    root = Path(directory)
+    if root.is_dir():
+        return path_inside(root, subfolder) if subfolder else root
+    name = os.fspath(directory)
+    if root.exists():
+        raise NotADirectoryError(f"{root} is a file, an adapter folder was expected")
+    if not isinstance(name, str) or _HUB_ID.fullmatch(name) is None or ".." in name:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a repository on the Hub")
+    fetched = Path(find_adapter_file(name, CONFIG_NAME, subfolder, **hub))
+    try:
+        find_adapter_file(name, SAFETENSORS_NAME, subfolder, **hub)
+    except ValueError:
+        if not allow_pickle:
+            raise
+        find_adapter_file(name, PICKLE_NAME, subfolder, **hub)
+    return fetched.parent

@@ -1,0 +1,242 @@
+"""Adapters as state dicts.
+
+The key rule: in memory `base_model.model.<module>.lora_A.<adapter>.weight`, in a file the adapter's name is left out.
+Setting a state dict changes the model only after every tensor was found to fit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from ..files.checks import PREFIX, TUNER, KeyMismatchError, list_some, mismatch, read_json, report
+from ..files.whole import copy_into, gathered
+from ..inject.modules import adapter_modules, iter_adapter_tensors
+from ..inject.old_experts import Stack, find_stacks, stacked_state
+from ..layer.layer import AdapterLayer
+from ..layer.shared_tensors import held_containers, reuse
+from ..methods.method import Method
+from ..methods.registry import method_of
+from .fits import embedding_tensors
+
+
+class IncompatibleKeys(NamedTuple):
+    """What `set_peft_model_state_dict` found: missing keys as in memory, unexpected ones as in the state dict."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """One adapter's tensors by their file keys: its own, trained biases, modules_to_save, embeddings where asked.
+
+    state_dict: take the values from here (keys as in memory), for models whose parameters are sharded elsewhere. Of a
+    model that FSDP2 shards the tensors are whole, on every process; all of them must call this.
+    save_embedding_layers: "auto" saves the embeddings that are targeted, else all if the vocabulary was resized.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    config = _configs(model)[adapter_name]
+    pairs: dict[str, tuple[str, Tensor]] = {}
+    for memory, file, tensor in iter_adapter_tensors(model, adapter_name):
+        pairs.setdefault(memory, (file, tensor))
+    for memory, tensor in _bias_tensors(model, config).items():
+        pairs.setdefault(memory, (memory, tensor))
+    if _saves_embeddings(model, config, save_embedding_layers):
+        tensors = embedding_tensors(model)
+        targeted = {memory: tensor for memory, tensor in tensors.items() if ".base_layer." in memory}
+        for memory, tensor in (targeted or tensors).items():
+            pairs.setdefault(memory, (memory, tensor))
+    method = method_of(config)
+    if state_dict is None:
+        return method.pack(config, gathered({file: tensor.detach() for file, tensor in pairs.values()}))
+    lacking = [memory for memory in pairs if memory not in state_dict]
+    if lacking:
+        raise KeyMismatchError(f"the state dict lacks {list_some(lacking)} of adapter {adapter_name!r}")
+    return method.pack(config, {file: state_dict[memory] for memory, (file, _) in pairs.items()})
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> IncompatibleKeys:
+    """Put a state dict with file keys into the adapter `adapter_name`, which must be in the model already.
+
+    Sizes are checked first, so that an error leaves the model as it was. Keys that the adapter lacks and that the
+    state dict lacks are returned. low_cpu_mem_usage: take the tensors over instead of copying them (needed where the
+    adapter was made on the meta device); they move to the device of their layer. Raises KeyMismatchError.
+    """
+    state = unpacked(find_stacks(model), _configs(model)[adapter_name], peft_model_state_dict)
+    return fill(model, adapter_name, state, ignore_mismatched_sizes, low_cpu_mem_usage)
+
+
+def fill(
+    model: nn.Module,
+    adapter_name: str,
+    state: Mapping[str, Tensor],
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    where: object = None,
+) -> IncompatibleKeys:
+    """`set_peft_model_state_dict` for a state dict that was `unpacked`.
+
+    where: a file that the state dict comes from. It must then hold all that the adapter has and nothing else, with
+    values that the methods accept, and takes the adapter's dtypes; else KeyMismatchError, with the model as it was.
+    """
+    layers = {n: m for n, m in adapter_modules(model) if isinstance(m, AdapterLayer) and adapter_name in m.methods}
+    _make_room(layers, adapter_name, state)
+    own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
+    plain = _bias_tensors(model, _configs(model)[adapter_name]) | embedding_tensors(model)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    unexpected, mismatched, skipped = [], [], set()
+    for key, value in state.items():
+        for candidate in (key, PREFIX + key, key.removeprefix(PREFIX), TUNER + key, key.removeprefix(TUNER)):
+            if candidate in own or candidate in plain:
+                memory, target = own[candidate] if candidate in own else (candidate, plain[candidate])
+                break
+        else:
+            unexpected.append(key)
+            continue
+        if value.shape != target.shape:
+            mismatched.append(mismatch(key, value.shape, target.shape))
+            skipped.add(id(target))
+            continue
+        if where is not None and value.is_floating_point():
+            value = value.to(target.dtype)  # it may be taken over rather than copied
+        found[memory] = (target, value)
+    there = {id(target) for target, _ in found.values()}  # what layers share may be in a file once or often
+    missing = [memory for memory, target in own.values() if id(target) not in there]
+    if where is not None:
+        lacking = [key for key, (_, target) in own.items() if id(target) not in there | skipped]
+        report(where, lacking, unexpected, [] if ignore_mismatched_sizes else mismatched)
+        _check_values(layers, adapter_name, found, where)
+    elif not ignore_mismatched_sizes:
+        report("the state dict", [], [], mismatched)
+    if mismatched:
+        warnings.warn(f"ignored because of another size: {list_some(mismatched)}", stacklevel=3)
+    new: dict[int, nn.Parameter] = {}  # by the old one's id: what layers share stays one
+    for memory, (target, value) in found.items():
+        if low_cpu_mem_usage or target.is_meta:
+            _assign(model, memory, value, new)
+        elif not isinstance(target, nn.Parameter):  # adapters may share a buffer
+            _assign(model, memory, value.to(target.dtype, copy=True), new)
+        else:
+            copy_into(target, value)
+    for layer in layers.values():
+        layer.methods[adapter_name].filled(layer, adapter_name)
+    reuse(held_containers(layers.values()), adapter_name)
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _check_values(
+    layers: Mapping[str, AdapterLayer], adapter: str, found: Mapping[str, tuple[Tensor, Tensor]], where: object
+) -> None:
+    for name, layer in layers.items():
+        keys = {f"{name}.{memory}": file for memory, file, _ in layer.adapter_state(adapter)}
+        values = {file: found[memory][1] for memory, file in keys.items() if memory in found}
+        if len(values) < len(keys):  # one of another size was passed over
+            continue
+        try:
+            layer.methods[adapter].check_tensors(layer.info, values)
+        except ValueError as error:
+            raise KeyMismatchError(f"{where}, {name}: {error}") from None
+
+
+def _make_room(layers: Mapping[str, AdapterLayer], adapter: str, state: Mapping[str, Tensor]) -> None:
+    """Let an adapter take the sizes of a state dict, where its method has such a thing (AdaLoRA's ranks)."""
+    for name, layer in layers.items():
+        method = layer.methods[adapter]
+        if type(method).make_room is not Method.make_room:
+            names = (f"{name}.", f"{PREFIX}{name}.", f"{name}.".removeprefix(PREFIX))
+            files = [file for _, file, _ in layer.adapter_state(adapter)]
+            method.make_room(layer, adapter, {f: state[n + f] for f in files for n in names if n + f in state})
+
+
+def unpacked(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors by their keys in a file, from what the file holds. stacks: the model's experts."""
+    method = method_of(config)
+    computed = [key for key in tensors if method.ignores(config, key)]
+    if computed:
+        warnings.warn(
+            f"The configuration says that {list_some(computed)} are computed, so those of the file are passed over "
+            "(save_projection=True would take them).",
+            stacklevel=3,
+        )
+    kept = {key: value for key, value in tensors.items() if key not in computed}
+    return method.unpack(config, stacked_state(stacks, config, kept))
+
+
+def _configs(model: nn.Module) -> Mapping[str, Any]:
+    configs: Mapping[str, Any] | None = getattr(model, "peft_config", None)
+    if configs is None:
+        raise ValueError(f"{type(model).__name__} carries no adapter (it has no peft_config)")
+    return configs
+
+
+def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Parameter]) -> None:
+    """Make `value` the tensor at a dotted path; looked up in the modules' tables, since `train` may be an adapter."""
+    *path, name = memory.split(".")
+    module, parents = model, [model]
+    for part in path:
+        child = module._modules[part]
+        assert child is not None
+        module = child
+        parents.append(module)
+    near = (t for m in reversed(parents) for t in (*m.parameters(), *m.buffers()) if not t.is_meta)
+    device = next((t.device for t in near), value.device)
+    value = value.to(device)
+    if name in module._buffers:
+        module._buffers[name] = value
+        return
+    if name not in module._parameters:  # it follows a tensor that is given, too
+        return
+    old = module._parameters[name]
+    assert old is not None
+    if not old.is_meta and old.dtype == value.dtype:
+        old.data = value  # the same parameter, which another layer may hold too
+        return
+    module._parameters[name] = new.setdefault(id(old), nn.Parameter(value, requires_grad=old.requires_grad))
+
+
+def _bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
+    """The base model's biases that this adapter trains, which PEFT saves under their keys in memory."""
+    bias = getattr(config, "bias", "none")
+    if bias in (None, "none", False):
+        return {}
+    biases = {name: p for name, p in model.named_parameters() if name == "bias" or name.endswith(".bias")}
+    if bias == "all":
+        own = {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name)}
+        return {name: p for name, p in biases.items() if name not in own}
+    # "<method>_only": the biases of the layers that the adapter sits on
+    return {name: p for name, p in biases.items() if name.endswith(".base_layer.bias")}
+
+
+def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> bool:
+    if choice != "auto":
+        return bool(choice)
+    trains_rows = any(getattr(config, name, None) for name in ("trainable_token_indices", "token_indices"))
+    if not trains_rows and any(".base_layer." in name for name in embedding_tensors(model)):
+        warnings.warn("save_embedding_layers is on: an embedding layer is targeted by the adapter", stacklevel=3)
+        return True
+    base = getattr(config, "base_model_name_or_path", None)
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    file = Path(base) / "config.json" if base else None
+    if size is None or file is None or not file.is_file():
+        return False
+    if read_json(file).get("vocab_size", size) == size:
+        return False
+    warnings.warn("save_embedding_layers is on: the vocabulary was resized", stacklevel=3)
+    return True
