@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import grid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_tools import BF16, F16, F32, FLOATS, LEVELS, at_level, level_fixture, make, needs_native, threads
@@ -231,8 +232,7 @@ def apart_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("m", [1, 33, 130])
+@pytest.mark.parametrize(("m", "dtype"), grid([1, 33, 130], FLOATS), ids=str)
 def test_adapters_apart(level: str, m: int, dtype: torch.dtype) -> None:
     for n, k, ab, p in ((64, 64, F32, 0.0), (50, 77, BF16, 0.25), (70, 192, F16, 0.1)):
         c = make_multi(m, n, k, (3, 16, 0, 37), dtype=dtype, quant="nf4" if k == 64 else "dense", w_dtype=dtype, ab=ab,
