@@ -1,4 +1,4 @@
-"""What the cuda.py backends share: whether the CUDA library can run here, and the device and stream of a launch.
+"""Shared parts of the cuda.py backends: whether the CUDA library can run here, and the device and stream of a launch.
 
 On CPU tensors the same backends run a host build of the CUDA sources (csrc/simt): when forced, and when a test
 has loaded one (`native.use_simt`).

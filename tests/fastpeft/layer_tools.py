@@ -1,4 +1,4 @@
-"""What the tests of layers share: layers with adapters over every base, and what they must give."""
+"""Tools of the tests of layers: layers with adapters over every base, and the outputs that they must give."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lora_layer(base: str | nn.Module = "linear", names: str = "a", **options: An
 
 
 def composed(layer: AdapterLayer, x: Tensor) -> Tensor:
-    """What the layer must give, without its plan: the slow, plain path."""
+    """The output that the layer must give, without its plan: the slow, plain path."""
     names = [n for n in layer.active_adapters if n in layer.methods]
     if layer.disable_adapters or layer.merged:
         names = []

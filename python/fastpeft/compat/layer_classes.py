@@ -36,7 +36,7 @@ def layer_class(method: Method, name: str) -> type:
 
 
 def _is_layer(method: Method, name: str) -> bool:
-    """Whether PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
+    """True if PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
     whose = next((name.removesuffix(end) for end in (*_LABELS, "Layer") if name.endswith(end)), None)
     own = {method.model_name.removesuffix("Model").lower(), "svd" if method.model_name == "AdaLoraModel" else ""}
     return whose is not None and (whose.lower() in own or name in _LABELS)

@@ -66,7 +66,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:
-    """Whether a configuration adapts the module of this name."""
+    """True if a configuration adapts the module of this name."""
     return bool(match_targets(config, [key]).names)
 
 
@@ -115,7 +115,7 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Whether a folder, or a repository on the Hub, holds an adapter."""
+    """True if a folder, or a repository on the Hub, holds an adapter."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except Exception:  # whatever is wrong with it, it is no adapter
@@ -177,7 +177,7 @@ class MontecloraTrainerMixin:
 
 
 def is_xpu_available(check_device: bool = False) -> bool:
-    """Whether torch has an XPU; check_device: and can reach one."""
+    """True if torch has an XPU; check_device: and can reach one."""
     if not check_device or not torch.xpu.is_available():
         return torch.xpu.is_available()
     try:

@@ -41,7 +41,7 @@ def prepare_model_for_kbit_training(
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a model holds quantised layers, by its own flags or by what it is made of."""
+    """True if a model holds quantised layers, by its own flags or by what it is made of."""
     flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")
     if any(getattr(model, flag, False) for flag in flags):
         return True
@@ -58,7 +58,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def is_checkpointing(model: nn.Module) -> bool:
-    """Whether a transformers model recomputes its activations (asked by the name that its version has)."""
+    """True if a transformers model recomputes its activations (asked by the name that its version has)."""
     name = "is_activation_checkpointing" if hasattr(type(model), "is_activation_checkpointing") else ""
     return bool(getattr(model, name or "is_gradient_checkpointing", False))
 

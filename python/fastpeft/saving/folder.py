@@ -50,7 +50,7 @@ def save_adapter(
 
 
 def _is_whole(tensor: Tensor, held: set[int]) -> bool:
-    """Whether a tensor fills a CPU storage of its own that none of `held` points to."""
+    """True if a tensor fills a CPU storage of its own that none of `held` points to."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() in held:
         return False
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
