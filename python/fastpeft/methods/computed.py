@@ -67,5 +67,3 @@ class SharedValues:
             return self._values[name]
         except KeyError:
             raise AttributeError(name) from None
-
-

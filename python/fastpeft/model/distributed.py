@@ -22,12 +22,7 @@ Blocks = Iterable["str | type[nn.Module]"]
 
 
 def fully_shard_model(
-    model: nn.Module,
-    mesh: Any = None,
-    *,
-    blocks: Blocks | None = None,
-    shard_quantized: bool = True,
-    **options: Any,
+    model: nn.Module, mesh: Any = None, *, blocks: Blocks | None = None, shard_quantized: bool = True, **options: Any
 ) -> nn.Module:
     """Shard a model with adapters by FSDP2 (`torch.distributed.fsdp.fully_shard`), in place; returns it.
 

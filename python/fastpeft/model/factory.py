@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ..config.base import PeftConfig
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..methods.registry import method_of
 from .peft_model import PeftModel, class_for
 from .tasks import PeftMixedModel
@@ -32,18 +31,14 @@ def get_peft_model(
     """
     new_name = model.__dict__.get("name_or_path") or None
     if peft_config.base_model_name_or_path not in (None, new_name):
-        warnings.warn(
+        warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{peft_config.base_model_name_or_path}' to "
-            f"'{new_name}'. Please ensure that the correct base model is loaded when loading this checkpoint.",
-            PeftWarning,
-            stacklevel=2,
+            f"'{new_name}'. Please ensure that the correct base model is loaded when loading this checkpoint."
         )
     if getattr(model, "peft_config", None):
-        warnings.warn(
+        warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
-            "different config, make sure to call `.unload()` before.",
-            PeftWarning,
-            stacklevel=2,
+            "different config, make sure to call `.unload()` before."
         )
     cls: type[PeftModel] = PeftMixedModel if mixed else class_for(peft_config)
     result = cls(

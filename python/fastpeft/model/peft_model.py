@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..config.base import PeftConfig
+from ..config.base import PeftConfig, TargetConfig
 from ..config.types import TaskType
 from ..files.whole import is_sharded, may_write
 from ..inject.plan import InjectionPlan
 from ..methods.registry import method_of
 from ..saving.folder import open_adapter, save_adapter
 from ..saving.load import plan_loading
+from ..saving.plain_lora import as_plain_lora
 from ..saving.state_dict import get_peft_model_state_dict
 from .distributed import frozen_buffers
 from .prepare import enable_input_gradients, is_checkpointing
@@ -33,6 +34,7 @@ class PeftModel(nn.Module):
     """
 
     by_task: ClassVar[dict[str, type[PeftModel]]] = {}  # the classes of `tasks.py`
+    head_names: ClassVar[tuple[str, ...]] = ()  # of a head that is new: it is trained in full and saved
 
     def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -65,7 +67,7 @@ class PeftModel(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel need not send around (it asks by this name)."""
+        """Names that DistributedDataParallel, which asks for them, need not send around."""
         return frozen_buffers(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -129,18 +131,15 @@ class PeftModel(nn.Module):
         tuner = self.base_model
         if not tuner._hooked and not tuner._recall and AUXILIARY_KWARGS.isdisjoint(kwargs):
             return tuner.model(*args, **kwargs)
-        with self._enable_peft_forward_hooks(*args, **kwargs):
+        with tuner._enable_peft_forward_hooks(*args, **kwargs):
             return (tuner if tuner._hooked else tuner.model)(*args, **_without_auxiliary(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`. adapter_names: an adapter for each row of the inputs, which beams repeat."""
         base: Any = self.get_base_model()
         defaults = {"generation_config": getattr(base, "generation_config", None)}
-        with self._enable_peft_forward_hooks(*args, **{**defaults, **kwargs}):
+        with self.base_model._enable_peft_forward_hooks(*args, **{**defaults, **kwargs}):
             return base.generate(*args, **_without_auxiliary(kwargs))
-
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
 
     # Adapters come and go
 
@@ -161,8 +160,16 @@ class PeftModel(nn.Module):
     @classmethod
     @contextmanager
     def _preparing(cls, peft_config: PeftConfig) -> Iterator[None]:
-        """Add to a configuration what the task needs (a head that must be trained); taken back on an error."""
-        yield
+        """Add the task's head to a configuration's `modules_to_save`; taken back on an error."""
+        before = getattr(peft_config, "modules_to_save", None)
+        if cls.head_names and isinstance(peft_config, TargetConfig):
+            peft_config.modules_to_save = list(dict.fromkeys([*(before or ()), *cls.head_names]))
+        try:
+            yield
+        except Exception:
+            if isinstance(peft_config, TargetConfig):
+                peft_config.modules_to_save = before
+            raise
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, or several in this order."""
@@ -179,7 +186,7 @@ class PeftModel(nn.Module):
         """Context in which the model computes as its base model does. Contexts nest."""
         modules = [module for _, module in self.base_model.adapter_modules()]
         before = [module.disable_adapters for module in modules]
-        grads = [p for p in self.parameters() if p.requires_grad]
+        kept = {p for p in self.parameters() if p.requires_grad}
         self.base_model.disable_adapter_layers()
         try:
             yield
@@ -188,11 +195,9 @@ class PeftModel(nn.Module):
                 if not disabled:
                     module.enable_adapters(True)
             # Enabling trains the active adapters; what did not train before (an adapter for inference) must not now.
-            kept = {id(p) for p in grads}
-            for module in modules:
-                for parameter in module.parameters():
-                    if parameter.requires_grad and id(parameter) not in kept:
-                        parameter.requires_grad_(False)
+            for parameter in (p for module in modules for p in module.parameters()):
+                if parameter.requires_grad and parameter not in kept:
+                    parameter.requires_grad_(False)
 
     # Files
 
@@ -231,10 +236,9 @@ class PeftModel(nn.Module):
             )  # fmt: skip
             config = self.peft_config[name]
             if path_initial_model_for_weight_conversion is not None:
-                from ..saving.plain_lora import as_plain_lora
-
-                path = path_initial_model_for_weight_conversion
-                tensors, config = as_plain_lora(self.base_model, name, tensors, path)
+                tensors, config = as_plain_lora(
+                    self.base_model, name, tensors, path_initial_model_for_weight_conversion
+                )
             if may_write(sharded, is_main_process):
                 folder = save_directory if name == "default" else os.path.join(save_directory, name)
                 save_adapter(folder, tensors, self._config_for_file(config))

@@ -1,4 +1,4 @@
-"""What adapters a model has and in what state, as PEFT reports it."""
+"""Reports on the adapters of a model and their state, as PEFT gives them."""
 
 from __future__ import annotations
 
@@ -105,11 +105,8 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
 
 def _all_same(values: Iterable[Any]) -> Any:
     """The one value that all have, or "irregular"."""
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found[0] if len(found) == 1 else "irregular"
+    first, *others = values
+    return first if all(value == first for value in others) else "irregular"
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:

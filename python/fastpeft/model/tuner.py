@@ -6,7 +6,6 @@ A model may hold adapters of different methods: each layer composes what it has.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from ..config.base import PeftConfig
 from ..config.limits import BASE
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..inject.modules import AdapterModule, KnownModules, adapter_modules
 from ..inject.plan import InjectionPlan, plan_injection
 from ..layer.by_row.mixed import check_length
@@ -26,6 +25,7 @@ from ..layer.saved_modules import ModulesToSaveWrapper
 from ..layer.shared_tensors import held_containers, register_at
 from ..methods.method import Method
 from ..methods.registry import method_of, registry
+from ..saving.state_dict import bias_tensors
 from . import adapters
 from .combine import add_weighted_adapter
 from .merging import ModelMerging
@@ -138,19 +138,16 @@ class BaseTuner(ModelMerging):
         self.model.peft_config = self.peft_config  # type: ignore[assignment]
         active = self.active_adapters
         train = adapter_name in active and not config.inference_mode
-        for module in self._modules_of(plan):
+        modules: list[AdapterModule] = [*(p.layer for p in plan.layers), *(p.wrapper for p in plan.saved)]
+        for module in modules:
             module._active_adapter = list(active)
             if isinstance(module, ModulesToSaveWrapper):
                 module._active_adapter = module.check_active(active)
             module.set_requires_grad(adapter_name, train)
-        if train:
-            self._train_biases(config)
+        for bias in bias_tensors(self.model, config).values() if train else ():
+            bias.requires_grad_(True)
         self.targeted_module_names.extend(n for n in plan.names if n not in self.targeted_module_names)
         return plan
-
-    @staticmethod
-    def _modules_of(plan: InjectionPlan) -> list[AdapterModule]:
-        return [*(p.layer for p in plan.layers), *(p.wrapper for p in plan.saved)]
 
     def remove(self, plan: InjectionPlan) -> None:
         """Undo `add`, biases and frozen parameters included."""
@@ -171,17 +168,6 @@ class BaseTuner(ModelMerging):
                 "Only one adapter can train the biases of the base model. When using multiple adapters, set bias to "
                 "'none' for all adapters but one."
             )
-
-    def _train_biases(self, config: PeftConfig) -> None:
-        bias = getattr(config, "bias", "none")
-        if bias == "all":
-            for name, parameter in self.model.named_parameters():
-                if name == "bias" or name.endswith(".bias"):
-                    parameter.requires_grad_(True)
-        elif bias != "none":  # "lora_only" and its kin: the layers that the adapter sits on
-            for _, layer in self.adapter_layers():
-                if getattr(layer.base_layer, "bias", None) is not None:
-                    layer.bias.requires_grad_(True)
 
     add_weighted_adapter = add_weighted_adapter
 
@@ -213,11 +199,9 @@ class BaseTuner(ModelMerging):
         for name in self.active_adapters:
             bias = getattr(self.peft_config.get(name), "bias", "none")
             if bias != "none":
-                warnings.warn(
+                warn(
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
-                    "output as the base model would without adaption.",
-                    PeftWarning,
-                    stacklevel=2,
+                    "output as the base model would without adaption."
                 )
         for _, module in self.adapter_modules():
             module.enable_adapters(False)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..config.targets import minimal_suffixes
-from ..config.types import PeftType, PeftWarning
+from ..config.types import PeftType, warn
 from ..files.checks import PREFIX
 from ..files.progress import shown
 from ..inject.modules import adapter_layers, adapter_modules, walk
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.lora.lora import LoraConfig
+from ..model.merge_math import svd_of_product
 from ..saving.folder import save_adapter
-from ..weights.base import wide
+from ..weights.base import widened
 
 Converted = tuple[Tensor, Tensor, "Tensor | None"]  # A, B, and what is added to the bias
 
@@ -51,7 +51,7 @@ def convert_to_lora(
     layers = _layers(model, adapter_name)
     source = getattr(model, "peft_config", {}).get(adapter_name)
     if source is not None and source.peft_type == PeftType.LORA:
-        warnings.warn("The adapter to be converted to LoRA is a LoRA already.", PeftWarning, stacklevel=2)
+        warn("The adapter to be converted to LoRA is a LoRA already.")
     bias = getattr(source, "bias", "none")
     if bias != "none":
         raise ValueError(f"The adapter's config sets bias={bias}: biases of the base model are no part of a LoRA.")
@@ -122,10 +122,10 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
     method, view, info = layer.methods[adapter], layer.view(adapter), layer.info
     dtype = next((t.dtype for _, _, t in layer.adapter_state(adapter) if t.is_floating_point()), info.dtype)
     base = layer.unmerged_weight()
-    factors = None if layer.base_edits else method.factors(view, view, base[0].to(wide(base[0].dtype)))
+    factors = None if layer.base_edits else method.factors(view, view, widened(base[0]))
     added = None
     if factors is not None:
-        u, s, v = _svd_of_product(*factors)
+        u, s, v = svd_of_product(*factors)
     else:
         w, b = layer.merged_weight([adapter], base)
         before = layer.original_weight()[0]
@@ -143,14 +143,6 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
     ones = [1] * len(info.shape[2:])
     a, b_out = a.reshape(kept, -1, *info.shape[2:]), b_out.reshape(-1, kept, *ones)
     return a.to(dtype).contiguous(), b_out.to(dtype).contiguous(), added
-
-
-def _svd_of_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V^T of B A, with A [r, in] and B [out, r], from matrices that are no larger than these."""
-    a, b = a.to(wide(a.dtype)), b.to(wide(b.dtype))
-    (qa, ra), (qb, rb) = torch.linalg.qr(a.t()), torch.linalg.qr(b)
-    u, s, v = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
-    return qb @ u, s, v @ qa.t()
 
 
 def _cutoff(s: Tensor, share: float) -> int:

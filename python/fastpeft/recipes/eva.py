@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..files.checks import PREFIX
 from ..files.progress import shown
 from .incremental_pca import IncrementalPCA
@@ -88,8 +87,9 @@ class _Watch:
             self.seen = x.detach()
             return
         if x.shape[0] < self.pca.n:
-            warnings.warn(f"EVA passes over a batch of {x.shape[0]} rows for {self.name}, fewer than its "
-                          f"{self.pca.n} components.", PeftWarning, stacklevel=2)  # fmt: skip
+            warn(
+                f"EVA passes over a batch of {x.shape[0]} rows for {self.name}, fewer than its {self.pca.n} components."
+            )
             return
         before = self.pca.components
         self.pca.add(x)
@@ -357,5 +357,4 @@ def _start(tuner: BaseTuner, adapter: str, config: Any, found: Mapping[str, Tens
     config.alpha_pattern = {c[0].name: c[3] for c in kept if c[3] != config.lora_alpha}
     missing = [site.name for site, a, *_ in changes if a is None]
     if missing:
-        warnings.warn(f"EVA has no components for {', '.join(missing)}: they start as plain LoRAs.", PeftWarning,
-                      stacklevel=3)  # fmt: skip
+        warn(f"EVA has no components for {', '.join(missing)}: they start as plain LoRAs.", 2)

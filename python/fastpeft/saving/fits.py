@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,19 +56,15 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
 
 def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a file of an adapter holds, by its key in the file."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in plan.shared.items():
-        for suffix, tensor in _entries(value) if getattr(value, "persistent", True) else ():
-            tensors[f"{TUNER}{name}{suffix}"] = tensor
+    saved = [(f"{TUNER}{n}", value) for n, value in plan.shared.items() if getattr(value, "persistent", True)]
+    saved += [(f"{PREFIX}{copy.site.name}", copy.module) for copy in plan.saved]
+    tensors = {f"{key}{suffix}": tensor for key, value in saved for suffix, tensor in _entries(value)}
     for layer in plan.layers:
         for name, value in layer.state.items():
             for suffix, tensor in _entries(value) if layer.method.saves(layer.state, name) else ():
                 key = layer.method.file_key(name + suffix)
                 if key is not None:
                     tensors[f"{PREFIX}{layer.site.name}.{key}"] = tensor
-    for saved in plan.saved:
-        for key, tensor in saved.module.state_dict().items():
-            tensors[f"{PREFIX}{saved.site.name}.{key}"] = tensor
     return {key: tuple(tensor.shape) for key, tensor in plan.method.pack(plan.config, tensors).items()}
 
 
@@ -102,15 +99,10 @@ def _entries(value: Any) -> list[tuple[str, Tensor]]:
 
 def embedding_tensors(model: nn.Module) -> dict[str, torch.nn.Parameter]:
     """The base weights of a transformers model's input and output embeddings, by their keys in memory."""
-    if not hasattr(model, "get_input_embeddings"):
-        return {}
-    layers = []
+    layers: list[Any] = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
-        getter: Any = getattr(model, name, None)
-        try:
-            layers.append(getter() if getter is not None else None)
-        except (AttributeError, NotImplementedError):  # a model without such a layer
-            continue
+        with suppress(AttributeError, NotImplementedError):  # a model without such a layer
+            layers.append(getattr(model, name)())
     bases = [getattr(layer, "base_layer", layer) for layer in layers if isinstance(layer, nn.Module)]
     return {
         f"{name}.{key}": tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from ..layer.layer import AdapterLayer
 from ..methods.lora.lora import LoraConfig, scaling_of
 from .folder import open_adapter
 
-# What must be the same in both adapters; ranks and scalings are swapped too.
+# Fields that must be the same in both adapters; ranks and scalings are swapped too.
 CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
 _FACTORS = (("lora_A", 0), ("lora_B", 1), ("lora_embedding_A", 0), ("lora_embedding_B", 1))  # with the rank's dimension
 
@@ -88,9 +88,7 @@ def hotswap_adapter_from_state_dict(
     own = {memory: tensor for memory, _, tensor in iter_adapter_tensors(bare, adapter_name)}
     unexpected = [key for key in state_dict if key not in own]
     if unexpected:
-        raise RuntimeError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
-        )
+        raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     for key, value in state_dict.items():
         _check_shape(key, own[key], value)
     alphas, ranks = (first_match(p or {}, list(layers)) for p in (config.alpha_pattern, config.rank_pattern))
@@ -99,8 +97,8 @@ def hotswap_adapter_from_state_dict(
             if key not in state_dict:
                 tensor.zero_()
         for name, layer in layers.items():
-            prefix = f"{name}."
-            if not any(key.startswith(prefix) for key in state_dict):
+            keys = [key for key in state_dict if key.startswith(f"{name}.")]
+            if not keys:
                 continue
             r, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
             layer.r[adapter_name], layer.lora_alpha[adapter_name] = r, alpha
@@ -110,7 +108,7 @@ def hotswap_adapter_from_state_dict(
                 held.fill_(scaling)
             elif held != scaling:
                 layer.scaling[adapter_name] = scaling
-            for key in [key for key in state_dict if key.startswith(prefix)]:
+            for key in keys:
                 _swap(own[key], state_dict[key], layer.info.groups if ".lora_A." in key else 1)
             layer.changed()
 
@@ -169,12 +167,12 @@ def prepare_model_for_compiled_hotswap(
     if target_rank is not None:
         for layer in layers:
             _check_pad(layer, target_rank)
+        for layer in layers:
+            for factor, dim in _factors(layer):
+                _pad(factor, dim, layer.info.groups, target_rank)
     for layer in layers:
         for name, value in layer.scaling.items():
             layer.scaling[name] = torch.as_tensor(value, dtype=torch.float32, device=layer.info.device)
-        for factor, dim, groups in _factors(layer) if target_rank is not None else ():
-            assert target_rank is not None
-            _pad(factor, dim, groups, target_rank)
         layer.changed()
     if target_rank is None or config is None:
         return
@@ -183,20 +181,19 @@ def prepare_model_for_compiled_hotswap(
         each.rank_pattern = dict.fromkeys(each.rank_pattern or {}, target_rank)
 
 
-def _factors(layer: AdapterLayer) -> Iterator[tuple[Any, int, int]]:
-    """(parameter or module, the dimension of the rank, parts that the rank has) of every LoRA in a layer."""
-    for name, dim in _FACTORS:
-        for factor in getattr(layer, name, {}).values():
-            yield factor, dim, layer.info.groups
+def _factors(layer: AdapterLayer) -> list[tuple[Any, int]]:
+    """(parameter or module, the dimension of the rank) of every LoRA in a layer."""
+    return [(factor, dim) for name, dim in _FACTORS for factor in getattr(layer, name, {}).values()]
 
 
 def _check_pad(layer: AdapterLayer, target_rank: int) -> None:
-    if target_rank % layer.info.groups:
+    groups = layer.info.groups
+    if target_rank % groups:
         raise ValueError(
-            f"Trying to pad a LoRA adapter with groups={layer.info.groups} to target rank {target_rank}, but the "
-            f"target rank is not divisible by {layer.info.groups}."
+            f"Trying to pad a LoRA adapter with groups={groups} to target rank {target_rank}, but the target rank is "
+            f"not divisible by {groups}."
         )
-    for factor, dim, groups in _factors(layer):
+    for factor, dim in _factors(layer):
         rank = getattr(factor, "weight", factor).shape[dim] * (groups if dim else 1)
         if rank > target_rank:
             raise ValueError(

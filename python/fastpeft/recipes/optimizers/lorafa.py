@@ -85,12 +85,7 @@ def _projected(grad: Tensor, a: Tensor, scaling: float) -> Tensor:
 
 
 def create_lorafa_optimizer(
-    model: nn.Module,
-    r: int,
-    lora_alpha: int,
-    lr: float,
-    weight_decay: float = 0.0,
-    use_rslora: bool | None = None,
+    model: nn.Module, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
 ) -> Optimizer:
     """A LoRA-FA optimizer; A of every LoRA in the model stops requiring gradients.
 
