@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as cli
-from bench import machine, pipes
+from bench import machine, pipes, results
 from bench.ab import checkouts, compare
 from bench.measure import Stats
 from bench.suites import multi, multi_train, qlora
@@ -173,3 +173,4 @@ def test_files_of_results_name_the_core(
     monkeypatch.setattr(machine, "cpu_family", lambda: cpu)
     monkeypatch.setattr(machine, "cpu_name", lambda: "AMD EPYC")
     assert machine.name(2) == f"{core}-2threads"
+    assert results.default_path("qlora", machine.name(2)).name == f"qlora-{core}-2threads.jsonl"
