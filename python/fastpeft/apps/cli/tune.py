@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peft_kernels import tuning, tuning_user
+from peft_kernels import tuning, tuning_launch, tuning_user
 
 from ..training.errors import UserError
 from .output import table
@@ -49,7 +49,7 @@ def find_gpu() -> Gpu:
         )
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        reason = tuning.unusable(device)
+        reason = tuning_launch.unusable(device)
     except ImportError as error:
         raise UserError(
             f"tune measures Triton kernels, and Triton is missing: {error}", "pip install triton"
@@ -121,7 +121,7 @@ def run(
     with tuning.searching(clock=clock):
         for done, (layer, m) in enumerate(work):
             progress(f"{layer.out_features}x{layer.in_features}, {m} rows", done, len(work))
-            tuning.launch_lora_linear(
+            tuning_launch.launch_lora_linear(
                 m, layer.out_features, layer.in_features, layer.r, layer.dtype, layer.blocksize, layer.dropout,
                 gpu.device,
             )  # fmt: skip
