@@ -66,6 +66,10 @@ def test_a_line_may_be_slower_by_five_percent_and_what_a_differs_from_itself(
     assert line(a, again, b).passed is passed
 
 
+def test_a_line_whose_a_differs_from_itself_is_noisy() -> None:
+    assert [line(1.0, again, 1.0).noisy for again in (1.04, 0.96, 1.06, 0.94)] == [False, False, True, True]
+
+
 def test_batches_of_64_adapters_at_576_may_be_slower_by_ten_percent() -> None:
     def slack(candidate: str, suite: str, k: int) -> float:
         return line(1.0, 1.0, 1.0, candidate, suite=suite, K=k).slack
