@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,10 +48,7 @@ def _ids() -> Tensor:
     return torch.cat([torch.randperm(31), torch.tensor([5])]).view(2, 16)
 
 
-def _rows() -> Tensor:
-    return torch.randn(2, 5, 24)
-
-
+_rows = functools.partial(torch.randn, 2, 5, 24)
 # Sizes are multiples of nothing; inputs have a batch dimension first.
 SAMPLE_BASES: dict[str, SampleBase] = {
     "linear": SampleBase(lambda: nn.Linear(24, 20), _rows),
@@ -88,7 +86,7 @@ def add_adapter(layer: AdapterLayer, name: str, method: Method, config: Any) -> 
 
 
 def make_tensors(method: Method, config: Any, info: LayerInfo) -> tuple[State, State]:
-    """What an adapter has in one layer, and what it would share with others."""
+    """The state of an adapter in one layer, and the tensors that it would share with others."""
     shared = method.make_shared(config, [info])
     compute(shared)
     state = method.make_state(config, info, SharedValues(shared) if shared else None)

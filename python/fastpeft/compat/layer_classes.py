@@ -30,7 +30,7 @@ class _HeldBy(type):
 
 @functools.cache
 def layer_class(method: Method, name: str) -> type:
-    """`isinstance(module, LoraLayer)`: whether a module is an adapter layer with an adapter of that method."""
+    """`isinstance(module, LoraLayer)`: true of an adapter layer with an adapter of that method."""
     label = next((label for label in _LABELS if name.endswith(label)), None)
     return _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
 

@@ -19,9 +19,10 @@ from ..saving.folder import open_adapter, save_adapter
 from ..saving.load import plan_loading
 from ..saving.plain_lora import as_plain_lora
 from ..saving.state_dict import get_peft_model_state_dict
-from .distributed import frozen_buffers
+from ..weights.nf4_linear import NF4Linear
+from . import adapters
 from .prepare import enable_input_gradients, is_checkpointing
-from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from .status import count_parameters, get_layer_status, get_model_status
 from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
 
 
@@ -67,8 +68,9 @@ class PeftModel(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Names that DistributedDataParallel, which asks for them, need not send around."""
-        return frozen_buffers(self)
+        """Names of quantised weights: DDP, which asks for this, would send them to all processes in every forward."""
+        layers = [(path, module) for path, module in self.named_modules() if isinstance(module, NF4Linear)]
+        return [f"{path}.{name}" for path, layer in layers for name, held in layer._buffers.items() if held is not None]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -109,20 +111,14 @@ class PeftModel(nn.Module):
     def get_base_model(self) -> nn.Module:
         return self.base_model.model
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(parameters that require gradients, all parameters); a 4-bit weight counts its elements, not its bytes."""
-        return count_parameters(self)
+    get_nb_trainable_parameters = count_parameters
+    get_layer_status = get_layer_status
+    get_model_status = get_model_status
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        return get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        return get_model_status(self)
 
     # Computing
 
@@ -178,8 +174,7 @@ class PeftModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         self.base_model.delete_adapter(adapter_name)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+    set_requires_grad = adapters.set_requires_grad
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 def prepare_model_for_kbit_training(
     model: nn.Module,
@@ -26,7 +24,7 @@ def prepare_model_for_kbit_training(
     options = dict(gradient_checkpointing_kwargs or {})
     for parameter in model.parameters():
         parameter.requires_grad = False
-        if parameter.dtype in _HALF and type(parameter).__name__ != "Params4bit":
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.to(torch.float32)
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -110,7 +110,12 @@ class BaseTuner(ModelMerging):
         try:
             if adapter_name in self.peft_config:
                 raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-            self._check_bias(config)
+            biased = (getattr(c, "bias", "none") != "none" for c in self.peft_config.values())
+            if getattr(config, "bias", "none") != "none" and any(biased):
+                raise ValueError(
+                    "Only one adapter can train the biases of the base model. When using multiple adapters, set bias "
+                    "to 'none' for all adapters but one."
+                )
             if plan is None:
                 plan = plan_injection(
                     self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
@@ -160,14 +165,6 @@ class BaseTuner(ModelMerging):
         for name, container in held_containers(layer for _, layer in self.adapter_layers()).items():
             register_at(self, name, container)
 
-    def _check_bias(self, config: PeftConfig) -> None:
-        others = [c for c in self.peft_config.values() if getattr(c, "bias", "none") != "none"]
-        if others and getattr(config, "bias", "none") != "none":
-            raise ValueError(
-                "Only one adapter can train the biases of the base model. When using multiple adapters, set bias to "
-                "'none' for all adapters but one."
-            )
-
     add_weighted_adapter = add_weighted_adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -186,9 +183,7 @@ class BaseTuner(ModelMerging):
         adapters.set_adapter(self.model, names, inference_mode)
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Turn gradients of adapters on or off without changing which are active."""
-        adapters.set_requires_grad(self.model, adapter_names, requires_grad)
+    set_requires_grad = adapters.set_requires_grad
 
     def enable_adapter_layers(self) -> None:
         for _, module in self.adapter_modules():

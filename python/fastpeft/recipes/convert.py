@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,9 +54,7 @@ def convert_to_lora(
     bias = getattr(source, "bias", "none")
     if bias != "none":
         raise ValueError(f"The adapter's config sets bias={bias}: biases of the base model are no part of a LoRA.")
-    work: Callable[..., Converted] = _convert
-    if compile_kwargs is not None:
-        work = torch.compile(_convert, **compile_kwargs)
+    work: Any = _convert if compile_kwargs is None else torch.compile(_convert, **compile_kwargs)
     bar = shown(layers.items(), "Converting to LoRA", progressbar)
     found = {name: work(layer, adapter_name, rank) for name, layer in bar}
     config = _config(model, source, rank, {name: len(a) for name, (a, _, _) in found.items()})
@@ -84,7 +81,7 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Write what `convert_to_lora` gives as an adapter folder."""
+    """Write the LoRA of `convert_to_lora` as an adapter folder."""
     config, state = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     save_adapter(path, state, config.to_dict())
 

@@ -6,19 +6,22 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..config.targets import minimal_suffixes
 from ..config.types import warn
 from ..files.checks import PREFIX
 from ..files.progress import shown
+from ..inject.modules import adapter_layers, set_child, walk
+from ..inject.plan import place
+from ..model.tuner import BaseTuner
 from .incremental_pca import IncrementalPCA
-
-if TYPE_CHECKING:
-    from ..model.tuner import BaseTuner
+from .layers_of import target_layers
 
 MAX_RHO = 1000
 
@@ -57,13 +60,13 @@ def _tensor(layer_input: Any, layer_name: str) -> Tensor:
 
 
 class _Watch:
-    """What one layer's inputs were, as its forward hook saw them: a batch, and its principal components so far."""
+    """One layer's inputs as its forward hook saw them: a batch, and its principal components so far."""
 
     def __init__(self, name: str, module: nn.Module, prepare: Callable[..., Tensor] | None, gather: bool) -> None:
         self.name, self.module, self.prepare, self.gather = name, module, prepare or _all_rows, gather
         self.model_input: Any = None
         self.seen: Tensor | None = None
-        self.pca: IncrementalPCA | None = None
+        self.pca: Any = None
         self.converged = torch.zeros(0, dtype=torch.bool)
         self.tau = 0.0
         self._handle: Any = None
@@ -93,7 +96,7 @@ class _Watch:
             return
         before = self.pca.components
         self.pca.add(x)
-        if before is not None and self.pca.components is not None:
+        if before is not None:
             self.converged = torch.nn.functional.cosine_similarity(self.pca.components, before) >= self.tau
 
 
@@ -138,9 +141,7 @@ def get_eva_state_dict(
     was_training = model.training
     try:
         model.eval()
-        if not is_peft:
-            return search.run(dataloader, forward_fn or forward_fn_dict, show_progress_bar)
-        with model.disable_adapter():  # type: ignore[operator]
+        with model.disable_adapter() if is_peft else nullcontext():  # type: ignore[operator]
             return search.run(dataloader, forward_fn or forward_fn_dict, show_progress_bar)
     finally:
         search.off()
@@ -151,7 +152,11 @@ class _Search:
     def __init__(self, model: nn.Module, adapter: str, config: Any, of_batch: Any, of_layer: Any, gather: bool) -> None:
         self.model, self.config, self.of_batch = model, config, of_batch
         own = dict(of_layer) if isinstance(of_layer, Mapping) else None
-        ranks = dict(_layers(model, adapter, config))
+        if hasattr(model, "peft_config"):
+            linear = ((n, m) for n, m in adapter_layers(model, adapter) if m.base.kind == "linear")
+            ranks = {name: layer.r[adapter] for name, layer in linear if not layer.base.transient}
+        else:
+            ranks = {name: layer.r for name, layer in target_layers(model, config).items()}
         self.watches = {
             name: _Watch(name, model.get_submodule(name), of_layer if own is None else own.pop(name, None), gather)
             for name in ranks
@@ -202,9 +207,7 @@ class _Search:
         """The budget's ranks go to the components that explain most, over all layers."""
         owners, shares = [], []
         for name, first in of.items():
-            pca = self.watches[first].pca
-            assert pca is not None
-            explained = pca.explained[: self.most[first]]
+            explained = self.watches[first].pca.explained[: self.most[first]]
             owners += [name] * len(explained)
             shares.append(explained)
         order = torch.cat(shares).argsort(descending=True)[: self.budget].tolist()
@@ -220,21 +223,16 @@ class _Search:
         first = {name: self.watches[name] for name in of if of[name] == name}
         for name, watch in first.items():
             watch.on(IncrementalPCA(self.most[name]), self.config.eva_config.tau)
-        done = dict.fromkeys(first, False)
         ranks = dict(self.most)
         passes = 2 * len(loader)  # type: ignore[arg-type]
         for i, batch in enumerate(shown(itertools.cycle(loader), "EVA", progress, leave=False)):
-            for name, watch in first.items():
-                converged = bool(watch.converged[: ranks[name]].all())
-                if converged and not done[name]:
-                    watch.off()
-                elif done[name] and not converged:
-                    watch.on()
-                done[name] = converged
-            if all(done.values()):
+            converged = {name: bool(watch.converged[: ranks[name]].all()) for name, watch in first.items()}
+            if all(converged.values()):
                 break
+            for name, watch in first.items():
+                (watch.off if converged[name] else watch.on)()
             forward(self.model, self._feed(batch))
-            short = [name for name, watch in first.items() if watch.pca is None or watch.pca.components is None]
+            short = [name for name, watch in first.items() if watch.pca.components is None]
             if not short:
                 ranks = self._ranks(of)
             elif i + 1 == passes:  # PEFT goes on for ever
@@ -242,26 +240,11 @@ class _Search:
         result = {}
         for name, rank in ranks.items():
             pca = first[of[name]].pca
-            assert pca is not None
-            assert pca.components is not None
             a = pca.components[:rank]
             if self.config.eva_config.whiten:
                 a = a / pca.singular_values[:rank].sqrt()[:, None]
             result[name] = a if self.device is None else a.to(self.device)
         return result
-
-
-def _layers(model: nn.Module, adapter: str, config: Any) -> Iterator[tuple[str, int]]:
-    """(name, rank) of the linear layers that EVA starts."""
-    from ..inject.modules import adapter_layers
-    from .layers_of import target_layers
-
-    if not hasattr(model, "peft_config"):
-        yield from ((name, layer.r) for name, layer in target_layers(model, config).items())
-        return
-    for name, layer in adapter_layers(model, adapter):
-        if layer.base.kind == "linear" and not layer.base.transient:
-            yield name, layer.r[adapter]
 
 
 def _moved(inputs: Any, device: torch.device) -> Any:
@@ -311,10 +294,6 @@ def initialize_lora_eva_weights(
 
 def _start(tuner: BaseTuner, adapter: str, config: Any, found: Mapping[str, Tensor]) -> None:
     """Give each layer its A, and the rank and alpha that go with it."""
-    from ..config.targets import minimal_suffixes
-    from ..inject.modules import set_child, walk
-    from ..inject.plan import place
-
     changes = []
     for site in walk(tuner.model):
         layer: Any = site.module

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ..methods.lora.start.loftq import low_rank
+from ..model.tuner import BaseTuner
+from .model_files import ModelTensors
 
 
 def replace_lora_weights_loftq(
@@ -23,9 +25,6 @@ def replace_lora_weights_loftq(
     Hub's cache has the model. callback: called with the model and the module's name after each replacement, which is
     taken back if it returns False; without it all are kept.
     """
-    from ..model.tuner import BaseTuner
-    from .model_files import ModelTensors
-
     tuner = getattr(peft_model, "base_model", peft_model)
     if not isinstance(tuner, BaseTuner):
         raise TypeError(f"{type(peft_model).__name__} is not a PeftModel")
