@@ -144,9 +144,8 @@ class BaseTuner(ModelMerging):
         train = adapter_name in active and not config.inference_mode
         modules: list[AdapterModule] = [*(p.layer for p in plan.layers), *(p.wrapper for p in plan.saved)]
         for module in modules:
-            module._active_adapter = list(active)
-            if isinstance(module, ModulesToSaveWrapper):
-                module._active_adapter = module.check_active(active)
+            wrapper = isinstance(module, ModulesToSaveWrapper)
+            module._active_adapter = module.check_active(active) if wrapper else list(active)
             module.set_requires_grad(adapter_name, train)
         for bias in bias_tensors(self.model, config).values() if train else ():
             bias.requires_grad_(True)

@@ -46,7 +46,12 @@ def convert_to_lora(
 
     Raises TypeError where a layer's adapter has no such form, and ValueError for a rank that makes no sense.
     """
-    _check_rank(rank)
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise ValueError(
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
+        )
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"Passing a rank of {rank} doesn't make sense, please pass a valid value.")
     layers = _layers(model, adapter_name)
     source = getattr(model, "peft_config", {}).get(adapter_name)
     if source is not None and source.peft_type == PeftType.LORA:
@@ -86,15 +91,6 @@ def save_as_lora(
     save_adapter(path, state, config.to_dict())
 
 
-def _check_rank(rank: int | float) -> None:
-    if isinstance(rank, float) and not 0 < rank <= 1:
-        raise ValueError(
-            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
-        )
-    if isinstance(rank, int) and rank < 1:
-        raise ValueError(f"Passing a rank of {rank} doesn't make sense, please pass a valid value.")
-
-
 def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
     """The layers with the adapter, by name, if all of them can be converted."""
     layers = dict(adapter_layers(model, adapter))
@@ -129,7 +125,8 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
         u, s, v = torch.linalg.svd((w - before).flatten(1), full_matrices=False)
         if b is not None and (base[1] is None or not torch.equal(b, base[1].to(b.dtype))):
             added = (b if base[1] is None else b - base[1]).to(dtype)
-    kept = rank if isinstance(rank, int) else _cutoff(s, rank)
+    energy = torch.cumsum(s.double() ** 2, 0)
+    kept = rank if isinstance(rank, int) else int(torch.searchsorted(energy, rank * energy[-1])) + 1
     most = min(info.shape[0], math.prod(info.shape[1:]))
     if kept > most:
         raise ValueError(
@@ -140,12 +137,6 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
     ones = [1] * len(info.shape[2:])
     a, b_out = a.reshape(kept, -1, *info.shape[2:]), b_out.reshape(-1, kept, *ones)
     return a.to(dtype).contiguous(), b_out.to(dtype).contiguous(), added
-
-
-def _cutoff(s: Tensor, share: float) -> int:
-    """How many of the largest singular values it takes to have this share of the sum of their squares; at least one."""
-    energy = torch.cumsum(s.double() ** 2, 0)
-    return int(torch.searchsorted(energy, share * energy[-1])) + 1
 
 
 def _config(model: nn.Module, source: Any, rank: int | float, ranks: dict[str, int]) -> LoraConfig:

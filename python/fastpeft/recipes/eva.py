@@ -37,14 +37,12 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
     mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
     if peft_config.eva_config.use_label_mask and "labels" in model_input:
         mask = mask & (model_input["labels"] != peft_config.eva_config.label_mask_value)
-    pairs: Tensor = mask.nonzero()
-    return pairs
+    return mask.nonzero()  # type: ignore[no-any-return]
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
     """The layer's inputs at the pairs that `prepare_model_inputs_fn_language_modeling` gave."""
-    pairs: tuple[Tensor, ...] = model_input.T.unbind()
-    return _tensor(layer_input, layer_name)[pairs]
+    return _tensor(layer_input, layer_name)[model_input.T.unbind()]
 
 
 def _all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:

@@ -12,8 +12,7 @@ MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
 
 class KappaTuneSelector:
-    """Finds the weights with the lowest condition numbers, those that adapters change with the least harm
-    (arXiv 2506.16289): linear layers, and stacks of experts' matrices by their parameters' names."""
+    """Finds such weights, which adapters change with the least harm: linear layers, and parameters of experts."""
 
     def __init__(
         self,

@@ -27,7 +27,9 @@ def check_fits(
     tensors = stacked_state(plan.stacks, plan.config, tensors)  # experts that were modules are laid together
     expected = expected_shapes(plan)
     base, trained = _base_shapes(plan)
-    plain = base | _repeated_shapes(plan)
+    shared = {n: t for n, t in plan.shared.items() if isinstance(t, (Tensor, Computed)) and plan.method.repeats_shared}
+    every = [layer.site.name for layer in plan.layers]  # a file may repeat for each what they share
+    plain = base | {f"{PREFIX}{layer}.{n}": tuple(t.shape) for layer in every for n, t in shared.items()}
     missing = [key for key in expected if key not in tensors]
     biases = {key.replace(".base_layer.", ".") for key in tensors}
     missing += [key for key in trained if key not in biases]
@@ -46,10 +48,8 @@ def check_fits(
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: object) -> None:
     """Raise KeyMismatchError unless the tensors of a file are floating-point ones of exactly these names and shapes."""
-    mismatched = [
-        mismatch(k, info.shape, shapes[k]) for k, info in tensors.items() if k in shapes and info.shape != shapes[k]
-    ]
-    wrong = [f"{k} {info.dtype}" for k, info in tensors.items() if not info.dtype.is_floating_point]
+    mismatched = [mismatch(k, t.shape, shapes[k]) for k, t in tensors.items() if shapes.get(k, t.shape) != t.shape]
+    wrong = [f"{k} {t.dtype}" for k, t in tensors.items() if not t.dtype.is_floating_point]
     missing, unexpected = [k for k in shapes if k not in tensors], [k for k in tensors if k not in shapes]
     report(where, missing, unexpected, mismatched, wrong)
 
@@ -66,12 +66,6 @@ def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
                 if key is not None:
                     tensors[f"{PREFIX}{layer.site.name}.{key}"] = tensor
     return {key: tuple(tensor.shape) for key, tensor in plan.method.pack(plan.config, tensors).items()}
-
-
-def _repeated_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
-    """Shapes of shared tensors that a file may repeat for every layer."""
-    shared = {n: t for n, t in plan.shared.items() if isinstance(t, (Tensor, Computed)) and plan.method.repeats_shared}
-    return {f"{PREFIX}{layer.site.name}.{n}": tuple(t.shape) for layer in plan.layers for n, t in shared.items()}
 
 
 def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[str]]:

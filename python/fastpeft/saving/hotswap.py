@@ -18,7 +18,6 @@ from ..config.base import PeftConfig
 from ..config.patterns import first_match
 from ..config.types import PeftType
 from ..inject.modules import adapter_layers, iter_adapter_tensors
-from ..layer.layer import AdapterLayer
 from ..methods.lora.lora import LoraConfig, scaling_of
 from .folder import open_adapter
 
@@ -29,13 +28,12 @@ _FACTORS = (("lora_A", 0), ("lora_B", 1), ("lora_embedding_A", 0), ("lora_embedd
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Raise ValueError unless tensors, ranks and scalings are all that differs between two adapters' outputs."""
-    kind0, kind1 = (str(getattr(c.peft_type, "value", c.peft_type)) for c in (config0, config1))
-    if kind0 != kind1:
-        raise ValueError(f"Incompatible PEFT types found: {kind0} and {kind1}")
-    keys = CONFIG_KEYS_TO_CHECK.get(PeftType(kind0))
-    if keys is None:
-        raise ValueError(f"Hotswapping only supports {', '.join(CONFIG_KEYS_TO_CHECK)} but {kind0} was passed.")
-    for key in keys:
+    type0, type1 = (str(getattr(c.peft_type, "value", c.peft_type)) for c in (config0, config1))
+    if type0 != type1:
+        raise ValueError(f"Incompatible PEFT types found: {type0} and {type1}")
+    if type0 not in CONFIG_KEYS_TO_CHECK:
+        raise ValueError(f"Hotswapping only supports {', '.join(CONFIG_KEYS_TO_CHECK)} but {type0} was passed.")
+    for key in CONFIG_KEYS_TO_CHECK[PeftType(type0)]:
         ours, theirs = getattr(config0, key), getattr(config1, key)
         if ours != theirs:
             raise ValueError(f"Configs are incompatible: for {key}, {ours} != {theirs}")
@@ -165,41 +163,35 @@ def prepare_model_for_compiled_hotswap(
             "the first adapter and before loading the second adapter."
         )
     if target_rank is not None:
-        for layer in layers:
-            _check_pad(layer, target_rank)
-        for layer in layers:
-            for factor, dim in _factors(layer):
-                _pad(factor, dim, layer.info.groups, target_rank)
+        of_layers = [(layer.info.groups, getattr(layer, n, {}), dim) for layer in layers for n, dim in _FACTORS]
+        factors = [(factor, dim, groups) for groups, held, dim in of_layers for factor in held.values()]
+        for each in factors:
+            _check_pad(*each, target_rank)
+        for each in factors:
+            _pad(*each, target_rank)
     for layer in layers:
         for name, value in layer.scaling.items():
             layer.scaling[name] = torch.as_tensor(value, dtype=torch.float32, device=layer.info.device)
         layer.changed()
     if target_rank is None or config is None:
         return
-    for each in config.values() if isinstance(config, Mapping) else [config]:
-        each.r = target_rank
-        each.rank_pattern = dict.fromkeys(each.rank_pattern or {}, target_rank)
+    for one in config.values() if isinstance(config, Mapping) else [config]:
+        one.r = target_rank
+        one.rank_pattern = dict.fromkeys(one.rank_pattern or {}, target_rank)
 
 
-def _factors(layer: AdapterLayer) -> list[tuple[Any, int]]:
-    """(parameter or module, the dimension of the rank) of every LoRA in a layer."""
-    return [(factor, dim) for name, dim in _FACTORS for factor in getattr(layer, name, {}).values()]
-
-
-def _check_pad(layer: AdapterLayer, target_rank: int) -> None:
-    groups = layer.info.groups
+def _check_pad(factor: Any, dim: int, groups: int, target_rank: int) -> None:
     if target_rank % groups:
         raise ValueError(
             f"Trying to pad a LoRA adapter with groups={groups} to target rank {target_rank}, but the target rank is "
             f"not divisible by {groups}."
         )
-    for factor, dim in _factors(layer):
-        rank = getattr(factor, "weight", factor).shape[dim] * (groups if dim else 1)
-        if rank > target_rank:
-            raise ValueError(
-                f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                f"({rank}). This is not possible."
-            )
+    rank = getattr(factor, "weight", factor).shape[dim] * (groups if dim else 1)
+    if rank > target_rank:
+        raise ValueError(
+            f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({rank}). "
+            "This is not possible."
+        )
 
 
 def _pad(factor: Any, dim: int, groups: int, target_rank: int) -> None:
