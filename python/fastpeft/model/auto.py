@@ -30,14 +30,9 @@ class AutoPeftModel:
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> PeftModel:
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], adapter_name: str = "default",
+        is_trainable: bool = False, config: PeftConfig | None = None, revision: str | None = None, **kwargs: Any,
+    ) -> PeftModel:  # fmt: skip
         """The adapter over its base model. Further arguments go to the base model's `from_pretrained`."""
         hub = {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
         peft_config = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)

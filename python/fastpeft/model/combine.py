@@ -34,18 +34,11 @@ Mix = Callable[[list[Tensor], Tensor], Tensor]
 
 
 def add_weighted_lora(
-    tuner: Any,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    adapter_name: str,
-    combination_type: CombinationType = "svd",
-    svd_rank: int | None = None,
-    svd_clamp: float | None = None,
-    svd_full_matrices: bool = True,
-    svd_driver: str | None = None,
-    density: float | None = None,
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+    combination_type: CombinationType = "svd", svd_rank: int | None = None, svd_clamp: float | None = None,
+    svd_full_matrices: bool = True, svd_driver: str | None = None, density: float | None = None,
     majority_sign_method: Literal["total", "frequency"] = "total",
-) -> None:
+) -> None:  # fmt: skip
     """Add to a `BaseTuner` an adapter that is a weighted sum of LoRA adapters. It is not trained.
 
     weights: may be negative. combination_type: "svd" and "cat" are exact up to the rank (that of "cat" is the sum of

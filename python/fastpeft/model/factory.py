@@ -16,14 +16,9 @@ from .tuner import tuner_class
 
 
 def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", mixed: bool = False,
+    autocast_adapter_dtype: bool = True, revision: str | None = None, low_cpu_mem_usage: bool = False,
+) -> PeftModel:  # fmt: skip
     """Put a new adapter into `model`, which is changed in place, and wrap it.
 
     mixed: give PEFT's PeftMixedModel; any PeftModel here takes adapters of several methods. revision: of the base
@@ -52,12 +47,9 @@ def get_peft_model(
 
 
 def inject_adapter_in_model(
-    peft_config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
+    peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Put an adapter into `model`, which is changed in place and returned as it is, without a wrapper.
 
     state_dict: adapt the modules that its keys name (its values are not used) rather than those of the configuration.

@@ -43,14 +43,9 @@ class PeftModel(nn.Module):
             PeftModel.by_task[task.value] = cls
 
     def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig,
-        adapter_name: str = "default",
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        _plan: InjectionPlan | None = None,
-    ) -> None:
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False, _plan: InjectionPlan | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.peft_type = peft_config.peft_type
         with self._preparing(peft_config):
@@ -140,12 +135,9 @@ class PeftModel(nn.Module):
     # Adapters come and go
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Add an untrained adapter, of any method. It is not made active."""
         with self._preparing(peft_config):
             self.base_model.add(
@@ -197,15 +189,10 @@ class PeftModel(nn.Module):
     # Files
 
     def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: bool | str = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | bool | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None, save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True, path_initial_model_for_weight_conversion: str | bool | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Write each adapter (or the selected ones) as `adapter_config.json` and `adapter_model.safetensors`.
 
         The adapter `default` goes into the folder itself, others into folders of their names below it. state_dict: take
@@ -250,18 +237,11 @@ class PeftModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> PeftModel:
+        cls, model: nn.Module, model_id: str | os.PathLike[str], adapter_name: str = "default",
+        is_trainable: bool = False, config: PeftConfig | None = None, autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False, low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None, **kwargs: Any,
+    ) -> PeftModel:  # fmt: skip
         """A PeftModel over `model` with the adapter that a folder or Hub repository holds.
 
         Everything is checked before `model` is changed. config: use this instead of the file's configuration.
@@ -281,17 +261,10 @@ class PeftModel(nn.Module):
         return peft_model
 
     def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False,
+        torch_device: str | None = None, autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False, key_mapping: Mapping[str, str] | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """Load a trained adapter under a new name, or new values for one of that name. It is not made active.
 
         Everything is checked before the model is changed. Returns what was missing and unexpected: for a file that

@@ -11,11 +11,9 @@ from torch import nn
 
 
 def prepare_model_for_kbit_training(
-    model: nn.Module,
-    use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
-    auto_clear_cache: bool = True,
-) -> nn.Module:
+    model: nn.Module, use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, auto_clear_cache: bool = True,
+) -> nn.Module:  # fmt: skip
     """Freeze a quantised model, keep what is not quantised in float32, and turn gradient checkpointing on.
 
     The packed weights are left alone, whether in bitsandbytes' parameters or in our layers' buffers. Checkpointing is

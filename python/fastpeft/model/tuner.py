@@ -38,15 +38,10 @@ class BaseTuner(ModelMerging):
     holds_shared_adapters = True
 
     def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig | Mapping[str, PeftConfig],
-        adapter_name: str = "default",
-        low_cpu_mem_usage: bool = False,
-        state_dict: Mapping[str, Any] | None = None,
-        autocast_adapter_dtype: bool = False,
-        plan: InjectionPlan | None = None,
-    ) -> None:
+        self, model: nn.Module, peft_config: PeftConfig | Mapping[str, PeftConfig], adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False, state_dict: Mapping[str, Any] | None = None,
+        autocast_adapter_dtype: bool = False, plan: InjectionPlan | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         existing = getattr(model, "peft_config", None)
@@ -96,15 +91,10 @@ class BaseTuner(ModelMerging):
     # Adding and removing adapters
 
     def add(
-        self,
-        adapter_name: str,
-        config: PeftConfig,
-        *,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-        state_dict: Mapping[str, Any] | None = None,
+        self, adapter_name: str, config: PeftConfig, *, low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True, state_dict: Mapping[str, Any] | None = None,
         plan: InjectionPlan | None = None,
-    ) -> InjectionPlan:
+    ) -> InjectionPlan:  # fmt: skip
         """Put an adapter into the model; on an error the model is as it was. plan: made before, for a file that was
         checked against it. Returns what can undo it."""
         try:

@@ -32,12 +32,9 @@ Converted = tuple[Tensor, Tensor, "Tensor | None"]  # A, B, and what is added to
 
 
 def convert_to_lora(
-    model: nn.Module,
-    rank: int | float,
-    adapter_name: str = "default",
-    progressbar: bool = False,
+    model: nn.Module, rank: int | float, adapter_name: str = "default", progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+) -> tuple[LoraConfig, dict[str, Tensor]]:  # fmt: skip
     """A LoRA that does what an adapter does, as near as its rank allows: its configuration, and tensors by file key.
 
     rank: of every layer (int), or the share of the squared singular values that each layer has to keep (float in
@@ -79,13 +76,9 @@ def convert_to_lora(
 
 
 def save_as_lora(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    rank: int | float,
-    adapter_name: str = "default",
-    progressbar: bool = False,
-    compile_kwargs: dict[str, Any] | None = None,
-) -> None:
+    path: str | os.PathLike[str], model: nn.Module, rank: int | float, adapter_name: str = "default",
+    progressbar: bool = False, compile_kwargs: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write the LoRA of `convert_to_lora` as an adapter folder."""
     config, state = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     save_adapter(path, state, config.to_dict())

@@ -39,11 +39,9 @@ def components(w: Tensor, covariance: Tensor, r: int, method: str) -> CordaEigen
 
 @torch.no_grad()
 def preprocess_corda(
-    model: nn.Module,
-    lora_config: Any,
-    run_model: Callable[[], None] | None = None,
+    model: nn.Module, lora_config: Any, run_model: Callable[[], None] | None = None,
     hooked_model: nn.Module | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Compute what CorDA starts from. To be called before `get_peft_model`, which uses it up.
 
     run_model: runs the model on samples, so that the layers' inputs are seen; not needed where a file of

@@ -17,14 +17,9 @@ from ..weights.base import widened
 
 @torch.no_grad()
 def reduce_intruder_dimension(
-    peft_model: Any,
-    old_adapter_name: str = "default",
-    new_adapter_name: str = "intruder_reduced",
-    top_k: int = 10,
-    threshold_epsilon: float = 0.5,
-    mitigation_lambda: float = 0.75,
-    logging_sink: Callable[[str], Any] | None = print,
-) -> None:
+    peft_model: Any, old_adapter_name: str = "default", new_adapter_name: str = "intruder_reduced", top_k: int = 10,
+    threshold_epsilon: float = 0.5, mitigation_lambda: float = 0.75, logging_sink: Callable[[str], Any] | None = print,
+) -> None:  # fmt: skip
     """Add a LoRA that is an existing one with its intruder dimensions scaled by `mitigation_lambda`; it becomes active.
 
     Of the adapted weight's `top_k` left singular vectors, those are intruders whose cosine with every one of the base

@@ -15,12 +15,9 @@ class KappaTuneSelector:
     """Finds such weights, which adapters change with the least harm: linear layers, and parameters of experts."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        max_dim_size_to_analyze: int = 16384,
-        moe_param_suffixes: tuple[str, ...] | None = None,
+        self, model: nn.Module, max_dim_size_to_analyze: int = 16384, moe_param_suffixes: tuple[str, ...] | None = None,
         show_progress: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.max_dim_size_to_analyze, self.show_progress = model, max_dim_size_to_analyze, show_progress
         self.moe_param_suffixes = moe_param_suffixes or MOE_SUFFIXES
         self._found: tuple[dict[str, float], dict[str, float]] | None = None
@@ -54,12 +51,9 @@ class KappaTuneSelector:
 
 
 def find_kappa_target_modules(
-    model: nn.Module,
-    top_p: float = 0.2,
-    max_dim_size_to_analyze: int = 16384,
-    moe_param_suffixes: tuple[str, ...] | None = None,
-    show_progress: bool = True,
-) -> dict[str, list[str] | None]:
+    model: nn.Module, top_p: float = 0.2, max_dim_size_to_analyze: int = 16384,
+    moe_param_suffixes: tuple[str, ...] | None = None, show_progress: bool = True,
+) -> dict[str, list[str] | None]:  # fmt: skip
     """`target_modules` and `target_parameters` (None without experts) of the share `top_p` with the lowest condition
     numbers. Weights with a side above `max_dim_size_to_analyze` are passed over."""
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)

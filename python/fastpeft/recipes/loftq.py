@@ -14,11 +14,9 @@ from .model_files import ModelTensors
 
 
 def replace_lora_weights_loftq(
-    peft_model: nn.Module,
-    model_path: str | None = None,
-    adapter_name: str = "default",
+    peft_model: nn.Module, model_path: str | None = None, adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Start a LoRA on a 4-bit base from what quantising lost: B A is close to W - dequantised(W). DoRA's m follows.
 
     model_path: the safetensors file of the unquantised model, or its folder (files may be sharded); None: where the

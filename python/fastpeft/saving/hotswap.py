@@ -40,12 +40,9 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 
 
 def hotswap_adapter(
-    model: nn.Module,
-    model_name_or_path: str | os.PathLike[str],
-    adapter_name: str,
-    torch_device: str | None = None,
+    model: nn.Module, model_name_or_path: str | os.PathLike[str], adapter_name: str, torch_device: str | None = None,
     **kwargs: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Put the values of an adapter file into the adapter `adapter_name`, which keeps its name.
 
     Everything is checked first. torch_device: ignored; an adapter lives where its layers do. kwargs: of reading the
@@ -64,12 +61,9 @@ def hotswap_adapter(
 
 
 def hotswap_adapter_from_state_dict(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    adapter_name: str,
-    config: LoraConfig,
+    model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, config: LoraConfig,
     parameter_prefix: str = "lora_",
-) -> None:
+) -> None:  # fmt: skip
     """The same from a state dict whose keys are those in memory, with the adapter's name.
 
     Layers that the new adapter lacks get zeros. A smaller rank is padded with zeros; a larger one replaces the tensors.
@@ -133,12 +127,9 @@ def _swap(old: Tensor, new: Tensor, groups: int) -> None:
 
 
 def prepare_model_for_compiled_hotswap(
-    model: nn.Module,
-    *,
-    target_rank: int | None = None,
-    config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    model: nn.Module, *, target_rank: int | None = None, config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
-) -> None:
+) -> None:  # fmt: skip
     """Make the scalings tensors and pad the factors to a rank, so that later swaps do not recompile the model.
 
     To be called after the first adapter was loaded and before the model is compiled. target_rank: the largest rank that

@@ -32,12 +32,9 @@ class IncompatibleKeys(NamedTuple):
 
 
 def get_peft_model_state_dict(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    unwrap_compiled: bool = False,
-    save_embedding_layers: bool | Literal["auto"] = "auto",
-) -> dict[str, Tensor]:
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default",
+    unwrap_compiled: bool = False, save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:  # fmt: skip
     """One adapter's tensors by their file keys: its own, trained biases, modules_to_save, embeddings where asked.
 
     state_dict: take the values from here (keys as in memory), for models whose parameters are sharded elsewhere. Of a
@@ -67,12 +64,9 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-) -> IncompatibleKeys:
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False, low_cpu_mem_usage: bool = False,
+) -> IncompatibleKeys:  # fmt: skip
     """Put a state dict with file keys into the adapter `adapter_name`, which must be in the model already.
 
     Sizes are checked first, so that an error leaves the model as it was. Keys that the adapter lacks and that the
@@ -84,13 +78,9 @@ def set_peft_model_state_dict(
 
 
 def fill(
-    model: nn.Module,
-    adapter_name: str,
-    state: Mapping[str, Tensor],
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-    where: object = None,
-) -> IncompatibleKeys:
+    model: nn.Module, adapter_name: str, state: Mapping[str, Tensor], ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False, where: object = None,
+) -> IncompatibleKeys:  # fmt: skip
     """`set_peft_model_state_dict` for a state dict that was `unpacked`.
 
     where: a file that the state dict comes from. It must then hold all that the adapter has and nothing else, with
