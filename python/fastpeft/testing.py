@@ -15,7 +15,7 @@ from peft_kernels.testing import assert_no_worse
 from .layer.layer import AdapterLayer
 from .layer.shared_tensors import fill_containers, held_containers
 from .methods.computed import SharedValues, compute
-from .methods.method import LayerInfo, Method, State
+from .methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,10 @@ def add_adapter(layer: AdapterLayer, name: str, method: Method, config: Any) -> 
     info, method = layer.info, method.variant(config)
     method.check_config(config)
     method.check_layer(config, info)
-    state, shared = make_tensors(method, config, info)
+    shared = method.make_shared(config, [info])
+    compute(shared)
+    state = method.make_state(config, info, SharedValues(shared) if shared else None)
+    compute(state)
     containers = fill_containers(shared, name, held_containers([layer]))
     layer.add(name, method, state, containers)
     tensors = [t for _, _, t in layer.adapter_state(name)]
@@ -83,15 +86,6 @@ def add_adapter(layer: AdapterLayer, name: str, method: Method, config: Any) -> 
         for tensor in tensors:
             if tensor.is_floating_point():
                 tensor.copy_(torch.randn_like(tensor) * 0.3)
-
-
-def make_tensors(method: Method, config: Any, info: LayerInfo) -> tuple[State, State]:
-    """The state of an adapter in one layer, and the tensors that it would share with others."""
-    shared = method.make_shared(config, [info])
-    compute(shared)
-    state = method.make_state(config, info, SharedValues(shared) if shared else None)
-    compute(state)
-    return state, shared
 
 
 def assert_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> None:

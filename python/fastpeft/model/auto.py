@@ -40,11 +40,8 @@ class AutoPeftModel:
             raise ValueError(f"{cls.__name__} is for {cls.task_type.value}, the adapter for {peft_config.task_type}")
         if peft_config.base_model_name_or_path is None:
             raise ValueError(f"{pretrained_model_name_or_path} does not name its base model (base_model_name_or_path)")
-        base_options = {
-            "revision": peft_config.revision or "main",
-            **{k: v for k, v in kwargs.items() if k != "subfolder"},
-        }
-        model = cls._base_class(peft_config).from_pretrained(peft_config.base_model_name_or_path, **base_options)
+        options = {"revision": peft_config.revision or "main"} | {k: v for k, v in kwargs.items() if k != "subfolder"}
+        model = cls._base_class(peft_config).from_pretrained(peft_config.base_model_name_or_path, **options)
         return class_for(peft_config).from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config,
             revision=revision, **hub,

@@ -25,26 +25,23 @@ from . import merge_math
 
 FACTORS = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 UPDATES = ("svd", "ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
-CombinationType = Literal[
-    "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
-    "magnitude_prune", "magnitude_prune_svd",
-]  # fmt: skip
 Found = Sequence[tuple[str, float]]
 Mix = Callable[[list[Tensor], Tensor], Tensor]
 
 
 def add_weighted_lora(
     tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
-    combination_type: CombinationType = "svd", svd_rank: int | None = None, svd_clamp: float | None = None,
+    combination_type: str = "svd", svd_rank: int | None = None, svd_clamp: float | None = None,
     svd_full_matrices: bool = True, svd_driver: str | None = None, density: float | None = None,
     majority_sign_method: Literal["total", "frequency"] = "total",
 ) -> None:  # fmt: skip
     """Add to a `BaseTuner` an adapter that is a weighted sum of LoRA adapters. It is not trained.
 
-    weights: may be negative. combination_type: "svd" and "cat" are exact up to the rank (that of "cat" is the sum of
-    all ranks); "linear", on the factors, is rough. svd_rank: of the result, the largest rank by default. svd_clamp: the
-    quantile at which the factors are cut off. svd_full_matrices: accepted; what it adds is never used. svd_driver: as
-    in torch.linalg.svd. density: the share of values that pruning keeps. majority_sign_method: how "ties" elects signs.
+    weights: may be negative. combination_type: of `FACTORS` or `UPDATES`, or "cat". "svd" and "cat" are exact up to the
+    rank (that of "cat" is the sum of all ranks); "linear", on the factors, is rough. svd_rank: of the result, the
+    largest rank by default. svd_clamp: the quantile at which the factors are cut off. svd_full_matrices: accepted, of
+    no effect. svd_driver: as in torch.linalg.svd. density: the share of values that pruning keeps.
+    majority_sign_method: how "ties" elects signs.
     """
     configs: list[Any] = [tuner.peft_config[name] for name in adapters]
     for name, config in zip(adapters, configs, strict=True):

@@ -54,8 +54,7 @@ def inject_adapter_in_model(
 
     state_dict: adapt the modules that its keys name (its values are not used) rather than those of the configuration.
     """
-    method = method_of(peft_config)
-    tuner = tuner_class(method)(
+    tuner = tuner_class(method_of(peft_config))(
         model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
     )
     return tuner.model

@@ -75,8 +75,6 @@ class PeftModel(nn.Module):
                 raise
         return getattr(self.base_model, name)
 
-    # What it has
-
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         return self.base_model.peft_config
@@ -291,6 +289,4 @@ def _without_auxiliary(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def class_for(config: PeftConfig, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
     """The PeftModel class for a configuration's task."""
-    if config.task_type is None:
-        return default
     return PeftModel.by_task.get(str(getattr(config.task_type, "value", config.task_type)), default)

@@ -24,6 +24,7 @@ from .incremental_pca import IncrementalPCA
 from .layers_of import target_layers
 
 MAX_RHO = 1000
+LayerInputs = Callable[..., Tensor] | dict[str, Callable[..., Tensor]] | None
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -60,18 +61,15 @@ def _tensor(layer_input: Any, layer_name: str) -> Tensor:
 class _Watch:
     """One layer's inputs as its forward hook saw them: a batch, and its principal components so far."""
 
-    def __init__(self, name: str, module: nn.Module, prepare: Callable[..., Tensor] | None, gather: bool) -> None:
-        self.name, self.module, self.prepare, self.gather = name, module, prepare or _all_rows, gather
+    def __init__(self, name: str, module: nn.Module, prepare: Any, gather: bool, tau: float) -> None:
+        self.name, self.module, self.prepare, self.gather, self.tau = name, module, prepare or _all_rows, gather, tau
         self.model_input: Any = None
         self.seen: Tensor | None = None
         self.pca: Any = None
-        self.converged = torch.zeros(0, dtype=torch.bool)
-        self.tau = 0.0
+        self.converged: Tensor
         self._handle: Any = None
 
-    def on(self, pca: IncrementalPCA | None = None, tau: float = 0.0) -> None:
-        if pca is not None:
-            self.pca, self.tau, self.converged = pca, tau, torch.zeros(pca.n, dtype=torch.bool)
+    def on(self) -> None:
         if self._handle is None:
             self._handle = self.module.register_forward_hook(self._hook)
 
@@ -87,10 +85,9 @@ class _Watch:
         if self.pca is None:
             self.seen = x.detach()
             return
-        if x.shape[0] < self.pca.n:
-            warn(
-                f"EVA passes over a batch of {x.shape[0]} rows for {self.name}, fewer than its {self.pca.n} components."
-            )
+        rows, n = x.shape[0], self.pca.n
+        if rows < n:
+            warn(f"EVA passes over a batch of {rows} rows for {self.name}, fewer than its {n} components.")
             return
         before = self.pca.components
         self.pca.add(x)
@@ -109,18 +106,12 @@ def _gathered(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def get_eva_state_dict(
-    model: nn.Module,
-    dataloader: Iterable[Any],
-    peft_config: Any = None,
+    model: nn.Module, dataloader: Iterable[Any], peft_config: Any = None,
     forward_fn: Callable[..., Any] | None = forward_fn_dict,
     prepare_model_inputs_fn: Callable[..., Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Callable[..., Tensor] | dict[str, Callable[..., Tensor]] | None = (
-        prepare_layer_inputs_fn_language_modeling
-    ),
-    adapter_name: str = "default",
-    gather_distributed_inputs: bool = True,
-    show_progress_bar: bool = True,
-) -> dict[str, Tensor]:
+    prepare_layer_inputs_fn: LayerInputs = prepare_layer_inputs_fn_language_modeling, adapter_name: str = "default",
+    gather_distributed_inputs: bool = True, show_progress_bar: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
     """The A that EVA starts each layer with, by the layer's name; its number of rows is the layer's rank, maybe 0.
 
     model: a PeftModel, or any model together with a `peft_config`. dataloader: batches, used as often as it takes.
@@ -155,13 +146,11 @@ class _Search:
             ranks = {name: layer.r[adapter] for name, layer in linear if not layer.base.transient}
         else:
             ranks = {name: layer.r for name, layer in target_layers(model, config).items()}
-        self.watches = {
-            name: _Watch(name, model.get_submodule(name), of_layer if own is None else own.pop(name, None), gather)
-            for name in ranks
-        }
+        prepares = {name: of_layer if own is None else own.pop(name, None) for name in ranks}
+        tau, rho = config.eva_config.tau, config.eva_config.rho
+        self.watches = {n: _Watch(n, model.get_submodule(n), prepare, gather, tau) for n, prepare in prepares.items()}
         if own:
             raise ValueError(f"prepare_layer_inputs_fn names modules that are not adapted: {', '.join(own)}")
-        rho = config.eva_config.rho
         if rho > MAX_RHO:
             rho = min(rho, max(max(p.shape) for p in model.parameters() if p.ndim) // config.r)
         self.budget = sum(ranks.values())
@@ -220,7 +209,7 @@ class _Search:
         of = self._share(next(iter(loader)), forward)
         first = {name: self.watches[name] for name in of if of[name] == name}
         for name, watch in first.items():
-            watch.on(IncrementalPCA(self.most[name]), self.config.eva_config.tau)
+            watch.pca, watch.converged = IncrementalPCA(self.most[name]), torch.zeros(self.most[name], dtype=torch.bool)
         ranks = dict(self.most)
         passes = 2 * len(loader)  # type: ignore[arg-type]
         for i, batch in enumerate(shown(itertools.cycle(loader), "EVA", progress, leave=False)):
@@ -257,18 +246,12 @@ def _moved(inputs: Any, device: torch.device) -> Any:
 
 @torch.no_grad()
 def initialize_lora_eva_weights(
-    model: nn.Module,
-    dataloader: Iterable[Any] | None = None,
-    eva_state_dict: dict[str, Tensor] | None = None,
+    model: nn.Module, dataloader: Iterable[Any] | None = None, eva_state_dict: dict[str, Tensor] | None = None,
     forward_fn: Callable[..., Any] | None = forward_fn_dict,
     prepare_model_inputs_fn: Callable[..., Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Callable[..., Tensor] | dict[str, Callable[..., Tensor]] | None = (
-        prepare_layer_inputs_fn_language_modeling
-    ),
-    adapter_name: str = "default",
-    gather_distributed_inputs: bool = True,
-    show_progress_bar: bool = True,
-) -> None:
+    prepare_layer_inputs_fn: LayerInputs = prepare_layer_inputs_fn_language_modeling, adapter_name: str = "default",
+    gather_distributed_inputs: bool = True, show_progress_bar: bool = True,
+) -> None:  # fmt: skip
     """Start a PeftModel's LoRA, made with init_lora_weights="eva", by EVA: from batches, or from a state dict that
     `get_eva_state_dict` made. Other arguments as there. Layers with rank 0 lose the adapter; ranks and targets of the
     configuration follow."""

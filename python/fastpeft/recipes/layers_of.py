@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,8 @@ from ..methods.method import LayerInfo
 from ..methods.registry import method_of
 from ..weights.find import weight_of
 
-Hook = Callable[..., Any]
 
-
-@dataclass(frozen=True)
-class TargetLayer:
+class TargetLayer(NamedTuple):
     info: LayerInfo
     r: int
 
@@ -44,7 +40,7 @@ def target_layers(model: nn.Module, config: Any) -> dict[str, TargetLayer]:
 
 
 def means_over_passes(
-    model: nn.Module, layers: Mapping[str, TargetLayer], run: Callable[[], None], training: bool, hook: Hook
+    model: nn.Module, layers: Mapping[str, TargetLayer], run: Callable[[], None], training: bool, hook: Any
 ) -> dict[str, Tensor]:
     """The mean, by layer, of what `hook` adds while `run` runs the model, in training or evaluation mode.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..methods.lora.start.loftq import low_rank
+from ..model.combine import factors_of
 from ..model.tuner import BaseTuner
 from .model_files import ModelTensors
 
@@ -36,8 +36,7 @@ def replace_lora_weights_loftq(
     with torch.no_grad():
         for name, layer in layers:
             name = name.removeprefix("model.")
-            a: Any = layer.lora_A[adapter_name].weight
-            b: Any = layer.lora_B[adapter_name].weight
+            a, b = factors_of(layer, adapter_name)
             base = layer.unmerged_weight()[0]
             w = tensors.get(f"{name}.weight").to(base)
             if w.shape != base.shape:

@@ -25,7 +25,7 @@ from .fits import embedding_tensors
 
 
 class IncompatibleKeys(NamedTuple):
-    """Keys that `set_peft_model_state_dict` had no use for: missing ones as in memory, unexpected as in the dict."""
+    """Keys that one side lacks: the state dict (missing ones, as in memory) or the adapter (unexpected ones)."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
