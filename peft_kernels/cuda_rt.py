@@ -39,7 +39,10 @@ def ready() -> str | None:
 
 
 def backend(
-    fn: Callable[..., Any], *, dtypes: frozenset[torch.dtype] = FLOATS, when: Callable[..., str | None] | None = None
+    fn: Callable[..., Any],
+    *,
+    dtypes: frozenset[torch.dtype] = FLOATS,
+    when: Callable[..., str | None] | None = None,
 ) -> Backend:
     """The `Backend` of a function of the CUDA library: GPUs from sm_80, and CPU tensors as the top of this file says.
 

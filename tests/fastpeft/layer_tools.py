@@ -58,7 +58,9 @@ def assert_as_composed(layer: AdapterLayer, x: Tensor) -> Tensor:
 def _linear4bit(nested: bool = True, quant_type: str = "nf4", compute_dtype: torch.dtype | None = None) -> nn.Module:
     import bitsandbytes as bnb
 
-    layer = bnb.nn.Linear4bit(64, 96, quant_type=quant_type, compress_statistics=nested, compute_dtype=compute_dtype)
+    layer = bnb.nn.Linear4bit(
+        64, 96, quant_type=quant_type, compress_statistics=nested, compute_dtype=compute_dtype
+    )
     nn.init.normal_(layer.bias)
     return layer.to("cpu")  # quantises
 

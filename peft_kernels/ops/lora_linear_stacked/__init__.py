@@ -229,7 +229,9 @@ class _Stacked(torch.autograd.Function):
         return dx, None, *grads
 
 
-def flat_projections(op: str, x: Tensor, projections: Sequence[Projection], names: Sequence[str], k: int) -> list[Any]:
+def flat_projections(
+    op: str, x: Tensor, projections: Sequence[Projection], names: Sequence[str], k: int
+) -> list[Any]:
     """The operator's lists, concatenated. Seeds that are needed and not given are drawn, in order."""
     fields: list[list[Any]] = []
     for name, projection in zip(names, projections, strict=True):

@@ -115,7 +115,11 @@ op = Op(
 
 
 def quantize_4bit(
-    w: Tensor, quant_type: str = "nf4", blocksize: int = 64, nested: bool = False, nested_blocksize: int = 256
+    w: Tensor,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    nested: bool = False,
+    nested_blocksize: int = 256,
 ) -> QuantWeight:
     """`w` in 4 bits: a `QuantWeight` of w's shape, device and dtype. Not differentiable; detaches.
 

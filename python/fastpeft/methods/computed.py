@@ -64,3 +64,5 @@ class SharedValues:
             return self._values[name]
         except KeyError:
             raise AttributeError(name) from None
+
+
