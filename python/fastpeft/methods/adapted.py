@@ -43,9 +43,3 @@ class AdaptedModel(Protocol):
 
     def adapter_layers(self) -> Iterator[tuple[str, Any]]:
         """(name, layer) of every `AdapterLayer`."""
-
-
-class Container(Protocol):
-    """Tensors of one name by adapter (`AdapterDict`)."""
-
-    def __getitem__(self, name: str) -> Any: ...
