@@ -28,17 +28,13 @@ class DeloraConfig(HasBias, HasInitWeights, TargetConfig):
     input. rank_pattern, lambda_pattern: values for layers by pattern. init_weights: False starts with a random B."""
 
     own_type = PeftType.DELORA
+    least: ClassVar[Any] = {"r": 1}
 
     r: int = 8
     delora_lambda: float = 15
     module_dropout: float = 0.0
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` must be a positive integer; got {self.r}.")
 
 
 @register

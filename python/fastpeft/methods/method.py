@@ -55,7 +55,7 @@ class Inner(Protocol):
 
     def frozen(self) -> Callable[[], Tensor] | None:
         """A function that gives the W of a frozen base layer (no embedding), for a method that computes with another
-        weight in its place (`weight_side.py`); None if the module has to be called (adapters, hooks, training)."""
+        weight in its place (`made_weight.py`); None if the module has to be called (adapters, hooks, training)."""
 
 
 class AdapterView:
