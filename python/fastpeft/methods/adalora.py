@@ -27,7 +27,6 @@ from .math import rank_allocator as ranks
 from .math.draws import drawn_normal, normal_
 from .math.factored import FactoredMethod, dropout
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
@@ -75,7 +74,6 @@ WITHOUT_MEANING = (
 )  # fmt: skip
 
 
-@register
 class AdaLora(FactoredMethod):
     prefix = "lora_"
     config_class = AdaLoraConfig

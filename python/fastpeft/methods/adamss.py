@@ -20,7 +20,6 @@ from ..config.targets import DEFAULT_TARGETS
 from ..config.types import PeftType
 from .math.kmeans import cluster
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
@@ -109,7 +108,6 @@ def _keep_best(views: list[Any], count: int) -> None:
                 p.grad = None
 
 
-@register
 class Adamss(Method):
     prefix = "adamss_"
     config_class = AdamssConfig

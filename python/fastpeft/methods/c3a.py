@@ -19,7 +19,6 @@ from ..config.targets import DEFAULT_TARGETS
 from ..config.types import PeftType
 from ..weights.base import widened
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
@@ -36,7 +35,6 @@ class C3AConfig(HasBias, TargetConfig):
     init_weights: bool | str | None = "xavier_uniform"
 
 
-@register
 class C3A(Method):
     prefix = "c3a_"
     config_class = C3AConfig

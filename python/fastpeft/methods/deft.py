@@ -19,7 +19,6 @@ from ..config.types import PeftType
 from ..weights.base import widened
 from .math.factored import FactoredMethod, dropout, plus_product
 from .method import Fused, Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
@@ -39,7 +38,6 @@ class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
     deft_dropout: float = 0.0
 
 
-@register
 class Deft(FactoredMethod):
     prefix = "deft_"
     config_class = DeftConfig

@@ -17,7 +17,6 @@ from ..config.types import PeftType
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout
 from .method import LayerInfo, State
-from .registry import register
 
 LEAST_NORM = 1e-4
 
@@ -37,7 +36,6 @@ class DeloraConfig(HasBias, HasInitWeights, TargetConfig):
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
 
 
-@register
 class Delora(FactoredMethod):
     prefix = "delora_"
     config_class = DeloraConfig

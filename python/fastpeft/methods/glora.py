@@ -22,7 +22,6 @@ from ..config.types import PeftType
 from .math.draws import kaiming_, normal_
 from .math.made_weight import as_it_is, one_token, weight_side
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
@@ -73,7 +72,6 @@ class Path(nn.Module):
         return self.Xd @ self.Xu if self.form == "lora" else self.X
 
 
-@register
 class Glora(Method):
     prefix = "glora_"
     config_class = GloraConfig

@@ -18,7 +18,6 @@ from ..config.types import PeftType
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout, is_thin
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
@@ -43,7 +42,6 @@ class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
 
-@register
 class Gralora(FactoredMethod):
     prefix = "gralora_"
     config_class = GraloraConfig

@@ -22,7 +22,6 @@ from .math.draws import drawn_normal, kaiming_, normal_
 from .math.factored import dropout
 from .math.made_weight import as_it_is, one_token, weight_side, with_weight
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
@@ -39,7 +38,6 @@ class HiraConfig(HasFanInFanOut, TargetConfig):
     init_weights: bool | str | None = True
 
 
-@register
 class Hira(Method):
     prefix = "hira_"
     config_class = HiraConfig

@@ -18,7 +18,6 @@ from ..config.base import HasInitWeights, TargetConfig
 from ..config.types import PeftType
 from .math.draws import kaiming_
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
@@ -35,7 +34,6 @@ class LilyConfig(HasInitWeights, TargetConfig):
     scaling: float = 1.0
 
 
-@register
 class Lily(Method):
     prefix = "lily_"
     config_class = LilyConfig

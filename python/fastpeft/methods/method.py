@@ -29,6 +29,7 @@ from .adapted import AdaptedLayer
 
 State = dict[str, Any]
 Fused = Callable[[Tensor], "Tensor | None"]
+METHODS: dict[PeftType, Method] = {}  # those whose files were imported: `registry.py` has all
 
 
 class Inner(Protocol):
@@ -99,7 +100,7 @@ class AdapterView:
 
 
 class Method:
-    """One adapter type. Subclasses live in `methods/`, one file each, and are registered with `@register`.
+    """One adapter type. Subclasses live in `methods/`, one file each; one with a `config_class` is registered.
 
     prefix, config_class: its names; PEFT's type and name of the tuner class ("LoraModel") follow from the latter.
     tensors: names of the containers with trainable tensors, in PEFT's order. kinds: of layers it can adapt.
@@ -132,6 +133,7 @@ class Method:
         if "config_class" in vars(cls) and cls.config_class.own_type is not None:
             cls.peft_type = cls.config_class.own_type
             cls.model_name = cls.config_class.__name__.removesuffix("Config") + "Model"
+            METHODS[cls.peft_type] = cls()
 
     def variant(self, config: Any) -> Method:
         """The method that a configuration means, where its options choose between several (LoRA and DoRA)."""
