@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...adapted import AdaptedModel
 from ...base_edit import EDIT, BaseEdit
 from ...math.draws import drawn_normal
 from ...method import Inner, LayerInfo, State
@@ -53,7 +52,7 @@ class Truncation(BaseEdit):
         return u[:, -self.r :] * sigma[-self.r :], vh[-self.r :]
 
 
-def kasa_loss(tuner: AdaptedModel, adapter_names: str | list[str] | None = None) -> Tensor | float:
+def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """The regularisers of the adapters (None: the active ones), summed over layers; 0.0 if none is a KaSA."""
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or tuner.active_adapters
     total: Tensor | float = 0.0
