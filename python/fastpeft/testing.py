@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from peft_kernels.testing import assert_no_worse
 
 from .layer.layer import AdapterLayer
 from .layer.shared_tensors import fill_containers, held_containers
-from .methods.computed import SharedValues, compute
+from .methods.computed import compute
 from .methods.method import Method
 
 
@@ -76,7 +77,7 @@ def add_adapter(layer: AdapterLayer, name: str, method: Method, config: Any) -> 
     method.check_layer(config, info)
     shared = method.make_shared(config, [info])
     compute(shared)
-    state = method.make_state(config, info, SharedValues(shared) if shared else None)
+    state = method.make_state(config, info, SimpleNamespace(**shared))
     compute(state)
     containers = fill_containers(shared, name, held_containers([layer]))
     layer.add(name, method, state, containers)

@@ -29,6 +29,7 @@ from .adapted import AdaptedLayer
 from .fused import Fused
 
 State = dict[str, Any]
+METHODS: dict[PeftType, Method] = {}  # those whose files were imported: `registry.py` has all
 
 
 class Inner(Protocol):
@@ -55,7 +56,7 @@ class Inner(Protocol):
 
     def frozen(self) -> Callable[[], Tensor] | None:
         """A function that gives the W of a frozen base layer (no embedding), for a method that computes with another
-        weight in its place (`weight_side.py`); None if the module has to be called (adapters, hooks, training)."""
+        weight in its place (`made_weight.py`); None if the module has to be called (adapters, hooks, training)."""
 
 
 class AdapterView:
@@ -103,7 +104,7 @@ class AdapterView:
 
 
 class Method:
-    """One adapter type. Subclasses live in `methods/`, one file each, and are registered with `@register`.
+    """One adapter type. Subclasses live in `methods/`, one file each; one with a `config_class` is registered.
 
     prefix, config_class: its names; PEFT's type and name of the tuner class ("LoraModel") follow from the latter.
     tensors: names of the containers with trainable tensors, in PEFT's order. kinds: of layers it can adapt.
@@ -136,6 +137,7 @@ class Method:
         if "config_class" in vars(cls) and cls.config_class.own_type is not None:
             cls.peft_type = cls.config_class.own_type
             cls.model_name = cls.config_class.__name__.removesuffix("Config") + "Model"
+            METHODS[cls.peft_type] = cls()
 
     def variant(self, config: Any) -> Method:
         """The method that a configuration means, where its options choose between several (LoRA and DoRA)."""

@@ -3,7 +3,7 @@
 The input's features are summed in r groups, feature i into group i mod r, and the sums go through D [r, out_features],
 or with "mini" through D [r, mini_r] repeated along the output: one thin product. With "bat" each block of W [r, r] gets
 W_pq B_p + B_p, where B_p belongs to a row of blocks. That reads all of W, so it is made on the weight side
-(`weight_side.py`): (3 T + 3 r) / (2 T) of the frozen layer's FLOPs at T tokens, 1.69 with r = 64 and T = 512.
+(`made_weight.py`): (3 T + 3 r) / (2 T) of the frozen layer's FLOPs at T tokens, 1.69 with r = 64 and T = 512.
 Fewer tokens than r, in evaluation, have it on their activations: 2 T products of W with a vector in place of T + r.
 
 (Longer than others: three forms, which PEFT has under one name.)
@@ -23,7 +23,7 @@ from ..config.types import PeftType
 from ..weights.base import widened
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout, is_thin, plus_product
-from .math.made_weight import Rows, weight_side
+from .math.made_weight import weight_side
 from .method import Inner, LayerInfo, Method, State
 from .registry import register
 
@@ -144,11 +144,10 @@ class _Bat(Miss):
         if x[..., 0].numel() < r and not torch.is_grad_enabled():
             return _bat_of_few(x, frozen(), s.miss_block, inner.bias())
 
-        def begin() -> Rows:
-            w = frozen()
-            return lambda i, j, blocks: w[i:j] + _bat(w[i:j], blocks[i // r : j // r])
+        def rows(w: Tensor, i: int, j: int, blocks: Tensor) -> Tensor:
+            return w[i:j] + _bat(w[i:j], blocks[i // r : j // r])
 
-        return weight_side(x, inner.info.out_features, begin, s.miss_block, bias=inner.bias(), align=r)
+        return weight_side(x, inner.info.out_features, frozen, rows, s.miss_block, bias=inner.bias(), align=r)
 
 
 _BAT = _Bat()

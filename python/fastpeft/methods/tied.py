@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..config.targets import model_config, select
 from ..config.types import PeftWarning
-from .adapted import Container
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
@@ -78,7 +77,7 @@ class Transposed(nn.Module):
 
     bias = None
 
-    def __init__(self, container: Container, adapter: str) -> None:
+    def __init__(self, container: Any, adapter: str) -> None:
         super().__init__()
         self.__dict__["_entry"] = (container, adapter)  # no child: the container belongs to another layer
 

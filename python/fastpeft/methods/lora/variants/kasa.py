@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...adapted import AdaptedModel
-from ...base_edit import EDIT
+from ...base_edit import EDIT, BaseEdit
 from ...math.draws import drawn_normal
 from ...method import Inner, LayerInfo, State
 from ..lora import Lora
@@ -37,12 +36,11 @@ class KasaConfig:
 
 
 @dataclass(frozen=True)
-class Truncation:
+class Truncation(BaseEdit):
     """The edit of the base: W without its r smallest singular components."""
 
     r: int
-    used: ClassVar[tuple[str, ...]] = ()
-    once: ClassVar[bool] = True
+    once = True
 
     def __call__(self, w: Tensor) -> Tensor:
         u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
@@ -54,7 +52,7 @@ class Truncation:
         return u[:, -self.r :] * sigma[-self.r :], vh[-self.r :]
 
 
-def kasa_loss(tuner: AdaptedModel, adapter_names: str | list[str] | None = None) -> Tensor | float:
+def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """The regularisers of the adapters (None: the active ones), summed over layers; 0.0 if none is a KaSA."""
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or tuner.active_adapters
     total: Tensor | float = 0.0
