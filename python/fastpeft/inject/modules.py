@@ -188,5 +188,3 @@ def original_of(site: Site) -> nn.Module:
 
 def wrapper_of(site: Site) -> ModulesToSaveWrapper:
     return site.module if isinstance(site.module, ModulesToSaveWrapper) else ModulesToSaveWrapper(site.module)
-
-

@@ -217,9 +217,7 @@ class Method:
         `scaling`, and modules or buffers that are not trained."""
         raise NotImplementedError
 
-    def tie(
-        self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]
-    ) -> None:
+    def tie(self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]) -> None:
         """Let layers share entries: called once, when the adapter is in all its layers, given by name. leaders: see
         `followers`."""
 
@@ -330,5 +328,3 @@ class Method:
     def scale(self, s: Any) -> float | None:
         """The scaling that the configuration gives, where the method has one (`layer.scaling`)."""
         return None
-
-

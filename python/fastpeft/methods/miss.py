@@ -103,7 +103,6 @@ class Miss(FactoredMethod):
         added: Tensor = (sums @ block).repeat(*[1] * (x.dim() - 1), copies)
         return y + added
 
-
     def _fusible(self, s: Any) -> bool:
         return s.miss_block.shape[1] == s.out_features and is_thin(s.miss_r, s)
 

@@ -68,9 +68,7 @@ def count_saved(tuner: Any, adapter: str = "default") -> tuple[int, int]:
 def print_saved(tuner: Any) -> None:
     """Print what `get_nb_savable_parameters` counts."""
     own, others = count_saved(tuner)
-    print(
-        f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {(own + others):,d}"
-    )
+    print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {(own + others):,d}")
 
 
 @register
