@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from peft_kernels.testing import assert_no_worse
 
 from .layer.layer import AdapterLayer
 from .layer.shared_tensors import fill_containers, held_containers
-from .methods.computed import SharedValues, compute
+from .methods.computed import compute
 from .methods.method import LayerInfo, Method, State
 
 
@@ -91,7 +92,7 @@ def make_tensors(method: Method, config: Any, info: LayerInfo) -> tuple[State, S
     """What an adapter has in one layer, and what it would share with others."""
     shared = method.make_shared(config, [info])
     compute(shared)
-    state = method.make_state(config, info, SharedValues(shared) if shared else None)
+    state = method.make_state(config, info, SimpleNamespace(**shared))
     compute(state)
     return state, shared
 

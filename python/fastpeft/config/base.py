@@ -42,10 +42,12 @@ class PeftConfig:
     runtime_fields: ClassVar[tuple[str, ...]] = ()
     # What PEFT's configuration of this method lacks: it works here, and is left out of files while it has its default.
     not_in_peft: ClassVar[tuple[str, ...]] = ()
-    # The method of this class, which is then the value of `peft_type`.
+    # The method of this class, which is then the value of `peft_type`: `class VeraConfig(TargetConfig, own_type=...)`.
     own_type: ClassVar[PeftType | None] = None
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, own_type: str | None = None) -> None:
+        if own_type is not None:
+            cls.own_type = PeftType(own_type)
         if vars(cls).get("own_type") is not None:
             CLASSES[vars(cls)["own_type"].value] = cls
 
@@ -225,5 +227,17 @@ def check_ranks(r: object, pattern: Mapping[str, object] | None = None, field: s
 def check_probabilities(config: Any) -> None:
     """ValueError for a dropout that is no probability below one."""
     for name, value in vars(config).items():
-        if name.endswith("dropout") and not 0.0 <= value < 1.0:
-            raise ValueError(f"`{name}` should be in [0, 1), got {value!r}")
+        if name.endswith("dropout"):
+            check(config, name, 0.0 <= value < 1.0, "in [0, 1)")
+
+
+def check(config: Any, field: str, good: bool, expected: str) -> None:
+    """ValueError for the value of a field unless it is good."""
+    if not good:
+        raise ValueError(f"`{field}` should be {expected}, got {getattr(config, field)!r}")
+
+
+def check_choice(config: Any, field: str, *allowed: Any) -> None:
+    """ValueError for a value that is none of those allowed."""
+    *others, last = (repr(value) for value in allowed)
+    check(config, field, getattr(config, field) in allowed, f"{', '.join(others)} or {last}")

@@ -27,7 +27,7 @@ class AdaptedLayer(Protocol):
         """Forget whatever was made from the layer's adapters, base and mode."""
 
     def row_values(self, adapter: str) -> Sequence[Any] | None:
-        """What `Method.row_values` gave for the rows of this call."""
+        """The values that `Method.row_values` gave for the rows of this call."""
 
     def __getattr__(self, name: str) -> Any: ...
 
@@ -43,9 +43,3 @@ class AdaptedModel(Protocol):
 
     def adapter_layers(self) -> Iterator[tuple[str, Any]]:
         """(name, layer) of every `AdapterLayer`."""
-
-
-class Container(Protocol):
-    """Tensors of one name by adapter (`AdapterDict`)."""
-
-    def __getitem__(self, name: str) -> Any: ...

@@ -8,16 +8,15 @@ FRoD's, one for the layers of a role, are on the tuner alone: `base_model.frod_V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
 
-
+@dataclass
 class Computed:
     """A buffer that follows from the configuration and the base model.
 
@@ -26,16 +25,11 @@ class Computed:
     `dtype` rather than take the layer's.
     """
 
-    def __init__(
-        self,
-        shape: Iterable[int],
-        make: Callable[[], Tensor],
-        persistent: bool = True,
-        dtype: torch.dtype = torch.float32,
-        exact: bool = False,
-    ) -> None:
-        self.shape, self.make, self.persistent, self.dtype = tuple(shape), make, persistent, dtype
-        self.exact = exact
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    persistent: bool = True
+    dtype: torch.dtype = torch.float32
+    exact: bool = False
 
     def tensor(self, empty: bool) -> Tensor:
         """The buffer; on the meta device if `empty`."""
@@ -54,18 +48,3 @@ def compute(state: dict[str, Any], loading: bool = False, later: bool = False) -
     for name, value in state.items():
         if isinstance(value, Computed) and not (later and not value.persistent):
             state[name] = value.tensor(empty=loading and value.persistent)
-
-
-class SharedValues:
-    """What `Method.make_shared` gave, by attribute, for `Method.make_state`."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self._values[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-

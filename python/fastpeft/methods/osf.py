@@ -7,15 +7,13 @@ Cost, in products of T tokens by W (r = half the rank): the layer itself 2 (forw
 products of both with U and U0: 2 forward, 2 backward. Gradients of U and V: 1/2 each; their projections at least
 1/2 + 1/2 more each when made on the T rows, which costs less than on the gradients as long as T < 2 r. Together 8, four
 times the frozen layer's, of which nothing can be left out while the wrapped layer is called as it is. PEFT has 12.
-
-(Longer than others by this derivation and by the projection of the gradients.)
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,22 +23,21 @@ from torch import Tensor, nn
 from ..config.base import HasInitWeights, TargetConfig
 from ..config.patterns import match_names
 from ..config.targets import ALL_LINEAR
-from ..config.types import PeftType, PeftWarning
+from ..config.types import PeftWarning
+from ..weights.base import wide
 from .computed import Computed
-from .method import Inner, LayerInfo, Method, State
-from .registry import register
+from .method import Inner, LayerInfo, Method, State, register
 
 _LLAMA_LIKE = ("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi")
 _DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 
 
 @dataclass
-class OSFConfig(HasInitWeights, TargetConfig):
+class OSFConfig(HasInitWeights, TargetConfig, own_type="OSF"):
     """effective_rank: number of singular directions that are frozen, or their share of the smaller size if it is a
     float; half by default, at most all, which leaves nothing to train in that layer. rank_pattern: its value by layer,
     by expressions that match anywhere in a name. target_svd_config: accepted and not used, as in PEFT."""
 
-    own_type = PeftType.OSF
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
     effective_rank: int | float | None = None
@@ -77,10 +74,8 @@ class OSF(Method):
     def check_layer(self, config: OSFConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if (rank := _rank(config, info)) < 1:
-            raise ValueError(
-                f"{info.name!r}: `effective_rank` should be at least 1. Got {config.effective_rank!r}, which is {rank} "
-                f"for a weight of {info.out_features} x {info.in_features}."
-            )
+            got = f"{config.effective_rank!r}, which is {rank} for a weight of {info.out_features} x {info.in_features}"
+            raise ValueError(f"{info.name!r}: `effective_rank` should be at least 1, got {got}.")
 
     def make_state(self, config: OSFConfig, info: LayerInfo, shared: Any) -> State:
         k, n, m = _rank(config, info), info.out_features, info.in_features
@@ -95,16 +90,16 @@ class OSF(Method):
             )
 
         @functools.cache
-        def factors() -> tuple[Tensor, Tensor, Tensor]:
-            u, sigma, v = torch.linalg.svd(info.weight().to(torch.float32), full_matrices=False)
-            return u.to(dtype), sigma.to(dtype), v.to(dtype)
+        def factors() -> list[Tensor]:
+            return [t.to(dtype) for t in torch.linalg.svd(info.weight().to(torch.float32), full_matrices=False)]
 
+        low_parts: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {
+            "U_low": ((n, low), lambda: factors()[0][:, k:]),
+            "S_low": ((low,), lambda: factors()[1][k:]),
+            "V_low": ((low, m), lambda: factors()[2][k:]),
+        }
         params, state = {}, State(effective_rank=k)
-        for i, (name, shape) in enumerate({"U_low": (n, low), "S_low": (low,), "V_low": (low, m)}.items()):
-
-            def part(i: int = i) -> Tensor:
-                return factors()[i][:, k:] if i == 0 else factors()[i][k:]
-
+        for name, (shape, part) in low_parts.items():
             start = torch.empty(shape)
             if not start.is_meta:
                 start = part().clone(memory_format=torch.contiguous_format)
@@ -127,8 +122,7 @@ class OSF(Method):
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         v = s.osf_svd_params["V_low"]
-        eye = torch.eye(v.shape[1], device=v.device)
-        return self._apply(s, eye, torch.promote_types(v.dtype, torch.float32)).T
+        return self._apply(s, torch.eye(v.shape[1], device=v.device), wide(v.dtype)).T
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         return y + self._apply(s, x, s.osf_svd_params["U_low"].dtype).to(y.dtype)

@@ -2,8 +2,6 @@
 orthogonal matrix scaled on both sides (openreview.net/forum?id=FSHrinMArK).
 
 On activations a LoRA with the factors A and B (R - I). A and B are in no file: they follow from the base weight.
-
-(Longer than others by its options: two ways to the factors, four forms of R.)
 """
 
 from __future__ import annotations
@@ -18,26 +16,31 @@ from torch import Tensor, nn
 
 from peft_kernels import cayley
 
-from ..config.base import HasFanInFanOut, HasInitWeights, TargetConfig, check_ranks
-from ..config.types import PeftType, PeftWarning
+from ..config.base import (
+    HasFanInFanOut,
+    HasInitWeights,
+    TargetConfig,
+    check,
+    check_choice,
+    check_probabilities,
+    check_ranks,
+)  # fmt: skip
+from ..config.types import PeftWarning
 from ..weights.base import widened
 from .computed import Computed
 from .math.draws import drawn_normal
 from .math.factored import FactoredMethod, dropout
 from .math.rotation import skew
-from .method import LayerInfo, State
-from .registry import register
+from .method import LayerInfo, State, register
 
 
 @dataclass
-class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
+class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig, own_type="PSOFT"):
     """r: size of R. psoft_alpha: scaling is psoft_alpha / r, which B is divided by. ab_svd_init: "psoft_init" (A has
     orthonormal rows) or "pissa_init" (the singular values are shared out). psoft_svd: "full", or "lowrank" with
     psoft_svd_lowrank_niter iterations from random_seed. psoft_orth: R is orthogonal, else any matrix. psoft_mag_a,
     psoft_mag_b: scale R's inputs and outputs. use_cayley_neumann: R from num_cayley_neumann_terms of a series, its
     generator kept within cayley_neumann_eps."""
-
-    own_type = PeftType.PSOFT
 
     r: int = 32
     psoft_alpha: int = 32
@@ -56,20 +59,18 @@ class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranks(self.r)
-        if not 0.0 <= self.psoft_dropout < 1.0:
-            raise ValueError(f"`psoft_dropout` should be in [0, 1), got {self.psoft_dropout!r}")
-        for name, allowed in (("ab_svd_init", ("pissa_init", "psoft_init")), ("psoft_svd", ("full", "lowrank"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
-        eps = self.cayley_neumann_eps
-        if self.use_cayley_neumann and not 1 <= self.num_cayley_neumann_terms <= 100:
-            raise ValueError(f"`num_cayley_neumann_terms` must be in 1..100; got {self.num_cayley_neumann_terms}.")
-        if self.use_cayley_neumann and eps is not None and not 0.0 < eps < 1.0:
-            raise ValueError(f"`cayley_neumann_eps` must be in (0, 1) when set; got {eps}.")
-        series = () if self.use_cayley_neumann else ("num_cayley_neumann_terms", "cayley_neumann_eps")
-        for name in (*series, *(() if self.psoft_svd == "lowrank" else ("psoft_svd_lowrank_niter",))):
-            if getattr(self, name) != getattr(type(self), name):
-                needed = "use_cayley_neumann=True" if name in series else "psoft_svd='lowrank'"
+        check_probabilities(self)
+        check_choice(self, "ab_svd_init", "pissa_init", "psoft_init")
+        check_choice(self, "psoft_svd", "full", "lowrank")
+        eps, terms, series = self.cayley_neumann_eps, self.num_cayley_neumann_terms, self.use_cayley_neumann
+        check(self, "num_cayley_neumann_terms", not series or 1 <= terms <= 100, "from 1 to 100")
+        check(self, "cayley_neumann_eps", not series or eps is None or 0.0 < eps < 1.0, "in (0, 1) when set")
+        for name, needed, used in (
+            ("num_cayley_neumann_terms", "use_cayley_neumann=True", series),
+            ("cayley_neumann_eps", "use_cayley_neumann=True", series),
+            ("psoft_svd_lowrank_niter", "psoft_svd='lowrank'", self.psoft_svd == "lowrank"),
+        ):
+            if not used and getattr(self, name) != getattr(type(self), name):
                 warnings.warn(f"`{name}` is only used when `{needed}`: it is ignored.", PeftWarning, stacklevel=3)
 
 
@@ -121,10 +122,8 @@ class Psoft(FactoredMethod):
     def check_layer(self, config: PsoftConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if config.r > min(info.in_features, info.out_features):
-            raise ValueError(
-                f"{info.name!r}: `r` ({config.r}) must be less than or equal to min(in_features, out_features) "
-                f"({info.in_features}, {info.out_features})"
-            )
+            limit = f"less than or equal to min(in_features, out_features) ({info.in_features}, {info.out_features})"
+            raise ValueError(f"{info.name!r}: `r` ({config.r}) must be {limit}")
 
     def make_state(self, config: PsoftConfig, info: LayerInfo, shared: Any) -> State:
         factors = functools.cache(lambda: _principal(info.weight(), config))
@@ -142,8 +141,8 @@ class Psoft(FactoredMethod):
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         a, b, r = s._psoft_A_cache, s._psoft_B_cache, s.psoft_R.get_matrix()
         moved = r - torch.eye(len(r), dtype=r.dtype, device=r.device)
-        wide = torch.promote_types(a.dtype, r.dtype)
-        return a.to(wide), (b.to(wide) @ moved.to(wide)) * s.scaling
+        dtype = torch.promote_types(a.dtype, r.dtype)
+        return a.to(dtype), (b.to(dtype) @ moved.to(dtype)) * s.scaling
 
     def scale(self, s: Any) -> float | None:
         return float(s.psoft_alpha / s.r)

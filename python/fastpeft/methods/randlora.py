@@ -9,8 +9,6 @@ the backward towards x. The gradients of lambda and gamma are sums over that of 
 input side do they follow from the product towards x, taken apart into n, at the price of n T in elements multiplied one
 by one. So the least is 3.0 times the frozen layer's FLOPs, and what is done here, 3.5, is within 1.2 of it. Saved is
 the input and, with C on the output side, B^T x; C is elementwise in A and made again.
-
-PEFT's three ways of drawing the bases, and the gradients, take half of this file.
 """
 
 from __future__ import annotations
@@ -25,23 +23,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
-from ..config.types import PeftType
-from .computed import Computed
+from ..weights.base import wide
 from .math.draws import drawn_normal
 from .math.factored import dropout
-from .math.projections import ProjectedMethod, seeded
-from .method import Inner, LayerInfo, State
-from .registry import register
+from .math.projections import ProjectedMethod
+from .method import Inner, LayerInfo, State, register
 
 Shape = tuple[int, int, int]
 
 
 @dataclass
-class RandLoraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class RandLoraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="RANDLORA"):
     """r: the rank of a basis; a smaller one trains more. sparse, very_sparse: bases of -1, 0 and 1, of which a third,
     or one in sqrt(min), is not 0. randlora_dropout: of the input. randlora_alpha: scaling is this over r."""
 
-    own_type = PeftType.RANDLORA
     not_in_peft = ("exclude_modules",)
 
     r: int = 32
@@ -68,8 +63,7 @@ class RandLora(ProjectedMethod):
     def make_shared(self, config: RandLoraConfig, layers: Sequence[LayerInfo]) -> State:
         sizes = max(i.in_features for i in layers), max(i.out_features for i in layers)
         shapes = (config.r, 1, min(sizes)), (max(sizes), math.ceil(min(sizes) / config.r), config.r)
-        at = seeded(config.projection_prng_key, lambda g: _bases(config, shapes, g))
-        return {n: Computed(shapes[i], at(i), config.save_projection) for i, n in enumerate(self.projections)}
+        return self.drawn(config, shapes, lambda generator: _bases(config, shapes, generator))
 
     def make_state(self, config: RandLoraConfig, info: LayerInfo, shared: Any) -> State:
         small, large = sorted((info.in_features, info.out_features))
@@ -86,17 +80,15 @@ class RandLora(ProjectedMethod):
             "randlora_gamma": nn.Parameter(gammas),
         }
 
-    def _parts(self, s: Any, shared: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(self, s: Any, shared: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         lambdas, gammas = s.randlora_lambda, s.randlora_gamma
         n, small = gammas.shape
         a = shared.randlora_A[:, 0, :small]
         b = shared.randlora_B[: max(s.in_features, s.out_features), :n].flatten(1)
-        parts = (lambdas, gammas, a, b)
-        lambdas, gammas, a, b = (t.to(lambdas.device, dtype or lambdas.dtype) for t in parts)
-        return lambdas, gammas, a, b
+        return tuple(t.to(lambdas.device, dtype or lambdas.dtype) for t in (lambdas, gammas, a, b))
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        lambdas, gammas, a, b = self._parts(s, shared, torch.promote_types(s.randlora_lambda.dtype, torch.float32))
+        lambdas, gammas, a, b = self._parts(s, shared, wide(s.randlora_lambda.dtype))
         delta: Tensor = b @ (lambdas[:, :, None] * a[:, None] * gammas).flatten(0, 1) * s.scaling
         return delta if s.in_features <= s.out_features else delta.t()
 

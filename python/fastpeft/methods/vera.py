@@ -18,20 +18,17 @@ from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
 from ..config.targets import DEFAULT_TARGETS
-from ..config.types import PeftType
-from .computed import Computed
+from ..weights.base import wide
 from .math.draws import drawn_normal
 from .math.factored import dropout
-from .math.projections import ProjectedMethod, kaiming_uniform, seeded
-from .method import Inner, LayerInfo, State
-from .registry import register
+from .math.projections import ProjectedMethod
+from .method import Inner, LayerInfo, State, register
 
 
 @dataclass
-class VeraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class VeraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="VERA"):
     """r: the rank. vera_dropout: of the input. d_initial: what d starts with."""
 
-    own_type = PeftType.VERA
     not_in_peft = ("exclude_modules",)
 
     r: int = 256
@@ -53,13 +50,13 @@ class Vera(ProjectedMethod):
     parts: ClassVar[int] = 1  # how many vectors of r numbers d and A give
 
     def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
-        rows, r = self.parts * config.r, config.r
         width, height = max(i.in_features for i in layers), max(i.out_features for i in layers)
-        at = seeded(
-            config.projection_prng_key, lambda g: (kaiming_uniform((rows, width), g), kaiming_uniform((height, r), g))
-        )
-        shapes = ((rows, width), (height, r))
-        return {n: Computed(shapes[i], at(i), config.save_projection) for i, n in enumerate(self.projections)}
+        shapes = (self.parts * config.r, width), (height, config.r)
+
+        def draw(generator: torch.Generator) -> list[Tensor]:
+            return [nn.init.kaiming_uniform_(torch.empty(shape), generator=generator) for shape in shapes]
+
+        return self.drawn(config, shapes, draw)
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         b, d = torch.ones(info.out_features), drawn_normal(self.parts * config.r)
@@ -81,8 +78,7 @@ class Vera(ProjectedMethod):
         return tuple(t.to(d.device, dtype or d.dtype) for t in found)
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        wide = torch.promote_types(getattr(s, f"{self.word}_lambda_d").dtype, torch.float32)
-        b, d, a, back = self.tensors_of(s, shared, s.r, wide)
+        b, d, a, back = self.tensors_of(s, shared, s.r, wide(getattr(s, f"{self.word}_lambda_d").dtype))
         return (b[:, None] * back) @ (d[:, None] * a)
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
@@ -91,9 +87,9 @@ class Vera(ProjectedMethod):
         return torch.addcmul(y, b, F.linear(self.hidden(s, h), back))
 
     def rows(self, s: Any) -> int:
-        """How many rows of A this call needs."""
+        """The number of rows of A that this call needs."""
         return int(s.r)
 
     def hidden(self, s: Any, h: Tensor) -> Tensor:
-        """What B is applied to."""
+        """The vector that B is applied to."""
         return h

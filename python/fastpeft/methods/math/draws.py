@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def kaiming_(tensor: Tensor) -> Tensor:
-    """In place, as torch starts the weight of a linear layer."""
+    """As torch starts the weight of a linear layer, in place."""
     return tensor if tensor.is_meta else nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapted import AdaptedModel
-from ...base_edit import EDIT
+from ...base_edit import EDIT, BaseEdit
 from ...math.draws import drawn_normal
 from ...method import Inner, LayerInfo, State
 from ..lora import Lora
@@ -37,11 +37,10 @@ class KasaConfig:
 
 
 @dataclass(frozen=True)
-class Truncation:
+class Truncation(BaseEdit):
     """The edit of the base: W without its r smallest singular components."""
 
     r: int
-    used: ClassVar[tuple[str, ...]] = ()
     once: ClassVar[bool] = True
 
     def __call__(self, w: Tensor) -> Tensor:
