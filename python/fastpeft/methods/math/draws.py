@@ -21,3 +21,9 @@ def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 def drawn_normal(*shape: int) -> Tensor:
     """`torch.randn`."""
     return normal_(torch.empty(shape))
+
+
+def drawn_uniform(size: int) -> Tensor:
+    """`torch.rand`."""
+    values = torch.empty(size)
+    return values if values.is_meta else values.uniform_()
