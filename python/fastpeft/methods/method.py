@@ -26,9 +26,9 @@ from ..config.targets import DEFAULT_TARGETS
 from ..config.types import PeftType
 from ..weights.base import LayerInfo as LayerInfo
 from .adapted import AdaptedLayer
+from .fused import Fused
 
 State = dict[str, Any]
-Fused = Callable[[Tensor], "Tensor | None"]
 
 
 class Inner(Protocol):

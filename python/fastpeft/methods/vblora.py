@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..config.base import HasBias, HasFanInFanOut, TargetConfig, check
 from ..config.targets import DEFAULT_TARGETS
 from .adapted import AdaptedLayer
+from .fused import Fused
 from .math.factored import FactoredMethod, dropout
-from .method import Fused, LayerInfo, State, check_indices, register
+from .method import LayerInfo, State, check_indices, register
 
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ....config.base import check, check_choice
 from ...adapted import AdaptedLayer
-from ...method import Fused, Inner, LayerInfo, State
+from ...fused import Fused
+from ...method import Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
 
