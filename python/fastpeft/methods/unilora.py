@@ -8,6 +8,7 @@ and no products. So it costs what LoRA does, 1 + 3 r (in + out) / (2 in out).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +65,8 @@ class UniLora(FactoredMethod):
     def make_shared(self, config: UniLoraConfig, layers: Sequence[LayerInfo]) -> State:
         assignment = _Assignment(config, layers)
         if config.theta_d_length > max(assignment.count, MAX_RANK):  # some more, in a small model, do no harm
-            raise ValueError(
-                f"`theta_d_length`={config.theta_d_length} is more than the {assignment.count} elements that it is for"
-            )
+            most = f"the {assignment.count} elements that it is for"
+            raise ValueError(f"`theta_d_length`={config.theta_d_length} is more than {most}")
         theta = torch.empty(config.theta_d_length)
         if not theta.is_meta:
             bound = config.init_theta_d_bound
@@ -107,15 +107,13 @@ class _Assignment:
     """
 
     def __init__(self, config: UniLoraConfig, layers: Sequence[LayerInfo]) -> None:
-        self.config, self.places, self.count = config, dict[tuple[str, str], tuple[int, tuple[int, int]]](), 0
-        for info in layers:
-            for which, shape in _shapes(config, info).items():
-                self.places[info.name, which] = self.count, shape
-                self.count += shape[0] * shape[1]
+        self.config = config
+        self.shapes = {(i.name, which): shape for i in layers for which, shape in _shapes(config, i).items()}
+        self.count = sum(map(math.prod, self.shapes.values()))
 
     @functools.cached_property
-    def drawn(self) -> tuple[Tensor, Tensor]:
-        """The indices of all, and a scale for each element of theta_d."""
+    def drawn(self) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
+        """The indices of each A and B, flat, and a scale for each element of theta_d."""
         length = self.config.theta_d_length
         rng = np.random.default_rng(self.config.proj_seed)
         each, left = divmod(self.count, length)
@@ -125,10 +123,10 @@ class _Assignment:
         rng.shuffle(data)
         indices = torch.as_tensor(data, dtype=torch.long)
         counts = torch.bincount(indices, minlength=length)
-        return indices, counts.clamp(min=1).float().rsqrt()
+        parts = torch.split(indices, [math.prod(shape) for shape in self.shapes.values()])
+        return dict(zip(self.shapes, parts, strict=True)), counts.clamp(min=1).float().rsqrt()
 
     def __call__(self, name: str, which: str, kind: str) -> Tensor:
         indices, scales = self.drawn
-        start, shape = self.places[name, which]
-        mine = indices[start : start + shape[0] * shape[1]].view(shape)
+        mine = indices[name, which].view(self.shapes[name, which])
         return mine.clone() if kind == "indices" else scales[mine]
