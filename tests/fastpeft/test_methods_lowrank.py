@@ -220,7 +220,7 @@ def test_hiras_ranks_are_one_as_pefts_are() -> None:
         ("MissConfig", {"r": 4, "init_weights": "mini", "mini_r": 3}, "lin", "divisible by `mini_r`"),
         ("MissConfig", {"init_weights": "ball"}, "lin", "'bat' or 'mini'"),
         ("GloraConfig", {"config_C": "constant"}, "lin", "Invalid config_C"),
-        ("DeftConfig", {"decomposition_method": "svd"}, "lin", "Unknown decomposition_method"),
+        ("DeftConfig", {"decomposition_method": "svd"}, "lin", "Invalid decomposition_method"),
     ],
 )
 def test_errors(name: str, options: dict[str, Any], layer: str, match: str) -> None:

@@ -54,7 +54,7 @@ GAPS = {
     "nothing that a configuration names is imported": """
         auto:*import_allowlist
     """,
-    "a method is a class of `Method`, with `@register`": """
+    "a method is a class of `Method` with a `config_class`": """
         *:register_peft_method
     """,
     "see experts.py": """

@@ -44,6 +44,9 @@ class PeftConfig:
     not_in_peft: ClassVar[tuple[str, ...]] = ()
     # The method of this class, which is then the value of `peft_type`: `class VeraConfig(TargetConfig, own_type=...)`.
     own_type: ClassVar[PeftType | None] = None
+    # All values of fields that have few, and the least value of others.
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    least: ClassVar[Mapping[str, int]] = {}
 
     def __init_subclass__(cls, own_type: str | None = None) -> None:
         if own_type is not None:
@@ -63,6 +66,12 @@ class PeftConfig:
             self.peft_type = peft_type(self.peft_type)
         if self.peft_version is None:
             self.peft_version = PEFT_FORMAT_VERSION
+        for name, values in self.choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"Invalid {name} value: {getattr(self, name)!r}. Valid values are: {list(values)}.")
+        for name, least in self.least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)!r}")
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -7,7 +7,6 @@ takes it back, byte for byte, when the adapter is deleted or unloaded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ class BaseEdit:
     edit of another adapter is not to be made again."""
 
     used: tuple[str, ...] = ()
-    once: ClassVar[bool] = False
+    once = False
 
     def __call__(self, w: Tensor) -> Tensor:
         """The new W for W as the law names it, in at least float32."""

@@ -15,7 +15,6 @@ from ..config.base import HasInitWeights, TargetConfig
 from ..config.types import PeftType, PeftWarning
 from .math.draws import drawn_normal
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
@@ -24,7 +23,6 @@ class BeftConfig(HasInitWeights, TargetConfig):
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-@register
 class Beft(Method):
     prefix = "beft_"
     config_class = BeftConfig

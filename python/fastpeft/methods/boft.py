@@ -20,7 +20,6 @@ from ..config.types import PeftType
 from .math.draws import normal_
 from .math.rotation import BlockDropout, Butterfly
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
@@ -45,7 +44,6 @@ class BOFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
             )
 
 
-@register
 class BOFT(Butterfly):
     prefix = "boft_"
     config_class = BOFTConfig

@@ -19,7 +19,6 @@ from ..config.targets import DEFAULT_TARGETS
 from ..config.types import PeftType
 from ..weights.base import widened
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
@@ -29,13 +28,13 @@ class C3AConfig(HasBias, TargetConfig):
 
     own_type = PeftType.C3A
     not_in_peft = ("exclude_modules",)
+    choices: ClassVar[Any] = {"init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")}
 
     block_size: int = 256
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)
     init_weights: bool | str | None = "xavier_uniform"
 
 
-@register
 class C3A(Method):
     prefix = "c3a_"
     config_class = C3AConfig
@@ -49,10 +48,6 @@ class C3A(Method):
         {"block_size": 2, "init_weights": "gaussian"},
         {"block_size": 1, "init_weights": True},
     )
-
-    def check_config(self, config: C3AConfig, loading: bool = False) -> None:
-        if config.init_weights not in (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"):
-            raise ValueError(f"Unknown init_weights: {config.init_weights!r}")
 
     def check_layer(self, config: C3AConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)

@@ -1,10 +1,4 @@
-"""Tensors that all layers of an adapter share (VeRA's A and B), and tensors that are computed and not trained.
-
-A shared tensor is in one container that every layer of the adapter holds, and the tuner too where there is one, so that
-it moves with the model, and stays one, wherever it was injected. Keys are PEFT's: in memory
-`base_model.model.<layer>.vera_A.<adapter>` and `base_model.vera_A.<adapter>`, in a file `base_model.vera_A` alone.
-FRoD's, one for the layers of a role, are on the tuner alone: `base_model.frod_V.<role>.<adapter>`.
-"""
+"""Tensors of an adapter that are computed and not trained."""
 
 from __future__ import annotations
 
@@ -20,9 +14,9 @@ from torch import Tensor, nn
 class Computed:
     """A buffer that follows from the configuration and the base model.
 
-    make: gives the tensor, of `shape` and `dtype`, on the CPU. persistent: whether files hold it. One that they do not
-    hold is computed even where a file will fill the others, once the file was checked. exact: keep
-    `dtype` rather than take the layer's.
+    make: gives the tensor, of `shape` and `dtype`, on the CPU. persistent: whether files hold it; one that they do not
+    hold is computed even where a file fills the others, once the file was checked. exact: keep `dtype` rather than
+    take the layer's.
     """
 
     shape: tuple[int, ...]

@@ -8,7 +8,7 @@ that the layer has anyway, so that all costs what a LoRA costs: 3 r (in + 2 out)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from ..weights.base import widened
 from .fused import Fused
 from .math.factored import FactoredMethod, dropout, plus_product
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
@@ -30,6 +29,7 @@ class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
     False: with a random R, of 0.02 init_scale."""
 
     own_type = PeftType.DEFT
+    choices: ClassVar[Any] = {"decomposition_method": ("qr", "relu")}
 
     r: int = 8
     decomposition_method: str = "relu"
@@ -38,15 +38,7 @@ class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
     para: bool = False
     deft_dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decomposition_method not in ("qr", "relu"):
-            raise ValueError(
-                f"Unknown decomposition_method '{self.decomposition_method}', must be one of ['qr', 'relu']."
-            )
 
-
-@register
 class Deft(FactoredMethod):
     prefix = "deft_"
     config_class = DeftConfig

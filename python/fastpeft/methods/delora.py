@@ -17,7 +17,6 @@ from ..config.types import PeftType
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout
 from .method import LayerInfo, State
-from .registry import register
 
 LEAST_NORM = 1e-4
 
@@ -28,6 +27,7 @@ class DeloraConfig(HasBias, HasInitWeights, TargetConfig):
     input. rank_pattern, lambda_pattern: values for layers by pattern. init_weights: False starts with a random B."""
 
     own_type = PeftType.DELORA
+    least: ClassVar[Any] = {"r": 1}
 
     r: int = 8
     delora_lambda: float = 15
@@ -35,13 +35,7 @@ class DeloraConfig(HasBias, HasInitWeights, TargetConfig):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` must be a positive integer; got {self.r}.")
 
-
-@register
 class Delora(FactoredMethod):
     prefix = "delora_"
     config_class = DeloraConfig

@@ -15,7 +15,6 @@ from ..config.types import PeftType
 from ..weights.base import widened
 from .math.spectral import SpectrumMethod, Update, fourier_update
 from .method import LayerInfo, State
-from .registry import register
 
 
 @dataclass
@@ -32,7 +31,6 @@ class FourierFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
     init_weights: bool = False
 
 
-@register
 class FourierFT(SpectrumMethod):
     prefix = "fourierft_"
     config_class = FourierFTConfig

@@ -35,7 +35,6 @@ from .math.factored import dropout
 from .math.projections import ProjectedMethod
 from .math.sparse import dense, sparse_linear
 from .method import Inner, LayerInfo, State
-from .registry import register
 from .vera import Vera
 
 
@@ -55,7 +54,6 @@ class FrodConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetC
     runtime_offload_base_weight: bool = False
 
 
-@register
 class Frod(ProjectedMethod):
     prefix = "frod_"
     config_class = FrodConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from ..config.types import PeftType
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout, is_thin
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
@@ -29,6 +28,7 @@ class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
     own_type = PeftType.GRALORA
     not_in_peft = ("exclude_modules",)
+    least: ClassVar[Any] = {"gralora_k": 1}
 
     r: int = 32
     hybrid_r: int = 0
@@ -38,13 +38,10 @@ class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gralora_k <= 0:
-            raise ValueError(f"`gralora_k` should be a positive integer value but the value passed is {self.gralora_k}")
         if self.r % self.gralora_k:
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
 
-@register
 class Gralora(FactoredMethod):
     prefix = "gralora_"
     config_class = GraloraConfig

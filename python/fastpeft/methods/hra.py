@@ -26,7 +26,6 @@ from .math.draws import kaiming_
 from .math.factored import Weight
 from .math.rotation import RotatesInput, constant
 from .method import LayerInfo, State
-from .registry import register
 
 
 @dataclass
@@ -40,7 +39,6 @@ class HRAConfig(HasBias, HasInitWeights, TargetConfig):
     apply_GS: bool = False
 
 
-@register
 class HRA(RotatesInput):
     prefix = "hra_"
     config_class = HRAConfig

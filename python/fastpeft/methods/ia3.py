@@ -15,7 +15,6 @@ from ..config.targets import DEFAULT_TARGETS, select
 from ..config.types import PeftType
 from .math.draws import drawn_normal
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 # PEFT's table: what is adapted of each model type, and which of it is feedforward.
 FEEDFORWARD = {
@@ -54,7 +53,6 @@ class IA3Config(HasFanInFanOut, TargetConfig):
             raise ValueError("`feedforward_modules` should be a subset of `target_modules`")
 
 
-@register
 class IA3(Method):
     prefix = "ia3_"
     config_class = IA3Config

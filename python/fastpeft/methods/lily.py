@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from ..config.base import HasInitWeights, TargetConfig
 from ..config.types import PeftType
 from .math.draws import kaiming_
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
@@ -27,21 +26,14 @@ class LilyConfig(HasInitWeights, TargetConfig):
     scaling: factor of the update. init_weights: B starts at zero, or random (False)."""
 
     own_type = PeftType.LILY
+    least: ClassVar[Any] = {"stride_A": 1, "num_B": 2}  # with one B the router has nothing to choose
 
     r: int = 32
     stride_A: int = 1
     num_B: int = 2
     scaling: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stride_A < 1:
-            raise ValueError("`stride_A` must be at least 1.")
-        if self.num_B < 2:
-            raise ValueError("`num_B` must be at least 2 for the router to be trained.")
 
-
-@register
 class Lily(Method):
     prefix = "lily_"
     config_class = LilyConfig

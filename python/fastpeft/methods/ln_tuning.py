@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config.base import TargetConfig
 from ..weights.find import weight_of
-from .method import Inner, LayerInfo, Method, State, register
+from .method import Inner, LayerInfo, Method, State
 
 # By types of models. PEFT copies Llava's multi_modal_projector, which is no layer but holds these two, as a whole.
 _TARGETS = {
@@ -40,7 +40,6 @@ class LNTuningConfig(TargetConfig, own_type="LN_TUNING"):
     not_in_peft = ("layers_to_transform", "layers_pattern")
 
 
-@register
 class LNTuning(Method):
     prefix = "ln_tuning_"
     config_class = LNTuningConfig

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..config.base import HasInitWeights
 from ..weights.base import widened
 from .math.lycoris import Lycoris, LycorisConfig, effective, uniform
-from .math.made_weight import Rows, weight_side
-from .method import Inner, LayerInfo, State, register
+from .math.made_weight import weight_side
+from .method import Inner, LayerInfo, State
 
 
 @dataclass
@@ -28,7 +28,6 @@ class LoHaConfig(HasInitWeights, LycorisConfig, own_type="LOHA"):
     """See LycorisConfig."""
 
 
-@register
 class LoHa(Lycoris):
     prefix = "hada_"
     config_class = LoHaConfig
@@ -75,12 +74,13 @@ class LoHa(Lycoris):
         info, found = inner.info, self.factors(s, s, None)
         x = s.cast(x, s.hada_w1_a.dtype)
         if found is None and info.kind == "linear":
-            scale = s.scaling
+            scale: float = s.scaling
 
-            def begin() -> Rows:
-                return lambda i, j, w1a, w1b, w2a, w2b: (w1a[i:j] @ w1b) * (w2a[i:j] @ w2b) * scale
+            def rows(_: None, i: int, j: int, w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
+                return (w1a[i:j] @ w1b) * (w2a[i:j] @ w2b) * scale
 
-            return weight_side(x, info.out_features, begin, s.hada_w1_a, s.hada_w1_b, s.hada_w2_a, s.hada_w2_b)
+            params = s.hada_w1_a, s.hada_w1_b, s.hada_w2_a, s.hada_w2_b
+            return weight_side(x, info.out_features, lambda: None, rows, *params)
         if found is None or info.groups > 1:
             return super().added(s, x, inner)
         channel = 1 - len(info.shape)  # the last dimension in a linear layer, the one before its sizes in a convolution

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config.base import check, check_choice
 from ..weights.base import widened
 from .math.lycoris import Lycoris, LycorisConfig, effective, uniform
-from .method import Inner, LayerInfo, State, register
+from .method import Inner, LayerInfo, State
 
 
 @dataclass
@@ -43,7 +43,6 @@ def factorize(size: int, factor: int = -1) -> tuple[int, int]:
     return first, size // first
 
 
-@register
 class LoKr(Lycoris):
     prefix = "lokr_"
     config_class = LoKrConfig

@@ -1,4 +1,4 @@
-"""Method: the stateless math of one kind of adapter, and `register`, by which a method's file makes it known.
+"""Method: the stateless math of one kind of adapter.
 
 A method knows one adapter's tensors in one layer and that layer's weight as a matrix. It knows nothing of names of
 other adapters, merging, devices, quantisation or other methods; `AdapterLayer` composes, merges and stores.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .adapted import AdaptedLayer
 from .fused import Fused
 
 State = dict[str, Any]
+METHODS: dict[PeftType, Method] = {}  # those whose files were imported: `registry.py` has all
 
 
 class Inner(Protocol):
@@ -88,7 +89,7 @@ class AdapterView:
 
 
 class Method:
-    """One adapter type. Subclasses live in `methods/`, one file each, and are registered with `@register`.
+    """One adapter type. Subclasses live in `methods/`, one file each; one with a `config_class` is registered.
 
     prefix, config_class: its names; PEFT's type and name of the tuner class ("LoraModel") follow from the latter.
     tensors: names of the containers with trainable tensors, in PEFT's order. kinds: of layers it can adapt.
@@ -123,6 +124,7 @@ class Method:
         if "config_class" in vars(cls) and cls.config_class.own_type is not None:
             cls.peft_type = cls.config_class.own_type
             cls.model_name = cls.config_class.__name__.removesuffix("Config") + "Model"
+            METHODS[cls.peft_type] = cls()
 
     def variant(self, config: Any) -> Method:
         """The method that a configuration means, where its options choose between several (LoRA and DoRA)."""
@@ -323,13 +325,3 @@ def check_indices(key: str, indices: Tensor, limit: str, below: int) -> None:
     """ValueError for a file's tensor unless it holds integers from 0 up to a limit."""
     if indices.is_floating_point() or ((indices < 0) | (indices.long() >= below)).any():
         raise ValueError(f"{key} should be indices below {limit}={below}")
-
-
-M = TypeVar("M", bound=Method)
-METHODS: dict[PeftType, Method] = {}
-
-
-def register(cls: type[M]) -> type[M]:
-    """Class decorator: the method becomes what its `peft_type` means."""
-    METHODS[cls.peft_type] = cls()
-    return cls

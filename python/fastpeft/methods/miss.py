@@ -20,8 +20,8 @@ from ..config.base import HasBias, TargetConfig, check_choice
 from ..weights.base import widened
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout, is_thin, plus_product
-from .math.made_weight import Rows, weight_side
-from .method import Inner, LayerInfo, Method, State, register
+from .math.made_weight import weight_side
+from .method import Inner, LayerInfo, Method, State
 
 
 @dataclass
@@ -35,7 +35,6 @@ class MissConfig(HasBias, TargetConfig, own_type="MISS"):
     init_weights: bool | str = True
 
 
-@register
 class Miss(FactoredMethod):
     prefix = "miss_"
     config_class = MissConfig
@@ -134,11 +133,10 @@ class _Bat(Miss):
         if x[..., 0].numel() < r and not torch.is_grad_enabled():
             return _bat_of_few(x, frozen(), s.miss_block, inner.bias())
 
-        def begin() -> Rows:
-            w = frozen()
-            return lambda i, j, blocks: w[i:j] + _bat(w[i:j], blocks[i // r : j // r])
+        def rows(w: Tensor, i: int, j: int, blocks: Tensor) -> Tensor:
+            return w[i:j] + _bat(w[i:j], blocks[i // r : j // r])
 
-        return weight_side(x, inner.info.out_features, begin, s.miss_block, bias=inner.bias(), align=r)
+        return weight_side(x, inner.info.out_features, frozen, rows, s.miss_block, bias=inner.bias(), align=r)
 
 
 _BAT = _Bat()

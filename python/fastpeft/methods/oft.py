@@ -22,7 +22,6 @@ from ..config.types import PeftType, PeftWarning
 from .math.draws import normal_
 from .math.rotation import BlockDropout, Butterfly, skew
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
@@ -78,7 +77,6 @@ class OFTRotationModule(nn.Module):
         return cayley(-q) if self.terms is None else cayley(q, self.terms)  # PEFT's two forms turn in opposite ways
 
 
-@register
 class OFT(Butterfly):
     prefix = "oft_"
     config_class = OFTConfig

@@ -26,7 +26,7 @@ from ..config.targets import ALL_LINEAR
 from ..config.types import PeftWarning
 from ..weights.base import wide
 from .computed import Computed
-from .method import Inner, LayerInfo, Method, State, register
+from .method import Inner, LayerInfo, Method, State
 
 _LLAMA_LIKE = ("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi")
 _DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
@@ -45,7 +45,6 @@ class OSFConfig(HasInitWeights, TargetConfig, own_type="OSF"):
     target_svd_config: dict[str, int] | None = None
 
 
-@register
 class OSF(Method):
     prefix = "osf_"
     config_class = OSFConfig

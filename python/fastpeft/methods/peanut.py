@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig, check, check_ranks
 from .math.draws import kaiming_
-from .method import Inner, LayerInfo, Method, State, register
+from .method import Inner, LayerInfo, Method, State
 
 MAX_DEPTH = 1000  # each layer of it is two modules in every adapted layer
 
@@ -39,7 +39,6 @@ class PeanutConfig(HasInitWeights, TargetConfig, own_type="PEANUT"):
         _activation(self.act_fn)
 
 
-@register
 class Peanut(Method):
     prefix = "peanut_"
     config_class = PeanutConfig

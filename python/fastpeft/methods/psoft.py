@@ -9,29 +9,21 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft_kernels import cayley
 
-from ..config.base import (
-    HasFanInFanOut,
-    HasInitWeights,
-    TargetConfig,
-    check,
-    check_choice,
-    check_probabilities,
-    check_ranks,
-)  # fmt: skip
+from ..config.base import HasFanInFanOut, HasInitWeights, TargetConfig, check, check_probabilities, check_ranks
 from ..config.types import PeftWarning
 from ..weights.base import widened
 from .computed import Computed
 from .math.draws import drawn_normal
 from .math.factored import FactoredMethod, dropout
 from .math.rotation import skew
-from .method import LayerInfo, State, register
+from .method import LayerInfo, State
 
 
 @dataclass
@@ -41,6 +33,8 @@ class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig, own_type="PSOFT"
     psoft_svd_lowrank_niter iterations from random_seed. psoft_orth: R is orthogonal, else any matrix. psoft_mag_a,
     psoft_mag_b: scale R's inputs and outputs. use_cayley_neumann: R from num_cayley_neumann_terms of a series, its
     generator kept within cayley_neumann_eps."""
+
+    choices: ClassVar[Any] = {"ab_svd_init": ("psoft_init", "pissa_init"), "psoft_svd": ("full", "lowrank")}
 
     r: int = 32
     psoft_alpha: int = 32
@@ -60,8 +54,6 @@ class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig, own_type="PSOFT"
         super().__post_init__()
         check_ranks(self.r)
         check_probabilities(self)
-        check_choice(self, "ab_svd_init", "pissa_init", "psoft_init")
-        check_choice(self, "psoft_svd", "full", "lowrank")
         eps, terms, series = self.cayley_neumann_eps, self.num_cayley_neumann_terms, self.use_cayley_neumann
         check(self, "num_cayley_neumann_terms", not series or 1 <= terms <= 100, "from 1 to 100")
         check(self, "cayley_neumann_eps", not series or eps is None or 0.0 < eps < 1.0, "in (0, 1) when set")
@@ -100,7 +92,6 @@ class OrthLayer(nn.Module):
         return r if self.vector_a is None else r * self.vector_a
 
 
-@register
 class Psoft(FactoredMethod):
     prefix = "psoft_"
     config_class = PsoftConfig

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
 from .math.projections import check_seed
-from .method import LayerInfo, State, register
+from .method import LayerInfo, State
 from .vera import Vera
 
 
@@ -35,7 +35,6 @@ class PveraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, Target
     generator_seed: int | None = None
 
 
-@register
 class Pvera(Vera):
     prefix = "pvera_lambda_"
     config_class = PveraConfig

@@ -27,7 +27,7 @@ from ..weights.base import wide
 from .math.draws import drawn_normal
 from .math.factored import dropout
 from .math.projections import ProjectedMethod
-from .method import Inner, LayerInfo, State, register
+from .method import Inner, LayerInfo, State
 
 Shape = tuple[int, int, int]
 
@@ -46,7 +46,6 @@ class RandLoraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, Tar
     randlora_alpha: int = 640
 
 
-@register
 class RandLora(ProjectedMethod):
     prefix = "randlora_"
     config_class = RandLoraConfig

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from peft_kernels import pair_rotate
 
-from ..config.base import HasInitWeights, TargetConfig, check, check_choice
+from ..config.base import HasInitWeights, TargetConfig, check
 from .math.draws import normal_
-from .method import Inner, LayerInfo, Method, State, register
+from .method import Inner, LayerInfo, Method, State
 
 SIZES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}  # angles per output, as a fraction
 
@@ -27,17 +27,16 @@ class RoadConfig(HasInitWeights, TargetConfig, own_type="ROAD"):
     group_size: element i of a group is paired with element i + group_size / 2; it must divide the output size."""
 
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    choices: ClassVar[Any] = {"variant": tuple(SIZES)}
 
     variant: str = "road_1"
     group_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "variant", *SIZES)
         check(self, "group_size", self.group_size > 0 and self.group_size % 2 == 0, "a positive multiple of 2")
 
 
-@register
 class Road(Method):
     prefix = "road_"
     config_class = RoadConfig

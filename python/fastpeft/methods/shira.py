@@ -21,7 +21,7 @@ from ..config.types import PeftWarning
 from .computed import Computed
 from .math.draws import drawn_normal
 from .math.sparse import dense, sparse_update
-from .method import Inner, LayerInfo, Method, State, register
+from .method import Inner, LayerInfo, Method, State
 
 
 @dataclass
@@ -44,7 +44,6 @@ class ShiraConfig(HasFanInFanOut, HasInitWeights, TargetConfig, own_type="SHIRA"
             warnings.warn(text, PeftWarning, stacklevel=2)
 
 
-@register
 class Shira(Method):
     prefix = "shira_"
     config_class = ShiraConfig

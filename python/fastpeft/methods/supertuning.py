@@ -21,7 +21,7 @@ from .computed import Computed
 from .math.draws import drawn_normal, kaiming_
 from .math.factored import dropout
 from .math.sparse import dense, sparse_update
-from .method import Inner, LayerInfo, Method, State, register
+from .method import Inner, LayerInfo, Method, State
 from .shira import check_positions
 
 
@@ -56,7 +56,6 @@ class SupertuningConfig(HasInitWeights, TargetConfig, own_type="SUPERTUNING"):
                           stacklevel=2)  # fmt: skip
 
 
-@register
 class Supertuning(Method):
     prefix = "supertuning_"
     config_class = SupertuningConfig

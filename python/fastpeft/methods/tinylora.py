@@ -25,7 +25,7 @@ from ..config.base import HasBias, HasFanInFanOut, TargetConfig, check, check_ch
 from .computed import Computed
 from .math.factored import FactoredMethod, dropout
 from .math.projections import ProjectedMethod
-from .method import Inner, LayerInfo, State, register
+from .method import Inner, LayerInfo, State
 
 _SVDS: Any = WeakIdKeyDictionary()
 MAX_ELEMENTS = 1 << 28  # of P, which may be computed for a file that names only its size
@@ -50,7 +50,6 @@ class TinyLoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="TINYLORA")
     init_weights: bool | str = True
 
 
-@register
 class TinyLora(ProjectedMethod, FactoredMethod):
     prefix = "tinylora_"
     config_class = TinyLoraConfig

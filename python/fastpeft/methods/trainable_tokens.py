@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig
 from ..weights.dense import scaled
-from .method import Inner, LayerInfo, Method, State, register
+from .method import Inner, LayerInfo, Method, State
 from .tied import embedding_name, tied_names
 
 
@@ -29,7 +29,6 @@ class TrainableTokensConfig(HasInitWeights, TargetConfig, own_type="TRAINABLE_TO
     token_indices: list[int] = field(default_factory=list)
 
 
-@register
 class TrainableTokens(Method):
     prefix = "trainable_tokens_"
     config_class = TrainableTokensConfig

@@ -22,7 +22,7 @@ from ..config.limits import MAX_RANK
 from .computed import Computed
 from .math.factored import FactoredMethod, dropout
 from .math.projections import check_seed
-from .method import LayerInfo, State, check_indices, register
+from .method import LayerInfo, State, check_indices
 
 # A file without indices names a rank only, and 12 bytes are allocated for each of its r (in + out) elements.
 MAX_LOADED_RANK = 1024
@@ -43,7 +43,6 @@ class UniLoraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_t
     save_indices: bool = False
 
 
-@register
 class UniLora(FactoredMethod):
     prefix = "unilora_"
     config_class = UniLoraConfig

@@ -23,7 +23,7 @@ from ..config.targets import DEFAULT_TARGETS
 from .adapted import AdaptedLayer
 from .fused import Fused
 from .math.factored import FactoredMethod, dropout
-from .method import LayerInfo, State, check_indices, register
+from .method import LayerInfo, State, check_indices
 
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 
@@ -65,7 +65,6 @@ def print_saved(tuner: Any) -> None:
     print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")
 
 
-@register
 class VBLoRA(FactoredMethod):
     prefix = "vblora_"
     config_class = VBLoRAConfig

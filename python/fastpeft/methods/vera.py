@@ -22,7 +22,7 @@ from ..weights.base import wide
 from .math.draws import drawn_normal
 from .math.factored import dropout
 from .math.projections import ProjectedMethod
-from .method import Inner, LayerInfo, State, register
+from .method import Inner, LayerInfo, State
 
 
 @dataclass
@@ -36,7 +36,6 @@ class VeraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetC
     d_initial: float = 0.1
 
 
-@register
 class Vera(ProjectedMethod):
     prefix = "vera_lambda_"
     config_class: ClassVar[type[Any]] = VeraConfig

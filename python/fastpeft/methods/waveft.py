@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
 from ..weights.base import widened
 from .math.spectral import SpectrumMethod, Transform, Update, Wavelet
 from .math.wavelets import LOW_PASS, filters
-from .method import LayerInfo, State, register
+from .method import LayerInfo, State
 
 
 @dataclass
@@ -27,6 +27,8 @@ class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_ty
     db1 to db10, sym2 to sym10 or coif1 to coif5. use_idwt: transform, or add them where they are. init_weights: zeros,
     or small random numbers."""
 
+    choices: ClassVar[Any] = {"wavelet_family": tuple(LOW_PASS)}
+
     n_frequency: int = 2592
     scaling: float = 25.0
     wavelet_family: str = "db1"
@@ -35,16 +37,10 @@ class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_ty
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
     proportional_parameters: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.wavelet_family not in LOW_PASS:
-            raise ValueError(f"Wavelet family {self.wavelet_family} not supported. There are: {', '.join(LOW_PASS)}")
-
 
 AS_GIVEN = ("scaling", "random_loc_seed", "wavelet_family", "use_idwt")  # fields that layers have too
 
 
-@register
 class WaveFT(SpectrumMethod):
     prefix = "waveft_"
     config_class = WaveFTConfig

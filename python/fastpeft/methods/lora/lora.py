@@ -27,7 +27,7 @@ from ..adapted import AdaptedLayer
 from ..fused import Fused, FusedProjection, LowRank
 from ..math.draws import drawn_normal, kaiming_, normal_
 from ..method import Inner, LayerInfo, Method, State
-from ..registry import register, registry
+from ..registry import registry
 from ..tied import Transposed, tied_fields, tied_names
 from . import start
 from .variants import SUB_CONFIGS, variant_of
@@ -101,7 +101,6 @@ LATER_OPTIONS = (
 INITS = (True, False, "gaussian", "orthogonal")
 
 
-@register
 class Lora(Method):
     prefix = "lora_"
     config_class = LoraConfig

@@ -40,7 +40,7 @@ class Truncation(BaseEdit):
     """The edit of the base: W without its r smallest singular components."""
 
     r: int
-    once: ClassVar[bool] = True
+    once = True
 
     def __call__(self, w: Tensor) -> Tensor:
         u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
