@@ -144,17 +144,12 @@ class Method:
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         """Raise ValueError where the math makes no sense on this layer (never silently do nothing)."""
         if info.kind not in self.kinds:
-            raise ValueError(
-                f"{self.peft_type.value} cannot adapt {info.name!r}, a {type(info.module).__name__}: it supports "
-                f"layers of kind {', '.join(sorted(self.kinds))}."
-            )
-        for field, sizes in self.divisors.items():
-            number = getattr(config, field)
-            for size in sizes:
-                if getattr(info, size) % number:
-                    raise ValueError(
-                        f"{size} ({getattr(info, size)}) of {info.name!r} must be divisible by {field} ({number})."
-                    )
+            what, kinds = f"{info.name!r}, a {type(info.module).__name__}", ", ".join(sorted(self.kinds))
+            raise ValueError(f"{self.peft_type.value} cannot adapt {what}: it supports layers of kind {kinds}.")
+        for field, size in ((field, size) for field, sizes in self.divisors.items() for size in sizes):
+            whole, part = getattr(info, size), getattr(config, field)
+            if whole % part:
+                raise ValueError(f"{size} ({whole}) of {info.name!r} must be divisible by {field} ({part}).")
         if not info.transient:
             return
         what = f"{info.name!r}, a {type(info.module).__name__} that reads its weight itself"
@@ -167,16 +162,12 @@ class Method:
     def layer_config(self, config: Any, names: Sequence[str]) -> dict[str, Any]:
         """The configuration of layers where it is not `config`, because of `patterns`, by name."""
         values = {f: first_match(getattr(config, p, None) or {}, names) for f, p in self.patterns.items()}
-        made: dict[tuple[Any, ...], Any] = {}
         result = {}
         for name in names:
             own = {f: found[name] for f, found in values.items() if name in found}
             if any(value != getattr(config, f) for f, value in own.items()):
-                key = tuple(sorted(own.items()))
-                if key not in made:
-                    made[key] = copy.copy(config)
-                    vars(made[key]).update(own)
-                result[name] = made[key]
+                result[name] = copy.copy(config)
+                vars(result[name]).update(own)
         return result
 
     def open_fields(self, config: Any, model: nn.Module, model_type: str | None) -> dict[str, Any]:
@@ -206,9 +197,7 @@ class Method:
         `scaling`, and modules or buffers that are not trained."""
         raise NotImplementedError
 
-    def tie(
-        self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]
-    ) -> None:
+    def tie(self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]) -> None:
         """Let layers share entries: called once, when the adapter is in all its layers, given by name. leaders: see
         `followers`."""
 

@@ -72,12 +72,10 @@ class RandLora(ProjectedMethod):
             lambdas.zero_()
             gammas.fill_(1 / max(gammas.shape))
         return {
-            "r": config.r,
-            "scaling": config.randlora_alpha / config.r,
+            "r": config.r, "scaling": config.randlora_alpha / config.r,
             "randlora_dropout": dropout(config.randlora_dropout),
-            "randlora_lambda": nn.Parameter(lambdas),
-            "randlora_gamma": nn.Parameter(gammas),
-        }
+            "randlora_lambda": nn.Parameter(lambdas), "randlora_gamma": nn.Parameter(gammas),
+        }  # fmt: skip
 
     def _parts(self, s: Any, shared: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         lambdas, gammas = s.randlora_lambda, s.randlora_gamma
@@ -124,7 +122,7 @@ def _scaled(lambdas: Tensor, gammas: Tensor, a: Tensor) -> Tensor:
 
 
 class _Update(torch.autograd.Function):
-    """x [T, in] -> C, then B; where `inward` is false, B^T, then C^T."""
+    """x [T, in] -> C, then B; without `inward` B^T, then C^T."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lambdas: Tensor, gammas: Tensor, a: Tensor, b: Tensor, inward: bool) -> Tensor:

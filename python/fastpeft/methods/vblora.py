@@ -106,23 +106,15 @@ class VBLoRA(FactoredMethod):
             nn.init.uniform_(shared.vblora_vector_bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
             a.normal_(0, config.init_logits_std)
             b.normal_(0, config.init_logits_std)
-        return {
-            "r": config.r,
-            "topk": config.topk,
-            "vblora_dropout": dropout(config.vblora_dropout),
-            "vblora_logits_A": nn.Parameter(a),
-            "vblora_logits_B": nn.Parameter(b),
-        }
+        logits = {"vblora_logits_A": nn.Parameter(a), "vblora_logits_B": nn.Parameter(b)}
+        return {"r": config.r, "topk": config.topk, "vblora_dropout": dropout(config.vblora_dropout), **logits}
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         logits_a, logits_b, bank = s.vblora_logits_A, s.vblora_logits_B, shared.vblora_vector_bank
         if s.vblora_dropout.training and not torch.compiler.is_compiling() and logits_a[0, 0].isinf().any():
-            raise RuntimeError(
-                "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
-                "`save_only_topk_weights` model."
-            )
-        bank = bank.to(logits_a.device)
-        a, b = (_mixture(logits, bank, s.topk) for logits in (logits_a, logits_b))
+            why = "training cannot be resumed from a `save_only_topk_weights` model"
+            raise RuntimeError(f"Found infinity values in VB-LoRA logits: {why}.")
+        a, b = (_mixture(logits, bank.to(logits.device), s.topk) for logits in (logits_a, logits_b))
         return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:

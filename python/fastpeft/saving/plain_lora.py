@@ -19,14 +19,13 @@ from ..config.base import PeftConfig
 from ..config.types import PeftWarning
 from ..files.checks import PREFIX
 from ..inject.modules import adapter_layers
-from ..methods.adapted import AdaptedModel
 from .folder import load_adapter_file
 
 PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 
 
 def as_plain_lora(
-    tuner: AdaptedModel, adapter: str, tensors: Mapping[str, Tensor], path: str | os.PathLike[str] | bool
+    tuner: Any, adapter: str, tensors: Mapping[str, Tensor], path: str | os.PathLike[str] | bool
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """The tensors (by file keys) and the configuration of the plain LoRA. path: the folder with the initial adapter;
     True, or for KaSA any: what the layers know."""

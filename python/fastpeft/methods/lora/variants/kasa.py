@@ -1,8 +1,8 @@
 """KaSA: W + scaling * B diag(d) A on a base without its r smallest singular components (arXiv 2412.06071).
 
-d [r] is learned, as are A and B; the model starts as the base so truncated, since B starts at zero. The truncation is a
-base edit (`base_edit.py`): deleting the adapter brings the base back; 4-bit and 8-bit bases are requantised without
-these components, where PEFT leaves them as they are and drops d without a word.
+d [r] is learned, as are A and B, which starts at zero. The truncation is a base edit (`base_edit.py`): deleting the
+adapter brings the base back; 4-bit and 8-bit bases are requantised without these components, where PEFT leaves them as
+they are and drops d without a word.
 """
 
 from __future__ import annotations
@@ -43,13 +43,16 @@ class Truncation(BaseEdit):
     once = True
 
     def __call__(self, w: Tensor) -> Tensor:
-        u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
-        kept: Tensor = (u[:, : -self.r] * sigma[: -self.r]) @ vh[: -self.r]
-        return kept
+        p, q = _components(w, slice(None, -self.r))
+        return p @ q
 
     def removed_factors(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
-        return u[:, -self.r :] * sigma[-self.r :], vh[-self.r :]
+        return _components(w, slice(-self.r, None))
+
+
+def _components(w: Tensor, which: slice) -> tuple[Tensor, Tensor]:
+    u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
+    return u[:, which] * sigma[which], vh[which]
 
 
 def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
@@ -96,6 +99,5 @@ class Kasa(Lora):
         return self.matrices(s)
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
-        added: Tensor = b(a(dropout(s.cast(x, a.weight.dtype))) * s.lora_diag) * s.scaling
-        return y + added
+        h = s.lora_A(s.lora_dropout(s.cast(x, s.lora_A.weight.dtype)))
+        return y + s.lora_B(h * s.lora_diag) * s.scaling  # type: ignore[no-any-return]
