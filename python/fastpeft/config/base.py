@@ -67,8 +67,7 @@ class PeftConfig:
         if self.peft_version is None:
             self.peft_version = PEFT_FORMAT_VERSION
         for name, values in self.choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"Invalid {name} value: {getattr(self, name)!r}. Valid values are: {list(values)}.")
+            check_choice(self, name, *values)
         for name, least in self.least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)!r}")
@@ -248,5 +247,7 @@ def check(config: Any, field: str, good: bool, expected: str) -> None:
 
 def check_choice(config: Any, field: str, *allowed: Any) -> None:
     """ValueError for a value that is none of those allowed."""
-    *others, last = (repr(value) for value in allowed)
-    check(config, field, getattr(config, field) in allowed, f"{', '.join(others)} or {last}")
+    if getattr(config, field) not in allowed:
+        *others, last = (repr(value) for value in allowed)
+        valid = f"{', '.join(others)} or {last}"
+        raise ValueError(f"Invalid {field} value: {getattr(config, field)!r}. Valid values are: {valid}.")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.base import HasBias, TargetConfig, check_choice
+from ..config.base import HasBias, TargetConfig
 from ..weights.base import widened
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout, is_thin, plus_product
@@ -28,6 +28,8 @@ from .method import Inner, LayerInfo, Method, State
 class MissConfig(HasBias, TargetConfig, own_type="MISS"):
     """r: groups of the input. miss_dropout: of the input. mini_r: groups of the output, of "mini" alone. init_weights:
     True, "bat" or "mini" for the forms above, which start at zero; False for the first, at random."""
+
+    choices: ClassVar[Any] = {"init_weights": (True, False, "bat", "mini")}
 
     r: int = 64
     miss_dropout: float = 0.0
@@ -42,18 +44,12 @@ class Miss(FactoredMethod):
     dropout = "miss_dropout"
     counts = ("r", "mini_r")
     examples = (
-        {"r": 4},
-        {"r": 7, "init_weights": False},
-        {"r": 4, "init_weights": "bat"},
+        {"r": 4}, {"r": 7, "init_weights": False}, {"r": 4, "init_weights": "bat"},
         {"r": 5, "init_weights": "mini", "mini_r": 4},
-    )
+    )  # fmt: skip
 
     def variant(self, config: MissConfig) -> Method:
         return _BAT if config.init_weights == "bat" else self
-
-    def check_config(self, config: MissConfig, loading: bool = False) -> None:
-        super().check_config(config, loading)
-        check_choice(config, "init_weights", True, False, "bat", "mini")
 
     def check_layer(self, config: MissConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)

@@ -3,10 +3,10 @@
 W + U diag(S) V - U0 diag(S0) V0, the second product being what W has there. Gradients of U and V are projected onto the
 complement of the frozen directions.
 
-Cost, in products of T tokens by W (r = half the rank): the layer itself 2 (forward, towards x). x V^T, x V0^T, and the
-products of both with U and U0: 2 forward, 2 backward. Gradients of U and V: 1/2 each; their projections at least
-1/2 + 1/2 more each when made on the T rows, which costs less than on the gradients as long as T < 2 r. Together 8, four
-times the frozen layer's, of which nothing can be left out while the wrapped layer is called as it is. PEFT has 12.
+Cost, in products of T tokens by W (r = half the rank): the layer itself 2, x V^T, x V0^T and the products of both with
+U and U0 2 forward and 2 backward, gradients of U and V 1/2 each, their projections at least 1/2 + 1/2 more each when
+made on the T rows, which costs less than on the gradients while T < 2 r. Together 8, the least while the wrapped layer
+is called as it is: four times the frozen layer's. PEFT has 12.
 """
 
 from __future__ import annotations
@@ -81,12 +81,9 @@ class OSF(Method):
         dtype = info.dtype if info.dtype.is_floating_point else torch.float32
         low = min(n, m) - k
         if low == 0:  # PEFT serves it and says nothing; the name of the layer is left out, so that equal ones warn once
-            warnings.warn(
-                f"`effective_rank` ({config.effective_rank}), clamped to {k}, the smaller size of a layer, freezes all "
-                "of its singular directions: nothing is trained in it.",
-                PeftWarning,
-                stacklevel=2,
-            )
+            rank = f"`effective_rank` ({config.effective_rank}), clamped to {k}, the smaller size of a layer,"
+            text = f"{rank} freezes all of its singular directions: nothing is trained in it."
+            warnings.warn(text, PeftWarning, stacklevel=2)
 
         @functools.cache
         def factors() -> list[Tensor]:
@@ -114,9 +111,9 @@ class OSF(Method):
 
     @staticmethod
     def _apply(s: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        params = s.osf_svd_params
-        tensors = (params["U_low"], params["S_low"], params["V_low"], s._osf_U_low_init, s._osf_S_low_init,
-                   s._osf_V_low_init, s.get("_osf_U_high"), s.get("_osf_V_high"))  # fmt: skip
+        trained = [s.osf_svd_params[name] for name in ("U_low", "S_low", "V_low")]
+        start = [s._osf_U_low_init, s._osf_S_low_init, s._osf_V_low_init]
+        tensors = (*trained, *start, s.get("_osf_U_high"), s.get("_osf_V_high"))
         return _LowPart.apply(x.to(dtype), *(None if t is None else t.to(dtype) for t in tensors))  # type: ignore[no-any-return, no-untyped-call]
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:

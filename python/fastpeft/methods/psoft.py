@@ -98,12 +98,11 @@ class Psoft(FactoredMethod):
     dropout = "psoft_dropout"
     tensors = ("psoft_R",)
     examples = (
-        {"r": 6, "psoft_alpha": 3},
+        {"r": 6, "psoft_alpha": 3}, {"r": 1, "use_cayley_neumann": True},
         {"r": 5, "ab_svd_init": "pissa_init", "psoft_svd": "lowrank", "psoft_mag_a": False},
         {"r": 4, "psoft_orth": False, "psoft_mag_b": False, "init_weights": False},
         {"r": 6, "use_cayley_neumann": True, "num_cayley_neumann_terms": 4, "cayley_neumann_eps": 0.5},
-        {"r": 1, "use_cayley_neumann": True},
-    )
+    )  # fmt: skip
 
     def check_config(self, config: PsoftConfig, loading: bool = False) -> None:
         super().check_config(config, loading)

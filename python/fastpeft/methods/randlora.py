@@ -4,11 +4,9 @@ A [r, min(in, out)] and B [max(in, out), n r], with n r >= min(in, out), are fro
 are lambda [r, n] and gamma [n, min], which make n matrices of A: C[k n + b, j] = lambda[k, b] A[k, j] gamma[b, j].
 Where the layer has more inputs than outputs it is C^T B^T that is added.
 
-Cost, in products of the layer's size (the frozen layer has two): the forward has one for C and one for B, and so has
-the backward towards x. The gradients of lambda and gamma are sums over that of C, one more product; only with C on the
-input side do they follow from the product towards x, taken apart into n, at the price of n T in elements multiplied one
-by one. So the least is 3.0 times the frozen layer's FLOPs, and what is done here, 3.5, is within 1.2 of it. Saved is
-the input and, with C on the output side, B^T x; C is elementwise in A and made again.
+Cost, in products of the layer's size (the frozen layer has two): one for C and one for B in the forward and in the
+backward towards x, and one more for the gradient of C, of which those of lambda and gamma are sums: 3.5 times the
+frozen layer's FLOPs. Saved is the input and, with C on the output side, B^T x; C is elementwise in A and made again.
 """
 
 from __future__ import annotations

@@ -43,10 +43,9 @@ class Road(Method):
     tensors = ("road_theta", "road_alpha")
     divisors: ClassVar[dict[str, tuple[str, ...]]] = {"group_size": ("out_features",)}
     examples = (
-        {"group_size": 4},
+        {"group_size": 4}, {"variant": "road_4", "group_size": 10},
         {"variant": "road_2", "group_size": 2, "init_weights": False},
-        {"variant": "road_4", "group_size": 10},
-    )
+    )  # fmt: skip
 
     def make_state(self, config: RoadConfig, info: LayerInfo, shared: Any) -> State:
         times, per = SIZES[config.variant]

@@ -69,13 +69,10 @@ class Supertuning(Method):
             raise ValueError(f"sparsity={config.sparsity} leaves {entries}. Lower the sparsity.")
 
     def make_state(self, config: SupertuningConfig, info: LayerInfo, shared: Any) -> State:
-        count = _count(config, info)
-        values = torch.zeros(count) if config.init_weights else drawn_normal(count)
+        count, saved = _count(config, info), config.save_precomputed_indices
         state: State = {
-            "supertuning_values": nn.Parameter(values),
-            "supertuning_indices": Computed(
-                (count,), lambda: _positions(config, info, count), config.save_precomputed_indices, torch.int32
-            ),
+            "supertuning_values": nn.Parameter(torch.zeros(count) if config.init_weights else drawn_normal(count)),
+            "supertuning_indices": Computed((count,), lambda: _positions(config, info, count), saved, torch.int32),
             "supertuning_rank": config.r or 0, "supertuning_lora_alpha": float(config.lora_alpha or 0.0),
         }  # fmt: skip
         if config.r is None:

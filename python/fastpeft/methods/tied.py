@@ -45,7 +45,7 @@ def _weight(module: nn.Module) -> nn.Parameter | None:
 
 
 def tied_fields(config: Any, model: nn.Module) -> dict[str, Any]:
-    """What `ensure_weight_tying` makes of a configuration: the input embeddings stand for all that are tied to them."""
+    """Fields that `ensure_weight_tying` changes: the input embeddings stand for all that are tied to them."""
     tied, name = tied_names(model), embedding_name(model)
     saved, targets = config.modules_to_save or [], config.target_modules
     names = [name, *tied] if tied and name is not None else []
@@ -58,12 +58,9 @@ def tied_fields(config: Any, model: nn.Module) -> dict[str, Any]:
         kept_targets = {end for end in targets if not select([end], list(tied))}
         return {"target_modules": kept_targets if select(kept_targets, [name]) else {*kept_targets, name}}
     if config.trainable_token_indices is None:
-        warnings.warn(
-            "You have requested `ensure_weight_tying`, but no tied modules "
-            + ("are added in either `modules_to_save` or `target_modules`" if tied else "were found in the model"),
-            PeftWarning,
-            stacklevel=5,
-        )
+        where = "are added in either `modules_to_save` or `target_modules`" if tied else "were found in the model"
+        text = f"You have requested `ensure_weight_tying`, but no tied modules {where}"
+        warnings.warn(text, PeftWarning, stacklevel=5)
     return {}
 
 

@@ -62,26 +62,21 @@ class Vera(ProjectedMethod):
         if config.init_weights:
             b.zero_()
             d.fill_(config.d_initial)
-        return {
-            "r": config.r,
-            f"{self.word}_dropout": dropout(getattr(config, f"{self.word}_dropout")),
-            f"{self.word}_lambda_b": nn.Parameter(b),
-            f"{self.word}_lambda_d": nn.Parameter(d),
-        }
+        drop, (of_b, of_d) = f"{self.word}_dropout", self.tensors
+        return {"r": config.r, drop: dropout(getattr(config, drop)), of_b: nn.Parameter(b), of_d: nn.Parameter(d)}
 
-    def tensors_of(self, s: Any, shared: Any, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    def tensors_of(self, s: Any, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """b, d, A and B for this layer, of A and d the first rows."""
-        b, d = getattr(s, f"{self.word}_lambda_b"), getattr(s, f"{self.word}_lambda_d")
-        a, back = (getattr(shared, name) for name in self.projections)
+        b, d, a, back = (getattr(s, name) for name in (*self.tensors, *self.projections))
         found = b, d[:rows], a[:rows, : s.in_features], back[: s.out_features]
         return tuple(t.to(d.device, dtype or d.dtype) for t in found)
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        b, d, a, back = self.tensors_of(s, shared, s.r, wide(getattr(s, f"{self.word}_lambda_d").dtype))
+        b, d, a, back = self.tensors_of(s, s.r, wide(getattr(s, self.tensors[1]).dtype))
         return (b[:, None] * back) @ (d[:, None] * a)
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        b, d, a, back = self.tensors_of(s, shared, self.rows(s))
+        b, d, a, back = self.tensors_of(s, self.rows(s))
         h = d * F.linear(getattr(s, f"{self.word}_dropout")(x.to(d.dtype)), a)
         return torch.addcmul(y, b, F.linear(self.hidden(s, h), back))
 

@@ -46,12 +46,11 @@ class WaveFT(SpectrumMethod):
     config_class = WaveFTConfig
     tensors = ("waveft_spectrum",)
     examples = (
-        {"n_frequency": 60},
+        {"n_frequency": 60}, {"n_frequency": 480, "wavelet_family": "coif1"},
         {"n_frequency": 300, "wavelet_family": "db3", "scaling": 3.0, "init_weights": False},
         {"n_frequency": 40, "use_idwt": False, "random_loc_seed": 1},
-        {"n_frequency": 480, "wavelet_family": "coif1"},
         {"n_frequency": 30, "proportional_parameters": True},
-    )
+    )  # fmt: skip
 
     def make_shared(self, config: WaveFTConfig, layers: Sequence[LayerInfo]) -> State:
         if not config.proportional_parameters:

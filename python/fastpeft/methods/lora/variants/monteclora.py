@@ -1,10 +1,9 @@
 """MonteCLoRA: in training A is a mean over random draws around it, with a learned spread (arXiv 2411.04358).
 
 A draw adds sample_scaler * z L to A^T, with z normal and L L^T a Wishart sample scaled by exp(std_prior); the draws are
-weighted by an approximate Dirichlet sample around exp(expert_weights_prior). Only the diagonal of the Wishart sample
-is used, whose entries are independent chi-squared numbers, so that L is a vector of r numbers and the draws are made
-when they are needed: PEFT keeps `buffer_size` of them in every layer, 75 MiB each with its defaults on 2048 inputs. The
-distribution is the same, the stream of random numbers is not. Evaluation uses A alone.
+weighted by an approximate Dirichlet sample around exp(expert_weights_prior). Of the Wishart sample only the diagonal is
+used, independent chi-squared numbers, so that L is r numbers, drawn when they are needed: PEFT keeps `buffer_size`
+draws in every layer, 75 MiB each on 2048 inputs. The distribution is PEFT's, the stream of random numbers is not.
 """
 
 from __future__ import annotations

@@ -58,13 +58,8 @@ class Velora(Lora):
         v = torch.zeros(-(-info.in_features // options.num_groups))
         if options.init_type == "random" and not v.is_meta:
             v = _direction(torch.randn(len(v)))
-        return {
-            **state,
-            "lora_velora_embed": v,
-            "lora_velora_num_groups": options.num_groups,
-            "lora_velora_init_type": options.init_type,
-            "lora_velora_scale": options.scale,
-        }
+        given = {f"lora_velora_{name}": value for name, value in vars(options).items()}
+        return {**state, "lora_velora_embed": v, **given}
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         if not (s.training and torch.is_grad_enabled()):
