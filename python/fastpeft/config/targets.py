@@ -20,49 +20,30 @@ from .types import NoMatchingPeftModuleError, PeftWarning
 
 ALL_LINEAR = "all-linear"
 
+
+def by_type(table: Mapping[str, str]) -> dict[str, Any]:
+    """Names of modules by model type, from the types that have them: {"k v": "t5"} gives {"t5": ["k", "v"]}."""
+    return {model: names.split() for names, models in table.items() for model in models.split()}
+
+
 # What PEFT adapts when no target is named, by `model.config.model_type`. Methods that differ override an entry.
-DEFAULT_TARGETS: dict[str, list[str] | str] = {
-    "bart": ["q_proj", "v_proj"],
-    "bert": ["query", "value"],
-    "blip-2": ["q", "v", "q_proj", "v_proj"],
-    "bloom": ["query_key_value"],
-    "btlm": ["c_proj", "c_attn"],
-    "chatglm": ["query_key_value"],
-    "codegen": ["qkv_proj"],
-    "deberta": ["in_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "electra": ["query", "value"],
-    "falcon": ["query_key_value"],
-    "gemma": ["q_proj", "v_proj"],
-    "gemma2": ["q_proj", "v_proj"],
-    "gemma3_text": ["q_proj", "v_proj"],
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "gpt2": ["c_attn"],
-    "gpt_bigcode": ["c_attn"],
-    "gpt_neo": ["q_proj", "v_proj"],
-    "gpt_neox": ["query_key_value"],
-    "gptj": ["q_proj", "v_proj"],
-    "layoutlm": ["query", "value"],
-    "llama": ["q_proj", "v_proj"],
-    "llama4": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "mixtral": ["q_proj", "v_proj"],
-    "mpt": ["Wqkv"],
-    "mt5": ["q", "v"],
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "opt": ["q_proj", "v_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "qwen2": ["q_proj", "v_proj"],
-    "qwen3": ["q_proj", "v_proj"],
-    "RefinedWeb": ["query_key_value"],
-    "RefinedWebModel": ["query_key_value"],
-    "roberta": ["query", "value"],
-    "rwkv": ["key", "value", "receptance", "output"],
-    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
-    "stablelm": ["q_proj", "v_proj"],
-    "t5": ["q", "v"],
-    "xlm-roberta": ["query", "value"],
-}
+DEFAULT_TARGETS: dict[str, list[str] | str] = by_type({
+    "q_proj v_proj": "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm",
+    "q_proj v_proj fc1 fc2": "phi",
+    "q_proj k_proj v_proj o_proj": "nemotron_h",
+    "r_proj k_proj v_proj o_proj key value": "rwkv7",
+    "key value receptance output": "rwkv",
+    "query value": "bert electra layoutlm roberta xlm-roberta",
+    "query_proj value_proj": "deberta-v2",
+    "query_key_value": "bloom chatglm falcon gpt_neox RefinedWeb RefinedWebModel",
+    "q v": "mt5 t5",
+    "q v q_proj v_proj": "blip-2",
+    "c_attn": "gpt2 gpt_bigcode",
+    "c_proj c_attn": "btlm",
+    "in_proj": "deberta",
+    "qkv_proj": "codegen",
+    "Wqkv": "mpt",
+}) | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}  # fmt: skip
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.targets import DEFAULT_TARGETS
+from ..config.targets import DEFAULT_TARGETS, by_type
 from ..config.types import PeftType, PeftWarning
 from ..files.checks import PREFIX
 from .adapted import AdaptedLayer
@@ -39,6 +39,7 @@ class AdaLoraConfig(LoraConfig):
     """
 
     own_type = PeftType.ADALORA
+    least: ClassVar[Any] = {"orth_reg_weight": 0}
 
     rank_pattern: dict[str, Any] | None = None
     target_r: int = 8
@@ -55,8 +56,6 @@ class AdaLoraConfig(LoraConfig):
         super().__post_init__()
         if self.total_step is None or self.total_step <= 0:
             raise ValueError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
-        if self.orth_reg_weight < 0:
-            raise ValueError(f"`orth_reg_weight` should be at least 0, got {self.orth_reg_weight}")
         if not 0 <= self.tinit < self.total_step - self.tfinal or self.deltaT < 1:
             raise ValueError(
                 "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
@@ -80,15 +79,10 @@ class AdaLora(FactoredMethod):
     tensors = tuple(ranks.RANK_DIM)
     dropout = "lora_dropout"
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
-    default_targets: ClassVar[dict[str, Any]] = {
-        **DEFAULT_TARGETS,
-        "t5": ["q", "k", "v", "o", "wi", "wo"],
-        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-        "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "roberta": ["query", "key", "value", "dense"],
-        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-    }
+    default_targets: ClassVar[dict[str, Any]] = DEFAULT_TARGETS | by_type({
+        "q_proj k_proj v_proj out_proj fc1 fc2": "bart opt", "q k v o wi wo": "t5", "q k v o wi_0 wi_1 wo": "mt5",
+        "query key value dense": "roberta", "query_proj key_proj value_proj dense": "deberta-v2",
+    })  # fmt: skip
     counts = ("r", "init_r", "target_r")
     examples = ({"init_r": 4, "total_step": 9, "lora_alpha": 3}, {"init_r": 2, "total_step": 9, "lora_alpha": 0})
     model_methods: ClassVar[dict[str, Any]] = {

@@ -34,6 +34,7 @@ class AdamssConfig(TargetConfig):
 
     own_type = PeftType.ADAMSS
     not_in_peft = ("exclude_modules",)
+    choices: ClassVar[Any] = {"init_weights": ("orthogonal", None)}
 
     r: int = 100
     num_subspaces: int = 5
@@ -52,18 +53,14 @@ class AdamssConfig(TargetConfig):
     random_seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.init_weights = self.init_weights or None
-        if self.init_weights not in ("orthogonal", None):
-            raise ValueError(f"init_weights must be 'orthogonal' or None, got {self.init_weights}")
+        super().__post_init__()
         for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent") if self.use_asa else ():
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive when `use_asa=True`, got {getattr(self, name)}.")
         if self.use_asa and self.init_warmup >= self.final_warmup:
-            raise ValueError(
-                "`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got "
-                f"init_warmup={self.init_warmup} and final_warmup={self.final_warmup}."
-            )
+            got = f"init_warmup={self.init_warmup} and final_warmup={self.final_warmup}"
+            raise ValueError(f"`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got {got}.")
 
 
 def update_and_allocate(tuner: Any, global_step: int) -> None:
@@ -126,7 +123,13 @@ class Adamss(Method):
         w = w.detach().float()
         if w.is_meta:
             raise ValueError(f"AdaMSS clusters the weight of {info.name!r}, which is on the meta device: load it first")
-        u, v = _low_rank(w if b is None else torch.cat((w, b.detach().float().unsqueeze(1)), dim=1), config)
+        if b is not None:
+            w = torch.cat((w, b.detach().float().unsqueeze(1)), dim=1)
+        devices, r = [] if w.device.type == "cpu" else [w.device], min(config.r, *w.shape)
+        with torch.random.fork_rng(devices, device_type=w.device.type):
+            torch.manual_seed(config.random_seed)
+            u, _, v = torch.svd_lowrank(w, q=r, niter=2)
+        u, v = u[:, :r], v[:, :r].T.contiguous()
         clusters = cluster(u, config.num_subspaces)
         a_parts, b_parts = [], []
         for rows in clusters:
@@ -164,14 +167,6 @@ class Adamss(Method):
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         down, up, column = self._factors(s)
         return y + F.linear(F.linear(x.to(down.dtype), down, column), up)
-
-
-def _low_rank(w: Tensor, config: AdamssConfig) -> tuple[Tensor, Tensor]:
-    r = min(config.r, *w.shape)
-    with torch.random.fork_rng(devices=[] if w.device.type == "cpu" else [w.device], device_type=w.device.type):
-        torch.manual_seed(config.random_seed)
-        u, _, v = torch.svd_lowrank(w, q=r, niter=2)
-    return u[:, :r], v[:, :r].T.contiguous()
 
 
 def _directions(rows: Tensor, config: AdamssConfig) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers with adapters as methods see them: the members that methods use."""
+"""A layer with adapters as methods see it: the members that methods use."""
 
 from __future__ import annotations
 

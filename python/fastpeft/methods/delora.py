@@ -46,15 +46,12 @@ class Delora(FactoredMethod):
     examples = ({"r": 3}, {"r": 2, "delora_lambda": 4, "init_weights": False})
 
     def make_state(self, config: DeloraConfig, info: LayerInfo, shared: Any) -> State:
-        a, b = torch.empty(config.r, info.in_features), torch.zeros(info.out_features, config.r)
+        a, b = kaiming_(torch.empty(config.r, info.in_features)), torch.zeros(info.out_features, config.r)
+        if config.init_weights is not True:
+            kaiming_(b)
         bound = torch.full((1,), float(config.delora_lambda))
-        norm = torch.ones(info.in_features)
-        if not a.is_meta:
-            kaiming_(a)
-            if config.init_weights is not True:
-                kaiming_(b)
-            w = info.base.read()[0].detach()
-            norm = norm if w.is_meta else w.norm(dim=0)
+        w = a if a.is_meta else info.base.read()[0].detach()
+        norm = torch.ones(info.in_features) if w.is_meta else w.norm(dim=0)
         state: State = {"delora_A": nn.Parameter(a), "delora_B": nn.Parameter(b), "delora_lambda": nn.Parameter(bound)}
         return {**state, "r": config.r, "delora_dropout": dropout(config.module_dropout), "delora_w_norm": norm}
 

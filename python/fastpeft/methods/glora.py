@@ -58,8 +58,7 @@ class Path(nn.Module):
             if not init_weights:
                 kaiming_(self.Xd)
         else:
-            sizes = {"constant": (1,), "vector": (shape[0], 1) if len(shape) == 2 else shape}
-            self.X = nn.Parameter(torch.zeros(sizes[form]))
+            self.X = nn.Parameter(torch.zeros(1 if form == "constant" else (shape[0], *[1] * (len(shape) - 1))))
             if not init_weights and form == "constant":
                 normal_(self.X, std=0.02)
             elif not init_weights:

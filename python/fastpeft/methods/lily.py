@@ -46,10 +46,9 @@ class Lily(Method):
         a = nn.Linear(info.in_features, config.r, bias=False)
         b = nn.Linear(info.out_features, config.num_B * config.r, bias=False)
         router = nn.Linear(config.r, config.num_B, bias=False)
-        for module in (a, router) if config.init_weights else (a, router, b):
-            kaiming_(module.weight)
-        if config.init_weights:
-            nn.init.zeros_(b.weight)
+        kaiming_(a.weight)
+        kaiming_(router.weight)
+        nn.init.zeros_(b.weight) if config.init_weights else kaiming_(b.weight)
         return {
             "lily_A": a, "lily_B": b, "lily_router": router, "r": config.r, "scaling": config.scaling,
             "stride_A": config.stride_A, "num_B": config.num_B,
@@ -57,10 +56,10 @@ class Lily(Method):
 
     def tie(self, config: LilyConfig, adapter: str, layers: Mapping[str, Any], leaders: Mapping[str, str]) -> None:
         groups: dict[Any, list[Any]] = {}
+        targets = [] if isinstance(config.target_modules, str) else config.target_modules or ()
         for name, layer in layers.items():
-            targets = config.target_modules
-            ends = [targets] if isinstance(targets, str) else [t for t in targets or () if name.endswith(t)]
-            groups.setdefault((max(ends, key=len, default=""), layer.info.shape), []).append(layer)
+            end = max((t for t in targets if name.endswith(t)), key=len, default="")
+            groups.setdefault((end, layer.info.shape), []).append(layer)
         for members in groups.values():
             for i, layer in enumerate(members):
                 layer.lily_B[adapter] = members[0].lily_B[adapter]
@@ -70,5 +69,4 @@ class Lily(Method):
         hidden = s.lily_A(x.to(s.lily_A.weight.dtype))
         chosen = torch.softmax(s.lily_router(hidden), dim=-1).reshape(-1, s.num_B).mean(dim=0)
         b = torch.einsum("e,eio->io", chosen, s.lily_B.weight.unflatten(0, (s.num_B, -1)))
-        added: Tensor = torch.matmul(hidden, b) * s.scaling
-        return y + added
+        return y + torch.matmul(hidden, b) * s.scaling  # type: ignore[no-any-return]

@@ -14,25 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import TargetConfig
+from ..config.targets import by_type
 from ..weights.find import weight_of
 from .method import Inner, LayerInfo, Method, State
-
-# By types of models. PEFT copies Llava's multi_modal_projector, which is no layer but holds these two, as a whole.
-_TARGETS = {
-    "llama mistral gemma": "input_layernorm post_attention_layernorm norm",
-    "gemma2 gemma3_text": "input_layernorm post_attention_layernorm norm pre_feedforward_layernorm "
-    "post_feedforward_layernorm",
-    "bloom falcon": "input_layernorm post_attention_layernorm ln_f",
-    "qwen2 qwen3": "post_attention_layernorm",
-    "t5 mt5": "layer_norm final_layer_norm",
-    "bart": "self_attn_layer_norm encoder_attn_layer_norm final_layer_norm",
-    "blip-2": "layernorm LayerNorm final_layer_norm self_attn_layer_norm",
-    "gpt2": "ln_1 ln_2 ln_f",
-    "gptj": "ln_1 ln_f",
-    "llava": "input_layernorm post_attention_layernorm norm multi_modal_projector.linear_1 "
-    "multi_modal_projector.linear_2 embed_tokens lm_head",
-    "phi": "input_layernorm final_layernorm",
-}
 
 
 @dataclass
@@ -46,9 +30,19 @@ class LNTuning(Method):
     tensors = ("ln_tuning_layers",)
     kinds = frozenset({"norm", "linear", "embedding", "conv1d", "conv2d", "conv3d"})
     autocast = False  # a copy computes as its original does, in the same dtype
-    default_targets: ClassVar[dict[str, list[str]]] = {
-        model: names.split() for models, names in _TARGETS.items() for model in models.split()
-    }
+    # PEFT copies Llava's multi_modal_projector, which is no layer but holds these two, as a whole.
+    default_targets: ClassVar[dict[str, Any]] = by_type({
+        "input_layernorm post_attention_layernorm norm": "llama mistral gemma",
+        "input_layernorm post_attention_layernorm norm pre_feedforward_layernorm post_feedforward_layernorm":
+            "gemma2 gemma3_text",
+        "input_layernorm post_attention_layernorm ln_f": "bloom falcon", "post_attention_layernorm": "qwen2 qwen3",
+        "layer_norm final_layer_norm": "t5 mt5", "ln_1 ln_2 ln_f": "gpt2", "ln_1 ln_f": "gptj",
+        "self_attn_layer_norm encoder_attn_layer_norm final_layer_norm": "bart",
+        "layernorm LayerNorm final_layer_norm self_attn_layer_norm": "blip-2",
+        "input_layernorm post_attention_layernorm norm multi_modal_projector.linear_1 multi_modal_projector.linear_2 "
+        "embed_tokens lm_head": "llava",
+        "input_layernorm final_layernorm": "phi",
+    })  # fmt: skip
 
     def check_layer(self, config: LNTuningConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)

@@ -22,14 +22,11 @@ from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig
 from ..config.patterns import match_names
-from ..config.targets import ALL_LINEAR
+from ..config.targets import ALL_LINEAR, by_type
 from ..config.types import PeftWarning
 from ..weights.base import wide
 from .computed import Computed
 from .method import Inner, LayerInfo, Method, State
-
-_LLAMA_LIKE = ("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi")
-_DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 
 
 @dataclass
@@ -49,13 +46,12 @@ class OSF(Method):
     prefix = "osf_"
     config_class = OSFConfig
     tensors = ("osf_svd_params",)
-    default_targets: ClassVar[dict[str, Any]] = {
-        **{name: [*_DECODER] for name in _LLAMA_LIKE},
-        **{name: ["c_attn", "c_proj"] for name in ("gpt2", "gpt_bigcode")},
-        **{name: ["query_key_value", "dense_4h_to_h"] for name in ("bloom", "falcon", "gpt_neox")},
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
-    }
+    default_targets: ClassVar[dict[str, Any]] = by_type({
+        "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj":
+            "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi",
+        "c_attn c_proj": "gpt2 gpt_bigcode", "query_key_value dense_4h_to_h": "bloom falcon gpt_neox",
+        "q_proj k_proj v_proj out_proj fc1 fc2": "opt", "q_proj k_proj v_proj out_proj fc_in fc_out": "gptj",
+    })  # fmt: skip
     examples = ({}, {"effective_rank": 3, "init_weights": False}, {"effective_rank": 0.9})
 
     def open_fields(self, config: OSFConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:

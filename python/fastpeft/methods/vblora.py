@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, TargetConfig, check
-from ..config.targets import DEFAULT_TARGETS
+from ..config.targets import DEFAULT_TARGETS, by_type
 from .adapted import AdaptedLayer
 from .fused import Fused
 from .math.factored import FactoredMethod, dropout
@@ -70,14 +70,10 @@ class VBLoRA(FactoredMethod):
     config_class = VBLoRAConfig
     tensors = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
     dropout = "vblora_dropout"
-    default_targets: ClassVar[dict[str, Any]] = {
-        **DEFAULT_TARGETS,
-        "t5": ["q", "k", "v", "o", "wi", "wo"],
-        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-        "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-    }
+    default_targets: ClassVar[dict[str, Any]] = DEFAULT_TARGETS | by_type({
+        "q_proj k_proj v_proj out_proj fc1 fc2": "bart opt", "q k v o wi wo": "t5", "q k v o wi_0 wi_1 wo": "mt5",
+        "query_proj key_proj value_proj dense": "deberta-v2",
+    })  # fmt: skip
     counts = ("r", "num_vectors", "vector_length", "topk")
     divisors: ClassVar[dict[str, tuple[str, ...]]] = {"vector_length": ("in_features", "out_features")}
     examples = (

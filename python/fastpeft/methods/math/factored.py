@@ -45,8 +45,8 @@ class FactoredMethod(Method):
         return layer.base.fused(call) if self._fusible(s) else None
 
     def _fusible(self, s: Any) -> bool:
-        """True if the factors are all that acts in this call."""
-        return True
+        """True if the factors, which then follow without W, are all that acts in this call."""
+        return not self.needs_base_weight
 
 
 def is_thin(r: int, s: Any) -> bool:

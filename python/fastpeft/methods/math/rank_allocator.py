@@ -55,16 +55,14 @@ class RankAllocator:
                 mean.lerp_(now, 1 - self.config.beta1)
                 spread.lerp_((now - mean).abs(), 1 - self.config.beta2)
 
-    def _importance(self, name: str) -> Tensor:
-        """The importance of each rank of a layer."""
-        e = self.layers[name].lora_E[self.adapter]
-        found = [(part, self.averages.get((name, part))) for part in ("lora_E", "lora_A", "lora_B")]
-        parts = [(two[0] * two[1]).mean(1 - RANK_DIM[part]) for part, two in found if two is not None]
-        return torch.stack(parts).sum(0) if parts else e.new_zeros(len(e))
-
     def _most_important(self, budget: int) -> dict[str, list[bool]]:
         """True for each rank that the budget keeps, by layer."""
-        scores = {name: self._importance(name) for name in self.layers}
+        scores = {}
+        for name, layer in self.layers.items():
+            found = [(part, self.averages.get((name, part))) for part in ("lora_E", "lora_A", "lora_B")]
+            parts = [(two[0] * two[1]).mean(1 - RANK_DIM[part]) for part, two in found if two is not None]
+            e = layer.lora_E[self.adapter]
+            scores[name] = torch.stack(parts).sum(0) if parts else e.new_zeros(len(e))
         drop = self.at_start - budget
         device = next(iter(scores.values())).device
         every = torch.cat([score.to(device) for score in scores.values()])

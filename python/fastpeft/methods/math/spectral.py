@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config.targets import DEFAULT_TARGETS
+from ...config.targets import DEFAULT_TARGETS, by_type
 from ..computed import Computed
 from ..method import Inner, LayerInfo, Method
 
@@ -163,9 +163,7 @@ def random_positions(shape: tuple[int, int], count: int, seed: int) -> Tensor:
 class SpectrumMethod(Method):
     """Methods with n trained values at random places of a spectrum of the layer's size."""
 
-    default_targets: ClassVar[dict[str, Any]] = {
-        **DEFAULT_TARGETS, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"],
-    }  # fmt: skip
+    default_targets: ClassVar[dict[str, Any]] = DEFAULT_TARGETS | by_type({"mlp.c_proj": "gpt2 gpt_bigcode"})
     patterns: ClassVar[dict[str, str]] = {"n_frequency": "n_frequency_pattern"}
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
