@@ -33,10 +33,8 @@ class LoHa(Lycoris):
     config_class = LoHaConfig
     tensors = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     examples = (
-        {"r": 2, "alpha": 3},
-        {"r": 6, "alpha": 5, "init_weights": False},
-        {"r": 3, "use_effective_conv2d": True},
-    )
+        {"r": 2, "alpha": 3}, {"r": 6, "alpha": 5, "init_weights": False}, {"r": 3, "use_effective_conv2d": True},
+    )  # fmt: skip
 
     def make_state(self, config: LoHaConfig, info: LayerInfo, shared: Any) -> State:
         r, (out, columns, *kernel) = config.r, info.shape

@@ -48,11 +48,10 @@ class LoKr(Lycoris):
     config_class = LoKrConfig
     tensors = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     examples = (
-        {"r": 1, "alpha": 3},
+        {"r": 1, "alpha": 3}, {"r": 1, "use_effective_conv2d": True, "decompose_factor": 2},
         {"r": 8, "alpha": 5, "init_weights": False, "decompose_factor": 4},
         {"r": 1, "decompose_both": True, "decompose_factor": 3, "init_weights": "lycoris"},
-        {"r": 1, "use_effective_conv2d": True, "decompose_factor": 2},
-    )
+    )  # fmt: skip
 
     def check_config(self, config: LoKrConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
@@ -78,7 +77,7 @@ class LoKr(Lycoris):
 
     def _left(self, s: Any) -> Tensor:
         """w1 with the scaling, [a, c]."""
-        w1: Tensor | None = s.get("lokr_w1")
+        w1 = s.get("lokr_w1")
         return (s.lokr_w1_a @ s.lokr_w1_b if w1 is None else w1) * s.scaling  # type: ignore[no-any-return]
 
     def _right(self, s: Any) -> Tensor:

@@ -50,11 +50,10 @@ class Peanut(Method):
     def make_state(self, config: PeanutConfig, info: LayerInfo, shared: Any) -> State:
         r = config.r
         a = nn.Linear(info.out_features, r, bias=False)
-        encoders, decoders = (
-            nn.ModuleList([nn.Linear(r, r, bias=False) for _ in range(config.depth)]) for _ in range(2)
-        )
+        layers = [nn.Linear(r, r, bias=False) for _ in range(2 * config.depth)]
+        encoders, decoders = nn.ModuleList(layers[: config.depth]), nn.ModuleList(layers[config.depth :])
         b = nn.Linear(r, info.out_features, bias=False)
-        for module in (a, *encoders, *decoders):
+        for module in (a, *layers):
             kaiming_(module.weight)
         nn.init.zeros_(b.weight) if config.init_weights else kaiming_(b.weight)
         return {
@@ -65,13 +64,12 @@ class Peanut(Method):
     def _read(self, s: Any, w: Tensor) -> Tensor:
         """f(W^T) [in_features, r]."""
         act = _activation(s.act_fn)
-        h: Tensor = act(F.linear(w.t(), s.peanut_A.weight))
-        before = []
+        seen: list[Tensor] = [act(F.linear(w.t(), s.peanut_A.weight))]
         for encoder in s.peanut_encoders:
-            before.append(h)
-            h = act(F.linear(h, encoder.weight))
+            seen.append(act(F.linear(seen[-1], encoder.weight)))
+        h = seen.pop()
         for decoder in s.peanut_decoders:
-            h = act(F.linear(h, decoder.weight)) + before.pop()
+            h = act(F.linear(h, decoder.weight)) + seen.pop()
         return h
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:

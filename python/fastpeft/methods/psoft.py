@@ -71,9 +71,8 @@ class OrthLayer(nn.Module):
 
     def __init__(self, config: PsoftConfig) -> None:
         super().__init__()
-        self.size, self.orth, self.eps = config.r, config.psoft_orth, config.cayley_neumann_eps
-        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
-        n = config.r
+        n, self.orth, self.eps = config.r, config.psoft_orth, config.cayley_neumann_eps
+        self.size, self.terms = n, config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.weight = nn.Parameter(torch.zeros(n * (n - 1) // 2) if self.orth else torch.eye(n))
         self.vector_b = nn.Parameter(torch.ones(n)) if config.psoft_mag_b else None
         self.vector_a = nn.Parameter(torch.ones(n)) if config.psoft_mag_a else None
@@ -119,8 +118,7 @@ class Psoft(FactoredMethod):
         factors = functools.cache(lambda: _principal(info.weight(), config))
         n, m = info.out_features, info.in_features
         as_given = ("r", "psoft_alpha", "psoft_svd", "psoft_svd_lowrank_niter", "random_seed", "ab_svd_init")
-        return {
-            **{name: getattr(config, name) for name in as_given},
+        return {name: getattr(config, name) for name in as_given} | {
             "scaling": config.psoft_alpha / config.r,
             "psoft_dropout": dropout(config.psoft_dropout),
             "_psoft_A_cache": Computed((config.r, m), lambda: factors()[0], persistent=False, exact=True),

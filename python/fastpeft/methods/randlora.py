@@ -52,10 +52,9 @@ class RandLora(ProjectedMethod):
     repeats_shared = True
     counts = ("r",)
     examples = (
-        {"r": 3, "randlora_alpha": 4},
-        {"r": 6, "randlora_alpha": 4, "sparse": True, "save_projection": False},
+        {"r": 3, "randlora_alpha": 4}, {"r": 6, "randlora_alpha": 4, "sparse": True, "save_projection": False},
         {"r": 25, "randlora_alpha": 9, "very_sparse": True, "init_weights": False},
-    )
+    )  # fmt: skip
 
     def make_shared(self, config: RandLoraConfig, layers: Sequence[LayerInfo]) -> State:
         sizes = max(i.in_features for i in layers), max(i.out_features for i in layers)
@@ -97,8 +96,9 @@ class RandLora(ProjectedMethod):
 def _bases(config: RandLoraConfig, shapes: tuple[Shape, Shape], generator: torch.Generator) -> tuple[Tensor, ...]:
     """A and B of standard deviation 1, with the numbers that PEFT draws."""
     if config.sparse or config.very_sparse:
-        sparsity = math.sqrt(shapes[0][2]) if config.very_sparse else 3.0
-        a, b = (_ternary(torch.rand(shape, generator=generator), 1 / (2 * sparsity)) for shape in shapes)
+        edge = 1 / (2 * (math.sqrt(shapes[0][2]) if config.very_sparse else 3.0))
+        uniform = [torch.rand(shape, generator=generator) for shape in shapes]
+        a, b = ((u > 1 - edge).float() - (u < edge).float() for u in uniform)
     else:  # in bfloat16, and B a basis at a time
         count = shapes[1][1]
         a = _uniform(shapes[0], generator)
@@ -108,10 +108,6 @@ def _bases(config: RandLoraConfig, shapes: tuple[Shape, Shape], generator: torch
 
 def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.bfloat16), a=math.sqrt(5), generator=generator)
-
-
-def _ternary(uniform: Tensor, edge: float) -> Tensor:
-    return (uniform > 1 - edge).float() - (uniform < edge).float()
 
 
 def _scaled(lambdas: Tensor, gammas: Tensor, a: Tensor) -> Tensor:

@@ -87,15 +87,12 @@ class TinyLora(ProjectedMethod, FactoredMethod):
         p = (config.u, r, r)
         svd = functools.cache(lambda: _svd(info, r))
         return {
-            "r": r,
-            "u": config.u,
+            "r": r, "u": config.u, "tinylora_group": group, "tinylora_table": info.kind == "embedding",
             "tinylora_A": Computed((r, columns), lambda: svd()[0]),
             "tinylora_B": Computed((rows, r), lambda: svd()[1]),
             **self.drawn(config, [p], lambda g: [torch.normal(0.0, r**-0.5, p, generator=g)], place),
-            "tinylora_group": group,
-            "tinylora_table": info.kind == "embedding",
             "tinylora_dropout": dropout(config.tinylora_dropout),
-        }
+        }  # fmt: skip
 
     def _middle(self, s: Any, shared: Any) -> Tensor:
         v = shared.tinylora_v[s.tinylora_group]
