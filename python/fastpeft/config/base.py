@@ -51,8 +51,7 @@ class PeftConfig:
     def __init_subclass__(cls, own_type: str | None = None) -> None:
         if own_type is not None:
             cls.own_type = PeftType(own_type)
-        if vars(cls).get("own_type") is not None:
-            CLASSES[vars(cls)["own_type"].value] = cls
+            CLASSES[own_type] = cls
 
     def __post_init__(self) -> None:
         self.peft_type = self.own_type or self.peft_type
