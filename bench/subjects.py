@@ -63,7 +63,7 @@ def bnb_layer(q: QuantWeight, compute: torch.dtype) -> nn.Module:
 
 
 def our_layer(q: QuantWeight) -> nn.Module:
-    from fastpeft.weights.nf4_linear import NF4Linear
+    from fastpeft import NF4Linear
 
     return NF4Linear(q)
 

@@ -57,7 +57,7 @@ class BaseTuner(ModelMerging):
         self._recall = Recall()
         self._known = KnownModules()
         self._names: tuple[tuple[str, ...], list[str]] = (), []  # the last rows' adapters, and those that there were
-        self._assigned: tuple[str, ...] | None = None  # adapters of the rows of the batch that is computed now
+        self._batch = _Batch()  # that is computed now
         self.active_adapter: str | list[str] = adapter_name
         self.prefix = method_of(config).prefix
         self.targeted_module_names: list[str] = []
@@ -228,14 +228,14 @@ class BaseTuner(ModelMerging):
         names = kwargs.get("adapter_names")
         if names is not None and self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        names = self._assigned if names is None else names
+        names = self._batch.names if names is None else names
         values = {}
         if self._hooked:
             inputs = {"input_ids": args[0], **kwargs} if args else kwargs
             hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
             found = ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked)
             values = {n: v for n, v in found if v is not None}
-        if values or names is not self._assigned:
+        if values or names is not self._batch.names:
             return self.rows_assigned(names, values, _repeats(kwargs, self.model), steady=True)
         if names is None and self._recall and self.training and torch.is_grad_enabled():
             self._recall.keep(None, {})
@@ -281,6 +281,12 @@ class BaseTuner(ModelMerging):
         return rows
 
 
+class _Batch:
+    """The adapters of a batch's rows. An object of its own, as nn.Module takes its time to set attributes."""
+
+    names: tuple[str, ...] | None = None
+
+
 class _Assigned:
     """The context of `BaseTuner.rows_assigned`. A class, since a generator's takes as long as all that it does."""
 
@@ -303,7 +309,7 @@ class _Assigned:
         if tuner.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             recall = tuner._recall
             recall.keep(names, values)
-        self.before, tuner._assigned = tuner._assigned, names
+        self.before, tuner._batch.names = tuner._batch.names, names
         try:
             for module in self.modules:
                 times = 1 if id(module) in self.once else repeats
@@ -315,7 +321,7 @@ class _Assigned:
             raise
 
     def __exit__(self, *error: object) -> None:
-        self.tuner._assigned = self.before
+        self.tuner._batch.names = self.before
         for module in self.modules:
             module.set_rows(self.before)
             if self.values and isinstance(module, AdapterLayer):

@@ -49,8 +49,6 @@ class RowState:
         self.names, self.steady = None if names is None else tuple(names), steady
         self.recall = self.recall if recall is None else recall
         self.idle = self.names is None and self.stack is None and self.recall is None
-        if self.last is not None and self.last.version != self._layer.version:
-            self.last = None
         if self.last is not None:
             self.last.again()
 
