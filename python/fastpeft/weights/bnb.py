@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import peft_kernels
 from peft_kernels import QuantWeight
 
-from .base import BaseWeight, Saved, Weight, has_base, has_hooks, put_back, relative_error
+from .base import BaseWeight, Saved, Weight, has_base, has_hooks, relative_error
 from .nf4 import Quant4bitWeight
 
 
@@ -51,9 +51,10 @@ class Bnb4bitWeight(Quant4bitWeight):
             w.to("cpu", like.dtype), requires_grad=False, blocksize=like.blocksize, compress_statistics=like.nested,
             quant_type=like.quant_type, quant_storage=old.quant_storage, module=self.module,
         )  # fmt: skip
-        self._replace(new.to(old.device))
+        self._replace(new)
 
     def _replace(self, weight: Any) -> None:
+        weight = weight.to(self.module.weight.device)
         self.module._parameters["weight"] = weight
         self.module.quant_state = weight.quant_state
         weight.module = self.module
@@ -61,10 +62,6 @@ class Bnb4bitWeight(Quant4bitWeight):
     def save(self) -> Saved:
         self.quant()  # undoes a repacking, so that what is kept is the standard layout
         return BaseWeight.save(self)
-
-    def restore(self, saved: Saved) -> None:
-        self._replace(saved["weight"].to(self.module.weight.device))
-        put_back(self.module, {"bias": saved["bias"]})
 
     def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module = self.module
@@ -149,14 +146,13 @@ class Bnb8bitWeight(BaseWeight):
             return super().write(w, b)
         bnb: Any = importlib.import_module("bitsandbytes")
         w = w.detach().to(torch.float32)
-        new = bnb.nn.Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False)
-        self._replace(new.to(self.module.weight.device))
+        self._replace(bnb.nn.Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False))
         self._write_bias(b)
         return relative_error(self.read()[0], w)
 
     def _replace(self, weight: Any) -> None:
         """Install an int8 weight; the layer's own state takes its scales over on the next forward."""
-        self.module._parameters["weight"] = weight
+        self.module._parameters["weight"] = weight.to(self.module.weight.device)
         state = self.module.state
         state.CB, state.SCB = None, None
         state.reset_grads()
@@ -165,10 +161,8 @@ class Bnb8bitWeight(BaseWeight):
         return {**super().save(), **({"SCB": self._scales} if self._packed else {})}
 
     def restore(self, saved: Saved) -> None:
-        put_back(self.module, {"bias": saved["bias"]})
-        weight = saved["weight"]
+        super().restore(saved)
         if "SCB" in saved:
+            weight = saved["weight"]
             weight.CB, weight.SCB = weight.data, saved["SCB"]
-            self._replace(weight.to(self.module.weight.device))
-        else:
-            self.module._parameters["weight"] = weight
+            self._replace(weight)

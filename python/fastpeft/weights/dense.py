@@ -81,8 +81,8 @@ class ConvWeight(BaseWeight):
     def accepts(cls, module: nn.Module) -> bool:
         return isinstance(module, cls.types) and not getattr(module, "transposed", False)
 
-    def in_features(self, shape: tuple[int, ...]) -> int:
-        return int(self.module.in_channels)
+    def features(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return shape[0], int(self.module.in_channels)
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return self.module._conv_forward(x, w, b)  # type: ignore[no-any-return]

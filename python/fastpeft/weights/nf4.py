@@ -54,14 +54,17 @@ class Quant4bitWeight(BaseWeight):
             w, quant_type=like.quant_type, blocksize=like.blocksize, nested=like.nested,
             nested_blocksize=like.nested_blocksize,
         )  # fmt: skip
-        self.module.set_quant_weight(replace(new, dtype=like.dtype))
+        self._replace(replace(new, dtype=like.dtype))
+
+    def _replace(self, weight: Any) -> None:
+        self.module.set_quant_weight(weight.to(self.quant().device))
 
     def save(self) -> Saved:
         # `set_quant_weight` replaces the tensors and never writes into them, so these stay what they are.
         return {"weight": self.quant(), "bias": self.module._parameters.get("bias")}
 
     def restore(self, saved: Saved) -> None:
-        self.module.set_quant_weight(saved["weight"].to(self.quant().device))
+        self._replace(saved["weight"])
         put_back(self.module, {"bias": saved["bias"]})
 
     def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
