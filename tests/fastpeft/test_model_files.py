@@ -118,8 +118,8 @@ def test_loading_a_file_that_does_not_fit_changes_nothing(tmp_path: Any) -> None
 
 
 def test_an_adapter_is_planned_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastpeft.inject.plan import plan as inject
-    from fastpeft.model.peft_model import tuner
+    from fastpeft.inject import plan as inject
+    from fastpeft.model import tuner
     from fastpeft.saving import folder
     from fastpeft.saving import load as loading
 

@@ -97,6 +97,7 @@ def innermost(module: nn.Module) -> nn.Module:
 class BaseWeight:
     """The weight of one module: the interface, and what the dense kinds share."""
 
+    modules: ClassVar[type[nn.Module] | tuple[str, str]]  # their class, or its name and its package's: see `has_base`
     kind: str = "linear"
     label: ClassVar[str] = "Linear"  # as in PEFT's `lora.Linear`
     quantized: ClassVar[str | None] = None  # PEFT's name of the backend
@@ -112,7 +113,8 @@ class BaseWeight:
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """True for a module that stores its weight in this way."""
-        return False
+        of = cls.modules
+        return isinstance(module, of) if isinstance(of, type) else has_base(module, *of)
 
     def of(self, module: nn.Module) -> BaseWeight:
         """The same weight of another module, which took this one's place or wraps it."""

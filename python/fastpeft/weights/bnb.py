@@ -24,8 +24,7 @@ class Bnb4bitWeight(Quant4bitWeight):
     layer that was already repacked is converted back once.
     """
 
-    label = "Linear4bit"
-    quantized = "bnb 4bit"
+    label, quantized = "Linear4bit", "bnb 4bit"
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -109,12 +108,8 @@ def undo_cpu_packing(weight: Any) -> None:
 class Bnb8bitWeight(BaseWeight):
     """Linear8bitLt: int8 rows with a float32 scale each, W = CB * SCB / 127."""
 
-    label = "Linear8bitLt"
-    quantized = "bnb 8bit"
-
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        return has_base(module, "Linear8bitLt", "bitsandbytes")
+    modules = ("Linear8bitLt", "bitsandbytes")
+    label, quantized = "Linear8bitLt", "bnb 8bit"
 
     @property
     def _packed(self) -> bool:

@@ -64,6 +64,7 @@ class AttentionWeight(TransientWeight):
     Its out_proj gets the adapter as well, in a layer of its own, whose weight is put in place with this one's.
     """
 
+    modules = nn.MultiheadAttention
     label = "MultiheadAttention"
     names = ("in_proj_weight", "in_proj_bias")
     # What nn.TransformerEncoderLayer and others ask an attention for.
@@ -71,9 +72,6 @@ class AttentionWeight(TransientWeight):
                             "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn",
                             "_qkv_same_embed_dim"})  # fmt: skip
 
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.MultiheadAttention)
 
     def attribute(self, name: str) -> Any:
         # False keeps TransformerEncoderLayer off a fused path that reads the base weights and passes adapters over.
