@@ -55,9 +55,8 @@ PK_EXPORT int pk_cpu_set_level(const char *name);    /* NULL or "": the best one
 PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runtime in use; "" when there is none (serial) */
 
 /* ---- memory (CPU library) ------------------------------------------------------------------------------------------
- * Many places that are in no cache, at once. prefetch: any address will do, nothing is read. unchanged: 1 where each of
- * `count` places of 1, 2, 4 or 8 `bytes` is as in content [count], else 0. */
-PK_EXPORT void pk_cpu_prefetch(const int64_t *addresses, int64_t count);
+ * Many places that are in no cache, at once: 1 where each of `count` places of 1, 2, 4 or 8 `bytes` is as in
+ * content [count], else 0. */
 PK_EXPORT int pk_cpu_unchanged(const int64_t *addresses, int64_t count, int64_t bytes, const void *content);
 
 /* ---- lora_linear (CPU library) -----------------------------------------------------------------------------------

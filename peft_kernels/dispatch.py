@@ -89,7 +89,7 @@ def forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-def watched() -> bool:
+def dispatch_observed() -> bool:
     """Whether something would see an operator that torch dispatches: a compiler, mode, transform or profiler."""
     return bool(_compiling() or forward_ad._current_level >= 0 or _modes() or _transforms() or _profiled())
 
@@ -101,8 +101,7 @@ class Backend:
     fn takes the op's positional arguments. devices: types it serves unasked; forced_devices: types it serves only when
     forced (Triton's interpreter on CPU tensors). dtypes: of the op's first tensor. min_capability: least CUDA compute
     capability. package: a module that must be importable. available(): a reason why it can serve nothing at all here.
-    when(*args): a reason why it cannot serve these arguments; None where it can. bind: see `Op.bind`; None for
-    arguments that it has nothing to prepare for.
+    when(*args): a reason why it cannot serve these arguments; None where it can.
     """
 
     name: str
@@ -114,7 +113,6 @@ class Backend:
     package: str | None = None
     available: Callable[[], str | None] | None = None
     when: Callable[..., str | None] | None = None
-    bind: Callable[..., Callable[[Tensor], Any] | None] | None = None
 
     def reason(self, args: tuple[Any, ...], forced: bool = False) -> str | None:
         """Why this backend cannot serve `args`; None where it can."""
@@ -189,7 +187,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """`self.op(*args)`; without torch's dispatcher, which takes longer than a token through a small layer, where
         nothing between could see or change the call: plain tensors, eager mode, no transform, mode or profiler."""
-        if watched() or not _PLAIN_ARGUMENTS.issuperset(map(type, args)):
+        if dispatch_observed() or not _PLAIN_ARGUMENTS.issuperset(map(type, args)):
             return self.op(*args)
         return self._call(*args)
 
@@ -208,19 +206,12 @@ class Op:
                 return fn(*args)
         return fn(*args)
 
-    def settle(self, *args: Any) -> Callable[..., Any]:
-        """What computes the operator for `args`, which were checked, and for others of their shapes, dtypes and devices
-        while `forced_backends()` is the same object: a caller with hundreds of equal calls a step asks once."""
+    def resolve(self, *args: Any) -> Callable[..., Any]:
+        """The function that computes the operator for `args`, which it checks, and for others of their shapes, dtypes
+        and devices while `forced_backends()` is the same object: a caller with hundreds of equal calls a step asks
+        once."""
         self.check(*args)
         return self.choose(args).fn
-
-    def bind(self, *args: Any) -> Callable[[Tensor], Any] | None:
-        """`settle` for these arguments: the operator as a function of the first, where the backend has such a form. The
-        others must stay where they are in memory, and in shape and dtype; what is in them may change. Nothing here
-        keeps their memory, but that of a stack and its plan."""
-        self.check(*args)
-        backend = self.choose(args)
-        return None if backend.bind is None else backend.bind(*args)
 
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend that serves `args`. Raises BackendUnavailable when the forced one cannot."""

@@ -1,7 +1,8 @@
 """The only ctypes binding: the native libraries behind `csrc/pk_abi.h`, loaded on first use, after torch.
 
-`available()` says why the CPU library cannot be used (None: it can); `cpu()` is the loaded library. Nothing here takes
-tensors: callers check dtype, device, contiguity and shape, and pass `data_ptr()`s.
+`available()` says why the CPU library cannot be used (None: it can); `cpu()` is the loaded library. Callers check
+dtype, device, contiguity and shape, and pass `data_ptr()`s. What else reads or compares memory is here too: `places`,
+`addresses`, `Samples`.
 
 Adding a function: declare it in csrc/pk_abi.h (which lists the other places) and add its argument types to
 `_CPU_SIGNATURES` (or `_CUDA_SIGNATURES`). Every function there returns a `pk_status`; wrap calls in `check(...)`.
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-from ctypes import CDLL, PYFUNCTYPE, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from array import array
+from collections.abc import Iterator, Sequence
+from ctypes import CDLL, PYFUNCTYPE, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p, string_at
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
@@ -62,7 +66,6 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
 }
 # Which look at what other threads of Python may change: these wait while they run. Any result.
 _CPU_HOLDING: dict[str, list[Any]] = {
-    "pk_cpu_prefetch": [None, c_void_p, c_int64],
     "pk_cpu_unchanged": [c_int, c_void_p, c_int64, c_int64, c_char_p],
 }
 _CUDA_SIGNATURES: dict[str, list[Any]] = {
@@ -220,6 +223,73 @@ def cuda() -> CDLL:
 def pointer(t: torch.Tensor | None) -> int:
     """Where a tensor's data begins; 0 for none, which is C's NULL."""
     return 0 if t is None else t.data_ptr()
+
+
+class NativeLibrary(NamedTuple):
+    """Facts about the native CPU library. reason: why it cannot be used; None where it can. level, levels: the
+    instruction set in use and those that there are, rising. openmp: path of the OpenMP runtime, "" where there is none.
+    """
+
+    reason: str | None
+    level: str = ""
+    levels: tuple[str, ...] = ()
+    openmp: str = ""
+
+
+def native_library(library: str = "cpu") -> NativeLibrary:
+    """Facts about a native library, "cpu" or "cuda" (of which `reason` is all)."""
+    why = available(library)
+    if why is not None or library != "cpu":
+        return NativeLibrary(why)
+    return NativeLibrary(None, level(), levels(), openmp())
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return [*map(torch.Tensor.data_ptr, tensors)]
+
+
+def places(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
+    """Where in memory, and in which form: `t.data = other` changes them under the same object."""
+    return [(t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors]
+
+
+class Samples:
+    """A few elements of tensors on the CPU, as they were. Their memory must be there whenever they are compared."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], count: int) -> None:
+        at: dict[int, list[int]] = {}  # of elements in memory, by their size in bytes
+        for t in tensors:
+            at.setdefault(min(t.element_size(), 8), []).extend(_sampled(t, count))
+        self._parts = [(array("q", places), size) for size, places in at.items() if places]
+        self._content = [*map(_read, self._parts)]
+        # compared in one native call: one after the other each costs a trip to memory
+        self._compare = None if available() else cpu().pk_cpu_unchanged
+        parts = zip(self._parts, self._content, strict=True)
+        self._arguments = [(*places.buffer_info(), size, content) for (places, size), content in parts]
+
+    def unchanged(self) -> bool:
+        compare = self._compare
+        if compare is None:
+            return [*map(_read, self._parts)] == self._content
+        for arguments in self._arguments:  # noqa: SIM110  # half of the time of all() with a generator
+            if not compare(*arguments):
+                return False
+        return True
+
+
+def _read(part: tuple[array[int], int]) -> bytes:
+    return b"".join(map(string_at, part[0], repeat(part[1])))
+
+
+def _sampled(t: torch.Tensor, count: int) -> Iterator[int]:
+    """Addresses of elements of a tensor, evenly from its first to its last, however it lies in memory."""
+    first, size = t.data_ptr(), t.element_size()
+    for i in range(0, t.numel() if first else 0, t.numel() // count + 1):
+        at = 0
+        for length, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+            i, index = divmod(i, length)
+            at += index * stride
+        yield first + at * size
 
 
 def check(code: int, library: str = "cpu") -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as cli
-from bench import machine, pipes
+from bench import machine, pipes, results
 from bench.ab import checkouts, compare
 from bench.measure import Stats
 from bench.suites import multi, multi_train, qlora
@@ -64,6 +64,10 @@ def test_a_line_may_be_slower_by_five_percent_and_what_a_differs_from_itself(
     a: float, again: float, b: float, passed: bool
 ) -> None:
     assert line(a, again, b).passed is passed
+
+
+def test_a_line_whose_a_differs_from_itself_is_noisy() -> None:
+    assert [line(1.0, again, 1.0).noisy for again in (1.04, 0.96, 1.06, 0.94)] == [False, False, True, True]
 
 
 def test_batches_of_64_adapters_at_576_may_be_slower_by_ten_percent() -> None:
@@ -173,3 +177,4 @@ def test_files_of_results_name_the_core(
     monkeypatch.setattr(machine, "cpu_family", lambda: cpu)
     monkeypatch.setattr(machine, "cpu_name", lambda: "AMD EPYC")
     assert machine.name(2) == f"{core}-2threads"
+    assert results.default_path("qlora", machine.name(2)).name == f"qlora-{core}-2threads.jsonl"

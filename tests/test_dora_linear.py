@@ -185,7 +185,7 @@ def test_normed_is_the_norm_and_then_the_layer(level: str) -> None:
     w, *train = (t.detach() for t in (torch.randn(8, 64), *parts(5, 8, 64, 2, F32)[:1], *parts(5, 8, 64, 2, F32)[2:5]))
     x, a, b, magnitude = (t.requires_grad_() for t in train)
     want = dora_linear(x, w, a, b, magnitude, dora_norm(w, a.detach(), b.detach(), 0.7), 0.7)
-    ys = (op.trained(x, w, a, b, magnitude, 0.7, None, 0.0), want)
+    ys = (op.dora_linear_normed(x, w, a, b, magnitude, 0.7, None, 0.0), want)
     for got, two in zip(*(torch.autograd.grad(y.square().sum(), (x, a, b, magnitude)) for y in ys), strict=True):
         assert_same_bits(got, two)
 
@@ -217,7 +217,7 @@ def test_compiled_and_eager_agree(p: float) -> None:
 
     def run(*t: Tensor) -> Tensor:
         if not p:
-            return op.trained(t[0], packed, *t[1:], 0.5, None, p)
+            return op.dora_linear_normed(t[0], packed, *t[1:], 0.5, None, p)
         norm = dora_norm(packed, t[1].detach(), t[2].detach(), 0.5)
         return dora_linear(t[0], packed, *t[1:], norm, 0.5, None, p, seed)
 

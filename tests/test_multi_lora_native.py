@@ -14,7 +14,7 @@ from lora_tools import BF16, F16, F32, FLOATS, LEVELS, at_level, level_fixture, 
 from multi_tools import MultiCase, check_multi, draw_multi, make_multi, make_stack
 from torch import Tensor
 
-from peft_kernels import AdapterStack, multi_lora_linear, native, use_backend
+from peft_kernels import AdapterStack, PreparedCall, QuantWeight, multi_lora_linear, native, use_backend
 from peft_kernels.dispatch import BackendUnavailable
 from peft_kernels.ops import lora_linear as single
 from peft_kernels.ops import multi_lora_linear as op
@@ -64,20 +64,33 @@ def test_any_shape(data: st.DataObject) -> None:
 
 
 @needs_native
-def test_bound_arguments_give_the_same_bits() -> None:
+def test_a_prepared_call_gives_the_same_bits() -> None:
+    def prepared(c: MultiCase) -> tuple[PreparedCall, tuple[Any, ...]]:
+        base, w = c.base, c.base.weight[0]
+        if base.weight[5]:
+            packed, absmax, nested_absmax, nested_code, offset, _, blocksize, nested_blocksize = base.weight
+            w = QuantWeight(packed, absmax, (base.n, base.x.shape[1]), "nf4", blocksize, F32, nested_absmax,
+                            nested_code, nested_blocksize, offset)  # fmt: skip
+        return PreparedCall(multi_lora_linear), (w, c.stack, c.adapters, base.bias)
+
     nf4 = make_multi(33, 50, 192, RANKS, nested=True, bias=True)
-    for c in (nf4, make_multi(3, 33, 77, RANKS, quant="dense", p=0.1)):
-        run = c.forward(op.forward_op.bind)
-        assert run is not None
-        for x in (c.base.x, c.base.x.flip(0), torch.stack([c.base.x] * 2, 1)[:, 0]):
-            again = replace(c, base=replace(c.base, x=x))
-            for got, want in zip(run(x), again.forward(op.forward_op.op), strict=True):
-                assert_same_bits(got, want)
-            c.adapters.neg_().clamp_(-1)  # what is in the others may change
+    for c in (nf4, make_multi(3, 33, 77, RANKS, quant="dense")):
+        call, given = prepared(c)
+        with torch.no_grad():
+            for x in (c.base.x, c.base.x.flip(0), torch.stack([c.base.x] * 2, 1)[:, 0], c.base.x[None]):
+                assert_same_bits(call(x, *given), multi_lora_linear(x, *given))
+                assert call._last[False] is not None
+                c.adapters.neg_().clamp_(-1)  # what is in the others may change
+            with pytest.raises(ValueError, match="adapters"):
+                call(c.base.x[:1], *given)
     turned = replace(c, stack=replace(c.stack, a=c.stack.a.t().contiguous().t()))
-    assert turned.forward(op.forward_op.bind) is None
-    with use_backend("reference"):
-        assert c.forward(op.forward_op.bind) is None
+    call, given = prepared(turned)
+    with torch.no_grad():
+        assert_same_bits(call(c.base.x, *given), multi_lora_linear(c.base.x, *given))
+        assert call._last[False] is None
+        with use_backend("reference"):
+            call(c.base.x, *given)
+        assert call._last[False] is None
 
 
 # ---- what it is ---------------------------------------------------------------------------------------------------

@@ -128,8 +128,6 @@ def test_places_in_memory_are_as_they_were(dtype: str) -> None:
     library, t = native.cpu(), torch.arange(100, dtype=getattr(torch, dtype))
     size = t.element_size()
     places = array("q", range(t.data_ptr(), t.data_ptr() + 100 * size, 7 * size))
-    library.pk_cpu_prefetch(*places.buffer_info())
-    library.pk_cpu_prefetch(*array("q", [0, 1, -1, 1 << 46]).buffer_info())  # nothing is read
     content = t[::7].numpy().tobytes()
     check = [*places.buffer_info(), size, content]
     assert library.pk_cpu_unchanged(*check) == 1

@@ -57,6 +57,11 @@ class Line:
         return 1 + self.slack + abs(self.of_a(A2) - 1)
 
     @property
+    def noisy(self) -> bool:
+        """A differs from itself by more than B may from A: the line says little."""
+        return abs(self.of_a(A2) - 1) > self.slack
+
+    @property
     def passed(self) -> bool:
         return self.of_a("B") <= self.allowed
 
@@ -209,6 +214,8 @@ def main(args: argparse.Namespace, only: list[str] | None) -> int:
     print_lines(lines, f"{args.suite}: A {commits['A']}, B {commits['B']}, {machine.name(args.threads)}")
     slower = [line for line in lines if not line.passed]
     print(f"{len(lines)} rows, {sum(line.again for line in lines)} measured again, {len(slower)} slower than allowed")
+    if noisy := sum(line.noisy for line in lines):
+        print(f"{noisy} rows differ between A and A' by more than they may between A and B: was the machine busy?")
     if args.json:
         default = results.default_path(f"ab-{args.suite}", machine.name(args.threads))
         path = default if args.json == Path("-") else args.json

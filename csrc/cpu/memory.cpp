@@ -19,14 +19,6 @@ template <typename T> bool unchanged(const int64_t *addresses, int64_t count, co
 } // namespace
 
 extern "C" {
-void pk_cpu_prefetch(const int64_t *addresses, int64_t count) {
-    // A prefetch is dropped while as many are under way as the core has room for: by the fourth time few are missing.
-    enum { GROUP = 64, TIMES = 4 };
-    for (int64_t i = 0; i < count; i += GROUP)
-        for (int times = 0; times < TIMES; ++times)
-            for (int64_t j = i; j < i + GROUP && j < count; ++j) __builtin_prefetch(reinterpret_cast<const void *>(addresses[j]));
-}
-
 int pk_cpu_unchanged(const int64_t *addresses, int64_t count, int64_t bytes, const void *content) {
     switch (bytes) {
     case 1: return unchanged<uint8_t>(addresses, count, content);

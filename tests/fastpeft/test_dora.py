@@ -14,7 +14,7 @@ import torch
 import torch.utils.checkpoint
 from fastpeft import LoraConfig, get_peft_model
 from fastpeft.layer.layer import AdapterLayer
-from fastpeft.methods.math.cache import Kept
+from fastpeft.methods.math.cache import Cache
 from fastpeft.methods.math.row_norms import norms
 from fastpeft.methods.registry import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
@@ -232,7 +232,7 @@ def test_4bit_scales_that_change_and_merges() -> None:
 
 
 def test_tensors_without_versions_are_not_kept() -> None:
-    kept, made = Kept(), []
+    kept, made = Cache(), []
     with torch.inference_mode():
         t = torch.ones(3)
         for _ in range(2):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastpeft.recipes import huge_pages
-from fastpeft.recipes.huge_pages import PAGE, use_huge_pages
+from fastpeft import use_huge_pages
+
+from peft_kernels import huge_pages
+from peft_kernels.huge_pages import PAGE
 
 MIB = 1 << 20
 

@@ -207,7 +207,7 @@ def test_an_error_within_using_lets_go_of_everything(six: Path) -> None:
     last.set_rows(["elsewhere"])
     with pytest.raises(ValueError, match="adapters by name"), pool.using(["a", "b"]):
         pass
-    assert all(layer._row_stack is None for layer in pool.layers.values())
+    assert all(layer.rows.stack is None for layer in pool.layers.values())
 
 
 # --- rows and bytes ---------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_buffers_are_written_in_place(root: Path) -> None:
             pool.assign(slots)
             logits(pool.model)
         for layer_name, layer in pool.layers.items():
-            stack, rows = layer._row_stack
+            stack, rows = layer.rows.stack
             assert rows is slots
             assert stack is stacks[layer_name]
     now = [t for s in stacks.values() for t in (s.a, s.b, s.starts, s.ranks, s.scaling)]

@@ -19,7 +19,7 @@ from fastpeft.methods.registry import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
 from torch import Tensor, nn
 
-from peft_kernels import AdapterStack, native
+from peft_kernels import AdapterStack, PreparedCall, multi_lora_linear, native
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("layer_tools.py")))
@@ -56,7 +56,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return run
 
-    monkeypatch.setattr(routing, "multi_lora_linear", count("calls", routing.multi_lora_linear))
+    monkeypatch.setattr(routing, "multi_lora_linear", count("calls", multi_lora_linear))
+    monkeypatch.setattr(routing, "PreparedCall", lambda function: count("calls", PreparedCall(multi_lora_linear)))
     packs = count("packed", packed.pack)
     monkeypatch.setattr(routing, "pack", packs)
     monkeypatch.setattr(packed, "pack", packs)
@@ -208,7 +209,7 @@ def test_a_change_is_seen_by_the_next_forward(change: Callable[[AdapterLayer], N
     layer.requires_grad_(False)
     layer.set_rows(ROWS)
     before = assert_mixed(layer, x)
-    assert layer._packed is not None
+    assert layer.rows.packed is not None
     change(layer)
     if change not in AT_ONCE:  # is found when the rows are assigned again, which every forward of a model does
         layer.set_rows(ROWS)
@@ -236,10 +237,11 @@ def forward_of_a_model(layer: AdapterLayer, x: Tensor) -> Tensor:
 def test_a_change_is_seen_by_the_next_forward_of_a_model(change: Callable[[AdapterLayer], None]) -> None:
     layer, x = lora_layer(names="abc"), x_of()
     layer.requires_grad_(False)
-    for _ in range(packed._OFTEN + 1):
+    for _ in range(2):
         before = forward_of_a_model(layer, x)
-    assert layer._routed is not None
-    assert layer._routed._ready is not None  # the short way
+    assert layer.rows.last is not None
+    if native.available() is None:
+        assert layer.rows.last._kernel._last[False] is not None  # the short way
     change(layer)
     after = forward_of_a_model(layer, x)
     assert not torch.equal(after, before) or change is _base_trains
@@ -297,7 +299,7 @@ def test_a_copy_and_a_pickle_hold_nothing_of_a_batch() -> None:
     layer.set_rows(ROWS)
     y = layer(x)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert (twin._packed, twin._routed, twin._plan) == (None, None, None)
+        assert (twin.rows.packed, twin.rows.last, twin._plan) == (None, None, None)
         assert_same_bits(twin(x), y)
 
 
@@ -306,7 +308,7 @@ def test_compiled_mixed_batches(counts: dict[str, int]) -> None:
     layer.set_rows(ROWS)
     y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
     assert_mixed(layer, x, y=y)
-    assert layer._packed is None  # a graph keeps nothing
+    assert layer.rows.packed is None  # a graph keeps nothing
 
 
 # Stacks that somebody else holds

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from fastpeft import LoraConfig, get_peft_model, quantize_model
-from fastpeft.layer.by_row import train as trained_rows
 from fastpeft.layer.by_row.train import linears
 from torch import Tensor, nn
 
 from peft_kernels import AdapterStack, multi_lora_linear, native, philox
+from peft_kernels.ops.multi_lora_linear import native as by_pointer
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 K, SIZES = 64, {"q": 48, "k": 32, "v": 32}
@@ -63,15 +63,15 @@ def results(made: Any, x: Tensor, together: bool) -> list[Tensor]:
     return [*(y.detach() for y in ys), *torch.autograd.grad(total, [x, *parameters])]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("way", ["apart", "stacked"])
+@pytest.mark.parametrize("way", ["by pointer", "stacked"])
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_each_layer_in_float64(nf4: bool, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[int] = []
-    run = trained_rows.apart.forward_layers
-    monkeypatch.setattr(trained_rows.apart, "forward_layers", lambda x, of: (served.append(len(of)), run(x, of))[1])
+    run = by_pointer.forward_layers
+    monkeypatch.setattr(by_pointer, "forward_layers", lambda x, of: (served.append(len(of)), run(x, of))[1])
     if way == "stacked":  # as where the backend is another
-        monkeypatch.setattr(trained_rows.apart, "serves_layers", lambda x, layer: False)
+        monkeypatch.setattr(by_pointer, "serves_layers", lambda x, layer: False)
     made = model(nf4)
     x = torch.randn(len(ROWS), 3, K, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact_model = model(nf4).double()

@@ -197,8 +197,8 @@ class _DoraLinear(torch.autograd.Function):
     def forward(*args: Any) -> Any:
         magnitude, norm, acc = args[12], args[13], base.acc_dtype(args[0].dtype)
         if args[19]:
-            return normed_op(*args[:12], gain_of(magnitude, None, acc), *args[14:19])
-        return forward_op(*args[:12], gain_of(magnitude, norm, acc), *args[14:19])
+            return normed_op(*args[:12], dora_gain(magnitude, None, acc), *args[14:19])
+        return forward_op(*args[:12], dora_gain(magnitude, norm, acc), *args[14:19])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -225,7 +225,7 @@ class _DoraLinear(torch.autograd.Function):
             gain, divisor = own
         else:
             divisor = None if norm is None else _divisor(norm, acc)
-            gain = gain_of(magnitude, None, acc)
+            gain = dora_gain(magnitude, None, acc)
             gain = gain if divisor is None else gain / divisor
         need = ctx.needs_input_grad
         need_gain = need[12] or need[13]
@@ -286,9 +286,9 @@ def dora_linear(
     return _apply(x, flat, n, a, b, magnitude, norm, scaling, bias, dropout_p, seed, False)
 
 
-def trained(
-    x: Tensor, weight: Tensor | QuantWeight, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float,
-    bias: Tensor | None, dropout_p: float,
+def dora_linear_normed(
+    x: Tensor, weight: Tensor | QuantWeight, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float = 1.0,
+    bias: Tensor | None = None, dropout_p: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """`dora_linear` with the norm of this very weight, W + scaling b a, as a constant of the graph; the seed is drawn.
 
@@ -335,7 +335,7 @@ def _apply(
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
 
 
-def gain_of(magnitude: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dora_gain(magnitude: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
     """magnitude / norm, [N] in `dtype`; a row of zeros stays one. norm None: the magnitude itself."""
     if magnitude.dim() != 1 or magnitude.dtype is not dtype:  # each call is a microsecond of a small layer's 50
         magnitude = magnitude.reshape(-1).to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 from ...native import pointer
-from ..lora_linear.native import again, available, backward_arguments, forward_arguments, pack, put, refusal
+from ..lora_linear.native import available, backward_arguments, forward_arguments, pack, put, refusal
 
 _NO_RANK = "does not serve adapters of rank 0"
 
@@ -53,26 +53,6 @@ def normed(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return y, h, s, gain, norm
 
 
-def bind(x: Tensor, *args: Any) -> Callable[[Tensor], tuple[Tensor, None, Tensor]] | None:
-    """`forward` as a function of x, without h; None where a tensor would have to be copied first, or h is wanted."""
-    *weight, n, a, b, gain, scaling, bias, dropout_p, seed, need_h = args
-    if need_h or dropout_p or not all(t.is_contiguous() for t in args if isinstance(t, Tensor)):
-        return None
-    shape, small = (x.shape[0], n), (x.shape[0], a.shape[0])
-    packed = again(pack(0, x, *weight, n, a, b, scaling, bias, dropout_p, seed, gain=gain))
-    run = native.cpu().pk_cpu_lora_linear
-
-    def call(x: Tensor) -> tuple[Tensor, None, Tensor]:
-        x = x.contiguous()
-        y, s = x.new_empty(shape), x.new_empty(small, dtype=torch.float32)
-        code = run(packed(x, y, s), 1)
-        if code:
-            native.check(code)
-        return y, None, s
-
-    return call
-
-
 def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx [M, K], da [r, K], db [N, r], dgain [N]); empty where not needed."""
     *weight, a, b, gain, h, s, scaling, dropout_p, seed, need_dx, need_ab, need_gain = args
@@ -89,45 +69,27 @@ def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor,
     return dx, da, db, dgain
 
 
-# ---- a step of training, of what `bound.py` has checked and packed --------------------------------------------------
-def places(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
-    """Where in memory, and in which form: `t.data = other` changes them under the same object."""
-    return [(t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors]
-
-
-def addresses(tensors: list[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
-
-
+# ---- a prepared step of training (`prepared.py`) --------------------------------------------------------------------
 def _whole(count: int) -> int:
     """count float32 numbers rounded up to whole cache lines."""
     return (count + 15) & -16
 
 
-def parts_of(left: Tensor, m: int, r: int, n: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(s [M, r], gain [N], norm [N]) of what `step` leaves, each from a whole cache line on; no gain, no norm where
-    there is no magnitude."""
+def parts_of(left: Tensor, m: int, r: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(s [M, r], gain [N], norm [N]) of what `step` leaves, each from a whole cache line on."""
     gain, norm = _whole(m * r), _whole(m * r) + _whole(n)
-    s = left[: m * r].view(m, r)
-    return (s, left[gain : gain + n], left[norm:]) if left.numel() > gain else (s, None, None)
+    return left[: m * r].view(m, r), left[gain : gain + n], left[norm:]
 
 
 def step(
-    packed: tuple[bytes, ...], x: Tensor, n: int, r: int, magnitude: Tensor | None, seed: Tensor | None
+    packed: tuple[bytes, ...], x: Tensor, n: int, r: int, magnitude: Tensor, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y [M, N], s with the gain and the norm in one tensor, h [M, N] where the magnitude is trained) of `lora_linear`
-    (no magnitude) or of `dora_linear_normed`. packed: `lora_linear.native.fields`; x [M, K] contiguous."""
+    """(y [M, N], s with the gain and the norm in one tensor, h [M, N] where the magnitude is trained) of
+    `dora_linear_normed`. packed: `lora_linear.native.fields`; x [M, K] contiguous."""
     m = x.shape[0]
     at_gain = _whole(m * r)
-    y = x.new_empty((m, n))
-    if magnitude is None:
-        left = x.new_empty(at_gain, dtype=torch.float32)
-        code = native.cpu().pk_cpu_lora_linear(put(packed, x, seed, m, y.data_ptr(), left.data_ptr()), 1)
-        if code:
-            native.check(code)
-        return y, left, None
     at_norm = at_gain + _whole(n)
-    left = x.new_empty(at_norm + n, dtype=torch.float32)
+    y, left = x.new_empty((m, n)), x.new_empty(at_norm + n, dtype=torch.float32)
     h = x.new_empty((m, n)) if magnitude.requires_grad else None
     s = left.data_ptr()
     gain = s + 4 * at_gain
@@ -140,19 +102,18 @@ def step(
 
 def step_backward(
     packed: tuple[bytes, ...], dy: Tensor, x: Tensor, left: Tensor, h: Tensor | None, seed: Tensor | None, a: Tensor,
-    b: Tensor, magnitude: Tensor | None, need: tuple[bool, ...],
+    b: Tensor, magnitude: Tensor, need: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx [M, K], da [r, K], db [N, r], dm [N]); None where `need` says so."""
     need_dx, need_a, need_b, need_m = need[:4]
     dy = dy.contiguous()
     m, n = dy.shape
-    dx, da, db, dm = torch.empty_like(x) if need_dx else None, None, None, None
+    dx, da, db = torch.empty_like(x) if need_dx else None, None, None
     if need_a or need_b:
         da, db = torch.empty_like(a), torch.empty_like(b)
-    s, gain = left.data_ptr(), 0
-    if magnitude is not None:
-        gain = s + 4 * _whole(m * a.shape[0])
-        dm = torch.empty_like(magnitude) if need_m else None
+    dm = torch.empty_like(magnitude) if need_m else None
+    s = left.data_ptr()
+    gain = s + 4 * _whole(m * a.shape[0])
     args = put(packed, x, seed, m, 0, s, dy.data_ptr(), pointer(dx), pointer(da), pointer(db), gain,
                0 if dm is None else pointer(h), pointer(dm))  # fmt: skip
     library = native.cpu()
@@ -167,7 +128,7 @@ def step_backward(
 
 _CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "dora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward, bind=bind),
+    "dora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
     "dora_linear_normed": Backend("native", normed, _CPU, available=available, when=_when_forward),
     "dora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
 }

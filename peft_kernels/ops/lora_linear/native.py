@@ -7,7 +7,7 @@ so that matters.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,6 @@ from ...dispatch import Backend
 from ...native import pointer
 
 _ARGS = struct.Struct("=29q2d3q24x7q")  # pk_lora_args of csrc/pk_abi.h; the three that are left out are for CUDA
-_X, _Y, _THREADS = 0, 10 * 8, 28 * 8  # where it has x; y and s; threads
 _F32 = torch.float32
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -98,17 +97,6 @@ def pack(
         0 if b is None else _CODES[b.dtype], 0 if bias is None else _CODES[bias.dtype], threads, scaling, dropout_p,
         pointer(gain), pointer(h), pointer(dgain), *many,
     )  # fmt: skip
-
-
-def again(packed: bytes) -> Callable[[Tensor, Tensor, Tensor], bytes]:
-    """A function of x, y and s: `packed` with these in the place of its own, and with as many threads as there are."""
-    first, second, last = packed[_X + 8 : _Y], packed[_Y + 16 : _THREADS], packed[_THREADS + 8 :]
-    put = struct.Struct(f"=q{len(first)}s2q{len(second)}sq{len(last)}s").pack
-
-    def of(x: Tensor, y: Tensor, s: Tensor) -> bytes:
-        return put(x.data_ptr(), first, y.data_ptr(), s.data_ptr(), second, torch.get_num_threads(), last)
-
-    return of
 
 
 _STEP = struct.Struct("=q64s8q88sq16s3q80s")  # pk_lora_args, what a step changes apart from the rest
@@ -194,6 +182,38 @@ def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]
     if code:
         native.check(code)
     return dx, da, db
+
+
+# ---- prepared calls: `fields` of a `pack` in the place of its tensors -----------------------------------------------
+def step(
+    fields: tuple[bytes, ...], x: Tensor, n: int, r: int, seed: Tensor | None = None, gain: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N], s [M, r]); x [M, K] contiguous."""
+    m = x.shape[0]
+    y, s = x.new_empty((m, n)), x.new_empty((m, r), dtype=_F32)
+    own = put(fields, x, seed, m, y.data_ptr(), s.data_ptr(), gain=0 if gain is None else gain.data_ptr())
+    code = native.cpu().pk_cpu_lora_linear(own, 1)
+    if code:
+        native.check(code)
+    return y, s
+
+
+def step_backward(
+    fields: tuple[bytes, ...], dy: Tensor, x: Tensor, s: Tensor, seed: Tensor | None, a: Tensor, b: Tensor,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dx [M, K], da [r, K], db [N, r]); None where `need` says so."""
+    need_dx, need_a, need_b = need[:3]
+    dy = dy.contiguous()
+    dx, da, db = torch.empty_like(x) if need_dx else None, None, None
+    if need_a or need_b:
+        da, db = torch.empty_like(a), torch.empty_like(b)
+    code = native.cpu().pk_cpu_lora_linear_backward(
+        put(fields, x, seed, dy.shape[0], 0, s.data_ptr(), dy.data_ptr(), pointer(dx), pointer(da), pointer(db)), 1
+    )
+    if code:
+        native.check(code)
+    return dx, da if need_a else None, db if need_b else None
 
 
 _CPU = frozenset({"cpu"})

@@ -71,6 +71,19 @@ def backward(x: Tensor, *args: Any) -> list[Tensor]:
     return [dx, *das, *dbs]
 
 
+def step(packed: Sequence[tuple[bytes, ...]], x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Every y [M, N_i] of a prepared call; x [M, K] contiguous, packed: `lora_linear.native.fields` of each."""
+    m = x.shape[0]
+    ys = [x.new_empty((m, n)) for n, _ in sizes]
+    ss = [x.new_empty((m, r), dtype=torch.float32) for _, r in sizes]
+    each_one = zip(packed, ys, ss, strict=True)
+    args = b"".join([single.put(own, x, None, m, y.data_ptr(), s.data_ptr()) for own, y, s in each_one])
+    code = native.cpu().pk_cpu_lora_linear(args, len(packed))
+    if code:
+        native.check(code)
+    return ys
+
+
 _CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
     "lora_linear_stacked": Backend("native", forward, _CPU, available=single.available, when=_when_forward),

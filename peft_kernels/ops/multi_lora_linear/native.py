@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 from ...native import pointer
-from ..lora_linear.native import again, available, pack, refusal
+from ..lora_linear.native import available, pack, put, refusal
 from . import backward_op, check_values, forward_op
 
 _X, _A, _S = 0, 6 * 8, 11 * 8  # where pk_lora_args has x; a and b; s, dy, dx, da and db
@@ -59,23 +59,13 @@ def forward(
     return y, s
 
 
-def bind(x: Tensor, *rest: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """`forward` of everything but x as a function of x; None where a tensor would have to be copied first."""
-    *weight, n, a, b, adapters, starts, ranks, scaling, max_rank, bias, dropout_p, seed = rest
-    plan = (adapters, starts, ranks, scaling, max_rank)
-    if not all(t.is_contiguous() for t in rest if isinstance(t, Tensor)):
-        return None
-    shape, small = (x.shape[0], n), (x.shape[0], max_rank)
-    packed = again(pack(0, x, *weight, n, a, b, 1.0, bias, dropout_p, seed, plan=plan))
-    run = native.cpu().pk_cpu_lora_linear
-
-    def call(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.contiguous()
-        y, s = x.new_empty(shape), x.new_empty(small, dtype=torch.float32)
-        _check(run(packed(x, y, s), 1), "multi_lora_linear", a, plan, False)
-        return y, s
-
-    return call
+def step(fields: tuple[bytes, ...], x: Tensor, n: int, a: Tensor, plan: tuple[Any, ...]) -> Tensor:
+    """y [M, N] of a prepared call; x [M, K] contiguous, fields: of `lora_linear.native`."""
+    m = x.shape[0]
+    y, s = x.new_empty((m, n)), x.new_empty((m, plan[4]), dtype=torch.float32)
+    code = native.cpu().pk_cpu_lora_linear(put(fields, x, None, m, y.data_ptr(), s.data_ptr()), 1)
+    _check(code, "multi_lora_linear", a, plan, False)
+    return y
 
 
 def backward(
@@ -102,7 +92,7 @@ def backward(
 
 _CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "multi_lora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward, bind=bind),
+    "multi_lora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
     "multi_lora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
 }
 

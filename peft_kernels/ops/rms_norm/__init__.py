@@ -117,5 +117,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)) or forward_mode():
         result: Tensor = apply_function(_RmsNorm, x, weight, eps)
         return result
-    y: Tensor = forward_op.op(x, weight, eps)
+    y: Tensor = forward_op(x, weight, eps)
     return y

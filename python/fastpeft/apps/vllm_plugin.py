@@ -1,7 +1,7 @@
 """LoRA inside vLLM on this project's kernels: a general plugin that puts `LoraOps` before vLLM's punica wrapper.
 
 vLLM computes the base itself and asks its punica wrapper to add LoRA to the finished y. Its stacks are lora_a
-[S, 1, r, K] and lora_b [S, 1, N, r], of one slot an adapter, so both halves are `project` of `multi_lora_linear`: each
+[S, 1, r, K] and lora_b [S, 1, N, r], of one slot an adapter, so both halves are `peft_kernels.lora_project`: each
 adapter in use is read once, on a CPU by the native library, on a GPU by Triton, without waiting for the device.
 Adapters of experts (MoE) stay with vLLM's own wrapper, which is the base class.
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels.ops.multi_lora_linear import project
+from peft_kernels import lora_project
 
 logger = logging.getLogger("fastpeft.vllm")
 
@@ -142,7 +142,7 @@ LEFT = frozenset({"moe_lora_align_block_size", "add_lora_fused_moe", "add_lora_w
 
 
 def _shrink(x: Tensor, a: Tensor, adapters: Tensor, scale: float) -> Tensor:
-    low = project(x, a.squeeze(1), adapters[: x.shape[0]])
+    low = lora_project(x, a.squeeze(1), adapters[: x.shape[0]])
     return low if scale == 1.0 else low * scale
 
 
@@ -156,7 +156,7 @@ def _add(y: Tensor, low: Tensor, b: Tensor, adapters: Tensor, offset: int = 0, a
     """low B^T into columns `offset` and following of y, rounded once; not `add`: in place of what is there."""
     low, y = low.reshape(-1, low.shape[-1]), y.view(-1, y.shape[-1])
     adapters = adapters[: low.shape[0]]
-    part = project(low, b.squeeze(1), adapters)
+    part = lora_project(low, b.squeeze(1), adapters)
     columns = y[: low.shape[0], offset : offset + part.shape[1]]
     part = part[:, : columns.shape[1]]  # a head's y may be narrower than the stack, which is padded otherwise
     if add:

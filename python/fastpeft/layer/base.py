@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..config.types import PeftWarning
 from ..files.whole import is_sharded
 from ..methods.base_edit import BaseEdit
-from ..methods.method import AdapterView, Fused, Method
+from ..methods.fused import Fused
+from ..methods.method import AdapterView, Method
 from ..weights.base import BaseWeight, LayerInfo, Saved, Weight, Wrapping, wide
 from ..weights.find import weight_of
 from .containers import ActiveAdapters

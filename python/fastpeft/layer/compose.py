@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..methods.adapted import AdaptedLayer
 from ..weights.base import LayerInfo, Weight
-
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
 
 
 class Stack:
@@ -21,7 +19,7 @@ class Stack:
 
     def __init__(
         self,
-        layer: AdapterLayer,
+        layer: AdaptedLayer,
         names: Sequence[str],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
@@ -36,7 +34,8 @@ class Stack:
 
     @property
     def info(self) -> LayerInfo:
-        return self._layer.info
+        info: LayerInfo = self._layer.info
+        return info
 
     @property
     def bare(self) -> bool:
@@ -45,17 +44,19 @@ class Stack:
     def __call__(self, x: Tensor) -> Tensor:
         layer = self._layer
         if self._depth == 0:
-            y = layer.base.call(x, *self._args, **self._kwargs)
+            y: Tensor = layer.base.call(x, *self._args, **self._kwargs)
             self._root.dtype = y.dtype
             return y
         name = self._names[self._depth - 1]
         inner = Stack(layer, self._names, self._args, self._kwargs, self._root, self._depth - 1)
         view = layer.view(name)
-        return layer.methods[name].forward(view, view, x, inner)
+        above: Tensor = layer.methods[name].forward(view, view, x, inner)
+        return above
 
     def weight(self) -> Weight:
         if self._weight is None:
             self._weight = self._layer.merged_weight(self._names[: self._depth])
+        assert self._weight is not None
         return self._weight
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,7 +66,7 @@ class Stack:
         if self.bare:
             return getattr(self._layer.base_layer, "bias", None)
         zeros = torch.zeros(self.info.in_features, dtype=self.info.dtype, device=self.info.device)
-        with self._layer.without_row_values():  # this is no row of the batch
+        with self._layer.rows.without_values():  # this is no row of the batch
             return self(zeros[None])[0]
 
     def frozen(self) -> Callable[[], Tensor] | None:

@@ -15,7 +15,11 @@ class AdapterDict(nn.Module):
     nn.ModuleDict and nn.ParameterDict refuse names that are attributes of a module, such as `train` or `keys`, and
     neither holds what the other does; LoRA's `lora_A` is a module and AdaLoRA's a parameter, and one layer may have
     both. Keys in `state_dict` are `<container>.<adapter>` and `<container>.<adapter>.<tensor>`, as PEFT's.
+
+    version: rises whenever an entry comes, goes or is another (`AdapterLayer.version`).
     """
+
+    version = 0
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -41,7 +45,24 @@ class AdapterDict(nn.Module):
         else:
             raise TypeError(f"AdapterDict holds modules and tensors, got {type(value).__name__}")
 
+    def _changed(self) -> None:
+        self.__dict__["version"] = self.version + 1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "training":
+            self._changed()
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._changed()
+        super().__delattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdapterDict:
+        self._changed()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
     def _forget(self, name: str) -> None:
+        self._changed()
         self._modules.pop(name, None)
         self._parameters.pop(name, None)
         self._buffers.pop(name, None)

@@ -13,25 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_kernels import AdapterStack
+
 from ..config.types import PeftWarning
 from ..methods.base_edit import EDIT
-from ..methods.method import Fused, Method, State
+from ..methods.fused import Fused
+from ..methods.method import Method, State
 from ..weights.base import BaseWeight
 from .base import MergingLayer
-from .by_row.rows import Rows
+from .by_row.names import Recall, RowValues
+from .by_row.rows import RowState
 from .compose import Stack
 from .containers import AdapterDict
 from .shared_tensors import SharedDict
 
 
-class AdapterLayer(Rows, MergingLayer):
+class AdapterLayer(MergingLayer):
     """A base layer with any number of adapters of any methods. Its attributes are those of PEFT's tuner layers.
 
     The tensors of an adapter are spread over one container per tensor name: `layer.lora_A["default"].weight`. Values
     are in plain dicts: `layer.scaling["default"]`.
     """
 
-    _plan: Fused | None
     cast_input_dtype_enabled = True  # see `helpers.disable_input_dtype_casting`
 
     def __init__(self, base_layer: nn.Module, name: str = "", base: BaseWeight | None = None) -> None:
@@ -39,6 +42,8 @@ class AdapterLayer(Rows, MergingLayer):
         self._entries: dict[str, None] = {}  # attributes that are containers by adapter, but for what layers share
         self.shared: dict[str, str] = {}  # attributes that are containers of several layers: their names on a tuner
         self._trained: set[str] = set()  # adapters whose tensors may require gradients
+        self._version = self._planned = 0  # now, and when the plan was made
+        self.rows = RowState(self)
         self._prefix = ""  # of the first method that the layer had
         info = self.info
         self.in_features, self.out_features = info.in_features, info.out_features
@@ -102,6 +107,23 @@ class AdapterLayer(Rows, MergingLayer):
                 file = method.file_key(f"{name}{end}")
                 if file is not None:
                     yield f"{name}.{adapter}{end}", file, tensor
+
+    # Has it changed?
+
+    @property
+    def version(self) -> int:
+        """Rises with each change of the adapters, of the containers' entries, of the base weight and of the mode.
+
+        Tensors have versions of their own, and values such as `scaling` are compared: whoever keeps what it made of a
+        layer looks at all three (`Packed`, `Cache`). What writes to a few elements without a trace calls `changed()`.
+        """
+        return self._version + sum([c.version for c in self._modules.values() if isinstance(c, AdapterDict)])
+
+    def changed(self) -> None:
+        """Forget whatever was made from the layer's adapters, base and mode: one of them is another now."""
+        self._version += 1
+        self._plan = None
+        self.rows.forget()
 
     # Adding and removing adapters
 
@@ -235,7 +257,7 @@ class AdapterLayer(Rows, MergingLayer):
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plan = None if torch.compiler.is_compiling() or self._recall is not None else self._plan
+        plan = self._plan if self.rows.idle and not torch.compiler.is_compiling() else None
         if plan is not None and not args and not kwargs:
             y = plan(x)
             if y is not None:
@@ -247,10 +269,11 @@ class AdapterLayer(Rows, MergingLayer):
         several adapters, none or merged ones are active, and where the method has no such function.
         """
         compiling = torch.compiler.is_compiling()  # a graph makes its own, and does not depend on one that is there
-        made: Fused | None = self._row_plan()
+        made: Fused | None = self.rows.plan()
         if made is not None:
             return made
-        if not compiling and self._plan is not None:
+        version = 0 if compiling else self.version
+        if not compiling and self._plan is not None and self._planned == version:
             return self._plan
         off = self._disable_adapters or self.merged_adapters
         names = [name for name in self._active_adapter if name in self.methods]
@@ -259,12 +282,12 @@ class AdapterLayer(Rows, MergingLayer):
         view = self.view(names[0])
         made = self.methods[names[0]].fused(self, view, view)
         if not compiling:
-            self._plan = made
+            self._plan, self._planned = made, version
         return made
 
     def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         names = kwargs.pop("adapter_names", None)
-        by_row = self._row_plan() if names is None else self.routed(tuple(names))
+        by_row: Any = self.rows.plan() if names is None else self.rows.routed(tuple(names))
         if by_row is not None:
             return by_row(x, args, kwargs) if args or kwargs else by_row(x)  # type: ignore[no-any-return]
         if self._disable_adapters and self.merged_adapters:
@@ -287,6 +310,39 @@ class AdapterLayer(Rows, MergingLayer):
         y = stack(x)
         return y if stack.dtype is None else y.to(stack.dtype)
 
+    # Rows of a batch that differ
+
+    @property
+    def row_names(self) -> tuple[str, ...] | None:
+        """The adapters of the next batches' rows, if they were assigned."""
+        return self.rows.names
+
+    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None, steady: bool = False) -> None:
+        """Assign an adapter to each row of the next batches ("__base__" for none); None ends that.
+
+        recall: where to find it, and the rows' values, once more in a backward pass. steady: nothing is written to
+        before rows are assigned again, so that only the first batch looks whether something was.
+        """
+        self.rows.assign(adapter_names, recall, steady)
+
+    def set_row_stack(self, stack: AdapterStack | None, adapters: Tensor | None) -> None:
+        """Compute the next batches with adapters of `stack`, none of which is this layer's own; None ends that.
+
+        adapters: int64, the place in the stack for each of x.shape[0] rows, or for each token of x flattened to
+        [tokens, in_features]; -1 is the base alone. Both may be written to between forwards, in place (a CUDA graph
+        sees the new values). The layer needs no adapter of its own; it must be linear, dense or in 4 bits, frozen, and
+        without merged adapters: else ValueError.
+        """
+        self.rows.assign_stack(stack, adapters)
+
+    def set_row_values(self, values: RowValues | None) -> None:
+        """Give what `Method.row_values` found for each row of the next batches, by adapter; None ends that."""
+        self.rows.values = values
+
+    def row_values(self, adapter: str) -> Sequence[Any] | None:
+        """An adapter's values for the rows that its method sees now."""
+        return self.rows.values_of(adapter)
+
     # A plan reads tensors through their containers, but it is bound to these containers and to their device.
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterLayer:
@@ -300,11 +356,10 @@ class AdapterLayer(Rows, MergingLayer):
     def train(self, mode: bool = True) -> AdapterLayer:
         if mode != self.training:
             self.changed()
-        self._plan = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **dict.fromkeys(("_plan", "_routed", "_packed", "_row_stack"))}
+        return {**self.__dict__, "_plan": None}
 
     def __repr__(self) -> str:
         # As PEFT's class of the same purpose: `lora.Linear(...)`.

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..config.limits import BASE
 from ..weights.base import Wrapping
-from .by_row.mixed import check_length, grouped
-from .by_row.rows import Recall
+from .by_row.names import Recall, check_length, grouped
 from .containers import ActiveAdapters, AdapterDict
 
 
@@ -29,7 +28,7 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
         check_savable(module_to_save)
         self.original_module = module_to_save
         self.modules_to_save = AdapterDict()
-        self._rows: tuple[str, ...] | None = None
+        self.row_names: tuple[str, ...] | None = None
         self._recall: Recall | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -83,7 +82,7 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
                 module.requires_grad_(False)
 
     def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None, steady: bool = False) -> None:
-        self._rows = None if adapter_names is None else tuple(adapter_names)
+        self.row_names = None if adapter_names is None else tuple(adapter_names)
         self._recall = self._recall if recall is None else recall
 
     def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
@@ -92,7 +91,7 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
             yield f"modules_to_save.{adapter}.{key}", key, tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rows = kwargs.pop("adapter_names", None) or self._rows
+        rows = kwargs.pop("adapter_names", None) or self.row_names
         if rows is None and self._recall is not None:
             rows = self._recall.rows()
         if rows is None or self._disable_adapters:

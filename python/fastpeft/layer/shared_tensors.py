@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..methods.adapted import AdaptedLayer
 from .containers import AdapterDict
-
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
 
 
 class SharedDict(AdapterDict):
@@ -77,7 +75,7 @@ def _equal(a: Tensor, b: Any) -> bool:
     return alike and torch.equal(a.flatten()[:8], b.flatten()[:8]) and torch.equal(a, b)
 
 
-def held_containers(layers: Iterable[AdapterLayer]) -> dict[str, SharedDict]:
+def held_containers(layers: Iterable[AdaptedLayer]) -> dict[str, SharedDict]:
     """The shared containers of a model's layers, by their names on a tuner."""
     found: dict[str, SharedDict] = {}
     for layer in layers:

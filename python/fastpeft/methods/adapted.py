@@ -20,6 +20,10 @@ class AdaptedLayer(Protocol):
     out_features: int
 
     @property
+    def version(self) -> int:
+        """Rises when the layer's adapters, containers, base or mode change."""
+
+    @property
     def base(self) -> BaseWeight:
         """The base layer's weight."""
 

@@ -9,13 +9,10 @@ FRoD's, one for the layers of a role, are on the tuner alone: `base_model.frod_V
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
 
 
 class Computed:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
 from ..config.types import PeftType
 from ..weights.base import widened
+from .fused import Fused
 from .math.factored import FactoredMethod, dropout, plus_product
-from .method import Fused, Inner, LayerInfo, State
+from .method import Inner, LayerInfo, State
 from .registry import register
 
 

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import QuantWeight, householder_rotate, lora_linear
-from peft_kernels.ops.householder_rotate import compact_wy
+from peft_kernels import PreparedCall, QuantWeight, compact_wy, householder_rotate, lora_linear
 
 from ..config.base import HasBias, HasInitWeights, TargetConfig
 from ..config.types import PeftType, PeftWarning
 from ..weights.base import widened
 from .adapted import AdaptedLayer
-from .math.cache import Kept
+from .fused import Fused
+from .math.cache import Cache
 from .math.draws import kaiming_
 from .math.factored import Weight
 from .math.rotation import RotatesInput, constant
-from .method import Fused, LayerInfo, State
+from .method import LayerInfo, State
 from .registry import register
 
 
@@ -63,7 +63,7 @@ class HRA(RotatesInput):
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         """(x - x u^T v) W^T is a LoRA with A = u and B = -(v W^T)^T: no turned x is written, and r more rows of the
         base product, forward and backward, are little where tokens are many."""
-        kept = (Kept(), Kept())
+        kept, prepared = (Cache(), Cache()), PreparedCall(lora_linear)
 
         def factors() -> tuple[Tensor, Tensor]:
             return compact_wy(*self._vectors(s), transposed=True)
@@ -72,17 +72,20 @@ class HRA(RotatesInput):
             return lora_linear(v, w).t()
 
         def call(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor | None:
-            of = s.hra_u
+            of, linear = s.hra_u, lora_linear
             if constant(s, of):  # in evaluation both factors are there already, however few tokens are
                 stored = [t for t in w.flatten() if isinstance(t, Tensor)] if isinstance(w, QuantWeight) else [w]
-                u = kept[0].get((of,), (), lambda: factors()[0])
-                b = kept[1].get((of, *stored), (), lambda: turned(factors()[1], w).contiguous())
+                u = kept[0].get((of,), (s.hra_apply_GS,), lambda: factors()[0])
+                b = kept[1].get(
+                    (of, *stored), (s.hra_apply_GS,), lambda: turned(factors()[1], w).contiguous()
+                )
+                linear = prepared  # type: ignore[assignment]
             elif x.numel() < 8 * of.numel():
                 return None
             else:
                 u, v = factors()
                 b = turned(v, w)
-            return lora_linear(x, w, u, b, -1.0, bias)
+            return linear(x, w, u, b, -1.0, bias)
 
         return layer.base.fused(call)
 

@@ -26,9 +26,9 @@ from ..config.targets import DEFAULT_TARGETS
 from ..config.types import PeftType
 from ..weights.base import LayerInfo as LayerInfo
 from .adapted import AdaptedLayer
+from .fused import Fused
 
 State = dict[str, Any]
-Fused = Callable[[Tensor], "Tensor | None"]
 
 
 class Inner(Protocol):
@@ -69,6 +69,10 @@ class AdapterView:
     @property
     def training(self) -> bool:
         return self._layer.training
+
+    @property
+    def version(self) -> int:
+        return self._layer.version
 
     @property
     def row_values(self) -> Sequence[Any] | None:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from peft_kernels import Fingerprint
+
 from ..config.base import HasBias, HasFanInFanOut, TargetConfig
 from ..config.types import PeftType
 from .computed import Computed
@@ -124,13 +126,13 @@ class TinyLora(ProjectedMethod, FactoredMethod):
 def _svd(info: LayerInfo, r: int) -> tuple[Tensor, Tensor]:
     """A and B, in the precision of the weight's own values. Kept as long as the weight, for its next adapter."""
     weight: Any = info.module.weight
-    state = weight.data_ptr(), weight._version, r
     found = _SVDS.get(weight)
-    if found is not None and found[0] == state:
-        return found[1].clone(), found[2].clone()
+    if found is not None and found[0] == r and found[1].data_ptr() == weight.data_ptr() and found[2].unchanged():
+        return found[3].clone(), found[4].clone()
     w = info.base.read()[0].detach()
     w = w.t() if info.kind == "embedding" else w
     u, s, vh = torch.linalg.svd(w.float(), full_matrices=False)
     u, vh, root = u[:, :r].to(w.dtype), vh[:r].to(w.dtype), torch.sqrt(s[:r].to(w.dtype))
-    _SVDS[weight] = state, root[:, None] * vh, u * root
+    held = [t.detach() for t in info.base.tensors()]  # the weight itself would hold its own entry for good
+    _SVDS[weight] = r, weight.detach(), Fingerprint(held), root[:, None] * vh, u * root
     return root[:, None] * vh, u * root

@@ -24,8 +24,9 @@ from ..config.base import HasBias, HasFanInFanOut, TargetConfig
 from ..config.targets import DEFAULT_TARGETS
 from ..config.types import PeftType
 from .adapted import AdaptedLayer
+from .fused import Fused
 from .math.factored import FactoredMethod, dropout
-from .method import Fused, LayerInfo, State
+from .method import LayerInfo, State
 from .registry import register
 
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"

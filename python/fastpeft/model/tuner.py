@@ -19,8 +19,7 @@ from ..config.limits import BASE
 from ..config.types import PeftWarning
 from ..inject.modules import AdapterModule, KnownModules, adapter_modules
 from ..inject.plan import InjectionPlan, plan_injection
-from ..layer.by_row.mixed import check_length
-from ..layer.by_row.rows import Recall, RowValues
+from ..layer.by_row.names import Recall, RowValues, check_length
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..layer.shared_tensors import held_containers, register_at
@@ -278,7 +277,7 @@ class BaseTuner(ModelMerging):
             raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
         rows = tuple(names)
         if keeps:
-            self.__dict__["_names"] = rows, there
+            self._names = rows, there
         return rows
 
 
@@ -304,7 +303,7 @@ class _Assigned:
         if tuner.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             recall = tuner._recall
             recall.keep(names, values)
-        self.before, tuner.__dict__["_assigned"] = tuner._assigned, names  # nn.Module takes its time to set attributes
+        self.before, tuner._assigned = tuner._assigned, names
         try:
             for module in self.modules:
                 times = 1 if id(module) in self.once else repeats
@@ -316,7 +315,7 @@ class _Assigned:
             raise
 
     def __exit__(self, *error: object) -> None:
-        self.tuner.__dict__["_assigned"] = self.before
+        self.tuner._assigned = self.before
         for module in self.modules:
             module.set_rows(self.before)
             if self.values and isinstance(module, AdapterLayer):

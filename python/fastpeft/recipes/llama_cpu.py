@@ -23,25 +23,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import peft_kernels
 from peft_kernels import (
+    PreparedCall,
     Projection,
     QuantWeight,
     lora_linear,
     lora_linear_stacked,
-    native,
+    native_library,
     rms_norm,
     rotary_attention,
     swiglu,
     swiglu_mlp,
+    use_huge_pages,
 )
-from peft_kernels.ops.lora_linear import forward_op as lora_linear_op
-from peft_kernels.ops.lora_linear_stacked import forward_op as stacked_op
-from peft_kernels.ops.rms_norm import forward_op as rms_norm_op
 
 from ..layer.by_row import train as trained_rows
 from ..layer.layer import AdapterLayer
+from ..methods.fused import FusedProjection
 from ..weights.nf4_linear import NF4Linear
-from .huge_pages import use_huge_pages
 
 _ACCELERATED = "_fastpeft_accelerated"
 MOST_SCORES = 1 << 24  # batch x heads x queries x keys that may stand at once: 64 MiB of float32
@@ -64,9 +64,16 @@ class _RotarySigns:
         return self._made
 
 
+class _Decoding:
+    """A decoder layer's part in decoding: the signs, which all layers share, and its prepared calls."""
+
+    def __init__(self, signs: _RotarySigns) -> None:
+        self.signs = signs
+        self.qkv, self.o, self.gate_up, self.down = (PreparedCall(peft_kernels.lora_linear_stacked) for _ in range(4))
+
+
 def _norm(module: Any, x: Tensor) -> Tensor:
-    y: Tensor = rms_norm_op._call(x, module.weight, module.variance_epsilon)
-    return y
+    return rms_norm(x, module.weight, module.variance_epsilon)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -86,12 +93,8 @@ def _projection(module: Any, dtype: torch.dtype) -> Projection | None:
         given = module.compute_dtype in (None, dtype)
         return Projection(module.quant_weight(), bias=module.bias) if given else None
     # the plan is made here where it is not there yet: a first call must compute what the second will (checkpointing)
-    parts = getattr(module.plan(), "parts", None) if type(module) is AdapterLayer else None
-    found = None if parts is None else parts()
-    if found is None:
-        return None
-    weight, a, b, scaling, bias, compute, dropout = found
-    return Projection(weight, a, b, scaling, bias, dropout) if compute is None or compute is dtype else None
+    plan = module.plan() if type(module) is AdapterLayer else None
+    return plan.projection() if isinstance(plan, FusedProjection) and plan.compute in (None, dtype) else None
 
 
 def _projections(x: Tensor, *modules: Any) -> list[Projection] | None:
@@ -120,16 +123,16 @@ def _by_row(x: Tensor, modules: Sequence[Any]) -> Sequence[Tensor] | None:
     """`module(x)` of layers whose rows have adapters of their own, where each is one call of a kernel; else None."""
     found = []
     for module in modules:
-        if type(module) is not AdapterLayer or module._rows is None or not module._steady or _hooked(module):
+        if type(module) is not AdapterLayer or module.rows.names is None or _hooked(module):
             return None
-        y = module.routed(module._rows).quick(x)
+        y = module.rows.routed(module.rows.names).quick(x)
         if y is None:
             return None
         found.append(y)
     return found
 
 
-def _linears(x: Tensor, *modules: Any) -> Sequence[Tensor]:
+def _linears(call: PreparedCall, x: Tensor, *modules: Any) -> Sequence[Tensor]:
     """`module(x)` of each for x [M, K] without gradients, as one call of a kernel and without the modules around it."""
     by_row = _by_row(x, modules)
     if by_row is not None:
@@ -137,27 +140,22 @@ def _linears(x: Tensor, *modules: Any) -> Sequence[Tensor]:
     found = _projections(x, *modules)
     if found is None or any(p.dropout_p or type(p.weight) is not QuantWeight for p in found):
         return [module(x) for module in modules]
-    # the operator's own body: it checks, chooses a backend and calls it; only torch's dispatch is left out
-    rows = [(*w.flatten(), w.shape[0], a, b, scaling, bias, 0.0, None) for w, a, b, scaling, bias, _, _ in found]
-    if len(rows) == 1:
-        y: Tensor = lora_linear_op._call(x, *rows[0])[0]
-        return [y]
-    ys: list[Tensor] = stacked_op._call(x, *map(list, zip(*rows, strict=True)))
-    return ys[: len(rows)]
+    ys: Sequence[Tensor] = call(x, *found)
+    return ys
 
 
 def _one_token(
     layer: Any, x: Tensor, mask: Tensor | None, cache: Any, position_embeddings: tuple[Tensor, Tensor]
 ) -> Tensor:
     """A decoder layer for x [B, 1, H] with `cache` holding the tokens before; x [B, 1, H] out."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp, own = layer.self_attn, layer.mlp, layer._fastpeft_decoding
     d = attention.head_dim
     batch = x.shape[0]
     x = x.view(batch, -1)
     h = _norm(layer.input_layernorm, x)
-    q, k, v = _linears(h, attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = _linears(own.qkv, h, attention.q_proj, attention.k_proj, attention.v_proj)
     heads = q.shape[-1] // d
-    cos, signed_sin = layer._fastpeft_signs.get(*position_embeddings)
+    cos, signed_sin = own.signs.get(*position_embeddings)
     qk = torch.cat((q, k), dim=-1).view(batch, -1, 1, d)
     qk = torch.addcmul(qk * cos, torch.roll(qk, d // 2, dims=-1), signed_sin)
     keys, values = cache.update(qk[:, heads:], v.view(batch, -1, 1, d), attention.layer_idx)
@@ -166,10 +164,10 @@ def _one_token(
         qk[:, :heads].float(), keys.float(), values.float(), attn_mask=mask, scale=attention.scaling,
         enable_gqa=keys.shape[1] != heads,
     )  # fmt: skip
-    x = x + _linears(out.to(x.dtype).view(batch, -1), attention.o_proj)[0]
+    x = x + _linears(own.o, out.to(x.dtype).view(batch, -1), attention.o_proj)[0]
     h = _norm(layer.post_attention_layernorm, x)
-    gate, up = _linears(h, mlp.gate_proj, mlp.up_proj)
-    return (x + _linears(F.silu(gate).mul_(up), mlp.down_proj)[0]).unsqueeze(1)
+    gate, up = _linears(own.gate_up, h, mlp.gate_proj, mlp.up_proj)
+    return (x + _linears(own.down, F.silu(gate).mul_(up), mlp.down_proj)[0]).unsqueeze(1)
 
 
 def _head_forward(self: Any, input: Tensor) -> Tensor:
@@ -228,7 +226,7 @@ def _attention_forward(
         or self.config._attn_implementation != "sdpa" or (self.training and self.attention_dropout)
         or (attention_mask is not None and attention_mask.dtype is not torch.bool)
         # eager code would keep every score
-        or (native.available() is not None and batch * self.config.num_attention_heads * t * t > MOST_SCORES)
+        or (batch * self.config.num_attention_heads * t * t > MOST_SCORES and native_library().reason is not None)
     ):  # fmt: skip
         result: tuple[Tensor, Tensor | None] = self._fastpeft_base.forward(
             self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
@@ -312,14 +310,14 @@ class Accelerated:
     def remove(self) -> None:
         for module, original in self.switched:
             module.__class__ = original
-            module.__dict__.pop("_fastpeft_signs", None)
+            module.__dict__.pop("_fastpeft_decoding", None)
         self.switched.clear()
 
 
 def accelerate(model: nn.Module, huge_pages: bool = True) -> Accelerated:
     """Speed up decoding and training of a Llama model of transformers (also inside a PeftModel) on a CPU, in place.
 
-    huge_pages: put its weights into huge pages of memory where the system has them (`huge_pages.use_huge_pages`).
+    huge_pages: put its weights into huge pages of memory where the system has them (`use_huge_pages`).
     Raises ValueError when the model has no decoder layer of a kind that is known here.
     """
     handle = Accelerated()
@@ -328,7 +326,7 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> Accelerated:
     for module in model.modules():
         kind = type(module)
         if kind in classes:
-            module.__dict__["_fastpeft_signs"] = signs
+            module.__dict__["_fastpeft_decoding"] = _Decoding(signs)
             module.__class__ = classes[kind]
             handle.switched.append((module, kind))
     find_head: Any = getattr(model, "get_output_embeddings", None)

@@ -174,6 +174,11 @@ class BaseWeight:
         """W and b, in the dtype that the module stores (quantised: decoded to at least float32). May alias."""
         return self.turned(self.tensor), self.bias
 
+    def tensors(self) -> list[Tensor]:
+        """Tensors that W is stored in, and maybe others: W is as it was while they are."""
+        stores = self.holder._parameters, self.holder._buffers
+        return [t for store in stores for t in store.values() if t is not None]
+
     def rows(self, index: slice | Tensor) -> Tensor:
         """Some rows of W as [rows, columns], in at least float32, without decoding the others."""
         return widened(self.read()[0][index]).flatten(1)

@@ -43,6 +43,10 @@ class Bnb4bitWeight(Quant4bitWeight):
             undo_cpu_packing(weight)
         return QuantWeight.from_bnb(weight)
 
+    def tensors(self) -> list[Tensor]:
+        _, *scales = self.quant().flatten()[:5]
+        return [self.module.weight, *(t for t in scales if t is not None)]
+
     def _store(self, w: Tensor, like: QuantWeight) -> None:
         bnb: Any = importlib.import_module("bitsandbytes")
         old = self.module.weight
@@ -83,12 +87,24 @@ class Bnb4bitWeight(Quant4bitWeight):
             if w is None or w.requires_grad or hooks or pre:
                 return None
             # The state object tells a requantised or repacked weight from the one that was seen last.
-            if w is not held or w.quant_state is not state or getattr(state, "packing_format_for_cpu", False):
+            if qw is None or w is not held or w.quant_state is not state or not _is_view(qw, w, state):
                 qw = self.quant()
                 held, state = w, w.quant_state
             return qw
 
         return weight
+
+
+def _is_view(qw: QuantWeight, weight: Any, state: Any) -> bool:
+    """True while a view of a `Params4bit` shows its bytes and scales: all of them may be replaced in place."""
+    if getattr(state, "packing_format_for_cpu", False) or state.absmax is not qw.absmax:
+        return False
+    nested = state.state2 if getattr(state, "nested", False) else None
+    if nested is not None and (
+        nested.absmax is not qw.nested_absmax or nested.code is not qw.nested_code or state.offset is not qw.offset
+    ):
+        return False
+    return (nested is None) is (qw.nested_absmax is None) and weight.data_ptr() == qw.packed.data_ptr()  # type: ignore[no-any-return]
 
 
 def undo_cpu_packing(weight: Any) -> None:
@@ -135,6 +151,9 @@ class Bnb8bitWeight(BaseWeight):
             return super().rows(index)
         decoded: Tensor = self.module.weight.data[index].float() * (self._scales[index].float() / 127.0).unsqueeze(1)
         return decoded
+
+    def tensors(self) -> list[Tensor]:
+        return [self.module.weight, self._scales] if self._packed else super().tensors()
 
     def write(self, w: Tensor, b: Tensor | None) -> float | None:
         if not self._packed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,14 +69,10 @@ class Quant4bitWeight(BaseWeight):
     def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
         module = self.module
         hooks, pre = module._forward_hooks, module._forward_pre_hooks
-        tensors: Any = module._parameters if "weight" in module._parameters else module._buffers  # sharded: parameters
-        held, qw = tensors.get("weight"), self.quant()
+        quant: Callable[[], QuantWeight] = module.quant_weight
 
         def weight() -> QuantWeight | None:
-            nonlocal held, qw
-            if tensors.get("weight") is not held:
-                held, qw = tensors.get("weight"), self.quant()
-            return None if hooks or pre else qw
+            return None if hooks or pre else quant()
 
         return weight
 

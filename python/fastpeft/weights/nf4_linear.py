@@ -77,17 +77,22 @@ class NF4Linear(nn.Module):
     # --- the weight -------------------------------------------------------------------------------------------------
 
     def quant_weight(self) -> QuantWeight:
-        """The weight as the kernels take it; shares the buffers and is rebuilt only when they were replaced."""
-        cached: QuantWeight | None = self.__dict__.get("_quant_weight")
-        if cached is None or cached.packed is not self.weight or cached.absmax is not self.absmax:
-            cached = QuantWeight(
-                packed=self.weight, absmax=self.absmax, shape=(self.out_features, self.in_features),
-                quant_type=self.quant_type, blocksize=self.blocksize, dtype=self.dtype,
-                nested_absmax=self.nested_absmax, nested_code=self.nested_code,
-                nested_blocksize=self.nested_blocksize, offset=self.offset,
+        """The weight as the kernels take it; shares the buffers and is rebuilt only when one of them was replaced."""
+        held: Any = self._buffers if "weight" in self._buffers else {**self._buffers, **self._parameters}
+        packed, absmax, nested_absmax = held["weight"], held["absmax"], held["nested_absmax"]
+        nested_code, offset = held["nested_code"], held["offset"]
+        last: QuantWeight | None = self.__dict__.get("_quant_weight")
+        if (
+            last is None or last.packed is not packed or last.absmax is not absmax or last.offset is not offset
+            or last.nested_absmax is not nested_absmax or last.nested_code is not nested_code
+        ):  # fmt: skip
+            last = QuantWeight(
+                packed=packed, absmax=absmax, shape=(self.out_features, self.in_features),
+                quant_type=self.quant_type, blocksize=self.blocksize, dtype=self.dtype, nested_absmax=nested_absmax,
+                nested_code=nested_code, nested_blocksize=self.nested_blocksize, offset=offset,
             )  # fmt: skip
-            self.__dict__["_quant_weight"] = cached
-        return cached
+            self.__dict__["_quant_weight"] = last
+        return last
 
     def set_quant_weight(self, weight: QuantWeight) -> None:
         """Replace the weight. Its tensors are kept, not copied, so an old `quant_weight()` restores the exact bytes."""

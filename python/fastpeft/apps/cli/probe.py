@@ -48,18 +48,18 @@ def look_peft_kernels() -> Finding:
 
 
 def look_native_cpu() -> Finding:
-    from peft_kernels import native
+    from peft_kernels import native_library
 
-    why = native.available("cpu")
-    if why is not None:
-        return {"reason": why}
-    return {"level": native.level(), "levels": list(native.levels()), "openmp": native.openmp()}
+    found = native_library("cpu")
+    if found.reason is not None:
+        return {"reason": found.reason}
+    return {"level": found.level, "levels": list(found.levels), "openmp": found.openmp}
 
 
 def look_native_cuda() -> Finding:
-    from peft_kernels import native
+    from peft_kernels import native_library
 
-    return {"reason": native.available("cuda")}
+    return {"reason": native_library("cuda").reason}
 
 
 def look_triton() -> Finding:

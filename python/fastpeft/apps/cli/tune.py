@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peft_kernels import tuning, tuning_user
+from peft_kernels import tuning, tuning_launch, tuning_user
 
 from ..training.errors import UserError
 from .output import table
@@ -41,8 +41,6 @@ class Layer:
 
 def find_gpu() -> Gpu:
     """The current CUDA device, if Triton can run there."""
-    from peft_kernels.triton_lib import host
-
     if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA"
         raise UserError(
@@ -51,7 +49,7 @@ def find_gpu() -> Gpu:
         )
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        reason = host.missing() or host.wrong_mode(torch.empty(0, device=device))
+        reason = tuning_launch.unusable(device)
     except ImportError as error:
         raise UserError(
             f"tune measures Triton kernels, and Triton is missing: {error}", "pip install triton"
@@ -107,20 +105,6 @@ def layers_of(
     return [Layer(n, k, r, dtype, blocksize, dropout) for n, k in dict.fromkeys(shapes)]
 
 
-def launch(layer: Layer, m: int, device: torch.device) -> None:
-    """One forward and one backward of a layer over m rows, by the Triton backend."""
-    from peft_kernels.ops.lora_linear import triton as backend
-    from peft_kernels.testing import random_quant_weight
-
-    n, k, r = layer.out_features, layer.in_features, layer.r
-    weight = random_quant_weight(n, k, blocksize=layer.blocksize, nested=True).to(device).flatten()
-    x, dy = (torch.randn(m, size, device=device, dtype=layer.dtype) for size in (k, n))
-    a, b = torch.randn(r, k, device=device), torch.randn(n, r, device=device)
-    seed = torch.zeros(1, dtype=torch.int64, device=device)
-    _, s = backend.forward(x, *weight, n, a, b, 1.0, None, layer.dropout, seed)
-    backend.backward(dy, x, *weight, a, b, s, 1.0, layer.dropout, seed, True, True)
-
-
 def run(
     layers: Sequence[Layer],
     rows: Iterable[int],
@@ -137,7 +121,10 @@ def run(
     with tuning.searching(clock=clock):
         for done, (layer, m) in enumerate(work):
             progress(f"{layer.out_features}x{layer.in_features}, {m} rows", done, len(work))
-            launch(layer, m, gpu.device)
+            tuning_launch.launch_lora_linear(
+                m, layer.out_features, layer.in_features, layer.r, layer.dtype, layer.blocksize, layer.dropout,
+                gpu.device,
+            )  # fmt: skip
     progress("", len(work), len(work))
     results = []
     for (kernel, arch, shape), times in tuning.found().items():

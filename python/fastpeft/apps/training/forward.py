@@ -20,7 +20,7 @@ from .packing import Batch, collate
 @contextmanager
 def rows_set(modules: Sequence[Any], adapters: Sequence[str]) -> Iterator[None]:
     """Within this, row i of what the adapter modules are given belongs to ``adapters[i]``."""
-    before = [module._rows for module in modules]
+    before = [module.row_names for module in modules]
     for module in modules:
         module.set_rows(list(adapters))
     try:

@@ -31,9 +31,9 @@ class Source:
 
 def cache_root() -> Path:
     """The cache folder, as ``peft_kernels.tuning_user`` has it."""
-    from peft_kernels.tuning_user import cache_root as root
+    from peft_kernels import tuning_user
 
-    return root()
+    return tuning_user.cache_root()
 
 
 def find_packaged_gguf() -> Path | None:
@@ -154,9 +154,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     if device.type == "cpu":
-        from peft_kernels import native
+        from peft_kernels import native_library
 
-        if native.available("cpu") is None and native.level() == "avx512bf16":
+        if native_library().level == "avx512bf16":
             return torch.bfloat16
     return torch.float32
 

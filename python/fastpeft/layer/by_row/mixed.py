@@ -7,73 +7,35 @@ another weight, or call the layer several times, get a call for their rows alone
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from peft_kernels import AdapterStack, multi_lora_linear
-from peft_kernels.dispatch import forced_backends, forward_mode, watched
-from peft_kernels.ops.lora_linear import flat_weight
-from peft_kernels.ops.multi_lora_linear import forward_op
+from peft_kernels import AdapterStack, PreparedCall, QuantWeight, RowPlan, multi_lora_linear
+from peft_kernels.dispatch import forward_mode
 
 from ...config.limits import BASE
-from ...methods.method import Fused, Method
+from ...methods.fused import Fused, FusedProjection, LowRank
+from ...methods.method import Method
 from ..compose import Stack
+from .names import RowHost, check_length, grouped
 from .packed import Packed, pack
 from .train import linears
 
-if TYPE_CHECKING:
-    from ..layer import AdapterLayer
 
-Parts = Callable[[], "tuple[Any, ...] | None"]  # `parts` of what `Lora.fused` gives
-
-
-def grouped(rows: Iterable[str]) -> dict[str, list[int]]:
-    """The rows of each adapter."""
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(rows):
-        groups.setdefault(name, []).append(i)
-    return groups
-
-
-def check_length(x: Tensor | Sequence[Any], rows: Sequence[str]) -> None:
-    if len(x) != len(rows):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(rows)} and {len(x)} respectively."
-        )
-
-
-class _LowRank(NamedTuple):
+class _Stacked(NamedTuple):
     """The adapters that the kernel can take, and what it needs besides."""
 
     slots: Mapping[str, int]  # places in the stack
     stack: AdapterStack
-    weight: Any
+    weight: Tensor | QuantWeight
     bias: Tensor | None
     compute: torch.dtype | None
-    dropout: float
-
-
-class _Ready(NamedTuple):
-    """The kernel for one shape, dtype and device of x, while some backends are forced, one stack is kept, and the base
-    layer's tensors are in their places."""
-
-    x: tuple[torch.Size, torch.dtype, torch.device]
-    forced: dict[str, str]
-    kept: Packed
-    places: tuple[Any, ...]
-    run: Callable[[Tensor], Any]
-    lasts: bool  # beyond a forward: `run` keeps nothing of the base layer
-
-
-def _after(run: Callable[..., Any], args: tuple[Any, ...], x: Tensor) -> Any:
-    return run(x, *args)
+    dropout_p: float
 
 
 @dataclass
@@ -86,42 +48,58 @@ class _Layout:
     on_top: Tensor | None  # all of those places
     apart: list[tuple[str, list[int], Tensor]]  # adapters with calls of their own
     back: Tensor | None  # where each row is when the parts are one after the other
+    of_tokens: dict[int, Tensor] = field(default_factory=dict)  # `adapters` for each token, by their number
+
+    def adapters_of(self, tokens: int) -> Tensor:
+        assert self.adapters is not None
+        if tokens == len(self.adapters) or torch.compiler.is_compiling():
+            return self.adapters
+        found = self.of_tokens.get(tokens)
+        if found is None:
+            with torch.inference_mode(False):
+                found = self.adapters.repeat_interleave(tokens // len(self.adapters))
+            self.of_tokens = {tokens: found}  # decoding has one number, its first step another
+        return found
 
 
 class Routed:
-    """What computes a layer for one assignment of its rows, for as long as the layer stays as it is."""
+    """What computes a layer for one assignment of its rows, for as long as the layer stays as it is.
 
-    def __init__(self, layer: AdapterLayer, rows: tuple[str, ...]) -> None:
-        self.layer, self.rows = layer, rows
+    methods: of the adapters that are there, with their views. low: those that the kernel can take; first: any of them.
+    row_plan: for training.
+    """
+
+    def __init__(self, layer: RowHost, rows: tuple[str, ...]) -> None:
+        self.layer, self.rows, self.version = layer, rows, 0 if torch.compiler.is_compiling() else layer.version
         # An adapter that this layer does not have leaves it as it is, like "__base__".
         here: Mapping[str, Method] = {} if layer._disable_adapters else layer.methods
         self.groups = grouped(name if name in here else BASE for name in rows)
-        self._methods = {name: (here[name], layer.view(name)) for name in self.groups if name != BASE}
+        self.methods = {name: (here[name], layer.view(name)) for name in self.groups if name != BASE}
         self._fused: dict[str, Fused] = {}
-        self._parts: dict[str, Parts] = {}
+        self.low: dict[str, FusedProjection] = {}
         if layer.cast_input_dtype_enabled and not layer.merged_adapters:
-            for name, (method, view) in self._methods.items():
+            for name, (method, view) in self.methods.items():
                 made = method.fused(layer, view, view)
                 if made is not None:
                     self._fused[name] = made
-                    if hasattr(made, "parts"):
-                        self._parts[name] = made.parts
+                if isinstance(made, FusedProjection):
+                    self.low[name] = made
+        self.first = next(iter(self.low.values()), None)
+        places = {name: i for i, name in enumerate(self.low)}
+        self.row_plan = RowPlan([places.get(name, -1) for name in rows])
         self._layouts: dict[Any, _Layout] = {}
         self._last: tuple[Any, torch.device, _Layout] | None = None  # where every method is in these slots
-        self.tables: Any = None  # of `trained_rows`
-        self._known: Packed | None = None  # serves these rows, as was found when they were assigned
-        self._ready: _Ready | None = None
-        self._base: list[Tensor] = []  # the base layer's tensors, as they were looked up for this forward
+        self._kernel = PreparedCall(multi_lora_linear)
+        self.again()
 
     def again(self) -> None:
-        """The same rows come in another forward of the model."""
-        self._known, self._base = None, []
-        if self._ready is not None and not self._ready.lasts:
-            self._ready = None
+        """The same rows come in another forward of the model: the adapters are looked at anew."""
+        self._looked: Packed | None = None  # found unchanged since then
+        self._found: _Stacked | None = None  # of these
 
     def __call__(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Tensor:
         layer = self.layer
-        if layer._steady and not args and not kwargs and type(x) is Tensor and self._alone(x):
+        if not args and not kwargs:
             y = self._directly(x)
             if y is not None:
                 return y
@@ -137,12 +115,12 @@ class Routed:
                 "runs with one merged weight, so that its rows cannot have adapters of their own (`adapter_names`)."
             )
         if len(self.groups) == 1:
-            return self._call(next(iter(self.groups)), x, args, kwargs or {})
+            return self._alone(next(iter(self.groups)), x, args, kwargs or {})
         if torch.is_grad_enabled() and not args and not kwargs and self._trains():
             trained = linears(x, [layer])
             if trained is not None:
                 return trained[0]
-        low = None if args or kwargs or not self._parts else self._low_rank()
+        low = None if args or kwargs or not self.low else self._stacked()
         layout = self._layout(x, {} if low is None else low.slots)
         y = None
         if layout.inside is None or layout.inside.numel():
@@ -152,98 +130,51 @@ class Routed:
             assert y is not None
             return y
         parts = [] if y is None else [y]
-        try:
-            for name, members, index in layout.apart:
-                layer._members = members
-                parts.append(self._call(name, x.index_select(0, index), args, kwargs or {}))
-        finally:
-            layer._members = None
+        for name, members, index in layout.apart:
+            with layer.rows.only(members):
+                parts.append(self._alone(name, x.index_select(0, index), args, kwargs or {}))
         assert layout.back is not None
         return torch.cat(parts).index_select(0, layout.back)
 
-    def _unwritten(self, kept: Packed) -> bool:
-        """`Packed.unwritten`, unless it is known already: a look at each tensor of each adapter takes as long as a
-        small layer's product."""
-        return (self.layer._steady and not torch.is_grad_enabled()) or kept.unwritten()
-
     def quick(self, x: Tensor) -> Tensor | None:
-        """The layer for x [rows, K] without gradients while all that it has is steady, by the kernel alone: without the
-        checks of the operator, which the first call made. None where it takes the ordinary way."""
+        """The layer for x [tokens, K] by the kernel alone; None where it takes the ordinary way."""
         return self._directly(x) if x.dim() == 2 else None
 
-    @staticmethod
-    def _alone(x: Tensor) -> bool:
-        """Whether the kernel's output is all that a call of the layer has to give."""
-        return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or watched())
-
     def _directly(self, x: Tensor) -> Tensor | None:
-        """`quick` for x [rows, ..., K]."""
-        ready, layer = self._ready, self.layer
-        if not layer._steady or layer.training or layer.merged_adapters:
+        """The layer without gradients, while nothing of it changes: the adapters are looked at once for an assignment
+        of rows. None where the kernel's output is not all that a call of the layer gives."""
+        layer = self.layer
+        if not layer.rows.steady or layer.training or torch.is_grad_enabled() or layer.merged_adapters:
             return None
-        if ready is None or not self._in_place(ready, x):
-            ready = self._made_ready(x)
-        if ready is None:
+        found = self._found if self._found is not None else self._begin(x)
+        if found is None or len(x) != len(self.rows) or found.compute not in (None, x.dtype):
             return None
-        y: Tensor = ready.run(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))[0]
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+        layout = self._layout(x, found.slots)
+        if layout.inside is not None or layout.split or layout.adapters is None or x.dim() < 2:
+            return None
+        adapters = layout.adapters_of(x.numel() // x.shape[-1]) if x.numel() else layout.adapters
+        y: Tensor = self._kernel(x, found.weight, found.stack, adapters, found.bias)
+        return y
 
-    def _in_place(self, ready: _Ready, x: Tensor) -> bool:
-        """Whether all is as it was when `ready` was made. Adapters are looked at once in a forward."""
-        if ready.forced is not forced_backends() or ready.x != (x.shape, x.dtype, x.device):
-            return False
-        if ready.kept is not self.layer._packed:
-            return False
-        if self._known is ready.kept and self._base:
-            return bool([*map(Tensor.data_ptr, self._base)] == ready.places[0])
-        if not ready.kept.unchanged():
-            return False
-        found = next(iter(self._parts.values()))()
-        if found is None or self._placed(found) != ready.places:
-            return False
-        self._known = ready.kept
-        return True
-
-    def _placed(self, found: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Where the base layer's tensors are in memory, and all else that the kernel's arguments come from."""
-        flat, n, _ = flat_weight("multi_lora_linear", found[0])
-        self._base = base = [t for t in (*flat[:5], found[4]) if t is not None]
-        forms = [(t.dtype, t.numel(), t.is_contiguous()) for t in base]
-        return [*map(Tensor.data_ptr, base)], forms, flat[5:], n, found[4] is None, found[5:]
-
-    def _made_ready(self, x: Tensor) -> _Ready | None:
-        self._ready, layer = None, self.layer
-        if layer.base.transient or len(self.groups) == 1 or not self._parts or len(x) != len(self.rows):
+    def _begin(self, x: Tensor) -> _Stacked | None:
+        """The stack of all rows, to be used until they are assigned again."""
+        if self.layer.base.transient or len(self.groups) == 1 or not self.low or torch.compiler.is_compiling():
             return None
-        low = self._low_rank()
-        if low is None or self._known is None or low.compute not in (None, x.dtype) or low.dropout:
-            return None
-        layout = self._layout(x, low.slots)
-        if layout.inside is not None or layout.split or layout.adapters is None:
-            return None
-        flat, n, k = flat_weight("multi_lora_linear", low.weight)
-        if x.dim() < 2 or x.shape[-1] != k:
-            return None
-        rows, t = x if x.dim() == 2 else x.reshape(-1, k), low.stack
-        adapters = layout.adapters.repeat_interleave(len(rows) // len(x)) if len(x) else layout.adapters
-        args = (*flat, n, t.a, t.b, adapters, t.starts, t.ranks, t.scaling, t.max_rank, low.bias, 0.0, None)
-        bound = forward_op.bind(rows, *args)
-        run = bound or functools.partial(_after, forward_op.settle(rows, *args), args)
-        places = self._placed((low.weight, None, None, None, low.bias, low.compute, low.dropout))
-        self._ready = _Ready((x.shape, x.dtype, x.device), forced_backends(), self._known, places, run, bool(bound))
-        return self._ready
+        low = self._stacked()
+        self._found = low if low is not None and self._looked is not None and not low.dropout_p else None
+        return self._found
 
     def _trains(self) -> bool:
         """Whether a stack would have gradients; in evaluation one without them is kept."""
-        layer = self.layer
-        if layer.training:
+        if self.layer.training:
             return True
-        if self._known is not None and self._known is layer._packed:
-            return not self._known.unwritten()
-        found = [parts() for parts in self._parts.values()]
-        return any(f is not None and (f[1].requires_grad or f[2].requires_grad) for f in found)
+        packed = self.layer.rows.packed
+        if self._looked is not None and self._looked is packed:
+            return not self._looked.same_versions()
+        found = [each.adapter() for each in self.low.values()]
+        return any(each is not None and (each.a.requires_grad or each.b.requires_grad) for each in found)
 
-    def _call(self, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _alone(self, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Rows of one adapter, as if it alone were active."""
         fused = None if args or kwargs else self._fused.get(name)
         y = None if fused is None else fused(x)
@@ -252,7 +183,7 @@ class Routed:
     # The rows that share a call of the base layer
 
     def _together(
-        self, rows: Tensor, layout: _Layout, low: _LowRank | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, rows: Tensor, layout: _Layout, low: _Stacked | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         layer = self.layer
         given = self._inputs(rows, layout) if layout.split else rows
@@ -260,59 +191,62 @@ class Routed:
             y: Tensor = layer.base.call(given, *args, **kwargs)
         else:
             inside = given if low.compute is None else given.to(low.compute)
-            y = multi_lora_linear(inside, low.weight, low.stack, layout.adapters, low.bias, low.dropout)
+            y = multi_lora_linear(inside, low.weight, low.stack, layout.adapters, low.bias, low.dropout_p)
             y = y if inside is given else y.to(given.dtype)
         if layout.on_top is None:
             return y
         inner, parts = Stack(layer, (), args, kwargs), []
-        try:
-            for name, members, index in layout.split:
-                method, view = self._methods[name]
-                layer._members = members
-                own = (rows.index_select(0, index), y.index_select(0, index))
+        for name, members, index in layout.split:
+            method, view = self.methods[name]
+            own = (rows.index_select(0, index), y.index_select(0, index))
+            with layer.rows.only(members):
                 parts.append(method.output(view, view, *own, inner).to(y.dtype))
-        finally:
-            layer._members = None
         return y.index_copy(0, layout.on_top, torch.cat(parts))
 
     def _inputs(self, rows: Tensor, layout: _Layout) -> Tensor:
         changed = []
-        try:
-            for name, members, index in layout.split:
-                method, view = self._methods[name]
-                if type(method).input is not Method.input:
-                    self.layer._members = members
+        for name, members, index in layout.split:
+            method, view = self.methods[name]
+            if type(method).input is not Method.input:
+                with self.layer.rows.only(members):
                     changed.append((index, method.input(view, view, rows.index_select(0, index)).to(rows.dtype)))
-        finally:
-            self.layer._members = None
         if not changed:
             return rows
         return rows.index_copy(0, torch.cat([i for i, _ in changed]), torch.cat([part for _, part in changed]))
 
-    def _low_rank(self) -> _LowRank | None:
-        layer = self.layer
-        evaluation = not (layer.training or torch.compiler.is_compiling() or forward_mode())
-        kept = layer._packed if evaluation else None
-        if kept is not None and (self._unwritten(kept) if kept is self._known else kept.serves(self._parts)):
-            self._known = kept
-            found = next(iter(self._parts.values()))()
-            if found is not None:
-                return _LowRank(kept.slots, kept.stack, found[0], *found[4:])
-        layer._packed = self._known = None
-        there = {name: parts() for name, parts in self._parts.items()}
+    def _stacked(self) -> _Stacked | None:
+        """The adapters that the kernel can take, in a stack; None where it can take none."""
+        rows, first = self.layer.rows, self.first
+        evaluation = not (self.layer.training or torch.compiler.is_compiling() or forward_mode())
+        weight = None if first is None else first.weight()
+        if first is None or weight is None:
+            return None
+        bias = first.parameters.get("bias")
+        packed = rows.packed if evaluation else None
+        if packed is not None and self._holds(packed):
+            return _Stacked(packed.slots, packed.stack, weight, bias, first.compute, 0.0)
+        rows.packed = self._looked = None
+        every = {name: each.adapter() for name, each in self.low.items()}
+        there = {name: found for name, found in every.items() if found is not None}
         # One call has one dropout: adapters with another go on top of the base's output.
-        chances = [found[6] for found in there.values() if found is not None]
+        chances = [found.dropout_p for found in there.values()]
         if not chances:
             return None
         p = max(chances, key=chances.count)
-        chosen = {name: found for name, found in there.items() if found is not None and found[6] == p}
-        weight, _, _, _, bias, compute, _ = next(iter(chosen.values()))
-        low_rank = [found[1:4] for found in chosen.values()]
-        trained = torch.is_grad_enabled() and any(t.requires_grad for a, b, _ in low_rank for t in (a, b))
-        if not evaluation or trained or len(chosen) < len(self._parts):
-            return _LowRank({name: i for i, name in enumerate(chosen)}, pack(low_rank), weight, bias, compute, p)
-        self._known = layer._packed = kept = Packed(layer, list(chosen), low_rank)
-        return _LowRank(kept.slots, kept.stack, weight, bias, compute, p)
+        chosen = {name: found for name, found in there.items() if found.dropout_p == p}
+        if not evaluation or len(chosen) < len(self.low) or _trained(chosen.values()):
+            slots = {name: i for i, name in enumerate(chosen)}
+            return _Stacked(slots, pack([*chosen.values()]), weight, bias, first.compute, p)
+        self._looked = rows.packed = packed = Packed(self.layer, chosen)
+        return _Stacked(packed.slots, packed.stack, weight, bias, first.compute, 0.0)
+
+    def _holds(self, packed: Packed) -> bool:
+        """Whether the adapters are as they were packed: looked at in full once for an assignment of rows."""
+        steady = self.layer.rows.steady and not torch.is_grad_enabled()
+        if packed is self._looked and (steady or packed.same_versions()):
+            return True
+        self._looked = packed if packed.serves(self.low) else None
+        return self._looked is not None
 
     # Where rows go
 
@@ -324,7 +258,7 @@ class Routed:
         fused = [name for name in self.groups if name in slots]
         split: list[str] = []
         apart: list[str] = []
-        for name, (method, view) in self._methods.items():
+        for name, (method, view) in self.methods.items():
             if name not in slots:
                 info = info or self.layer.info
                 (split if method.splits(view, info) else apart).append(name)
@@ -362,7 +296,11 @@ class Routed:
         )
 
 
-def stacked(layer: AdapterLayer, stack: AdapterStack, adapters: Tensor) -> Fused:
+def _trained(adapters: Iterable[LowRank]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for each in adapters for t in (each.a, each.b))
+
+
+def stacked(layer: RowHost, stack: AdapterStack, adapters: Tensor) -> Fused:
     """What computes a layer with adapters of a stack, which are none of its own (`AdapterLayer.set_row_stack`)."""
     base = layer.base_layer
     get_weight = None if layer.base.kind != "linear" else layer.base.fast()

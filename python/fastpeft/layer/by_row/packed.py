@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_kernels import AdapterStack
+from peft_kernels import AdapterStack, Fingerprint
 
-from ...methods.math.cache import SAMPLED, Seen
+from ...methods.fused import LowRank
 from ..containers import AdapterDict
-from .prefetch import Prefetch, of_dicts, of_objects
+from .names import RowHost
 
-if TYPE_CHECKING:
-    from ..layer import AdapterLayer
-
-_OFTEN = 4  # from so many questions on an answer is worth its preparation, which takes as long as packing
+_SAMPLES = 32  # elements of a layer's adapters that are compared: each is a line from memory, at every look
 
 
 class Packed:
-    """The stack of some adapters of a layer in evaluation, for as long as none of them changes."""
+    """The stack of some adapters of a layer in evaluation, for as long as none of them changes.
 
-    def __init__(self, layer: AdapterLayer, names: Sequence[str], low_rank: Sequence[tuple[Tensor, Tensor, float]]):
-        self.slots = {name: i for i, name in enumerate(names)}
+    slots: the place of each in the stack. A look at a hundred tensors takes as long as a small layer's product, so
+    that it is one pass over lists, in C, and is made once for each assignment of rows.
+    """
+
+    def __init__(self, layer: RowHost, low_rank: Mapping[str, LowRank]) -> None:
+        self.slots = {name: i for i, name in enumerate(low_rank)}
         with torch.inference_mode(False), torch.no_grad():
-            self.stack = pack(low_rank)
-        self._scaling = _Entries(layer.scaling, names)
-        # containers have an entry for each adapter; what is in their modules has a dictionary of its own
-        held = [h for name in names for c in _containers(layer, name) for h in _entries(c, name)]
-        values = [value for _, _, value in held]
-        large = {id(c._modules): c._modules for _, c in layer.containers()}
-        self._modules = [_Entries(store, own) for store in large.values() if (own := [n for n in names if n in store])]
-        small = [h for h in held if id(h[0]) not in large]
-        self._stores, self._keys, self._values = [h[0] for h in small], [h[1] for h in small], [h[2] for h in small]
-        modules = [m for m in values if isinstance(m, nn.Module) and m._parameters]
+            self.stack = pack([*low_rank.values()])
+        self._layer, self._version, self._store = layer, layer.version, layer._scaling
+        self._scaling = [*self._store], [*self._store.values()]
+        # which entries the containers have is among the layer's version; what their modules hold is looked up
+        entries = [entry for _, c in layer.containers() for name in self.slots for entry in _entries(c, name)]
+        self._stores, self._keys, self._values = ([entry[i] for entry in entries] for i in range(3))
+        modules = [m for _, c in layer.containers() for name in self.slots for m in _modules(c.get(name))]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._handles = -1  # of hooks anywhere, when these modules had none
-        tensors = [t for t in (*values, *self._scaling.values) if isinstance(t, Tensor)]
-        self._tensors = tensors
-        # What is read of each is a line from memory, at every call.
-        samples = max(2, min(SAMPLED, 4 * SAMPLED // max(1, len(tensors))))
-        self._seen = None if any(t.is_inference() for t in tensors) else Seen(tensors, samples)
-        self._asked = 0
-        self._fetch: Callable[[], None] = _nothing
+        scales = [self._store[name] for name in self.slots if name in self._store]
+        tensors = [t for t in (*self._values, *scales) if isinstance(t, Tensor)]
+        self._trained = tensors
+        self._seen = Fingerprint(tensors, max(2, _SAMPLES // max(1, len(tensors))))
+        # a tied module reads another layer's container
+        self._known = self._seen.known and not any(hasattr(m, "matrix") and not m._parameters for m in modules)
 
     def serves(self, names: Iterable[str]) -> bool:
         """Whether it has these adapters as they are now."""
@@ -54,34 +51,21 @@ class Packed:
 
     def unchanged(self) -> bool:
         """Whether the adapters are as they were."""
-        seen = self._seen
-        if seen is None:
+        if not self._known or self._layer.version != self._version or not self._as_scaled() or self._hooked():
             return False
-        self._asked += 1
-        if self._asked == _OFTEN:
-            self._fetch = Prefetch(self._addresses(seen))
-        self._fetch()
-        if not self._as_scaled() or self._hooked() or not all(map(_Entries.same, self._modules)):
-            return False
-        return all(map(operator.is_, map(dict.get, self._stores, self._keys), self._values)) and seen.untouched()
+        there = map(dict.get, self._stores, self._keys)  # type: ignore[arg-type]  # of its overloads mypy takes one
+        return all(map(is_, there, self._values)) and self._seen.unchanged()
 
-    def _addresses(self, seen: Seen) -> Iterator[int]:
-        yield from seen.addresses()
-        yield from of_dicts(self._stores)
-        for each in (self._scaling, *self._modules):
-            yield from of_dicts([each.store])
-            yield from of_objects(each.store.values())
-
-    def unwritten(self) -> bool:
-        """Whether nothing was written to, at a tenth of the time of `serves`: what was replaced, and writes that leave
-        no version, are not noticed."""
-        return self._seen is not None and self._as_scaled() and self._seen.unversioned()
+    def same_versions(self) -> bool:
+        """`unchanged` at a tenth of its time: what was replaced, and writes that leave no version, are not noticed."""
+        return self._known and self._as_scaled() and self._seen.same_versions()
 
     def _as_scaled(self) -> bool:
         """Whether scalings are as they were, and no gradient is wanted."""
-        if not self._scaling.same():
+        names, values = self._scaling
+        if [*self._store.values()] != values or [*self._store] != names:
             return False
-        return not (torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors))
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in self._trained))
 
     def _hooked(self) -> bool:
         """Whether a module has a hook; they are looked through when one was registered anywhere since."""
@@ -92,43 +76,19 @@ class Packed:
         return False
 
 
-def _nothing() -> None:
-    pass
-
-
-class _Entries:
-    """Some entries of a dictionary, as they were when this was made."""
-
-    def __init__(self, store: dict[str, Any], names: Sequence[str]) -> None:
-        self.store, self.names, self.values = store, names, [store.get(name) for name in names]
-        self._all = [*store], [*store.values()]
-
-    def same(self) -> bool:
-        """Whether they are equal to what they were. The whole is compared first, which takes a fifth of the time."""
-        store, (names, values) = self.store, self._all
-        if [*store.values()] == values and [*store] == names:
-            return True
-        if [*map(store.get, self.names)] != self.values:
-            return False
-        self._all = [*store], [*store.values()]
-        return True
-
-
-def pack(low_rank: Sequence[tuple[Tensor, Tensor, float]]) -> AdapterStack:
+def pack(low_rank: Sequence[LowRank]) -> AdapterStack:
     """`AdapterStack.pack` of adapters whose dtypes may differ; a float64 layer keeps scalings of its precision."""
-    if any(a.dtype is torch.float64 for a, _, _ in low_rank):
-        low_rank = [(a, b * scale, 1.0) for a, b, scale in low_rank]
-    return AdapterStack.pack(low_rank)
-
-
-def _containers(layer: AdapterLayer, adapter: str) -> Iterator[AdapterDict]:
-    return (container for _, container in layer.containers() if adapter in container)
+    if any(each.a.dtype is torch.float64 for each in low_rank):
+        return AdapterStack.pack([(each.a, each.b * each.scaling, 1.0) for each in low_rank])
+    return AdapterStack.pack([(each.a, each.b, each.scaling) for each in low_rank])
 
 
 def _entries(container: AdapterDict, adapter: str) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """(dictionary, key, what is there) of every module and tensor that an adapter has in a container."""
-    for module, names in ((container, [adapter]), *((m, None) for m in _modules(container.get(adapter)))):
-        for store in (module._modules, module._parameters, module._buffers):
+    """(dictionary, key, what is there) of every tensor, and of every module in a module, of an adapter's entry."""
+    held: list[tuple[nn.Module, set[str] | None]] = [(m, None) for m in _modules(container.get(adapter))]
+    for module, names in ((container, {adapter}), *held):
+        stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for store in stores if module is container else [*stores, module._modules]:
             for name, value in store.items():
                 if value is not None and (names is None or name in names):
                     yield store, name, value

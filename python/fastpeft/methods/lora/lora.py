@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.ops.dora_linear.bound import Training
+from peft_kernels import PreparedCall, lora_linear
 
 from ...config.base import HasBias, HasFanInFanOut, TargetConfig
 from ...config.types import PeftType, PeftWarning
 from ..adapted import AdaptedLayer
+from ..fused import Fused, FusedProjection, LowRank
 from ..math.draws import drawn_normal, kaiming_, normal_
-from ..method import Fused, Inner, LayerInfo, Method, State
+from ..method import Inner, LayerInfo, Method, State
 from ..registry import register, registry
 from ..tied import Transposed, tied_fields, tied_names
 from . import start
@@ -295,37 +296,35 @@ class Lora(Method):
         derived = type(self).drawn is not Lora.drawn or not type(a) is type(b) is nn.Linear
         hooks = (a._forward_hooks, a._forward_pre_hooks, b._forward_hooks, b._forward_pre_hooks)
 
-        def parts() -> tuple[Any, ...] | None:
-            """weight, A, B, scaling, bias, compute dtype, dropout probability; None while no kernel may act."""
-            w = get_weight()
+        def adapter() -> LowRank | None:
             wa, wb = parameters_a.get("weight"), parameters_b.get("weight")
             if (
-                w is None or wa is None or wb is None
+                wa is None or wb is None
                 or modules_a.get(name) is not a or modules_b.get(name) is not b or modules_drop.get(name) is not dropout
                 or any(hooks)
             ):  # fmt: skip
                 return None
             if derived:
                 wa, wb = self.drawn(s)
-            p = drops.p if drops is not None and drops.training else 0.0
             scale = scaling[name]
             if isinstance(scale, Tensor):  # so that a compiled graph does not freeze it (`utils.hotswap`)
                 wb, scale = wb * scale, 1.0
-            return w, wa, wb, scale, base_parameters.get("bias"), compute, p
+            return LowRank(wa, wb, scale, drops.p if drops is not None and drops.training else 0.0)
 
-        train = Training()
+        # what is made anew for each call cannot be prepared for the next
+        call = lora_linear if derived or isinstance(scaling[name], Tensor) else PreparedCall(lora_linear)
 
         def run(x: Tensor) -> Tensor | None:
-            found = parts()
-            if found is None:
+            found, w = adapter(), get_weight()
+            if found is None or w is None:
                 return None
-            w, wa, wb, scale, bias, _, p = found
+            own = found.a, found.b, found.scaling, base_parameters.get("bias"), found.dropout_p
             if compute is not None and x.dtype is not compute:
-                return train(x.to(compute), w, wa, wb, None, scale, bias, p).to(x.dtype)
-            return train(x, w, wa, wb, None, scale, bias, p)
+                return call(x.to(compute), w, *own).to(x.dtype)
+            y: Tensor = call(x, w, *own)
+            return y
 
-        run.parts = parts  # type: ignore[attr-defined]  # for callers that fuse more than this layer
-        return run
+        return FusedProjection(run, get_weight, adapter, base_parameters, compute)
 
 
 def _matrix(module: Any) -> Tensor:

@@ -15,7 +15,8 @@ from peft_kernels import QuantWeight, lora_linear
 
 from ...weights.base import widened
 from ..adapted import AdaptedLayer
-from ..method import Fused, Inner, Method
+from ..fused import Fused
+from ..method import Inner, Method
 
 Weight = Tensor | QuantWeight
 

@@ -15,8 +15,9 @@ from peft_kernels import butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
 from ..adapted import AdaptedLayer
-from ..method import Fused, Inner, LayerInfo, Method
-from .cache import Kept
+from ..fused import Fused
+from ..method import Inner, LayerInfo, Method
+from .cache import Cache
 from .factored import Weight
 
 
@@ -115,7 +116,7 @@ class Butterfly(RotatesInput):
         return butterfly_rotate(x, self.blocks(s), transposed)
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
-        kept = Kept()
+        kept = Cache()
 
         def call(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
             of = self.parameter(s)

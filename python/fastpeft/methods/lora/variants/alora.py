@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ....config.types import PeftWarning, TaskType
 from ...adapted import AdaptedLayer
-from ...method import Fused, Inner, LayerInfo
+from ...fused import Fused
+from ...method import Inner, LayerInfo
 from ..lora import Lora
 from . import variant
 

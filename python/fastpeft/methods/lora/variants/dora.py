@@ -6,7 +6,7 @@ gradient through), the layer is
     y = g (W x + s B A x) + b
 
 On a plain or 4-bit linear layer it is one call of `peft_kernels.dora_linear`, in training together with the norm;
-evaluation keeps the norms (`kept.Kept`). On top of other adapters W is the weight that they made, so that forward
+evaluation keeps the norms (`cache.Cache`). On top of other adapters W is the weight that they made, so that forward
 and merged agree (PEFT norms the base weight there).
 
 Dropout acts on both x and A x, as in PEFT: y = W (x - d(x)) + b + g (W d(x) + s B A d(x)).
@@ -19,18 +19,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import QuantWeight, dora_linear, dora_norm
+from peft_kernels import PreparedCall, QuantWeight, dora_gain, dora_linear, dora_linear_normed, dora_norm
 from peft_kernels.dispatch import forward_mode
-from peft_kernels.ops.dora_linear import gain_of
-from peft_kernels.ops.dora_linear.bound import Training
 
 from ....weights.base import BaseWeight, LayerInfo
 from ...adapted import AdaptedLayer
 from ...base_edit import EDIT
-from ...math.bound import Inference
-from ...math.cache import Kept
+from ...fused import Fused, FusedProjection
+from ...math.cache import Cache
 from ...math.row_norms import norms
-from ...method import Fused, Inner, State
+from ...method import Inner, State
 from ..lora import Lora
 from . import variant
 
@@ -41,10 +39,7 @@ class Magnitude(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self._kept = (Kept(), Kept())  # norms, and gains
-
-    def __getstate__(self) -> dict[str, Any]:  # of a copy: none
-        return {**self.__dict__, "_kept": (Kept(), Kept())}
+        self.norm = Cache()  # in evaluation, where the layer is not one call of a kernel
 
 
 @variant("use_dora")
@@ -103,9 +98,10 @@ class Dora(Lora):
         a, b = self.matrices(s)
         if s.training or s.get("dora_full_gradient"):
             return _gain(s, norms(base, _constant(s, a), _constant(s, b), s.scaling))
-        weight: Any = base.module._parameters.get("weight", base.module._buffers.get("weight"))
-        kept: Kept = s.lora_magnitude_vector._kept[0]
-        norm = kept.get((weight, a, b), (s.scaling,), lambda: norms(base, a, b, s.scaling))
+        scaling = s.scaling
+        tensors = [*base.tensors(), a, b, *([scaling] if isinstance(scaling, Tensor) else [])]
+        kept: Cache = s.lora_magnitude_vector.norm
+        norm = kept.get(tensors, (scaling, s.version), lambda: norms(base, a, b, scaling))
         return _gain(s, norm)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
@@ -148,37 +144,44 @@ class Dora(Lora):
         return g, None if bias is None else bias.to(g.dtype).view(columns)
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
-        parts = getattr(super().fused(layer, s, shared), "parts", None)
-        if parts is None:
+        lora = super().fused(layer, s, shared)
+        if not isinstance(lora, FusedProjection):
             return None
+        own, compute = lora.parameters, lora.compute
         magnitudes: Any = layer._modules["lora_magnitude_vector"]
         name, magnitude, full = s._name, s.lora_magnitude_vector, bool(s.get("dora_full_gradient"))
         modules, parameters = magnitudes._modules, magnitude._parameters
-        kept_norm, kept_gain = magnitude._kept
-        infer, train = Inference(), Training()
+        norms_kept, gains_kept = Cache(), Cache()  # the layer's next plan has its own
+        infer, train = PreparedCall(dora_linear), PreparedCall(dora_linear_normed)
+
+        last: Tensor | QuantWeight | None = None
+        stored: list[Tensor] = []  # of this weight, its tensors
 
         def run(x: Tensor) -> Tensor | None:
-            found = parts()
-            m = parameters.get("weight")
-            if found is None or m is None or modules.get(name) is not magnitude:
+            nonlocal last, stored
+            found, w, m = lora.adapter(), lora.weight(), parameters.get("weight")
+            if found is None or w is None or m is None or modules.get(name) is not magnitude:
                 return None
-            w, a, b, scale, bias, compute, p = found
+            a, b, scale, p = found
+            bias = own.get("bias")
             inside = x if compute is None else x.to(compute)
             if full:
                 y = dora_linear(inside, w, a, b, m, dora_norm(w, a, b, scale), scale, bias, p)
             elif layer.training:
                 y = train(inside, w, a, b, m, scale, bias, p)
             else:
-                stored = (w.packed, w.absmax) if isinstance(w, QuantWeight) else (w,)
+                if w is not last:
+                    last = w
+                    stored = [t for t in w.flatten()[:5] if t is not None] if isinstance(w, QuantWeight) else [w]
                 if p or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or forward_mode():
-                    norm = kept_norm.get((*stored, a, b), (scale,), lambda: dora_norm(w, a, b, scale))
+                    norm = norms_kept.get((*stored, a, b), (scale,), lambda: dora_norm(w, a, b, scale))
                     y = dora_linear(inside, w, a, b, m, norm, scale, bias, p)
                 else:
                     wide = torch.float64 if inside.dtype is torch.float64 else torch.float32
-                    gain = kept_gain.get(
-                        (*stored, a, b, m), (scale, wide), lambda: gain_of(m, dora_norm(w, a, b, scale), wide)
+                    gain = gains_kept.get(
+                        (*stored, a, b, m), (scale, wide), lambda: dora_gain(m, dora_norm(w, a, b, scale), wide)
                     )
-                    y = infer(inside, w, a, b, gain, scale, bias)
+                    y = infer(inside, w, a, b, gain, None, scale, bias)
             return y.to(x.dtype) if inside is not x else y
 
         return run
@@ -195,4 +198,4 @@ def _constant(s: Any, t: Tensor) -> Tensor:
 
 def _gain(s: Any, norm: Tensor) -> Tensor:
     m: Tensor = s.lora_magnitude_vector.weight
-    return gain_of(m, norm, m.dtype)
+    return dora_gain(m, norm, m.dtype)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...adapted import AdaptedLayer
-from ...method import Fused, Inner, LayerInfo, State
+from ...fused import Fused
+from ...method import Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
 

@@ -18,8 +18,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files.whole import is_sharded
-
 PAGE = 2 << 20
 _HUGEPAGE, _COLLAPSE = 14, 25  # of Linux' mman.h; COLLAPSE since 6.1
 
@@ -44,7 +42,8 @@ def use_huge_pages(tensors: Iterable[Tensor]) -> int:
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[Any]:
     for t in tensors:
-        if t.device.type == "cpu" and not is_sharded(t):
+        # a class of its own may keep its elements elsewhere, as one that is sharded does
+        if t.device.type == "cpu" and type(t).__torch_dispatch__ is Tensor.__torch_dispatch__:
             yield t.untyped_storage()
 
 

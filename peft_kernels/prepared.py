@@ -1,0 +1,135 @@
+"""Prepared calls: what a call's arguments beside x need is looked at, and packed for the kernel, once.
+
+A kernel leaves little of Python in the caches, so that each object that a call touches beside it costs a miss: checks,
+choices and 20 arguments of an autograd.Function took a fifth of a step of a small layer. A `PreparedCall` keeps what
+its last call found, and this is the one place that says how long that holds: while the arguments beside x are the same
+objects, their memory is where it was and in the form that it had, x has the same dtype and width, the same backends are
+forced, and nothing that has to be frozen wants a gradient. Values may change: the kernel reads them at each call.
+
+An op takes part with a subclass of `Prepared` in `ops/<op>/prepared.py` (`native.py` of the op packs), announced by
+`prepares`. Only the native CPU backend has such a form; whatever it cannot serve is the public function's.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import PLAIN, BackendUnavailable, Op, arg_error, dispatch_observed, forced_backends
+from .native import addresses, places
+
+_autocasts, _records = torch.is_autocast_enabled, torch.is_grad_enabled  # torch's modules take longer than these
+NAMES = ("dora_linear", "dora_linear_normed", "lora_linear", "lora_linear_stacked", "multi_lora_linear")
+Bind = Callable[[Tensor, "tuple[Any, ...]"], "Prepared | None"]
+_binds: dict[Callable[..., Any], tuple[Bind | None, Bind | None]] = {}  # without gradients, and with them
+
+
+class Prepared:
+    """A call whose arguments beside x were checked and packed.
+
+    given: these arguments. tensors: what the kernel reads of them. saved: of these, what a backward reads. frozen:
+    those that must not want a gradient. stack: more that the kernel reads, whose form never changes.
+    """
+
+    def __init__(
+        self, x: Tensor, given: tuple[Any, ...], tensors: Sequence[Tensor], saved: Sequence[Tensor] = (),
+        frozen: Sequence[Tensor | None] = (), stack: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
+        self.given, self.forced, self.dtype, self.k = given, forced_backends(), x.dtype, x.shape[-1]
+        self.tensors, self.places = tensors, places(tensors)
+        self.saved, self.addresses = saved, addresses(saved)
+        self.stack, self.stack_at = stack, addresses(stack)
+        self.frozen = [t for t in frozen if t is not None]
+
+    def holds(self, x: Tensor, given: tuple[Any, ...]) -> bool:
+        """Whether it serves this call."""
+        return (
+            self.dtype is x.dtype and x.dim() > 0 and self.k == x.shape[-1] and self.forced is forced_backends()
+            and len(given) == len(self.given) and all(map(is_, given, self.given))
+            and places(self.tensors) == self.places
+            and not (self.frozen and any(map(_wants_gradient, self.frozen)))
+            and (not self.stack or addresses(self.stack) == self.stack_at)
+        )  # fmt: skip
+
+    def holds_backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor]) -> bool:
+        """Whether the backward may take what was packed: hooks of saved tensors put others in their places."""
+        return (
+            type(dy) is Tensor and not dispatch_observed() and self.forced is forced_backends()
+            and addresses(saved) == self.addresses and x.dtype is self.dtype and x.is_contiguous()
+        )  # fmt: skip
+
+    def run(self, x: Tensor) -> Any:
+        """The call. x: as `holds` wants it."""
+        raise NotImplementedError
+
+
+_wants_gradient: Callable[[Tensor], bool] = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+class PreparedCall:
+    """A function of this package for one layer, call after call: `call(x, *arguments)` is `function(x, *arguments)`.
+
+    function: `lora_linear`, `dora_linear`, `dora_linear_normed` or `multi_lora_linear`; `lora_linear_stacked`, which is
+    then called as `call(x, *projections)`. Without gradients each of them is prepared; with gradients `lora_linear` and
+    `dora_linear_normed` are, whose weight and bias are frozen then. Errors are the function's. A copy, or a pickle, is
+    a call that has not been made. One call is for one thread at a time.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        if getattr(function, "__name__", "") not in NAMES:
+            raise arg_error("PreparedCall", "function", f"one of {', '.join(NAMES)}", repr(function))
+        self._function, self._several = function, function.__name__ == "lora_linear_stacked"
+        self._last: list[Prepared | None] = [None, None]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PreparedCall, (self._function,)
+
+    def __call__(self, x: Tensor, *arguments: Any) -> Any:
+        if type(x) in PLAIN and x.is_cpu and not dispatch_observed() and not _autocasts("cpu"):
+            given = tuple(chain.from_iterable(arguments)) if self._several else arguments
+            graph = _records()
+            last = self._last[graph]
+            if last is None or not last.holds(x, given):
+                bind = _bind_of(self._function, graph)
+                last = self._last[graph] = None if bind is None else bind(x, given)
+            if last is not None:
+                return last.run(x)
+        return self._function(x, arguments) if self._several else self._function(x, *arguments)
+
+
+def _bind_of(function: Callable[..., Any], graph: bool) -> Bind | None:
+    if function not in _binds:
+        importlib.import_module(f"{function.__module__}.prepared")  # announces it
+    return _binds[function][graph]
+
+
+def prepares(function: Callable[..., Any], inference: Bind | None, training: Bind | None = None) -> None:
+    """Announce how a function's calls are prepared. A bind returns None for arguments that are not to be kept."""
+    _binds[function] = inference, training
+
+
+def plain(*tensors: Tensor | None) -> list[Tensor] | None:
+    """Those that there are, if a kernel can read each where it is, whatever a graph does with it; else None."""
+    found = [t for t in tensors if t is not None]
+    if PLAIN.issuperset(map(type, found)) and all(t.is_contiguous() and t.is_leaf for t in found):
+        return found
+    return None  # what a graph made is no leaf: it would live on with what is kept
+
+
+def native_serves(*calls: tuple[Op, tuple[Any, ...]]) -> bool:
+    """Whether these calls of operators are sound and the native backend's. Errors come from the public function."""
+    try:
+        with torch.no_grad():
+            for op, args in calls:
+                op.check(*args)
+                if op.choose(args).name != "native":
+                    return False
+    except (BackendUnavailable, TypeError, ValueError):
+        return False
+    return True
