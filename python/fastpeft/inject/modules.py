@@ -178,5 +178,3 @@ def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequ
     message = f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {not asked}."
     warnings.warn(message, PeftWarning, stacklevel=4)
     return {"fan_in_fan_out": not asked}
-
-

@@ -115,7 +115,6 @@ def _old_name(name: str, renamed: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-
 @dataclass(frozen=True)
 class Converted:
     """Fields that a configuration has instead; the modules that are routers; and the targets that stood for experts."""
@@ -245,7 +244,6 @@ def without_dropout(config: Any, configs: Mapping[str, Any], infos: Iterable[Lay
         message = f"{dropout} does not act in {list_some(transient)}, whose inputs are not seen."
         warnings.warn(message, PeftWarning, stacklevel=4)
     return found
-
 
 
 def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

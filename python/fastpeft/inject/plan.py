@@ -105,10 +105,7 @@ class InjectionPlan:
             set_child(site, module)
         self._before = {name: getattr(self.config, name) for name in self.changes}
         vars(self.config).update(self.changes)
-        self._tie()
-
-    def _tie(self) -> None:
-        """Let layers and copied modules share what they have in common."""
+        # Layers and copied modules share what they have in common.
         layers = {plan.site.name: plan.layer for plan in self.layers if plan.method is self.method}
         self.method.tie(self.config, self.adapter, layers, _within(layers, self.leaders))
         tie_tokens(self.adapter, self.tokens)
@@ -206,7 +203,9 @@ def _plan(
     matched.names = [n for n in matched.names if n not in converted.routers]
     leaders = method.followers(resolved, model)
     matched.names.extend(n for n, to in leaders.items() if to in matched.names and n not in matched.names)
-    targets = _with_parts([sites[name] for name in matched.names])
+    named = [sites[name] for name in matched.names]
+    inner = {id(part.module) for site in named for part in parts(site)}  # get the adapter with what they are in
+    targets = [s for site in named if id(site.module) not in inner for s in (site, *parts(site))]
     wanted = getattr(resolved, "target_parameters", None)
     if wanted:
         targets += parameter_sites(wanted, sites, matched.names)
@@ -268,12 +267,6 @@ def _within(names: Collection[str], leaders: Mapping[str, str]) -> dict[str, str
     return {name: leader for name, leader in leaders.items() if name in names and leader in names}
 
 
-def _with_parts(targets: Sequence[Site]) -> list[Site]:
-    """The sites, and after each the modules in it that the adapter goes into as well."""
-    own = {id(part.module) for site in targets for part in parts(site)}
-    return [s for site in targets if id(site.module) not in own for s in (site, *parts(site))]
-
-
 def resolve_targets(
     model: nn.Module, config: TargetConfig, method: Method, sites: Mapping[str, Site], keys: Sequence[str] | None
 ) -> tuple[TargetConfig, Matched]:
@@ -283,9 +276,8 @@ def resolve_targets(
     if keys is not None:
         layered = (k.removeprefix(PREFIX) for k in keys)
         found = {k.rpartition("." + method.prefix)[0] for k in layered if not k.startswith(TUNER)}
-        wanted = {n for n in found if n in sites}
-        lost = sorted(n for n in found - wanted if n)
-        if lost:
+        wanted = found & sites.keys()
+        if lost := sorted(n for n in found - wanted if n):
             raise ValueError(f"the state dict names modules that the model lacks: {list_some(lost)}")
         if config.target_modules is None:
             resolved.target_modules = minimal_suffixes(wanted, names)
@@ -302,10 +294,8 @@ def resolve_targets(
         model_type = model_config(model).get("model_type")
         default = method.default_targets.get(model_type) if model_type else None
         if default is None:
-            raise ValueError(
-                f"Please specify `target_modules` in `peft_config`: there is no default for "
-                f"{f'models of type {model_type!r}' if model_type else type(model).__name__}."
-            )
+            of = f"models of type {model_type!r}" if model_type else type(model).__name__
+            raise ValueError(f"Please specify `target_modules` in `peft_config`: there is no default for {of}.")
         resolved.target_modules = default if isinstance(default, str) else set(default)
     return resolved, match_targets(resolved, names)
 
@@ -348,12 +338,10 @@ def place(state: State, info: LayerInfo, autocast: bool) -> None:
         if not isinstance(value, (nn.Module, Tensor)):
             continue
         holder = AdapterDict({"x": value})
-        tensors = [*holder.parameters(), *holder.buffers()]
-        real = bool(tensors) and not any(t.is_meta for t in tensors) and info.device.type != "meta"
+        on_meta = info.device.type == "meta" or any(t.is_meta for t in (*holder.parameters(), *holder.buffers()))
         exact = getattr(value, "exact", False)  # a `Computed` that says so
         dtype = info.dtype if info.dtype.is_floating_point and not exact else None
-        device = info.device if real else None
-        holder.to_entry("x", device, dtype)
+        holder.to_entry("x", None if on_meta else info.device, dtype)
         if autocast and dtype in LOW_PRECISION:
             holder.to_entry("x", None, torch.float32)
         keeps = getattr(value, "persistent", True)

@@ -78,8 +78,7 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
                 f"The embedding layer is already marked to be trained fully: name {end!r} either in `modules_to_save` "
                 "or in `trainable_token_indices`, not in both."
             )
-        found = [name for name in sites if name.endswith(end)]
-        if not found:
+        if not (found := [name for name in sites if name.endswith(end)]):
             raise ValueError(f"Target modules ['{end}'] not found in the base model (trainable_token_indices).")
         tokens.update(dict.fromkeys(found, indices))
     leaders = _leaders(tied_names(model), tokens, config)
@@ -117,10 +116,8 @@ def _leaders(tied: Mapping[str, str], tokens: Mapping[str, list[int]], config: A
     if ensure and not tied:
         warnings.warn(
             "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
-            "tying will not be applied for trainable_token_indices.",
-            PeftWarning,
-            stacklevel=5,
-        )
+            "tying will not be applied for trainable_token_indices.", PeftWarning, stacklevel=5,
+        )  # fmt: skip
     leaders = {}
     for other, name in tied.items():
         if name in tokens and tokens.get(other, tokens[name]) == tokens[name]:

@@ -50,7 +50,6 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
         module: nn.Module = self.modules_to_save[name]
         return module
 
-
     def delete_adapter(self, adapter_name: str) -> None:
         self.modules_to_save.pop(adapter_name, None)
         self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
@@ -114,4 +113,3 @@ def check_savable(module: nn.Module) -> None:
     containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterDict)
     if isinstance(module, (*containers, Wrapping)):
         raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)}")
-

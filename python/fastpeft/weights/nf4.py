@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import peft_kernels
 from peft_kernels import QuantWeight
+from peft_kernels.formats import decode_absmax
 
 from .base import BaseWeight, Saved, Weight, put_back, relative_error
 
@@ -83,10 +84,7 @@ def _rows(qw: QuantWeight, index: slice | Tensor) -> Tensor | None:
     n, k = qw.shape
     if k % qw.blocksize or k % 2:
         return None
-    scales = qw.absmax
-    if qw.nested_absmax is not None and qw.nested_code is not None and qw.offset is not None:
-        outer = qw.nested_absmax.repeat_interleave(qw.nested_blocksize)[: len(scales)]
-        scales = qw.nested_code[scales.long()] * outer + qw.offset
+    scales = decode_absmax(qw.absmax, qw.nested_absmax, qw.nested_code, qw.offset, qw.nested_blocksize)
     packed = qw.packed.view(n, -1)[index].contiguous()
     some = QuantWeight(packed, scales.view(n, -1)[index].reshape(-1), (len(packed), k), qw.quant_type, qw.blocksize)
     return peft_kernels.dequantize_4bit(some, dtype=torch.float32)

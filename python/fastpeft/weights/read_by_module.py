@@ -72,7 +72,6 @@ class AttentionWeight(TransientWeight):
                             "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn",
                             "_qkv_same_embed_dim"})  # fmt: skip
 
-
     def attribute(self, name: str) -> Any:
         # False keeps TransformerEncoderLayer off a fused path that reads the base weights and passes adapters over.
         if name == "_qkv_same_embed_dim":
