@@ -28,7 +28,7 @@ PEFT_FORMAT_VERSION = "0.21.2"
 
 @dataclass
 class PeftConfig:
-    """What every adapter has. `task_type` and `peft_type` accept their names as text."""
+    """Fields of every adapter. `task_type` and `peft_type` accept their names as text."""
 
     task_type: TaskType | str | None = None
     peft_type: PeftType | str | None = None
@@ -130,7 +130,7 @@ class PeftConfig:
 
 @dataclass
 class TargetConfig(PeftConfig):
-    """What every method that acts on modules of a model has.
+    """Fields of every method that acts on modules of a model.
 
     target_modules: names (a module matches by its full name or by a suffix of it that starts after a dot), a regular
         expression for the full name, "all-linear", or None for the default of the model's architecture.

@@ -36,7 +36,7 @@ class Site:
 
 @dataclass
 class LayerPlan:
-    """What an adapter puts into one layer, which is `site.module` itself where other adapters are in it already."""
+    """An adapter's part in one layer, which is `site.module` itself where other adapters are in it already."""
 
     site: Site
     layer: AdapterLayer

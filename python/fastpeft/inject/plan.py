@@ -153,15 +153,9 @@ class InjectionPlan:
 
 
 def plan_injection(
-    model: nn.Module,
-    config: Any,
-    adapter_name: str = "default",
-    *,
-    low_cpu_mem_usage: bool = False,
-    autocast_adapter_dtype: bool = False,
-    loading: bool = False,
-    keys: Sequence[str] | None = None,
-) -> InjectionPlan:
+    model: nn.Module, config: Any, adapter_name: str = "default", *, low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = False, loading: bool = False, keys: Sequence[str] | None = None,
+) -> InjectionPlan:  # fmt: skip
     """Work out which layers an adapter goes into, and make its tensors. Raises without having changed anything.
 
     low_cpu_mem_usage: tensors on the meta device. autocast_adapter_dtype: float32 tensors on half-precision bases.

@@ -21,7 +21,7 @@ from .modules import LayerPlan, Site, checked_info
 
 
 class TrainableTokensWrapper(nn.Module):
-    """What stands in the place of an embedding (or output head) whose rows adapters train."""
+    """A module in the place of an embedding (or output head) whose rows adapters train."""
 
     def __init__(self, layer: AdapterLayer) -> None:
         super().__init__()

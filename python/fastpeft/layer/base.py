@@ -71,8 +71,6 @@ class MergingLayer(ActiveAdapters, Wrapping):
         """Have what was made for this layer made anew: its adapters, its base or its mode are others now."""
         self._plan = None
 
-    # Reading
-
     def merged_weight(self, adapters: Sequence[str], base: Weight | None = None) -> Weight:
         """W and b, in at least float32, that the base layer has with these adapters merged in this order."""
         w, b = base or self.base.read()
@@ -132,8 +130,6 @@ class MergingLayer(ActiveAdapters, Wrapping):
             w = _edited(self.original_weight()[0], [self.base_edits[name] for name in before])
             return self.base_edits[adapter].removed_factors(w)
 
-    # Writing
-
     def _remake(
         self, merged: Sequence[str], edits: Mapping[str, BaseEdit] | None = None, keep: bool = True, safe: bool = False
     ) -> float | None:
@@ -186,8 +182,6 @@ class MergingLayer(ActiveAdapters, Wrapping):
         base.write(_edited(w, edits.values()), None)
         return {name: _on_host(value) for name, value in original.items()}
 
-    # Merging
-
     def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """The adapters that `merge` would merge. Raises ValueError if one of them cannot be; changes nothing."""
         if isinstance(adapter_names, str):
@@ -234,8 +228,6 @@ class MergingLayer(ActiveAdapters, Wrapping):
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
             return
         self._remake([])
-
-    # Editing
 
     def edit_base(self, adapter: str, edit: BaseEdit) -> None:
         """Change the base weight for an adapter. An error leaves it as it was."""

@@ -99,7 +99,7 @@ class BaseWeight:
 
     modules: ClassVar[type[nn.Module] | tuple[str, str]]  # their class, or its name and its package's: see `has_base`
     kind: str = "linear"
-    label: ClassVar[str] = "Linear"  # as in PEFT's `lora.Linear`
+    label: str = "Linear"  # as in PEFT's `lora.Linear`
     quantized: ClassVar[str | None] = None  # PEFT's name of the backend
     fan_in_fan_out: ClassVar[bool] = False  # the module stores W transposed
     transient: ClassVar[bool] = False  # the module reads the weight itself: see read_by_module.py

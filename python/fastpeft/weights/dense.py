@@ -65,24 +65,17 @@ def scaled(embedding: nn.Module, y: Tensor) -> Tensor:
 class ConvWeight(BaseWeight):
     """nn.Conv1d, Conv2d and Conv3d, grouped or not, with any padding mode."""
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        dims = len(self.module.kernel_size)
+        self.kind, self.label = f"conv{dims}d", f"Conv{dims}d"
+
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        return super().accepts(module) and not getattr(module, "transposed", False)
+        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not getattr(module, "transposed", False)
 
     def features(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[0], int(self.module.in_channels)
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return self.module._conv_forward(x, w, b)  # type: ignore[no-any-return]
-
-
-class Conv1dWeight(ConvWeight):
-    kind, label, modules = "conv1d", "Conv1d", nn.Conv1d
-
-
-class Conv2dWeight(ConvWeight):
-    kind, label, modules = "conv2d", "Conv2d", nn.Conv2d
-
-
-class Conv3dWeight(ConvWeight):
-    kind, label, modules = "conv3d", "Conv3d", nn.Conv3d

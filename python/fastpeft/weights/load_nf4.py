@@ -39,12 +39,9 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def load_nf4_model(
-    directory: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype | None = None,
-    auto_class: Any = None,
-) -> Any:
+    directory: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype | None = None, auto_class: Any = None,
+) -> Any:  # fmt: skip
     """Load a folder with a 4-bit model, saved by transformers with bitsandbytes or by us, into `NF4Linear` layers.
 
     bitsandbytes is not needed, and the dense weights never exist. dtype: of the layers that are not quantised (default:
@@ -145,10 +142,8 @@ def _check(model: nn.Module, headers: list[Header], root: Path) -> None:
         keys = f"missing {list_some(missing) or 'nothing'}; unexpected {list_some(extra) or 'nothing'}"
         raise AdapterFileError(f"{root} does not fit its configuration: {keys}")
     for name, info in found.items():
-        # Of a 4-bit weight's parts only the bytes have a size that the configuration fixes.
-        want = expected[name]
-        if ".weight." in name or info.shape == tuple(want.shape):
-            continue
-        # Packed bytes may be stored under another dtype, and then have another shape.
-        if info.nbytes != want.nbytes or info.dtype == want.dtype:
+        # Of a 4-bit weight's parts only the bytes have a size that the configuration fixes. They may be stored under
+        # another dtype, and then have another shape.
+        want, same_bytes = expected[name], info.nbytes == expected[name].nbytes and info.dtype != expected[name].dtype
+        if ".weight." not in name and info.shape != want.shape and not same_bytes:
             raise AdapterFileError(f"{root}: size mismatch for {mismatch(name, info.shape, want.shape)}")

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dequantize_4bit, lora_linear, quantize_4bit
 
-from ..files.checks import AdapterFileError
 from .bnb_keys import bnb_state, copy_of, parse_bnb_state
 
 _SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
@@ -74,8 +73,6 @@ class NF4Linear(nn.Module):
         compute_dtype = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
         return cls(weight, layer.bias if isinstance(layer.bias, Tensor) else None, compute_dtype)
 
-    # --- the weight -------------------------------------------------------------------------------------------------
-
     def quant_weight(self) -> QuantWeight:
         """The weight as the kernels take it; shares the buffers and is rebuilt only when one of them was replaced."""
         held: Any = self._buffers if "weight" in self._buffers else {**self._buffers, **self._parameters}
@@ -125,7 +122,6 @@ class NF4Linear(nn.Module):
                 self._non_persistent_buffers_set.discard(name)
                 assert held is not None
                 self._parameters[name] = nn.Parameter(held, requires_grad=False)
-        self.__dict__.pop("_quant_weight", None)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor, by default in the dtype that it came in."""
@@ -137,13 +133,8 @@ class NF4Linear(nn.Module):
         return lora_linear(x.to(self.compute_dtype), self.quant_weight(), bias=self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
-        nested = ", nested" if self.nested else ""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.quant_type}, blocksize={self.blocksize}{nested}"
-        )
-
-    # --- moving and copying -----------------------------------------------------------------------------------------
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self.quant_type}, blocksize={self.blocksize}{', nested' if self.nested else ''}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # `model.half()` and `.to(bfloat16)` reach every floating buffer; a rounded scale would be another weight.
@@ -159,15 +150,12 @@ class NF4Linear(nn.Module):
                 new = fn(old)
                 new = new if new.dtype == old.dtype else old.to(new.device)
                 store[name] = new if store is self._buffers else nn.Parameter(new, requires_grad=False)
-        self.__dict__.pop("_quant_weight", None)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_quant_weight", None)
         return state
-
-    # --- bitsandbytes' keys -----------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -190,11 +178,9 @@ class NF4Linear(nn.Module):
             return
         try:
             weight = parse_bnb_state(mine, prefix)
-            if tuple(weight.shape) != (self.out_features, self.in_features):
-                raise AdapterFileError(
-                    f"size mismatch for {prefix}weight: a 4-bit weight of {tuple(weight.shape)}, the layer is "
-                    f"{(self.out_features, self.in_features)}"
-                )
+            if tuple(weight.shape) != (shape := (self.out_features, self.in_features)):
+                found = f"a 4-bit weight of {tuple(weight.shape)}, the layer is {shape}"
+                raise ValueError(f"size mismatch for {prefix}weight: {found}")
         except (ValueError, TypeError) as error:
             error_msgs.append(str(error))
             return

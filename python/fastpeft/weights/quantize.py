@@ -31,14 +31,10 @@ METHOD = "fastpeft_nf4"
 
 
 def quantize_model(
-    model: nn.Module,
-    quant_type: str = "nf4",
-    blocksize: int = 64,
-    double_quant: bool = True,
-    skip: Iterable[str] = ("lm_head",),
-    compute_dtype: torch.dtype | None = None,
+    model: nn.Module, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
+    skip: Iterable[str] = ("lm_head",), compute_dtype: torch.dtype | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Replace every `nn.Linear` (and GPT-2's `Conv1D`) of `model`, in place, by an `NF4Linear`; returns the model.
 
     skip: module names, whole or as dotted parts (`lm_head`, `layers.0.mlp`). Layers whose weight is shared with another
@@ -197,14 +193,11 @@ def mark_quantized(
     from transformers import BitsAndBytesConfig
 
     bnb_config: Any = BitsAndBytesConfig
+    # Exact names of what stays dense: left out, transformers guesses them.
     model.config.quantization_config = bnb_config(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype or model.dtype,
-        # Exact names: left out, transformers guesses which layers are dense.
-        llm_int8_skip_modules=kept,
-    )
+        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype or model.dtype, llm_int8_skip_modules=kept,
+    )  # fmt: skip
     config_cls, quantizer_cls = _transformers_classes()
     config = config_cls(quant_type=quant_type, double_quant=double_quant, skip=kept)
     model.hf_quantizer = quantizer_cls(config, pre_quantized=True)
