@@ -212,7 +212,7 @@ def test_waveft_shares_its_parameters_out_as_peft() -> None:
     ("OSFConfig", {"effective_rank": 0}, "lin", "at least 1"),
     ("OSFConfig", {}, "conv2", "cannot adapt"),
     ("FourierFTConfig", {}, "lin", "at most in_features"),
-    ("WaveFTConfig", {"wavelet_family": "db11"}, "lin", "not supported"),
+    ("WaveFTConfig", {"wavelet_family": "db11"}, "lin", "Invalid wavelet_family value: .db11."),
     ("WaveFTConfig", {"n_frequency": 0}, "lin", "positive integer"),
     ("C3AConfig", {}, "lin", "factor of the input size"),
     ("C3AConfig", {"init_weights": "zeros", "block_size": 4}, "lin", "Unknown init_weights"),

@@ -65,7 +65,7 @@ def peft_type(value: PeftType | str | None) -> PeftType:
 
 
 class TaskType(str, enum.Enum):
-    """What the adapted model is for; it chooses the PeftModel class."""
+    """The task of the adapted model, which chooses the PeftModel class."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

@@ -131,9 +131,7 @@ class AdapterLayer(MergingLayer):
 
     # Adding and removing adapters
 
-    def add(
-        self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None
-    ) -> None:
+    def add(self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None) -> None:
         """Add an adapter whose state was made by `method.make_state`. Replaces one of the same name.
 
         shared: the containers of what the adapter's layers share, by their names on a tuner.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.targets import DEFAULT_TARGETS, by_type
-from ..config.types import PeftType, PeftWarning
+from ..config.types import PeftWarning
 from ..files.checks import PREFIX
 from .adapted import AdaptedLayer
 from .lora.lora import LoraConfig
@@ -30,7 +30,7 @@ from .method import Inner, LayerInfo, State
 
 
 @dataclass
-class AdaLoraConfig(LoraConfig):
+class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
     """Of LoRA's fields those that name targets, lora_alpha, lora_dropout, init_lora_weights (a bool) and bias act.
 
     init_r, target_r: mean rank of the layers at the start and in the end. tinit, tfinal: steps before and after the
@@ -38,7 +38,6 @@ class AdaLoraConfig(LoraConfig):
     uncertainty. orth_reg_weight: of the orthogonality of A and B in the loss. rank_pattern: the ranks that were kept.
     """
 
-    own_type = PeftType.ADALORA
     least: ClassVar[Any] = {"orth_reg_weight": 0}
 
     rank_pattern: dict[str, Any] | None = None

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from ..config.base import TargetConfig
 from ..config.targets import DEFAULT_TARGETS
-from ..config.types import PeftType
 from .math.kmeans import cluster
 from .method import Inner, LayerInfo, Method, State
 
 
 @dataclass
-class AdamssConfig(TargetConfig):
+class AdamssConfig(TargetConfig, own_type="ADAMSS"):
     """r: of the approximation. num_subspaces: clusters of rows. subspace_rank: of each cluster's update, or with
     use_dynamic_rank at most that, counting singular values above svd_threshold of the largest. init_weights:
     "orthogonal" starts at the identity, None does not. random_seed: of the approximation. use_asa: while training,
@@ -32,7 +31,6 @@ class AdamssConfig(TargetConfig):
     final_warmup, every mask_interval steps, along a curve of asa_schedule_exponent; asa_importance_beta and
     asa_uncertainty_beta average importance over steps."""
 
-    own_type = PeftType.ADAMSS
     not_in_peft = ("exclude_modules",)
     choices: ClassVar[Any] = {"init_weights": ("orthogonal", None)}
 

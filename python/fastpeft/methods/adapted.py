@@ -30,6 +30,6 @@ class AdaptedLayer(Protocol):
         """Forget whatever was made from the layer's adapters, base and mode."""
 
     def row_values(self, adapter: str) -> Sequence[Any] | None:
-        """What `Method.row_values` gave for the rows of this call."""
+        """The values that `Method.row_values` gave for the rows of this call."""
 
     def __getattr__(self, name: str) -> Any: ...

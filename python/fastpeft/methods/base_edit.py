@@ -15,7 +15,7 @@ EDIT = "base_edit"
 
 class BaseEdit:
     """used: attributes of the base layer that served to make the adapter, to be dropped once it is in. once: an equal
-    edit of another adapter is not made again."""
+    edit of another adapter is not to be made again."""
 
     used: tuple[str, ...] = ()
     once = False

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig
 from ..config.targets import by_type
-from ..config.types import PeftType, PeftWarning
+from ..config.types import PeftWarning
 from .math.draws import drawn_normal
 from .method import Inner, LayerInfo, Method, State
 
 
 @dataclass
-class BeftConfig(HasInitWeights, TargetConfig):
-    own_type = PeftType.BEFT
+class BeftConfig(HasInitWeights, TargetConfig, own_type="BEFT"):
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 

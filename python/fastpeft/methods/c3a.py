@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import HasBias, TargetConfig
-from ..config.types import PeftType
 from ..weights.base import widened
 from .math.draws import normal_
 from .math.spectral import SpectrumMethod
@@ -23,11 +22,10 @@ from .method import Inner, LayerInfo, Method, State
 
 
 @dataclass
-class C3AConfig(HasBias, TargetConfig):
+class C3AConfig(HasBias, TargetConfig, own_type="C3A"):
     """block_size: divides the input and output sizes; block_size_pattern: its value by layer. init_weights: zeros
     (True), "gaussian", "kaiming_uniform" or "xavier_uniform" (also False)."""
 
-    own_type = PeftType.C3A
     not_in_peft = ("exclude_modules",)
     choices: ClassVar[Any] = {"init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")}
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from ..weights.base import widened
 from .math.draws import normal_
 from .math.factored import FactoredMethod, dropout, plus_product
@@ -23,12 +22,11 @@ from .method import Inner, LayerInfo, State
 
 
 @dataclass
-class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="DEFT"):
     """r: size of the subspace, at most out_features. decomposition_method: "relu" or "qr". alpha: scaling alpha / r of
     R; None for 1. para: no R. deft_dropout: of R's input. init_weights: start as the identity, where there is an R;
     False: with a random R, of 0.02 init_scale."""
 
-    own_type = PeftType.DEFT
     choices: ClassVar[Any] = {"decomposition_method": ("qr", "relu")}
 
     r: int = 8

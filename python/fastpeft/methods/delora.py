@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout
 from .method import LayerInfo, State
@@ -22,11 +21,10 @@ LEAST_NORM = 1e-4
 
 
 @dataclass
-class DeloraConfig(HasBias, HasInitWeights, TargetConfig):
+class DeloraConfig(HasBias, HasInitWeights, TargetConfig, own_type="DELORA"):
     """r: rank. delora_lambda: bound of the update's norm, where its training starts. module_dropout: of the adapter's
     input. rank_pattern, lambda_pattern: values for layers by pattern. init_weights: False starts with a random B."""
 
-    own_type = PeftType.DELORA
     least: ClassVar[Any] = {"r": 1}
 
     r: int = 8

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
-from ..config.types import PeftType
 from .adapted import AdaptedLayer
 from .computed import Computed
 from .math.draws import drawn_normal, normal_
@@ -37,12 +36,11 @@ from .vera import Vera
 
 
 @dataclass
-class FrodConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class FrodConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="FROD"):
     """frod_dropout: of the input. sparse_rate: the share of entries off the diagonal that S has. regularization_alpha:
     keeps the joint decomposition stable where layers of a role are alike. progressbar: shown while it is computed.
     runtime_offload_base_weight: accepted; the base weight is needed here and stays where it is."""
 
-    own_type = PeftType.FROD
     not_in_peft = ("exclude_modules",)
 
     frod_dropout: float = 0.0

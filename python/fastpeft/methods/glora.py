@@ -18,19 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from .math.draws import kaiming_, normal_
 from .math.made_weight import as_it_is, one_token, weight_side
 from .method import Inner, LayerInfo, Method, State
 
 
 @dataclass
-class GloraConfig(HasBias, HasInitWeights, TargetConfig):
+class GloraConfig(HasBias, HasInitWeights, TargetConfig, own_type="GLORA"):
     """r: rank of the low-rank forms. config_A_B: "lora", "vector" (a number per output channel), "constant" (one
     number) or "none". config_C: "lora", "vector" or "none". config_D_E: "vector", "constant" or "none".
     init_weights: False starts at random."""
 
-    own_type = PeftType.GLORA
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
     choices: ClassVar[Any] = {
         "config_A_B": ("lora", "vector", "constant", "none"),

@@ -14,19 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig, check_ranks
-from ..config.types import PeftType
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout, is_thin
 from .method import Inner, LayerInfo, State
 
 
 @dataclass
-class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="GRALORA"):
     """r: rank, of all blocks in a row of them together. gralora_k: blocks in a row and in a column. hybrid_r: rank of
     the plain LoRA beside them. alpha: numerator of the scaling alpha / (r + hybrid_r). gralora_dropout: of the input.
     init_weights: False starts with a random B."""
 
-    own_type = PeftType.GRALORA
     not_in_peft = ("exclude_modules",)
     least: ClassVar[Any] = {"gralora_k": 1}
 

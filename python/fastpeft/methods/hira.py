@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasFanInFanOut, TargetConfig, check_ranks
-from ..config.types import PeftType, PeftWarning
+from ..config.types import PeftWarning
 from .math.draws import drawn_normal, kaiming_, normal_
 from .math.factored import dropout
 from .math.made_weight import as_it_is, one_token, weight_side, with_weight
@@ -25,11 +25,10 @@ from .method import Inner, LayerInfo, Method, State
 
 
 @dataclass
-class HiraConfig(HasFanInFanOut, TargetConfig):
+class HiraConfig(HasFanInFanOut, TargetConfig, own_type="HIRA"):
     """r: rank of B A. hira_dropout: of the input. rank_pattern: of no effect, as in PEFT, whose files fit here.
     init_weights: B starts at zero (True, or "gaussian" for a normal A), or both are random (False)."""
 
-    own_type = PeftType.HIRA
     choices: ClassVar[Any] = {"init_weights": (True, False, None, "gaussian")}
 
     r: int = 32

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..config.base import HasFanInFanOut, TargetConfig
 from ..config.targets import DEFAULT_TARGETS, by_type, select
-from ..config.types import PeftType
 from .math.draws import drawn_normal
 from .method import Inner, LayerInfo, Method, State
 
@@ -30,11 +29,10 @@ _ATTENTION = by_type({
 
 
 @dataclass
-class IA3Config(HasFanInFanOut, TargetConfig):
+class IA3Config(HasFanInFanOut, TargetConfig, own_type="IA3"):
     """feedforward_modules: those of the target modules whose input is scaled instead of their output: ends of names, or
     a regular expression; None for the model type's default. init_ia3_weights: start at one."""
 
-    own_type = PeftType.IA3
     not_in_peft = ("layers_to_transform", "layers_pattern")
 
     feedforward_modules: list[str] | set[str] | str | None = None

@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from .math.draws import kaiming_
 from .method import Inner, LayerInfo, Method, State
 
 
 @dataclass
-class LilyConfig(HasInitWeights, TargetConfig):
+class LilyConfig(HasInitWeights, TargetConfig, own_type="LILY"):
     """r: rank. stride_A: so many consecutive layers share one A. num_B: matrices B of a target, at least two.
     scaling: factor of the update. init_weights: B starts at zero, or random (False)."""
 
-    own_type = PeftType.LILY
     least: ClassVar[Any] = {"stride_A": 1, "num_B": 2}  # with one B the router has nothing to choose
 
     r: int = 32

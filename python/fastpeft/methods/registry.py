@@ -11,7 +11,6 @@ from ..config.base import PeftConfig
 from ..config.classes import class_of
 from ..config.types import PeftType
 from ..config.types import peft_type as known_type
-from ..weights.base import LayerInfo as LayerInfo
 from .method import METHODS, Method
 
 
