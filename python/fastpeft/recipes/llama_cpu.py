@@ -299,7 +299,7 @@ def _classes() -> dict[type, type]:
 
 @dataclass
 class Accelerated:
-    """The changes of `accelerate`: `modules` switched modules. `remove()` undoes them."""
+    """The changes of `accelerate`: `modules` switched modules. `remove()` undoes it."""
 
     switched: list[tuple[nn.Module, type]] = field(default_factory=list)
 
