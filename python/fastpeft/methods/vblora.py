@@ -47,10 +47,8 @@ class VBLoRAConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="VBLORA"):
 
 def count_saved(tuner: Any, adapter: str = "default") -> tuple[int, int]:
     """(VB-LoRA's numbers in a file, counted in float32, and the other trained ones)."""
-    config = tuner.peft_config[adapter]
-    named = list(tuner.named_parameters())
-    logits = sum(p.numel() for n, p in named if "vblora_logits" in n)
-    bank = sum(p.numel() for n, p in named if "vblora_vector_bank" in n)
+    config, named = tuner.peft_config[adapter], list(tuner.named_parameters())
+    logits, bank = (sum(p.numel() for n, p in named if f"vblora_{what}" in n) for what in ("logits", "vector_bank"))
     others = sum(p.numel() for n, p in named if "vblora_" not in n and p.requires_grad)
     if not config.save_only_topk_weights:
         return bank + logits, others
@@ -123,14 +121,12 @@ class VBLoRA(FactoredMethod):
     def pack(self, config: VBLoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not config.save_only_topk_weights:
             return tensors
-        packed = {}
+        packed = {key: value for key, value in tensors.items() if "vblora_logits_" not in key}
         for key, value in tensors.items():
-            if "vblora_logits_" not in key:
-                packed[key] = value
-                continue
-            top, indices = value.topk(config.topk)
-            packed[key + INDICES] = indices.to(_index_dtype(config.num_vectors))
-            packed[key + WEIGHTS] = torch.softmax(top, dim=-1)[..., :-1].contiguous()
+            if key not in packed:
+                top, indices = value.topk(config.topk)
+                packed[key + INDICES] = indices.to(_index_dtype(config.num_vectors))
+                packed[key + WEIGHTS] = torch.softmax(top, dim=-1)[..., :-1].contiguous()
         return packed
 
     def unpack(self, config: VBLoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

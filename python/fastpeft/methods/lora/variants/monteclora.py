@@ -127,5 +127,4 @@ class MonteClora(Lora):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         a = self.drawn(s)[0]
-        added: Tensor = s.lora_B(F.linear(s.lora_dropout(x.to(a.dtype)), a)) * s.scaling
-        return y + added
+        return y + s.lora_B(F.linear(s.lora_dropout(x.to(a.dtype)), a)) * s.scaling  # type: ignore[no-any-return]
