@@ -24,12 +24,37 @@ from ..config.base import PeftConfig, check_probabilities, check_ranks
 from ..config.patterns import first_match
 from ..config.targets import DEFAULT_TARGETS
 from ..config.types import PeftType
+from ..weights.base import BaseWeight
 from ..weights.base import LayerInfo as LayerInfo
-from .adapted import AdaptedLayer
 from .fused import Fused
 
 State = dict[str, Any]
 METHODS: dict[PeftType, Method] = {}  # those whose files were imported: `registry.py` has all
+
+
+class AdaptedLayer(Protocol):
+    """A layer that holds adapters (`AdapterLayer`). Containers of adapters' tensors are attributes by their names."""
+
+    base_layer: nn.Module
+    training: bool
+    in_features: int
+    out_features: int
+
+    @property
+    def version(self) -> int:
+        """Rises when the layer's adapters, containers, base or mode change."""
+
+    @property
+    def base(self) -> BaseWeight:
+        """The base layer's weight."""
+
+    def changed(self) -> None:
+        """Forget whatever was made from the layer's adapters, base and mode."""
+
+    def row_values(self, adapter: str) -> Sequence[Any] | None:
+        """The values that `Method.row_values` gave for the rows of this call."""
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 class Inner(Protocol):

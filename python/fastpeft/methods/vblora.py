@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, TargetConfig, check
 from ..config.targets import DEFAULT_TARGETS, by_type
-from .adapted import AdaptedLayer
 from .fused import Fused
 from .math.factored import FactoredMethod, dropout
-from .method import LayerInfo, State, check_indices
+from .method import AdaptedLayer, LayerInfo, State, check_indices
 
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 
