@@ -1,9 +1,9 @@
 """AdaMSS: low-rank updates in subspaces of the weight's rows (adaptive multi-subspaces).
 
 [W | b] is approximated by U V of rank r, and its rows are clustered by those of U. On the rows of cluster i, W becomes
-W + B_i A_i V, where A_i and B_i are trained. So W + B A V, with the A_i stacked and the B_i on their clusters' rows: a
-LoRA of rank K, the sum of the clusters' ranks (5 by default), whose first factor is A V. FLOPs beside the frozen
-layer's: 3 * 2 * tokens * K * (in + out). The least has out * K / subspaces in place of out * K; 1.01 either way.
+W + B_i A_i V, where A_i and B_i are trained. So W + B A V, with the A_i one below another and each B_i on its cluster's
+rows: a LoRA of rank K, the sum of the clusters' ranks (5 by default), whose first factor is A V. FLOPs beside the
+frozen layer's: 3 * 2 * tokens * K * (in + out). The least has out * K / subspaces in place of out * K; 1.01 either way.
 """
 
 from __future__ import annotations

@@ -122,10 +122,10 @@ class Frod(ProjectedMethod):
         return tensors
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        wide = torch.promote_types(s.frod_lambda_l.dtype, torch.float32)
-        u, v, values = (t.to(wide) for t in (s.frod_U, shared.frod_V, s.frod_lambda_s_values))
+        dtype = torch.promote_types(s.frod_lambda_l.dtype, torch.float32)
+        u, v, values = (t.to(dtype) for t in (s.frod_U, shared.frod_V, s.frod_lambda_s_values))
         middle = dense(values, shared.frod_s_indices, (len(v), len(v)))
-        middle = middle + torch.diag((s.frod_lambda_l - s.frod_lambda_0).to(wide))
+        middle = middle + torch.diag((s.frod_lambda_l - s.frod_lambda_0).to(dtype))
         return u @ middle @ v.t()  # type: ignore[no-any-return]
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
@@ -167,11 +167,11 @@ def _bar(total: int) -> Any:
 def _basis(infos: Sequence[LayerInfo], alpha: float, bar: Any) -> Tensor:
     """V of the layers of one role, from their weights: a higher-order generalised SVD."""
     weights = [info.base.read()[0].detach() for info in infos]
-    stacked = torch.cat([w.to("cpu", torch.float32) for w in weights])
-    if stacked.shape[0] < stacked.shape[1]:
-        v = torch.linalg.svd(stacked, full_matrices=True).Vh.T
+    joined = torch.cat([w.to("cpu", torch.float32) for w in weights])
+    if joined.shape[0] < joined.shape[1]:
+        v = torch.linalg.svd(joined, full_matrices=True).Vh.T
     else:
-        q, r = torch.linalg.qr(stacked)
+        q, r = torch.linalg.qr(joined)
         eye = torch.eye(r.shape[1])
         parts = q.split([len(w) for w in weights])
         mean = sum((torch.linalg.inv(p.T @ p + alpha * eye) for p in parts), torch.zeros_like(eye)) / len(parts)

@@ -76,8 +76,8 @@ class Hira(Method):
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         assert w is not None
         a, b = (s.get(f"hira_embedding_{n}", s.get(f"hira_{n}")) for n in "AB")
-        wide = torch.promote_types(a.dtype, w.dtype)
-        product: Tensor = b.to(wide).flatten(1) @ a.to(wide).flatten(1)
+        dtype = torch.promote_types(a.dtype, w.dtype)
+        product: Tensor = b.to(dtype).flatten(1) @ a.to(dtype).flatten(1)
         return w * product.view(w.shape)
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
