@@ -4,8 +4,7 @@
 For every piece of `vector_length` numbers of A and B there are `num_vectors` logits; the piece is the sum of the bank's
 `topk` vectors with the largest logits, weighted by their softmax.
 
-Cost: A and B are made once a call, k r (in + out) products, which is nothing beside the T r (in + out) of LoRA; the
-gradient of the bank is that of a gather. So it costs what LoRA does, 1 + 3 r (in + out) / (2 in out).
+Cost: that of LoRA, 1 + 3 r (in + out) / (2 in out), beside which making A and B once a call, k r (in + out), is nothing.
 """
 
 from __future__ import annotations
@@ -77,9 +76,7 @@ class VBLoRA(FactoredMethod):
         {"r": 2, "num_vectors": 6, "vector_length": 4},
         {"r": 3, "num_vectors": 5, "vector_length": 2, "topk": 3, "save_only_topk_weights": True},
     )
-    model_methods: ClassVar[dict[str, Any]] = {
-        "get_nb_savable_parameters": count_saved, "print_savable_parameters": print_saved,
-    }  # fmt: skip
+    model_methods: ClassVar[Any] = {"get_nb_savable_parameters": count_saved, "print_savable_parameters": print_saved}
 
     def check_config(self, config: VBLoRAConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
