@@ -4,7 +4,7 @@
 For every piece of `vector_length` numbers of A and B there are `num_vectors` logits; the piece is the sum of the bank's
 `topk` vectors with the largest logits, weighted by their softmax.
 
-Cost: that of LoRA, 1 + 3 r (in + out) / (2 in out), beside which making A and B once a call, k r (in + out), is nothing.
+Cost: that of LoRA, 1 + 3 r (in + out) / (2 in out), beside which making A and B, k r (in + out), is nothing.
 """
 
 from __future__ import annotations

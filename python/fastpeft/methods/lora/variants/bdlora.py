@@ -28,6 +28,7 @@ class BdLoraConfig:
         both = set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ())
         if both:
             raise ValueError(f"Found overlapping modules in target_modules_bd lists: {sorted(both)}.")
+        check(self, "nblocks", isinstance(self.nblocks, int) and self.nblocks >= 1, "a positive integer")
 
 
 class BlockDiagonalLinear(nn.Module):
@@ -69,7 +70,6 @@ class BdLora(Lora):
             lists = "neither target_modules_bd_a nor target_modules_bd_b"
             raise ValueError(f"Target {info.name!r} matches {lists}. Set match_strict=False if this is intentional.")
         n = options.nblocks
-        check(options, "nblocks", isinstance(n, int) and n >= 1, "a positive integer")
         for which, sizes in blocked.items():
             if any(size % n for size in sizes):
                 what = f"{which} of {info.name!r}, from {sizes[0]} to {sizes[1]} features,"
