@@ -1,4 +1,4 @@
-"""What is measured: the same random weights as our layers, as bitsandbytes', as PEFT's, and dense.
+"""Subjects of measurement: the same random weights as our layers, as bitsandbytes', as PEFT's, and dense.
 
 Copies hold equal numbers in memory of their own (see measure.py). Nothing here is timed.
 """

@@ -113,6 +113,7 @@ def test_osf_targets_every_linear_layer_where_it_knows_no_default() -> None:
 @pytest.mark.parametrize("rank", [1.0, 20, 21, 1000])
 def test_osf_freezes_all_directions_where_the_rank_is_not_below_the_smaller_size(rank: float, tmp_path: Path) -> None:
     """As PEFT does, which does not warn: other layers train, and files go both ways."""
+
     def adapted(library: Any, folder: Path | None = None) -> Any:
         torch.manual_seed(0)
         base = nn.Sequential()

@@ -1,4 +1,4 @@
-"""What PEFT exports and this does not, name by name with the reason, so that nothing is missing silently."""
+"""Names that PEFT exports and this does not, one by one with the reason, so that nothing is missing silently."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PEFT_FORMAT_VERSION = "0.21.2"
 
 @dataclass
 class PeftConfig:
-    """What every adapter has. `task_type` and `peft_type` accept their names as text."""
+    """Fields of every adapter. `task_type` and `peft_type` accept their names as text."""
 
     task_type: TaskType | str | None = None
     peft_type: PeftType | str | None = None
@@ -47,6 +47,8 @@ class PeftConfig:
     # All values of fields that have few, and the least value of others.
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     least: ClassVar[Mapping[str, int]] = {}
+    is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
 
     def __init_subclass__(cls, own_type: str | None = None) -> None:
         if own_type is not None:
@@ -71,23 +73,11 @@ class PeftConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)!r}")
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        return False
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        return False
-
     def to_dict(self) -> dict[str, Any]:
         """The configuration as json holds it: enums as text, sets as sorted lists, nested configurations as dicts."""
-        content = {}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.name in self.runtime_fields or (f.name in self.not_in_peft and value == f.default):
-                continue
-            content[f.name] = _plain(value)
-        return content
+        fields = {f.name: f.default for f in dataclasses.fields(self) if f.name not in self.runtime_fields}
+        values = {name: getattr(self, name) for name in fields}
+        return {n: _plain(v) for n, v in values.items() if n not in self.not_in_peft or v != fields[n]}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into `save_directory`, which is made where it is missing.
@@ -112,9 +102,8 @@ class PeftConfig:
 
         Fields that the class does not know are dropped with a warning: they come from a newer version of a file.
         """
-        config_cls: type[PeftConfig] = cls
-        if kwargs.get("peft_type") is not None:
-            config_cls = class_of(peft_type(kwargs["peft_type"]).value)
+        kind = kwargs.get("peft_type")
+        config_cls: type[PeftConfig] = cls if kind is None else class_of(peft_type(kind).value)
         known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
         unknown = sorted(set(kwargs) - known)
         if unknown:
@@ -150,7 +139,7 @@ class PeftConfig:
 
 @dataclass
 class TargetConfig(PeftConfig):
-    """What every method that acts on modules of a model has.
+    """Fields of every method that acts on modules of a model.
 
     target_modules: names (a module matches by its full name or by a suffix of it that starts after a dot), a regular
         expression for the full name, "all-linear", or None for the default of the model's architecture.
@@ -167,10 +156,9 @@ class TargetConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, name), (list, tuple)):
+                setattr(self, name, set(names))
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
@@ -195,15 +183,15 @@ class HasInitWeights:
 
 @dataclass
 class HasFanInFanOut:
-    """fan_in_fan_out: whether the layer stores its weight as [in, out], as Conv1D does; corrected where it is wrong."""
+    """fan_in_fan_out: True for layers that store their weight as [in, out] (Conv1D); corrected where it is wrong."""
 
     fan_in_fan_out: bool = False
 
 
 @dataclass
 class HasProjection:
-    """projection_prng_key: the seed of the frozen projections. save_projection: whether files hold them; where they do
-    not, they are computed again on loading."""
+    """projection_prng_key: the seed of the frozen projections. save_projection: put them into files; where they are in
+    none, they are computed again on loading."""
 
     projection_prng_key: int = 0
     save_projection: bool = True
@@ -227,7 +215,7 @@ def _plain(value: Any) -> Any:
 def check_ranks(r: object, pattern: Mapping[str, object] | None = None, field: str = "r") -> None:
     """ValueError for ranks that are none."""
     for name, value in {field: r, **{f"rank_pattern[{k!r}]": v for k, v in (pattern or {}).items()}}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+        if type(value) is not int or not 1 <= value <= MAX_RANK:
             raise ValueError(f"`{name}` should be a positive integer value of at most {MAX_RANK}, got {value!r}")
 
 

@@ -42,9 +42,7 @@ def check_config(config: Mapping[str, Any], where: object = "adapter configurati
         _check_scale(config.get(field), f"{where}: {field}")
     check_ranks = {"ADALORA": _check_kept, "OSF": _check_scale}.get(peft_type.upper(), _check_rank)  # OSF: fractions
     for field, check in (("rank_pattern", check_ranks), ("alpha_pattern", _check_scale)):
-        patterns = config.get(field)
-        if patterns is None:
-            continue
+        patterns = {} if config.get(field) is None else config[field]
         if not isinstance(patterns, Mapping):
             raise AdapterFileError(f"{where}: {field} must be an object, found {short(patterns)}")
         _check_patterns(patterns, f"{where}: {field}")
@@ -68,34 +66,27 @@ def _check_patterns(patterns: Collection[Any], where: str) -> None:
 
 
 def _check_rank(value: object, where: str, least: int = 1) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_RANK:
+    if value is not None and (type(value) is not int or not least <= value <= MAX_RANK):
         raise AdapterFileError(f"{where} = {short(value)}: expected an integer from {least} to {MAX_RANK}")
 
 
 def _check_kept(value: object, where: str) -> None:
-    """AdaLoRA's pattern says of each rank whether it was kept."""
+    """AdaLoRA's pattern has a bool for each rank: True if it was kept."""
     if not isinstance(value, list) or len(value) > MAX_RANK or not all(isinstance(v, bool) for v in value):
         raise AdapterFileError(f"{where} = {short(value)}: expected at most {MAX_RANK} times true or false")
 
 
 def _check_scale(value: object, where: str) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_SCALE:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_SCALE
+    if value is not None and not fits:
         raise AdapterFileError(f"{where} = {short(value)}: expected a number of magnitude at most {MAX_SCALE:g}")
 
 
 def _walk(value: object, where: object, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise AdapterFileError(f"{where}: nested deeper than {MAX_DEPTH}")
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _walk(key, where, depth + 1)
-            _walk(item, where, depth + 1)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
+    if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        for item in (*value, *value.values()) if isinstance(value, Mapping) else value:
             _walk(item, where, depth + 1)
     elif isinstance(value, str):
         if len(value) > MAX_STRING:

@@ -29,7 +29,7 @@ _MAX_WRITTEN_OUT = 100_000
 
 
 def is_plain(pattern: str) -> bool:
-    """Whether `pattern` is a module name rather than an expression (a dot then stands for a dot)."""
+    """True for a module name, False for an expression (a dot of a name stands for a dot)."""
     return _PLAIN.fullmatch(pattern) is not None
 
 

@@ -1,4 +1,4 @@
-"""Which modules a configuration means. Names only: nothing here touches a module.
+"""Modules that a configuration means, by name: nothing here touches a module.
 
 A list matches by full name or by a suffix that starts after a dot; a text is a regular expression for the full name.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..files.checks import list_some
+from ..files.checks import list_some, short
 from .base import TargetConfig
 from .patterns import hits_of, is_plain, match_names
 from .types import NoMatchingPeftModuleError, PeftWarning
@@ -79,22 +80,19 @@ def minimal_suffixes(wanted: Iterable[str], names: Iterable[str]) -> set[str]:
 
 def match_targets(config: TargetConfig, names: Sequence[str]) -> Matched:
     """The modules that `config.target_modules` selects, less the excluded ones and those that are trained in full."""
-    excluded = select(config.exclude_modules, names)
-    saved = set(config.modules_to_save or ())
     chosen = select(config.target_modules, names)
-    if config.layers_to_transform is not None and config.layers_to_transform != [] and chosen:
-        wanted = config.layers_to_transform
+    wanted = config.layers_to_transform
+    if wanted is not None and wanted != [] and chosen:
         layers = {wanted} if isinstance(wanted, int) else set(wanted)
         index = _layer_indices(config.layers_pattern, [n for n in names if n in chosen])
         chosen = {name for name in chosen if index.get(name) in layers}
+    excluded = select(config.exclude_modules, names)
     # A module that is copied and trained in full cannot hold an adapter as well.
-    held = {n for n in chosen if any(part in saved for part in n.split(".")) or _under(n, saved)}
-    matched = [n for n in names if n in chosen and n not in excluded and n not in held]
-    return Matched(matched, [n for n in names if n in chosen and n not in matched])
-
-
-def _under(name: str, roots: set[str]) -> bool:
-    return bool(roots) and any(f".{name}.".find(f".{root}.") >= 0 for root in roots)
+    saved = [f".{root}." for root in config.modules_to_save or ()]
+    excluded.update(n for n in chosen if any(root in f".{n}." for root in saved))
+    return Matched(
+        [n for n in names if n in chosen and n not in excluded], [n for n in names if n in chosen and n in excluded]
+    )
 
 
 def _layer_indices(layers_pattern: Iterable[str] | str | None, names: list[str]) -> dict[str, int]:
@@ -126,15 +124,16 @@ def warn_unmatched(
     targets, left_out = config.target_modules or (), config.exclude_modules or ()
     if isinstance(targets, str):
         there = targets.lower() == ALL_LINEAR or select(targets, names)
-        lost = {"target_modules": [] if there or targets in meant else [targets]}
+        lost = {"target_modules": [targets] if not there and targets not in meant else []}
     else:
         ends = {suffix for name in names for suffix in suffixes(name)}
         lost = {"target_modules": [t for t in targets if t not in ends and t not in meant]}
     if left_out and not select(left_out, names):
         lost["exclude_modules"] = [left_out] if isinstance(left_out, str) else list(left_out)
     for field in patterns:
-        hits = hits_of(getattr(config, field, None) or (), adapted)
-        lost[field] = [pattern for pattern in getattr(config, field, None) or () if not hits.get(pattern)]
+        given = getattr(config, field, None) or ()
+        hits = hits_of(given, adapted)
+        lost[field] = [pattern for pattern in given if not hits.get(pattern)]
     for field, values in lost.items():
         if values:
             message = f"{field}: nothing in the model matches {list_some(sorted(values))}."
@@ -142,7 +141,7 @@ def warn_unmatched(
 
 
 def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[str]) -> NoMatchingPeftModuleError:
-    """Why nothing is left to adapt, and what could be named instead."""
+    """An error that says why nothing is left to adapt, and what could be named instead."""
     if matched.excluded:
         return NoMatchingPeftModuleError(
             f"No modules were targeted for adaptation: all that target_modules={_shown(config.target_modules)} selects "
@@ -153,23 +152,16 @@ def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[st
     for name in ("layers_to_transform", "layers_pattern"):
         if getattr(config, name) is not None:
             message += f" Note: {name}={getattr(config, name)!r} leaves out further modules."
-    ends: dict[str, int] = {}
-    for name in possible:
-        end = name.rpartition(".")[2]
-        ends[end] = ends.get(end, 0) + 1
+    ends = Counter(name.rpartition(".")[2] for name in possible)
     listed = [f"{end} ({count})" for end, count in ends.items()]
     return NoMatchingPeftModuleError(f"{message} What could be targeted: {list_some(listed, 24) or 'nothing'}.")
 
 
 def _shown(value: object) -> str:
-    text = repr(sorted(value) if isinstance(value, (set, frozenset)) else value)
-    return text if len(text) <= 300 else text[:297] + "..."
+    return short(sorted(value) if isinstance(value, (set, frozenset)) else value, 300)
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    if config is None:
-        return {}
-    if hasattr(config, "to_dict"):
-        return dict(config.to_dict())
-    return dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    config = getattr(model, "config", None) or {}
+    content = config.to_dict() if hasattr(config, "to_dict") else config
+    return dict(content) if isinstance(content, Mapping) else dict(vars(content))

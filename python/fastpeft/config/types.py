@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 
 
 class PeftType(str, enum.Enum):
@@ -64,7 +65,7 @@ def peft_type(value: PeftType | str | None) -> PeftType:
 
 
 class TaskType(str, enum.Enum):
-    """What the adapted model is for; it chooses the PeftModel class."""
+    """The task of the adapted model, which chooses the PeftModel class."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -84,3 +85,8 @@ class NoMatchingPeftModuleError(PeftError):
 
 class PeftWarning(UserWarning):
     """Something was ignored or changed that the user should know of."""
+
+
+def warn(message: str, level: int = 1) -> None:
+    """A PeftWarning. level: 1 where it is about the call of the caller, 2 where about the call before that."""
+    warnings.warn(message, PeftWarning, stacklevel=level + 2)

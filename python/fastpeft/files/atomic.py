@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checks import AdapterFileError, list_some, path_inside, read_json
@@ -87,7 +87,7 @@ def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
 
 
 def _is_pinned(target: Path) -> bool:
-    """Whether an existing folder must stay the one it is: its files are then replaced one by one.
+    """True for a folder that must stay the one it is: its files are then replaced one by one.
 
     A mount point cannot be renamed, nor a folder whose parent is read-only, and a process (a shell) that stands in a
     folder would be left in the old one.
@@ -167,10 +167,8 @@ def _remove_leftovers(home: Path, target: str) -> None:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -182,14 +180,12 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(directory: str | os.PathLike[str]) -> Path:
-    """Record the size and sha256 of every file below `directory`, in `fastpeft_manifest.json`."""
-    root = Path(directory)
+def write_manifest(root: Path) -> None:
+    """Record the size and sha256 of every file below a folder, in `fastpeft_manifest.json`."""
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
     entries = {p.relative_to(root).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
-    path = root / MANIFEST_NAME
-    path.write_text(json.dumps({"version": 1, "files": entries}, indent=1) + "\n", encoding="utf-8")
-    return path
+    text = json.dumps({"version": 1, "files": entries}, indent=1) + "\n"
+    (root / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
 def verify_manifest(directory: str | os.PathLike[str], names: list[str] | None = None) -> None:
@@ -222,9 +218,7 @@ def newest_valid(root: str | os.PathLike[str], pattern: str = r"checkpoint-(\d+)
     folders = Path(root).iterdir() if Path(root).is_dir() else ()
     found = [(int(match[1]), path) for path in folders if (match := re.fullmatch(pattern, path.name)) and path.is_dir()]
     for _, path in sorted(found, reverse=True):
-        try:
+        with suppress(AdapterFileError, OSError):
             verify_manifest(path)
-        except (AdapterFileError, OSError):
-            continue
-        return path
+            return path
     return None

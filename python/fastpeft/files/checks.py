@@ -60,7 +60,7 @@ def parse_json(data: bytes, where: object) -> dict[str, Any]:
         value = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
     except AdapterFileError as error:
         raise AdapterFileError(f"{where}: {error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{where}: not valid json ({short(str(error))})") from None
     if not isinstance(value, dict):
         raise AdapterFileError(f"{where}: expected a json object, found {type(value).__name__}")
@@ -103,12 +103,7 @@ def report(
     wrong: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Raise KeyMismatchError that lists the keys of tensors that do not fit; nothing if there are none."""
-    found = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "size mismatch for": mismatched,
-        "not floating-point": wrong,
-    }
+    found = {"missing": missing, "unexpected": unexpected, "size mismatch for": mismatched, "not floating-point": wrong}
     problems = [f"{label}: {list_some(keys)}" for label, keys in found.items() if keys]
     if problems:
         raise KeyMismatchError(f"{where} does not fit the model. " + ". ".join(problems))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, without importing torch.distributed for one that is not."""
+    """True for a DTensor, without importing torch.distributed for a tensor that is none."""
     return type(tensor) is not Tensor and hasattr(tensor, "full_tensor")
 
 
@@ -28,15 +28,14 @@ def copy_into(target: Tensor, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         held: Any = target
-        value = distribute_tensor(
-            value.to(held.device, held.dtype), held.device_mesh, held.placements, src_data_rank=None
-        )
+        value = value.to(held.device, held.dtype)
+        value = distribute_tensor(value, held.device_mesh, held.placements, src_data_rank=None)
     with torch.no_grad():
         target.copy_(value)
 
 
 def may_write(sharded: bool, is_main_process: bool) -> bool:
-    """Whether this process writes files: of a sharded model the first one only, though all of them gather."""
+    """True in a process that writes files: of a sharded model in the first one only, though all of them gather."""
     if not sharded:
         return is_main_process
     import torch.distributed as dist

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..config.types import PeftWarning
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
+from ..methods.method import Method, State
 from ..weights.base import BaseWeight, LayerInfo, innermost
 from ..weights.find import weight_of
 
@@ -31,6 +32,16 @@ class Site:
     child_name: str
     base: BaseWeight | None = None
     key: str = ""
+
+
+@dataclass
+class LayerPlan:
+    """An adapter's part in one layer, which is `site.module` itself where other adapters are in it already."""
+
+    site: Site
+    layer: AdapterLayer
+    state: State
+    method: Method
 
 
 def walk(model: nn.Module) -> Iterator[Site]:
@@ -63,16 +74,13 @@ def parts(site: Site) -> list[Site]:
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
     """(name, module) of every adapter layer and every module that adapters train in full."""
-    for site in walk(model):
-        if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
-            yield site.name, site.module
+    return ((s.name, s.module) for s in walk(model) if isinstance(s.module, (AdapterLayer, ModulesToSaveWrapper)))
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
     """(name, layer) of every adapter layer, or of those that have an adapter."""
-    for site in walk(model):
-        if isinstance(site.module, AdapterLayer) and (adapter is None or adapter in site.module.methods):
-            yield site.name, site.module
+    layers = ((site.name, site.module) for site in walk(model) if isinstance(site.module, AdapterLayer))
+    return ((name, layer) for name, layer in layers if adapter is None or adapter in layer.methods)
 
 
 class KnownModules:
@@ -138,16 +146,8 @@ def base_of(site: Site) -> BaseWeight | None:
     return site.module.base if isinstance(site.module, AdapterLayer) else site.base or weight_of(site.module)
 
 
-def info_of(site: Site) -> LayerInfo | None:
-    if isinstance(site.module, AdapterLayer):
-        return site.module.info
-    base = base_of(site)
-    return None if base is None else base.info(site.name)
-
-
 def checked_info(site: Site) -> LayerInfo:
-    if isinstance(site.module, AdapterLayer):
-        return replace(site.module.info, name=site.key or site.name)
+    """The layer that an adapter goes into. ValueError for modules that adapters cannot serve."""
     base = base_of(site)
     if base is None:
         raise ValueError(
@@ -170,23 +170,11 @@ def checked_info(site: Site) -> LayerInfo:
 def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequence[str]) -> dict[str, bool]:
     """The layer's type decides how its weight is stored; a configuration that says otherwise is corrected."""
     asked = getattr(config, "fan_in_fan_out", None)
-    bases = [base_of(sites[n]) for n in names]
+    bases = (base_of(sites[n]) for n in names)
     transposed = {base.fan_in_fan_out for base in bases if base is not None and base.kind == "linear"}
-    if asked is None or len(transposed) != 1 or asked in transposed:
+    if asked is None or transposed != {not asked}:
         return {}
-    actual = transposed.pop()
-    what = "stores its weight transposed" if actual else "does not store its weight transposed"
-    warnings.warn(f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {actual}.", PeftWarning,
-                  stacklevel=4)  # fmt: skip
-    return {"fan_in_fan_out": actual}
-
-
-def original_of(site: Site) -> nn.Module:
-    module = site.module
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-
-
-def wrapper_of(site: Site) -> ModulesToSaveWrapper:
-    return site.module if isinstance(site.module, ModulesToSaveWrapper) else ModulesToSaveWrapper(site.module)
-
-
+    what = "does not store its weight transposed" if asked else "stores its weight transposed"
+    message = f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {not asked}."
+    warnings.warn(message, PeftWarning, stacklevel=4)
+    return {"fan_in_fan_out": not asked}

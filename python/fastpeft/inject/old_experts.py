@@ -44,17 +44,18 @@ class Stack:
     router: str | None
     old_router: str | None
 
-    def old_names(self) -> dict[str, tuple[str, str, int | None]]:
-        """(parameter, old module, number of the expert or None for all) by every name that stands for it."""
-        names: dict[str, tuple[str, str, int | None]] = {}
-        for parameter, olds in self.projections.items():
-            for old in olds:
-                for root in (self.name, self.old):
-                    names |= {f"{root}.{i}.{old}": (f"{self.name}.{parameter}", old, i) for i in range(self.count)}
-                    names[f"{root}.{old}"] = (f"{self.name}.{parameter}", old, None)
-        if self.router is not None and self.old_router is not None:
-            names[self.router] = names[self.old_router] = (f"{self.router}.weight", "", None)
-        return names
+
+def _old_names(stacks: Iterable[Stack]) -> dict[str, tuple[str, str, int | None]]:
+    """(parameter, old module, number of the expert or None for all) by every name that stands for it."""
+    names: dict[str, tuple[str, str, int | None]] = {}
+    for s in stacks:
+        for parameter, old in ((f"{s.name}.{p}", old) for p, olds in s.projections.items() for old in olds):
+            for root in (s.name, s.old):
+                names |= {f"{root}.{i}.{old}": (parameter, old, i) for i in range(s.count)}
+                names[f"{root}.{old}"] = (parameter, old, None)
+        if s.router is not None and s.old_router is not None:
+            names[s.router] = names[s.old_router] = (f"{s.router}.weight", "", None)
+    return names
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
@@ -66,10 +67,9 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         return []
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    conversions = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     joined: dict[str, list[str]] = {}
     renamed: list[tuple[str, str]] = []
-    for conversion in conversions:
+    for conversion in get_model_conversion_mapping(model):  # type: ignore[arg-type]
         sources, targets = conversion.source_patterns, conversion.target_patterns
         if not hasattr(conversion, "operations"):
             if all(re.fullmatch(r"[\w.\\]+", p) for p in (*sources[:1], *targets[:1])) and len(sources) == 1:
@@ -115,12 +115,9 @@ def _old_name(name: str, renamed: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-# --- targets --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Converted:
-    """What a configuration says instead; the modules that are routers; and the targets that stood for experts."""
+    """Fields that a configuration has instead; the modules that are routers; and the targets that stood for experts."""
 
     changes: dict[str, Any]
     routers: frozenset[str] = frozenset()
@@ -136,7 +133,7 @@ def convert_targets(
     part of a stack is meant.
     """
     targets = config.target_modules
-    names = {name: what for stack in stacks for name, what in stack.old_names().items()}
+    names = _old_names(stacks)
     if not names or not targets:
         return Converted({})
     probe = copy.copy(config)
@@ -149,15 +146,16 @@ def convert_targets(
     routers = {f"{s.router}.weight": s.router for s in stacks if s.router is not None}
     if not hits:
         return Converted({})
+    listed = [targets] if isinstance(targets, str) else sorted(targets)
+    wanted = [(t, t if isinstance(targets, str) else [t]) for t in listed]
+    meant = frozenset(t for t, of in wanted if t == ALL_LINEAR or select(of, list(names)))
     if "experts" not in method.kinds:
-        left = sorted({p for p in hits if p not in routers})
+        left = sorted(p for p in hits if p not in routers)
         if left:
-            warnings.warn(
-                f"{method.peft_type.value} cannot adapt stacks of experts, which the targets {_shown(targets)} mean "
-                f"too: {list_some(left)} are left out.",
-                PeftWarning, stacklevel=4,
-            )  # fmt: skip
-        return Converted({}, targets=_meant(targets, names))
+            shown = targets if isinstance(targets, str) else listed
+            message = f"{method.peft_type.value} cannot adapt stacks of experts, which the targets {shown} mean too: "
+            warnings.warn(f"{message}{list_some(left)} are left out.", PeftWarning, stacklevel=4)
+        return Converted({}, targets=meant)
     for stack in stacks:
         for parameter, olds in stack.projections.items():
             _check_whole(f"{stack.name}.{parameter}", olds, stack.count, hits.get(f"{stack.name}.{parameter}", {}))
@@ -166,31 +164,11 @@ def convert_targets(
     there = select(given, every)
     new = [p for p in hits if p not in there]
     changes: dict[str, Any] = {"target_parameters": sorted({*given, *minimal_suffixes(new, every)})}
-    changes |= _patterns(config, {p: n for p, n in _projections(stacks).items() if p in new}, every)
-    meant = _meant(targets, names)
+    changes |= _patterns(config, stacks, new, every)
     if not isinstance(targets, str):
         modules = [n for n, s in sites.items() if n not in routers.values() and weight_of(innermost(s.module))]
-        changes["target_modules"] = {t for t in targets or () if t not in meant or select([t], modules)}
+        changes["target_modules"] = {t for t in targets if t not in meant or select([t], modules)}
     return Converted(changes, frozenset(r for p, r in routers.items() if p in hits), meant)
-
-
-def _shown(targets: Any) -> Any:
-    return targets if isinstance(targets, str) else sorted(targets)
-
-
-def _meant(targets: Any, names: Iterable[str]) -> frozenset[str]:
-    names = list(names)
-    return frozenset(t for t in ([targets] if isinstance(targets, str) else targets)
-                     if t == ALL_LINEAR or select(t if isinstance(targets, str) else [t], names))  # fmt: skip
-
-
-def _projections(stacks: Iterable[Stack]) -> dict[str, list[list[str]]]:
-    """By parameter: the old names of each expert's modules in it."""
-    return {
-        f"{s.name}.{p}": [[f"{s.old}.{i}.{old}" for old in olds] for i in range(s.count)]
-        for s in stacks
-        for p, olds in s.projections.items()
-    }
 
 
 def _check_whole(parameter: str, olds: Sequence[str], count: int, hits: Mapping[str, set[int | None]]) -> None:
@@ -208,17 +186,20 @@ def _check_whole(parameter: str, olds: Sequence[str], count: int, hits: Mapping[
         )
 
 
-def _patterns(config: Any, projections: Mapping[str, list[list[str]]], every: Sequence[str]) -> dict[str, Any]:
-    """`rank_pattern` and `alpha_pattern` under which a joined parameter has the sum of its projections' ranks, and the
-    scaling that each of them had."""
+def _patterns(config: Any, stacks: Iterable[Stack], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:
+    """`rank_pattern` and `alpha_pattern` under which each of the joined parameters `new` has the sum of its
+    projections' ranks, and the scaling that each of them had."""
+    projections = {  # the old names of each expert's modules in a parameter
+        f"{s.name}.{p}": [[f"{s.old}.{i}.{old}" for old in olds] for i in range(s.count)]
+        for s in stacks for p, olds in s.projections.items() if f"{s.name}.{p}" in new
+    }  # fmt: skip
     ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
-    olds = [n for experts in projections.values() for expert in experts for n in expert] if ranks or alphas else []
-    old_ranks, old_alphas = first_match(ranks, olds), first_match(alphas, olds)
-    now_ranks, now_alphas = first_match(ranks, list(projections)), first_match(alphas, list(projections))
+    names = [*projections, *(n for experts in projections.values() for expert in experts for n in expert)]
+    own_ranks, own_alphas = first_match(ranks, names), first_match(alphas, names)
     power = 0.5 if config.use_rslora else 1.0
 
     def setting(name: str) -> tuple[int, float]:
-        return old_ranks.get(name, config.r), old_alphas.get(name, config.lora_alpha)
+        return own_ranks.get(name, config.r), own_alphas.get(name, config.lora_alpha)
 
     wanted: dict[str, tuple[int, float]] = {}
     for parameter, experts in projections.items():
@@ -232,9 +213,7 @@ def _patterns(config: Any, projections: Mapping[str, list[list[str]]], every: Se
         first = next(iter(settings))
         rank = sum(r for r, _ in first)
         alpha = first[0][1] if len(first) == 1 else first[0][1] * (rank / first[0][0]) ** power
-        if len(first) > 1 or (rank, alpha) != (
-            now_ranks.get(parameter, config.r), now_alphas.get(parameter, config.lora_alpha)
-        ):  # fmt: skip
+        if len(first) > 1 or (rank, alpha) != setting(parameter):
             wanted[parameter] = rank, int(alpha) if math.isclose(alpha, round(alpha)) else alpha
     # One pattern for all parameters of a name if they agree; it stands first, since the first that matches counts.
     keys: dict[str, tuple[int, float]] = {}
@@ -261,14 +240,10 @@ def without_dropout(config: Any, configs: Mapping[str, Any], infos: Iterable[Lay
         found[name] = copy.copy(found.get(name, config))
         vars(found[name]).update(dict.fromkeys(there, 0.0))
     if transient:
-        warnings.warn(
-            f"{there[0]}={getattr(config, there[0])} does not act in {list_some(transient)}, whose inputs are not "
-            "seen.", PeftWarning, stacklevel=4,
-        )  # fmt: skip
+        dropout = f"{there[0]}={getattr(config, there[0])}"
+        message = f"{dropout} does not act in {list_some(transient)}, whose inputs are not seen."
+        warnings.warn(message, PeftWarning, stacklevel=4)
     return found
-
-
-# --- files ----------------------------------------------------------------------------------------------------
 
 
 def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -279,7 +254,7 @@ def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Te
     """
     if config.peft_type != PeftType.LORA or not any(".lora_" in key for key in tensors):
         return dict(tensors)
-    names = {name: what for stack in stacks for name, what in stack.old_names().items()}
+    names = _old_names(stacks)
     result: dict[str, Tensor] = {}
     parts: dict[tuple[str, str], dict[tuple[str, int], Tensor]] = {}
     for key, tensor in tensors.items():
@@ -296,7 +271,7 @@ def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Te
         for i, parameter in enumerate(own):
             # Layers of several parameters of a module are nested in its parameters' order.
             where = f"{PREFIX}{stack.name}{'.base_layer' * (len(own) - 1 - i)}"
-            for side, fuse in (("lora_A", _fused_a), ("lora_B", _fused_b)):
+            for side in ("lora_A", "lora_B"):
                 held = parts.pop((f"{stack.name}.{parameter}", side), {})
                 wanted = [[(o, e) for o in stack.projections[parameter]] for e in range(stack.count)]
                 missing = [f"{stack.old}.{e}.{o}.{side}" for expert in wanted for o, e in expert if (o, e) not in held]
@@ -305,15 +280,13 @@ def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Te
                 shapes = [{tuple(held[o, e].shape) for o, e in column} for column in zip(*wanted, strict=True)]
                 if any(len(s) > 1 or len(next(iter(s))) != 2 for s in shapes):
                     raise KeyMismatchError(f"the experts of {stack.name!r} have {side} of several shapes: {shapes}")
-                result[f"{where}.{side}.weight"] = fuse([[held[k] for k in expert] for expert in wanted])
+                experts = [[held[k] for k in expert] for expert in wanted]
+                if side == "lora_A":
+                    laid = torch.cat([a for expert in experts for a in expert])
+                else:
+                    blocks = [torch.block_diag(*expert) for expert in experts]  # type: ignore[no-untyped-call]
+                    laid = torch.stack(blocks, dim=-1).flatten(1)
+                result[f"{where}.{side}.weight"] = laid
     for (parameter, side), held in parts.items():
         raise KeyMismatchError(f"{parameter!r} has {side} of {len(held)} experts and nothing else")
     return result
-
-
-def _fused_a(experts: list[list[Tensor]]) -> Tensor:
-    return torch.cat([a for expert in experts for a in expert])
-
-
-def _fused_b(experts: list[list[Tensor]]) -> Tensor:
-    return torch.stack([torch.block_diag(*expert) for expert in experts], dim=-1).flatten(1)  # type: ignore[no-untyped-call]

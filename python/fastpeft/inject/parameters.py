@@ -1,4 +1,4 @@
-"""Which sites a configuration's `target_parameters` names, and the chain of layers that several of one module make."""
+"""Sites that a configuration's `target_parameters` names, and the chain of layers that several of one module make."""
 
 from __future__ import annotations
 
@@ -27,43 +27,37 @@ def parameter_sites(wanted: Sequence[str], sites: Mapping[str, Site], targeted: 
             continue  # reached from the outermost layer
         base = innermost(site.module)
         own = [n for n, p in base._parameters.items() if p is not None]
-        found = {n: w for n in own for w in wanted if f"{name}.{n}" == w or f"{name}.{n}".endswith(f".{w}")}
-        if not found:
-            continue
-        matched.update(w for w in wanted for n in found if f"{name}.{n}" == w or f"{name}.{n}".endswith(f".{w}"))
-        if name in targeted:
+        hits = {n: [w for w in wanted if f".{name}.{n}".endswith(f".{w}")] for n in own}
+        found = [n for n in own if hits[n]]
+        matched.update(*hits.values())
+        if found and name in targeted:
             raise ValueError(
-                f"{name!r} is named by `target_modules` and its parameters {list(found)} by `target_parameters`: "
+                f"{name!r} is named by `target_modules` and its parameters {found} by `target_parameters`: "
                 "leave one of the two out (`target_modules=[]` for no modules)."
             )
-        result += _chain(site, name, list(found), base)
+        result += _chain(site, found, base) if found else []
     lost = sorted(set(wanted) - matched)
     if lost:
         raise PeftError(f"target_parameters: the model has no parameter {list_some(lost)}")
     return result
 
 
-def _chain(site: Site, name: str, parameters: list[str], base: nn.Module) -> list[Site]:
-    existing: list[AdapterLayer] = []
+def _chain(site: Site, parameters: list[str], base: nn.Module) -> list[Site]:
+    layers: list[AdapterLayer] = []
     module = site.module
     while isinstance(module, AdapterLayer):
-        existing.insert(0, module)
+        layers.insert(0, module)
         module = module.base_layer
-    names = [f"{name}{'.base_layer' * (len(parameters) - 1 - i)}" for i in range(len(parameters))]
-    if not existing:
-        # Only the outermost is put into the model; the others hang below it.
-        return [
-            Site(full, base, site.parent if full == name else None, site.child_name, ParameterWeight(base, p),
-                 f"{name}.{p}")
-            for full, p in zip(names, parameters, strict=True)
-        ]  # fmt: skip
-    held = [layer.base.names[0] if isinstance(layer.base, TransientWeight) else None for layer in existing]
-    if held != parameters:
+    held = [layer.base.names[0] if isinstance(layer.base, TransientWeight) else None for layer in layers]
+    if layers and held != parameters:
         raise ValueError(
-            f"all adapters of a model must target the same parameters of a module: {name!r} has {held}, and the new "
-            f"adapter asks for {parameters}"
+            f"all adapters of a model must target the same parameters of a module: {site.name!r} has {held}, and the "
+            f"new adapter asks for {parameters}"
         )
-    return [
-        Site(full, layer, site.parent, site.child_name, layer.base, f"{name}.{p}")
-        for full, p, layer in zip(names, parameters, existing, strict=True)
+    bases = [layer.base for layer in layers] or [ParameterWeight(base, p) for p in parameters]
+    modules: list[nn.Module] = [*layers] or [base] * len(parameters)
+    names = [site.name + ".base_layer" * i for i in reversed(range(len(parameters)))]
+    return [  # only the outermost is put into the model; the others hang below it
+        Site(full, m, site.parent if full == site.name else None, site.child_name, weight, f"{site.name}.{p}")
+        for full, m, weight, p in zip(names, modules, bases, parameters, strict=True)
     ]

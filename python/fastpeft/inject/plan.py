@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +27,23 @@ from ..config.types import TaskType
 from ..files.checks import PREFIX, TUNER, list_some
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
-from ..layer.saved_modules import ModulesToSaveWrapper, check_savable, copy_module
+from ..layer.saved_modules import ModulesToSaveWrapper, check_savable
 from ..layer.shared_tensors import fill_containers, held_containers
 from ..methods.base_edit import EDIT
 from ..methods.computed import compute
 from ..methods.method import LayerInfo, Method, State
 from ..methods.registry import method_of
 from .modules import (
+    LayerPlan,
     Site,
     adapter_layers,
+    base_of,
     checked_info,
     corrected_fan_in_fan_out,
-    info_of,
     inside_saved,
-    original_of,
     parts,
     set_child,
     walk,
-    wrapper_of,
 )
 from .old_experts import Converted, Stack, convert_targets, find_stacks, without_dropout
 from .parameters import parameter_sites
@@ -55,20 +54,7 @@ LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float
 SEQ_CLS_HEADS = ("score", "classifier")
 
 
-@dataclass
-class _LayerPlan:
-    site: Site
-    layer: AdapterLayer
-    state: State
-    method: Method
-
-    @property
-    def is_new(self) -> bool:
-        return self.layer is not self.site.module
-
-
-@dataclass
-class _SavedPlan:
+class _SavedPlan(NamedTuple):
     site: Site
     wrapper: ModulesToSaveWrapper
     module: nn.Module
@@ -82,7 +68,7 @@ class InjectionPlan:
     config: TargetConfig
     adapter: str
     method: Method
-    layers: list[_LayerPlan]
+    layers: list[LayerPlan]
     saved: list[_SavedPlan]
     tokens: list[TokenPlan]
     shared: State
@@ -98,31 +84,29 @@ class InjectionPlan:
     def names(self) -> list[str]:
         return [plan.site.name for plan in self.layers if plan.method is self.method]
 
+    def _placed(self) -> list[tuple[Site, nn.Module]]:
+        """The modules that come into the model, each with its site. Layers inside of another module have no parent."""
+        placed: list[tuple[Site, nn.Module]] = [(p.site, p.layer) for p in self.layers if p.site.parent is not None]
+        placed += [(tokens.outer, tokens.wrapper) for tokens in self.tokens]
+        placed += [(saved.site, saved.wrapper) for saved in self.saved]
+        return [(site, module) for site, module in placed if module is not site.module]
+
     def commit(self) -> None:
         """Put the adapter into the model. It is not active yet, and requires no gradients."""
         self._edit_bases()
-        containers = {}
-        if self.shared:
-            held = held_containers(m for _, m in adapter_layers(self.model))
-            containers = fill_containers(self.shared, self.adapter, held)
+        held = held_containers(m for _, m in adapter_layers(self.model)) if self.shared else {}
+        containers = fill_containers(self.shared, self.adapter, held)
         for plan in self.layers:
             plan.layer.add(self.adapter, plan.method, plan.state, containers)
             plan.layer.set_requires_grad(self.adapter, False)
-            if plan.is_new and plan.site.parent is not None:
-                set_child(plan.site, plan.layer)
-        for tokens in self.tokens:
-            set_child(tokens.outer, tokens.wrapper)
         for saved in self.saved:
-            saved.wrapper.add(self.adapter, saved.module)
+            saved.wrapper.modules_to_save[self.adapter] = saved.module
             saved.wrapper.set_requires_grad(self.adapter, False)
-            if saved.wrapper is not saved.site.module:
-                set_child(saved.site, saved.wrapper)
+        for site, module in self._placed():
+            set_child(site, module)
         self._before = {name: getattr(self.config, name) for name in self.changes}
         vars(self.config).update(self.changes)
-        self._tie()
-
-    def _tie(self) -> None:
-        """Let layers and copied modules share what they have in common."""
+        # Layers and copied modules share what they have in common.
         layers = {plan.site.name: plan.layer for plan in self.layers if plan.method is self.method}
         self.method.tie(self.config, self.adapter, layers, _within(layers, self.leaders))
         tie_tokens(self.adapter, self.tokens)
@@ -147,12 +131,11 @@ class InjectionPlan:
     def freeze_base(self) -> None:
         """Stop gradients of everything that is no adapter's; `undo` turns them on again."""
         for site in walk(self.model):
-            if isinstance(site.module, AdapterDict):
+            if isinstance(site.module, AdapterDict) or inside_saved(site):
                 continue
-            base = site.module.base_layer if isinstance(site.module, AdapterLayer) else site.module
-            recurse = isinstance(site.module, AdapterLayer)
-            for parameter in base.parameters(recurse=recurse):
-                if parameter.requires_grad and not inside_saved(site):
+            layer = site.module.base_layer if isinstance(site.module, AdapterLayer) else None
+            for parameter in site.module.parameters(recurse=False) if layer is None else layer.parameters():
+                if parameter.requires_grad:
                     parameter.requires_grad_(False)
                     self._frozen.append(parameter)
 
@@ -162,28 +145,18 @@ class InjectionPlan:
             parameter.requires_grad_(True)
         for plan in self.layers:
             plan.layer.delete_adapter(self.adapter)
-            if plan.is_new and plan.site.parent is not None:
-                set_child(plan.site, plan.site.module)
-        for tokens in self.tokens:
-            set_child(tokens.outer, tokens.outer.module)
         for saved in self.saved:
             saved.wrapper.delete_adapter(self.adapter)
-            if saved.wrapper is not saved.site.module:
-                set_child(saved.site, saved.site.module)
+        for site, _ in self._placed():
+            set_child(site, site.module)
         vars(self.config).update(self._before)
         self.abandon()
 
 
 def plan_injection(
-    model: nn.Module,
-    config: Any,
-    adapter_name: str = "default",
-    *,
-    low_cpu_mem_usage: bool = False,
-    autocast_adapter_dtype: bool = False,
-    loading: bool = False,
-    keys: Sequence[str] | None = None,
-) -> InjectionPlan:
+    model: nn.Module, config: Any, adapter_name: str = "default", *, low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = False, loading: bool = False, keys: Sequence[str] | None = None,
+) -> InjectionPlan:  # fmt: skip
     """Work out which layers an adapter goes into, and make its tensors. Raises without having changed anything.
 
     low_cpu_mem_usage: tensors on the meta device. autocast_adapter_dtype: float32 tensors on half-precision bases.
@@ -225,13 +198,15 @@ def _plan(
     matched.names = [n for n in matched.names if n not in converted.routers]
     leaders = method.followers(resolved, model)
     matched.names.extend(n for n, to in leaders.items() if to in matched.names and n not in matched.names)
-    targets = _with_parts([sites[name] for name in matched.names])
+    named = [sites[name] for name in matched.names]
+    inner = {id(part.module) for site in named for part in parts(site)}  # get the adapter with what they are in
+    targets = [s for site in named if id(site.module) not in inner for s in (site, *parts(site))]
     wanted = getattr(resolved, "target_parameters", None)
     if wanted:
         targets += parameter_sites(wanted, sites, matched.names)
     if not targets:
-        every = ((name, info_of(site)) for name, site in sites.items())
-        raise no_match_error(resolved, matched, (n for n, i in every if i is not None and i.kind in method.kinds))
+        every = ((name, base_of(site)) for name, site in sites.items())
+        raise no_match_error(resolved, matched, (n for n, b in every if b is not None and b.kind in method.kinds))
 
     infos = [checked_info(site) for site in targets]
     configs = method.layer_config(resolved, [info.name for info in infos])
@@ -243,10 +218,7 @@ def _plan(
     for info in infos:
         method.check_layer(configs.get(info.name, resolved), info)
     resolved_fan = corrected_fan_in_fan_out(config, sites, matched.names)
-    saved = _plan_saved(model, resolved, sites)
-    names = [site.name for site in saved]
-    saved += [sites[n] for n, to in leaders.items() if to in names and n not in names]
-
+    saved = _plan_saved(resolved, sites, leaders)
     with torch.device("meta") if low_cpu_mem_usage else nullcontext():
         shared = method.make_shared(resolved, infos)
         compute(shared, low_cpu_mem_usage, later=loading and low_cpu_mem_usage)
@@ -277,26 +249,17 @@ def _plan(
         for child in state.values():
             if isinstance(child, nn.Module):
                 child.train(layer.training)
-        layers.append(_LayerPlan(site, layer, state, method))
+        layers.append(LayerPlan(site, layer, state, method))
     for plan in tokens:
         place(plan.state, plan.layer.info, autocast_adapter_dtype)
-        layers.append(_LayerPlan(plan.site, plan.layer, plan.state, plan.method))
-    plans = [_SavedPlan(site, wrapper_of(site), copy_module(original_of(site))) for site in saved]
+    copies = [_SavedPlan(site, wrapper, copy.deepcopy(wrapper.original_module)) for site, wrapper in saved]
     changes = {**opened, "target_modules": resolved.target_modules, **resolved_fan}
-    return InjectionPlan(model, config, adapter_name, method, layers, plans, tokens, shared, changes, leaders,
-                         stacks, finish)  # fmt: skip
+    return InjectionPlan(model, config, adapter_name, method, [*layers, *tokens], copies, tokens, shared, changes,
+                         leaders, stacks, finish)  # fmt: skip
 
 
 def _within(names: Collection[str], leaders: Mapping[str, str]) -> dict[str, str]:
     return {name: leader for name, leader in leaders.items() if name in names and leader in names}
-
-
-def _with_parts(targets: Sequence[Site]) -> list[Site]:
-    """The sites, and after each the modules in it that the adapter goes into as well."""
-    own = {id(part.module): part for site in targets for part in parts(site)}
-    return [
-        s for site in targets if id(site.module) not in own for s in (site, *parts(site))
-    ]  # fmt: skip
 
 
 def resolve_targets(
@@ -308,9 +271,8 @@ def resolve_targets(
     if keys is not None:
         layered = (k.removeprefix(PREFIX) for k in keys)
         found = {k.rpartition("." + method.prefix)[0] for k in layered if not k.startswith(TUNER)}
-        wanted = {n for n in found if n in sites}
-        lost = sorted(n for n in found - wanted if n)
-        if lost:
+        wanted = found & sites.keys()
+        if lost := sorted(n for n in found - wanted if n):
             raise ValueError(f"the state dict names modules that the model lacks: {list_some(lost)}")
         if config.target_modules is None:
             resolved.target_modules = minimal_suffixes(wanted, names)
@@ -327,10 +289,8 @@ def resolve_targets(
         model_type = model_config(model).get("model_type")
         default = method.default_targets.get(model_type) if model_type else None
         if default is None:
-            raise ValueError(
-                f"Please specify `target_modules` in `peft_config`: there is no default for "
-                f"{f'models of type {model_type!r}' if model_type else type(model).__name__}."
-            )
+            of = f"models of type {model_type!r}" if model_type else type(model).__name__
+            raise ValueError(f"Please specify `target_modules` in `peft_config`: there is no default for {of}.")
         resolved.target_modules = default if isinstance(default, str) else set(default)
     return resolved, match_targets(resolved, names)
 
@@ -346,22 +306,25 @@ def _all_linear(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site
     elif config.task_type == TaskType.SEQ_CLS:
         heads.update(id(getattr(model, n)) for n in SEQ_CLS_HEADS if getattr(model, n, None) is not None)
     for name, site in sites.items():
-        info = info_of(site)
-        reads_itself = info is None or info.transient or isinstance(site.parent, nn.MultiheadAttention)
-        if info is not None and info.kind == "linear" and not reads_itself and id(site.module) not in heads:
+        base = base_of(site)
+        is_linear = base is not None and base.kind == "linear" and not base.transient
+        if is_linear and not isinstance(site.parent, nn.MultiheadAttention) and id(site.module) not in heads:
             yield name
 
 
-def _plan_saved(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site]) -> list[Site]:
-    """The modules that `modules_to_save` names; PEFT matches the end of a name, whatever stands before it."""
-    ends = tuple(config.modules_to_save or ())
-    found = []
-    for name, site in sites.items() if ends else ():
-        if name.endswith(ends) and not (isinstance(site.parent, (ModulesToSaveWrapper, AdapterDict))):
-            check_savable(original_of(site))
-            found.append(site)
-    inner = {s.name for s in found}
-    return [s for s in found if not any(s.name.startswith(other + ".") for other in inner)]
+def _plan_saved(
+    config: TargetConfig, sites: Mapping[str, Site], leaders: Mapping[str, str]
+) -> list[tuple[Site, ModulesToSaveWrapper]]:
+    """The modules that `modules_to_save` names, and those that share a weight with one of them. PEFT matches the end of
+    a name, whatever stands before it."""
+    ends, within = tuple(config.modules_to_save or ()), (ModulesToSaveWrapper, AdapterDict)
+    found = [n for n, s in sites.items() if ends and n.endswith(ends) and not isinstance(s.parent, within)]
+    for name in found:
+        check_savable(sites[name].module)
+    names = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    names += [n for n, to in leaders.items() if to in names and n not in names]
+    held = ((sites[name], sites[name].module) for name in names)
+    return [(s, m if isinstance(m, ModulesToSaveWrapper) else ModulesToSaveWrapper(m)) for s, m in held]
 
 
 def place(state: State, info: LayerInfo, autocast: bool) -> None:
@@ -370,12 +333,10 @@ def place(state: State, info: LayerInfo, autocast: bool) -> None:
         if not isinstance(value, (nn.Module, Tensor)):
             continue
         holder = AdapterDict({"x": value})
-        tensors = [*holder.parameters(), *holder.buffers()]
-        real = bool(tensors) and not any(t.is_meta for t in tensors) and info.device.type != "meta"
+        on_meta = info.device.type == "meta" or any(t.is_meta for t in (*holder.parameters(), *holder.buffers()))
         exact = getattr(value, "exact", False)  # a `Computed` that says so
         dtype = info.dtype if info.dtype.is_floating_point and not exact else None
-        device = info.device if real else None
-        holder.to_entry("x", device, dtype)
+        holder.to_entry("x", None if on_meta else info.device, dtype)
         if autocast and dtype in LOW_PRECISION:
             holder.to_entry("x", None, torch.float32)
         keeps = getattr(value, "persistent", True)

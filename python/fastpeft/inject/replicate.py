@@ -33,18 +33,16 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> 
     new = nn.ModuleList([_clone(layers[i], at) for at, i in enumerate(indices)])
     new.train(layers.training)
     new.replicated_as = wanted  # type: ignore[assignment]
-    config = getattr(core, "config", None)
-    count = getattr(config, "num_hidden_layers", None)
+    config: Any = getattr(core, "config", None)
+    count: Any = getattr(config, "num_hidden_layers", None)
 
-    def undo() -> None:
-        parent._modules[name] = layers
+    def put(held: nn.ModuleList, number: int) -> None:
+        parent._modules[name] = held
         if count is not None:
-            config.num_hidden_layers = count  # type: ignore[union-attr]
+            config.num_hidden_layers = number
 
-    parent._modules[name] = new
-    if count is not None:
-        config.num_hidden_layers = len(new)  # type: ignore[union-attr]
-    return undo
+    put(new, len(new))
+    return lambda: put(layers, count)
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList, nn.Module]:
@@ -58,10 +56,8 @@ def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList, nn.Module]:
         layers = getattr(parent, name, None)
         if isinstance(parent, nn.Module) and isinstance(layers, nn.ModuleList):
             return parent, name, layers, core
-    raise ValueError(
-        f"layer_replication: found no list of layers in {type(model).__name__}; it looks for "
-        f"{', '.join(LAYER_LISTS)} (Llama, Bert and Falcon have one of these)"
-    )
+    looked = f"it looks for {', '.join(LAYER_LISTS)} (Llama, Bert and Falcon have one of these)"
+    raise ValueError(f"layer_replication: found no list of layers in {type(model).__name__}; {looked}")
 
 
 def _clone(layer: nn.Module, index: int) -> nn.Module:

@@ -16,13 +16,12 @@ from torch import nn
 from ..config.types import PeftWarning
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
-from ..methods.method import Method, State
 from ..methods.tied import embedding_name, tied_names
-from .modules import Site, checked_info
+from .modules import LayerPlan, Site, checked_info
 
 
 class TrainableTokensWrapper(nn.Module):
-    """What stands in the place of an embedding (or output head) whose rows adapters train."""
+    """A module in the place of an embedding (or output head) whose rows adapters train."""
 
     def __init__(self, layer: AdapterLayer) -> None:
         super().__init__()
@@ -55,15 +54,11 @@ class TrainableTokensWrapper(nn.Module):
 
 
 @dataclass
-class TokenPlan:
+class TokenPlan(LayerPlan):
     """Trained rows of one module. outer: where the wrapper goes; site: where the layer goes, in the wrapper."""
 
     outer: Site
     wrapper: TrainableTokensWrapper
-    site: Site
-    layer: AdapterLayer
-    method: Method
-    state: State
     leader: str | None  # the module whose rows these are
 
 
@@ -83,8 +78,7 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
                 f"The embedding layer is already marked to be trained fully: name {end!r} either in `modules_to_save` "
                 "or in `trainable_token_indices`, not in both."
             )
-        found = [name for name in sites if name.endswith(end)]
-        if not found:
+        if not (found := [name for name in sites if name.endswith(end)]):
             raise ValueError(f"Target modules ['{end}'] not found in the base model (trainable_token_indices).")
         tokens.update(dict.fromkeys(found, indices))
     leaders = _leaders(tied_names(model), tokens, config)
@@ -97,19 +91,14 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
         if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)) or name in targeted:
             raise TypeError(f"trainable_token_indices cannot be applied to modules of type {type(module)}")
         method.check_config(own)
-        inner = Site(f"{name}.token_adapter", module, None, "token_adapter")
-        if isinstance(module, TrainableTokensWrapper):
-            wrapper, layer = module, module.token_adapter
-            inner = Site(inner.name, layer, wrapper, "token_adapter")
+        held = module if isinstance(module, TrainableTokensWrapper) else None
+        inner = Site(f"{name}.token_adapter", held.token_adapter if held else module, held, "token_adapter")
         info = checked_info(inner)
         method.check_layer(own, info)
-        if not isinstance(module, TrainableTokensWrapper):
-            layer = AdapterLayer(module, inner.name)
-            layer.train(module.training)
-            wrapper = TrainableTokensWrapper(layer)
-        state = method.make_state(own, info, None)
-        leader = leaders.get(name)
-        plans.append(TokenPlan(site, wrapper, inner, layer, following if leader else method, state, leader))
+        layer = held.token_adapter if held else AdapterLayer(module, inner.name).train(module.training)
+        leader, state = leaders.get(name), method.make_state(own, info, None)
+        acts = following if leader else method
+        plans.append(TokenPlan(inner, layer, state, acts, site, held or TrainableTokensWrapper(layer), leader))
     return plans
 
 
@@ -127,10 +116,8 @@ def _leaders(tied: Mapping[str, str], tokens: Mapping[str, list[int]], config: A
     if ensure and not tied:
         warnings.warn(
             "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
-            "tying will not be applied for trainable_token_indices.",
-            PeftWarning,
-            stacklevel=5,
-        )
+            "tying will not be applied for trainable_token_indices.", PeftWarning, stacklevel=5,
+        )  # fmt: skip
     leaders = {}
     for other, name in tied.items():
         if name in tokens and tokens.get(other, tokens[name]) == tokens[name]:

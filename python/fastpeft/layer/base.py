@@ -21,7 +21,7 @@ from ..files.whole import is_sharded
 from ..methods.base_edit import BaseEdit
 from ..methods.fused import Fused
 from ..methods.method import AdapterView, Method
-from ..weights.base import BaseWeight, LayerInfo, Saved, Weight, Wrapping, wide
+from ..weights.base import BaseWeight, LayerInfo, Saved, Weight, Wrapping, widened
 from ..weights.find import weight_of
 from .containers import ActiveAdapters
 
@@ -59,6 +59,10 @@ class MergingLayer(ActiveAdapters, Wrapping):
     def info(self) -> LayerInfo:
         return self.base.info(self.layer_name)
 
+    @property
+    def _shown(self) -> str:
+        return self.layer_name or "the layer"
+
     def view(self, adapter: str) -> AdapterView:
         """The tensors and values of one adapter, as its method sees them."""
         return AdapterView(self, adapter)  # type: ignore[arg-type]  # every MergingLayer is an AdapterLayer
@@ -67,12 +71,10 @@ class MergingLayer(ActiveAdapters, Wrapping):
         """Have what was made for this layer made anew: its adapters, its base or its mode are others now."""
         self._plan = None
 
-    # Reading
-
     def merged_weight(self, adapters: Sequence[str], base: Weight | None = None) -> Weight:
         """W and b, in at least float32, that the base layer has with these adapters merged in this order."""
         w, b = base or self.base.read()
-        w = w.to(wide(w.dtype))
+        w = widened(w)
         return self._through(adapters, w, None if b is None else b.to(w.dtype))
 
     def stored_weight(self, adapters: Sequence[str]) -> Weight:
@@ -86,10 +88,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
     def _through(self, adapters: Sequence[str], w: Tensor, b: Tensor | None) -> Weight:
         for name in adapters:
             method, view = self.methods[name], self.view(name)
-            reason = method.mergeable_in(view, self.info)
-            if reason:
-                where = self.layer_name or "the layer"
-                raise ValueError(f"The weight of {where} with adapter {name!r} in it is needed, but {reason}.")
+            if reason := method.mergeable_in(view, self.info):
+                raise ValueError(f"The weight of {self._shown} with adapter {name!r} in it is needed, but {reason}.")
             w, b = method.merged(view, view, w, b)
         return w, b
 
@@ -129,8 +129,6 @@ class MergingLayer(ActiveAdapters, Wrapping):
         with torch.no_grad():
             w = _edited(self.original_weight()[0], [self.base_edits[name] for name in before])
             return self.base_edits[adapter].removed_factors(w)
-
-    # Writing
 
     def _remake(
         self, merged: Sequence[str], edits: Mapping[str, BaseEdit] | None = None, keep: bool = True, safe: bool = False
@@ -184,8 +182,6 @@ class MergingLayer(ActiveAdapters, Wrapping):
         base.write(_edited(w, edits.values()), None)
         return {name: _on_host(value) for name, value in original.items()}
 
-    # Merging
-
     def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """The adapters that `merge` would merge. Raises ValueError if one of them cannot be; changes nothing."""
         if isinstance(adapter_names, str):
@@ -193,14 +189,10 @@ class MergingLayer(ActiveAdapters, Wrapping):
         wanted = self._active_adapter if adapter_names is None else adapter_names
         names = [n for n in wanted if n in self.methods and n not in self.merged_adapters]
         if names and any(is_sharded(p) for p in self.base_layer.parameters()):
-            raise ValueError(
-                f"{self.layer_name or 'The layer'} is sharded (FSDP2): save the adapter, and merge it in a model that "
-                "is not."
-            )
+            raise ValueError(f"{self._shown} is sharded (FSDP2): save the adapter and merge it in a model that is not.")
         for name in names:
-            reason = self.methods[name].mergeable_in(self.view(name), self.info)
-            if reason:
-                raise ValueError(f"Adapter {name!r} cannot be merged into {self.layer_name or 'the layer'}: {reason}.")
+            if reason := self.methods[name].mergeable_in(self.view(name), self.info):
+                raise ValueError(f"Adapter {name!r} cannot be merged into {self._shown}: {reason}.")
         return names
 
     def merge(
@@ -227,10 +219,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
         stored = self.base.dtype  # a weight that is finite in float32 may overflow float16
         for tensor in (w, b):
             if tensor is not None and not torch.isfinite(tensor.to(stored)).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights of {self.layer_name or 'the layer'}. "
-                    f"The adapter {', '.join(names)} seems to be broken"
-                )
+                broken = f"The adapter {', '.join(names)} seems to be broken"
+                raise ValueError(f"NaNs detected in the merged weights of {self._shown}. {broken}")
 
     def unmerge(self) -> None:
         """Undo every merge: the exact bytes that the base weight had before are back."""
@@ -238,8 +228,6 @@ class MergingLayer(ActiveAdapters, Wrapping):
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
             return
         self._remake([])
-
-    # Editing
 
     def edit_base(self, adapter: str, edit: BaseEdit) -> None:
         """Change the base weight for an adapter. An error leaves it as it was."""
@@ -250,8 +238,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
         """Raise ValueError while the base weight cannot be changed; warn if that changes what adapters here compute."""
         if self.merged_adapters:
             raise ValueError(
-                f"{self.layer_name or 'The layer'} has merged adapters ({', '.join(self.merged_adapters)}): an adapter "
-                "that changes the base weight can only be added after `unmerge_adapter`."
+                f"{self._shown} has merged adapters ({', '.join(self.merged_adapters)}): an adapter that changes the "
+                "base weight can only be added after `unmerge_adapter`."
             )
         if any(not edit.once or self.base_edits.get(name) != edit for name in self.methods):
             warnings.warn(
@@ -270,12 +258,12 @@ class MergingLayer(ActiveAdapters, Wrapping):
 
 def _edited(w: Tensor, edits: Iterable[BaseEdit]) -> Tensor:
     """W after edits, in at least float32."""
-    w = w.to(wide(w.dtype))
+    w = widened(w)
     made: list[BaseEdit] = []
     for edit in edits:
-        if not (edit.once and edit in made):
+        if not edit.once or edit not in made:
             w = edit(w)
-        made += [edit] if edit.once else []
+            made += [edit] if edit.once else []
     return w
 
 

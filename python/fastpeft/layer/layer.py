@@ -131,9 +131,7 @@ class AdapterLayer(MergingLayer):
 
     # Adding and removing adapters
 
-    def add(
-        self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None
-    ) -> None:
+    def add(self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None) -> None:
         """Add an adapter whose state was made by `method.make_state`. Replaces one of the same name.
 
         shared: the containers of what the adapter's layers share, by their names on a tuner.
@@ -269,8 +267,9 @@ class AdapterLayer(MergingLayer):
         return self._forward(x, args, kwargs)
 
     def plan(self) -> Fused | None:
-        """What computes this layer in one call (`Method.fused`), made anew after each change of the layer. None while
-        several adapters, none or merged ones are active, and where the method has no such function.
+        """The function that computes this layer in one call (`Method.fused`), made anew after each change of the layer.
+
+        None while several adapters, none or merged ones are active, and where the method has no such function.
         """
         compiling = torch.compiler.is_compiling()  # a graph makes its own, and does not depend on one that is there
         made: Fused | None = self.rows.plan()

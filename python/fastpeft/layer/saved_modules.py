@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,10 +49,6 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
             return self.original_module
         module: nn.Module = self.modules_to_save[name]
         return module
-
-    def add(self, adapter: str, module: nn.Module) -> None:
-        """Give an adapter its copy."""
-        self.modules_to_save[adapter] = module
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.modules_to_save.pop(adapter_name, None)
@@ -118,8 +113,3 @@ def check_savable(module: nn.Module) -> None:
     containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterDict)
     if isinstance(module, (*containers, Wrapping)):
         raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)}")
-
-
-def copy_module(module: nn.Module) -> nn.Module:
-    """The copy that an adapter trains."""
-    return copy.deepcopy(module)

@@ -36,12 +36,11 @@ class SharedDict(AdapterDict):
 
     def release(self, adapter: str, default: None = None) -> None:
         """`hold` undone; nothing where this layer's adapter holds nothing."""
-        left = self._holders.get(adapter, 0) - 1
+        left = self._holders.pop(adapter, 0) - 1
         if left > 0:
             self._holders[adapter] = left
-            return
-        self._holders.pop(adapter, None)
-        self.pop(adapter, None)
+        else:
+            self.pop(adapter, None)
 
 
 def fill_containers(values: Mapping[str, Any], adapter: str, held: Mapping[str, SharedDict]) -> dict[str, SharedDict]:
@@ -49,11 +48,9 @@ def fill_containers(values: Mapping[str, Any], adapter: str, held: Mapping[str, 
     ones."""
     found = {}
     for name, value in values.items():
-        if not isinstance(value, (Tensor, nn.Module)):
-            continue  # told to `make_state` only
-        container = held.get(name)
-        found[name] = container = SharedDict() if container is None else container
-        container.set(adapter, value, persistent=getattr(value, "persistent", True))
+        if isinstance(value, (Tensor, nn.Module)):  # others are for `make_state` only
+            found[name] = held[name] if name in held else SharedDict()
+            found[name][adapter] = value
     reuse(found, adapter)
     return found
 
@@ -63,10 +60,8 @@ def reuse(containers: Mapping[str, SharedDict], adapter: str) -> None:
     for container in containers.values():
         value = container._buffers.get(adapter)
         others = {id(t): t for t in container._buffers.values() if t is not None and t is not value}
-        for other in others.values() if value is not None else ():
-            if _equal(other, value):
-                container._buffers[adapter] = other
-                break
+        if value is not None:
+            container._buffers[adapter] = next((t for t in others.values() if _equal(t, value)), value)
 
 
 def _equal(a: Tensor, b: Any) -> bool:
@@ -80,9 +75,7 @@ def held_containers(layers: Iterable[AdaptedLayer]) -> dict[str, SharedDict]:
     found: dict[str, SharedDict] = {}
     for layer in layers:
         for attribute, name in layer.shared.items():
-            container = layer._modules[attribute]
-            assert isinstance(container, SharedDict)
-            found.setdefault(name, container)
+            found.setdefault(name, layer._modules[attribute])
     return found
 
 

@@ -102,9 +102,7 @@ class OFT(Butterfly):
         wanted = getattr(config, field)
         found = nearest_divisor(features, wanted)
         if found != wanted:
-            warnings.warn(
-                f"Invalid `{field}` ({wanted})! Adjusted `{field}` to ({found}).", PeftWarning, stacklevel=2
-            )
+            warnings.warn(f"Invalid `{field}` ({wanted})! Adjusted `{field}` to ({found}).", PeftWarning, stacklevel=2)
         blocks, size = (found, features // found) if config.r else (features // found, found)
         return {
             name: OFTRotationModule(config, blocks, size),

@@ -74,8 +74,7 @@ class LayerInfo:
 
     def weight(self) -> Tensor:
         """W, detached, in at least float32. May be on the meta device."""
-        w = self.base.read()[0].detach()
-        return w.to(wide(w.dtype))
+        return widened(self.base.read()[0].detach())
 
 
 class Wrapping(nn.Module):
@@ -98,8 +97,9 @@ def innermost(module: nn.Module) -> nn.Module:
 class BaseWeight:
     """The weight of one module: the interface, and what the dense kinds share."""
 
+    modules: ClassVar[type[nn.Module] | tuple[str, str]]  # their class, or its name and its package's: see `has_base`
     kind: str = "linear"
-    label: ClassVar[str] = "Linear"  # as in PEFT's `lora.Linear`
+    label: str = "Linear"  # as in PEFT's `lora.Linear`
     quantized: ClassVar[str | None] = None  # PEFT's name of the backend
     fan_in_fan_out: ClassVar[bool] = False  # the module stores W transposed
     transient: ClassVar[bool] = False  # the module reads the weight itself: see read_by_module.py
@@ -113,7 +113,8 @@ class BaseWeight:
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """True for a module that stores its weight in this way."""
-        return False
+        of = cls.modules
+        return isinstance(module, of) if isinstance(of, type) else has_base(module, *of)
 
     def of(self, module: nn.Module) -> BaseWeight:
         """The same weight of another module, which took this one's place or wraps it."""
@@ -123,10 +124,10 @@ class BaseWeight:
 
     def info(self, name: str = "") -> LayerInfo:
         shape = self.shape
+        out_features, in_features = self.features(shape)
         return LayerInfo(
-            name=name, kind=self.kind, shape=shape, in_features=self.in_features(shape),
-            out_features=self.out_features(shape), has_bias=self.bias is not None, dtype=self.dtype,
-            device=self.tensor.device, base=self,
+            name=name, kind=self.kind, shape=shape, in_features=in_features, out_features=out_features,
+            has_bias=self.bias is not None, dtype=self.dtype, device=self.tensor.device, base=self,
             groups=1 if self.transient else int(getattr(self.module, "groups", 1)),
             quantized=self.quantized, transient=self.transient, times=self.times,
         )  # fmt: skip
@@ -162,11 +163,9 @@ class BaseWeight:
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
-    def in_features(self, shape: tuple[int, ...]) -> int:
-        return shape[1]
-
-    def out_features(self, shape: tuple[int, ...]) -> int:
-        return shape[0]
+    def features(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """out_features and in_features of a W of this shape."""
+        return shape[-2], shape[-1]
 
     def check(self) -> None:
         """Raise ValueError for a module of this kind that no adapter can serve."""
@@ -182,8 +181,7 @@ class BaseWeight:
 
     def rows(self, index: slice | Tensor) -> Tensor:
         """Some rows of W as [rows, columns], in at least float32, without decoding the others."""
-        w = self.read()[0]
-        return w[index].to(wide(w.dtype)).flatten(1)
+        return widened(self.read()[0][index]).flatten(1)
 
     def tiles(self) -> list[slice]:
         """Rows to read together, so that what needs all of W (norms, products) never holds a dense copy of it."""
@@ -287,14 +285,11 @@ def put_back(module: nn.Module, saved: Saved) -> None:
         if name not in module._parameters:
             continue
         current = module._parameters[name]
-        # The module may have moved, or changed its dtype, in between.
-        if parameter is not None and current is not None and not _alike(parameter, current):
+        place = None if current is None else (current.device, current.dtype)
+        if parameter is not None and place not in (None, (parameter.device, parameter.dtype)):
+            # The module has moved, or changed its dtype, in between.
             parameter = nn.Parameter(parameter.data.to(current), parameter.requires_grad)
         module._parameters[name] = parameter
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.dtype == b.dtype
 
 
 def relative_error(stored: Tensor, exact: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import peft_kernels
 from peft_kernels import QuantWeight
 
-from .base import BaseWeight, Saved, Weight, has_base, has_hooks, put_back, relative_error
+from .base import BaseWeight, Saved, Weight, has_base, has_hooks, relative_error
 from .nf4 import Quant4bitWeight
 
 
@@ -24,8 +24,7 @@ class Bnb4bitWeight(Quant4bitWeight):
     layer that was already repacked is converted back once.
     """
 
-    label = "Linear4bit"
-    quantized = "bnb 4bit"
+    label, quantized = "Linear4bit", "bnb 4bit"
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -55,9 +54,10 @@ class Bnb4bitWeight(Quant4bitWeight):
             w.to("cpu", like.dtype), requires_grad=False, blocksize=like.blocksize, compress_statistics=like.nested,
             quant_type=like.quant_type, quant_storage=old.quant_storage, module=self.module,
         )  # fmt: skip
-        self._replace(new.to(old.device))
+        self._replace(new)
 
     def _replace(self, weight: Any) -> None:
+        weight = weight.to(self.module.weight.device)
         self.module._parameters["weight"] = weight
         self.module.quant_state = weight.quant_state
         weight.module = self.module
@@ -65,10 +65,6 @@ class Bnb4bitWeight(Quant4bitWeight):
     def save(self) -> Saved:
         self.quant()  # undoes a repacking, so that what is kept is the standard layout
         return BaseWeight.save(self)
-
-    def restore(self, saved: Saved) -> None:
-        self._replace(saved["weight"].to(self.module.weight.device))
-        put_back(self.module, {"bias": saved["bias"]})
 
     def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module = self.module
@@ -128,12 +124,8 @@ def undo_cpu_packing(weight: Any) -> None:
 class Bnb8bitWeight(BaseWeight):
     """Linear8bitLt: int8 rows with a float32 scale each, W = CB * SCB / 127."""
 
-    label = "Linear8bitLt"
-    quantized = "bnb 8bit"
-
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        return has_base(module, "Linear8bitLt", "bitsandbytes")
+    modules = ("Linear8bitLt", "bitsandbytes")
+    label, quantized = "Linear8bitLt", "bnb 8bit"
 
     @property
     def _packed(self) -> bool:
@@ -168,14 +160,13 @@ class Bnb8bitWeight(BaseWeight):
             return super().write(w, b)
         bnb: Any = importlib.import_module("bitsandbytes")
         w = w.detach().to(torch.float32)
-        new = bnb.nn.Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False)
-        self._replace(new.to(self.module.weight.device))
+        self._replace(bnb.nn.Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False))
         self._write_bias(b)
         return relative_error(self.read()[0], w)
 
     def _replace(self, weight: Any) -> None:
         """Install an int8 weight; the layer's own state takes its scales over on the next forward."""
-        self.module._parameters["weight"] = weight
+        self.module._parameters["weight"] = weight.to(self.module.weight.device)
         state = self.module.state
         state.CB, state.SCB = None, None
         state.reset_grads()
@@ -184,10 +175,8 @@ class Bnb8bitWeight(BaseWeight):
         return {**super().save(), **({"SCB": self._scales} if self._packed else {})}
 
     def restore(self, saved: Saved) -> None:
-        put_back(self.module, {"bias": saved["bias"]})
-        weight = saved["weight"]
+        super().restore(saved)
         if "SCB" in saved:
+            weight = saved["weight"]
             weight.CB, weight.SCB = weight.data, saved["SCB"]
-            self._replace(weight.to(self.module.weight.device))
-        else:
-            self.module._parameters["weight"] = weight
+            self._replace(weight)

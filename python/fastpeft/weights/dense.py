@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels import QuantWeight
 
-from .base import BaseWeight, has_base
+from .base import BaseWeight
 
 
 class LinearWeight(BaseWeight):
     """nn.Linear and subclasses of it that store a plain weight."""
 
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+    modules = nn.Linear
 
     def frozen(self) -> Callable[[], Tensor] | None:
         return super().frozen() if type(self.module).forward is nn.Linear.forward else None
@@ -40,23 +37,16 @@ class LinearWeight(BaseWeight):
 class Conv1DWeight(BaseWeight):
     """transformers' Conv1D (GPT-2): a linear layer that stores W transposed."""
 
+    modules = ("Conv1D", "transformers")
     fan_in_fan_out = True
-
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        return has_base(module, "Conv1D", "transformers")
 
 
 class EmbeddingWeight(BaseWeight):
     """nn.Embedding, as the linear layer that acts on one-hot rows: W = weight^T."""
 
-    kind = "embedding"
-    label = "Embedding"
+    modules = nn.Embedding
+    kind, label = "embedding", "Embedding"
     names = ("weight", None)
-
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Embedding)
 
     def check(self) -> None:
         if self.module.max_norm is not None:
@@ -75,26 +65,17 @@ def scaled(embedding: nn.Module, y: Tensor) -> Tensor:
 class ConvWeight(BaseWeight):
     """nn.Conv1d, Conv2d and Conv3d, grouped or not, with any padding mode."""
 
-    types: ClassVar[type[nn.Module]]
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        dims = len(self.module.kernel_size)
+        self.kind, self.label = f"conv{dims}d", f"Conv{dims}d"
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        return isinstance(module, cls.types) and not getattr(module, "transposed", False)
+        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not getattr(module, "transposed", False)
 
-    def in_features(self, shape: tuple[int, ...]) -> int:
-        return int(self.module.in_channels)
+    def features(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return shape[0], int(self.module.in_channels)
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return self.module._conv_forward(x, w, b)  # type: ignore[no-any-return]
-
-
-class Conv1dWeight(ConvWeight):
-    kind, label, types = "conv1d", "Conv1d", nn.Conv1d
-
-
-class Conv2dWeight(ConvWeight):
-    kind, label, types = "conv2d", "Conv2d", nn.Conv2d
-
-
-class Conv3dWeight(ConvWeight):
-    kind, label, types = "conv3d", "Conv3d", nn.Conv3d

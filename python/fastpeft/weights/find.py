@@ -6,15 +6,15 @@ from torch import nn
 
 from .base import BaseWeight
 from .bnb import Bnb4bitWeight, Bnb8bitWeight
-from .dense import Conv1DWeight, Conv1dWeight, Conv2dWeight, Conv3dWeight, EmbeddingWeight, LinearWeight
+from .dense import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
 from .nf4 import Quant4bitWeight
 from .norms import NormWeight
 from .read_by_module import AttentionWeight
 
 # The more special ones first.
 KINDS: tuple[type[BaseWeight], ...] = (
-    Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, Conv1DWeight, EmbeddingWeight, Conv1dWeight, Conv2dWeight,
-    Conv3dWeight, AttentionWeight, LinearWeight, NormWeight,
+    Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, Conv1DWeight, EmbeddingWeight, ConvWeight, AttentionWeight,
+    LinearWeight, NormWeight,
 )  # fmt: skip
 
 

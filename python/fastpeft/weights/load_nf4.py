@@ -15,8 +15,7 @@ from ..files.checks import AdapterFileError, list_some, mismatch, path_inside, r
 from ..files.safetensors import Header, read_header, read_tensors
 from .bnb_keys import DTYPES
 from .nf4_linear import NF4Linear
-from .quantize import transformers_classes
-from .transformers_nf4 import mark_quantized
+from .quantize import mark_quantized
 
 # A shard's header names every tensor of a part of the model; 100 MB is the format's own limit.
 _MAX_MODEL_HEADER = 100_000_000
@@ -40,12 +39,9 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def load_nf4_model(
-    directory: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype | None = None,
-    auto_class: Any = None,
-) -> Any:
+    directory: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype | None = None, auto_class: Any = None,
+) -> Any:  # fmt: skip
     """Load a folder with a 4-bit model, saved by transformers with bitsandbytes or by us, into `NF4Linear` layers.
 
     bitsandbytes is not needed, and the dense weights never exist. dtype: of the layers that are not quantised (default:
@@ -61,8 +57,7 @@ def load_nf4_model(
     if not isinstance(quantization, dict) or not quantization.get("load_in_4bit"):
         raise AdapterFileError(f"{root}: its config.json has no quantization_config with load_in_4bit")
     config: Any = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-    config.quantization_config = None
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)
     dtype = dtype or config.dtype or torch.float32
     auto_class = auto_class or transformers.AutoModelForCausalLM
     with _parameters_on_meta():
@@ -78,16 +73,14 @@ def load_nf4_model(
     if (root / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(root)
     saved_dtype = DTYPES.get(str(quantization.get("bnb_4bit_compute_dtype")))
-    mark_quantized(model, transformers_classes, quant_type, nested, compute_dtype or saved_dtype, kept)
+    mark_quantized(model, quant_type, nested, compute_dtype or saved_dtype, kept)
     return model.to(device).eval()
 
 
 def _headers(root: Path) -> list[Header]:
-    index = root / "model.safetensors.index.json"
+    index, files = root / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         files = sorted({str(f) for f in read_json(index, 64 << 20).get("weight_map", {}).values()})
-    else:
-        files = ["model.safetensors"]
     return [read_header(path_inside(root, f), _MAX_MODEL_HEADER, 1 << 20) for f in files]
 
 
@@ -96,11 +89,8 @@ def _swap(
 ) -> tuple[list[str], str, bool]:
     """Put an empty NF4Linear wherever the files hold a 4-bit weight; return what stays dense, the type, and nested."""
     names = {key for header in headers for key in header.tensors}
-    types = {}
-    for key in names:
-        module, mark, quant_type = key.partition(".weight.quant_state.bitsandbytes__")
-        if mark:
-            types[module] = quant_type
+    split = (key.partition(".weight.quant_state.bitsandbytes__") for key in names)
+    types = {module: quant_type for module, mark, quant_type in split if mark}
     if not types:
         raise AdapterFileError("the folder holds no 4-bit weights of bitsandbytes' format")
     for name, quant_type in types.items():
@@ -136,29 +126,24 @@ def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype) -> None:
         model.load_state_dict(cast, strict=False, assign=True)
     # A layer's parts may lie in two shards.
     for name, keys in packed.items():
-        state = {key: read_tensors(owner[key], [key])[key] for key in keys}
         layer = model.get_submodule(name)
         bias = layer._parameters.get("bias")
-        parts = {key.removeprefix(name + "."): value for key, value in state.items()}
+        parts = {key.removeprefix(name + "."): read_tensors(owner[key], [key])[key] for key in keys}
         layer.load_state_dict(parts | ({} if bias is None else {"bias": bias.detach()}), assign=True)
 
 
 def _check(model: nn.Module, headers: list[Header], root: Path) -> None:
     expected = model.state_dict()
     found = {name: info for header in headers for name, info in header.tensors.items()}
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
     extra = [name for name in found if name not in expected]
     missing = [name for name in expected if name not in found and name not in tied]
     if extra or missing:
-        raise AdapterFileError(
-            f"{root} does not fit its configuration: missing {list_some(missing) or 'nothing'}; "
-            f"unexpected {list_some(extra) or 'nothing'}"
-        )
+        keys = f"missing {list_some(missing) or 'nothing'}; unexpected {list_some(extra) or 'nothing'}"
+        raise AdapterFileError(f"{root} does not fit its configuration: {keys}")
     for name, info in found.items():
-        # Of a 4-bit weight's parts only the bytes have a size that the configuration fixes.
-        want = expected[name]
-        if ".weight." in name or info.shape == tuple(want.shape):
-            continue
-        # Packed bytes may be stored under another dtype, and then have another shape.
-        if info.nbytes != want.nbytes or info.dtype == want.dtype:
+        # Of a 4-bit weight's parts only the bytes have a size that the configuration fixes. They may be stored under
+        # another dtype, and then have another shape.
+        want, same_bytes = expected[name], info.nbytes == expected[name].nbytes and info.dtype != expected[name].dtype
+        if ".weight." not in name and info.shape != want.shape and not same_bytes:
             raise AdapterFileError(f"{root}: size mismatch for {mismatch(name, info.shape, want.shape)}")

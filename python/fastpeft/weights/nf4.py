@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import peft_kernels
 from peft_kernels import QuantWeight
+from peft_kernels.formats import decode_absmax
 
 from .base import BaseWeight, Saved, Weight, put_back, relative_error
 
@@ -53,14 +55,17 @@ class Quant4bitWeight(BaseWeight):
             w, quant_type=like.quant_type, blocksize=like.blocksize, nested=like.nested,
             nested_blocksize=like.nested_blocksize,
         )  # fmt: skip
-        self.module.set_quant_weight(replace(new, dtype=like.dtype))
+        self._replace(replace(new, dtype=like.dtype))
+
+    def _replace(self, weight: Any) -> None:
+        self.module.set_quant_weight(weight.to(self.quant().device))
 
     def save(self) -> Saved:
         # `set_quant_weight` replaces the tensors and never writes into them, so these stay what they are.
         return {"weight": self.quant(), "bias": self.module._parameters.get("bias")}
 
     def restore(self, saved: Saved) -> None:
-        self.module.set_quant_weight(saved["weight"].to(self.quant().device))
+        self._replace(saved["weight"])
         put_back(self.module, {"bias": saved["bias"]})
 
     def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
@@ -79,10 +84,7 @@ def _rows(qw: QuantWeight, index: slice | Tensor) -> Tensor | None:
     n, k = qw.shape
     if k % qw.blocksize or k % 2:
         return None
-    scales = qw.absmax
-    if qw.nested_absmax is not None and qw.nested_code is not None and qw.offset is not None:
-        outer = qw.nested_absmax.repeat_interleave(qw.nested_blocksize)[: len(scales)]
-        scales = qw.nested_code[scales.long()] * outer + qw.offset
+    scales = decode_absmax(qw.absmax, qw.nested_absmax, qw.nested_code, qw.offset, qw.nested_blocksize)
     packed = qw.packed.view(n, -1)[index].contiguous()
     some = QuantWeight(packed, scales.view(n, -1)[index].reshape(-1), (len(packed), k), qw.quant_type, qw.blocksize)
     return peft_kernels.dequantize_4bit(some, dtype=torch.float32)

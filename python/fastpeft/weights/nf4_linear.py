@@ -11,15 +11,15 @@ Format and method: QLoRA (arXiv 2305.14314).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import QuantWeight, dequantize_4bit, lora_linear
+from peft_kernels import QuantWeight, dequantize_4bit, lora_linear, quantize_4bit
 
-from ..files.checks import AdapterFileError
-from .bnb_keys import NESTED_BLOCKSIZE, bnb_state, copy_of, parse_bnb_state
+from .bnb_keys import bnb_state, copy_of, parse_bnb_state
 
 _SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
 
@@ -56,21 +56,9 @@ class NF4Linear(nn.Module):
         device: torch.device | str = "meta",
     ) -> NF4Linear:  # fmt: skip
         """A layer to load a state dict into."""
-        numel = in_features * out_features
-        nblocks = -(-numel // blocksize)
-
-        def scales(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-
-        weight = QuantWeight(
-            packed=torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8, device=device),
-            absmax=torch.empty(nblocks, dtype=torch.uint8 if nested else torch.float32, device=device),
-            shape=(out_features, in_features), quant_type=quant_type, blocksize=blocksize, dtype=dtype,
-            nested_absmax=scales(-(-nblocks // NESTED_BLOCKSIZE)) if nested else None,
-            nested_code=scales(256) if nested else None,
-            offset=scales() if nested else None,
-        )  # fmt: skip
-        return cls(weight, torch.empty(out_features, dtype=dtype, device=device) if bias else None, compute_dtype)
+        weight = quantize_4bit(torch.zeros(out_features, in_features, device=device), quant_type, blocksize, nested)
+        held = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        return cls(replace(weight, dtype=dtype), held, compute_dtype)
 
     @classmethod
     def from_bnb(cls, layer: nn.Module) -> NF4Linear:
@@ -84,8 +72,6 @@ class NF4Linear(nn.Module):
         weight = QuantWeight.from_bnb(layer.weight)
         compute_dtype = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
         return cls(weight, layer.bias if isinstance(layer.bias, Tensor) else None, compute_dtype)
-
-    # --- the weight -------------------------------------------------------------------------------------------------
 
     def quant_weight(self) -> QuantWeight:
         """The weight as the kernels take it; shares the buffers and is rebuilt only when one of them was replaced."""
@@ -136,7 +122,6 @@ class NF4Linear(nn.Module):
                 self._non_persistent_buffers_set.discard(name)
                 assert held is not None
                 self._parameters[name] = nn.Parameter(held, requires_grad=False)
-        self.__dict__.pop("_quant_weight", None)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor, by default in the dtype that it came in."""
@@ -148,41 +133,29 @@ class NF4Linear(nn.Module):
         return lora_linear(x.to(self.compute_dtype), self.quant_weight(), bias=self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
-        nested = ", nested" if self.nested else ""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.quant_type}, blocksize={self.blocksize}{nested}"
-        )
-
-    # --- moving and copying -----------------------------------------------------------------------------------------
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self.quant_type}, blocksize={self.blocksize}{', nested' if self.nested else ''}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # `model.half()` and `.to(bfloat16)` reach every floating buffer; a rounded scale would be another weight.
-        held = {name: self._buffers.pop(name) for name in ("weight", *_SCALES) if name in self._buffers}
-        names = [name for name in ("weight", "absmax") if name in self._parameters]
-        frozen: dict[str, Any] = {name: self._parameters.pop(name) for name in names}
+        stores: tuple[dict[str, Any], ...] = (self._buffers, self._parameters)
+        held = [(store, name, store.pop(name)) for store in stores for name in ("weight", *_SCALES) if name in store]
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            self._buffers.update(held)
-            self._parameters.update(frozen)
-        for name, old in (*held.items(), *frozen.items()):
+            for store, name, old in held:
+                store[name] = old
+        for store, name, old in held:
             if old is not None:
                 new = fn(old)
                 new = new if new.dtype == old.dtype else old.to(new.device)
-                if name in held:
-                    self._buffers[name] = new
-                else:
-                    self._parameters[name] = nn.Parameter(new, requires_grad=False)
-        self.__dict__.pop("_quant_weight", None)
+                store[name] = new if store is self._buffers else nn.Parameter(new, requires_grad=False)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_quant_weight", None)
         return state
-
-    # --- bitsandbytes' keys -----------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -194,35 +167,22 @@ class NF4Linear(nn.Module):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         mine = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix + "weight")}
-        bias_key = prefix + "bias"
-        if self.bias is not None and bias_key in state_dict:
-            value = state_dict[bias_key]
-            if value.shape != self.bias.shape:
-                error_msgs.append(
-                    f"size mismatch for {bias_key}: {list(value.shape)}, expected {list(self.bias.shape)}"
-                )
-            elif self.bias.is_meta or local_metadata.get("assign_to_params_buffers", False):
-                self.bias = nn.Parameter(value.detach(), requires_grad=self.bias.requires_grad)
-            else:
-                self.bias.data.copy_(value)
-        elif self.bias is not None:
-            missing_keys.append(bias_key)
-        elif bias_key in state_dict:
-            unexpected_keys.append(bias_key)
+        others = {k: v for k, v in state_dict.items() if not k.startswith(prefix + "weight")}
+        assign = self.weight.is_meta or local_metadata.get("assign_to_params_buffers", False)
+        metadata = {**local_metadata, "assign_to_params_buffers": assign}
+        lacking: list[str] = []
+        super()._load_from_state_dict(others, prefix, metadata, strict, lacking, unexpected_keys, error_msgs)
+        missing_keys += [key for key in lacking if key == prefix + "bias"]
         if "weight" not in mine:
             missing_keys.append(prefix + "weight")
             return
         try:
             weight = parse_bnb_state(mine, prefix)
-            if tuple(weight.shape) != (self.out_features, self.in_features):
-                raise AdapterFileError(
-                    f"size mismatch for {prefix}weight: a 4-bit weight of {tuple(weight.shape)}, the layer is "
-                    f"{(self.out_features, self.in_features)}"
-                )
-        except (AdapterFileError, ValueError, TypeError) as error:
+            if tuple(weight.shape) != (shape := (self.out_features, self.in_features)):
+                found = f"a 4-bit weight of {tuple(weight.shape)}, the layer is {shape}"
+                raise ValueError(f"size mismatch for {prefix}weight: {found}")
+        except (ValueError, TypeError) as error:
             error_msgs.append(str(error))
             return
-        if not (self.weight.is_meta or local_metadata.get("assign_to_params_buffers", False)):
-            # As `load_state_dict` does for parameters: a copy on the layer's own device, not the caller's tensors.
-            weight = copy_of(weight, self.weight.device)
-        self.set_quant_weight(weight)
+        # As `load_state_dict` does for parameters: a copy on the layer's own device, not the caller's tensors.
+        self.set_quant_weight(weight if assign else copy_of(weight, self.weight.device))

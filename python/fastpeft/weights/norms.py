@@ -21,8 +21,8 @@ class NormWeight(BaseWeight):
             return False
         return weight.dim() == 1 or isinstance(module, nn.LayerNorm)
 
-    def in_features(self, shape: tuple[int, ...]) -> int:
-        return shape[0]
+    def features(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return shape[0], shape[0]
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         tensors = {"weight": w} if b is None else {"weight": w, "bias": b}

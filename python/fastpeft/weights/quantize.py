@@ -1,16 +1,23 @@
 """Turning a model's linear layers into `NF4Linear` and back.
 
 `from_pretrained(folder, quantization_config=nf4_config())` quantises a dense folder while loading.
+
+transformers knows a quantised model by `hf_quantizer`, `is_quantized`, `quantization_method` and
+`config.quantization_config`. Ours carries bitsandbytes' `quantization_config`, since that is what the saved bytes are;
+its quantizer says that the model can be trained (with an adapter) and saved, and needs no bitsandbytes.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import importlib.util
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft_kernels import quantize_4bit
 from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES
@@ -19,20 +26,15 @@ from ..files.checks import list_some
 from .base import has_base
 from .bnb_keys import DTYPES
 from .nf4_linear import NF4Linear
-from .transformers_nf4 import make_classes, mark_quantized, unmark_quantized
 
-Progress = Callable[[int, int, str], None]
+METHOD = "fastpeft_nf4"
 
 
 def quantize_model(
-    model: nn.Module,
-    quant_type: str = "nf4",
-    blocksize: int = 64,
-    double_quant: bool = True,
-    skip: Iterable[str] = ("lm_head",),
-    compute_dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> nn.Module:
+    model: nn.Module, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
+    skip: Iterable[str] = ("lm_head",), compute_dtype: torch.dtype | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> nn.Module:  # fmt: skip
     """Replace every `nn.Linear` (and GPT-2's `Conv1D`) of `model`, in place, by an `NF4Linear`; returns the model.
 
     skip: module names, whole or as dotted parts (`lm_head`, `layers.0.mlp`). Layers whose weight is shared with another
@@ -45,54 +47,44 @@ def quantize_model(
         expected = f"one of {list(QUANT_TYPES)} at one of {BLOCKSIZES}"
         raise ValueError(f"quantize_model: {quant_type!r} at blocksize {blocksize!r}, expected {expected}")
     skip = [skip] if isinstance(skip, str) else list(skip)
-    plan, kept = _plan(model, skip)
-    if not plan:
+    names, kept = _plan(model, skip)
+    if not names:
         raise ValueError(f"quantize_model: no linear layer to quantise in {type(model).__name__} (skip={skip})")
-    total, done = len(plan), 0
-    while plan:
-        name, parent, child = plan.popleft()
-        layer: Any = parent._modules[child]
+    for done, name in enumerate(names, 1):
+        layer: Any = model.get_submodule(name)
         dense = layer.weight.detach()
         dense = dense.t() if _is_conv1d(layer) else dense
         weight = quantize_4bit(dense.contiguous(), quant_type, blocksize, double_quant)
-        new = NF4Linear(weight, layer.bias, compute_dtype).train(layer.training)
-        parent._modules[child] = new
+        model.set_submodule(name, NF4Linear(weight, layer.bias, compute_dtype).train(layer.training))
         del layer, dense
-        done += 1
         if progress is not None:
-            progress(done, total, name)
-    mark_quantized(model, transformers_classes, quant_type, double_quant, compute_dtype, kept)
+            progress(done, len(names), name)
+    mark_quantized(model, quant_type, double_quant, compute_dtype, kept)
     return model
 
 
-def _plan(model: nn.Module, skip: list[str]) -> tuple[deque[tuple[str, nn.Module, str]], list[str]]:
-    owners: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    plan: deque[tuple[str, nn.Module, str]] = deque()
+def _plan(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
+    """The names of the layers to quantise, and of those that stay dense."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    names: list[str] = []
     kept: list[str] = []
     bad: list[str] = []
-    for parent_name, parent in model.named_modules():
-        for child, layer in parent.named_children():
-            if not (type(layer) is nn.Linear or _is_conv1d(layer)):
-                continue
-            name = f"{parent_name}.{child}" if parent_name else child
-            if owners[id(layer.weight)] > 1 or any(f".{part}." in f".{name}." for part in skip):
-                kept.append(name)
-                continue
-            plan.append((name, parent, child))
-            if layer.weight.is_meta:
-                raise ValueError(f"quantize_model: {name} is on the meta device; load its weights first")
-            if layer.weight.dtype not in DTYPES.values() or not _is_finite(layer.weight):
-                bad.append(name)
+    for name, layer in _modules(model):
+        if type(layer) is not nn.Linear and not _is_conv1d(layer):
+            continue
+        if uses[id(layer.weight)] > 1 or any(f".{part}." in f".{name}." for part in skip):
+            kept.append(name)
+            continue
+        names.append(name)
+        weight: Any = layer.weight
+        if weight.is_meta:
+            raise ValueError(f"quantize_model: {name} is on the meta device; load its weights first")
+        # One pass and no mask; float64 holds the sum of any float32 values.
+        if weight.dtype not in DTYPES.values() or not weight.detach().sum(dtype=torch.float64).isfinite():
+            bad.append(name)
     if bad:
         raise ValueError(f"quantize_model: NaN, infinite or not float32/16 weights in {list_some(bad)}")
-    return plan, kept
-
-
-def _is_finite(weight: Tensor) -> bool:
-    # One pass and no mask; float64 holds the sum of any float32 values.
-    return bool(torch.isfinite(weight.detach().sum(dtype=torch.float64)))
+    return names, kept
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
@@ -102,41 +94,113 @@ def _is_conv1d(layer: nn.Module) -> bool:
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every `NF4Linear` by a dense `nn.Linear`, in place; returns the model."""
-    for parent, child, layer in _children(model):
+    for name, layer in _modules(model):
         if isinstance(layer, NF4Linear):
             with torch.device("meta"):
                 dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
             if layer.bias is not None:
                 dense.bias = nn.Parameter(layer.bias.detach().to(dense.weight.dtype), requires_grad=False)
-            parent._modules[child] = dense.train(layer.training)
-    unmark_quantized(model)
+            model.set_submodule(name, dense.train(layer.training))
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method"):
+        model.__dict__.pop(name, None)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
     return model
 
 
 def from_bitsandbytes(model: nn.Module) -> nn.Module:
     """Replace every bitsandbytes `Linear4bit` of `model`, in place, by an `NF4Linear` over the same bytes."""
-    for parent, child, layer in _children(model):
+    for name, layer in _modules(model):
         if has_base(layer, "Linear4bit", "bitsandbytes"):
-            parent._modules[child] = NF4Linear.from_bnb(layer).train(layer.training)
+            model.set_submodule(name, NF4Linear.from_bnb(layer).train(layer.training))
     return model
 
 
-def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    return [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules below `model` by name, a shared one by each of its names."""
+    return [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
 
 
-def transformers_classes() -> tuple[type, type]:
-    """transformers' configuration and quantizer of such models."""
-    return make_classes(__name__, quantize_model, dequantize_model)
+@cache
+def _transformers_classes() -> tuple[type, type]:
+    """transformers' configuration and quantizer of such models, registered on first use."""
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class NF4Config(QuantizationConfigMixin):
+        """Arguments of `quantize_model`, for `from_pretrained(..., quantization_config=...)`."""
+
+        def __init__(
+            self, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
+            skip: list[str] | None = None, compute_dtype: str | None = None, **_: Any,
+        ) -> None:  # fmt: skip
+            self.quant_method: Any = METHOD
+            self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+            self.skip = ["lm_head"] if skip is None else list(skip)
+            self.compute_dtype = compute_dtype
+
+    class NF4Quantizer(HfQuantizer):
+        """Quantises after loading; afterwards tells transformers that the model trains and saves."""
+
+        requires_calibration = False
+        is_trainable = is_compileable = True
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            config: Any = self.quantization_config
+            dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
+            return quantize_model(model, config.quant_type, config.blocksize, config.double_quant, config.skip, dtype)
+
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            model = dequantize_model(model, dtype)
+            # transformers removes these itself right after this call
+            model.hf_quantizer, model.quantization_method = self, METHOD
+            model.config.quantization_config = self.quantization_config
+            return model
+
+        def is_serializable(self) -> bool:
+            return True
+
+    for cls in (NF4Config, NF4Quantizer):
+        cls.__module__, cls.__qualname__ = __name__, cls.__name__
+    register_quantization_config(METHOD)(NF4Config)
+    register_quantizer(METHOD)(NF4Quantizer)
+    return NF4Config, NF4Quantizer
 
 
 def nf4_config(**arguments: Any) -> Any:
     """A `quantization_config` for `from_pretrained`, with `quantize_model`'s arguments."""
-    return transformers_classes()[0](**arguments)
+    return _transformers_classes()[0](**arguments)
 
 
 def __getattr__(name: str) -> Any:  # a pickle of a quantised model looks them up
     if name in ("NF4Config", "NF4Quantizer"):
-        return transformers_classes()[name == "NF4Quantizer"]
+        return _transformers_classes()[name == "NF4Quantizer"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def mark_quantized(
+    model: Any, quant_type: str, double_quant: bool, compute_dtype: torch.dtype | None, kept: list[str]
+) -> None:
+    """Give a transformers model the attributes of a quantised one; any other model is left alone.
+
+    kept: names of linear layers that stay dense.
+    """
+    if "transformers" not in sys.modules or not isinstance(model, sys.modules["transformers"].PreTrainedModel):
+        return
+    from transformers import BitsAndBytesConfig
+
+    bnb_config: Any = BitsAndBytesConfig
+    # Exact names of what stays dense: left out, transformers guesses them.
+    model.config.quantization_config = bnb_config(
+        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype or model.dtype, llm_int8_skip_modules=kept,
+    )  # fmt: skip
+    config_cls, quantizer_cls = _transformers_classes()
+    config = config_cls(quant_type=quant_type, double_quant=double_quant, skip=kept)
+    model.hf_quantizer = quantizer_cls(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, METHOD
+    # transformers imports bitsandbytes to count the parameters of a model that says this.
+    model.is_loaded_in_4bit = importlib.util.find_spec("bitsandbytes") is not None

@@ -7,13 +7,24 @@ Nothing can wrap a call here, so the module runs with the merged weight in the p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from .base import BaseWeight, Wrapping, innermost
 from .dense import LinearWeight
+
+
+@contextmanager
+def _holding(held: dict[str, Any], new: dict[str, Any]) -> Iterator[None]:
+    """Within this, a module's parameters `held` are others."""
+    saved = dict(held)
+    held.update(new)
+    try:
+        yield
+    finally:
+        held.update(saved)
 
 
 class TransientWeight(BaseWeight):
@@ -26,27 +37,17 @@ class TransientWeight(BaseWeight):
     def holder(self) -> Any:
         return innermost(self.module)
 
-    def in_features(self, shape: tuple[int, ...]) -> int:
-        return shape[-1]
-
-    def out_features(self, shape: tuple[int, ...]) -> int:
-        return shape[-2]
-
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         with self.replaced(w, b):
             return self.module(x)  # type: ignore[no-any-return]
 
-    @contextmanager
-    def replaced(self, w: Tensor, b: Tensor | None) -> Iterator[None]:
+    def replaced(self, w: Tensor, b: Tensor | None) -> AbstractContextManager[None]:
         """Within this, the module computes with W and b; gradients flow to what they were made of."""
-        held, saved, (weight, bias) = self.holder._parameters, self.save(), self.names
-        try:
-            held[weight] = self.turned(w).to(saved[weight].dtype)
-            if b is not None and bias is not None:
-                held[bias] = b.to(saved[bias].dtype)
-            yield
-        finally:
-            held.update(saved)
+        held, (weight, bias) = self.holder._parameters, self.names
+        new = {weight: self.turned(w).to(held[weight].dtype)}
+        if b is not None and bias is not None:
+            new[bias] = b.to(held[bias].dtype)
+        return _holding(held, new)
 
 
 class AttentionOutWeight(LinearWeight):
@@ -63,16 +64,13 @@ class AttentionWeight(TransientWeight):
     Its out_proj gets the adapter as well, in a layer of its own, whose weight is put in place with this one's.
     """
 
+    modules = nn.MultiheadAttention
     label = "MultiheadAttention"
     names = ("in_proj_weight", "in_proj_bias")
     # What nn.TransformerEncoderLayer and others ask an attention for.
     attributes = frozenset({"embed_dim", "kdim", "vdim", "num_heads", "dropout", "batch_first", "head_dim", "out_proj",
                             "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn",
                             "_qkv_same_embed_dim"})  # fmt: skip
-
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.MultiheadAttention)
 
     def attribute(self, name: str) -> Any:
         # False keeps TransformerEncoderLayer off a fused path that reads the base weights and passes adapters over.
@@ -91,17 +89,9 @@ class AttentionWeight(TransientWeight):
     @contextmanager
     def replaced(self, w: Tensor, b: Tensor | None) -> Iterator[None]:
         out = self.module.out_proj
-        with super().replaced(w, b):
-            if not isinstance(out, Wrapping):
-                yield
-                return
-            held: Any = out.base_layer._parameters
-            saved = dict(held)
-            try:
-                held["weight"], held["bias"] = out.current_weight()
-                yield
-            finally:
-                held.update(saved)
+        own = dict(zip(("weight", "bias"), out.current_weight(), strict=True)) if isinstance(out, Wrapping) else {}
+        with super().replaced(w, b), _holding(innermost(out)._parameters, own):
+            yield
 
 
 class ParameterWeight(TransientWeight):

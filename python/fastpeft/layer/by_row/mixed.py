@@ -63,7 +63,7 @@ class _Layout:
 
 
 class Routed:
-    """What computes a layer for one assignment of its rows, for as long as the layer stays as it is.
+    """The computation of a layer for one assignment of its rows, for as long as the layer stays as it is.
 
     methods: of the adapters that are there, with their views. low: those that the kernel can take; first: any of them.
     row_plan: for training.
@@ -180,7 +180,7 @@ class Routed:
         return self._found
 
     def _trains(self) -> bool:
-        """Whether a stack would have gradients; in evaluation one without them is kept."""
+        """True if a stack would have gradients; in evaluation one without them is kept."""
         if self.layer.training:
             return True
         packed = self.layer.rows.packed
@@ -256,7 +256,7 @@ class Routed:
         return _Stacked(packed.slots, packed.stack, weight, bias, first.compute, 0.0)
 
     def _holds(self, packed: Packed) -> bool:
-        """Whether the adapters are as they were packed: looked at in full once for an assignment of rows."""
+        """True if the adapters are as they were packed: looked at in full once for an assignment of rows."""
         steady = self.layer.rows.steady and not torch.is_grad_enabled()
         if packed is self._looked and (steady or packed.same_versions()):
             return True
@@ -316,7 +316,7 @@ def _trained(adapters: Iterable[LowRank]) -> bool:
 
 
 def stacked(layer: RowHost, stack: AdapterStack, adapters: Tensor) -> Fused:
-    """What computes a layer with adapters of a stack, which are none of its own (`AdapterLayer.set_row_stack`)."""
+    """The computation of a layer with adapters of a stack, which are none of its own (`AdapterLayer.set_row_stack`)."""
     base = layer.base_layer
     get_weight = None if layer.base.kind != "linear" else layer.base.fast()
     where = layer.layer_name or "The layer"

@@ -46,11 +46,11 @@ class Packed:
         self._known = self._seen.known and not any(hasattr(m, "matrix") and not m._parameters for m in modules)
 
     def serves(self, names: Iterable[str]) -> bool:
-        """Whether it has these adapters as they are now."""
+        """True if it has these adapters as they are now."""
         return all(map(self.slots.__contains__, names)) and self.unchanged()
 
     def unchanged(self) -> bool:
-        """Whether the adapters are as they were."""
+        """True if the adapters are as they were."""
         if not self._known or self._layer.version != self._version or self._wanted() or self._hooked():
             return False
         there = map(dict.get, self._stores, self._keys)  # type: ignore[arg-type]  # of its overloads mypy takes one
@@ -64,11 +64,11 @@ class Packed:
         return self._seen.same_versions()
 
     def _wanted(self) -> bool:
-        """Whether gradients of the adapters are wanted."""
+        """True if gradients of the adapters are wanted."""
         return torch.is_grad_enabled() and any(t.requires_grad for t in self._trained)
 
     def _hooked(self) -> bool:
-        """Whether a module has a hook; they are looked through when one was registered anywhere since."""
+        """True if a module has a hook; they are looked through when one was registered anywhere since."""
         if self._handles != RemovableHandle.next_id:
             if any(self._hooks):
                 return True

@@ -335,7 +335,7 @@ def _modules(layer: AdaptedLayer, container: str) -> dict[str, nn.Module | None]
 
 
 def scaling_of(alpha: float, r: int, rslora: bool) -> float:
-    """What B A is multiplied by."""
+    """The factor of B A."""
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 

@@ -87,9 +87,7 @@ def weight_side(
     return y if bias is None else y.add_(bias.to(y.dtype))
 
 
-def with_weight(
-    inner: Inner, x: Tensor, frozen: Callable[[], Tensor], change: Callable[[Tensor], Tensor]
-) -> Tensor:
+def with_weight(inner: Inner, x: Tensor, frozen: Callable[[], Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
     """A frozen base layer with the weight change(W) in the place of W, which is made again in the backward, not kept.
     For convolutions, whose weight is small beside their activations."""
     bias = inner.bias()
