@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.adapted import AdaptedLayer
+from ..methods.method import AdaptedLayer
 from ..weights.base import LayerInfo, Weight
 
 

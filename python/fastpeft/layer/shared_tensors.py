@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.adapted import AdaptedLayer
+from ..methods.method import AdaptedLayer
 from .containers import AdapterDict
 
 

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from ..config.targets import DEFAULT_TARGETS, by_type
 from ..config.types import PeftWarning
 from ..files.checks import PREFIX
-from .adapted import AdaptedLayer
 from .lora.lora import LoraConfig
 from .math import rank_allocator as ranks
 from .math.draws import drawn_normal, normal_
 from .math.factored import FactoredMethod, dropout
-from .method import Inner, LayerInfo, State
+from .method import AdaptedLayer, Inner, LayerInfo, State
 
 
 @dataclass

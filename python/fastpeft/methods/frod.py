@@ -25,13 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
-from .adapted import AdaptedLayer
 from .computed import Computed
 from .math.draws import drawn_normal, normal_
 from .math.factored import dropout
 from .math.projections import ProjectedMethod
 from .math.sparse import dense, sparse_linear
-from .method import Inner, LayerInfo, State
+from .method import AdaptedLayer, Inner, LayerInfo, State
 from .vera import Vera
 
 

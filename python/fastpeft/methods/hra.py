@@ -19,13 +19,12 @@ from peft_kernels import PreparedCall, QuantWeight, compact_wy, householder_rota
 from ..config.base import HasBias, HasInitWeights, TargetConfig
 from ..config.types import PeftWarning
 from ..weights.base import widened
-from .adapted import AdaptedLayer
 from .fused import Fused
 from .math.cache import Cache
 from .math.draws import kaiming_
 from .math.factored import Weight
 from .math.rotation import RotatesInput, constant
-from .method import LayerInfo, State
+from .method import AdaptedLayer, LayerInfo, State
 
 
 @dataclass

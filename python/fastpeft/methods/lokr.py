@@ -80,17 +80,11 @@ class LoKr(Lycoris):
         w1 = s.get("lokr_w1")
         return (s.lokr_w1_a @ s.lokr_w1_b if w1 is None else w1) * s.scaling  # type: ignore[no-any-return]
 
-    def _right(self, s: Any) -> Tensor:
-        """w2: [b, d, *kernel], or [b, d * kernel] as a matrix."""
-        w2: Tensor | None = s.get("lokr_w2")
-        if w2 is not None:
-            return w2
-        if s.get("lokr_t2") is not None:
-            return torch.einsum("ijkl,ib,jd->bdkl", s.lokr_t2, s.lokr_w2_a, s.lokr_w2_b)
-        return s.lokr_w2_a @ s.lokr_w2_b  # type: ignore[no-any-return]
-
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        w1, w2 = widened(self._left(s)), widened(self._right(s))
+        w1, w2 = widened(self._left(s)), s.get("lokr_w2")  # [b, d, *kernel], or [b, d * kernel] as a matrix
+        if s.get("lokr_t2") is not None:
+            w2 = torch.einsum("ijkl,ib,jd->bdkl", s.lokr_t2, s.lokr_w2_a, s.lokr_w2_b)
+        w2 = widened(s.lokr_w2_a @ s.lokr_w2_b if w2 is None else w2)
         if w2.dim() == 3:
             # [b, d, k], which torch.kron takes w1 as [1, a, c] for. Not the Kronecker product that was meant, but what
             # PEFT trains in nn.Conv1d, so what its files mean.

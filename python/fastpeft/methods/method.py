@@ -24,12 +24,37 @@ from ..config.base import PeftConfig, check_probabilities, check_ranks
 from ..config.patterns import first_match
 from ..config.targets import DEFAULT_TARGETS
 from ..config.types import PeftType
+from ..weights.base import BaseWeight
 from ..weights.base import LayerInfo as LayerInfo
-from .adapted import AdaptedLayer
 from .fused import Fused
 
 State = dict[str, Any]
 METHODS: dict[PeftType, Method] = {}  # those whose files were imported: `registry.py` has all
+
+
+class AdaptedLayer(Protocol):
+    """A layer that holds adapters (`AdapterLayer`). Containers of adapters' tensors are attributes by their names."""
+
+    base_layer: nn.Module
+    training: bool
+    in_features: int
+    out_features: int
+
+    @property
+    def version(self) -> int:
+        """Rises when the layer's adapters, containers, base or mode change."""
+
+    @property
+    def base(self) -> BaseWeight:
+        """The base layer's weight."""
+
+    def changed(self) -> None:
+        """Forget whatever was made from the layer's adapters, base and mode."""
+
+    def row_values(self, adapter: str) -> Sequence[Any] | None:
+        """The values that `Method.row_values` gave for the rows of this call."""
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 class Inner(Protocol):
@@ -133,10 +158,8 @@ class Method:
     # What is asked before anything is built. Errors here leave the model as it was.
 
     def check_config(self, config: Any, loading: bool = False) -> None:
-        """Raise for values that make no sense, and NotImplementedError for options that are not there yet.
-
-        loading: the tensors will come from a file, so how they would be initialised need not be supported.
-        """
+        """Raise for values that make no sense, and NotImplementedError for options that are not there yet. loading: the
+        tensors will come from a file, so how they would be initialised need not be supported."""
         for field in self.counts:
             check_ranks(getattr(config, field), getattr(config, self.patterns.get(field, ""), None), field)
         check_probabilities(config)
@@ -181,11 +204,9 @@ class Method:
     # State: modules, parameters and buffers go into containers named after them, anything else into plain dicts.
 
     def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
-        """Entries that all layers of the adapter share (VeRA's A and B); {} for most methods.
-
-        Parameters, buffers and modules go into containers of their names, which the layers hold (`shared_tensors.py`);
-        a name that is in `tensors` too is trained. Other values are for `make_state` alone.
-        """
+        """Entries that all layers of the adapter share (VeRA's A and B); {} for most methods. Parameters, buffers and
+        modules go into containers of their names, which the layers hold (`shared_tensors.py`); a name that is in
+        `tensors` too is trained. Other values are for `make_state` alone."""
         return {}
 
     def shares(self, info: LayerInfo, names: Sequence[str]) -> Mapping[str, str]:
@@ -258,14 +279,11 @@ class Method:
         return x
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        """The adapted layer's output; y is the wrapped layer's for `input(x)`.
-
-        By default what `delta_weight` gives is applied to x; a method without one acts through `input` alone.
-        """
+        """The adapted layer's output; y is the wrapped layer's for `input(x)`. By default what `delta_weight` gives is
+        applied to x; a method without one acts through `input` alone."""
         if type(self).delta_weight is Method.delta_weight:
             return y
-        w = inner.weight()[0] if self.needs_base_weight else None
-        delta = self.delta_weight(s, shared, w)
+        delta = self.delta_weight(s, shared, inner.weight()[0] if self.needs_base_weight else None)
         return y + inner.apply(x, delta.to(x.dtype) if x.is_floating_point() else delta)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
@@ -290,7 +308,6 @@ class Method:
 
     @property
     def hooks_model(self) -> bool:
-        """True if one of these two is there."""
         own = type(self)
         return own.row_values is not Method.row_values or own.model_output is not Method.model_output
 
@@ -299,9 +316,8 @@ class Method:
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         """A function that computes the whole layer for x while this adapter alone is active and unmerged, or None.
 
-        It is made once and kept until the layer's adapters change, so it must read tensors through their containers
-        (a parameter can be replaced at any time). It returns None for a call that it cannot serve; the composition of
-        `input` and `output` then does.
+        It is made once and kept until the layer's adapters change, so it must read tensors through their containers (a
+        parameter can be replaced at any time). Where it returns None, the composition of `input` and `output` serves.
         """
         return None
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,13 +85,12 @@ class OSF(Method):
         def factors() -> list[Tensor]:
             return [t.to(dtype) for t in torch.linalg.svd(info.weight().to(torch.float32), full_matrices=False)]
 
-        low_parts: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {
-            "U_low": ((n, low), lambda: factors()[0][:, k:]),
-            "S_low": ((low,), lambda: factors()[1][k:]),
-            "V_low": ((low, m), lambda: factors()[2][k:]),
-        }
+        def low_part(i: int) -> Tensor:
+            return factors()[i][:, k:] if i == 0 else factors()[i][k:]
+
         params, state = {}, State(effective_rank=k)
-        for name, (shape, part) in low_parts.items():
+        for i, (name, shape) in enumerate({"U_low": (n, low), "S_low": (low,), "V_low": (low, m)}.items()):
+            part = functools.partial(low_part, i)
             start = torch.empty(shape)
             if not start.is_meta:
                 start = part().clone(memory_format=torch.contiguous_format)

@@ -1,9 +1,8 @@
 """PEANuT: W + s (f(W^T) B^T)^T, with f a small network that reads the base weight's columns (arXiv 2410.01870).
 
 f(W^T) = act(W^T A^T) and, for each of `depth`, one more layer on the way in and one on the way out with residuals.
-FLOPs beside the frozen layer's: reading W, 2 * in * out * r, and again for A's gradient; B stands behind the sum over
-inputs, (x f(W^T)) B^T, so that the update is never formed: 3 * 2 * tokens * r * (in + out). The least is what is done:
-1.1 of the frozen layer's for r = 32 at 2048 x 2048 and 512 tokens.
+FLOPs beside the frozen layer's: reading W, 2 * in * out * r, and again for A's gradient; the update is never formed, as
+(x f(W^T)) B^T costs 3 * 2 * tokens * r * (in + out). 1.1 of the frozen layer's for r = 32 at 2048 x 2048, 512 tokens.
 """
 
 from __future__ import annotations

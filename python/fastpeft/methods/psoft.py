@@ -54,6 +54,7 @@ class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig, own_type="PSOFT"
         super().__post_init__()
         check_ranks(self.r)
         check_probabilities(self)
+        check(self, "psoft_alpha", bool(self.psoft_alpha), "other than 0, by which B would be divided")
         eps, terms, series = self.cayley_neumann_eps, self.num_cayley_neumann_terms, self.use_cayley_neumann
         check(self, "num_cayley_neumann_terms", not series or 1 <= terms <= 100, "from 1 to 100")
         check(self, "cayley_neumann_eps", not series or eps is None or 0.0 < eps < 1.0, "in (0, 1) when set")
@@ -102,11 +103,6 @@ class Psoft(FactoredMethod):
         {"r": 4, "psoft_orth": False, "psoft_mag_b": False, "init_weights": False},
         {"r": 6, "use_cayley_neumann": True, "num_cayley_neumann_terms": 4, "cayley_neumann_eps": 0.5},
     )  # fmt: skip
-
-    def check_config(self, config: PsoftConfig, loading: bool = False) -> None:
-        super().check_config(config, loading)
-        if not config.psoft_alpha:
-            raise ValueError("`psoft_alpha` should not be 0: B is divided by it.")
 
     def check_layer(self, config: PsoftConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)

@@ -3,8 +3,8 @@
 
 It draws in training and, with `sample_at_inference`, always; else z is mu, and that is what is merged.
 
-Cost: while it draws, A has twice VeRA's rows: 1 + r (2 in + out) / (in out), 1.375 at r = 256 and 2048 x 2048, which is
-the least. While it does not, the half for logvar is left out, and it costs what VeRA does.
+Cost: while it draws, A has twice VeRA's rows: 1 + r (2 in + out) / (in out), 1.375 at r = 256 and 2048 x 2048; else the
+half for logvar is left out, and it costs what VeRA does.
 """
 
 from __future__ import annotations

@@ -37,7 +37,11 @@ class TrainableTokens(Method):
     examples = ({"token_indices": [3, 17, 0]}, {"token_indices": [5], "init_weights": False})
 
     def check_config(self, config: TrainableTokensConfig, loading: bool = False) -> None:
-        check_tokens(config.token_indices)
+        tokens: Any = config.token_indices
+        if not isinstance(tokens, (list, tuple)) or not tokens or any(type(i) is not int or i < 0 for i in tokens):
+            raise ValueError(f"token indices should be a list of non-negative integers, got {tokens!r}")
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("token indices should name each token once")
 
     def check_layer(self, config: TrainableTokensConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
@@ -96,11 +100,3 @@ class FollowingTokens(TrainableTokens):
 
     def file_key(self, key: str) -> str | None:
         return None
-
-
-def check_tokens(tokens: Any) -> None:
-    """Raise ValueError unless these are token indices."""
-    if not isinstance(tokens, (list, tuple)) or not tokens or any(type(i) is not int or i < 0 for i in tokens):
-        raise ValueError(f"token indices should be a list of non-negative integers, got {tokens!r}")
-    if len(set(tokens)) < len(tokens):
-        raise ValueError("token indices should name each token once")

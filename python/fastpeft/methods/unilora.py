@@ -1,8 +1,7 @@
 """Uni-LoRA: a LoRA whose A and B of all layers are one short trained vector, theta_d, spread out by a fixed random
 assignment: A[i, j] = theta_d[index[i, j]] / sqrt(how often that index occurs) (arXiv 2506.00799).
 
-Cost: A and B are gathered once a call, and the gradient of theta_d is summed into it; both are r (in + out) elements
-and no products. So it costs what LoRA does, 1 + 3 r (in + out) / (2 in out).
+Cost: that of LoRA, 1 + 3 r (in + out) / (2 in out): gathering A and B, and the gradient of theta_d, are no products.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
 For every piece of `vector_length` numbers of A and B there are `num_vectors` logits; the piece is the sum of the bank's
 `topk` vectors with the largest logits, weighted by their softmax.
 
-Cost: A and B are made once a call, k r (in + out) products, which is nothing beside the T r (in + out) of LoRA; the
-gradient of the bank is that of a gather. So it costs what LoRA does, 1 + 3 r (in + out) / (2 in out).
+Cost: that of LoRA, 1 + 3 r (in + out) / (2 in out), beside which making A and B, k r (in + out), is nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, TargetConfig, check
 from ..config.targets import DEFAULT_TARGETS, by_type
-from .adapted import AdaptedLayer
 from .fused import Fused
 from .math.factored import FactoredMethod, dropout
-from .method import LayerInfo, State, check_indices
+from .method import AdaptedLayer, LayerInfo, State, check_indices
 
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 
@@ -47,10 +45,8 @@ class VBLoRAConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="VBLORA"):
 
 def count_saved(tuner: Any, adapter: str = "default") -> tuple[int, int]:
     """(VB-LoRA's numbers in a file, counted in float32, and the other trained ones)."""
-    config = tuner.peft_config[adapter]
-    named = list(tuner.named_parameters())
-    logits = sum(p.numel() for n, p in named if "vblora_logits" in n)
-    bank = sum(p.numel() for n, p in named if "vblora_vector_bank" in n)
+    config, named = tuner.peft_config[adapter], list(tuner.named_parameters())
+    logits, bank = (sum(p.numel() for n, p in named if f"vblora_{what}" in n) for what in ("logits", "vector_bank"))
     others = sum(p.numel() for n, p in named if "vblora_" not in n and p.requires_grad)
     if not config.save_only_topk_weights:
         return bank + logits, others
@@ -80,9 +76,7 @@ class VBLoRA(FactoredMethod):
         {"r": 2, "num_vectors": 6, "vector_length": 4},
         {"r": 3, "num_vectors": 5, "vector_length": 2, "topk": 3, "save_only_topk_weights": True},
     )
-    model_methods: ClassVar[dict[str, Any]] = {
-        "get_nb_savable_parameters": count_saved, "print_savable_parameters": print_saved,
-    }  # fmt: skip
+    model_methods: ClassVar[Any] = {"get_nb_savable_parameters": count_saved, "print_savable_parameters": print_saved}
 
     def check_config(self, config: VBLoRAConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
@@ -123,14 +117,12 @@ class VBLoRA(FactoredMethod):
     def pack(self, config: VBLoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not config.save_only_topk_weights:
             return tensors
-        packed = {}
+        packed = {key: value for key, value in tensors.items() if "vblora_logits_" not in key}
         for key, value in tensors.items():
-            if "vblora_logits_" not in key:
-                packed[key] = value
-                continue
-            top, indices = value.topk(config.topk)
-            packed[key + INDICES] = indices.to(_index_dtype(config.num_vectors))
-            packed[key + WEIGHTS] = torch.softmax(top, dim=-1)[..., :-1].contiguous()
+            if key not in packed:
+                top, indices = value.topk(config.topk)
+                packed[key + INDICES] = indices.to(_index_dtype(config.num_vectors))
+                packed[key + WEIGHTS] = torch.softmax(top, dim=-1)[..., :-1].contiguous()
         return packed
 
     def unpack(self, config: VBLoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

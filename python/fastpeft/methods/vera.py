@@ -1,9 +1,8 @@
 """VeRA: W + diag(b) B diag(d) A, with A [r, in] and B [out, r] random, frozen and shared by all layers, and the vectors
 b and d trained (arXiv 2310.11454).
 
-Cost: A and B are multiplied with once each in both directions, T r (in + out) each; they have no gradients, so there is
-no third product. That is the least, 1 + r (in + out) / (in out) of the frozen layer: 1.25 at r = 256 and 2048 x 2048.
-Saved are B(d A x) for the gradient of b, and A x for that of d.
+Cost: A and B, which have no gradients, are multiplied with once each in both directions: 1 + r (in + out) / (in out) of
+the frozen layer, 1.25 at r = 256 and 2048 x 2048. Saved are B(d A x) for the gradient of b, and A x for that of d.
 """
 
 from __future__ import annotations

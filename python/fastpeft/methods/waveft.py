@@ -38,9 +38,6 @@ class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_ty
     proportional_parameters: bool = False
 
 
-AS_GIVEN = ("scaling", "random_loc_seed", "wavelet_family", "use_idwt")  # fields that layers have too
-
-
 class WaveFT(SpectrumMethod):
     prefix = "waveft_"
     config_class = WaveFTConfig
@@ -62,12 +59,13 @@ class WaveFT(SpectrumMethod):
     def make_state(self, config: WaveFTConfig, info: LayerInfo, shared: Any) -> State:
         count = shared.counts[info.name] if config.proportional_parameters else config.n_frequency
         self.check_count(count, info)
+        as_given = ("scaling", "random_loc_seed", "wavelet_family", "use_idwt")
         return {
             "waveft_spectrum": self.spectrum(count, 0.0 if config.init_weights else 0.01),
             "waveft_n_frequency": count,
             "waveft_indices": self.positions(count, config, info),
             "waveft_shape": (info.out_features, info.in_features),
-            **{f"waveft_{field}": getattr(config, field) for field in AS_GIVEN},
+            **{f"waveft_{field}": getattr(config, field) for field in as_given},
         }
 
     def update(self, s: Any) -> tuple[Update, Tensor]:

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...methods.adapted import AdaptedLayer
-from ...methods.method import AdapterView, Method
+from ...methods.method import AdaptedLayer, AdapterView, Method
 from ...weights.base import LayerInfo
 from ..containers import AdapterDict
 

@@ -23,10 +23,9 @@ from peft_kernels import PreparedCall, lora_linear
 
 from ...config.base import HasBias, HasFanInFanOut, TargetConfig
 from ...config.types import PeftWarning
-from ..adapted import AdaptedLayer
 from ..fused import Fused, FusedProjection, LowRank
 from ..math.draws import drawn_normal, kaiming_, normal_
-from ..method import Inner, LayerInfo, Method, State
+from ..method import AdaptedLayer, Inner, LayerInfo, Method, State
 from ..registry import registry
 from ..tied import Transposed, tied_fields, tied_names
 from . import start

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from peft_kernels import QuantWeight, lora_linear
 
 from ...weights.base import widened
-from ..adapted import AdaptedLayer
 from ..fused import Fused
-from ..method import Inner, Method
+from ..method import AdaptedLayer, Inner, Method
 
 Weight = Tensor | QuantWeight
 

@@ -32,14 +32,12 @@ class ProjectedMethod(Method):
         check_seed(config, self.seed)
 
     def drawn(self, config: Any, shapes: Sequence[tuple[int, ...]], draw: Draw, shift: int = 0) -> dict[str, Computed]:
-        """The projections, of these shapes, which `draw` takes from one generator, once, when the first is asked for.
-
-        shift: is added to the seed.
-        """
+        """The projections, of these shapes, which `draw` takes from one generator, once, when the first is asked for;
+        `shift` is added to the seed."""
         seed = getattr(config, self.seed) + shift
         drawn = functools.cache(lambda: draw(torch.Generator(device="cpu").manual_seed(seed)))
         return {
-            name: Computed(tuple(shape), functools.partial(lambda i: drawn()[i], i), config.save_projection)
+            name: Computed(shape, functools.partial(lambda i: drawn()[i], i), config.save_projection)
             for i, (name, shape) in enumerate(zip(self.projections, shapes, strict=True))
         }
 

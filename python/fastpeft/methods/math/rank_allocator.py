@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapted import AdaptedLayer
+from ..method import AdaptedLayer
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_E": 0}  # the trained tensors, and the dimension in which ranks are counted
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from peft_kernels import butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
-from ..adapted import AdaptedLayer
 from ..fused import Fused
-from ..method import Inner, LayerInfo, Method
+from ..method import AdaptedLayer, Inner, LayerInfo, Method
 from .cache import Cache
 from .factored import Weight
 

@@ -1,8 +1,7 @@
 """W -> W + A^T S B with a sparse S of trained values, and A, B fast linear transforms (FourierFT, WaveFT).
 
-x takes B, the n values of S, and A^T: a transform of d numbers costs d log d (Fourier) or d L (wavelets of L taps) per
-token, the values n; no matrix product, where the update as a dense matrix costs d^2 per token and d^2 log d to make.
-The backward keeps x alone and transforms it again.
+x takes B, the n values of S, and A^T: d log d (Fourier) or d L (wavelets of L taps) and n per token, where the update
+as a dense matrix costs d^2 and d^2 log d to make. The backward keeps x alone and transforms it again.
 """
 
 from __future__ import annotations

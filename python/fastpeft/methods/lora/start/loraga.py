@@ -59,28 +59,23 @@ class LoraGA(Start):
         return {}
 
     def factors(self, config: Any, info: LayerInfo, scaling: float, w: Tensor) -> tuple[Tensor, Tensor, None]:
-        gradient = getattr(info.module, GRADIENT).to(w)
+        r, options, gradient = config.r, config.lora_ga_config, getattr(info.module, GRADIENT).to(w)
         gradient = gradient.t() if info.base.fan_in_fan_out else gradient
-        return *lora_ga(w, gradient, config.r, scaling, config.lora_ga_config), None
-
-
-def lora_ga(w: Tensor, gradient: Tensor, r: int, scaling: float, config: LoraGAConfig) -> tuple[Tensor, Tensor]:
-    """A and B for W [out, in] and the gradient, of the same shape, of which 2 r singular components must exist."""
-    u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
-    first, second = torch.arange(r), torch.arange(r, 2 * r)
-    if config.direction == "random":
-        of_a = of_b = torch.randperm(2 * r)[:r]
-    else:
-        places = {"ArBr": (2 * first + 1, 2 * first), "A2rBr": (second, first), "ArB2r": (first, second)}
-        of_a, of_b = places[config.direction]
-    a, largest = v.t()[of_a], s[of_b]
-    b = u[:, of_b] @ torch.diag(largest)
-    if config.scale == "stable":
-        b = b * (w.shape[0] ** 0.25 / config.stable_gamma**0.5)
-    elif config.scale == "weight_svd":
-        of_w = torch.svd_lowrank(w, q=r, niter=4)[1]
-        if largest[0] > 0:
-            b = b * (of_w[0] / largest[0])
-    elif config.scale == "gd_scale":
-        a, b = a / scaling, b / scaling
-    return a, b
+        u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
+        first, second = torch.arange(r), torch.arange(r, 2 * r)
+        if options.direction == "random":
+            of_a = of_b = torch.randperm(2 * r)[:r]
+        else:
+            places = {"ArBr": (2 * first + 1, 2 * first), "A2rBr": (second, first), "ArB2r": (first, second)}
+            of_a, of_b = places[options.direction]
+        a, largest = v.t()[of_a], s[of_b]
+        b = u[:, of_b] @ torch.diag(largest)
+        if options.scale == "stable":
+            b = b * (w.shape[0] ** 0.25 / options.stable_gamma**0.5)
+        elif options.scale == "weight_svd":
+            of_w = torch.svd_lowrank(w, q=r, niter=4)[1]
+            if largest[0] > 0:
+                b = b * (of_w[0] / largest[0])
+        elif options.scale == "gd_scale":
+            a, b = a / scaling, b / scaling
+        return a, b, None

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ....config.types import PeftWarning, TaskType
-from ...adapted import AdaptedLayer
 from ...fused import Fused
-from ...method import Inner, LayerInfo
+from ...method import AdaptedLayer, Inner, LayerInfo
 from ..lora import Lora
 from . import variant
 

@@ -28,6 +28,7 @@ class BdLoraConfig:
         both = set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ())
         if both:
             raise ValueError(f"Found overlapping modules in target_modules_bd lists: {sorted(both)}.")
+        check(self, "nblocks", isinstance(self.nblocks, int) and self.nblocks >= 1, "a positive integer")
 
 
 class BlockDiagonalLinear(nn.Module):
@@ -69,9 +70,7 @@ class BdLora(Lora):
             lists = "neither target_modules_bd_a nor target_modules_bd_b"
             raise ValueError(f"Target {info.name!r} matches {lists}. Set match_strict=False if this is intentional.")
         n = options.nblocks
-        check(options, "nblocks", isinstance(n, int) and n >= 1, "a positive integer")
-        for which in blocked:
-            sizes = (info.in_features, config.r) if which == "A" else (config.r, info.out_features)
+        for which, sizes in blocked.items():
             if any(size % n for size in sizes):
                 what = f"{which} of {info.name!r}, from {sizes[0]} to {sizes[1]} features,"
                 raise ValueError(f"{what} cannot have nblocks={n} equal blocks.")
@@ -80,16 +79,14 @@ class BdLora(Lora):
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         state, nblocks = super().make_state(config, info, shared), config.use_bdlora.nblocks
-        for which in _blocked(config, info):
-            if which == "A":
-                state["lora_A"] = BlockDiagonalLinear(info.in_features, config.r, nblocks)
-            else:
-                state["lora_B"] = BlockDiagonalLinear(config.r, info.out_features, nblocks, init_zero=True)
+        for which, (ins, outs) in _blocked(config, info).items():
+            state[f"lora_{which}"] = BlockDiagonalLinear(ins, outs, nblocks, init_zero=which == "B")
         return state
 
 
-def _blocked(config: Any, info: LayerInfo) -> list[str]:
-    """Which of A and B are block-diagonal in a layer."""
+def _blocked(config: Any, info: LayerInfo) -> dict[str, tuple[int, int]]:
+    """Input and output sizes of those of A and B that are block-diagonal in a layer."""
     name, options = info.name.rpartition(".")[2], config.use_bdlora
-    patterns = {"A": options.target_modules_bd_a, "B": options.target_modules_bd_b}
-    return [which for which, parts in patterns.items() if any(part in name for part in parts or ())]
+    a, b = options.target_modules_bd_a or (), options.target_modules_bd_b or ()
+    sizes = {"A": (a, (info.in_features, config.r)), "B": (b, (config.r, info.out_features))}
+    return {which: size for which, (parts, size) in sizes.items() if any(part in name for part in parts)}

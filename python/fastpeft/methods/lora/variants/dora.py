@@ -23,12 +23,11 @@ from peft_kernels import PreparedCall, QuantWeight, dora_gain, dora_linear, dora
 from peft_kernels.dispatch import forward_mode
 
 from ....weights.base import BaseWeight, LayerInfo
-from ...adapted import AdaptedLayer
 from ...base_edit import EDIT
 from ...fused import Fused, FusedProjection
 from ...math.cache import Cache
 from ...math.row_norms import norms
-from ...method import Inner, State
+from ...method import AdaptedLayer, Inner, State
 from ..lora import Lora
 from . import variant
 

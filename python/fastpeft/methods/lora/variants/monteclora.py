@@ -40,6 +40,7 @@ class MontecloraConfig:
     def __post_init__(self) -> None:
         for name in ("num_samples", "dirichlet_prior", "buffer_size"):
             check(self, name, getattr(self, name) > 0, "greater than 0")
+        check(self, "num_samples", self.num_samples <= MAX_SAMPLES, f"at most {MAX_SAMPLES}")
 
 
 class Sampler(nn.Module):
@@ -111,11 +112,6 @@ class MonteClora(Lora):
     model_methods: ClassVar[Any] = {"_get_monteclora_loss": monteclora_loss}
     examples: ClassVar[Any] = ({"r": 3, "monteclora_config": MontecloraConfig(num_samples=3)},)
 
-    def check_config(self, config: Any, loading: bool = False) -> None:
-        super().check_config(config, loading)
-        if config.monteclora_config.num_samples > MAX_SAMPLES:
-            raise ValueError(f"MontecloraConfig(num_samples=...) should be at most {MAX_SAMPLES}.")
-
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         state = super().make_state(config, info, shared)
         return {**state, "lora_monteclora_sampler": Sampler(config.r, config.monteclora_config)}
@@ -127,5 +123,4 @@ class MonteClora(Lora):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         a = self.drawn(s)[0]
-        added: Tensor = s.lora_B(F.linear(s.lora_dropout(x.to(a.dtype)), a)) * s.scaling
-        return y + added
+        return y + s.lora_B(F.linear(s.lora_dropout(x.to(a.dtype)), a)) * s.scaling  # type: ignore[no-any-return]

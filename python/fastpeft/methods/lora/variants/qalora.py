@@ -1,9 +1,9 @@
 """QA-LoRA: A sees the sum of each group of inputs, so that the update fits a quantised weight's zero points
 (arXiv 2309.14717).
 
-With groups of g inputs, A is [r, in / g] and acts on the mean of each group times the number of groups, as in PEFT.
-So the matrix of A is each of its columns g times over, times in / g^2; that is merged, exactly. PEFT has this for GPTQ
-layers only and elsewhere trains a plain LoRA without a word; here every linear layer has it.
+With groups of g inputs, A is [r, in / g] and acts on the mean of each group times the number of groups, as in PEFT: its
+matrix, which is merged exactly, has each column g times over, times in / g^2. PEFT has this for GPTQ layers only and
+elsewhere trains a plain LoRA without a word; here every linear layer has it.
 """
 
 from __future__ import annotations

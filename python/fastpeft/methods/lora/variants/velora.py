@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....config.base import check, check_choice
-from ...adapted import AdaptedLayer
 from ...fused import Fused
-from ...method import Inner, LayerInfo, State
+from ...method import AdaptedLayer, Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
 
