@@ -98,12 +98,8 @@ class PeftConfig:
         known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            warnings.warn(
-                f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was probably "
-                "written by a newer version of PEFT.",
-                PeftWarning,
-                stacklevel=2,
-            )
+            message = f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was "
+            warnings.warn(f"{message}probably written by a newer version of PEFT.", PeftWarning, stacklevel=2)
         return config_cls(**{name: value for name, value in kwargs.items() if name in known})
 
     @classmethod

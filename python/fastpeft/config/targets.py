@@ -104,12 +104,9 @@ def _layer_indices(layers_pattern: Iterable[str] | str | None, names: list[str])
     index: dict[str, int] = {}
     for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern:
         left = [n for n in names if n not in index]
-        if is_plain(pattern):
-            inner = re.compile(rf"(?:^|\.){re.escape(pattern)}\.(\d+)\.")
-            index.update({n: int(m.group(1)) for n in left if (m := inner.search(n))})
-        else:
-            hits = match_names(pattern, left, prefix=r"(?:^|.*?\.)", suffix=r"\.(?P<idx>\d+)\.")
-            index.update({n: int(i) for n, i in hits.items()})
+        pattern = re.escape(pattern) if is_plain(pattern) else pattern
+        hits = match_names(pattern, left, prefix=r"(?:^|.*?\.)", suffix=r"\.(?P<idx>\d+)\.")
+        index.update({n: int(i) for n, i in hits.items()})
     return index
 
 

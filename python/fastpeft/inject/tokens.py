@@ -7,7 +7,7 @@ found as `<module>.token_adapter`, which gives PEFT's keys.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +100,6 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
         acts = following if leader else method
         plans.append(TokenPlan(inner, layer, state, acts, site, held or TrainableTokensWrapper(layer), leader))
     return plans
-
-
-def tie_tokens(adapter: str, plans: Sequence[TokenPlan]) -> None:
-    """Give tied modules the rows that they follow."""
-    layers = {plan.outer.name: plan.layer for plan in plans}
-    for plan in plans:
-        if plan.leader is not None:
-            plan.method.tie(None, adapter, layers, {plan.outer.name: plan.leader})
 
 
 def _leaders(tied: Mapping[str, str], tokens: Mapping[str, list[int]], config: Any) -> dict[str, str]:

@@ -245,9 +245,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
             warnings.warn(
                 "The new adapter changes base weights on which other adapters act: what these compute changes with it. "
                 "Save such adapters as plain LoRAs (path_initial_model_for_weight_conversion) to use several at once.",
-                PeftWarning,
-                stacklevel=2,
-            )
+                PeftWarning, stacklevel=2,
+            )  # fmt: skip
 
     def restore_base(self, adapter: str | None = None) -> None:
         """Take back what was changed for an adapter (None: for all), whatever was changed after it."""
