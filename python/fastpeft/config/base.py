@@ -11,19 +11,37 @@ import enum
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..files.checks import read_json
 from ..files.hub import find_adapter_file
-from .classes import CLASSES, class_of
 from .limits import MAX_RANK, check_config
 from .types import PeftType, PeftWarning, TaskType, peft_type
 
 CONFIG_NAME = "adapter_config.json"
 # The version of PEFT whose file format is written. It goes into `peft_version`, by which readers tell formats apart.
 PEFT_FORMAT_VERSION = "0.21.2"
+
+CLASSES: dict[str, type[Any]] = {}  # by the `peft_type` of their method; the methods' files fill it
+_loaders: list[Callable[[], None]] = []
+
+
+def loaded_by(load: Callable[[], None]) -> None:
+    """Let `load` import whatever defines configuration classes. The package says so, which stands above this file."""
+    _loaders.append(load)
+
+
+def class_of(peft_type: str) -> type[Any]:
+    """The configuration class of a method. NotImplementedError for a type that PEFT has and this version does not."""
+    for load in _loaders:
+        load()
+    found = CLASSES.get(peft_type)
+    if found is None:
+        have = ", ".join(sorted(CLASSES))
+        raise NotImplementedError(f"The method {peft_type} is not there yet; this version has: {have}.")
+    return found
 
 
 @dataclass
