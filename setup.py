@@ -183,7 +183,7 @@ class BuildNative(Command):
 
     description = "build the native library into peft_kernels/lib"
     user_options: ClassVar[list[tuple[str, str | None, str]]] = [
-        ("for-this-machine", None, "leave the CUDA half out where no GPU is seen"),
+        ("for-this-machine", None, "leave the CUDA half out where no GPU is seen")
     ]
     boolean_options: ClassVar[list[str]] = ["for-this-machine"]
 

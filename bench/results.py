@@ -1,4 +1,4 @@
-"""What a bench says: rich tables, JSON lines, an optional picture."""
+"""A bench's output: rich tables, JSON lines, an optional picture."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Row:
         return min(present, key=lambda n: self.stats[n].median) if present else None
 
     def ratios(self) -> list[dict[str, Any]]:
-        """What each claim came to; claims whose candidates were not run are left out."""
+        """The outcome of each claim; claims whose candidates were not run are left out."""
         found = []
         for claim in self.claims:
             mine, other = self.best(claim.ours), self.best(claim.against)

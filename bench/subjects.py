@@ -1,4 +1,4 @@
-"""What is measured: the same random weights as our layers, as bitsandbytes', as PEFT's, and dense.
+"""Subjects of measurement: the same random weights as our layers, as bitsandbytes', as PEFT's, and dense.
 
 Copies hold equal numbers in memory of their own (see measure.py). Nothing here is timed.
 """
@@ -63,7 +63,7 @@ def bnb_layer(q: QuantWeight, compute: torch.dtype) -> nn.Module:
 
 
 def our_layer(q: QuantWeight) -> nn.Module:
-    from fastpeft.weights.nf4_linear import NF4Linear
+    from fastpeft import NF4Linear
 
     return NF4Linear(q)
 

@@ -1,4 +1,4 @@
-"""What the cuda.py backends share: whether the CUDA library can run here, and the device and stream of a launch.
+"""Shared parts of the cuda.py backends: whether the CUDA library can run here, and the device and stream of a launch.
 
 On CPU tensors the same backends run a host build of the CUDA sources (csrc/simt): when forced, and when a test
 has loaded one (`native.use_simt`).
@@ -39,10 +39,7 @@ def ready() -> str | None:
 
 
 def backend(
-    fn: Callable[..., Any],
-    *,
-    dtypes: frozenset[torch.dtype] = FLOATS,
-    when: Callable[..., str | None] | None = None,
+    fn: Callable[..., Any], *, dtypes: frozenset[torch.dtype] = FLOATS, when: Callable[..., str | None] | None = None
 ) -> Backend:
     """The `Backend` of a function of the CUDA library: GPUs from sm_80, and CPU tensors as the top of this file says.
 

@@ -74,14 +74,14 @@ def check_beside(op: str, arg: str, got: Tensor, x: Tensor) -> None:
 
 
 def _requires_grad(argument: object) -> bool:
-    """Whether an operator's argument, a tensor or a list of tensors, records gradients."""
+    """True if an operator's argument, a tensor or a list of tensors, records gradients."""
     if isinstance(argument, Tensor):
         return argument.requires_grad
     return isinstance(argument, list) and any(isinstance(t, Tensor) and t.requires_grad for t in argument)
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode derivatives are being taken (`torch.func.jvp`, `dual_level`).
+    """True if forward-mode derivatives are being taken (`torch.func.jvp`, `dual_level`).
 
     A raw operator would drop them without a word; an `autograd.Function` that has none refuses by its name, so public
     functions go through theirs then.
@@ -90,7 +90,7 @@ def forward_mode() -> bool:
 
 
 def dispatch_observed() -> bool:
-    """Whether something would see an operator that torch dispatches: a compiler, mode, transform or profiler."""
+    """True if something would see an operator that torch dispatches: a compiler, mode, transform or profiler."""
     return bool(_compiling() or forward_ad._current_level >= 0 or _modes() or _transforms() or _profiled())
 
 

@@ -1,4 +1,4 @@
-"""Whether tensors are as they were: the one answer for everything that is kept of their values.
+"""Fingerprints of tensors: the one answer to whether they changed, for everything that is kept of their values.
 
 A write in place raises a tensor's version (`copy_`, `mul_`, an optimizer's step); a replaced tensor is another object.
 What leaves neither trace is noticed by memory: `t.data = other` and `t.set_(other)` by its place, writes to a whole
@@ -43,15 +43,15 @@ class Fingerprint:
 
     @property
     def known(self) -> bool:
-        """Whether it can ever be that nothing changed."""
+        """True if it can ever be that nothing changed."""
         return self._known
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same tensors, and unchanged."""
+        """True if these are the same tensors, and unchanged."""
         return len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors)) and self.unchanged()
 
     def unchanged(self) -> bool:
-        """Whether nothing was written to any of them."""
+        """True if nothing was written to any of them."""
         tensors = self._tensors
         return (
             self._known and [*map(_version, tensors)] == self._versions and addresses(tensors) == self._places

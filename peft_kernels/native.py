@@ -181,7 +181,7 @@ def use_simt(path: str | os.PathLike[str] | None) -> CDLL | None:
 
 
 def simt() -> bool:
-    """Whether a host build stands in for the CUDA library."""
+    """True if a host build stands in for the CUDA library."""
     return _host is not None
 
 

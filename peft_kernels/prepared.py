@@ -48,7 +48,7 @@ class Prepared:
         self.frozen = [t for t in frozen if t is not None]
 
     def holds(self, x: Tensor, given: tuple[Any, ...]) -> bool:
-        """Whether it serves this call."""
+        """True if it serves this call."""
         return (
             self.dtype is x.dtype and x.dim() > 0 and self.k == x.shape[-1] and self.forced is forced_backends()
             and len(given) == len(self.given) and all(map(is_, given, self.given))
@@ -58,7 +58,7 @@ class Prepared:
         )  # fmt: skip
 
     def holds_backward(self, dy: Tensor, x: Tensor, saved: Sequence[Tensor]) -> bool:
-        """Whether the backward may take what was packed: hooks of saved tensors put others in their places."""
+        """True if the backward may take what was packed: hooks of saved tensors put others in their places."""
         return (
             type(dy) is Tensor and not dispatch_observed() and self.forced is forced_backends()
             and addresses(saved) == self.addresses and x.dtype is self.dtype and x.is_contiguous()
@@ -123,7 +123,7 @@ def plain(*tensors: Tensor | None) -> list[Tensor] | None:
 
 
 def native_serves(*calls: tuple[Op, tuple[Any, ...]]) -> bool:
-    """Whether these calls of operators are sound and the native backend's. Errors come from the public function."""
+    """True if these calls of operators are sound and the native backend's. Errors come from the public function."""
     try:
         with torch.no_grad():
             for op, args in calls:

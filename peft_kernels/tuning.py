@@ -65,7 +65,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a configuration may depend on. bits: of an element of x. blocksize: of a 4-bit weight.
+    """Facts that a configuration may depend on. bits: of an element of x. blocksize: of a 4-bit weight.
 
     plain: rows of every operand start at a multiple of 16 elements and rows of the weight at a block. Elsewhere loads
     are narrow and need many registers, so the tables have small tiles for it.
@@ -149,7 +149,7 @@ def choose(kernel: str, arch: str, shape: Shape, run: Callable[[Config], object]
 
 
 def found() -> dict[tuple[str, str, Shape], list[tuple[float, Config]]]:
-    """What searches of this process timed: (kernel, table, bucket) -> (seconds, configuration), as in the table."""
+    """Timings of this process's searches: (kernel, table, bucket) -> (seconds, configuration), as in the table."""
     return dict(_found)
 
 

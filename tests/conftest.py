@@ -1,4 +1,4 @@
-"""What every test gets: no hub, fixed seeds, uninitialised memory that shows; and which tests run: the short form or
+"""Settings of every test: no hub, fixed seeds, uninitialised memory that shows; and which tests run: the short form or
 the full one, a part, `gpu` tests where there is a GPU, `ecosystem` tests where they are asked for.
 """
 

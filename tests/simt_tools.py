@@ -148,7 +148,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 def asan_environment() -> dict[str, str]:
-    """What a process needs in its environment to load an "asan" build. Skips where the runtime is missing."""
+    """The environment that a process needs to load an "asan" build. Skips where the runtime is missing."""
     command, version = compiler()
     name = f"libclang_rt.asan-{os.uname().machine}.so" if "clang" in version else "libasan.so"
     asked = subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -15,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
+PYTHON = ("python", "peft_kernels", "bench", "tools", "tests")
 
 
 @pytest.fixture
@@ -47,6 +49,18 @@ def test_lines_wrap_at_120(path: Path) -> None:
 def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 130
+
+
+@pytest.mark.parametrize("part", PYTHON)
+def test_docstrings_begin_with_a_noun_or_a_verb(part: str) -> None:
+    wrong = []
+    for file in sorted((ROOT / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                words = (ast.get_docstring(node) or "").split(maxsplit=1)
+                if words and words[0] in ("What", "Whether", "Who", "That"):
+                    wrong.append(f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}: {words[0]} {words[1][:60]}")
+    assert not wrong, "begin these with a noun or a verb of the field:\n" + "\n".join(wrong)
 
 
 def check(script: str) -> None:

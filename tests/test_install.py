@@ -50,7 +50,7 @@ def load(path: Path) -> ModuleType:
 
 
 def source_copy(target: Path) -> Path:
-    """What a fresh clone has, less what building does not read."""
+    """The files of a fresh clone, less what building does not read."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
         target.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, target / name)

@@ -174,7 +174,7 @@ def test_view_of_other_storage(bnb):
 
 
 def test_view_of_a_repacked_weight(bnb):
-    """What an eval-mode forward leaves behind on CPUs with AVX512-BF16 is another layout: refused, not misread."""
+    """An eval-mode forward leaves another layout behind on CPUs with AVX512-BF16: refused, not misread."""
     packed, state = bnb.quantize_4bit(weight((32, 64)), quant_type="nf4")
     state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="from_bnb: an eval-mode forward of bitsandbytes has repacked this weight"):

@@ -106,7 +106,7 @@ def races() -> CDLL:
 
 
 def run(lib: CDLL, name: str, bug: bool, seed: int) -> tuple[Tensor, str]:
-    """What the kernel leaves (NaN where it wrote nothing), and its error."""
+    """The kernel's output (NaN where it wrote nothing), and its error."""
     x, y = torch.arange(12.0 * N) % 17, torch.full((12 * N,), float("nan"))
     lib.pk_simt_set_seed(seed)
     code = lib.pk_planted(name.encode(), bug, x.data_ptr(), y.data_ptr())

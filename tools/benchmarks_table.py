@@ -42,7 +42,8 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- made by tools/benchmarks_table.py: begin -->", "<!-- made by tools/benchmarks_table.py: end -->"
 
 
-HEADS = {"benchmarks.md": """# Benchmarks
+HEADS = {
+    "benchmarks.md": """# Benchmarks
 
 Whole models, DoRA, mixed batches and rotations; single layers and every method are in
 [benchmarks_layers](benchmarks_layers.md). Made by `python tools/benchmarks_table.py` from the runs in `bench/results`;
@@ -61,10 +62,12 @@ in float32, which takes a Zen 4 twice the time of bfloat16.
 **No number here is from a GPU**: the GPU kernels have not been run on one yet. `make gpu-report` makes such a report,
 and `python -m bench --static` counts the instructions of every GPU kernel without one
 ([how to read it](kernels/without_a_gpu.md)).
-""", "benchmarks_layers.md": """# Benchmarks of single layers and of every method
+""",
+    "benchmarks_layers.md": """# Benchmarks of single layers and of every method
 
 Made by `python tools/benchmarks_table.py`; how to read it is in [benchmarks](benchmarks.md).
-"""}
+""",
+}
 
 MODES = {
     "ours-bf16-own": "fastpeft, bfloat16, own loss and layers",

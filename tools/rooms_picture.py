@@ -67,10 +67,7 @@ def arc(y_from: float, y_to: float, count: int, farthest: float) -> str:
     bend = x + out * 4 / 3
     path = f"M{x + 1} {y_from:.1f} C{bend:.1f} {y_from:.1f} {bend:.1f} {y_to:.1f} {x + 7} {y_to:.1f}"
     head = f"M{x + 2} {y_to:.1f} l8 -3.6 v7.2 z"
-    return (
-        f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{wide}"/>'
-        f'<path d="{head}" fill="{colour}"/>'
-    )
+    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{wide}"/><path d="{head}" fill="{colour}"/>'
 
 
 def places(

@@ -32,7 +32,7 @@ def say(text: str = "") -> None:
 
 
 def works() -> bool:
-    """Whether .venv is there, runs and has pip: an interrupted `python -m venv` leaves one that does not."""
+    """True if .venv is there, runs and has pip: an interrupted `python -m venv` leaves one that does not."""
     try:
         return subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode == 0
     except OSError:
@@ -101,7 +101,7 @@ def give_up(what: str) -> NoReturn:
 
 
 def resolve(wanted: list[str]) -> list[dict[str, Any]] | None:
-    """What pip would install, or None where it cannot say (its install below then tells why)."""
+    """The packages that pip would install, or None where it cannot say (its install below then tells why)."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         # Since pip 23.2 a dry run reads each package's metadata only and downloads nothing large.

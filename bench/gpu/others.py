@@ -1,4 +1,4 @@
-"""What a user would otherwise run on a GPU, where it is installed: one adapter for each, by the packages' own names.
+"""The alternatives on a GPU, where they are installed: one adapter for each, by the packages' own names.
 
 unsloth: `unsloth.kernels.apply_lora_o` over a PEFT layer (its fused LoRA projection; it has no dropout).
 vLLM: bitsandbytes' 4-bit product, then `lora_shrink` and `lora_expand` of `vllm.lora.ops.triton_ops`, as its LoRA

@@ -72,7 +72,7 @@ def peak_mib(call: Callable[[], object]) -> float:
 
 @dataclass
 class Run:
-    """What the report asks of its surroundings; tests put a fake device and clock here."""
+    """The report's questions to its surroundings; tests put a fake device and clock here."""
 
     device: str
     folder: Path

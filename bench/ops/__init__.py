@@ -12,7 +12,7 @@ from ..measure import Candidate
 
 
 def default_backends(device: str) -> list[str]:
-    """What a bench compares where nothing is named."""
+    """The comparison where nothing is named."""
     return ["native", "reference"] if device == "cpu" else ["cuda", "triton", "reference"]
 
 

@@ -98,7 +98,7 @@ def _theirs(
     weights: list[QuantWeight], x: Tensor, dy: Tensor, a: Tensor, b: Tensor, backward: bool, args: argparse.Namespace,
     absent: dict[str, str],
 ) -> list[Candidate]:  # fmt: skip
-    """What others run; `absent` gets what cannot be run here, and why."""
+    """Candidates of others; `absent` gets what cannot be run here, and why."""
 
     def layers() -> list[nn.Module]:
         return [subjects.bnb_layer(q, x.dtype) for q in weights]

@@ -12,14 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from peft_kernels import (
-    butterfly_linear,
-    butterfly_rotate,
-    cayley,
-    householder_rotate,
-    lora_linear,
-    pair_rotate,
-)
+from peft_kernels import butterfly_linear, butterfly_rotate, cayley, householder_rotate, lora_linear, pair_rotate
 from peft_kernels.dispatch import Op
 from peft_kernels.ops import butterfly_rotate as butterfly_op
 from peft_kernels.ops import cayley as cayley_op

@@ -37,7 +37,7 @@ def value(row: Row, name: str) -> Any:
 
 
 def holds(rule: dict[str, Any], row: Row) -> bool:
-    """Whether `rule` is about `row`."""
+    """True if `rule` is about `row`."""
     return all(value(row, k) in _listed(v) for k, v in rule["where"].items())
 
 

@@ -1,4 +1,4 @@
-"""What the CUDA kernels do, where their machine code does not say it: one entry for each kernel of `csrc/cuda`."""
+"""Facts of the CUDA kernels that their machine code does not say: one entry for each kernel of `csrc/cuda`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What GPUs can do, from their makers' public documents. The only home of these numbers; nothing here was measured.
+"""Limits of GPUs, from their makers' public documents. The only home of these numbers; nothing here was measured.
 
 Sources: NVIDIA's datasheets and architecture whitepapers of A100 (SXM4 80 GB), GeForce RTX 4090 (Ada), H100 (SXM5),
 H200 (SXM), B200 (as in HGX B200) and GeForce RTX 5090 (RTX Blackwell); limits per compute capability from the table

@@ -1,4 +1,4 @@
-"""What a recorded Triton launch does: its products, its bytes, its tiles. Read from the launch's own arguments."""
+"""The work of a recorded Triton launch: its products, its bytes, its tiles. Read from the launch's own arguments."""
 
 from __future__ import annotations
 

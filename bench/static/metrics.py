@@ -24,7 +24,7 @@ from . import gpus, sass
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch does. weights: 4-bit weights that a block decodes in one pass of its main loop (of all its code
+    """The work of a launch. weights: 4-bit weights that a block decodes in one pass of its main loop (of all its code
     where `straight`); 0 where it decodes none. tile: (BM, BN, BK) of a product with a weight. bytes: every operand and
     result once. fmas: multiply-adds of the launch. loop_bytes: of the operands' tiles in one pass of the main loop.
     passes: times that a block goes through it. wide: the products are of 16-bit numbers, so on the tensor cores."""

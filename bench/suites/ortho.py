@@ -54,9 +54,7 @@ def adapted(package: Any, config: str, options: dict[str, Any], base: nn.Module)
     return model.train()  # type: ignore[no-any-return]
 
 
-def row(
-    config: str, options: dict[str, Any], kind: str, m: int, width: int, target: float, layer: float | None
-) -> Row:
+def row(config: str, options: dict[str, Any], kind: str, m: int, width: int, target: float, layer: float | None) -> Row:
     import fastpeft
     import peft
 

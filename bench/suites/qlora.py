@@ -106,13 +106,7 @@ def step_row(args: argparse.Namespace) -> Row:
         Claim("same loss code, bf16", ["ours-bf16"], ["bnb-bf16"]),
     ]
     case = {"suite": "qlora", "what": "step", "tokens": 512, "dropout": args.dropout, "r": 16}
-    row = Row(
-        STEP.title,
-        case,
-        stats,
-        claims,
-        extra=extras(last, ["peak_mib", "cpu_s", "forward", "backward", "loss"]),
-    )
+    row = Row(STEP.title, case, stats, claims, extra=extras(last, ["peak_mib", "cpu_s", "forward", "backward", "loss"]))
     check_memory(row)
     return row
 

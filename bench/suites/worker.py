@@ -94,7 +94,7 @@ def waiting(device: Any) -> Callable[[], float]:
 
 
 def accelerate(model: Any, mode: str) -> None:
-    """What `-own` (fastpeft's training) and `-fast` (its decoding) add to transformers' model code."""
+    """The additions of `-own` (fastpeft's training) and `-fast` (its decoding) to transformers' model code."""
     if mode.endswith(("-fast", "-own")):
         from fastpeft.recipes import llama_cpu as transformers_fast
 

@@ -100,7 +100,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
 
 
 class _NoDevice:
-    """What Triton's `JITFunction` asks of a driver in order to compile: a target, and no device."""
+    """The driver that Triton's `JITFunction` asks for in order to compile: a target, and no device."""
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget

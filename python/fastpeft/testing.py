@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from peft_kernels.testing import assert_no_worse
 
 from .layer.layer import AdapterLayer
 from .layer.shared_tensors import fill_containers, held_containers
-from .methods.computed import SharedValues, compute
-from .methods.method import LayerInfo, Method, State
+from .methods.computed import compute
+from .methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,7 @@ def _ids() -> Tensor:
     return torch.cat([torch.randperm(31), torch.tensor([5])]).view(2, 16)
 
 
-def _rows() -> Tensor:
-    return torch.randn(2, 5, 24)
-
-
+_rows = functools.partial(torch.randn, 2, 5, 24)
 # Sizes are multiples of nothing; inputs have a batch dimension first.
 SAMPLE_BASES: dict[str, SampleBase] = {
     "linear": SampleBase(lambda: nn.Linear(24, 20), _rows),
@@ -76,7 +75,10 @@ def add_adapter(layer: AdapterLayer, name: str, method: Method, config: Any) -> 
     info, method = layer.info, method.variant(config)
     method.check_config(config)
     method.check_layer(config, info)
-    state, shared = make_tensors(method, config, info)
+    shared = method.make_shared(config, [info])
+    compute(shared)
+    state = method.make_state(config, info, SimpleNamespace(**shared))
+    compute(state)
     containers = fill_containers(shared, name, held_containers([layer]))
     layer.add(name, method, state, containers)
     tensors = [t for _, _, t in layer.adapter_state(name)]
@@ -85,15 +87,6 @@ def add_adapter(layer: AdapterLayer, name: str, method: Method, config: Any) -> 
         for tensor in tensors:
             if tensor.is_floating_point():
                 tensor.copy_(torch.randn_like(tensor) * 0.3)
-
-
-def make_tensors(method: Method, config: Any, info: LayerInfo) -> tuple[State, State]:
-    """What an adapter has in one layer, and what it would share with others."""
-    shared = method.make_shared(config, [info])
-    compute(shared)
-    state = method.make_state(config, info, SharedValues(shared) if shared else None)
-    compute(state)
-    return state, shared
 
 
 def assert_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> None:

@@ -110,7 +110,7 @@ def gather(y: Tensor) -> Tensor:
 
 
 def alone(model: Any) -> dict[str, Any]:
-    """What one process gives, and what float64 does."""
+    """Results of one process and of float64."""
     exact = copy.deepcopy(model).double()
     found = {"eager": step(model, IDS), "exact": step(exact, IDS)}
     for name, each in (("eager", model), ("exact", exact)):
@@ -183,7 +183,7 @@ def fsdp1(rank: int) -> dict[str, Any]:
 
 
 def refused() -> list[str]:
-    """What `fully_shard_model` refuses."""
+    """Messages of `fully_shard_model` for models that it refuses."""
     two = adapted("lora", "dense", None)
     two.base_model.model.layers[0].norm.weight.requires_grad_(True)  # bfloat16 beside the adapter's float32
     bank = adapted("vblora", "dense", None)

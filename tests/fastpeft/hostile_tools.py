@@ -1,4 +1,4 @@
-"""What the tests of hostile files share: a model, a sound adapter to spoil, and the check that it is refused."""
+"""Tools of the tests of hostile files: a model, a sound adapter to spoil, and the check that it is refused."""
 
 from __future__ import annotations
 

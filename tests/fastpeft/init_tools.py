@@ -1,4 +1,4 @@
-"""What the tests of initialisations share: a small model, adapters of it here and in PEFT, and comparisons."""
+"""Tools of the tests of initialisations: a small model, adapters of it here and in PEFT, and comparisons."""
 
 from __future__ import annotations
 

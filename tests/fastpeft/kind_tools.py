@@ -1,4 +1,4 @@
-"""What the tests over every registered method share: its kinds, which are its variants with their examples."""
+"""Tools of the tests over every registered method: its kinds, which are its variants with their examples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Kind:
         return hash((type(self.method), self.number))
 
     def adapts(self, base: str) -> bool:
-        """Whether it goes on a sample base."""
+        """True if it goes on a sample base."""
         try:
             self.variant.check_layer(self.config(), make_layer(base).info)
         except ValueError:

@@ -1,4 +1,4 @@
-"""What the tests of layers share: layers with adapters over every base, and what they must give."""
+"""Tools of the tests of layers: layers with adapters over every base, and the outputs that they must give."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lora_layer(base: str | nn.Module = "linear", names: str = "a", **options: An
 
 
 def composed(layer: AdapterLayer, x: Tensor) -> Tensor:
-    """What the layer must give, without its plan: the slow, plain path."""
+    """The output that the layer must give, without its plan: the slow, plain path."""
     names = [n for n in layer.active_adapters if n in layer.methods]
     if layer.disable_adapters or layer.merged:
         names = []
@@ -58,9 +58,7 @@ def assert_as_composed(layer: AdapterLayer, x: Tensor) -> Tensor:
 def _linear4bit(nested: bool = True, quant_type: str = "nf4", compute_dtype: torch.dtype | None = None) -> nn.Module:
     import bitsandbytes as bnb
 
-    layer = bnb.nn.Linear4bit(
-        64, 96, quant_type=quant_type, compress_statistics=nested, compute_dtype=compute_dtype
-    )
+    layer = bnb.nn.Linear4bit(64, 96, quant_type=quant_type, compress_statistics=nested, compute_dtype=compute_dtype)
     nn.init.normal_(layer.bias)
     return layer.to("cpu")  # quantises
 

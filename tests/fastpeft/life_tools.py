@@ -1,4 +1,4 @@
-"""What the tests of an adapter's life share: a tiny model, and a case for every method and variant."""
+"""Tools of the tests of an adapter's life: a tiny model, and a case for every method and variant."""
 
 from __future__ import annotations
 

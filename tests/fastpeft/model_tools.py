@@ -1,4 +1,4 @@
-"""What the tests of whole models share: a small model here and in PEFT, and comparisons of the two."""
+"""Tools of the tests of whole models: a small model here and in PEFT, and comparisons of the two."""
 
 from __future__ import annotations
 

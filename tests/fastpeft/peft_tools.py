@@ -1,4 +1,4 @@
-"""What the tests of methods beside live PEFT share: the same layer with the same adapter in both libraries."""
+"""Tools of the tests of methods beside live PEFT: the same layer with the same adapter in both libraries."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def assert_as_good(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]
 
 
 def agree(a: Tensor, b: Tensor) -> bool:
-    """Whether results are equal to float32's resolution of the largest element; in float64 only a formula differs."""
+    """True if results are equal to float32's resolution of the largest element; in float64 only a formula differs."""
     return bool(((a - b).abs() <= 4 * torch.finfo(torch.float32).eps * b.abs().max()).all())
 
 

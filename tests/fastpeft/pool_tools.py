@@ -1,4 +1,4 @@
-"""What the tests of AdapterPool share: small adapters as files, and what a model answers with one of them alone."""
+"""Tools of the tests of AdapterPool: small adapters as files, and a model's answers with one of them alone."""
 
 from __future__ import annotations
 

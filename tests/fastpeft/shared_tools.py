@@ -1,4 +1,4 @@
-"""What the tests of methods with shared tensors share: a small model, their cases, and the same model in PEFT."""
+"""Tools of the tests of methods with shared tensors: a small model, their cases, and the same model in PEFT."""
 
 from __future__ import annotations
 

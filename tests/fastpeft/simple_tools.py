@@ -1,4 +1,4 @@
-"""What the tests of IA3, BEFT, LN tuning, tokens, SHiRA, SuperTuning, AdaMSS, Lily and PEANuT share."""
+"""Tools of the tests of IA3, BEFT, LN tuning, tokens, SHiRA, SuperTuning, AdaMSS, Lily and PEANuT."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def trained(model: Any) -> dict[str, nn.Parameter]:
 
 
 def shake(model: Any) -> None:
-    """What training does: other values, the same here and there."""
+    """The effect of training: other values, the same here and there."""
     torch.manual_seed(3)
     with torch.no_grad():
         for _, p in sorted(trained(model).items()):

@@ -13,7 +13,7 @@ import torch
 from fastpeft.config.types import PeftWarning
 from fastpeft.methods.method import Method
 from fastpeft.methods.registry import registry
-from fastpeft.recipes.convert import _svd_of_product
+from fastpeft.model.merge_math import svd_of_product
 from torch import Tensor, nn
 
 tools = runpy.run_path(str(Path(__file__).with_name("init_tools.py")))
@@ -128,7 +128,7 @@ def test_known_factors_are_exact_at_their_own_rank(rank: float, tmp_path: Path) 
 
 def test_factors_without_the_weights_size() -> None:
     a, b = torch.randn(3, 40, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
-    u, s, v = _svd_of_product(a, b)
+    u, s, v = svd_of_product(a, b)
     assert_near(u * s @ v, b @ a)
     assert_near(s, torch.linalg.svdvals(b @ a)[:3])
 
@@ -248,5 +248,3 @@ def test_signatures_are_pefts() -> None:
     for name in ("convert_to_lora", "save_as_lora"):
         mine, theirs = (inspect.signature(getattr(m, name)).parameters for m in (fastpeft, conversion))
         assert {n: p.default for n, p in mine.items()} == {n: p.default for n, p in theirs.items()}
-
-

@@ -135,7 +135,7 @@ def test_the_older_fsdp_wraps_blocks_and_what_trains(results: Any) -> None:
 
 
 def test_a_sharded_layer_is_not_replaced_and_keeps_its_dtypes() -> None:
-    """What needs no second process: the parameters that FSDP2 shards."""
+    """The part that needs no second process: the parameters that FSDP2 shards."""
     layer = fastpeft.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), double_quant=False)[0]
     before, state = layer(torch.ones(1, 64)), layer.state_dict()
     layer.share_parameters()

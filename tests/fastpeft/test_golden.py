@@ -115,7 +115,7 @@ def test_outputs_and_gradients_are_those_of_peft(name):
 
 
 def kind_of(key: str) -> str:
-    """What the parameters of all layers have in common: `lora_A.weight`."""
+    """The part of their names that the parameters of all layers share: `lora_A.weight`."""
     before, _, after = key.partition(".default")
     return before.rpartition(".")[2] + after
 

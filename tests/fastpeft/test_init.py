@@ -51,7 +51,7 @@ def test_layers_that_store_their_weight_transposed(init: str) -> None:
 
 
 def test_half_precision_starts_closer_than_peft() -> None:
-    """What A and B lose when they are rounded, the base keeps."""
+    """The base keeps what A and B lose when they are rounded."""
     base = model().bfloat16()
     w = base.first.weight.double()
     errors = []

@@ -44,7 +44,7 @@ def test_quantised_bases_are_requantised_and_restored(make: Any, options: dict[s
 
 
 def test_a_plain_lora_of_a_quantised_base(tmp_path: Any) -> None:
-    """What requantising the rest of a weight changes stays behind, which a warning says."""
+    """Requantising the rest of a weight leaves an error, which a warning says."""
     adapted = wrap(fastpeft, nf4(), init_lora_weights="pissa")
     adapted.save_pretrained(tmp_path / "initial")
     train(adapted)
@@ -84,7 +84,7 @@ def test_a_loftq_adapter_on_the_base_that_it_was_made_for(tmp_path: Any) -> None
     if (name, init) != ("bnb-4bit", "corda")
 ])  # fmt: skip
 def test_every_initialisation_starts_near_the_base_and_goes_back(name: str, init: str, dora: bool) -> None:
-    """What is left of the weight is quantised again; no more than that keeps the start from the base.
+    """The rest of the weight is quantised again; no more than that keeps the start from the base.
 
     DoRA begins with the norms of the base's rows: it moves them by less than requantising did."""
     base = BASES[name]()

@@ -142,7 +142,7 @@ class ByHand:
 
 
 def assert_composition(layer: AdapterLayer, names: Sequence[str], x: torch.Tensor) -> None:
-    """What is left of the law where an adapter has no merged form: the layer is its adapters, one after another.
+    """The rest of the law where an adapter has no merged form: the layer is its adapters, one after another.
 
     An adapter that computes with the dense weight cannot come after it, and says so.
     """

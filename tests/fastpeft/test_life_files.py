@@ -88,7 +88,7 @@ WRONG_IN_PEFT = {
 
 
 def with_peft(case: Case, make: Any) -> Any:
-    """What `make(peft)` gives, where PEFT has this kind and can make it here."""
+    """The result of `make(peft)`, where PEFT has this kind and can make it here."""
     for name, what in WRONG_IN_PEFT.items():
         if repr(case).startswith(name) and case.place == "linear":
             pytest.skip(f"PEFT {what}")

@@ -215,12 +215,12 @@ def test_hiras_ranks_are_one_as_pefts_are() -> None:
         ("GraloraConfig", {"r": 6, "gralora_k": 3}, "lin", "out_features should be divisible"),
         ("GraloraConfig", {"r": 5}, "lin", "divisible by gralora_k"),
         ("MissConfig", {"r": 25}, "lin", "less than or equal to in_features"),
-        ("MissConfig", {"r": 5, "init_weights": "bat"}, "lin", "fully divisible"),
+        ("MissConfig", {"r": 5, "init_weights": "bat"}, "lin", "must be divisible by r "),
         ("MissConfig", {"r": 4, "init_weights": "bat", "miss_dropout": 0.1}, "lin", "cannot act"),
         ("MissConfig", {"r": 4, "init_weights": "mini", "mini_r": 3}, "lin", "divisible by `mini_r`"),
         ("MissConfig", {"init_weights": "ball"}, "lin", "'bat' or 'mini'"),
         ("GloraConfig", {"config_C": "constant"}, "lin", "Invalid config_C"),
-        ("DeftConfig", {"decomposition_method": "svd"}, "lin", "Unknown decomposition_method"),
+        ("DeftConfig", {"decomposition_method": "svd"}, "lin", "Invalid decomposition_method"),
     ],
 )
 def test_errors(name: str, options: dict[str, Any], layer: str, match: str) -> None:

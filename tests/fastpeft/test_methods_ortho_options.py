@@ -113,6 +113,7 @@ def test_osf_targets_every_linear_layer_where_it_knows_no_default() -> None:
 @pytest.mark.parametrize("rank", [1.0, 20, 21, 1000])
 def test_osf_freezes_all_directions_where_the_rank_is_not_below_the_smaller_size(rank: float, tmp_path: Path) -> None:
     """As PEFT does, which does not warn: other layers train, and files go both ways."""
+
     def adapted(library: Any, folder: Path | None = None) -> Any:
         torch.manual_seed(0)
         base = nn.Sequential()
@@ -212,7 +213,7 @@ def test_waveft_shares_its_parameters_out_as_peft() -> None:
     ("OSFConfig", {"effective_rank": 0}, "lin", "at least 1"),
     ("OSFConfig", {}, "conv2", "cannot adapt"),
     ("FourierFTConfig", {}, "lin", "at most in_features"),
-    ("WaveFTConfig", {"wavelet_family": "db11"}, "lin", "not supported"),
+    ("WaveFTConfig", {"wavelet_family": "db11"}, "lin", "Invalid wavelet_family value: .db11."),
     ("WaveFTConfig", {"n_frequency": 0}, "lin", "positive integer"),
     ("C3AConfig", {}, "lin", "factor of the input size"),
     ("C3AConfig", {"init_weights": "zeros", "block_size": 4}, "lin", "Unknown init_weights"),

@@ -188,7 +188,7 @@ def test_ln_tuning_on_any_norm_and_with_other_adapters() -> None:
 
 
 def test_adamss_clusters_as_scikit_learn_does() -> None:
-    """What KMeans(5, init="random", n_init=1, max_iter=10, random_state=123456789) of scikit-learn 1.9 finds."""
+    """Clusters of scikit-learn 1.9, KMeans(5, init="random", n_init=1, max_iter=10, random_state=123456789)."""
     found = cluster(torch.sin(torch.arange(60.0) ** 1.7).view(20, 3), 5)
     labels = torch.empty(20, dtype=torch.long)
     for i, members in enumerate(found):

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fastpeft import LoraConfig, get_peft_model
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 

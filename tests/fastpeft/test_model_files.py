@@ -182,7 +182,7 @@ def test_an_adapter_on_the_meta_device_waits_for_its_values() -> None:
 
 @pytest.mark.parametrize("added", [False, True])
 def test_tensors_of_another_size_are_left_out_on_demand(added: bool, tmp_path: Path) -> None:
-    """What is left out starts as in PEFT, for the same seed."""
+    """Tensors that are left out start as in PEFT, for the same seed."""
     get_peft_model(llama(), LoraConfig(**config())).save_pretrained(tmp_path)
     base = llama()
     base.model.layers[1].mlp.down_proj = nn.Linear(30, 16, bias=False)

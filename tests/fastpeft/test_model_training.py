@@ -21,9 +21,7 @@ from fastpeft import LoraConfig, PeftModel, get_peft_model
 from peft_kernels.testing import assert_no_worse
 
 tools = runpy.run_path(str(Path(__file__).with_name("model_tools.py")))
-X, llama, config, pair = (
-    tools[name] for name in ("X", "llama", "config", "pair")
-)
+X, llama, config, pair = (tools[name] for name in ("X", "llama", "config", "pair"))
 
 
 @pytest.fixture(autouse=True)
@@ -132,9 +130,7 @@ def test_names_are_found_where_scripts_look_for_them() -> None:
     from fastpeft.tuners.ia3 import IA3Config, IA3Layer
     from fastpeft.tuners.lora import Embedding, Linear, LoraLayer, LoraModel
     from fastpeft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    from fastpeft.utils import (
-        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS,
-    )
+    from fastpeft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
     from fastpeft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 
     ours, _ = pair(modules_to_save=["lm_head"])

@@ -1,4 +1,4 @@
-"""What PEFT exports and this does not, name by name with the reason, so that nothing is missing silently."""
+"""Names that PEFT exports and this does not, one by one with the reason, so that nothing is missing silently."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ GAPS = {
     "nothing that a configuration names is imported": """
         auto:*import_allowlist
     """,
-    "a method is a class of `Method`, with `@register`": """
+    "a method is a class of `Method` with a `config_class`": """
         *:register_peft_method
     """,
     "see experts.py": """

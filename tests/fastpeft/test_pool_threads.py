@@ -28,7 +28,7 @@ def marked(root: Path, count: int, ranks: tuple[int, ...] = (4,)) -> None:
 
 
 def holds(pool: AdapterPool, slot: int, name: str) -> bool:
-    """Whether a slot holds this marked adapter, wholly and in every layer."""
+    """True if a slot holds this marked adapter, wholly and in every layer."""
     number = float(name[1:])
     parts = content(pool, slot)
     return len(parts) == len(pool.layers) and all((t == number).all() for a, b, _ in parts.values() for t in (a, b))

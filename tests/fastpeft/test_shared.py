@@ -163,9 +163,7 @@ def test_empty_tensors_until_a_file_fills_them(case):
     torch.manual_seed(0)
     low = fastpeft.get_peft_model(Net(), configuration(fastpeft, case), low_cpu_mem_usage=True)
     assert all(p.is_meta for p in trained(low).values())
-    result = fastpeft.set_peft_model_state_dict(
-        low, fastpeft.get_peft_model_state_dict(whole), low_cpu_mem_usage=True
-    )
+    result = fastpeft.set_peft_model_state_dict(low, fastpeft.get_peft_model_state_dict(whole), low_cpu_mem_usage=True)
     assert result.missing_keys == []
     assert not [n for n, t in [*low.named_parameters(), *low.named_buffers()] if t.is_meta]
     assert_same(low.eval()(IDS), whole.eval()(IDS), case)

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from peft_kernels.testing import assert_no_worse
 
 tools = runpy.run_path(str(Path(__file__).with_name("simple_tools.py")))
-IDS, Net, check, load, make, trained = (
-    tools[name] for name in ("IDS", "Net", "check", "load", "make", "trained")
-)
+IDS, Net, check, load, make, trained = (tools[name] for name in ("IDS", "Net", "check", "load", "make", "trained"))
 
 
 def test_shira_with_a_mask_of_ones_own(tmp_path: Path) -> None:

@@ -18,9 +18,7 @@ from torch import nn
 from peft_kernels.testing import assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("simple_tools.py")))
-check, llama, make, shake, trained = (
-    tools[name] for name in ("check", "llama", "make", "shake", "trained")
-)
+check, llama, make, shake, trained = (tools[name] for name in ("check", "llama", "make", "shake", "trained"))
 
 
 def test_trained_rows_of_a_linear_layer_keep_its_bias() -> None:

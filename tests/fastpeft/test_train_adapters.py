@@ -125,7 +125,7 @@ def test_methods_may_differ(world: Path, tmp_path: Path, names: tuple[str, ...])
 
 
 def lines(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
-    """What metrics.jsonl says of each adapter."""
+    """The lines of metrics.jsonl by adapter, without times."""
     keys = ("step", "epoch", "loss", "held_out_loss", "lr", "grad_norm", "tokens", "learned_tokens")
     found: dict[str, list[tuple[Any, ...]]] = {}
     for line in read_metrics(folder / "metrics.jsonl"):

@@ -100,7 +100,7 @@ def mixed(dtype: torch.dtype) -> fastpeft.PeftModel:
 
 
 def quick_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call of `Routed.quick` served."""
+    """True if each call of `Routed.quick` served."""
     found, quick = [], routing.Routed.quick
 
     def counted(self: routing.Routed, x: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The weight that is made a few rows at a time, and never kept (weight_side.py)."""
+"""The weight that is made a few rows at a time, and never kept (made_weight.py)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_weight_side_is_right_in_every_tile(monkeypatch: pytest.MonkeyPatch) -> 
 
     def call(*args: Tensor) -> Tensor:
         x, a, b, bias = args
-        return weight_side(x, 10, lambda: lambda i, j, a, b: torch.tanh(a[i:j] @ b), a, b, bias=bias)
+        return weight_side(x, 10, lambda: None, lambda _, i, j, a, b: torch.tanh(a[i:j] @ b), a, b, bias=bias)
 
     assert_near(call(x, a, b, bias), x @ torch.tanh(a @ b).t() + bias)
     assert torch.autograd.gradcheck(call, (x, a, b, bias))

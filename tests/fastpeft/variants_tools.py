@@ -1,4 +1,4 @@
-"""What the tests of LoRA's variants share: a net with every kind of layer, and a pair of models, ours and PEFT's."""
+"""Tools of the tests of LoRA's variants: a net with every kind of layer, and a pair of models, ours and PEFT's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the golden folder of each name was made with: the arguments of PEFT's configuration, and three keys beside them.
+"""The arguments that the golden folder of each name was made with: those of PEFT's configuration, and three keys.
 
 peft_type: the method; without it LoRA. base: which of `zoo.BASES` is adapted; without it "zoo". call: further arguments
 of the model's forward. A name begins with the method's or the variant's, so that `pytest -k loha` selects.

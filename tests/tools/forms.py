@@ -90,8 +90,7 @@ def grid(*axes: Iterable[Any], strength: int = 1) -> list[Any]:
     """All combinations of the axes' values, as parameters. The short form has each value of each axis, with strength 2
     each pair of values of two axes."""
     return [
-        pytest.param(*value, marks=() if short else pytest.mark.full_form)
-        for value, short in _covering(axes, strength)
+        pytest.param(*value, marks=() if short else pytest.mark.full_form) for value, short in _covering(axes, strength)
     ]
 
 

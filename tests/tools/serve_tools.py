@@ -50,7 +50,7 @@ def make_adapter(root: Path, name: str, seed: int) -> Path:
 
 
 class Alone:
-    """What each adapter answers when it is alone, by transformers' `generate`."""
+    """Each adapter's answers when it is alone, by transformers' `generate`."""
 
     def __init__(self, root: Path, nf4: bool = False) -> None:
         self.root, self.nf4 = root, nf4
@@ -92,7 +92,7 @@ class Running:
         return self.post(model=model, prompt=prompt, max_tokens=tokens, **{"temperature": 0, **more})
 
     def idle(self) -> bool:
-        """Whether nothing is left of any request: no row, no handler, no lease, no page of the cache."""
+        """True if nothing is left of any request: no row, no handler, no lease, no page of the cache."""
         engine = self.engine
         processor: Any = engine.manager.batch_processor
         tables = [a.block_table for a in processor.cache.cache_allocators.values()]

@@ -177,11 +177,7 @@ class _ButterflyLinear(torch.autograd.Function):
 
 
 def butterfly_linear(
-    x: Tensor,
-    weight: Tensor | QuantWeight,
-    blocks: Tensor,
-    bias: Tensor | None = None,
-    gain: Tensor | None = None,
+    x: Tensor, weight: Tensor | QuantWeight, blocks: Tensor, bias: Tensor | None = None, gain: Tensor | None = None
 ) -> Tensor:
     """`gain * (butterfly_rotate(x, blocks) W^T) + bias`, differentiable in x, blocks, bias, gain and a dense weight.
 

@@ -29,6 +29,4 @@ def dequantize_4bit(
     return out
 
 
-BACKENDS = {
-    "dequantize_4bit": backend(dequantize_4bit, dtypes=frozenset({torch.uint8}), when=refuse_dtype),
-}
+BACKENDS = {"dequantize_4bit": backend(dequantize_4bit, dtypes=frozenset({torch.uint8}), when=refuse_dtype)}

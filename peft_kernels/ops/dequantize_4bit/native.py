@@ -35,5 +35,5 @@ BACKENDS = {
         dtypes=frozenset({torch.uint8}),
         available=native.available,
         when=refuse_dtype,
-    ),
+    )
 }

@@ -119,7 +119,7 @@ def _training(x: Tensor, given: tuple[Any, ...]) -> DoraStep | None:
 
 
 def _plain_column(t: Tensor, n: int) -> bool:
-    """Whether a magnitude or a gain is as the kernel reads it."""
+    """True if a magnitude or a gain is as the kernel reads it."""
     return t.shape == (n,) and t.dtype is _F32 and t.is_contiguous() and t.is_leaf and t.is_cpu
 
 

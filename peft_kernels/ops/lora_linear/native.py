@@ -103,7 +103,7 @@ _STEP = struct.Struct("=q64s8q88sq16s3q80s")  # pk_lora_args, what a step change
 
 
 def fields(packed: bytes) -> tuple[bytes, ...]:
-    """What `put` takes of a `pack`: the parts that stay from step to step."""
+    """The parts of a `pack` that `put` takes: those that stay from step to step."""
     parts = _STEP.unpack(packed)
     return parts[1], parts[10], parts[12], parts[16]
 

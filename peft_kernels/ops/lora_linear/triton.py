@@ -127,7 +127,7 @@ def _options(config: tuning.Config) -> dict[str, int]:
 
 
 def _tiling(config: tuning.Config, n: int, k: int) -> dict[str, int]:
-    """What the two large products take beside their tiles."""
+    """Arguments of the two large products beside their tiles."""
     even = {"EVEN_N": n % config.BN == 0, "EVEN_K": k % config.BK == 0}
     return {"GROUP": config.GROUP, "LEFT": config.LEFT, **even, **_options(config)}
 
@@ -222,7 +222,7 @@ def forward(
 
 @dataclass(frozen=True)
 class Gain:
-    """What dora_linear does to h = x W^T + scaling s b^T: y = gain * h + bias, plus what y held with `add`.
+    """The epilogue of dora_linear on h = x W^T + scaling s b^T: y = gain * h + bias, plus what y held with `add`.
 
     gain: float32 [N]. h: where h is kept, like y, or None.
     """
@@ -244,7 +244,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Turn:
-    """What butterfly_linear does to x before the product: its columns times blocks, in the product's own tiles.
+    """The prologue of butterfly_linear on x before the product: its columns times blocks, in the product's own tiles.
 
     blocks: float32 [K / size or 1, size, size], contiguous; size a power of two that divides every BK of "turned" in
     `tuned/`, whose rows say for how many rows of x there is a tile.

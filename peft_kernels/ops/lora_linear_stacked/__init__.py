@@ -142,18 +142,18 @@ def lists_of(flat: Sequence[Any], n: int) -> Lists:
 
 
 def saved_of(x: Tensor | None, lists: Lists, ss: Sequence[Tensor]) -> list[Tensor | None]:
-    """What the backward needs of a stack: x, then per list the tensors of each projection."""
+    """Tensors that the backward needs of a stack: x, then per list the tensors of each projection."""
     adapted = [s if a is not None else None for s, a in zip(ss, lists[_A], strict=True)]
     return [x, *(t for i in (0, 1, 2, 3, 4, _A, _B, _SEED) for t in lists[i]), *adapted]
 
 
 def needs_x(lists: Lists) -> bool:
-    """Whether the backward reads x: a frozen layer without an adapter needs its shape only."""
+    """True if the backward reads x: a frozen layer without an adapter needs its shape only."""
     return any(a is not None for a in lists[_A]) or any(w.requires_grad for w in lists[_WEIGHT])
 
 
 def numbers_of(lists: Lists) -> Lists:
-    """What the backward needs of a stack besides tensors: `gradients` takes it back."""
+    """Values that the backward needs of a stack besides tensors: `gradients` takes it back."""
     bias = [None if t is None else t.dtype for t in lists[_BIAS]]
     return (*lists[5:8], lists[_SCALING], lists[_DROPOUT], bias)
 
@@ -229,9 +229,7 @@ class _Stacked(torch.autograd.Function):
         return dx, None, *grads
 
 
-def flat_projections(
-    op: str, x: Tensor, projections: Sequence[Projection], names: Sequence[str], k: int
-) -> list[Any]:
+def flat_projections(op: str, x: Tensor, projections: Sequence[Projection], names: Sequence[str], k: int) -> list[Any]:
     """The operator's lists, concatenated. Seeds that are needed and not given are drawn, in order."""
     fields: list[list[Any]] = []
     for name, projection in zip(names, projections, strict=True):

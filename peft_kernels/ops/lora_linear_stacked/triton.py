@@ -58,7 +58,7 @@ def _config(kernel: str, x: Tensor, n: int, k: int, r: int, weights: Sequence[An
 
 
 def _tiling(config: tuning.Config, features: Sequence[int], k: int) -> dict[str, Any]:
-    """What the kernels take beside their tiles: as in lora_linear, EVEN_N by projection."""
+    """Arguments of the kernels beside their tiles: as in lora_linear, EVEN_N by projection."""
     return {**single._tiling(config, 0, k), "EVEN_N": tuple(n % config.BN == 0 for n in features)}
 
 

@@ -118,7 +118,7 @@ class Layer(NamedTuple):
 
 
 def serves_layers(x: Tensor, layer: Layer) -> bool:
-    """Whether the native library serves such layers, by the rules of the operator: a backend may be forced."""
+    """True if the native library serves such layers, by the rules of the operator: a backend may be forced."""
     if not all(t.is_contiguous() for t in (*layer.a, *layer.b)):
         return False
     a, b, empty = layer.a[0], layer.b[0], x.new_empty((0,))

@@ -44,7 +44,7 @@ def outputs(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def no_nesting(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What stands for nested_absmax, nested_code and offset where there is no nesting."""
+    """Stand-ins for nested_absmax, nested_code and offset where there is no nesting."""
     return tuple(w.new_empty((0,), dtype=torch.float32) for _ in range(3))  # type: ignore[return-value]
 
 
@@ -115,11 +115,7 @@ op = Op(
 
 
 def quantize_4bit(
-    w: Tensor,
-    quant_type: str = "nf4",
-    blocksize: int = 64,
-    nested: bool = False,
-    nested_blocksize: int = 256,
+    w: Tensor, quant_type: str = "nf4", blocksize: int = 64, nested: bool = False, nested_blocksize: int = 256
 ) -> QuantWeight:
     """`w` in 4 bits: a `QuantWeight` of w's shape, device and dtype. Not differentiable; detaches.
 

@@ -1,4 +1,4 @@
-"""What rounding to the 4-bit tables and to the nested 8-bit map means, once, for every backend.
+"""Rounding to the 4-bit tables and to the nested 8-bit map, defined once for every backend.
 
 A scaled value goes to the nearest table entry; the midpoints between neighbours are computed in float32 and a value on
 a midpoint goes down. FP4 holds zero twice (codes 0 and 8): (-0.0026, 0] becomes code 0 and (0, 0.0026] code 8. A NaN

@@ -37,6 +37,4 @@ def quantize_4bit(
     return packed, codes, nested_absmax, nested_code, offset
 
 
-BACKENDS = {
-    "quantize_4bit": Backend("native", quantize_4bit, frozenset({"cpu"}), available=native.available),
-}
+BACKENDS = {"quantize_4bit": Backend("native", quantize_4bit, frozenset({"cpu"}), available=native.available)}

@@ -144,11 +144,7 @@ def _reference_backward(
     dv = p.to(q.dtype).flatten(2, 3).transpose(-1, -2) @ grad.flatten(2, 3)
     dk = ds.flatten(2, 3).transpose(-1, -2) @ turned_q.flatten(2, 3)
     dq = (ds @ turned_k).flatten(1, 2)
-    return (
-        _turned_back(dq, cos, sin, q.dtype),
-        _turned_back(dk, cos, sin, q.dtype),
-        dv.transpose(1, 2).contiguous(),
-    )
+    return (_turned_back(dq, cos, sin, q.dtype), _turned_back(dk, cos, sin, q.dtype), dv.transpose(1, 2).contiguous())
 
 
 backward_op = Op(

@@ -182,7 +182,7 @@ def methods(cls: type) -> dict[str, inspect.Signature]:
 
 
 def disagreements(theirs: dict[str, list[tuple[str, str, Any]]]) -> list[str]:
-    """What of `PunicaWrapperBase`, given as the parameters of its methods, `LoraOps` does not have in the same way."""
+    """Members of `PunicaWrapperBase`, given as the parameters of its methods, in which `LoraOps` differs."""
     ours = methods(LoraOps)
     wrong = [f"{name} is new" for name in theirs if name not in ours and name not in LEFT]
     for name, signature in ours.items():

@@ -30,13 +30,13 @@ class _HeldBy(type):
 
 @functools.cache
 def layer_class(method: Method, name: str) -> type:
-    """`isinstance(module, LoraLayer)`: whether a module is an adapter layer with an adapter of that method."""
+    """`isinstance(module, LoraLayer)`: true of an adapter layer with an adapter of that method."""
     label = next((label for label in _LABELS if name.endswith(label)), None)
     return _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
 
 
 def _is_layer(method: Method, name: str) -> bool:
-    """Whether PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
+    """True if PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
     whose = next((name.removesuffix(end) for end in (*_LABELS, "Layer") if name.endswith(end)), None)
     own = {method.model_name.removesuffix("Model").lower(), "svd" if method.model_name == "AdaLoraModel" else ""}
     return whose is not None and (whose.lower() in own or name in _LABELS)

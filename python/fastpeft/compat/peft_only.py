@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -66,7 +67,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:
-    """Whether a configuration adapts the module of this name."""
+    """True if a configuration adapts the module of this name."""
     return bool(match_targets(config, [key]).names)
 
 
@@ -115,7 +116,7 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Whether a folder, or a repository on the Hub, holds an adapter."""
+    """True if a folder, or a repository on the Hub, holds an adapter."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except Exception:  # whatever is wrong with it, it is no adapter
@@ -139,26 +140,17 @@ def update_signature(model: Any, method: str = "all") -> None:
         setattr(model, name, types.MethodType(call, model))
 
 
-def update_forward_signature(model: Any) -> None:
-    update_signature(model, "forward")
+update_forward_signature = functools.partial(update_signature, method="forward")
+update_generate_signature = functools.partial(update_signature, method="generate")
 
 
-def update_generate_signature(model: Any) -> None:
-    update_signature(model, "generate")
-
-
-class DoraCaching:
+class DoraCaching(contextlib.nullcontext[None]):
     """Accepted as in PEFT, where it keeps norms of DoRA's weights between calls. Here what of them stays the same is
     always kept, and the rest costs so little that nothing is left to turn on."""
 
     def __init__(self, enabled: bool = True) -> None:
+        super().__init__()
         self.enabled = enabled
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: Any) -> None:
-        pass
 
     def __call__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -177,7 +169,7 @@ class MontecloraTrainerMixin:
 
 
 def is_xpu_available(check_device: bool = False) -> bool:
-    """Whether torch has an XPU; check_device: and can reach one."""
+    """True if torch has an XPU; check_device: and can reach one."""
     if not check_device or not torch.xpu.is_available():
         return torch.xpu.is_available()
     try:
@@ -185,14 +177,6 @@ def is_xpu_available(check_device: bool = False) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _available(package: str) -> Callable[[], bool]:
-    def is_available() -> bool:
-        return util.find_spec(package) is not None
-
-    is_available.__doc__ = f"Whether {package} is installed. It is not imported to answer."
-    return is_available
 
 
 def __getattr__(name: str) -> Any:
@@ -209,4 +193,4 @@ def __getattr__(name: str) -> Any:
     package = _PACKAGES.get(name.removeprefix("is_").removesuffix("_available"))
     if package is None or name != f"is_{name[3:-10]}_available":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _available(package)
+    return lambda: util.find_spec(package) is not None  # it is not imported to answer

@@ -60,14 +60,18 @@ class PeftConfig:
     runtime_fields: ClassVar[tuple[str, ...]] = ()
     # What PEFT's configuration of this method lacks: it works here, and is left out of files while it has its default.
     not_in_peft: ClassVar[tuple[str, ...]] = ()
-    # The method of this class, which is then the value of `peft_type`.
+    # The method of this class, which is then the value of `peft_type`: `class VeraConfig(TargetConfig, own_type=...)`.
     own_type: ClassVar[PeftType | None] = None
+    # All values of fields that have few, and the least value of others.
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    least: ClassVar[Mapping[str, int]] = {}
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
 
-    def __init_subclass__(cls) -> None:
-        if vars(cls).get("own_type") is not None:
-            CLASSES[vars(cls)["own_type"].value] = cls
+    def __init_subclass__(cls, own_type: str | None = None) -> None:
+        if own_type is not None:
+            cls.own_type = PeftType(own_type)
+            CLASSES[own_type] = cls
 
     def __post_init__(self) -> None:
         self.peft_type = self.own_type or self.peft_type
@@ -81,6 +85,11 @@ class PeftConfig:
             self.peft_type = peft_type(self.peft_type)
         if self.peft_version is None:
             self.peft_version = PEFT_FORMAT_VERSION
+        for name, values in self.choices.items():
+            check_choice(self, name, *values)
+        for name, least in self.least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as json holds it: enums as text, sets as sorted lists, nested configurations as dicts."""
@@ -227,5 +236,19 @@ def check_ranks(r: object, pattern: Mapping[str, object] | None = None, field: s
 def check_probabilities(config: Any) -> None:
     """ValueError for a dropout that is no probability below one."""
     for name, value in vars(config).items():
-        if name.endswith("dropout") and not 0.0 <= value < 1.0:
-            raise ValueError(f"`{name}` should be in [0, 1), got {value!r}")
+        if name.endswith("dropout"):
+            check(config, name, 0.0 <= value < 1.0, "in [0, 1)")
+
+
+def check(config: Any, field: str, good: bool, expected: str) -> None:
+    """ValueError for the value of a field unless it is good."""
+    if not good:
+        raise ValueError(f"`{field}` should be {expected}, got {getattr(config, field)!r}")
+
+
+def check_choice(config: Any, field: str, *allowed: Any) -> None:
+    """ValueError for a value that is none of those allowed."""
+    if getattr(config, field) not in allowed:
+        *others, last = (repr(value) for value in allowed)
+        valid = f"{', '.join(others)} or {last}"
+        raise ValueError(f"Invalid {field} value: {getattr(config, field)!r}. Valid values are: {valid}.")

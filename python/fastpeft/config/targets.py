@@ -21,30 +21,30 @@ from .types import NoMatchingPeftModuleError, PeftWarning
 
 ALL_LINEAR = "all-linear"
 
-# Targets that several model types have in common.
-_COMMON = {
-    ("q_proj", "v_proj"): "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 "
-    "stablelm",
-    ("query", "value"): "bert electra layoutlm roberta xlm-roberta",
-    ("query_key_value",): "bloom chatglm falcon gpt_neox RefinedWeb RefinedWebModel",
-    ("c_attn",): "gpt2 gpt_bigcode",
-    ("q", "v"): "mt5 t5",
-}
+
+def by_type(table: Mapping[str, str]) -> dict[str, Any]:
+    """Names of modules by model type, from the types that have them: {"k v": "t5"} gives {"t5": ["k", "v"]}."""
+    return {model: names.split() for names, models in table.items() for model in models.split()}
+
+
 # What PEFT adapts when no target is named, by `model.config.model_type`. Methods that differ override an entry.
-DEFAULT_TARGETS: dict[str, list[str] | str] = {
-    **{model: [*targets] for targets, models in _COMMON.items() for model in models.split()},
-    "blip-2": ["q", "v", "q_proj", "v_proj"],
-    "btlm": ["c_proj", "c_attn"],
-    "codegen": ["qkv_proj"],
-    "deberta": ["in_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "mpt": ["Wqkv"],
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "rwkv": ["key", "value", "receptance", "output"],
-    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
-}
+DEFAULT_TARGETS: dict[str, list[str] | str] = by_type({
+    "q_proj v_proj": "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm",
+    "q_proj v_proj fc1 fc2": "phi",
+    "q_proj k_proj v_proj o_proj": "nemotron_h",
+    "r_proj k_proj v_proj o_proj key value": "rwkv7",
+    "key value receptance output": "rwkv",
+    "query value": "bert electra layoutlm roberta xlm-roberta",
+    "query_proj value_proj": "deberta-v2",
+    "query_key_value": "bloom chatglm falcon gpt_neox RefinedWeb RefinedWebModel",
+    "q v": "mt5 t5",
+    "q v q_proj v_proj": "blip-2",
+    "c_attn": "gpt2 gpt_bigcode",
+    "c_proj c_attn": "btlm",
+    "in_proj": "deberta",
+    "qkv_proj": "codegen",
+    "Wqkv": "mpt",
+}) | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}  # fmt: skip
 
 
 @dataclass

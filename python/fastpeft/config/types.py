@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 
 
 class PeftType(str, enum.Enum):
@@ -84,3 +85,8 @@ class NoMatchingPeftModuleError(PeftError):
 
 class PeftWarning(UserWarning):
     """Something was ignored or changed that the user should know of."""
+
+
+def warn(message: str, level: int = 1) -> None:
+    """A PeftWarning. level: 1 where it is about the call of the caller, 2 where about the call before that."""
+    warnings.warn(message, PeftWarning, stacklevel=level + 2)

@@ -103,8 +103,7 @@ def report(
     wrong: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Raise KeyMismatchError that lists the keys of tensors that do not fit; nothing if there are none."""
-    labels = ("missing", "unexpected", "size mismatch for", "not floating-point")
-    found = zip(labels, (missing, unexpected, mismatched, wrong), strict=True)
-    problems = [f"{label}: {list_some(keys)}" for label, keys in found if keys]
+    found = {"missing": missing, "unexpected": unexpected, "size mismatch for": mismatched, "not floating-point": wrong}
+    problems = [f"{label}: {list_some(keys)}" for label, keys in found.items() if keys]
     if problems:
         raise KeyMismatchError(f"{where} does not fit the model. " + ". ".join(problems))

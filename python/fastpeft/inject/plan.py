@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper, check_savable
 from ..layer.shared_tensors import fill_containers, held_containers
 from ..methods.base_edit import EDIT
-from ..methods.computed import SharedValues, compute
+from ..methods.computed import compute
 from ..methods.method import LayerInfo, Method, State
 from ..methods.registry import method_of
 from .modules import (
@@ -223,8 +224,8 @@ def _plan(
     saved = _plan_saved(resolved, sites, leaders)
     with torch.device("meta") if low_cpu_mem_usage else nullcontext():
         shared = method.make_shared(resolved, infos)
-        view = SharedValues(shared) if shared else None
         compute(shared, low_cpu_mem_usage, later=loading and low_cpu_mem_usage)
+        view = SimpleNamespace(**shared)
         states = [method.make_state(configs.get(info.name, resolved), info, view) for info in infos]
         tokens = plan_tokens(model, resolved, sites, matched.names)
 

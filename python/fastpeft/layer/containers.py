@@ -154,6 +154,36 @@ class AdapterDict(nn.Module):
         return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in tensors.items() if t is not None)
 
 
+class AdapterValues(dict[str, Any]):
+    """Plain values by adapter (`layer.scaling`). version: as an `AdapterDict`'s."""
+
+    version = 0
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.version += 1
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self.version += 1
+        super().__delitem__(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self.version += 1
+        return super().pop(name, *default)
+
+    def update(self, *items: Any, **named: Any) -> None:
+        self.version += 1
+        super().update(*items, **named)
+
+    def __ior__(self, items: Any) -> AdapterValues:  # type: ignore[override, misc]
+        self.update(items)
+        return self
+
+    def clear(self) -> None:
+        self.version += 1
+        super().clear()
+
+
 class ActiveAdapters:
     """Active, merged and disabled adapters of a module: PEFT's properties."""
 

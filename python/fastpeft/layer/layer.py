@@ -24,7 +24,7 @@ from .base import MergingLayer
 from .by_row.names import Recall, RowValues
 from .by_row.rows import RowState
 from .compose import Stack
-from .containers import AdapterDict
+from .containers import AdapterDict, AdapterValues
 from .shared_tensors import SharedDict
 
 
@@ -114,10 +114,14 @@ class AdapterLayer(MergingLayer):
     def version(self) -> int:
         """Rises with each change of the adapters, of the containers' entries, of the base weight and of the mode.
 
-        Tensors have versions of their own, and values such as `scaling` are compared: whoever keeps what it made of a
-        layer looks at all three (`Packed`, `Cache`). What writes to a few elements without a trace calls `changed()`.
+        Tensors have versions of their own (`peft_kernels.Fingerprint`): whoever keeps what it made of a layer looks at
+        both. What writes to a few elements without a trace calls `changed()`.
         """
-        return self._version + sum([c.version for c in self._modules.values() if isinstance(c, AdapterDict)])
+        total = self._version + getattr(self._scaling, "version", 0)
+        for module in self._modules.values():
+            if isinstance(module, AdapterDict):
+                total += module.version
+        return total
 
     def changed(self) -> None:
         """Forget whatever was made from the layer's adapters, base and mode: one of them is another now."""
@@ -127,9 +131,7 @@ class AdapterLayer(MergingLayer):
 
     # Adding and removing adapters
 
-    def add(
-        self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None
-    ) -> None:
+    def add(self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None) -> None:
         """Add an adapter whose state was made by `method.make_state`. Replaces one of the same name.
 
         shared: the containers of what the adapter's layers share, by their names on a tuner.
@@ -155,7 +157,7 @@ class AdapterLayer(MergingLayer):
             value = state.get(name)
             holds_tensors = name in method.tensors or isinstance(value, (nn.Module, Tensor))
             if name not in self._modules and name not in self.__dict__:
-                setattr(self, name, AdapterDict() if holds_tensors else {})
+                setattr(self, name, AdapterDict() if holds_tensors else AdapterValues())
             container = getattr(self, name)
             if isinstance(container, AdapterDict) and value is not None:
                 container.set(adapter, value, persistent=method.saves(state, name))
@@ -265,8 +267,9 @@ class AdapterLayer(MergingLayer):
         return self._forward(x, args, kwargs)
 
     def plan(self) -> Fused | None:
-        """What computes this layer in one call (`Method.fused`), made anew after each change of the layer. None while
-        several adapters, none or merged ones are active, and where the method has no such function.
+        """The function that computes this layer in one call (`Method.fused`), made anew after each change of the layer.
+
+        None while several adapters, none or merged ones are active, and where the method has no such function.
         """
         compiling = torch.compiler.is_compiling()  # a graph makes its own, and does not depend on one that is there
         made: Fused | None = self.rows.plan()

@@ -4,12 +4,11 @@
 that the model returns has `orth_reg_weight` times the mean of |A A^T - 1| and |B^T B - 1| added. A file holds the ranks
 that were kept, which its configuration's `rank_pattern` names; a loaded adapter has only those. As in PEFT, "/ r" is by
 the rank at the start. One active adapter is one call of `lora_linear` with diag(E) A in A's place.
-
-(This file is longer than others by the checks of a configuration that has all of LoRA's fields.)
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,27 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.targets import DEFAULT_TARGETS
-from ..config.types import PeftType, PeftWarning
+from ..config.targets import DEFAULT_TARGETS, by_type
+from ..config.types import PeftWarning
 from ..files.checks import PREFIX
 from .adapted import AdaptedLayer
 from .lora.lora import LoraConfig
+from .math import rank_allocator as ranks
+from .math.draws import drawn_normal, normal_
 from .math.factored import FactoredMethod, dropout
-from .math.rank_allocator import (
-    PARTS,
-    by_layer,
-    install,
-    layers_of,
-    resize_modules_by_rank_pattern,
-    select,
-    update_and_allocate,
-)
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class AdaLoraConfig(LoraConfig):
+class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
     """Of LoRA's fields those that name targets, lora_alpha, lora_dropout, init_lora_weights (a bool) and bias act.
 
     init_r, target_r: mean rank of the layers at the start and in the end. tinit, tfinal: steps before and after the
@@ -47,7 +38,7 @@ class AdaLoraConfig(LoraConfig):
     uncertainty. orth_reg_weight: of the orthogonality of A and B in the loss. rank_pattern: the ranks that were kept.
     """
 
-    own_type = PeftType.ADALORA
+    least: ClassVar[Any] = {"orth_reg_weight": 0}
 
     rank_pattern: dict[str, Any] | None = None
     target_r: int = 8
@@ -64,8 +55,6 @@ class AdaLoraConfig(LoraConfig):
         super().__post_init__()
         if self.total_step is None or self.total_step <= 0:
             raise ValueError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
-        if self.orth_reg_weight < 0:
-            raise ValueError(f"`orth_reg_weight` should be at least 0, got {self.orth_reg_weight}")
         if not 0 <= self.tinit < self.total_step - self.tfinal or self.deltaT < 1:
             raise ValueError(
                 "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
@@ -83,27 +72,20 @@ WITHOUT_MEANING = (
 )  # fmt: skip
 
 
-@register
 class AdaLora(FactoredMethod):
     prefix = "lora_"
     config_class = AdaLoraConfig
-    tensors = PARTS
+    tensors = tuple(ranks.RANK_DIM)
     dropout = "lora_dropout"
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
-    default_targets: ClassVar[dict[str, Any]] = {
-        **DEFAULT_TARGETS,
-        "t5": ["q", "k", "v", "o", "wi", "wo"],
-        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-        "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "roberta": ["query", "key", "value", "dense"],
-        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-    }
+    default_targets: ClassVar[dict[str, Any]] = DEFAULT_TARGETS | by_type({
+        "q_proj k_proj v_proj out_proj fc1 fc2": "bart opt", "q k v o wi wo": "t5", "q k v o wi_0 wi_1 wo": "mt5",
+        "query key value dense": "roberta", "query_proj key_proj value_proj dense": "deberta-v2",
+    })  # fmt: skip
     counts = ("r", "init_r", "target_r")
     examples = ({"init_r": 4, "total_step": 9, "lora_alpha": 3}, {"init_r": 2, "total_step": 9, "lora_alpha": 0})
     model_methods: ClassVar[dict[str, Any]] = {
-        "update_and_allocate": update_and_allocate,
-        "resize_modules_by_rank_pattern": resize_modules_by_rank_pattern,
+        f.__name__: f for f in (ranks.update_and_allocate, ranks.resize_modules_by_rank_pattern)
     }
 
     def check_config(self, config: AdaLoraConfig, loading: bool = False) -> None:
@@ -117,37 +99,30 @@ class AdaLora(FactoredMethod):
             warnings.warn("AdaLoRA does not use `r`; its ranks are `init_r` and `target_r`.", PeftWarning, stacklevel=2)
 
     def make_state(self, config: AdaLoraConfig, info: LayerInfo, shared: Any) -> State:
-        r, columns = config.init_r, int(torch.Size(info.shape[1:]).numel())
-        a, e, b, ranknum = torch.empty(r, columns), torch.empty(r, 1), torch.empty(info.out_features, r), torch.empty(1)
-        if not a.is_meta:  # in PEFT's order
-            a, e, b = torch.randn(r, columns), torch.randn(r, 1), torch.randn(info.out_features, r)
-            ranknum = torch.randn(1).fill_(float(r))
-            if config.init_lora_weights:
-                e.zero_()
-                a.normal_(0.0, 0.02)
-                b.normal_(0.0, 0.02)
+        r, columns = config.init_r, math.prod(info.shape[1:])
+        a, e, b = drawn_normal(r, columns), drawn_normal(r, 1), drawn_normal(info.out_features, r)  # in PEFT's order
+        ranknum = drawn_normal(1).fill_(float(r))
+        if config.init_lora_weights:
+            e.zero_()
+            normal_(a, std=0.02)
+            normal_(b, std=0.02)
         return {
-            "lora_A": nn.Parameter(a),
-            "lora_B": nn.Parameter(b),
-            "lora_E": nn.Parameter(e),
-            "r": r,
-            "lora_alpha": config.lora_alpha,
+            "lora_A": nn.Parameter(a), "lora_B": nn.Parameter(b), "lora_E": nn.Parameter(e),
+            "r": r, "lora_alpha": config.lora_alpha,
             "scaling": config.lora_alpha if config.lora_alpha > 0 else float(r),
-            "lora_dropout": dropout(config.lora_dropout),
-            "ranknum": nn.Parameter(ranknum, requires_grad=False),
-        }
+            "lora_dropout": dropout(config.lora_dropout), "ranknum": nn.Parameter(ranknum, requires_grad=False),
+        }  # fmt: skip
 
     # Files
 
     def pack(self, config: AdaLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        kept, packed = by_layer(config.rank_pattern or {}), {}
-        for key, tensor in tensors.items():
+        kept = ranks.by_layer(config.rank_pattern or {})
+        packed = {key: t for key, t in tensors.items() if not key.endswith(".ranknum")}  # it follows from the pattern
+        for key, tensor in packed.items():
             layer, _, part = key.removeprefix(PREFIX).rpartition(".")
-            if part == "ranknum":  # follows from the configuration
-                continue
-            pattern = kept.get(layer, ()) if part in PARTS else ()
-            whole = len(pattern) == tensor.shape[1 if part == "lora_B" else 0]
-            packed[key] = select(part, tensor, pattern) if pattern and whole and not all(pattern) else tensor
+            own, dim = kept.get(layer), ranks.RANK_DIM.get(part)
+            if own and dim is not None and len(own) == tensor.shape[dim]:
+                packed[key] = ranks.select(part, tensor, own)
         return packed
 
     def unpack(self, config: AdaLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,12 +130,12 @@ class AdaLora(FactoredMethod):
         return tensors | {f"{layer}ranknum": torch.tensor([float(config.init_r)]) for layer in layers}
 
     def make_room(self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        old = {part: getattr(layer, part)[adapter] for part in PARTS}
-        r = len(tensors["lora_E"]) if "lora_E" in tensors else len(old["lora_E"])
-        if r != len(old["lora_E"]):
-            shapes = {"lora_A": (r, old["lora_A"].shape[1]), "lora_E": (r, 1), "lora_B": (len(old["lora_B"]), r)}
-            if all(part in tensors and tensors[part].shape == shape for part, shape in shapes.items()):
-                install(layer, adapter, {part: old[part].detach().new_zeros(shape) for part, shape in shapes.items()})
+        old = {part: getattr(layer, part)[adapter] for part in ranks.RANK_DIM}
+        r = len(tensors.get("lora_E", old["lora_E"]))
+        shapes = {"lora_A": (r, old["lora_A"].shape[1]), "lora_B": (len(old["lora_B"]), r), "lora_E": (r, 1)}
+        fits = all(part in tensors and tensors[part].shape == shape for part, shape in shapes.items())
+        if fits and r != len(old["lora_E"]):
+            ranks.install(layer, adapter, {part: old[part].detach().new_zeros(shape) for part, shape in shapes.items()})
 
     # Math
 
@@ -170,12 +145,10 @@ class AdaLora(FactoredMethod):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         info = inner.info
-        if info.kind == "linear" and len(s.lora_E):
+        if info.kind == "linear":
             return super().output(s, shared, x, y, inner)
         a, b = self.factors(s, shared, None)
         x = s.lora_dropout(x.to(a.dtype))
-        if info.kind == "linear":  # every rank was dropped: zeros, with gradients of no numbers
-            return y + F.linear(F.linear(x, a), b)
         if info.groups > 1 or not len(a):
             return y + inner.apply(x, (b @ a).reshape(info.shape))
         rows = inner.apply(x, a.reshape(-1, *info.shape[1:]))
@@ -189,12 +162,11 @@ class AdaLora(FactoredMethod):
 
     def model_output(self, tuner: Any, adapter: str, output: Any) -> Any:
         loss, weight = getattr(output, "loss", None), tuner.peft_config[adapter].orth_reg_weight
-        if isinstance(loss, Tensor):
-            losses = []
-            for _, layer in layers_of(tuner, adapter):
-                for m in (layer.lora_A[adapter], layer.lora_B[adapter].t()):
-                    if m.requires_grad:
-                        losses.append((m @ m.t() - torch.eye(len(m), device=m.device, dtype=m.dtype)).norm())
-            if losses:
-                output.loss = loss + weight * sum(part.to(loss.device) for part in losses) / len(losses)
+        if not isinstance(loss, Tensor):
+            return output
+        pairs = ((layer.lora_A[adapter], layer.lora_B[adapter].t()) for _, layer in ranks.layers_of(tuner, adapter))
+        trained = [m for pair in pairs for m in pair if m.requires_grad]
+        losses = [(m @ m.t() - torch.eye(len(m), device=m.device, dtype=m.dtype)).norm() for m in trained]
+        if losses:
+            output.loss = loss + weight * sum(part.to(loss.device) for part in losses) / len(losses)
         return output

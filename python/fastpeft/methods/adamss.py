@@ -4,9 +4,6 @@
 W + B_i A_i V, where A_i and B_i are trained. So W + B A V, with the A_i stacked and the B_i on their clusters' rows: a
 LoRA of rank K, the sum of the clusters' ranks (5 by default), whose first factor is A V. FLOPs beside the frozen
 layer's: 3 * 2 * tokens * K * (in + out). The least has out * K / subspaces in place of out * K; 1.01 either way.
-(Longer than most: which subspaces go on training, `update_and_allocate`, is a part of the method.)
-
-(Longer than others by the adaptive allocation of subspaces, which is half of this file.)
 """
 
 from __future__ import annotations
@@ -20,14 +17,12 @@ from torch import Tensor, nn
 
 from ..config.base import TargetConfig
 from ..config.targets import DEFAULT_TARGETS
-from ..config.types import PeftType
 from .math.kmeans import cluster
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
-class AdamssConfig(TargetConfig):
+class AdamssConfig(TargetConfig, own_type="ADAMSS"):
     """r: of the approximation. num_subspaces: clusters of rows. subspace_rank: of each cluster's update, or with
     use_dynamic_rank at most that, counting singular values above svd_threshold of the largest. init_weights:
     "orthogonal" starts at the identity, None does not. random_seed: of the approximation. use_asa: while training,
@@ -36,8 +31,8 @@ class AdamssConfig(TargetConfig):
     final_warmup, every mask_interval steps, along a curve of asa_schedule_exponent; asa_importance_beta and
     asa_uncertainty_beta average importance over steps."""
 
-    own_type = PeftType.ADAMSS
     not_in_peft = ("exclude_modules",)
+    choices: ClassVar[Any] = {"init_weights": ("orthogonal", None)}
 
     r: int = 100
     num_subspaces: int = 5
@@ -56,21 +51,14 @@ class AdamssConfig(TargetConfig):
     random_seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.init_weights = self.init_weights or None
-        if self.init_weights not in ("orthogonal", None):
-            raise ValueError(f"init_weights must be 'orthogonal' or None, got {self.init_weights}")
+        super().__post_init__()
         for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent") if self.use_asa else ():
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive when `use_asa=True`, got {getattr(self, name)}.")
         if self.use_asa and self.init_warmup >= self.final_warmup:
-            raise ValueError(
-                "`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got "
-                f"init_warmup={self.init_warmup} and final_warmup={self.final_warmup}."
-            )
-
-
-_AVERAGES = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")
+            got = f"init_warmup={self.init_warmup} and final_warmup={self.final_warmup}"
+            raise ValueError(f"`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got {got}.")
 
 
 def update_and_allocate(tuner: Any, global_step: int) -> None:
@@ -81,38 +69,33 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
             continue
         views = [m.view(adapter) for _, m in tuner.adapter_layers() if isinstance(m.methods.get(adapter), Adamss)]
         for s in views:
-            _update_importance(s, config)
-        if global_step % config.mask_interval:
-            continue
-        total, target = sum(s.num_subspaces for s in views), config.asa_target_subspaces
-        left = 1.0 - (global_step - config.init_warmup) / (config.final_warmup - config.init_warmup)
-        _keep_best(views, int(target + (total - target) * left**config.asa_schedule_exponent))
-        for s in views:
-            for name in _AVERAGES:
-                getattr(s, name)[:] = [None] * s.num_subspaces
+            _measure(s, config)
+        if global_step % config.mask_interval == 0:
+            total, target = sum(s.num_subspaces for s in views), config.asa_target_subspaces
+            left = 1.0 - (global_step - config.init_warmup) / (config.final_warmup - config.init_warmup)
+            _keep_best(views, int(target + (total - target) * left**config.asa_schedule_exponent))
 
 
-def _update_importance(s: Any, config: AdamssConfig) -> None:
+def _measure(s: Any, config: AdamssConfig) -> None:
     for end, parameters in (("A", s.adamss_A), ("B", s.adamss_B)):
-        importance, uncertainty = getattr(s, f"exp_avg_ipt_{end}"), getattr(s, f"exp_avg_unc_{end}")
         for i, p in enumerate(parameters):
-            if p.grad is None:
-                continue
-            now = (p * p.grad).abs().detach()
-            before = torch.zeros_like(now) if importance[i] is None else importance[i]
-            spread = torch.zeros_like(now) if uncertainty[i] is None else uncertainty[i]
-            uncertainty[i] = spread.lerp((now - before).abs(), 1 - config.asa_uncertainty_beta)
-            importance[i] = before.lerp(now, 1 - config.asa_importance_beta)
+            if p.grad is not None:
+                now = (p * p.grad).abs().detach()
+                importance, uncertainty = s.asa_averages.get((end, i)) or (torch.zeros_like(now), torch.zeros_like(now))
+                s.asa_averages[end, i] = (
+                    importance.lerp(now, 1 - config.asa_importance_beta),
+                    uncertainty.lerp((now - importance).abs(), 1 - config.asa_uncertainty_beta),
+                )
 
 
 def _keep_best(views: list[Any], count: int) -> None:
     """Stop training all subspaces but the `count` most important ones of the whole model."""
-    scores = [
-        (float(sum((getattr(s, f"exp_avg_ipt_{e}")[i] * getattr(s, f"exp_avg_unc_{e}")[i]).mean() for e in "AB")), s, i)
-        for s in views
-        for i in range(s.num_subspaces)
-        if s.exp_avg_ipt_A[i] is not None and s.exp_avg_ipt_B[i] is not None
-    ]
+    scores = []
+    for s in views:
+        means = {key: (one * other).mean() for key, (one, other) in s.asa_averages.items()}
+        ends = [(i, means.get(("A", i)), means.get(("B", i))) for i in range(s.num_subspaces)]
+        scores += [(float(a + b), s, i) for i, a, b in ends if a is not None and b is not None]
+        s.asa_averages.clear()
     for rank, (_, s, i) in enumerate(sorted(scores, key=lambda found: found[0], reverse=True)):
         for p in (s.adamss_A[i], s.adamss_B[i]):
             p.requires_grad_(rank < count)
@@ -120,7 +103,6 @@ def _keep_best(views: list[Any], count: int) -> None:
                 p.grad = None
 
 
-@register
 class Adamss(Method):
     prefix = "adamss_"
     config_class = AdamssConfig
@@ -135,11 +117,17 @@ class Adamss(Method):
     model_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
 
     def make_state(self, config: AdamssConfig, info: LayerInfo, shared: Any) -> State:
-        w, b = (None if t is None else t.detach().float() for t in info.base.read())
-        assert w is not None
+        w, b = info.base.read()
+        w = w.detach().float()
         if w.is_meta:
             raise ValueError(f"AdaMSS clusters the weight of {info.name!r}, which is on the meta device: load it first")
-        u, v = _low_rank(w if b is None else torch.cat((w, b.unsqueeze(1)), dim=1), config)
+        if b is not None:
+            w = torch.cat((w, b.detach().float().unsqueeze(1)), dim=1)
+        devices, r = [] if w.device.type == "cpu" else [w.device], min(config.r, *w.shape)
+        with torch.random.fork_rng(devices, device_type=w.device.type):
+            torch.manual_seed(config.random_seed)
+            u, _, v = torch.svd_lowrank(w, q=r, niter=2)
+        u, v = u[:, :r], v[:, :r].T.contiguous()
         clusters = cluster(u, config.num_subspaces)
         a_parts, b_parts = [], []
         for rows in clusters:
@@ -149,10 +137,10 @@ class Adamss(Method):
                 back.normal_().mul_(0.01)
             a_parts.append(nn.Parameter(a.to(info.dtype)))
             b_parts.append(nn.Parameter(back.to(info.dtype)))
-        empty = {name: [None] * len(clusters) for name in _AVERAGES if config.use_asa}
         return {
             "adamss_A": nn.ParameterList(a_parts), "adamss_B": nn.ParameterList(b_parts), "adamss_newB": v,
-            "num_subspaces": len(clusters), "scatter_index": nn.Buffer(torch.cat(clusters), persistent=False), **empty,
+            "num_subspaces": len(clusters), "scatter_index": nn.Buffer(torch.cat(clusters), persistent=False),
+            "asa_averages": {},  # importance and uncertainty of numbers, by "A" or "B" and subspace
         }  # fmt: skip
 
     def _factors(self, s: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -165,11 +153,10 @@ class Adamss(Method):
         return down[:, :into], up, down[:, into] if v.shape[1] > into else None
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        down, up, column = (None if t is None else t.to(w.dtype) for t in self._factors(s))
-        assert down is not None
-        assert up is not None
-        added = None if column is None else up @ column
-        return w + up @ down, b if added is None else added if b is None else b + added
+        down, up, column = self._factors(s)
+        up = up.to(w.dtype)
+        added = None if column is None else up @ column.to(w.dtype)
+        return w + up @ down.to(w.dtype), b if added is None else added if b is None else b + added
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
         down, up, column = self._factors(s)
@@ -178,14 +165,6 @@ class Adamss(Method):
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         down, up, column = self._factors(s)
         return y + F.linear(F.linear(x.to(down.dtype), down, column), up)
-
-
-def _low_rank(w: Tensor, config: AdamssConfig) -> tuple[Tensor, Tensor]:
-    r = min(config.r, *w.shape)
-    with torch.random.fork_rng(devices=[] if w.device.type == "cpu" else [w.device], device_type=w.device.type):
-        torch.manual_seed(config.random_seed)
-        u, _, v = torch.svd_lowrank(w, q=r, niter=2)
-    return u[:, :r], v[:, :r].T.contiguous()
 
 
 def _directions(rows: Tensor, config: AdamssConfig) -> Tensor:

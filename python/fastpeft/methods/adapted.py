@@ -1,13 +1,12 @@
-"""Layers and models with adapters as methods see them: the members that methods use."""
+"""A layer with adapters as methods see it: the members that methods use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import nn
 
-from ..config.base import PeftConfig
 from ..weights.base import BaseWeight
 
 
@@ -31,25 +30,6 @@ class AdaptedLayer(Protocol):
         """Forget whatever was made from the layer's adapters, base and mode."""
 
     def row_values(self, adapter: str) -> Sequence[Any] | None:
-        """What `Method.row_values` gave for the rows of this call."""
+        """The values that `Method.row_values` gave for the rows of this call."""
 
     def __getattr__(self, name: str) -> Any: ...
-
-
-class AdaptedModel(Protocol):
-    """A model that holds adapters (`BaseTuner`)."""
-
-    peft_config: dict[str, PeftConfig]
-    model: nn.Module
-
-    @property
-    def active_adapters(self) -> list[str]: ...
-
-    def adapter_layers(self) -> Iterator[tuple[str, Any]]:
-        """(name, layer) of every `AdapterLayer`."""
-
-
-class Container(Protocol):
-    """Tensors of one name by adapter (`AdapterDict`)."""
-
-    def __getitem__(self, name: str) -> Any: ...

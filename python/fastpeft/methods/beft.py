@@ -12,41 +12,32 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig
-from ..config.types import PeftType, PeftWarning
+from ..config.targets import by_type
+from ..config.types import PeftWarning
 from .math.draws import drawn_normal
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
-class BeftConfig(HasInitWeights, TargetConfig):
-    own_type = PeftType.BEFT
+class BeftConfig(HasInitWeights, TargetConfig, own_type="BEFT"):
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-@register
 class Beft(Method):
     prefix = "beft_"
     config_class = BeftConfig
     tensors = ("beft_bias",)
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
-    default_targets: ClassVar[dict[str, list[str]]] = {
-        model: [name]
-        for name, models in {
-            "v": "t5 mt5",
-            "value": "bert roberta",
-            "value_proj": "deberta-v2",
-            "v_proj": "opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text qwen2 qwen3",
-        }.items()
-        for model in models.split()
-    }
+    default_targets: ClassVar[dict[str, Any]] = by_type({
+        "v_proj": "opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text qwen2 qwen3",
+        "value": "bert roberta", "value_proj": "deberta-v2", "v": "t5 mt5",
+    })  # fmt: skip
 
     def check_layer(self, config: BeftConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if not info.has_bias:
-            warnings.warn(
-                f"{info.name!r} has no bias term: a BEFT adapter cannot be merged there.", PeftWarning, stacklevel=2
-            )
+            text = f"{info.name!r} has no bias term: a BEFT adapter cannot be merged there."
+            warnings.warn(text, PeftWarning, stacklevel=2)
 
     def make_state(self, config: BeftConfig, info: LayerInfo, shared: Any) -> State:
         bias = drawn_normal(1, info.out_features)
@@ -62,5 +53,4 @@ class Beft(Method):
         return None if info.has_bias else "the base layer has no bias"
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        bias: Tensor = s.beft_bias.view(-1, *[1] * (len(inner.info.shape) - 2))
-        return y + bias
+        return y + s.beft_bias.view(-1, *[1] * (len(inner.info.shape) - 2))  # type: ignore[no-any-return]

@@ -16,20 +16,16 @@ from torch import Tensor, nn
 from peft_kernels import cayley
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from .math.draws import normal_
 from .math.rotation import BlockDropout, Butterfly
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class BOFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class BOFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="BOFT"):
     """boft_block_size: size of the blocks, or boft_block_num: their number; the other is 0. boft_n_butterfly_factor:
     number of factors; each further one doubles the reach of a block. boft_dropout: share of a factor's blocks that are
     the identity in a training step."""
-
-    own_type = PeftType.BOFT
 
     boft_block_size: int = 4
     boft_block_num: int = 0
@@ -45,7 +41,6 @@ class BOFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
             )
 
 
-@register
 class BOFT(Butterfly):
     prefix = "boft_"
     config_class = BOFTConfig

@@ -15,66 +15,55 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import HasBias, TargetConfig
-from ..config.targets import DEFAULT_TARGETS
-from ..config.types import PeftType
 from ..weights.base import widened
+from .math.draws import normal_
+from .math.spectral import SpectrumMethod
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
-class C3AConfig(HasBias, TargetConfig):
+class C3AConfig(HasBias, TargetConfig, own_type="C3A"):
     """block_size: divides the input and output sizes; block_size_pattern: its value by layer. init_weights: zeros
     (True), "gaussian", "kaiming_uniform" or "xavier_uniform" (also False)."""
 
-    own_type = PeftType.C3A
     not_in_peft = ("exclude_modules",)
+    choices: ClassVar[Any] = {"init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")}
 
     block_size: int = 256
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)
     init_weights: bool | str | None = "xavier_uniform"
 
 
-@register
 class C3A(Method):
     prefix = "c3a_"
     config_class = C3AConfig
     tensors = ("c3a_kernel",)
-    default_targets: ClassVar[dict[str, Any]] = {
-        **DEFAULT_TARGETS, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"],
-    }  # fmt: skip
+    default_targets = SpectrumMethod.default_targets
     patterns: ClassVar[dict[str, str]] = {"block_size": "block_size_pattern"}
     examples = (
-        {"block_size": 4},
-        {"block_size": 2, "init_weights": "gaussian"},
-        {"block_size": 1, "init_weights": True},
-    )
-
-    def check_config(self, config: C3AConfig, loading: bool = False) -> None:
-        if config.init_weights not in (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"):
-            raise ValueError(f"Unknown init_weights: {config.init_weights!r}")
+        {"block_size": 4}, {"block_size": 2, "init_weights": "gaussian"}, {"block_size": 1, "init_weights": True},
+    )  # fmt: skip
 
     def check_layer(self, config: C3AConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if config.block_size <= 0:
             raise ValueError(f"`block_size` should be a positive integer, got {config.block_size!r}")
-        for what, size in (("input", info.in_features), ("output", info.out_features)):
+        for end, size in (("input", info.in_features), ("output", info.out_features)):
             if size % config.block_size:
                 raise ValueError(
-                    f"The block size should be a factor of the {what} size. However, the {what} size of {info.name!r} "
+                    f"The block size should be a factor of the {end} size. However, the {end} size of {info.name!r} "
                     f"is {size} and the block size is {config.block_size}"
                 )
 
     def make_state(self, config: C3AConfig, info: LayerInfo, shared: Any) -> State:
         b, ins, outs = config.block_size, info.in_features, info.out_features
         kernel = torch.zeros(outs // b, ins // b, b)
-        bounds = {"kaiming_uniform": math.sqrt(1 / ins), True: 0.0}
-        if not kernel.is_meta:
-            if config.init_weights == "gaussian":
-                kernel.normal_()
-            elif config.init_weights is not True:
-                bound = bounds.get(config.init_weights or "", math.sqrt(3.0) * math.sqrt(2.0 / (ins + outs)))
-                kernel.uniform_(-bound, bound)
+        if config.init_weights == "gaussian":
+            normal_(kernel)
+        elif config.init_weights is not True and not kernel.is_meta:
+            xavier = math.sqrt(3.0) * math.sqrt(2.0 / (ins + outs))
+            bound = math.sqrt(1 / ins) if config.init_weights == "kaiming_uniform" else xavier
+            kernel.uniform_(-bound, bound)
         return {"c3a_kernel": nn.Parameter(kernel), "block_size": b}
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:

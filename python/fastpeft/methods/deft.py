@@ -8,28 +8,26 @@ that the layer has anyway, so that all costs what a LoRA costs: 3 r (in + 2 out)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from ..weights.base import widened
-from .fused import Fused
+from .math.draws import normal_
 from .math.factored import FactoredMethod, dropout, plus_product
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="DEFT"):
     """r: size of the subspace, at most out_features. decomposition_method: "relu" or "qr". alpha: scaling alpha / r of
     R; None for 1. para: no R. deft_dropout: of R's input. init_weights: start as the identity, where there is an R;
     False: with a random R, of 0.02 init_scale."""
 
-    own_type = PeftType.DEFT
+    choices: ClassVar[Any] = {"decomposition_method": ("qr", "relu")}
 
     r: int = 8
     decomposition_method: str = "relu"
@@ -38,15 +36,7 @@ class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
     para: bool = False
     deft_dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decomposition_method not in ("qr", "relu"):
-            raise ValueError(
-                f"Unknown decomposition_method '{self.decomposition_method}', must be one of ['qr', 'relu']."
-            )
 
-
-@register
 class Deft(FactoredMethod):
     prefix = "deft_"
     config_class = DeftConfig
@@ -63,27 +53,22 @@ class Deft(FactoredMethod):
     def make_state(self, config: DeftConfig, info: LayerInfo, shared: Any) -> State:
         r = min(config.r, info.out_features)
         scaling = config.alpha / r if config.alpha else 1.0
+        p, w = normal_(torch.empty(info.out_features, r), std=0.02), None
         state: State = {
             "deft_r": r, "deft_decomposition": config.decomposition_method, "deft_init_scale": config.init_scale,
             "deft_para": config.para, "deft_scaling": scaling, "deft_dropout": dropout(config.deft_dropout),
+            "deft_P": nn.Parameter(p),
         }  # fmt: skip
-        p, inject = torch.empty(info.out_features, r), torch.empty(r, info.in_features)
-        if not p.is_meta:
-            p.normal_(std=0.02)
-            if not config.para:
-                self._start(p, inject, config, info, scaling)
-        state["deft_P"] = nn.Parameter(p)
-        return state if config.para else {**state, "deft_R": nn.Parameter(inject)}
-
-    def _start(self, p: Tensor, inject: Tensor, config: DeftConfig, info: LayerInfo, scaling: float) -> None:
-        w = info.base.read()[0].detach() if config.init_weights else None
+        if config.para:
+            return state
+        if config.init_weights and not p.is_meta:
+            w = info.base.read()[0].detach()
+        inject = torch.zeros(r, info.in_features)
         if w is None:
-            inject.normal_(std=0.02 * config.init_scale)
-        elif w.is_meta:
-            inject.zero_()
-        else:
-            right = _project(p.to(w.device), config.decomposition_method)[1]
-            inject.copy_(right.t() @ w.float() / scaling)
+            normal_(inject, std=0.02 * config.init_scale)
+        elif not w.is_meta:
+            inject.copy_(_project(p.to(w.device), config.decomposition_method)[1].t() @ w.float() / scaling)
+        return {**state, "deft_R": nn.Parameter(inject)}
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         assert w is not None
@@ -99,9 +84,6 @@ class Deft(FactoredMethod):
         if not s.deft_para:
             h = h + F.linear(s.deft_dropout(x.to(right.dtype)), s.deft_R.to(right.dtype)) * s.deft_scaling
         return plus_product(y, h, basis.t())
-
-    def fused(self, layer: Any, s: Any, shared: Any) -> Fused | None:
-        return None  # the factors need W
 
 
 def _project(p: Tensor, how: str) -> tuple[Tensor, Tensor]:

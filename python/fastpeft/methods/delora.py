@@ -13,21 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout
 from .method import LayerInfo, State
-from .registry import register
 
 LEAST_NORM = 1e-4
 
 
 @dataclass
-class DeloraConfig(HasBias, HasInitWeights, TargetConfig):
+class DeloraConfig(HasBias, HasInitWeights, TargetConfig, own_type="DELORA"):
     """r: rank. delora_lambda: bound of the update's norm, where its training starts. module_dropout: of the adapter's
     input. rank_pattern, lambda_pattern: values for layers by pattern. init_weights: False starts with a random B."""
 
-    own_type = PeftType.DELORA
+    least: ClassVar[Any] = {"r": 1}
 
     r: int = 8
     delora_lambda: float = 15
@@ -35,13 +33,7 @@ class DeloraConfig(HasBias, HasInitWeights, TargetConfig):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` must be a positive integer; got {self.r}.")
 
-
-@register
 class Delora(FactoredMethod):
     prefix = "delora_"
     config_class = DeloraConfig
@@ -52,15 +44,12 @@ class Delora(FactoredMethod):
     examples = ({"r": 3}, {"r": 2, "delora_lambda": 4, "init_weights": False})
 
     def make_state(self, config: DeloraConfig, info: LayerInfo, shared: Any) -> State:
-        a, b = torch.empty(config.r, info.in_features), torch.zeros(info.out_features, config.r)
+        a, b = kaiming_(torch.empty(config.r, info.in_features)), torch.zeros(info.out_features, config.r)
+        if config.init_weights is not True:
+            kaiming_(b)
         bound = torch.full((1,), float(config.delora_lambda))
-        norm = torch.ones(info.in_features)
-        if not a.is_meta:
-            kaiming_(a)
-            if config.init_weights is not True:
-                kaiming_(b)
-            w = info.base.read()[0].detach()
-            norm = norm if w.is_meta else w.norm(dim=0)
+        w = a if a.is_meta else info.base.read()[0].detach()
+        norm = torch.ones(info.in_features) if w.is_meta else w.norm(dim=0)
         state: State = {"delora_A": nn.Parameter(a), "delora_B": nn.Parameter(b), "delora_lambda": nn.Parameter(bound)}
         return {**state, "r": config.r, "delora_dropout": dropout(config.module_dropout), "delora_w_norm": norm}
 

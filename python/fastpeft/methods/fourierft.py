@@ -11,19 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from ..weights.base import widened
 from .math.spectral import SpectrumMethod, Update, fourier_update
 from .method import LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class FourierFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class FourierFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="FOURIERFT"):
     """n_frequency: number of trained entries, n_frequency_pattern: by layer. random_loc_seed: of their places.
     init_weights: start with zeros (True) or, as by default, with a standard normal spectrum."""
-
-    own_type = PeftType.FOURIERFT
 
     n_frequency: int = 1000
     scaling: float = 150.0
@@ -32,7 +28,6 @@ class FourierFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
     init_weights: bool = False
 
 
-@register
 class FourierFT(SpectrumMethod):
     prefix = "fourierft_"
     config_class = FourierFTConfig

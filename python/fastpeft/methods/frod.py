@@ -10,8 +10,6 @@ but for the rounding of the decomposition.
 Cost: products with V and U in both directions and none for their gradients, T in (in + out) each: 1 + (in + out) / out
 of the frozen layer, 3.0 if it is square, which is the least. S has sparse_rate in^2 entries; its products and its
 gradient, taken at these entries only, cost T of them each. Saved is V^T x.
-
-Half of this file is the decomposition.
 """
 
 from __future__ import annotations
@@ -27,25 +25,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
-from ..config.types import PeftType
 from .adapted import AdaptedLayer
 from .computed import Computed
-from .math.draws import drawn_normal
+from .math.draws import drawn_normal, normal_
 from .math.factored import dropout
 from .math.projections import ProjectedMethod
 from .math.sparse import dense, sparse_linear
 from .method import Inner, LayerInfo, State
-from .registry import register
 from .vera import Vera
 
 
 @dataclass
-class FrodConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class FrodConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="FROD"):
     """frod_dropout: of the input. sparse_rate: the share of entries off the diagonal that S has. regularization_alpha:
     keeps the joint decomposition stable where layers of a role are alike. progressbar: shown while it is computed.
     runtime_offload_base_weight: accepted; the base weight is needed here and stays where it is."""
 
-    own_type = PeftType.FROD
     not_in_peft = ("exclude_modules",)
 
     frod_dropout: float = 0.0
@@ -55,7 +50,6 @@ class FrodConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetC
     runtime_offload_base_weight: bool = False
 
 
-@register
 class Frod(ProjectedMethod):
     prefix = "frod_"
     config_class = FrodConfig
@@ -75,30 +69,23 @@ class Frod(ProjectedMethod):
             raise ValueError(f"`regularization_alpha` should be finite, got {config.regularization_alpha!r}.")
 
     def make_shared(self, config: FrodConfig, layers: Sequence[LayerInfo]) -> State:
-        weights: dict[int, dict[str, LayerInfo]] = {}
+        roles: dict[str, dict[int, LayerInfo]] = {}
         for i, info in enumerate(layers):
-            weights.setdefault(_index(info.name, i), {})[_role(info.name)] = info
-        roles = {
-            role: [by_role[role] for _, by_role in sorted(weights.items()) if role in by_role]
-            for role in sorted({_role(info.name) for info in layers})
-        }
+            alike = roles.setdefault(_role(info.name), {})
+            if any(other.in_features != info.in_features for other in alike.values()):
+                raise ValueError(f"FRoD: layers of the role {_role(info.name)!r} have different numbers of inputs")
+            alike[_index(info.name, i)] = info
         generator = functools.cache(lambda: torch.Generator(device="cpu").manual_seed(config.projection_prng_key))
         bar = functools.cache(lambda: _bar(len(roles)) if config.progressbar else None)
-        shared: State = {}
-        for role, infos in roles.items():
-            n = infos[0].in_features
-            if any(_role(i.name) == role and i.in_features != n for i in layers):
-                raise ValueError(f"FRoD: layers of the role {role!r} have different numbers of inputs")
-            most = n * n - n
-            count = min(int(n * n * config.sparse_rate), most)
-            count = max(1, count) if config.sparse_rate > 0 and most else count
-            saved = config.save_projection
-            shared[f"frod_V.{role}"] = Computed(
-                (n, n), functools.partial(_basis, infos, config.regularization_alpha, bar), saved
-            )
-            shared[f"frod_s_indices.{role}"] = Computed(
-                (2, count), functools.partial(_off_diagonal, n, count, generator), saved, torch.long
-            )
+        saved, shared = config.save_projection, {}
+        for role, alike in sorted(roles.items()):
+            infos = [alike[i] for i in sorted(alike)]
+            n, rate = infos[0].in_features, config.sparse_rate
+            count = min(max(int(n * n * rate), int(rate > 0)), n * n - n)
+            basis = functools.partial(_basis, infos, config.regularization_alpha, bar)
+            places = functools.partial(_off_diagonal, n, count, generator)
+            shared[f"frod_V.{role}"] = Computed((n, n), basis, saved)
+            shared[f"frod_s_indices.{role}"] = Computed((2, count), places, saved, torch.long)
             shared[f"frod_s_size.{role}"] = Computed((2,), functools.partial(torch.tensor, [n, n]), saved, torch.long)
         return shared
 
@@ -106,46 +93,41 @@ class Frod(ProjectedMethod):
         return {name: f"{name}.{_role(info.name)}" for name in self.projections}
 
     def make_state(self, config: FrodConfig, info: LayerInfo, shared: Any) -> State:
-        role = _role(info.name)
-        v, indices = (getattr(shared, f"{name}.{role}") for name in self.projections[:2])
-        state: State = {"r": info.out_features, "frod_dropout": dropout(config.frod_dropout)}
+        v, indices = (getattr(shared, f"{name}.{_role(info.name)}") for name in self.projections[:2])
         values = torch.zeros(indices.shape[1])
         u, lambdas = torch.empty(info.out_features, info.in_features), torch.empty(info.in_features)
         if not u.is_meta:  # else a file brings V, from which U follows
             u, lambdas = _left(info.base.read()[0], v)
-        state["frod_U"] = _kept(u, info)
-        state["frod_lambda_0"] = nn.Buffer(lambdas.clone(), persistent=False)
-        if not config.init_weights and not u.is_meta:
-            values.normal_(std=0.1)
+        state = {"frod_U": _kept(u, info), "frod_lambda_0": nn.Buffer(lambdas.clone(), persistent=False)}
+        if not config.init_weights:
+            normal_(values, std=0.1)
             lambdas = lambdas + drawn_normal(info.in_features) * 0.1
-        return {**state, "frod_lambda_l": nn.Parameter(lambdas), "frod_lambda_s_values": nn.Parameter(values)}
+        state |= {"frod_lambda_l": nn.Parameter(lambdas), "frod_lambda_s_values": nn.Parameter(values)}
+        return {"r": info.out_features, "frod_dropout": dropout(config.frod_dropout), **state}
 
     def filled(self, layer: AdaptedLayer, adapter: str) -> None:
-        weight = layer.unmerged_weight()[0]
-        if weight.is_meta or layer.frod_V[adapter].is_meta:
-            return
-        u, lambdas = _left(weight, layer.frod_V[adapter])
-        layer.frod_U.set(adapter, _kept(u, layer.info).to(weight.device), persistent=False)
-        like = layer.frod_lambda_l[adapter]
-        layer.frod_lambda_0.set(adapter, lambdas.to(like.device, like.dtype), persistent=False)
+        weight, v = layer.unmerged_weight()[0], layer.frod_V[adapter]
+        if not weight.is_meta and not v.is_meta:
+            u, lambdas = _left(weight, v)
+            like = layer.frod_lambda_l[adapter]
+            layer.frod_U.set(adapter, _kept(u, layer.info).to(weight.device), persistent=False)
+            layer.frod_lambda_0.set(adapter, lambdas.to(like.device, like.dtype), persistent=False)
 
     def unpack(self, config: FrodConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for key, indices in tensors.items():
-            if "frod_s_indices." not in key:
-                continue
-            n = tensors[key.replace("frod_s_indices.", "frod_V.")].shape[0]
-            size = tensors[key.replace("frod_s_indices.", "frod_s_size.")]
-            wrong = indices.is_floating_point() or ((indices < 0) | (indices >= n)).any()
-            if wrong or size.tolist() != [n, n]:
-                raise ValueError(f"{key} should be indices into a matrix of {n} x {n}")
+            if "frod_s_indices." in key:
+                v, size = (tensors[key.replace("frod_s_indices.", f"{name}.")] for name in ("frod_V", "frod_s_size"))
+                wrong = indices.is_floating_point() or ((indices < 0) | (indices >= len(v))).any()
+                if wrong or size.tolist() != [len(v)] * 2:
+                    raise ValueError(f"{key} should be indices into a matrix of {len(v)} x {len(v)}")
         return tensors
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         wide = torch.promote_types(s.frod_lambda_l.dtype, torch.float32)
         u, v, values = (t.to(wide) for t in (s.frod_U, shared.frod_V, s.frod_lambda_s_values))
         middle = dense(values, shared.frod_s_indices, (len(v), len(v)))
-        delta: Tensor = u @ (middle + torch.diag((s.frod_lambda_l - s.frod_lambda_0).to(wide))) @ v.t()
-        return delta
+        middle = middle + torch.diag((s.frod_lambda_l - s.frod_lambda_0).to(wide))
+        return u @ middle @ v.t()  # type: ignore[no-any-return]
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         lambdas = s.frod_lambda_l
@@ -166,9 +148,8 @@ def _role(name: str) -> str:
 
 def _index(name: str, fallback: int) -> int:
     """The block of a layer: the number after `layers`, else the first in its name."""
-    parts = name.split(".")
-    after = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
-    return next((int(part) for part in (*after, *parts) if part.isdigit()), fallback)
+    _, _, after = f".{name}".partition(".layers.")
+    return next((int(part) for part in (*after.split(".")[:1], *name.split(".")) if part.isdigit()), fallback)
 
 
 def _kept(u: Tensor, info: LayerInfo) -> Tensor:
@@ -187,20 +168,18 @@ def _bar(total: int) -> Any:
 def _basis(infos: Sequence[LayerInfo], alpha: float, bar: Any) -> Tensor:
     """V of the layers of one role, from their weights: a higher-order generalised SVD."""
     weights = [info.base.read()[0].detach() for info in infos]
-    matrices = [w.to("cpu", torch.float32) for w in weights]
-    stacked = torch.cat(matrices)
+    stacked = torch.cat([w.to("cpu", torch.float32) for w in weights])
     if stacked.shape[0] < stacked.shape[1]:
         v = torch.linalg.svd(stacked, full_matrices=True).Vh.T
     else:
         q, r = torch.linalg.qr(stacked)
         eye = torch.eye(r.shape[1])
-        parts = q.split([m.shape[0] for m in matrices])
+        parts = q.split([len(w) for w in weights])
         mean = sum((torch.linalg.inv(p.T @ p + alpha * eye) for p in parts), torch.zeros_like(eye)) / len(parts)
         v = r.T @ torch.linalg.eigh(mean).eigenvectors
     if bar() is not None:
         bar().update()
-    basis: Tensor = v.to(weights[0].dtype)
-    return basis
+    return v.to(weights[0].dtype)  # type: ignore[no-any-return]
 
 
 def _off_diagonal(n: int, count: int, generator: Any) -> Tensor:

@@ -1,58 +1,45 @@
 """GLoRA: W + W * A + B and b + b * D + E + W C (arXiv 2306.07967). C, D and E are there where the layer has a bias.
 
 A and B as a vector or a number act on the output and on the sum of the input's features. As low-rank products, A needs
-the weight side as HiRA's does (`weight_side.py`), and B goes into the same weight: (3 T + 8 r) / (2 T) of the frozen
+the weight side as HiRA's does (`made_weight.py`), and B goes into the same weight: (3 T + 8 r) / (2 T) of the frozen
 layer's FLOPs at T tokens, 1.56 with r = 8 and T = 512, but not for one token, which W is multiplied with r times. W C
 is a product with one more row.
-
-(Longer than others: five matrices, each in four forms.)
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from .math.draws import kaiming_, normal_
-from .math.made_weight import Rows, as_it_is, one_token, weight_side
+from .math.made_weight import as_it_is, one_token, weight_side
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
-
-FORMS = {
-    "config_A_B": ("lora", "vector", "constant", "none"),
-    "config_C": ("lora", "vector", "none"),
-    "config_D_E": ("vector", "constant", "none"),
-}
 
 
 @dataclass
-class GloraConfig(HasBias, HasInitWeights, TargetConfig):
+class GloraConfig(HasBias, HasInitWeights, TargetConfig, own_type="GLORA"):
     """r: rank of the low-rank forms. config_A_B: "lora", "vector" (a number per output channel), "constant" (one
     number) or "none". config_C: "lora", "vector" or "none". config_D_E: "vector", "constant" or "none".
     init_weights: False starts at random."""
 
-    own_type = PeftType.GLORA
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    choices: ClassVar[Any] = {
+        "config_A_B": ("lora", "vector", "constant", "none"),
+        "config_C": ("lora", "vector", "none"),
+        "config_D_E": ("vector", "constant", "none"),
+    }
 
     r: int = 8
     config_A_B: str = "lora"
     config_C: str = "lora"
     config_D_E: str = "constant"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, forms in FORMS.items():
-            value = getattr(self, name)
-            if value not in forms:
-                raise ValueError(f"Invalid {name} value: {value!r}. Valid values are: {', '.join(sorted(forms))}.")
 
 
 class Path(nn.Module):
@@ -69,8 +56,7 @@ class Path(nn.Module):
             if not init_weights:
                 kaiming_(self.Xd)
         else:
-            sizes = {"constant": (1,), "vector": (shape[0], 1) if len(shape) == 2 else shape}
-            self.X = nn.Parameter(torch.zeros(sizes[form]))
+            self.X = nn.Parameter(torch.zeros(1 if form == "constant" else (shape[0], *[1] * (len(shape) - 1))))
             if not init_weights and form == "constant":
                 normal_(self.X, std=0.02)
             elif not init_weights:
@@ -83,7 +69,6 @@ class Path(nn.Module):
         return self.Xd @ self.Xu if self.form == "lora" else self.X
 
 
-@register
 class Glora(Method):
     prefix = "glora_"
     config_class = GloraConfig
@@ -97,13 +82,13 @@ class Glora(Method):
     )
 
     def make_state(self, config: GloraConfig, info: LayerInfo, shared: Any) -> State:
-        out, width, init = info.out_features, info.in_features, config.init_weights
-        of_weight, of_bias = dict.fromkeys("AB", config.config_A_B), dict.fromkeys("DE", config.config_D_E)
-        forms = {**of_weight, "C": config.config_C, **of_bias}
+        out, width = info.out_features, info.in_features
         shapes = {"A": (out, width), "B": (out, width), "C": (width, 1), "D": (out,), "E": (out,)}
+        forms = dict.fromkeys("AB", config.config_A_B) | {"C": config.config_C} | dict.fromkeys("DE", config.config_D_E)
         if not info.has_bias:
             forms |= dict.fromkeys("CDE", "none")
-        return {"r": config.r} | {f"glora_{n}": Path(forms[n], shapes[n], config.r, init) for n in "ABCDE"}
+        paths = {f"glora_{n}": Path(forms[n], shapes[n], config.r, config.init_weights) for n in shapes}
+        return {"r": config.r, **paths}
 
     def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
         for key, value in tensors.items():
@@ -119,25 +104,22 @@ class Glora(Method):
         if frozen is None:
             dw, db = _changes(s, *inner.weight())
             return inner(x) + inner.apply(x, dw.to(x.dtype), None if db is None else db.to(x.dtype))
-        n, b, c, a = inner.info.out_features, inner.bias(), s.glora_C(), s.glora_A
+        n, bias, a, b, c = inner.info.out_features, inner.bias(), s.glora_A, s.glora_B, s.glora_C()
         few = a.form == "lora" and one_token(x)
         rows = [x.reshape(1, -1), x.reshape(1, -1) * a.Xu.to(x.dtype)] if few else []
         rows += [] if c is None else [c.t().to(x.dtype)]
-        products = weight_side(torch.cat(rows), n, as_it_is(frozen)) if rows else x.new_empty(0)
-        db = _sum(_of_bias(s, b), None if c is None else products[-1])
-        y: Tensor
+        products = weight_side(torch.cat(rows), n, frozen, as_it_is) if rows else x.new_empty(0)
+        db = _sum(_of_bias(s, bias), None if c is None else products[-1])
         if few:
-            through = F.linear(F.linear(rows[0].to(s.glora_B.Xu.dtype), s.glora_B.Xu), s.glora_B.Xd)[0]
-            y = products[0] + (products[1 : 1 + len(a.Xu)] * a.Xd.t()).sum(0) + through
-            y = _sum(y, b, db)
-            return y.view(*x.shape[:-1], n)
+            through = F.linear(F.linear(rows[0].to(b.Xu.dtype), b.Xu), b.Xd)[0]
+            y: Tensor = products[0] + (products[1 : 1 + len(a.Xu)] * a.Xd.t()).sum(0) + through
+            return _sum(y, bias, db).view(*x.shape[:-1], n)  # type: ignore[no-any-return]
         if a.form == "lora":
-            return weight_side(x, n, _scaled(frozen), a.Xd, a.Xu, s.glora_B.Xd, s.glora_B.Xu, bias=_sum(b, db))
+            return weight_side(x, n, frozen, _scaled, a.Xd, a.Xu, b.Xd, b.Xu, bias=_sum(bias, db))
         y = inner(x)
         if a.form != "none":
-            y = y + (y if b is None else y - b) * a().t() + x.sum(-1, keepdim=True) * s.glora_B().t()
-        y = _sum(y, db)
-        return y
+            y = y + (y if bias is None else y - bias) * a().t() + x.sum(-1, keepdim=True) * b().t()
+        return _sum(y, db)  # type: ignore[no-any-return]
 
 
 def _sum(*terms: Tensor | None) -> Any:
@@ -153,7 +135,7 @@ def _of_bias(s: Any, b: Tensor | None) -> Tensor | None:
 
 
 def _changes(s: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What is added to W and to b."""
+    """The additions to W and to b."""
     a, c, db = s.glora_A(), s.glora_C(), _of_bias(s, b)
     dw = torch.zeros_like(w) if a is None else w * a.to(w.dtype) + s.glora_B().to(w.dtype)
     if c is not None and b is not None:
@@ -161,9 +143,5 @@ def _changes(s: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None
     return dw, db
 
 
-def _scaled(frozen: Callable[[], Tensor]) -> Callable[[], Rows]:
-    def begin() -> Rows:
-        w = frozen()
-        return lambda i, j, ad, au, bd, bu: w[i:j] * (1 + ad[i:j] @ au) + bd[i:j] @ bu
-
-    return begin
+def _scaled(w: Tensor, i: int, j: int, ad: Tensor, au: Tensor, bd: Tensor, bu: Tensor) -> Tensor:
+    return w[i:j] * (1 + ad[i:j] @ au) + bd[i:j] @ bu

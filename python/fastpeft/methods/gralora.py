@@ -8,27 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig, check_ranks
-from ..config.types import PeftType
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout, is_thin
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="GRALORA"):
     """r: rank, of all blocks in a row of them together. gralora_k: blocks in a row and in a column. hybrid_r: rank of
     the plain LoRA beside them. alpha: numerator of the scaling alpha / (r + hybrid_r). gralora_dropout: of the input.
     init_weights: False starts with a random B."""
 
-    own_type = PeftType.GRALORA
     not_in_peft = ("exclude_modules",)
+    least: ClassVar[Any] = {"gralora_k": 1}
 
     r: int = 32
     hybrid_r: int = 0
@@ -38,13 +36,10 @@ class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gralora_k <= 0:
-            raise ValueError(f"`gralora_k` should be a positive integer value but the value passed is {self.gralora_k}")
         if self.r % self.gralora_k:
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
 
-@register
 class Gralora(FactoredMethod):
     prefix = "gralora_"
     config_class = GraloraConfig
@@ -67,21 +62,19 @@ class Gralora(FactoredMethod):
                 )
 
     def make_state(self, config: GraloraConfig, info: LayerInfo, shared: Any) -> State:
-        k, r = config.gralora_k, config.r
+        k, r, hybrid = config.gralora_k, config.r, config.hybrid_r
         a, b = torch.empty(k, r, info.in_features // k), torch.zeros(k, info.out_features // k, r)
-        modules: list[nn.Module] = [nn.Identity(), nn.Identity()]
         for block_a, block_b in zip(a, b, strict=True):
             _start(block_a, block_b, config)
-        if config.hybrid_r > 0:
-            first = nn.Linear(info.in_features, config.hybrid_r, bias=False)
-            second = nn.Linear(config.hybrid_r, info.out_features, bias=False)
-            _start(first.weight.data, second.weight.data.zero_(), config)
-            modules = [first, second]
+        general: tuple[nn.Module, nn.Module] = nn.Identity(), nn.Identity()
+        if hybrid > 0:
+            general = a2, b2 = nn.Linear(info.in_features, hybrid, False), nn.Linear(hybrid, info.out_features, False)
+            _start(a2.weight.data, b2.weight.data.zero_(), config)
         return {
             "gralora_A": nn.Parameter(a.transpose(1, 2).contiguous()),
             "gralora_B": nn.Parameter(b.transpose(1, 2).contiguous()),
-            "gralora_A_general": modules[0], "gralora_B_general": modules[1],
-            "r": r, "hybrid_r": config.hybrid_r, "alpha": config.alpha, "scaling": config.alpha / (r + config.hybrid_r),
+            "gralora_A_general": general[0], "gralora_B_general": general[1],
+            "r": r, "hybrid_r": hybrid, "alpha": config.alpha, "scaling": config.alpha / (r + hybrid),
             "gralora_dropout": dropout(config.gralora_dropout), "gralora_k": k,
         }  # fmt: skip
 
@@ -90,12 +83,11 @@ class Gralora(FactoredMethod):
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         """A with the A of each block of x on its diagonal, B with the parts of B where the same rows of A go."""
-        k, r = s.gralora_k, s.r
+        k = s.gralora_k
         diagonal: Callable[..., Tensor] = torch.block_diag
         a = diagonal(*s.gralora_A.transpose(1, 2))  # [(n, j, r / k), in]
         parts = s.gralora_B.unflatten(1, (k, -1))  # [j, n, r / k, out / k]
         b = torch.stack([diagonal(*[parts[j, n].t() for j in range(k)]) for n in range(k)], 1).flatten(1)
-        assert b.shape[1] == k * r
         if s.hybrid_r:
             a = torch.cat([a, s.gralora_A_general.weight])
             b = torch.cat([b, s.gralora_B_general.weight], 1)
@@ -109,8 +101,7 @@ class Gralora(FactoredMethod):
         z = z.view(k, len(flat), k, -1).permute(2, 1, 0, 3).reshape(k, len(flat), -1)  # [j, T, (n, r / k)]
         added = torch.bmm(z, b * s.scaling).transpose(0, 1).reshape(y.shape)
         if s.hybrid_r:
-            second = s.gralora_B_general
-            added = added + second(s.gralora_A_general(x)) * s.scaling
+            added = added + s.gralora_B_general(s.gralora_A_general(x)) * s.scaling
         return y + added
 
     def _fusible(self, s: Any) -> bool:

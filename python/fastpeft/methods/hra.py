@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_kernels import PreparedCall, QuantWeight, compact_wy, householder_rotate, lora_linear
 
 from ..config.base import HasBias, HasInitWeights, TargetConfig
-from ..config.types import PeftType, PeftWarning
+from ..config.types import PeftWarning
 from ..weights.base import widened
 from .adapted import AdaptedLayer
 from .fused import Fused
@@ -26,21 +26,17 @@ from .math.draws import kaiming_
 from .math.factored import Weight
 from .math.rotation import RotatesInput, constant
 from .method import LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class HRAConfig(HasBias, HasInitWeights, TargetConfig):
+class HRAConfig(HasBias, HasInitWeights, TargetConfig, own_type="HRA"):
     """r: number of reflections; an even one starts as the identity, of pairs that undo each other. apply_GS: make the
     reflections' vectors orthogonal first."""
-
-    own_type = PeftType.HRA
 
     r: int = 8
     apply_GS: bool = False
 
 
-@register
 class HRA(RotatesInput):
     prefix = "hra_"
     config_class = HRAConfig

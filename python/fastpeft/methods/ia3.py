@@ -11,35 +11,28 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..config.base import HasFanInFanOut, TargetConfig
-from ..config.targets import DEFAULT_TARGETS, select
-from ..config.types import PeftType
+from ..config.targets import DEFAULT_TARGETS, by_type, select
 from .math.draws import drawn_normal
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 # PEFT's table: what is adapted of each model type, and which of it is feedforward.
-FEEDFORWARD = {
-    "bart": ["fc2"], "bert": ["output.dense"], "bloom": ["mlp.dense_4h_to_h"], "deberta": ["output.dense"],
-    "deberta-v2": ["output.dense"], "falcon": ["dense_4h_to_h"], "gemma": ["down_proj"], "gemma2": ["down_proj"],
-    "gemma3_text": ["down_proj"], "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"], "gpt_neo": ["c_proj"],
-    "gpt_neox": ["dense_4h_to_h"], "gptj": ["fc_out"], "llama": ["down_proj"], "llama4": ["down_proj"],
-    "mistral": ["down_proj"], "mixtral": ["w2"], "mt5": [], "opt": ["fc2"], "phi": ["fc2"], "qwen2": ["down_proj"],
-    "qwen3": ["down_proj"], "RefinedWeb": ["dense_4h_to_h"], "RefinedWebModel": ["dense_4h_to_h"],
-    "roberta": ["output.dense"], "t5": ["wo"],
-}  # fmt: skip
-_ATTENTION = {
-    "bert": ["key", "value"], "deberta-v2": ["key_proj", "value_proj"], "llama": ["k_proj", "v_proj"],
-    "mistral": ["k_proj", "v_proj"], "mixtral": ["k_proj", "v_proj"], "mt5": ["k", "v", "wi_1"],
-    "opt": ["q_proj", "k_proj"], "phi": ["q_proj", "v_proj"], "roberta": ["key", "value"], "t5": ["k", "v"],
-}  # fmt: skip
+FEEDFORWARD = {"mt5": []} | by_type({
+    "down_proj": "gemma gemma2 gemma3_text llama llama4 mistral qwen2 qwen3", "fc2": "bart opt phi", "w2": "mixtral",
+    "dense_4h_to_h": "falcon gpt_neox RefinedWeb RefinedWebModel", "mlp.dense_4h_to_h": "bloom", "fc_out": "gptj",
+    "output.dense": "bert deberta deberta-v2 roberta", "mlp.c_proj": "gpt2 gpt_bigcode", "c_proj": "gpt_neo",
+    "wo": "t5",
+})  # fmt: skip
+_ATTENTION = by_type({
+    "k_proj v_proj": "llama mistral mixtral", "key value": "bert roberta", "key_proj value_proj": "deberta-v2",
+    "k v": "t5", "k v wi_1": "mt5", "q_proj k_proj": "opt", "q_proj v_proj": "phi",
+})  # fmt: skip
 
 
 @dataclass
-class IA3Config(HasFanInFanOut, TargetConfig):
+class IA3Config(HasFanInFanOut, TargetConfig, own_type="IA3"):
     """feedforward_modules: those of the target modules whose input is scaled instead of their output: ends of names, or
     a regular expression; None for the model type's default. init_ia3_weights: start at one."""
 
-    own_type = PeftType.IA3
     not_in_peft = ("layers_to_transform", "layers_pattern")
 
     feedforward_modules: list[str] | set[str] | str | None = None
@@ -54,7 +47,6 @@ class IA3Config(HasFanInFanOut, TargetConfig):
             raise ValueError("`feedforward_modules` should be a subset of `target_modules`")
 
 
-@register
 class IA3(Method):
     prefix = "ia3_"
     config_class = IA3Config
@@ -89,7 +81,7 @@ class IA3(Method):
             return w * scale.view(-1, *[1] * (w.dim() - 1)), None if b is None else b * scale
         # In a grouped convolution W holds, for each output channel, its own group's inputs.
         columns = scale.view(-1, 1, w.shape[1]).expand(-1, w.shape[0] * w.shape[1] // len(scale), -1)
-        return w * columns.reshape(w.shape[0], w.shape[1], *[1] * (w.dim() - 2)), b
+        return w * columns.reshape(*w.shape[:2], *[1] * (w.dim() - 2)), b
 
     def input(self, s: Any, shared: Any, x: Tensor) -> Tensor:
         return (x * _factor(s.ia3_l)).to(x.dtype) if s.is_feedforward else x

@@ -9,39 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from .math.draws import kaiming_
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
-class LilyConfig(HasInitWeights, TargetConfig):
+class LilyConfig(HasInitWeights, TargetConfig, own_type="LILY"):
     """r: rank. stride_A: so many consecutive layers share one A. num_B: matrices B of a target, at least two.
     scaling: factor of the update. init_weights: B starts at zero, or random (False)."""
 
-    own_type = PeftType.LILY
+    least: ClassVar[Any] = {"stride_A": 1, "num_B": 2}  # with one B the router has nothing to choose
 
     r: int = 32
     stride_A: int = 1
     num_B: int = 2
     scaling: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stride_A < 1:
-            raise ValueError("`stride_A` must be at least 1.")
-        if self.num_B < 2:
-            raise ValueError("`num_B` must be at least 2 for the router to be trained.")
 
-
-@register
 class Lily(Method):
     prefix = "lily_"
     config_class = LilyConfig
@@ -54,10 +44,9 @@ class Lily(Method):
         a = nn.Linear(info.in_features, config.r, bias=False)
         b = nn.Linear(info.out_features, config.num_B * config.r, bias=False)
         router = nn.Linear(config.r, config.num_B, bias=False)
-        for module in (a, router) if config.init_weights else (a, router, b):
-            kaiming_(module.weight)
-        if config.init_weights:
-            nn.init.zeros_(b.weight)
+        kaiming_(a.weight)
+        kaiming_(router.weight)
+        nn.init.zeros_(b.weight) if config.init_weights else kaiming_(b.weight)
         return {
             "lily_A": a, "lily_B": b, "lily_router": router, "r": config.r, "scaling": config.scaling,
             "stride_A": config.stride_A, "num_B": config.num_B,
@@ -65,10 +54,10 @@ class Lily(Method):
 
     def tie(self, config: LilyConfig, adapter: str, layers: Mapping[str, Any], leaders: Mapping[str, str]) -> None:
         groups: dict[Any, list[Any]] = {}
+        targets = [] if isinstance(config.target_modules, str) else config.target_modules or ()
         for name, layer in layers.items():
-            targets = config.target_modules
-            ends = [targets] if isinstance(targets, str) else [t for t in targets or () if name.endswith(t)]
-            groups.setdefault((max(ends, key=len, default=""), layer.info.shape), []).append(layer)
+            end = max((t for t in targets if name.endswith(t)), key=len, default="")
+            groups.setdefault((end, layer.info.shape), []).append(layer)
         for members in groups.values():
             for i, layer in enumerate(members):
                 layer.lily_B[adapter] = members[0].lily_B[adapter]
@@ -78,5 +67,4 @@ class Lily(Method):
         hidden = s.lily_A(x.to(s.lily_A.weight.dtype))
         chosen = torch.softmax(s.lily_router(hidden), dim=-1).reshape(-1, s.num_B).mean(dim=0)
         b = torch.einsum("e,eio->io", chosen, s.lily_B.weight.unflatten(0, (s.num_B, -1)))
-        added: Tensor = torch.matmul(hidden, b) * s.scaling
-        return y + added
+        return y + torch.matmul(hidden, b) * s.scaling  # type: ignore[no-any-return]

@@ -14,45 +14,35 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import TargetConfig
-from ..config.types import PeftType
+from ..config.targets import by_type
 from ..weights.find import weight_of
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
-
-_LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
-_GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
-_QWEN, _T5 = ["post_attention_layernorm"], ["layer_norm", "final_layer_norm"]
-_BLOOM = ["input_layernorm", "post_attention_layernorm", "ln_f"]
 
 
 @dataclass
-class LNTuningConfig(TargetConfig):
-    own_type = PeftType.LN_TUNING
+class LNTuningConfig(TargetConfig, own_type="LN_TUNING"):
     not_in_peft = ("layers_to_transform", "layers_pattern")
 
 
-@register
 class LNTuning(Method):
     prefix = "ln_tuning_"
     config_class = LNTuningConfig
     tensors = ("ln_tuning_layers",)
     kinds = frozenset({"norm", "linear", "embedding", "conv1d", "conv2d", "conv3d"})
     autocast = False  # a copy computes as its original does, in the same dtype
-    default_targets: ClassVar[dict[str, list[str]]] = {
-        **dict.fromkeys(("llama", "mistral", "gemma"), _LLAMA),
-        **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
-        **dict.fromkeys(("bloom", "falcon"), _BLOOM),
-        **dict.fromkeys(("qwen2", "qwen3"), _QWEN),
-        **dict.fromkeys(("t5", "mt5"), _T5),
-        "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
-        "blip-2": ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"],
-        "gpt2": ["ln_1", "ln_2", "ln_f"],
-        "gptj": ["ln_1", "ln_f"],
-        # PEFT copies multi_modal_projector, which is no layer but holds these two, as a whole.
-        "llava": [*_LLAMA, "multi_modal_projector.linear_1", "multi_modal_projector.linear_2", "embed_tokens",
-                  "lm_head"],
-        "phi": ["input_layernorm", "final_layernorm"],
-    }  # fmt: skip
+    # PEFT copies Llava's multi_modal_projector, which is no layer but holds these two, as a whole.
+    default_targets: ClassVar[dict[str, Any]] = by_type({
+        "input_layernorm post_attention_layernorm norm": "llama mistral gemma",
+        "input_layernorm post_attention_layernorm norm pre_feedforward_layernorm post_feedforward_layernorm":
+            "gemma2 gemma3_text",
+        "input_layernorm post_attention_layernorm ln_f": "bloom falcon", "post_attention_layernorm": "qwen2 qwen3",
+        "layer_norm final_layer_norm": "t5 mt5", "ln_1 ln_2 ln_f": "gpt2", "ln_1 ln_f": "gptj",
+        "self_attn_layer_norm encoder_attn_layer_norm final_layer_norm": "bart",
+        "layernorm LayerNorm final_layer_norm self_attn_layer_norm": "blip-2",
+        "input_layernorm post_attention_layernorm norm multi_modal_projector.linear_1 multi_modal_projector.linear_2 "
+        "embed_tokens lm_head": "llava",
+        "input_layernorm final_layernorm": "phi",
+    })  # fmt: skip
 
     def check_layer(self, config: LNTuningConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
@@ -66,12 +56,9 @@ class LNTuning(Method):
         return {"ln_tuning_layers": copy.deepcopy(info.module, memo)}
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        own = s.ln_tuning_layers
-        base = weight_of(own)
-        assert base is not None
-        weight, bias = base.read()
+        own: Any = weight_of(s.ln_tuning_layers)
+        weight, bias = own.read()
         return weight.to(w.dtype), None if bias is None else bias.to(w.dtype)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
-        y: Tensor = s.ln_tuning_layers(x)
-        return y
+        return s.ln_tuning_layers(x)  # type: ignore[no-any-return]

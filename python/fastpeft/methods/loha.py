@@ -8,6 +8,7 @@ tensors t1 and t2 [r, r, *kernel] stand between the two factors of a convolution
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,38 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasInitWeights
-from ..config.types import PeftType
-from .math.lycoris import Lycoris, LycorisConfig, effective, pointwise, uniform
-from .math.made_weight import Rows, weight_side
+from ..weights.base import widened
+from .math.lycoris import Lycoris, LycorisConfig, effective, uniform
+from .math.made_weight import weight_side
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class LoHaConfig(HasInitWeights, LycorisConfig):
+class LoHaConfig(HasInitWeights, LycorisConfig, own_type="LOHA"):
     """See LycorisConfig."""
 
-    own_type = PeftType.LOHA
 
-
-@register
 class LoHa(Lycoris):
     prefix = "hada_"
     config_class = LoHaConfig
     tensors = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     examples = (
-        {"r": 2, "alpha": 3},
-        {"r": 6, "alpha": 5, "init_weights": False},
-        {"r": 3, "use_effective_conv2d": True},
-    )
+        {"r": 2, "alpha": 3}, {"r": 6, "alpha": 5, "init_weights": False}, {"r": 3, "use_effective_conv2d": True},
+    )  # fmt: skip
 
     def make_state(self, config: LoHaConfig, info: LayerInfo, shared: Any) -> State:
         r, (out, columns, *kernel) = config.r, info.shape
         tucker = effective(config, info)
-        if tucker:
-            a, b = (r, out), (r, columns)
-        else:
-            a, b = (out, r), (r, torch.Size(info.shape[1:]).numel())
+        a, b = ((r, out), (r, columns)) if tucker else ((out, r), (r, columns * math.prod(kernel)))
         state = self.values(config)
         state |= {"hada_w1_a": uniform(*a), "hada_w1_b": uniform(*b), "hada_w2_a": uniform(*a)}
         state["hada_w2_b"] = nn.Parameter(torch.zeros(b)) if config.init_weights else uniform(*b)
@@ -57,13 +49,13 @@ class LoHa(Lycoris):
         return state
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        wide = torch.promote_types(s.hada_w1_a.dtype, torch.float32)
-        w1a, w1b, w2a, w2b = (t.to(wide) for t in (s.hada_w1_a, s.hada_w1_b, s.hada_w2_a, s.hada_w2_b))
-        if s.get("hada_t1") is not None:
-            first = torch.einsum("ijkl,jc,io->ockl", s.hada_t1.to(wide), w1b, w1a)
-            second = torch.einsum("ijkl,jc,io->ockl", s.hada_t2.to(wide), w2b, w2a)
-            return first * second * s.scaling  # type: ignore[no-any-return]
-        return (w1a @ w1b) * (w2a @ w2b) * s.scaling  # type: ignore[no-any-return]
+        w1a, w1b, w2a, w2b = (widened(t) for t in (s.hada_w1_a, s.hada_w1_b, s.hada_w2_a, s.hada_w2_b))
+        if s.get("hada_t1") is None:
+            first, second = w1a @ w1b, w2a @ w2b
+        else:
+            first = torch.einsum("ijkl,jc,io->ockl", widened(s.hada_t1), w1b, w1a)
+            second = torch.einsum("ijkl,jc,io->ockl", widened(s.hada_t2), w2b, w2a)
+        return first * second * s.scaling  # type: ignore[no-any-return]
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
         w1a, w1b, w2a, w2b = s.hada_w1_a, s.hada_w1_b, s.hada_w2_a, s.hada_w2_b
@@ -80,14 +72,15 @@ class LoHa(Lycoris):
         info, found = inner.info, self.factors(s, s, None)
         x = s.cast(x, s.hada_w1_a.dtype)
         if found is None and info.kind == "linear":
-            scale = s.scaling
+            scale: float = s.scaling
 
-            def begin() -> Rows:
-                return lambda i, j, w1a, w1b, w2a, w2b: (w1a[i:j] @ w1b) * (w2a[i:j] @ w2b) * scale
+            def rows(_: None, i: int, j: int, w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
+                return (w1a[i:j] @ w1b) * (w2a[i:j] @ w2b) * scale
 
-            return weight_side(x, info.out_features, begin, s.hada_w1_a, s.hada_w1_b, s.hada_w2_a, s.hada_w2_b)
+            params = s.hada_w1_a, s.hada_w1_b, s.hada_w2_a, s.hada_w2_b
+            return weight_side(x, info.out_features, lambda: None, rows, *params)
         if found is None or info.groups > 1:
             return super().added(s, x, inner)
-        if info.kind == "linear":
-            return F.linear(F.linear(x, found[0]), found[1])
-        return pointwise(inner.apply(x, found[0].reshape(-1, *info.shape[1:])), found[1], len(info.shape) - 2)
+        channel = 1 - len(info.shape)  # the last dimension in a linear layer, the one before its sizes in a convolution
+        z = inner.apply(x, found[0].reshape(-1, *info.shape[1:]))
+        return F.linear(z.movedim(channel, -1), found[1]).movedim(-1, channel)

@@ -15,19 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.types import PeftType
+from ..config.base import check, check_choice
+from ..weights.base import widened
 from .math.lycoris import Lycoris, LycorisConfig, effective, uniform
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class LoKrConfig(LycorisConfig):
+class LoKrConfig(LycorisConfig, own_type="LOKR"):
     """See LycorisConfig. decompose_both: w1 may be of low rank as well. decompose_factor: the size of w1, or the
     largest divisor up to it; -1: the divisor nearest to the root. rank_dropout_scale: rank_dropout keeps the mean.
     init_weights: also "lycoris", which starts with w2 at zero in place of w1."""
-
-    own_type = PeftType.LOKR
 
     decompose_both: bool = False
     decompose_factor: int = -1
@@ -45,24 +43,21 @@ def factorize(size: int, factor: int = -1) -> tuple[int, int]:
     return first, size // first
 
 
-@register
 class LoKr(Lycoris):
     prefix = "lokr_"
     config_class = LoKrConfig
     tensors = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     examples = (
-        {"r": 1, "alpha": 3},
+        {"r": 1, "alpha": 3}, {"r": 1, "use_effective_conv2d": True, "decompose_factor": 2},
         {"r": 8, "alpha": 5, "init_weights": False, "decompose_factor": 4},
         {"r": 1, "decompose_both": True, "decompose_factor": 3, "init_weights": "lycoris"},
-        {"r": 1, "use_effective_conv2d": True, "decompose_factor": 2},
-    )
+    )  # fmt: skip
 
     def check_config(self, config: LoKrConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
-        if config.decompose_factor != -1 and config.decompose_factor < 1:
-            raise ValueError(f"`decompose_factor` should be -1 or positive, got {config.decompose_factor!r}")
-        if config.init_weights not in (True, False, "lycoris"):
-            raise ValueError(f"`init_weights` should be a bool or 'lycoris', got {config.init_weights!r}")
+        factor = config.decompose_factor
+        check(config, "decompose_factor", factor == -1 or factor >= 1, "-1 or positive")
+        check_choice(config, "init_weights", True, False, "lycoris")
 
     def make_state(self, config: LoKrConfig, info: LayerInfo, shared: Any) -> State:
         r, (out, columns, *kernel) = config.r, info.shape
@@ -82,7 +77,7 @@ class LoKr(Lycoris):
 
     def _left(self, s: Any) -> Tensor:
         """w1 with the scaling, [a, c]."""
-        w1: Tensor | None = s.get("lokr_w1")
+        w1 = s.get("lokr_w1")
         return (s.lokr_w1_a @ s.lokr_w1_b if w1 is None else w1) * s.scaling  # type: ignore[no-any-return]
 
     def _right(self, s: Any) -> Tensor:
@@ -95,9 +90,7 @@ class LoKr(Lycoris):
         return s.lokr_w2_a @ s.lokr_w2_b  # type: ignore[no-any-return]
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        w1, w2 = self._left(s), self._right(s)
-        wide = torch.promote_types(w1.dtype, torch.float32)
-        w1, w2 = w1.to(wide), w2.to(wide)
+        w1, w2 = widened(self._left(s)), widened(self._right(s))
         if w2.dim() == 3:
             # [b, d, k], which torch.kron takes w1 as [1, a, c] for. Not the Kronecker product that was meant, but what
             # PEFT trains in nn.Conv1d, so what its files mean.

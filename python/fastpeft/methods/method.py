@@ -1,4 +1,4 @@
-"""Method: the stateless math of one kind of adapter, and the registry of methods.
+"""Method: the stateless math of one kind of adapter.
 
 A method knows one adapter's tensors in one layer and that layer's weight as a matrix. It knows nothing of names of
 other adapters, merging, devices, quantisation or other methods; `AdapterLayer` composes, merges and stores.
@@ -29,6 +29,7 @@ from .adapted import AdaptedLayer
 from .fused import Fused
 
 State = dict[str, Any]
+METHODS: dict[PeftType, Method] = {}  # those whose files were imported: `registry.py` has all
 
 
 class Inner(Protocol):
@@ -39,27 +40,27 @@ class Inner(Protocol):
 
     @property
     def bare(self) -> bool:
-        """Whether it is the base layer itself, without adapters."""
+        """True if it is the base layer itself, without adapters."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Its output."""
+    def __call__(self, x: Tensor) -> Tensor: ...
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         """Its dense W and b, in at least float32; costly for quantised layers."""
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """What the layer would compute with another weight (a convolution with its stride and padding)."""
+        """The output if the layer had another weight (a convolution with its stride and padding)."""
 
     def bias(self) -> Tensor | None:
         """Its b alone, without its W. For linear layers."""
 
     def frozen(self) -> Callable[[], Tensor] | None:
         """A function that gives the W of a frozen base layer (no embedding), for a method that computes with another
-        weight in its place (`weight_side.py`); None if the module has to be called (adapters, hooks, training)."""
+        weight in its place (`made_weight.py`); None if the module has to be called (adapters, hooks, training)."""
 
 
 class AdapterView:
-    """One adapter's tensors and values in one layer, by name: `s.lora_A`, `s.scaling`. Reads through, holds nothing."""
+    """One adapter's tensors and values in one layer, by name: `s.lora_A`, `s.scaling`; and the layer's sizes and mode:
+    `s.in_features`, `s.training`. Reads through, holds nothing."""
 
     # No __slots__: torch.compile traces `__getattr__` only of objects that have a `__dict__`.
     def __init__(self, layer: AdaptedLayer, name: str) -> None:
@@ -67,29 +68,14 @@ class AdapterView:
         self._name = name
 
     @property
-    def training(self) -> bool:
-        return self._layer.training
-
-    @property
-    def version(self) -> int:
-        return self._layer.version
-
-    @property
     def row_values(self) -> Sequence[Any] | None:
-        """What `Method.row_values` gave for the rows of this call."""
+        """The values that `Method.row_values` gave for the rows of this call."""
         return self._layer.row_values(self._name)
 
-    @property
-    def in_features(self) -> int:
-        return self._layer.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self._layer.out_features
-
     def __getattr__(self, name: str) -> Any:
+        found = getattr(self._layer, name)
         try:
-            return getattr(self._layer, name)[self._name]
+            return found if isinstance(found, int) else found[self._name]
         except KeyError:
             raise AttributeError(f"adapter {self._name!r} has no {name!r} in this layer") from None
 
@@ -103,7 +89,7 @@ class AdapterView:
 
 
 class Method:
-    """One adapter type. Subclasses live in `methods/`, one file each, and are registered with `@register`.
+    """One adapter type. Subclasses live in `methods/`, one file each; one with a `config_class` is registered.
 
     prefix, config_class: its names; PEFT's type and name of the tuner class ("LoraModel") follow from the latter.
     tensors: names of the containers with trainable tensors, in PEFT's order. kinds: of layers it can adapt.
@@ -113,7 +99,8 @@ class Method:
     configurations that between them exercise every option; the tests of the laws run over them. model_methods:
     functions that a model with such an adapter has as methods, by name; each takes the tuner first. autocast: whether
     tensors become float32 on half-precision bases. repeats_shared: whether files repeat what is shared in every layer.
-    counts: fields of the configuration that are positive integers, such as ranks.
+    counts: fields of the configuration that are positive integers, such as ranks. divisors: fields that divide sizes of
+    the layer ({"block_size": ("in_features", "out_features")}).
     """
 
     peft_type: ClassVar[PeftType]
@@ -131,11 +118,13 @@ class Method:
     needs_base_weight: ClassVar[bool] = False
     repeats_shared: ClassVar[bool] = False
     counts: ClassVar[tuple[str, ...]] = ()
+    divisors: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init_subclass__(cls) -> None:
         if "config_class" in vars(cls) and cls.config_class.own_type is not None:
             cls.peft_type = cls.config_class.own_type
             cls.model_name = cls.config_class.__name__.removesuffix("Config") + "Model"
+            METHODS[cls.peft_type] = cls()
 
     def variant(self, config: Any) -> Method:
         """The method that a configuration means, where its options choose between several (LoRA and DoRA)."""
@@ -155,37 +144,30 @@ class Method:
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         """Raise ValueError where the math makes no sense on this layer (never silently do nothing)."""
         if info.kind not in self.kinds:
-            raise ValueError(
-                f"{self.peft_type.value} cannot adapt {info.name!r}, a {type(info.module).__name__}: it supports "
-                f"layers of kind {', '.join(sorted(self.kinds))}."
-            )
-        if info.transient:
-            self._check_transient(config, info)
-
-    def _check_transient(self, config: Any, info: LayerInfo) -> None:
-        """The module computes with the merged weight: nothing can act on its inputs."""
+            what, kinds = f"{info.name!r}, a {type(info.module).__name__}", ", ".join(sorted(self.kinds))
+            raise ValueError(f"{self.peft_type.value} cannot adapt {what}: it supports layers of kind {kinds}.")
+        for field, size in ((field, size) for field, sizes in self.divisors.items() for size in sizes):
+            whole, part = getattr(info, size), getattr(config, field)
+            if whole % part:
+                raise ValueError(f"{size} ({whole}) of {info.name!r} must be divisible by {field} ({part}).")
+        if not info.transient:
+            return
         what = f"{info.name!r}, a {type(info.module).__name__} that reads its weight itself"
         if not self.mergeable:
             raise ValueError(f"{self.peft_type.value} has no merged weight, which {what}, would need.")
-        dropouts = [n for n in vars(config) if n.endswith("dropout") and getattr(config, n)]
-        if dropouts:
-            raise ValueError(
-                f"{dropouts[0]}={getattr(config, dropouts[0])} cannot act in {what}: inputs are not seen. Set it to 0."
-            )
+        for field, value in vars(config).items():
+            if field.endswith("dropout") and value:
+                raise ValueError(f"{field}={value} cannot act in {what}: inputs are not seen. Set it to 0.")
 
     def layer_config(self, config: Any, names: Sequence[str]) -> dict[str, Any]:
         """The configuration of layers where it is not `config`, because of `patterns`, by name."""
         values = {f: first_match(getattr(config, p, None) or {}, names) for f, p in self.patterns.items()}
-        made: dict[tuple[Any, ...], Any] = {}
         result = {}
         for name in names:
             own = {f: found[name] for f, found in values.items() if name in found}
             if any(value != getattr(config, f) for f, value in own.items()):
-                key = tuple(sorted(own.items()))
-                if key not in made:
-                    made[key] = copy.copy(config)
-                    vars(made[key]).update(own)
-                result[name] = made[key]
+                result[name] = copy.copy(config)
+                vars(result[name]).update(own)
         return result
 
     def open_fields(self, config: Any, model: nn.Module, model_type: str | None) -> dict[str, Any]:
@@ -199,15 +181,15 @@ class Method:
     # State: modules, parameters and buffers go into containers named after them, anything else into plain dicts.
 
     def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
-        """What all layers of the adapter share (VeRA's A and B); {} for most methods.
+        """Entries that all layers of the adapter share (VeRA's A and B); {} for most methods.
 
-        Parameters, buffers and modules go into containers of their names, which the layers hold (`shared.py`); a name
-        that is in `tensors` too is trained. Other values are for `make_state` alone.
+        Parameters, buffers and modules go into containers of their names, which the layers hold (`shared_tensors.py`);
+        a name that is in `tensors` too is trained. Other values are for `make_state` alone.
         """
         return {}
 
     def shares(self, info: LayerInfo, names: Sequence[str]) -> Mapping[str, str]:
-        """Which of the shared entries `names` a layer holds, by the name that it has there."""
+        """Those of the shared entries `names` that a layer holds, by the name that it has there."""
         return {name: name for name in names}
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
@@ -215,21 +197,19 @@ class Method:
         `scaling`, and modules or buffers that are not trained."""
         raise NotImplementedError
 
-    def tie(
-        self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]
-    ) -> None:
+    def tie(self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]) -> None:
         """Let layers share entries: called once, when the adapter is in all its layers, given by name. leaders: see
         `followers`."""
 
     def saves(self, state: Mapping[str, Any], name: str) -> bool:
-        """Whether the entry `name`, if it holds tensors, is in `state_dict` and in files."""
+        """True if the entry `name`, where it holds tensors, is in `state_dict` and in files."""
         return bool(getattr(state.get(name), "persistent", True))  # nn.Buffer and `Computed` say it themselves
 
     def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError for a layer's tensors from a file, by key, whose values make no sense; their shapes fit."""
 
     def trains(self, s: Any, name: str) -> bool:
-        """Whether the entry `name` (one of `tensors`) is trained."""
+        """True if the entry `name` (one of `tensors`) is trained."""
         return True
 
     def file_key(self, key: str) -> str | None:
@@ -237,7 +217,7 @@ class Method:
         return key
 
     def pack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a file holds, given the adapter's tensors by their keys in a file. Also called with meta tensors."""
+        """The contents of a file for the adapter's tensors by their keys in it. Also called with meta tensors."""
         return tensors
 
     def unpack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -245,7 +225,7 @@ class Method:
         return tensors
 
     def ignores(self, config: Any, key: str) -> bool:
-        """Whether a file's tensor is passed over because the configuration says that it is computed."""
+        """True for a file's tensor that is passed over because the configuration says that it is computed."""
         return False
 
     def make_room(self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
@@ -257,7 +237,7 @@ class Method:
     # Math. `s` is an AdapterView, `shared` what make_shared gave, `inner` the layer that this adapter wraps.
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        """What is added to W, in W's shape. Additive methods need only this. w: W, if `needs_base_weight`."""
+        """The update of W, in W's shape. Additive methods need only this. w: W, if `needs_base_weight`."""
         raise NotImplementedError
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -265,8 +245,8 @@ class Method:
         delta = self.delta_weight(s, shared, w if self.needs_base_weight else None)
         return w + delta.to(w.dtype).reshape(w.shape), b
 
-    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """A [r, in_features] and B [out_features, r] whose product is the whole update, where the method has them."""
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> Any:
+        """A [r, in_features] and B [out_features, r] whose product is the whole update; None where there are none."""
         return None
 
     def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
@@ -274,7 +254,7 @@ class Method:
         return None if self.mergeable else f"{self.peft_type.value} has no merged form"
 
     def input(self, s: Any, shared: Any, x: Tensor) -> Tensor:
-        """What the wrapped layer sees in place of x."""
+        """The wrapped layer's input in place of x."""
         return x
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
@@ -293,8 +273,8 @@ class Method:
         return self.output(s, shared, x, inner(self.input(s, shared, x)), inner)
 
     def splits(self, s: Any, info: LayerInfo) -> bool:
-        """Whether `forward` is now one call of `inner` between `input` and `output`: then rows of several adapters have
-        that call in common (`routing.py`). A method that replaces `forward` says when."""
+        """True if `forward` is now one call of `inner` between `input` and `output`: then rows of several adapters have
+        that call in common (`layer/by_row`). A method that replaces `forward` says when."""
         return type(self).forward is Method.forward
 
     # Optional: more of a model's forward than its layers see. Both act while the adapter is active.
@@ -305,12 +285,12 @@ class Method:
         return None
 
     def model_output(self, tuner: Any, adapter: str, output: Any) -> Any:
-        """What a forward of the model returns (AdaLoRA adds a regularisation to its loss)."""
+        """The value that a forward of the model returns (AdaLoRA adds a regularisation to its loss)."""
         return output
 
     @property
     def hooks_model(self) -> bool:
-        """Whether one of these two is there."""
+        """True if one of these two is there."""
         own = type(self)
         return own.row_values is not Method.row_values or own.model_output is not Method.model_output
 
@@ -330,3 +310,7 @@ class Method:
         return None
 
 
+def check_indices(key: str, indices: Tensor, limit: str, below: int) -> None:
+    """ValueError for a file's tensor unless it holds integers from 0 up to a limit."""
+    if indices.is_floating_point() or ((indices < 0) | (indices.long() >= below)).any():
+        raise ValueError(f"{key} should be indices below {limit}={below}")

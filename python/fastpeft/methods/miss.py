@@ -3,37 +3,33 @@
 The input's features are summed in r groups, feature i into group i mod r, and the sums go through D [r, out_features],
 or with "mini" through D [r, mini_r] repeated along the output: one thin product. With "bat" each block of W [r, r] gets
 W_pq B_p + B_p, where B_p belongs to a row of blocks. That reads all of W, so it is made on the weight side
-(`weight_side.py`): (3 T + 3 r) / (2 T) of the frozen layer's FLOPs at T tokens, 1.69 with r = 64 and T = 512.
+(`made_weight.py`): (3 T + 3 r) / (2 T) of the frozen layer's FLOPs at T tokens, 1.69 with r = 64 and T = 512.
 Fewer tokens than r, in evaluation, have it on their activations: 2 T products of W with a vector in place of T + r.
-
-(Longer than others: three forms, which PEFT has under one name.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, TargetConfig
-from ..config.types import PeftType
 from ..weights.base import widened
 from .math.draws import kaiming_
 from .math.factored import FactoredMethod, dropout, is_thin, plus_product
-from .math.made_weight import Rows, weight_side
+from .math.made_weight import weight_side
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 
 @dataclass
-class MissConfig(HasBias, TargetConfig):
+class MissConfig(HasBias, TargetConfig, own_type="MISS"):
     """r: groups of the input. miss_dropout: of the input. mini_r: groups of the output, of "mini" alone. init_weights:
     True, "bat" or "mini" for the forms above, which start at zero; False for the first, at random."""
 
-    own_type = PeftType.MISS
+    choices: ClassVar[Any] = {"init_weights": (True, False, "bat", "mini")}
 
     r: int = 64
     miss_dropout: float = 0.0
@@ -41,7 +37,6 @@ class MissConfig(HasBias, TargetConfig):
     init_weights: bool | str = True
 
 
-@register
 class Miss(FactoredMethod):
     prefix = "miss_"
     config_class = MissConfig
@@ -49,41 +44,38 @@ class Miss(FactoredMethod):
     dropout = "miss_dropout"
     counts = ("r", "mini_r")
     examples = (
-        {"r": 4},
-        {"r": 7, "init_weights": False},
-        {"r": 4, "init_weights": "bat"},
+        {"r": 4}, {"r": 7, "init_weights": False}, {"r": 4, "init_weights": "bat"},
         {"r": 5, "init_weights": "mini", "mini_r": 4},
-    )
+    )  # fmt: skip
 
     def variant(self, config: MissConfig) -> Method:
         return _BAT if config.init_weights == "bat" else self
 
-    def check_config(self, config: MissConfig, loading: bool = False) -> None:
-        super().check_config(config, loading)
-        if config.init_weights not in (True, False, "bat", "mini"):
-            raise ValueError(f"`init_weights` should be a bool, 'bat' or 'mini', got {config.init_weights!r}")
-
     def check_layer(self, config: MissConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if config.r > info.in_features:
-            raise ValueError(
-                f"`r` ({config.r}) must be less than or equal to in_features ({info.in_features}) in {info.name!r}"
-            )
+            limit = f"less than or equal to in_features ({info.in_features})"
+            raise ValueError(f"`r` ({config.r}) must be {limit} in {info.name!r}")
         if config.init_weights == "mini" and info.out_features % config.mini_r:
             raise ValueError(f"out_features ({info.out_features}) of {info.name!r} must be divisible by `mini_r`")
 
     def make_state(self, config: MissConfig, info: LayerInfo, shared: Any) -> State:
-        block = torch.zeros(config.r, config.mini_r if config.init_weights == "mini" else info.out_features)
+        block = torch.zeros(self._shape(config, info))
         if not config.init_weights:
             kaiming_(block)
-        return {**_values(config), "miss_block": nn.Parameter(block)}
+        return {
+            "miss_r": config.r, "miss_dropout": dropout(config.miss_dropout), "miss_mini_r": config.mini_r,
+            "miss_block": nn.Parameter(block),
+        }  # fmt: skip
+
+    def _shape(self, config: MissConfig, info: LayerInfo) -> tuple[int, ...]:
+        return config.r, config.mini_r if config.init_weights == "mini" else info.out_features
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
-        block = s.miss_block
-        wide = torch.promote_types(block.dtype, torch.float32)
-        groups = torch.eye(s.miss_r, dtype=wide, device=block.device)
+        block = widened(s.miss_block)
+        groups = torch.eye(s.miss_r, dtype=block.dtype, device=block.device)
         a = groups.repeat(1, -(-s.in_features // s.miss_r))[:, : s.in_features]
-        return a, block.to(wide).repeat(1, s.out_features // block.shape[1]).t()
+        return a, block.repeat(1, s.out_features // block.shape[1]).t()
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         block = widened(s.miss_block)
@@ -103,13 +95,13 @@ class Miss(FactoredMethod):
         added: Tensor = (sums @ block).repeat(*[1] * (x.dim() - 1), copies)
         return y + added
 
-
     def _fusible(self, s: Any) -> bool:
         return s.miss_block.shape[1] == s.out_features and is_thin(s.miss_r, s)
 
 
 class _Bat(Miss):
     needs_base_weight = True
+    divisors: ClassVar[dict[str, tuple[str, ...]]] = {"r": ("in_features", "out_features")}
 
     def _fusible(self, s: Any) -> bool:
         return False
@@ -119,16 +111,10 @@ class _Bat(Miss):
         if config.miss_dropout and not loading:
             raise ValueError("`miss_dropout` cannot act with init_weights='bat', which changes the weight.")
 
-    def check_layer(self, config: MissConfig, info: LayerInfo) -> None:
-        super().check_layer(config, info)
-        if info.in_features % config.r or info.out_features % config.r:
-            raise ValueError(f"The weight matrix of {info.name!r} must be fully divisible into [r, r] blocks.")
+    def _shape(self, config: MissConfig, info: LayerInfo) -> tuple[int, ...]:
+        return info.out_features // config.r, config.r, config.r
 
-    def make_state(self, config: MissConfig, info: LayerInfo, shared: Any) -> State:
-        blocks = torch.zeros(info.out_features // config.r, config.r, config.r)
-        return {**_values(config), "miss_block": nn.Parameter(blocks)}
-
-    def factors(self, s: Any, shared: Any, w: Tensor | None) -> None:  # type: ignore[override]
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> Any:
         return None
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
@@ -140,15 +126,13 @@ class _Bat(Miss):
         if frozen is None:
             y, w = inner(x), inner.weight()[0]
             return y + inner.apply(x, _bat(w, s.miss_block).to(x.dtype))
-
         if x[..., 0].numel() < r and not torch.is_grad_enabled():
             return _bat_of_few(x, frozen(), s.miss_block, inner.bias())
 
-        def begin() -> Rows:
-            w = frozen()
-            return lambda i, j, blocks: w[i:j] + _bat(w[i:j], blocks[i // r : j // r])
+        def rows(w: Tensor, i: int, j: int, blocks: Tensor) -> Tensor:
+            return w[i:j] + _bat(w[i:j], blocks[i // r : j // r])
 
-        return weight_side(x, inner.info.out_features, begin, s.miss_block, bias=inner.bias(), align=r)
+        return weight_side(x, inner.info.out_features, frozen, rows, s.miss_block, bias=inner.bias(), align=r)
 
 
 _BAT = _Bat()
@@ -171,7 +155,3 @@ def _bat_of_few(x: Tensor, w: Tensor, blocks: Tensor, b: Tensor | None) -> Tenso
     y = y + turned.view(n, *x_blocks.shape).sum(2).to(x.dtype)
     y = y.transpose(0, 1).reshape(*x.shape[:-1], n * r)
     return y if b is None else y + b.to(y.dtype)
-
-
-def _values(config: MissConfig) -> State:
-    return {"miss_r": config.r, "miss_dropout": dropout(config.miss_dropout), "miss_mini_r": config.mini_r}

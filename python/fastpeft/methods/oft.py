@@ -18,21 +18,18 @@ from torch import Tensor, nn
 from peft_kernels import cayley
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
-from ..config.types import PeftType, PeftWarning
+from ..config.types import PeftWarning
 from .math.draws import normal_
 from .math.rotation import BlockDropout, Butterfly, skew
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class OFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class OFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="OFT"):
     """r: number of blocks, or oft_block_size: their size; the other is 0. Either is changed to a divisor of the layer's
     size. module_dropout: share of the blocks that are the identity in a training step. coft, eps: keep the rotation's
     generator within this norm. block_share: one block for all. use_cayley_neumann: the rotation from
     num_cayley_neumann_terms of a series rather than by solving, which is exact."""
-
-    own_type = PeftType.OFT
 
     r: int = 0
     oft_block_size: int = 32
@@ -78,7 +75,6 @@ class OFTRotationModule(nn.Module):
         return cayley(-q) if self.terms is None else cayley(q, self.terms)  # PEFT's two forms turn in opposite ways
 
 
-@register
 class OFT(Butterfly):
     prefix = "oft_"
     config_class = OFTConfig
@@ -106,9 +102,7 @@ class OFT(Butterfly):
         wanted = getattr(config, field)
         found = nearest_divisor(features, wanted)
         if found != wanted:
-            warnings.warn(
-                f"Invalid `{field}` ({wanted})! Adjusted `{field}` to ({found}).", PeftWarning, stacklevel=2
-            )
+            warnings.warn(f"Invalid `{field}` ({wanted})! Adjusted `{field}` to ({found}).", PeftWarning, stacklevel=2)
         blocks, size = (found, features // found) if config.r else (features // found, found)
         return {
             name: OFTRotationModule(config, blocks, size),

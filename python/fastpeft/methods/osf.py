@@ -3,19 +3,17 @@
 W + U diag(S) V - U0 diag(S0) V0, the second product being what W has there. Gradients of U and V are projected onto the
 complement of the frozen directions.
 
-Cost, in products of T tokens by W (r = half the rank): the layer itself 2 (forward, towards x). x V^T, x V0^T, and the
-products of both with U and U0: 2 forward, 2 backward. Gradients of U and V: 1/2 each; their projections at least
-1/2 + 1/2 more each when made on the T rows, which costs less than on the gradients as long as T < 2 r. Together 8, four
-times the frozen layer's, of which nothing can be left out while the wrapped layer is called as it is. PEFT has 12.
-
-(Longer than others by this derivation and by the projection of the gradients.)
+Cost, in products of T tokens by W (r = half the rank): the layer itself 2, x V^T, x V0^T and the products of both with
+U and U0 2 forward and 2 backward, gradients of U and V 1/2 each, their projections at least 1/2 + 1/2 more each when
+made on the T rows, which costs less than on the gradients while T < 2 r. Together 8, the least while the wrapped layer
+is called as it is: four times the frozen layer's. PEFT has 12.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,23 +22,19 @@ from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig
 from ..config.patterns import match_names
-from ..config.targets import ALL_LINEAR
-from ..config.types import PeftType, PeftWarning
+from ..config.targets import ALL_LINEAR, by_type
+from ..config.types import PeftWarning
+from ..weights.base import wide
 from .computed import Computed
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
-
-_LLAMA_LIKE = ("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi")
-_DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 
 
 @dataclass
-class OSFConfig(HasInitWeights, TargetConfig):
+class OSFConfig(HasInitWeights, TargetConfig, own_type="OSF"):
     """effective_rank: number of singular directions that are frozen, or their share of the smaller size if it is a
     float; half by default, at most all, which leaves nothing to train in that layer. rank_pattern: its value by layer,
     by expressions that match anywhere in a name. target_svd_config: accepted and not used, as in PEFT."""
 
-    own_type = PeftType.OSF
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
     effective_rank: int | float | None = None
@@ -48,18 +42,16 @@ class OSFConfig(HasInitWeights, TargetConfig):
     target_svd_config: dict[str, int] | None = None
 
 
-@register
 class OSF(Method):
     prefix = "osf_"
     config_class = OSFConfig
     tensors = ("osf_svd_params",)
-    default_targets: ClassVar[dict[str, Any]] = {
-        **{name: [*_DECODER] for name in _LLAMA_LIKE},
-        **{name: ["c_attn", "c_proj"] for name in ("gpt2", "gpt_bigcode")},
-        **{name: ["query_key_value", "dense_4h_to_h"] for name in ("bloom", "falcon", "gpt_neox")},
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
-    }
+    default_targets: ClassVar[dict[str, Any]] = by_type({
+        "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj":
+            "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi",
+        "c_attn c_proj": "gpt2 gpt_bigcode", "query_key_value dense_4h_to_h": "bloom falcon gpt_neox",
+        "q_proj k_proj v_proj out_proj fc1 fc2": "opt", "q_proj k_proj v_proj out_proj fc_in fc_out": "gptj",
+    })  # fmt: skip
     examples = ({}, {"effective_rank": 3, "init_weights": False}, {"effective_rank": 0.9})
 
     def open_fields(self, config: OSFConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:
@@ -77,34 +69,29 @@ class OSF(Method):
     def check_layer(self, config: OSFConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if (rank := _rank(config, info)) < 1:
-            raise ValueError(
-                f"{info.name!r}: `effective_rank` should be at least 1. Got {config.effective_rank!r}, which is {rank} "
-                f"for a weight of {info.out_features} x {info.in_features}."
-            )
+            got = f"{config.effective_rank!r}, which is {rank} for a weight of {info.out_features} x {info.in_features}"
+            raise ValueError(f"{info.name!r}: `effective_rank` should be at least 1, got {got}.")
 
     def make_state(self, config: OSFConfig, info: LayerInfo, shared: Any) -> State:
         k, n, m = _rank(config, info), info.out_features, info.in_features
         dtype = info.dtype if info.dtype.is_floating_point else torch.float32
         low = min(n, m) - k
         if low == 0:  # PEFT serves it and says nothing; the name of the layer is left out, so that equal ones warn once
-            warnings.warn(
-                f"`effective_rank` ({config.effective_rank}), clamped to {k}, the smaller size of a layer, freezes all "
-                "of its singular directions: nothing is trained in it.",
-                PeftWarning,
-                stacklevel=2,
-            )
+            rank = f"`effective_rank` ({config.effective_rank}), clamped to {k}, the smaller size of a layer,"
+            text = f"{rank} freezes all of its singular directions: nothing is trained in it."
+            warnings.warn(text, PeftWarning, stacklevel=2)
 
         @functools.cache
-        def factors() -> tuple[Tensor, Tensor, Tensor]:
-            u, sigma, v = torch.linalg.svd(info.weight().to(torch.float32), full_matrices=False)
-            return u.to(dtype), sigma.to(dtype), v.to(dtype)
+        def factors() -> list[Tensor]:
+            return [t.to(dtype) for t in torch.linalg.svd(info.weight().to(torch.float32), full_matrices=False)]
 
+        low_parts: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {
+            "U_low": ((n, low), lambda: factors()[0][:, k:]),
+            "S_low": ((low,), lambda: factors()[1][k:]),
+            "V_low": ((low, m), lambda: factors()[2][k:]),
+        }
         params, state = {}, State(effective_rank=k)
-        for i, (name, shape) in enumerate({"U_low": (n, low), "S_low": (low,), "V_low": (low, m)}.items()):
-
-            def part(i: int = i) -> Tensor:
-                return factors()[i][:, k:] if i == 0 else factors()[i][k:]
-
+        for name, (shape, part) in low_parts.items():
             start = torch.empty(shape)
             if not start.is_meta:
                 start = part().clone(memory_format=torch.contiguous_format)
@@ -120,15 +107,14 @@ class OSF(Method):
 
     @staticmethod
     def _apply(s: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        params = s.osf_svd_params
-        tensors = (params["U_low"], params["S_low"], params["V_low"], s._osf_U_low_init, s._osf_S_low_init,
-                   s._osf_V_low_init, s.get("_osf_U_high"), s.get("_osf_V_high"))  # fmt: skip
+        trained = [s.osf_svd_params[name] for name in ("U_low", "S_low", "V_low")]
+        start = [s._osf_U_low_init, s._osf_S_low_init, s._osf_V_low_init]
+        tensors = (*trained, *start, s.get("_osf_U_high"), s.get("_osf_V_high"))
         return _LowPart.apply(x.to(dtype), *(None if t is None else t.to(dtype) for t in tensors))  # type: ignore[no-any-return, no-untyped-call]
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
         v = s.osf_svd_params["V_low"]
-        eye = torch.eye(v.shape[1], device=v.device)
-        return self._apply(s, eye, torch.promote_types(v.dtype, torch.float32)).T
+        return self._apply(s, torch.eye(v.shape[1], device=v.device), wide(v.dtype)).T
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         return y + self._apply(s, x, s.osf_svd_params["U_low"].dtype).to(y.dtype)

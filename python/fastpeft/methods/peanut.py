@@ -14,22 +14,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.base import HasInitWeights, TargetConfig
-from ..config.limits import MAX_RANK
-from ..config.types import PeftType
+from ..config.base import HasInitWeights, TargetConfig, check, check_ranks
 from .math.draws import kaiming_
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 MAX_DEPTH = 1000  # each layer of it is two modules in every adapted layer
 
 
 @dataclass
-class PeanutConfig(HasInitWeights, TargetConfig):
+class PeanutConfig(HasInitWeights, TargetConfig, own_type="PEANUT"):
     """r: hidden size. depth: hidden layers on each side. act_fn: a key of transformers' ACT2FN. scaling: factor of the
     update. init_weights: B starts at zero, or random (False)."""
-
-    own_type = PeftType.PEANUT
 
     r: int = 32
     depth: int = 0
@@ -38,37 +33,29 @@ class PeanutConfig(HasInitWeights, TargetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError("`r` must be a positive integer.")
-        if self.depth < 0:
-            raise ValueError("`depth` can only be a non-negative integer.")
+        check_ranks(self.r)
+        depths = f"an integer from 0 to {MAX_DEPTH}"
+        check(self, "depth", type(self.depth) is int and 0 <= self.depth <= MAX_DEPTH, depths)
         _activation(self.act_fn)
 
 
-@register
 class Peanut(Method):
     prefix = "peanut_"
     config_class = PeanutConfig
     tensors = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
+    counts = ("r",)
     examples = ({"r": 4}, {"r": 3, "depth": 2, "act_fn": "tanh", "scaling": 0.5, "init_weights": False})
     needs_base_weight = True
-
-    def check_config(self, config: PeanutConfig, loading: bool = False) -> None:
-        for name, value, least, most in (("r", config.r, 1, MAX_RANK), ("depth", config.depth, 0, MAX_DEPTH)):
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"`{name}` should be an integer from {least} to {most}, got {value!r}")
 
     def make_state(self, config: PeanutConfig, info: LayerInfo, shared: Any) -> State:
         r = config.r
         a = nn.Linear(info.out_features, r, bias=False)
-        encoders, decoders = (
-            nn.ModuleList([nn.Linear(r, r, bias=False) for _ in range(config.depth)]) for _ in range(2)
-        )
+        layers = [nn.Linear(r, r, bias=False) for _ in range(2 * config.depth)]
+        encoders, decoders = nn.ModuleList(layers[: config.depth]), nn.ModuleList(layers[config.depth :])
         b = nn.Linear(r, info.out_features, bias=False)
-        for module in (a, *encoders, *decoders, b)[: None if not config.init_weights else -1]:
+        for module in (a, *layers):
             kaiming_(module.weight)
-        if config.init_weights:
-            nn.init.zeros_(b.weight)
+        nn.init.zeros_(b.weight) if config.init_weights else kaiming_(b.weight)
         return {
             "peanut_A": a, "peanut_B": b, "peanut_encoders": encoders, "peanut_decoders": decoders, "r": r,
             "depth": config.depth, "scaling": config.scaling, "act_fn": config.act_fn,
@@ -77,29 +64,25 @@ class Peanut(Method):
     def _read(self, s: Any, w: Tensor) -> Tensor:
         """f(W^T) [in_features, r]."""
         act = _activation(s.act_fn)
-        h: Tensor = act(F.linear(w.t(), s.peanut_A.weight))
-        before = []
+        seen: list[Tensor] = [act(F.linear(w.t(), s.peanut_A.weight))]
         for encoder in s.peanut_encoders:
-            before.append(h)
-            h = act(F.linear(h, encoder.weight))
+            seen.append(act(F.linear(seen[-1], encoder.weight)))
+        h = seen.pop()
         for decoder in s.peanut_decoders:
-            h = act(F.linear(h, decoder.weight)) + before.pop()
+            h = act(F.linear(h, decoder.weight)) + seen.pop()
         return h
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        found = self.factors(s, shared, w)
-        assert found is not None
-        return found[1] @ found[0]
+        a, b = self.factors(s, shared, w)
+        return b @ a
 
-    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         assert w is not None
         b = s.peanut_B.weight
         return self._read(s, w.to(b.dtype)).t(), b * s.scaling
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        found = self.factors(s, shared, inner.weight()[0])
-        assert found is not None
-        a, b = found
+        a, b = self.factors(s, shared, inner.weight()[0])
         return y + F.linear(F.linear(x.to(b.dtype), a), b)
 
 

@@ -2,8 +2,6 @@
 orthogonal matrix scaled on both sides (openreview.net/forum?id=FSHrinMArK).
 
 On activations a LoRA with the factors A and B (R - I). A and B are in no file: they follow from the base weight.
-
-(Longer than others by its options: two ways to the factors, four forms of R.)
 """
 
 from __future__ import annotations
@@ -11,33 +9,32 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft_kernels import cayley
 
-from ..config.base import HasFanInFanOut, HasInitWeights, TargetConfig, check_ranks
-from ..config.types import PeftType, PeftWarning
+from ..config.base import HasFanInFanOut, HasInitWeights, TargetConfig, check, check_probabilities, check_ranks
+from ..config.types import PeftWarning
 from ..weights.base import widened
 from .computed import Computed
 from .math.draws import drawn_normal
 from .math.factored import FactoredMethod, dropout
 from .math.rotation import skew
 from .method import LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
+class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig, own_type="PSOFT"):
     """r: size of R. psoft_alpha: scaling is psoft_alpha / r, which B is divided by. ab_svd_init: "psoft_init" (A has
     orthonormal rows) or "pissa_init" (the singular values are shared out). psoft_svd: "full", or "lowrank" with
     psoft_svd_lowrank_niter iterations from random_seed. psoft_orth: R is orthogonal, else any matrix. psoft_mag_a,
     psoft_mag_b: scale R's inputs and outputs. use_cayley_neumann: R from num_cayley_neumann_terms of a series, its
     generator kept within cayley_neumann_eps."""
 
-    own_type = PeftType.PSOFT
+    choices: ClassVar[Any] = {"ab_svd_init": ("psoft_init", "pissa_init"), "psoft_svd": ("full", "lowrank")}
 
     r: int = 32
     psoft_alpha: int = 32
@@ -56,20 +53,16 @@ class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranks(self.r)
-        if not 0.0 <= self.psoft_dropout < 1.0:
-            raise ValueError(f"`psoft_dropout` should be in [0, 1), got {self.psoft_dropout!r}")
-        for name, allowed in (("ab_svd_init", ("pissa_init", "psoft_init")), ("psoft_svd", ("full", "lowrank"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
-        eps = self.cayley_neumann_eps
-        if self.use_cayley_neumann and not 1 <= self.num_cayley_neumann_terms <= 100:
-            raise ValueError(f"`num_cayley_neumann_terms` must be in 1..100; got {self.num_cayley_neumann_terms}.")
-        if self.use_cayley_neumann and eps is not None and not 0.0 < eps < 1.0:
-            raise ValueError(f"`cayley_neumann_eps` must be in (0, 1) when set; got {eps}.")
-        series = () if self.use_cayley_neumann else ("num_cayley_neumann_terms", "cayley_neumann_eps")
-        for name in (*series, *(() if self.psoft_svd == "lowrank" else ("psoft_svd_lowrank_niter",))):
-            if getattr(self, name) != getattr(type(self), name):
-                needed = "use_cayley_neumann=True" if name in series else "psoft_svd='lowrank'"
+        check_probabilities(self)
+        eps, terms, series = self.cayley_neumann_eps, self.num_cayley_neumann_terms, self.use_cayley_neumann
+        check(self, "num_cayley_neumann_terms", not series or 1 <= terms <= 100, "from 1 to 100")
+        check(self, "cayley_neumann_eps", not series or eps is None or 0.0 < eps < 1.0, "in (0, 1) when set")
+        for name, needed, used in (
+            ("num_cayley_neumann_terms", "use_cayley_neumann=True", series),
+            ("cayley_neumann_eps", "use_cayley_neumann=True", series),
+            ("psoft_svd_lowrank_niter", "psoft_svd='lowrank'", self.psoft_svd == "lowrank"),
+        ):
+            if not used and getattr(self, name) != getattr(type(self), name):
                 warnings.warn(f"`{name}` is only used when `{needed}`: it is ignored.", PeftWarning, stacklevel=3)
 
 
@@ -78,9 +71,8 @@ class OrthLayer(nn.Module):
 
     def __init__(self, config: PsoftConfig) -> None:
         super().__init__()
-        self.size, self.orth, self.eps = config.r, config.psoft_orth, config.cayley_neumann_eps
-        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
-        n = config.r
+        n, self.orth, self.eps = config.r, config.psoft_orth, config.cayley_neumann_eps
+        self.size, self.terms = n, config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.weight = nn.Parameter(torch.zeros(n * (n - 1) // 2) if self.orth else torch.eye(n))
         self.vector_b = nn.Parameter(torch.ones(n)) if config.psoft_mag_b else None
         self.vector_a = nn.Parameter(torch.ones(n)) if config.psoft_mag_a else None
@@ -99,19 +91,17 @@ class OrthLayer(nn.Module):
         return r if self.vector_a is None else r * self.vector_a
 
 
-@register
 class Psoft(FactoredMethod):
     prefix = "psoft_"
     config_class = PsoftConfig
     dropout = "psoft_dropout"
     tensors = ("psoft_R",)
     examples = (
-        {"r": 6, "psoft_alpha": 3},
+        {"r": 6, "psoft_alpha": 3}, {"r": 1, "use_cayley_neumann": True},
         {"r": 5, "ab_svd_init": "pissa_init", "psoft_svd": "lowrank", "psoft_mag_a": False},
         {"r": 4, "psoft_orth": False, "psoft_mag_b": False, "init_weights": False},
         {"r": 6, "use_cayley_neumann": True, "num_cayley_neumann_terms": 4, "cayley_neumann_eps": 0.5},
-        {"r": 1, "use_cayley_neumann": True},
-    )
+    )  # fmt: skip
 
     def check_config(self, config: PsoftConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
@@ -121,17 +111,14 @@ class Psoft(FactoredMethod):
     def check_layer(self, config: PsoftConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if config.r > min(info.in_features, info.out_features):
-            raise ValueError(
-                f"{info.name!r}: `r` ({config.r}) must be less than or equal to min(in_features, out_features) "
-                f"({info.in_features}, {info.out_features})"
-            )
+            limit = f"less than or equal to min(in_features, out_features) ({info.in_features}, {info.out_features})"
+            raise ValueError(f"{info.name!r}: `r` ({config.r}) must be {limit}")
 
     def make_state(self, config: PsoftConfig, info: LayerInfo, shared: Any) -> State:
         factors = functools.cache(lambda: _principal(info.weight(), config))
         n, m = info.out_features, info.in_features
         as_given = ("r", "psoft_alpha", "psoft_svd", "psoft_svd_lowrank_niter", "random_seed", "ab_svd_init")
-        return {
-            **{name: getattr(config, name) for name in as_given},
+        return {name: getattr(config, name) for name in as_given} | {
             "scaling": config.psoft_alpha / config.r,
             "psoft_dropout": dropout(config.psoft_dropout),
             "_psoft_A_cache": Computed((config.r, m), lambda: factors()[0], persistent=False, exact=True),
@@ -142,8 +129,8 @@ class Psoft(FactoredMethod):
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         a, b, r = s._psoft_A_cache, s._psoft_B_cache, s.psoft_R.get_matrix()
         moved = r - torch.eye(len(r), dtype=r.dtype, device=r.device)
-        wide = torch.promote_types(a.dtype, r.dtype)
-        return a.to(wide), (b.to(wide) @ moved.to(wide)) * s.scaling
+        dtype = torch.promote_types(a.dtype, r.dtype)
+        return a.to(dtype), (b.to(dtype) @ moved.to(dtype)) * s.scaling
 
     def scale(self, s: Any) -> float | None:
         return float(s.psoft_alpha / s.r)

@@ -16,19 +16,16 @@ import torch
 from torch import Tensor
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
-from ..config.types import PeftType
 from .math.projections import check_seed
 from .method import LayerInfo, State
-from .registry import register
 from .vera import Vera
 
 
 @dataclass
-class PveraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class PveraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="PVERA"):
     """r: the rank. pvera_dropout: of the input. d_initial: what d starts with. sample_at_inference: draw in evaluation
     too. generator_seed: of each layer's own generator for drawing; None takes torch's."""
 
-    own_type = PeftType.PVERA
     not_in_peft = ("exclude_modules",)
 
     r: int = 256
@@ -38,7 +35,6 @@ class PveraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, Target
     generator_seed: int | None = None
 
 
-@register
 class Pvera(Vera):
     prefix = "pvera_lambda_"
     config_class = PveraConfig
@@ -62,13 +58,10 @@ class Pvera(Vera):
         }
 
     def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
-        return "it draws at inference (sample_at_inference=True), which no weight does" if self._draws(s) else None
-
-    def _draws(self, s: Any) -> bool:
-        return bool(s.sample_at_inference)
+        return "it draws at inference (sample_at_inference=True), as no weight does" if s.sample_at_inference else None
 
     def rows(self, s: Any) -> int:
-        return int(s.r) * (2 if s.pvera_dropout.training or self._draws(s) else 1)
+        return int(s.r) * (2 if s.pvera_dropout.training or s.sample_at_inference else 1)
 
     def hidden(self, s: Any, h: Tensor) -> Tensor:
         if h.shape[-1] == s.r:

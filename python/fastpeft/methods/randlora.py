@@ -4,13 +4,9 @@ A [r, min(in, out)] and B [max(in, out), n r], with n r >= min(in, out), are fro
 are lambda [r, n] and gamma [n, min], which make n matrices of A: C[k n + b, j] = lambda[k, b] A[k, j] gamma[b, j].
 Where the layer has more inputs than outputs it is C^T B^T that is added.
 
-Cost, in products of the layer's size (the frozen layer has two): the forward has one for C and one for B, and so has
-the backward towards x. The gradients of lambda and gamma are sums over that of C, one more product; only with C on the
-input side do they follow from the product towards x, taken apart into n, at the price of n T in elements multiplied one
-by one. So the least is 3.0 times the frozen layer's FLOPs, and what is done here, 3.5, is within 1.2 of it. Saved is
-the input and, with C on the output side, B^T x; C is elementwise in A and made again.
-
-PEFT's three ways of drawing the bases, and the gradients, take half of this file.
+Cost, in products of the layer's size (the frozen layer has two): one for C and one for B in the forward and in the
+backward towards x, and one more for the gradient of C, of which those of lambda and gamma are sums: 3.5 times the
+frozen layer's FLOPs. Saved is the input and, with C on the output side, B^T x; C is elementwise in A and made again.
 """
 
 from __future__ import annotations
@@ -25,23 +21,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
-from ..config.types import PeftType
-from .computed import Computed
+from ..weights.base import wide
 from .math.draws import drawn_normal
 from .math.factored import dropout
-from .math.projections import ProjectedMethod, seeded
+from .math.projections import ProjectedMethod
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 Shape = tuple[int, int, int]
 
 
 @dataclass
-class RandLoraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class RandLoraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="RANDLORA"):
     """r: the rank of a basis; a smaller one trains more. sparse, very_sparse: bases of -1, 0 and 1, of which a third,
     or one in sqrt(min), is not 0. randlora_dropout: of the input. randlora_alpha: scaling is this over r."""
 
-    own_type = PeftType.RANDLORA
     not_in_peft = ("exclude_modules",)
 
     r: int = 32
@@ -51,7 +44,6 @@ class RandLoraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, Tar
     randlora_alpha: int = 640
 
 
-@register
 class RandLora(ProjectedMethod):
     prefix = "randlora_"
     config_class = RandLoraConfig
@@ -60,16 +52,14 @@ class RandLora(ProjectedMethod):
     repeats_shared = True
     counts = ("r",)
     examples = (
-        {"r": 3, "randlora_alpha": 4},
-        {"r": 6, "randlora_alpha": 4, "sparse": True, "save_projection": False},
+        {"r": 3, "randlora_alpha": 4}, {"r": 6, "randlora_alpha": 4, "sparse": True, "save_projection": False},
         {"r": 25, "randlora_alpha": 9, "very_sparse": True, "init_weights": False},
-    )
+    )  # fmt: skip
 
     def make_shared(self, config: RandLoraConfig, layers: Sequence[LayerInfo]) -> State:
         sizes = max(i.in_features for i in layers), max(i.out_features for i in layers)
         shapes = (config.r, 1, min(sizes)), (max(sizes), math.ceil(min(sizes) / config.r), config.r)
-        at = seeded(config.projection_prng_key, lambda g: _bases(config, shapes, g))
-        return {n: Computed(shapes[i], at(i), config.save_projection) for i, n in enumerate(self.projections)}
+        return self.drawn(config, shapes, lambda generator: _bases(config, shapes, generator))
 
     def make_state(self, config: RandLoraConfig, info: LayerInfo, shared: Any) -> State:
         small, large = sorted((info.in_features, info.out_features))
@@ -79,24 +69,20 @@ class RandLora(ProjectedMethod):
             lambdas.zero_()
             gammas.fill_(1 / max(gammas.shape))
         return {
-            "r": config.r,
-            "scaling": config.randlora_alpha / config.r,
+            "r": config.r, "scaling": config.randlora_alpha / config.r,
             "randlora_dropout": dropout(config.randlora_dropout),
-            "randlora_lambda": nn.Parameter(lambdas),
-            "randlora_gamma": nn.Parameter(gammas),
-        }
+            "randlora_lambda": nn.Parameter(lambdas), "randlora_gamma": nn.Parameter(gammas),
+        }  # fmt: skip
 
-    def _parts(self, s: Any, shared: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(self, s: Any, shared: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         lambdas, gammas = s.randlora_lambda, s.randlora_gamma
         n, small = gammas.shape
         a = shared.randlora_A[:, 0, :small]
         b = shared.randlora_B[: max(s.in_features, s.out_features), :n].flatten(1)
-        parts = (lambdas, gammas, a, b)
-        lambdas, gammas, a, b = (t.to(lambdas.device, dtype or lambdas.dtype) for t in parts)
-        return lambdas, gammas, a, b
+        return tuple(t.to(lambdas.device, dtype or lambdas.dtype) for t in (lambdas, gammas, a, b))
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        lambdas, gammas, a, b = self._parts(s, shared, torch.promote_types(s.randlora_lambda.dtype, torch.float32))
+        lambdas, gammas, a, b = self._parts(s, shared, wide(s.randlora_lambda.dtype))
         delta: Tensor = b @ (lambdas[:, :, None] * a[:, None] * gammas).flatten(0, 1) * s.scaling
         return delta if s.in_features <= s.out_features else delta.t()
 
@@ -110,8 +96,9 @@ class RandLora(ProjectedMethod):
 def _bases(config: RandLoraConfig, shapes: tuple[Shape, Shape], generator: torch.Generator) -> tuple[Tensor, ...]:
     """A and B of standard deviation 1, with the numbers that PEFT draws."""
     if config.sparse or config.very_sparse:
-        sparsity = math.sqrt(shapes[0][2]) if config.very_sparse else 3.0
-        a, b = (_ternary(torch.rand(shape, generator=generator), 1 / (2 * sparsity)) for shape in shapes)
+        edge = 1 / (2 * (math.sqrt(shapes[0][2]) if config.very_sparse else 3.0))
+        uniform = [torch.rand(shape, generator=generator) for shape in shapes]
+        a, b = ((u > 1 - edge).float() - (u < edge).float() for u in uniform)
     else:  # in bfloat16, and B a basis at a time
         count = shapes[1][1]
         a = _uniform(shapes[0], generator)
@@ -123,17 +110,13 @@ def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.bfloat16), a=math.sqrt(5), generator=generator)
 
 
-def _ternary(uniform: Tensor, edge: float) -> Tensor:
-    return (uniform > 1 - edge).float() - (uniform < edge).float()
-
-
 def _scaled(lambdas: Tensor, gammas: Tensor, a: Tensor) -> Tensor:
     """C [n r, min]."""
     return (a[:, None] * gammas).mul_(lambdas[:, :, None]).flatten(0, 1)
 
 
 class _Update(torch.autograd.Function):
-    """x [T, in] -> C, then B; where `inward` is false, B^T, then C^T."""
+    """x [T, in] -> C, then B; without `inward` B^T, then C^T."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lambdas: Tensor, gammas: Tensor, a: Tensor, b: Tensor, inward: bool) -> Tensor:

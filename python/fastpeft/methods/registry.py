@@ -10,27 +10,23 @@ from collections.abc import Mapping
 from ..config.base import PeftConfig, class_of
 from ..config.types import PeftType
 from ..config.types import peft_type as known_type
-from ..weights.base import LayerInfo as LayerInfo
-from .method import Method
-
-_REGISTRY: dict[PeftType, Method] = {}
+from .method import METHODS, Method
 
 
 def register(cls: type[Method]) -> type[Method]:
-    """Class decorator: the method becomes what its `peft_type` means."""
-    _REGISTRY[cls.peft_type] = cls()
+    """Class decorator that changes nothing: a class is registered by its `config_class`."""
     return cls
 
 
 def registry() -> Mapping[PeftType, Method]:
     """Every method there is."""
     load_all()
-    return _REGISTRY
+    return METHODS
 
 
 def get_method(peft_type: PeftType | str | None) -> Method:
     """The method of a PEFT type; a clear error for types that PEFT has and this version does not."""
-    return _REGISTRY[class_of(known_type(peft_type).value).own_type]
+    return METHODS[class_of(known_type(peft_type).value).own_type]
 
 
 def method_of(config: PeftConfig) -> Method:

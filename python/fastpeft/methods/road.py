@@ -7,63 +7,50 @@ the layer's; the backward keeps the wrapped layer's output once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft_kernels import pair_rotate
 
-from ..config.base import HasInitWeights, TargetConfig
-from ..config.types import PeftType
+from ..config.base import HasInitWeights, TargetConfig, check
 from .math.draws import normal_
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 
 SIZES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}  # angles per output, as a fraction
 
 
 @dataclass
-class RoadConfig(HasInitWeights, TargetConfig):
+class RoadConfig(HasInitWeights, TargetConfig, own_type="ROAD"):
     """variant: "road_1" has an angle and a scale for each pair, "road_2" for each element, "road_4" two for each.
     group_size: element i of a group is paired with element i + group_size / 2; it must divide the output size."""
 
-    own_type = PeftType.ROAD
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    choices: ClassVar[Any] = {"variant": tuple(SIZES)}
 
     variant: str = "road_1"
     group_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in SIZES:
-            raise ValueError(f"Invalid variant {self.variant} specified. Please choose from road_1, road_2 or road_4")
-        if self.group_size <= 0 or self.group_size % 2 != 0:
-            raise ValueError(f"The group_size must be a positive multiple of 2, but got {self.group_size}.")
+        check(self, "group_size", self.group_size > 0 and self.group_size % 2 == 0, "a positive multiple of 2")
 
 
-@register
 class Road(Method):
     prefix = "road_"
     config_class = RoadConfig
     tensors = ("road_theta", "road_alpha")
+    divisors: ClassVar[dict[str, tuple[str, ...]]] = {"group_size": ("out_features",)}
     examples = (
-        {"group_size": 4},
+        {"group_size": 4}, {"variant": "road_4", "group_size": 10},
         {"variant": "road_2", "group_size": 2, "init_weights": False},
-        {"variant": "road_4", "group_size": 10},
-    )
-
-    def check_layer(self, config: RoadConfig, info: LayerInfo) -> None:
-        super().check_layer(config, info)
-        if info.out_features % config.group_size:
-            raise ValueError(
-                f"The out_features ({info.out_features}) of {info.name!r} must be divisible by group_size "
-                f"({config.group_size}) when using RoAd."
-            )
+    )  # fmt: skip
 
     def make_state(self, config: RoadConfig, info: LayerInfo, shared: Any) -> State:
         times, per = SIZES[config.variant]
-        theta, alpha = torch.zeros(info.out_features * times // per), torch.ones(info.out_features * times // per)
+        size = info.out_features * times // per
+        theta, alpha = torch.zeros(size), torch.ones(size)
         if not config.init_weights:
             normal_(theta, std=0.5)
             normal_(alpha, mean=1.0, std=0.5)

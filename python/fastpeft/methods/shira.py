@@ -6,6 +6,7 @@ for r = 32 at 2048 x 2048; for many one. Saved for backward: x.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,25 +17,21 @@ from torch import Tensor, nn
 
 from ..config.base import HasFanInFanOut, HasInitWeights, TargetConfig
 from ..config.targets import DEFAULT_TARGETS
-from ..config.types import PeftType, PeftWarning
+from ..config.types import PeftWarning
 from .computed import Computed
 from .math.draws import drawn_normal
 from .math.sparse import dense, sparse_update
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
-
-MaskFunction = Callable[..., Tensor]
 
 
 @dataclass
-class ShiraConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
+class ShiraConfig(HasFanInFanOut, HasInitWeights, TargetConfig, own_type="SHIRA"):
     """r: as many values are trained as a LoRA of this rank has. mask_type: "random", or anything else with `mask_fn`
     set on the configuration: a function of (base_layer, r) that gives a mask of zeros and ones in the weight's shape.
     random_seed: of the positions. init_weights: start at zero."""
 
-    own_type = PeftType.SHIRA
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    mask_fn: ClassVar[MaskFunction | None] = None
+    mask_fn: ClassVar[Callable[..., Tensor] | None] = None
 
     r: int = 32
     mask_type: str = "random"
@@ -43,14 +40,10 @@ class ShiraConfig(HasFanInFanOut, HasInitWeights, TargetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mask_type != "random" and not self.inference_mode:
-            warnings.warn(
-                f"mask_type={self.mask_type!r} is not known: set a function of your own as `config.mask_fn`.",
-                PeftWarning,
-                stacklevel=2,
-            )
+            text = f"mask_type={self.mask_type!r} is not known: set a function of your own as `config.mask_fn`."
+            warnings.warn(text, PeftWarning, stacklevel=2)
 
 
-@register
 class Shira(Method):
     prefix = "shira_"
     config_class = ShiraConfig
@@ -66,21 +59,15 @@ class Shira(Method):
 
     def check_layer(self, config: ShiraConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
-        out, into = info.shape
-        if config.r * (out + into) > out * into:
-            raise ValueError(
-                f"r={config.r} gives {config.r * (out + into)} values for {info.name!r}, more than the {out * into} "
-                "that its weight has."
-            )
+        count, most = _count(config, info), math.prod(info.shape)
+        if count > most:
+            raise ValueError(f"r={config.r} gives {count} values for {info.name!r}, more than the {most} of its W.")
 
     def make_state(self, config: ShiraConfig, info: LayerInfo, shared: Any) -> State:
-        out, into = info.shape
-        count = config.r * (out + into)
+        count = _count(config, info)
         values = torch.zeros(count) if config.init_weights else drawn_normal(count)
         indices = Computed((2, count), lambda: _positions(config, info, count), dtype=torch.int32)
-        return {
-            "r": config.r, "scaling": 1.0, "shira_weight": nn.Parameter(values), "shira_indices": indices,
-        }  # fmt: skip
+        return {"r": config.r, "scaling": 1.0, "shira_weight": nn.Parameter(values), "shira_indices": indices}
 
     def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
         check_positions(tensors["shira_indices"], info.shape)
@@ -96,14 +83,17 @@ class Shira(Method):
         return 1.0
 
 
+def _count(config: ShiraConfig, info: LayerInfo) -> int:
+    return config.r * sum(info.shape)
+
+
 def _positions(config: ShiraConfig, info: LayerInfo, count: int) -> Tensor:
-    out, into = info.shape
     if config.mask_type == "random" and config.mask_fn is None:
         generator = torch.Generator("cpu")  # PEFT's, which has a fixed seed of its own where none is given
         if config.random_seed is not None:
             generator.manual_seed(config.random_seed)
-        flat = torch.randperm(out * into, generator=generator)[:count].sort().values.to(info.device)
-        return torch.stack([flat // into, flat % into]).int()
+        flat = torch.randperm(math.prod(info.shape), generator=generator)[:count].sort().values.to(info.device)
+        return torch.stack([flat // info.in_features, flat % info.in_features]).int()
     assert config.mask_fn is not None
     seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
     found = torch.stack(torch.where(config.mask_fn(info.module, config.r, **seed) == 1.0)).int()

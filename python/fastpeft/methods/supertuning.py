@@ -15,24 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.base import HasInitWeights, TargetConfig
-from ..config.limits import MAX_RANK
-from ..config.types import PeftType, PeftWarning
+from ..config.base import HasInitWeights, TargetConfig, check_probabilities, check_ranks
+from ..config.types import PeftWarning
 from .computed import Computed
-from .math.draws import kaiming_, normal_
+from .math.draws import drawn_normal, kaiming_
+from .math.factored import dropout
 from .math.sparse import dense, sparse_update
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 from .shira import check_positions
 
 
 @dataclass
-class SupertuningConfig(HasInitWeights, TargetConfig):
+class SupertuningConfig(HasInitWeights, TargetConfig, own_type="SUPERTUNING"):
     """sparsity: the share of the weight that is not trained. select_top: train its largest entries, not its smallest.
     r, lora_alpha (2 r), lora_dropout: of a LoRA beside it. save_precomputed_indices: write the positions into files;
     otherwise they are found again in the base weight."""
 
-    own_type = PeftType.SUPERTUNING
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
     sparsity: float = 0.99
@@ -46,24 +44,18 @@ class SupertuningConfig(HasInitWeights, TargetConfig):
         super().__post_init__()
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"sparsity must be in [0.0, 1.0), got {self.sparsity}")
-        if self.r is not None and (type(self.r) is not int or not 1 <= self.r <= MAX_RANK):
-            raise ValueError(f"r must be a positive integer or None, got {self.r!r}")
-        if self.r is None and self.lora_alpha is not None:
+        check_probabilities(self)
+        if self.r is not None:
+            check_ranks(self.r)
+            self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
+        elif self.lora_alpha is not None:
             raise ValueError("lora_alpha is set but r is None: a LoRA needs an explicit r.")
-        if self.r is not None and self.lora_alpha is None:
-            self.lora_alpha = 2 * self.r
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must be in [0.0, 1.0), got {self.lora_dropout}")
         if not self.save_precomputed_indices:
-            warnings.warn(
-                "save_precomputed_indices=False: the positions will be found again in the base weight when the "
-                "adapter is loaded, so that needs the very same base weight.",
-                PeftWarning,
-                stacklevel=2,
-            )
+            warnings.warn("save_precomputed_indices=False: the positions will be found again in the base weight when "
+                          "the adapter is loaded, so that needs the very same base weight.", PeftWarning,
+                          stacklevel=2)  # fmt: skip
 
 
-@register
 class Supertuning(Method):
     prefix = "supertuning_"
     config_class = SupertuningConfig
@@ -73,21 +65,14 @@ class Supertuning(Method):
     def check_layer(self, config: SupertuningConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if _count(config, info) < 1:
-            raise ValueError(
-                f"sparsity={config.sparsity} leaves no trainable entries of {info.name!r}, whose weight has "
-                f"{math.prod(info.shape)}. Lower the sparsity."
-            )
+            entries = f"no trainable entries of {info.name!r}, whose weight has {math.prod(info.shape)}"
+            raise ValueError(f"sparsity={config.sparsity} leaves {entries}. Lower the sparsity.")
 
     def make_state(self, config: SupertuningConfig, info: LayerInfo, shared: Any) -> State:
-        count = _count(config, info)
-        values = torch.zeros(count, dtype=torch.float32)
-        if not config.init_weights:
-            normal_(values)
+        count, saved = _count(config, info), config.save_precomputed_indices
         state: State = {
-            "supertuning_values": nn.Parameter(values),
-            "supertuning_indices": Computed(
-                (count,), lambda: _positions(config, info, count), config.save_precomputed_indices, torch.int32
-            ),
+            "supertuning_values": nn.Parameter(torch.zeros(count) if config.init_weights else drawn_normal(count)),
+            "supertuning_indices": Computed((count,), lambda: _positions(config, info, count), saved, torch.int32),
             "supertuning_rank": config.r or 0, "supertuning_lora_alpha": float(config.lora_alpha or 0.0),
         }  # fmt: skip
         if config.r is None:
@@ -96,10 +81,8 @@ class Supertuning(Method):
         b = nn.Linear(config.r, info.out_features, bias=False, dtype=torch.float32)
         kaiming_(a.weight)
         nn.init.zeros_(b.weight) if config.init_weights else kaiming_(b.weight)
-        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        return {
-            **state, "supertuning_lora_A": a, "supertuning_lora_B": b, "supertuning_lora_dropout": dropout,
-        }  # fmt: skip
+        drop = dropout(config.lora_dropout)
+        return {**state, "supertuning_lora_A": a, "supertuning_lora_B": b, "supertuning_lora_dropout": drop}
 
     def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
         if "supertuning_indices" in tensors:

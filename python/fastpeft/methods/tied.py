@@ -12,28 +12,22 @@ from torch import Tensor, nn
 
 from ..config.targets import model_config, select
 from ..config.types import PeftWarning
-from .adapted import Container
-
-
-def input_embeddings(model: nn.Module) -> nn.Module | None:
-    getter: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        found = getter() if callable(getter) else None
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Module) else None
 
 
 def embedding_name(model: nn.Module) -> str | None:
     """The name of a model's input embeddings."""
-    embeddings = input_embeddings(model)
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        embeddings = getter() if callable(getter) else None
+    except (AttributeError, NotImplementedError):
+        return None
     return next((name for name, module in model.named_modules() if module is embeddings and name), None)
 
 
 def tied_names(model: nn.Module) -> Mapping[str, str]:
     """Modules whose weight is that of the input embeddings, by name, with the name of these; {} if none is tied."""
-    embeddings, name = input_embeddings(model), embedding_name(model)
-    weight = None if embeddings is None else _weight(embeddings)
+    name = embedding_name(model)
+    weight = None if name is None else _weight(model.get_submodule(name))
     if name is None or weight is None or not model_config(model).get("tie_word_embeddings", False):
         return {}
     return {
@@ -51,25 +45,22 @@ def _weight(module: nn.Module) -> nn.Parameter | None:
 
 
 def tied_fields(config: Any, model: nn.Module) -> dict[str, Any]:
-    """What `ensure_weight_tying` makes of a configuration: the input embeddings stand for all that are tied to them."""
+    """Fields that `ensure_weight_tying` changes: the input embeddings stand for all that are tied to them."""
     tied, name = tied_names(model), embedding_name(model)
     saved, targets = config.modules_to_save or [], config.target_modules
-    names = [name, *tied] if name is not None else []
-    if tied and name is not None and any(n.endswith(tuple(saved)) for n in names if saved):
+    names = [name, *tied] if tied and name is not None else []
+    if name is not None and any(n.endswith(tuple(saved)) for n in names):
         kept = [end for end in saved if not any(other.endswith(end) for other in tied)]
-        return {"modules_to_save": kept if name.endswith(tuple(kept) or ("?",)) else [*kept, name]}
-    if tied and name is not None and select(targets, names):
+        return {"modules_to_save": kept if name.endswith(tuple(kept)) else [*kept, name]}
+    if name is not None and select(targets, names):
         if isinstance(targets, str):
             return {} if select(targets, [name]) else {"target_modules": rf"(?:{targets}|{re.escape(name)})"}
         kept_targets = {end for end in targets if not select([end], list(tied))}
         return {"target_modules": kept_targets if select(kept_targets, [name]) else {*kept_targets, name}}
     if config.trainable_token_indices is None:
-        warnings.warn(
-            "You have requested `ensure_weight_tying`, but no tied modules "
-            + ("are added in either `modules_to_save` or `target_modules`" if tied else "were found in the model"),
-            PeftWarning,
-            stacklevel=5,
-        )
+        where = "are added in either `modules_to_save` or `target_modules`" if tied else "were found in the model"
+        text = f"You have requested `ensure_weight_tying`, but no tied modules {where}"
+        warnings.warn(text, PeftWarning, stacklevel=5)
     return {}
 
 
@@ -78,7 +69,7 @@ class Transposed(nn.Module):
 
     bias = None
 
-    def __init__(self, container: Container, adapter: str) -> None:
+    def __init__(self, container: Any, adapter: str) -> None:
         super().__init__()
         self.__dict__["_entry"] = (container, adapter)  # no child: the container belongs to another layer
 

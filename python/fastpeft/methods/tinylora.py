@@ -21,26 +21,23 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from peft_kernels import Fingerprint
 
-from ..config.base import HasBias, HasFanInFanOut, TargetConfig
-from ..config.types import PeftType
+from ..config.base import HasBias, HasFanInFanOut, TargetConfig, check, check_choice
 from .computed import Computed
 from .math.factored import FactoredMethod, dropout
-from .math.projections import ProjectedMethod, seeded
+from .math.projections import ProjectedMethod
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 _SVDS: Any = WeakIdKeyDictionary()
 MAX_ELEMENTS = 1 << 28  # of P, which may be computed for a file that names only its size
 
 
 @dataclass
-class TinyLoraConfig(HasFanInFanOut, HasBias, TargetConfig):
+class TinyLoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="TINYLORA"):
     """r: the rank of the SVD. u: the length of v. weight_tying: from 0, a v for each layer, to 1, one for all.
     projection_seed: of P, plus a layer's place among the targets. save_projection: whether files hold P. init_v_bound:
     of uniform v. tinylora_dropout: of the input. init_weights: v starts as zeros (True), or uniform ("uniform", False).
     """
 
-    own_type = PeftType.TINYLORA
     not_in_peft = ("exclude_modules",)
 
     r: int = 2
@@ -53,7 +50,6 @@ class TinyLoraConfig(HasFanInFanOut, HasBias, TargetConfig):
     init_weights: bool | str = True
 
 
-@register
 class TinyLora(ProjectedMethod, FactoredMethod):
     prefix = "tinylora_"
     config_class = TinyLoraConfig
@@ -68,10 +64,8 @@ class TinyLora(ProjectedMethod, FactoredMethod):
         super().check_config(config, loading)
         if config.u * config.r**2 > MAX_ELEMENTS:
             raise ValueError(f"`u`={config.u} matrices of `r`={config.r} have more than {MAX_ELEMENTS} elements")
-        if not 0.0 <= config.weight_tying <= 1.0:
-            raise ValueError(f"`weight_tying` should be from 0.0 to 1.0, got {config.weight_tying!r}")
-        if config.init_weights not in (True, False, "uniform"):
-            raise ValueError(f"`init_weights` should be True, False or 'uniform', got {config.init_weights!r}")
+        check(config, "weight_tying", 0.0 <= config.weight_tying <= 1.0, "from 0.0 to 1.0")
+        check_choice(config, "init_weights", True, False, "uniform")
 
     def make_shared(self, config: TinyLoraConfig, layers: Sequence[LayerInfo]) -> State:
         groups = max(1, round(len(layers) * (1.0 - config.weight_tying)))
@@ -91,24 +85,19 @@ class TinyLora(ProjectedMethod, FactoredMethod):
         rows, columns = info.shape[::-1] if info.kind == "embedding" else info.shape
         r = min(config.r, rows, columns)
         p = (config.u, r, r)
-        at = seeded(config.projection_seed + place, lambda g: (torch.normal(0.0, r**-0.5, p, generator=g),))
         svd = functools.cache(lambda: _svd(info, r))
         return {
-            "r": r,
-            "u": config.u,
+            "r": r, "u": config.u, "tinylora_group": group, "tinylora_table": info.kind == "embedding",
             "tinylora_A": Computed((r, columns), lambda: svd()[0]),
             "tinylora_B": Computed((rows, r), lambda: svd()[1]),
-            "tinylora_P": Computed(p, at(0), config.save_projection),
-            "tinylora_group": group,
-            "tinylora_table": info.kind == "embedding",
+            **self.drawn(config, [p], lambda g: [torch.normal(0.0, r**-0.5, p, generator=g)], place),
             "tinylora_dropout": dropout(config.tinylora_dropout),
-        }
+        }  # fmt: skip
 
     def _middle(self, s: Any, shared: Any) -> Tensor:
         v = shared.tinylora_v[s.tinylora_group]
         p = s.tinylora_P.to(v.device, v.dtype)
-        middle: Tensor = (v @ p.flatten(1)).view(p.shape[1:])
-        return middle
+        return (v @ p.flatten(1)).view(p.shape[1:])  # type: ignore[no-any-return]
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         a, b, middle = s.tinylora_A, s.tinylora_B, self._middle(s, shared)

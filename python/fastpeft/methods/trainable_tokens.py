@@ -15,24 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from ..weights.dense import scaled
 from .method import Inner, LayerInfo, Method, State
-from .registry import register
 from .tied import embedding_name, tied_names
 
 
 @dataclass
-class TrainableTokensConfig(HasInitWeights, TargetConfig):
+class TrainableTokensConfig(HasInitWeights, TargetConfig, own_type="TRAINABLE_TOKENS"):
     """token_indices: the rows to train. init_weights: start from the rows as they are, or random (False)."""
 
-    own_type = PeftType.TRAINABLE_TOKENS
     not_in_peft = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 
     token_indices: list[int] = field(default_factory=list)
 
 
-@register
 class TrainableTokens(Method):
     prefix = "trainable_tokens_"
     config_class = TrainableTokensConfig

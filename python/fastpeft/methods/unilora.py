@@ -8,7 +8,8 @@ and no products. So it costs what LoRA does, 1 + 3 r (in + out) / (2 in out).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,25 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig, check
 from ..config.limits import MAX_RANK
-from ..config.types import PeftType
 from .computed import Computed
 from .math.factored import FactoredMethod, dropout
 from .math.projections import check_seed
-from .method import LayerInfo, State
-from .registry import register
+from .method import LayerInfo, State, check_indices
 
 # A file without indices names a rank only, and 12 bytes are allocated for each of its r (in + out) elements.
 MAX_LOADED_RANK = 1024
 
 
 @dataclass
-class UniLoraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class UniLoraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="UNILORA"):
     """r: the rank. proj_seed: of the assignment. theta_d_length: of the vector. unilora_dropout: of the input.
     init_theta_d_bound: theta_d starts uniform within this. save_indices: files hold the assignment too."""
 
-    own_type = PeftType.UNILORA
     not_in_peft = ("exclude_modules",)
 
     r: int = 4
@@ -45,7 +43,6 @@ class UniLoraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
     save_indices: bool = False
 
 
-@register
 class UniLora(FactoredMethod):
     prefix = "unilora_"
     config_class = UniLoraConfig
@@ -57,22 +54,18 @@ class UniLora(FactoredMethod):
     def check_config(self, config: UniLoraConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
         check_seed(config, "proj_seed")
-        length, bound = config.theta_d_length, config.init_theta_d_bound
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise ValueError(f"`theta_d_length` should be a positive integer, got {length!r}.")
-        if config.proj_seed < 0:
-            raise ValueError(f"`proj_seed` should not be negative, got {config.proj_seed}.")
-        if not bound > 0:
-            raise ValueError(f"`init_theta_d_bound` should be a positive float, got {bound!r}.")
+        length = config.theta_d_length
+        check(config, "theta_d_length", type(length) is int and length >= 1, "a positive integer")
+        check(config, "proj_seed", config.proj_seed >= 0, "at least 0")
+        check(config, "init_theta_d_bound", config.init_theta_d_bound > 0, "positive")
         if loading and not config.save_indices and config.r > MAX_LOADED_RANK:
             raise ValueError(f"`r`={config.r} in a file without indices; at most {MAX_LOADED_RANK} is loaded")
 
     def make_shared(self, config: UniLoraConfig, layers: Sequence[LayerInfo]) -> State:
         assignment = _Assignment(config, layers)
         if config.theta_d_length > max(assignment.count, MAX_RANK):  # some more, in a small model, do no harm
-            raise ValueError(
-                f"`theta_d_length`={config.theta_d_length} is more than the {assignment.count} elements that it is for"
-            )
+            most = f"the {assignment.count} elements that it is for"
+            raise ValueError(f"`theta_d_length`={config.theta_d_length} is more than {most}")
         theta = torch.empty(config.theta_d_length)
         if not theta.is_meta:
             bound = config.init_theta_d_bound
@@ -89,11 +82,8 @@ class UniLora(FactoredMethod):
 
     def unpack(self, config: UniLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for key, value in tensors.items():
-            wrong = "unilora_indices_" in key and (
-                value.is_floating_point() or ((value < 0) | (value >= config.theta_d_length)).any()
-            )
-            if wrong:
-                raise ValueError(f"{key} should be indices below theta_d_length={config.theta_d_length}")
+            if "unilora_indices_" in key:
+                check_indices(key, value, "theta_d_length", config.theta_d_length)
         return tensors
 
     def ignores(self, config: UniLoraConfig, key: str) -> bool:
@@ -116,14 +106,13 @@ class _Assignment:
     """
 
     def __init__(self, config: UniLoraConfig, layers: Sequence[LayerInfo]) -> None:
-        self.config, self.places, self.count = config, dict[tuple[str, str], tuple[int, tuple[int, int]]](), 0
-        for info in layers:
-            for which, shape in _shapes(config, info).items():
-                self.places[info.name, which] = self.count, shape
-                self.count += shape[0] * shape[1]
-        self.drawn: Callable[[], tuple[Tensor, Tensor]] = functools.cache(self._draw)
+        self.config = config
+        self.shapes = {(i.name, which): shape for i in layers for which, shape in _shapes(config, i).items()}
+        self.count = sum(map(math.prod, self.shapes.values()))
 
-    def _draw(self) -> tuple[Tensor, Tensor]:
+    @functools.cached_property
+    def drawn(self) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
+        """The indices of each A and B, flat, and a scale for each element of theta_d."""
         length = self.config.theta_d_length
         rng = np.random.default_rng(self.config.proj_seed)
         each, left = divmod(self.count, length)
@@ -133,10 +122,10 @@ class _Assignment:
         rng.shuffle(data)
         indices = torch.as_tensor(data, dtype=torch.long)
         counts = torch.bincount(indices, minlength=length)
-        return indices, counts.clamp(min=1).float().rsqrt()
+        parts = torch.split(indices, [math.prod(shape) for shape in self.shapes.values()])
+        return dict(zip(self.shapes, parts, strict=True)), counts.clamp(min=1).float().rsqrt()
 
     def __call__(self, name: str, which: str, kind: str) -> Tensor:
-        indices, scales = self.drawn()
-        start, shape = self.places[name, which]
-        mine = indices[start : start + shape[0] * shape[1]].view(shape)
+        indices, scales = self.drawn
+        mine = indices[name, which].view(self.shapes[name, which])
         return mine.clone() if kind == "indices" else scales[mine]

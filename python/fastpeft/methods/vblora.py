@@ -6,8 +6,6 @@ For every piece of `vector_length` numbers of A and B there are `num_vectors` lo
 
 Cost: A and B are made once a call, k r (in + out) products, which is nothing beside the T r (in + out) of LoRA; the
 gradient of the bank is that of a gather. So it costs what LoRA does, 1 + 3 r (in + out) / (2 in out).
-
-The small file format and PEFT's count of what a file holds take a third of this file.
 """
 
 from __future__ import annotations
@@ -20,26 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.base import HasBias, HasFanInFanOut, TargetConfig
-from ..config.targets import DEFAULT_TARGETS
-from ..config.types import PeftType
+from ..config.base import HasBias, HasFanInFanOut, TargetConfig, check
+from ..config.targets import DEFAULT_TARGETS, by_type
 from .adapted import AdaptedLayer
 from .fused import Fused
 from .math.factored import FactoredMethod, dropout
-from .method import LayerInfo, State
-from .registry import register
+from .method import LayerInfo, State, check_indices
 
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 
 
 @dataclass
-class VBLoRAConfig(HasFanInFanOut, HasBias, TargetConfig):
+class VBLoRAConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="VBLORA"):
     """r: the rank. num_vectors, vector_length: the bank's size; the length divides both sizes of every layer. topk: of
     how many vectors a piece is a mixture. save_only_topk_weights: files hold the mixtures and not the logits, which is
     small, and enough to compute with but not to train on. vblora_dropout: of the input. init_vector_bank_bound,
     init_logits_std: of the uniform bank and the normal logits at the start."""
-
-    own_type = PeftType.VBLORA
 
     r: int = 4
     num_vectors: int = 256
@@ -68,26 +62,20 @@ def count_saved(tuner: Any, adapter: str = "default") -> tuple[int, int]:
 def print_saved(tuner: Any) -> None:
     """Print what `get_nb_savable_parameters` counts."""
     own, others = count_saved(tuner)
-    print(
-        f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {(own + others):,d}"
-    )
+    print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")
 
 
-@register
 class VBLoRA(FactoredMethod):
     prefix = "vblora_"
     config_class = VBLoRAConfig
     tensors = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
     dropout = "vblora_dropout"
-    default_targets: ClassVar[dict[str, Any]] = {
-        **DEFAULT_TARGETS,
-        "t5": ["q", "k", "v", "o", "wi", "wo"],
-        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-        "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-    }
+    default_targets: ClassVar[dict[str, Any]] = DEFAULT_TARGETS | by_type({
+        "q_proj k_proj v_proj out_proj fc1 fc2": "bart opt", "q k v o wi wo": "t5", "q k v o wi_0 wi_1 wo": "mt5",
+        "query_proj key_proj value_proj dense": "deberta-v2",
+    })  # fmt: skip
     counts = ("r", "num_vectors", "vector_length", "topk")
+    divisors: ClassVar[dict[str, tuple[str, ...]]] = {"vector_length": ("in_features", "out_features")}
     examples = (
         {"r": 2, "num_vectors": 6, "vector_length": 4},
         {"r": 3, "num_vectors": 5, "vector_length": 2, "topk": 3, "save_only_topk_weights": True},
@@ -101,17 +89,7 @@ class VBLoRA(FactoredMethod):
         if config.topk > config.num_vectors:
             raise ValueError(f"`topk`={config.topk} should be at most `num_vectors`={config.num_vectors}")
         for field in ("init_logits_std", "init_vector_bank_bound"):
-            if getattr(config, field) < 0:
-                raise ValueError(f"`{field}` should not be negative, got {getattr(config, field)!r}.")
-
-    def check_layer(self, config: VBLoRAConfig, info: LayerInfo) -> None:
-        super().check_layer(config, info)
-        for name in ("in_features", "out_features"):
-            if getattr(info, name) % config.vector_length:
-                raise ValueError(
-                    f"`{name}` {getattr(info, name)} of {info.name!r} must be divisible by `vector_length` "
-                    f"{config.vector_length}"
-                )
+            check(config, field, getattr(config, field) >= 0, "at least 0")
 
     def make_shared(self, config: VBLoRAConfig, layers: Sequence[LayerInfo]) -> State:
         return {"vblora_vector_bank": nn.Parameter(torch.zeros(config.num_vectors, config.vector_length))}
@@ -124,23 +102,15 @@ class VBLoRA(FactoredMethod):
             nn.init.uniform_(shared.vblora_vector_bank, -config.init_vector_bank_bound, config.init_vector_bank_bound)
             a.normal_(0, config.init_logits_std)
             b.normal_(0, config.init_logits_std)
-        return {
-            "r": config.r,
-            "topk": config.topk,
-            "vblora_dropout": dropout(config.vblora_dropout),
-            "vblora_logits_A": nn.Parameter(a),
-            "vblora_logits_B": nn.Parameter(b),
-        }
+        logits = {"vblora_logits_A": nn.Parameter(a), "vblora_logits_B": nn.Parameter(b)}
+        return {"r": config.r, "topk": config.topk, "vblora_dropout": dropout(config.vblora_dropout), **logits}
 
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         logits_a, logits_b, bank = s.vblora_logits_A, s.vblora_logits_B, shared.vblora_vector_bank
         if s.vblora_dropout.training and not torch.compiler.is_compiling() and logits_a[0, 0].isinf().any():
-            raise RuntimeError(
-                "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
-                "`save_only_topk_weights` model."
-            )
-        bank = bank.to(logits_a.device)
-        a, b = (_mixture(logits, bank, s.topk) for logits in (logits_a, logits_b))
+            why = "training cannot be resumed from a `save_only_topk_weights` model"
+            raise RuntimeError(f"Found infinity values in VB-LoRA logits: {why}.")
+        a, b = (_mixture(logits, bank.to(logits.device), s.topk) for logits in (logits_a, logits_b))
         return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
@@ -168,9 +138,8 @@ class VBLoRA(FactoredMethod):
         for key, value in tensors.items():
             if not key.endswith(INDICES):
                 continue
+            check_indices(key, value, "num_vectors", config.num_vectors)
             name, indices = key.removesuffix(INDICES), value.long()
-            if value.is_floating_point() or (indices < 0).any() or (indices >= config.num_vectors).any():
-                raise ValueError(f"{key} should be indices below num_vectors={config.num_vectors}")
             weights = tensors[name + WEIGHTS]
             weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1).clamp(min=0)
             logits = weights.new_full((*indices.shape[:-1], config.num_vectors), float("-inf"))

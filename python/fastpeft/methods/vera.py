@@ -18,20 +18,17 @@ from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
 from ..config.targets import DEFAULT_TARGETS
-from ..config.types import PeftType
-from .computed import Computed
+from ..weights.base import wide
 from .math.draws import drawn_normal
 from .math.factored import dropout
-from .math.projections import ProjectedMethod, kaiming_uniform, seeded
+from .math.projections import ProjectedMethod
 from .method import Inner, LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class VeraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class VeraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="VERA"):
     """r: the rank. vera_dropout: of the input. d_initial: what d starts with."""
 
-    own_type = PeftType.VERA
     not_in_peft = ("exclude_modules",)
 
     r: int = 256
@@ -39,7 +36,6 @@ class VeraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetC
     d_initial: float = 0.1
 
 
-@register
 class Vera(ProjectedMethod):
     prefix = "vera_lambda_"
     config_class: ClassVar[type[Any]] = VeraConfig
@@ -53,47 +49,41 @@ class Vera(ProjectedMethod):
     parts: ClassVar[int] = 1  # how many vectors of r numbers d and A give
 
     def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
-        rows, r = self.parts * config.r, config.r
         width, height = max(i.in_features for i in layers), max(i.out_features for i in layers)
-        at = seeded(
-            config.projection_prng_key, lambda g: (kaiming_uniform((rows, width), g), kaiming_uniform((height, r), g))
-        )
-        shapes = ((rows, width), (height, r))
-        return {n: Computed(shapes[i], at(i), config.save_projection) for i, n in enumerate(self.projections)}
+        shapes = (self.parts * config.r, width), (height, config.r)
+
+        def draw(generator: torch.Generator) -> list[Tensor]:
+            return [nn.init.kaiming_uniform_(torch.empty(shape), generator=generator) for shape in shapes]
+
+        return self.drawn(config, shapes, draw)
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         b, d = torch.ones(info.out_features), drawn_normal(self.parts * config.r)
         if config.init_weights:
             b.zero_()
             d.fill_(config.d_initial)
-        return {
-            "r": config.r,
-            f"{self.word}_dropout": dropout(getattr(config, f"{self.word}_dropout")),
-            f"{self.word}_lambda_b": nn.Parameter(b),
-            f"{self.word}_lambda_d": nn.Parameter(d),
-        }
+        drop, (of_b, of_d) = f"{self.word}_dropout", self.tensors
+        return {"r": config.r, drop: dropout(getattr(config, drop)), of_b: nn.Parameter(b), of_d: nn.Parameter(d)}
 
-    def tensors_of(self, s: Any, shared: Any, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    def tensors_of(self, s: Any, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """b, d, A and B for this layer, of A and d the first rows."""
-        b, d = getattr(s, f"{self.word}_lambda_b"), getattr(s, f"{self.word}_lambda_d")
-        a, back = (getattr(shared, name) for name in self.projections)
+        b, d, a, back = (getattr(s, name) for name in (*self.tensors, *self.projections))
         found = b, d[:rows], a[:rows, : s.in_features], back[: s.out_features]
         return tuple(t.to(d.device, dtype or d.dtype) for t in found)
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        wide = torch.promote_types(getattr(s, f"{self.word}_lambda_d").dtype, torch.float32)
-        b, d, a, back = self.tensors_of(s, shared, s.r, wide)
+        b, d, a, back = self.tensors_of(s, s.r, wide(getattr(s, self.tensors[1]).dtype))
         return (b[:, None] * back) @ (d[:, None] * a)
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        b, d, a, back = self.tensors_of(s, shared, self.rows(s))
+        b, d, a, back = self.tensors_of(s, self.rows(s))
         h = d * F.linear(getattr(s, f"{self.word}_dropout")(x.to(d.dtype)), a)
         return torch.addcmul(y, b, F.linear(self.hidden(s, h), back))
 
     def rows(self, s: Any) -> int:
-        """How many rows of A this call needs."""
+        """The number of rows of A that this call needs."""
         return int(s.r)
 
     def hidden(self, s: Any, h: Tensor) -> Tensor:
-        """What B is applied to."""
+        """The vector that B is applied to."""
         return h

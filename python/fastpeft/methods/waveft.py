@@ -1,35 +1,33 @@
 """WaveFT: W + scaling * the inverse wavelet transform of n trained coefficients at random places (arXiv 2505.12532).
 
 On activations: one level of a 1-D transform per side and token, and n coefficients between them; see `spectral.py`.
-PyWavelets is not needed. use_idwt=False: the coefficients are the update.
+use_idwt=False: the coefficients are the update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
-from ..config.types import PeftType
 from ..weights.base import widened
-from .math.spectral import Identity, SpectrumMethod, Update, Wavelet
+from .math.spectral import SpectrumMethod, Transform, Update, Wavelet
 from .math.wavelets import LOW_PASS, filters
 from .method import LayerInfo, State
-from .registry import register
 
 
 @dataclass
-class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
+class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type="WAVEFT"):
     """n_frequency: number of trained coefficients, n_frequency_pattern: by layer; proportional_parameters: share
     n_frequency times the number of layers out by their sizes instead. random_loc_seed: of their places. wavelet_family:
     db1 to db10, sym2 to sym10 or coif1 to coif5. use_idwt: transform, or add them where they are. init_weights: zeros,
     or small random numbers."""
 
-    own_type = PeftType.WAVEFT
+    choices: ClassVar[Any] = {"wavelet_family": tuple(LOW_PASS)}
 
     n_frequency: int = 2592
     scaling: float = 25.0
@@ -39,26 +37,20 @@ class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig):
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
     proportional_parameters: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.wavelet_family not in LOW_PASS:
-            raise ValueError(
-                f"Wavelet family {self.wavelet_family} not supported. Supported are: {', '.join(LOW_PASS)}"
-            )
+
+AS_GIVEN = ("scaling", "random_loc_seed", "wavelet_family", "use_idwt")  # fields that layers have too
 
 
-@register
 class WaveFT(SpectrumMethod):
     prefix = "waveft_"
     config_class = WaveFTConfig
     tensors = ("waveft_spectrum",)
     examples = (
-        {"n_frequency": 60},
+        {"n_frequency": 60}, {"n_frequency": 480, "wavelet_family": "coif1"},
         {"n_frequency": 300, "wavelet_family": "db3", "scaling": 3.0, "init_weights": False},
         {"n_frequency": 40, "use_idwt": False, "random_loc_seed": 1},
-        {"n_frequency": 480, "wavelet_family": "coif1"},
         {"n_frequency": 30, "proportional_parameters": True},
-    )
+    )  # fmt: skip
 
     def make_shared(self, config: WaveFTConfig, layers: Sequence[LayerInfo]) -> State:
         if not config.proportional_parameters:
@@ -73,19 +65,17 @@ class WaveFT(SpectrumMethod):
         return {
             "waveft_spectrum": self.spectrum(count, 0.0 if config.init_weights else 0.01),
             "waveft_n_frequency": count,
-            "waveft_scaling": config.scaling,
-            "waveft_random_loc_seed": config.random_loc_seed,
-            "waveft_wavelet_family": config.wavelet_family,
             "waveft_indices": self.positions(count, config, info),
-            "waveft_use_idwt": config.use_idwt,
             "waveft_shape": (info.out_features, info.in_features),
+            **{f"waveft_{field}": getattr(config, field) for field in AS_GIVEN},
         }
 
     def update(self, s: Any) -> tuple[Update, Tensor]:
         values = widened(s.waveft_spectrum) * s.waveft_scaling
         rows, columns = s.waveft_indices
         if not s.waveft_use_idwt:
-            return Update(Identity(s.waveft_shape[0]), Identity(s.waveft_shape[1]), rows, columns), values
+            n, m = s.waveft_shape
+            return Update(Transform(n), Transform(m), rows, columns), values
         out, into = (Wavelet(n, *filters(s.waveft_wavelet_family)) for n in s.waveft_shape)
         # PEFT's matrix of coefficients is as large as both transforms need, with the places in its middle. Its quarter
         # on the right has the high filter along the rows' dimension, the one at the bottom along the columns'.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..files.checks import list_some
 from ..inject.modules import adapter_layers, adapter_modules
 from ..inject.plan import LOW_PRECISION
@@ -30,8 +29,7 @@ def set_adapter(
             module.check_active(names)
     merged = [layer for _, layer in adapter_layers(model) if layer.merged_adapters]
     if merged:
-        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning,
-                      stacklevel=3)  # fmt: skip
+        warn("Adapter cannot be set when the model is merged. Unmerging the model first.", 2)
     for layer in merged:
         layer.unmerge()
     for module in modules:
@@ -57,11 +55,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
     others = sorted({name for _, module in modules for name in module._get_available_adapters()} - {adapter_name})
     if adapter_name in active and not left and others:
         left = others[:1]
-        warnings.warn(
-            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-            PeftWarning,
-            stacklevel=3,
-        )
+        warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.", 2)
     # Chosen once for the model, not by each layer for itself: layers need not have the same adapters.
     set_adapter(model, left)
     for _, module in modules:

@@ -9,7 +9,7 @@ from ..config.base import PeftConfig
 from ..config.types import TaskType
 from .tasks import PeftModel, class_for
 
-# What transformers calls the classes that build a base model for a task.
+# transformers' classes that build a base model for a task.
 AUTO_CLASSES = {
     TaskType.SEQ_CLS.value: "AutoModelForSequenceClassification",
     TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
@@ -30,42 +30,32 @@ class AutoPeftModel:
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> PeftModel:
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], adapter_name: str = "default",
+        is_trainable: bool = False, config: PeftConfig | None = None, revision: str | None = None, **kwargs: Any,
+    ) -> PeftModel:  # fmt: skip
         """The adapter over its base model. Further arguments go to the base model's `from_pretrained`."""
-        import transformers
-
         hub = {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
         peft_config = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if cls.task_type is not None and peft_config.task_type not in (None, cls.task_type):
             raise ValueError(f"{cls.__name__} is for {cls.task_type.value}, the adapter for {peft_config.task_type}")
         if peft_config.base_model_name_or_path is None:
             raise ValueError(f"{pretrained_model_name_or_path} does not name its base model (base_model_name_or_path)")
-        base_options = {k: v for k, v in kwargs.items() if k != "subfolder"}
-        base_class = getattr(transformers, cls._base_class_name(peft_config))
-        model = base_class.from_pretrained(
-            peft_config.base_model_name_or_path, revision=peft_config.revision or "main", **base_options
-        )
+        options = {"revision": peft_config.revision or "main"} | {k: v for k, v in kwargs.items() if k != "subfolder"}
+        model = cls._base_class(peft_config).from_pretrained(peft_config.base_model_name_or_path, **options)
         return class_for(peft_config).from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config,
             revision=revision, **hub,
         )  # fmt: skip
 
     @classmethod
-    def _base_class_name(cls, config: PeftConfig) -> str:
-        task = cls.task_type or config.task_type
-        if task is not None:
-            return AUTO_CLASSES[str(getattr(task, "value", task))]
-        # A configuration names a class and its module. Nothing that a file names is imported: only a model class that
-        # transformers itself offers is taken.
+    def _base_class(cls, config: PeftConfig) -> Any:
         import transformers
 
+        task = cls.task_type or config.task_type
+        if task is not None:
+            return getattr(transformers, AUTO_CLASSES[str(getattr(task, "value", task))])
+        # A configuration names a class and its module. Nothing that a file names is imported: only a model class that
+        # transformers itself offers is taken.
         name = str((config.auto_mapping or {}).get("base_model_class", ""))
         found = getattr(transformers, name, None) if name.isidentifier() else None
         if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
@@ -73,7 +63,7 @@ class AutoPeftModel:
                 f"The adapter has no task type and its base class {name!r} is no model of transformers: load the base "
                 "model yourself and call PeftModel.from_pretrained(model, adapter)."
             )
-        return name
+        return found
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -11,62 +11,37 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.base import PeftConfig
 from ..config.types import PeftType
-from ..inject.modules import AdapterModule
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.registry import get_method, method_of
-from ..weights.base import widened
 from . import merge_math
 
 FACTORS = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 UPDATES = ("svd", "ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
-CombinationType = Literal[
-    "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
-    "magnitude_prune", "magnitude_prune_svd",
-]  # fmt: skip
 Found = Sequence[tuple[str, float]]
 Mix = Callable[[list[Tensor], Tensor], Tensor]
 
 
-class Tuner(Protocol):
-    """The members of `BaseTuner` that are used here."""
-
-    peft_config: dict[str, PeftConfig]
-
-    def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]: ...
-    def adapter_layers(self, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]: ...
-    def add(self, adapter_name: str, config: Any) -> Any: ...
-    def remove(self, plan: Any) -> None: ...
-    def set_requires_grad(self, adapter_names: str, requires_grad: bool) -> None: ...
-
-
 def add_weighted_lora(
-    tuner: Tuner,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    adapter_name: str,
-    combination_type: CombinationType = "svd",
-    svd_rank: int | None = None,
-    svd_clamp: float | None = None,
-    svd_full_matrices: bool = True,
-    svd_driver: str | None = None,
-    density: float | None = None,
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+    combination_type: str = "svd", svd_rank: int | None = None, svd_clamp: float | None = None,
+    svd_full_matrices: bool = True, svd_driver: str | None = None, density: float | None = None,
     majority_sign_method: Literal["total", "frequency"] = "total",
-) -> None:
-    """Add an adapter that is a weighted sum of LoRA adapters. It is not trained.
+) -> None:  # fmt: skip
+    """Add to a `BaseTuner` an adapter that is a weighted sum of LoRA adapters. It is not trained.
 
-    weights: may be negative. combination_type: "svd" and "cat" are exact up to the rank (that of "cat" is the sum of
-    all ranks); "linear", on the factors, is rough. svd_rank: of the result, the largest rank by default. svd_clamp: the
-    quantile at which the factors are cut off. svd_full_matrices: accepted; what it adds is never used. svd_driver: as
-    in torch.linalg.svd. density: the share of values that pruning keeps. majority_sign_method: how "ties" elects signs.
+    weights: may be negative. combination_type: of `FACTORS` or `UPDATES`, or "cat". "svd" and "cat" are exact up to the
+    rank (that of "cat" is the sum of all ranks); "linear", on the factors, is rough. svd_rank: of the result, the
+    largest rank by default. svd_clamp: the quantile at which the factors are cut off. svd_full_matrices: accepted, of
+    no effect. svd_driver: as in torch.linalg.svd. density: the share of values that pruning keeps.
+    majority_sign_method: how "ties" elects signs.
     """
     configs: list[Any] = [tuner.peft_config[name] for name in adapters]
     for name, config in zip(adapters, configs, strict=True):
@@ -80,25 +55,24 @@ def add_weighted_lora(
             raise ValueError(
                 f"add_weighted_adapter adds plain LoRA adapters, and '{name}' is a {type(method_of(config)).__name__}"
             )
-    kind = "linear" if len(adapters) == 1 else combination_type
-    rank = _rank(kind, configs, svd_rank)
-    if kind not in ("linear", "svd", "cat") and density is None:
-        raise ValueError(f"combination_type {kind!r} prunes, and needs `density`: the share of values to keep")
-    options: dict[str, Any] = {"majority_sign_method": majority_sign_method} if "ties" in kind else {}
-    if kind not in ("linear", "svd", "cat"):
-        options["density"] = density
-    name = {"linear": "task_arithmetic", "svd": "task_arithmetic"}.get(kind, kind.removesuffix("_svd"))
-    mix: Any = None if kind == "cat" else functools.partial(getattr(merge_math, name), **options)
+    how = "linear" if len(adapters) == 1 else combination_type
+    rank = _rank(how, configs, svd_rank)
+    mix: Any = merge_math.task_arithmetic
+    if how not in ("linear", "svd", "cat"):
+        if density is None:
+            raise ValueError(f"combination_type {how!r} prunes, and needs `density`: the share of values to keep")
+        signs = {"majority_sign_method": majority_sign_method} if "ties" in how else {}
+        mix = functools.partial(getattr(merge_math, how.removesuffix("_svd")), density=density, **signs)
 
     def combine(layer: AdapterLayer, found: Found) -> tuple[Tensor, Tensor]:
         """A and B of a layer's new adapter, whose scaling is one."""
-        if kind in FACTORS:
+        if how in FACTORS:
             return _mixed_factors(layer, found, mix)
         if layer.info.groups > 1:
-            raise ValueError(f"combination_type {kind!r} cannot combine {layer.layer_name!r}, a grouped convolution")
-        if kind == "cat" or (kind == "svd" and svd_clamp is None):
+            raise ValueError(f"combination_type {how!r} cannot combine {layer.layer_name!r}, a grouped convolution")
+        if how == "cat" or (how == "svd" and svd_clamp is None):
             a, b = _side_by_side(layer, found)
-            return (a, b) if kind == "cat" else _cut(_small_svd(a.flatten(1), b.flatten(1)), rank, None)
+            return (a, b) if how == "cat" else _cut(merge_math.svd_of_product(a.flatten(1), b.flatten(1)), rank, None)
         delta = mix([layer.get_delta_weight(n) for n, _ in found], torch.tensor([w for _, w in found]))
         delta = delta.t() if layer.base.transposed else delta.flatten(1)
         return _cut(tuple(torch.linalg.svd(delta, full_matrices=False, driver=svd_driver)), rank, svd_clamp)
@@ -112,7 +86,7 @@ def add_weighted_lora(
     )  # fmt: skip
     with _added(tuner, adapters, weights, adapter_name, config) as layers:
         for layer, found in layers:
-            for target, value in zip(_pair(layer, adapter_name), combine(layer, found), strict=True):
+            for target, value in zip(factors_of(layer, adapter_name), combine(layer, found), strict=True):
                 value = value.reshape(value.shape[0], -1, *target.shape[2:])  # an SVD saw the kernel flattened
                 target.zero_()[tuple(slice(n) for n in value.shape)] = value.to(target.dtype)
             if config.lora_bias and layer.base.kind != "embedding":
@@ -120,14 +94,14 @@ def add_weighted_lora(
                 layer.lora_B[adapter_name].bias.copy_(sum(biases, torch.zeros((), device=target.device)))
 
 
-def _rank(kind: str, configs: Sequence[Any], svd_rank: int | None) -> int:
+def _rank(how: str, configs: Sequence[Any], svd_rank: int | None) -> int:
     ranks: list[int] = [max([c.r, *(c.rank_pattern or {}).values()]) for c in configs]
-    if kind == "cat":
+    if how == "cat":
         return sum(ranks)
-    if kind in UPDATES:
+    if how in UPDATES:
         return svd_rank or max(ranks)
-    if kind not in FACTORS:
-        raise ValueError(f"Invalid combination_type: {kind}")
+    if how not in FACTORS:
+        raise ValueError(f"Invalid combination_type: {how}")
     if len(set(ranks)) != 1:
         raise ValueError(
             "All adapters must have the same r value when using combination_type linear, ties, dare_ties or "
@@ -136,8 +110,8 @@ def _rank(kind: str, configs: Sequence[Any], svd_rank: int | None) -> int:
     return ranks[0]
 
 
-def _pair(layer: AdapterLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """A and B of an adapter in a layer."""
+def factors_of(layer: AdapterLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """A and B of a LoRA in a layer."""
     s = layer.view(adapter)
     if s.get("lora_embedding_A") is not None:
         return s.lora_embedding_A, s.lora_embedding_B
@@ -145,7 +119,7 @@ def _pair(layer: AdapterLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def _side_by_side(layer: AdapterLayer, found: Found) -> tuple[Tensor, Tensor]:
-    pairs = [_pair(layer, name) for name, _ in found]
+    pairs = [factors_of(layer, name) for name, _ in found]
     scaled = [a * weight * layer.scaling[name] for (a, _), (name, weight) in zip(pairs, found, strict=True)]
     return torch.cat(scaled, dim=0), torch.cat([b for _, b in pairs], dim=1)
 
@@ -154,20 +128,11 @@ def _mixed_factors(layer: AdapterLayer, found: Found, mix: Mix) -> tuple[Tensor,
     scales = [weight * float(layer.scaling[name]) for name, weight in found]
     roots = torch.tensor([math.sqrt(abs(scale)) for scale in scales])
     signs = torch.tensor([1.0 if scale >= 0 else -1.0 for scale in scales])
-    a, b = zip(*(_pair(layer, name) for name, _ in found), strict=True)
+    a, b = zip(*(factors_of(layer, name) for name, _ in found), strict=True)
     if len({t.shape for t in a}) > 1:
         raise ValueError(f"the adapters' ranks differ in {layer.layer_name!r}: combine them by 'cat' or 'svd'")
     # Half of a weight on either side, its sign on one.
     return mix(list(a), (roots * signs).to(a[0].device)), mix(list(b), roots.to(b[0].device))
-
-
-def _small_svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of B A by those of its thin factors, without forming it."""
-    a, b = (widened(t) for t in (a, b))
-    left, middle_left = torch.linalg.qr(b)
-    right, middle_right = torch.linalg.qr(a.t())
-    u, values, v = torch.linalg.svd(middle_left @ middle_right.t(), full_matrices=False)
-    return left @ u, values, v @ right.t()
 
 
 def _cut(svd: tuple[Tensor, ...], rank: int, clamp: float | None) -> tuple[Tensor, Tensor]:
@@ -181,9 +146,7 @@ def _cut(svd: tuple[Tensor, ...], rank: int, clamp: float | None) -> tuple[Tenso
     return a, b
 
 
-def add_weighted_ia3(
-    tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
-) -> None:  # fmt: skip
+def add_weighted_ia3(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     """Add an adapter whose vectors are the weighted sums of those of IA3 adapters. It is not trained."""
     configs: list[Any] = [tuner.peft_config[name] for name in adapters]
     config = copy.copy(configs[0])
@@ -211,7 +174,7 @@ def _union(values: Sequence[Any], what: str) -> Any:
 
 @contextmanager
 def _added(
-    tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], name: str, config: Any
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], name: str, config: Any
 ) -> Iterator[list[tuple[AdapterLayer, Found]]]:
     """Put the new adapter in; its layers, each with what it combines. An error takes it out again."""
     wrappers = [m for _, m in tuner.adapter_modules() if isinstance(m, ModulesToSaveWrapper)]
@@ -233,10 +196,7 @@ def _added(
                     for source in [a for a in adapters if a in module.modules_to_save]:
                         module.modules_to_save[name].load_state_dict(module.modules_to_save[source].state_dict())
             pairs = list(zip(adapters, weights, strict=True))
-            yield [
-                (layer, [(n, w) for n, w in pairs if n in layer.methods])
-                for _, layer in tuner.adapter_layers(name)
-            ]
+            yield [(layer, [(n, w) for n, w in pairs if n in layer.methods]) for _, layer in tuner.adapter_layers(name)]
     except BaseException:
         tuner.remove(plan)
         raise
@@ -247,7 +207,7 @@ COMBINES: dict[PeftType, Callable[..., None]] = {PeftType.LORA: add_weighted_lor
 
 
 def add_weighted_adapter(
-    tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **options: Any
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **options: Any
 ) -> None:  # fmt: skip
     """Add an adapter that combines others of one method by weights; nothing happens if there is one of the new name.
 

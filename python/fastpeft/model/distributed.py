@@ -1,4 +1,4 @@
-"""Adapters in several processes: FSDP2 with rules for what is sharded, and what DDP must know. See docs/distributed.md.
+"""Adapters in several processes: FSDP2 with rules for what is sharded, and FSDP1's policy. See docs/distributed.md.
 
 torch.distributed is imported on use only.
 """
@@ -22,12 +22,7 @@ Blocks = Iterable["str | type[nn.Module]"]
 
 
 def fully_shard_model(
-    model: nn.Module,
-    mesh: Any = None,
-    *,
-    blocks: Blocks | None = None,
-    shard_quantized: bool = True,
-    **options: Any,
+    model: nn.Module, mesh: Any = None, *, blocks: Blocks | None = None, shard_quantized: bool = True, **options: Any
 ) -> nn.Module:
     """Shard a model with adapters by FSDP2 (`torch.distributed.fsdp.fully_shard`), in place; returns it.
 
@@ -48,7 +43,10 @@ def fully_shard_model(
     if merged:
         raise ValueError(f"fully_shard_model: adapters are merged in {list_some(merged)}; call unmerge_adapter() first")
     units = _units(model, blocks)
-    ignored = set(options.pop("ignored_params", None) or ()) | set(_bitsandbytes(model))
+    ignored = set(options.pop("ignored_params", None) or ())
+    for parameter in model.parameters():  # bitsandbytes' have a state beside them, which a shard would lose
+        if any(c.__name__ in ("Params4bit", "Int8Params") for c in type(parameter).__mro__):
+            ignored.add(parameter)
     across = _shared_by_all(model)
     reached = {id(p) for m in _outside(model, units) for p in m._parameters.values() if p is not None}
     lost = [n for n, p in model.named_parameters() if p in across and p.requires_grad and id(p) not in reached]
@@ -104,13 +102,6 @@ def _is_named(cls: type[Any], block: str | type[nn.Module]) -> bool:
     return cls.__name__ == block if isinstance(block, str) else issubclass(cls, block)
 
 
-def _bitsandbytes(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights with a state beside them, which a shard would lose."""
-    for parameter in model.parameters():
-        if any(c.__name__ in ("Params4bit", "Int8Params") for c in type(parameter).__mro__):
-            yield parameter
-
-
 def _shared_by_all(model: nn.Module) -> set[nn.Parameter]:
     """Parameters that layers of different blocks hold, such as a bank of vectors, or a tied weight."""
     owners: dict[nn.Parameter, int] = {}
@@ -132,21 +123,6 @@ def _check_dtypes(where: str, named: Mapping[str, nn.Parameter]) -> None:
             f"fully_shard_model: {where} trains parameters of several dtypes ({listed}), which FSDP2 cannot reduce "
             "together. Give them one dtype (`fastpeft.cast_mixed_precision_params` makes them float32)."
         )
-
-
-# DDP
-
-
-def frozen_buffers(model: nn.Module) -> list[str]:
-    """The names of quantised weights, which DDP would send from the first process to all others in every forward."""
-    return [
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules() if isinstance(module, NF4Linear)
-        for name, buffer in module._buffers.items() if buffer is not None
-    ]  # fmt: skip
-
-
-# FSDP1
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:

@@ -1,4 +1,4 @@
-"""Sums of tensors, some of whose values are pruned first.
+"""Sums of tensors, some of whose values are pruned first, and the SVD of a product of thin factors.
 
 `ties` (arXiv 2306.01708): keep the largest values, elect a sign for each position and average what has it. `dare_*`
 (arXiv 2311.03099): drop values at random and scale up the rest. A list has one tensor per task, `weights` a weight.
@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ..weights.base import widened
 
 Method = Literal["magnitude", "random"]
 Sign = Literal["total", "frequency"]
@@ -50,7 +52,7 @@ def prune(tensor: Tensor, density: float, method: Method, rescale: bool = False)
 
 
 def calculate_majority_sign_mask(tensor: Tensor, method: Sign = "total") -> Tensor:
-    """Which values have the sign that wins at their position, by the sum or the number ("frequency") of values."""
+    """True for values with the sign that wins at their position, by the sum or the number ("frequency") of values."""
     if method not in ("total", "frequency"):
         raise RuntimeError(f'Unimplemented mask method "{method}"')
     sign = tensor.sign()
@@ -90,6 +92,13 @@ def dare_ties(
     """As `ties`, of randomly pruned and rescaled tensors."""
     pruned = [prune(t, density, method="random", rescale=True) for t in task_tensors]
     return _elected(pruned, weights, majority_sign_method)
+
+
+def svd_of_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V^T of B A, with A [r, in] and B [out, r], from matrices that are no larger than these."""
+    (qa, ra), (qb, rb) = torch.linalg.qr(widened(a).t()), torch.linalg.qr(widened(b))
+    u, s, v = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
+    return qb @ u, s, v @ qa.t()
 
 
 def _elected(pruned: list[Tensor], weights: Tensor, sign: Sign) -> Tensor:

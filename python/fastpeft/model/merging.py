@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..files.progress import shown
 from ..inject.modules import AdapterModule, adapter_layers, adapter_modules, set_child, walk
 from ..inject.tokens import TrainableTokensWrapper
@@ -38,33 +37,26 @@ class ModelMerging(nn.Module):
         layers = list(self.adapter_layers())
         for _, layer in layers:
             layer.to_merge(adapter_names)
-        done: list[tuple[AdapterLayer, list[str]]] = []
-        errors = {}
+        before = [(layer, list(layer.merged_adapters)) for _, layer in layers]
         try:
-            for name, layer in layers:
-                before = list(layer.merged_adapters)
-                error = layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                if layer.merged_adapters != before:
-                    done.append((layer, before))
-                if error is not None:
-                    errors[name] = error
+            found = {name: layer.merge(safe_merge=safe_merge, adapter_names=adapter_names) for name, layer in layers}
         except Exception:
-            for layer, before in done:
-                layer.unmerge()
-                if before:
-                    layer.merge(adapter_names=before)
+            for layer, names in before:
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
             raise
-        self._report_errors(errors)
+        self._report_errors(found)
 
-    def _report_errors(self, errors: dict[str, float]) -> None:
-        self.merge_errors = errors
+    def _report_errors(self, found: dict[str, float | None]) -> None:
+        self.merge_errors = errors = {name: error for name, error in found.items() if error is not None}
         if errors:
             worst = max(errors, key=lambda name: errors[name])
-            warnings.warn(
+            warn(
                 f"Merged into {len(errors)} quantised layers by requantising them: the relative error of the weights "
                 f"is {sum(errors.values()) / len(errors):.2e} on average, {errors[worst]:.2e} at most ({worst}).",
-                PeftWarning,
-                stacklevel=3,
+                2,
             )
 
     def unmerge_adapter(self) -> None:
@@ -87,12 +79,8 @@ class ModelMerging(nn.Module):
         if safe_merge:
             for _, layer in layers:
                 layer.check_safe(adapter_names)
-        errors = {}
-        for name, layer in shown(layers, "Unloading and merging model", progressbar):
-            error = layer.merge(adapter_names=adapter_names, keep=False)
-            if error is not None:
-                errors[name] = error
-        self._report_errors(errors)
+        bar = shown(layers, "Unloading and merging model", progressbar)
+        self._report_errors({name: layer.merge(adapter_names=adapter_names, keep=False) for name, layer in bar})
         return self._unload(merged=True)
 
     def unload(self) -> nn.Module:
@@ -125,9 +113,8 @@ class ModelMerging(nn.Module):
         weights = [getattr(module, "weight", None) for module in pair]
         if all(isinstance(w, torch.Tensor) for w in weights) and weights[0].data_ptr() != weights[1].data_ptr():  # type: ignore[union-attr]
             config.tie_word_embeddings = False  # type: ignore[union-attr]
-            warnings.warn(
+            warn(
                 "Input and output embeddings are no longer tied after merging. Setting `tie_word_embeddings=False` in "
                 "the model config.",
-                PeftWarning,
-                stacklevel=4,
+                3,
             )

@@ -10,17 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..config.base import PeftConfig
+from ..config.base import PeftConfig, TargetConfig
 from ..config.types import TaskType
 from ..files.whole import is_sharded, may_write
 from ..inject.plan import InjectionPlan
 from ..methods.registry import method_of
 from ..saving.folder import open_adapter, save_adapter
 from ..saving.load import plan_loading
+from ..saving.plain_lora import as_plain_lora
 from ..saving.state_dict import get_peft_model_state_dict
-from .distributed import frozen_buffers
+from ..weights.nf4_linear import NF4Linear
+from . import adapters
 from .prepare import enable_input_gradients, is_checkpointing
-from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from .status import count_parameters, get_layer_status, get_model_status
 from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
 
 
@@ -33,6 +35,7 @@ class PeftModel(nn.Module):
     """
 
     by_task: ClassVar[dict[str, type[PeftModel]]] = {}  # the classes of `tasks.py`
+    head_names: ClassVar[tuple[str, ...]] = ()  # of a head that is new: it is trained in full and saved
 
     def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,14 +43,9 @@ class PeftModel(nn.Module):
             PeftModel.by_task[task.value] = cls
 
     def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig,
-        adapter_name: str = "default",
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        _plan: InjectionPlan | None = None,
-    ) -> None:
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False, _plan: InjectionPlan | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.peft_type = peft_config.peft_type
         with self._preparing(peft_config):
@@ -65,8 +63,9 @@ class PeftModel(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel need not send around (it asks by this name)."""
-        return frozen_buffers(self)
+        """Names of quantised weights: DDP, which asks for this, would send them to all processes in every forward."""
+        layers = [(path, module) for path, module in self.named_modules() if isinstance(module, NF4Linear)]
+        return [f"{path}.{name}" for path, layer in layers for name, held in layer._buffers.items() if held is not None]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -75,8 +74,6 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
         return getattr(self.base_model, name)
-
-    # What it has
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -107,20 +104,14 @@ class PeftModel(nn.Module):
     def get_base_model(self) -> nn.Module:
         return self.base_model.model
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(parameters that require gradients, all parameters); a 4-bit weight counts its elements, not its bytes."""
-        return count_parameters(self)
+    get_nb_trainable_parameters = count_parameters
+    get_layer_status = get_layer_status
+    get_model_status = get_model_status
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        return get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        return get_model_status(self)
 
     # Computing
 
@@ -129,28 +120,22 @@ class PeftModel(nn.Module):
         tuner = self.base_model
         if not tuner._hooked and not tuner._recall and AUXILIARY_KWARGS.isdisjoint(kwargs):
             return tuner.model(*args, **kwargs)
-        with self._enable_peft_forward_hooks(*args, **kwargs):
+        with tuner._enable_peft_forward_hooks(*args, **kwargs):
             return (tuner if tuner._hooked else tuner.model)(*args, **_without_auxiliary(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`. adapter_names: an adapter for each row of the inputs, which beams repeat."""
         base: Any = self.get_base_model()
         defaults = {"generation_config": getattr(base, "generation_config", None)}
-        with self._enable_peft_forward_hooks(*args, **{**defaults, **kwargs}):
+        with self.base_model._enable_peft_forward_hooks(*args, **{**defaults, **kwargs}):
             return base.generate(*args, **_without_auxiliary(kwargs))
-
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
 
     # Adapters come and go
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Add an untrained adapter, of any method. It is not made active."""
         with self._preparing(peft_config):
             self.base_model.add(
@@ -161,8 +146,16 @@ class PeftModel(nn.Module):
     @classmethod
     @contextmanager
     def _preparing(cls, peft_config: PeftConfig) -> Iterator[None]:
-        """Add to a configuration what the task needs (a head that must be trained); taken back on an error."""
-        yield
+        """Add the task's head to a configuration's `modules_to_save`; taken back on an error."""
+        before = getattr(peft_config, "modules_to_save", None)
+        if cls.head_names and isinstance(peft_config, TargetConfig):
+            peft_config.modules_to_save = list(dict.fromkeys([*(before or ()), *cls.head_names]))
+        try:
+            yield
+        except Exception:
+            if isinstance(peft_config, TargetConfig):
+                peft_config.modules_to_save = before
+            raise
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, or several in this order."""
@@ -171,15 +164,14 @@ class PeftModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         self.base_model.delete_adapter(adapter_name)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+    set_requires_grad = adapters.set_requires_grad
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Context in which the model computes as its base model does. Contexts nest."""
         modules = [module for _, module in self.base_model.adapter_modules()]
         before = [module.disable_adapters for module in modules]
-        grads = [p for p in self.parameters() if p.requires_grad]
+        kept = {p for p in self.parameters() if p.requires_grad}
         self.base_model.disable_adapter_layers()
         try:
             yield
@@ -188,24 +180,17 @@ class PeftModel(nn.Module):
                 if not disabled:
                     module.enable_adapters(True)
             # Enabling trains the active adapters; what did not train before (an adapter for inference) must not now.
-            kept = {id(p) for p in grads}
-            for module in modules:
-                for parameter in module.parameters():
-                    if parameter.requires_grad and id(parameter) not in kept:
-                        parameter.requires_grad_(False)
+            for parameter in (p for module in modules for p in module.parameters()):
+                if parameter.requires_grad and parameter not in kept:
+                    parameter.requires_grad_(False)
 
     # Files
 
     def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: bool | str = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | bool | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None, save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True, path_initial_model_for_weight_conversion: str | bool | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Write each adapter (or the selected ones) as `adapter_config.json` and `adapter_model.safetensors`.
 
         The adapter `default` goes into the folder itself, others into folders of their names below it. state_dict: take
@@ -231,10 +216,9 @@ class PeftModel(nn.Module):
             )  # fmt: skip
             config = self.peft_config[name]
             if path_initial_model_for_weight_conversion is not None:
-                from ..saving.plain_lora import as_plain_lora
-
-                path = path_initial_model_for_weight_conversion
-                tensors, config = as_plain_lora(self.base_model, name, tensors, path)
+                tensors, config = as_plain_lora(
+                    self.base_model, name, tensors, path_initial_model_for_weight_conversion
+                )
             if may_write(sharded, is_main_process):
                 folder = save_directory if name == "default" else os.path.join(save_directory, name)
                 save_adapter(folder, tensors, self._config_for_file(config))
@@ -251,18 +235,11 @@ class PeftModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> PeftModel:
+        cls, model: nn.Module, model_id: str | os.PathLike[str], adapter_name: str = "default",
+        is_trainable: bool = False, config: PeftConfig | None = None, autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False, low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None, **kwargs: Any,
+    ) -> PeftModel:  # fmt: skip
         """A PeftModel over `model` with the adapter that a folder or Hub repository holds.
 
         Everything is checked before `model` is changed. config: use this instead of the file's configuration.
@@ -282,17 +259,10 @@ class PeftModel(nn.Module):
         return peft_model
 
     def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False,
+        torch_device: str | None = None, autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False, key_mapping: Mapping[str, str] | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """Load a trained adapter under a new name, or new values for one of that name. It is not made active.
 
         Everything is checked before the model is changed. Returns what was missing and unexpected: for a file that
@@ -319,6 +289,4 @@ def _without_auxiliary(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def class_for(config: PeftConfig, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
     """The PeftModel class for a configuration's task."""
-    if config.task_type is None:
-        return default
     return PeftModel.by_task.get(str(getattr(config.task_type, "value", config.task_type)), default)

@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 def prepare_model_for_kbit_training(
-    model: nn.Module,
-    use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
-    auto_clear_cache: bool = True,
-) -> nn.Module:
+    model: nn.Module, use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, auto_clear_cache: bool = True,
+) -> nn.Module:  # fmt: skip
     """Freeze a quantised model, keep what is not quantised in float32, and turn gradient checkpointing on.
 
     The packed weights are left alone, whether in bitsandbytes' parameters or in our layers' buffers. Checkpointing is
@@ -26,7 +22,7 @@ def prepare_model_for_kbit_training(
     options = dict(gradient_checkpointing_kwargs or {})
     for parameter in model.parameters():
         parameter.requires_grad = False
-        if parameter.dtype in _HALF and type(parameter).__name__ != "Params4bit":
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.to(torch.float32)
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -41,7 +37,7 @@ def prepare_model_for_kbit_training(
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a model holds quantised layers, by its own flags or by what it is made of."""
+    """True if a model holds quantised layers, by its own flags or by what it is made of."""
     flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")
     if any(getattr(model, flag, False) for flag in flags):
         return True
@@ -58,7 +54,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def is_checkpointing(model: nn.Module) -> bool:
-    """Whether a transformers model recomputes its activations (asked by the name that its version has)."""
+    """True if a transformers model recomputes its activations (asked by the name that its version has)."""
     name = "is_activation_checkpointing" if hasattr(type(model), "is_activation_checkpointing") else ""
     return bool(getattr(model, name or "is_gradient_checkpointing", False))
 

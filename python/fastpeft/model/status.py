@@ -1,4 +1,4 @@
-"""What adapters a model has and in what state, as PEFT reports it."""
+"""Reports on the adapters of a model and their state, as PEFT gives them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from ..inject.modules import AdapterModule, adapter_modules
 from ..layer.containers import AdapterDict
-from ..layer.saved_modules import ModulesToSaveWrapper
 from ..weights.nf4 import Quant4bitWeight
 from .tuner import BaseTuner
 
@@ -89,10 +88,9 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
             grads.setdefault(adapter, []).extend(p.requires_grad for p in parameters)
             found = [*parameters, *(t for _, t in container.tensors(adapter))]
             devices.setdefault(adapter, set()).update(t.device.type for t in found)
-    wrapper = isinstance(module, ModulesToSaveWrapper)
     return TunerLayerStatus(
         name=name,
-        module_type="ModulesToSaveWrapper" if wrapper else repr(module).partition("(")[0],
+        module_type=repr(module).partition("(")[0],
         enabled=not module.disable_adapters,
         active_adapters=list(module.active_adapters),
         merged_adapters=list(module.merged_adapters),
@@ -105,11 +103,8 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
 
 def _all_same(values: Iterable[Any]) -> Any:
     """The one value that all have, or "irregular"."""
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found[0] if len(found) == 1 else "irregular"
+    first, *others = values
+    return first if all(value == first for value in others) else "irregular"
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -119,7 +114,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         base_type, tuner_type = type(tuner.model).__name__, type(tuner).__name__
         types = {name: str(getattr(c.peft_type, "value", c.peft_type)) for name, c in tuner.peft_config.items()}
     else:
-        base_type, tuner_type, types = _model_type(model), "None", {}
+        pretrained = any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__)  # not imported to tell
+        base_type, tuner_type, types = type(model).__name__ if pretrained else "other", "None", {}
     trainable, total = count_parameters(model)
     available = sorted({name for layer in layers for name in layer.available_adapters})
     merged = {name for layer in layers for name in layer.merged_adapters}
@@ -146,9 +142,3 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         },
         quantization_backend=_all_same(layer.quantization_backend for layer in layers),
     )
-
-
-def _model_type(model: nn.Module) -> str:
-    # transformers' models are told by their class without importing transformers.
-    is_pretrained = any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
-    return type(model).__name__ if is_pretrained else "other"

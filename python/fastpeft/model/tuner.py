@@ -6,7 +6,6 @@ A model may hold adapters of different methods: each layer composes what it has.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from ..config.base import PeftConfig
 from ..config.limits import BASE
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..inject.modules import AdapterModule, KnownModules, adapter_modules
 from ..inject.plan import InjectionPlan, plan_injection
 from ..layer.by_row.names import Recall, RowValues, check_length
@@ -25,6 +24,7 @@ from ..layer.saved_modules import ModulesToSaveWrapper
 from ..layer.shared_tensors import held_containers, register_at
 from ..methods.method import Method
 from ..methods.registry import method_of, registry
+from ..saving.state_dict import bias_tensors
 from . import adapters
 from .combine import add_weighted_adapter
 from .merging import ModelMerging
@@ -38,15 +38,10 @@ class BaseTuner(ModelMerging):
     holds_shared_adapters = True
 
     def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig | Mapping[str, PeftConfig],
-        adapter_name: str = "default",
-        low_cpu_mem_usage: bool = False,
-        state_dict: Mapping[str, Any] | None = None,
-        autocast_adapter_dtype: bool = False,
-        plan: InjectionPlan | None = None,
-    ) -> None:
+        self, model: nn.Module, peft_config: PeftConfig | Mapping[str, PeftConfig], adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False, state_dict: Mapping[str, Any] | None = None,
+        autocast_adapter_dtype: bool = False, plan: InjectionPlan | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         existing = getattr(model, "peft_config", None)
@@ -57,7 +52,7 @@ class BaseTuner(ModelMerging):
         self._recall = Recall()
         self._known = KnownModules()
         self._names: tuple[tuple[str, ...], list[str]] = (), []  # the last rows' adapters, and those that there were
-        self._assigned: tuple[str, ...] | None = None  # adapters of the rows of the batch that is computed now
+        self._batch = _Batch()  # that is computed now
         self.active_adapter: str | list[str] = adapter_name
         self.prefix = method_of(config).prefix
         self.targeted_module_names: list[str] = []
@@ -96,21 +91,21 @@ class BaseTuner(ModelMerging):
     # Adding and removing adapters
 
     def add(
-        self,
-        adapter_name: str,
-        config: PeftConfig,
-        *,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-        state_dict: Mapping[str, Any] | None = None,
+        self, adapter_name: str, config: PeftConfig, *, low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True, state_dict: Mapping[str, Any] | None = None,
         plan: InjectionPlan | None = None,
-    ) -> InjectionPlan:
+    ) -> InjectionPlan:  # fmt: skip
         """Put an adapter into the model; on an error the model is as it was. plan: made before, for a file that was
         checked against it. Returns what can undo it."""
         try:
             if adapter_name in self.peft_config:
                 raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-            self._check_bias(config)
+            biased = (getattr(c, "bias", "none") != "none" for c in self.peft_config.values())
+            if getattr(config, "bias", "none") != "none" and any(biased):
+                raise ValueError(
+                    "Only one adapter can train the biases of the base model. When using multiple adapters, set bias "
+                    "to 'none' for all adapters but one."
+                )
             if plan is None:
                 plan = plan_injection(
                     self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
@@ -137,19 +132,15 @@ class BaseTuner(ModelMerging):
         self.model.peft_config = self.peft_config  # type: ignore[assignment]
         active = self.active_adapters
         train = adapter_name in active and not config.inference_mode
-        for module in self._modules_of(plan):
-            module._active_adapter = list(active)
-            if isinstance(module, ModulesToSaveWrapper):
-                module._active_adapter = module.check_active(active)
+        modules: list[AdapterModule] = [*(p.layer for p in plan.layers), *(p.wrapper for p in plan.saved)]
+        for module in modules:
+            wrapper = isinstance(module, ModulesToSaveWrapper)
+            module._active_adapter = module.check_active(active) if wrapper else list(active)
             module.set_requires_grad(adapter_name, train)
-        if train:
-            self._train_biases(config)
+        for bias in bias_tensors(self.model, config).values() if train else ():
+            bias.requires_grad_(True)
         self.targeted_module_names.extend(n for n in plan.names if n not in self.targeted_module_names)
         return plan
-
-    @staticmethod
-    def _modules_of(plan: InjectionPlan) -> list[AdapterModule]:
-        return [*(p.layer for p in plan.layers), *(p.wrapper for p in plan.saved)]
 
     def remove(self, plan: InjectionPlan) -> None:
         """Undo `add`, biases and frozen parameters included."""
@@ -162,25 +153,6 @@ class BaseTuner(ModelMerging):
         """Hold what layers share, so that it has a key of its own."""
         for name, container in held_containers(layer for _, layer in self.adapter_layers()).items():
             register_at(self, name, container)
-
-    def _check_bias(self, config: PeftConfig) -> None:
-        others = [c for c in self.peft_config.values() if getattr(c, "bias", "none") != "none"]
-        if others and getattr(config, "bias", "none") != "none":
-            raise ValueError(
-                "Only one adapter can train the biases of the base model. When using multiple adapters, set bias to "
-                "'none' for all adapters but one."
-            )
-
-    def _train_biases(self, config: PeftConfig) -> None:
-        bias = getattr(config, "bias", "none")
-        if bias == "all":
-            for name, parameter in self.model.named_parameters():
-                if name == "bias" or name.endswith(".bias"):
-                    parameter.requires_grad_(True)
-        elif bias != "none":  # "lora_only" and its kin: the layers that the adapter sits on
-            for _, layer in self.adapter_layers():
-                if getattr(layer.base_layer, "bias", None) is not None:
-                    layer.bias.requires_grad_(True)
 
     add_weighted_adapter = add_weighted_adapter
 
@@ -200,9 +172,7 @@ class BaseTuner(ModelMerging):
         adapters.set_adapter(self.model, names, inference_mode)
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Turn gradients of adapters on or off without changing which are active."""
-        adapters.set_requires_grad(self.model, adapter_names, requires_grad)
+    set_requires_grad = adapters.set_requires_grad
 
     def enable_adapter_layers(self) -> None:
         for _, module in self.adapter_modules():
@@ -212,11 +182,9 @@ class BaseTuner(ModelMerging):
         for name in self.active_adapters:
             bias = getattr(self.peft_config.get(name), "bias", "none")
             if bias != "none":
-                warnings.warn(
+                warn(
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
-                    "output as the base model would without adaption.",
-                    PeftWarning,
-                    stacklevel=2,
+                    "output as the base model would without adaption."
                 )
         for _, module in self.adapter_modules():
             module.enable_adapters(False)
@@ -228,14 +196,14 @@ class BaseTuner(ModelMerging):
         names = kwargs.get("adapter_names")
         if names is not None and self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        names = self._assigned if names is None else names
+        names = self._batch.names if names is None else names
         values = {}
         if self._hooked:
             inputs = {"input_ids": args[0], **kwargs} if args else kwargs
             hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
             found = ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked)
             values = {n: v for n, v in found if v is not None}
-        if values or names is not self._assigned:
+        if values or names is not self._batch.names:
             return self.rows_assigned(names, values, _repeats(kwargs, self.model), steady=True)
         if names is None and self._recall and self.training and torch.is_grad_enabled():
             self._recall.keep(None, {})
@@ -281,6 +249,12 @@ class BaseTuner(ModelMerging):
         return rows
 
 
+class _Batch:
+    """The adapters of a batch's rows. An object of its own, as nn.Module takes its time to set attributes."""
+
+    names: tuple[str, ...] | None = None
+
+
 class _Assigned:
     """The context of `BaseTuner.rows_assigned`. A class, since a generator's takes as long as all that it does."""
 
@@ -303,7 +277,7 @@ class _Assigned:
         if tuner.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             recall = tuner._recall
             recall.keep(names, values)
-        self.before, tuner._assigned = tuner._assigned, names
+        self.before, tuner._batch.names = tuner._batch.names, names
         try:
             for module in self.modules:
                 times = 1 if id(module) in self.once else repeats
@@ -315,7 +289,7 @@ class _Assigned:
             raise
 
     def __exit__(self, *error: object) -> None:
-        self.tuner._assigned = self.before
+        self.tuner._batch.names = self.before
         for module in self.modules:
             module.set_rows(self.before)
             if self.values and isinstance(module, AdapterLayer):

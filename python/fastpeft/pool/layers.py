@@ -16,7 +16,7 @@ from ..methods.registry import method_of
 
 
 class Selector:
-    """What configurations select among a model's modules. Answers are kept: thousands of adapters ask the same."""
+    """Modules of a model that configurations select. Answers are kept: thousands of adapters ask the same."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -76,7 +76,7 @@ class Slots:
         return (r for r in self._residents if r is not None)
 
     def is_free(self, resident: Resident) -> bool:
-        """Whether it may be evicted."""
+        """True if it may be evicted."""
         return resident.refs == 0 and resident.name not in self.pinned
 
     def why_full(self) -> str:

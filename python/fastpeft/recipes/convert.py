@@ -11,34 +11,30 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config.targets import minimal_suffixes
-from ..config.types import PeftType, PeftWarning
+from ..config.types import PeftType, warn
 from ..files.checks import PREFIX
 from ..files.progress import shown
 from ..inject.modules import adapter_layers, adapter_modules, walk
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.lora.lora import LoraConfig
+from ..model.merge_math import svd_of_product
 from ..saving.folder import save_adapter
-from ..weights.base import wide
+from ..weights.base import widened
 
 Converted = tuple[Tensor, Tensor, "Tensor | None"]  # A, B, and what is added to the bias
 
 
 def convert_to_lora(
-    model: nn.Module,
-    rank: int | float,
-    adapter_name: str = "default",
-    progressbar: bool = False,
+    model: nn.Module, rank: int | float, adapter_name: str = "default", progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+) -> tuple[LoraConfig, dict[str, Tensor]]:  # fmt: skip
     """A LoRA that does what an adapter does, as near as its rank allows: its configuration, and tensors by file key.
 
     rank: of every layer (int), or the share of the squared singular values that each layer has to keep (float in
@@ -47,17 +43,20 @@ def convert_to_lora(
 
     Raises TypeError where a layer's adapter has no such form, and ValueError for a rank that makes no sense.
     """
-    _check_rank(rank)
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise ValueError(
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
+        )
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"Passing a rank of {rank} doesn't make sense, please pass a valid value.")
     layers = _layers(model, adapter_name)
     source = getattr(model, "peft_config", {}).get(adapter_name)
     if source is not None and source.peft_type == PeftType.LORA:
-        warnings.warn("The adapter to be converted to LoRA is a LoRA already.", PeftWarning, stacklevel=2)
+        warn("The adapter to be converted to LoRA is a LoRA already.")
     bias = getattr(source, "bias", "none")
     if bias != "none":
         raise ValueError(f"The adapter's config sets bias={bias}: biases of the base model are no part of a LoRA.")
-    work: Callable[..., Converted] = _convert
-    if compile_kwargs is not None:
-        work = torch.compile(_convert, **compile_kwargs)
+    work: Any = _convert if compile_kwargs is None else torch.compile(_convert, **compile_kwargs)
     bar = shown(layers.items(), "Converting to LoRA", progressbar)
     found = {name: work(layer, adapter_name, rank) for name, layer in bar}
     config = _config(model, source, rank, {name: len(a) for name, (a, _, _) in found.items()})
@@ -77,25 +76,12 @@ def convert_to_lora(
 
 
 def save_as_lora(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    rank: int | float,
-    adapter_name: str = "default",
-    progressbar: bool = False,
-    compile_kwargs: dict[str, Any] | None = None,
-) -> None:
-    """Write what `convert_to_lora` gives as an adapter folder."""
+    path: str | os.PathLike[str], model: nn.Module, rank: int | float, adapter_name: str = "default",
+    progressbar: bool = False, compile_kwargs: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write the LoRA of `convert_to_lora` as an adapter folder."""
     config, state = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     save_adapter(path, state, config.to_dict())
-
-
-def _check_rank(rank: int | float) -> None:
-    if isinstance(rank, float) and not 0 < rank <= 1:
-        raise ValueError(
-            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
-        )
-    if isinstance(rank, int) and rank < 1:
-        raise ValueError(f"Passing a rank of {rank} doesn't make sense, please pass a valid value.")
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
@@ -122,17 +108,18 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
     method, view, info = layer.methods[adapter], layer.view(adapter), layer.info
     dtype = next((t.dtype for _, _, t in layer.adapter_state(adapter) if t.is_floating_point()), info.dtype)
     base = layer.unmerged_weight()
-    factors = None if layer.base_edits else method.factors(view, view, base[0].to(wide(base[0].dtype)))
+    factors = None if layer.base_edits else method.factors(view, view, widened(base[0]))
     added = None
     if factors is not None:
-        u, s, v = _svd_of_product(*factors)
+        u, s, v = svd_of_product(*factors)
     else:
         w, b = layer.merged_weight([adapter], base)
         before = layer.original_weight()[0]
         u, s, v = torch.linalg.svd((w - before).flatten(1), full_matrices=False)
         if b is not None and (base[1] is None or not torch.equal(b, base[1].to(b.dtype))):
             added = (b if base[1] is None else b - base[1]).to(dtype)
-    kept = rank if isinstance(rank, int) else _cutoff(s, rank)
+    energy = torch.cumsum(s.double() ** 2, 0)
+    kept = rank if isinstance(rank, int) else int(torch.searchsorted(energy, rank * energy[-1])) + 1
     most = min(info.shape[0], math.prod(info.shape[1:]))
     if kept > most:
         raise ValueError(
@@ -143,20 +130,6 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
     ones = [1] * len(info.shape[2:])
     a, b_out = a.reshape(kept, -1, *info.shape[2:]), b_out.reshape(-1, kept, *ones)
     return a.to(dtype).contiguous(), b_out.to(dtype).contiguous(), added
-
-
-def _svd_of_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V^T of B A, with A [r, in] and B [out, r], from matrices that are no larger than these."""
-    a, b = a.to(wide(a.dtype)), b.to(wide(b.dtype))
-    (qa, ra), (qb, rb) = torch.linalg.qr(a.t()), torch.linalg.qr(b)
-    u, s, v = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
-    return qb @ u, s, v @ qa.t()
-
-
-def _cutoff(s: Tensor, share: float) -> int:
-    """How many of the largest singular values it takes to have this share of the sum of their squares; at least one."""
-    energy = torch.cumsum(s.double() ** 2, 0)
-    return int(torch.searchsorted(energy, share * energy[-1])) + 1
 
 
 def _config(model: nn.Module, source: Any, rank: int | float, ranks: dict[str, int]) -> LoraConfig:

@@ -6,7 +6,8 @@ the samples are about) or the smallest ("kpm", to keep what the samples know).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..files.progress import shown
 from ..methods.lora.start.corda import EIGENS, CordaConfig, CordaEigens
+from .layers_of import TargetLayer, load_tensors, means_over_passes, save_tensors, target_layers
 
 
 def components(w: Tensor, covariance: Tensor, r: int, method: str) -> CordaEigens:
@@ -37,18 +39,14 @@ def components(w: Tensor, covariance: Tensor, r: int, method: str) -> CordaEigen
 
 @torch.no_grad()
 def preprocess_corda(
-    model: nn.Module,
-    lora_config: Any,
-    run_model: Callable[[], None] | None = None,
+    model: nn.Module, lora_config: Any, run_model: Callable[[], None] | None = None,
     hooked_model: nn.Module | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Compute what CorDA starts from. To be called before `get_peft_model`, which uses it up.
 
     run_model: runs the model on samples, so that the layers' inputs are seen; not needed where a file of
     `lora_config.corda_config` has the result. hooked_model: the model that `run_model` runs, if it is another.
     """
-    from .layers_of import load_tensors, save_tensors, target_layers
-
     config: CordaConfig = lora_config.corda_config or CordaConfig()
     layers = target_layers(model, lora_config)
     parts = ("S_WC", "U_WC", "V_WC")
@@ -59,7 +57,8 @@ def preprocess_corda(
             if run_model is None:
                 raise ValueError("preprocess_corda needs `run_model`, since no file has the covariances or the result.")
             watched = layers if hooked_model is None else target_layers(hooked_model, lora_config)
-            covariances = _covariances(hooked_model or model, watched, run_model, config.use_float16_for_covariance)
+            hook = functools.partial(_covariance, config.use_float16_for_covariance)
+            covariances = means_over_passes(hooked_model or model, watched, run_model, False, hook)
             covariances = {name: c for name, c in covariances.items() if name in layers}
             save_tensors(config.covariance_file, covariances)
         missing = sorted(set(layers) - set(covariances))
@@ -74,33 +73,11 @@ def preprocess_corda(
         setattr(layer.info.module, EIGENS, CordaEigens(*(found[f"{name}.{EIGENS}.{part}"] for part in parts)))
 
 
-def _covariances(
-    model: nn.Module, layers: Mapping[str, Any], run_model: Callable[[], None], half: bool
-) -> dict[str, Tensor]:
-    """The mean over forward passes of x' x for each layer's inputs, each pass scaled by its largest input."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = args[0].detach().flatten(0, -2)
-            x = x if half else x.float()
-            x = x / torch.max(x).abs()
-            covariance = x.t() @ x
-            if not torch.isfinite(covariance).all():
-                raise ValueError(f"the inputs of {name} hold, or their covariance overflows to, NaN or infinity")
-            sums[name] = sums[name] + covariance if name in sums else covariance
-            counts[name] = counts.get(name, 0) + 1
-
-        return hook
-
-    handles = [layer.info.module.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    was_training = model.training
-    try:
-        model.eval()
-        run_model()
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    return {name: total / counts[name] for name, total in sums.items()}
+def _covariance(half: bool, layer: TargetLayer, x: Tensor, output: Any, add: Callable[[Tensor], None]) -> None:
+    """Add x' x of a layer's inputs in one forward pass, scaled by its largest input."""
+    x = x if half else x.float()
+    x = x / torch.max(x).abs()
+    covariance = x.t() @ x
+    if not torch.isfinite(covariance).all():
+        raise ValueError(f"the inputs of {layer.info.name} hold, or their covariance overflows to, NaN or infinity")
+    add(covariance)

@@ -5,23 +5,26 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config.types import PeftWarning
+from ..config.targets import minimal_suffixes
+from ..config.types import warn
 from ..files.checks import PREFIX
 from ..files.progress import shown
+from ..inject.modules import adapter_layers, set_child, walk
+from ..inject.plan import place
+from ..model.tuner import BaseTuner
 from .incremental_pca import IncrementalPCA
-
-if TYPE_CHECKING:
-    from ..model.tuner import BaseTuner
+from .layers_of import target_layers
 
 MAX_RHO = 1000
+LayerInputs = Callable[..., Tensor] | dict[str, Callable[..., Tensor]] | None
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -35,14 +38,12 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
     mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
     if peft_config.eva_config.use_label_mask and "labels" in model_input:
         mask = mask & (model_input["labels"] != peft_config.eva_config.label_mask_value)
-    pairs: Tensor = mask.nonzero()
-    return pairs
+    return mask.nonzero()  # type: ignore[no-any-return]
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
     """The layer's inputs at the pairs that `prepare_model_inputs_fn_language_modeling` gave."""
-    pairs: tuple[Tensor, ...] = model_input.T.unbind()
-    return _tensor(layer_input, layer_name)[pairs]
+    return _tensor(layer_input, layer_name)[model_input.T.unbind()]
 
 
 def _all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
@@ -58,20 +59,17 @@ def _tensor(layer_input: Any, layer_name: str) -> Tensor:
 
 
 class _Watch:
-    """What one layer's inputs were, as its forward hook saw them: a batch, and its principal components so far."""
+    """One layer's inputs as its forward hook saw them: a batch, and its principal components so far."""
 
-    def __init__(self, name: str, module: nn.Module, prepare: Callable[..., Tensor] | None, gather: bool) -> None:
-        self.name, self.module, self.prepare, self.gather = name, module, prepare or _all_rows, gather
+    def __init__(self, name: str, module: nn.Module, prepare: Any, gather: bool, tau: float) -> None:
+        self.name, self.module, self.prepare, self.gather, self.tau = name, module, prepare or _all_rows, gather, tau
         self.model_input: Any = None
         self.seen: Tensor | None = None
-        self.pca: IncrementalPCA | None = None
-        self.converged = torch.zeros(0, dtype=torch.bool)
-        self.tau = 0.0
+        self.pca: Any = None
+        self.converged: Tensor
         self._handle: Any = None
 
-    def on(self, pca: IncrementalPCA | None = None, tau: float = 0.0) -> None:
-        if pca is not None:
-            self.pca, self.tau, self.converged = pca, tau, torch.zeros(pca.n, dtype=torch.bool)
+    def on(self) -> None:
         if self._handle is None:
             self._handle = self.module.register_forward_hook(self._hook)
 
@@ -87,13 +85,13 @@ class _Watch:
         if self.pca is None:
             self.seen = x.detach()
             return
-        if x.shape[0] < self.pca.n:
-            warnings.warn(f"EVA passes over a batch of {x.shape[0]} rows for {self.name}, fewer than its "
-                          f"{self.pca.n} components.", PeftWarning, stacklevel=2)  # fmt: skip
+        rows, n = x.shape[0], self.pca.n
+        if rows < n:
+            warn(f"EVA passes over a batch of {rows} rows for {self.name}, fewer than its {n} components.")
             return
         before = self.pca.components
         self.pca.add(x)
-        if before is not None and self.pca.components is not None:
+        if before is not None:
             self.converged = torch.nn.functional.cosine_similarity(self.pca.components, before) >= self.tau
 
 
@@ -108,18 +106,12 @@ def _gathered(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def get_eva_state_dict(
-    model: nn.Module,
-    dataloader: Iterable[Any],
-    peft_config: Any = None,
+    model: nn.Module, dataloader: Iterable[Any], peft_config: Any = None,
     forward_fn: Callable[..., Any] | None = forward_fn_dict,
     prepare_model_inputs_fn: Callable[..., Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Callable[..., Tensor] | dict[str, Callable[..., Tensor]] | None = (
-        prepare_layer_inputs_fn_language_modeling
-    ),
-    adapter_name: str = "default",
-    gather_distributed_inputs: bool = True,
-    show_progress_bar: bool = True,
-) -> dict[str, Tensor]:
+    prepare_layer_inputs_fn: LayerInputs = prepare_layer_inputs_fn_language_modeling, adapter_name: str = "default",
+    gather_distributed_inputs: bool = True, show_progress_bar: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
     """The A that EVA starts each layer with, by the layer's name; its number of rows is the layer's rank, maybe 0.
 
     model: a PeftModel, or any model together with a `peft_config`. dataloader: batches, used as often as it takes.
@@ -138,9 +130,7 @@ def get_eva_state_dict(
     was_training = model.training
     try:
         model.eval()
-        if not is_peft:
-            return search.run(dataloader, forward_fn or forward_fn_dict, show_progress_bar)
-        with model.disable_adapter():  # type: ignore[operator]
+        with model.disable_adapter() if is_peft else nullcontext():  # type: ignore[operator]
             return search.run(dataloader, forward_fn or forward_fn_dict, show_progress_bar)
     finally:
         search.off()
@@ -151,14 +141,16 @@ class _Search:
     def __init__(self, model: nn.Module, adapter: str, config: Any, of_batch: Any, of_layer: Any, gather: bool) -> None:
         self.model, self.config, self.of_batch = model, config, of_batch
         own = dict(of_layer) if isinstance(of_layer, Mapping) else None
-        ranks = dict(_layers(model, adapter, config))
-        self.watches = {
-            name: _Watch(name, model.get_submodule(name), of_layer if own is None else own.pop(name, None), gather)
-            for name in ranks
-        }
+        if hasattr(model, "peft_config"):
+            linear = ((n, m) for n, m in adapter_layers(model, adapter) if m.base.kind == "linear")
+            ranks = {name: layer.r[adapter] for name, layer in linear if not layer.base.transient}
+        else:
+            ranks = {name: layer.r for name, layer in target_layers(model, config).items()}
+        prepares = {name: of_layer if own is None else own.pop(name, None) for name in ranks}
+        tau, rho = config.eva_config.tau, config.eva_config.rho
+        self.watches = {n: _Watch(n, model.get_submodule(n), prepare, gather, tau) for n, prepare in prepares.items()}
         if own:
             raise ValueError(f"prepare_layer_inputs_fn names modules that are not adapted: {', '.join(own)}")
-        rho = config.eva_config.rho
         if rho > MAX_RHO:
             rho = min(rho, max(max(p.shape) for p in model.parameters() if p.ndim) // config.r)
         self.budget = sum(ranks.values())
@@ -202,9 +194,7 @@ class _Search:
         """The budget's ranks go to the components that explain most, over all layers."""
         owners, shares = [], []
         for name, first in of.items():
-            pca = self.watches[first].pca
-            assert pca is not None
-            explained = pca.explained[: self.most[first]]
+            explained = self.watches[first].pca.explained[: self.most[first]]
             owners += [name] * len(explained)
             shares.append(explained)
         order = torch.cat(shares).argsort(descending=True)[: self.budget].tolist()
@@ -219,22 +209,17 @@ class _Search:
         of = self._share(next(iter(loader)), forward)
         first = {name: self.watches[name] for name in of if of[name] == name}
         for name, watch in first.items():
-            watch.on(IncrementalPCA(self.most[name]), self.config.eva_config.tau)
-        done = dict.fromkeys(first, False)
+            watch.pca, watch.converged = IncrementalPCA(self.most[name]), torch.zeros(self.most[name], dtype=torch.bool)
         ranks = dict(self.most)
         passes = 2 * len(loader)  # type: ignore[arg-type]
         for i, batch in enumerate(shown(itertools.cycle(loader), "EVA", progress, leave=False)):
-            for name, watch in first.items():
-                converged = bool(watch.converged[: ranks[name]].all())
-                if converged and not done[name]:
-                    watch.off()
-                elif done[name] and not converged:
-                    watch.on()
-                done[name] = converged
-            if all(done.values()):
+            converged = {name: bool(watch.converged[: ranks[name]].all()) for name, watch in first.items()}
+            if all(converged.values()):
                 break
+            for name, watch in first.items():
+                (watch.off if converged[name] else watch.on)()
             forward(self.model, self._feed(batch))
-            short = [name for name, watch in first.items() if watch.pca is None or watch.pca.components is None]
+            short = [name for name, watch in first.items() if watch.pca.components is None]
             if not short:
                 ranks = self._ranks(of)
             elif i + 1 == passes:  # PEFT goes on for ever
@@ -242,26 +227,11 @@ class _Search:
         result = {}
         for name, rank in ranks.items():
             pca = first[of[name]].pca
-            assert pca is not None
-            assert pca.components is not None
             a = pca.components[:rank]
             if self.config.eva_config.whiten:
                 a = a / pca.singular_values[:rank].sqrt()[:, None]
             result[name] = a if self.device is None else a.to(self.device)
         return result
-
-
-def _layers(model: nn.Module, adapter: str, config: Any) -> Iterator[tuple[str, int]]:
-    """(name, rank) of the linear layers that EVA starts."""
-    from ..inject.modules import adapter_layers
-    from .layers_of import target_layers
-
-    if not hasattr(model, "peft_config"):
-        yield from ((name, layer.r) for name, layer in target_layers(model, config).items())
-        return
-    for name, layer in adapter_layers(model, adapter):
-        if layer.base.kind == "linear" and not layer.base.transient:
-            yield name, layer.r[adapter]
 
 
 def _moved(inputs: Any, device: torch.device) -> Any:
@@ -276,18 +246,12 @@ def _moved(inputs: Any, device: torch.device) -> Any:
 
 @torch.no_grad()
 def initialize_lora_eva_weights(
-    model: nn.Module,
-    dataloader: Iterable[Any] | None = None,
-    eva_state_dict: dict[str, Tensor] | None = None,
+    model: nn.Module, dataloader: Iterable[Any] | None = None, eva_state_dict: dict[str, Tensor] | None = None,
     forward_fn: Callable[..., Any] | None = forward_fn_dict,
     prepare_model_inputs_fn: Callable[..., Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Callable[..., Tensor] | dict[str, Callable[..., Tensor]] | None = (
-        prepare_layer_inputs_fn_language_modeling
-    ),
-    adapter_name: str = "default",
-    gather_distributed_inputs: bool = True,
-    show_progress_bar: bool = True,
-) -> None:
+    prepare_layer_inputs_fn: LayerInputs = prepare_layer_inputs_fn_language_modeling, adapter_name: str = "default",
+    gather_distributed_inputs: bool = True, show_progress_bar: bool = True,
+) -> None:  # fmt: skip
     """Start a PeftModel's LoRA, made with init_lora_weights="eva", by EVA: from batches, or from a state dict that
     `get_eva_state_dict` made. Other arguments as there. Layers with rank 0 lose the adapter; ranks and targets of the
     configuration follow."""
@@ -311,10 +275,6 @@ def initialize_lora_eva_weights(
 
 def _start(tuner: BaseTuner, adapter: str, config: Any, found: Mapping[str, Tensor]) -> None:
     """Give each layer its A, and the rank and alpha that go with it."""
-    from ..config.targets import minimal_suffixes
-    from ..inject.modules import set_child, walk
-    from ..inject.plan import place
-
     changes = []
     for site in walk(tuner.model):
         layer: Any = site.module
@@ -357,5 +317,4 @@ def _start(tuner: BaseTuner, adapter: str, config: Any, found: Mapping[str, Tens
     config.alpha_pattern = {c[0].name: c[3] for c in kept if c[3] != config.lora_alpha}
     missing = [site.name for site, a, *_ in changes if a is None]
     if missing:
-        warnings.warn(f"EVA has no components for {', '.join(missing)}: they start as plain LoRAs.", PeftWarning,
-                      stacklevel=3)  # fmt: skip
+        warn(f"EVA has no components for {', '.join(missing)}: they start as plain LoRAs.", 2)

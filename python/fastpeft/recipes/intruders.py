@@ -11,19 +11,15 @@ import torch
 from torch import Tensor
 
 from ..methods.registry import get_method, method_of
-from ..weights.base import wide
+from ..model.combine import factors_of
+from ..weights.base import widened
 
 
 @torch.no_grad()
 def reduce_intruder_dimension(
-    peft_model: Any,
-    old_adapter_name: str = "default",
-    new_adapter_name: str = "intruder_reduced",
-    top_k: int = 10,
-    threshold_epsilon: float = 0.5,
-    mitigation_lambda: float = 0.75,
-    logging_sink: Callable[[str], Any] | None = print,
-) -> None:
+    peft_model: Any, old_adapter_name: str = "default", new_adapter_name: str = "intruder_reduced", top_k: int = 10,
+    threshold_epsilon: float = 0.5, mitigation_lambda: float = 0.75, logging_sink: Callable[[str], Any] | None = print,
+) -> None:  # fmt: skip
     """Add a LoRA that is an existing one with its intruder dimensions scaled by `mitigation_lambda`; it becomes active.
 
     Of the adapted weight's `top_k` left singular vectors, those are intruders whose cosine with every one of the base
@@ -42,27 +38,20 @@ def reduce_intruder_dimension(
             raise ValueError(f"{name}: intruder dimensions are those of a matrix, not of a {layer.base.label}")
     peft_model.add_adapter(new_adapter_name, config)
     for name, layer in layers:
-        old = _factors(layer, old_adapter_name)
+        old = factors_of(layer, old_adapter_name)
         factors = _mitigated(layer, old_adapter_name, old[0].shape[0], top_k, threshold_epsilon, mitigation_lambda)
         say(f"{name}: No intruders" if factors is None else f"{name}: Intruders: {factors[2]}")
-        for target, value in zip(_factors(layer, new_adapter_name), factors[:2] if factors else old, strict=True):
+        for target, value in zip(factors_of(layer, new_adapter_name), factors[:2] if factors else old, strict=True):
             target.copy_(value)
     say(f"Enabling new adapter {new_adapter_name}")
     peft_model.set_adapter(new_adapter_name)
-
-
-def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    if adapter in layer.lora_A:
-        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
 
 
 def _mitigated(
     layer: Any, adapter: str, r: int, top_k: int, threshold: float, scale: float
 ) -> tuple[Tensor, Tensor, int] | None:
     """A, B and the number of intruders, or None without any."""
-    w = layer.unmerged_weight()[0]
-    w = w.to(wide(w.dtype))
+    w = widened(layer.unmerged_weight()[0])
     adapted = layer.merged_weight([adapter], (w, None))[0]
     base = torch.linalg.svd(w, full_matrices=False)[0]
     u, s, vh = torch.linalg.svd(adapted, full_matrices=False)

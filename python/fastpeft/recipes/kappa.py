@@ -12,16 +12,12 @@ MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
 
 class KappaTuneSelector:
-    """Finds the weights with the lowest condition numbers, those that adapters change with the least harm
-    (arXiv 2506.16289): linear layers, and stacks of experts' matrices by their parameters' names."""
+    """Finds such weights, which adapters change with the least harm: linear layers, and parameters of experts."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        max_dim_size_to_analyze: int = 16384,
-        moe_param_suffixes: tuple[str, ...] | None = None,
+        self, model: nn.Module, max_dim_size_to_analyze: int = 16384, moe_param_suffixes: tuple[str, ...] | None = None,
         show_progress: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.max_dim_size_to_analyze, self.show_progress = model, max_dim_size_to_analyze, show_progress
         self.moe_param_suffixes = moe_param_suffixes or MOE_SUFFIXES
         self._found: tuple[dict[str, float], dict[str, float]] | None = None
@@ -29,18 +25,16 @@ class KappaTuneSelector:
     def _kappas(self) -> tuple[dict[str, float], dict[str, float]]:
         """Condition numbers of modules and of parameters, by name."""
         if self._found is None:
-            modules, parameters = {}, {}
-            linear = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.Linear) or _is_quantised(m)]
-            for name, module in shown(linear, "Computing SVD (linear layers)", self.show_progress):
-                base = weight_of(module)
-                if base is not None and max(base.shape) <= self.max_dim_size_to_analyze:
-                    modules[name] = _condition(base.read()[0])
-            stacks = [(n, p) for n, p in self.model.named_parameters()
-                      if p.dim() == 3 and n.endswith(self.moe_param_suffixes)]  # fmt: skip
-            for name, stack in shown(stacks, "Computing SVD (MoE parameters)", self.show_progress):
-                if max(stack.shape[1:]) <= self.max_dim_size_to_analyze:
-                    parameters[name] = sum(_condition(w) for w in stack) / len(stack)
-            self._found = modules, parameters
+            most = self.max_dim_size_to_analyze
+            bases = [(n, weight_of(m), isinstance(m, nn.Linear)) for n, m in self.model.named_modules()]
+            linear = [(n, b) for n, b, plain in bases if b is not None and (plain or b.quantized is not None)]
+            linear = [(n, base) for n, base in linear if max(base.shape) <= most]
+            experts = [(n, p) for n, p in self.model.named_parameters() if n.endswith(self.moe_param_suffixes)]
+            experts = [(n, p) for n, p in experts if p.dim() == 3 and max(p.shape[1:]) <= most]
+            linear_bar = shown(linear, "Computing SVD (linear layers)", self.show_progress)
+            modules = {name: _condition(base.read()[0]) for name, base in linear_bar}
+            experts_bar = shown(experts, "Computing SVD (MoE parameters)", self.show_progress)
+            self._found = modules, {name: sum(map(_condition, w)) / len(w) for name, w in experts_bar}
         return self._found
 
     def get_best_targets(
@@ -57,12 +51,9 @@ class KappaTuneSelector:
 
 
 def find_kappa_target_modules(
-    model: nn.Module,
-    top_p: float = 0.2,
-    max_dim_size_to_analyze: int = 16384,
-    moe_param_suffixes: tuple[str, ...] | None = None,
-    show_progress: bool = True,
-) -> dict[str, list[str] | None]:
+    model: nn.Module, top_p: float = 0.2, max_dim_size_to_analyze: int = 16384,
+    moe_param_suffixes: tuple[str, ...] | None = None, show_progress: bool = True,
+) -> dict[str, list[str] | None]:  # fmt: skip
     """`target_modules` and `target_parameters` (None without experts) of the share `top_p` with the lowest condition
     numbers. Weights with a side above `max_dim_size_to_analyze` are passed over."""
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
@@ -70,11 +61,6 @@ def find_kappa_target_modules(
         "target_modules": selector.get_best_targets(top_p=top_p),
         "target_parameters": selector.get_best_target_parameters(top_p=top_p) or None,
     }
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    base = weight_of(module)
-    return base is not None and base.quantized is not None
 
 
 def _condition(w: Tensor) -> float:

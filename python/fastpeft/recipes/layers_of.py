@@ -1,11 +1,11 @@
-"""The layers that an initialisation looks at before there is an adapter, and the files that keep what it found."""
+"""The layers that an initialisation measures before there is an adapter, the measuring, and files of its results."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from ..methods.registry import method_of
 from ..weights.find import weight_of
 
 
-@dataclass(frozen=True)
-class TargetLayer:
+class TargetLayer(NamedTuple):
     info: LayerInfo
     r: int
 
@@ -38,6 +37,38 @@ def target_layers(model: nn.Module, config: Any) -> dict[str, TargetLayer]:
     if not found:
         raise ValueError("The configuration targets no linear layer of the model.")
     return found
+
+
+def means_over_passes(
+    model: nn.Module, layers: Mapping[str, TargetLayer], run: Callable[[], None], training: bool, hook: Any
+) -> dict[str, Tensor]:
+    """The mean, by layer, of what `hook` adds while `run` runs the model, in training or evaluation mode.
+
+    hook(layer, x, output, add) is called in each layer's forward with its inputs [rows, in]; add(tensor) adds one. It
+    may return another output.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+
+    def watch(name: str, layer: TargetLayer) -> Any:
+        def add(value: Tensor) -> None:
+            sums[name] = sums[name] + value if name in sums else value
+            counts[name] += 1
+
+        return layer.info.module.register_forward_hook(
+            lambda module, args, output: hook(layer, args[0].detach().flatten(0, -2), output, add)
+        )
+
+    handles = [watch(name, layer) for name, layer in layers.items()]
+    was_training = model.training
+    try:
+        model.train(training)
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    return {name: total / counts[name] for name, total in sums.items()}
 
 
 def load_tensors(path: str | None, names: Sequence[str]) -> dict[str, Tensor] | None:

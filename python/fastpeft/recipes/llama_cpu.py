@@ -77,7 +77,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether someone listens to this module's calls, which the short way would not make."""
+    """True if someone listens to this module's calls, which the short way would not make."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -299,7 +299,7 @@ def _classes() -> dict[type, type]:
 
 @dataclass
 class Accelerated:
-    """What `accelerate` changed: `modules` switched modules. `remove()` undoes it."""
+    """The changes of `accelerate`: `modules` switched modules. `remove()` undoes it."""
 
     switched: list[tuple[nn.Module, type]] = field(default_factory=list)
 

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..methods.lora.start.loftq import low_rank
+from ..model.combine import factors_of
+from ..model.tuner import BaseTuner
+from .model_files import ModelTensors
 
 
 def replace_lora_weights_loftq(
-    peft_model: nn.Module,
-    model_path: str | None = None,
-    adapter_name: str = "default",
+    peft_model: nn.Module, model_path: str | None = None, adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Start a LoRA on a 4-bit base from what quantising lost: B A is close to W - dequantised(W). DoRA's m follows.
 
     model_path: the safetensors file of the unquantised model, or its folder (files may be sharded); None: where the
     Hub's cache has the model. callback: called with the model and the module's name after each replacement, which is
     taken back if it returns False; without it all are kept.
     """
-    from ..model.tuner import BaseTuner
-    from .model_files import ModelTensors
-
     tuner = getattr(peft_model, "base_model", peft_model)
     if not isinstance(tuner, BaseTuner):
         raise TypeError(f"{type(peft_model).__name__} is not a PeftModel")
@@ -39,8 +36,7 @@ def replace_lora_weights_loftq(
     with torch.no_grad():
         for name, layer in layers:
             name = name.removeprefix("model.")
-            a: Any = layer.lora_A[adapter_name].weight
-            b: Any = layer.lora_B[adapter_name].weight
+            a, b = factors_of(layer, adapter_name)
             base = layer.unmerged_weight()[0]
             w = tensors.get(f"{name}.weight").to(base)
             if w.shape != base.shape:

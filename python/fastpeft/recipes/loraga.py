@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.lora.start.loraga import GRADIENT
+from .layers_of import TargetLayer, load_tensors, means_over_passes, save_tensors, target_layers
 
 
 def preprocess_loraga(
@@ -20,14 +21,21 @@ def preprocess_loraga(
     cache_file: take the gradients from there if it exists, and write them there if not. Quantised layers work too: the
     gradients are made of each layer's inputs and output gradients, and no weight need require any.
     """
-    from .layers_of import load_tensors, save_tensors, target_layers
-
     if lora_config.lora_ga_config is None:
         raise ValueError("LoRA-GA needs LoraConfig(init_lora_weights='lora_ga', lora_ga_config=LoraGAConfig(...))")
     layers = target_layers(model, lora_config)
     found = load_tensors(cache_file, [f"{name}.{GRADIENT}" for name in layers])
     if found is None:
-        found = {f"{name}.{GRADIENT}": g for name, g in _gradients(model, layers, train_step).items()}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        try:
+            for p in trained:
+                p.requires_grad_(False)
+            with torch.enable_grad():
+                means = means_over_passes(model, layers, train_step, True, _gradient)
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
+        found = {f"{name}.{GRADIENT}": gradient for name, gradient in means.items()}
         save_tensors(cache_file, found)
     for name, layer in layers.items():
         gradient = found.get(f"{name}.{GRADIENT}")
@@ -35,43 +43,14 @@ def preprocess_loraga(
             setattr(layer.info.module, GRADIENT, gradient)
 
 
-def _gradients(model: nn.Module, layers: Any, train_step: Callable[[], None]) -> dict[str, Tensor]:
-    """The mean over backward passes of the gradient of each layer's weight, in the weight's layout."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    handles = []
+def _gradient(layer: TargetLayer, x: Tensor, output: Tensor, add: Callable[[Tensor], None]) -> Tensor:
+    """Add the gradient of a layer's weight, in the weight's layout, in each backward pass."""
+    if not output.requires_grad:  # nothing before this layer does
+        output = output.detach().requires_grad_()
 
-    def watch(name: str, layer: Any) -> None:
-        def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = args[0].detach().flatten(0, -2)
-            if not output.requires_grad:  # nothing before this layer does
-                output = output.detach().requires_grad_()
+    def backward(dy: Tensor) -> None:
+        dy = dy.flatten(0, -2)
+        add((x.t() @ dy if layer.info.base.fan_in_fan_out else dy.t() @ x).float())
 
-            def backward(dy: Tensor) -> None:
-                dy = dy.flatten(0, -2)
-                gradient = (x.t() @ dy if layer.info.base.fan_in_fan_out else dy.t() @ x).float()
-                sums[name] = sums[name] + gradient if name in sums else gradient
-                counts[name] = counts.get(name, 0) + 1
-
-            output.register_hook(backward)  # type: ignore[no-untyped-call]
-            return output
-
-        handles.append(layer.info.module.register_forward_hook(forward))
-
-    was_training = model.training
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        model.train()
-        for p in trained:
-            p.requires_grad_(False)
-        for name, layer in layers.items():
-            watch(name, layer)
-        with torch.enable_grad():
-            train_step()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p in trained:
-            p.requires_grad_(True)
-        model.train(was_training)
-    return {name: total / counts[name] for name, total in sums.items()}
+    output.register_hook(backward)  # type: ignore[no-untyped-call]
+    return output

@@ -17,8 +17,7 @@ class ModelTensors:
 
     def __init__(self, path: str | os.PathLike[str] | None, model: nn.Module) -> None:
         self._prefix = getattr(model, "base_model_prefix", "")
-        where = Path(path) if path is not None else _folder_of(model)
-        self.where = where
+        self.where = where = Path(path) if path is not None else _folder_of(model)
         if where.is_dir() and (where / FILE).exists():
             where = where / FILE
         self._files: dict[str, Path] = {}

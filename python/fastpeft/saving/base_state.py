@@ -20,10 +20,9 @@ def _original_keys(base: nn.Module) -> dict[str, str]:
     for name, module in base.named_modules():
         if isinstance(module, AdapterDict):
             adapters.add(name)
-        elif isinstance(module, AdapterLayer):
-            wrapped.add(f"{name}.base_layer".lstrip("."))
-        elif isinstance(module, ModulesToSaveWrapper):
-            wrapped.add(f"{name}.original_module".lstrip("."))
+        elif isinstance(module, AdapterLayer | ModulesToSaveWrapper):
+            inner = "base_layer" if isinstance(module, AdapterLayer) else "original_module"
+            wrapped.add(f"{name}.{inner}".lstrip("."))
     found = {}
     for key in base.state_dict():
         parts = key.split(".")

@@ -1,4 +1,4 @@
-"""What servers make of an adapter folder: reporting it, and exporting what they can serve.
+"""Adapter folders for servers: a report of one, and the export of a form that they can serve.
 
 vLLM and SGLang read `adapter_config.json` and `adapter_model.safetensors` only, and scale every layer by one number.
 vLLM refuses DoRA, trained biases and modules_to_save; SGLang also ignores rsLoRA; neither knows rank or alpha
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..config.patterns import first_match
 from ..files import atomic
 from ..files.checks import PREFIX, AdapterFileError, list_some
+from ..methods.lora.lora import scaling_of
 from ..methods.lora.start import start_of
-from .folder import AdapterSource, open_adapter, save_adapter
+from .folder import load_adapter_file, open_adapter, save_adapter
 from .state_dict import get_peft_model_state_dict
 
 # The ranks that vLLM has kernels for; an adapter of another rank is served at the next one (max_lora_rank).
@@ -32,7 +34,7 @@ _A_SUFFIX, _B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `inspect_adapter` found. serving: the reasons against each server; none means that it is served right."""
+    """Report of `inspect_adapter`. serving: the reasons against each server; none means that it is served right."""
 
     path: str
     method: str
@@ -57,9 +59,11 @@ def inspect_adapter(directory: str | os.PathLike[str]) -> AdapterReport:
     """Describe an adapter folder from its configuration and header; no tensor is read."""
     source = open_adapter(directory)
     config, tensors = source.config, source.tensors
-    modules = _modules(source)
-    dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in tensors.values())
-    numbers = [math.prod(info.shape) for info in tensors.values()]
+    ranks = {}
+    for key, info in tensors.items() if str(config.get("peft_type")).upper() == "LORA" else ():
+        for mark in (_A_SUFFIX, ".lora_embedding_A"):
+            if key.endswith(mark) and info.shape:
+                ranks[key.removesuffix(mark)] = info.shape[0]
     interesting = ("use_rslora", "use_dora", "bias", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
                    "init_lora_weights", "lora_dropout", "layers_to_transform", "layer_replication")  # fmt: skip
     return AdapterReport(
@@ -67,16 +71,16 @@ def inspect_adapter(directory: str | os.PathLike[str]) -> AdapterReport:
         method=str(config["peft_type"]),
         base_model=config.get("base_model_name_or_path"),
         task_type=config.get("task_type"),
-        ranks=dict(Counter(rank for rank, _ in modules.values())),
-        scalings=dict(Counter(scaling for _, scaling in modules.values())),
+        ranks=dict(Counter(ranks.values())),
+        scalings=dict(Counter(_scalings(config, ranks).values())),
         target_modules=config.get("target_modules"),
         tensors={name: list(info.shape) for name, info in tensors.items()},
-        dtypes=dict(dtypes),
-        parameters=sum(numbers),
+        dtypes=dict(Counter(str(info.dtype).removeprefix("torch.") for info in tensors.values())),
+        parameters=sum(math.prod(info.shape) for info in tensors.values()),
         bytes=sum(info.nbytes for info in tensors.values()),
         manifest=_manifest_state(source.folder),
         options={name: config[name] for name in interesting if config.get(name) not in (None, {}, [], False, "none")},
-        serving={"vllm": _against_vllm(config, tensors), "sglang": _against_sglang(config, tensors)},
+        serving=_against_servers(config, tensors),
     )
 
 
@@ -90,78 +94,46 @@ def _manifest_state(folder: Path) -> str:
     return "intact"
 
 
-def _modules(source: AdapterSource) -> dict[str, tuple[int, float]]:
-    """(rank, scaling) of each layer that a LoRA adapter is on; empty for other methods."""
-    if str(source.config.get("peft_type")).upper() != "LORA":
-        return {}
-    ranks = {}
-    for key, info in source.tensors.items():
-        for mark in (_A_SUFFIX, ".lora_embedding_A"):
-            if key.endswith(mark) and info.shape:
-                ranks[key.removesuffix(mark)] = info.shape[0]
-    scalings = _scalings(source.config, ranks)
-    return {name: (ranks[name], scaling) for name, scaling in zip(ranks, scalings, strict=True)}
-
-
-def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[float]:
-    from ..config.patterns import first_match
-    from ..methods.lora.lora import scaling_of
-
-    names = [name.removeprefix(PREFIX) for name in ranks]
-    alphas = first_match(config.get("alpha_pattern") or {}, names)
-    default = config.get("lora_alpha", 8)
-    root = bool(config.get("use_rslora"))
-    return [
-        scaling_of(float(alphas.get(name, default)), rank, root)
-        for name, rank in zip(names, ranks.values(), strict=True)
-    ]
+def _scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    alphas = first_match(config.get("alpha_pattern") or {}, [name.removeprefix(PREFIX) for name in ranks])
+    default, root = config.get("lora_alpha", 8), bool(config.get("use_rslora"))
+    return {n: scaling_of(float(alphas.get(n.removeprefix(PREFIX), default)), r, root) for n, r in ranks.items()}
 
 
 def beyond_plain_lora(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    """What an adapter's configuration and tensors, by key, have beyond A, B and a scaling for each linear layer."""
+    """Parts of an adapter's configuration and tensors, by key, beyond A, B and a scaling for each linear layer."""
     if str(config.get("peft_type")).upper() != "LORA":
         return [f"the method is {config.get('peft_type')}, only LORA is served"]
-    reasons = []
-    if config.get("use_dora"):
-        reasons.append("DoRA is refused")
-    if config.get("bias", "none") not in (None, "none"):
-        reasons.append(f"bias={config['bias']!r} is refused")
-    if config.get("lora_bias"):
-        reasons.append("lora_bias is refused")
-    if config.get("modules_to_save"):
-        reasons.append(f"modules_to_save={config['modules_to_save']} is refused")
-    if config.get("alora_invocation_tokens"):
-        reasons.append("aLoRA is refused")
-    init = config.get("init_lora_weights")
-    start = start_of(init.lower()) if isinstance(init, str) else None
-    if start is not None and start.takes_base:
-        reasons.append(f"init_lora_weights={init!r} changed the base weights, which a server does not have")
+    bias, saved, init = (config.get(name) for name in ("bias", "modules_to_save", "init_lora_weights"))
+    biased, start = bias not in (None, "none"), start_of(init.lower()) if isinstance(init, str) else None
     other = [key for key in tensors if not key.endswith((_A_SUFFIX, _B_SUFFIX))]
-    if other and not (config.get("modules_to_save") or config.get("bias", "none") not in (None, "none")):
-        reasons.append(f"tensors other than lora_A and lora_B of linear layers: {list_some(other, 3)}")
-    elif any(len(info.shape) != 2 for info in tensors.values()) and not other:
-        reasons.append("adapters on convolutions are not served")
-    return reasons
+    reasons = {
+        "DoRA is refused": config.get("use_dora"),
+        f"bias={bias!r} is refused": biased,
+        "lora_bias is refused": config.get("lora_bias"),
+        f"modules_to_save={saved} is refused": saved,
+        "aLoRA is refused": config.get("alora_invocation_tokens"),
+        f"init_lora_weights={init!r} changed the base weights, which a server does not have": (
+            start is not None and start.takes_base
+        ),
+        f"tensors other than lora_A and lora_B of linear layers: {list_some(other, 3)}": (
+            other and not saved and not biased
+        ),
+        "adapters on convolutions are not served": not other and any(len(t.shape) != 2 for t in tensors.values()),
+    }
+    return [reason for reason, holds in reasons.items() if holds]
 
 
-def _against_both(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+def _against_servers(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, list[str]]:
     folds = "is refused, or ignored and the scaling wrong (export_for_serving folds it)"
-    patterns = [f"{name} {folds}" for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
-    return beyond_plain_lora(config, tensors) + patterns
-
-
-def _against_vllm(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    reasons = _against_both(config, tensors)
-    if isinstance(config.get("r"), int) and config["r"] > VLLM_MAX_RANK:
-        reasons.append(f"r={config['r']} exceeds {VLLM_MAX_RANK}, the largest max_lora_rank")
-    return reasons
-
-
-def _against_sglang(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    reasons = _against_both(config, tensors)
+    both = beyond_plain_lora(config, tensors)
+    both += [f"{name} {folds}" for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    found, r = {"vllm": [*both], "sglang": [*both]}, config.get("r")
+    if isinstance(r, int) and r > VLLM_MAX_RANK:
+        found["vllm"].append(f"r={r} exceeds {VLLM_MAX_RANK}, the largest max_lora_rank")
     if config.get("use_rslora"):
-        reasons.append("rsLoRA is ignored: it scales by alpha / r (export_for_serving folds it)")
-    return reasons
+        found["sglang"].append("rsLoRA is ignored: it scales by alpha / r (export_for_serving folds it)")
+    return found
 
 
 def export_for_serving(adapter: Any, out: str | os.PathLike[str], adapter_name: str = "default") -> dict[str, Any]:
@@ -171,19 +143,16 @@ def export_for_serving(adapter: Any, out: str | os.PathLike[str], adapter_name: 
     the scaling that most layers have becomes alpha / r, and in the others B takes up the quotient, rounded once. Raises
     ValueError for what no such adapter can say (DoRA, biases, modules_to_save, embeddings): merge those instead.
     """
-    if isinstance(adapter, nn.Module):
-        settings: Any = adapter.peft_config
-        config = dict(settings[adapter_name].to_dict())
-        state = get_peft_model_state_dict(adapter, adapter_name=adapter_name, save_embedding_layers=False)
+    if isinstance(adapter, (str, os.PathLike)):
+        config, state = load_adapter_file(adapter)
     else:
-        source = open_adapter(adapter)
-        config, state = dict(source.config), source.read()
-    plain = {**config, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        config = adapter.peft_config[adapter_name].to_dict()
+        state = get_peft_model_state_dict(adapter, adapter_name=adapter_name, save_embedding_layers=False)
     reasons = beyond_plain_lora(config, state)
     if reasons:
         raise ValueError(f"this adapter has no serving-safe form, merge it into the model: {'; '.join(reasons)}")
     ranks = {key.removesuffix(_A_SUFFIX): int(t.shape[0]) for key, t in state.items() if key.endswith(_A_SUFFIX)}
-    scalings = dict(zip(ranks, _scalings(config, ranks), strict=True))
+    scalings = _scalings(config, ranks)
     r = max(ranks.values())
     common = Counter(scalings.values()).most_common(1)[0][0]
     alpha = common * r
@@ -197,6 +166,7 @@ def export_for_serving(adapter: Any, out: str | os.PathLike[str], adapter_name: 
             b = (b.double() * factor).to(b.dtype)
         folded[name + _A_SUFFIX] = torch.cat([a, a.new_zeros(r - rank, a.shape[1])])
         folded[name + _B_SUFFIX] = torch.cat([b, b.new_zeros(b.shape[0], r - rank)], dim=1)
-    result = {**plain, "r": r, "lora_alpha": alpha, "init_lora_weights": True, "inference_mode": True}
+    result = {**config, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "r": r, "lora_alpha": alpha,
+              "init_lora_weights": True, "inference_mode": True}  # fmt: skip
     save_adapter(out, folded, result)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ def check_fits(
     tensors = stacked_state(plan.stacks, plan.config, tensors)  # experts that were modules are laid together
     expected = expected_shapes(plan)
     base, trained = _base_shapes(plan)
-    plain = base | _repeated_shapes(plan)
+    shared = {n: t for n, t in plan.shared.items() if isinstance(t, (Tensor, Computed)) and plan.method.repeats_shared}
+    every = [layer.site.name for layer in plan.layers]  # a file may repeat for each what they share
+    plain = base | {f"{PREFIX}{layer}.{n}": tuple(t.shape) for layer in every for n, t in shared.items()}
     missing = [key for key in expected if key not in tensors]
     biases = {key.replace(".base_layer.", ".") for key in tensors}
     missing += [key for key in trained if key not in biases]
@@ -45,36 +48,24 @@ def check_fits(
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: object) -> None:
     """Raise KeyMismatchError unless the tensors of a file are floating-point ones of exactly these names and shapes."""
-    mismatched = [
-        mismatch(k, info.shape, shapes[k]) for k, info in tensors.items() if k in shapes and info.shape != shapes[k]
-    ]
-    wrong = [f"{k} {info.dtype}" for k, info in tensors.items() if not info.dtype.is_floating_point]
+    mismatched = [mismatch(k, t.shape, shapes[k]) for k, t in tensors.items() if shapes.get(k, t.shape) != t.shape]
+    wrong = [f"{k} {t.dtype}" for k, t in tensors.items() if not t.dtype.is_floating_point]
     missing, unexpected = [k for k in shapes if k not in tensors], [k for k in tensors if k not in shapes]
     report(where, missing, unexpected, mismatched, wrong)
 
 
 def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a file of an adapter holds, by its key in the file."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in plan.shared.items():
-        for suffix, tensor in _entries(value) if getattr(value, "persistent", True) else ():
-            tensors[f"{TUNER}{name}{suffix}"] = tensor
+    saved = [(f"{TUNER}{n}", value) for n, value in plan.shared.items() if getattr(value, "persistent", True)]
+    saved += [(f"{PREFIX}{copy.site.name}", copy.module) for copy in plan.saved]
+    tensors = {f"{key}{suffix}": tensor for key, value in saved for suffix, tensor in _entries(value)}
     for layer in plan.layers:
         for name, value in layer.state.items():
             for suffix, tensor in _entries(value) if layer.method.saves(layer.state, name) else ():
                 key = layer.method.file_key(name + suffix)
                 if key is not None:
                     tensors[f"{PREFIX}{layer.site.name}.{key}"] = tensor
-    for saved in plan.saved:
-        for key, tensor in saved.module.state_dict().items():
-            tensors[f"{PREFIX}{saved.site.name}.{key}"] = tensor
     return {key: tuple(tensor.shape) for key, tensor in plan.method.pack(plan.config, tensors).items()}
-
-
-def _repeated_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
-    """Shapes of shared tensors that a file may repeat for every layer."""
-    shared = {n: t for n, t in plan.shared.items() if isinstance(t, (Tensor, Computed)) and plan.method.repeats_shared}
-    return {f"{PREFIX}{layer.site.name}.{n}": tuple(t.shape) for layer in plan.layers for n, t in shared.items()}
 
 
 def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -102,15 +93,10 @@ def _entries(value: Any) -> list[tuple[str, Tensor]]:
 
 def embedding_tensors(model: nn.Module) -> dict[str, torch.nn.Parameter]:
     """The base weights of a transformers model's input and output embeddings, by their keys in memory."""
-    if not hasattr(model, "get_input_embeddings"):
-        return {}
-    layers = []
+    layers: list[Any] = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
-        getter: Any = getattr(model, name, None)
-        try:
-            layers.append(getter() if getter is not None else None)
-        except (AttributeError, NotImplementedError):  # a model without such a layer
-            continue
+        with suppress(AttributeError, NotImplementedError):  # a model without such a layer
+            layers.append(getattr(model, name)())
     bases = [getattr(layer, "base_layer", layer) for layer in layers if isinstance(layer, nn.Module)]
     return {
         f"{name}.{key}": tensor

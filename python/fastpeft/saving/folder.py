@@ -50,7 +50,7 @@ def save_adapter(
 
 
 def _is_whole(tensor: Tensor, held: set[int]) -> bool:
-    """Whether a tensor fills a CPU storage of its own that none of `held` points to."""
+    """True if a tensor fills a CPU storage of its own that none of `held` points to."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() in held:
         return False
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
@@ -70,13 +70,8 @@ class AdapterSource:
 
     folder: Path
     config: dict[str, Any]
-    header: Header | None
-    pickled: dict[str, Tensor] | None = None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """For their names, shapes and dtypes."""
-        return self.header.tensors if self.header is not None else self.pickled or {}
+    tensors: dict[str, Tensor]  # for their names, shapes and dtypes; a pickle's hold their values
+    header: Header | None = None
 
     def peft_config(self) -> PeftConfig:
         """The configuration as an object; its values were checked when it was read."""
@@ -84,7 +79,7 @@ class AdapterSource:
 
     def read(self) -> dict[str, Tensor]:
         """Read the tensors into CPU memory; NaN and infinity are an error."""
-        state = read_tensors(self.header) if self.header is not None else dict(self.pickled or {})
+        state = dict(self.tensors) if self.header is None else read_tensors(self.header)
         check_finite(state, self.folder)
         return state
 
@@ -108,7 +103,7 @@ def open_adapter(
     if weights.exists():
         header = read_header(weights)
         _warn_if_changed(folder)
-        return AdapterSource(folder, config, header)
+        return AdapterSource(folder, config, header.tensors, header)
     pickle = folder / PICKLE_NAME
     if not pickle.exists():
         raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_NAME}")
@@ -117,22 +112,19 @@ def open_adapter(
             f"{folder} holds only {PICKLE_NAME}, a pickle, which can run code when it is loaded. "
             "If you trust it, pass allow_pickle=True (it is then read with weights_only=True)"
         )
-    return AdapterSource(folder, config, None, _read_pickle(pickle))
+    return AdapterSource(folder, config, _read_pickle(pickle))
 
 
-def load_adapter_file(
-    directory: str | os.PathLike[str], **options: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_adapter_file(directory: str | os.PathLike[str], **options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the state dict of an adapter folder, with file keys. options: those of `open_adapter`."""
     source = open_adapter(directory, **options)
     return source.config, source.read()
 
 
 def _warn_if_changed(folder: Path) -> None:
-    if not (folder / atomic.MANIFEST_NAME).exists():
-        return
     try:
-        atomic.verify_manifest(folder, [SAFETENSORS_NAME])
+        if (folder / atomic.MANIFEST_NAME).exists():
+            atomic.verify_manifest(folder, [SAFETENSORS_NAME])
     except AdapterFileError as error:
         # Not an error: PEFT may have saved into the folder since. A damaged file fails the checks of its content.
         warnings.warn(f"{error}. Loading it all the same; save it again to refresh the manifest.", stacklevel=4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,36 +18,31 @@ from ..config.base import PeftConfig
 from ..config.patterns import first_match
 from ..config.types import PeftType
 from ..inject.modules import adapter_layers, iter_adapter_tensors
-from ..layer.layer import AdapterLayer
 from ..methods.lora.lora import LoraConfig, scaling_of
 from .folder import open_adapter
 
-# What must be the same in both adapters; ranks and scalings are swapped too.
+# Fields that must be the same in both adapters; ranks and scalings are swapped too.
 CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
 _FACTORS = (("lora_A", 0), ("lora_B", 1), ("lora_embedding_A", 0), ("lora_embedding_B", 1))  # with the rank's dimension
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Raise ValueError unless tensors, ranks and scalings are all that differs between two adapters' outputs."""
-    kind0, kind1 = (str(getattr(c.peft_type, "value", c.peft_type)) for c in (config0, config1))
-    if kind0 != kind1:
-        raise ValueError(f"Incompatible PEFT types found: {kind0} and {kind1}")
-    keys = CONFIG_KEYS_TO_CHECK.get(PeftType(kind0))
-    if keys is None:
-        raise ValueError(f"Hotswapping only supports {', '.join(CONFIG_KEYS_TO_CHECK)} but {kind0} was passed.")
-    for key in keys:
+    type0, type1 = (str(getattr(c.peft_type, "value", c.peft_type)) for c in (config0, config1))
+    if type0 != type1:
+        raise ValueError(f"Incompatible PEFT types found: {type0} and {type1}")
+    if type0 not in CONFIG_KEYS_TO_CHECK:
+        raise ValueError(f"Hotswapping only supports {', '.join(CONFIG_KEYS_TO_CHECK)} but {type0} was passed.")
+    for key in CONFIG_KEYS_TO_CHECK[PeftType(type0)]:
         ours, theirs = getattr(config0, key), getattr(config1, key)
         if ours != theirs:
             raise ValueError(f"Configs are incompatible: for {key}, {ours} != {theirs}")
 
 
 def hotswap_adapter(
-    model: nn.Module,
-    model_name_or_path: str | os.PathLike[str],
-    adapter_name: str,
-    torch_device: str | None = None,
+    model: nn.Module, model_name_or_path: str | os.PathLike[str], adapter_name: str, torch_device: str | None = None,
     **kwargs: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Put the values of an adapter file into the adapter `adapter_name`, which keeps its name.
 
     Everything is checked first. torch_device: ignored; an adapter lives where its layers do. kwargs: of reading the
@@ -66,12 +61,9 @@ def hotswap_adapter(
 
 
 def hotswap_adapter_from_state_dict(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    adapter_name: str,
-    config: LoraConfig,
+    model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, config: LoraConfig,
     parameter_prefix: str = "lora_",
-) -> None:
+) -> None:  # fmt: skip
     """The same from a state dict whose keys are those in memory, with the adapter's name.
 
     Layers that the new adapter lacks get zeros. A smaller rank is padded with zeros; a larger one replaces the tensors.
@@ -88,9 +80,7 @@ def hotswap_adapter_from_state_dict(
     own = {memory: tensor for memory, _, tensor in iter_adapter_tensors(bare, adapter_name)}
     unexpected = [key for key in state_dict if key not in own]
     if unexpected:
-        raise RuntimeError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
-        )
+        raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     for key, value in state_dict.items():
         _check_shape(key, own[key], value)
     alphas, ranks = (first_match(p or {}, list(layers)) for p in (config.alpha_pattern, config.rank_pattern))
@@ -99,8 +89,8 @@ def hotswap_adapter_from_state_dict(
             if key not in state_dict:
                 tensor.zero_()
         for name, layer in layers.items():
-            prefix = f"{name}."
-            if not any(key.startswith(prefix) for key in state_dict):
+            keys = [key for key in state_dict if key.startswith(f"{name}.")]
+            if not keys:
                 continue
             r, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
             layer.r[adapter_name], layer.lora_alpha[adapter_name] = r, alpha
@@ -110,7 +100,7 @@ def hotswap_adapter_from_state_dict(
                 held.fill_(scaling)
             elif held != scaling:
                 layer.scaling[adapter_name] = scaling
-            for key in [key for key in state_dict if key.startswith(prefix)]:
+            for key in keys:
                 _swap(own[key], state_dict[key], layer.info.groups if ".lora_A." in key else 1)
             layer.changed()
 
@@ -137,12 +127,9 @@ def _swap(old: Tensor, new: Tensor, groups: int) -> None:
 
 
 def prepare_model_for_compiled_hotswap(
-    model: nn.Module,
-    *,
-    target_rank: int | None = None,
-    config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    model: nn.Module, *, target_rank: int | None = None, config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
-) -> None:
+) -> None:  # fmt: skip
     """Make the scalings tensors and pad the factors to a rank, so that later swaps do not recompile the model.
 
     To be called after the first adapter was loaded and before the model is compiled. target_rank: the largest rank that
@@ -167,42 +154,35 @@ def prepare_model_for_compiled_hotswap(
             "the first adapter and before loading the second adapter."
         )
     if target_rank is not None:
-        for layer in layers:
-            _check_pad(layer, target_rank)
+        of_layers = [(layer.info.groups, getattr(layer, n, {}), dim) for layer in layers for n, dim in _FACTORS]
+        factors = [(factor, dim, groups) for groups, held, dim in of_layers for factor in held.values()]
+        for each in factors:
+            _check_pad(*each, target_rank)
+        for each in factors:
+            _pad(*each, target_rank)
     for layer in layers:
         for name, value in layer.scaling.items():
             layer.scaling[name] = torch.as_tensor(value, dtype=torch.float32, device=layer.info.device)
-        for factor, dim, groups in _factors(layer) if target_rank is not None else ():
-            assert target_rank is not None
-            _pad(factor, dim, groups, target_rank)
         layer.changed()
     if target_rank is None or config is None:
         return
-    for each in config.values() if isinstance(config, Mapping) else [config]:
-        each.r = target_rank
-        each.rank_pattern = dict.fromkeys(each.rank_pattern or {}, target_rank)
+    for one in config.values() if isinstance(config, Mapping) else [config]:
+        one.r = target_rank
+        one.rank_pattern = dict.fromkeys(one.rank_pattern or {}, target_rank)
 
 
-def _factors(layer: AdapterLayer) -> Iterator[tuple[Any, int, int]]:
-    """(parameter or module, the dimension of the rank, parts that the rank has) of every LoRA in a layer."""
-    for name, dim in _FACTORS:
-        for factor in getattr(layer, name, {}).values():
-            yield factor, dim, layer.info.groups
-
-
-def _check_pad(layer: AdapterLayer, target_rank: int) -> None:
-    if target_rank % layer.info.groups:
+def _check_pad(factor: Any, dim: int, groups: int, target_rank: int) -> None:
+    if target_rank % groups:
         raise ValueError(
-            f"Trying to pad a LoRA adapter with groups={layer.info.groups} to target rank {target_rank}, but the "
-            f"target rank is not divisible by {layer.info.groups}."
+            f"Trying to pad a LoRA adapter with groups={groups} to target rank {target_rank}, but the target rank is "
+            f"not divisible by {groups}."
         )
-    for factor, dim, groups in _factors(layer):
-        rank = getattr(factor, "weight", factor).shape[dim] * (groups if dim else 1)
-        if rank > target_rank:
-            raise ValueError(
-                f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                f"({rank}). This is not possible."
-            )
+    rank = getattr(factor, "weight", factor).shape[dim] * (groups if dim else 1)
+    if rank > target_rank:
+        raise ValueError(
+            f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({rank}). "
+            "This is not possible."
+        )
 
 
 def _pad(factor: Any, dim: int, groups: int, target_rank: int) -> None:

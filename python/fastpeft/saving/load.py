@@ -81,11 +81,9 @@ def plan_loading(
 
 
 def load_peft_weights(
-    model_id: str | os.PathLike[str],
-    device: str | None = None,
-    key_mapping: Mapping[str, str] | None = None,
+    model_id: str | os.PathLike[str], device: str | None = None, key_mapping: Mapping[str, str] | None = None,
     **hub: Any,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """The checked tensors of an adapter folder or Hub repository, by their keys in the file.
 
     device: where to put them; the accelerator by default, if there is one. key_mapping: expressions for keys without

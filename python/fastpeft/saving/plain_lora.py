@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,17 +15,17 @@ import torch
 from torch import Tensor
 
 from ..config.base import PeftConfig
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..files.checks import PREFIX
 from ..inject.modules import adapter_layers
-from ..methods.adapted import AdaptedModel
+from ..layer.layer import AdapterLayer
 from .folder import load_adapter_file
 
 PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 
 
 def as_plain_lora(
-    tuner: AdaptedModel, adapter: str, tensors: Mapping[str, Tensor], path: str | os.PathLike[str] | bool
+    tuner: Any, adapter: str, tensors: Mapping[str, Tensor], path: str | os.PathLike[str] | bool
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """The tensors (by file keys) and the configuration of the plain LoRA. path: the folder with the initial adapter;
     True, or for KaSA any: what the layers know."""
@@ -39,18 +38,16 @@ def as_plain_lora(
             "`path_initial_model_for_weight_conversion` is not supported with use_rslora=True and a rank_pattern or "
             "alpha_pattern: scalings would change with the ranks."
         )
-    initial = None
-    if path is not True and not config.kasa_config:
-        initial = load_adapter_file(path)[1]  # type: ignore[arg-type]
+    known = path is True or config.kasa_config
+    initial = None if known else load_adapter_file(path)[1]  # type: ignore[arg-type]
     result = dict(tensors)
     for name, layer in adapter_layers(tuner.model, adapter):
         _double(f"{PREFIX}{name}.", layer, adapter, result, initial)
     if any(layer.base.quantized and layer.base_edits for _, layer in tuner.adapter_layers()):
-        warnings.warn(
+        warn(
             "The base is quantised, and quantising the rest of a weight is not the rest of the quantised weight: the "
             "converted adapter on the original base differs by these errors from the model that was trained.",
-            PeftWarning,
-            stacklevel=3,
+            2,
         )
     config.init_lora_weights = True
     config.loftq_config, config.kasa_config = {}, None
@@ -63,7 +60,7 @@ def as_plain_lora(
 
 
 def _double(
-    prefix: str, layer: Any, adapter: str, tensors: dict[str, Tensor], initial: Mapping[str, Tensor] | None
+    prefix: str, layer: AdapterLayer, adapter: str, tensors: dict[str, Tensor], initial: Mapping[str, Tensor] | None
 ) -> None:
     diagonal = tensors.pop(f"{prefix}lora_diag", None)
     for of_a, of_b in PAIRS.items():
@@ -83,12 +80,11 @@ def _double(
         tensors[key_a], tensors[key_b] = torch.cat([a, q.to(a)]), torch.cat([b, -p.to(b)], dim=1)
 
 
-def _removed(layer: Any, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _removed(layer: AdapterLayer, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """P and Q of a layer's base edit; zeros where it has none."""
     if adapter not in layer.base_edits:
         return torch.zeros_like(b), torch.zeros_like(a)
     found = layer.removed_factors(adapter)
     if found is None or found[1].shape != a.shape:
         raise ValueError(f"what adapter {adapter!r} took from the base weight is not of its rank")
-    p, q = found
-    return p, q
+    return found

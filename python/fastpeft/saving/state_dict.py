@@ -25,19 +25,16 @@ from .fits import embedding_tensors
 
 
 class IncompatibleKeys(NamedTuple):
-    """What `set_peft_model_state_dict` found: missing keys as in memory, unexpected ones as in the state dict."""
+    """Keys that one side lacks: the state dict (missing ones, as in memory) or the adapter (unexpected ones)."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 def get_peft_model_state_dict(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    unwrap_compiled: bool = False,
-    save_embedding_layers: bool | Literal["auto"] = "auto",
-) -> dict[str, Tensor]:
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default",
+    unwrap_compiled: bool = False, save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:  # fmt: skip
     """One adapter's tensors by their file keys: its own, trained biases, modules_to_save, embeddings where asked.
 
     state_dict: take the values from here (keys as in memory), for models whose parameters are sharded elsewhere. Of a
@@ -50,13 +47,13 @@ def get_peft_model_state_dict(
     pairs: dict[str, tuple[str, Tensor]] = {}
     for memory, file, tensor in iter_adapter_tensors(model, adapter_name):
         pairs.setdefault(memory, (file, tensor))
-    for memory, tensor in _bias_tensors(model, config).items():
-        pairs.setdefault(memory, (memory, tensor))
+    plain = bias_tensors(model, config)
     if _saves_embeddings(model, config, save_embedding_layers):
         tensors = embedding_tensors(model)
         targeted = {memory: tensor for memory, tensor in tensors.items() if ".base_layer." in memory}
-        for memory, tensor in (targeted or tensors).items():
-            pairs.setdefault(memory, (memory, tensor))
+        plain |= targeted or tensors
+    for memory, tensor in plain.items():
+        pairs.setdefault(memory, (memory, tensor))
     method = method_of(config)
     if state_dict is None:
         return method.pack(config, gathered({file: tensor.detach() for file, tensor in pairs.values()}))
@@ -67,12 +64,9 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-) -> IncompatibleKeys:
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False, low_cpu_mem_usage: bool = False,
+) -> IncompatibleKeys:  # fmt: skip
     """Put a state dict with file keys into the adapter `adapter_name`, which must be in the model already.
 
     Sizes are checked first, so that an error leaves the model as it was. Keys that the adapter lacks and that the
@@ -84,13 +78,9 @@ def set_peft_model_state_dict(
 
 
 def fill(
-    model: nn.Module,
-    adapter_name: str,
-    state: Mapping[str, Tensor],
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-    where: object = None,
-) -> IncompatibleKeys:
+    model: nn.Module, adapter_name: str, state: Mapping[str, Tensor], ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False, where: object = None,
+) -> IncompatibleKeys:  # fmt: skip
     """`set_peft_model_state_dict` for a state dict that was `unpacked`.
 
     where: a file that the state dict comes from. It must then hold all that the adapter has and nothing else, with
@@ -99,7 +89,7 @@ def fill(
     layers = {n: m for n, m in adapter_modules(model) if isinstance(m, AdapterLayer) and adapter_name in m.methods}
     _make_room(layers, adapter_name, state)
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
-    plain = _bias_tensors(model, _configs(model)[adapter_name]) | embedding_tensors(model)
+    plain = bias_tensors(model, _configs(model)[adapter_name]) | embedding_tensors(model)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected, mismatched, skipped = [], [], set()
     for key, value in state.items():
@@ -189,29 +179,26 @@ def _configs(model: nn.Module) -> Mapping[str, Any]:
 def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Parameter]) -> None:
     """Make `value` the tensor at a dotted path; looked up in the modules' tables, since `train` may be an adapter."""
     *path, name = memory.split(".")
-    module, parents = model, [model]
+    parents: list[Any] = [model]
     for part in path:
-        child = module._modules[part]
-        assert child is not None
-        module = child
-        parents.append(module)
+        parents.append(parents[-1]._modules[part])
+    module = parents[-1]
     near = (t for m in reversed(parents) for t in (*m.parameters(), *m.buffers()) if not t.is_meta)
     device = next((t.device for t in near), value.device)
     value = value.to(device)
     if name in module._buffers:
         module._buffers[name] = value
         return
-    if name not in module._parameters:  # it follows a tensor that is given, too
+    old = module._parameters.get(name)
+    if old is None:  # it follows a tensor that is given, too
         return
-    old = module._parameters[name]
-    assert old is not None
     if not old.is_meta and old.dtype == value.dtype:
         old.data = value  # the same parameter, which another layer may hold too
         return
     module._parameters[name] = new.setdefault(id(old), nn.Parameter(value, requires_grad=old.requires_grad))
 
 
-def _bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
+def bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
     """The base model's biases that this adapter trains, which PEFT saves under their keys in memory."""
     bias = getattr(config, "bias", "none")
     if bias in (None, "none", False):

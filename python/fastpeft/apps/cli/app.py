@@ -161,8 +161,7 @@ def merge(
     model: Annotated[str | None, typer.Option(help="Base model; default: the adapter's own.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     onto: Annotated[
-        str,
-        typer.Option(help="original: the base as published. quantized: the base as rounded to 4 bits in training."),
+        str, typer.Option(help="original: the base as published. quantized: the base as rounded to 4 bits in training.")
     ] = "original",
     as_json: Json = False,
     debug: Debug = False,

@@ -1,4 +1,4 @@
-"""What `train`, `merge` and `inspect` do and print; ``app`` parses, this works."""
+"""The work and the output of `train`, `merge` and `inspect`; ``app`` parses."""
 
 from __future__ import annotations
 

@@ -57,12 +57,7 @@ def examine() -> dict[str, Any]:
     """The report: ``sections`` of findings, ``backends`` by op, ``usable`` when training can run."""
     looks = probe(_LOOKS)
     torch, transformers = looks["torch"], looks["transformers"]
-    sections = {
-        "machine": _machine(looks),
-        "packages": _packages(looks),
-        "kernels": _kernels(looks),
-        "tools": _tools(),
-    }
+    sections = {"machine": _machine(looks), "packages": _packages(looks), "kernels": _kernels(looks), "tools": _tools()}
     usable = all("found" in looks[name] for name in ("torch", "transformers", "peft_kernels", "fastpeft"))
     return {
         "usable": usable,

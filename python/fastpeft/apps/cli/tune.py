@@ -106,11 +106,7 @@ def layers_of(
 
 
 def run(
-    layers: Sequence[Layer],
-    rows: Iterable[int],
-    gpu: Gpu,
-    progress: Progress,
-    clock: tuning.Clock | None = None,
+    layers: Sequence[Layer], rows: Iterable[int], gpu: Gpu, progress: Progress, clock: tuning.Clock | None = None
 ) -> dict[str, Any]:
     """Search every kernel of every layer and number of rows, and add what was found to the user table of ``gpu``.
 

@@ -54,7 +54,7 @@ class Adapters:
             raise unknown(name)
 
     def _is_folder(self, name: str) -> bool:
-        """Whether a look at the directory might find it. Unknown names alone cost no look."""
+        """True if a look at the directory might find it. Unknown names alone cost no look."""
         if self.pool is None or self.directory is None or name in self.pool or name in self.pool.registry.refused:
             return False
         try:

@@ -58,7 +58,7 @@ current = Current()
 
 
 def plan(query_lengths: list[int], key_lengths: list[int]) -> Step:
-    """Who attends to what, for requests that lie one behind the other with these numbers of queries and keys."""
+    """Plan of attention for requests that lie one behind the other with these numbers of queries and keys."""
     groups: dict[int, list[tuple[int, int, int]]] = {}
     prompts = []
     q = k = 0

@@ -31,7 +31,7 @@ from .sampling import Sampling, draw, logprobs
 
 @dataclass(frozen=True)
 class Row:
-    """What a request brings to a batch. slot: of its adapter in the pool, -1 for the base."""
+    """A request's part of a batch. slot: of its adapter in the pool, -1 for the base."""
 
     slot: int
     sampling: Sampling

@@ -1,4 +1,4 @@
-"""What a request can be answered with instead of text, as an OpenAI client expects it."""
+"""Answers to a request other than text, as an OpenAI client expects them."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _SHARE = 0.25  # of the machine's memory that the cache takes at most then
 
 @dataclass(frozen=True)
 class Options:
-    """What `fastpeft serve` is told. cache_tokens: None for what fits. grace: seconds for open requests at the end.
+    """Options of `fastpeft serve`. cache_tokens: None for what fits. grace: seconds for open requests at the end.
     rescan: seconds after which the directory is looked through again."""
 
     model: str

@@ -1,4 +1,4 @@
-"""What requests may say, and what of OpenAI's API is refused: nothing is ignored that would change the answer."""
+"""Fields of requests, and those of OpenAI's API that are refused: nothing is ignored that would change the answer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StreamOptions(BaseModel):
 
 
 class Asked(BaseModel):
-    """What completions and chat completions have in common."""
+    """Fields that completions and chat completions have in common."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
 

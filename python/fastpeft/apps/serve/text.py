@@ -24,7 +24,7 @@ class Decoder:
         return self.flush(False)
 
     def flush(self, last: bool = True) -> str:
-        """What is left, half characters as they are."""
+        """The text that is left, half characters as they are."""
         # A token's text depends on its left neighbours (spaces): decode with those, and take what they add.
         before = self._decode(self._ids[self._start : self._read])
         now = self._decode(self._ids[self._start :])
@@ -43,7 +43,7 @@ class Stops:
         self.hit = False
 
     def push(self, text: str, last: bool = False) -> str:
-        """What of the text so far may go out."""
+        """The part of the text so far that may go out."""
         if self.hit:
             return ""
         self._held += text

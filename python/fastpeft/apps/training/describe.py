@@ -1,4 +1,4 @@
-"""What a run would do, worked out without training: parameters, memory, steps."""
+"""A run worked out without training: its parameters, memory, steps."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _base_bytes(model: Any, config: TrainConfig) -> int:
 
 
 def _activation_bytes(shape: Any, prepared: Prepared) -> int:
-    """What one forward pass keeps for the backward: about 8 hidden and 4 intermediate vectors a token and layer."""
+    """Bytes kept for the backward of one forward pass: about 8 hidden and 4 intermediate vectors a token and layer."""
     config = prepared.config
     tokens = config.batch_size * (config.max_length if config.packing else max(len(e) for e in prepared.train.examples))
     hidden = int(shape.hidden_size)

@@ -23,7 +23,7 @@ from .track import Track
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to for one adapter; losses are means per learned token, seconds those of the whole run."""
+    """Results of a run for one adapter; losses are means per learned token, seconds those of the whole run."""
 
     steps: int
     resumed_from: int

@@ -1,4 +1,4 @@
-"""What a run writes down and shows: metrics.jsonl, the progress line, peak memory."""
+"""Records and display of a run: metrics.jsonl, the progress line, peak memory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress(Protocol):
-    """What the loop tells of itself."""
+    """Receiver of the loop's messages."""
 
     def start(self, total: int, done: int) -> None: ...
     def step(self, line: dict[str, Any]) -> None: ...

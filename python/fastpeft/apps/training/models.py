@@ -227,7 +227,7 @@ def speed_up(model: Any, device: torch.device) -> bool:
 
 
 def training_note(folder: Path) -> dict[str, Any]:
-    """What this project's training wrote beside an adapter (base, quantisation, dtype); empty for other adapters."""
+    """The note of this project's training beside an adapter (base, quantisation, dtype); empty for other adapters."""
     file = folder / NOTE_NAME
     if not file.is_file():
         return {}

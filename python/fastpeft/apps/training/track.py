@@ -16,7 +16,7 @@ from .packing import Plan, eval_batches
 
 
 class Track:
-    """What is an adapter's own in a run, where the model and its forward passes are everyone's.
+    """An adapter's own part of a run; the model and its forward passes are everyone's.
 
     name: of the adapter in the model. config: its settings, as of a run of it alone; its checkpoints go to
     ``config.output``. done: steps that are behind it. before, after: held-out losses, means per learned token.
@@ -75,7 +75,7 @@ class Track:
             tuner.active_adapter = active
 
     def is_due(self, every: int, step: int) -> bool:
-        """Whether what is done every so many steps, and at the end, is due after ``step`` steps."""
+        """True if what is done every so many steps, and at the end, is due after ``step`` steps."""
         return step == len(self.plan) or bool(every and step % every == 0)
 
     def save(self) -> None:

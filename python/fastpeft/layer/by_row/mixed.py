@@ -63,14 +63,20 @@ class _Layout:
 
 
 class Routed:
-    """What computes a layer for one assignment of its rows, for as long as the layer stays as it is.
+    """The computation of a layer for one assignment of its rows, for as long as the layer stays as it is.
 
     methods: of the adapters that are there, with their views. low: those that the kernel can take; first: any of them.
     row_plan: for training.
     """
 
     def __init__(self, layer: RowHost, rows: tuple[str, ...]) -> None:
-        self.layer, self.rows, self.version = layer, rows, 0 if torch.compiler.is_compiling() else layer.version
+        self.layer, self.rows = layer, rows
+        self._look()
+
+    def _look(self) -> None:
+        """Find what serves the adapters as the layer's containers have them now."""
+        layer, rows = self.layer, self.rows
+        self._version = 0 if torch.compiler.is_compiling() else layer.version
         # An adapter that this layer does not have leaves it as it is, like "__base__".
         here: Mapping[str, Method] = {} if layer._disable_adapters else layer.methods
         self.groups = grouped(name if name in here else BASE for name in rows)
@@ -103,6 +109,7 @@ class Routed:
             y = self._directly(x)
             if y is not None:
                 return y
+        self._follow()
         if not layer.base.transient:  # which need not have a row of x for each of the batch (experts, attention)
             check_length(x, self.rows)
         if layer.merged_adapters:
@@ -136,6 +143,11 @@ class Routed:
         assert layout.back is not None
         return torch.cat(parts).index_select(0, layout.back)
 
+    def _follow(self) -> None:
+        """Look anew where an entry of a container is another."""
+        if not torch.compiler.is_compiling() and self._version != self.layer.version:
+            self._look()
+
     def quick(self, x: Tensor) -> Tensor | None:
         """The layer for x [tokens, K] by the kernel alone; None where it takes the ordinary way."""
         return self._directly(x) if x.dim() == 2 else None
@@ -160,12 +172,15 @@ class Routed:
         """The stack of all rows, to be used until they are assigned again."""
         if self.layer.base.transient or len(self.groups) == 1 or not self.low or torch.compiler.is_compiling():
             return None
+        packed = self.layer.rows.packed
+        if packed is None or not self._holds(packed):
+            self._follow()
         low = self._stacked()
         self._found = low if low is not None and self._looked is not None and not low.dropout_p else None
         return self._found
 
     def _trains(self) -> bool:
-        """Whether a stack would have gradients; in evaluation one without them is kept."""
+        """True if a stack would have gradients; in evaluation one without them is kept."""
         if self.layer.training:
             return True
         packed = self.layer.rows.packed
@@ -241,7 +256,7 @@ class Routed:
         return _Stacked(packed.slots, packed.stack, weight, bias, first.compute, 0.0)
 
     def _holds(self, packed: Packed) -> bool:
-        """Whether the adapters are as they were packed: looked at in full once for an assignment of rows."""
+        """True if the adapters are as they were packed: looked at in full once for an assignment of rows."""
         steady = self.layer.rows.steady and not torch.is_grad_enabled()
         if packed is self._looked and (steady or packed.same_versions()):
             return True
@@ -301,7 +316,7 @@ def _trained(adapters: Iterable[LowRank]) -> bool:
 
 
 def stacked(layer: RowHost, stack: AdapterStack, adapters: Tensor) -> Fused:
-    """What computes a layer with adapters of a stack, which are none of its own (`AdapterLayer.set_row_stack`)."""
+    """The computation of a layer with adapters of a stack, which are none of its own (`AdapterLayer.set_row_stack`)."""
     base = layer.base_layer
     get_weight = None if layer.base.kind != "linear" else layer.base.fast()
     where = layer.layer_name or "The layer"

@@ -49,8 +49,6 @@ class RowState:
         self.names, self.steady = None if names is None else tuple(names), steady
         self.recall = self.recall if recall is None else recall
         self.idle = self.names is None and self.stack is None and self.recall is None
-        if self.last is not None and self.last.version != self._layer.version:
-            self.last = None
         if self.last is not None:
             self.last.again()
 
@@ -66,7 +64,7 @@ class RowState:
             self.stack, self.idle = (stack, adapters), False
 
     def plan(self) -> Fused | Routed | None:
-        """What computes the layer for the rows of this forward, if it was told of any."""
+        """The computation of the layer for the rows of this forward, if it was told of any."""
         if self.idle:
             return None
         if self.stack is None:
@@ -75,7 +73,7 @@ class RowState:
         return None if self._layer._disable_adapters else stacked(self._layer, *self.stack)
 
     def routed(self, rows: tuple[str, ...]) -> Routed:
-        """What computes the layer for these adapters of its rows."""
+        """The computation of the layer for these adapters of its rows."""
         if torch.compiler.is_compiling():
             return Routed(self._layer, rows)
         if self.last is None or self.last.rows != rows:

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from peft_kernels import PreparedCall, lora_linear
 
 from ...config.base import HasBias, HasFanInFanOut, TargetConfig
-from ...config.types import PeftType, PeftWarning
+from ...config.types import PeftWarning
 from ..adapted import AdaptedLayer
 from ..fused import Fused, FusedProjection, LowRank
 from ..math.draws import drawn_normal, kaiming_, normal_
 from ..method import Inner, LayerInfo, Method, State
-from ..registry import register, registry
+from ..registry import registry
 from ..tied import Transposed, tied_fields, tied_names
 from . import start
 from .variants import SUB_CONFIGS, variant_of
@@ -41,10 +41,8 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig(HasFanInFanOut, HasBias, TargetConfig):
+class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
     """Every field of PEFT's LoraConfig, with its default. Options that are not there yet raise on use, by name."""
-
-    own_type = PeftType.LORA
 
     r: int = 8
     lora_alpha: int = 8
@@ -101,7 +99,6 @@ LATER_OPTIONS = (
 INITS = (True, False, "gaussian", "orthogonal")
 
 
-@register
 class Lora(Method):
     prefix = "lora_"
     config_class = LoraConfig
@@ -339,7 +336,7 @@ def _modules(layer: AdaptedLayer, container: str) -> dict[str, nn.Module | None]
 
 
 def scaling_of(alpha: float, r: int, rslora: bool) -> float:
-    """What B A is multiplied by."""
+    """The factor of B A."""
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 

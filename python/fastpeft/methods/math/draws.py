@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def kaiming_(tensor: Tensor) -> Tensor:
-    """In place, as torch starts the weight of a linear layer."""
+    """As torch starts the weight of a linear layer, in place."""
     return tensor if tensor.is_meta else nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
@@ -21,3 +21,9 @@ def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 def drawn_normal(*shape: int) -> Tensor:
     """`torch.randn`."""
     return normal_(torch.empty(shape))
+
+
+def drawn_uniform(size: int) -> Tensor:
+    """`torch.rand`."""
+    values = torch.empty(size)
+    return values if values.is_meta else values.uniform_()

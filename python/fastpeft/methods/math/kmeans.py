@@ -21,13 +21,13 @@ def cluster(points: Tensor, count: int, iterations: int = 10, seed: int = 123456
     tolerance = np.mean(np.var(x, axis=0)) * 1e-4
     chances = np.ones(n, dtype=x.dtype) / np.float32(n)
     centers = x[np.random.RandomState(seed).choice(n, size=count, replace=False, p=chances)]
-    labels = np.full(n, -1)
 
     def nearest() -> Any:
         return np.argmin((centers * centers).sum(axis=1) - 2.0 * (x @ centers.T), axis=1)
 
+    settled, new = False, np.full(n, -1)
     for _ in range(iterations):
-        new = nearest()
+        labels, new = new, nearest()
         sizes, sums = np.bincount(new, minlength=count).astype(x.dtype), np.zeros_like(centers)
         np.add.at(sums, new, x)
         empty = np.flatnonzero(sizes == 0)
@@ -39,13 +39,8 @@ def cluster(points: Tensor, count: int, iterations: int = 10, seed: int = 123456
                 sums[at], sizes[at] = x[far], 1
         moved = sums / np.maximum(sizes, 1)[:, None]
         shift, centers = ((moved - centers) ** 2).sum(), moved
-        if np.array_equal(new, labels):
+        settled = np.array_equal(new, labels)
+        if settled or shift <= tolerance:
             break
-        labels = new
-        if shift <= tolerance:
-            labels = nearest()
-            break
-    else:
-        labels = nearest()
-    found = torch.from_numpy(labels).to(points.device)
+    found = torch.from_numpy(new if settled else nearest()).to(points.device)
     return [torch.where(found == i)[0] for i in range(count) if bool((found == i).any())]

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share: fields, scaling alpha / r, dropout of whole modules and of output channels."""
+"""LoHa and LoKr in common: fields, scaling alpha / r, dropout of whole modules and of output channels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -48,7 +47,7 @@ class Lycoris(FactoredMethod):
         return float(s.alpha / s.r)
 
     def added(self, s: Any, x: Tensor, inner: Inner) -> Tensor:
-        """What the update adds to the output. Here through a dense weight, which is made again in the backward."""
+        """The update's part of the output. Here through a dense weight, which is made again in the backward."""
 
         def run(x: Tensor) -> Tensor:
             return inner.apply(x, self.delta_weight(s, s, None).to(x.dtype).reshape(inner.info.shape))
@@ -66,7 +65,7 @@ class Lycoris(FactoredMethod):
         return info.kind == "linear" or self.is_cheap(s, info)
 
     def is_cheap(self, s: Any, info: LayerInfo) -> bool:
-        """Whether `added` costs less than what one with another weight costs: half as much again as the layer."""
+        """True if `added` costs less than half as much again as the layer, which one with another weight costs."""
         return False
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
@@ -85,14 +84,8 @@ class Lycoris(FactoredMethod):
 
 
 def effective(config: LycorisConfig, info: LayerInfo) -> bool:
-    """Whether the Tucker decomposition is used: not for kernels of 1, where it is none."""
+    """True if the Tucker decomposition is used: not for kernels of 1, where it is none."""
     return config.use_effective_conv2d and math.prod(info.shape[2:]) != 1
-
-
-def pointwise(z: Tensor, weight: Tensor, spatial: int) -> Tensor:
-    """A convolution with kernel 1, of an input with so many spatial dimensions."""
-    channel = -1 - spatial
-    return F.linear(z.movedim(channel, -1), weight).movedim(-1, channel)
 
 
 def uniform(*shape: int) -> nn.Parameter:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ...config.base import check
+from ..computed import Computed
 from ..method import Method
+
+Draw = Callable[[torch.Generator], Sequence[Tensor]]
 
 
 class ProjectedMethod(Method):
@@ -28,6 +31,18 @@ class ProjectedMethod(Method):
         super().check_config(config, loading)
         check_seed(config, self.seed)
 
+    def drawn(self, config: Any, shapes: Sequence[tuple[int, ...]], draw: Draw, shift: int = 0) -> dict[str, Computed]:
+        """The projections, of these shapes, which `draw` takes from one generator, once, when the first is asked for.
+
+        shift: is added to the seed.
+        """
+        seed = getattr(config, self.seed) + shift
+        drawn = functools.cache(lambda: draw(torch.Generator(device="cpu").manual_seed(seed)))
+        return {
+            name: Computed(tuple(shape), functools.partial(lambda i: drawn()[i], i), config.save_projection)
+            for i, (name, shape) in enumerate(zip(self.projections, shapes, strict=True))
+        }
+
     def ignores(self, config: Any, key: str) -> bool:
         return not config.save_projection and any(part in self.projections for part in key.split("."))
 
@@ -35,21 +50,5 @@ class ProjectedMethod(Method):
 def check_seed(config: Any, field: str) -> None:
     """ValueError for a seed that torch cannot take."""
     value = getattr(config, field)
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 1 << 63:
-        raise ValueError(f"`{field}` should be an integer of 64 bits, got {value!r}")
+    check(config, field, type(value) is int and abs(value) < 1 << 63, "an integer of 64 bits")
 
-
-def seeded(seed: int, draw: Callable[[torch.Generator], tuple[Tensor, ...]]) -> Callable[[int], Callable[[], Tensor]]:
-    """Tensors that are drawn in turn from one seeded generator, once, when the first is asked for: `at(i)()`."""
-
-    @functools.cache
-    def drawn() -> tuple[Tensor, ...]:
-        return draw(torch.Generator(device="cpu").manual_seed(seed))
-
-    return lambda i: lambda: drawn()[i]
-
-
-def kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Uniform with the variance 2 / columns of He et al. (arXiv 1502.01852)."""
-    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -48,7 +48,7 @@ class BlockDropout(nn.Module):
 
 
 def constant(s: Any, parameter: Tensor) -> bool:
-    """Whether what is made of an adapter's parameter in a forward may be kept: no training, no gradient."""
+    """True if values made of an adapter's parameter in a forward may be kept: no training, no gradient."""
     return not (s.training or (torch.is_grad_enabled() and parameter.requires_grad) or forward_mode())
 
 
@@ -101,7 +101,7 @@ class Butterfly(RotatesInput):
     """
 
     def parameter(self, s: Any) -> Tensor:
-        """What `blocks` are made of, in evaluation alone."""
+        """The parameter that `blocks` are made of, in evaluation alone."""
         raise NotImplementedError
 
     def blocks(self, s: Any) -> Tensor:
@@ -109,7 +109,7 @@ class Butterfly(RotatesInput):
         raise NotImplementedError
 
     def gain(self, s: Any) -> Tensor | None:
-        """What the features of the layer, less its bias, are multiplied by."""
+        """The factors of the layer's features less its bias."""
         return None
 
     def rotate(self, s: Any, x: Tensor, transposed: bool = False) -> Tensor:

@@ -53,16 +53,17 @@ def layouts(indices: Tensor, shape: tuple[int, int]) -> tuple[Layout, Layout]:
     """The CSR structure of S and of S^T. indices: [2, entries] of rows and columns, or [entries] of flat positions."""
     found = _LAYOUTS.get(indices)
     if found is None or found[0] != indices._version:
-        rows, columns = row_column(indices, shape)
-        found = (indices._version, _layout(rows, columns, *shape), _layout(columns, rows, *shape[::-1]))
+        at, (height, width) = flat(indices, shape), shape
+        rows, columns = at // width, at % width
+        found = (indices._version, _layout(rows, columns, height, width), _layout(columns, rows, width, height))
         _LAYOUTS[indices] = found
     return found[1], found[2]
 
 
-def row_column(indices: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Rows and columns of positions, as int64."""
+def flat(indices: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Positions in the flattened matrix, as int64."""
     indices = indices.long()
-    return (indices[0], indices[1]) if indices.dim() == 2 else (indices // shape[1], indices % shape[1])
+    return indices[0] * shape[1] + indices[1] if indices.dim() == 2 else indices
 
 
 def _layout(rows: Tensor, columns: Tensor, height: int, width: int) -> Layout:
@@ -78,9 +79,7 @@ def _layout(rows: Tensor, columns: Tensor, height: int, width: int) -> Layout:
 
 def dense(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
     """S itself."""
-    flat = torch.zeros(shape[0] * shape[1], dtype=values.dtype, device=values.device)
-    rows, columns = row_column(indices, shape)
-    return flat.index_add(0, rows * shape[1] + columns, values).view(shape)
+    return values.new_zeros(shape[0] * shape[1]).index_add(0, flat(indices, shape), values).view(shape)
 
 
 def sparse_update(x: Tensor, inner: Inner, values: Tensor, indices: Tensor) -> Tensor:
@@ -129,12 +128,9 @@ def _backward(dy: Tensor, x: Tensor, values: Tensor, indices: Tensor, need_dx: b
     shape = (dy.shape[-1], x.shape[-1])
     straight, transposed = layouts(indices, shape)
     dy = dy.reshape(-1, shape[0]).to(wide(x.dtype))
-    dx, dvalues = x.new_empty(0), values.new_empty(0)
-    if need_dx:
-        dx = _product(transposed, values.to(dy.dtype), dy).to(x.dtype).reshape(x.shape).contiguous()
-    if need_dvalues:
-        dvalues = _value_gradient(dy, x, values, straight)
-    return dx, dvalues
+    dx = _product(transposed, values.to(dy.dtype), dy).to(x.dtype).reshape(x.shape).contiguous() if need_dx else None
+    dvalues = _value_gradient(dy, x, values, straight) if need_dvalues else None
+    return x.new_empty(0) if dx is None else dx, values.new_empty(0) if dvalues is None else dvalues
 
 
 def _fake_backward(dy: Tensor, x: Tensor, values: Tensor, indices: Tensor, need_dx: bool, need_dvalues: bool) -> Any:

@@ -10,43 +10,38 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config.targets import DEFAULT_TARGETS
+from ...config.targets import DEFAULT_TARGETS, by_type
 from ..computed import Computed
 from ..method import Inner, LayerInfo, Method
 
 
-class Transform(Protocol):
-    """Signals of n numbers to `size` coefficients, in the last dimension, by a linear map."""
+class Transform:
+    """Signals of n numbers to `size` coefficients, in the last dimension, by a linear map; here the identity.
 
-    size: int
+    adjoint: the transposed map, from coefficients to signals.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    def adjoint(self, z: Tensor) -> Tensor:
-        """The transposed map, from coefficients to signals."""
-
-
-class Identity:
-    def __init__(self, n: int) -> None:
-        self.size = n
+    def __init__(self, n: int, size: int | None = None) -> None:
+        self.n, self.size = n, n if size is None else size
 
     def __call__(self, x: Tensor) -> Tensor:
         return x
 
-    adjoint = __call__
+    def adjoint(self, z: Tensor) -> Tensor:
+        return z
 
 
-class Fourier:
+class Fourier(Transform):
     """Coefficients 2 f and 2 f + 1: the sums of x_i cos(2 pi f i / n) and of -x_i sin(2 pi f i / n), f <= n / 2."""
 
     def __init__(self, n: int) -> None:
-        self.n, self.size = n, 2 * (n // 2 + 1)
+        super().__init__(n, 2 * (n // 2 + 1))
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.view_as_real(torch.fft.rfft(x)).flatten(-2)
@@ -59,16 +54,15 @@ class Fourier:
         return signal
 
 
-class Wavelet:
+class Wavelet(Transform):
     """One level of the wavelet transform with orthogonal filters: first the low coefficients, then the high ones.
 
     The adjoint is the synthesis: coefficient k of a filter adds it at 2 k, `skip` samples earlier, cropped to n.
     """
 
     def __init__(self, n: int, low: Sequence[float], high: Sequence[float]) -> None:
-        self.n, self.taps = n, (low, high)
-        self.skip = len(low) - 2
-        self.size = n + self.skip + (n + self.skip) % 2
+        self.skip, self.taps = len(low) - 2, (low, high)
+        super().__init__(n, n + self.skip + (n + self.skip) % 2)
 
     def _filters(self, like: Tensor) -> Tensor:
         return torch.tensor(self.taps, dtype=like.dtype, device=like.device)
@@ -108,12 +102,10 @@ class Update:
         s = s.index_put((self.rows, self.columns), self.entries(values), accumulate=True)
         return self.out.adjoint(self.into.adjoint(s).T).T
 
-    def linear(self, x: Tensor, values: Tensor) -> Tensor:
-        """x times the transposed update, in the values' dtype."""
-        return _SparseUpdate.apply(x, values, self)  # type: ignore[no-any-return, no-untyped-call]
-
 
 class _SparseUpdate(torch.autograd.Function):
+    """x times the transposed update, in the values' dtype."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, update: Update) -> Tensor:
         ctx.save_for_backward(x, values)
@@ -169,11 +161,9 @@ def random_positions(shape: tuple[int, int], count: int, seed: int) -> Tensor:
 
 
 class SpectrumMethod(Method):
-    """What FourierFT and WaveFT share: n trained values at random places of the layer's size."""
+    """Methods with n trained values at random places of a spectrum of the layer's size."""
 
-    default_targets: ClassVar[dict[str, Any]] = {
-        **DEFAULT_TARGETS, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"],
-    }  # fmt: skip
+    default_targets: ClassVar[dict[str, Any]] = DEFAULT_TARGETS | by_type({"mlp.c_proj": "gpt2 gpt_bigcode"})
     patterns: ClassVar[dict[str, str]] = {"n_frequency": "n_frequency_pattern"}
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
@@ -185,17 +175,13 @@ class SpectrumMethod(Method):
     def check_count(count: Any, info: LayerInfo) -> None:
         most = info.in_features * info.out_features
         if not isinstance(count, int) or not 1 <= count <= most:
-            raise ValueError(
-                f"{info.name!r}: `n_frequency` should be a positive integer of at most in_features * out_features "
-                f"({most}), got {count!r}"
-            )
+            limits = f"a positive integer of at most in_features * out_features ({most})"
+            raise ValueError(f"{info.name!r}: `n_frequency` should be {limits}, got {count!r}")
 
     @staticmethod
     def positions(count: int, config: Any, info: LayerInfo) -> Computed:
-        shape, seed = (info.out_features, info.in_features), config.random_loc_seed
-        return Computed(
-            (2, count), lambda: random_positions(shape, count, seed).clone(), persistent=False, dtype=torch.int64
-        )
+        make = functools.partial(random_positions, (info.out_features, info.in_features), count, config.random_loc_seed)
+        return Computed((2, count), lambda: make().clone(), persistent=False, dtype=torch.int64)
 
     @staticmethod
     def spectrum(count: int, std: float) -> nn.Parameter:
@@ -212,4 +198,5 @@ class SpectrumMethod(Method):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         update, values = self.update(s)
-        return y + update.linear(x, values)
+        added: Tensor = _SparseUpdate.apply(x, values, update)  # type: ignore[no-untyped-call]
+        return y + added

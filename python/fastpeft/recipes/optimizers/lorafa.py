@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...weights.base import widened
 from .pairs import lora_pairs
 
 DAMPING = 1e-8
@@ -24,14 +25,9 @@ class LoraFAOptimizer(Optimizer):
     group with a `lora_B` holds the `lora_A` of the same name too; all others are plainly updated."""
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-    ) -> None:
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
+        weight_decay: float = 0.0, correct_bias: bool = True,
+    ) -> None:  # fmt: skip
         if lr < 0.0:
             raise ValueError(f"Invalid learning rate: {lr} - should be >= 0.0")
         for i, beta in enumerate(betas):
@@ -77,20 +73,14 @@ class LoraFAOptimizer(Optimizer):
 
 def _projected(grad: Tensor, a: Tensor, scaling: float) -> Tensor:
     """The gradient for B. In float32: PEFT multiplies in bfloat16 even where the adapter is float32."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    a = a.to(wide)
-    gram = a @ a.T + DAMPING * torch.eye(a.shape[0], device=a.device, dtype=wide)
-    projected: Tensor = (grad.to(wide) @ torch.linalg.pinv(gram)) / scaling**2
+    a = widened(a)
+    gram = a @ a.T + DAMPING * torch.eye(a.shape[0], device=a.device, dtype=a.dtype)
+    projected: Tensor = (grad.to(a.dtype) @ torch.linalg.pinv(gram)) / scaling**2
     return projected.to(grad.dtype)
 
 
 def create_lorafa_optimizer(
-    model: nn.Module,
-    r: int,
-    lora_alpha: int,
-    lr: float,
-    weight_decay: float = 0.0,
-    use_rslora: bool | None = None,
+    model: nn.Module, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
 ) -> Optimizer:
     """A LoRA-FA optimizer; A of every LoRA in the model stops requiring gradients.
 
@@ -107,8 +97,7 @@ def create_lorafa_optimizer(
             )
         warnings.warn("`use_rslora` of create_lorafa_optimizer is deprecated: the configuration decides.",
                       FutureWarning, stacklevel=2)  # fmt: skip
-    pairs = list(lora_pairs(model))
-    scaling = {id(p): pair.scaling for pair in pairs for p in (pair.a, pair.b)}
+    scaling = {id(p): pair.scaling for pair in lora_pairs(model) for p in (pair.a, pair.b)}
     for name, p in model.named_parameters():
         if "lora_A" in name:
             p.requires_grad_(False)
@@ -117,8 +106,5 @@ def create_lorafa_optimizer(
         "params": [p for _, p in named],
         "names": [name for name, _ in named],
         "scaling_factors": [scaling.get(id(p)) for _, p in named],
-        "lr": lr,
-        "betas": (0.9, 0.999),
-        "weight_decay": weight_decay,
     }
-    return LoraFAOptimizer([group])
+    return LoraFAOptimizer([group], lr, weight_decay=weight_decay)

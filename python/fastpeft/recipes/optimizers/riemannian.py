@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...weights.base import widened
 from .pairs import LoraPair, lora_pairs
 
 
@@ -18,7 +19,7 @@ def create_riemannian_optimizer(
 ) -> Optimizer:
     """An `optimizer_cls` over what the model trains, whose step first rescales the gradients of LoRA's A and B.
 
-    reg: what is added to the diagonals before inverting. Other arguments go to `optimizer_cls`. Embeddings and
+    reg: added to the diagonals before inverting. Other arguments go to `optimizer_cls`. Embeddings and
     convolutions with a kernel are updated plainly. Closures are refused: they would compute the gradients anew.
     """
     if not issubclass(optimizer_cls, Optimizer):
@@ -43,12 +44,11 @@ def create_riemannian_optimizer(
 
 
 def _rescale(pair: LoraPair, reg: float) -> None:
-    wide = torch.promote_types(pair.a.dtype, torch.float32)
-    a, b = pair.a.detach().to(wide), pair.b.detach().to(wide)
+    a, b = widened(pair.a.detach()), widened(pair.b.detach())
     if pair.a.grad is not None:
-        pair.a.grad.copy_(_inverse(b.T @ b, reg) @ pair.a.grad.to(wide))
+        pair.a.grad.copy_(_inverse(b.T @ b, reg) @ pair.a.grad.to(a.dtype))
     if pair.b.grad is not None:
-        pair.b.grad.copy_(pair.b.grad.to(wide) @ _inverse(a @ a.T, reg))
+        pair.b.grad.copy_(pair.b.grad.to(a.dtype) @ _inverse(a @ a.T, reg))
 
 
 def _inverse(gram: Tensor, reg: float) -> Tensor:

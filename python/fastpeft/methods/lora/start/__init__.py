@@ -1,7 +1,7 @@
 """Starts of LoRA that read the base weight, or gradients or inputs of its layer: a class and a file each.
 
 A new file is found by itself; no list has them. The base weight gives up for the adapter what the start takes
-(`base_edits.py`), so that the model starts as what it was.
+(`base_edit.py`), so that the model starts as what it was.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ...base_edit import EDIT, BaseEdit, LowRankEdit
 from ...method import LayerInfo, State
 
 MAX_ITERATIONS = 1000
+Edit = BaseEdit | None
 
 
 class Start:
@@ -49,32 +50,29 @@ class Start:
         if not isinstance(value, self.options | None):
             raise TypeError(f"`{self.field}` must be a `{self.options.__name__}`, a dict, or None.")
         if chosen and value is None:
-            warnings.warn(f"`init_lora_weights` is '{self.name}' but `{self.field}` is not specified. Using its "
-                          "defaults.", PeftWarning, stacklevel=5)  # fmt: skip
+            text = f"`init_lora_weights` is '{self.name}' but `{self.field}` is not specified. Using its defaults."
+            warnings.warn(text, PeftWarning, stacklevel=5)
             setattr(config, self.field, self.options())
         elif not chosen and value is not None:
             self.ignored()
 
     def ignored(self) -> None:
-        warnings.warn(f"`{self.field}` specified but will be ignored when `init_lora_weights` is not '{self.name}'.",
-                      PeftWarning, stacklevel=6)  # fmt: skip
+        text = f"`{self.field}` specified but will be ignored when `init_lora_weights` is not '{self.name}'."
+        warnings.warn(text, PeftWarning, stacklevel=6)
 
     def check_config(self, config: Any) -> None:
         """Raise ValueError for options that make no sense."""
 
     @torch.no_grad()
     def initialise(self, config: Any, info: LayerInfo, scaling: float, a: Tensor, b: Tensor) -> State:
-        """Set a new linear layer's A and B, and return what else its state has: the edit of the base.
+        """Set a new linear layer's A and B, and return the edit of the base as an entry of its state.
 
-        A and B on the meta device are for a file to fill; the base is edited all the same, as it was when they were
-        made.
+        A and B on the meta device are for a file to fill; the base is edited all the same, as when they were made.
         """
         w = info.weight()
         if w.is_meta:
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} needs the weight of {info.name!r}, which is on the "
-                "meta device."
-            )
+            where = f"the weight of {info.name!r}, which is on the meta device"
+            raise ValueError(f"init_lora_weights={config.init_lora_weights!r} needs {where}.")
         made_a, made_b, edit = self.factors(config, info, scaling, w)
         if edit is None:
             # Rounded to how they are kept: what they lose so, the base keeps.
@@ -85,9 +83,7 @@ class Start:
             b.copy_(made_b)
         return {EDIT: edit}
 
-    def factors(
-        self, config: Any, info: LayerInfo, scaling: float, w: Tensor
-    ) -> tuple[Tensor, Tensor, BaseEdit | None]:  # fmt: skip
+    def factors(self, config: Any, info: LayerInfo, scaling: float, w: Tensor) -> tuple[Tensor, Tensor, Edit]:
         """A and B, and the edit of the base unless it is that scaling * B A is taken from W."""
         raise NotImplementedError
 
@@ -111,12 +107,9 @@ def complete(config: Any) -> None:
         start.complete(config, start is chosen)
     patterns = config.rank_pattern or config.alpha_pattern
     if config.use_rslora and patterns and chosen is not None and chosen.takes_base:
-        warnings.warn(
-            "With use_rslora and a rank_pattern or alpha_pattern, this adapter cannot be saved as a plain LoRA of the "
-            "original base (`save_pretrained(path_initial_model_for_weight_conversion=...)`).",
-            PeftWarning,
-            stacklevel=4,
-        )
+        warnings.warn("With use_rslora and a rank_pattern or alpha_pattern, this adapter cannot be saved as a plain "
+                      "LoRA of the original base (`save_pretrained(path_initial_model_for_weight_conversion=...)`).",
+                      PeftWarning, stacklevel=4)  # fmt: skip
 
 
 def check_layer(config: Any, info: LayerInfo) -> None:
@@ -126,8 +119,8 @@ def check_layer(config: Any, info: LayerInfo) -> None:
     if start is None:
         return
     if info.kind == "embedding":
-        warnings.warn(f"init_lora_weights={init!r} is for linear layers: {what}, starts as a plain LoRA.", PeftWarning,
-                      stacklevel=2)  # fmt: skip
+        text = f"init_lora_weights={init!r} is for linear layers: {what}, starts as a plain LoRA."
+        warnings.warn(text, PeftWarning, stacklevel=2)
         return
     if info.kind != "linear" or info.transient:
         raise ValueError(f"init_lora_weights={init!r} is for linear layers, it cannot start {what}.")

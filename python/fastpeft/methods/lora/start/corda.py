@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ....config.base import check_choice
 from ...method import LayerInfo
 from . import Start
 
@@ -28,8 +29,7 @@ class CordaConfig:
     prune_temporary_fields: bool = True
 
     def __post_init__(self) -> None:
-        if self.corda_method not in ("ipm", "kpm"):
-            raise ValueError(f"`corda_method` should be 'ipm' or 'kpm', got {self.corda_method!r}")
+        check_choice(self, "corda_method", "ipm", "kpm")
 
 
 @dataclass
@@ -53,13 +53,14 @@ class Corda(Start):
         if eigens is None:
             raise ValueError(f"There are no components of {info.name!r}: run `preprocess_corda` first.")
         r = config.r
-        for name, shape in (("S_WC", (r,)), ("U_WC", (info.out_features, r)), ("V_WC", (info.in_features, r))):
+        parts = {"S_WC": (r,), "U_WC": (info.out_features, r), "V_WC": (info.in_features, r)}
+        for name, shape in parts.items():
             tensor = getattr(eigens, name)
             if tuple(tensor.shape) != shape or not torch.isfinite(tensor).all():
                 raise ValueError(
                     f"{name} of {info.name!r} is {list(tensor.shape)}, expected {list(shape)} and finite numbers: run "
                     "`preprocess_corda` with the model and the configuration that get_peft_model is called with."
                 )
-        s, u, v = (getattr(eigens, name).to(w) for name in ("S_WC", "U_WC", "V_WC"))
+        s, u, v = (getattr(eigens, name).to(w) for name in parts)
         root = (s / scaling).sqrt()
         return v.t() * root[:, None], u * root, None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ....config.base import check
 from ...method import LayerInfo, State
 from . import Start
 
@@ -27,10 +28,8 @@ class EvaConfig:
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
-        if self.rho < 1.0:
-            raise ValueError("`rho` must be >= 1.0")
-        if not 0.0 <= self.tau <= 1.0:
-            raise ValueError("`tau` must be between 0.0 and 1.0.")
+        check(self, "rho", self.rho >= 1.0, "at least 1.0")
+        check(self, "tau", 0.0 <= self.tau <= 1.0, "from 0.0 to 1.0")
 
 
 class Eva(Start):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import peft_kernels
 
+from ...base_edit import BaseEdit
 from ...method import LayerInfo, State
 from . import MAX_ITERATIONS, Start
 
@@ -38,22 +39,17 @@ def quantised(w: Tensor, bits: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class QuantisedBase:
+class QuantisedBase(BaseEdit):
     """The edit of the base: what quantising W, less what the last but one adapter held, leaves of it."""
 
     bits: int
     held: tuple[Tensor, Tensor] | None = None
-    used: ClassVar[tuple[str, ...]] = ()
-    once: ClassVar[bool] = False
 
     def __call__(self, w: Tensor) -> Tensor:
         if self.held is None:
             return quantised(w, self.bits)
         a, b = (t.to(w) for t in self.held)
         return quantised(w - b @ a, self.bits)
-
-    def removed_factors(self, w: Tensor) -> None:
-        return None
 
 
 class LoftQ(Start):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ....config.base import check, check_choice
 from ....config.types import PeftWarning
 from ...method import LayerInfo, State
 from . import Start
@@ -27,12 +28,9 @@ class LoraGAConfig:
     stable_gamma: int = 16
 
     def __post_init__(self) -> None:
-        for name, allowed in (("direction", ("ArBr", "A2rBr", "ArB2r", "random")),
-                              ("scale", ("stable", "weight_svd", "gd_scale", "unit"))):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` should be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not self.stable_gamma > 0:
-            raise ValueError(f"`stable_gamma` should be positive, got {self.stable_gamma!r}")
+        check_choice(self, "direction", "ArBr", "A2rBr", "ArB2r", "random")
+        check_choice(self, "scale", "stable", "weight_svd", "gd_scale", "unit")
+        check(self, "stable_gamma", self.stable_gamma > 0, "positive")
 
 
 class LoraGA(Start):
@@ -55,12 +53,9 @@ class LoraGA(Start):
             return super().initialise(config, info, scaling, a, b)
         if not a.is_meta:
             raise ValueError(f"There is no gradient of {info.name!r}: run `preprocess_loraga` first.")
-        warnings.warn(
-            "A LoRA-GA adapter is loaded, but what it took from the base weight is in no file: the result is right "
-            "only on the residual base model. Save it with `path_initial_model_for_weight_conversion` for any base.",
-            PeftWarning,
-            stacklevel=2,
-        )
+        warnings.warn("A LoRA-GA adapter is loaded, but what it took from the base weight is in no file: the result is "
+                      "right only on the residual base model. Save it with `path_initial_model_for_weight_conversion` "
+                      "for any base.", PeftWarning, stacklevel=2)  # fmt: skip
         return {}
 
     def factors(self, config: Any, info: LayerInfo, scaling: float, w: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -76,9 +71,8 @@ def lora_ga(w: Tensor, gradient: Tensor, r: int, scaling: float, config: LoraGAC
     if config.direction == "random":
         of_a = of_b = torch.randperm(2 * r)[:r]
     else:
-        of_a, of_b = {"ArBr": (2 * first + 1, 2 * first), "A2rBr": (second, first), "ArB2r": (first, second)}[
-            config.direction
-        ]
+        places = {"ArBr": (2 * first + 1, 2 * first), "A2rBr": (second, first), "ArB2r": (first, second)}
+        of_a, of_b = places[config.direction]
     a, largest = v.t()[of_a], s[of_b]
     b = u[:, of_b] @ torch.diag(largest)
     if config.scale == "stable":

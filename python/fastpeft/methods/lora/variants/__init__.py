@@ -6,7 +6,7 @@ allows one variant at a time, and so does `Lora.variant`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from ...method import Method
@@ -45,5 +45,12 @@ def variant_of(config: Any) -> Method | None:
 
 
 def asks(config: Any, option: str) -> bool:
-    """Whether a variant's option is set: a field that is truthy, or a value of `init_lora_weights` (mica)."""
+    """True if a variant's option is set: a field that is truthy, or a value of `init_lora_weights` (mica)."""
     return bool(getattr(config, option)) if hasattr(config, option) else config.init_lora_weights == option
+
+
+def views(tuner: Any, adapter_names: str | list[str] | None, method: type[Method]) -> Iterator[tuple[str, Any]]:
+    """(name, view) of each of the adapters (None: the active ones) in each layer where it is one of this method."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or tuner.active_adapters
+    for _, layer in tuner.adapter_layers():
+        yield from ((name, layer.view(name)) for name in names if isinstance(layer.methods.get(name), method))

@@ -46,8 +46,8 @@ class Alora(Lora):
         if given is not None:
             return [(None if offset is None else int(offset), None) for offset in given]
         if not isinstance(ids, Tensor):
-            warnings.warn("aLoRA needs `input_ids` or `alora_offsets` to find its invocation; without them the base "
-                          "model answers.", PeftWarning, stacklevel=2)  # fmt: skip
+            text = "aLoRA finds its invocation in `input_ids` or `alora_offsets`: without them the base model answers."
+            warnings.warn(text, PeftWarning, stacklevel=2)
             return None
         ids = ids[None] if ids.dim() == 1 else ids
         return [(offset, ids.shape[1]) for offset in offsets(ids, config.alora_invocation_tokens)]
@@ -65,8 +65,8 @@ class Alora(Lora):
             added = b(a(s.lora_dropout(x))) * s.scaling
             return y + torch.where(acts.view(*x.shape[:-1], 1), added, 0.0)
         starts = [_start(offset, whole, length) for offset, whole in rows]
-        chosen = torch.tensor([r * length + t for r, start in enumerate(starts) for t in range(start, length)])
-        chosen = chosen.to(device=x.device, dtype=torch.long)
+        places = [r * length + t for r, start in enumerate(starts) for t in range(start, length)]
+        chosen = torch.tensor(places, dtype=torch.long).to(x.device)
         # With no token chosen the gradients are zeros, not missing.
         added = b(a(s.lora_dropout(x.reshape(-1, x.shape[-1])[chosen]))) * s.scaling
         flat = y.to(added.dtype).reshape(-1, y.shape[-1]).index_add(0, chosen, added)
@@ -99,8 +99,5 @@ def _start_in_graph(offset: Any, whole: int | None, length: int) -> Tensor:
 
 def _start(offset: int | None, whole: int | None, length: int) -> int:
     """The first position on which the adapter acts in a call with `length` tokens a row."""
-    if offset is None:
-        return length
-    if whole is not None and length >= whole:  # the sequence has grown since: no cache
-        return max(0, whole - offset)
-    return max(0, length - offset)
+    end = whole if whole is not None and length >= whole else length  # no cache where the sequence has grown since
+    return length if offset is None else max(0, end - offset)

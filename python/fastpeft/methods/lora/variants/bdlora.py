@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ....config.base import check
 from ...method import LayerInfo, State
 from ..lora import Lora
 from . import variant
@@ -16,8 +17,7 @@ from . import variant
 @dataclass
 class BdLoraConfig:
     """target_modules_bd_a, target_modules_bd_b: parts of the names of modules whose A, or B, is block-diagonal.
-    nblocks: blocks in each. match_strict: raise for a module that is in neither list (it has a plain LoRA otherwise).
-    """
+    nblocks: blocks in each. match_strict: raise for a module in neither list (it has a plain LoRA otherwise)."""
 
     target_modules_bd_a: list[str] | None = None
     target_modules_bd_b: list[str] | None = None
@@ -36,19 +36,16 @@ class BlockDiagonalLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, nblocks: int, init_zero: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features, self.nblocks = in_features, out_features, nblocks
-        weight = torch.empty(out_features, in_features // nblocks)
-        if not weight.is_meta:
-            nn.init.zeros_(weight) if init_zero else nn.init.kaiming_uniform_(weight)
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features // nblocks))
+        if not init_zero and not self.weight.is_meta:
+            nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = self.weight.reshape(self.nblocks, -1, self.weight.shape[1])
         return torch.einsum("...bi,boi->...bo", x.reshape(*x.shape[:-1], self.nblocks, -1), blocks).flatten(-2)
 
     def matrix(self) -> Tensor:
-        rows = self.weight.chunk(self.nblocks)
-        blocks: Tensor = torch.block_diag(*rows)  # type: ignore[no-untyped-call]
-        return blocks
+        return torch.block_diag(*self.weight.chunk(self.nblocks))  # type: ignore[no-any-return, no-untyped-call]
 
 
 @variant("use_bdlora", BdLoraConfig)
@@ -69,19 +66,15 @@ class BdLora(Lora):
         if len(blocked) == 2:
             raise ValueError(f"Target {info.name!r} matches both target_modules_bd_a and target_modules_bd_b.")
         if not blocked and options.match_strict:
-            raise ValueError(
-                f"Target {info.name!r} matches neither target_modules_bd_a nor target_modules_bd_b. If this is "
-                "intentional, set match_strict=False in BdLoraConfig."
-            )
-        if not isinstance(options.nblocks, int) or options.nblocks < 1:
-            raise ValueError(f"BdLoraConfig(nblocks={options.nblocks!r}) should be a positive integer.")
+            lists = "neither target_modules_bd_a nor target_modules_bd_b"
+            raise ValueError(f"Target {info.name!r} matches {lists}. Set match_strict=False if this is intentional.")
+        n = options.nblocks
+        check(options, "nblocks", isinstance(n, int) and n >= 1, "a positive integer")
         for which in blocked:
             sizes = (info.in_features, config.r) if which == "A" else (config.r, info.out_features)
-            if any(size % options.nblocks for size in sizes):
-                raise ValueError(
-                    f"{which} of {info.name!r}, from {sizes[0]} to {sizes[1]} features, cannot have "
-                    f"nblocks={options.nblocks} equal blocks."
-                )
+            if any(size % n for size in sizes):
+                what = f"{which} of {info.name!r}, from {sizes[0]} to {sizes[1]} features,"
+                raise ValueError(f"{what} cannot have nblocks={n} equal blocks.")
         if config.lora_bias and "B" in blocked:
             raise ValueError(f"lora_bias=True is not for {info.name!r}: a block-diagonal B has no bias.")
 

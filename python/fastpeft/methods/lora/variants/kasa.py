@@ -1,8 +1,8 @@
 """KaSA: W + scaling * B diag(d) A on a base without its r smallest singular components (arXiv 2412.06071).
 
-d [r] is learned, as are A and B; the model starts as the base so truncated, since B starts at zero. The truncation is a
-base edit (`base_edit.py`): deleting the adapter brings the base back; 4-bit and 8-bit bases are requantised without
-these components, where PEFT leaves them as they are and drops d without a word.
+d [r] is learned, as are A and B, which starts at zero. The truncation is a base edit (`base_edit.py`): deleting the
+adapter brings the base back; 4-bit and 8-bit bases are requantised without these components, where PEFT leaves them as
+they are and drops d without a word.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...adapted import AdaptedModel
-from ...base_edit import EDIT
+from ....config.base import check
+from ...base_edit import EDIT, BaseEdit
 from ...math.draws import drawn_normal
 from ...method import Inner, LayerInfo, State
 from ..lora import Lora
 from ..start import start_of
-from . import variant
+from . import variant, views
 
 
 @dataclass
@@ -32,41 +32,38 @@ class KasaConfig:
 
     def __post_init__(self) -> None:
         for name in ("beta", "gamma"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be non-negative, got {getattr(self, name)}.")
+            check(self, name, getattr(self, name) >= 0, "non-negative")
 
 
 @dataclass(frozen=True)
-class Truncation:
+class Truncation(BaseEdit):
     """The edit of the base: W without its r smallest singular components."""
 
     r: int
-    used: ClassVar[tuple[str, ...]] = ()
-    once: ClassVar[bool] = True
+    once = True
 
     def __call__(self, w: Tensor) -> Tensor:
-        u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
-        kept: Tensor = (u[:, : -self.r] * sigma[: -self.r]) @ vh[: -self.r]
-        return kept
+        p, q = _components(w, slice(None, -self.r))
+        return p @ q
 
     def removed_factors(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
-        return u[:, -self.r :] * sigma[-self.r :], vh[-self.r :]
+        return _components(w, slice(-self.r, None))
 
 
-def kasa_loss(tuner: AdaptedModel, adapter_names: str | list[str] | None = None) -> Tensor | float:
+def _components(w: Tensor, which: slice) -> tuple[Tensor, Tensor]:
+    u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
+    return u[:, which] * sigma[which], vh[which]
+
+
+def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """The regularisers of the adapters (None: the active ones), summed over layers; 0.0 if none is a KaSA."""
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or tuner.active_adapters
     total: Tensor | float = 0.0
-    for _, layer in tuner.adapter_layers():
-        for name in names:
-            if not isinstance(layer.methods.get(name), Kasa):
-                continue
-            s, config = layer.view(name), tuner.peft_config[name].kasa_config  # type: ignore[attr-defined]
-            a, b, d = s.lora_A.weight.float(), s.lora_B.weight.float(), s.lora_diag.float()
-            eye = torch.eye(len(d), device=d.device)
-            off = torch.linalg.norm(b.T @ b - eye) + torch.linalg.norm(a @ a.T - eye)
-            total = total + config.beta * d.square().sum() + config.gamma * off
+    for name, s in views(tuner, adapter_names, Kasa):
+        config = tuner.peft_config[name].kasa_config
+        a, b, d = s.lora_A.weight.float(), s.lora_B.weight.float(), s.lora_diag.float()
+        eye = torch.eye(len(d), device=d.device)
+        off = torch.linalg.norm(b.T @ b - eye) + torch.linalg.norm(a @ a.T - eye)
+        total = total + config.beta * d.square().sum() + config.gamma * off
     return total
 
 
@@ -87,10 +84,8 @@ class Kasa(Lora):
         super().check_layer(config, info)
         most = min(info.out_features, info.in_features)
         if config.r >= most:
-            raise ValueError(
-                f"KaSA requires `r` ({config.r}) to be smaller than min(in_features, out_features) ({most}) of "
-                f"{info.name!r}, so that something of the base weight is left."
-            )
+            limit = f"smaller than min(in_features, out_features) ({most}) of {info.name!r}"
+            raise ValueError(f"KaSA requires `r` ({config.r}) to be {limit}: else nothing of the base weight is left.")
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         state = super().make_state(config, info, shared)
@@ -104,6 +99,5 @@ class Kasa(Lora):
         return self.matrices(s)
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
-        added: Tensor = b(a(dropout(s.cast(x, a.weight.dtype))) * s.lora_diag) * s.scaling
-        return y + added
+        h = s.lora_A(s.lora_dropout(s.cast(x, s.lora_A.weight.dtype)))
+        return y + s.lora_B(h * s.lora_diag) * s.scaling  # type: ignore[no-any-return]

@@ -6,7 +6,6 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ...method import LayerInfo, State
 from ..lora import Lora
@@ -37,7 +36,8 @@ class Mica(Lora):
         own = copy.copy(config)
         own.init_lora_weights = False
         state = super().make_state(own, info, shared)
-        a, b = (_tensor(state, name) for name in ("A", "B"))
+        whole = "lora_embedding_A" in state  # then they are no modules
+        a, b = (state[f"lora_embedding_{n}"] if whole else state[f"lora_{n}"].weight for n in "AB")
         if not b.is_meta:
             w = info.weight()
             if w.is_meta:
@@ -46,8 +46,3 @@ class Mica(Lora):
                 a.zero_()
                 b.copy_(torch.linalg.svd(w, full_matrices=False)[0][:, -config.r :])
         return state
-
-
-def _tensor(state: State, name: str) -> Tensor:
-    found: Tensor = state[f"lora_embedding_{name}"] if "lora_embedding_A" in state else state[f"lora_{name}"].weight
-    return found

@@ -1,10 +1,9 @@
 """MonteCLoRA: in training A is a mean over random draws around it, with a learned spread (arXiv 2411.04358).
 
 A draw adds sample_scaler * z L to A^T, with z normal and L L^T a Wishart sample scaled by exp(std_prior); the draws are
-weighted by an approximate Dirichlet sample around exp(expert_weights_prior). Only the diagonal of the Wishart sample
-is used, whose entries are independent chi-squared numbers, so that L is a vector of r numbers and the draws are made
-when they are needed: PEFT keeps `buffer_size` of them in every layer, 75 MiB each with its defaults on 2048 inputs. The
-distribution is the same, the stream of random numbers is not. Evaluation uses A alone.
+weighted by an approximate Dirichlet sample around exp(expert_weights_prior). Of the Wishart sample only the diagonal is
+used, independent chi-squared numbers, so that L is r numbers, drawn when they are needed: PEFT keeps `buffer_size`
+draws in every layer, 75 MiB each on 2048 inputs. The distribution is PEFT's, the stream of random numbers is not.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....config.base import check
+from ...math.draws import drawn_uniform
 from ...method import Inner, LayerInfo, State
 from ..lora import Lora
-from . import variant
+from . import variant, views
 
 MAX_SAMPLES = 1 << 12
 
@@ -27,8 +28,7 @@ MAX_SAMPLES = 1 << 12
 class MontecloraConfig:
     """num_samples: draws in a forward. use_entropy: add the sum of squared weights of the draws to the loss.
     dirichlet_prior: of the weights of the draws. sample_scaler: size of the noise. kl_loss_weight: of the divergence
-    from the priors in the loss. buffer_size: accepted; nothing is buffered here.
-    """
+    from the priors in the loss. buffer_size: accepted; nothing is buffered here."""
 
     num_samples: int = 8
     use_entropy: bool = False
@@ -39,8 +39,7 @@ class MontecloraConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "dirichlet_prior", "buffer_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be greater than 0.")
+            check(self, name, getattr(self, name) > 0, "greater than 0")
 
 
 class Sampler(nn.Module):
@@ -52,11 +51,8 @@ class Sampler(nn.Module):
     def __init__(self, r: int, config: MontecloraConfig) -> None:
         super().__init__()
         self.config = config
-        empty = torch.empty(r)
-        self.std_prior = nn.Parameter(empty if empty.is_meta else torch.rand(r))
-        self.expert_weights_prior = nn.Parameter(
-            torch.empty(config.num_samples) if empty.is_meta else torch.rand(config.num_samples)
-        )
+        self.std_prior = nn.Parameter(drawn_uniform(r))
+        self.expert_weights_prior = nn.Parameter(drawn_uniform(config.num_samples))
         self.register_buffer("gaussian_var_prior", torch.eye(r))
         self.register_buffer("expert_weights", torch.ones(config.num_samples) / config.num_samples)
         self.drawn: tuple[Tensor, Tensor] | None = None  # variances and weights of the last draw, for the loss
@@ -65,7 +61,7 @@ class Sampler(nn.Module):
         return {**self.__dict__, "drawn": None}  # a graph cannot be copied
 
     def noise(self, in_features: int) -> Tensor:
-        """What the mean of a new draw adds to A: [r, in_features]."""
+        """The part of the mean of a new draw beside A: [r, in_features]."""
         n, r, std = self.config.num_samples, len(self.std_prior), self.std_prior
         chi2 = torch.randn(r, r, device=std.device, dtype=std.dtype).square().sum(1)
         variances = (chi2 * (2 * std).exp()).clamp(min=1e-3)
@@ -87,7 +83,8 @@ class Sampler(nn.Module):
             return 0.0, 0.0
         n, r = self.config.num_samples, len(self.std_prior)
         variances, weights = self.drawn or (self.gaussian_var_prior.diagonal(), self.expert_weights)
-        alpha, prior = self.expert_weights_prior.exp(), torch.full_like(self.expert_weights_prior, self._prior)
+        alpha = self.expert_weights_prior.exp()
+        prior = torch.full_like(alpha, self.config.dirichlet_prior)
         dirichlet = (
             torch.lgamma(alpha.sum()) - torch.lgamma(prior.sum()) + (torch.lgamma(alpha) - torch.lgamma(prior)).sum()
             + ((alpha - prior) * (torch.digamma(alpha) - torch.digamma(alpha.sum()))).sum()
@@ -99,20 +96,10 @@ class Sampler(nn.Module):
         entropy = weights.square().sum() if self.config.use_entropy else 0.0
         return self.config.kl_loss_weight * (dirichlet + wishart + normal), entropy
 
-    @property
-    def _prior(self) -> float:
-        return self.config.dirichlet_prior
-
 
 def monteclora_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """The mean over layers of the adapters' variational loss, to be added to the task's (None: the active ones)."""
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or tuner.active_adapters
-    samplers = [
-        layer.lora_monteclora_sampler[name]
-        for _, layer in tuner.adapter_layers()
-        for name in names
-        if name in getattr(layer, "lora_monteclora_sampler", ())
-    ]
+    samplers = [s.lora_monteclora_sampler for _, s in views(tuner, adapter_names, MonteClora)]
     losses = [part for sampler in samplers for part in sampler.get_variational_loss()]
     return sum(losses) / len(samplers) if samplers else 0.0
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ....config.base import check
 from ...method import LayerInfo, State
 from ..lora import Lora
 from . import variant
@@ -34,6 +35,7 @@ class PooledLinear(nn.Linear):
 @variant("use_qalora")
 class QaLora(Lora):
     kinds = frozenset({"linear"})
+    divisors: ClassVar[dict[str, tuple[str, ...]]] = {"qalora_group_size": ("in_features",)}
     examples: ClassVar[Any] = (
         {"r": 4, "use_qalora": True, "qalora_group_size": 4},
         {"r": 2, "use_qalora": True, "qalora_group_size": 12, "lora_bias": True},
@@ -41,16 +43,8 @@ class QaLora(Lora):
 
     def check_config(self, config: Any, loading: bool = False) -> None:
         super().check_config(config, loading)
-        if not isinstance(config.qalora_group_size, int) or config.qalora_group_size < 1:
-            raise ValueError(f"qalora_group_size={config.qalora_group_size!r} should be a positive integer.")
-
-    def check_layer(self, config: Any, info: LayerInfo) -> None:
-        super().check_layer(config, info)
-        if info.in_features % config.qalora_group_size:
-            raise ValueError(
-                f"use_qalora=True needs in_features of {info.name!r} ({info.in_features}) to be divisible by "
-                f"qalora_group_size ({config.qalora_group_size})."
-            )
+        size = config.qalora_group_size
+        check(config, "qalora_group_size", isinstance(size, int) and size >= 1, "a positive integer")
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         # PEFT makes the pooled A last, with nn.Linear's initialisation whatever init_lora_weights says.

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....config.base import check, check_choice
 from ...adapted import AdaptedLayer
 from ...fused import Fused
 from ...method import Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
-
-INITS = ("batch_average_once", "batch_average", "random")
 
 
 @dataclass
@@ -34,10 +33,8 @@ class VeloraConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_groups", "scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` should be positive, got {getattr(self, name)}.")
-        if self.init_type not in INITS:
-            raise ValueError(f"Unsupported `init_type` {self.init_type!r}. Supported values are {', '.join(INITS)}.")
+            check(self, name, getattr(self, name) > 0, "positive")
+        check_choice(self, "init_type", "batch_average_once", "batch_average", "random")
 
 
 @variant("velora_config", VeloraConfig)
@@ -51,24 +48,18 @@ class Velora(Lora):
 
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         super().check_layer(config, info)
-        if config.velora_config.num_groups > info.in_features:
-            raise ValueError(
-                f"VeloraConfig(num_groups={config.velora_config.num_groups}) is more than {info.name!r} has features "
-                f"({info.in_features})."
-            )
+        groups = config.velora_config.num_groups
+        if groups > info.in_features:
+            has = f"{info.name!r} has features ({info.in_features})"
+            raise ValueError(f"VeloraConfig(num_groups={groups}) is more than {has}.")
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         state, options = super().make_state(config, info, shared), config.velora_config
         v = torch.zeros(-(-info.in_features // options.num_groups))
         if options.init_type == "random" and not v.is_meta:
             v = _direction(torch.randn(len(v)))
-        return {
-            **state,
-            "lora_velora_embed": v,
-            "lora_velora_num_groups": options.num_groups,
-            "lora_velora_init_type": options.init_type,
-            "lora_velora_scale": options.scale,
-        }
+        given = {f"lora_velora_{name}": value for name, value in vars(options).items()}
+        return {**state, "lora_velora_embed": v, **given}
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         if not (s.training and torch.is_grad_enabled()):
@@ -80,21 +71,14 @@ class Velora(Lora):
         compiling = torch.compiler.is_compiling()  # then no branch may depend on data
         if init == "batch_average" or (once and (compiling or not v.any())):
             with torch.no_grad():
-                found = _direction(_groups(x, s.lora_velora_num_groups).mean(0))
+                found = _direction(_cut(x, s.lora_velora_num_groups).flatten(0, -2).mean(0))
                 v.copy_(torch.where(v.any(), v, found) if once and compiling else found)
         rows: Tensor = _Compressed.apply(x, weight, v.clone(), s.lora_velora_num_groups, s.lora_velora_scale)  # type: ignore[no-untyped-call]
-        added: Tensor = s.lora_B(rows) * s.scaling
-        return y + added
+        return y + s.lora_B(rows) * s.scaling  # type: ignore[no-any-return]
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         plain = super().fused(layer, s, shared)
-        if plain is None:
-            return None
-
-        def run(x: Tensor) -> Tensor | None:
-            return None if layer.training and torch.is_grad_enabled() else plain(x)
-
-        return run
+        return None if plain is None else lambda x: None if layer.training and torch.is_grad_enabled() else plain(x)
 
 
 class _Compressed(torch.autograd.Function):
@@ -126,13 +110,7 @@ def _cut(x: Tensor, groups: int) -> Tensor:
     return F.pad(x, (0, groups * size - x.shape[-1])).reshape(*x.shape[:-1], groups, size)
 
 
-def _groups(x: Tensor, groups: int) -> Tensor:
-    cut = _cut(x, groups)
-    return cut.reshape(-1, cut.shape[-1])
-
-
 def _direction(v: Tensor) -> Tensor:
     v = v.float()
     v = torch.where(v.any(), v, torch.ones_like(v))
-    unit: Tensor = v / torch.linalg.vector_norm(v)
-    return unit
+    return v / torch.linalg.vector_norm(v)  # type: ignore[no-any-return]
