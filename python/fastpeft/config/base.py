@@ -10,7 +10,6 @@ import dataclasses
 import enum
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from typing import Any, ClassVar
 from ..files.checks import read_json
 from ..files.hub import find_adapter_file
 from .limits import MAX_RANK, check_config
-from .types import PeftType, PeftWarning, TaskType, peft_type
+from .types import PeftType, TaskType, peft_type, warn
 
 CONFIG_NAME = "adapter_config.json"
 # The version of PEFT whose file format is written. It goes into `peft_version`, by which readers tell formats apart.
@@ -126,7 +125,7 @@ class PeftConfig:
         unknown = sorted(set(kwargs) - known)
         if unknown:
             message = f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was "
-            warnings.warn(f"{message}probably written by a newer version of PEFT.", PeftWarning, stacklevel=2)
+            warn(f"{message}probably written by a newer version of PEFT.")
         return config_cls(**{name: value for name, value in kwargs.items() if name in known})
 
     @classmethod
