@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 from .compat import peft_names as _peft_names
-from .config.classes import loaded_by as _loaded_by
+from .config.base import loaded_by as _loaded_by
 
 __version__ = "0.1.0"
 

@@ -154,7 +154,7 @@ def test_an_error_at_any_step_leaves_the_old_folder(tmp_path, monkeypatch, step,
 
 KILL = """
 import os, signal, sys
-from fastpeft import atomic
+from fastpeft.files import atomic
 calls = 0
 def tracer(frame, event, arg):
     global calls

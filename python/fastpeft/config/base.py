@@ -10,20 +10,37 @@ import dataclasses
 import enum
 import json
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..files.checks import read_json
 from ..files.hub import find_adapter_file
-from .classes import CLASSES, class_of
 from .limits import MAX_RANK, check_config
-from .types import PeftType, PeftWarning, TaskType, peft_type
+from .types import PeftType, TaskType, peft_type, warn
 
 CONFIG_NAME = "adapter_config.json"
 # The version of PEFT whose file format is written. It goes into `peft_version`, by which readers tell formats apart.
 PEFT_FORMAT_VERSION = "0.21.2"
+
+CLASSES: dict[str, type[Any]] = {}  # by the `peft_type` of their method; the methods' files fill it
+_loaders: list[Callable[[], None]] = []
+
+
+def loaded_by(load: Callable[[], None]) -> None:
+    """Let `load` import whatever defines configuration classes. The package says so, which stands above this file."""
+    _loaders.append(load)
+
+
+def class_of(peft_type: str) -> type[Any]:
+    """The configuration class of a method. NotImplementedError for a type that PEFT has and this version does not."""
+    for load in _loaders:
+        load()
+    found = CLASSES.get(peft_type)
+    if found is None:
+        have = ", ".join(sorted(CLASSES))
+        raise NotImplementedError(f"The method {peft_type} is not there yet; this version has: {have}.")
+    return found
 
 
 @dataclass
@@ -107,12 +124,8 @@ class PeftConfig:
         known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            warnings.warn(
-                f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was probably "
-                "written by a newer version of PEFT.",
-                PeftWarning,
-                stacklevel=2,
-            )
+            message = f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was "
+            warn(f"{message}probably written by a newer version of PEFT.")
         return config_cls(**{name: value for name, value in kwargs.items() if name in known})
 
     @classmethod

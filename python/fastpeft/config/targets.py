@@ -6,7 +6,6 @@ A list matches by full name or by a suffix that starts after a dot; a text is a 
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import nn
 from ..files.checks import list_some, short
 from .base import TargetConfig
 from .patterns import hits_of, is_plain, match_names
-from .types import NoMatchingPeftModuleError, PeftWarning
+from .types import NoMatchingPeftModuleError, warn
 
 ALL_LINEAR = "all-linear"
 
@@ -104,12 +103,9 @@ def _layer_indices(layers_pattern: Iterable[str] | str | None, names: list[str])
     index: dict[str, int] = {}
     for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern:
         left = [n for n in names if n not in index]
-        if is_plain(pattern):
-            inner = re.compile(rf"(?:^|\.){re.escape(pattern)}\.(\d+)\.")
-            index.update({n: int(m.group(1)) for n in left if (m := inner.search(n))})
-        else:
-            hits = match_names(pattern, left, prefix=r"(?:^|.*?\.)", suffix=r"\.(?P<idx>\d+)\.")
-            index.update({n: int(i) for n, i in hits.items()})
+        pattern = re.escape(pattern) if is_plain(pattern) else pattern
+        hits = match_names(pattern, left, prefix=r"(?:^|.*?\.)", suffix=r"\.(?P<idx>\d+)\.")
+        index.update({n: int(i) for n, i in hits.items()})
     return index
 
 
@@ -136,8 +132,7 @@ def warn_unmatched(
         lost[field] = [pattern for pattern in given if not hits.get(pattern)]
     for field, values in lost.items():
         if values:
-            message = f"{field}: nothing in the model matches {list_some(sorted(values))}."
-            warnings.warn(message, PeftWarning, stacklevel=4)
+            warn(f"{field}: nothing in the model matches {list_some(sorted(values))}.", level=3)
 
 
 def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[str]) -> NoMatchingPeftModuleError:

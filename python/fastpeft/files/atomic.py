@@ -195,16 +195,12 @@ def verify_manifest(directory: str | os.PathLike[str], names: list[str] | None =
     if not path.is_file():
         raise AdapterFileError(f"{root} has no {MANIFEST_NAME}: unfinished, or written by something else")
     files = read_json(path).get("files")
-    if not isinstance(files, dict):
-        raise AdapterFileError(f"{path}: expected an object `files`")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise AdapterFileError(f"{path}: expected an object `files` of objects")
     bad = []
-    for name, entry in files.items():
-        if names is not None and name not in names:
-            continue
-        if not isinstance(entry, dict):
-            raise AdapterFileError(f"{path}: the entry of {name!r} is not an object")
-        file = path_inside(root, name)
-        if not file.is_file() or file.stat().st_size != entry.get("bytes") or sha256_of(file) != entry.get("sha256"):
+    for name, file in [(n, path_inside(root, n)) for n in files if names is None or n in names]:
+        size, digest = files[name].get("bytes"), files[name].get("sha256")
+        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != digest:
             bad.append(name)
     if bad:
         raise AdapterFileError(f"{root}: {list_some(bad)} changed since they were written (see {MANIFEST_NAME})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
@@ -175,6 +174,5 @@ def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequ
     if asked is None or transposed != {not asked}:
         return {}
     what = "does not store its weight transposed" if asked else "stores its weight transposed"
-    message = f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {not asked}."
-    warnings.warn(message, PeftWarning, stacklevel=4)
+    warn(f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {not asked}.", level=3)
     return {"fan_in_fan_out": not asked}

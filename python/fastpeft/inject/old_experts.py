@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from ..config.base import TargetConfig
 from ..config.patterns import first_match
 from ..config.targets import ALL_LINEAR, match_targets, minimal_suffixes, select
-from ..config.types import PeftError, PeftType, PeftWarning
+from ..config.types import PeftError, PeftType, warn
 from ..files.checks import PREFIX, KeyMismatchError, list_some
 from ..methods.method import Method
 from ..weights.base import LayerInfo, innermost
@@ -154,7 +153,7 @@ def convert_targets(
         if left:
             shown = targets if isinstance(targets, str) else listed
             message = f"{method.peft_type.value} cannot adapt stacks of experts, which the targets {shown} mean too: "
-            warnings.warn(f"{message}{list_some(left)} are left out.", PeftWarning, stacklevel=4)
+            warn(f"{message}{list_some(left)} are left out.", level=3)
         return Converted({}, targets=meant)
     for stack in stacks:
         for parameter, olds in stack.projections.items():
@@ -241,8 +240,7 @@ def without_dropout(config: Any, configs: Mapping[str, Any], infos: Iterable[Lay
         vars(found[name]).update(dict.fromkeys(there, 0.0))
     if transient:
         dropout = f"{there[0]}={getattr(config, there[0])}"
-        message = f"{dropout} does not act in {list_some(transient)}, whose inputs are not seen."
-        warnings.warn(message, PeftWarning, stacklevel=4)
+        warn(f"{dropout} does not act in {list_some(transient)}, whose inputs are not seen.", level=3)
     return found
 
 

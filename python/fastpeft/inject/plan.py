@@ -48,7 +48,7 @@ from .modules import (
 from .old_experts import Converted, Stack, convert_targets, find_stacks, without_dropout
 from .parameters import parameter_sites
 from .replicate import replicate_layers
-from .tokens import TokenPlan, plan_tokens, tie_tokens
+from .tokens import TokenPlan, plan_tokens
 
 LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 SEQ_CLS_HEADS = ("score", "classifier")
@@ -109,7 +109,10 @@ class InjectionPlan:
         # Layers and copied modules share what they have in common.
         layers = {plan.site.name: plan.layer for plan in self.layers if plan.method is self.method}
         self.method.tie(self.config, self.adapter, layers, _within(layers, self.leaders))
-        tie_tokens(self.adapter, self.tokens)
+        rows = {tokens.outer.name: tokens.layer for tokens in self.tokens}
+        for tokens in self.tokens:
+            if tokens.leader is not None:
+                tokens.method.tie(None, self.adapter, rows, {tokens.outer.name: tokens.leader})
         copies = {saved.site.name: saved.module for saved in self.saved}
         for name, leader in _within(copies, self.leaders).items():
             copies[name].weight = copies[leader].weight

@@ -6,14 +6,13 @@ found as `<module>.token_adapter`, which gives PEFT's keys.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.tied import embedding_name, tied_names
@@ -102,22 +101,12 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
     return plans
 
 
-def tie_tokens(adapter: str, plans: Sequence[TokenPlan]) -> None:
-    """Give tied modules the rows that they follow."""
-    layers = {plan.outer.name: plan.layer for plan in plans}
-    for plan in plans:
-        if plan.leader is not None:
-            plan.method.tie(None, adapter, layers, {plan.outer.name: plan.leader})
-
-
 def _leaders(tied: Mapping[str, str], tokens: Mapping[str, list[int]], config: Any) -> dict[str, str]:
     """Tied modules that follow the input embeddings' rows: all but those that name other rows."""
     ensure = getattr(config, "ensure_weight_tying", False)
     if ensure and not tied:
-        warnings.warn(
-            "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
-            "tying will not be applied for trainable_token_indices.", PeftWarning, stacklevel=5,
-        )  # fmt: skip
+        message = "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). "
+        warn(f"{message}Weight tying will not be applied for trainable_token_indices.", level=4)
     leaders = {}
     for other, name in tied.items():
         if name in tokens and tokens.get(other, tokens[name]) == tokens[name]:

@@ -9,14 +9,13 @@ the host's memory where it is dense and lives on an accelerator, and packed obje
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..files.whole import is_sharded
 from ..methods.base_edit import BaseEdit
 from ..methods.fused import Fused
@@ -225,7 +224,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
     def unmerge(self) -> None:
         """Undo every merge: the exact bytes that the base weight had before are back."""
         if not self.merged_adapters:
-            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
+            warn("Already unmerged. Nothing to do.")
             return
         self._remake([])
 
@@ -242,11 +241,9 @@ class MergingLayer(ActiveAdapters, Wrapping):
                 "base weight can only be added after `unmerge_adapter`."
             )
         if any(not edit.once or self.base_edits.get(name) != edit for name in self.methods):
-            warnings.warn(
+            warn(
                 "The new adapter changes base weights on which other adapters act: what these compute changes with it. "
-                "Save such adapters as plain LoRAs (path_initial_model_for_weight_conversion) to use several at once.",
-                PeftWarning,
-                stacklevel=2,
+                "Save such adapters as plain LoRAs (path_initial_model_for_weight_conversion) to use several at once."
             )
 
     def restore_base(self, adapter: str | None = None) -> None:

@@ -44,11 +44,9 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
 
     def current(self) -> nn.Module:
         """The module that computes now."""
-        name = next((n for n in self._active_adapter if n in self.modules_to_save), None)
-        if self._disable_adapters or name is None:
-            return self.original_module
-        module: nn.Module = self.modules_to_save[name]
-        return module
+        active = () if self._disable_adapters else self._active_adapter
+        found = (self.modules_to_save[name] for name in active if name in self.modules_to_save)
+        return next(found, self.original_module)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.modules_to_save.pop(adapter_name, None)
@@ -77,8 +75,7 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
         if enabled:
             self.set_adapter(self._active_adapter)
         else:
-            for module in self.modules_to_save.values():
-                module.requires_grad_(False)
+            self.modules_to_save.requires_grad_(False)
 
     def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None, steady: bool = False) -> None:
         self.row_names = None if adapter_names is None else tuple(adapter_names)
@@ -98,10 +95,9 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
         x, rest = args[0], args[1:]
         check_length(x, rows)
         groups = grouped(name if name in self.modules_to_save else BASE for name in rows)
-        parts, order = [], [i for members in groups.values() for i in members]
-        for name, members in groups.items():
-            module = self.modules_to_save.get(name, self.original_module)
-            parts.append(module(x[members], *rest, **kwargs))
+        order = [i for members in groups.values() for i in members]
+        modules = ((self.modules_to_save.get(name, self.original_module), members) for name, members in groups.items())
+        parts = [module(x[members], *rest, **kwargs) for module, members in modules]
         if not all(isinstance(part, Tensor) for part in parts):
             name = type(self.original_module).__name__
             raise TypeError(f"a mixed batch needs modules that return one tensor, which {name} does not")

@@ -7,8 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 
-from ..config.base import PeftConfig
-from ..config.classes import class_of
+from ..config.base import PeftConfig, class_of
 from ..config.types import PeftType
 from ..config.types import peft_type as known_type
 from .method import METHODS, Method

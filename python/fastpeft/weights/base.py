@@ -69,8 +69,7 @@ class LayerInfo:
     @property
     def module(self) -> nn.Module:
         """The base layer, for the shapes of convolutions."""
-        module: nn.Module = self.base.module
-        return module
+        return self.base.module  # type: ignore[no-any-return]
 
     def weight(self) -> Tensor:
         """W, detached, in at least float32. May be on the meta device."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +16,6 @@ from ..files.checks import AdapterFileError, parse_json
 
 _STATE = "weight.quant_state.bitsandbytes__"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-NESTED_BLOCKSIZE = 256
-
-
-def copy_of(weight: QuantWeight, device: torch.device) -> QuantWeight:
-    """The same weight in memory of its own."""
-    names = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
-    changes: Any = {n: None if (t := getattr(weight, n)) is None else t.to(device, copy=True) for n in names}
-    copy: QuantWeight = replace(weight, **changes)
-    return copy
 
 
 def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
@@ -89,7 +79,7 @@ def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight
     if not codes.is_meta and not torch.equal(codes.cpu(), table(QUANT_TYPES[quant_type])):
         raise AdapterFileError(f"{where}weight.quant_map is not the {quant_type} table")
     nested = "weight.nested_absmax" in state
-    nested_blocksize = facts.get("nested_blocksize", NESTED_BLOCKSIZE)
+    nested_blocksize = facts.get("nested_blocksize", 256)
     offset = facts.get("nested_offset", 0.0)
     if type(nested_blocksize) is not int or nested_blocksize < 1 or not isinstance(offset, (int, float)):
         raise AdapterFileError(f"{where}{texts[0]}: nested_blocksize {nested_blocksize}, nested_offset {offset}")

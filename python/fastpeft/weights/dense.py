@@ -1,4 +1,4 @@
-"""Layers that store a plain weight: linear, embedding, convolution."""
+"""Layers that store a plain weight: linear, embedding, convolution, normalisation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from peft_kernels import QuantWeight
 
@@ -79,3 +80,23 @@ class ConvWeight(BaseWeight):
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return self.module._conv_forward(x, w, b)  # type: ignore[no-any-return]
+
+
+class NormWeight(BaseWeight):
+    """LayerNorm, RMSNorm of any library, GroupNorm, BatchNorm: modules with no parameters but a weight and a bias."""
+
+    kind, label = "norm", "Norm"
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        if weight is None or module._modules or set(module._parameters) - {"weight", "bias"}:
+            return False
+        return weight.dim() == 1 or isinstance(module, nn.LayerNorm)
+
+    def features(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return shape[0], shape[0]
+
+    def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        tensors = {"weight": w} if b is None else {"weight": w, "bias": b}
+        return functional_call(self.module, tensors, (x,))  # type: ignore[no-any-return]

@@ -6,9 +6,8 @@ from torch import nn
 
 from .base import BaseWeight
 from .bnb import Bnb4bitWeight, Bnb8bitWeight
-from .dense import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
+from .dense import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight, NormWeight
 from .nf4 import Quant4bitWeight
-from .norms import NormWeight
 from .read_by_module import AttentionWeight
 
 # The more special ones first.

@@ -62,7 +62,10 @@ def load_nf4_model(
     auto_class = auto_class or transformers.AutoModelForCausalLM
     with _parameters_on_meta():
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
-    headers = _headers(root)
+    index, files = root / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        files = sorted({str(f) for f in read_json(index, 64 << 20).get("weight_map", {}).values()})
+    headers = [read_header(path_inside(root, f), _MAX_MODEL_HEADER, 1 << 20) for f in files]
     kept, quant_type, nested = _swap(model, headers, dtype, compute_dtype)
     _check(model, headers, root)
     _fill(model, headers, dtype)
@@ -75,13 +78,6 @@ def load_nf4_model(
     saved_dtype = DTYPES.get(str(quantization.get("bnb_4bit_compute_dtype")))
     mark_quantized(model, quant_type, nested, compute_dtype or saved_dtype, kept)
     return model.to(device).eval()
-
-
-def _headers(root: Path) -> list[Header]:
-    index, files = root / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        files = sorted({str(f) for f in read_json(index, 64 << 20).get("weight_map", {}).values()})
-    return [read_header(path_inside(root, f), _MAX_MODEL_HEADER, 1 << 20) for f in files]
 
 
 def _swap(

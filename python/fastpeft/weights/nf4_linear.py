@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dequantize_4bit, lora_linear, quantize_4bit
 
-from .bnb_keys import bnb_state, copy_of, parse_bnb_state
+from .bnb_keys import bnb_state, parse_bnb_state
 
 _SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
 
@@ -63,15 +63,14 @@ class NF4Linear(nn.Module):
     @classmethod
     def from_bnb(cls, layer: nn.Module) -> NF4Linear:
         """A layer over the bytes of a bitsandbytes `Linear4bit` (shared, not copied)."""
-        state = getattr(layer.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
                 "this bitsandbytes layer ran in eval mode on a CPU, which repacks its bytes; "
                 "call fastpeft.weights.bnb.undo_cpu_packing(layer.weight) before converting it"
             )
-        weight = QuantWeight.from_bnb(layer.weight)
         compute_dtype = layer.compute_dtype if isinstance(layer.compute_dtype, torch.dtype) else None
-        return cls(weight, layer.bias if isinstance(layer.bias, Tensor) else None, compute_dtype)
+        bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        return cls(QuantWeight.from_bnb(layer.weight), bias, compute_dtype)
 
     def quant_weight(self) -> QuantWeight:
         """The weight as the kernels take it; shares the buffers and is rebuilt only when one of them was replaced."""
@@ -184,5 +183,8 @@ class NF4Linear(nn.Module):
         except (ValueError, TypeError) as error:
             error_msgs.append(str(error))
             return
-        # As `load_state_dict` does for parameters: a copy on the layer's own device, not the caller's tensors.
-        self.set_quant_weight(weight if assign else copy_of(weight, self.weight.device))
+        if not assign:  # as for parameters: a copy on the layer's own device, not the caller's tensors
+            held = {name: getattr(weight, name) for name in ("packed", *_SCALES)}
+            own: Any = {n: t.to(self.weight.device, copy=True) for n, t in held.items() if t is not None}
+            weight = replace(weight, **own)
+        self.set_quant_weight(weight)
