@@ -62,7 +62,8 @@ def plus_product(y: Tensor, z: Tensor, b: Tensor) -> Tensor:
     """y + z b, in one pass over y where the dtypes allow."""
     if not y.dtype == z.dtype == b.dtype:
         return y + z @ b
-    return torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), b).view_as(y)
+    rows = y.reshape(-1, y.shape[-1])
+    return torch.addmm(rows, z.reshape(len(rows), z.shape[-1]), b).view_as(y)  # z may have no columns
 
 
 def dropout(p: float) -> nn.Module:
