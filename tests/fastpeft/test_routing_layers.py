@@ -279,7 +279,7 @@ def test_every_row_is_dropped_by_its_own_adapters_probability(same: bool, counts
     x = torch.randn(5, 40, 24)
     layer.set_rows(ROWS)
     y = layer(x)
-    assert counts["calls"] == (0 if same else 1)  # where all agree it is one node of the graph (`layer/by_row/train.py`)
+    assert counts["calls"] == (0 if same else 1)  # where all agree it is one node of the graph (`by_row/train.py`)
     for i, name in enumerate(ROWS):
         base, p = layer.base_layer(x[i]), chances.get(name, 1.0)
         added = (y[i] - base).detach()
