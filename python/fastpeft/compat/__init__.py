@@ -1,1 +1,1 @@
-"""PEFT's module paths, each name from where it lives here, and the functions that only PEFT's users call."""
+"""PEFT's module paths, and the functions that only PEFT's users call."""

@@ -1,1 +1,1 @@
-"""Bytes on disk: checks of names, paths, json and safetensors files, atomic writes, whole tensors out of shards."""
+"""Bytes on disk: checks of what is read, atomic writes, whole tensors out of shards."""

@@ -1,1 +1,1 @@
-"""One adapter in one layer: a file per method, its configuration and its mathematics. A new file is found by itself."""
+"""One adapter in one layer: a file per method, with its configuration and mathematics."""

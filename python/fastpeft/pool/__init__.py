@@ -1,4 +1,4 @@
-"""AdapterPool: thousands of LoRA adapters on disk, a bounded number of them in memory, any of them for any row.
+"""AdapterPool: thousands of LoRA adapters on disk, few in memory, any for any row.
 
     pool = AdapterPool(model, "adapters/", max_resident=32)
     with pool.using(["alice", "bob", None]):        # an adapter, or None for the base, per row of the next forwards

@@ -1,1 +1,1 @@
-"""Procedures over a model: starts that measure it first, conversions, optimizers, a quicker Llama on CPUs."""
+"""Procedures over a model: measured starts, conversions, optimizers, a quicker Llama."""
