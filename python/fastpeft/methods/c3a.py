@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config.base import HasBias, TargetConfig, check
+from ..config.base import HasBias, TargetConfig
 from ..weights.base import widened
 from .math.draws import normal_
 from .math.spectral import SpectrumMethod
@@ -42,10 +42,6 @@ class C3A(Method, config=C3AConfig):
     examples = (
         {"block_size": 4}, {"block_size": 2, "init_weights": "gaussian"}, {"block_size": 1, "init_weights": True},
     )  # fmt: skip
-
-    def check_layer(self, config: C3AConfig, info: LayerInfo) -> None:
-        check(config, "block_size", config.block_size > 0, "a positive integer")
-        super().check_layer(config, info)
 
     def make_state(self, config: C3AConfig, info: LayerInfo, shared: Any) -> State:
         b, ins, outs = config.block_size, info.in_features, info.out_features

@@ -176,7 +176,7 @@ class Method:
             raise ValueError(f"{self.peft_type.value} cannot adapt {what}: it supports layers of kind {kinds}.")
         for field, size in ((field, size) for field, sizes in self.divisors.items() for size in sizes):
             whole, part = getattr(info, size), getattr(config, field)
-            if whole % part:
+            if part < 1 or whole % part:
                 raise ValueError(f"{size} ({whole}) of {info.name!r} must be divisible by {field} ({part}).")
         if not info.transient:
             return
