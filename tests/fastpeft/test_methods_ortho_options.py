@@ -214,7 +214,7 @@ def test_waveft_shares_its_parameters_out_as_peft() -> None:
     ("FourierFTConfig", {}, "lin", "at most in_features"),
     ("WaveFTConfig", {"wavelet_family": "db11"}, "lin", "Invalid wavelet_family value: .db11."),
     ("WaveFTConfig", {"n_frequency": 0}, "lin", "positive integer"),
-    ("C3AConfig", {}, "lin", "factor of the input size"),
+    ("C3AConfig", {}, "lin", r"in_features \(24\) of .* must be divisible by block_size"),
     ("C3AConfig", {"init_weights": "zeros", "block_size": 4}, "lin", "Invalid init_weights value"),
 ])  # fmt: skip
 def test_errors(name: str, options: dict[str, Any], layer: str, match: str) -> None:

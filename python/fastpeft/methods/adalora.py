@@ -71,9 +71,8 @@ WITHOUT_MEANING = (
 )  # fmt: skip
 
 
-class AdaLora(FactoredMethod):
+class AdaLora(FactoredMethod, config=AdaLoraConfig):
     prefix = "lora_"
-    config_class = AdaLoraConfig
     tensors = tuple(ranks.RANK_DIM)
     dropout = "lora_dropout"
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})

@@ -103,9 +103,7 @@ def _keep_best(views: list[Any], count: int) -> None:
                 p.grad = None
 
 
-class Adamss(Method):
-    prefix = "adamss_"
-    config_class = AdamssConfig
+class Adamss(Method, config=AdamssConfig):
     tensors = ("adamss_A", "adamss_B")
     default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "vit": ["query", "value"]}
     counts = ("r", "num_subspaces", "subspace_rank")

@@ -23,9 +23,7 @@ class BeftConfig(HasInitWeights, TargetConfig, own_type="BEFT"):
     not_in_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-class Beft(Method):
-    prefix = "beft_"
-    config_class = BeftConfig
+class Beft(Method, config=BeftConfig):
     tensors = ("beft_bias",)
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
     default_targets: ClassVar[dict[str, Any]] = by_type({

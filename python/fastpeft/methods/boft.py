@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_kernels import cayley
 
-from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig, check
 from .math.draws import normal_
 from .math.rotation import BlockDropout, Butterfly
 from .method import Inner, LayerInfo, State
@@ -41,9 +41,7 @@ class BOFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type
             )
 
 
-class BOFT(Butterfly):
-    prefix = "boft_"
-    config_class = BOFTConfig
+class BOFT(Butterfly, config=BOFTConfig):
     tensors = ("boft_R", "boft_s")
     examples = (
         {"boft_block_size": 2},
@@ -56,8 +54,7 @@ class BOFT(Butterfly):
         super().check_config(config, loading)
         if config.boft_block_size < 0 or config.boft_block_num < 0:
             raise ValueError("`boft_block_size` and `boft_block_num` should not be negative")
-        if not 1 <= config.boft_n_butterfly_factor <= 64:
-            raise ValueError(f"`boft_n_butterfly_factor` should be in 1..64, got {config.boft_n_butterfly_factor!r}")
+        check(config, "boft_n_butterfly_factor", 1 <= config.boft_n_butterfly_factor <= 64, "in 1..64")
 
     def check_layer(self, config: BOFTConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)

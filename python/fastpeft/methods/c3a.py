@@ -34,26 +34,14 @@ class C3AConfig(HasBias, TargetConfig, own_type="C3A"):
     init_weights: bool | str | None = "xavier_uniform"
 
 
-class C3A(Method):
-    prefix = "c3a_"
-    config_class = C3AConfig
+class C3A(Method, config=C3AConfig):
     tensors = ("c3a_kernel",)
     default_targets = SpectrumMethod.default_targets
     patterns: ClassVar[dict[str, str]] = {"block_size": "block_size_pattern"}
+    divisors: ClassVar[dict[str, tuple[str, ...]]] = {"block_size": ("in_features", "out_features")}
     examples = (
         {"block_size": 4}, {"block_size": 2, "init_weights": "gaussian"}, {"block_size": 1, "init_weights": True},
     )  # fmt: skip
-
-    def check_layer(self, config: C3AConfig, info: LayerInfo) -> None:
-        super().check_layer(config, info)
-        if config.block_size <= 0:
-            raise ValueError(f"`block_size` should be a positive integer, got {config.block_size!r}")
-        for end, size in (("input", info.in_features), ("output", info.out_features)):
-            if size % config.block_size:
-                raise ValueError(
-                    f"The block size should be a factor of the {end} size. However, the {end} size of {info.name!r} "
-                    f"is {size} and the block size is {config.block_size}"
-                )
 
     def make_state(self, config: C3AConfig, info: LayerInfo, shared: Any) -> State:
         b, ins, outs = config.block_size, info.in_features, info.out_features

@@ -37,9 +37,7 @@ class DeftConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_type
     deft_dropout: float = 0.0
 
 
-class Deft(FactoredMethod):
-    prefix = "deft_"
-    config_class = DeftConfig
+class Deft(FactoredMethod, config=DeftConfig):
     tensors = ("deft_P", "deft_R")
     needs_base_weight = True
     counts = ("r",)

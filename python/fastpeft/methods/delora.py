@@ -34,9 +34,7 @@ class DeloraConfig(HasBias, HasInitWeights, TargetConfig, own_type="DELORA"):
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
 
 
-class Delora(FactoredMethod):
-    prefix = "delora_"
-    config_class = DeloraConfig
+class Delora(FactoredMethod, config=DeloraConfig):
     tensors = ("delora_A", "delora_B", "delora_lambda")
     dropout = "delora_dropout"
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}

@@ -28,9 +28,7 @@ class FourierFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own
     init_weights: bool = False
 
 
-class FourierFT(SpectrumMethod):
-    prefix = "fourierft_"
-    config_class = FourierFTConfig
+class FourierFT(SpectrumMethod, config=FourierFTConfig):
     tensors = ("fourierft_spectrum",)
     examples = ({"n_frequency": 50}, {"n_frequency": 480, "scaling": 3.0, "init_weights": True, "random_loc_seed": 1})
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig, check
 from .computed import Computed
 from .math.draws import drawn_normal, normal_
 from .math.factored import dropout
@@ -49,9 +49,7 @@ class FrodConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetC
     runtime_offload_base_weight: bool = False
 
 
-class Frod(ProjectedMethod):
-    prefix = "frod_"
-    config_class = FrodConfig
+class Frod(ProjectedMethod, config=FrodConfig):
     tensors = ("frod_lambda_l", "frod_lambda_s_values")
     projections = ("frod_V", "frod_s_indices", "frod_s_size")
     default_targets: ClassVar[dict[str, Any]] = {**Vera.default_targets, "vit": ["query", "value"]}
@@ -62,10 +60,8 @@ class Frod(ProjectedMethod):
 
     def check_config(self, config: FrodConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
-        if not 0 <= config.sparse_rate <= 1:
-            raise ValueError(f"`sparse_rate` should be between 0 and 1, got {config.sparse_rate!r}.")
-        if not math.isfinite(config.regularization_alpha):
-            raise ValueError(f"`regularization_alpha` should be finite, got {config.regularization_alpha!r}.")
+        check(config, "sparse_rate", 0 <= config.sparse_rate <= 1, "between 0 and 1")
+        check(config, "regularization_alpha", math.isfinite(config.regularization_alpha), "finite")
 
     def make_shared(self, config: FrodConfig, layers: Sequence[LayerInfo]) -> State:
         roles: dict[str, dict[int, LayerInfo]] = {}

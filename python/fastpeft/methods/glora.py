@@ -69,9 +69,7 @@ class Path(nn.Module):
         return self.Xd @ self.Xu if self.form == "lora" else self.X
 
 
-class Glora(Method):
-    prefix = "glora_"
-    config_class = GloraConfig
+class Glora(Method, config=GloraConfig):
     tensors = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
     needs_base_weight = True
     counts = ("r",)

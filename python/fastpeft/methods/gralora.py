@@ -40,26 +40,17 @@ class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_t
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
 
-class Gralora(FactoredMethod):
-    prefix = "gralora_"
-    config_class = GraloraConfig
+class Gralora(FactoredMethod, config=GraloraConfig):
     tensors = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     dropout = "gralora_dropout"
     counts = ("r",)
+    divisors: ClassVar[dict[str, tuple[str, ...]]] = {"gralora_k": ("in_features", "out_features")}
     examples = ({"r": 4}, {"r": 8, "gralora_k": 4, "hybrid_r": 2, "alpha": 3, "init_weights": False})
 
     def check_config(self, config: GraloraConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
         if config.hybrid_r:
             check_ranks(config.hybrid_r, field="hybrid_r")
-
-    def check_layer(self, config: GraloraConfig, info: LayerInfo) -> None:
-        super().check_layer(config, info)
-        for field, size in (("in_features", info.in_features), ("out_features", info.out_features)):
-            if size % config.gralora_k:
-                raise ValueError(
-                    f"{field} should be divisible by gralora_k, but got {size} and {config.gralora_k} in {info.name!r}"
-                )
 
     def make_state(self, config: GraloraConfig, info: LayerInfo, shared: Any) -> State:
         k, r, hybrid = config.gralora_k, config.r, config.hybrid_r

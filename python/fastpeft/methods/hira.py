@@ -37,9 +37,7 @@ class HiraConfig(HasFanInFanOut, TargetConfig, own_type="HIRA"):
     init_weights: bool | str | None = True
 
 
-class Hira(Method):
-    prefix = "hira_"
-    config_class = HiraConfig
+class Hira(Method, config=HiraConfig):
     tensors = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
     examples = ({"r": 3}, {"r": 2, "init_weights": False})

@@ -47,9 +47,7 @@ class IA3Config(HasFanInFanOut, TargetConfig, own_type="IA3"):
             raise ValueError("`feedforward_modules` should be a subset of `target_modules`")
 
 
-class IA3(Method):
-    prefix = "ia3_"
-    config_class = IA3Config
+class IA3(Method, config=IA3Config):
     tensors = ("ia3_l",)
     kinds = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
     default_targets: ClassVar[dict[str, Any]] = {

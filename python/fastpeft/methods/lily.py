@@ -32,9 +32,7 @@ class LilyConfig(HasInitWeights, TargetConfig, own_type="LILY"):
     scaling: float = 1.0
 
 
-class Lily(Method):
-    prefix = "lily_"
-    config_class = LilyConfig
+class Lily(Method, config=LilyConfig):
     tensors = ("lily_A", "lily_B", "lily_router")
     counts = ("r", "num_B")
     examples = ({"r": 4}, {"r": 3, "num_B": 3, "scaling": 0.5, "init_weights": False})

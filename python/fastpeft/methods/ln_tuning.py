@@ -24,9 +24,7 @@ class LNTuningConfig(TargetConfig, own_type="LN_TUNING"):
     not_in_peft = ("layers_to_transform", "layers_pattern")
 
 
-class LNTuning(Method):
-    prefix = "ln_tuning_"
-    config_class = LNTuningConfig
+class LNTuning(Method, config=LNTuningConfig):
     tensors = ("ln_tuning_layers",)
     kinds = frozenset({"norm", "linear", "embedding", "conv1d", "conv2d", "conv3d"})
     autocast = False  # a copy computes as its original does, in the same dtype

@@ -28,9 +28,8 @@ class LoHaConfig(HasInitWeights, LycorisConfig, own_type="LOHA"):
     """See LycorisConfig."""
 
 
-class LoHa(Lycoris):
+class LoHa(Lycoris, config=LoHaConfig):
     prefix = "hada_"
-    config_class = LoHaConfig
     tensors = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     examples = (
         {"r": 2, "alpha": 3}, {"r": 6, "alpha": 5, "init_weights": False}, {"r": 3, "use_effective_conv2d": True},

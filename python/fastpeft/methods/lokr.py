@@ -43,9 +43,7 @@ def factorize(size: int, factor: int = -1) -> tuple[int, int]:
     return first, size // first
 
 
-class LoKr(Lycoris):
-    prefix = "lokr_"
-    config_class = LoKrConfig
+class LoKr(Lycoris, config=LoKrConfig):
     tensors = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     examples = (
         {"r": 1, "alpha": 3}, {"r": 1, "use_effective_conv2d": True, "decompose_factor": 2},

@@ -114,9 +114,11 @@ class AdapterView:
 
 
 class Method:
-    """One adapter type. Subclasses live in `methods/`, one file each; one with a `config_class` is registered.
+    """One adapter type. Subclasses live in `methods/`, one file each; `class X(Method, config=XConfig)`, or with such a
+    `config_class` in its body, is registered.
 
-    prefix, config_class: its names; PEFT's type and name of the tuner class ("LoraModel") follow from the latter.
+    config_class, prefix: its names; PEFT's type and name of the tuner class ("LoraModel") follow from the former, as
+    does a prefix that is the type's name.
     tensors: names of the containers with trainable tensors, in PEFT's order. kinds: of layers it can adapt.
     mergeable: whether it has a merged form; a method without one is held to composition only. default_targets: what is
     adapted when no target is named, by `model.config.model_type`. patterns: fields that a layer can have its own value
@@ -145,9 +147,12 @@ class Method:
     counts: ClassVar[tuple[str, ...]] = ()
     divisors: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, config: type[PeftConfig] | None = None) -> None:
+        if config is not None:
+            cls.config_class = config
         if "config_class" in vars(cls) and cls.config_class.own_type is not None:
             cls.peft_type = cls.config_class.own_type
+            cls.prefix = vars(cls).get("prefix", f"{cls.config_class.own_type.lower()}_")
             cls.model_name = cls.config_class.__name__.removesuffix("Config") + "Model"
             METHODS[cls.peft_type] = cls()
 
@@ -171,7 +176,7 @@ class Method:
             raise ValueError(f"{self.peft_type.value} cannot adapt {what}: it supports layers of kind {kinds}.")
         for field, size in ((field, size) for field, sizes in self.divisors.items() for size in sizes):
             whole, part = getattr(info, size), getattr(config, field)
-            if whole % part:
+            if part < 1 or whole % part:
                 raise ValueError(f"{size} ({whole}) of {info.name!r} must be divisible by {field} ({part}).")
         if not info.transient:
             return

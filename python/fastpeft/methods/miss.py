@@ -37,9 +37,7 @@ class MissConfig(HasBias, TargetConfig, own_type="MISS"):
     init_weights: bool | str = True
 
 
-class Miss(FactoredMethod):
-    prefix = "miss_"
-    config_class = MissConfig
+class Miss(FactoredMethod, config=MissConfig):
     tensors = ("miss_block",)
     dropout = "miss_dropout"
     counts = ("r", "mini_r")

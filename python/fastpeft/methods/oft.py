@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft_kernels import cayley
 
-from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig
+from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig, check
 from ..config.types import PeftWarning
 from .math.draws import normal_
 from .math.rotation import BlockDropout, Butterfly, skew
@@ -75,9 +75,7 @@ class OFTRotationModule(nn.Module):
         return cayley(-q) if self.terms is None else cayley(q, self.terms)  # PEFT's two forms turn in opposite ways
 
 
-class OFT(Butterfly):
-    prefix = "oft_"
-    config_class = OFTConfig
+class OFT(Butterfly, config=OFTConfig):
     tensors = ("oft_R", "oft_embedding_R")
     kinds = Butterfly.kinds | {"embedding"}
     examples = (
@@ -91,8 +89,7 @@ class OFT(Butterfly):
         super().check_config(config, loading)
         if config.r < 0 or config.oft_block_size < 0:
             raise ValueError(f"`r` and `oft_block_size` should not be negative: {config.r}, {config.oft_block_size}")
-        if not 1 <= config.num_cayley_neumann_terms <= 100:
-            raise ValueError(f"`num_cayley_neumann_terms` should be in 1..100, got {config.num_cayley_neumann_terms!r}")
+        check(config, "num_cayley_neumann_terms", 1 <= config.num_cayley_neumann_terms <= 100, "in 1..100")
 
     def make_state(self, config: OFTConfig, info: LayerInfo, shared: Any) -> State:
         name, features = "oft_R", self.features(info)

@@ -42,9 +42,7 @@ class OSFConfig(HasInitWeights, TargetConfig, own_type="OSF"):
     target_svd_config: dict[str, int] | None = None
 
 
-class OSF(Method):
-    prefix = "osf_"
-    config_class = OSFConfig
+class OSF(Method, config=OSFConfig):
     tensors = ("osf_svd_params",)
     default_targets: ClassVar[dict[str, Any]] = by_type({
         "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj":

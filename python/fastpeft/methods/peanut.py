@@ -38,9 +38,7 @@ class PeanutConfig(HasInitWeights, TargetConfig, own_type="PEANUT"):
         _activation(self.act_fn)
 
 
-class Peanut(Method):
-    prefix = "peanut_"
-    config_class = PeanutConfig
+class Peanut(Method, config=PeanutConfig):
     tensors = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
     counts = ("r",)
     examples = ({"r": 4}, {"r": 3, "depth": 2, "act_fn": "tanh", "scaling": 0.5, "init_weights": False})

@@ -92,9 +92,7 @@ class OrthLayer(nn.Module):
         return r if self.vector_a is None else r * self.vector_a
 
 
-class Psoft(FactoredMethod):
-    prefix = "psoft_"
-    config_class = PsoftConfig
+class Psoft(FactoredMethod, config=PsoftConfig):
     dropout = "psoft_dropout"
     tensors = ("psoft_R",)
     examples = (

@@ -35,13 +35,11 @@ class PveraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, Target
     generator_seed: int | None = None
 
 
-class Pvera(Vera):
+class Pvera(Vera, config=PveraConfig):
     prefix = "pvera_lambda_"
-    config_class = PveraConfig
     tensors = ("pvera_lambda_b", "pvera_lambda_d")
     default_targets: ClassVar[dict[str, Any]] = {**Vera.default_targets, "dinov2": ["query", "value"]}
     projections = ("pvera_A", "pvera_B")
-    examples = ({"r": 5}, {"r": 30, "save_projection": False, "init_weights": False})
     word, parts = "pvera", 2
 
     def check_config(self, config: PveraConfig, loading: bool = False) -> None:

@@ -44,9 +44,7 @@ class RandLoraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, Tar
     randlora_alpha: int = 640
 
 
-class RandLora(ProjectedMethod):
-    prefix = "randlora_"
-    config_class = RandLoraConfig
+class RandLora(ProjectedMethod, config=RandLoraConfig):
     tensors = ("randlora_lambda", "randlora_gamma")
     projections = ("randlora_A", "randlora_B")
     repeats_shared = True

@@ -37,9 +37,7 @@ class RoadConfig(HasInitWeights, TargetConfig, own_type="ROAD"):
         check(self, "group_size", self.group_size > 0 and self.group_size % 2 == 0, "a positive multiple of 2")
 
 
-class Road(Method):
-    prefix = "road_"
-    config_class = RoadConfig
+class Road(Method, config=RoadConfig):
     tensors = ("road_theta", "road_alpha")
     divisors: ClassVar[dict[str, tuple[str, ...]]] = {"group_size": ("out_features",)}
     examples = (

@@ -44,9 +44,7 @@ class ShiraConfig(HasFanInFanOut, HasInitWeights, TargetConfig, own_type="SHIRA"
             warnings.warn(text, PeftWarning, stacklevel=2)
 
 
-class Shira(Method):
-    prefix = "shira_"
-    config_class = ShiraConfig
+class Shira(Method, config=ShiraConfig):
     tensors = ("shira_weight",)
     default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     counts = ("r",)

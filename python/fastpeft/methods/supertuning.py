@@ -56,9 +56,7 @@ class SupertuningConfig(HasInitWeights, TargetConfig, own_type="SUPERTUNING"):
                           stacklevel=2)  # fmt: skip
 
 
-class Supertuning(Method):
-    prefix = "supertuning_"
-    config_class = SupertuningConfig
+class Supertuning(Method, config=SupertuningConfig):
     tensors = ("supertuning_values", "supertuning_lora_A", "supertuning_lora_B")
     examples = ({"sparsity": 0.9}, {"sparsity": 0.8, "select_top": False, "r": 3, "lora_dropout": 0.1})
 
@@ -70,9 +68,13 @@ class Supertuning(Method):
 
     def make_state(self, config: SupertuningConfig, info: LayerInfo, shared: Any) -> State:
         count, saved = _count(config, info), config.save_precomputed_indices
+
+        def positions() -> Tensor:
+            return torch.topk(info.base.read()[0].abs().flatten(), count, largest=config.select_top)[1].int()
+
         state: State = {
             "supertuning_values": nn.Parameter(torch.zeros(count) if config.init_weights else drawn_normal(count)),
-            "supertuning_indices": Computed((count,), lambda: _positions(config, info, count), saved, torch.int32),
+            "supertuning_indices": Computed((count,), positions, saved, torch.int32),
             "supertuning_rank": config.r or 0, "supertuning_lora_alpha": float(config.lora_alpha or 0.0),
         }  # fmt: skip
         if config.r is None:
@@ -101,11 +103,6 @@ class Supertuning(Method):
             low = s.supertuning_lora_A(s.supertuning_lora_dropout(x).to(s.supertuning_lora_A.weight.dtype))
             y = y + s.supertuning_lora_B(low) * (s.supertuning_lora_alpha / s.supertuning_rank)
         return y
-
-
-def _positions(config: SupertuningConfig, info: LayerInfo, count: int) -> Tensor:
-    scores = info.base.read()[0].abs().flatten()
-    return torch.topk(scores, k=count, largest=config.select_top)[1].int()
 
 
 def _count(config: SupertuningConfig, info: LayerInfo) -> int:

@@ -50,9 +50,7 @@ class TinyLoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="TINYLORA")
     init_weights: bool | str = True
 
 
-class TinyLora(ProjectedMethod, FactoredMethod):
-    prefix = "tinylora_"
-    config_class = TinyLoraConfig
+class TinyLora(ProjectedMethod, FactoredMethod, config=TinyLoraConfig):
     tensors = ("tinylora_v",)
     kinds = frozenset({"linear", "embedding"})
     dropout = "tinylora_dropout"

@@ -29,9 +29,7 @@ class TrainableTokensConfig(HasInitWeights, TargetConfig, own_type="TRAINABLE_TO
     token_indices: list[int] = field(default_factory=list)
 
 
-class TrainableTokens(Method):
-    prefix = "trainable_tokens_"
-    config_class = TrainableTokensConfig
+class TrainableTokens(Method, config=TrainableTokensConfig):
     tensors = ("trainable_tokens_delta",)
     kinds = frozenset({"embedding", "linear"})
     examples = ({"token_indices": [3, 17, 0]}, {"token_indices": [5], "init_weights": False})

@@ -42,9 +42,7 @@ class UniLoraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_t
     save_indices: bool = False
 
 
-class UniLora(FactoredMethod):
-    prefix = "unilora_"
-    config_class = UniLoraConfig
+class UniLora(FactoredMethod, config=UniLoraConfig):
     tensors = ("unilora_theta_d",)
     dropout = "unilora_dropout"
     counts = ("r",)

@@ -61,9 +61,7 @@ def print_saved(tuner: Any) -> None:
     print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")
 
 
-class VBLoRA(FactoredMethod):
-    prefix = "vblora_"
-    config_class = VBLoRAConfig
+class VBLoRA(FactoredMethod, config=VBLoRAConfig):
     tensors = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
     dropout = "vblora_dropout"
     default_targets: ClassVar[dict[str, Any]] = DEFAULT_TARGETS | by_type({

@@ -35,9 +35,8 @@ class VeraConfig(HasProjection, HasFanInFanOut, HasBias, HasInitWeights, TargetC
     d_initial: float = 0.1
 
 
-class Vera(ProjectedMethod):
+class Vera(ProjectedMethod, config=VeraConfig):
     prefix = "vera_lambda_"
-    config_class: ClassVar[type[Any]] = VeraConfig
     tensors = ("vera_lambda_b", "vera_lambda_d")
     default_targets: ClassVar[dict[str, Any]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     projections = ("vera_A", "vera_B")

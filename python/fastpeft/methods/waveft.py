@@ -38,9 +38,7 @@ class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_ty
     proportional_parameters: bool = False
 
 
-class WaveFT(SpectrumMethod):
-    prefix = "waveft_"
-    config_class = WaveFTConfig
+class WaveFT(SpectrumMethod, config=WaveFTConfig):
     tensors = ("waveft_spectrum",)
     examples = (
         {"n_frequency": 60}, {"n_frequency": 480, "wavelet_family": "coif1"},

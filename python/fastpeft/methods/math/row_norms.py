@@ -18,8 +18,10 @@ def norms(base: BaseWeight, a: Tensor, b: Tensor, scaling: float | Tensor = 1.0)
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
     a, b = a.flatten(1), b.flatten(1)
-    w = _matrix(base)
-    if w is not None:
+    w: Tensor | QuantWeight | None = base.quant() if isinstance(base, Quant4bitWeight) else None
+    if base.quantized is None and not is_sharded(whole := base.read()[0]):
+        w = whole.detach().flatten(1)
+    if w is not None:  # else it has to be decoded in tiles
         return dora_norm(w, a, b, scaling)
     dtype = torch.promote_types(wide(base.dtype), wide(a.dtype))
     a, b = a.to(dtype), b.to(dtype) * scaling
@@ -32,13 +34,3 @@ def norms(base: BaseWeight, a: Tensor, b: Tensor, scaling: float | Tensor = 1.0)
     with torch.autocast(a.device.type, enabled=False):
         tiles = [(t, a, b[t]) for t in base.tiles()]
         return torch.cat([checkpoint(tile, *t, use_reentrant=False) if graph else tile(*t) for t in tiles])
-
-
-def _matrix(base: BaseWeight) -> Tensor | QuantWeight | None:
-    """W as `dora_norm` reads it in place; None where it has to be decoded in tiles."""
-    if isinstance(base, Quant4bitWeight):
-        return base.quant()
-    if base.quantized is not None:
-        return None
-    w = base.read()[0]
-    return None if is_sharded(w) else w.detach().flatten(1)

@@ -19,13 +19,15 @@ SUB_CONFIGS: dict[str, type[Any]] = {start.field: start.options for start in sta
 
 
 def variant(option: str, config_class: type[Any] | None = None) -> Callable[[V], V]:
-    """Class decorator: the method that LoraConfig means when `asks(config, option)`; its examples join LoRA's.
+    """Class decorator: the method that LoraConfig means when `asks(config, option)`; its examples join LoRA's,
+    its layers are linear unless it names other kinds.
 
     config_class: of the option's value, which files hold as a dictionary; it is exported as `fastpeft.<its name>`.
     """
 
     def add(cls: V) -> V:
         VARIANTS[option] = cls()
+        cls.kinds = vars(cls).get("kinds", Method.kinds)
         lora: type[Method] = cls.__bases__[0]
         lora.examples = (*lora.examples, *cls.examples)
         lora.model_methods = {**lora.model_methods, **cls.model_methods}

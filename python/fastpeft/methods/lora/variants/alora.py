@@ -24,7 +24,6 @@ from . import variant
 
 @variant("alora_invocation_tokens")
 class Alora(Lora):
-    kinds = frozenset({"linear"})
     mergeable = False
     examples: ClassVar[Any] = ({"r": 4, "alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},)
 

@@ -54,7 +54,6 @@ class BdLora(Lora):
     """A module is matched by its own name, without what it is in. Its blocks are expanded for the fused kernel: A and B
     are small."""
 
-    kinds = frozenset({"linear"})
     examples: ClassVar[Any] = (
         {"r": 4, "use_bdlora": BdLoraConfig([""], None, nblocks=2)},
         {"r": 4, "use_bdlora": BdLoraConfig(None, [""], nblocks=4)},

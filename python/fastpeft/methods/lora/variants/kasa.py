@@ -69,7 +69,6 @@ def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tenso
 
 @variant("kasa_config", KasaConfig)
 class Kasa(Lora):
-    kinds = frozenset({"linear"})
     tensors = (*Lora.tensors, "lora_diag")
     examples: ClassVar[Any] = ({"r": 4, "lora_alpha": 3, "kasa_config": KasaConfig()},)
     model_methods: ClassVar[Any] = {"_get_kasa_loss": kasa_loss}

@@ -107,7 +107,6 @@ def monteclora_loss(tuner: Any, adapter_names: str | list[str] | None = None) ->
 
 @variant("monteclora_config", MontecloraConfig)
 class MonteClora(Lora):
-    kinds = frozenset({"linear"})
     tensors = (*Lora.tensors, "lora_monteclora_sampler")
     model_methods: ClassVar[Any] = {"_get_monteclora_loss": monteclora_loss}
     examples: ClassVar[Any] = ({"r": 3, "monteclora_config": MontecloraConfig(num_samples=3)},)

@@ -34,7 +34,6 @@ class PooledLinear(nn.Linear):
 
 @variant("use_qalora")
 class QaLora(Lora):
-    kinds = frozenset({"linear"})
     divisors: ClassVar[dict[str, tuple[str, ...]]] = {"qalora_group_size": ("in_features",)}
     examples: ClassVar[Any] = (
         {"r": 4, "use_qalora": True, "qalora_group_size": 4},

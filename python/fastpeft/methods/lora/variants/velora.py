@@ -38,7 +38,6 @@ class VeloraConfig:
 
 @variant("velora_config", VeloraConfig)
 class Velora(Lora):
-    kinds = frozenset({"linear"})
     tensors = (*Lora.tensors, "lora_velora_embed")
     examples: ClassVar[Any] = (
         {"r": 4, "velora_config": VeloraConfig(num_groups=5)},  # 24 features: the last group is padded
