@@ -146,8 +146,7 @@ def convert_targets(
     if not hits:
         return Converted({})
     listed = [targets] if isinstance(targets, str) else sorted(targets)
-    wanted = [(t, t if isinstance(targets, str) else [t]) for t in listed]
-    meant = frozenset(t for t, of in wanted if t == ALL_LINEAR or select(of, list(names)))
+    meant = frozenset(t for t in listed if t == ALL_LINEAR or select(t if t is targets else [t], [*names]))
     if "experts" not in method.kinds:
         left = sorted(p for p in hits if p not in routers)
         if left:

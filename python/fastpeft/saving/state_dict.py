@@ -50,8 +50,7 @@ def get_peft_model_state_dict(
     plain = bias_tensors(model, config)
     if _saves_embeddings(model, config, save_embedding_layers):
         tensors = embedding_tensors(model)
-        targeted = {memory: tensor for memory, tensor in tensors.items() if ".base_layer." in memory}
-        plain |= targeted or tensors
+        plain |= {key: tensor for key, tensor in tensors.items() if ".base_layer." in key} or tensors
     for memory, tensor in plain.items():
         pairs.setdefault(memory, (memory, tensor))
     method = method_of(config)
@@ -90,14 +89,13 @@ def fill(
     _make_room(layers, adapter_name, state)
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
     plain = bias_tensors(model, _configs(model)[adapter_name]) | embedding_tensors(model)
+    places = {key: (key, tensor) for key, tensor in plain.items()} | own
     found: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected, mismatched, skipped = [], [], set()
     for key, value in state.items():
-        for candidate in (key, PREFIX + key, key.removeprefix(PREFIX), TUNER + key, key.removeprefix(TUNER)):
-            if candidate in own or candidate in plain:
-                memory, target = own[candidate] if candidate in own else (candidate, plain[candidate])
-                break
-        else:
+        names = (key, PREFIX + key, key.removeprefix(PREFIX), TUNER + key, key.removeprefix(TUNER))
+        memory, target = next((places[name] for name in names if name in places), ("", None))
+        if target is None:
             unexpected.append(key)
             continue
         if value.shape != target.shape:
@@ -184,18 +182,14 @@ def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Para
         parents.append(parents[-1]._modules[part])
     module = parents[-1]
     near = (t for m in reversed(parents) for t in (*m.parameters(), *m.buffers()) if not t.is_meta)
-    device = next((t.device for t in near), value.device)
-    value = value.to(device)
+    value = value.to(next((t.device for t in near), value.device))
+    old = module._parameters.get(name)
     if name in module._buffers:
         module._buffers[name] = value
-        return
-    old = module._parameters.get(name)
-    if old is None:  # it follows a tensor that is given, too
-        return
-    if not old.is_meta and old.dtype == value.dtype:
+    elif old is not None and not old.is_meta and old.dtype == value.dtype:
         old.data = value  # the same parameter, which another layer may hold too
-        return
-    module._parameters[name] = new.setdefault(id(old), nn.Parameter(value, requires_grad=old.requires_grad))
+    elif old is not None:  # else it follows a tensor that is given, too
+        module._parameters[name] = new.setdefault(id(old), nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
@@ -221,9 +215,7 @@ def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["aut
     base = getattr(config, "base_model_name_or_path", None)
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     file = Path(base) / "config.json" if base else None
-    if size is None or file is None or not file.is_file():
-        return False
-    if read_json(file).get("vocab_size", size) == size:
+    if size is None or file is None or not file.is_file() or read_json(file).get("vocab_size", size) == size:
         return False
     warnings.warn("save_embedding_layers is on: the vocabulary was resized", stacklevel=3)
     return True
