@@ -24,17 +24,12 @@ CONFIG_NAME = "adapter_config.json"
 PEFT_FORMAT_VERSION = "0.21.2"
 
 CLASSES: dict[str, type[Any]] = {}  # by the `peft_type` of their method; the methods' files fill it
-_loaders: list[Callable[[], None]] = []
-
-
-def loaded_by(load: Callable[[], None]) -> None:
-    """Let `load` import whatever defines configuration classes. The package says so, which stands above this file."""
-    _loaders.append(load)
+loaders: list[Callable[[], None]] = []  # import whatever defines them; the package, which stands above, adds to these
 
 
 def class_of(peft_type: str) -> type[Any]:
     """The configuration class of a method. NotImplementedError for a type that PEFT has and this version does not."""
-    for load in _loaders:
+    for load in loaders:
         load()
     found = CLASSES.get(peft_type)
     if found is None:

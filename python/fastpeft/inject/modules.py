@@ -169,8 +169,7 @@ def checked_info(site: Site) -> LayerInfo:
 def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequence[str]) -> dict[str, bool]:
     """The layer's type decides how its weight is stored; a configuration that says otherwise is corrected."""
     asked = getattr(config, "fan_in_fan_out", None)
-    bases = (base_of(sites[n]) for n in names)
-    transposed = {base.fan_in_fan_out for base in bases if base is not None and base.kind == "linear"}
+    transposed = {b.fan_in_fan_out for n in names if (b := base_of(sites[n])) is not None and b.kind == "linear"}
     if asked is None or transposed != {not asked}:
         return {}
     what = "does not store its weight transposed" if asked else "stores its weight transposed"

@@ -148,8 +148,7 @@ def convert_targets(
     listed = [targets] if isinstance(targets, str) else sorted(targets)
     meant = frozenset(t for t in listed if t == ALL_LINEAR or select(t if t is targets else [t], [*names]))
     if "experts" not in method.kinds:
-        left = sorted(p for p in hits if p not in routers)
-        if left:
+        if left := sorted(p for p in hits if p not in routers):
             shown = targets if isinstance(targets, str) else listed
             message = f"{method.peft_type.value} cannot adapt stacks of experts, which the targets {shown} mean too: "
             warn(f"{message}{list_some(left)} are left out.", level=3)

@@ -68,8 +68,7 @@ def _double(
         if key_a not in tensors:
             continue
         a, b = tensors[key_a], tensors[key_b]
-        if diagonal is not None:
-            b = b * diagonal.to(b)
+        b = b if diagonal is None else b * diagonal.to(b)
         if initial is None:
             p, q = _removed(layer, adapter, a, b)
             p = p / layer.scaling[adapter]

@@ -41,8 +41,7 @@ def get_peft_model_state_dict(
     model that FSDP2 shards the tensors are whole, on every process; all of them must call this.
     save_embedding_layers: "auto" saves the embeddings that are targeted, else all if the vocabulary was resized.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     config = _configs(model)[adapter_name]
     pairs: dict[str, tuple[str, Tensor]] = {}
     for memory, file, tensor in iter_adapter_tensors(model, adapter_name):
@@ -56,8 +55,7 @@ def get_peft_model_state_dict(
     method = method_of(config)
     if state_dict is None:
         return method.pack(config, gathered({file: tensor.detach() for file, tensor in pairs.values()}))
-    lacking = [memory for memory in pairs if memory not in state_dict]
-    if lacking:
+    if lacking := [memory for memory in pairs if memory not in state_dict]:
         raise KeyMismatchError(f"the state dict lacks {list_some(lacking)} of adapter {adapter_name!r}")
     return method.pack(config, {file: state_dict[memory] for memory, (file, _) in pairs.items()})
 
@@ -197,12 +195,10 @@ def bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
     bias = getattr(config, "bias", "none")
     if bias in (None, "none", False):
         return {}
-    biases = {name: p for name, p in model.named_parameters() if name == "bias" or name.endswith(".bias")}
-    if bias == "all":
-        own = {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name)}
-        return {name: p for name, p in biases.items() if name not in own}
-    # "<method>_only": the biases of the layers that the adapter sits on
-    return {name: p for name, p in biases.items() if name.endswith(".base_layer.bias")}
+    if bias != "all":  # "<method>_only": the biases of the layers that the adapter sits on
+        return {name: p for name, p in model.named_parameters() if name.endswith(".base_layer.bias")}
+    own = {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name)}
+    return {n: p for n, p in model.named_parameters() if f".{n}".endswith(".bias") and n not in own}
 
 
 def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> bool:

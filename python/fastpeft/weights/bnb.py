@@ -55,8 +55,7 @@ class Bnb4bitWeight(Quant4bitWeight):
         ))  # fmt: skip
 
     def _replace(self, weight: Any) -> None:
-        weight = weight.to(self.module.weight.device)
-        self.module._parameters["weight"] = weight
+        self.module._parameters["weight"] = weight = weight.to(self.module.weight.device)
         self.module.quant_state = weight.quant_state
         weight.module = self.module
 
