@@ -147,8 +147,7 @@ def base_of(site: Site) -> BaseWeight | None:
 
 def checked_info(site: Site) -> LayerInfo:
     """The layer that an adapter goes into. ValueError for modules that adapters cannot serve."""
-    base = base_of(site)
-    if base is None:
+    if (base := base_of(site)) is None:
         raise ValueError(
             f"Target module {site.name!r}, a {type(site.module).__name__}, is not supported. Supported are linear "
             "layers (torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d, Conv3d, "

@@ -154,8 +154,7 @@ def _make_room(layers: Mapping[str, AdapterLayer], adapter: str, state: Mapping[
 def unpacked(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors by their keys in a file, from what the file holds. stacks: the model's experts."""
     method = method_of(config)
-    computed = [key for key in tensors if method.ignores(config, key)]
-    if computed:
+    if computed := [key for key in tensors if method.ignores(config, key)]:
         warnings.warn(
             f"The configuration says that {list_some(computed)} are computed, so those of the file are passed over "
             "(save_projection=True would take them).",

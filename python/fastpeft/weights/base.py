@@ -252,8 +252,7 @@ class BaseWeight:
             return None
 
         def run(x: Tensor) -> Tensor | None:
-            w = get_weight()
-            if w is None:
+            if (w := get_weight()) is None:
                 return None
             y = call(x if compute is None else x.to(compute), w, parameters.get("bias"))
             return y if y is None or compute is None else y.to(x.dtype)

@@ -55,8 +55,7 @@ def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight
         raise AdapterFileError(f"{where}{texts[0]}: expected a shape of two sizes, found {shape}")
 
     def need(name: str, dtype: torch.dtype, numel: int) -> Tensor:
-        tensor = state.get(name)
-        if tensor is None:
+        if (tensor := state.get(name)) is None:
             raise AdapterFileError(f"{where}{name} is missing")
         if tensor.dtype != dtype or tensor.numel() != numel:
             raise AdapterFileError(
