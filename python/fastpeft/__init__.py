@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 from .compat import peft_names as _peft_names
-from .config.base import loaded_by as _loaded_by
+from .config.base import loaders as _loaders
 
 __version__ = "0.1.0"
 
@@ -69,7 +69,7 @@ _LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Pol
 _peft_names.install()
 
 
-_loaded_by(lambda: importlib.import_module(".methods.registry", __name__).load_all())  # type: ignore[no-any-return]
+_loaders.append(lambda: importlib.import_module(".methods.registry", __name__).load_all())  # type: ignore[no-any-return]
 
 
 def _of_methods() -> dict[str, Any]:

@@ -24,20 +24,14 @@ CONFIG_NAME = "adapter_config.json"
 PEFT_FORMAT_VERSION = "0.21.2"
 
 CLASSES: dict[str, type[Any]] = {}  # by the `peft_type` of their method; the methods' files fill it
-_loaders: list[Callable[[], None]] = []
-
-
-def loaded_by(load: Callable[[], None]) -> None:
-    """Let `load` import whatever defines configuration classes. The package says so, which stands above this file."""
-    _loaders.append(load)
+loaders: list[Callable[[], None]] = []  # import whatever defines them; the package, which stands above, adds to these
 
 
 def class_of(peft_type: str) -> type[Any]:
     """The configuration class of a method. NotImplementedError for a type that PEFT has and this version does not."""
-    for load in _loaders:
+    for load in loaders:
         load()
-    found = CLASSES.get(peft_type)
-    if found is None:
+    if (found := CLASSES.get(peft_type)) is None:
         have = ", ".join(sorted(CLASSES))
         raise NotImplementedError(f"The method {peft_type} is not there yet; this version has: {have}.")
     return found
@@ -122,8 +116,7 @@ class PeftConfig:
         kind = kwargs.get("peft_type")
         config_cls: type[PeftConfig] = cls if kind is None else class_of(peft_type(kind).value)
         known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
-        unknown = sorted(set(kwargs) - known)
-        if unknown:
+        if unknown := sorted(set(kwargs) - known):
             message = f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was "
             warn(f"{message}probably written by a newer version of PEFT.")
         return config_cls(**{name: value for name, value in kwargs.items() if name in known})

@@ -88,8 +88,7 @@ def _walk(value: object, where: object, depth: int) -> None:
     if isinstance(value, (Mapping, list, tuple, set, frozenset)):
         for item in (*value, *value.values()) if isinstance(value, Mapping) else value:
             _walk(item, where, depth + 1)
-    elif isinstance(value, str):
-        if len(value) > MAX_STRING:
-            raise AdapterFileError(f"{where}: a text of {len(value)} characters")
+    elif isinstance(value, str) and len(value) > MAX_STRING:
+        raise AdapterFileError(f"{where}: a text of {len(value)} characters")
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) <= MAX_NUMBER:
         raise AdapterFileError(f"{where}: the number {short(value)}")

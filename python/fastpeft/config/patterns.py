@@ -89,9 +89,8 @@ def _compiled(pattern: str, prefix: str, suffix: str) -> Any:
 def hits_of(patterns: Iterable[str], names: Sequence[str]) -> dict[str, Iterable[str]]:
     """The names that each pattern matches, wholly or from a dot on."""
     patterns = list(patterns)
-    hits: dict[str, Iterable[str]] = {}
-    for pattern in filter(is_plain, patterns):
-        hits[pattern] = [n for n in names if n == pattern or n.endswith("." + pattern)]
+    plain = (p for p in patterns if is_plain(p))
+    hits: dict[str, Iterable[str]] = {p: [n for n in names if n == p or n.endswith("." + p)] for p in plain}
     # No module has this name: it is read as a regular expression, its dots for any character.
     others = [p for p in patterns if not hits.get(p) and not p.isidentifier()]
     hits.update(zip(others, match_all(others, names, prefix=r"(?:.*\.)?"), strict=True))
@@ -101,8 +100,5 @@ def hits_of(patterns: Iterable[str], names: Sequence[str]) -> dict[str, Iterable
 def first_match(patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """For each name the value of the first pattern that matches it or a part of it that starts after a dot."""
     hits = hits_of(patterns, names)
-    found: dict[str, Any] = {}
-    for pattern, value in patterns.items():
-        for name in hits.get(pattern, ()):
-            found.setdefault(name, value)
-    return found
+    last_first = reversed([*patterns.items()])
+    return {name: value for pattern, value in last_first for name in hits.get(pattern, ())}

@@ -89,9 +89,8 @@ def match_targets(config: TargetConfig, names: Sequence[str]) -> Matched:
     # A module that is copied and trained in full cannot hold an adapter as well.
     saved = [f".{root}." for root in config.modules_to_save or ()]
     excluded.update(n for n in chosen if any(root in f".{n}." for root in saved))
-    return Matched(
-        [n for n in names if n in chosen and n not in excluded], [n for n in names if n in chosen and n in excluded]
-    )
+    ordered = [n for n in names if n in chosen]
+    return Matched([n for n in ordered if n not in excluded], [n for n in ordered if n in excluded])
 
 
 def _layer_indices(layers_pattern: Iterable[str] | str | None, names: list[str]) -> dict[str, int]:

@@ -14,5 +14,4 @@ def shown(items: Iterable[T], title: str, show: bool, **options: Any) -> Iterabl
         return items
     from tqdm import tqdm
 
-    bar: Iterable[T] = tqdm(items, desc=title, **options)
-    return bar
+    return tqdm(items, desc=title, **options)  # type: ignore[no-any-return]

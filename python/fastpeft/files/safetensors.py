@@ -90,8 +90,7 @@ def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str
 
 def check_finite(tensors: Mapping[str, torch.Tensor], where: object) -> None:
     """Raise if a floating-point tensor holds NaN or infinity, and name the tensors that do."""
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _all_finite(tensor)]
-    if bad:
+    if bad := [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _all_finite(tensor)]:
         raise AdapterFileError(f"{where}: NaN or infinite values in {list_some(bad)}")
 
 

@@ -36,8 +36,4 @@ def copy_into(target: Tensor, value: Tensor) -> None:
 
 def may_write(sharded: bool, is_main_process: bool) -> bool:
     """True in a process that writes files: of a sharded model in the first one only, though all of them gather."""
-    if not sharded:
-        return is_main_process
-    import torch.distributed as dist
-
-    return is_main_process and dist.get_rank() == 0
+    return is_main_process and (not sharded or torch.distributed.get_rank() == 0)

@@ -147,8 +147,7 @@ def base_of(site: Site) -> BaseWeight | None:
 
 def checked_info(site: Site) -> LayerInfo:
     """The layer that an adapter goes into. ValueError for modules that adapters cannot serve."""
-    base = base_of(site)
-    if base is None:
+    if (base := base_of(site)) is None:
         raise ValueError(
             f"Target module {site.name!r}, a {type(site.module).__name__}, is not supported. Supported are linear "
             "layers (torch, transformers' Conv1D, 4-bit and 8-bit), Embedding, Conv1d, Conv2d, Conv3d, "
@@ -169,8 +168,7 @@ def checked_info(site: Site) -> LayerInfo:
 def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequence[str]) -> dict[str, bool]:
     """The layer's type decides how its weight is stored; a configuration that says otherwise is corrected."""
     asked = getattr(config, "fan_in_fan_out", None)
-    bases = (base_of(sites[n]) for n in names)
-    transposed = {base.fan_in_fan_out for base in bases if base is not None and base.kind == "linear"}
+    transposed = {b.fan_in_fan_out for n in names if (b := base_of(sites[n])) is not None and b.kind == "linear"}
     if asked is None or transposed != {not asked}:
         return {}
     what = "does not store its weight transposed" if asked else "stores its weight transposed"

@@ -146,11 +146,9 @@ def convert_targets(
     if not hits:
         return Converted({})
     listed = [targets] if isinstance(targets, str) else sorted(targets)
-    wanted = [(t, t if isinstance(targets, str) else [t]) for t in listed]
-    meant = frozenset(t for t, of in wanted if t == ALL_LINEAR or select(of, list(names)))
+    meant = frozenset(t for t in listed if t == ALL_LINEAR or select(t if t is targets else [t], [*names]))
     if "experts" not in method.kinds:
-        left = sorted(p for p in hits if p not in routers)
-        if left:
+        if left := sorted(p for p in hits if p not in routers):
             shown = targets if isinstance(targets, str) else listed
             message = f"{method.peft_type.value} cannot adapt stacks of experts, which the targets {shown} mean too: "
             warn(f"{message}{list_some(left)} are left out.", level=3)

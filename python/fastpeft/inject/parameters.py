@@ -36,8 +36,7 @@ def parameter_sites(wanted: Sequence[str], sites: Mapping[str, Site], targeted: 
                 "leave one of the two out (`target_modules=[]` for no modules)."
             )
         result += _chain(site, found, base) if found else []
-    lost = sorted(set(wanted) - matched)
-    if lost:
+    if lost := sorted(set(wanted) - matched):
         raise PeftError(f"target_parameters: the model has no parameter {list_some(lost)}")
     return result
 

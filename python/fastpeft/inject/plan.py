@@ -204,8 +204,7 @@ def _plan(
     named = [sites[name] for name in matched.names]
     inner = {id(part.module) for site in named for part in parts(site)}  # get the adapter with what they are in
     targets = [s for site in named if id(site.module) not in inner for s in (site, *parts(site))]
-    wanted = getattr(resolved, "target_parameters", None)
-    if wanted:
+    if wanted := getattr(resolved, "target_parameters", None):
         targets += parameter_sites(wanted, sites, matched.names)
     if not targets:
         every = ((name, base_of(site)) for name, site in sites.items())
@@ -301,16 +300,14 @@ def resolve_targets(
 def _all_linear(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site]) -> Iterator[str]:
     """Every linear layer but the output embeddings, or the head of a classifier."""
     heads: set[int] = set()
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         # another adapter may have copied it, or train rows of it
         heads.update(id(getattr(head, inner, head)) for inner in ("original_module", "token_adapter"))
     elif config.task_type == TaskType.SEQ_CLS:
         heads.update(id(getattr(model, n)) for n in SEQ_CLS_HEADS if getattr(model, n, None) is not None)
     for name, site in sites.items():
-        base = base_of(site)
-        is_linear = base is not None and base.kind == "linear" and not base.transient
+        is_linear = (base := base_of(site)) is not None and base.kind == "linear" and not base.transient
         if is_linear and not isinstance(site.parent, nn.MultiheadAttention) and id(site.module) not in heads:
             yield name
 

@@ -21,8 +21,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> 
     """
     parent, name, layers, core = _find(model)
     wanted = [tuple(pair) for pair in layer_map]
-    before = getattr(layers, "replicated_as", None)
-    if before == wanted:
+    if (before := getattr(layers, "replicated_as", None)) == wanted:
         return lambda: None
     if before is not None:
         raise ValueError(f"layer_replication={wanted}: the model's layers were replicated as {before} already")

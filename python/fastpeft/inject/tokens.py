@@ -63,8 +63,7 @@ class TokenPlan(LayerPlan):
 
 def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], targeted: Collection[str]) -> list[TokenPlan]:
     """The trained rows that a configuration asks for beside its adapter in the modules `targeted`; changes nothing."""
-    wanted = getattr(config, "trainable_token_indices", None)
-    if wanted is None:
+    if (wanted := getattr(config, "trainable_token_indices", None)) is None:
         return []
     from ..methods.registry import get_method
     from ..methods.trainable_tokens import FollowingTokens, TrainableTokensConfig
@@ -103,8 +102,7 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
 
 def _leaders(tied: Mapping[str, str], tokens: Mapping[str, list[int]], config: Any) -> dict[str, str]:
     """Tied modules that follow the input embeddings' rows: all but those that name other rows."""
-    ensure = getattr(config, "ensure_weight_tying", False)
-    if ensure and not tied:
+    if (ensure := getattr(config, "ensure_weight_tying", False)) and not tied:
         message = "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). "
         warn(f"{message}Weight tying will not be applied for trainable_token_indices.", level=4)
     leaders = {}

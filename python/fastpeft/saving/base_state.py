@@ -15,14 +15,10 @@ from .state_dict import IncompatibleKeys
 
 def _original_keys(base: nn.Module) -> dict[str, str]:
     """The key in memory of each of the base model's tensors, by the key that it had."""
-    adapters: set[str] = set()
-    wrapped: set[str] = set()
-    for name, module in base.named_modules():
-        if isinstance(module, AdapterDict):
-            adapters.add(name)
-        elif isinstance(module, AdapterLayer | ModulesToSaveWrapper):
-            inner = "base_layer" if isinstance(module, AdapterLayer) else "original_module"
-            wrapped.add(f"{name}.{inner}".lstrip("."))
+    modules = dict(base.named_modules())
+    adapters = {n for n, m in modules.items() if isinstance(m, AdapterDict)}
+    wrapped = {f"{n}.base_layer".lstrip(".") for n, m in modules.items() if isinstance(m, AdapterLayer)}
+    wrapped |= {f"{n}.original_module".lstrip(".") for n, m in modules.items() if isinstance(m, ModulesToSaveWrapper)}
     found = {}
     for key in base.state_dict():
         parts = key.split(".")
@@ -48,8 +44,6 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
     keys = _original_keys(base)
     result = IncompatibleKeys([k for k in keys if k not in state_dict], [k for k in state_dict if k not in keys])
     if strict and any(result):
-        raise RuntimeError(
-            f"the base model's state dict lacks {result.missing_keys} and has {result.unexpected_keys} too many"
-        )
+        raise RuntimeError("the base model's state dict lacks {} and has {} too many".format(*result))
     base.load_state_dict({keys[k]: value for k, value in state_dict.items() if k in keys}, strict=False)
     return result

@@ -59,11 +59,9 @@ def inspect_adapter(directory: str | os.PathLike[str]) -> AdapterReport:
     """Describe an adapter folder from its configuration and header; no tensor is read."""
     source = open_adapter(directory)
     config, tensors = source.config, source.tensors
-    ranks = {}
-    for key, info in tensors.items() if str(config.get("peft_type")).upper() == "LORA" else ():
-        for mark in (_A_SUFFIX, ".lora_embedding_A"):
-            if key.endswith(mark) and info.shape:
-                ranks[key.removesuffix(mark)] = info.shape[0]
+    held = tensors if str(config.get("peft_type")).upper() == "LORA" else {}
+    marks = (_A_SUFFIX, ".lora_embedding_A")
+    ranks = {k.removesuffix(m): t.shape[0] for k, t in held.items() for m in marks if k.endswith(m) and t.shape}
     interesting = ("use_rslora", "use_dora", "bias", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
                    "init_lora_weights", "lora_dropout", "layers_to_transform", "layer_replication")  # fmt: skip
     return AdapterReport(
@@ -148,8 +146,7 @@ def export_for_serving(adapter: Any, out: str | os.PathLike[str], adapter_name: 
     else:
         config = adapter.peft_config[adapter_name].to_dict()
         state = get_peft_model_state_dict(adapter, adapter_name=adapter_name, save_embedding_layers=False)
-    reasons = beyond_plain_lora(config, state)
-    if reasons:
+    if reasons := beyond_plain_lora(config, state):
         raise ValueError(f"this adapter has no serving-safe form, merge it into the model: {'; '.join(reasons)}")
     ranks = {key.removesuffix(_A_SUFFIX): int(t.shape[0]) for key, t in state.items() if key.endswith(_A_SUFFIX)}
     scalings = _scalings(config, ranks)

@@ -35,8 +35,7 @@ def check_fits(
     missing += [key for key in trained if key not in biases]
     unexpected, mismatched, wrong = [], [], []
     for key, info in tensors.items():
-        shape = expected.get(key, plain.get(key.replace(".base_layer.", ".")))
-        if shape is None:
+        if (shape := expected.get(key, plain.get(key.replace(".base_layer.", ".")))) is None:
             if not plan.method.ignores(plan.config, key):
                 unexpected.append(key)
         elif shape != info.shape:
@@ -62,8 +61,7 @@ def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
     for layer in plan.layers:
         for name, value in layer.state.items():
             for suffix, tensor in _entries(value) if layer.method.saves(layer.state, name) else ():
-                key = layer.method.file_key(name + suffix)
-                if key is not None:
+                if (key := layer.method.file_key(name + suffix)) is not None:
                     tensors[f"{PREFIX}{layer.site.name}.{key}"] = tensor
     return {key: tuple(tensor.shape) for key, tensor in plan.method.pack(plan.config, tensors).items()}
 

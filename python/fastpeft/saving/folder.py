@@ -94,18 +94,15 @@ def open_adapter(
     `adapter_model.bin`, through torch.load(weights_only=True).
     """
     folder = _local_folder(directory, subfolder, allow_pickle, hub)
-    config_path = folder / CONFIG_NAME
-    if not config_path.exists():
+    if not (config_path := folder / CONFIG_NAME).exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: not an adapter")
     config = read_json(config_path)
     check_config(config, config_path)
-    weights = folder / SAFETENSORS_NAME
-    if weights.exists():
+    if (weights := folder / SAFETENSORS_NAME).exists():
         header = read_header(weights)
         _warn_if_changed(folder)
         return AdapterSource(folder, config, header.tensors, header)
-    pickle = folder / PICKLE_NAME
-    if not pickle.exists():
+    if not (pickle := folder / PICKLE_NAME).exists():
         raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_NAME}")
     if not allow_pickle:
         raise AdapterFileError(

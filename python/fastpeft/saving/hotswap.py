@@ -34,8 +34,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     if type0 not in CONFIG_KEYS_TO_CHECK:
         raise ValueError(f"Hotswapping only supports {', '.join(CONFIG_KEYS_TO_CHECK)} but {type0} was passed.")
     for key in CONFIG_KEYS_TO_CHECK[PeftType(type0)]:
-        ours, theirs = getattr(config0, key), getattr(config1, key)
-        if ours != theirs:
+        if (ours := getattr(config0, key)) != (theirs := getattr(config1, key)):
             raise ValueError(f"Configs are incompatible: for {key}, {ours} != {theirs}")
 
 
@@ -78,8 +77,7 @@ def hotswap_adapter_from_state_dict(
             "Please unmerge the adapter first by calling `unmerge_adapter()`."
         )
     own = {memory: tensor for memory, _, tensor in iter_adapter_tensors(bare, adapter_name)}
-    unexpected = [key for key in state_dict if key not in own]
-    if unexpected:
+    if unexpected := [key for key in state_dict if key not in own]:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     for key, value in state_dict.items():
         _check_shape(key, own[key], value)
@@ -95,8 +93,7 @@ def hotswap_adapter_from_state_dict(
             r, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
             layer.r[adapter_name], layer.lora_alpha[adapter_name] = r, alpha
             scaling = scaling_of(alpha, r, config.use_rslora) * layer.info.times
-            held = layer.scaling[adapter_name]
-            if isinstance(held, Tensor):
+            if isinstance(held := layer.scaling[adapter_name], Tensor):
                 held.fill_(scaling)
             elif held != scaling:
                 layer.scaling[adapter_name] = scaling

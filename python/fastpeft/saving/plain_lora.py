@@ -68,8 +68,7 @@ def _double(
         if key_a not in tensors:
             continue
         a, b = tensors[key_a], tensors[key_b]
-        if diagonal is not None:
-            b = b * diagonal.to(b)
+        b = b if diagonal is None else b * diagonal.to(b)
         if initial is None:
             p, q = _removed(layer, adapter, a, b)
             p = p / layer.scaling[adapter]
@@ -84,7 +83,6 @@ def _removed(layer: AdapterLayer, adapter: str, a: Tensor, b: Tensor) -> tuple[T
     """P and Q of a layer's base edit; zeros where it has none."""
     if adapter not in layer.base_edits:
         return torch.zeros_like(b), torch.zeros_like(a)
-    found = layer.removed_factors(adapter)
-    if found is None or found[1].shape != a.shape:
+    if (found := layer.removed_factors(adapter)) is None or found[1].shape != a.shape:
         raise ValueError(f"what adapter {adapter!r} took from the base weight is not of its rank")
     return found

@@ -41,8 +41,7 @@ def get_peft_model_state_dict(
     model that FSDP2 shards the tensors are whole, on every process; all of them must call this.
     save_embedding_layers: "auto" saves the embeddings that are targeted, else all if the vocabulary was resized.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     config = _configs(model)[adapter_name]
     pairs: dict[str, tuple[str, Tensor]] = {}
     for memory, file, tensor in iter_adapter_tensors(model, adapter_name):
@@ -50,15 +49,13 @@ def get_peft_model_state_dict(
     plain = bias_tensors(model, config)
     if _saves_embeddings(model, config, save_embedding_layers):
         tensors = embedding_tensors(model)
-        targeted = {memory: tensor for memory, tensor in tensors.items() if ".base_layer." in memory}
-        plain |= targeted or tensors
+        plain |= {key: tensor for key, tensor in tensors.items() if ".base_layer." in key} or tensors
     for memory, tensor in plain.items():
         pairs.setdefault(memory, (memory, tensor))
     method = method_of(config)
     if state_dict is None:
         return method.pack(config, gathered({file: tensor.detach() for file, tensor in pairs.values()}))
-    lacking = [memory for memory in pairs if memory not in state_dict]
-    if lacking:
+    if lacking := [memory for memory in pairs if memory not in state_dict]:
         raise KeyMismatchError(f"the state dict lacks {list_some(lacking)} of adapter {adapter_name!r}")
     return method.pack(config, {file: state_dict[memory] for memory, (file, _) in pairs.items()})
 
@@ -90,14 +87,13 @@ def fill(
     _make_room(layers, adapter_name, state)
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
     plain = bias_tensors(model, _configs(model)[adapter_name]) | embedding_tensors(model)
+    places = {key: (key, tensor) for key, tensor in plain.items()} | own
     found: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected, mismatched, skipped = [], [], set()
     for key, value in state.items():
-        for candidate in (key, PREFIX + key, key.removeprefix(PREFIX), TUNER + key, key.removeprefix(TUNER)):
-            if candidate in own or candidate in plain:
-                memory, target = own[candidate] if candidate in own else (candidate, plain[candidate])
-                break
-        else:
+        names = (key, PREFIX + key, key.removeprefix(PREFIX), TUNER + key, key.removeprefix(TUNER))
+        memory, target = next((places[name] for name in names if name in places), ("", None))
+        if target is None:
             unexpected.append(key)
             continue
         if value.shape != target.shape:
@@ -158,8 +154,7 @@ def _make_room(layers: Mapping[str, AdapterLayer], adapter: str, state: Mapping[
 def unpacked(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors by their keys in a file, from what the file holds. stacks: the model's experts."""
     method = method_of(config)
-    computed = [key for key in tensors if method.ignores(config, key)]
-    if computed:
+    if computed := [key for key in tensors if method.ignores(config, key)]:
         warnings.warn(
             f"The configuration says that {list_some(computed)} are computed, so those of the file are passed over "
             "(save_projection=True would take them).",
@@ -184,18 +179,14 @@ def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Para
         parents.append(parents[-1]._modules[part])
     module = parents[-1]
     near = (t for m in reversed(parents) for t in (*m.parameters(), *m.buffers()) if not t.is_meta)
-    device = next((t.device for t in near), value.device)
-    value = value.to(device)
+    value = value.to(next((t.device for t in near), value.device))
+    old = module._parameters.get(name)
     if name in module._buffers:
         module._buffers[name] = value
-        return
-    old = module._parameters.get(name)
-    if old is None:  # it follows a tensor that is given, too
-        return
-    if not old.is_meta and old.dtype == value.dtype:
+    elif old is not None and not old.is_meta and old.dtype == value.dtype:
         old.data = value  # the same parameter, which another layer may hold too
-        return
-    module._parameters[name] = new.setdefault(id(old), nn.Parameter(value, requires_grad=old.requires_grad))
+    elif old is not None:  # else it follows a tensor that is given, too
+        module._parameters[name] = new.setdefault(id(old), nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
@@ -203,12 +194,10 @@ def bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
     bias = getattr(config, "bias", "none")
     if bias in (None, "none", False):
         return {}
-    biases = {name: p for name, p in model.named_parameters() if name == "bias" or name.endswith(".bias")}
-    if bias == "all":
-        own = {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name)}
-        return {name: p for name, p in biases.items() if name not in own}
-    # "<method>_only": the biases of the layers that the adapter sits on
-    return {name: p for name, p in biases.items() if name.endswith(".base_layer.bias")}
+    if bias != "all":  # "<method>_only": the biases of the layers that the adapter sits on
+        return {name: p for name, p in model.named_parameters() if name.endswith(".base_layer.bias")}
+    own = {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name)}
+    return {n: p for n, p in model.named_parameters() if f".{n}".endswith(".bias") and n not in own}
 
 
 def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> bool:
@@ -221,9 +210,7 @@ def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["aut
     base = getattr(config, "base_model_name_or_path", None)
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     file = Path(base) / "config.json" if base else None
-    if size is None or file is None or not file.is_file():
-        return False
-    if read_json(file).get("vocab_size", size) == size:
+    if size is None or file is None or not file.is_file() or read_json(file).get("vocab_size", size) == size:
         return False
     warnings.warn("save_embedding_layers is on: the vocabulary was resized", stacklevel=3)
     return True

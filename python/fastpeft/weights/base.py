@@ -252,8 +252,7 @@ class BaseWeight:
             return None
 
         def run(x: Tensor) -> Tensor | None:
-            w = get_weight()
-            if w is None:
+            if (w := get_weight()) is None:
                 return None
             y = call(x if compute is None else x.to(compute), w, parameters.get("bias"))
             return y if y is None or compute is None else y.to(x.dtype)
@@ -280,10 +279,8 @@ def install(module: nn.Module, name: str, value: Tensor) -> None:
 
 def put_back(module: nn.Module, saved: Saved) -> None:
     """Parameters that a module had, in their places again."""
-    for name, parameter in saved.items():
-        if name not in module._parameters:
-            continue
-        current = module._parameters[name]
+    for name in saved.keys() & module._parameters.keys():
+        parameter, current = saved[name], module._parameters[name]
         place = None if current is None else (current.device, current.dtype)
         if parameter is not None and place not in (None, (parameter.device, parameter.dtype)):
             # The module has moved, or changed its dtype, in between.

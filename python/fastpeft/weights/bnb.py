@@ -49,16 +49,13 @@ class Bnb4bitWeight(Quant4bitWeight):
 
     def _store(self, w: Tensor, like: QuantWeight) -> None:
         bnb: Any = importlib.import_module("bitsandbytes")
-        old = self.module.weight
-        new = bnb.nn.Params4bit(
+        self._replace(bnb.nn.Params4bit(
             w.to("cpu", like.dtype), requires_grad=False, blocksize=like.blocksize, compress_statistics=like.nested,
-            quant_type=like.quant_type, quant_storage=old.quant_storage, module=self.module,
-        )  # fmt: skip
-        self._replace(new)
+            quant_type=like.quant_type, quant_storage=self.module.weight.quant_storage, module=self.module,
+        ))  # fmt: skip
 
     def _replace(self, weight: Any) -> None:
-        weight = weight.to(self.module.weight.device)
-        self.module._parameters["weight"] = weight
+        self.module._parameters["weight"] = weight = weight.to(self.module.weight.device)
         self.module.quant_state = weight.quant_state
         weight.module = self.module
 

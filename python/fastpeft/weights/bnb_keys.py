@@ -20,12 +20,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
     """Entries that bitsandbytes saves beside `weight`: scales, the code table, and a json text as a uint8 tensor."""
-    facts: dict[str, Any] = {
-        "quant_type": weight.quant_type,
-        "blocksize": weight.blocksize,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "shape": list(weight.shape),
-    }
+    facts: dict[str, Any] = {name: getattr(weight, name) for name in ("quant_type", "blocksize")}
+    facts |= {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
     # Clones: safetensors and transformers take tensors that share memory for tied weights and drop all but one.
     state = {
         "weight.absmax": weight.absmax.detach(),
@@ -39,8 +35,7 @@ def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
         facts |= {"nested_blocksize": weight.nested_blocksize, "nested_dtype": "float32", "nested_offset": offset}
         state["weight.nested_absmax"] = weight.nested_absmax.detach()
         state["weight.nested_quant_map"] = weight.nested_code.detach().clone()
-    text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
-    return state | {_STATE + weight.quant_type: text}
+    return state | {_STATE + weight.quant_type: torch.tensor([*json.dumps(facts).encode()], dtype=torch.uint8)}
 
 
 def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight:
@@ -60,8 +55,7 @@ def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight
         raise AdapterFileError(f"{where}{texts[0]}: expected a shape of two sizes, found {shape}")
 
     def need(name: str, dtype: torch.dtype, numel: int) -> Tensor:
-        tensor = state.get(name)
-        if tensor is None:
+        if (tensor := state.get(name)) is None:
             raise AdapterFileError(f"{where}{name} is missing")
         if tensor.dtype != dtype or tensor.numel() != numel:
             raise AdapterFileError(

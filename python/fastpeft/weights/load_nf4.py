@@ -70,8 +70,7 @@ def load_nf4_model(
     _check(model, headers, root)
     _fill(model, headers, dtype)
     model.tie_weights()
-    left = [name for name, p in model.named_parameters() if p.is_meta]
-    if left:
+    if left := [name for name, p in model.named_parameters() if p.is_meta]:
         raise AdapterFileError(f"{root}: no tensor for {list_some(left)}")
     if (root / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(root)

@@ -152,9 +152,7 @@ class NF4Linear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_quant_weight", None)
-        return state
+        return {name: value for name, value in self.__dict__.items() if name != "_quant_weight"}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -52,8 +52,7 @@ def quantize_model(
         raise ValueError(f"quantize_model: no linear layer to quantise in {type(model).__name__} (skip={skip})")
     for done, name in enumerate(names, 1):
         layer: Any = model.get_submodule(name)
-        dense = layer.weight.detach()
-        dense = dense.t() if _is_conv1d(layer) else dense
+        dense = layer.weight.detach().t() if _is_conv1d(layer) else layer.weight.detach()
         weight = quantize_4bit(dense.contiguous(), quant_type, blocksize, double_quant)
         model.set_submodule(name, NF4Linear(weight, layer.bias, compute_dtype).train(layer.training))
         del layer, dense
@@ -66,9 +65,7 @@ def quantize_model(
 def _plan(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
     """The names of the layers to quantise, and of those that stay dense."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    names: list[str] = []
-    kept: list[str] = []
-    bad: list[str] = []
+    names, kept, bad = [], [], []
     for name, layer in _modules(model):
         if type(layer) is not nn.Linear and not _is_conv1d(layer):
             continue
@@ -188,13 +185,11 @@ def mark_quantized(
 
     kept: names of linear layers that stay dense.
     """
-    if "transformers" not in sys.modules or not isinstance(model, sys.modules["transformers"].PreTrainedModel):
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return
-    from transformers import BitsAndBytesConfig
-
-    bnb_config: Any = BitsAndBytesConfig
     # Exact names of what stays dense: left out, transformers guesses them.
-    model.config.quantization_config = bnb_config(
+    model.config.quantization_config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype or model.dtype, llm_int8_skip_modules=kept,
     )  # fmt: skip
