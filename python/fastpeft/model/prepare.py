@@ -38,8 +38,7 @@ def prepare_model_for_kbit_training(
 
 def is_quantized(model: nn.Module) -> bool:
     """True if a model holds quantised layers, by its own flags or by what it is made of."""
-    flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")
-    flagged = any(getattr(model, flag, False) for flag in flags)
+    flagged = any(getattr(model, flag, False) for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"))
     return flagged or any(hasattr(module, "quant_weight") for module in model.modules())
 
 

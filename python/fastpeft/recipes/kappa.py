@@ -28,8 +28,7 @@ class KappaTuneSelector:
         """Condition numbers of modules and of parameters, by name."""
         most = self.max_dim_size_to_analyze
         bases = [(n, weight_of(m), isinstance(m, nn.Linear)) for n, m in self.model.named_modules()]
-        linear = [(n, b) for n, b, plain in bases if b is not None and (plain or b.quantized is not None)]
-        linear = [(n, base) for n, base in linear if max(base.shape) <= most]
+        linear = [(n, b) for n, b, plain in bases if b is not None and (plain or b.quantized) and max(b.shape) <= most]
         experts = [(n, p) for n, p in self.model.named_parameters() if n.endswith(self.moe_param_suffixes)]
         experts = [(n, p) for n, p in experts if p.dim() == 3 and max(p.shape[1:]) <= most]
         linear_bar = shown(linear, "Computing SVD (linear layers)", self.show_progress)
