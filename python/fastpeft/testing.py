@@ -108,8 +108,7 @@ def assert_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> None:
         single = x.float() if x.is_floating_point() else x
         eager = base.apply(single, w.float(), None if b is None else b.float())
         positive = x.abs() if x.is_floating_point() else x
-        sizes = w0.abs() + (w - w0).abs()
-        magnitude = base.apply(positive, sizes, None if b is None else b.abs()).abs()
+        magnitude = base.apply(positive, w0.abs() + (w - w0).abs(), None if b is None else b.abs()).abs()
         assert_no_worse(forward.float(), eager, exact, magnitude)
         assert not torch.equal(exact, base.apply(x, w0, b0)), "the adapter does nothing, so the law says nothing"
         assert_merge_and_back(layer, names, x, forward)

@@ -108,8 +108,9 @@ _METHODS = """
     adalora adamss beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 lily ln_tuning loha lokr lora
     miss oft osf peanut psoft pvera randlora road shira supertuning tinylora trainable_tokens unilora vblora vera waveft
 """
+METHODS = tuple(_METHODS.split())
 _METHOD_PATHS = {
-    f"tuners.{method}{file}": method for method in _METHODS.split() for file in ("", ".bnb", ".config", ".layer", ".model")
+    f"tuners.{method}{file}": method for method in METHODS for file in ("", ".bnb", ".config", ".layer", ".model")
 }
 PATHS = {*_MODULES, *_METHOD_PATHS}
 _HOME = {name.partition("=")[0]: (home, name) for home, names in HOMES.items() for name in names.split()}

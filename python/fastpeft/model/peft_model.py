@@ -84,8 +84,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        active = self.base_model.active_adapter
-        return active[0] if isinstance(active, list) and len(active) == 1 else active
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
 
     @property
     def active_peft_config(self) -> PeftConfig:
