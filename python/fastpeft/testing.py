@@ -44,11 +44,6 @@ def _conv1d() -> nn.Module:
     return module  # type: ignore[no-any-return]
 
 
-def _ids() -> Tensor:
-    """Every id of the table, and one again."""
-    return torch.cat([torch.randperm(31), torch.tensor([5])]).view(2, 16)
-
-
 _rows = functools.partial(torch.randn, 2, 5, 24)
 # Sizes are multiples of nothing; inputs have a batch dimension first.
 SAMPLE_BASES: dict[str, SampleBase] = {
@@ -56,7 +51,10 @@ SAMPLE_BASES: dict[str, SampleBase] = {
     "linear-no-bias": SampleBase(lambda: nn.Linear(24, 20, bias=False), _rows),
     "transformers-conv1d": SampleBase(_conv1d, _rows),
     "nf4": SampleBase(_nf4, _rows),
-    "embedding": SampleBase(lambda: nn.Embedding(31, 20, padding_idx=3), _ids),
+    "embedding": SampleBase(  # every id of the table, and one again
+        lambda: nn.Embedding(31, 20, padding_idx=3),
+        lambda: torch.cat([torch.randperm(31), torch.tensor([5])]).view(2, 16),
+    ),
     "layernorm": SampleBase(lambda: nn.LayerNorm(24), _rows),
     "rmsnorm": SampleBase(lambda: nn.RMSNorm(24), _rows),
     "conv1d": SampleBase(lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 6, 11)),
@@ -110,8 +108,7 @@ def assert_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> None:
         single = x.float() if x.is_floating_point() else x
         eager = base.apply(single, w.float(), None if b is None else b.float())
         positive = x.abs() if x.is_floating_point() else x
-        sizes = w0.abs() + (w - w0).abs()
-        magnitude = base.apply(positive, sizes, None if b is None else b.abs()).abs()
+        magnitude = base.apply(positive, w0.abs() + (w - w0).abs(), None if b is None else b.abs()).abs()
         assert_no_worse(forward.float(), eager, exact, magnitude)
         assert not torch.equal(exact, base.apply(x, w0, b0)), "the adapter does nothing, so the law says nothing"
         assert_merge_and_back(layer, names, x, forward)
@@ -124,14 +121,12 @@ def assert_merge_and_back(layer: AdapterLayer, names: Sequence[str], x: Tensor, 
     assert layer.merged_adapters == list(names)
     if layer.base.quantized is None:
         assert error is None
-        merged = layer(x)
-        assert_no_worse(merged.float(), forward.float(), forward, forward.abs() + 1)
+        assert_no_worse(layer(x).float(), forward.float(), forward, forward.abs() + 1)
     else:
         assert error is not None
         assert 0 < error < 0.2
     layer.unmerge()
-    after = list(layer.base_layer.state_dict().values())
-    assert len(before) == len(after)
+    after = layer.base_layer.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "unmerge did not restore the bytes"
 
 

@@ -117,11 +117,10 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
     """True if a folder, or a repository on the Hub, holds an adapter."""
-    try:
+    with contextlib.suppress(Exception):  # whatever is wrong with it, it is no adapter
         PeftConfig.from_pretrained(model_name_or_path)
-    except Exception:  # whatever is wrong with it, it is no adapter
-        return False
-    return True
+        return True
+    return False
 
 
 def update_signature(model: Any, method: str = "all") -> None:
@@ -172,11 +171,10 @@ def is_xpu_available(check_device: bool = False) -> bool:
     """True if torch has an XPU; check_device: and can reach one."""
     if not check_device or not torch.xpu.is_available():
         return torch.xpu.is_available()
-    try:
+    with contextlib.suppress(RuntimeError):
         torch.empty(0, device="xpu")
-    except RuntimeError:
-        return False
-    return True
+        return True
+    return False
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ class AdapterDict(nn.Module):
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        for name, value in (items or {}).items():
-            self[name] = value
+        self.update(items or {})
 
     def __setitem__(self, name: str, value: nn.Module | Tensor) -> None:
         self.set(name, value, getattr(value, "persistent", True))
@@ -88,20 +87,9 @@ class AdapterDict(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter([*self._modules, *self._parameters, *self._buffers])
 
-    def keys(self) -> list[str]:
-        return list(self)
-
-    def values(self) -> list[Any]:
-        return [self[name] for name in self]
-
-    def items(self) -> list[tuple[str, Any]]:
-        return [(name, self[name]) for name in self]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            return default
+    # As a MutableMapping, which this cannot be: one has no hash, and modules need theirs.
+    keys, values, items, get = (getattr(Mapping, name) for name in ("keys", "values", "items", "get"))
+    update: Any = MutableMapping.update
 
     def pop(self, name: str, *default: Any) -> Any:
         if name not in self and default:
@@ -109,10 +97,6 @@ class AdapterDict(nn.Module):
         value = self[name]
         self._forget(name)
         return value
-
-    def update(self, items: Mapping[str, Any]) -> None:
-        for name, value in items.items():
-            self[name] = value
 
     def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """(suffix, tensor) of everything that `state_dict` has for an adapter; the suffix is "" for a tensor itself."""
@@ -146,42 +130,28 @@ class AdapterDict(nn.Module):
         else:
             self._buffers[name] = moved
 
-    def forward(self) -> None:
-        raise RuntimeError("AdapterDict is a container; it has no forward")
-
     def extra_repr(self) -> str:
         tensors = {**self._parameters, **self._buffers}
         return ", ".join(f"{name}: {tuple(t.shape)}" for name, t in tensors.items() if t is not None)
+
+
+def _counted(name: str) -> Any:
+    """A method of dict that makes the version rise."""
+    method = getattr(dict, name)
+
+    def changed(self: AdapterValues, *args: Any, **named: Any) -> Any:
+        self.version += 1
+        return method(self, *args, **named)
+
+    return changed
 
 
 class AdapterValues(dict[str, Any]):
     """Plain values by adapter (`layer.scaling`). version: as an `AdapterDict`'s."""
 
     version = 0
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.version += 1
-        super().__setitem__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        self.version += 1
-        super().__delitem__(name)
-
-    def pop(self, name: str, *default: Any) -> Any:
-        self.version += 1
-        return super().pop(name, *default)
-
-    def update(self, *items: Any, **named: Any) -> None:
-        self.version += 1
-        super().update(*items, **named)
-
-    def __ior__(self, items: Any) -> AdapterValues:  # type: ignore[override, misc]
-        self.update(items)
-        return self
-
-    def clear(self) -> None:
-        self.version += 1
-        super().clear()
+    __setitem__, __delitem__, __ior__ = map(_counted, ("__setitem__", "__delitem__", "__ior__"))
+    pop, update, clear = map(_counted, ("pop", "update", "clear"))
 
 
 class ActiveAdapters:
@@ -197,9 +167,7 @@ class ActiveAdapters:
     def active_adapters(self) -> list[str]:
         return self._active_adapter
 
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self._active_adapter
+    active_adapter = active_adapters
 
     @property
     def disable_adapters(self) -> bool:

@@ -60,8 +60,7 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
         return found
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._active_adapter = self.check_active(names)
+        self._active_adapter = self.check_active([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         for name in self.modules_to_save:
             self.modules_to_save[name].requires_grad_(name in self._active_adapter and not inference_mode)
 
@@ -106,6 +105,5 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
 
 def check_savable(module: nn.Module) -> None:
     """Raise TypeError for modules that cannot be trained as a copy."""
-    containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterDict)
-    if isinstance(module, (*containers, Wrapping)):
+    if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterDict, Wrapping)):
         raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)}")

@@ -44,8 +44,7 @@ class SharedDict(AdapterDict):
 
 
 def fill_containers(values: Mapping[str, Any], adapter: str, held: Mapping[str, SharedDict]) -> dict[str, SharedDict]:
-    """Put an adapter's shared tensors into containers by their names: those of `held` that other adapters use, or new
-    ones."""
+    """Put an adapter's shared tensors into containers by their names: those of `held` that others use, or new ones."""
     found = {}
     for name, value in values.items():
         if isinstance(value, (Tensor, nn.Module)):  # others are for `make_state` only

@@ -72,9 +72,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Make an adapter's tensors of 16 and 8 bits float32; they are new parameters."""
     for _, layer in adapter_layers(model, adapter_name) if autocast_adapter_dtype else ():
-        for _, container in layer.containers():
-            if adapter_name not in container:
-                continue
+        for container in [c for _, c in layer.containers() if adapter_name in c]:
             entry = container[adapter_name]
             tensors = [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]
             if any(tensor.dtype in LOW_PRECISION for tensor in tensors):

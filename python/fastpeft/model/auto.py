@@ -9,15 +9,9 @@ from ..config.base import PeftConfig
 from ..config.types import TaskType
 from .tasks import PeftModel, class_for
 
-# transformers' classes that build a base model for a task.
-AUTO_CLASSES = {
-    TaskType.SEQ_CLS.value: "AutoModelForSequenceClassification",
-    TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
-    TaskType.CAUSAL_LM.value: "AutoModelForCausalLM",
-    TaskType.TOKEN_CLS.value: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS.value: "AutoModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION.value: "AutoModel",
-}
+# transformers' classes that build a base model for a task: `AutoModelForCausalLM` beside `PeftModelForCausalLM`.
+AUTO_CLASSES = {task: cls.__name__.replace("Peft", "Auto") for task, cls in PeftModel.by_task.items()}
+AUTO_CLASSES[TaskType.FEATURE_EXTRACTION.value] = "AutoModel"
 
 
 class AutoPeftModel:

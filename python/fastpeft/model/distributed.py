@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,7 +48,8 @@ def fully_shard_model(
         if any(c.__name__ in ("Params4bit", "Int8Params") for c in type(parameter).__mro__):
             ignored.add(parameter)
     across = _shared_by_all(model)
-    reached = {id(p) for m in _outside(model, units) for p in m._parameters.values() if p is not None}
+    outside = model.named_modules(memo=set(units))  # the modules that are in no block, or not only in one
+    reached = {id(p) for _, m in outside for p in m._parameters.values() if p is not None}
     lost = [n for n, p in model.named_parameters() if p in across and p.requires_grad and id(p) not in reached]
     if lost:
         raise ValueError(f"fully_shard_model: several blocks train {list_some(lost)}, which nothing outside them holds")
@@ -84,18 +85,6 @@ def _units(model: nn.Module, blocks: Blocks | None) -> list[nn.Module]:
         found = [m for m in model.modules() if any(_is_named(type(m), block) for block in wanted)]
     inner = {id(m) for unit in found for m in unit.modules() if m is not unit}
     return [m for m in dict.fromkeys(found) if id(m) not in inner and m is not model]
-
-
-def _outside(model: nn.Module, units: list[nn.Module]) -> Iterator[nn.Module]:
-    """The modules that are in no block, or not only in one."""
-    seen: set[int] = {id(unit) for unit in units}
-    todo = [model]
-    while todo:
-        module = todo.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            todo.extend(module.children())
 
 
 def _is_named(cls: type[Any], block: str | type[nn.Module]) -> bool:

@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..config.types import warn
 from ..weights.base import widened
 
 Method = Literal["magnitude", "random"]
@@ -39,8 +39,7 @@ def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
 def prune(tensor: Tensor, density: float, method: Method, rescale: bool = False) -> Tensor:
     """Prune to a share of the values: the largest ones ("magnitude"), or any ("random")."""
     if density >= 1:
-        warnings.warn(f"The density {density} is greater than or equal to 1, no pruning will be performed.",
-                      stacklevel=2)  # fmt: skip
+        warn(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
         return tensor
     if density < 0:
         raise ValueError(f"Density should be >= 0, got {density}")

@@ -53,8 +53,7 @@ class PeftModel(nn.Module):
                 model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
                 autocast_adapter_dtype=autocast_adapter_dtype, plan=_plan,
             )  # fmt: skip
-        self.training = model.training
-        self.base_model.training = model.training
+        self.training = self.base_model.training = model.training
         if is_checkpointing(model):
             enable_input_gradients(model)
         # Some models split their matrices to imitate tensor parallelism, which adapter layers have no part in.
@@ -85,8 +84,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        active = self.base_model.active_adapter
-        return active[0] if isinstance(active, list) and len(active) == 1 else active
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -94,8 +92,7 @@ class PeftModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        names = {name for c in self.peft_config.values() for name in getattr(c, "modules_to_save", None) or ()}
-        return names or None
+        return {name for c in self.peft_config.values() for name in getattr(c, "modules_to_save", None) or ()} or None
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:

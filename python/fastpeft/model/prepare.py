@@ -38,10 +38,8 @@ def prepare_model_for_kbit_training(
 
 def is_quantized(model: nn.Module) -> bool:
     """True if a model holds quantised layers, by its own flags or by what it is made of."""
-    flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized")
-    if any(getattr(model, flag, False) for flag in flags):
-        return True
-    return any(hasattr(module, "quant_weight") for module in model.modules())
+    flagged = any(getattr(model, flag, False) for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"))
+    return flagged or any(hasattr(module, "quant_weight") for module in model.modules())
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -117,7 +117,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         pretrained = any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__)  # not imported to tell
         base_type, tuner_type, types = type(model).__name__ if pretrained else "other", "None", {}
     trainable, total = count_parameters(model)
-    available = sorted({name for layer in layers for name in layer.available_adapters})
     merged = {name for layer in layers for name in layer.merged_adapters}
     # A layer need not have every adapter; those that it has must all be merged or all not.
     partly = any(merged & (set(layer.available_adapters) - set(layer.merged_adapters)) for layer in layers)
@@ -135,7 +134,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             name: _all_same(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
             for name in dict.fromkeys(n for layer in layers for n in layer.requires_grad)
         },
-        available_adapters=available,
+        available_adapters=sorted({name for layer in layers for name in layer.available_adapters}),
         devices={
             name: sorted({device for layer in layers for device in layer.devices.get(name, ())})
             for name in dict.fromkeys(n for layer in layers for n in layer.devices)

@@ -308,18 +308,15 @@ def _repeats(kwargs: Mapping[str, Any], model: nn.Module) -> int:
 
 def tuner_class(method: Method) -> type[BaseTuner]:
     """The class with PEFT's name for a method's tuner, `LoraModel` for LoRA. They differ in their name only."""
-    found = globals().get(method.model_name)
-    if found is None:
-        found = type(method.model_name, (BaseTuner,), {"__module__": __name__, "prefix": method.prefix})
-        globals()[method.model_name] = found
-    assert isinstance(found, type)
-    return found
+    if method.model_name not in globals():
+        own = {"__module__": __name__, "prefix": method.prefix}
+        globals()[method.model_name] = type(method.model_name, (BaseTuner,), own)
+    return globals()[method.model_name]  # type: ignore[no-any-return]
 
 
 def __getattr__(name: str) -> Any:
     # So that `from fastpeft.model.tuner import LoraModel` and unpickling find classes that nobody asked for yet.
-    if name.endswith("Model"):
-        for method in registry().values():
-            if method.model_name == name:
-                return tuner_class(method)
+    for method in registry().values() if name.endswith("Model") else ():
+        if method.model_name == name:
+            return tuner_class(method)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -114,8 +114,7 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
         u, s, v = svd_of_product(*factors)
     else:
         w, b = layer.merged_weight([adapter], base)
-        before = layer.original_weight()[0]
-        u, s, v = torch.linalg.svd((w - before).flatten(1), full_matrices=False)
+        u, s, v = torch.linalg.svd((w - layer.original_weight()[0]).flatten(1), full_matrices=False)
         if b is not None and (base[1] is None or not torch.equal(b, base[1].to(b.dtype))):
             added = (b if base[1] is None else b - base[1]).to(dtype)
     energy = torch.cumsum(s.double() ** 2, 0)
@@ -127,8 +126,7 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
         )
     kept = min(kept, len(s))
     a, b_out = v[:kept], u[:, :kept] * s[:kept]
-    ones = [1] * len(info.shape[2:])
-    a, b_out = a.reshape(kept, -1, *info.shape[2:]), b_out.reshape(-1, kept, *ones)
+    a, b_out = a.reshape(kept, -1, *info.shape[2:]), b_out.reshape(-1, kept, *[1] * len(info.shape[2:]))
     return a.to(dtype).contiguous(), b_out.to(dtype).contiguous(), added
 
 

@@ -23,7 +23,6 @@ from ..model.tuner import BaseTuner
 from .incremental_pca import IncrementalPCA
 from .layers_of import target_layers
 
-MAX_RHO = 1000
 LayerInputs = Callable[..., Tensor] | dict[str, Callable[..., Tensor]] | None
 
 
@@ -151,7 +150,7 @@ class _Search:
         self.watches = {n: _Watch(n, model.get_submodule(n), prepare, gather, tau) for n, prepare in prepares.items()}
         if own:
             raise ValueError(f"prepare_layer_inputs_fn names modules that are not adapted: {', '.join(own)}")
-        if rho > MAX_RHO:
+        if rho > 1000:
             rho = min(rho, max(max(p.shape) for p in model.parameters() if p.ndim) // config.r)
         self.budget = sum(ranks.values())
         self.most = {name: round(r * rho) for name, r in ranks.items()}

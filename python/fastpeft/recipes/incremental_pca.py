@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SEED = 42  # of the randomised SVD, so that equal inputs give equal components
-
 
 class IncrementalPCA:
     """components [n, features], singular_values [n] and explained [n], each one's share of the variance seen so far.
@@ -43,7 +41,7 @@ class IncrementalPCA:
             self._spread = self._spread + spread + (seen / rows) / total * (old / (seen / rows) - sums).square()
             self._mean = (old + sums) / total
         with torch.random.fork_rng():
-            torch.manual_seed(SEED)
+            torch.manual_seed(42)  # of the randomised SVD, so that equal inputs give equal components
             _, s, v = torch.svd_lowrank(centred, q=self.n * 2, niter=4)
         vh = v.t()
         vh = vh * vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).sign()  # the largest entry of each is positive

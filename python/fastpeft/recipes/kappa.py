@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -20,34 +22,35 @@ class KappaTuneSelector:
     ) -> None:  # fmt: skip
         self.model, self.max_dim_size_to_analyze, self.show_progress = model, max_dim_size_to_analyze, show_progress
         self.moe_param_suffixes = moe_param_suffixes or MOE_SUFFIXES
-        self._found: tuple[dict[str, float], dict[str, float]] | None = None
 
+    @functools.cached_property
     def _kappas(self) -> tuple[dict[str, float], dict[str, float]]:
         """Condition numbers of modules and of parameters, by name."""
-        if self._found is None:
-            most = self.max_dim_size_to_analyze
-            bases = [(n, weight_of(m), isinstance(m, nn.Linear)) for n, m in self.model.named_modules()]
-            linear = [(n, b) for n, b, plain in bases if b is not None and (plain or b.quantized is not None)]
-            linear = [(n, base) for n, base in linear if max(base.shape) <= most]
-            experts = [(n, p) for n, p in self.model.named_parameters() if n.endswith(self.moe_param_suffixes)]
-            experts = [(n, p) for n, p in experts if p.dim() == 3 and max(p.shape[1:]) <= most]
-            linear_bar = shown(linear, "Computing SVD (linear layers)", self.show_progress)
-            modules = {name: _condition(base.read()[0]) for name, base in linear_bar}
-            experts_bar = shown(experts, "Computing SVD (MoE parameters)", self.show_progress)
-            self._found = modules, {name: sum(map(_condition, w)) / len(w) for name, w in experts_bar}
-        return self._found
+        most = self.max_dim_size_to_analyze
+        bases = [(n, weight_of(m), isinstance(m, nn.Linear)) for n, m in self.model.named_modules()]
+        linear = [(n, b) for n, b, plain in bases if b is not None and (plain or b.quantized) and max(b.shape) <= most]
+        experts = [(n, p) for n, p in self.model.named_parameters() if n.endswith(self.moe_param_suffixes)]
+        experts = [(n, p) for n, p in experts if p.dim() == 3 and max(p.shape[1:]) <= most]
+        linear_bar = shown(linear, "Computing SVD (linear layers)", self.show_progress)
+        modules = {name: _condition(base.read()[0]) for name, base in linear_bar}
+        experts_bar = shown(experts, "Computing SVD (MoE parameters)", self.show_progress)
+        return modules, {name: sum(map(_condition, w)) / len(w) for name, w in experts_bar}
 
     def get_best_targets(
-        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
-    ) -> list[str]:
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None,
+        _parameters: bool = False,
+    ) -> list[str]:  # fmt: skip
         """Names of modules, best first: so many, or this share of them, or those below a condition number, or all."""
-        return _best(self._kappas()[0], top_p, num_modules, threshold)
+        kappas = self._kappas[_parameters]
+        names = sorted(kappas, key=lambda name: kappas[name])
+        if num_modules is not None:
+            return names[:num_modules]
+        if top_p is not None:
+            return names[: max(1, int(len(names) * top_p))]
+        return names if threshold is None else [name for name in names if kappas[name] <= threshold]
 
-    def get_best_target_parameters(
-        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
-    ) -> list[str]:
-        """The same of experts' parameters, for `target_parameters`."""
-        return _best(self._kappas()[1], top_p, num_modules, threshold)
+    # The same of experts' parameters, for `target_parameters`.
+    get_best_target_parameters = functools.partialmethod(get_best_targets, _parameters=True)
 
 
 def find_kappa_target_modules(
@@ -66,12 +69,3 @@ def find_kappa_target_modules(
 def _condition(w: Tensor) -> float:
     s = torch.linalg.svdvals(w.detach().float())
     return float(s[0] / (s[-1] + 1e-8))
-
-
-def _best(kappas: dict[str, float], top_p: float | None, count: int | None, threshold: float | None) -> list[str]:
-    names = sorted(kappas, key=lambda name: kappas[name])
-    if count is not None:
-        return names[:count]
-    if top_p is not None:
-        return names[: max(1, int(len(names) * top_p))]
-    return names if threshold is None else [name for name in names if kappas[name] <= threshold]
