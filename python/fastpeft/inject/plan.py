@@ -300,7 +300,8 @@ def resolve_targets(
 def _all_linear(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site]) -> Iterator[str]:
     """Every linear layer but the output embeddings, or the head of a classifier."""
     heads: set[int] = set()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
     if head is not None:
         # another adapter may have copied it, or train rows of it
         heads.update(id(getattr(head, inner, head)) for inner in ("original_module", "token_adapter"))
