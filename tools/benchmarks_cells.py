@@ -112,7 +112,8 @@ def kernel_of(line: Line) -> str:
     found = line["machine"].get("bnb") or line.get("bnb")
     if not found:
         return "the wheel's kernel"
-    return " ".join(str(v) for v in found.values() if v) if isinstance(found, dict) else str(found)
+    text = " ".join(str(v) for v in found.values() if v) if isinstance(found, dict) else str(found)
+    return text.removeprefix(f"{line['machine'].get('bitsandbytes')}, ")
 
 
 def commit(line: Line) -> str:
