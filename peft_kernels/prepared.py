@@ -25,29 +25,31 @@ from .dispatch import PLAIN, BackendUnavailable, Op, arg_error, dispatch_observe
 from .native import addresses, places
 
 _autocasts, _records = torch.is_autocast_enabled, torch.is_grad_enabled  # torch's modules take longer than these
-NAMES = ("dora_linear", "dora_linear_normed", "lora_linear", "lora_linear_stacked", "multi_lora_linear")
-Bind = Callable[[Tensor, "tuple[Any, ...]"], "Prepared | None"]
+Arguments = tuple[Any, ...]
+Bind = Callable[[Tensor, Arguments], "Prepared | None"]
 _binds: dict[Callable[..., Any], tuple[Bind | None, Bind | None]] = {}  # without gradients, and with them
 
 
 class Prepared:
     """A call whose arguments beside x were checked and packed.
 
-    given: these arguments. tensors: what the kernel reads of them. saved: of these, what a backward reads. frozen:
-    those that must not want a gradient. stack: more that the kernel reads, whose form never changes.
+    tensors: what the kernel reads of them. saved: of these, what a backward reads. frozen: those that must not want a
+    gradient. stack: more that the kernel reads, whose form never changes. given: the arguments, one by one.
     """
 
+    given: Arguments
+
     def __init__(
-        self, x: Tensor, given: tuple[Any, ...], tensors: Sequence[Tensor], saved: Sequence[Tensor] = (),
+        self, x: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor] = (),
         frozen: Sequence[Tensor | None] = (), stack: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
-        self.given, self.forced, self.dtype, self.k = given, forced_backends(), x.dtype, x.shape[-1]
+        self.forced, self.dtype, self.k = forced_backends(), x.dtype, x.shape[-1]
         self.tensors, self.places = tensors, places(tensors)
         self.saved, self.addresses = saved, addresses(saved)
         self.stack, self.stack_at = stack, addresses(stack)
         self.frozen = [t for t in frozen if t is not None]
 
-    def holds(self, x: Tensor, given: tuple[Any, ...]) -> bool:
+    def holds(self, x: Tensor, given: Arguments) -> bool:
         """True if it serves this call."""
         return (
             self.dtype is x.dtype and x.dim() > 0 and self.k == x.shape[-1] and self.forced is forced_backends()
@@ -72,40 +74,66 @@ class Prepared:
 _wants_gradient: Callable[[Tensor], bool] = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
+def _projections(arguments: Arguments) -> Arguments:
+    return tuple(chain.from_iterable(arguments))
+
+
+def _rows(arguments: Arguments) -> Arguments:
+    return tuple(chain.from_iterable((p.weight, *p.a, *p.b, *p.scaling, p.plan, p.bias, p.dropout_p)
+                                     for p in arguments))  # fmt: skip
+
+
+# The functions that can be prepared; for those that take a sequence of projections, their arguments one by one.
+_ONE_BY_ONE: dict[str, Callable[[Arguments], Arguments] | None] = {
+    "dora_linear": None,
+    "dora_linear_normed": None,
+    "lora_linear": None,
+    "lora_linear_by_row": _rows,
+    "lora_linear_stacked": _projections,
+    "multi_lora_linear": None,
+}
+
+
 class PreparedCall:
     """A function of this package for one layer, call after call: `call(x, *arguments)` is `function(x, *arguments)`.
 
-    function: `lora_linear`, `dora_linear`, `dora_linear_normed` or `multi_lora_linear`; `lora_linear_stacked`, which is
-    then called as `call(x, *projections)`. Without gradients each of them is prepared; with gradients `lora_linear` and
-    `dora_linear_normed` are, whose weight and bias are frozen then. Errors are the function's. A copy, or a pickle, is
-    a call that has not been made. One call is for one thread at a time.
+    function: `lora_linear`, `dora_linear`, `dora_linear_normed` or `multi_lora_linear`; `lora_linear_stacked` or
+    `lora_linear_by_row`, which are then called as `call(x, *projections)`. Without gradients each of them but
+    `dora_linear_normed` and `lora_linear_by_row` is prepared; with gradients these two, `lora_linear` and
+    `lora_linear_stacked` are, whose weights and biases are frozen then. Errors are the function's. A copy, or a pickle,
+    is a call that has not been made. One call is for one thread at a time.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        if getattr(function, "__name__", "") not in NAMES:
-            raise arg_error("PreparedCall", "function", f"one of {', '.join(NAMES)}", repr(function))
-        self._function, self._several = function, function.__name__ == "lora_linear_stacked"
+        name = getattr(function, "__name__", "")
+        if name not in _ONE_BY_ONE:
+            raise arg_error("PreparedCall", "function", f"one of {', '.join(_ONE_BY_ONE)}", repr(function))
+        self._function, self._one_by_one = function, _ONE_BY_ONE[name]
         self._last: list[Prepared | None] = [None, None]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedCall, (self._function,)
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
+        one_by_one = self._one_by_one
         if type(x) in PLAIN and x.is_cpu and not dispatch_observed() and not _autocasts("cpu"):
-            given = tuple(chain.from_iterable(arguments)) if self._several else arguments
+            given = arguments if one_by_one is None else one_by_one(arguments)
             graph = _records()
             last = self._last[graph]
             if last is None or not last.holds(x, given):
                 bind = _bind_of(self._function, graph)
-                last = self._last[graph] = None if bind is None else bind(x, given)
+                last = self._last[graph] = None if bind is None else bind(x, arguments)
+                if last is not None:
+                    last.given = given
             if last is not None:
                 return last.run(x)
-        return self._function(x, arguments) if self._several else self._function(x, *arguments)
+        return self._function(x, *arguments) if one_by_one is None else self._function(x, arguments)
 
 
 def _bind_of(function: Callable[..., Any], graph: bool) -> Bind | None:
     if function not in _binds:
-        importlib.import_module(f"{function.__module__}.prepared")  # announces it
+        op = ".".join(function.__module__.split(".")[:3])  # peft_kernels.ops.<op>
+        importlib.import_module(f"{op}.prepared")  # announces it
     return _binds[function][graph]
 
 

@@ -19,7 +19,7 @@ from peft_kernels.dispatch import BackendUnavailable
 from peft_kernels.ops import lora_linear as single
 from peft_kernels.ops import multi_lora_linear as op
 from peft_kernels.ops.lora_linear.native import pack
-from peft_kernels.ops.multi_lora_linear.native import Layer, backward_layers, forward_layers
+from peft_kernels.ops.multi_lora_linear.native import Layer, backward_layers, forward_layers, pack_layer
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 level = level_fixture()
@@ -207,32 +207,32 @@ def test_tensors_of_any_stride(level: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # ---- adapters in tensors of their own -------------------------------------------------------------------------------
-def of_stack(
-    n: int, weight: Any, a: Tensor, b: Tensor, plan: Any, bias: Tensor | None, p: float, seed: Tensor | None
-) -> Layer:
+def of_stack(n: int, weight: Any, a: Tensor, b: Tensor, plan: Any, bias: Tensor | None, p: float) -> Layer:
     """A layer with the adapters of a stack, each a [r, K] and b [N, r]."""
     adapters, starts, ranks, scaling, most = plan
     parts = [slice(i, i + r) for i, r in zip(starts.tolist(), ranks.tolist(), strict=True)]
     bs = [b[part].t().contiguous() for part in parts]
-    return Layer(weight, n, [a[part] for part in parts], bs, adapters, ranks, scaling, most, bias, p, seed)
+    return Layer(weight, n, [a[part] for part in parts], bs, adapters, ranks, scaling, most, bias, p)
 
 
 def apart(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The operator's forward by `forward_layers`."""
     weight, (n, a, b), plan = args[:8], args[8:11], args[11:16]
-    (y,), (s,), _ = forward_layers(x, [of_stack(n, weight, a, b, plan, *args[16:])])
+    layer = of_stack(n, weight, a, b, plan, *args[16:18])
+    (y,), (s,) = forward_layers(x, [pack_layer(x, layer)], [args[18]])
     return y, s
 
 
 def apart_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """And its backward; what is nobody's is zero, and another call for one gradient at a time has the same bits."""
     weight, (a, b, s), plan = args[:8], args[8:11], args[11:16]
-    layer = of_stack(dy.shape[1], weight, a, b, plan, None, *args[16:18])
-    count = len(layer.a)
-    packed = forward_layers(x.clone(), [layer])[2]  # of tensors that are gone
-    dx, (grads,) = backward_layers([dy], x, [layer], [s], packed, True, [[True] * 2 * count])
-    none, (only_a,) = backward_layers([dy], x, [layer], [s], packed, False, [[True] * count + [False] * count])
-    _, (only_b,) = backward_layers([dy], x, [layer], [s], packed, True, [[False] * count + [True] * count])
+    layer = of_stack(dy.shape[1], weight, a, b, plan, None, args[16])
+    count, factors = len(layer.a), [(*layer.a, *layer.b)]
+    packed = [pack_layer(x.new_empty((1, x.shape[1])), layer)]  # x is another in each call
+    rest = (packed, factors, [s], [args[17]])
+    dx, (grads,) = backward_layers([dy], x, *rest, True, [[True] * 2 * count])
+    none, (only_a,) = backward_layers([dy], x, *rest, False, [[True] * count + [False] * count])
+    _, (only_b,) = backward_layers([dy], x, *rest, True, [[False] * count + [True] * count])
     assert none is None
     assert dx is not None
     da, db = torch.zeros_like(a), torch.zeros_like(b)

@@ -11,7 +11,7 @@ from fastpeft.layer.by_row.train import linears
 from torch import Tensor, nn
 
 from peft_kernels import AdapterStack, multi_lora_linear, native, philox
-from peft_kernels.ops.multi_lora_linear import native as by_pointer
+from peft_kernels.ops.multi_lora_linear import prepared as by_pointer
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 K, SIZES = 64, {"q": 48, "k": 32, "v": 32}
@@ -69,9 +69,9 @@ def results(made: Any, x: Tensor, together: bool) -> list[Tensor]:
 def test_as_each_layer_in_float64(nf4: bool, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[int] = []
     run = by_pointer.forward_layers
-    monkeypatch.setattr(by_pointer, "forward_layers", lambda x, of: (served.append(len(of)), run(x, of))[1])
+    monkeypatch.setattr(by_pointer, "forward_layers", lambda x, of, *seed: served.append(len(of)) or run(x, of, *seed))
     if way == "stacked":  # as where the backend is another
-        monkeypatch.setattr(by_pointer, "serves_layers", lambda x, layer: False)
+        monkeypatch.setattr(by_pointer, "serves_layer", lambda x, layer: False)
     made = model(nf4)
     x = torch.randn(len(ROWS), 3, K, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact_model = model(nf4).double()

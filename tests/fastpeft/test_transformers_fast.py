@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ from fastpeft.recipes import llama_cpu as transformers_fast
 from fastpeft.recipes.llama_cpu import accelerate
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import peft_kernels
-from peft_kernels import use_backend
+from peft_kernels import PreparedCall, lora_linear_stacked, use_backend
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -192,13 +192,18 @@ def losses_and_gradients(model: torch.nn.Module, ids: Tensor) -> list[Tensor]:
 def fused(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often the model called the functions that fuse several layers."""
     seen = {"lora_linear_stacked": 0, "swiglu_mlp": 0}
-    for name in seen:
+    prepared, mlp = PreparedCall.__call__, transformers_fast.swiglu_mlp
 
-        def counted(*args: object, name: str = name) -> object:
-            seen[name] += 1
-            return getattr(peft_kernels, name)(*args)
+    def counted(self: Any, *args: Any) -> Any:
+        seen["lora_linear_stacked"] += self._function is lora_linear_stacked
+        return prepared(self, *args)
 
-        monkeypatch.setattr(transformers_fast, name, counted)
+    def counted_mlp(*args: Any) -> Any:
+        seen["swiglu_mlp"] += 1
+        return mlp(*args)
+
+    monkeypatch.setattr(PreparedCall, "__call__", counted)
+    monkeypatch.setattr(transformers_fast, "swiglu_mlp", counted_mlp)
     return seen
 
 

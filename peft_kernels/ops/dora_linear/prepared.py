@@ -30,8 +30,8 @@ class DoraCall(LoraCall):
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.n)
 
 
-def _inference(x: Tensor, given: tuple[Any, ...]) -> DoraCall | None:
-    weight, a, b, gain, norm, scaling, bias, dropout_p, _ = (*given, *(1.0, None, 0.0, None)[len(given) - 5 :])
+def _inference(x: Tensor, arguments: tuple[Any, ...]) -> DoraCall | None:
+    weight, a, b, gain, norm, scaling, bias, dropout_p, _ = (*arguments, *(1.0, None, 0.0, None)[len(arguments) - 5 :])
     as_lora = (weight, a, b, scaling, bias, dropout_p)
     found = parts(x, as_lora, "dora_linear")
     if found is None or norm is not None or dropout_p or not _plain_column(gain, found[1]):
@@ -41,7 +41,7 @@ def _inference(x: Tensor, given: tuple[Any, ...]) -> DoraCall | None:
     if not native_serves((forward_op, args)):
         return None
     call = DoraCall(x, as_lora, flat, n, tensors, saved, (), (gain,))
-    call.gain, call.given = gain, given
+    call.gain = gain
     return call
 
 
@@ -98,8 +98,8 @@ class _Step(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Step).apply
 
 
-def _training(x: Tensor, given: tuple[Any, ...]) -> DoraStep | None:
-    weight, a, b, magnitude, scaling, bias, dropout_p = (*given, *(1.0, None, 0.0)[len(given) - 4 :])
+def _training(x: Tensor, arguments: tuple[Any, ...]) -> DoraStep | None:
+    weight, a, b, magnitude, scaling, bias, dropout_p = (*arguments, *(1.0, None, 0.0)[len(arguments) - 4 :])
     as_lora = (weight, a, b, scaling, bias, dropout_p)
     found = parts(x, as_lora, "dora_linear")
     if found is None or a.dim() != 2 or not a.shape[0] or not _plain_column(magnitude, found[1]):
@@ -114,7 +114,7 @@ def _training(x: Tensor, given: tuple[Any, ...]) -> DoraStep | None:
     if not native_serves((normed_op, forward), (backward_op, backward)):
         return None
     call = DoraStep(x, as_lora, flat, n, tensors, [*saved, magnitude], (flat[0], bias), (magnitude,))
-    call.magnitude, call.given = magnitude, given
+    call.magnitude = magnitude
     return call
 
 

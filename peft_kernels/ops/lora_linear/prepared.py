@@ -19,11 +19,11 @@ class LoraCall(Prepared):
     """Without gradients: one native call for x of any number of rows."""
 
     def __init__(
-        self, x: Tensor, given: tuple[Any, ...], flat: tuple[Any, ...], n: int, tensors: list[Tensor],
-        saved: list[Tensor], frozen: tuple[Tensor | None, ...], more: tuple[Tensor, ...] = (),
+        self, x: Tensor, arguments: tuple[Any, ...], flat: tuple[Any, ...], n: int, tensors: list[Tensor],
+        saved: list[Tensor], frozen: tuple[Tensor | None, ...] = (), more: tuple[Tensor, ...] = (),
     ) -> None:  # fmt: skip
-        super().__init__(x, given, [*tensors, *more], saved, frozen)
-        _, self.a, self.b, self.scaling, self.bias, self.dropout_p = given[:6]
+        super().__init__(x, [*tensors, *more], saved, frozen)
+        _, self.a, self.b, self.scaling, self.bias, self.dropout_p = arguments[:6]
         self.flat, self.n, self.r = flat, n, 0 if self.a is None else self.a.shape[0]
         row = x.detach().new_empty((1, self.k))
         self.packed = fields(pack(0, row, *flat, n, self.a, self.b, self.scaling, self.bias, self.dropout_p, None))
@@ -88,10 +88,12 @@ def unsaved(flat: tuple[Any, ...], saved: list[Tensor]) -> tuple[Any, ...]:
     return *(None if t is None else next(each) for t in flat[:5]), *flat[5:], *each
 
 
-def parts(x: Tensor, given: tuple[Any, ...], op: str) -> tuple[tuple[Any, ...], int, list[Tensor], list[Tensor]] | None:
+def parts(
+    x: Tensor, arguments: tuple[Any, ...], op: str
+) -> tuple[tuple[Any, ...], int, list[Tensor], list[Tensor]] | None:
     """(the weight as operators take it, N, what the kernel reads, the same without the bias) of x, (weight, a, b,
     scaling, bias, dropout_p, ...); None where the kernel cannot read it in place."""
-    weight, a, b, _, bias, *_ = given
+    weight, a, b, _, bias, *_ = arguments
     flat, n, k = flat_weight(op, weight)
     if x.dtype not in FLOATS or not x.dim() or x.shape[-1] != k or not n or (a is None) != (b is None):
         return None
@@ -99,43 +101,47 @@ def parts(x: Tensor, given: tuple[Any, ...], op: str) -> tuple[tuple[Any, ...], 
     return None if saved is None or tensors is None else (flat, n, tensors, saved)
 
 
-def _given(weight: Any, a: Any = None, b: Any = None, scaling: float = 1.0, bias: Any = None, dropout_p: float = 0.0,
-           seed: Any = None) -> tuple[Any, ...]:  # fmt: skip
+def _full(weight: Any, a: Any = None, b: Any = None, scaling: float = 1.0, bias: Any = None, dropout_p: float = 0.0,
+          seed: Any = None) -> tuple[Any, ...]:  # fmt: skip
     return weight, a, b, scaling, bias, dropout_p, seed
 
 
-def inference(x: Tensor, given: tuple[Any, ...]) -> LoraCall | None:
-    full = _given(*given)
+def inference(x: Tensor, arguments: tuple[Any, ...]) -> LoraCall | None:
+    full = _full(*arguments)
     found = parts(x, full, "lora_linear")
     if found is None or full[6] is not None:
         return None
     flat, n, tensors, saved = found
-    seed = torch.empty(1, dtype=torch.int64) if full[5] > 0.0 else None
-    args = (x.detach().new_empty((1, x.shape[-1])), *flat, n, *full[1:6], seed)
-    return _made(LoraCall(x, full, flat, n, tensors, saved, ()), given) if native_serves((forward_op, args)) else None
+    args = (x.detach().new_empty((1, x.shape[-1])), *flat, n, *full[1:6], a_seed(full[5]))
+    return LoraCall(x, full, flat, n, tensors, saved) if native_serves((forward_op, args)) else None
 
 
-def _training(x: Tensor, given: tuple[Any, ...]) -> LoraStep | None:
-    full = _given(*given)
+def training(x: Tensor, arguments: tuple[Any, ...]) -> LoraStep | None:
+    """A step's call; for a layer without an adapter, too, which of itself is no reason to prepare one."""
+    full = _full(*arguments)
     found = parts(x, full, "lora_linear")
     _, a, b, scaling, bias, dropout_p, seed = full
-    if found is None or seed is not None or a is None or a.dim() != 2 or not a.shape[0]:
+    if found is None or seed is not None or (a is not None and (a.dim() != 2 or not a.shape[0])):
         return None
     flat, n, tensors, saved = found
     if flat[0].requires_grad or (bias is not None and bias.requires_grad):
         return None
-    row, s = x.detach().new_empty((1, x.shape[-1])), x.new_empty((1, a.shape[0]), dtype=torch.float32)
-    seed = torch.empty(1, dtype=torch.int64) if dropout_p > 0.0 else None
+    row, seed = x.detach().new_empty((1, x.shape[-1])), a_seed(dropout_p)
+    s = None if a is None else x.new_empty((1, a.shape[0]), dtype=torch.float32)
     forward = (row, *flat, n, a, b, scaling, bias, dropout_p, seed)
-    backward = (row.new_empty((1, n)), row, *flat, a, b, s, scaling, dropout_p, seed, True, True)
+    backward = (row.new_empty((1, n)), row, *flat, a, b, s, scaling, dropout_p, seed, True, a is not None)
     if not native_serves((forward_op, forward), (backward_op, backward)):
         return None
-    return _made(LoraStep(x, full, flat, n, tensors, saved, (flat[0], bias)), given)
+    return LoraStep(x, full, flat, n, tensors, saved, (flat[0], bias))
 
 
-def _made(call: Any, given: tuple[Any, ...]) -> Any:
-    call.given = given  # as they came: defaults are not compared
-    return call
+def a_seed(dropout_p: float) -> Tensor | None:
+    return torch.empty(1, dtype=torch.int64) if dropout_p > 0.0 else None
+
+
+def _training(x: Tensor, arguments: tuple[Any, ...]) -> LoraStep | None:
+    call = training(x, arguments)
+    return None if call is None or call.a is None else call
 
 
 prepares(lora_linear, inference, _training)

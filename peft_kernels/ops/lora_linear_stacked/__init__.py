@@ -24,7 +24,8 @@ _WEIGHTS = (
     "int[] quant_type, int[] blocksize, int[] nested_blocksize"
 )
 _FIELDS = 15  # of a projection in the operator: 8 of the weight, out_features, a, b, scaling, bias, dropout_p, seed
-_WEIGHT, _A, _B, _SCALING, _BIAS, _DROPOUT, _SEED = 0, 9, 10, 11, 12, 13, 14
+A, B = 9, 10
+_WEIGHT, _SCALING, _BIAS, _DROPOUT, _SEED = 0, 11, 12, 13, 14
 
 Lists = tuple[list[Any], ...]
 
@@ -143,13 +144,13 @@ def lists_of(flat: Sequence[Any], n: int) -> Lists:
 
 def saved_of(x: Tensor | None, lists: Lists, ss: Sequence[Tensor]) -> list[Tensor | None]:
     """Tensors that the backward needs of a stack: x, then per list the tensors of each projection."""
-    adapted = [s if a is not None else None for s, a in zip(ss, lists[_A], strict=True)]
-    return [x, *(t for i in (0, 1, 2, 3, 4, _A, _B, _SEED) for t in lists[i]), *adapted]
+    adapted = [s if a is not None else None for s, a in zip(ss, lists[A], strict=True)]
+    return [x, *(t for i in (0, 1, 2, 3, 4, A, B, _SEED) for t in lists[i]), *adapted]
 
 
 def needs_x(lists: Lists) -> bool:
     """True if the backward reads x: a frozen layer without an adapter needs its shape only."""
-    return any(a is not None for a in lists[_A]) or any(w.requires_grad for w in lists[_WEIGHT])
+    return any(a is not None for a in lists[A]) or any(w.requires_grad for w in lists[_WEIGHT])
 
 
 def numbers_of(lists: Lists) -> Lists:
@@ -173,7 +174,7 @@ def gradients(
     quant_type, blocksize, nested_blocksize, scaling, dropout_p, bias = numbers
     grads: list[Tensor | None] = [None] * (_FIELDS * n)
     used = [i for i in range(n) if dys[i] is not None]
-    need_ab = [need[_A * n + i] or need[_B * n + i] for i in used]
+    need_ab = [need[A * n + i] or need[B * n + i] for i in used]
     dx = None
     dy = [t.contiguous() for t in dys if t is not None]
     if used and (need_dx or any(need_ab)):
@@ -185,8 +186,8 @@ def gradients(
         found = backward_op.op(x, dy, *taken, need_dx, need_ab)
         dx = found[0] if need_dx else None
         for j, i in enumerate(used):
-            grads[_A * n + i] = found[1 + j] if need[_A * n + i] else None
-            grads[_B * n + i] = found[1 + len(used) + j] if need[_B * n + i] else None
+            grads[A * n + i] = found[1 + j] if need[A * n + i] else None
+            grads[B * n + i] = found[1 + len(used) + j] if need[B * n + i] else None
     for i, t in zip(used, dy, strict=True):
         w = weight[i]
         if need[_WEIGHT * n + i]:

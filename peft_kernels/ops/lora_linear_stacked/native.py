@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
+from ...native import pointer
 from ..lora_linear import native as single
 from . import each
 
@@ -71,17 +72,47 @@ def backward(x: Tensor, *args: Any) -> list[Tensor]:
     return [dx, *das, *dbs]
 
 
-def step(packed: Sequence[tuple[bytes, ...]], x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Every y [M, N_i] of a prepared call; x [M, K] contiguous, packed: `lora_linear.native.fields` of each."""
+# ---- prepared calls: `lora_linear.native.fields` of each projection in the place of its tensors ---------------------
+def step(
+    packed: Sequence[tuple[bytes, ...]], x: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(every y [M, N_i], every s [M, r_i]); x [M, K] contiguous."""
     m = x.shape[0]
     ys = [x.new_empty((m, n)) for n, _ in sizes]
     ss = [x.new_empty((m, r), dtype=torch.float32) for _, r in sizes]
-    each_one = zip(packed, ys, ss, strict=True)
-    args = b"".join([single.put(own, x, None, m, y.data_ptr(), s.data_ptr()) for own, y, s in each_one])
+    each_one = zip(packed, ys, ss, seeds, strict=True)
+    args = b"".join([single.put(own, x, seed, m, y.data_ptr(), s.data_ptr()) for own, y, s, seed in each_one])
     code = native.cpu().pk_cpu_lora_linear(args, len(packed))
     if code:
         native.check(code)
-    return ys
+    return ys, ss
+
+
+def step_backward(
+    packed: Sequence[tuple[bytes, ...]], dys: Sequence[Tensor], x: Tensor, ss: Sequence[Tensor],
+    seeds: Sequence[Tensor | None], factors: Sequence[Tensor], need_dx: bool, need_ab: Sequence[tuple[bool, bool]],
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """(dx [M, K], da and db of each projection with an adapter); None where not needed.
+
+    factors: a and b of each projection with an adapter, in order; need_ab: of every projection.
+    """
+    m = x.shape[0]
+    dx = torch.empty_like(x) if need_dx else None
+    pairs = iter(factors)
+    args, kept, grads = [], [], []
+    for own, dy, s, seed, (need_a, need_b) in zip(packed, dys, ss, seeds, need_ab, strict=True):
+        dy, da, db = dy.contiguous(), None, None
+        if s.shape[1]:
+            a, b = next(pairs), next(pairs)
+            if need_a or need_b:
+                da, db = torch.empty_like(a), torch.empty_like(b)
+            grads += [da if need_a else None, db if need_b else None]
+        kept.append((dy, da, db))
+        args.append(single.put(own, x, seed, m, 0, s.data_ptr(), dy.data_ptr(), pointer(dx), pointer(da), pointer(db)))
+    code = native.cpu().pk_cpu_lora_linear_backward(b"".join(args), len(packed))
+    if code:
+        native.check(code)
+    return dx, grads
 
 
 _CPU = frozenset({"cpu"})

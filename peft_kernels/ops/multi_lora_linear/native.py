@@ -1,9 +1,9 @@
 """The native CPU backend of multi_lora_linear: lora_linear's kernels, which group the rows by adapter.
 
 The operator takes stacks, which serving fills once. In training every step changes the adapters, and filling a stack of
-them and taking its gradients apart again costs more than the products at few tokens. `forward_layers` and
-`backward_layers` leave the adapters where they are: the library reads each one's A [r, K] and B [N, r] through a
-pointer, writes its gradients to tensors of its own, and takes all layers that read one x in a call.
+them and taking its gradients apart again costs more than the products at few tokens. `PackedLayer` leaves the adapters
+where they are: the library reads each one's A [r, K] and B [N, r] through a pointer, writes its gradients to tensors of
+its own, and takes all layers that read one x in a call.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 from ...native import pointer
-from ..lora_linear.native import available, pack, put, refusal
+from ..lora_linear.native import available, fields, pack, put, refusal
 from . import backward_op, check_values, forward_op
 
-_X, _A, _S = 0, 6 * 8, 11 * 8  # where pk_lora_args has x; a and b; s, dy, dx, da and db
+_A = 6 * 8  # where pk_lora_args has a and b
 
 
 def _when_forward(x: Tensor, *args: Any) -> str | None:
@@ -59,11 +59,11 @@ def forward(
     return y, s
 
 
-def step(fields: tuple[bytes, ...], x: Tensor, n: int, a: Tensor, plan: tuple[Any, ...]) -> Tensor:
-    """y [M, N] of a prepared call; x [M, K] contiguous, fields: of `lora_linear.native`."""
+def step(packed: tuple[bytes, ...], x: Tensor, n: int, a: Tensor, plan: tuple[Any, ...]) -> Tensor:
+    """y [M, N] of a prepared call; x [M, K] contiguous, packed: `lora_linear.native.fields`."""
     m = x.shape[0]
     y, s = x.new_empty((m, n)), x.new_empty((m, plan[4]), dtype=torch.float32)
-    code = native.cpu().pk_cpu_lora_linear(put(fields, x, None, m, y.data_ptr(), s.data_ptr()), 1)
+    code = native.cpu().pk_cpu_lora_linear(put(packed, x, None, m, y.data_ptr(), s.data_ptr()), 1)
     _check(code, "multi_lora_linear", a, plan, False)
     return y
 
@@ -114,65 +114,69 @@ class Layer(NamedTuple):
     max_rank: int
     bias: Tensor | None
     dropout_p: float
-    seed: Tensor | None
 
 
-def serves_layers(x: Tensor, layer: Layer) -> bool:
-    """True if the native library serves such layers, by the rules of the operator: a backend may be forced."""
-    if not all(t.is_contiguous() for t in (*layer.a, *layer.b)):
-        return False
-    a, b, empty = layer.a[0], layer.b[0], x.new_empty((0,))
+class PackedLayer(NamedTuple):
+    """A layer packed for calls with any x of as many rows; its tensors must live as long."""
+
+    fields: tuple[bytes, ...]  # of `lora_linear.native`
+    n: int
+    max_rank: int
+    pointers: array[int]  # of the as and the bs, to whose halves the fields point
+
+
+def serves_layer(x: Tensor, layer: Layer) -> bool:
+    """True if the native library serves it, by the rules of the operator: a backend may be forced."""
+    empty = x.new_empty((0,))
+    seed = torch.empty(1, dtype=torch.int64) if layer.dropout_p > 0.0 else None
     plan = (layer.adapters, empty, layer.ranks, layer.scaling, layer.max_rank)
-    args = (x, *layer.weight, layer.n, a, b, *plan, layer.bias, layer.dropout_p, layer.seed)
-    back = (x, x, *layer.weight, a, b, empty, *plan, layer.dropout_p, layer.seed, True, True)
+    args = (x, *layer.weight, layer.n, layer.a[0], layer.b[0], *plan, layer.bias, layer.dropout_p, seed)
+    back = (x, x, *layer.weight, layer.a[0], layer.b[0], empty, *plan, layer.dropout_p, seed, True, True)
     return forward_op.choose(args).name == "native" and backward_op.choose(back).name == "native"
 
 
-def forward_layers(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor], list[bytearray]]:
-    """y [M, N] and s [M, max_rank] float32 of each layer, and what `backward_layers` takes of each.
+def pack_layer(x: Tensor, layer: Layer) -> PackedLayer:
+    """x: any of its dtype and width."""
+    plan = (layer.adapters, None, layer.ranks, layer.scaling, layer.max_rank)
+    pointers = _table((*layer.a, *layer.b))
+    own = bytearray(pack(0, x, *layer.weight, layer.n, layer.a[0], layer.b[0], 1.0, layer.bias, layer.dropout_p, None,
+                         plan=plan))  # fmt: skip
+    struct.pack_into("=2q", own, _A, *_halves(pointers))
+    return PackedLayer(fields(bytes(own)), layer.n, layer.max_rank, pointers)
 
-    x [M, K] contiguous, at most `MOST` layers.
-    """
-    m, threads = x.shape[0], torch.get_num_threads()
+
+def forward_layers(
+    x: Tensor, layers: Sequence[PackedLayer], seeds: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(y [M, N], s [M, max_rank] float32) of each layer; x [M, K] contiguous, at most `MOST` layers."""
+    m, args = x.shape[0], []
     ys = [x.new_empty((m, layer.n)) for layer in layers]
     ss = [x.new_empty((m, layer.max_rank), dtype=torch.float32) for layer in layers]
-    tables, args = [], []
-    for layer, y, s in zip(layers, ys, ss, strict=True):
-        plan = (layer.adapters, None, layer.ranks, layer.scaling, layer.max_rank)
-        own = bytearray(pack(threads, x, *layer.weight, layer.n, layer.a[0], layer.b[0], 1.0, layer.bias,
-                             layer.dropout_p, layer.seed, y=y, s=s, plan=plan))  # fmt: skip
-        tables.append(_table((*layer.a, *layer.b)))
-        struct.pack_into("=2q", own, _A, *_halves(tables[-1]))
-        args.append(own)
+    for layer, seed, y, s in zip(layers, seeds, ys, ss, strict=True):
+        args.append(put(layer.fields, x, seed, m, y.data_ptr(), s.data_ptr()))
     code = native.cpu().pk_cpu_lora_linear(b"".join(args), len(args))
     if code:
         native.check(code)
-    return ys, ss, args
+    return ys, ss
 
 
 def backward_layers(
-    dys: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], ss: Sequence[Tensor], packed: Sequence[bytearray],
-    need_dx: bool, wanted: Sequence[Sequence[bool]],
+    dys: Sequence[Tensor], x: Tensor, layers: Sequence[PackedLayer], factors: Sequence[Sequence[Tensor]],
+    ss: Sequence[Tensor], seeds: Sequence[Tensor | None], need_dx: bool, wanted: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
     """(dx [M, K], the sum over the layers; of each layer, the gradients of its as and then of its bs).
 
-    dys: contiguous. packed: of the forward, whose x, as, bs and s may be elsewhere now, but not the rest. wanted: of
-    each layer, which of those gradients; the others are None.
+    dys, x, ss: contiguous. factors: of each layer, its as and then its bs. wanted: which of their gradients; the others
+    are None.
     """
-    dx = torch.empty_like(x) if need_dx else None
+    m, dx = x.shape[0], torch.empty_like(x) if need_dx else None
     args, kept, found = [], [], []
-    x_at, dx_at = x.data_ptr(), pointer(dx)
-    for dy, layer, s, before, asked in zip(dys, layers, ss, packed, wanted, strict=True):
-        factors = (*layer.a, *layer.b)
-        grads = [torch.empty_like(t) if need else None for t, need in zip(factors, asked, strict=True)]
-        pointers, of_grads = _table(factors), _table(grads)
-        own = before[:]
-        struct.pack_into("=q", own, _X, x_at)
-        struct.pack_into("=2q", own, _A, *_halves(pointers))
+    for dy, layer, own, s, seed, asked in zip(dys, layers, factors, ss, seeds, wanted, strict=True):
+        grads = [torch.empty_like(t) if need else None for t, need in zip(own, asked, strict=True)]
+        of_grads = _table(grads)
         to = _halves(of_grads) if any(asked) else (0, 0)
-        struct.pack_into("=5q", own, _S, s.data_ptr(), dy.data_ptr(), dx_at, *to)
-        args.append(own)
-        kept.append((pointers, of_grads))
+        args.append(put(layer.fields, x, seed, m, 0, s.data_ptr(), dy.data_ptr(), pointer(dx), *to))
+        kept.append(of_grads)
         found.append(grads)
     code = native.cpu().pk_cpu_lora_linear_backward(b"".join(args), len(args))
     if code:

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import peft_kernels
 from peft_kernels import (
     PreparedCall,
     Projection,
@@ -65,11 +64,11 @@ class _RotarySigns:
 
 
 class _Decoding:
-    """A decoder layer's part in decoding: the signs, which all layers share, and its prepared calls."""
+    """A module's part in this: the signs of the rotation, which all layers share, and its prepared calls."""
 
     def __init__(self, signs: _RotarySigns) -> None:
         self.signs = signs
-        self.qkv, self.o, self.gate_up, self.down = (PreparedCall(peft_kernels.lora_linear_stacked) for _ in range(4))
+        self.qkv, self.o, self.gate_up, self.down = (PreparedCall(lora_linear_stacked) for _ in range(4))
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
@@ -234,7 +233,8 @@ def _attention_forward(
         return result
     layers = (self.q_proj, self.k_proj, self.v_proj)
     found = _projections(hidden_states, *layers)
-    rows = _modules_on(hidden_states, *layers) if found is None else lora_linear_stacked(hidden_states, found)
+    qkv = self._fastpeft_decoding.qkv
+    rows = _modules_on(hidden_states, *layers) if found is None else qkv(hidden_states, *found)
     q, k, v = (y.view(batch, t, -1, self.head_dim) for y in rows)
     # no mask means causal, as transformers' sdpa has it
     keep = None if attention_mask is None else attention_mask[:, 0]

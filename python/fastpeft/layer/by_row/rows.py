@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels import AdapterStack
+from peft_kernels import AdapterStack, PreparedCall, lora_linear_by_row
 
 from ...methods.fused import Fused
 from .mixed import Routed, stacked
@@ -22,6 +22,7 @@ class RowState:
 
     idle: whether no rows were ever assigned that still count. members: the rows that are computed now, where these are
     not all. steady: nothing is written to until rows are assigned again. packed: the adapters, packed for the kernel.
+    together: the call of training, for this layer or for several that begin with it.
     """
 
     def __init__(self, layer: RowHost) -> None:
@@ -34,6 +35,7 @@ class RowState:
         self.members: list[int] | None = None
         self.packed: Packed | None = None
         self.last: Routed | None = None  # of the last assignment of rows, which may come again
+        self.together = PreparedCall(lora_linear_by_row)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **dict.fromkeys(("packed", "last", "stack"))}
@@ -41,6 +43,7 @@ class RowState:
     def forget(self) -> None:
         """Drop what was made for the layer as it was."""
         self.packed = self.last = None
+        self.together = PreparedCall(lora_linear_by_row)
 
     def assign(self, names: Sequence[str] | None, recall: Recall | None = None, steady: bool = False) -> None:
         """`AdapterLayer.set_rows`."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from peft_kernels import RowProjection, lora_linear_by_row
+from peft_kernels import RowProjection
 
 from .names import RowHost
 
@@ -22,7 +22,8 @@ def linears(x: Tensor, layers: Sequence[RowHost]) -> list[Tensor] | None:
         if found is None:
             return None
         projections.append(found)
-    return lora_linear_by_row(x, projections)
+    ys: list[Tensor] | None = layers[0].rows.together(x, *projections)
+    return ys
 
 
 def _projection(layer: RowHost, x: Tensor) -> RowProjection | None:
