@@ -1,7 +1,7 @@
 """Reading and writing the weight of a base layer, whatever stores it.
 
-One class per storage; `find.weight_of(module)` makes the object for a module. It gives the weight as the law
-names it: a dense matrix W [out_features, in_features] (an embedding as the matrix that acts on one-hot rows), for
+One class for each way to store it; `find.weight_of(module)` makes the object for a module. It gives the weight as the
+law names it: a dense matrix W [out_features, in_features] (an embedding as the matrix that acts on one-hot rows), for
 convolutions [out, in / groups, *kernel]. An object holds its module and no tensor, so it stays right when the module
 moves or its parameters are replaced.
 
@@ -45,11 +45,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class LayerInfo:
     """Description of the layer that a method adapts.
 
-    kind: "linear", "embedding", "conv1d", "conv2d", "conv3d", "norm" or "experts", matrices
-    [E, out_features, in_features]. transient: the module reads the weight itself, so that only `merged` acts and inputs
-    are never seen (MultiheadAttention, `target_parameters`). shape: of W as the law names it. dtype: of the layer's
-    arithmetic (a quantised layer's compute dtype). times: how often PEFT's LoRA adds its update here (twice in an
-    attention's out_proj). base: the weight itself, for initialisations that read it.
+    kind: "linear", "embedding", "conv1d", "conv2d", "conv3d", "norm" or "experts" (E matrices in one
+    parameter, [E, out_features, in_features]). transient: the module reads the weight itself, so that only `merged`
+    acts and inputs are never seen (MultiheadAttention, `target_parameters`). shape: of W as the law names it. dtype: of
+    the layer's arithmetic (a quantised layer's compute dtype). times: how often PEFT's LoRA adds its update here (twice
+    in an attention's out_proj). base: the weight itself, for initialisations that read it.
     """
 
     name: str

@@ -95,8 +95,8 @@ class AttentionWeight(TransientWeight):
 
 
 class ParameterWeight(TransientWeight):
-    """A parameter of any module, by name: 2-d as W [out, in]; 3-d as experts [E, out, in], which a module
-    with `is_transposed` keeps as [E, in, out]. ValueError for other parameters."""
+    """A parameter of any module, by name: 2-d as W [out, in]; 3-d as experts [E, out, in], which a module with
+    `is_transposed` keeps as [E, in, out]. ValueError for other parameters."""
 
     label = "ParamWrapper"
 
