@@ -1,4 +1,7 @@
-"""A process that does one thing after another when told to, over pipes: a JSON object a line each way."""
+"""A process that does one thing after another when told to, over pipes: a JSON object a line each way.
+
+`Process` is the end of the one that tells, `driven` that of the one that is told.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +71,19 @@ class Process:
         self.process.wait()
         self.errors.seek(0)
         return RuntimeError(f"{self.name} ended with status {self.process.returncode}: {self.errors.read()[-2000:]}")
+
+
+def driven() -> tuple[dict[str, Any], Iterator[str], Callable[[Any], None]]:
+    """The task of this process, the lines that it is told after it, until "end", and a function that replies.
+
+    Warnings, and what is printed from now on, do not reach the pipe.
+    """
+    warnings.simplefilter("ignore")
+    task = json.loads(sys.stdin.readline())
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # libraries that print must not break the protocol
+
+    def reply(value: Any) -> None:
+        print(json.dumps(value), file=replies, flush=True)
+
+    return task, takewhile(lambda line: line.strip() != "end", sys.stdin), reply

@@ -1,12 +1,14 @@
 /* The whole C ABI of the native libraries. No torch headers, no C++ in the signatures.
  *
  * Conventions
- *   - Every function that can fail returns a pk_status; the text is in pk_last_error() of the same thread until the next
- *     failing call there. Nothing exits, prints or throws.
+ *   - Every function that can fail returns a pk_status; the text is in pk_last_error() of the same thread until the
+ *     next failing call there. Nothing exits, prints or throws.
  *   - Pointers are to contiguous row-major memory that the caller owns; a pointer to something absent is NULL.
  *   - Sizes are int64_t counts of elements unless the name says bytes. dtype arguments are pk_dtype codes.
- *   - `threads` is the number of threads that the call may use, from torch.get_num_threads(). Results never depend on it.
- *   - Any change to a signature, a struct or a meaning below raises PK_ABI_VERSION; peft_kernels/native.py has its twin.
+ *   - `threads` is the number of threads that the call may use, from torch.get_num_threads(). Results never depend on
+ *     it.
+ *   - Any change to a signature, a struct or a meaning below raises PK_ABI_VERSION; peft_kernels/native.py has its
+ *     twin.
  *
  * Adding a function to the CPU library (five places, each one line or one file):
  *   1. here: its declaration, with shapes and units;
@@ -50,9 +52,11 @@ PK_EXPORT const char *pk_last_error(void); /* never NULL; "" before the first fa
 
 /* ---- instruction set levels (CPU library) ------------------------------------------------------------------------ */
 PK_EXPORT const char *pk_cpu_level(void);            /* the level in use: scalar, avx2, avx512 or avx512bf16 */
-PK_EXPORT const char *pk_cpu_levels(void);           /* all levels that this CPU and build have, comma separated, rising */
+/* all levels that this CPU and build have, comma separated, rising */
+PK_EXPORT const char *pk_cpu_levels(void);
 PK_EXPORT int pk_cpu_set_level(const char *name);    /* NULL or "": the best one. For tests: not while kernels run */
-PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runtime in use; "" when there is none (serial) */
+/* path of the OpenMP runtime in use; "" when there is none (serial) */
+PK_EXPORT const char *pk_cpu_openmp(void);
 
 /* ---- memory (CPU library) ------------------------------------------------------------------------------------------
  * Many places that are in no cache, at once: 1 where each of `count` places of 1, 2, 4 or 8 `bytes` is as in
@@ -68,9 +72,9 @@ PK_EXPORT int pk_cpu_unchanged(const int64_t *addresses, int64_t count, int64_t 
  *   backward: dh = gain * dy; ds, da, db as above with dh for dy; dgain = sum over rows of dy * h;
  *             dx = dy weight + drop'((dh - dy) weight + ds a), which without dropout is dh weight + ds a
  * With adapters (many adapters on one weight, no gain): a, da [P, K]; b, db [P, N], which is b transposed; rows
- * starts[i] .. starts[i] + ranks[i] of both are adapter i's. adapters[m] is row m's, -1 for none; r = max_rank is the width
- * of s, with zeros beyond ranks[i]. Adapters in use share no rows in a backward; rows of da and db that belong to no
- * adapter in use are zeroed.
+ * starts[i] .. starts[i] + ranks[i] of both are adapter i's. adapters[m] is row m's, -1 for none; r = max_rank is the
+ * width of s, with zeros beyond ranks[i]. Adapters in use share no rows in a backward; rows of da and db that belong to
+ * no adapter in use are zeroed.
  * Adapters by pointer (starts NULL, S > 0; CPU only): a, b, da, db are arrays of S pointers, to a_i, da_i [ranks[i], K]
  * and b_i, db_i [N, ranks[i]] of each adapter; an entry of da or db that is NULL is not wanted, and those of adapters
  * without a row of x are zeroed. P is not read.
@@ -118,8 +122,8 @@ typedef struct pk_lora_args {
 } pk_lora_args;
 
 PK_EXPORT int64_t pk_lora_args_size(void); /* sizeof(pk_lora_args), checked by native.py */
-/* A stack of `count` projections of one x (1 for a single layer): args[count], which share x, dx, M, K, x_dtype, threads.
- * dx is the sum over them, rounded once. da of a projection may be NULL while another's is wanted. */
+/* A stack of `count` projections of one x (1 for a single layer): args[count], which share x, dx, M, K, x_dtype,
+ * threads. dx is the sum over them, rounded once. da of a projection may be NULL while another's is wanted. */
 enum { PK_LORA_MOST = 16 }; /* projections in a stack */
 PK_EXPORT int pk_cpu_lora_linear(const pk_lora_args *args, int64_t count);
 PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count);
@@ -129,8 +133,8 @@ PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t coun
 typedef enum pk_lora_path { PK_PATH_GEMV, PK_PATH_ROW_PER_LANE, PK_PATH_IN_REGISTERS, PK_PATH_PANELS } pk_lora_path;
 PK_EXPORT int pk_cpu_lora_linear_paths(const pk_lora_args *args, int64_t count, int64_t row, int64_t *paths);
 
-/* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; x, y, s and what belongs to rows of
- * x are not read. */
+/* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; x, y, s and what belongs to
+ * rows of x are not read. */
 PK_EXPORT int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares);
 /* DoRA's forward with the norm of this weight: norm[n] = |row n of weight + scaling * b a|, at least FLT_MIN; gain[n] =
  * magnitude[n] / norm[n]; then pk_cpu_lora_linear with that gain, which args->gain points to. */
@@ -139,8 +143,8 @@ PK_EXPORT int pk_cpu_dora_linear(const pk_lora_args *args, const float *magnitud
 PK_EXPORT int pk_cpu_dora_linear_backward(const pk_lora_args *args, const float *norm);
 
 /* ---- swiglu (CPU library) ------------------------------------------------------------------------------------------
- * h = silu(gate) * up; dgate = dh * up * silu'(gate), dup = dh * silu(gate). numel elements of dtype (float32, bfloat16,
- * float16) each, computed in float32. */
+ * h = silu(gate) * up; dgate = dh * up * silu'(gate), dup = dh * silu(gate). numel elements of dtype (float32,
+ * bfloat16, float16) each, computed in float32. */
 PK_EXPORT int pk_cpu_swiglu(const void *gate, const void *up, int64_t dtype, int64_t numel, void *h, int64_t threads);
 PK_EXPORT int pk_cpu_swiglu_backward(const void *dh, const void *gate, const void *up, int64_t dtype, int64_t numel,
                                      void *dgate, void *dup, int64_t threads);
@@ -149,7 +153,8 @@ PK_EXPORT int pk_cpu_swiglu_backward(const void *dh, const void *gate, const voi
  * A step of AdamW (arXiv 1711.05101) over float32 tensors: with g = scale * grad and t = ++step,
  *   p -= lr decay p;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;
  *   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
- * settings: lr, beta1, beta2, eps, decay, scale. The norm is of `grad`, summed over the tensors; the rest is not read. */
+ * settings: lr, beta1, beta2, eps, decay, scale. The norm is of `grad`, summed over the tensors; the rest is not
+ * read. */
 typedef struct pk_adamw {
     float *p;
     const float *grad;
@@ -163,58 +168,65 @@ PK_EXPORT int pk_cpu_squared_norm(const pk_adamw *list, int64_t count, double *s
 /* ---- rms_norm (CPU library) ----------------------------------------------------------------------------------------
  * x, y, dy, dx [rows, n] of dtype, weight [n] of w_dtype (float32, bfloat16, float16), computed in float32:
  * y = weight * x * c with c = 1 / sqrt(mean(x^2) + eps);  dx = c (g - x c^2 mean(g x)) with g = dy * weight. */
-PK_EXPORT int pk_cpu_rms_norm(const void *x, const void *weight, int64_t dtype, int64_t w_dtype, int64_t rows, int64_t n,
-                              double eps, void *y, int64_t threads);
-PK_EXPORT int pk_cpu_rms_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype, int64_t w_dtype,
-                                       int64_t rows, int64_t n, double eps, void *dx, int64_t threads);
+PK_EXPORT int pk_cpu_rms_norm(const void *x, const void *weight, int64_t dtype, int64_t w_dtype, int64_t rows,
+                              int64_t n, double eps, void *y, int64_t threads);
+PK_EXPORT int pk_cpu_rms_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype,
+                                       int64_t w_dtype, int64_t rows, int64_t n, double eps, void *dx, int64_t threads);
 
 /* ---- rotary_attention (CPU library) --------------------------------------------------------------------------------
- * Self-attention with rotary embeddings: y = softmax(scale R(q) R(k)^T where seen) v, R(x) = x cos + (-x2, x1) sin of the
- * halves x1, x2 of a head. q, y, dy, dq [B, T, H, D], k, v, dk, dv [B, T, G, D] of dtype, H a multiple of G, D even; cos, sin
- * [tables, T, D] of table_dtype; keep [masks, T, T] of 0 and 1, tables and masks 1 or B; NULL: a query sees the keys up to its
- * own. lse [B, H, T]: log of the sum of exponentials, which the backward takes; inf where a query sees nothing (y is 0).
- * float32, bfloat16, float16; sums are float32. Turned q and k, and probabilities, are rounded to bfloat16 where dtype is. */
-PK_EXPORT int pk_cpu_rotary_attention(const void *q, const void *k, const void *v, const void *cos, const void *sin, const uint8_t *keep,
-                                      int64_t dtype, int64_t table_dtype, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D,
-                                      int64_t tables, int64_t masks, double scale, void *y, float *lse, int64_t threads);
-PK_EXPORT int pk_cpu_rotary_attention_backward(const void *dy, const void *q, const void *k, const void *v, const void *cos,
-                                               const void *sin, const uint8_t *keep, const float *lse, int64_t dtype,
-                                               int64_t table_dtype, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, int64_t tables,
-                                               int64_t masks, double scale, void *dq, void *dk, void *dv, int64_t threads);
+ * Self-attention with rotary embeddings: y = softmax(scale R(q) R(k)^T where seen) v, R(x) = x cos + (-x2, x1) sin
+ * of the halves x1, x2 of a head. q, y, dy, dq [B, T, H, D], k, v, dk, dv [B, T, G, D] of dtype, H a multiple of G,
+ * D even; cos, sin [tables, T, D] of table_dtype; keep [masks, T, T] of 0 and 1, tables and masks 1 or B; NULL: a
+ * query sees the keys up to its own. lse [B, H, T]: log of the sum of exponentials, which the backward takes; inf
+ * where a query sees nothing (y is 0). float32, bfloat16, float16; sums are float32. Turned q and k, and
+ * probabilities, are rounded to bfloat16 where dtype is. */
+PK_EXPORT int pk_cpu_rotary_attention(const void *q, const void *k, const void *v, const void *cos, const void *sin,
+                                      const uint8_t *keep, int64_t dtype, int64_t table_dtype, int64_t B, int64_t T,
+                                      int64_t H, int64_t G, int64_t D, int64_t tables, int64_t masks, double scale,
+                                      void *y, float *lse, int64_t threads);
+PK_EXPORT int pk_cpu_rotary_attention_backward(const void *dy, const void *q, const void *k, const void *v,
+                                               const void *cos, const void *sin, const uint8_t *keep, const float *lse,
+                                               int64_t dtype, int64_t table_dtype, int64_t B, int64_t T, int64_t H,
+                                               int64_t G, int64_t D, int64_t tables, int64_t masks, double scale,
+                                               void *dq, void *dk, void *dv, int64_t threads);
 
-/* ---- rotations (CPU library) -------------------------------------------------------------------------------------------
+/* ---- rotations (CPU library) ----------------------------------------------------------------------------------------
  * x, y, dy, dx: [M, d] of dtype (float32, bfloat16, float16); all else float32; computed in float32 and rounded once.
  * butterfly_rotate: blocks, dblocks [m, d / b, b, b], or [m, 1, b, b] if shared. Factor i multiplies half blocks p and
- * p + 2^i of every 2^(i + 1) by a block from the right; from the last factor to the first, or (transposed) from the first,
- * each block transposed. m > 1: b is even, d / b a multiple of 2^(m - 1). dx may be NULL. */
-PK_EXPORT int pk_cpu_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d, int64_t b,
-                                      int64_t m, int64_t shared, int64_t transposed, void *y, int64_t threads);
-PK_EXPORT int pk_cpu_butterfly_rotate_backward(const void *dy, const void *x, const float *blocks, int64_t dtype, int64_t M,
-                                               int64_t d, int64_t b, int64_t m, int64_t shared, int64_t transposed, void *dx,
-                                               float *dblocks, int64_t threads);
-/* butterfly_linear: lora_linear (forward, backward) of x turned by butterfly_rotate, not transposed. args: one projection
- * without adapter and dropout; x and dx as before the rotation; a gain may come without an adapter here. Backward: x is not read
- * where dblocks is NULL; neither dx nor dblocks: dgain alone. No turned copy of x is longer than 1,024 rows. */
-PK_EXPORT int pk_cpu_butterfly_linear(const pk_lora_args *args, const float *blocks, int64_t b, int64_t m, int64_t shared);
-PK_EXPORT int pk_cpu_butterfly_linear_backward(const pk_lora_args *args, const float *blocks, int64_t b, int64_t m, int64_t shared,
-                                               float *dblocks);
+ * p + 2^i of every 2^(i + 1) by a block from the right; from the last factor to the first, or (transposed) from the
+ * first, each block transposed. m > 1: b is even, d / b a multiple of 2^(m - 1). dx may be NULL. */
+PK_EXPORT int pk_cpu_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d,
+                                      int64_t b, int64_t m, int64_t shared, int64_t transposed, void *y,
+                                      int64_t threads);
+PK_EXPORT int pk_cpu_butterfly_rotate_backward(const void *dy, const void *x, const float *blocks, int64_t dtype,
+                                               int64_t M, int64_t d, int64_t b, int64_t m, int64_t shared,
+                                               int64_t transposed, void *dx, float *dblocks, int64_t threads);
+/* butterfly_linear: lora_linear (forward, backward) of x turned by butterfly_rotate, not transposed. args: one
+ * projection without adapter and dropout; x and dx as before the rotation; a gain may come without an adapter here.
+ * Backward: x is not read where dblocks is NULL; neither dx nor dblocks: dgain alone. No turned copy of x is longer
+ * than 1,024 rows. */
+PK_EXPORT int pk_cpu_butterfly_linear(const pk_lora_args *args, const float *blocks, int64_t b, int64_t m,
+                                      int64_t shared);
+PK_EXPORT int pk_cpu_butterfly_linear_backward(const pk_lora_args *args, const float *blocks, int64_t b, int64_t m,
+                                               int64_t shared, float *dblocks);
 /* cayley: q, r [blocks, b, b]. n = 0: r = (I + q) (I - q)^-1; else the sum of weights[k] q^k, k < n. */
-PK_EXPORT int pk_cpu_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r, int64_t threads);
+PK_EXPORT int pk_cpu_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r,
+                            int64_t threads);
 PK_EXPORT int pk_cpu_cayley_backward(const float *q, const float *r, const float *dr, int64_t blocks, int64_t b,
                                      const float *weights, int64_t n, float *dq, int64_t threads);
 /* householder_rotate: u, v, du, dv [r, d]; s [M, r]: s = x u^T, y = x - s v. du is NULL with dv, dx may be. */
-PK_EXPORT int pk_cpu_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M, int64_t d,
-                                        int64_t r, void *y, float *s, int64_t threads);
-PK_EXPORT int pk_cpu_householder_rotate_backward(const void *dy, const void *x, const float *u, const float *v, const float *s,
-                                                 int64_t dtype, int64_t M, int64_t d, int64_t r, void *dx, float *du, float *dv,
-                                                 int64_t threads);
+PK_EXPORT int pk_cpu_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M,
+                                        int64_t d, int64_t r, void *y, float *s, int64_t threads);
+PK_EXPORT int pk_cpu_householder_rotate_backward(const void *dy, const void *x, const float *u, const float *v,
+                                                 const float *s, int64_t dtype, int64_t M, int64_t d, int64_t r,
+                                                 void *dx, float *du, float *dv, int64_t threads);
 /* pair_rotate: first, second, dfirst, dsecond [d]. Within 2 * half features, a = x[i] and b = x[i + half] become
  * a first - b second (at i) and b first + a second (at i + half). dfirst is NULL with dsecond, dx may be. */
-PK_EXPORT int pk_cpu_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M, int64_t d,
-                                 int64_t half, void *y, int64_t threads);
-PK_EXPORT int pk_cpu_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second, int64_t dtype,
-                                          int64_t M, int64_t d, int64_t half, void *dx, float *dfirst, float *dsecond,
-                                          int64_t threads);
+PK_EXPORT int pk_cpu_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M,
+                                 int64_t d, int64_t half, void *y, int64_t threads);
+PK_EXPORT int pk_cpu_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second,
+                                          int64_t dtype, int64_t M, int64_t d, int64_t half, void *dx, float *dfirst,
+                                          float *dsecond, int64_t threads);
 
 /* ---- quantize_4bit, dequantize_4bit (CPU library) -----------------------------------------------------------------
  * The layout of quantised weights is the one above, of any number of elements (the last block may be partial).
@@ -249,49 +261,53 @@ PK_EXPORT int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax,
                                       const float *nested_code, const float *offset, const float *table,
                                       int64_t blocksize, int64_t nested_blocksize, int64_t numel, int64_t out_dtype,
                                       void *out, int64_t device, void *stream);
-/* lora_linear of one projection: quantised weights, x of bfloat16 or float16, blocksizes that are powers of two. M at most
- * 512, in the backward 64; a gain without dropout only. bytes: of the workspace that the call with these arguments needs,
- * 0 for none. */
+/* lora_linear of one projection: quantised weights, x of bfloat16 or float16, blocksizes that are powers of two. M
+ * at most 512, in the backward 64; a gain without dropout only. bytes: of the workspace that the call with these
+ * arguments needs, 0 for none. */
 PK_EXPORT int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t backward, int64_t *bytes);
 PK_EXPORT int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, void *stream);
 PK_EXPORT int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t device, void *stream);
-/* As pk_cpu_squared_row_norms, of quantised weights; K is cut into `parts`: squares [parts][N], to be added in order. */
+/* As pk_cpu_squared_row_norms, of quantised weights; K is cut into `parts`: squares [parts][N], to be added in
+ * order. */
 PK_EXPORT int pk_cuda_squared_row_norms(const pk_lora_args *args, double *squares, int64_t parts, int64_t device,
                                         void *stream);
 /* ---- rotations (CUDA library): x, y, dy, dx and what they are as in the CPU library, d below 2^24 -------------------
  * Gradients that are sums over the rows of x come in parts of the rows, to be added in order. */
 /* sums [parts][2][d]: dfirst, dsecond; NULL with x, dx may be. */
-PK_EXPORT int pk_cuda_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M, int64_t d,
-                                  int64_t half, void *y, int64_t device, void *stream);
-PK_EXPORT int pk_cuda_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second, int64_t dtype,
-                                           int64_t M, int64_t d, int64_t half, void *dx, float *sums, int64_t parts,
-                                           int64_t device, void *stream);
-/* Factors as in the CPU library that reach b * 2^(m - 1) <= 256 features, one after another in float32. x NULL: the rows of
- * an identity for each such group, float32 [b * 2^(m - 1), d]. every: y [m][M][d], what each factor gives. */
-PK_EXPORT int pk_cuda_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d, int64_t b,
-                                       int64_t m, int64_t shared, int64_t transposed, int64_t every, void *y, int64_t device,
-                                       void *stream);
+PK_EXPORT int pk_cuda_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M,
+                                  int64_t d, int64_t half, void *y, int64_t device, void *stream);
+PK_EXPORT int pk_cuda_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second,
+                                           int64_t dtype, int64_t M, int64_t d, int64_t half, void *dx, float *sums,
+                                           int64_t parts, int64_t device, void *stream);
+/* Factors as in the CPU library that reach b * 2^(m - 1) <= 256 features, one after another in float32. x NULL: the
+ * rows of an identity for each such group, float32 [b * 2^(m - 1), d]. every: y [m][M][d], what each factor gives. */
+PK_EXPORT int pk_cuda_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d,
+                                       int64_t b, int64_t m, int64_t shared, int64_t transposed, int64_t every, void *y,
+                                       int64_t device, void *stream);
 /* The gradient of the factors' blocks, dblocks [m][d / b][b][b], from that of what they make of identities: last
  * [b * 2^(m - 1)][d]; inputs and gradients: `every` factor of the identities, and of `last` turned back. */
-PK_EXPORT int pk_cuda_butterfly_gradient(const float *inputs, const float *gradients, const float *last, int64_t d, int64_t b,
-                                         int64_t m, int64_t transposed, float *dblocks, int64_t device, void *stream);
-/* y = x by block-diagonal matrices on tensor cores: 16-bit x, y, 8-byte aligned, P a multiple of 16 up to 256. Element (k, c)
- * of matrix n is matrices[n * group + k * row + c * column]; about 16 bits of it count. */
-PK_EXPORT int pk_cuda_block_product(const void *x, const float *matrices, int64_t dtype, int64_t M, int64_t d, int64_t P,
-                                    int64_t group, int64_t row, int64_t column, void *y, int64_t device, void *stream);
+PK_EXPORT int pk_cuda_butterfly_gradient(const float *inputs, const float *gradients, const float *last, int64_t d,
+                                         int64_t b, int64_t m, int64_t transposed, float *dblocks, int64_t device,
+                                         void *stream);
+/* y = x by block-diagonal matrices on tensor cores: 16-bit x, y, 8-byte aligned, P a multiple of 16 up to 256.
+ * Element (k, c) of matrix n is matrices[n * group + k * row + c * column]; about 16 bits of it count. */
+PK_EXPORT int pk_cuda_block_product(const void *x, const float *matrices, int64_t dtype, int64_t M, int64_t d,
+                                    int64_t P, int64_t group, int64_t row, int64_t column, void *y, int64_t device,
+                                    void *stream);
 /* x^T dy within each group of P <= 256 features, in parts of the rows: out [parts][d * P], element (k, c) of group n at
  * n * group + k * row + c. */
 PK_EXPORT int pk_cuda_block_gradient(const void *x, const void *dy, int64_t dtype, int64_t M, int64_t d, int64_t P,
-                                     int64_t group, int64_t row, float *out, int64_t parts, int64_t device, void *stream);
+                                     int64_t group, int64_t row, float *out, int64_t parts, int64_t device,
+                                     void *stream);
 /* Up to 64 reflections. y NULL: only s. The other way round, x = dy with u and v exchanged gives dx and t = dy v^T. */
-PK_EXPORT int pk_cuda_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M, int64_t d,
-                                         int64_t r, void *y, float *s, int64_t device, void *stream);
+PK_EXPORT int pk_cuda_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M,
+                                         int64_t d, int64_t r, void *y, float *s, int64_t device, void *stream);
 /* out [parts][r][d]: -t^T x, which is du, and dv where t is s and x is dy. t: float32 [M, r]. */
-PK_EXPORT int pk_cuda_householder_gradient(const float *t, const void *x, int64_t dtype, int64_t M, int64_t d, int64_t r,
-                                           float *out, int64_t parts, int64_t device, void *stream);
+PK_EXPORT int pk_cuda_householder_gradient(const float *t, const void *x, int64_t dtype, int64_t M, int64_t d,
+                                           int64_t r, float *out, int64_t parts, int64_t device, void *stream);
 /* cayley: b <= 64, n <= 104; weights [n] on the **host**. */
-PK_EXPORT int pk_cuda_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r, int64_t device,
-                             void *stream);
+PK_EXPORT int pk_cuda_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r,
+                             int64_t device, void *stream);
 PK_EXPORT int pk_cuda_cayley_backward(const float *q, const float *r, const float *dr, int64_t blocks, int64_t b,
                                       const float *weights, int64_t n, float *dq, int64_t device, void *stream);
 

@@ -53,9 +53,9 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def arg_error(op: str, arg: str, expected: str, got: object, kind: type[Exception] = ValueError) -> Exception:
+def arg_error(op: str, arg: str, expected: str, got: object, error: type[Exception] = ValueError) -> Exception:
     """The one form of argument errors: the op, the argument, what was expected, what came."""
-    return kind(f"{op}: {arg} must be {expected}, got {got}")
+    return error(f"{op}: {arg} must be {expected}, got {got}")
 
 
 def check_alike(op: str, arg: str, got: Tensor, x: Tensor, name: str = "x") -> None:

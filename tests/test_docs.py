@@ -46,6 +46,15 @@ def test_lines_wrap_at_120(path: Path) -> None:
             assert len(line) <= 120, f"{path.name}:{number} has {len(line)} characters"
 
 
+def test_lines_of_c_wrap_at_120() -> None:
+    wide = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120
+    ]  # fmt: skip
+    assert not wide, wide
+
+
 def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 130

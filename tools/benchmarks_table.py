@@ -35,6 +35,7 @@ from benchmarks_cells import (
     versions,
     wrapped,
 )
+from made_files import write_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -279,17 +280,10 @@ def readme(text: str) -> str:
     return f"{before}{BEGIN}\n{summary()}\n{END}{rest.partition(END)[2]}"
 
 
-def main() -> int:
-    wanted = {ROOT / "docs" / page: document(page) for page in HEADS}
-    wanted[README] = readme(README.read_text(encoding="utf-8"))
-    if "--check" in sys.argv:
-        old = [p.name for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
-        print(f"out of date: {', '.join(old)}; run python tools/benchmarks_table.py" if old else "up to date")
-        return 1 if old else 0
-    for path, text in wanted.items():
-        path.write_text(text, encoding="utf-8")
-    return 0
+def documents() -> dict[Path, str]:
+    made = {ROOT / "docs" / page: document(page) for page in HEADS}
+    return made | {README: readme(README.read_text(encoding="utf-8"))}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(documents()))

@@ -11,6 +11,7 @@ from fastpeft.config.base import HasBias, HasFanInFanOut, HasInitWeights, Target
 from fastpeft.methods.lora.variants import VARIANTS
 from fastpeft.methods.method import Method
 from fastpeft.methods.registry import registry
+from made_files import write_or_check
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 HEAD = """# Methods
@@ -78,15 +79,5 @@ def table() -> str:
     return HEAD + "\n".join(lines) + "\n" + OPTIONS + "\n".join(option_list()) + "\n"
 
 
-def main() -> int:
-    text = table()
-    if "--check" in sys.argv:
-        same = TARGET.exists() and TARGET.read_text(encoding="utf-8") == text
-        print(f"{TARGET.name} is {'up to date' if same else 'out of date: run python tools/methods_table.py'}")
-        return 0 if same else 1
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check({TARGET: table()}))

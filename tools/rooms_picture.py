@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 from floors import FLOORS, KERNELS, PACKAGE, PUBLIC, ROOT, arrows, lines, sentence, unplaced
+from made_files import write_or_check
 
 TARGET = ROOT / "docs" / "img" / "rooms.svg"
 SAID = {
@@ -124,15 +125,5 @@ def picture(package: Path = PACKAGE, kernels: Path = ROOT / KERNELS) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def main() -> int:
-    text = picture()
-    if "--check" in sys.argv:
-        same = TARGET.exists() and TARGET.read_text(encoding="utf-8") == text
-        print(f"{TARGET.name} is {'up to date' if same else 'out of date: run python tools/rooms_picture.py'}")
-        return 0 if same else 1
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check({TARGET: picture()}))

@@ -1,6 +1,6 @@
 """One checkout's rows of a suite in a process of its own, driven over pipes by checkouts.py.
 
-Run by its path in another checkout, whose packages and bench it imports: of this one it takes this file alone.
+Run by its path in another checkout, whose packages and bench it imports: of this one it takes this file and pipes.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != HERE]  # Python puts it before the checkout
 
 import gc  # noqa: E402
-import importlib  # noqa: E402
+import importlib.util  # noqa: E402
 import json  # noqa: E402
 import time  # noqa: E402
-import warnings  # noqa: E402
 from typing import Any  # noqa: E402
 
 from bench import __main__ as cli  # noqa: E402
@@ -84,16 +83,16 @@ class Side:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    task = json.loads(sys.stdin.readline())
-    replies = sys.stdout
-    sys.stdout = sys.stderr  # libraries that print must not break the protocol
+    spec = importlib.util.spec_from_file_location("pipes_of_this_checkout", HERE.parent / "pipes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pipes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pipes)
+    task, told, reply = pipes.driven()
     side = Side(task)
-    for line in sys.stdin:
-        if line.strip() == "end":
-            break
+    for line in told:
         what, *arguments = json.loads(line)
-        print(json.dumps(getattr(side, what)(*arguments)), file=replies, flush=True)
+        reply(getattr(side, what)(*arguments))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ processes take turns, so a slow spell of the machine hits every mode alike. Prot
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..pipes import driven
 
 PROMPT = "What does the os module of Python do? Explain it at length."
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -233,10 +232,7 @@ def decoder(model: Any, mode: str, folder: str, tokens: int, rows: int = 1) -> C
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    task = json.loads(sys.stdin.readline())
-    replies = sys.stdout
-    sys.stdout = sys.stderr  # libraries that print must not break the protocol
+    task, told, reply = driven()
     import torch
 
     torch.set_num_threads(task["threads"])
@@ -254,16 +250,14 @@ def main() -> None:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     run()
-    print(json.dumps({"ready": True}), file=replies, flush=True)
-    for line in sys.stdin:
-        if line.strip() == "end":
-            break
+    reply({"ready": True})
+    for _ in told:
         # seconds of all threads: on a busy machine it says more than the clock does
         before = time.process_time()
-        reply = run()
-        reply["cpu_s"] = (time.process_time() - before) / reply.get("tokens", 1)
+        done = run()
+        done["cpu_s"] = (time.process_time() - before) / done.get("tokens", 1)
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mib("VmHWM")
-        print(json.dumps({**reply, "peak_mib": peak}), file=replies, flush=True)
+        reply({**done, "peak_mib": peak})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ int pk_cpu_adamw(const pk_adamw *list, int64_t count, const double *settings, in
     Tensors t = {list, count, nullptr, nullptr, nullptr};
     PkAdamw *of = count < 0 ? nullptr : static_cast<PkAdamw *>(pk_scratch(1, size_t(count) * sizeof(PkAdamw)));
     int64_t tasks = of ? lay_out(&t) : -1;
-    if (tasks < 0) return pk_fail(PK_ERR_ARGUMENT, "adamw: bad sizes (%lld tensors), or no memory for the workspace", (long long)count);
+    if (tasks < 0)
+        return pk_fail(PK_ERR_ARGUMENT, "adamw: bad sizes (%lld tensors), or no memory for the workspace",
+                       (long long)count);
     for (int64_t i = 0; i < count; ++i) {
         double step = double(*list[i].step) + 1.0;
         *list[i].step = float(step);
@@ -64,8 +66,8 @@ int pk_cpu_adamw(const pk_adamw *list, int64_t count, const double *settings, in
             continue;
         }
         double rest1 = 1.0 - pow(beta1, step), rest2 = 1.0 - pow(beta2, step);
-        of[i] = {step, float(settings[5]), float(1.0 - beta1), float(beta2), float(1.0 - beta2), float(1.0 / sqrt(rest2)), float(eps),
-                 float(rate * decay), float(rate / rest1)};
+        of[i] = {step, float(settings[5]), float(1.0 - beta1), float(beta2), float(1.0 - beta2),
+                 float(1.0 / sqrt(rest2)), float(eps), float(rate * decay), float(rate / rest1)};
     }
     t.of = of;
     pk_parallel(tasks, threads, update_task, &t);
@@ -76,7 +78,9 @@ int pk_cpu_squared_norm(const pk_adamw *list, int64_t count, double *square, int
     Tensors t = {list, count, nullptr, nullptr, nullptr};
     int64_t tasks = count < 0 ? -1 : lay_out(&t);
     t.sums = tasks < 0 ? nullptr : static_cast<double *>(pk_scratch(1, size_t(tasks) * 8));
-    if (!t.sums) return pk_fail(PK_ERR_ARGUMENT, "squared_norm: bad sizes (%lld tensors), or no memory for the workspace", (long long)count);
+    if (!t.sums)
+        return pk_fail(PK_ERR_ARGUMENT, "squared_norm: bad sizes (%lld tensors), or no memory for the workspace",
+                       (long long)count);
     pk_parallel(tasks, threads, squares_task, &t);
     *square = 0;
     for (int64_t i = 0; i < tasks; ++i) *square += t.sums[i];

@@ -1,6 +1,6 @@
-/* Exported functions of butterfly_linear. Some rows of x are turned at a time, into a workspace from where lora_linear's
- * kernels read them; backward, dx of the product lies there and is turned back. Rows at once are those of lora_linear's own
- * chunks, so W is decoded no more often than without a rotation. */
+/* Exported functions of butterfly_linear. Some rows of x are turned at a time, into a workspace from where
+ * lora_linear's kernels read them; backward, dx of the product lies there and is turned back. Rows at once are those
+ * of lora_linear's own chunks, so W is decoded no more often than without a rotation. */
 #include <string.h>
 
 #include "kernels.h"
@@ -11,7 +11,9 @@ enum { ROWS = 512, ROWS_BACKWARD = 1024, RANGE = 256, PLENTY = 8 };
 const char *at(const void *p, int64_t elements, int64_t dtype) {
     return p ? static_cast<const char *>(p) + elements * (dtype == PK_F32 ? 4 : 2) : nullptr;
 }
-char *at(void *p, int64_t elements, int64_t dtype) { return const_cast<char *>(at(static_cast<const void *>(p), elements, dtype)); }
+char *at(void *p, int64_t elements, int64_t dtype) {
+    return const_cast<char *>(at(static_cast<const void *>(p), elements, dtype));
+}
 
 // Rows at once, all chunks alike but for the last
 int64_t chunk_of(int64_t M, int64_t most) {
@@ -55,8 +57,8 @@ int pk_cpu_butterfly_linear(const pk_lora_args *args, const float *blocks, int64
     return code;
 }
 
-int pk_cpu_butterfly_linear_backward(const pk_lora_args *args, const float *blocks, int64_t b, int64_t m, int64_t shared,
-                                     float *dblocks) {
+int pk_cpu_butterfly_linear_backward(const pk_lora_args *args, const float *blocks, int64_t b, int64_t m,
+                                     int64_t shared, float *dblocks) {
     PkButterfly t = {args->x, nullptr, blocks, nullptr, args->x_dtype, args->M, args->K, b, m, shared, 0};
     if (int code = check(args, t)) return code;
     bool turns = args->dx || dblocks; // else only dgain is wanted

@@ -52,12 +52,14 @@ int run(Work &w, int64_t threads) {
 
 int pk_butterfly_check(const PkButterfly &t) {
     if (t.dtype < PK_F32 || t.dtype > PK_F16)
-        return pk_fail(PK_ERR_ARGUMENT, "butterfly_rotate: x must be float32, bfloat16 or float16, got %d", int(t.dtype));
+        return pk_fail(PK_ERR_ARGUMENT, "butterfly_rotate: x must be float32, bfloat16 or float16, got %d",
+                       int(t.dtype));
     if (t.M < 0 || t.d < 1 || t.b < 1 || t.m < 1 || t.m > 62 || t.d % t.b)
-        return pk_fail(PK_ERR_ARGUMENT, "butterfly_rotate: no %lld factors of blocks of %lld in %lld features", (long long)t.m,
-                       (long long)t.b, (long long)t.d);
+        return pk_fail(PK_ERR_ARGUMENT, "butterfly_rotate: no %lld factors of blocks of %lld in %lld features",
+                       (long long)t.m, (long long)t.b, (long long)t.d);
     if (t.m > 1 && (t.b % 2 || (t.d / t.b) % (int64_t(1) << (t.m - 1))))
-        return pk_fail(PK_ERR_ARGUMENT, "butterfly_rotate: %lld factors need blocks of even size, a multiple of %lld of them",
+        return pk_fail(PK_ERR_ARGUMENT,
+                       "butterfly_rotate: %lld factors need blocks of even size, a multiple of %lld of them",
                        (long long)t.m, (long long)1 << (t.m - 1));
     return PK_OK;
 }
@@ -78,16 +80,16 @@ void pk_butterfly_sums(const PkButterfly &t, const float *sums, int64_t ranges, 
 }
 
 extern "C" {
-int pk_cpu_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d, int64_t b, int64_t m,
-                            int64_t shared, int64_t transposed, void *y, int64_t threads) {
+int pk_cpu_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d, int64_t b,
+                            int64_t m, int64_t shared, int64_t transposed, void *y, int64_t threads) {
     PkButterfly t = {x, nullptr, blocks, y, dtype, M, d, b, m, shared, transposed};
     int code = pk_butterfly_check(t);
     return code ? code : pk_butterfly(t, ROWS, threads);
 }
 
-int pk_cpu_butterfly_rotate_backward(const void *dy, const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d,
-                                     int64_t b, int64_t m, int64_t shared, int64_t transposed, void *dx, float *dblocks,
-                                     int64_t threads) {
+int pk_cpu_butterfly_rotate_backward(const void *dy, const void *x, const float *blocks, int64_t dtype, int64_t M,
+                                     int64_t d, int64_t b, int64_t m, int64_t shared, int64_t transposed, void *dx,
+                                     float *dblocks, int64_t threads) {
     PkButterfly t = {x, dy, blocks, dx, dtype, M, d, b, m, shared, transposed};
     if (int code = pk_butterfly_check(t)) return code;
     int64_t ranges = (M + ROWS_BACKWARD - 1) / ROWS_BACKWARD;

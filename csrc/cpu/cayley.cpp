@@ -21,19 +21,21 @@ void task(void *ctx, int64_t i) {
 
 int run(Work w, int64_t blocks, int64_t threads) {
     if (blocks < 0 || w.b < 0 || w.n < 0 || w.n > 128)
-        return pk_fail(PK_ERR_ARGUMENT, "cayley: %lld blocks of %lld with %lld terms", (long long)blocks, (long long)w.b, (long long)w.n);
+        return pk_fail(PK_ERR_ARGUMENT, "cayley: %lld blocks of %lld with %lld terms", (long long)blocks,
+                       (long long)w.b, (long long)w.n);
     pk_parallel(blocks, threads, task, &w);
     return w.failed ? pk_fail(w.failed, "cayley: out of memory") : PK_OK;
 }
 } // namespace
 
 extern "C" {
-int pk_cpu_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r, int64_t threads) {
+int pk_cpu_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r,
+                  int64_t threads) {
     return run({q, nullptr, nullptr, b, weights, n, r, 0}, blocks, threads);
 }
 
-int pk_cpu_cayley_backward(const float *q, const float *r, const float *dr, int64_t blocks, int64_t b, const float *weights, int64_t n,
-                           float *dq, int64_t threads) {
+int pk_cpu_cayley_backward(const float *q, const float *r, const float *dr, int64_t blocks, int64_t b,
+                           const float *weights, int64_t n, float *dq, int64_t threads) {
     return run({q, r, dr, b, weights, n, dq, 0}, blocks, threads);
 }
 }

@@ -49,7 +49,8 @@ extern "C" int pk_cpu_dequantize_4bit(const uint8_t *packed, const void *absmax,
     if (!packed || !absmax || !out) return pk_fail(PK_ERR_ARGUMENT, "dequantize_4bit: a pointer is NULL");
     bool nested = nested_code != nullptr;
     if (nested && (!nested_absmax || !offset || nested_blocksize < 1))
-        return pk_fail(PK_ERR_ARGUMENT, "dequantize_4bit: nested scales need nested_absmax, offset and nested_blocksize");
+        return pk_fail(PK_ERR_ARGUMENT,
+                       "dequantize_4bit: nested scales need nested_absmax, offset and nested_blocksize");
     int64_t size = out_dtype == PK_F32 ? 4 : 2;
     Job job = {packed,
                nested ? nullptr : static_cast<const float *>(absmax),

@@ -30,7 +30,9 @@ struct Level {
 bool yes() { return true; }
 
 #if defined(PK_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
 
 // __builtin_cpu_supports knows "avx512bf16" only in newer compilers, and F16C in none that is old: ask the CPU.
 unsigned cpuid(unsigned leaf, unsigned sub, int reg) {

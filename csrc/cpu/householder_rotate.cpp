@@ -20,7 +20,8 @@ struct Work {
 void rows(void *ctx, int64_t i) {
     Work &w = *static_cast<Work *>(ctx);
     int64_t first = i * ROWS, end = first + ROWS < w.M ? first + ROWS : w.M;
-    if (int code = pk_table()->householder_rows(w.x, w.u, w.v, w.dtype, first, end, w.d, w.r, w.y, w.s)) w.failed = code;
+    if (int code = pk_table()->householder_rows(w.x, w.u, w.v, w.dtype, first, end, w.d, w.r, w.y, w.s))
+        w.failed = code;
 }
 
 void gradient(void *ctx, int64_t i) {
@@ -34,10 +35,11 @@ void gradient(void *ctx, int64_t i) {
 
 int check(const Work &w) {
     if (w.dtype < PK_F32 || w.dtype > PK_F16)
-        return pk_fail(PK_ERR_ARGUMENT, "householder_rotate: x must be float32, bfloat16 or float16, got %d", int(w.dtype));
+        return pk_fail(PK_ERR_ARGUMENT, "householder_rotate: x must be float32, bfloat16 or float16, got %d",
+                       int(w.dtype));
     if (w.M < 0 || w.d < 0 || w.r < 0)
-        return pk_fail(PK_ERR_ARGUMENT, "householder_rotate: negative sizes %lld, %lld, %lld", (long long)w.M, (long long)w.d,
-                       (long long)w.r);
+        return pk_fail(PK_ERR_ARGUMENT, "householder_rotate: negative sizes %lld, %lld, %lld", (long long)w.M,
+                       (long long)w.d, (long long)w.r);
     return PK_OK;
 }
 
@@ -49,15 +51,16 @@ int run(Work &w, int64_t threads) {
 } // namespace
 
 extern "C" {
-int pk_cpu_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M, int64_t d, int64_t r, void *y,
-                              float *s, int64_t threads) {
+int pk_cpu_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M, int64_t d,
+                              int64_t r, void *y, float *s, int64_t threads) {
     Work w = {x, u, v, dtype, M, d, r, y, s, 0, nullptr, nullptr, nullptr, nullptr, 0};
     if (int code = check(w)) return code;
     return run(w, threads);
 }
 
-int pk_cpu_householder_rotate_backward(const void *dy, const void *x, const float *u, const float *v, const float *s, int64_t dtype,
-                                       int64_t M, int64_t d, int64_t r, void *dx, float *du, float *dv, int64_t threads) {
+int pk_cpu_householder_rotate_backward(const void *dy, const void *x, const float *u, const float *v, const float *s,
+                                       int64_t dtype, int64_t M, int64_t d, int64_t r, void *dx, float *du, float *dv,
+                                       int64_t threads) {
     float *t = static_cast<float *>(pk_scratch(0, size_t(M > 0 && r > 0 ? M * r : 1) * 4));
     if (!t) return pk_fail(PK_ERR_MEMORY, "householder_rotate: no memory for %lld rows", (long long)M);
     Work w = {dy, v, u, dtype, M, d, r, dx, t, 0, nullptr, nullptr, nullptr, nullptr, 0}; // dx = dy - (dy v^T) u

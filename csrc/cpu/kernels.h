@@ -11,8 +11,8 @@ static inline bool pk_adapters_by_pointer(const pk_lora_args *args) {
     return args->adapters && !args->starts && args->S > 0;
 }
 
-/* butterfly_rotate: rows [M][d] of dtype; blocks [m][d / b, or 1 if shared][b][b]. Forward: x -> y. Backward: x and dy -> y,
- * which is dx, or NULL. */
+/* butterfly_rotate: rows [M][d] of dtype; blocks [m][d / b, or 1 if shared][b][b]. Forward: x -> y. Backward: x and
+ * dy -> y, which is dx, or NULL. */
 struct PkButterfly {
     const void *x, *dy;
     const float *blocks;
@@ -34,8 +34,8 @@ struct PkAdamw {
     float scale, new_m, old_v, new_v, root, eps, decay, rate; /* root: 1 / sqrt(1 - beta2^step) */
 };
 
-/* rotary_attention: q, y, dy, dq [B, T, H, D]; k, v, dk, dv [B, T, G, D] of dtype; cos, sin [tables, T, D] of table_dtype;
- * keep [masks, T, T], NULL: a query sees the keys up to its own; lse [B, H, T]. dy NULL: forward. */
+/* rotary_attention: q, y, dy, dq [B, T, H, D]; k, v, dk, dv [B, T, G, D] of dtype; cos, sin [tables, T, D] of
+ * table_dtype; keep [masks, T, T], NULL: a query sees the keys up to its own; lse [B, H, T]. dy NULL: forward. */
 struct PkAttention {
     const void *q, *k, *v, *dy, *cos, *sin;
     const uint8_t *keep;

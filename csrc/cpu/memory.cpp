@@ -1,5 +1,5 @@
-/* Looking at many small places in memory, none of which is likely to be in the cache: one after the other each costs a trip
- * to memory, asked for together about a tenth of it. */
+/* Looking at many small places in memory, none of which is likely to be in the cache: one after the other each costs
+ * a trip to memory, asked for together about a tenth of it. */
 #include <string.h>
 
 #include "kernels.h"

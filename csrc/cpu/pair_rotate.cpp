@@ -33,22 +33,24 @@ int check(const Work &w) {
     if (w.dtype < PK_F32 || w.dtype > PK_F16)
         return pk_fail(PK_ERR_ARGUMENT, "pair_rotate: x must be float32, bfloat16 or float16, got %d", int(w.dtype));
     if (w.M < 0 || w.d < 0 || w.half < 1 || w.d % (2 * w.half))
-        return pk_fail(PK_ERR_ARGUMENT, "pair_rotate: no pairs %lld apart in %lld features", (long long)w.half, (long long)w.d);
+        return pk_fail(PK_ERR_ARGUMENT, "pair_rotate: no pairs %lld apart in %lld features", (long long)w.half,
+                       (long long)w.d);
     return PK_OK;
 }
 } // namespace
 
 extern "C" {
-int pk_cpu_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M, int64_t d, int64_t half,
-                       void *y, int64_t threads) {
+int pk_cpu_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M, int64_t d,
+                       int64_t half, void *y, int64_t threads) {
     Work w = {nullptr, x, first, second, dtype, M, d, half, y, false, nullptr};
     if (int code = check(w)) return code;
     pk_parallel((M + ROWS - 1) / ROWS, threads, rows, &w);
     return PK_OK;
 }
 
-int pk_cpu_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second, int64_t dtype, int64_t M,
-                                int64_t d, int64_t half, void *dx, float *dfirst, float *dsecond, int64_t threads) {
+int pk_cpu_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second, int64_t dtype,
+                                int64_t M, int64_t d, int64_t half, void *dx, float *dfirst, float *dsecond,
+                                int64_t threads) {
     Work w = {dy, x, first, second, dtype, M, d, half, dx, true, nullptr};
     if (int code = check(w)) return code;
     if (dx) pk_parallel((M + ROWS - 1) / ROWS, threads, rows, &w);

@@ -50,10 +50,11 @@ GompParallel find_runtime() {
     return found;
 }
 
-// Each thread starts with a run of tasks of its own, so that the memory which one task prefetches for the next is wanted by
-// the same core; then it helps with the runs of the others: right for any team size (a nested region may get one thread),
-// and a thread that the machine slows down does less. It takes the run it took the last time if it can: workspaces that it
-// wrote then are in its core's cache, while lines that another core has written are ten times as far away.
+// Each thread starts with a run of tasks of its own, so that the memory which one task prefetches for the next is
+// wanted by the same core; then it helps with the runs of the others: right for any team size (a nested region may get
+// one thread), and a thread that the machine slows down does less. It takes the run it took the last time if it can:
+// workspaces that it wrote then are in its core's cache, while lines that another core has written are ten times as far
+// away.
 enum { RUNS = 64 };
 struct Job {
     int64_t runs;
@@ -79,7 +80,8 @@ void work(void *p) {
     int64_t mine = run_of(job);
     for (int64_t i = 0; i < job->runs; ++i) {
         auto &run = job->run[(mine + i) % job->runs];
-        for (int64_t task; (task = __atomic_fetch_add(&run.next, 1, __ATOMIC_RELAXED)) < run.end;) job->fn(job->ctx, task);
+        for (int64_t task; (task = __atomic_fetch_add(&run.next, 1, __ATOMIC_RELAXED)) < run.end;)
+            job->fn(job->ctx, task);
     }
 }
 
@@ -102,7 +104,8 @@ void pk_parallel(int64_t tasks, int64_t threads, void (*fn)(void *, int64_t), vo
     }
     Job job;
     job.runs = threads < RUNS ? threads : int64_t(RUNS), job.fn = fn, job.ctx = ctx;
-    for (int64_t i = 0; i < job.runs; ++i) job.run[i].next = tasks * i / job.runs, job.run[i].end = tasks * (i + 1) / job.runs, job.run[i].taken = false;
+    for (int64_t i = 0; i < job.runs; ++i)
+        job.run[i].next = tasks * i / job.runs, job.run[i].end = tasks * (i + 1) / job.runs, job.run[i].taken = false;
     run(work, &job, static_cast<unsigned>(threads), 0);
 }
 

@@ -16,7 +16,8 @@ struct Job {
 void run(void *ctx, int64_t task) {
     const Job *j = static_cast<const Job *>(ctx);
     int64_t first = task * j->step, end = first + j->step < j->numel ? first + j->step : j->numel;
-    pk_table()->quantize_4bit_range(j->w, j->w_dtype, first, end, j->blocksize, j->tree, j->order, j->packed, j->absmax);
+    pk_table()->quantize_4bit_range(j->w, j->w_dtype, first, end, j->blocksize, j->tree, j->order, j->packed,
+                                    j->absmax);
 }
 
 struct ScaleJob {

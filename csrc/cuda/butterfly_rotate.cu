@@ -1,9 +1,10 @@
-/* Butterfly factors of small blocks, one after another in float32, and what their gradients need. Any block size, any type.
+/* Butterfly factors of small blocks, one after another in float32, and what their gradients need. Any block size, any
+ * type.
  *
- * A block of threads turns 32 rows of x: a tile of whole groups of `reach` = b 2^(m - 1) features, as far as m factors reach,
- * is transposed on its way into shared memory, so that lanes are rows and a block's elements are the same for a whole warp.
- * A warp takes V columns of one block in a step: V elements of x and V x V of the block, for V V multiply-adds a lane.
- * Between factors nothing leaves the tile. */
+ * A block of threads turns 32 rows of x: a tile of whole groups of `reach` = b 2^(m - 1) features, as far as m
+ * factors reach, is transposed on its way into shared memory, so that lanes are rows and a block's elements are the
+ * same for a whole warp. A warp takes V columns of one block in a step: V elements of x and V x V of the block, for
+ * V V multiply-adds a lane. Between factors nothing leaves the tile. */
 #include "butterfly.cuh"
 
 namespace {
@@ -50,7 +51,8 @@ template <typename T, int V> __global__ void __launch_bounds__(THREADS, 4) turn_
     const int64_t first = int64_t(blockIdx.y) * c.columns;
     const int columns = static_cast<int>(min(int64_t(c.columns), c.d - first));
     for (int64_t row = int64_t(blockIdx.x) * 32; row < c.M; row += int64_t(gridDim.x) * 32) {
-        /* a warp moves 4 rows of 32 columns, which meet no bank twice; or, where four cannot be moved at once, one by one */
+        /* a warp moves 4 rows of 32 columns, which meet no bank twice; or, where four cannot be moved at once, one
+         * by one */
         const auto move = [&](auto quad, auto one) {
             if (c.fast) {
                 for (int i = warp; i < 8 * ((columns + 31) / 32); i += WARPS) {
@@ -136,8 +138,9 @@ struct Factors {
     bool transposed;
 };
 
-/* The gradient of each factor's blocks from rows of identities that went through them: of what step s took in, which is what
- * step s - 1 gave, times the gradient of what it gave, which is what `last` became on its way back. A thread an element. */
+/* The gradient of each factor's blocks from rows of identities that went through them: of what step s took in, which
+ * is what step s - 1 gave, times the gradient of what it gave, which is what `last` became on its way back. A thread
+ * an element. */
 __global__ void __launch_bounds__(THREADS) factor_kernel(const __grid_constant__ Factors c) {
     const int step = blockIdx.y, i = c.transposed ? step : c.m - 1 - step, b = c.b;
     const int64_t e = int64_t(blockIdx.x) * THREADS + threadIdx.x, size = c.reach * c.d;
@@ -158,24 +161,26 @@ __global__ void __launch_bounds__(THREADS) factor_kernel(const __grid_constant__
 
 int check(const char *what, int64_t d, int64_t b, int64_t m) {
     if (b < 1 || b > PK_REACH || m < 1 || m > 16 || b << (m - 1) > PK_REACH || d % (b << (m - 1)) || (m > 1 && b % 2))
-        return pk_fail(PK_ERR_ARGUMENT, "%s: no %lld factors of blocks of %lld in %lld features", what, static_cast<long long>(m),
-                       static_cast<long long>(b), static_cast<long long>(d));
+        return pk_fail(PK_ERR_ARGUMENT, "%s: no %lld factors of blocks of %lld in %lld features", what,
+                       static_cast<long long>(m), static_cast<long long>(b), static_cast<long long>(d));
     return PK_OK;
 }
 } // namespace
 
-extern "C" int pk_cuda_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d, int64_t b,
-                                        int64_t m, int64_t shared, int64_t transposed, int64_t every, void *y, int64_t device,
-                                        void *stream) {
+extern "C" int pk_cuda_butterfly_rotate(const void *x, const float *blocks, int64_t dtype, int64_t M, int64_t d,
+                                        int64_t b, int64_t m, int64_t shared, int64_t transposed, int64_t every,
+                                        void *y, int64_t device, void *stream) {
     const char *const what = "butterfly_rotate";
     if (int code = pk_rotation_check(what, dtype, M, d)) return code;
     if (int code = check(what, d, b, m)) return code;
     if (M == 0 || d == 0) return PK_OK;
     if (!blocks || !y) return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
     if (!x && (dtype != PK_F32 || M != b << (m - 1)))
-        return pk_fail(PK_ERR_ARGUMENT, "%s: identities have %lld rows of float32", what, static_cast<long long>(b << (m - 1)));
+        return pk_fail(PK_ERR_ARGUMENT, "%s: identities have %lld rows of float32", what,
+                       static_cast<long long>(b << (m - 1)));
     if (int code = pk_cuda_use(device, what)) return code;
-    Turn c = {x, blocks, y, M, d, static_cast<int>(b), static_cast<int>(m), 0, shared != 0, transposed != 0, every != 0, false};
+    Turn c = {x, blocks, y, M, d, static_cast<int>(b), static_cast<int>(m), 0, shared != 0, transposed != 0,
+              every != 0, false};
     const int64_t reach = b << (m - 1), wide = reach > 64 ? reach : 64 / reach * reach;
     c.columns = static_cast<int>(wide < d ? wide : d);
     const uintptr_t quad = 4 * static_cast<uintptr_t>(pk_bytes(dtype));
@@ -193,15 +198,23 @@ extern "C" int pk_cuda_butterfly_rotate(const void *x, const float *blocks, int6
     return pk_cuda_check(cudaGetLastError(), what);
 }
 
-extern "C" int pk_cuda_butterfly_gradient(const float *inputs, const float *gradients, const float *last, int64_t d, int64_t b,
-                                          int64_t m, int64_t transposed, float *dblocks, int64_t device, void *stream) {
+extern "C" int pk_cuda_butterfly_gradient(const float *inputs, const float *gradients, const float *last, int64_t d,
+                                          int64_t b, int64_t m, int64_t transposed, float *dblocks, int64_t device,
+                                          void *stream) {
     const char *const what = "butterfly_gradient";
     if (int code = pk_rotation_check(what, PK_F32, 0, d)) return code;
     if (int code = check(what, d, b, m)) return code;
     if (d == 0) return PK_OK;
     if (!inputs || !gradients || !last || !dblocks) return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
     if (int code = pk_cuda_use(device, what)) return code;
-    const Factors c = {inputs, gradients, last, dblocks, d, static_cast<int>(b), static_cast<int>(m), static_cast<int>(b << (m - 1)),
+    const Factors c = {inputs,
+                       gradients,
+                       last,
+                       dblocks,
+                       d,
+                       static_cast<int>(b),
+                       static_cast<int>(m),
+                       static_cast<int>(b << (m - 1)),
                        transposed != 0};
     const dim3 grid(static_cast<unsigned>(pk_ceil(d * b, THREADS)), static_cast<unsigned>(m));
     PK_LAUNCH(factor_kernel, grid, THREADS, static_cast<cudaStream_t>(stream), c);

@@ -1,9 +1,9 @@
-/* R = (I + Q) (I - Q)^-1 of small blocks, or its truncated series, and the gradients. A thread has TILE x TILE elements of a
- * block; blocks that leave threads over share a block of threads.
+/* R = (I + Q) (I - Q)^-1 of small blocks, or its truncated series, and the gradients. A thread has TILE x TILE elements
+ * of a block; blocks that leave threads over share a block of threads.
  *
- * The exact form is 2 (I - Q)^-1 - I, inverted in place by Gauss and Jordan in double: for a skew-symmetric Q the matrix
- * I - Q has a positive symmetric part, so no pivots are needed. The matrix stays in registers; a step passes its row and its
- * column on through shared memory, which two steps use in turn, so that it takes one barrier. */
+ * The exact form is 2 (I - Q)^-1 - I, inverted in place by Gauss and Jordan in double: for a skew-symmetric Q the
+ * matrix I - Q has a positive symmetric part, so no pivots are needed. The matrix stays in registers; a step passes
+ * its row and its column on through shared memory, which two steps use in turn, so that it takes one barrier. */
 #include "rotate.cuh"
 
 namespace {
@@ -17,7 +17,8 @@ struct Call {
     float weights[WEIGHTS];
 };
 
-/* Which elements of which block a thread has. The sides of a block are rounded up to whole tiles, and filled up with zeros. */
+/* Which elements of which block a thread has. The sides of a block are rounded up to whole tiles, and filled up with
+ * zeros. */
 template <int TILE> struct Place {
     int side, line, own, per, i0, j0; /* side: elements; line: from one row to the next in shared memory; per: blocks */
     int64_t block;
@@ -31,7 +32,9 @@ template <int TILE> struct Place {
         live = own < per && block < c.blocks;
         own = own < per ? own : 0; /* what the others calculate goes nowhere */
     }
-    __device__ __forceinline__ float *matrix(float *shared, int index) const { return shared + (index * per + own) * side * line; }
+    __device__ __forceinline__ float *matrix(float *shared, int index) const {
+        return shared + (index * per + own) * side * line;
+    }
 };
 
 /* visit(r, s, i, j) for the elements (i, j) of a thread's tile. */
@@ -44,7 +47,8 @@ template <int TILE, typename Visit> __device__ __forceinline__ void each(const P
 
 /* sums += A B; A^T and B^T where turned. */
 template <bool TURN_A, bool TURN_B, int TILE>
-__device__ __forceinline__ void multiply(const Place<TILE> &p, int b, const float *A, const float *B, float (&sums)[TILE][TILE]) {
+__device__ __forceinline__ void multiply(const Place<TILE> &p, int b, const float *A, const float *B,
+                                         float (&sums)[TILE][TILE]) {
 #pragma unroll 2
     for (int k = 0; k < b; ++k) {
         float left[TILE], right[TILE];
@@ -60,7 +64,9 @@ __device__ __forceinline__ void multiply(const Place<TILE> &p, int b, const floa
     }
 }
 
-template <int TILE> __device__ __forceinline__ void load(const Place<TILE> &p, const Call &c, const float *from, float diagonal, float *to) {
+template <int TILE>
+__device__ __forceinline__ void load(const Place<TILE> &p, const Call &c, const float *from, float diagonal,
+                                     float *to) {
     each(p, [&](int, int, int i, int j) {
         if (!p.live) return;
         const bool in = i < c.b && j < c.b;
@@ -74,7 +80,8 @@ __device__ __forceinline__ void store(const Place<TILE> &p, const Call &c, float
     });
 }
 /* v, and w on the diagonal, for all to see. */
-template <int TILE> __device__ __forceinline__ void keep(const Place<TILE> &p, const float (&v)[TILE][TILE], float *to) {
+template <int TILE>
+__device__ __forceinline__ void keep(const Place<TILE> &p, const float (&v)[TILE][TILE], float *to) {
     each(p, [&](int r, int s, int i, int j) {
         if (p.live) to[i * p.line + j] = v[r][s];
     });
@@ -130,8 +137,8 @@ template <int TILE> __global__ void __launch_bounds__(THREADS) cayley_series_ker
     store(p, c, 1.0f, sums);
 }
 
-/* Exact: dQ = S^T dR S^T / 2 with S = R + I. Series: dQ is the sum of (Q^T)^k dR P_{k + 1}^T, by Horner as well, from the last
- * term on, so that each power is at hand when it is needed: D = dR P^T + Q^T D, then P = w I + Q P. */
+/* Exact: dQ = S^T dR S^T / 2 with S = R + I. Series: dQ is the sum of (Q^T)^k dR P_{k + 1}^T, by Horner as well,
+ * from the last term on, so that each power is at hand when it is needed: D = dR P^T + Q^T D, then P = w I + Q P. */
 template <int TILE> __global__ void __launch_bounds__(THREADS) cayley_backward_kernel(const __grid_constant__ Call c) {
     PK_DYNAMIC_SHARED(float, shared);
     const Place<TILE> p(c);
@@ -165,23 +172,29 @@ template <int TILE> __global__ void __launch_bounds__(THREADS) cayley_backward_k
     }
 }
 
-int launch(const char *what, Call c, int64_t b, const float *weights, int64_t n, bool backward, int64_t device, void *stream) {
+int launch(const char *what, Call c, int64_t b, const float *weights, int64_t n, bool backward, int64_t device,
+           void *stream) {
     if (c.blocks < 0 || b < 1 || b > MOST)
-        return pk_fail(PK_ERR_ARGUMENT, "%s: blocks must be of 1 to %d, got %lld", what, MOST, static_cast<long long>(b));
+        return pk_fail(PK_ERR_ARGUMENT, "%s: blocks must be of 1 to %d, got %lld", what, MOST,
+                       static_cast<long long>(b));
     if (n < 0 || n > WEIGHTS || (n > 0 && !weights))
-        return pk_fail(PK_ERR_ARGUMENT, "%s: a series has at most %d weights, got %lld", what, WEIGHTS, static_cast<long long>(n));
+        return pk_fail(PK_ERR_ARGUMENT, "%s: a series has at most %d weights, got %lld", what, WEIGHTS,
+                       static_cast<long long>(n));
     if (c.blocks == 0) return PK_OK;
     if (!c.q || !c.out || (backward && (!c.r || !c.dr))) return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
     if (int code = pk_cuda_use(device, what)) return code;
     c.b = static_cast<int>(b), c.n = static_cast<int>(n);
     for (int64_t k = 0; k < n; ++k) c.weights[k] = weights[k];
-    const int tile = b <= 16 ? 1 : b <= 32 ? 2 : 4, across = static_cast<int>(pk_ceil(b, tile)), per = THREADS / (across * across);
+    const int tile = b <= 16 ? 1 : b <= 32 ? 2 : 4,
+              across = static_cast<int>(pk_ceil(b, tile)), per = THREADS / (across * across);
     const size_t side = static_cast<size_t>(across * tile), matrix = per * side * (side + 1) * 4;
     const unsigned grid = static_cast<unsigned>(pk_ceil(c.blocks, per));
     const auto go = [&](auto kernel, size_t bytes) {
         PK_LAUNCH_SHARED(kernel, grid, THREADS, bytes, static_cast<cudaStream_t>(stream), c);
     };
-    const auto pick = [&](auto one, auto two, auto four, size_t bytes) { go(tile == 1 ? one : tile == 2 ? two : four, bytes); };
+    const auto pick = [&](auto one, auto two, auto four, size_t bytes) {
+        go(tile == 1 ? one : tile == 2 ? two : four, bytes);
+    };
     if (backward)
         pick(cayley_backward_kernel<1>, cayley_backward_kernel<2>, cayley_backward_kernel<4>, (n ? 4 : 2) * matrix);
     else if (n)
@@ -192,8 +205,8 @@ int launch(const char *what, Call c, int64_t b, const float *weights, int64_t n,
 }
 } // namespace
 
-extern "C" int pk_cuda_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r, int64_t device,
-                              void *stream) {
+extern "C" int pk_cuda_cayley(const float *q, int64_t blocks, int64_t b, const float *weights, int64_t n, float *r,
+                              int64_t device, void *stream) {
     return launch("cayley", {q, nullptr, nullptr, r, blocks, 0, 0, {}}, b, weights, n, false, device, stream);
 }
 

@@ -27,9 +27,10 @@ inline int pk_cuda_use(int64_t device, const char *what) {
 
 inline bool pk_aligned(const void *p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-/* Launches `kernel` (a function, or a pointer to one) on a grid of blocks (a number, or a dim3) of `threads` threads: by
- * nvcc, or on the host stand-in of csrc/simt. PK_LAUNCH_SHARED adds dynamic shared memory, which the kernel names with
- * PK_DYNAMIC_SHARED(type, name): a `type *`, 16-byte aligned. Errors are left for cudaGetLastError(). */
+/* Launches `kernel` (a function, or a pointer to one) on a grid of blocks (a number, or a dim3) of `threads`
+ * threads: by nvcc, or on the host stand-in of csrc/simt. PK_LAUNCH_SHARED adds dynamic shared memory, which the
+ * kernel names with PK_DYNAMIC_SHARED(type, name): a `type *`, 16-byte aligned. Errors are left for
+ * cudaGetLastError(). */
 #if !defined(PK_SIMT) /* csrc/simt/simt.h has its own */
 /* More than 48 KB a block have to be asked for. */
 template <typename Kernel> inline bool pk_reserve_shared(Kernel *kernel, size_t bytes) {

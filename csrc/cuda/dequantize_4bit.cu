@@ -21,7 +21,8 @@ struct Call {
 __device__ __forceinline__ void look_up(const float *table, uint32_t offsets, float (&v)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-        v[k] = *reinterpret_cast<const float *>(reinterpret_cast<const char *>(table) + pk_prmt(offsets, 0, 0x4440 | k));
+        v[k] =
+            *reinterpret_cast<const float *>(reinterpret_cast<const char *>(table) + pk_prmt(offsets, 0, 0x4440 | k));
 }
 
 __device__ __forceinline__ void store8(float *to, const float (&v)[8]) {
@@ -68,7 +69,8 @@ __device__ __forceinline__ void words_of(const Call &c, const float *table, cons
 }
 
 template <typename T, bool ALIGNED>
-__global__ void __launch_bounds__(THREADS, BLOCKS) dequantize_kernel(const __grid_constant__ Call c, T *__restrict__ out) {
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    dequantize_kernel(const __grid_constant__ Call c, T *__restrict__ out) {
     __shared__ float table[16], code[256];
     if (threadIdx.x < 16) table[threadIdx.x] = c.values.value[threadIdx.x];
     code[threadIdx.x] = pk_scale_code(c.scales, static_cast<int>(threadIdx.x));
@@ -88,7 +90,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) dequantize_kernel(const __gri
 }
 
 template <typename T>
-void launch(const uint8_t *packed, const PkScales &scales, const PkTable &values, int64_t numel, void *out, int64_t device, cudaStream_t stream) {
+void launch(const uint8_t *packed, const PkScales &scales, const PkTable &values, int64_t numel, void *out,
+            int64_t device, cudaStream_t stream) {
     const Call c = {packed, scales, values, numel};
     const int64_t per_block = int64_t(THREADS) * WORDS * 8;
     int processors = 108;

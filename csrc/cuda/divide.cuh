@@ -1,10 +1,11 @@
-/* IEEE division, to the last bit (a zero's sign apart), without the call that the compiler makes for the numbers at the ends of the range (its
- * __fdiv_rn keeps registers in local memory around it). For divisors that are not negative, and v finite where they are. */
+/* IEEE division, to the last bit (a zero's sign apart), without the call that the compiler makes for the numbers at
+ * the ends of the range (its __fdiv_rn keeps registers in local memory around it). For divisors that are not
+ * negative, and v finite where they are. */
 #pragma once
 #include "ptx.cuh"
 
-/* v / d. By way of float64: the quotient of two floats is no closer than 2^-49 of itself to the middle between two floats
- * that it does not hit, and the error here is below 2^-51. */
+/* v / d. By way of float64: the quotient of two floats is no closer than 2^-49 of itself to the middle between two
+ * floats that it does not hit, and the error here is below 2^-51. */
 __device__ __forceinline__ float pk_divide(float v, float d) {
     constexpr float UP = 18446744073709551616.0f; /* 2^64: brings d to where its reciprocal is a normal number, too */
     if (!(d > 0.0f && d <= 3.402823466e+38f)) return v * (d == 0.0f ? __uint_as_float(0x7f800000u) : d == d ? 0.0f : d);

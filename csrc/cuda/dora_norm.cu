@@ -1,9 +1,9 @@
-/* |W + scaling b a|^2 of each row, W in 4 bits: dora_norm and squared_row_norms. W is read and decoded once, the rows of
- * W + scaling b a are added up as they are (r multiply-adds a weight, as many as W a^T takes), so no terms cancel.
+/* |W + scaling b a|^2 of each row, W in 4 bits: dora_norm and squared_row_norms. W is read and decoded once, the rows
+ * of W + scaling b a are added up as they are (r multiply-adds a weight, as many as W a^T takes), so no terms cancel.
  *
  * A warp has 4 rows and, in a step, 256 columns, 8 neighbours a lane: one word of codes a row, the next ones under way.
- * A part of a lies in shared memory for the 32 rows of a block. Squares are added in pairs of float32, whose sum has the
- * bits of float64 at the speed of float32; lanes meet in float64, always in the same order. */
+ * A part of a lies in shared memory for the 32 rows of a block. Squares are added in pairs of float32, whose sum has
+ * the bits of float64 at the speed of float32; lanes meet in float64, always in the same order. */
 #include "lora.cuh"
 #include "ptx.cuh"
 #include "scales.cuh"
@@ -31,8 +31,8 @@ __device__ __forceinline__ void add(float &high, float &low, float v) {
 }
 
 /* The 8 weights of row n from column k on, zeros past the end, element by element: any K and alignment. */
-__device__ __forceinline__ void decode_any(const Call &c, const float *table, const float *code, float offset, int64_t n,
-                                           int64_t k, float (&w)[8]) {
+__device__ __forceinline__ void decode_any(const Call &c, const float *table, const float *code, float offset,
+                                           int64_t n, int64_t k, float (&w)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         w[i] = 0.0f;
@@ -44,7 +44,8 @@ __device__ __forceinline__ void decode_any(const Call &c, const float *table, co
 
 /* ALIGNED: K is a multiple of 8 and words of codes are aligned, so that a lane's 8 weights are one of them. */
 template <bool ALIGNED, bool ADAPTER>
-__global__ void __launch_bounds__(THREADS, 2) norm_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
+__global__ void __launch_bounds__(THREADS, 2)
+    norm_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
     __shared__ float table[16], code[256];
     __shared__ float4 a_part[ADAPTER ? RANKS * COLUMNS / 4 : 1]; /* [rank][first or second 4 of the 8][lane] */
     __shared__ float4 b_part[ADAPTER ? RANKS * WARPS : 1];       /* [rank][warp]: its 4 rows */
@@ -147,7 +148,8 @@ extern "C" int pk_cuda_squared_row_norms(const pk_lora_args *args, double *squar
     if (int code = pk_lora_check(args, what)) return code;
     const pk_lora_args &a = *args;
     if (parts < 1 || parts > 65535)
-        return pk_fail(PK_ERR_ARGUMENT, "%s: parts must be from 1 to 65535, got %lld", what, static_cast<long long>(parts));
+        return pk_fail(PK_ERR_ARGUMENT, "%s: parts must be from 1 to 65535, got %lld", what,
+                       static_cast<long long>(parts));
     if (a.N == 0) return PK_OK;
     if (a.r > 0 && a.K > 0 && (!a.a || !a.b)) return pk_fail(PK_ERR_ARGUMENT, "%s: a or b is NULL", what);
     if (!squares) return pk_fail(PK_ERR_ARGUMENT, "%s: squares is NULL", what);

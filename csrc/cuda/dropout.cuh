@@ -35,7 +35,8 @@ template <int COUNT> __device__ __forceinline__ uint32_t pk_keep(const PkDropout
 #pragma unroll
     for (int q = 0; q < COUNT / 4; ++q) bits |= pk_keep4(first + q, seed, drop.threshold) << (4 * q);
     const unsigned within = static_cast<unsigned>(e) & 3u;
-    if (within) bits |= pk_keep4(first + COUNT / 4, seed, drop.threshold) << COUNT; /* starts in the middle of a group */
+    /* starts in the middle of a group */
+    if (within) bits |= pk_keep4(first + COUNT / 4, seed, drop.threshold) << COUNT;
     return bits >> within;
 }
 __device__ __forceinline__ uint64_t pk_seed(const PkDropout &drop) {

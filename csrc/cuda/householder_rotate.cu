@@ -1,8 +1,8 @@
 /* r reflections as one update of rank r, y = x - s v with s = x u^T, and the gradients, all in float32.
  *
- * A warp has 4 rows of x, a lane 4 neighbouring columns of them, so that 4 elements of u or v serve 16 multiply-adds; ranks go
- * 8 at a time. x is read a second time for y, from the cache. Where rows are few, several warps share the columns of a row,
- * and their sums meet in shared memory in the order of the warps. */
+ * A warp has 4 rows of x, a lane 4 neighbouring columns of them, so that 4 elements of u or v serve 16
+ * multiply-adds; ranks go 8 at a time. x is read a second time for y, from the cache. Where rows are few, several
+ * warps share the columns of a row, and their sums meet in shared memory in the order of the warps. */
 #include "rotate.cuh"
 
 namespace {
@@ -41,7 +41,8 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) reflect_kern
     const T *const x = static_cast<const T *>(c.x) + row * c.d;
     const auto fetch = [&](int64_t at, float (&v)[ROWS][4]) {
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) pk_load4(x + i * c.d + at, row + i < c.M ? c.d - at : 0, c.fast && row + i < c.M, v[i]);
+        for (int i = 0; i < ROWS; ++i)
+            pk_load4(x + i * c.d + at, row + i < c.M ? c.d - at : 0, c.fast && row + i < c.M, v[i]);
     };
     for (int r0 = 0; r0 < c.r; r0 += RANKS) {
         float sums[ROWS * RANKS] = {};
@@ -103,7 +104,8 @@ struct Gradient {
 };
 
 /* out[part] = -t^T x over a part of the rows: a lane has 4 columns and RANKS ranks, the warps take rows in turn. */
-template <typename T> __global__ void __launch_bounds__(THREADS, 2) reflect_gradient_kernel(const __grid_constant__ Gradient c) {
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 2) reflect_gradient_kernel(const __grid_constant__ Gradient c) {
     __shared__ float shared[WARPS * 4 * RANKS * 32];
     constexpr int AHEAD = 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r0 = blockIdx.z * RANKS;
@@ -140,12 +142,13 @@ int check(const char *what, int64_t dtype, int64_t M, int64_t d, int64_t r) {
 }
 } // namespace
 
-extern "C" int pk_cuda_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M, int64_t d,
-                                          int64_t r, void *y, float *s, int64_t device, void *stream) {
+extern "C" int pk_cuda_householder_rotate(const void *x, const float *u, const float *v, int64_t dtype, int64_t M,
+                                          int64_t d, int64_t r, void *y, float *s, int64_t device, void *stream) {
     const char *const what = "householder_rotate";
     if (int code = check(what, dtype, M, d, r)) return code;
     if (M == 0) return PK_OK;
-    if ((d > 0 && (!x || (r > 0 && (!u || !v)))) || (r > 0 && !s)) return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
+    if ((d > 0 && (!x || (r > 0 && (!u || !v)))) || (r > 0 && !s))
+        return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
     if (int code = pk_cuda_use(device, what)) return code;
     Update c = {x, u, v, y, s, M, d, static_cast<int>(r), 1, false};
     const auto quad = [&](const void *p) { return pk_aligned(p, 4 * static_cast<uintptr_t>(pk_bytes(dtype))); };
@@ -160,18 +163,20 @@ extern "C" int pk_cuda_householder_rotate(const void *x, const float *u, const f
     return pk_cuda_check(cudaGetLastError(), what);
 }
 
-extern "C" int pk_cuda_householder_gradient(const float *t, const void *x, int64_t dtype, int64_t M, int64_t d, int64_t r,
-                                            float *out, int64_t parts, int64_t device, void *stream) {
+extern "C" int pk_cuda_householder_gradient(const float *t, const void *x, int64_t dtype, int64_t M, int64_t d,
+                                            int64_t r, float *out, int64_t parts, int64_t device, void *stream) {
     const char *const what = "householder_gradient";
     if (int code = check(what, dtype, M, d, r)) return code;
     if (parts < 1 || parts > 65535)
-        return pk_fail(PK_ERR_ARGUMENT, "%s: parts must be from 1 to 65535, got %lld", what, static_cast<long long>(parts));
+        return pk_fail(PK_ERR_ARGUMENT, "%s: parts must be from 1 to 65535, got %lld", what,
+                       static_cast<long long>(parts));
     if (d == 0 || r == 0) return PK_OK;
     if (!out || (M > 0 && (!t || !x))) return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
     if (int code = pk_cuda_use(device, what)) return code;
     const Gradient c = {t, x, out, M, d, pk_ceil(M, parts), static_cast<int>(r),
                         d % 4 == 0 && pk_aligned(x, 4 * static_cast<uintptr_t>(pk_bytes(dtype)))};
-    const dim3 grid(static_cast<unsigned>(pk_ceil(d, 128)), static_cast<unsigned>(parts), static_cast<unsigned>(pk_ceil(r, RANKS)));
+    const dim3 grid(static_cast<unsigned>(pk_ceil(d, 128)), static_cast<unsigned>(parts),
+                    static_cast<unsigned>(pk_ceil(r, RANKS)));
     pk_by_dtype(dtype, [&](auto type) {
         const auto kernel = reflect_gradient_kernel<decltype(type)>;
         PK_LAUNCH(kernel, grid, THREADS, static_cast<cudaStream_t>(stream), c);

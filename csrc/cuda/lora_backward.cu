@@ -1,6 +1,7 @@
 /* Backward of lora_linear for few rows: ds = scaling * dy b;  dx = dy W + drop'(ds a);  da = ds^T drop(x);
  * db = scaling * dy^T s. With a gain (no dropout then) dh = gain * dy stands for dy, and dgain = colsum(dy * h): dh is
- * written, rounded, for dy W alone; elsewhere the gain multiplies b and the rows of db. No dense W, no atomics; every sum has one order. */
+ * written, rounded, for dy W alone; elsewhere the gain multiplies b and the rows of db. No dense W, no atomics;
+ * every sum has one order. */
 #include "dropout.cuh"
 #include "lora.cuh"
 #include "row_groups.cuh"
@@ -67,8 +68,8 @@ struct Outer {
     bool own_scaling; /* ROUTED: the adapter's, besides `scale` */
 };
 
-/* out[c, j] = scale * sum_m drop(z)[m, c] t[m, j]. A thread has 4 columns and RT ranks. ROUTED: over the rows m that have
- * one adapter, to its rows of out; a block for each row, of which the first with an adapter works. */
+/* out[c, j] = scale * sum_m drop(z)[m, c] t[m, j]. A thread has 4 columns and RT ranks. ROUTED: over the rows m that
+ * have one adapter, to its rows of out; a block for each row, of which the first with an adapter works. */
 constexpr int OUTER_THREADS = 64, RT = 4;
 template <typename T, bool ROUTED>
 __global__ void __launch_bounds__(OUTER_THREADS) outer_kernel(const __grid_constant__ Outer o) {
@@ -142,7 +143,8 @@ template <typename T> int launch_dx(const pk_lora_args &a, const float *ds, cuda
         s.r = 0, s.splits += 1;
     }
     auto kernel = sum_kernel<T>;
-    const dim3 grid(static_cast<unsigned>((a.K + 4 * THREADS - 1) / (4 * THREADS)), static_cast<unsigned>((a.M + 3) / 4));
+    const dim3 grid(static_cast<unsigned>((a.K + 4 * THREADS - 1) / (4 * THREADS)),
+                    static_cast<unsigned>((a.M + 3) / 4));
     PK_LAUNCH(kernel, grid, THREADS, stream, s);
     return pk_cuda_check(cudaGetLastError(), what);
 }

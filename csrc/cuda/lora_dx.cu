@@ -1,15 +1,17 @@
 /* dy W for at most PK_BACKWARD_ROWS rows of dy, in parts over the rows of W; lora_backward.cu adds them up. As in
- * lora_mma_tile.cuh W is decoded into the left operand of mma.sync, dx^T = W^T dy^T, by a table of pairs. Here a pair lies in
- * two rows of W, along which the sum goes: two instructions bring a nibble of each of two words together in four bytes.
+ * lora_mma_tile.cuh W is decoded into the left operand of mma.sync, dx^T = W^T dy^T, by a table of pairs. Here a pair
+ * lies in two rows of W, along which the sum goes: two instructions bring a nibble of each of two words together in
+ * four bytes.
  *
  * Eight warps have 256 columns of W, four side by side, and 64 rows a step, two deep: a warp has 32 rows of 64 columns.
- * Lane (g, t) = (lane / 4, lane % 4) takes rows 8t .. 8t + 7 of 8 neighbouring columns, one word each, so of four fragments
- * of 16 columns and 32 rows; of a row of dy 16 bytes. Packed bytes and dy come by cp.async in 4 stages.
+ * Lane (g, t) = (lane / 4, lane % 4) takes rows 8t .. 8t + 7 of 8 neighbouring columns, one word each, so of four
+ * fragments of 16 columns and 32 rows; of a row of dy 16 bytes. Packed bytes and dy come by cp.async in 4 stages.
  *
- * A row of W has a scale of its own in every term of the sum, one for 64 columns. It multiplies dy (half an instruction a
- * weight at 64 rows of dy, in proportion to them), or pairs of weights where dy has not the range (half an instruction, always).
- * The scale is the sum of two 16-bit numbers, so that only the product is rounded: rounded are the value of the code (by the
- * mean-free table, see pk_table_factor) and that. Each thread prepares a scale a step, for all of its warp. */
+ * A row of W has a scale of its own in every term of the sum, one for 64 columns. It multiplies dy (half an
+ * instruction a weight at 64 rows of dy, in proportion to them), or pairs of weights where dy has not the range
+ * (half an instruction, always). The scale is the sum of two 16-bit numbers, so that only the product is rounded:
+ * rounded are the value of the code (by the mean-free table, see pk_table_factor) and that. Each thread prepares a
+ * scale a step, for all of its warp. */
 #include <type_traits>
 
 #include "lora.cuh"
@@ -52,14 +54,14 @@ template <int BM, How HOW> struct Layout {
     static_assert(BYTES <= 99 << 10 && THREADS * BM * 4 <= BYTES, "what every GPU has; the end reuses it");
 };
 
-/* Line and place of 32 bytes of codes within a warp's part of a stage: rows 8 apart share a line, and what is written or
- * read together lies apart. */
+/* Line and place of 32 bytes of codes within a warp's part of a stage: rows 8 apart share a line, and what is
+ * written or read together lies apart. */
 __device__ __forceinline__ int codes_at(int warp, int row) {
     return (8 * warp + row % 8) * LINE + HOLE + (row / 8 ^ (warp & 1) ^ 2 * (row & 1)) * 32;
 }
 
-/* A thread brings in two chunks of 16 bytes of a row of codes, and of dy BM / 32; past `end` (of the rows of W) zeros, and
- * past the last column. `step` counts from the last advance(). */
+/* A thread brings in two chunks of 16 bytes of a row of codes, and of dy BM / 32; past `end` (of the rows of W)
+ * zeros, and past the last column. `step` counts from the last advance(). */
 template <typename T, int BM, How HOW> struct Loader {
     using L = Layout<BM, HOW>;
     static constexpr int DY_CHUNKS = (BM + 31) / 32;
@@ -81,8 +83,10 @@ template <typename T, int BM, How HOW> struct Loader {
         dy_left = end - n0 - 8 * chunk;
         dy_to = L::DY + row * 128 + (chunk ^ 4 * (row & 1)) * 16;
 #pragma unroll
-        for (int j = 0; j < DY_CHUNKS; ++j) /* rows of dy past the end repeat the last one, and nobody reads their sums */
-            dy[j] = static_cast<const uint8_t *>(in.dy) + (min(m0 + row + 32 * j, in.M - 1) * in.N + n0 + 8 * chunk) * 2;
+        /* rows of dy past the end repeat the last one, and nobody reads their sums */
+        for (int j = 0; j < DY_CHUNKS; ++j)
+            dy[j] =
+                static_cast<const uint8_t *>(in.dy) + (min(m0 + row + 32 * j, in.M - 1) * in.N + n0 + 8 * chunk) * 2;
     }
     __device__ __forceinline__ void load(char *shared, int step) {
         const int stage = step % STAGES;
@@ -110,8 +114,8 @@ template <typename T, int BM, How HOW> struct Loader {
     }
 };
 
-/* A thread's own scale a step: asked for two steps before it goes to shared memory, one before it is used. Past the end of
- * the rows it is the last one of the same columns, for a dy of zero. */
+/* A thread's own scale a step: asked for two steps before it goes to shared memory, one before it is used. Past the
+ * end of the rows it is the last one of the same columns, for a dy of zero. */
 template <typename T, int BM, How HOW> struct Scaler {
     using L = Layout<BM, HOW>;
     PkRawScale raw[2][L::HALVES];
@@ -158,7 +162,8 @@ template <typename T, int BM, How HOW> struct Scaler {
     }
 };
 
-template <int BM> using Sums = float[4][BM / 8][4]; /* of columns 8g + 2f, 8g + 2f + 1; rows of dy 8i + 2t, 8i + 2t + 1 */
+/* of columns 8g + 2f, 8g + 2f + 1; rows of dy 8i + 2t, 8i + 2t + 1 */
+template <int BM> using Sums = float[4][BM / 8][4];
 
 /* The scales of eight rows of W, in pairs. */
 template <bool EXACT> struct Eight {
@@ -175,7 +180,8 @@ template <bool EXACT> struct Eight {
 
 /* sums += W^T dy^T over 32 rows of W. The offsets are of the thread's own; codes: of its even and its odd rows. */
 template <typename T, int BM, How HOW>
-__device__ __forceinline__ void multiply(char *shared, Sums<BM> &sums, const int (&codes)[2], int dy, int scale, uint32_t copy) {
+__device__ __forceinline__ void multiply(char *shared, Sums<BM> &sums, const int (&codes)[2], int dy, int scale,
+                                         uint32_t copy) {
     const Eight<Layout<BM, HOW>::EXACT> scales(shared, scale);
     uint32_t a[2][4][4]; /* of 16 rows of W, fragments of 16 columns */
 #pragma unroll
@@ -240,7 +246,8 @@ __global__ void __launch_bounds__(THREADS, 1) dx_kernel(const __grid_constant__ 
             if (s == STAGES - 1) loader.advance(STAGES);
             scaler.finish(shared, (s + 1) % 2), scaler.fetch(in, (s + 1) % 2);
             const int codes[2] = {own_codes[0] + s * STEP * LINE, own_codes[1] + s * STEP * LINE};
-            multiply<T, BM, HOW>(shared, sums, codes, own_dy + s * L::DY_STAGE, own_scale + s % 2 * L::SCALES_STAGE, 4 * lane);
+            multiply<T, BM, HOW>(shared, sums, codes, own_dy + s * L::DY_STAGE, own_scale + s % 2 * L::SCALES_STAGE,
+                                 4 * lane);
         }
     }
     pk_cp_async_wait<0>();
@@ -310,7 +317,8 @@ bool by_chunks(const pk_lora_args &a) { /* of 32 codes; fewer than 2^31 units */
 }
 bool whole(const pk_lora_args &a) { return a.K % 64 == 0 && a.blocksize >= 64 && a.N % 8 == 0 && pk_aligned(a.dy, 16); }
 
-template <typename T, int BM, How HOW> void launch(Dx &in, const pk_lora_args &a, unsigned splits, cudaStream_t stream) {
+template <typename T, int BM, How HOW>
+void launch(Dx &in, const pk_lora_args &a, unsigned splits, cudaStream_t stream) {
     using L = Layout<BM, HOW>;
     const float factor = pk_table_factor(a.quant_type, a.x_dtype);
     in.table = pk_table_of(a.table, factor), in.unscale = 1.0f / factor;
@@ -321,7 +329,8 @@ template <typename T, int BM, How HOW> void launch(Dx &in, const pk_lora_args &a
 }
 
 template <typename T> void launch_all(Dx &in, const pk_lora_args &a, unsigned splits, cudaStream_t stream) {
-    constexpr How USUAL = std::is_same_v<T, __half> ? WEIGHTS : GRADIENTS; /* small gradients times scales are too small for float16 */
+    /* small gradients times scales are too small for float16 */
+    constexpr How USUAL = std::is_same_v<T, __half> ? WEIGHTS : GRADIENTS;
     if (!by_chunks(a)) {
         in.table = a.table ? pk_table_of(a.table) : PkTable{};
         auto kernel = any_kernel<T>;

@@ -1,14 +1,14 @@
-/* lora_linear for at most 8 rows of x: bound by the bytes of W, so every byte is loaded once, 16 at a time, and looked up
- * once. A warp owns 32 rows of W and 128 columns a step. Lane (g, t) = (lane / 4, lane % 4) holds 32 neighbouring codes,
- * 16 bytes, of the rows g, g + 8, g + 16, g + 24. A byte's entry in the pair table is a word of two 16-bit values, which
- * is an operand of mma.sync as it is, whatever order the columns are in, as long as x's fragment has the same one. So
- * the tensor cores do what would be an unpacking and M multiply-adds for each element.
+/* lora_linear for at most 8 rows of x: bound by the bytes of W, so every byte is loaded once, 16 at a time, and looked
+ * up once. A warp owns 32 rows of W and 128 columns a step. Lane (g, t) = (lane / 4, lane % 4) holds 32 neighbouring
+ * codes, 16 bytes, of the rows g, g + 8, g + 16, g + 24. A byte's entry in the pair table is a word of two 16-bit
+ * values, which is an operand of mma.sync as it is, whatever order the columns are in, as long as x's fragment has the
+ * same one. So the tensor cores do what would be an unpacking and M multiply-adds for each element.
  *
  * 32 neighbouring elements that start at a multiple of 32 lie in one block of the format, also where blocks straddle
- * rows. For the sums to stay apart per block, x has two of the eight columns of B for each t: columns 2t and 2t + 1 hold
- * two rows of x at the k of lanes t, and zeros at those of the others. The sums that lane (g, t) receives are then those
- * of its own 32 codes, and its own scale multiplies them: once per 32 elements. Where two (four) neighbouring t always
- * lie in one block they share four (eight) columns, for so many rows of x. Twice as many rows take two SETS
+ * rows. For the sums to stay apart per block, x has two of the eight columns of B for each t: columns 2t and 2t + 1
+ * hold two rows of x at the k of lanes t, and zeros at those of the others. The sums that lane (g, t) receives are then
+ * those of its own 32 codes, and its own scale multiplies them: once per 32 elements. Where two (four) neighbouring t
+ * always lie in one block they share four (eight) columns, for so many rows of x. Twice as many rows take two SETS
  * of columns; rows beyond that, which no usual shape has, read W again.
  *
  * The table has a copy per lane (32 KB): a lane reads its own bank, so no look-up conflicts with another. */
@@ -48,8 +48,8 @@ template <typename T> __device__ __forceinline__ void store(const Call &c, int64
     static_cast<T *>(c.y)[member * c.N + n] = pk_rounded<T>(sum);
 }
 
-/* y[member, n] = gain[n] * (sum + scaling * s[member] . b[n]) + bias[n]: a team of 8 lanes has row n of W, lane `member` of it brings
- * the sum of x's row `member`. Lanes of rows that do not exist only take part in the shuffles. */
+/* y[member, n] = gain[n] * (sum + scaling * s[member] . b[n]) + bias[n]: a team of 8 lanes has row n of W, lane
+ * `member` of it brings the sum of x's row `member`. Lanes of rows that do not exist only take part in the shuffles. */
 template <typename T> __device__ __forceinline__ void finish(const Call &c, int64_t n, int member, float sum) {
     const bool real = n < c.N;
     float low[TEAM] = {};
@@ -71,8 +71,8 @@ template <typename T> __device__ __forceinline__ void finish(const Call &c, int6
     store<T>(c, n, member, sum + c.scaling * mine);
 }
 
-/* The same where each row of x has its own part of b, [P, N]: a lane for each n and member, neighbours in n. DEPTH loads
- * are under way. */
+/* The same where each row of x has its own part of b, [P, N]: a lane for each n and member, neighbours in n. DEPTH
+ * loads are under way. */
 template <typename T, int DEPTH>
 __device__ __forceinline__ void finish(const Call &c, const PkRoute &route, int64_t n, int member, float sum) {
     if (n >= c.N || member >= c.M) return;
@@ -102,13 +102,15 @@ __device__ __forceinline__ int member_of(const Call &c) {
 }
 
 template <typename T, int SETS, bool NESTED>
-__global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
+__global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1)
+    gemv_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
     __shared__ uint4 table[256 * 8]; /* 32 words for each byte; later the sums of the warps */
     __shared__ float code[NESTED ? 256 : 1];
     __shared__ PkRoute routes[TEAM];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int64_t n0 = static_cast<int64_t>(blockIdx.x) * ROWS;
-    const int first = blockIdx.y * c.steps, last = static_cast<int>(min((c.K + STEP - 1) / STEP, int64_t(first) + c.steps));
+    const int first = blockIdx.y * c.steps,
+              last = static_cast<int>(min((c.K + STEP - 1) / STEP, int64_t(first) + c.steps));
     const float offset = NESTED ? *c.scales.offset : 0.0f;
 
     const uint8_t *rows[4];
@@ -126,7 +128,8 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             next[i] = pk_load_stream16(rows[i] + k / 2);
-            next_scale[i] = pk_fetch_scale<NESTED>(c.scales, static_cast<uint32_t>((element[i] + k) >> c.scales.block_shift));
+            next_scale[i] =
+                pk_fetch_scale<NESTED>(c.scales, static_cast<uint32_t>((element[i] + k) >> c.scales.block_shift));
         }
     };
     fetch(min(first + warp, last - 1));
@@ -186,8 +189,8 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const 
 #pragma unroll
                 for (int tile = 0; tile < 2; ++tile) {
                     const uint32_t upper = w[2 * tile][q], lower = w[2 * tile + 1][q];
-                    const uint32_t a[4] = {look_up(upper, 2 * half), look_up(lower, 2 * half), look_up(upper, 2 * half + 1),
-                                           look_up(lower, 2 * half + 1)};
+                    const uint32_t a[4] = {look_up(upper, 2 * half), look_up(lower, 2 * half),
+                                           look_up(upper, 2 * half + 1), look_up(lower, 2 * half + 1)};
 #pragma unroll
                     for (int j = 0; j < SETS; ++j) {
                         const uint32_t b[2] = {x[j][2 * half], x[j][2 * half + 1]};
@@ -230,7 +233,8 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) gemv_kernel(const 
         c.parts[(int64_t(blockIdx.y) * c.M + member) * c.N + n0 + row] = sum;
 }
 
-template <typename T> __global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__ Call c, int splits) {
+template <typename T>
+__global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__ Call c, int splits) {
     const int64_t n = static_cast<int64_t>(blockIdx.x) * ROWS + row_of(c);
     const int member = member_of(c);
     float sum = 0.0f;
@@ -240,7 +244,8 @@ template <typename T> __global__ void __launch_bounds__(THREADS) finish_kernel(c
 
 /* Any K and any alignment, element by element: for shapes that no model has. A warp has a row of W. */
 template <typename T>
-__global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
+__global__ void __launch_bounds__(THREADS)
+    any_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
     __shared__ float table[16], code[256];
     const int lane = threadIdx.x % 32;
     if (threadIdx.x < 16) table[threadIdx.x] = values.value[threadIdx.x];
@@ -267,7 +272,9 @@ __global__ void __launch_bounds__(THREADS) any_kernel(const __grid_constant__ Ca
     finish_any<T>(c, lane < TEAM ? n : c.N, lane % TEAM, mine); /* one team of the warp's four */
 }
 
-bool whole_runs(const pk_lora_args &a) { return a.K > 0 && a.K % 32 == 0 && pk_aligned(a.x, 16) && pk_aligned(a.weight, 16); }
+bool whole_runs(const pk_lora_args &a) {
+    return a.K > 0 && a.K % 32 == 0 && pk_aligned(a.x, 16) && pk_aligned(a.weight, 16);
+}
 
 /* How many blocks share a row of W: enough blocks for a large GPU, a step for every warp, and the same on every GPU. */
 int64_t splits_of(const pk_lora_args &a) {

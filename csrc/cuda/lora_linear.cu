@@ -22,8 +22,8 @@ struct Projection {
 };
 
 /* A block has MT rows of z and RT ranks; its threads share the columns, eight at a time, and add up in a fixed order.
- * ROUTED: MT rows of one adapter, whose rows of w (by rows) it reads; a block for each row of z, of which most find that
- * another has theirs. */
+ * ROUTED: MT rows of one adapter, whose rows of w (by rows) it reads; a block for each row of z, of which most find
+ * that another has theirs. */
 template <typename T, int MT, int RT, bool ROUTED>
 __global__ void __launch_bounds__(THREADS, 2) project_kernel(const __grid_constant__ Projection p) {
     __shared__ float warps[WARPS][MT * RT];

@@ -55,7 +55,8 @@ __device__ __forceinline__ void start(const Problem &p, char *room, typename C::
 }
 
 /* sums += p.start. */
-template <typename C> __device__ __forceinline__ void start_from(const Problem &p, typename C::Sums &acc, int n, int m0) {
+template <typename C>
+__device__ __forceinline__ void start_from(const Problem &p, typename C::Sums &acc, int n, int m0) {
     const int m = m0 + static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int mt = 0; mt < C::BM / 8; ++mt)
@@ -69,8 +70,8 @@ template <typename C> __device__ __forceinline__ void start_from(const Problem &
         }
 }
 
-/* first, second += W x^T over 8 of a thread's elements, so 32 of k: fragments of two steps of 16, of two 16-row parts of
- * W, and 8 rows of x. */
+/* first, second += W x^T over 8 of a thread's elements, so 32 of k: fragments of two steps of 16, of two 16-row
+ * parts of W, and 8 rows of x. */
 template <typename T>
 __device__ __forceinline__ void product(char *shared, float (&first)[4], float (&second)[4],
                                         const uint32_t (&fragments)[2][2][4], int x) {
@@ -81,8 +82,8 @@ __device__ __forceinline__ void product(char *shared, float (&first)[4], float (
         pk_mma<T>(first, fragments[step][0], b[step]), pk_mma<T>(second, fragments[step][1], b[step]);
 }
 
-/* acc += W x^T over one group of 64 elements, scaled as C says. codes: offset of the thread's own; x: of its own, in each
- * half of 32. */
+/* acc += W x^T over one group of 64 elements, scaled as C says. codes: offset of the thread's own; x: of its own, in
+ * each half of 32. */
 template <typename T, typename C>
 __device__ __forceinline__ void multiply_sums(char *shared, typename C::Sums &acc, int codes, const int (&x)[2],
                                               const float (&scale)[4], uint32_t copy) {
@@ -333,7 +334,8 @@ __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Pro
     pk_cp_async_wait<0>();
     __syncthreads();
     if constexpr (C::LATE) {
-        const Place<C> again(p, pk_thread_again(), pk_block_again(0), pk_block_again(1)); /* the loop needs the registers */
+        /* the loop needs the registers */
+        const Place<C> again(p, pk_thread_again(), pk_block_again(0), pk_block_again(1));
         add_low_rank<C>(p, shared, acc, again);
         end_tile<T, C>(p, shared, acc, again);
     } else {

@@ -9,9 +9,10 @@
  * Pairs of codes are looked up in the table of pair_table.cuh.
  *
  * The scale of a block of the format, one for 64 or more elements of a row of W, multiplies what is cheaper: a thread's
- * sums over 64 elements of k (SUMS: BM multiply-adds for its 64 weights; float32) or its weights (WEIGHTS: an instruction
- * for each pair, whatever BM is; in 16 bits, so that a weight is rounded three times where eager's is once: its code's value, the
- * scale, the product). Blocks of 32, and rows of whole 32 but not 64, have two scales in 64 (HALVES). */
+ * sums over 64 elements of k (SUMS: BM multiply-adds for its 64 weights; float32) or its weights (WEIGHTS: an
+ * instruction for each pair, whatever BM is; in 16 bits, so that a weight is rounded three times where eager's is
+ * once: its code's value, the scale, the product). Blocks of 32, and rows of whole 32 but not 64, have two scales in
+ * 64 (HALVES). */
 #pragma once
 #include "lora.cuh"
 #include "pair_table.cuh"
@@ -51,7 +52,8 @@ template <int BM_, int WK_, int STAGES_, Where WHERE_, Scaling SCALING_> struct 
     static constexpr Scaling SCALING = SCALING_;
     static constexpr bool GENERAL = SCALING == ELEMENTS;
     static constexpr bool WHOLE = SCALING == SUMS || SCALING == WEIGHTS; /* groups of 64 are there, or not */
-    static constexpr bool LATE = BM > 64; /* the low-rank term is added at the end: before, the loop's values fill all registers */
+    /* the low-rank term is added at the end: before, the loop's values fill all registers */
+    static constexpr bool LATE = BM > 64;
     static constexpr int BN = 256 / WK, BK = GROUP * WK, COLUMN_THREADS = THREADS / WK;
     using Sums = float[2][BM / 8][4]; /* of 16 rows of W, 8 of x: one product of mma.sync */
     static constexpr int QUARTERS = BM / 4; /* float4 of sums a thread */
@@ -148,8 +150,10 @@ template <typename C> struct ScaleLoader {
     uint32_t unit[COUNT]; /* 32 elements */
     int left;
 
-    __device__ __forceinline__ ScaleLoader(const Problem &p, int n, int k, int end) { /* the warp's first row and column */
-        /* four neighbours t have those that all of them need: of rows g + 8 t, or for each half of 64 two t, two rows each */
+    /* the warp's first row and column */
+    __device__ __forceinline__ ScaleLoader(const Problem &p, int n, int k, int end) {
+        /* four neighbours t have those that all of them need: of rows g + 8 t, or for each half of 64 two t, two
+         * rows each */
         const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
         const int half = COUNT == 1 ? 0 : t / 2;
 #pragma unroll
@@ -168,7 +172,8 @@ template <typename C> struct ScaleLoader {
         }
     }
     /* of the threads' rows n, n + 8, n + 16, n + 24; past the end of k zero: 0 times an infinite one is no 0 */
-    template <typename T, typename S> __device__ __forceinline__ void take(char *shared, float offset, int step, S (&scale)[4]) {
+    template <typename T, typename S>
+    __device__ __forceinline__ void take(char *shared, float offset, int step, S (&scale)[4]) {
         S own[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {

@@ -1,5 +1,5 @@
-/* multi_lora_linear where its matrix product starts from S·B of every row: each adapter's part of b (or, backward, of a) is
- * read once for ROWS rows that share it. */
+/* multi_lora_linear where its matrix product starts from S·B of every row: each adapter's part of b (or, backward,
+ * of a) is read once for ROWS rows that share it. */
 #include "dropout.cuh"
 #include "lora.cuh"
 #include "row_groups.cuh"
@@ -19,8 +19,8 @@ struct Expand {
     PkDropout drop;
 };
 
-/* out[m, c] = drop(sum_j s[m, j] w[start + j, c]), times the adapter's scaling. A thread has 8 columns of ROWS rows, and
- * DEPTH rows of w under way. */
+/* out[m, c] = drop(sum_j s[m, j] w[start + j, c]), times the adapter's scaling. A thread has 8 columns of ROWS rows,
+ * and DEPTH rows of w under way. */
 __global__ void __launch_bounds__(THREADS) expand_kernel(const __grid_constant__ Expand e) {
     __shared__ uint32_t same[PK_ROUTED_ROWS / 32];
     const int own = static_cast<int>(blockIdx.y);

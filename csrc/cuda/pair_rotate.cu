@@ -15,9 +15,10 @@ struct Call {
     bool back;
 };
 
-/* y_a = a first_a - b second_a, y_b = b first_b + a second_b; back: the transpose. SUMS: of dy times x and of dy times x
- * turned as well. V = 4: half is a multiple of 4, storage aligned to four elements. */
-template <typename T, int V, bool SUMS> __global__ void __launch_bounds__(THREADS) pair_kernel(const __grid_constant__ Call c) {
+/* y_a = a first_a - b second_a, y_b = b first_b + a second_b; back: the transpose. SUMS: of dy times x and of dy
+ * times x turned as well. V = 4: half is a multiple of 4, storage aligned to four elements. */
+template <typename T, int V, bool SUMS>
+__global__ void __launch_bounds__(THREADS) pair_kernel(const __grid_constant__ Call c) {
     __shared__ float shared[SUMS ? WARPS * 4 * V * 32 : 1];
     constexpr int AHEAD = SUMS ? 2 : 4; /* rows asked for at once */
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -88,8 +89,8 @@ template <typename T, int V, bool SUMS> __global__ void __launch_bounds__(THREAD
 int launch(const char *what, Call c, int64_t dtype, int64_t parts, int64_t device, void *stream) {
     if (int code = pk_rotation_check(what, dtype, c.M, c.d)) return code;
     if (c.half < 1 || c.d % (2 * c.half))
-        return pk_fail(PK_ERR_ARGUMENT, "%s: no pairs %lld apart in %lld features", what, static_cast<long long>(c.half),
-                       static_cast<long long>(c.d));
+        return pk_fail(PK_ERR_ARGUMENT, "%s: no pairs %lld apart in %lld features", what,
+                       static_cast<long long>(c.half), static_cast<long long>(c.d));
     if (c.d == 0 || (c.M == 0 && !c.sums)) return PK_OK;
     if (!c.first || !c.second || (c.M > 0 && !c.z)) return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
     if (parts < 1 || parts > INT32_MAX)
@@ -100,7 +101,8 @@ int launch(const char *what, Call c, int64_t dtype, int64_t parts, int64_t devic
                       pk_aligned(c.second, 16);
     c.rows = pk_ceil(c.M, parts);
     const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(pk_ceil(c.d / 2, fast ? 128 : 32)));
-    if (grid.y > 65535) return pk_fail(PK_ERR_ARGUMENT, "%s: too many features, %lld", what, static_cast<long long>(c.d));
+    if (grid.y > 65535)
+        return pk_fail(PK_ERR_ARGUMENT, "%s: too many features, %lld", what, static_cast<long long>(c.d));
     pk_by_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         const auto kernel = c.sums ? (fast ? pair_kernel<T, 4, true> : pair_kernel<T, 1, true>)
@@ -112,15 +114,16 @@ int launch(const char *what, Call c, int64_t dtype, int64_t parts, int64_t devic
 int64_t parts_of(int64_t M) { return M > 32 ? pk_ceil(M, 32) : 1; } /* of what needs no sums */
 } // namespace
 
-extern "C" int pk_cuda_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M, int64_t d,
-                                   int64_t half, void *y, int64_t device, void *stream) {
+extern "C" int pk_cuda_pair_rotate(const void *x, const float *first, const float *second, int64_t dtype, int64_t M,
+                                   int64_t d, int64_t half, void *y, int64_t device, void *stream) {
     if (M > 0 && d > 0 && !y) return pk_fail(PK_ERR_ARGUMENT, "pair_rotate: y is NULL");
-    return launch("pair_rotate", {x, nullptr, first, second, y, nullptr, M, d, half, 0, false}, dtype, parts_of(M), device, stream);
+    return launch("pair_rotate", {x, nullptr, first, second, y, nullptr, M, d, half, 0, false}, dtype, parts_of(M),
+                  device, stream);
 }
 
-extern "C" int pk_cuda_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second, int64_t dtype,
-                                            int64_t M, int64_t d, int64_t half, void *dx, float *sums, int64_t parts,
-                                            int64_t device, void *stream) {
+extern "C" int pk_cuda_pair_rotate_backward(const void *dy, const void *x, const float *first, const float *second,
+                                            int64_t dtype, int64_t M, int64_t d, int64_t half, void *dx, float *sums,
+                                            int64_t parts, int64_t device, void *stream) {
     if (!dx && !sums) return PK_OK;
     if (sums && M > 0 && d > 0 && !x) return pk_fail(PK_ERR_ARGUMENT, "pair_rotate_backward: x is NULL");
     return launch("pair_rotate_backward", {dy, x, first, second, dx, sums, M, d, half, 0, true}, dtype,

@@ -1,7 +1,7 @@
 /* The table that the matrix kernels decode by, and where they share memory with it. A byte of two codes picks a pair of
- * 16-bit values, one word of a fragment of mma.sync. The table has a copy for each lane, so no two meet in a bank; an entry
- * is 256 bytes from the next, so one byte permute makes the address. It fills the first half of each 256-byte line of
- * shared memory; packed bytes on their way in fill the other halves. */
+ * 16-bit values, one word of a fragment of mma.sync. The table has a copy for each lane, so no two meet in a bank;
+ * an entry is 256 bytes from the next, so one byte permute makes the address. It fills the first half of each
+ * 256-byte line of shared memory; packed bytes on their way in fill the other halves. */
 #pragma once
 #include "ptx.cuh"
 #include "values.cuh"
@@ -19,7 +19,8 @@ template <typename T> __device__ __forceinline__ void fill_table(char *shared, c
     static_assert(THREADS == LINES);
     const int line = static_cast<int>(threadIdx.x);
     const uint32_t w = pk_pack<T>(values.value[line / 16], values.value[line % 16]);
-    for (int i = 0; i < 8; ++i) at<uint4>(shared, line * LINE + (i + line) % 8 * 16) = {w, w, w, w}; /* lanes start apart */
+    /* lanes start apart */
+    for (int i = 0; i < 8; ++i) at<uint4>(shared, line * LINE + (i + line) % 8 * 16) = {w, w, w, w};
 }
 
 /* The entry of a byte of codes. copy: of the thread's column in a line of the table. */

@@ -161,7 +161,8 @@ template <typename T> __device__ __forceinline__ uint32_t pk_mul2(uint32_t a, ui
 }
 
 /* pk_mma_bf16 or pk_mma_f16, by the type of the operands. */
-template <typename T> __device__ __forceinline__ void pk_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <typename T>
+__device__ __forceinline__ void pk_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
         pk_mma_bf16(d, a, b);
     else

@@ -1,9 +1,9 @@
 /* quantize_4bit on the GPU: the float32 operations of csrc/cpu/quantize_4bit.inc, in the same order, so the same bytes.
  *
- * A block of the format belongs to a team of up to 32 neighbouring lanes; each lane takes 8 elements at a time (16 bytes
- * of bfloat16, 4 bytes of result), so loads and stores are coalesced. The maximum goes through shuffles; the elements are
- * read again (from L1) for the codes where a team needs more than one pass. The midpoints lie in shared memory in heap
- * order: 16 floats are 16 banks, so the four look-ups of the 32 lanes never conflict. */
+ * A block of the format belongs to a team of up to 32 neighbouring lanes; each lane takes 8 elements at a time (16
+ * bytes of bfloat16, 4 bytes of result), so loads and stores are coalesced. The maximum goes through shuffles; the
+ * elements are read again (from L1) for the codes where a team needs more than one pass. The midpoints lie in shared
+ * memory in heap order: 16 floats are 16 banks, so the four look-ups of the 32 lanes never conflict. */
 #include "divide.cuh"
 #include "values.cuh"
 
@@ -28,8 +28,8 @@ template <typename T> __device__ void load(const T *w, int64_t i, int64_t numel,
 
 template <typename T, int BS>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
-    quantize_kernel(const T *__restrict__ w, int64_t numel, int64_t nblocks, const __grid_constant__ Tables tables, bool aligned,
-                    uint8_t *__restrict__ packed, float *__restrict__ absmax) {
+    quantize_kernel(const T *__restrict__ w, int64_t numel, int64_t nblocks, const __grid_constant__ Tables tables,
+                    bool aligned, uint8_t *__restrict__ packed, float *__restrict__ absmax) {
     constexpr int TEAM = BS / CHUNK < 32 ? BS / CHUNK : 32;
     constexpr int PASSES = BS / (CHUNK * TEAM);
     __shared__ float tree[16];
@@ -185,7 +185,7 @@ extern "C" int pk_cuda_quantize_absmax(const float *absmax, int64_t nblocks, con
         return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
     if (int code = pk_cuda_use(device, what)) return code;
     const unsigned grid = pk_grid((nblocks + nested_blocksize - 1) / nested_blocksize, 1 << 20);
-    PK_LAUNCH(absmax_kernel, grid, THREADS, static_cast<cudaStream_t>(stream), absmax, nblocks, offset, nested_blocksize,
-              rounding, codes, nested_absmax);
+    PK_LAUNCH(absmax_kernel, grid, THREADS, static_cast<cudaStream_t>(stream), absmax, nblocks, offset,
+              nested_blocksize, rounding, codes, nested_absmax);
     return pk_cuda_check(cudaGetLastError(), what);
 }

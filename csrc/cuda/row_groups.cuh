@@ -33,8 +33,8 @@ __device__ __forceinline__ PkRoute pk_route(const PkRoutes &routes, int64_t adap
     return {start, static_cast<int>(rank), __ldg(routes.scalings + adapter)};
 }
 
-/* Which of M rows, PK_ROUTED_ROWS at most, have `adapter`: bit m % 32 of same[m / 32], in shared memory. For all THREADS
- * threads of a block together; ends with a barrier. */
+/* Which of M rows, PK_ROUTED_ROWS at most, have `adapter`: bit m % 32 of same[m / 32], in shared memory. For all
+ * THREADS threads of a block together; ends with a barrier. */
 constexpr int PK_ROUTED_ROWS = 512;
 template <int THREADS>
 __device__ __forceinline__ void pk_same(const PkRoutes &routes, int M, int64_t adapter, uint32_t *same) {
@@ -53,8 +53,8 @@ __device__ __forceinline__ int pk_before(const uint32_t *same, int own) {
     return before;
 }
 
-/* They are worked on COUNT at a time. rows: of the set that begins with row `own`, M for those that it lacks; false where
- * no set begins there. */
+/* They are worked on COUNT at a time. rows: of the set that begins with row `own`, M for those that it lacks; false
+ * where no set begins there. */
 template <int COUNT>
 __device__ __forceinline__ bool pk_set_of(const uint32_t *same, int M, int own, int (&rows)[COUNT]) {
     if (pk_before(same, own) % COUNT) return false;

@@ -1,8 +1,9 @@
 /* The scales of 4-bit weights: float32 (plain), or 8-bit codes (nested), whose value is
  * code[codes[block]] * values[block / nested_blocksize] + offset, product and sum rounded apart.
  *
- * Kernels that have no time for a branch, and no second copy, treat a plain scale as nested in a code that is 1 everywhere,
- * an offset of 0 and an inner block size of 1, which changes no bit. The others say NESTED at compile time. */
+ * Kernels that have no time for a branch, and no second copy, treat a plain scale as nested in a code that is 1
+ * everywhere, an offset of 0 and an inner block size of 1, which changes no bit. The others say NESTED at compile
+ * time. */
 #pragma once
 #include "values.cuh"
 
@@ -45,12 +46,14 @@ __device__ __forceinline__ PkRawScale pk_fetch_scale(const PkScales &s, uint32_t
 __device__ __forceinline__ float pk_finish_scale(PkRawScale raw, const float *code, float offset) {
     return __fadd_rn(__fmul_rn(code[raw.code], raw.value), offset);
 }
-/* The same where it is known which of the two it is; nested_blocksize is a power of two, code not read for plain ones. */
+/* The same where it is known which of the two it is; nested_blocksize is a power of two, code not read for plain
+ * ones. */
 template <bool NESTED> __device__ __forceinline__ PkRawScale pk_fetch_scale(const PkScales &s, uint32_t block) {
     if (!NESTED) return {__ldg(s.values + block), 0};
     return {__ldg(s.values + (block >> s.outer_shift)), __ldg(s.codes + block)};
 }
-template <bool NESTED> __device__ __forceinline__ float pk_finish_scale(PkRawScale raw, const float *code, float offset) {
+template <bool NESTED>
+__device__ __forceinline__ float pk_finish_scale(PkRawScale raw, const float *code, float offset) {
     return NESTED ? pk_finish_scale(raw, code, offset) : raw.value;
 }
 /* Scale of the block that holds the flat element e. */

@@ -13,8 +13,8 @@ inline int pk_device_attribute(cudaDeviceAttr which, int otherwise) {
     return value;
 }
 
-/* Parts of the sum over `steps` of each of `tiles`, so that the last round of blocks, one on an SM, is short. start: steps
- * that a block takes to start and end. */
+/* Parts of the sum over `steps` of each of `tiles`, so that the last round of blocks, one on an SM, is short. start:
+ * steps that a block takes to start and end. */
 inline int pk_splits(int64_t tiles, int64_t steps, int64_t start) {
     const int64_t slots = pk_device_attribute(cudaDevAttrMultiProcessorCount, 108);
     int64_t fewest = 0;

@@ -29,7 +29,9 @@ inline bool pk_power_of_two(int64_t v) { return v > 0 && (v & (v - 1)) == 0; }
 
 template <typename T> __device__ __forceinline__ T pk_rounded(float v);
 template <> __device__ __forceinline__ float pk_rounded<float>(float v) { return v; }
-template <> __device__ __forceinline__ __nv_bfloat16 pk_rounded<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <> __device__ __forceinline__ __nv_bfloat16 pk_rounded<__nv_bfloat16>(float v) {
+    return __float2bfloat16_rn(v);
+}
 template <> __device__ __forceinline__ __half pk_rounded<__half>(float v) { return __float2half_rn(v); }
 
 __device__ __forceinline__ float pk_float(float v) { return v; }
@@ -68,8 +70,8 @@ template <typename T> __device__ __forceinline__ void pk_load8(const T *p, float
     pk_unpack<T>(raw.x, v), pk_unpack<T>(raw.y, v + 2), pk_unpack<T>(raw.z, v + 4), pk_unpack<T>(raw.w, v + 6);
 }
 
-/* Four neighbouring elements as floats, and back, rounded once. fast: all four are there, and aligned to their size; else
- * those from `left` on are zeros, and are not written. */
+/* Four neighbouring elements as floats, and back, rounded once. fast: all four are there, and aligned to their size;
+ * else those from `left` on are zeros, and are not written. */
 template <typename T> __device__ __forceinline__ void pk_load4(const T *p, int64_t left, bool fast, float *v) {
     if (!fast) {
 #pragma unroll

@@ -1,4 +1,5 @@
-/* The machine of simt.h: who runs next, what a barrier and a warp's operation wait for, and what is said when they fail. */
+/* The machine of simt.h: who runs next, what a barrier and a warp's operation wait for, and what is said when they
+ * fail. */
 #include "machine.h"
 
 #include <stdarg.h>
@@ -66,7 +67,8 @@ void seed_random(uint64_t value) {
     m.random = (value ^ value >> 31) | 1;
 }
 
-/* fill() and what it is for: not through memset, which AddressSanitizer would check against the gaps between variables */
+/* fill() and what it is for: not through memset, which AddressSanitizer would check against the gaps between
+ * variables */
 __attribute__((no_sanitize("address"))) void fill(char *p, size_t bytes) {
     for (; bytes && reinterpret_cast<uintptr_t>(p) % 8; --bytes) *p++ = -1;
     uint64_t volatile *words = reinterpret_cast<uint64_t volatile *>(p);
@@ -239,7 +241,8 @@ void run_block() {
 bool make_stacks() {
     if (m.stacks) return true;
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), each = STACK + page;
-    void *p = mmap(nullptr, each * MOST_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *p =
+        mmap(nullptr, each * MOST_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return false;
     m.stacks = static_cast<char *>(p);
     m.threads.resize(MOST_THREADS);

@@ -67,8 +67,9 @@ inline bool is_shared(const void *p, size_t bytes) { return shared_offset(p, byt
 unsigned lane();
 uint32_t draw(uint32_t below); /* of the seed's random numbers */
 
-/* An operation of a warp: every lane of `mask` that has not returned hands over its `part`; the last to come runs it on all
- * of them (NULL for lanes outside `lanes`). WHOLE: needs 32 lanes (.aligned in PTX). ORDERS: a memory barrier as well. */
+/* An operation of a warp: every lane of `mask` that has not returned hands over its `part`; the last to come runs it
+ * on all of them (NULL for lanes outside `lanes`). WHOLE: needs 32 lanes (.aligned in PTX). ORDERS: a memory barrier
+ * as well. */
 typedef void (*Collective)(void *const *part, unsigned lanes);
 enum Kind { PLAIN = 0, WHOLE = 1, ORDERS = 2 };
 void collective(const char *what, Where where, Kind kind, unsigned mask, Collective run, void *part);
@@ -77,7 +78,8 @@ void sync_block(Where where);
 void async_block(); /* a block starts: no cp.async is under way (ptx.cpp) */
 
 /* Reports to races.cpp of accesses that no compiler reports; empty in builds without it. */
-enum Access { READ, WRITE, ATOMIC, ISSUE, LAND }; /* the last two: of a cp.async, when it starts and when it is waited for */
+/* the last two: of a cp.async, when it starts and when it is waited for */
+enum Access { READ, WRITE, ATOMIC, ISSUE, LAND };
 #if defined(PK_SIMT_RACES)
 void touch(const void *p, size_t bytes, Access how, unsigned thread, const void *pc);
 void races_launch(size_t shared_bytes); /* dynamic and static */

@@ -94,7 +94,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
     return {static_cast<uint16_t>(v != v ? 0x7fff : (b + 0x7fff + ((b >> 16) & 1)) >> 16)};
 }
 inline float __half2float(__half h) {
-    const uint32_t magnitude = static_cast<uint32_t>(h.x & 0x7fff) << 13, sign = static_cast<uint32_t>(h.x & 0x8000) << 16;
+    const uint32_t magnitude = static_cast<uint32_t>(h.x & 0x7fff) << 13,
+                   sign = static_cast<uint32_t>(h.x & 0x8000) << 16;
     if (magnitude >= 0x0f800000u) return __uint_as_float(sign | 0x70000000u | magnitude); /* infinity, NaN */
     return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude) * 0x1p112f)); /* another exponent bias */
 }
@@ -119,7 +120,9 @@ inline unsigned short __half_as_ushort(__half v) { return v.x; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 v) { return v.x; }
 
 /* Pairs: x is the low half. */
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return __floats2bfloat162_rn(v.x, v.y); }
 inline __half2 __float22half2_rn(float2 v) { return __floats2half2_rn(v.x, v.y); }

@@ -35,8 +35,8 @@ void async_block() {
 void cp_async16(void *shared, const void *global, bool valid) {
     const unsigned me = current();
     if (reinterpret_cast<uintptr_t>(shared) % 16 || (valid && reinterpret_cast<uintptr_t>(global) % 16))
-        fail(cudaErrorMisalignedAddress, "thread %u: cp.async of 16 bytes from %p to %p, not 16-byte aligned", me, global,
-             shared);
+        fail(cudaErrorMisalignedAddress, "thread %u: cp.async of 16 bytes from %p to %p, not 16-byte aligned", me,
+             global, shared);
     if (!is_shared(shared, 16))
         fail(cudaErrorIllegalAddress, "thread %u: cp.async to %p, which is not in shared memory", me, shared);
     touch(shared, 16, ISSUE, me, __builtin_return_address(0));
@@ -78,9 +78,11 @@ template <int COUNT, bool TRANS> void load_matrices(void *const *part, unsigned)
         const LdMatrix &lane = *lanes[i];
         const void *row = lane.row;
         if (!is_shared(row, 16))
-            fail(cudaErrorIllegalAddress, "thread %u: ldmatrix from %p, which is not in shared memory", lane.thread, row);
+            fail(cudaErrorIllegalAddress, "thread %u: ldmatrix from %p, which is not in shared memory", lane.thread,
+                 row);
         if (reinterpret_cast<uintptr_t>(row) % 16)
-            fail(cudaErrorMisalignedAddress, "thread %u: ldmatrix from %p, which is not 16-byte aligned", lane.thread, row);
+            fail(cudaErrorMisalignedAddress, "thread %u: ldmatrix from %p, which is not 16-byte aligned", lane.thread,
+                 row);
     }
     for (unsigned m = 0; m < COUNT; ++m)
         for (unsigned i = 0; i < WARP; ++i) {
@@ -103,9 +105,9 @@ struct Mma {
 float widened(uint32_t half, bool bf16) {
     return bf16 ? __uint_as_float(half << 16) : __half2float(__half{static_cast<uint16_t>(half)});
 }
-/* m16n8k16, d += a b, in float32, k rising. Lane i, g = i / 4, t = i % 4: a[0..3] hold the pairs (row g, g + 8, g, g + 8;
- * columns from 2t, 2t, 2t + 8, 2t + 8), b[0..1] the pairs (rows from 2t, 2t + 8; column g), d[0..3] (row g, g, g + 8,
- * g + 8; column 2t, 2t + 1, 2t, 2t + 1). */
+/* m16n8k16, d += a b, in float32, k rising. Lane i, g = i / 4, t = i % 4: a[0..3] hold the pairs (row g, g + 8, g, g
+ * + 8; columns from 2t, 2t, 2t + 8, 2t + 8), b[0..1] the pairs (rows from 2t, 2t + 8; column g), d[0..3] (row g, g,
+ * g + 8, g + 8; column 2t, 2t + 1, 2t, 2t + 1). */
 template <bool BF16> void multiply(void *const *part, unsigned) {
     float a[16][16], b[16][8], d[16][8];
     for (int i = 0; i < 32; ++i) {

@@ -61,7 +61,8 @@ template <typename T> uint32_t pk_fma2(uint32_t a, uint32_t b, uint32_t c) {
         };
         const double exact = static_cast<double>(value(a)) * value(b) + value(c);
         float v = static_cast<float>(exact);
-        if (v != exact && exact == exact && !(__float_as_uint(v) & 1)) /* to odd: what follows rounds as if it were exact */
+        /* to odd: what follows rounds as if it were exact */
+        if (v != exact && exact == exact && !(__float_as_uint(v) & 1))
             v = nextafterf(v, v < exact ? INFINITY : -INFINITY);
         uint16_t half;
         if constexpr (std::is_same_v<T, __half>)

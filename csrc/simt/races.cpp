@@ -1,10 +1,10 @@
 /* Races: the compiler's -fsanitize=thread reports every load and store of a kernel to the functions at the end of this
- * file (no ThreadSanitizer runtime is linked), and -fsanitize=alignment every misaligned address. Of each byte of shared
- * and global memory the last write and up to two reads since are known. Two accesses by different threads, one of them a
- * write, are a race unless
+ * file (no ThreadSanitizer runtime is linked), and -fsanitize=alignment every misaligned address. Of each byte of
+ * shared and global memory the last write and up to two reads since are known. Two accesses by different threads, one
+ * of them a write, are a race unless
  *   - a __syncthreads lies between them (shared memory also begins anew with each block), or
- *   - they are of two blocks, and one handed its work over to the other: __threadfence, an atomic; an atomic on the same
- *     address, __threadfence; with a __syncthreads where other threads of the block join in, or
+ *   - they are of two blocks, and one handed its work over to the other: __threadfence, an atomic; an atomic on the
+ *     same address, __threadfence; with a __syncthreads where other threads of the block join in, or
  *   - both threads are of one warp and __syncwarp orders them (vector clocks within the warp), or
  *   - both are atomic.
  * Two reads are enough to find a race with every later write, unless __syncwarp is used on parts of a warp. */
@@ -106,7 +106,8 @@ bool parallel(const Seen &seen, unsigned me, bool shared) {
 void say_place(const void *p, bool shared, char *text, size_t size) {
     const Range dynamic = dynamic_range();
     if (dynamic.holds(p)) {
-        snprintf(text, size, "dynamic shared memory + %zu", static_cast<size_t>(static_cast<const char *>(p) - dynamic.first));
+        snprintf(text, size, "dynamic shared memory + %zu",
+                 static_cast<size_t>(static_cast<const char *>(p) - dynamic.first));
     } else if (shared) {
         describe(p, text, size);
         for (char *name; (name = strstr(text, "::"));) memmove(text, name + 2, strlen(name + 2) + 1);
@@ -122,8 +123,8 @@ void say_place(const void *p, bool shared, char *text, size_t size) {
     describe(pc, here, sizeof here);
     describe(other.pc, there, sizeof there);
     const bool same_block = other.stamp >= block_began;
-    fail(cudaErrorLaunchFailure, "race: thread %u %s %s (%s) that thread %u%s %s (%s) with no barrier between", me, what,
-         place, here, other.thread, same_block ? "" : " of another block", before, there);
+    fail(cudaErrorLaunchFailure, "race: thread %u %s %s (%s) that thread %u%s %s (%s) with no barrier between", me,
+         what, place, here, other.thread, same_block ? "" : " of another block", before, there);
 }
 
 const char *verb(Access how, bool past) {
@@ -137,14 +138,16 @@ void check(Byte &b, const void *p, Access how, unsigned me, const void *pc, bool
     if (b.pending && b.block == block_began && shared && how != LAND) {
         char place[120] = "";
         say_place(p, shared, place, sizeof place);
-        fail(cudaErrorLaunchFailure, "thread %u %s %s, where a cp.async of thread %u is under way: nobody has waited for it",
-             me, verb(how, false), place, b.write.thread);
+        fail(cudaErrorLaunchFailure,
+             "thread %u %s %s, where a cp.async of thread %u is under way: nobody has waited for it", me,
+             verb(how, false), place, b.write.thread);
     }
     if (reads && shared && b.block != block_began) {
         char place[120] = "", here[120] = "";
         say_place(p, shared, place, sizeof place);
         describe(pc, here, sizeof here);
-        fail(cudaErrorLaunchFailure, "thread %u reads %s (%s) that no thread of this block has written yet", me, place, here);
+        fail(cudaErrorLaunchFailure, "thread %u reads %s (%s) that no thread of this block has written yet", me, place,
+             here);
     }
     if (b.write.stamp && !(atomic && b.write.atomic) && parallel(b.write, me, shared))
         race(verb(how, false), p, shared, me, pc, b.write, verb(b.write.atomic ? ATOMIC : WRITE, true));
@@ -214,15 +217,17 @@ void touch(const void *p, size_t bytes, Access how, unsigned thread, const void 
     } else if (shared_offset(p, 1) >= 0) {
         char place[120] = "";
         say_place(p, true, place, sizeof place);
-        fail(cudaErrorIllegalAddress, "thread %u %s %zu bytes at %s, past its end", thread, verb(how, false), bytes, place);
+        fail(cudaErrorIllegalAddress, "thread %u %s %zu bytes at %s, past its end", thread, verb(how, false), bytes,
+             place);
     } else if (image().holds(p)) {
         if (how != READ) { /* constants and threadIdx are read */
             char place[120] = "", here[120] = "";
             describe(p, place, sizeof place);
             describe(pc, here, sizeof here);
-            fail(cudaErrorIllegalAddress, "thread %u (%s) %s %s at %p, which is no shared memory of this kernel: past the "
-                 "end of a variable, or __shared__ in a function that the kernel calls", thread, here, verb(how, false),
-                 place, p);
+            fail(cudaErrorIllegalAddress,
+                 "thread %u (%s) %s %s at %p, which is no shared memory of this kernel: past the "
+                 "end of a variable, or __shared__ in a function that the kernel calls",
+                 thread, here, verb(how, false), place, p);
         }
     } else if (!stacks().holds(p) && !host_frames().holds(p)) {
         if (how == ATOMIC) meet(reinterpret_cast<uintptr_t>(p), thread);

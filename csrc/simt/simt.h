@@ -1,8 +1,9 @@
-/* A host stand-in for the CUDA that csrc/cuda uses, so that its sources run, slowly, on a machine with no GPU: for tests.
+/* A host stand-in for the CUDA that csrc/cuda uses, so that its sources run, slowly, on a machine with no GPU: for
+ * tests.
  *
- * The threads of a block are fibres of one OS thread (machine.cpp), which change over at barriers and at what a warp does
- * together; who goes next is drawn from a seed. Blocks run one after the other, so shared memory is static memory, filled
- * with 0xff (NaN) before each. Floating point is the host's IEEE arithmetic, compiled with -ffp-contract=off.
+ * The threads of a block are fibres of one OS thread (machine.cpp), which change over at barriers and at what a warp
+ * does together; who goes next is drawn from a seed. Blocks run one after the other, so shared memory is static memory,
+ * filled with 0xff (NaN) before each. Floating point is the host's IEEE arithmetic, compiled with -ffp-contract=off.
  *
  * A bug ends the launch and leaves an error for cudaGetLastError(), whose text names the kernel, the block, threads and
  * places. Found in every build: barriers and warp operations that not all their threads reach, or reach at different

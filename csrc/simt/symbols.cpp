@@ -105,7 +105,8 @@ std::vector<Range> shared_of(const void *kernel) {
         if (s.first == kernel && s.name.compare(0, 2, "_Z") == 0) prefix = "_Z" + s.name.substr(1) + "E";
     std::vector<Range> found;
     for (const Symbol &s : symbols())
-        if (!prefix.empty() && s.variable && s.name.compare(0, prefix.size(), prefix) == 0) /* not a lambda of the kernel's */
+        /* not a lambda of the kernel's */
+        if (!prefix.empty() && s.variable && s.name.compare(0, prefix.size(), prefix) == 0)
             found.push_back({s.first, s.end});
     return found;
 }

@@ -23,8 +23,8 @@ template <typename T> T shuffle(const char *what, Where where, unsigned mask, T 
                 if (!(lanes >> i & 1)) continue;
                 Shuffle<T> *to = static_cast<Shuffle<T> *>(part[i]);
                 if (!(lanes >> to->from & 1))
-                    fail(cudaErrorLaunchFailure, "a shuffle in which lane %u reads from lane %u, which takes no part", i,
-                         to->from);
+                    fail(cudaErrorLaunchFailure, "a shuffle in which lane %u reads from lane %u, which takes no part",
+                         i, to->from);
                 to->out = static_cast<Shuffle<T> *>(part[to->from])->value;
             }
         },

@@ -21,7 +21,7 @@ from .methods.method import Method
 
 @dataclass(frozen=True)
 class SampleBase:
-    """A kind of base layer in small, and an input for it."""
+    """A base layer in small, and an input for it."""
 
     make: Callable[[], nn.Module]
     input: Callable[[], Tensor]

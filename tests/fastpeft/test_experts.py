@@ -1,4 +1,4 @@
-"""Targets and files that name experts as the modules they were in transformers 4, on stacks of transformers 5."""
+"""Targets and files that name experts as the modules they were in transformers 4, on those that 5 joins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from fastpeft.inject.old_experts import find_stacks
+from fastpeft.inject.old_experts import find_joined
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -96,10 +96,10 @@ def old_file(name: str, folder: Path, targets: list[str], **options: Any) -> dic
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
             add(path, *module.weight.shape)
-    for stack in find_stacks(model):
-        module = model.get_submodule(stack.name)
+    for experts in find_joined(model):
+        module = model.get_submodule(experts.name)
         joined, down = module.gate_up_proj, module.down_proj
-        root = stack.name.replace(".mlp.", f".{block}.").removesuffix(".experts")
+        root = experts.name.replace(".mlp.", f".{block}.").removesuffix(".experts")
         add(f"{root}.gate", EXPERTS, joined.shape[2])
         for i in range(EXPERTS):
             for old in names[:2]:
@@ -224,7 +224,7 @@ def test_what_one_parameter_cannot_hold_is_an_error(options: dict[str, Any], mes
 
 
 def test_methods_that_cannot_adapt_experts_name_what_they_leave_out() -> None:
-    with pytest.warns(fastpeft.PeftWarning, match=r"LOHA cannot adapt stacks of experts.*gate_up_proj.*left out"):
+    with pytest.warns(fastpeft.PeftWarning, match=r"LOHA cannot adapt joined experts.*gate_up_proj.*left out"):
         fastpeft.get_peft_model(model_of("mixtral"), fastpeft.LoHaConfig(target_modules="all-linear"))
     with pytest.warns(fastpeft.PeftWarning, match=r"\['q_proj', 'w2'\] mean too"):
         adapted(fastpeft, model_of("mixtral"), target_modules=["q_proj", "w2"], use_dora=True)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from fastpeft.config.base import TargetConfig
 from fastpeft.config.types import PeftType
-from fastpeft.layer.compose import Stack
+from fastpeft.layer.compose import Composed
 from fastpeft.layer.layer import AdapterLayer
 from fastpeft.methods.method import Method
 from fastpeft.methods.registry import registry
@@ -127,10 +127,10 @@ class ByHand:
 
     def __init__(self, layer: AdapterLayer, names: Sequence[str]) -> None:
         self.layer, self.names = layer, list(names)
-        self.stack = Stack(layer, names)
+        self.composed = Composed(layer, names)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.stack, name)
+        return getattr(self.composed, name)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.layer

@@ -125,15 +125,15 @@ def test_an_adapter_is_planned_once(tmp_path: Any, monkeypatch: pytest.MonkeyPat
 
     pair()[0].save_pretrained(tmp_path)
     calls: list[str] = []
-    for module, name in ((loading, "plan_injection"), (tuner, "plan_injection"), (inject, "find_stacks"),
+    for module, name in ((loading, "plan_injection"), (tuner, "plan_injection"), (inject, "find_joined"),
                          (folder, "check_config"), (loading, "unpacked")):  # fmt: skip
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
     model = PeftModel.from_pretrained(llama(), tmp_path)
-    assert calls == ["check_config", "plan_injection", "find_stacks", "unpacked"]
+    assert calls == ["check_config", "plan_injection", "find_joined", "unpacked"]
     calls.clear()
     model.load_adapter(tmp_path, "other")
-    assert calls == ["check_config", "plan_injection", "find_stacks", "unpacked"]
+    assert calls == ["check_config", "plan_injection", "find_joined", "unpacked"]
 
 
 def test_a_load_that_fails_late_changes_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

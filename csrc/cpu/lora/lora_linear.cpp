@@ -14,8 +14,8 @@ static int check_disjoint(const pk_lora_args *a) {
         if (i < 0 || !a->ranks[i] || owner[a->starts[i]] == i) continue;
         for (int64_t j = a->starts[i]; j < a->starts[i] + a->ranks[i]; ++j) {
             if (owner[j] >= 0)
-                return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapters %lld and %lld share row %lld of a and b", (long long)owner[j],
-                               (long long)i, (long long)j);
+                return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapters %lld and %lld share row %lld of a and b",
+                               (long long)owner[j], (long long)i, (long long)j);
             owner[j] = i;
         }
     }
@@ -26,20 +26,22 @@ static int check_adapters(const pk_lora_args *a, bool backward) {
     if (a->gain) return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter per row and a gain do not go together");
     bool by_pointer = pk_adapters_by_pointer(a);
     if (a->S < 0 || a->P < 0 || a->r != a->max_rank || a->M > INT32_MAX)
-        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: bad sizes (S %lld, P %lld, r %lld, max_rank %lld, M %lld)", (long long)a->S,
-                       (long long)a->P, (long long)a->r, (long long)a->max_rank, (long long)a->M);
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: bad sizes (S %lld, P %lld, r %lld, max_rank %lld, M %lld)",
+                       (long long)a->S, (long long)a->P, (long long)a->r, (long long)a->max_rank, (long long)a->M);
     for (int64_t m = 0; m < a->M; ++m) {
         int64_t i = a->adapters[m];
         if (i < -1 || i >= a->S)
-            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld of row %lld of x, there are %lld", (long long)i, (long long)m,
-                           (long long)a->S);
+            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld of row %lld of x, there are %lld", (long long)i,
+                           (long long)m, (long long)a->S);
         if (i < 0) continue;
         int64_t rank = a->ranks[i], start = by_pointer ? 0 : a->starts[i];
         if (rank > 0 && by_pointer && (!((const void *const *)a->a)[i] || !((const void *const *)a->b)[i]))
-            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld of row %lld of x has no a or no b", (long long)i, (long long)m);
+            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld of row %lld of x has no a or no b", (long long)i,
+                           (long long)m);
         if (rank < 0 || rank > a->max_rank || (rank > 0 && !by_pointer && (start < 0 || start > a->P - rank)))
-            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld has rank %lld (max_rank %lld) from row %lld of %lld", (long long)i,
-                           (long long)rank, (long long)a->max_rank, (long long)start, (long long)a->P);
+            return pk_fail(PK_ERR_ARGUMENT,
+                           "lora_linear: adapter %lld has rank %lld (max_rank %lld) from row %lld of %lld",
+                           (long long)i, (long long)rank, (long long)a->max_rank, (long long)start, (long long)a->P);
     }
     return backward && a->da && !by_pointer ? check_disjoint(a) : PK_OK;
 }
@@ -49,7 +51,8 @@ static int check(const pk_lora_args *a, bool backward) {
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: negative size (M %lld, N %lld, K %lld, r %lld)", (long long)a->M,
                        (long long)a->N, (long long)a->K, (long long)a->r);
     if (a->x_dtype < PK_F32 || a->x_dtype > PK_F16)
-        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: x_dtype must be float32, bfloat16 or float16, got %d", int(a->x_dtype));
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: x_dtype must be float32, bfloat16 or float16, got %d",
+                       int(a->x_dtype));
     if (a->quant_type < PK_DENSE || a->quant_type > PK_FP4)
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unknown quant_type %d", int(a->quant_type));
     if (a->quant_type == PK_DENSE && (a->w_dtype < PK_F32 || a->w_dtype > PK_F16))
@@ -59,7 +62,8 @@ static int check(const pk_lora_args *a, bool backward) {
     if (a->quant_type != PK_DENSE && a->nested_code && (!a->nested_absmax || !a->offset))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: nested scales need nested_absmax and offset");
     bool empty = a->adapters && !pk_adapters_by_pointer(a) && !a->P;
-    if (a->r > 0 && ((!a->a && a->K > 0 && !empty) || (!a->b && a->N > 0 && !empty) || a->a_dtype > PK_F16 || a->b_dtype > PK_F16 || (!a->s && a->M > 0)))
+    if (a->r > 0 && ((!a->a && a->K > 0 && !empty) || (!a->b && a->N > 0 && !empty) || a->a_dtype > PK_F16 ||
+                     a->b_dtype > PK_F16 || (!a->s && a->M > 0)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: an adapter needs a, b (float32, bfloat16 or float16) and s");
     if (a->r > 0 && a->dropout_p > 0 && (!a->seed || !(a->dropout_p < 1)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: dropout needs a seed and p < 1");
@@ -73,11 +77,13 @@ static int check(const pk_lora_args *a, bool backward) {
 
 static int check_stack(const pk_lora_args *args, int64_t count, bool backward) {
     if (count < 1 || count > PK_LORA_MOST)
-        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: 1 to %d projections, got %lld", int(PK_LORA_MOST), (long long)count);
+        return pk_fail(PK_ERR_ARGUMENT, "lora_linear: 1 to %d projections, got %lld", int(PK_LORA_MOST),
+                       (long long)count);
     for (int64_t i = 0; i < count; ++i) {
         const pk_lora_args &a = args[i];
         if (a.x != args->x || a.dx != args->dx || a.M != args->M || a.K != args->K || a.x_dtype != args->x_dtype)
-            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: projections of a stack share x and dx, number %lld does not", (long long)i);
+            return pk_fail(PK_ERR_ARGUMENT, "lora_linear: projections of a stack share x and dx, number %lld does not",
+                           (long long)i);
         int code = check(args + i, backward);
         if (code) return code;
     }
@@ -136,7 +142,8 @@ int pk_cpu_dora_linear(const pk_lora_args *args, const float *magnitude, float *
 }
 
 int pk_cpu_dora_linear_backward(const pk_lora_args *args, const float *norm) {
-    if (args->dgain && args->N > 0 && !norm) return pk_fail(PK_ERR_ARGUMENT, "dora_linear: the gradient of magnitude needs norm");
+    if (args->dgain && args->N > 0 && !norm)
+        return pk_fail(PK_ERR_ARGUMENT, "dora_linear: the gradient of magnitude needs norm");
     int code = pk_cpu_lora_linear_backward(args, 1);
     if (code || !args->dgain) return code;
     for (int64_t i = 0; i < args->N; ++i) args->dgain[i] /= norm[i];

@@ -49,8 +49,8 @@ def _rotate(x: Tensor, blocks: Tensor, transposed: bool) -> Tensor:
         matrices, group = blocks, reach * reach
         row, column = (1, reach) if transposed else (reach, 1)
     else:
-        wide = reach if shared else d
-        matrices, group, row, column = _turn(None, blocks, wide, transposed), reach, wide, 1
+        width = reach if shared else d
+        matrices, group, row, column = _turn(None, blocks, width, transposed), reach, width, 1
     y = torch.empty_like(x)
     queue(
         "pk_cuda_block_product", x, x.data_ptr(), matrices.data_ptr(), native.DTYPES[x.dtype], rows, d, reach,

@@ -34,8 +34,8 @@ def _check(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: Tensor | None,
     quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    def fail(arg: str, expected: str, got: object, kind: type[Exception] = ValueError) -> Exception:
-        return arg_error("dequantize_4bit", arg, expected, got, kind)
+    def fail(arg: str, expected: str, got: object, error: type[Exception] = ValueError) -> Exception:
+        return arg_error("dequantize_4bit", arg, expected, got, error)
 
     if packed.dtype is not torch.uint8:
         raise fail("packed", "uint8", packed.dtype, TypeError)

@@ -23,8 +23,8 @@ TILE = 256  # rows of the reference's temporary
 
 
 def _out_dtype(weight: Tensor, *others: Tensor) -> torch.dtype:
-    wide = torch.float64 in (weight.dtype, *(t.dtype for t in others))
-    return torch.float64 if wide else torch.float32
+    double = torch.float64 in (weight.dtype, *(t.dtype for t in others))
+    return torch.float64 if double else torch.float32
 
 
 def _check_squares(

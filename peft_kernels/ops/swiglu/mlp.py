@@ -19,9 +19,9 @@ from ..lora_linear_stacked import Projection, lists_of
 from . import backward_op, forward_op
 
 
-def _mlp(rows: Tensor, stack: stacked.Lists, last: stacked.Lists) -> tuple[Tensor, ...]:
+def _mlp(rows: Tensor, pair: stacked.Lists, last: stacked.Lists) -> tuple[Tensor, ...]:
     """(y, gate, up, s of gate, of up, of down)."""
-    gate, up, s_gate, s_up = stacked.forward_op.op(rows, *stack)
+    gate, up, s_gate, s_up = stacked.forward_op.op(rows, *pair)
     y, s_down = single.forward_op.op(forward_op.op(gate, up), *(values[0] for values in last))
     return y, gate, up, s_gate, s_up, s_down
 
@@ -39,13 +39,13 @@ class _SwigluMlp(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, *flat = inputs
         middle = len(flat) // 3 * 2
-        stack, last = lists_of(flat[:middle], 2), lists_of(flat[middle:], 1)
+        pair, last = lists_of(flat[:middle], 2), lists_of(flat[middle:], 1)
         _, gate, up, s_gate, s_up, s_down = output
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.x_shape, ctx.numbers = x.shape, (stacked.numbers_of(stack), stacked.numbers_of(last))
+        ctx.x_shape, ctx.numbers = x.shape, (stacked.numbers_of(pair), stacked.numbers_of(last))
         ctx.need_h = stacked.needs_x(last)
-        first = stacked.saved_of(x if stacked.needs_x(stack) else None, stack, (s_gate, s_up))
+        first = stacked.saved_of(x if stacked.needs_x(pair) else None, pair, (s_gate, s_up))
         ctx.count = len(first)
         ctx.save_for_backward(*first, gate, up, *stacked.saved_of(None, last, (s_down,))[1:])
 
@@ -56,7 +56,7 @@ class _SwigluMlp(torch.autograd.Function):
         if dy is None:
             return (None,) * len(need)
         saved = ctx.saved_tensors
-        x, *of_stack = saved[: ctx.count]
+        x, *of_pair = saved[: ctx.count]
         gate, up, *of_last = saved[ctx.count :]
         middle = (len(need) - 1) // 3 * 2
         upward = need[0] or any(need[1 : 1 + middle])
@@ -67,7 +67,7 @@ class _SwigluMlp(torch.autograd.Function):
         del h
         dgate, dup = backward_op.op(gate, up, dh)
         rows = x if x is not None else dy.new_empty(ctx.x_shape)
-        dx, of_first = stacked.gradients(rows, [dgate, dup], of_stack, ctx.numbers[0], need[0], need[1 : 1 + middle])
+        dx, of_first = stacked.gradients(rows, [dgate, dup], of_pair, ctx.numbers[0], need[0], need[1 : 1 + middle])
         return dx, *of_first, *of_down
 
 

@@ -18,10 +18,10 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float)
     groups, s = k.shape[1], k.shape[2]
     # the queries of a group of heads lie one below the other: one product per key head, no repeated keys
     rows, keys = q.reshape(batch * groups, -1, d), k.reshape(batch * groups, s, d)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.bmm(rows, keys.transpose(1, 2)).to(wide).mul_(scale)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(rows, keys.transpose(1, 2)).to(dtype).mul_(scale)
     # to add -inf takes a sixth of the time of masked_fill_ with a mask that is broadcast
-    hidden = torch.zeros(keep.shape, dtype=wide, device=q.device).masked_fill_(~keep, -torch.inf)
+    hidden = torch.zeros(keep.shape, dtype=dtype, device=q.device).masked_fill_(~keep, -torch.inf)
     scores.view(batch, heads, t, s).add_(hidden)
     p = torch.softmax(scores, dim=-1)
     return torch.bmm(p.to(q.dtype), v.reshape(keys.shape)).view(q.shape)

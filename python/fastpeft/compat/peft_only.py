@@ -182,8 +182,8 @@ def __getattr__(name: str) -> Any:
     type; `is_<package>_available()`; `is_transformers_ge_v5_4_0` and the like."""
     start, end = "TRANSFORMERS_MODELS_TO_", "_TARGET_MODULES_MAPPING"
     if name.startswith(start) and name.endswith(end):
-        for kind, method in registry().items():
-            if kind.value.replace("_", "") == name[len(start) : -len(end)]:
+        for peft_type, method in registry().items():
+            if peft_type.value.replace("_", "") == name[len(start) : -len(end)]:
                 return dict(method.default_targets)
     if name.startswith("is_transformers_ge_v"):
         wanted = [int(part) for part in name.removeprefix("is_transformers_ge_v").split("_")]

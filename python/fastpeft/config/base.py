@@ -113,8 +113,8 @@ class PeftConfig:
 
         Fields that the class does not know are dropped with a warning: they come from a newer version of a file.
         """
-        kind = kwargs.get("peft_type")
-        config_cls: type[PeftConfig] = cls if kind is None else class_of(peft_type(kind).value)
+        named = kwargs.get("peft_type")
+        config_cls: type[PeftConfig] = cls if named is None else class_of(peft_type(named).value)
         known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
         if unknown := sorted(set(kwargs) - known):
             message = f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was "

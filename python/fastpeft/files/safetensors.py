@@ -64,11 +64,11 @@ def read_header(
         parse_json(text, path)  # a name stands there twice, or a brace in one
     header = Header(path, {}, {}, metadata or {})
     begin = 8 + length  # one after another, as safe_open has checked
-    for name, (kind, shape) in found.items():
-        if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS or kind not in DTYPES:
+    for name, (code, shape) in found.items():
+        if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS or code not in DTYPES:
             expected = f"at most {MAX_DIMS} dimensions, {MAX_ELEMENTS} elements, and one of {', '.join(DTYPES)}"
-            raise AdapterFileError(f"{path}: tensor {short(name)}: {kind} of shape {short(shape)}, expected {expected}")
-        header.tensors[name] = tensor = torch.empty(shape, dtype=DTYPES[kind], device="meta")
+            raise AdapterFileError(f"{path}: tensor {short(name)}: {code} of shape {short(shape)}, expected {expected}")
+        header.tensors[name] = tensor = torch.empty(shape, dtype=DTYPES[code], device="meta")
         header.begins[name] = begin
         begin += tensor.nbytes
     return header

@@ -46,19 +46,19 @@ class LayerPlan:
 def walk(model: nn.Module) -> Iterator[Site]:
     """Every module once, like `named_modules`, but not what is inside an adapter layer."""
     seen: set[int] = set()
-    stack = [Site("", model, None, "")]
-    while stack:
-        site = stack.pop()
+    waiting = [Site("", model, None, "")]
+    while waiting:
+        site = waiting.pop()
         if id(site.module) in seen:
             continue
         seen.add(id(site.module))
         yield site
         if isinstance(site.module, AdapterLayer):
-            stack.extend(parts(site))
+            waiting.extend(parts(site))
             continue
         prefix = f"{site.name}." if site.name else ""
         children = [Site(prefix + n, m, site.module, n) for n, m in site.module._modules.items() if m is not None]
-        stack.extend(reversed(children))
+        waiting.extend(reversed(children))
 
 
 def parts(site: Site) -> list[Site]:

@@ -1,7 +1,7 @@
 """Mixtures of experts whose modules became one parameter.
 
-In transformers 4 each expert's projections were modules (`experts.3.w1`); in 5 a layer's experts are stacked, and some
-projections joined, in one parameter (`experts.gate_up_proj` [experts, out, in]), and the router is no linear layer any
+In transformers 4 each expert's projections were modules (`experts.3.w1`); in 5 a layer's experts, and some projections
+of each, are joined in one parameter (`experts.gate_up_proj` [experts, out, in]), and the router is no linear layer any
 more. Targets and files with the old names go on working, as in PEFT: a target becomes a `target_parameters` entry, with
 the summed rank where projections are joined, and the tensors of a file are laid together. What the old names were is
 read from transformers' own conversion of checkpoints.
@@ -31,7 +31,7 @@ from .modules import Site, walk
 
 
 @dataclass(frozen=True)
-class Stack:
+class JoinedExperts:
     """One layer's experts. name: of their module; old: its name in transformers 4. count: of experts. projections: by
     parameter, in the module's order, the old modules that it holds, in the order of its rows. router: the name of the
     router's module, if its weight is a parameter that nothing wraps; old_router: its name in transformers 4."""
@@ -44,10 +44,10 @@ class Stack:
     old_router: str | None
 
 
-def _old_names(stacks: Iterable[Stack]) -> dict[str, tuple[str, str, int | None]]:
+def _old_names(joined: Iterable[JoinedExperts]) -> dict[str, tuple[str, str, int | None]]:
     """(parameter, old module, number of the expert or None for all) by every name that stands for it."""
     names: dict[str, tuple[str, str, int | None]] = {}
-    for s in stacks:
+    for s in joined:
         for parameter, old in ((f"{s.name}.{p}", old) for p, olds in s.projections.items() for old in olds):
             for root in (s.name, s.old):
                 names |= {f"{root}.{i}.{old}": (parameter, old, i) for i in range(s.count)}
@@ -57,16 +57,16 @@ def _old_names(stacks: Iterable[Stack]) -> dict[str, tuple[str, str, int | None]
     return names
 
 
-def find_stacks(model: nn.Module) -> list[Stack]:
-    """The stacks of experts of a transformers model that its checkpoints hold, or held, as modules."""
+def find_joined(model: nn.Module) -> list[JoinedExperts]:
+    """The experts of a transformers model that its checkpoints hold, or held, as modules."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     sites = [site for site in walk(model) if not site.name.endswith(".base_layer")]
-    stacked = [site for site in sites if any(p is not None and p.dim() == 3 for p in _own(site).values())]
-    if not stacked or not hasattr(getattr(model, "config", None), "model_type"):
+    three_d = [site for site in sites if any(p is not None and p.dim() == 3 for p in _own(site).values())]
+    if not three_d or not hasattr(getattr(model, "config", None), "model_type"):
         return []
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    joined: dict[str, list[str]] = {}
+    conversions: dict[str, list[str]] = {}
     renamed: list[tuple[str, str]] = []
     for conversion in get_model_conversion_mapping(model):  # type: ignore[arg-type]
         sources, targets = conversion.source_patterns, conversion.target_patterns
@@ -77,19 +77,19 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         steps = [type(o).__name__ for o in conversion.operations]
         concatenated = all(o.dim == 1 for o in conversion.operations[1:] if hasattr(o, "dim"))
         if steps in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and concatenated and len(targets) == 1:
-            joined[_plain(targets[0])] = [_plain(s).rpartition("*.")[2].removesuffix(".weight") for s in sources]
+            conversions[_plain(targets[0])] = [_plain(s).rpartition("*.")[2].removesuffix(".weight") for s in sources]
     found = []
-    for site in stacked:
+    for site in three_d:
         projections, count = {}, 0
         for parameter, value in _own(site).items():
-            ends = [end for end in joined if f".{site.name}.{parameter}".endswith(f".{end}")]
+            ends = [end for end in conversions if f".{site.name}.{parameter}".endswith(f".{end}")]
             if value is not None and value.dim() == 3 and ends:
-                projections[parameter], count = joined[ends[0]], len(value)
+                projections[parameter], count = conversions[ends[0]], len(value)
         if projections:
             siblings = [s for s in sites if s.parent is site.parent and _is_router(s, count)]
             router = siblings[0].name if siblings else None
             old, old_router = (name and _old_name(name, renamed) for name in (site.name, router))
-            found.append(Stack(site.name, old or site.name, count, projections, router, old_router))
+            found.append(JoinedExperts(site.name, old or site.name, count, projections, router, old_router))
     return found
 
 
@@ -124,15 +124,15 @@ class Converted:
 
 
 def convert_targets(
-    config: TargetConfig, method: Method, stacks: Sequence[Stack], sites: Mapping[str, Site]
+    config: TargetConfig, method: Method, joined: Sequence[JoinedExperts], sites: Mapping[str, Site]
 ) -> Converted:
     """Turn targets that were modules of experts into parameters.
 
     A method that cannot adapt experts leaves them out, with a warning that names them. Raises PeftError where only a
-    part of a stack is meant.
+    part of the experts is meant.
     """
     targets = config.target_modules
-    names = _old_names(stacks)
+    names = _old_names(joined)
     if not names or not targets:
         return Converted({})
     probe = copy.copy(config)
@@ -142,7 +142,7 @@ def convert_targets(
     for name in match_targets(probe, list(names)).names:
         parameter, old, expert = names[name]
         hits.setdefault(parameter, {}).setdefault(old, set()).add(expert)
-    routers = {f"{s.router}.weight": s.router for s in stacks if s.router is not None}
+    routers = {f"{s.router}.weight": s.router for s in joined if s.router is not None}
     if not hits:
         return Converted({})
     listed = [targets] if isinstance(targets, str) else sorted(targets)
@@ -150,18 +150,18 @@ def convert_targets(
     if "experts" not in method.kinds:
         if left := sorted(p for p in hits if p not in routers):
             shown = targets if isinstance(targets, str) else listed
-            message = f"{method.peft_type.value} cannot adapt stacks of experts, which the targets {shown} mean too: "
+            message = f"{method.peft_type.value} cannot adapt joined experts, which the targets {shown} mean too: "
             warn(f"{message}{list_some(left)} are left out.", level=3)
         return Converted({}, targets=meant)
-    for stack in stacks:
-        for parameter, olds in stack.projections.items():
-            _check_whole(f"{stack.name}.{parameter}", olds, stack.count, hits.get(f"{stack.name}.{parameter}", {}))
+    for s in joined:
+        for parameter, olds in s.projections.items():
+            _check_whole(f"{s.name}.{parameter}", olds, s.count, hits.get(f"{s.name}.{parameter}", {}))
     every = [f"{n}.{p}" for n, s in sites.items() if not n.endswith(".base_layer") for p in _own(s)]
     given = list(getattr(config, "target_parameters", None) or [])
     there = select(given, every)
     new = [p for p in hits if p not in there]
     changes: dict[str, Any] = {"target_parameters": sorted({*given, *minimal_suffixes(new, every)})}
-    changes |= _patterns(config, stacks, new, every)
+    changes |= _patterns(config, joined, new, every)
     if not isinstance(targets, str):
         modules = [n for n, s in sites.items() if n not in routers.values() and weight_of(innermost(s.module))]
         changes["target_modules"] = {t for t in targets if t not in meant or select([t], modules)}
@@ -183,12 +183,12 @@ def _check_whole(parameter: str, olds: Sequence[str], count: int, hits: Mapping[
         )
 
 
-def _patterns(config: Any, stacks: Iterable[Stack], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:
+def _patterns(config: Any, joined: Iterable[JoinedExperts], new: Sequence[str], every: Sequence[str]) -> dict[str, Any]:
     """`rank_pattern` and `alpha_pattern` under which each of the joined parameters `new` has the sum of its
     projections' ranks, and the scaling that each of them had."""
     projections = {  # the old names of each expert's modules in a parameter
         f"{s.name}.{p}": [[f"{s.old}.{i}.{old}" for old in olds] for i in range(s.count)]
-        for s in stacks for p, olds in s.projections.items() if f"{s.name}.{p}" in new
+        for s in joined for p, olds in s.projections.items() if f"{s.name}.{p}" in new
     }  # fmt: skip
     ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     names = [*projections, *(n for experts in projections.values() for expert in experts for n in expert)]
@@ -242,7 +242,7 @@ def without_dropout(config: Any, configs: Mapping[str, Any], infos: Iterable[Lay
     return found
 
 
-def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def joined_state(joined: Sequence[JoinedExperts], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A LoRA's tensors by today's keys, from a file that may have a module for each expert.
 
     A, of experts by rank: [experts * sum of r, in]; B, of ranks by expert and block-diagonal in what is joined: [sum of
@@ -250,7 +250,7 @@ def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Te
     """
     if config.peft_type != PeftType.LORA or not any(".lora_" in key for key in tensors):
         return dict(tensors)
-    names = _old_names(stacks)
+    names = _old_names(joined)
     result: dict[str, Tensor] = {}
     parts: dict[tuple[str, str], dict[tuple[str, int], Tensor]] = {}
     for key, tensor in tensors.items():
@@ -262,20 +262,20 @@ def stacked_state(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Te
             result[f"{PREFIX}{parameter.removesuffix('.weight')}.{found[2]}.weight"] = tensor
         else:
             result[key] = tensor
-    for stack in stacks:
-        own = [p for p in stack.projections if (f"{stack.name}.{p}", "lora_A") in parts]
+    for site in joined:
+        own = [p for p in site.projections if (f"{site.name}.{p}", "lora_A") in parts]
         for i, parameter in enumerate(own):
             # Layers of several parameters of a module are nested in its parameters' order.
-            where = f"{PREFIX}{stack.name}{'.base_layer' * (len(own) - 1 - i)}"
+            where = f"{PREFIX}{site.name}{'.base_layer' * (len(own) - 1 - i)}"
             for side in ("lora_A", "lora_B"):
-                held = parts.pop((f"{stack.name}.{parameter}", side), {})
-                wanted = [[(o, e) for o in stack.projections[parameter]] for e in range(stack.count)]
-                missing = [f"{stack.old}.{e}.{o}.{side}" for expert in wanted for o, e in expert if (o, e) not in held]
+                held = parts.pop((f"{site.name}.{parameter}", side), {})
+                wanted = [[(o, e) for o in site.projections[parameter]] for e in range(site.count)]
+                missing = [f"{site.old}.{e}.{o}.{side}" for expert in wanted for o, e in expert if (o, e) not in held]
                 if missing:
-                    raise KeyMismatchError(f"the experts of {stack.name!r} lack {list_some(missing)}")
+                    raise KeyMismatchError(f"the experts of {site.name!r} lack {list_some(missing)}")
                 shapes = [{tuple(held[o, e].shape) for o, e in column} for column in zip(*wanted, strict=True)]
                 if any(len(s) > 1 or len(next(iter(s))) != 2 for s in shapes):
-                    raise KeyMismatchError(f"the experts of {stack.name!r} have {side} of several shapes: {shapes}")
+                    raise KeyMismatchError(f"the experts of {site.name!r} have {side} of several shapes: {shapes}")
                 experts = [[held[k] for k in expert] for expert in wanted]
                 if side == "lora_A":
                     laid = torch.cat([a for expert in experts for a in expert])

@@ -45,7 +45,7 @@ from .modules import (
     set_child,
     walk,
 )
-from .old_experts import Converted, Stack, convert_targets, find_stacks, without_dropout
+from .old_experts import Converted, JoinedExperts, convert_targets, find_joined, without_dropout
 from .parameters import parameter_sites
 from .replicate import replicate_layers
 from .tokens import TokenPlan, plan_tokens
@@ -74,7 +74,7 @@ class InjectionPlan:
     shared: State
     changes: dict[str, Any]  # what the configuration says once the adapter is in: targets by name
     leaders: Mapping[str, str]  # modules that share what another has, with its name
-    stacks: Sequence[Stack]  # the model's experts, where they were looked for
+    joined: Sequence[JoinedExperts]  # the model's experts, where they were looked for
     finish: Callable[[], None]  # computes what no file holds; a plan for a file needs it before `commit`
     abandon: Callable[[], None] = lambda: None  # takes back the little that planning did to the model
     _before: dict[str, Any] = field(default_factory=dict)
@@ -168,13 +168,13 @@ def plan_injection(
     """
     check_adapter_name(adapter_name)
     replication = getattr(config, "layer_replication", None)
-    with ExitStack() as stack:  # what planning does to the model is taken back on an error
+    with ExitStack() as undo:  # what planning does to the model is taken back on an error
         if replication:
-            stack.callback(replicate_layers(model, replication))
+            undo.callback(replicate_layers(model, replication))
         plan = _plan(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys)
         if not (loading and low_cpu_mem_usage):
             plan.finish()
-        plan.abandon = stack.pop_all().close
+        plan.abandon = undo.pop_all().close
     return plan
 
 
@@ -193,8 +193,8 @@ def _plan(
     opened = method.open_fields(config, model, model_config(model).get("model_type"))
     completed = copy.copy(config)
     vars(completed).update(opened)
-    stacks = find_stacks(model) if keys is None and (loading or completed.target_modules) else []
-    converted = convert_targets(completed, method, stacks, sites) if keys is None else Converted({})
+    joined = find_joined(model) if keys is None and (loading or completed.target_modules) else []
+    converted = convert_targets(completed, method, joined, sites) if keys is None else Converted({})
     opened |= converted.changes
     vars(completed).update(opened)
     resolved, matched = resolve_targets(model, completed, method, sites, keys)
@@ -257,7 +257,7 @@ def _plan(
     copies = [_SavedPlan(site, wrapper, copy.deepcopy(wrapper.original_module)) for site, wrapper in saved]
     changes = {**opened, "target_modules": resolved.target_modules, **resolved_fan}
     return InjectionPlan(model, config, adapter_name, method, [*layers, *tokens], copies, tokens, shared, changes,
-                         leaders, stacks, finish)  # fmt: skip
+                         leaders, joined, finish)  # fmt: skip
 
 
 def _within(names: Collection[str], leaders: Mapping[str, str]) -> dict[str, str]:

@@ -45,7 +45,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
 
     @property
     def base(self) -> BaseWeight:
-        """The base layer's weight; of another kind where the base layer was replaced by one of that kind."""
+        """The base layer's weight; of another class where the base layer was replaced."""
         base = self._base
         module = self._modules["base_layer"]
         if base.module is not module:

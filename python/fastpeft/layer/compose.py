@@ -12,8 +12,8 @@ from ..methods.method import AdaptedLayer
 from ..weights.base import LayerInfo, Weight
 
 
-class Stack:
-    """Implements `method.Inner` at each depth."""
+class Composed:
+    """A layer with the first `depth` of its adapters `names` (None: with all): `method.Inner` at each depth."""
 
     __slots__ = ("_args", "_depth", "_kwargs", "_layer", "_names", "_root", "_weight", "dtype")
 
@@ -23,7 +23,7 @@ class Stack:
         names: Sequence[str],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-        root: Stack | None = None,
+        root: Composed | None = None,
         depth: int | None = None,
     ) -> None:
         self._layer, self._names, self._args, self._kwargs = layer, names, args, kwargs or {}
@@ -48,7 +48,7 @@ class Stack:
             self._root.dtype = y.dtype
             return y
         name = self._names[self._depth - 1]
-        inner = Stack(layer, self._names, self._args, self._kwargs, self._root, self._depth - 1)
+        inner = Composed(layer, self._names, self._args, self._kwargs, self._root, self._depth - 1)
         view = layer.view(name)
         above: Tensor = layer.methods[name].forward(view, view, x, inner)
         return above

@@ -23,7 +23,7 @@ from ..weights.base import BaseWeight
 from .base import MergingLayer
 from .by_row.names import Recall, RowValues
 from .by_row.rows import RowState
-from .compose import Stack
+from .compose import Composed
 from .containers import AdapterDict, AdapterValues
 from .shared_tensors import SharedDict
 
@@ -309,9 +309,9 @@ class AdapterLayer(MergingLayer):
         if self.base.transient:
             with self.base.replaced(*self.stored_weight(names)):
                 return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        stack = Stack(self, names, args, kwargs)
-        y = stack(x)
-        return y if stack.dtype is None else y.to(stack.dtype)
+        composed = Composed(self, names, args, kwargs)
+        y = composed(x)
+        return y if composed.dtype is None else y.to(composed.dtype)
 
     # Rows of a batch that differ
 

@@ -149,8 +149,8 @@ class AdaLora(FactoredMethod, config=AdaLoraConfig):
         x = s.lora_dropout(x.to(a.dtype))
         if info.groups > 1 or not len(a):
             return y + inner.apply(x, (b @ a).reshape(info.shape))
-        rows = inner.apply(x, a.reshape(-1, *info.shape[1:]))
-        return y + F.linear(rows.movedim(1, -1), b).movedim(-1, 1)
+        low = inner.apply(x, a.reshape(-1, *info.shape[1:]))
+        return y + F.linear(low.movedim(1, -1), b).movedim(-1, 1)
 
     def _fusible(self, s: Any) -> bool:
         return len(s.lora_E) > 0

@@ -89,8 +89,8 @@ class _Circulant(torch.autograd.Function):
         dx = dkernel = None
         dy = _spectrum(grads[0], outs, kernel.dtype) / (ins * b)
         if ctx.needs_input_grad[0]:
-            rows = dy @ torch.fft.rfft(kernel).permute(2, 0, 1)
-            dx = torch.fft.irfft(rows.permute(1, 2, 0), n=b).reshape(x.shape).to(x.dtype)
+            products = dy @ torch.fft.rfft(kernel).permute(2, 0, 1)
+            dx = torch.fft.irfft(products.permute(1, 2, 0), n=b).reshape(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
             products = dy.mH @ _spectrum(x, ins, kernel.dtype)
             dkernel = torch.fft.irfft(products.permute(1, 2, 0), n=b)

@@ -1,4 +1,4 @@
-"""Method: the stateless math of one kind of adapter.
+"""Method: the stateless math of one type of adapter.
 
 A method knows one adapter's tensors in one layer and that layer's weight as a matrix. It knows nothing of names of
 other adapters, merging, devices, quantisation or other methods; `AdapterLayer` composes, merges and stores.

@@ -1,4 +1,7 @@
-"""The registry of methods, by PEFT's types. A method's file registers it by being there; no list has them."""
+"""The registry of methods, by PEFT's types. A method's file registers it by being there; no list has them.
+
+`register` is for a method from outside of this package.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,27 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from typing import TypeVar
 
-from ..config.base import PeftConfig, class_of
+from ..config.base import CLASSES, PeftConfig, class_of
 from ..config.types import PeftType
 from ..config.types import peft_type as known_type
 from .method import METHODS, Method
 
+Own = TypeVar("Own", bound=Method)
 
-def register(cls: type[Method]) -> type[Method]:
-    """Class decorator that changes nothing: a class is registered by its `config_class`."""
+
+def register(cls: type[Own]) -> type[Own]:
+    """Class decorator for a method of your own: from now on its type means it, also where this package has another.
+
+    cls: `class X(Method, config=XConfig)` with `class XConfig(TargetConfig, own_type=...)`. The type is one of PEFT's
+    (`PeftType`), as files name it. Raises TypeError for a class without such a configuration.
+    """
+    if "config_class" not in vars(cls) or cls.config_class.own_type is None:
+        expected = "a class X(Method, config=XConfig), where XConfig has an own_type"
+        raise TypeError(f"register: {cls.__name__} must be {expected}")
+    load_all()  # imported later, this package's method of the type would take it back
+    METHODS[cls.peft_type], CLASSES[cls.peft_type.value] = cls(), cls.config_class
     return cls
 
 

@@ -106,8 +106,8 @@ class TinyLora(ProjectedMethod, FactoredMethod, config=TinyLoraConfig):
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         if not s.tinylora_table:
             return super().output(s, shared, x, y, inner)
-        rows = s.tinylora_dropout(inner.apply(x, s.tinylora_B.t()))
-        return y + F.linear(rows @ self._middle(s, shared).to(rows.dtype), s.tinylora_A.t().to(rows.dtype))
+        low = s.tinylora_dropout(inner.apply(x, s.tinylora_B.t()))
+        return y + F.linear(low @ self._middle(s, shared).to(low.dtype), s.tinylora_A.t().to(low.dtype))
 
 
 def _svd(info: LayerInfo, r: int) -> tuple[Tensor, Tensor]:

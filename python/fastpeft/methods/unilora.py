@@ -72,9 +72,9 @@ class UniLora(FactoredMethod, config=UniLoraConfig):
     def make_state(self, config: UniLoraConfig, info: LayerInfo, shared: Any) -> State:
         state: State = {"r": config.r, "unilora_dropout": dropout(config.unilora_dropout)}
         for which, shape in _shapes(config, info).items():
-            for kind, dtype in (("indices", torch.long), ("scales", torch.float32)):
-                make = functools.partial(shared.assignment, info.name, which, kind)
-                state[f"unilora_{kind}_{which}"] = Computed(shape, make, config.save_indices, dtype)
+            for part, dtype in (("indices", torch.long), ("scales", torch.float32)):
+                make = functools.partial(shared.assignment, info.name, which, part)
+                state[f"unilora_{part}_{which}"] = Computed(shape, make, config.save_indices, dtype)
         return state
 
     def unpack(self, config: UniLoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class _Assignment:
         parts = torch.split(indices, [math.prod(shape) for shape in self.shapes.values()])
         return dict(zip(self.shapes, parts, strict=True)), counts.clamp(min=1).float().rsqrt()
 
-    def __call__(self, name: str, which: str, kind: str) -> Tensor:
+    def __call__(self, name: str, which: str, part: str) -> Tensor:
         indices, scales = self.drawn
         mine = indices[name, which].view(self.shapes[name, which])
-        return mine.clone() if kind == "indices" else scales[mine]
+        return mine.clone() if part == "indices" else scales[mine]

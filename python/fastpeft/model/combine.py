@@ -223,9 +223,9 @@ def add_weighted_adapter(
         raise ValueError(f"Found no adapter matching the names in {list(adapters)}")
     if len(adapters) != len(weights):
         raise ValueError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
-    kinds = {str(getattr(tuner.peft_config[n].peft_type, "value", "")) for n in adapters}
-    if len(kinds) > 1:
-        raise ValueError(f"add_weighted_adapter combines adapters of one method, got {', '.join(sorted(kinds))}")
+    methods = {str(getattr(tuner.peft_config[n].peft_type, "value", "")) for n in adapters}
+    if len(methods) > 1:
+        raise ValueError(f"add_weighted_adapter combines adapters of one method, got {', '.join(sorted(methods))}")
     method = get_method(tuner.peft_config[adapters[0]].peft_type)
     if method.peft_type not in COMBINES:
         raise TypeError(

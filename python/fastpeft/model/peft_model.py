@@ -248,10 +248,10 @@ class PeftModel(nn.Module):
         if config is None:
             config = source.peft_config()
             config.inference_mode = not is_trainable
-        kind = class_for(config, cls)
-        with kind._preparing(config):
+        model_class = class_for(config, cls)
+        with model_class._preparing(config):
             loaded = plan_loading(source, config, model, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)
-            peft_model = kind(model, config, adapter_name, _plan=loaded.plan)
+            peft_model = model_class(model, config, adapter_name, _plan=loaded.plan)
         loaded.fill(peft_model, is_trainable)
         return peft_model
 

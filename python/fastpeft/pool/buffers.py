@@ -77,8 +77,8 @@ class Buffers:
         # Not inference tensors, which nothing could write to later outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
             self._groups = {
-                (kind, width): torch.zeros(count, rows, width, dtype=kind, device=self.device)
-                for (kind, width), count in sizes.items()
+                (of, width): torch.zeros(count, rows, width, dtype=of, device=self.device)
+                for (of, width), count in sizes.items()
             }
             self._starts = torch.zeros(slots, dtype=torch.int64, device=self.device)
             self._ranks = torch.zeros(len(layers), slots, dtype=torch.int64, device=self.device)
@@ -106,8 +106,8 @@ class Buffers:
         rank = max(part.a.shape[0] for part in adapter.values())
         pinned = self.device.type == "cuda"
         rows = {
-            (kind, width): torch.zeros(len(held), rank, width, dtype=kind, pin_memory=pinned)
-            for (kind, width), held in self._groups.items()
+            (of, width): torch.zeros(len(held), rank, width, dtype=of, pin_memory=pinned)
+            for (of, width), held in self._groups.items()
         }
         ranks = torch.zeros(len(self._order), dtype=torch.int64, pin_memory=pinned)
         scaling = torch.zeros(len(self._order), dtype=torch.float32, pin_memory=pinned)
@@ -116,9 +116,9 @@ class Buffers:
             rows[a][i, :r].copy_(part.a)
             rows[b][j, :r].copy_(part.b.t())
             ranks[row], scaling[row] = r, part.scaling
-        for (kind, _), staged in rows.items():
+        for (of, _), staged in rows.items():
             if not torch.isfinite(staged.sum(dtype=torch.float64)) and not torch.isfinite(staged).all():
-                raise ValueError(f"a value is beyond the range of {kind}, the pool's dtype")
+                raise ValueError(f"a value is beyond the range of {of}, the pool's dtype")
         return Staged(rank, rows, ranks, scaling)
 
     def write(self, slot: int, start: int, staged: Staged) -> Any:

@@ -234,8 +234,8 @@ def _attention_forward(
     layers = (self.q_proj, self.k_proj, self.v_proj)
     found = _projections(hidden_states, *layers)
     qkv = self._fastpeft_decoding.qkv
-    rows = _modules_on(hidden_states, *layers) if found is None else qkv(hidden_states, *found)
-    q, k, v = (y.view(batch, t, -1, self.head_dim) for y in rows)
+    ys = _modules_on(hidden_states, *layers) if found is None else qkv(hidden_states, *found)
+    q, k, v = (y.view(batch, t, -1, self.head_dim) for y in ys)
     # no mask means causal, as transformers' sdpa has it
     keep = None if attention_mask is None else attention_mask[:, 0]
     out = rotary_attention(q, k, v, *position_embeddings, keep, scale=self.scaling)
@@ -318,17 +318,17 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> Accelerated:
     """Speed up decoding and training of a Llama model of transformers (also inside a PeftModel) on a CPU, in place.
 
     huge_pages: put its weights into huge pages of memory where the system has them (`use_huge_pages`).
-    Raises ValueError when the model has no decoder layer of a kind that is known here.
+    Raises ValueError when the model has no decoder layer of a class that is known here.
     """
     handle = Accelerated()
     signs = _RotarySigns()
     classes = _classes()
     for module in model.modules():
-        kind = type(module)
-        if kind in classes:
+        own = type(module)
+        if own in classes:
             module.__dict__["_fastpeft_decoding"] = _Decoding(signs)
-            module.__class__ = classes[kind]
-            handle.switched.append((module, kind))
+            module.__class__ = classes[own]
+            handle.switched.append((module, own))
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
     if handle.switched and type(head) is nn.Linear and head.weight.device.type == "cpu":

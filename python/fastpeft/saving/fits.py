@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config.types import PeftType
 from ..files.checks import PREFIX, TUNER, mismatch, report
-from ..inject.old_experts import stacked_state
+from ..inject.old_experts import joined_state
 from ..inject.plan import InjectionPlan
 from ..methods.computed import Computed
 
@@ -24,7 +24,7 @@ def check_fits(
 
     plan: the adapter, laid out on the meta device, so that a rank of any size costs nothing.
     """
-    tensors = stacked_state(plan.stacks, plan.config, tensors)  # experts that were modules are laid together
+    tensors = joined_state(plan.joined, plan.config, tensors)  # experts that were modules are laid together
     expected = expected_shapes(plan)
     base, trained = _base_shapes(plan)
     shared = {n: t for n, t in plan.shared.items() if isinstance(t, (Tensor, Computed)) and plan.method.repeats_shared}

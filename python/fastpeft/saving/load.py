@@ -42,7 +42,7 @@ class Loaded:
         """
         name = self.plan.adapter
         try:
-            tensors = unpacked(self.plan.stacks, model.peft_config[name], self.tensors)
+            tensors = unpacked(self.plan.joined, model.peft_config[name], self.tensors)
             result = fill(model, name, tensors, self.lenient, self.is_new and not self.lenient, where=self.where)
         except Exception:
             if self.is_new:
@@ -70,13 +70,13 @@ def plan_loading(
             model, config, adapter_name, low_cpu_mem_usage=not lenient, loading=True,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )  # fmt: skip
-    with ExitStack() as stack:
-        stack.callback(plan.abandon)
+    with ExitStack() as undo:
+        undo.callback(plan.abandon)
         header = {_renamed(key, key_mapping): info for key, info in source.tensors.items()}
         check_fits(plan, header, source.folder, lenient)
         tensors = {_renamed(key, key_mapping): value for key, value in source.read().items()}
         if is_new:
-            stack.pop_all()
+            undo.pop_all()
     return Loaded(source.folder, plan, tensors, lenient, is_new)
 
 
@@ -94,7 +94,7 @@ def load_peft_weights(
 
 
 def infer_device() -> str:
-    """The kind of accelerator that torch sees, "cpu" without one."""
+    """The type of the accelerator that torch sees, "cpu" without one."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if found is None else found.type
 

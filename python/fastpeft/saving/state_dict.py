@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..files.checks import PREFIX, TUNER, KeyMismatchError, list_some, mismatch, read_json, report
 from ..files.whole import copy_into, gathered
 from ..inject.modules import adapter_modules, iter_adapter_tensors
-from ..inject.old_experts import Stack, find_stacks, stacked_state
+from ..inject.old_experts import JoinedExperts, find_joined, joined_state
 from ..layer.layer import AdapterLayer
 from ..layer.shared_tensors import held_containers, reuse
 from ..methods.method import Method
@@ -70,7 +70,7 @@ def set_peft_model_state_dict(
     state dict lacks are returned. low_cpu_mem_usage: take the tensors over instead of copying them (needed where the
     adapter was made on the meta device); they move to the device of their layer. Raises KeyMismatchError.
     """
-    state = unpacked(find_stacks(model), _configs(model)[adapter_name], peft_model_state_dict)
+    state = unpacked(find_joined(model), _configs(model)[adapter_name], peft_model_state_dict)
     return fill(model, adapter_name, state, ignore_mismatched_sizes, low_cpu_mem_usage)
 
 
@@ -151,8 +151,8 @@ def _make_room(layers: Mapping[str, AdapterLayer], adapter: str, state: Mapping[
             method.make_room(layer, adapter, {f: state[n + f] for f in files for n in names if n + f in state})
 
 
-def unpacked(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors by their keys in a file, from what the file holds. stacks: the model's experts."""
+def unpacked(joined: Sequence[JoinedExperts], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors by their keys in a file, from what the file holds. joined: the model's experts."""
     method = method_of(config)
     if computed := [key for key in tensors if method.ignores(config, key)]:
         warnings.warn(
@@ -161,7 +161,7 @@ def unpacked(stacks: Sequence[Stack], config: Any, tensors: Mapping[str, Tensor]
             stacklevel=3,
         )
     kept = {key: value for key, value in tensors.items() if key not in computed}
-    return method.unpack(config, stacked_state(stacks, config, kept))
+    return method.unpack(config, joined_state(joined, config, kept))
 
 
 def _configs(model: nn.Module) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Reading and writing the weight of a base layer, whatever stores it.
 
-One class per kind of storage; `find.weight_of(module)` makes the object for a module. It gives the weight as the law
-names it: a dense matrix W [out_features, in_features] (an embedding as the matrix that acts on one-hot rows), for
+One class for each way to store it; `find.weight_of(module)` makes the object for a module. It gives the weight as the
+law names it: a dense matrix W [out_features, in_features] (an embedding as the matrix that acts on one-hot rows), for
 convolutions [out, in / groups, *kernel]. An object holds its module and no tensor, so it stays right when the module
 moves or its parameters are replaced.
 
@@ -45,11 +45,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class LayerInfo:
     """Description of the layer that a method adapts.
 
-    kind: "linear", "embedding", "conv1d", "conv2d", "conv3d", "norm" or "experts", a stack of matrices
-    [E, out_features, in_features]. transient: the module reads the weight itself, so that only `merged` acts and inputs
-    are never seen (MultiheadAttention, `target_parameters`). shape: of W as the law names it. dtype: of the layer's
-    arithmetic (a quantised layer's compute dtype). times: how often PEFT's LoRA adds its update here (twice in an
-    attention's out_proj). base: the weight itself, for initialisations that read it.
+    kind: "linear", "embedding", "conv1d", "conv2d", "conv3d", "norm" or "experts" (E matrices in one
+    parameter, [E, out_features, in_features]). transient: the module reads the weight itself, so that only `merged`
+    acts and inputs are never seen (MultiheadAttention, `target_parameters`). shape: of W as the law names it. dtype: of
+    the layer's arithmetic (a quantised layer's compute dtype). times: how often PEFT's LoRA adds its update here (twice
+    in an attention's out_proj). base: the weight itself, for initialisations that read it.
     """
 
     name: str
@@ -94,7 +94,7 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 class BaseWeight:
-    """The weight of one module: the interface, and what the dense kinds share."""
+    """The weight of one module: the interface, and what dense ones share."""
 
     modules: ClassVar[type[nn.Module] | tuple[str, str]]  # their class, or its name and its package's: see `has_base`
     kind: str = "linear"
@@ -167,7 +167,7 @@ class BaseWeight:
         return shape[-2], shape[-1]
 
     def check(self) -> None:
-        """Raise ValueError for a module of this kind that no adapter can serve."""
+        """Raise ValueError for a module of this class that no adapter can serve."""
 
     def read(self) -> Weight:
         """W and b, in the dtype that the module stores (quantised: decoded to at least float32). May alias."""
@@ -226,7 +226,7 @@ class BaseWeight:
 
     def replaced(self, w: Tensor, b: Tensor | None) -> AbstractContextManager[None]:
         """Within this, the module computes with W and b."""
-        raise TypeError(f"a {self.label} is called with its weight as it is: only `transient` kinds replace it")
+        raise TypeError(f"a {self.label} is called with its weight as it is: only `transient` ones replace it")
 
     def frozen(self) -> Callable[[], Tensor] | None:
         """A function that reads W of a layer that is not trained and that nothing watches; None for others."""
@@ -238,13 +238,13 @@ class BaseWeight:
 
     def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
         """A function that gives the weight as `peft_kernels.lora_linear` takes it, or None while it must not be used
-        (trainable, hooked). None in place of the function where the kind has no such form."""
+        (trainable, hooked). None in place of the function where it has no such form."""
         return None
 
     def fused(self, call: Callable[..., Tensor | None]) -> Callable[[Tensor], Tensor | None] | None:
         """`call(x, W, bias)` as a function of x alone, with W as `fast` gives it and x in the layer's compute dtype.
 
-        The function returns None while W must not be used; None in its place where the kind has no such W.
+        The function returns None while W must not be used; None in its place where it has no such W.
         """
         get_weight, parameters = self.fast(), self.module._parameters
         compute = getattr(self.module, "compute_dtype", None) if self.quantized else None

@@ -1,4 +1,4 @@
-"""The kind of storage that a module has."""
+"""The class for the storage that a module has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .nf4 import Quant4bitWeight
 from .read_by_module import AttentionWeight
 
 # The more special ones first.
-KINDS: tuple[type[BaseWeight], ...] = (
+STORAGES: tuple[type[BaseWeight], ...] = (
     Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, Conv1DWeight, EmbeddingWeight, ConvWeight, AttentionWeight,
     LinearWeight, NormWeight,
 )  # fmt: skip
@@ -19,4 +19,4 @@ KINDS: tuple[type[BaseWeight], ...] = (
 
 def weight_of(module: nn.Module) -> BaseWeight | None:
     """A module's weight, or None if no adapter can act on it."""
-    return next((kind(module) for kind in KINDS if kind.accepts(module)), None)
+    return next((storage(module) for storage in STORAGES if storage.accepts(module)), None)

@@ -1,5 +1,5 @@
 """Weights that their module's forward reads for itself: MultiheadAttention's projections, and parameters named by
-`target_parameters`, such as a mixture's stack of experts.
+`target_parameters`, such as the experts of a mixture.
 
 Nothing can wrap a call here, so the module runs with the merged weight in the parameter's place: one transient weight.
 """
@@ -95,8 +95,8 @@ class AttentionWeight(TransientWeight):
 
 
 class ParameterWeight(TransientWeight):
-    """A parameter of any module, by name: 2-d as W [out, in]; 3-d as a stack of experts [E, out, in], which a module
-    with `is_transposed` keeps as [E, in, out]. ValueError for other parameters."""
+    """A parameter of any module, by name: 2-d as W [out, in]; 3-d as experts [E, out, in], which a module with
+    `is_transposed` keeps as [E, in, out]. ValueError for other parameters."""
 
     label = "ParamWrapper"
 

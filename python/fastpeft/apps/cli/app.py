@@ -221,10 +221,10 @@ def tune(
         from . import tune as tuner
 
         shapes = [tuner.parse_shape(s) for s in shape or []]
-        counts, kind = tuner.parse_rows(rows), tuner.parse_dtype(dtype)
+        counts, x_dtype = tuner.parse_rows(rows), tuner.parse_dtype(dtype)
         gpu = tuner.find_gpu()
         shapes += [] if model is None else tuner.shapes_of_model(model)
-        layers = tuner.layers_of(shapes, r, kind, blocksize, dropout)
+        layers = tuner.layers_of(shapes, r, x_dtype, blocksize, dropout)
         with progress_bar() as report:
             result = tuner.run(layers, counts, gpu, report)
         out.emit(result, lambda: tuner.show(result))

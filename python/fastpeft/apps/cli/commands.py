@@ -107,8 +107,8 @@ def merge(adapter: Path, output: Path, model: str | None, dtype: str, onto: str)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder", "choose another output")
     note = adapter_note(str(adapter))
-    kind = str(note.get("quantize", "none"))
-    if onto == "quantized" and kind == "none":
+    storage = str(note.get("quantize", "none"))
+    if onto == "quantized" and storage == "none":
         raise UserError(f"{adapter} was not trained here on a quantised base", "use --onto original")
     source = models.resolve(model or base_of(str(adapter), note))
 
@@ -118,7 +118,7 @@ def merge(adapter: Path, output: Path, model: str | None, dtype: str, onto: str)
 
     base = models.load_model(source, torch.float32, torch.device("cpu"))
     if onto == "quantized":
-        _round_to_four_bits(base, kind, note)
+        _round_to_four_bits(base, storage, note)
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
     chosen: torch.dtype = getattr(torch, _DTYPES[dtype])
     merged = merged.to(chosen)
@@ -138,7 +138,7 @@ def merge(adapter: Path, output: Path, model: str | None, dtype: str, onto: str)
     }
 
 
-def _round_to_four_bits(model: Any, kind: str, note: dict[str, Any]) -> None:
+def _round_to_four_bits(model: Any, storage: str, note: dict[str, Any]) -> None:
     """Replace each weight by what its 4-bit form stands for: the base that the adapter was trained to correct."""
     import torch
 
@@ -147,7 +147,7 @@ def _round_to_four_bits(model: Any, kind: str, note: dict[str, Any]) -> None:
     skip = [str(s) for s in note.get("quantize_skip", ["lm_head"])]
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and not any(name == s or name.endswith("." + s) for s in skip):
-            rounded = quantize_4bit(module.weight.detach(), kind, nested=bool(note.get("double_quant", True)))
+            rounded = quantize_4bit(module.weight.detach(), storage, nested=bool(note.get("double_quant", True)))
             module.weight.data.copy_(dequantize_4bit(rounded))
 
 

@@ -94,7 +94,7 @@ def look_bitsandbytes() -> Finding:
 
 
 def look_backends() -> Finding:
-    """Which backend serves which op, on every kind of device that is there."""
+    """Which backend serves which op, on every type of device that is there."""
     import torch
 
     import peft_kernels
@@ -134,8 +134,8 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
         torch.ones(64, 16, device=device),
     )
     dy, s = torch.ones(8, 64, device=device, dtype=dtype), torch.ones(8, 16, device=device)
-    gain, wide = torch.ones(64, device=device), torch.ones(128, device=device, dtype=dtype)
-    stack = [[part] for part in weight]
+    gain, norm_weight = torch.ones(64, device=device), torch.ones(128, device=device, dtype=dtype)
+    parts = [[part] for part in weight]
     turns, columns = torch.ones(1, 32, 4, 4, device=device), torch.ones(128, device=device)
     head, angles = x.view(1, 8, 4, 32), x[None, :, :32]
     rows = torch.zeros(8, device=device, dtype=torch.int64)
@@ -143,8 +143,8 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
     calls: dict[str, tuple[Any, ...]] = {
         "lora_linear": (x, *weight, 64, a, b, 1.0, None, 0.0, None),
         "lora_linear_backward": (dy, x, *weight, a, b, s, 1.0, 0.0, None, True, True),
-        "lora_linear_stacked": (x, *stack, [64], [a], [b], [1.0], [None], [0.0], [None]),
-        "lora_linear_stacked_backward": (x, [dy], *stack, [a], [b], [s], [1.0], [0.0], [None], True, [True]),
+        "lora_linear_stacked": (x, *parts, [64], [a], [b], [1.0], [None], [0.0], [None]),
+        "lora_linear_stacked_backward": (x, [dy], *parts, [a], [b], [s], [1.0], [0.0], [None], True, [True]),
         "multi_lora_linear": (x, *weight, 64, a, b.t(), *several, None, 0.0, None),
         "multi_lora_linear_backward": (dy, x, *weight, a, b.t(), s, *several, 0.0, None, True, True),
         "dora_linear": (x, *weight, 64, a, b, gain, 1.0, None, 0.0, None, True),
@@ -164,8 +164,8 @@ def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
         "pair_rotate_backward": (x, x, columns, columns, 32, True, True),
         "rotary_attention": (*[head] * 3, angles, angles, None, 1.0),
         "rotary_attention_backward": (*[head] * 4, angles, angles, None, dy.float()[None, :4, :8], 1.0),
-        "rms_norm": (x, wide, 1e-5),
-        "rms_norm_backward": (x, x, wide, 1e-5),
+        "rms_norm": (x, norm_weight, 1e-5),
+        "rms_norm_backward": (x, x, norm_weight, 1e-5),
         "swiglu": (x, x),
         "swiglu_backward": (x, x, x),
     }

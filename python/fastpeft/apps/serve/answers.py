@@ -59,8 +59,8 @@ class Shape:
         return event(body)
 
     def _head(self, chunk: bool) -> dict[str, Any]:
-        kind = "text_completion" if not self.chat else "chat.completion.chunk" if chunk else "chat.completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        name = "text_completion" if not self.chat else "chat.completion.chunk" if chunk else "chat.completion"
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
 
     def _logprobs(self, tokens: Sequence[tuple[str, float]], offset: int) -> dict[str, Any] | None:
         if not self.logprobs:

@@ -133,7 +133,7 @@ class Call:
     def __init__(self, service: Service, http: Request, endpoint: str) -> None:
         self.service, self.http, self.endpoint = service, http, endpoint
         self.engine, self.metrics = service.engine, service.metrics
-        self.kind = "unknown"
+        self.served_by = "unknown"
         self.began = time.monotonic()
         self.made = self.prompt = 0
         self.counted = False
@@ -154,18 +154,18 @@ class Call:
         adapter = None if asked.model == service.adapters.base else asked.model
         if adapter is not None:
             await service.adapters.find(adapter)
-        self.kind = "base" if adapter is None else "adapter"
+        self.served_by = "base" if adapter is None else "adapter"
         ids = await service.tokenize(asked)
         most = engine.check(ids, asked.most())
         self.prompt = len(ids)
         chat = isinstance(asked, schemas.Chat)
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         shape = Shape(name, int(time.time()), asked.model, chat, asked.wants_logprobs(), asked.wants_usage)
-        self.open = engine.admit(self.kind, most)
+        self.open = engine.admit(self.served_by, most)
         handed_over = False
         try:
             await self._or_gone(engine.begin(self.open, ids, adapter, asked.sampling()))
-            self.metrics.prompt.labels(self.kind).inc(self.prompt)
+            self.metrics.prompt.labels(self.served_by).inc(self.prompt)
             pieces = self._pieces(asked.stops(), shape.logprobs)
             if asked.stream:
                 handed_over = True
@@ -235,8 +235,8 @@ class Call:
     def _count(self, status: int) -> None:
         if not self.counted:
             self.counted = True
-            self.metrics.requests.labels(self.endpoint, str(status), self.kind).inc()
-            self.metrics.latency.labels(self.kind).observe(time.monotonic() - self.began)
+            self.metrics.requests.labels(self.endpoint, str(status), self.served_by).inc()
+            self.metrics.latency.labels(self.served_by).observe(time.monotonic() - self.began)
 
 
 class EventStream(StreamingResponse):

@@ -59,7 +59,7 @@ class _Open:
     """A request. given: how many of its tokens went to `tokens`, where an exception ends it, too."""
 
     id: str
-    kind: str
+    served_by: str
     began: float
     limit: int
     lease: Lease | None = None
@@ -139,13 +139,13 @@ class Engine:
                       "context_length_exceeded")  # fmt: skip
         return room if max_tokens is None else max_tokens
 
-    def admit(self, kind: str, limit: int) -> _Open:
+    def admit(self, served_by: str, limit: int) -> _Open:
         """Let a request in, or raise 429 or 503. Who gets it must `leave`."""
         if self.draining:
             raise shutting_down()
         if len(self._open) >= self.limits.max_batch + self.limits.max_queue:
             raise overloaded(len(self._open), self._patience())
-        request = _Open(f"r{next(self._ids)}", kind, time.monotonic(), limit)
+        request = _Open(f"r{next(self._ids)}", served_by, time.monotonic(), limit)
         self._open[request.id] = request
         return request
 
@@ -214,7 +214,7 @@ class Engine:
             return
         new, finished = output.generated_tokens[request.given :], output.is_finished()
         if request.given == 0 and new:
-            self.metrics.first_token.labels(request.kind).observe(time.monotonic() - request.began)
+            self.metrics.first_token.labels(request.served_by).observe(time.monotonic() - request.began)
         if finished:
             request.running = False
         for place, token in enumerate(new, start=request.given):
@@ -222,7 +222,7 @@ class Engine:
             end = None if not last else "stop" if token in self.ends else "length"
             request.tokens.put_nowait(Token(token, output.logprobs[place], end))
         request.given += len(new)
-        self.metrics.generated.labels(request.kind).inc(len(new))
+        self.metrics.generated.labels(request.served_by).inc(len(new))
 
     def _revive(self) -> None:
         """Start the loop again after an exception in a forward, which failed all requests of that time."""

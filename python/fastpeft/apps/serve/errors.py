@@ -16,9 +16,9 @@ class ApiError(Exception):
         self.headers = {} if not retry_after else {"Retry-After": str(retry_after)}
 
     def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        name = "invalid_request_error" if self.status < 500 else "server_error"
+        name = "rate_limit_error" if self.status == 429 else name
+        return {"error": {"message": self.message, "type": name, "param": self.param, "code": self.code}}
 
 
 def short(value: object) -> str:

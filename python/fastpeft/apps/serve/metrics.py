@@ -10,11 +10,11 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-KINDS = ("base", "adapter", "unknown")  # whom a request was for; names of adapters would be a series each
+SERVED_BY = ("base", "adapter", "unknown")  # whom a request was for; names of adapters would be a series each
 
 
 class Metrics:
-    """One server's. adapter: one of `KINDS`; status: of HTTP, 499 where the client went away before the answer."""
+    """One server's. adapter: one of `SERVED_BY`; status: of HTTP, 499 where the client went away before the answer."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

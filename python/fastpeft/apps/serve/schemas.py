@@ -144,24 +144,24 @@ class UnloadAdapter(BaseModel):
     lora_int_id: int | None = None
 
 
-def parse(kind: type[BaseModel], content: object) -> Any:
-    """A request of that kind. Raises ApiError 400, which names the field."""
+def parse(request: type[BaseModel], content: object) -> Any:
+    """A request of that class. Raises ApiError 400, which names the field."""
     if not isinstance(content, dict):
         raise bad(f"the body must be a JSON object, got {type(content).__name__}")
     fields = dict(content)
-    if issubclass(kind, Asked):
+    if issubclass(request, Asked):
         for name, (neutral, why) in _REFUSED.items():
             value = fields.pop(name, None)
             if value is not None and not any(value == plain for plain in neutral):
                 raise bad(f"{name}={short(value)} is not supported: {why}", name, "unsupported_parameter")
         for name in _WITHOUT_EFFECT:
             fields.pop(name, None)
-        if kind is Completion and type(fields.get("logprobs")) is int and fields["logprobs"] > 0:
+        if request is Completion and type(fields.get("logprobs")) is int and fields["logprobs"] > 0:
             why = _REFUSED["top_logprobs"][1]
             text = f"logprobs={fields['logprobs']} is not supported: {why}; logprobs=0 gives those of the chosen tokens"
             raise bad(text, "logprobs", "unsupported_parameter")
     try:
-        return kind.model_validate(fields)
+        return request.model_validate(fields)
     except ValidationError as error:
         raise _explained(error) from None
 

@@ -142,7 +142,7 @@ def load(
     )
     if then != now:
         raise UserError(
-            f"{folder} was written with another optimizer or another kind of adapter",
+            f"{folder} was written with another optimizer or another method",
             "restore optimizer, method and targets to resume, or choose another output to start anew",
         )
     set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), adapter)

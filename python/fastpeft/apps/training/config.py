@@ -246,41 +246,41 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(names))
 
 
-def _coerce(name: str, value: Any, kind: Any) -> Any:
+def _coerce(name: str, value: Any, annotation: Any) -> Any:
     """``value`` as the field's type. YAML reads 2e-4 as text and 1 as an integer; both are fine for a float."""
-    origin = typing.get_origin(kind)
+    origin = typing.get_origin(annotation)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        kind = next(a for a in typing.get_args(kind) if a is not type(None))
-        origin = typing.get_origin(kind)
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+        origin = typing.get_origin(annotation)
     if origin is Literal:
-        choices = cast("tuple[str, ...]", typing.get_args(kind))
+        choices = cast("tuple[str, ...]", typing.get_args(annotation))
         text = "none" if value is None else str(value)
         if text not in choices:
             raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}", nearest(text, choices))
         return text
-    if kind is bool:
+    if annotation is bool:
         if isinstance(value, bool):
             return value
-    elif kind is int:
+    elif annotation is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    elif kind is float:
+    elif annotation is float:
         if not isinstance(value, bool) and isinstance(value, (int, float, str)):
             try:
                 return float(value)
             except ValueError:
                 pass
-    elif kind is str:
+    elif annotation is str:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
     elif origin is list:
         if isinstance(value, list):
-            return [_coerce(name, v, typing.get_args(kind)[0]) for v in value]
+            return [_coerce(name, v, typing.get_args(annotation)[0]) for v in value]
     elif origin is dict and isinstance(value, dict):
         return value
-    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind)
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(annotation)
     if expected is None:
         expected = "a list" if origin is list else "a mapping"
     raise UserError(f"{name}: expected {expected}, got {value!r}", f"correct {name}")

@@ -79,7 +79,7 @@ def read_jsonl(path: str) -> list[tuple[str, Record]]:
 def check_record(record: object, where: str) -> None:
     """Raise unless ``record`` has ``prompt`` and ``completion``, or ``messages`` with an assistant's turn."""
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, got {_kind(record)}", "write {...}")
+        raise UserError(f"{where}: expected a JSON object, got {_type(record)}", "write {...}")
     if "messages" in record:
         _check_messages(record["messages"], f"{where}: messages")
         if not any(m["role"] == "assistant" for m in record["messages"]):
@@ -93,28 +93,28 @@ def check_record(record: object, where: str) -> None:
         )
     for key in ("prompt", "completion"):
         if not isinstance(record[key], str):
-            raise UserError(f"{where}: expected text in {key!r}, got {_kind(record[key])}", "write a string")
+            raise UserError(f"{where}: expected text in {key!r}, got {_type(record[key])}", "write a string")
     if not record["completion"].strip():
         raise UserError(f"{where}: the completion is empty", "write what is to be learned, or remove the line")
 
 
 def _check_messages(messages: object, where: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: expected a list of messages, got {_kind(messages)}", "write [{role, content}, ...]")
+        raise UserError(f"{where}: expected a list of messages, got {_type(messages)}", "write [{role, content}, ...]")
     for index, message in enumerate(messages):
         at = f"{where}[{index}]"
         if not isinstance(message, dict):
             raise UserError(
-                f"{at}: expected an object with role and content, got {_kind(message)}", "write {role, content}"
+                f"{at}: expected an object with role and content, got {_type(message)}", "write {role, content}"
             )
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             raise UserError(f"{at}: unknown role {role!r}", f"use one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
-            raise UserError(f"{at}: expected text in 'content', got {_kind(content)}", "write a string")
+            raise UserError(f"{at}: expected text in 'content', got {_type(content)}", "write a string")
 
 
-def _kind(value: object) -> str:
+def _type(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 

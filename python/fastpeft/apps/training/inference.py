@@ -58,14 +58,14 @@ class Answerer:
                 raise UserError(
                     f"{given}: expected one of {', '.join(choices)}, got {value!r}", nearest(value, choices)
                 )
-        kind = str(note.get("quantize", "none")) if quantize == "auto" else quantize
+        storage = str(note.get("quantize", "none")) if quantize == "auto" else quantize
         source = models.resolve(name)
         where = models.pick_device(device)
         compute = models.pick_dtype(str(note.get("dtype", "auto")) if dtype == "auto" else dtype, where)
         tokenizer = models.load_tokenizer(source)
         base = models.load_model(source, compute, where)
         skip = [str(s) for s in note.get("quantize_skip", ["lm_head"])]
-        base = models.quantize(base, kind, bool(note.get("double_quant", True)), skip)
+        base = models.quantize(base, storage, bool(note.get("double_quant", True)), skip)
         if adapter is not None:
             from ... import PeftModel
 
@@ -73,7 +73,7 @@ class Answerer:
         base.eval()
         models.speed_up(base, where)
         chosen = str(note.get("template", "auto")) if template == "auto" else template
-        text = f"{source.note}, {kind if kind != 'none' else 'dense'}, {str(compute).removeprefix('torch.')}"
+        text = f"{source.note}, {storage if storage != 'none' else 'dense'}, {str(compute).removeprefix('torch.')}"
         return cls(base, tokenizer, chosen, text)
 
     def answer(

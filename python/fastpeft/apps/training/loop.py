@@ -108,7 +108,7 @@ class Trainer:
             self.loss.self_check(track.examples, track.config.packing, self.pad_id, self.device)
         if self.config.gradient_checkpointing:
             self.loss.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # transformers lets the embeddings' output require gradients, for the reentrant kind; here it only costs.
+            # transformers lets the embeddings' output require gradients, for reentrant checkpoints; here it only costs.
             self.loss.base.disable_input_require_grads()
         set_seed(self.config.seed)
         states = {}

@@ -208,13 +208,13 @@ def _loading(source: Source) -> Iterator[None]:
         raise UserError(f"cannot load {source.note}: {line[:300]}", fix) from error
 
 
-def quantize(model: Any, kind: str, double_quant: bool, skip: list[str]) -> Any:
+def quantize(model: Any, storage: str, double_quant: bool, skip: list[str]) -> Any:
     """Replace the linear layers by 4-bit ones in place."""
-    if kind == "none":
+    if storage == "none":
         return model
     from ... import quantize_model
 
-    return quantize_model(model, kind, double_quant=double_quant, skip=skip)
+    return quantize_model(model, storage, double_quant=double_quant, skip=skip)
 
 
 def speed_up(model: Any, device: torch.device) -> bool:

@@ -117,7 +117,7 @@ def adapter_config(config: TrainConfig) -> Any:
     if where == "lora" and config.adapter:
         raise UserError(f"adapter.* is for other methods, the method is {name}", "use lora.* instead")
     fields = config.lora | ({"use_dora": True} if name == "dora" else {}) if where == "lora" else config.adapter
-    by_name = {kind.value.lower(): cls for kind, cls in CONFIGS.items()}
+    by_name = {peft_type.value.lower(): cls for peft_type, cls in CONFIGS.items()}
     config_class = by_name.get("lora" if where == "lora" else name)
     if config_class is None and name.upper() in PeftType.__members__:
         raise UserError(f"the method {name} is not there yet", "docs/methods.md lists those that are")

@@ -21,7 +21,7 @@ from peft_kernels.dispatch import forward_mode
 from ...config.limits import BASE
 from ...methods.fused import Fused, FusedProjection, LowRank
 from ...methods.method import Method
-from ..compose import Stack
+from ..compose import Composed
 from .names import RowHost, check_length, grouped
 from .packed import Packed, pack
 from .train import linears
@@ -210,7 +210,7 @@ class Routed:
             y = y if inside is given else y.to(given.dtype)
         if layout.on_top is None:
             return y
-        inner, parts = Stack(layer, (), args, kwargs), []
+        inner, parts = Composed(layer, (), args, kwargs), []
         for name, members, index in layout.split:
             method, view = self.methods[name]
             own = (rows.index_select(0, index), y.index_select(0, index))

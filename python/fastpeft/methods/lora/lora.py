@@ -23,6 +23,7 @@ from peft_kernels import PreparedCall, lora_linear
 
 from ...config.base import HasBias, HasFanInFanOut, TargetConfig
 from ...config.types import PeftWarning
+from ...weights.base import wide
 from ..fused import Fused, FusedProjection, LowRank
 from ..math.draws import drawn_normal, kaiming_, normal_
 from ..method import AdaptedLayer, Inner, LayerInfo, Method, State
@@ -193,11 +194,11 @@ class Lora(Method):
         if info.times != 1:
             state["times"] = info.times
         if info.kind == "embedding":
-            rows, back = drawn_normal(config.r, info.in_features), drawn_normal(info.out_features, config.r)
+            into, back = drawn_normal(config.r, info.in_features), drawn_normal(info.out_features, config.r)
             if config.init_lora_weights is not False:
-                rows.zero_()
+                into.zero_()
                 normal_(back)
-            return {**state, "lora_embedding_A": nn.Parameter(rows), "lora_embedding_B": nn.Parameter(back)}
+            return {**state, "lora_embedding_A": nn.Parameter(into), "lora_embedding_B": nn.Parameter(back)}
         a, b = (_linear if info.kind in ("linear", "experts") else _conv)(config, info)
         init, found = config.init_lora_weights, start.start_of(config.init_lora_weights)
         if found is not None:
@@ -233,13 +234,13 @@ class Lora(Method):
         a, b = s.get("lora_embedding_A"), s.get("lora_embedding_B")
         if a is None:
             a, b = self.matrices(s)
-        wide = torch.promote_types(a.dtype, torch.float32)
+        dtype = wide(a.dtype)
         if s.get("experts"):  # ranks by expert in A, experts by rank in B
-            stacked = a.to(wide).unflatten(0, (s.experts, -1))
-            return torch.baddbmm(stacked.new_zeros(()), b.to(wide).unflatten(1, (-1, s.experts)).permute(2, 0, 1),
-                                 stacked, beta=0, alpha=s.scaling)  # fmt: skip
+            by_expert = a.to(dtype).unflatten(0, (s.experts, -1))
+            return torch.baddbmm(by_expert.new_zeros(()), b.to(dtype).unflatten(1, (-1, s.experts)).permute(2, 0, 1),
+                                 by_expert, beta=0, alpha=s.scaling)  # fmt: skip
         # A of a convolution is [r, in, *kernel] and B [out, r, 1, ...]: the product is that of the matrices.
-        delta: Tensor = b.to(wide).flatten(1) @ a.to(wide).flatten(1) * s.scaling
+        delta: Tensor = b.to(dtype).flatten(1) @ a.to(dtype).flatten(1) * s.scaling
         return delta.reshape(b.shape[0], *a.shape[1:])
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -259,8 +260,8 @@ class Lora(Method):
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         added: Tensor
         if s.get("lora_embedding_A") is not None:
-            rows = inner.apply(x, s.lora_embedding_A)
-            added = F.linear(rows, s.lora_embedding_B) * s.scaling
+            low = inner.apply(x, s.lora_embedding_A)
+            added = F.linear(low, s.lora_embedding_B) * s.scaling
             return y + added
         a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
         added = b(a(dropout(s.cast(x, a.weight.dtype)))) * s.scaling

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from peft_kernels import PreparedCall, QuantWeight, dora_gain, dora_linear, dora_linear_normed, dora_norm
 from peft_kernels.dispatch import forward_mode
 
-from ....weights.base import BaseWeight, LayerInfo
+from ....weights.base import BaseWeight, LayerInfo, wide
 from ...base_edit import EDIT
 from ...fused import Fused, FusedProjection
 from ...math.cache import Cache
@@ -176,9 +176,9 @@ class Dora(Lora):
                     norm = norms_kept.get((*stored, a, b), (scale,), lambda: dora_norm(w, a, b, scale))
                     y = dora_linear(inside, w, a, b, m, norm, scale, bias, p)
                 else:
-                    wide = torch.float64 if inside.dtype is torch.float64 else torch.float32
+                    dtype = wide(inside.dtype)
                     gain = gains_kept.get(
-                        (*stored, a, b, m), (scale, wide), lambda: dora_gain(m, dora_norm(w, a, b, scale), wide)
+                        (*stored, a, b, m), (scale, dtype), lambda: dora_gain(m, dora_norm(w, a, b, scale), dtype)
                     )
                     y = infer(inside, w, a, b, gain, None, scale, bias)
             return y.to(x.dtype) if inside is not x else y

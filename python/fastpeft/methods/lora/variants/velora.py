@@ -71,8 +71,8 @@ class Velora(Lora):
             with torch.no_grad():
                 found = _direction(_cut(x, s.lora_velora_num_groups).flatten(0, -2).mean(0))
                 v.copy_(torch.where(v.any(), v, found) if once and compiling else found)
-        rows: Tensor = _Compressed.apply(x, weight, v.clone(), s.lora_velora_num_groups, s.lora_velora_scale)  # type: ignore[no-untyped-call]
-        return y + s.lora_B(rows) * s.scaling  # type: ignore[no-any-return]
+        low: Tensor = _Compressed.apply(x, weight, v.clone(), s.lora_velora_num_groups, s.lora_velora_scale)  # type: ignore[no-untyped-call]
+        return y + s.lora_B(low) * s.scaling  # type: ignore[no-any-return]
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         plain = super().fused(layer, s, shared)
@@ -97,8 +97,8 @@ class _Compressed(torch.autograd.Function):
             dx = dy @ weight
         if ctx.needs_input_grad[1]:
             # (dy^T kept) v, group by group: the restored input is never whole.
-            rows = dy.reshape(-1, dy.shape[-1]).t() @ kept.reshape(-1, kept.shape[-1])
-            dw = (rows.unsqueeze(-1) * (v * ctx.scale)).flatten(1)[:, : weight.shape[1]]
+            products = dy.reshape(-1, dy.shape[-1]).t() @ kept.reshape(-1, kept.shape[-1])
+            dw = (products.unsqueeze(-1) * (v * ctx.scale)).flatten(1)[:, : weight.shape[1]]
         return dx, dw, None, None, None
 
 
