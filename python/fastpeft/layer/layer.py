@@ -25,6 +25,7 @@ from .by_row.names import Recall, RowValues
 from .by_row.rows import RowState
 from .compose import Stack
 from .containers import AdapterDict, AdapterValues
+from .seen_layers import layer_classes
 from .shared_tensors import SharedDict
 
 
@@ -50,6 +51,9 @@ class AdapterLayer(MergingLayer):
         self.fan_in_fan_out = self.base.fan_in_fan_out
 
     # What it is
+
+    def peft_classes(self) -> tuple[type, ...]:
+        return layer_classes((m.peft_type.value for m in self.methods.values()), self._base.label)
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
