@@ -17,10 +17,11 @@ import fastpeft
 import peft
 import pytest
 import torch
+import transformers
 from fastpeft.layer.layer import AdapterLayer
 from fastpeft.layer.seen_layers import layer_classes
 from fastpeft.methods.registry import registry
-from forms import matrix
+from forms import by_form, matrix
 from peft import functional
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -255,3 +256,34 @@ def test_peft_takes_our_configurations(name: str, options: dict[str, Any], tmp_p
     ours.save_pretrained(tmp_path)
     assert isinstance(fastpeft.PeftConfig.from_pretrained(tmp_path), type(ours.active_peft_config))
     assert isinstance(peft.PeftConfig.from_pretrained(tmp_path), getattr(peft, name))
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        ids = [(row + i) % 50 for i in range(6)]
+        return {"input_ids": ids, "labels": ids, "idx": row}  # a column that no model takes
+
+
+def test_the_trainer_trains_and_saves_our_adapter(tmp_path: Path) -> None:
+    ours, theirs = tools["pair"](init_lora_weights=True)
+    logged, best, steps = [], [], by_form(short=4, full_form=20)
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "learning_rate": 1e-2}
+    saved = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    for made in (ours, theirs):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / type(made).__module__), max_steps=steps, per_device_train_batch_size=4,
+            load_best_model_at_end=True, **options, **saved,
+        )  # fmt: skip
+        trainer = transformers.Trainer(made, arguments, train_dataset=Rows(), eval_dataset=Rows())
+        trainer.train()
+        best.append(Path(trainer.state.best_model_checkpoint))
+        logged.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert logged[0] == pytest.approx(logged[1], rel=2e-3)
+    assert logged[0][0] > logged[0][-1]
+    folder = best[0]
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {file.name for file in folder.iterdir()}
+    assert not (folder / "model.safetensors").exists()
+    tools["assert_same_outputs"](ours.eval(), peft.PeftModel.from_pretrained(llama(), folder).eval())
