@@ -31,6 +31,7 @@ COMMON, adapted, llama, logits, lora, sft, texts, tokenizer, trained, trainer, u
     for n in ("COMMON", "adapted", "llama", "logits", "lora", "sft", "texts", "tokenizer", "trained", "trainer",
               "unet")
 )
+IDS = torch.arange(2, 20).view(2, 9)
 
 
 def test_trainer_trains_as_it_trains_pefts(tmp_path: Path) -> None:
@@ -159,6 +160,35 @@ def test_pipelines_take_our_models_and_their_folders(tmp_path: Path) -> None:
         texts.append(other("abc", **options))
     assert texts[0] == texts[1] == texts[2]
     assert texts[0] != transformers.pipeline("text-generation", model=llama(), tokenizer=tokenizer())("abc", **options)
+
+
+def test_pefts_helpers_take_our_models(tmp_path: Path) -> None:
+    from peft import helpers
+    from peft.utils import hotswap
+
+    ours, theirs = (adapted(library, init_lora_weights=False) for library in (fastpeft, peft))
+    exact = copy.deepcopy(theirs).double()
+    halved = []
+    for model in (ours, theirs, exact):
+        with helpers.rescale_adapter_scale(model, 0.5):
+            halved.append([logits(model)])
+    assert_as_good(*halved)
+    theirs.save_pretrained(tmp_path)
+    swapped = adapted(fastpeft)
+    hotswap.hotswap_adapter(swapped, str(tmp_path), "default", torch_device="cpu")
+    assert_as_good([logits(swapped)], [logits(theirs)], [logits(exact)])
+    with torch.no_grad():
+        assert_as_good([torch.compile(ours)(input_ids=IDS).logits], [logits(theirs)], [logits(exact)])
+
+
+def test_fsdps_plugin_is_told_what_to_wrap() -> None:
+    from types import SimpleNamespace
+
+    from transformers.distributed.fsdp import update_fsdp_plugin_peft
+
+    plugin = SimpleNamespace(auto_wrap_policy=None)
+    update_fsdp_plugin_peft(adapted(fastpeft), SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert plugin.auto_wrap_policy(module=nn.Linear(2, 2, bias=False), recurse=False, nonwrapped_numel=4)
 
 
 def test_accelerate_knows_our_models(tmp_path: Path) -> None:

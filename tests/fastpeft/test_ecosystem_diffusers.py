@@ -101,6 +101,21 @@ def test_a_unets_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
     assert_as_good([output(loaded)], [output(theirs)], [output(copy.deepcopy(theirs).double())])
 
 
+def test_weights_are_stored_in_eight_bits_but_for_our_adapters() -> None:
+    """`enable_layerwise_casting` passes over adapters, and has the layers take their input as it is."""
+    models = [injected(library, "a") for library in (fastpeft, peft)]
+    for model in models:
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    dtypes = [{name: parameter.dtype for name, parameter in model.named_parameters()} for model in models]
+    assert dtypes[0] == dtypes[1]
+    assert {*dtypes[0].values()} == {torch.float32, torch.float8_e4m3fn}
+    torch.manual_seed(2)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        ours, theirs = (model(x, 5, encoder_hidden_states=context).sample for model in models)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_diffusers_takes_our_configuration() -> None:
     made = []
     for library in (fastpeft, peft):

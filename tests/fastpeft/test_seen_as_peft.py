@@ -31,6 +31,7 @@ from peft_kernels.testing import assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("model_tools.py")))
 llama, config, X = (tools[name] for name in ("llama", "config", "X"))
+METHODS = {k: m for k, m in registry().items() if hasattr(peft, m.config_class.__name__)}  # of the PEFT that is there
 HEAD = {"modules_to_save": ["lm_head"]}
 
 
@@ -107,7 +108,7 @@ def options_of(method: Any) -> dict[str, Any]:
     return {"target_modules": ["q_proj"], **({"total_step": 9} if method.model_name == "AdaLoraModel" else {})}
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, id=k.value) for k, m in registry().items()])
+@pytest.mark.parametrize("method", [pytest.param(m, id=k.value) for k, m in METHODS.items()])
 def test_every_methods_configuration_and_layers(method: Any) -> None:
     name = method.config_class.__name__
     assert isinstance(method.config_class(**options_of(method)), getattr(peft, name))
@@ -120,7 +121,7 @@ def test_every_methods_configuration_and_layers(method: Any) -> None:
 
 def test_layers_with_adapters_of_any_two_methods_are_of_both_classes() -> None:
     layer = AdapterLayer(nn.Linear(4, 4))
-    for methods in itertools.permutations(registry().values(), 2):
+    for methods in itertools.permutations(METHODS.values(), 2):
         layer.methods = {method.model_name: method for method in methods}
         assert isinstance(layer, BaseTunerLayer)
         for method in methods:
@@ -196,7 +197,7 @@ def test_pefts_functions_read_and_write_our_state(options: dict[str, Any]) -> No
     for key, value in expected.items():
         assert_same_bits(found[key], value)
     wanted = {key: torch.randn_like(value) for key, value in found.items()}
-    result = peft.set_peft_model_state_dict(made, wanted)
+    result = peft.set_peft_model_state_dict(made, dict(wanted))
     assert not result.unexpected_keys
     for key, value in fastpeft.get_peft_model_state_dict(made).items():
         assert_same_bits(value, wanted[key])
@@ -230,7 +231,7 @@ def test_transformers_and_pefts_wrap_policies_find_our_layers() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), matrix(
-    [(m.config_class.__name__, options) for m in registry().values() for options in m.examples],
+    [(m.config_class.__name__, options) for m in METHODS.values() for options in m.examples],
     lambda name, options: name in ("LoraConfig", "ShiraConfig", "OFTConfig") and not options.keys() - {"r"},
 ))  # fmt: skip
 def test_peft_takes_our_configurations(name: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -256,6 +257,13 @@ def test_peft_takes_our_configurations(name: str, options: dict[str, Any], tmp_p
     ours.save_pretrained(tmp_path)
     assert isinstance(fastpeft.PeftConfig.from_pretrained(tmp_path), type(ours.active_peft_config))
     assert isinstance(peft.PeftConfig.from_pretrained(tmp_path), getattr(peft, name))
+
+
+def test_pefts_injection_into_our_layers_is_refused() -> None:
+    base = model().get_base_model()
+    with pytest.raises(TypeError, match="PEFT itself can put no adapter: add it with"):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), base, "other")
+    fastpeft.inject_adapter_in_model(fastpeft.LoraConfig(target_modules=["q_proj"]), model().get_base_model(), "other")
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]

@@ -61,6 +61,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper, nn.Module):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         self.token_adapter.set_adapter(adapter_names, inference_mode)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        self.token_adapter.enable_adapters(enabled)
+
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
         self.token_adapter.delete_adapter(adapter_name)
         if new_active_adapters:

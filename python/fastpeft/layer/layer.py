@@ -135,6 +135,13 @@ class AdapterLayer(MergingLayer):
 
     # Adding and removing adapters
 
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse PEFT's injection, which calls this on layers that it takes for its own."""
+        raise TypeError(
+            f"{self._shown} is a layer of fastpeft's, into which PEFT itself can put no adapter: add it with "
+            "`fastpeft.inject_adapter_in_model(config, model, name)` or `model.add_adapter` of fastpeft's PeftModel."
+        )
+
     def add(self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None) -> None:
         """Add an adapter whose state was made by `method.make_state`. Replaces one of the same name.
 
