@@ -33,9 +33,11 @@ def injected(library: Any, *names: str, **options: Any) -> Any:
     return model.eval()
 
 
-def output(model: nn.Module) -> Tensor:
+def output(model: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """dtype: of the input; the model's."""
+    dtype = dtype or next(model.parameters()).dtype
     torch.manual_seed(2)
-    x, context = (torch.randn(shape).to(next(model.parameters()).dtype) for shape in ((2, 4, 8, 8), (2, 3, 16)))
+    x, context = (torch.randn(shape).to(dtype) for shape in ((2, 4, 8, 8), (2, 3, 16)))
     with torch.no_grad():
         return model(x, 5, encoder_hidden_states=context).sample
 
@@ -63,7 +65,7 @@ def test_a_unets_adapters_live_as_pefts(options: dict[str, Any]) -> None:
     assert ours.active_adapters() == theirs.active_adapters() == both
     each("set_adapters", both, weights=[{"down": 0.5, "mid": 0.1, "up": 2.0}, 1.0][: len(both)])
     each("set_adapters", "b", weights=0.3)
-    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(seen[1:], seen[:-1], strict=True))
+    assert all((a - b).abs().max() > 1e-3 * a.abs().max() for a, b in zip(seen[1:], seen[:-1], strict=True))
     each("disable_lora")
     assert_same_bits(seen[-1], seen[0])
     each("enable_lora")
@@ -109,11 +111,11 @@ def test_weights_are_stored_in_eight_bits_but_for_our_adapters() -> None:
     dtypes = [{name: parameter.dtype for name, parameter in model.named_parameters()} for model in models]
     assert dtypes[0] == dtypes[1]
     assert {*dtypes[0].values()} == {torch.float32, torch.float8_e4m3fn}
-    torch.manual_seed(2)
-    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16)
-    with torch.no_grad():
-        ours, theirs = (model(x, 5, encoder_hidden_states=context).sample for model in models)
-    torch.testing.assert_close(ours, theirs)
+    exact = injected(peft, "a").double()
+    for name, parameter in exact.named_parameters():
+        parameter.data = parameter.data.to(dtypes[0][name]).double()
+    ours, theirs = (output(model, torch.float32) for model in models)
+    assert_as_good([ours], [theirs], [output(exact)])
 
 
 def test_diffusers_takes_our_configuration() -> None:
