@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import runpy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,73 +25,13 @@ peft_tools = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))
 assert_as_good, assert_same_start, randomise = (
     peft_tools[n] for n in ("assert_as_good", "assert_same_start", "randomise")
 )
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-NOT_PEFTS = "transformers, TRL and diffusers ask with isinstance for PEFT's own classes, which fastpeft's are not yet"
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def tokenizer() -> Any:
-    """A letter is a token."""
-    from tokenizers import Tokenizer as Tokens
-    from tokenizers import models, pre_tokenizers
-
-    tokens = Tokens(models.WordLevel({"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(LETTERS)}}, "<pad>"))
-    tokens.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>")
-
-
-def texts(**columns: list[str]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict(columns or {"text": [LETTERS[i : i + 6] for i in range(8)]})
-
-
-def rows() -> Any:
-    """Token ids with labels, as a dataset of the package datasets."""
-    from datasets import Dataset
-
-    ids = [[2 + (i + j) % 26 for j in range(6)] for i in range(8)]
-    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 6] * 8, "labels": ids})
-
-
-def lora(library: Any, **options: Any) -> Any:
-    return library.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], **options)
-
-
-def adapted(library: Any) -> Any:
-    base = llama()
-    torch.manual_seed(1)
-    return library.get_peft_model(base, lora(library, task_type="CAUSAL_LM"))
-
-
-COMMON = {
-    "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True, "optim": "sgd",
-    "logging_steps": 1, "lr_scheduler_type": "constant", "learning_rate": 1.0,
-}  # fmt: skip
-
-
-def trainer(model: Any, folder: Path, steps: int = 3, **options: Any) -> Any:
-    """transformers' Trainer; it must be told to keep the columns, since a fastpeft model's forward names none."""
-    options = {"remove_unused_columns": False, "save_strategy": "no", **options}
-    arguments = transformers.TrainingArguments(str(folder), max_steps=steps, **COMMON, **options)
-    return transformers.Trainer(model, arguments, train_dataset=rows())
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in sorted(model.named_parameters()) if p.requires_grad}
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(2, 20).view(2, 9)).logits
+tools = runpy.run_path(str(Path(__file__).with_name("ecosystem_tools.py")))
+COMMON, adapted, llama, logits, lora, sft, texts, tokenizer, trained, trainer, unet = (
+    tools[n]
+    for n in ("COMMON", "adapted", "llama", "logits", "lora", "sft", "texts", "tokenizer", "trained", "trainer",
+              "unet")
+)
+IDS = torch.arange(2, 20).view(2, 9)
 
 
 def test_trainer_trains_as_it_trains_pefts(tmp_path: Path) -> None:
@@ -129,13 +68,6 @@ def test_what_trainer_trained_loads_into_a_plain_transformers_model(tmp_path: Pa
     assert_as_good([logits(model)], [logits(plain)], [logits(plain.double())])
 
 
-def sft(model: Any, folder: Path, **options: Any) -> Any:
-    import trl
-
-    arguments = trl.SFTConfig(str(folder), max_steps=2, bf16=False, save_strategy="no", **COMMON)
-    return trl.SFTTrainer(model, args=arguments, train_dataset=texts(), processing_class=tokenizer(), **options)
-
-
 def test_what_trl_trained_loads_here(tmp_path: Path) -> None:
     made = sft(llama(), tmp_path, peft_config=lora(peft, task_type="CAUSAL_LM"))
     made.train()
@@ -144,17 +76,6 @@ def test_what_trl_trained_loads_here(tmp_path: Path) -> None:
     theirs = made.model.float()
     assert not torch.equal(logits(loaded), logits(llama()))
     assert_as_good([logits(loaded)], [logits(theirs)], [logits(copy.deepcopy(theirs).double())])
-
-
-def unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=4,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
 
 
 def adapted_unet(library: Any, base: nn.Module, **options: Any) -> Any:
@@ -189,54 +110,107 @@ def test_a_unet_is_adapted_as_pefts_is(options: dict[str, Any], tmp_path: Path) 
         assert_same_bits(loaded.state_dict()[key], value)
 
 
-# ---- what PEFT can and fastpeft cannot yet -----------------------------------------------------------------------
+# ---- what others ask with isinstance of PEFT's classes ------------------------------------------------------------
 
 
-def the_trainer_finds_the_columns(folder: Path) -> None:
-    trainer(adapted(fastpeft), folder, remove_unused_columns=True).train()
+def test_the_trainer_finds_the_columns_and_saves_an_adapter(tmp_path: Path) -> None:
+    made = trainer(adapted(fastpeft), tmp_path)
+    columns = made._remove_unused_columns(made.train_dataset).column_names
+    assert set(columns) == {"input_ids", "attention_mask", "labels"}
+    made.train()
+    made.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
 
 
-def the_trainer_saves_an_adapter(folder: Path) -> None:
-    made = trainer(adapted(fastpeft), folder)
-    made.save_model(str(folder / "saved"))
-    assert (folder / "saved" / "adapter_model.safetensors").exists()
+def test_trl_takes_our_configuration(tmp_path: Path) -> None:
+    """PEFT's own `get_peft_model`, which TRL holds, makes PEFT's model of it, as of PEFT's configuration."""
+    made = [sft(llama(), tmp_path, peft_config=lora(library, task_type="CAUSAL_LM")) for library in (fastpeft, peft)]
+    assert [type(m.model) for m in made] == [peft.PeftModelForCausalLM] * 2
 
 
-def trl_takes_a_configuration(folder: Path) -> None:
-    sft(llama(), folder, peft_config=lora(fastpeft, task_type="CAUSAL_LM")).train()
+def test_transformers_takes_our_configuration(tmp_path: Path) -> None:
+    models = [llama(), llama()]
+    for model, library in zip(models, (fastpeft, peft), strict=True):
+        torch.manual_seed(1)
+        model.add_adapter(lora(library, init_lora_weights=False))
+    assert_same_bits(logits(models[0]), logits(models[1]))
+    models[0].save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    for config in (None, fastpeft.PeftConfig.from_pretrained(tmp_path / "adapter")):
+        loaded = llama()
+        loaded.load_adapter(str(tmp_path / "adapter"), peft_config=config)
+        assert_same_bits(logits(loaded), logits(models[0]))
 
 
-def trl_takes_an_adapted_model(folder: Path) -> None:
-    sft(adapted(fastpeft), folder).train()
+def test_pipelines_take_our_models_and_their_folders(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = fastpeft.get_peft_model(base, lora(fastpeft, task_type="CAUSAL_LM")).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_tensors": True}
+    made = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer())
+    texts = [made("abc", **options)]
+    # A folder with an adapter is read by PEFT, which transformers asks for its layers.
+    for source in (str(tmp_path / "adapter"), peft.PeftModel.from_pretrained(llama(), tmp_path / "adapter")):
+        other = transformers.pipeline("text-generation", model=source, tokenizer=tokenizer())
+        texts.append(other("abc", **options))
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] != transformers.pipeline("text-generation", model=llama(), tokenizer=tokenizer())("abc", **options)
 
 
-def trl_prefers_without_a_second_model(folder: Path) -> None:
-    import trl
+def test_pefts_helpers_take_our_models(tmp_path: Path) -> None:
+    from peft import helpers
+    from peft.utils import hotswap
 
-    pairs = texts(prompt=["ab"] * 4, chosen=["cd"] * 4, rejected=["ef"] * 4)
-    arguments = trl.DPOConfig(str(folder), max_steps=1, bf16=False, save_strategy="no", **COMMON)
-    trl.DPOTrainer(adapted(fastpeft), args=arguments, train_dataset=pairs, processing_class=tokenizer()).train()
+    ours, theirs = (adapted(library, init_lora_weights=False) for library in (fastpeft, peft))
+    exact = copy.deepcopy(theirs).double()
+    halved = []
+    for model in (ours, theirs, exact):
+        with helpers.rescale_adapter_scale(model, 0.5):
+            halved.append([logits(model)])
+    assert_as_good(*halved)
+    theirs.save_pretrained(tmp_path)
+    swapped = adapted(fastpeft)
+    hotswap.hotswap_adapter(swapped, str(tmp_path), "default", torch_device="cpu")
+    assert_as_good([logits(swapped)], [logits(theirs)], [logits(exact)])
+    with torch.no_grad():
+        assert_as_good([torch.compile(ours)(input_ids=IDS).logits], [logits(theirs)], [logits(exact)])
 
 
-def transformers_adds_an_adapter(folder: Path) -> None:
-    llama().add_adapter(lora(fastpeft))
+def test_fsdps_plugin_is_told_what_to_wrap() -> None:
+    from types import SimpleNamespace
+
+    from transformers.distributed.fsdp import update_fsdp_plugin_peft
+
+    plugin = SimpleNamespace(auto_wrap_policy=None)
+    update_fsdp_plugin_peft(adapted(fastpeft), SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert plugin.auto_wrap_policy(module=nn.Linear(2, 2, bias=False), recurse=False, nonwrapped_numel=4)
 
 
-def diffusers_adds_an_adapter(folder: Path) -> None:
-    unet().add_adapter(fastpeft.LoraConfig(r=4, target_modules=["to_q"]))
+def test_accelerate_knows_our_models(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.utils import fsdp_utils, is_peft_model
 
-
-@pytest.mark.parametrize("what", [
-    pytest.param(what, id=what.__name__, marks=pytest.mark.xfail(strict=True, raises=error, reason=reason))
-    for what, error, reason in (
-        (the_trainer_finds_the_columns, ValueError, "the columns are found by the names of forward's arguments"),
-        (the_trainer_saves_an_adapter, AssertionError, NOT_PEFTS),
-        (trl_takes_a_configuration, TypeError, NOT_PEFTS),
-        (trl_takes_an_adapted_model, AttributeError, NOT_PEFTS),
-        (trl_prefers_without_a_second_model, OSError, NOT_PEFTS),
-        (transformers_adds_an_adapter, TypeError, NOT_PEFTS),
-        (diffusers_adds_an_adapter, ValueError, NOT_PEFTS),
-    )
-])  # fmt: skip
-def test_not_yet(what: Callable[[Path], None], tmp_path: Path) -> None:
-    what(tmp_path)
+    model = adapted(fastpeft)
+    assert is_peft_model(model)
+    found = fsdp_utils._get_model_state_dict(model, adapter_only=True)
+    expected = fastpeft.get_peft_model_state_dict(model)
+    assert found.keys() == expected.keys()
+    wanted = {key: torch.randn_like(value) for key, value in found.items()}
+    fsdp_utils._set_model_state_dict(model, wanted, adapter_only=True)
+    for key, value in fastpeft.get_peft_model_state_dict(model).items():
+        assert_same_bits(value, wanted[key])
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(model)
+    assert isinstance(accelerator.unwrap_model(prepared), peft.PeftModel)
+    accelerator.save_state(str(tmp_path))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.zero_()
+    accelerator.load_state(str(tmp_path))
+    for key, value in fastpeft.get_peft_model_state_dict(model).items():
+        assert_same_bits(value, wanted[key])

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from ..files.checks import read_json
 from ..files.hub import find_adapter_file
 from .limits import MAX_RANK, check_config
+from .seen_as_peft import SeenAsPeft
 from .types import PeftType, TaskType, peft_type, warn
 
 CONFIG_NAME = "adapter_config.json"
@@ -38,7 +39,7 @@ def class_of(peft_type: str) -> type[Any]:
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(SeenAsPeft):
     """Fields of every adapter. `task_type` and `peft_type` accept their names as text."""
 
     task_type: TaskType | str | None = None

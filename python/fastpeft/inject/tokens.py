@@ -6,20 +6,20 @@ found as `<module>.token_adapter`, which gives PEFT's keys.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.types import warn
 from ..layer.layer import AdapterLayer
-from ..layer.saved_modules import ModulesToSaveWrapper
+from ..layer.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..methods.tied import embedding_name, tied_names
 from .modules import LayerPlan, Site, checked_info
 
 
-class TrainableTokensWrapper(nn.Module):
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper, nn.Module):
     """A module in the place of an embedding (or output head) whose rows adapters train."""
 
     def __init__(self, layer: AdapterLayer) -> None:
@@ -50,6 +50,24 @@ class TrainableTokensWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(*args, **kwargs)
+
+    def _get_available_adapters(self) -> set[str]:
+        return self.token_adapter._get_available_adapters()
+
+    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
+        inner = "token_adapter"
+        return ((f"{inner}.{key}", f"{inner}.{end}", t) for key, end, t in self.token_adapter.adapter_state(adapter))
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        self.token_adapter.set_adapter(adapter_names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.token_adapter.enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
+        self.token_adapter.delete_adapter(adapter_name)
+        if new_active_adapters:
+            self.set_adapter(new_active_adapters)
 
 
 @dataclass

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.seen_as_peft import SeenAsPeft
+
 
 class AdapterDict(nn.Module):
     """Parameters, buffers and modules by adapter name, side by side.
@@ -154,7 +156,7 @@ class AdapterValues(dict[str, Any]):
     pop, update, clear = map(_counted, ("pop", "update", "clear"))
 
 
-class ActiveAdapters:
+class ActiveAdapters(SeenAsPeft):
     """Active, merged and disabled adapters of a module: PEFT's properties."""
 
     def __init__(self) -> None:

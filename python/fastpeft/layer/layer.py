@@ -25,6 +25,7 @@ from .by_row.names import Recall, RowValues
 from .by_row.rows import RowState
 from .compose import Composed
 from .containers import AdapterDict, AdapterValues
+from .seen_layers import layer_classes
 from .shared_tensors import SharedDict
 
 
@@ -50,6 +51,9 @@ class AdapterLayer(MergingLayer):
         self.fan_in_fan_out = self.base.fan_in_fan_out
 
     # What it is
+
+    def peft_classes(self) -> tuple[type, ...]:
+        return layer_classes((m.peft_type.value for m in self.methods.values()), self._base.label)
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
@@ -130,6 +134,13 @@ class AdapterLayer(MergingLayer):
         self.rows.forget()
 
     # Adding and removing adapters
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse PEFT's injection, which calls this on layers that it takes for its own."""
+        raise TypeError(
+            f"{self._shown} is a layer of fastpeft's, into which PEFT itself can put no adapter: add it with "
+            "`fastpeft.inject_adapter_in_model(config, model, name)` or `model.add_adapter` of fastpeft's PeftModel."
+        )
 
     def add(self, adapter: str, method: Method, state: State, shared: Mapping[str, SharedDict] | None = None) -> None:
         """Add an adapter whose state was made by `method.make_state`. Replaces one of the same name.

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config.limits import BASE
+from ..config.seen_as_peft import SeenAsPeft
 from ..weights.base import Wrapping
 from .by_row.names import Recall, check_length, grouped
 from .containers import ActiveAdapters, AdapterDict
 
 
-class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
+class AuxiliaryTrainingWrapper(SeenAsPeft):
+    """A module that is trained beside adapter layers, as the functions of PEFT and of transformers ask it for its
+    adapters: about a state dict of the module, which they have of a model that is sharded, say."""
+
+    @abstractmethod
+    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
+        """As `AdapterLayer.adapter_state`."""
+
+    @abstractmethod
+    def _get_available_adapters(self) -> set[str]:
+        """The adapters that are trained here."""
+
+    @property
+    def _adapters(self) -> set[str]:
+        return self._get_available_adapters()
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors that a file has of an adapter, from the module's state dict."""
+        return {key: state_dict[name] for name, key, _ in self.adapter_state(adapter_name)}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """The keys in the module's state dict, by those in a file."""
+        return {key: name for name, key, _ in self.adapter_state(adapter_name)}
+
+    def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
+        """The one of these adapters that is trained here; two cannot compute at once."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        found = [name for name in names if name in self._adapters]
+        if len(found) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for {type(self).__name__}, got {found}")
+        return found[0] if found else None
+
+
+class ModulesToSaveWrapper(ActiveAdapters, AuxiliaryTrainingWrapper, nn.Module):
     """Holds the original module and one trained copy per adapter; the active adapter's copy computes.
 
     Keys in memory are `<module>.modules_to_save.<adapter>.<tensor>`, in a file `<module>.<tensor>`.
@@ -48,9 +83,12 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
         found = (self.modules_to_save[name] for name in active if name in self.modules_to_save)
         return next(found, self.original_module)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
+        """Remove an adapter. new_active_adapters: become the active ones, where they have a copy here."""
         self.modules_to_save.pop(adapter_name, None)
         self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
+        if new_active_adapters:
+            self.set_adapter(new_active_adapters)
 
     def check_active(self, adapter_names: Sequence[str]) -> list[str]:
         """Those of the adapters that have a copy here; two copies cannot both compute."""
@@ -81,7 +119,6 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
         self._recall = self._recall if recall is None else recall
 
     def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-        """As `AdapterLayer.adapter_state`."""
         for key, tensor in self.modules_to_save.tensors(adapter):
             yield f"modules_to_save.{adapter}.{key}", key, tensor
 

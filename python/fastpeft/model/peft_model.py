@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config.base import PeftConfig, TargetConfig
+from ..config.seen_as_peft import SeenAsPeft
 from ..config.types import TaskType
 from ..files.whole import is_sharded, may_write
 from ..inject.plan import InjectionPlan
@@ -26,7 +27,7 @@ from .status import count_parameters, get_layer_status, get_model_status
 from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
 
 
-class PeftModel(nn.Module):
+class PeftModel(SeenAsPeft, nn.Module):
     """A base model with adapters. Attributes that it lacks are those of the tuner, then of the base model.
 
     model: changed in place (its target modules are replaced by adapter layers), unless an error is raised.

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config.base import PeftConfig
 from ..config.limits import BASE
+from ..config.seen_as_peft import SeenAsPeft
 from ..config.types import warn
 from ..inject.modules import AdapterModule, KnownModules, adapter_modules
 from ..inject.plan import InjectionPlan, plan_injection
@@ -32,7 +33,7 @@ from .merging import ModelMerging
 AUXILIARY_KWARGS = frozenset({"adapter_names", "alora_offsets"})
 
 
-class BaseTuner(ModelMerging):
+class BaseTuner(SeenAsPeft, ModelMerging):
     """A model with adapters in it. Keys in memory start with `model.`, below a PeftModel with `base_model.model.`."""
 
     holds_shared_adapters = True

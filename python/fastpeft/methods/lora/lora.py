@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from peft_kernels import PreparedCall, lora_linear
 
 from ...config.base import HasBias, HasFanInFanOut, TargetConfig
+from ...config.seen_as_peft import SeenAsPeft
 from ...config.types import PeftWarning
 from ...weights.base import wide
 from ..fused import Fused, FusedProjection, LowRank
@@ -34,10 +35,14 @@ from .variants import SUB_CONFIGS, variant_of
 
 
 @dataclass
-class LoraRuntimeConfig:
+class LoraRuntimeConfig(SeenAsPeft):
     """Options that only live in memory. ephemeral_gpu_offload: accepted; initialisations here need no offload."""
 
     ephemeral_gpu_offload: bool = False
+
+
+# Fields that ask for a variant, marked as PEFT's layers look for them: they take this configuration, too.
+_VARIANT = {"is_lora_variant": True}
 
 
 @dataclass
@@ -48,7 +53,7 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
     lora_alpha: int = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | str = field(default=True, metadata={"lora_variants": ["mica"]})
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     alpha_pattern: dict[str, int] | None = field(default_factory=dict)
     megatron_config: dict[str, Any] | None = None
@@ -58,24 +63,25 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
-    use_dora: bool = False
-    velora_config: Any = None
-    alora_invocation_tokens: list[int] | None = None
+    use_dora: bool = field(default=False, metadata=_VARIANT)
+    velora_config: Any = field(default=None, metadata=_VARIANT)
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata=_VARIANT)
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: Any = None
+    monteclora_config: Any = field(default=None, metadata=_VARIANT)
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
+    use_bdlora: Any = field(default=None, metadata=_VARIANT)
+    arrow_config: Any = field(default=None, metadata=_VARIANT)
+    kasa_config: Any = field(default=None, metadata=_VARIANT)
     ensure_weight_tying: bool = False
     dora_full_gradient: bool = False  # DoRA: the gradient of the norm, too, which the paper and PEFT leave out
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config",)
     not_in_peft: ClassVar[tuple[str, ...]] = ("dora_full_gradient",)
+    _custom_modules: ClassVar[None] = None  # PEFT's injection, which takes this configuration too, asks for it
 
     def __post_init__(self) -> None:
         super().__post_init__()

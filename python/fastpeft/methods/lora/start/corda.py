@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ....config.base import check_choice
+from ....config.seen_as_peft import SeenAsPeft
 from ...method import LayerInfo
 from . import Start
 
@@ -16,7 +17,7 @@ EIGENS = "eigens"  # of a layer, until the adapter is made
 
 
 @dataclass
-class CordaConfig:
+class CordaConfig(SeenAsPeft):
     """cache_file: where the components are written, or read from if it exists. covariance_file: the same for the
     covariances, which serve any rank. corda_method: "ipm" or "kpm". use_float16_for_covariance: takes half the memory
     for less precision. verbose: show progress. prune_temporary_fields: accepted; no other fields are made here."""

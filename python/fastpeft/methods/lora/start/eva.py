@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....config.base import check
+from ....config.seen_as_peft import SeenAsPeft
 from ...method import LayerInfo, State
 from . import Start
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(SeenAsPeft):
     """rho: a layer's rank is at most rho times its configured one; 1 leaves ranks as they are. tau: a component has
     converged when it and the one of the step before have this cosine similarity. use_label_mask, label_mask_value:
     pass over tokens with this label. whiten: scale components by their singular values. adjust_scaling_factors: keep a

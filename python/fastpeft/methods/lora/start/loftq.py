@@ -10,13 +10,14 @@ from torch import Tensor
 
 import peft_kernels
 
+from ....config.seen_as_peft import SeenAsPeft
 from ...base_edit import BaseEdit
 from ...method import LayerInfo, State
 from . import MAX_ITERATIONS, Start
 
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(SeenAsPeft):
     """loftq_bits: 4 (NF4) or 8 (int8, a scale per row). loftq_iter: how often quantising and decomposing alternate."""
 
     loftq_bits: int = 4

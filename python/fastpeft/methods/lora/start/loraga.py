@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ....config.base import check, check_choice
+from ....config.seen_as_peft import SeenAsPeft
 from ....config.types import PeftWarning
 from ...method import LayerInfo, State
 from . import Start
@@ -18,7 +19,7 @@ GRADIENT = "_peft_loraga_grad"  # of a layer, in its weight's layout, until the 
 
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(SeenAsPeft):
     """direction: which of the 2 r singular vectors go into A and which into B: alternating ("ArBr"), the second half
     into A ("A2rBr") or into B ("ArB2r"), or "random". scale: of B, "stable" (by stable_gamma), "weight_svd",
     "gd_scale", or "unit" for none."""

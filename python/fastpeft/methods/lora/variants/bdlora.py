@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ....config.base import check
+from ....config.seen_as_peft import SeenAsPeft
 from ...method import LayerInfo, State
 from ..lora import Lora
 from . import variant
 
 
 @dataclass
-class BdLoraConfig:
+class BdLoraConfig(SeenAsPeft):
     """target_modules_bd_a, target_modules_bd_b: parts of the names of modules whose A, or B, is block-diagonal.
     nblocks: blocks in each. match_strict: raise for a module in neither list (it has a plain LoRA otherwise)."""
 

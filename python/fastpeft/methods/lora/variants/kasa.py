@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....config.base import check
+from ....config.seen_as_peft import SeenAsPeft
 from ...base_edit import EDIT, BaseEdit
 from ...math.draws import drawn_normal
 from ...method import Inner, LayerInfo, State
@@ -23,7 +24,7 @@ from . import variant, views
 
 
 @dataclass
-class KasaConfig:
+class KasaConfig(SeenAsPeft):
     """Weights of the two regularisers that `model._get_kasa_loss()` gives, to be added to the task's loss: beta of
     |d|^2, gamma of |B'B - I| + |AA' - I|."""
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....config.base import check
+from ....config.seen_as_peft import SeenAsPeft
 from ...math.draws import drawn_uniform
 from ...method import Inner, LayerInfo, State
 from ..lora import Lora
@@ -25,7 +26,7 @@ MAX_SAMPLES = 1 << 12
 
 
 @dataclass
-class MontecloraConfig:
+class MontecloraConfig(SeenAsPeft):
     """num_samples: draws in a forward. use_entropy: add the sum of squared weights of the draws to the loss.
     dirichlet_prior: of the weights of the draws. sample_scaler: size of the noise. kl_loss_weight: of the divergence
     from the priors in the loss. buffer_size: accepted; nothing is buffered here."""

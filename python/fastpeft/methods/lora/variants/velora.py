@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....config.base import check, check_choice
+from ....config.seen_as_peft import SeenAsPeft
 from ...fused import Fused
 from ...method import AdaptedLayer, Inner, LayerInfo, State
 from ..lora import Lora
@@ -22,7 +23,7 @@ from . import variant
 
 
 @dataclass
-class VeloraConfig:
+class VeloraConfig(SeenAsPeft):
     """num_groups: groups of input features. scale: of the restored inputs. init_type: v is the direction of the mean
     group of each batch ("batch_average"), of the first batch only ("batch_average_once"), or "random"."""
 
