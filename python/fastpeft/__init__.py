@@ -57,6 +57,7 @@ _NAMES = {
     "recipes.loftq": ("replace_lora_weights_loftq",),
     "recipes.loraga": ("preprocess_loraga",),
     "recipes.optimizers.adamw": ("AdamW",),
+    "compat.patch.patching": ("patch", "unpatch"),
     "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),
     "compat.peft_only": (
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",

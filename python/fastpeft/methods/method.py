@@ -127,7 +127,8 @@ class Method:
     functions that a model with such an adapter has as methods, by name; each takes the tuner first. autocast: whether
     tensors become float32 on half-precision bases. repeats_shared: whether files repeat what is shared in every layer.
     counts: fields of the configuration that are positive integers, such as ranks. divisors: fields that divide sizes of
-    the layer ({"block_size": ("in_features", "out_features")}).
+    the layer ({"block_size": ("in_features", "out_features")}). kernel: the
+    function of `peft_kernels` that `fused` calls.
     """
 
     peft_type: ClassVar[PeftType]
@@ -146,6 +147,7 @@ class Method:
     repeats_shared: ClassVar[bool] = False
     counts: ClassVar[tuple[str, ...]] = ()
     divisors: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    kernel: ClassVar[str] = "lora_linear"
 
     def __init_subclass__(cls, config: type[PeftConfig] | None = None) -> None:
         if config is not None:

@@ -40,6 +40,7 @@ from peft_kernels import (
 from ..layer.by_row import train as trained_rows
 from ..layer.layer import AdapterLayer
 from ..methods.fused import FusedProjection
+from ..weights.bnb import quant_view
 from ..weights.nf4_linear import NF4Linear
 
 _ACCELERATED = "_fastpeft_accelerated"
@@ -84,16 +85,29 @@ def _hooked(module: nn.Module) -> bool:
 
 def _projection(module: Any, dtype: torch.dtype) -> Projection | None:
     """A linear layer as the kernels take it, for x of `dtype`; None where it has to be called as a module: adapters
-    other than a single plain LoRA, hooks, a base that is computed in another dtype, weights that train.
+    other than a single plain LoRA, hooks, a base that is computed in another dtype, weights that train. Layers of PEFT
+    that `fastpeft.patch` took over and Linear4bit of bitsandbytes are such layers too.
     """
     if _hooked(module):
         return None
     if type(module) is NF4Linear:
         given = module.compute_dtype in (None, dtype)
         return Projection(module.quant_weight(), bias=module.bias) if given else None
+    layer = _adapter_layer(module)
+    if layer is None:
+        weight = quant_view(module) if getattr(module, "compute_dtype", dtype) in (None, dtype) else None
+        return None if weight is None else Projection(weight, bias=module.bias)
     # the plan is made here where it is not there yet: a first call must compute what the second will (checkpointing)
-    plan = module.plan() if type(module) is AdapterLayer else None
+    plan = layer.plan()
     return plan.projection() if isinstance(plan, FusedProjection) and plan.compute in (None, dtype) else None
+
+
+def _adapter_layer(module: Any) -> AdapterLayer | None:
+    """The layer that computes a module with adapters: itself, or what `fastpeft.patch` gave to one of PEFT's."""
+    if type(module) is AdapterLayer:
+        return module
+    find = getattr(type(module), "fastpeft_layer", None)
+    return None if find is None else find(module)  # type: ignore[no-any-return]
 
 
 def _projections(x: Tensor, *modules: Any) -> list[Projection] | None:

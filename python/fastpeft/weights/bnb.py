@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,25 @@ class Bnb4bitWeight(Quant4bitWeight):
             return qw
 
         return weight
+
+
+_views: WeakKeyDictionary[nn.Module, tuple[ReferenceType[Tensor], QuantWeight]] = WeakKeyDictionary()
+
+
+def quant_view(module: nn.Module) -> QuantWeight | None:
+    """The bytes of a frozen Linear4bit as kernels read them, the same object while they are where they were; None for
+    other modules and where the module has to be called (trained, or with another forward)."""
+    kind = type(module)
+    if kind.__name__ != "Linear4bit" or not kind.__module__.startswith("bitsandbytes.") or "forward" in vars(module):
+        return None
+    weight: Any = module.weight
+    if weight.requires_grad or getattr(weight, "quant_state", None) is None:
+        return None
+    held = _views.get(module)
+    same: Any = held is not None and held[0]() is weight
+    if held is None or not same or not _is_view(held[1], weight, weight.quant_state):
+        _views[module] = held = ref(weight), Bnb4bitWeight(module).quant()
+    return held[1]
 
 
 def _is_view(qw: QuantWeight, weight: Any, state: Any) -> bool:

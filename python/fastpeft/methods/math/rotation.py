@@ -99,6 +99,8 @@ class Butterfly(RotatesInput):
     dy^T x, T N K multiplications, half as many again as the frozen layer takes forward and backward.
     """
 
+    kernel = "butterfly_linear"
+
     def parameter(self, s: Any) -> Tensor:
         """The parameter that `blocks` are made of, in evaluation alone."""
         raise NotImplementedError

@@ -45,6 +45,7 @@ class Magnitude(nn.Module):
 class Dora(Lora):
     kinds = Lora.kinds - {"experts"}
     needs_base_weight = True
+    kernel = "dora_linear"
     examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3, "use_dora": True},
         {"r": 30, "use_dora": True, "use_rslora": True},

@@ -1,0 +1,1 @@
+"""PEFT's own layers in a model that somebody else built, computed by our methods and kernels."""

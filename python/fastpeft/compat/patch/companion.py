@@ -1,0 +1,168 @@
+"""Companion: an AdapterLayer over a layer of PEFT, whose modules, parameters and values are PEFT's own objects.
+
+It is no part of the model: PEFT's layer stays what is saved, moved, merged and trained, and the companion reads what
+lies there. PEFT keeps no version, so `current` looks at each call whether the objects are those that were seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...layer.containers import AdapterDict
+from ...layer.layer import AdapterLayer
+from ...methods.lora.lora import LATER_OPTIONS, Lora
+from ...methods.method import Method
+from ...methods.registry import get_method
+from ...weights.base import BaseWeight
+from ...weights.find import weight_of
+from ...weights.read_by_module import ParameterWeight
+from .forms import limits, own_forms
+from .stays import Stays
+
+
+class Companion(AdapterLayer):
+    """theirs: PEFT's layer. name: in the model. configs: PEFT's configurations by adapter.
+
+    limits: why a call is not ours, by "training" or "gradients". plain: every call with nothing but an input is ours.
+    Raises Stays where none can be.
+    """
+
+    def __init__(self, theirs: Any, name: str, configs: Mapping[str, Any]) -> None:
+        super().__init__(theirs.base_layer, name, _base_of(theirs))
+        self.__dict__["theirs"] = theirs  # no submodule: this is a view of it
+        self.training = theirs.training
+        self._seen = list(theirs.active_adapters)
+        adapters = adapters_of(theirs)
+        if lost := sorted(adapters - set(configs)):
+            raise Stays(f"no configuration of {', '.join(lost)} is known")
+        for attribute, value in {**vars(theirs), **theirs._modules}.items():
+            if attribute in self.__dict__ or attribute in self._modules:
+                continue
+            if isinstance(value, nn.Module):
+                self._modules[attribute] = value
+            elif isinstance(value, (dict, int)):
+                self.__dict__[attribute] = value
+        self._active_adapter = [n for n in self._seen if n in adapters]
+        self.limits: dict[str, str] = {}
+        self._forms: list[tuple[nn.Module, nn.Module]] = []  # modules of ours, with those of PEFT that they stand for
+        for adapter in sorted(adapters):
+            self.methods[adapter] = method = method_for(theirs, configs[adapter])
+            self.limits.update(limits(method, theirs, adapter))
+            for attribute, form in own_forms(theirs, adapter, self.base):
+                self._replace(attribute, adapter, form)
+        self.several = len(self._active_adapter) > 1
+        if self.several and all(type(self.methods[n]) is Lora for n in self._active_adapter):
+            self.several = False  # PEFT adds up their updates, as we do
+        self.plain = not (self.several or self.limits)
+        self._watched = self._watch()
+
+    def _replace(self, attribute: str, adapter: str, form: Any) -> None:
+        """Have our methods read `form` in the place of PEFT's entry."""
+        theirs = getattr(self.theirs, attribute, None)
+        if not isinstance(form, nn.Module):
+            self.__dict__.setdefault(attribute, {})[adapter] = form
+            return
+        container = self._modules.get(attribute)
+        if not isinstance(container, AdapterDict):
+            container = AdapterDict({} if theirs is None else {n: theirs[n] for n in theirs})
+            self._modules[attribute] = container
+        container[adapter] = form
+        if theirs is not None and adapter in theirs:
+            self._forms.append((form, theirs[adapter]))
+
+    def _watch(self) -> list[tuple[Any, str, Any]]:
+        """(mapping, key, value) of what has to be as it is now: modules of the active adapters, their variants, and
+        `forward`, where others put one of their own on a module."""
+        theirs = self.theirs
+        found: list[tuple[Any, str, Any]] = [(theirs._modules, "base_layer", theirs.base_layer)]
+        for name, container in theirs._modules.items():
+            if name != "base_layer" and type(container) is nn.ModuleDict:
+                entries = container._modules
+                found += [(entries, n, entries[n]) for n in self._active_adapter if n in entries]
+        for module in [m for _, _, m in found]:
+            if "forward" in module.__dict__:
+                raise Stays(f"somebody gave the {type(module).__name__} in it another forward")
+            if type(module) not in (nn.Identity, nn.Dropout):
+                found.append((module.__dict__, "forward", None))
+        variants = theirs.__dict__.get("lora_variant", {})
+        found += [(variants, n, variants.get(n)) for n in self._active_adapter]
+        if "cast_input_dtype_enabled" in theirs.__dict__:
+            self.cast_input_dtype_enabled = theirs.cast_input_dtype_enabled
+            found.append((theirs.__dict__, "cast_input_dtype_enabled", self.cast_input_dtype_enabled))
+        return found
+
+    def current(self) -> bool:
+        """True if this is still a view of what PEFT's layer holds. Takes over its mode."""
+        own = self.theirs.__dict__
+        if own["training"] is not self.training:
+            self.training = own["training"]
+            for ours, theirs in self._forms:
+                ours.training = theirs.training
+            self.changed()
+        active = own.get("_active_adapter")
+        if active != self._seen and [active] != self._seen:
+            return False
+        for mapping, key, value in self._watched:  # noqa: SIM110  # a third of the time of `all` over a generator
+            if mapping.get(key) is not value:
+                return False
+        return True
+
+    @property
+    def kernel(self) -> str:
+        """The function of `peft_kernels` that computes the layer, or "torch" for our formula in torch's terms."""
+        method = self.methods[self._active_adapter[0]] if len(self._active_adapter) == 1 else None
+        return method.kernel if method is not None and self.plan() is not None else "torch"
+
+    def call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], offsets: Any = None) -> Tensor:
+        """The output for any call. offsets: aLoRA's, by row."""
+        if offsets is not None:
+            self.set_row_values({name: [(offset, None) for offset in offsets] for name in self.methods})
+        try:
+            return self._forward(x, args, kwargs)
+        finally:
+            if offsets is not None:
+                self.set_row_values(None)
+
+
+def adapters_of(theirs: Any) -> set[str]:
+    """The adapters that a layer of PEFT has."""
+    found = (getattr(theirs, name, None) for name in theirs.adapter_layer_names)
+    return {adapter for container in found if container is not None for adapter in container}
+
+
+def method_for(theirs: Any, config: Any) -> Method:
+    """The method of an adapter in a layer, by PEFT's configuration. Raises Stays where none is here."""
+    if hasattr(theirs, "trainable_tokens_delta"):  # of LoRA's `trainable_token_indices`, too
+        return get_method("TRAINABLE_TOKENS")
+    for option in LATER_OPTIONS:
+        if getattr(config, option, None):
+            raise Stays(f"{option} is not there yet in fastpeft")
+    try:
+        return get_method(getattr(config.peft_type, "value", config.peft_type)).variant(config)
+    except (NotImplementedError, ValueError) as error:
+        raise Stays(str(error)) from None
+
+
+class _Parameter(ParameterWeight):
+    """The parameter of a `ParamWrapper` of PEFT, whose base layer may be another one."""
+
+    @property
+    def holder(self) -> Any:
+        return self.module.get_base_layer() if hasattr(self.module, "get_base_layer") else self.module
+
+
+def _base_of(theirs: Any) -> BaseWeight:
+    base = theirs.base_layer
+    if hasattr(theirs, "parameter_name"):
+        return _Parameter(base, theirs.parameter_name)
+    found = None if hasattr(base, "base_layer") else weight_of(base)
+    if found is None or found.transient:
+        raise Stays(f"its base layer is a {type(base).__name__}")
+    try:
+        found.check()
+    except ValueError as error:
+        raise Stays(str(error)) from None
+    return found

@@ -1,0 +1,123 @@
+"""`fastpeft.patch` and `fastpeft.unpatch`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ...files.whole import is_sharded
+from ...layer.layer import AdapterLayer
+from ...recipes.llama_cpu import Accelerated, accelerate
+from .classes import SIDE, patched, switch, switch_back
+from .hooks import Hooks
+from .report import Report
+
+OLDEST, NEWEST = (0, 18), (0, 21)  # of PEFT's versions, those that are run by tests
+_WRAPPERS = {"OptimizedModule": "compiled", "FullyShardedDataParallel": "wrapped by FSDP"}
+_accelerated: WeakKeyDictionary[nn.Module, Accelerated] = WeakKeyDictionary()
+
+
+def patch(model: nn.Module | None = None, *, layers: bool = False, loss: bool = False) -> Report:
+    """Run a model that was adapted by real PEFT on fastpeft's methods and kernels, in place and reversibly.
+
+    Its layers stay instances of PEFT's classes with their parameters, so that everything but the forward is PEFT's:
+    saving, loading, merging, adding and deleting adapters. model: any module with layers of PEFT in it (a PeftModel, a
+    model with `add_adapter`, a UNet). None: every model that gets an adapter from now on, whoever makes it.
+
+    layers: have a Llama on a CPU use quicker decoder layers too (`fastpeft.accelerate`).
+
+    Returns a report, which prints as a table. Raises ValueError for a model without PEFT's adapters, or one that is
+    compiled or sharded, and ImportError without a PEFT that this version knows. An error leaves the model as it was.
+    """
+    check_version()
+    if loss:
+        raise NotImplementedError("patch(loss=True) is not there yet in fastpeft.")
+    if model is None:
+        if layers:
+            raise ValueError("patch(layers=True) needs the model whose layers are meant: patch(model, layers=True)")
+        _hooks.install()
+        return Report()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch needs a model, a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
+    found = list(tuner_layers(model))
+    if not found:
+        own = any(isinstance(m, AdapterLayer) for m in model.modules())
+        why = "is fastpeft's own, which needs no patch" if own else "has no layer with an adapter of PEFT"
+        raise ValueError(f"patch: this {type(model).__name__} {why}. Call patch after the adapters were added.")
+    if layers and model not in _accelerated:
+        _accelerated[model] = accelerate(model)
+    return _switch(found)
+
+
+def unpatch(model: nn.Module | None = None) -> None:
+    """Give PEFT's layers their own forward back, exactly as it was. None: those of every model, and end `patch()`."""
+    if model is None:
+        _hooks.remove()
+    for layer in list(patched if model is None else model.modules()):
+        if layer in patched:
+            switch_back(layer)
+    for owner in list(_accelerated) if model is None else [model]:
+        if owner in _accelerated:
+            _accelerated.pop(owner).remove()
+
+
+def check_version() -> None:
+    """Raise ImportError unless PEFT is installed in a version that is known."""
+    try:
+        version = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError("patch is for models of PEFT, which is not installed: pip install peft") from None
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if not OLDEST <= numbers <= NEWEST:
+        known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+        raise ImportError(f"patch knows PEFT {known}, and {version} is installed: its layers may compute otherwise")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for a model that is compiled or sharded."""
+    for name, module in model.named_modules():
+        state = _WRAPPERS.get(type(module).__name__)
+        if state is None and module._compiled_call_impl is not None:
+            state = "compiled"
+        if state is None and any(is_sharded(p) for p in module.parameters(recurse=False)):
+            state = "sharded by FSDP"
+        if state is not None:
+            raise ValueError(f"patch: {name or 'the model'} is {state} already. Call patch before that.")
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """(name, layer, configurations) of each layer of PEFT in a model. Configurations are those of the tuner, or of the
+    model, that is nearest above it."""
+    module = sys.modules.get("peft.tuners.tuners_utils")
+    if module is None:
+        return
+    configs: dict[str, Any] = {"": {}}
+    for name, part in model.named_modules():
+        above = configs[name.rpartition(".")[0]]
+        own = part.__dict__.get("peft_config", getattr(part, "peft_config", None) if name == "" else None)
+        configs[name] = own if isinstance(own, dict) and own else above
+        if isinstance(part, module.BaseTunerLayer):
+            yield name, part, configs[name]
+
+
+def _switch(found: list[tuple[str, nn.Module, dict[str, Any]]]) -> Report:
+    own = [(n, layer, c) for n, layer, c in found if type(layer).__module__.partition(".")[0] == "peft"]
+    for name, layer, configs in own:
+        if SIDE not in layer.__dict__:
+            switch(layer, name, configs)
+    return Report([layer for _, layer, _ in own], [layer for _, layer, _ in found if SIDE not in layer.__dict__])
+
+
+def _follow(tuner: Any) -> None:
+    for name, layer, _ in tuner_layers(tuner.model):
+        if SIDE not in layer.__dict__ and type(layer).__module__.partition(".")[0] == "peft":
+            switch(layer, name, tuner.peft_config)
+
+
+_hooks = Hooks(_follow)

@@ -1,0 +1,86 @@
+"""`fastpeft.patch`: models that real PEFT adapted, beside themselves unpatched: every method of the golden files."""
+
+from __future__ import annotations
+
+import runpy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fastpeft
+import peft
+import pytest
+import torch
+from forms import matrix
+from torch import Tensor
+
+from peft_kernels.testing import assert_no_worse
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+zoo = runpy.run_path(str(GOLDEN / "zoo.py"))
+# One of each method, and of each kind of layer that LoRA goes on.
+SHORT = [
+    "linear", "rslora", "conv1d_gpt2", "convs", "embedding", "dora", "parameters", "attention", "ia3", "ia3_convs",
+    "loha", "lokr", "vera", "oft", "oft_embedding", "boft", "hra", "road", "fourierft", "waveft", "vblora", "unilora",
+    "tinylora", "randlora", "pvera", "shira", "miss", "adalora", "delora", "gralora", "glora", "hira", "psoft", "osf",
+    "ln_tuning", "trainable_tokens", "trainable_tokens_with_lora", "lily", "peanut", "deft", "beft", "supertuning",
+    "c3a", "frod", "loha_conv_effective", "alora_offsets", "bdlora", "velora", "kasa", "monteclora",
+]  # fmt: skip
+# Layers whose forward stays PEFT's, by case, and a part of the reason.
+STAYS = {
+    "attention": "MultiheadAttention", "c3a": "C3A", "frod": "FRoD", "hra_gs": "Gram-Schmidt",
+    "loha_conv_effective": "Tucker",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _unpatch() -> Iterator[None]:
+    yield
+    fastpeft.unpatch()
+
+
+def load(name: str, **options: Any) -> Any:
+    if zoo["CASES"][name].get("peft_type") == "ADAMSS":
+        pytest.importorskip("sklearn", reason="PEFT clusters with scikit-learn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = zoo["base_model"](case=name)
+        return peft.PeftModel.from_pretrained(base, GOLDEN / "peft" / name, is_trainable=True, **options).eval()
+
+
+def run(model: Any, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output and the gradients by name."""
+    model.zero_grad()
+    y = zoo["call"](model, name)
+    zoo["loss_of"](y).backward()
+    return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def no_worse(actual: Tensor, expected: Tensor, exact: Tensor) -> None:
+    """Each element is held to PEFT's largest error in the tensor, as in test_golden.py."""
+    if exact.numel():
+        worst, largest = (expected.double() - exact).abs().max(), exact.abs().max().clamp(min=1.0).expand(exact.shape)
+        assert_no_worse(actual, (exact + worst).to(expected.dtype), exact, 16 * largest)
+
+
+@pytest.mark.parametrize("name", matrix(zoo["CASES"], SHORT))
+def test_outputs_and_gradients_are_those_of_peft(name: str) -> None:
+    model = load(name)
+    expected, grads = run(model, name)
+    double = load(name).double()
+    for module in double.modules():
+        if vars(module).get("dtype") is torch.float32:  # AdaMSS casts to what it was made for
+            module.dtype = torch.float64
+    exact, exact_grads = run(double, name)
+    keys = list(model.state_dict())
+    report = fastpeft.patch(model)
+    y, found = run(model, name)
+    no_worse(y, expected, exact)
+    assert found.keys() == grads.keys()
+    for key in grads:
+        no_worse(found[key], grads[key], exact_grads[key])
+    assert list(model.state_dict()) == keys
+    reasons = [part for case, part in STAYS.items() if name.startswith(case)]
+    assert all(any(part in reason for part in reasons) for reason in report.calls), report.calls
+    assert report.ours > 0 or reasons
