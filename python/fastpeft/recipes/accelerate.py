@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from weakref import ref
 
 from torch import nn
 
@@ -20,10 +21,10 @@ class Acceleration:
     of it back.
     """
 
-    model: nn.Module
     modules: int = 0
     losses: int = 0
     reasons: list[str] = field(default_factory=list)
+    _model: ref[nn.Module] | None = None
     _watches: list[Watch] = field(default_factory=list)
 
     @property
@@ -38,7 +39,9 @@ class Acceleration:
 
     def remove(self) -> None:
         """Put back the classes that were there."""
-        unaccelerate(self.model)
+        model = None if self._model is None else self._model()
+        if model is not None:
+            unaccelerate(model)
         self.modules = self.losses = 0
 
     def __str__(self) -> str:
@@ -62,19 +65,18 @@ def accelerate(model: nn.Module, layers: bool = True, loss: bool = False, huge_p
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate(model) takes a torch.nn.Module, got {type(model).__name__}")
-    report = Acceleration(model)
+    report = Acceleration(_model=ref(model))
     if loss:
         report.losses, report.reasons = causal_loss.put_loss(model)
     if layers:
-        _layers(report, huge_pages)
+        _layers(report, model, huge_pages)
     if not report.modules and not report.losses and (layers or loss):
         raise ValueError("nothing to accelerate: " + "; ".join(report.reasons))
     report._watches = causal_loss.watches(model)
     return report
 
 
-def _layers(report: Acceleration, huge_pages: bool) -> None:
-    model = report.model
+def _layers(report: Acceleration, model: nn.Module, huge_pages: bool) -> None:
     elsewhere = {p.device.type for p in model.parameters()} - {"cpu"}
     if elsewhere:
         report.reasons.append(f"layers are quicker on a CPU alone, the model is on {', '.join(sorted(elsewhere))}")

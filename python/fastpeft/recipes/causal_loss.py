@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..layer.layer import AdapterLayer
 from .lazy_logits import LazyLogits, Watch, _Head, state_of
 
+_CACHE = {"use_cache", "past_key_values", "position_ids"}
 _LOSS = "_fastpeft_loss"  # a class with this forward has it, as its model has a Watch by this name
 
 
@@ -108,6 +109,10 @@ def _forward(self: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if why is not None:
         watch.whole[why] += 1
         return own(self, *args, **kwargs)
+    if self.training and torch.is_grad_enabled() and not args and not kwargs.keys() & _CACHE:
+        # A step of training reads no keys and values again, and attention is quicker without. With position_ids it is
+        # the cache that decides if transformers looks for packed sequences in them.
+        kwargs = kwargs | {"use_cache": False} if "use_cache" in _names(own) else kwargs
     deferred = _Deferred(head, watch)
     with _inside(deferred, watch):
         output = own(self, *args, **kwargs)
@@ -127,8 +132,13 @@ def _inside(deferred: _Deferred, watch: Watch) -> Iterator[None]:
         deferred.take_away()
 
 
+@functools.cache
+def _names(forward: Any) -> list[str]:
+    return list(inspect.signature(forward).parameters)
+
+
 def _place_of_labels(forward: Any) -> int | None:
-    names = list(inspect.signature(forward).parameters)
+    names = _names(forward)
     return names.index("labels") - 1 if "labels" in names else None
 
 
