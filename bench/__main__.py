@@ -12,12 +12,13 @@ from .measure import cuda_clock, threads, wall_clock
 
 OPS = ("lora_linear", "lora_linear_stacked", "multi_lora_linear", "dora_norm", "dora_linear", "swiglu", "rms_norm",
        "rotary_attention", "rotations", "quantize_4bit", "dequantize_4bit")  # fmt: skip
-SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve", "ortho")
+SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve", "ortho", "dropin")
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],
            "dora": ["dora_linear", "dora_norm", "fastpeft"], "pool": ["multi_lora_linear", "pool"],
            "multi": ["multi_lora_linear", "routing"],
            "multi-train": ["multi_lora_linear", "train_adapters"],
-           "serve": ["multi_lora_linear", "pool", "serve"], "ortho": ["rotations", "fastpeft"]}  # fmt: skip
+           "serve": ["multi_lora_linear", "pool", "serve"], "ortho": ["rotations", "fastpeft"],
+           "dropin": ["lora_linear", "fastpeft", "causal_loss"]}  # fmt: skip
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -56,12 +57,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--threads", type=int)
     p.add_argument("--device", default="cpu", help="of an op: cpu (the default) or cuda")
-    p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, decode")
+    p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, decode; or step, unet")
     p.add_argument("--methods", nargs="+", metavar="M", help="of the suites methods and ortho, such as boft dora")
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
     p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")
     p.add_argument("--budget-s", type=float, default=20.0, help="seconds of one row")
-    p.add_argument("--modes", nargs="+", help="of the suite qlora, such as ours-bf16 bnb-bf16")
+    p.add_argument("--modes", nargs="+", help="of the suites qlora and dropin, such as ours-bf16 bnb-bf16")
     p.add_argument("--step-rounds", type=int, default=7, help="steps, or generations, of each mode")
     p.add_argument("--model", type=Path, help="folder of a causal language model; default: SmolLM2 of the quickstart")
     p.add_argument(
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.rounds, args.sample_s, args.budget_s = min(args.rounds, 7), min(args.sample_s, 0.01), 6.0
     only = args.only
-    args.only = only or ["forward", "train", "levels", "step", "decode"]
+    args.only = only or ["forward", "train", "levels", "step", "decode", "unet"]
     args.threads = threads(args.threads)
     if args.gpu:
         from .gpu import report as gpu_report

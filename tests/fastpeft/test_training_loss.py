@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastpeft.apps.training.loss import chunked_cross_entropy
+from fastpeft.recipes.chunked_loss import chunked_cross_entropy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,12 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ... import adapter_modules
+from ... import adapter_modules, chunked_cross_entropy, cross_entropy_by_rows
 from .data import Example
 from .errors import UserError
-from .loss import chunked_cross_entropy
 from .packing import Batch, collate
 
 
@@ -68,32 +66,24 @@ class CompletionLoss:
     def _losses(self, batch: Batch, reduction: Literal["sum", "none"], adapters: Sequence[str] | None) -> Tensor:
         output = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         hidden: Tensor = output[0].flatten(0, 1).index_select(0, batch.where)
-        # a head that integrations.transformers_fast switched is a plain linear with a quicker way for few rows
+        # a head that `accelerate` switched is a plain linear with a quicker way for few rows
         if type(self.head) is torch.nn.Linear or getattr(type(self.head), "_fastpeft_accelerated", False):
-            return chunked_cross_entropy(
+            found: Tensor = chunked_cross_entropy(
                 hidden, self.head.weight, batch.targets, self.head.bias, scale=self.scale, softcap=self.softcap,
                 chunk_vocab=self.chunk_vocab, chunk_tokens=self.chunk_tokens, native_products=True,
                 reduction=reduction,
             )  # fmt: skip
-        # A wrapped head's logits exist in full width, so the tokens at once are what bounds them.
-        size = max(1, self.chunk_tokens // 8)
-        parts = [
-            checkpoint(
-                self._wrapped, hidden[i : i + size], batch.targets[i : i + size],
-                None if adapters is None else list(adapters[i : i + size]), use_reentrant=False,
-            )
-            for i in range(0, hidden.shape[0], size)
-        ]  # fmt: skip
-        losses = torch.cat(parts) if parts else hidden.sum(1) * 0
-        return losses.sum() if reduction == "sum" else losses
+            return found
 
-    def _wrapped(self, hidden: Tensor, targets: Tensor, adapters: list[str] | None) -> Tensor:
-        if adapters is None:
-            logits = self.head(hidden)
-        else:
-            with rows_set(self._head_modules, adapters):  # for the head a row is a token
-                logits = self.head(hidden)
-        return torch.nn.functional.cross_entropy(self._cap(logits.float()), targets, reduction="none")
+        def logits(h: Tensor, part: slice) -> Tensor:
+            if adapters is None:
+                return self._cap(self.head(h).float())
+            with rows_set(self._head_modules, adapters[part]):  # for the head a row is a token
+                return self._cap(self.head(h).float())
+
+        # A wrapped head's logits exist in full width, so the tokens at once are what bounds them.
+        losses: Tensor = cross_entropy_by_rows(logits, hidden, batch.targets, max(1, self.chunk_tokens // 8))
+        return losses.sum() if reduction == "sum" else losses
 
     def _cap(self, logits: Tensor) -> Tensor:
         logits = logits * self.scale

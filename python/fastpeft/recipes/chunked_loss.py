@@ -9,11 +9,15 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_VOCAB, CHUNK_TOKENS = 4096, 1024
 
 
 def chunked_cross_entropy(
@@ -24,8 +28,8 @@ def chunked_cross_entropy(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_vocab: int = 4096,
-    chunk_tokens: int = 1024,
+    chunk_vocab: int = CHUNK_VOCAB,
+    chunk_tokens: int = CHUNK_TOKENS,
     native_products: bool = False,
     reduction: Literal["sum", "none"] = "sum",
 ) -> Tensor:
@@ -33,8 +37,8 @@ def chunked_cross_entropy(
 
     hidden [N, H]; weight [V, H]; bias [V]; targets [N] int64 in 0..V-1.
     ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)`` where given.
-    native_products: multiply bfloat16 as bfloat16 (float32 sums) instead of in float32: twice as fast, and as exact as
-    the model's own head.
+    native_products: multiply hidden states of bfloat16 in it (float32 sums; float16 on an accelerator as well) instead
+    of in float32: twice as fast, and as exact as the model's own head.
     Differentiable in hidden, and with "sum" in weight and bias (a second sweep, made only when needed). With "none" a
     weight or bias that trains is a ValueError: their gradients are made before it is known how tokens are weighted.
     """
@@ -48,10 +52,31 @@ def chunked_cross_entropy(
         )
     if reduction == "none" and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError('reduction="none" needs a frozen weight and bias; use "sum" to train the head')
-    result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's apply has no types
-        hidden, weight, bias, targets, scale, softcap, chunk_vocab, chunk_tokens, native_products, reduction
-    )
+    with torch.autocast(hidden.device.type, enabled=False):  # products and sums are in the dtypes that are named here
+        result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's apply has no types
+            hidden, weight, bias, targets, scale, softcap, chunk_vocab, chunk_tokens, native_products, reduction
+        )
     return result
+
+
+def cross_entropy_by_rows(
+    logits: Callable[[Tensor, slice], Tensor], hidden: Tensor, targets: Tensor, rows: int = CHUNK_TOKENS // 8
+) -> Tensor:
+    """The loss of each token, [N] float32, where logits are made by something that is not one plain matrix.
+
+    logits: ``(hidden[part], part) -> [n, V]``, called for ``rows`` tokens at a time and once more in the backward pass:
+    what it reads that trains gets its gradients. hidden [N, H]; targets [N] int64 in 0..V-1.
+    """
+
+    def losses(h: Tensor, part: slice) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits(h, part).float(), targets[part], reduction="none")
+
+    parts = [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]
+    if not parts:
+        return hidden.sum(1).float() * 0
+    if not torch.is_grad_enabled():
+        return torch.cat([losses(hidden[part], part) for part in parts])
+    return torch.cat([checkpoint(losses, hidden[part], part, use_reentrant=False) for part in parts])
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -71,7 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        product = torch.bfloat16 if native_products and _multiplies_bfloat16(hidden, weight) else dtype
+        product = hidden.dtype if native_products and _multiplies(hidden) else dtype
         head = _Head(weight, bias, scale, softcap, chunk_vocab, dtype, product)
         losses = torch.empty(hidden.shape[:1], dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -101,10 +126,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None, None, None, None)
 
 
-def _multiplies_bfloat16(hidden: Tensor, weight: Tensor) -> bool:
-    if hidden.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16:
-        return False
-    return hidden.device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
+def _multiplies(hidden: Tensor) -> bool:
+    """True where products of this 16-bit dtype are quick, and summed in float32."""
+    if hidden.device.type != "cpu":
+        return hidden.dtype in (torch.bfloat16, torch.float16)
+    return hidden.dtype is torch.bfloat16 and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 class _Head:

@@ -1,0 +1,103 @@
+"""Other people's training loops on quicker layers and a loss by chunks: `accelerate`, `unaccelerate`, their report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from weakref import ref
+
+from torch import nn
+
+from . import causal_loss, llama_cpu
+from .lazy_logits import Watch
+
+
+@dataclass
+class Acceleration:
+    """The outcome of `accelerate`, to be printed.
+
+    modules: layers that compute in a quicker way; losses: models whose loss is computed by chunks; reasons: what was
+    asked for and is not there. `chunked` and `whole` count the forwards with labels since then. `remove()` takes all
+    of it back.
+    """
+
+    modules: int = 0
+    losses: int = 0
+    reasons: list[str] = field(default_factory=list)
+    _model: ref[nn.Module] | None = None
+    _watches: list[Watch] = field(default_factory=list)
+
+    @property
+    def chunked(self) -> int:
+        """How many losses were computed by chunks."""
+        return sum(watch.chunked for watch in self._watches)
+
+    @property
+    def whole(self) -> Counter[str]:
+        """Why all logits were held at once, and how often."""
+        return sum((watch.whole for watch in self._watches), Counter())
+
+    def remove(self) -> None:
+        """Put back the classes that were there."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            unaccelerate(model)
+        self.modules = self.losses = 0
+
+    def __str__(self) -> str:
+        lines = [f"layers: {self.modules} run the quicker way", f"loss: by chunks in {self.losses} model(s), "
+                 f"{self.chunked} times so far", *(f"not served: {why}" for why in self.reasons)]  # fmt: skip
+        lines += [f"all logits at once, {n} times: {why}" for why, n in self.whole.items()]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, layers: bool = True, loss: bool = False, huge_pages: bool = True) -> Acceleration:
+    """Let a model of transformers train and decode quicker and with less memory, in place; it may have adapters of
+    fastpeft or of PEFT, or none. Numbers stay the same up to rounding.
+
+    layers: quicker decoder layers, norms and attention, of Llama on a CPU. loss: with `labels` given the loss is
+    computed by chunks of tokens (and of the vocabulary where the head is one dense matrix), forward and backward, and
+    `logits` of the output is a tensor that is made when it is first used, [..., vocabulary] in the model's dtype. On
+    any device, for any head. huge_pages: put the weights of a model on a CPU into huge pages of memory where the
+    system has them.
+    May be called again, also for the other part. What cannot be served runs the model's own code; the returned report
+    says why. Raises ValueError where nothing of what was asked for can be had, and changes nothing then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate(model) takes a torch.nn.Module, got {type(model).__name__}")
+    report = Acceleration(_model=ref(model))
+    if loss:
+        report.losses, report.reasons = causal_loss.put_loss(model)
+    if layers:
+        _layers(report, model, huge_pages)
+    if not report.modules and not report.losses and (layers or loss):
+        raise ValueError("nothing to accelerate: " + "; ".join(report.reasons))
+    report._watches = causal_loss.watches(model)
+    return report
+
+
+def _layers(report: Acceleration, model: nn.Module, huge_pages: bool) -> None:
+    elsewhere = {p.device.type for p in model.parameters()} - {"cpu"}
+    if elsewhere:
+        report.reasons.append(f"layers are quicker on a CPU alone, the model is on {', '.join(sorted(elsewhere))}")
+        return
+    try:
+        llama_cpu.accelerate(model, huge_pages)
+    except ValueError as error:  # no layer that is known
+        report.reasons.append(str(error))
+    report.modules = sum(map(_switched, model.modules()))
+
+
+def _switched(module: nn.Module) -> bool:
+    return llama_cpu._ACCELERATED in type(module).__dict__
+
+
+def unaccelerate(model: nn.Module) -> int:
+    """Take back all that `accelerate` did to a model: how many of its modules were changed (0: none was)."""
+    count = causal_loss.take_loss(model)
+    for module in model.modules():
+        if _switched(module):
+            module.__class__ = type(module).__bases__[0]
+            module.__dict__.pop("_fastpeft_decoding", None)
+            count += 1
+    return count
