@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 import warnings
 from collections.abc import Iterator
@@ -40,13 +41,13 @@ def _unpatch() -> Iterator[None]:
     fastpeft.unpatch()
 
 
-def load(name: str, **options: Any) -> Any:
+def load(name: str, dtype: torch.dtype = torch.float32) -> Any:
     if zoo["CASES"][name].get("peft_type") == "ADAMSS":
         pytest.importorskip("sklearn", reason="PEFT clusters with scikit-learn")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base = zoo["base_model"](case=name)
-        return peft.PeftModel.from_pretrained(base, GOLDEN / "peft" / name, is_trainable=True, **options).eval()
+        base = zoo["base_model"](dtype, case=name)
+        return peft.PeftModel.from_pretrained(base, GOLDEN / "peft" / name, is_trainable=True).eval()
 
 
 def run(model: Any, name: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,3 +85,44 @@ def test_outputs_and_gradients_are_those_of_peft(name: str) -> None:
     reasons = [part for case, part in STAYS.items() if name.startswith(case)]
     assert all(any(part in reason for part in reasons) for reason in report.calls), report.calls
     assert report.ours > 0 or reasons
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("name", matrix(zoo["CASES"], ["linear", "dora", "oft", "vera", "randlora", "shira"]))
+def test_half_precision_is_as_good_as_pefts(name: str, mode: str) -> None:
+    exact, exact_grads = run(load(name), name)
+    model = load(name, dtype=torch.bfloat16 if mode == "bfloat16" else torch.float32)
+
+    def mixed() -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            return run(model, name)
+
+    if name.startswith("osf") and mode == "autocast":
+        pytest.skip("PEFT's hook gives gradients of another dtype")
+    y, grads = mixed()
+    fastpeft.patch(model)
+    found, own = mixed()
+    assert found.dtype == y.dtype
+    assert own.keys() == grads.keys()
+    assert distance(found, exact) <= 2 * distance(y, exact) + 0.01
+    for key in own.keys() & exact_grads.keys():
+        if own[key].numel() > 1:  # one number is a matter of luck
+            assert distance(own[key], exact_grads[key]) <= 2 * distance(grads[key], exact_grads[key]) + 0.03
+
+
+def distance(a: Tensor, exact: Tensor) -> float:
+    return float((a.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-6)) if exact.numel() else 0.0
+
+
+def test_an_adapter_that_a_layer_lacks_though_its_bank_is_shared() -> None:
+    model = load("vblora")
+    names = [n for n, m in model.named_modules() if hasattr(m, "vblora_logits_A")]
+    config = copy.copy(model.peft_config["default"])
+    config.target_modules = {names[0].removeprefix("base_model.model.")}
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    expected = run(model, "vblora")
+    fastpeft.patch(model)
+    for a, b in zip(run(model, "vblora")[1].values(), expected[1].values(), strict=True):
+        no_worse(a, b, b.double())

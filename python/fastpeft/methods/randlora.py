@@ -87,7 +87,9 @@ class RandLora(ProjectedMethod, config=RandLoraConfig):
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         parts = self._parts(s, shared)
         x = s.randlora_dropout(x.to(parts[0].dtype))
-        added: Tensor = _Update.apply(x.flatten(0, -2), *parts, s.in_features <= s.out_features)  # type: ignore[no-untyped-call]
+        with torch.autocast(x.device.type, enabled=False):  # it writes into tensors of its inputs' dtype
+            rows = x.flatten(0, -2)
+            added: Tensor = _Update.apply(rows, *parts, s.in_features <= s.out_features)  # type: ignore[no-untyped-call]
         return torch.add(y, added.view(y.shape), alpha=s.scaling)
 
 
@@ -129,13 +131,14 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved, lambdas, gammas, a, b = ctx.saved_tensors
         dx = dlambda = dgamma = None
-        c = _scaled(lambdas, gammas, a) if ctx.needs_input_grad[0] else None
-        dh = dy @ b if ctx.inward else dy
-        if c is not None:
-            dx = dh @ c if ctx.inward else dy @ c.t() @ b.t()
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dc = torch.mm(*((dh.t(), saved) if ctx.inward else (saved.t(), dy)), out=c).view(*lambdas.shape, -1)
-            by_basis = dc.mul_(a[:, None]).transpose(0, 1)
-            dlambda = (by_basis @ gammas[..., None])[..., 0].t()
-            dgamma = (lambdas.t()[:, None] @ by_basis)[:, 0]
+        with torch.autocast(dy.device.type, enabled=False):
+            c = _scaled(lambdas, gammas, a) if ctx.needs_input_grad[0] else None
+            dh = dy @ b if ctx.inward else dy
+            if c is not None:
+                dx = dh @ c if ctx.inward else dy @ c.t() @ b.t()
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                dc = torch.mm(*((dh.t(), saved) if ctx.inward else (saved.t(), dy)), out=c).view(*lambdas.shape, -1)
+                by_basis = dc.mul_(a[:, None]).transpose(0, 1)
+                dlambda = (by_basis @ gammas[..., None])[..., 0].t()
+                dgamma = (lambdas.t()[:, None] @ by_basis)[:, 0]
         return dx, dlambda, dgamma, None, None, None

@@ -40,8 +40,8 @@ class Side:
         if found is not None and found.current():
             return found
         self.companion = None
-        variants = dict(getattr(layer, "lora_variant", {}))
-        state = list(layer.active_adapters), layer.base_layer, adapters_of(layer), variants
+        variants, own = dict(getattr(layer, "lora_variant", {})), "forward" in vars(layer.base_layer)
+        state = list(layer.active_adapters), layer.base_layer, own, adapters_of(layer), variants
         if self._refused is None or self._refused[0] != state:
             try:
                 self.companion = made = Companion(layer, self.name, self.configs)

@@ -19,7 +19,7 @@ from ...methods.registry import get_method
 from ...weights.base import BaseWeight
 from ...weights.find import weight_of
 from ...weights.read_by_module import ParameterWeight
-from .forms import limits, own_forms
+from .forms import OF_ALL_LAYERS, limits, own_forms
 from .stays import Stays
 
 
@@ -48,16 +48,31 @@ class Companion(AdapterLayer):
         self._active_adapter = [n for n in self._seen if n in adapters]
         self.limits: dict[str, str] = {}
         self._forms: list[tuple[nn.Module, nn.Module]] = []  # modules of ours, with those of PEFT that they stand for
-        for adapter in sorted(adapters):
-            self.methods[adapter] = method = method_for(theirs, configs[adapter])
-            self.limits.update(limits(method, theirs, adapter))
-            for attribute, form in own_forms(theirs, adapter, self.base):
-                self._replace(attribute, adapter, form)
+        for adapter in adapters:
+            self._adopt(adapter, configs[adapter], adapter in self._active_adapter)
         self.several = len(self._active_adapter) > 1
         if self.several and all(type(self.methods[n]) is Lora for n in self._active_adapter):
             self.several = False  # PEFT adds up their updates, as we do
         self.plain = not (self.several or self.limits)
         self._watched = self._watch()
+
+    def _adopt(self, adapter: str, config: Any, active: bool) -> None:
+        """Take an adapter on. One that is not active and cannot be ours is left out."""
+        try:
+            method = method_for(self.theirs, config)
+            found = dict(limits(method, self.theirs, adapter))
+            forms = list(own_forms(self.theirs, adapter, self.base))
+        except Stays:
+            if active:
+                raise
+            return
+        if active:
+            self.limits.update(found)
+        elif found:
+            return
+        self.methods[adapter] = method
+        for attribute, form in forms:
+            self._replace(attribute, adapter, form)
 
     def _replace(self, attribute: str, adapter: str, form: Any) -> None:
         """Have our methods read `form` in the place of PEFT's entry."""
@@ -117,7 +132,9 @@ class Companion(AdapterLayer):
         return method.kernel if method is not None and self.plan() is not None else "torch"
 
     def call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], offsets: Any = None) -> Tensor:
-        """The output for any call. offsets: aLoRA's, by row."""
+        """The output for any call. offsets: aLoRA's, by row. Raises Stays for rows of adapters that were left out."""
+        if lost := set(kwargs.get("adapter_names", ())) & (adapters_of(self.theirs) - set(self.methods)):
+            raise Stays(f"rows of {', '.join(sorted(lost))}, whose forward is PEFT's own")
         if offsets is not None:
             self.set_row_values({name: [(offset, None) for offset in offsets] for name in self.methods})
         try:
@@ -129,8 +146,9 @@ class Companion(AdapterLayer):
 
 def adapters_of(theirs: Any) -> set[str]:
     """The adapters that a layer of PEFT has."""
-    found = (getattr(theirs, name, None) for name in theirs.adapter_layer_names)
-    return {adapter for container in found if container is not None for adapter in container}
+    names = {*theirs.adapter_layer_names, *theirs.other_param_names} - OF_ALL_LAYERS
+    found: list[Any] = [getattr(theirs, name, None) for name in names]
+    return {adapter for container in found if hasattr(container, "keys") for adapter in container.keys()}  # noqa: SIM118
 
 
 def method_for(theirs: Any, config: Any) -> Method:

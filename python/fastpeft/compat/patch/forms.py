@@ -91,6 +91,18 @@ LACKING: dict[str, dict[str, Callable[[Entry], Any]]] = {
 }
 
 
+# Containers that all layers of a model have, with the adapters of all of them.
+OF_ALL_LAYERS = {
+    "vera_A", "vera_B", "pvera_A", "pvera_B", "randlora_A", "randlora_B", "vblora_vector_bank", "unilora_theta_d",
+    "tinylora_v", "frod_V", "frod_s_indices", "frod_s_size",
+}  # fmt: skip
+# By an attribute of PEFT's layers: another that older versions lack, whose layers compute otherwise.
+NEWER = {
+    "osf_svd_params": "_osf_U_low_init", "pvera_lambda_b": "pvera_generator", "tinylora_v": "_tinylora_v_key",
+    "unilora_indices_A": "unilora_scales_A",
+}  # fmt: skip
+
+
 def own_forms(layer: Any, adapter: str, base: BaseWeight) -> Iterator[tuple[str, Any]]:
     """(attribute, our form of the adapter's entry there). Raises Stays where the entry has none."""
     for attribute, form in FORMS.items():
@@ -105,6 +117,8 @@ def own_forms(layer: Any, adapter: str, base: BaseWeight) -> Iterator[tuple[str,
 
 def limits(method: Method, layer: Any, adapter: str) -> Iterator[tuple[str, str]]:
     """("training" or "gradients", why PEFT's own forward has to act then). Raises Stays where it has to always."""
+    if any(hasattr(layer, name) and not hasattr(layer, new) for name, new in NEWER.items()):
+        raise Stays("this version of PEFT keeps the method's tensors in another form")
     if isinstance(method, Frod):
         raise Stays("PEFT's FRoD needs no product with the base weight, which ours does")
     if getattr(layer, "hra_apply_GS", {}).get(adapter):

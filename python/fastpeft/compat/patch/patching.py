@@ -31,8 +31,9 @@ def patch(model: nn.Module | None = None, *, layers: bool = False, loss: bool = 
 
     layers: have a Llama on a CPU use quicker decoder layers too (`fastpeft.accelerate`).
 
-    Returns a report, which prints as a table. Raises ValueError for a model without PEFT's adapters, or one that is
-    compiled or sharded, and ImportError without a PEFT that this version knows. An error leaves the model as it was.
+    Returns a report, which prints as a table; without a model, of all that is patched by now. Raises ValueError for a
+    model without PEFT's adapters, or one that is compiled or sharded, and ImportError without a PEFT that this version
+    knows. An error leaves the model as it was.
     """
     check_version()
     if loss:
@@ -41,7 +42,7 @@ def patch(model: nn.Module | None = None, *, layers: bool = False, loss: bool = 
         if layers:
             raise ValueError("patch(layers=True) needs the model whose layers are meant: patch(model, layers=True)")
         _hooks.install()
-        return Report()
+        return Report(list(patched))
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch needs a model, a torch.nn.Module, got {type(model).__name__}")
     check_model(model)

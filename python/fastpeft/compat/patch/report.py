@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -19,7 +19,7 @@ class Report:
     layers, by reason, and those that were ours, up to now.
     """
 
-    def __init__(self, layers: Iterable[nn.Module] = (), foreign: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, layers: Sequence[nn.Module], foreign: Iterable[nn.Module] = ()) -> None:
         self.served: Counter[tuple[str, str, str]] = Counter()
         self.stays: Counter[tuple[str, str]] = Counter()
         self._layers = [ref(layer) for layer in layers]

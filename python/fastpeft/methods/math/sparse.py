@@ -102,8 +102,9 @@ def sparse_linear(x: Tensor, values: Tensor, indices: Tensor, shape: tuple[int, 
 
 
 def _product(layout: Layout, values: Tensor, rows: Tensor) -> Tensor:
-    """(S rows^T)^T of [tokens, width] rows."""
-    product: Tensor = torch.sparse.mm(layout.matrix(layout.sorted(values)), rows.t().contiguous())
+    """(S rows^T)^T of [tokens, width] rows, in their dtype under autocast too, which has no sparse products."""
+    with torch.autocast(rows.device.type, enabled=False):
+        product: Tensor = torch.sparse.mm(layout.matrix(layout.sorted(values)), rows.t().contiguous())
     return product.t()
 
 
