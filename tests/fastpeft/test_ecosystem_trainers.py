@@ -94,6 +94,35 @@ def assert_same_files(ours: Path, theirs: Path) -> None:
     assert read[0] == read[1]
 
 
+COMPLETIONS = {"prompt": ["ab"] * 4, "completion": ["cd", "ef", "gh", "ij"]}
+# TRL's trainer, its data, its options, those of the adapter.
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "packing": ("SFT", {}, {"packing": True, "max_length": 16, "packing_strategy": "wrapped"}, {}),
+    "completions": ("SFT", COMPLETIONS, {}, {}),
+    "smoothing": ("SFT", {}, {"label_smoothing_factor": 0.1}, {}),
+    "whole logits": ("SFT", {}, {"loss_type": "nll"}, {}),
+    "dft": ("SFT", {}, {"loss_type": "dft"}, {}),
+    "head": ("SFT", {}, {}, {"modules_to_save": ["lm_head"]}),
+    "tokens": ("SFT", {}, {}, {"trainable_token_indices": [3, 4]}),
+    "dora": ("SFT", {}, {}, {"use_dora": True}),
+    "kto": ("KTO", {**COMPLETIONS, "label": [True, False, True, False]}, {}, {}),
+    "dpo with a head": ("DPO", {"prompt": ["ab"] * 4, **PAIRS}, {}, {"modules_to_save": ["lm_head"]}),
+    "references first": ("DPO", {"prompt": ["ab"] * 4, **PAIRS}, {"precompute_ref_log_probs": True}, {}),
+}
+
+
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+def test_trls_options_work_as_with_peft(case: tuple[str, Any, Any, Any], tmp_path: Path) -> None:
+    kind, data, options, adapter = case
+    made = [
+        trl_trainer(kind, adapted(library, **adapter), tmp_path / library.__name__, texts(**data), **options)
+        for library in (fastpeft, peft)
+    ]
+    for each in made:
+        train(each)
+    assert_same_training(*made)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing_factor": 0.1},
     "gradient checkpointing": {"gradient_checkpointing": True},
