@@ -6,20 +6,20 @@ found as `<module>.token_adapter`, which gives PEFT's keys.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.types import warn
 from ..layer.layer import AdapterLayer
-from ..layer.saved_modules import ModulesToSaveWrapper
+from ..layer.saved_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from ..methods.tied import embedding_name, tied_names
 from .modules import LayerPlan, Site, checked_info
 
 
-class TrainableTokensWrapper(nn.Module):
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """A module in the place of an embedding (or output head) whose rows adapters train."""
 
     def __init__(self, layer: AdapterLayer) -> None:
@@ -38,6 +38,10 @@ class TrainableTokensWrapper(nn.Module):
     @property
     def base_layer(self) -> nn.Module:
         return self.token_adapter.base_layer
+
+    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
+        for memory, file, tensor in self.token_adapter.adapter_state(adapter):
+            yield f"token_adapter.{memory}", f"token_adapter.{file}", tensor
 
     @property
     def weight(self) -> Any:

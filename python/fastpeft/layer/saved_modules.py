@@ -14,7 +14,19 @@ from .by_row.names import Recall, check_length, grouped
 from .containers import ActiveAdapters, AdapterDict
 
 
-class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
+class AuxiliaryTrainingWrapper(nn.Module):
+    """Base of modules that stand around another, of which adapters train something beside their own tensors."""
+
+    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
+        """As `AdapterLayer.adapter_state`."""
+        raise NotImplementedError
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """The keys in memory by the keys in a file, both without the module's name, of one adapter's tensors."""
+        return {file: memory for memory, file, _ in self.adapter_state(adapter_name)}
+
+
+class ModulesToSaveWrapper(ActiveAdapters, AuxiliaryTrainingWrapper):
     """Holds the original module and one trained copy per adapter; the active adapter's copy computes.
 
     Keys in memory are `<module>.modules_to_save.<adapter>.<tensor>`, in a file `<module>.<tensor>`.
@@ -81,7 +93,6 @@ class ModulesToSaveWrapper(ActiveAdapters, nn.Module):
         self._recall = self._recall if recall is None else recall
 
     def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-        """As `AdapterLayer.adapter_state`."""
         for key, tensor in self.modules_to_save.tensors(adapter):
             yield f"modules_to_save.{adapter}.{key}", key, tensor
 
