@@ -61,6 +61,8 @@ _NAMES = {
     "recipes.optimizers.adamw": ("AdamW",),
     "compat.patch.patching": ("patch", "unpatch"),
     "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),
+    "compat.prompt_learning": ("PrefixTuningConfig", "PromptLearningConfig"),
+    "compat.stand_in": ("as_peft",),
     "compat.peft_only": (
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import runpy
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
+from fastpeft.compat import transformers_keys as convert
 from fastpeft.inject.old_experts import find_joined
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -249,3 +252,44 @@ def test_names_that_match_say_nothing() -> None:
         warnings.simplefilter("error", fastpeft.PeftWarning)
         adapted(fastpeft, model_of("mixtral"), target_modules=["q_proj", "w1", "w2", "w3", "gate"])
         adapted(fastpeft, model_of("qwen3"), target_modules="all-linear", exclude_modules=["k_proj"])
+
+
+STAND_IN = ("peft", "peft.utils", "peft.utils.other", "peft.utils.transformers_weight_conversion", "peft.tuners",
+            "peft.tuners.tuners_utils")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("mixtral", ["q_proj", "w1", "w2", "w3"]),
+        ("mixtral", ["w1", "w3", "gate"]),
+        ("mixtral", ["w2"]),
+        ("qwen3", ["gate_proj", "up_proj", "down_proj"]),
+    ],
+)
+def test_transformers_loads_old_files_with_our_conversions(
+    name: str, targets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `model.load_adapter`, which asks `build_peft_weight_mapping` for the names in the model."""
+    for path in STAND_IN:
+        monkeypatch.setitem(sys.modules, path, importlib.import_module(path.replace("peft", "fastpeft", 1)))
+    tensors = old_file(name, tmp_path, targets)
+    model = model_of(name)
+    report = model.load_adapter(str(tmp_path))
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    close(model.eval()(IDS).logits, merged_by_hand(name, tensors, 1.5)(IDS).logits, times=64)
+    converted = convert.convert_peft_adapter_state_dict_for_transformers(model_of(name), model.peft_config["default"],
+                                                                         tensors)  # fmt: skip
+    for key, tensor in fastpeft.get_peft_model_state_dict(model).items():
+        assert_same_bits(converted[f"base_model.model.{key}"], tensor)
+
+
+def test_a_configuration_is_converted_in_place() -> None:
+    config = fastpeft.LoraConfig(target_modules=["q_proj", "w1", "w3"], r=2, lora_alpha=3)
+    convert.convert_peft_config_for_transformers(config, model_of("mixtral"), None)
+    assert (config.target_modules, config.target_parameters) == ({"q_proj"}, ["gate_up_proj"])
+    assert (config.rank_pattern, config.alpha_pattern) == ({r".*\.gate_up_proj": 4}, {r".*\.gate_up_proj": 6})
+    untouched = fastpeft.LoraConfig(target_modules=["q_proj"])
+    convert.convert_peft_config_for_transformers(untouched, model_of("mixtral"))
+    assert untouched == fastpeft.LoraConfig(target_modules=["q_proj"])

@@ -44,7 +44,7 @@ GAPS = {
         tuners.oft.layer:MultiplicativeDropoutLayer tuners.osf.utils:* tuners.randlora.layer:UniqueBaseGrad
         tuners.shira.mask_functions:random_mask tuners.waveft.wave*:*
         tuners.tuners_utils:check_adapters_to_merge tuners.tuners_utils:clone_module
-        tuners.tuners_utils:onload_layer *:UPCAST_DTYPES config:PeftConfigMixin *:AuxiliaryTrainingWrapper
+        tuners.tuners_utils:onload_layer *:UPCAST_DTYPES config:PeftConfigMixin
         utils*:_* *:set_additional_trainable_modules *:id_tensor_storage utils.integrations:*
         utils.loftq_utils:loftq_init utils.other:* utils.save_and_load:*
     """,
@@ -54,10 +54,7 @@ GAPS = {
     "nothing that a configuration names is imported": """
         auto:*import_allowlist
     """,
-    "a method is a class of `Method` with a `config_class`": """
-        *:register_peft_method
-    """,
-    "see experts.py": """
+    "the operations that PEFT converts tensors with; here it is one": """
         utils.transformers_weight_conversion:*
     """,
 }

@@ -47,7 +47,7 @@ def test_layers_of_submodules_answer_isinstance():
     assert importlib.import_module("fastpeft.tuners").lora.layer.LoraLayer
 
 
-@pytest.mark.parametrize("name", ["PromptTuningConfig", "XLoraConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize("name", ["PromptTuningConfig", "XLoraConfig", "PolyConfig"])
 def test_what_is_not_there_yet_says_so(name):
     with pytest.raises(AttributeError, match="not there yet"):
         getattr(fastpeft, name)

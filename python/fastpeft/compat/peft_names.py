@@ -53,7 +53,12 @@ HOMES = {
     "recipes.optimizers.loraplus": "create_loraplus_optimizer",
     "recipes.optimizers.riemannian": "create_riemannian_optimizer",
     "inject.replicate": "replicate_layers",
-    "layer.saved_modules": "ModulesToSaveWrapper",
+    "layer.saved_modules": "AuxiliaryTrainingWrapper ModulesToSaveWrapper",
+    "compat.third_party": "register_peft_method",
+    "compat.transformers_keys": """
+        build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers
+    """,
+    "methods.lokr": "factorization=factorize",
     "recipes.scaling": "disable_input_dtype_casting rescale_adapter_scale",
     "methods.lora.start.corda": "CordaEigens",
     "config.targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
@@ -66,6 +71,7 @@ _PATTERNS = ("TRANSFORMERS_MODELS_TO_", "is_")  # names that compat.peft_only ma
 _LORA = "EvaConfig LoftQConfig LoraGAConfig recipes.eva convert_to_lora preprocess_loraga save_as_lora"
 _STATE = "saving.base_state saving.folder saving.load saving.state_dict"
 _UTILS = f"{_STATE} compat.peft_only model.distributed model.prepare layer.saved_modules config.targets inject.tokens"
+_TYPES = "PeftType TaskType register_peft_method"
 _MODULES = {
     "auto": "model.auto",
     "config": "CONFIG_NAME PeftConfig PeftType TaskType",
@@ -90,7 +96,7 @@ _MODULES = {
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
     "tuners.tuners_utils": "model.adapters compat.peft_only layer.layer inject.replicate model.tuner",
-    "utils": f"{_UTILS} NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType replace_lora_weights_loftq",
+    "utils": f"{_UTILS} {_TYPES} NoMatchingPeftModuleError PeftError PeftWarning replace_lora_weights_loftq",
     "utils.constants": "compat.peft_only saving.folder config.targets",
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": "saving.hotswap",
@@ -99,8 +105,9 @@ _MODULES = {
     "utils.loftq_utils": "recipes.loftq",
     "utils.merge_utils": "model.merge_math",
     "utils.other": _UTILS,
-    "utils.peft_types": "PeftType TaskType",
+    "utils.peft_types": _TYPES,
     "utils.save_and_load": _STATE,
+    "utils.transformers_weight_conversion": "compat.transformers_keys",
     "utils.warning": "PeftWarning",
 }
 # PEFT's `tuners.<method>`, called as our files of methods are.

@@ -242,11 +242,22 @@ def without_dropout(config: Any, configs: Mapping[str, Any], infos: Iterable[Lay
     return found
 
 
-def joined_state(joined: Sequence[JoinedExperts], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A LoRA's tensors by today's keys, from a file that may have a module for each expert.
+def lay(side: str, experts: Iterable[Sequence[Tensor]]) -> Tensor:
+    """The one tensor of joined experts for those of their projections, a sequence for each expert.
 
-    A, of experts by rank: [experts * sum of r, in]; B, of ranks by expert and block-diagonal in what is joined: [sum of
-    out, sum of r * experts]. Works on meta tensors too. Raises KeyMismatchError if an expert's tensor is missing.
+    "lora_A", each [r, in]: [experts * sum of r, in]. "lora_B", each [out, r]: [sum of out, sum of r * experts].
+    """
+    if side == "lora_A":
+        return torch.cat([a for expert in experts for a in expert])
+    blocks = [torch.block_diag(*expert) for expert in experts]  # type: ignore[no-untyped-call]
+    return torch.stack(blocks, dim=-1).flatten(1)
+
+
+def joined_state(joined: Sequence[JoinedExperts], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA's tensors by today's keys, from a file that may have a module for each expert, laid together (`lay`): A of
+    experts by rank, B of ranks by expert and block-diagonal in what is joined.
+
+    Works on meta tensors too. Raises KeyMismatchError if an expert's tensor is missing.
     """
     if config.peft_type != PeftType.LORA or not any(".lora_" in key for key in tensors):
         return dict(tensors)
@@ -276,13 +287,7 @@ def joined_state(joined: Sequence[JoinedExperts], config: Any, tensors: Mapping[
                 shapes = [{tuple(held[o, e].shape) for o, e in column} for column in zip(*wanted, strict=True)]
                 if any(len(s) > 1 or len(next(iter(s))) != 2 for s in shapes):
                     raise KeyMismatchError(f"the experts of {site.name!r} have {side} of several shapes: {shapes}")
-                experts = [[held[k] for k in expert] for expert in wanted]
-                if side == "lora_A":
-                    laid = torch.cat([a for expert in experts for a in expert])
-                else:
-                    blocks = [torch.block_diag(*expert) for expert in experts]  # type: ignore[no-untyped-call]
-                    laid = torch.stack(blocks, dim=-1).flatten(1)
-                result[f"{where}.{side}.weight"] = laid
+                result[f"{where}.{side}.weight"] = lay(side, [[held[k] for k in expert] for expert in wanted])
     for (parameter, side), held in parts.items():
         raise KeyMismatchError(f"{parameter!r} has {side} of {len(held)} experts and nothing else")
     return result

@@ -39,6 +39,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper, nn.Module):
     def base_layer(self) -> nn.Module:
         return self.token_adapter.base_layer
 
+    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
+        for memory, file, tensor in self.token_adapter.adapter_state(adapter):
+            yield f"token_adapter.{memory}", f"token_adapter.{file}", tensor
+
     @property
     def weight(self) -> Any:
         """With the active rows in it, for models that read it rather than call the module."""
@@ -53,10 +57,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper, nn.Module):
 
     def _get_available_adapters(self) -> set[str]:
         return self.token_adapter._get_available_adapters()
-
-    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-        inner = "token_adapter"
-        return ((f"{inner}.{key}", f"{inner}.{end}", t) for key, end, t in self.token_adapter.adapter_state(adapter))
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         self.token_adapter.set_adapter(adapter_names, inference_mode)

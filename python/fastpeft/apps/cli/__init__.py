@@ -7,6 +7,11 @@ import sys
 
 def main() -> None:
     """Entry point of ``fastpeft`` and ``python -m fastpeft``."""
+    if sys.argv[1:2] == ["run"] and sys.argv[2:3] not in ([], ["-h"], ["--help"]):
+        from . import run  # not through typer: nothing stands between Python and the program
+
+        run.main(sys.argv[2:])
+        return
     try:
         from .app import app
     except ImportError as error:

@@ -290,6 +290,25 @@ def serve(
         )
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[
+        list[str], typer.Argument(metavar="SCRIPT|MODULE [ARGS]...", help="The program and its own arguments.")
+    ],
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
+    patch: Annotated[
+        bool, typer.Option("--patch", help="Let it use PEFT itself, whose layers run on fastpeft's kernels.")
+    ] = False,
+) -> None:
+    """Run a Python program, unchanged, for which `import peft` is fastpeft, whether PEFT is installed or not.
+
+    Example: fastpeft run -m trl.scripts.sft --model_name_or_path smollm2 --dataset_name data --use_peft
+    """
+    from .run import execute
+
+    execute(command, module, patch)
+
+
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Show versions, devices, and which backend serves which op and why; works when torch or a library is broken."""
