@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.types import warn
-from ..files.whole import is_sharded
+from ..files.whole import is_sharded, is_unit
 from ..methods.base_edit import BaseEdit
 from ..methods.fused import Fused
 from ..methods.method import AdapterView, Method
@@ -187,8 +187,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         wanted = self._active_adapter if adapter_names is None else adapter_names
         names = [n for n in wanted if n in self.methods and n not in self.merged_adapters]
-        if names and any(is_sharded(p) for p in self.base_layer.parameters()):
-            raise ValueError(f"{self._shown} is sharded (FSDP2): save the adapter and merge it in a model that is not.")
+        if names and (any(map(is_sharded, self.parameters())) or any(map(is_unit, self.modules()))):
+            raise ValueError(f"{self._shown} is sharded: save the adapter and merge it in a model that is not.")
         for name in names:
             if reason := self.methods[name].mergeable_in(self.view(name), self.info):
                 raise ValueError(f"Adapter {name!r} cannot be merged into {self._shown}: {reason}.")

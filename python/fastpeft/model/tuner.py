@@ -137,8 +137,8 @@ class BaseTuner(ModelMerging):
             wrapper = isinstance(module, ModulesToSaveWrapper)
             module._active_adapter = module.check_active(active) if wrapper else list(active)
             module.set_requires_grad(adapter_name, train)
-        for bias in bias_tensors(self.model, config).values() if train else ():
-            bias.requires_grad_(True)
+        for name, bias in bias_tensors(self.model, config).items() if train else ():
+            bias.requires_grad_("original_module" not in name.split("."))  # which a copy computes in the place of
         self.targeted_module_names.extend(n for n in plan.names if n not in self.targeted_module_names)
         return plan
 

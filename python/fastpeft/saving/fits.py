@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..config.types import PeftType
 from ..files.checks import PREFIX, TUNER, mismatch, report
+from ..inject.modules import unwrapped_name
 from ..inject.old_experts import stacked_state
 from ..inject.plan import InjectionPlan
 from ..methods.computed import Computed
@@ -70,7 +70,8 @@ def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[
     """Tensors of the base model that a file may hold, biases and embeddings, and the biases that it must hold, which
     the adapter trains. Keys are without `base_layer`."""
     mode = getattr(plan.config, "bias", "none") or "none"
-    tensors = {n: p for n, p in plan.model.named_parameters() if n.endswith("bias")} if mode != "none" else {}
+    named = plan.model.named_parameters() if mode != "none" else ()
+    tensors: dict[str, Tensor] = {n: p for n, p in named if n.endswith("bias")}
     tensors |= embedding_tensors(plan.model)
     found = {PREFIX + name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in tensors.items()}
     if mode == "all":
@@ -89,16 +90,16 @@ def _entries(value: Any) -> list[tuple[str, Tensor]]:
     return [("", value)] if isinstance(value, Tensor) else []
 
 
-def embedding_tensors(model: nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The base weights of a transformers model's input and output embeddings, by their keys in memory."""
+def embedding_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The base weights of a transformers model's input and output embeddings, by their keys in memory.
+
+    state: as for `iter_adapter_tensors`."""
     layers: list[Any] = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(AttributeError, NotImplementedError):  # a model without such a layer
             layers.append(getattr(model, name)())
     bases = [getattr(layer, "base_layer", layer) for layer in layers if isinstance(layer, nn.Module)]
-    return {
-        f"{name}.{key}": tensor
-        for name, module in model.named_modules()
-        if any(module is base for base in bases)
-        for key, tensor in module.named_parameters(recurse=False)
-    }
+    held = {unwrapped_name(n): m for n, m in model.named_modules() if any(m is base for base in bases)}
+    if state is not None:
+        return {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] in held}
+    return {f"{name}.{key}": p for name, module in held.items() for key, p in module.named_parameters(recurse=False)}

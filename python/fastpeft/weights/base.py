@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight
 
+from ..files.whole import is_unit
+
 Weight = tuple[Tensor, "Tensor | None"]
 Saved = dict[str, Any]  # what `BaseWeight.save` gives
 
@@ -175,8 +177,8 @@ class BaseWeight:
 
     def tensors(self) -> list[Tensor]:
         """Tensors that W is stored in, and maybe others: W is as it was while they are."""
-        stores = self.holder._parameters, self.holder._buffers
-        return [t for store in stores for t in store.values() if t is not None]
+        stores = self.holder._parameters, self.holder._buffers, vars(self.holder)
+        return [t for store in stores for t in store.values() if isinstance(t, Tensor)]
 
     def rows(self, index: slice | Tensor) -> Tensor:
         """Some rows of W as [rows, columns], in at least float32, without decoding the others."""
@@ -266,7 +268,11 @@ def has_base(module: nn.Module, class_name: str, package: str) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """True for a module that has to be called, since somebody acts in its call: a hook, a forward of its own (those of
+    accelerate bring its weight) or FSDP1, which has plain attributes in the places of its parameters."""
+    own = vars(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in own or "weight" in own or is_unit(module)
 
 
 def install(module: nn.Module, name: str, value: Tensor) -> None:

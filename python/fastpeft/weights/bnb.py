@@ -74,6 +74,7 @@ class Bnb4bitWeight(Quant4bitWeight):
     def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
         module = self.module
         parameters, hooks, pre = module._parameters, module._forward_hooks, module._forward_pre_hooks
+        own = vars(module)
         held: Any = None
         state: Any = None
         qw: QuantWeight | None = None
@@ -81,7 +82,7 @@ class Bnb4bitWeight(Quant4bitWeight):
         def weight() -> QuantWeight | None:
             nonlocal held, state, qw
             w = parameters.get("weight")
-            if w is None or w.requires_grad or hooks or pre:
+            if w is None or w.requires_grad or hooks or pre or "forward" in own:
                 return None
             # The state object tells a requantised or repacked weight from the one that was seen last.
             if qw is None or w is not held or w.quant_state is not state or not _is_view(qw, w, state):

@@ -26,11 +26,11 @@ class LinearWeight(BaseWeight):
         if type(module).forward is not nn.Linear.forward:
             return None
         parameters, hooks, pre = module._parameters, module._forward_hooks, module._forward_pre_hooks
-        backward = module._backward_hooks
+        backward, own = module._backward_hooks, vars(module)
 
         def weight() -> Tensor | None:
             w: Tensor | None = parameters.get("weight")
-            return None if w is None or w.requires_grad or hooks or pre or backward else w
+            return None if w is None or w.requires_grad or hooks or pre or backward or "forward" in own else w
 
         return weight
 

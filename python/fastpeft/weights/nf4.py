@@ -70,11 +70,11 @@ class Quant4bitWeight(BaseWeight):
 
     def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
         module = self.module
-        hooks, pre = module._forward_hooks, module._forward_pre_hooks
+        hooks, pre, own = module._forward_hooks, module._forward_pre_hooks, vars(module)
         quant: Callable[[], QuantWeight] = module.quant_weight
 
         def weight() -> QuantWeight | None:
-            return None if hooks or pre else quant()
+            return None if hooks or pre or "forward" in own else quant()
 
         return weight
 
