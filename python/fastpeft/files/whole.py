@@ -5,11 +5,14 @@ torch.distributed and deepspeed are imported on use only.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .offloaded import brought
 
 UNIT = "_fsdp_wrapped_module"  # what FullyShardedDataParallel calls the module that it wraps
 
@@ -26,11 +29,36 @@ def is_unit(module: nn.Module) -> bool:
     return UNIT in module._modules
 
 
-def opened(unit: nn.Module) -> nn.Module:
-    """A stand-in for the module in an FSDP1 unit with whole copies of its parameters, whose gradients the unit gets.
+def is_apart(module: nn.Module) -> bool:
+    """True for a module that has its tensors only while it is called: an FSDP1 unit, one that accelerate offloads."""
+    return is_unit(module) or any("_hf_hook" in m.__dict__ for m in module.modules())
 
-    A unit has them while it computes and at no other time, so this has it compute the copies.
-    """
+
+def opened(module: nn.Module) -> nn.Module:
+    """A stand-in with its tensors for a module that is `is_apart`."""
+    if is_unit(module):
+        return _opened_unit(module)
+    with brought(module):
+        held = {name: {**vars(module)[name]} for name in ("_parameters", "_buffers")}
+    children = {n: m if m is None or not is_apart(m) else opened(m) for n, m in module._modules.items()}
+    own = {n: v for n, v in vars(module).items() if n not in ("forward", "_hf_hook", "_old_forward")}
+    return _stand_in(module, {**own, **held, "_modules": children})
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy that has its own tensors, whoever keeps those of the original."""
+    return copy.deepcopy(opened(module) if is_apart(module) else module, memo)
+
+
+def _stand_in(module: nn.Module, attributes: dict[str, Any]) -> nn.Module:
+    made: nn.Module = object.__new__(type(module))
+    vars(made).update(attributes)
+    return made
+
+
+def _opened_unit(unit: nn.Module) -> nn.Module:
+    """Whole copies of a unit's parameters, whose gradients the unit gets. It has them while it computes and at no other
+    time, so this has it compute the copies."""
     module: Any = unit._modules[UNIT]
 
     def copies() -> dict[str, Tensor]:
@@ -44,10 +72,8 @@ def opened(unit: nn.Module) -> nn.Module:
         found = unit()
     finally:
         del module.forward
-    stand_in: nn.Module = object.__new__(type(module))
     none = {name: None for name, p in module._parameters.items() if p is None}
-    vars(stand_in).update({**vars(module), "_parameters": none, **found})
-    return stand_in
+    return _stand_in(module, {**vars(module), "_parameters": none, **found})
 
 
 def state_of_units(model: nn.Module) -> Mapping[str, Tensor] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.types import warn
+from ..files.offloaded import brought
 from ..files.whole import is_sharded, is_unit
 from ..methods.base_edit import BaseEdit
 from ..methods.fused import Fused
@@ -115,12 +116,13 @@ class MergingLayer(ActiveAdapters, Wrapping):
         base = self.base
         if saved is None:
             return base.read()
-        now = base.save()
-        base.restore(saved)
-        try:
-            return base.read()
-        finally:
-            base.restore(now)
+        with brought(base.holder):
+            now = base.save()
+            base.restore(saved)
+            try:
+                return base.read()
+            finally:
+                base.restore(now)
 
     def removed_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """P and Q of what an adapter's edit removed from the weight that it found, if it is of a low rank."""
@@ -137,6 +139,12 @@ class MergingLayer(ActiveAdapters, Wrapping):
         """
         if self.merged_adapters and self._unmerged is None:
             raise ValueError("this layer was merged with keep=False, so its old weight is gone")
+        with brought(self.base.holder, changes=True):
+            return self._made_anew(merged, edits, keep, safe)
+
+    def _made_anew(
+        self, merged: Sequence[str], edits: Mapping[str, BaseEdit] | None, keep: bool, safe: bool
+    ) -> float | None:
         base, error = self.base, None
         now, unedited, unmerged = base.save(), self._unedited, self._unmerged
         parameters: dict[str, Any] = self.base_layer._parameters

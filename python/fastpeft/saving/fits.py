@@ -31,11 +31,11 @@ def check_fits(
     every = [layer.site.name for layer in plan.layers]  # a file may repeat for each what they share
     plain = base | {f"{PREFIX}{layer}.{n}": tuple(t.shape) for layer in every for n, t in shared.items()}
     missing = [key for key in expected if key not in tensors]
-    biases = {key.replace(".base_layer.", ".") for key in tensors}
+    biases = {_bare(key) for key in tensors}
     missing += [key for key in trained if key not in biases]
     unexpected, mismatched, wrong = [], [], []
     for key, info in tensors.items():
-        if (shape := expected.get(key, plain.get(key.replace(".base_layer.", ".")))) is None:
+        if (shape := expected.get(key, plain.get(_bare(key)))) is None:
             if not plan.method.ignores(plan.config, key):
                 unexpected.append(key)
         elif shape != info.shape:
@@ -73,13 +73,18 @@ def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[
     named = plan.model.named_parameters() if mode != "none" else ()
     tensors: dict[str, Tensor] = {n: p for n, p in named if n.endswith("bias")}
     tensors |= embedding_tensors(plan.model)
-    found = {PREFIX + name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = {PREFIX + _bare(name): tuple(tensor.shape) for name, tensor in tensors.items()}
     if mode == "all":
         other = tuple(f"{PREFIX}{site.site.name}." for site in plan.saved)
         trained = [key for key in found if key.endswith(".bias") and not key.startswith(other)]
         return found, [key for key in trained if not re.search(r"\.lora_\w+\.|modules_to_save", key)]
     own = [layer for layer in plan.layers if layer.method is plan.method and mode != "none"]
     return found, [f"{PREFIX}{layer.site.name}.bias" for layer in own if layer.layer.info.has_bias]
+
+
+def _bare(key: str) -> str:
+    """A base tensor's key as it was before adapters were put in."""
+    return key.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _entries(value: Any) -> list[tuple[str, Tensor]]:

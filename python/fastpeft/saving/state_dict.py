@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from ..files.checks import PREFIX, TUNER, KeyMismatchError, list_some, mismatch, read_json, report
+from ..files.offloaded import keep, keeper, kept
 from ..files.whole import copy_into, gathered, is_sharded, state_of_units, whole_shape
-from ..inject.modules import adapter_modules, iter_adapter_tensors
+from ..inject.modules import WRAPPED, adapter_modules, iter_adapter_tensors
 from ..inject.old_experts import Stack, find_stacks, stacked_state
 from ..layer.layer import AdapterLayer
 from ..layer.shared_tensors import held_containers, reuse
@@ -56,7 +57,7 @@ def get_peft_model_state_dict(
         pairs.setdefault(memory, (memory, tensor))
     if given is not None:
         _check_all_there(model, adapter_name, pairs)
-    return method_of(config).pack(config, gathered(dict(pairs.values())))
+    return method_of(config).pack(config, gathered({f: kept(*_place(model, m), t) for m, (f, t) in pairs.items()}))
 
 
 def _check_all_there(model: nn.Module, adapter: str, found: Iterable[str]) -> None:
@@ -139,6 +140,8 @@ def fill(
     for memory, (target, value) in found.items() if whole is None else ():
         if is_sharded(target):
             copy_into(target, value)
+        elif target.is_meta and keeper(_place(model, memory)[0]) is not None:
+            keep(*_place(model, memory), value.to(target.dtype))
         elif low_cpu_mem_usage or target.is_meta:
             _assign(model, memory, value, new)
         elif not isinstance(target, nn.Parameter):  # adapters may share a buffer
@@ -195,12 +198,25 @@ def _configs(model: nn.Module) -> Mapping[str, Any]:
     return configs
 
 
-def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Parameter]) -> None:
-    """Make `value` the tensor at a dotted path; looked up in the modules' tables, since `train` may be an adapter."""
+def _parents(model: nn.Module, memory: str) -> tuple[list[Any], str]:
+    """The modules on the way to a tensor, the last of which has it, and its name there."""
     *path, name = memory.split(".")
     parents: list[Any] = [model]
     for part in path:
+        while unwrapped := [name for name in WRAPPED if name in parents[-1]._modules]:
+            parents.append(parents[-1]._modules[unwrapped[0]])
         parents.append(parents[-1]._modules[part])
+    return parents, name
+
+
+def _place(model: nn.Module, memory: str) -> tuple[nn.Module, str]:
+    parents, name = _parents(model, memory)
+    return parents[-1], name
+
+
+def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Parameter]) -> None:
+    """Make `value` the tensor at a dotted path; looked up in the modules' tables, since `train` may be an adapter."""
+    parents, name = _parents(model, memory)
     module = parents[-1]
     near = (t for m in reversed(parents) for t in (*m.parameters(), *m.buffers()) if not t.is_meta)
     value = value.to(next((t.device for t in near), value.device))

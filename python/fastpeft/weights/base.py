@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight
 
+from ..files.offloaded import brought, device_of
 from ..files.whole import is_unit
 
 Weight = tuple[Tensor, "Tensor | None"]
@@ -128,7 +129,7 @@ class BaseWeight:
         out_features, in_features = self.features(shape)
         return LayerInfo(
             name=name, kind=self.kind, shape=shape, in_features=in_features, out_features=out_features,
-            has_bias=self.bias is not None, dtype=self.dtype, device=self.tensor.device, base=self,
+            has_bias=self._bias is not None, dtype=self.dtype, device=device_of(self.holder, self.tensor), base=self,
             groups=1 if self.transient else int(getattr(self.module, "groups", 1)),
             quantized=self.quantized, transient=self.transient, times=self.times,
         )  # fmt: skip
@@ -144,8 +145,15 @@ class BaseWeight:
         return getattr(self.holder, self.names[0])  # type: ignore[no-any-return]
 
     @property
-    def bias(self) -> Tensor | None:
+    def _bias(self) -> Tensor | None:
         return getattr(self.holder, self.names[1], None) if self.names[1] else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        if (b := self._bias) is None or not b.is_meta:
+            return b
+        with brought(self.holder):
+            return self._bias
 
     @property
     def transposed(self) -> bool:
@@ -173,7 +181,8 @@ class BaseWeight:
 
     def read(self) -> Weight:
         """W and b, in the dtype that the module stores (quantised: decoded to at least float32). May alias."""
-        return self.turned(self.tensor), self.bias
+        with brought(self.holder):
+            return self.turned(self.tensor), self._bias
 
     def tensors(self) -> list[Tensor]:
         """Tensors that W is stored in, and maybe others: W is as it was while they are."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peft_kernels
 from peft_kernels import QuantWeight
 
+from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, has_base, has_hooks, relative_error
 from .nf4 import Quant4bitWeight
 
@@ -36,7 +37,8 @@ class Bnb4bitWeight(Quant4bitWeight):
             raise ValueError("a bitsandbytes Linear4bit that is not quantised: move the model to its device first")
 
     def quant(self) -> QuantWeight:
-        weight = self.module.weight
+        with brought(self.module):
+            weight = self.module.weight
         if weight.quant_state is None:
             weight.quant_state = getattr(self.module, "quant_state", None)
         if getattr(weight.quant_state, "packing_format_for_cpu", False):

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from peft_kernels import QuantWeight
 
+from ..files.offloaded import brought
 from .base import BaseWeight
 
 
@@ -99,4 +100,5 @@ class NormWeight(BaseWeight):
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         tensors = {"weight": w} if b is None else {"weight": w, "bias": b}
-        return functional_call(self.module, tensors, (x,))  # type: ignore[no-any-return]
+        with brought(self.module):
+            return functional_call(self.module, tensors, (x,))  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..files.offloaded import brought
 from .base import BaseWeight, Wrapping, innermost
 from .dense import LinearWeight
 
@@ -51,7 +52,12 @@ class TransientWeight(BaseWeight):
         new = {weight: self.turned(w).to(self.tensor.dtype)}
         if b is not None and bias is not None and self.bias is not None:
             new[bias] = b.to(self.bias.dtype)
-        return _holding(self.holder, new)
+        return self._replaced(new)
+
+    @contextmanager
+    def _replaced(self, new: Mapping[str, Tensor]) -> Iterator[None]:
+        with brought(self.holder), _holding(self.holder, new):
+            yield
 
 
 class AttentionOutWeight(LinearWeight):
