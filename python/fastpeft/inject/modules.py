@@ -18,6 +18,7 @@ from ..weights.base import BaseWeight, LayerInfo, innermost
 from ..weights.find import weight_of
 
 AdapterModule = AdapterLayer | ModulesToSaveWrapper
+WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch's names of a module in a wrapper
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,14 @@ class LayerPlan:
     method: Method
 
 
+def unwrapped_name(name: str) -> str:
+    """A module's or a tensor's name without those of torch's wrappers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
 def walk(model: nn.Module) -> Iterator[Site]:
-    """Every module once, like `named_modules`, but not what is inside an adapter layer."""
+    """Every module once, like `named_modules`, but not what is inside an adapter layer. Names are those of keys in
+    state dicts: what torch wraps around a module, to shard it or to compute it twice, has no part in them."""
     seen: set[int] = set()
     waiting = [Site("", model, None, "")]
     while waiting:
@@ -57,7 +64,10 @@ def walk(model: nn.Module) -> Iterator[Site]:
             waiting.extend(parts(site))
             continue
         prefix = f"{site.name}." if site.name else ""
-        children = [Site(prefix + n, m, site.module, n) for n, m in site.module._modules.items() if m is not None]
+        children = [
+            Site(site.name if n in WRAPPED else prefix + n, m, site.module, n)
+            for n, m in site.module._modules.items() if m is not None
+        ]  # fmt: skip
         waiting.extend(reversed(children))
 
 
@@ -106,18 +116,23 @@ class KnownModules:
         return found
 
 
-def iter_adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Tensor]]:
+def iter_adapter_tensors(
+    model: nn.Module, adapter_name: str, state: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, str, Tensor]]:
     """(key in memory, key in a file, tensor) of everything that is saved for an adapter.
 
     The keys start at `model`: pass a PeftModel for PEFT's `base_model.model.` keys. Tensors that all layers of the
     adapter share come once, from the tuner that holds them or, where there is none, from the first layer.
+    state: the model's state dict, to take all of it from (`files/whole.py`).
     """
+    if state is not None:
+        state = {k: t for k, t in state.items() if f".{adapter_name}." in f".{k}."}
     tuner: str | None = None
     shared: dict[str, tuple[str, AdapterDict]] = {}
     for site in walk(model):
         prefix = f"{site.name}." if site.name else ""
         if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
-            for memory, file, tensor in site.module.adapter_state(adapter_name):
+            for memory, file, tensor in site.module.adapter_state(adapter_name, state, prefix):
                 yield prefix + memory, prefix + file, tensor
         if isinstance(site.module, AdapterLayer):
             for name, path in site.module.shared.items():
@@ -126,9 +141,10 @@ def iter_adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[
             tuner = prefix
     for path, (where, container) in shared.items():
         file = f"{tuner or ''}{path}"
-        for suffix, tensor in container.tensors(adapter_name):
+        memory = where if tuner is None else file
+        for suffix, tensor in container.tensors(adapter_name, state, f"{memory}."):
             end = f".{suffix}" if suffix else ""
-            yield f"{where if tuner is None else file}.{adapter_name}{end}", f"{file}{end}", tensor
+            yield f"{memory}.{adapter_name}{end}", f"{file}{end}", tensor
 
 
 def inside_saved(site: Site) -> bool:

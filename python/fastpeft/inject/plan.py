@@ -25,6 +25,7 @@ from ..config.targets import (
 )
 from ..config.types import TaskType
 from ..files.checks import PREFIX, TUNER, list_some
+from ..files.whole import copied
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper, check_savable
@@ -254,7 +255,7 @@ def _plan(
         layers.append(LayerPlan(site, layer, state, method))
     for plan in tokens:
         place(plan.state, plan.layer.info, autocast_adapter_dtype)
-    copies = [_SavedPlan(site, wrapper, copy.deepcopy(wrapper.original_module)) for site, wrapper in saved]
+    copies = [_SavedPlan(site, wrapper, copied(wrapper.original_module)) for site, wrapper in saved]
     changes = {**opened, "target_modules": resolved.target_modules, **resolved_fan}
     return InjectionPlan(model, config, adapter_name, method, [*layers, *tokens], copies, tokens, shared, changes,
                          leaders, joined, finish)  # fmt: skip

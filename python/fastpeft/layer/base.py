@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config.types import warn
-from ..files.whole import is_sharded
+from ..files.offloaded import brought
+from ..files.whole import is_sharded, is_unit
 from ..methods.base_edit import BaseEdit
 from ..methods.fused import Fused
 from ..methods.method import AdapterView, Method
@@ -115,12 +116,13 @@ class MergingLayer(ActiveAdapters, Wrapping):
         base = self.base
         if saved is None:
             return base.read()
-        now = base.save()
-        base.restore(saved)
-        try:
-            return base.read()
-        finally:
-            base.restore(now)
+        with brought(base.holder):
+            now = base.save()
+            base.restore(saved)
+            try:
+                return base.read()
+            finally:
+                base.restore(now)
 
     def removed_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """P and Q of what an adapter's edit removed from the weight that it found, if it is of a low rank."""
@@ -137,6 +139,12 @@ class MergingLayer(ActiveAdapters, Wrapping):
         """
         if self.merged_adapters and self._unmerged is None:
             raise ValueError("this layer was merged with keep=False, so its old weight is gone")
+        with brought(self.base.holder, changes=True):
+            return self._made_anew(merged, edits, keep, safe)
+
+    def _made_anew(
+        self, merged: Sequence[str], edits: Mapping[str, BaseEdit] | None, keep: bool, safe: bool
+    ) -> float | None:
         base, error = self.base, None
         now, unedited, unmerged = base.save(), self._unedited, self._unmerged
         parameters: dict[str, Any] = self.base_layer._parameters
@@ -187,8 +195,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         wanted = self._active_adapter if adapter_names is None else adapter_names
         names = [n for n in wanted if n in self.methods and n not in self.merged_adapters]
-        if names and any(is_sharded(p) for p in self.base_layer.parameters()):
-            raise ValueError(f"{self._shown} is sharded (FSDP2): save the adapter and merge it in a model that is not.")
+        if names and (any(map(is_sharded, self.parameters())) or any(map(is_unit, self.modules()))):
+            raise ValueError(f"{self._shown} is sharded: save the adapter and merge it in a model that is not.")
         for name in names:
             if reason := self.methods[name].mergeable_in(self.view(name), self.info):
                 raise ValueError(f"Adapter {name!r} cannot be merged into {self._shown}: {reason}.")

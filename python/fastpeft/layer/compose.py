@@ -64,7 +64,7 @@ class Composed:
 
     def bias(self) -> Tensor | None:
         if self.bare:
-            return getattr(self._layer.base_layer, "bias", None)
+            return self._layer.base.bias
         zeros = torch.zeros(self.info.in_features, dtype=self.info.dtype, device=self.info.device)
         with self._layer.rows.without_values():  # this is no row of the batch
             return self(zeros[None])[0]

@@ -100,8 +100,17 @@ class AdapterDict(nn.Module):
         self._forget(name)
         return value
 
-    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """(suffix, tensor) of everything that `state_dict` has for an adapter; the suffix is "" for a tensor itself."""
+    def tensors(
+        self, name: str, state: Mapping[str, Tensor] | None = None, prefix: str = ""
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(suffix, tensor) of everything that `state_dict` has for an adapter; the suffix is "" for a tensor itself.
+
+        state: a state dict to take it from, where this container's keys start with `prefix`.
+        """
+        if state is not None:
+            key = prefix + name
+            yield from ((k[len(key) + 1 :], t) for k, t in state.items() if k == key or k.startswith(f"{key}."))
+            return
         value = self.get(name)
         if isinstance(value, Tensor):
             if name not in self._non_persistent_buffers_set:

@@ -99,14 +99,19 @@ class AdapterLayer(MergingLayer):
             if isinstance(module, AdapterDict):
                 yield name, module
 
-    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-        """(key in memory, key in a file, tensor) of what is saved for an adapter; keys start after the layer's name."""
+    def adapter_state(
+        self, adapter: str, state: Mapping[str, Tensor] | None = None, prefix: str = ""
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """(key in memory, key in a file, tensor) of what is saved for an adapter; keys start after the layer's name.
+
+        state: a state dict to take the tensors from, where the keys of this layer start with `prefix`.
+        """
         method = self.methods.get(adapter)
         for name, container in self.containers() if method is not None else ():
             assert method is not None
             if name in self.shared and not method.repeats_shared:
                 continue
-            for suffix, tensor in container.tensors(adapter):
+            for suffix, tensor in container.tensors(adapter, state, f"{prefix}{name}."):
                 end = f".{suffix}" if suffix else ""
                 file = method.file_key(f"{name}{end}")
                 if file is not None:

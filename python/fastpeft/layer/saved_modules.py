@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -118,8 +118,17 @@ class ModulesToSaveWrapper(ActiveAdapters, AuxiliaryTrainingWrapper, nn.Module):
         self.row_names = None if adapter_names is None else tuple(adapter_names)
         self._recall = self._recall if recall is None else recall
 
-    def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-        for key, tensor in self.modules_to_save.tensors(adapter):
+    shared: ClassVar[dict[str, str]] = {}  # as `AdapterLayer.shared`
+
+    def containers(self) -> Iterator[tuple[str, AdapterDict]]:
+        """As `AdapterLayer.containers`."""
+        yield "modules_to_save", self.modules_to_save
+
+    def adapter_state(
+        self, adapter: str, state: Mapping[str, Tensor] | None = None, prefix: str = ""
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """As `AdapterLayer.adapter_state`."""
+        for key, tensor in self.modules_to_save.tensors(adapter, state, f"{prefix}modules_to_save."):
             yield f"modules_to_save.{adapter}.{key}", key, tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

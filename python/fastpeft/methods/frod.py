@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, HasProjection, TargetConfig, check
+from ..files.whole import gathered
 from .computed import Computed
 from .math.draws import drawn_normal, normal_
 from .math.factored import dropout
@@ -101,7 +102,7 @@ class Frod(ProjectedMethod, config=FrodConfig):
         return {"r": info.out_features, "frod_dropout": dropout(config.frod_dropout), **state}
 
     def filled(self, layer: AdaptedLayer, adapter: str) -> None:
-        weight, v = layer.unmerged_weight()[0], layer.frod_V[adapter]
+        weight, v = gathered({"w": layer.unmerged_weight()[0], "v": layer.frod_V[adapter]}).values()
         if not weight.is_meta and not v.is_meta:
             u, lambdas = _left(weight, v)
             like = layer.frod_lambda_l[adapter]

@@ -6,7 +6,6 @@ without effect there. Costs what the layer costs.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config.base import TargetConfig
 from ..config.targets import by_type
+from ..files.whole import copied
 from ..weights.find import weight_of
 from .method import Inner, LayerInfo, Method, State
 
@@ -51,7 +51,7 @@ class LNTuning(Method, config=LNTuningConfig):
         memo: dict[int, Any] = {}
         if torch.empty(0).is_meta:  # the copy's tensors will come from a file
             memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in info.module.parameters()}
-        return {"ln_tuning_layers": copy.deepcopy(info.module, memo)}
+        return {"ln_tuning_layers": copied(info.module, memo)}
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         own: Any = weight_of(s.ln_tuning_layers)

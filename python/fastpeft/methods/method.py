@@ -24,6 +24,7 @@ from ..config.base import PeftConfig, check_probabilities, check_ranks
 from ..config.patterns import first_match
 from ..config.targets import DEFAULT_TARGETS
 from ..config.types import PeftType
+from ..files.whole import is_apart, opened
 from ..weights.base import BaseWeight
 from ..weights.base import LayerInfo as LayerInfo
 from .fused import Fused
@@ -99,10 +100,13 @@ class AdapterView:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._layer, name)
+        if isinstance(found, nn.Module) and "_hf_hook" in found.__dict__:
+            found = opened(found)
         try:
-            return found if isinstance(found, int) else found[self._name]
+            value = found if isinstance(found, int) else found[self._name]
         except KeyError:
             raise AttributeError(f"adapter {self._name!r} has no {name!r} in this layer") from None
+        return opened(value) if isinstance(value, nn.Module) and is_apart(value) else value
 
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """An input in the dtype of the adapter's tensors, unless a user turned that off."""
@@ -110,7 +114,7 @@ class AdapterView:
 
     def get(self, name: str, default: Any = None) -> Any:
         container = getattr(self._layer, name, None)
-        return default if container is None or self._name not in container else container[self._name]
+        return default if container is None or self._name not in container else getattr(self, name)
 
 
 class Method:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -119,7 +120,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     module, so that no group mixes what is trained with what is not. Blocks: the classes that the environment names
     (FSDP_TRANSFORMER_CLS_TO_WRAP), else `_no_split_modules`.
 
-    Raises ValueError for a class that is not in the model.
+    Raises ValueError for a class that is not in the model, and where modules train the same tensors, which only
+    one unit can have: wrap such a model as one unit, without a policy, or use `fully_shard_model`.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -129,6 +131,12 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     for name in names:
         if name not in classes:
             raise ValueError(f"Could not find the transformer layer class to wrap in the model: {name!r}")
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
+    if shared := [name for name, p in model.named_parameters() if places[id(p)] > 1]:
+        raise ValueError(
+            f"FullyShardedDataParallel cannot wrap modules that train the same tensors, {list_some(shared)}: wrap the "
+            "model as one unit, without auto_wrap_policy, or shard it by FSDP2 (fastpeft.fully_shard_model)."
+        )
 
     def trains(module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)

@@ -17,6 +17,8 @@ from ..config.base import PeftConfig
 from ..config.limits import BASE
 from ..config.seen_as_peft import SeenAsPeft
 from ..config.types import warn
+from ..files.checks import list_some
+from ..files.offloaded import keeper
 from ..inject.modules import AdapterModule, KnownModules, adapter_modules
 from ..inject.plan import InjectionPlan, plan_injection
 from ..layer.by_row.names import Recall, RowValues, check_length
@@ -115,6 +117,8 @@ class BaseTuner(SeenAsPeft, ModelMerging):
                 )  # fmt: skip
             else:
                 plan.finish()
+            trained = adapter_name in self.active_adapters and not config.inference_mode
+            _check_biases(self.model, getattr(config, "bias", "none") if trained else "none")
         except Exception:
             if plan is not None:
                 plan.abandon()
@@ -138,8 +142,8 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             wrapper = isinstance(module, ModulesToSaveWrapper)
             module._active_adapter = module.check_active(active) if wrapper else list(active)
             module.set_requires_grad(adapter_name, train)
-        for bias in bias_tensors(self.model, config).values() if train else ():
-            bias.requires_grad_(True)
+        for name, bias in bias_tensors(self.model, config).items() if train else ():
+            bias.requires_grad_("original_module" not in name.split("."))  # which a copy computes in the place of
         self.targeted_module_names.extend(n for n in plan.names if n not in self.targeted_module_names)
         return plan
 
@@ -248,6 +252,17 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         if keeps:
             self._names = rows, there
         return rows
+
+
+def _check_biases(model: nn.Module, mode: str) -> None:
+    """Raise ValueError if an adapter that trains biases would train those that accelerate brings for a forward."""
+    if mode in (None, "none", False):
+        return
+    if lost := [n for n, m in model.named_modules() if keeper(m) is not None and m._parameters.get("bias") is not None]:
+        raise ValueError(
+            f"bias={mode!r} would train biases that accelerate offloads, {list_some(lost)}: what a hook brings for a "
+            "forward has no gradient after it. Load the base model without offloading, or use bias='none'."
+        )
 
 
 class _Batch:

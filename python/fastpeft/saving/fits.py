@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..config.types import PeftType
 from ..files.checks import PREFIX, TUNER, mismatch, report
+from ..inject.modules import unwrapped_name
 from ..inject.old_experts import joined_state
 from ..inject.plan import InjectionPlan
 from ..methods.computed import Computed
@@ -31,11 +31,11 @@ def check_fits(
     every = [layer.site.name for layer in plan.layers]  # a file may repeat for each what they share
     plain = base | {f"{PREFIX}{layer}.{n}": tuple(t.shape) for layer in every for n, t in shared.items()}
     missing = [key for key in expected if key not in tensors]
-    biases = {key.replace(".base_layer.", ".") for key in tensors}
+    biases = {_bare(key) for key in tensors}
     missing += [key for key in trained if key not in biases]
     unexpected, mismatched, wrong = [], [], []
     for key, info in tensors.items():
-        if (shape := expected.get(key, plain.get(key.replace(".base_layer.", ".")))) is None:
+        if (shape := expected.get(key, plain.get(_bare(key)))) is None:
             if not plan.method.ignores(plan.config, key):
                 unexpected.append(key)
         elif shape != info.shape:
@@ -70,15 +70,21 @@ def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[
     """Tensors of the base model that a file may hold, biases and embeddings, and the biases that it must hold, which
     the adapter trains. Keys are without `base_layer`."""
     mode = getattr(plan.config, "bias", "none") or "none"
-    tensors = {n: p for n, p in plan.model.named_parameters() if n.endswith("bias")} if mode != "none" else {}
+    named = plan.model.named_parameters() if mode != "none" else ()
+    tensors: dict[str, Tensor] = {n: p for n, p in named if n.endswith("bias")}
     tensors |= embedding_tensors(plan.model)
-    found = {PREFIX + name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = {PREFIX + _bare(name): tuple(tensor.shape) for name, tensor in tensors.items()}
     if mode == "all":
         other = tuple(f"{PREFIX}{site.site.name}." for site in plan.saved)
         trained = [key for key in found if key.endswith(".bias") and not key.startswith(other)]
         return found, [key for key in trained if not re.search(r"\.lora_\w+\.|modules_to_save", key)]
     own = [layer for layer in plan.layers if layer.method is plan.method and mode != "none"]
     return found, [f"{PREFIX}{layer.site.name}.bias" for layer in own if layer.layer.info.has_bias]
+
+
+def _bare(key: str) -> str:
+    """A base tensor's key as it was before adapters were put in."""
+    return key.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _entries(value: Any) -> list[tuple[str, Tensor]]:
@@ -89,16 +95,16 @@ def _entries(value: Any) -> list[tuple[str, Tensor]]:
     return [("", value)] if isinstance(value, Tensor) else []
 
 
-def embedding_tensors(model: nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The base weights of a transformers model's input and output embeddings, by their keys in memory."""
+def embedding_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The base weights of a transformers model's input and output embeddings, by their keys in memory.
+
+    state: as for `iter_adapter_tensors`."""
     layers: list[Any] = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(AttributeError, NotImplementedError):  # a model without such a layer
             layers.append(getattr(model, name)())
     bases = [getattr(layer, "base_layer", layer) for layer in layers if isinstance(layer, nn.Module)]
-    return {
-        f"{name}.{key}": tensor
-        for name, module in model.named_modules()
-        if any(module is base for base in bases)
-        for key, tensor in module.named_parameters(recurse=False)
-    }
+    held = {unwrapped_name(n): m for n, m in model.named_modules() if any(m is base for base in bases)}
+    if state is not None:
+        return {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] in held}
+    return {f"{name}.{key}": p for name, module in held.items() for key, p in module.named_parameters(recurse=False)}

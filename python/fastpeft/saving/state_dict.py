@@ -7,15 +7,16 @@ Setting a state dict changes the model only after every tensor was found to fit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from ..files.checks import PREFIX, TUNER, KeyMismatchError, list_some, mismatch, read_json, report
-from ..files.whole import copy_into, gathered
-from ..inject.modules import adapter_modules, iter_adapter_tensors
+from ..files.offloaded import keep, keeper, kept
+from ..files.whole import copy_into, gathered, is_sharded, state_of_units, whole_shape
+from ..inject.modules import WRAPPED, adapter_modules, iter_adapter_tensors
 from ..inject.old_experts import JoinedExperts, find_joined, joined_state
 from ..layer.layer import AdapterLayer
 from ..layer.shared_tensors import held_containers, reuse
@@ -38,26 +39,38 @@ def get_peft_model_state_dict(
     """One adapter's tensors by their file keys: its own, trained biases, modules_to_save, embeddings where asked.
 
     state_dict: take the values from here (keys as in memory), for models whose parameters are sharded elsewhere. Of a
-    model that FSDP2 shards the tensors are whole, on every process; all of them must call this.
+    model that FSDP or ZeRO-3 shards the tensors are whole, on every process; all of them must call this. FSDP1: `model`
+    is what FullyShardedDataParallel returned.
     save_embedding_layers: "auto" saves the embeddings that are targeted, else all if the vocabulary was resized.
     """
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     config = _configs(model)[adapter_name]
+    given = state_of_units(model) if state_dict is None else state_dict
     pairs: dict[str, tuple[str, Tensor]] = {}
-    for memory, file, tensor in iter_adapter_tensors(model, adapter_name):
+    for memory, file, tensor in iter_adapter_tensors(model, adapter_name, given):
         pairs.setdefault(memory, (file, tensor))
-    plain = bias_tensors(model, config)
+    plain = bias_tensors(model, config, given)
     if _saves_embeddings(model, config, save_embedding_layers):
-        tensors = embedding_tensors(model)
+        tensors = embedding_tensors(model, given)
         plain |= {key: tensor for key, tensor in tensors.items() if ".base_layer." in key} or tensors
     for memory, tensor in plain.items():
         pairs.setdefault(memory, (memory, tensor))
-    method = method_of(config)
-    if state_dict is None:
-        return method.pack(config, gathered({file: tensor.detach() for file, tensor in pairs.values()}))
-    if lacking := [memory for memory in pairs if memory not in state_dict]:
-        raise KeyMismatchError(f"the state dict lacks {list_some(lacking)} of adapter {adapter_name!r}")
-    return method.pack(config, {file: state_dict[memory] for memory, (file, _) in pairs.items()})
+    if given is not None:
+        _check_all_there(model, adapter_name, pairs)
+    return method_of(config).pack(config, gathered({f: kept(*_place(model, m), t) for m, (f, t) in pairs.items()}))
+
+
+def _check_all_there(model: nn.Module, adapter: str, found: Iterable[str]) -> None:
+    """Raise KeyMismatchError if a state dict, of which these keys are the adapter's, lacks something of it."""
+    there = {".".join(parts[:n]) for parts in (key.split(".") for key in found) for n in range(len(parts) + 1)}
+    lacking = []
+    for name, module in adapter_modules(model):
+        containers = dict(module.containers())
+        for held in containers.keys() - module.shared.keys():
+            if any(p.requires_grad for p in containers[held].parameters_of(adapter)):
+                lacking += [key for key in [f"{name}.{held}.{adapter}"] if key not in there]
+    if lacking:
+        raise KeyMismatchError(f"the state dict lacks {list_some(sorted(lacking))} of adapter {adapter!r}")
 
 
 def set_peft_model_state_dict(
@@ -84,9 +97,17 @@ def fill(
     values that the methods accept, and takes the adapter's dtypes; else KeyMismatchError, with the model as it was.
     """
     layers = {n: m for n, m in adapter_modules(model) if isinstance(m, AdapterLayer) and adapter_name in m.methods}
-    _make_room(layers, adapter_name, state)
-    own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name)}
-    plain = bias_tensors(model, _configs(model)[adapter_name]) | embedding_tensors(model)
+    whole = state_of_units(model)
+    if not any(is_sharded(p) for p in model.parameters()):  # else what there is keeps its size
+        _make_room(layers, adapter_name, state)
+    following = sorted(n for n, m in layers.items() if type(m.methods[adapter_name]).filled is not Method.filled)
+    if whole is not None and following:
+        raise ValueError(
+            f"What follows from the tensors of adapter {adapter_name!r} in {list_some(following)} needs base weights "
+            "that FullyShardedDataParallel has sharded: load the adapter before the model is wrapped."
+        )
+    own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name, whole)}
+    plain = bias_tensors(model, _configs(model)[adapter_name], whole) | embedding_tensors(model, whole)
     places = {key: (key, tensor) for key, tensor in plain.items()} | own
     found: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected, mismatched, skipped = [], [], set()
@@ -96,8 +117,8 @@ def fill(
         if target is None:
             unexpected.append(key)
             continue
-        if value.shape != target.shape:
-            mismatched.append(mismatch(key, value.shape, target.shape))
+        if value.shape != whole_shape(target):
+            mismatched.append(mismatch(key, value.shape, whole_shape(target)))
             skipped.add(id(target))
             continue
         if where is not None and value.is_floating_point():
@@ -114,8 +135,14 @@ def fill(
     if mismatched:
         warnings.warn(f"ignored because of another size: {list_some(mismatched)}", stacklevel=3)
     new: dict[int, nn.Parameter] = {}  # by the old one's id: what layers share stays one
-    for memory, (target, value) in found.items():
-        if low_cpu_mem_usage or target.is_meta:
+    if whole is not None:  # FSDP1's units put their shards of it in their places
+        model.load_state_dict({memory: value for memory, (_, value) in found.items()}, strict=False)
+    for memory, (target, value) in found.items() if whole is None else ():
+        if is_sharded(target):
+            copy_into(target, value)
+        elif target.is_meta and keeper(_place(model, memory)[0]) is not None:
+            keep(*_place(model, memory), value.to(target.dtype))
+        elif low_cpu_mem_usage or target.is_meta:
             _assign(model, memory, value, new)
         elif not isinstance(target, nn.Parameter):  # adapters may share a buffer
             _assign(model, memory, value.to(target.dtype, copy=True), new)
@@ -171,12 +198,25 @@ def _configs(model: nn.Module) -> Mapping[str, Any]:
     return configs
 
 
-def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Parameter]) -> None:
-    """Make `value` the tensor at a dotted path; looked up in the modules' tables, since `train` may be an adapter."""
+def _parents(model: nn.Module, memory: str) -> tuple[list[Any], str]:
+    """The modules on the way to a tensor, the last of which has it, and its name there."""
     *path, name = memory.split(".")
     parents: list[Any] = [model]
     for part in path:
+        while unwrapped := [name for name in WRAPPED if name in parents[-1]._modules]:
+            parents.append(parents[-1]._modules[unwrapped[0]])
         parents.append(parents[-1]._modules[part])
+    return parents, name
+
+
+def _place(model: nn.Module, memory: str) -> tuple[nn.Module, str]:
+    parents, name = _parents(model, memory)
+    return parents[-1], name
+
+
+def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Parameter]) -> None:
+    """Make `value` the tensor at a dotted path; looked up in the modules' tables, since `train` may be an adapter."""
+    parents, name = _parents(model, memory)
     module = parents[-1]
     near = (t for m in reversed(parents) for t in (*m.parameters(), *m.buffers()) if not t.is_meta)
     value = value.to(next((t.device for t in near), value.device))
@@ -189,15 +229,18 @@ def _assign(model: nn.Module, memory: str, value: Tensor, new: dict[int, nn.Para
         module._parameters[name] = new.setdefault(id(old), nn.Parameter(value, requires_grad=old.requires_grad))
 
 
-def bias_tensors(model: nn.Module, config: Any) -> dict[str, Tensor]:
-    """The base model's biases that this adapter trains, which PEFT saves under their keys in memory."""
+def bias_tensors(model: nn.Module, config: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The base model's biases that this adapter trains, which PEFT saves under their keys in memory.
+
+    state: as for `iter_adapter_tensors`."""
     bias = getattr(config, "bias", "none")
     if bias in (None, "none", False):
         return {}
+    named = [*(model.named_parameters() if state is None else state.items())]
     if bias != "all":  # "<method>_only": the biases of the layers that the adapter sits on
-        return {name: p for name, p in model.named_parameters() if name.endswith(".base_layer.bias")}
-    own = {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name)}
-    return {n: p for n, p in model.named_parameters() if f".{n}".endswith(".bias") and n not in own}
+        return {name: p for name, p in named if name.endswith(".base_layer.bias")}
+    own = {memory for name in _configs(model) for memory, _, _ in iter_adapter_tensors(model, name, state)}
+    return {n: p for n, p in named if f".{n}".endswith(".bias") and n not in own}
 
 
 def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> bool:

@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight
 
+from ..files.offloaded import brought, device_of
+from ..files.whole import is_unit
+
 Weight = tuple[Tensor, "Tensor | None"]
 Saved = dict[str, Any]  # what `BaseWeight.save` gives
 
@@ -126,7 +129,7 @@ class BaseWeight:
         out_features, in_features = self.features(shape)
         return LayerInfo(
             name=name, kind=self.kind, shape=shape, in_features=in_features, out_features=out_features,
-            has_bias=self.bias is not None, dtype=self.dtype, device=self.tensor.device, base=self,
+            has_bias=self._bias is not None, dtype=self.dtype, device=device_of(self.holder, self.tensor), base=self,
             groups=1 if self.transient else int(getattr(self.module, "groups", 1)),
             quantized=self.quantized, transient=self.transient, times=self.times,
         )  # fmt: skip
@@ -142,8 +145,15 @@ class BaseWeight:
         return getattr(self.holder, self.names[0])  # type: ignore[no-any-return]
 
     @property
-    def bias(self) -> Tensor | None:
+    def _bias(self) -> Tensor | None:
         return getattr(self.holder, self.names[1], None) if self.names[1] else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        if (b := self._bias) is None or not b.is_meta:
+            return b
+        with brought(self.holder):
+            return self._bias
 
     @property
     def transposed(self) -> bool:
@@ -171,12 +181,13 @@ class BaseWeight:
 
     def read(self) -> Weight:
         """W and b, in the dtype that the module stores (quantised: decoded to at least float32). May alias."""
-        return self.turned(self.tensor), self.bias
+        with brought(self.holder):
+            return self.turned(self.tensor), self._bias
 
     def tensors(self) -> list[Tensor]:
         """Tensors that W is stored in, and maybe others: W is as it was while they are."""
-        stores = self.holder._parameters, self.holder._buffers
-        return [t for store in stores for t in store.values() if t is not None]
+        stores = self.holder._parameters, self.holder._buffers, vars(self.holder)
+        return [t for store in stores for t in store.values() if isinstance(t, Tensor)]
 
     def rows(self, index: slice | Tensor) -> Tensor:
         """Some rows of W as [rows, columns], in at least float32, without decoding the others."""
@@ -266,7 +277,11 @@ def has_base(module: nn.Module, class_name: str, package: str) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """True for a module that has to be called, since somebody acts in its call: a hook, a forward of its own (those of
+    accelerate bring its weight) or FSDP1, which has plain attributes in the places of its parameters."""
+    own = vars(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in own or "weight" in own or is_unit(module)
 
 
 def install(module: nn.Module, name: str, value: Tensor) -> None:

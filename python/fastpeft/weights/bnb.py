@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peft_kernels
 from peft_kernels import QuantWeight
 
+from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, has_base, has_hooks, relative_error
 from .nf4 import Quant4bitWeight
 
@@ -37,7 +38,8 @@ class Bnb4bitWeight(Quant4bitWeight):
             raise ValueError("a bitsandbytes Linear4bit that is not quantised: move the model to its device first")
 
     def quant(self) -> QuantWeight:
-        weight = self.module.weight
+        with brought(self.module):
+            weight = self.module.weight
         if weight.quant_state is None:
             weight.quant_state = getattr(self.module, "quant_state", None)
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
@@ -75,6 +77,7 @@ class Bnb4bitWeight(Quant4bitWeight):
     def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
         module = self.module
         parameters, hooks, pre = module._parameters, module._forward_hooks, module._forward_pre_hooks
+        own = vars(module)
         held: Any = None
         state: Any = None
         qw: QuantWeight | None = None
@@ -82,7 +85,7 @@ class Bnb4bitWeight(Quant4bitWeight):
         def weight() -> QuantWeight | None:
             nonlocal held, state, qw
             w = parameters.get("weight")
-            if w is None or w.requires_grad or hooks or pre:
+            if w is None or w.requires_grad or hooks or pre or "forward" in own:
                 return None
             # The state object tells a requantised or repacked weight from the one that was seen last.
             if qw is None or w is not held or w.quant_state is not state or not _is_view(qw, w, state):

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from peft_kernels import QuantWeight
 
+from ..files.offloaded import brought
 from .base import BaseWeight
 
 
@@ -26,11 +27,11 @@ class LinearWeight(BaseWeight):
         if type(module).forward is not nn.Linear.forward:
             return None
         parameters, hooks, pre = module._parameters, module._forward_hooks, module._forward_pre_hooks
-        backward = module._backward_hooks
+        backward, own = module._backward_hooks, vars(module)
 
         def weight() -> Tensor | None:
             w: Tensor | None = parameters.get("weight")
-            return None if w is None or w.requires_grad or hooks or pre or backward else w
+            return None if w is None or w.requires_grad or hooks or pre or backward or "forward" in own else w
 
         return weight
 
@@ -99,4 +100,5 @@ class NormWeight(BaseWeight):
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         tensors = {"weight": w} if b is None else {"weight": w, "bias": b}
-        return functional_call(self.module, tensors, (x,))  # type: ignore[no-any-return]
+        with brought(self.module):
+            return functional_call(self.module, tensors, (x,))  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ import peft_kernels
 from peft_kernels import QuantWeight
 from peft_kernels.formats import decode_absmax
 
+from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, put_back, relative_error
 
 
@@ -27,7 +28,8 @@ class Quant4bitWeight(BaseWeight):
         return hasattr(module, "quant_weight") and hasattr(module, "set_quant_weight")
 
     def quant(self) -> QuantWeight:
-        return self.module.quant_weight()  # type: ignore[no-any-return]
+        with brought(self.module):
+            return self.module.quant_weight()  # type: ignore[no-any-return]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,11 +72,11 @@ class Quant4bitWeight(BaseWeight):
 
     def fast(self) -> Callable[[], Tensor | QuantWeight | None] | None:
         module = self.module
-        hooks, pre = module._forward_hooks, module._forward_pre_hooks
+        hooks, pre, own = module._forward_hooks, module._forward_pre_hooks, vars(module)
         quant: Callable[[], QuantWeight] = module.quant_weight
 
         def weight() -> QuantWeight | None:
-            return None if hooks or pre else quant()
+            return None if hooks or pre or "forward" in own else quant()
 
         return weight
 

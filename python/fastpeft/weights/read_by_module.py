@@ -6,25 +6,30 @@ Nothing can wrap a call here, so the module runs with the merged weight in the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..files.offloaded import brought
 from .base import BaseWeight, Wrapping, innermost
 from .dense import LinearWeight
 
 
 @contextmanager
-def _holding(held: dict[str, Any], new: dict[str, Any]) -> Iterator[None]:
-    """Within this, a module's parameters `held` are others."""
-    saved = dict(held)
-    held.update(new)
+def _holding(module: nn.Module, new: Mapping[str, Any]) -> Iterator[None]:
+    """Within this, a module has other parameters. FSDP1 puts plain attributes in the places of a module's own."""
+    own = vars(module)
+    stores: dict[str, Any] = {name: own if name in own else module._parameters for name in new}
+    saved = {name: store[name] for name, store in stores.items()}
     try:
+        for name, store in stores.items():
+            store[name] = new[name]
         yield
     finally:
-        held.update(saved)
+        for name, store in stores.items():
+            store[name] = saved[name]
 
 
 class TransientWeight(BaseWeight):
@@ -43,11 +48,16 @@ class TransientWeight(BaseWeight):
 
     def replaced(self, w: Tensor, b: Tensor | None) -> AbstractContextManager[None]:
         """Within this, the module computes with W and b; gradients flow to what they were made of."""
-        held, (weight, bias) = self.holder._parameters, self.names
-        new = {weight: self.turned(w).to(held[weight].dtype)}
-        if b is not None and bias is not None:
-            new[bias] = b.to(held[bias].dtype)
-        return _holding(held, new)
+        weight, bias = self.names
+        new = {weight: self.turned(w).to(self.tensor.dtype)}
+        if b is not None and bias is not None and self.bias is not None:
+            new[bias] = b.to(self.bias.dtype)
+        return self._replaced(new)
+
+    @contextmanager
+    def _replaced(self, new: Mapping[str, Tensor]) -> Iterator[None]:
+        with brought(self.holder), _holding(self.holder, new):
+            yield
 
 
 class AttentionOutWeight(LinearWeight):
@@ -90,7 +100,7 @@ class AttentionWeight(TransientWeight):
     def replaced(self, w: Tensor, b: Tensor | None) -> Iterator[None]:
         out = self.module.out_proj
         own = dict(zip(("weight", "bias"), out.current_weight(), strict=True)) if isinstance(out, Wrapping) else {}
-        with super().replaced(w, b), _holding(innermost(out)._parameters, own):
+        with super().replaced(w, b), _holding(innermost(out), own):
             yield
 
 
