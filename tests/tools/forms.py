@@ -34,7 +34,9 @@ PARTS: dict[str, tuple[str, ...]] = {
         "fastpeft/test_convert*", "fastpeft/test_compile_methods*", "fastpeft/test_optimizers*",
         "fastpeft/test_shared*", "fastpeft/test_sparse*", "fastpeft/test_weight_side*",
     ),
-    "files": ("fastpeft/test_checkpoint*", "fastpeft/test_hostile_*", "fastpeft/test_model_files*"),
+    "files": (
+        "fastpeft/test_checkpoint*", "fastpeft/test_hostile_*", "fastpeft/test_hub*", "fastpeft/test_model_files*",
+    ),
     "serve": ("fastpeft/test_serve*", "fastpeft/test_pool*", "fastpeft/test_vllm_*", "fastpeft/test_ray_*"),
     "training": ("fastpeft/test_train*", "fastpeft/test_demo*", "fastpeft/test_cli*", "fastpeft/test_distributed*"),
     "models": ("fastpeft/test_*",),
