@@ -103,7 +103,9 @@ class BaseTuner(ModelMerging):
         config: Any = getattr(model, "config", {"model_type": "custom"})
         if hasattr(config, "to_dict"):
             return dict(config.to_dict())
-        return dict(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            return dataclasses.asdict(config)
+        return dict(config)
 
     # Adding and removing adapters
 
