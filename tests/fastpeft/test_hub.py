@@ -300,6 +300,16 @@ def test_a_given_configuration_becomes_the_adapters(is_trainable: bool, tmp_path
     assert told[0] == told[1] | {"peft_version": told[0]["peft_version"]}
 
 
+@BOTH
+def test_fields_of_a_newer_version_are_left_out(library: ModuleType, tmp_path: Path) -> None:
+    """In PEFT's words, which scripts filter by."""
+    file = tmp_path / "adapter_config.json"
+    file.write_text('{"peft_type": "LORA", "r": 4, "foo": 1, "bar": 2}')
+    words = r"Unexpected keyword arguments \['bar', 'foo'\] for class LoraConfig, these are ignored"
+    with pytest.warns(UserWarning, match=words):
+        assert library.PeftConfig.from_pretrained(tmp_path).r == 4
+
+
 def test_a_given_configuration_that_does_not_fit_is_left_alone(tmp_path: Path) -> None:
     saved(tmp_path, seed=1)
     given = config(fastpeft, r=2, task_type="CAUSAL_LM")

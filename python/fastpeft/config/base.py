@@ -132,8 +132,10 @@ class PeftConfig:
         config_cls: type[PeftConfig] = cls if kind is None else class_of(peft_type(kind).value)
         known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
         if unknown := sorted(set(kwargs) - known):
-            message = f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was "
-            warn(f"{message}probably written by a newer version of PEFT.")
+            warn(
+                f"Unexpected keyword arguments {unknown} for class {config_cls.__name__}, these are ignored. The "
+                "configuration was probably written by a newer version of PEFT."
+            )
         return config_cls(**{name: value for name, value in kwargs.items() if name in known})
 
     @classmethod
