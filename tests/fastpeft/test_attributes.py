@@ -26,8 +26,8 @@ MISSING = {
         model.base_model_prepare_inputs_for_generation model.get_prompt model.get_prompt_embedding_to_save
     """,
     "a step of putting an adapter in: `add_adapter` plans it as a whole": """
-        tuner.inject_adapter layer.update_layer layer.kwargs head.update head.init_modules head.check_module
-        head.check_set_adapter head.unload_and_optionally_merge_module
+        tuner.inject_adapter layer.kwargs head.update head.init_modules head.check_module
+        head.unload_and_optionally_merge_module
     """,
     "save_pretrained(path_initial_model_for_weight_conversion=...) does it": """
         tuner.subtract_mutated_init
@@ -58,7 +58,8 @@ MISSING = {
         container.clear
     """,
 }
-LATER = ("head.adapter_state_dict", "head.adapter_state_dict_load_map")  # transformers' names for saving a wrapped head
+# Names by which PEFT's and transformers' functions put adapters in and save them.
+LATER = ("layer.update_layer", "head.check_set_adapter", "head.adapter_state_dict", "head.adapter_state_dict_load_map")
 # There, with another value:
 OTHER = {
     "a name where PEFT begins with a list of one; both take either": "tuner.active_adapter",
