@@ -18,7 +18,8 @@ from fastpeft.apps.training.testing import make_tiny_model
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+HELPER = "tiny_pipeline"  # of two examples
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != HELPER)
 ecosystem = pytest.mark.ecosystem
 
 
@@ -111,3 +112,48 @@ def test_classify(minilm: str, tmp_path: Path) -> None:
     assert number(said, "accuracy after:") > max(number(said, "accuracy before:"), 0.9)
     assert number(said, "accuracy when loaded:") == number(said, "accuracy after:")
     assert any("classifier" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+@ecosystem
+def test_trainer(smollm2: str, tmp_path: Path) -> None:
+    said = run("trainer", "--model", smollm2, "--output", tmp_path, "--steps", 4)
+    assert number(said, "evaluation loss:") < 4
+    names = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= names
+    assert "model.safetensors" not in names
+    assert_pefts(tmp_path / "adapter", smollm2)
+
+
+@ecosystem
+def test_dpo(smollm2: str, tmp_path: Path) -> None:
+    said = run("dpo", "--model", smollm2, "--output", tmp_path, "--steps", 4)
+    assert "rewards/accuracies: 0.00 -> 1.00" in said
+    assert_pefts(tmp_path / "adapter", smollm2)
+
+
+@ecosystem
+def test_sft_qlora(smollm2: str, tmp_path: Path) -> None:
+    said = run("sft_qlora", "--model", smollm2, "--output", tmp_path, "--steps", 6)
+    assert re.search(r"210\s+lora\.Linear4bit", said)
+    assert number(said, "loss:") > number(said, "-> ")
+    assert_pefts(tmp_path / "adapter", smollm2)
+
+
+@ecosystem
+def test_diffusers_lora(tmp_path: Path) -> None:
+    said = run("diffusers_lora", "--output", tmp_path, "--steps", 20)
+    plain, light, dark, both, fused, left = (
+        number(said, f"{name}:")
+        for name in ("without an adapter", "\nlight", "\ndark", "light and dark", "light, fused", "unloaded")
+    )
+    assert dark < plain < light
+    assert dark < both < light
+    assert fused == light
+    assert left == plain
+
+
+@ecosystem
+def test_kohya_file() -> None:
+    said = run("kohya_file")
+    assert re.search(r"2\s+lora\.Linear\s.*lora_linear", said)
+    assert number(said, "largest difference from the formula:") < 1e-5
