@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # Part -> the files of it, below tests/: `make test-all PART=simt`. A file belongs to the first part that names it.
 PARTS: dict[str, tuple[str, ...]] = {
-    "ecosystem": ("fastpeft/test_ecosystem*",),
+    "ecosystem": ("fastpeft/test_ecosystem*", "fastpeft/test_examples*"),
     "project": ("test_repo*", "test_install*", "test_cuda_build*", "test_bench*", "test_gpu_report*"),
     "simt": ("test_simt*", "test_*_simt*"),
     "triton": ("test_triton_*", "test_static*", "fastpeft/test_cli_tune*"),
@@ -35,7 +35,9 @@ PARTS: dict[str, tuple[str, ...]] = {
         "fastpeft/test_patch*", "fastpeft/test_registry*", "fastpeft/test_shared*", "fastpeft/test_sparse*",
         "fastpeft/test_weight_side*",
     ),
-    "files": ("fastpeft/test_checkpoint*", "fastpeft/test_hostile_*", "fastpeft/test_model_files*"),
+    "files": (
+        "fastpeft/test_checkpoint*", "fastpeft/test_hostile_*", "fastpeft/test_hub*", "fastpeft/test_model_files*",
+    ),
     "serve": ("fastpeft/test_serve*", "fastpeft/test_pool*", "fastpeft/test_vllm_*", "fastpeft/test_ray_*"),
     "training": ("fastpeft/test_train*", "fastpeft/test_demo*", "fastpeft/test_cli*", "fastpeft/test_distributed*"),
     "models": ("fastpeft/test_*",),

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..files.atomic import write_text
 from ..files.checks import read_json
-from ..files.hub import find_adapter_file
+from ..files.hub import find_adapter_file, push_to_hub, pushing
 from .limits import MAX_RANK, check_config
 from .seen_as_peft import SeenAsPeft
 from .types import PeftType, TaskType, peft_type, warn
@@ -74,7 +75,8 @@ class PeftConfig(SeenAsPeft):
                 self.task_type = TaskType(self.task_type)
             except ValueError:
                 names = ", ".join(t.value for t in TaskType)
-                raise ValueError(f"Invalid task type: {self.task_type!r}. Must be one of: {names}.") from None
+                message = f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {names}."
+                raise ValueError(message) from None
         if self.peft_type is not None:
             self.peft_type = peft_type(self.peft_type)
         if self.peft_version is None:
@@ -94,7 +96,8 @@ class PeftConfig(SeenAsPeft):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into `save_directory`, which is made where it is missing.
 
-        auto_mapping_dict: stored as `auto_mapping`, as PEFT does for models without a task type.
+        auto_mapping_dict: stored as `auto_mapping`, as PEFT does for models without a task type. push_to_hub: commit
+        it to the repository `repo_id`, too.
         """
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -102,11 +105,23 @@ class PeftConfig(SeenAsPeft):
         content = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
-        path = os.path.join(save_directory, CONFIG_NAME)
-        temporary = f"{path}.tmp{os.getpid()}"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2, sort_keys=True))
-        os.replace(temporary, path)  # a reader sees the old file or the new one, never half of it
+        write_text(os.path.join(save_directory, CONFIG_NAME), json.dumps(content, indent=2, sort_keys=True))
+        if (push := pushing(kwargs, save_directory)) is not None:
+            self.push_to_hub(**push, auto_mapping_dict=kwargs.get("auto_mapping_dict"))
+
+    def push_to_hub(
+        self, repo_id: str, *, commit_message: str = "Upload config", auto_mapping_dict: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """Commit `adapter_config.json` to a repository of the Hub, which is made where it is missing.
+
+        options: commit_description, private, token, revision, create_pr. Returns huggingface_hub's CommitInfo.
+        """
+
+        def write(folder: str) -> None:
+            self.save_pretrained(folder, auto_mapping_dict=auto_mapping_dict)
+
+        return push_to_hub(write, repo_id, commit_message=commit_message, **options)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -118,8 +133,10 @@ class PeftConfig(SeenAsPeft):
         config_cls: type[PeftConfig] = cls if named is None else class_of(peft_type(named).value)
         known = {f.name for f in dataclasses.fields(config_cls)} - set(config_cls.runtime_fields)
         if unknown := sorted(set(kwargs) - known):
-            message = f"Unexpected fields {unknown} for {config_cls.__name__} are ignored. The configuration was "
-            warn(f"{message}probably written by a newer version of PEFT.")
+            warn(
+                f"Unexpected keyword arguments {unknown} for class {config_cls.__name__}, these are ignored. The "
+                "configuration was probably written by a newer version of PEFT."
+            )
         return config_cls(**{name: value for name, value in kwargs.items() if name in known})
 
     @classmethod

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checks import AdapterFileError, list_some, path_inside, read_json
+from .hub import CARD_NAME
 
 # PEFT, transformers and the servers read files by name and pass over this one.
 MANIFEST_NAME = "fastpeft_manifest.json"
@@ -172,6 +173,14 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a small text file: a reader sees the old file or the new one, never half of it."""
+    temporary = f"{os.fspath(path)}.tmp{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -181,8 +190,9 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def write_manifest(root: Path) -> None:
-    """Record the size and sha256 of every file below a folder, in `fastpeft_manifest.json`."""
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    """Record the size and sha256 of every file below a folder, in `fastpeft_manifest.json`. Model cards are left out:
+    they are there to be edited."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name not in (MANIFEST_NAME, CARD_NAME))
     entries = {p.relative_to(root).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
     text = json.dumps({"version": 1, "files": entries}, indent=1) + "\n"
     (root / MANIFEST_NAME).write_text(text, encoding="utf-8")

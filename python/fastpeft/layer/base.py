@@ -189,6 +189,17 @@ class MergingLayer(ActiveAdapters, Wrapping):
         base.write(_edited(w, edits.values()), None)
         return {name: _on_host(value) for name, value in original.items()}
 
+    def no_lora_form(self, adapter: str) -> str | None:
+        """The reason why no LoRA does in this layer what an adapter does; None where one can."""
+        info = self.info
+        if info.transient or info.groups > 1 or info.kind not in ("linear", "embedding", "conv1d", "conv2d", "conv3d"):
+            return f"a {type(info.module).__name__} as this one has no LoRA that could do the same"
+        return self.methods[adapter].mergeable_in(self.view(adapter), info)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True if `convert_to_lora` can turn an adapter of this layer into a LoRA."""
+        return adapter_name in self.methods and self.no_lora_form(adapter_name) is None
+
     def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """The adapters that `merge` would merge. Raises ValueError if one of them cannot be; changes nothing."""
         if isinstance(adapter_names, str):

@@ -36,30 +36,35 @@ def set_adapter(
         module.set_adapter(names, inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
-    """Remove an adapter from `model` (not its entry in `model.peft_config`), and give the adapters that are active now,
-    None if there are none.
+def delete_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], prefix: str = "", layer_cls: Any = None
+) -> list[str] | None:
+    """Remove an adapter, or several, from `model` (not from `model.peft_config`), and give the adapters that are active
+    now, None if there are none.
 
-    If it was the only active one, the first of the others, by name, becomes active. prefix, layer_cls: PEFT's, of no
-    use here. Raises ValueError while it is merged.
+    If no active one is left, the first of the others, by name, becomes active. prefix, layer_cls: PEFT's, of no use
+    here. Raises ValueError while one of them is merged, and removes none then.
     """
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     modules = list(adapter_modules(model))
-    merged = [name for name, module in modules if adapter_name in module.merged_adapters]
-    if merged:
-        raise ValueError(
-            f"Cannot delete adapter {adapter_name!r} while it is merged (in {list_some(merged)}). Unmerge it first."
-        )
+    for name in names:
+        if merged := [where for where, module in modules if name in module.merged_adapters]:
+            raise ValueError(
+                f"Cannot delete adapter {name!r} while it is merged (in {list_some(merged)}). Unmerge it first."
+            )
     layers_first = sorted(modules, key=lambda item: isinstance(item[1], ModulesToSaveWrapper))  # those know only theirs
     active = list(dict.fromkeys(name for _, module in layers_first for name in module.active_adapters))
-    left = [name for name in active if name != adapter_name]
-    others = sorted({name for _, module in modules for name in module._get_available_adapters()} - {adapter_name})
-    if adapter_name in active and not left and others:
+    left = [name for name in active if name not in names]
+    others = sorted({name for _, module in modules for name in module._get_available_adapters()}.difference(names))
+    if active and not left and others:
         left = others[:1]
-        warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.", 2)
+        gone = ", ".join(active)
+        warn(f"Adapter {gone} was active which is now deleted. Setting active adapter to {left[0]}.", 2)
     # Chosen once for the model, not by each layer for itself: layers need not have the same adapters.
     set_adapter(model, left)
     for _, module in modules:
-        module.delete_adapter(adapter_name)
+        for name in names:
+            module.delete_adapter(name)
     return left or None
 
 

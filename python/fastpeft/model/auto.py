@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..config.base import PeftConfig
 from ..config.types import TaskType
+from ..files.hub import HUB_OPTIONS, find_adapter_file
 from .tasks import PeftModel, class_for
 
 # transformers' classes that build a base model for a task: `AutoModelForCausalLM` beside `PeftModelForCausalLM`.
@@ -27,8 +28,12 @@ class AutoPeftModel:
         cls, pretrained_model_name_or_path: str | os.PathLike[str], adapter_name: str = "default",
         is_trainable: bool = False, config: PeftConfig | None = None, revision: str | None = None, **kwargs: Any,
     ) -> PeftModel:  # fmt: skip
-        """The adapter over its base model. Further arguments go to the base model's `from_pretrained`."""
-        hub = {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        """The adapter over its base model. Further arguments go to the base model's `from_pretrained`, those of the Hub
+        (but for revision and subfolder) to both.
+
+        Where a tokenizer that lies with the adapter has more tokens than the base model, the embeddings are enlarged.
+        """
+        hub = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         peft_config = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if cls.task_type is not None and peft_config.task_type not in (None, cls.task_type):
             raise ValueError(f"{cls.__name__} is for {cls.task_type.value}, the adapter for {peft_config.task_type}")
@@ -36,6 +41,8 @@ class AutoPeftModel:
             raise ValueError(f"{pretrained_model_name_or_path} does not name its base model (base_model_name_or_path)")
         options = {"revision": peft_config.revision or "main"} | {k: v for k, v in kwargs.items() if k != "subfolder"}
         model = cls._base_class(peft_config).from_pretrained(peft_config.base_model_name_or_path, **options)
+        trusted = bool(kwargs.get("trust_remote_code", False))
+        _make_room(model, pretrained_model_name_or_path, trusted, {"revision": revision} | hub)
         return class_for(peft_config).from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config,
             revision=revision, **hub,
@@ -58,6 +65,21 @@ class AutoPeftModel:
                 "model yourself and call PeftModel.from_pretrained(model, adapter)."
             )
         return found
+
+
+def _make_room(model: Any, adapter: str | os.PathLike[str], trusted: bool, hub: dict[str, Any]) -> None:
+    """Enlarge a model's embeddings to the tokenizer that lies with an adapter, if one does and is larger."""
+    try:
+        find_adapter_file(adapter, "tokenizer_config.json", **hub)
+    except ValueError:
+        return
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    from transformers import AutoTokenizer
+
+    tokens = len(AutoTokenizer.from_pretrained(adapter, trust_remote_code=trusted, **hub))
+    if tokens > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(tokens)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

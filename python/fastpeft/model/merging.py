@@ -27,6 +27,11 @@ class ModelMerging(nn.Module):
     def adapter_layers(self, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
         return adapter_layers(self.model, adapter)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True if `convert_to_lora` can turn an adapter into a LoRA."""
+        layers = [layer for _, layer in self.adapter_layers(adapter_name)]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (None: the active ones) into the base weights; `unmerge_adapter` brings the exact bytes back.
 

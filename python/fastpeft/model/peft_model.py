@@ -13,6 +13,7 @@ from torch import nn
 from ..config.base import PeftConfig, TargetConfig
 from ..config.seen_as_peft import SeenAsPeft
 from ..config.types import TaskType
+from ..files.hub import pushing
 from ..files.whole import is_sharded, may_write
 from ..inject.plan import InjectionPlan
 from ..methods.registry import method_of
@@ -21,8 +22,8 @@ from ..saving.load import plan_loading
 from ..saving.plain_lora import as_plain_lora
 from ..saving.state_dict import get_peft_model_state_dict
 from ..weights.nf4_linear import NF4Linear
-from . import adapters
-from .prepare import enable_input_gradients, is_checkpointing
+from . import adapters, card
+from .prepare import enable_input_gradients, is_checkpointing, is_quantized
 from .status import count_parameters, get_layer_status, get_model_status
 from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
 
@@ -92,6 +93,17 @@ class PeftModel(SeenAsPeft, nn.Module):
         return self.peft_config[self.active_adapters[0]]
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """True if an adapter takes part in the model's forward."""
+        layers = [layer for _, layer in self.base_model.adapter_modules()]
+        return any(layer.active_adapters and not layer.disable_adapters for layer in layers)
+
+    @property
+    def special_peft_forward_args(self) -> set[str]:
+        """The arguments of `forward` that are not for the base model."""
+        return set(AUXILIARY_KWARGS)
+
+    @property
     def modules_to_save(self) -> set[str] | None:
         return {name for c in self.peft_config.values() for name in getattr(c, "modules_to_save", None) or ()} or None
 
@@ -110,6 +122,11 @@ class PeftModel(SeenAsPeft, nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Make the output of the embeddings require gradients, unless the model is quantised."""
+        if not is_quantized(model):
+            enable_input_gradients(model)
 
     # Computing
 
@@ -143,14 +160,16 @@ class PeftModel(SeenAsPeft, nn.Module):
 
     @classmethod
     @contextmanager
-    def _preparing(cls, peft_config: PeftConfig) -> Iterator[None]:
-        """Add the task's head to a configuration's `modules_to_save`; taken back on an error."""
-        before = getattr(peft_config, "modules_to_save", None)
+    def _preparing(cls, peft_config: PeftConfig, inference_mode: bool | None = None) -> Iterator[None]:
+        """Add the task's head to a configuration's `modules_to_save`, and set its mode; taken back on an error."""
+        before, mode = getattr(peft_config, "modules_to_save", None), peft_config.inference_mode
+        peft_config.inference_mode = mode if inference_mode is None else inference_mode
         if cls.head_names and isinstance(peft_config, TargetConfig):
             peft_config.modules_to_save = list(dict.fromkeys([*(before or ()), *cls.head_names]))
         try:
             yield
         except Exception:
+            peft_config.inference_mode = mode
             if isinstance(peft_config, TargetConfig):
                 peft_config.modules_to_save = before
             raise
@@ -159,7 +178,8 @@ class PeftModel(SeenAsPeft, nn.Module):
         """Make an adapter the active one, or several in this order."""
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several. If no active one is left, the first of the others becomes active."""
         self.base_model.delete_adapter(adapter_name)
 
     set_requires_grad = adapters.set_requires_grad
@@ -197,6 +217,8 @@ class PeftModel(SeenAsPeft, nn.Module):
         before training; what is written is then a plain LoRA of the original base, with twice the rank. True: take what
         the adapter took from the base from this model, which knows it (for KaSA too).
         A model that FSDP2 shards: every process must call this, and the first one writes.
+        Beside them `README.md`, the model card, is made or kept up to date. push_to_hub: commit all of this to the
+        repository `repo_id` of the Hub, with the arguments of `push_to_hub`.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -206,7 +228,7 @@ class PeftModel(SeenAsPeft, nn.Module):
         unknown = [name for name in selected if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters names {unknown}, there are {list(self.peft_config)}.")
-        sharded = any(is_sharded(p) for p in self.parameters())
+        writes = may_write(any(is_sharded(p) for p in self.parameters()), is_main_process)
         for name in selected:
             tensors = get_peft_model_state_dict(
                 self, state_dict=kwargs.get("state_dict"), adapter_name=name,
@@ -217,9 +239,16 @@ class PeftModel(SeenAsPeft, nn.Module):
                 tensors, config = as_plain_lora(
                     self.base_model, name, tensors, path_initial_model_for_weight_conversion
                 )
-            if may_write(sharded, is_main_process):
+            if writes:
                 folder = save_directory if name == "default" else os.path.join(save_directory, name)
                 save_adapter(folder, tensors, self._config_for_file(config))
+        if writes:
+            card.update_card(self, save_directory)
+            if (push := pushing(kwargs, save_directory)) is not None:
+                card.push_adapters(self, save_directory, selected, push)
+
+    create_or_update_model_card = card.create_or_update_model_card
+    push_to_hub = card.push_model
 
     def _config_for_file(self, config: PeftConfig) -> dict[str, Any]:
         content = config.to_dict()
@@ -240,20 +269,20 @@ class PeftModel(SeenAsPeft, nn.Module):
     ) -> PeftModel:  # fmt: skip
         """A PeftModel over `model` with the adapter that a folder or Hub repository holds.
 
-        Everything is checked before `model` is changed. config: use this instead of the file's configuration.
-        ignore_mismatched_sizes: leave out tensors of another size, with a warning.
+        Everything is checked before `model` is changed. config: use this instead of the file's configuration; it
+        becomes the adapter's, with `inference_mode` set by is_trainable, unless an error is raised.
+        ignore_mismatched_sizes: leave out tensors of another size, with a warning. The Hub's arguments are revision,
+        subfolder, token, cache_dir, force_download, local_files_only and further ones of huggingface_hub's downloads.
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         source = open_adapter(model_id, **kwargs)
-        if config is None:
-            config = source.peft_config()
-            config.inference_mode = not is_trainable
+        config = source.peft_config() if config is None else config
         model_class = class_for(config, cls)
-        with model_class._preparing(config):
+        with model_class._preparing(config, inference_mode=not is_trainable):
             loaded = plan_loading(source, config, model, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)
             peft_model = model_class(model, config, adapter_name, _plan=loaded.plan)
-        loaded.fill(peft_model, is_trainable)
+            loaded.fill(peft_model, is_trainable)
         return peft_model
 
     def load_adapter(
@@ -271,8 +300,7 @@ class PeftModel(SeenAsPeft, nn.Module):
         if adapter_name in self.peft_config:
             loaded = plan_loading(source, config, base, adapter_name, key_mapping, kwargs, is_new=False)
             return loaded.fill(self, is_trainable)
-        config.inference_mode = not is_trainable
-        with self._preparing(config):
+        with self._preparing(config, inference_mode=not is_trainable):
             loaded = plan_loading(source, config, base, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)
             self.base_model.add(adapter_name, config, plan=loaded.plan)
         result = loaded.fill(self, is_trainable)

@@ -5,6 +5,7 @@ A model may hold adapters of different methods: each layer composes what it has.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +29,7 @@ from ..layer.shared_tensors import held_containers, register_at
 from ..methods.method import Method
 from ..methods.registry import method_of, registry
 from ..saving.state_dict import bias_tensors
+from ..weights.read_by_module import ParameterWeight
 from . import adapters
 from .combine import add_weighted_adapter
 from .merging import ModelMerging
@@ -39,6 +41,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
     """A model with adapters in it. Keys in memory start with `model.`, below a PeftModel with `base_model.model.`."""
 
     holds_shared_adapters = True
+    tuner_layer_cls = AdapterLayer
 
     def __init__(
         self, model: nn.Module, peft_config: PeftConfig | Mapping[str, PeftConfig], adapter_name: str = "default",
@@ -90,6 +93,22 @@ class BaseTuner(SeenAsPeft, ModelMerging):
     @property
     def active_adapters(self) -> list[str]:
         return [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The parameters that `target_parameters` chose, by their full names."""
+        layers = ((name, layer.base) for name, layer in self.adapter_layers())
+        return [f"{n.replace('.base_layer', '')}.{b.names[0]}" for n, b in layers if isinstance(b, ParameterWeight)]
+
+    @staticmethod
+    def get_model_config(model: Any) -> dict[str, Any]:
+        """A model's configuration as a dict; that of a model that has none says "custom"."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        if hasattr(config, "to_dict"):
+            return dict(config.to_dict())
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            return dataclasses.asdict(config)
+        return dict(config)
 
     # Adding and removing adapters
 
@@ -161,12 +180,15 @@ class BaseTuner(SeenAsPeft, ModelMerging):
 
     add_weighted_adapter = add_weighted_adapter
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, the first of the others that a layer chooses becomes active."""
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} does not exist")
-        self.active_adapter = adapters.delete_adapter(self.model, adapter_name) or []
-        del self.peft_config[adapter_name]
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several: all or, on an error, none. If no active one is left, the first of the others,
+        by name, becomes active."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        if missing := [name for name in names if name not in self.peft_config]:
+            raise ValueError(f"Adapter {', '.join(missing)} does not exist")
+        self.active_adapter = adapters.delete_adapter(self.model, names) or []
+        for name in names:
+            del self.peft_config[name]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one or several adapters active, in this order."""

@@ -91,11 +91,7 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
     reasons = {}
     for name, layer in layers.items():
-        info = layer.info
-        reason = layer.methods[adapter].mergeable_in(layer.view(adapter), info)
-        if info.transient or info.groups > 1 or info.kind not in ("linear", "embedding", "conv1d", "conv2d", "conv3d"):
-            reason = f"a {type(info.module).__name__} as this one has no LoRA that could do the same"
-        if reason:
+        if reason := layer.no_lora_form(adapter):
             reasons[reason] = name
     if reasons:
         listed = "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
