@@ -130,6 +130,14 @@ def test_trl_takes_our_configuration(tmp_path: Path) -> None:
 
 
 def test_transformers_takes_our_configuration(tmp_path: Path) -> None:
+    from packaging.version import Version
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):  # then transformers refuses PEFT's configuration as well
+        for library in (fastpeft, peft):
+            with pytest.raises(ValueError, match="version of PEFT you are using is not compatible"):
+                llama().add_adapter(lora(library))
+        return
     models = [llama(), llama()]
     for model, library in zip(models, (fastpeft, peft), strict=True):
         torch.manual_seed(1)

@@ -65,6 +65,7 @@ def test_models_are_pefts_models() -> None:
         assert not isinstance(thing, cls)
     assert type(layer) is AdapterLayer
     assert layer.__class__.__name__ == "AdapterLayer"
+    assert "reset_lora_parameters" not in dir(layer)
     mixed = fastpeft.get_peft_model(llama(), fastpeft.LoraConfig(**config()), mixed=True)
     assert isinstance(mixed, peft.PeftMixedModel)
     tokens = model(trainable_token_indices=[1, 2]).get_base_model().get_input_embeddings()
@@ -174,7 +175,14 @@ def test_a_library_can_give_a_layer_another_class() -> None:
     other = copy.deepcopy(layer)
     other.__class__ = given
     assert type(other) is type(layer)
+    layer.__class__ = type("Twice", (given,), {"shards": 3})
+    assert type(layer).__mro__[2:4] == (Sharded, AdapterLayer)
+    assert layer.shards == 3
+    assert type(given(nn.Linear(2, 2))) is type(other)
     layer.__class__ = AdapterLayer
+    assert type(layer) is AdapterLayer
+    shown = layer.__class__
+    layer.__class__ = shown
     assert type(layer) is AdapterLayer
 
 

@@ -9,6 +9,7 @@ by which methods are found, stays the class of this package.
 from __future__ import annotations
 
 import copyreg
+import functools
 import sys
 import types
 from abc import ABCMeta
@@ -17,16 +18,19 @@ from typing import Any
 PACKAGE = __name__.partition(".")[0]
 MODULES = ("peft", "peft.tuners.tuners_utils", "peft.utils.other", "peft.tuners.lora.config")  # that have the classes
 _seen: dict[tuple[type, ...], type] = {}  # by the class here and those of PEFT's
-_given: dict[type, type] = {}  # what an object got for a class that derives from the one it shows
 
 
 class _Seen(ABCMeta):
-    """The type of the classes that objects show. Calling one makes an object of the class here."""
+    """The type of the classes that objects show, and of those that others derive from them. Calling one makes an object
+    without PEFT's classes among its bases, whose `__init__` is not for ours."""
 
     own: type
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls.own(*args, **kwargs)
+        return _of_own(cls)(*args, **kwargs)
+
+    def __dir__(cls) -> list[str]:
+        return dir(cls.own)
 
 
 def module_of_peft(name: str) -> types.ModuleType | None:
@@ -64,15 +68,13 @@ class SeenAsPeft:
         key = (own, *theirs)
         if (seen := _seen.get(key)) is None:
             names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
-            _seen[key] = seen = _Seen(own.__name__, key, {"own": own, **names})
+            seen = _seen.setdefault(key, _Seen(own.__name__, key, {"own": own, **names}))
         return seen
 
     @__class__.setter
     def __class__(self, cls: type) -> None:
         """Libraries give a module a class that derives from the one it shows: it gets one that derives from its own."""
-        if any(isinstance(base, _Seen) for base in cls.__bases__):
-            cls = _given[cls] if cls in _given else _given.setdefault(cls, _of_own(cls))
-        object.__dict__["__class__"].__set__(self, cls)
+        object.__dict__["__class__"].__set__(self, _of_own(cls))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As `object` does it; but pickle wants that an object's `__class__` is the class to be made anew."""
@@ -80,8 +82,14 @@ class SeenAsPeft:
         return (_new, *made[1:]) if made[0] is copyreg.__newobj__ else made  # type: ignore[attr-defined]
 
 
+@functools.cache
 def _of_own(cls: type) -> type:
-    bases = tuple(base.own if isinstance(base, _Seen) else base for base in cls.__bases__)
+    """A class without PEFT's among its bases."""
+    if not isinstance(cls, _Seen):
+        return cls
+    if "own" in vars(cls):  # it is one that an object shows
+        return cls.own
+    bases = tuple(_of_own(base) for base in cls.__bases__)
     body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update(body))
 
