@@ -47,9 +47,11 @@ test-ecosystem: setup-ecosystem ## the tests with TRL, diffusers and datasets, w
 	@$(BUILD_NATIVE)
 	@$(PYTEST) --ecosystem -m ecosystem $(ARGS)
 
-test-matrix: setup-dev ## the tests with transformers 5.23 and with 5.24
+MATRIX = transformers==5.23 transformers==5.24 peft==0.18.1 peft==0.19.1 peft==0.20.0 peft==0.21.2
+
+test-matrix: setup-ecosystem ## the tests with several versions of transformers and of PEFT; MATRIX=peft==0.18.1 for one
 	@$(BUILD_NATIVE)
-	@$(VENV_PYTHON) tools/test_matrix.py 5.23 5.24 -- $(ARGS)
+	@$(VENV_PYTHON) tools/test_matrix.py $(MATRIX) -- $(ARGS)
 
 bench: setup-dev ## the benches of the ops and of the whole model; results under bench/results
 	@$(BUILD_NATIVE)

@@ -1,8 +1,9 @@
-"""Run tests with several versions of transformers: `python tools/test_matrix.py 5.23 5.24 -- [pytest arguments]`.
+"""Run tests with several versions of transformers and of PEFT:
+`python tools/test_matrix.py transformers==5.24 peft==0.18.1 -- [pytest arguments]`.
 
 Each version gets a small environment of its own under build/matrix that sees .venv's packages behind its own, so only
-transformers, and what that version needs in another version, is installed again. Without arguments the tests of
-`fastpeft` run; the kernel library does not know transformers.
+that package, and what it needs in another version, is installed again. Without arguments transformers runs all tests of
+`fastpeft` and the programs of test_ecosystem_as_peft.py, and PEFT those where its version matters.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path("tests", "fastpeft")
+ECOSYSTEM = ["-q", "--ecosystem", "-m", "ecosystem"]
+# For each package the runs of pytest; files by pattern. The kernel library knows neither package.
+RUNS = {
+    "transformers": [["-q", "--full", str(TESTS)], [*ECOSYSTEM, "test_ecosystem_as_peft.py"]],
+    "peft": [["-q", "--full", "test_patch*.py", "test_as_peft.py"], [*ECOSYSTEM, "test_ecosystem_patch*.py"]],
+}
 
 
-def environment(version: str) -> Path:
-    """The Python of an environment with transformers `version`."""
-    folder = ROOT / "build" / "matrix" / version
+def environment(pin: str) -> Path:
+    """The Python of an environment with one package in another version, `transformers==5.24`."""
+    folder = ROOT / "build" / "matrix" / pin.replace("==", "-")
     python = folder / "bin" / "python"
     done = folder / ".done"
     if not done.exists():
@@ -26,39 +34,42 @@ def environment(version: str) -> Path:
         # addsitedir, not a plain path: the .pth files there make this project importable.
         line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
         Path(paths["purelib"], "behind.pth").write_text(line)
-        print(
-            f"test-matrix: transformers {version} into {folder.relative_to(ROOT)} (about 13 MB to download)", flush=True
-        )
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            str(python),
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-        ]
-        subprocess.run([*pip, f"transformers=={version}.*"], check=True)
+        print(f"test-matrix: {pin} into {folder.relative_to(ROOT)} (up to 13 MB to download)", flush=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+        subprocess.run([*pip, "--disable-pip-version-check", f"{pin}.*"], check=True)
         done.touch()
     return python
 
 
+def runs(package: str) -> list[list[str]]:
+    """The runs of pytest for a package, without those whose files are not there."""
+    found = []
+    for run in RUNS[package]:
+        given = [[str(f) for f in sorted((ROOT / TESTS).glob(a))] if a.endswith(".py") else [a] for a in run]
+        if any(len(files) and files[0].endswith(".py") for files in given) or run[-1] == str(TESTS):
+            found.append([a for files in given for a in files])
+    return found
+
+
 def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    versions, args = sys.argv[1:split], sys.argv[split + 1 :] or ["-q", "--full", "tests/fastpeft"]
+    pins, args = sys.argv[1:split], sys.argv[split + 1 :]
+    if wrong := [pin for pin in pins if pin.partition("==")[0] not in RUNS or "==" not in pin]:
+        sys.exit(f"test-matrix: expected {' or '.join(f'{name}==VERSION' for name in RUNS)}, got {', '.join(wrong)}")
     failed = []
-    for version in versions:
-        python = environment(version)
-        have = [str(python), "-c", "import transformers; print(transformers.__version__)"]
+    for pin in pins:
+        package, _, version = pin.partition("==")
+        python = environment(pin)
+        have = [str(python), "-c", f"from importlib.metadata import version; print(version({package!r}))"]
         found = subprocess.run(have, check=True, capture_output=True, text=True).stdout.strip()
-        if not found.startswith(version + "."):
-            sys.exit(f"test-matrix: asked for transformers {version}, {found} is imported")
-        print(f"test-matrix: transformers {found}", flush=True)
-        if subprocess.run([str(python), "-m", "pytest", *args], cwd=ROOT).returncode != 0:
-            failed.append(version)
+        if not f"{found}.".startswith(f"{version}."):
+            sys.exit(f"test-matrix: asked for {pin}, {found} is imported")
+        print(f"test-matrix: {package} {found}", flush=True)
+        for run in [args] if args else runs(package):
+            if subprocess.run([str(python), "-m", "pytest", *run], cwd=ROOT).returncode != 0:
+                failed.append(f"{pin} ({' '.join(run)})")
     if failed:
-        sys.exit(f"test-matrix: failed with transformers {', '.join(failed)}")
+        sys.exit(f"test-matrix: failed with {', '.join(failed)}")
 
 
 if __name__ == "__main__":

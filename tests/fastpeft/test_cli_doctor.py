@@ -116,3 +116,52 @@ def test_absent_package_is_told_from_a_broken_one(monkeypatch: pytest.MonkeyPatc
     assert "the slower reference serves" in found["native CPU library"]["value"]
     assert "no NVIDIA GPU is seen" in found["native CUDA library"]["value"]
     assert "PEFT_KERNELS_CUDA=1 make native" in found["native CUDA library"]["fix"]
+
+
+WAYS = ("fastpeft.patch(), fastpeft run --patch", "import fastpeft as peft", "fastpeft.as_peft(), fastpeft run")
+
+
+@pytest.mark.parametrize(
+    ("peft", "transformers", "states", "texts"),
+    [
+        ("0.21.2", ("5.23.0", "0.20.0"), "ok ok ok", ["peft 0.21.2", "beside peft 0.21.2", "finds peft 0.22.0"]),
+        ("0.18.1", ("5.23.0", "0.20.0"), "ok ok ok", ["refuses add_adapter", "refuses add_adapter", "finds peft"]),
+        ("0.21.2", ("5.24.0", "0.22.0"), "ok ok ok", ["5.24.0 refuses", "5.24.0 refuses", "5.24.0 finds peft 0.22.0"]),
+        ("0.17.1", ("5.23.0", "0.20.0"), "note ok ok", ["0.17.1 is not from 0.18 up to below 0.22", "", ""]),
+        ("0.22.0", ("5.24.0", "0.22.0"), "note ok ok", ["0.22.0 is not from", "beside peft 0.22.0", ""]),
+        (None, ("5.23.0", "0.20.0"), "note note ok", ["PEFT is not installed", "in your own loops", "finds peft"]),
+        ("broken", ("5.23.0", "0.20.0"), "broken ok ok", ["cannot be imported: OSError", "", ""]),
+        ("0.21.2", ("5.30.0", "0.30.0"), "ok ok note", ["", "", "5.30.0 wants peft >= 0.30.0, and finds 0.22.0"]),
+        ("0.21.2", None, "ok ok note", ["", "", "without transformers"]),
+    ],
+)  # fmt: skip
+def test_the_three_ways(
+    peft: str | None, transformers: Any, states: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(names: list[str]) -> dict[str, dict[str, Any]]:
+        found = {n: {"found": {}} for n in names}
+        found["torch"] = {"found": {"gpus": [], "cuda_build": None, "version": "2"}}
+        for name in ("native_cpu", "native_cuda"):
+            found[name] = {"found": {"reason": "not built"}}
+        found["transformers"] = {"error": "gone", "absent": True}
+        if transformers is not None:
+            found["transformers"] = {"found": {"version": transformers[0], "needs_peft": transformers[1]}}
+        if peft == "broken":
+            found["peft"] = {"error": "OSError: gone"}
+        return found
+
+    monkeypatch.setattr(doctor, "probe", probe)
+    version = "0.21.2" if peft == "broken" else peft
+    monkeypatch.setattr(doctor, "_version", lambda package: version if package == "peft" else None)
+    rows = [findings(doctor.examine())[way] for way in WAYS]
+    assert [row["status"] for row in rows] == states.split()
+    for row, text in zip(rows, texts, strict=True):
+        assert text in row["value"]
+        assert row["status"] == "ok" or row["fix"]
+
+
+def test_what_the_ways_say_holds() -> None:
+    """The constants of the doctor, which may import nothing that could be broken."""
+    from fastpeft.compat import stand_in
+
+    assert doctor._STANDS_FOR == stand_in.VERSION

@@ -48,7 +48,7 @@ def build_peft_weight_mapping(
 
 
 class LayExperts(ConversionOps):
-    """Lay the tensors of joined experts together, which a file has one by one. side: "lora_A" or "lora_B"."""
+    """Lay the tensors of experts together, which a file has one by one. side: "lora_A" or "lora_B"."""
 
     def __init__(self, side: str) -> None:
         self.side = side

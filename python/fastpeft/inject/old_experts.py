@@ -243,7 +243,7 @@ def without_dropout(config: Any, configs: Mapping[str, Any], infos: Iterable[Lay
 
 
 def lay(side: str, experts: Iterable[Sequence[Tensor]]) -> Tensor:
-    """The one tensor of joined experts for those of their projections, a sequence for each expert.
+    """The one tensor that stands for those of the experts' projections, of which each expert has a sequence.
 
     "lora_A", each [r, in]: [experts * sum of r, in]. "lora_B", each [out, r]: [sum of out, sum of r * experts].
     """

@@ -23,14 +23,18 @@ _LOOKS = [
     "native_cuda",
     "triton",
     "transformers",
+    "peft",
     "fastpeft",
     "bitsandbytes",
     "backends",
 ]
 _TIMEOUT = 120
+_PATCHED = "0.18", "0.22"  # versions of PEFT that fastpeft.patch() knows: from the first, below the second
+_WAYS = ("fastpeft.patch(), fastpeft run --patch", "import fastpeft as peft", "fastpeft.as_peft(), fastpeft run")
+_STANDS_FOR = "0.22.0"  # the version of peft that others see under fastpeft.as_peft()
 # package -> (what it is for, how to get it)
 _PACKAGES = {
-    "peft": ("not needed; to compare with", "pip install peft"),
+    "peft": ("not needed; fastpeft.patch() is for who has it", "pip install 'peft>=0.18,<0.22'"),
     "safetensors": ("reading and writing adapters and models", "pip install safetensors"),
     "numpy": ("arrays", "pip install numpy"),
     "pyyaml": ("reading configs of `train`", "pip install pyyaml"),
@@ -62,6 +66,7 @@ def examine() -> dict[str, Any]:
         "packages": _packages(looks),
         "kernels": _kernels(looks),
         "tools": _tools(),
+        "ways into programs that use PEFT": _ways(looks),
     }
     usable = all("found" in looks[name] for name in ("torch", "transformers", "peft_kernels", "fastpeft"))
     return {
@@ -214,8 +219,43 @@ def _peft_trap(transformers: dict[str, Any]) -> dict[str, str] | None:
     return {
         "problem": f"transformers {version} wants peft >= {needs}, installed is {have}: model.add_adapter and "
         "the like raise. fastpeft's own functions are not affected",
-        "fix": f"pip install 'peft>={needs}', or, where that version is not to be had, pip install 'transformers<5.24'",
+        "fix": f"`fastpeft run SCRIPT` or fastpeft.as_peft(); or pip install 'peft>={needs}', or, where that version "
+        "is not to be had, pip install 'transformers<5.24'",
     }
+
+
+def _ways(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """The three ways in which programs that were written for PEFT run on fastpeft, and why one does not serve here."""
+    have, trap = _version("peft"), _peft_trap(looks["transformers"])
+    broken = next((n for n in ("torch", "peft_kernels", "fastpeft") if "found" not in looks[n]), None)
+    if broken is not None:
+        repair = f"repair {broken}, see above"
+        return [finding(way, BROKEN, f"{broken} cannot be imported", repair) for way in _WAYS]
+    transformers = looks["transformers"].get("found", {}).get("version")
+    lowest, end = _PATCHED
+    refused = f"; transformers {transformers} refuses add_adapter and load_adapter of it" if trap else ""
+    if have is None:
+        patch = NOTE, "PEFT is not installed, and it is PEFT that is patched", f"pip install 'peft>={lowest},<{end}'"
+    elif "error" in looks["peft"]:
+        patch = BROKEN, f"peft {have} cannot be imported: {looks['peft']['error']}", "repair peft"
+    elif not _numbers(lowest) <= _numbers(have) < _numbers(end):
+        patch = NOTE, f"peft {have} is not from {lowest} up to below {end}", f"pip install 'peft>={lowest},<{end}'"
+    else:
+        patch = OK, f"peft {have}{refused}", ""
+    if have is None:
+        plain = NOTE, "in your own loops; Trainer, TRL and diffusers look for adapters only where PEFT is installed", \
+            "for those: `fastpeft run`, fastpeft.as_peft(), or pip install peft"  # fmt: skip
+    else:
+        plain = OK, f"beside peft {have}{refused}", ""
+    needs = looks["transformers"].get("found", {}).get("needs_peft") or "0"
+    if "found" not in looks["transformers"]:
+        whole = NOTE, "without transformers, which most programs for PEFT use", "pip install transformers"
+    elif _numbers(needs) > _numbers(_STANDS_FOR):
+        whole = NOTE, f"transformers {transformers} wants peft >= {needs}, and finds {_STANDS_FOR}", \
+            "pip install 'transformers<=5.24'"  # fmt: skip
+    else:
+        whole = OK, f"transformers {transformers} finds peft {_STANDS_FOR}", ""
+    return [finding(way, *found) for way, found in zip(_WAYS, (patch, plain, whole), strict=True)]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -81,6 +81,12 @@ def look_transformers() -> Finding:
     return found
 
 
+def look_peft() -> Finding:
+    import peft
+
+    return {"version": peft.__version__}
+
+
 def look_fastpeft() -> Finding:
     import fastpeft
 
