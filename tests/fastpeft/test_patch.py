@@ -30,6 +30,7 @@ SHORT = [
 ]  # fmt: skip
 # Layers whose forward stays PEFT's, by case, and a part of the reason.
 STAYS = {
+    "dora_convs": "DoRA of", "dora_embedding": "DoRA of",
     "attention": "MultiheadAttention", "c3a": "C3A", "frod": "FRoD", "hra_gs": "Gram-Schmidt",
     "loha_conv_effective": "Tucker",
 }  # fmt: skip
