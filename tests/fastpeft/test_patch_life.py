@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import runpy
 import subprocess
@@ -238,14 +239,14 @@ def test_rows_with_adapters_of_their_own() -> None:
 
 
 def test_a_compiled_graph_is_pefts() -> None:
-    model = model_of()
+    model, x = model_of(), torch.randn(3, 64)
     fastpeft.patch(model)
-    expected = forward(model)
+    layer = tuner_layers(model)[0]
     torch._dynamo.reset()
-    compiled = torch.compile(model.base_model.model.model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        hidden = compiled(input_ids=IDS).last_hidden_state
-        assert_same(model.get_output_embeddings()(hidden), expected)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    expected, served = layer(x), vars(layer)[SIDE].served
+    assert_same(compiled(x), expected)
+    assert vars(layer)[SIDE].served == served
     with pytest.raises(ValueError, match="is compiled already"):
         fastpeft.patch(compiled)
 
@@ -308,6 +309,27 @@ def test_patch_of_everything(already: bool) -> None:
     assert not set(tuner_layers(model_of())) & set(patched)
 
 
+def test_hooks_come_with_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = "".join(f"    def {name}(self):\n        return 1\n" for name in ("inject_adapter", "set_adapter"))
+    (tmp_path / "late_tuners.py").write_text(f"class BaseTuner:\n{methods}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(hooks, "TUNERS", "late_tuners")
+    seen: list[Any] = []
+    own = hooks.Hooks(seen.append)
+    own.install()
+    own.install()
+    tuner = importlib.import_module("late_tuners").BaseTuner()
+    assert tuner.inject_adapter() == 1
+    assert seen == [tuner]
+    assert own not in sys.meta_path
+    own.remove()
+    assert tuner.set_adapter() == 1
+    assert seen == [tuner]
+    assert not hasattr(tuner.inject_adapter, "__wrapped__")
+    del sys.modules["late_tuners"]
+
+
+@pytest.mark.full_form
 def test_patch_before_peft_is_imported() -> None:
     script = """
 import sys, fastpeft
