@@ -17,7 +17,7 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.compat.patch import hooks, patching
+from fastpeft.compat.patch import hooks
 from fastpeft.compat.patch.classes import SIDE, patched
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
@@ -150,6 +150,9 @@ def test_copies_and_pickles_are_patched() -> None:
     model = model_of()
     fastpeft.patch(model)
     expected = forward(model)
+    shallow = copy.copy(tuner_layers(model)[0])
+    shallow.set_adapter([])
+    assert_same(shallow(torch.ones(1, 64)), shallow.base_layer(torch.ones(1, 64)))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same_bits(forward(other), expected)
         layer = tuner_layers(other)[0]
@@ -263,6 +266,9 @@ def test_hooks_and_other_forwards_are_kept() -> None:
     layer.base_layer.forward = lambda x: 2 * plain(x)  # as hooks of accelerate do
     assert (forward(model) - expected).norm() > 0.01 * expected.norm()
     assert ["another forward" in reason for reason in vars(layer)[SIDE].calls] == [True]
+    other = tuner_layers(model)[1]
+    other.forward = lambda x: x
+    assert ("lora.Linear", "somebody gave it another forward") in fastpeft.patch(model).stays
 
 
 def test_the_report() -> None:
@@ -362,17 +368,14 @@ def test_what_cannot_be_patched() -> None:
     model.base_model.model.lm_head.compile(backend="eager")
     with pytest.raises(ValueError, match=r"lm_head is compiled already"):
         fastpeft.patch(model)
-    assert not patched
+    class FullyShardedDataParallel(nn.Module):
+        pass
 
-
-@pytest.mark.parametrize("version", ["0.17.1", "0.22.0"])
-def test_versions_of_peft_that_are_not_known(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patching.importlib.metadata, "version", lambda name: version)
-    for model in (model_of(), None):
-        with pytest.raises(ImportError, match=rf"0.18 to 0.21, and {version} is installed"):
-            fastpeft.patch(model)
+    whole = FullyShardedDataParallel()
+    whole.inside = model_of()
+    with pytest.raises(ValueError, match=r"the model is wrapped by FSDP already"):
+        fastpeft.patch(whole)
     assert not patched
-    assert not isinstance(sys.meta_path[0], hooks.Hooks)
 
 
 @pytest.mark.parametrize("kind", ["dense", "4bit"])
