@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import runpy
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import fastpeft
 import peft
 import pytest
 import torch
+from fastpeft.compat.patch import hooks, patching
+from fastpeft.compat.patch.classes import patched
 from forms import matrix
 from torch import Tensor
 
@@ -30,6 +33,7 @@ SHORT = [
 ]  # fmt: skip
 # Layers whose forward stays PEFT's, by case, and a part of the reason.
 STAYS = {
+    "dora_convs": "DoRA of", "dora_embedding": "DoRA of",
     "attention": "MultiheadAttention", "c3a": "C3A", "frod": "FRoD", "hra_gs": "Gram-Schmidt",
     "loha_conv_effective": "Tucker",
 }  # fmt: skip
@@ -126,3 +130,13 @@ def test_an_adapter_that_a_layer_lacks_though_its_bank_is_shared() -> None:
     fastpeft.patch(model)
     for a, b in zip(run(model, "vblora")[1].values(), expected[1].values(), strict=True):
         no_worse(a, b, b.double())
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.22.0"])
+def test_versions_of_peft_that_are_not_known(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching.importlib.metadata, "version", lambda name: version)
+    for model in (load("linear"), None):
+        with pytest.raises(ImportError, match=rf"0.18 to 0.21, and {version} is installed"):
+            fastpeft.patch(model)
+    assert not patched
+    assert not isinstance(sys.meta_path[0], hooks.Hooks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import runpy
 import subprocess
@@ -16,7 +17,7 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.compat.patch import hooks, patching
+from fastpeft.compat.patch import hooks
 from fastpeft.compat.patch.classes import SIDE, patched
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
@@ -149,6 +150,9 @@ def test_copies_and_pickles_are_patched() -> None:
     model = model_of()
     fastpeft.patch(model)
     expected = forward(model)
+    shallow = copy.copy(tuner_layers(model)[0])
+    shallow.set_adapter([])
+    assert_same(shallow(torch.ones(1, 64)), shallow.base_layer(torch.ones(1, 64)))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same_bits(forward(other), expected)
         layer = tuner_layers(other)[0]
@@ -238,14 +242,14 @@ def test_rows_with_adapters_of_their_own() -> None:
 
 
 def test_a_compiled_graph_is_pefts() -> None:
-    model = model_of()
+    model, x = model_of(), torch.randn(3, 64)
     fastpeft.patch(model)
-    expected = forward(model)
+    layer = tuner_layers(model)[0]
     torch._dynamo.reset()
-    compiled = torch.compile(model.base_model.model.model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        hidden = compiled(input_ids=IDS).last_hidden_state
-        assert_same(model.get_output_embeddings()(hidden), expected)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    expected, served = layer(x), vars(layer)[SIDE].served
+    assert_same(compiled(x), expected)
+    assert vars(layer)[SIDE].served == served
     with pytest.raises(ValueError, match="is compiled already"):
         fastpeft.patch(compiled)
 
@@ -262,6 +266,9 @@ def test_hooks_and_other_forwards_are_kept() -> None:
     layer.base_layer.forward = lambda x: 2 * plain(x)  # as hooks of accelerate do
     assert (forward(model) - expected).norm() > 0.01 * expected.norm()
     assert ["another forward" in reason for reason in vars(layer)[SIDE].calls] == [True]
+    other = tuner_layers(model)[1]
+    other.forward = lambda x: x
+    assert ("lora.Linear", "somebody gave it another forward") in fastpeft.patch(model).stays
 
 
 def test_the_report() -> None:
@@ -308,6 +315,27 @@ def test_patch_of_everything(already: bool) -> None:
     assert not set(tuner_layers(model_of())) & set(patched)
 
 
+def test_hooks_come_with_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = "".join(f"    def {name}(self):\n        return 1\n" for name in ("inject_adapter", "set_adapter"))
+    (tmp_path / "late_tuners.py").write_text(f"class BaseTuner:\n{methods}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(hooks, "TUNERS", "late_tuners")
+    seen: list[Any] = []
+    own = hooks.Hooks(seen.append)
+    own.install()
+    own.install()
+    tuner = importlib.import_module("late_tuners").BaseTuner()
+    assert tuner.inject_adapter() == 1
+    assert seen == [tuner]
+    assert own not in sys.meta_path
+    own.remove()
+    assert tuner.set_adapter() == 1
+    assert seen == [tuner]
+    assert not hasattr(tuner.inject_adapter, "__wrapped__")
+    del sys.modules["late_tuners"]
+
+
+@pytest.mark.full_form
 def test_patch_before_peft_is_imported() -> None:
     script = """
 import sys, fastpeft
@@ -340,17 +368,14 @@ def test_what_cannot_be_patched() -> None:
     model.base_model.model.lm_head.compile(backend="eager")
     with pytest.raises(ValueError, match=r"lm_head is compiled already"):
         fastpeft.patch(model)
-    assert not patched
+    class FullyShardedDataParallel(nn.Module):
+        pass
 
-
-@pytest.mark.parametrize("version", ["0.17.1", "0.22.0"])
-def test_versions_of_peft_that_are_not_known(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patching.importlib.metadata, "version", lambda name: version)
-    for model in (model_of(), None):
-        with pytest.raises(ImportError, match=rf"0.18 to 0.21, and {version} is installed"):
-            fastpeft.patch(model)
+    whole = FullyShardedDataParallel()
+    whole.inside = model_of()
+    with pytest.raises(ValueError, match=r"the model is wrapped by FSDP already"):
+        fastpeft.patch(whole)
     assert not patched
-    assert not isinstance(sys.meta_path[0], hooks.Hooks)
 
 
 @pytest.mark.parametrize("kind", ["dense", "4bit"])

@@ -21,7 +21,7 @@ class Side:
     """A patched layer's companion, made when it is first needed, and counts of its calls.
 
     configs: the tuner's configurations by adapter, PEFT's own dictionary. served: calls that were ours. calls: of
-    PEFT's forward, by reason. A copy of the layer, or its pickle, has the name and the configurations alone.
+    PEFT's forward, by reason. A copy of the layer, or its pickle, has a side of its own with the same configurations.
     """
 
     def __init__(self, name: str, configs: dict[str, Any]) -> None:
@@ -30,9 +30,6 @@ class Side:
         self.served = 0
         self.calls: Counter[str] = Counter()
         self._refused: tuple[Any, Stays] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Side, (self.name, self.configs)
 
     def look(self, layer: Any) -> Companion:
         """The companion of the layer as it is now. Raises Stays where there can be none."""
@@ -128,7 +125,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _layer_of(self: Any) -> Companion | None:
     """The companion that computes a plain call of the layer as it is now, for recipes that make it with others."""
     side: Side = self.__dict__[SIDE]
-    if self._disable_adapters or self.merged_adapters:
+    if self._disable_adapters or self.merged_adapters or "forward" in self.__dict__:
         return None
     try:
         found = side.look(self)
@@ -140,8 +137,9 @@ def _layer_of(self: Any) -> Companion | None:
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     original = type(self)._fastpeft_class
-    _, _, *state = original.__reduce_ex__(self, max(int(protocol), 2))
-    return _copy_of, (original,), *state
+    _, _, state, *others = original.__reduce_ex__(self, max(int(protocol), 2))
+    side: Side = self.__dict__[SIDE]
+    return _copy_of, (original,), {**state, SIDE: Side(side.name, side.configs)}, *others
 
 
 def _copy_of(original: type) -> Any:

@@ -6,7 +6,7 @@ lies there. PEFT keeps no version, so `current` looks at each call whether the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,13 +54,15 @@ class Companion(AdapterLayer):
         if self.several and all(type(self.methods[n]) is Lora for n in self._active_adapter):
             self.several = False  # PEFT adds up their updates, as we do
         self.plain = not (self.several or self.limits)
+        self._unplanned = -1  # the version without a plan
+        self._direct: Callable[[Tensor], Tensor] | None = None  # what acts then
         self._watched = self._watch()
 
     def _adopt(self, adapter: str, config: Any, active: bool) -> None:
         """Take an adapter on. One that is not active and cannot be ours is left out."""
         try:
             method = method_for(self.theirs, config)
-            found = dict(limits(method, self.theirs, adapter))
+            found = dict(limits(method, self.theirs, adapter, self.base))
             forms = list(own_forms(self.theirs, adapter, self.base))
         except Stays:
             if active:
@@ -124,6 +126,33 @@ class Companion(AdapterLayer):
             if mapping.get(key) is not value:
                 return False
         return True
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As an AdapterLayer's; a plan that there is none of is not looked for again until the layer changes."""
+        if self._unplanned == self._version and not args and not kwargs:
+            return self._compose(x, self._active_adapter, (), {}) if self._direct is None else self._direct(x)
+        y = super().forward(x, *args, **kwargs)
+        if self._plan is None:
+            self._unplanned, self._direct = self._version, self._directly()
+        return y
+
+    def _directly(self) -> Callable[[Tensor], Tensor] | None:
+        """The formula of one plain LoRA beside a layer for which there is no kernel, without the steps between."""
+        names = self._active_adapter
+        if len(names) != 1 or type(self.methods[names[0]]) is not Lora or names[0] not in self.lora_A:
+            return None
+        if self.base.transient or not self.cast_input_dtype_enabled:
+            return None
+        name, call, scaling = names[0], self.base.call, self.scaling
+        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+
+        def run(x: Tensor) -> Tensor:
+            y, dtype = call(x), a.weight.dtype
+            added = b(a(dropout(x if x.dtype is dtype else x.to(dtype)))) * scaling[name]
+            total: Tensor = y + added
+            return total if total.dtype is y.dtype else total.to(y.dtype)
+
+        return run
 
     @property
     def kernel(self) -> str:

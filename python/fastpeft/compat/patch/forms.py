@@ -15,7 +15,7 @@ from torch import nn
 
 from ...methods.frod import Frod
 from ...methods.glora import Path
-from ...methods.lora.variants.dora import Magnitude
+from ...methods.lora.variants.dora import Dora, Magnitude
 from ...methods.lora.variants.monteclora import MonteClora
 from ...methods.method import Method
 from ...methods.oft import OFTRotationModule
@@ -115,10 +115,12 @@ def own_forms(layer: Any, adapter: str, base: BaseWeight) -> Iterator[tuple[str,
                 yield name, form(Entry(None, name, adapter, layer, base))
 
 
-def limits(method: Method, layer: Any, adapter: str) -> Iterator[tuple[str, str]]:
+def limits(method: Method, layer: Any, adapter: str, base: BaseWeight) -> Iterator[tuple[str, str]]:
     """("training" or "gradients", why PEFT's own forward has to act then). Raises Stays where it has to always."""
     if any(hasattr(layer, name) and not hasattr(layer, new) for name, new in NEWER.items()):
         raise Stays("this version of PEFT keeps the method's tensors in another form")
+    if isinstance(method, Dora) and base.kind != "linear":
+        raise Stays("DoRA of a convolution or an embedding has no kernel, and PEFT's formula takes less time")
     if isinstance(method, Frod):
         raise Stays("PEFT's FRoD needs no product with the base weight, which ours does")
     if getattr(layer, "hra_apply_GS", {}).get(adapter):
