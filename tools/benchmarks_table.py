@@ -111,9 +111,9 @@ TABLES = [
           "generate` uses for Llama models on a CPU; it replaces some of transformers' model code, reversibly."),
     Table("dropin", "One Trainer script", "Trainer, ",
           "SmolLM2 in bitsandbytes' NF4, LoRA r=16 on all linear layers, 4 x 128 tokens, bfloat16 with float32 "
-          "adapters, by transformers' Trainer: with PEFT, with `fastpeft.patch(model)`, with `patch(model, layers=True, "
-          "loss=True)`, and with `fastpeft.get_peft_model` and `accelerate(model, loss=True)`. MiB are the peak of "
-          "training above the process after its imports.",
+          "adapters, by transformers' Trainer: with PEFT, with `fastpeft.patch(model)`, with `patch(model, "
+          "layers=True, loss=True)`, and with `fastpeft.get_peft_model` and `accelerate(model, loss=True)`. MiB are "
+          "the peak of training above the process after its imports.",
           [*((name, time_of(name)) for name in DROP_IN),
            *((f"{name}, PEFT's speed = 1", ratio_of([name], ["PEFT"])) for name in DROP_IN[1:]),
            *((f"MiB, {name}", field_of(name, "above_mib")) for name in DROP_IN)], "Trainer, "),

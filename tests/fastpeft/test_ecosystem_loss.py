@@ -25,7 +25,8 @@ TEXT = [{"text": LETTERS[i : i + 5 + i % 3]} for i in range(16)]
 PAIRS = [{"prompt": LETTERS[i : i + 3], "completion": LETTERS[i + 3 : i + 8]} for i in range(8)]
 OPTIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "text": (TEXT, {}), "packing": (TEXT, {"packing": True, "max_length": 12}),
-    "padding-free": (TEXT, {"padding_free": True}), "smoothing": (TEXT, {"label_smoothing_factor": 0.1}),
+    "padding-free": (TEXT, {"padding_free": True, "max_length": None}),
+    "smoothing": (TEXT, {"label_smoothing_factor": 0.1}),
     "completion": (PAIRS, {"completion_only_loss": True}), "assistant": (TALK, {"assistant_only_loss": True}),
     "accumulation": (TEXT, {"gradient_accumulation_steps": 2}), "dft": (TEXT, {"loss_type": "dft"}),
     "evaluation": (TEXT, {"eval_strategy": "steps", "eval_steps": 1}),
