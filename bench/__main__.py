@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--threads", type=int)
     p.add_argument("--device", default="cpu", help="of an op: cpu (the default) or cuda")
-    p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, decode; or step, unet")
+    p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, "
+                   "decode; or dropout, plain, unet")
     p.add_argument("--methods", nargs="+", metavar="M", help="of the suites methods and ortho, such as boft dora")
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
     p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.rounds, args.sample_s, args.budget_s = min(args.rounds, 7), min(args.sample_s, 0.01), 6.0
     only = args.only
-    args.only = only or ["forward", "train", "levels", "step", "decode", "unet"]
+    args.only = only or ["forward", "train", "levels", "step", "decode", "dropout", "plain", "unet"]
     args.threads = threads(args.threads)
     if args.gpu:
         from .gpu import report as gpu_report

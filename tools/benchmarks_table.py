@@ -101,6 +101,7 @@ def dtypes(label: str, ours: str, theirs: str) -> list[Column]:
 
 
 LAYERS = "benchmarks_layers.md"
+DROP_IN = ("PEFT", "patch", "patch, layers, loss", "ours")
 TABLES = [
     Table("qlora", "A QLoRA training step", "step, ",
           "SmolLM2-135M in NF4 with double quantisation, LoRA r=16 on all seven projections, float32 adapters, dropout "
@@ -109,6 +110,18 @@ TABLES = [
     Table("qlora", "Decoding a token", "decode, a token",
           "The same model in evaluation mode, one sequence, by `generate()`. \"Own layers\" is what `fastpeft "
           "generate` uses for Llama models on a CPU; it replaces some of transformers' model code, reversibly."),
+    Table("dropin", "One Trainer script", "Trainer, ",
+          "SmolLM2 in bitsandbytes' NF4, LoRA r=16 on all linear layers, 4 x 128 tokens, bfloat16 with float32 "
+          "adapters, by transformers' Trainer: with PEFT, with `fastpeft.patch(model)`, with `patch(model, "
+          "layers=True, loss=True)`, and with `fastpeft.get_peft_model` and `accelerate(model, loss=True)`. MiB are "
+          "the peak of training above the process after its imports.",
+          [*((name, time_of(name)) for name in DROP_IN),
+           *((f"{name}, PEFT's speed = 1", ratio_of([name], ["PEFT"])) for name in DROP_IN[1:]),
+           *((f"MiB, {name}", field_of(name, "above_mib")) for name in DROP_IN)], "Trainer, "),
+    Table("dropin", "A step of a small UNet", "UNet, ",
+          "Forward and backward of a UNet of diffusers with PEFT's LoRA, r=8, on one kind of its layers, float32.",
+          [("PEFT", time_of("PEFT")), ("patched", time_of("patch")),
+           ("PEFT's speed = 1", ratio_of(["patch"], ["PEFT"]))], "UNet, "),
     Table("layers", "One 4-bit layer, forward", "forward ",
           "NF4 with double quantisation, in evaluation, beside bitsandbytes' `Linear4bit`; in x out features, M rows "
           "of x. The last column is the fastest of either side over all dtypes.",

@@ -28,6 +28,7 @@ TARGETS = {  # by dropout: how much faster than PEFT the issue asks
     0.05: {"patch": 1.6, "patch, layers, loss": 2.1, "ours": 2.1},
     0.0: {"patch": 1.1, "patch, layers, loss": 1.5, "ours": 1.5},
 }
+PARTS = {"dropout": 0.05, "plain": 0.0}
 MEMORY = 0.55  # of PEFT's, at most, with the loss by chunks
 KINDS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"], "feed-forward": ["net.0.proj", "net.2"],
@@ -138,8 +139,8 @@ def unet_rows() -> Iterator[Row]:
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    if "step" in args.only:
-        for dropout in TARGETS:
+    for part, dropout in PARTS.items():
+        if part in args.only:
             yield trainer_row(dropout, args)
     if "unet" in args.only:
         yield from unet_rows()

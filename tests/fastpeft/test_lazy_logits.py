@@ -70,6 +70,10 @@ def test_writing_to_a_part_is_seen_by_the_whole() -> None:
     model, _, want = lazy()
     with torch.no_grad():
         got = model(**batch()).logits
+        early = got[..., :-1, :]
+        got[:, 3, 9] = 50.0
+        assert (early[:, 3].argmax(-1) == 9).all()
+        got = model(**batch()).logits
         got[:, -1][:, 4] = 7.0
         got[0].mul_(2)
         want = want.clone()

@@ -17,7 +17,7 @@ class Acceleration:
     """The outcome of `accelerate`, to be printed.
 
     modules: layers that compute in a quicker way; losses: models whose loss is computed by chunks; reasons: what was
-    asked for and is not there. `chunked` and `whole` count the forwards with labels since then. `remove()` takes all
+    asked for and is not there. `chunked` and `whole` count forwards of the model with labels. `remove()` takes all
     of it back.
     """
 

@@ -97,8 +97,10 @@ def _not_now(head: nn.Module | None) -> str | None:
             return "there are hooks on its head, which would see other calls"
         if isinstance(module, AdapterLayer) and not (module.rows.idle and module.rows.values is None):
             return "the rows of its head have adapters or values of their own"
-        if any(hasattr(p, "ds_id") for p in module._parameters.values()):
-            return "DeepSpeed ZeRO-3 has the parameters of its head in parts"
+        if any(hasattr(p, "ds_id") or hasattr(p, "_fsdp_flattened") for p in module._parameters.values()):
+            return "DeepSpeed ZeRO-3 or FSDP has the parameters of its head in parts"
+        if isinstance(module.__dict__.get("weight"), Tensor):  # FSDP that does not use the parameters themselves
+            return "DeepSpeed ZeRO-3 or FSDP has the parameters of its head in parts"
     return None
 
 

@@ -125,7 +125,7 @@ class LazyLogits(Tensor):
         if func in _OF_THE_SHELL:
             with _plain():
                 return func(*args, **kwargs)
-        if args and type(args[0]) is LazyLogits and args[0]._made is None:
+        if args and type(args[0]) is LazyLogits and not args[0]._stands():
             found = args[0]._lazily(func, args[1:], kwargs)
             if found is not NotImplemented:
                 return found
@@ -145,11 +145,15 @@ class LazyLogits(Tensor):
         )
         return func(*real[0], **real[1])
 
+    def _stands(self) -> bool:
+        """True if the real tensor is there, or that of which this is a part, which someone may have written to."""
+        return self._made is not None or (self._part_of is not None and self._part_of[0]._stands())
+
     def made(self, why: str, shared: bool = False) -> Tensor:
         """The real tensor. shared: someone writes to it, which whatever this is a part of has to see."""
         if self._made is None:
             self._head.watch.all_at_once(f"the model needs its logits for `{why}`")
-            if self._part_of is not None and (shared or self._part_of[0]._made is not None):
+            if self._part_of is not None and (shared or self._part_of[0]._stands()):
                 whole, take = self._part_of
                 with torch.set_grad_enabled(self._head.grad):
                     self._made = take(whole.made(why, shared))
@@ -176,6 +180,8 @@ class LazyLogits(Tensor):
         if name == "detach" and not rest:
             head = replace(self._head, grad=False)
             return self._with(self._hidden.detach(), head, part_of=(self, Tensor.detach))
+        if name == "clone" and not rest and not kwargs:
+            return self._with(head=replace(self._head, grad=self._head.grad and torch.is_grad_enabled()))
         if name == "contiguous" and not rest and not kwargs:
             return self
         if name == "argmax" and self.dim() > 1 and (kwargs or {"dim": rest[0] if len(rest) == 1 else None}) in (
@@ -298,7 +304,9 @@ def _dims(item: Any) -> int:
     return item.dim() if isinstance(item, Tensor) and item.dtype is torch.bool else 1
 
 
-def _lost(grad: Tensor) -> None:
+def _lost(grad: Tensor | None) -> None:
+    if grad is None:  # DDP that looks for unused parameters hands outputs through a function, and None comes back
+        return
     raise RuntimeError(
         "A gradient came to logits that are made when they are asked for, by a call that torch does not show (an "
         "autograd.Function of somebody): give it `logits + 0`, or call `fastpeft.unaccelerate`."

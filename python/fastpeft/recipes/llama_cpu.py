@@ -194,7 +194,25 @@ def _head_forward(self: Any, input: Tensor) -> Tensor:
     return one
 
 
-_FastHead = type("_FastHead", (nn.Linear,), {"forward": _head_forward, _ACCELERATED: True, "__module__": __name__})
+def _reduce(self: Any, protocol: int) -> Any:
+    """Pickled and copied as a module of the class that was there, with the quicker one put on again."""
+    state = {name: value for name, value in self.__dict__.items() if name != "_fastpeft_decoding"}
+    return _again, (type(self).__bases__[0],), state
+
+
+def _again(base: type) -> Any:
+    kind: Any = _FastHead if base is nn.Linear else _classes()[base]
+    module = kind.__new__(kind)
+    if base is not nn.Linear:
+        module.__dict__["_fastpeft_decoding"] = _Decoding(_RotarySigns())
+    return module
+
+
+def _members(forward: Any) -> dict[str, Any]:
+    return {"forward": forward, _ACCELERATED: True, "__module__": __name__, "__reduce_ex__": _reduce}
+
+
+_FastHead = type("_FastHead", (nn.Linear,), _members(_head_forward))
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:
@@ -270,8 +288,7 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _plain_subclass(base: type, forward: Any) -> type:
-    members = {"forward": forward, "_fastpeft_base": base, _ACCELERATED: True, "__module__": __name__}
-    return type(f"Fast{base.__name__}", (base,), members)
+    return type(f"Fast{base.__name__}", (base,), {**_members(forward), "_fastpeft_base": base})
 
 
 def _layer_subclass(base: type) -> type:
@@ -296,7 +313,7 @@ def _layer_subclass(base: type) -> type:
         )  # fmt: skip
         return result
 
-    return type(f"Fast{base.__name__}", (base,), {"forward": forward, _ACCELERATED: True, "__module__": __name__})
+    return type(f"Fast{base.__name__}", (base,), _members(forward))
 
 
 @cache
