@@ -59,7 +59,7 @@ MISSING = {
     """,
 }
 # Names by which PEFT's and transformers' functions put adapters in and save them.
-LATER = ("layer.update_layer", "head.check_set_adapter", "head.adapter_state_dict", "head.adapter_state_dict_load_map")
+LATER: tuple[str, ...] = ()
 # There, with another value:
 OTHER = {
     "a name where PEFT begins with a list of one; both take either": "tuner.active_adapter",

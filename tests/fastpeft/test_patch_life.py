@@ -8,7 +8,6 @@ import pickle
 import runpy
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,17 @@ import pytest
 import torch
 from fastpeft.compat.patch import hooks
 from fastpeft.compat.patch.classes import SIDE, patched
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import hotswap_adapter
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
 from peft_kernels.testing import assert_same_bits
 
-peft_tools = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))
-IDS = torch.arange(24).view(2, 12) % 50
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 4, "init_lora_weights": False}, "rslora": {"r": 4, "init_lora_weights": False, "use_rslora": True},
-    "dora": {"r": 4, "init_lora_weights": False, "use_dora": True}, "oft": {"oft_block_size": 8, "init_weights": False},
-}  # fmt: skip
+tools = runpy.run_path(str(Path(__file__).with_name("patch_tools.py")))
+NAMES = "IDS METHODS llama in_4bit configuration model_of forward step assert_same tuner_layers"
+IDS, METHODS, llama, in_4bit, configuration, model_of, forward, step, assert_same, tuner_layers = (
+    tools[n] for n in NAMES.split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,61 +36,6 @@ def _unpatch() -> Iterator[None]:
     yield
     fastpeft.unpatch()
     assert not patched
-
-
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=50, tie_word_embeddings=True, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def in_4bit(model: Any) -> Any:
-    """The same with bitsandbytes' layers, as transformers loads it."""
-    import bitsandbytes as bnb
-
-    for part in [m for n, m in model.named_modules() if n.endswith(("self_attn", "mlp"))]:
-        for name, linear in list(part.named_children()):
-            if isinstance(linear, nn.Linear):
-                small = bnb.nn.Linear4bit(
-                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
-                )
-                small.load_state_dict(linear.state_dict())
-                setattr(part, name, small.to("cpu"))
-    model.is_loaded_in_4bit = True
-    return model
-
-
-def configuration(method: str = "lora", **options: Any) -> Any:
-    kind = peft.OFTConfig if method == "oft" else peft.LoraConfig
-    return kind(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **METHODS[method], **options})
-
-
-def model_of(method: str = "lora", base: Any = None, **options: Any) -> Any:
-    torch.manual_seed(1)
-    return peft.get_peft_model(base or llama(), configuration(method, **options)).eval()
-
-
-def forward(model: Any, **inputs: Any) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, **inputs).logits
-
-
-def step(model: Any) -> tuple[Tensor, list[Tensor]]:
-    model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def assert_same(a: Tensor, b: Tensor) -> None:
-    peft_tools["close"](a, b, times=16)
-
-
-def tuner_layers(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
 
 
 @pytest.mark.parametrize("kind", ["dense", "4bit"])
@@ -362,8 +304,6 @@ def test_what_cannot_be_patched() -> None:
         fastpeft.patch(ours)
     with pytest.raises(TypeError, match="needs a model"):
         fastpeft.patch("model")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs the model"):
-        fastpeft.patch(layers=True)
     model = model_of()
     model.base_model.model.lm_head.compile(backend="eager")
     with pytest.raises(ValueError, match=r"lm_head is compiled already"):
@@ -376,23 +316,3 @@ def test_what_cannot_be_patched() -> None:
     with pytest.raises(ValueError, match=r"the model is wrapped by FSDP already"):
         fastpeft.patch(whole)
     assert not patched
-
-
-@pytest.mark.parametrize("kind", ["dense", "4bit"])
-def test_quicker_layers(kind: str) -> None:
-    if kind == "4bit":
-        pytest.importorskip("bitsandbytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = model_of(base=in_4bit(llama()) if kind == "4bit" else llama(), target_modules=["q_proj", "v_proj"])
-    loss, grads = step(model.train())
-    classes = [type(m) for m in model.modules()]
-    report = fastpeft.patch(model, layers=True)
-    found, own = step(model)
-    assert_same(found, loss)
-    for a, b in zip(own, grads, strict=True):
-        assert_same(a, b)
-    assert report.ours >= 4
-    assert not report.calls
-    fastpeft.unpatch(model)
-    assert [type(m) for m in model.modules()] == classes

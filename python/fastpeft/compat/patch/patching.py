@@ -6,20 +6,21 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from torch import nn
 
+from ...config.types import warn
 from ...files.whole import is_sharded
 from ...layer.layer import AdapterLayer
-from ...recipes.llama_cpu import Accelerated, accelerate
+from ...recipes.accelerate import Acceleration, accelerate, unaccelerate
 from .classes import SIDE, patched, switch, switch_back
 from .hooks import Hooks
 from .report import Report
 
 OLDEST, NEWEST = (0, 18), (0, 21)  # of PEFT's versions, those that are run by tests
 _WRAPPERS = {"OptimizedModule": "compiled", "FullyShardedDataParallel": "wrapped by FSDP"}
-_accelerated: WeakKeyDictionary[nn.Module, Accelerated] = WeakKeyDictionary()
+_accelerated: WeakSet[nn.Module] = WeakSet()  # models whose layers or loss are quicker by `patch`
 
 
 def patch(model: nn.Module | None = None, *, layers: bool = False, loss: bool = False) -> Report:
@@ -29,18 +30,15 @@ def patch(model: nn.Module | None = None, *, layers: bool = False, loss: bool = 
     saving, loading, merging, adding and deleting adapters. model: any module with layers of PEFT in it (a PeftModel, a
     model with `add_adapter`, a UNet). None: every model that gets an adapter from now on, whoever makes it.
 
-    layers: have a Llama on a CPU use quicker decoder layers too (`fastpeft.accelerate`).
+    layers, loss: use quicker decoder layers, and compute the loss by chunks, too, as `fastpeft.accelerate` does.
 
     Returns a report, which prints as a table; without a model, of all that is patched by now. Raises ValueError for a
     model without PEFT's adapters, or one that is compiled or sharded, and ImportError without a PEFT that this version
-    knows. An error leaves the model as it was.
+    knows, and for layers or loss where nothing of both can be had. An error leaves the model as it was.
     """
     check_version()
-    if loss:
-        raise NotImplementedError("patch(loss=True) is not there yet in fastpeft.")
     if model is None:
-        if layers:
-            raise ValueError("patch(layers=True) needs the model whose layers are meant: patch(model, layers=True)")
+        _asked.update(layers=layers, loss=loss)
         _hooks.install()
         return Report(list(patched))
     if not isinstance(model, nn.Module):
@@ -51,9 +49,11 @@ def patch(model: nn.Module | None = None, *, layers: bool = False, loss: bool = 
         own = any(isinstance(m, AdapterLayer) for m in model.modules())
         why = "is fastpeft's own, which needs no patch" if own else "has no layer with an adapter of PEFT"
         raise ValueError(f"patch: this {type(model).__name__} {why}. Call patch after the adapters were added.")
-    if layers and model not in _accelerated:
-        _accelerated[model] = accelerate(model)
-    return _switch(found)
+    more = None
+    if layers or loss:
+        more = accelerate(model, layers, loss)
+        _accelerated.add(model)
+    return _switch(found, more)
 
 
 def unpatch(model: nn.Module | None = None) -> None:
@@ -65,7 +65,8 @@ def unpatch(model: nn.Module | None = None) -> None:
             switch_back(layer)
     for owner in list(_accelerated) if model is None else [model]:
         if owner in _accelerated:
-            _accelerated.pop(owner).remove()
+            _accelerated.discard(owner)
+            unaccelerate(owner)
 
 
 def check_version() -> None:
@@ -103,22 +104,31 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, A
         above = configs[name.rpartition(".")[0]]
         own = part.__dict__.get("peft_config", getattr(part, "peft_config", None) if name == "" else None)
         configs[name] = own if isinstance(own, dict) and own else above
-        if isinstance(part, module.BaseTunerLayer):
+        if issubclass(type(part), module.BaseTunerLayer):  # of our layers `isinstance` says so, too
             yield name, part, configs[name]
 
 
-def _switch(found: list[tuple[str, nn.Module, dict[str, Any]]]) -> Report:
+def _switch(found: list[tuple[str, nn.Module, dict[str, Any]]], more: Acceleration | None) -> Report:
     own = [(n, layer, c) for n, layer, c in found if type(layer).__module__.partition(".")[0] == "peft"]
     for name, layer, configs in own:
         if SIDE not in layer.__dict__:
             switch(layer, name, configs)
-    return Report([layer for _, layer, _ in own], [layer for _, layer, _ in found if SIDE not in layer.__dict__])
+    foreign = [layer for _, layer, _ in found if SIDE not in layer.__dict__]
+    return Report([layer for _, layer, _ in own], foreign, more)
 
 
 def _follow(tuner: Any) -> None:
     for name, layer, _ in tuner_layers(tuner.model):
         if SIDE not in layer.__dict__ and type(layer).__module__.partition(".")[0] == "peft":
             switch(layer, name, tuner.peft_config)
+    if any(_asked.values()) and tuner.model not in _accelerated:
+        try:
+            accelerate(tuner.model, **_asked)
+        except ValueError as error:
+            warn(f"patch: {type(tuner.model).__name__} keeps its layers and its loss: {error}", 3)
+            return
+        _accelerated.add(tuner.model)
 
 
+_asked = {"layers": False, "loss": False}  # of models that are made after `patch()`
 _hooks = Hooks(_follow)

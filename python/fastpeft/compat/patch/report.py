@@ -9,6 +9,7 @@ from weakref import ref
 
 from torch import nn
 
+from ...recipes.accelerate import Acceleration
 from .classes import SIDE, Side
 from .stays import Stays
 
@@ -16,10 +17,13 @@ from .stays import Stays
 class Report:
     """A table, when it is printed. served: layers by (kind, adapter's method, kernel), where "torch" is our formula in
     torch's terms. stays: layers by (kind, reason) whose forward stays PEFT's. calls, ours: of PEFT's forward in patched
-    layers, by reason, and those that were ours, up to now.
+    layers, by reason, and those that were ours, up to now. more: of `accelerate`, where layers or loss were asked for.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], foreign: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], foreign: Iterable[nn.Module] = (), more: Acceleration | None = None
+    ) -> None:
+        self.more = more
         self.served: Counter[tuple[str, str, str]] = Counter()
         self.stays: Counter[tuple[str, str]] = Counter()
         self._layers = [ref(layer) for layer in layers]
@@ -54,7 +58,7 @@ class Report:
         lines = [("layers", "kind", "method", "computed by"), *lines]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         rows = (f"{n:>{widths[0]}}  {kind:<{widths[1]}}  {method:<{widths[2]}}  {by}" for n, kind, method, by in lines)
-        return "\n".join(row.rstrip() for row in rows)
+        return "\n".join([*(row.rstrip() for row in rows), *([] if self.more is None else [str(self.more)])])
 
     __repr__ = __str__
 
