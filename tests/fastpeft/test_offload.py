@@ -24,11 +24,11 @@ NOT_MERGED = ("LilyConfig", "BeftConfig")  # they have no merged form, or the la
 EVERY = [case for case in CASES if case != "PveraConfig"]  # which draws its noise from the generator
 
 
-def assert_close(ours: Any, wanted: Any) -> None:
+def assert_equal(ours: Any, wanted: Any) -> None:
     if isinstance(wanted, dict):
         assert ours.keys() == wanted.keys()
         for key, value in wanted.items():
-            assert_close(ours[key], value)
+            assert_equal(ours[key], value)
         return
     if wanted.numel():  # AdaLoRA and OSF can leave nothing
         close(ours, wanted, times=8)
@@ -62,21 +62,21 @@ def test_an_offloaded_model_computes_merges_and_is_saved(case: str, way: str, tm
     wanted, state = output(here), fastpeft.get_peft_model_state_dict(here)
     offload(model, way, tmp_path)
     assert any(p.is_meta for p in model.parameters())
-    assert_close(output(model), wanted)
+    assert_equal(output(model), wanted)
     model.save_pretrained(tmp_path / "saved")
-    assert_close(load_file(tmp_path / "saved/adapter_model.safetensors"), state)
+    assert_equal(load_file(tmp_path / "saved/adapter_model.safetensors"), state)
     if case not in NOT_MERGED:
         model.merge_adapter()
-        assert_close(output(model), wanted)
+        assert_equal(output(model), wanted)
         model.unmerge_adapter()
-        assert_close(output(model), wanted)
+        assert_equal(output(model), wanted)
         assert any(p.is_meta for p in model.parameters())
     fastpeft.set_peft_model_state_dict(model, {k: torch.zeros_like(t) for k, t in state.items()})
     assert not any(t.any() for t in fastpeft.get_peft_model_state_dict(model).values())
     fastpeft.set_peft_model_state_dict(model, state)
-    assert_close(output(model), wanted)
+    assert_equal(output(model), wanted)
     if case not in NOT_MERGED:
-        assert_close(output(model.merge_and_unload()), wanted)
+        assert_equal(output(model.merge_and_unload()), wanted)
 
 
 @pytest.mark.parametrize("case", matrix(EVERY, ["head", "all"]))
@@ -92,10 +92,10 @@ def test_an_adapter_on_an_offloaded_base(case: str, tmp_path: Path) -> None:
             load(base, tmp_path / "adapter", is_trainable=True, **options)
         assert not any(isinstance(m, fastpeft.PeftModel) or hasattr(m, "peft_config") for m in base.modules())
     model = load(base, tmp_path / "adapter", is_trainable=case not in BIASED, **options).eval()
-    assert_close(output(model), output(here))
+    assert_equal(output(model), output(here))
     if case in BIASED:
         return
     for each in (here, model):
         each(IDS).square().mean().backward()
     wanted = {n: p.grad for n, p in here.named_parameters() if p.grad is not None}
-    assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, wanted)
+    assert_equal({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, wanted)
