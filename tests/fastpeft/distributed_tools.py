@@ -1,4 +1,4 @@
-"""One of two processes of tests/fastpeft/test_distributed.py: `distributed_tools.py RANK FOLDER`.
+"""One of two processes of tests/fastpeft/test_distributed*.py: `distributed_tools.py RANK FOLDER [sharing]`.
 
 Trains small models alone and shared with the other process, and writes what each gave to FOLDER.
 """
@@ -196,19 +196,29 @@ def refused() -> list[str]:
     ]  # fmt: skip
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, folder: Path, part: str = "") -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
-    results: dict[str, Any] = {"refused": refused()}
-    for case in FSDP2:
-        results[("fsdp2", *case)] = fsdp2(rank, folder, *case)
-    for reentrant in (None, False):
-        results["ddp", reentrant] = ddp(rank, reentrant)
-    results["fsdp1"] = fsdp1(rank)
+    if part == "sharing":
+        import sharing_tools
+
+        results = sharing_tools.run_all(rank, folder)
+    else:
+        results = everything(rank, folder)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.destroy_process_group()
 
 
+def everything(rank: int, folder: Path) -> dict[Any, Any]:
+    results: dict[Any, Any] = {"refused": refused()}
+    for case in FSDP2:
+        results[("fsdp2", *case)] = fsdp2(rank, folder, *case)
+    for reentrant in (None, False):
+        results["ddp", reentrant] = ddp(rank, reentrant)
+    results["fsdp1"] = fsdp1(rank)
+    return results
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

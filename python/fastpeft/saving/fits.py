@@ -36,7 +36,7 @@ def check_fits(
     unexpected, mismatched, wrong = [], [], []
     for key, info in tensors.items():
         if (shape := expected.get(key, plain.get(_bare(key)))) is None:
-            if not plan.method.ignores(plan.config, key):
+            if not plan.method.ignores(plan.config, key) and not is_repeated(key):
                 unexpected.append(key)
         elif shape != info.shape:
             mismatched.append(mismatch(key, info.shape, shape))
@@ -80,6 +80,11 @@ def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[
         return found, [key for key in trained if not re.search(r"\.lora_\w+\.|modules_to_save", key)]
     own = [layer for layer in plan.layers if layer.method is plan.method and mode != "none"]
     return found, [f"{PREFIX}{layer.site.name}.bias" for layer in own if layer.layer.info.has_bias]
+
+
+def is_repeated(key: str) -> bool:
+    """True for the bias of a module in `modules_to_save` that PEFT writes once more with bias="all"."""
+    return key.endswith(".modules_to_save.bias")
 
 
 def _bare(key: str) -> str:

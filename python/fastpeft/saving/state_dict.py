@@ -22,7 +22,7 @@ from ..layer.layer import AdapterLayer
 from ..layer.shared_tensors import held_containers, reuse
 from ..methods.method import Method
 from ..methods.registry import method_of
-from .fits import embedding_tensors
+from .fits import embedding_tensors, is_repeated
 
 
 class IncompatibleKeys(NamedTuple):
@@ -187,8 +187,8 @@ def unpacked(joined: Sequence[JoinedExperts], config: Any, tensors: Mapping[str,
             "(save_projection=True would take them).",
             stacklevel=3,
         )
-    kept = {key: value for key, value in tensors.items() if key not in computed}
-    return method.unpack(config, joined_state(joined, config, kept))
+    left = {key: value for key, value in tensors.items() if key not in computed and not is_repeated(key)}
+    return method.unpack(config, joined_state(joined, config, left))
 
 
 def _configs(model: nn.Module) -> Mapping[str, Any]:

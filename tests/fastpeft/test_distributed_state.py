@@ -1,0 +1,97 @@
+"""Two processes over gloo, beside real PEFT in the same processes: outputs, gradients, state dicts and files of every
+method that DDP, FSDP1 and FSDP2 can hold, and the errors of those that they cannot."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forms import matrix
+
+SCRIPT = Path(__file__).with_name("sharing_tools.py")
+pytest.importorskip("peft")
+close = runpy.run_path(str(SCRIPT.with_name("peft_tools.py")))["close"]
+tools = runpy.run_path(str(SCRIPT))
+ACROSS, SHORT = tools["ACROSS"], tools["SHORT"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
+    pytest.mark.xdist_group("distributed"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Results of two processes that ran every case of this form."""
+    folder = tmp_path_factory.mktemp("sharing")
+    root = SCRIPT.parents[2]
+    paths = os.pathsep.join([str(root), str(root / "python")])
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT.with_name("distributed_tools.py"))]
+    logs = [folder / f"log{rank}" for rank in range(2)]
+    started = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            args = [*command, str(rank), folder, "sharing"]
+            started.append(subprocess.Popen(args, env=env, stdout=file, stderr=file))
+    try:
+        codes = [process.wait(timeout=900) for process in started]
+    finally:
+        for process, log in zip(started, logs, strict=True):
+            process.kill()
+            print(log.read_text()[-4000:])
+    assert codes == [0, 0]
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """As equal as sums in another order are."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert_equal(ours[key], value)
+        return
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype
+    if theirs.numel():
+        close(ours, theirs, times=8)
+
+
+@pytest.mark.parametrize(("case", "policy"), matrix(sorted({*tools["cases"](), *SHORT}), SHORT))
+def test_outputs_gradients_states_and_files_are_pefts(results: Any, case: str, policy: str) -> None:
+    found = results[case, policy]
+    if case in ACROSS and policy.startswith("fsdp1"):
+        assert "without auto_wrap_policy" in found["refused"]
+        assert "fully_shard_model" in found["refused"]
+        return
+    assert_equal(found["ours"], found["alone"])
+    if "theirs" in found:
+        assert_equal(found["ours"], found["theirs"])
+    assert_equal(found["state"], found["trained"])
+    assert not all(torch.equal(found["trained"][key], value) for key, value in found["start"].items())
+    assert len(found["files"]) == (2 if policy in ("ddp", "fsdp2") else 1)
+    for file in found["files"]:
+        assert_equal(file, found["trained"])
+    if "unset" in found:
+        assert "load the adapter before the model is wrapped" in found["unset"]
+        return
+    assert_equal(found["set"], found["start"])
+    assert_equal(found["again"], found["alone"])  # what was set is what computes
+    assert policy == "ddp" or "is sharded" in found["merging"]
+
+
+def test_a_module_whose_tensors_a_unit_around_it_has_says_so(results: Any) -> None:
+    assert "pass the module that it returned" in results["inside"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_accelerates_helpers_save_and_load_the_adapter(results: Any, version: int) -> None:
+    found = results["accelerate", version]
+    assert all(not value.any() for value in found["zeroed"].values())
+    assert_equal(found["loaded"], found["start"])
