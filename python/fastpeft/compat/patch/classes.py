@@ -30,13 +30,14 @@ class Side:
         self.served = 0
         self.calls: Counter[str] = Counter()
         self._refused: tuple[Any, Stays] | None = None
+        self.settled: tuple[Any, Any, str] | None = None  # active adapters, base layer: then it is PEFT's, and why
 
     def look(self, layer: Any) -> Companion:
         """The companion of the layer as it is now. Raises Stays where there can be none."""
         found = self.companion
         if found is not None and found.current():
             return found
-        self.companion = None
+        self.companion = self.settled = None
         variants, own = dict(getattr(layer, "lora_variant", {})), "forward" in vars(layer.base_layer)
         state = list(layer.active_adapters), layer.base_layer, own, adapters_of(layer), variants
         if self._refused is None or self._refused[0] != state:
@@ -47,6 +48,8 @@ class Side:
             else:
                 self._refused = None
                 return made
+        if not own:
+            self.settled = layer._active_adapter, layer.base_layer, str(self._refused[1])
         raise self._refused[1]
 
     def call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -116,8 +119,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         ):  # fmt: skip
             side.served += 1
             return Companion.forward(found, args[0])
-        y = side.call(self, args, kwargs)
-        if y is not None:
+        settled = side.settled  # setting adapters makes a new list
+        if settled and self._active_adapter is settled[0] and self._modules["base_layer"] is settled[1]:
+            side.calls[settled[2]] += 1
+        elif (y := side.call(self, args, kwargs)) is not None:
             return y
     return type(self)._fastpeft_class.forward(self, *args, **kwargs)
 
