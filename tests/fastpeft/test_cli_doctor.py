@@ -163,5 +163,8 @@ def test_the_three_ways(
 def test_what_the_ways_say_holds() -> None:
     """The constants of the doctor, which may import nothing that could be broken."""
     from fastpeft.compat import stand_in
+    from fastpeft.compat.patch import patching
 
     assert doctor._STANDS_FOR == stand_in.VERSION
+    first, end = (tuple(int(part) for part in version.split(".")) for version in doctor._PATCHED)
+    assert (first, end) == (patching.OLDEST, (patching.NEWEST[0], patching.NEWEST[1] + 1))
