@@ -179,7 +179,11 @@ def fsdp1(rank: int) -> dict[str, Any]:
     )
     wrapped = sorted({type(m.module).__name__ for m in FullyShardedDataParallel.fsdp_modules(shared)})
     y = shared(IDS.chunk(WORLD)[rank])
-    return {**found, "ours": {"output": gather(y.detach())}, "wrapped": wrapped}
+    start = fastpeft.get_peft_model_state_dict(adapted("lora", "dense", None))
+    states = [start, fastpeft.get_peft_model_state_dict(shared)]
+    fastpeft.set_peft_model_state_dict(shared, {k: t + 1 for k, t in start.items()})
+    states.append({k: t - 1 for k, t in fastpeft.get_peft_model_state_dict(shared).items()})
+    return {**found, "ours": {"output": gather(y.detach())}, "wrapped": wrapped, "states": states}
 
 
 def refused() -> list[str]:

@@ -132,6 +132,11 @@ def test_the_older_fsdp_wraps_blocks_and_what_trains(results: Any) -> None:
     found = results["fsdp1"]
     assert found["wrapped"] == ["Block", "Linear", "PeftModel"]
     assert_as_alone(found)
+    start, gathered, again = found["states"]
+    assert start.keys() == gathered.keys() == again.keys()
+    for key, value in start.items():
+        assert_same_bits(gathered[key], value)
+        assert_same_bits(again[key], (value + 1) - 1)
 
 
 def test_a_sharded_layer_is_not_replaced_and_keeps_its_dtypes() -> None:

@@ -20,6 +20,7 @@ close = runpy.run_path(str(SCRIPT.with_name("peft_tools.py")))["close"]
 tools = runpy.run_path(str(SCRIPT))
 ACROSS, SHORT = tools["ACROSS"], tools["SHORT"]
 pytestmark = [
+    pytest.mark.full_form,  # test_distributed.py has a case of each in the short one
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
     pytest.mark.xdist_group("distributed"),
