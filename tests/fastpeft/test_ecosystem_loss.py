@@ -13,7 +13,7 @@ import torch
 import transformers
 
 pytestmark = pytest.mark.ecosystem
-_tools = runpy.run_path(str(Path(__file__).with_name("test_ecosystem.py")))
+_tools = runpy.run_path(str(Path(__file__).with_name("ecosystem_tools.py")))
 COMMON, LETTERS, llama, tokenizer = (_tools[n] for n in ("COMMON", "LETTERS", "llama", "tokenizer"))
 CHAT = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"

@@ -19,8 +19,9 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 assert keep_freed_memory() is True
-faults()
-print(faults())
+for _ in range(3):  # what is allocated in between can keep a few tensors from their old places at first
+    found = faults()
+print(found)
 """
 
 
@@ -28,4 +29,4 @@ print(faults())
 def test_what_was_freed_is_not_asked_for_again() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     pages = 16 * (4 << 20) // 4096
-    assert int(done.stdout) < pages / 4  # what is allocated in between can keep a tensor or two from its old place
+    assert int(done.stdout) < pages / 16
