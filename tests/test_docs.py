@@ -147,7 +147,7 @@ def test_a_ratio_needs_tests_that_passed(tool: Any, tmp_path: Path) -> None:
 
 def test_a_missing_row_of_the_readme_is_named(tool: Any, tmp_path: Path) -> None:
     write(tmp_path, "qlora-zen9-2threads.jsonl", line("ours-bf16", 1.5))
-    with pytest.raises(SystemExit, match="'decode, a token': run --suite qlora"):
+    with pytest.raises(SystemExit, match=r"'Trainer, dropout 0\.05': run --suite dropin"):
         tool("benchmarks_table").summary(tmp_path)
 
 

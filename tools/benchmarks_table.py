@@ -241,8 +241,8 @@ class Summary:
 
 
 SUMMARY = [
-    Summary("QLoRA step, SmolLM2-135M, 4 x 128 tokens", "qlora", "step, 4 x 128 tokens",
-            ("bnb-bf16", "bnb-f32"), ("ours-bf16", "ours-f32"), ("ours-bf16-own", "ours-f32-own")),
+    Summary("QLoRA step of a Trainer script, SmolLM2-135M, 4 x 128 tokens, dropout 0.05", "dropin",
+            "Trainer, dropout 0.05", ("PEFT",), ("patch",), ("patch, layers, loss",)),
     Summary("decoding a token, SmolLM2-135M", "qlora", "decode, a token",
             ("bnb-bf16", "bnb-f32"), ("ours-bf16", "ours-f32"), ("ours-bf16-fast", "ours-f32-fast")),
     Summary("DoRA layer, forward + backward, NF4 2048 x 2048, 512 tokens", "dora", "train NF4 2048x2048 M=512 p=0",
