@@ -18,6 +18,7 @@ import pytest
 import torch
 from fastpeft.compat.patch import hooks
 from fastpeft.compat.patch.classes import SIDE, patched
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
@@ -169,6 +170,17 @@ def test_hotswap_files_and_unloading(tmp_path: Path) -> None:
     assert_same_bits(forward(merged), forward(plain.merge_and_unload()))
 
 
+def test_scales_that_change_for_a_while() -> None:
+    model, plain = model_of(), model_of()
+    fastpeft.patch(model)
+    for first in (False, True):  # the patched layer's view is made inside, or there already
+        for m in (model, plain) if first else ():
+            forward(m)
+        with rescale_adapter_scale(model, 0.25), rescale_adapter_scale(plain, 0.25):
+            assert_same(forward(model), forward(plain))
+        assert_same(forward(model), forward(plain))
+
+
 def test_rows_with_adapters_of_their_own() -> None:
     models = [model_of(), model_of()]
     for model in models:
@@ -284,6 +296,7 @@ import sys, fastpeft
 fastpeft.patch()
 assert "peft" not in sys.modules
 import peft, torch
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTuner
 assert BaseTuner.inject_adapter.__wrapped__ and not [f for f in sys.meta_path if type(f).__name__ == "Hooks"]
 model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(4, 4)))
