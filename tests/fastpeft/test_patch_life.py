@@ -8,6 +8,7 @@ import pickle
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,10 @@ def test_a_compiled_graph_is_pefts() -> None:
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     expected, served = layer(x), vars(layer)[SIDE].served
     assert_same(compiled(x), expected)
+    assert_same(torch.export.export(layer, (x,)).module()(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out, and its users are still there
+        assert_same(torch.jit.trace(layer, x, check_trace=False)(x), expected)
     assert vars(layer)[SIDE].served == served
     with pytest.raises(ValueError, match="is compiled already"):
         fastpeft.patch(compiled)
