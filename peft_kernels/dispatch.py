@@ -39,6 +39,7 @@ _PLAIN_ARGUMENTS = PLAIN | {int, float, bool, type(None)}
 # by names of this module: the way through torch's modules takes longer than what they do
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _profiled, _compiling = torch._C._autograd._profiler_enabled, torch.compiler.is_compiling
+_tracing = torch._C._get_tracing_state  # of torch.jit.trace
 
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]  # torch's is not annotated
 _ops: dict[str, Op] = {}
@@ -90,8 +91,10 @@ def forward_mode() -> bool:
 
 
 def dispatch_observed() -> bool:
-    """True if something would see an operator that torch dispatches: a compiler, mode, transform or profiler."""
-    return bool(_compiling() or forward_ad._current_level >= 0 or _modes() or _transforms() or _profiled())
+    """True if something would see an operator that torch dispatches: a compiler, trace, mode, transform or profiler."""
+    return bool(
+        _compiling() or forward_ad._current_level >= 0 or _modes() or _transforms() or _profiled() or _tracing()
+    )
 
 
 @dataclass(frozen=True)

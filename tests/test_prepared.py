@@ -190,3 +190,13 @@ def test_rows_that_do_not_fit() -> None:
         case.prepared(call, torch.randn(2, K))
     with torch.no_grad():
         assert call(torch.randn(3, K), *case.arguments) is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_operator() -> None:
+    call, (w, a, b) = PreparedCall(lora_linear), (torch.randn(s) for s in ((24, 16), (4, 16), (24, 4)))
+    x, y = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: call(x, w, a, b, 0.5), x, check_trace=False)
+        exact = y.double() @ w.double().t() + 0.5 * (y.double() @ a.double().t()) @ b.double().t()
+        assert (traced(y) - exact).norm() < 1e-5 * exact.norm()

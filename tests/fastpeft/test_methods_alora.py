@@ -218,6 +218,31 @@ def test_adalora_in_a_model_with_other_adapters() -> None:
           nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flip(1).flatten()))  # fmt: skip
 
 
+class Inside(nn.Module):
+    """A model in a `model`, as heads of transformers hold theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Net()
+        self.config = self.model.config
+
+    def forward(self, input_ids: Tensor, **others: Any) -> Any:
+        return self.model(input_ids, **others)
+
+
+def test_adalora_names_its_layers_as_peft_does_where_the_base_holds_a_model(tmp_path: Any) -> None:
+    model = fastpeft.get_peft_model(Inside(), AdaLoraConfig(**ADALORA))
+    scatter(model)
+    _train(model, range(1, 13))
+    kept = model.peft_config["default"].rank_pattern
+    assert kept.keys() == {f"model.{name}.lora_E" for name in ("up", "gpt", "head")}
+    model.save_pretrained(tmp_path)
+    for package in (fastpeft, peft):
+        again = package.PeftModel.from_pretrained(Inside(), tmp_path).eval()
+        assert len(again.base_model.model.model.up.lora_E["default"]) == sum(kept["model.up.lora_E"]) < 5
+        close(again(IDS), model.eval()(IDS), times=64)
+
+
 def test_adalora_on_convolutions_is_its_merged_weight() -> None:
     for base in ("conv1d", "conv2d", "conv2d-circular", "conv2d-groups", "conv3d"):
         layer = make_layer(base)

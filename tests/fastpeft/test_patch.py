@@ -132,6 +132,39 @@ def test_an_adapter_that_a_layer_lacks_though_its_bank_is_shared() -> None:
         no_worse(a, b, b.double())
 
 
+@pytest.mark.parametrize("options", [{"r": 4}, {"r": 3, "apply_GS": True, "init_weights": False}], ids=str)
+def test_hra_on_an_8bit_base_turns_the_weight_that_is_meant(options: dict[str, Any]) -> None:
+    """PEFT multiplies int8 codes, without their scales; the exact product is that of the decoded weight in float64."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False)
+    dense, x = torch.nn.Linear(64, 96).double(), torch.randn(20, 64)
+    layer.load_state_dict(dense.float().state_dict())
+    layer = layer.to("cpu")
+    scales = layer.weight.SCB.double()[:, None] / 127
+    dense = dense.double()
+    dense.weight.data = layer.weight.data.double() * scales
+    models = []
+    for base in (layer, dense):
+        torch.manual_seed(1)
+        config = peft.HRAConfig(target_modules=["0"], **options)
+        models.append(peft.get_peft_model(torch.nn.Sequential(base), config).eval())
+    u, twin = (m.base_model.model[0].hra_u["default"] for m in models)
+    twin.data = (u.data + 0.1 * torch.randn_like(u)).double()
+    u.data = twin.data.float()
+    models[1].double()
+    exact = models[1](x.double())
+    exact.square().sum().backward()
+    assert (models[0](x) - exact).norm() > 10 * exact.norm()
+    report = fastpeft.patch(models[0])
+    y = models[0](x)
+    y.square().sum().backward()
+    assert report.ours == 1
+    assert not report.calls
+    assert (y - exact).norm() < 0.01 * exact.norm()  # bitsandbytes rounds inputs to 8 bits
+    assert (u.grad - twin.grad).norm() < 0.02 * twin.grad.norm()
+
+
 @pytest.mark.parametrize("version", ["0.17.1", "0.22.0"])
 def test_versions_of_peft_that_are_not_known(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching.importlib.metadata, "version", lambda name: version)

@@ -8,6 +8,7 @@ import pickle
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 from fastpeft.compat.patch import hooks
 from fastpeft.compat.patch.classes import SIDE, patched
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
@@ -169,6 +171,17 @@ def test_hotswap_files_and_unloading(tmp_path: Path) -> None:
     assert_same_bits(forward(merged), forward(plain.merge_and_unload()))
 
 
+def test_scales_that_change_for_a_while() -> None:
+    model, plain = model_of(), model_of()
+    fastpeft.patch(model)
+    for first in (False, True):  # the patched layer's view is made inside, or there already
+        for m in (model, plain) if first else ():
+            forward(m)
+        with rescale_adapter_scale(model, 0.25), rescale_adapter_scale(plain, 0.25):
+            assert_same(forward(model), forward(plain))
+        assert_same(forward(model), forward(plain))
+
+
 def test_rows_with_adapters_of_their_own() -> None:
     models = [model_of(), model_of()]
     for model in models:
@@ -191,6 +204,10 @@ def test_a_compiled_graph_is_pefts() -> None:
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     expected, served = layer(x), vars(layer)[SIDE].served
     assert_same(compiled(x), expected)
+    assert_same(torch.export.export(layer, (x,)).module()(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out, and its users are still there
+        assert_same(torch.jit.trace(layer, x, check_trace=False)(x), expected)
     assert vars(layer)[SIDE].served == served
     with pytest.raises(ValueError, match="is compiled already"):
         fastpeft.patch(compiled)
@@ -284,6 +301,7 @@ import sys, fastpeft
 fastpeft.patch()
 assert "peft" not in sys.modules
 import peft, torch
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTuner
 assert BaseTuner.inject_adapter.__wrapped__ and not [f for f in sys.meta_path if type(f).__name__ == "Hooks"]
 model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(4, 4)))

@@ -110,7 +110,7 @@ def switch_back(layer: Any) -> None:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.compiler.is_compiling():  # a graph sees PEFT's own code
+    if not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):  # a graph sees PEFT's own code
         side: Side = self.__dict__[SIDE]
         found = side.companion
         if (

@@ -106,6 +106,8 @@ class Companion(AdapterLayer):
                 found.append((module.__dict__, "forward", None))
         variants = theirs.__dict__.get("lora_variant", {})
         found += [(variants, n, variants.get(n)) for n in self._active_adapter]
+        if "scaling" in theirs.__dict__:  # `peft.helpers.rescale_adapter_scale` puts other dictionaries there
+            found.append((theirs.__dict__, "scaling", theirs.scaling))
         if "cast_input_dtype_enabled" in theirs.__dict__:
             self.cast_input_dtype_enabled = theirs.cast_input_dtype_enabled
             found.append((theirs.__dict__, "cast_input_dtype_enabled", self.cast_input_dtype_enabled))

@@ -123,7 +123,7 @@ def limits(method: Method, layer: Any, adapter: str, base: BaseWeight) -> Iterat
         raise Stays("DoRA of a convolution or an embedding has no kernel, and PEFT's formula takes less time")
     if isinstance(method, Frod):
         raise Stays("PEFT's FRoD needs no product with the base weight, which ours does")
-    if getattr(layer, "hra_apply_GS", {}).get(adapter):
+    if getattr(layer, "hra_apply_GS", {}).get(adapter) and not base.quantized:  # there PEFT has no product of its own
         raise Stays("PEFT's Gram-Schmidt normalises what rounding leaves of dependent vectors")
     if hasattr(layer, "trainable_tokens_delta") and getattr(layer.base_layer, "bias", None) is not None:
         raise Stays("PEFT's trainable tokens leave out the bias of a linear layer")

@@ -99,8 +99,7 @@ def resize_modules_by_rank_pattern(tuner: Any, rank_pattern: Mapping[str, Any], 
 
 
 def layers_of(tuner: Any, adapter: str) -> list[tuple[str, Any]]:
-    layers = tuner.adapter_layers()
-    return [(name.removeprefix("model."), m) for name, m in layers if adapter in getattr(m, "lora_E", ())]
+    return [(name, m) for name, m in tuner.adapter_layers() if adapter in getattr(m, "lora_E", ())]
 
 
 def by_layer(rank_pattern: Mapping[str, Any]) -> dict[str, list[bool]]:
