@@ -39,7 +39,10 @@ PARTS: dict[str, tuple[str, ...]] = {
         "fastpeft/test_checkpoint*", "fastpeft/test_hostile_*", "fastpeft/test_hub*", "fastpeft/test_model_files*",
     ),
     "serve": ("fastpeft/test_serve*", "fastpeft/test_pool*", "fastpeft/test_vllm_*", "fastpeft/test_ray_*"),
-    "training": ("fastpeft/test_train*", "fastpeft/test_demo*", "fastpeft/test_cli*", "fastpeft/test_distributed*"),
+    "training": (
+        "fastpeft/test_train*", "fastpeft/test_demo*", "fastpeft/test_cli*", "fastpeft/test_distributed*",
+        "fastpeft/test_launched*",
+    ),
     "models": ("fastpeft/test_*",),
 }  # fmt: skip
 PARTS_ROOT = Path(__file__).resolve().parents[1]

@@ -21,7 +21,12 @@ def is_sharded(tensor: Any) -> bool:
     """True for a DTensor, a parameter of ZeRO-3 and one that an FSDP1 unit keeps in its flat parameter."""
     if tensor is None or type(tensor) is Tensor:
         return False
-    return hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id") or hasattr(tensor, "_fsdp_flattened")
+    return hasattr(tensor, "full_tensor") or is_partitioned(tensor) or hasattr(tensor, "_fsdp_flattened")
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """True for a parameter of ZeRO-3."""
+    return hasattr(tensor, "ds_id")
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -109,7 +114,7 @@ def gathered(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _gathered(tensor: Any) -> Tensor:
-    if hasattr(tensor, "ds_id"):
+    if is_partitioned(tensor):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
@@ -119,7 +124,7 @@ def _gathered(tensor: Any) -> Tensor:
 
 def copy_into(target: Any, value: Tensor) -> None:
     """`target.copy_(value)`, where a whole value fills a sharded target."""
-    if hasattr(target, "ds_id"):
+    if is_partitioned(target):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([target], modifier_rank=0), torch.no_grad():

@@ -105,9 +105,9 @@ class Frod(ProjectedMethod, config=FrodConfig):
         weight, v = gathered({"w": layer.unmerged_weight()[0], "v": layer.frod_V[adapter]}).values()
         if not weight.is_meta and not v.is_meta:
             u, lambdas = _left(weight, v)
-            like = layer.frod_lambda_l[adapter]
+            dtype = layer.frod_lambda_l[adapter].dtype
             layer.frod_U.set(adapter, _kept(u, layer.info).to(weight.device), persistent=False)
-            layer.frod_lambda_0.set(adapter, lambdas.to(like.device, like.dtype), persistent=False)
+            layer.frod_lambda_0.set(adapter, lambdas.to(weight.device, dtype), persistent=False)
 
     def unpack(self, config: FrodConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for key, indices in tensors.items():

@@ -14,7 +14,7 @@ from ..config.base import PeftConfig, TargetConfig
 from ..config.seen_as_peft import SeenAsPeft
 from ..config.types import TaskType
 from ..files.hub import pushing
-from ..files.whole import is_sharded, may_write
+from ..files.whole import is_partitioned, is_sharded, may_write
 from ..inject.plan import InjectionPlan
 from ..methods.registry import method_of
 from ..saving.folder import open_adapter, save_adapter
@@ -216,7 +216,8 @@ class PeftModel(SeenAsPeft, nn.Module):
         path_initial_model_for_weight_conversion: the folder of a PiSSA, OLoRA, CorDA or LoRA-GA adapter as it was saved
         before training; what is written is then a plain LoRA of the original base, with twice the rank. True: take what
         the adapter took from the base from this model, which knows it (for KaSA too).
-        A model that FSDP2 shards: every process must call this, and the first one writes.
+        A model that FSDP2 or ZeRO-3 shards: every process must call this, and the first one writes. With state_dict it
+        alone has to; others may, with is_main_process=False, and do nothing (under ZeRO-3 also without state_dict).
         Beside them `README.md`, the model card, is made or kept up to date. push_to_hub: commit all of this to the
         repository `repo_id` of the Hub, with the arguments of `push_to_hub`.
         """
@@ -228,10 +229,13 @@ class PeftModel(SeenAsPeft, nn.Module):
         unknown = [name for name in selected if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters names {unknown}, there are {list(self.peft_config)}.")
+        given = kwargs.get("state_dict")
+        if not is_main_process and (given is not None or any(is_partitioned(p) for p in self.parameters())):
+            return  # of what accelerate's `get_state_dict` gathers the first process alone has something
         writes = may_write(any(is_sharded(p) for p in self.parameters()), is_main_process)
         for name in selected:
             tensors = get_peft_model_state_dict(
-                self, state_dict=kwargs.get("state_dict"), adapter_name=name,
+                self, state_dict=given, adapter_name=name,
                 save_embedding_layers=save_embedding_layers,  # type: ignore[arg-type]
             )  # fmt: skip
             config = self.peft_config[name]
