@@ -17,6 +17,7 @@ import torch
 from fastpeft.compat.patch import hooks, patching
 from fastpeft.compat.patch.classes import patched
 from forms import matrix
+from peft_versions import needs_case, peft_is
 from torch import Tensor
 
 from peft_kernels.testing import assert_no_worse
@@ -36,6 +37,7 @@ STAYS = {
     "dora_convs": "DoRA of", "dora_embedding": "DoRA of",
     "attention": "MultiheadAttention", "c3a": "C3A", "frod": "FRoD", "hra_gs": "Gram-Schmidt",
     "loha_conv_effective": "Tucker",
+    **dict.fromkeys(("osf", "pvera", "tinylora") if peft_is("<0.21") else (), "in another form"),
 }  # fmt: skip
 
 
@@ -46,6 +48,7 @@ def _unpatch() -> Iterator[None]:
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    needs_case(name)
     if zoo["CASES"][name].get("peft_type") == "ADAMSS":
         pytest.importorskip("sklearn", reason="PEFT clusters with scikit-learn")
     with warnings.catch_warnings():
@@ -130,6 +133,23 @@ def test_an_adapter_that_a_layer_lacks_though_its_bank_is_shared() -> None:
     fastpeft.patch(model)
     for a, b in zip(run(model, "vblora")[1].values(), expected[1].values(), strict=True):
         no_worse(a, b, b.double())
+
+
+@pytest.mark.parametrize("name", ["parameters", "parameters_and_modules"])
+def test_parameters_that_the_installed_peft_adapts(name: str) -> None:
+    """Versions keep the experts' tensors in two shapes, and each reads its own files alone."""
+    options = {k: v for k, v in zoo["CASES"][name].items() if k not in ("base", "call")}
+    model = peft.get_peft_model(zoo["base_model"](case=name), peft.LoraConfig(**options)).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3) if parameter.requires_grad else None
+    exact = run(copy.deepcopy(model).double(), name)
+    expected, report = run(model, name), fastpeft.patch(model)
+    y, found = run(model, name)
+    no_worse(y, expected[0], exact[0])
+    for key, grad in expected[1].items():
+        no_worse(found[key], grad, exact[1][key])
+    form = {("lora.ParamWrapper", "this version of PEFT keeps the method's tensors in another form"): 2}
+    assert dict(report.stays) == (form if peft_is("<0.19") else {})
 
 
 @pytest.mark.parametrize("version", ["0.17.1", "0.22.0"])
