@@ -17,7 +17,7 @@ import torch
 from fastpeft.compat.patch import hooks, patching
 from fastpeft.compat.patch.classes import patched
 from forms import matrix
-from peft_versions import needs_case, peft_is
+from peft_versions import needs_case, needs_peft, peft_is
 from torch import Tensor
 
 from peft_kernels.testing import assert_no_worse
@@ -107,6 +107,8 @@ def test_half_precision_is_as_good_as_pefts(name: str, mode: str) -> None:
 
     if name.startswith("osf") and mode == "autocast":
         pytest.skip("PEFT's hook gives gradients of another dtype")
+    if name == "osf_clamped" and mode == "bfloat16":
+        needs_peft(">=0.19", "it multiplies bfloat16 by float32 there: RuntimeError")
     y, grads = mixed()
     fastpeft.patch(model)
     found, own = mixed()
