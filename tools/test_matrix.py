@@ -3,7 +3,8 @@
 
 Each version gets a small environment of its own under build/matrix that sees .venv's packages behind its own, so only
 that package, and what it needs in another version, is installed again. Without arguments transformers runs all tests of
-`fastpeft` and the programs of test_ecosystem_as_peft.py, and PEFT those where its version matters.
+`fastpeft` and the programs of test_ecosystem_as_peft.py, and PEFT those where its version matters. Tests of what an
+older PEFT does not have are skipped and say so (tests/tools/peft_versions.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ ECOSYSTEM = ["-q", "--ecosystem", "-m", "ecosystem"]
 # For each package the runs of pytest; files by pattern. The kernel library knows neither package.
 RUNS = {
     "transformers": [["-q", "--full", str(TESTS)], [*ECOSYSTEM, "test_ecosystem_as_peft.py"]],
-    "peft": [["-q", "--full", "test_patch*.py", "test_as_peft.py"], [*ECOSYSTEM, "test_ecosystem_patch*.py"]],
+    "peft": [[
+        "-q", "--full",
+        "test_patch*.py", "test_seen_as_peft.py", "test_as_peft.py", "test_attributes.py", "test_hub.py",
+    ]],
 }
 
 
@@ -42,13 +46,12 @@ def environment(pin: str) -> Path:
 
 
 def runs(package: str) -> list[list[str]]:
-    """The runs of pytest for a package, without those whose files are not there."""
-    found = []
-    for run in RUNS[package]:
-        given = [[str(f) for f in sorted((ROOT / TESTS).glob(a))] if a.endswith(".py") else [a] for a in run]
-        if any(len(files) and files[0].endswith(".py") for files in given) or run[-1] == str(TESTS):
-            found.append([a for files in given for a in files])
-    return found
+    """The runs of pytest for a package, with the files that are there."""
+
+    def files(argument: str) -> list[str]:
+        return sorted(map(str, (ROOT / TESTS).glob(argument))) if argument.endswith(".py") else [argument]
+
+    return [[found for argument in run for found in files(argument)] for run in RUNS[package]]
 
 
 def main() -> None:

@@ -14,7 +14,9 @@ import fastpeft
 import peft
 import pytest
 import torch
+from fastpeft.config.base import PEFT_FORMAT_VERSION
 from huggingface_hub import ModelCard
+from peft_versions import INSTALLED, needs_peft
 from torch import nn
 
 from peft_kernels.testing import assert_same_bits
@@ -120,6 +122,7 @@ def test_what_is_cached_is_read_without_asking(hub: Any, tmp_path: Path) -> None
 @BOTH
 def test_the_adapter_alone_loads_its_base(library: ModuleType, hub: Any, tmp_path: Path) -> None:
     """AutoPeftModel: Hub arguments reach the adapter, revision and subfolder not the base model."""
+    needs_peft(">=0.20" if library is peft else ">=0", "AutoPeftModel loads the adapter of no revision but main")
     base().save_pretrained(tmp_path / "base")
     model = adapted(library, str(tmp_path / "base"))
     model.save_pretrained(tmp_path / "a")
@@ -254,7 +257,7 @@ def test_cards_are_pefts(kind: str, text: str | None, tmp_path: Path) -> None:
             model = library.get_peft_model(given, config(library, task_type="CAUSAL_LM"))
         folder = tmp_path / library.__name__
         found.append([card(model, folder, text), card(model, folder)])
-    assert found[0] == found[1]
+    assert found[0] == [made.replace(f"PEFT {INSTALLED}", f"PEFT {PEFT_FORMAT_VERSION}") for made in found[1]]
     assert "library_name: peft" in found[0][0]
 
 
@@ -289,6 +292,7 @@ def test_an_edited_card_leaves_a_folder_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_a_given_configuration_becomes_the_adapters(is_trainable: bool, tmp_path: Path) -> None:
+    needs_peft(">=0.21", "their LoraConfig has fewer fields than ours, those of 0.21")
     saved(tmp_path, seed=1)
     told = []
     for library in (fastpeft, peft):

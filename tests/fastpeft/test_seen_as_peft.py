@@ -25,6 +25,7 @@ from forms import by_form, matrix
 from peft import functional
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft_versions import needs_peft
 from torch import nn
 
 from peft_kernels.testing import assert_same_bits
@@ -247,6 +248,8 @@ def test_peft_takes_our_configurations(name: str, options: dict[str, Any], tmp_p
     target = "embed_tokens" if name == "TrainableTokensConfig" else "q_proj"
     options = {"target_modules": [target], **({"total_step": 9} if name == "AdaLoraConfig" else {}), **options}
     nested = {n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for n, v in options.items()}
+    if missing := options.keys() - {field.name for field in dataclasses.fields(getattr(peft, name))}:
+        needs_peft(">=0.21", f"its {name} has no {', '.join(missing)}")
     made = []
     for library, given in ((fastpeft, options), (peft, nested)):
         torch.manual_seed(1)

@@ -99,7 +99,7 @@ OF_ALL_LAYERS = {
 # By an attribute of PEFT's layers: another that older versions lack, whose layers compute otherwise.
 NEWER = {
     "osf_svd_params": "_osf_U_low_init", "pvera_lambda_b": "pvera_generator", "tinylora_v": "_tinylora_v_key",
-    "unilora_indices_A": "unilora_scales_A",
+    "unilora_indices_A": "unilora_scales_A", "parameter_name": "_did_swap_in_out_features",
 }  # fmt: skip
 
 
