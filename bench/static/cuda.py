@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import tempfile
@@ -57,9 +58,12 @@ def gencode(arch: int) -> str:
 
 def from_library(path: Path, arch: int) -> Iterator[bytes]:
     """The cubins of one architecture in a library."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sass.tool("cuobjdump"), "-xelf", f".sm_{arch}.cubin", str(path)], cwd=folder,
-                       capture_output=True, check=True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as scratch:
+        # its files are named after its process, and may meet those of another that was killed
+        done = subprocess.run([sass.tool("cuobjdump"), "-xelf", f".sm_{arch}.cubin", str(path)], cwd=folder, text=True,
+                              env={**os.environ, "TMPDIR": scratch}, capture_output=True, check=False)  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"cuobjdump could not read sm_{arch} of {path}: {done.stdout}{done.stderr}")
         for cubin in sorted(Path(folder).glob("*.cubin")):
             yield cubin.read_bytes()
 
