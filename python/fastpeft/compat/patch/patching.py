@@ -49,11 +49,13 @@ def patch(model: nn.Module | None = None, *, layers: bool = False, loss: bool = 
         own = any(isinstance(m, AdapterLayer) for m in model.modules())
         why = "is fastpeft's own, which needs no patch" if own else "has no layer with an adapter of PEFT"
         raise ValueError(f"patch: this {type(model).__name__} {why}. Call patch after the adapters were added.")
-    more = None
+    more: Acceleration | None = None
     if layers or loss:
         more = accelerate(model, layers, loss)
         _accelerated.add(model)
-    return _switch(found, more)
+    _switch(found)
+    switched = [layer for _, layer, _ in found if SIDE in layer.__dict__]
+    return Report(switched, [layer for _, layer, _ in found if SIDE not in layer.__dict__], more)
 
 
 def unpatch(model: nn.Module | None = None) -> None:
@@ -63,8 +65,9 @@ def unpatch(model: nn.Module | None = None) -> None:
     for layer in list(patched if model is None else model.modules()):
         if layer in patched:
             switch_back(layer)
-    for owner in list(_accelerated) if model is None else [model]:
-        if owner in _accelerated:
+    inside = set() if model is None else set(model.modules())  # `patch()` does it to the model below a PeftModel
+    for owner in list(_accelerated):
+        if model is None or owner in inside:
             _accelerated.discard(owner)
             unaccelerate(owner)
 
@@ -108,19 +111,14 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, A
             yield name, part, configs[name]
 
 
-def _switch(found: list[tuple[str, nn.Module, dict[str, Any]]], more: Acceleration | None) -> Report:
-    own = [(n, layer, c) for n, layer, c in found if type(layer).__module__.partition(".")[0] == "peft"]
-    for name, layer, configs in own:
-        if SIDE not in layer.__dict__:
+def _switch(found: list[tuple[str, nn.Module, dict[str, Any]]]) -> None:
+    for name, layer, configs in found:
+        if SIDE not in layer.__dict__ and type(layer).__module__.partition(".")[0] == "peft":
             switch(layer, name, configs)
-    foreign = [layer for _, layer, _ in found if SIDE not in layer.__dict__]
-    return Report([layer for _, layer, _ in own], foreign, more)
 
 
 def _follow(tuner: Any) -> None:
-    for name, layer, _ in tuner_layers(tuner.model):
-        if SIDE not in layer.__dict__ and type(layer).__module__.partition(".")[0] == "peft":
-            switch(layer, name, tuner.peft_config)
+    _switch([(name, layer, tuner.peft_config) for name, layer, _ in tuner_layers(tuner.model)])
     if any(_asked.values()) and tuner.model not in _accelerated:
         try:
             accelerate(tuner.model, **_asked)
