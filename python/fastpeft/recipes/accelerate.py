@@ -85,19 +85,14 @@ def _layers(report: Acceleration, model: nn.Module, huge_pages: bool) -> None:
         llama_cpu.accelerate(model, huge_pages)
     except ValueError as error:  # no layer that is known
         report.reasons.append(str(error))
-    report.modules = sum(map(_switched, model.modules()))
-
-
-def _switched(module: nn.Module) -> bool:
-    return llama_cpu._ACCELERATED in type(module).__dict__
+    report.modules = sum(map(llama_cpu.is_switched, model.modules()))
 
 
 def unaccelerate(model: nn.Module) -> int:
     """Take back all that `accelerate` did to a model: how many of its modules were changed (0: none was)."""
     count = causal_loss.take_loss(model)
     for module in model.modules():
-        if _switched(module):
-            module.__class__ = type(module).__bases__[0]
-            module.__dict__.pop("_fastpeft_decoding", None)
+        if llama_cpu.is_switched(module):
+            llama_cpu.switch_back(module)
             count += 1
     return count

@@ -332,17 +332,27 @@ def _classes() -> dict[type, type]:
 class Accelerated:
     """The changes of `accelerate`: `modules` switched modules. `remove()` undoes it."""
 
-    switched: list[tuple[nn.Module, type]] = field(default_factory=list)
+    switched: list[nn.Module] = field(default_factory=list)
 
     @property
     def modules(self) -> int:
         return len(self.switched)
 
     def remove(self) -> None:
-        for module, original in self.switched:
-            module.__class__ = original
-            module.__dict__.pop("_fastpeft_decoding", None)
+        for module in self.switched:
+            switch_back(module)
         self.switched.clear()
+
+
+def is_switched(module: nn.Module) -> bool:
+    """True if it is one of the modules that `accelerate` made quicker."""
+    return _ACCELERATED in type(module).__dict__
+
+
+def switch_back(module: nn.Module) -> None:
+    """Give such a module its own class again."""
+    module.__class__ = type(module).__bases__[0]
+    module.__dict__.pop("_fastpeft_decoding", None)
 
 
 def accelerate(model: nn.Module, huge_pages: bool = True) -> Accelerated:
@@ -359,13 +369,13 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> Accelerated:
         if own in classes:
             module.__dict__["_fastpeft_decoding"] = _Decoding(signs)
             module.__class__ = classes[own]
-            handle.switched.append((module, own))
+            handle.switched.append(module)
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
     if handle.switched and type(head) is nn.Linear and head.weight.device.type == "cpu":
-        handle.switched.append((head, nn.Linear))
+        handle.switched.append(head)
         head.__class__ = _FastHead
-    if not handle.switched and not any(getattr(m, _ACCELERATED, False) for m in model.modules()):
+    if not handle.switched and not any(map(is_switched, model.modules())):
         raise ValueError(f"{type(model).__name__}: no decoder layer of Llama, nothing to accelerate")
     if huge_pages:
         use_huge_pages((*model.parameters(), *model.buffers()))
