@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import runpy
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import beside_python, rendezvous, run_ranks
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("deepspeed_tools.py")
@@ -28,29 +25,8 @@ assert_equal = runpy.run_path(str(SCRIPT.with_name("test_distributed_state.py"))
 
 
 def results(folder: Path, case: str, stage: int) -> Any:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = SCRIPT.parents[2]
-    own = {
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-        "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # for ninja
-    }  # fmt: skip
-    logs = [folder / f"log{rank}" for rank in range(2)]
-    started = []
-    for rank, log in enumerate(logs):
-        env = {**os.environ, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as file:
-            command = [sys.executable, str(SCRIPT), str(rank), str(folder), case, str(stage)]
-            started.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
-    try:
-        codes = [process.wait(timeout=600) for process in started]  # it compiles what processes talk through
-    finally:
-        for process, log in zip(started, logs, strict=True):
-            process.kill()
-            print(log.read_text()[-4000:])
-    assert codes == [0, 0]
+    own = {"DS_ACCELERATOR": "cpu", **rendezvous(), **beside_python()}
+    run_ranks(SCRIPT, folder, case, str(stage), own=own, timeout=600)  # it compiles what processes talk through
     return torch.load(folder / "results.pt", weights_only=False)
 
 

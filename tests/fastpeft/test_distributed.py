@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import fastpeft
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,23 +29,7 @@ pytestmark = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes that ran every case left their files."""
     folder = tmp_path_factory.mktemp("distributed")
-    root = SCRIPT.parents[2]
-    paths = os.pathsep.join([str(root), str(root / "python")])
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-        logs = [stack.enter_context((folder / f"log{rank}").open("w+")) for rank in range(2)]
-        started = [
-            subprocess.Popen([sys.executable, SCRIPT, str(rank), folder], env=env, stdout=log, stderr=log)
-            for rank, log in enumerate(logs)
-        ]
-        try:
-            codes = [process.wait(timeout=300) for process in started]
-        finally:
-            for process, log in zip(started, logs, strict=True):
-                process.kill()
-                log.seek(0)
-                print(log.read()[-4000:])
-    assert codes == [0, 0]
+    run_ranks(SCRIPT, folder)
     return folder
 
 

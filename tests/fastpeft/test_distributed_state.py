@@ -3,16 +3,14 @@ method that DDP, FSDP1 and FSDP2 can hold, and the errors of those that they can
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from forms import matrix
+from ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("sharing_tools.py")
 pytest.importorskip("peft")
@@ -31,23 +29,7 @@ pytestmark = [
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Results of two processes that ran every case of this form."""
     folder = tmp_path_factory.mktemp("sharing")
-    root = SCRIPT.parents[2]
-    paths = os.pathsep.join([str(root), str(root / "python")])
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT.with_name("distributed_tools.py"))]
-    logs = [folder / f"log{rank}" for rank in range(2)]
-    started = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            args = [*command, str(rank), folder, "sharing"]
-            started.append(subprocess.Popen(args, env=env, stdout=file, stderr=file))
-    try:
-        codes = [process.wait(timeout=900) for process in started]
-    finally:
-        for process, log in zip(started, logs, strict=True):
-            process.kill()
-            print(log.read_text()[-4000:])
-    assert codes == [0, 0]
+    run_ranks(SCRIPT.with_name("distributed_tools.py"), folder, "sharing", timeout=900)
     return torch.load(folder / "results.pt", weights_only=False)
 
 

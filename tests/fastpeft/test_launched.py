@@ -4,16 +4,13 @@ saving, loading and resuming, beside one process and beside real PEFT."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import runpy
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import beside_python, rendezvous, run_ranks
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -31,32 +28,11 @@ close = runpy.run_path(str(SCRIPT.with_name("peft_tools.py")))["close"]
 
 
 def launch(folder: Path, kind: str) -> Any:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root, count = SCRIPT.parents[2], 1 if kind == "alone" else 2
-    own = {
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")]), "OMP_NUM_THREADS": "1",
-        "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # for ninja
-    }  # fmt: skip
-    several = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    logs = [folder / f"log{rank}" for rank in range(count)]
-    started = []
-    for rank, log in enumerate(logs):
-        env = {**os.environ, **own}
-        if count > 1:
-            env |= {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as file:
-            command = [sys.executable, str(SCRIPT), str(rank), str(folder), kind]
-            started.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
-    try:
-        codes = [process.wait(timeout=600) for process in started]  # it compiles what processes talk through
-    finally:
-        for process, log in zip(started, logs, strict=True):
-            process.kill()
-            print(log.read_text()[-4000:])
-    assert codes == [0] * count
+    own = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", **beside_python()}
+    count = 1 if kind == "alone" else 2
+    together = rendezvous() if count > 1 else {}
+    # it compiles what processes talk through
+    run_ranks(SCRIPT, folder, kind, own={**own, **together}, count=count, timeout=600)
     return torch.load(folder / "results.pt", weights_only=False)
 
 
