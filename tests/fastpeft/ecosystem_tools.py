@@ -7,28 +7,8 @@ from typing import Any
 
 import torch
 import transformers
+from peft_program import LETTERS, llama, tokenizer
 from torch import Tensor, nn
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def tokenizer() -> Any:
-    """A letter is a token."""
-    from tokenizers import Tokenizer as Tokens
-    from tokenizers import models, pre_tokenizers
-
-    tokens = Tokens(models.WordLevel({"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(LETTERS)}}, "<pad>"))
-    tokens.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>")
 
 
 def texts(**columns: list[str]) -> Any:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fastpeft
 import peft
+import pytest
 import torch
+from fastpeft.compat.patch.classes import patched
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 close = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))["close"]
+
 IDS = torch.arange(24).view(2, 12) % 50
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "init_lora_weights": False}, "rslora": {"r": 4, "init_lora_weights": False, "use_rslora": True},
     "dora": {"r": 4, "init_lora_weights": False, "use_dora": True}, "oft": {"oft_block_size": 8, "init_weights": False},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def unpatched() -> Iterator[None]:
+    """No test leaves a patched layer behind."""
+    yield
+    fastpeft.unpatch()
+    assert not patched
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

@@ -6,7 +6,6 @@ import copy
 import runpy
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from peft_kernels.testing import assert_no_worse
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 zoo = runpy.run_path(str(GOLDEN / "zoo.py"))
+unpatched = runpy.run_path(str(Path(__file__).with_name("patch_tools.py")))["unpatched"]  # of every test here
 # One of each method, and of each kind of layer that LoRA goes on.
 SHORT = [
     "linear", "rslora", "conv1d_gpt2", "convs", "embedding", "dora", "parameters", "attention", "ia3", "ia3_convs",
@@ -39,12 +39,6 @@ STAYS = {
     "loha_conv_effective": "Tucker",
     **dict.fromkeys(("osf", "pvera", "tinylora") if peft_is("<0.21") else (), "in another form"),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _unpatch() -> Iterator[None]:
-    yield
-    fastpeft.unpatch()
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> Any:

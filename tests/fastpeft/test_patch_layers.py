@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import runpy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,10 @@ from forms import matrix
 from torch import nn
 
 tools = runpy.run_path(str(Path(__file__).with_name("patch_tools.py")))
+unpatched = tools["unpatched"]  # a fixture of every test here
 llama, in_4bit, model_of, step, assert_same, tuner_layers = (
     tools[n] for n in ("llama", "in_4bit", "model_of", "step", "assert_same", "tuner_layers")
 )
-
-
-@pytest.fixture(autouse=True)
-def _unpatch() -> Iterator[None]:
-    yield
-    fastpeft.unpatch()
-    assert not patched
 
 
 @pytest.mark.parametrize("kind", ["dense", "4bit"])

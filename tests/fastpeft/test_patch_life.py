@@ -9,7 +9,6 @@ import runpy
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,11 @@ from torch import nn
 from peft_kernels.testing import assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("patch_tools.py")))
+unpatched = tools["unpatched"]  # a fixture of every test here
 NAMES = "IDS METHODS llama in_4bit configuration model_of forward step assert_same tuner_layers"
 IDS, METHODS, llama, in_4bit, configuration, model_of, forward, step, assert_same, tuner_layers = (
     tools[n] for n in NAMES.split()
 )
-
-
-@pytest.fixture(autouse=True)
-def _unpatch() -> Iterator[None]:
-    yield
-    fastpeft.unpatch()
-    assert not patched
 
 
 @pytest.mark.parametrize("kind", ["dense", "4bit"])

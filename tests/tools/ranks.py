@@ -30,7 +30,7 @@ def run_ranks(
     timeout: int = 300,
 ) -> None:  # fmt: skip
     """`script RANK FOLDER ARGUMENTS...` once for each rank, at the same time. own: of the environment."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "tests" / "tools")))
     common = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(own or {})}
     logs = [folder / f"log{rank}" for rank in range(count)]
     started = []
