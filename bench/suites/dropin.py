@@ -124,11 +124,8 @@ def unet(kind: str, patched: bool) -> Any:
 def unet_rows() -> Iterator[Row]:
     try:
         import diffusers
-        import fastpeft
 
         assert diffusers
-        if not hasattr(fastpeft, "patch"):
-            raise ImportError("fastpeft.patch is not there")
     except ImportError as error:
         print(f"the UNet was not run: {error}", file=sys.stderr)
         return

@@ -34,6 +34,13 @@ def is_unit(module: nn.Module) -> bool:
     return UNIT in module._modules
 
 
+def is_in_unit(module: nn.Module) -> bool:
+    """True for a module whose own tensors are kept by an FSDP1 unit around it: in its flat parameter, or as plain
+    attributes in the parameters' places."""
+    flat = any(hasattr(p, "_fsdp_flattened") for p in module._parameters.values())
+    return flat or any(isinstance(vars(module).get(name), Tensor) for name in ("weight", "bias"))
+
+
 def is_apart(module: nn.Module) -> bool:
     """True for a module that has its tensors only while it is called: an FSDP1 unit, one that accelerate offloads."""
     return is_unit(module) or any("_hf_hook" in m.__dict__ for m in module.modules())
@@ -92,8 +99,7 @@ def state_of_units(model: nn.Module) -> Mapping[str, Tensor] | None:
         if is_unit(module):
             units = True
             continue
-        flat = flat or any(hasattr(p, "_fsdp_flattened") for p in module._parameters.values())
-        flat = flat or any(isinstance(vars(module).get(name), Tensor) for name in ("weight", "bias"))
+        flat = flat or is_in_unit(module)
         stack += [child for child in module._modules.values() if child is not None]
     if flat:
         raise ValueError(

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files.whole import is_in_unit, is_partitioned
 from ..layer.layer import AdapterLayer
+from ..weights.base import is_listened_to
 from .lazy_logits import LazyLogits, Watch, _Head, state_of
+from .llama_cpu import is_switched
 
 _CACHE = {"use_cache", "past_key_values", "position_ids"}
 _LOSS = "_fastpeft_loss"  # a class with this forward has it, as its model has a Watch by this name
@@ -78,9 +81,7 @@ class _Deferred:
 
 def _is_matrix(head: Any) -> bool:
     """True for a plain linear layer whose matrix can be read slice by slice."""
-    if type(head) is not nn.Linear and not (
-        type(head).__base__ is nn.Linear and getattr(type(head), "_fastpeft_accelerated", False)
-    ):
+    if type(head) is not nn.Linear and not (type(head).__base__ is nn.Linear and is_switched(head)):
         return False
     tensors = [t for t in (head.weight, head.bias) if t is not None]
     return head.weight.dim() == 2 and all(type(t) in (nn.Parameter, Tensor) for t in tensors)
@@ -93,13 +94,11 @@ def _not_now(head: nn.Module | None) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func runs"
     for module in head.modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if is_listened_to(module):
             return "there are hooks on its head, which would see other calls"
         if isinstance(module, AdapterLayer) and not (module.rows.idle and module.rows.values is None):
             return "the rows of its head have adapters or values of their own"
-        if any(hasattr(p, "ds_id") or hasattr(p, "_fsdp_flattened") for p in module._parameters.values()):
-            return "DeepSpeed ZeRO-3 or FSDP has the parameters of its head in parts"
-        if isinstance(module.__dict__.get("weight"), Tensor):  # FSDP that does not use the parameters themselves
+        if is_in_unit(module) or any(is_partitioned(p) for p in module._parameters.values() if p is not None):
             return "DeepSpeed ZeRO-3 or FSDP has the parameters of its head in parts"
     return None
 

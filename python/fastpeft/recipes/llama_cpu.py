@@ -40,6 +40,7 @@ from peft_kernels import (
 from ..layer.by_row import train as trained_rows
 from ..layer.layer import AdapterLayer
 from ..methods.fused import FusedProjection
+from ..weights.base import is_listened_to
 from ..weights.bnb import quant_view
 from ..weights.nf4_linear import NF4Linear
 
@@ -76,19 +77,12 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def _hooked(module: nn.Module) -> bool:
-    """True if someone listens to this module's calls, which the short way would not make."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _projection(module: Any, dtype: torch.dtype) -> Projection | None:
     """A linear layer as the kernels take it, for x of `dtype`; None where it has to be called as a module: adapters
     other than a single plain LoRA, hooks, a base that is computed in another dtype, weights that train. Layers of PEFT
     that `fastpeft.patch` took over and Linear4bit of bitsandbytes are such layers too.
     """
-    if _hooked(module):
+    if is_listened_to(module):
         return None
     if type(module) is NF4Linear:
         given = module.compute_dtype in (None, dtype)
@@ -125,7 +119,7 @@ def _projections(x: Tensor, *modules: Any) -> list[Projection] | None:
 
 def _modules_on(x: Tensor, *modules: Any) -> Sequence[Tensor]:
     """`module(x)` of each; adapters by row in training are one node of the graph."""
-    if all(type(module) is AdapterLayer and not _hooked(module) for module in modules):
+    if all(type(module) is AdapterLayer and not is_listened_to(module) for module in modules):
         together = trained_rows.linears(x, modules)
         if together is not None:
             return together
@@ -136,7 +130,7 @@ def _by_row(x: Tensor, modules: Sequence[Any]) -> Sequence[Tensor] | None:
     """`module(x)` of layers whose rows have adapters of their own, where each is one call of a kernel; else None."""
     found = []
     for module in modules:
-        if type(module) is not AdapterLayer or module.rows.names is None or _hooked(module):
+        if type(module) is not AdapterLayer or module.rows.names is None or is_listened_to(module):
             return None
         y = module.rows.routed(module.rows.names).quick(x)
         if y is None:
@@ -231,7 +225,7 @@ def _serves(layer: Any, x: Tensor, cache: Any, position_embeddings: Any, kwargs:
     attention = layer.self_attn
     if attention.config._attn_implementation not in ("sdpa", "eager") or attention.config.hidden_act != "silu":
         return False
-    return not any(map(_hooked, (attention, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)))
+    return not any(map(is_listened_to, (attention, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)))
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -275,7 +269,7 @@ def _attention_forward(
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    if x.device.type == "cpu" and self.config.hidden_act == "silu" and not _hooked(self.act_fn):
+    if x.device.type == "cpu" and self.config.hidden_act == "silu" and not is_listened_to(self.act_fn):
         found = _projections(x, self.gate_proj, self.up_proj, self.down_proj)
         if found is not None:
             return swiglu_mlp(x, *found)

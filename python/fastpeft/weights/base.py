@@ -276,12 +276,18 @@ def has_base(module: nn.Module, class_name: str, package: str) -> bool:
     return any(c.__name__ == class_name and c.__module__.split(".")[0] == package for c in type(module).__mro__)
 
 
+def is_listened_to(module: nn.Module) -> bool:
+    """True if someone listens to this module's calls, which a way around them would not make."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """True for a module that has to be called, since somebody acts in its call: a hook, a forward of its own (those of
     accelerate bring its weight) or FSDP1, which has plain attributes in the places of its parameters."""
     own = vars(module)
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks) or "forward" in own or "weight" in own or is_unit(module)
+    return is_listened_to(module) or "forward" in own or "weight" in own or is_unit(module)
 
 
 def install(module: nn.Module, name: str, value: Tensor) -> None:

@@ -41,8 +41,6 @@ def execute(command: Sequence[str], module: bool = False, patch: bool = False) -
     patch: call `fastpeft.patch()` before it, so that it runs on PEFT itself; else `fastpeft.as_peft()`.
     """
     how = "patch" if patch else "as_peft"
-    if not hasattr(fastpeft, how):
-        _fail(f"this version of fastpeft has no {how}()")
     try:
         prepare(how)
     except (ImportError, RuntimeError, ValueError) as error:
