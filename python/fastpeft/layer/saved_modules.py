@@ -92,10 +92,8 @@ class ModulesToSaveWrapper(ActiveAdapters, AuxiliaryTrainingWrapper, nn.Module):
 
     def check_active(self, adapter_names: Sequence[str]) -> list[str]:
         """Those of the adapters that have a copy here; two copies cannot both compute."""
-        found = [n for n in adapter_names if n in self.modules_to_save]
-        if len(found) > 1:
-            raise ValueError(f"Only one adapter can be set at a time for a module in modules_to_save, got {found}")
-        return found
+        found = self.check_set_adapter(adapter_names)
+        return [] if found is None else [found]
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         self._active_adapter = self.check_active([adapter_names] if isinstance(adapter_names, str) else adapter_names)

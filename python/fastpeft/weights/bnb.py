@@ -102,8 +102,8 @@ _views: WeakKeyDictionary[nn.Module, tuple[ReferenceType[Tensor], QuantWeight]] 
 def quant_view(module: nn.Module) -> QuantWeight | None:
     """The bytes of a frozen Linear4bit as kernels read them, the same object while they are where they were; None for
     other modules and where the module has to be called (trained, or with another forward)."""
-    kind = type(module)
-    if kind.__name__ != "Linear4bit" or not kind.__module__.startswith("bitsandbytes.") or "forward" in vars(module):
+    own = type(module)
+    if own.__name__ != "Linear4bit" or not own.__module__.startswith("bitsandbytes.") or "forward" in vars(module):
         return None
     weight: Any = module.weight
     if weight.requires_grad or getattr(weight, "quant_state", None) is None:
