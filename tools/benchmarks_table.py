@@ -118,10 +118,14 @@ TABLES = [
           [*((name, time_of(name)) for name in DROP_IN),
            *((f"{name}, PEFT's speed = 1", ratio_of([name], ["PEFT"])) for name in DROP_IN[1:]),
            *((f"MiB, {name}", field_of(name, "above_mib")) for name in DROP_IN)], "Trainer, "),
-    Table("dropin", "A step of a small UNet", "UNet, ",
-          "Forward and backward of a UNet of diffusers with PEFT's LoRA, r=8, on one kind of its layers, float32.",
-          [("PEFT", time_of("PEFT")), ("patched", time_of("patch")),
-           ("PEFT's speed = 1", ratio_of(["patch"], ["PEFT"]))], "UNet, "),
+    *(Table("dropin", title, rows, text, [("PEFT", time_of("PEFT")), ("patched", time_of("patch")),
+                                          ("PEFT's speed = 1", ratio_of(["patch"], ["PEFT"]))], rows)
+      for title, rows, text in (
+        ("A step of a small UNet", "UNet, ",
+         "Forward and backward of a UNet of diffusers with PEFT's LoRA, r=8, on one kind of its layers, float32. Its "
+         "own attention and convolutions take most of the time."),
+        ("A small UNet's layers", "UNet's layers, ",
+         "The same layers alone, one after another, each with the input that it has in the UNet."))),
     Table("layers", "One 4-bit layer, forward", "forward ",
           "NF4 with double quantisation, in evaluation, beside bitsandbytes' `Linear4bit`; in x out features, M rows "
           "of x. The last column is the fastest of either side over all dtypes.",
