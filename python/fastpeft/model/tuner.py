@@ -133,6 +133,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
                     self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
                     autocast_adapter_dtype=autocast_adapter_dtype,
                     keys=None if state_dict is None else list(state_dict),
+                    shapes={key: tensor.shape for key, tensor in (state_dict or {}).items()},
                 )  # fmt: skip
             else:
                 plan.finish()
