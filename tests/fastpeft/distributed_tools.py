@@ -145,6 +145,28 @@ def fsdp2(rank: int, folder: Path, method: str, kind: str, reentrant: bool | Non
             "zeroed": zeroed}  # fmt: skip
 
 
+def torchs_states(rank: int) -> dict[str, Any]:
+    """State dicts of packed layers, sharded by `fully_shard` and `fully_shard_model`, by the functions of torch that
+    accelerate calls; outputs of a model of zeros in which they set one."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    both = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
+    found: dict[str, Any] = {"wanted": adapted("lora", "nf4-nested", None).state_dict()}
+    ours = fastpeft.fully_shard_model(adapted("lora", "nf4-nested", None))
+    theirs, other = (fully_shard(adapted("lora", "nf4-nested", None)) for _ in range(2))
+    found["states"] = [get_model_state_dict(model, options=both) for model in (ours, theirs)]
+    adapter = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+    found["adapter"] = get_model_state_dict(theirs, options=adapter)
+    for tensor in (*other.parameters(), *other.buffers()):
+        tensor.detach().zero_()
+    # accelerate reads the file in one process alone; torch writes into the dict that it is given
+    set_model_state_dict(other, {**found["states"][1]} if rank == 0 else {}, options=both)
+    with torch.no_grad():
+        found["outputs"] = [gather(model(IDS.chunk(WORLD)[rank])) for model in (theirs, other)]
+    return found
+
+
 def refusal(call: Callable[..., Any], *args: Any, **options: Any) -> str:
     try:
         call(*args, **options)
@@ -221,6 +243,7 @@ def everything(rank: int, folder: Path) -> dict[Any, Any]:
     for reentrant in (None, False):
         results["ddp", reentrant] = ddp(rank, reentrant)
     results["fsdp1"] = fsdp1(rank)
+    results["torch's states"] = torchs_states(rank)
     return results
 
 

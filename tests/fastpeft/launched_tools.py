@@ -34,12 +34,6 @@ NOTHING_KEPT = {
 }  # fmt: skip
 
 
-def cases(kind: str) -> list[tuple[str, str, str]]:
-    """Those of a kind. torch's `get_model_state_dict`, which accelerate calls for FSDP2, takes no keys like our packed
-    layers' `weight.absmax`: `fully_shard_model` is for them."""
-    return [case for case in CASES if (kind, case[2]) != ("fsdp2", "packed")]
-
-
 def base(case: str) -> nn.Module:
     return fastpeft.quantize_model(llama(), double_quant=False) if case == "packed" else llama()
 
@@ -176,7 +170,7 @@ def main(rank: int, folder: Path, kind: str) -> None:
     # What FSDP1 is to offload to a CPU from a CPU it frees, and crashes.
     FullStateDictConfig.offload_to_cpu = property(lambda self: False, lambda self, value: None)  # type: ignore
     results: dict[Any, Any] = {}
-    for name, loop, case in cases(kind):
+    for name, loop, case in CASES:
         begin(kind)
         library = peft if name == "peft" else fastpeft
         place = folder / f"{name} {loop} {case}"

@@ -62,6 +62,7 @@ def batch() -> dict[str, Tensor]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_loss, "CHUNK_VOCAB", 16)
     monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(chunked_loss, "WHOLE_TOKENS", 2)
 
 
 class Wide(TorchDispatchMode):

@@ -107,6 +107,19 @@ def assert_as_good(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]
         assert_no_worse(a, (c + worst).to(b.dtype), c, largest)
 
 
+def assert_equal(ours: Any, wanted: Any) -> None:
+    """Tensors, or dicts of them, as equal as sums in another order are."""
+    if isinstance(wanted, dict):
+        assert ours.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_equal(ours[key], value)
+        return
+    assert ours.shape == wanted.shape
+    assert ours.dtype == wanted.dtype
+    if wanted.numel():  # AdaLoRA and OSF can leave nothing
+        close(ours, wanted, times=8)
+
+
 def agree(a: Tensor, b: Tensor) -> bool:
     """True if results are equal to float32's resolution of the largest element; in float64 only a formula differs."""
     return bool(((a - b).abs() <= 4 * torch.finfo(torch.float32).eps * b.abs().max()).all())

@@ -120,6 +120,26 @@ def test_the_older_fsdp_wraps_blocks_and_what_trains(results: Any) -> None:
         assert_same_bits(again[key], (value + 1) - 1)
 
 
+def test_torchs_and_accelerates_state_dicts_of_packed_layers(results: Any) -> None:
+    found = results["torch's states"]
+    assert sum(key.endswith("base_layer.weight.nested_absmax") for key in found["wanted"]) == 6
+    for state in found["states"]:
+        assert state.keys() == found["wanted"].keys()
+        for key, value in found["wanted"].items():
+            assert_same_bits(state[key], value)
+    assert {key for key in found["wanted"] if "lora_" in key or ".base_layer.weight" in key} == found["adapter"].keys()
+    kept, filled = found["outputs"]  # of the second process as well, which was given nothing
+    assert kept.any()
+    assert_same_bits(filled, kept)
+
+
+def test_a_packed_layer_shows_modules_to_distributed_checkpoints_alone() -> None:
+    layer = fastpeft.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 32)))[0]
+    assert {*dict(layer.keys_as_modules.named_buffers()), "weight", "bias"} == layer.state_dict().keys()
+    assert [*layer.children(), *layer.named_children()] == []
+    assert [*layer.modules()] == [layer]
+
+
 def test_a_sharded_layer_is_not_replaced_and_keeps_its_dtypes() -> None:
     """The part that needs no second process: the parameters that FSDP2 shards."""
     layer = fastpeft.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), double_quant=False)[0]

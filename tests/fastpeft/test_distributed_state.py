@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("sharing_tools.py")
 pytest.importorskip("peft")
-close = runpy.run_path(str(SCRIPT.with_name("peft_tools.py")))["close"]
+assert_equal = runpy.run_path(str(SCRIPT.with_name("peft_tools.py")))["assert_equal"]
 tools = runpy.run_path(str(SCRIPT))
 ACROSS, SHORT = tools["ACROSS"], tools["SHORT"]
 pytestmark = [
@@ -31,19 +31,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("sharing")
     run_ranks(SCRIPT.with_name("distributed_tools.py"), folder, "sharing", timeout=900)
     return torch.load(folder / "results.pt", weights_only=False)
-
-
-def assert_equal(ours: Any, theirs: Any) -> None:
-    """As equal as sums in another order are."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            assert_equal(ours[key], value)
-        return
-    assert ours.shape == theirs.shape
-    assert ours.dtype == theirs.dtype
-    if theirs.numel():
-        close(ours, theirs, times=8)
 
 
 @pytest.mark.parametrize(("case", "policy"), matrix(sorted({*tools["cases"](), *SHORT}), SHORT))

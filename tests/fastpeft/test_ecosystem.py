@@ -16,11 +16,13 @@ import peft
 import pytest
 import torch
 import transformers
+from peft_versions import needs_peft
 from torch import Tensor, nn
 
 from peft_kernels.testing import assert_same_bits
 
 pytestmark = pytest.mark.ecosystem
+NO_CONVERSION = "transformers' load_adapter imports peft.utils.transformers_weight_conversion"
 peft_tools = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))
 assert_as_good, assert_same_start, randomise = (
     peft_tools[n] for n in ("assert_as_good", "assert_same_start", "randomise")
@@ -60,6 +62,7 @@ def test_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> None:
 
 def test_what_trainer_trained_loads_into_a_plain_transformers_model(tmp_path: Path) -> None:
     """Through transformers' own `load_adapter`, which is PEFT's."""
+    needs_peft(">=0.19", NO_CONVERSION)
     model = adapted(fastpeft)
     trainer(model, tmp_path).train()
     model.save_pretrained(tmp_path / "adapter")
@@ -152,6 +155,7 @@ def test_transformers_takes_our_configuration(tmp_path: Path) -> None:
 
 
 def test_pipelines_take_our_models_and_their_folders(tmp_path: Path) -> None:
+    needs_peft(">=0.19", NO_CONVERSION)
     llama().save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -18,8 +18,12 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.ecosystem
 PROGRAM = Path(peft_program.__file__)
 TRANSFORMERS = tuple(int(part) for part in metadata.version("transformers").split(".")[:2])
-# PEFT loads a DoRA's magnitudes under names that the model does not have, and reports them as missing.
-OURS_ALONE = {"files_with_more_than_an_adapter"}
+# PEFT loads a DoRA's magnitudes under names that the model does not have, and reports them as missing; it injects no
+# adapter whose layers share tensors.
+OURS_ALONE = {"files_with_more_than_an_adapter", "tensors_that_layers_share"}
+# transformers itself refuses these with a PEFT that it finds too old, or that lacks a module which it imports (0.18)
+INJECTING = {"adapters_of_transformers", "hotswap", "pipeline"}
+REFUSALS = ("version of PEFT you are using is not compatible", "No module named 'peft.utils.transformers_weight_conv")
 
 
 def python(*args: Any) -> str:
@@ -51,16 +55,24 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
 @pytest.mark.parametrize("case", peft_program.CASES)
 def test_a_program_for_peft(case: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert "error" not in ours[case], ours[case]
-    if theirs and case not in OURS_ALONE:
+    if theirs and case not in OURS_ALONE and not too_old(theirs[case]):
         assert "error" not in theirs[case], theirs[case]
         assert_near(ours[case]["found"], theirs[case]["found"])
 
 
-def test_what_transformers_loads_is_what_was_saved(ours: dict[str, Any]) -> None:
-    found = ours["files_with_more_than_an_adapter"]["found"]
+def too_old(told: dict[str, Any]) -> bool:
+    """True for transformers' own refusal of the installed PEFT."""
+    refused = any(refusal in told.get("error", "") for refusal in REFUSALS)
+    assert not refused or told["case"] in INJECTING
+    return refused
+
+
+@pytest.mark.parametrize(("case", "count"), [("files_with_more_than_an_adapter", 3), ("tensors_that_layers_share", 4)])
+def test_what_transformers_loads_is_what_was_saved(case: str, count: int, ours: dict[str, Any]) -> None:
+    found = ours[case]["found"]
     for saved, loaded in zip(found[::2], found[1::2], strict=True):
         assert loaded == pytest.approx(saved)
-    assert len({str(values) for values in found[::2]}) == 3
+    assert len({str(values) for values in found[::2]}) == count
 
 
 def assert_near(found: Any, expected: Any) -> None:

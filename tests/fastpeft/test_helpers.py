@@ -12,11 +12,11 @@ import fastpeft.helpers
 import fastpeft.tuners.lora.intruders
 import peft
 import peft.helpers
-import peft.tuners.lora.intruders
 import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("peft.tuners.lora.intruders", reason="PEFT before 0.19 has none")
 tools = runpy.run_path(str(Path(__file__).with_name("init_tools.py")))
 X, model, wrap, tensors, nf4 = (tools[name] for name in ("X", "model", "wrap", "tensors", "nf4"))
 assert_near = tools["assert_near"]

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from fastpeft.config.types import PeftWarning
+from fastpeft.files.checks import KeyMismatchError
 from fastpeft.methods.math.rotation import BlockDropout, skew
 from fastpeft.methods.math.spectral import Fourier, Wavelet
 from fastpeft.methods.math.wavelets import LOW_PASS, filters
@@ -146,6 +147,51 @@ def test_osf_freezes_all_directions_where_the_rank_is_not_below_the_smaller_size
 
 
 # Sizes, places and errors
+
+
+def odd_base() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 6))  # three blocks in the first layer, two in the second
+
+
+def one_factor(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """A model of PEFT without its CUDA extension, as on any CPU: one factor, and a configuration that says two."""
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: None)
+    options = {"boft_n_butterfly_factor": 2, "init_weights": False, **options}
+    return peft.get_peft_model(odd_base(), peft.BOFTConfig(**options)).eval()
+
+
+def test_boft_files_have_the_factors_that_their_tensors_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, x = one_factor(monkeypatch, target_modules=["0", "1"]), torch.randn(3, 12)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = fastpeft.PeftModel.from_pretrained(odd_base(), tmp_path / "theirs")
+    assert agree(ours(x), theirs(x))
+    assert ours.peft_config["default"].boft_n_butterfly_factor == 1
+    ours.save_pretrained(tmp_path / "ours")
+    assert agree(peft.PeftModel.from_pretrained(odd_base(), tmp_path / "ours")(x), theirs(x))
+    tensors = fastpeft.get_peft_model_state_dict(ours)
+    base = odd_base()  # as transformers' load_adapter does
+    fastpeft.inject_adapter_in_model(
+        fastpeft.PeftConfig.from_pretrained(tmp_path / "theirs"), base, state_dict=dict(tensors)
+    )
+    fastpeft.set_peft_model_state_dict(base, tensors)
+    assert agree(base(x), theirs(x))
+
+
+def test_boft_with_two_factors_takes_one_and_an_error_leaves_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = fastpeft.BOFTConfig(target_modules=["1"], boft_n_butterfly_factor=2, init_weights=False)
+    ours, theirs = fastpeft.get_peft_model(odd_base(), config), one_factor(monkeypatch, target_modules=["1"])
+    x = torch.randn(3, 12)
+    before, held = ours(x), [*ours.parameters()]
+    state = peft.get_peft_model_state_dict(theirs)
+    key = "base_model.model.1.boft_s"
+    with pytest.raises(KeyMismatchError, match="boft_s"):
+        fastpeft.set_peft_model_state_dict(ours, {**state, key: state[key][:2]})
+    assert all(new is old for new, old in zip(ours.parameters(), held, strict=True))
+    assert_same_bits(ours(x), before)
+    fastpeft.set_peft_model_state_dict(ours, state)
+    assert agree(ours(x), theirs(x))
+    assert ours.base_model.model[1].boft_R["default"].requires_grad
 
 
 def test_block_sizes_are_adjusted_as_peft_does() -> None:

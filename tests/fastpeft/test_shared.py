@@ -49,6 +49,31 @@ def test_layers_hold_one_and_the_same_tensor(case):
             assert_same_bits(value, fastpeft.get_peft_model_state_dict(m)[key])
 
 
+@pytest.mark.parametrize("case", ["vblora", "unilora", "tinylora", "vera", "pvera"])
+def test_a_model_without_a_tuner_has_what_is_shared_under_one_key(case):
+    """The keys that transformers' `load_adapter` looks for, and its renaming of those of a file."""
+    core = pytest.importorskip("transformers.core_model_loading")
+    from fastpeft.utils.transformers_weight_conversion import build_peft_weight_mapping
+
+    m, config = model(fastpeft, case).eval(), configuration(fastpeft, case)
+    spread(m)
+    torch.manual_seed(0)
+    plain = fastpeft.inject_adapter_in_model(config, Net(), "a").eval()
+    mapping = build_peft_weight_mapping(None, "a", peft_config=config)
+    state = {core.apply_renamings(k, mapping): t for k, t in fastpeft.get_peft_model_state_dict(m).items()}
+    assert state.keys() == {key for key in plain.state_dict() if ".a" in key}
+    assert "shared_adapters" in {key.split(".")[0] for key in state} <= {"up", "down", "shared_adapters"}
+    base = {k.replace("base_layer.", ""): t for k, t in m.get_base_model().state_dict().items() if "default" not in k}
+    whole = plain.state_dict()
+    whole |= {k: base[k.replace("base_layer.", "")] for k in whole if k.replace("base_layer.", "") in base}
+    plain.load_state_dict({**whole, **state})
+    torch.manual_seed(1)
+    wanted = m(IDS)
+    for other in (plain, copy.deepcopy(plain)):
+        torch.manual_seed(1)
+        assert_same_bits(other(IDS), wanted)
+
+
 @pytest.mark.parametrize("case", ["vblora", "unilora", "tinylora"])
 def test_what_is_shared_and_trained_goes_on_and_off_with_its_adapter(case):
     m = model(fastpeft, case)

@@ -136,6 +136,27 @@ def files_with_more_than_an_adapter(folder: Path) -> Any:
 
 
 @case
+def tensors_that_layers_share(folder: Path) -> Any:
+    """VB-LoRA, UniLoRA, TinyLoRA and VeRA through transformers' load_adapter."""
+    found = []
+    for name, options in (("VBLoRA", {"r": 2, "num_vectors": 8, "vector_length": 16}), ("UniLora", {}),
+                          ("TinyLora", {}), ("Vera", {})):  # fmt: skip
+        config = getattr(peft, f"{name}Config")(target_modules=["q_proj", "v_proj"], **options)
+        model = peft.get_peft_model(llama(), config)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.sin(torch.arange(p.numel())).view_as(p))
+        model.save_pretrained(folder / name)
+        plain = llama()
+        report = plain.load_adapter(str(folder / name))
+        assert not report.missing_keys, report.missing_keys
+        assert not report.unexpected_keys, report.unexpected_keys
+        found += [numbers(model), numbers(plain)]
+    return found
+
+
+@case
 def hotswap(folder: Path) -> Any:
     first, second = adapted(), adapted()
     with torch.no_grad():

@@ -12,6 +12,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from ..inject.modules import walk
 from ..inject.old_experts import convert_targets, find_joined, joined_state, lay
+from ..layer.shared_tensors import IN_MODEL
 from ..methods.registry import method_of, registry
 
 
@@ -26,8 +27,11 @@ def build_peft_weight_mapping(
     methods = registry().values() if peft_config is None else [method_of(peft_config)]
     # A replacement takes the place of the first such text in a key, so texts begin at a dot.
     result = [WeightRenaming("^base_model.model.", "")]
+    # What all layers share a tuner has in files, and the model itself here. VeRA's is not called as its prefix is.
+    result.append(WeightRenaming(r"^base_model\.", f"{IN_MODEL}."))
     for prefix in sorted({method.prefix for method in methods}):
         result.append(WeightRenaming(rf"\.({re.escape(prefix)}[^\.]*)", rf".\1.{adapter_name}"))
+    result.append(WeightRenaming(rf"^{IN_MODEL}\.([^\.]*)$", rf"{IN_MODEL}.\1.{adapter_name}"))
     magnitude = f".lora_magnitude_vector.{adapter_name}"  # a module in memory, though files name no tensor of it
     result.append(WeightRenaming(rf"{re.escape(magnitude)}$", f"{magnitude}.weight"))
     experts = []

@@ -160,19 +160,23 @@ class InjectionPlan:
 def plan_injection(
     model: nn.Module, config: Any, adapter_name: str = "default", *, low_cpu_mem_usage: bool = False,
     autocast_adapter_dtype: bool = False, loading: bool = False, keys: Sequence[str] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> InjectionPlan:  # fmt: skip
     """Work out which layers an adapter goes into, and make its tensors. Raises without having changed anything.
 
     low_cpu_mem_usage: tensors on the meta device. autocast_adapter_dtype: float32 tensors on half-precision bases.
     loading: a file will fill the tensors; together with low_cpu_mem_usage, nothing is computed before `finish`.
-    keys: take the targets from a state dict's keys, not from the configuration.
+    keys: take the targets from a state dict's keys, not from the configuration. shapes: of the tensors that will fill
+    the adapter, where they are known.
     """
     check_adapter_name(adapter_name)
     replication = getattr(config, "layer_replication", None)
     with ExitStack() as undo:  # what planning does to the model is taken back on an error
         if replication:
             undo.callback(replicate_layers(model, replication))
-        plan = _plan(model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys)
+        plan = _plan(
+            model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys, shapes or {}
+        )
         if not (loading and low_cpu_mem_usage):
             plan.finish()
         plan.abandon = undo.pop_all().close
@@ -181,7 +185,7 @@ def plan_injection(
 
 def _plan(
     model: nn.Module, config: Any, adapter_name: str, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool,
-    loading: bool, keys: Sequence[str] | None,
+    loading: bool, keys: Sequence[str] | None, shapes: Mapping[str, Sequence[int]],
 ) -> InjectionPlan:  # fmt: skip
     if not isinstance(config, TargetConfig):
         raise TypeError(f"{type(config).__name__} does not act on modules of a model")
@@ -192,6 +196,7 @@ def _plan(
         raise NotImplementedError(f"Requested bias: {bias!r}, is not implemented (none, all, <method>_only).")
     sites = {site.name: site for site in walk(model) if site.name and not inside_saved(site)}
     opened = method.open_fields(config, model, model_config(model).get("model_type"))
+    opened |= method.fields_in_file(shapes)
     completed = copy.copy(config)
     vars(completed).update(opened)
     joined = find_joined(model) if keys is None and (loading or completed.target_modules) else []

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..methods.method import AdaptedLayer
 from .containers import AdapterDict
 
+IN_MODEL = "shared_adapters"  # what an injected model, which has no tuner, calls the place of these containers
+
 
 class SharedDict(AdapterDict):
     """A container that several layers hold; an adapter's entry goes when the last of its layers lets it go."""
@@ -18,18 +20,23 @@ class SharedDict(AdapterDict):
     def __init__(self) -> None:
         super().__init__()
         self._holders: dict[str, int] = {}
-        self.place = ""  # where on a tuner `state_dict` has it, if only there
+        self.place = ""  # where on a tuner or a model `state_dict` has it, if only there
 
     def _is_elsewhere(self, prefix: str) -> bool:
         return bool(self.place) and not f".{prefix}".endswith(f".{self.place}.")
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not self._is_elsewhere(prefix):
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if not self._is_elsewhere(prefix):
             super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        for key, tensor in super().state_dict(prefix=prefix).items():  # torch goes on to its modules, which ask for it
+            state_dict.setdefault(key, tensor)
+
+    def state_dict(self, *args: Any, prefix: str = "", destination: Any = None, **options: Any) -> Any:
+        """As of any module, and empty where it is said elsewhere."""
+        if destination is not None and self._is_elsewhere(prefix):
+            return destination
+        return super().state_dict(*args, prefix=prefix, destination=destination, **options)
 
     def hold(self, adapter: str) -> None:
         self._holders[adapter] = self._holders.get(adapter, 0) + 1
@@ -79,7 +86,7 @@ def held_containers(layers: Iterable[AdaptedLayer]) -> dict[str, SharedDict]:
 
 
 def register_at(parent: nn.Module, name: str, container: SharedDict) -> None:
-    """Make a container reachable from a tuner; a dot in its name is a level (`frod_V.q_proj`)."""
+    """Make a container reachable from a tuner or a model; a dot in its name is a level (`frod_V.q_proj`)."""
     *path, last = name.split(".")
     container.place = name if path else ""  # PEFT's layers do not have these
     for part in path:

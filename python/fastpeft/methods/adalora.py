@@ -8,9 +8,10 @@ the rank at the start. One active adapter is one call of `lora_linear` with diag
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -127,13 +128,17 @@ class AdaLora(FactoredMethod, config=AdaLoraConfig):
         layers = [key.removesuffix("lora_E") for key in tensors if key.endswith(".lora_E")]
         return tensors | {f"{layer}ranknum": torch.tensor([float(config.init_r)]) for layer in layers}
 
-    def make_room(self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    def make_room(
+        self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]
+    ) -> Callable[[], None] | None:
         old = {part: getattr(layer, part)[adapter] for part in ranks.RANK_DIM}
         r = len(tensors.get("lora_E", old["lora_E"]))
         shapes = {"lora_A": (r, old["lora_A"].shape[1]), "lora_B": (len(old["lora_B"]), r), "lora_E": (r, 1)}
         fits = all(part in tensors and tensors[part].shape == shape for part, shape in shapes.items())
-        if fits and r != len(old["lora_E"]):
-            ranks.install(layer, adapter, {part: old[part].detach().new_zeros(shape) for part, shape in shapes.items()})
+        if not fits or r == len(old["lora_E"]):
+            return None
+        ranks.install(layer, adapter, {part: old[part].detach().new_zeros(shape) for part, shape in shapes.items()})
+        return functools.partial(ranks.install, layer, adapter, old)
 
     # Math
 

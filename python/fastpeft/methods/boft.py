@@ -7,6 +7,8 @@ and without its CUDA extension has one factor whatever the configuration says.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from peft_kernels import cayley
 from ..config.base import HasBias, HasFanInFanOut, HasInitWeights, TargetConfig, check
 from .math.draws import normal_
 from .math.rotation import BlockDropout, Butterfly
-from .method import Inner, LayerInfo, State
+from .method import AdaptedLayer, Inner, LayerInfo, State
 
 
 @dataclass
@@ -90,6 +92,23 @@ class BOFT(Butterfly, config=BOFTConfig):
             "boft_block_num": count,
             "boft_dropout": BlockDropout(config.boft_dropout) if config.boft_dropout > 0 else nn.Identity(),
         }
+
+    # Files. PEFT without its CUDA extension, on any CPU, makes one factor and leaves the configuration as it was.
+
+    def fields_in_file(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        counts = {tuple(shape)[:1] for key, shape in shapes.items() if key.endswith(".boft_R")}
+        return {"boft_n_butterfly_factor": 1} if counts == {(1,)} else {}
+
+    def make_room(
+        self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]
+    ) -> Callable[[], None] | None:
+        container = layer.boft_R
+        old: nn.Parameter = container[adapter]
+        one = (1, *old.shape[1:])
+        if "boft_R" not in tensors or tensors["boft_R"].shape != one or old.shape == one:
+            return None
+        container[adapter] = nn.Parameter(old.detach().new_zeros(one), old.requires_grad)
+        return functools.partial(container.set, adapter, old)
 
     def parameter(self, s: Any) -> Tensor:
         return s.boft_R  # type: ignore[no-any-return]

@@ -260,8 +260,15 @@ class Method:
         """True for a file's tensor that is passed over because the configuration says that it is computed."""
         return False
 
-    def make_room(self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        """Called before a file's tensors, by their keys in the layer, go into it: it can take over their sizes."""
+    def fields_in_file(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """Fields of a file's configuration that say something else than its tensors, as the tensors have them."""
+        return {}
+
+    def make_room(
+        self, layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]
+    ) -> Callable[[], None] | None:
+        """Called before a file's tensors, by their keys in the layer, go into it: it can take over their sizes. Returns
+        what takes that back."""
 
     def filled(self, layer: AdaptedLayer, adapter: str) -> None:
         """Called once a file's tensors are in a layer, for what follows from them."""

@@ -57,4 +57,5 @@ def inject_adapter_in_model(
     tuner = tuner_class(method_of(peft_config))(
         model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
     )
+    tuner.leave_shared_in_model()
     return tuner.model

@@ -25,7 +25,7 @@ from ..inject.plan import InjectionPlan, plan_injection
 from ..layer.by_row.names import Recall, RowValues, check_length
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
-from ..layer.shared_tensors import held_containers, register_at
+from ..layer.shared_tensors import IN_MODEL, held_containers, register_at
 from ..methods.method import Method
 from ..methods.registry import method_of, registry
 from ..saving.state_dict import bias_tensors
@@ -133,6 +133,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
                     self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
                     autocast_adapter_dtype=autocast_adapter_dtype,
                     keys=None if state_dict is None else list(state_dict),
+                    shapes={key: tensor.shape for key, tensor in (state_dict or {}).items()},
                 )  # fmt: skip
             else:
                 plan.finish()
@@ -177,6 +178,14 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         """Hold what layers share, so that it has a key of its own."""
         for name, container in held_containers(layer for _, layer in self.adapter_layers()).items():
             register_at(self, name, container)
+
+    def leave_shared_in_model(self) -> None:
+        """Let the model, which will be used without this tuner, have what layers share under one key."""
+        layers = [layer for _, layer in self.adapter_layers()]
+        once = [layer for layer in layers if not any(m.repeats_shared for m in layer.methods.values())]
+        for name, container in held_containers(once).items():
+            if not container.place:  # FRoD's have one
+                register_at(self.model, f"{IN_MODEL}.{name}", container)
 
     add_weighted_adapter = add_weighted_adapter
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_VOCAB, CHUNK_TOKENS = 4096, 1024
+WHOLE_TOKENS = 128  # at a time, where all of a token's scores are made
 
 
 def chunked_cross_entropy(
@@ -60,7 +61,7 @@ def chunked_cross_entropy(
 
 
 def cross_entropy_by_rows(
-    logits: Callable[[Tensor, slice], Tensor], hidden: Tensor, targets: Tensor, rows: int = CHUNK_TOKENS // 8
+    logits: Callable[[Tensor, slice], Tensor], hidden: Tensor, targets: Tensor, rows: int = WHOLE_TOKENS
 ) -> Tensor:
     """The loss of each token, [N] float32, where logits are made by something that is not one plain matrix.
 

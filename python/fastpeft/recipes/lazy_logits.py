@@ -231,7 +231,7 @@ class LazyLogits(Tensor):
     @torch.no_grad()
     def _argmax(self) -> Tensor:
         self._head.check()
-        rows = torch.split(self._hidden.flatten(0, -2), max(1, chunked_loss.CHUNK_TOKENS // 8))
+        rows = torch.split(self._hidden.flatten(0, -2), chunked_loss.WHOLE_TOKENS)
         parts = [self._head.run(h, self._steps).argmax(-1) for h in rows]
         return torch.cat(parts).view(self.shape[:-1])
 
@@ -267,8 +267,7 @@ class LazyLogits(Tensor):
                 chunk_vocab=chunked_loss.CHUNK_VOCAB, chunk_tokens=chunked_loss.CHUNK_TOKENS, reduction=reduction,
             )  # fmt: skip
         run, steps = self._head.run, self._steps
-        rows = max(1, chunked_loss.CHUNK_TOKENS // 8)
-        losses = cross_entropy_by_rows(lambda h, _: run(h, steps), hidden, targets, rows)
+        losses = cross_entropy_by_rows(lambda h, _: run(h, steps), hidden, targets, chunked_loss.WHOLE_TOKENS)
         return losses if reduction == "none" else losses.sum()
 
     def _affine(self) -> tuple[float, float | None] | None:

@@ -62,17 +62,17 @@ def plan_loading(
 
     is_new: carry the plan out later. Else the adapter is in the model already, and the plan is for the check alone.
     """
+    header = {_renamed(key, key_mapping): info for key, info in source.tensors.items()}
     lenient = bool(options.get("ignore_mismatched_sizes", False))  # what is passed over starts as for a new adapter
     with warnings.catch_warnings():
         if not is_new:  # they came when the adapter was put in
             warnings.simplefilter("ignore")
         plan = plan_injection(
             model, config, adapter_name, low_cpu_mem_usage=not lenient, loading=True,
-            autocast_adapter_dtype=autocast_adapter_dtype,
+            autocast_adapter_dtype=autocast_adapter_dtype, shapes={key: info.shape for key, info in header.items()},
         )  # fmt: skip
     with ExitStack() as undo:
         undo.callback(plan.abandon)
-        header = {_renamed(key, key_mapping): info for key, info in source.tensors.items()}
         check_fits(plan, header, source.folder, lenient)
         tensors = {_renamed(key, key_mapping): value for key, value in source.read().items()}
         if is_new:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -96,10 +97,20 @@ def fill(
     where: a file that the state dict comes from. It must then hold all that the adapter has and nothing else, with
     values that the methods accept, and takes the adapter's dtypes; else KeyMismatchError, with the model as it was.
     """
+    with ExitStack() as undo:
+        result = _fill(model, adapter_name, state, ignore_mismatched_sizes, low_cpu_mem_usage, where, undo)
+        undo.pop_all()
+    return result
+
+
+def _fill(
+    model: nn.Module, adapter_name: str, state: Mapping[str, Tensor], ignore_mismatched_sizes: bool,
+    low_cpu_mem_usage: bool, where: object, undo: ExitStack,
+) -> IncompatibleKeys:  # fmt: skip
     layers = {n: m for n, m in adapter_modules(model) if isinstance(m, AdapterLayer) and adapter_name in m.methods}
     whole = state_of_units(model)
     if not any(is_sharded(p) for p in model.parameters()):  # else what there is keeps its size
-        _make_room(layers, adapter_name, state)
+        _make_room(layers, adapter_name, state, undo)
     following = sorted(n for n, m in layers.items() if type(m.methods[adapter_name]).filled is not Method.filled)
     if whole is not None and following:
         raise ValueError(
@@ -133,7 +144,7 @@ def fill(
     elif not ignore_mismatched_sizes:
         report("the state dict", [], [], mismatched)
     if mismatched:
-        warnings.warn(f"ignored because of another size: {list_some(mismatched)}", stacklevel=3)
+        warnings.warn(f"ignored because of another size: {list_some(mismatched)}", stacklevel=4)
     new: dict[int, nn.Parameter] = {}  # by the old one's id: what layers share stays one
     if whole is not None:  # FSDP1's units put their shards of it in their places
         model.load_state_dict({memory: value for memory, (_, value) in found.items()}, strict=False)
@@ -168,14 +179,18 @@ def _check_values(
             raise KeyMismatchError(f"{where}, {name}: {error}") from None
 
 
-def _make_room(layers: Mapping[str, AdapterLayer], adapter: str, state: Mapping[str, Tensor]) -> None:
+def _make_room(
+    layers: Mapping[str, AdapterLayer], adapter: str, state: Mapping[str, Tensor], undo: ExitStack
+) -> None:
     """Let an adapter take the sizes of a state dict, where its method has such a thing (AdaLoRA's ranks)."""
     for name, layer in layers.items():
         method = layer.methods[adapter]
         if type(method).make_room is not Method.make_room:
             names = (f"{name}.", f"{PREFIX}{name}.", f"{name}.".removeprefix(PREFIX))
             files = [file for _, file, _ in layer.adapter_state(adapter)]
-            method.make_room(layer, adapter, {f: state[n + f] for f in files for n in names if n + f in state})
+            found = {f: state[n + f] for f in files for n in names if n + f in state}
+            if take_back := method.make_room(layer, adapter, found):
+                undo.callback(take_back)
 
 
 def unpacked(joined: Sequence[JoinedExperts], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels import QuantWeight
 from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES, table
@@ -36,6 +36,20 @@ def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
         state["weight.nested_absmax"] = weight.nested_absmax.detach()
         state["weight.nested_quant_map"] = weight.nested_code.detach().clone()
     return state | {_STATE + weight.quant_type: torch.tensor([*json.dumps(facts).encode()], dtype=torch.uint8)}
+
+
+def as_modules(state: Mapping[str, Tensor]) -> nn.Module:
+    """A module that has these tensors as buffers under these names: of `weight.absmax`, its child `weight` has one."""
+    root = nn.Module()
+    for key, tensor in state.items():
+        *path, name = key.split(".")
+        owner = root
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_buffer(name, tensor)
+    return root
 
 
 def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight:

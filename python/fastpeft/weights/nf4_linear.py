@@ -10,7 +10,7 @@ Format and method: QLoRA (arXiv 2305.14314).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dequantize_4bit, lora_linear, quantize_4bit
 
-from .bnb_keys import bnb_state, parse_bnb_state
+from .bnb_keys import as_modules, bnb_state, parse_bnb_state
 
 _SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
 
@@ -158,6 +158,24 @@ class NF4Linear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + "absmax", None)  # of a sharded layer; its key is bitsandbytes'
         destination.update({prefix + key: value for key, value in bnb_state(self.quant_weight()).items()})
+
+    # torch.distributed.checkpoint (accelerate's way to the state of FSDP2) looks up keys of a state dict as names of
+    # modules and their tensors, and loads no others. These three show it a module for `weight.absmax` and the like, by
+    # its own protocol. It is nobody else's child: `children()` and `_modules` do not have it.
+    def _fqn_modifiers(self) -> dict[str, str]:
+        return {"weight": "keys_as_modules"}
+
+    @property
+    def keys_as_modules(self) -> nn.Module:
+        """The state dict without `weight` and `bias`, as modules with buffers: `keys_as_modules.weight.absmax`."""
+        return as_modules(bnb_state(self.quant_weight()))
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            yield "keys_as_modules", self.keys_as_modules
+
+    def children(self) -> Iterator[nn.Module]:
+        return iter(())
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,

@@ -113,8 +113,10 @@ def select(part: str, tensor: Tensor, kept: list[bool]) -> Tensor:
 
 
 def install(layer: AdaptedLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Have a layer train these tensors: new parameters, or the ones given."""
     for part, tensor in tensors.items():
         container = getattr(layer, part)
-        container[adapter] = nn.Parameter(tensor, requires_grad=container[adapter].requires_grad)
+        is_new = not isinstance(tensor, nn.Parameter)
+        container[adapter] = nn.Parameter(tensor, container[adapter].requires_grad) if is_new else tensor
     layer.r[adapter] = len(tensors["lora_E"])
     layer.changed()
