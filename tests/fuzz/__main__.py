@@ -73,7 +73,8 @@ def _child(
         sys.executable, "-X", "faulthandler", "-m", "tests.fuzz", "--child", "--what", what, "--seed", str(seed),
         "--cases", str(end - seed), "--minutes", str(seconds / 60), "--backend", given.backend, "--op", *given.op,
     ]  # fmt: skip
-    paths = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests" / "tools"), os.environ.get("PYTHONPATH", "")]
+    folders = (ROOT, ROOT / "python", ROOT / "tests" / "tools")
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if given.backend == "triton":
         env["TRITON_INTERPRET"] = "1"

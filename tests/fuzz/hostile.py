@@ -89,7 +89,7 @@ def spoil(d: Draw, op: str, args: list[Any]) -> str:
         holder = args[i] = [*args[i]]
         i = d.random.randrange(len(holder))
         name = f"{name}[{i}]"
-    holder[i], how = _spoilt(d, holder[i])
+    holder[i], how = (d.number(), "another") if name.startswith("scaling") else _spoilt(d, holder[i])
     return f"{name} is {how}"
 
 

@@ -33,8 +33,8 @@ def test_an_operator_without_a_maker_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_native
-@pytest.mark.parametrize(("what", "cases"), [("ops", by_form(short=900, full_form=60_000)),
-                                             ("prepared", by_form(short=400, full_form=30_000))])  # fmt: skip
+@pytest.mark.parametrize(("what", "cases"), [("ops", by_form(short=500, full_form=60_000)),
+                                             ("prepared", by_form(short=200, full_form=30_000))])  # fmt: skip
 def test_nothing_breaks(what: str, cases: int) -> None:
     done = fuzz("--what", what, "--cases", str(cases), "--minutes", "20")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -18,7 +18,8 @@ def dequantize_4bit(
     quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     out = packed.new_empty(shape, dtype=dtype)
-    packed, absmax, *nested = contiguous(packed, absmax, nested_absmax, nested_code, offset)
+    nested = (None, None, None) if nested_absmax is None else (nested_absmax, nested_code, offset)
+    packed, absmax, *nested = contiguous(packed, absmax, *nested)
     with launching(packed) as (device, stream):
         native.check(
             native.cuda().pk_cuda_dequantize_4bit(

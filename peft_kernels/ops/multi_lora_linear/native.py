@@ -50,6 +50,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, N], s [M, max_rank])."""
     if 0 in (x.shape[0], a.shape[0], starts.shape[0], max_rank):  # no row can have an adapter
+        check_values("multi_lora_linear", a.shape[0], adapters, starts, ranks, max_rank)
         plain = (weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize)
         y = alone(x, *plain, out_features, None, None, 1.0, bias, 0.0, None)[0]
         return y, x.new_zeros((x.shape[0], max_rank), dtype=torch.float32)
