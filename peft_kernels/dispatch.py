@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .checks import PLAIN, Operands, arg_error
+
 NAMESPACE = "peft_kernels"
 ENV = "PEFT_KERNELS_BACKEND"
 ORDER = ("cuda", "triton", "native", "reference")
@@ -32,7 +34,6 @@ _HOME: dict[str, frozenset[str]] = {
 }
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass may do anything
 # types of arguments that torch's dispatcher passes on as they are
 _PLAIN_ARGUMENTS = PLAIN | {int, float, bool, type(None)}
 
@@ -52,33 +53,6 @@ class BackendUnavailable(RuntimeError):
 @lru_cache
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def arg_error(op: str, arg: str, expected: str, got: object, error: type[Exception] = ValueError) -> Exception:
-    """The one form of argument errors: the op, the argument, what was expected, what came."""
-    return error(f"{op}: {arg} must be {expected}, got {got}")
-
-
-def check_alike(op: str, arg: str, got: Tensor, x: Tensor, name: str = "x") -> None:
-    """ValueError unless `got` has the dtype, shape and device of `x`, which the message calls `name`."""
-    if got.dtype != x.dtype or got.shape != x.shape or got.device != x.device:
-        raise arg_error(op, arg, f"{x.dtype} {tuple(x.shape)} on {x.device} like {name}",
-                        (got.dtype, tuple(got.shape), got.device))  # fmt: skip
-
-
-def check_beside(op: str, arg: str, got: Tensor, x: Tensor) -> None:
-    """An error unless `got`, whose dtype is its own, is a floating-point tensor where x is."""
-    if not got.is_floating_point():
-        raise arg_error(op, arg, "a floating-point tensor", got.dtype, TypeError)
-    if got.device != x.device:
-        raise arg_error(op, arg, f"on {x.device} like x", got.device)
-
-
-def _requires_grad(argument: object) -> bool:
-    """True if an operator's argument, a tensor or a list of tensors, records gradients."""
-    if isinstance(argument, Tensor):
-        return argument.requires_grad
-    return isinstance(argument, list) and any(isinstance(t, Tensor) and t.requires_grad for t in argument)
 
 
 def forward_mode() -> bool:
@@ -155,17 +129,20 @@ class Op:
     folder: str
     flops: Callable[..., int] | None = None
     _loaded: dict[str, Backend | str] = field(default_factory=dict)
+    operands: Operands = field(init=False)
 
     def __post_init__(self) -> None:
         _library.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._call, "CompositeExplicitAutograd")
 
         def fake(*args: Any) -> Any:
+            self.operands.check(args, memory=False)
             self.check(*args)
             return self.fake(*args)
 
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self.op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self.operands = Operands(self.name, self.op._schema)  # type: ignore[attr-defined]
         _ops[self.name] = self
 
     def load(self, name: str) -> Backend | str:
@@ -194,13 +171,18 @@ class Op:
             return self.op(*args)
         return self._call(*args)
 
+    def examine(self, args: tuple[Any, ...]) -> None:
+        """Raise ValueError or TypeError on bad arguments: what every op asks of them, then what this one does."""
+        self.operands.check(args)
+        self.check(*args)
+
     def _call(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(map(_requires_grad, args)):
+        if torch.is_grad_enabled() and self.operands.record(args):
             raise RuntimeError(
                 f"{self.name}: the raw operator records no gradients; call peft_kernels.{self.name} instead. It has no "
                 "gradients under torch.func.vmap: apply vmap inside of what is differentiated, or batch the rows of x."
             )
-        self.check(*args)
+        self.examine(args)
         fn = self.choose(args).fn
         device = args[0].device.type
         if torch.is_autocast_enabled(device):
@@ -213,7 +195,7 @@ class Op:
         """The function that computes the operator for `args`, which it checks, and for others of their shapes, dtypes
         and devices while `forced_backends()` is the same object: a caller with hundreds of equal calls a step asks
         once."""
-        self.check(*args)
+        self.examine(args)
         return self.choose(args).fn
 
     def choose(self, args: tuple[Any, ...]) -> Backend:
@@ -244,7 +226,7 @@ class Op:
 
     def explain(self, *args: Any) -> dict[str, str]:
         """For each backend why it cannot serve `args`; "chosen" for the one that does, "able" for those after it."""
-        self.check(*args)
+        self.examine(args)
         forced = _forced.get(self.name, _forced.get("*"))
         report: dict[str, str] = {}
         chosen = False

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import whole
 from .native import Samples, addresses
 
 SAMPLES = 8  # elements of a tensor that are compared, unless its reader says otherwise
@@ -28,7 +29,8 @@ _version: Callable[[Tensor], Any] = Tensor._version.__get__  # type: ignore[attr
 
 def _readable(t: Tensor) -> bool:
     # a class of its own may keep its elements elsewhere, as one that is sharded does
-    return t.is_cpu and type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not t.is_inference()
+    own = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return t.is_cpu and own and t.layout is torch.strided and not t.is_inference() and whole(t)
 
 
 class Fingerprint:

@@ -12,12 +12,15 @@ Source of the format: QLoRA (arXiv 2305.14314) as stored by bitsandbytes' `Param
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .checks import arg_error, check_memory
 
 NF4_TABLE: tuple[float, ...] = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -57,12 +60,12 @@ def decode_absmax(
     nested_blocksize: int,
 ) -> Tensor:
     """float32 scale per block, [nblocks]; the identity where `absmax` is not nested."""
-    if nested_absmax is None or nested_absmax.numel() == 0:
+    if nested_absmax is None:
         return absmax.reshape(-1)
     assert nested_code is not None
     assert offset is not None
     codes = absmax.reshape(-1)
-    scale = nested_absmax.reshape(-1).repeat_interleave(nested_blocksize)[: codes.numel()]
+    scale = nested_absmax.reshape(-1)[torch.arange(codes.numel(), device=codes.device) // nested_blocksize]
     return nested_code.reshape(-1)[codes.long()] * scale + offset.reshape(())
 
 
@@ -78,14 +81,55 @@ def decode_4bit(
     shape: tuple[int, ...] | torch.Size,
 ) -> Tensor:
     """The exact decode: a float32 tensor of `shape`. Plain torch on any device; the oracle of every kernel."""
-    numel = 1
-    for s in shape:
-        numel *= int(s)
+    numel = math.prod(shape)
     flat = packed.reshape(-1)
     codes = torch.stack((flat >> 4, flat & 15), dim=1).reshape(-1)[:numel].long()
     scale = decode_absmax(absmax, nested_absmax, nested_code, offset, nested_blocksize)
     scale = scale.repeat_interleave(blocksize)[:numel]
     return (table(quant_type, packed.device)[codes] * scale).reshape(tuple(shape))
+
+
+def check_parts(
+    op: str, packed: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, shape: tuple[int, ...],
+    name: str = "packed",
+) -> None:  # fmt: skip
+    """Raise ValueError or TypeError unless the parts of a 4-bit weight of `shape` have the dtypes and sizes that are
+    read of them. name: what the caller calls `packed`. Devices and memory are every operator's (`checks.Operands`)."""
+    if packed.dtype is not torch.uint8:
+        raise arg_error(op, name, "uint8", packed.dtype, TypeError)
+    if quant_type not in QUANT_NAMES:
+        raise arg_error(op, "quant_type", f"one of {QUANT_NAMES}", quant_type)
+    if blocksize not in BLOCKSIZES:
+        raise arg_error(op, "blocksize", f"one of {BLOCKSIZES}", blocksize)
+    if any(n < 0 for n in shape):
+        raise arg_error(op, "shape", "of sizes of 0 or more", tuple(shape))
+    numel = math.prod(shape)
+    if packed.numel() != (numel + 1) // 2:
+        raise arg_error(op, name, f"{(numel + 1) // 2} bytes for shape {tuple(shape)}", packed.numel())
+    nblocks = -(-numel // blocksize)
+    if absmax is None or absmax.numel() != nblocks:
+        raise arg_error(op, "absmax", f"{nblocks} scales for shape {tuple(shape)} at blocksize {blocksize}",
+                        "None" if absmax is None else absmax.numel())  # fmt: skip
+    if nested_absmax is None:
+        if absmax.dtype is not torch.float32:
+            raise arg_error(op, "absmax", "float32 when it is not nested", absmax.dtype, TypeError)
+        return
+    if absmax.dtype is not torch.uint8:
+        raise arg_error(op, "absmax", "uint8 codes when nested", absmax.dtype, TypeError)
+    if nested_blocksize < 1:
+        raise arg_error(op, "nested_blocksize", "positive", nested_blocksize)
+    for part, t, size in (("nested_absmax", nested_absmax, -(-nblocks // nested_blocksize)),
+                          ("nested_code", nested_code, 256), ("offset", offset, 1)):  # fmt: skip
+        if t is None or t.numel() != size:
+            raise arg_error(op, part, f"{size} float32 values", "None" if t is None else t.numel())
+        if t.dtype is not torch.float32:
+            raise arg_error(op, part, "float32", t.dtype, TypeError)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """Each as kernels read it; a tensor that is contiguous is not copied. Their list keeps copies alive."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +140,7 @@ class QuantWeight:
     absmax: [nblocks] float32, or uint8 codes when nested. shape: the logical shape, `(out_features, in_features)` for a
     linear weight. dtype: what the weight was before quantisation and what `dequantize_4bit` returns by default.
     nested_absmax: float32 [ceil(nblocks / nested_blocksize)]; nested_code: float32 [256]; offset: float32, one element.
+    Raises ValueError or TypeError where the parts do not fit together; operators look at them again, as tensors change.
     """
 
     packed: Tensor
@@ -111,35 +156,21 @@ class QuantWeight:
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"QuantWeight: quant_type must be one of {sorted(QUANT_TYPES)}, got {self.quant_type!r}")
-        if self.packed.dtype is not torch.uint8:
-            raise TypeError(f"QuantWeight: packed must be uint8, got {self.packed.dtype}")
-        nbytes = (self.numel + 1) // 2
-        if self.packed.numel() != nbytes:
-            raise ValueError(
-                f"QuantWeight: packed must hold {nbytes} bytes for shape {tuple(self.shape)}, got {self.packed.numel()}"
-            )
-        nblocks = -(-self.numel // self.blocksize)
-        if self.absmax.numel() != nblocks:
-            raise ValueError(
-                f"QuantWeight: absmax must hold {nblocks} scales for shape {tuple(self.shape)} at blocksize "
-                f"{self.blocksize}, got {self.absmax.numel()}"
-            )
-        if self.nested:
-            if self.absmax.dtype is not torch.uint8 or self.nested_code is None or self.offset is None:
-                raise TypeError(
-                    "QuantWeight: nested weights need uint8 absmax, nested_code and offset; "
-                    f"absmax is {self.absmax.dtype}"
-                )
-        elif self.absmax.dtype is not torch.float32:
-            raise TypeError(f"QuantWeight: absmax must be float32 when it is not nested, got {self.absmax.dtype}")
+            raise arg_error("QuantWeight", "quant_type", f"one of {sorted(QUANT_TYPES)}", repr(self.quant_type))
+        if not all(isinstance(n, int | torch.SymInt) for n in self.shape):
+            raise arg_error("QuantWeight", "shape", "of integers", self.shape)
+        parts = {"packed": self.packed, "absmax": self.absmax, "nested_absmax": self.nested_absmax,
+                 "nested_code": self.nested_code, "offset": self.offset}  # fmt: skip
+        check_parts("QuantWeight", *parts.values(), QUANT_TYPES[self.quant_type], self.blocksize,
+                    self.nested_blocksize, tuple(self.shape))  # fmt: skip
+        for name, t in parts.items():
+            if t is not None and t.device != self.packed.device:
+                raise arg_error("QuantWeight", name, f"on {self.packed.device} like packed", t.device)
+        check_memory("QuantWeight", **parts)
 
     @property
     def numel(self) -> int:
-        n = 1
-        for s in self.shape:
-            n *= s
-        return n
+        return math.prod(self.shape)
 
     @property
     def nested(self) -> bool:

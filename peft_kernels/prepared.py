@@ -5,6 +5,8 @@ choices and 20 arguments of an autograd.Function took a fifth of a step of a sma
 its last call found, and this is the one place that says how long that holds: while the arguments beside x are the same
 objects, their memory is where it was and in the form that it had, x has the same dtype and width, the same backends are
 forced, and nothing that has to be frozen wants a gradient. Values may change: the kernel reads them at each call.
+Memory that is freed or cut (`untyped_storage().resize_`) is memory elsewhere, which is seen; what is not seen is a
+storage that was freed and then taken again, smaller and where it was, between two calls.
 
 An op takes part with a subclass of `Prepared` in `ops/<op>/prepared.py` (`native.py` of the op packs), announced by
 `prepares`. Only the native CPU backend has such a form; whatever it cannot serve is the public function's.
@@ -21,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import PLAIN, BackendUnavailable, Op, arg_error, dispatch_observed, forced_backends
+from .checks import PLAIN, arg_error, in_memory
+from .dispatch import BackendUnavailable, Op, dispatch_observed, forced_backends
 from .native import addresses, places
 
 _autocasts, _records = torch.is_autocast_enabled, torch.is_grad_enabled  # torch's modules take longer than these
@@ -64,6 +67,7 @@ class Prepared:
         return (
             type(dy) is Tensor and not dispatch_observed() and self.forced is forced_backends()
             and addresses(saved) == self.addresses and x.dtype is self.dtype and x.is_contiguous()
+            and in_memory(x) and in_memory(dy)
         )  # fmt: skip
 
     def run(self, x: Tensor) -> Any:
@@ -116,7 +120,7 @@ class PreparedCall:
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
         one_by_one = self._one_by_one
-        if type(x) in PLAIN and x.is_cpu and not dispatch_observed() and not _autocasts("cpu"):
+        if type(x) in PLAIN and x.is_cpu and not dispatch_observed() and in_memory(x) and not _autocasts("cpu"):
             given = arguments if one_by_one is None else one_by_one(arguments)
             graph = _records()
             last = self._last[graph]
@@ -155,7 +159,7 @@ def native_serves(*calls: tuple[Op, tuple[Any, ...]]) -> bool:
     try:
         with torch.no_grad():
             for op, args in calls:
-                op.check(*args)
+                op.examine(args)
                 if op.choose(args).name != "native":
                     return False
     except (BackendUnavailable, TypeError, ValueError):

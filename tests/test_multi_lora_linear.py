@@ -153,7 +153,7 @@ def test_project_is_the_ops_own_s(dtype: torch.dtype) -> None:
         ({"scaling": torch.ones(3)}, [0, 0], ValueError, r"starts, ranks and scaling must be \[S\] each"),
         ({"a": torch.ones(8, 15)}, [0, 0], ValueError, r"a must be \[P, 16\], got \(8, 15\)"),
         ({"b": torch.ones(6, 8)}, [0, 0], ValueError, r"b must be \[8, 6\] \(lora_B transposed\), got \(6, 8\)"),
-        ({"b": torch.ones(8, 6, dtype=torch.int64)}, [0, 0], TypeError, "a and b must be floating-point"),
+        ({"b": torch.ones(8, 6, dtype=torch.int64)}, [0, 0], TypeError, "b must be a floating-point"),
         ({"max_rank": -1}, [-1, -1], ValueError, "max_rank must be at least 0"),
     ],
 )

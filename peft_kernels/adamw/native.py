@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..checks import check_memory
 
 _F32 = torch.float32
 _POINTER, _SIZE, _CONTIGUOUS = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
+_STORAGE, _OFFSET, _HELD = Tensor.untyped_storage, Tensor.storage_offset, torch.UntypedStorage.nbytes
 
 
 def reason(parameters: Iterable[Tensor]) -> str | None:
@@ -46,6 +48,8 @@ def update(tensors: Sequence[tuple[Tensor, ...]], settings: tuple[float, ...]) -
         raise ValueError("adamw.update: a parameter, its gradient and moments of one size, and a step of one expected")
     if not _all_plain((*p, *m, *v, *step)):
         raise ValueError("adamw.update: contiguous float32 tensors of a CPU expected")
+    for name, column in (("parameter", p), ("exp_avg", m), ("exp_avg_sq", v), ("step", step)):
+        _in_memory("adamw.update", name, column)
     numbers = _columns(len(p), {i: map(_POINTER, column) for i, column in enumerate((p, g, m, v, step))})
     numbers[5::6] = array("q", sizes)
     packed = struct.pack("=6d", *settings)
@@ -66,11 +70,21 @@ def _all_plain(tensors: Sequence[Tensor]) -> bool:
     return strided and all(map(_CONTIGUOUS, tensors)) and all(t.dtype is _F32 for t in tensors)
 
 
+def _in_memory(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """ValueError where a storage was freed or cut."""
+    held = [*map(_HELD, map(_STORAGE, tensors))]
+    if held != [4 * n for n in map(_SIZE, tensors)] or any(map(_OFFSET, tensors)) or not all(map(_CONTIGUOUS, tensors)):
+        for i, t in enumerate(tensors):  # views into more than themselves, at least one
+            check_memory(op, **{f"{name} {i}": t})
+
+
 def _dense(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     if _all_plain(gradients):
+        _in_memory("adamw", "gradient", gradients)
         return gradients
     for g in gradients:
         if g.dtype is not _F32 or not g.is_cpu or g.layout is not torch.strided:
             got = f"{g.dtype} on {g.device}, {g.layout}"
             raise ValueError(f"adamw: dense float32 gradients on a CPU expected, got {got}")
+    _in_memory("adamw", "gradient", gradients)
     return [g.contiguous() for g in gradients]

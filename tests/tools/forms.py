@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "simt": ("test_simt*", "test_*_simt*"),
     "triton": ("test_triton_*", "test_static*", "fastpeft/test_cli_tune*"),
     "kernels": ("test_*",),
+    "fuzz": ("fuzz/test_*",),
     "methods": (
         "fastpeft/test_laws*", "fastpeft/test_golden*", "fastpeft/test_methods_*", "fastpeft/test_lora*",
         "fastpeft/test_dora*", "fastpeft/test_init*", "fastpeft/test_life*", "fastpeft/test_combine*",

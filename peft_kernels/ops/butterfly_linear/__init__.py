@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, forward_mode
+from ...checks import arg_error, as_autocast, check_memory, rows_of
+from ...dispatch import Op, forward_mode
 from ...formats import QuantWeight
 from .. import butterfly_rotate as turning
 from .. import lora_linear as base
@@ -22,21 +23,18 @@ from .. import lora_linear as base
 def _check_common(
     op: str, x: Tensor, rows: Tensor, blocks: Tensor, weight: tuple[Any, ...], n: int, gain: Tensor | None
 ) -> None:
-    base.check_common(op, x, rows, *weight[:7], n, x.shape[-1], None, None, 0.0, None)
+    base.check_common(op, x, rows, *weight[:8], n, None, None, 0.0, None)
     turning.check_blocks(op, x, blocks)
-    if gain is None:
-        return
-    if tuple(gain.shape) != (n,) or gain.dtype is not base.acc_dtype(x.dtype):
-        raise arg_error(op, "gain", f"{base.acc_dtype(x.dtype)} [{n}] for x in {x.dtype}", (gain.dtype, gain.shape))
-    if gain.device != x.device:
-        raise arg_error(op, "gain", f"on {x.device} like x", gain.device)
+    if gain is not None:
+        base.check_gain(op, gain, n, x)
 
 
 def _check(x: Tensor, blocks: Tensor, *rest: Any) -> None:
-    *weight, n, gain, bias, _ = rest
+    *weight, n, gain, bias, need_h = rest
     _check_common("butterfly_linear", x, x, blocks, tuple(weight), n, gain)
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise arg_error("butterfly_linear", "bias", f"[{n}]", tuple(bias.shape))
+    if need_h and gain is None:
+        raise arg_error("butterfly_linear", "need_h", "False without a gain", need_h)
+    base.check_bias("butterfly_linear", n, bias)
 
 
 def _fake(x: Tensor, blocks: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -80,12 +78,11 @@ forward_op = Op(
 def _check_backward(dy: Tensor, x: Tensor, blocks: Tensor, *rest: Any) -> None:
     *weight, gain, h, _, _, need_gain = rest
     op = "butterfly_linear_backward"
-    _check_common(op, x, dy, blocks, tuple(weight), dy.shape[-1], gain)
-    if dy.dtype != x.dtype:
-        raise arg_error(op, "dy", f"{x.dtype} like x", dy.dtype, TypeError)
-    if need_gain and (gain is None or h is None or h.shape != dy.shape or h.dtype != dy.dtype):
-        raise arg_error(op, "gain and h", "given, h like dy, when the gradient of gain is asked for",
-                        None if h is None else h.shape)  # fmt: skip
+    _check_common(op, x, dy, blocks, tuple(weight), base.columns(dy), gain)
+    if need_gain:
+        if gain is None:
+            raise arg_error(op, "gain", "given when its gradient is asked for", "None")
+        base.check_kept(op, "h", h, tuple(dy.shape), dy.dtype)
 
 
 def _fake_backward(dy: Tensor, x: Tensor, blocks: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,16 +189,16 @@ def butterfly_linear(
     (neither copied), and with a gain that needs a gradient as much as y. Under autocast x is cast to autocast's dtype.
     Raises ValueError or TypeError on bad arguments.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype is not torch.float64 else x
+    x = as_autocast("butterfly_linear", x)
     flat, n, k = base.flat_weight("butterfly_linear", weight)
     if x.dim() == 0 or x.shape[-1] != k:
         raise arg_error("butterfly_linear", "x", f"[..., {k}] to fit the weight [{n}, {k}]", tuple(x.shape))
     if gain is not None:
         if gain.numel() != n:
             raise arg_error("butterfly_linear", "gain", f"of {n} elements", tuple(gain.shape))
+        check_memory("butterfly_linear", gain=gain)
         gain = gain.reshape(-1).to(base.acc_dtype(x.dtype))
-    rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    rows = rows_of("butterfly_linear", x, k)
     tensors = (x, blocks, flat[0], gain, bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     args = (rows, blocks, *flat, n, gain, bias, wanted and gain is not None and gain.requires_grad)

@@ -15,11 +15,11 @@ _NONE = (None, None, 1.0)  # a, b, scaling
 
 
 def _when_forward(x: Tensor, blocks: Tensor, *args: Any) -> str | None:
-    return refusal(*args[:6], None, None, args[10])
+    return refusal(args[0], args[5], None, None, args[10])
 
 
 def _when_backward(dy: Tensor, x: Tensor, blocks: Tensor, *args: Any) -> str | None:
-    return refusal(*args[:6], None, None, None)
+    return refusal(args[0], args[5], None, None, None)
 
 
 def _factors(x: Tensor, blocks: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, check_alike, check_beside, forward_mode
+from ...checks import arg_error, check_alike, check_floating, rows_of
+from ...dispatch import Op, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 
@@ -24,7 +25,7 @@ def check_blocks(op: str, x: Tensor, blocks: Tensor) -> None:
     d = x.shape[-1]
     if blocks.dim() != 4 or blocks.shape[-1] != blocks.shape[-2] or min(blocks.shape) < 1:
         raise arg_error(op, "blocks", "[m, D, b, b], or [m, 1, b, b] where one block serves all", tuple(blocks.shape))
-    check_beside(op, "blocks", blocks, x)
+    check_floating(op, blocks=blocks)
     m, count, b = blocks.shape[:3]
     if d % b or count not in (1, d // b):
         raise arg_error(op, "blocks", f"for {d} features: [m, D or 1, b, b] with D * b = {d}", tuple(blocks.shape))
@@ -178,7 +179,7 @@ def butterfly_rotate(x: Tensor, blocks: Tensor, transposed: bool = False) -> Ten
     the backward. Raises ValueError or TypeError on bad arguments.
     """
     d = x.shape[-1] if x.dim() else 0
-    rows = (x if x.dim() == 2 else x.reshape(-1, d)).contiguous()
+    rows = rows_of("butterfly_rotate", x, d)
     if (torch.is_grad_enabled() and (x.requires_grad or blocks.requires_grad)) or forward_mode():
         y: Tensor = apply_function(_ButterflyRotate, rows, blocks, transposed)
     else:

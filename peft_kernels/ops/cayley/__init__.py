@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, check_alike, forward_mode
+from ...checks import arg_error, check_alike
+from ...dispatch import Op, forward_mode
 from ..lora_linear import apply_function
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ... import native
 from ...cuda_rt import backend, launching
-from ...formats import table
-from . import numel_of, refuse_dtype
+from ...formats import contiguous, table
+from . import refuse_dtype
 
 
 def dequantize_4bit(
@@ -16,13 +18,13 @@ def dequantize_4bit(
     quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     out = packed.new_empty(shape, dtype=dtype)
-    packed, absmax = packed.contiguous(), absmax.contiguous()
-    nested = [None if t is None else t.contiguous() for t in (nested_absmax, nested_code, offset)]
+    nested = (None, None, None) if nested_absmax is None else (nested_absmax, nested_code, offset)
+    packed, absmax, *nested = contiguous(packed, absmax, *nested)
     with launching(packed) as (device, stream):
         native.check(
             native.cuda().pk_cuda_dequantize_4bit(
                 packed.data_ptr(), absmax.data_ptr(), *(None if t is None else t.data_ptr() for t in nested),
-                table(quant_type, "cpu").data_ptr(), blocksize, nested_blocksize, numel_of(shape),
+                table(quant_type, "cpu").data_ptr(), blocksize, nested_blocksize, math.prod(shape),
                 native.DTYPES[dtype], out.data_ptr(), device, stream,
             ), "cuda",
         )  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
-from . import numel_of, refuse_dtype
+from ...formats import contiguous
+from . import refuse_dtype
 
 
 def dequantize_4bit(
@@ -15,13 +18,12 @@ def dequantize_4bit(
     quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     out = packed.new_empty(shape, dtype=dtype)
-    # contiguous() hands back the tensor itself in all but odd cases; the names keep a copy alive during the call
-    packed, absmax = packed.contiguous(), absmax.contiguous()
-    nested = [None if t is None else t.contiguous() for t in (nested_absmax, nested_code, offset)]
+    nested = (None, None, None) if nested_absmax is None else (nested_absmax, nested_code, offset)
+    packed, absmax, *nested = contiguous(packed, absmax, *nested)
     native.check(
         native.cpu().pk_cpu_dequantize_4bit(
-            packed.data_ptr(), absmax.data_ptr(), *(None if t is None else t.data_ptr() for t in nested), quant_type,
-            blocksize, nested_blocksize, numel_of(shape), native.DTYPES[dtype], out.data_ptr(), torch.get_num_threads(),
+            packed.data_ptr(), absmax.data_ptr(), *map(native.pointer, nested), quant_type, blocksize,
+            nested_blocksize, math.prod(shape), native.DTYPES[dtype], out.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
     return out

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ...formats import table
 from ...triton_lib import host
-from . import numel_of, refuse_dtype
+from . import refuse_dtype
 
 BYTES = 1024  # per program
 
@@ -19,7 +21,7 @@ def dequantize_4bit(
     from .triton_kernels import dequantize_kernel
 
     out = packed.new_empty(shape, dtype=dtype)
-    numel = numel_of(shape)
+    numel = math.prod(shape)
     absmax = absmax.contiguous()
     # where there is no nesting the kernel never reads these; a pointer has to be given
     nested = [absmax if t is None else t.contiguous() for t in (nested_absmax, nested_code, offset)]

@@ -16,19 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...dispatch import Op, arg_error, forced_backends, forward_mode
+from ...checks import arg_error, as_autocast, check_memory, rows_of
+from ...dispatch import Op, forced_backends, forward_mode
 from ...formats import FlatWeight, QuantWeight
 from .. import lora_linear as base
 from ..dora_norm import dora_norm, norm_op
-
-
-def _check_gain(op: str, gain: Tensor, n: int, x: Tensor) -> None:
-    if tuple(gain.shape) != (n,):
-        raise arg_error(op, "gain", f"[{n}]", tuple(gain.shape))
-    if gain.dtype is not base.acc_dtype(x.dtype):
-        raise arg_error(op, "gain", f"{base.acc_dtype(x.dtype)} for x in {x.dtype}", gain.dtype, TypeError)
-    if gain.device != x.device:
-        raise arg_error(op, "gain", f"on {x.device} like x", gain.device)
 
 
 def _check(
@@ -37,10 +29,9 @@ def _check(
     b: Tensor, gain: Tensor, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None, need_h: bool,
 ) -> None:  # fmt: skip
     base.check_common("dora_linear", x, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
-                      out_features, x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
-    _check_gain("dora_linear", gain, out_features, x)
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise arg_error("dora_linear", "bias", f"[{out_features}]", tuple(bias.shape))
+                      nested_blocksize, out_features, a, b, dropout_p, seed)  # fmt: skip
+    base.check_gain("dora_linear", gain, out_features, x)
+    base.check_bias("dora_linear", out_features, bias)
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,12 +113,11 @@ def _check_backward(
 ) -> None:  # fmt: skip
     op = "dora_linear_backward"
     base.check_common(op, x, dy, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
-                      dy.shape[-1], x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
-    _check_gain(op, gain, dy.shape[1], x)
-    if dy.dtype != x.dtype:
-        raise arg_error(op, "dy", f"{x.dtype} like x", dy.dtype, TypeError)
-    if need_gain and (h is None or h.shape != dy.shape or h.dtype != dy.dtype):
-        raise arg_error(op, "h", "like dy when the gradient of gain is asked for", None if h is None else h.shape)
+                      nested_blocksize, base.columns(dy), a, b, dropout_p, seed)  # fmt: skip
+    base.check_gain(op, gain, dy.shape[1], x)
+    base.check_kept(op, "s", s, (x.shape[0], a.shape[0]), base.acc_dtype(x.dtype))
+    if need_gain:
+        base.check_kept(op, "h", h, tuple(dy.shape), dy.dtype)
 
 
 def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -308,11 +298,12 @@ def dora_linear_normed(
 
 def _arguments(x: Tensor, weight: Tensor | QuantWeight, magnitude: Tensor) -> tuple[Tensor, FlatWeight, int]:
     """(x in autocast's dtype, the weight as operators take it, N)."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype is not torch.float64 else x
+    x = as_autocast("dora_linear", x)
     flat, n, k = base.flat_weight("dora_linear", weight)
     if x.dim() == 0 or x.shape[-1] != k:
         raise arg_error("dora_linear", "x", f"[..., {k}] to fit the weight [{n}, {k}]", tuple(x.shape))
+    if magnitude.dim() != 1:  # it is copied where it is not flat
+        check_memory("dora_linear", magnitude=magnitude)
     if magnitude.numel() != n:
         raise arg_error("dora_linear", "magnitude", f"of {n} elements", tuple(magnitude.shape))
     return x, flat, n
@@ -322,7 +313,7 @@ def _apply(
     x: Tensor, flat: FlatWeight, n: int, a: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor | None, scaling: float,
     bias: Tensor | None, dropout_p: float, seed: Tensor | None, normed: bool,
 ) -> Tensor:  # fmt: skip
-    rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+    rows = rows_of("dora_linear", x, x.shape[-1])
     tensors = (magnitude, norm, x, flat[0], a, b, bias)
     graph = torch.is_grad_enabled()
     wanted = graph and any(t is not None and t.requires_grad for t in tensors)

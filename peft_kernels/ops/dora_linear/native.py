@@ -18,12 +18,12 @@ _NO_RANK = "does not serve adapters of rank 0"
 
 def _when_forward(x: Tensor, *args: Any) -> str | None:
     a, b, bias = args[9], args[10], args[13]
-    return refusal(*args[:6], a, b, bias) or (None if a.shape[0] else _NO_RANK)
+    return refusal(args[0], args[5], a, b, bias) or (None if a.shape[0] else _NO_RANK)
 
 
 def _when_backward(dy: Tensor, x: Tensor, *args: Any) -> str | None:
     a, b = args[8:10]
-    return refusal(*args[:6], a, b, None) or (None if a.shape[0] else _NO_RANK)
+    return refusal(args[0], args[5], a, b, None) or (None if a.shape[0] else _NO_RANK)
 
 
 def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +61,8 @@ def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor,
     h = h.contiguous() if need_gain else None
     dx = x.new_empty(x.shape if need_dx else (0,))
     dgain = gain.new_empty(gain.shape if need_gain else (0,))
+    if not x.shape[0]:  # sums of nothing, whatever the gain is
+        return dx, da.zero_(), db.zero_(), dgain.zero_()
     packed = pack(
         torch.get_num_threads(), x, *own, s=s, dy=dy, dx=dx if need_dx else None, da=da if need_ab else None,
         db=db if need_ab else None, gain=gain, h=h, dgain=dgain if need_gain else None,

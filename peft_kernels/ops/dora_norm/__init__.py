@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, forward_mode
+from ...checks import arg_error
+from ...dispatch import Op, forward_mode
 from ...formats import QuantWeight
 from .. import lora_linear as base
 
@@ -32,7 +33,7 @@ def _check_squares(
     offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, n: int, k: int,
 ) -> None:  # fmt: skip
     base.check_weight("squared_row_norms", weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
-                      n, k)  # fmt: skip
+                      nested_blocksize, n, k)  # fmt: skip
 
 
 def _fake_squares(weight: Tensor, *rest: Any) -> Tensor:
@@ -75,8 +76,9 @@ def _check(
     if a.dim() != 2 or b.dim() != 2:
         raise arg_error("dora_norm", "a and b", "[r, K] and [N, r]", (tuple(a.shape), tuple(b.shape)))
     n, k = b.shape[0], a.shape[1]
-    base.check_weight("dora_norm", weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, n, k)
-    base.check_adapter("dora_norm", weight.device, n, k, a, b)
+    base.check_weight("dora_norm", weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+                      nested_blocksize, n, k)  # fmt: skip
+    base.check_adapter("dora_norm", n, k, a, b)
     if base_sq is not None and (tuple(base_sq.shape) != (n,) or not base_sq.is_floating_point()):
         raise arg_error("dora_norm", "base_sq", f"floating-point [{n}]", (base_sq.dtype, tuple(base_sq.shape)))
 
@@ -84,6 +86,11 @@ def _check(
 def _fake(weight: Tensor, *rest: Any) -> Tensor:
     a, b = rest[7:9]
     return b.new_empty((b.shape[0],), dtype=_out_dtype(weight, a, b))
+
+
+def updated(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + scaling * b a; 0 times an infinity is NaN, as in a merged weight (`addmm` leaves a product by 0 out)."""
+    return w + scaling * (b @ a)
 
 
 def _reference(
@@ -98,7 +105,7 @@ def _reference(
                               nested_blocksize, n, k, dtype)  # fmt: skip
     a, b = a.to(dtype), b.to(dtype)
     tiles = [
-        torch.addmm(w[i : i + TILE].to(dtype), b[i : i + TILE], a, alpha=scaling).double().square().sum(1)
+        updated(w[i : i + TILE].to(dtype), a, b[i : i + TILE], scaling).double().square().sum(1)
         for i in range(0, n, TILE)
     ]
     return torch.cat(tiles).sqrt().to(dtype) if tiles else b.new_empty((0,))
@@ -153,7 +160,7 @@ class _DoraNorm(torch.autograd.Function):
             grads[8] = (scaling * (dx + scaling * (left @ wide_b) @ wide_a)).to(a.dtype)
         if need[0]:
             w = weight[0]
-            grads[0] = (c * torch.addmm(w.to(dtype), wide_b, wide_a, alpha=scaling)).to(w.dtype)
+            grads[0] = (c * updated(w.to(dtype), wide_a, wide_b, scaling)).to(w.dtype)
         return tuple(grads)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...cuda_rt import backend, parts, queue
+from ...formats import contiguous
 from ..lora_linear.cuda import refuse_weight, with_tail
 from ..lora_linear.native import pack
 
@@ -16,7 +17,7 @@ _ROWS, _COLUMNS = 32, 256  # of W that a block takes at once: csrc/cuda/dora_nor
 
 def _sums(weight: tuple[Any, ...], n: int, k: int, a: Tensor | None, b: Tensor | None, scaling: float) -> Tensor:
     """|W + scaling b a|^2 of each row, float64 [N]."""
-    tensors = [None if t is None else t.contiguous() for t in weight[:5]]
+    tensors = contiguous(*weight[:5])
     device = weight[0].device
     if n == 0 or k == 0:
         return torch.zeros((n,), dtype=torch.float64, device=device)

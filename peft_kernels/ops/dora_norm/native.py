@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import FLOATS, Backend
+from ...formats import contiguous
 from ..lora_linear.native import available, pack, refusal
 
 
 def _squares(weight: tuple[Any, ...], n: int, a: Tensor | None, b: Tensor | None, scaling: float, k: int) -> Tensor:
-    tensors = [None if t is None else t.contiguous() for t in weight[:5]]
+    tensors = contiguous(*weight[:5])
     out = weight[0].new_empty((n,), dtype=torch.float64)
     if n == 0 or k == 0:
         return out.zero_()
@@ -40,11 +41,11 @@ def dora_norm(*args: Any) -> Tensor:
 
 
 def _when_squares(*args: Any) -> str | None:
-    return refusal(*args[:6], None, None, None) or _strided(args[0], args[5])
+    return refusal(args[0], args[5], None, None, None) or _strided(args[0], args[5])
 
 
 def _when(*args: Any) -> str | None:
-    return refusal(*args[:6], *args[8:10], None) or _strided(args[0], args[5])
+    return refusal(args[0], args[5], *args[8:10], None) or _strided(args[0], args[5])
 
 
 def _strided(weight: Tensor, quant_type: int) -> str | None:

@@ -27,9 +27,10 @@ def _sums(
     r = 0 if a is None else a.shape[0]
     if n == 0 or k == 0:
         return torch.zeros((n,), dtype=torch.float64, device=weight.device)
-    nested = quant_type != 0 and nested_absmax is not None and nested_absmax.numel() > 0
+    nested = quant_type != 0 and nested_absmax is not None
+    absmax, nested_absmax, nested_code, offset = formats.contiguous(absmax, nested_absmax, nested_code, offset)
     table = weight if quant_type == 0 else formats.table(quant_type, weight.device)
-    absmax = weight if absmax is None else absmax.contiguous()
+    absmax = weight if absmax is None else absmax
     second = (nested_absmax, nested_code, offset) if nested else (absmax, absmax, absmax)
     halves = quant_type != 0 and k % blocksize == 0
     arch = tuning.arch_of(weight.device)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, check_alike, check_beside, forward_mode
-from ..lora_linear import acc_dtype, apply_function
+from ...checks import arg_error, check_alike, check_floating, check_memory, rows_of
+from ...dispatch import Op, forward_mode
+from ..lora_linear import acc_dtype, apply_function, check_kept
 
 
 def _check(x: Tensor, u: Tensor, v: Tensor) -> None:
@@ -23,7 +24,7 @@ def _check(x: Tensor, u: Tensor, v: Tensor) -> None:
     for name, t in (("u", u), ("v", v)):
         if t.dim() != 2 or t.shape[1] != x.shape[1] or t.shape[0] != u.shape[0]:
             raise arg_error("householder_rotate", name, f"[r, {x.shape[1]}], both alike", tuple(t.shape))
-        check_beside("householder_rotate", name, t, x)
+    check_floating("householder_rotate", u=u, v=v)
 
 
 def _fake(x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +55,7 @@ forward_op = Op(
 def _check_backward(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, s: Tensor, need_dx: bool, need_duv: bool) -> None:
     _check(x, u, v)
     check_alike("householder_rotate_backward", "dy", dy, x)
-    if tuple(s.shape) != (x.shape[0], u.shape[0]):
-        raise arg_error("householder_rotate_backward", "s", f"[{x.shape[0]}, {u.shape[0]}]", tuple(s.shape))
+    check_kept("householder_rotate_backward", "s", s, (x.shape[0], u.shape[0]), acc_dtype(x.dtype))
 
 
 def _fake_backward(
@@ -123,6 +123,7 @@ def compact_wy(u: Tensor, orthonormal: bool = False, transposed: bool = False) -
     """
     if u.dim() != 2:
         raise arg_error("householder_rotate", "u", "[d, r]", tuple(u.shape))
+    check_memory("householder_rotate", u=u)
     rows = u.to(torch.promote_types(u.dtype, torch.float32)).t().contiguous()
     if orthonormal:
         return rows, 2 * rows
@@ -141,7 +142,7 @@ def householder_rotate(x: Tensor, u: Tensor, orthonormal: bool = False, transpos
     """
     if x.dim() == 0 or u.dim() != 2 or x.shape[-1] != u.shape[0]:
         raise arg_error("householder_rotate", "u", f"[d, r] for x {tuple(x.shape)}", tuple(u.shape))
-    rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+    rows = rows_of("householder_rotate", x, x.shape[-1])
     left, right = compact_wy(u, orthonormal, transposed)
     if (torch.is_grad_enabled() and (x.requires_grad or u.requires_grad)) or forward_mode():
         y: Tensor = apply_function(_HouseholderRotate, rows, left, right)[0]

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...dispatch import Op, arg_error, forward_mode
-from ...formats import QUANT_NAMES, FlatWeight, QuantWeight, decode_4bit
+from ...checks import arg_error, as_autocast, check_floating, rows_of
+from ...dispatch import Op, forward_mode
+from ...formats import FlatWeight, QuantWeight, check_parts, decode_4bit
 
 WEIGHT = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "
@@ -43,7 +44,7 @@ def dense_weight(
 
 def check_weight(
     op: str, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
-    offset: Tensor | None, quant_type: int, blocksize: int, n: int, k: int,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, n: int, k: int,
 ) -> None:  # fmt: skip
     if quant_type == 0:
         if weight.dim() != 2 or weight.shape[1] != k or weight.shape[0] != n:
@@ -52,28 +53,40 @@ def check_weight(
             raise arg_error(op, "weight", "a floating-point tensor (pass 4-bit weights as a QuantWeight)", weight.dtype,
                             TypeError)  # fmt: skip
         return
-    if quant_type not in QUANT_NAMES:
-        raise arg_error(op, "quant_type", f"0 (dense) or one of {QUANT_NAMES}", quant_type)
-    if weight.dtype is not torch.uint8 or not weight.is_contiguous():
-        raise arg_error(op, "weight", "contiguous uint8 when 4-bit", weight.dtype, TypeError)
-    if weight.numel() != (n * k + 1) // 2:
-        raise arg_error(op, "weight", f"{(n * k + 1) // 2} packed bytes for [{n}, {k}]", weight.numel())
-    if absmax is None or absmax.numel() != -(-(n * k) // blocksize):
-        got = "None" if absmax is None else absmax.numel()
-        raise arg_error(op, "absmax", f"{-(-(n * k) // blocksize)} scales at blocksize {blocksize}", got)
-    if nested_absmax is not None and (nested_code is None or offset is None or absmax.dtype is not torch.uint8):
-        raise arg_error(op, "absmax", "uint8 with nested_code and offset when nested", absmax.dtype, TypeError)
+    if not weight.is_contiguous():
+        raise arg_error(op, "weight", "contiguous when 4-bit", f"strides {weight.stride()}")
+    check_parts(op, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, (n, k),
+                "weight")  # fmt: skip
 
 
-def check_adapter(op: str, device: torch.device, n: int, k: int, a: Tensor, b: Tensor) -> None:
+def check_adapter(op: str, n: int, k: int, a: Tensor, b: Tensor) -> None:
     if a.dim() != 2 or a.shape[1] != k:
         raise arg_error(op, "a", f"[r, {k}]", tuple(a.shape))
     if b.dim() != 2 or b.shape[0] != n or b.shape[1] != a.shape[0]:
         raise arg_error(op, "b", f"[{n}, {a.shape[0]}]", tuple(b.shape))
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise arg_error(op, "a and b", "floating-point tensors", (a.dtype, b.dtype), TypeError)
-    if a.device != device or b.device != device:
-        raise arg_error(op, "a and b", f"on {device} like x", (a.device, b.device))
+    check_floating(op, a=a, b=b)
+
+
+def check_bias(op: str, n: int, bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    if tuple(bias.shape) != (n,):
+        raise arg_error(op, "bias", f"[{n}]", tuple(bias.shape))
+    check_floating(op, bias=bias)
+
+
+def check_gain(op: str, gain: Tensor, n: int, x: Tensor) -> None:
+    if tuple(gain.shape) != (n,):
+        raise arg_error(op, "gain", f"[{n}]", tuple(gain.shape))
+    if gain.dtype is not acc_dtype(x.dtype):
+        raise arg_error(op, "gain", f"{acc_dtype(x.dtype)} for x in {x.dtype}", gain.dtype, TypeError)
+
+
+def check_kept(op: str, name: str, got: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """An error unless `got` is as the forward returned it: kernels read so much of it, and as this dtype."""
+    if got is None or tuple(got.shape) != shape or got.dtype is not dtype:
+        raise arg_error(op, name, f"{shape} in {dtype}, as the forward returned it",
+                        "None" if got is None else (tuple(got.shape), got.dtype))  # fmt: skip
 
 
 def check_dropout(op: str, dropout_p: float, seed: Tensor | None, adapter: bool) -> None:
@@ -86,23 +99,27 @@ def check_dropout(op: str, dropout_p: float, seed: Tensor | None, adapter: bool)
 
 def check_common(
     op: str, x: Tensor, rows: Tensor, weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
-    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, n: int, k: int,
+    nested_code: Tensor | None, offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, n: int,
     a: Tensor | None, b: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
+    """Of the operators that multiply rows of x by a weight. rows: dy in a backward, x in a forward."""
     if x.dim() != 2:
         raise arg_error(op, "x", "[M, K]", tuple(x.shape))
-    if not x.is_floating_point():
-        raise arg_error(op, "x", "a floating-point tensor", x.dtype, TypeError)
-    check_weight(op, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, n, k)
-    if weight.device != x.device:
-        raise arg_error(op, "weight", f"on {x.device} like x", weight.device)
+    check_floating(op, x=x)
+    if rows is not x and (tuple(rows.shape) != (x.shape[0], n) or rows.dtype is not x.dtype):
+        raise arg_error(op, "dy", f"[{x.shape[0]}, N] in {x.dtype} like x", (tuple(rows.shape), rows.dtype))
+    k = x.shape[1]
+    check_weight(op, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, n, k)
     if (a is None) != (b is None):
         raise arg_error(op, "a and b", "given together or not at all", "one of them")
     if a is not None and b is not None:
-        check_adapter(op, x.device, n, k, a, b)
+        check_adapter(op, n, k, a, b)
     check_dropout(op, dropout_p, seed, a is not None)
-    if rows.shape[0] != x.shape[0]:
-        raise arg_error(op, "dy", f"{x.shape[0]} rows like x", rows.shape[0])
+
+
+def columns(dy: Tensor) -> int:
+    """N of a backward's dy [M, N]; -1, which fits nothing, of others."""
+    return dy.shape[1] if dy.dim() == 2 else -1
 
 
 def _check(
@@ -111,9 +128,8 @@ def _check(
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
     check_common("lora_linear", x, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
-                  out_features, x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise arg_error("lora_linear", "bias", f"[{out_features}]", tuple(bias.shape))
+                 nested_blocksize, out_features, a, b, dropout_p, seed)  # fmt: skip
+    check_bias("lora_linear", out_features, bias)
 
 
 def _fake(
@@ -181,12 +197,13 @@ def _check_backward(
     a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
     need_dx: bool, need_ab: bool,
 ) -> None:  # fmt: skip
-    check_common("lora_linear_backward", x, dy, weight, absmax, nested_absmax, nested_code, offset, quant_type,
-                  blocksize, dy.shape[-1], x.shape[-1], a, b, dropout_p, seed)  # fmt: skip
-    if dy.dtype != x.dtype:
-        raise arg_error("lora_linear_backward", "dy", f"{x.dtype} like x", dy.dtype, TypeError)
-    if need_ab and (a is None or s is None):
-        raise arg_error("lora_linear_backward", "a, b and s", "given when their gradients are asked for", "None")
+    op = "lora_linear_backward"
+    check_common(op, x, dy, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
+                 columns(dy), a, b, dropout_p, seed)  # fmt: skip
+    if need_ab and a is None:
+        raise arg_error(op, "a and b", "given when their gradients are asked for", "None")
+    if a is not None:
+        check_kept(op, "s", s, (x.shape[0], a.shape[0]), acc_dtype(x.dtype))
 
 
 def _fake_backward(
@@ -324,14 +341,13 @@ def lora_linear(
     seed: int64, one element; drawn from torch's generator when it is needed and not given. Returns [..., N] in x.dtype;
     sums are float32. Under autocast x is cast to autocast's dtype. Raises ValueError or TypeError on bad arguments.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype is not torch.float64 else x
+    x = as_autocast("lora_linear", x)
     flat, n, k = flat_weight("lora_linear", weight)
     if x.dim() == 0 or x.shape[-1] != k:
         raise arg_error("lora_linear", "x", f"[..., {k}] to fit the weight [{n}, {k}]", tuple(x.shape))
     if dropout_p > 0.0 and seed is None and a is not None:
         seed = philox.draw_seed(x.device)
-    rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    rows = rows_of("lora_linear", x, k)
     args = (rows, *flat, n, a, b, scaling, bias, dropout_p, seed)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, flat[0], a, b, bias))
     if wanted or forward_mode():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import native
 from ...cuda_rt import backend, launching
-from ...formats import BLOCKSIZES, table
+from ...formats import table
 from .native import backward_arguments, forward_arguments, pack, refusal
 
 ROWS = 512  # PK_MMA_ROWS of csrc/cuda/lora.cuh
@@ -37,11 +37,9 @@ def refuse_weight(
 ) -> str | None:  # fmt: skip
     if quant_type == 0:
         return "serves 4-bit weights only, this one is dense"
-    if blocksize not in BLOCKSIZES:
-        return f"serves blocksizes of {BLOCKSIZES}, this one is {blocksize}"
     if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
         return f"serves nested blocksizes that are powers of two, this one is {nested_blocksize}"
-    return refusal(weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, bias)
+    return refusal(weight, quant_type, a, b, bias)
 
 
 def _when_forward(

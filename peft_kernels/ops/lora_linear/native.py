@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
+from ...formats import contiguous
 from ...native import pointer
 
 _ARGS = struct.Struct("=29q2d3q24x7q")  # pk_lora_args of csrc/pk_abi.h; the three that are left out are for CUDA
@@ -36,20 +37,13 @@ def available() -> str | None:
 
 
 def refusal(
-    weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
-    offset: Tensor | None, quant_type: int, a: Tensor | None, b: Tensor | None, bias: Tensor | None,
-) -> str | None:  # fmt: skip
+    weight: Tensor, quant_type: int, a: Tensor | None, b: Tensor | None, bias: Tensor | None
+) -> str | None:
     if quant_type == 0 and weight.dtype not in _CODES:
         return f"does not serve a {weight.dtype} weight"
     for name, t in (("a", a), ("b", b), ("bias", bias)):
         if t is not None and t.dtype not in _CODES:
             return f"does not serve {name} in {t.dtype}"
-    if quant_type != 0 and absmax is not None:
-        nested = nested_absmax is not None and nested_absmax.numel() > 0
-        if absmax.dtype is not (torch.uint8 if nested else _F32):
-            return f"does not serve absmax in {absmax.dtype}"
-        if nested and any(t is None or t.dtype is not _F32 for t in (nested_absmax, nested_code, offset)):
-            return "nested scales must be float32"
     return None
 
 
@@ -58,7 +52,7 @@ def _when_forward(
     offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, out_features: int,
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> str | None:  # fmt: skip
-    return refusal(weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, bias)
+    return refusal(weight, quant_type, a, b, bias)
 
 
 def _when_backward(
@@ -67,7 +61,7 @@ def _when_backward(
     a: Tensor | None, b: Tensor | None, s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
     need_dx: bool, need_ab: bool,
 ) -> str | None:  # fmt: skip
-    return refusal(weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, None)
+    return refusal(weight, quant_type, a, b, None)
 
 
 def pack(
@@ -82,7 +76,7 @@ def pack(
 
     plan: adapters, starts, ranks, scaling and max_rank of `multi_lora_linear`, whose `native` does without starts.
     """
-    nested = nested_absmax is not None and nested_absmax.numel() > 0
+    nested = nested_absmax is not None and nested_absmax.numel() > 0  # a weight of no elements has none to point to
     m, k = x.shape
     r, many = 0 if a is None else a.shape[0], (0,) * 7
     if plan is not None:
@@ -125,10 +119,7 @@ def forward_arguments(
 ) -> tuple[tuple[Any, ...], Tensor, Tensor]:  # fmt: skip
     """(what `pack` takes after x, contiguous; y; s)."""
     m = x.shape[0]
-    if absmax is not None:
-        absmax = absmax.contiguous()  # a no-op on what is contiguous
-    if bias is not None:
-        bias = bias.contiguous()
+    absmax, nested_absmax, nested_code, offset, bias = contiguous(absmax, nested_absmax, nested_code, offset, bias)
     if a is not None and b is not None:
         a, b = a.contiguous(), b.contiguous()
         s = x.new_empty((m, a.shape[0]), dtype=_F32)
@@ -144,8 +135,7 @@ def backward_arguments(
     s: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None, need_ab: bool,
 ) -> tuple[tuple[Any, ...], Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(what `pack` takes after x, contiguous; dy; s; da; db), the last two empty where not needed."""
-    if absmax is not None:
-        absmax = absmax.contiguous()
+    absmax, nested_absmax, nested_code, offset = contiguous(absmax, nested_absmax, nested_code, offset)
     if a is not None and b is not None:
         a, b = a.contiguous(), b.contiguous()
         s = None if s is None else s.contiguous()

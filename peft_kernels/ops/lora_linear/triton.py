@@ -60,7 +60,8 @@ class _Weight:
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         mode = weight_mode(quant_type, n, k, blocksize, dtype)
-        nested = mode != _DENSE and nested_absmax is not None and nested_absmax.numel() > 0
+        nested = mode != _DENSE and nested_absmax is not None
+        absmax, nested_absmax, nested_code, offset = formats.contiguous(absmax, nested_absmax, nested_code, offset)
         if mode == _DENSE:
             table = absmax = weight
             self.strides = weight.stride()
@@ -267,6 +268,7 @@ def product(
     (m, k), n = x.shape, y.shape[1]
     r = 0 if s is None else s.shape[1]
     b = x if b is None else b.contiguous()
+    bias = None if bias is None else bias.contiguous()
     vendor = _use_panels(x, w, arch)
     whole = y  # what a launch without parts writes
     if vendor and gain is not None:

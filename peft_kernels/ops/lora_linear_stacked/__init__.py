@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...dispatch import Op, arg_error, forward_mode
+from ...checks import arg_error, as_autocast, rows_of
+from ...dispatch import Op, forward_mode
 from ...formats import QuantWeight
 from .. import lora_linear as single
 
@@ -250,13 +251,6 @@ def flat_projections(
     return [values[i] for i in range(_FIELDS) for values in fields]
 
 
-def as_rows(x: Tensor, k: int) -> Tensor:
-    """x [..., K] as contiguous [M, K], in autocast's dtype where that is on."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
-
-
 def wants_gradients(x: Tensor, flat: Sequence[Any]) -> bool:
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *flat))
     return wanted or forward_mode()
@@ -277,7 +271,7 @@ def lora_linear_stacked(x: Tensor, projections: Sequence[Projection]) -> tuple[T
     k, n = x.shape[-1], len(projections)
     names = [f"projections[{i}]" for i in range(n)]
     flat = flat_projections("lora_linear_stacked", x, projections, names, k)
-    rows = as_rows(x, k)
+    rows = rows_of("lora_linear_stacked", as_autocast("lora_linear_stacked", x), k)
     if wants_gradients(rows, flat):
         ys = single.apply_function(_Stacked, rows, n, *flat)[:n]
     else:

@@ -28,13 +28,12 @@ def _when(x: Tensor, lists: Sequence[Sequence[Any]]) -> str | None:
 
 
 def _when_forward(x: Tensor, *lists: list[Any]) -> str | None:
-    weight, absmax, nested_absmax, nested_code, offset, quant_type, _, _, _, a, b, _, bias, _, _ = lists
-    return _when(x, (weight, absmax, nested_absmax, nested_code, offset, quant_type, a, b, bias))
+    return _when(x, (lists[0], lists[5], *lists[9:11], lists[12]))
 
 
 def _when_backward(x: Tensor, dy: list[Tensor], *args: Any) -> str | None:
     *lists, _, _ = args
-    return _when(x, (*lists[:6], *lists[8:10], [None] * len(dy)))
+    return _when(x, (lists[0], lists[5], *lists[8:10], [None] * len(dy)))
 
 
 def forward(x: Tensor, *lists: list[Any]) -> list[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
+from ...formats import contiguous
 from ...triton_lib import host
 from ..lora_linear import triton as single
 from . import each
@@ -81,7 +82,7 @@ def forward(x: Tensor, *lists: list[Any]) -> list[Tensor]:
         pairs = [single.forward(x, *values) for values in each(lists)]
         return [y for y, _ in pairs] + [s for _, s in pairs]
     drops = [single._Dropout(q, t, k, x) for q, t in zip(p, seed, strict=True)]
-    a, b = ([None if t is None else t.contiguous() for t in ts] for ts in (a, b))
+    a, b, bias = (contiguous(*ts) for ts in (a, b, bias))
     together = _plain(drops, a)
     ss: list[Tensor] = [x.new_empty((0,), dtype=torch.float32) for _ in a]
     if together:
@@ -120,7 +121,7 @@ def backward(x: Tensor, *args: Any) -> list[Tensor]:
     arch, k = tuning.arch_of(x.device), x.shape[1]
     drops = [single._Dropout(q, t, k, x) for q, t in zip(p, seed, strict=True)]
     off = single._Dropout(0.0, None, 4, x)
-    a, b = ([None if t is None else t.contiguous() for t in ts] for ts in (a, b))
+    a, b = contiguous(*a), contiguous(*b)
     das, dbs = ([torch.empty_like(t) if w else x.new_empty((0,)) for t, w in zip(ts, need_ab, strict=True)]
                 for ts in (a, b))  # fmt: skip
     dss: list[Tensor | None] = [None] * len(dys)

@@ -16,14 +16,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...dispatch import Op, arg_error, forward_mode
+from ...checks import arg_error, as_autocast, check_floating, check_memory, rows_of
+from ...dispatch import Op, forward_mode
 from ...formats import AdapterStack, QuantWeight
 from ..lora_linear import (
     WEIGHT,
     acc_dtype,
     apply_function,
+    check_bias,
     check_common,
     check_dropout,
+    check_kept,
+    columns,
     dense_weight,
     dropped,
     flat_weight,
@@ -37,14 +41,13 @@ def _check_stack(
     op: str, x: Tensor, n: int, a: Tensor, b: Tensor, adapters: Tensor, starts: Tensor, ranks: Tensor, scaling: Tensor,
     max_rank: int,
 ) -> None:  # fmt: skip
-    """Shapes, dtypes and devices; the values are looked at where that costs no synchronisation (`check_values`)."""
+    """Shapes and dtypes; the values are looked at where that costs no synchronisation (`check_values`)."""
     m, k = x.shape
     if a.dim() != 2 or a.shape[1] != k:
         raise arg_error(op, "a", f"[P, {k}]", tuple(a.shape))
     if tuple(b.shape) != (a.shape[0], n):
         raise arg_error(op, "b", f"[{a.shape[0]}, {n}] (lora_B transposed)", tuple(b.shape))
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise arg_error(op, "a and b", "floating-point tensors", (a.dtype, b.dtype), TypeError)
+    check_floating(op, a=a, b=b)
     for name, t, dtype in (("adapters", adapters, torch.int64), ("starts", starts, torch.int64),
                            ("ranks", ranks, torch.int64), ("scaling", scaling, torch.float32)):  # fmt: skip
         if t.dtype is not dtype:
@@ -54,10 +57,6 @@ def _check_stack(
     if starts.dim() != 1 or not starts.shape == ranks.shape == scaling.shape:
         raise arg_error(op, "starts, ranks and scaling", "[S] each",
                         (tuple(starts.shape), tuple(ranks.shape), tuple(scaling.shape)))  # fmt: skip
-    for name, t in (("a", a), ("b", b), ("adapters", adapters), ("starts", starts), ("ranks", ranks),
-                    ("scaling", scaling)):  # fmt: skip
-        if t.device != x.device:
-            raise arg_error(op, name, f"on {x.device} like x", t.device)
     if max_rank < 0:
         raise arg_error(op, "max_rank", "at least 0", max_rank)
 
@@ -102,12 +101,11 @@ def _check(
     bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
     op = "multi_lora_linear"
-    check_common(op, x, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, out_features,
-                 x.shape[-1], None, None, 0.0, None)  # fmt: skip
+    check_common(op, x, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
+                 out_features, None, None, 0.0, None)  # fmt: skip
     _check_stack(op, x, out_features, a, b, adapters, starts, ranks, scaling, max_rank)
     check_dropout(op, dropout_p, seed, True)
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise arg_error(op, "bias", f"[{out_features}]", tuple(bias.shape))
+    check_bias(op, out_features, bias)
 
 
 def _fake(
@@ -172,17 +170,11 @@ def _check_backward(
     dropout_p: float, seed: Tensor | None, need_dx: bool, need_ab: bool,
 ) -> None:  # fmt: skip
     op = "multi_lora_linear_backward"
-    if dy.dim() != 2:
-        raise arg_error(op, "dy", "[M, N]", tuple(dy.shape))
-    check_common(op, x, dy, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, dy.shape[1],
-                 x.shape[-1], None, None, 0.0, None)  # fmt: skip
+    check_common(op, x, dy, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
+                 columns(dy), None, None, 0.0, None)  # fmt: skip
     _check_stack(op, x, dy.shape[1], a, b, adapters, starts, ranks, scaling, max_rank)
     check_dropout(op, dropout_p, seed, True)
-    if dy.dtype != x.dtype:
-        raise arg_error(op, "dy", f"{x.dtype} like x", dy.dtype, TypeError)
-    if tuple(s.shape) != (x.shape[0], max_rank) or s.dtype is not acc_dtype(x.dtype):
-        expected = f"[{x.shape[0]}, {max_rank}] in {acc_dtype(x.dtype)}, as the forward returned it"
-        raise arg_error(op, "s", expected, (tuple(s.shape), s.dtype))
+    check_kept(op, "s", s, (x.shape[0], max_rank), acc_dtype(x.dtype))
 
 
 def _fake_backward(
@@ -286,6 +278,7 @@ def _per_row(adapters: Tensor, m: int, batch: int) -> Tensor:
     if adapters.dim() != 1 or adapters.shape[0] != batch:
         expected = f"[{m}], one index per row of x, or [{batch}], one per entry of its first dimension"
         raise arg_error("multi_lora_linear", "adapters", expected, tuple(adapters.shape))
+    check_memory("multi_lora_linear", adapters=adapters)
     return adapters[:, None].expand(batch, m // batch).reshape(-1)
 
 
@@ -306,14 +299,13 @@ def multi_lora_linear(
     float32. Gradients of rows of a and b that no row of x uses are zero. Raises ValueError or TypeError on bad
     arguments; indices out of range raise on a CPU, and act as -1 on a GPU, where looking would wait for it.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype is not torch.float64 else x
+    x = as_autocast("multi_lora_linear", x)
     flat, n, k = flat_weight("multi_lora_linear", weight)
     if x.dim() == 0 or x.shape[-1] != k:
         raise arg_error("multi_lora_linear", "x", f"[..., {k}] to fit the weight [{n}, {k}]", tuple(x.shape))
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(x.device)
-    rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    rows = rows_of("multi_lora_linear", x, k)
     args = (rows, *flat, n, stack.a, stack.b, _per_row(adapters, rows.shape[0], x.shape[0]), stack.starts, stack.ranks,
             stack.scaling, stack.max_rank, bias, dropout_p, seed)  # fmt: skip
     wanted = torch.is_grad_enabled() and any(
@@ -336,6 +328,7 @@ def project(x: Tensor, a: Tensor, adapters: Tensor) -> Tensor:
     if a.dim() != 3:
         raise arg_error("multi_lora_linear.project", "a", "[S, r, K]", tuple(a.shape))
     count, r, k = a.shape
+    check_memory("multi_lora_linear.project", x=x, a=a)
     starts = torch.arange(count, device=x.device) * r
     scaling = torch.ones(count, device=x.device)
     return forward_op.op(

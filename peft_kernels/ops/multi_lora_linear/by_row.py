@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...dispatch import arg_error, forward_mode
+from ...checks import arg_error, check_memory
+from ...dispatch import forward_mode
 from ...formats import FlatWeight, QuantWeight
-from ..lora_linear import flat_weight
+from ..lora_linear import check_adapter, check_bias, check_dropout, check_weight, flat_weight
 from . import backward_op, forward_op
 
+_NAME = "lora_linear_by_row"
 
 class _Tables(NamedTuple):
     """A plan for so many tokens and its adapters, on their device."""
@@ -69,6 +71,25 @@ class RowProjection(NamedTuple):
     dropout_p: float = 0.0
 
 
+def check_layer(
+    x: Tensor, weight: FlatWeight, n: int, a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | None
+) -> None:
+    """Raise ValueError or TypeError unless a layer's tensors may be read, as the operators ask it of theirs: a prepared
+    call reads each where it is, without an operator."""
+    k = x.shape[-1]
+    check_weight(_NAME, *weight, n, k)
+    check_bias(_NAME, n, bias)
+    names = ("weight", "absmax", "nested_absmax", "nested_code", "offset", "bias")
+    each = dict(zip(names, (*weight[:5], bias), strict=True))
+    for i, (own_a, own_b) in enumerate(zip(a, b, strict=True)):
+        check_adapter(_NAME, n, k, own_a, own_b)
+        each |= {f"a[{i}]": own_a, f"b[{i}]": own_b}
+    for name, t in each.items():
+        if t is not None and t.device != x.device:
+            raise arg_error(_NAME, name, f"on {x.device} like x", t.device)
+    check_memory(_NAME, **each)
+
+
 class Job(NamedTuple):
     """One layer of a node."""
 
@@ -81,10 +102,14 @@ class Job(NamedTuple):
 
 def job(layer: RowProjection, x: Tensor) -> Job | None:
     """A layer for x [rows, ..., K]; None where a node does not serve it."""
-    flat, n, k = flat_weight("lora_linear_by_row", layer.weight)
+    flat, n, k = flat_weight(_NAME, layer.weight)
     a, b, bias = layer.a, layer.b, layer.bias
     if len(layer.plan.adapters) != x.shape[0]:
-        raise arg_error("lora_linear_by_row", "plan", f"of {x.shape[0]} rows like x", len(layer.plan.adapters))
+        raise arg_error(_NAME, "plan", f"of {x.shape[0]} rows like x", len(layer.plan.adapters))
+    if not len(a) == len(b) == len(layer.scaling):
+        raise arg_error(_NAME, "a, b and scaling", "one of each for each adapter", (len(a), len(b), len(layer.scaling)))
+    check_layer(x, flat, n, a, b, bias)
+    check_dropout(_NAME, layer.dropout_p, None, False)
     if k != x.shape[-1] or not a or flat[0].requires_grad or (bias is not None and bias.requires_grad):
         return None
     if any(t.dtype is not a[0].dtype for t in a) or any(t.dtype is not b[0].dtype for t in b):

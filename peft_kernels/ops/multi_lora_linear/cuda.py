@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import native
 from ...cuda_rt import backend
+from ...formats import contiguous
 from ..lora_linear.cuda import BACKWARD_ROWS, DTYPES, ROWS, on_device_of, queue, refuse_rows, refuse_weight
 from ..lora_linear.native import pack
 
@@ -47,7 +48,7 @@ def _forward(
     s = x.new_empty((x.shape[0], max_rank), dtype=torch.float32)
     if x.shape[0]:
         x, a, b, weight = (t.contiguous() for t in (x, a, b, weight))
-        absmax, bias = (None if t is None else t.contiguous() for t in (absmax, bias))
+        absmax, nested_absmax, nested_code, offset, bias = contiguous(absmax, nested_absmax, nested_code, offset, bias)
         seed = on_device_of(seed, x)  # lives, as all of these, until everything is queued
         plan = (*(t.contiguous() for t in (adapters, starts, ranks, scaling)), max_rank)
         packed = pack(0, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
@@ -67,7 +68,8 @@ def _backward(
     da, db = a.new_zeros(a.shape if need_ab else (0,)), b.new_zeros(b.shape if need_ab else (0,))
     if x.shape[0]:
         dy, x, a, b, s, weight = (t.contiguous() for t in (dy, x, a, b, s, weight))
-        absmax, seed = None if absmax is None else absmax.contiguous(), on_device_of(seed, x)
+        absmax, nested_absmax, nested_code, offset = contiguous(absmax, nested_absmax, nested_code, offset)
+        seed = on_device_of(seed, x)
         plan = (*(t.contiguous() for t in (adapters, starts, ranks, scaling)), max_rank)
         packed = pack(0, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
                       dy.shape[1], a, b, 1.0, None, dropout_p, seed, s=s, dy=dy, dx=dx if need_dx else None,

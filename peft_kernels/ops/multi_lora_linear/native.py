@@ -18,19 +18,21 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
+from ...formats import contiguous
 from ...native import pointer
 from ..lora_linear.native import available, fields, pack, put, refusal
+from ..lora_linear.native import forward as alone
 from . import backward_op, check_values, forward_op
 
 _A = 6 * 8  # where pk_lora_args has a and b
 
 
 def _when_forward(x: Tensor, *args: Any) -> str | None:
-    return refusal(*args[:6], args[9], args[10], args[16])
+    return refusal(args[0], args[5], args[9], args[10], args[16])
 
 
 def _when_backward(dy: Tensor, x: Tensor, *args: Any) -> str | None:
-    return refusal(*args[:6], args[8], args[9], None)
+    return refusal(args[0], args[5], args[8], args[9], None)
 
 
 def _check(code: int, op: str, a: Tensor, plan: tuple[Any, ...], disjoint: bool) -> None:
@@ -47,9 +49,14 @@ def forward(
     dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [M, N], s [M, max_rank])."""
+    if 0 in (x.shape[0], a.shape[0], starts.shape[0], max_rank):  # no row can have an adapter
+        check_values("multi_lora_linear", a.shape[0], adapters, starts, ranks, max_rank)
+        plain = (weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize)
+        y = alone(x, *plain, out_features, None, None, 1.0, bias, 0.0, None)[0]
+        return y, x.new_zeros((x.shape[0], max_rank), dtype=torch.float32)
     x, a, b, m = x.contiguous(), a.contiguous(), b.contiguous(), x.shape[0]
     weight = weight.contiguous()  # the names keep a copy alive during the call
-    absmax, bias = (None if t is None else t.contiguous() for t in (absmax, bias))
+    absmax, nested_absmax, nested_code, offset, bias = contiguous(absmax, nested_absmax, nested_code, offset, bias)
     plan = (*(t.contiguous() for t in (adapters, starts, ranks, scaling)), max_rank)
     y, s = x.new_empty((m, out_features)), x.new_empty((m, max_rank), dtype=torch.float32)
     packed = pack(torch.get_num_threads(), x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
@@ -80,7 +87,7 @@ def backward(
     if not x.shape[0]:
         return dx, da.zero_(), db.zero_()
     dy, x, a, b, s, weight = (t.contiguous() for t in (dy, x, a, b, s, weight))
-    absmax = None if absmax is None else absmax.contiguous()
+    absmax, nested_absmax, nested_code, offset = contiguous(absmax, nested_absmax, nested_code, offset)
     plan = (*(t.contiguous() for t in (adapters, starts, ranks, scaling)), max_rank)
     packed = pack(torch.get_num_threads(), x, weight, absmax, nested_absmax, nested_code, offset, quant_type,
                   blocksize, nested_blocksize, dy.shape[1], a, b, 1.0,

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
+from ...checks import check_memory
 from ...formats import AdapterStack
+from ...native import addresses
 from ...prepared import Prepared, native_serves, plain, prepares
 from ..lora_linear.native import fields, pack
 from ..lora_linear.prepared import parts
 from . import forward_op, multi_lora_linear
-from .by_row import RowProjection, job, lora_linear_by_row
+from .by_row import RowProjection, check_layer, job, lora_linear_by_row
 from .native import MOST, Layer, backward_layers, forward_layers, pack_layer, serves_layer, step
 
 
@@ -63,6 +65,9 @@ class RowsStep(Prepared):
         frozen = [t for layer in layers for t in (layer.weight[0], layer.bias)]
         super().__init__(x, [*tensors, *factors], factors, frozen)
         self.rows, self.tokens, self.layers = x.shape[0], x.numel(), layers
+        # the backward reads the weights, too, but they are not saved for it
+        self.weights = [t for layer in layers for t in layer.weight[:5] if t is not None]
+        self.weights_at = addresses(self.weights)
         self.packed = [pack_layer(x.detach().new_empty((1, self.k)), layer) for layer in layers]
 
     def holds(self, x: Tensor, given: tuple[Any, ...]) -> bool:
@@ -100,7 +105,7 @@ class _Step(torch.autograd.Function):
         n = len(dys)
         x, *rest = ctx.saved_tensors
         ss, seeds, factors = rest[:n], rest[n : 2 * n], rest[2 * n :]
-        same = call.holds_backward(used[0][1], x, factors)
+        same = call.holds_backward(used[0][1], x, factors) and addresses(call.weights) == call.weights_at
         layers, packed, own, places, at = call.layers, [], [], [], 0
         for layer in layers:
             count = 2 * len(layer.a)
@@ -109,8 +114,14 @@ class _Step(torch.autograd.Function):
         for i, _ in used:
             own.append([t.contiguous() for t in factors[places[i]]])
             half = len(own[-1]) // 2
-            packed.append(call.packed[i] if same else pack_layer(x, layers[i]._replace(
-                a=own[-1][:half], b=own[-1][half:])))  # fmt: skip
+            if same:
+                packed.append(call.packed[i])
+                continue
+            layer = layers[i]._replace(a=own[-1][:half], b=own[-1][half:])
+            check_layer(x, layer.weight, layer.n, layer.a, layer.b, None)
+            packed.append(pack_layer(x, layer))
+        if not same:
+            check_memory("lora_linear_by_row", x=x, **{f"dy[{i}]": dy for i, dy in used})
         dx, found = backward_layers(
             [dy.contiguous() for _, dy in used], x.contiguous(), packed, own, [ss[i].contiguous() for i, _ in used],
             [seeds[i] for i, _ in used], need_dx, [need[places[i]] for i, _ in used],

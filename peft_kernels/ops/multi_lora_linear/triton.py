@@ -167,8 +167,8 @@ def forward(
     c, tiles, parts, steps = _tile("forward", x, w, r, k % 16 == 0, vendor, arch)
     out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
     host.launch(kernels.multi_forward_kernel, (tiles, parts), x, *w.pointers, s, b.contiguous(),
-                x if bias is None else bias, out, plan.order, plan.adapters, *plan.spans, plan.scaling, m, n, k, r,
-                plan.count, plan.stacked, *w.strides, steps, BIAS=bias is not None, **w.constants,
+                x if bias is None else bias.contiguous(), out, plan.order, plan.adapters, *plan.spans, plan.scaling,
+                m, n, k, r, plan.count, plan.stacked, *w.strides, steps, BIAS=bias is not None, **w.constants,
                 PRECISION=single._precision(x.dtype), BM=c.BM, BN=c.BN, BK=c.BK, **_terms(c, r, b.element_size() == 2),
                 **single._tiling(c, n, k))  # fmt: skip
     if parts > 1:

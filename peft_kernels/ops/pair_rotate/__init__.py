@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, check_alike, check_beside, forward_mode
+from ...checks import arg_error, check_alike, check_floating, rows_of
+from ...dispatch import Op, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 
@@ -21,12 +22,12 @@ def _check(x: Tensor, first: Tensor, second: Tensor, half: int) -> None:
     if x.dim() != 2 or not x.is_floating_point():
         raise arg_error("pair_rotate", "x", "a floating-point [M, d]", (x.dtype, tuple(x.shape)))
     d = x.shape[1]
-    if half < 1 or d % (2 * half):
+    if not 1 <= half < 2**31 or d % (2 * half):
         raise arg_error("pair_rotate", "half", f"half of a group's size, which divides {d}", half)
     for name, t in (("first", first), ("second", second)):
         if tuple(t.shape) != (d,):
             raise arg_error("pair_rotate", name, f"[{d}]", tuple(t.shape))
-        check_beside("pair_rotate", name, t, x)
+    check_floating("pair_rotate", first=first, second=second)
 
 
 def _fake(x: Tensor, first: Tensor, second: Tensor, half: int) -> Tensor:
@@ -127,7 +128,7 @@ def pair_rotate(x: Tensor, first: Tensor, second: Tensor, half: int) -> Tensor:
     2 * half is paired with i + half. Returns [..., d] in x.dtype. Raises ValueError or TypeError on bad arguments.
     """
     d = x.shape[-1] if x.dim() else 0
-    rows = (x if x.dim() == 2 else x.reshape(-1, d)).contiguous()
+    rows = rows_of("pair_rotate", x, d)
     if (torch.is_grad_enabled() and any(t.requires_grad for t in (x, first, second))) or forward_mode():
         y: Tensor = apply_function(_PairRotate, rows, first, second, half)
     else:

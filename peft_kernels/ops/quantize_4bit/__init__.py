@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import Op, arg_error
+from ...checks import arg_error
+from ...dispatch import Op
 from ...formats import BLOCKSIZES, QUANT_NAMES, QUANT_TYPES, QuantWeight
 from . import levels
 

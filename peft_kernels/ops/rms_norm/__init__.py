@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, check_alike, check_beside, forward_mode
+from ...checks import arg_error, check_alike, check_floating
+from ...dispatch import Op, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 
@@ -23,7 +24,7 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
         raise arg_error("rms_norm", "x", "[..., N], N at least 1", tuple(x.shape))
     if tuple(weight.shape) != tuple(x.shape[-1:]):
         raise arg_error("rms_norm", "weight", f"[{x.shape[-1]}], one for each feature of x", tuple(weight.shape))
-    check_beside("rms_norm", "weight", weight, x)
+    check_floating("rms_norm", weight=weight)
     if not eps >= 0.0:
         raise arg_error("rms_norm", "eps", "0 or above", eps)
 

@@ -8,14 +8,16 @@ softmax's denominators.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import Op, arg_error, check_alike, forward_mode
-from ..lora_linear import acc_dtype, apply_function
+from ...checks import arg_error, check_alike
+from ...dispatch import Op, forward_mode
+from ..lora_linear import acc_dtype, apply_function, check_kept
 
 _NAME = "rotary_attention"
 
@@ -25,26 +27,26 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keep: Tens
         raise arg_error(_NAME, "q", "a floating-point tensor", q.dtype, TypeError)
     if q.dim() != 4 or q.shape[2] == 0 or q.shape[3] == 0 or q.shape[3] % 2:
         raise arg_error(_NAME, "q", "[B, T, H, D] with H at least 1 and D even", tuple(q.shape))
+    if not -math.inf < scale < math.inf:
+        raise arg_error(_NAME, "scale", "finite", scale)
     batch, tokens, heads, d = q.shape
     if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (batch, tokens, d) or not k.shape[2] or heads % k.shape[2]:
         raise arg_error(_NAME, "k", f"[{batch}, {tokens}, G, {d}] with {heads} a multiple of G", tuple(k.shape))
-    if k.dtype != q.dtype or k.device != q.device:
-        raise arg_error(_NAME, "k", f"{q.dtype} on {q.device} like q", f"{k.dtype} on {k.device}", TypeError)
+    if k.dtype != q.dtype:
+        raise arg_error(_NAME, "k", f"{q.dtype} like q", k.dtype, TypeError)
     check_alike(_NAME, "v", v, k, "k")
     for name, t in (("cos", cos), ("sin", sin)):
         if not t.is_floating_point():
             raise arg_error(_NAME, name, "a floating-point tensor", t.dtype, TypeError)
         if t.dim() != 3 or t.shape[0] not in (1, batch) or tuple(t.shape[1:]) != (tokens, d):
             raise arg_error(_NAME, name, f"[{batch} or 1, {tokens}, {d}]", tuple(t.shape))
-        if t.device != q.device or t.dtype != cos.dtype or t.shape != cos.shape:
-            raise arg_error(_NAME, name, f"on {q.device} like q, and both alike", f"{t.dtype} on {t.device}")
+        if t.dtype != cos.dtype or t.shape != cos.shape:
+            raise arg_error(_NAME, name, f"{cos.dtype} {tuple(cos.shape)} like cos", f"{t.dtype} {tuple(t.shape)}")
     if keep is not None:
         if keep.dtype is not torch.bool:
             raise arg_error(_NAME, "keep", "bool, True where a query sees a key", keep.dtype, TypeError)
         if keep.dim() != 3 or keep.shape[0] not in (1, batch) or tuple(keep.shape[1:]) != (tokens, tokens):
             raise arg_error(_NAME, "keep", f"[{batch} or 1, {tokens}, {tokens}]", tuple(keep.shape))
-        if keep.device != q.device:
-            raise arg_error(_NAME, "keep", f"on {q.device} like q", keep.device)
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -117,9 +119,7 @@ def _check_backward(
     _check(q, k, v, cos, sin, keep, scale)
     check_alike(f"{_NAME}_backward", "dy", dy, q, "q")
     batch, tokens, heads, _ = q.shape
-    if tuple(lse.shape) != (batch, heads, tokens) or lse.dtype != acc_dtype(q.dtype) or lse.device != q.device:
-        raise arg_error(f"{_NAME}_backward", "lse", f"{acc_dtype(q.dtype)} {(batch, heads, tokens)} of the forward",
-                        f"{lse.dtype} {tuple(lse.shape)}")  # fmt: skip
+    check_kept(f"{_NAME}_backward", "lse", lse, (batch, heads, tokens), acc_dtype(q.dtype))
 
 
 def _fake_backward(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...dispatch import arg_error
+from ...checks import arg_error, as_autocast, rows_of
 from .. import lora_linear as single
 from .. import lora_linear_stacked as stacked
 from ..lora_linear_stacked import Projection, lists_of
@@ -86,7 +86,7 @@ def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) ->
     if up.weight.shape[0] != features:
         raise arg_error("swiglu_mlp", "up", f"a projection to {features} features like gate", up.weight.shape[0])
     last = stacked.flat_projections("swiglu_mlp", x, (down,), ("down",), features)
-    rows = stacked.as_rows(x, x.shape[-1])
+    rows = rows_of("swiglu_mlp", as_autocast("swiglu_mlp", x), x.shape[-1])
     y: Tensor
     if stacked.wants_gradients(rows, (*pair, *last)):
         y = single.apply_function(_SwigluMlp, rows, *pair, *last)[0]

@@ -1,0 +1,327 @@
+"""Makers of calls: for each operator of the registry, arguments that it serves, out of a `Draw`.
+
+`MAKERS` names every operator (tests/fuzz/test_ops.py); a new one is a new maker here, and is then fuzzed as all are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_kernels import dispatch
+from peft_kernels.formats import BLOCKSIZES
+from peft_kernels.ops.butterfly_linear import forward_op as butterfly_linear
+from peft_kernels.ops.cayley import forward_op as cayley
+from peft_kernels.ops.dora_linear import forward_op as dora_linear
+from peft_kernels.ops.householder_rotate import forward_op as householder
+from peft_kernels.ops.lora_linear import forward_op as lora_linear
+from peft_kernels.ops.multi_lora_linear import forward_op as multi_lora_linear
+from peft_kernels.ops.rotary_attention import forward_op as attention
+from peft_kernels.testing import random_quant_weight
+
+from .draws import F16, F32, FLOATS, Draw
+
+Arguments = list[Any]
+MAKERS: dict[str, Callable[[Draw], Arguments]] = {}
+# Whose results are bits: equal to the reference's, whatever the values are.
+EXACT = {"quantize_4bit", "dequantize_4bit"}
+# Floating-point arguments of one dtype, whatever the dtype of the rest is.
+FIXED = {"absmax", "nested_absmax", "nested_code", "offset"}
+
+
+def maker(name: str) -> Callable[[Callable[[Draw], Arguments]], Callable[[Draw], Arguments]]:
+    def keep(make: Callable[[Draw], Arguments]) -> Callable[[Draw], Arguments]:
+        MAKERS[name] = make
+        return make
+
+    return keep
+
+
+def missing() -> list[str]:
+    """Operators without a maker."""
+    return sorted(set(dispatch.ops()) - set(MAKERS))
+
+
+def weight(d: Draw, n: int, k: int, dtype: torch.dtype = F32, quantised: bool | None = None) -> Arguments:
+    """[N, K] as operators take it: dense, or 4-bit with scales of every sort."""
+    if quantised is None:
+        quantised = d.maybe(0.6)
+    if not quantised:
+        return [d.tensor(n, k, dtype=d.one((dtype, *FLOATS))), None, None, None, None, 0, 64, 256]
+    w = random_quant_weight(n, k, quant_type=d.one(("nf4", "fp4")), blocksize=d.one((*BLOCKSIZES[:3], 4096)),
+                            nested=d.maybe(0.6), seed=d.random.randrange(2**30))  # fmt: skip
+    packed, absmax, nested_absmax, nested_code, offset, *numbers = w.flatten()
+    if nested_absmax is not None and d.maybe(0.5):
+        numbers[2] = d.one((1, 3, 64))
+        nested_absmax = torch.rand(-(-absmax.numel() // numbers[2]), generator=d.generator) * 0.02
+    where = packed if d.place is None else d.place.empty(packed.numel(), torch.uint8, d.maybe(0.7)).copy_(packed)
+    parts = [None if t is None else d.laid(t) for t in (absmax, nested_absmax, nested_code, offset)]
+    return [where, *parts, *numbers]
+
+
+def _seed(d: Draw) -> tuple[float, Tensor | None]:
+    if d.maybe(0.7):
+        return 0.0, None
+    return d.one((0.1, 0.5, 0.75)), torch.tensor([d.random.randrange(2**62)])
+
+
+def _adapter(d: Draw, n: int, k: int, least: int = 0) -> Arguments:
+    r, dtype = d.one((d.size(20, least), d.size(300, least))) if d.maybe(0.2) else d.size(20, least), d.one(FLOATS)
+    return [d.tensor(r, k, dtype=dtype), d.tensor(n, r, dtype=d.one((dtype, F32)))]
+
+
+def _rows(d: Draw) -> tuple[int, int, int, torch.dtype]:
+    """(M, N, K, dtype of x)"""
+    return d.size(), d.size(), d.size(130, 1), d.one(FLOATS)
+
+
+def _bias(d: Draw, n: int) -> Tensor | None:
+    return d.tensor(n, dtype=d.one(FLOATS)) if d.maybe(0.4) else None
+
+
+def _kept(d: Draw, results: Any, *which: int) -> list[Tensor]:
+    """Tensors that a forward left for its backward, each in a place of its own."""
+    return [d.laid(results[i].contiguous()) for i in which]
+
+
+@maker("lora_linear")
+def _lora(d: Draw) -> Arguments:
+    m, n, k, dtype = _rows(d)
+    a, b = _adapter(d, n, k) if d.maybe(0.8) else (None, None)
+    return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, a, b, d.number(), _bias(d, n), *_seed(d)]
+
+
+@maker("lora_linear_backward")
+def _lora_backward(d: Draw) -> Arguments:
+    x, *w, n, a, b, scaling, _, p, seed = _lora(d)
+    s = None if a is None else _kept(d, lora_linear.reference(x, *w, n, a, b, scaling, None, p, seed), 1)[0]
+    dy = d.tensor(x.shape[0], n, dtype=x.dtype)
+    return [dy, x, *w, a, b, s, scaling, p, seed, d.maybe(0.8), a is not None and d.maybe(0.8)]
+
+
+@maker("lora_linear_stacked")
+def _stacked(d: Draw) -> Arguments:
+    m, n, k, dtype = _rows(d)
+    calls = []
+    for _ in range(d.random.randint(1, 4)):
+        n = d.size()
+        a, b = _adapter(d, n, k) if d.maybe(0.8) else (None, None)
+        calls.append([*weight(d, n, k, dtype), n, a, b, d.number(), _bias(d, n), *_seed(d)])
+    return [d.tensor(m, k, dtype=dtype), *(list(values) for values in zip(*calls, strict=True))]
+
+
+@maker("lora_linear_stacked_backward")
+def _stacked_backward(d: Draw) -> Arguments:
+    x, *lists = _stacked(d)
+    calls = []
+    for *w, n, a, b, scaling, _, p, seed in zip(*lists, strict=True):
+        s = None if a is None else _kept(d, lora_linear.reference(x, *w, n, a, b, scaling, None, p, seed), 1)[0]
+        dy = d.tensor(x.shape[0], n, dtype=x.dtype)
+        calls.append([dy, *w, a, b, s, scaling, p, seed, a is not None and d.maybe(0.8)])
+    *each, need_ab = (list(values) for values in zip(*calls, strict=True))
+    return [x, *each, d.maybe(0.8), need_ab]
+
+
+def _plan(d: Draw, m: int, n: int, k: int) -> tuple[Arguments, Arguments]:
+    """(a and b of a stack; which adapter each row has)"""
+    ranks = [d.size(20) for _ in range(d.random.randint(0, 5))]
+    starts, at = [], 0
+    for r in ranks:
+        at += d.random.randint(0, 2)
+        starts.append(at)
+        at += r
+    p, dtype = at + d.random.randint(0, 2), d.one(FLOATS)
+    stack = [d.tensor(p, k, dtype=dtype), d.tensor(p, n, dtype=d.one((dtype, F32)))]
+    rows = [d.random.randrange(-1, len(ranks)) for _ in range(m)]
+    scaling = d.laid(torch.tensor([d.number() for _ in ranks], dtype=F32))
+    most = max(ranks, default=0) + d.random.choice((0, 0, 3))
+    return stack, [d.integers(rows), d.integers(starts), d.integers(ranks), scaling, most]
+
+
+@maker("multi_lora_linear")
+def _multi(d: Draw) -> Arguments:
+    m, n, k, dtype = _rows(d)
+    stack, plan = _plan(d, m, n, k)
+    return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, *stack, *plan, _bias(d, n), *_seed(d)]
+
+
+@maker("multi_lora_linear_backward")
+def _multi_backward(d: Draw) -> Arguments:
+    x, *w, n, a, b, adapters, starts, ranks, scaling, most, _, p, seed = _multi(d)
+    plan = (adapters, starts, ranks, scaling, most)
+    s = _kept(d, multi_lora_linear.reference(x, *w, n, a, b, *plan, None, p, seed), 1)
+    dy = d.tensor(x.shape[0], n, dtype=x.dtype)
+    return [dy, x, *w, a, b, *s, *plan, p, seed, d.maybe(0.8), d.maybe(0.8)]
+
+
+@maker("dora_linear")
+def _dora(d: Draw) -> Arguments:
+    (m, n, k, dtype), (p, seed) = _rows(d), _seed(d)
+    d.calm = d.calm or p > 0.0  # h may be x W^T less the rest, which an infinity that was dropped spoils
+    return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, *_adapter(d, n, k), d.tensor(n), d.number(),
+            _bias(d, n), p, seed, d.maybe(0.5)]  # fmt: skip
+
+
+MAKERS["dora_linear_normed"] = _dora
+
+
+@maker("dora_linear_backward")
+def _dora_backward(d: Draw) -> Arguments:
+    x, *w, n, a, b, gain, scaling, _, p, seed, _ = _dora(d)
+    results = dora_linear.reference(x, *w, n, a, b, gain, scaling, None, p, seed, True)
+    h, s = _kept(d, results, 1, 2)
+    need_gain = d.maybe(0.5)
+    dy = d.tensor(x.shape[0], n, dtype=x.dtype)
+    return [dy, x, *w, a, b, gain, h if need_gain else None, s, scaling, p, seed, d.maybe(0.8), d.maybe(0.8), need_gain]
+
+
+@maker("squared_row_norms")
+def _squares(d: Draw) -> Arguments:
+    _, n, k, dtype = _rows(d)
+    return [*weight(d, n, k, dtype), n, k]
+
+
+@maker("dora_norm")
+def _norm(d: Draw) -> Arguments:
+    _, n, k, dtype = _rows(d)
+    return [*weight(d, n, k, dtype), *_adapter(d, n, k), d.number(), None]
+
+
+def _blocks(d: Draw, most: int = 24) -> tuple[int, Tensor]:
+    """(features, blocks of a rotation)"""
+    m = d.random.randint(1, 3)
+    b = 2 * d.random.randint(1, most // 2) if m > 1 else d.random.randint(1, most)
+    count = d.random.randint(1, 3) * 2 ** (m - 1)
+    near = torch.eye(b) + d.values(m, 1 if d.maybe(0.2) else count, b, b) / (2 * b**0.5)
+    return count * b, d.laid(near.to(d.one(FLOATS)))
+
+
+@maker("butterfly_rotate")
+def _rotate(d: Draw) -> Arguments:
+    k, blocks = _blocks(d)
+    return [d.tensor(d.size(), k, dtype=d.one(FLOATS)), blocks, d.maybe(0.5)]
+
+
+@maker("butterfly_rotate_backward")
+def _rotate_backward(d: Draw) -> Arguments:
+    x, blocks, transposed = _rotate(d)
+    return [d.tensor(*x.shape, dtype=x.dtype), x, blocks, transposed, d.maybe(0.8), d.maybe(0.8)]
+
+
+@maker("butterfly_linear")
+def _turned(d: Draw) -> Arguments:
+    (m, n, _, dtype), (k, blocks), gain = _rows(d), _blocks(d), d.maybe(0.5)
+    return [d.tensor(m, k, dtype=dtype), blocks, *weight(d, n, k, dtype), n, d.tensor(n) if gain else None, _bias(d, n),
+            gain and d.maybe(0.5)]  # fmt: skip
+
+
+@maker("butterfly_linear_backward")
+def _turned_backward(d: Draw) -> Arguments:
+    x, blocks, *w, n, gain, _, _ = _turned(d)
+    h = None if gain is None else _kept(d, butterfly_linear.reference(x, blocks, *w, n, gain, None, True), 1)[0]
+    need_gain = gain is not None and d.maybe(0.6)
+    dy = d.tensor(x.shape[0], n, dtype=x.dtype)
+    return [dy, x, blocks, *w, gain, h if need_gain else None, d.maybe(0.8), d.maybe(0.8), need_gain]
+
+
+@maker("cayley")
+def _cayley(d: Draw) -> Arguments:
+    b, d.calm = d.size(24, 1), True  # of a block with an infinity, LAPACK's results are finite in part
+    full = d.values(d.size(6), b, b) / (2 * b**0.5)
+    return [d.laid((full - full.mT) / 2), d.one((0, 0, 1, 2, 5))]
+
+
+@maker("cayley_backward")
+def _cayley_backward(d: Draw) -> Arguments:
+    q, terms = _cayley(d)
+    r = cayley.reference(q.contiguous().nan_to_num(0.0, 0.0, 0.0), terms)
+    return [d.tensor(*q.shape), q, d.laid(r), terms]
+
+
+@maker("householder_rotate")
+def _householder(d: Draw) -> Arguments:
+    r, k = d.size(20), d.size()
+    return [d.tensor(d.size(), k, dtype=d.one(FLOATS)), d.tensor(r, k, dtype=d.one(FLOATS)),
+            d.tensor(r, k, dtype=d.one(FLOATS))]  # fmt: skip
+
+
+@maker("householder_rotate_backward")
+def _householder_backward(d: Draw) -> Arguments:
+    x, u, v = _householder(d)
+    s = _kept(d, householder.reference(x, u, v), 1)
+    return [d.tensor(*x.shape, dtype=x.dtype), x, u, v, *s, d.maybe(0.8), d.maybe(0.8)]
+
+
+@maker("pair_rotate")
+def _pairs(d: Draw) -> Arguments:
+    half = d.size(12, 1)
+    k = 2 * half * d.size(5)
+    return [d.tensor(d.size(), k, dtype=d.one(FLOATS)), *(d.tensor(k, dtype=d.one(FLOATS)) for _ in range(2)), half]
+
+
+@maker("pair_rotate_backward")
+def _pairs_backward(d: Draw) -> Arguments:
+    x, first, second, half = _pairs(d)
+    return [d.tensor(*x.shape, dtype=x.dtype), x, first, second, half, d.maybe(0.8), d.maybe(0.8)]
+
+
+@maker("quantize_4bit")
+def _quantize(d: Draw) -> Arguments:
+    shape = [d.size() for _ in range(d.random.randint(0, 3))]
+    return [d.tensor(*shape, dtype=d.one(FLOATS)), d.one((1, 2)), d.one(BLOCKSIZES), d.maybe(0.5), d.one((32, 256))]
+
+
+@maker("dequantize_4bit")
+def _dequantize(d: Draw) -> Arguments:
+    n, k = d.size(), d.size(130)
+    return [*weight(d, n, k, quantised=True), [n, k], d.one(FLOATS)]
+
+
+@maker("rms_norm")
+def _rms(d: Draw) -> Arguments:
+    shape = [d.size(20) for _ in range(d.random.randint(0, 2))] + [d.size(300, 2)]
+    return [d.tensor(*shape, dtype=d.one(FLOATS)), d.tensor(shape[-1], dtype=d.one(FLOATS)), d.one((1e-6, 1e-5, 0.1))]
+
+
+@maker("rms_norm_backward")
+def _rms_backward(d: Draw) -> Arguments:
+    d.calm = True
+    x, scale, eps = _rms(d)
+    return [d.tensor(*x.shape, dtype=x.dtype), x, scale, eps]
+
+
+@maker("swiglu")
+def _swiglu(d: Draw) -> Arguments:
+    shape, dtype = [d.size() for _ in range(d.random.randint(0, 3))], d.one(FLOATS)
+    return [d.tensor(*shape, dtype=dtype), d.tensor(*shape, dtype=dtype)]
+
+
+@maker("swiglu_backward")
+def _swiglu_backward(d: Draw) -> Arguments:
+    gate, up = _swiglu(d)
+    return [gate, up, d.tensor(*gate.shape, dtype=gate.dtype)]
+
+
+@maker("rotary_attention")
+def _attention(d: Draw) -> Arguments:
+    batch, tokens, groups = d.random.randint(0 if d.maybe(0.1) else 1, 3), d.size(40), d.random.randint(1, 3)
+    heads, size = groups * d.random.randint(1, 3), 2 * d.random.randint(1, 20)
+    dtype, tables, d.calm = d.one(FLOATS), d.one((F32, F16)), True  # of infinite scores some sums have NaNs
+    shared = 1 if d.maybe(0.5) else batch
+    q = d.tensor(batch, tokens, heads, size, dtype=dtype)
+    k, v = (d.tensor(batch, tokens, groups, size, dtype=dtype) for _ in range(2))
+    angle = torch.rand(shared, tokens, size // 2, generator=d.generator).repeat(1, 1, 2) * 6
+    keep = None
+    if d.maybe(0.4):
+        keep = d.laid(torch.rand(1 if d.maybe(0.5) else batch, tokens, tokens, generator=d.generator) > 0.4)
+    return [q, k, v, d.laid(angle.cos().to(tables)), d.laid(angle.sin().to(tables)), keep, size**-0.5]
+
+
+@maker("rotary_attention_backward")
+def _attention_backward(d: Draw) -> Arguments:
+    q, *rest, keep, scale = _attention(d)
+    lse = _kept(d, attention.reference(q, *rest, keep, scale), 1)
+    return [d.tensor(*q.shape, dtype=q.dtype), q, *rest, keep, *lse, scale]

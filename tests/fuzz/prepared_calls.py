@@ -1,0 +1,220 @@
+"""Prepared calls: they keep what they looked at, so what they keep is changed, freed and cut under them here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import peft_kernels as pk
+from peft_kernels import PreparedCall, Projection, QuantWeight, RowPlan, RowProjection
+from peft_kernels.checks import in_memory
+from peft_kernels.formats import AdapterStack
+from peft_kernels.prepared import _ONE_BY_ONE
+from peft_kernels.testing import random_quant_weight
+
+from .cases import CLEAR, _both_refuse, describe, differs
+from .draws import FLOATS, Draw
+
+Made = tuple[list[Any], list[Tensor]]  # (arguments beside x, those of its tensors that are trained)
+
+
+def _weight(d: Draw, n: int, k: int) -> Any:
+    if d.maybe(0.4):
+        return d.values(n, k)
+    return random_quant_weight(n, k, nested=d.maybe(0.6), seed=d.random.randrange(2**30))
+
+
+def _factors(d: Draw, n: int, k: int) -> tuple[Tensor, Tensor]:
+    r, dtype = d.size(12, 1), d.one(FLOATS)
+    return d.values(r, k, dtype=dtype).requires_grad_(), d.values(n, r, dtype=dtype).requires_grad_()
+
+
+def _bias(d: Draw, n: int) -> Tensor | None:
+    return d.values(n) if d.maybe(0.5) else None
+
+
+def _lora(d: Draw, m: int, k: int) -> Made:
+    n = d.size(40, 1)
+    a, b = _factors(d, n, k)
+    return [_weight(d, n, k), a, b, d.number(), _bias(d, n)], [a, b]
+
+
+def _normed(d: Draw, m: int, k: int) -> Made:
+    n = d.size(40, 1)
+    (a, b), magnitude = _factors(d, n, k), torch.rand(n).requires_grad_()
+    return [_weight(d, n, k), a, b, magnitude, d.number(), _bias(d, n)], [a, b, magnitude]
+
+
+def _gained(d: Draw, m: int, k: int) -> Made:
+    n = d.size(40, 1)
+    return [_weight(d, n, k), *_factors(d, n, k), torch.rand(n), None, d.number(), _bias(d, n)], []
+
+
+def _stacked(d: Draw, m: int, k: int) -> Made:
+    parts = [_lora(d, m, k) for _ in range(d.random.randint(1, 3))]
+    return [Projection(*given) for given, _ in parts], [t for _, leaves in parts for t in leaves]
+
+
+def _by_row(d: Draw, m: int, k: int) -> Made:
+    n, count, dtype = d.size(40, 1), d.random.randint(1, 3), d.one(FLOATS)
+    ranks = [d.size(8, 1) for _ in range(count)]
+    a = [d.values(r, k, dtype=dtype).requires_grad_() for r in ranks]
+    b = [d.values(n, r, dtype=dtype).requires_grad_() for r in ranks]
+    plan = RowPlan([d.random.randrange(-1, count) for _ in range(m)])
+    return [RowProjection(_weight(d, n, k), a, b, [d.number() for _ in ranks], plan, _bias(d, n))], [*a, *b]
+
+
+def _multi(d: Draw, m: int, k: int) -> Made:
+    n = d.size(40, 1)
+    with torch.no_grad():
+        stack = AdapterStack.pack([(*_factors(d, n, k), d.number()) for _ in range(d.random.randint(1, 3))])
+    rows = torch.tensor([d.random.randrange(-1, len(stack.ranks)) for _ in range(m)])
+    return [_weight(d, n, k), stack, rows, _bias(d, n)], []
+
+
+MAKERS: dict[str, Callable[[Draw, int, int], Made]] = {
+    "dora_linear": _gained,
+    "dora_linear_normed": _normed,
+    "lora_linear": _lora,
+    "lora_linear_by_row": _by_row,
+    "lora_linear_stacked": _stacked,
+    "multi_lora_linear": _multi,
+}
+_SEVERAL = ("lora_linear_by_row", "lora_linear_stacked")
+_WITHOUT_GRAPH = ("dora_linear", "multi_lora_linear")
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (QuantWeight, AdapterStack)):
+        return [t for v in vars(value).values() for t in tensors_of(v)]
+    return [t for v in value for t in tensors_of(v)] if isinstance(value, (list, tuple)) else []
+
+
+def _resized(size: Callable[[Tensor], int]) -> Callable[[Tensor], object]:
+    return lambda t: t.untyped_storage().resize_(size(t))
+
+
+def _freed_and_taken(t: Tensor) -> None:
+    """Its memory is freed and a part of it taken again, perhaps where it was."""
+    size = t.nbytes
+    t.untyped_storage().resize_(0)
+    t.untyped_storage().resize_(size // 3)
+
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "freed": _resized(lambda t: 0),
+    "cut": _resized(lambda t: t.nbytes // 2),
+    "freed and taken": _freed_and_taken,
+    "data =": lambda t: setattr(t, "data", t.data.clone() + 1),
+    "data = shorter": lambda t: setattr(t, "data", t.data[:-1].clone()),
+    "data = transposed": lambda t: setattr(t, "data", t.data.t()),
+    "data = strided": lambda t: setattr(t, "data", t.data.repeat_interleave(2, -1)[..., ::2]),
+    "data = of a freed": lambda t: setattr(t, "data", _freed_half(t.data)),
+    "set_": lambda t: t.set_(t.detach().clone()),  # type: ignore[call-overload]
+    "written": lambda t: t.data.copy_(t.data.flip(0)),
+    "nothing": lambda t: None,
+}
+
+
+FORMS = ("data = shorter", "data = transposed", "data = strided", "data = of a freed", "written")
+
+
+def _in_stack(arguments: list[Any], t: Tensor) -> bool:
+    return any(isinstance(v, AdapterStack) and any(t is own for own in tensors_of(v)) for v in arguments)
+
+
+def _freed_half(t: Tensor) -> Tensor:
+    pair = torch.cat([t.reshape(-1), t.reshape(-1)])
+    view = pair[t.numel() :].view(t.shape)
+    pair.untyped_storage().resize_(t.nbytes)
+    return view
+
+
+def case(seed: int) -> str | None:
+    """Run the calls of a seed: a text of a failure, or None."""
+    d = Draw(seed, calm=True)
+    name, graph = d.one([*_ONE_BY_ONE]), d.maybe(0.6)
+    if name not in MAKERS:
+        return f"tests/fuzz/prepared_calls.py makes no arguments of {name}"
+    graph = (graph and name not in _WITHOUT_GRAPH) or name == "lora_linear_by_row"
+    m, k = d.size(20, 1), d.size(80, 1)
+    arguments, leaves = MAKERS[name](d, m, k)
+    x = d.values(m, k, dtype=d.one(FLOATS)).requires_grad_(graph)
+    function, several = getattr(pk, name), name in _SEVERAL
+    call = PreparedCall(function)
+    target = d.one([x, *tensors_of(arguments)])
+    # a stack's tensors keep their form, and a scalar has none; memory taken again is seen of x alone
+    ways = [w for w in CHANGES if not (w in FORMS and (not target.dim() or _in_stack(arguments, target)))]
+    way, late = d.one([w for w in ways if target is x or w != "freed and taken"]), graph and d.maybe(0.4)
+    what = f"seed {seed}: {name}, {way} of {describe(target)}, {'between forward and backward' if late else 'before'}"
+
+    def public(given: Tensor) -> Any:
+        return function(given, arguments) if several else function(given, *arguments)
+
+    def prepared(given: Tensor) -> Any:
+        return call(given, *arguments)
+
+    def change() -> None:
+        with torch.no_grad():
+            CHANGES[way](target)
+
+    with torch.set_grad_enabled(graph):
+        for _ in range(2):
+            why = _compare(_forward(prepared, x), _forward(public, x), None)
+            if why:
+                return f"{why} ({what}; before the change)"
+        if not graph or not late:
+            change()
+            got, wanted = _steps(prepared, x, leaves, graph), _steps(public, x, leaves, graph)
+        else:
+            held = [_forward(fn, x) for fn in (prepared, public)]
+            if way not in ("freed", "cut", "freed and taken"):
+                return None  # what a backward computes with is what was saved, by whoever saves it
+            change()
+            got, wanted = (_backward(ys, x, leaves) for ys in held)
+            if isinstance(got, CLEAR):
+                return None  # the public function may have saved a copy
+    why = _compare(got, wanted, way)
+    return f"{why} ({what})" if why else None
+
+
+def _forward(fn: Callable[[Tensor], Any], x: Tensor) -> Any:
+    try:
+        ys = fn(x)
+        return [ys] if isinstance(ys, Tensor) else [*ys]
+    except Exception as e:
+        return e
+
+
+def _backward(ys: Any, x: Tensor, leaves: list[Tensor]) -> Any:
+    if isinstance(ys, Exception):
+        return ys
+    try:
+        return [t for t in torch.autograd.grad([y.sum() for y in ys], [x, *leaves], allow_unused=True) if t is not None]
+    except Exception as e:
+        return e
+
+
+def _steps(fn: Callable[[Tensor], Any], x: Tensor, leaves: list[Tensor], graph: bool) -> Any:
+    ys = _forward(fn, x)
+    if not graph or isinstance(ys, Exception):
+        return ys
+    grads = _backward(ys, x, leaves)
+    return grads if isinstance(grads, Exception) else [*ys, *grads]
+
+
+def _compare(got: Any, wanted: Any, way: str | None) -> str | None:
+    if isinstance(got, Exception) or isinstance(wanted, Exception):
+        return _both_refuse(got, wanted, way)
+    for i, (a, e) in enumerate(zip(got, wanted, strict=True)):
+        if not (in_memory(a) and in_memory(e)):
+            continue
+        why = differs(a.detach(), e.detach(), e.detach(), False)
+        if why:
+            return f"result {i}: {why}"
+    return None
