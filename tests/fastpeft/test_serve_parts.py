@@ -125,18 +125,20 @@ def test_no_random_number_reaches_a_token_without_probability() -> None:
             assert (drawn < 3).all()
 
 
+@pytest.mark.parametrize("one_way", [False, True], ids=["as-on-a-cpu", "as-on-a-gpu"])
 @pytest.mark.parametrize("nucleus", [1.0, 0.5, 1e-40, 0.0])
-def test_the_coldest_temperatures_are_the_likeliest_token(nucleus: float) -> None:
+def test_the_coldest_temperatures_are_the_likeliest_token(nucleus: float, one_way: bool) -> None:
     """Also of logits so large that their quotient by a normal temperature overflows."""
     torch.manual_seed(1)
     logits = torch.randn(4, 64) * torch.tensor([1.0, 30.0, 1e30, 1e38]).unsqueeze(-1)
     logits[:, 5] = -torch.inf
     for temperature in (1e-30, 1e-38, 1e-40, 1e-45, 0.0):
-        given = (torch.full((4,), value) for value in (temperature, nucleus, 0.999))
-        assert_same_bits(draw(logits, *given), logits.argmax(-1))
+        given = [torch.full((4,), value) for value in (temperature, nucleus, 0.999)]
+        assert_same_bits(draw(logits, *given, one_way), logits.argmax(-1))
 
 
-def test_a_row_without_a_distribution_is_told_by_its_logprob_alone() -> None:
+@pytest.mark.parametrize("one_way", [False, True], ids=["as-on-a-cpu", "as-on-a-gpu"])
+def test_a_row_without_a_distribution_is_told_by_its_logprob_alone(one_way: bool) -> None:
     torch.manual_seed(0)
     logits = torch.randn(12, 40)
     for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):
@@ -146,10 +148,10 @@ def test_a_row_without_a_distribution_is_told_by_its_logprob_alone() -> None:
     logits[9, 7:] = -torch.inf  # a distribution, as 10 and 11
     for temperature, nucleus in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.5), (1e-40, 1.0), (2.0, 1e-40)):
         given = [torch.full((12,), value) for value in (temperature, nucleus, 0.5)]
-        tokens = draw(logits, *given)
+        tokens = draw(logits, *given, one_way)
         assert ((tokens >= 0) & (tokens < 40)).all()
         assert logprobs(logits, tokens).isfinite().tolist() == [False] * 9 + [True] * 3
-        assert_same_bits(tokens[9:], draw(logits[9:], *(each[9:] for each in given)))
+        assert_same_bits(tokens[9:], draw(logits[9:], *(each[9:] for each in given), one_way))
 
 
 def test_a_seed_is_a_requests_own() -> None:
@@ -204,6 +206,25 @@ def test_half_a_character_at_the_end_is_given_out() -> None:
     decoder = Decoder(tokenizer)
     assert [decoder.push(token) for token in tokenizer("a🙂")["input_ids"][:-1]] == ["a", "", "", ""]
     assert decoder.flush() == "\ufffd"
+
+
+def test_half_characters_that_never_end_cost_no_more_each() -> None:
+    """Bytes that begin no character: all of them would wait for the next one, and be decoded again with it."""
+    tokenizer = make_byte_tokenizer()
+    half = tokenizer("🙂")["input_ids"][0]
+    longest = 0
+
+    class Counted:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            nonlocal longest
+            longest = max(longest, len(ids))
+            text: str = tokenizer.decode(ids, **options)
+            return text
+
+    decoder = Decoder(Counted())
+    text = "".join(map(decoder.push, [half] * 300)) + decoder.flush()
+    assert text == "\ufffd" * 300
+    assert longest <= 64
 
 
 @pytest.mark.parametrize(

@@ -36,15 +36,17 @@ class Sampling:
         return self._random.random() if self.temperature > 0 else 0.0
 
 
-def draw(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+def draw(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor, one_way: bool | None = None
+) -> Tensor:
     """Tokens, int64 [n], from logits float32 [n, vocabulary] and one float32 each, [n].
 
-    On a GPU all rows take the same way, without a look at their values (CUDA graphs); on a CPU only rows that sample
-    are exponentiated, and only those with top_p < 1 sorted.
+    one_way: all rows take the same way, without a look at their values (CUDA graphs); by default on a GPU. On a CPU
+    only rows that sample are exponentiated, and only those with top_p < 1 sorted.
     """
     best = logits.argmax(-1, keepdim=True)
     warm = temperature >= COLDEST
-    if logits.is_cuda:
+    if logits.is_cuda if one_way is None else one_way:
         tokens = _sample(logits - logits.gather(-1, best), temperature.clamp_min(COLDEST), top_p, uniform, True)
         return torch.where(warm, tokens, best.squeeze(-1))
     for nucleus in (False, True):

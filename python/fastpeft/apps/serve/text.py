@@ -17,6 +17,9 @@ def encode(tokenizer: Any, text: str, special: bool) -> list[int]:
     return ids
 
 
+_HALF = 16  # tokens: whole characters have at most four, so that after these it is none, and waits no longer
+
+
 class Decoder:
     """Text of tokens that arrive one by one; half of a character waits for its other half. Raises ApiError."""
 
@@ -50,7 +53,7 @@ class Decoder:
         # A token's text depends on its left neighbours (spaces): decode with those, and take what they add.
         before = self._decode(self._ids[self._start : self._read])
         now = self._decode(self._ids[self._start :])
-        if not last and now.endswith("\ufffd"):
+        if not last and now.endswith("\ufffd") and len(self._ids) - self._read < _HALF:
             return ""
         self._start, self._read = self._read, len(self._ids)
         return now[len(before) :]
