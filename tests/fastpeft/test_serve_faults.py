@@ -25,7 +25,7 @@ from fastpeft.apps.serve.metrics import Metrics
 from fastpeft.apps.serve.sampling import Sampling
 from forms import by_form, matrix
 from safetensors.torch import load_file, save_file
-from serve_tools import Alone, Running, corrupt, events, make_world, running, until
+from serve_tools import ADAPTERS, Alone, Running, corrupt, events, make_world, running, until
 
 UNREADABLE = "unreadable"  # in a prompt that the tokenizer does not take
 TOKENS = 24
@@ -353,9 +353,9 @@ def test_requests_that_are_given_up_at_any_moment(engine: Engine) -> None:
         engine.leave(request)
 
     async def work() -> None:
-        want = await answer(engine, [40, 41], 20)
-        for i in range(by_form(short=20, full_form=200)):
-            first, *_ = await asyncio.gather(answer(engine, [40, 41], 20), *map(give_up, range(i % 16)))
+        want = await answer(engine, [40, 41], 8)
+        for i in range(by_form(short=16, full_form=200)):
+            first, *_ = await asyncio.gather(answer(engine, [40, 41], 8), *map(give_up, range(i % 16)))
             assert first == want
 
     run(engine, work)
@@ -364,11 +364,11 @@ def test_requests_that_are_given_up_at_any_moment(engine: Engine) -> None:
 def test_a_loop_that_ends_takes_those_that_had_begun(server: Running, company: Company, spoiler: Spoiler) -> None:
     """A defect that is no request's: a clear 500 for who had tokens; who waits, or comes then, is answered."""
     restarts = server.metric("fastpeft_engine_restarts_total")
-    full = server.engine.limits.max_batch
-    body = {"model": "base", "prompt": "y" * (SPOILT - 57), "max_tokens": 80, "temperature": 0}
+    full, prompt = server.engine.limits.max_batch, "y" * (SPOILT - 40)
+    steady = next(name for name in (None, *ADAPTERS) if len(company.alone.ids(name, prompt, 60)) == 60) or "base"
     spoiler.raises, spoiler.once = SystemExit("a defect"), True
     with ThreadPoolExecutor(full + len(company.asked)) as threads:
-        begun = [threads.submit(server.post, **body, stream=i == 0) for i in range(full)]
+        begun = [threads.submit(server.complete, steady, prompt, 60, stream=i == 0) for i in range(full)]
         until(lambda: server.engine.open == full and not server.engine.waiting)
         waiting = [threads.submit(company.text, *each) for each in company.asked]
         streamed, *others = [each.result() for each in begun]

@@ -31,7 +31,8 @@ from .sampling import Sampling
 logger = logging.getLogger("fastpeft.apps.serve")
 
 _LOADERS = 32  # threads that wait for an adapter's file or slot
-_RESTART = 5.0  # seconds that a new request waits for a loop that ended to start again
+_PATIENCE = 5.0  # seconds that a new request waits for a loop that ended to start again
+_PAUSE, _LONGEST_PAUSE = 0.05, 10.0  # seconds before that, each time twice as long while loops live no longer
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Engine:
         self._threads = ThreadPoolExecutor(_LOADERS, thread_name_prefix="fastpeft-acquire")
         self._pace = 1.0  # seconds that a request took lately
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._started, self._pause = 0.0, _PAUSE
         self.rows = Rows(self._assign, self._ended, metrics.stepped, self._stopped)
         if pool is not None:
             head = model.get_output_embeddings()
@@ -103,7 +105,7 @@ class Engine:
         self.manager = RowManager(model, generation, config, self.rows)
 
     def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._started = asyncio.get_running_loop(), time.monotonic()
         self.manager.start()
 
     def stop(self, seconds: float = 10.0) -> None:
@@ -166,13 +168,12 @@ class Engine:
             request.lease = await self._acquire(adapter, request)
         self.rows.by_id[request.id] = Row(-1 if request.lease is None else int(request.lease), sampling)
         self.manager.register_result_handler(request.id, lambda output: self._arrived(request, output))
-        patience = time.monotonic() + min(_RESTART, self.left(request))
-        while not self._take(request, ids):
+        patience = time.monotonic() + min(_PATIENCE, self.left(request))
+        while not (self.alive and self._take(request, ids)):
             if self.draining:
                 raise shutting_down()
             if time.monotonic() > patience:
                 raise ApiError(503, "the engine takes no requests now", "engine_down", retry_after=1)
-            self._revive()
             await asyncio.sleep(0.01)
 
     def _take(self, request: _Open, ids: list[int]) -> bool:
@@ -252,13 +253,19 @@ class Engine:
         for request in self._open.values():
             request.tokens.put_nowait(shutting_down())
 
-    def _revive(self) -> None:
-        """Start the loop again if it has ended."""
-        if self.alive or self.draining:
+    def _restart(self) -> None:
+        """On the event loop: the loop's thread has ended."""
+        if self._loop is None or self.draining:
             return
-        self.manager.join(time.perf_counter(), timeout=1)  # it is ending
-        if not self.manager.is_running():
+        lived = time.monotonic() - self._started
+        self._pause = _PAUSE if lived > _LONGEST_PAUSE else min(2 * self._pause, _LONGEST_PAUSE)
+        self._loop.call_later(self._pause, self._revive)
+
+    def _revive(self) -> None:
+        if not self.draining:
+            self.manager.join(time.perf_counter(), timeout=1)  # it has said its last words
             self.metrics.restarts.inc()
+            self._started = time.monotonic()
             self.manager.start()
 
     # On transformers' thread
@@ -271,8 +278,7 @@ class Engine:
         self._on_loop(self._let_go, ids)
 
     def _stopped(self) -> None:
-        """Its last words: requests that it has spared, or nobody yet, need another loop."""
-        self._on_loop(lambda: self._revive() if self._open else None)
+        self._on_loop(self._restart)
 
     def _on_loop(self, call: Callable[..., None], *given: Any) -> None:
         if self._loop is not None:
