@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -124,6 +125,35 @@ def test_no_random_number_reaches_a_token_without_probability() -> None:
             assert (drawn < 3).all()
 
 
+@pytest.mark.parametrize("one_way", [False, True], ids=["as-on-a-cpu", "as-on-a-gpu"])
+@pytest.mark.parametrize("nucleus", [1.0, 0.5, 1e-40, 0.0])
+def test_the_coldest_temperatures_are_the_likeliest_token(nucleus: float, one_way: bool) -> None:
+    """Also of logits so large that their quotient by a normal temperature overflows."""
+    torch.manual_seed(1)
+    logits = torch.randn(4, 64) * torch.tensor([1.0, 30.0, 1e30, 1e38]).unsqueeze(-1)
+    logits[:, 5] = -torch.inf
+    for temperature in (1e-30, 1e-38, 1e-40, 1e-45, 0.0):
+        given = [torch.full((4,), value) for value in (temperature, nucleus, 0.999)]
+        assert_same_bits(draw(logits, *given, one_way), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("one_way", [False, True], ids=["as-on-a-cpu", "as-on-a-gpu"])
+def test_a_row_without_a_distribution_is_told_by_its_logprob_alone(one_way: bool) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(12, 40)
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        for each in (logits[3 * row], logits[3 * row + 1], logits[3 * row + 2]):
+            each.fill_(value)
+    logits[1, 3:], logits[4, 3:] = 0.0, 0.0  # some of them
+    logits[9, 7:] = -torch.inf  # a distribution, as 10 and 11
+    for temperature, nucleus in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.5), (1e-40, 1.0), (2.0, 1e-40)):
+        given = [torch.full((12,), value) for value in (temperature, nucleus, 0.5)]
+        tokens = draw(logits, *given, one_way)
+        assert ((tokens >= 0) & (tokens < 40)).all()
+        assert logprobs(logits, tokens).isfinite().tolist() == [False] * 9 + [True] * 3
+        assert_same_bits(tokens[9:], draw(logits[9:], *(each[9:] for each in given), one_way))
+
+
 def test_a_seed_is_a_requests_own() -> None:
     first, again, other = Sampling(seed=3), Sampling(seed=3), Sampling(seed=4)
     numbers = [first.uniform() for _ in range(5)]
@@ -178,6 +208,25 @@ def test_half_a_character_at_the_end_is_given_out() -> None:
     assert decoder.flush() == "\ufffd"
 
 
+def test_half_characters_that_never_end_cost_no_more_each() -> None:
+    """Bytes that begin no character: all of them would wait for the next one, and be decoded again with it."""
+    tokenizer = make_byte_tokenizer()
+    half = tokenizer("🙂")["input_ids"][0]
+    longest = 0
+
+    class Counted:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            nonlocal longest
+            longest = max(longest, len(ids))
+            text: str = tokenizer.decode(ids, **options)
+            return text
+
+    decoder = Decoder(Counted())
+    text = "".join(map(decoder.push, [half] * 300)) + decoder.flush()
+    assert text == "\ufffd" * 300
+    assert longest <= 64
+
+
 @pytest.mark.parametrize(
     ("parts", "stops", "expected", "hit"),
     [
@@ -193,6 +242,40 @@ def test_stop_strings(parts: list[str], stops: list[str], expected: list[str], h
     stop = Stops(stops)
     assert [stop.push(part, last=i == len(parts) - 1) for i, part in enumerate(parts)] == expected
     assert stop.hit == hit
+
+
+def test_stop_strings_end_answers_where_a_search_of_the_whole_text_does() -> None:
+    rng = random.Random(0)
+    for letters in ("ab", "abc") * 1000:
+        stops = ["".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(rng.randint(1, 3))]
+        parts = ["".join(rng.choices(letters, k=rng.randint(0, 6))) for _ in range(8)]
+        stop, out, whole = Stops(stops), "", ""
+        for i, part in enumerate(parts):
+            last, whole = i == len(parts) - 1, whole + part
+            out += stop.push(part, last)
+            found = [at for at in map(whole.find, stops) if at >= 0]
+            held = [n for s in stops for n in range(1, len(s)) if whole.endswith(s[:n])]
+            end = min(found) if found else len(whole) - (0 if last else max(held, default=0))
+            assert (out, stop.hit) == (whole[:end], bool(found))
+            if stop.hit:
+                break
+
+
+def test_stop_strings_cost_no_more_than_the_text() -> None:
+    """Sixteen that nearly are the answer, as whoever knows it may choose them: 4,050 characters in linear steps."""
+
+    class Counted(str):
+        looks = 0
+
+        def __getitem__(self, key: Any) -> str:
+            Counted.looks += 1
+            return super().__getitem__(key)
+
+    answer = ("ab" * 40 + "c") * 50
+    stop = Stops([Counted(answer[:i] + "!" + answer) for i in range(400, 4000, 225)])
+    assert "".join(map(stop.push, answer)) + stop.push("", last=True) == answer
+    assert not stop.hit
+    assert Counted.looks < 16 * 8 * len(answer)
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ class Adapters:
         self.by_request = by_request and self.pool is not None
         self.created = int(time.time())
         self._unloaded: set[str] = set()  # by request; their folders are still in the directory
+        self._loading: dict[str, object] = {}  # what stands for the last load of a name by a request
         self._looked = 0.0
         self._looking = asyncio.Lock()
 
@@ -72,8 +73,16 @@ class Adapters:
             return
         async with self._looking:
             if time.monotonic() - self._looked >= at_most_every:
-                await asyncio.to_thread(self.pool.rescan)
+                gone = await asyncio.to_thread(self._rescan, set(self._unloaded))
+                self._unloaded -= gone
                 self._looked = time.monotonic()
+
+    def _rescan(self, unloaded: set[str]) -> set[str]:
+        """On a thread: the pool's look, and those of these names that have no folder any more."""
+        assert self.pool is not None
+        assert self.directory is not None
+        self.pool.rescan()
+        return {name for name in unloaded if not (self.directory / name / str(CONFIG_NAME)).is_file()}
 
     async def keep_looking(self) -> None:
         while True:
@@ -85,7 +94,6 @@ class Adapters:
 
     async def load(self, name: str, path: str) -> None:
         """Make the adapter of a folder below the directory known by this name. Raises ApiError."""
-        assert self.pool is not None
         assert self.directory is not None
         try:
             folder = (self.directory / path).resolve()
@@ -95,12 +103,22 @@ class Adapters:
             raise bad(f"lora_path: {short(path)} is not below the server's directory of adapters", "lora_path")
         if name == self.base:
             raise bad(f"lora_name: {name!r} is the base model's", "lora_name")
-        if name in self._unloaded:
+        hidden = name in self._unloaded
+        if hidden:
             self._unloaded.discard(name)
-            if name in self.pool:  # found again in the directory
-                self.pool.remove(name)
+            self._remove(name)  # found again in the directory
         try:
-            self.pool.add(name, folder)
+            await self._load(name, path, folder)
+        except ApiError:
+            if hidden and not self._known(name):
+                self._unloaded.add(name)
+            raise
+
+    async def _load(self, name: str, path: str, folder: Path) -> None:
+        pool = self.pool
+        assert pool is not None
+        try:
+            pool.add(name, folder)
         except FileNotFoundError as error:
             why = f"lora_path: {short(path)} holds no adapter"
             raise ApiError(404, why, "adapter_not_found", "lora_path") from error
@@ -108,18 +126,30 @@ class Adapters:
             raise bad(f"lora_path: {short(path)} cannot be read: {error.strerror}", "lora_path") from error
         except ValueError as error:
             raise bad(f"lora_name: {error}", "lora_name") from error
+        mine = self._loading[name] = object()
         try:
-            await asyncio.to_thread(lambda: self.pool.acquire(name, _LOAD).release())  # type: ignore[union-attr]
+            await asyncio.to_thread(lambda: pool.acquire(name, _LOAD).release())
         except AdapterLoadError as error:
-            self.pool.remove(name)
+            if self._loading.get(name) is not mine:  # and by this name there may be another one now
+                why = f"adapter {short(name)} was unloaded while it was loaded"
+                raise ApiError(409, why, "adapter_unloaded", "lora_name") from error
+            self._remove(name)
             raise unusable(name, error.reason) from error
         except PoolFull:
             pass  # it is read when there is room
+        finally:
+            if self._loading.get(name) is mine:
+                del self._loading[name]
 
     def unload(self, name: str) -> None:
         """Forget an adapter; requests that run with it end with it. Raises ApiError."""
         if self.pool is None or not self._known(name):
             raise unknown(name)
         self._unloaded.add(name)
-        with contextlib.suppress(UnknownAdapterError):  # gone meanwhile
+        self._loading.pop(name, None)
+        self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        assert self.pool is not None
+        with contextlib.suppress(UnknownAdapterError):  # gone meanwhile, by a look at the directory
             self.pool.remove(name)

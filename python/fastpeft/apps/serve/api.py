@@ -21,7 +21,7 @@ from .adapters import Adapters
 from .answers import DONE, Piece, Shape, event
 from .engine import Engine
 from .errors import ApiError, bad
-from .text import Decoder, Stops
+from .text import Decoder, Stops, encode
 
 logger = logging.getLogger("fastpeft.apps.serve")
 
@@ -120,11 +120,9 @@ class Service:
                 return prompt
             text, special = prompt, True
 
-        def encode() -> list[int]:
-            ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-            return ids
-
-        return encode() if len(text) < _LONG else await asyncio.to_thread(encode)
+        if len(text) < _LONG:
+            return encode(self.tokenizer, text, special)
+        return await asyncio.to_thread(encode, self.tokenizer, text, special)
 
 
 class Call:
@@ -193,8 +191,7 @@ class Call:
             await asyncio.gather(task, gone, return_exceptions=True)
 
     async def _pieces(self, stops: list[str], spell: bool) -> AsyncIterator[Piece]:
-        tokenizer = self.service.tokenizer
-        decoder, stop = Decoder(tokenizer), Stops(stops)
+        decoder, stop = Decoder(self.service.tokenizer), Stops(stops)
         async for token in self.engine.tokens(self.open):
             self.made += 1
             text = decoder.push(token.id) if token.end != "stop" else ""
@@ -202,7 +199,7 @@ class Call:
                 text += decoder.flush()
             piece = Piece(stop.push(text, last=token.end is not None), end="stop" if stop.hit else token.end)
             if spell:
-                piece.tokens.append((tokenizer.decode([token.id]), token.logprob))
+                piece.tokens.append((decoder.spell(token.id), token.logprob))
             yield piece
             if stop.hit:
                 return
@@ -224,6 +221,9 @@ class Call:
         except ApiError as error:
             status = error.status
             yield event(error.body())
+        except Exception as error:  # the stream's own end, as `_defect` is a whole answer's
+            status = 500
+            yield event(_unexpected(error).body())
         finally:
             self._count(status)
         yield DONE
@@ -299,5 +299,9 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
 
 
 async def _defect(_: Request, error: Exception) -> Response:
+    return JSONResponse(_unexpected(error).body(), 500)
+
+
+def _unexpected(error: Exception) -> ApiError:
     logger.error("unexpected error", exc_info=error)
-    return JSONResponse(ApiError(500, f"unexpected {type(error).__name__}", "internal_error").body(), 500)
+    return ApiError(500, f"unexpected {type(error).__name__}", "internal_error")

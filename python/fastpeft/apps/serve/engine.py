@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,11 +24,15 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from ...pool import AdapterLoadError, AdapterPool, Lease, PoolFull, UnknownAdapterError
 from .batching import Row, RowManager, Rows
-from .errors import ApiError, bad, late, overloaded, shutting_down, unknown, unusable
+from .errors import ApiError, bad, late, not_finite, overloaded, shutting_down, unknown, unusable
 from .metrics import Metrics
 from .sampling import Sampling
 
+logger = logging.getLogger("fastpeft.apps.serve")
+
 _LOADERS = 32  # threads that wait for an adapter's file or slot
+_PATIENCE = 5.0  # seconds that a new request waits for a loop that ended to start again
+_PAUSE, _LONGEST_PAUSE = 0.05, 10.0  # seconds before that, each time twice as long while loops live no longer
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,9 @@ class Engine:
         self._leaving: dict[str, Lease | None] = {}  # cancelled, until the loop has let go of them
         self._threads = ThreadPoolExecutor(_LOADERS, thread_name_prefix="fastpeft-acquire")
         self._pace = 1.0  # seconds that a request took lately
-        self.rows = Rows(self._assign, self._ended, metrics.stepped)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started, self._pause = 0.0, _PAUSE
+        self.rows = Rows(self._assign, self._ended, metrics.stepped, self._stopped)
         if pool is not None:
             head = model.get_output_embeddings()
             self.rows.head_takes_tokens = any(layer is head for layer in pool.layers.values())
@@ -97,14 +105,15 @@ class Engine:
         self.manager = RowManager(model, generation, config, self.rows)
 
     def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._started = asyncio.get_running_loop(), time.monotonic()
         self.manager.start()
 
     def stop(self, seconds: float = 10.0) -> None:
-        """End the loop; requests that are still open fail with 503."""
+        """End the loop; requests that are still open fail with 503. From another thread than the event loop's."""
         self.draining = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.manager.stop(block=True, timeout=seconds, hard_stop=True)
+        self._on_loop(self._end_all)
         for lease in self._leaving.values():
             self._release(lease)
         self._leaving.clear()
@@ -158,14 +167,22 @@ class Engine:
         if adapter is not None:
             request.lease = await self._acquire(adapter, request)
         self.rows.by_id[request.id] = Row(-1 if request.lease is None else int(request.lease), sampling)
-        self._revive()
         self.manager.register_result_handler(request.id, lambda output: self._arrived(request, output))
+        patience = time.monotonic() + min(_PATIENCE, self.left(request))
+        while not (self.alive and self._take(request, ids)):
+            if self.draining:
+                raise shutting_down()
+            if time.monotonic() > patience:
+                raise ApiError(503, "the engine takes no requests now", "engine_down", retry_after=1)
+            await asyncio.sleep(0.01)
+
+    def _take(self, request: _Open, ids: list[int]) -> bool:
+        """Give a request to the loop; False while that is ending."""
         taken = self.manager.add_request(
             ids, request_id=request.id, max_new_tokens=request.limit, streaming=True, eos_token_id=self.ends or -1
         )
-        if taken is None:
-            raise ApiError(503, "the engine takes no requests now", "engine_down", retry_after=1)
-        request.running = True
+        request.running = taken is not None
+        return request.running
 
     async def tokens(self, request: _Open) -> AsyncIterator[Token]:
         """Its tokens, to the last. Raises ApiError where the engine failed or time is up."""
@@ -199,39 +216,57 @@ class Engine:
         self.manager.cancel_request(request.id)
         self.rows.ending.put(request.id)
         if not self.alive:
-            self._loop.call_soon(self._let_go, [request.id])
+            self._on_loop(self._let_go, [request.id])
 
     def _arrived(self, request: _Open, output: GenerationOutput) -> None:
-        """On the event loop: a request has one more token, or failed."""
-        if output.error is not None:
-            request.running = False
-            if self.draining:
-                request.tokens.put_nowait(shutting_down())
+        """On the event loop: a request has one more token, or failed. Raises nothing: others' outputs come after it."""
+        try:
+            if output.error is None:
+                self._hand_on(request, output)
                 return
-            failure = f"the engine failed while it computed this request: {output.error}"
-            request.tokens.put_nowait(ApiError(500, failure, "engine_error"))
-            self._loop.call_later(0.05, self._revive)
-            return
+            request.running = False
+            self._fail(request, f"the engine failed while it computed this request: {output.error}")
+        except Exception as error:
+            logger.exception("a token could not be handed on")
+            self._fail(request, f"its token could not be handed on: {error!r}")
+
+    def _hand_on(self, request: _Open, output: GenerationOutput) -> None:
         new, finished = output.generated_tokens[request.given :], output.is_finished()
-        if request.given == 0 and new:
-            self.metrics.first_token.labels(request.served_by).observe(time.monotonic() - request.began)
         if finished:
             request.running = False
+        if request.given == 0 and new:
+            self.metrics.first_token.labels(request.served_by).observe(time.monotonic() - request.began)
         for place, token in enumerate(new, start=request.given):
-            last = finished and place == len(output.generated_tokens) - 1
+            last, logprob = finished and place == len(output.generated_tokens) - 1, output.logprobs[place]
+            if not math.isfinite(logprob):  # as `sampling` says of a row without a distribution
+                request.tokens.put_nowait(not_finite(None if request.lease is None else request.lease.name))
+                break
             end = None if not last else "stop" if token in self.ends else "length"
-            request.tokens.put_nowait(Token(token, output.logprobs[place], end))
+            request.tokens.put_nowait(Token(token, logprob, end))
         request.given += len(new)
         self.metrics.generated.labels(request.served_by).inc(len(new))
 
+    def _fail(self, request: _Open, why: str) -> None:
+        request.tokens.put_nowait(shutting_down() if self.draining else ApiError(500, why, "engine_error"))
+
+    def _end_all(self) -> None:
+        for request in self._open.values():
+            request.tokens.put_nowait(shutting_down())
+
+    def _restart(self) -> None:
+        """On the event loop: the loop's thread has ended."""
+        if self._loop is None or self.draining:
+            return
+        lived = time.monotonic() - self._started
+        self._pause = _PAUSE if lived > _LONGEST_PAUSE else min(2 * self._pause, _LONGEST_PAUSE)
+        self._loop.call_later(self._pause, self._revive)
+
     def _revive(self) -> None:
-        """Start the loop again after an exception in a forward, which failed all requests of that time."""
-        error = self.manager.background_thread_status.fatal_error
-        if error is not None and not self.draining:
-            self.manager.join(time.perf_counter(), timeout=1)  # it is ending
-            if not self.manager.is_running():
-                self.metrics.restarts.inc()
-                self.manager.start()
+        if not self.draining:
+            self.manager.join(time.perf_counter(), timeout=1)  # it has said its last words
+            self.metrics.restarts.inc()
+            self._started = time.monotonic()
+            self.manager.start()
 
     # On transformers' thread
 
@@ -240,8 +275,15 @@ class Engine:
             self.pool.assign(slots)
 
     def _ended(self, ids: list[str]) -> None:
-        with suppress(RuntimeError):  # the event loop is closed: `stop` releases them
-            self._loop.call_soon_threadsafe(self._let_go, ids)
+        self._on_loop(self._let_go, ids)
+
+    def _stopped(self) -> None:
+        self._on_loop(self._restart)
+
+    def _on_loop(self, call: Callable[..., None], *given: Any) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the event loop is closed: `stop` releases what is left
+                self._loop.call_soon_threadsafe(call, *given)
 
     # On the event loop
 

@@ -45,6 +45,14 @@ def unusable(name: str, reason: str) -> ApiError:
     return ApiError(422, f"adapter {name!r} cannot be used: {reason}", "adapter_unusable", "model")
 
 
+def not_finite(adapter: str | None) -> ApiError:
+    """For a request whose logits are NaN or infinite: its adapter's values, or the base model's, are too large."""
+    why = "the model's outputs for this request are not finite (NaN or infinity)"
+    if adapter is None:
+        return ApiError(500, why, "not_finite")
+    return ApiError(422, f"adapter {adapter!r} cannot be used for it: {why}", "not_finite", "model")
+
+
 def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", "shutting_down", retry_after=1)
 
