@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,6 +21,7 @@ import pytest
 from fastpeft.apps.serve import bodies, connections
 from fastpeft.apps.serve.errors import ApiError, short
 from fastpeft.apps.serve.limits import BodyLimits, ConnectionLimits
+from fastpeft.apps.serve.metrics import Metrics
 from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.testing import make_tiny_model
 from serve_tools import Running, running, until
@@ -209,6 +211,7 @@ UNREAD: list[tuple[str, list[bytes], int, str]] = [
      413, "too_large"),
     ("header", [b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 400], 431, "header_too_large"),
     ("far too long header", [b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 40_000], 431, "header_too_large"),
+    ("whole header", [b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 400 + b"\r\n"], 431, "header_too_large"),
     ("first line", [b"GET /" + b"a" * 3000], 414, "uri_too_long"),
     ("no HTTP", [b"\x16\x03\x01\x02\x00\x01\r\n\r\n"], 400, "bad_http"),
     ("tiny chunks", [b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -282,6 +285,19 @@ def test_large_bodies_are_decoded_beside_the_event_loop(patient: Running, monkey
     assert [each.result().status_code for each in asked] == [413] * 5
     assert threads == {"fastpeft-decode"}
     assert longest < 1.5  # it was the time that all of them took
+
+
+def test_work_for_a_client_that_is_gone_is_not_done() -> None:
+    class Gone:
+        async def is_disconnected(self) -> bool:
+            return True
+
+    some = bodies.Bodies(BODIES, 100, Metrics())
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(some.beside(lambda: pytest.fail("done"), bodies._SMALL, Gone()))  # type: ignore[arg-type]
+    assert caught.value.status == 499
+    assert asyncio.run(some.beside(lambda: threading.current_thread().name, bodies._SMALL)).startswith("fastpeft-dec")
+    some.close()
 
 
 def test_values_are_counted_outside_of_strings() -> None:

@@ -258,6 +258,7 @@ def test_the_process_ends_in_order(world: Path, number: signal.Signals) -> None:
         (["--max-length", "100000"], "more than the model's 512 positions"),
         (["--cache-tokens", "64"], "less than one request's 512"),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1:8000"),
+        (["--max-body", "65"], "--max-body is more than --client-memory"),
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--max-connections", "100000000"], "open files are too few for --max-connections 100000000"),
     ],

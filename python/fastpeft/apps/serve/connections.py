@@ -203,10 +203,13 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._over:
-            return
-        self._begun = True
-        super().data_received(data)
+        while data and not self._over:
+            self._begun, size = True, len(data)
+            if self.conn.their_state is h11.IDLE:
+                # no more than a header may have: h11 looks at the size of one that is not whole yet alone
+                size = max(1, self.gate.limits.header_bytes + 1 - len(self.conn.trailing_data[0]))
+            super().data_received(data[:size])
+            data = data[size:]
         if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) > _AHEAD:
             self.gate.refuse(ApiError(400, "", "pipelined"))
             self.transport.abort()  # an answer is on its way, so there is no place for an error

@@ -88,6 +88,8 @@ def load(options: Options, say: Say) -> Loaded:
         os.environ.setdefault(name, "128")
     if options.by_request and options.adapters is None:
         raise UserError("--allow-runtime-adapters needs a directory of adapters", "give --adapters DIR")
+    if options.bodies.max_body > min(options.bodies.client_memory, options.bodies.body_memory):
+        raise UserError("--max-body is more than --client-memory or --body-memory", "lower it or raise those")
     source = models.resolve(options.model)
     device = models.pick_device(options.device)
     dtype = models.pick_dtype(options.dtype, device)
