@@ -15,7 +15,7 @@ from serve_tools import Alone, events, make_world
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'ray[serve]'")
 
 from fastpeft.apps.serve import ray_deployment
-from fastpeft.apps.serve.engine import Limits
+from fastpeft.apps.serve.limits import BodyLimits, Limits
 from fastpeft.apps.serve.run import listen
 from fastpeft.apps.training.errors import UserError
 
@@ -24,13 +24,16 @@ def test_arguments_are_the_servers_options(tmp_path: Path, monkeypatch: pytest.M
     """As values of a config file or as text of a command line; paths do not depend on where a replica works."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    values = {"model": "model", "adapters": "here", "nf4": True, "max_batch": 8, "target_modules": ["q_proj", "v_proj"]}
-    text = {"model": "model", "adapters": "here", "nf4": "true", "max_batch": "8", "target_modules": "q_proj,v_proj"}
+    values = {"model": "model", "adapters": "here", "nf4": True, "max_batch": 8, "max_body": 1.5,
+              "target_modules": ["q_proj", "v_proj"]}  # fmt: skip
+    text = {"model": "model", "adapters": "here", "nf4": "true", "max_batch": "8", "max_body": "1.5",
+            "target_modules": "q_proj,v_proj"}  # fmt: skip
     options = ray_deployment.read_options(values)
     assert options == ray_deployment.read_options(text)
     assert options.model == str(tmp_path / "model")
     assert options.adapters == tmp_path / "here"
     assert options.limits == Limits(max_batch=8)
+    assert options.bodies == BodyLimits(max_body=1.5)
     assert options.nf4
     assert options.target_modules == ["q_proj", "v_proj"]
     assert ray_deployment.read_options({"model": "smollm2"}).model == "smollm2"
@@ -42,7 +45,7 @@ def test_arguments_are_the_servers_options(tmp_path: Path, monkeypatch: pytest.M
         ({}, "model is missing"),
         ({"model": "m", "port": 80, "by_request": True}, "unknown: by_request, port"),
         ({"model": "m", "max_batch": "many"}, "max_batch"),
-        ({"model": "m", "limits": {}}, "unknown: limits"),
+        ({"model": "m", "limits": {}, "header_timeout": 1}, "unknown: header_timeout, limits"),
     ],
 )
 def test_wrong_arguments_are_refused(given: dict[str, Any], message: str) -> None:

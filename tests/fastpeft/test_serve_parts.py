@@ -7,9 +7,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from fastpeft.apps.serve import api, attention, schemas
 from fastpeft.apps.serve.sampling import Sampling, draw, logprobs
 from fastpeft.apps.serve.text import Decoder, Stops
 from fastpeft.apps.training.testing import make_byte_tokenizer
+from forms import matrix
 from pydantic import ValidationError
 from serve_tools import events, make_world
 from torch import Tensor
@@ -284,7 +287,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_process_ends_in_order(world: Path) -> None:
+@pytest.mark.parametrize("number", matrix([signal.SIGTERM, signal.SIGHUP], short={signal.SIGHUP}))
+def test_the_process_ends_in_order(world: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "fastpeft", "serve", str(world / "model"), "--adapters", str(world / "adapters"),
                "--port", "0", "--dtype", "float32", "--json", "--grace", "20", "--host", "0.0.0.0"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -308,15 +312,23 @@ def test_the_process_ends_in_order(world: Path) -> None:
             asking.start()
             while httpx.get(f"{url}/health").json()["open_requests"] == 0 and not got:
                 pass
-            server.send_signal(signal.SIGTERM)
+            at = url.removeprefix("http://").split(":")
+            half = [socket.create_connection((at[0], int(at[1]))) for _ in range(3)]
+            half[0].sendall(b"GET /hea")
+            half[1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            server.send_signal(number)
             asking.join()
+            answered = time.monotonic()
             _, errors = server.communicate(timeout=60)
+            assert time.monotonic() - answered < 15  # of the 20 s that what is half-sent could take
+            for one in half:
+                one.close()
         finally:
             server.kill()
     assert server.returncode == 0, errors
     assert events(got[0])[-1]["choices"][0]["finish_reason"] in ("length", "stop")
     assert "no password" in errors  # not the loopback address
-    assert "SIGTERM: no new requests" in errors
+    assert f"{number.name}: no new requests" in errors
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
 
@@ -329,7 +341,9 @@ def test_the_process_ends_in_order(world: Path) -> None:
         (["--max-length", "100000"], "more than the model's 512 positions"),
         (["--cache-tokens", "64"], "less than one request's 512"),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1:8000"),
+        (["--max-body", "65"], "--max-body is more than --client-memory"),
         (["--dtype", "int8"], "dtype: expected one of"),
+        (["--max-connections", "100000000"], "open files are too few for --max-connections 100000000"),
     ],
 )
 def test_command_line_errors(world: Path, words: list[str], says: str) -> None:

@@ -17,8 +17,8 @@ import fastpeft
 import httpx
 import torch
 import transformers
-import uvicorn
-from fastpeft.apps.serve.engine import Limits
+from fastpeft.apps.serve.connections import places
+from fastpeft.apps.serve.limits import Limits
 from fastpeft.apps.serve.run import Loaded, Options, Server, listen, load
 from fastpeft.apps.serve.text import Decoder
 from fastpeft.apps.training.testing import make_tiny_model
@@ -80,8 +80,8 @@ class Alone:
 class Running:
     """A server that listens, and a client of it."""
 
-    def __init__(self, loaded: Loaded, port: int) -> None:
-        self.loaded = loaded
+    def __init__(self, loaded: Loaded, server: Server, port: int) -> None:
+        self.loaded, self.server, self.port = loaded, server, port
         self.engine, self.pool = loaded.service.engine, loaded.pool
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
@@ -110,16 +110,16 @@ def running(root: Path, adapters: bool = True, limits: Limits | None = None, **o
     given: dict[str, Any] = {"name": "base", "dtype": "float32", "max_resident": 4, "max_rank": 8, "cache_tokens": 4096}
     given |= {"adapters": root / "adapters" if adapters else None, "rescan": 3600.0, **options}
     chosen = limits or Limits(max_length=256, max_batch=8, max_queue=8, batch_tokens=64, page=16, timeout=60)
-    loaded = load(Options(str(root / "model"), limits=chosen, **given), lambda line: None)
+    chosen_options = Options(str(root / "model"), limits=chosen, **{"grace": 5, **given})
+    loaded = load(chosen_options, lambda line: None)
     ready = threading.Event()
     with contextlib.closing(listen("127.0.0.1", 0)) as sock:
-        config = uvicorn.Config(loaded.service.app(), log_config=None, timeout_graceful_shutdown=5, lifespan="on")
-        server = Server(config, loaded.service.engine, ready.set, lambda line: None)
+        server = Server(loaded, chosen_options, places(chosen_options.connections), ready.set, lambda line: None)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
         thread.start()
         try:
             assert ready.wait(60)
-            yield Running(loaded, sock.getsockname()[1])
+            yield Running(loaded, server, sock.getsockname()[1])
         finally:
             server.should_exit = True
             thread.join(30)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..serve.limits import BodyLimits, ConnectionLimits, Limits
 from .output import progress_bar, session, size, table, utf8_streams
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; progress goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_LIMITS, _BODIES, _CONNECTIONS = Limits(), BodyLimits(), ConnectionLimits()
 
 
 @app.callback()
@@ -246,12 +248,40 @@ def serve(
         str | None, typer.Option(metavar="NAME,...", help="Layers adapters may act on; default: as the folder's do.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests computed at once.")] = 64,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them; above: 429.")] = 256,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward.")] = 512,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests computed at once.")] = _LIMITS.max_batch,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beside them; above: 429.")] = (
+        _LIMITS.max_queue
+    ),
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one forward.")] = _LIMITS.batch_tokens,
     cache_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens the key-value cache holds.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request; above: 504.")] = 300.0,
-    grace: Annotated[int, typer.Option(min=0, help="Seconds for open requests after SIGTERM.")] = 30,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request; above: 504.")] = _LIMITS.timeout,
+    max_connections: Annotated[
+        int | None, typer.Option(min=1, help="Connections at once; above: idle ones are closed, or 503. "
+                                 "Default: as many as `ulimit -n` has room for, at most 1024.")
+    ] = None,
+    max_client_connections: Annotated[
+        int | None, typer.Option(min=1, help="Of them, from one address; above: 429. Default: all.")
+    ] = None,
+    header_bytes: Annotated[int, typer.Option(min=1024, help="Bytes of a request's header; above: 431, 414.")] = (
+        _CONNECTIONS.header_bytes
+    ),
+    header_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until a request's header is whole; above: 408.")
+    ] = _CONNECTIONS.header_timeout,
+    body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until its body is whole; above: 408.")] = (
+        _BODIES.body_timeout
+    ),
+    idle_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds a connection stays without a request, or with an answer not read.")
+    ] = _CONNECTIONS.idle_timeout,
+    max_body: Annotated[float, typer.Option(min=0.001, help="MiB of a body; above: 413.")] = _BODIES.max_body,
+    body_memory: Annotated[
+        float, typer.Option(min=0.001, help="MiB of all bodies that are not decoded yet; above: 503.")
+    ] = _BODIES.body_memory,
+    client_memory: Annotated[
+        float, typer.Option(min=0.001, help="Of them, one client's; above: 429.")
+    ] = _BODIES.client_memory,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds for open requests after SIGTERM, SIGINT or SIGHUP.")] = 30,
     rescan: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the folder.")] = 10.0,
     allow_runtime_adapters: Annotated[
         bool, typer.Option("--allow-runtime-adapters", help="Requests may load and unload adapters of the folder.")
@@ -269,14 +299,17 @@ def serve(
     with session(as_json, debug) as out:
         import sys
 
-        from ..serve.engine import Limits
         from ..serve.run import Options, serve
 
         limits = Limits(max_batch=max_batch, max_queue=max_queue, batch_tokens=batch_tokens, timeout=timeout)
+        bodies = BodyLimits(max_body, body_timeout, body_memory, client_memory)
+        connections = ConnectionLimits(
+            max_connections, max_client_connections, header_bytes, header_timeout, idle_timeout
+        )
         options = Options(
             model, adapters, nf4, served_model_name, dtype, device, host, port, max_resident, max_rank,
-            target_modules.split(",") if target_modules else None, max_length, cache_tokens, limits, grace, rescan,
-            allow_runtime_adapters, access_log,
+            target_modules.split(",") if target_modules else None, max_length, cache_tokens, limits, bodies,
+            connections, grace, rescan, allow_runtime_adapters, access_log,
         )  # fmt: skip
 
         def human(ready: dict[str, Any]) -> None:

@@ -4,39 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from . import schemas
 from .adapters import Adapters
 from .answers import DONE, Piece, Shape, event
+from .bodies import Bodies, went_away
 from .engine import Engine
-from .errors import ApiError, bad
+from .errors import ApiError, bad, short
+from .limits import BodyLimits
 from .text import Decoder, Stops, encode
 
 logger = logging.getLogger("fastpeft.apps.serve")
 
-MOST_BYTES = 4 << 20  # of a body
-_LONG = 10_000  # characters: above, a prompt is tokenized on a thread
 _LAST_WORDS = 1.0  # seconds for sending that time is up
-_GONE = 499  # as nginx counts clients that did not wait; nobody receives it
+_GONE = went_away().status
+_VALUES = 8  # of JSON for each token that a request may have; messages of one token take four
+_MESSAGE = 32  # bytes that a message is counted as, beside its text
 
 
 class Service:
     """engine, tokenizer: of one model, whose name is `adapters.base`."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, adapters: Adapters) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Any, adapters: Adapters, bodies: BodyLimits = BodyLimits()  # noqa: B008
+    ) -> None:
         self.engine, self.tokenizer, self.adapters = engine, tokenizer, adapters
         self.metrics = engine.metrics
+        self.bodies = Bodies(bodies, 1000 + _VALUES * engine.limits.max_length, self.metrics)
+        self.longest = max(len(token.encode()) for token in tokenizer.get_vocab())  # bytes of a token
         self.metrics.watch("fastpeft_open_requests", "Requests that are not answered yet.", lambda: engine.open)
         self.metrics.watch("fastpeft_queue_requests", "Of them, those without a token yet.", lambda: engine.waiting)
         if engine.pool is not None:
@@ -53,6 +58,7 @@ class Service:
                 yield
             finally:
                 looking.cancel()
+                self.bodies.close()
                 await asyncio.to_thread(self.engine.stop)
 
         app = FastAPI(title="fastpeft", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
@@ -94,35 +100,42 @@ class Service:
         return await Call(self, request, "chat").respond(schemas.Chat)
 
     async def load_adapter(self, request: Request) -> Response:
-        asked: schemas.LoadAdapter = schemas.parse(schemas.LoadAdapter, await _body(request))
+        asked: schemas.LoadAdapter = await self.bodies.read(request, partial(schemas.parse, schemas.LoadAdapter))
         await self.adapters.load(asked.lora_name, asked.lora_path)
         return Response(f"Success: LoRA adapter {asked.lora_name!r} added.", media_type="text/plain")
 
     async def unload_adapter(self, request: Request) -> Response:
-        asked: schemas.UnloadAdapter = schemas.parse(schemas.UnloadAdapter, await _body(request))
+        asked: schemas.UnloadAdapter = await self.bodies.read(request, partial(schemas.parse, schemas.UnloadAdapter))
         self.adapters.unload(asked.lora_name)
         return Response(f"Success: LoRA adapter {asked.lora_name!r} removed.", media_type="text/plain")
 
     async def tokenize(self, asked: schemas.Completion | schemas.Chat) -> list[int]:
-        """The prompt's tokens, as training has them."""
-        if isinstance(asked, schemas.Chat):
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise bad(f"model {self.adapters.base!r} has no chat template; use /v1/completions", "messages")
-            messages = [message.plain() for message in asked.messages]
-            try:
-                text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # templates raise what they like at conversations they do not take
-                raise bad(f"messages: the model's chat template refuses them: {error}", "messages") from error
-            special = False
-        else:
-            prompt = asked.one_prompt()
-            if not isinstance(prompt, str):
+        """The prompt's tokens, as training has them. What is long is done on a thread; `asked` loses its prompt."""
+        if isinstance(asked, schemas.Completion):
+            prompt = asked.take_prompt()
+            if isinstance(prompt, list):
                 return prompt
-            text, special = prompt, True
+            return await self.bodies.beside(lambda: self._encode(prompt, "prompt"), len(prompt))
+        messages = asked.take_prompt()
+        size = sum(_MESSAGE + len(message["content"]) for message in messages)
+        return await self.bodies.beside(lambda: self._encode(self._text(messages), "messages"), size)
 
-        if len(text) < _LONG:
-            return encode(self.tokenizer, text, special)
-        return await asyncio.to_thread(encode, self.tokenizer, text, special)
+    def _text(self, messages: list[dict[str, str]]) -> str:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise bad(f"model {self.adapters.base!r} has no chat template; use /v1/completions", "messages")
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return text
+        except Exception as error:  # templates raise what they like at conversations they do not take
+            raise bad(f"messages: the model's chat template refuses them: {short(str(error))}", "messages") from error
+
+    def _encode(self, text: str, field: str) -> list[int]:
+        size, tokens = len(text.encode()), self.engine.limits.max_length
+        if size > tokens * self.longest:  # they are more tokens than that; to count how many would take seconds
+            self.metrics.refused.labels("prompt_bytes").inc()
+            told = f"the prompt has {size} bytes; {tokens} tokens of this model have at most {tokens * self.longest}"
+            raise bad(told, field, "context_length_exceeded")
+        return encode(self.tokenizer, text, field == "prompt")
 
 
 class Call:
@@ -138,7 +151,7 @@ class Call:
 
     async def respond(self, schema: type[schemas.Completion] | type[schemas.Chat]) -> Response:
         try:
-            asked = schemas.parse(schema, await _body(self.http))
+            asked = await self.service.bodies.read(self.http, partial(schemas.parse, schema))
             return await self._answer(asked)
         except ApiError as error:
             self._count(error.status)
@@ -182,7 +195,7 @@ class Call:
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise ApiError(_GONE, "the client went away")
+                raise went_away()
             return task.result()
         finally:
             for each in (task, gone):
@@ -267,26 +280,6 @@ async def _all(pieces: AsyncIterator[Piece]) -> list[Piece]:
 async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _body(request: Request) -> object:
-    """The JSON of a body. Raises ApiError."""
-    content = bytearray()
-    try:
-        async for part in request.stream():
-            content += part
-            if len(content) > MOST_BYTES:
-                raise ApiError(413, f"the body is larger than {MOST_BYTES >> 20} MiB", "too_large")
-    except ClientDisconnect:
-        raise ApiError(_GONE, "the client went away") from None
-    try:
-        text = content.decode("utf-8-sig")
-        found: object = json.loads(text)
-        if "\\u" in text:  # halves of characters, which no tokenizer takes, are a UnicodeEncodeError here
-            json.dumps(found, ensure_ascii=False).encode()
-        return found
-    except (ValueError, RecursionError) as error:
-        raise bad(f"the body is not JSON: {error}") from None
 
 
 async def _refused(_: Request, error: ApiError) -> Response:

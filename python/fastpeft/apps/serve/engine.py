@@ -25,6 +25,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ...pool import AdapterLoadError, AdapterPool, Lease, PoolFull, UnknownAdapterError
 from .batching import Row, RowManager, Rows
 from .errors import ApiError, bad, late, not_finite, overloaded, shutting_down, unknown, unusable
+from .limits import Limits
 from .metrics import Metrics
 from .sampling import Sampling
 
@@ -33,21 +34,6 @@ logger = logging.getLogger("fastpeft.apps.serve")
 _LOADERS = 32  # threads that wait for an adapter's file or slot
 _PATIENCE = 5.0  # seconds that a new request waits for a loop that ended to start again
 _PAUSE, _LONGEST_PAUSE = 0.05, 10.0  # seconds before that, each time twice as long while loops live no longer
-
-
-@dataclass(frozen=True)
-class Limits:
-    """max_length: tokens of prompt and answer together. max_batch: requests in a batch; max_queue: that wait beside
-    them. batch_tokens: in one forward. page: tokens of a page of the cache; cache_tokens: of the whole cache
-    (None: as transformers finds room). timeout: seconds for a request."""
-
-    max_length: int = 2048
-    max_batch: int = 64
-    max_queue: int = 256
-    batch_tokens: int = 512
-    page: int = 32
-    cache_tokens: int | None = 32768
-    timeout: float = 300.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
 
 
 class ApiError(Exception):
@@ -22,8 +26,8 @@ class ApiError(Exception):
 
 
 def short(value: object) -> str:
-    """A value of a request as an error may quote it."""
-    text = repr(value)
+    """A value of a request as an error may quote it, however deep or long it is."""
+    text = _REPR.repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

@@ -29,6 +29,10 @@ class Metrics:
         self.batch = Histogram("fastpeft_batch_requests", "Requests in a forward.", buckets=_SIZES, **given)
         self.batch_tokens = Histogram("fastpeft_batch_tokens", "Tokens in a forward.", buckets=_SIZES, **given)
         self.cancelled = Counter("fastpeft_cancelled", "Requests taken out of the batch before their end.", **given)
+        why: Any = {"labelnames": ["reason"], **given}
+        self.connections = Counter("fastpeft_connections", "Connections that came.", **given)
+        self.refused = Counter("fastpeft_refused", "Connections and requests over a limit.", **why)
+        self.timed_out = Counter("fastpeft_timed_out", "Connections and requests that were late.", **why)
         self.restarts = Counter("fastpeft_engine_restarts", "Starts of the engine after a failed forward.", **given)
 
     def stepped(self, requests: int, tokens: int) -> None:

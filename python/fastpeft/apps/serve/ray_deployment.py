@@ -16,32 +16,38 @@ from pydantic import TypeAdapter, ValidationError
 from ray import serve
 
 from ..training.errors import UserError
-from .engine import Limits
+from .limits import BodyLimits, Limits
 from .run import Options, load
 
 logger = logging.getLogger("fastpeft.apps.serve")
 
-# Ray's: the address, the end, the log of requests. And an adapter that a request loads would be in one replica alone.
-_RAYS_OWN = {"host", "port", "grace", "access_log", "by_request"}
+# Ray's: the address, connections, the end, the log of requests. And an adapter that a request loads would be in one
+# replica alone.
+_RAYS_OWN = {"host", "port", "connections", "grace", "access_log", "by_request"}
+_NESTED: dict[str, Any] = {"limits": Limits, "bodies": BodyLimits}  # fields of `Options` that are given by their fields
 
 
 def read_options(given: dict[str, Any]) -> Options:
-    """`args` of the application: fields of `run.Options` and `engine.Limits`, also as the text that `serve run` passes.
+    """`args` of the application: fields of `run.Options` and of its limits, also as the text that `serve run` passes.
 
     Paths become absolute here, since replicas work in other folders; every machine must have them. Raises UserError.
     """
-    own = {field.name for field in dataclasses.fields(Options)} - _RAYS_OWN - {"limits"}
-    limits = {field.name for field in dataclasses.fields(Limits)} - own
-    wrong = sorted(set(given) - own - limits)
+    own = {field.name for field in dataclasses.fields(Options)} - _RAYS_OWN - _NESTED.keys()
+    inner = {name: {field.name for field in dataclasses.fields(part)} - own for name, part in _NESTED.items()}
+    known = own.union(*inner.values())
+    wrong = sorted(set(given) - known)
     if wrong or "model" not in given:
         what = f"unknown: {', '.join(wrong)}" if wrong else "model is missing"
-        hint = f"model=... and of {', '.join(sorted(own | limits))}; the rest is Ray Serve's (docs/clusters.md)"
+        hint = f"model=... and of {', '.join(sorted(known))}; the rest is Ray Serve's (docs/clusters.md)"
         raise UserError(f"arguments of the application: {what}", hint)
     targets = given.get("target_modules")
     if isinstance(targets, str):
         given = {**given, "target_modules": targets.split(",")}
     try:
-        nested = TypeAdapter(Limits).validate_python({k: v for k, v in given.items() if k in limits})
+        nested = {
+            name: TypeAdapter(_NESTED[name]).validate_python({k: v for k, v in given.items() if k in fields})
+            for name, fields in inner.items()
+        }
         options = TypeAdapter(Options).validate_python({k: v for k, v in given.items() if k in own})
     except ValidationError as error:
         first = error.errors()[0]
@@ -49,7 +55,7 @@ def read_options(given: dict[str, Any]) -> Options:
     model = Path(options.model).expanduser()
     return dataclasses.replace(
         options,
-        limits=nested,
+        **nested,
         model=str(model.resolve()) if model.exists() else options.model,
         adapters=None if options.adapters is None else options.adapters.expanduser().resolve(),
     )

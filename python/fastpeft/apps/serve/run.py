@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
+import gc
 import ipaddress
 import os
 import signal
@@ -22,7 +25,9 @@ from ..training.errors import UserError
 from ..training.inference import end_tokens
 from .adapters import Adapters
 from .api import Service
-from .engine import Engine, Limits
+from .connections import Gate, places
+from .engine import Engine
+from .limits import BodyLimits, ConnectionLimits, Limits
 from .metrics import Metrics
 
 Say = Callable[[str], None]
@@ -31,6 +36,8 @@ Say = Callable[[str], None]
 # missing costs a millisecond. Read at the first product.
 _ONEDNN_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 _CACHED = 512  # tokens of the cache for each request of a batch, if nothing else is said
+_BACKLOG = 2048  # connections that the system keeps until they are accepted
+_SPARE = 4  # connections beside those of requests, for /health and the like
 _SHARE = 0.25  # of the machine's memory that the cache takes at most then
 
 
@@ -53,6 +60,8 @@ class Options:
     max_length: int | None = None
     cache_tokens: int | None = None
     limits: Limits = field(default_factory=Limits)
+    bodies: BodyLimits = field(default_factory=BodyLimits)
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     grace: int = 30
     rescan: float = 10.0
     by_request: bool = False
@@ -79,6 +88,8 @@ def load(options: Options, say: Say) -> Loaded:
         os.environ.setdefault(name, "128")
     if options.by_request and options.adapters is None:
         raise UserError("--allow-runtime-adapters needs a directory of adapters", "give --adapters DIR")
+    if options.bodies.max_body > min(options.bodies.client_memory, options.bodies.body_memory):
+        raise UserError("--max-body is more than --client-memory or --body-memory", "lower it or raise those")
     source = models.resolve(options.model)
     device = models.pick_device(options.device)
     dtype = models.pick_dtype(options.dtype, device)
@@ -98,7 +109,7 @@ def load(options: Options, say: Say) -> Loaded:
     adapters = Adapters(engine, name, source.location, options.adapters, options.by_request, options.rescan)
     storage = "NF4" if options.nf4 else "dense"
     note = f"{source.note}, {storage}, {str(dtype).removeprefix('torch.')} on {device}"
-    return Loaded(Service(engine, tokenizer, adapters), note, name, pool)
+    return Loaded(Service(engine, tokenizer, adapters, options.bodies), note, name, pool)
 
 
 def _name_of(model: str) -> str:
@@ -141,22 +152,45 @@ def _limits(model: Any, device: torch.device, dtype: torch.dtype, options: Optio
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which tells when it is ready, and ends with exit code 0 after a signal."""
+    """uvicorn's, behind a `Gate`. It tells when it is ready, and ends with exit code 0 after a signal.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, ready: Callable[[], None], say: Say) -> None:
-        super().__init__(config)
-        self._engine, self._ready, self._say = engine, ready, say
+    places: connections that there may be, and that are accepted in one turn of the event loop."""
+
+    def __init__(
+        self, loaded: Loaded, options: Options, places: tuple[int, int], ready: Callable[[], None], say: Say
+    ) -> None:
+        self._engine, self._ready, self._say = loaded.service.engine, ready, say
+        most, at_once = places
+        self.gate = Gate(options.connections, most, loaded.service.metrics)
+        super().__init__(uvicorn.Config(
+            loaded.service.app(), log_config=uvicorn.config.LOGGING_CONFIG if options.access_log else None,
+            # below an error, uvicorn logs what any client can cause; metrics count that
+            log_level="info" if options.access_log else "error", access_log=options.access_log,
+            timeout_graceful_shutdown=options.grace, lifespan="on", http=self.gate.protocol(), ws="none",
+            h11_max_incomplete_event_size=options.connections.header_bytes, backlog=at_once,
+            timeout_keep_alive=options.connections.idle_timeout,  # type: ignore[arg-type]
+        ))  # fmt: skip
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for sock in sockets or []:
+            sock.listen(_BACKLOG)  # asyncio has one number for the queue and for how many it accepts at once
+        self._watching = asyncio.ensure_future(self.gate.watch())
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.gate.ending = True
+        await super().shutdown(sockets)
+        self._watching.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handled = (signal.SIGINT, signal.SIGTERM)
+        handled = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it is to be ignored
+            handled.append(signal.SIGHUP)
         before = {number: signal.signal(number, self.handle_exit) for number in handled}
         try:
             yield  # uvicorn would raise the signal once more here, and the process end as if it was killed
@@ -165,8 +199,8 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        if self.should_exit:  # asked twice
-            self.force_exit = True
+        if self.should_exit:  # asked twice; SIGHUP comes with a SIGTERM where a terminal or a session ends
+            self.force_exit = self.force_exit or sig != signal.SIGHUP
             return
         self._engine.draining = True
         self.should_exit = True
@@ -176,7 +210,7 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
         )
     except OSError as error:
         raise UserError(
@@ -191,25 +225,35 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _fitting(options: Options, connections: int, say: Say) -> Options:
+    """options, with no more requests at once than connections leave room for."""
+    limits, most = options.limits, max(1, connections - _SPARE)
+    if limits.max_batch + limits.max_queue <= most:
+        return options
+    say(f"warning: {connections} connections have room for {most} requests at once; see --max-connections, ulimit -n")
+    batch = min(limits.max_batch, most)
+    return dataclasses.replace(
+        options, limits=dataclasses.replace(limits, max_batch=batch, max_queue=most - batch)
+    )
+
+
 def serve(options: Options, say: Say, ready: Callable[[dict[str, Any]], None]) -> None:
     """Run until SIGTERM or SIGINT. say: lines for people; ready: called once, with where and what."""
     with contextlib.closing(listen(options.host, options.port)) as sock:
-        loaded = load(options, say)
+        room = places(options.connections)
+        loaded = load(_fitting(options, room[0], say), say)
+        gc.collect()
+        gc.freeze()  # what is there now stays; to look through it again would stop every thread for some 0.2 s
         host = f"[{options.host}]" if ":" in options.host else options.host
         url = f"http://{host}:{sock.getsockname()[1]}"
         names = loaded.service.adapters.names()
         if not is_loopback(options.host):
             say(f"warning: whoever reaches {url} can use this server: it asks for no password and speaks no TLS")
-        config = uvicorn.Config(
-            loaded.service.app(), log_config=uvicorn.config.LOGGING_CONFIG if options.access_log else None,
-            log_level="info" if options.access_log else "warning", access_log=options.access_log,
-            timeout_graceful_shutdown=options.grace, lifespan="on",
-        )  # fmt: skip
         described = {
             "url": url, "pid": os.getpid(), "model": loaded.name, "base": loaded.note, "adapters": len(names),
             "max_length": loaded.service.engine.limits.max_length,
         }  # fmt: skip
-        server = Server(config, loaded.service.engine, lambda: ready(described), say)
+        server = Server(loaded, options, room, lambda: ready(described), say)
         try:
             server.run(sockets=[sock])
         finally:

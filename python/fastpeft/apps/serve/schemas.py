@@ -35,6 +35,9 @@ Item = TypeVar("Item")
 Items = Annotated[list[Item], Field(fail_fast=True)]  # a body has room for a million errors, which would take gigabytes
 
 
+Stop = Annotated[str, Field(max_length=1000)]  # an answer is searched for each, with every token
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
@@ -50,7 +53,7 @@ class Asked(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -71,6 +74,10 @@ class Asked(BaseModel):
     def wants_logprobs(self) -> bool:
         raise NotImplementedError
 
+    def take_prompt(self) -> Any:
+        """The text, tokens or messages to answer. They are no longer here then: nobody needs them while it runs."""
+        raise NotImplementedError
+
     def most(self) -> int | None:
         """Tokens of the answer; None for as many as there is room for."""
         return self.max_tokens
@@ -88,8 +95,8 @@ class Completion(Asked):
     def most(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's
 
-    def one_prompt(self) -> str | list[int]:
-        prompt = self.prompt
+    def take_prompt(self) -> str | list[int]:
+        prompt, self.prompt = self.prompt, ""
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             return prompt[0]
         if isinstance(prompt, str) or all(isinstance(token, int) for token in prompt):
@@ -107,7 +114,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Items[Part]
-    name: str | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -123,6 +130,10 @@ class Chat(Asked):
 
     def wants_logprobs(self) -> bool:
         return bool(self.logprobs)
+
+    def take_prompt(self) -> list[dict[str, str]]:
+        messages, self.messages = self.messages, []
+        return [message.plain() for message in messages]
 
     def most(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
