@@ -101,7 +101,6 @@ class PeftConfig(SeenAsPeft):
         """
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
-        os.makedirs(save_directory, exist_ok=True)
         content = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from .checks import AdapterFileError, list_some, path_inside, read_json
 from .hub import CARD_NAME
+from .write_errors import Spare, named_write_errors
 
 # PEFT, transformers and the servers read files by name and pass over this one.
 MANIFEST_NAME = "fastpeft_manifest.json"
@@ -41,7 +42,7 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
     keep: files of an existing `path` that were not written anew stay in it (PEFT writes adapters into folders that
     hold other things too). A folder that cannot be renamed (see `_is_pinned`) keeps them in any case. Inside of another
     such folder there is nothing to do: that one is made whole. Raises whatever the body raises, after removing the
-    temporary folder.
+    temporary folder, and WriteError for a full disk, a limit of files or a read-only file system.
     """
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
@@ -50,20 +51,37 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
         target.mkdir(parents=True, exist_ok=True)
         yield target
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    home = target if _is_pinned(target) else target.parent
-    _remove_leftovers(home, target.name)
-    temporary = home / f".{target.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary.mkdir()
-    if target.exists():
-        os.chmod(temporary, target.stat().st_mode & 0o777)
-    try:
-        yield temporary
-        write_manifest(temporary)
-        _sync_tree(temporary)
-        _put_in_place(temporary, target, keep)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with named_write_errors(target), Spare() as spare:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        home = target if _is_pinned(target) else target.parent
+        _remove_leftovers(home, target.name)
+        temporary = home / f".{target.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+        temporary.mkdir()
+        try:
+            if target.exists():
+                os.chmod(temporary, target.stat().st_mode & 0o777)
+            yield temporary
+            write_manifest(temporary)
+            _sync_tree(temporary)
+            _put_in_place(temporary, target, keep)
+        finally:
+            spare.give_back()
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path to write; on success that file becomes `path`: a reader sees the old file or the new one, never half
+    of it. Raises whatever the body raises, after removing what it wrote, and WriteError where there is no room."""
+    temporary = Path(f"{os.fspath(path)}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    with named_write_errors(path):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
@@ -142,7 +160,7 @@ def _sync_tree(root: Path) -> None:
 def _sync(path: str | os.PathLike[str]) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # a directory cannot be opened on Windows
+    except PermissionError:  # a directory cannot be opened on Windows
         return
     try:
         os.fsync(handle)
@@ -174,11 +192,9 @@ def _is_alive(pid: int) -> bool:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small text file: a reader sees the old file or the new one, never half of it."""
-    temporary = f"{os.fspath(path)}.tmp{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
+    """Write a small text file, whole or not at all."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         file.write(text)
-    os.replace(temporary, path)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
