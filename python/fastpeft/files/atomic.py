@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .checks import AdapterFileError, list_some, path_inside, read_json
+from .checks import AdapterFileError, Confined, list_some, open_regular, path_inside, read_json
 from .hub import CARD_NAME
 from .write_errors import Spare, named_write_errors
 
@@ -199,7 +199,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -216,17 +216,20 @@ def write_manifest(root: Path) -> None:
 
 def verify_manifest(directory: str | os.PathLike[str], names: list[str] | None = None) -> None:
     """Raise AdapterFileError unless every file (or those named) is what the manifest says it was when written."""
-    root = Path(directory)
+    root = directory if isinstance(directory, Confined) else Path(directory)
     path = root / MANIFEST_NAME
-    if not path.is_file():
+    if not path.exists():
         raise AdapterFileError(f"{root} has no {MANIFEST_NAME}: unfinished, or written by something else")
     files = read_json(path).get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise AdapterFileError(f"{path}: expected an object `files` of objects")
     bad = []
-    for name, file in [(n, path_inside(root, n)) for n in files if names is None or n in names]:
+    for name in files if names is None else [n for n in names if n in files]:
+        file: Path | Confined = path_inside(root, name)
+        if isinstance(root, Confined):
+            file = Confined(Path(file), root.root)
         size, digest = files[name].get("bytes"), files[name].get("sha256")
-        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != digest:
+        if not os.path.isfile(file) or os.stat(file).st_size != size or sha256_of(file) != digest:
             bad.append(name)
     if bad:
         raise AdapterFileError(f"{root}: {list_some(bad)} changed since they were written (see {MANIFEST_NAME})")
