@@ -30,6 +30,7 @@ from ..lora_linear import (
 )
 
 _STACK = "Tensor a, Tensor b"
+MAX_RANK = 1 << 16
 _PLAN = "Tensor adapters, Tensor starts, Tensor ranks, Tensor scaling, SymInt max_rank"
 
 
@@ -60,6 +61,9 @@ def _check_stack(
             raise arg_error(op, name, f"on {x.device} like x", t.device)
     if max_rank < 0:
         raise arg_error(op, "max_rank", "at least 0", max_rank)
+    if max_rank > MAX_RANK:
+        why = f"at most {MAX_RANK}: for each row of x as many values are computed between A and B"
+        raise arg_error(op, "max_rank", why, max_rank)
 
 
 def check_values(
