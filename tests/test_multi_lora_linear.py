@@ -155,6 +155,7 @@ def test_project_is_the_ops_own_s(dtype: torch.dtype) -> None:
         ({"b": torch.ones(6, 8)}, [0, 0], ValueError, r"b must be \[8, 6\] \(lora_B transposed\), got \(6, 8\)"),
         ({"b": torch.ones(8, 6, dtype=torch.int64)}, [0, 0], TypeError, "b must be a floating-point"),
         ({"max_rank": -1}, [-1, -1], ValueError, "max_rank must be at least 0"),
+        ({"max_rank": 10**9}, [0, 0], ValueError, "max_rank must be at most 65536: for each row of x"),
     ],
 )
 @pytest.mark.parametrize("grad", [False, True])

@@ -242,3 +242,68 @@ def test_prune_refuses_what_peft_refuses() -> None:
                 module.prune(torch.ones(3), density, method)
     with pytest.raises(RuntimeError, match="Unimplemented mask method"):
         merge_utils.calculate_majority_sign_mask(torch.ones(2, 3), "other")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [1.0, float("nan")]}, "weights should be numbers of magnitude at most"),
+        ({"weights": [1.0, float("inf")]}, "weights should be numbers"),
+        ({"weights": [1.0, 1e30]}, "weights should be numbers"),
+        ({"svd_rank": 0, "combination_type": "svd"}, "`svd_rank` should be a positive integer"),
+        ({"svd_rank": -1, "combination_type": "svd"}, "`svd_rank` should be a positive integer"),
+        ({"svd_rank": 2.5, "combination_type": "svd"}, "`svd_rank` should be a positive integer"),
+        ({"density": float("nan"), "combination_type": "ties"}, "`density` should be a share"),
+        ({"svd_clamp": 2.0, "combination_type": "svd"}, "`svd_clamp` should be a share"),
+    ],
+)
+def test_values_that_cannot_combine_are_refused(options: dict[str, Any], message: str) -> None:
+    model = two_loras()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(["a", "b"], adapter_name="new", **{"weights": [1.0, 1.0], **options})
+    assert list(model.peft_config) == ["a", "b"]
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_what_peft_accepts_in_silence_is_accepted_with_a_warning() -> None:
+    model = two_loras()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.warns(fastpeft.PeftWarning, match="an adapter 'b' already"):
+        model.add_weighted_adapter(["a"], [3.0], "b")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with pytest.warns(UserWarning, match=r"density 2\.0 is greater"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="ties", density=2.0)
+    with pytest.warns(fastpeft.PeftWarning, match="modules_to_save: nothing in the model matches zzz"):
+        model.add_adapter("d", fastpeft.LoraConfig(target_modules=["0"], modules_to_save=["zzz", "score"]))
+
+
+def test_merging_names_that_there_are_not() -> None:
+    for merge in ("merge_adapter", "merge_and_unload"):
+        model = two_loras()
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"adapter_names has \['unknown'\], there are \['a', 'b'\]"):
+            getattr(model, merge)(adapter_names=["a", "unknown"])
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_dictionary_is_no_configuration() -> None:
+    options: Any = {"peft_type": "LORA", "target_modules": ["0"]}
+    model, adapted = nn.Sequential(nn.Linear(4, 4)), two_loras()
+    for use in (
+        lambda: fastpeft.get_peft_model(model, options),
+        lambda: fastpeft.PeftModel(model, options),
+        lambda: fastpeft.inject_adapter_in_model(options, model),
+        lambda: adapted.add_adapter("c", options),
+    ):
+        with pytest.raises(TypeError, match=r"such as LoraConfig.*, got dict\. get_peft_config"):
+            use()
+    assert type(model[0]) is nn.Linear
+    assert list(adapted.peft_config) == ["a", "b"]
+
+
+def two_loras() -> Any:
+    config = fastpeft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)
+    model = fastpeft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config, "a")
+    model.add_adapter("b", config)
+    return model

@@ -38,6 +38,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "files": (
         "fastpeft/test_checkpoint*", "fastpeft/test_hostile_*", "fastpeft/test_hub*", "fastpeft/test_model_files*",
+        "fastpeft/test_write_errors*", "fastpeft/test_config_limits*",
     ),
     "serve": ("fastpeft/test_serve*", "fastpeft/test_pool*", "fastpeft/test_vllm_*", "fastpeft/test_ray_*"),
     "training": (

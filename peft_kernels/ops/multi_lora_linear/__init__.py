@@ -34,6 +34,7 @@ from ..lora_linear import (
 )
 
 _STACK = "Tensor a, Tensor b"
+MAX_RANK = 1 << 16
 _PLAN = "Tensor adapters, Tensor starts, Tensor ranks, Tensor scaling, SymInt max_rank"
 
 
@@ -59,6 +60,9 @@ def _check_stack(
                         (tuple(starts.shape), tuple(ranks.shape), tuple(scaling.shape)))  # fmt: skip
     if max_rank < 0:
         raise arg_error(op, "max_rank", "at least 0", max_rank)
+    if max_rank > MAX_RANK:
+        why = f"at most {MAX_RANK}: for each row of x as many values are computed between A and B"
+        raise arg_error(op, "max_rank", why, max_rank)
 
 
 def check_values(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from ..files.atomic import write_text
 from ..files.checks import read_json
 from ..files.hub import find_adapter_file, push_to_hub, pushing
-from .limits import MAX_RANK, check_config
+from .limits import MAX_RANK, check_bytes, check_config, check_numbers
 from .seen_as_peft import SeenAsPeft
 from .types import PeftType, TaskType, peft_type, warn
 
@@ -69,6 +69,7 @@ class PeftConfig(SeenAsPeft):
             CLASSES[own_type] = cls
 
     def __post_init__(self) -> None:
+        self.check_values()
         self.peft_type = self.own_type or self.peft_type
         if self.task_type is not None:
             try:
@@ -87,6 +88,15 @@ class PeftConfig(SeenAsPeft):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)!r}")
 
+    def check_values(self) -> None:
+        """Raise ValueError with the field, its value and what was expected, for what a file could not hold or would be
+        refused when it is read: it is no sooner made, put into a model or saved than it could be loaded."""
+        types = {f.name: str(f.type) for f in dataclasses.fields(self) if f.name not in self.runtime_fields}
+        values, where = {name: getattr(self, name) for name in types}, type(self).__name__
+        check_config({**values, "peft_type": self.own_type or self.peft_type or "none"}, where)
+        check_numbers(values, types, where)
+        check_bytes(self.to_dict(), where)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as json holds it: enums as text, sets as sorted lists, nested configurations as dicts."""
         fields = {f.name: f.default for f in dataclasses.fields(self) if f.name not in self.runtime_fields}
@@ -101,7 +111,7 @@ class PeftConfig(SeenAsPeft):
         """
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
-        os.makedirs(save_directory, exist_ok=True)
+        self.check_values()
         content = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
@@ -159,6 +169,13 @@ class PeftConfig(SeenAsPeft):
         """Read `adapter_config.json` from a folder or, where there is no such folder, from the Hub."""
         path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **kwargs)
         return cls.from_dict(cls.from_json_file(path), path)
+
+
+def check_is_config(value: object) -> None:
+    """TypeError for what is no configuration, such as its fields in a dictionary."""
+    if not isinstance(value, PeftConfig):
+        how = " get_peft_config makes one of a dictionary." if isinstance(value, Mapping) else ""
+        raise TypeError(f"expected a configuration such as LoraConfig(...), got {type(value).__name__}.{how}")
 
 
 @dataclass

@@ -14,23 +14,18 @@ from typing import Any
 
 import regex
 
-from .limits import MAX_PATTERN
+from ..files.checks import list_some
+from .limits import MAX_PATTERN, MAX_PATTERNS, is_plain
 from .types import PeftError
 
 CPU_SECONDS = 0.5  # for what a call matches
 _EACH = 1e-5  # and for each name and pattern: honest patterns take a tenth of it
 
-_PLAIN = re.compile(r"[A-Za-z0-9_.\-]*")
 # Which `regex` reads as approximate matches and as classes, and `re` as the characters that they are.
 _READ_OTHERWISE = re.compile(r"(?<!\\)(?<!\\N)\{(?!\d*,?\d*\})|\[:\^?\w+:\]")
 # `regex` writes `(ab){100}` out: repeat counts, which multiply where they are nested, times what is repeated.
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 _MAX_WRITTEN_OUT = 100_000
-
-
-def is_plain(pattern: str) -> bool:
-    """True for a module name, False for an expression (a dot of a name stands for a dot)."""
-    return _PLAIN.fullmatch(pattern) is not None
 
 
 def match_names(pattern: str, names: Iterable[str], prefix: str = "", suffix: str = r"\Z") -> dict[str, str]:
@@ -89,10 +84,18 @@ def _compiled(pattern: str, prefix: str, suffix: str) -> Any:
 def hits_of(patterns: Iterable[str], names: Sequence[str]) -> dict[str, Iterable[str]]:
     """The names that each pattern matches, wholly or from a dot on."""
     patterns = list(patterns)
-    plain = (p for p in patterns if is_plain(p))
-    hits: dict[str, Iterable[str]] = {p: [n for n in names if n == p or n.endswith("." + p)] for p in plain}
+    hits: dict[str, Iterable[str]] = {p: [] for p in patterns if is_plain(p)}
+    for name in names:
+        end = name
+        while end:  # each end of it that starts after a dot
+            if end in hits:
+                hits[end].append(name)  # type: ignore[attr-defined]
+            end = end.partition(".")[2]
     # No module has this name: it is read as a regular expression, its dots for any character.
     others = [p for p in patterns if not hits.get(p) and not p.isidentifier()]
+    if len(others) > MAX_PATTERNS:
+        what = f"{len(others)} patterns, {list_some(others, 3)}, are no module's name"
+        raise PeftError(f"{what}: at most {MAX_PATTERNS} are tried as expressions")
     hits.update(zip(others, match_all(others, names, prefix=r"(?:.*\.)?"), strict=True))
     return hits
 

@@ -15,10 +15,12 @@ from torch import nn
 
 from ..files.checks import list_some, short
 from .base import TargetConfig
-from .patterns import hits_of, is_plain, match_names
+from .limits import is_plain
+from .patterns import hits_of, match_names
 from .types import NoMatchingPeftModuleError, warn
 
 ALL_LINEAR = "all-linear"
+HEADS = ("classifier", "score", "qa_outputs")  # of transformers' models for tasks
 
 
 def by_type(table: Mapping[str, str]) -> dict[str, Any]:
@@ -132,6 +134,14 @@ def warn_unmatched(
     for field, values in lost.items():
         if values:
             warn(f"{field}: nothing in the model matches {list_some(sorted(values))}.", level=3)
+
+
+def warn_unsaved(config: TargetConfig, names: Sequence[str]) -> None:
+    """Warn of what `modules_to_save` names and the model lacks, where PEFT says nothing. The heads that a task may have
+    are named whether they are there or not."""
+    wanted = [name for name in config.modules_to_save or () if name not in HEADS]
+    if lost := [end for end in wanted if not any(name.endswith(end) for name in names)]:
+        warn(f"modules_to_save: nothing in the model matches {list_some(sorted(lost))}: it is not trained.", level=3)
 
 
 def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[str]) -> NoMatchingPeftModuleError:

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .checks import AdapterFileError, list_some, path_inside, read_json
+from .checks import AdapterFileError, Confined, list_some, open_regular, path_inside, read_json
 from .hub import CARD_NAME
+from .write_errors import Spare, named_write_errors
 
 # PEFT, transformers and the servers read files by name and pass over this one.
 MANIFEST_NAME = "fastpeft_manifest.json"
@@ -41,7 +42,7 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
     keep: files of an existing `path` that were not written anew stay in it (PEFT writes adapters into folders that
     hold other things too). A folder that cannot be renamed (see `_is_pinned`) keeps them in any case. Inside of another
     such folder there is nothing to do: that one is made whole. Raises whatever the body raises, after removing the
-    temporary folder.
+    temporary folder, and WriteError for a full disk, a limit of files or a read-only file system.
     """
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
@@ -50,20 +51,37 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
         target.mkdir(parents=True, exist_ok=True)
         yield target
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    home = target if _is_pinned(target) else target.parent
-    _remove_leftovers(home, target.name)
-    temporary = home / f".{target.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary.mkdir()
-    if target.exists():
-        os.chmod(temporary, target.stat().st_mode & 0o777)
-    try:
-        yield temporary
-        write_manifest(temporary)
-        _sync_tree(temporary)
-        _put_in_place(temporary, target, keep)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with named_write_errors(target), Spare() as spare:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        home = target if _is_pinned(target) else target.parent
+        _remove_leftovers(home, target.name)
+        temporary = home / f".{target.name}.tmp-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+        temporary.mkdir()
+        try:
+            if target.exists():
+                os.chmod(temporary, target.stat().st_mode & 0o777)
+            yield temporary
+            write_manifest(temporary)
+            _sync_tree(temporary)
+            _put_in_place(temporary, target, keep)
+        finally:
+            spare.give_back()
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path to write; on success that file becomes `path`: a reader sees the old file or the new one, never half
+    of it. Raises whatever the body raises, after removing what it wrote, and WriteError where there is no room."""
+    temporary = Path(f"{os.fspath(path)}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    with named_write_errors(path):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
@@ -142,7 +160,7 @@ def _sync_tree(root: Path) -> None:
 def _sync(path: str | os.PathLike[str]) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # a directory cannot be opened on Windows
+    except PermissionError:  # a directory cannot be opened on Windows
         return
     try:
         os.fsync(handle)
@@ -174,16 +192,14 @@ def _is_alive(pid: int) -> bool:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small text file: a reader sees the old file or the new one, never half of it."""
-    temporary = f"{os.fspath(path)}.tmp{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
+    """Write a small text file, whole or not at all."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         file.write(text)
-    os.replace(temporary, path)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -200,17 +216,20 @@ def write_manifest(root: Path) -> None:
 
 def verify_manifest(directory: str | os.PathLike[str], names: list[str] | None = None) -> None:
     """Raise AdapterFileError unless every file (or those named) is what the manifest says it was when written."""
-    root = Path(directory)
+    root = directory if isinstance(directory, Confined) else Path(directory)
     path = root / MANIFEST_NAME
-    if not path.is_file():
+    if not path.exists():
         raise AdapterFileError(f"{root} has no {MANIFEST_NAME}: unfinished, or written by something else")
     files = read_json(path).get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise AdapterFileError(f"{path}: expected an object `files` of objects")
     bad = []
-    for name, file in [(n, path_inside(root, n)) for n in files if names is None or n in names]:
+    for name in files if names is None else [n for n in names if n in files]:
+        file: Path | Confined = path_inside(root, name)
+        if isinstance(root, Confined):
+            file = Confined(Path(file), root.root)
         size, digest = files[name].get("bytes"), files[name].get("sha256")
-        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != digest:
+        if not os.path.isfile(file) or os.stat(file).st_size != size or sha256_of(file) != digest:
             bad.append(name)
     if bad:
         raise AdapterFileError(f"{root}: {list_some(bad)} changed since they were written (see {MANIFEST_NAME})")

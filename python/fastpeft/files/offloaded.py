@@ -5,8 +5,6 @@ Nothing of accelerate is imported: what it does to a module says what there is (
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .atomic import atomic_file
 
 
 def keeper(module: nn.Module) -> Any:
@@ -69,11 +69,9 @@ def keep(module: nn.Module, name: str, value: Tensor) -> None:
         from safetensors.torch import save_file
 
         folder = held.save_folder or Path(held.index[key]["safetensors_file"]).parent
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        save_file({key: value.cpu().contiguous().clone()}, temporary)
         file = Path(folder) / f"{key}.changed.safetensors"
-        os.replace(temporary, file)  # who has the old file mapped into memory keeps it
+        with atomic_file(file) as temporary:  # who has the old file mapped into memory keeps it
+            save_file({key: value.cpu().contiguous().clone()}, temporary)
         held.index[key] = {"safetensors_file": str(file), "weight_name": key}
 
 

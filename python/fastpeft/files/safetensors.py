@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
-from .checks import AdapterFileError, list_some, open_regular, parse_json, short
+from .checks import AdapterFileError, list_some, name_of, open_regular, parse_json, short
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 1 << 16  # LoRA on every expert of a large mixture has 46 thousand, and a header of about 9 MB
@@ -29,13 +31,15 @@ DTYPES: dict[str, torch.dtype] = {
 class Header:
     """A checked safetensors header: every tensor lies in the file, none overlaps another, nothing is left over.
 
-    tensors: on the meta device, for their shapes and dtypes. begins: where in the file they start.
+    tensors: on the meta device, for their shapes and dtypes. begins: where in the file they start. stamp: size and time
+    of the file that was read.
     """
 
-    path: Path
+    path: str | os.PathLike[str]
     tensors: dict[str, torch.Tensor]
     begins: dict[str, int]
     metadata: dict[str, str]
+    stamp: tuple[int, int]
 
 
 def read_header(
@@ -44,46 +48,77 @@ def read_header(
     """Read and check the header of a safetensors file; no tensor data is read."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    def broken(rule: str, found: str = "") -> AdapterFileError:
+        return AdapterFileError(f"{path}: {found}{rule}", f"{name_of(path)}: {rule}")
+
     with open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
+        stamp = _stamp(file)
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
         if length > max_header:
-            raise AdapterFileError(f"{path}: no safetensors file, or its header claims more than {max_header} bytes")
+            raise broken(f"no safetensors file, or its header claims more than {max_header} bytes")
         text = file.read(length)
     # Each tensor is an object. Counted first, since parsing millions of anything takes seconds.
     if text.count(b"{") > max_tensors + 2:
-        raise AdapterFileError(f"{path}: its header describes more than {max_tensors} tensors")
+        raise broken(f"its header describes more than {max_tensors} tensors")
     try:
-        with safe_open(path, framework="pt") as opened:
+        # numpy, of which nothing is used: for torch the library would also map the file into memory
+        with _private(start + text, stamp[0]) as copy, safe_open(copy, framework="np") as opened:
             metadata = opened.metadata()
             parts = {name: opened.get_slice(name) for name in opened.offset_keys()}
             found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except SafetensorError as error:
-        raise AdapterFileError(f"{path}: {error} (truncated, or no safetensors file?)") from None
+        raise broken("truncated, or no safetensors file?", f"{error}; ") from None
     if text.count(b"{") != len(found) + 1 + (metadata is not None):
         parse_json(text, path)  # a name stands there twice, or a brace in one
-    header = Header(path, {}, {}, metadata or {})
+    header = Header(path, {}, {}, metadata or {}, stamp)
     begin = 8 + length  # one after another, as safe_open has checked
     for name, (code, shape) in found.items():
         if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS or code not in DTYPES:
-            expected = f"at most {MAX_DIMS} dimensions, {MAX_ELEMENTS} elements, and one of {', '.join(DTYPES)}"
-            raise AdapterFileError(f"{path}: tensor {short(name)}: {code} of shape {short(shape)}, expected {expected}")
+            rule = f"expected at most {MAX_DIMS} dimensions, {MAX_ELEMENTS} elements, and one of {', '.join(DTYPES)}"
+            raise broken(rule, f"tensor {short(name)}: {code} of shape {short(shape)}, ")
         header.tensors[name] = tensor = torch.empty(shape, dtype=DTYPES[code], device="meta")
         header.begins[name] = begin
         begin += tensor.nbytes
     return header
 
 
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _private(head: bytes, size: int) -> Iterator[str]:
+    """A file for a library that opens files by their names: our copy of a header and as long as the file it is from.
+    Nobody exchanges it or cuts it short meanwhile, which would crash whoever has it mapped into memory."""
+    if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
+        handle = os.memfd_create("header", os.MFD_CLOEXEC)
+        with os.fdopen(handle, "wb") as file:
+            file.write(head)
+            file.truncate(max(size, file.tell()))
+            yield f"/proc/self/fd/{handle}"
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(head)
+        file.truncate(max(size, file.tell()))
+        yield file.name
+
+
 def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
     """Read tensors of a checked file into memory of their own: a mapped file that shrinks later would crash us."""
     tensors: dict[str, torch.Tensor] = {}
     with open_regular(header.path) as file:
+        if _stamp(file) != header.stamp:
+            rule = "changed while it was read"
+            raise AdapterFileError(f"{header.path}: {rule}", f"{name_of(header.path)}: {rule}")
         for name in header.tensors if names is None else names:
             info = header.tensors[name]
             data = torch.empty(info.nbytes, dtype=torch.uint8)
             file.seek(header.begins[name])
             if info.nbytes and file.readinto(data.numpy()) != info.nbytes:  # type: ignore[attr-defined]
-                raise AdapterFileError(f"{header.path}: ended inside tensor {short(name)} (truncated?)")
+                rule = "ended inside a tensor (truncated?)"
+                raise AdapterFileError(f"{header.path}: {rule}: {short(name)}", f"{name_of(header.path)}: {rule}")
             tensors[name] = data.view(info.dtype).view(info.shape)
     return tensors
 
@@ -91,7 +126,8 @@ def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str
 def check_finite(tensors: Mapping[str, torch.Tensor], where: object) -> None:
     """Raise if a floating-point tensor holds NaN or infinity, and name the tensors that do."""
     if bad := [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _all_finite(tensor)]:
-        raise AdapterFileError(f"{where}: NaN or infinite values in {list_some(bad)}")
+        rule = "NaN or infinite values"
+        raise AdapterFileError(f"{where}: {rule} in {list_some(bad)}", f"{rule} in {len(bad)} of its tensors")
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

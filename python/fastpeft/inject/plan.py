@@ -22,6 +22,7 @@ from ..config.targets import (
     model_config,
     no_match_error,
     warn_unmatched,
+    warn_unsaved,
 )
 from ..config.types import TaskType
 from ..files.checks import PREFIX, TUNER, list_some
@@ -189,6 +190,7 @@ def _plan(
 ) -> InjectionPlan:  # fmt: skip
     if not isinstance(config, TargetConfig):
         raise TypeError(f"{type(config).__name__} does not act on modules of a model")
+    config.check_values()
     method = method_of(config)
     method.check_config(config, loading=loading)
     bias = getattr(config, "bias", "none")
@@ -223,6 +225,7 @@ def _plan(
     elif keys is None:
         adapted = [info.name for info in infos]
         warn_unmatched(config, method.patterns.values(), list(sites), adapted, converted.targets)
+        warn_unsaved(config, list(sites))
     for info in infos:
         method.check_layer(configs.get(info.name, resolved), info)
     resolved_fan = corrected_fan_in_fan_out(config, sites, matched.names)

@@ -86,6 +86,6 @@ class Peanut(Method, config=PeanutConfig):
 def _activation(name: str) -> Any:
     from transformers.activations import ACT2FN
 
-    if name not in ACT2FN:
+    if not isinstance(name, str) or name not in ACT2FN:
         raise ValueError(f"Unsupported `act_fn`: {name}. Must be one of {sorted(ACT2FN)}.")
     return ACT2FN[name]

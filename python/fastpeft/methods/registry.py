@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import TypeVar
 
-from ..config.base import CLASSES, PeftConfig, class_of
+from ..config.base import CLASSES, PeftConfig, check_is_config, class_of
 from ..config.types import PeftType
 from ..config.types import peft_type as known_type
 from .method import METHODS, Method
@@ -46,6 +46,7 @@ def get_method(peft_type: PeftType | str | None) -> Method:
 
 def method_of(config: PeftConfig) -> Method:
     """The method that a configuration object asks for."""
+    check_is_config(config)
     if config.peft_type is None:
         raise ValueError(f"{type(config).__name__} names no method (peft_type is None)")
     return get_method(config.peft_type).variant(config)

@@ -49,7 +49,6 @@ def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str], 
     elif version not in lines:
         lines.append(f"{VERSIONS}\n\n{version}")
     card.text = "\n".join(lines)
-    os.makedirs(output_dir, exist_ok=True)
     write_text(path, str(card))
 
 

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.types import PeftType
+from ..config.base import check_ranks
+from ..config.limits import MAX_SCALE
+from ..config.types import PeftType, warn
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.registry import get_method, method_of
@@ -55,6 +57,11 @@ def add_weighted_lora(
             raise ValueError(
                 f"add_weighted_adapter adds plain LoRA adapters, and '{name}' is a {type(method_of(config)).__name__}"
             )
+    if svd_rank is not None:
+        check_ranks(svd_rank, field="svd_rank")
+    for name, share in (("density", density), ("svd_clamp", svd_clamp)):
+        if share is not None and not (share >= 0.0 if name == "density" else 0.0 <= share <= 1.0):
+            raise ValueError(f"`{name}` should be a share from 0 to 1, got {share!r}")
     how = "linear" if len(adapters) == 1 else combination_type
     rank = _rank(how, configs, svd_rank)
     mix: Any = merge_math.task_arithmetic
@@ -99,7 +106,7 @@ def _rank(how: str, configs: Sequence[Any], svd_rank: int | None) -> int:
     if how == "cat":
         return sum(ranks)
     if how in UPDATES:
-        return svd_rank or max(ranks)
+        return max(ranks) if svd_rank is None else svd_rank
     if how not in FACTORS:
         raise ValueError(f"Invalid combination_type: {how}")
     if len(set(ranks)) != 1:
@@ -209,12 +216,13 @@ COMBINES: dict[PeftType, Callable[..., None]] = {PeftType.LORA: add_weighted_lor
 def add_weighted_adapter(
     tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **options: Any
 ) -> None:  # fmt: skip
-    """Add an adapter that combines others of one method by weights; nothing happens if there is one of the new name.
+    """Add an adapter that combines others of one method by weights; a warning is all if there is one of the new name.
 
     LoRA's options are those of `add_weighted_lora`. Raises ValueError where adapters cannot be combined, with the model
     as it was.
     """
-    if adapter_name in tuner.peft_config:
+    if adapter_name in tuner.peft_config:  # PEFT says nothing, and scripts that add it twice go on
+        warn(f"There is an adapter {adapter_name!r} already: it is left as it is.", 2)
         return
     for name in adapters:
         if name not in tuner.peft_config:
@@ -223,6 +231,8 @@ def add_weighted_adapter(
         raise ValueError(f"Found no adapter matching the names in {list(adapters)}")
     if len(adapters) != len(weights):
         raise ValueError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
+    if wrong := [w for w in weights if not abs(float(w)) <= MAX_SCALE]:
+        raise ValueError(f"weights should be numbers of magnitude at most {MAX_SCALE:g}, got {wrong[0]!r}")
     methods = {str(getattr(tuner.peft_config[n].peft_type, "value", "")) for n in adapters}
     if len(methods) > 1:
         raise ValueError(f"add_weighted_adapter combines adapters of one method, got {', '.join(sorted(methods))}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config.base import PeftConfig
+from ..config.base import PeftConfig, check_is_config
 from ..config.types import warn
 from ..methods.registry import method_of
 from .peft_model import PeftModel, class_for
@@ -24,6 +24,7 @@ def get_peft_model(
     mixed: give PEFT's PeftMixedModel; any PeftModel here takes adapters of several methods. revision: of the base
     model, noted in the configuration. On an error the model is as it was.
     """
+    check_is_config(peft_config)
     new_name = model.__dict__.get("name_or_path") or None
     if peft_config.base_model_name_or_path not in (None, new_name):
         warn(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from ..config.base import PeftConfig
 from ..config.types import warn
 from ..files.progress import shown
 from ..inject.modules import AdapterModule, adapter_layers, adapter_modules, set_child, walk
@@ -19,6 +20,7 @@ class ModelMerging(nn.Module):
     """A model with adapter layers, which merges them."""
 
     model: nn.Module
+    peft_config: dict[str, PeftConfig]
     merge_errors: dict[str, float]  # of the last merge into quantised layers, by layer
 
     def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]:
@@ -39,9 +41,7 @@ class ModelMerging(nn.Module):
         result is requantised; a warning reports the error, and `merge_errors` holds it by layer. safe_merge: raise
         ValueError if a merged weight is not finite. An error leaves every weight as it was.
         """
-        layers = list(self.adapter_layers())
-        for _, layer in layers:
-            layer.to_merge(adapter_names)
+        layers = self._layers_to_merge(adapter_names)
         before = [(layer, list(layer.merged_adapters)) for _, layer in layers]
         try:
             found = {name: layer.merge(safe_merge=safe_merge, adapter_names=adapter_names) for name, layer in layers}
@@ -53,6 +53,17 @@ class ModelMerging(nn.Module):
                         layer.merge(adapter_names=names)
             raise
         self._report_errors(found)
+
+    def _layers_to_merge(self, adapter_names: Sequence[str] | None) -> list[tuple[str, AdapterLayer]]:
+        """All layers, once it is clear that the adapters are there and can be merged: unloading loses those that are
+        not. PEFT merges nothing, without a word, for a name that there is not."""
+        layers = list(self.adapter_layers())
+        for _, layer in layers:
+            layer.to_merge(adapter_names)
+        known = self.peft_config.keys()
+        if unknown := [name for name in adapter_names or () if name not in known]:
+            raise ValueError(f"adapter_names has {unknown}, there are {list(known)}.")
+        return layers
 
     def _report_errors(self, found: dict[str, float | None]) -> None:
         self.merge_errors = errors = {name: error for name, error in found.items() if error is not None}
@@ -78,9 +89,7 @@ class ModelMerging(nn.Module):
         safe_merge: every layer's result is checked before the first is written, so that an error leaves every weight
         as it was.
         """
-        layers = list(self.adapter_layers())
-        for _, layer in layers:
-            layer.to_merge(adapter_names)
+        layers = self._layers_to_merge(adapter_names)
         if safe_merge:
             for _, layer in layers:
                 layer.check_safe(adapter_names)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..config.base import PeftConfig, TargetConfig
+from ..config.base import PeftConfig, TargetConfig, check_is_config
 from ..config.seen_as_peft import SeenAsPeft
 from ..config.types import TaskType
 from ..files.hub import pushing
@@ -49,6 +49,7 @@ class PeftModel(SeenAsPeft, nn.Module):
         autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False, _plan: InjectionPlan | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        check_is_config(peft_config)
         self.peft_type = peft_config.peft_type
         with self._preparing(peft_config):
             self.base_model: BaseTuner = tuner_class(method_of(peft_config))(
@@ -162,6 +163,7 @@ class PeftModel(SeenAsPeft, nn.Module):
     @contextmanager
     def _preparing(cls, peft_config: PeftConfig, inference_mode: bool | None = None) -> Iterator[None]:
         """Add the task's head to a configuration's `modules_to_save`, and set its mode; taken back on an error."""
+        check_is_config(peft_config)
         before, mode = getattr(peft_config, "modules_to_save", None), peft_config.inference_mode
         peft_config.inference_mode = mode if inference_mode is None else inference_mode
         if cls.head_names and isinstance(peft_config, TargetConfig):
@@ -243,9 +245,8 @@ class PeftModel(SeenAsPeft, nn.Module):
                 tensors, config = as_plain_lora(
                     self.base_model, name, tensors, path_initial_model_for_weight_conversion
                 )
-            if writes:
-                folder = save_directory if name == "default" else os.path.join(save_directory, name)
-                save_adapter(folder, tensors, self._config_for_file(config))
+            folder = save_directory if name == "default" else os.path.join(save_directory, name)
+            save_adapter(folder, tensors, self._config_for_file(config), writes)
         if writes:
             card.update_card(self, save_directory)
             if (push := pushing(kwargs, save_directory)) is not None:
@@ -255,6 +256,7 @@ class PeftModel(SeenAsPeft, nn.Module):
     push_to_hub = card.push_model
 
     def _config_for_file(self, config: PeftConfig) -> dict[str, Any]:
+        config.check_values()
         content = config.to_dict()
         content["inference_mode"] = True
         if content["base_model_name_or_path"] is None:

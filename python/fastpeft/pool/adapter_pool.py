@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.limits import BASE
+from ..files.checks import Confined
 from . import files
 from .buffers import Buffers, Staged
 from .files import Registry, Signature, signature_of
@@ -124,7 +125,8 @@ class AdapterPool:
             return [r.name for r in sorted(self._slots.current.values(), key=lambda r: r.used)]
 
     def add(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Make one more adapter known, wherever its folder is. Raises ValueError for a name that is bad or taken."""
+        """Make one more adapter known, wherever its folder is; links in it may not leave it, or the pool's directory if
+        it lies there. Raises ValueError for a name that is bad or taken."""
         with self._lock:
             self.registry.add(name, folder)
 
@@ -331,7 +333,7 @@ class AdapterPool:
 
     # Outside of it
 
-    def _read(self, folder: Path) -> Staged:
+    def _read(self, folder: Confined) -> Staged:
         return files.read(folder, self._selector, self._buffers)
 
     def _wait_read(self, load: Load, deadline: float | None) -> Staged:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peft_kernels import AdapterStack
 
+from ..files.checks import AdapterFileError
 from ..weights.base import LayerInfo
 
 Group = tuple[torch.dtype, int]  # of layers whose a, or b, have this dtype and width
@@ -118,7 +119,8 @@ class Buffers:
             ranks[row], scaling[row] = r, part.scaling
         for (of, _), staged in rows.items():
             if not torch.isfinite(staged.sum(dtype=torch.float64)) and not torch.isfinite(staged).all():
-                raise ValueError(f"a value is beyond the range of {of}, the pool's dtype")
+                rule = f"a value is beyond the range of {of}, the pool's dtype"
+                raise AdapterFileError(rule, rule)
         return Staged(rank, rows, ranks, scaling)
 
     def write(self, slot: int, start: int, staged: Staged) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.base import CONFIG_NAME, PeftConfig
 from ..config.limits import check_adapter_name, check_config
-from ..files.checks import PREFIX, AdapterFileError, list_some, path_inside, read_json
+from ..files.checks import PREFIX, AdapterFileError, Confined, list_some, path_inside, read_json
 from ..methods.lora.lora import Lora, LoraConfig, scaling_of
 from ..methods.registry import method_of
 from ..saving.export import beyond_plain_lora
@@ -24,29 +24,33 @@ Signature = tuple[tuple[int, int, int] | None, ...]
 # Options of LoRA whose tensors or layers are no A and B of modules that are there.
 _OTHER_OPTIONS = ("target_parameters", "trainable_token_indices", "layer_replication", "ensure_weight_tying",
                   "arrow_config", "megatron_config")  # fmt: skip
+_PLAIN = "it is no plain LoRA, which is all that is served"
 
 
 class AdapterLoadError(RuntimeError):
-    """An adapter that cannot be used: `name`, and why not: `reason`. Others are not affected."""
+    """An adapter that cannot be used: `name`, and why not: `reason`. Others are not affected.
 
-    def __init__(self, name: str, reason: str) -> None:
+    rule: the reason for strangers, without places of files and without anything that they hold.
+    """
+
+    def __init__(self, name: str, reason: str, rule: str = "") -> None:
         super().__init__(f"adapter {name!r}: {reason}")
-        self.name, self.reason = name, reason
+        self.name, self.reason, self.rule = name, reason, rule
 
     def __reduce__(self) -> Any:
-        return type(self), (self.name, self.reason)
+        return type(self), (self.name, self.reason, self.rule)
 
 
 class UnknownAdapterError(AdapterLoadError):
     """There is no adapter of this name."""
 
 
-def signature_of(folder: Path) -> Signature:
+def signature_of(folder: os.PathLike[str]) -> Signature:
     """(time, size, inode) of an adapter's two files: what differs after a change. None for a file that is missing."""
 
     def one(name: str) -> tuple[int, int, int] | None:
         try:
-            found = os.stat(folder / name)
+            found = os.stat(os.path.join(folder, name))
         except OSError:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
@@ -56,20 +60,20 @@ def signature_of(folder: Path) -> Signature:
 
 @dataclass
 class Record:
-    """An adapter folder. listed: whether it was found in the pool's directory. failure: why it could not be read last,
-    with the signature that it had then."""
+    """An adapter folder. listed: whether it was found in the pool's directory. failure: why it could not be read last
+    (reason and rule), with the signature that it had then."""
 
     name: str
-    folder: Path
+    folder: Confined
     listed: bool = False
-    failure: tuple[Signature, str] | None = None
+    failure: tuple[Signature, str, str] | None = None
 
     def check(self) -> None:
         """Raise what reading it raised last, unless its files have changed since."""
         if self.failure is None:
             return
         if self.failure[0] == signature_of(self.folder):
-            raise AdapterLoadError(self.name, self.failure[1])
+            raise AdapterLoadError(self.name, *self.failure[1:])
         self.failure = None
 
 
@@ -90,28 +94,33 @@ class Registry:
     def add(self, name: str, folder: str | os.PathLike[str]) -> None:
         check_adapter_name(name)
         if name in self.records:
-            raise ValueError(f"there is an adapter {name!r} already ({self.records[name].folder}): remove it first")
-        if not (Path(folder) / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: not an adapter")
-        self.records[name] = Record(name, Path(folder).resolve())
+            raise ValueError(f"there is an adapter {name!r} already: remove it first")
+        place, root = Path(folder).resolve(), None if self.directory is None else self.directory.resolve()
+        found = Confined(place, root if root is not None and root in place.parents else place)
+        try:
+            os.lstat(found / CONFIG_NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: not an adapter") from None
+        self.records[name] = Record(name, found)
 
-    def look(self) -> tuple[dict[str, Path], dict[str, str]]:
+    def look(self) -> tuple[dict[str, Confined], dict[str, str]]:
         """The adapter folders of the directory now, and why others are none, by name."""
-        found: dict[str, Path] = {}
+        found: dict[str, Confined] = {}
         refused: dict[str, str] = {}
         if self.directory is None:
             return found, refused
-        with os.scandir(self.directory) as entries:
-            # isfile is False for what cannot be looked at, a link to itself say, where the entry's is_dir raises
-            folders = sorted(e.name for e in entries if os.path.isfile(os.path.join(e.path, CONFIG_NAME)))
+        root = self.directory.resolve()
+        with os.scandir(root) as entries:
+            # lexists is False for what cannot be looked at, a link to itself say, where the entry's is_dir raises
+            folders = sorted(e.name for e in entries if os.path.lexists(os.path.join(e.path, CONFIG_NAME)))
         for name in folders:
             try:
-                found[check_adapter_name(name)] = path_inside(self.directory, name)
+                found[check_adapter_name(name)] = Confined(path_inside(root, name), root)
             except AdapterFileError as error:
                 refused[name] = str(error)
         return found, refused
 
-    def update(self, seen: tuple[dict[str, Path], dict[str, str]]) -> tuple[list[str], list[str]]:
+    def update(self, seen: tuple[dict[str, Confined], dict[str, str]]) -> tuple[list[str], list[str]]:
         """Take over what `look` saw. Returns the names that are new, and those whose folders are gone or moved."""
         found, self.refused = seen
         gone = [name for name, r in self.records.items() if r.listed and found.get(name) != r.folder]
@@ -127,18 +136,19 @@ def lora_config(content: Mapping[str, Any]) -> LoraConfig:
     """The configuration of a folder, which must be plain LoRA's: else ValueError that says what it has beyond."""
     reasons = beyond_plain_lora(content, {})  # tensors are compared with what the model needs, one by one, later
     if reasons:
-        raise AdapterFileError(f"a pool serves plain LoRA: {'; '.join(reasons)}")
+        raise AdapterFileError(f"a pool serves plain LoRA: {'; '.join(reasons)}", _PLAIN)
     config = PeftConfig.from_peft_type(**{k: v for k, v in content.items() if k != "runtime_config"})
     assert isinstance(config, LoraConfig)
     method = method_of(config)
     method.check_config(config, loading=True)
     set_options = [f"{f}={getattr(config, f)!r}" for f in _OTHER_OPTIONS if getattr(config, f)]
     if set_options or type(method) is not Lora:
-        raise AdapterFileError(f"a pool serves plain LoRA, not {', '.join(set_options) or type(method).__name__}")
+        found = ", ".join(set_options) or type(method).__name__
+        raise AdapterFileError(f"a pool serves plain LoRA, not {found}", _PLAIN)
     return config
 
 
-def read_config(folder: Path) -> LoraConfig:
+def read_config(folder: Confined) -> LoraConfig:
     """The checked configuration of a folder whose tensors are not looked at."""
     path = folder / CONFIG_NAME
     content = read_json(path)
@@ -146,29 +156,31 @@ def read_config(folder: Path) -> LoraConfig:
     return lora_config(content)
 
 
-def read(folder: Path, selector: Selector, buffers: Buffers) -> Staged:
-    """Read an adapter into CPU memory, laid out for the pool.
+def read(folder: Confined, selector: Selector, buffers: Buffers) -> Staged:
+    """Read an adapter into CPU memory, laid out for the pool, from files that lie in the pool's directory.
 
     Configuration, names, shapes, ranks and sizes are checked before a tensor is read, then the values. Raises
     ValueError, OSError or NotImplementedError.
     """
-    if not folder.is_dir():  # which could otherwise be the name of a repository
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"the folder {folder} is gone")
     before = signature_of(folder)
     source = open_adapter(folder)
     config = lora_config(source.config)
     names = selector.names(config)
     if not names:
-        raise AdapterFileError(f"its target_modules {config.target_modules!r} select nothing in this model")
+        rule = "its target_modules select nothing in this model"
+        raise AdapterFileError(f"{rule}: {config.target_modules!r}", rule)
     outside = [name for name in names if name not in buffers.layers]
     if outside:
         why = selector.why_not(outside[0]) or f"targets {list_some(outside, 3)}, outside of the pool's target_modules"
-        raise AdapterFileError(why)
+        raise AdapterFileError(why, "it targets modules that this server does not serve")
     configs = method_of(config).layer_config(config, names)
     parts = {name: configs.get(name, config) for name in names}
     top = max(part.r for part in parts.values())
     if top > buffers.max_rank:
-        raise AdapterFileError(f"its rank {top} is above the pool's max_rank={buffers.max_rank}")
+        why = f"is above the pool's max_rank={buffers.max_rank}"
+        raise AdapterFileError(f"its rank {top} {why}", f"its rank {why}")
     shapes = {}
     for name, part in parts.items():
         info = buffers.layers[name]
@@ -183,7 +195,7 @@ def read(folder: Path, selector: Selector, buffers: Buffers) -> Staged:
         for name, part in parts.items()
     })  # fmt: skip
     if signature_of(folder) != before:
-        raise AdapterFileError(f"{folder} changed while it was read")
+        raise AdapterFileError(f"{folder} changed while it was read", "it changed while it was read; try again")
     return staged
 
 

@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
+from ..files.checks import Confined, rule_of
 from .buffers import Staged
 from .files import AdapterLoadError, Record, Registry, Signature, signature_of
 
@@ -34,7 +34,7 @@ class Loads:
     """The loads under way, by name. `lock` is held by callers of everything but what runs on the threads."""
 
     def __init__(
-        self, lock: threading.Condition, registry: Registry, read: Callable[[Path], Staged], threads: int, most: int
+        self, lock: threading.Condition, registry: Registry, read: Callable[[Confined], Staged], threads: int, most: int
     ) -> None:
         self._lock, self._registry, self._read_folder, self.most = lock, registry, read, most
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="fastpeft-pool")
@@ -108,11 +108,12 @@ class Loads:
             staged = self._read_folder(record.folder)
         except Exception as error:  # whatever a file makes go wrong is its own adapter's
             reason = (str(error) or type(error).__name__)[:MAX_REASON]
-            failed = AdapterLoadError(record.name, reason)
+            rule = rule_of(error)
+            failed = AdapterLoadError(record.name, reason, rule)
             failed.__cause__ = error
             with self._lock:
                 self.failures += 1
-                record.failure = (load.signature, reason)
+                record.failure = (load.signature, reason, rule)
                 if self._loads.get(record.name) is load:
                     del self._loads[record.name]
             load.future.set_exception(failed)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..files.atomic import atomic_file
 from ..inject.modules import inside_saved, walk
 from ..inject.plan import resolve_targets
 from ..methods.method import LayerInfo
@@ -85,7 +86,5 @@ def load_tensors(path: str | None, names: Sequence[str]) -> dict[str, Tensor] | 
 def save_tensors(path: str | None, tensors: Mapping[str, Tensor]) -> None:
     if path is None:
         return
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.tmp{os.getpid()}"
-    torch.save(dict(tensors), temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(dict(tensors), file)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config.patterns import first_match
 from ..files import atomic
-from ..files.checks import PREFIX, AdapterFileError, list_some
+from ..files.checks import PREFIX, AdapterFileError, Confined, list_some
 from ..methods.lora.lora import scaling_of
 from ..methods.lora.start import start_of
 from .folder import load_adapter_file, open_adapter, save_adapter
@@ -82,7 +82,7 @@ def inspect_adapter(directory: str | os.PathLike[str]) -> AdapterReport:
     )
 
 
-def _manifest_state(folder: Path) -> str:
+def _manifest_state(folder: Path | Confined) -> str:
     if not (folder / atomic.MANIFEST_NAME).exists():
         return "none"
     try:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..config.base import CONFIG_NAME, PeftConfig
-from ..config.limits import check_config
+from ..config.limits import check_bytes, check_config
 from ..files import atomic
-from ..files.checks import AdapterFileError, open_regular, path_inside, read_json
+from ..files.checks import AdapterFileError, Confined, open_regular, path_inside, read_json
 from ..files.hub import find_adapter_file
 from ..files.safetensors import Header, check_finite, read_header, read_tensors
 
@@ -32,11 +32,20 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]
 
 
 def save_adapter(
-    directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
+    directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: Mapping[str, Any], writes: bool = True
 ) -> None:
-    """Write an adapter folder in one step: a crash leaves what was there before. Other files in the folder stay."""
+    """Write an adapter folder in one step: a crash leaves what was there before. Other files in the folder stay.
+
+    Raises AdapterFileError for what would be refused when it is read: values of the configuration, NaN and infinity.
+    writes: False for a process that checks the same and leaves the writing to another.
+    """
     from safetensors.torch import save_file
 
+    check_config(config, directory)
+    check_bytes(config, directory)
+    check_finite(state_dict, f"{directory} is not written: the adapter cannot be used")
+    if not writes:
+        return
     tensors: dict[str, Tensor] = {}
     held: set[int] = set()
     for key, value in sorted(state_dict.items()):
@@ -68,7 +77,7 @@ def _plain(value: Any) -> Any:
 class AdapterSource:
     """An adapter folder whose configuration and header were read and checked; the tensors are still on the disk."""
 
-    folder: Path
+    folder: Path | Confined
     config: dict[str, Any]
     tensors: dict[str, Tensor]  # for their names, shapes and dtypes; a pickle's hold their values
     header: Header | None = None
@@ -90,8 +99,9 @@ def open_adapter(
     """Read and check an adapter's configuration and header.
 
     directory: a local folder, or `user/name` on the Hugging Face Hub, which needs huggingface_hub and its `hub`
-    arguments (revision, token, cache_dir, local_files_only, ...; others are passed over). allow_pickle: also accept
-    `adapter_model.bin`, through torch.load(weights_only=True).
+    arguments (revision, token, cache_dir, local_files_only, ...; others are passed over), whose links are followed; a
+    folder that is `Confined` as that says. allow_pickle: also accept `adapter_model.bin`, through
+    torch.load(weights_only=True).
     """
     folder = _local_folder(directory, subfolder, allow_pickle, hub)
     if not (config_path := folder / CONFIG_NAME).exists():
@@ -107,7 +117,8 @@ def open_adapter(
     if not allow_pickle:
         raise AdapterFileError(
             f"{folder} holds only {PICKLE_NAME}, a pickle, which can run code when it is loaded. "
-            "If you trust it, pass allow_pickle=True (it is then read with weights_only=True)"
+            "If you trust it, pass allow_pickle=True (it is then read with weights_only=True)",
+            f"it holds only {PICKLE_NAME}, a pickle, which can run code when it is loaded",
         )
     return AdapterSource(folder, config, _read_pickle(pickle))
 
@@ -118,7 +129,7 @@ def load_adapter_file(directory: str | os.PathLike[str], **options: Any) -> tupl
     return source.config, source.read()
 
 
-def _warn_if_changed(folder: Path) -> None:
+def _warn_if_changed(folder: Path | Confined) -> None:
     try:
         if (folder / atomic.MANIFEST_NAME).exists():
             atomic.verify_manifest(folder, [SAFETENSORS_NAME])
@@ -127,9 +138,9 @@ def _warn_if_changed(folder: Path) -> None:
         warnings.warn(f"{error}. Loading it all the same; save it again to refresh the manifest.", stacklevel=4)
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    size = path.stat().st_size
+def _read_pickle(path: Path | Confined) -> dict[str, Tensor]:
     with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises whatever the file makes it raise
@@ -143,7 +154,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _local_folder(
     directory: str | os.PathLike[str], subfolder: str | None, allow_pickle: bool, hub: dict[str, Any]
-) -> Path:
+) -> Path | Confined:
+    if isinstance(directory, Confined):
+        return directory
     root = Path(directory)
     if root.is_dir():
         return path_inside(root, subfolder) if subfolder else root

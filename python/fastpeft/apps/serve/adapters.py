@@ -25,9 +25,9 @@ class Adapters:
     unload adapters, of folders below `directory`. every: seconds after which the directory is looked through again."""
 
     def __init__(
-        self, engine: Engine, base: str, root: str, directory: Path | None, by_request: bool, every: float
+        self, engine: Engine, base: str, directory: Path | None, by_request: bool, every: float
     ) -> None:
-        self.engine, self.base, self.root, self.every = engine, base, root, every
+        self.engine, self.base, self.every = engine, base, every
         self.pool = engine.pool
         self.directory = None if directory is None else directory.resolve()
         self.by_request = by_request and self.pool is not None
@@ -45,7 +45,7 @@ class Adapters:
         return [self.entry(name) for name in (self.base, *self.names())]
 
     def entry(self, name: str) -> dict[str, Any]:
-        return model_entry(name, None if name == self.base else self.base, self.created, self.root)
+        return model_entry(name, None if name == self.base else self.base, self.created)
 
     async def find(self, name: str) -> None:
         """Raise 404 for a name that is no adapter's, after another look at the directory if it has such a folder."""
@@ -98,7 +98,7 @@ class Adapters:
         try:
             folder = (self.directory / path).resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a character that no path has, a loop of links
-            raise bad(f"lora_path: {short(path)} cannot be a path: {error}", "lora_path") from error
+            raise bad(f"lora_path: {short(path)} cannot be a path", "lora_path") from error
         if self.directory not in folder.parents:
             raise bad(f"lora_path: {short(path)} is not below the server's directory of adapters", "lora_path")
         if name == self.base:
@@ -134,7 +134,7 @@ class Adapters:
                 why = f"adapter {short(name)} was unloaded while it was loaded"
                 raise ApiError(409, why, "adapter_unloaded", "lora_name") from error
             self._remove(name)
-            raise unusable(name, error.reason) from error
+            raise unusable(error) from error
         except PoolFull:
             pass  # it is read when there is room
         finally:

@@ -86,6 +86,9 @@ def event(body: dict[str, Any]) -> str:
 DONE = "data: [DONE]\n\n"
 
 
-def model_entry(name: str, parent: str | None, created: int, root: str) -> dict[str, Any]:
-    """An entry of /v1/models; `parent` is the base of an adapter."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "fastpeft", "root": root, "parent": parent}
+def model_entry(name: str, parent: str | None, created: int) -> dict[str, Any]:
+    """An entry of /v1/models; `parent` is the base of an adapter. `root`, the base's path in vLLM, is its name here."""
+    return {
+        "id": name, "object": "model", "created": created, "owned_by": "fastpeft", "root": parent or name,
+        "parent": parent,
+    }  # fmt: skip

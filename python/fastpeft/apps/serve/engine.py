@@ -298,7 +298,7 @@ class Engine:
         except UnknownAdapterError as error:
             raise unknown(name) from error
         except AdapterLoadError as error:
-            raise unusable(name, error.reason) from error
+            raise unusable(error) from error
         except PoolFull as error:
             raise late(self.limits.timeout, f": {error}") from error
 

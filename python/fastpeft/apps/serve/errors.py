@@ -1,10 +1,18 @@
-"""Answers to a request other than text, as an OpenAI client expects them."""
+"""Answers to a request other than text, as an OpenAI client expects them.
+
+A client is a stranger: it learns what is wrong with what it sent and which rule an adapter breaks, never where files of
+the server lie nor what is in them. That is said here and nowhere else; the server's log has the whole.
+"""
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from typing import Any
 
+from ...pool import AdapterLoadError
+
+logger = logging.getLogger("fastpeft.apps.serve")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
 
@@ -16,6 +24,9 @@ class ApiError(Exception):
         self, status: int, message: str, code: str | None = None, param: str | None = None, retry_after: int = 0
     ) -> None:
         super().__init__(message)
+        if status == 500:  # the server's own fault: what failed, and of why, which may say anything, nothing
+            logger.error("%s: %r", code, message)
+            message = message.partition(":")[0]
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = {} if not retry_after else {"Retry-After": str(retry_after)}
 
@@ -45,8 +56,11 @@ def unknown(name: str) -> ApiError:
     return ApiError(404, f"The model {short(name)} does not exist: {why}", "model_not_found", "model")
 
 
-def unusable(name: str, reason: str) -> ApiError:
-    return ApiError(422, f"adapter {name!r} cannot be used: {reason}", "adapter_unusable", "model")
+def unusable(error: AdapterLoadError) -> ApiError:
+    """For an adapter whose files are broken, refused or gone, named relative to the server's directory of adapters."""
+    logger.warning("adapter %r cannot be used: %r", error.name, error.reason)
+    why = f"adapter {error.name!r} cannot be used: {error.rule or 'the log of the server says why'}"
+    return ApiError(422, why, "adapter_unusable", "model")
 
 
 def not_finite(adapter: str | None) -> ApiError:

@@ -106,7 +106,7 @@ def load(options: Options, say: Say) -> Loaded:
     name = options.name or _name_of(options.model)
     if pool is not None and name in pool:
         say(f"warning: adapter {name!r} has the base model's name and cannot be asked for; see --served-model-name")
-    adapters = Adapters(engine, name, source.location, options.adapters, options.by_request, options.rescan)
+    adapters = Adapters(engine, name, options.adapters, options.by_request, options.rescan)
     storage = "NF4" if options.nf4 else "dense"
     note = f"{source.note}, {storage}, {str(dtype).removeprefix('torch.')} on {device}"
     return Loaded(Service(engine, tokenizer, adapters, options.bodies), note, name, pool)

@@ -48,7 +48,7 @@ class Start:
             return
         value = getattr(config, self.field)
         if not isinstance(value, self.options | None):
-            raise TypeError(f"`{self.field}` must be a `{self.options.__name__}`, a dict, or None.")
+            raise TypeError(f"`{self.field}` must be a `{self.options.__name__}`, a dict, or None, got {value!r}.")
         if chosen and value is None:
             text = f"`init_lora_weights` is '{self.name}' but `{self.field}` is not specified. Using its defaults."
             warnings.warn(text, PeftWarning, stacklevel=5)
