@@ -27,8 +27,7 @@ def linears(x: Tensor, layers: Sequence[RowHost]) -> list[Tensor] | None:
 
 
 def _projection(layer: RowHost, x: Tensor) -> RowProjection | None:
-    rows = layer.rows
-    routed = None if rows.stack is not None or rows.names is None else rows.routed(rows.names)
+    routed = layer.rows.by_name()
     if routed is None or len(x) != len(routed.rows) or layer.merged_adapters or layer.base.transient:
         return None
     first = routed.first
