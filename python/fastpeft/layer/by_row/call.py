@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 RowNames = tuple[str, ...]
 RowValues = Mapping[str, Sequence[Any]]
 _NOTE = "fastpeft: rows"  # in the metadata of a node
 _autograd: Any = torch._C._autograd
+_top = _autograd._top_saved_tensors_default_hooks
 _task, _node, _number = torch._C._current_graph_task_id, torch._C._current_autograd_node, _autograd._get_sequence_nr
 
 
@@ -60,7 +62,7 @@ class RowCall:
         if not torch.compiler.is_compiling():
             self.task = _task()
             if self._graph and _autograd._saved_tensors_hooks_is_enabled():
-                above = _autograd._top_saved_tensors_default_hooks(False)
+                above = _top(False)
                 other = None if above is None else getattr(above[0], "__self__", None)
                 self._hooks = other._hooks if isinstance(other, RowCall) else above
                 self._first, self._last = _number(), sys.maxsize
@@ -184,6 +186,19 @@ def _leads(start: Any, node: Any, number: int) -> bool:
                 seen.add(following)
                 waiting.append(following)
     return False
+
+
+def unnoted(make: Callable[..., T], *args: Any) -> T:
+    """make(*args), a node of the graph in which no checkpoint begins: it is spared the hooks of what it saves."""
+    spared = None if now.call is None or torch.compiler.is_compiling() else _top(False)
+    call = None if spared is None else getattr(spared[0], "__self__", None)
+    if spared is None or type(call) is not RowCall or call._hooks is not None:
+        return make(*args)
+    _autograd._pop_saved_tensors_default_hooks()
+    try:
+        return make(*args)
+    finally:
+        _autograd._push_saved_tensors_default_hooks(*spared)
 
 
 def call_of(layer: Any) -> RowCall | None:

@@ -22,7 +22,7 @@ from ...config.limits import BASE
 from ...methods.fused import Fused, FusedProjection, LowRank
 from ...methods.method import Method
 from ..compose import Composed
-from .call import part
+from .call import part, unnoted
 from .names import RowHost, check_length, grouped
 from .packed import Packed, pack
 from .train import linears
@@ -195,7 +195,7 @@ class Routed:
     def _alone(self, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Rows of one adapter, as if it alone were active."""
         fused = None if args or kwargs else self._fused.get(name)
-        y = None if fused is None else fused(x)
+        y = None if fused is None else unnoted(fused, x)
         return self.layer._compose(x, [] if name == BASE else [name], args, kwargs) if y is None else y
 
     # The rows that share a call of the base layer

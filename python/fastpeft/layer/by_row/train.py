@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peft_kernels import RowProjection
 
+from .call import unnoted
 from .names import RowHost
 
 
@@ -22,7 +23,7 @@ def linears(x: Tensor, layers: Sequence[RowHost]) -> list[Tensor] | None:
         if found is None:
             return None
         projections.append(found)
-    ys: list[Tensor] | None = layers[0].rows.together(x, *projections)
+    ys: list[Tensor] | None = unnoted(layers[0].rows.together, x, *projections)
     return ys
 
 
