@@ -105,7 +105,7 @@ class PreparedCall:
     `lora_linear_by_row`, which are then called as `call(x, *projections)`. Without gradients each of them but
     `dora_linear_normed` and `lora_linear_by_row` is prepared; with gradients these two, `lora_linear` and
     `lora_linear_stacked` are, whose weights and biases are frozen then. Errors are the function's. A copy, or a pickle,
-    is a call that has not been made. One call is for one thread at a time.
+    is a call that has not been made. Threads may share one: what it keeps is never written to.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -126,9 +126,10 @@ class PreparedCall:
             last = self._last[graph]
             if last is None or not last.holds(x, given):
                 bind = _bind_of(self._function, graph)
-                last = self._last[graph] = None if bind is None else bind(x, arguments)
+                last = None if bind is None else bind(x, arguments)
                 if last is not None:
                     last.given = given
+                self._last[graph] = last  # whole, as other threads may take it
             if last is not None:
                 return last.run(x)
         return self._function(x, *arguments) if one_by_one is None else self._function(x, arguments)

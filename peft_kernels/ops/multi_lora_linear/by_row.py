@@ -47,7 +47,8 @@ class RowPlan:
     def tables(self, tokens: int, device: torch.device, ranks: list[int], scaling: Sequence[float]) -> _Tables:
         """Its tensors, made anew where one of these is another."""
         asked = (tokens, device, ranks, [*scaling])
-        if self._last is None or self._last[0] != asked:
+        last = self._last  # whole, as other threads may put theirs there
+        if last is None or last[0] != asked:
 
             def tensor(values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
                 return torch.tensor(values, dtype=dtype, device=device)
@@ -55,8 +56,8 @@ class RowPlan:
             each_row = tensor(self.adapters).repeat_interleave(tokens // max(1, len(self.adapters)))
             starts = tensor([sum(ranks[:i]) for i in range(len(ranks))])
             made = _Tables(each_row, starts, tensor(ranks), tensor(scaling, torch.float32), max(ranks))
-            self._last = asked, made
-        return self._last[1]
+            self._last = last = asked, made
+        return last[1]
 
 
 class RowProjection(NamedTuple):

@@ -97,21 +97,21 @@ class KnownModules:
 
     def __init__(self) -> None:
         # model, the `_modules` of every module that was walked through, what was in them, what was found
-        self._last: tuple[nn.Module | None, list[Any], list[list[Any]], list[AdapterModule]] = (None, [], [], [])
+        self._last: tuple[nn.Module | None, list[Any], list[list[Any]], dict[AdapterModule, int]] = (None, [], [], {})
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of a model has modules of its own
         return KnownModules, ()
 
-    def of(self, model: nn.Module) -> list[AdapterModule]:
-        """Those of `model`; not to be changed."""
+    def of(self, model: nn.Module) -> dict[AdapterModule, int]:
+        """Those of `model`, each with a 1; not to be changed."""
         if torch.compiler.is_compiling():  # a graph has guards of its own
-            return [module for _, module in adapter_modules(model)]
+            return {module: 1 for _, module in adapter_modules(model)}
         known, stores, children, found = self._last
         if known is not model or [*map(list, map(dict.values, stores))] != children:
             modules = [site.module for site in walk(model)]
             inner = [module.base_layer for module in modules if isinstance(module, AdapterLayer)]
             stores = [module._modules for module in (*modules, *inner)]
-            found = [m for m in modules if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))]
+            found = dict.fromkeys((m for m in modules if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))), 1)
             self._last = model, stores, [[*store.values()] for store in stores], found
         return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..methods.method import AdaptedLayer
 from ..weights.base import LayerInfo, Weight
+from .by_row.call import part
 
 
 class Composed:
@@ -66,7 +67,7 @@ class Composed:
         if self.bare:
             return self._layer.base.bias
         zeros = torch.zeros(self.info.in_features, dtype=self.info.dtype, device=self.info.device)
-        with self._layer.rows.without_values():  # this is no row of the batch
+        with part(self._layer, None):  # this is no row of the batch
             return self(zeros[None])[0]
 
     def frozen(self) -> Callable[[], Tensor] | None:

@@ -21,7 +21,7 @@ from ..methods.fused import Fused
 from ..methods.method import Method, State
 from ..weights.base import BaseWeight
 from .base import MergingLayer
-from .by_row.names import Recall, RowValues
+from .by_row.call import RowValues, now
 from .by_row.rows import RowState
 from .compose import Composed
 from .containers import AdapterDict, AdapterValues
@@ -275,7 +275,8 @@ class AdapterLayer(MergingLayer):
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plan = self._plan if self.rows.idle and not torch.compiler.is_compiling() else None
+        mine = now.call is None and self.rows.idle and not torch.compiler.is_compiling()
+        plan = self._plan if mine else None
         if plan is not None and not args and not kwargs:
             y = plan(x)
             if y is not None:
@@ -323,7 +324,7 @@ class AdapterLayer(MergingLayer):
 
     def _compose(self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.base.transient:
-            with self.base.replaced(*self.stored_weight(names)):
+            with self.base.alone(), self.base.replaced(*self.stored_weight(names)):
                 return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         composed = Composed(self, names, args, kwargs)
         y = composed(x)
@@ -333,16 +334,17 @@ class AdapterLayer(MergingLayer):
 
     @property
     def row_names(self) -> tuple[str, ...] | None:
-        """The adapters of the next batches' rows, if they were assigned."""
+        """The adapters of the rows that are computed now, if they were assigned."""
         return self.rows.names
 
-    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None, steady: bool = False) -> None:
-        """Assign an adapter to each row of the next batches ("__base__" for none); None ends that.
+    def set_rows(self, adapter_names: Sequence[str] | None, steady: bool = False) -> None:
+        """Assign an adapter to each row of the next batches ("__base__" for none), in every thread; None ends that. A
+        call of the model with rows of its own (`adapter_names`, `rows_assigned`) goes before it.
 
-        recall: where to find it, and the rows' values, once more in a backward pass. steady: nothing is written to
-        before rows are assigned again, so that only the first batch looks whether something was.
+        steady: nothing is written to before rows are assigned again, so that only the first batch looks whether
+        something was.
         """
-        self.rows.assign(adapter_names, recall, steady)
+        self.rows.assign(adapter_names, steady)
 
     def set_row_stack(self, stack: AdapterStack | None, adapters: Tensor | None) -> None:
         """Compute the next batches with adapters of `stack`, none of which is this layer's own; None ends that.
@@ -376,6 +378,11 @@ class AdapterLayer(MergingLayer):
         if mode != self.training:
             self.changed()
         return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> AdapterLayer:
+        replica: AdapterLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._plan, replica.rows = None, RowState(replica)  # these are bound to a layer
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}

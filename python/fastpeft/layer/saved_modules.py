@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..config.limits import BASE
 from ..config.seen_as_peft import SeenAsPeft
 from ..weights.base import Wrapping
-from .by_row.names import Recall, check_length, grouped
+from .by_row.call import RowNames, names_of
+from .by_row.names import check_length, grouped
 from .containers import ActiveAdapters, AdapterDict
 
 
@@ -63,8 +64,7 @@ class ModulesToSaveWrapper(ActiveAdapters, AuxiliaryTrainingWrapper, nn.Module):
         check_savable(module_to_save)
         self.original_module = module_to_save
         self.modules_to_save = AdapterDict()
-        self.row_names: tuple[str, ...] | None = None
-        self._recall: Recall | None = None
+        self._row_names: RowNames | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -112,9 +112,15 @@ class ModulesToSaveWrapper(ActiveAdapters, AuxiliaryTrainingWrapper, nn.Module):
         else:
             self.modules_to_save.requires_grad_(False)
 
-    def set_rows(self, adapter_names: Sequence[str] | None, recall: Recall | None = None, steady: bool = False) -> None:
-        self.row_names = None if adapter_names is None else tuple(adapter_names)
-        self._recall = self._recall if recall is None else recall
+    @property
+    def row_names(self) -> RowNames | None:
+        """As `AdapterLayer.row_names`."""
+        names = names_of(self)
+        return self._row_names if names is None else names
+
+    def set_rows(self, adapter_names: Sequence[str] | None, steady: bool = False) -> None:
+        """As `AdapterLayer.set_rows`."""
+        self._row_names = None if adapter_names is None else tuple(adapter_names)
 
     shared: ClassVar[dict[str, str]] = {}  # as `AdapterLayer.shared`
 
@@ -131,8 +137,6 @@ class ModulesToSaveWrapper(ActiveAdapters, AuxiliaryTrainingWrapper, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop("adapter_names", None) or self.row_names
-        if rows is None and self._recall is not None:
-            rows = self._recall.rows()
         if rows is None or self._disable_adapters:
             return self.current()(*args, **kwargs)
         x, rest = args[0], args[1:]

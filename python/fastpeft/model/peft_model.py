@@ -16,6 +16,7 @@ from ..config.types import TaskType
 from ..files.hub import pushing
 from ..files.whole import is_partitioned, is_sharded, may_write
 from ..inject.plan import InjectionPlan
+from ..layer.by_row.call import now
 from ..methods.registry import method_of
 from ..saving.folder import open_adapter, save_adapter
 from ..saving.load import plan_loading
@@ -134,7 +135,7 @@ class PeftModel(SeenAsPeft, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: an adapter for each row of the batch ("__base__" for none)."""
         tuner = self.base_model
-        if not tuner._hooked and not tuner._recall and AUXILIARY_KWARGS.isdisjoint(kwargs):
+        if now.call is None and not tuner._hooked and AUXILIARY_KWARGS.isdisjoint(kwargs):
             return tuner.model(*args, **kwargs)
         with tuner._enable_peft_forward_hooks(*args, **kwargs):
             return (tuner if tuner._hooked else tuner.model)(*args, **_without_auxiliary(kwargs))

@@ -22,7 +22,8 @@ from ..files.checks import list_some
 from ..files.offloaded import keeper
 from ..inject.modules import AdapterModule, KnownModules, adapter_modules
 from ..inject.plan import InjectionPlan, plan_injection
-from ..layer.by_row.names import Recall, RowValues, check_length
+from ..layer.by_row.call import RowCall, RowValues, call_by
+from ..layer.by_row.names import check_length
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..layer.shared_tensors import IN_MODEL, held_containers, register_at
@@ -55,10 +56,8 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         self.model = model
         # Adapters whose methods act on the model's forward as a whole; their names may outlive them.
         self._hooked = {n: m for n, m in ((n, method_of(c)) for n, c in self.peft_config.items()) if m.hooks_model}
-        self._recall = Recall()
         self._known = KnownModules()
         self._names: tuple[tuple[str, ...], list[str]] = (), []  # the last rows' adapters, and those that there were
-        self._batch = _Batch()  # that is computed now
         self.active_adapter: str | list[str] = adapter_name
         self.prefix = method_of(config).prefix
         self.targeted_module_names: list[str] = []
@@ -232,46 +231,60 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         names = kwargs.get("adapter_names")
         if names is not None and self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        names = self._batch.names if names is None else names
+        around = call_by(self)
+        assigned = around if names is None and around is not None and not around.inside else None
+        if assigned is not None:
+            names = assigned.names[1]  # of `rows_assigned`
         values = {}
         if self._hooked:
             inputs = {"input_ids": args[0], **kwargs} if args else kwargs
             hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
             found = ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked)
             values = {n: v for n, v in found if v is not None}
-        if values or names is not self._batch.names:
-            return self.rows_assigned(names, values, _repeats(kwargs, self.model), steady=True)
-        if names is None and self._recall and self.training and torch.is_grad_enabled():
-            self._recall.keep(None, {})
-        return nullcontext()
+        if names is None and not values and around is None:
+            return nullcontext()
+        graph = torch.is_grad_enabled()
+        if assigned is not None and not values:
+            return RowCall(self, assigned.layers, assigned.names, assigned.values, assigned.steady, True, graph)
+        return self._row_call(names, values, _repeats(kwargs, self.model), steady=True, inside=True, graph=graph)
 
     def rows_assigned(
         self, names: Sequence[str] | None, values: RowValues | None = None, repeats: int = 1, steady: bool = False
     ) -> AbstractContextManager[None]:
-        """Within this, the rows of a batch have the adapters `names` ("__base__" for none), in training too.
+        """Within this, the rows of a batch have the adapters `names` ("__base__" for none), in training too, and in
+        this thread alone.
 
-        `forward(adapter_names=...)` is this for evaluation. With gradient checkpointing call backward() after each
-        forward. values: for the adapters' methods, by adapter, a row each. repeats: how often a decoder sees each row
-        (beams); an encoder sees it once. steady: adapters stay as they are within this. Raises
-        ValueError for names of no adapter.
+        `forward(adapter_names=...)` is this for evaluation. values: for the adapters' methods, by adapter, a row each.
+        repeats: how often a decoder sees each row (beams); an encoder sees it once. steady: adapters stay as they are
+        within this. Raises ValueError for names of no adapter.
         """
+        return self._row_call(names, values or {}, repeats, steady)
+
+    def _row_call(
+        self, names: Sequence[str] | None, values: RowValues, repeats: int, steady: bool, inside: bool = False,
+        graph: bool = True,
+    ) -> RowCall:  # fmt: skip
         given = self._checked(names)
-        modules, values = self._known.of(self.model), values or {}
+        layers: Mapping[AdapterModule, int] = self._known.of(self.model)
         if given is not None:
             for each in values.values():
                 check_length(each, given)
-        once: set[int] = set()
+        rows, repeated = {1: given}, {1: values}
         if repeats > 1:
+            rows[repeats] = None if given is None else tuple(name for name in given for _ in range(repeats))
+            repeated[repeats] = {a: [v for v in row for _ in range(repeats)] for a, row in values.items()}
             encoder: Any = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None  # type: ignore[operator]
-            if isinstance(encoder, nn.Module) and encoder is not self.model:
-                once = {id(m) for _, m in adapter_modules(encoder)}
-        return _Assigned(self, modules, given, values, repeats, once, steady)
+            separate = isinstance(encoder, nn.Module) and encoder is not self.model
+            once = {m for _, m in adapter_modules(encoder)} if separate else ()
+            layers = {module: 1 if module in once else repeats for module in layers}
+        return RowCall(self, layers, rows, repeated, steady, inside, graph)
 
     def _checked(self, names: Sequence[str] | None) -> tuple[str, ...] | None:
         """The names of adapters that there are, as a tuple; they are looked up where others came last."""
         there, keeps = [*self.peft_config], not torch.compiler.is_compiling()
-        if keeps and isinstance(names, (list, tuple)) and (tuple(names), there) == self._names:
-            return self._names[0]
+        last = self._names  # another thread may put others there
+        if keeps and isinstance(names, (list, tuple)) and (tuple(names), there) == last:
+            return last[0]
         unknown = set(names or ()).difference(there, (BASE,))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
@@ -294,53 +307,6 @@ def _check_biases(model: nn.Module, mode: str) -> None:
             f"bias={mode!r} would train biases that accelerate offloads, {list_some(lost)}: what a hook brings for a "
             "forward has no gradient after it. Load the base model without offloading, or use bias='none'."
         )
-
-
-class _Batch:
-    """The adapters of a batch's rows. An object of its own, as nn.Module takes its time to set attributes."""
-
-    names: tuple[str, ...] | None = None
-
-
-class _Assigned:
-    """The context of `BaseTuner.rows_assigned`. A class, since a generator's takes as long as all that it does."""
-
-    def __init__(
-        self, tuner: BaseTuner, modules: list[AdapterModule], names: tuple[str, ...] | None, values: RowValues,
-        repeats: int, once: set[int], steady: bool,
-    ) -> None:  # fmt: skip
-        self.tuner, self.modules, self.names, self.values = tuner, modules, names, values
-        self.repeats, self.once, self.steady = repeats, once, steady
-        self.before: tuple[str, ...] | None = None
-
-    def __enter__(self) -> None:
-        tuner, names, values, repeats = self.tuner, self.names, self.values, self.repeats
-        rows: dict[int, tuple[str, ...] | None] = {1: names}
-        repeated: dict[int, RowValues] = {1: values}
-        if repeats > 1:
-            rows[repeats] = None if names is None else tuple(name for name in names for _ in range(repeats))
-            repeated[repeats] = {a: [v for v in row for _ in range(repeats)] for a, row in values.items()}
-        recall = None
-        if tuner.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            recall = tuner._recall
-            recall.keep(names, values)
-        self.before, tuner._batch.names = tuner._batch.names, names
-        try:
-            for module in self.modules:
-                times = 1 if id(module) in self.once else repeats
-                module.set_rows(rows[times], recall, self.steady)
-                if values and isinstance(module, AdapterLayer):
-                    module.set_row_values(repeated[times])
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        self.tuner._batch.names = self.before
-        for module in self.modules:
-            module.set_rows(self.before)
-            if self.values and isinstance(module, AdapterLayer):
-                module.set_row_values(None)
 
 
 def _repeats(kwargs: Mapping[str, Any], model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,44 +29,74 @@ _CACHE = {"use_cache", "past_key_values", "position_ids"}
 _LOSS = "_fastpeft_loss"  # a class with this forward has it, as its model has a Watch by this name
 
 
-class _Deferred:
-    """Stands for the forward of a head in a model's forward. before: what stood in the module's own dictionary."""
+class _Stand:
+    """Stands for the forward of a head while its model's forward runs in some threads: there `deferred`, in others what
+    stood in the module's own dictionary before, if anything did."""
 
-    def __init__(self, head: Any, watch: Watch) -> None:
-        self.head, self.watch = head, watch
-        self.before = head.__dict__.get("forward")
-        self.matrix = self.before is None and _is_matrix(head)
+    def __init__(self, head: Any) -> None:
+        self.head, self.before = head, head.__dict__.get("forward")
+        self.users = 0
+        self._here = threading.local()
+
+    @property
+    def deferred(self) -> _Deferred | None:
+        """This thread's."""
+        return getattr(self._here, "deferred", None)
+
+    @deferred.setter
+    def deferred(self, value: _Deferred | None) -> None:
+        self._here.deferred = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = type(self.head).forward.__get__(self.head) if self.before is None else self.before
+        return (self.deferred or own)(*args, **kwargs)
+
+
+_standing = threading.Lock()
+
+
+@contextmanager
+def _stand(head: Any) -> Iterator[_Stand]:
+    """Within this, a `_Stand` is the head's forward: one for all threads."""
+    own = head.__dict__
+    with _standing:
+        found = own.get("forward")
+        stand = own["forward"] = found if type(found) is _Stand else _Stand(head)
+        stand.users += 1
+    try:
+        yield stand
+    finally:
+        with _standing:
+            stand.users -= 1
+            if not stand.users and own.get("forward") is stand:
+                if stand.before is None:
+                    del own["forward"]
+                else:
+                    own["forward"] = stand.before
+
+
+class _Deferred:
+    """The forward of a head in one forward of its model."""
+
+    def __init__(self, stand: _Stand, watch: Watch) -> None:
+        self.stand, self.head, self.watch = stand, stand.head, watch
+        self.matrix = stand.before is None and _is_matrix(self.head)
         self.called = False
 
-    def put(self) -> None:
-        self.head.__dict__["forward"] = self
-
-    def take_away(self) -> None:
-        if self.before is None:
-            self.head.__dict__.pop("forward", None)
-        else:
-            self.head.__dict__["forward"] = self.before
-
-    def run(self, hidden: Tensor) -> Tensor:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """The head's own output, also while this stands for its forward."""
-        if self.head.__dict__.get("forward") is not self:
-            return self.head(hidden)  # type: ignore[no-any-return]
-        self.take_away()
+        before, self.stand.deferred = self.stand.deferred, None
         try:
-            return self.head(hidden)  # type: ignore[no-any-return]
+            return self.head(*args, **kwargs)
         finally:
-            self.put()
+            self.stand.deferred = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True
         hidden = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(hidden, Tensor) or type(hidden) is LazyLogits or hidden.dim() < 2 or not hidden.numel():
             self.watch.all_at_once("the head is called with something else than hidden states")
-            self.take_away()
-            try:
-                return self.head(*args, **kwargs)
-            finally:
-                self.put()
+            return self.run(*args, **kwargs)
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         autocast = None if hidden.dtype is torch.float64 else autocast
@@ -96,7 +127,7 @@ def _not_now(head: nn.Module | None) -> str | None:
     for module in head.modules():
         if is_listened_to(module):
             return "there are hooks on its head, which would see other calls"
-        if isinstance(module, AdapterLayer) and not (module.rows.idle and module.rows.values is None):
+        if isinstance(module, AdapterLayer) and module.rows.given():
             return "the rows of its head have adapters or values of their own"
         if is_in_unit(module) or any(is_partitioned(p) for p in module._parameters.values() if p is not None):
             return "DeepSpeed ZeRO-3 or FSDP has the parameters of its head in parts"
@@ -114,8 +145,7 @@ def _forward(self: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # A step of training reads no keys and values again, and attention is quicker without. With position_ids it is
         # the cache that decides if transformers looks for packed sequences in them.
         kwargs = kwargs | {"use_cache": False} if "use_cache" in _names(own) else kwargs
-    deferred = _Deferred(head, watch)
-    with _inside(deferred, watch):
+    with _inside(head, watch) as deferred:
         output = own(self, *args, **kwargs)
         if not deferred.called:
             watch.all_at_once("the model's forward does not call its head")
@@ -123,14 +153,18 @@ def _forward(self: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 @contextmanager
-def _inside(deferred: _Deferred, watch: Watch) -> Iterator[None]:
-    deferred.put()
-    before, watch.inside = watch.inside, True
-    try:
-        yield
-    finally:
-        watch.inside = before
-        deferred.take_away()
+def _inside(head: Any, watch: Watch) -> Iterator[_Deferred]:
+    with _stand(head) as stand:
+        before, stand.deferred = stand.deferred, _Deferred(stand, watch)
+        here = threading.get_ident()
+        inner = here in watch.inside
+        watch.inside.add(here)
+        try:
+            yield stand.deferred
+        finally:
+            stand.deferred = before
+            if not inner:
+                watch.inside.discard(here)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ numbers.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -38,15 +39,15 @@ _Step = tuple[str, Callable[[Tensor], Tensor], float]  # its name, itself, the n
 @dataclass
 class Watch:
     """How the loss of a model was computed. chunked: times by chunks; whole: reason -> times with all logits at once.
-    inside: whether the model's forward is running, of which alone is counted.
+    inside: threads in which the model's forward is running, of which alone is counted.
     """
 
     chunked: int = 0
     whole: Counter[str] = field(default_factory=Counter)
-    inside: bool = False
+    inside: set[int] = field(default_factory=set)
 
     def all_at_once(self, why: str) -> None:
-        if self.inside:
+        if threading.get_ident() in self.inside:
             self.whole[why] += 1
 
 
@@ -248,7 +249,7 @@ class LazyLogits(Tensor):
         targets = target if everyone else target.index_select(0, where)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._head.grad):
             found = self._losses(hidden, targets, "none" if reduction == "none" else "sum").to(self.dtype)
-            self._head.watch.chunked += self._head.watch.inside
+            self._head.watch.chunked += threading.get_ident() in self._head.watch.inside
             if reduction != "none":
                 return found / where.numel() if reduction == "mean" else found
             return found if everyone else found.new_zeros(target.shape).index_put((where,), found)

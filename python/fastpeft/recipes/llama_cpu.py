@@ -53,16 +53,16 @@ class _RotarySigns:
     """`sin` with the signs of rotate_half folded in, made once a token for all layers; in the dtype of the model."""
 
     def __init__(self) -> None:
-        self._of: Tensor | None = None
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._made: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # of this sin; whole, as threads share it
 
     def get(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin, [B, 1, 1, D]."""
-        if self._made is None or self._of is not sin:
+        made = self._made
+        if made is None or made[0] is not sin:
             half = sin.shape[-1] // 2
             signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-            self._of, self._made = sin, (cos.unsqueeze(1), signed.unsqueeze(1))
-        return self._made
+            self._made = made = sin, (cos.unsqueeze(1), signed.unsqueeze(1))
+        return made[1]
 
 
 class _Decoding:
@@ -130,9 +130,8 @@ def _by_row(x: Tensor, modules: Sequence[Any]) -> Sequence[Tensor] | None:
     """`module(x)` of layers whose rows have adapters of their own, where each is one call of a kernel; else None."""
     found = []
     for module in modules:
-        if type(module) is not AdapterLayer or module.rows.names is None or is_listened_to(module):
-            return None
-        y = module.rows.routed(module.rows.names).quick(x)
+        routed = module.rows.by_name() if type(module) is AdapterLayer and not is_listened_to(module) else None
+        y = None if routed is None else routed.quick(x)
         if y is None:
             return None
         found.append(y)

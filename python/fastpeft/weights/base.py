@@ -16,7 +16,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -238,6 +238,10 @@ class BaseWeight:
     def replaced(self, w: Tensor, b: Tensor | None) -> AbstractContextManager[None]:
         """Within this, the module computes with W and b."""
         raise TypeError(f"a {self.label} is called with its weight as it is: only `transient` ones replace it")
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Within this, no other thread has another W in the module."""
+        return nullcontext()
 
     def frozen(self) -> Callable[[], Tensor] | None:
         """A function that reads W of a layer that is not trained and that nothing watches; None for others."""

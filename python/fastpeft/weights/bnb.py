@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import threading
 from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -127,6 +129,9 @@ def _is_view(qw: QuantWeight, weight: Any, state: Any) -> bool:
     return (nested is None) is (qw.nested_absmax is None) and weight.data_ptr() == qw.packed.data_ptr()  # type: ignore[no-any-return]
 
 
+_repacking = threading.Lock()
+
+
 def undo_cpu_packing(weight: Any) -> None:
     """Bring a `Params4bit` that bitsandbytes repacked for its CPU kernel back into the standard layout, in place.
 
@@ -134,11 +139,16 @@ def undo_cpu_packing(weight: Any) -> None:
     quantising them again would lose more. (bitsandbytes' own way back leaves plain scales transposed.)
     """
     functional: Any = importlib.import_module("bitsandbytes.functional")
-    state = weight.quant_state
-    scales = state.absmax.T.reshape(-1).float()
-    state.original_nested = False
-    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    weight.quant_state.absmax, weight.quant_state.nested, weight.quant_state.state2 = scales, False, None
+    with _repacking:
+        if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+            return  # another thread has brought it back
+        state = copy.copy(weight.quant_state)
+        scales = state.absmax.T.reshape(-1).float()
+        state.original_nested = False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+        state.absmax, state.nested, state.state2 = scales, False, None
+        weight.data = data
+        weight.quant_state = state  # last: who sees it takes the bytes as they are
 
 
 class Bnb8bitWeight(BaseWeight):

@@ -6,15 +6,21 @@ Nothing can wrap a call here, so the module runs with the merged weight in the p
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ..files.offloaded import brought
 from .base import BaseWeight, Wrapping, innermost
 from .dense import LinearWeight
+
+# Of the modules whose parameters are replaced for a call: another thread's would compute with them, or keep them.
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -42,8 +48,11 @@ class TransientWeight(BaseWeight):
     def holder(self) -> Any:
         return innermost(self.module)
 
+    def alone(self) -> AbstractContextManager[Any]:
+        return nullcontext() if torch.compiler.is_compiling() else _locks.setdefault(self.holder, threading.RLock())
+
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        with self.replaced(w, b):
+        with self.alone(), self.replaced(w, b):
             return self.module(x)  # type: ignore[no-any-return]
 
     def replaced(self, w: Tensor, b: Tensor | None) -> AbstractContextManager[None]:

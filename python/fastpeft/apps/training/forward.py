@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ... import adapter_modules, chunked_cross_entropy, cross_entropy_by_rows
+from ... import chunked_cross_entropy, cross_entropy_by_rows
 from .data import Example
 from .errors import UserError
 from .packing import Batch, collate
-
-
-@contextmanager
-def rows_set(modules: Sequence[Any], adapters: Sequence[str]) -> Iterator[None]:
-    """Within this, row i of what the adapter modules are given belongs to ``adapters[i]``."""
-    before = [module.row_names for module in modules]
-    for module in modules:
-        module.set_rows(list(adapters))
-    try:
-        yield
-    finally:
-        for module, rows in zip(modules, before, strict=True):
-            module.set_rows(rows)
 
 
 class CompletionLoss:
@@ -41,7 +27,7 @@ class CompletionLoss:
         self.base = base
         self.backbone: Callable[..., Any] = base.base_model
         self.head = base.get_output_embeddings()
-        self._head_modules = [] if self.head is None else [module for _, module in adapter_modules(self.head)]
+        self.model = model
         if self.backbone is base or self.head is None:
             raise UserError(
                 f"{type(base).__name__} has no separate backbone and output head",
@@ -78,7 +64,7 @@ class CompletionLoss:
         def logits(h: Tensor, part: slice) -> Tensor:
             if adapters is None:
                 return self._cap(self.head(h).float())
-            with rows_set(self._head_modules, adapters[part]):  # for the head a row is a token
+            with self.model.base_model.rows_assigned(adapters[part]):  # for the head a row is a token
                 return self._cap(self.head(h).float())
 
         # A wrapped head's logits exist in full width, so the tokens at once are what bounds them.

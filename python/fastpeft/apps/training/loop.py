@@ -14,7 +14,7 @@ import torch
 from .checkpoints import set_random_state
 from .config import TrainConfig
 from .data import Example
-from .forward import CompletionLoss, rows_set
+from .forward import CompletionLoss
 from .memory import keep_freed_memory
 from .metrics import MetricsFile, Progress, peak_memory_mb
 from .packing import collate
@@ -63,7 +63,6 @@ class Trainer:
             keep_freed_memory()
         self.loss = CompletionLoss(model, config.loss_chunk_vocab, config.loss_chunk_tokens)
         self.several = bool(config.adapters)
-        self._modules = [module for _, module in model.base_model.adapter_modules()]
         self._used: list[str] = []
 
     def run(self, resume: bool = False) -> dict[str, Result]:
@@ -200,8 +199,7 @@ class Trainer:
             return [float(loss.detach())]
         counts = [_learned(rows) for _, rows, _ in parts]
         of_tokens = [name for (name, _, _), count in zip(parts, counts, strict=True) for _ in range(count)]
-        # Set in the backward pass too: gradient checkpointing runs layers again there.
-        with rows_set(self._modules, [name for name, rows, _ in parts for _ in rows]):
+        with self.model.base_model.rows_assigned([name for name, rows, _ in parts for _ in rows]):
             by_token = torch.split(self.loss.by_token(batch, of_tokens), counts)
             means = torch.stack([losses.sum() / part[2] for losses, part in zip(by_token, parts, strict=True)])
             means.sum().backward()  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...layer.by_row.call import RowCall
 from ...layer.containers import AdapterDict
 from ...layer.layer import AdapterLayer
 from ...methods.lora.lora import LATER_OPTIONS, Lora
@@ -166,13 +167,11 @@ class Companion(AdapterLayer):
         """The output for any call. offsets: aLoRA's, by row. Raises Stays for rows of adapters that were left out."""
         if lost := set(kwargs.get("adapter_names", ())) & (adapters_of(self.theirs) - set(self.methods)):
             raise Stays(f"rows of {', '.join(sorted(lost))}, whose forward is PEFT's own")
-        if offsets is not None:
-            self.set_row_values({name: [(offset, None) for offset in offsets] for name in self.methods})
-        try:
+        if offsets is None:
             return self._forward(x, args, kwargs)
-        finally:
-            if offsets is not None:
-                self.set_row_values(None)
+        values = {name: [(offset, None) for offset in offsets] for name in self.methods}
+        with RowCall(self, {self: 1}, {1: None}, {1: values}, graph=False):  # PEFT gives each call of a layer its own
+            return self._forward(x, args, kwargs)
 
 
 def adapters_of(theirs: Any) -> set[str]:

@@ -22,6 +22,7 @@ from ...config.limits import BASE
 from ...methods.fused import Fused, FusedProjection, LowRank
 from ...methods.method import Method
 from ..compose import Composed
+from .call import part, unnoted
 from .names import RowHost, check_length, grouped
 from .packed import Packed, pack
 from .train import linears
@@ -96,10 +97,12 @@ class Routed:
         self._layouts: dict[Any, _Layout] = {}
         self._last: tuple[Any, torch.device, _Layout] | None = None  # where every method is in these slots
         self._kernel = PreparedCall(multi_lora_linear)
-        self.again()
+        self.again(getattr(self, "turn", None), getattr(self, "steady", False))
 
-    def again(self) -> None:
-        """The same rows come in another forward of the model: the adapters are looked at anew."""
+    def again(self, turn: Any, steady: bool) -> None:
+        """The same rows come once more, in another call of the model, say (turn): the adapters are looked at anew.
+        steady: nothing is written to in this turn."""
+        self.turn, self.steady = turn, steady
         self._looked: Packed | None = None  # found unchanged since then
         self._found: _Stacked | None = None  # of these
 
@@ -138,7 +141,7 @@ class Routed:
             return y
         parts = [] if y is None else [y]
         for name, members, index in layout.apart:
-            with layer.rows.only(members):
+            with part(layer, members):
                 parts.append(self._alone(name, x.index_select(0, index), args, kwargs or {}))
         assert layout.back is not None
         return torch.cat(parts).index_select(0, layout.back)
@@ -156,7 +159,7 @@ class Routed:
         """The layer without gradients, while nothing of it changes: the adapters are looked at once for an assignment
         of rows. None where the kernel's output is not all that a call of the layer gives."""
         layer = self.layer
-        if not layer.rows.steady or layer.training or torch.is_grad_enabled() or layer.merged_adapters:
+        if not self.steady or layer.training or torch.is_grad_enabled() or layer.merged_adapters:
             return None
         found = self._found if self._found is not None else self._begin(x)
         if found is None or len(x) != len(self.rows) or found.compute not in (None, x.dtype):
@@ -192,7 +195,7 @@ class Routed:
     def _alone(self, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Rows of one adapter, as if it alone were active."""
         fused = None if args or kwargs else self._fused.get(name)
-        y = None if fused is None else fused(x)
+        y = None if fused is None else unnoted(fused, x)
         return self.layer._compose(x, [] if name == BASE else [name], args, kwargs) if y is None else y
 
     # The rows that share a call of the base layer
@@ -214,7 +217,7 @@ class Routed:
         for name, members, index in layout.split:
             method, view = self.methods[name]
             own = (rows.index_select(0, index), y.index_select(0, index))
-            with layer.rows.only(members):
+            with part(layer, members):
                 parts.append(method.output(view, view, *own, inner).to(y.dtype))
         return y.index_copy(0, layout.on_top, torch.cat(parts))
 
@@ -223,7 +226,7 @@ class Routed:
         for name, members, index in layout.split:
             method, view = self.methods[name]
             if type(method).input is not Method.input:
-                with self.layer.rows.only(members):
+                with part(self.layer, members):
                     changed.append((index, method.input(view, view, rows.index_select(0, index)).to(rows.dtype)))
         if not changed:
             return rows
@@ -257,7 +260,7 @@ class Routed:
 
     def _holds(self, packed: Packed) -> bool:
         """True if the adapters are as they were packed: looked at in full once for an assignment of rows."""
-        steady = self.layer.rows.steady and not torch.is_grad_enabled()
+        steady = self.steady and not torch.is_grad_enabled()
         if packed is self._looked and (steady or packed.same_versions()):
             return True
         self._looked = packed if packed.serves(self.low) else None

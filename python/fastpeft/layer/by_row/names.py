@@ -1,18 +1,15 @@
-"""Adapters by row of a batch: groups, checks, recall in a backward pass, and the layer as code by row sees it."""
+"""Adapters by row of a batch: groups, checks, and the layer as code by row sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ...methods.method import AdaptedLayer, AdapterView, Method
 from ...weights.base import LayerInfo
 from ..containers import AdapterDict
-
-RowValues = Mapping[str, Sequence[Any]]
 
 
 class RowHost(AdaptedLayer, Protocol):
@@ -52,39 +49,3 @@ def check_length(x: Tensor | Sequence[Any], rows: Sequence[str]) -> None:
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(rows)} and {len(x)} respectively."
         )
-
-
-class Recall:
-    """Rows of a model's last forwards: gradient checkpointing runs layers again in the backward pass, when the
-    forward's values are gone."""
-
-    def __init__(self) -> None:
-        # two at most: a second, different one already makes the backward ambiguous
-        self._kept: tuple[tuple[tuple[str, ...] | None, RowValues], ...] = ()
-        self._used = False
-
-    def __bool__(self) -> bool:
-        return bool(self._kept)
-
-    def keep(self, rows: tuple[str, ...] | None, values: RowValues) -> None:
-        """Called for each forward that a backward pass may follow."""
-        before, new = () if self._used else self._kept, (rows, values)
-        self._kept, self._used = (*(kept for kept in before if kept != new), new)[-2:], False
-
-    def _last(self) -> tuple[tuple[str, ...] | None, RowValues | None]:
-        # a layer cannot tell otherwise that it runs within a backward pass, and outside of one a recall means nothing
-        if not self._kept or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return None, None
-        self._used = True
-        if len(self._kept) > 1:
-            raise ValueError(
-                "Gradient checkpointing runs a layer again in the backward pass, and after several forwards it is not "
-                "known for which batch: call backward() after each forward."
-            )
-        return self._kept[0]
-
-    def rows(self) -> tuple[str, ...] | None:
-        return self._last()[0]
-
-    def values(self) -> RowValues | None:
-        return self._last()[1]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peft_kernels import RowProjection
 
+from .call import unnoted
 from .names import RowHost
 
 
@@ -22,13 +23,12 @@ def linears(x: Tensor, layers: Sequence[RowHost]) -> list[Tensor] | None:
         if found is None:
             return None
         projections.append(found)
-    ys: list[Tensor] | None = layers[0].rows.together(x, *projections)
+    ys: list[Tensor] | None = unnoted(layers[0].rows.together, x, *projections)
     return ys
 
 
 def _projection(layer: RowHost, x: Tensor) -> RowProjection | None:
-    rows = layer.rows
-    routed = None if rows.stack is not None or rows.names is None else rows.routed(rows.names)
+    routed = layer.rows.by_name()
     if routed is None or len(x) != len(routed.rows) or layer.merged_adapters or layer.base.transient:
         return None
     first = routed.first

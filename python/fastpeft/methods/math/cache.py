@@ -17,28 +17,27 @@ from peft_kernels import Fingerprint
 
 
 class Cache:
-    """A value that is computed anew when one of the tensors that it came from was replaced or written to."""
+    """A value that is computed anew when one of the tensors that it came from was replaced or written to. Threads may
+    share it."""
 
     def __init__(self) -> None:
-        self._seen: Fingerprint | None = None
-        self._numbers: tuple[Any, ...] = ()
-        self._value: Tensor | None = None
+        # what was seen of the tensors, the numbers, the value: one object, so that no thread meets half of it
+        self._kept: tuple[Fingerprint, tuple[Any, ...], Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy has tensors of its own
         return Cache, ()
 
     def get(self, tensors: Sequence[Tensor], numbers: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
         """make(), or what it gave when `tensors` and `numbers` were the same. Constant, also under inference_mode."""
-        seen = None if torch.compiler.is_compiling() else self._seen
-        if seen is not None and numbers == self._numbers and seen.same(tensors):
-            assert self._value is not None
-            return self._value
-        self._seen = self._value = None
+        kept = None if torch.compiler.is_compiling() else self._kept
+        if kept is not None and numbers == kept[1] and kept[0].same(tensors):
+            return kept[2]
+        self._kept = kept = None
         seen = None if torch.compiler.is_compiling() else Fingerprint(tensors)
         if seen is None or not seen.known:
             with torch.no_grad():
                 return make()
         with torch.inference_mode(False), torch.no_grad():
-            self._value = make()
-        self._seen, self._numbers = seen, numbers
-        return self._value
+            value = make()
+        self._kept = seen, numbers, value
+        return value

@@ -154,11 +154,10 @@ class Dora(Lora):
         norms_kept, gains_kept = Cache(), Cache()  # the layer's next plan has its own
         infer, train = PreparedCall(dora_linear), PreparedCall(dora_linear_normed)
 
-        last: Tensor | QuantWeight | None = None
-        stored: list[Tensor] = []  # of this weight, its tensors
+        last: tuple[Tensor | QuantWeight, list[Tensor]] | None = None  # a weight and its tensors
 
         def run(x: Tensor) -> Tensor | None:
-            nonlocal last, stored
+            nonlocal last
             found, w, m = lora.adapter(), lora.weight(), parameters.get("weight")
             if found is None or w is None or m is None or modules.get(name) is not magnitude:
                 return None
@@ -170,9 +169,11 @@ class Dora(Lora):
             elif layer.training:
                 y = train(inside, w, a, b, m, scale, bias, p)
             else:
-                if w is not last:
-                    last = w
-                    stored = [t for t in w.flatten()[:5] if t is not None] if isinstance(w, QuantWeight) else [w]
+                seen = last  # other threads may put theirs there
+                if seen is None or w is not seen[0]:
+                    tensors = w.flatten()[:5] if isinstance(w, QuantWeight) else (w,)
+                    last = seen = w, [t for t in tensors if t is not None]
+                stored = seen[1]
                 if p or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or forward_mode():
                     norm = norms_kept.get((*stored, a, b), (scale,), lambda: dora_norm(w, a, b, scale))
                     y = dora_linear(inside, w, a, b, m, norm, scale, bias, p)
