@@ -12,12 +12,14 @@ from .measure import cuda_clock, threads, wall_clock
 
 OPS = ("lora_linear", "lora_linear_stacked", "multi_lora_linear", "dora_norm", "dora_linear", "swiglu", "rms_norm",
        "rotary_attention", "rotations", "quantize_4bit", "dequantize_4bit")  # fmt: skip
-SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve", "ortho", "dropin")
+SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve", "chaos", "ortho",
+          "dropin")
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],
            "dora": ["dora_linear", "dora_norm", "fastpeft"], "pool": ["multi_lora_linear", "pool"],
            "multi": ["multi_lora_linear", "routing"],
            "multi-train": ["multi_lora_linear", "train_adapters"],
            "serve": ["multi_lora_linear", "pool", "serve"], "ortho": ["rotations", "fastpeft"],
+           "chaos": ["serve"],
            "dropin": ["lora_linear", "fastpeft", "causal_loss"]}  # fmt: skip
 
 
@@ -65,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget-s", type=float, default=20.0, help="seconds of one row")
     p.add_argument("--modes", nargs="+", help="of the suites qlora and dropin, such as ours-bf16 bnb-bf16")
     p.add_argument("--step-rounds", type=int, default=7, help="steps, or generations, of each mode")
+    p.add_argument("--minutes", type=float, help="of the suite chaos; default 10, with --quick 1")
+    p.add_argument("--seed", type=int, default=0, help="of the suite chaos: what is drawn")
     p.add_argument("--model", type=Path, help="folder of a causal language model; default: SmolLM2 of the quickstart")
     p.add_argument(
         "--json",

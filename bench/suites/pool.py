@@ -60,8 +60,8 @@ def load_model(args: argparse.Namespace) -> Any:
     return quantize_model(model.eval(), skip=["lm_head"]).to(args.device)
 
 
-def write_adapters(model: nn.Module, root: Path, count: int) -> int:
-    """Random adapters `a0` ... in PEFT's format; returns their bytes."""
+def write_adapters(model: nn.Module, root: Path, count: int, strength: float = 0.05) -> int:
+    """Random adapters `a0` ... in PEFT's format; returns their bytes. strength: the size of B's values."""
     from rich.progress import track
     from safetensors.torch import save_file
 
@@ -78,7 +78,7 @@ def write_adapters(model: nn.Module, root: Path, count: int) -> int:
         for name, (n, k) in shapes.items():
             key = f"base_model.model.{name}.lora_"
             tensors[key + "A.weight"] = (torch.randn(RANK, k, generator=g) / k**0.5).bfloat16()
-            tensors[key + "B.weight"] = (torch.randn(n, RANK, generator=g) * 0.05).bfloat16()
+            tensors[key + "B.weight"] = (torch.randn(n, RANK, generator=g) * strength).bfloat16()
         folder = root / f"a{i}"
         folder.mkdir()
         save_file(tensors, folder / "adapter_model.safetensors")

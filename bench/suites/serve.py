@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -36,15 +37,26 @@ CORRUPT = ["cut", "empty", "no-json", "wrong-shape"]
 
 
 class Server:
-    """The server's process. Raises RuntimeError with its errors if it does not start."""
+    """The server's process. Raises RuntimeError with its errors if it does not start.
 
-    def __init__(self, folder: Path, adapters: Path, args: argparse.Namespace) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    options: those of `fastpeft serve`, True for a switch. files: how many it may have open.
+    """
+
+    def __init__(
+        self, folder: Path, adapters: Path, threads: int, options: dict[str, object], files: int | None = None
+    ) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value)) if word != "True"]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+
+        def limited() -> None:
+            if files is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fastpeft", "serve", str(folder), "--adapters", str(adapters), "--port", "0",
-             "--served-model-name", "base", "--max-resident", str(RESIDENT), "--max-batch", str(CLIENTS), "--json"],
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=self.errors, env=environment,
+             "--served-model-name", "base", "--json", *words],
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=self.errors, env=environment, preexec_fn=limited,
         )  # fmt: skip
         assert self.process.stdout is not None
         told = ""
@@ -72,8 +84,8 @@ class Server:
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[:1] != "#"}
 
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
+    def end(self, by: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(by)
         try:
             return self.process.wait(60)
         except subprocess.TimeoutExpired:
@@ -82,10 +94,10 @@ class Server:
 
 
 class Clients:
-    """A process of clients. `seen` has what they wrote, also when it was killed."""
+    """A process of clients, `bench/suites/MODULE.py`. `seen` has what they wrote, also when it was killed."""
 
-    def __init__(self, **task: Any) -> None:
-        command = [sys.executable, "-m", "bench.suites.serve_clients", json.dumps(task)]
+    def __init__(self, module: str, **task: Any) -> None:
+        command = [sys.executable, "-m", f"bench.suites.{module}", json.dumps(task)]
         self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
         self.seen: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read)
@@ -122,8 +134,8 @@ def under_load(server: Server, root: Path, seconds: float) -> tuple[Clients, Cli
     """The load: those that stay, those that are killed, and (seconds, MiB) of the server."""
     task = {"url": server.url, "seconds": seconds, "adapters": ADAPTERS, "corrupt": CORRUPT, "after": seconds / 4 + 1}
     begin = time.monotonic()
-    stay = Clients(**task, count=CLIENTS - KILLED, seed=0)
-    killed = Clients(**task, count=KILLED, seed=1000)
+    stay = Clients("serve_clients", **task, count=CLIENTS - KILLED, seed=0)
+    killed = Clients("serve_clients", **task, count=KILLED, seed=1000)
     memory = []
     dropped = False
     while stay.process.poll() is None:
@@ -149,7 +161,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="fastpeft-serve-") as name:
         root = Path(name)
         write_adapters(models.empty_model(models.Source(str(folder), "bench"), torch.float32), root, ADAPTERS)
-        server = Server(folder, root, args)
+        server = Server(folder, root, args.threads, {"max-resident": RESIDENT, "max-batch": CLIENTS})
         try:
             begin = time.monotonic()
             stay, killed, memory = under_load(server, root, seconds)
