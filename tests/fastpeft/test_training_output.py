@@ -1,4 +1,4 @@
-"""A run's output: one run at a time, places that cannot be written, disks that fill, leftovers, signals, restarts."""
+"""A run that is stopped, finds no room, or is begun anew: what it leaves, and that resuming is exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from fastpeft.apps.training.config import TrainConfig, from_dict
 from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.loop import Trainer
 from fastpeft.apps.training.metrics import Console, Silent, read_metrics
-from fastpeft.apps.training.output import LOCK_NAME, OWNER_NAME, held
+from fastpeft.apps.training.output import held
 from fastpeft.apps.training.stop import Interrupted, Terminated
 from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
 from fastpeft.apps.training.track import Track
@@ -95,122 +94,6 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
     train(config(world, output))
     return output
-
-
-# --- one run at a time ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def holder(world: Path, tmp_path: Path) -> Iterator[int]:
-    """Another process that holds the output `tmp_path/out`; its id."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            with held(config(world, tmp_path / "out")):
-                os.write(write, b"x")
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.close(write)
-    assert os.read(read, 1) == b"x"
-    os.close(read)
-    yield pid
-    with suppress(ProcessLookupError):  # the test has ended it
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-def test_a_second_run_is_refused_and_writes_nothing(world: Path, tmp_path: Path, holder: int) -> None:
-    before = content(tmp_path)
-    done = invoke(config(world, tmp_path / "out"))
-    assert done.exit_code == 1
-    assert f"output: {tmp_path / 'out'} is in use by another training run, process {holder} on " in done.stderr
-    assert content(tmp_path) == before
-    # also where an adapter of another run has it for its output
-    several = config(world, tmp_path, data="", adapters={"out": {"data": str(world / "data.jsonl")}})
-    message = rf"/out is in use .* process {holder} on \S+ since \d+-\d\d-\d\d"
-    with pytest.raises(UserError, match=message), held(several):
-        pytest.fail("held twice")
-
-
-def test_the_lock_of_a_killed_process_holds_nothing(world: Path, tmp_path: Path, holder: int) -> None:
-    os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
-    assert (tmp_path / "out" / OWNER_NAME).exists()  # what a crash leaves
-    with held(config(world, tmp_path / "out")):
-        owner = json.loads((tmp_path / "out" / OWNER_NAME).read_text())
-        assert owner["pid"] == os.getpid()
-    assert os.listdir(tmp_path / "out") == [LOCK_NAME]
-
-
-def test_another_thread_is_refused_and_the_same_one_may_hold_again(world: Path, tmp_path: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    def hold() -> None:
-        with held(config(world, tmp_path)):
-            pass
-
-    with held(config(world, tmp_path)):
-        hold()
-        with ThreadPoolExecutor(1) as threads, pytest.raises(UserError, match=f"process {os.getpid()} on"):
-            threads.submit(hold).result()
-        assert (tmp_path / OWNER_NAME).exists()
-    hold()
-
-
-@pytest.mark.parametrize("where", ["file", "file/below", "loop", "nowhere", "/proc/nope", "/proc", "x" * 300, "a\0b"])
-def test_outputs_that_cannot_be_are_named(world: Path, tmp_path: Path, where: str) -> None:
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"^output: .*; choose a folder"), held(config(world, tmp_path / where)):
-        pytest.fail("held")
-    assert sorted(os.listdir(tmp_path)) == ["file", "loop", "nowhere"]
-
-
-@pytest.mark.parametrize("name", ["adapter", "metrics.jsonl", "loss.png"])
-def test_what_stands_where_a_result_goes_is_found_before_training(world: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("mine") if name == "adapter" else (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"output: .*{name} is a f.*is to be written there; move it away"):
-        train(config(world, tmp_path))
-
-
-def test_a_folder_without_permission_is_named(world: Path, tmp_path: Path) -> None:
-    pid = os.fork()  # root may write anywhere, so as somebody else
-    if pid == 0:
-        code = 1
-        try:
-            os.chmod(tmp_path, 0o555)
-            if os.getuid() == 0:
-                for folder in tmp_path.parents:
-                    if os.stat(folder).st_uid == 0 and folder.name.startswith("pytest"):
-                        os.chmod(folder, 0o755)
-                os.setuid(65534)
-            try:
-                with held(config(world, tmp_path)):
-                    pass
-            except UserError as error:
-                code = 0 if str(error).startswith(f"output: {tmp_path} cannot be written (Permission denied") else 2
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-def test_leftovers_of_killed_runs_go_and_files_of_users_stay(world: Path, tmp_path: Path) -> None:
-    end = f"tmp-elsewhere-{os.getpid()}-0123abcd"
-    ours = [f".checkpoint-15.{end}", f"..checkpoint-15.{end}.{end}", f".adapter.{end}"]
-    mine = [f".notes.{end}", "checkpoint-15.tmp", ".checkpoint-15.tmp-mine", f"notes.jsonl.{end}", ".checkpoint-x"]
-    for name in ours + mine:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    files = ["metrics.jsonl.tmp-12-0123abcd", "loss.png.tmp-12-0123abcd", f"{OWNER_NAME}.tmp-12-0123abcd"]
-    others = ["notes.txt.tmp-12-0123abcd", "metrics.jsonl.tmp-12", "metricsXjsonl.tmp-12-0123abcd"]
-    for name in files + others:
-        (tmp_path / name).touch()
-    with held(config(world, tmp_path)):
-        pass
-    assert sorted(os.listdir(tmp_path)) == sorted([*mine, *others, LOCK_NAME])
 
 
 # --- no room ----------------------------------------------------------------------------------------------------------
@@ -368,7 +251,7 @@ def test_only_broken_checkpoints_are_an_error_unless_restarted(world: Path, whol
     assert "begin anew with --restart" in done.stderr
     assert content(tmp_path) == before
     interrupted(trainer(settings), 1, resume=True, restart=True)
-    assert sorted(os.listdir(tmp_path)) == [LOCK_NAME, "metrics.jsonl"]  # nothing of the earlier run
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]  # nothing of the earlier run
     assert train(settings, resume=True).resumed_from == 0
     assert losses(tmp_path) == losses(whole)
     assert weights(tmp_path) == weights(whole)

@@ -17,7 +17,7 @@ from typing import Any
 from .config import TrainConfig
 from .errors import UserError
 
-LOCK_NAME = ".fastpeft-training.lock"  # stays: of one that is removed two processes may lock two
+LOCK_NAME = ".fastpeft-training.lock"
 OWNER_NAME = ".fastpeft-training.json"
 METRICS_NAME, CURVE_NAME, ADAPTER_NAME = "metrics.jsonl", "loss.png", "adapter"
 _WRITTEN = "|".join((r"checkpoint-\d+", *map(re.escape, (ADAPTER_NAME, METRICS_NAME, CURVE_NAME, OWNER_NAME))))
@@ -92,20 +92,26 @@ def _take(root: Path) -> Any:
     if holder is not None and holder[0] == me[0]:
         raise _in_use(root)
     lock = FileLock(root / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not os.path.lexists(root / LOCK_NAME):  # as in /proc, where no file can be made
-            raise FileNotFoundError(errno.ENOENT, "no file can be made there") from None
-        raise _in_use(root) from None
-    except NotImplementedError as error:  # some releases of filelock, without locks of the system
-        raise OSError(errno.ENOLCK, "its file system has no locks") from error
+    for _ in range(20):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if os.path.lexists(root / LOCK_NAME):
+                raise _in_use(root) from None
+        else:
+            if os.path.lexists(root / LOCK_NAME):
+                break
+            lock.release()
+        time.sleep(0.01)  # whoever held it has removed it this moment
+    else:  # as in /proc
+        raise FileNotFoundError(errno.ENOENT, "no file can be made there")
     _held[key] = me
 
     def release() -> None:
         del _held[key]
-        with suppress(OSError):
-            (root / OWNER_NAME).unlink(missing_ok=True)
+        for name in (OWNER_NAME, LOCK_NAME):  # the lock's file while it is held: filelock takes none that was removed
+            with suppress(OSError):
+                (root / name).unlink(missing_ok=True)
         lock.release()
 
     try:
