@@ -4,8 +4,9 @@ A trial trains a tiny random model, resumed again and again: killed (SIGKILL, SI
 with the disk filled (a small tmpfs, where one may be mounted) or files limited (RLIMIT_FSIZE), with files of its
 checkpoints flipped, cut, removed or swapped in between, with a second run beside it. In the end metrics.jsonl, the
 adapters and the last checkpoint are those of the uninterrupted run, every process has ended in time with the right exit
-code, no error was called a defect, and nothing temporary is left. `--seed` draws the faults; their moments also depend
-on the machine. With SmolLM2's size nothing would be different but the time.
+code, no error was called a defect, and nothing temporary is left. Half of the trials train two adapters in one run;
+where one of them lost more steps than the other, it does those alone, and is compared up to rounding. `--seed` draws
+the faults; their moments also depend on the machine.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ..machine import ROOT
 from ..measure import Stats
 from ..results import Row
+from .train_chaos_files import DISK, content, count_lines, listing, metrics, same, small_disk
 from .train_chaos_process import Run, make_context
 
-DISK = 2 << 20  # bytes of the small disk
-STEPS, OTHER_STEPS = 10, 7
+STEPS, OTHER_STEPS = 10, 6
 ADAPTER = [f"adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "fastpeft_training.json")]
-TIMED = ("seconds", "tokens_per_s", "peak_memory_mb")
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 FAULTS = (*SIGNALS, "twice", "disk", "limit", "second", "flip", "cut", "remove", "swap", "torn")
 # The exit codes that are right, beside 0 of a run that was quicker than its fault.
@@ -71,6 +72,7 @@ class Trial:
     draw: random.Random
     log: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    exact: bool = True
 
     def start(self, *options: str, limit: int | None = None) -> Run:
         return Run(self.world.context, [*self.world.words(self.name, self.output), *options], limit)
@@ -119,6 +121,7 @@ class Trial:
     def resume_options(self) -> list[str]:
         """Options that go on. Where no checkpoint is intact, `--resume` alone is refused and changes nothing."""
         whole = self.newest()
+        self.exact &= len({min(whole.get(str(root), 0), OTHER_STEPS) for root in self.roots()}) == 1
         if not [root for root in self.roots() if any(root.glob("checkpoint-*")) and str(root) not in whole]:
             return ["--resume"]
         before = content(self.output)
@@ -237,58 +240,21 @@ class Trial:
         if self.ended(self.start(*self.resume_options()), "the end", {0}) != 0:
             return
         whole = self.world.whole[self.name]
-        if metrics(self.output) != metrics(whole):
-            self.problems.append(f"metrics.jsonl differs: {metrics(self.output)} is not {metrics(whole)}")
+        if not same(metrics(self.output), metrics(whole), 0 if self.exact else 0.02):
+            pairs = zip_longest(metrics(self.output), metrics(whole))
+            found, expected = next((a, b) for a, b in pairs if a != b)
+            self.problems.append(f"metrics.jsonl differs: {found} is not {expected}")
         for root in self.roots():
             theirs = whole / root.relative_to(self.output)
             last = OTHER_STEPS if root.name == "b" else STEPS
             for file in [*ADAPTER, f"checkpoint-{last}/training_state.safetensors"]:
-                if not (root / file).is_file() or (root / file).read_bytes() != (theirs / file).read_bytes():
+                found = (root / file).read_bytes() if (root / file).is_file() else b""
+                if not found or (found != (theirs / file).read_bytes() and (self.exact or file.endswith("json"))):
                     self.problems.append(f"{root.name}/{file} is missing or differs")
         known = {"adapter", "metrics.jsonl", "loss.png", "a", "b"}
         left = {n for root in {self.output, *self.roots()} for n in listing(root) if not n.startswith("checkpoint-")}
         if left - known:
             self.problems.append(f"left behind: {sorted(left - known)}")
-
-
-def listing(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-
-
-def count_lines(file: Path) -> int:
-    try:
-        return file.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of a run, without what differs from run to run; a torn one is an error."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A small tmpfs below a folder; None where none may be mounted."""
-    disk = folder / "disk"
-    disk.mkdir()
-    if shutil.which("mount") is None or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], capture_output=True, check=False
-    ).returncode:
-        yield None
-        return
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
 def make_world(folder: Path, disk: Path | None, kept: Path, names: tuple[str, ...], context: Any) -> World:
@@ -302,9 +268,10 @@ def make_world(folder: Path, disk: Path | None, kept: Path, names: tuple[str, ..
         "eval_fraction": 0.25, "lora": {"r": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]},
     }  # fmt: skip
     own = {"data": data, "max_steps": STEPS, "save_every": 3}
-    other = {"data": data, "max_steps": OTHER_STEPS, "save_every": 2, "method": "dora", "optimizer": "sgd",
+    other = {"data": data, "max_steps": OTHER_STEPS, "save_every": 3, "method": "dora", "optimizer": "sgd",
              "keep_checkpoints": 1}  # fmt: skip
-    settings = {"one": {**shared, **own}, "several": {**shared, "adapters": {"a": own, "b": other}}}
+    without = {**shared, "lora": {"r": 2, "target_modules": ["q_proj", "down_proj"]}}
+    settings = {"one": {**shared, **own}, "several": {**without, "adapters": {"a": own, "b": other}}}
     world = World(folder, context, disk, kept)
     for name in names:
         (folder / f"{name}.yaml").write_text(json.dumps(settings[name]))  # JSON is YAML
@@ -352,7 +319,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             [sys.executable, "-m", "fastpeft", "train", *world.words("one", folder / "plain")], cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        same = plain.returncode == 0 and metrics(folder / "plain") == metrics(world.whole["one"])
+        as_plain = plain.returncode == 0 and metrics(folder / "plain") == metrics(world.whole["one"])
         trials: list[Trial] = []
         seconds: list[float] = []
         for i in track(range(10**6), description=f"trials for {args.minutes:g} minutes", total=None):
@@ -363,10 +330,10 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
                 print("\n".join([*trials[-1].log, problem]), file=sys.stderr)
             if time.monotonic() > end:
                 break
-    yield verdict(args, world, trials, seconds, same)
+    yield verdict(args, world, trials, seconds, as_plain)
 
 
-def verdict(args: argparse.Namespace, world: World, trials: list[Trial], seconds: list[float], same: bool) -> Row:
+def verdict(args: argparse.Namespace, world: World, trials: list[Trial], seconds: list[float], as_plain: bool) -> Row:
     row = Row(f"{len(trials)} trials, seed {args.seed}",
               {"suite": "train-chaos", "trials": len(trials), "seed": args.seed, "minutes": args.minutes})  # fmt: skip
     row.stats = {"trial": Stats(seconds), "uninterrupted run": Stats(list(world.seconds.values()))}
@@ -379,9 +346,11 @@ def verdict(args: argparse.Namespace, world: World, trials: list[Trial], seconds
         f"disks were filled by {disks}; the seed draws faults, the machine their exact moments",
     ]
     bad = [trial for trial in trials if trial.problems]
+    rounded = [trial for trial in trials if not trial.exact]
     for what, met in (
-        (f"{len(trials)} trials end as the run that nothing interrupted, bit for bit; {len(bad)} did not", not bad),
-        ("a run of `python -m fastpeft train` gives the lines that the trials are compared with", same),
+        (f"{len(trials)} trials end as the run that nothing interrupted, {len(trials) - len(rounded)} of them bit for "
+         f"bit, {len(rounded)} up to rounding (adapters that lost different steps); {len(bad)} did not", not bad),
+        ("a run of `python -m fastpeft train` gives the lines that the trials are compared with", as_plain),
     ):
         row.notes.append(f"{what}: {'met' if met else 'MISSED'}")
         row.missed |= not met

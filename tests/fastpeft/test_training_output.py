@@ -266,6 +266,19 @@ def test_restart_resumes_what_is_intact_only_with_resume(world: Path, whole: Pat
     assert losses(tmp_path) == losses(whole)
 
 
+@pytest.mark.parametrize("name", ["checkpoint-500", "adapter"])
+def test_restart_removes_nothing_of_others(world: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "trainer_state.json").write_text("{}")
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "training_state.json").write_text("{}")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is not of a training run here; move it away"):
+        train(config(world, tmp_path), restart=True)
+    assert content(tmp_path) == before
+
+
 def test_a_broken_checkpoint_of_a_later_step_displaces_none(world: Path, tmp_path: Path) -> None:
     train(config(world, tmp_path, save_every=2))
     os.rename(tmp_path / "checkpoint-5", tmp_path / "checkpoint-50")

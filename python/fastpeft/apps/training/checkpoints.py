@@ -9,6 +9,7 @@ Everything is safetensors and json, so reading a checkpoint cannot run code.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -108,12 +109,19 @@ def save(
 
 
 def clear(root: Path) -> None:
-    """Remove what an earlier run left in an output: its checkpoints, its adapter, its curve."""
-    for folder in [*numbered(root), root / ADAPTER_NAME]:
-        if folder.is_symlink():
-            folder.unlink()
-        elif folder.exists():
-            shutil.rmtree(folder)
+    """Remove what an earlier run left in an output: its checkpoints, its adapter, its curve.
+
+    Raises UserError, and removes nothing, where a folder of such a name is not of a run here (but of another trainer).
+    """
+    folders = [(folder, ("training_state.json", "training_state.safetensors")) for folder in numbered(root)]
+    if (root / ADAPTER_NAME).is_dir():
+        folders.append((root / ADAPTER_NAME, ("adapter_config.json", "adapter_model.safetensors")))
+    for folder, names in folders:
+        there = os.listdir(folder)
+        if folder.is_symlink() or (there and not {*names, "fastpeft_manifest.json"} & set(there)):
+            raise UserError(f"{folder} is not of a training run here", "move it away, or choose another output")
+    for folder, _ in folders:
+        shutil.rmtree(folder)
     (root / CURVE_NAME).unlink(missing_ok=True)
 
 
