@@ -39,6 +39,7 @@ class Row:
     candidates: list[Candidate] = field(default_factory=list)  # empty where a suite measures by itself
     after: Callable[[], object] | None = None
     refused: str | None = None  # why the row holds no number
+    missed: bool = False  # something was wrong, not slow
 
     def refuse(self, why: str) -> Row:
         """The row as a title without numbers: tests of what it measures did not pass."""

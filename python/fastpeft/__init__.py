@@ -14,8 +14,9 @@ from .config.base import loaders as _loaders
 __version__ = "0.1.0"
 
 _NAMES = {
-    "files.atomic": ("atomic_directory", "newest_valid"),
+    "files.atomic": ("atomic_directory", "atomic_file", "newest_valid", "remove_leftovers"),
     "files.checks": ("AdapterFileError",),
+    "files.write_errors": ("WriteError", "named_write_errors"),
     "config.base": ("CONFIG_NAME", "PeftConfig", "TargetConfig"),
     "config.limits": ("check_adapter_name",),
     "config.types": ("NoMatchingPeftModuleError", "PeftError", "PeftType", "PeftWarning", "TaskType"),

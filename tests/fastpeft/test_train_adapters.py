@@ -168,7 +168,7 @@ def test_resuming_continues_every_adapter(world: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_lost_its_checkpoint_catches_up(world: Path, tmp_path: Path) -> None:
-    """Red's newest is damaged and green has none: they do their steps once more, blue waits, nobody's curve bends."""
+    """Red's newest is damaged and green's all are: they do their steps once more, blue waits, nobody's curve bends."""
     settings = config(world, tmp_path, save_every=2)
     trainer(settings).run()
     before = lines(tmp_path)
@@ -176,8 +176,10 @@ def test_an_adapter_that_lost_its_checkpoint_catches_up(world: Path, tmp_path: P
     weights.write_bytes(weights.read_bytes()[:-10])
     for folder in checkpoints.numbered(tmp_path / "green"):
         (folder / "training_state.json").unlink()
+    with pytest.raises(UserError, match="green is intact"):
+        trainer(settings).run(resume=True)
     resumed = trainer(settings)
-    results = resumed.run(resume=True)
+    results = resumed.run(resume=True, restart=True)
     assert {name: r.resumed_from for name, r in results.items()} == {"red": 4, "green": 0, "blue": 4}
     assert results["blue"].tokens == 0
     after = lines(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 from fastpeft.apps.training.data import Encoder, Example, read_jsonl
 from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.packing import Plan, collate, rows_of_epoch
+from fastpeft.apps.training.run import split
 from fastpeft.apps.training.testing import make_byte_tokenizer
 
 CHAT, PLAIN = make_byte_tokenizer(chat=True), make_byte_tokenizer(chat=False)
@@ -35,6 +36,18 @@ def text(example: Example, learned: bool) -> str:
         ('{"messages": [{"role": "robot", "content": "x"}]}', "messages[0]: unknown role 'robot'"),
         ('{"messages": [{"role": "user", "content": null}]}', "messages[0]: expected text in 'content', got null"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no message has the role assistant"),
+        (r'{"prompt": "a", "completion": "\ud800"}', r"data.jsonl:2: completion: \ud800 at character 0 is half of a"),
+        (r'{"prompt": "a\udfff", "completion": "b"}', r"data.jsonl:2: prompt: \udfff at character 1 is half of a"),
+        (r'{"messages": [{"role": "assistant", "content": "\udc00"}]}', r"messages[0].content: \udc00 at character 0"),
+        ("[" * 200_000 + "]" * 200_000, "data.jsonl:2: lists or objects are nested too deeply"),
+        ('{"a":' * 200_000, "data.jsonl:2: lists or objects are nested too deeply"),
+        ('{"prompt": "a", "completion": ' + "1" * 5000 + "}", "data.jsonl:2: Exceeds the limit"),
+        ('{"prompt": NaN, "completion": "b"}', "data.jsonl:2: expected text in 'prompt', got a number"),
+        ('{"prompt": "a", "completion": [["b"]]}', "data.jsonl:2: expected text in 'completion', got a list"),
+        ('{"messages": [[{"role": "user"}]]}', "data.jsonl:2: messages[0]: expected an object with role and content"),
+        ('{"messages": [{"role": ["user"], "content": "x"}]}', "data.jsonl:2: messages[0]: unknown role ['user']"),
+        ('{"messages": [{"role": "%s", "content": "x"}]}' % ("r" * 10**6), "data.jsonl:2: messages[0]: unknown role"),
+        ('{"%s": 1}' % ("k" * 10**6), "data.jsonl:2: missing prompt and completion"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -44,6 +57,26 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
         read_jsonl(str(file))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_what_only_the_template_or_the_split_meets_is_named(tmp_path: Path) -> None:
+    strict = make_byte_tokenizer()
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}x"
+    turns = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(UserError, match=r"d\.jsonl:7: the chat template refuses it \(TemplateError: no system turn\)"):
+        Encoder(strict).dataset([("d.jsonl:7", {"messages": turns})])
+    strict.chat_template = "{% for m in messages %}{{ m['name'] }}<|end|>{% endfor %}"
+    named = [{"role": "user", "content": "u"}, {**turns[1], "name": "\ud800"}]
+    with pytest.raises(UserError, match=r"d\.jsonl:7: \\ud800 at character 7 is half of a surrogate pair"):
+        Encoder(strict).dataset([("d.jsonl:7", {"messages": named})])
+    with pytest.raises(UserError, match=r"prompt: \\ud800 at character 0"):
+        Encoder(PLAIN).prompt_ids("\ud800")
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(UserError, match=r"d\.jsonl:7: lists or objects are nested too deeply"):
+        split([("d.jsonl:7", {"prompt": "a", "completion": "b", "more": deep})], 0.5)
 
 
 def test_blank_lines_bom_and_encoding(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ class StopAt(Silent):
             raise Stop
 
 
-def interrupted(trainer: Any, at: int) -> None:
+def interrupted(trainer: Any, at: int, **how: bool) -> None:
     """Run a trainer until it is in this step."""
     trainer.progress = StopAt(at)
     with pytest.raises(Stop):
-        trainer.run()
+        trainer.run(**how)
 
 
 def interrupted_on_console(monkeypatch: pytest.MonkeyPatch, at: int, run: Callable[[], object]) -> None:

@@ -33,6 +33,7 @@ _RENAME_EXCHANGE = 2
 _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBUSY)
 
 _TEMPORARY = re.compile(r"\.(.+)\.tmp-([A-Za-z0-9]+)-(\d+)-[0-9a-f]{8}")  # target, host and process of a writer
+_TEMPORARY_FILE = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # target
 
 
 @contextmanager
@@ -179,8 +180,30 @@ def _remove_leftovers(home: Path, target: str) -> None:
     """Remove temporary folders of writers on this machine that are no longer alive."""
     for name in os.listdir(home):
         match = _TEMPORARY.fullmatch(name)
-        if match and match[1] == target and match[2] == _host() and not _is_alive(int(match[3])):
+        if match and _target_of(name) == target and match[2] == _host() and not _is_alive(int(match[3])):
             shutil.rmtree(home / name, ignore_errors=True)
+
+
+def remove_leftovers(root: str | os.PathLike[str], pattern: str) -> None:
+    """Remove temporary folders and files of atomic writers in `root`, for a caller who knows that none is at work.
+
+    pattern: a full match of the names of what they were to become.
+    """
+    for entry in os.scandir(root):
+        target = _target_of(entry.name)
+        if target == entry.name or not re.fullmatch(pattern, target):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        elif entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)
+
+
+def _target_of(name: str) -> str:
+    """The name that a temporary folder or file was to get; other names as they are."""
+    while match := _TEMPORARY.fullmatch(name) or _TEMPORARY_FILE.fullmatch(name):
+        name = match[1]  # again: 0.1 once wrote a folder inside of such a folder through a third
+    return name
 
 
 def _is_alive(pid: int) -> bool:

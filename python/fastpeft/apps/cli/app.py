@@ -79,10 +79,19 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest intact checkpoint in output.")
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            help="Begin anew, without the earlier run's checkpoints and adapter; with --resume only if all are broken.",
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train an adapter on a jsonl file of prompt/completion or messages.
+
+    Ctrl-C and SIGTERM end it after the step it is in, with a checkpoint; once more ends it at once.
 
     Example: fastpeft train model=smollm2 data=train.jsonl output=runs/mine lora.r=8 epochs=2
     """
@@ -97,7 +106,7 @@ def train(
             plan = commands.plan(config)
             out.emit(plan, lambda: commands.show_plan(plan))
         else:
-            result = commands.train(config, resume)
+            result = commands.train(config, resume, restart)
             out.emit(result, lambda: commands.show_training(result))
 
 

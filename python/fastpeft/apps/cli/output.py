@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import typer
 
-USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 1, 3, 130
+from ..training.stop import Interrupted, Terminated, handled, terminate
+
+USER_ERROR, INTERNAL_ERROR = 1, 3
 # What libraries raise for bad input; anything else is a defect and says so.
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)
 
@@ -36,12 +39,15 @@ def session(as_json: bool, debug: bool) -> Iterator[Session]:
     """Run a command: with ``--json`` only the result reaches stdout; an exception becomes one line and a code."""
     current = Session(as_json)
     try:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        out = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+        with handled(signal.SIGTERM, terminate), out:
             yield current
     except (typer.Exit, typer.Abort):
         raise
+    except (Interrupted, Terminated) as error:
+        _fail(current, error.problem, error.fix, error.exit_code)
     except KeyboardInterrupt:
-        _fail(current, "interrupted", "run it again; `train --resume` goes on from the last checkpoint", INTERRUPTED)
+        _fail(current, Interrupted().problem, Interrupted().fix, Interrupted.exit_code)
     except Exception as error:
         if debug:
             raise

@@ -9,6 +9,7 @@ from typing import Any
 from ..training import models
 from ..training.config import TrainConfig
 from ..training.metrics import Console
+from ..training.output import held
 from . import docstyles, folder, pydocs, throughput
 from .report import cell
 
@@ -40,13 +41,19 @@ def config(output: Path, steps: int) -> TrainConfig:
 
 def run(output: Path, steps: int) -> dict[str, Any]:
     """Do everything; returns what ``show`` and ``--json`` print. Interrupted, it goes on from its last checkpoints."""
+    settings = config(output, steps)
+    with held(settings):
+        return _run(output, settings)
+
+
+def _run(output: Path, settings: TrainConfig) -> dict[str, Any]:
     import torch
 
     from ..cli.output import progress_bar
     from ..training import run as training
     from ..training.inference import Answerer
 
-    clock, settings = folder.Clock(), config(output, steps)
+    clock, steps = folder.Clock(), settings.max_steps
     with Console() as progress:
         progress.say(f"demo-adapters: SmolLM2-135M-Instruct, NF4, three LoRAs r=16 in one run of {steps} steps")
         progress.say("reading the docstrings of Python's library, numpy and torch")
@@ -58,7 +65,7 @@ def run(output: Path, steps: int) -> dict[str, Any]:
         prepared = training.prepare_all(settings)
         model = training.adapted_model(*prepared)
         clock.mark("load and quantise the model")
-        results, model = training.train_all(settings, prepared, progress, resume, model)
+        results, model = training.train_all(settings, prepared, progress, resume, model, restart=True)
         clock.mark("train three adapters at once")
         progress.say(f"answering {PROMPTS} prompts four times in one batch: the base, and each adapter")
         who = [BASE, *results]

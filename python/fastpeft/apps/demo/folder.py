@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ... import atomic_file
 from ..training.config import TrainConfig
-from ..training.errors import UserError
 
 _RESULTS = ("metrics.jsonl", "loss.png", "report.md", "state.json", "throughput.png")
 
@@ -32,8 +31,6 @@ def continue_or_clear(output: Path, settings: TrainConfig) -> bool:
     """True to resume: the folder holds an unfinished run of the same settings. Else remove what an earlier run left."""
     from ..training import checkpoints
 
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output: {output} is a file", "choose a folder")
     state = output / "state.json"
     roots = [Path(one.output) for one in settings.each().values()]
     if state.is_file():
@@ -45,8 +42,7 @@ def continue_or_clear(output: Path, settings: TrainConfig) -> bool:
         if same and any(checkpoints.newest(root) is not None for root in roots):
             return True
     for root in roots:
-        for folder in [*checkpoints.numbered(root), root / "adapter"]:
-            shutil.rmtree(folder, ignore_errors=True)
+        checkpoints.clear(root)
     for name in _RESULTS:
         (output / name).unlink(missing_ok=True)
     mark(output, finished=False, settings=settings)
@@ -62,9 +58,8 @@ def mark(output: Path, finished: bool, settings: TrainConfig) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    with atomic_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_records(file: Path, records: list[tuple[str, dict[str, Any]]]) -> None:

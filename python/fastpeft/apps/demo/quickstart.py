@@ -14,6 +14,7 @@ from ..training.config import TrainConfig
 from ..training.data import Record
 from ..training.errors import UserError
 from ..training.metrics import Console
+from ..training.output import held
 from . import folder, pydocs
 
 TRAIN_PAIRS, HELD_OUT_PAIRS, ANSWER_TOKENS = 1600, 96, 40
@@ -57,6 +58,12 @@ def five(held_out: list[pydocs.Pair]) -> list[pydocs.Pair]:
 
 def run(output: Path, steps: int) -> dict[str, Any]:
     """Do everything; returns what ``show`` and ``--json`` print. Interrupted, it goes on from its last checkpoint."""
+    settings = config(output, steps)
+    with held(settings):
+        return _run(output, settings)
+
+
+def _run(output: Path, settings: TrainConfig) -> dict[str, Any]:
     import torch
 
     from ..training import run as training
@@ -64,7 +71,7 @@ def run(output: Path, steps: int) -> dict[str, Any]:
     from ..training.plot import plot_losses
     from .report import write_report
 
-    clock, settings = folder.Clock(), config(output, steps)
+    clock, steps = folder.Clock(), settings.max_steps
     with Console() as progress:
         progress.say(f"quickstart: SmolLM2-135M-Instruct, NF4, LoRA r=16, {steps} steps; results go to {output}")
         progress.say("reading Python's own documentation")
@@ -94,7 +101,7 @@ def run(output: Path, steps: int) -> dict[str, Any]:
         with model.disable_adapter():
             before = answerer.answer(prompts, ANSWER_TOKENS)
         clock.mark("answer before")
-        result, model = training.train(prepared, progress, resume, model)
+        result, model = training.train(prepared, progress, resume, model, restart=True)
         clock.mark("train and evaluate")
         progress.say("answering the same prompts after training")
         after = answerer.answer(prompts, ANSWER_TOKENS)

@@ -9,7 +9,9 @@ Everything is safetensors and json, so reading a checkpoint cannot run code.
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .output import ADAPTER_NAME, CURVE_NAME
 
 _TENSOR = "$tensor"
 _PATTERN = r"checkpoint-(\d+)"
@@ -83,7 +86,10 @@ def save(
     keep: int,
     adapter: str = "default",
 ) -> Path:
-    """Write ``root/checkpoint-<step>`` and delete all but the ``keep`` newest; ``extra`` must be json."""
+    """Write ``root/checkpoint-<step>`` and delete all but the ``keep`` newest up to it; ``extra`` must be json.
+
+    Those of later steps stay: a run that was resumed from before them found them broken.
+    """
     from safetensors.torch import save_file
 
     from ... import atomic_directory
@@ -97,15 +103,36 @@ def save(
         save_file(tensors, str(Path(temporary) / "training_state.safetensors"))
         text = json.dumps({"step": step, "extra": extra, "state": state})
         (Path(temporary) / "training_state.json").write_text(text, encoding="utf-8")
-    for old in numbered(root)[:-keep]:
+    for old in [p for p in numbered(root) if _step(p) <= step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
+def clear(root: Path) -> None:
+    """Remove what an earlier run left in an output: its checkpoints, its adapter, its curve.
+
+    Raises UserError, and removes nothing, where a folder of such a name is not of a run here (but of another trainer).
+    """
+    folders = [(folder, ("training_state.json", "training_state.safetensors")) for folder in numbered(root)]
+    if (root / ADAPTER_NAME).is_dir():
+        folders.append((root / ADAPTER_NAME, ("adapter_config.json", "adapter_model.safetensors")))
+    for folder, names in folders:
+        there = os.listdir(folder)
+        if folder.is_symlink() or (there and not {*names, "fastpeft_manifest.json"} & set(there)):
+            raise UserError(f"{folder} is not of a training run here", "move it away, or choose another output")
+    for folder, _ in folders:
+        shutil.rmtree(folder)
+    (root / CURVE_NAME).unlink(missing_ok=True)
+
+
 def numbered(root: Path) -> list[Path]:
     """Checkpoint folders by rising step, intact or not."""
-    folders = [p for p in root.glob("checkpoint-*") if p.is_dir() and p.name.partition("-")[2].isdecimal()]
-    return sorted(folders, key=lambda p: int(p.name.partition("-")[2]))
+    folders = [p for p in root.glob("checkpoint-*") if p.is_dir() and re.fullmatch(_PATTERN, p.name)]
+    return sorted(folders, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 def newest(root: Path) -> Path | None:

@@ -194,7 +194,7 @@ def load_config(path: str | None, overrides: list[str]) -> TrainConfig:
             raise UserError(f"expected a YAML file, {path} is not a file", "give the path of an existing config")
         try:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # of numbers and dates, of nesting
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}", "correct the file") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise UserError(f"{path}: expected 'key: value' lines, got a {type(loaded).__name__}", "write a mapping")
@@ -205,8 +205,8 @@ def load_config(path: str | None, overrides: list[str]) -> TrainConfig:
             raise UserError(f"expected key=value, got {word!r}", "for example learning_rate=1e-4 or lora.r=8")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{key}: {text!r} is not a valid value", "quote it") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{key}: {text[:200]!r} is not a valid value", "quote it") from error
         _assign(values, key.strip().split("."), value)
     return from_dict(values)
 
@@ -270,7 +270,7 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
         if not isinstance(value, bool) and isinstance(value, (int, float, str)):
             try:
                 return float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 pass
     elif annotation is str:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):

@@ -59,21 +59,33 @@ def read_jsonl(path: str) -> list[tuple[str, Record]]:
         if not raw.strip():
             continue
         where = f"{path}:{number}"
-        try:
-            record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where}: not UTF-8 ({error.reason} at byte {error.start})", "save the file as UTF-8"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}: not valid JSON ({error.msg} at column {error.colno})", "write one JSON object a line"
-            ) from error
+        record = _parse(raw, where, "utf-8-sig" if number == 1 else "utf-8")
         check_record(record, where)
         records.append((where, record))
     if not records:
         raise UserError(f"data: {path} holds no records", "write one JSON object with prompt and completion a line")
     return records
+
+
+def _parse(line: bytes, where: str, encoding: str) -> Any:
+    try:
+        return json.loads(line.decode(encoding))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start})", "save the file as UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno})", "write one JSON object a line"
+        ) from error
+    except RecursionError:
+        raise too_deep(where) from None
+    except ValueError as error:  # a number of more digits than Python converts
+        raise UserError(f"{where}: {error}", "write it as text, or leave it out") from error
+
+
+def too_deep(where: str) -> UserError:
+    return UserError(f"{where}: lists or objects are nested too deeply", "write one object with text in it")
 
 
 def check_record(record: object, where: str) -> None:
@@ -88,12 +100,13 @@ def check_record(record: object, where: str) -> None:
     missing = [key for key in ("prompt", "completion") if key not in record]
     if missing:
         raise UserError(
-            f"{where}: missing {' and '.join(missing)} (found: {', '.join(map(str, record)) or 'nothing'})",
+            f"{where}: missing {' and '.join(missing)} (found: {_short(', '.join(record)) or 'nothing'})",
             "a record needs prompt and completion, or messages",
         )
     for key in ("prompt", "completion"):
         if not isinstance(record[key], str):
             raise UserError(f"{where}: expected text in {key!r}, got {_type(record[key])}", "write a string")
+        check_text(record[key], f"{where}: {key}")
     if not record["completion"].strip():
         raise UserError(f"{where}: the completion is empty", "write what is to be learned, or remove the line")
 
@@ -109,9 +122,25 @@ def _check_messages(messages: object, where: str) -> None:
             )
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
-            raise UserError(f"{at}: unknown role {role!r}", f"use one of {', '.join(_ROLES)}")
+            raise UserError(f"{at}: unknown role {_short(repr(role))}", f"use one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"{at}: expected text in 'content', got {_type(content)}", "write a string")
+        check_text(content, f"{at}.content")
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise for half of a surrogate pair, which JSON's escapes can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(
+            f"{where}: {code} at character {error.start} is half of a surrogate pair", "write the whole character"
+        ) from error
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _type(value: object) -> str:
@@ -175,6 +204,7 @@ class Encoder:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The tokens in front of the answer to ``prompt``, the same at training and at inference."""
+        check_text(prompt, "prompt")
         if not self.chat:
             return self._start() + self._tokens(prompt)
         return self._tokens(self._render([{"role": "user", "content": prompt}], generate=True))
@@ -186,8 +216,8 @@ class Encoder:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:index], generate=True)
-            after = self._render(messages[: index + 1], generate=False)
+            before = self._render(messages[:index], generate=True, where=where)
+            after = self._render(messages[: index + 1], generate=False, where=where)
             if not before.startswith(done) or not after.startswith(before):
                 raise UserError(
                     f"{where}: the chat template rewrites earlier turns, so what is to be learned cannot be cut out",
@@ -197,8 +227,15 @@ class Encoder:
             done = after
         return segments
 
-    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    def _render(self, messages: list[dict[str, str]], generate: bool, where: str = "prompt") -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        except Exception as error:  # a template is a program of the model's, which may raise anything
+            raise UserError(
+                f"{where}: the chat template refuses it ({type(error).__name__}: {_short(str(error))})",
+                "write the turns that the model's template takes",
+            ) from error
+        check_text(text, where)
         return text
 
     def _tokens(self, text: str) -> list[int]:

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from .checkpoints import set_random_state
+from . import checkpoints
 from .config import TrainConfig
 from .data import Example
 from .forward import CompletionLoss
 from .memory import keep_freed_memory
 from .metrics import MetricsFile, Progress, peak_memory_mb
+from .output import CURVE_NAME, METRICS_NAME
 from .packing import collate
+from .stop import Stops
 from .track import Track
 
 
@@ -65,31 +67,29 @@ class Trainer:
         self.several = bool(config.adapters)
         self._used: list[str] = []
 
-    def run(self, resume: bool = False) -> dict[str, Result]:
-        """Train from the start, or from the newest intact checkpoints; writes metrics.jsonl and checkpoints."""
+    def run(self, resume: bool = False, restart: bool = False) -> dict[str, Result]:
+        """Train from the start, or from the newest intact checkpoints; writes metrics.jsonl and checkpoints.
+
+        restart: begin anew where an earlier run left checkpoints; with ``resume``, only where none of them is intact.
+        The first SIGINT or SIGTERM ends it after the step it is in, with checkpoints: raises Interrupted or Terminated.
+        """
         started = time.monotonic()
-        self._start(resume)
+        self._start(resume, restart)
         steps = max(len(track.plan) for track in self.tracks)
         first = min((t.done for t in self.tracks if t.done < len(t.plan)), default=steps)
-        metrics = MetricsFile(Path(self.config.output) / "metrics.jsonl", {t.name: t.done for t in self.tracks})
+        metrics = MetricsFile(Path(self.config.output) / METRICS_NAME, {t.name: t.done for t in self.tracks})
         self.progress.start(steps, first)
         try:
             lines = [self._first_line(t) for t in self.tracks if t.done == 0 and t.held_out]
             self._tell(metrics, lines)
             self.model.train()
-            for step in range(first, steps):
-                # After a resume, one that is ahead of others waits for them.
-                active = [track for track in self.tracks if track.done <= step < len(track.plan)]
-                if not active:
-                    continue
-                lines = self._step(step, active)
-                for track, line in zip(active, lines, strict=True):
-                    if track.held_out and track.is_due(track.config.eval_every, step + 1):
-                        line["held_out_loss"] = track.after = self._evaluate(track)
-                self._tell(metrics, lines)
-                for track in active:
-                    if track.is_due(track.config.save_every, step + 1):
-                        track.save()
+            stops = Stops(self.progress.notice)
+            with stops.watching():
+                for step in range(first, steps):
+                    # After a resume, one that is ahead of others waits for them.
+                    active = [track for track in self.tracks if track.done <= step < len(track.plan)]
+                    if active:
+                        self._whole_step(step, active, metrics, stops)
         finally:
             self.progress.stop()
             metrics.close()
@@ -100,7 +100,24 @@ class Trainer:
             t.name: Result(len(t.plan), t.resumed_from, t.before, t.after, t.tokens, seconds, peak) for t in self.tracks
         }
 
-    def _start(self, resume: bool) -> None:
+    def _whole_step(self, step: int, active: Sequence[Track], metrics: MetricsFile, stops: Stops) -> None:
+        """A step, and what is due after it: held-out losses, lines, checkpoints, the end that a signal asked for."""
+        lines = self._step(step, active)
+        for track, line in zip(active, lines, strict=True):
+            if track.held_out and track.is_due(track.config.eval_every, step + 1):
+                line["held_out_loss"] = track.after = self._evaluate(track)
+        self._tell(metrics, lines)
+        asked = stops.asked
+        due = [track for track in active if asked or track.is_due(track.config.save_every, step + 1)]
+        if due:
+            metrics.sync()
+        written = [str(track.save()) for track in due]
+        if asked:
+            steps = max(len(track.plan) for track in self.tracks)
+            problem = f"ended after step {step + 1} of {steps}, as asked; wrote {', '.join(written)}"
+            raise stops.error(problem, "go on with --resume")
+
+    def _start(self, resume: bool, restart: bool) -> None:
         """Check the model, make the optimizers, and go to where an earlier run was."""
         for track in self.tracks:
             self._use([track])
@@ -115,13 +132,17 @@ class Trainer:
             self._use([track])
             track.start(self.model)
             if resume:
-                text, states[track.name] = track.resume()
+                text, states[track.name] = track.resume(restart)
                 self.progress.say(text)
+            elif restart:
+                checkpoints.clear(track.root)
             else:
                 track.refuse_mixture()
+        if restart and not any(track.done for track in self.tracks):
+            (Path(self.config.output) / CURVE_NAME).unlink(missing_ok=True)
         behind = min(self.tracks, key=lambda t: (t.done >= len(t.plan), t.done))
         if states.get(behind.name) is not None:
-            set_random_state(states[behind.name])
+            checkpoints.set_random_state(states[behind.name])
 
     def _use(self, tracks: Sequence[Track]) -> None:
         """Let these adapters train and no others; one alone is the active one, several are chosen row by row."""

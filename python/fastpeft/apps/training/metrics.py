@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
+
+from ... import atomic_file, named_write_errors
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -33,34 +37,47 @@ class MetricsFile:
 
     def __init__(self, path: Path, done: Mapping[str, int]) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[str] = []
         if any(done.values()) and path.is_file():
             kept = [json.dumps(line) for line in read_metrics(path) if _is_behind(line, done)]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in kept)
+            _to_disk(file)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-        self._file.write(json.dumps(rounded) + "\n")
-        self._file.flush()
+        with named_write_errors(self.path):
+            self._file.write(json.dumps(rounded) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Put the lines on the disk: a checkpoint that is there after a crash has its lines with it."""
+        with named_write_errors(self.path):
+            _to_disk(self._file)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # each line was flushed, and the error of one that was not is on its way
+            self._file.close()
+
+
+def _to_disk(file: TextIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _is_behind(line: dict[str, Any], done: Mapping[str, int]) -> bool:
-    steps = done.get(line.get("adapter", "default"), 0)
+    steps = done.get(str(line.get("adapter", "default")), 0)
     return bool(steps) and line["step"] <= steps
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a line torn by a crash is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
@@ -73,6 +90,7 @@ class Progress(Protocol):
     def start(self, total: int, done: int) -> None: ...
     def step(self, line: dict[str, Any]) -> None: ...
     def say(self, text: str) -> None: ...
+    def notice(self, text: str) -> None: ...  # from a signal's handler, at any moment
     def stop(self) -> None: ...
 
 
@@ -82,6 +100,7 @@ class Silent:
     def start(self, total: int, done: int) -> None: ...
     def step(self, line: dict[str, Any]) -> None: ...
     def say(self, text: str) -> None: ...
+    def notice(self, text: str) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -147,6 +166,10 @@ class Console:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def notice(self, text: str) -> None:
+        with suppress(OSError):  # not through rich: it may be printing, interrupted
+            os.write(2, f"\n{text}\n".encode())
 
     def stop(self) -> None:
         if self._bar is not None:

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from ... import atomic_file
 from .metrics import read_metrics
 
 _TRAIN, _HELD_OUT, _RATE, INK = "#4c72b0", "#c44e52", "#9a9a9a", "#333333"
@@ -60,9 +61,8 @@ def plot_losses(metrics: Path, picture: Path, title: str = "Training loss") -> N
 
 def save_picture(figure: Any, picture: Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
-    temporary = picture.with_name(picture.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(picture)
+    with atomic_file(picture) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import models
 from .config import TrainConfig, nearest
-from .data import Dataset, Encoder, Record, read_jsonl
+from .data import Dataset, Encoder, Record, read_jsonl, too_deep
 from .errors import UserError
 from .metrics import Progress
+from .output import ADAPTER_NAME, CURVE_NAME, METRICS_NAME, held
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,11 @@ def split(records: Records, fraction: float) -> tuple[Records, Records]:
     train: Records = []
     held_out: Records = []
     for where, record in records:
-        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()
+        try:
+            content = json.dumps(record, sort_keys=True)
+        except RecursionError:  # at the very limit of what can be read
+            raise too_deep(where) from None
+        digest = hashlib.sha256(content.encode()).digest()
         (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append((where, record))
     if not train or not held_out:
         raise UserError(
@@ -183,35 +188,39 @@ def _check_alone(model: Any, name: str, several: bool) -> None:
             raise UserError(f"{where}: {what}, which the other adapters compute with", "train it in a run of its own")
 
 
-def train(prepared: Prepared, progress: Progress, resume: bool = False, model: Any = None) -> tuple[Result, Any]:
+def train(
+    prepared: Prepared, progress: Progress, resume: bool = False, model: Any = None, restart: bool = False
+) -> tuple[Result, Any]:
     """Train one adapter and save ``<output>/adapter``; returns the result and the trained model."""
-    results, model = train_all(prepared.config, [prepared], progress, resume, model)
+    results, model = train_all(prepared.config, [prepared], progress, resume, model, restart)
     return results[prepared.name], model
 
 
 def train_all(
-    config: TrainConfig, prepared: Sequence[Prepared], progress: Progress, resume: bool = False, model: Any = None
-) -> tuple[dict[str, Result], Any]:
-    """Train a run's adapters and save each to ``adapter`` in its own output; returns results by name and the model."""
+    config: TrainConfig, prepared: Sequence[Prepared], progress: Progress, resume: bool = False, model: Any = None,
+    restart: bool = False,
+) -> tuple[dict[str, Result], Any]:  # fmt: skip
+    """Train a run's adapters and save each to ``adapter`` in its own output; returns results by name and the model.
+
+    resume, restart: as of `Trainer.run`, which also says how a signal ends it. Raises UserError for an output that
+    another run holds, that cannot be written, or in which there is no room left.
+    """
     from .loop import Trainer
     from .track import Track
 
-    for root in dict.fromkeys([Path(config.output), *(Path(p.config.output) for p in prepared)]):
-        if root.is_file():
-            raise UserError(f"output: {root} is a file", "choose a folder")
-        root.mkdir(parents=True, exist_ok=True)
-    if model is None:
-        model = adapted_model(*prepared)
-    pad = prepared[0].tokenizer.pad_token_id
-    tracks = [Track(p.name, p.config, p.train.examples, p.held_out.examples, pad) for p in prepared]
-    results = Trainer(config, model, tracks, pad, prepared[0].device, progress).run(resume)
-    for p in prepared:
-        save_adapter(model, Path(p.config.output) / "adapter", p)
-    metrics = Path(config.output) / "metrics.jsonl"
-    if metrics.stat().st_size:
-        from .plot import plot_losses
+    with held(config):
+        if model is None:
+            model = adapted_model(*prepared)
+        pad = prepared[0].tokenizer.pad_token_id
+        tracks = [Track(p.name, p.config, p.train.examples, p.held_out.examples, pad) for p in prepared]
+        results = Trainer(config, model, tracks, pad, prepared[0].device, progress).run(resume, restart)
+        for p in prepared:
+            save_adapter(model, Path(p.config.output) / ADAPTER_NAME, p)
+        metrics = Path(config.output) / METRICS_NAME
+        if metrics.stat().st_size:
+            from .plot import plot_losses
 
-        plot_losses(metrics, metrics.with_name("loss.png"))
+            plot_losses(metrics, metrics.with_name(CURVE_NAME))
     return results, model
 
 

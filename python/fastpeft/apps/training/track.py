@@ -78,18 +78,29 @@ class Track:
         """True if what is done every so many steps, and at the end, is due after ``step`` steps."""
         return step == len(self.plan) or bool(every and step % every == 0)
 
-    def save(self) -> None:
-        """Write a checkpoint of where it is."""
+    def save(self) -> Path:
+        """Write a checkpoint of where it is; returns its folder."""
         extra = {"fingerprint": self.plan.fingerprint, "held_out_before": self.before, "held_out_after": self.after}
-        checkpoints.save(
+        return checkpoints.save(
             self.root, self.done, self.model, self.optimizer, extra, self.config.keep_checkpoints, self.name
         )
 
-    def resume(self) -> tuple[str, Any]:
-        """Go to the newest intact checkpoint: what to tell of it, and the random states in it (None without one)."""
+    def resume(self, restart: bool) -> tuple[str, Any]:
+        """Go to the newest intact checkpoint: what to tell of it, and the random states in it (None without one).
+
+        Without any checkpoint, begin. Raises UserError where all are broken, unless ``restart`` allows to begin anew.
+        """
         folder = checkpoints.newest(self.root)
         if folder is None:
-            return f"no intact checkpoint in {self.root}: starting from the beginning", None
+            broken = ", ".join(p.name for p in checkpoints.numbered(self.root))
+            if broken and not restart:
+                raise UserError(
+                    f"none of the checkpoints in {self.root} is intact ({broken})",
+                    "put back one that is, or begin anew with --restart, which removes what the earlier run left",
+                )
+            if broken:
+                checkpoints.clear(self.root)
+            return f"no {'intact ' if broken else ''}checkpoint in {self.root}: starting from the beginning", None
         stored = checkpoints.load(folder, self.model, self.optimizer, self.plan.fingerprint, self.name)
         self.done = self.resumed_from = stored["step"]
         self.before, self.after = stored["extra"].get("held_out_before"), stored["extra"].get("held_out_after")
@@ -100,7 +111,7 @@ class Track:
         if checkpoints.numbered(self.root):
             raise UserError(
                 f"{self.root} holds the checkpoints of an earlier run",
-                "resume it with --resume, or choose another output",
+                "resume it with --resume, begin anew with --restart, or choose another output",
             )
 
 
