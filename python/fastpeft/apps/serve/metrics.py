@@ -29,7 +29,7 @@ class Metrics:
         self.batch = Histogram("fastpeft_batch_requests", "Requests in a forward.", buckets=_SIZES, **given)
         self.batch_tokens = Histogram("fastpeft_batch_tokens", "Tokens in a forward.", buckets=_SIZES, **given)
         self.cancelled = Counter("fastpeft_cancelled", "Requests taken out of the batch before their end.", **given)
-        self.restarts = Counter("fastpeft_engine_restarts", "Starts of the engine after a failed forward.", **given)
+        self.restarts = Counter("fastpeft_engine_restarts", "Starts of the engine after its loop ended.", **given)
 
     def stepped(self, requests: int, tokens: int) -> None:
         self.batch.observe(requests)
