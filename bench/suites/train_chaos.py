@@ -311,7 +311,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 
     names = ("one", "several")
     kept = Path(tempfile.gettempdir()) / f"train-chaos-{os.getpid()}"
-    end = time.monotonic() + 60 * (0.5 if args.quick else args.minutes)
+    minutes = args.minutes or (0.5 if args.quick else 5.0)
+    end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="fastpeft-chaos-") as name, small_disk(Path(name)) as disk:
         folder = Path(name)
         world = make_world(folder, disk, kept, names, make_context())
@@ -322,7 +323,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         as_plain = plain.returncode == 0 and metrics(folder / "plain") == metrics(world.whole["one"])
         trials: list[Trial] = []
         seconds: list[float] = []
-        for i in track(range(10**6), description=f"trials for {args.minutes:g} minutes", total=None):
+        for i in track(range(10**6), description=f"trials for {minutes:g} minutes", total=None):
             begin = time.monotonic()
             trials.append(run_trial(world, names[i % 2], f"{args.seed}-{i}"))
             seconds.append(time.monotonic() - begin)
@@ -335,7 +336,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 
 def verdict(args: argparse.Namespace, world: World, trials: list[Trial], seconds: list[float], as_plain: bool) -> Row:
     row = Row(f"{len(trials)} trials, seed {args.seed}",
-              {"suite": "train-chaos", "trials": len(trials), "seed": args.seed, "minutes": args.minutes})  # fmt: skip
+              {"suite": "train-chaos", "trials": len(trials), "seed": args.seed})  # fmt: skip
     row.stats = {"trial": Stats(seconds), "uninterrupted run": Stats(list(world.seconds.values()))}
     faults = Counter(fault for trial in trials for fault in trial.log[0].partition(": ")[2].split(", "))
     ends = Counter(line for trial in trials for line in trial.log if "exit code" in line)

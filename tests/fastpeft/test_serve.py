@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import shutil
@@ -342,15 +343,23 @@ def test_adapters_by_request(world: Path, alone: Alone, tmp_path: Path) -> None:
             assert server.post(load, lora_name="a0", lora_path="more/one").status_code == 400  # taken
             assert server.post(load, lora_name="mine", lora_path="more/one").status_code == 200
             assert server.complete("mine", "hello").json()["choices"][0]["text"] == alone.text("a4", "hello", 8)
+            broken = {"lora_name": "a0", "lora_path": "more/bad"}
             for name in ("mine", "a0"):
                 assert server.post(unload, lora_name=name).status_code == 200
                 assert server.complete(name, "hello").status_code == 404
                 assert server.post(unload, lora_name=name).status_code == 404
+            assert server.post(load, **broken).status_code == 422
+            assert server.client.post(load, json={**broken, "lora_path": "more/none"}).status_code == 404
+            asyncio.run(server.loaded.service.adapters.look())
+            assert server.complete("a0", "hello").status_code == 404  # as before the loads that failed
             assert server.post(load, lora_name="a0", lora_path=str(world / "adapters" / "a0")).status_code == 200
             assert server.complete("a0", "hello").json()["choices"][0]["text"] == alone.text("a0", "hello", 8)
+            shutil.copytree(world / "adapters" / "a4", world / "adapters" / "mine")  # another one of that name
+            assert server.complete("mine", "hello").json()["choices"][0]["text"] == alone.text("a4", "hello", 8)
             until(server.idle)
     finally:
-        shutil.rmtree(world / "adapters" / "more")
+        for name in ("more", "mine"):
+            shutil.rmtree(world / "adapters" / name, ignore_errors=True)
         (world / "adapters" / "link").unlink()
 
 

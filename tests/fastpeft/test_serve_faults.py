@@ -218,6 +218,21 @@ def test_a_fault_is_its_own_requests(server: Running, company: Company, spoiler:
     company.sees_nothing_of(fault)
 
 
+def test_an_adapter_that_does_not_get_into_its_slot(
+    server: Running, company: Company, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = server.pool.try_acquire  # type: ignore[union-attr]
+    no_room = lambda name: acquire(name) if name != "a5" else [][0]  # noqa: E731
+    monkeypatch.setattr(server.pool, "try_acquire", no_room)
+
+    def fault() -> None:
+        answer = server.complete("a5", "hello")
+        assert answer.status_code == 500
+        assert "slot: IndexError" in answer.json()["error"]["message"]
+
+    company.sees_nothing_of(fault)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away(server: Running, company: Company, stream: bool) -> None:
     cancelled = server.metric("fastpeft_cancelled_total")

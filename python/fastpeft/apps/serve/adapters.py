@@ -80,9 +80,12 @@ class Adapters:
     def _rescan(self, unloaded: set[str]) -> set[str]:
         """On a thread: the pool's look, and those of these names that have no folder any more."""
         assert self.pool is not None
-        assert self.directory is not None
         self.pool.rescan()
-        return {name for name in unloaded if not (self.directory / name / str(CONFIG_NAME)).is_file()}
+        return {name for name in unloaded if not self._in_directory(name)}
+
+    def _in_directory(self, name: str) -> bool:
+        """True if there is a folder of this name, which is an adapter's."""
+        return self.directory is not None and (self.directory / name / str(CONFIG_NAME)).is_file()
 
     async def keep_looking(self) -> None:
         while True:
@@ -145,9 +148,10 @@ class Adapters:
         """Forget an adapter; requests that run with it end with it. Raises ApiError."""
         if self.pool is None or not self._known(name):
             raise unknown(name)
-        self._unloaded.add(name)
         self._loading.pop(name, None)
         self._remove(name)
+        if self._in_directory(name):  # where the next look finds it again
+            self._unloaded.add(name)
 
     def _remove(self, name: str) -> None:
         assert self.pool is not None

@@ -301,6 +301,12 @@ class Engine:
             raise unusable(error) from error
         except PoolFull as error:
             raise late(self.limits.timeout, f": {error}") from error
+        except Exception as error:
+            if self.draining:
+                raise shutting_down() from error
+            logger.exception("adapter %r did not get into its slot", name)
+            why = f"adapter {name!r} did not get into its slot: {type(error).__name__}"
+            raise ApiError(500, why, "engine_error", "model") from error
 
     async def _wait_for(self, name: str, request: _Open) -> Lease:
         pool = self.pool

@@ -33,7 +33,7 @@ class Metrics:
         self.connections = Counter("fastpeft_connections", "Connections that came.", **given)
         self.refused = Counter("fastpeft_refused", "Connections and requests over a limit.", **why)
         self.timed_out = Counter("fastpeft_timed_out", "Connections and requests that were late.", **why)
-        self.restarts = Counter("fastpeft_engine_restarts", "Starts of the engine after a failed forward.", **given)
+        self.restarts = Counter("fastpeft_engine_restarts", "Starts of the engine after its loop ended.", **given)
 
     def stepped(self, requests: int, tokens: int) -> None:
         self.batch.observe(requests)
