@@ -34,7 +34,7 @@ logger = logging.getLogger("fastpeft.apps.serve")
 _MOST = 1024  # connections, if nothing else is said and files allow it
 _FILES = 32  # that the process may open after this: a GPU's, adapters being read, the event loop
 _TICK = 0.1  # seconds between looks at the deadlines
-_PARTS = 8192  # of a body: each costs the event loop time, however small it is
+_PARTS, _PART = 2048, 256  # parts of a body, and bytes for each one more: they cost the event loop time, also if empty
 _AHEAD = 64 << 10  # bytes that a client may send behind a request that is not answered
 _RETRY = 1  # seconds
 _LINGER = 1.0  # seconds for a client to stop sending once an error has ended its connection
@@ -234,7 +234,7 @@ class Connection(H11Protocol):
             else:
                 error = ApiError(414, f"the first line is longer than {most} bytes", "uri_too_long")
         elif status == 413:
-            error = ApiError(413, f"the body comes in more than {_PARTS} parts", "too_many_parts")
+            error = ApiError(413, "the body comes in too many small parts", "too_many_parts")
         self.answer(self.gate.refuse(error))
         # Closed while more is on its way, the client might never see the error.
         self.flow.resume_reading()
@@ -252,15 +252,16 @@ class Connection(H11Protocol):
 class _Parser(h11.Connection):
     """h11's, which counts the parts of a body."""
 
-    _parts = 0
+    _parts = _bytes = 0
 
     def next_event(self) -> Any:
         event = super().next_event()
         if isinstance(event, h11.Request):
-            self._parts = 0
+            self._parts = self._bytes = 0
         elif isinstance(event, h11.Data):
             self._parts += 1
-            if self._parts > _PARTS:
+            self._bytes += len(event.data)
+            if self._parts > _PARTS + self._bytes // _PART:
                 raise h11.RemoteProtocolError("too many parts", error_status_hint=413)
         return event
 
