@@ -17,6 +17,7 @@ from fastpeft import PeftWarning
 from fastpeft.apps.training.models import find_packaged_gguf, resolve
 from fastpeft.compat.patch.classes import patched
 from forms import matrix
+from peft_versions import needs_peft
 from torch import nn
 
 tools = runpy.run_path(str(Path(__file__).with_name("patch_tools.py")))
