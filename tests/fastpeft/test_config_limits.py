@@ -91,6 +91,7 @@ BAD = [
     ({"megatron_config": {"dtype": torch.float32}}, "megatron_config = torch.float32: expected what json can hold"),
     ({"lora_dropout": math.nan}, "lora_dropout = nan: expected"),
     ({"r": None}, "r = None: expected a number"),
+    ({"layers_to_transform": {1, "a"}}, "expected texts alone or numbers alone in a set"),
     ({"layers_to_transform": [math.nan]}, "layers_to_transform = nan"),
 ]  # fmt: skip
 

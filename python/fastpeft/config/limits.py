@@ -20,6 +20,11 @@ MAX_NAMES = 1 << 16  # LoRA on every expert of a large mixture names 46 thousand
 MAX_PATTERNS = 4096  # of them expressions, which are tried one by one
 MAX_DEPTH = 16
 
+# Fields of names or expressions of modules.
+NAMES = (
+    "target_modules", "exclude_modules", "feedforward_modules", "layers_pattern", "modules_to_save",
+    "target_parameters",
+)  # fmt: skip
 BASE = "__base__"  # no adapter, where rows of a batch name theirs
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]*")
@@ -97,6 +102,9 @@ class _Checks:
         elif isinstance(value, (list, tuple, set, frozenset)):
             for item in value:
                 self.anything(item, field, depth + 1)
+            sorts = all(isinstance(v, str) for v in value) or all(is_number(v) for v in value)
+            if isinstance(value, (set, frozenset)) and not sorts:  # a file has it as a sorted list
+                raise self.fail(field, "texts alone or numbers alone in a set", value)
         elif isinstance(value, str):
             if len(value) > MAX_STRING:
                 raise self.fail(field, f"a text of at most {MAX_STRING} characters", f"{len(value)} characters")
@@ -132,7 +140,7 @@ def check_config(config: Mapping[str, Any], where: object = "adapter configurati
     for field, check in (("rank_pattern", ranks), ("alpha_pattern", checks.scale)):
         if field in set_fields:
             checks.patterns(set_fields[field], field, check)
-    for field in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
+    for field in NAMES:
         value = set_fields.get(field, ())
         if not isinstance(value, (str, list, tuple, set, frozenset)):
             rule = f"{field} must be a text or a list of them"

@@ -54,11 +54,14 @@ class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.total_step is None or self.total_step <= 0:
-            raise ValueError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
+            raise ValueError(
+                f"AdaLoRA does not work when `total_step` is None, supply a value > 0. Got {self.total_step!r}."
+            )
         if not 0 <= self.tinit < self.total_step - self.tfinal or self.deltaT < 1:
             raise ValueError(
                 "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
-                "`total_step`."
+                f"`total_step`, and let `deltaT` be at least 1. Got tinit={self.tinit!r}, tfinal={self.tfinal!r}, "
+                f"total_step={self.total_step!r}, deltaT={self.deltaT!r}."
             )
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             raise ValueError(f"`beta1` and `beta2` should be in (0, 1), got {self.beta1} and {self.beta2}")

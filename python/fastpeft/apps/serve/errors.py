@@ -6,6 +6,7 @@ the server lie nor what is in them. That is said here and nowhere else; the serv
 
 from __future__ import annotations
 
+import functools
 import logging
 import reprlib
 from typing import Any
@@ -58,9 +59,14 @@ def unknown(name: str) -> ApiError:
 
 def unusable(error: AdapterLoadError) -> ApiError:
     """For an adapter whose files are broken, refused or gone, named relative to the server's directory of adapters."""
-    logger.warning("adapter %r cannot be used: %r", error.name, error.reason)
+    _log_once(error.name, error.reason)
     why = f"adapter {error.name!r} cannot be used: {error.rule or 'the log of the server says why'}"
     return ApiError(422, why, "adapter_unusable", "model")
+
+
+@functools.lru_cache(maxsize=1024)  # who asks for it again and again does not fill the log
+def _log_once(name: str, reason: str) -> None:
+    logger.warning("adapter %r cannot be used: %r", name, reason)
 
 
 def not_finite(adapter: str | None) -> ApiError:
