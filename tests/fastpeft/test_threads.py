@@ -186,6 +186,36 @@ def test_what_runs_again_has_the_rows_that_it_had(way: str, reentrant: bool) -> 
     assert all(names is None for names, *_ in state(model))
 
 
+class Within(torch.autograd.Function):
+    """A backward pass in another one, and so on; below 60 of them autograd goes on in a thread of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, depth: int, last: Callable[[], None]) -> Tensor:
+        ctx.depth, ctx.last = depth, last
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        with torch.enable_grad():
+            if ctx.depth:
+                Within.apply(torch.zeros(1, requires_grad=True), ctx.depth - 1, ctx.last).sum().backward()
+            else:
+                ctx.last()
+        return dy, None, None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_runs_again_in_a_thread_of_autograds_own(reentrant: bool) -> None:
+    model, threads = make("once", reentrant, train=True), set()
+    model.get_base_model().blocks[0].register_forward_pre_hook(lambda *_: threads.add(threading.get_ident()))
+    every, graph = range(len(ROWS)), torch.zeros(1, requires_grad=True)
+    total = torch.stack([loss(model, rows) for rows in ROWS]).sum()
+    found: list[Tensor] = []
+    Within.apply(graph, 70, lambda: found.extend(gradients(model, total))).sum().backward()  # type: ignore[no-untyped-call]
+    assert_as_plain(found, *every)
+    assert len(threads) == 2
+
+
 def test_training_steps_in_threads() -> None:
     """Gradients go through `torch.autograd.grad`, since `p.grad` is one for all threads."""
     model = make("once", False, train=True)
@@ -246,6 +276,18 @@ def test_calls_of_two_models_in_each_other() -> None:
         total(*(make("once", i, train=True) for i in (False, True))), eager, exact, strict=True
     ):
         assert_no_worse(mine, theirs, true, 64 * true.abs().max().expand_as(true))
+
+
+def test_a_context_that_is_used_again() -> None:
+    model, inner = make("nested", False, train=True), make(train=True)
+    rows = model.base_model.rows_assigned(ROWS[0])
+    with rows, rows:
+        total = model(X.clone().requires_grad_()).square().sum()
+        assert_same_bits(inner(X), make(train=True)(X))  # another model, of which nothing was said
+    model(X)
+    with rows:
+        more = model(X.clone().requires_grad_()).square().sum()
+    assert_as_plain(gradients(model, [total, more]), 0, 0)
 
 
 def test_other_hooks_of_saved_tensors_and_writes_to_them() -> None:

@@ -1,4 +1,4 @@
-"""What threads share beside rows: where another comes in between, each has its own answer, and what was there stays.
+"""State that threads share beside rows: where another comes in between, each has its answer, and what was there stays.
 
 The other comes in at the one place where it matters, from within a function that is replaced.
 """

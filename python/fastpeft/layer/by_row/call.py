@@ -54,25 +54,27 @@ class RowCall:
         self.task = -1  # the backward pass in which it is made
         self._hooks: Any = None  # of saved tensors, those that there were
         self._first = self._last = 0  # numbers of the nodes that its thread makes in it
+        self._entered: list[Any] = []  # what to go back to
 
     def __enter__(self) -> None:
-        self._before, self._part = now.call, now.part
-        self.below = current()
-        self._hooked = False
+        before, hooked, around = (now.call, now.part), False, current()
+        if around is not self:
+            self.below = around
         if not torch.compiler.is_compiling():
             self.task = _task()
             if self._graph and _autograd._saved_tensors_hooks_is_enabled():
                 above = _top(False)
                 other = None if above is None else getattr(above[0], "__self__", None)
                 self._hooks = other._hooks if isinstance(other, RowCall) else above
-                self._first, self._last = _number(), sys.maxsize
+                self._first, self._last = self._first or _number(), sys.maxsize
                 _autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
-                self._hooked = True
+                hooked = True
+        self._entered.append((before, hooked))
         now.call, now.part = self, None
 
     def __exit__(self, *error: object) -> None:
-        now.call, now.part = self._before, self._part
-        if self._hooked:
+        (now.call, now.part), hooked = self._entered.pop()
+        if hooked:
             self._last = _number()
             _autograd._pop_saved_tensors_default_hooks()
 
@@ -81,15 +83,16 @@ class RowCall:
     def _pack(self, tensor: Tensor) -> Any:
         task = _task()
         call = self if task == self.task else _again(task)  # a checkpoint in one that runs again while this is made
-        return call, (tensor, tensor._version) if self._hooks is None else self._hooks[0](tensor)
+        hooks = self._hooks
+        return call, hooks, (tensor, tensor._version) if hooks is None else hooks[0](tensor)
 
     def _unpack(self, packed: Any) -> Tensor:
-        call, kept = packed
+        call, hooks, kept = packed
         task = _task()
         if task != -1 and call is not None:
             _note(_node(), task, call)
-        if self._hooks is not None:
-            other: Tensor = self._hooks[1](kept)
+        if hooks is not None:
+            other: Tensor = hooks[1](kept)
             return other
         tensor: Tensor = kept[0]
         if tensor._version != kept[1]:  # torch looks at it only where there are no hooks
@@ -126,8 +129,13 @@ def _note(node: Any, task: int, call: RowCall) -> None:
     if not passes or passes[-1].task != task:
         new = _Pass(task)
         passes.append(new)  # until the pass ends
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: passes.remove(new))  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _ended(new, passes))  # type: ignore[attr-defined]
     passes[-1].calls[call] = None
+
+
+def _ended(one: _Pass, passes: list[_Pass]) -> None:
+    if one in passes:
+        passes.remove(one)
 
 
 def current() -> RowCall | None:
