@@ -105,7 +105,7 @@ async def wrong_fields(me: Hostile) -> int:
     return await me.post(**me.rng.choice([
         {"temperature": "hot"}, {"max_tokens": -1}, {"max_tokens": 10**30}, {"prompt": {}}, {"prompt": [10**18]},
         {"prompt": ["a", 1]}, {"stop": [1]}, {"model": 7}, {"n": 2}, {"nobody": 1}, {"top_p": 0}, {"seed": 0.5},
-        {"prompt": []}, {"prompt": ""}, {"stop": [""] * 5},
+        {"prompt": []}, {"prompt": ""}, {"stop": ["a"] * 17},
     ]))  # fmt: skip
 
 
