@@ -99,7 +99,7 @@ typedef struct pk_lora_args {
     float *s;         /* forward: out; backward: in */
     const void *dy;   /* backward: x_dtype */
     void *dx;         /* backward: out, x_dtype; NULL: not needed */
-    void *da;         /* backward: out, a_dtype; NULL: not needed (with db) */
+    void *da;         /* backward: out, a_dtype; NULL with db: neither is needed */
     void *db;         /* backward: out, b_dtype */
     int64_t M, N, K, r;
     int64_t quant_type, blocksize, nested_blocksize;

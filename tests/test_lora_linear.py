@@ -10,9 +10,10 @@ from lora_draws import draw_case
 from lora_tools import BF16, F32, FLOATS, LEVELS, at_level, check, level_fixture, make, needs_native, threads
 from torch import Tensor
 
-from peft_kernels import QuantWeight, lora_linear, philox, use_backend
+from peft_kernels import QuantWeight, lora_linear, native, philox, use_backend
 from peft_kernels.dispatch import BackendUnavailable
 from peft_kernels.ops import lora_linear as op
+from peft_kernels.ops.lora_linear.native import pack
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 
 level = level_fixture()
@@ -39,6 +40,21 @@ def test_quantised(level: str, m: int, dtype: torch.dtype) -> None:
 def test_blocks_and_bytes_that_straddle_rows(level: str, m: int, dtype: torch.dtype) -> None:
     for n, k in ((5, 1), (13, 15), (50, 77), (9, 1000), (33, 100)):
         check(make(m, n, k, dtype=dtype, nested=True, r=3, p=0.1))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_no_columns(level: str, dtype: torch.dtype) -> None:
+    """x [M, 0]: y is the bias and the gradient of b is zero, whatever was in the memory before."""
+    with threads(1):
+        for m, quant in ((1, "nf4"), (5, "nf4"), (20, "nf4"), (130, "nf4"), (5, "dense"), (20, "dense")):
+            make(m, 130, 128, dtype=dtype, quant=quant, r=4).forward(op.forward_op.op)  # leaves numbers behind
+            c = make(m, 130, 0, dtype=dtype, quant=quant)
+            assert not c.forward(op.forward_op.op)[0].any()
+            a, b, s, ones = torch.empty(4, 0), torch.randn(130, 4), torch.zeros(m, 4), torch.ones(130, 4)
+            packed = pack(1, c.x, *c.weight, 130, a, b, 1.0, None, 0.0, None, s=s, dy=c.dy, da=a, db=ones)
+            native.check(native.cpu().pk_cpu_lora_linear_backward(packed, 1))
+            assert not ones.any()
 
 
 @needs_native

@@ -21,7 +21,7 @@ void task(void *ctx, int64_t i) {
     int64_t col = (i % w.across) * w.columns;
     int code = w.sums ? pk_table()->butterfly_backward_rows(&w.t, row, end, col, w.sums + range * w.room)
                       : pk_table()->butterfly_rows(&w.t, row, end, col);
-    if (code) w.failed = code;
+    if (code) __atomic_store_n(&w.failed, code, __ATOMIC_RELAXED);
 }
 
 struct Adding {

@@ -16,7 +16,7 @@ void task(void *ctx, int64_t i) {
     int64_t at = i * w.b * w.b;
     int code = w.dr ? pk_table()->cayley_backward_block(w.q + at, w.r + at, w.dr + at, w.b, w.weights, w.n, w.out + at)
                     : pk_table()->cayley_block(w.q + at, w.b, w.weights, w.n, w.out + at);
-    if (code) w.failed = code;
+    if (code) __atomic_store_n(&w.failed, code, __ATOMIC_RELAXED);
 }
 
 int run(Work w, int64_t blocks, int64_t threads) {

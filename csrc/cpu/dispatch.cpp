@@ -74,23 +74,22 @@ const Level *best_level() {
 }
 } // namespace
 
-const PkTable *pk_table() {
+static const Level *level_in_use() {
     const Level *level = __atomic_load_n(&current, __ATOMIC_ACQUIRE);
     if (!level) {
         level = best_level();
         __atomic_store_n(&current, level, __ATOMIC_RELEASE);
     }
-    return level->table;
+    return level;
 }
+
+const PkTable *pk_table() { return level_in_use()->table; }
 
 extern "C" {
 int pk_abi_version(void) { return PK_ABI_VERSION; }
 const char *pk_last_error(void) { return last_error; }
 
-const char *pk_cpu_level(void) {
-    pk_table();
-    return current->name;
-}
+const char *pk_cpu_level(void) { return level_in_use()->name; }
 
 const char *pk_cpu_levels(void) {
     static thread_local char text[64];

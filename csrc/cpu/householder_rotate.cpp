@@ -21,7 +21,7 @@ void rows(void *ctx, int64_t i) {
     Work &w = *static_cast<Work *>(ctx);
     int64_t first = i * ROWS, end = first + ROWS < w.M ? first + ROWS : w.M;
     if (int code = pk_table()->householder_rows(w.x, w.u, w.v, w.dtype, first, end, w.d, w.r, w.y, w.s))
-        w.failed = code;
+        __atomic_store_n(&w.failed, code, __ATOMIC_RELAXED);
 }
 
 void gradient(void *ctx, int64_t i) {

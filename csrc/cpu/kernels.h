@@ -11,6 +11,9 @@ static inline bool pk_adapters_by_pointer(const pk_lora_args *args) {
     return args->adapters && !args->starts && args->S > 0;
 }
 
+/* True where a backward gives gradients of a and b. One of them may be NULL because it is empty. */
+static inline bool pk_wants_factors(const pk_lora_args *args) { return args->da || args->db; }
+
 /* butterfly_rotate: rows [M][d] of dtype; blocks [m][d / b, or 1 if shared][b][b]. Forward: x -> y. Backward: x and
  * dy -> y, which is dx, or NULL. */
 struct PkButterfly {

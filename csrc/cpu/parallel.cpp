@@ -14,6 +14,15 @@
 #if defined(__linux__)
 #include <link.h>
 #endif
+#if defined(__has_feature)
+#define PK_HAS_FEATURE(name) __has_feature(name)
+#else
+#define PK_HAS_FEATURE(name) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || PK_HAS_FEATURE(address_sanitizer)
+#include <sanitizer/asan_interface.h>
+#define PK_ASAN
+#endif
 
 namespace {
 typedef void (*GompParallel)(void (*fn)(void *), void *data, unsigned threads, unsigned flags);
@@ -120,6 +129,14 @@ void *pk_scratch(int slot, size_t bytes) {
         mine.block[slot] = p;
         mine.bytes[slot] = p ? size : 0;
     }
+#if defined(PK_ASAN) // it ends where what was asked for ends, and nothing is left in it
+    if (mine.block[slot]) {
+        char *block = static_cast<char *>(mine.block[slot]);
+        ASAN_UNPOISON_MEMORY_REGION(block, mine.bytes[slot]);
+        memset(block, 0xff, bytes);
+        ASAN_POISON_MEMORY_REGION(block + bytes, mine.bytes[slot] - bytes);
+    }
+#endif
     return mine.block[slot];
 }
 

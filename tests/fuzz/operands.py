@@ -75,7 +75,7 @@ def _adapter(d: Draw, n: int, k: int, least: int = 0) -> Arguments:
 
 def _rows(d: Draw) -> tuple[int, int, int, torch.dtype]:
     """(M, N, K, dtype of x)"""
-    return d.size(), d.size(), d.size(130, 1), d.one(FLOATS)
+    return d.size(), d.size(), d.size(130), d.one(FLOATS)
 
 
 def _bias(d: Draw, n: int) -> Tensor | None:

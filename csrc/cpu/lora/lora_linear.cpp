@@ -35,7 +35,8 @@ static int check_adapters(const pk_lora_args *a, bool backward) {
                            (long long)m, (long long)a->S);
         if (i < 0) continue;
         int64_t rank = a->ranks[i], start = by_pointer ? 0 : a->starts[i];
-        if (rank > 0 && by_pointer && (!((const void *const *)a->a)[i] || !((const void *const *)a->b)[i]))
+        if (rank > 0 && by_pointer &&
+            ((a->K > 0 && !((const void *const *)a->a)[i]) || (a->N > 0 && !((const void *const *)a->b)[i])))
             return pk_fail(PK_ERR_ARGUMENT, "lora_linear: adapter %lld of row %lld of x has no a or no b", (long long)i,
                            (long long)m);
         if (rank < 0 || rank > a->max_rank || (rank > 0 && !by_pointer && (start < 0 || start > a->P - rank)))
@@ -43,7 +44,7 @@ static int check_adapters(const pk_lora_args *a, bool backward) {
                            "lora_linear: adapter %lld has rank %lld (max_rank %lld) from row %lld of %lld",
                            (long long)i, (long long)rank, (long long)a->max_rank, (long long)start, (long long)a->P);
     }
-    return backward && a->da && !by_pointer ? check_disjoint(a) : PK_OK;
+    return backward && pk_wants_factors(a) && !by_pointer ? check_disjoint(a) : PK_OK;
 }
 
 static int check(const pk_lora_args *a, bool backward) {
