@@ -42,7 +42,7 @@ MINUTES = {"quick": 1.0, "full": 10.0}
 
 @dataclass
 class Seen:
-    """What the processes of clients saw, and the server's memory: (share of the time, MiB)."""
+    """The sights of the processes of clients, and the server's memory: (share of the time, MiB)."""
 
     honest: list[dict[str, Any]] = field(default_factory=list)
     hostile: list[dict[str, Any]] = field(default_factory=list)
@@ -248,7 +248,7 @@ def _open_files(server: Server) -> int:
 
 
 def _left(server: Server, open_before: int) -> dict[str, float]:
-    """What is open when all clients are gone; it has some seconds to close."""
+    """Things open when all clients are gone; they have some seconds to close."""
     names = ("open_requests", "queue_requests", "pool_in_use")
     for _ in range(20):
         metrics = server.metrics()

@@ -64,7 +64,7 @@ class Gate:
         read = pool_files.read
 
         def slow(folder: Path, *args: Any) -> Any:
-            self.passed.append(folder.name)
+            self.passed.append(Path(folder).name)
             assert self.open.wait(SECONDS)
             return read(folder, *args)
 
@@ -335,7 +335,7 @@ def test_an_error_that_nobody_expected_fails_its_adapter_alone(tmp_path: Path, m
     read = pool_files.read
 
     def odd(folder: Path, *args: Any) -> Any:
-        if folder.name == "m1":
+        if Path(folder).name == "m1":
             raise MemoryError
         return read(folder, *args)
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 from fastpeft import LoraConfig
-from fastpeft.apps.serve.errors import ApiError, unusable
+from fastpeft.apps.serve.errors import failed, unusable
 from fastpeft.config.types import NoMatchingPeftModuleError, PeftError
 from fastpeft.files.checks import AdapterFileError, KeyMismatchError
 from fastpeft.files.write_errors import WriteError
@@ -206,7 +206,7 @@ def test_answers_show_nothing_of_any_error(server: Running, world: Path, monkeyp
     for error in (AdapterLoadError("x", SECRET), UnknownAdapterError("x", SECRET)):
         assert SECRET not in json.dumps(unusable(error).body())
     for error in every_error(world):
-        assert SECRET not in json.dumps(ApiError(500, f"the engine failed: {error}").body())
+        assert SECRET not in json.dumps(failed("the engine failed", error, "engine_error").body())
 
 
 def test_paths_of_a_request_are_quoted_and_those_of_the_server_are_not(server: Running, world: Path) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 from forms import by_form, matrix
 
 from bench.suites.train_chaos import FAULTS, World, make_world, run_trial
-from bench.suites.train_chaos_process import Run
+from bench.suites.train_chaos_process import Run, make_context
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    # forked from here, where everything is imported: that takes longer than the runs
     names = by_form(short=("one",), full_form=("one", "several"))
     folder = tmp_path_factory.mktemp("chaos")
-    return make_world(folder, None, folder / "kept", names, multiprocessing.get_context("fork"))
+    return make_world(folder, None, folder / "kept", names, make_context())
 
 
 @pytest.mark.parametrize("name", matrix(["one", "several"], short=["one"]))

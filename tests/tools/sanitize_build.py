@@ -26,6 +26,9 @@ KINDS = {
 def build(kind: str, *targets: str) -> Path:
     """The folder of the targets, built: peft_kernels_cpu (the library), pk_replay, pk_planted. Skips without tools."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
+    if compiler:  # CXX=gcc compiles C++, but links without its library
+        path = Path(compiler[0])
+        compiler[0] = str(path.with_name({"cc": "c++", "gcc": "g++", "clang": "clang++"}.get(path.name, path.name)))
     for tool in (compiler[0] if compiler else "a C++ compiler (CXX)", "cmake", "ninja"):
         if shutil.which(tool) is None:
             pytest.skip(f"the sanitized builds need {tool}")

@@ -61,8 +61,6 @@ def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor,
     h = h.contiguous() if need_gain else None
     dx = x.new_empty(x.shape if need_dx else (0,))
     dgain = gain.new_empty(gain.shape if need_gain else (0,))
-    if not x.shape[0]:  # sums of nothing, whatever the gain is
-        return dx, da.zero_(), db.zero_(), dgain.zero_()
     packed = pack(
         torch.get_num_threads(), x, *own, s=s, dy=dy, dx=dx if need_dx else None, da=da if need_ab else None,
         db=db if need_ab else None, gain=gain, h=h, dgain=dgain if need_gain else None,

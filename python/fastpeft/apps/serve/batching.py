@@ -27,6 +27,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from . import attention
+from .errors import Told
 from .sampling import Sampling, draw, logprobs
 
 logger = logging.getLogger("fastpeft.apps.serve")
@@ -161,6 +162,11 @@ class RowProcessor(ContinuousBatchProcessor):
             self.scheduler.waiting_requests_order.remove(state.request_id)
         self.scheduler.finish_request(state.request_id)
 
+    def _handle_request_error(self, error: Exception, state: Any) -> None:
+        # its text goes to the client, and that of an error that is not ours may say anything
+        told = error if isinstance(error, Told) else RuntimeError(type(error).__name__)
+        super()._handle_request_error(told, state)
+
     def _too_long_for_the_cache(self, error: RuntimeError) -> bool:
         """Fail the request that even an empty cache does not hold, whom the scheduler raises for; False for others."""
         if "No requests can be scheduled" not in str(error):
@@ -168,7 +174,7 @@ class RowProcessor(ContinuousBatchProcessor):
         scheduler = self.scheduler
         stuck = [state for state, _ in scheduler.starved_requests] or list(scheduler.waiting_requests.values())
         if stuck:
-            self._fail(stuck[0], RuntimeError("its tokens do not fit into the key-value cache"))
+            self._fail(stuck[0], Told("its tokens do not fit into the key-value cache"))
         return bool(stuck)
 
     def take_waiting(self) -> list[Any]:
@@ -244,7 +250,7 @@ class RowManager(ContinuousBatchingManager):
             super()._run_generation_loop()
         except BaseException as error:  # theirs catches Exception, and would leave its requests without an answer
             logger.error("the engine's loop was ended", exc_info=error)
-            self._handle_critical_error(RuntimeError(f"the loop was ended by {error!r}"), self.batch_processor)
+            self._handle_critical_error(Told(f"the loop was ended by {type(error).__name__}"), self.batch_processor)
         finally:
             self.rows.stopped()
 

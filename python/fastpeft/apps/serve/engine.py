@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from ...pool import AdapterLoadError, AdapterPool, Lease, PoolFull, UnknownAdapterError
 from .batching import Row, RowManager, Rows
-from .errors import ApiError, bad, late, not_finite, overloaded, shutting_down, unknown, unusable
+from .errors import ApiError, bad, failed, late, not_finite, overloaded, shutting_down, unknown, unusable
 from .limits import Limits
 from .metrics import Metrics
 from .sampling import Sampling
@@ -211,10 +211,10 @@ class Engine:
                 self._hand_on(request, output)
                 return
             request.running = False
-            self._fail(request, f"the engine failed while it computed this request: {output.error}")
+            why = f"the engine failed while it computed this request: {output.error}"  # as `RowProcessor` tells it
+            request.tokens.put_nowait(shutting_down() if self.draining else ApiError(500, why, "engine_error"))
         except Exception as error:
-            logger.exception("a token could not be handed on")
-            self._fail(request, f"its token could not be handed on: {error!r}")
+            request.tokens.put_nowait(failed("its token could not be handed on", error, "engine_error"))
 
     def _hand_on(self, request: _Open, output: GenerationOutput) -> None:
         new, finished = output.generated_tokens[request.given :], output.is_finished()
@@ -231,9 +231,6 @@ class Engine:
             request.tokens.put_nowait(Token(token, logprob, end))
         request.given += len(new)
         self.metrics.generated.labels(request.served_by).inc(len(new))
-
-    def _fail(self, request: _Open, why: str) -> None:
-        request.tokens.put_nowait(shutting_down() if self.draining else ApiError(500, why, "engine_error"))
 
     def _end_all(self) -> None:
         for request in self._open.values():
@@ -304,9 +301,7 @@ class Engine:
         except Exception as error:
             if self.draining:
                 raise shutting_down() from error
-            logger.exception("adapter %r did not get into its slot", name)
-            why = f"adapter {name!r} did not get into its slot: {type(error).__name__}"
-            raise ApiError(500, why, "engine_error", "model") from error
+            raise failed(f"adapter {name!r} did not get into its slot", error, "engine_error", "model") from error
 
     async def _wait_for(self, name: str, request: _Open) -> Lease:
         pool = self.pool

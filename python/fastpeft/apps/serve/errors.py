@@ -25,9 +25,6 @@ class ApiError(Exception):
         self, status: int, message: str, code: str | None = None, param: str | None = None, retry_after: int = 0
     ) -> None:
         super().__init__(message)
-        if status == 500:  # the server's own fault: what failed, and of why, which may say anything, nothing
-            logger.error("%s: %r", code, message)
-            message = message.partition(":")[0]
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = {} if not retry_after else {"Retry-After": str(retry_after)}
 
@@ -67,6 +64,17 @@ def unusable(error: AdapterLoadError) -> ApiError:
 @functools.lru_cache(maxsize=1024)  # who asks for it again and again does not fill the log
 def _log_once(name: str, reason: str) -> None:
     logger.warning("adapter %r cannot be used: %r", name, reason)
+
+
+def failed(what: str, error: BaseException, code: str, param: str | None = None) -> ApiError:
+    """For the server's own fault. A client learns the class of an error whose text may say anything."""
+    logger.error("%s", what, exc_info=error)
+    why = str(error) if isinstance(error, Told) else type(error).__name__
+    return ApiError(500, f"{what}: {why}", code, param)
+
+
+class Told(RuntimeError):
+    """An error of this server, whose text a client may read."""
 
 
 def not_finite(adapter: str | None) -> ApiError:

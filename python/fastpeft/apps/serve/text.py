@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import ApiError, bad
+from .errors import bad, failed
 
 
 def encode(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -35,8 +35,7 @@ class Decoder:
         try:
             text: str = self._tokenizer.decode(ids, **how)
         except Exception as error:
-            why = f"the model's tokenizer cannot spell the answer: {error!r:.200}"
-            raise ApiError(500, why, "tokenizer_error") from error
+            raise failed("the model's tokenizer cannot spell the answer", error, "tokenizer_error") from error
         return text
 
     def spell(self, token: int) -> str:
