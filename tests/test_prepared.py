@@ -190,6 +190,8 @@ def test_rows_that_do_not_fit() -> None:
         case.prepared(call, torch.randn(2, K))
     with torch.no_grad():
         assert call(torch.randn(3, K), *case.arguments) is None
+    nothing = RowProjection(torch.randn(16, 0), [leaf(3, 0)], [leaf(16, 3)], [1.0], RowPlan([0, 0]))
+    assert lora_linear_by_row(torch.randn(2, 0).requires_grad_(), [nothing]) is None  # x without columns
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -111,7 +111,7 @@ def job(layer: RowProjection, x: Tensor) -> Job | None:
         raise arg_error(_NAME, "a, b and scaling", "one of each for each adapter", (len(a), len(b), len(layer.scaling)))
     check_layer(x, flat, n, a, b, bias)
     check_dropout(_NAME, layer.dropout_p, None, False)
-    if k != x.shape[-1] or not a or flat[0].requires_grad or (bias is not None and bias.requires_grad):
+    if k != x.shape[-1] or not k or not a or flat[0].requires_grad or (bias is not None and bias.requires_grad):
         return None
     if any(t.dtype is not a[0].dtype for t in a) or any(t.dtype is not b[0].dtype for t in b):
         return None
