@@ -50,6 +50,7 @@ class Server:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
 
         def limited() -> None:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, also by those that it starts
             if files is not None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 

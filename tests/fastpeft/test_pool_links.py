@@ -19,6 +19,7 @@ from fastpeft import AdapterLoadError, AdapterPool
 from fastpeft.config.base import CONFIG_NAME
 from fastpeft.files import safetensors
 from fastpeft.files.checks import AdapterFileError, Confined, open_regular
+from fastpeft.pool import files as pool_files
 from fastpeft.saving.folder import SAFETENSORS_NAME, load_adapter_file
 from torch import Tensor
 
@@ -144,7 +145,8 @@ def test_a_swap_between_check_and_use_gets_nothing(root: Path, monkeypatch: Any,
         return place
 
     monkeypatch.setattr(os.path, "realpath", then_swap)
-    refused(pool, "mine", "changed while it was opened")
+    with pytest.raises(AdapterFileError, match="changed while it was opened"):
+        pool_files._read(pool.registry.get("mine").folder, pool._selector, pool._buffers)
     assert found
     monkeypatch.undo()
     pool.rescan()

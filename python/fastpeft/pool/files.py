@@ -22,6 +22,7 @@ from .layers import Selector
 Signature = tuple[tuple[int, int, int] | None, ...]
 
 # Options of LoRA whose tensors or layers are no A and B of modules that are there.
+_READS = 4  # of files that are replaced while they are read
 _OTHER_OPTIONS = ("target_parameters", "trainable_token_indices", "layer_replication", "ensure_weight_tying",
                   "arrow_config", "megatron_config")  # fmt: skip
 _PLAIN = "it is no plain LoRA, which is all that is served"
@@ -159,12 +160,25 @@ def read_config(folder: Confined) -> LoraConfig:
 def read(folder: Confined, selector: Selector, buffers: Buffers) -> Staged:
     """Read an adapter into CPU memory, laid out for the pool, from files that lie in the pool's directory.
 
-    Configuration, names, shapes, ranks and sizes are checked before a tensor is read, then the values. Raises
-    ValueError, OSError or NotImplementedError.
+    Configuration, names, shapes, ranks and sizes are checked before a tensor is read, then the values. Files that are
+    replaced meanwhile are read again, a few times. Raises ValueError, OSError or NotImplementedError.
     """
+    for _ in range(_READS):
+        before = signature_of(folder)
+        try:
+            staged = _read(folder, selector, buffers)
+        except (ValueError, OSError, NotImplementedError):
+            if signature_of(folder) == before:
+                raise
+            continue
+        if signature_of(folder) == before:
+            return staged
+    raise AdapterFileError(f"{folder} changed while it was read", "it changed while it was read; try again")
+
+
+def _read(folder: Confined, selector: Selector, buffers: Buffers) -> Staged:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"the folder {folder} is gone")
-    before = signature_of(folder)
     source = open_adapter(folder)
     config = lora_config(source.config)
     names = selector.names(config)
@@ -188,15 +202,12 @@ def read(folder: Confined, selector: Selector, buffers: Buffers) -> Staged:
         shapes[_key(name, "B")] = (info.out_features, part.r)
     check_shapes(shapes, source.tensors, folder)
     tensors = source.read()
-    staged = buffers.stage({
+    return buffers.stage({
         name: LayerAdapter(
             tensors[_key(name, "A")], tensors[_key(name, "B")], scaling_of(part.lora_alpha, part.r, part.use_rslora)
         )
         for name, part in parts.items()
     })  # fmt: skip
-    if signature_of(folder) != before:
-        raise AdapterFileError(f"{folder} changed while it was read", "it changed while it was read; try again")
-    return staged
 
 
 def _key(layer: str, which: str) -> str:
