@@ -187,6 +187,9 @@ def under_load(server: Server, files: Files, cases: list[dict[str, Any]], second
         seen.done[files.change()] += 1
         seen.memory.append((now / seconds, server.memory()))
         time.sleep(0.5)
+    for clients, _ in hostile:  # they may hold connections for long
+        clients.process.kill()
+        seen.killed += 1
     for clients in [honest, *ended, *(clients for clients, _ in hostile)]:
         clients.wait()
     seen.honest = [one for one in honest.seen if "health" not in one]
