@@ -49,7 +49,12 @@ void misaligned() {
 void shift() { printf("%d\n", 1 << (31 * one - 1 + 2 * fault)); }
 
 int64_t counter;
+int threads; // of the team that have begun: one of them may be done with all tasks before another is there
+thread_local bool begun;
 void count(void *, int64_t) {
+    if (!begun) begun = true, __atomic_fetch_add(&threads, 1, __ATOMIC_RELAXED);
+    while (__atomic_load_n(&threads, __ATOMIC_RELAXED) < 2)
+        std::this_thread::yield();
     if (fault)
         ++counter;
     else
