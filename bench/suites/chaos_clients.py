@@ -62,12 +62,14 @@ class Hostile:
         local = None if self.local is None else (self.local, 0)
         return await asyncio.open_connection(self.host, self.port, local_addr=local)
 
-    async def raw(self, content: bytes, hold: float) -> int | None:
-        """Bytes on a connection that then says nothing more; the status of an answer within `hold` seconds, if any."""
+    async def raw(self, content: bytes, hold: float, unread: float = 0.0) -> int | None:
+        """Bytes on a connection that then says nothing more; the status of an answer within `hold` seconds, if any.
+        unread: seconds for which nothing is read."""
         reader, writer = await self.socket()
         try:
             writer.write(content)
             await writer.drain()
+            await asyncio.sleep(unread)
             line = await asyncio.wait_for(reader.readline(), hold)
             return int(line.split()[1]) if line.startswith(b"HTTP/1.") else None
         except TimeoutError:
@@ -182,16 +184,7 @@ async def idle_connections(me: Hostile) -> None:
 async def slow_reader(me: Hostile) -> int | None:
     body = json.dumps({"model": "a1", "prompt": "The sea", "max_tokens": 64, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    reader, writer = await me.socket()
-    try:
-        writer.write(head + body)
-        await asyncio.sleep(me.rng.uniform(0.5, 10))
-        line = await asyncio.wait_for(reader.readline(), 60)
-        return int(line.split()[1]) if line.startswith(b"HTTP/1.") else None
-    except TimeoutError:
-        return None
-    finally:
-        writer.close()
+    return await me.raw(head + body, 60, unread=me.rng.uniform(0.5, 10))
 
 
 @fault(200)
