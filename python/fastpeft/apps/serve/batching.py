@@ -27,7 +27,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from . import attention
-from .errors import Told
+from .errors import Told, told
 from .sampling import Sampling, draw, logprobs
 
 logger = logging.getLogger("fastpeft.apps.serve")
@@ -163,9 +163,7 @@ class RowProcessor(ContinuousBatchProcessor):
         self.scheduler.finish_request(state.request_id)
 
     def _handle_request_error(self, error: Exception, state: Any) -> None:
-        # its text goes to the client, and that of an error that is not ours may say anything
-        told = error if isinstance(error, Told) else RuntimeError(type(error).__name__)
-        super()._handle_request_error(told, state)
+        super()._handle_request_error(RuntimeError(told(error)), state)  # whose text goes to the client
 
     def _too_long_for_the_cache(self, error: RuntimeError) -> bool:
         """Fail the request that even an empty cache does not hold, whom the scheduler raises for; False for others."""

@@ -67,14 +67,18 @@ def _log_once(name: str, reason: str) -> None:
 
 
 def failed(what: str, error: BaseException, code: str, param: str | None = None) -> ApiError:
-    """For the server's own fault. A client learns the class of an error whose text may say anything."""
+    """For the server's own fault."""
     logger.error("%s", what, exc_info=error)
-    why = str(error) if isinstance(error, Told) else type(error).__name__
-    return ApiError(500, f"{what}: {why}", code, param)
+    return ApiError(500, f"{what}: {told(error)}", code, param)
 
 
 class Told(RuntimeError):
     """An error of this server, whose text a client may read."""
+
+
+def told(error: BaseException) -> str:
+    """The part of an error that a client may read: its class alone where its text may say anything."""
+    return str(error) if isinstance(error, Told) else type(error).__name__
 
 
 def not_finite(adapter: str | None) -> ApiError:
