@@ -119,11 +119,19 @@ class Trial:
             self.problems.append(f"{fault}: the checkpoints {before} became {after}")
 
     def resume_options(self) -> list[str]:
-        """Options that go on. Where no checkpoint is intact, `--resume` alone is refused and changes nothing."""
+        """Options that go on. Where no checkpoint is intact, `--resume` alone is refused and changes nothing, but for
+        what a killed run left half-written and its lock, which go with the next run, whatever becomes of it."""
+        from fastpeft import remove_leftovers
+        from fastpeft.apps.training.output import LOCK_NAME, OWNER_NAME, WRITTEN
+
         whole = self.newest()
         self.exact &= len({min(whole.get(str(root), 0), OTHER_STEPS) for root in self.roots()}) == 1
         if not [root for root in self.roots() if any(root.glob("checkpoint-*")) and str(root) not in whole]:
             return ["--resume"]
+        for root in self.roots():
+            remove_leftovers(root, WRITTEN)
+            for name in (LOCK_NAME, OWNER_NAME):
+                (root / name).unlink(missing_ok=True)
         before = content(self.output)
         run = self.start("--resume")
         self.ended(run, "broken", {1})

@@ -20,7 +20,7 @@ from .errors import UserError
 LOCK_NAME = ".fastpeft-training.lock"
 OWNER_NAME = ".fastpeft-training.json"
 METRICS_NAME, CURVE_NAME, ADAPTER_NAME = "metrics.jsonl", "loss.png", "adapter"
-_WRITTEN = "|".join((r"checkpoint-\d+", *map(re.escape, (ADAPTER_NAME, METRICS_NAME, CURVE_NAME, OWNER_NAME))))
+WRITTEN = "|".join((r"checkpoint-\d+", *map(re.escape, (ADAPTER_NAME, METRICS_NAME, CURVE_NAME, OWNER_NAME))))
 
 _held: dict[str, tuple[int, int]] = {}  # folder -> process and thread that hold it
 
@@ -43,7 +43,7 @@ def held(config: TrainConfig) -> Iterator[None]:
                 _make(root)
                 release = _take(root)
             stack.callback(release)
-            remove_leftovers(root, _WRITTEN)
+            remove_leftovers(root, WRITTEN)
         try:
             yield
         except WriteError as error:
