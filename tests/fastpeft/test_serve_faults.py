@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -246,7 +247,10 @@ def test_a_client_that_goes_away(server: Running, company: Company, stream: bool
         ):
             next(response.iter_bytes(1))
 
-    company.sees_nothing_of(fault)
+    # each may leave before its request has begun, or have its answer by then: until one was in the batch
+    deadline = time.monotonic() + 30
+    while server.metric("fastpeft_cancelled_total") == cancelled and time.monotonic() < deadline:
+        company.sees_nothing_of(fault)
     assert server.metric("fastpeft_cancelled_total") > cancelled
 
 
