@@ -17,8 +17,8 @@ from .ops.dora_norm import dora_norm, squared_row_norms
 from .ops.householder_rotate import compact_wy, householder_rotate
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
+from .ops.lora_shrink import RowGroups, lora_expand, lora_shrink
 from .ops.multi_lora_linear import multi_lora_linear
-from .ops.multi_lora_linear import project as lora_project
 from .ops.pair_rotate import pair_rotate
 from .ops.quantize_4bit import quantize_4bit
 from .ops.rms_norm import rms_norm
@@ -57,6 +57,7 @@ __all__ = [
     "PreparedCall",
     "Projection",
     "QuantWeight",
+    "RowGroups",
     "RowPlan",
     "RowProjection",
     "adamw",
@@ -73,10 +74,11 @@ __all__ = [
     "draw_seed",
     "explain",
     "householder_rotate",
+    "lora_expand",
     "lora_linear",
     "lora_linear_by_row",
     "lora_linear_stacked",
-    "lora_project",
+    "lora_shrink",
     "multi_lora_linear",
     "native_library",
     "pair_rotate",

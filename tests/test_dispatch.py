@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_kernels import BackendUnavailable, dispatch, explain, native, use_backend
+from peft_kernels import BackendUnavailable, RowGroups, dispatch, explain, native, use_backend
 from peft_kernels.dispatch import Backend, Op, arg_error
 from peft_kernels.testing import random_quant_weight
 
@@ -176,6 +176,7 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     plan = (torch.tensor([0, 0, -1]), torch.zeros(1, dtype=torch.int64), torch.tensor([2]), torch.ones(1), 2)
     stack = [[value] * 2 for value in (*qw.flatten(), 8, a, b, 1.0, None, 0.0, None)]
     head = torch.randn(1, 3, 2, 8)
+    rows, slots = RowGroups(torch.tensor([0, 1, -1]), 2).rows(3), torch.randn(2, 4, 64)
     return {
         "quantize_4bit": (torch.randn(8, 64), 1, 64, False, 256),
         "dequantize_4bit": (*qw.flatten(), [8, 64], torch.float32),
@@ -186,6 +187,8 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "lora_linear_stacked": (x, *stack),
         "lora_linear_stacked_backward": (x, [dy] * 2, *stack[:8], *stack[9:11], [x @ a.t()] * 2, stack[11],
                                          *stack[13:], True, [True] * 2),
+        "lora_shrink": (x, [slots, slots], *rows, 0.5, 1),
+        "lora_expand": (x, [torch.randn(1, 3, 4)], [slots.mT.contiguous()], *rows, [0], True),
         "squared_row_norms": (*qw.flatten(), 8, 64),
         "dora_norm": (*qw.flatten(), a, b, 1.0, None),
         "dora_linear": (x, *qw.flatten(), 8, a, b, torch.ones(8), 1.0, None, 0.0, None, True),

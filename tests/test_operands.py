@@ -40,7 +40,8 @@ def a_call(op: str) -> list[Any]:
     for seed in range(1000):
         args = MAKERS[op](Draw(seed, calm=True))
         tensors = [t for v in args for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
-        nested = op.startswith(("quantize", "rms", "swiglu", "rotary", "cayley", "house", "pair", "butterfly_rotate"))
+        nested = op.startswith(("quantize", "rms", "swiglu", "rotary", "cayley", "house", "pair", "butterfly_rotate",
+                                "lora_shrink", "lora_expand"))  # fmt: skip
         nested = nested or (any(t.dtype is torch.uint8 for t in tensors) and 256 in [t.numel() for t in tensors])
         if nested and all(t.numel() for t in tensors):
             return args
@@ -173,13 +174,14 @@ def test_public_functions_read_nothing_that_is_gone(gone: str) -> None:
     a, b, blocks = torch.randn(3, 64), torch.randn(24, 3), torch.randn(1, 16, 4, 4)
     lost, column = torch.randn(5, 2, 64).transpose(0, 1), change(torch.randn(24, 1))
     lost.untyped_storage().resize_(0 if gone.endswith("freed") or "view" in gone else lost.nbytes // 2)
-    adapters = change(torch.zeros(2, dtype=torch.int64))
+    adapters, rows = change(torch.zeros(2, dtype=torch.int64)), pk.RowGroups(torch.zeros(5, dtype=torch.int64), 2)
     calls: list[Callable[[], Any]] = [
         lambda: pk.butterfly_rotate(lost, blocks), lambda: pk.pair_rotate(lost, torch.ones(64), torch.ones(64), 1),
         lambda: pk.householder_rotate(lost, torch.randn(64, 2)),
         lambda: pk.householder_rotate(x, change(torch.randn(64, 3))),
         lambda: pk.rms_norm(lost, torch.ones(64), 1e-6), lambda: pk.swiglu(lost, lost),
-        lambda: pk.lora_project(x[0], change(torch.randn(2, 3, 64)), torch.zeros(5, dtype=torch.int64)),
+        lambda: pk.lora_shrink(x[0], [change(torch.randn(2, 3, 64))], rows),
+        lambda: pk.lora_expand(x[0], [torch.randn(1, 5, 3)], [change(torch.randn(2, 64, 3))], rows, [0]),
         lambda: pk.squared_row_norms(change(torch.randn(24, 64))), lambda: pk.quantize_4bit(lost),
     ]  # fmt: skip
     stack = pk.AdapterStack.pack([(a, b, 1.0)])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as cli
-from bench.static import budgets, cases, cuda, cuda_kernels, gpus, loops, metrics, report, sass
+from bench.static import budgets, calls, cases, cuda, cuda_kernels, gpus, loops, metrics, report, sass
 from peft_kernels import tuning
 
 LISTING = """
@@ -194,7 +194,7 @@ def test_every_triton_kernel_has_a_case() -> None:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 found.add((path.parent.name, node.name))
-    assert found == {(op, kernel) for op, kernel, _ in cases.CALLS.values()}
+    assert found == {(op, kernel) for op, kernel, _ in calls.CALLS.values()}
 
 
 def test_a_kernel_without_a_case_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

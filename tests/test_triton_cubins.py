@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 from forms import full
 
-from bench.static import budgets, cases, gpus, metrics, report
+from bench.static import budgets, calls, cases, gpus, metrics, report
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
@@ -40,12 +40,12 @@ def test_machine_code(arch: int) -> None:
 def in_short_form(arch: int) -> set[str]:
     """Kernels that the short form compiles for an architecture: two fifths, others on each."""
     at, step = report.ARCHS.index(arch), len(report.ARCHS)
-    return {kernel for i, kernel in enumerate(sorted(cases.CALLS)) if (at - i) % step in (0, 2)}
+    return {kernel for i, kernel in enumerate(sorted(calls.CALLS)) if (at - i) % step in (0, 2)}
 
 
 def test_the_short_form_compiles_each_kernel_on_two_architectures() -> None:
     found = Counter(kernel for arch in report.ARCHS for kernel in in_short_form(arch))
-    assert found == dict.fromkeys(cases.CALLS, 2)
+    assert found == dict.fromkeys(calls.CALLS, 2)
 
 
 def every_kernel_is_there(rows: list[metrics.Row], arch: int) -> None:
@@ -54,7 +54,7 @@ def every_kernel_is_there(rows: list[metrics.Row], arch: int) -> None:
     assert {r.source for r in rows if r.source} <= {"model", "measured"}
     core = [c for c in cases.cases(arch) if c.core]
     assert len(core) <= cases.MOST
-    assert {cases.CALLS[c.kernel][:2] for c in core} == {call[:2] for call in cases.CALLS.values()}
+    assert {calls.CALLS[c.kernel][:2] for c in core} == {call[:2] for call in calls.CALLS.values()}
     wanted = {c.kernel for c in core}
     assert {r.kernel.removesuffix("+ds") for r in rows} >= (wanted if full() else wanted & in_short_form(arch))
 

@@ -71,6 +71,11 @@ def work(launch: Compiled) -> Work:
         return Work(weights=2 * o["BYTES"], straight=True, passes=1, **common)
     if name.startswith("project"):
         return Work(fmas=a["M"] * a["K"] * a["r"], passes=min(a["steps"], _cdiv(a["K"], o["BK"])), **products)
+    if name.startswith("shrink"):
+        fmas = a["M"] * a["K"] * a["r"] * o["COUNT"]
+        return Work(fmas=fmas, passes=min(a["steps"], _cdiv(a["K"], o["BK"])), **products)
+    if name.startswith("expand"):
+        return Work(fmas=a["M"] * sum(_all(a["widths"])) * a["r"], passes=_cdiv(a["r"], o["BR"]), **products)
     if name.startswith("outer"):
         fmas = a["M"] * a["C"] * a["r"] * (2 if o["WITH_DS"] else 1)
         passes = _cdiv(a["M"], o["BM"])  # of multi_lora_linear, over the groups of rows and their parts

@@ -16,6 +16,7 @@ from typing import Any
 from peft_kernels import tuning
 
 from . import cases, cuda, gpus, loops, sass
+from .calls import Case
 from .metrics import Row, row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def read(cubin: bytes, marker: str | None = None) -> list[sass.Kernel]:
     return found
 
 
-def triton_rows(case: cases.Case, capability: int) -> list[Row]:
+def triton_rows(case: Case, capability: int) -> list[Row]:
     """The rows of a case: one for each specialisation of its kernel that the call launches."""
     from .launches import options, work
 
@@ -60,14 +61,14 @@ def triton_rows(case: cases.Case, capability: int) -> list[Row]:
     return list(rows.values())
 
 
-def _worker(capability: int, some: list[cases.Case]) -> list[tuple[cases.Case, list[Row]]]:
+def _worker(capability: int, some: list[Case]) -> list[tuple[Case, list[Row]]]:
     import torch
 
     torch.set_num_threads(1)
     return [(case, triton_rows(case, capability)) for case in some]
 
 
-def chosen(capability: int, kernels: Sequence[str], most: int | None) -> list[cases.Case]:
+def chosen(capability: int, kernels: Sequence[str], most: int | None) -> list[Case]:
     """The cases of an architecture whose kernel has one of `kernels` in its name; at most `most` specialisations."""
     found = [c for c in cases.cases(capability) if not kernels or any(k in (c.kernel, c.op) for k in kernels)]
     return found[:most]

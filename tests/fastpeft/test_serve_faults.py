@@ -247,8 +247,7 @@ def test_a_client_that_goes_away(server: Running, company: Company, stream: bool
         ):
             next(response.iter_bytes(1))
 
-    # each may leave before its request has begun, or have its answer by then: until one was in the batch
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 30  # until one was in the batch: each may leave before its request has begun
     while server.metric("fastpeft_cancelled_total") == cancelled and time.monotonic() < deadline:
         company.sees_nothing_of(fault)
     assert server.metric("fastpeft_cancelled_total") > cancelled

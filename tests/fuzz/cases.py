@@ -18,6 +18,7 @@ from .operands import EXACT, FIXED, MAKERS
 
 # Terms of the size of the arguments may cancel in these: dropout under a gain, W + b a, the mean taken from a gradient.
 CANCELLING = {"dora_linear", "dora_linear_normed", "rms_norm_backward", "rotary_attention_backward"}
+BY_INDEX = ("multi_lora", "lora_shrink", "lora_expand")
 TOO_SMALL = 1e-23  # the product of a large value and of one that is lost as a subnormal
 CLEAR = (ValueError, TypeError, RuntimeError)  # NativeError, BackendUnavailable and torch's own are RuntimeErrors
 
@@ -69,18 +70,18 @@ def run(case: Case) -> str | None:
     with torch.no_grad(), use_backend(**{case.op: case.backend}):
         if case.level:
             native.set_level(case.level)
-        got = _outcome(op.op, case.args)
+        got = _outcome(op, op.op, case.args)
     if isinstance(got, BackendUnavailable):
         return None
     if not unchanged(kept):
         return "it wrote to its arguments"
     with torch.no_grad(), use_backend(**{case.op: "reference"}):
-        eager = _outcome(op.op, case.args)
+        eager = _outcome(op, op.op, case.args)
         if isinstance(got, BaseException) or isinstance(eager, BaseException):
-            if case.backend == "triton" and isinstance(eager, ValueError) and case.op.startswith("multi_lora"):
+            if case.backend == "triton" and isinstance(eager, ValueError) and case.op.startswith(BY_INDEX):
                 return None  # a GPU does not look at indices
             return _both_refuse(got, eager, case.hostile)
-        exact = eager if case.op in EXACT else _outcome(op.reference, promoted(op, case.args))
+        exact = eager if case.op in EXACT else _outcome(op, op.reference, promoted(op, case.args))
     if isinstance(exact, BaseException):
         return f"the reference in float64: {exact!r}"
     for i, (a, e, x) in enumerate(zip(flat(got), flat(eager), flat(exact), strict=True)):
@@ -92,11 +93,18 @@ def run(case: Case) -> str | None:
     return None
 
 
-def _outcome(fn: Any, args: list[Any]) -> Any:
+def _outcome(op: dispatch.Op, fn: Any, args: list[Any]) -> Any:
+    """The results, then what it wrote into arguments that are its to write to, which are put back; or an exception."""
+    own = [v for a, v in zip(op.op._schema.arguments, args, strict=True) if a.is_write and isinstance(v, Tensor)]
+    kept = [(t, t.clone()) for t in own if readable(t)]
     try:
-        return fn(*args)
+        results = fn(*args)
+        return results if not kept else [*(t.clone() for t, _ in kept), *([] if results is None else flat(results))]
     except Exception as e:
         return e
+    finally:
+        for t, before in kept:
+            t.copy_(before)
 
 
 def _both_refuse(got: Any, eager: Any, hostile: str | None) -> str | None:

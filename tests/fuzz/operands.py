@@ -18,6 +18,7 @@ from peft_kernels.ops.cayley import forward_op as cayley
 from peft_kernels.ops.dora_linear import forward_op as dora_linear
 from peft_kernels.ops.householder_rotate import forward_op as householder
 from peft_kernels.ops.lora_linear import forward_op as lora_linear
+from peft_kernels.ops.lora_shrink import STEP, RowGroups
 from peft_kernels.ops.multi_lora_linear import forward_op as multi_lora_linear
 from peft_kernels.ops.rotary_attention import forward_op as attention
 from peft_kernels.testing import random_quant_weight
@@ -155,6 +156,36 @@ def _multi_backward(d: Draw) -> Arguments:
     s = _kept(d, multi_lora_linear.reference(x, *w, n, a, b, *plan, None, p, seed), 1)
     dy = d.tensor(x.shape[0], n, dtype=x.dtype)
     return [dy, x, *w, a, b, *s, *plan, p, seed, d.maybe(0.8), d.maybe(0.8)]
+
+
+def _groups(d: Draw, m: int, slots: int) -> Arguments:
+    """(adapters [m], order, bounds) of a batch that may have more rows, which have none."""
+    rows = torch.tensor([d.random.randrange(-1, slots) for _ in range(m)] + [-1] * d.random.randint(0, 3)).long()
+    return [d.laid(t) for t in RowGroups(rows, slots).rows(m)]
+
+
+@maker("lora_shrink")
+def _shrink(d: Draw) -> Arguments:
+    (m, _, k, dtype), slots, r, kept = _rows(d), d.random.randint(0, 4), d.size(20), d.one(FLOATS)
+    k = d.one((k, d.size(300)))
+    a = [d.tensor(slots, r, k, dtype=kept) for _ in range(d.random.randint(1, 5))]
+    parts = d.random.randint(1, max(1, -(-k // STEP)))
+    return [d.tensor(m, k, dtype=dtype), a, *_groups(d, m, slots), d.number(), parts]
+
+
+@maker("lora_expand")
+def _expand(d: Draw) -> Arguments:
+    (m, _, _, dtype), slots, r = _rows(d), d.random.randint(0, 4), d.size(20)
+    kept, low, parts = d.one(FLOATS), d.one(FLOATS), d.random.randint(1, 3)
+    widths = [d.size(40) for _ in range(d.random.randint(1, 5))]
+    offsets, at = [], d.random.randint(0, 2)
+    for width in widths:
+        offsets.append(at)
+        at += width
+    s, b = [d.tensor(parts, m, r, dtype=low) for _ in widths], [d.tensor(slots, n, r, dtype=kept) for n in widths]
+    n = max(at + d.random.randint(-2, 2), offsets[-1])  # the last may be cut
+    y = torch.empty(m, n + 2, dtype=dtype).copy_(d.values(m, n + 2))[:, d.random.randint(0, 2) :][:, :n]  # written to
+    return [y, s, b, *_groups(d, m, slots), offsets, d.maybe(0.5)]
 
 
 @maker("dora_linear")

@@ -321,21 +321,3 @@ def multi_lora_linear(
         y = forward_op.op(*args)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
 
-
-def project(x: Tensor, a: Tensor, adapters: Tensor) -> Tensor:
-    """x[m] A_i^T with `i = adapters[m]`, float32 [M, r] (of float64: float64); zeros for -1. The op's s, with N = 0.
-
-    x: [M, K]. a: [S, r, K], any floating dtype. adapters: int64 [M]. What is between an adapter's rank and r is in `a`.
-    Both halves of an update that is added to a finished y are such products, where B_i is stored as [N, r]. Without
-    gradients. Bad arguments as for `multi_lora_linear`.
-    """
-    if a.dim() != 3:
-        raise arg_error("multi_lora_linear.project", "a", "[S, r, K]", tuple(a.shape))
-    count, r, k = a.shape
-    check_memory("multi_lora_linear.project", x=x, a=a)
-    starts = torch.arange(count, device=x.device) * r
-    scaling = torch.ones(count, device=x.device)
-    return forward_op.op(
-        x.contiguous(), x.new_empty((0, k)), None, None, None, None, 0, 64, 256, 0, a.reshape(-1, k),
-        a.new_empty((count * r, 0)), adapters, starts, torch.full_like(starts, r), scaling, r, None, 0.0, None,
-    )[1]  # fmt: skip

@@ -1,8 +1,9 @@
 """LoRA inside vLLM on this project's kernels: a general plugin that puts `LoraOps` before vLLM's punica wrapper.
 
 vLLM computes the base itself and asks its punica wrapper to add LoRA to the finished y. Its stacks are lora_a
-[S, 1, r, K] and lora_b [S, 1, N, r], of one slot an adapter, so both halves are `peft_kernels.lora_project`: each
-adapter in use is read once, on a CPU by the native library, on a GPU by Triton, without waiting for the device.
+[S, 1, r, K] and lora_b [S, 1, N, r], of one slot an adapter: `peft_kernels.lora_shrink` and `lora_expand`. On a GPU
+that is two launches of Triton for up to four slices of a layer (q, k and v), none of which waits for the device; the
+rows are put in order of their adapters once a step, in `update_metadata`. On a CPU the native library serves.
 Adapters of experts (MoE) stay with vLLM's own wrapper, which is the base class.
 
 It acts only where `VLLM_PLUGINS` names it: `VLLM_PLUGINS=fastpeft vllm serve MODEL --enable-lora ...`. vLLM is imported
@@ -14,14 +15,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_kernels import lora_project
+from peft_kernels import RowGroups, lora_expand, lora_shrink
 
 logger = logging.getLogger("fastpeft.vllm")
 
@@ -41,6 +44,8 @@ class LoraOps:
     _token_lora_indices: Tensor
     _sampler_indices: Tensor
     indices_len: list[int | None]
+    _rows: RowGroups | None = None  # of the tokens
+    _sampled: RowGroups | None = None
 
     def __init__(
         self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any
@@ -56,14 +61,23 @@ class LoraOps:
         # The tensors stay in place for recorded graphs, which may have more rows than there are tokens now.
         self._token_lora_indices[self.indices_len[0] :].fill_(-1)
         self._sampler_indices[self.indices_len[1] :].fill_(-1)
+        slots = len(lora_index_to_id)
+        self._rows = _in_order(self._rows, self._token_lora_indices, slots, True)
+        self._sampled = _in_order(self._sampled, self._sampler_indices, slots, True)
+
+    def _of_tokens(self, stacks: tuple[Tensor, ...]) -> RowGroups:
+        self._rows = _in_order(self._rows, self._token_lora_indices, stacks[0].shape[0])
+        return self._rows
+
+    def _of_sampled(self, stack: Tensor) -> RowGroups:
+        self._sampled = _in_order(self._sampled, self._sampler_indices, stack.shape[0])
+        return self._sampled
 
     def add_shrink(
         self, y: tuple[Tensor, ...] | Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any
     ) -> Tensor | None:
         """y[i] [M, r] = scale * x A^T of slice i."""
-        x = x.reshape(-1, x.shape[-1])
-        for out, a in zip(y, lora_a_stacked, strict=True):
-            _write(out, _shrink(x, a, self._token_lora_indices, scale))
+        _write(y, _shrink(x, lora_a_stacked, self._of_tokens(lora_a_stacked), scale))
         return None
 
     def add_expand(
@@ -77,17 +91,15 @@ class LoraOps:
         **kwargs: Any,
     ) -> Tensor | None:
         """Columns of y: += x[i] B^T of slice i, from `offset_start` on; without add_inputs: =."""
-        for low, b, width in zip(x, lora_b_stacked, output_slices, strict=True):
-            _add(y, low, b, self._token_lora_indices, offset_start, add_inputs)
-            offset_start += width
+        low = [part.reshape(1, -1, part.shape[-1]) for part in x]
+        _expand(y, low, lora_b_stacked, self._of_tokens(lora_b_stacked), output_slices, offset_start, add_inputs)
         return None
 
     def add_lora_embedding(
         self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> Tensor | None:
         """y += x B^T; x [M, r] are the rows of lora_a that the tokens look up."""
-        _add(y, x, lora_b_stacked, self._token_lora_indices, add=add_inputs)
-        return None
+        return self.add_expand(y, (x,), (lora_b_stacked,), (0,), add_inputs=add_inputs)
 
     def add_lora_linear(
         self,
@@ -102,13 +114,12 @@ class LoraOps:
         **kwargs: Any,
     ) -> Tensor | None:
         """Columns of y: += scale * (x A^T) B^T of each slice. buffer: as for `add_shrink`, where vLLM wants x A^T."""
-        x = x.reshape(-1, x.shape[-1])
-        low = [_shrink(x, a, self._token_lora_indices, scale) for a in lora_a_stacked]
+        rows, add = self._of_tokens(lora_a_stacked), kwargs.pop("add_inputs", True)
+        low = _shrink(x, lora_a_stacked, rows, scale)
         if buffer is not None:
-            for out, part in zip(buffer, low, strict=True):
-                _write(out, part)
-        add_inputs = kwargs.pop("add_inputs", True)
-        return self.add_expand(y, tuple(low), lora_b_stacked, output_slices, add_inputs=add_inputs)
+            _write(buffer, low)
+        _expand(y, low.unbind(), lora_b_stacked, rows, output_slices, 0, add)
+        return None
 
     def add_lora_logits(
         self,
@@ -122,17 +133,18 @@ class LoraOps:
         **kwargs: Any,
     ) -> Tensor | None:
         """y += scale * (x A^T) B^T for rows that are sampled."""
-        low = _shrink(x.reshape(-1, x.shape[-1]), lora_a_stacked, self._sampler_indices, scale)
+        rows = self._of_sampled(lora_a_stacked)
+        low = _shrink(x, (lora_a_stacked,), rows, scale)
         if buffer is not None:
-            _write(buffer, low)
-        _add(y, low, lora_b_stacked, self._sampler_indices)
+            _write((buffer,), low)
+        _expand(y, low.unbind(), (lora_b_stacked,), rows, (0,))
         return None
 
     def apply_lora_full_linear(
         self, y: Tensor, x: Tensor, weight_stacked: Tensor, bias_stacked: Tensor, module_enabled: Tensor
     ) -> Tensor | None:
         """y = x W^T + bias of the row's slot, where that has a whole head of its own."""
-        own = _shrink(x.reshape(-1, x.shape[-1]), weight_stacked, self._sampler_indices, 1.0)
+        own = _shrink(x, (weight_stacked,), self._of_sampled(weight_stacked), 1.0)[0].sum(0)
         y.copy_(self._select_full_linear_output(y, own, bias_stacked, module_enabled))  # type: ignore[attr-defined]
         return None
 
@@ -141,28 +153,38 @@ class LoraOps:
 LEFT = frozenset({"moe_lora_align_block_size", "add_lora_fused_moe", "add_lora_w13", "add_lora_w2"})
 
 
-def _shrink(x: Tensor, a: Tensor, adapters: Tensor, scale: float) -> Tensor:
-    low = lora_project(x, a.squeeze(1), adapters[: x.shape[0]])
-    return low if scale == 1.0 else low * scale
+def _in_order(rows: RowGroups | None, indices: Tensor, slots: int, changed: bool = False) -> RowGroups:
+    """The rows in order of their adapters. Their tensors stay in place for recorded graphs."""
+    if rows is None or rows.slots != slots:
+        return RowGroups(indices, slots)
+    if changed:
+        rows.refresh()
+    return rows
 
 
-def _write(y: Tensor, part: Tensor) -> None:
-    """Into the first rows and columns of y, in its dtype."""
-    y = y.view(-1, y.shape[-1])  # never a copy: it is written into
-    y[: part.shape[0], : part.shape[1]].copy_(part)
+def _shrink(x: Tensor, a: tuple[Tensor, ...], rows: RowGroups, scale: float) -> Tensor:
+    """scale * x A^T of each slice, [slices, parts, M, r]."""
+    return lora_shrink(x.reshape(-1, x.shape[-1]), [t.squeeze(1) for t in a], rows, scale)
 
 
-def _add(y: Tensor, low: Tensor, b: Tensor, adapters: Tensor, offset: int = 0, add: bool = True) -> None:
-    """low B^T into columns `offset` and following of y, rounded once; not `add`: in place of what is there."""
-    low, y = low.reshape(-1, low.shape[-1]), y.view(-1, y.shape[-1])
-    adapters = adapters[: low.shape[0]]
-    part = lora_project(low, b.squeeze(1), adapters)
-    columns = y[: low.shape[0], offset : offset + part.shape[1]]
-    part = part[:, : columns.shape[1]]  # a head's y may be narrower than the stack, which is padded otherwise
-    if add:
-        columns.add_(part)
-    else:
-        columns.copy_(torch.where((adapters >= 0)[:, None], part, columns))
+def _write(y: tuple[Tensor, ...] | Tensor, low: Tensor) -> None:
+    """Into the first rows and columns of each slice of y, in its dtype."""
+    for out, part in zip(y, low, strict=True):
+        out = out.view(-1, out.shape[-1])  # never a copy: it is written into
+        out[: part.shape[1], : part.shape[2]].copy_(part[0] if part.shape[0] == 1 else part.sum(0))
+
+
+def _expand(
+    y: Tensor, low: Sequence[Tensor], b: tuple[Tensor, ...], rows: RowGroups, widths: Sequence[int], offset: int = 0,
+    add: bool = True,
+) -> None:  # fmt: skip
+    """low B^T of each slice into columns `offset` and following of y, rounded once; not `add`: in place of them.
+
+    A head's y may be narrower than its stack, which is padded otherwise.
+    """
+    y = y.view(-1, y.shape[-1])[: low[0].shape[1]]  # never a copy: it is written into
+    offsets = list(itertools.accumulate(widths[:-1], initial=offset))
+    lora_expand(y, low, [t.squeeze(1) for t in b], rows, offsets, add)
 
 
 def parameters(signature: inspect.Signature) -> list[tuple[str, str, Any]]:
