@@ -70,7 +70,8 @@ def expand(
     if 0 in (m, slots):
         return
     s, b = [t.contiguous() for t in low], [t.contiguous() for t in b]
-    bm, br = (16 if _each(m, slots) <= _FEW_ROWS else 64), single._rank_tile(r, 32)
+    wide = max(y.element_size(), b[0].element_size()) == 4  # more registers for each sum
+    bm, br = (16 if wide or _each(m, slots) <= _FEW_ROWS else 64), single._rank_tile(r, 32)
     widths = [min(t.shape[1], y.shape[1] - offset) for t, offset in zip(b, offsets, strict=True)]
     at = iter(i for i, width in enumerate(widths) if width)
     while some := list(islice(at, _MOST)):

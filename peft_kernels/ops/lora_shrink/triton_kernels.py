@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_lib.device import dot_wide, round_to
+from ...triton_lib.device import addends, dot_short, dot_wide, round_to, wide_sum
 from ..lora_linear.triton_kernels import project_rows
 from ..multi_lora_linear.triton_kernels import group_tile
 
@@ -48,7 +48,9 @@ def expand_tile(
     ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Columns i_n [BN] of a slice in rows b_row [BM] of y: += s B^T; p_y: [BN, BM] places, p_b: the adapter's."""
-    b_acc = tl.zeros((BN, BM), tl.float32)
+    WIDE: tl.constexpr = p_y.dtype.element_ty == tl.float32 or p_b.dtype.element_ty == tl.float32
+    TIMES: tl.constexpr = addends(p_b.dtype.element_ty, tl.float32) if WIDE else 1
+    b_acc = tl.zeros((BN, BM * TIMES), tl.float32)
     b_columns = (i_n < width)[:, None]
     for i_r0 in tl.range(0, r, BR, num_stages=1):
         i_r = i_r0 + tl.arange(0, BR)
@@ -59,7 +61,11 @@ def expand_tile(
         b_s = tl.zeros((BR, BM), tl.float32)
         for i_part in range(parts):
             b_s += tl.load(p_low + i_part * stride_s, mask=b_own, other=0.0).to(tl.float32)
-        b_acc = dot_wide(b_b, b_s, b_acc)
+        if WIDE:
+            b_acc = dot_wide(b_b, b_s, b_acc)
+        else:
+            b_acc += dot_short(b_b, b_s, tl.zeros((BN, BM), tl.float32))
+    b_acc = wide_sum(b_acc, TIMES)
     b_in = b_columns & b_in[None, :]
     if ADD:
         b_acc += tl.load(p_y, mask=b_in, other=0.0).to(tl.float32)
