@@ -96,7 +96,7 @@ def test_killed_at_five_points_and_resumed_it_ends_with_the_same_sheet(
     whole: tuple[Path, int, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    kills = [killed_while_it_runs(out, after) for after in (1, 4, 7, 9, 12)]
+    kills = [killed_while_it_runs(out, after) for after in (3, 7, 11, 15, 19)]
     assert all(kills)
     code, text = finished(out, "--resume")
     assert code == 0, text
@@ -233,10 +233,10 @@ def test_a_row_that_ends_every_run_is_left_out(tmp_path: Path) -> None:
     """Where the whole machine goes down with a row, no process is left that could write why."""
     run.main(["--out", str(tmp_path), "--fake", "--parts", "after"])
     digest = files.settings(tmp_path)["digest"]
-    for _ in range(3):
+    for _ in range(6):
         files.append(tmp_path / "example.jsonl", {"title": ROW.format(4), "begin": "x", "digest": digest})
     assert run.main(["--out", str(tmp_path), "--fake", "--parts", "example", "--resume"]) == 0
-    assert "3 times" in files.rows(tmp_path / "example.jsonl")[ROW.format(4)]["absent"]
+    assert "6 times" in files.rows(tmp_path / "example.jsonl")[ROW.format(4)]["absent"]
 
 
 def test_it_starts_with_the_standard_library_alone() -> None:

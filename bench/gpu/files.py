@@ -61,7 +61,7 @@ def rows(path: Path, digest: str | None = None) -> dict[str, dict[str, Any]]:
 
 
 def settings(out: Path) -> dict[str, Any]:
-    """What the runner says to the processes that it starts; empty where there is no run."""
+    """Settings that the runner leaves for the processes that it starts; empty where there is no run."""
     try:
         found: dict[str, Any] = json.loads((out / SETTINGS).read_text())
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def settings(out: Path) -> dict[str, Any]:
 
 
 def marks(settings: dict[str, Any]) -> dict[str, Any]:
-    """What every line of a run says: of which tree it is, from which call, and that a fake device made it."""
+    """Fields of every line: of which tree it is, from which call, and that a fake device made it."""
     fake = {"fake": True} if settings.get("fake") else {}
     return {"digest": settings.get("digest"), "session": settings.get("session"), **fake}
 

@@ -119,7 +119,7 @@ class Recorder:
         leave(1)
 
     def lost(self) -> str | None:
-        """What the device says after a test; None where it is well."""
+        """An error that the device tells after a test; None where it is well."""
         if self.broken is not None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
             return self.broken
         try:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 START_S = 180.0  # until the first line: imports, and the first context on a device
 GRACE_S = 5.0  # for what the process still writes once it was told
 MOST_STARTS = 60
-MOST_BEGINS = 3  # of a row that takes the whole run down
+MOST_BEGINS = 6  # of a row that takes the whole run down, or that was ended with it by chance
 
 
 @dataclass
