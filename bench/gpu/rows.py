@@ -30,6 +30,7 @@ RANK = 16
 SCALING = 2.0
 EAGER_ROWS = 128  # the reference is slow, and its temporaries large
 MOST_ERROR = 0.02  # of a result's norm: five times what bfloat16 costs a product, far below any wrong sum
+WORST = 1e9
 CHECKED = 256  # rows of a result that are compared
 NEVER = 1 << 40
 # How Triton is forced: what stands in tuning's `Panels` meanwhile
@@ -68,16 +69,21 @@ def normal(device: Device, *shape: int, seed: int = 3, scale: float = 1.0, dtype
     return (torch.randn(shape, generator=g, device=device.kind) * scale).to(dtype)
 
 
+def gradient(function: Callable[[], Any], leaves: Sequence[Tensor], dy: Any) -> Call:
+    """A forward and its backward: the gradients of `leaves`, which require them. dy: of each result."""
+    return lambda: torch.autograd.grad(function(), leaves, dy)
+
+
 def first_tensor(result: Any) -> Tensor:
     """The first tensor of what a call returns."""
     return result if isinstance(result, Tensor) else first_tensor(result[0])
 
 
 def error_of(result: Any, exact: Tensor) -> float:
-    """The norm of the difference of the first rows, over the exact result's; infinite of numbers that are none."""
+    """The norm of the difference of the first rows, over the exact result's; `WORST` of numbers that are none."""
     got = first_tensor(result).detach()[: len(exact)].float()
     error = float((got - exact).norm() / exact.norm())
-    return error if error == error else float("inf")
+    return error if error < WORST else WORST
 
 
 @contextmanager
@@ -135,6 +141,7 @@ class Row:
     dtype: str = "bf16"
     candidates: list[Candidate] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    bases: set[str] = field(default_factory=set)  # candidates of which the result is another: a part of the work
 
     def ours(self, calls: Sequence[Call], panels: bool = False, suffix: str = "") -> None:
         """The same calls with each of the device's backends forced. panels: Triton's twice, with the vendor's product
@@ -161,6 +168,11 @@ class Row:
     def add(self, name: str, calls: Sequence[Call]) -> None:
         self.candidates.append(Candidate(name, calls))
 
+    def base(self, name: str, calls: Sequence[Call]) -> None:
+        """A part of the work, such as the product without the adapter: its result is not compared."""
+        self.bases.add(name)
+        self.add(name, calls)
+
     def optional(self, name: str, package: str, make: Callable[[], Sequence[Call]]) -> None:
         """Calls of a package that may be missing, or that may refuse."""
         if find_spec(package) is None:
@@ -181,7 +193,7 @@ class Row:
         for c in self.candidates:
             with configurations() as found:
                 done, why = clock.attempt(c.name, c.calls[0], self.device)
-            if why is None and exact is not None:
+            if why is None and exact is not None and c.name not in self.bases:
                 errors[c.name] = error_of(done, exact)
                 if errors[c.name] > MOST_ERROR:
                     why = f"its result is off by {errors[c.name]:.2g} of the exact one's norm, allowed {MOST_ERROR}"
