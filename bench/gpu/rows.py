@@ -184,9 +184,12 @@ class Row:
         else:
             self.refused[name] = why
 
-    def measure(self, exact: Tensor | None = None, chosen: str | None = None) -> dict[str, Any]:
+    def measure(
+        self, exact: Tensor | None = None, chosen: str | None = None, most: float = MOST_ERROR, graphs: bool = True
+    ) -> dict[str, Any]:
         """The row. exact: float32 first rows of the result: a candidate of which the first call is off by more than
-        `MOST_ERROR` gets no numbers. chosen: the backend that serves the call unasked."""
+        `most` of its norm gets no numbers. chosen: the backend that serves the call unasked. graphs: with both clocks.
+        """
         errors: dict[str, float] = {}
         configs: dict[str, Any] = {}
         left: list[Candidate] = []
@@ -195,8 +198,8 @@ class Row:
                 done, why = clock.attempt(c.name, c.calls[0], self.device)
             if why is None and exact is not None and c.name not in self.bases:
                 errors[c.name] = error_of(done, exact)
-                if errors[c.name] > MOST_ERROR:
-                    why = f"its result is off by {errors[c.name]:.2g} of the exact one's norm, allowed {MOST_ERROR}"
+                if errors[c.name] > most:
+                    why = f"its result is off by {errors[c.name]:.2g} of the exact one's norm, allowed {most}"
             del done
             if why is not None:
                 self.refused[c.name] = why
@@ -204,7 +207,7 @@ class Row:
             left.append(c)
             if found:
                 configs[c.name] = dict(found)
-        got = clock.measure(left, self.device)
+        got = clock.measure(left, self.device, graphs=graphs)
         self.refused |= got.failed
         row: dict[str, Any] = {
             "op": self.op, "direction": self.direction, "dtype": self.dtype, "m": self.m, "shape": self.shape,

@@ -56,7 +56,8 @@ def row(title: str, device: Device) -> dict[str, Any]:
     if trains:
         return row.measure()
     wide = torch.cat([of.dense[0] for of in layers])
-    row.base("dense F.linear", no_grad(lambda w: linear(x, w), [wide.clone() for _ in range(copies(device, 2 * n * k))]))
+    many = [wide.clone() for _ in range(copies(device, 2 * n * k))]
+    row.base("dense F.linear", no_grad(lambda w: linear(x, w), many))
     row.optional("bnb matmul_4bit + LoRA, one by one", "bitsandbytes", lambda: [
         lambda calls=calls: [call() for call in calls]  # type: ignore[misc]
         for calls in zip(*(plus_lora(bnb_product, x, of, of.bnb) for of in layers), strict=False)])  # fmt: skip

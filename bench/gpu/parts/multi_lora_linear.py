@@ -32,15 +32,16 @@ def row(title: str, device: Device) -> dict[str, Any]:
     count = max(min(ADAPTERS[-1], m), 1)
     passes = 3 if trains else 1
     moved = passes * (of.nbytes(m) + 2.0 * count * RANK * (n + k))
-    row = Row(device, OP, what, m, f"{k}x{n}", (2 if trains else 1) * 2.0 * m * n * k + passes * 2.0 * m * RANK * (n + k),
-              moved, {"weight": "nf4", "r": RANK, "adapters": count})  # fmt: skip
+    flops = (2 if trains else 1) * 2.0 * m * n * k + passes * 2.0 * m * RANK * (n + k)
+    row = Row(device, OP, what, m, f"{k}x{n}", flops, moved, {"weight": "nf4", "r": RANK, "adapters": count})
     some = of.quants[:8]
     stacks = [adapter_stack(n, k, count, torch.bfloat16, device.kind) for _ in some]
     index = torch.arange(m, device=device.kind) % count
     if trains:
         x.requires_grad_()
         for s in stacks:
-            s.a.requires_grad_(), s.b.requires_grad_()
+            s.a.requires_grad_()
+            s.b.requires_grad_()
         calls = [gradient(lambda q=q, s=s: multi_lora_linear(x, q, s, index), (x, s.a, s.b), dy)  # type: ignore[misc]
                  for q, s in zip(some, stacks, strict=True)]  # fmt: skip
     else:

@@ -1,5 +1,5 @@
-"""The rotations of BOFT, OFT, HRA and RoAd, bound by memory but for large blocks, OFT's layer as one call beside two, and
-the Cayley maps that make the blocks."""
+"""The rotations of BOFT, OFT, HRA and RoAd, bound by memory but for large blocks, OFT's layer as one call beside two,
+and the Cayley maps that make the blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peft_kernels import butterfly_linear, butterfly_rotate, cayley, lora_linear
+from peft_kernels import QuantWeight, butterfly_linear, butterfly_rotate, cayley, lora_linear
 
 from ...ops.rotations import KINDS
 from ..device import Device
@@ -23,7 +23,8 @@ LAYER = "OFT b=32 layer"
 
 def titles(device: Device) -> list[str]:
     widths, counts = ((64,), (1, 16)) if device.small else (WIDTHS, BY_WORTH)
-    turns = [f"{what} {kind} d={d} M={m}" for m in counts for d in widths for kind in KINDS for what in ("forward", "step")]
+    turns = [f"{what} {kind} d={d} M={m}"
+             for m in counts for d in widths for kind in KINDS for what in ("forward", "step")]  # fmt: skip
     layers = [f"step {LAYER} d={widths[0]} M={m}" for m in counts]
     return [*(f"step {name} d={d} M=0" for name in CAYLEY for d in widths), *layers, *turns]
 
@@ -71,7 +72,10 @@ def oft_layer(device: Device, m: int, d: int) -> dict[str, Any]:
     blocks = cayley(q - q.mT)[None].detach().requires_grad_()
     x, dy = normal(device, m, d).requires_grad_(), normal(device, m, d, seed=4)
     row = Row(device, "butterfly_linear", "step", m, f"{d}x{d}", 4.0 * m * d * d, 3 * of.nbytes(m), {"weight": "nf4"})
-    ways = {"": lambda w: butterfly_linear(x, w, blocks), "two calls": lambda w: lora_linear(butterfly_rotate(x, blocks), w)}
-    for suffix, function in ways.items():
+
+    def two_calls(w: QuantWeight) -> torch.Tensor:
+        return lora_linear(butterfly_rotate(x, blocks), w)
+
+    for suffix, function in (("", lambda w: butterfly_linear(x, w, blocks)), ("two calls", two_calls)):
         row.ours([gradient(partial(function, w), [x, blocks], dy) for w in of.quants], suffix=suffix)
     return row.measure()

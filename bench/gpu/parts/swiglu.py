@@ -33,7 +33,8 @@ def row(title: str, device: Device) -> dict[str, Any]:
 def activation(device: Device, m: int, what: str) -> dict[str, Any]:
     f, trains = (SMALL if device.small else SIZES)[1], what == "step"
     # read gate and up, write h; read dh, gate and up, write dgate and dup
-    row = Row(device, OP, what, m, f"activation {f}", (20.0 if trains else 5.0) * m * f, (8 if trains else 3) * 2.0 * m * f)
+    row = Row(device, OP, what, m, f"activation {f}", (20.0 if trains else 5.0) * m * f,
+              (8 if trains else 3) * 2.0 * m * f)  # fmt: skip
     pairs = [tuple(normal(device, m, f, seed=i).requires_grad_(trains) for i in (2 * j, 2 * j + 1))
              for j in range(copies(device, 4 * m * f, 16))]  # fmt: skip
     dh = normal(device, m, f, seed=99)
@@ -69,7 +70,8 @@ def mlp(device: Device, m: int, what: str) -> dict[str, Any]:
 
     for suffix, function in (("", swiglu_mlp), ("by parts", by_parts)):
         if trains:
-            calls = [gradient(lambda f=function, p=p: f(x, *p), (x, a, b, c, d), dy) for p in models]  # type: ignore[misc]
+            leaves = (x, a, b, c, d)
+            calls = [gradient(lambda f=function, p=p: f(x, *p), leaves, dy) for p in models]  # type: ignore[misc]
         else:
             calls = no_grad(lambda p, f=function: f(x, *p), models)
         row.ours(calls, suffix=suffix)
