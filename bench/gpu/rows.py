@@ -194,6 +194,9 @@ class Row:
         configs: dict[str, Any] = {}
         left: list[Candidate] = []
         for c in self.candidates:
+            if c.name in self.device.lost:
+                continue  # the worker gives its reason
+            self.device.trying(c.name)
             with configurations() as found:
                 done, why = clock.attempt(c.name, c.calls[0], self.device)
             if why is None and exact is not None and c.name not in self.bases:

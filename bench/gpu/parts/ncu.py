@@ -19,7 +19,8 @@ SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis"
 # as the details page of ncu names them
 KEPT = (
     "Duration", "Elapsed Cycles", "SM Frequency", "DRAM Frequency", "Memory Throughput", "DRAM Throughput",
-    "L2 Cache Throughput", "L1/TEX Cache Throughput", "Compute (SM) Throughput", "Executed Ipc Active", "Issue Slots Busy",
+    "L2 Cache Throughput", "L1/TEX Cache Throughput", "Compute (SM) Throughput", "Executed Ipc Active",
+    "Issue Slots Busy",
     "L2 Hit Rate", "Max Bandwidth", "Mem Busy", "Registers Per Thread", "Dynamic Shared Memory Per Block",
     "Static Shared Memory Per Block", "Waves Per SM", "Theoretical Occupancy", "Achieved Occupancy",
 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""Other projects' fused layers on the same bytes, in a process of their own, and last: importing unsloth changes peft and
-bitsandbytes for good."""
+"""Other projects' fused layers on the same bytes, in a process of their own, and last: importing unsloth changes peft
+and bitsandbytes for good."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def row(title: str, device: Device) -> dict[str, Any]:
     what, m, k, n = place(title)
     of = layer(device, n, k)
     passes = 3 if what == "step" else 1
-    row = Row(device, "lora_linear" if what != "decode" else "dequantize_4bit", "forward" if what == "decode" else what, m,
-              f"{k}x{n}", (2 if what == "step" else 1) * 2.0 * m * n * k + passes * 2.0 * m * RANK * (n + k),
-              passes * of.nbytes(m), {"weight": "nf4", "r": RANK})  # fmt: skip
     if what == "decode":
+        row = Row(device, "dequantize_4bit", "forward", m, f"{k}x{n}", 0.0, n * k * (2.5 + 1 / 64))
         row.optional("unsloth", "unsloth", lambda: decoding(of))
         return row.measure(of.exact[:256])
+    flops = (2 if what == "step" else 1) * 2.0 * m * n * k + passes * 2.0 * m * RANK * (n + k)
+    row = Row(device, "lora_linear", what, m, f"{k}x{n}", flops, passes * of.nbytes(m), {"weight": "nf4", "r": RANK})
     x, dy = normal(device, m, k), normal(device, m, n, seed=4)
     if what == "step":
         row.optional("PEFT + bnb", "bitsandbytes", lambda: [subjects.step_call(one, x, dy)

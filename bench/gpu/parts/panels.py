@@ -27,7 +27,8 @@ def row(title: str, device: Device) -> dict[str, Any]:
     of = layer(device, n, k)
     x, (a, b) = normal(device, m, k), of.adapter
     nbytes = of.nbytes(m) if weight == "nf4" else 2.0 * (n * k + m * (n + k))
-    row = Row(device, "lora_linear", direction, m, f"{k}x{n}", 2.0 * m * (n * k + RANK * (n + k)), nbytes,
+    shape = f"{k}x{n}" if weight == "nf4" else f"{k}x{n} dense"
+    row = Row(device, "lora_linear", direction, m, shape, 2.0 * m * (n * k + RANK * (n + k)), nbytes,
               {"weight": weight, "r": RANK})  # fmt: skip
     weights = [q.flatten() for q in of.quants] if weight == "nf4" else [(w, *(None,) * 4, 0, 64, 256) for w in of.dense]
     if direction == "forward":

@@ -63,4 +63,4 @@ def row(title: str, device: Device) -> dict[str, Any]:
         for (kernel, arch, shape), times in tuning.found().items()
         if (kernel, arch, shape) not in known and arch == gpu.arch
     ]
-    return {"arch": gpu.arch, "m": m, "shape": f"{k}x{n}", "timed": timed}
+    return {"gpu": gpu.name, "arch": gpu.arch, "capability": device.arch, "m": m, "shape": f"{k}x{n}", "timed": timed}

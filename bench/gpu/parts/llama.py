@@ -1,7 +1,7 @@
 """Two layers of a random Llama-3-8B: milliseconds of a layer, and tokens a second of 32 such layers.
 
-M rows are one sequence without a cache; M = 1 is a token that is alone, so its attention reads nothing: what is measured
-is the layers' own work. The final norm and the rotary table, once a model, are in the time of the two.
+M rows are one sequence without a cache; M = 1 is a token that is alone, so its attention reads nothing: what is
+measured is the layers' own work. The final norm and the rotary table, once a model, are in the time of the two.
 """
 
 from __future__ import annotations
