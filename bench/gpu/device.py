@@ -62,20 +62,9 @@ class Device:
         captured. Of a fake device `run` itself."""
         if self.fake:
             return run
-        import torch
+        from .clock import record
 
-        torch.cuda.synchronize()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        graph.replay()
-        torch.cuda.synchronize()
-        return graph.replay
+        return record(run)
 
     def synchronize(self) -> None:
         """Wait for the device. Raises what went wrong on it, also if that was another call's."""
