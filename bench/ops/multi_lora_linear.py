@@ -37,7 +37,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
                         yield row(kind, k, n, m, dtype, True, args)
 
 
-def _stack(n: int, k: int, count: int, dtype: torch.dtype, device: str) -> AdapterStack:
+def adapter_stack(n: int, k: int, count: int, dtype: torch.dtype, device: str) -> AdapterStack:
     g = torch.Generator().manual_seed(count)
 
     def small(*shape: int) -> Tensor:
@@ -84,7 +84,7 @@ def row(kind: str, k: int, n: int, m: int, dtype: str, backward: bool, args: arg
     x, dy = (torch.randn(m, d, generator=g).to(device, t) for d in (k, n))
     several = sorted({min(c, m) for c in ADAPTERS})
     indices = {c: torch.arange(m, device=device) % c for c in several}
-    stacks = {c: [_stack(n, k, c, t, device) for _ in weights] for c in several}
+    stacks = {c: [adapter_stack(n, k, c, t, device) for _ in weights] for c in several}
     refused, candidates, claims = {}, [], []
     most = several[-1]
     theirs = "PEFT, " + _label(most)
@@ -119,7 +119,7 @@ def row(kind: str, k: int, n: int, m: int, dtype: str, backward: bool, args: arg
         claims += [Claim("a user's", [ours], [theirs]), Claim("eager", [ours], [f"eager, {_label(most)}"])]
     if not backward:  # PEFT's mixed batch is for inference
         candidates += others.optional(refused, theirs, "bitsandbytes" if kind == "nf4" else "peft",
-                                      lambda: _peft(weights, x, indices[most], most))  # fmt: skip
+                                      lambda: peft_calls(weights, x, indices[most], most))  # fmt: skip
     warm_everything(candidates)
     times, low = 2 if backward else 1, 2.0 * m * RANK * (n + k)
     case = {"op": OP, "what": "forward+backward" if backward else "forward", "weight": kind, "K": k, "N": n, "M": m,
@@ -133,7 +133,7 @@ def _label(adapters: int) -> str:
     return f"{adapters} adapter{'s' if adapters > 1 else ''}"
 
 
-def _peft(weights: list[Weight], x: Tensor, index: Tensor, adapters: int) -> others.Calls:
+def peft_calls(weights: list[Weight], x: Tensor, index: Tensor, adapters: int) -> others.Calls:
     import peft
 
     layers: list[nn.Module] = []
