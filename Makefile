@@ -61,9 +61,9 @@ bench: setup-dev ## the benches of the ops and of the whole model; results under
 	@$(BUILD_NATIVE)
 	@$(VENV_PYTHON) -m bench $(if $(ARGS),$(ARGS),--suite qlora)
 
-gpu-report: setup-dev ## the gpu tests and the benches on this machine's GPU; results under bench/results/<gpu>
-	@$(BUILD_NATIVE)
-	@$(VENV_PYTHON) -m bench --gpu $(ARGS)
+# .venv or else the Python of the machine; nothing is installed, and what it lacks is named in the answer sheet.
+gpu-report: ## tests and rows of times on this machine's GPU; results in runs/gpu, ARGS=--resume goes on with them
+	@$(or $(wildcard .venv/bin/python),$(PYTHON)) tools/gpu_run.py --out runs/gpu $(ARGS)
 
 lint: setup-dev ## style (ruff) and types (mypy, strict)
 	@$(VENV_PYTHON) -m ruff check .

@@ -130,10 +130,11 @@ def last_options() -> dict[str, str] | None:
     return options if root == str(ROOT) else None
 
 
-def build(for_this_machine: bool = False) -> dict[str, str]:
+def build(for_this_machine: bool = False, arch: str = "") -> dict[str, str]:
     """Build what can be built into peft_kernels/lib and say, per half, what became of it.
 
-    for_this_machine: the CUDA half only where it can run, or where it was built before and would grow stale."""
+    for_this_machine: the CUDA half only where it can run, or where it was built before and would grow stale.
+    arch: "90" builds the CUDA half for sm_90 alone, unless one for all architectures is here."""
     state = {"cpu": "built", "cuda": "built"}
     cxx, reason = find_cxx()
     nvcc = ""
@@ -160,9 +161,12 @@ def build(for_this_machine: bool = False) -> dict[str, str]:
             options["CMAKE_CXX_FLAGS"] = shlex.join(cxx[1:])
         if not cuda_reason:
             options["CMAKE_CUDA_COMPILER"] = nvcc
+            if arch and not (built_before and "PK_CUDA_ARCH" not in last):
+                options["PK_CUDA_ARCH"] = arch
         # CMake stops at a cache made with other compilers or in another folder: start clean instead. The CUDA half can
         # be added to a build without it.
-        without = {k: v for k, v in options.items() if k != "CMAKE_CUDA_COMPILER"} | {"PK_CUDA": "OFF"}
+        cuda_only = ("CMAKE_CUDA_COMPILER", "PK_CUDA_ARCH")
+        without = {k: v for k, v in options.items() if k not in cuda_only} | {"PK_CUDA": "OFF"}
         if BUILD.exists() and last not in (options, without):
             shutil.rmtree(BUILD)
         defines = [f"-D{name}={value}" for name, value in options.items()]
@@ -184,16 +188,18 @@ class BuildNative(Command):
     description = "build the native library into peft_kernels/lib"
     user_options: ClassVar[list[tuple[str, str | None, str]]] = [
         ("for-this-machine", None, "leave the CUDA half out where no GPU is seen"),
+        ("arch=", None, "90: the CUDA half for sm_90 alone (tools/gpu_run.py)"),
     ]
     boolean_options: ClassVar[list[str]] = ["for-this-machine"]
 
     def initialize_options(self) -> None:
         self.for_this_machine = False
+        self.arch = ""
 
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        build(bool(self.for_this_machine))
+        build(bool(self.for_this_machine), self.arch)
 
 
 class BuildPy(build_py):

@@ -1,4 +1,4 @@
-"""`python -m bench --op OP`, `--suite SUITE`, `--gpu` or `--static`; see --help."""
+"""`python -m bench --op OP`, `--suite SUITE` or `--static`; see --help."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--op", choices=OPS)
     what.add_argument("--suite", choices=SUITES)
-    what.add_argument("--gpu", action="store_true", help="gpu tests, then benches beside others, on a CUDA device")
     what.add_argument("--static", action="store_true", help="every GPU kernel as machine code; needs no GPU")
     p.add_argument("--backends", nargs="+", metavar="B", help="of an op: native, reference, triton, cuda")
     p.add_argument("--shapes", nargs="+", type=shape, metavar="INxOUT")
@@ -107,10 +106,6 @@ def main(argv: list[str] | None = None) -> int:
     only = args.only
     args.only = only or ["forward", "train", "levels", "step", "decode", "dropout", "plain", "unet"]
     args.threads = threads(args.threads)
-    if args.gpu:
-        from .gpu import report as gpu_report
-
-        return gpu_report.main(args)
     if args.against is not None:
         from .ab import compare
 

@@ -34,10 +34,24 @@ def test_files(what: str) -> list[Path]:
 
 def digest(files: list[Path]) -> str:
     """Over the tests, the kernels' sources, the adapters' sources and the built library."""
+    return _digest([*files, *_below("peft_kernels", "csrc", "python")], {".pyc", ".json", ".lock"})
+
+
+def digest_of_tree() -> str:
+    """Over all that a GPU run is made of, but for what is built on the machine; 16 digits."""
+    made = {"__pycache__", "lib", "results", "golden"}
+    found = _below("peft_kernels", "csrc", "python", "bench", "tests", "tools")
+    return _digest([p for p in found if not made & set(p.relative_to(ROOT).parts)], {".pyc"})[:16]
+
+
+def _below(*tops: str) -> list[Path]:
+    return [p for top in tops for p in sorted((ROOT / top).rglob("*")) if p.is_file()]
+
+
+def _digest(files: list[Path], without: set[str]) -> str:
     h = hashlib.sha256(sys.version.encode())
-    sources = [p for top in ("peft_kernels", "csrc", "python") for p in sorted((ROOT / top).rglob("*")) if p.is_file()]
-    for path in [*files, *sources]:
-        if path.suffix not in (".pyc", ".json", ".lock"):
+    for path in files:
+        if path.suffix not in without:
             h.update(str(path.relative_to(ROOT)).encode())
             h.update(path.read_bytes())
     return h.hexdigest()
@@ -46,7 +60,7 @@ def digest(files: list[Path]) -> str:
 def pytest(files: list[Path], marker: str, timeout_s: float = 900.0) -> tuple[int, str] | str:
     """(exit status, last line) of the tests of `files` with a marker; a sentence where they did not finish."""
     environment = {**os.environ, "PEFT_KERNELS_FULL_TESTS": "1"}  # tests/tools/forms.py
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marker, "-p", "no:cacheprovider", *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", *map(str, files)]
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:

@@ -214,6 +214,24 @@ def test_the_cuda_half_is_built_where_it_is_asked_for(builder: ModuleType, monke
     assert cuda(for_this_machine=True) == "built"
 
 
+def test_one_architecture_alone(builder: ModuleType) -> None:
+    """`build_native --arch=90`, on a machine with one GPU; a library for all of them stays one."""
+
+    def arch(**options: str) -> list[str]:
+        builder.calls.clear()
+        builder.build(**options)
+        return [a for call in builder.calls for a in call if a.startswith("-DPK_CUDA_ARCH=")]
+
+    assert arch(arch="90") == ["-DPK_CUDA_ARCH=90"]
+    objects = builder.BUILD / "objects"
+    objects.touch()
+    assert arch(arch="90") == ["-DPK_CUDA_ARCH=90"]
+    assert objects.exists()
+    assert arch() == []
+    assert not objects.exists()
+    assert arch(arch="90") == []
+
+
 def test_a_cuda_half_that_is_asked_for_and_cannot_be_built_is_an_error(
     builder: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +250,7 @@ def test_a_cuda_half_that_is_asked_for_and_cannot_be_built_is_an_error(
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on the PATH")
-@pytest.mark.parametrize("target", ["quickstart", "demo-adapters", "native", "test", "bench", "gpu-report"])
+@pytest.mark.parametrize("target", ["quickstart", "demo-adapters", "native", "test", "bench"])
 def test_only_the_demos_leave_the_cuda_half_out_where_no_gpu_is_seen(target: str) -> None:
     done = run("make", "-n", target, cwd=ROOT)
     assert done.returncode == 0, done.stderr

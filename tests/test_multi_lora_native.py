@@ -10,8 +10,9 @@ import torch
 from forms import grid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lora_draws import draw_multi
 from lora_tools import BF16, F16, F32, FLOATS, LEVELS, at_level, level_fixture, make, needs_native, threads
-from multi_tools import MultiCase, check_multi, draw_multi, make_multi, make_stack
+from multi_tools import MultiCase, check_multi, make_multi, make_stack
 from torch import Tensor
 
 from peft_kernels import AdapterStack, PreparedCall, QuantWeight, multi_lora_linear, native, use_backend

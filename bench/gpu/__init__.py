@@ -1,4 +1,4 @@
-"""The GPU report: the `gpu` tests, then the benches on a CUDA device beside what a user would otherwise run there.
+"""The GPU run, `python tools/gpu_run.py --out DIR`: `gpu` tests, sanitizers and rows of times, then an answer sheet.
 
-`make gpu-report`, or `python -m bench --gpu`. Results lie under bench/results/<gpu>/.
+What starts the parts needs nothing but Python (run.py, supervise.py); each part has processes of its own (worker.py).
 """

@@ -17,7 +17,9 @@ Run = Callable[[], object]
 @dataclass
 class Device:
     """kind: of torch's tensors, "cuda" or "cpu". arch: 90 for sm_90, 0 of a fake device. backends: ours, that are
-    measured. out: the folder of results. small: shapes and counts are to be as small as they can be."""
+    measured. out: the folder of results. small: shapes and counts are to be as small as they can be. lost: candidates
+    of this row with which a process was lost before, and how; the row is to leave them out. tried: the last one that
+    the row named by `trying`."""
 
     kind: str
     name: str
@@ -26,16 +28,26 @@ class Device:
     backends: tuple[str, ...]
     out: Path
     verdicts: Verdicts = field(default_factory=Verdicts)
+    broken: str | None = None  # of a fake device: what every later call says
+    lost: dict[str, str] = field(default_factory=dict)
+    tried: str | None = None
     _title: str = ""
     _readings: int = 0
+    _note: Callable[[str], None] | None = None
 
     @property
     def small(self) -> bool:
         return self.fake
 
-    def begin(self, title: str) -> None:
+    def begin(self, title: str, lost: dict[str, str] | None = None, note: Callable[[str], None] | None = None) -> None:
         """The worker's call before each row."""
-        self._title, self._readings = title, 0
+        self._title, self._readings, self.lost, self.tried, self._note = title, 0, lost or {}, None, note
+
+    def trying(self, candidate: str) -> None:
+        """A row's call before it runs a candidate: if the process is lost then, the row is done without this one."""
+        self.tried = candidate
+        if self._note is not None:
+            self._note(candidate)
 
     def eager_clock(self, run: Run) -> float:
         """Seconds from one event to another around what `run` queues (a `measure.Clock`)."""
@@ -56,6 +68,8 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait for the device. Raises what went wrong on it, also if that was another call's."""
+        if self.broken is not None:
+            raise RuntimeError(self.broken)
         if not self.fake:
             import torch
 
@@ -67,7 +81,7 @@ class Device:
 
     def rows_of(self, part: str) -> dict[str, dict[str, Any]]:
         """title -> row: what another part has measured in this run, such as the ceilings."""
-        return files.rows(self.out / f"{part}.jsonl")
+        return files.rows(self.out / f"{part}.jsonl", files.settings(self.out).get("digest"))
 
     def _fake_seconds(self, run: Run) -> float:
         """A number that depends on the row and on how many were read before: the same in every run."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
-from lora_draws import draw_case
 from lora_tools import F32, Case, make
 from torch import Tensor
 
@@ -88,19 +86,6 @@ def make_multi(
     rows = torch.randint(-1, len(ranks), (m,), generator=g) if adapters is None else torch.tensor(adapters)
     return MultiCase(make(m, n, k, seed=seed, **options), make_stack(n, k, ranks, ab, seed, max_rank),
                      rows.to(torch.int64))  # fmt: skip
-
-
-def draw_multi(data: st.DataObject, m: int, k: int, dtype: torch.dtype) -> MultiCase:
-    """Any weight, features, adapters and dropout, for x [m, k] of `dtype`."""
-    base = draw_case(data, m, k, dtype)
-    ab = F32 if base.a is None else base.a.dtype
-    ranks = data.draw(st.lists(st.integers(0, 20), max_size=6))
-    extra = data.draw(st.integers(0, 3))
-    stack = make_stack(base.n, k, ranks, ab, data.draw(st.integers(0, 99)), max(ranks, default=0) + extra)
-    rows = data.draw(st.lists(st.integers(-1, len(ranks) - 1), min_size=m, max_size=m))
-    if base.p and base.seed is None:
-        base.seed = torch.tensor([7])
-    return MultiCase(replace(base, a=None, b=None), stack, torch.tensor(rows, dtype=torch.int64))
 
 
 def check_multi(

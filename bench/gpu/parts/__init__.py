@@ -16,11 +16,15 @@ times, which the answer sheet reads, has these fields; others may stand beside t
     times      {candidate: {"graph_s": s, "eager_s": s}}: medians; a clock that cannot be had is left out
     refused    {candidate: reason}: what was not measured, and why
     bound_s    the least seconds that the measured ceilings allow
-    proposed   [{...}]: rows for peft_kernels/tuned, as tools/freeze_tuned.py takes them
 
 A candidate that is one of our backends has its name ("cuda", "triton", "native"), or begins with it and a blank
 ("triton panels"). Before it is run `device.wrong(op, backend, direction, dtype, m)` is asked: what the tests found
-wrong is refused with that reason. The worker takes out what was measured all the same. A sticky error, a crash or a
-hang costs the row that it came in: the worker waits for the device after each. `device.fake` asks for small shapes and
-few of them, and its clocks give the same made-up numbers in every run, as long as a row reads them in the same order.
+wrong is refused with that reason; the worker takes out what was measured all the same. And `device.trying(candidate)`
+is told: if the process is lost then, by a sticky error, a crash or a hang, the row is done again, and finds the
+candidate in `device.lost`, to be left out; its reason comes into `refused`. A row that named none is given up. The
+worker waits for the device after each row, so that an error is the row's in which it came.
+
+`device.fake` asks for small shapes and few of them, and its clocks give the same made-up numbers in every run, as long
+as a row reads them in the same order. A part has its place and its share of the time in bench/gpu/plan.py. One that
+has `run(device, settings, limit) -> int` in place of titles and rows writes its file itself (parts/tests.py).
 """

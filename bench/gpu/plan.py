@@ -1,0 +1,37 @@
+"""The parts of a run, in their order, and how much of its time each may take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MINUTES = 45.0  # that the shares below add up to, about; `--budget` scales them
+# part -> seconds. What judges the kernels comes first, what sets the tables next, what explains them last.
+PLAN: dict[str, float] = {
+    "build": 300,
+    "provenance": 60,
+    "ceilings": 60,
+    "tests": 420,
+    "sanitizer": 420,
+    "lora_linear": 300,
+    "panels": 120,
+    "decode": 90,
+    "dora_linear": 90,
+    "multi_lora_linear": 120,
+    "lora_linear_stacked": 90,
+    "rotations": 60,
+    "swiglu": 40,
+    "rms_norm": 40,
+    "llama": 150,
+    "qlora": 120,
+    "tune": 180,
+    "ncu": 150,
+    "others": 60,
+    "tables": 20,
+    "after": 20,
+    "example": 60,
+}
+
+
+def parts(folder: Path = Path(__file__).parent / "parts") -> list[str]:
+    """The parts that there are, in the plan's order."""
+    return [part for part in PLAN if (folder / f"{part}.py").exists()]
