@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .native import NativeLibrary, native_library
     from .ops.multi_lora_linear.by_row import RowPlan, RowProjection, lora_linear_by_row
     from .prepared import PreparedCall
+    from .samples import sample_call
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _LATER = {
     "native": ("NativeLibrary", "native_library"),
     "ops.multi_lora_linear.by_row": ("RowPlan", "RowProjection", "lora_linear_by_row"),
     "prepared": ("PreparedCall",),
+    "samples": ("sample_call",),
 }
 _HOMES = {name: home for home, names in _LATER.items() for name in names}
 
@@ -85,6 +87,7 @@ __all__ = [
     "quantize_4bit",
     "rms_norm",
     "rotary_attention",
+    "sample_call",
     "squared_row_norms",
     "swiglu",
     "swiglu_mlp",

@@ -95,7 +95,7 @@ def waiting(device: Any) -> Callable[[], float]:
 def accelerate(model: Any, mode: str) -> None:
     """The additions of `-own` (fastpeft's training) and `-fast` (its decoding) to transformers' model code."""
     if mode.endswith(("-fast", "-own")):
-        from fastpeft.recipes import llama_cpu as transformers_fast
+        from fastpeft.recipes import decoder_layers as transformers_fast
 
         transformers_fast.accelerate(model)
 

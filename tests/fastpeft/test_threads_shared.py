@@ -64,7 +64,7 @@ def test_a_prepared_call_is_seen_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_signs_of_a_rotation_are_those_of_its_positions() -> None:
-    from fastpeft.recipes.llama_cpu import _RotarySigns
+    from fastpeft.recipes.decoder_layers import _RotarySigns
 
     mine, other = (torch.rand(1, 1, 4) for _ in range(2))
     came: list[bool] = []

@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 import fastpeft
 from fastpeft.apps.short_attention import short_attention
 from fastpeft.layer.by_row import mixed as routing
-from fastpeft.recipes import llama_cpu as transformers_fast
-from fastpeft.recipes.llama_cpu import accelerate
+from fastpeft.recipes import decoder_layers as transformers_fast
+from fastpeft.recipes.decoder_layers import accelerate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_kernels import PreparedCall, lora_linear_stacked, use_backend

@@ -347,14 +347,15 @@ def backward(
 
 
 def _input_gradient(
-    dy: Tensor, w: _Weight, ds: Tensor | None, a: Tensor | None, drop: _Dropout, k: int, arch: str
-) -> Tensor:
-    """dx = dy W + drop'(ds a)."""
+    dy: Tensor, w: _Weight, ds: Tensor | None, a: Tensor | None, drop: _Dropout, k: int, arch: str,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dx = dy W + drop'(ds a), in `out` where it is given."""
     from . import triton_kernels as kernels
 
     m, n = dy.shape
     r = 0 if ds is None else ds.shape[1]
-    dx = dy.new_empty((m, k))
+    dx = dy.new_empty((m, k)) if out is None else out
 
     vendor = _use_panels(dy, w, arch)
 

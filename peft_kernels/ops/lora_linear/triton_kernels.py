@@ -295,7 +295,7 @@ def outer_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def reduce_kernel(p_part, p_out, numel, parts, scale, BLOCK: tl.constexpr):
-    """out = scale * (part 0 + part 1 + ...), in that order. p_part: float32 [parts, numel]."""
+    """out = scale * (part 0 + part 1 + ...), in that order and in float32. p_part: [parts, numel] in any dtype."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_mask = i < numel
     b_sum = tl.zeros((BLOCK,), tl.float32)

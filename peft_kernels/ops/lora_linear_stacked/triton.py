@@ -3,7 +3,8 @@
 The sums s = drop(x) A^T of all projections without dropout are one projection of x onto their A's, stacked; then one
 launch for every y. The backward is one launch for dx; dS and dB come from one pass over each dy; the dA of all
 projections without dropout from one pass over x. With so many rows of 16-bit x that W is decoded for a vendor's matmul
-(`lora_linear/triton.py`), that matmul reads x at its own pace, and each projection runs there by itself.
+(`lora_linear/triton.py`), that matmul reads x at its own pace: a product for each projection, in either direction, and
+the products of the gradient of x are added in one pass; S and dA stay one pass over x.
 """
 
 from __future__ import annotations
@@ -78,9 +79,6 @@ def forward(x: Tensor, *lists: list[Any]) -> list[Tensor]:
     x = x.contiguous()
     (m, k), count, arch = x.shape, len(features), tuning.arch_of(x.device)
     weights = _weights(x, lists[:8], features)
-    if any(single._use_panels(x, w, arch) for w in weights):
-        pairs = [single.forward(x, *values) for values in each(lists)]
-        return [y for y, _ in pairs] + [s for _, s in pairs]
     drops = [single._Dropout(q, t, k, x) for q, t in zip(p, seed, strict=True)]
     a, b, bias = (contiguous(*ts) for ts in (a, b, bias))
     together = _plain(drops, a)
@@ -93,6 +91,10 @@ def forward(x: Tensor, *lists: list[Any]) -> list[Tensor]:
         if t is not None and i not in together:
             ss[i] = single._project(x, t, drops[i], arch)
     ys = [x.new_empty((m, n)) for n in features]
+    if any(single._use_panels(x, w, arch) for w in weights):
+        for i, y in enumerate(ys):
+            single.product(x, weights[i], None if a[i] is None else ss[i], b[i], scaling[i], bias[i], y, arch)
+        return ys + ss
     ranks = [0 if t is None else t.shape[0] for t in a]
     c = _config("forward", x, sum(features), k, max(ranks), weights, k % 16 == 0)
     tiles = sum(single._cdiv(m, c.BM) * single._cdiv(n, c.BN) for n in features)
@@ -157,10 +159,10 @@ def _input_gradient(
     features = [dy.shape[1] for dy in dys]
     weights = _weights(x, lists[:8], features)
     if any(single._use_panels(x, w, arch) for w in weights):
-        total = torch.zeros((m, k), dtype=torch.float32, device=x.device)
-        for dy, w, ds, t, drop in zip(dys, weights, dss, a, drops, strict=True):
-            total += single._input_gradient(dy, w, ds, t, drop, k, arch)
-        return total.to(x.dtype)
+        parts = x.new_empty((len(dys), m, k))
+        for dy, w, ds, t, drop, part in zip(dys, weights, dss, a, drops, parts, strict=True):
+            single._input_gradient(dy, w, ds, t, drop, k, arch, part)
+        return single._reduce(parts, x.new_empty((m, k)), 1.0)  # one pass; the sum is float32
     dx = x.new_empty((m, k))
     ranks = [0 if ds is None else ds.shape[1] for ds in dss]
     plain = k % 16 == 0 and all(n % 16 == 0 for n in features)

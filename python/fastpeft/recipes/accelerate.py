@@ -8,8 +8,10 @@ from weakref import ref
 
 from torch import nn
 
-from . import causal_loss, llama_cpu
+from . import causal_loss, decoder_layers
+from .layer_report import Table, look
 from .lazy_logits import Watch
+from .ways import BY_CHOICE
 
 
 @dataclass
@@ -17,8 +19,9 @@ class Acceleration:
     """The outcome of `accelerate`, to be printed.
 
     modules: layers that compute in a quicker way; losses: models whose loss is computed by chunks; reasons: what was
-    asked for and is not there. `chunked` and `whole` count forwards of the model with labels. `remove()` takes all
-    of it back.
+    asked for and is not there. `served` and `stays` say by part of the layers what computes it, or why the model's own
+    code does, as of now. `chunked` and `whole` count forwards of the model with labels. `remove()` takes all of it
+    back.
     """
 
     modules: int = 0
@@ -26,6 +29,27 @@ class Acceleration:
     reasons: list[str] = field(default_factory=list)
     _model: ref[nn.Module] | None = None
     _watches: list[Watch] = field(default_factory=list)
+
+    @property
+    def served(self) -> Table:
+        """(part of a layer, operators and their backends) -> how many."""
+        return self._look()[0]
+
+    @property
+    def stays(self) -> Table:
+        """(part of a layer, why it is the model's own code) -> how many."""
+        return self._look()[1]
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """Lines on what was asked for and is not had: `reasons`, and of `stays` all but what is so by choice."""
+        stays = [f"{n} {part} as they were: {why}" for (part, why), n in self.stays.items()
+                 if why not in BY_CHOICE.values()]  # fmt: skip
+        return [*self.reasons, *stays]
+
+    def _look(self) -> tuple[Table, Table]:
+        model = None if self._model is None else self._model()
+        return (Table(), Table()) if model is None else look(model)
 
     @property
     def chunked(self) -> int:
@@ -45,8 +69,12 @@ class Acceleration:
         self.modules = self.losses = 0
 
     def __str__(self) -> str:
-        lines = [f"layers: {self.modules} run the quicker way", f"loss: by chunks in {self.losses} model(s), "
-                 f"{self.chunked} times so far", *(f"not served: {why}" for why in self.reasons)]  # fmt: skip
+        served, stays = self._look()
+        lines = [f"layers: {self.modules} run the quicker way"]
+        lines += [f"  {n} {part}: {by}" for (part, by), n in served.items()]
+        lines += [f"  {n} {part} as they were: {why}" for (part, why), n in stays.items()]
+        lines += [f"loss: by chunks in {self.losses} model(s), {self.chunked} times so far"]
+        lines += [f"not served: {why}" for why in self.reasons]
         lines += [f"all logits at once, {n} times: {why}" for why, n in self.whole.items()]
         return "\n".join(lines)
 
@@ -55,7 +83,8 @@ def accelerate(model: nn.Module, layers: bool = True, loss: bool = False, huge_p
     """Let a model of transformers train and decode quicker and with less memory, in place; it may have adapters of
     fastpeft or of PEFT, or none. Numbers stay the same up to rounding.
 
-    layers: quicker decoder layers, norms and attention, of Llama on a CPU. loss: with `labels` given the loss is
+    layers: quicker decoder layers of Llama: on a CPU norms, projections, attention and MLPs, on a GPU the same around
+    torch's attention, wherever the kernels run. loss: with `labels` given the loss is
     computed by chunks of tokens (and of the vocabulary where the head is one dense matrix), forward and backward, and
     `logits` of the output is a tensor that is made when it is first used, [..., vocabulary] in the model's dtype. On
     any device, for any head. huge_pages: put the weights of a model on a CPU into huge pages of memory where the
@@ -77,22 +106,18 @@ def accelerate(model: nn.Module, layers: bool = True, loss: bool = False, huge_p
 
 
 def _layers(report: Acceleration, model: nn.Module, huge_pages: bool) -> None:
-    elsewhere = {p.device.type for p in model.parameters()} - {"cpu"}
-    if elsewhere:
-        report.reasons.append(f"layers are quicker on a CPU alone, the model is on {', '.join(sorted(elsewhere))}")
-        return
     try:
-        llama_cpu.accelerate(model, huge_pages)
-    except ValueError as error:  # no layer that is known
+        decoder_layers.accelerate(model, huge_pages)
+    except ValueError as error:  # no layer that is known, or no kernel for where they are
         report.reasons.append(str(error))
-    report.modules = sum(map(llama_cpu.is_switched, model.modules()))
+    report.modules = sum(map(decoder_layers.is_switched, model.modules()))
 
 
 def unaccelerate(model: nn.Module) -> int:
     """Take back all that `accelerate` did to a model: how many of its modules were changed (0: none was)."""
     count = causal_loss.take_loss(model)
     for module in model.modules():
-        if llama_cpu.is_switched(module):
-            llama_cpu.switch_back(module)
+        if decoder_layers.is_switched(module):
+            decoder_layers.switch_back(module)
             count += 1
     return count

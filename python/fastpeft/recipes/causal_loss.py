@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..files.whole import is_in_unit, is_partitioned
 from ..layer.layer import AdapterLayer
 from ..weights.base import is_listened_to
+from .decoder_layers import is_switched
 from .lazy_logits import LazyLogits, Watch, _Head, state_of
-from .llama_cpu import is_switched
 
 _CACHE = {"use_cache", "past_key_values", "position_ids"}
 _LOSS = "_fastpeft_loss"  # a class with this forward has it, as its model has a Watch by this name

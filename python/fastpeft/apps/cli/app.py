@@ -145,6 +145,8 @@ def generate(
             device=device,
             template=template,
         )
+        for why in answerer.slow:
+            print(f"layers: {why}", file=sys.stderr)
         answers = answerer.answer(texts, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         result = {
             "model": answerer.note,

@@ -100,7 +100,8 @@ def load(options: Options, say: Say) -> Loaded:
         say("quantising to NF4")
         model = models.quantize(model, "nf4", True, ["lm_head"])
     pool = None if options.adapters is None else _pool(model, options, say)
-    models.speed_up(model, device)
+    for why in models.speed_up(model):
+        say(f"layers: {why}")
     limits = _limits(model, device, dtype, options)
     engine = Engine(model, pool, end_tokens(model, tokenizer), limits, Metrics())
     name = options.name or _name_of(options.model)

@@ -29,12 +29,13 @@ class Answer:
 
 @dataclass
 class Answerer:
-    """Holds model and tokenizer; ``note`` says in words what was loaded."""
+    """Holds model and tokenizer; ``note`` says in words what was loaded, ``slow`` why layers run transformers' code."""
 
     model: Any
     tokenizer: Any
     template: str = "auto"
     note: str = ""
+    slow: Sequence[str] = ()
 
     @classmethod
     def load(
@@ -71,10 +72,10 @@ class Answerer:
 
             base = PeftModel.from_pretrained(base, adapter)
         base.eval()
-        models.speed_up(base, where)
+        slow = models.speed_up(base)
         chosen = str(note.get("template", "auto")) if template == "auto" else template
         text = f"{source.note}, {storage if storage != 'none' else 'dense'}, {str(compute).removeprefix('torch.')}"
-        return cls(base, tokenizer, chosen, text)
+        return cls(base, tokenizer, chosen, text, slow)
 
     def answer(
         self,

@@ -217,13 +217,16 @@ def quantize(model: Any, storage: str, double_quant: bool, skip: list[str]) -> A
     return quantize_model(model, storage, double_quant=double_quant, skip=skip)
 
 
-def speed_up(model: Any, device: torch.device) -> bool:
-    """On a CPU, let a Llama model take the quicker ways of `integrations.transformers_fast`; True if it does."""
-    if device.type != "cpu" or getattr(model.config, "model_type", None) != "llama":
-        return False
+def speed_up(model: Any) -> list[str]:
+    """Let the model's layers take the quicker ways of `accelerate` wherever it is; the reasons why some, or all, do
+    not: such a model runs on transformers' own code."""
     from ... import accelerate
 
-    return bool(accelerate(model).modules)
+    try:
+        found: list[str] = accelerate(model).shortfalls
+    except ValueError as error:
+        return [str(error)]
+    return found
 
 
 def training_note(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +138,11 @@ def adapter_config(config: TrainConfig) -> Any:
         raise UserError(f"{where}: {error}", f"correct the {where} settings") from error
 
 
-def adapted_model(*prepared: Prepared) -> Any:
+def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = None) -> Any:
     """The quantised base with fresh adapters, each seeded as alone, so that a resumed run starts from the same tensors.
 
-    Raises `UserError` for an adapter that would change the base under the others.
+    say: is told why layers keep transformers' own code, a line each. Raises `UserError` for an adapter that would
+    change the base under the others.
     """
     from ... import get_peft_model
     from .loop import set_seed
@@ -163,7 +164,9 @@ def adapted_model(*prepared: Prepared) -> Any:
                 model.add_adapter(p.name, configs[p.name])
         _check_alone(model, p.name, len(prepared) > 1)
     if shared.fast_layers:
-        models.speed_up(model, first.device)
+        for why in models.speed_up(model):
+            if say is not None:
+                say(f"layers: {why}")
     return model
 
 
@@ -210,7 +213,7 @@ def train_all(
 
     with held(config):
         if model is None:
-            model = adapted_model(*prepared)
+            model = adapted_model(*prepared, say=progress.say)
         pad = prepared[0].tokenizer.pad_token_id
         tracks = [Track(p.name, p.config, p.train.examples, p.held_out.examples, pad) for p in prepared]
         results = Trainer(config, model, tracks, pad, prepared[0].device, progress).run(resume, restart)

@@ -1,0 +1,162 @@
+"""Linear layers of a model as the kernels take them, several in a call: q, k and v, or gate and up, of one input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_kernels import PreparedCall, Projection, QuantWeight
+
+from ..layer.by_row import train as trained_rows
+from ..layer.layer import AdapterLayer
+from ..methods.fused import FusedProjection
+from ..weights.base import is_listened_to
+from ..weights.bnb import quant_view
+from ..weights.nf4_linear import NF4Linear
+
+
+def projection(module: Any, dtype: torch.dtype) -> Projection | str:
+    """A linear layer as the kernels take it, for x of `dtype`; a reason where it has to be called as a module: adapters
+    other than a single plain LoRA, hooks, a base that is computed in another dtype, weights that train. Layers of PEFT
+    that `fastpeft.patch` took over and Linear4bit of bitsandbytes are such layers too.
+    """
+    if is_listened_to(module):
+        return _HOOKS
+    if type(module) is NF4Linear:
+        given = module.compute_dtype in (None, dtype)
+        return Projection(module.quant_weight(), bias=module.bias) if given else _OTHER_DTYPE
+    layer = _adapter_layer(module)
+    if layer is None:
+        if getattr(module, "compute_dtype", dtype) not in (None, dtype):
+            return _OTHER_DTYPE
+        weight = quant_view(module)
+        return _PLAIN if weight is None else Projection(weight, bias=module.bias)
+    # the plan is made here where it is not there yet: a first call must compute what the second will (checkpointing)
+    plan = layer.plan()
+    if not isinstance(plan, FusedProjection):
+        return _NO_PLAN
+    if plan.compute not in (None, dtype):
+        return _OTHER_DTYPE
+    found = plan.projection()
+    return _UNREADABLE if found is None else found
+
+
+_HOOKS = "hooks listen to its calls"
+_OTHER_DTYPE = "it computes in another dtype than the model"
+_PLAIN = "neither an adapter nor a frozen 4-bit weight"
+_UNREADABLE = "its weight trains, or its adapter is not as kernels take it"
+_NO_PLAN = "no single plain LoRA is active"
+
+
+def refusal(module: Any, dtype: torch.dtype) -> str | None:
+    """Why a linear layer has to be called as a module, in words for a report; None where it need not."""
+    found = projection(module, dtype)
+    layer = _adapter_layer(module)
+    if found is not _NO_PLAN or layer is None:
+        return found if isinstance(found, str) else None
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged"
+    names = [type(layer.methods[name]).__name__ for name in layer._active_adapter if name in layer.methods]
+    return f"{_NO_PLAN}: {' and '.join(names)}" if names else "no adapter of it is active"
+
+
+def _adapter_layer(module: Any) -> AdapterLayer | None:
+    """The layer that computes a module with adapters: itself, or what `fastpeft.patch` gave to one of PEFT's."""
+    if type(module) is AdapterLayer:
+        return module
+    find = getattr(type(module), "fastpeft_layer", None)
+    return None if find is None else find(module)  # type: ignore[no-any-return]
+
+
+def projections(x: Tensor, *modules: Any) -> list[Projection] | None:
+    """Those of all modules, or None."""
+    if torch.compiler.is_compiling():  # a graph sees the modules
+        return None
+    found = []
+    for module in modules:
+        one = projection(module, x.dtype)
+        if type(one) is str:
+            return None
+        found.append(one)
+    return found  # type: ignore[return-value]  # no str is among them
+
+
+def modules_on(x: Tensor, *modules: Any) -> Sequence[Tensor]:
+    """`module(x)` of each; adapters by row in training are one node of the graph."""
+    if all(type(module) is AdapterLayer and not is_listened_to(module) for module in modules):
+        together = trained_rows.linears(x, modules)
+        if together is not None:
+            return together
+    return [module(x) for module in modules]
+
+
+def _by_row(x: Tensor, modules: Sequence[Any]) -> Sequence[Tensor] | None:
+    """`module(x)` of layers whose rows have adapters of their own, where each is one call of a kernel; else None."""
+    found = []
+    for module in modules:
+        routed = module.rows.by_name() if type(module) is AdapterLayer and not is_listened_to(module) else None
+        y = None if routed is None else routed.quick(x)
+        if y is None:
+            return None
+        found.append(y)
+    return found
+
+
+def linears(call: PreparedCall, x: Tensor, dense: bool, *modules: Any) -> Sequence[Tensor]:
+    """`module(x)` of each for x [M, K] without gradients, as one call of a kernel and without the modules around it.
+
+    dense: layers over a dense weight, too.
+    """
+    by_row = _by_row(x, modules)
+    if by_row is not None:
+        return by_row
+    found = projections(x, *modules)
+    if found is None or any(p.dropout_p or not (dense or type(p.weight) is QuantWeight) for p in found):
+        return [module(x) for module in modules]
+    ys: Sequence[Tensor] = call(x, *found)
+    return ys
+
+
+class Given:
+    """A module to its own forward, in which linear layers that all read one input have been computed already.
+
+    So a model's own code runs on as it is, whatever it does with q, k and v, and several layers are one call. The
+    layers are asked in any order, each once; for another input, or once more, it is the layer itself that is called.
+    """
+
+    def __init__(self, module: Any, names: Sequence[str], x: Tensor, ys: Sequence[Tensor]) -> None:
+        own = self.__dict__
+        own["_module"] = module
+        for name, y in zip(names, ys, strict=True):
+            own[name] = _Answer(getattr(module, name), x, y)
+
+    def __getattr__(self, name: str) -> Any:  # of what is not in `__dict__`
+        return getattr(self._module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._module, name)
+
+
+class _Answer:
+    """A layer whose output for x is known."""
+
+    def __init__(self, module: Callable[..., Any], x: Tensor, y: Tensor) -> None:
+        self._of, self._x, self._y = module, x, y
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y = self._y if len(args) == 1 and args[0] is self._x and not kwargs else None
+        if y is None:
+            return self._of(*args, **kwargs)
+        del self.__dict__["_y"]  # let go of here, as the model's own code lets go of it
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        return None if name == "_y" else getattr(self._of, name)
