@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.static import splits
 from peft_kernels import formats, philox, quantize_4bit, use_backend
 from peft_kernels.dispatch import BackendUnavailable
 from peft_kernels.ops import lora_linear as op
@@ -38,6 +39,10 @@ CASES = [
     (130, 96, 576, {"dtype": F16, "r": 7, "nested": True}),
     (30, 8, 4096, {"dtype": BF16, "blocksize": 4096, "nested": True}),
     (10, 1, 32, {"dtype": BF16, "r": 256}),
+    # sums in parts that a kernel of its own adds, the last of them of half a step
+    (100, 132, 1600, {"dtype": BF16, "r": 8, "bias": True, "nested": True}),
+    (66, 41, 1536, {"dtype": F16, "r": 20, "ab": BF16, "quant": "fp4"}),
+    (24, 130, 2100, {"dtype": BF16, "r": 3, "blocksize": 128}),
     # rows that cp.async cannot take: a number of columns that 32 does not divide, rows that start within a byte
     (21, 37, 77, {"dtype": BF16, "r": 3, "nested": True, "bias": True}),
     (33, 20, 1001, {"dtype": F16, "r": 9, "blocksize": 32}),
@@ -189,7 +194,8 @@ def test_nested_blocks(simt, nested_blocksize):
 
 def test_every_order_of_threads_gives_the_same_bits(simt, seed):
     # parts that arrive in another order, too
-    for m, n, k in ((16, 128, 1088), (40, 100, 512), (12, 96, 288), (12, 33, 77)):
+    simt.pk_simt_set_device(80, 108)
+    for m, n, k in ((16, 128, 1088), (40, 100, 512), (12, 96, 288), (12, 33, 77), (66, 40, 1088)):
         case = make(m, n, k, dtype=BF16, r=8, nested=True, bias=True)
         simt.pk_simt_set_seed(0)
         expected, _ = call(case)
@@ -197,10 +203,24 @@ def test_every_order_of_threads_gives_the_same_bits(simt, seed):
         assert_same_bits(call(case)[0], expected)
 
 
+@pytest.mark.parametrize(("m", "bm", "k", "parts"), [(16, 16, 4096, 8), (24, 32, 2112, 4), (60, 64, 1088, 2)])
+def test_who_adds_the_parts_changes_no_bit(simt, m, bm, k, parts):
+    """The last block of a tile, or a kernel of its own: the same parts in the same order. By the cost model a GPU of 60
+    SMs has one, of 132 the other."""
+    case = make(m, 132, k, dtype=BF16, r=8, nested=True, bias=True)
+    sums = splits.Sums(2, -(-k // 128), splits.step_clocks(bm, 128, 128, True), bm * 128 * 4)
+    found = []
+    for sms, apart in ((60, False), (132, True)):
+        assert sums.split(sms) == (parts, apart)
+        simt.pk_simt_set_device(89, sms)
+        found.append(call(case)[0])
+    assert_same_bits(*found)
+
+
 def test_no_races(races):
     for device in DEVICES:
         races.pk_simt_set_device(device, 108)
-        for i, (m, n, k) in enumerate(((12, 130, 1024), (30, 40, 192), (50, 40, 192), (100, 40, 192), (20, 20, 77))):
+        for i, (m, n, k) in enumerate(((12, 130, 1024), (30, 40, 192), (50, 40, 192), (100, 40, 1088), (20, 20, 77))):
             races.pk_simt_set_seed(i)
             check(m, n, k, {"dtype": BF16, "r": 20, "nested": True, "bias": True})
 

@@ -42,8 +42,11 @@ INSTRUMENTED = {
     "atomic_and_plain": RACE,
     "overlapping_blocks": r"thread \d+ writes global memory at .* that thread \d+ of another block has written",
     "in_place": RACE,
-    "handed_over_without_fence": r"reads global memory at .* that thread \d+ of another block has written",
-    "handed_over_before_the_barrier": r"reads global memory at .* that thread \d+ of another block has written",
+    **dict.fromkeys(
+        ("handed_over_without_fence", "handed_over_before_the_barrier", "handed_over_by_fences_of_others",
+         "handed_over_and_taken_without_fence", "handed_over_and_taken_by_fences_of_others"),
+        r"reads global memory at .* that thread \d+ of another block has written",
+    ),
     "unwritten_shared": r"thread 58 reads tile \+ 20 .* that no thread of this block has written yet",
     "async_not_waited": PENDING,
     "async_waits_for_too_few": r"reads dynamic shared memory \+ \d+, where a cp\.async of thread \d+ is under way",

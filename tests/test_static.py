@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as cli
-from bench.static import budgets, calls, cases, cuda, cuda_kernels, gpus, loops, metrics, report, sass
+from bench.static import budgets, calls, cases, cuda, cuda_kernels, gpus, loops, metrics, report, sass, splits
 from peft_kernels import tuning
 
 LISTING = """
@@ -146,6 +146,23 @@ def test_formulas() -> None:
     assert r.occupancy == 8 * 4 / 64
     assert (r.roofline_us["H100"], r.bound["H100"]) == (1.0, "memory")
     assert r.roofline_us["H200"] < 1.0
+
+
+def test_parts_of_sums_are_in_the_roofline() -> None:
+    """Written and read again by whoever adds them: of 128 rows of the 4096^2 layer on an H100, 4 parts of each sum."""
+    sums = splits.Sums(tiles=32, steps=32, step=2048, part=64 << 10)
+    work = metrics.Work(bytes=3350e3, fmas=1e6)
+    alone, _ = metrics.roofline(work, 90, 0)
+    shared, bound = metrics.roofline(replace(work, sums=sums), 90, 0)
+    clocks = (64 << 10) / 32 + splits.NEXT_KERNEL + -(-32 * 4 * (64 << 10) // 32 // 132)
+    assert sums.split(132) == (4, True)
+    assert shared["H100"] - alone["H100"] == pytest.approx(clocks / gpus.GPUS["H100"].ghz / 1e3)
+    assert bound["H100"] == "memory"
+    whole = replace(sums, tiles=132)
+    assert metrics.roofline(replace(work, sums=whole), 90, 0)[0]["H100"] == alone["H100"], "no parts, nothing to add"
+    facts = [cuda_kernels.fact("mma::kernel", ("bf16", f"Tile<{rows}, 2, 3, 1, 1>"), 90) for rows in (16, 128)]
+    assert [f.sums.part for f in facts if f and f.sums] == [8 << 10, 64 << 10]
+    assert cuda_kernels.fact("dx_kernel", ("bf16", "64", "0"), 90).apart  # type: ignore[union-attr]
 
 
 def test_a_row_within_its_budgets_passes() -> None:

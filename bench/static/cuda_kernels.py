@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import gpus, sass
+from . import gpus, sass, splits
 from .metrics import Work
 
 N = K = 4096  # the weight that rooflines are stated for
@@ -30,13 +30,15 @@ class Fact:
     bytes: float = 0.0
     fmas: float = 0.0
     wide: bool = True
+    sums: splits.Sums | None = None
+    apart: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     def work(self, code: sass.Kernel) -> Work:
         marked = sum(bool(re.match(self.marker, sass.opcode(i))) for i in code.loop) if self.marker else 0
         threads = code.threads or self.threads
         return Work(weights=self.weights * marked * threads, tile=self.tile, bytes=self.bytes, fmas=self.fmas,
-                    wide=self.wide)  # fmt: skip
+                    wide=self.wide, sums=self.sums, apart=self.apart)  # fmt: skip
 
 
 NOT_THERE = Fact("")  # a stub for an architecture that uses another kernel
@@ -55,6 +57,17 @@ def _product(rows: int, weights: float) -> Fact:
     return Fact("lora_linear", "HMMA", weights, bytes=WEIGHT + 2 * rows * (N + K), fmas=rows * N * K)
 
 
+def _small(arch: int) -> bool:
+    return gpus.ARCHS[arch].shared_per_block < 128 * gpus.KIB
+
+
+def _sums(tile: tuple[int, int, int], outs: int, over: int, arch: int) -> splits.Sums:
+    """Of tile[0] rows of `outs` results, each a sum over `over`, in tiles and steps of `tile`."""
+    rows, columns, step = tile
+    return splits.Sums(-(-outs // columns), -(-over // step), splits.step_clocks(rows, columns, step, _small(arch)),
+                       rows * columns * 4)  # fmt: skip
+
+
 def _gemv(arguments: tuple[str, ...], arch: int) -> Fact:
     """<type, sets of rows of x, nested>: the weight is the left operand, 8 of it a thread in an instruction, and each
     fragment is used by every set."""
@@ -69,7 +82,9 @@ def _dx(arguments: tuple[str, ...], arch: int) -> Fact:
     if how == 2:
         return Fact("lora_linear", dynamic_shared=shared)
     config = {"scaling": ("gradients", "weights")[how]}
-    return replace(_product(rows, 64 / rows), dynamic_shared=shared, tile=(rows, 256, 64), config=config)
+    tile = (rows, 256, 64)
+    return replace(_product(rows, 64 / rows), dynamic_shared=shared, tile=tile, config=config, apart=True,
+                   sums=_sums(tile, K, N, arch))  # fmt: skip
 
 
 def _mma(arguments: tuple[str, ...], arch: int) -> Fact:
@@ -78,15 +93,15 @@ def _mma(arguments: tuple[str, ...], arch: int) -> Fact:
     Tiles for much shared memory are stubs where there is little, and the other way round; those for any alignment
     decode element by element. The shared memory is `Tile::BYTES` of csrc/cuda/lora_mma_tile.cuh."""
     bm, wk, stages, where, scaling = (int(n) for n in re.findall(r"\d+", arguments[1].split("<")[1]))
-    small = gpus.ARCHS[arch].shared_per_block < 128 * gpus.KIB
-    if where and small != (where == 2):
+    if where and _small(arch) != (where == 2):
         return NOT_THERE
     tile = (bm, 256 // wk, 64 * wk)
     shared = (64 + 1) * gpus.KIB + stages * 2 * tile[0] * tile[2]
     if scaling == 3:
         return Fact("lora_linear", dynamic_shared=shared, tile=tile)
     config = {"scaling": ("sums", "weights", "halves")[scaling]}
-    return replace(_product(bm, 64 / bm), dynamic_shared=shared, tile=tile, config=config)
+    return replace(_product(bm, 64 / bm), dynamic_shared=shared, tile=tile, config=config,
+                   sums=_sums(tile, N, K, arch))  # fmt: skip
 
 
 def _norm(arguments: tuple[str, ...], arch: int) -> Fact:
@@ -156,6 +171,7 @@ FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "gemv_kernel": _gemv,
     "dx_kernel": _dx,
     "mma::kernel": _mma,
+    "mma::add_kernel": _other("lora_linear"),  # of parts of its sums, whose roofline has them
     "norm_kernel": _norm,
     "pair_kernel": _pair,
     "turn_kernel": _turned,

@@ -10,7 +10,8 @@ issue_cycles    instructions of the main loop x warps of a block / 4 schedulers:
 tensor_cycles   multiply-adds of the main loop / what the SM's tensor cores do in a clock
 bytes_over_least  bytes that the main loop's global loads ask for x threads / bytes of the tiles it works on, each once
 roofline        the largest of: bytes of every operand and result once / bandwidth; multiply-adds / peak;
-                issue cycles of all blocks' main loops / SMs / clock
+                issue cycles of all blocks' main loops / SMs / clock; and where blocks share sums what comes after the
+                loop: parts of them written, read and added, by the kernels' own cost model (`splits.py`)
 occupancy       resident warps / the most an SM holds, by registers, shared memory, threads and blocks
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import gpus, sass
+from . import gpus, sass, splits
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Work:
     """The work of a launch. weights: 4-bit weights that a block decodes in one pass of its main loop (of all its code
     where `straight`); 0 where it decodes none. tile: (BM, BN, BK) of a product with a weight. bytes: every operand and
     result once. fmas: multiply-adds of the launch. loop_bytes: of the operands' tiles in one pass of the main loop.
-    passes: times that a block goes through it. wide: the products are of 16-bit numbers, so on the tensor cores."""
+    passes: times that a block goes through it. wide: the products are of 16-bit numbers, so on the tensor cores. sums:
+    of a CUDA kernel whose blocks may share them; apart: another kernel adds their parts in any case."""
 
     weights: float = 0.0
     straight: bool = False
@@ -38,6 +40,8 @@ class Work:
     passes: float = 0.0
     blocks: int = 0
     wide: bool = True
+    sums: splits.Sums | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,4 +133,7 @@ def roofline(work: Work, arch: int, issue: float) -> tuple[dict[str, float], dic
         }
         bound[name] = max(parts, key=lambda k: parts[k])
         times[name] = parts[bound[name]]
+        if work.sums is not None:
+            split = work.sums.split(gpu.sms, work.apart)
+            times[name] += work.sums.adding(split, gpu.sms) / gpu.ghz / 1e3
     return times, bound

@@ -349,9 +349,9 @@ template <typename T> void launch_all(Dx &in, const pk_lora_args &a, unsigned sp
 } // namespace
 
 int pk_lora_dx_splits(const pk_lora_args &a) {
-    const int64_t steps = pk_ceil_div(a.N, STEP);
-    /* a block starts and ends in 3 steps; for each 16 rows of dy its sums take the memory a step's time */
-    const int64_t wanted = pk_splits(pk_ceil_div(a.K, COLUMNS), steps, 3 + pk_ceil_div(a.M, 16));
+    const int64_t steps = pk_ceil_div(a.N, STEP), rows = a.M <= 16 ? 16 : a.M <= 32 ? 32 : 64;
+    const int64_t step = pk_step_clocks(rows, COLUMNS, STEP, pk_small_gpu());
+    const int64_t wanted = pk_splits({pk_ceil_div(a.K, COLUMNS), steps, step, rows * COLUMNS * 4}, true).parts;
     return static_cast<int>(steps ? pk_ceil_div(steps, pk_ceil_div(steps, wanted)) : 1);
 }
 

@@ -1,17 +1,16 @@
 /* lora_linear for 8 < M <= 512 rows of x: W decoded into the operands of mma.sync. Chooses the tile and how many blocks
  * share the sums of one tile, and launches lora_mma.cuh. */
 #include "lora_mma.cuh"
-#include "splits.cuh"
 
 namespace {
 using mma::Problem;
 using mma::Tile;
-/* 4 stages of x and W. Where memory is short, 3 with 32 rows of x, 2 with 64, and no larger tile: on those GPUs the
- * tensor cores are the slowest part by far. */
+/* 4 stages of x and W, 3 with 128 rows of x. Where memory is short, 3 with 32 rows, 2 with 64, and no larger tile: on
+ * those GPUs the tensor cores are the slowest part by far. */
 using Tile16 = Tile<16, 2, 4, mma::ANY, mma::SUMS>;
 using Tile32 = Tile<32, 2, 4, mma::LARGE, mma::SUMS>;
 using Tile64 = Tile<64, 2, 4, mma::LARGE, mma::SUMS>;
-using Tile128 = Tile<128, 1, 4, mma::LARGE, mma::WEIGHTS>;
+using Tile128 = Tile<128, 2, 3, mma::LARGE, mma::WEIGHTS>;
 using Tile32Small = Tile<32, 2, 3, mma::SMALL, mma::SUMS>;
 using Tile64Small = Tile<64, 2, 2, mma::SMALL, mma::SUMS>;
 /* where 64 elements have two scales, which few weights do: one tile for all */
@@ -25,6 +24,7 @@ struct Shape {
     void (*f16)(Problem);
 };
 template <typename C> Shape shape() {
+    static_assert(C::BN == mma::ADD_BN && C::COLUMN_THREADS == mma::ADD_THREADS, "what add_kernel takes");
     return {C::BM, C::BN, C::BK, C::QUARTERS, C::COLUMN_THREADS, C::BYTES, mma::kernel<__nv_bfloat16, C>,
             mma::kernel<__half, C>};
 }
@@ -32,17 +32,14 @@ template <typename C> Shape shape() {
 struct Plan {
     Shape shape;
     int64_t n_tiles, m_tiles;
-    int split;
-    int64_t counters() const { return (n_tiles * m_tiles * 4 + 15) / 16 * 16; } /* bytes */
-    int64_t bytes() const {
-        return split == 1 ? 0 : counters() + n_tiles * m_tiles * split * shape.quarters * shape.threads * 16;
-    }
+    PkSplit split;
+    int64_t part() const { return static_cast<int64_t>(shape.quarters) * shape.threads * 16; } /* bytes */
+    int64_t counters() const { return split.apart ? 0 : (n_tiles * m_tiles * 4 + 15) / 16 * 16; }
+    int64_t bytes() const { return split.parts == 1 ? 0 : counters() + n_tiles * m_tiles * split.parts * part(); }
 };
 
 Plan plan(const pk_lora_args &a, bool general) {
-    const bool small = mma::small_memory(10 * pk_device_attribute(cudaDevAttrComputeCapabilityMajor, 8) +
-                                         pk_device_attribute(cudaDevAttrComputeCapabilityMinor, 0));
-    const bool halves = a.blocksize < 64 || a.K % 64;
+    const bool small = pk_small_gpu(), halves = a.blocksize < 64 || a.K % 64;
     /* the tile that costs least: decoding its part of W costs about as much as the products with 32 rows of x */
     int rows = 16;
     for (int BM = 32; BM <= (small ? 64 : 128); BM *= 2)
@@ -55,7 +52,8 @@ Plan plan(const pk_lora_args &a, bool general) {
                 : rows == 64 ? (small ? shape<Tile64Small>() : shape<Tile64>())
                              : shape<Tile128>();
     out.n_tiles = pk_ceil_div(a.N, out.shape.BN), out.m_tiles = pk_ceil_div(a.M, out.shape.BM);
-    out.split = pk_splits(out.n_tiles * out.m_tiles, pk_ceil_div(a.K, out.shape.BK), 3);
+    const int64_t step = pk_step_clocks(out.shape.BM, out.shape.BN, out.shape.BK, small);
+    out.split = pk_splits({out.n_tiles * out.m_tiles, pk_ceil_div(a.K, out.shape.BK), step, out.part()}, false);
     return out;
 }
 
@@ -81,7 +79,7 @@ int pk_lora_mma(const pk_lora_args &a, const float *start, cudaStream_t stream) 
     if (const char *why = pk_lora_mma_refuses(a)) return pk_fail(PK_ERR_ARGUMENT, "%s: %s", what, why);
     const bool general = is_general(a);
     const Plan todo = plan(a, general);
-    if (todo.bytes() > a.workspace_bytes || (todo.split > 1 && !pk_aligned(a.workspace, 16)))
+    if (todo.bytes() > a.workspace_bytes || (todo.split.parts > 1 && !pk_aligned(a.workspace, 16)))
         return pk_fail(PK_ERR_ARGUMENT, "%s: needs %lld bytes of workspace, 16-byte aligned; got %lld", what,
                        static_cast<long long>(todo.bytes()), static_cast<long long>(a.workspace_bytes));
     Problem p = {};
@@ -91,7 +89,7 @@ int pk_lora_mma(const pk_lora_args &a, const float *start, cudaStream_t stream) 
     p.gain = a.gain, p.h = a.gain ? static_cast<uint16_t *>(a.h) : nullptr;
     p.M = static_cast<int>(a.M), p.N = static_cast<int>(a.N), p.K = static_cast<int>(a.K);
     p.r = start ? 0 : static_cast<int>(a.r);
-    p.m_tiles = static_cast<int>(todo.m_tiles), p.split = todo.split;
+    p.m_tiles = static_cast<int>(todo.m_tiles), p.split = todo.split.parts;
     p.x_row = static_cast<uint32_t>(a.K * 2), p.codes_row = static_cast<uint32_t>(a.K / 2);
     p.last_unit = static_cast<uint32_t>((a.N * a.K - 1) / 32);
     p.shift = pk_log2(a.blocksize) - (general ? 0 : 5);
@@ -99,13 +97,17 @@ int pk_lora_mma(const pk_lora_args &a, const float *start, cudaStream_t stream) 
     p.scaling = static_cast<float>(a.scaling);
     const float factor = pk_table_factor(a.quant_type, a.x_dtype);
     p.table = pk_table_of(a.table, factor), p.unscale = 1.0f / factor;
-    if (todo.split > 1) {
+    if (p.split > 1) p.partial = reinterpret_cast<float4 *>(reinterpret_cast<char *>(a.workspace) + todo.counters());
+    if (p.split > 1 && !todo.split.apart) {
         p.arrived = reinterpret_cast<unsigned *>(a.workspace);
-        p.partial = reinterpret_cast<float4 *>(reinterpret_cast<char *>(a.workspace) + todo.counters());
         if (int code = pk_cuda_check(cudaMemsetAsync(p.arrived, 0, todo.counters(), stream), what)) return code;
     }
     const auto kernel = a.x_dtype == PK_BF16 ? todo.shape.bf16 : todo.shape.f16;
-    const dim3 grid(static_cast<unsigned>(todo.n_tiles * todo.m_tiles), static_cast<unsigned>(todo.split));
-    PK_LAUNCH_SHARED(kernel, grid, mma::THREADS, static_cast<size_t>(todo.shape.bytes), stream, p);
+    const unsigned tiles = static_cast<unsigned>(todo.n_tiles * todo.m_tiles), split = static_cast<unsigned>(p.split);
+    PK_LAUNCH_SHARED(kernel, dim3(tiles, split), mma::THREADS, static_cast<size_t>(todo.shape.bytes), stream, p);
+    if (split > 1 && todo.split.apart) {
+        const auto add = a.x_dtype == PK_BF16 ? mma::add_kernel<__nv_bfloat16> : mma::add_kernel<__half>;
+        PK_LAUNCH(add, dim3(tiles, static_cast<unsigned>(todo.shape.BM / 8)), mma::THREADS, stream, p, todo.shape.BM);
+    }
     return pk_cuda_check(cudaGetLastError(), what);
 }

@@ -1,6 +1,6 @@
 /* The kernel of lora_mma.cu: its start, main loop and end. lora_mma_tile.cuh says how it is laid out. */
 #pragma once
-#include "lora_mma_tile.cuh"
+#include "lora_mma_parts.cuh"
 
 namespace mma {
 /* Elements column to column + 3 of one row of a [rows, r] matrix times `factor`, each as a sum of two bfloat16, 16 bits
@@ -133,15 +133,6 @@ __device__ __forceinline__ void multiply_weights(char *shared, typename C::Sums 
     }
 }
 
-/* Quarter q of the thread's sums: what it writes and reads as one float4. */
-template <typename C> __device__ __forceinline__ float (&quarter(typename C::Sums &acc, int q))[4] {
-    return acc[q / (C::BM / 8)][q % (C::BM / 8)];
-}
-__device__ __forceinline__ void add(float (&to)[4], float4 v) {
-    to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
-}
-__device__ __forceinline__ float4 packed(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
-
 /* y = gain * h + bias, from h; a gain that is absent is 1. n: the thread's first column of y. */
 template <typename C>
 __device__ __forceinline__ void finish(const Problem &p, typename C::Sums &acc, int n) {
@@ -160,33 +151,18 @@ __device__ __forceinline__ void finish(const Problem &p, typename C::Sums &acc, 
     }
 }
 
-/* The tile goes through shared memory (row m, column n) to y, 16 bytes a thread where y's rows allow it. */
+/* The tile goes through shared memory to y. */
 template <typename T, typename C>
 __device__ __forceinline__ void store(const Problem &p, uint16_t *y, char *shared, typename C::Sums &acc, int n0,
                                       int m0, bool holds, int column, int t) {
-    constexpr int ROW = (C::BN + 8) * 2;
     if (holds) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int mt = 0; mt < C::BM / 8; ++mt)
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    at<uint16_t>(shared, (8 * mt + 2 * t + j % 2) * ROW + (column + 16 * i + j / 2 * 8) * 2) =
-                        static_cast<uint16_t>(pk_pack<T>(acc[i][mt][j], 0.0f));
+            for (int mt = 0; mt < C::BM / 8; ++mt) place_rows<T, C::BN>(shared, acc[i][mt], 8 * mt, column + 16 * i, t);
     }
     __syncthreads();
-    const bool wide = p.N % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
-    for (int c = static_cast<int>(threadIdx.x); c < C::BM * C::BN / 8; c += THREADS) {
-        const int row = c / (C::BN / 8), n = c % (C::BN / 8) * 8;
-        if (m0 + row >= p.M || n0 + n >= p.N) continue;
-        uint16_t *to = y + static_cast<int64_t>(m0 + row) * p.N + n0 + n;
-        if (wide) {
-            *reinterpret_cast<uint4 *>(to) = at<uint4>(shared, row * ROW + n * 2);
-        } else {
-            for (int k = 0; k < 8 && n0 + n + k < p.N; ++k) to[k] = at<uint16_t>(shared, row * ROW + (n + k) * 2);
-        }
-    }
+    store_rows<C::BN>(p, y, shared, C::BM, n0, m0);
 }
 
 /* The sums of the second group of warps to the first. place: of the thread in its group. */
@@ -201,37 +177,6 @@ __device__ __forceinline__ void add_groups(char *shared, typename C::Sums &acc, 
 #pragma unroll
         for (int q = 0; q < C::QUARTERS; ++q) add(quarter<C>(acc, q), at<float4>(shared, q * STEP + place * 16));
     __syncthreads();
-}
-
-/* Hands over this part's sums; true in the last block of the tile to arrive, which gets the sum of all parts, added in
- * their order whoever is last. holds: the thread has sums. */
-template <typename C>
-__device__ __forceinline__ bool add_parts(const Problem &p, char *shared, typename C::Sums &acc, bool holds,
-                                          int place) {
-    constexpr int STEP = C::COLUMN_THREADS, PART = C::QUARTERS * STEP;
-    const int tile = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y);
-    float4 *parts = p.partial + static_cast<int64_t>(tile) * p.split * PART + place;
-    if (holds) {
-#pragma unroll
-        for (int q = 0; q < C::QUARTERS; ++q) parts[part * PART + q * STEP] = packed(quarter<C>(acc, q));
-        __threadfence();
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) at<unsigned>(shared, 0) = atomicAdd(p.arrived + tile, 1u);
-    __syncthreads();
-    const bool last = at<unsigned>(shared, 0) + 1 == static_cast<unsigned>(p.split);
-    __syncthreads(); /* the memory is used again */
-    if (!last || !holds) return last;
-    __threadfence();
-#pragma unroll
-    for (int q = 0; q < C::QUARTERS; ++q)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) quarter<C>(acc, q)[j] = 0.0f;
-    for (int from = 0; from < p.split; ++from)
-#pragma unroll
-        for (int q = 0; q < C::QUARTERS; ++q)
-            add(quarter<C>(acc, q), pk_load_fresh16(parts + from * PART + q * STEP));
-    return true;
 }
 
 /* The work of a thread. */
@@ -299,10 +244,10 @@ __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Pro
     typename C::Sums acc = {};
     if (!C::LATE) add_low_rank<C>(p, shared + C::X + (C::STAGES - 1) * C::X_STAGE, acc, place); /* a free stage */
 
-    const int codes = (group * (C::BN / 4) + warp * 8 + g / 4) * LINE + HOLE + (g % 4 ^ 2 * group) * 32 + t * 8;
-    const int x = C::X + (group * C::BM + g) * 128 + (2 * t ^ (g & 1) ^ 4 * group) * 16;
+    int codes = (group * (C::BN / 4) + warp * 8 + g / 4) * LINE + HOLE + (g % 4 ^ 2 * group) * 32 + t * 8;
+    int x = C::X + (group * C::BM + g) * 128 + (2 * t ^ (g & 1) ^ 4 * group) * 16, copy = place.lane * 4;
+    if constexpr (C::LATE) pk_keep(codes), pk_keep(x), pk_keep(copy);
     const int x_halves[2] = {x, x ^ 16};
-    const uint32_t copy = place.lane * 4;
     for (int left = steps; left > 0; left -= C::ROUND) {
 #pragma unroll(C::GENERAL ? 1 : C::ROUND)
         for (int s = 0; s < C::ROUND; ++s) {

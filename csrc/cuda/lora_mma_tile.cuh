@@ -17,6 +17,7 @@
 #include "lora.cuh"
 #include "pair_table.cuh"
 #include "scales.cuh"
+#include "splits.cuh"
 
 namespace mma {
 constexpr int GROUP = 64; /* elements of k that a warp works on between two barriers */
@@ -29,7 +30,7 @@ struct Problem {
     const float *start;    /* NULL, or [M, N]: what the sums start at, and r is 0 */
     uint16_t *y, *h;       /* h: with a gain, or NULL */
     float4 *partial;   /* split > 1: [tile][part][BM / 4][threads of a K group] */
-    unsigned *arrived; /* split > 1: per tile, zero */
+    unsigned *arrived; /* split > 1: per tile, zero; NULL where another kernel adds the parts */
     int M, N, K, r, m_tiles, split;
     uint32_t x_row, codes_row; /* bytes */
     uint32_t last_unit;        /* of W; 32 elements */
@@ -39,8 +40,6 @@ struct Problem {
     PkTable table;
 };
 
-/* A block can have 99 KB of shared memory on sm_86 to 89 and from sm_120 on, 163 KB or more on the others. */
-__host__ __device__ constexpr bool small_memory(int arch) { return (arch >= 86 && arch < 90) || arch >= 120; }
 enum Where { ANY, LARGE, SMALL };
 enum Scaling { SUMS, WEIGHTS, HALVES, ELEMENTS };
 
@@ -74,9 +73,14 @@ struct alignas(8) Words {
  * the last one, and their sums are not stored. Past the end of k (`end`) there are zeros. The loop goes round once
  * for all stages, so that each has its place in the code; `step` counts from there. */
 template <typename C> struct Loader {
-    static constexpr int X_CHUNKS = C::BM * C::WK / 32;
+    /* a thread's chunks of x are of its group, or of both, where the addresses of more rows would take registers that
+     * are not there */
+    static constexpr bool BOTH = C::WK == 2 && C::LATE;
+    static constexpr int X_CHUNKS = C::BM * (BOTH ? 1 : C::WK) / 32, X_ROWS = C::BM / X_CHUNKS;
     const uint8_t *codes[2], *x[X_CHUNKS];
-    int codes_to, x_to, left, own_left; /* elements of k to the end, from the thread's group; and of x from its chunk */
+    int codes_to, x_to;
+    int left, own_left; /* elements of k to the end, from the thread's group; and of x from its chunk, or the second
+                         * group */
 
     __device__ __forceinline__ Loader(const Problem &p, int n0, int m0, int k0, int end) {
         const int tid = threadIdx.x;
@@ -87,14 +91,15 @@ template <typename C> struct Loader {
         for (int j = 0; j < 2; ++j)
             codes[j] = p.packed + static_cast<int64_t>(min(n0 + row + j * (C::BN / 2), p.N - 1)) * p.codes_row +
                        (k0 + 32 * chunk) / 2;
-        /* of x a thread has the same group, so that one comparison does for both */
-        const int x_row = tid / (8 * C::WK), x_chunk = C::WK == 1 ? tid % 8 : tid % 16 / 4 * 2 + tid % 2;
-        own_left = end - k0 - GROUP * group - 8 * x_chunk;
-        x_to = C::X + (group * C::BM + x_row) * 128 + (x_chunk ^ (x_row & 1) ^ 4 * group) * 16;
+        /* else of x a thread has the same group, so that one comparison does for both */
+        const int x_row = BOTH ? tid / 8 : tid / (8 * C::WK), x_group = BOTH ? 0 : group;
+        const int x_chunk = C::WK == 1 || BOTH ? tid % 8 : tid % 16 / 4 * 2 + tid % 2;
+        own_left = end - k0 - (BOTH ? GROUP : GROUP * group + 8 * x_chunk);
+        x_to = C::X + (x_group * C::BM + x_row) * 128 + (x_chunk ^ (x_row & 1) ^ 4 * x_group) * 16;
 #pragma unroll
         for (int j = 0; j < X_CHUNKS; ++j)
-            x[j] = p.x + static_cast<int64_t>(min(m0 + x_row + j * (32 / C::WK), p.M - 1)) * p.x_row +
-                   (k0 + GROUP * group + 8 * x_chunk) * 2;
+            x[j] = p.x + static_cast<int64_t>(min(m0 + x_row + j * X_ROWS, p.M - 1)) * p.x_row +
+                   (k0 + GROUP * x_group + 8 * x_chunk) * 2;
     }
 
     __device__ __forceinline__ void load(const Problem &p, char *shared, int step, int steps, int n0, int k0) {
@@ -111,14 +116,19 @@ template <typename C> struct Loader {
         }
 #pragma unroll
         for (int j = 0; j < X_CHUNKS; ++j) {
-            char *to = shared + x_to + stage * C::X_STAGE + j * (32 / C::WK * 128);
+            const int place = stage * C::X_STAGE + j * (X_ROWS * 128);
+            char *to = shared + x_to + place;
             const uint8_t *from = x[j] + step * (C::BK * 2);
-            if constexpr (C::GENERAL)
+            if constexpr (C::GENERAL) {
                 for (int i = 0; i < 8; ++i)
                     at<uint16_t>(to, 2 * i) =
                         i < own_left - step * C::BK ? __ldg(reinterpret_cast<const uint16_t *>(from) + i) : 0;
-            else
+            } else if constexpr (BOTH) {
+                pk_cp_async16(to, from, step < steps);
+                pk_cp_async16(shared + (x_to ^ 64) + C::BM * 128 + place, from + 2 * GROUP, own_left > step * C::BK);
+            } else {
                 pk_cp_async16(to, from, C::WHOLE ? there : own_left > step * C::BK);
+            }
         }
     }
     __device__ __forceinline__ void advance() {

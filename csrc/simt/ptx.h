@@ -47,6 +47,7 @@ inline uint32_t pk_blend(uint32_t a, uint32_t b, uint32_t mask) { return (a & ma
 inline float pk_load_shared(pk_shared_t address) { return *reinterpret_cast<const float *>(address); }
 inline unsigned pk_thread_again() { return threadIdx.x; }
 inline unsigned pk_block_again(int axis) { return axis == 0 ? blockIdx.x : blockIdx.y; }
+inline void pk_keep(int &) {}
 inline void pk_advance(const uint8_t *&p, int64_t bytes) { p += bytes; }
 inline float pk_load_now(const float *global) { return *global; }
 inline uint32_t pk_load_now(const uint8_t *global) { return *global; }

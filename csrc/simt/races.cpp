@@ -3,8 +3,10 @@
  * shared and global memory the last write and up to two reads since are known. Two accesses by different threads, one
  * of them a write, are a race unless
  *   - a __syncthreads lies between them (shared memory also begins anew with each block), or
- *   - they are of two blocks, and one handed its work over to the other: __threadfence, an atomic; an atomic on the
- *     same address, __threadfence; with a __syncthreads where other threads of the block join in, or
+ *   - they are of two blocks, and one handed its work over to the other, by PTX's release and acquire patterns: one
+ *     thread's __threadfence, then its atomic; another's atomic on the same address, then its __threadfence. Other
+ *     threads of the blocks join in by a __syncthreads before the first fence and after the second: fences of their
+ *     own do not count, or
  *   - both threads are of one warp and __syncwarp orders them (vector clocks within the warp), or
  *   - both are atomic.
  * Two reads are enough to find a race with every later write, unless __syncwarp is used on parts of a warp. */
@@ -59,17 +61,16 @@ bool another_block(const Seen &seen, bool shared) {
 struct Fence {
     uint32_t count = 0, stamp = 0; /* of the last one */
 } fences[MOST_THREADS];
-uint32_t fences_before[MOST_THREADS]; /* the last barrier */
-bool fenced = false;                  /* any thread of this block */
 
-struct Release { /* an atomic of a block that has made fences */
-    uint32_t began, ended;
-    std::vector<uint32_t> fences; /* of each thread, those that come before it */
+struct Release { /* an atomic of a thread that has made a fence */
+    uint32_t began, ended; /* stamps of its block */
+    unsigned thread;
+    Fence fence;
 };
 struct Acquired { /* an atomic after it, by `thread` of the block that runs */
     std::shared_ptr<Release> release;
-    uint32_t stamp, fences;
     unsigned thread;
+    uint32_t fenced; /* stamp of that thread's next fence; 0: not yet */
 };
 std::unordered_map<uintptr_t, std::vector<std::shared_ptr<Release>>> releases; /* by address */
 std::vector<Acquired> acquired;
@@ -78,20 +79,17 @@ void meet(uintptr_t address, unsigned me) {
     auto found = releases.find(address);
     if (found != releases.end())
         for (const auto &release : found->second)
-            if (release->ended < block_began) acquired.push_back({release, now, fences[me].count, me});
-    if (!fenced) return;
-    auto mine = std::make_shared<Release>(Release{block_began, now, {fences_before, fences_before + MOST_THREADS}});
-    mine->fences[me] = fences[me].count;
-    releases[address].push_back(mine);
+            if (release->ended < block_began) acquired.push_back({release, me, 0});
+    if (fences[me].count)
+        releases[address].push_back(std::make_shared<Release>(Release{block_began, now, me, fences[me]}));
 }
 
 bool handed_over(const Seen &seen, unsigned me) {
     for (const Acquired &a : acquired) {
         const Release &r = *a.release;
-        if (seen.stamp < r.began || seen.stamp > r.ended || seen.fences >= r.fences[seen.thread]) continue;
-        if (a.thread == me ? fences[me].count > a.fences : now > a.stamp && fences[me].stamp > a.stamp) return true;
-        const Fence &there = fences[a.thread]; /* its fence, and a barrier */
-        if (there.count > a.fences && there.stamp < now) return true;
+        if (seen.stamp < r.began || seen.stamp > r.ended) continue;
+        if (seen.thread == r.thread ? seen.fences >= r.fence.count : seen.stamp >= r.fence.stamp) continue;
+        if (a.fenced && (a.thread == me || a.fenced < now)) return true;
     }
     return false;
 }
@@ -181,18 +179,15 @@ void races_launch(size_t shared_bytes) {
 }
 void races_block() {
     block_began = ++now;
-    fenced = false;
     acquired.clear();
     memset(static_cast<void *>(fences), 0, sizeof fences);
-    memset(fences_before, 0, sizeof fences_before);
 }
-void races_barrier() {
-    ++now;
-    for (unsigned i = 0; fenced && i < MOST_THREADS; ++i) fences_before[i] = fences[i].count;
-}
+void races_barrier() { ++now; }
 void races_fence() {
-    fences[current()] = {fences[current()].count + 1, now};
-    fenced = true;
+    const unsigned me = current();
+    fences[me] = {fences[me].count + 1, now};
+    for (Acquired &a : acquired)
+        if (a.thread == me && !a.fenced) a.fenced = now;
 }
 
 /* The lanes learn all that any of them knows; what each does from here on is news. */

@@ -98,32 +98,46 @@ template <bool BUG> __global__ void in_place(const float *in, float *out) {
     out[blockIdx.x * N + threadIdx.x] = (BUG ? out : in)[(blockIdx.x * N + threadIdx.x + 1) % (2 * N)];
 }
 
-/* the last block to arrive sums what the others handed over; pk_planted has zeroed the counter */
-template <bool BUG> __global__ void handed_over_without_fence(const float *in, float *out) {
-    __shared__ int arrived;
+/* the last block to arrive sums what the others handed over; pk_planted has zeroed the counter. BEFORE, AFTER: who makes
+ * a fence before and after the atomic of thread 0 */
+enum Who { NOBODY, THE_ONE, EVERYBODY };
+template <Who BEFORE, Who AFTER, bool BARRIER = true>
+__device__ __forceinline__ void hand_over(const float *in, float *out, int &arrived) {
     out[(blockIdx.x + 1) * N + threadIdx.x] = in[blockIdx.x * N + threadIdx.x];
-    if (!BUG) __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) arrived = atomicAdd(reinterpret_cast<int *>(out) + COUNTER, 1);
+    if (BEFORE == EVERYBODY) __threadfence();
+    if (BARRIER) __syncthreads();
+    if (threadIdx.x == 0) {
+        if (BEFORE == THE_ONE) __threadfence();
+        arrived = atomicAdd(reinterpret_cast<int *>(out) + COUNTER, 1);
+        if (AFTER == THE_ONE) __threadfence();
+    }
     __syncthreads();
     if (arrived != static_cast<int>(gridDim.x) - 1) return;
-    __threadfence();
+    if (AFTER == EVERYBODY) __threadfence();
     float sum = 0.0f;
     for (unsigned block = 0; block < gridDim.x; ++block) sum += out[(block + 1) * N + N - 1 - threadIdx.x];
     out[threadIdx.x] = sum;
 }
+template <bool BUG> __global__ void handed_over_without_fence(const float *in, float *out) {
+    __shared__ int arrived;
+    hand_over<BUG ? NOBODY : THE_ONE, THE_ONE>(in, out, arrived);
+}
 template <bool BUG> __global__ void handed_over_before_the_barrier(const float *in, float *out) {
     __shared__ int arrived;
-    out[(blockIdx.x + 1) * N + threadIdx.x] = in[blockIdx.x * N + threadIdx.x];
-    __threadfence();
-    if (!BUG) __syncthreads();
-    if (threadIdx.x == 0) arrived = atomicAdd(reinterpret_cast<int *>(out) + COUNTER, 1);
-    __syncthreads();
-    if (arrived != static_cast<int>(gridDim.x) - 1) return;
-    __threadfence();
-    float sum = 0.0f;
-    for (unsigned block = 0; block < gridDim.x; ++block) sum += out[(block + 1) * N + N - 1 - threadIdx.x];
-    out[threadIdx.x] = sum;
+    hand_over<THE_ONE, THE_ONE, !BUG>(in, out, arrived);
+}
+/* each thread's fence, then a barrier, then the atomic: no release pattern of PTX */
+template <bool BUG> __global__ void handed_over_by_fences_of_others(const float *in, float *out) {
+    __shared__ int arrived;
+    hand_over<BUG ? EVERYBODY : THE_ONE, THE_ONE>(in, out, arrived);
+}
+template <bool BUG> __global__ void handed_over_and_taken_without_fence(const float *in, float *out) {
+    __shared__ int arrived;
+    hand_over<THE_ONE, BUG ? NOBODY : THE_ONE>(in, out, arrived);
+}
+template <bool BUG> __global__ void handed_over_and_taken_by_fences_of_others(const float *in, float *out) {
+    __shared__ int arrived;
+    hand_over<THE_ONE, BUG ? EVERYBODY : THE_ONE>(in, out, arrived);
 }
 
 template <bool BUG> __global__ void unwritten_shared(const float *in, float *out) {
@@ -296,7 +310,10 @@ const Case CASES[] = {
     CASE(missing_barrier, 1), CASE(missing_second_barrier, 1), CASE(two_writers, 1), CASE(bytes_of_a_word, 1),
     CASE(missing_warp_barrier, 1), CASE(warp_barrier_for_a_block, 1), CASE(shuffle_for_a_barrier, 1),
     CASE(half_a_warp, 1), CASE(atomic_and_plain, 1), CASE(overlapping_blocks, 2), CASE(in_place, 2),
-    CASE(handed_over_without_fence, 4), CASE(handed_over_before_the_barrier, 4), CASE(unwritten_shared, 1), CASE(divergent_barrier, 1), CASE(missed_barrier, 1), CASE(missing_lane, 1),
+    CASE(handed_over_without_fence, 4), CASE(handed_over_before_the_barrier, 4),
+    CASE(handed_over_by_fences_of_others, 4), CASE(handed_over_and_taken_without_fence, 4),
+    CASE(handed_over_and_taken_by_fences_of_others, 4), CASE(unwritten_shared, 1), CASE(divergent_barrier, 1),
+    CASE(missed_barrier, 1), CASE(missing_lane, 1),
     CASE(returned_lane, 1), CASE(not_in_the_mask, 1), CASE(two_masks, 1), CASE(async_not_waited, 1),
     CASE(async_waits_for_too_few, 1), CASE(async_not_committed, 1), CASE(async_without_barrier, 1),
     CASE(async_reuses_too_early, 1), CASE(async_misaligned, 1), CASE(global_read_overrun, 1),
