@@ -28,7 +28,7 @@ from .ops.swiglu.mlp import swiglu_mlp
 from .philox import draw_seed
 
 if TYPE_CHECKING:
-    from . import adamw, tuning, tuning_launch, tuning_user
+    from . import adamw, tuning, tuning_launch, tuning_user, verdicts
     from .fingerprint import Fingerprint
     from .huge_pages import use_huge_pages
     from .native import NativeLibrary, native_library
@@ -91,13 +91,14 @@ __all__ = [
     "tuning_user",
     "use_backend",
     "use_huge_pages",
+    "verdicts",
 ]
 
 dispatch.check_environment()  # the ops are known now, so a misspelt one can be named
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("adamw", "tuning", "tuning_launch", "tuning_user"):
+    if name in ("adamw", "tuning", "tuning_launch", "tuning_user", "verdicts"):
         return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

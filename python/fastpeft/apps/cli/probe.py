@@ -57,9 +57,27 @@ def look_native_cpu() -> Finding:
 
 
 def look_native_cuda() -> Finding:
+    import torch
+
     from peft_kernels import native_library
 
-    return {"reason": native_library("cuda").reason}
+    found = native_library("cuda")
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return {
+        "reason": found.reason,
+        "built_with": found.built_with,
+        "torch": torch.version.cuda,
+        "gpus": [native_library("cuda", gpu=i).reason for i in gpus],
+    }
+
+
+def look_verdicts() -> Finding:
+    """Verdicts on kernels that were checked on GPUs of this machine."""
+    from peft_kernels import verdicts
+
+    rows = verdicts.kept()
+    refused = [row for row in rows if row["why"] is not None]
+    return {"passed": len(rows) - len(refused), "refused": refused}
 
 
 def look_triton() -> Finding:
@@ -112,70 +130,9 @@ def look_backends() -> Finding:
         found[op] = {}
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16):
-                arguments = _arguments(op, device, dtype)
                 key = f"{device} {str(dtype).removeprefix('torch.')}"
-                if arguments is None:
-                    found[op][key] = {"unknown": "no sample call is known here"}
-                else:
-                    found[op][key] = peft_kernels.explain(op, *arguments)
+                found[op][key] = peft_kernels.explain(op, *dispatch.ops()[op].sample(dtype, device))
     return found
-
-
-def _arguments(op: str, device: str, dtype: Any) -> tuple[Any, ...] | None:
-    """A small call of the op as training makes it: NF4, blocks of 64, nested scales, rank 16."""
-    import torch
-
-    import peft_kernels
-
-    w = torch.ones(64, 128, device=device)
-    if op == "quantize_4bit":
-        return (w.to(dtype), 1, 64, True, 256)
-    with peft_kernels.use_backend("reference"):
-        weight = peft_kernels.quantize_4bit(w, "nf4", nested=True).flatten()
-    if op == "dequantize_4bit":
-        return (*weight, [64, 128], dtype)
-    x, a, b = (
-        torch.ones(8, 128, device=device, dtype=dtype),
-        torch.ones(16, 128, device=device),
-        torch.ones(64, 16, device=device),
-    )
-    dy, s = torch.ones(8, 64, device=device, dtype=dtype), torch.ones(8, 16, device=device)
-    gain, norm_weight = torch.ones(64, device=device), torch.ones(128, device=device, dtype=dtype)
-    parts = [[part] for part in weight]
-    turns, columns = torch.ones(1, 32, 4, 4, device=device), torch.ones(128, device=device)
-    head, angles = x.view(1, 8, 4, 32), x[None, :, :32]
-    rows = torch.zeros(8, device=device, dtype=torch.int64)
-    several = (rows, rows[:1], rows[:1] + 16, torch.ones(1, device=device), 16)
-    calls: dict[str, tuple[Any, ...]] = {
-        "lora_linear": (x, *weight, 64, a, b, 1.0, None, 0.0, None),
-        "lora_linear_backward": (dy, x, *weight, a, b, s, 1.0, 0.0, None, True, True),
-        "lora_linear_stacked": (x, *parts, [64], [a], [b], [1.0], [None], [0.0], [None]),
-        "lora_linear_stacked_backward": (x, [dy], *parts, [a], [b], [s], [1.0], [0.0], [None], True, [True]),
-        "multi_lora_linear": (x, *weight, 64, a, b.t(), *several, None, 0.0, None),
-        "multi_lora_linear_backward": (dy, x, *weight, a, b.t(), s, *several, 0.0, None, True, True),
-        "dora_linear": (x, *weight, 64, a, b, gain, 1.0, None, 0.0, None, True),
-        "dora_linear_normed": (x, *weight, 64, a, b, gain, 1.0, None, 0.0, None, True),
-        "dora_linear_backward": (dy, x, *weight, a, b, gain, dy, s, 1.0, 0.0, None, True, True, True),
-        "squared_row_norms": (*weight, 64, 128),
-        "dora_norm": (*weight, a, b, 1.0, None),
-        "butterfly_linear": (x, turns, *weight, 64, gain, None, True),
-        "butterfly_linear_backward": (dy, x, turns, *weight, gain, dy, True, True, True),
-        "butterfly_rotate": (x, turns, False),
-        "butterfly_rotate_backward": (x, x, turns, False, True, True),
-        "cayley": (turns[0] - 1, 0),
-        "cayley_backward": (turns[0], turns[0] - 1, turns[0], 0),
-        "householder_rotate": (x, a, a),
-        "householder_rotate_backward": (x, x, a, a, s, True, True),
-        "pair_rotate": (x, columns, columns, 32),
-        "pair_rotate_backward": (x, x, columns, columns, 32, True, True),
-        "rotary_attention": (*[head] * 3, angles, angles, None, 1.0),
-        "rotary_attention_backward": (*[head] * 4, angles, angles, None, dy.float()[None, :4, :8], 1.0),
-        "rms_norm": (x, norm_weight, 1e-5),
-        "rms_norm_backward": (x, x, norm_weight, 1e-5),
-        "swiglu": (x, x),
-        "swiglu_backward": (x, x, x),
-    }
-    return calls.get(op)
 
 
 LOOKS: dict[str, Callable[[], Finding]] = {
@@ -188,6 +145,7 @@ LOOKS: dict[str, Callable[[], Finding]] = {
     "fastpeft": look_fastpeft,
     "bitsandbytes": look_bitsandbytes,
     "backends": look_backends,
+    "verdicts": look_verdicts,
 }
 
 
