@@ -12,8 +12,10 @@ PEFT_KERNELS_CUDA=0 its CUDA half; PEFT_KERNELS_CUDA=1 builds that half wherever
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -103,16 +105,40 @@ def find_nvcc(wanted: bool = True) -> tuple[str, str | None]:
     return nvcc, reason
 
 
+def torch_cuda() -> str:
+    """The major version of CUDA that the installed torch was built with, "" where there is none. Imports nothing."""
+    try:
+        found = importlib.util.find_spec("torch")
+        text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8") if found and found.origin else ""
+    except (ImportError, OSError, ValueError):
+        return ""
+    match = re.search(r"^cuda\b[^=]*= *['\"](\d+)\.", text, re.M)
+    return match.group(1) if match else ""
+
+
+def nvcc_candidates(root: str = "/usr/local") -> list[str]:
+    """Programs to try, best first: the one that the environment names, else those of torch's major version, which the
+    driver here runs, else any."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    named = [os.environ.get("CUDACXX"), *(str(Path(home, "bin", "nvcc")) for home in homes if home)]
+    if any(found := [which(name) for name in named if name]):
+        return [next(f for f in found if f)]
+    major = torch_cuda()
+    like_torch = glob.glob(f"{root}/cuda-{major}.*/bin/nvcc") if major else []
+    newest = sorted(like_torch, key=lambda p: [int(n) for n in re.findall(r"\d+", p)], reverse=True)
+    return [*newest, f"{root}/cuda/bin/nvcc", "nvcc"]
+
+
 def working_nvcc() -> tuple[str, str | None]:
-    """nvcc, or the reason why none can be used."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    candidates = [os.environ.get("CUDACXX"), *(str(Path(home, "bin", "nvcc")) for home in homes if home), "nvcc"]
-    nvcc = which(*(c for c in candidates if c))
-    if nvcc is None:
-        return "", "no nvcc: it is not on the PATH, and neither CUDACXX nor CUDA_HOME names one"
+    """The first nvcc that can build for all architectures, or the reason why none can."""
     flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in CUDA_RANGE]
-    reason = trial([nvcc, *flags], ".cu", "__global__ void f() {}\n")
-    return nvcc, f"{nvcc} cannot build for sm_{CUDA_RANGE[1]}: {reason}" if reason else None
+    first: tuple[str, str | None] = "", "no nvcc: it is not on the PATH, and neither CUDACXX nor CUDA_HOME names one"
+    for nvcc in dict.fromkeys(found for c in nvcc_candidates() if (found := which(c))):
+        reason = trial([nvcc, *flags], ".cu", "__global__ void f() {}\n")
+        if reason is None:
+            return nvcc, None
+        first = first if first[0] else (nvcc, f"{nvcc} cannot build for sm_{CUDA_RANGE[1]}: {reason}")
+    return first
 
 
 def cmake(*args: str, quiet: bool = False) -> None:

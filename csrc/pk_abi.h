@@ -251,6 +251,9 @@ PK_EXPORT int pk_cpu_dequantize_4bit(const uint8_t *packed, const void *absmax, 
  * They return once the work is queued; PK_ERR_DEVICE where there is no usable GPU. Nothing synchronises or allocates.
  * midpoints, order and table (the 16 values in code order) are **host** pointers, read before the call returns. */
 PK_EXPORT int pk_cuda_device_count(int64_t *count); /* PK_ERR_DEVICE with the reason where CUDA does not work */
+/* The CUDA that the library was built with, and the newest that the driver runs (0: none), as 1000 major + 10 minor */
+PK_EXPORT int pk_cuda_versions(int64_t *built, int64_t *driver);
+PK_EXPORT int pk_cuda_loads(int64_t device); /* PK_ERR_DEVICE with the reason where `device` runs none of its kernels */
 PK_EXPORT int pk_cuda_quantize_4bit(const void *w, int64_t w_dtype, int64_t numel, int64_t blocksize,
                                     const float *midpoints, const uint8_t *order, uint8_t *packed, float *absmax,
                                     int64_t device, void *stream);

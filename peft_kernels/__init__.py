@@ -28,13 +28,12 @@ from .ops.swiglu.mlp import swiglu_mlp
 from .philox import draw_seed
 
 if TYPE_CHECKING:
-    from . import adamw, tuning, tuning_launch, tuning_user
+    from . import adamw, tuning, tuning_launch, tuning_user, verdicts
     from .fingerprint import Fingerprint
     from .huge_pages import use_huge_pages
     from .native import NativeLibrary, native_library
     from .ops.multi_lora_linear.by_row import RowPlan, RowProjection, lora_linear_by_row
     from .prepared import PreparedCall
-    from .samples import sample_call
 
 __version__ = "0.1.0"
 
@@ -45,7 +44,6 @@ _LATER = {
     "native": ("NativeLibrary", "native_library"),
     "ops.multi_lora_linear.by_row": ("RowPlan", "RowProjection", "lora_linear_by_row"),
     "prepared": ("PreparedCall",),
-    "samples": ("sample_call",),
 }
 _HOMES = {name: home for home, names in _LATER.items() for name in names}
 
@@ -87,7 +85,6 @@ __all__ = [
     "quantize_4bit",
     "rms_norm",
     "rotary_attention",
-    "sample_call",
     "squared_row_norms",
     "swiglu",
     "swiglu_mlp",
@@ -96,13 +93,14 @@ __all__ = [
     "tuning_user",
     "use_backend",
     "use_huge_pages",
+    "verdicts",
 ]
 
 dispatch.check_environment()  # the ops are known now, so a misspelt one can be named
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("adamw", "tuning", "tuning_launch", "tuning_user"):
+    if name in ("adamw", "tuning", "tuning_launch", "tuning_user", "verdicts"):
         return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,6 +28,21 @@ def check_floating(op: str, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if not t.is_floating_point():
             raise arg_error(op, name, "a floating-point tensor", t.dtype, TypeError)
+
+
+def capturing() -> bool:
+    """True while a CUDA graph is captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def moved(op: str, arg: str, t: Tensor, device: torch.device) -> Tensor:
+    """`t` on `device`. RuntimeError where that is a copy and a CUDA graph is captured, which cannot hold it."""
+    if t.device != device and capturing():
+        where = f"on {device} where a CUDA graph is captured (move it there before)"
+        raise arg_error(op, arg, where, f"one on {t.device}", RuntimeError)
+    return t.to(device)
+
+
 def in_memory(t: Tensor) -> bool:
     """True if the storage of a dense `t` holds all of its elements: it may have been freed or cut under it."""
     size = t.untyped_storage().nbytes()
@@ -83,6 +98,7 @@ class Operands:
         self.lists = [i for i in tensors if "List" in types[self.names[i]]]
         self.singles = [i for i in tensors if i not in self.lists]
         self.optional = {i for i in tensors if "Optional" in types[self.names[i]]}
+        self.written = [i for i, argument in enumerate(schema.arguments) if argument.is_write]
 
     def record(self, args: tuple[Any, ...]) -> bool:
         """True if a tensor of `args` records gradients."""

@@ -7,8 +7,6 @@ has loaded one (`native.use_simt`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import byref, c_int64
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,22 +18,11 @@ from .dispatch import FLOATS, Backend
 _BLOCKS = 264  # a launch should have: two on each multiprocessor of a large GPU, and the same number on every GPU
 
 
-@lru_cache(maxsize=1)
-def _no_gpu() -> str | None:
-    why = native.available("cuda")
-    if why is not None:
-        return why
-    lib, count = native.cuda(), c_int64(0)
-    if lib.pk_cuda_device_count(byref(count)):
-        return f"the CUDA library finds no usable GPU: {lib.pk_last_error().decode(errors='replace')}"
-    return None if count.value else "the CUDA library finds no GPU"
-
-
-def ready() -> str | None:
-    """Why the CUDA library cannot launch anything here; None where it can. Asked once: drivers do not come and go."""
+def ready(gpu: int = 0) -> str | None:
+    """Why the CUDA library cannot launch anything on a GPU, by its index; None where it can."""
     if native.simt():
         return "a host build of the CUDA sources stands in for the CUDA library, on CPU tensors alone"
-    return _no_gpu()
+    return native.gpu_refusal(gpu)
 
 
 def backend(
@@ -51,7 +38,7 @@ def backend(
 
     def refuse(*args: Any) -> str | None:
         if args[0].device.type == "cuda":
-            why = ready()
+            why = ready(args[0].get_device())
         elif native.simt():
             why = None
         else:

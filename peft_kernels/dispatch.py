@@ -21,17 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import verdicts
 from .checks import PLAIN, Operands, arg_error
 
 NAMESPACE = "peft_kernels"
 ENV = "PEFT_KERNELS_BACKEND"
 ORDER = ("cuda", "triton", "native", "reference")
-# where each backend serves unasked; looked at before its module is imported, so that a CPU never pays for triton
-_HOME: dict[str, frozenset[str]] = {
-    "cuda": frozenset({"cuda"}),
-    "triton": frozenset({"cuda"}),
-    "native": frozenset({"cpu"}),
-}
+# which backends serve unasked where; others are not even imported, so that a CPU never pays for triton
+_SERVING: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("native",)}
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 # types of arguments that torch's dispatcher passes on as they are
@@ -119,6 +116,7 @@ class Op:
     fake. fake(*args) returns empty outputs. reference(*args) is plain torch, takes every dtype and device, and is the
     oracle of the tests. folder: the package whose modules `native`, `triton` and `cuda` define `BACKENDS`.
     flops(*args): multiplications and additions of its products, as torch's FLOP counter counts them (`bench/flops.py`).
+    sizes: of its arguments, as `samples.py` reads them: small calls are made by it, for kernels to be checked with.
     """
 
     name: str
@@ -128,6 +126,7 @@ class Op:
     reference: Callable[..., Any]
     folder: str
     flops: Callable[..., int] | None = None
+    sizes: str = ""
     _loaded: dict[str, Backend | str] = field(default_factory=dict)
     operands: Operands = field(init=False)
 
@@ -144,6 +143,12 @@ class Op:
         self.op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self.operands = Operands(self.name, self.op._schema)  # type: ignore[attr-defined]
         _ops[self.name] = self
+
+    def sample(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Any]:
+        """Arguments of a small call, x and what is like it in `dtype`, over an NF4 weight with nested scales."""
+        from .samples import call
+
+        return call(self.op._schema, self.sizes, dtype, device)  # type: ignore[attr-defined]
 
     def load(self, name: str) -> Backend | str:
         """The backend `name`, or the reason why there is none. Imports its module on first use."""
@@ -214,11 +219,11 @@ class Op:
             assert isinstance(backend, Backend)
             return backend
         device = args[0].device.type
-        for name in ORDER[:-1]:
-            if device not in _HOME[name]:
-                continue
+        for name in _SERVING.get(device, ()):
             backend = self.load(name)
-            if isinstance(backend, Backend) and backend.reason(args) is None:
+            if not isinstance(backend, Backend) or backend.reason(args) is not None:
+                continue
+            if device not in verdicts.watched or verdicts.refusal(self, backend, args) is None:
                 return backend
         backend = self.load("reference")
         assert isinstance(backend, Backend)
@@ -235,6 +240,8 @@ class Op:
             why = backend if isinstance(backend, str) else None
             if isinstance(backend, Backend) and name != "reference":
                 why = backend.reason(args, forced=forced == name)
+                if why is None and forced is None and args[0].device.type in verdicts.watched:
+                    why = verdicts.seen(self, backend, args)
             if why is None and forced is not None and forced != name:
                 why = f"{forced!r} is forced"
             if why is None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import arg_error, check_memory
+from .checks import PLAIN, arg_error, capturing, check_memory
 
 NF4_TABLE: tuple[float, ...] = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -41,15 +41,58 @@ BLOCKSIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 FlatWeight = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int]
 
-_tables: dict[tuple[int, torch.device], Tensor] = {}
+_tables: dict[torch.device, dict[int, tuple[Tensor, Tensor]]] = {}
+
+
+def _make(device: torch.device | str) -> dict[int, tuple[Tensor, Tensor]]:
+    made = {}
+    with torch.inference_mode(False):
+        for quant_type, entries in TABLES.items():
+            values = torch.tensor(entries, dtype=torch.float32, device="cpu")
+            half = values.half()
+            pairs = torch.stack((half.repeat_interleave(16), half.repeat(16)), dim=1).view(torch.int32).reshape(256)
+            made[quant_type] = values.to(device), pairs.to(device)
+    return made
+
+
+def make_tables(like: Tensor) -> None:
+    """Makes the code tables on the device of `like`, once; they stay. Called where a weight is made or moved.
+
+    Operators make none: what a call leaves behind would be lost with the memory of a CUDA graph, and a copy to the
+    device cannot be captured in one.
+    """
+    device = like.device
+    if device in _tables or device.type == "meta" or type(like) not in PLAIN or torch.compiler.is_compiling():
+        return
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or capturing():
+        return  # fake tensors are no tables
+    _tables[device] = _make(device)
+
+
+def _found(quant_type: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    device = torch.device(device)
+    known = _tables.get(device)
+    if known is None:
+        if capturing():
+            raise RuntimeError(
+                f"the tables of 4-bit codes are not on {device}, and cannot be copied there while a CUDA graph is "
+                "captured: make the QuantWeight, or call its .to(device), before"
+            )
+        known = _make(device)  # of tensors that never were a QuantWeight there: for this call alone
+    return known[quant_type]
 
 
 def table(quant_type: int, device: torch.device | str = "cpu") -> Tensor:
-    """The 16 float32 values of a code table on `device` (cached; do not write to it)."""
-    key = (quant_type, torch.device(device))
-    if key not in _tables:
-        _tables[key] = torch.tensor(TABLES[quant_type], dtype=torch.float32, device=device)
-    return _tables[key]
+    """The 16 float32 values of a code table on `device` (do not write to it)."""
+    return _found(quant_type, device)[0]
+
+
+def pair_table(quant_type: int, device: torch.device | str) -> Tensor:
+    """int32 [256]: the two values of a byte as float16, that of the high nibble (even element) in the low half."""
+    return _found(quant_type, device)[1]
+
+
+make_tables(torch.empty(0, device="cpu"))
 
 
 def decode_absmax(
@@ -167,6 +210,7 @@ class QuantWeight:
             if t is not None and t.device != self.packed.device:
                 raise arg_error("QuantWeight", name, f"on {self.packed.device} like packed", t.device)
         check_memory("QuantWeight", **parts)
+        make_tables(self.packed)
 
     @property
     def numel(self) -> int:

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from array import array
 from collections.abc import Iterator, Sequence
-from ctypes import CDLL, PYFUNCTYPE, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p, string_at
+from ctypes import CDLL, PYFUNCTYPE, byref, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p, string_at
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch  # first: its OpenMP runtime is the one that the CPU library uses
+
+from .checks import capturing
 
 ABI_VERSION = 7  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
@@ -70,6 +73,8 @@ _CPU_HOLDING: dict[str, list[Any]] = {
 }
 _CUDA_SIGNATURES: dict[str, list[Any]] = {
     "pk_cuda_device_count": [c_void_p],
+    "pk_cuda_versions": [c_void_p, c_void_p],
+    "pk_cuda_loads": [c_int64],
     "pk_cuda_quantize_4bit": [c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_void_p],
     "pk_cuda_quantize_absmax": [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_void_p],
     "pk_cuda_dequantize_4bit": [*[c_void_p] * 6, *[c_int64] * 4, c_void_p, c_int64, c_void_p],
@@ -225,23 +230,76 @@ def pointer(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def say_misaligned(**tensors: torch.Tensor) -> None:
+    """A warning for each tensor that does not begin at a multiple of 16 bytes: a GPU reads it element by element."""
+    for name, t in tensors.items():
+        if t.data_ptr() % 16:
+            warnings.warn(
+                f"peft_kernels: {name} does not begin at a multiple of 16 bytes (a view into the middle of another "
+                f"tensor?): kernels read it element by element, which is far slower; pass {name}.clone()", stacklevel=4,
+            )  # fmt: skip
+
+
 class NativeLibrary(NamedTuple):
-    """Facts about the native CPU library. reason: why it cannot be used; None where it can. level, levels: the
-    instruction set in use and those that there are, rising. openmp: path of the OpenMP runtime, "" where there is none.
+    """Facts about a native library. reason: why it cannot be used; None where it can. Of the CPU's: level, levels: the
+    instruction set in use and those that there are, rising; openmp: path of the OpenMP runtime, "" where there is none.
+    Of the CUDA library: built_with: the CUDA release of its nvcc, "13.0".
     """
 
     reason: str | None
     level: str = ""
     levels: tuple[str, ...] = ()
     openmp: str = ""
+    built_with: str = ""
 
 
-def native_library(library: str = "cpu") -> NativeLibrary:
-    """Facts about a native library, "cpu" or "cuda" (of which `reason` is all)."""
+def native_library(library: str = "cpu", gpu: int | None = None) -> NativeLibrary:
+    """Facts about a native library, "cpu" or "cuda". gpu: a GPU's index; the reason is then why it cannot run there."""
     why = available(library)
-    if why is not None or library != "cpu":
+    if why is not None:
         return NativeLibrary(why)
+    if library == "cuda":
+        return NativeLibrary(None if gpu is None else gpu_refusal(gpu), built_with=_cuda_versions()[0])
     return NativeLibrary(None, level(), levels(), openmp())
+
+
+def _cuda_versions() -> tuple[str, str]:
+    """(the CUDA release that the CUDA library was built with, the newest that the driver runs): "" for no driver."""
+    built, driver = c_int64(0), c_int64(0)
+    if cuda().pk_cuda_versions(byref(built), byref(driver)):
+        return "", ""
+    one, other = (f"{n.value // 1000}.{n.value % 1000 // 10}" if n.value else "" for n in (built, driver))
+    return one, other
+
+
+_refused: dict[int, str | None] = {}  # GPU -> why the CUDA library cannot run there; drivers do not come and go
+
+
+def gpu_refusal(gpu: int) -> str | None:
+    """Why the CUDA library cannot run on a GPU, by its index; None where it can. Asked once for each."""
+    if gpu not in _refused:
+        if (why := available("cuda")) is None and capturing():
+            # it would be loaded now, which capture does not take; nothing is known, so nothing is kept
+            return "the CUDA library is not loaded on this GPU yet, and a CUDA graph is being captured: call it before"
+        _refused[gpu] = why or _gpu_refusal(gpu)
+    return _refused[gpu]
+
+
+def _gpu_refusal(gpu: int) -> str | None:
+    lib, count = cuda(), c_int64(0)
+    if lib.pk_cuda_device_count(byref(count)):
+        why = _text(lib)
+        built, driver = _cuda_versions()
+        if driver and [*map(int, built.split("."))] > [*map(int, driver.split("."))]:
+            older = f"with an nvcc of CUDA {driver.split('.')[0]} (CUDACXX=...; {BUILD_COMMAND})"
+            why += f"; it was built with CUDA {built}, the driver runs up to {driver}: update that, or rebuild {older}"
+        return f"the CUDA library finds no usable GPU: {why}"
+    if not count.value:
+        return "the CUDA library finds no GPU"
+    with torch.cuda.device(gpu if torch.cuda.is_available() else -1):  # the library changes the thread's device
+        if lib.pk_cuda_loads(gpu):
+            return f"the CUDA library's kernels do not load on GPU {gpu}: {_text(lib)}"
+    return None
 
 
 def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import moved
+
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -29,7 +31,7 @@ def _mulhilo(m: int, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def words(index: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four random 32-bit words (in int64) for each 64-bit counter in `index` (int64)."""
-    seed = seed.reshape(()).to(index.device)
+    seed = moved("dropout", "seed", seed.reshape(()), index.device)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1 = index & _MASK, (index >> 32) & _MASK
     c2 = torch.zeros_like(c0)

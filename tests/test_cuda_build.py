@@ -92,6 +92,8 @@ def test_machine_code_for_every_architecture():
     out = subprocess.run([cuobjdump(), "--list-elf", str(path())], capture_output=True, text=True, check=True).stdout
     found = [int(sm) for sm in re.findall(r"\.sm_(\d+)\w?\.cubin", out)]
     assert set(found) == ARCHITECTURES, out
+    ptx = subprocess.run([cuobjdump(), "--list-ptx", str(path())], capture_output=True, text=True, check=True).stdout
+    assert {int(sm) for sm in re.findall(r"\.sm_(\d+)\w?\.ptx", ptx)} == {80, 90}, "for GPUs without machine code"
     assert len({found.count(sm) for sm in ARCHITECTURES}) == 1, out
 
 

@@ -23,6 +23,10 @@ from peft_kernels.ops import lora_linear_stacked as op
 from peft_kernels.ops import swiglu
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 from peft_kernels.triton_lib import host
+from tests.test_kept_on_devices import (  # noqa: F401  # for the process that is here anyway
+    test_device_calls_keep_nothing,
+    test_device_kernels_pass_their_checks,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -44,6 +44,14 @@ enum cudaDeviceAttr {
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorNoDevice; }
 inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int *n) { return *n = 0, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int *n) { return *n = 0, cudaSuccess; }
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
+template <typename Kernel> inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *of, Kernel *) {
+    return of->ptxVersion = 10 * simt::device.major + simt::device.minor, cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int) {
     switch (which) {
     case cudaDevAttrMultiProcessorCount: *value = simt::device.processors; break;

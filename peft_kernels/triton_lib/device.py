@@ -211,7 +211,7 @@ def load_weight(
     i_n = i_n.to(tl.int64)[:, None]
     if MODE == 0:
         i_k = i_k0 + tl.arange(0, C)[None, :]
-        b_w = tl.load(p_w + i_n * stride_n + i_k * stride_k, mask=b_row & ((i_k < K) | EVEN_K), other=0.0)
+        b_w = tl.load(p_w + i_n * stride_n + i_k.to(tl.int64) * stride_k, mask=b_row & ((i_k < K) | EVEN_K), other=0.0)
         if p_w.dtype.element_ty != DTYPE:
             b_w = round_to(b_w.to(tl.float32), DTYPE)
     elif MODE == 3:

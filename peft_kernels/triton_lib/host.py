@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .. import tuning
 from ..dispatch import FLOATS, Backend
-from ..formats import TABLES
 
-_pair_tables: dict[tuple[int, torch.device], Tensor] = {}
+MOST_BLOCKS = 65535  # of a grid along y, and along z; along x there can be 2^31 - 1
 
 
 @dataclass
@@ -72,20 +71,12 @@ def backends(
     }  # fmt: skip
 
 
-def pair_table(quant_type: int, device: torch.device) -> Tensor:
-    """int32 [256]: the two values of a byte as float16, that of the high nibble (even element) in the low half."""
-    key = (quant_type, device)
-    if key not in _pair_tables:
-        values = torch.tensor(TABLES[quant_type], dtype=torch.float16)
-        pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
-        _pair_tables[key] = pairs.contiguous().view(torch.int32).reshape(256).to(device)
-    return _pair_tables[key]
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constexprs: Any) -> None:
     """Run `kernel` on the device of its first tensor; nothing to do where the grid is empty."""
     if 0 in grid:
         return
+    if max(grid[1:], default=0) > MOST_BLOCKS:
+        raise ValueError(f"{kernel.__name__}: the grid must have up to {MOST_BLOCKS} blocks along y and z, got {grid}")
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
     if _recording is not None:
         name = kernel.__name__

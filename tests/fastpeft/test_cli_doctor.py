@@ -168,3 +168,20 @@ def test_what_the_ways_say_holds() -> None:
     assert doctor._STANDS_FOR == stand_in.VERSION
     first, end = (tuple(int(part) for part in version.split(".")) for version in doctor._PATCHED)
     assert (first, end) == (patching.OLDEST, (patching.NEWEST[0], patching.NEWEST[1] + 1))
+
+
+def test_refused_kernels_and_a_library_that_does_not_load_are_said() -> None:
+    row = {"op": "lora_linear", "backend": "triton", "path": "x=bfloat16 M=9", "why": "failed its check: off by 1",
+           "arch": "sm_90", "made_by": "Triton 3.6.0, ptxas 12.8", "file": "/cache/verdicts/sm_90.json"}  # fmt: skip
+    rows = doctor._verdicts({"found": {"passed": 7, "refused": [row]}})
+    assert rows[0]["value"] == "7 passed, 1 refused"
+    assert rows[1]["name"] == "lora_linear by triton"
+    assert rows[1]["value"] == "failed its check: off by 1 (sm_90, Triton 3.6.0, ptxas 12.8; x=bfloat16 M=9)"
+    assert "Delete /cache/verdicts/sm_90.json" in rows[1]["fix"]
+    assert doctor._verdicts({"found": {"passed": 0, "refused": []}}) == []
+    found = {"reason": None, "built_with": "13.0", "torch": "12.8", "gpus": [None, "its kernels do not load on GPU 1"]}
+    rows = doctor._cuda_library({"found": found})
+    assert [f["name"] for f in rows] == ["native CUDA library", "CUDA of nvcc and torch", "CUDA library on GPU 1"]
+    assert rows[2]["value"] == "its kernels do not load on GPU 1; Triton serves"
+    same = doctor._cuda_library({"found": {**found, "torch": "13.1", "gpus": []}})
+    assert [f["value"] for f in same] == ["loaded, built with CUDA 13.0"]

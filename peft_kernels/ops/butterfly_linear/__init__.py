@@ -71,6 +71,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="x[M,K] blocks[F,G,B,B] weight[N,K] out_features=N gain[N] bias[N]",
     flops=_flops,
 )
 
@@ -125,6 +126,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="dy[M,N] x[M,K] blocks[F,G,B,B] weight[N,K] gain[N] h[M,N]",
     flops=_flops_backward,
 )
 

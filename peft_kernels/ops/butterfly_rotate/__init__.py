@@ -91,6 +91,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="x[M,K] blocks[F,G,B,B]",
     flops=_flops,
 )
 
@@ -142,6 +143,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="dy[M,K] x[M,K] blocks[F,G,B,B]",
     flops=_flops_backward,
 )
 

@@ -71,6 +71,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="q[G,B,B]",
     flops=_flops,
 )
 
@@ -107,6 +108,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="dr[G,B,B] q[G,B,B] r[G,B,B]",
     flops=_flops_backward,
 )
 

@@ -60,6 +60,7 @@ op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="packed[N,K] shape[N,K]",
 )
 
 

@@ -75,6 +75,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="x[M,K] weight[N,K] out_features=N a[R,K] b[N,R] gain[N] bias[N]",
     flops=_flops,
 )
 
@@ -101,6 +102,7 @@ normed_op = Op(
     fake=_fake_normed,
     reference=_reference_normed,
     folder=__name__,
+    sizes="x[M,K] weight[N,K] out_features=N a[R,K] b[N,R] magnitude[N] bias[N]",
     flops=lambda x, *rest: _flops(x, *rest) + 2 * rest[9].shape[0] * x.shape[1] * rest[8],
 )
 
@@ -172,6 +174,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="dy[M,N] x[M,K] weight[N,K] a[R,K] b[N,R] gain[N] h[M,N] s[M,R]",
     flops=_flops_backward,
 )
 

@@ -32,7 +32,7 @@ def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     own, y, s = forward_arguments(x, *weight, a, b, scaling, bias, 0.0, None)
     h = torch.empty_like(y) if need_h else x.new_empty((0,))
     packed = pack(0, x, *own, y=y, s=s, gain=gain, h=h if need_h else None)
-    queue(native.cuda().pk_cuda_lora_linear, packed, own[5], False, x)
+    queue(native.cuda().pk_cuda_lora_linear, packed, own[5], False, x, own[0])
     return y, h, s
 
 
@@ -46,7 +46,7 @@ def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor,
     dgain = gain.new_empty(gain.shape if need_gain else (0,))
     packed = pack(0, x, *own, s=s, dy=dy, dx=dx if need_dx else None, da=da if need_ab else None,
                   db=db if need_ab else None, gain=gain, h=h, dgain=dgain if need_gain else None)  # fmt: skip
-    queue(native.cuda().pk_cuda_lora_linear_backward, packed, own[5], True, dy)
+    queue(native.cuda().pk_cuda_lora_linear_backward, packed, own[5], True, dy, own[0])
     return dx, da, db, dgain
 
 

@@ -54,6 +54,7 @@ squares_op = Op(
     fake=_fake_squares,
     reference=_reference_squares,
     folder=__name__,
+    sizes="weight[N,K] n=N k=K",
 )
 
 
@@ -123,6 +124,7 @@ norm_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="weight[N,K] a[R,K] b[N,R] base_sq[N]",
     flops=_flops,
 )
 

@@ -48,6 +48,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="x[M,K] u[R,K] v[R,K]",
     flops=_flops,
 )
 
@@ -89,6 +90,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="dy[M,K] x[M,K] u[R,K] v[R,K] s[M,R]",
     flops=_flops_backward,
 )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import native
+from ...checks import moved
 from ...cuda_rt import backend, launching
 from ...formats import table
 from .native import backward_arguments, forward_arguments, pack, refusal
@@ -68,8 +69,11 @@ def with_tail(packed: bytes, quant_type: int, workspace: int = 0, workspace_byte
     return packed[:_OWN_AT] + own + packed[_OWN_AT + _OWN.size :]
 
 
-def queue(launch: Callable[..., int], packed: bytes, quant_type: int, backward: bool, like: Tensor) -> None:
-    """Queue the call on the stream of `like`, with as much workspace as it asks for."""
+def queue(
+    launch: Callable[..., int], packed: bytes, quant_type: int, backward: bool, like: Tensor, weight: Tensor
+) -> None:
+    """Queue the call on the stream of `like`, x or dy, with as much workspace as it asks for."""
+    native.say_misaligned(**{"dy" if backward else "x": like, "weight": weight})
     needed = c_int64(0)
     with launching(like) as (device, stream):
         call = with_tail(packed, quant_type)
@@ -81,28 +85,28 @@ def queue(launch: Callable[..., int], packed: bytes, quant_type: int, backward: 
         native.check(launch(call, device, stream), "cuda")
 
 
-def on_device_of(t: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if t is None else t.to(like.device)
+def seed_beside(t: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if t is None else moved("dropout", "seed", t, like.device)
 
 
 def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, r]); s is empty without an adapter."""
     x = x.contiguous()
-    args = (*args[:-1], on_device_of(args[-1], x))  # the seed is read by the kernel
+    args = (*args[:-1], seed_beside(args[-1], x))  # the seed is read by the kernel
     own, y, s = forward_arguments(x, *args)
-    queue(native.cuda().pk_cuda_lora_linear, pack(0, x, *own, y=y, s=s), own[5], False, x)
+    queue(native.cuda().pk_cuda_lora_linear, pack(0, x, *own, y=y, s=s), own[5], False, x, own[0])
     return y, s
 
 
 def backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [M, K], da [r, K], db [N, r]); empty where not needed."""
     *args, dropout_p, seed, need_dx, need_ab = args
-    own, dy, s, da, db = backward_arguments(dy, *args, dropout_p, on_device_of(seed, dy), need_ab)
+    own, dy, s, da, db = backward_arguments(dy, *args, dropout_p, seed_beside(seed, dy), need_ab)
     dx = x.new_empty(x.shape if need_dx else (0,))
     x = x.contiguous()
     packed = pack(0, x, *own, s=s, dy=dy, dx=dx if need_dx else None, da=da if need_ab else None,
                   db=db if need_ab else None)  # fmt: skip
-    queue(native.cuda().pk_cuda_lora_linear_backward, packed, own[5], True, dy)
+    queue(native.cuda().pk_cuda_lora_linear_backward, packed, own[5], True, dy, own[0])
     return dx, da, db
 
 

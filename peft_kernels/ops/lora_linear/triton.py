@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import formats, philox, tuning
+from ... import formats, native, philox, tuning
+from ...checks import moved
 from ...triton_lib import host
 
 _PANEL_STEP = 64  # panels start at multiples of it
@@ -59,6 +60,7 @@ class _Weight:
         offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, n: int, k: int,
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
+        native.say_misaligned(weight=weight)
         mode = weight_mode(quant_type, n, k, blocksize, dtype)
         nested = mode != _DENSE and nested_absmax is not None
         absmax, nested_absmax, nested_code, offset = formats.contiguous(absmax, nested_absmax, nested_code, offset)
@@ -67,7 +69,7 @@ class _Weight:
             self.strides = weight.stride()
         else:
             pair = mode in (_PAIR_ROWS, _PAIR_ANY)
-            table = (host.pair_table if pair else formats.table)(quant_type, weight.device)
+            table = (formats.pair_table if pair else formats.table)(quant_type, weight.device)
             self.strides = (k, 1)
         second = (nested_absmax, nested_code, offset) if nested else (absmax, absmax, absmax)
         self.pointers = (weight, absmax, *second, table)
@@ -148,7 +150,7 @@ class _Dropout:
 
     def __init__(self, p: float, seed: Tensor | None, k: int, like: Tensor) -> None:
         self.on = p > 0.0
-        self.seed = seed.to(like.device) if self.on and seed is not None else like
+        self.seed = moved("dropout", "seed", seed, like.device) if self.on and seed is not None else like
         self.arguments = (philox.threshold(p), 1.0 / (1.0 - p))
         self.constants = {"DROPOUT": self.on, "BY_FOUR": k % 4 == 0}
 
@@ -265,6 +267,7 @@ def product(
     """y [M, N] = x W^T + scaling * s b^T + bias; with `gain` and `turn` as they say. x and y are contiguous."""
     from . import triton_kernels as kernels
 
+    native.say_misaligned(x=x)
     (m, k), n = x.shape, y.shape[1]
     r = 0 if s is None else s.shape[1]
     b = x if b is None else b.contiguous()

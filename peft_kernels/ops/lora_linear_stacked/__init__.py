@@ -85,6 +85,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="x[M,K] weight[N,K] out_features=N a[R,K] b[N,R] bias[N]",
     flops=_flops,
 )
 
@@ -134,6 +135,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="x[M,K] dy[M,N] weight[N,K] a[R,K] b[N,R] s[M,R]",
     flops=_flops_backward,
 )
 

@@ -137,6 +137,7 @@ shrink_op = Op(
     fake=_fake_shrink,
     reference=shrink_reference,
     folder=__name__,
+    sizes="x[M,K] a[S,R,K] adapters[M] order[M] bounds[S]",
     flops=lambda x, a, *_: 2 * x.shape[0] * x.shape[1] * len(a) * a[0].shape[1],
 )
 
@@ -193,6 +194,7 @@ expand_op = Op(
     fake=lambda *_: None,
     reference=expand_reference,
     folder=__name__,
+    sizes="y[M,W] low[A,M,R] b[S,N,R] adapters[M] order[M] bounds[S] offsets=O",
     flops=lambda y, low, b, *_: 2 * y.shape[0] * sum(t.shape[1] * t.shape[2] for t in b),
 )
 

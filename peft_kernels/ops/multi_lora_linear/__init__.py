@@ -163,6 +163,10 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes=(
+        "x[M,K] weight[N,K] out_features=N a[P,K] b[P,N] adapters[M] starts[S] ranks[S] scaling[S] "
+        "max_rank=R bias[N]"
+    ),
     flops=_flops,
 )
 
@@ -228,6 +232,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="dy[M,N] x[M,K] weight[N,K] a[P,K] b[P,N] s[M,R] adapters[M] starts[S] ranks[S] scaling[S] max_rank=R",
     flops=_flops_backward,
 )
 

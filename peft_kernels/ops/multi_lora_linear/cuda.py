@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import native
 from ...cuda_rt import backend
 from ...formats import contiguous
-from ..lora_linear.cuda import BACKWARD_ROWS, DTYPES, ROWS, on_device_of, queue, refuse_rows, refuse_weight
+from ..lora_linear.cuda import BACKWARD_ROWS, DTYPES, ROWS, queue, refuse_rows, refuse_weight, seed_beside
 from ..lora_linear.native import pack
 
 
@@ -49,11 +49,11 @@ def _forward(
     if x.shape[0]:
         x, a, b, weight = (t.contiguous() for t in (x, a, b, weight))
         absmax, nested_absmax, nested_code, offset, bias = contiguous(absmax, nested_absmax, nested_code, offset, bias)
-        seed = on_device_of(seed, x)  # lives, as all of these, until everything is queued
+        seed = seed_beside(seed, x)  # lives, as all of these, until everything is queued
         plan = (*(t.contiguous() for t in (adapters, starts, ranks, scaling)), max_rank)
         packed = pack(0, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
                       out_features, a, b, 1.0, bias, dropout_p, seed, y=y, s=s, plan=plan)  # fmt: skip
-        queue(native.cuda().pk_cuda_lora_linear, packed, quant_type, False, x)
+        queue(native.cuda().pk_cuda_lora_linear, packed, quant_type, False, x, weight)
     return y, s
 
 
@@ -69,12 +69,12 @@ def _backward(
     if x.shape[0]:
         dy, x, a, b, s, weight = (t.contiguous() for t in (dy, x, a, b, s, weight))
         absmax, nested_absmax, nested_code, offset = contiguous(absmax, nested_absmax, nested_code, offset)
-        seed = on_device_of(seed, x)
+        seed = seed_beside(seed, x)
         plan = (*(t.contiguous() for t in (adapters, starts, ranks, scaling)), max_rank)
         packed = pack(0, x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
                       dy.shape[1], a, b, 1.0, None, dropout_p, seed, s=s, dy=dy, dx=dx if need_dx else None,
                       da=da if need_ab else None, db=db if need_ab else None, plan=plan)  # fmt: skip
-        queue(native.cuda().pk_cuda_lora_linear_backward, packed, quant_type, True, dy)
+        queue(native.cuda().pk_cuda_lora_linear_backward, packed, quant_type, True, dy, weight)
     return dx, da, db
 
 

@@ -230,4 +230,11 @@ def _input_gradient(
     return dx
 
 
-BACKENDS = host.backends({"multi_lora_linear": forward, "multi_lora_linear_backward": backward})
+def _when(x: Tensor, *args: Any) -> str | None:
+    adapters = args[13].shape[0]  # of the forward's ranks, or the backward's starts
+    if min(adapters, x.shape[0]) + 2 > host.MOST_BLOCKS:
+        return f"does not serve more than {host.MOST_BLOCKS - 2} adapters in as many rows"
+    return host.wrong_mode(x)
+
+
+BACKENDS = host.backends({"multi_lora_linear": forward, "multi_lora_linear_backward": backward}, _when)

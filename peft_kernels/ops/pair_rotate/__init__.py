@@ -55,6 +55,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="x[M,K] first[K] second[K] half=L",
 )
 
 
@@ -97,6 +98,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="dy[M,K] x[M,K] first[K] second[K] half=L",
 )
 
 

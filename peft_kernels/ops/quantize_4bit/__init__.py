@@ -112,6 +112,7 @@ op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="w[T,K]",
 )
 
 

@@ -14,11 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...checks import moved
 from ...formats import TABLES
 
 GRID = 65536
-
-_cache: dict[tuple[str, int, torch.device], Tensor] = {}
 
 
 def order(quant_type: int) -> tuple[int, ...]:
@@ -35,18 +34,19 @@ def midpoints(quant_type: int) -> tuple[float, ...]:
 
 
 def on_device(name: str, quant_type: int, device: torch.device) -> Tensor:
-    """`midpoints`, `order`, `nested_map` or `nested_rounding` as a tensor on `device` (cached; do not write to it)."""
-    key = (name, quant_type, device)
-    found = _cache.get(key)
-    if found is None:
+    """`midpoints`, `order`, `nested_map` or `nested_rounding` as a tensor on `device` (do not write to it). Copied
+    there for each call: a weight is quantised once, and an operator keeps nothing on a device."""
+    return moved("quantize_4bit", f"{name} of codes", _on_host(name, quant_type), device)
+
+
+@lru_cache
+def _on_host(name: str, quant_type: int) -> Tensor:
+    with torch.inference_mode(False), torch.device("cpu"):
         if name == "midpoints":
-            found = torch.tensor(midpoints(quant_type), dtype=torch.float32)
-        elif name == "order":
-            found = torch.tensor(order(quant_type), dtype=torch.uint8)
-        else:
-            found = {"nested_map": nested_map, "nested_rounding": nested_rounding}[name]()
-        found = _cache[key] = found.to(device)
-    return found
+            return torch.tensor(midpoints(quant_type), dtype=torch.float32)
+        if name == "order":
+            return torch.tensor(order(quant_type), dtype=torch.uint8)
+        return {"nested_map": nested_map, "nested_rounding": nested_rounding}[name]()
 
 
 def nested_map() -> Tensor:

@@ -54,6 +54,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="x[T,D] weight[D]",
 )
 
 
@@ -81,6 +82,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="dy[T,D] x[T,D] weight[D]",
 )
 
 

@@ -109,6 +109,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="q[Z,T,H,D] k[Z,T,U,D] v[Z,T,U,D] cos[C,T,D] sin[C,T,D] keep[E,T,T]",
 )
 
 
@@ -161,6 +162,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="dy[Z,T,H,D] q[Z,T,H,D] k[Z,T,U,D] v[Z,T,U,D] cos[C,T,D] sin[C,T,D] keep[E,T,T] lse[Z,H,T]",
 )
 
 

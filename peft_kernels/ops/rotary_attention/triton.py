@@ -39,7 +39,7 @@ def forward(
     y, lse = torch.empty_like(q), q.new_empty((batch, heads, tokens), dtype=torch.float32)
     numbers, options = _common(q, k, cos, keep, scale)
     mask = cos if keep is None else keep.contiguous().view(torch.uint8)
-    grid = (-(-tokens // options["BM"]), batch * heads)
+    grid = (-(-tokens // options["BM"]), heads, batch)
     host.launch(forward_kernel, grid, q, k, v, cos, sin, mask, y, lse, *numbers, **options)
     return y, lse
 
@@ -57,10 +57,10 @@ def backward(
     numbers, options = _common(q, k, cos, keep, scale)
     given = (dy, q, k, v, cos, sin, cos if keep is None else keep.contiguous().view(torch.uint8), lse)
     tiles = -(-tokens // options["BM"])
-    host.launch(queries_kernel, (tiles, batch * heads), *given, dq, along, *numbers, **options)
+    host.launch(queries_kernel, (tiles, heads, batch), *given, dq, along, *numbers, **options)
     numbers, options = _common(q, k, cos, keep, scale, keys=True)
     tiles = -(-tokens // options["BN"])
-    host.launch(keys_kernel, (tiles, batch * k.shape[2]), *given, along, dk, dv, *numbers, **options)
+    host.launch(keys_kernel, (tiles, k.shape[2], batch), *given, along, dk, dv, *numbers, **options)
     return dq, dk, dv
 
 
@@ -68,6 +68,8 @@ def _refusal(*args: Any) -> str | None:
     q = args[1] if args[3].dim() == 4 else args[0]  # the backward begins with dy
     if q[:1].numel() >= 2**31:
         return "2^31 elements in a row of the batch: offsets within one are 32 bits wide"
+    if max(q.shape[0], q.shape[2]) > host.MOST_BLOCKS:
+        return f"more than {host.MOST_BLOCKS} heads, or rows of the batch: each has blocks of a launch to itself"
     return f"heads of more than {MOST} features" if q.shape[3] > MOST else host.wrong_mode(q)
 
 

@@ -58,8 +58,8 @@ def forward_kernel(
     """y and lse of BM queries of a head. angles, masks: elements from a row of the batch to the next, or 0."""
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     half = D // 2
-    i_head = tl.program_id(1) % H
-    i_batch = (tl.program_id(1) // H).to(tl.int64)
+    i_head = tl.program_id(1)
+    i_batch = tl.program_id(2).to(tl.int64)
     # offsets within a row of the batch are 32 bits wide: wider ones take the registers of the tiles
     queries, keys = i_batch * T * H * D, i_batch * T * G * D
     p_q, p_k, p_v, p_keep = p_q + queries, p_k + keys, p_v + keys, p_keep + i_batch * masks
@@ -119,8 +119,8 @@ def queries_kernel(
     """dq of BM queries of a head, and along [B, H, T]: sum of p dp over the keys, in a first pass over them."""
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     half = D // 2
-    i_head = tl.program_id(1) % H
-    i_batch = (tl.program_id(1) // H).to(tl.int64)
+    i_head = tl.program_id(1)
+    i_batch = tl.program_id(2).to(tl.int64)
     # offsets within a row of the batch are 32 bits wide: wider ones take the registers of the tiles
     queries, keys = i_batch * T * H * D, i_batch * T * G * D
     p_q, p_k, p_v, p_keep = p_q + queries, p_k + keys, p_v + keys, p_keep + i_batch * masks
@@ -171,8 +171,8 @@ def keys_kernel(
     """dk and dv of BN keys of a head: sums over its group's heads and queries, in one order."""
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     half = D // 2
-    i_group = tl.program_id(1) % G
-    i_batch = (tl.program_id(1) // G).to(tl.int64)
+    i_group = tl.program_id(1)
+    i_batch = tl.program_id(2).to(tl.int64)
     # offsets within a row of the batch are 32 bits wide: wider ones take the registers of the tiles
     queries, keys = i_batch * T * H * D, i_batch * T * G * D
     p_q, p_k, p_v, p_keep = p_q + queries, p_k + keys, p_v + keys, p_keep + i_batch * masks

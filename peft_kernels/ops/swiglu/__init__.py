@@ -51,6 +51,7 @@ forward_op = Op(
     fake=_fake,
     reference=_reference,
     folder=__name__,
+    sizes="gate[T,K] up[T,K]",
 )
 
 
@@ -78,6 +79,7 @@ backward_op = Op(
     fake=_fake_backward,
     reference=_reference_backward,
     folder=__name__,
+    sizes="gate[T,K] up[T,K] dh[T,K]",
 )
 
 

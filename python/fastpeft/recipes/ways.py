@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peft_kernels import explain, sample_call
-from peft_kernels.dispatch import forced_backends
+from peft_kernels import explain
+from peft_kernels.dispatch import forced_backends, ops
 
 # A part of a model -> the operators that it calls, forward and backward.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -117,10 +117,8 @@ def find(device: torch.device, dtype: torch.dtype) -> Ways:
 
 def _ask(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(the backend that serves a small call, why no kernel does)."""
-    call = sample_call(op, device, dtype)
-    assert call is not None, op
     with torch.no_grad():
-        found = explain(op, *call)
+        found = explain(op, *ops()[op].sample(dtype, device))
     chosen = next((backend for backend, why in found.items() if why == "chosen"), "")
     away = f"does not serve {device.type} tensors"
     whys = {backend: why for backend, why in found.items() if backend != "reference"

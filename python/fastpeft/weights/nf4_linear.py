@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dequantize_4bit, lora_linear, quantize_4bit
+from peft_kernels.formats import make_tables
 
 from .bnb_keys import as_modules, bnb_state, parse_bnb_state
 
@@ -149,6 +150,7 @@ class NF4Linear(nn.Module):
                 new = fn(old)
                 new = new if new.dtype == old.dtype else old.to(new.device)
                 store[name] = new if store is self._buffers else nn.Parameter(new, requires_grad=False)
+        make_tables(self.weight)  # where they are needed, before a first call that may be captured
         return self
 
     def __getstate__(self) -> dict[str, Any]:

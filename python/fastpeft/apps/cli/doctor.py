@@ -27,6 +27,7 @@ _LOOKS = [
     "fastpeft",
     "bitsandbytes",
     "backends",
+    "verdicts",
 ]
 _TIMEOUT = 120
 _PATCHED = "0.18", "0.22"  # versions of PEFT that fastpeft.patch() knows: from the first, below the second
@@ -285,22 +286,52 @@ def _kernels(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
             finding("OpenMP", NOTE if serial else OK, found["openmp"] or "none: kernels run on one thread",
                     "torch's OpenMP runtime was not found; see docs" if serial else "")
         )  # fmt: skip
-    cuda = looks["native_cuda"]
-    reason = cuda.get("error") or cuda.get("found", {}).get("reason")
-    status = BROKEN if "error" in cuda else NOTE if reason else OK
-    rows.append(
-        finding(
-            "native CUDA library",
-            status,
-            reason or "loaded",
-            "only GPUs use it; with nvcc of CUDA 12.8 or newer: PEFT_KERNELS_CUDA=1 make native" if reason else "",
-        )
-    )
+    rows += _cuda_library(looks["native_cuda"])
+    rows += _verdicts(looks["verdicts"])
     if "error" in looks["backends"]:
         rows.append(finding("backends", BROKEN, looks["backends"]["error"], "repair what is broken above"))
     forced = os.environ.get("PEFT_KERNELS_BACKEND")
     if forced:
         rows.append(finding("PEFT_KERNELS_BACKEND", NOTE, f"forces {forced}", "unset it to let each call choose"))
+    return rows
+
+
+def _cuda_library(look: dict[str, Any]) -> list[dict[str, str]]:
+    name, found = "native CUDA library", look.get("found", {})
+    build = "only GPUs use it; with nvcc of CUDA 12.8 or newer: PEFT_KERNELS_CUDA=1 make native"
+    reason = look.get("error") or found.get("reason")
+    if reason:
+        return [finding(name, BROKEN if "error" in look else NOTE, reason, build)]
+    built, torch = found.get("built_with", ""), found.get("torch")
+    rows = [finding(name, OK, f"loaded, built with CUDA {built or 'of an unknown version'}")]
+    if torch and built and built.partition(".")[0] != torch.partition(".")[0]:
+        differs = f"built with CUDA {built}, torch with {torch}: a driver that runs torch need not run it"
+        fix = f"CUDACXX=/path/to/nvcc of CUDA {torch}; make native"
+        rows.append(finding("CUDA of nvcc and torch", NOTE, differs, fix))
+    for i, why in enumerate(found.get("gpus", [])):
+        if why:
+            rows.append(finding(f"CUDA library on GPU {i}", NOTE, f"{why}; Triton serves", build))
+    return rows
+
+
+def _verdicts(look: dict[str, Any]) -> list[dict[str, str]]:
+    """Kernels that were checked on GPUs here, and those that failed."""
+    if "error" in look:
+        return [finding("checked GPU kernels", BROKEN, look["error"], "repair what is broken above")]
+    found = look["found"]
+    rows = [
+        finding(
+            f"{row['op']} by {row.get('backend')}", NOTE,
+            f"{row['why']} ({row['arch']}, {row['made_by']}; {row['path']})",
+            f"please report it; the next backend serves. Delete {row['file']} to have it checked again",
+        )
+        for row in found.get("refused", [])
+    ]
+    passed = found.get("passed", 0)
+    if passed or rows:
+        rows.insert(0, finding("checked GPU kernels", OK, f"{passed} passed, {len(rows)} refused"))
+    if os.environ.get("PEFT_KERNELS_VERIFY") == "0":
+        rows.append(finding("PEFT_KERNELS_VERIFY", NOTE, "0: kernels serve unchecked", "unset it"))
     return rows
 
 

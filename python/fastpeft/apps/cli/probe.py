@@ -57,9 +57,27 @@ def look_native_cpu() -> Finding:
 
 
 def look_native_cuda() -> Finding:
+    import torch
+
     from peft_kernels import native_library
 
-    return {"reason": native_library("cuda").reason}
+    found = native_library("cuda")
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return {
+        "reason": found.reason,
+        "built_with": found.built_with,
+        "torch": torch.version.cuda,
+        "gpus": [native_library("cuda", gpu=i).reason for i in gpus],
+    }
+
+
+def look_verdicts() -> Finding:
+    """Verdicts on kernels that were checked on GPUs of this machine."""
+    from peft_kernels import verdicts
+
+    rows = verdicts.kept()
+    refused = [row for row in rows if row["why"] is not None]
+    return {"passed": len(rows) - len(refused), "refused": refused}
 
 
 def look_triton() -> Finding:
@@ -112,12 +130,8 @@ def look_backends() -> Finding:
         found[op] = {}
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16):
-                arguments = peft_kernels.sample_call(op, device, dtype)
                 key = f"{device} {str(dtype).removeprefix('torch.')}"
-                if arguments is None:
-                    found[op][key] = {"unknown": "no sample call is known here"}
-                else:
-                    found[op][key] = peft_kernels.explain(op, *arguments)
+                found[op][key] = peft_kernels.explain(op, *dispatch.ops()[op].sample(dtype, device))
     return found
 
 
@@ -131,6 +145,7 @@ LOOKS: dict[str, Callable[[], Finding]] = {
     "fastpeft": look_fastpeft,
     "bitsandbytes": look_bitsandbytes,
     "backends": look_backends,
+    "verdicts": look_verdicts,
 }
 
 
