@@ -195,7 +195,7 @@ def check(op: Any, backend: Any, args: Sequence[Any]) -> str | None:
 
 
 def results(op: Any, fn: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
-    """What a call writes into its arguments, which are left alone here, then what it returns."""
+    """Values that a call writes into its arguments, which are left alone here, then those that it returns."""
     own = [v.clone() if i in op.operands.written else v for i, v in enumerate(args)]
     out = fn(*own)
     returned = [] if out is None else [out] if isinstance(out, Tensor) else [*out]

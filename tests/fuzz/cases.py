@@ -95,8 +95,8 @@ def run(case: Case) -> str | None:
 
 def _outcome(op: dispatch.Op, fn: Any, args: list[Any]) -> Any:
     """The results, then what it wrote into arguments that are its to write to, which are put back; or an exception."""
-    own = [v for a, v in zip(op.op._schema.arguments, args, strict=True) if a.is_write and isinstance(v, Tensor)]
-    kept = [(t, t.clone()) for t in own if readable(t)]
+    own = [args[i] for i in op.operands.written]
+    kept = [(t, t.clone()) for t in own if isinstance(t, Tensor) and readable(t)]
     try:
         results = fn(*args)
         return results if not kept else [*(t.clone() for t, _ in kept), *([] if results is None else flat(results))]

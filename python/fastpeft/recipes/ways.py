@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peft_kernels import explain
-from peft_kernels.dispatch import forced_backends, ops
+from peft_kernels import dispatch, explain
+from peft_kernels.dispatch import forced_backends
 
 # A part of a model -> the operators that it calls, forward and backward.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -118,7 +118,7 @@ def find(device: torch.device, dtype: torch.dtype) -> Ways:
 def _ask(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(the backend that serves a small call, why no kernel does)."""
     with torch.no_grad():
-        found = explain(op, *ops()[op].sample(dtype, device))
+        found = explain(op, *dispatch.ops()[op].sample(dtype, device))
     chosen = next((backend for backend, why in found.items() if why == "chosen"), "")
     away = f"does not serve {device.type} tensors"
     whys = {backend: why for backend, why in found.items() if backend != "reference"
