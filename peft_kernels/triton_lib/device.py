@@ -20,17 +20,21 @@ ELEMENT: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
-def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
-    """`b_acc + b_a @ b_b` with float32 sums.
+def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr, APART: tl.constexpr = False):
+    """`b_acc + b_a @ b_b` with float32 sums. APART: also where the product is added to another, each has its own sum.
 
     Triton's interpreter keeps bfloat16 as its bits and multiplies those: there bfloat16 is widened first, which changes
     no product (8 x 8 significant bits fit a float32).
+
+    A loop must not have two products into one accumulator: Triton's pipeliner gets them wrong on Blackwell
+    (triton-lang/triton#10821). Triton makes one of products of zeros that are added, but not where a number of inexact
+    sums is given (which is for 8-bit floats, and means nothing else).
     """
     if INTERPRET and b_a.dtype == tl.bfloat16:
         b_a = b_a.to(tl.float32)
     if INTERPRET and b_b.dtype == tl.bfloat16:
         b_b = b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, max_num_imprecise_acc=1 << 20 if APART else 0)
 
 
 @triton.jit
@@ -46,35 +50,100 @@ def round_to(b, DTYPE: tl.constexpr):
     return b_out
 
 
+@triton.constexpr_function
+def addends(x, y):
+    """Columns of `dot_wide`'s accumulator for each of the product's, x and y being the operands' types."""
+    return 1 if x in (y, tl.float32) else 4 if x == tl.bfloat16 else 2
+
+
 @triton.jit
-def dot_wide(b_x, b_y, b_acc, ALL: tl.constexpr = True):
-    """`b_acc + b_x @ b_y` to float32's accuracy, on tensor cores where b_x is 16-bit: for sums that are outputs in
-    float32. b_y: float32, or of b_x's type. Without ALL 16 bits of b_y count at least: for sums that will be rounded
-    to b_x's type.
+def high_bits(b, DTYPE: tl.constexpr):
+    """The leading bits of float32 `b` as tensor cores take them exactly beside a DTYPE: bfloat16, or what fits TF32."""
+    BFLOAT16: tl.constexpr = DTYPE == tl.bfloat16  # noqa: SIM300 (DTYPE is a variable here)
+    if BFLOAT16:
+        b_high = round_to(b, tl.bfloat16)
+    else:
+        b_high = (b.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return b_high
+
+
+@triton.jit
+def dot_wide(b_x, b_y, b_acc):
+    """`b_acc` [M, N * addends] with the shares of b_x @ b_y's addends added: `wide_sum` of it is the product to
+    float32's accuracy, on tensor cores where b_x is 16-bit: for sums that are outputs in float32. b_y [K, N]: float32,
+    or of b_x's type.
 
     The float32 operand is split into addends that the tensor cores take exactly. bfloat16 shares float32's range, so
     three of them hold all 24 bits, and b_x stays as it is; float16 is a subset of TF32 (two addends, 22 bits). Where
     b_x is float32: plain float32 products.
+
+    The addends stand side by side in one product, whose columns are a power of two: of four, one is zero. As products
+    of their own they would go into one accumulator, which Triton's pipeliner gets wrong on Blackwell if that is a
+    loop's (triton-lang/triton#10821), or into three, whose common left operand Triton 3.6 does not compile there.
     """
     if b_x.dtype == b_y.dtype or b_x.dtype == tl.float32:
         b_acc = dot(b_x, b_y.to(b_x.dtype), b_acc, "ieee")
     elif b_x.dtype == tl.bfloat16:
         b_y = b_y.to(tl.float32)
-        b_high = round_to(b_y, tl.bfloat16)
+        b_high = high_bits(b_y, tl.bfloat16)
         b_rest = b_y - b_high.to(tl.float32)
-        b_middle = round_to(b_rest, tl.bfloat16)
-        b_acc = dot(b_x, b_high, b_acc, "ieee")
-        b_acc = dot(b_x, b_middle, b_acc, "ieee")
-        if ALL:
-            b_low = round_to(b_rest - b_middle.to(tl.float32), tl.bfloat16)
-            b_acc = dot(b_x, b_low, b_acc, "ieee")
+        b_middle = high_bits(b_rest, tl.bfloat16)
+        b_low = high_bits(b_rest - b_middle.to(tl.float32), tl.bfloat16)
+        b_all = tl.join(tl.join(b_high, b_low), tl.join(b_middle, tl.zeros_like(b_low)))
+        b_acc = dot(b_x, side_by_side(b_all, 4), b_acc, "ieee")
     else:
-        b_x = b_x.to(tl.float32)
         b_y = b_y.to(tl.float32)
-        b_high = (b_y.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        b_acc = dot(b_x, b_high, b_acc, "tf32")
-        b_acc = dot(b_x, b_y - b_high, b_acc, "tf32")
+        b_high = high_bits(b_y, b_x.dtype)
+        b_acc = dot(b_x.to(tl.float32), side_by_side(tl.join(b_high, b_y - b_high), 2), b_acc, "tf32")
     return b_acc
+
+
+@triton.jit
+def side_by_side(b, TIMES: tl.constexpr):
+    """[K, N * TIMES] from [K, N, ..]: TIMES columns for each. Through the sum as in `decode_pairs`: Triton 3.6 cannot
+    look through it for a layout in shared memory that there is not."""
+    return tl.reduce(tl.reshape(b, (b.shape[0], b.shape[1] * TIMES, 1)), 2, first)
+
+
+@triton.jit
+def wide_sum(b_acc, TIMES: tl.constexpr):
+    """The product [M, N] out of `dot_wide`'s accumulator [M, N * TIMES]; TIMES: `addends` of the operands' types."""
+    if TIMES > 1:
+        b_acc = tl.sum(tl.reshape(b_acc, (b_acc.shape[0], b_acc.shape[1] // TIMES, TIMES)), 2)
+    return b_acc
+
+
+@triton.jit
+def dot_short(b_x, b_y, b_zero):
+    """b_x @ b_y of float32 b_y to 16 bits at least, for sums that will be rounded to b_x's type. b_zero: zeros."""
+    if b_x.dtype == tl.float32:
+        b_out = dot(b_x, b_y, b_zero, "ieee")
+    else:
+        b_high = high_bits(b_y, b_x.dtype)
+        b_rest = b_y - b_high.to(tl.float32)
+        if b_x.dtype == tl.bfloat16:
+            b_rest = high_bits(b_rest, tl.bfloat16)
+        else:
+            b_x = b_x.to(tl.float32)
+        b_out = dot(b_x, b_rest, b_zero, "tf32", True) + dot(b_x, b_high, b_zero, "tf32", True)
+    return b_out
+
+
+@triton.jit
+def near_bits(b):
+    """float32 `b` as two numbers of TF32, the nearest and the rest: 22 bits together. Of infinity the rest is zero."""
+    b_near = ((b.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    b_rest = b - b_near
+    return b_near, tl.where(tl.abs(b_rest) < float("inf"), b_rest, 0.0)
+
+
+@triton.jit
+def dot_three(b_a, b_b, b_zero):
+    """b_a @ b_b of float32, on tensor cores: three products of TF32. b_zero: zeros of the product's shape."""
+    b_a, b_a_rest = near_bits(b_a)
+    b_b, b_b_rest = near_bits(b_b)
+    b_small = dot(b_a_rest, b_b, b_zero, "tf32", True) + dot(b_a, b_b_rest, b_zero, "tf32", True)
+    return b_small + dot(b_a, b_b, b_zero, "tf32", True)
 
 
 @triton.jit
@@ -285,10 +354,10 @@ def load_turned(
         b_r = tl.where((i_in // SIZE)[None, :, None] == (i_in // SIZE)[None, None, :], b_r, 0.0)
     if GROUPS == 1:
         b_x, b_r = tl.reshape(b_x, (BM, WIDE)), tl.reshape(b_r, (WIDE, WIDE))
-        b_y = dot_wide(b_x, b_r, tl.zeros((BM, WIDE), tl.float32), False)
+        b_y = dot_short(b_x, b_r, tl.zeros((BM, WIDE), tl.float32))
         b_y = tl.trans(b_y) if LEFT else b_y
     else:
-        b_y = dot_wide(b_x, b_r, tl.zeros((GROUPS, BM, WIDE), tl.float32), False)
+        b_y = dot_short(b_x, b_r, tl.zeros((GROUPS, BM, WIDE), tl.float32))
         if LEFT:
             b_y = tl.reshape(tl.permute(b_y, (0, 2, 1)), (BK, BM))
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_lib.device import dot_wide, round_to
+from ...triton_lib.device import addends, dot_wide, round_to, wide_sum
 
 
 @triton.jit
@@ -23,7 +23,8 @@ def rotate_kernel(
     i_c = tl.program_id(2) * BN + tl.arange(0, BN)
     b_live = (i_c < WIDE) & (i_first + i_c // SIZE < groups)
     i_row = i_m.to(tl.int64)[:, None] * d + i_first * SIZE
-    b_acc = tl.zeros((BM, BN), tl.float32)
+    TIMES: tl.constexpr = addends(p_x.dtype.element_ty, p_r.dtype.element_ty)
+    b_acc = tl.zeros((BM, BN * TIMES), tl.float32)
     for i_k0 in range(0, WIDE, BK):
         i_k = i_k0 + tl.arange(0, BK)
         b_in = (i_k < WIDE) & (i_first + i_k // SIZE < groups)
@@ -34,7 +35,7 @@ def rotate_kernel(
         b_r = tl.load(p_block, mask=b_same & b_in[:, None] & b_live[None, :], other=0.0)
         b_acc = dot_wide(b_x, b_r, b_acc)
     b_out = (i_m < M)[:, None] & b_live[None, :]
-    tl.store(p_y + i_row + i_c[None, :], round_to(b_acc, p_y.dtype.element_ty), mask=b_out)
+    tl.store(p_y + i_row + i_c[None, :], round_to(wide_sum(b_acc, TIMES), p_y.dtype.element_ty), mask=b_out)
 
 
 @triton.jit
@@ -50,7 +51,8 @@ def gradient_kernel(
     i_c = tl.program_id(2) % ACROSS * BT + tl.arange(0, BT)
     b_k = (i_k < WIDE) & (i_first + i_k // SIZE < groups)
     b_c = (i_c < WIDE) & (i_first + i_c // SIZE < groups)
-    b_acc = tl.zeros((BT, BT), tl.float32)
+    TIMES: tl.constexpr = addends(p_x.dtype.element_ty, p_dy.dtype.element_ty)
+    b_acc = tl.zeros((BT, BT * TIMES), tl.float32)
     for i_m0 in range(i_part * SPLIT, tl.minimum((i_part + 1) * SPLIT, M), BM):
         i_m = i_m0 + tl.arange(0, BM)
         i_row = i_m.to(tl.int64)[:, None] * d + i_first * SIZE
@@ -61,4 +63,4 @@ def gradient_kernel(
     b_same = (i_k // SIZE)[:, None] == (i_c // SIZE)[None, :]
     i_out = (i_part.to(tl.int64) * groups + i_first + i_k // SIZE)[:, None] * (SIZE * SIZE)
     p_to = p_out + i_out + (i_k % SIZE)[:, None] * SIZE + (i_c % SIZE)[None, :]
-    tl.store(p_to, b_acc, mask=b_same & b_k[:, None] & b_c[None, :])
+    tl.store(p_to, wide_sum(b_acc, TIMES), mask=b_same & b_k[:, None] & b_c[None, :])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_lib.device import dot, load_absmax, load_weight
+from ...triton_lib.device import dot_three, load_absmax, load_weight
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def update(p_a, p_b, i_n, i_k, N, K, r, scaling, b_w, R: tl.constexpr, C: tl.con
         b_b = tl.load(p_bt, mask=(i_n < N)[:, None] & (i_r < r)[None, :], other=0.0)
         p_at = p_a + i_r.to(tl.int64)[:, None] * K + i_k[None, :]
         b_a = tl.load(p_at, mask=(i_r < r)[:, None] & (i_k < K)[None, :], other=0.0)
-        b_acc = dot(b_b.to(tl.float32), b_a.to(tl.float32), b_acc, "tf32x3")
+        b_acc += dot_three(b_b.to(tl.float32), b_a.to(tl.float32), tl.zeros((R, C), tl.float32))
     return b_w + scaling * b_acc
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ...triton_lib.device import (
+    addends,
     dot,
     dot_wide,
     keep_mask,
@@ -30,6 +31,7 @@ from ...triton_lib.device import (
     table_of,
     tile_of,
     unpack,
+    wide_sum,
 )
 
 _UNSPECIALISED = ["M", "threshold", "steps", "parts", "scale", "keep_scale", "scaling", "numel"]
@@ -45,7 +47,8 @@ def project_rows(
     b_rows = b_in[:, None]
     p_xrow = p_x + i_m.to(tl.int64)[:, None] * K
     p_arow = p_a + i_r.to(tl.int64)[:, None] * K
-    b_s = tl.zeros((BM, BR), tl.float32)
+    TIMES: tl.constexpr = addends(p_x.dtype.element_ty, p_a.dtype.element_ty)
+    b_acc = tl.zeros((BM, BR * TIMES), tl.float32)
     for i_step in range(first, last):
         i_k0 = i_step * BK
         i_k = (i_k0 + tl.arange(0, BK))[None, :]
@@ -54,7 +57,8 @@ def project_rows(
             b_keep = keep_mask(p_seed, i_m, i_k0, K, threshold, BM, BK, BY_FOUR)
             b_x = tl.where(b_keep, b_x, 0.0)
         b_a = tl.load(p_arow + i_k, mask=(i_r < r)[:, None] & (i_k < K), other=0.0)
-        b_s = dot_wide(b_x, tl.trans(b_a), b_s)
+        b_acc = dot_wide(b_x, tl.trans(b_a), b_acc)
+    b_s = wide_sum(b_acc, TIMES)
     if DROPOUT:
         b_s = b_s * keep_scale
     return b_s
@@ -238,8 +242,10 @@ def outer_rows(
     i_c = i_c0 + tl.arange(0, BC)
     b_cs = i_c < C
     b_rs = (i_r < r)[None, :]
-    b_outer = tl.zeros((BC, BR), tl.float32)
+    TIMES: tl.constexpr = addends(p_z.dtype.element_ty, p_t.dtype.element_ty)
+    b_acc = tl.zeros((BC, BR * TIMES), tl.float32)
     if WITH_DS:
+        TIMES_DS: tl.constexpr = addends(p_z.dtype.element_ty, p_bt.dtype.element_ty)
         b_b = tl.load(p_bt, mask=b_cs[:, None] & b_rs, other=0.0)
     for i_step in range(first, last):
         i_m = i_first + i_step * BM + tl.arange(0, BM)
@@ -252,13 +258,14 @@ def outer_rows(
         if DROPOUT:
             b_keep = keep_mask(p_seed, i_m, i_c0, C, threshold, BM, BC, BY_FOUR)
             b_z = tl.where(b_keep, b_z, 0.0)
-        b_outer = dot_wide(tl.trans(b_z), b_t, b_outer)
+        b_acc = dot_wide(tl.trans(b_z), b_t, b_acc)
         if WITH_DS:
-            b_ds = dot_wide(b_z, b_b, tl.zeros((BM, BR), tl.float32))
+            b_ds = dot_wide(b_z, b_b, tl.zeros((BM, BR * TIMES_DS), tl.float32))
+            b_ds = wide_sum(b_ds, TIMES_DS)
             if ds_scale is not None:
                 b_ds = b_ds * ds_scale
             tl.store(p_ds + i_t, b_ds, mask=b_ms & b_rs)
-    return b_outer
+    return wide_sum(b_acc, TIMES)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)

@@ -107,8 +107,8 @@ def forward_kernel(
 @triton.jit
 def product(b_x1, b_x2, b_z1, b_z2, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
     """x z^T [M, N] of rows in halves."""
-    b_s = dot(b_x1, tl.trans(b_z1), tl.zeros((M, N), tl.float32), PRECISION)
-    return dot(b_x2, tl.trans(b_z2), b_s, PRECISION)
+    b_zero = tl.zeros((M, N), tl.float32)
+    return dot(b_x1, tl.trans(b_z1), b_zero, PRECISION, True) + dot(b_x2, tl.trans(b_z2), b_zero, PRECISION, True)
 
 
 @triton.jit
