@@ -2,8 +2,8 @@
 # PYTHON=... chooses the interpreter that .venv is made from, ARGS=... is handed on to the command.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo-adapters test test-all test-ecosystem test-matrix test-sanitize bench gpu-report lint \
-	native setup setup-dev setup-ecosystem clean
+.PHONY: help quickstart demo-adapters test test-all test-ecosystem test-matrix test-triton-matrix test-sanitize \
+	bench gpu-report lint native setup setup-dev setup-ecosystem clean
 
 # The first of these that runs, is 3.10 or newer and can make a virtual environment; 3.14 and later only if named.
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -52,6 +52,12 @@ MATRIX = transformers==5.23 transformers==5.24 peft==0.18.1 peft==0.19.1 peft==0
 test-matrix: setup-ecosystem ## the tests with several versions of transformers and of PEFT; MATRIX=peft==0.18.1 for one
 	@$(BUILD_NATIVE)
 	@$(VENV_PYTHON) tools/test_matrix.py $(MATRIX) -- $(ARGS)
+
+# A folder with versions that need not be installed, see tools/test_matrix.py.
+VERSIONS ?=
+
+test-triton-matrix: setup-dev ## the Triton kernels as machine code, under four versions of Triton
+	@$(VENV_PYTHON) tools/test_matrix.py triton $(if $(VERSIONS),--versions $(VERSIONS)) -- $(ARGS)
 
 test-sanitize: setup-dev ## the CPU library under ASan, UBSan and TSan, on recorded calls of its whole C ABI
 	@$(BUILD_FOR_HERE)

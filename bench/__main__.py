@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--against", type=Path, metavar="CHECKOUT", help="of a suite: our rows in turns with those of "
                    "another checkout, which has its native library built: is one slower here?")  # fmt: skip
-    p.add_argument("--arch", nargs="+", type=arch, metavar="sm_90", help="of --static; default: 80, 89, 90, 100, 120")
+    p.add_argument("--arch", nargs="+", type=arch, metavar="sm_90", help="of --static; default: all")
     p.add_argument("--kernels", nargs="+", metavar="K", help="of --static: ops or kernels, such as lora_linear outer")
     p.add_argument("--most", type=int, help="of --static: at most so many specialisations an architecture")
     p.add_argument("--jobs", type=int, default=2, help="of --static: processes that compile")

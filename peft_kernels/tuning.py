@@ -2,8 +2,10 @@
 
 `tuned/<arch>.json` holds, per kernel, rows tried in order: the first whose limits hold gives the configuration. A row
 says where it comes from: "model" (chosen from the instruction counts, registers and shared memory of the compiled
-kernel; no clock has seen it) or "measured". An unknown GPU gets the table of the nearest older architecture (sm_120 has
-the tensor-core instructions of sm_80, not of sm_90: its table points there).
+kernel; no clock has seen it) or "measured". The compilers are among the limits: `min_triton` ("3.8"), and
+`from_registers` of a row with products whose left operand lies in registers, which not every ptxas gets right on sm_90
+(`triton_lib/toolchain.py`); a row for the others follows it. An unknown GPU gets the table of the nearest older
+architecture (sm_120 has the tensor-core instructions of sm_80, not of sm_90: its table points there).
 
 `PEFT_KERNELS_TUNE=1` or `with searching():` times at most `MAX_CANDIDATES` configurations on first use of a shape
 bucket and keeps the best for the process. `fastpeft tune` keeps what it found in a user table (`tuning_user.py`), which
@@ -25,6 +27,8 @@ from typing import Any
 import torch
 
 from . import tuning_user
+from .triton_lib import toolchain
+from .triton_lib.toolchain import Toolchain
 
 FOLDER = Path(__file__).parent / "tuned"
 ENV = "PEFT_KERNELS_TUNE"
@@ -117,10 +121,17 @@ def _row_config(row: dict[str, Any], programs: int) -> Config:
     return Config(**{"programs": programs, **{k: v for k, v in row.items() if k in names}})
 
 
-def _fits(row: dict[str, Any], shape: Shape) -> bool:
+def compiles(row: dict[str, Any], compilers: Toolchain) -> bool:
+    """True where a row of a table is for these compilers."""
+    least = toolchain.numbers(row.get("min_triton", ""))
+    return compilers.triton >= least and (compilers.wgmma_from_registers or not row.get("from_registers", False))
+
+
+def _fits(row: dict[str, Any], shape: Shape, compilers: Toolchain | None) -> bool:
     most = {"max_M": shape.M, "max_N": shape.N, "max_K": shape.K, "max_r": shape.r}
     return (
-        row["bits"] == shape.bits
+        (compilers is None or compiles(row, compilers))
+        and row["bits"] == shape.bits
         and (shape.bits == 32 or row.get("plain", True) == shape.plain)
         and shape.blocksize >= row.get("min_blocksize", 0)
         and all(v <= row.get(k, v) for k, v in most.items())
@@ -128,16 +139,20 @@ def _fits(row: dict[str, Any], shape: Shape) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def rows(kernel: str, arch: str, shape: Shape) -> tuple[Config, ...]:
-    """Every row of the table that fits, best guess first."""
+def _rows(kernel: str, arch: str, shape: Shape, compilers: Toolchain | None) -> tuple[Config, ...]:
     data = table(arch)
-    return tuple(_row_config(row, data["programs"]) for row in data["kernels"][kernel] if _fits(row, shape))
+    return tuple(_row_config(row, data["programs"]) for row in data["kernels"][kernel] if _fits(row, shape, compilers))
+
+
+def rows(kernel: str, arch: str, shape: Shape) -> tuple[Config, ...]:
+    """Every row of the table that fits, under the compilers that are here, best guess first."""
+    return _rows(kernel, arch, shape, toolchain.of(arch))
 
 
 def choose(kernel: str, arch: str, shape: Shape, run: Callable[[Config], object] | None = None) -> Config:
     """The configuration of `kernel` for a shape. `run` launches it once with a given configuration: for searching."""
     candidates = rows(kernel, arch, shape)
-    config = candidates[0] if _assumed is not None else _measured(kernel, arch, bucket(shape)) or candidates[0]
+    config = candidates[0] if _assumed is not None else _measured(kernel, arch, shape, candidates) or candidates[0]
     if _searching and run is not None and len(candidates) > 1:
         key = (kernel, arch, bucket(shape))
         if key not in _found:
@@ -153,11 +168,17 @@ def found() -> dict[tuple[str, str, Shape], list[tuple[float, Config]]]:
     return dict(_found)
 
 
-def _measured(kernel: str, arch: str, of: Shape) -> Config | None:
-    """The configuration that `fastpeft tune` measured for a bucket on a GPU like the one here."""
+def _measured(kernel: str, arch: str, shape: Shape, candidates: Sequence[Config]) -> Config | None:
+    """The configuration that `fastpeft tune` measured for the bucket on a GPU like the one here; None where it is a row
+    that the table does not have for the compilers that are here."""
     known = tuning_user.rows(arch)
-    values = known.get((kernel, *asdict(of).values())) if known else None
-    return None if values is None else Config(**values)
+    values = known.get((kernel, *asdict(bucket(shape)).values())) if known else None
+    if values is None:
+        return None
+    found = Config(**values)
+    here = {replace(c, source="") for c in candidates}
+    others = {replace(c, source="") for c in _rows(kernel, arch, shape, None)} - here
+    return None if replace(found, source="") in others else found
 
 
 def panels(arch: str) -> Panels:

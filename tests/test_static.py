@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_matrix import TRITONS
 
 from bench import __main__ as cli
 from bench.static import budgets, calls, cases, cuda, cuda_kernels, gpus, loops, metrics, report, sass, splits
 from peft_kernels import tuning
+from peft_kernels.triton_lib import toolchain
 
 LISTING = """
 	.section	.text.first_kernel,"ax",@progbits
@@ -185,21 +187,39 @@ def test_what_exceeds_a_budget_is_named(changes: dict[str, object], text: str) -
     assert any(text in line for line in found), found
 
 
-def test_the_budgets_name_fields_that_exist() -> None:
-    names = {
-        name for rule in budgets.rules() for part in ("where", "most", "least", "is") for name in rule.get(part, {})
-    }
+def test_an_exception_holds_under_its_compiler_alone() -> None:
+    row = product(kernel="dora_forward", issue_over_tensor=1.05)
+    assert budgets.check([replace(row, triton="3.6.0")]) == []
+    assert "issue_over_tensor is 1.05, at most 0.99" in budgets.check([replace(row, triton="3.9.0")])[0]
+    assert "at most 1.1" in budgets.check([replace(row, triton="3.6.0", issue_over_tensor=1.2)])[0]
+
+
+def test_a_wgmma_that_reads_registers_is_found_where_ptxas_overwrites_them() -> None:
+    code = ("HGMMA.64x16x16.F32.BF16 R24, R32, gdesc[UR20], R24, gsb0", "HGMMA.64x16x16.F32 R24, gdesc[UR4], R24",
+            "HMMA.16816.F32.BF16 R4, R8, R12, R4")  # fmt: skip
+    assert sass.wgmma_from_registers(code) == 1
+    row = product(issue_over_tensor=0.9, wgmma_from_registers=1)
+    assert "wgmma_from_registers is 1, at most 0" in budgets.check([replace(row, ptxas="12.9")])[0]
+    assert budgets.check([replace(row, ptxas="13.4")]) == []
+
+
+def test_the_budgets_name_fields_and_versions_that_exist() -> None:
+    every = [one for rule in budgets.rules() for one in (rule, *rule.get("but", ()))]
+    names = {name for rule in every for part in ("where", "most", "least", "is") for name in rule.get(part, {})}
     assert {n for n in names if not n.startswith("config.")} <= set(product().__dataclass_fields__)
-    assert all(rule["why"] for rule in budgets.rules())
-    assert all({"most", "least", "is"} & set(rule) for rule in budgets.rules())
+    assert all(rule["why"] for rule in every)
+    assert all({"most", "least", "is"} & set(rule) for rule in every)
+    versions = {v for rule in every for v in budgets.listed(rule["where"].get("triton", []))}
+    assert versions <= set(TRITONS), "`make test-triton-matrix` runs them"
 
 
 def test_every_row_of_every_table_has_a_case() -> None:
     for capability in report.ARCHS:
         table = tuning.table(tuning.nearest(capability))["kernels"]
         found = cases.cases(capability)
+        here = toolchain.of(tuning.nearest(capability))
         assert {(c.kernel, c.row) for c in found if c.row is not None} == {
-            (kernel, i) for kernel, some in table.items() for i in range(len(some))
+            (kernel, i) for kernel, some in table.items() for i, row in enumerate(some) if tuning.compiles(row, here)
         }
         assert [c.core for c in found] == sorted((c.core for c in found), reverse=True)
 
@@ -237,7 +257,7 @@ def test_cuda_kernels_within_their_budgets(arch: int) -> None:
     found, skipped = report.measure([arch], backends=["cuda"])
     assert skipped == [], "each kernel of csrc/cuda is described in bench/static/cuda_kernels.py"
     assert {r.kernel for r in found} == {name.removesuffix("_kernel") for name in cuda_kernels.FACTS}
-    rules = [r for r in budgets.of_arch(f"sm_{arch}") if r["where"].get("backend") == "cuda"]
+    rules = [r for r in budgets.of(arch=f"sm_{arch}") if r["where"].get("backend") == "cuda"]
     assert budgets.unused(found, rules) == []
     assert budgets.check(found) == []
 

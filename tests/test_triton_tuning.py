@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from peft_kernels import tuning, tuning_user
+from peft_kernels.triton_lib import toolchain
 
 KERNELS = ("project", "outer", "forward", "backward")
+OLD, NEW = ((3, 6, 0), (12, 8)), ((3, 9, 0), (13, 4))  # versions of Triton and its ptxas
 SHAPES = [
     tuning.Shape(m, n, k, r, bits, plain, blocksize)
     for m in (1, 2, 16, 17, 33, 128, 129, 4096, 100_000)
@@ -25,9 +27,17 @@ SHAPES = [
 ]
 
 
+def compilers(monkeypatch: pytest.MonkeyPatch, versions: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    monkeypatch.setattr(toolchain, "of", lambda arch: toolchain.Toolchain(arch, *versions))
+
+
+@pytest.mark.parametrize("versions", [OLD, NEW, ((), ())])
 @pytest.mark.parametrize("arch", sorted(tuning.architectures().values()))
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_shape_has_a_valid_row(kernel: str, arch: str) -> None:
+def test_every_shape_has_a_valid_row(
+    kernel: str, arch: str, versions: tuple[tuple[int, ...], tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compilers(monkeypatch, versions)
     for shape in SHAPES:
         rows = tuning.rows(kernel, arch, shape)
         assert rows, f"{kernel} on {arch} has no row for {shape}"
@@ -50,6 +60,63 @@ def test_no_row_is_dead() -> None:
                 before = served.setdefault(tuning._row_config(row, 2), set())
                 assert fitting - before, (arch, kernel, row)
                 before |= fitting
+
+
+def test_no_product_of_sm_90_reads_registers_under_a_ptxas_that_overwrites_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 64 features and more the weight as the left operand would be a wgmma's (tests/test_triton_cubins.py looks at
+    the machine code)."""
+    shapes = [s for s in SHAPES if s.bits == 16]
+
+    def left(arch: str, versions: tuple[tuple[int, ...], tuple[int, ...]]) -> set[bool]:
+        compilers(monkeypatch, versions)
+        found = [c for s in shapes for kernel in ("forward", "backward") for c in tuning.rows(kernel, arch, s)]
+        found += tuning.rows("turned", arch, tuning.Shape(16, 4096, 4096, 0, 16))
+        return {c.LEFT for c in found if c.BN >= 64}
+
+    assert left("sm_90", ((3, 8, 0), (12, 9))) == left("sm_90", ((), ())) == {False}
+    assert left("sm_90", ((3, 8, 0), (13, 3))) == {True, False}
+    assert left("sm_80", OLD) == {True}
+    few = tuning.Shape(16, 4096, 4096, 16, 16)
+    compilers(monkeypatch, NEW)
+    assert tuning.choose("forward", "sm_90", few).BM == 16
+    compilers(monkeypatch, OLD)
+    assert tuning.choose("forward", "sm_90", few).BM == 64, "a wgmma has 64 rows at least"
+    for kernel in ("outer", "project", "attention", "rotate", "rotate_gradient", "reflect_gradient"):
+        assert {min(c.BM, c.BN if c.BN > 16 else c.BM) for c in tuning.rows(kernel, "sm_90", few)} <= {16, 32}, kernel
+
+
+def test_a_row_may_ask_for_a_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"bits": 16, "BM": 64, "min_triton": "3.7"}
+    for version, holds in (("3.6.0", False), ("3.7.0", True), ("3.10.1+git12", True), ("", False)):
+        assert tuning.compiles(row, toolchain.Toolchain("sm_80", toolchain.numbers(version), (12, 8))) == holds, version
+    shape = tuning.Shape(1024, 4096, 4096, 16, 16)
+    compilers(monkeypatch, NEW)
+    wide = tuning.choose("backward", "sm_80", shape)
+    compilers(monkeypatch, OLD)
+    assert tuning.choose("backward", "sm_80", shape).num_warps > wide.num_warps, "with four it spills under 3.6"
+
+
+def test_the_ptxas_is_the_one_that_triton_would_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    other = tmp_path / "ptxas"
+    other.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 14.1, V14.1.2'\n")
+    other.chmod(0o755)
+    toolchain.of.cache_clear()
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.setenv(name, str(other))
+    try:
+        found = toolchain.of("sm_90")
+        assert (found.triton, found.ptxas) == (toolchain.numbers(triton.__version__), (14, 1))
+        other.unlink()
+        assert toolchain.of("sm_90") is found, "asked once"
+        toolchain.of.cache_clear()
+        monkeypatch.setitem(sys.modules, "triton", None)
+        assert toolchain.of("sm_90") == toolchain.Toolchain("sm_90")
+        assert not toolchain.of("sm_90").wgmma_from_registers
+    finally:
+        toolchain.of.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +227,25 @@ def test_a_measured_row_of_the_same_gpu_comes_first(user_table: Path) -> None:
     assert tuning_user.write(user_table, [measured_row("Card A", BM=64)]) == 2, "in place of the row of that shape"
     assert tuning.choose("forward", "sm_90", shape).BM == 64
     assert [p.name for p in user_table.parent.iterdir()] == ["sm_90.json"], "nothing temporary is left"
+
+
+def test_a_row_measured_under_other_compilers_counts_where_these_have_it(
+    user_table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = tuning.Shape(16, 4096, 4096, 16, 16)
+    compilers(monkeypatch, NEW)
+    of_registers, plain = tuning.rows("forward", "sm_90", few)[0], tuning.rows("forward", "sm_90", few)[-1]
+    frozen = tuning.choose("forward", "sm_90", few)
+
+    def measured(config: tuning.Config) -> tuning.Config:
+        row = {"gpu": "Card A", "kernel": "forward", **asdict(few), **asdict(replace(config, source="measured"))}
+        tuning_user.write(user_table, [row])
+        return tuning.choose("forward", "sm_90", few)
+
+    assert measured(of_registers) == replace(frozen, source="measured")
+    compilers(monkeypatch, OLD)
+    assert measured(of_registers) == tuning.rows("forward", "sm_90", few)[0]
+    assert measured(plain) == replace(plain, source="measured")
 
 
 def test_a_user_table_appears_whole_or_not_at_all(user_table: Path) -> None:

@@ -2,7 +2,8 @@
 
 A rule: `why`; `where`, the rows that it holds for, by field (a value, or a list of values; launch options, such as BM,
 as `config.BM`); `most` and `least`, numbers for fields; `is`, what fields must be (a value, or a list of values). A
-number that is not known exceeds every limit.
+number that is not known exceeds every limit. `but`: exceptions to a rule, such as under one Triton: each a `why`, a
+`where` and the limits that hold there instead; the first that fits counts.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ def rules() -> list[dict[str, Any]]:
     return found
 
 
-def of_arch(arch: str) -> list[dict[str, Any]]:
-    """The rules that hold on an architecture (`sm_90`)."""
-    return [rule for rule in rules() if arch in _listed(rule["where"].get("arch", arch))]
+def of(**known: str) -> list[dict[str, Any]]:
+    """The rules that may hold for rows of which some fields are known: `of(arch="sm_90", triton="3.6.0")`."""
+    return [rule for rule in rules() if all(v in listed(rule["where"].get(k, v)) for k, v in known.items())]
 
 
 def value(row: Row, name: str) -> Any:
@@ -38,7 +39,7 @@ def value(row: Row, name: str) -> Any:
 
 def holds(rule: dict[str, Any], row: Row) -> bool:
     """True if `rule` is about `row`."""
-    return all(value(row, k) in _listed(v) for k, v in rule["where"].items())
+    return all(value(row, k) in listed(v) for k, v in rule["where"].items())
 
 
 def check(rows: Sequence[Row]) -> list[str]:
@@ -49,6 +50,7 @@ def check(rows: Sequence[Row]) -> list[str]:
         for rule in rules():
             if not holds(rule, row):
                 continue
+            rule = next((other for other in rule.get("but", ()) if holds(other, row)), rule)
             for side, beyond in (("most", operator.gt), ("least", operator.lt)):
                 for name, limit in rule.get(side, {}).items():
                     have = value(row, name)
@@ -56,7 +58,7 @@ def check(rows: Sequence[Row]) -> list[str]:
                         text = "not known" if have is None else f"{have:.3g}"
                         found.append(f"{what}: {name} is {text}, at {side} {limit:g}: {rule['why']}")
             for name, wanted in rule.get("is", {}).items():
-                if value(row, name) not in _listed(wanted):
+                if value(row, name) not in listed(wanted):
                     found.append(f"{what}: {name} is {value(row, name)}, not {wanted}: {rule['why']}")
     return found
 
@@ -66,7 +68,7 @@ def unused(rows: Sequence[Row], some: Sequence[dict[str, Any]]) -> list[dict[str
     return [rule for rule in some if not any(holds(rule, row) for row in rows)]
 
 
-def _listed(wanted: Any) -> list[Any]:
+def listed(wanted: Any) -> list[Any]:
     return wanted if isinstance(wanted, list) else [wanted]
 
 

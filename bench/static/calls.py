@@ -168,11 +168,12 @@ def _rms_norm(c: Case) -> None:
 
 
 def _attention(c: Case) -> None:
-    """K / 64 heads of a row of M tokens, a quarter of them of keys."""
+    """Heads of N features, of the widest where N is more, in a row of M tokens; a quarter of them of keys."""
     from peft_kernels.ops.rotary_attention import triton as backend
 
-    heads = c.K // 64
-    q, k, angles = (meta(1, c.M, h, 64, dtype=c.dtype) for h in (heads, heads // 4, 1))
+    d = min(c.N, backend.MOST)
+    heads = c.K // d
+    q, k, angles = (meta(1, c.M, h, d, dtype=c.dtype) for h in (heads, heads // 4, 1))
     backend.forward(q, k, k, angles[:, :, 0], angles[:, :, 0], None, 0.125)
     backend.backward(q, q, k, k, angles[:, :, 0], angles[:, :, 0], None, meta(1, heads, c.M), 0.125)
 

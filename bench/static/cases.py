@@ -13,18 +13,19 @@ from importlib.util import find_spec
 from typing import Any
 
 from peft_kernels import tuning
+from peft_kernels.triton_lib import toolchain
 
 from .calls import CALLS, ROWS, Case, bf16, f16, f32
 
-MOST = 42  # specialisations of an architecture that CI compiles
+MOST = 48  # specialisations of an architecture that CI compiles
 
 
 def unavailable() -> str | None:
     """Why nothing can be compiled here."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
     from peft_kernels.triton_lib import host
 
+    if find_spec("triton") is None:
+        return "triton is not installed"
     return "TRITON_INTERPRET is set: Triton cannot compile in this process" if host.interpreting() else None
 
 
@@ -32,22 +33,22 @@ EXTRA = (
     Case("decode", M=4096), Case("reduce", M=1), Case("dequantize"), Case("quantize"), Case("absmax"),
     *(Case(kernel, M=8) for kernel in ("shrink", "expand")),
     Case("dora_forward", p=0.0), Case("gain", M=1), Case("drop"), Case("scale"),
-    *(Case(kernel) for kernel in ("rotate", "rotate_gradient", "reflect", "reflect_gradient")),
-    *(Case(kernel) for kernel in ("pairs", "pairs_gradient")),
-    *(Case(kernel, dtype=f32) for kernel in ("cayley", "cayley_backward")),
+    *map(Case, ("reflect", "pairs", "pairs_gradient")), *(Case(k, dtype=f32) for k in ("cayley", "cayley_backward")),
     *(Case(kernel, N=28672, K=4096) for kernel in ("stacked_forward", "stacked_backward")),
     Case("plan"), Case("multi_project", M=64, p=0.0), Case("multi_forward", M=64), Case("multi_outer", ds=True),
     Case("multi_backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
     *(Case(kernel, N=14336) for kernel in ("swiglu", "swiglu_backward", "rms_norm", "rms_norm_backward")),
-    *(Case(kernel) for kernel in ("attention", "attention_queries", "attention_keys")),
+    *(Case(kernel, N=64) for kernel in ("attention_queries", "attention_keys")),
 )  # fmt: skip
-# What differs little from the above: where the limit leaves room, and in the whole report.
+# What differs little from these: where the limit leaves room, and in the whole report.
 MORE = (
-    *(Case(kernel, r=64) for kernel in ("reflect", "reflect_gradient")),
+    *(Case(kernel, dtype=f16) for kernel in ("rotate", "reflect_gradient", "multi_outer")), Case("attention", N=64),
+    *(Case(kernel, r=64, dtype=f16) for kernel in ("multi_forward", "multi_backward", "reflect", "reflect_gradient")),
+    *(Case(kernel, N=128) for kernel in ("attention_queries", "attention_keys")), Case("dora_norm", r=64),
     Case("forward", M=128, r=64, dtype=f16, p=0.0, dense=True),
     *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("forward", "backward", "project", "outer")),
     Case("outer", r=64, dtype=f16, p=0.0, ds=True), Case("backward", M=128, dense=True),
-    Case("forward", M=128, dense=True), Case("squares"), Case("multi_forward", M=16), Case("multi_forward"),
+    Case("forward", M=128, dense=True), Case("squares"), Case("multi_forward", M=16),
     Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32), Case("multi_backward"),
     Case("multi_outer"),
 )  # fmt: skip
@@ -69,17 +70,15 @@ def _of_row(kernel: str, arch: str, number: int, row: dict[str, Any]) -> Case | 
 
 def config_of(kernel: str, arch: str, number: int) -> tuning.Config:
     """The configuration of a row."""
-    data = tuning.table(arch)
-    return tuning._row_config(data["kernels"][kernel][number], data["programs"])
+    return tuning._row_config((data := tuning.table(arch))["kernels"][kernel][number], data["programs"])
 
 
 def cases(capability: int) -> list[Case]:
-    """Every case of an architecture, what CI may leave out last.
+    """Every case of an architecture under the compilers that are here, what CI may leave out last.
 
     The core is what a launch takes without a search, but for tiles between a smaller and a larger one and small ones of
-    the backward, and the largest tiles of the large products, which have a budget of their own. Then come the backward
-    for odd sizes, the products for float32, the tiles between, `MORE`, and last what else only a search may choose.
-    """
+    the backward, and the largest of the large products, which have a budget of their own. Then come the backward for
+    odd sizes, the products for float32, the tiles between, `MORE`, and last what else only a search may choose."""
     arch = tuning.nearest(capability)
     ranked: list[tuple[int, Case]] = []
     for kernel, rows in tuning.table(arch)["kernels"].items():
@@ -87,6 +86,8 @@ def cases(capability: int) -> list[Case]:
             raise KeyError(f"tuned/{arch}.json has {kernel}: add the call that launches it to {__name__}.CALLS")
         found = []
         for number, row in enumerate(rows):
+            if not tuning.compiles(row, toolchain.of(arch)):
+                continue  # another stands for it
             case = _of_row(kernel, arch, number, row)
             if case is None:
                 raise ValueError(f"tuned/{arch}.json, {kernel}, row {number}: no shape is served by it: {row}")
@@ -102,7 +103,8 @@ def cases(capability: int) -> list[Case]:
             elif size < max(first) and (kernel == "backward" or size > min(first)):
                 rank = 2
             else:
-                late = case.dtype is not bf16 if kernel == "backward" else kernel == "forward" and case.dtype is f32
+                # of float32 there is one kernel that works in it alone, the norm
+                late = case.dtype is not bf16 if kernel == "backward" else case.dtype is f32 and kernel != "dora_norm"
                 rank = 1 if late else 3 if odd else 0
             if kernel != "outer":
                 ranked.append((rank, case))

@@ -55,6 +55,8 @@ class Row:
     source: str  # of the configuration: "model" or "measured"; "" where no table chose it
     first: bool  # whether a launch takes this configuration without a search
     config: dict[str, Any]
+    triton: str  # the version that compiled it, and of the ptxas that it took; "" where nvcc did
+    ptxas: str
     registers: int
     spills: int
     stack: int
@@ -64,6 +66,7 @@ class Row:
     occupancy: float
     mma: str | None
     tf32: int
+    wgmma_from_registers: int  # products of sm_90 that read their left operand from registers while others go on
     atomics: int
     loads_16_bytes: int
     async_copies: int
@@ -85,7 +88,7 @@ class Row:
 
 def row(
     code: sass.Kernel, work: Work, arch: int, *, kernel: str, backend: str, title: str, config: dict[str, Any],
-    threads: int, shared: int, source: str = "", first: bool = True,
+    threads: int, shared: int, source: str = "", first: bool = True, triton: str = "", ptxas: str = "",
 ) -> Row:  # fmt: skip
     """Every metric of one compiled kernel."""
     limits, warps = gpus.ARCHS[arch], -(-threads // 32)
@@ -104,10 +107,11 @@ def row(
     roofs, bound = roofline(work, arch, issue)
     return Row(
         kernel=kernel, backend=backend, arch=f"sm_{arch}", title=title, source=source, first=first, config=config,
+        triton=triton, ptxas=ptxas,
         registers=code.registers, spills=code.spills, stack=code.stack + code.local, shared_memory=shared,
         threads=threads, blocks_per_sm=resident, occupancy=resident * warps / limits.warps,
         mma=sass.mma_kind(body) or sass.mma_kind(code.instructions), tf32=sass.narrow_mma(code.instructions),
-        atomics=code.atomics,
+        wgmma_from_registers=sass.wgmma_from_registers(code.instructions), atomics=code.atomics,
         loads_16_bytes=sass.wide_loads(body), async_copies=sass.async_copies(body),
         instructions=len(code.instructions), loop_instructions=len(code.loop),
         per_element=(len(body) - sass.pipes(body).get("tensor", 0) - sass.fillers(body)) * each if each else None,

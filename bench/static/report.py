@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields
 from multiprocessing import get_context
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_kernels import tuning
+from peft_kernels.triton_lib import toolchain
 
 from . import cases, cuda, gpus, loops, sass
 from .calls import Case
@@ -21,7 +22,7 @@ from .metrics import Row, row
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "static"
-ARCHS = (80, 89, 90, 100, 120)
+ARCHS = (80, 86, 89, 90, 100, 120)
 
 
 def read(cubin: bytes, marker: str | None = None) -> list[sass.Kernel]:
@@ -41,12 +42,17 @@ def read(cubin: bytes, marker: str | None = None) -> list[sass.Kernel]:
     return found
 
 
+def version(numbers: Sequence[int]) -> str:
+    return ".".join(map(str, numbers))
+
+
 def triton_rows(case: Case, capability: int) -> list[Row]:
     """The rows of a case: one for each specialisation of its kernel that the call launches."""
     from .launches import options, work
 
     rows: dict[str, Row] = {}
     arch = tuning.nearest(capability)
+    compilers = toolchain.of(f"sm_{capability}")
     for launch in cases.run(case, capability):
         cubin = launch.kernel.asm["cubin"]
         code = read(cubin)[0]
@@ -56,7 +62,7 @@ def triton_rows(case: Case, capability: int) -> list[Row]:
         rows.setdefault(hashlib.sha256(cubin).hexdigest(), row(
             code, work(launch), capability, kernel=name, backend="triton", title=case.title, config=o,
             threads=32 * launch.kernel.metadata.num_warps, shared=launch.kernel.metadata.shared, source=source,
-            first=case.first,
+            first=case.first, triton=version(compilers.triton), ptxas=version(compilers.ptxas),
         ))  # fmt: skip
     return list(rows.values())
 
@@ -153,6 +159,10 @@ that it decodes, by pipe (tensor, lsu, fma, xu, control, uniform, alu). iss/tc: 
 bytes: loads ask for / least. us: roofline of the launch, and what bounds it. bench/static/metrics.py: the formulas."""
 
 
+def _compilers(rows: Iterable[Row]) -> str:
+    return ", ".join(dict.fromkeys(f"Triton {r.triton}, ptxas {r.ptxas}" for r in rows if r.triton))
+
+
 def show(rows: Sequence[Row], skipped: Sequence[str]) -> None:
     """A table per architecture."""
     from rich.console import Console
@@ -161,7 +171,8 @@ def show(rows: Sequence[Row], skipped: Sequence[str]) -> None:
     console = Console() if Console().is_terminal else Console(width=260)
     for arch in dict.fromkeys(r.arch for r in rows):
         names = list(gpus.of(int(arch.removeprefix("sm_"))))
-        table = Table(title=f"{arch}: static report (no GPU was used; rooflines from public specifications)")
+        table = Table(title=f"{arch}: static report (no GPU was used; rooflines from public specifications)",
+                      caption=_compilers(r for r in rows if r.arch == arch))
         for name in ("kernel", "launch", "tile", "from"):
             table.add_column(name, no_wrap=True)
         for name in (*COLUMNS, *(f"{n} us" for n in names)):

@@ -105,6 +105,11 @@ def narrow_mma(code: Iterable[str]) -> int:
     return sum("TF32" in opcode(i) for i in code if pipe(opcode(i)) == "tensor")
 
 
+def wgmma_from_registers(code: Iterable[str]) -> int:
+    """Products of sm_90's warp groups whose left operand lies in registers."""
+    return sum(bool(re.search(r"\bHGMMA\S* R\d+, R\d+", i)) for i in code)
+
+
 def fillers(code: Iterable[str]) -> int:
     """NOPs right behind tensor-core instructions: on sm_120 the assembler's, where it has nothing else for the slot."""
     ops = [opcode(i) for i in code]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,40 @@ def test_absent_package_is_told_from_a_broken_one(monkeypatch: pytest.MonkeyPatc
     assert "the slower reference serves" in found["native CPU library"]["value"]
     assert "no NVIDIA GPU is seen" in found["native CUDA library"]["value"]
     assert "PEFT_KERNELS_CUDA=1 make native" in found["native CUDA library"]["fix"]
+
+
+@pytest.mark.parametrize(
+    ("triton", "torch", "status", "text"),
+    [
+        ("3.5.0", ("2.9.1", "12.8"), "broken", "3.5.0, which torch 2.9.1 for CUDA 12.8 brings, is older than 3.6"),
+        ("3.5.1", ("2.9.1", None), "note", "3.5.1, older than 3.6"),
+        ("3.6.0", ("2.11.0", "13.0"), "ok", "3.6.0"),
+        ("3.10.0", ("2.16.0", "13.0"), "ok", "3.10.0"),
+    ],
+)
+def test_an_old_triton_is_said(
+    triton: str, torch: tuple[str, str | None], status: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(names: list[str]) -> dict[str, dict[str, Any]]:
+        found = {n: {"found": {}} for n in names}
+        found["torch"] = {"found": {"gpus": [], "cuda_build": torch[1], "version": torch[0]}}
+        found["triton"] = {"found": {"version": triton}}
+        for name in ("native_cpu", "native_cuda"):
+            found[name] = {"found": {"reason": "not built"}}
+        return found
+
+    monkeypatch.setattr(doctor, "probe", probe)
+    row = findings(doctor.examine())["triton"]
+    assert row["status"] == status
+    assert text in row["value"]
+    assert ("2.10" in row["fix"]) == (status == "broken")
+
+
+def test_the_oldest_triton_is_the_one_that_pyproject_asks_for() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    asked = re.search(r'triton = \["triton>=([0-9.]+);', text)
+    assert asked is not None
+    assert asked[1] == doctor._TRITON
 
 
 WAYS = ("fastpeft.patch(), fastpeft run --patch", "import fastpeft as peft", "fastpeft.as_peft(), fastpeft run")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import tuning
 from ...triton_lib import host
 from . import _reference, _reference_backward
 
@@ -51,11 +52,13 @@ def _rotate(x: Tensor, matrices: Tensor) -> Tensor:
 
     (m, d), size = x.shape, matrices.shape[-1]
     y, (several, width) = torch.empty_like(x), _tiles(size)
-    rows, columns, depth = (64 if m > 16 else LEAST), min(width, 128), min(width, 64)
+    c = tuning.choose("rotate", tuning.arch_of(x.device), tuning.Shape(m, d, d, 0, x.element_size() * 8))
+    rows, columns, depth = (c.BM if m > 16 else LEAST), min(width, 128), min(width, 64)
     groups = -(-(d // size) // several)
     host.launch(
         rotate_kernel, (-(-m // rows), groups, -(-width // columns)), x, matrices, y, m, d, d // size,
-        SIZE=size, SEVERAL=several, SHARED=len(matrices) == 1, BM=rows, BN=columns, BK=depth, num_warps=4, num_stages=2,
+        SIZE=size, SEVERAL=several, SHARED=len(matrices) == 1, BM=rows, BN=columns, BK=depth,
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return y
 
@@ -65,12 +68,13 @@ def _gradient(x: Tensor, dy: Tensor, size: int) -> Tensor:
     from .triton_kernels import gradient_kernel
 
     (m, d), (several, width) = x.shape, _tiles(size)
-    parts, groups, tile = max(1, -(-m // SPLIT)), d // size, min(width, 64)
+    c = tuning.choose("rotate_gradient", tuning.arch_of(x.device), tuning.Shape(m, d, d, 0, x.element_size() * 8))
+    parts, groups, tile = max(1, -(-m // SPLIT)), d // size, min(width, c.BN)
     out = torch.empty(parts, groups, size, size, dtype=torch.float32, device=x.device)
     host.launch(
         gradient_kernel, (parts, -(-groups // several), (width // tile) ** 2), x, dy, out, m, d, groups,
-        SIZE=size, SEVERAL=several, ACROSS=width // tile, SPLIT=SPLIT, BM=64 if m > 16 else LEAST, BT=tile, num_warps=4,
-        num_stages=2,
+        SIZE=size, SEVERAL=several, ACROSS=width // tile, SPLIT=SPLIT, BM=c.BM if m > 16 else LEAST, BT=tile,
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import tuning
 from ...triton_lib import host
 
 MOST = 64  # reflections: s of a tile of rows lies in registers
@@ -40,8 +41,9 @@ def _gradient(t: Tensor, x: Tensor) -> Tensor:
     parts = max(1, -(-m // SPLIT))
     out = torch.empty(parts, r, d, dtype=torch.float32, device=x.device)
     ranks = _ranks(r)
-    rows = 16 if m <= 16 else 64 if ranks["BR"] <= 32 else 32
-    host.launch(gradient_kernel, (parts, -(-d // 64)), t, x, out, m, d, r, SPLIT=SPLIT, BM=rows, BN=64, **ranks)
+    c = tuning.choose("reflect_gradient", tuning.arch_of(x.device), tuning.Shape(m, d, d, r, x.element_size() * 8))
+    rows = 16 if m <= 16 else c.BM if ranks["BR"] <= 32 else 32
+    host.launch(gradient_kernel, (parts, -(-d // c.BN)), t, x, out, m, d, r, SPLIT=SPLIT, BM=rows, BN=c.BN, **ranks)
     return out[0] if parts == 1 else out.sum(0)
 
 

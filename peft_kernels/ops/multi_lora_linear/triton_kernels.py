@@ -31,12 +31,13 @@ def slot_of(p_adapters, i_row, b_mask, S):
 
 @triton.jit
 def span_of(p_starts, p_ranks, b_slot, r, S, P):
-    """(first row in a and b, rank) of adapters; rank 0 for the base, and for rows that are not there."""
+    """(first row in a and b, rank) of adapters, in 32 bits, as P has; rank 0 for the base, and for rows that are not
+    there."""
     b_in = (b_slot >= 0) & (b_slot < S)
     b_start = tl.load(p_starts + b_slot, mask=b_in, other=0)
     b_rank = tl.load(p_ranks + b_slot, mask=b_in, other=0)
     b_in = (b_rank > 0) & (b_rank <= r) & (b_start >= 0) & (b_start <= P - b_rank)
-    return tl.where(b_in, b_start, 0), tl.where(b_in, b_rank, 0).to(tl.int32)
+    return tl.where(b_in, b_start, 0).to(tl.int32), tl.where(b_in, b_rank, 0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -96,8 +97,8 @@ def multi_project_kernel(
         b_row = tl.load(p_order + i_m, mask=b_in, other=0)
         i_r = i_r0 + tl.arange(0, BR)
         i_end = tl.where(i_r0 < i_rank, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps), 0)
-        b_s = project_rows(p_x, p_a + i_start * K, p_seed, b_row, b_in, i_r, i_part * steps, i_end, K, i_rank,
-                           threshold, keep_scale, DROPOUT, BY_FOUR, BM, BK, BR)  # fmt: skip
+        b_s = project_rows(p_x, p_a + i_start.to(tl.int64) * K, p_seed, b_row, b_in, i_r, i_part * steps, i_end, K,
+                           i_rank, threshold, keep_scale, DROPOUT, BY_FOUR, BM, BK, BR)  # fmt: skip
         if SCALE:
             b_s = b_s * tl.load(p_scaling + i_slot, mask=i_slot < S, other=0.0)
         i_out = (i_part.to(tl.int64) * M + b_row.to(tl.int64))[:, None] * r + i_r[None, :]
@@ -117,11 +118,11 @@ def add_by_row(
         b_has = i_r < b_rank
         b_s = tl.load(p_srow + i_r, mask=b_has, other=0.0)
         if LEFT:
-            p_bt = p_b + (b_start + i_r)[None, :] * N + i_n[:, None]
+            p_bt = p_b + (b_start + i_r).to(tl.int64)[None, :] * N + i_n[:, None]
             b_b = tl.load(p_bt, mask=b_has[None, :] & (i_n < N)[:, None], other=0.0).to(tl.float32)
             b_acc += b_b * b_s[None, :]
         else:
-            p_bt = p_b + (b_start + i_r)[:, None] * N + i_n[None, :]
+            p_bt = p_b + (b_start + i_r).to(tl.int64)[:, None] * N + i_n[None, :]
             b_b = tl.load(p_bt, mask=b_has[:, None] & (i_n < N)[None, :], other=0.0).to(tl.float32)
             b_acc += b_b * b_s[:, None]
     return b_acc
@@ -141,27 +142,28 @@ def add_by_group(
     for i_step in tl.range(first, tl.cdiv(groups, BU) * steps, stride, num_stages=1):
         i_u = i_step // steps * BU + tl.arange(0, BU)
         i_r = i_step % steps * BR + tl.arange(0, BR)
-        b_of = b_group[None, :] == i_u[:, None]  # every row of a group knows where its adapter is
-        b_from = tl.max(tl.where(b_of, b_start[None, :], 0), 1)
-        b_ends = tl.max(tl.where(b_of, b_rank[None, :], 0), 1)
+        b_of = b_group[:, None] == i_u[None, :]  # every row of a group knows where its adapter is
+        b_from = tl.max(tl.where(b_of, b_start[:, None], 0), 0)
+        b_ends = tl.max(tl.where(b_of, b_rank[:, None], 0), 0)
         b_has = tl.reshape(i_r[None, :] < b_ends[:, None], (BU * BR,))
         b_from = tl.reshape(b_from[:, None] + i_r[None, :], (BU * BR,))
         b_u = tl.reshape(tl.broadcast_to(i_u[:, None], (BU, BR)), (BU * BR,))
         b_r = tl.reshape(tl.broadcast_to(i_r[None, :], (BU, BR)), (BU * BR,))
-        p_bt = p_b + b_from[None, :] * N + i_n[:, None]
+        p_bt = p_b + b_from.to(tl.int64)[None, :] * N + i_n[:, None]
         b_b = tl.load(p_bt, mask=b_has[None, :] & (i_n < N)[:, None], other=0.0).to(tl.float32)
-        p_st = p_s + b_row.to(tl.int64)[None, :] * r + b_r[:, None]
-        b_own = b_has[:, None] & (b_group[None, :] == b_u[:, None])
+        # by rows of x: with the ranks first Triton 3.6 gives every thread all rows, and spills
+        p_st = p_s + b_row.to(tl.int64)[:, None] * r + b_r[None, :]
+        b_own = b_has[None, :] & (b_group[:, None] == b_u[None, :])
         b_s = tl.load(p_st, mask=b_own, other=0.0)
         # Zero times a weight that is not finite is not zero. Such weights leave the product, and NaN are the rows of
         # their own adapter: all of it, because a mask of s would be moved behind a layout that masks cannot have.
-        b_bad = tl.max((b_b - b_b != 0).to(tl.int32), 0)[:, None]
+        b_bad = tl.max((b_b - b_b != 0).to(tl.int32), 0)[None, :]
         b_b = tl.where(b_b - b_b == 0, b_b, 0.0)
-        b_lost = tl.maximum(b_lost, tl.max(tl.where(b_own, b_bad, 0), 0))
+        b_lost = tl.maximum(b_lost, tl.max(tl.where(b_own, b_bad, 0), 1))
         if LEFT:
-            b_acc = dot_narrow(b_b, b_s, b_acc, PRECISION)
+            b_acc = dot_narrow(b_b, tl.trans(b_s), b_acc, PRECISION)
         else:
-            b_acc = dot_narrow(tl.trans(b_s), tl.trans(b_b), b_acc, PRECISION)
+            b_acc = dot_narrow(b_s, tl.trans(b_b), b_acc, PRECISION)
     b_lost = tl.where(b_lost > 0, float("nan"), 0.0)
     return b_acc + (b_lost[None, :] if LEFT else b_lost[:, None])
 
@@ -211,13 +213,15 @@ def multi_forward_kernel(
     i_part = tl.program_id(1)
     i_m = i_m0 + tl.arange(0, BM)
     i_n = i_n0 + tl.arange(0, BN)
-    # Places beyond M repeat the last one; they are not stored. The rows are read once more at the end (volatile, or the
-    # compiler would keep them) because the loop needs the registers.
+    # Places beyond M repeat the last one; they are not stored. The rows are read again before the loop and at its end
+    # (volatile, or the compiler would keep them) because the adapters' terms and the loop need the registers.
     b_row = tl.load(p_order + tl.minimum(i_m, M - 1))
     b_acc = tl.zeros((BN, BM) if LEFT else (BM, BN), tl.float32)
     b_slot = slot_of(p_adapters, b_row, i_m >= 0, S)
     b_acc = add_adapters(p_b, p_s, p_order, p_adapters, p_starts, p_ranks, i_m0, b_row, b_slot, i_n, M, N, r, S, P,
                          i_part, tl.num_programs(1), b_acc, PRECISION, BM, BU, BR, BY_ROW, LEFT)  # fmt: skip
+    b_row = tl.load(p_order + tl.minimum(i_m, M - 1), volatile=True)
+    b_slot = slot_of(p_adapters, b_row, i_m >= 0, S)
     b_scale = tl.load(p_scaling + b_slot, mask=b_slot < S, other=0.0)
     b_acc = b_acc * (b_scale[None, :] if LEFT else b_scale[:, None])
     b_acc = add_output(p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, b_row, i_n0, i_part * steps,
@@ -260,6 +264,7 @@ def multi_backward_kernel(
             if LEFT:
                 b_keep = tl.trans(b_keep)
             b_acc = tl.where(b_keep, b_acc * keep_scale, 0.0)
+    b_row = tl.load(p_order + tl.minimum(i_m, M - 1), volatile=True)
     b_acc = add_input(p_dy, p_w, p_absmax, p_nested, p_code, p_offset, p_table, b_row, i_k0, i_part * steps,
                       tl.minimum(tl.cdiv(N, BN), (i_part + 1) * steps), N, K, stride_n, stride_k, b_acc, MODE,
                       BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BN, BK, EVEN_N, EVEN_K, LEFT)  # fmt: skip
@@ -290,7 +295,7 @@ def multi_outer_kernel(
         steps = tl.cdiv(tl.cdiv(i_to - i_from, BM), parts)
         i_c = i_tile * BC + tl.arange(0, BC)
         i_r = i_r0 + tl.arange(0, BR)
-        i_own = (i_start + i_r)[None, :] * C + i_c[:, None]
+        i_own = (i_start + i_r).to(tl.int64)[None, :] * C + i_c[:, None]
         scale = 1.0
         if WITH_DS:
             scale = tl.load(p_scaling + i_slot)

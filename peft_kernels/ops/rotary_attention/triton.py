@@ -1,4 +1,4 @@
-"""Triton backend of rotary_attention: the host side. Tiles of one size; written for any head, not tuned for one."""
+"""Triton backend of rotary_attention: the host side."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import tuning
 from ...triton_lib import host
 
 MOST = 256  # features of a head: both halves of a tile lie in the registers of a program
-OWN = 64  # queries, or keys, that a program has; fewer for wide heads
 OTHERS = 16  # of what it goes through at a time: `mma.sync` holds both factors in registers, and more would spill
 
 
@@ -19,12 +19,14 @@ def _common(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The numbers and the constants of a kernel. keys: its programs have keys, not queries."""
     _, tokens, heads, d = q.shape
-    own = OWN if d <= 128 and q.element_size() == 2 else OWN // 2
-    bm, bn = (OTHERS, own) if keys else (own, OTHERS)
+    shape = tuning.Shape(tokens, d, d, 0, q.element_size() * 8)
+    c = tuning.choose("attention", tuning.arch_of(q.device), shape)  # BM: queries, or keys, that a program has
+    bm, bn = (OTHERS, c.BM) if keys else (c.BM, OTHERS)
     numbers = (tokens, heads, k.shape[2], d, tokens * d if cos.shape[0] > 1 else 0,
                tokens * tokens if keep is not None and keep.shape[0] > 1 else 0, scale)  # fmt: skip
     options = {"MASKED": keep is not None, "PRECISION": "ieee", "BM": bm, "BN": bn,
-               "BD": max(16, 1 << (d // 2 - 1).bit_length()), "num_warps": 4, "num_stages": 1}  # fmt: skip
+               "BD": max(16, 1 << (d // 2 - 1).bit_length()), "num_warps": c.num_warps,
+               "num_stages": c.num_stages}  # fmt: skip
     return numbers, options
 
 

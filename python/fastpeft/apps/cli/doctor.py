@@ -33,6 +33,7 @@ _TIMEOUT = 120
 _PATCHED = "0.18", "0.22"  # versions of PEFT that fastpeft.patch() knows: from the first, below the second
 _WAYS = ("fastpeft.patch(), fastpeft run --patch", "import fastpeft as peft", "fastpeft.as_peft(), fastpeft run")
 _STANDS_FOR = "0.22.0"  # the version of peft that others see under fastpeft.as_peft()
+_TRITON = "3.6"  # the oldest Triton that the kernels are tested under; torch's CUDA builds bring it from 2.10 on
 # package -> (what it is for, how to get it)
 _PACKAGES = {
     "peft": ("not needed; fastpeft.patch() is for who has it", "pip install 'peft>=0.18,<0.22'"),
@@ -205,10 +206,25 @@ def _packages(looks: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
         rows.append(
             finding(name, OK, version) if version else finding(name, MISSING, f"not installed ({purpose})", fix)
         )
+    if old := _old_triton(looks):
+        rows = [old if row["name"] == "triton" else row for row in rows]
     trap = _peft_trap(looks["transformers"])
     if trap:
         rows.append(finding("transformers and peft", NOTE, trap["problem"], trap["fix"]))
     return rows
+
+
+def _old_triton(looks: dict[str, dict[str, Any]]) -> dict[str, str] | None:
+    """The finding of a Triton below the oldest that is tested; a CUDA build of torch pins the one that it came with."""
+    have = looks["triton"].get("found", {}).get("version")
+    if have is None or _numbers(have) >= _numbers(_TRITON):
+        return None
+    torch = looks["torch"].get("found", {})
+    if not torch.get("cuda_build"):
+        return finding("triton", NOTE, f"{have}, older than {_TRITON}", f"pip install 'triton>={_TRITON}'")
+    build = f"torch {torch['version']} for CUDA {torch['cuda_build']}"
+    value = f"{have}, which {build} brings, is older than {_TRITON}: the Triton kernels are not tested under it"
+    return finding("triton", BROKEN, value, "install a CUDA build of torch 2.10 or newer")
 
 
 def _peft_trap(transformers: dict[str, Any]) -> dict[str, str] | None:
