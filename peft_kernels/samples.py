@@ -253,7 +253,8 @@ def call(schema: Any, spec: str, dtype: torch.dtype, device: torch.device | str 
             named[name] = None
         else:
             own = name in like_x and "B" not in dims
-            of = torch.int64 if name in _INDICES else torch.int32 if name in _PLACES else dtype if own else torch.float32
+            integers = torch.int64 if name in _INDICES else torch.int32 if name in _PLACES else None
+            of = integers or (dtype if own else torch.float32)
             named[name] = torch.empty((0,) * len(dims), dtype=of, device=device)
     sizes = {**SIZES, "P": sum(_ranks(SIZES))}
     entry = _entry(spec, named, sizes, _Maker(torch.device(device), 0))

@@ -266,15 +266,11 @@ def _made_by(backend: str, arch: str) -> str:
 
 def compilers(arch: str) -> str:
     """Versions of Triton and of the ptxas that it assembles an architecture, "sm_90", with."""
-    try:
-        import triton
-        from triton.backends.nvidia.compiler import get_ptxas_version
+    from .triton_lib import toolchain
 
-        capability = int(arch[3:]) if arch.startswith("sm_") else 80
-        words = str(get_ptxas_version(capability)).split("release ")[-1].split(",")
-        return f"Triton {triton.__version__}, ptxas {words[0].strip()}"
-    except Exception as error:  # no Triton, or none for this machine: kernels of it will not run either
-        return f"no Triton ({type(error).__name__})"
+    found = toolchain.of(arch if arch.startswith("sm_") else "sm_80")
+    triton, ptxas = (".".join(map(str, numbers)) or "none" for numbers in (found.triton, found.ptxas))
+    return f"Triton {triton}, ptxas {ptxas}"
 
 
 def _file(backend: str, device: torch.device) -> Path:
