@@ -110,7 +110,7 @@ class Ticking:
 
     def call(self, name: str, seconds: float) -> Run:
         def run() -> None:
-            assert name.startswith(self.tried or "nobody"), "of a process that ends here another candidate would be blamed"
+            assert name.startswith(self.tried or "nobody"), "another candidate would be blamed"
             self.order.append(name)
             self.now += seconds + (0.0 if self.replaying else 1.0)
 
