@@ -22,7 +22,6 @@ from bench.gpu import answers, files
 from bench.gpu.verdicts import Verdicts
 from peft_kernels import tuning
 
-PARTS = ("tune", "lora_linear", "panels")
 LIMITS = ("bits", "plain", "max_r", "min_blocksize")  # what measured rows of one kind share, beside max_M
 
 
@@ -35,7 +34,7 @@ def read(run: Path) -> list[dict[str, Any]]:
     digest = files.settings(run).get("digest")
     if digest is None:
         raise Refused(f"{run}: expected the folder of a run of tools/gpu_run.py, found no settings.json with a digest")
-    rows = [row for part in PARTS for row in files.rows(run / f"{part}.jsonl", digest).values()]
+    rows = [row for part in answers.PARTS for row in files.rows(run / f"{part}.jsonl", digest).values()]
     made_up = [row["title"] for row in rows if row.get("fake") or "stands_in" in row]
     if files.settings(run).get("fake") or made_up:
         raise Refused(f"{run}: a fake device's numbers are made up; tables take those of a GPU")

@@ -14,6 +14,7 @@ from peft_kernels.tuning import Config
 Row = dict[str, Any]
 Wrong = Callable[[str, str, str, str, int], str | None]  # op, backend, direction, dtype, rows -> why it is wrong
 CLOCKS = ("graph_s", "eager_s")  # the first that both candidates have counts
+PARTS = ("tune", "lora_linear", "panels")  # of a run, whose rows the tables come from
 MARGIN = 0.02  # by so much another configuration has to be faster than the one that runs today
 # which operator and direction a kernel of the tables is a part of
 KERNELS = {"project": "forward", "forward": "forward", "outer": "backward", "backward": "backward"}

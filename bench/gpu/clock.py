@@ -54,6 +54,8 @@ class Clocks(Protocol):
 
     def synchronize(self) -> None: ...
 
+    def trying(self, candidate: str) -> None: ...
+
 
 def peak_mib(call: Run) -> float:
     """Memory that a call adds at its peak to what was allocated before it."""
@@ -84,6 +86,8 @@ def attempt(name: str | Callable[[], str], run: Callable[[], Any], device: Clock
     """(what `run` returns, None), or (None, why it failed). Raises `DeviceLost` where the device failed with it.
 
     name: the candidate's, or what says it afterwards."""
+    if isinstance(name, str):
+        device.trying(name)
     try:
         done = run()
         device.synchronize()  # a kernel's error is told at the next synchronisation
@@ -122,9 +126,14 @@ def captured(candidate: Candidate, device: Clocks) -> tuple[Run, int]:
 def _in_turns(candidates: Sequence[Candidate], device: Clocks, *limits: Any) -> tuple[dict[str, Stats], dict[str, str]]:
     """(`interleave` of the candidates that last, why others did not)."""
     now: list[str] = []  # the candidates that were sampled, the present one last
+
+    def enter(name: str) -> None:
+        now.append(name)
+        device.trying(name)  # of a process that ends here it is known with which
+
     failed: dict[str, str] = {}
     while True:
-        left = [Candidate(c.name, c.calls, partial(now.append, c.name)) for c in candidates if c.name not in failed]
+        left = [Candidate(c.name, c.calls, partial(enter, c.name)) for c in candidates if c.name not in failed]
         run = partial(interleave, left, *limits, device.eager_clock)
         stats, why = attempt(lambda: now[-1], run, device)
         if why is None:

@@ -36,6 +36,17 @@ def append(path: Path, line: dict[str, Any], sync: bool = True) -> None:
         os.close(file)
 
 
+def tell(path: Path, line: dict[str, Any]) -> None:
+    """Leave a line for whoever looks after this process has ended, in place of the one before. Takes microseconds."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        data = (json.dumps(line) + "\n").encode()
+        os.pwrite(file, data, 0)
+        os.ftruncate(file, len(data))
+    finally:
+        os.close(file)
+
+
 def lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
     """The lines of a file that are whole, from byte `start` on; none of a file that is not there."""
     try:

@@ -30,6 +30,7 @@ PLAN: dict[str, float] = {
     "after": 20,
     "example": 60,
 }
+AGAIN = {"tables"}  # parts that are done anew in each call: what they say depends on the rows of others
 
 
 def parts(folder: Path = Path(__file__).parent / "parts") -> list[str]:

@@ -75,7 +75,9 @@ class Run:
         for part in self.args.parts or plan.parts():
             last = self.ended().get(part, {})
             share = plan.PLAN[part] * self.args.budget / plan.MINUTES - float(str(last.get("all_seconds", 0)))
-            if last.get("state") in ("done", "gave up") or (last.get("state") == "share used" and share < 1):
+            if part in plan.AGAIN:
+                share = plan.PLAN[part]
+            elif last.get("state") in ("done", "gave up") or (last.get("state") == "share used" and share < 1):
                 continue
             if time.time() >= self.deadline:
                 return "late"

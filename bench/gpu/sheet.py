@@ -66,7 +66,7 @@ def answer(rows: Rows, verdicts: Verdicts, unfinished: dict[str, str], settings:
         "refused": refusals(times), "unfinished": unfinished,
         "crossovers": {group: crossovers(found) for group, found in groups.items()},
         "shares": {group: shares(found) for group, found in groups.items()},
-        "tables": next((plain(row) for row in rows.get("tables", {}).values() if "absent" not in row), {}),
+        "tables": next((plain(row) for row in reversed(rows.get("tables", {}).values()) if "absent" not in row), {}),
     }  # fmt: skip
 
 
@@ -158,6 +158,7 @@ def text(data: dict[str, Any]) -> str:
     out += section("Crossovers: from this number of rows on",
                    [f"{group}: {'; '.join(x['ours'])}. Of all: {'; '.join(x['all'])}"
                     for group, x in data["crossovers"].items()])  # fmt: skip
+    out += section("Where one of our ways overtakes another", data["tables"].get("overtaken", []))
     out += section("The fastest of ours, and its share of the bound",
                    [f"{group}: {'; '.join(f'M={m} {t}' for m, t in found.items())}"
                     for group, found in data["shares"].items()])  # fmt: skip

@@ -77,7 +77,7 @@ class Part:
                 ended = Ended(state, f"{len(self.left())} rows are left")
                 break
             for title in begun:
-                self.without_the_culprit(title, why or told(code, self.log), size)
+                self.without_the_culprit(title, why or told(code, self.log))
             if code == 0:
                 ended = Ended("done")
                 break
@@ -106,12 +106,13 @@ class Part:
                 open_rows.pop(line["row"], None)
         return list(open_rows)
 
-    def without_the_culprit(self, title: str, why: str, start: int) -> None:
+    def without_the_culprit(self, title: str, why: str) -> None:
         """Of a row with which its process ended: the candidate that it named last is left out when it is done again;
         a row that named none, or lost too many, is given up."""
-        tried = [x["trying"] for x in files.lines(self.path, start) if x.get("row") == title and "trying" in x]
+        tried = [x["trying"] for x in files.lines(self.path.with_suffix(".trying")) if x["row"] == title]
         lost = [x for x in files.lines(self.path) if x.get("row") == title and "lost" in x and self.mine(x)]
         if tried and len(lost) < MOST_LOST:
+            self.path.with_suffix(".trying").unlink()  # what is lost before the next is named is laid to none
             self.write({"lost": tried[-1], "row": title, "why": why})
             self.say(f"{self.name}: {title}: {tried[-1]}: {why}")
         else:

@@ -80,9 +80,10 @@ class Worker:
                 if x.get("row") == title and "lost" in x and x.get("digest") == self.digest}  # fmt: skip
 
         def trying(candidate: str) -> None:
-            self.write({"trying": candidate, "row": title}, sync=False)
+            files.tell(self.path.with_suffix(".trying"), {"row": title, "trying": candidate})
             faults.come(self.faults.of(self.out, self.part, f"{title} with {candidate}"), self.path, found)
 
+        self.path.with_suffix(".trying").unlink(missing_ok=True)
         found.begin(title, lost, trying)
         row: dict[str, Any]
         try:
