@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from fastpeft.recipes import ways
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,6 +78,7 @@ def meta_is_a_gpu(capability: int = 90) -> Iterator[None]:
     """Within, Triton's backends serve meta tensors and no other backend does, for a GPU of this compute capability."""
     with ExitStack() as stack:
         stack.enter_context(tuning.assuming(capability))
+        stack.enter_context(patch.object(ways, "_known", (None, {})))  # what was found holds for neither side
         # torch knows no autocast for meta tensors, and raises where it is asked for one
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))
         stack.enter_context(patch.dict(dispatch._HOME, triton=frozenset({"cuda", "meta"})))
@@ -93,9 +95,23 @@ def launches() -> Iterator[Counter[str]]:
     """Within `meta_is_a_gpu`: what was launched, by the kernel's or operator's name."""
     seen: Counter[str] = Counter()
 
+    with _noted(seen, lambda *args, **options: None), _AttentionIsOne(seen), _Counting(seen):
+        yield seen
+
+
+@contextmanager
+def kernels_run() -> Iterator[Counter[str]]:
+    """The kernels of ours that run within, on a GPU or in Triton's interpreter."""
+    seen: Counter[str] = Counter()
+    with _noted(seen, host.launch):
+        yield seen
+
+
+def _noted(seen: Counter[str], run: Callable[..., object]) -> Any:
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         if 0 not in grid:
-            seen[kernel.__name__] += 1
+            op = kernel.fn.__module__.split(".")[2]  # peft_kernels.ops.<op>
+            seen[f"{op}.{kernel.fn.__name__.removesuffix('_kernel')}"] += 1
+        run(kernel, grid, *args, **options)
 
-    with patch.object(host, "launch", launch), _AttentionIsOne(seen), _Counting(seen):
-        yield seen
+    return patch.object(host, "launch", launch)

@@ -77,12 +77,12 @@ def _one_token(
     layer: Any, ways: Ways, x: Tensor, mask: Tensor | None, cache: Any, position_embeddings: tuple[Tensor, Tensor]
 ) -> Tensor:
     """A decoder layer for x [B, 1, H] with `cache` holding the tokens before; x [B, 1, H] out."""
-    attention, mlp, own, dense = layer.self_attn, layer.mlp, layer._fastpeft_decoding, ways.launches
+    attention, mlp, own, few = layer.self_attn, layer.mlp, layer._fastpeft_decoding, ways.launches
     d = attention.head_dim
     batch = x.shape[0]
     x = x.view(batch, -1)
     h = _norm(layer.input_layernorm, x)
-    q, k, v = linears(own.qkv, h, dense, attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = linears(own.qkv, h, few, attention.q_proj, attention.k_proj, attention.v_proj)
     heads = q.shape[-1] // d
     cos, signed_sin = own.signs.get(*position_embeddings)
     qk = torch.cat((q, k), dim=-1).view(batch, -1, 1, d)
@@ -97,12 +97,12 @@ def _one_token(
     else:
         attend = _torch_attention()
         out, _ = attend(attention, qk[:, :heads], keys, values, mask, dropout=0.0, scaling=attention.scaling)
-    x = x + linears(own.o, out.to(x.dtype).view(batch, -1), dense, attention.o_proj)[0]
+    x = x + linears(own.o, out.to(x.dtype).view(batch, -1), few, attention.o_proj)[0]
     h = _norm(layer.post_attention_layernorm, x)
-    gate, up = linears(own.gate_up, h, dense, mlp.gate_proj, mlp.up_proj)
+    gate, up = linears(own.gate_up, h, few, mlp.gate_proj, mlp.up_proj)
     # for one row Python takes longer over an operator of ours than over torch's two calls
-    active = swiglu(gate, up) if ways.launches else F.silu(gate).mul_(up)
-    return (x + linears(own.down, active, dense, mlp.down_proj)[0]).unsqueeze(1)
+    active = swiglu(gate, up) if few else F.silu(gate).mul_(up)
+    return (x + linears(own.down, active, few, mlp.down_proj)[0]).unsqueeze(1)
 
 
 def _wide(mask: Tensor | None) -> Tensor | None:

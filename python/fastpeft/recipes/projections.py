@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels import PreparedCall, Projection, QuantWeight
+from peft_kernels import PreparedCall, Projection, QuantWeight, lora_linear
 
 from ..layer.by_row import train as trained_rows
 from ..layer.layer import AdapterLayer
@@ -107,17 +107,19 @@ def _by_row(x: Tensor, modules: Sequence[Any]) -> Sequence[Tensor] | None:
     return found
 
 
-def linears(call: PreparedCall, x: Tensor, dense: bool, *modules: Any) -> Sequence[Tensor]:
+def linears(call: PreparedCall, x: Tensor, launches: bool, *modules: Any) -> Sequence[Tensor]:
     """`module(x)` of each for x [M, K] without gradients, as one call of a kernel and without the modules around it.
 
-    dense: layers over a dense weight, too.
+    launches: of `Ways`. A stack pays over dense weights, too, then, and one projection has kernels of its own.
     """
     by_row = _by_row(x, modules)
     if by_row is not None:
         return by_row
     found = projections(x, *modules)
-    if found is None or any(p.dropout_p or not (dense or type(p.weight) is QuantWeight) for p in found):
+    if found is None or any(p.dropout_p or not (launches or type(p.weight) is QuantWeight) for p in found):
         return [module(x) for module in modules]
+    if launches and len(found) == 1:
+        return (lora_linear(x, *found[0]),)
     ys: Sequence[Tensor] = call(x, *found)
     return ys
 
