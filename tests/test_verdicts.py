@@ -43,7 +43,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, spoil: Spoil) -> list[int]
     def fn(*args: Any) -> Any:
         calls[0] += 1
         results = op.reference(*args)
-        spoil([results] if isinstance(results, Tensor) else [*results])
+        returned = [] if results is None else [results] if isinstance(results, Tensor) else [*results]
+        spoil([*(args[i] for i in op.operands.written), *returned])
         return results
 
     everything = frozenset({*dispatch.FLOATS, torch.uint8})
