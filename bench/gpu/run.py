@@ -32,8 +32,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("gpu_run.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     p.add_argument("--minutes", type=float, help="of this call; what is left then, --resume does (default: no limit)")
-    p.add_argument("--budget", type=float, default=plan.MINUTES, metavar="MINUTES",
-                   help="of the whole run, of which each part has a share (default: %(default)g)")  # fmt: skip
+    p.add_argument("--budget", type=float, metavar="MINUTES",
+                   help=f"of the whole run, of which each part has a share (default: {plan.MINUTES:g}; no limit with "
+                   "--fake)")  # fmt: skip
     p.add_argument("--parts", nargs="+", choices=plan.parts(), metavar="PART",
                    help=f"only these of {', '.join(plan.parts())}")  # fmt: skip
     p.add_argument("--resume", action="store_true", help="go on with the run in DIR")
@@ -47,6 +48,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out.resolve()
         self.digest = checks.digest_of_tree()
+        self.budget = args.budget or (plan.MINUTES if args.fake is None else float("inf"))
         self.deadline = time.time() + 60 * args.minutes if args.minutes else float("inf")
 
     def say(self, text: str) -> None:
@@ -57,8 +59,6 @@ class Run:
             "digest": self.digest, "commit": self.args.commit, "fake": self.args.fake is not None,
             "faults": self.args.fake, "session": secrets.token_hex(4), "begun": files.now(),
         }  # fmt: skip
-        if self.deadline != float("inf"):
-            settings["deadline"] = self.deadline
         files.replace(self.out / files.SETTINGS, json.dumps(settings, indent=1) + "\n")
 
     def ended(self) -> dict[str, dict[str, object]]:
@@ -74,7 +74,7 @@ class Run:
         """Go through the parts. The state in which the call ends: "done", "late" or "disk"."""
         for part in self.args.parts or plan.parts():
             last = self.ended().get(part, {})
-            share = plan.PLAN[part] * self.args.budget / plan.MINUTES - float(str(last.get("all_seconds", 0)))
+            share = plan.PLAN[part] * self.budget / plan.MINUTES - float(str(last.get("all_seconds", 0)))
             if part in plan.AGAIN:
                 share = plan.PLAN[part]
             elif last.get("state") in ("done", "gave up") or (last.get("state") == "share used" and share < 1):
@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with alone(args.out):
             run = Run(args)
+            supervise.end_leftovers(run.out)
             run.begin()
             state = run.parts()
             found = sheet.write(run.out)
