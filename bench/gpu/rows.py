@@ -32,6 +32,7 @@ EAGER_ROWS = 128  # the reference is slow, and its temporaries large
 MOST_ERROR = 0.02  # of a result's norm: five times what bfloat16 costs a product, far below any wrong sum
 WORST = 1e9
 CHECKED = 256  # rows of a result that are compared
+BACKENDS = ("cuda", "triton", "native")
 NEVER = 1 << 40
 # How Triton is forced: what stands in tuning's `Panels` meanwhile
 PANELS: dict[str, dict[str, int]] = {
@@ -193,7 +194,8 @@ class Row:
         errors: dict[str, float] = {}
         configs: dict[str, Any] = {}
         left: list[Candidate] = []
-        for c in self.candidates:
+        # ours are captured first: a capture that a later one refuses must not stand in their way
+        for c in sorted(self.candidates, key=lambda c: _rank(c.name)):
             if c.name in self.device.lost:
                 continue  # the worker gives its reason
             self.device.trying(c.name)
@@ -226,6 +228,11 @@ class Row:
         if self.device.fake:
             row["stands_in"] = f"{', '.join(self.device.backends)} of the CPU for the GPU's backends; times are made up"
         return row
+
+
+def _rank(name: str) -> int:
+    """Ours, then others', then the reference, which looks at values on the host."""
+    return 0 if name.split(" ")[0] in BACKENDS else 2 if name == "reference" else 1
 
 
 def times_of(got: clock.Measured) -> dict[str, dict[str, float]]:
