@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,6 +284,24 @@ def test_what_a_killed_run_left_behind_is_ended(tmp_path: Path) -> None:
     assert other.poll() is None, "of another run"
     other.kill()
     other.wait()
+
+
+def test_without_a_gpu_the_error_says_so(tmp_path: Path) -> None:
+    """torch is a stand-in, which takes no seconds to import."""
+    (tmp_path / "torch.py").write_text(
+        "class cuda: is_available = lambda: False\nclass version: cuda = None\n__version__ = '2.0'\n"
+    )
+    command = [*TOOL, "--out", str(tmp_path / "run"), "--parts", "after"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    assert "needs a CUDA device, and torch 2.0 is built without CUDA. `python -m bench --static`" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on the PATH")
+def test_make_installs_nothing_for_it() -> None:
+    done = subprocess.run(["make", "-n", "gpu-report"], cwd=ROOT, capture_output=True, text=True)
+    (line,) = done.stdout.splitlines()
+    assert "tools/gpu_run.py --out runs/gpu" in line
 
 
 def test_it_starts_with_the_standard_library_alone() -> None:

@@ -5,7 +5,7 @@ and no network. Every row is on the disk before the next begins, so a run can be
 `--resume` goes on with it: calls of a few minutes each do as well as one of an hour. Last comes an answer sheet.
 
 Exit status: 0 all is done and nothing was found wrong, 1 all is done, and the sheet names what is wrong, 2 the call is
-not understood, 3 the time is over: call it again with --resume, 4 the disk is full.
+not understood or there is no GPU, 3 the time is over: call it again with --resume, 4 the disk is full.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Run:
         return found
 
     def parts(self) -> str:
-        """Go through the parts. The state in which the call ends: "done", "late" or "disk"."""
+        """Go through the parts. The state in which the call ends: "done", "late" or "disk". SystemExit where there is
+        no device to run them on."""
         for part in self.args.parts or plan.parts():
             last = self.ended().get(part, {})
             share = plan.PLAN[part] * self.budget / plan.MINUTES - float(str(last.get("all_seconds", 0)))
@@ -85,6 +86,10 @@ class Run:
             one = supervise.Part(part, self.out, self.deadline, self.say, self.digest)
             ended = one.run(max(share, 1.0))
             self.say(f"== {part}: {ended.state}{f', {ended.why}' if ended.why else ''} ({ended.seconds:g} s)")
+            if ended.state == "no device":
+                print(f"error: {ended.why}. `python -m bench --static` reports on the kernels' machine code without "
+                      "one, and --fake makes a run of made-up numbers.", file=sys.stderr)  # fmt: skip
+                raise SystemExit(2)
             files.append(self.out / RUN, {"part": part, "digest": self.digest, "state": ended.state, "why": ended.why,
                                           "seconds": ended.seconds, "time": files.now()})  # fmt: skip
             if ended.state not in LAST:

@@ -22,7 +22,7 @@ from typing import Any
 
 from . import files
 from .verdicts import ENV
-from .worker import DISK, LATE, MOST_LOST
+from .worker import DISK, LATE, MOST_LOST, NO_DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_S = 180.0  # until the first line: imports, and the first context on a device
@@ -34,7 +34,7 @@ MOST_BEGINS = 6  # of a row that takes the whole run down, or that was ended wit
 @dataclass
 class Ended:
     """How a part came out. state: "done"; "gave up", for good; "share used" of its time; "late": the call's time is
-    over; "disk". seconds: that it took."""
+    over; "disk"; "no device". seconds: that it took."""
 
     state: str
     why: str = ""
@@ -83,6 +83,9 @@ class Part:
             size = self.size()
             code, why = self.process(over)
             begun = self.begun(size)
+            if code == NO_DEVICE:
+                ended = Ended("no device", last_line(self.log))
+                break
             if code == DISK:
                 ended = Ended("disk", "the disk is full")
                 break
@@ -205,8 +208,12 @@ def told(code: int, log: Path) -> str:
         number = -code if code < 0 else code - 128
         if number in set(signal.Signals):
             return f"the process was ended by {signal.Signals(number).name}"
+    return f"the process ended with status {code}: {last_line(log)[:300]}"
+
+
+def last_line(log: Path) -> str:
     try:
         text = [line for line in log.read_bytes()[-4000:].decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         text = []
-    return f"the process ended with status {code}: {(text or ['it said nothing'])[-1][:300]}"
+    return (text or ["it said nothing"])[-1]

@@ -22,7 +22,8 @@ from typing import Any
 
 from . import device, faults, files
 
-DONE, DISK, STICKY, LATE = 0, 74, 75, 76  # exit statuses: all rows; no room; the device is lost; no time for the next
+# exit statuses: all rows; there is no device; no room; the device is lost; no time for the next row
+DONE, NO_DEVICE, DISK, STICKY, LATE = 0, 73, 74, 75, 76
 PR_SET_PDEATHSIG = 1
 MOST_LOST = 4  # candidates that a row may lose before it is given up
 SHORTEST_S = 5.0  # a row is not begun with less time than this, or than the longest took
@@ -145,6 +146,9 @@ def main(argv: list[str]) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the runner asks before it ends a silent process
     try:
         return Worker(part, Path(out), float(until)).run()
+    except device.NoDevice as e:
+        print(e)
+        return NO_DEVICE
     except OSError as e:
         if e.errno not in files.FULL:
             raise
