@@ -1,5 +1,5 @@
-"""What follows from rows of a GPU run alone: where one way overtakes another, proposed rows, and the tables that
-tools/freeze_tuned.py writes. All numbers here are made up."""
+"""Answers that follow from rows of a GPU run alone: where one way overtakes another, proposed rows, and the tables
+that tools/freeze_tuned.py writes. All numbers here are made up."""
 
 from __future__ import annotations
 

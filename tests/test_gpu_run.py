@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,10 @@ from typing import Any
 import pytest
 from forms import matrix
 
-from bench.gpu import files, plan, run, sheet, verdicts
-from bench.gpu.device import Device
+from bench.gpu import files, plan, run, verdicts
 from bench.gpu.faults import Faults
-from bench.gpu.parts import sanitizer
 from bench.gpu.parts import tests as part_tests
 from bench.gpu.verdicts import Verdicts
-from bench.gpu.worker import withheld
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = [sys.executable, str(ROOT / "tools" / "gpu_run.py")]
@@ -68,6 +66,14 @@ def killed_while_it_runs(out: Path, after: int, **more: Any) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
+def read(path: Path) -> bytes:
+    """A file of a process, which may have ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """A run with a fault of each sort, from its beginning to its end."""
@@ -101,6 +107,9 @@ def test_killed_at_five_points_and_resumed_it_ends_with_the_same_sheet(
     code, text = finished(out, "--resume")
     assert code == 0, text
     assert answer(out) == answer(whole[0])
+    # a worker that outlives its runner would write beside the next one
+    workers = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(out).encode() in read(p)]
+    assert workers == []
     ends = [line["title"] for line in files.lines(out / "example.jsonl") if "title" in line and "begin" not in line]
     assert len(ends) == len(set(ends)), "no row that ended is done again"
 
@@ -118,6 +127,31 @@ def test_a_full_disk_leaves_whole_lines_and_the_run_goes_on(tmp_path: Path) -> N
     assert code == 0, text
     assert answer(out)["failed"] == {}
     assert len(files.rows(out / "example.jsonl")) == 6
+
+
+@pytest.mark.full_form
+@pytest.mark.slow
+def test_a_whole_run_names_exactly_what_was_planted(tmp_path: Path) -> None:
+    """All parts, with a wrong kernel, a crash and a hang: in under ten minutes, and with the same sheet where it was
+    killed at five points."""
+    faults = "limit=60,wrong=rms_norm_backward/native,crash=lora_linear/forward 64x128 M=16,hang=swiglu/M=16"
+    begin = time.monotonic()
+    code, text = finished(tmp_path / "whole", faults=faults, parts=())
+    assert time.monotonic() - begin < 600
+    assert code == 1, text
+    found = answer(tmp_path / "whole")
+    assert {key.rsplit(" ", 2)[0] for key in found["wrong"]} == {"rms_norm native backward"}
+    failed = {title.split(": ")[0]: why for title, why in found["failed"].items()}
+    assert failed == {"lora_linear": "the process was ended by SIGSEGV", "swiglu": "did not finish in 60 s"}
+    assert [found[name] for name in ("loose", "unfinished", "sanitizer")] == [{}, {}, {}]
+    assert found["machine"]["backends"]["native"] == "chosen"
+    assert all("rms_norm" in row or "native" not in row for row in found["refused"])
+    lines = sum(len(list(files.lines(p))) for p in (tmp_path / "whole").glob("*.jsonl"))
+    for share in (0.02, 0.2, 0.5, 0.8, 0.95):
+        assert killed_while_it_runs(tmp_path / "run", int(share * lines), faults=faults, parts=())
+    code, text = finished(tmp_path / "run", "--resume", faults=faults, parts=())
+    assert code == 1, text
+    assert answer(tmp_path / "run") == found
 
 
 TESTS = """
@@ -239,6 +273,37 @@ def test_a_row_that_ends_every_run_is_left_out(tmp_path: Path) -> None:
     assert "6 times" in files.rows(tmp_path / "example.jsonl")[ROW.format(4)]["absent"]
 
 
+def test_what_a_killed_run_left_behind_is_ended(tmp_path: Path) -> None:
+    """A profiler or pytest outlives the worker that started it."""
+    out = tmp_path / "run"
+    left, other = (
+        subprocess.Popen(["sleep", "60"], env={**os.environ, verdicts.ENV: str(where)}) for where in (out, tmp_path)
+    )
+    assert run.main(["--out", str(out), "--fake", "--parts", "after"]) == 0
+    assert left.wait(10) == -signal.SIGKILL
+    assert other.poll() is None, "of another run"
+    other.kill()
+    other.wait()
+
+
+def test_without_a_gpu_the_error_says_so(tmp_path: Path) -> None:
+    """torch is a stand-in, which takes no seconds to import."""
+    (tmp_path / "torch.py").write_text(
+        "class cuda: is_available = lambda: False\nclass version: cuda = None\n__version__ = '2.0'\n"
+    )
+    command = [*TOOL, "--out", str(tmp_path / "run"), "--parts", "after"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    assert "needs a CUDA device, and torch 2.0 is built without CUDA. `python -m bench --static`" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on the PATH")
+def test_make_installs_nothing_for_it() -> None:
+    done = subprocess.run(["make", "-n", "gpu-report"], cwd=ROOT, capture_output=True, text=True)
+    (line,) = done.stdout.splitlines()
+    assert "tools/gpu_run.py --out runs/gpu" in line
+
+
 def test_it_starts_with_the_standard_library_alone() -> None:
     code = "import sys; sys.path.insert(0, '.'); import bench.gpu.run; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -261,105 +326,6 @@ def test_every_part_has_its_place() -> None:
     modules = {p.stem for p in (ROOT / "bench" / "gpu" / "parts").glob("*.py")} - {"__init__"}
     assert modules == set(plan.parts())
     assert sum(plan.PLAN.values()) <= 60 * plan.MINUTES * 1.1
-
-
-@pytest.mark.parametrize(
-    ("failing", "passed", "wrong"),
-    [
-        ({"t": {"a cuda forward f32 1-8"}}, {"a cuda forward f32 1-8": 99}, {"a cuda forward f32 1-8"}),
-        # the forward passes by itself
-        ({"t": {"a cuda forward x 1", "a cuda backward x 1"}}, {"a cuda forward x 1": 1}, {"a cuda backward x 1"}),
-        # and so it does for other rows
-        ({"t": {"a cuda forward x 1", "a cuda backward x 1"}}, {"a cuda forward x 9": 1}, {"a cuda backward x 1"}),
-        # nothing tells them apart
-        ({"t": {"a cuda forward x 1", "b cuda forward x 1"}}, {}, {"a cuda forward x 1", "b cuda forward x 1"}),
-        # the forward fails by itself, which explains the rest
-        ({"s": {"a cuda forward x 1"}, "t": {"a cuda forward x 1", "a cuda backward x 1"}}, {}, {"a cuda forward x 1"}),
-        ({"t": set()}, {}, set()),
-    ],
-)  # fmt: skip
-def test_who_is_blamed(failing: dict[str, set[str]], passed: dict[str, int], wrong: set[str]) -> None:
-    assert verdicts.blamed(failing, passed) == wrong
-
-
-def test_keys_of_calls() -> None:
-    import torch
-
-    x, packed = torch.zeros(3, 5, 8, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.uint8)
-    assert verdicts.key_of("lora_linear_backward", "cuda", (x, x)) == "lora_linear cuda backward bf16 9-64"
-    assert verdicts.key_of("dequantize_4bit", "cuda", (packed, torch.float16)) == "dequantize_4bit cuda forward f16 any"
-    assert verdicts.key_of("dora_norm", "triton", (packed,)) == "dora_norm triton forward any any"
-    judged = Verdicts({"dora_norm triton forward any any": {"verdict": "wrong", "why": "w"}})
-    assert judged.wrong("dora_norm", "triton", "forward", "bf16", 77) == "wrong by its tests: w"
-    assert [verdicts.class_of(m) for m in (0, 1, 8, 9, 64, 65, 512, 513, 9999)] == [
-        "1-8", "1-8", "1-8", "9-64", "9-64", "65-512", "65-512", "513-", "513-"]  # fmt: skip
-
-
-def test_numbers_of_wrong_kernels_are_withheld(tmp_path: Path) -> None:
-    judged = Verdicts({"a cuda backward bf16 1-8": {"verdict": "wrong", "why": "w"}})
-    device = Device("cpu", "fake", 0, True, ("native",), tmp_path, judged)
-    row = {"op": "a", "direction": "step", "dtype": "bf16", "m": 4,
-           "times": {"cuda": {"eager_s": 1.0}, "cuda panels": {}, "triton": {"eager_s": 2.0}}}  # fmt: skip
-    kept = withheld(row, device)
-    assert list(kept["times"]) == ["triton"]
-    assert set(kept["refused"]) == {"cuda", "cuda panels"}
-    assert withheld({**row, "direction": "forward"}, device)["times"] == row["times"]
-
-
-def test_crossovers_and_shares() -> None:
-    def row(m: int, **times: float) -> dict[str, Any]:
-        case = {"op": "a", "direction": "forward", "dtype": "bf16", "shape": "s", "m": m, "bound_s": 1e-6}
-        return {**case, "title": f"M={m}", "times": {k: {"graph_s": v, "eager_s": 9.0} for k, v in times.items()}}
-
-    rows = [row(512, cuda=8e-6, triton=4e-6, dense=3e-6), row(1, cuda=2e-6, triton=3e-6, dense=9e-6),
-            row(16, cuda=2e-6, dense=9e-6)]  # fmt: skip
-    found = sheet.answer({"x": {r["title"]: r for r in rows}}, Verdicts(), {}, {"digest": "d"})
-    name = "a forward bf16 s"
-    assert found["crossovers"] == {name: {"all": ["1 cuda", "512 dense"], "ours": ["1 cuda", "512 triton"]}}
-    assert found["shares"][name]["512"] == "triton 4 us, 25% of the bound"
-    rows[0]["times"]["dense"].pop("graph_s")
-    assert sheet.seconds(rows[0])["cuda"] == 9.0, "one clock for all candidates of a row"
-    assert "From this" not in sheet.text(found)
-    assert "512 triton" in sheet.text(found)
-
-
-SANITIZER = """#!/bin/sh
-while [ "$1" != --log-file ]; do shift; done
-cat > "${2%\\%p.log}7.log" <<'END'
-========= COMPUTE-SANITIZER
-========= Invalid __global__ read of size 4 bytes
-=========     at void (anonymous namespace)::gemv_kernel<int>(Call)+0x1f0 in lora_gemv.cu:60
-=========     by thread (0,0,0) in block (0,0,0)
-=========     Address 0x7f is out of bounds
-=========
-========= Invalid __global__ read of size 4 bytes
-=========     at void at::native::vectorized_elementwise_kernel<4>(int)+0x10
-=========
-========= Error: Race reported between Write access at void mma::kernel<int>(Problem)+0x1 in a.cuh:1 and Read access
-========= ERROR SUMMARY: 3 errors
-END
-echo "5 passed in 1 s"
-"""
-
-
-def test_the_sanitizers_findings_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(SANITIZER)
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    device = Device("cuda", "a GPU", 90, False, ("cuda",), tmp_path)
-    row = sanitizer.row("memcheck", device)
-    assert (row["findings"], row["in_others"], row["finished"], row["tests"]) == (2, 1, True, "5 passed in 1 s")
-    assert "Invalid __global__ read of size 4 bytes; at void (anonymous namespace)::gemv_kernel" in row["words"][0]
-    tool.write_text("#!/bin/sh\necho no such device\n")
-    assert sanitizer.row("memcheck", device) == {"absent": "memcheck wrote no report: no such device"}
-
-
-def test_the_names_of_our_kernels_are_found() -> None:
-    sources = [p.read_text() for p in (ROOT / "csrc" / "cuda").glob("*.cu*")]
-    declared = sum(len(re.findall(r"^(?:template .*)?__global__ ", text, flags=re.M)) for text in sources)
-    assert sum(len(re.findall(sanitizer.KERNEL, text)) for text in sources) == declared > 20
-    assert {"gemv_kernel", "dx_kernel", "quantize_kernel"} <= sanitizer.kernels()
 
 
 def test_a_fault_comes_at_one_row(tmp_path: Path) -> None:

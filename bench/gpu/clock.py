@@ -44,7 +44,7 @@ def record(run: Run, cuda: Any = None) -> Run:
 
 
 class Clocks(Protocol):
-    """What is asked of a device (bench/gpu/device.py)."""
+    """A device (bench/gpu/device.py), as far as its clocks go."""
 
     fake: bool
 

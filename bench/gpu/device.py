@@ -91,8 +91,12 @@ class Device:
         return (1000 + int.from_bytes(drawn[:2], "little") % 1000) * 1e-6
 
 
+class NoDevice(RuntimeError):
+    """Nothing to measure on; the text says why."""
+
+
 def find(out: Path, fake: bool = False) -> Device:
-    """The GPU of this machine, or the fake one. Raises RuntimeError where there is no GPU."""
+    """The GPU of this machine, or the fake one. Raises NoDevice where there is no GPU."""
     verdicts = Verdicts.read(out)
     if fake:
         return Device("cpu", "a fake device", 0, True, ("native",), out, verdicts)
@@ -100,7 +104,7 @@ def find(out: Path, fake: bool = False) -> Device:
 
     if not torch.cuda.is_available():
         why = "is built without CUDA" if torch.version.cuda is None else "sees none"
-        raise RuntimeError(f"a GPU run needs a CUDA device, and torch {torch.__version__} {why}")
+        raise NoDevice(f"a GPU run needs a CUDA device, and torch {torch.__version__} {why}")
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     return Device("cuda", name, 10 * major + minor, False, ("cuda", "triton"), out, verdicts)

@@ -129,7 +129,7 @@ def data_sheet(name: str) -> gpus.Gpu | None:
 
 @dataclass
 class Row:
-    """What will be measured. shape: text, "4096x14336"; more: fields of the row beside those that every one has."""
+    """A row to be measured. shape: text, "4096x14336"; more: fields of the row beside those that every one has."""
 
     device: Device
     op: str

@@ -5,7 +5,7 @@ and no network. Every row is on the disk before the next begins, so a run can be
 `--resume` goes on with it: calls of a few minutes each do as well as one of an hour. Last comes an answer sheet.
 
 Exit status: 0 all is done and nothing was found wrong, 1 all is done, and the sheet names what is wrong, 2 the call is
-not understood, 3 the time is over: call it again with --resume, 4 the disk is full.
+not understood or there is no GPU, 3 the time is over: call it again with --resume, 4 the disk is full.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("gpu_run.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     p.add_argument("--minutes", type=float, help="of this call; what is left then, --resume does (default: no limit)")
-    p.add_argument("--budget", type=float, default=plan.MINUTES, metavar="MINUTES",
-                   help="of the whole run, of which each part has a share (default: %(default)g)")  # fmt: skip
+    p.add_argument("--budget", type=float, metavar="MINUTES",
+                   help=f"of the whole run, of which each part has a share (default: {plan.MINUTES:g}; no limit with "
+                   "--fake)")  # fmt: skip
     p.add_argument("--parts", nargs="+", choices=plan.parts(), metavar="PART",
                    help=f"only these of {', '.join(plan.parts())}")  # fmt: skip
     p.add_argument("--resume", action="store_true", help="go on with the run in DIR")
@@ -47,6 +48,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out.resolve()
         self.digest = checks.digest_of_tree()
+        self.budget = args.budget or (plan.MINUTES if args.fake is None else float("inf"))
         self.deadline = time.time() + 60 * args.minutes if args.minutes else float("inf")
 
     def say(self, text: str) -> None:
@@ -57,8 +59,6 @@ class Run:
             "digest": self.digest, "commit": self.args.commit, "fake": self.args.fake is not None,
             "faults": self.args.fake, "session": secrets.token_hex(4), "begun": files.now(),
         }  # fmt: skip
-        if self.deadline != float("inf"):
-            settings["deadline"] = self.deadline
         files.replace(self.out / files.SETTINGS, json.dumps(settings, indent=1) + "\n")
 
     def ended(self) -> dict[str, dict[str, object]]:
@@ -71,10 +71,11 @@ class Run:
         return found
 
     def parts(self) -> str:
-        """Go through the parts. The state in which the call ends: "done", "late" or "disk"."""
+        """Go through the parts. The state in which the call ends: "done", "late" or "disk". SystemExit where there is
+        no device to run them on."""
         for part in self.args.parts or plan.parts():
             last = self.ended().get(part, {})
-            share = plan.PLAN[part] * self.args.budget / plan.MINUTES - float(str(last.get("all_seconds", 0)))
+            share = plan.PLAN[part] * self.budget / plan.MINUTES - float(str(last.get("all_seconds", 0)))
             if part in plan.AGAIN:
                 share = plan.PLAN[part]
             elif last.get("state") in ("done", "gave up") or (last.get("state") == "share used" and share < 1):
@@ -85,6 +86,10 @@ class Run:
             one = supervise.Part(part, self.out, self.deadline, self.say, self.digest)
             ended = one.run(max(share, 1.0))
             self.say(f"== {part}: {ended.state}{f', {ended.why}' if ended.why else ''} ({ended.seconds:g} s)")
+            if ended.state == "no device":
+                print(f"error: {ended.why}. `python -m bench --static` reports on the kernels' machine code without "
+                      "one, and --fake makes a run of made-up numbers.", file=sys.stderr)  # fmt: skip
+                raise SystemExit(2)
             files.append(self.out / RUN, {"part": part, "digest": self.digest, "state": ended.state, "why": ended.why,
                                           "seconds": ended.seconds, "time": files.now()})  # fmt: skip
             if ended.state not in LAST:
@@ -120,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with alone(args.out):
             run = Run(args)
+            supervise.end_leftovers(run.out)
             run.begin()
             state = run.parts()
             found = sheet.write(run.out)

@@ -1,8 +1,9 @@
 """A part in processes of its own: started, watched, ended, and started again without the row that took it down.
 
 What a process did is read from its file. It is ended when it has written nothing for as long as a row may take, and
-when the time of the part or of the run is over. A row that had begun when its process ended becomes a line that says
-why; of a run that was killed from outside, and of one whose time was over, such a row is begun again.
+when the time of the call is over; with the part's share of the time it ends itself, after the row at which it is. A row
+that had begun when its process ended becomes a line that says why; of a run that was killed from outside, and of one
+whose time was over, such a row is begun again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from . import files
-from .worker import DISK, LATE, MOST_LOST
+from .verdicts import ENV
+from .worker import DISK, LATE, MOST_LOST, NO_DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_S = 180.0  # until the first line: imports, and the first context on a device
@@ -32,7 +34,7 @@ MOST_BEGINS = 6  # of a row that takes the whole run down, or that was ended wit
 @dataclass
 class Ended:
     """How a part came out. state: "done"; "gave up", for good; "share used" of its time; "late": the call's time is
-    over; "disk". seconds: that it took."""
+    over; "disk"; "no device". seconds: that it took."""
 
     state: str
     why: str = ""
@@ -45,8 +47,20 @@ def environment(out: Path) -> dict[str, str]:
     cache = out / "cache"
     return {
         "TRITON_CACHE_DIR": str(cache / "triton"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **os.environ,
-        "PYTHONPATH": path, "PEFT_KERNELS_CACHE": str(cache), "PEFT_KERNELS_VERIFY": "0",
+        # the part `tune` writes its tables beside it: rows are of the frozen ones, also after it
+        ENV: str(out), "PYTHONPATH": path, "PEFT_KERNELS_CACHE": str(cache / "untuned"), "PEFT_KERNELS_VERIFY": "0",
     }  # fmt: skip
+
+
+def end_leftovers(out: Path) -> None:
+    """End what a run in this folder has started and, itself killed, could not end: tests and profilers would go on with
+    the device. They are known by their environment."""
+    mark = f"{ENV}={out}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        number = int(path.parent.name)
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+            if number != os.getpid() and mark in path.read_bytes().split(b"\0"):
+                os.kill(number, signal.SIGKILL)
 
 
 class Part:
@@ -61,7 +75,7 @@ class Part:
     def run(self, share_s: float) -> Ended:
         """Until all rows are done, or the part has used up its share, or one of the other ends."""
         start = time.monotonic()
-        over = min(self.deadline, time.time() + share_s)
+        over = min(self.deadline, time.time() + share_s)  # when no row is begun any more
         strikes = 0
         ended = Ended("gave up", f"was started {MOST_STARTS} times")
         for _ in range(MOST_STARTS):
@@ -69,11 +83,14 @@ class Part:
             size = self.size()
             code, why = self.process(over)
             begun = self.begun(size)
+            if code == NO_DEVICE:
+                ended = Ended("no device", last_line(self.log))
+                break
             if code == DISK:
                 ended = Ended("disk", "the disk is full")
                 break
             if why == "late" or code == LATE:
-                state = "late" if over == self.deadline else "share used"
+                state = "late" if why == "late" or over == self.deadline else "share used"
                 ended = Ended(state, f"{len(self.left())} rows are left")
                 break
             for title in begun:
@@ -141,16 +158,16 @@ class Part:
     def process(self, over: float) -> tuple[int, str | None]:
         """Run the worker to its end. (exit status, why it was ended: "late", or that it was silent, or None)"""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "bench.gpu.worker", self.name, str(self.out)]
+        command = [sys.executable, "-m", "bench.gpu.worker", self.name, str(self.out), repr(over), str(os.getpid())]
         with self.log.open("ab") as log:
             child = subprocess.Popen(command, cwd=ROOT, env=environment(self.out), stdout=log, stderr=log,
                                      stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
             try:
-                return self.watch(child, over)
+                return self.watch(child)
             finally:
                 end(child)
 
-    def watch(self, child: subprocess.Popen[bytes], over: float) -> tuple[int, str | None]:
+    def watch(self, child: subprocess.Popen[bytes]) -> tuple[int, str | None]:
         position, spoke, limit, pause = self.size(), time.monotonic(), START_S, 0.01
         while True:
             code = child.poll()
@@ -169,7 +186,7 @@ class Part:
                     os.kill(child.pid, signal.SIGUSR1)  # the log then says where it stood
                 time.sleep(0.3)
                 return -signal.SIGKILL, f"did not finish in {limit:g} s"
-            if time.time() > over + GRACE_S:
+            if time.time() > self.deadline + GRACE_S:
                 return -signal.SIGKILL, "late"
             time.sleep(pause)
             pause = min(0.2, pause * 1.2)
@@ -191,8 +208,12 @@ def told(code: int, log: Path) -> str:
         number = -code if code < 0 else code - 128
         if number in set(signal.Signals):
             return f"the process was ended by {signal.Signals(number).name}"
+    return f"the process ended with status {code}: {last_line(log)[:300]}"
+
+
+def last_line(log: Path) -> str:
     try:
         text = [line for line in log.read_bytes()[-4000:].decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         text = []
-    return f"the process ended with status {code}: {(text or ['it said nothing'])[-1][:300]}"
+    return (text or ["it said nothing"])[-1]

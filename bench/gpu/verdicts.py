@@ -17,8 +17,8 @@ from typing import Any
 from . import files
 
 PART = "tests"
-# What parts/tests.py says to the plugin pytest_verdicts.py: the folder, the seconds of a test, and which tests are left
-# out, one list for all of xdist's workers, also for those that come late.
+# What the plugin pytest_verdicts.py is told: the folder, as every process of a run is, the seconds of a test, and which
+# tests are left out, one list for all of xdist's workers, also for those that come late.
 ENV, LIMIT_ENV, DONE = "PEFT_KERNELS_GPU_RUN", "PEFT_KERNELS_GPU_RUN_LIMIT", "tests-done.txt"
 GRACE_S = 20.0  # after the limit of a test, for a process in which no thread of Python runs
 CLASSES = ((1, 8), (9, 64), (65, 512), (513, 1 << 62))  # rows of x: the kernels' paths

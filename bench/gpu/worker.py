@@ -1,4 +1,5 @@
-"""`python -m bench.gpu.worker PART OUT`: the rows of one part, in the process that the runner starts for it.
+"""`python -m bench.gpu.worker PART OUT UNTIL RUNNER`: the rows of one part, in a process that the runner starts for it.
+No row is begun that would not end until that time. It ends with the process RUNNER.
 
 It leaves out what OUT/PART.jsonl has of this tree, and writes a line before a row begins and one when it ends: a row
 that takes the process with it is known by the line that is missing.
@@ -21,20 +22,23 @@ from typing import Any
 
 from . import device, faults, files
 
-DONE, DISK, STICKY, LATE = 0, 74, 75, 76  # exit statuses: all rows; no room; the device is lost; no time for the next
+# exit statuses: all rows; there is no device; no room; the device is lost; no time for the next row
+DONE, NO_DEVICE, DISK, STICKY, LATE = 0, 73, 74, 75, 76
 PR_SET_PDEATHSIG = 1
 MOST_LOST = 4  # candidates that a row may lose before it is given up
 SHORTEST_S = 5.0  # a row is not begun with less time than this, or than the longest took
 
 
-def end_with_the_runner() -> None:
-    """A process whose runner was killed would go on using the device."""
+def end_with(runner: int) -> None:
+    """A process whose runner was killed would go on using the device, and writing beside the next one."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != runner:  # it was killed before
+        os._exit(1)
 
 
 class Worker:
-    def __init__(self, part: str, out: Path) -> None:
-        self.part, self.out, self.path = part, out, out / f"{part}.jsonl"
+    def __init__(self, part: str, out: Path, until: float) -> None:
+        self.part, self.out, self.path, self.until = part, out, out / f"{part}.jsonl", until
         self.settings = files.settings(out)
         self.fake, self.digest = bool(self.settings.get("fake")), self.settings.get("digest")
         self.faults = faults.Faults.parse(self.settings.get("faults") or "")
@@ -58,7 +62,7 @@ class Worker:
         for title in titles:
             if title in done:
                 continue
-            if time.time() + longest > self.settings.get("deadline", float("inf")):
+            if time.time() + longest > self.until:
                 return LATE
             self.write({"title": title, "begin": files.now()}, sync=False)
             begin = time.monotonic()
@@ -136,12 +140,15 @@ def withheld(row: dict[str, Any], found: device.Device) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    end_with_the_runner()
+    part, out, until, runner = argv
+    end_with(int(runner))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the runner asks before it ends a silent process
-    part, out = argv
     try:
-        return Worker(part, Path(out)).run()
+        return Worker(part, Path(out), float(until)).run()
+    except device.NoDevice as e:
+        print(e)
+        return NO_DEVICE
     except OSError as e:
         if e.errno not in files.FULL:
             raise

@@ -1,5 +1,5 @@
-"""What this GPU reaches: copying memory, reading it, and cuBLAS' largest product. Rows give their shares of these; the
-maker's data sheet stands beside."""
+"""Ceilings that this GPU reaches: copying memory, reading it, and cuBLAS' largest product. Rows give their shares of
+these; the maker's data sheet stands beside."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def product(device: Device) -> dict[str, Any]:
 
 
 def clocks(device: Device) -> dict[str, Any]:
-    """What nvidia-smi says while about two seconds of products are queued."""
+    """Clocks and power by nvidia-smi while about two seconds of products are queued."""
     a, b = _operands(device)
     for _ in range(1 if device.small else 1500):
         a @ b.t()

@@ -59,7 +59,7 @@ def run(device: Device, settings: dict[str, Any], limit: float) -> int:
         files.append(path, {"title": "pytest", "absent": "pytest is not installed: no kernel is judged", **marks})
         return 0
     files.append(path, {"limit_s": limit + 2 * verdicts.GRACE_S, **marks})
-    environment = {**os.environ, verdicts.ENV: str(device.out), verdicts.LIMIT_ENV: str(limit)}
+    environment = {**os.environ, verdicts.LIMIT_ENV: str(limit)}  # the folder is in every process's of a run
     for full in (False,) if device.fake else (False, True):
         done = files.rows(path, settings.get("digest"))
         files.replace(device.out / verdicts.DONE, "\n".join(done))
