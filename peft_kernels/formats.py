@@ -61,8 +61,10 @@ def make_tables(like: Tensor) -> None:
     Operators make none: what a call leaves behind would be lost with the memory of a CUDA graph, and a copy to the
     device cannot be captured in one.
     """
+    if torch.compiler.is_compiling():  # first, or the tables become part of what is traced
+        return
     device = like.device
-    if device in _tables or device.type == "meta" or type(like) not in PLAIN or torch.compiler.is_compiling():
+    if device in _tables or device.type == "meta" or type(like) not in PLAIN:
         return
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or capturing():
         return  # fake tensors are no tables

@@ -110,6 +110,16 @@ def test_a_seed_on_the_cpu_raises_under_capture(capturing: None) -> None:
         levels.on_device("nested_rounding", 0, META)
 
 
+def test_a_reference_that_reads_values_says_so_under_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["multi_lora_linear"]
+    args = op.sample(torch.float32)
+    op.reference(*args)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="multi_lora_linear: the reference reads which adapters there are"):
+        op.reference(*args)
+
+
 def test_a_seed_on_the_cpu_moves_elsewhere() -> None:
     seed, like = torch.zeros(1, dtype=torch.int64), torch.empty(4, device=META)
     assert lora_triton._Dropout(0.5, seed, 64, like).seed.device == META

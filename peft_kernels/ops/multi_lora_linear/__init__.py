@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...checks import arg_error, as_autocast, check_floating, check_memory, rows_of
+from ...checks import arg_error, as_autocast, capturing, check_floating, check_memory, rows_of
 from ...dispatch import Op, forward_mode
 from ...formats import AdapterStack, QuantWeight
 from ..lora_linear import (
@@ -92,6 +92,11 @@ def _groups(
     """(rows of x, rows of a and b, scaling) of each adapter in use. On a GPU what does not exist acts as the base."""
     if adapters.device.type == "cpu":
         check_values(op, p, adapters, starts, ranks, max_rank, backward)
+    if capturing():
+        raise RuntimeError(
+            f"{op}: the reference reads which adapters there are, which a CUDA graph cannot hold: let a kernel serve "
+            f"(peft_kernels.explain({op!r}, ...) says why none does; one call before the capture lets it be checked)"
+        )
     first, count, scale = starts.tolist(), ranks.tolist(), scaling.tolist()
     for i in adapters.unique().tolist():
         if 0 <= i < len(first) and 0 < count[i] <= max_rank and 0 <= first[i] <= p - count[i]:
