@@ -134,6 +134,7 @@ def _fits(row: dict[str, Any], shape: Shape, compilers: Toolchain | None) -> boo
         and row["bits"] == shape.bits
         and (shape.bits == 32 or row.get("plain", True) == shape.plain)
         and shape.blocksize >= row.get("min_blocksize", 0)
+        and row.get("min_M", 0) <= shape.M
         and all(v <= row.get(k, v) for k, v in most.items())
     )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_matrix import TRITONS
+from test_matrix import TRITONS, environment
 
 from bench import __main__ as cli
 from bench.static import budgets, calls, cases, cuda, cuda_kernels, gpus, loops, metrics, report, sass, splits
@@ -211,6 +213,15 @@ def test_the_budgets_name_fields_and_versions_that_exist() -> None:
     assert all({"most", "least", "is"} & set(rule) for rule in every)
     versions = {v for rule in every for v in budgets.listed(rule["where"].get("triton", []))}
     assert versions <= set(TRITONS), "`make test-triton-matrix` runs them"
+
+
+def test_a_triton_that_lies_in_a_folder_comes_first_on_the_path(tmp_path: Path) -> None:
+    """tools/test_matrix.py installs no version that is in its folder of versions."""
+    for name, version in (("triton-3.6.0", "3.6.0"), ("v3.8.0", "3.8.0")):
+        (tmp_path / name).mkdir()
+        python, env = environment(f"triton=={version}", tmp_path)
+        assert env["PYTHONPATH"].split(os.pathsep)[0] == str((tmp_path / name).resolve())
+        assert python == Path(sys.executable)
 
 
 def test_every_row_of_every_table_has_a_case() -> None:

@@ -97,7 +97,7 @@ def cases(capability: int) -> list[Case]:
             # of project and outer the plain case stands for these
             odd = kernel in ("project", "outer") and (case.dtype is not bf16 or (kernel == "project" and case.M < ROWS))
             if not case.first:
-                rank = 0 if kernel == "forward" and size > max(first) else 4
+                rank = 0 if kernel in ("forward", "backward") and size > max(first) else 4
             elif kernel == "turned":
                 rank = 0 if size == min(first) else 1
             elif size < max(first) and (kernel == "backward" or size > min(first)):

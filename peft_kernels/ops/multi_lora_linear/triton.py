@@ -134,9 +134,9 @@ def _tile(
     """(configuration, tiles, parts, steps) of the product with W in "forward" or "backward"."""
     m, (n, k) = x.shape[0], w.shape
     shape = tuning.Shape(m, n, k, r, x.element_size() * 8, plain and w.plain, w.blocksize)
-    c = tuning.choose(kernel, arch, shape)
-    if c.BM > _MOST_ROWS and f"multi_{kernel}" in tuning.table(arch)["kernels"]:
-        c = tuning.choose(f"multi_{kernel}", arch, shape)  # with adapters of many rows that tile would spill
+    own = f"multi_{kernel}"  # where the tile of a single adapter's product would spill with adapters of many rows
+    has_own = own in tuning.table(arch)["kernels"] and tuning.rows(own, arch, shape)
+    c = tuning.choose(own if has_own else kernel, arch, shape)
     out, summed = ((n, c.BN), (k, c.BK)) if kernel == "forward" else ((k, c.BK), (n, c.BN))
     tiles = single._cdiv(m, c.BM) * single._cdiv(*out)
     # without steps the kernel writes what the vendor's product is added to
