@@ -8,12 +8,38 @@ from torch import Tensor
 from .formats import QuantWeight
 
 
-def assert_no_worse(actual: Tensor, eager: Tensor, exact: Tensor, magnitude: Tensor | None = None) -> None:
+def truncation_floor(exact: Tensor, magnitude: Tensor, terms: int) -> Tensor:
+    """The error that tensor cores may make in a float32 sum of `terms` products: terms / 4 eps of the running sum.
+
+    A tensor core multiplies exactly, but does not round its sums to nearest. It takes 4 to 16 products and the sum so
+    far, cuts each off below the last bit of the largest, adds, and cuts the result to 24 bits (Fasi, Higham, Mikaitis
+    and Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330, 2021; Khattak and Mikaitis,
+    Accurate models of NVIDIA tensor cores, arXiv:2512.07004, 2025: the same up to B200, some with bits to spare).
+    So a product is cut once, and a group once more: 1.25 cuts a product for groups of 4. A cut loses half a unit in the
+    last place on average, the same way if the terms have one sign; a unit is 3/4 eps of the sum so far on average, and
+    that half of its end if it grows steadily: 1.25 / 2 * 3/4 / 2 = 0.23, rounded up to 1/4.
+    The sum so far is at most |exact| where it grows steadily; with terms of random signs it walks to about
+    magnitude / sqrt(terms), of which 4 is taken as its reach. magnitude: the sum of absolute terms.
+    """
+    running = exact.abs() + 4 / terms**0.5 * magnitude.abs()
+    return terms / 4 * torch.finfo(torch.float32).eps * running
+
+
+def _truncates(actual: Tensor) -> bool:
+    """Sums on CPUs, in Triton's interpreter and in the host build of the CUDA sources are rounded to nearest."""
+    return actual.is_cuda
+
+
+def assert_no_worse(
+    actual: Tensor, eager: Tensor, exact: Tensor, magnitude: Tensor | None = None, terms: int = 0
+) -> None:
     """Elementwise: the kernel's error is at most twice eager's, plus a floor of 4 eps of `magnitude`.
 
     actual: the kernel's result. eager: the reference's in the same dtype. exact: the reference's in float64.
     magnitude: the sum of absolute terms behind each element (|x| |W|^T for a product), which rounding scales with;
     by default |exact|. The shapes must agree and the dtype of `actual` must be eager's.
+    terms: of the sum behind each element, if tensor cores may make it; on a GPU, and there alone, `truncation_floor`
+    comes on top.
     """
     assert actual.shape == exact.shape == eager.shape, f"shapes: {actual.shape}, {eager.shape}, {exact.shape}"
     assert actual.dtype == eager.dtype, f"dtype: {actual.dtype}, eager has {eager.dtype}"
@@ -22,7 +48,10 @@ def assert_no_worse(actual: Tensor, eager: Tensor, exact: Tensor, magnitude: Ten
     exact = exact.double().cpu()
     error = (actual.double().cpu() - exact).abs()
     allowed = 2 * (eager.double().cpu() - exact).abs()
-    floor = 4 * torch.finfo(actual.dtype).eps * (exact.abs() if magnitude is None else magnitude.double().cpu().abs())
+    magnitude = (exact if magnitude is None else magnitude.double().cpu()).abs()
+    floor = 4 * torch.finfo(actual.dtype).eps * magnitude
+    if terms and _truncates(actual):
+        floor += truncation_floor(exact, magnitude, terms)
     bad = ~(error <= allowed + floor)  # written so that a NaN is bad
     if bad.any():
         worst = torch.where(bad, error, torch.zeros_like(error)).nan_to_num(float("inf")).argmax()

@@ -49,11 +49,11 @@ def kernel(code: tuple[str, ...], loop: tuple[str, ...] = (), registers: int = 6
 def test_the_parser_finds_functions_and_loops() -> None:
     found = sass.parse(LISTING)
     assert set(found) == {"first_kernel", "second_kernel"}
-    code, loop = found["first_kernel"]
+    code, loop, _ = found["first_kernel"]
     assert [sass.opcode(i) for i in code][-2:] == ["NANOSLEEP", "BRA"], "the padding goes, a real branch stays"
     # the slow path, out of line behind the exit, belongs to the loop; the exit does not, nor what comes before the head
     assert [sass.opcode(i).split(".")[0] for i in loop] == ["LDG", "HMMA", "BRA", "BRA", "NANOSLEEP", "BRA"]
-    code, loop = found["second_kernel"]
+    code, loop, _ = found["second_kernel"]
     assert loop == ()
     spilling = kernel(code)
     assert (spilling.spills, spilling.atomics) == (1, 1)
@@ -133,7 +133,7 @@ def product(**changes: object) -> metrics.Row:
     work = metrics.Work(weights=2048, tile=(64, 128, 16), bytes=3350e3, fmas=1e6, loop_bytes=2048, passes=1, blocks=1)
     made = metrics.row(
         kernel(loop, loop), work, 90, kernel="forward", backend="triton", title="", threads=128, shared=0,
-        config={"BM": 128, "MODE": 1, "enable_fp_fusion": False},
+        config={"BM": 128, "MODE": 1, "enable_fp_fusion": False}, shared_accumulators=0,
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -180,7 +180,8 @@ def test_a_row_within_its_budgets_passes() -> None:
         ({"per_element": 7.6}, "per_element is 7.6"), ({"per_element": None}, "per_element is not known"),
         ({"issue_over_tensor": 0.96}, "issue_over_tensor is 0.96"), ({"mma": "HMMA"}, "mma is HMMA, not HGMMA"),
         ({"mma": None}, "mma is None"), ({"tiles": 2.0}, "tiles is 2.0"), ({"occupancy": 0.0}, "occupancy is 0"),
-        ({"async_copies": 0}, "async_copies is 0"),
+        ({"async_copies": 0}, "async_copies is 0"), ({"overwritten": 1}, "overwritten is 1"),
+        ({"shared_accumulators": 2}, "shared_accumulators is 2"), ({"shared_accumulators": None}, "is not known"),
     ],
 )  # fmt: skip
 def test_what_exceeds_a_budget_is_named(changes: dict[str, object], text: str) -> None:

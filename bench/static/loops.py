@@ -21,22 +21,39 @@ def _leaves(text: str) -> tuple[bool, bool]:
     return False, True
 
 
-def loops(code: Sequence[str], labels: dict[str, int]) -> list[tuple[int, ...]]:
-    """Indices of the instructions of each natural loop: of all paths from a loop's head back to it."""
-    if not code:
-        return []
+def _blocks(code: Sequence[str], labels: dict[str, int]) -> tuple[list[int], list[list[int]]]:
+    """(where each block of straight code begins, the blocks that may follow it)."""
     starts = {0, *(i for i in labels.values() if i < len(code))}
     starts |= {i + 1 for i, text in enumerate(code) if _leaves(text)[0] and i + 1 < len(code)}
     heads = sorted(starts)
     block_of = {first: n for n, first in enumerate(heads)}
-    ends = [*heads[1:], len(code)]
     after: list[list[int]] = []
-    for n, end in enumerate(ends):
+    for n, end in enumerate([*heads[1:], len(code)]):
         jumps, goes_on = _leaves(code[end - 1])
         found = [n + 1] if goes_on and n + 1 < len(heads) else []
         if jumps and (m := _TARGET.search(code[end - 1])) and labels.get(m[1], len(code)) < len(code):
             found.append(block_of[labels[m[1]]])
         after.append(found)
+    return heads, after
+
+
+def successors(code: Sequence[str], labels: dict[str, int]) -> list[list[int]]:
+    """For each instruction those that may come next."""
+    if not code:
+        return []
+    heads, after = _blocks(code, labels)
+    found = [[i + 1] for i in range(len(code))]
+    for end, following in zip([*heads[1:], len(code)], after, strict=True):
+        found[end - 1] = [heads[n] for n in following]
+    return found
+
+
+def loops(code: Sequence[str], labels: dict[str, int]) -> list[tuple[int, ...]]:
+    """Indices of the instructions of each natural loop: of all paths from a loop's head back to it."""
+    if not code:
+        return []
+    heads, after = _blocks(code, labels)
+    ends = [*heads[1:], len(code)]
     dominators = _dominators(after)
     before: list[list[int]] = [[] for _ in heads]
     for n, found in enumerate(after):

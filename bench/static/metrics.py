@@ -68,6 +68,7 @@ class Row:
     tf32: int
     wgmma_from_registers: int  # products of sm_90 that read their left operand from registers while others go on
     atomics: int
+    overwritten: int  # products of sm_90 whose left operand is written to while they read it
     loads_16_bytes: int
     async_copies: int
     instructions: int
@@ -82,6 +83,7 @@ class Row:
     matrix: bool  # multiplies by a weight on the tensor cores
     tiles: float  # of a matrix kernel: products in its main loop / those of the tile; 1 unless unrolled or redundant
     decodes: bool
+    shared_accumulators: int | None = None  # products that add to another's sum in a loop; None: no Triton kernel
     roofline_us: dict[str, float] = field(default_factory=dict)
     bound: dict[str, str] = field(default_factory=dict)  # by GPU: memory, tensor, float or issue
 
@@ -89,6 +91,7 @@ class Row:
 def row(
     code: sass.Kernel, work: Work, arch: int, *, kernel: str, backend: str, title: str, config: dict[str, Any],
     threads: int, shared: int, source: str = "", first: bool = True, triton: str = "", ptxas: str = "",
+    shared_accumulators: int | None = None,
 ) -> Row:  # fmt: skip
     """Every metric of one compiled kernel."""
     limits, warps = gpus.ARCHS[arch], -(-threads // 32)
@@ -112,6 +115,7 @@ def row(
         threads=threads, blocks_per_sm=resident, occupancy=resident * warps / limits.warps,
         mma=sass.mma_kind(body) or sass.mma_kind(code.instructions), tf32=sass.narrow_mma(code.instructions),
         wgmma_from_registers=sass.wgmma_from_registers(code.instructions), atomics=code.atomics,
+        overwritten=code.overwritten,
         loads_16_bytes=sass.wide_loads(body), async_copies=sass.async_copies(body),
         instructions=len(code.instructions), loop_instructions=len(code.loop),
         per_element=(len(body) - sass.pipes(body).get("tensor", 0) - sass.fillers(body)) * each if each else None,
@@ -119,7 +123,8 @@ def row(
         issue_cycles=issue if code.loop else None, tensor_cycles=tensor,
         issue_over_tensor=issue / tensor if tensor else None,
         bytes_over_least=asked / work.loop_bytes if asked and work.loop_bytes else None,
-        wide=work.wide, matrix=matrix, tiles=times, decodes=weights > 0, roofline_us=roofs, bound=bound,
+        wide=work.wide, matrix=matrix, tiles=times, decodes=weights > 0,
+        shared_accumulators=shared_accumulators, roofline_us=roofs, bound=bound,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from peft_kernels import tuning
 from peft_kernels.triton_lib import toolchain
 
-from . import cases, cuda, gpus, loops, sass
+from . import cases, cuda, gpus, hazards, loops, sass, ttgir
 from .calls import Case
 from .metrics import Row, row
 
@@ -27,7 +27,7 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 
 def read(cubin: bytes, marker: str | None = None) -> list[sass.Kernel]:
     """`sass.read`, remembered under the contents of the cubin and of the reader. (Triton keeps its own cubins.)"""
-    reader = b"".join(Path(module.__file__).read_bytes() for module in (sass, loops))
+    reader = b"".join(Path(module.__file__).read_bytes() for module in (sass, loops, hazards))
     h = hashlib.sha256(cubin + repr(marker).encode() + reader)
     path = CACHE / f"{h.hexdigest()}.json"
     try:
@@ -63,6 +63,7 @@ def triton_rows(case: Case, capability: int) -> list[Row]:
             code, work(launch), capability, kernel=name, backend="triton", title=case.title, config=o,
             threads=32 * launch.kernel.metadata.num_warps, shared=launch.kernel.metadata.shared, source=source,
             first=case.first, triton=version(compilers.triton), ptxas=version(compilers.ptxas),
+            shared_accumulators=ttgir.shared_accumulators(launch.kernel.asm["ttgir"]),
         ))  # fmt: skip
     return list(rows.values())
 

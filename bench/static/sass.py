@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
+from . import hazards
 from .loops import loops
 
 # A pipe by the beginning of an opcode; the first that fits. What fits none is integer, logic, or a move: the ALU.
@@ -35,7 +36,8 @@ _WARP_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
 
 @dataclass(frozen=True)
 class Kernel:
-    """One function of a cubin. loop: the instructions of its main loop, see `main_loop`; empty where it has none."""
+    """One function of a cubin. loop: the instructions of its main loop, see `main_loop`; empty where it has none.
+    overwritten: products of `hazards.overwritten`."""
 
     name: str
     registers: int
@@ -45,6 +47,7 @@ class Kernel:
     threads: int  # of a block, where the file says so, else 0
     instructions: tuple[str, ...]
     loop: tuple[str, ...]
+    overwritten: int = 0
 
     @property
     def spills(self) -> int:
@@ -162,30 +165,32 @@ def async_copies(code: Iterable[str]) -> int:
     return sum(opcode(i).startswith(("LDGSTS", "UBLKCP", "UTMALDG")) for i in code)
 
 
-def parse(text: str, marker: str | None = None) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """nvdisasm's listing -> function -> (all instructions, those of the main loop)."""
-    found: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
-    name, labels, code = "", dict[str, int](), list[str]()
-
-    def close() -> None:
-        # the end is padding, behind a branch to itself
-        while code and opcode(code[-1]) == "NOP":
-            code.pop()
-        if code and (m := re.match(r"BRA `\((\.L_x_\d+)\)$", code[-1])) and labels.get(m[1]) == len(code) - 1:
-            code.pop()
-        if code:
-            found[name] = (tuple(code), main_loop(code, labels, marker))
-
+def functions(text: str) -> dict[str, tuple[list[str], dict[str, int]]]:
+    """nvdisasm's listing -> function -> (instructions, where its labels are)."""
+    found: dict[str, tuple[list[str], dict[str, int]]] = {}
+    labels, code = dict[str, int](), list[str]()
     for line in map(str.strip, text.splitlines()):
         if m := re.match(r"\.section\s+\.text\.([^,\"]+)", line):
-            close()
-            name, labels, code = m[1].strip(), {}, []
+            labels, code = {}, []
+            found[m[1].strip()] = code, labels
         elif m := re.match(r"(\.L_x_\d+):", line):
             labels[m[1]] = len(code)
         elif m := re.match(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             code.append(m[1])
-    close()
-    return found
+    for code, labels in found.values():  # the end is padding, behind a branch to itself
+        while code and opcode(code[-1]) == "NOP":
+            code.pop()
+        if code and (m := re.match(r"BRA `\((\.L_x_\d+)\)$", code[-1])) and labels.get(m[1]) == len(code) - 1:
+            code.pop()
+    return {name: (code, labels) for name, (code, labels) in found.items() if code}
+
+
+def parse(text: str, marker: str | None = None) -> dict[str, tuple[tuple[str, ...], tuple[str, ...], int]]:
+    """nvdisasm's listing -> function -> (all instructions, those of the main loop, `hazards.overwritten`)."""
+    return {
+        name: (tuple(code), main_loop(code, labels, marker), hazards.overwritten(code, labels))
+        for name, (code, labels) in functions(text).items()
+    }
 
 
 def main_loop(code: list[str], labels: dict[str, int], marker: str | None = None) -> tuple[str, ...]:
@@ -226,6 +231,6 @@ def read(cubin: bytes, marker: str | None = None) -> list[Kernel]:
             threads[section.split("\n", 1)[0].strip()] = x * y * z
     code = parse(listing, marker)
     return [
-        Kernel(name, int(reg), int(stack), int(local), int(shared), threads.get(name, 0), *code.get(name, ((), ())))
+        Kernel(name, int(reg), int(stack), int(local), int(shared), threads.get(name, 0), *code.get(name, ((), (), 0)))
         for name, reg, stack, shared, local in rows
     ]

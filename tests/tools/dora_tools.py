@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lora_tools import Case, make
+from lora_tools import Case, make, on_tensor_cores
 from torch import Tensor
 
 from peft_kernels.ops import dora_linear as op
@@ -46,8 +46,9 @@ def check(c: Case, gain: Tensor) -> None:
     y_size = wide.abs() * h_size + (base if c.p else 0)
     if exact.bias is not None:
         y_size = y_size + exact.bias.abs()
-    for got, e, x, size in zip((y, h, s), eager, want, (y_size, h_size, s_size), strict=True):
-        assert_no_worse(got, e, x, size)
+    for part in zip((y, h, s), eager, want, (y_size, h_size, s_size), (0, 0, on_tensor_cores(c.x, w.shape[1])),
+                    strict=True):  # fmt: skip
+        assert_no_worse(*part)
     # both from one h and s, whose rounding would decide dgain
     got_grads = backward(c, gain, eager[1], eager[2], op.backward_op.op)
     eager_grads = backward(c, gain, eager[1], eager[2], op.backward_op.reference)
@@ -56,8 +57,9 @@ def check(c: Case, gain: Tensor) -> None:
     ds = c.scaling * (dh @ exact.b.abs())
     sizes = ((dh @ w + (exact.dy.abs() @ w if c.p else 0) + ds @ exact.a.abs()) / keep, ds.t() @ exact.x.abs() / keep,
              c.scaling * (dh.t() @ s_size), (exact.dy.abs() * h_size).sum(0))  # fmt: skip
-    for got, e, x, size in zip(got_grads, eager_grads, want_grads, sizes, strict=True):
-        assert_no_worse(got, e, x, size)
+    terms = (0, on_tensor_cores(c.x, *c.dy.shape), on_tensor_cores(c.x, *c.x.shape), 0)
+    for part in zip(got_grads, eager_grads, want_grads, sizes, terms, strict=True):
+        assert_no_worse(*part)
 
 
 def norm_args(c: Case, base_sq: Tensor | None = None) -> tuple[Any, ...]:
@@ -77,7 +79,7 @@ def check_norm(c: Case, base_sq: bool = False) -> Tensor:
     assert exact.a is not None
     assert exact.b is not None
     terms = w + c.scaling * (exact.b.abs() @ exact.a.abs())
-    assert_no_worse(got, eager, want, terms.norm(dim=1))
+    assert_no_worse(got, eager, want, terms.norm(dim=1), exact.a.shape[0])
     return got
 
 

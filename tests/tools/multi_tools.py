@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from lora_tools import F32, Case, make
+from lora_tools import F32, Case, make, on_tensor_cores
 from torch import Tensor
 
 from peft_kernels import AdapterStack
@@ -95,11 +95,14 @@ def check_multi(
     exact, size = c.double(), c.magnitudes()
     found, eager = c.forward(forward), c.forward(op.forward_op.reference)
     want, sizes = exact.forward(op.forward_op.reference), size.forward(op.forward_op.reference)
-    for part in zip(found, eager, want, sizes, strict=True):
+    x, dy = c.base.x, c.base.dy
+    terms = (0, on_tensor_cores(x, x.shape[1]))
+    for part in zip(found, eager, want, sizes, terms, strict=True):
         assert_no_worse(*part)
     grads = c.backward(backward, found[1])
     grads_eager = c.backward(op.backward_op.reference, eager[1])
     grads_want = exact.backward(op.backward_op.reference, want[1])
     grad_sizes = size.backward(op.backward_op.reference, sizes[1])
-    for part in zip(grads, grads_eager, grads_want, grad_sizes, strict=True):
+    terms = (0, on_tensor_cores(x, *dy.shape), on_tensor_cores(x, *x.shape))
+    for part in zip(grads, grads_eager, grads_want, grad_sizes, terms, strict=True):
         assert_no_worse(*part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lora_tools import on_tensor_cores
 from torch import Tensor
 
 from peft_kernels.ops import butterfly_rotate, cayley, householder_rotate, pair_rotate
@@ -44,11 +45,12 @@ def check_butterfly(
     wanted = op.backward_op.reference(*exact, transposed, True, True)
     sizes = op.backward_op.reference(*(t.abs() for t in exact), transposed, True, True)
     assert_no_worse(dx, eager[0], wanted[0], sizes[0])
-    assert_no_worse(dblocks, eager[1], wanted[1], sizes[1])
+    terms = on_tensor_cores(x, rows, d)
+    assert_no_worse(dblocks, eager[1], wanted[1], sizes[1], terms)
     only, none = op.backward_op.op(dy, x, blocks, transposed, True, False)
     assert_no_worse(only, eager[0], wanted[0], sizes[0])
     none_dx, again = op.backward_op.op(dy, x, blocks, transposed, False, True)
-    assert_no_worse(again, eager[1], wanted[1], sizes[1])
+    assert_no_worse(again, eager[1], wanted[1], sizes[1], terms)
     assert none.numel() == none_dx.numel() == 0
     return [y, dx, dblocks]
 
@@ -86,7 +88,7 @@ def check_householder(
     absolute = [t.abs() for t in exact]
     y, s = op.forward_op.op(x, u, v)
     eager, wanted = op.forward_op.reference(x, u, v), op.forward_op.reference(*exact)
-    assert_no_worse(s, eager[1], wanted[1], absolute[0] @ absolute[1].t())
+    assert_no_worse(s, eager[1], wanted[1], absolute[0] @ absolute[1].t(), on_tensor_cores(x, d))
     assert_no_worse(y, eager[0], wanted[0], absolute[0] + absolute[0] @ absolute[1].t() @ absolute[2])
     found = op.backward_op.op(dy, x, u, v, eager[1], True, True)
     eager_back = op.backward_op.reference(dy, x, u, v, eager[1], True, True)
@@ -94,7 +96,7 @@ def check_householder(
     t = gradient.abs() @ absolute[2].t()
     sizes = (gradient.abs() + t @ absolute[1], t.t() @ absolute[0],
              (absolute[0] @ absolute[1].t()).t() @ gradient.abs())  # fmt: skip
-    for args in zip(found, eager_back, wanted_back, sizes, strict=True):
+    for args in zip(found, eager_back, wanted_back, sizes, (0, *[on_tensor_cores(x, rows, d)] * 2), strict=True):
         assert_no_worse(*args)
     assert [t.numel() for t in op.backward_op.op(dy, x, u, v, s, False, False)] == [0, 0, 0]
     return [y, s, *found]
