@@ -43,6 +43,9 @@ def test_keys_of_calls() -> None:
     x, packed = torch.zeros(3, 5, 8, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.uint8)
     assert verdicts.key_of("lora_linear_backward", "cuda", (x, x)) == "lora_linear cuda backward bf16 9-64"
     assert verdicts.key_of("dequantize_4bit", "cuda", (packed, torch.float16)) == "dequantize_4bit cuda forward f16 any"
+    unprinted = type("Unprinted", (torch.Tensor,), {"__str__": None, "__repr__": None})
+    key = verdicts.key_of("rms_norm", "cuda", (x, torch.ones(8).as_subclass(unprinted)))
+    assert key == "rms_norm cuda forward bf16 9-64", "to print a tensor would wait for the device"
     assert verdicts.key_of("dora_norm", "triton", (packed,)) == "dora_norm triton forward any any"
     judged = Verdicts({"dora_norm triton forward any any": {"verdict": "wrong", "why": "w"}})
     assert judged.wrong("dora_norm", "triton", "forward", "bf16", 77) == "wrong by its tests: w"

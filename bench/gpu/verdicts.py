@@ -42,8 +42,9 @@ def key_of(op: str, backend: str, args: tuple[Any, ...]) -> str:
     """`op backend direction dtype rows` of a call, `op` as the dispatcher names it."""
     name, direction = split(op)
     first = args[0]
-    named = [DTYPES[str(a)] for a in args if str(a) in DTYPES]  # dequantize_4bit is told which
-    dtype = named[0] if named else DTYPES.get(str(first.dtype), ANY)
+    # dequantize_4bit is told which; told by its name, for this file knows no torch
+    named = [a for a in args if type(a).__name__ == "dtype"]
+    dtype = DTYPES.get(str(named[0] if named else first.dtype), ANY)
     rows = ANY if name in WITHOUT_ROWS else class_of(first.numel() // max(1, first.shape[-1]))
     return f"{name} {backend} {direction} {dtype} {rows}"
 
