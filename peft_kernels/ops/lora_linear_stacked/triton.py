@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import tuning
 from ...formats import contiguous
 from ...triton_lib import host
+from ..lora_linear import panels
 from ..lora_linear import triton as single
 from . import each
 
@@ -78,7 +79,7 @@ def forward(x: Tensor, *lists: list[Any]) -> list[Tensor]:
     x = x.contiguous()
     (m, k), count, arch = x.shape, len(features), tuning.arch_of(x.device)
     weights = _weights(x, lists[:8], features)
-    if any(single._use_panels(x, w, arch) for w in weights):
+    if any(panels.use(x, w.dense, arch) for w in weights):
         pairs = [single.forward(x, *values) for values in each(lists)]
         return [y for y, _ in pairs] + [s for _, s in pairs]
     drops = [single._Dropout(q, t, k, x) for q, t in zip(p, seed, strict=True)]
@@ -156,7 +157,7 @@ def _input_gradient(
     m, k = x.shape
     features = [dy.shape[1] for dy in dys]
     weights = _weights(x, lists[:8], features)
-    if any(single._use_panels(x, w, arch) for w in weights):
+    if any(panels.use(x, w.dense, arch, backward=True) for w in weights):
         total = torch.zeros((m, k), dtype=torch.float32, device=x.device)
         for dy, w, ds, t, drop in zip(dys, weights, dss, a, drops, strict=True):
             total += single._input_gradient(dy, w, ds, t, drop, k, arch)
