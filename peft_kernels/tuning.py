@@ -58,13 +58,19 @@ class Config:
 
 @dataclass(frozen=True)
 class Panels:
-    """When a product is left to the vendor's matmul: from how many rows, over a 4-bit and over a dense weight; and the
-    most elements of a 4-bit weight that stand decoded at once (they should stay in the L2 cache)."""
+    """When a product is left to the vendor's matmul: from how many rows, over a 4-bit weight (another number in the
+    backward, where one is given) and over a dense one; and the most elements of a panel of a 4-bit weight, of which two
+    stand decoded at once (they should stay in the L2 cache)."""
 
     from_M: int
     from_M_dense: int
     elements: int
     source: str = "model"
+    from_M_backward: int | None = None
+
+    def least(self, backward: bool) -> int:
+        """Rows over a 4-bit weight."""
+        return self.from_M if not backward or self.from_M_backward is None else self.from_M_backward
 
 
 @dataclass(frozen=True)

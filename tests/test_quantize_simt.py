@@ -17,6 +17,7 @@ from torch import Tensor
 from peft_kernels import QuantWeight, dequantize_4bit, explain, native, quantize_4bit, use_backend
 from peft_kernels.dispatch import BackendUnavailable
 from peft_kernels.formats import BLOCKSIZES
+from peft_kernels.ops.dequantize_4bit import cuda
 from peft_kernels.testing import assert_same_bits, random_quant_weight
 
 tools = runpy.run_path(str(Path(__file__).with_name("simt_tools.py")))
@@ -76,6 +77,26 @@ def test_dequantise_is_the_reference(simt, quant_type, nested):
     cases = [((1, 1), 64), ((7, 9), 32), ((33, 77), 64), ((20, 4096), 64), ((0, 8), 64), ((3, 4097), 1024)]
     for (shape, blocksize), dtype in itertools.product(cases, FLOATS):
         check_dequantise(random_quant_weight(*shape, quant_type=quant_type, blocksize=blocksize, nested=nested), dtype)
+
+
+@pytest.mark.parametrize(("columns", "blocksize", "nested", "apart"), [
+    (192, 64, False, 1), (96, 64, False, 2), (192, 64, True, 256), (4096, 64, True, 4), (40, 32, False, 4),
+    (77, 64, False, 64), (128, 4096, False, 32),
+])  # fmt: skip
+def test_rows_of_a_weight_are_decoded_alone(simt, columns, blocksize, nested, apart):
+    """From where a block of every kind of scales begins."""
+    qw = random_quant_weight(2 * apart + 3, columns, quant_type="fp4", blocksize=blocksize, nested=nested)
+    parts = qw.flatten()
+    assert cuda.rows_apart(columns, parts) == apart
+    with use_backend("reference"):
+        expected = dequantize_4bit(qw, torch.bfloat16).view(-1, columns)
+    memory = torch.full((3 * columns + 5,), 7.0, dtype=torch.bfloat16)
+    for first in (0, apart, 2 * apart):
+        rows = range(first, first + min(apart, 3))
+        got = cuda.decode_rows(rows, columns, memory, parts)
+        assert_same_bits(got, expected[rows.start : rows.stop])
+        assert got.data_ptr() == memory.data_ptr()
+    assert (memory[3 * columns :] == 7).all()
 
 
 @pytest.mark.parametrize("offset", [1, 3])

@@ -15,7 +15,7 @@ from peft_kernels.testing import random_quant_weight
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 _SHORT = {f32: "f32", f16: "f16", bf16: "bf16"}
 ADAPTERS = 64  # in the stack of a case of multi_lora_linear, slots of lora_shrink
-ROWS = 1024  # of x where a tuned row sets no limit: below the M that the vendor's matmul takes over at
+ROWS = 1024  # of x where a tuned row sets no limit; `cases.run` has panels begin at twice as many
 
 
 @dataclass(frozen=True)

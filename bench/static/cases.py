@@ -135,7 +135,8 @@ def run(case: Case, capability: int) -> list[Any]:
     def wanted(name: str, options: dict[str, Any]) -> bool:
         return name == kernel and options.get("WITH_DS", False) == case.ds
 
-    with host.compile_only(capability, wanted) as compiled, forced(case, capability):
+    whole = tuning.override("panels", from_M=2 * ROWS, from_M_backward=2 * ROWS)
+    with host.compile_only(capability, wanted) as compiled, forced(case, capability), whole:
         call(case)
     if not compiled:
         raise RuntimeError(f"{case.kernel} ({case.title}, sm_{capability}): the call did not launch it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from ...cuda_rt import backend, launching
 from ...formats import contiguous, table
 from . import refuse_dtype
 
+Parts = tuple[Any, ...]  # packed, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize
+
 
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: Tensor | None,
@@ -19,16 +22,44 @@ def dequantize_4bit(
 ) -> Tensor:  # fmt: skip
     out = packed.new_empty(shape, dtype=dtype)
     nested = (None, None, None) if nested_absmax is None else (nested_absmax, nested_code, offset)
-    packed, absmax, *nested = contiguous(packed, absmax, *nested)
+    parts = contiguous(packed, absmax, *nested)
+    return _decode(out, 0, *parts, quant_type, blocksize, nested_blocksize)
+
+
+def _decode(
+    out: Tensor, first: int, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int,
+) -> Tensor:  # fmt: skip
+    """Elements first, ... of a weight, as many as `out` has. first: where a block of every kind begins."""
+    nested = (0, 0, 0)
+    if nested_absmax is not None:
+        at = nested_absmax.data_ptr() + first // (blocksize * nested_blocksize) * nested_absmax.element_size()
+        nested = (at, native.pointer(nested_code), native.pointer(offset))
     with launching(packed) as (device, stream):
         native.check(
             native.cuda().pk_cuda_dequantize_4bit(
-                packed.data_ptr(), absmax.data_ptr(), *(None if t is None else t.data_ptr() for t in nested),
-                table(quant_type, "cpu").data_ptr(), blocksize, nested_blocksize, math.prod(shape),
-                native.DTYPES[dtype], out.data_ptr(), device, stream,
+                packed.data_ptr() + first // 2, absmax.data_ptr() + first // blocksize * absmax.element_size(),
+                *nested, table(quant_type, "cpu").data_ptr(), blocksize, nested_blocksize, out.numel(),
+                native.DTYPES[out.dtype], out.data_ptr(), device, stream,
             ), "cuda",
         )  # fmt: skip
     return out
+
+
+def rows_apart(columns: int, parts: Parts) -> int:
+    """The rows of a weight of so many columns between those that begin with a block of every kind of scales."""
+    *_, blocksize, nested_blocksize = parts
+    block = blocksize if parts[2] is None else blocksize * nested_blocksize
+    return block // math.gcd(block, columns)
+
+
+def decode_rows(rows: range, columns: int, memory: Tensor, parts: Parts) -> Tensor:
+    """These rows of a weight of so many columns, decoded into `memory`, whose dtype they have: [rows, columns].
+
+    rows.start: a multiple of `rows_apart`. parts: as of `dequantize_4bit`, contiguous.
+    """
+    out = memory[: len(rows) * columns].view(len(rows), columns)
+    return _decode(out, rows.start * columns, *parts)
 
 
 BACKENDS = {

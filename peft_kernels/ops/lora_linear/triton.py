@@ -2,12 +2,13 @@
 
 Serves CUDA tensors, and CPU tensors when forced in a process with TRITON_INTERPRET=1. Scratch memory: float32 parts of
 the sums that are split over programs; no dense copy of a 4-bit weight. Only with many rows of 16-bit x, where a
-vendor's matmul wins over decoding again for every tile of rows, W is decoded in panels of a bounded size, one by one,
-and the matmul adds each product onto the low-rank term that our kernel wrote (`_panels`).
+vendor's matmul wins over decoding again for every tile of rows, W is decoded in panels of a bounded size, and the
+matmul adds each product onto the low-rank term that our kernel wrote (`panels.py`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from ... import formats, native, philox, tuning
 from ...checks import moved
 from ...triton_lib import host
+from .. import dequantize_4bit as decoding
+from . import panels
 
-_PANEL_STEP = 64  # panels start at multiples of it
 _LARGE = 128 * 128  # elements of a tile of y
 _DENSE, _PAIR_ROWS, _PAIR_ANY, _ELEMENT = 0, 1, 2, 3  # as in triton_lib/device.py
 
@@ -64,6 +66,7 @@ class _Weight:
         mode = weight_mode(quant_type, n, k, blocksize, dtype)
         nested = mode != _DENSE and nested_absmax is not None
         absmax, nested_absmax, nested_code, offset = formats.contiguous(absmax, nested_absmax, nested_code, offset)
+        self.parts = (weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize)
         if mode == _DENSE:
             table = absmax = weight
             self.strides = weight.stride()
@@ -79,43 +82,37 @@ class _Weight:
             "MODE": mode, "BLOCKSIZE": blocksize, "NESTED": nested, "NESTED_BLOCKSIZE": nested_blocksize,
         }  # fmt: skip
 
-    def panel(self, rows: range, columns: range, buffer: Tensor) -> Tensor:
-        """W[rows, columns] in x's dtype: a view of a dense weight where possible, else decoded into `buffer`."""
+    @property
+    def dense(self) -> bool:
+        return bool(self.constants["MODE"] == _DENSE)
+
+    def whole(self) -> Tensor:
+        """A dense weight in x's dtype."""
+        return self.pointers[0].to(self.dtype)
+
+    def decoder(self, by_rows: bool, most: int) -> tuple[panels.Decode, int]:
+        """As `panels.Weight` says: rows by the CUDA kernel, where dequantize_4bit would take it, else by Triton's."""
+        n, k = self.shape
+        if by_rows and decoding.op.choose((*self.parts, [*self.shape], self.dtype)).name == "cuda":
+            from ..dequantize_4bit import cuda
+
+            step = math.lcm(panels.STEP, cuda.rows_apart(k, self.parts))
+            if step <= most:
+                return lambda rows, out: cuda.decode_rows(rows, k, out, self.parts), step
+        if by_rows:
+            return lambda rows, out: self._decode(rows, range(k), out), panels.STEP
+        return lambda columns, out: self._decode(range(n), columns, out), panels.STEP
+
+    def _decode(self, rows: range, columns: range, out: Tensor) -> Tensor:
+        """W[rows, columns] in x's dtype, in the memory `out`."""
         from . import triton_kernels as kernels
 
-        if self.constants["MODE"] == _DENSE:
-            return self.pointers[0][rows.start : rows.stop, columns.start : columns.stop].to(self.dtype)
-        out = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
-        bn, bk = 32, _PANEL_STEP
+        out = out[: len(rows) * len(columns)].view(len(rows), len(columns))
+        bn, bk = 32, panels.STEP
         host.launch(kernels.decode_kernel, (_cdiv(len(rows), bn), _cdiv(len(columns), bk)), *self.pointers, out,
                     rows.start, columns.start, *out.shape, *self.shape, *self.strides, **self.constants, BN=bn, BK=bk,
                     num_warps=4, num_stages=1)  # fmt: skip
         return out
-
-
-def _panels(x: Tensor, w: _Weight, out: Tensor, started: bool, by_rows: bool, arch: str) -> None:
-    """out (+)= x W^T, by panels of rows of W, or out (+)= x W, by panels of columns; each sum is rounded once.
-
-    started: `out` holds what the products are added to.
-    """
-    n, k = w.shape
-    total, other = (n, k) if by_rows else (k, n)
-    most = total
-    buffer = out
-    if w.constants["MODE"] != _DENSE:
-        most = min(total, max(tuning.panels(arch).elements // other // _PANEL_STEP, 1) * _PANEL_STEP)
-        buffer = x.new_empty((most * other,))
-    for first in range(0, total, max(most, 1)):
-        part, whole = range(first, min(first + most, total)), range(other)
-        panel = w.panel(part, whole, buffer).t() if by_rows else w.panel(whole, part, buffer)
-        out[:, part.start : part.stop].addmm_(x, panel, beta=1 if started else 0)
-
-
-def _use_panels(x: Tensor, w: _Weight, arch: str) -> bool:
-    p = tuning.panels(arch)
-    return x.dtype is not torch.float32 and x.shape[0] >= (
-        p.from_M_dense if w.constants["MODE"] == _DENSE else p.from_M
-    )
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -272,7 +269,7 @@ def product(
     r = 0 if s is None else s.shape[1]
     b = x if b is None else b.contiguous()
     bias = None if bias is None else bias.contiguous()
-    vendor = _use_panels(x, w, arch)
+    vendor = panels.use(x, w.dense, arch)
     whole = y  # what a launch without parts writes
     if vendor and gain is not None:
         whole = y.new_empty(y.shape) if gain.h is None else gain.h
@@ -302,14 +299,20 @@ def product(
                 gain.finish(out, gain.h, bias, y)
 
     started = r > 0 or (bias is not None and gain is None)
-    if y.numel() and (started or not vendor):
+
+    def begin() -> None:
+        if not (y.numel() and (started or not vendor)):
+            return
         plain = w.plain and k % 16 == 0
         shape = tuning.Shape(m, n, k, r, x.element_size() * 8, plain, w.blocksize)
         once = vendor or (gain is not None and gain.add)  # to be run more than once it may not add to y
         kernel = "forward" if turn is None else "turned"
         run(tuning.choose(kernel, arch, shape, None if once else run))
-    if vendor:
-        _panels(x, w, whole, started, True, arch)
+
+    if not vendor:
+        begin()
+    else:
+        panels.multiply(x, w, whole, started, True, arch, begin)
         if gain is not None:
             gain.finish(whole[None], None, bias, y)
 
@@ -360,7 +363,7 @@ def _input_gradient(
     r = 0 if ds is None else ds.shape[1]
     dx = dy.new_empty((m, k)) if out is None else out
 
-    vendor = _use_panels(dy, w, arch)
+    vendor = panels.use(dy, w.dense, arch, backward=True)
 
     def run(c: tuning.Config) -> None:
         tiles = _cdiv(m, c.BM) * _cdiv(k, c.BK)
@@ -373,12 +376,16 @@ def _input_gradient(
         if parts > 1:
             _reduce(out, dx, 1.0)
 
-    if dx.numel() and (r > 0 or not vendor):
-        plain = w.plain and k % 16 == 0 and n % 16 == 0
-        shape = tuning.Shape(m, n, k, r, dy.element_size() * 8, plain, w.blocksize)
-        run(tuning.choose("backward", arch, shape, None if vendor else run))
-    if vendor:
-        _panels(dy, w, dx, r > 0, False, arch)
+    def begin() -> None:
+        if dx.numel() and (r > 0 or not vendor):
+            plain = w.plain and k % 16 == 0 and n % 16 == 0
+            shape = tuning.Shape(m, n, k, r, dy.element_size() * 8, plain, w.blocksize)
+            run(tuning.choose("backward", arch, shape, None if vendor else run))
+
+    if not vendor:
+        begin()
+    else:
+        panels.multiply(dy, w, dx, r > 0, False, arch, begin)
     return dx
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ... import tuning
 from ...formats import contiguous
 from ...triton_lib import host
+from ..lora_linear import panels
 from ..lora_linear import triton as single
 from . import each
 
@@ -91,7 +92,7 @@ def forward(x: Tensor, *lists: list[Any]) -> list[Tensor]:
         if t is not None and i not in together:
             ss[i] = single._project(x, t, drops[i], arch)
     ys = [x.new_empty((m, n)) for n in features]
-    if any(single._use_panels(x, w, arch) for w in weights):
+    if any(panels.use(x, w.dense, arch) for w in weights):
         for i, y in enumerate(ys):
             single.product(x, weights[i], None if a[i] is None else ss[i], b[i], scaling[i], bias[i], y, arch)
         return ys + ss
@@ -158,7 +159,7 @@ def _input_gradient(
     m, k = x.shape
     features = [dy.shape[1] for dy in dys]
     weights = _weights(x, lists[:8], features)
-    if any(single._use_panels(x, w, arch) for w in weights):
+    if any(panels.use(x, w.dense, arch, backward=True) for w in weights):
         parts = x.new_empty((len(dys), m, k))
         for dy, w, ds, t, drop, part in zip(dys, weights, dss, a, drops, parts, strict=True):
             single._input_gradient(dy, w, ds, t, drop, k, arch, part)

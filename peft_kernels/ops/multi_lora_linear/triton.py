@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ... import tuning
 from ...triton_lib import host
+from ..lora_linear import panels
 from ..lora_linear import triton as single
 
 _MOST_COUNTED = 8192  # rows that the plan's kernel puts in order by counting; more are sorted
@@ -165,7 +166,7 @@ def forward(
     s = _project(x, a.contiguous(), plan, single._Dropout(dropout_p, seed, k, x), False, arch)
     if y.numel() == 0:
         return y, s
-    vendor = single._use_panels(x, w, arch)
+    vendor = panels.use(x, w.dense, arch)
     c, tiles, parts, steps = _tile("forward", x, w, r, k % 16 == 0, vendor, arch)
     out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
     host.launch(kernels.multi_forward_kernel, (tiles, parts), x, *w.pointers, s, b.contiguous(),
@@ -176,7 +177,7 @@ def forward(
     if parts > 1:
         single._reduce(out, y, 1.0)
     if vendor:
-        single._panels(x, w, y, True, True, arch)
+        panels.multiply(x, w, y, True, True, arch)
     return y, s
 
 
@@ -218,7 +219,7 @@ def _input_gradient(
     dx = dy.new_empty((m, k))
     if dx.numel() == 0:
         return dx
-    vendor = single._use_panels(dy, w, arch)
+    vendor = panels.use(dy, w.dense, arch, backward=True)
     c, tiles, parts, steps = _tile("backward", dy, w, r, k % 16 == 0 and n % 16 == 0, vendor, arch)
     out = dx if parts == 1 else torch.empty((parts, m, k), dtype=torch.float32, device=dy.device)
     host.launch(kernels.multi_backward_kernel, (tiles, parts), dy, *w.pointers, ds, a, drop.seed, out, plan.order,
@@ -228,7 +229,7 @@ def _input_gradient(
     if parts > 1:
         single._reduce(out, dx, 1.0)
     if vendor:
-        single._panels(dy, w, dx, True, False, arch)
+        panels.multiply(dy, w, dx, True, False, arch)
     return dx
 
 
