@@ -75,8 +75,15 @@ def _storage(t: Any) -> int | None:
 
 @contextmanager
 def meta_is_a_gpu(capability: int = 90) -> Iterator[None]:
-    """Within, Triton's backends serve meta tensors and no other backend does, for a GPU of this compute capability."""
+    """Within, Triton's backends serve meta tensors and no other backend does, for a GPU of this compute capability.
+
+    What the tables of tiles would change in the launches is fixed: no sum is split, and W is decoded for the vendor's
+    product from 2048 rows on, 2^23 elements at a time.
+    """
     with ExitStack() as stack:
+        for kernel in ("project", "outer", "forward", "backward"):
+            stack.enter_context(tuning.override(kernel, programs=1))
+        stack.enter_context(tuning.override("panels", from_M=2048, from_M_dense=2048, elements=1 << 23))
         stack.enter_context(tuning.assuming(capability))
         stack.enter_context(patch.object(ways, "_known", (None, {})))  # what was found holds for neither side
         # torch knows no autocast for meta tensors, and raises where it is asked for one

@@ -92,7 +92,7 @@ def forward(x: Tensor, *lists: list[Any]) -> list[Tensor]:
         if t is not None and i not in together:
             ss[i] = single._project(x, t, drops[i], arch)
     ys = [x.new_empty((m, n)) for n in features]
-    if any(panels.use(x, w.dense, arch) for w in weights):
+    if count == 1 or any(panels.use(x, w.dense, arch) for w in weights):
         for i, y in enumerate(ys):
             single.product(x, weights[i], None if a[i] is None else ss[i], b[i], scaling[i], bias[i], y, arch)
         return ys + ss
@@ -159,6 +159,8 @@ def _input_gradient(
     m, k = x.shape
     features = [dy.shape[1] for dy in dys]
     weights = _weights(x, lists[:8], features)
+    if len(dys) == 1:
+        return single._input_gradient(dys[0], weights[0], dss[0], a[0], drops[0], k, arch)
     if any(panels.use(x, w.dense, arch, backward=True) for w in weights):
         parts = x.new_empty((len(dys), m, k))
         for dy, w, ds, t, drop, part in zip(dys, weights, dss, a, drops, parts, strict=True):
