@@ -28,8 +28,12 @@ def text(op: Any, path: Path) -> str:
 
 
 def rows_class(m: int) -> int:
-    """The class of a number of rows: each power of two, and what lies between two, up to 8192; the rest is one."""
-    return m.bit_length() + (m - 1).bit_length() if 0 < m <= 8192 else 28 if m else 0
+    """The class of a number of rows: each power of two, and the halves of what lies between two, up to 8192; the rest
+    is one."""
+    if not 0 < m <= 8192:
+        return 56 if m else 0
+    bits = m.bit_length()
+    return 2 * (bits + (m - 1).bit_length()) + (m >= 3 << bits >> 2)
 
 
 def _factor(size: int) -> int:

@@ -118,7 +118,8 @@ class _Maker:
     """Tensors of a call, on its device, out of a generator of its own."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
-        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
+        self.device = device
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> Tensor:
         t = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.float32)
@@ -143,6 +144,7 @@ class _Maker:
         return [t.to(self.device) if isinstance(t, Tensor) else t for t in parts]
 
 
+_KEPT = frozenset({"s", "gain", "lse"})  # in the dtype of sums
 _INDICES = frozenset({"adapters", "starts", "ranks"})
 _PLACES = frozenset({"order", "bounds"})  # of rows in order of their adapters
 _FAN_IN = frozenset({"weight", "a", "b", "u", "v"})
@@ -253,7 +255,8 @@ def call(schema: Any, spec: str, dtype: torch.dtype, device: torch.device | str 
         else:
             own = name in like_x and "B" not in dims
             integers = torch.int64 if name in _INDICES else torch.int32 if name in _PLACES else None
-            of = integers or (dtype if own else torch.float32)
+            kept = torch.promote_types(dtype, torch.float32) if name in _KEPT else torch.float32
+            of = integers or (dtype if own else kept)
             named[name] = torch.empty((0,) * len(dims), dtype=of, device=device)
     sizes = {**SIZES, "P": sum(_ranks(SIZES))}
     entry = _entry(spec, named, sizes, _Maker(torch.device(device), 0))

@@ -146,7 +146,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tuning, "FOLDER", folder)
 
     def forget() -> None:
-        for cached in (tuning.table, tuning.rows, tuning.architectures):
+        for cached in (tuning.table, tuning._rows, tuning.architectures):
             cached.cache_clear()  # type: ignore[attr-defined]
 
     forget()
@@ -167,7 +167,7 @@ def run_of(folder: Path, *rows: Row, fake: bool = False, **parts: list[Row]) -> 
 
 def freeze(run: Path, tables: Path) -> int:
     code = freeze_tuned.main([str(run), "--tables", str(tables)])
-    for cached in (tuning.table, tuning.rows):
+    for cached in (tuning.table, tuning._rows):
         cached.cache_clear()  # type: ignore[attr-defined]
     return code
 

@@ -136,7 +136,8 @@ def kept_by(source: str) -> Iterator[str]:
         value = getattr(node, "value", None) if isinstance(node, ast.Assign | ast.AnnAssign) else None
         empty = isinstance(value, ast.Dict | ast.List | ast.Set) and not ast.dump(value).count("Constant")
         made = isinstance(value, ast.Call) and getattr(value.func, "id", "") in ("dict", "list", "set", "defaultdict")
-        if empty or made:
+        streams = "Stream" in ast.dump(getattr(node, "annotation", node))  # they hold no memory, and are torch's own
+        if (empty or made) and not streams:
             yield f"line {node.lineno}: a container that calls can fill"
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef):

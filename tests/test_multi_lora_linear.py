@@ -121,22 +121,6 @@ def test_compiles_without_a_break() -> None:
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_project_is_the_ops_own_s(dtype: torch.dtype) -> None:
-    c = make_multi(9, 7, 64, [3, 3, 3, 3], dtype=dtype)
-    own = torch.stack([adapter(c.stack, i)[0] for i in range(4)])
-    got = op.project(c.base.x, own, c.adapters)
-    assert_same_bits(got, c.forward(op.forward_op.op)[1])
-    with use_backend("reference"):
-        eager, exact = op.project(c.base.x, own, c.adapters), op.project(c.base.x.double(), own.double(), c.adapters)
-        size = op.project(c.base.x.double().abs(), own.double().abs(), c.adapters)
-    assert exact.dtype is F64
-    assert_no_worse(got, eager, exact, size)
-    assert torch.equal(got[c.adapters < 0], torch.zeros(int((c.adapters < 0).sum()), 3))
-    with pytest.raises(ValueError, match=r"a.*\[S, r, K\]"):
-        op.project(c.base.x, own[0], c.adapters)
-
-
 # ---- bad input ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "rows", "kind", "text"),

@@ -81,19 +81,6 @@ def test_device_cases(small: None, form: None, name: str, dtype: torch.dtype) ->
 
 
 @on_device
-@pytest.mark.parametrize(("x", "a", "rank"), [(F16, F16, 5), (F32, F16, 40)], ids=["shrink", "expand"])
-def test_device_project(small: None, x: torch.dtype, a: torch.dtype, rank: int) -> None:
-    """Both halves of an update without a base: s, and s B_i with B_i as wide as y."""
-    c = make_multi(19, 1, 24, [rank] * 3, dtype=x, ab=a).to(DEVICE)
-    own = torch.stack([c.stack.a[i : i + rank] for i in c.stack.starts.tolist()])
-    found = op.project(c.base.x, own, c.adapters)
-    with use_backend("reference"):
-        eager, exact = op.project(c.base.x, own, c.adapters), op.project(c.base.x.double(), own.double(), c.adapters)
-        size = op.project(c.base.x.double().abs(), own.double().abs(), c.adapters)
-    assert_no_worse(found, eager, exact, size)
-
-
-@on_device
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 def test_device_two_runs_give_the_same_bits(small: None, form: None) -> None:
     c = make_multi(20, 32, 64, [4, 6], dtype=F16, p=0.2, nested=True).to(DEVICE)

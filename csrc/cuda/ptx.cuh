@@ -99,7 +99,7 @@ __device__ __forceinline__ unsigned pk_block_again(int axis) {
     return v;
 }
 
-/* What v is, in a register from here on: the compiler does not calculate it anew in every round of a loop. */
+/* v's value, in a register from here on: the compiler does not calculate it anew in every round of a loop. */
 __device__ __forceinline__ void pk_keep(int &v) { asm volatile("" : "+r"(v)); }
 
 /* p += bytes, here and not further up, where both values would be alive, and the loop would end with copies. */

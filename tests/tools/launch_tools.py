@@ -88,7 +88,7 @@ def meta_is_a_gpu(capability: int = 90) -> Iterator[None]:
         stack.enter_context(patch.object(ways, "_known", (None, {})))  # what was found holds for neither side
         # torch knows no autocast for meta tensors, and raises where it is asked for one
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))
-        stack.enter_context(patch.dict(dispatch._HOME, triton=frozenset({"cuda", "meta"})))
+        stack.enter_context(patch.dict(dispatch._SERVING, meta=("triton",)))
         for op in dispatch.ops().values():
             backend = op.load("triton")
             if isinstance(backend, dispatch.Backend):
