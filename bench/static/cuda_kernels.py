@@ -39,7 +39,7 @@ class Fact:
                     wide=self.wide)  # fmt: skip
 
 
-NOT_THERE = Fact("")  # a stub for an architecture that uses another kernel
+NOT_THERE = Fact("")  # on an architecture that uses another kernel
 
 
 def _dequantize(arguments: tuple[str, ...], arch: int) -> Fact:
@@ -75,7 +75,7 @@ def _dx(arguments: tuple[str, ...], arch: int) -> Fact:
 def _mma(arguments: tuple[str, ...], arch: int) -> Fact:
     """<type, Tile<BM, WK, stages, where, scaling>>: a fragment of W, 8 weights a thread, is for BM / 8 products.
 
-    Tiles for much shared memory are stubs where there is little, and the other way round; those for any alignment
+    Tiles for much shared memory are not used where there is little, nor the other way round; those for any alignment
     decode element by element. The shared memory is `Tile::BYTES` of csrc/cuda/lora_mma_tile.cuh."""
     bm, wk, stages, where, scaling = (int(n) for n in re.findall(r"\d+", arguments[1].split("<")[1]))
     small = gpus.ARCHS[arch].shared_per_block < 128 * gpus.KIB
@@ -170,7 +170,7 @@ FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "cayley_backward_kernel": _cayley(4),
     "expand_kernel": _other("multi_lora_linear"),
     **{f"{name}_kernel": _by_adapters for name in ("project", "outer")},
-    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "finish", "sum", "gain")},
+    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "sum", "gain")},
 }
 
 

@@ -29,7 +29,7 @@ struct Problem {
     const float *start;    /* NULL, or [M, N]: what the sums start at, and r is 0 */
     uint16_t *y, *h;       /* h: with a gain, or NULL */
     float4 *partial;   /* split > 1: [tile][part][BM / 4][threads of a K group] */
-    unsigned *arrived; /* split > 1: per tile, zero */
+    unsigned *arrived; /* split > 1: per tile, zero; both of all tiles of the stack */
     int M, N, K, r, m_tiles, split;
     uint32_t x_row, codes_row; /* bytes */
     uint32_t last_unit;        /* of W; 32 elements */
@@ -39,21 +39,27 @@ struct Problem {
     PkTable table;
 };
 
+struct Stack {
+    Problem each[PK_STACK]; /* alike but for W, b, bias, y and what belongs to them */
+    PkBlocks blocks;        /* tiles */
+};
+
 /* A block can have 99 KB of shared memory on sm_86 to 89 and from sm_120 on, 163 KB or more on the others. */
 __host__ __device__ constexpr bool small_memory(int arch) { return (arch >= 86 && arch < 90) || arch >= 120; }
 enum Where { ANY, LARGE, SMALL };
 enum Scaling { SUMS, WEIGHTS, HALVES, ELEMENTS };
 
-/* WK: groups of warps that share the columns and split k. WHERE: the architectures that have this tile. ELEMENTS: any K
- * and alignment, by plain loads, the scales looked up where they are used. */
+/* WK: groups of warps that share the columns and split k. WHERE: the architectures that use this tile;
+ * PTX of those with little memory has none that is LARGE. ELEMENTS: any K and alignment, by plain loads, the scales
+ * looked up where they are used. */
 template <int BM_, int WK_, int STAGES_, Where WHERE_, Scaling SCALING_> struct Tile {
     static constexpr int BM = BM_, WK = WK_, STAGES = STAGES_;
     static constexpr Where WHERE = WHERE_;
     static constexpr Scaling SCALING = SCALING_;
     static constexpr bool GENERAL = SCALING == ELEMENTS;
     static constexpr bool WHOLE = SCALING == SUMS || SCALING == WEIGHTS; /* groups of 64 are there, or not */
-    /* the low-rank term is added at the end: before, the loop's values fill all registers */
-    static constexpr bool LATE = BM > 64;
+    /* the loop's values fill all registers: it serves a single projection, whose fields have addresses of their own */
+    static constexpr bool FULL = BM > 64;
     static constexpr int BN = 256 / WK, BK = GROUP * WK, COLUMN_THREADS = THREADS / WK;
     using Sums = float[2][BM / 8][4]; /* of 16 rows of W, 8 of x: one product of mma.sync */
     static constexpr int QUARTERS = BM / 4; /* float4 of sums a thread */
@@ -145,7 +151,7 @@ template <typename C> struct Loader {
 /* The scales of the 32 rows and 64 elements of a warp: each lane fetches one, AHEAD steps before its use, and of HALVES
  * two; shuffles then give each thread those of its four rows. */
 template <typename C> struct ScaleLoader {
-    static constexpr int COUNT = C::SCALING == HALVES ? 2 : 1, AHEAD = C::LATE ? 1 : 2;
+    static constexpr int COUNT = C::SCALING == HALVES ? 2 : 1, AHEAD = C::FULL ? 1 : 2;
     PkRawScale raw[C::ROUND][COUNT];
     uint32_t unit[COUNT]; /* 32 elements */
     int left;
@@ -163,11 +169,12 @@ template <typename C> struct ScaleLoader {
         }
         left = end - k - 32 * half;
     }
-    __device__ __forceinline__ void fetch(const Problem &p, int step) {
+    /* alike: what p has in common with the rest of its stack, at a place known beforehand */
+    __device__ __forceinline__ void fetch(const Problem &p, const Problem &alike, int step) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) { /* past the end the last one of W, not used */
-            const uint32_t block = min(unit[i] + step * (C::BK / 32), p.last_unit) >> p.shift;
-            raw[step % C::ROUND][i] = {pk_load_now(p.scales.values + (block >> p.scales.outer_shift)),
+            const uint32_t block = min(unit[i] + step * (C::BK / 32), p.last_unit) >> alike.shift;
+            raw[step % C::ROUND][i] = {pk_load_now(p.scales.values + (block >> alike.scales.outer_shift)),
                                         pk_load_now(p.scales.codes + block)};
         }
     }
