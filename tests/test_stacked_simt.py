@@ -135,6 +135,23 @@ def test_no_races(races: CDLL) -> None:
             forward(small[name](m))  # the sums begin while the products before them run
 
 
+@pytest.mark.parametrize("kind", ["plain", "races"])
+def test_parts_that_a_kernel_of_its_own_adds(kind: str) -> None:
+    """From 65 rows on: it begins when all parts are there, and the next call's sums when it has ended."""
+    c = make(66, 16, 1152, dtype=BF16, r=2, bias=True)
+    results = []
+    with tools["loaded"](kind) as lib, forced(), dirty_memory():
+        lib.pk_simt_set_device(90, 108)
+        for order in range(3):
+            lib.pk_simt_set_seed(order)
+            before = lib.pk_simt_launches(0), lib.pk_simt_launches(1)
+            results.append(c.forward(single.forward_op.op)[0])
+            assert lib.pk_simt_launches(0) - before[0] == 3
+            assert lib.pk_simt_launches(1) - before[1] == (kind == "plain")  # the product, before its S is there
+    for got in results[1:]:
+        assert_same_bits(got, results[0])
+
+
 @pytest.mark.slow
 def test_nothing_out_of_bounds() -> None:
     tools["under_asan"](__file__, "-k", "nothing_of or any_order")
