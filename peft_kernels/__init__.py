@@ -17,7 +17,7 @@ from .ops.dora_norm import dora_norm, squared_row_norms
 from .ops.householder_rotate import compact_wy, householder_rotate
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
-from .ops.lora_shrink import RowGroups, lora_expand, lora_shrink
+from .ops.lora_shrink import lora_expand, lora_shrink
 from .ops.multi_lora_linear import multi_lora_linear
 from .ops.pair_rotate import pair_rotate
 from .ops.quantize_4bit import quantize_4bit
@@ -26,6 +26,7 @@ from .ops.rotary_attention import rotary_attention
 from .ops.swiglu import swiglu
 from .ops.swiglu.mlp import swiglu_mlp
 from .philox import draw_seed
+from .row_groups import RowGroups
 
 if TYPE_CHECKING:
     from . import adamw, tuning, tuning_launch, tuning_user, verdicts

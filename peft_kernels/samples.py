@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .formats import QUANT_NAMES
+from .row_groups import RowGroups
 from .testing import random_quant_weight
 
 MOST_ROWS = 8193  # of M: beyond every number of rows where a code path ends
@@ -169,8 +170,6 @@ def _integers(of: Callable[[Sizes], list[int]]) -> Callable[..., Tensor]:
 
 
 def _groups(d: _Maker, sizes: Sizes) -> Any:
-    from .ops.lora_shrink import RowGroups
-
     return RowGroups(_SPECIAL["adapters"](d, (sizes["M"],), sizes), sizes["S"])
 
 

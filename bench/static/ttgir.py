@@ -55,7 +55,7 @@ class _Reader:
         return self.views.get(name, name)
 
     def block(self, lines: list[_Block], loop: int) -> list[Flow]:
-        """What the region yields. loop: the line of the innermost loop around it, 0 where there is none."""
+        """Values that the region yields. loop: the line of the innermost loop around it, 0 where there is none."""
         yields: list[Flow] = []
         for line in lines:
             m = _OP.match(line.head)

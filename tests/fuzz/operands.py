@@ -18,9 +18,10 @@ from peft_kernels.ops.cayley import forward_op as cayley
 from peft_kernels.ops.dora_linear import forward_op as dora_linear
 from peft_kernels.ops.householder_rotate import forward_op as householder
 from peft_kernels.ops.lora_linear import forward_op as lora_linear
-from peft_kernels.ops.lora_shrink import STEP, RowGroups
+from peft_kernels.ops.lora_shrink import STEP
 from peft_kernels.ops.multi_lora_linear import forward_op as multi_lora_linear
 from peft_kernels.ops.rotary_attention import forward_op as attention
+from peft_kernels.row_groups import RowGroups
 from peft_kernels.testing import random_quant_weight
 
 from .draws import F16, F32, FLOATS, Draw
