@@ -269,6 +269,11 @@ PK_EXPORT int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax,
  * arguments needs, 0 for none. */
 PK_EXPORT int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t backward, int64_t *bytes);
 PK_EXPORT int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, void *stream);
+/* The forward of up to PK_CUDA_STACK projections of one x: args[count], which share x, x_dtype, M, K; the workspace is
+ * that of the first. Two launches, for every product and for every s, where the weights are quantised alike. */
+enum { PK_CUDA_STACK = 4 };
+PK_EXPORT int pk_cuda_lora_stacked_workspace(const pk_lora_args *args, int64_t count, int64_t *bytes);
+PK_EXPORT int pk_cuda_lora_linear_stacked(const pk_lora_args *args, int64_t count, int64_t device, void *stream);
 PK_EXPORT int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t device, void *stream);
 /* As pk_cpu_squared_row_norms, of quantised weights; K is cut into `parts`: squares [parts][N], to be added in
  * order. */

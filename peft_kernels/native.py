@@ -81,6 +81,8 @@ _CUDA_SIGNATURES: dict[str, list[Any]] = {
     "pk_cuda_lora_workspace": [c_char_p, c_int64, c_void_p],
     "pk_cuda_lora_linear": [c_char_p, c_int64, c_void_p],
     "pk_cuda_lora_linear_backward": [c_char_p, c_int64, c_void_p],
+    "pk_cuda_lora_stacked_workspace": [c_char_p, c_int64, c_void_p],
+    "pk_cuda_lora_linear_stacked": [c_char_p, *[c_int64] * 2, c_void_p],
     "pk_cuda_squared_row_norms": [c_char_p, c_void_p, c_int64, c_int64, c_void_p],
     "pk_cuda_pair_rotate": [*[c_void_p] * 3, *[c_int64] * 4, c_void_p, c_int64, c_void_p],
     "pk_cuda_pair_rotate_backward": [*[c_void_p] * 4, *[c_int64] * 4, *[c_void_p] * 2, *[c_int64] * 2, c_void_p],

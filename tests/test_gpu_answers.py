@@ -204,7 +204,9 @@ def test_a_table_without_news_is_written_as_it_was(tables: Path) -> None:
         assert freeze_tuned.text(json.loads(path.read_text())) == path.read_text(), path.name
 
 
-def test_the_rows_of_a_frozen_table_are_valid(tables: Path, tmp_path: Path) -> None:
+def test_the_rows_of_a_frozen_table_are_valid(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the tests of the tables that are frozen today."""
     spec = importlib.util.spec_from_file_location("law", Path(__file__).with_name("test_triton_tuning.py"))
     assert spec is not None
@@ -216,7 +218,7 @@ def test_the_rows_of_a_frozen_table_are_valid(tables: Path, tmp_path: Path) -> N
     widths = [row.get("BN") for row in tuning.table("sm_90")["kernels"]["forward"] if row["source"] == "measured"]
     assert widths == [64, 128, 64], "one configuration twice, for rows apart"
     for kernel in law.KERNELS:
-        law.test_every_shape_has_a_valid_row(kernel, "sm_90")
+        law.test_every_shape_has_a_valid_row(kernel, "sm_90", law.NEW, monkeypatch)
     law.test_no_row_is_dead()
 
 

@@ -53,6 +53,9 @@ INSTRUMENTED = {
     "async_not_committed": PENDING,
     "async_without_barrier": f"{RACE}|{EARLY}|{PENDING}",
     "async_reuses_too_early": f"{RACE}|{PENDING}",
+    "reads_before_the_wait": r"race: thread \d+ reads global .* that thread \d+ of the launch before has written",
+    "writes_before_the_wait": r"race: thread \d+ writes global .* that thread \d+ of the launch before has read",
+    "read_only_after_the_wait": r"reads global .* by ld\.global\.nc, .*; thread \d+ has written it \(launched_before",
     "misaligned_vector": r"thread \d+ \(planted\.cu:\d+\) uses the address .* not a multiple of 16.*Misaligned",
 }
 # bug -> what every build says of it
@@ -65,10 +68,14 @@ BARRIERS = {
     "returned_lane": r"a shuffle in which lane 2[89] reads from lane 3[01], which takes no part",
     "not_in_the_mask": r"thread (31|63) calls __ballot_sync with mask 0x7fffffff, which leaves it out",
     "two_masks": r"a barrier that not all threads reach",
+    "returns_without_waiting": r"thread 5 returns and has not waited for the launch before",
+    "releases_before_it_waits": r"thread \d+ lets the next launch begin and has not waited for the one before",
     "async_misaligned": r"cp\.async of 16 bytes .*, not 16-byte aligned.*Misaligned",
 }
 # what is read where it is not there yet is NaN, whatever the order
-LATE = ("async_not_waited", "async_waits_for_too_few", "async_not_committed", "unwritten_shared")
+LATE = (
+    "async_not_waited", "async_waits_for_too_few", "async_not_committed", "unwritten_shared", "reads_before_the_wait",
+)  # fmt: skip
 OUT_OF_BOUNDS = {
     "global_read_overrun": "READ of size 4",
     "global_write_overrun": "WRITE of size 4",
@@ -76,7 +83,8 @@ OUT_OF_BOUNDS = {
     "shared_overrun": "global-buffer-overflow",
     "dynamic_shared_overrun": "heap-buffer-overflow",
 }
-CASES = re.findall(r"CASE\((\w+), \d\)", (FOLDER / "planted.cu").read_text())
+CASES = re.findall(r"(?:CASE|AFTER)\((\w+), \d\)", (FOLDER / "planted.cu").read_text())
+AFTER = re.findall(r"AFTER\((\w+), \d\)", (FOLDER / "planted.cu").read_text())
 
 
 def test_every_planted_kernel_is_used():
@@ -88,6 +96,7 @@ def planted_library(kind: str) -> CDLL:
     lib = CDLL(str(tools["build"](kind, sources)))
     lib.pk_last_error.restype = lib.pk_simt_build.restype = c_char_p
     lib.pk_simt_set_seed.argtypes = [c_uint64]
+    lib.pk_simt_launches.argtypes, lib.pk_simt_launches.restype = [c_int], c_int64
     lib.pk_planted.argtypes = [c_char_p, c_int, c_void_p, c_void_p]
     lib.pk_test_mma.argtypes = [c_int, c_int, c_void_p, c_void_p, c_void_p]
     lib.pk_test_lanes.argtypes = [c_void_p, c_void_p]
@@ -112,6 +121,7 @@ def run(lib: CDLL, name: str, bug: bool, seed: int) -> tuple[Tensor, str]:
     """The kernel's output (NaN where it wrote nothing), and its error."""
     x, y = torch.arange(12.0 * N) % 17, torch.full((12 * N,), float("nan"))
     lib.pk_simt_set_seed(seed)
+    lib.pk_simt_set_device(90 if name in AFTER else 89, 108)
     code = lib.pk_planted(name.encode(), bug, x.data_ptr(), y.data_ptr())
     return y, lib.pk_last_error().decode() if code else ""
 
@@ -152,6 +162,23 @@ def test_what_is_not_there_yet_is_nan(plain, name):
         wrong, error = run(plain, name, True, seed)
         assert not error
         assert (wrong.isnan() & ~right.isnan()).any()
+
+
+def test_early_launches_run_before_the_one_before_has_ended(plain, races):
+    """From sm_90 on, with the memory that they meet then; what the race detector finds does not hang on that."""
+    seen = []  # by the launch before, of what this one should not have written yet
+    for seed in SEEDS:
+        before = plain.pk_simt_launches(1)
+        seen.append(run(plain, "writes_before_the_wait", True, seed)[0][6 * N : 8 * N].any())
+        assert plain.pk_simt_launches(1) == before + 1
+    assert any(seen)
+    x, y = torch.zeros(12 * N), torch.zeros(12 * N)
+    for lib in (plain, races):
+        before = lib.pk_simt_launches(0), lib.pk_simt_launches(1)
+        lib.pk_simt_set_device(89, 108)
+        for name in AFTER:  # there they are launches as any other
+            assert lib.pk_planted(name.encode(), 1, x.data_ptr(), y.data_ptr()) == 0, name
+        assert (lib.pk_simt_launches(0), lib.pk_simt_launches(1)) == (before[0] + 2 * len(AFTER), before[1])
 
 
 @pytest.mark.parametrize("name", ["order_dependent", "missing_second_barrier", "async_without_barrier"])

@@ -24,10 +24,11 @@ def lib() -> CDLL:
     return lib
 
 
-def choice(lib: CDLL, sums: Sums, sms: int, apart: bool = False, arch: int = 90) -> tuple[Split, int]:
+def choice(lib: CDLL, sums: Sums, sms: int, apart: bool | None = None, arch: int = 90) -> tuple[Split, int]:
     lib.pk_simt_set_device(arch, sms)
     out = (c_int64 * 3)()
-    lib.pk_test_splits((c_int64 * 4)(sums.tiles, sums.steps, sums.step, sums.part), int(apart), out)
+    who = (None, False, True).index(apart)
+    lib.pk_test_splits((c_int64 * 4)(sums.tiles, sums.steps, sums.step, sums.part), who, out)
     return Split(out[0], bool(out[1])), out[2]
 
 
@@ -41,13 +42,13 @@ def test_the_report_has_the_kernels_choices(lib: CDLL) -> None:
         lib.pk_simt_set_device(arch, 108)
         assert lib.pk_test_step_clocks(bm, 128, 64) == step_clocks(bm, 128, 64, arch in (86, 89, 120))
     tiles, steps, parts = (1, 8, 31, 32, 112, 500), (0, 3, 8, 32, 112), (8 << 10, 64 << 10)
-    for sms, t, s, step, part, apart in itertools.product(SMS, tiles, steps, (585, 2048), parts, (False, True)):
+    for sms, t, s, step, part, apart in itertools.product(SMS, tiles, steps, (585, 2048), parts, (None, False, True)):
         sums = Sums(t, s, step, part)
         split, clocks = choice(lib, sums, sms, apart)
         assert split == sums.split(sms, apart), sums
         assert clocks == sums.clocks(split, sms)
         assert split.parts == 1 or s >= 4 * split.parts
-        assert split.apart or not apart
+        assert apart is None or split.apart == apart
 
 
 def test_bytes_of_parts_are_charged(lib: CDLL) -> None:

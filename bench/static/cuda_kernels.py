@@ -31,7 +31,7 @@ class Fact:
     fmas: float = 0.0
     wide: bool = True
     sums: splits.Sums | None = None
-    apart: bool = False
+    apart: bool | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     def work(self, code: sass.Kernel) -> Work:
@@ -41,7 +41,7 @@ class Fact:
                     wide=self.wide, sums=self.sums, apart=self.apart)  # fmt: skip
 
 
-NOT_THERE = Fact("")  # a stub for an architecture that uses another kernel
+NOT_THERE = Fact("")  # on an architecture that uses another kernel
 
 
 def _dequantize(arguments: tuple[str, ...], arch: int) -> Fact:
@@ -90,7 +90,7 @@ def _dx(arguments: tuple[str, ...], arch: int) -> Fact:
 def _mma(arguments: tuple[str, ...], arch: int) -> Fact:
     """<type, Tile<BM, WK, stages, where, scaling>>: a fragment of W, 8 weights a thread, is for BM / 8 products.
 
-    Tiles for much shared memory are stubs where there is little, and the other way round; those for any alignment
+    Tiles for much shared memory are not used where there is little, nor the other way round; those for any alignment
     decode element by element. The shared memory is `Tile::BYTES` of csrc/cuda/lora_mma_tile.cuh."""
     bm, wk, stages, where, scaling = (int(n) for n in re.findall(r"\d+", arguments[1].split("<")[1]))
     if where and _small(arch) != (where == 2):
@@ -101,7 +101,7 @@ def _mma(arguments: tuple[str, ...], arch: int) -> Fact:
         return Fact("lora_linear", dynamic_shared=shared, tile=tile)
     config = {"scaling": ("sums", "weights", "halves")[scaling]}
     return replace(_product(bm, 64 / bm), dynamic_shared=shared, tile=tile, config=config,
-                   sums=_sums(tile, N, K, arch))  # fmt: skip
+                   apart=None if bm > 64 else False, sums=_sums(tile, N, K, arch))  # fmt: skip
 
 
 def _norm(arguments: tuple[str, ...], arch: int) -> Fact:
@@ -186,7 +186,7 @@ FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "cayley_backward_kernel": _cayley(4),
     "expand_kernel": _other("multi_lora_linear"),
     **{f"{name}_kernel": _by_adapters for name in ("project", "outer")},
-    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "finish", "sum", "gain")},
+    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "sum", "gain")},
 }
 
 

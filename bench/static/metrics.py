@@ -29,7 +29,8 @@ class Work:
     where `straight`); 0 where it decodes none. tile: (BM, BN, BK) of a product with a weight. bytes: every operand and
     result once. fmas: multiply-adds of the launch. loop_bytes: of the operands' tiles in one pass of the main loop.
     passes: times that a block goes through it. wide: the products are of 16-bit numbers, so on the tensor cores. sums:
-    of a CUDA kernel whose blocks may share them; apart: another kernel adds their parts in any case."""
+    of a CUDA kernel whose blocks may share them; apart: whether another kernel adds their parts, None: where that takes
+    fewer clocks."""
 
     weights: float = 0.0
     straight: bool = False
@@ -41,7 +42,7 @@ class Work:
     blocks: int = 0
     wide: bool = True
     sums: splits.Sums | None = None
-    apart: bool = False
+    apart: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,10 @@ class Sums:
         rounds = _cdiv(self.tiles * split.parts, processors)
         return rounds * (_cdiv(self.steps, split.parts) + 3) * self.step + self.adding(split, processors)
 
-    def split(self, processors: int, apart: bool = False) -> Split:
-        """pk_splits: the split of the fewest clocks. apart: there is a second kernel in any case."""
-        found = [Split(1, apart)]
+    def split(self, processors: int, apart: bool | None = None) -> Split:
+        """pk_splits: the split of the fewest clocks. apart: whether a kernel of its own adds; None: either."""
+        found = [Split(1, bool(apart))]
         for n in range(2, 17):
             if self.steps >= 4 * n:
-                found += [Split(n, how) for how in (False, True) if how >= apart]
+                found += [Split(n, how) for how in (False, True) if apart is None or how == apart]
         return min(found, key=lambda split: self.clocks(split, processors))

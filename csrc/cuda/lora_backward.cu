@@ -162,7 +162,7 @@ template <typename T> int backward(const pk_lora_args &a, cudaStream_t stream) {
     const int M = static_cast<int>(a.M), r = static_cast<int>(a.r);
     float *const ds = a.workspace;
     if (a.r > 0 && a.M > 0)
-        if (int code = pk_lora_project(a, true, ds, stream)) return code;
+        if (int code = pk_lora_project_backward(a, ds, stream)) return code;
     pk_lora_args product = a;
     if (a.gain && a.N > 0 && (a.dgain || dh_floats(a))) {
         T *const dh = dh_floats(a) ? reinterpret_cast<T *>(a.workspace + ds_floats(a)) : nullptr;

@@ -351,7 +351,7 @@ template <typename T> void launch_all(Dx &in, const pk_lora_args &a, unsigned sp
 int pk_lora_dx_splits(const pk_lora_args &a) {
     const int64_t steps = pk_ceil_div(a.N, STEP), rows = a.M <= 16 ? 16 : a.M <= 32 ? 32 : 64;
     const int64_t step = pk_step_clocks(rows, COLUMNS, STEP, pk_small_gpu());
-    const int64_t wanted = pk_splits({pk_ceil_div(a.K, COLUMNS), steps, step, rows * COLUMNS * 4}, true).parts;
+    const int64_t wanted = pk_splits({pk_ceil_div(a.K, COLUMNS), steps, step, rows * COLUMNS * 4}, PkAdds::APART).parts;
     return static_cast<int>(steps ? pk_ceil_div(steps, pk_ceil_div(steps, wanted)) : 1);
 }
 

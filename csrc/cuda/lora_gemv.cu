@@ -23,75 +23,77 @@ static_assert(TEAM == PK_GEMV_ROWS, "in the epilogue a row of W has a lane for e
 
 __device__ const uint4 zeros[4] = {}; /* what lanes without a row of x multiply by */
 
-struct Call {
-    const void *x;
+struct Layer { /* of one projection */
     const uint8_t *packed;
     PkScales scales;
     const float *s;
     const void *b, *bias;
     const float *gain; /* or NULL */
     void *y, *h;       /* h: with a gain, or NULL */
-    float *parts; /* [splits][M][N], or NULL: y is written at once */
-    int64_t N, K;
-    int M, r, b_dtype, bias_dtype;
+    float *parts;      /* [splits][M][N], with `arrived` */
+    int64_t N;
+    int r, b_dtype, bias_dtype;
+    float scaling;
+};
+struct Call {
+    Layer layer[PK_STACK];
+    PkBlocks blocks;
+    const void *x;
+    unsigned *arrived; /* NULL, or where blocks share rows of W: per block x, zero */
+    int64_t K;
+    int M;
     int steps; /* of STEP columns, in a split */
     int share; /* 2^share neighbouring t lie in one block of the format */
-    float scaling, unscale; /* unscale: 1 / what the table is multiplied by */
+    float unscale; /* 1 / what the table is multiplied by */
     PkRoutes routes;
 };
 
 /* The last steps: from h[member, n]. */
-template <typename T> __device__ __forceinline__ void store(const Call &c, int64_t n, int member, float sum) {
-    if (c.h) static_cast<T *>(c.h)[member * c.N + n] = pk_rounded<T>(sum);
-    if (c.gain) sum *= __ldg(c.gain + n);
-    if (c.bias) sum += pk_load_as(c.bias, c.bias_dtype, n);
-    static_cast<T *>(c.y)[member * c.N + n] = pk_rounded<T>(sum);
+template <typename T> __device__ __forceinline__ void store(const Layer &l, int64_t n, int member, float sum) {
+    if (l.h) static_cast<T *>(l.h)[member * l.N + n] = pk_rounded<T>(sum);
+    if (l.gain) sum *= __ldg(l.gain + n);
+    if (l.bias) sum += pk_load_as(l.bias, l.bias_dtype, n);
+    static_cast<T *>(l.y)[member * l.N + n] = pk_rounded<T>(sum);
 }
 
 /* y[member, n] = gain[n] * (sum + scaling * s[member] . b[n]) + bias[n]: a team of 8 lanes has row n of W, lane
- * `member` of it brings the sum of x's row `member`. Lanes of rows that do not exist only take part in the shuffles. */
-template <typename T> __device__ __forceinline__ void finish(const Call &c, int64_t n, int member, float sum) {
-    const bool real = n < c.N;
+ * `member` of it brings the sum of x's row `member`. Lanes of rows that do not exist only take part in the shuffles.
+ * s is what the launch before this one wrote: by plain loads. */
+template <typename T>
+__device__ __forceinline__ void finish(const Call &c, const Layer &l, int64_t n, int member, float sum) {
+    const bool real = n < l.N;
     float low[TEAM] = {};
-    for (int j = member; j < c.r && real; j += TEAM) {
-        const float b = pk_load_as(c.b, c.b_dtype, n * c.r + j);
+    for (int j = member; j < l.r && real; j += TEAM) {
+        const float b = pk_load_as(l.b, l.b_dtype, n * l.r + j);
 #pragma unroll
         for (int m = 0; m < TEAM; ++m)
-            if (m < c.M) low[m] += __ldg(c.s + m * c.r + j) * b;
+            if (m < c.M) low[m] += l.s[m * l.r + j] * b;
     }
     float mine = 0.0f;
 #pragma unroll
     for (int m = 0; m < TEAM; ++m) {
-        if (m >= c.M || c.r == 0) continue; /* alike for all lanes */
+        if (m >= c.M || l.r == 0) continue; /* alike for all lanes */
 #pragma unroll
         for (int d = TEAM / 2; d > 0; d /= 2) low[m] += __shfl_xor_sync(0xffffffffu, low[m], d);
         mine = m == member ? low[m] : mine;
     }
     if (!real || member >= c.M) return;
-    store<T>(c, n, member, sum + c.scaling * mine);
+    store<T>(l, n, member, sum + l.scaling * mine);
 }
 
 /* The same where each row of x has its own part of b, [P, N]: a lane for each n and member, neighbours in n. DEPTH
  * loads are under way. */
 template <typename T, int DEPTH>
-__device__ __forceinline__ void finish(const Call &c, const PkRoute &route, int64_t n, int member, float sum) {
-    if (n >= c.N || member >= c.M) return;
+__device__ __forceinline__ void finish(const Layer &l, const PkRoute &route, int64_t n, int member, float sum) {
     float low = 0.0f;
     for (int j0 = 0; j0 < route.rank; j0 += DEPTH) {
         float b[DEPTH], s[DEPTH];
-        pk_load_column<DEPTH>(c.b, c.b_dtype, (route.start + j0) * c.N + n, c.N, route.rank - j0, b);
-        pk_load_column<DEPTH>(c.s + member * c.r, PK_F32, j0, 1, route.rank - j0, s);
+        pk_load_column<DEPTH>(l.b, l.b_dtype, (route.start + j0) * l.N + n, l.N, route.rank - j0, b);
+        pk_load_column<DEPTH>(l.s + member * l.r, PK_F32, j0, 1, route.rank - j0, s);
 #pragma unroll
         for (int j = 0; j < DEPTH; ++j) low += s[j] * b[j];
     }
-    store<T>(c, n, member, sum + route.scaling * low);
-}
-
-template <typename T> __device__ __forceinline__ void finish_any(const Call &c, int64_t n, int member, float sum) {
-    if (!c.routes.adapters)
-        finish<T>(c, n, member, sum);
-    else if (n < c.N && member < c.M)
-        finish<T, 4>(c, pk_route(c.routes, pk_adapter(c.routes, member)), n, member, sum);
+    store<T>(l, n, member, sum + route.scaling * low);
 }
 /* Which of a block's rows of W, and which row of x, a thread finishes. */
 __device__ __forceinline__ int row_of(const Call &c) {
@@ -101,24 +103,49 @@ __device__ __forceinline__ int member_of(const Call &c) {
     return static_cast<int>(c.routes.adapters ? threadIdx.x / ROWS : threadIdx.x % TEAM);
 }
 
+/* Hands over this block's sums; true in the last block of these rows to arrive, which gets the sum of all, added in
+ * their order whoever is last. The counter ends as it began. */
+__device__ __forceinline__ bool add_parts(const Call &c, const Layer &l, unsigned *flag, int64_t n, int member,
+                                          float &sum) {
+    const bool real = n < l.N && member < c.M;
+    float *const own = l.parts + member * l.N + n;
+    const int64_t part = c.M * l.N;
+    if (real) own[blockIdx.y * part] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        *flag = atomicAdd(c.arrived + blockIdx.x, 1u) + 1 == gridDim.y;
+        __threadfence();
+        if (*flag) atomicExch(c.arrived + blockIdx.x, 0u);
+    }
+    __syncthreads();
+    if (!*flag) return false;
+    sum = 0.0f;
+    for (unsigned p = 0; real && p < gridDim.y; ++p) sum += pk_load_fresh(own + p * part);
+    return true;
+}
+
 template <typename T, int SETS, bool NESTED>
 __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1)
     gemv_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
     __shared__ uint4 table[256 * 8]; /* 32 words for each byte; later the sums of the warps */
     __shared__ float code[NESTED ? 256 : 1];
     __shared__ PkRoute routes[TEAM];
+    __shared__ unsigned arrived_last;
+    const int which = c.blocks.of(blockIdx.x);
+    const Layer &l = c.layer[which];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int64_t n0 = static_cast<int64_t>(blockIdx.x) * ROWS;
+    const int64_t n0 = static_cast<int64_t>(blockIdx.x - c.blocks.first[which]) * ROWS;
     const int first = blockIdx.y * c.steps,
               last = static_cast<int>(min((c.K + STEP - 1) / STEP, int64_t(first) + c.steps));
-    const float offset = NESTED ? *c.scales.offset : 0.0f;
+    const float offset = NESTED ? *l.scales.offset : 0.0f;
 
     const uint8_t *rows[4];
     int64_t element[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) { /* rows past the end repeat the last one */
-        element[i] = min(n0 + g + 8 * i, c.N - 1) * c.K;
-        rows[i] = c.packed + element[i] / 2;
+        element[i] = min(n0 + g + 8 * i, l.N - 1) * c.K;
+        rows[i] = l.packed + element[i] / 2;
     }
     const int K = static_cast<int>(c.K);
     uint4 next[4];
@@ -129,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1)
         for (int i = 0; i < 4; ++i) {
             next[i] = pk_load_stream16(rows[i] + k / 2);
             next_scale[i] =
-                pk_fetch_scale<NESTED>(c.scales, static_cast<uint32_t>((element[i] + k) >> c.scales.block_shift));
+                pk_fetch_scale<NESTED>(l.scales, static_cast<uint32_t>((element[i] + k) >> l.scales.block_shift));
         }
     };
     fetch(min(first + warp, last - 1));
@@ -137,7 +164,7 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1)
         const uint32_t w = pk_pack<T>(values.value[threadIdx.x / 16], values.value[threadIdx.x % 16]);
 #pragma unroll
         for (int k = 0; k < 8; ++k) table[threadIdx.x * 8 + ((k + threadIdx.x) & 7)] = {w, w, w, w};
-        if (NESTED) code[threadIdx.x] = c.scales.nested_code[threadIdx.x];
+        if (NESTED) code[threadIdx.x] = l.scales.nested_code[threadIdx.x];
         const int member = static_cast<int>(threadIdx.x);
         if (c.routes.adapters && member < c.M) /* now: at the end somebody would wait for it */
             routes[member] = pk_route(c.routes, pk_adapter(c.routes, member));
@@ -181,7 +208,8 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1)
             uint32_t x[SETS][4];
 #pragma unroll
             for (int j = 0; j < SETS; ++j) {
-                const uint4 v = *reinterpret_cast<const uint4 *>(from[j] + 16 * q);
+                /* past L1: nothing says that it is younger than x where this launch began before another ended */
+                const uint4 v = pk_load_fresh16(reinterpret_cast<const uint4 *>(from[j] + 16 * q));
                 x[j][0] = v.x, x[j][1] = v.y, x[j][2] = v.z, x[j][3] = v.w;
             }
 #pragma unroll
@@ -206,6 +234,8 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1)
                 for (int e = 0; e < 4; ++e) sums[tile][j][e] += scale[2 * tile + e / 2] * part[tile][j][e];
     }
 
+    pk_wait_for_previous(); /* here s begins to be there, and the counters */
+    pk_release_next();
     __syncthreads(); /* the table's place is free */
     float *const shared = reinterpret_cast<float *>(table);
 #pragma unroll
@@ -225,21 +255,12 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1)
     float sum = 0.0f;
     if (member < c.M)
         for (int i = 0; i < WARPS; ++i) sum += shared[(i * ROWS + row) * TEAM + member];
-    if (!c.parts && c.routes.adapters)
-        finish<T, 8>(c, routes[member], n0 + row, member, sum);
-    else if (!c.parts)
-        finish<T>(c, n0 + row, member, sum);
-    else if (n0 + row < c.N && member < c.M)
-        c.parts[(int64_t(blockIdx.y) * c.M + member) * c.N + n0 + row] = sum;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(THREADS) finish_kernel(const __grid_constant__ Call c, int splits) {
-    const int64_t n = static_cast<int64_t>(blockIdx.x) * ROWS + row_of(c);
-    const int member = member_of(c);
-    float sum = 0.0f;
-    for (int p = 0; p < splits && n < c.N && member < c.M; ++p) sum += c.parts[(int64_t(p) * c.M + member) * c.N + n];
-    finish_any<T>(c, n, member, sum);
+    const int64_t n = n0 + row;
+    if (c.arrived && !add_parts(c, l, &arrived_last, n, member, sum)) return;
+    if (!c.routes.adapters)
+        finish<T>(c, l, n, member, sum);
+    else if (n < l.N && member < c.M)
+        finish<T, 8>(l, routes[member], n, member, sum);
 }
 
 /* Any K and any alignment, element by element: for shapes that no model has. A warp has a row of W. */
@@ -247,17 +268,20 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS)
     any_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
     __shared__ float table[16], code[256];
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, which = c.blocks.of(blockIdx.x);
+    const Layer &l = c.layer[which];
     if (threadIdx.x < 16) table[threadIdx.x] = values.value[threadIdx.x];
-    code[threadIdx.x] = pk_scale_code(c.scales, static_cast<int>(threadIdx.x));
-    const float offset = pk_scale_offset(c.scales);
+    code[threadIdx.x] = pk_scale_code(l.scales, static_cast<int>(threadIdx.x));
+    const float offset = pk_scale_offset(l.scales);
+    pk_wait_for_previous();
+    pk_release_next();
     __syncthreads();
-    const int64_t n = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
+    const int64_t n = static_cast<int64_t>(blockIdx.x - c.blocks.first[which]) * WARPS + threadIdx.x / 32;
     float sums[TEAM] = {};
-    for (int64_t k = lane; k < c.K && n < c.N; k += 32) {
+    for (int64_t k = lane; k < c.K && n < l.N; k += 32) {
         const int64_t e = n * c.K + k;
-        const float scale = pk_scale(c.scales, code, offset, e);
-        const float w = __fmul_rn(table[(c.packed[e / 2] >> (e % 2 ? 0 : 4)) & 15], scale);
+        const float scale = pk_scale(l.scales, code, offset, e);
+        const float w = __fmul_rn(table[(l.packed[e / 2] >> (e % 2 ? 0 : 4)) & 15], scale);
 #pragma unroll
         for (int m = 0; m < TEAM; ++m)
             if (m < c.M) sums[m] += w * pk_float(static_cast<const T *>(c.x)[m * c.K + k]);
@@ -269,75 +293,107 @@ __global__ void __launch_bounds__(THREADS)
         for (int d = 16; d > 0; d /= 2) sums[m] += __shfl_xor_sync(0xffffffffu, sums[m], d);
         mine = m == lane % TEAM ? sums[m] : mine;
     }
-    finish_any<T>(c, lane < TEAM ? n : c.N, lane % TEAM, mine); /* one team of the warp's four */
+    const int member = lane % TEAM;
+    const bool real = lane < TEAM && n < l.N; /* one team of the warp's four */
+    if (!c.routes.adapters)
+        finish<T>(c, l, real ? n : l.N, member, mine);
+    else if (real && member < c.M)
+        finish<T, 4>(l, pk_route(c.routes, pk_adapter(c.routes, member)), n, member, mine);
 }
 
 bool whole_runs(const pk_lora_args &a) {
     return a.K > 0 && a.K % 32 == 0 && pk_aligned(a.x, 16) && pk_aligned(a.weight, 16);
 }
 
+int64_t blocks_of(const pk_lora_args &a, int rows) { return (a.N + rows - 1) / rows; }
+int64_t blocks_of(const PkStack &stack, int rows) {
+    int64_t blocks = 0;
+    for (int i = 0; i < stack.count; ++i) blocks += blocks_of(*stack.layer[i], rows);
+    return blocks;
+}
+
 /* How many blocks share a row of W: enough blocks for a large GPU, a step for every warp, and the same on every GPU. */
-int64_t splits_of(const pk_lora_args &a) {
-    const int64_t blocks = (a.N + ROWS - 1) / ROWS, steps = (a.K + STEP - 1) / STEP;
-    if (!whole_runs(a) || blocks >= 96) return 1;
+int64_t splits_of(const PkStack &stack) {
+    const pk_lora_args &a = *stack.layer[0];
+    const int64_t blocks = blocks_of(stack, ROWS), steps = (a.K + STEP - 1) / STEP;
+    if (!whole_runs(a) || blocks >= 96 || blocks == 0) return 1;
     const int64_t wanted = (192 + blocks - 1) / blocks, most = steps / WARPS;
-    return most < 1 ? 1 : (wanted < most ? wanted : most);
+    const int64_t splits = most < 1 ? 1 : (wanted < most ? wanted : most);
+    const int64_t each = (steps + splits - 1) / splits; /* of the steps; the last have the rest */
+    return (steps + each - 1) / each;
 }
 
 template <typename T, int SETS>
-void launch(const Call &c, const PkTable &table, unsigned splits, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>((c.N + ROWS - 1) / ROWS), splits);
-    auto kernel = !c.scales.nested_code ? gemv_kernel<T, SETS, false> : gemv_kernel<T, SETS, true>;
-    PK_LAUNCH(kernel, grid, THREADS, stream, c, table);
+void launch(const Call &c, const PkTable &table, dim3 grid, bool after, cudaStream_t stream) {
+    auto kernel = !c.layer[0].scales.nested_code ? gemv_kernel<T, SETS, false> : gemv_kernel<T, SETS, true>;
+    PK_LAUNCH_AFTER(after, kernel, grid, THREADS, 0, stream, c, table);
 }
 
-template <typename T> void launch_all(const pk_lora_args &a, Call &c, cudaStream_t stream) {
+template <typename T> void launch_all(const PkStack &stack, Call &c, bool after, cudaStream_t stream) {
+    const pk_lora_args &a = *stack.layer[0];
     if (!whole_runs(a)) {
         auto kernel = any_kernel<T>;
-        PK_LAUNCH(kernel, static_cast<unsigned>((c.N + WARPS - 1) / WARPS), THREADS, stream, c, pk_table_of(a.table));
+        const unsigned blocks = static_cast<unsigned>(blocks_of(stack, WARPS));
+        PK_LAUNCH_AFTER(after, kernel, blocks, THREADS, 0, stream, c, pk_table_of(a.table));
         return;
     }
     const float factor = pk_table_factor(a.quant_type, a.x_dtype);
     const PkTable table = pk_table_of(a.table, factor);
     c.unscale = 1.0f / factor;
-    const int64_t steps = (c.K + STEP - 1) / STEP, wanted = splits_of(a);
-    c.steps = static_cast<int>((steps + wanted - 1) / wanted);
-    const unsigned splits = static_cast<unsigned>((steps + c.steps - 1) / c.steps);
-    c.parts = splits > 1 ? a.workspace : nullptr;
+    const int64_t steps = (c.K + STEP - 1) / STEP, splits = splits_of(stack);
+    c.steps = static_cast<int>((steps + splits - 1) / splits);
+    const dim3 grid(static_cast<unsigned>(blocks_of(stack, ROWS)), static_cast<unsigned>(splits));
     for (c.share = 2; c.share > 0 && ((32 << c.share) > a.blocksize || c.K % (32 << c.share) != 0);) --c.share;
     const int most = 4 << c.share;
     for (int m = 0; m < a.M; m += most) {
         c.M = static_cast<int>(a.M - m < most ? a.M - m : most);
-        c.x = static_cast<const T *>(a.x) + m * a.K, c.y = static_cast<T *>(a.y) + m * a.N, c.s = a.s + m * a.r;
-        c.h = a.gain && a.h ? static_cast<T *>(a.h) + m * a.N : nullptr;
+        c.x = static_cast<const T *>(a.x) + m * a.K;
+        for (int i = 0; i < stack.count; ++i) {
+            const pk_lora_args &own = *stack.layer[i];
+            Layer &l = c.layer[i];
+            l.y = static_cast<T *>(own.y) + m * own.N, l.s = own.s + m * own.r;
+            l.h = own.gain && own.h ? static_cast<T *>(own.h) + m * own.N : nullptr;
+        }
         c.routes.adapters = a.adapters ? a.adapters + m : nullptr;
         if (2 * c.M <= most)
-            launch<T, 1>(c, table, splits, stream);
+            launch<T, 1>(c, table, grid, after, stream);
         else
-            launch<T, 2>(c, table, splits, stream);
-        if (splits == 1) continue;
-        auto kernel = finish_kernel<T>;
-        PK_LAUNCH(kernel, static_cast<unsigned>((c.N + ROWS - 1) / ROWS), THREADS, stream, c, static_cast<int>(splits));
+            launch<T, 2>(c, table, grid, after, stream);
     }
 }
 } // namespace
 
-int64_t pk_lora_gemv_workspace(const pk_lora_args &a) {
-    const int64_t splits = splits_of(a);
-    return splits > 1 ? splits * a.M * a.N * 4 : 0;
+PkNeed pk_lora_gemv_need(const PkStack &stack) {
+    const int64_t splits = splits_of(stack);
+    if (splits == 1) return {0, 0};
+    int64_t outputs = 0;
+    for (int i = 0; i < stack.count; ++i) outputs += stack.layer[i]->M * stack.layer[i]->N;
+    return {(blocks_of(stack, ROWS) * 4 + 15) / 16 * 16, (splits * outputs * 4 + 15) / 16 * 16};
 }
 
-int pk_lora_gemv(const pk_lora_args &a, cudaStream_t stream) {
+int pk_lora_gemv(const PkStack &stack, PkRoom room, bool after, cudaStream_t stream) {
+    const pk_lora_args &first = *stack.layer[0];
     Call c = {};
-    c.x = a.x, c.packed = static_cast<const uint8_t *>(a.weight), c.y = a.y;
-    c.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
-    c.s = a.s, c.b = a.b, c.bias = a.bias, c.gain = a.gain, c.h = a.gain ? a.h : nullptr;
-    c.N = a.N, c.K = a.K, c.M = static_cast<int>(a.M), c.r = static_cast<int>(a.r);
-    c.b_dtype = static_cast<int>(a.b_dtype), c.bias_dtype = static_cast<int>(a.bias_dtype);
-    c.scaling = static_cast<float>(a.scaling), c.routes = pk_routes_of(a);
-    if (a.x_dtype == PK_BF16)
-        launch_all<__nv_bfloat16>(a, c, stream);
+    c.x = first.x, c.K = first.K, c.M = static_cast<int>(first.M), c.routes = pk_routes_of(first);
+    const int64_t splits = splits_of(stack);
+    if (splits > 1) c.arrived = room.counters;
+    PkBlockCounter counter;
+    for (int i = 0; i < stack.count; ++i) {
+        const pk_lora_args &a = *stack.layer[i];
+        Layer &l = c.layer[i];
+        l.packed = static_cast<const uint8_t *>(a.weight), l.y = a.y;
+        l.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
+        l.s = a.s, l.b = a.b, l.bias = a.bias, l.gain = a.gain, l.h = a.gain ? a.h : nullptr;
+        l.N = a.N, l.r = static_cast<int>(a.r), l.scaling = static_cast<float>(a.scaling);
+        l.b_dtype = static_cast<int>(a.b_dtype), l.bias_dtype = static_cast<int>(a.bias_dtype);
+        l.parts = room.parts, room.parts += splits * a.M * a.N;
+        counter.add(blocks_of(a, whole_runs(first) ? ROWS : WARPS));
+    }
+    if (counter.total == 0) return PK_OK;
+    c.blocks = counter.blocks;
+    if (first.x_dtype == PK_BF16)
+        launch_all<__nv_bfloat16>(stack, c, after, stream);
     else
-        launch_all<__half>(a, c, stream);
-    return pk_cuda_check(cudaGetLastError(), "lora_linear");
+        launch_all<__half>(stack, c, after, stream);
+    return PK_OK;
 }

@@ -1,124 +1,10 @@
-/* lora_linear on the GPU: what is exported. Checks the arguments once, projects x onto A, and chooses by M. */
-#include "dropout.cuh"
+/* lora_linear on the GPU, of one projection or a stack of them: what is exported. Checks the arguments once, projects x
+ * onto every A, and chooses by M. */
 #include "lora.cuh"
-#include "row_groups.cuh"
 #include "values.cuh"
 
 namespace {
-constexpr int THREADS = 256, WARPS = THREADS / 32;
 const char *const what = "lora_linear";
-
-struct Projection {
-    const void *z, *w;
-    const float *gain; /* NULL, or of the rows of w, by_columns */
-    float *out;
-    int64_t M, C;
-    int r, w_dtype;
-    bool by_columns, z_fast, w_fast; /* fast: rows of whole, aligned vectors */
-    bool own_scaling;                /* ROUTED: the adapter's, besides `scale` */
-    float scale;
-    PkDropout drop;
-    PkRoutes routes;
-};
-
-/* A block has MT rows of z and RT ranks; its threads share the columns, eight at a time, and add up in a fixed order.
- * ROUTED: MT rows of one adapter, whose rows of w (by rows) it reads; a block for each row of z, of which most find
- * that another has theirs. */
-template <typename T, int MT, int RT, bool ROUTED>
-__global__ void __launch_bounds__(THREADS, 2) project_kernel(const __grid_constant__ Projection p) {
-    __shared__ float warps[WARPS][MT * RT];
-    __shared__ uint32_t same[ROUTED ? PK_ROUTED_ROWS / 32 : 1];
-    const int j0 = blockIdx.x * RT;
-    const int64_t m0 = static_cast<int64_t>(blockIdx.y) * MT;
-    int rows[MT] = {};
-    PkRoute route = {0, p.r, 1.0f};
-    if constexpr (ROUTED) {
-        const int own = static_cast<int>(blockIdx.y), M = static_cast<int>(p.M);
-        const int64_t adapter = pk_adapter(p.routes, own);
-        pk_same<THREADS>(p.routes, M, adapter, same);
-        if (!pk_set_of<MT>(same, M, own, rows)) return;
-        route = pk_route(p.routes, adapter);
-    }
-    const auto row = [&](int i) { return ROUTED ? static_cast<int64_t>(rows[i]) : m0 + i; };
-    const int64_t columns = ROUTED && j0 >= route.rank ? 0 : p.C;
-    const uint64_t seed = pk_seed(p.drop);
-    float sums[MT * RT] = {};
-    for (int64_t c = 8 * threadIdx.x; c < columns; c += 8 * THREADS) {
-        float w[RT][8];
-#pragma unroll
-        for (int j = 0; j < RT; ++j) {
-            if (j0 + j >= route.rank) {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) w[j][i] = 0.0f;
-            } else if (!ROUTED && p.by_columns) {
-#pragma unroll
-                for (int i = 0; i < 8; ++i)
-                    w[j][i] = c + i < p.C ? pk_load_as(p.w, p.w_dtype, (c + i) * p.r + j0 + j) *
-                                                (p.gain ? __ldg(p.gain + c + i) : 1.0f)
-                                          : 0.0f;
-            } else {
-                pk_load8_as(p.w, p.w_dtype, (route.start + j0 + j) * p.C + c, p.C - c, p.w_fast, w[j]);
-            }
-        }
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            if (row(m) >= p.M) continue;
-            const int64_t e = row(m) * p.C + c;
-            float z[8];
-            if (p.z_fast) {
-                pk_load8(static_cast<const T *>(p.z) + e, z);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) z[i] = c + i < p.C ? pk_float(static_cast<const T *>(p.z)[e + i]) : 0.0f;
-            }
-            if (p.drop.seed) {
-                const uint32_t keep = pk_keep<8>(p.drop, seed, e);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) z[i] = keep >> i & 1 ? z[i] : 0.0f;
-            }
-#pragma unroll
-            for (int j = 0; j < RT; ++j)
-#pragma unroll
-                for (int i = 0; i < 8; ++i) sums[m * RT + j] += z[i] * w[j][i];
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < MT * RT; ++i) {
-#pragma unroll
-        for (int d = 16; d > 0; d /= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], d);
-        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][i] = sums[i];
-    }
-    __syncthreads();
-    const int own = static_cast<int>(threadIdx.x) / RT;
-    int64_t m = m0 + own;
-    if constexpr (ROUTED) {
-#pragma unroll
-        for (int i = 0; i < MT; ++i) m = i == own ? rows[i] : m;
-    }
-    const int j = j0 + threadIdx.x % RT;
-    if (threadIdx.x >= MT * RT || m >= p.M || j >= p.r) return;
-    float sum = 0.0f;
-    for (int i = 0; i < WARPS; ++i) sum += warps[i][threadIdx.x];
-    const float scale = ROUTED && p.own_scaling ? p.scale * route.scaling : p.scale;
-    p.out[m * p.r + j] = scale * (p.drop.keep * sum);
-}
-
-template <typename T> void launch(const Projection &p, cudaStream_t stream) {
-    const auto go = [&](auto kernel, int RT, int64_t rows) {
-        PK_LAUNCH(kernel, dim3((p.r + RT - 1) / RT, static_cast<unsigned>(rows)), THREADS, stream, p);
-    };
-    /* few rows: more blocks instead of more work for each */
-    if (p.routes.adapters) {
-        if (p.M <= PK_GEMV_ROWS)
-            go(project_kernel<T, PK_GEMV_ROWS, 1, true>, 1, p.M);
-        else
-            go(project_kernel<T, 4, 4, true>, 4, p.M);
-    } else if (p.M == 1) {
-        go(project_kernel<T, 1, 1, false>, 1, 1);
-    } else {
-        go(project_kernel<T, 4, 4, false>, 4, (p.M + 3) / 4);
-    }
-}
 
 bool is_float(int64_t dtype) { return dtype == PK_F32 || dtype == PK_BF16 || dtype == PK_F16; }
 } // namespace
@@ -187,10 +73,64 @@ int check_forward(const pk_lora_args &a) {
 }
 
 /* The start of the sums of y, where rows have adapters of their own: one float each. */
-int64_t start_bytes(const pk_lora_args &a) { return a.adapters ? (a.M * a.N * 4 + 15) / 16 * 16 : 0; }
+int64_t start_bytes(const pk_lora_args &a) {
+    return a.adapters && a.M > PK_GEMV_ROWS ? (a.M * a.N * 4 + 15) / 16 * 16 : 0;
+}
 
-int64_t forward_workspace(const pk_lora_args &a) {
-    return a.M > PK_GEMV_ROWS ? start_bytes(a) + pk_lora_mma_workspace(a) : pk_lora_gemv_workspace(a);
+/* A whole call. Projections that one kernel serves alike are a stack of a launch, and the others launches of their own:
+ * quantised alike, and aligned alike. */
+struct Call {
+    pk_lora_args args[PK_STACK];
+    int count = 0, stacks = 0;
+    PkStack stack[PK_STACK];
+    PkNeed need[PK_STACK];
+    int64_t counters = 0, workspace = 0; /* bytes: the start of sums, all counters, the parts */
+    bool projects = false;
+    const pk_lora_args &first() const { return args[0]; }
+};
+
+bool alike(const pk_lora_args &a, const pk_lora_args &b) {
+    return a.M <= PK_STACK_ROWS && a.quant_type == b.quant_type && a.blocksize == b.blocksize &&
+           !a.nested_code == !b.nested_code && (!a.nested_code || a.nested_blocksize == b.nested_blocksize) &&
+           pk_lora_mma_general(a) == pk_lora_mma_general(b);
+}
+
+int check_stack(const pk_lora_args *args, int64_t count) {
+    if (count < 1 || count > PK_STACK)
+        return pk_fail(PK_ERR_ARGUMENT, "%s: serves 1 to %d projections, got %lld", what, PK_STACK,
+                       static_cast<long long>(count));
+    for (int64_t i = 0; i < count; ++i) {
+        const pk_lora_args *const a = args ? args + i : nullptr;
+        if (int code = a ? check_forward(*a) : pk_lora_check(a, what)) return code;
+        if (a->x != args->x || a->x_dtype != args->x_dtype || a->M != args->M || a->K != args->K)
+            return pk_fail(PK_ERR_ARGUMENT, "%s: the projections of a stack share x, x_dtype, M and K; %lld does not",
+                           what, static_cast<long long>(i));
+        if (a->adapters && count > 1)
+            return pk_fail(PK_ERR_ARGUMENT, "%s: rows with adapters of their own take one projection, got %lld", what,
+                           static_cast<long long>(count));
+    }
+    return PK_OK;
+}
+
+/* From checked arguments. */
+void plan(const pk_lora_args *args, int64_t count, Call &call) {
+    for (int i = 0; i < count; ++i) {
+        pk_lora_args &a = call.args[call.count++];
+        a = prepared(args[i]);
+        call.projects |= a.r > 0;
+        int k = 0;
+        while (k < call.stacks && !alike(*call.stack[k].layer[0], a)) ++k;
+        if (k == call.stacks) call.stack[call.stacks++].count = 0;
+        call.stack[k].layer[call.stack[k].count++] = &a;
+    }
+    call.workspace = start_bytes(call.first());
+    const auto need_of = call.first().M > PK_GEMV_ROWS ? pk_lora_mma_need : pk_lora_gemv_need;
+    for (int k = 0; k < call.stacks; ++k) {
+        call.need[k] = need_of(call.stack[k]);
+        call.counters += call.need[k].counters;
+        call.workspace += call.need[k].counters + call.need[k].parts;
+    }
+    call.projects |= call.counters > 0;
 }
 
 int check_backward(const pk_lora_args &a) {
@@ -201,55 +141,67 @@ int check_backward(const pk_lora_args &a) {
     return PK_OK;
 }
 
-int forward(const pk_lora_args &a, cudaStream_t on) {
-    if (a.r > 0)
-        if (int code = pk_lora_project(a, false, a.s, on)) return code;
-    if (a.N == 0) return PK_OK;
-    if (a.M <= PK_GEMV_ROWS) return pk_lora_gemv(a, on);
-    if (!a.adapters) return pk_lora_mma(a, nullptr, on);
-    pk_lora_args rest = a;
-    rest.workspace += start_bytes(a) / 4, rest.workspace_bytes -= start_bytes(a);
-    if (int code = pk_lora_expand(a, a.s, false, a.workspace, on)) return code;
-    return pk_lora_mma(rest, a.workspace, on);
+int forward(const Call &call, cudaStream_t on) {
+    const pk_lora_args &first = call.first();
+    char *room = reinterpret_cast<char *>(first.workspace);
+    float *const start = start_bytes(first) ? first.workspace : nullptr;
+    char *counters = room + start_bytes(first), *parts = counters + call.counters;
+    if (call.projects) {
+        PkStack all = {{}, call.count};
+        for (int i = 0; i < call.count; ++i) all.layer[i] = call.args + i;
+        if (int code = pk_lora_project(all, counters, call.counters, on)) return code;
+    }
+    if (start)
+        if (int code = pk_lora_expand(first, first.s, false, start, on)) return code;
+    /* indices of adapters may have been written just now: they are read when the launch before has ended */
+    const bool after = call.projects && !first.adapters;
+    for (int k = 0; k < call.stacks; ++k) {
+        const PkRoom own = {reinterpret_cast<unsigned *>(counters), reinterpret_cast<float *>(parts)};
+        counters += call.need[k].counters, parts += call.need[k].parts;
+        if (int code = first.M > PK_GEMV_ROWS ? pk_lora_mma(call.stack[k], start, own, after, on)
+                                              : pk_lora_gemv(call.stack[k], own, after, on))
+            return code;
+    }
+    return pk_cuda_check(cudaGetLastError(), what);
 }
 } // namespace
 
-int pk_lora_project(const pk_lora_args &args, bool backward, float *out, cudaStream_t stream) {
-    Projection p = {};
-    p.z = backward ? args.dy : args.x, p.w = backward ? args.b : args.a, p.out = out;
-    p.M = args.M, p.C = backward ? args.N : args.K, p.r = static_cast<int>(args.r);
-    p.w_dtype = static_cast<int>(backward ? args.b_dtype : args.a_dtype), p.by_columns = backward && !args.adapters;
-    p.gain = backward ? args.gain : nullptr;
-    p.z_fast = p.C % 8 == 0 && pk_aligned(p.z, 16), p.w_fast = p.C % 8 == 0 && pk_aligned(p.w, 16);
-    p.own_scaling = backward, p.scale = backward && !args.adapters ? static_cast<float>(args.scaling) : 1.0f;
-    p.drop = backward ? PkDropout{nullptr, 0, 1.0f} : pk_dropout_of(args);
-    p.routes = pk_routes_of(args);
-    if (args.x_dtype == PK_BF16)
-        launch<__nv_bfloat16>(p, stream);
-    else
-        launch<__half>(p, stream);
-    return pk_cuda_check(cudaGetLastError(), what);
-}
-
-extern "C" int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t backward, int64_t *bytes) {
-    if (!args) return pk_lora_check(args, what);
-    const pk_lora_args a = prepared(*args);
-    if (int code = backward ? check_backward(a) : check_forward(a)) return code;
+extern "C" int pk_cuda_lora_stacked_workspace(const pk_lora_args *args, int64_t count, int64_t *bytes) {
+    if (int code = check_stack(args, count)) return code;
     if (!bytes) return pk_fail(PK_ERR_ARGUMENT, "%s: bytes is NULL", what);
-    *bytes = a.M == 0 ? 0 : (backward ? pk_lora_backward_workspace(a) : forward_workspace(a));
+    *bytes = 0;
+    if (args->M == 0) return PK_OK;
+    Call call;
+    plan(args, count, call);
+    *bytes = call.workspace;
     return PK_OK;
 }
 
-extern "C" int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, void *stream) {
+extern "C" int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t backward, int64_t *bytes) {
+    if (!backward) return pk_cuda_lora_stacked_workspace(args, 1, bytes);
     if (!args) return pk_lora_check(args, what);
     const pk_lora_args a = prepared(*args);
-    if (int code = check_forward(a)) return code;
-    if (a.M == 0) return PK_OK;
-    if ((a.K > 0 && !a.x) || (a.N > 0 && !a.y) || (a.r > 0 && !a.s))
-        return pk_fail(PK_ERR_ARGUMENT, "%s: x, y or s is NULL", what);
-    if (int code = check_workspace(a, forward_workspace(a))) return code;
+    if (int code = check_backward(a)) return code;
+    if (!bytes) return pk_fail(PK_ERR_ARGUMENT, "%s: bytes is NULL", what);
+    *bytes = a.M == 0 ? 0 : pk_lora_backward_workspace(a);
+    return PK_OK;
+}
+
+extern "C" int pk_cuda_lora_linear_stacked(const pk_lora_args *args, int64_t count, int64_t device, void *stream) {
+    if (int code = check_stack(args, count)) return code;
+    if (args->M == 0) return PK_OK;
+    for (int64_t i = 0; i < count; ++i)
+        if ((args[i].K > 0 && !args[i].x) || (args[i].N > 0 && !args[i].y) || (args[i].r > 0 && !args[i].s))
+            return pk_fail(PK_ERR_ARGUMENT, "%s: x, y or s is NULL", what);
+    Call call;
+    plan(args, count, call);
+    if (int code = check_workspace(call.first(), call.workspace)) return code;
     if (int code = pk_cuda_use(device, what)) return code;
-    return forward(a, static_cast<cudaStream_t>(stream));
+    return forward(call, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, void *stream) {
+    return pk_cuda_lora_linear_stacked(args, 1, device, stream);
 }
 
 extern "C" int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t device, void *stream) {

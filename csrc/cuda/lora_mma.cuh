@@ -66,7 +66,7 @@ __device__ __forceinline__ void start_from(const Problem &p, typename C::Sums &a
             const float *from = p.start + static_cast<int64_t>(row) * p.N + n;
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (row < p.M && n + 8 * i < p.N) acc[i / 2][mt][i % 2 * 2 + j] += __ldg(from + 8 * i);
+                if (row < p.M && n + 8 * i < p.N) acc[i / 2][mt][i % 2 * 2 + j] += from[8 * i];
         }
 }
 
@@ -214,14 +214,21 @@ __device__ __forceinline__ void end_tile(const Problem &p, char *shared, typenam
     }
 }
 
+/* The projection of a block. */
+template <typename C> __device__ __forceinline__ int which_of(const Stack &stack, unsigned block) {
+    return C::FULL ? 0 : stack.blocks.of(block);
+}
+
 template <typename T, typename C>
-__global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Stack stack) {
     PK_DYNAMIC_SHARED(char, shared);
 #if defined(__CUDA_ARCH__)
-    if constexpr (C::WHERE != ANY && small_memory(__CUDA_ARCH__ / 10) != (C::WHERE == SMALL)) return __trap();
+    if constexpr (C::WHERE == LARGE && small_memory(__CUDA_ARCH__ / 10)) return __trap();
 #endif
-    const int tid = static_cast<int>(threadIdx.x);
-    const Place<C> place(p, threadIdx.x, blockIdx.x, blockIdx.y);
+    const int tid = static_cast<int>(threadIdx.x), which = which_of<C>(stack, blockIdx.x);
+    const Problem &p = stack.each[which];
+    const Place<C> place(p, threadIdx.x, blockIdx.x - stack.blocks.first[which], blockIdx.y);
+    if constexpr (C::GENERAL) pk_wait_for_previous(); /* x comes by plain loads, here and there */
     const int g = place.g, t = place.t, warp = place.warp, group = place.group, part = place.part, n0 = place.n0;
     const int all_steps = (p.K + C::BK - 1) / C::BK;
     const int begin = static_cast<int>(static_cast<int64_t>(all_steps) * part / p.split);
@@ -239,15 +246,14 @@ __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Pro
     ScaleLoader<C> scales(p, n0 + warp * 32, first + GROUP * group, end);
     if constexpr (!C::GENERAL)
 #pragma unroll
-        for (int i = 0; i < scales.AHEAD; ++i) scales.fetch(p, i);
+        for (int i = 0; i < scales.AHEAD; ++i) scales.fetch(p, stack.each[0], i);
 
     typename C::Sums acc = {};
-    if (!C::LATE) add_low_rank<C>(p, shared + C::X + (C::STAGES - 1) * C::X_STAGE, acc, place); /* a free stage */
-
-    int codes = (group * (C::BN / 4) + warp * 8 + g / 4) * LINE + HOLE + (g % 4 ^ 2 * group) * 32 + t * 8;
-    int x = C::X + (group * C::BM + g) * 128 + (2 * t ^ (g & 1) ^ 4 * group) * 16, copy = place.lane * 4;
-    if constexpr (C::LATE) pk_keep(codes), pk_keep(x), pk_keep(copy);
-    const int x_halves[2] = {x, x ^ 16};
+    const int codes =
+        pk_fixed((group * (C::BN / 4) + warp * 8 + g / 4) * LINE + HOLE + (g % 4 ^ 2 * group) * 32 + t * 8);
+    const int x = pk_fixed(C::X + (group * C::BM + g) * 128 + (2 * t ^ (g & 1) ^ 4 * group) * 16);
+    const int x_halves[2] = {x, C::FULL ? x ^ 16 : pk_fixed(x ^ 16)};
+    const uint32_t copy = static_cast<uint32_t>(pk_fixed(place.lane * 4));
     for (int left = steps; left > 0; left -= C::ROUND) {
 #pragma unroll(C::GENERAL ? 1 : C::ROUND)
         for (int s = 0; s < C::ROUND; ++s) {
@@ -267,7 +273,7 @@ __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Pro
                                          k0 + s * C::BK + GROUP * group + 16 * t);
             } else {
                 scales.template take<T>(shared, offset, s, scale);
-                scales.fetch(p, s + scales.AHEAD);
+                scales.fetch(p, stack.each[0], s + scales.AHEAD);
             }
             if (s == C::ROUND - 1) loader.advance(), scales.advance();
             if constexpr (C::SCALING == SUMS)
@@ -278,13 +284,13 @@ __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Pro
     }
     pk_cp_async_wait<0>();
     __syncthreads();
-    if constexpr (C::LATE) {
-        /* the loop needs the registers */
-        const Place<C> again(p, pk_thread_again(), pk_block_again(0), pk_block_again(1));
-        add_low_rank<C>(p, shared, acc, again);
-        end_tile<T, C>(p, shared, acc, again);
-    } else {
-        end_tile<T, C>(p, shared, acc, place);
-    }
+    if constexpr (!C::GENERAL) pk_wait_for_previous(); /* here s begins to be there, and the counters */
+    pk_release_next();
+    /* known anew: the loop needs the registers */
+    const int again = which_of<C>(stack, pk_block_again(0));
+    const Problem &own = stack.each[again];
+    const Place<C> at(own, pk_thread_again(), pk_block_again(0) - stack.blocks.first[again], pk_block_again(1));
+    add_low_rank<C>(own, shared, acc, at);
+    end_tile<T, C>(own, shared, acc, at);
 }
 } // namespace mma

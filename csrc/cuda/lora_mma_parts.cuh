@@ -82,7 +82,7 @@ __device__ __forceinline__ bool add_parts(const Problem &p, char *shared, typena
 }
 
 /* y, and h, from the parts of a tile of BM rows and ADD_BN columns (blockIdx.x), 8 rows of it a block (blockIdx.y): of
- * each part a thread has one float4. */
+ * each part a thread has one float4. Launched to begin when the kernel that writes the parts has ended. */
 constexpr int ADD_BN = 128, ADD_THREADS = 128; /* of a tile with two K groups: the threads of one */
 template <typename T>
 __global__ void __launch_bounds__(THREADS) add_kernel(const __grid_constant__ Problem p, int BM) {

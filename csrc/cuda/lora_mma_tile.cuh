@@ -30,7 +30,8 @@ struct Problem {
     const float *start;    /* NULL, or [M, N]: what the sums start at, and r is 0 */
     uint16_t *y, *h;       /* h: with a gain, or NULL */
     float4 *partial;   /* split > 1: [tile][part][BM / 4][threads of a K group] */
-    unsigned *arrived; /* split > 1: per tile, zero; NULL where another kernel adds the parts */
+    unsigned *arrived; /* split > 1: per tile, zero; NULL where another kernel adds the parts; both of all tiles of the
+                        * stack */
     int M, N, K, r, m_tiles, split;
     uint32_t x_row, codes_row; /* bytes */
     uint32_t last_unit;        /* of W; 32 elements */
@@ -40,19 +41,25 @@ struct Problem {
     PkTable table;
 };
 
+struct Stack {
+    Problem each[PK_STACK]; /* alike but for W, b, bias, y and what belongs to them */
+    PkBlocks blocks;        /* tiles */
+};
+
 enum Where { ANY, LARGE, SMALL };
 enum Scaling { SUMS, WEIGHTS, HALVES, ELEMENTS };
 
-/* WK: groups of warps that share the columns and split k. WHERE: the architectures that have this tile. ELEMENTS: any K
- * and alignment, by plain loads, the scales looked up where they are used. */
+/* WK: groups of warps that share the columns and split k. WHERE: the architectures that use this tile;
+ * PTX of those with little memory has none that is LARGE. ELEMENTS: any K and alignment, by plain loads, the scales
+ * looked up where they are used. */
 template <int BM_, int WK_, int STAGES_, Where WHERE_, Scaling SCALING_> struct Tile {
     static constexpr int BM = BM_, WK = WK_, STAGES = STAGES_;
     static constexpr Where WHERE = WHERE_;
     static constexpr Scaling SCALING = SCALING_;
     static constexpr bool GENERAL = SCALING == ELEMENTS;
     static constexpr bool WHOLE = SCALING == SUMS || SCALING == WEIGHTS; /* groups of 64 are there, or not */
-    /* the low-rank term is added at the end: before, the loop's values fill all registers */
-    static constexpr bool LATE = BM > 64;
+    /* the loop's values fill all registers: it serves a single projection, whose fields have addresses of their own */
+    static constexpr bool FULL = BM > 64;
     static constexpr int BN = 256 / WK, BK = GROUP * WK, COLUMN_THREADS = THREADS / WK;
     using Sums = float[2][BM / 8][4]; /* of 16 rows of W, 8 of x: one product of mma.sync */
     static constexpr int QUARTERS = BM / 4; /* float4 of sums a thread */
@@ -75,7 +82,7 @@ struct alignas(8) Words {
 template <typename C> struct Loader {
     /* a thread's chunks of x are of its group, or of both, where the addresses of more rows would take registers that
      * are not there */
-    static constexpr bool BOTH = C::WK == 2 && C::LATE;
+    static constexpr bool BOTH = C::WK == 2 && C::FULL;
     static constexpr int X_CHUNKS = C::BM * (BOTH ? 1 : C::WK) / 32, X_ROWS = C::BM / X_CHUNKS;
     const uint8_t *codes[2], *x[X_CHUNKS];
     int codes_to, x_to;
@@ -155,7 +162,7 @@ template <typename C> struct Loader {
 /* The scales of the 32 rows and 64 elements of a warp: each lane fetches one, AHEAD steps before its use, and of HALVES
  * two; shuffles then give each thread those of its four rows. */
 template <typename C> struct ScaleLoader {
-    static constexpr int COUNT = C::SCALING == HALVES ? 2 : 1, AHEAD = C::LATE ? 1 : 2;
+    static constexpr int COUNT = C::SCALING == HALVES ? 2 : 1, AHEAD = C::FULL ? 1 : 2;
     PkRawScale raw[C::ROUND][COUNT];
     uint32_t unit[COUNT]; /* 32 elements */
     int left;
@@ -173,11 +180,12 @@ template <typename C> struct ScaleLoader {
         }
         left = end - k - 32 * half;
     }
-    __device__ __forceinline__ void fetch(const Problem &p, int step) {
+    /* alike: what p has in common with the rest of its stack, at a place known beforehand */
+    __device__ __forceinline__ void fetch(const Problem &p, const Problem &alike, int step) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) { /* past the end the last one of W, not used */
-            const uint32_t block = min(unit[i] + step * (C::BK / 32), p.last_unit) >> p.shift;
-            raw[step % C::ROUND][i] = {pk_load_now(p.scales.values + (block >> p.scales.outer_shift)),
+            const uint32_t block = min(unit[i] + step * (C::BK / 32), p.last_unit) >> alike.shift;
+            raw[step % C::ROUND][i] = {pk_load_now(p.scales.values + (block >> alike.scales.outer_shift)),
                                         pk_load_now(p.scales.codes + block)};
         }
     }

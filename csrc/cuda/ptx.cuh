@@ -1,6 +1,7 @@
-/* The one home of inline PTX: asynchronous copies, ldmatrix, mma.sync and a few single instructions, all of sm_80.
- * csrc/simt/ptx.h has the same functions for the host build. Shared addresses are generic pointers into shared memory,
- * 16-byte aligned where 16 bytes are read or written. All lanes of a warp call pk_ldmatrix_* and pk_mma_* together. */
+/* The one home of inline PTX: asynchronous copies, ldmatrix, mma.sync and a few single instructions, all of sm_80 but
+ * for what does nothing before sm_90. csrc/simt/ptx.h has the same functions for the host build. Shared addresses are
+ * generic pointers into shared memory, 16-byte aligned where 16 bytes are read or written. All lanes of a warp call
+ * pk_ldmatrix_* and pk_mma_* together. */
 #pragma once
 #include <type_traits>
 
@@ -99,8 +100,11 @@ __device__ __forceinline__ unsigned pk_block_again(int axis) {
     return v;
 }
 
-/* v's value, in a register from here on: the compiler does not calculate it anew in every round of a loop. */
-__device__ __forceinline__ void pk_keep(int &v) { asm volatile("" : "+r"(v)); }
+/* v, which the compiler keeps from here on, in place of making it anew where it is used. */
+__device__ __forceinline__ int pk_fixed(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
 
 /* p += bytes, here and not further up, where both values would be alive, and the loop would end with copies. */
 __device__ __forceinline__ void pk_advance(const uint8_t *&p, int64_t bytes) {
@@ -120,8 +124,27 @@ __device__ __forceinline__ uint32_t pk_load_now(const uint8_t *global) {
     return v;
 }
 
-/* 16 bytes that another block wrote during this launch: read past L1. */
+/* What another block wrote during this launch: read past L1. */
+__device__ __forceinline__ float pk_load_fresh(const float *global) { return __ldcg(global); }
 __device__ __forceinline__ float4 pk_load_fresh16(const float4 *global) { return __ldcg(global); }
+__device__ __forceinline__ uint4 pk_load_fresh16(const uint4 *global) { return __ldcg(global); }
+
+/* In a launch that may begin before the one before it on the stream has ended (PK_LAUNCH_AFTER): waits for its end, and
+ * then all that it wrote is there. By every thread, on every path, once. What that one wrote is read after it, by plain
+ * loads: ld.global.nc (__ldg, pk_load_stream16, pk_load_now) is for what nobody writes while this launch lasts. Other
+ * launches wait for nothing. */
+__device__ __forceinline__ void pk_wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/* From here on, once every block has said so or ended, a launch that may begin early may begin. After
+ * pk_wait_for_previous, so that it finds all that came before this launch: only this one is still under way. */
+__device__ __forceinline__ void pk_release_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 /* Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes of a (0 to 3) and b (4 to 7). */
 __device__ __forceinline__ uint32_t pk_prmt(uint32_t a, uint32_t b, uint32_t selector) {

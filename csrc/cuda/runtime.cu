@@ -51,9 +51,9 @@ extern "C" int pk_cuda_loads(int64_t device) {
     if (code == PK_OK) code = pk_cuda_check(cudaFuncGetAttributes(&found, any_kernel), "cudaFuncGetAttributes");
     const int gpu = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
     if (code != PK_OK) return cudaGetLastError(), code; /* it is said; the next launch here should not find it */
-    /* tiles are chosen by the GPU, and compiled for what the code was compiled for */
-    if (mma::small_memory(gpu) != mma::small_memory(found.ptxVersion))
-        return pk_fail(PK_ERR_DEVICE, "on sm_%d code of compute_%d would run, whose tiles have another size", gpu,
+    /* tiles are chosen by the GPU; what was compiled for little shared memory has none of those for much */
+    if (!mma::small_memory(gpu) && mma::small_memory(found.ptxVersion))
+        return pk_fail(PK_ERR_DEVICE, "on sm_%d code of compute_%d would run, which lacks its tiles", gpu,
                        found.ptxVersion);
     return PK_OK;
 }

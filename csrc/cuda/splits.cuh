@@ -58,16 +58,19 @@ inline int64_t pk_split_clocks(const PkSums &s, PkSplit split, int64_t processor
     return n == 1 ? product : written + PK_HAND_OVER + pk_ceil_div(s.tiles, processors) * n * part;
 }
 
-/* The split of the fewest clocks; of two that are equal, the one of fewer parts. apart: there is a second kernel in any
- * case. */
-inline PkSplit pk_splits(const PkSums &s, bool apart) {
+/* Who adds parts: what takes fewer clocks, the last block to arrive, or a second kernel, which there is in any case. */
+enum class PkAdds { EITHER, LAST, APART };
+
+/* The split of the fewest clocks; of two that are equal, the one of fewer parts. */
+inline PkSplit pk_splits(const PkSums &s, PkAdds who) {
     const int64_t processors = pk_device_attribute(cudaDevAttrMultiProcessorCount, 108);
-    PkSplit best = {1, apart};
+    PkSplit best = {1, who == PkAdds::APART};
     int64_t fewest = pk_split_clocks(s, best, processors);
     for (int n = 2; n <= 16 && s.steps >= 4 * n; ++n)
         for (const PkSplit split : {PkSplit{n, false}, PkSplit{n, true}}) {
+            if (who == (split.apart ? PkAdds::LAST : PkAdds::APART)) continue;
             const int64_t clocks = pk_split_clocks(s, split, processors);
-            if (split.apart >= apart && clocks < fewest) fewest = clocks, best = split;
+            if (clocks < fewest) fewest = clocks, best = split;
         }
     return best;
 }

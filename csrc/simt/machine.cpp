@@ -1,20 +1,13 @@
-/* The machine of simt.h: who runs next, what a barrier and a warp's operation wait for, and what is said when they
- * fail. */
-#include "machine.h"
+/* The machine of simt.h: who runs next in a block, what a barrier and a warp's operation wait for, and what is said
+ * when they fail. launches.cpp says which block runs next. */
+#include "blocks.h"
 
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#include <memory>
-#include <mutex>
-#include <unordered_map>
-#include <vector>
-
-#include "../pk_abi.h"
-#include "fibre.h"
 
 #if defined(PK_SIMT_SWITCH)
 PK_SIMT_SWITCH
@@ -23,50 +16,11 @@ PK_SIMT_SWITCH
 dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0), blockDim, gridDim;
 
 namespace simt {
-Device device = {8, 9, 108, 99 << 10};
-namespace {
 constexpr size_t STACK = 256 << 10;
-enum State : uint8_t { READY, AT_BLOCK, AT_WARP, RETURNED };
-
-struct Thread {
-    Fibre fibre;
-    State state;
-    Where where{"", 0}; /* what it waits at */
-    const char *what;
-    unsigned mask;
-    Kind kind;
-    Collective run;
-    void *part;
-};
-
-struct Machine {
-    std::mutex one_launch;
-    std::vector<Thread> threads;
-    char *stacks = nullptr;
-    Fibre host;
-    unsigned count = 0, now = NONE, at_block = 0, returned = 0, ready_count = 0;
-    unsigned ready[MOST_THREADS];
-    unsigned waiting[MOST_THREADS / WARP], gone[MOST_THREADS / WARP]; /* lanes of each warp */
-    void (*body)(void *) = nullptr;
-    void *arguments = nullptr;
-    const char *name = "";
-    const void *kernel = nullptr;
-    std::vector<Range> shared; /* dynamic, then static, of the kernel that runs */
-    uint64_t seed = 0, random = 1;
-    cudaError_t failed = cudaSuccess;
-    const char *host_frame = nullptr;
-} m;
-
+Machine m;
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local char last_text[640] = "";
-
-void seed_random(uint64_t value) {
-    value += 0x9e3779b97f4a7c15u; /* splitmix64 */
-    value = (value ^ value >> 30) * 0xbf58476d1ce4e5b9u;
-    value = (value ^ value >> 27) * 0x94d049bb133111ebu;
-    m.random = (value ^ value >> 31) | 1;
-}
-
+namespace {
 /* fill() and what it is for: not through memset, which AddressSanitizer would check against the gaps between
  * variables */
 __attribute__((no_sanitize("address"))) void fill(char *p, size_t bytes) {
@@ -134,27 +88,31 @@ void say_where(Text &text, unsigned first, unsigned end) {
             text.add(" have returned");
         else if (t.state == READY)
             text.add(" are on their way");
-        else if (t.state == AT_BLOCK)
+        else if (t.state == AT_BLOCK || t.state == AT_PREVIOUS)
             text.add(" wait at %s (%s:%d)", t.what, file, t.where.line);
         else
             text.add(" wait at %s (%s:%d, mask 0x%08x)", t.what, file, t.where.line, t.mask);
     }
 }
 
-void report(cudaError_t error, const char *format, va_list list) {
+void report_list(cudaError_t error, const char *format, va_list list) {
     char what[400], kernel[160] = "";
     vsnprintf(what, sizeof what, format, list);
-    if (m.kernel) describe(m.kernel, kernel, sizeof kernel);
-    snprintf(last_text, sizeof last_text, "kernel %s, block (%u, %u, %u): %s", kernel[0] ? kernel : m.name, blockIdx.x,
-             blockIdx.y, blockIdx.z, what);
+    describe(m.launch->kernel, kernel, sizeof kernel);
+    snprintf(last_text, sizeof last_text, "kernel %s, block (%u, %u, %u): %s", kernel[0] ? kernel : m.launch->name,
+             blockIdx.x, blockIdx.y, blockIdx.z, what);
     m.failed = last_error = error;
 }
-__attribute__((format(printf, 2, 3))) void report(cudaError_t error, const char *format, ...) {
+} // namespace
+
+void report(cudaError_t error, const char *format, ...) {
     va_list list;
     va_start(list, format);
-    report(error, format, list);
+    report_list(error, format, list);
     va_end(list);
 }
+
+namespace {
 
 [[noreturn]] void fail_together(const char *why, unsigned first, unsigned end) {
     char where[400];
@@ -203,7 +161,11 @@ void warp_complete(unsigned w, unsigned mask) {
 
 void enter() {
     arrived(m.threads[m.now].fibre, m.host);
-    m.body(m.arguments);
+    m.launch->body(m.launch->arguments);
+    if (m.launch->after && !m.threads[m.now].waited)
+        fail(cudaErrorLaunchFailure,
+             "thread %u returns and has not waited for the launch before: the next one may begin before that has ended",
+             m.now);
     const unsigned w = m.now / WARP;
     m.threads[m.now].state = RETURNED;
     ++m.returned;
@@ -215,11 +177,37 @@ void enter() {
     abort();
 }
 
-void run_block() {
-    for (const Range &r : m.shared) fill(const_cast<char *>(r.first), r.size());
+/* To the host, when nobody can run. */
+bool run_on() {
+    go(pick());
+    if (m.failed != cudaSuccess || m.returned == m.count) return false;
+    if (m.at_previous) return true;
+    char where[400];
+    Text text = {where, where + sizeof where};
+    say_where(text, 0, m.count);
+    report(cudaErrorLaunchTimeout, "a barrier that not all threads reach: %s", where);
+    return false;
+}
+
+__attribute__((no_sanitize("address"))) void copy_out(std::string &to) {
+    to.clear();
+    for (const Range &r : m.shared_memory)
+        for (const char *p = r.first; p < r.end; ++p) to += *static_cast<const char volatile *>(p);
+}
+__attribute__((no_sanitize("address"))) void copy_back(const std::string &from) {
+    size_t i = 0;
+    for (const Range &r : m.shared_memory)
+        for (const char *p = r.first; p < r.end; ++p)
+            *static_cast<char volatile *>(const_cast<char *>(p)) = from[i++];
+}
+} // namespace
+
+bool run_block(dim3 index) {
+    blockIdx = m.index = index;
+    for (const Range &r : m.shared_memory) fill(const_cast<char *>(r.first), r.size());
     async_block();
     races_block();
-    m.at_block = m.returned = m.ready_count = 0;
+    m.at_block = m.at_previous = m.returned = m.ready_count = 0;
     for (unsigned w = 0; w * WARP < m.count; ++w) {
         m.waiting[w] = 0;
         m.gone[w] = m.count - w * WARP < WARP ? ~0u << (m.count - w * WARP) : 0; /* lanes that there are not */
@@ -227,38 +215,47 @@ void run_block() {
     for (unsigned i = 0; i < m.count; ++i) {
         Thread &t = m.threads[i];
         prepare(t.fibre, enter, i % 16 * 320); /* so that the stacks do not all share the same cache sets */
+        t.waited = false;
         make_ready(i);
     }
-    go(pick());
-    if (m.failed == cudaSuccess && m.returned != m.count) {
-        char where[400];
-        Text text = {where, where + sizeof where};
-        say_where(text, 0, m.count);
-        report(cudaErrorLaunchTimeout, "a barrier that not all threads reach: %s", where);
-    }
+    return run_on();
 }
 
-bool make_stacks() {
-    if (m.stacks) return true;
+bool go_on() {
+    for (unsigned i = 0; i < m.count; ++i)
+        if (m.threads[i].state == AT_PREVIOUS) make_ready(i);
+    m.at_previous = 0;
+    return run_on();
+}
+
+void put_aside(Block &block) {
+    copy_out(m.shared);
+    m.copies = async_put_aside();
+    std::swap<Block>(m, block);
+}
+
+void take_up(Block &block) {
+    std::swap<Block>(m, block);
+    async_take_up(m.copies);
+    copy_back(m.shared);
+    blockIdx = m.index;
+}
+
+bool make_stacks(Block &block) {
+    if (block.stacks) return true;
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), each = STACK + page;
     void *p =
         mmap(nullptr, each * MOST_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return false;
-    m.stacks = static_cast<char *>(p);
-    m.threads.resize(MOST_THREADS);
+    block.stacks = static_cast<char *>(p);
+    block.threads.resize(MOST_THREADS);
     for (size_t i = 0; i < MOST_THREADS; ++i) {
-        mprotect(m.stacks + i * each, page, PROT_NONE); /* an overflow faults */
-        m.threads[i].fibre.stack = m.stacks + i * each + page;
-        m.threads[i].fibre.size = STACK;
+        mprotect(block.stacks + i * each, page, PROT_NONE); /* an overflow faults */
+        block.threads[i].fibre.stack = block.stacks + i * each + page;
+        block.threads[i].fibre.size = STACK;
     }
     return true;
 }
-
-/* malloc, which is 16-byte aligned, and no more */
-char *allocate(size_t bytes) { return static_cast<char *>(malloc(bytes ? bytes : 1)); }
-
-uint64_t common_divisor(uint64_t a, uint64_t b) { return b ? common_divisor(b, a % b) : a; }
-} // namespace
 
 uint32_t draw(uint32_t below) {
     m.random ^= m.random << 13, m.random ^= m.random >> 7, m.random ^= m.random << 17; /* xorshift64 */
@@ -268,7 +265,7 @@ uint32_t draw(uint32_t below) {
 void fail(cudaError_t error, const char *format, ...) {
     va_list list;
     va_start(list, format);
-    report(error, format, list);
+    report_list(error, format, list);
     va_end(list);
     go(NONE, true);
     abort(); /* nobody comes back to a failed thread */
@@ -276,15 +273,18 @@ void fail(cudaError_t error, const char *format, ...) {
 
 unsigned current() { return m.now; }
 unsigned lane() { return m.now % WARP; }
-void *dynamic_shared() { return const_cast<char *>(m.shared[0].first); }
-Range dynamic_range() { return m.shared[0]; }
+void *dynamic_shared() { return const_cast<char *>(m.shared_memory[0].first); }
+Range dynamic_range() { return m.shared_memory[0]; }
 Range stacks() { return {m.stacks, m.threads.back().fibre.stack + STACK}; }
-Range host_frames() { return {m.host_frame, m.host_frame + (64 << 10)}; }
+Range arguments() {
+    const char *first = static_cast<const char *>(m.launch->arguments);
+    return {first, first + m.launch->argument_bytes};
+}
 
 ptrdiff_t shared_offset(const void *p, size_t bytes) {
     const char *at = static_cast<const char *>(p);
     size_t before = 0;
-    for (const Range &r : m.shared) {
+    for (const Range &r : m.shared_memory) {
         if (r.holds(at)) return at + bytes <= r.end ? static_cast<ptrdiff_t>(before) + (at - r.first) : -1;
         before += r.size();
     }
@@ -299,6 +299,24 @@ void sync_block(Where where) {
     go(pick());
 }
 
+void wait_for_previous(Where where) {
+    Thread &me = m.threads[m.now];
+    if (m.previous_runs) {
+        me.state = AT_PREVIOUS, me.where = where, me.what = "griddepcontrol.wait";
+        ++m.at_previous;
+        go(pick());
+    }
+    m.threads[m.now].waited = true;
+    races_waited();
+}
+
+void release_next() {
+    if (m.launch->after && !m.threads[m.now].waited)
+        fail(cudaErrorLaunchFailure,
+             "thread %u lets the next launch begin and has not waited for the one before, which that one may then meet",
+             m.now);
+}
+
 void collective(const char *what, Where where, Kind kind, unsigned mask, Collective run, void *part) {
     Thread &me = m.threads[m.now];
     const unsigned w = m.now / WARP, mine = 1u << m.now % WARP;
@@ -310,88 +328,4 @@ void collective(const char *what, Where where, Kind kind, unsigned mask, Collect
     go(pick());
 }
 
-void run(const char *name, const void *kernel, dim3 grid, unsigned threads, size_t shared_bytes, void (*body)(void *),
-         void *arguments) {
-    std::lock_guard<std::mutex> lock(m.one_launch);
-    m.name = name, m.kernel = kernel, m.failed = cudaSuccess, blockIdx = dim3(0, 0, 0);
-    if (!threads || threads > MOST_THREADS || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 ||
-        grid.z > 65535 || shared_bytes > device.shared)
-        return report(cudaErrorInvalidConfiguration,
-                      "a launch of (%u, %u, %u) blocks of %u threads and %zu bytes of shared memory; at most "
-                      "(2147483647, 65535, 65535), %u and %u", grid.x, grid.y, grid.z, threads, shared_bytes,
-                      MOST_THREADS, device.shared);
-    if (!make_stacks()) return report(cudaErrorLaunchFailure, "no memory for the stacks of %u threads", MOST_THREADS);
-    m.host = Fibre();
-    m.host_frame = static_cast<const char *>(__builtin_frame_address(0));
-    m.body = body, m.arguments = arguments, m.count = threads, gridDim = grid, blockDim = dim3(threads);
-    /* of exactly this size, so that AddressSanitizer sees its end */
-    std::unique_ptr<char, void (*)(void *)> shared(allocate(shared_bytes), free);
-    static std::unordered_map<const void *, std::vector<Range>> known;
-    auto found = known.find(kernel);
-    if (found == known.end()) found = known.emplace(kernel, shared_of(kernel)).first;
-    m.shared.assign(1, {shared.get(), shared.get() + shared_bytes});
-    m.shared.insert(m.shared.end(), found->second.begin(), found->second.end());
-    size_t all_shared = 0;
-    for (const Range &r : m.shared) all_shared += r.size();
-    seed_random(m.seed++);
-    races_launch(all_shared);
-    /* every block once, in an order drawn from the seed */
-    const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-    uint64_t step = 1 + draw(0xffffffffu) % blocks, block = draw(0xffffffffu) % blocks;
-    while (common_divisor(step, blocks) != 1) ++step;
-    for (uint64_t i = 0; i < blocks && m.failed == cudaSuccess; ++i, block = (block + step) % blocks) {
-        blockIdx = dim3(static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
-                        static_cast<unsigned>(block / grid.x / grid.y));
-        run_block();
-    }
-#if defined(PK_SIMT_ASAN)
-    if (m.failed != cudaSuccess) /* frames that nobody left */
-        for (unsigned i = 0; i < threads; ++i) __asan_unpoison_memory_region(m.threads[i].fibre.stack, STACK);
-#endif
-}
 } // namespace simt
-
-cudaError_t cudaGetLastError() {
-    const cudaError_t error = simt::last_error;
-    simt::last_error = cudaSuccess;
-    return error;
-}
-const char *cudaGetErrorName(cudaError_t error) {
-    switch (error) {
-#define PK_SIMT_NAME(name)                                                                                             \
-    case name: return #name;
-        PK_SIMT_NAME(cudaSuccess)
-        PK_SIMT_NAME(cudaErrorInvalidValue)
-        PK_SIMT_NAME(cudaErrorInvalidConfiguration)
-        PK_SIMT_NAME(cudaErrorNoDevice)
-        PK_SIMT_NAME(cudaErrorIllegalAddress)
-        PK_SIMT_NAME(cudaErrorLaunchTimeout)
-        PK_SIMT_NAME(cudaErrorMisalignedAddress)
-        PK_SIMT_NAME(cudaErrorLaunchFailure)
-#undef PK_SIMT_NAME
-    }
-    return "an unknown error";
-}
-const char *cudaGetErrorString(cudaError_t error) {
-    if (error == cudaErrorNoDevice || error == cudaErrorInvalidValue) return "the host stand-in has device 0 alone";
-    return error == cudaSuccess ? "no error" : simt::last_text;
-}
-
-/* Another GPU from now on: 80, 89, 90 ... and its number of multiprocessors. At first an sm_89, which like sm_86 and
- * sm_120 has the least shared memory of all. */
-extern "C" PK_EXPORT void pk_simt_set_device(int capability, int processors) {
-    const bool least = (capability >= 86 && capability < 90) || capability >= 120;
-    simt::device = {capability / 10, capability % 10, processors, (least ? 99u : capability < 90 ? 163u : 227u) << 10};
-}
-/* The order of threads and blocks from now on: another seed, another order; the same one, the same order. */
-extern "C" PK_EXPORT void pk_simt_set_seed(uint64_t seed) { simt::m.seed = seed << 32; }
-/* The kind of this build: "plain", "races" or "asan". */
-extern "C" PK_EXPORT const char *pk_simt_build(void) {
-#if defined(PK_SIMT_RACES)
-    return "races";
-#elif defined(PK_SIMT_ASAN)
-    return "asan";
-#else
-    return "plain";
-#endif
-}

@@ -4,6 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <memory>
 #include <vector>
 
 typedef enum {
@@ -46,17 +47,31 @@ struct Where {
 /* Ends the launch with this error (printf style); does not return to the kernel. */
 [[noreturn]] void fail(cudaError_t error, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-void run(const char *name, const void *kernel, dim3 grid, unsigned threads, size_t shared_bytes, void (*body)(void *),
-         void *arguments);
+/* A launch, with a copy of its arguments: it may run later than it is queued (launches.cpp). */
+struct Launch {
+    const char *name;
+    const void *kernel;
+    dim3 grid;
+    unsigned threads;
+    size_t shared_bytes;
+    bool after; /* may begin before the one before it has ended */
+    void *arguments;
+    size_t argument_bytes;
+    void (*body)(void *), (*drop)(void *);
+};
+void queue(Launch launch);
+void flush(); /* what is queued has run */
+void count_launch(); /* of what is no kernel */
 /* call(kernel) runs in every thread. The kernel goes through memory so that it stays a function with a name. */
 template <typename Kernel, typename Call>
-void launch(const char *name, dim3 grid, unsigned threads, size_t shared_bytes, Kernel *kernel, Call call) {
+void launch(const char *name, dim3 grid, unsigned threads, size_t shared_bytes, bool after, Kernel *kernel, Call call) {
     struct Both {
         Kernel *kernel;
-        Call *call;
-    } both = {kernel, &call};
-    run(name, reinterpret_cast<const void *>(kernel), grid, threads, shared_bytes,
-        [](void *p) { (*static_cast<Both *>(p)->call)(static_cast<Both *>(p)->kernel); }, &both);
+        Call call;
+    };
+    queue({name, reinterpret_cast<const void *>(kernel), grid, threads, shared_bytes, after, new Both{kernel, call},
+           sizeof(Both), [](void *p) { static_cast<Both *>(p)->call(static_cast<Both *>(p)->kernel); },
+           [](void *p) { delete static_cast<Both *>(p); }});
 }
 
 void *dynamic_shared();
@@ -74,24 +89,30 @@ typedef void (*Collective)(void *const *part, unsigned lanes);
 enum Kind { PLAIN = 0, WHOLE = 1, ORDERS = 2 };
 void collective(const char *what, Where where, Kind kind, unsigned mask, Collective run, void *part);
 void sync_block(Where where);
+void wait_for_previous(Where where);
+void release_next();
 
 void async_block(); /* a block starts: no cp.async is under way (ptx.cpp) */
+std::shared_ptr<void> async_put_aside(); /* those of a block that is interrupted */
+void async_take_up(const std::shared_ptr<void> &put_aside);
 
 /* Reports to races.cpp of accesses that no compiler reports; empty in builds without it. */
-/* the last two: of a cp.async, when it starts and when it is waited for */
-enum Access { READ, WRITE, ATOMIC, ISSUE, LAND };
+/* ISSUE, LAND: of a cp.async, when it starts and when it is waited for. READ_ONLY: a load by ld.global.nc */
+enum Access { READ, WRITE, ATOMIC, ISSUE, LAND, READ_ONLY };
 #if defined(PK_SIMT_RACES)
 void touch(const void *p, size_t bytes, Access how, unsigned thread, const void *pc);
-void races_launch(size_t shared_bytes); /* dynamic and static */
-void races_block();                     /* a block starts */
+void races_launch(size_t shared_bytes, bool after); /* dynamic and static */
+void races_block();                                 /* a block starts */
+void races_waited();                                /* the thread, for the launch before */
 void races_barrier();
 void races_warp(unsigned first, unsigned lanes);
 void races_fence();
 #define PK_SIMT_UNSEEN __attribute__((no_sanitize("thread")))
 #else
 inline void touch(const void *, size_t, Access, unsigned, const void *) {}
-inline void races_launch(size_t) {}
+inline void races_launch(size_t, bool) {}
 inline void races_block() {}
+inline void races_waited() {}
 inline void races_barrier() {}
 inline void races_warp(unsigned, unsigned) {}
 inline void races_fence() {}
@@ -108,7 +129,7 @@ struct Range {
 };
 Range dynamic_range();
 Range stacks();
-Range host_frames(); /* where the launcher keeps the arguments */
+Range arguments(); /* of the launch that runs */
 
 /* symbols.cpp, from the symbol table of the library that all this is linked into. */
 Range image();                                       /* its code, constants and variables */

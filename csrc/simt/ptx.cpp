@@ -15,7 +15,9 @@ struct Copy {
 struct Queue {
     std::vector<Copy> copies;
     uint32_t groups = 0; /* closed ones */
-} queues[MOST_THREADS];
+};
+using Queues = std::vector<Queue>;
+Queues queues(MOST_THREADS);
 
 void land(const Copy &copy, unsigned thread, const void *pc) {
     touch(copy.to, 16, LAND, thread, pc);
@@ -31,6 +33,14 @@ void land(const Copy &copy, unsigned thread, const void *pc) {
 void async_block() {
     for (Queue &q : queues) q.copies.clear(), q.groups = 0;
 }
+
+std::shared_ptr<void> async_put_aside() {
+    auto put_aside = std::make_shared<Queues>(MOST_THREADS);
+    put_aside->swap(queues);
+    return put_aside;
+}
+
+void async_take_up(const std::shared_ptr<void> &put_aside) { queues = *static_cast<Queues *>(put_aside.get()); }
 
 void cp_async16(void *shared, const void *global, bool valid) {
     const unsigned me = current();

@@ -33,7 +33,9 @@ inline void pk_mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
     simt::mma(false, d, a, b, where);
 }
 
-inline uint4 pk_load_stream16(const void *global) { return *static_cast<const uint4 *>(global); }
+inline uint4 pk_load_stream16(const void *global) { return simt::read_only(static_cast<const uint4 *>(global)); }
+inline void pk_wait_for_previous(simt::Where where = {}) { simt::wait_for_previous(where); }
+inline void pk_release_next() { simt::release_next(); }
 inline uint32_t pk_prmt(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 /* off by one place in either direction, or not at all: what users do about it is then seen to work */
 inline float pk_reciprocal(float v) {
@@ -47,11 +49,13 @@ inline uint32_t pk_blend(uint32_t a, uint32_t b, uint32_t mask) { return (a & ma
 inline float pk_load_shared(pk_shared_t address) { return *reinterpret_cast<const float *>(address); }
 inline unsigned pk_thread_again() { return threadIdx.x; }
 inline unsigned pk_block_again(int axis) { return axis == 0 ? blockIdx.x : blockIdx.y; }
-inline void pk_keep(int &) {}
+inline int pk_fixed(int v) { return v; }
 inline void pk_advance(const uint8_t *&p, int64_t bytes) { p += bytes; }
-inline float pk_load_now(const float *global) { return *global; }
-inline uint32_t pk_load_now(const uint8_t *global) { return *global; }
+inline float pk_load_now(const float *global) { return simt::read_only(global); }
+inline uint32_t pk_load_now(const uint8_t *global) { return simt::read_only(global); }
+inline float pk_load_fresh(const float *global) { return *global; }
 inline float4 pk_load_fresh16(const float4 *global) { return *global; }
+inline uint4 pk_load_fresh16(const uint4 *global) { return *global; }
 /* The sum of a product, which float64 holds exactly, and a number, rounded once. */
 template <typename T> uint32_t pk_fma2(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t out = 0;

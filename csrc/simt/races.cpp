@@ -9,6 +9,9 @@
  *     own do not count, or
  *   - both threads are of one warp and __syncwarp orders them (vector clocks within the warp), or
  *   - both are atomic.
+ * A launch that may begin before the one before it has ended is parallel to that one until the thread has waited for
+ * it, whatever ran first here. Loads by ld.global.nc must not meet a write of their own launch, nor of one that was
+ * under way when it began.
  * Two reads are enough to find a race with every later write, unless __syncwarp is used on parts of a warp. */
 #include <stdio.h>
 
@@ -34,6 +37,8 @@ struct Byte {
 };
 
 uint32_t now = 1, block_began = 1, launch_began = 1; /* stamps */
+uint32_t under_way = 1; /* what is younger was written since the oldest launch that runs beside this one began */
+bool waited[MOST_THREADS]; /* for the launch before: for it, nothing runs beside this launch */
 uint32_t clocks[MOST_THREADS][WARP];                  /* what each thread knows of the lanes of its warp */
 std::unique_ptr<Byte[]> of_shared;
 size_t of_shared_size = 0;
@@ -53,8 +58,8 @@ Byte *global_byte(uintptr_t at) {
     return last_bytes + at % PAGE;
 }
 
-bool another_block(const Seen &seen, bool shared) {
-    return !shared && seen.stamp >= launch_began && seen.stamp < block_began;
+bool another_block(const Seen &seen, unsigned me, bool shared) {
+    return !shared && seen.stamp >= (waited[me] ? launch_began : under_way) && seen.stamp < block_began;
 }
 
 /* ---- what blocks hand over to one another ---- */
@@ -95,7 +100,7 @@ bool handed_over(const Seen &seen, unsigned me) {
 }
 
 bool parallel(const Seen &seen, unsigned me, bool shared) {
-    if (seen.stamp != now) return another_block(seen, shared) && !handed_over(seen, me);
+    if (seen.stamp != now) return another_block(seen, me, shared) && !handed_over(seen, me);
     if (seen.thread == me) return false;
     if (seen.thread / WARP != me / WARP) return true;
     return clocks[me][seen.thread % WARP] < seen.clock;
@@ -120,19 +125,21 @@ void say_place(const void *p, bool shared, char *text, size_t size) {
     say_place(p, shared, place, sizeof place);
     describe(pc, here, sizeof here);
     describe(other.pc, there, sizeof there);
-    const bool same_block = other.stamp >= block_began;
+    const char *whose = other.stamp >= block_began  ? ""
+                        : other.stamp >= launch_began ? " of another block"
+                                                      : " of the launch before";
     fail(cudaErrorLaunchFailure, "race: thread %u %s %s (%s) that thread %u%s %s (%s) with no barrier between", me,
-         what, place, here, other.thread, same_block ? "" : " of another block", before, there);
+         what, place, here, other.thread, whose, before, there);
 }
 
 const char *verb(Access how, bool past) {
-    if (how == READ) return past ? "has read" : "reads";
+    if (how == READ || how == READ_ONLY) return past ? "has read" : "reads";
     if (how == ATOMIC) return past ? "has changed" : "changes";
     return past ? "has written" : "writes";
 }
 
 void check(Byte &b, const void *p, Access how, unsigned me, const void *pc, bool shared) {
-    const bool reads = how == READ || how == ATOMIC, atomic = how == ATOMIC;
+    const bool reads = how == READ || how == READ_ONLY || how == ATOMIC, atomic = how == ATOMIC;
     if (b.pending && b.block == block_began && shared && how != LAND) {
         char place[120] = "";
         say_place(p, shared, place, sizeof place);
@@ -149,11 +156,20 @@ void check(Byte &b, const void *p, Access how, unsigned me, const void *pc, bool
     }
     if (b.write.stamp && !(atomic && b.write.atomic) && parallel(b.write, me, shared))
         race(verb(how, false), p, shared, me, pc, b.write, verb(b.write.atomic ? ATOMIC : WRITE, true));
+    if (how == READ_ONLY && b.write.stamp >= under_way) {
+        char place[120] = "", here[120] = "", there[120] = "";
+        say_place(p, shared, place, sizeof place);
+        describe(pc, here, sizeof here);
+        describe(b.write.pc, there, sizeof there);
+        fail(cudaErrorLaunchFailure,
+             "thread %u reads %s (%s) by ld.global.nc, which is for what nobody writes while the launch lasts; thread "
+             "%u has written it (%s)", me, place, here, b.write.thread, there);
+    }
     const uint32_t clock = clocks[me][me % WARP];
     const Seen mine = {now, clock, static_cast<uint16_t>(me), atomic, fences[me].count, pc};
-    if (how == READ) {
+    if (how == READ || how == READ_ONLY) {
         Seen &a = b.read[0], &c = b.read[1];
-        if (another_block(a, shared))
+        if (another_block(a, me, shared))
             c = mine; /* enough for a race with any write of this block */
         else if (a.stamp != now || !parallel(a, me, shared))
             a = mine;
@@ -169,16 +185,19 @@ void check(Byte &b, const void *p, Access how, unsigned me, const void *pc, bool
 }
 } // namespace
 
-void races_launch(size_t shared_bytes) {
-    if (pages.size() > MOST_PAGES) pages.clear();
+void races_launch(size_t shared_bytes, bool after) {
+    if (pages.size() > MOST_PAGES && !after) pages.clear();
     releases.clear();
     last_page = ~uintptr_t(0);
-    launch_began = ++now;
+    under_way = launch_began, launch_began = ++now;
+    if (!after) under_way = launch_began;
     for (unsigned i = 0; i < MOST_THREADS; ++i) clocks[i][i % WARP] += !clocks[i][i % WARP];
     if (shared_bytes > of_shared_size) of_shared.reset(new Byte[of_shared_size = shared_bytes]);
 }
+void races_waited() { waited[current()] = true; }
 void races_block() {
     block_began = ++now;
+    memset(waited, 0, sizeof waited);
     acquired.clear();
     memset(static_cast<void *>(fences), 0, sizeof fences);
 }
@@ -215,7 +234,7 @@ void touch(const void *p, size_t bytes, Access how, unsigned thread, const void 
         fail(cudaErrorIllegalAddress, "thread %u %s %zu bytes at %s, past its end", thread, verb(how, false), bytes,
              place);
     } else if (image().holds(p)) {
-        if (how != READ) { /* constants and threadIdx are read */
+        if (how != READ && how != READ_ONLY) { /* constants and threadIdx are read */
             char place[120] = "", here[120] = "";
             describe(p, place, sizeof place);
             describe(pc, here, sizeof here);
@@ -224,7 +243,7 @@ void touch(const void *p, size_t bytes, Access how, unsigned thread, const void 
                  "end of a variable, or __shared__ in a function that the kernel calls",
                  thread, here, verb(how, false), place, p);
         }
-    } else if (!stacks().holds(p) && !host_frames().holds(p)) {
+    } else if (!stacks().holds(p) && !arguments().holds(p)) {
         if (how == ATOMIC) meet(reinterpret_cast<uintptr_t>(p), thread);
         for (size_t i = 0; i < bytes; ++i)
             check(*global_byte(reinterpret_cast<uintptr_t>(at) + i), at + i, how, thread, pc, false);

@@ -5,9 +5,13 @@
  * does together; who goes next is drawn from a seed. Blocks run one after the other, so shared memory is static memory,
  * filled with 0xff (NaN) before each. Floating point is the host's IEEE arithmetic, compiled with -ffp-contract=off.
  *
+ * Launches run when the next one is queued, in order; one that may begin early (PK_LAUNCH_AFTER, from sm_90 on) runs
+ * some blocks up to pk_wait_for_previous before the one before it runs to its end (launches.cpp).
+ *
  * A bug ends the launch and leaves an error for cudaGetLastError(), whose text names the kernel, the block, threads and
  * places. Found in every build: barriers and warp operations that not all their threads reach, or reach at different
- * places; shuffles from lanes that take no part; misaligned or misplaced cp.async and ldmatrix. Compiled with
+ * places; shuffles from lanes that take no part; misaligned or misplaced cp.async and ldmatrix; threads of an early
+ * launch that return, or let the next one begin, and have not waited. Compiled with
  * -fsanitize=thread and PK_SIMT_RACES (races.cpp): races, reads of shared memory that nobody wrote, cp.async data that
  * nobody waited for, misaligned vectors. With -fsanitize=address: accesses out of bounds.
  *
@@ -28,9 +32,12 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __forceinline__ inline __attribute__((always_inline))
 
+/* arguments are copied: the launch may run later */
+#define PK_LAUNCH_AFTER(after, kernel, grid, threads, shared_bytes, stream, ...)                                       \
+    (static_cast<void>(stream), simt::launch(#kernel, grid, threads, shared_bytes, after, kernel,                      \
+                                             [=](auto pk_kernel) { pk_kernel(__VA_ARGS__); }))
 #define PK_LAUNCH_SHARED(kernel, grid, threads, shared_bytes, stream, ...)                                             \
-    (static_cast<void>(stream),                                                                                        \
-     simt::launch(#kernel, grid, threads, shared_bytes, kernel, [&](auto pk_kernel) { pk_kernel(__VA_ARGS__); }))
+    PK_LAUNCH_AFTER(false, kernel, grid, threads, shared_bytes, stream, __VA_ARGS__)
 #define PK_DYNAMIC_SHARED(type, name) type *const name = static_cast<type *>(simt::dynamic_shared())
 
 typedef void *cudaStream_t;
@@ -49,8 +56,10 @@ inline cudaError_t cudaDriverGetVersion(int *n) { return *n = 0, cudaSuccess; }
 struct cudaFuncAttributes {
     int ptxVersion;
 };
+/* the PTX that the library has for the GPU: CMakeLists.txt */
 template <typename Kernel> inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *of, Kernel *) {
-    return of->ptxVersion = 10 * simt::device.major + simt::device.minor, cudaSuccess;
+    const int gpu = 10 * simt::device.major + simt::device.minor;
+    return of->ptxVersion = gpu >= 90 ? 90 : gpu >= 86 ? 86 : 80, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int) {
     switch (which) {
@@ -63,5 +72,6 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int)
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
+    simt::flush(), simt::count_launch();
     return memset(to, value, bytes), cudaSuccess;
 }

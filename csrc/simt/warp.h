@@ -83,7 +83,14 @@ inline int __all_sync(unsigned mask, int predicate, simt::Where where = {}) {
     return v.yes == v.lanes;
 }
 
-template <typename T> T __ldg(const T *p) { return *p; }
+namespace simt {
+/* ld.global.nc: of what nobody writes while the launch lasts */
+template <typename T> PK_SIMT_UNSEEN T read_only(const T *p) {
+    touch(p, sizeof(T), READ_ONLY, current(), __builtin_return_address(0));
+    return *p;
+}
+} // namespace simt
+template <typename T> T __ldg(const T *p) { return simt::read_only(p); }
 inline void __threadfence() { simt::races_fence(); }
 inline void __trap() { simt::fail(cudaErrorLaunchFailure, "__trap()"); }
 

@@ -300,12 +300,59 @@ template <bool BUG> __global__ void order_dependent(const float *in, float *out)
     out[BUG ? ticket : threadIdx.x] = in[threadIdx.x];
 }
 
+/* ---- launches that overlap: each after launched_before, of two blocks as well, from sm_90 on ---------------------- */
+constexpr int WRITTEN = 4 * N, SEEN = 6 * N, READ = 8 * N; /* by launched_before */
+__global__ void launched_before(const float *in, float *out) {
+    const unsigned i = blockIdx.x * N + threadIdx.x;
+    out[WRITTEN + i] = in[i];
+    out[SEEN + i] = out[READ + i] == 7.0f ? 1.0f : 0.0f;
+}
+
+template <bool BUG> __global__ void reads_before_the_wait(const float *, float *out) {
+    if (!BUG) pk_wait_for_previous();
+    const float *v = out + WRITTEN + N - 1 - threadIdx.x;
+    const float sum = v[0] + v[N];
+    if (BUG) pk_wait_for_previous();
+    pk_release_next();
+    out[blockIdx.x * N + threadIdx.x] = sum;
+}
+
+template <bool BUG> __global__ void writes_before_the_wait(const float *in, float *out) {
+    const unsigned i = blockIdx.x * N + threadIdx.x;
+    if (!BUG) pk_wait_for_previous();
+    out[READ + i] = 7.0f;
+    if (BUG) pk_wait_for_previous();
+    out[i] = in[i];
+}
+
+template <bool BUG> __global__ void read_only_after_the_wait(const float *in, float *out) {
+    const float before = __ldg(in + threadIdx.x); /* nobody writes it */
+    pk_wait_for_previous();
+    const float *v = out + WRITTEN + blockIdx.x * N + threadIdx.x;
+    out[blockIdx.x * N + threadIdx.x] = before + (BUG ? __ldg(v) : *v);
+}
+
+template <bool BUG> __global__ void returns_without_waiting(const float *in, float *out) {
+    out[blockIdx.x * N + threadIdx.x] = in[threadIdx.x];
+    if (BUG && threadIdx.x == 5) return;
+    pk_wait_for_previous();
+}
+
+template <bool BUG> __global__ void releases_before_it_waits(const float *in, float *out) {
+    if (BUG) pk_release_next();
+    pk_wait_for_previous();
+    if (!BUG) pk_release_next();
+    out[blockIdx.x * N + threadIdx.x] = in[threadIdx.x];
+}
+
 struct Case {
     const char *name;
     void (*kernel[2])(const float *, float *);
     unsigned blocks;
+    bool after;
 };
-#define CASE(name, blocks) {#name, {name<false>, name<true>}, blocks}
+#define CASE(name, blocks) {#name, {name<false>, name<true>}, blocks, false}
+#define AFTER(name, blocks) {#name, {name<false>, name<true>}, blocks, true}
 const Case CASES[] = {
     CASE(missing_barrier, 1), CASE(missing_second_barrier, 1), CASE(two_writers, 1), CASE(bytes_of_a_word, 1),
     CASE(missing_warp_barrier, 1), CASE(warp_barrier_for_a_block, 1), CASE(shuffle_for_a_barrier, 1),
@@ -319,6 +366,8 @@ const Case CASES[] = {
     CASE(async_reuses_too_early, 1), CASE(async_misaligned, 1), CASE(global_read_overrun, 1),
     CASE(global_write_overrun, 1), CASE(async_read_overrun, 1), CASE(shared_overrun, 1),
     CASE(dynamic_shared_overrun, 1), CASE(misaligned_vector, 1), CASE(order_dependent, 1),
+    AFTER(reads_before_the_wait, 2), AFTER(writes_before_the_wait, 2), AFTER(read_only_after_the_wait, 2),
+    AFTER(returns_without_waiting, 2), AFTER(releases_before_it_waits, 2),
 };
 } // namespace
 
@@ -328,7 +377,8 @@ extern "C" PK_EXPORT int pk_planted(const char *name, int bug, const float *in, 
         if (strcmp(c.name, name)) continue;
         auto kernel = c.kernel[bug != 0];
         if (strstr(name, "handed_over")) cudaMemsetAsync(out + COUNTER, 0, sizeof *out, nullptr);
-        PK_LAUNCH_SHARED(kernel, c.blocks, N, 12 * N * sizeof(float), nullptr, in, out);
+        if (c.after) PK_LAUNCH(launched_before, c.blocks, N, nullptr, in, out);
+        PK_LAUNCH_AFTER(c.after, kernel, c.blocks, N, 12 * N * sizeof(float), nullptr, in, out);
         return pk_cuda_check(cudaGetLastError(), name);
     }
     return pk_fail(PK_ERR_ARGUMENT, "no kernel %s", name);

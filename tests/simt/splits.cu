@@ -1,9 +1,10 @@
-/* csrc/cuda/splits.cuh for tests/test_splits_simt.py. sums: tiles, steps, step, part. out: parts, apart, clocks. */
+/* csrc/cuda/splits.cuh for tests/test_splits_simt.py. sums: tiles, steps, step, part. who: a PkAdds.
+ * out: parts, apart, clocks. */
 #include "cuda/splits.cuh"
 
-extern "C" PK_EXPORT void pk_test_splits(const int64_t *sums, int apart, int64_t *out) {
+extern "C" PK_EXPORT void pk_test_splits(const int64_t *sums, int who, int64_t *out) {
     const PkSums s = {sums[0], sums[1], sums[2], sums[3]};
-    const PkSplit split = pk_splits(s, apart != 0);
+    const PkSplit split = pk_splits(s, static_cast<PkAdds>(who));
     out[0] = split.parts, out[1] = split.apart;
     out[2] = pk_split_clocks(s, split, pk_device_attribute(cudaDevAttrMultiProcessorCount, 0));
 }

@@ -89,6 +89,8 @@ def meta_is_a_gpu(capability: int = 90) -> Iterator[None]:
         # torch knows no autocast for meta tensors, and raises where it is asked for one
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))
         stack.enter_context(patch.dict(dispatch._SERVING, meta=("triton",)))
+        meta = torch.device("meta")  # on a GPU they were made with the weights
+        stack.enter_context(patch.dict(formats._tables, {meta: formats._make(meta)}))
         for op in dispatch.ops().values():
             backend = op.load("triton")
             if isinstance(backend, dispatch.Backend):

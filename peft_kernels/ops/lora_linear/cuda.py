@@ -7,7 +7,7 @@ the codes, on the host, and a workspace for partial sums, which torch allocates 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_int64
 from typing import Any
 
@@ -69,20 +69,35 @@ def with_tail(packed: bytes, quant_type: int, workspace: int = 0, workspace_byte
     return packed[:_OWN_AT] + own + packed[_OWN_AT + _OWN.size :]
 
 
+def _queue(
+    ask: Callable[..., int], launch: Callable[..., int], calls: Sequence[tuple[bytes, int]], like: Tensor
+) -> None:
+    needed = c_int64(0)
+    with launching(like) as (device, stream):
+        call = b"".join([with_tail(*one) for one in calls])
+        native.check(ask(call, byref(needed)), "cuda")
+        if needed.value:
+            # freed at the end of this call: torch's allocator hands it on in the order of the stream
+            workspace = torch.empty(needed.value, dtype=torch.uint8, device=like.device)
+            call = with_tail(*calls[0], workspace.data_ptr(), needed.value) + call[len(calls[0][0]) :]
+        native.check(launch(call, device, stream), "cuda")
+
+
 def queue(
     launch: Callable[..., int], packed: bytes, quant_type: int, backward: bool, like: Tensor, weight: Tensor
 ) -> None:
     """Queue the call on the stream of `like`, x or dy, with as much workspace as it asks for."""
     native.say_misaligned(**{"dy" if backward else "x": like, "weight": weight})
-    needed = c_int64(0)
-    with launching(like) as (device, stream):
-        call = with_tail(packed, quant_type)
-        native.check(native.cuda().pk_cuda_lora_workspace(call, backward, byref(needed)), "cuda")
-        if needed.value:
-            # freed at the end of this call: torch's allocator hands it on in the order of the stream
-            workspace = torch.empty(needed.value, dtype=torch.uint8, device=like.device)
-            call = with_tail(packed, quant_type, workspace.data_ptr(), needed.value)
-        native.check(launch(call, device, stream), "cuda")
+    ask = native.cuda().pk_cuda_lora_workspace
+    _queue(lambda call, needed: ask(call, backward, needed), launch, [(packed, quant_type)], like)
+
+
+def queue_stack(calls: Sequence[tuple[bytes, int]], x: Tensor, weights: Sequence[Tensor]) -> None:
+    """`queue` for the forward of several projections of one x. calls: `pack` and quant_type of each."""
+    native.say_misaligned(x=x, **{f"weight of projection {i}": weight for i, weight in enumerate(weights)})
+    lib, count = native.cuda(), len(calls)
+    _queue(lambda call, needed: lib.pk_cuda_lora_stacked_workspace(call, count, needed),
+           lambda call, *where: lib.pk_cuda_lora_linear_stacked(call, count, *where), calls, x)  # fmt: skip
 
 
 def seed_beside(t: Tensor | None, like: Tensor) -> Tensor | None:
