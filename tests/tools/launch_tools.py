@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_kernels import dispatch, tuning
+from peft_kernels import dispatch, formats, tuning
 from peft_kernels.triton_lib import host
 
 _NO_LAUNCH = {"empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided"}  # nothing is computed
