@@ -11,7 +11,7 @@ struct PkStack {
     const pk_lora_args *layer[PK_STACK];
     int count;
 };
-/* What a product needs of the workspace, in bytes, multiples of 16: counters, which are 0 when it begins and when it
+/* A product's share of the workspace, in bytes, multiples of 16: counters, which are 0 when it begins and when it
  * ends, and room for parts of sums. */
 struct PkNeed {
     int64_t counters, parts;

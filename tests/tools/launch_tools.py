@@ -83,7 +83,8 @@ def meta_is_a_gpu(capability: int = 90) -> Iterator[None]:
     with ExitStack() as stack:
         for kernel in ("project", "outer", "forward", "backward"):
             stack.enter_context(tuning.override(kernel, programs=1))
-        stack.enter_context(tuning.override("panels", from_M=2048, from_M_dense=2048, elements=1 << 23))
+        many = {"from_M": 2048, "from_M_backward": 2048, "from_M_dense": 2048, "elements": 1 << 23}
+        stack.enter_context(tuning.override("panels", **many))
         stack.enter_context(tuning.assuming(capability))
         stack.enter_context(patch.object(ways, "_known", (None, {})))  # what was found holds for neither side
         # torch knows no autocast for meta tensors, and raises where it is asked for one
