@@ -124,7 +124,7 @@ __device__ __forceinline__ uint32_t pk_load_now(const uint8_t *global) {
     return v;
 }
 
-/* What another block wrote during this launch: read past L1. */
+/* A value that another block wrote during this launch: read past L1. */
 __device__ __forceinline__ float pk_load_fresh(const float *global) { return __ldcg(global); }
 __device__ __forceinline__ float4 pk_load_fresh16(const float4 *global) { return __ldcg(global); }
 __device__ __forceinline__ uint4 pk_load_fresh16(const uint4 *global) { return __ldcg(global); }

