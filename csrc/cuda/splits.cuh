@@ -58,7 +58,7 @@ inline int64_t pk_split_clocks(const PkSums &s, PkSplit split, int64_t processor
     return n == 1 ? product : written + PK_HAND_OVER + pk_ceil_div(s.tiles, processors) * n * part;
 }
 
-/* The adder of parts: what takes fewer clocks, the last block to arrive, or a second kernel, which there is in any case. */
+/* The adder of parts: what takes fewer clocks, the last block to arrive, or a second kernel, there in any case. */
 enum class PkAdds { EITHER, LAST, APART };
 
 /* The split of the fewest clocks; of two that are equal, the one of fewer parts. */
