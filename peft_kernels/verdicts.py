@@ -185,7 +185,7 @@ def check(op: Any, backend: Any, args: Sequence[Any]) -> str | None:
                 raise
             except Exception as error:
                 return f"failed its check: it raised {type(error).__name__}: {str(error)[:300]}"
-            eager, exact = (results(op, op.reference, each) for each in (small, _promoted(op, small)))
+            eager, exact = (results(op, op.reference, each) for each in (small, promoted(op, small)))
             if len(got) != len(eager):
                 return f"failed its check: {len(got)} results, the reference has {len(eager)}"
             for i, three in enumerate(zip(got, eager, exact, strict=True)):
@@ -202,7 +202,7 @@ def results(op: Any, fn: Callable[..., Any], args: Sequence[Any]) -> list[Tensor
     return [*(own[i] for i in op.operands.written), *returned]
 
 
-def _promoted(op: Any, args: Sequence[Any]) -> list[Any]:
+def promoted(op: Any, args: Sequence[Any]) -> list[Any]:
     """The same call in float64."""
     from .samples import FIXED
 

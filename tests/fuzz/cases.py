@@ -10,11 +10,12 @@ from torch import Tensor
 
 from peft_kernels import BackendUnavailable, dispatch, native, use_backend
 from peft_kernels.checks import in_memory
+from peft_kernels.verdicts import promoted
 
 from .draws import F64, Draw
 from .hostile import spoil
 from .memory import Guarded
-from .operands import EXACT, FIXED, MAKERS
+from .operands import EXACT, MAKERS
 
 # Terms of the size of the arguments may cancel in these: dropout under a gain, W + b a, the mean taken from a gradient.
 CANCELLING = {"dora_linear", "dora_linear_normed", "rms_norm_backward", "rotary_attention_backward"}
@@ -116,18 +117,6 @@ def _both_refuse(got: Any, eager: Any, hostile: str | None) -> str | None:
     if isinstance(got, Exception) != isinstance(eager, Exception):
         return f"one refuses what the other takes: {got!r:.300}, the reference: {eager!r:.300}"
     return None
-
-
-def promoted(op: dispatch.Op, args: list[Any]) -> list[Any]:
-    """The same call in float64."""
-
-    def up(name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [up(name, v) for v in value]
-        fixed = name in FIXED or (name == "scaling" and isinstance(value, Tensor))
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() and not fixed else value
-
-    return [up(name, value) for name, value in zip(op.operands.names, args, strict=True)]
 
 
 def flat(results: Any) -> list[Tensor]:

@@ -30,8 +30,6 @@ Arguments = list[Any]
 MAKERS: dict[str, Callable[[Draw], Arguments]] = {}
 # Whose results are bits: equal to the reference's, whatever the values are.
 EXACT = {"quantize_4bit", "dequantize_4bit"}
-# Floating-point arguments of one dtype, whatever the dtype of the rest is.
-FIXED = {"absmax", "nested_absmax", "nested_code", "offset"}
 
 
 def maker(name: str) -> Callable[[Callable[[Draw], Arguments]], Callable[[Draw], Arguments]]:

@@ -17,21 +17,12 @@ from torch import Tensor
 from ... import tuning
 from ...triton_lib import host
 from ..lora_linear import triton as single
+from ..multi_lora_linear.triton import most_tiles, rows_each
 from . import part_steps
 
 _MOST = 4  # slices in a launch: each is code of its own in the kernels
 _FEW_ROWS = 32  # of an adapter: up to so many, tiles are of 16 rows, as a product on the tensor cores has at least
 _BN = 64
-
-
-def _tiles(rows: int, slots: int, size: int) -> int:
-    """An upper bound of `size`-row tiles of single groups; see `group_tile`."""
-    return rows // size + min(slots + 1, rows)
-
-
-def _each(rows: int, slots: int) -> int:
-    """Rows of an adapter, where as many as can be are in use and all have as many."""
-    return single._cdiv(rows, min(slots, rows))
 
 
 def shrink(
@@ -45,13 +36,13 @@ def shrink(
     out = torch.empty((len(a), parts, m, r), dtype=torch.float32, device=x.device)
     if 0 in (k, slots) or not out.numel():
         return out.zero_()
-    shape = tuning.Shape(_each(m, slots), r, k, r, x.element_size() * 8, plain=k % 16 == 0)
+    shape = tuning.Shape(rows_each(m, slots), r, k, r, x.element_size() * 8, plain=k % 16 == 0)
     c = tuning.choose("project", tuning.arch_of(x.device), shape)
     br = single._rank_tile(r, c.BR)
     tiles, at = single._cdiv(r, br), iter(range(len(a)))
     while some := list(islice(at, _MOST)):
         host.launch(
-            kernels.shrink_kernel, (_tiles(m, slots, c.BM), len(some) * tiles, parts), x,
+            kernels.shrink_kernel, (most_tiles(m, slots, c.BM), len(some) * tiles, parts), x,
             tuple(a[i].contiguous() for i in some), out[some[0]], order, bounds, m, k, r, slots,
             part_steps(k, parts) // c.BK, float(scale), tiles, COUNT=len(some), BM=c.BM, BK=c.BK, BR=br,
             **single._options(c),
@@ -71,7 +62,7 @@ def expand(
         return
     s, b = [t.contiguous() for t in low], [t.contiguous() for t in b]
     wide = max(y.element_size(), b[0].element_size()) == 4  # more registers for each sum
-    bm, br = (16 if wide or _each(m, slots) <= _FEW_ROWS else 64), single._rank_tile(r, 32)
+    bm, br = (16 if wide or rows_each(m, slots) <= _FEW_ROWS else 64), single._rank_tile(r, 32)
     widths = [min(t.shape[1], y.shape[1] - offset) for t, offset in zip(b, offsets, strict=True)]
     at = iter(i for i, width in enumerate(widths) if width)
     while some := list(islice(at, _MOST)):
@@ -79,7 +70,7 @@ def expand(
         lists = [[t[i] for i in some] for t in (s, b, [t.shape[1] for t in b], widths, offsets)]
         ss, bs, *numbers = map(tuple, lists)
         host.launch(
-            kernels.expand_kernel, (_tiles(m, slots, bm), columns), y, ss, bs, order, bounds, *numbers, m, r, slots,
+            kernels.expand_kernel, (most_tiles(m, slots, bm), columns), y, ss, bs, order, bounds, *numbers, m, r, slots,
             y.stride(0), s[0].stride(0), s[0].shape[0], COUNT=len(some), ADD=add, BM=bm, BN=_BN, BR=br, num_warps=4,
             num_stages=2,
         )  # fmt: skip

@@ -38,6 +38,16 @@ _FEW_STEPS = 4  # steps by group, of
 _RANKS = 16  # ranks each: what a product on the tensor cores has at least
 
 
+def most_tiles(rows: int, adapters: int, size: int) -> int:
+    """An upper bound of `size`-row tiles of single groups; see `group_tile`."""
+    return rows // size + min(adapters + 1, rows)
+
+
+def rows_each(rows: int, adapters: int) -> int:
+    """Rows of an adapter, where as many as can be are in use and all have as many."""
+    return single._cdiv(rows, min(adapters, rows))
+
+
 class _Plan:
     """Which adapter each row of x has, and the rows in order of it; the pointers that the kernels take."""
 
@@ -62,8 +72,7 @@ class _Plan:
                     m, s, counted, BQ=bq, BM=64, num_warps=4, num_stages=1)  # fmt: skip
 
     def tiles(self, size: int) -> int:
-        """An upper bound of `size`-row tiles of single groups; see `group_tile`."""
-        return self.rows // size + min(self.count + 1, self.rows)
+        return most_tiles(self.rows, self.count, size)
 
     @property
     def groups(self) -> int:
@@ -71,8 +80,7 @@ class _Plan:
         return min(self.count, self.rows)
 
     def each(self) -> int:
-        """Rows of an adapter, where so many are in use and all have as many."""
-        return single._cdiv(self.rows, self.groups)
+        return rows_each(self.rows, self.count)
 
 
 def _terms(c: tuning.Config, r: int, either: bool) -> dict[str, Any]:
