@@ -329,7 +329,7 @@ def test_a_half_written_line_costs_itself_alone(tmp_path: Path) -> None:
 def test_every_part_has_its_place() -> None:
     modules = {p.stem for p in (ROOT / "bench" / "gpu" / "parts").glob("*.py")} - {"__init__"}
     assert modules == set(plan.parts())
-    assert sum(plan.PLAN.values()) <= 60 * plan.MINUTES * 1.1
+    assert sum(plan.share_s(part, 45.0) for part in plan.parts()) == pytest.approx(45 * 60)
 
 
 def test_a_fault_comes_at_one_row(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import gc
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from forms import by_form
+from interpreter_tools import INTERPRETER
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +26,6 @@ from peft_kernels.ops.quantize_4bit import levels
 from peft_kernels.testing import random_quant_weight
 
 ROOT = Path(__file__).parents[1] / "peft_kernels"
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 META = torch.device("meta")  # stands for a GPU: tensors that are not on the CPU
 OPS = dispatch.ops()
 ON_TRITON = [n for n, op in sorted(OPS.items()) if isinstance(op.load("triton"), Backend)]

@@ -5,7 +5,6 @@ As test_triton_multi.py: `test_in_the_interpreter` starts a process on this same
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +14,7 @@ import pytest
 import torch
 from fastpeft.apps.vllm_plugin import LoraOps
 from forms import matrix
-from interpreter_tools import run_in_the_interpreter, small_tiles
+from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter, small_tiles
 from lora_tools import BF16, F16, F32, needs_native
 from torch import Tensor
 
@@ -23,12 +22,8 @@ from peft_kernels import RowGroups, lora_expand, lora_shrink, use_backend
 from peft_kernels.ops import lora_shrink as op
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
-on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
 
-
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@not_interpreted
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")

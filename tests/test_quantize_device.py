@@ -7,12 +7,11 @@ in a process of its own; there Triton serves CPU tensors. Outside it the tests n
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
 from forms import combinations
-from interpreter_tools import run_in_the_interpreter
+from interpreter_tools import DEVICE, INTERPRETER, not_interpreted, on_device, run_in_the_interpreter
 from torch import Tensor
 
 from peft_kernels import BackendUnavailable, QuantWeight, dequantize_4bit, quantize_4bit, use_backend
@@ -22,17 +21,14 @@ from peft_kernels.ops.quantize_4bit import op as quantize_op
 from peft_kernels.testing import assert_same_bits, random_quant_weight
 from peft_kernels.triton_lib import host
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
 OPCHECKS = ("test_schema", "test_faketensor")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # the interpreter computes with numpy, which warns of 0 / 0
-on_device = pytest.mark.filterwarnings("ignore::RuntimeWarning") if INTERPRETER else pytest.mark.gpu
 backends = pytest.mark.parametrize("backend", ["triton"] if INTERPRETER else ["triton", "cuda"])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@not_interpreted
 def test_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     run_in_the_interpreter(__file__, "not outside and not in_the_interpreter")
@@ -151,7 +147,7 @@ def test_opcheck(backend):
             torch.library.opcheck(dequantize_op.op, args, test_utils=OPCHECKS)
 
 
-@pytest.mark.skipif(INTERPRETER, reason="needs a process where Triton compiles")
+@not_interpreted
 def test_cpu_tensors_are_refused_outside_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     with use_backend("triton"), pytest.raises(BackendUnavailable, match=r"quantize_4bit: .*TRITON_INTERPRET=1"):
@@ -165,7 +161,7 @@ def test_cuda_refuses_cpu_tensors_outside_a_gpu():
 
 
 # ---- machine code, without a GPU -------------------------------------------------------------------------------------
-@pytest.mark.skipif(INTERPRETER, reason="needs a process where Triton compiles")
+@not_interpreted
 @pytest.mark.parametrize("capability", [80, 90])
 def test_cubins_outside_the_interpreter(capability):
     """Every kernel compiles; exactness shows in the PTX: no fused multiply-add, no approximate division, no flush to

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
 import torch
 from forms import grid
-from interpreter_tools import run_in_the_interpreter
+from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter
 from lora_tools import BF16, F32, FLOATS, level_fixture, needs_native, threads
 from torch import Tensor
 
@@ -17,9 +16,6 @@ from peft_kernels import BackendUnavailable, rotary_attention, use_backend
 from peft_kernels.ops import rotary_attention as op
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
-on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
 needs_triton = pytest.mark.skipif(bool(op.forward_op.load("triton").available()), reason="Triton is not installed")
 
 # B, T, H, G, D, rows of angles, rows of masks (0: causal)
@@ -244,7 +240,7 @@ def test_native_takes_angles_of_its_types() -> None:
 # ---- Triton: in its interpreter, which is chosen when Triton is imported, so in a process of its own -----------------
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETER, reason="is that process")
+@not_interpreted
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__, "device")
 

@@ -6,7 +6,6 @@ Triton interprets, and what is below is marked `gpu`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import dora_tools
 import pytest
 import torch
-from interpreter_tools import run_in_the_interpreter
+from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter
 from lora_tools import BF16, F16, make
 
 import peft_kernels as pk
@@ -24,9 +23,6 @@ from peft_kernels.ops import dora_norm as norm_op
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 pytest.importorskip("triton", reason="Triton is not installed")
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
-on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
 # small tiles, so that small shapes have several of everything
 SMALL: dict[str, dict[str, int]] = {
     "project": {"BM": 16, "BK": 32, "BR": 16, "programs": 6},
@@ -37,7 +33,7 @@ SMALL: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@not_interpreted
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     """Every test below, on CPU tensors."""

@@ -6,7 +6,6 @@ The interpreter is chosen when Triton is imported, so these tests run in a proce
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from forms import grid, matrix
-from interpreter_tools import run_in_the_interpreter
+from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter
 from torch import Tensor
 
 import peft_kernels as pk
@@ -27,10 +26,7 @@ from peft_kernels.triton_lib import host
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
 device = pytest.importorskip("peft_kernels.triton_lib.device")
-on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 # small tiles, so that small shapes have several of everything: rows, columns, steps, ranks, parts of a sum
 SMALL: dict[str, dict[str, int]] = {
@@ -41,14 +37,14 @@ SMALL: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@not_interpreted
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     """Every test below, in float32, float16 and bfloat16, on CPU tensors."""
     run_in_the_interpreter(__file__, "not the_interpreter")  # the two tests of the ordinary process
 
 
-@pytest.mark.skipif(INTERPRETER, reason="needs a process where Triton compiles")
+@not_interpreted
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     with pk.use_backend("triton"), pytest.raises(pk.BackendUnavailable, match="TRITON_INTERPRET=1"):
         pk.lora_linear(torch.zeros(2, 4), torch.zeros(3, 4))

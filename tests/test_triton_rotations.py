@@ -3,13 +3,12 @@ own; the same tests on a GPU where there is one."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from forms import share
-from interpreter_tools import run_in_the_interpreter, small_tiles
+from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter, small_tiles
 from lora_tools import BF16, F16, F32, FLOATS
 from rotation_tools import check_butterfly, check_cayley, check_householder, check_pairs
 from turned_tools import Turned, check_turned
@@ -18,15 +17,12 @@ from peft_kernels import BackendUnavailable, butterfly_rotate, cayley, household
 from peft_kernels.ops import butterfly_rotate as op
 from peft_kernels.triton_lib import host
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
-on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
 needs_triton = pytest.mark.skipif(bool(op.forward_op.load("triton").available()), reason="Triton is not installed")
 pytestmark = needs_triton
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETER, reason="is that process")
+@not_interpreted
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__, "device")
 

@@ -6,13 +6,12 @@ its own; what is marked `on_device` runs there, and on a GPU where there is one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from forms import grid
-from interpreter_tools import run_in_the_interpreter, small_tiles
+from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter, small_tiles
 from lora_tools import F16, F32, Case, Stack, check_stack, make
 from torch import Tensor
 
@@ -30,13 +29,9 @@ from tests.test_kept_on_devices import (  # noqa: F401  # for the process that i
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
-on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
-compiles = pytest.mark.skipif(INTERPRETER, reason="needs a process where Triton compiles")
 
 
-@compiles
+@not_interpreted
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__, "device")
@@ -102,14 +97,14 @@ def test_device_swiglu(small: None, dtype: torch.dtype) -> None:
         assert_no_worse(got[1], eager[1], want[1])
 
 
-@compiles
+@not_interpreted
 def test_more_projections_than_a_launch_holds_are_refused() -> None:
     x, q = torch.zeros(2, 64), random_quant_weight(8, 64)
     with use_backend("triton"), pytest.raises(BackendUnavailable, match="more than 4 projections"):
         lora_linear_stacked(x, [Projection(q)] * 5)
 
 
-@compiles
+@not_interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize(("m", "capability"), grid([1, 512], [80, 90]))
 def test_compiled_without_spills(capability: int, m: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-MINUTES = 45.0  # that the shares below add up to, about; `--budget` scales them
-# part -> seconds. What judges the kernels comes first, what sets the tables next, what explains them last.
+MINUTES = 45.0  # of a whole run, unless `--budget` says otherwise
+# part -> its weight: a part may take that share of the run. What judges the kernels comes first, what sets the tables
+# next, what explains them last.
 PLAN: dict[str, float] = {
     "build": 300,
     "provenance": 60,
@@ -28,9 +29,14 @@ PLAN: dict[str, float] = {
     "others": 60,
     "tables": 20,
     "after": 20,
-    "example": 60,
+    "example": 1,
 }
 AGAIN = {"tables"}  # parts that are done anew in each call: what they say depends on the rows of others
+
+
+def share_s(part: str, minutes: float) -> float:
+    """Seconds that a part may take of a run of so many minutes."""
+    return 60 * minutes * PLAN[part] / sum(PLAN.values())
 
 
 def parts(folder: Path = Path(__file__).parent / "parts") -> list[str]:

@@ -75,7 +75,7 @@ class Run:
         no device to run them on."""
         for part in self.args.parts or plan.parts():
             last = self.ended().get(part, {})
-            share = plan.PLAN[part] * self.budget / plan.MINUTES - float(str(last.get("all_seconds", 0)))
+            share = plan.share_s(part, self.budget) - float(str(last.get("all_seconds", 0)))
             if part in plan.AGAIN:
                 share = plan.PLAN[part]
             elif last.get("state") in ("done", "gave up") or (last.get("state") == "share used" and share < 1):

@@ -8,7 +8,6 @@ its own; what is marked `on_device` runs there, and on a GPU where there is one.
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from typing import Any
 
@@ -25,21 +24,17 @@ from fastpeft.recipes.projections import Given
 from fastpeft.recipes.ways import BY_CHOICE, known_ways, ways_of
 from fastpeft.weights.nf4_linear import NF4Linear
 from forms import matrix
-from interpreter_tools import run_in_the_interpreter
+from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter
 from launch_tools import kernels_run, launches, meta_is_a_gpu
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peft_kernels import BackendUnavailable, dispatch, use_backend
 from peft_kernels.testing import assert_no_worse
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
-on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
-elsewhere = pytest.mark.skipif(INTERPRETER, reason="needs no interpreter")
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-@elsewhere
+@not_interpreted
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__, "device")
@@ -225,7 +220,7 @@ LAUNCHES: dict[int, list[Counter[str]]] = {
 }  # fmt: skip
 
 
-@elsewhere
+@not_interpreted
 def test_launches_of_a_layer() -> None:
     """A layer of Llama-3-8B with LoRA on all its linear layers: as it was, forward and backward, then quicker.
 
@@ -242,7 +237,7 @@ def test_launches_of_a_layer() -> None:
     assert totals == {512: [45, 95, 31, 63], 4096: [101, 153, 90, 126]}
 
 
-@elsewhere
+@not_interpreted
 def test_launches_of_a_token() -> None:
     """Decoding: a layer's token with a cache."""
     model = large({}).eval()
@@ -262,7 +257,7 @@ def test_launches_of_a_token() -> None:
     assert (own.total(), fast.total()) == (47, 24)
 
 
-@elsewhere
+@not_interpreted
 def test_reasons_are_shown() -> None:
     """Lines of `train`, `generate` and `serve` (`models.speed_up`), and the report's, where layers keep their code."""
     assert models.speed_up(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=7))) == [
@@ -288,7 +283,7 @@ def test_reasons_are_shown() -> None:
                                      "1 MLPs as they were: gate_proj: its adapters are disabled"]  # fmt: skip
 
 
-@elsewhere
+@not_interpreted
 def test_patch_takes_them_to_layers_of_peft() -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama(BF16, "meta"), peft.LoraConfig(r=4, target_modules="all-linear")).to("meta")
@@ -300,7 +295,7 @@ def test_patch_takes_them_to_layers_of_peft() -> None:
         fastpeft.unpatch(model)
 
 
-@elsewhere
+@not_interpreted
 def test_a_gpu_without_triton_keeps_the_models_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     model = large({})
     classes = [type(m) for m in model.modules()]
@@ -316,7 +311,7 @@ def test_a_gpu_without_triton_keeps_the_models_own_code(monkeypatch: pytest.Monk
     assert [type(m) for m in model.modules()] == classes
 
 
-@elsewhere
+@not_interpreted
 def test_the_ways_follow_the_backends_that_serve() -> None:
     x = torch.zeros(2, 3)
     plain = ways_of(x)
@@ -334,7 +329,7 @@ def test_the_ways_follow_the_backends_that_serve() -> None:
         assert "triton does not serve torch.float64" in double.why_none()
 
 
-@elsewhere
+@not_interpreted
 def test_a_forced_backend_that_cannot_serve_says_so() -> None:
     """Not the model's own code in silence."""
     model = llama(F32, "cpu")
@@ -343,7 +338,7 @@ def test_a_forced_backend_that_cannot_serve_says_so() -> None:
         model(input_ids=torch.ones(1, 3, dtype=torch.int64))
 
 
-@elsewhere
+@not_interpreted
 def test_given_answers_once_for_its_own_input() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

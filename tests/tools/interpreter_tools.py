@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
+
 from peft_kernels import tuning
+
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # in this process
+DEVICE = "cpu" if INTERPRETER else "cuda"
+# A test that runs kernels: in the interpreter's process on CPU tensors, elsewhere where there is a GPU. NumPy, which
+# the interpreter computes with, warns of values that a GPU takes without a word.
+on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
+not_interpreted = pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
 
 SMALL: dict[str, dict[str, int]] = {
     "project": {"BM": 16, "BK": 32, "BR": 16, "programs": 6},
