@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import checks, machine, results
 from .measure import cuda_clock, threads, wall_clock
@@ -21,6 +22,17 @@ CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "met
            "serve": ["multi_lora_linear", "pool", "serve"], "ortho": ["rotations", "fastpeft"],
            "chaos": ["serve"], "dropin": ["lora_linear", "fastpeft", "causal_loss"],
            "train-chaos": ["training_loop", "training_output"]}  # fmt: skip
+
+
+def gpu_bounds() -> dict[str, Any]:
+    """The ceilings of this machine's GPU. SystemExit where there is none."""
+    from .gpu import device
+    from .gpu.parts import ceilings
+
+    try:
+        return ceilings.bounds(device.find(Path("runs", "gpu")))
+    except device.NoDevice as e:
+        sys.exit(f"error: {e}")
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -113,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     name = args.op or args.suite
     verdict = checks.check_all([args.op] if args.op else CHECKED[args.suite], args.skip_checks)
     print(verdict.text, file=sys.stderr)
-    info, bounds = machine.describe(args.threads), machine.bounds(args.threads)
+    info = machine.describe(args.threads)
+    bounds = machine.bounds(args.threads) if args.device == "cpu" else gpu_bounds()
     print(machine.line(info))
     print(machine.bounds_line(bounds))
     module = importlib.import_module(f"bench.{'ops' if args.op else 'suites'}.{name.replace('-', '_')}")

@@ -128,8 +128,8 @@ def describe(threads: int) -> dict[str, Any]:
 
 
 def bounds_line(found: dict[str, Any]) -> str:
-    dots = f", {found['gflops_bf16']:.0f} bfloat16" if "gflops_bf16" in found else ""
-    return f"bounds ({found['how']}): {found['gflops']:.0f} GFLOP/s float32{dots}, {found['gbs']:.1f} GB/s"
+    units = {"gflops": "GFLOP/s float32", "gflops_bf16": "GFLOP/s bfloat16", "gbs": "GB/s"}
+    return f"bounds ({found['how']}): " + ", ".join(f"{found[k]:.0f} {unit}" for k, unit in units.items() if k in found)
 
 
 def line(info: dict[str, Any]) -> str:

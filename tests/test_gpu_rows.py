@@ -16,8 +16,9 @@ import torch
 from forms import matrix
 from lora_tools import needs_native
 
+from bench import machine, results
 from bench.gpu import clock, device, plan, rows
-from bench.gpu.parts import ncu
+from bench.gpu.parts import ceilings, ncu
 from bench.measure import Candidate
 from peft_kernels import tuning
 
@@ -188,6 +189,14 @@ def test_a_lost_device_names_its_candidate(ticking: Ticking) -> None:
 @pytest.fixture
 def fake(tmp_path: Path) -> device.Device:
     return device.find(tmp_path, fake=True)
+
+
+def test_bounds_of_a_gpu_are_its_ceilings(fake: device.Device) -> None:
+    found = ceilings.bounds(fake)
+    assert set(found) == {"gbs", "gflops_bf16", "how"}
+    assert machine.bounds_line(found).endswith(f"{found['gflops_bf16']:.0f} GFLOP/s bfloat16, {found['gbs']:.0f} GB/s")
+    assert results.products_bound(found, "cuda", {"dtype": "bf16"}) == found["gflops_bf16"]
+    assert results.products_bound(found, "cuda", {"dtype": "f32"}) == 0
 
 
 def row_of(fake: device.Device) -> rows.Row:

@@ -62,6 +62,14 @@ def product(device: Device) -> dict[str, Any]:
     return {**found, "size": len(a), "data_sheet_tflops": None if sheet is None else sheet.tflops}
 
 
+def bounds(device: Device) -> dict[str, Any]:
+    """What `python -m bench --device cuda` gives shares of: as `bench.machine.bounds`, of this GPU. Products of float32
+    have no bound here, and rows of them a share of bandwidth alone."""
+    copied, multiplied = memory("copy", device), product(device)
+    found = {"gbs": copied.get("gbs"), "gflops_bf16": 1e3 * multiplied["tflops"] if "tflops" in multiplied else None}
+    return {k: v for k, v in found.items() if v is not None} | {"how": "a copy, and the vendor's largest product"}
+
+
 def clocks(device: Device) -> dict[str, Any]:
     """Clocks and power by nvidia-smi while about two seconds of products are queued."""
     a, b = _operands(device)
