@@ -108,7 +108,7 @@ def test_weights_per_token_per_sequence_and_for_all() -> None:
     got = lora_mixture(x, w, a, b, each, 2.0)
     assert got.shape == (2, 5, 6)
     torch.testing.assert_close(got, lora_mixture(x, w, a, b, each.expand(2, 5, 3), 2.0))
-    assert_same_bits(got[1:], lora_mixture(x[1:], w, a, b, each[1, 0], 2.0))
+    torch.testing.assert_close(got[1:], lora_mixture(x[1:], w, a, b, each[1, 0], 2.0))
     torch.testing.assert_close(got, lora_mixture(x, w, torch.stack(a), torch.stack(b), each, [2.0] * 3))
     torch.testing.assert_close(got, lora_mixture(x, w, a, b, each, torch.full((3,), 2.0)))
     assert lora_mixture(x[0, 0], w, a, b, each[0, 0]).shape == (6,)
