@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mixture_tools import assert_same_sums
 from torch import Tensor
 
 from peft_kernels import lora_linear, lora_mixture, use_backend
@@ -41,11 +42,10 @@ def test_the_sum_that_it_stands_for(ranks: list[int]) -> None:
     a, b = ([leaf(r, 12, seed=i) for i, r in enumerate(ranks)], [leaf(7, r, seed=9 + i) for i, r in enumerate(ranks)])
     every = (x, w, mix, *a, *b)
     got, want = lora_mixture(x, w, a, b, mix, scaling), summed(x, w, a, b, mix, scaling)
-    torch.testing.assert_close(got, want)
+    assert_same_sums(got, want)
     dy = leaf(*got.shape).detach()
-    for i, (one, other) in enumerate(zip(torch.autograd.grad(got, every, dy), torch.autograd.grad(want, every, dy),
-                                         strict=True)):  # fmt: skip
-        torch.testing.assert_close(one, other, msg=lambda m, i=i: f"gradient {i}: {m}")
+    for one, other in zip(torch.autograd.grad(got, every, dy), torch.autograd.grad(want, every, dy), strict=True):
+        assert_same_sums(one, other)
 
 
 def test_a_weight_of_one_is_lora_linear() -> None:
@@ -54,7 +54,7 @@ def test_a_weight_of_one_is_lora_linear() -> None:
     with use_backend("reference"):
         want = lora_linear(x, qw, a, b, 0.5, dropout_p=0.2, seed=torch.tensor([5]))
         got = lora_mixture(x, qw, [a], [b], torch.ones(6, 1), 0.5, dropout_p=0.2, seed=torch.tensor([5]))
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert_same_sums(got, want)
 
 
 def test_gradcheck() -> None:
@@ -78,9 +78,9 @@ def test_gradients_of_weights_of_zero(masked: bool) -> None:
     got = torch.autograd.grad(lora_mixture(x, w, a, b, mix, masked=masked), every, dy)
     want = torch.autograd.grad(summed(x, w, a, b, mix, [1.0] * 3), every, dy)
     assert want[0].all()
-    torch.testing.assert_close(got[0], want[0].where(mix != 0, 0.0) if masked else want[0])
+    assert_same_sums(got[0], want[0].where(mix != 0, 0.0) if masked else want[0])
     for one, other in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(one, other)
+        assert_same_sums(one, other)
 
 
 def test_a_weight_of_zero_leaves_its_adapter_out() -> None:
@@ -91,7 +91,7 @@ def test_a_weight_of_zero_leaves_its_adapter_out() -> None:
     want = lora_mixture(x, w, a[:1], b[:1], mix[:, :1])
     a[1].fill_(float("inf"))
     for masked in (True, False):
-        torch.testing.assert_close(lora_mixture(x, w, a, b, mix.clone().requires_grad_(), masked=masked).detach(), want)
+        assert_same_sums(lora_mixture(x, w, a, b, mix.clone().requires_grad_(), masked=masked).detach(), want)
 
 
 def test_opcheck() -> None:
@@ -107,10 +107,10 @@ def test_weights_per_token_per_sequence_and_for_all() -> None:
     each = torch.rand(2, 1, 3)
     got = lora_mixture(x, w, a, b, each, 2.0)
     assert got.shape == (2, 5, 6)
-    torch.testing.assert_close(got, lora_mixture(x, w, a, b, each.expand(2, 5, 3), 2.0))
-    torch.testing.assert_close(got[1:], lora_mixture(x[1:], w, a, b, each[1, 0], 2.0))
-    torch.testing.assert_close(got, lora_mixture(x, w, torch.stack(a), torch.stack(b), each, [2.0] * 3))
-    torch.testing.assert_close(got, lora_mixture(x, w, a, b, each, torch.full((3,), 2.0)))
+    assert_same_sums(got, lora_mixture(x, w, a, b, each.expand(2, 5, 3), 2.0))
+    assert_same_sums(got[1:], lora_mixture(x[1:], w, a, b, each[1, 0], 2.0))
+    assert_same_sums(got, lora_mixture(x, w, torch.stack(a), torch.stack(b), each, [2.0] * 3))
+    assert_same_sums(got, lora_mixture(x, w, a, b, each, torch.full((3,), 2.0)))
     assert lora_mixture(x[0, 0], w, a, b, each[0, 0]).shape == (6,)
     assert lora_mixture(x[:0], w, a, b, each[:0]).shape == (0, 5, 6)
 
@@ -121,7 +121,7 @@ def test_the_gradient_of_shared_weights_is_a_sum() -> None:
     dy = leaf(2, 5, 7).detach()
     (got,) = torch.autograd.grad(lora_mixture(x, w, a, b, mix, 0.5), mix, dy)
     (want,) = torch.autograd.grad(summed(x, w, a, b, mix, [0.5] * 2), mix, dy)
-    torch.testing.assert_close(got, want)
+    assert_same_sums(got, want)
 
 
 def test_compiles_without_a_break() -> None:

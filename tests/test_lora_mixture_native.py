@@ -96,7 +96,7 @@ def test_rows_without_adapters_are_the_base_bit_for_bit(level: str, m: int) -> N
 @needs_native
 @pytest.mark.parametrize("m", [4, 96])
 def test_adapters_that_no_row_uses_are_not_read(level: str, m: int) -> None:
-    """What a tile leaves out is left out: infinities and NaNs there reach nothing, forward and backward."""
+    """Infinities and NaNs of what a tile leaves out reach nothing, forward and backward."""
     c = make_mixture(m, 50, 64, 4, 16, zeros="top", masked=True, quant="dense")
     used = c.mix.any(0)
     want = check_mixture(c)

@@ -64,6 +64,12 @@ def make_mixture(
     return Mixture(make(m, n, k, **base), normal(count, r, k).to(ab), (normal(n, count, r) * 0.1).to(ab), mix, masked)
 
 
+def assert_same_sums(got: Tensor, want: Tensor) -> None:
+    """Equal but for the order of the terms, of which there are some dozens here, each about as large as the result."""
+    most = float(want.detach().abs().max()) if want.numel() else 0.0
+    assert_no_worse(got.detach(), want.detach(), want.detach(), torch.full_like(want.detach(), 64 * most))
+
+
 def check_mixture(c: Mixture) -> tuple[Tensor, ...]:
     """Forward and backward of the forced backend are no worse than eager code in the same dtype; all results."""
     exact = c.double()

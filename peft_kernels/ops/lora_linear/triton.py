@@ -153,10 +153,7 @@ class _Dropout:
 
 
 def _project(x: Tensor, a: Tensor, drop: _Dropout, arch: str, mix: Tensor | None = None) -> Tensor:
-    """s = drop(x) a^T, float32 [M, r].
-
-    mix: [M, n], weights of r / n ranks each: zero in tiles where these are, at the cost of their memory alone.
-    """
+    """s = drop(x) a^T, float32 [M, r]. mix: [M, n], weights of r / n ranks each; zero in tiles whose weights are."""
     from . import triton_kernels as kernels
 
     (m, k), r = x.shape, a.shape[0]
@@ -181,9 +178,7 @@ def _outer(
     arch: str, sparse: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """out = scale * drop(z)^T t, [C, r] at `strides`; with b [C, r] also returns ds = scale * z b, in the same pass.
-
-    sparse: t is zero in whole tiles, whose z is not read; without b.
-    """
+    sparse: t is zero in whole tiles, whose z is not read; without b."""
     from . import triton_kernels as kernels
 
     (m, c_), r = z.shape, t.shape[1]
@@ -268,9 +263,7 @@ def product(
     arch: str, gain: Gain | None = None, turn: Turn | None = None, sparse: bool = False,
 ) -> None:  # fmt: skip
     """y [M, N] = x W^T + scaling * s b^T + bias; with `gain` and `turn` as they say. x and y are contiguous.
-
-    sparse: s is zero in whole tiles, whose b is not read.
-    """
+    sparse: s is zero in whole tiles, whose b is not read."""
     from . import triton_kernels as kernels
 
     native.say_misaligned(x=x)

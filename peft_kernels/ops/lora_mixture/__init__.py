@@ -1,8 +1,8 @@
 """lora_mixture: `lora_linear` with n adapters and a weight of each for every row of x.
 
 `y[m] = x[m] W^T + bias + sum_i mix[m, i] scaling_i (drop(x)[m] A_i^T) B_i^T`, W dense or 4-bit, forward and backward.
-X-LoRA (arXiv 2402.07148), Poly (arXiv 2202.13914) and Arrow (arXiv 2405.11157) choose the weights. All A_i are one A
-and all B_i one B: the sum is one LoRA of rank n r, whose low-rank activations are multiplied by the weights.
+X-LoRA (arXiv 2402.07148) and Arrow (arXiv 2405.11157) choose the weights. All A_i are one A and all B_i one B: the sum
+is one LoRA of rank n r, whose low-rank activations are multiplied by the weights.
 
 A weight of exactly zero leaves its adapter out, and costs nothing where all rows of a tile have it. Its gradient is
 the exact one, for which the adapter's product with x is needed; `masked` says that it is zero (that of a top-k is).
