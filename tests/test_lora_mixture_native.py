@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import matrix
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_tools import BF16, F16, F32, FLOATS, LEVELS, at_level, level_fixture, needs_native, threads
@@ -22,7 +23,7 @@ ZEROS = ("", "some", "top", "first", "all")
 # M picks the kernel: 1 to 4 rows by rows of W, up to 96 in registers, panels; 530 rows are two chunks.
 @needs_native
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("m", [1, 4, 5, 30, 100, 530])
+@pytest.mark.parametrize("m", matrix([1, 4, 5, 30, 100, 530], short=[4, 30, 530]))
 def test_rows(level: str, m: int, dtype: torch.dtype) -> None:
     for i, zeros in enumerate(ZEROS):
         n, k = ((50, 192), (33, 128), (7, 320))[i % 3] if m < 500 else (20, 64)

@@ -279,7 +279,7 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "multi_forward": ("multi_lora_linear", "multi_forward_kernel", _multi_forward),
     "multi_outer": ("multi_lora_linear", "multi_outer_kernel", _multi_backward),
     "multi_backward": ("multi_lora_linear", "multi_backward_kernel", _multi_backward),
-    "weigh": ("lora_mixture", "weigh_kernel", _mixture_backward),
+    "weigh": ("lora_mixture", "weigh_kernel", _mixture_forward),
     "mixture_project": ("lora_linear", "project_kernel", _mixture_forward),
     "mixture_forward": ("lora_linear", "forward_kernel", _mixture_forward),
     "mixture_outer": ("lora_linear", "outer_kernel", _mixture_backward),

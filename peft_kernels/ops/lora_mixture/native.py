@@ -15,7 +15,8 @@ from ..lora_linear.native import available, backward_arguments, forward_argument
 
 def _one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """a [n, r, K] and b [N, n, r] as one adapter's."""
-    return a.contiguous().view(-1, a.shape[2]), b.contiguous().view(b.shape[0], -1)
+    r = a.shape[0] * a.shape[1]
+    return a.contiguous().view(r, a.shape[2]), b.contiguous().view(b.shape[0], r)
 
 
 def forward(
@@ -31,7 +32,7 @@ def forward(
     code = native.cpu().pk_cpu_lora_mixture(packed, mix.data_ptr(), mix.shape[1], int(masked))
     if code:
         native.check(code)
-    return y, s.view(-1, *a.shape[:2]) if s.numel() else s.new_empty((x.shape[0], *a.shape[:2]))
+    return y, s.view(x.shape[0], *a.shape[:2])
 
 
 def backward(
@@ -42,20 +43,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx [M, K], da [n, r, K], db [N, n, r], dmix [M, n]); empty where not needed."""
     x, mix = x.contiguous(), mix.contiguous()
-    own, dy, s_own, da, db = backward_arguments(dy, weight, absmax, nested_absmax, nested_code, offset, quant_type,
-                                                blocksize, nested_blocksize, *_one(a, b), s, 1.0, dropout_p, seed,
-                                                need_ab)  # fmt: skip
+    own, dy, s, *_ = backward_arguments(dy, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
+                                        nested_blocksize, *_one(a, b), s, 1.0, dropout_p, seed, False)  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else (0,))
-    dmix = mix.new_zeros(mix.shape if need_mix else (0,)) if not a.shape[1] else mix.new_empty(
-        mix.shape if need_mix else (0,))  # fmt: skip
-    packed = pack(torch.get_num_threads(), x, *own, s=s_own, dy=dy, dx=dx if need_dx else None,
+    da, db = (t.new_empty(t.shape if need_ab else (0,)) for t in (a, b))
+    dmix = mix.new_zeros(mix.shape if need_mix else (0,))  # of adapters of rank 0 nothing is written
+    packed = pack(torch.get_num_threads(), x, *own, s=s, dy=dy, dx=dx if need_dx else None,
                   da=da if need_ab else None, db=db if need_ab else None)  # fmt: skip
     code = native.cpu().pk_cpu_lora_mixture_backward(
         packed, mix.data_ptr(), mix.shape[1], int(masked), pointer(dmix if need_mix else None)
     )
     if code:
         native.check(code)
-    return dx, da.view(a.shape) if need_ab else da, db.view(b.shape) if need_ab else db, dmix
+    return dx, da, db, dmix
 
 
 def _when_forward(x: Tensor, *args: Any) -> str | None:

@@ -45,9 +45,9 @@ def forward(
         single.product(x, w, None, None, 1.0, bias, y, arch)
         return y, x.new_empty((m, *a.shape[:2]), dtype=torch.float32)
     drop = single._Dropout(dropout_p, seed, k, x)
-    s = single._project(x, a.view(-1, k), drop, arch, mix if masked else None)
+    s = single._project(x, a.flatten(0, 1), drop, arch, mix if masked else None)
     mixed, _ = _weigh(s, mix, None, masked, masked)
-    single.product(x, w, mixed, b.view(n, -1), 1.0, bias, y, arch, sparse=True)
+    single.product(x, w, mixed, b.flatten(1), 1.0, bias, y, arch, sparse=True)
     return y, s.view(m, *a.shape[:2])
 
 
@@ -80,7 +80,7 @@ def backward(
         w = single._Weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize,
                            n, k, dy.dtype)  # fmt: skip
         drop = single._Dropout(dropout_p, seed, k, dy)
-        dx = single._input_gradient(dy, w, ds, a.view(-1, k) if r else None, drop, k, arch, sparse=r > 0)
+        dx = single._input_gradient(dy, w, ds, a.flatten(0, 1) if r else None, drop, k, arch, sparse=r > 0)
     return dx, da, db, dmix
 
 
