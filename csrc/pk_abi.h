@@ -133,6 +133,15 @@ PK_EXPORT int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t coun
 typedef enum pk_lora_path { PK_PATH_GEMV, PK_PATH_ROW_PER_LANE, PK_PATH_IN_REGISTERS, PK_PATH_PANELS } pk_lora_path;
 PK_EXPORT int pk_cpu_lora_linear_paths(const pk_lora_args *args, int64_t count, int64_t row, int64_t *paths);
 
+/* lora_mixture: n adapters of rank r / n and a weight of each per row, mix [M, n]: in the place of `scaling`, which is
+ * not read, ranks i r / n .. of s are multiplied by mix[m, i] for row m; dmix[m, i] = the sum over those ranks of
+ * (dy b) s. A weight of zero leaves its adapter out, and costs nothing where all rows of a tile have it. masked: s of
+ * such is zero, and dmix. args: one projection without gain and adapters, with one adapter of rank r that is all of
+ * them: a [r, K], b [N, r]. Backward: dmix may be NULL. */
+PK_EXPORT int pk_cpu_lora_mixture(const pk_lora_args *args, const float *mix, int64_t n, int64_t masked);
+PK_EXPORT int pk_cpu_lora_mixture_backward(const pk_lora_args *args, const float *mix, int64_t n, int64_t masked,
+                                           float *dmix);
+
 /* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; x, y, s and what belongs to
  * rows of x are not read. */
 PK_EXPORT int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares);

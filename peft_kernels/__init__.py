@@ -17,6 +17,7 @@ from .ops.dora_norm import dora_norm, squared_row_norms
 from .ops.householder_rotate import compact_wy, householder_rotate
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
+from .ops.lora_mixture import lora_mixture
 from .ops.lora_shrink import lora_expand, lora_shrink
 from .ops.multi_lora_linear import multi_lora_linear
 from .ops.pair_rotate import pair_rotate
@@ -79,6 +80,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_by_row",
     "lora_linear_stacked",
+    "lora_mixture",
     "lora_shrink",
     "multi_lora_linear",
     "native_library",

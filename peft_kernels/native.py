@@ -45,6 +45,8 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_lora_linear_backward": [c_char_p, c_int64],
     "pk_cpu_lora_linear_paths": [c_char_p, *[c_int64] * 2, c_void_p],
     "pk_cpu_squared_row_norms": [c_char_p, c_void_p],
+    "pk_cpu_lora_mixture": [c_char_p, c_void_p, *[c_int64] * 2],
+    "pk_cpu_lora_mixture_backward": [c_char_p, c_void_p, *[c_int64] * 2, c_void_p],
     "pk_cpu_dora_linear": [c_char_p, *[c_void_p] * 3],
     "pk_cpu_dora_linear_backward": [c_char_p, c_void_p],
     "pk_cpu_swiglu": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64],

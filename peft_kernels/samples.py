@@ -6,7 +6,8 @@ In an operator of lists every entry has sizes of its own. A letter means the sam
 
     M rows of x, which choose code paths    T rows that choose none     N, K features    R rank
     D features that a program holds whole   B, G, F blocks of a rotation: their size, their number, factors
-    S adapters of a batch, P their ranks    Z batch, H heads, U heads of keys; C and E: 1 or Z        L half of a pair
+    S adapters of a batch, P their ranks    Z batch, H heads, U heads of keys; C and E: 1 or Z
+    I adapters of a mixture    L half of a pair
     A parts of a sum    W the N of all entries of lists side by side, O of those before
 """
 
@@ -28,7 +29,7 @@ _PARTS = ("absmax", "nested_absmax", "nested_code", "offset", "quant_type", "blo
 FIXED = frozenset({"absmax", "nested_absmax", "nested_code", "offset"})  # float32 whatever the dtype of the rest is
 Sizes = dict[str, int]
 # How a call is made where nobody made one before: the sizes, and the arguments that are no tensors.
-SIZES: Sizes = {"M": 8, "T": 8, "N": 64, "K": 128, "R": 16, "D": 32, "B": 4, "G": 32, "F": 1, "S": 2, "Z": 1,
+SIZES: Sizes = {"M": 8, "T": 8, "N": 64, "K": 128, "R": 16, "D": 32, "B": 4, "G": 32, "F": 1, "S": 2, "I": 2, "Z": 1,
                 "H": 4, "U": 2, "C": 1, "E": 1, "L": 16, "A": 1, "W": 64, "O": 0}  # fmt: skip
 NUMBERS: dict[str, Any] = {"quant_type": 1, "blocksize": 64, "nested_blocksize": 256, "scaling": 1.0, "dropout_p": 0.0,
                            "eps": 1e-5, "scale": 0.2, "terms": 0, "nested": True, "transposed": False,
@@ -80,7 +81,7 @@ def shrunk(sizes: Sizes, blocksize: int, features: int) -> Sizes:
     def cut(size: int, least: int) -> int:
         return size if size < 2 * least else least + size % least
 
-    new = {k: v for k, v in sizes.items() if k in "RDBFCELA" and v}
+    new = {k: v for k, v in sizes.items() if k in "RDBFCELAI" and v}
     new.update({k: min(v, most) for k, v, most in
                 ((k, sizes[k], {"M": MOST_ROWS, "T": 80, "S": 4, "Z": 2, "U": 2}[k]) for k in "MTSZU" if k in sizes)})
     if "N" in sizes:
@@ -144,7 +145,7 @@ class _Maker:
         return [t.to(self.device) if isinstance(t, Tensor) else t for t in parts]
 
 
-_KEPT = frozenset({"s", "gain", "lse"})  # in the dtype of sums
+_KEPT = frozenset({"s", "gain", "lse", "mix"})  # in the dtype of sums
 _INDICES = frozenset({"adapters", "starts", "ranks"})
 _PLACES = frozenset({"order", "bounds"})  # of rows in order of their adapters
 _FAN_IN = frozenset({"weight", "a", "b", "u", "v"})
@@ -182,6 +183,7 @@ _SPECIAL: dict[str, Callable[[_Maker, tuple[int, ...], Sizes], Tensor]] = {
     "sin": _angles(torch.sin),
     "keep": lambda d, shape, _: torch.ones(shape, dtype=torch.bool, device=d.device).tril(),
     "lse": lambda d, shape, _: d.normal(*shape, factor=0.1) + math.log(max(shape[-1], 1)),
+    "mix": lambda d, shape, _: d.normal(*shape, factor=0.5).clamp(min=0.0),  # with weights of zero
     "gain": lambda d, shape, _: 1 + d.normal(*shape, factor=0.1),
     "magnitude": lambda d, shape, _: 1 + d.normal(*shape, factor=0.1),
     "base_sq": lambda d, shape, _: 1 + d.normal(*shape, factor=0.1).double().square(),

@@ -128,6 +128,9 @@ def _calls(w: list[Any]) -> dict[str, list[Any]]:
         "lora_linear_stacked_backward": [x, [dy], *lists[:8], *lists[9:11], [s], lists[11], *lists[13:], True, [True]],
         "multi_lora_linear": [x, *w, 8, a, b.t(), *plan, None, 0.0, None],
         "multi_lora_linear_backward": [dy, x, *w, a, b.t(), s, *plan, 0.0, None, True, True],
+        "lora_mixture": [x, *w, 8, a[None], b[:, None], torch.ones(3, 1), False, None, 0.0, None],
+        "lora_mixture_backward": [dy, x, *w, a[None], b[:, None], s[:, None], torch.ones(3, 1), False, 0.0, None, True,
+                                  True, True],
         "squared_row_norms": [*w, 8, 64],
         "dora_norm": [*w, a, b, 1.0, None],
         "dora_linear": [x, *w, 8, a, b, gain, 1.0, None, 0.0, None, True],
@@ -194,6 +197,9 @@ def test_public_functions_read_nothing_that_is_gone(gone: str) -> None:
             lambda w=w: pk.dora_linear(lost, w, a, b, torch.ones(24), None),
             lambda w=w: pk.dora_linear(x, w, a, b, column, None),
             lambda w=w: pk.multi_lora_linear(x, w, stack, adapters),
+            lambda w=w: pk.lora_mixture(lost, w, [a], [b], torch.ones(1)),
+            lambda w=w: pk.lora_mixture(x, w, [a], [change(b)], torch.ones(1)),
+            lambda w=w: pk.lora_mixture(x, w, [a], [b], change(torch.ones(2, 5, 1))),
             lambda w=w: dora_norm(w, change(a), b),
         ]  # fmt: skip
     for call in calls:

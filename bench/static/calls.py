@@ -15,6 +15,7 @@ from peft_kernels.testing import random_quant_weight
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 _SHORT = {f32: "f32", f16: "f16", bf16: "bf16"}
 ADAPTERS = 64  # in the stack of a case of multi_lora_linear, slots of lora_shrink
+MIXED = 8  # adapters of lora_mixture
 ROWS = 1024  # of x where a tuned row sets no limit; `cases.run` has panels begin at twice as many
 
 
@@ -138,6 +139,26 @@ def _multi_backward(c: Case) -> None:
     backend.backward(dy, x, *_weight(c), *ab, meta(c.M, c.r), *plan, c.p, seed, True, True)
 
 
+def _mixture(c: Case) -> list[Any]:
+    """a, b and weights of `MIXED` adapters like c's."""
+    return [meta(MIXED, c.r, c.K), meta(c.N, MIXED, c.r), meta(c.M, MIXED)]
+
+
+def _mixture_forward(c: Case) -> None:
+    from peft_kernels.ops.lora_mixture import triton as backend
+
+    seed, bias = meta(1, dtype=torch.int64), meta(c.N, dtype=c.dtype)
+    backend.forward(meta(c.M, c.K, dtype=c.dtype), *_weight(c), c.N, *_mixture(c), True, bias, c.p, seed)
+
+
+def _mixture_backward(c: Case) -> None:
+    from peft_kernels.ops.lora_mixture import triton as backend
+
+    (a, b, mix), seed = _mixture(c), meta(1, dtype=torch.int64)
+    x, dy = meta(c.M, c.K, dtype=c.dtype), meta(c.M, c.N, dtype=c.dtype)
+    backend.backward(dy, x, *_weight(c), a, b, meta(c.M, MIXED, c.r), mix, True, c.p, seed, True, True, True)
+
+
 def _update(c: Case) -> None:
     """q, k and v of a layer, each with an update of its own; x's type is the adapters'."""
     from peft_kernels.ops.lora_shrink import triton as backend
@@ -258,6 +279,11 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "multi_forward": ("multi_lora_linear", "multi_forward_kernel", _multi_forward),
     "multi_outer": ("multi_lora_linear", "multi_outer_kernel", _multi_backward),
     "multi_backward": ("multi_lora_linear", "multi_backward_kernel", _multi_backward),
+    "weigh": ("lora_mixture", "weigh_kernel", _mixture_forward),
+    "mixture_project": ("lora_linear", "project_kernel", _mixture_forward),
+    "mixture_forward": ("lora_linear", "forward_kernel", _mixture_forward),
+    "mixture_outer": ("lora_linear", "outer_kernel", _mixture_backward),
+    "mixture_backward": ("lora_linear", "backward_kernel", _mixture_backward),
     "shrink": ("lora_shrink", "shrink_kernel", _update),
     "expand": ("lora_shrink", "expand_kernel", _update),
     "dora_forward": ("lora_linear", "forward_kernel", _dora_forward),

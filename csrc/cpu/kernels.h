@@ -31,6 +31,15 @@ int pk_butterfly(const PkButterfly &t, int64_t rows, int64_t threads);
 int pk_butterfly_backward(const PkButterfly &t, int64_t rows, float *sums, int64_t threads);
 void pk_butterfly_sums(const PkButterfly &t, const float *sums, int64_t ranges, float *dblocks, int64_t threads);
 
+/* lora_mixture: weights of n adapters, [M][n], which have args->r / n ranks each; dmix like them, NULL: not needed. A
+ * weight of zero leaves its adapter out; masked: s of such is zero, and dmix, and neither is computed. */
+struct PkMixture {
+    const float *weight;
+    int64_t n;
+    bool masked;
+    float *dmix;
+};
+
 /* Constants of an AdamW step, besides the tensors: made by adamw.cpp. */
 struct PkAdamw {
     double step;

@@ -314,21 +314,43 @@ def table_of(p_table, MODE: tl.constexpr):
 
 
 @triton.jit
+def any_of(b_t):
+    """True if an element of a tile is not zero, or no number."""
+    return tl.max(tl.max((b_t != 0.0).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def _low_rank_step(b_b, b_s, b_acc, PRECISION: tl.constexpr, LEFT: tl.constexpr):
+    if LEFT:
+        b_acc = dot_narrow(b_b, b_s, b_acc, PRECISION)
+    else:
+        b_acc = dot_narrow(tl.trans(b_s), tl.trans(b_b), b_acc, PRECISION)
+    return b_acc
+
+
+@triton.jit
 def low_rank(
     p_b, p_s, i_n, i_m, N, M, r, b_acc, stride_n, stride_r, PRECISION: tl.constexpr, BR: tl.constexpr,
-    LEFT: tl.constexpr,
+    LEFT: tl.constexpr, SPARSE: tl.constexpr = False,
 ):  # fmt: skip
-    """b_acc [N, M] + b [N, r] s [M, r]^T, b at strides; without LEFT b_acc [M, N] + s b^T."""
+    """b_acc [N, M] + b [N, r] s [M, r]^T, b at strides; without LEFT b_acc [M, N] + s b^T.
+
+    SPARSE: of ranks whose s is zero in all of these rows nothing is read and multiplied.
+    """
     for i_r0 in tl.range(0, r, BR, num_stages=1):
         i_r = i_r0 + tl.arange(0, BR)
         p_bt = p_b + i_n.to(tl.int64)[:, None] * stride_n + i_r.to(tl.int64)[None, :] * stride_r
-        b_b = tl.load(p_bt, mask=(i_n < N)[:, None] & (i_r < r)[None, :], other=0.0)
         p_st = p_s + i_m.to(tl.int64)[None, :] * r + i_r[:, None]
-        b_s = tl.load(p_st, mask=(i_m < M)[None, :] & (i_r < r)[:, None], other=0.0)
-        if LEFT:
-            b_acc = dot_narrow(b_b, b_s, b_acc, PRECISION)
+        b_in, b_ranks = (i_n < N)[:, None] & (i_r < r)[None, :], (i_m < M)[None, :] & (i_r < r)[:, None]
+        if SPARSE:
+            b_s = tl.load(p_st, mask=b_ranks, other=0.0)
+            if any_of(b_s):
+                b_b = tl.load(p_bt, mask=b_in, other=0.0)
+                b_acc = _low_rank_step(b_b, b_s, b_acc, PRECISION, LEFT)
         else:
-            b_acc = dot_narrow(tl.trans(b_s), tl.trans(b_b), b_acc, PRECISION)
+            b_b = tl.load(p_bt, mask=b_in, other=0.0)
+            b_s = tl.load(p_st, mask=b_ranks, other=0.0)
+            b_acc = _low_rank_step(b_b, b_s, b_acc, PRECISION, LEFT)
     return b_acc
 
 

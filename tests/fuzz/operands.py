@@ -18,6 +18,7 @@ from peft_kernels.ops.cayley import forward_op as cayley
 from peft_kernels.ops.dora_linear import forward_op as dora_linear
 from peft_kernels.ops.householder_rotate import forward_op as householder
 from peft_kernels.ops.lora_linear import forward_op as lora_linear
+from peft_kernels.ops.lora_mixture import forward_op as lora_mixture
 from peft_kernels.ops.lora_shrink import STEP
 from peft_kernels.ops.multi_lora_linear import forward_op as multi_lora_linear
 from peft_kernels.ops.rotary_attention import forward_op as attention
@@ -155,6 +156,26 @@ def _multi_backward(d: Draw) -> Arguments:
     s = _kept(d, multi_lora_linear.reference(x, *w, n, a, b, *plan, None, p, seed), 1)
     dy = d.tensor(x.shape[0], n, dtype=x.dtype)
     return [dy, x, *w, a, b, *s, *plan, p, seed, d.maybe(0.8), d.maybe(0.8)]
+
+
+@maker("lora_mixture")
+def _mixture(d: Draw) -> Arguments:
+    d.calm = True  # a weight of zero leaves an infinity out where its tile is left out
+    (m, n, k, dtype), count, r = _rows(d), d.random.randint(1, 5), d.size(20)
+    ab = d.one(FLOATS)
+    mix = d.values(m, count)
+    mix[torch.rand(m, count, generator=d.generator) < d.one((0.0, 0.5, 0.95))] = 0.0
+    a, b = d.tensor(count, r, k, dtype=ab), d.tensor(n, count, r, dtype=d.one((ab, F32)))
+    return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, a, b, d.laid(mix), d.maybe(0.5), _bias(d, n),
+            *_seed(d)]  # fmt: skip
+
+
+@maker("lora_mixture_backward")
+def _mixture_backward(d: Draw) -> Arguments:
+    x, *w, n, a, b, mix, masked, _, p, seed = _mixture(d)
+    s = _kept(d, lora_mixture.reference(x, *w, n, a, b, mix, masked, None, p, seed), 1)
+    dy = d.tensor(x.shape[0], n, dtype=x.dtype)
+    return [dy, x, *w, a, b, *s, mix, masked, p, seed, d.maybe(0.8), d.maybe(0.8), d.maybe(0.8)]
 
 
 def _groups(d: Draw, m: int, slots: int) -> Arguments:

@@ -15,6 +15,7 @@ import dora_tools
 import torch
 from abi_corpus import Recorder, entry_points
 from lora_tools import BF16, F32, FLOATS, Case, Stack, make
+from mixture_tools import make_mixture
 from multi_tools import make_multi
 from rotation_tools import make_blocks, skew_blocks
 from torch import Tensor
@@ -24,6 +25,7 @@ from peft_kernels import adamw, native
 from peft_kernels.ops import butterfly_linear, butterfly_rotate, cayley, dora_linear, householder_rotate, pair_rotate
 from peft_kernels.ops import lora_linear as lora
 from peft_kernels.ops import lora_linear_stacked as stacked
+from peft_kernels.ops import lora_mixture as mixture
 from peft_kernels.ops import multi_lora_linear as multi
 from peft_kernels.ops.lora_linear.native import pack
 
@@ -113,6 +115,16 @@ def of_multi(rng: Draw) -> None:
                       dtype=base.x.dtype, quant="nf4", bias=base.bias is not None, p=p)  # fmt: skip
     _, s = case.forward(multi.forward_op.op)
     case.backward(multi.backward_op.op, s, rng.random() < 0.8, rng.random() < 0.8)
+
+
+def of_mixture(rng: Draw) -> None:
+    base = draw(rng, r=0)
+    m, k = base.x.shape
+    case = make_mixture(m, base.n, k, rng.choice((1, 2, 3, 8)), rng.choice((0, 1, 3, 8, 17)), ab=rng.choice(FLOATS),
+                        zeros=rng.choice(("", "some", "top", "first", "all")), masked=rng.random() < 0.5)  # fmt: skip
+    case.base = base  # drawn with dropout and without
+    _, s = case.forward(mixture.forward_op.op)
+    case.backward(mixture.backward_op.op, s, *(rng.random() < 0.8 for _ in range(3)))
 
 
 def weight_of(c: Case) -> Any:
@@ -284,6 +296,8 @@ def refused(_rng: Draw) -> None:
         code += [library.pk_cpu_lora_linear(args, 1), library.pk_cpu_lora_linear_backward(args, 1)]
     args = struct.pack("=29q2d13q", *good)
     code += [library.pk_cpu_lora_linear(args, n) for n in (0, -1, 17)]
+    code += [library.pk_cpu_lora_mixture(args, 0, 1, 0), library.pk_cpu_lora_mixture(args, x.data_ptr(), 0, 0)]
+    code += [library.pk_cpu_lora_mixture_backward(args, 0, 1, 0, 0)]
     code += [library.pk_cpu_dora_linear(args, x.data_ptr(), y.data_ptr(), y.data_ptr())]
     code += [library.pk_cpu_lora_linear_paths(args, 1, 2, 0), library.pk_cpu_lora_linear_paths(args, 1, -1, 0)]
     code += [library.pk_cpu_swiglu(0, 0, dtype, n, 0, 1) for dtype, n in ((3, 4), (-1, 4), (0, -1))]
@@ -308,6 +322,7 @@ def refused(_rng: Draw) -> None:
 # what makes calls -> how often, in the short form and in the full one
 MAKERS: dict[Callable[[Draw], None], tuple[int, int]] = {
     plain: (1, 1), refused: (1, 1), of_lora: (16, 600), of_stack: (4, 120), of_dora: (6, 120), of_multi: (6, 150),
+    of_mixture: (6, 120),
     of_prepared: (10, 200), of_rotations: (6, 60), of_cayley: (4, 30), of_turned: (4, 40), of_elements: (3, 30),
     of_attention: (4, 40), of_quantising: (4, 40), of_optimizer: (2, 12), of_fingerprints: (1, 4),
 }  # fmt: skip

@@ -207,7 +207,8 @@ class Call:
         """IN or OUT for a field of pk_lora_args, whose comments say what `const` does not."""
         if field == "gain" and self.name == "pk_cpu_dora_linear":
             return OUT
-        forward = self.name in ("pk_cpu_lora_linear", "pk_cpu_dora_linear", "pk_cpu_butterfly_linear")
+        forward = self.name in ("pk_cpu_lora_linear", "pk_cpu_lora_mixture", "pk_cpu_dora_linear",
+                                "pk_cpu_butterfly_linear")  # fmt: skip
         written = ("y", "s", "h") if forward else ("dx", "da", "db", "dgain") if "backward" in self.name else ()
         return OUT if field in written else IN
 

@@ -91,6 +91,13 @@ static int check_stack(const pk_lora_args *args, int64_t count, bool backward) {
     return PK_OK;
 }
 
+static int check_mixture(const pk_lora_args *args, const float *mix, int64_t n, bool backward) {
+    if (args->gain || args->adapters || n < 1 || args->r % n || (!mix && args->M > 0))
+        return pk_fail(PK_ERR_ARGUMENT, "lora_mixture: no gain, no adapters per row, and weights of n adapters of as "
+                       "many ranks each, got n %lld of rank %lld in all", (long long)n, (long long)args->r);
+    return check(args, backward);
+}
+
 static int finish(int code) {
     return code == PK_ERR_MEMORY ? pk_fail(code, "lora_linear: no memory for the workspace") : code;
 }
@@ -116,6 +123,18 @@ int pk_cpu_lora_linear_paths(const pk_lora_args *args, int64_t count, int64_t ro
 int pk_cpu_lora_linear_backward(const pk_lora_args *args, int64_t count) {
     int code = check_stack(args, count, true);
     return code ? code : finish(pk_table()->lora_linear_backward(args, count));
+}
+
+int pk_cpu_lora_mixture(const pk_lora_args *args, const float *mix, int64_t n, int64_t masked) {
+    int code = check_mixture(args, mix, n, false);
+    PkMixture given = {mix, n, masked != 0, nullptr};
+    return code || args->M == 0 ? code : finish(pk_table()->lora_mixture(args, &given));
+}
+
+int pk_cpu_lora_mixture_backward(const pk_lora_args *args, const float *mix, int64_t n, int64_t masked, float *dmix) {
+    int code = check_mixture(args, mix, n, true);
+    PkMixture given = {mix, n, masked != 0, dmix};
+    return code ? code : finish(pk_table()->lora_mixture_backward(args, &given));
 }
 
 int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares) {

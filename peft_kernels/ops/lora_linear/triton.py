@@ -152,8 +152,8 @@ class _Dropout:
         self.constants = {"DROPOUT": self.on, "BY_FOUR": k % 4 == 0}
 
 
-def _project(x: Tensor, a: Tensor, drop: _Dropout, arch: str) -> Tensor:
-    """s = drop(x) a^T, float32 [M, r]."""
+def _project(x: Tensor, a: Tensor, drop: _Dropout, arch: str, mix: Tensor | None = None) -> Tensor:
+    """s = drop(x) a^T, float32 [M, r]. mix: [M, n], weights of r / n ranks each; zero in tiles whose weights are."""
     from . import triton_kernels as kernels
 
     (m, k), r = x.shape, a.shape[0]
@@ -165,9 +165,9 @@ def _project(x: Tensor, a: Tensor, drop: _Dropout, arch: str) -> Tensor:
         tiles = (_cdiv(m, c.BM), _cdiv(r, br))
         parts, steps = _split(k, c.BK, tiles[0] * tiles[1], c.programs, 4)
         s = out if parts == 1 else torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
-        host.launch(kernels.project_kernel, (*tiles, parts), x, a, s, drop.seed, m, k, r, steps, *drop.arguments,
-                    **drop.constants, BM=c.BM, BK=c.BK, BR=br,
-                    **_options(c))  # fmt: skip
+        host.launch(kernels.project_kernel, (*tiles, parts), x, a, s, drop.seed, mix, m, k, r,
+                    None if mix is None else r // mix.shape[1], steps, *drop.arguments, **drop.constants, BM=c.BM,
+                    BK=c.BK, BR=br, **_options(c))  # fmt: skip
         return s if parts == 1 else _reduce(s, out, 1.0)
 
     return run(tuning.choose("project", arch, shape, run))
@@ -175,9 +175,10 @@ def _project(x: Tensor, a: Tensor, drop: _Dropout, arch: str) -> Tensor:
 
 def _outer(
     z: Tensor, t: Tensor, b: Tensor | None, out: Tensor, strides: tuple[int, int], scale: float, drop: _Dropout,
-    arch: str,
+    arch: str, sparse: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """out = scale * drop(z)^T t, [C, r] at `strides`; with b [C, r] also returns ds = scale * z b, in the same pass."""
+    """out = scale * drop(z)^T t, [C, r] at `strides`; with b [C, r] also returns ds = scale * z b, in the same pass.
+    sparse: t is zero in whole tiles, whose z is not read; without b."""
     from . import triton_kernels as kernels
 
     (m, c_), r = z.shape, t.shape[1]
@@ -192,7 +193,7 @@ def _outer(
         shares = outer if ds is None else torch.empty((tiles[0], m, r), dtype=torch.float32, device=z.device)
         host.launch(kernels.outer_kernel, (*tiles, parts), z, t, t if b is None else b, outer, shares, drop.seed,
                     m, c_, r, *strides, steps, *drop.arguments, WITH_DS=ds is not None, **drop.constants,
-                    BM=c.BM, BC=c.BN, BR=br, **_options(c))  # fmt: skip
+                    BM=c.BM, BC=c.BN, BR=br, SPARSE=sparse, **_options(c))  # fmt: skip
         _reduce(outer, out, scale)
         if ds is not None:
             _reduce(shares, ds, scale)
@@ -259,9 +260,10 @@ class Turn:
 
 def product(
     x: Tensor, w: _Weight, s: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, y: Tensor,
-    arch: str, gain: Gain | None = None, turn: Turn | None = None,
+    arch: str, gain: Gain | None = None, turn: Turn | None = None, sparse: bool = False,
 ) -> None:  # fmt: skip
-    """y [M, N] = x W^T + scaling * s b^T + bias; with `gain` and `turn` as they say. x and y are contiguous."""
+    """y [M, N] = x W^T + scaling * s b^T + bias; with `gain` and `turn` as they say. x and y are contiguous.
+    sparse: s is zero in whole tiles, whose b is not read."""
     from . import triton_kernels as kernels
 
     native.say_misaligned(x=x)
@@ -291,6 +293,7 @@ def product(
                     ADD=here is not None and here.add, **w.constants, PRECISION=_precision(x.dtype),
                     BM=c.BM, BN=c.BN, BK=c.BK, BR=_rank_tile(r, c.BR),
                     TURN=0 if turn is None else turn.size, ONE_TURN=turn is not None and len(turn.blocks) == 1,
+                    SPARSE=sparse,
                     **_tiling(c, n, k))  # fmt: skip
         if parts > 1:
             if gain is None:
@@ -354,9 +357,9 @@ def backward(
 
 def _input_gradient(
     dy: Tensor, w: _Weight, ds: Tensor | None, a: Tensor | None, drop: _Dropout, k: int, arch: str,
-    out: Tensor | None = None,
+    out: Tensor | None = None, sparse: bool = False,
 ) -> Tensor:  # fmt: skip
-    """dx = dy W + drop'(ds a), in `out` where it is given."""
+    """dx = dy W + drop'(ds a), in `out` where it is given. sparse: ds is zero in whole tiles, whose a is not read."""
     from . import triton_kernels as kernels
 
     m, n = dy.shape
@@ -372,7 +375,7 @@ def _input_gradient(
         host.launch(kernels.backward_kernel, (tiles, parts), dy, *w.pointers, dy if ds is None else ds,
                     dy if a is None else a, drop.seed, out, m, n, k, r, *w.strides, steps, *drop.arguments,
                     ADAPTER=r > 0, **drop.constants, **w.constants, PRECISION=_precision(dy.dtype), BM=c.BM, BN=c.BN,
-                    BK=c.BK, BR=_rank_tile(r, c.BR), **_tiling(c, n, k))  # fmt: skip
+                    BK=c.BK, BR=_rank_tile(r, c.BR), SPARSE=sparse, **_tiling(c, n, k))  # fmt: skip
         if parts > 1:
             _reduce(out, dx, 1.0)
 

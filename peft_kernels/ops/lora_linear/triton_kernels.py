@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ...triton_lib.device import (
     addends,
+    any_of,
     dot,
     dot_wide,
     keep_mask,
@@ -66,16 +67,24 @@ def project_rows(
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def project_kernel(
-    p_x, p_a, p_s, p_seed, M, K, r, steps, threshold, keep_scale,
+    p_x, p_a, p_s, p_seed, p_mix, M, K, r, each, steps, threshold, keep_scale,
     DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Part i_part of s = drop(x) A^T: `steps` tiles of BK columns of x [M, K]. p_s: float32 [parts, M, r]."""
+    """Part i_part of s = drop(x) A^T: `steps` tiles of BK columns of x [M, K]. p_s: float32 [parts, M, r].
+
+    p_mix: None, or [M, r / each], a weight of `each` ranks; where a tile has none that is not zero s is zero.
+    """
     i_part = tl.program_id(2)
     i_m = tl.program_id(0) * BM + tl.arange(0, BM)
     i_r = tl.program_id(1) * BR + tl.arange(0, BR)
-    b_s = project_rows(p_x, p_a, p_seed, i_m, i_m < M, i_r, i_part * steps,
-                       tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps), K, r, threshold, keep_scale, DROPOUT, BY_FOUR,
+    first = i_part * steps
+    last = tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps)
+    if p_mix is not None:
+        p_of = p_mix + i_m.to(tl.int64)[:, None] * (r // each) + (i_r // each)[None, :]
+        b_mix = tl.load(p_of, mask=(i_m < M)[:, None] & (i_r < r)[None, :], other=0.0)
+        last = tl.where(any_of(b_mix), last, first)
+    b_s = project_rows(p_x, p_a, p_seed, i_m, i_m < M, i_r, first, last, K, r, threshold, keep_scale, DROPOUT, BY_FOUR,
                        BM, BK, BR)  # fmt: skip
     i_out = (i_part.to(tl.int64) * M + i_m.to(tl.int64))[:, None] * r + i_r[None, :]
     tl.store(p_s + i_out, b_s, mask=(i_m < M)[:, None] & (i_r < r)[None, :])
@@ -118,7 +127,7 @@ def forward_tile(
     NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
-    p_turn=None, TURN: tl.constexpr = 0, ONE_TURN: tl.constexpr = False,
+    p_turn=None, TURN: tl.constexpr = 0, ONE_TURN: tl.constexpr = False, SPARSE: tl.constexpr = False,
 ):  # fmt: skip
     """Tile i_tile of part i_part (`steps` tiles of BK columns of x) of y [parts, M, N]. Part 0 has s B^T and the bias.
 
@@ -132,7 +141,7 @@ def forward_tile(
     if ADAPTER:
         # first, so that reading s and B hides behind the large product and rounding hits the small term
         if i_part == 0:
-            b_acc = low_rank(p_b, p_s, i_n, i_m, N, M, r, b_acc, r, 1, PRECISION, BR, LEFT) * scaling
+            b_acc = low_rank(p_b, p_s, i_n, i_m, N, M, r, b_acc, r, 1, PRECISION, BR, LEFT, SPARSE) * scaling
     # rows beyond M repeat the last one instead of being masked in every step; they are not stored
     b_acc = add_output(p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, tl.minimum(i_m, M - 1), i_n0,
                        i_part * steps, tl.minimum(tl.cdiv(K, BK), (i_part + 1) * steps), N, K, stride_n, stride_k,
@@ -162,12 +171,13 @@ def forward_kernel(
     NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr, TURN: tl.constexpr, ONE_TURN: tl.constexpr,
+    SPARSE: tl.constexpr,
 ):  # fmt: skip
     """`forward_tile` of program (tile, part)."""
     forward_tile(p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_gain, p_h,
                  tl.program_id(0), tl.program_id(1), M, N, K, r, stride_n, stride_k, steps, scaling, ADAPTER, BIAS,
                  GAIN, SAVE_H, ADD, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, PRECISION, BM, BN, BK, BR, GROUP,
-                 EVEN_N, EVEN_K, LEFT, p_turn, TURN, ONE_TURN)  # fmt: skip
+                 EVEN_N, EVEN_K, LEFT, p_turn, TURN, ONE_TURN, SPARSE)  # fmt: skip
 
 
 @triton.jit
@@ -201,7 +211,7 @@ def backward_kernel(
     ADAPTER: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, LEFT: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
     """Part i_part (`steps` tiles of BN columns of dy) of dx [parts, M, K]; part 0 starts at drop'(ds A)."""
     i_m0, i_k0 = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
@@ -214,7 +224,7 @@ def backward_kernel(
         if i_part == 0:
             if DROPOUT:  # drawn first and kept as bits: beside the accumulator there is no room for Philox's state
                 b_bits = keep_packed(p_seed, i_m, i_k0, K, threshold, BM, BK, BY_FOUR)
-            b_acc = low_rank(p_a, p_ds, i_k, i_m, K, M, r, b_acc, 1, K, PRECISION, BR, LEFT)
+            b_acc = low_rank(p_a, p_ds, i_k, i_m, K, M, r, b_acc, 1, K, PRECISION, BR, LEFT, SPARSE)
             if DROPOUT:
                 b_keep = unpack(b_bits, BM, BK)
                 if LEFT:
@@ -232,12 +242,12 @@ def backward_kernel(
 def outer_rows(
     p_z, p_t, p_bt, p_ds, p_seed, p_order, i_first, first, last, M, i_c0, i_r, C, r, stride_t, threshold, ds_scale,
     WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, SPARSE: tl.constexpr = False,
 ):  # fmt: skip
     """drop(z)^T t [BC, BR] over the tiles first .. last - 1 of BM rows from i_first on, up to M; see `outer_kernel`.
 
     p_order: None, or which row is at each place. p_t and p_ds have rows of stride_t, of which r are columns.
-    p_bt [BC, BR]: where b's tile is.
+    p_bt [BC, BR]: where b's tile is. SPARSE, without DS: of rows whose t is zero z is not read.
     """
     i_c = i_c0 + tl.arange(0, BC)
     b_cs = i_c < C
@@ -252,8 +262,12 @@ def outer_rows(
         b_ms = (i_m < M)[:, None]
         if p_order is not None:
             i_m = tl.load(p_order + i_m, mask=i_m < M, other=0)
-        b_z = tl.load(p_z + i_m.to(tl.int64)[:, None] * C + i_c[None, :], mask=b_ms & b_cs[None, :], other=0.0)
         i_t = i_m.to(tl.int64)[:, None] * stride_t + i_r[None, :]
+        b_in = b_ms & b_cs[None, :]
+        if SPARSE:
+            columns = tl.where(any_of(tl.load(p_t + i_t, mask=b_ms & b_rs, other=0.0)), C, 0)
+            b_in = b_ms & (i_c < columns)[None, :]
+        b_z = tl.load(p_z + i_m.to(tl.int64)[:, None] * C + i_c[None, :], mask=b_in, other=0.0)
         b_t = tl.load(p_t + i_t, mask=b_ms & b_rs, other=0.0)
         if DROPOUT:
             b_keep = keep_mask(p_seed, i_m, i_c0, C, threshold, BM, BC, BY_FOUR)
@@ -272,7 +286,7 @@ def outer_rows(
 def outer_kernel(
     p_z, p_t, p_b, p_outer, p_ds, p_seed, M, C, r, stride_c, stride_r, steps, threshold, keep_scale,
     WITH_DS: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
     """One pass over z [M, C]: outer = drop(z)^T t for `steps` tiles of BM rows and, WITH_DS, ds = z b as well.
 
@@ -286,7 +300,7 @@ def outer_kernel(
     p_bt = p_b + i_c.to(tl.int64)[:, None] * r + i_r[None, :]
     b_outer = outer_rows(p_z, p_t, p_bt, p_ds + i_tile.to(tl.int64) * M * r, p_seed, None, 0, i_part * steps,
                          tl.minimum(tl.cdiv(M, BM), (i_part + 1) * steps), M, i_tile * BC, i_r, C, r, r, threshold,
-                         None, WITH_DS, DROPOUT, BY_FOUR, BM, BC, BR)  # fmt: skip
+                         None, WITH_DS, DROPOUT, BY_FOUR, BM, BC, BR, SPARSE)  # fmt: skip
     if DROPOUT:
         b_outer = b_outer * keep_scale
     i_out = i_c.to(tl.int64)[:, None] * stride_c + i_r.to(tl.int64)[None, :] * stride_r
