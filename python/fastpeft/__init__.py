@@ -51,6 +51,7 @@ _NAMES = {
         "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
     ),
     "recipes.accelerate": ("accelerate", "unaccelerate"),
+    "recipes.arrow": ("create_arrow_model",),
     "recipes.chunked_loss": ("chunked_cross_entropy", "cross_entropy_by_rows"),
     "recipes.convert": ("convert_to_lora", "save_as_lora"),
     "recipes.corda": ("preprocess_corda",),
@@ -70,7 +71,7 @@ _NAMES = {
     ),
 }  # fmt: skip
 HOMES = {name: home for home, names in _NAMES.items() for name in names}
-_LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Poly", "Prefix", "Prompt", "Shadow",
+_LATER = ("AdaptionPrompt", "Cartridge", "CPT", "MultitaskPrompt", "Prefix", "Prompt", "Shadow",
           "XLora")  # fmt: skip
 _peft_names.install()
 
@@ -99,7 +100,7 @@ def __getattr__(name: str) -> Any:
     else:
         value = _of_methods().get(name) if name.endswith(("Config", "Model")) else None
     if value is None:
-        later = " (prompt learning, X-LoRA, Poly, Arrow and Shadow are not there yet)" * name.startswith(_LATER)
+        later = " (prompt learning, X-LoRA and Shadow are not there yet)" * name.startswith(_LATER)
         raise AttributeError(f"module 'fastpeft' has no attribute {name!r}{later}")
     globals()[name] = value
     return value

@@ -20,9 +20,8 @@ GAPS = {
         *:*_postprocess_past_key_value *:shift_tokens_right *:_prepare_prompt_learning_config *:_get_batch_size
         *:map_cache_to_layer_device_map utils.integrations:get_layer_device_map
     """,
-    "X-LoRA, Poly, Arrow and Shadow come with a later issue": """
-        *:ArrowConfig *:create_arrow_model tuners.lora.arrow:* *:Poly* tuners.poly*:*
-        *:TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING *:Shadow* tuners.shadow*:* *:XLora* tuners.xlora*:*
+    "X-LoRA and Shadow come with a later issue": """
+        *:Shadow* tuners.shadow*:* *:XLora* tuners.xlora*:*
     """,
     "a base layer that is not there yet": """
         tuners.lora.aqlm:* tuners.lora.awq:* tuners.lora.eetq:* tuners.lora.gptq:* tuners.lora.hqq:*
@@ -39,10 +38,11 @@ GAPS = {
     "a part of how PEFT computes; here it is done in another way": """
         *:dispatch_* tuners._buffer_dict:* *:RankAllocator tuners.adamss.utils:* tuners.boft.layer:*
         tuners.c3a.utils:* tuners.glora.layer:Glora*Path tuners.loha.layer:* tuners.lokr.layer:*
-        tuners.lora.corda:* tuners.lora.dora:* tuners.lora.eva:* tuners.lora.layer:LoraVariant tuners.lora.loraga:*
+        tuners.lora.arrow:* tuners.lora.corda:* tuners.lora.dora:* tuners.lora.eva:* tuners.lora.layer:LoraVariant
+        tuners.lora.loraga:*
         tuners.lora.monteclora:* tuners.lora.variants:* tuners.lora.velora:* tuners.lycoris_utils:*
-        tuners.oft.layer:MultiplicativeDropoutLayer tuners.osf.utils:* tuners.randlora.layer:UniqueBaseGrad
-        tuners.shira.mask_functions:random_mask tuners.waveft.wave*:*
+        tuners.oft.layer:MultiplicativeDropoutLayer tuners.osf.utils:* tuners.poly.router:*outer
+        tuners.randlora.layer:UniqueBaseGrad tuners.shira.mask_functions:random_mask tuners.waveft.wave*:*
         tuners.tuners_utils:check_adapters_to_merge tuners.tuners_utils:clone_module
         tuners.tuners_utils:onload_layer *:UPCAST_DTYPES config:PeftConfigMixin
         utils*:_* *:set_additional_trainable_modules *:id_tensor_storage utils.integrations:*

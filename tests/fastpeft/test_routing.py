@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import runpy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from fastpeft import IA3Config, LoraConfig
 from fastpeft.layer.layer import AdapterLayer
 from fastpeft.methods.lily import Lily
+from fastpeft.methods.lora.variants.alora import Alora
 from fastpeft.methods.registry import get_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, make_layer
 from torch import Tensor
@@ -46,6 +47,11 @@ def mixed_layer(kind: Any, base: str) -> tuple[AdapterLayer, list[str]]:
     return layer.eval(), rows
 
 
+def offsets(layer: AdapterLayer, members: Iterable[int]) -> dict[str, Any]:
+    """For those that ask for values of rows and take any: the aLoRAs."""
+    return {n: [OFFSETS[i] for i in members] for n, m in layer.methods.items() if isinstance(m, Alora)}
+
+
 def one_by_one(layer: AdapterLayer, rows: Sequence[str], x: Tensor) -> Tensor:
     """Each row through its adapter alone; of a method that mixes the rows of a batch (Lily's router takes a mean over
     it), all rows of an adapter at once."""
@@ -54,14 +60,14 @@ def one_by_one(layer: AdapterLayer, rows: Sequence[str], x: Tensor) -> Tensor:
         own = [i for i, row in enumerate(rows) if row == name]
         names = [name] if name in layer.methods else []
         for members in [own] if names and isinstance(layer.methods[name], Lily) else [[i] for i in own]:
-            layer.set_row_values({n: [OFFSETS[i] for i in members] for n in layer.methods})
+            layer.set_row_values(offsets(layer, members))
             layer.set_adapter(names)
             parts.update(zip(members, layer._compose(x[members], names, (), {}), strict=True))
     return torch.stack([parts[i] for i in range(len(rows))])
 
 
 def together(layer: AdapterLayer, rows: Sequence[str], x: Tensor) -> Tensor:
-    layer.set_row_values({n: OFFSETS[: len(rows)] for n in layer.methods})
+    layer.set_row_values(offsets(layer, range(len(rows))))
     layer.set_rows(rows)
     try:
         return layer(x)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 LINEARS = ["up", "down"]
+POLY: dict[str, Any] = {"base": "decoder", "task_type": "CAUSAL_LM", "call": {"task_ids": torch.tensor([1, 0])}}
 
 # The first cases; their random numbers come from their place in this dict, so new ones go below.
 LORA: dict[str, dict[str, Any]] = {
@@ -123,6 +126,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3_convs": _case("IA3", target_modules=["conv2", "conv3"], feedforward_modules=["conv3"]),
     "beft": _case("BEFT", target_modules=["up", "head"]),
     "beft_no_bias": _case("BEFT"),
+    "poly": _case("POLY", r=3, n_tasks=3, n_skills=2, **POLY),  # more tasks than rows: mixed for each row
+    "poly_splits": _case("POLY", r=2, n_tasks=2, n_skills=3, n_splits=4, **POLY),
     "lily": _case("LILY", r=3),
     "lily_strides": _case("LILY", r=3, stride_A=2, num_B=3, scaling=0.5),
     "loha": _case("LOHA", r=3, alpha=5),

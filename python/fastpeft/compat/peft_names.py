@@ -21,6 +21,8 @@ PACKAGE = __name__.partition(".")[0]
 # name differs.
 HOMES = {
     "recipes.adamss_callback": "AdamssAsaCallback",
+    "recipes.arrow": "_resolve_adapter_source create_arrow_model",
+    "methods.lora.variants.arrow": "ArrowLoraLinearLayer GKS_ADAPTER_PREFIX TASK_ADAPTER_PREFIX",
     "model.adapters": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
     "saving.folder": "SAFETENSORS_WEIGHTS_NAME=SAFETENSORS_NAME WEIGHTS_NAME=PICKLE_NAME",
     "compat.peft_only": """
@@ -49,6 +51,7 @@ HOMES = {
         calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune
         random_pruning reshape_weight_task_tensors task_arithmetic ties
     """,
+    "methods.poly": "PolyRouter",
     "recipes.optimizers.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
     "recipes.optimizers.loraplus": "create_loraplus_optimizer",
     "recipes.optimizers.riemannian": "create_riemannian_optimizer",
@@ -68,7 +71,10 @@ HOMES = {
 _PATTERNS = ("TRANSFORMERS_MODELS_TO_", "is_")  # names that compat.peft_only makes by their pattern
 
 # PEFT's modules, with names and with homes all of whose names they have.
-_LORA = "EvaConfig LoftQConfig LoraGAConfig recipes.eva convert_to_lora preprocess_loraga save_as_lora"
+_LORA = """
+    ArrowConfig EvaConfig LoftQConfig LoraGAConfig recipes.eva convert_to_lora create_arrow_model preprocess_loraga
+    save_as_lora
+"""
 _STATE = "saving.base_state saving.folder saving.load saving.state_dict"
 _UTILS = f"{_STATE} compat.peft_only model.distributed model.prepare layer.saved_modules config.targets inject.tokens"
 _TYPES = "PeftType TaskType register_peft_method"
@@ -88,6 +94,7 @@ _MODULES = {
     "peft_model": "model.status model.tasks",
     "tuners": f"model.tuner {_LORA}",
     "tuners.adamss.asa_callback": "recipes.adamss_callback",
+    "tuners.lora.arrow": "recipes.arrow methods.lora.variants.arrow",
     "tuners.lora.conversion": "recipes.convert",
     "tuners.lora.corda": "recipes.corda methods.lora.start.corda",
     "tuners.lora.eva": "recipes.eva methods.lora.start.eva",
@@ -95,6 +102,7 @@ _MODULES = {
     "tuners.lora.loraga": "recipes.loraga methods.lora.start.loraga",
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
+    "tuners.poly.router": "methods.poly",
     "tuners.tuners_utils": "model.adapters compat.peft_only layer.layer inject.replicate model.tuner",
     "utils": f"{_UTILS} {_TYPES} NoMatchingPeftModuleError PeftError PeftWarning replace_lora_weights_loftq",
     "utils.constants": "compat.peft_only saving.folder config.targets",
@@ -113,7 +121,8 @@ _MODULES = {
 # PEFT's `tuners.<method>`, called as our files of methods are.
 _METHODS = """
     adalora adamss beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 lily ln_tuning loha lokr lora
-    miss oft osf peanut psoft pvera randlora road shira supertuning tinylora trainable_tokens unilora vblora vera waveft
+    miss oft osf peanut poly psoft pvera randlora road shira supertuning tinylora trainable_tokens unilora vblora vera
+    waveft
 """
 METHODS = tuple(_METHODS.split())
 _METHOD_PATHS = {

@@ -210,7 +210,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
             raise ValueError(f"{self._shown} is sharded: save the adapter and merge it in a model that is not.")
         for name in names:
             if reason := self.methods[name].mergeable_in(self.view(name), self.info):
-                raise ValueError(f"Adapter {name!r} cannot be merged into {self._shown}: {reason}.")
+                error = self.methods[name].merge_error
+                raise error(f"Adapter {name!r} cannot be merged into {self._shown}: {reason}.")
         return names
 
     def merge(

@@ -98,6 +98,16 @@ class AdapterView:
         """The values that `Method.row_values` gave for the rows of this call."""
         return self._layer.row_values(self._name)
 
+    @property
+    def layer_shown(self) -> str:
+        """The layer in an error."""
+        return self._layer.layer_name or "the layer"
+
+    def neighbours(self) -> dict[str, tuple[Method, AdapterView]]:
+        """The layer's other adapters, each with its method."""
+        layer = self._layer
+        return {n: (m, AdapterView(layer, n)) for n, m in layer.methods.items() if n != self._name}
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._layer, name)
         if isinstance(found, nn.Module) and "_hf_hook" in found.__dict__:
@@ -128,8 +138,10 @@ class Method:
     adapted when no target is named, by `model.config.model_type`. patterns: fields that a layer can have its own value
     of, with the field that gives these values by pattern ({"r": "rank_pattern"}). examples: arguments of small
     configurations that between them exercise every option; the tests of the laws run over them. model_methods:
-    functions that a model with such an adapter has as methods, by name; each takes the tuner first. autocast: whether
+    functions that a model with such an adapter has as methods, by name; each takes the tuner first. forward_args: of
+    the model's forward and `generate`, which the base model does not get. autocast: whether
     tensors become float32 on half-precision bases. repeats_shared: whether files repeat what is shared in every layer.
+    merge_error: the class of what is raised where it has no merged form.
     counts: fields of the configuration that are positive integers, such as ranks. divisors: fields that divide sizes of
     the layer ({"block_size": ("in_features", "out_features")}). kernel: the
     function of `peft_kernels` that `fused` calls.
@@ -145,7 +157,9 @@ class Method:
     patterns: ClassVar[Mapping[str, str]] = {}
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     model_methods: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    forward_args: ClassVar[tuple[str, ...]] = ()
     mergeable: ClassVar[bool] = True
+    merge_error: ClassVar[type[Exception]] = ValueError
     autocast: ClassVar[bool] = True
     needs_base_weight: ClassVar[bool] = False
     repeats_shared: ClassVar[bool] = False

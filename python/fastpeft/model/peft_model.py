@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -103,7 +103,7 @@ class PeftModel(SeenAsPeft, nn.Module):
     @property
     def special_peft_forward_args(self) -> set[str]:
         """The arguments of `forward` that are not for the base model."""
-        return set(AUXILIARY_KWARGS)
+        return set(self.base_model.forward_args)
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -138,14 +138,15 @@ class PeftModel(SeenAsPeft, nn.Module):
         if now.call is None and not tuner._hooked and AUXILIARY_KWARGS.isdisjoint(kwargs):
             return tuner.model(*args, **kwargs)
         with tuner._enable_peft_forward_hooks(*args, **kwargs):
-            return (tuner if tuner._hooked else tuner.model)(*args, **_without_auxiliary(kwargs))
+            return (tuner if tuner._hooked else tuner.model)(*args, **_without(tuner.forward_args, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`. adapter_names: an adapter for each row of the inputs, which beams repeat."""
         base: Any = self.get_base_model()
+        own = self.base_model.forward_args
         defaults = {"generation_config": getattr(base, "generation_config", None)}
         with self.base_model._enable_peft_forward_hooks(*args, **{**defaults, **kwargs}):
-            return base.generate(*args, **_without_auxiliary(kwargs))
+            return base.generate(*args, **_without(own, kwargs))
 
     # Adapters come and go
 
@@ -316,8 +317,8 @@ class PeftModel(SeenAsPeft, nn.Module):
         return result
 
 
-def _without_auxiliary(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in AUXILIARY_KWARGS}
+def _without(names: Collection[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in names}
 
 
 def class_for(config: PeftConfig, default: type[PeftModel] = PeftModel) -> type[PeftModel]:

@@ -99,6 +99,11 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         layers = ((name, layer.base) for name, layer in self.adapter_layers())
         return [f"{n.replace('.base_layer', '')}.{b.names[0]}" for n, b in layers if isinstance(b, ParameterWeight)]
 
+    @property
+    def forward_args(self) -> frozenset[str]:
+        """Names of arguments of a forward that the base model does not get."""
+        return AUXILIARY_KWARGS.union(*(method.forward_args for method in self._hooked.values()))
+
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """A model's configuration as a dict; that of a model that has none says "custom"."""

@@ -99,9 +99,7 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
 
 PLAIN_DICTS = ("rank_pattern", "alpha_pattern", "loftq_config", "megatron_config", "auto_mapping")
 # Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
-LATER_OPTIONS = (
-    "arrow_config", "megatron_config",
-)  # fmt: skip
+LATER_OPTIONS = ("megatron_config",)
 INITS = (True, False, "gaussian", "orthogonal")
 
 

@@ -25,6 +25,7 @@ from . import variant
 @variant("alora_invocation_tokens")
 class Alora(Lora):
     mergeable = False
+    forward_args = ("alora_offsets",)
     examples: ClassVar[Any] = ({"r": 4, "alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},)
 
     def check_config(self, config: Any, loading: bool = False) -> None:

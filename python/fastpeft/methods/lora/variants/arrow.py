@@ -1,0 +1,175 @@
+"""Arrow: every token goes through the top_k LoRA adapters of the layer whose updates it excites most, by the softmax of
+its products with their prototypes (arXiv 2405.11157).
+
+A prototype is the first right singular vector of B A, by 15 steps of power iteration, as in PEFT; it is kept while the
+adapter stays as it is. With use_gks the mean of general adapters' A and B is subtracted from each adapter's first
+(GenKnowSub, aclanthology.org/2025.acl-short.54): for routing and products alone, the adapters stay as they are.
+Beside n LoRAs the router costs 2 n in FLOPs per token; one call of `lora_mixture` does the layer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ....config.base import check
+from ....config.seen_as_peft import SeenAsPeft
+from ...fused import Fused
+from ...math.mixture import Kept, Mixed, added, fused, together
+from ...method import AdaptedLayer, Inner, LayerInfo, State
+from ..lora import Lora
+from . import variant
+
+TASK_ADAPTER_PREFIX = "task_"
+GKS_ADAPTER_PREFIX = "gks_"
+_GENERAL = re.compile(rf"{GKS_ADAPTER_PREFIX}\d+")
+
+
+@dataclass
+class ArrowConfig(SeenAsPeft):
+    """top_k: adapters of each token. router_temperature: of the softmax over them. use_gks: subtract the mean of the
+    general adapters. rng_seed: of the vectors that the power iteration starts from; None: the process' generator.
+    task_adapter_names, gks_adapter_names: set by `create_arrow_model`."""
+
+    top_k: int = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = field(default=None, kw_only=True)
+    gks_adapter_names: list[str] | None = field(default=None, kw_only=True)
+    rng_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self, "top_k", type(self.top_k) is int and self.top_k > 0, "a positive integer")
+        check(self, "router_temperature", self.router_temperature > 0, "greater than 0")
+        check(self, "rng_seed", self.rng_seed is None or type(self.rng_seed) is int, "an integer or None")
+        for name in ("task_adapter_names", "gks_adapter_names"):
+            names = getattr(self, name)
+            good = names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))
+            check(self, name, good, "a list of names or None")
+
+
+class ArrowLoraLinearLayer(nn.Module):
+    """The router of one layer: settings, and what it keeps of the adapters. task_adapter_names: those of its last
+    forward."""
+
+    def __init__(self, config: ArrowConfig) -> None:
+        super().__init__()
+        self.top_k, self.temperature = config.top_k, config.router_temperature
+        self.use_gks, self.rng_seed = config.use_gks, config.rng_seed
+        self.task_adapter_names = list(config.task_adapter_names or ())
+        self.gks_adapter_names = list(config.gks_adapter_names or ())
+        self._prototypes, self._pure, self._joined = Kept(), Kept(), Kept()
+
+    def top_right_singular_vec_from_BA(self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8) -> Tensor:
+        """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]."""
+        a, b = A.float(), B.float()
+        generator = None
+        if self.rng_seed is not None:
+            generator = torch.Generator(device=a.device.type)
+            generator.manual_seed(self.rng_seed)
+        gram = b.T @ b
+        v: Tensor = torch.randn(a.shape[1], device=a.device, generator=generator)
+        v = v / (v.norm() + eps)
+        for _ in range(iters):
+            v = a.T @ (gram @ (a @ v))
+            v = v / (v.norm() + eps)
+        return v
+
+    def prototypes(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """[n, in] of n adapters."""
+
+        def make() -> Tensor:
+            pairs = zip(a, b, strict=True)
+            return torch.stack([self.top_right_singular_vec_from_BA(p, q).to(p.dtype) for p, q in pairs])
+
+        found: Tensor = self._prototypes.get([*a, *b], make)
+        return found
+
+    def pure(self, a: list[Tensor], b: list[Tensor], general: list[list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """A and B without the mean of the general adapters'."""
+        every = [*a, *b, *general[0], *general[1]]
+
+        def made() -> tuple[list[Tensor], list[Tensor]]:
+            mean = [torch.stack(some).detach().mean(0) for some in general]
+            return [t - mean[0] for t in a], [t - mean[1] for t in b]
+
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*a, *b)):
+            return made()
+        found: tuple[list[Tensor], list[Tensor]] = self._pure.get(every, made)
+        return found
+
+    def weights(self, x: Tensor, prototypes: Tensor) -> Tensor:
+        """[..., n] of tokens [..., in], zero for all but top_k; the sign of a prototype has no part in them."""
+        sim = (x @ prototypes.to(x.dtype).mT).abs()
+        top, index = sim.topk(self.top_k, dim=-1)
+        chosen = torch.full_like(sim, float("-inf")).scatter(-1, index, top)
+        return torch.softmax(chosen / self.temperature, dim=-1)
+
+
+@variant("arrow_config", ArrowConfig)
+class Arrow(Lora):
+    examples: ClassVar[Any] = ()  # a layer needs other adapters for it to route between
+    mergeable = False
+    merge_error = RuntimeError
+
+    def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
+        return {**super().make_state(config, info, shared), "lora_arrow": ArrowLoraLinearLayer(config.arrow_config)}
+
+    def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
+        return "Cannot merge an active Arrow router adapter. Remove it first"
+
+    def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
+        given = s.cast(x, s.lora_A.weight.dtype)
+        delta: Tensor = s.lora_dropout(added(given, self._mixed(s, given)))
+        return y + delta
+
+    def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
+        drops = s.lora_dropout
+
+        def of(x: Tensor) -> Mixed | None:
+            if type(drops) is not nn.Identity and drops.training:
+                return None
+            return self._mixed(s, s.cast(x, s.lora_A.weight.dtype))
+
+        return fused(layer, of)
+
+    def _mixed(self, s: Any, x: Tensor) -> Mixed:
+        """The adapters of the layer and their weights for x. ValueError where they do not fit together."""
+        router: ArrowLoraLinearLayer = s.lora_arrow
+        others = {n: (m, view) for n, (m, view) in s.neighbours().items() if isinstance(m, Lora)}
+        tasks, general = [], []
+        for name, (method, _) in others.items():
+            if name in router.gks_adapter_names or _GENERAL.fullmatch(name):
+                general.append(name)
+            elif not isinstance(method, Arrow):
+                tasks.append(name)
+        if router.task_adapter_names != tasks:
+            router.task_adapter_names = tasks
+        where = f"Arrow in {s.layer_shown}"
+        if len(tasks) < router.top_k:
+            raise ValueError(f"{where} has {len(tasks)} LoRA adapters, expected top_k={router.top_k} at least.")
+        if router.use_gks and not general:
+            raise ValueError(f"{where} has no general adapter ('{GKS_ADAPTER_PREFIX}0'), which use_gks=True subtracts.")
+        a, b = (self._weights(where, others, tasks, name) for name in ("lora_A", "lora_B"))
+        if router.use_gks:
+            a, b = router.pure(a, b, [self._weights(where, others, general, name) for name in ("lora_A", "lora_B")])
+        mix = router.weights(x, router.prototypes(a, b))
+        scaling = [others[name][1].scaling for name in tasks]
+        return Mixed(*together(router._joined, a, b), mix, scaling, masked=True)
+
+    @staticmethod
+    def _weights(where: str, others: Any, names: list[str], tensor: str) -> list[Tensor]:
+        found = []
+        for name in names:
+            method, view = others[name]
+            if type(method) is not Lora or view.lora_bias:
+                what = "one with lora_bias" if type(method) is Lora else f"a {type(method).__name__}"
+                raise ValueError(f"{where} mixes plain LoRA adapters, {name!r} is {what}.")
+            found.append(getattr(view, tensor).weight)
+            if (r := view.r) != (first := others[names[0]][1].r):
+                raise ValueError(f"{where}: [{name}] rank mismatch: {r} != {first} of [{names[0]}]")
+        return found
