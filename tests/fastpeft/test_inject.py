@@ -182,7 +182,9 @@ def test_an_adapter_name_that_is_no_name_is_refused(name: Any) -> None:
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("name", ["train", "keys", "values", "forward", "weight", "0", "lora_A", "x" * 64, "a-b_c", "a b"])
+@pytest.mark.parametrize(
+    "name", ["train", "keys", "values", "forward", "weight", "0", "lora_A", "x" * 64, "a-b_c", "a b"]
+)
 def test_every_allowed_adapter_name_works(name: str) -> None:
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False), adapter_name=name)
     x = torch.randint(0, 50, (1, 4))
