@@ -18,7 +18,8 @@ HEAD = """# Methods
 
 Every row is one file in `python/fastpeft/methods/` (LoRA's variants in `methods/variants/`); its docstring derives what
 it costs. Configurations, defaults, keys and files are those of PEFT 0.21. "linear" is nn.Linear, transformers' Conv1D
-and 4-bit and 8-bit layers. Made by `python tools/methods_table.py`.
+and 4-bit and 8-bit layers; "module" is an attention or a decoder's block as a whole. Made by `python
+tools/methods_table.py`.
 
 | method | what it does | layers | merges |
 |---|---|---|---|

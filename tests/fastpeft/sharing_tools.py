@@ -29,7 +29,7 @@ SAVED = {"bias": "all", "modules_to_save": ["lm_head", "norm"]}
 # By name: the configuration's class and options. Those of the registry are every method's first example.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     method.config_class.__name__: (method.config_class.__name__, dict(method.examples[0]))
-    for method in registry().values()
+    for method in registry().values() if method.examples
 } | {
     "lora": ("LoraConfig", LORA),
     "all": ("LoraConfig", {**LORA, **SAVED}),

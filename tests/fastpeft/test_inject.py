@@ -173,7 +173,7 @@ def test_a_failed_injection_changes_nothing(options: dict[str, Any], error: Any,
     assert list(peft_model.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "default/x", "../x", "a b", "x" * 65, "ä", 3])
+@pytest.mark.parametrize("name", ["", "a.b", "default/x", "../x", " a", "a ", "a\tb", "x" * 65, "ä", 3])
 def test_an_adapter_name_that_is_no_name_is_refused(name: Any) -> None:
     model = llama()
     before = fingerprint(model)
@@ -182,7 +182,9 @@ def test_an_adapter_name_that_is_no_name_is_refused(name: Any) -> None:
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("name", ["train", "keys", "values", "forward", "weight", "0", "lora_A", "x" * 64, "a-b_c"])
+@pytest.mark.parametrize(
+    "name", ["train", "keys", "values", "forward", "weight", "0", "lora_A", "x" * 64, "a-b_c", "a b"]
+)
 def test_every_allowed_adapter_name_works(name: str) -> None:
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False), adapter_name=name)
     x = torch.randint(0, 50, (1, 4))

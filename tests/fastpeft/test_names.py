@@ -14,14 +14,14 @@ peft = pytest.importorskip("peft")
 # By reason: patterns of `module:name`, both without PEFT's own name.
 GAPS = {
     "prompt learning comes with a later issue": """
-        *:AdaptionPrompt* tuners.adaption_prompt*:* *:Cartridge* *:*_kv_prefix_from_*
+        *:Cartridge* *:*_kv_prefix_from_*
         *:compose_cartridge_adapters *:prompt_embeddings_from_past_key_values *:CPT* *:MultitaskPrompt*
         *:Prefix* *:Prompt* *:BasePromptEncoder *:TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
         *:*_postprocess_past_key_value *:shift_tokens_right *:_prepare_prompt_learning_config *:_get_batch_size
         *:map_cache_to_layer_device_map utils.integrations:get_layer_device_map
     """,
-    "X-LoRA and Shadow come with a later issue": """
-        *:Shadow* tuners.shadow*:* *:XLora* tuners.xlora*:*
+    "X-LoRA comes with a later issue": """
+        *:XLora* tuners.xlora*:*
     """,
     "a base layer that is not there yet": """
         tuners.lora.aqlm:* tuners.lora.awq:* tuners.lora.eetq:* tuners.lora.gptq:* tuners.lora.hqq:*
@@ -36,6 +36,8 @@ GAPS = {
         utils.integrations:gather_params_ctx
     """,
     "a part of how PEFT computes; here it is done in another way": """
+        tuners.adaption_prompt.config:* tuners.adaption_prompt.utils:* *:ShadowCarrier
+        tuners.shadow.diffusion_models:*
         *:dispatch_* tuners._buffer_dict:* *:RankAllocator tuners.adamss.utils:* tuners.boft.layer:*
         tuners.c3a.utils:* tuners.glora.layer:Glora*Path tuners.loha.layer:* tuners.lokr.layer:*
         tuners.lora.arrow:* tuners.lora.corda:* tuners.lora.dora:* tuners.lora.eva:* tuners.lora.layer:LoraVariant

@@ -7,13 +7,16 @@ import functools
 import importlib
 from typing import Any
 
+from ..config.types import PeftType
 from ..layer.layer import AdapterLayer
 from ..methods.method import Method
 from ..methods.registry import registry
 from ..model.tuner import tuner_class
 
+_ATTENTIONS = ("AdaptedAttention", "AdaptedAttentionGPT")  # of layers that have not the name of their method
 _LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper", "Linear4bit",
            "Linear8bitLt")  # fmt: skip
+_ALL = (*_ATTENTIONS, *_LABELS)
 
 
 class _HeldBy(type):
@@ -31,12 +34,14 @@ class _HeldBy(type):
 @functools.cache
 def layer_class(method: Method, name: str) -> type:
     """`isinstance(module, LoraLayer)`: true of an adapter layer with an adapter of that method."""
-    label = next((label for label in _LABELS if name.endswith(label)), None)
+    label = next((label for label in _ALL if name.endswith(label)), None)
     return _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
 
 
 def _is_layer(method: Method, name: str) -> bool:
     """True if PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
+    if name in _ATTENTIONS:
+        return method.peft_type == PeftType.ADAPTION_PROMPT
     whose = next((name.removesuffix(end) for end in (*_LABELS, "Layer") if name.endswith(end)), None)
     own = {method.model_name.removesuffix("Model").lower(), "svd" if method.model_name == "AdaLoraModel" else ""}
     return whose is not None and (whose.lower() in own or name in _LABELS)
@@ -50,7 +55,8 @@ def names(tuner: str) -> list[str]:
     """The names of `peft.tuners.<tuner>`: the method's configuration, its model and its layers."""
     method = _method(tuner)
     layer = method.model_name.removesuffix("Model") + "Layer"
-    return [method.config_class.__name__, method.model_name, layer, *_LABELS]
+    own = [name for name in _ALL if _is_layer(method, name)]
+    return [method.config_class.__name__, method.model_name, layer, *own]
 
 
 def attribute(tuner: str, name: str) -> Any:

@@ -67,6 +67,9 @@ HOMES = {
     "config.targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
     "inject.tokens": "TrainableTokensWrapper",
     "model.tuner": "BaseTuner MixedModel=BaseTuner",
+    "networks.flux_shadow": "DetachedFluxShadowModel",
+    "networks.shadow_alone": "DetachedShadowModel",
+    "networks.shadow_cache": "ShadowCache",
 }
 _PATTERNS = ("TRANSFORMERS_MODELS_TO_", "is_")  # names that compat.peft_only makes by their pattern
 
@@ -100,6 +103,9 @@ _MODULES = {
     "tuners.lora.eva": "recipes.eva methods.lora.start.eva",
     "tuners.lora.intruders": "recipes.intruders",
     "tuners.lora.loraga": "recipes.loraga methods.lora.start.loraga",
+    "tuners.shadow": "networks.shadow_alone networks.shadow_cache",
+    "tuners.shadow.diffusion_models": "networks.flux_shadow",
+    "tuners.shadow.layers": "networks.shadow_alone networks.shadow_cache",
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
     "tuners.poly.router": "methods.poly",
@@ -120,14 +126,15 @@ _MODULES = {
 }
 # PEFT's `tuners.<method>`, called as our files of methods are.
 _METHODS = """
-    adalora adamss beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 lily ln_tuning loha lokr lora
-    miss oft osf peanut poly psoft pvera randlora road shira supertuning tinylora trainable_tokens unilora vblora vera
-    waveft
+    adalora adamss adaption_prompt beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 lily ln_tuning
+    loha lokr lora miss oft osf peanut poly psoft pvera randlora road shadow shira supertuning tinylora
+    trainable_tokens unilora vblora vera waveft
 """
 METHODS = tuple(_METHODS.split())
 _METHOD_PATHS = {
     f"tuners.{method}{file}": method for method in METHODS for file in ("", ".bnb", ".config", ".layer", ".model")
 }
+_METHOD_PATHS |= {f"tuners.shadow.{file}": "shadow" for file in ("diffusion_models", "layers")}
 PATHS = {*_MODULES, *_METHOD_PATHS}
 _HOME = {name.partition("=")[0]: (home, name) for home, names in HOMES.items() for name in names.split()}
 

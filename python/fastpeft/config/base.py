@@ -189,6 +189,11 @@ class TargetConfig(PeftConfig):
     modules_to_save: modules that are trained in full and saved with the adapter.
     """
 
+    # A text in target_modules is the end of names, rather than an expression.
+    text_is_end: ClassVar[bool] = False
+    # Layers are chosen among the targets by `layers_to_transform`, rather than by the method.
+    by_layer: ClassVar[bool] = True
+
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -205,6 +210,10 @@ class TargetConfig(PeftConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    def narrowed(self, names: list[str]) -> list[str]:
+        """Those of the modules that the fields above select, in the model's order, that the method adapts."""
+        return names
 
 
 @dataclass

@@ -26,7 +26,7 @@ NAMES = (
     "target_parameters",
 )  # fmt: skip
 BASE = "__base__"  # no adapter, where rows of a batch name theirs
-_ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ADAPTER_NAME = re.compile(r"(?! )[A-Za-z0-9_ -]{1,64}(?<! )")
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]*")
 
 
@@ -36,9 +36,11 @@ def is_plain(pattern: str) -> bool:
 
 
 def check_adapter_name(name: object) -> str:
-    """Return `name` if it can be a folder, a key and a module name: 1 to 64 of letters, digits, `_` and `-`."""
+    """Return `name` if it can be a folder, a key and a module name: 1 to 64 of letters, digits, `_`, `-` and, inside,
+    spaces."""
     if not isinstance(name, str) or _ADAPTER_NAME.fullmatch(name) is None:
-        raise AdapterFileError(f"adapter name {short(name)}: expected 1 to 64 of the characters A-Z a-z 0-9 _ -")
+        expected = "1 to 64 of the characters A-Z a-z 0-9 _ - and spaces inside"
+        raise AdapterFileError(f"adapter name {short(name)}: expected {expected}")
     if name == BASE:
         raise AdapterFileError(f"adapter name {name!r}: in a batch it stands for the model without an adapter")
     return name

@@ -81,8 +81,8 @@ def minimal_suffixes(wanted: Iterable[str], names: Iterable[str]) -> set[str]:
 
 def match_targets(config: TargetConfig, names: Sequence[str]) -> Matched:
     """The modules that `config.target_modules` selects, less the excluded ones and those that are trained in full."""
-    chosen = select(config.target_modules, names)
-    wanted = config.layers_to_transform
+    chosen = select(_targets(config), names)
+    wanted = config.layers_to_transform if config.by_layer else None
     if wanted is not None and wanted != [] and chosen:
         layers = {wanted} if isinstance(wanted, int) else set(wanted)
         index = _layer_indices(config.layers_pattern, [n for n in names if n in chosen])
@@ -92,7 +92,12 @@ def match_targets(config: TargetConfig, names: Sequence[str]) -> Matched:
     saved = [f".{root}." for root in config.modules_to_save or ()]
     excluded.update(n for n in chosen if any(root in f".{n}." for root in saved))
     ordered = [n for n in names if n in chosen]
-    return Matched([n for n in ordered if n not in excluded], [n for n in ordered if n in excluded])
+    return Matched(config.narrowed([n for n in ordered if n not in excluded]), [n for n in ordered if n in excluded])
+
+
+def _targets(config: TargetConfig) -> Iterable[str] | str | None:
+    targets = config.target_modules
+    return [targets] if isinstance(targets, str) and config.text_is_end else targets
 
 
 def _layer_indices(layers_pattern: Iterable[str] | str | None, names: list[str]) -> dict[str, int]:
@@ -118,7 +123,7 @@ def warn_unmatched(
     patterns: the fields that give layers values of their own. names: of all modules; adapted: of the layers that get
     the adapter; meant: targets that stand for other things than modules.
     """
-    targets, left_out = config.target_modules or (), config.exclude_modules or ()
+    targets, left_out = _targets(config) or (), config.exclude_modules or ()
     if isinstance(targets, str):
         there = targets.lower() == ALL_LINEAR or select(targets, names)
         lost = {"target_modules": [targets] if not there and targets not in meant else []}

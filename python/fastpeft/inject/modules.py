@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..config.types import warn
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
+from ..layer.module_layer import ModuleLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
+from ..layer.shared_tensors import SharedDict
 from ..methods.method import Method, State
 from ..weights.base import BaseWeight, LayerInfo, innermost
 from ..weights.find import weight_of
@@ -50,8 +52,9 @@ def unwrapped_name(name: str) -> str:
 
 
 def walk(model: nn.Module) -> Iterator[Site]:
-    """Every module once, like `named_modules`, but not what is inside an adapter layer. Names are those of keys in
-    state dicts: what torch wraps around a module, to shard it or to compute it twice, has no part in them."""
+    """Every module once, like `named_modules`, but not what is inside an adapter layer; on with what is inside a whole
+    module that has adapters. Names are those of keys in files: what torch wraps around a module, to shard it or to
+    compute it twice, has no part in them, nor have adapters around a whole module."""
     seen: set[int] = set()
     waiting = [Site("", model, None, "")]
     while waiting:
@@ -62,11 +65,15 @@ def walk(model: nn.Module) -> Iterator[Site]:
         yield site
         if isinstance(site.module, AdapterLayer):
             waiting.extend(parts(site))
-            continue
+            if not isinstance(site.module, ModuleLayer):
+                continue
         prefix = f"{site.name}." if site.name else ""
+        around = site.module.base_layer if isinstance(site.module, ModuleLayer) else site.module
+        if isinstance(site.module, SharedDict):
+            continue  # no part of the model, whose names its modules may have
         children = [
-            Site(site.name if n in WRAPPED else prefix + n, m, site.module, n)
-            for n, m in site.module._modules.items() if m is not None
+            Site(site.name if n in WRAPPED else prefix + n, m, around, n)
+            for n, m in around._modules.items() if m is not None
         ]  # fmt: skip
         waiting.extend(reversed(children))
 

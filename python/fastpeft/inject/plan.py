@@ -29,12 +29,15 @@ from ..files.checks import PREFIX, TUNER, list_some
 from ..files.whole import copied
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
+from ..layer.module_layer import ModuleLayer
 from ..layer.saved_modules import ModulesToSaveWrapper, check_savable
 from ..layer.shared_tensors import fill_containers, held_containers
 from ..methods.base_edit import EDIT
 from ..methods.computed import compute
 from ..methods.method import LayerInfo, Method, State
 from ..methods.registry import method_of
+from ..methods.whole import WholeMethod
+from ..weights.whole_module import WholeModule
 from .modules import (
     LayerPlan,
     Site,
@@ -210,6 +213,8 @@ def _plan(
     leaders = method.followers(resolved, model)
     matched.names.extend(n for n, to in leaders.items() if to in matched.names and n not in matched.names)
     named = [sites[name] for name in matched.names]
+    if isinstance(method, WholeMethod):
+        named = [_whole(site, method, model) for site in named]
     inner = {id(part.module) for site in named for part in parts(site)}  # get the adapter with what they are in
     targets = [s for site in named if id(site.module) not in inner for s in (site, *parts(site))]
     if wanted := getattr(resolved, "target_parameters", None):
@@ -254,10 +259,11 @@ def _plan(
     for site, info, state in zip(targets, infos, states, strict=True):
         layer = site.module
         if not isinstance(layer, AdapterLayer):
-            layer = AdapterLayer(made.get(id(site.module), site.module), info.name, site.base)
+            cls = ModuleLayer if isinstance(site.base, WholeModule) else AdapterLayer
+            layer = cls(made.get(id(site.module), site.module), info.name, site.base)
             made[id(site.module)] = layer
             layer.train(site.module.training)
-        for child in state.values():
+        for child in (*shared.values(), *state.values()):
             if isinstance(child, nn.Module):
                 child.train(layer.training)
         layers.append(LayerPlan(site, layer, state, method))
@@ -267,6 +273,15 @@ def _plan(
     changes = {**opened, "target_modules": resolved.target_modules, **resolved_fan}
     return InjectionPlan(model, config, adapter_name, method, [*layers, *tokens], copies, tokens, shared, changes,
                          leaders, joined, finish)  # fmt: skip
+
+
+def _whole(site: Site, method: WholeMethod, model: nn.Module) -> Site:
+    """A target of a method that acts on whole modules."""
+    inner = site.module.base_layer if isinstance(site.module, ModuleLayer) else site.module
+    try:
+        return replace(site, base=method.base_of(inner, model))
+    except ValueError as error:
+        raise ValueError(f"{site.name}: {error}") from None
 
 
 def _within(names: Collection[str], leaders: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,8 @@ def layer_classes(peft_types: Iterable[str], label: str) -> tuple[type, ...]:
     base = class_of_peft("peft.tuners.tuners_utils", "BaseTunerLayer")
     if base is None:
         return ()
-    paths = (f"peft.tuners.{kind.lower()}.{file}" for kind in dict.fromkeys(peft_types) for file in ("layer", "bnb"))
+    files = ("layer", "layers", "bnb")
+    paths = (f"peft.tuners.{kind.lower()}.{file}" for kind in dict.fromkeys(peft_types) for file in files)
     return _classes(base, tuple(m for m in map(module_of_peft, paths) if m is not None), label)
 
 

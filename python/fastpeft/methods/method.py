@@ -138,13 +138,8 @@ class Method:
     adapted when no target is named, by `model.config.model_type`. patterns: fields that a layer can have its own value
     of, with the field that gives these values by pattern ({"r": "rank_pattern"}). examples: arguments of small
     configurations that between them exercise every option; the tests of the laws run over them. model_methods:
-    functions that a model with such an adapter has as methods, by name; each takes the tuner first. forward_args: of
-    the model's forward and `generate`, which the base model does not get. autocast: whether
-    tensors become float32 on half-precision bases. repeats_shared: whether files repeat what is shared in every layer.
-    merge_error: the class of what is raised where it has no merged form.
-    counts: fields of the configuration that are positive integers, such as ranks. divisors: fields that divide sizes of
-    the layer ({"block_size": ("in_features", "out_features")}). kernel: the
-    function of `peft_kernels` that `fused` calls.
+    model_methods: ClassVar[Mapping[str, Callable[..., Any] | property]] = {}
+    forward_args: ClassVar[tuple[str, ...]] = ()
     """
 
     peft_type: ClassVar[PeftType]
@@ -156,7 +151,7 @@ class Method:
     default_targets: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS
     patterns: ClassVar[Mapping[str, str]] = {}
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
-    model_methods: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    model_methods: ClassVar[Mapping[str, Callable[..., Any] | property]] = {}
     forward_args: ClassVar[tuple[str, ...]] = ()
     mergeable: ClassVar[bool] = True
     merge_error: ClassVar[type[Exception]] = ValueError
@@ -337,6 +332,9 @@ class Method:
     def model_output(self, tuner: Any, adapter: str, output: Any) -> Any:
         """The value that a forward of the model returns (AdaLoRA adds a regularisation to its loss)."""
         return output
+
+    def settled(self, model: nn.Module, layers: Sequence[Any]) -> None:
+        """Called when adapters of the method have come into a model or have gone. layers: all adapter layers now."""
 
     @property
     def hooks_model(self) -> bool:

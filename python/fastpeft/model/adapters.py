@@ -12,6 +12,7 @@ from ..config.types import warn
 from ..files.checks import list_some
 from ..inject.modules import adapter_layers, adapter_modules
 from ..inject.plan import LOW_PRECISION
+from ..layer.module_layer import ModuleLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 
 
@@ -25,7 +26,7 @@ def set_adapter(
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     modules = [module for _, module in adapter_modules(model)]
     for module in modules:
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, (ModulesToSaveWrapper, ModuleLayer)):
             module.check_active(names)
     merged = [layer for _, layer in adapter_layers(model) if layer.merged_adapters]
     if merged:

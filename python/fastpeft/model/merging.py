@@ -14,6 +14,7 @@ from ..inject.modules import AdapterModule, adapter_layers, adapter_modules, set
 from ..inject.tokens import TrainableTokensWrapper
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
+from ..methods.registry import method_of
 
 
 class ModelMerging(nn.Module):
@@ -112,6 +113,8 @@ class ModelMerging(nn.Module):
                 set_child(site, module.current() if merged else module.original_module)
             elif isinstance(module, TrainableTokensWrapper):
                 set_child(site, module.token_adapter)
+        for config in self.peft_config.values():
+            method_of(config).settled(self.model, [])
         if "peft_config" in vars(self.model):
             del self.model.peft_config
         if merged:

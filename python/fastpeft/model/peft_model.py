@@ -168,7 +168,8 @@ class PeftModel(SeenAsPeft, nn.Module):
         check_is_config(peft_config)
         before, mode = getattr(peft_config, "modules_to_save", None), peft_config.inference_mode
         peft_config.inference_mode = mode if inference_mode is None else inference_mode
-        if cls.head_names and isinstance(peft_config, TargetConfig):
+        takes_heads = isinstance(peft_config, TargetConfig) and "modules_to_save" not in peft_config.not_in_peft
+        if cls.head_names and isinstance(peft_config, TargetConfig) and takes_heads:
             peft_config.modules_to_save = list(dict.fromkeys([*(before or ()), *cls.head_names]))
         try:
             yield
@@ -198,6 +199,7 @@ class PeftModel(SeenAsPeft, nn.Module):
         try:
             yield
         finally:
+            kept.update(p for p in self.parameters() if p.requires_grad)  # of an adapter made active meanwhile
             for module, disabled in zip(modules, before, strict=True):
                 if not disabled:
                     module.enable_adapters(True)

@@ -76,6 +76,8 @@ class BaseTuner(SeenAsPeft, ModelMerging):
                 raise
         for config in self.peft_config.values():
             function = method_of(config).model_methods.get(name)
+            if isinstance(function, property):
+                return function.__get__(self)
             if function is not None:
                 return functools.partial(function, self)
         return getattr(self.model, name)
@@ -92,6 +94,10 @@ class BaseTuner(SeenAsPeft, ModelMerging):
     @property
     def active_adapters(self) -> list[str]:
         return [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
+
+    @property
+    def _active_adapter(self) -> str | list[str]:
+        return self.active_adapter  # PEFT's name of it in some tuners
 
     @property
     def targeted_parameter_names(self) -> list[str]:
@@ -151,6 +157,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         plan.commit()
         if plan.shared:
             self._adopt_shared()
+        self._settle(plan.method)
         if first:
             plan.freeze_base()
         self.peft_config[adapter_name] = config
@@ -174,9 +181,15 @@ class BaseTuner(SeenAsPeft, ModelMerging):
     def remove(self, plan: InjectionPlan) -> None:
         """Undo `add`, biases and frozen parameters included."""
         plan.undo()
+        self._settle(plan.method)
         self.peft_config.pop(plan.adapter, None)
         if not self.peft_config and "peft_config" in vars(self.model):
             del self.model.peft_config
+
+    def _settle(self, *methods: Method) -> None:
+        layers = [layer for _, layer in self.adapter_layers()]
+        for method in methods:
+            method.settled(self.model, layers)
 
     def _adopt_shared(self) -> None:
         """Hold what layers share, so that it has a key of its own."""
@@ -200,8 +213,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         if missing := [name for name in names if name not in self.peft_config]:
             raise ValueError(f"Adapter {', '.join(missing)} does not exist")
         self.active_adapter = adapters.delete_adapter(self.model, names) or []
-        for name in names:
-            del self.peft_config[name]
+        self._settle(*(method_of(self.peft_config.pop(name)) for name in names))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one or several adapters active, in this order."""

@@ -167,6 +167,8 @@ def _serves(layer: Any, ways: Ways, x: Tensor, cache: Any, position_embeddings: 
     if not ways.token or kwargs.get("output_attentions"):
         return False
     attention = layer.self_attn
+    if not is_switched(attention):  # an adapter is around it
+        return False
     if attention.config._attn_implementation not in ("sdpa", "eager") or attention.config.hidden_act != "silu":
         return False
     return not any(map(is_listened_to, (attention, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)))

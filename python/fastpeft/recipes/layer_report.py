@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..weights.base import is_listened_to
+from ..weights.base import innermost, is_listened_to
 from .decoder_layers import MLP, QKV, is_switched, place_of, switched_as
 from .projections import refusal
 from .ways import PARTS, Ways, known_ways
@@ -43,7 +43,7 @@ def _note(served: Table, stays: Table, part: str, ways: Ways, why: str | None) -
 
 def _layer(served: Table, stays: Table, layer: Any) -> None:
     device, dtype = place_of(layer)
-    ways, attention, mlp = known_ways(device, dtype), layer.self_attn, layer.mlp
+    ways, attention, mlp = known_ways(device, dtype), innermost(layer.self_attn), layer.mlp
     _note(served, stays, "attention", ways, _of_attention(attention, dtype))
     _note(served, stays, "stack", ways, _of_linears(attention, QKV, dtype))
     act = None if mlp.config.hidden_act == "silu" else f"the activation is {mlp.config.hidden_act}"

@@ -20,6 +20,7 @@ from ..files.whole import copy_into, gathered, is_sharded, state_of_units, whole
 from ..inject.modules import WRAPPED, adapter_modules, iter_adapter_tensors
 from ..inject.old_experts import JoinedExperts, find_joined, joined_state
 from ..layer.layer import AdapterLayer
+from ..layer.module_layer import ModuleLayer
 from ..layer.shared_tensors import held_containers, reuse
 from ..methods.method import Method
 from ..methods.registry import method_of
@@ -220,6 +221,8 @@ def _parents(model: nn.Module, memory: str) -> tuple[list[Any], str]:
     for part in path:
         while unwrapped := [name for name in WRAPPED if name in parents[-1]._modules]:
             parents.append(parents[-1]._modules[unwrapped[0]])
+        if isinstance(parents[-1], ModuleLayer) and part not in parents[-1]._modules:
+            parents.append(parents[-1].base_layer)
         parents.append(parents[-1]._modules[part])
     return parents, name
 

@@ -1,0 +1,70 @@
+"""ModuleLayer: an adapter layer on a whole module, which gives and takes whatever that module does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from ..methods.whole import WholeMethod
+from .by_row.names import check_length, grouped
+from .layer import AdapterLayer
+
+
+class ModuleLayer(AdapterLayer):
+    """A module with adapters around it. Attributes that it lacks are the module's: loops over a decoder's blocks read
+    them. Names of modules and tensors below it are those that they had: `base_layer` is in keys in memory alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "_base") or "base_layer" not in self._modules:
+                raise
+        return getattr(self.base_layer, name)
+
+    @property
+    def _scaling(self) -> dict[str, Any]:
+        return {}  # an attention has an attribute of that name
+
+    def to_merge(self, adapter_names: Sequence[str] | None = None) -> NoReturn:
+        kinds = ", ".join(sorted({method.peft_type.value for method in self.methods.values()}))
+        raise NotImplementedError(
+            f"{self._shown} has adapters that cannot be merged ({kinds}): what they do depends on the input, and no "
+            "weight does the same. `unload()` gives the base model back."
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = kwargs.pop("adapter_names", None) or self.rows.names
+        served: dict[str, list[int] | None] = {} if rows is None else {**grouped(rows)}
+        if rows is None:
+            served = dict.fromkeys(self._active_adapter)
+        else:
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            check_length(x, rows)
+        call: Any = self.base_layer
+        for name, members in served.items() if not self._disable_adapters else ():
+            if name in self.methods:
+                call = functools.partial(self._around, name, call, members)
+        return call(*args, **kwargs)
+
+    def _around(self, name: str, inner: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._method(name).around(self, name, inner, args, kwargs, rows)
+
+    def _method(self, name: str) -> WholeMethod:
+        method = self.methods[name]
+        assert isinstance(method, WholeMethod)
+        return method
+
+    def check_active(self, adapter_names: Sequence[str]) -> None:
+        """Raise ValueError for adapters that cannot be active together."""
+        alone = [name for name in adapter_names if name in self.methods and self._method(name).alone]
+        if len(alone) > 1:
+            kind = self._method(alone[0]).peft_type.value
+            raise ValueError(f"{kind} requires exactly one active adapter, but got {len(alone)} adapters: {alone}.")
+
+    def _set_requires_grad(self, adapter: str, requires_grad: bool) -> None:
+        super()._set_requires_grad(adapter, requires_grad)
+        self._method(adapter).freeze(self, adapter)

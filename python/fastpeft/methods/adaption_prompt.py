@@ -1,0 +1,126 @@
+"""Llama-Adapter: attention to learned tokens is added to an attention's output, times a gate (arXiv 2303.16199).
+
+y = attention(x) + gate * softmax(q K^T / sqrt(d)) V W_o, where K and V are those of `adapter_len` learned tokens in the
+last `adapter_layers` layers and q are the queries of x, which are computed a second time. The gate starts at zero.
+FLOPs beside the layer's, for n inputs of width h: 2 n h^2 for q, as many for W_o, and 4 n adapter_len h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.base import TargetConfig
+from ..config.types import PeftError
+from ..weights.whole_module import WholeModule
+from .math.draws import drawn_normal
+from .method import LayerInfo, State
+from .whole import Rows, WholeMethod, added_to_rows, rows_of
+
+PROJECTIONS = {"llama": ("q_proj", "k_proj", "v_proj", "o_proj"), "gpt2": ("c_attn",)}
+PROJECTIONS["mistral"] = PROJECTIONS["llama"]
+
+
+@dataclass
+class AdaptionPromptConfig(TargetConfig, own_type="ADAPTION_PROMPT"):
+    """adapter_len: learned tokens in each layer. adapter_layers: so many layers, from the last one down, have them.
+    target_modules: the name of the attentions in their layers, "self_attn"; by default the architecture's."""
+
+    not_in_peft = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    text_is_end = True
+    is_adaption_prompt: ClassVar[bool] = True
+
+    adapter_len: int | None = None
+    adapter_layers: int | None = None
+
+    def narrowed(self, names: list[str]) -> list[str]:
+        if self.adapter_layers is None:
+            return names
+        if len(names) < self.adapter_layers:
+            raise ValueError(
+                f"Config specifies more adapter layers '{self.adapter_layers}' than the model has '{len(names)}'."
+            )
+        return names[-self.adapter_layers :]
+
+
+class AdaptionPrompt(WholeMethod, config=AdaptionPromptConfig):
+    tensors = ("adaption_prompt", "adaption_gate")
+    counts = ("adapter_len", "adapter_layers")
+    autocast = False  # as in PEFT: they have the attention's dtype
+    default_targets: ClassVar[dict[str, Any]] = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
+
+    def check_config(self, config: AdaptionPromptConfig, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        if config.target_modules is not None and not isinstance(config.target_modules, str):
+            raise ValueError(
+                "`target_modules` should be the name of the attentions, such as 'self_attn', "
+                f"got {config.target_modules!r}"
+            )
+
+    def open_fields(self, config: AdaptionPromptConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:
+        if model_type not in PROJECTIONS:
+            raise PeftError(
+                f"Unsupported model type for adaption prompt: {model_type!r}. Supported are {', '.join(PROJECTIONS)}."
+            )
+        return {}
+
+    def base_of(self, module: nn.Module, model: nn.Module) -> WholeModule:
+        config: Any = model.config
+        if lost := [name for name in PROJECTIONS[config.model_type] if not hasattr(module, name)]:
+            raise ValueError(f"an adaption prompt needs an attention, {type(module).__name__} has no {lost[0]}")
+        label = "AdaptedAttentionGPT" if hasattr(module, "c_attn") else "AdaptedAttention"
+        return WholeModule(module, config.hidden_size, model, label)
+
+    def make_state(self, config: AdaptionPromptConfig, info: LayerInfo, shared: Any) -> State:
+        assert config.adapter_len is not None
+        prompt = drawn_normal(1, config.adapter_len, info.in_features)
+        return {"adaption_prompt": nn.Parameter(prompt), "adaption_gate": nn.Parameter(torch.zeros(1))}
+
+    def around(
+        self, layer: Any, name: str, inner: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], rows: Rows
+    ) -> Any:
+        s, module = layer.view(name), layer.base_layer
+        if kwargs.get("encoder_hidden_states") is not None:
+            raise NotImplementedError("adaption prompts in an attention to an encoder are not supported")
+        output = inner(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        angles = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+        here, angles = rows_of(x, rows, len(x)), rows_of(angles, rows, len(x))
+        prompt = s.adaption_prompt.to(x.dtype)
+        attend = _gpt2 if hasattr(module, "c_attn") else _llama
+        y, *others = output if isinstance(output, tuple) else (output,)
+        y = added_to_rows(y, rows, attend(module, here, prompt, s.adaption_gate, angles).to(y.dtype))
+        return (y, *others) if isinstance(output, tuple) else y
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """gate * softmax(q k^T / sqrt(d)) v, [batch, tokens, heads * d], for q [batch, heads, tokens, d] and for k and v
+    [1, adapter_len, heads of these, d]."""
+    batch = q.shape[0]
+    k, v = (t.to(q.dtype).transpose(1, 2).expand(batch, -1, -1, -1) for t in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(q.shape[-1]), enable_gqa=q.shape[1] != k.shape[1])
+    return (y * gate).transpose(1, 2).flatten(2)
+
+
+def _llama(module: Any, x: Tensor, prompt: Tensor, gate: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    found = (module.q_proj(x), module.k_proj(prompt), module.v_proj(prompt))
+    q, k, v = (t.unflatten(-1, (-1, module.head_dim)) for t in found)
+    q = q.transpose(1, 2)
+    cos, sin = (t.unsqueeze(1) for t in angles)
+    first, second = q.chunk(2, dim=-1)
+    q = q * cos + torch.cat((-second, first), dim=-1) * sin
+    y = _attended(q, k, v, gate)
+    return module.o_proj(y.to(x.dtype))  # type: ignore[no-any-return]
+
+
+def _gpt2(module: Any, x: Tensor, prompt: Tensor, gate: Tensor, angles: None) -> Tensor:
+    """As PEFT's, whose tokens' share does not go through `c_proj`."""
+    q = module.c_attn(x).split(module.split_size, dim=2)[0].unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    k, v = (t.unflatten(-1, (-1, module.head_dim)) for t in module.c_attn(prompt).split(module.split_size, dim=2)[1:])
+    return _attended(q, k, v, gate)
