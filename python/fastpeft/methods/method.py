@@ -149,6 +149,7 @@ class Method:
     autocast: ClassVar[bool] = True
     needs_base_weight: ClassVar[bool] = False
     repeats_shared: ClassVar[bool] = False
+    prompts: ClassVar[bool] = False  # the adapter is a prompt of the model (`prompts/`), and in none of its layers
     counts: ClassVar[tuple[str, ...]] = ()
     divisors: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     kernel: ClassVar[str] = "lora_linear"
@@ -246,6 +247,10 @@ class Method:
 
     def file_key(self, key: str) -> str | None:
         """The key in a file for a tensor's key in memory, both without the adapter's name; None if it is in no file."""
+        return key
+
+    def base_key(self, key: str) -> str:
+        """The key in a file for a tensor of the base model's by its key in memory."""
         return key
 
     def pack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
