@@ -17,7 +17,7 @@ _NAMES = {
     "files.atomic": ("atomic_directory", "atomic_file", "newest_valid", "remove_leftovers"),
     "files.checks": ("AdapterFileError",),
     "files.write_errors": ("WriteError", "named_write_errors"),
-    "config.base": ("CONFIG_NAME", "PeftConfig", "TargetConfig"),
+    "config.base": ("CONFIG_NAME", "PeftConfig", "PromptLearningConfig", "TargetConfig"),
     "config.limits": ("check_adapter_name",),
     "config.types": ("NoMatchingPeftModuleError", "PeftError", "PeftType", "PeftWarning", "TaskType"),
     "weights.load_nf4": ("load_nf4_model",),
@@ -44,11 +44,16 @@ _NAMES = {
     "model.distributed": ("fully_shard_model",),
     "model.factory": ("get_peft_model", "inject_adapter_in_model"),
     "model.prepare": ("cast_mixed_precision_params", "prepare_model_for_kbit_training"),
+    "model.prompted": ("shift_tokens_right",),
     "model.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "model.tasks": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
         "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
+    ),
+    "recipes.cartridge": (
+        "compose_cartridge_adapters", "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
     ),
     "recipes.accelerate": ("accelerate", "unaccelerate"),
     "recipes.arrow": ("create_arrow_model",),
@@ -63,20 +68,32 @@ _NAMES = {
     "recipes.optimizers.adamw": ("AdamW",),
     "compat.patch.patching": ("patch", "unpatch"),
     "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),
-    "compat.prompt_learning": ("PrefixTuningConfig", "PromptLearningConfig"),
+    "prompts.cartridge": ("CartridgeConfig", "CartridgeEncoder"),
+    "prompts.cpt": ("CPTConfig", "CPTEmbedding"),
+    "prompts.multitask_prompt_tuning": (
+        "MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit",
+    ),
+    "prompts.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "prompts.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
+    "prompts.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "compat.stand_in": ("as_peft",),
     "compat.peft_only": (
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
-        "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
+        "PEFT_TYPE_TO_TUNER_MAPPING", "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "get_peft_config",
     ),
 }  # fmt: skip
 HOMES = {name: home for home, names in _NAMES.items() for name in names}
-_LATER = ("AdaptionPrompt", "Cartridge", "CPT", "MultitaskPrompt", "Prefix", "Prompt", "Shadow",
-          "XLora")  # fmt: skip
+_LATER = ("XLora",)
 _peft_names.install()
 
 
-_loaders.append(lambda: importlib.import_module(".methods.registry", __name__).load_all())  # type: ignore[no-any-return]
+def _load() -> None:
+    registry = importlib.import_module(".methods.registry", __name__)
+    registry.load_all()
+    registry.load_room(f"{__name__}.prompts")
+
+
+_loaders.append(_load)
 
 
 def _of_methods() -> dict[str, Any]:
@@ -100,7 +117,7 @@ def __getattr__(name: str) -> Any:
     else:
         value = _of_methods().get(name) if name.endswith(("Config", "Model")) else None
     if value is None:
-        later = " (prompt learning, X-LoRA and Shadow are not there yet)" * name.startswith(_LATER)
+        later = " (X-LoRA is not there yet)" * name.startswith(_LATER)
         raise AttributeError(f"module 'fastpeft' has no attribute {name!r}{later}")
     globals()[name] = value
     return value

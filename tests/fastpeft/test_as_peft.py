@@ -362,13 +362,6 @@ def test_methods_that_cannot_be_run_here_are_refused(registered: Any) -> None:
         assert (dict(METHODS), dict(CLASSES), {*vars(tuner)}) == before
 
 
-def test_prompt_learning_can_be_asked_for_and_not_made() -> None:
-    assert not isinstance(fastpeft.LoraConfig(), fastpeft.PromptLearningConfig)
-    assert issubclass(fastpeft.PrefixTuningConfig, fastpeft.PeftConfig)
-    with pytest.raises(NotImplementedError, match="PrefixTuningConfig: prompt learning is not there yet"):
-        fastpeft.PrefixTuningConfig(num_virtual_tokens=3)
-
-
 # ---- with transformers -------------------------------------------------------------------------------------------
 
 

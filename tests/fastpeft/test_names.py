@@ -13,12 +13,8 @@ peft = pytest.importorskip("peft")
 
 # By reason: patterns of `module:name`, both without PEFT's own name.
 GAPS = {
-    "prompt learning comes with a later issue": """
-        *:Cartridge* *:*_kv_prefix_from_*
-        *:compose_cartridge_adapters *:prompt_embeddings_from_past_key_values *:CPT* *:MultitaskPrompt*
-        *:Prefix* *:Prompt* *:BasePromptEncoder *:TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
-        *:*_postprocess_past_key_value *:shift_tokens_right *:_prepare_prompt_learning_config *:_get_batch_size
-        *:map_cache_to_layer_device_map utils.integrations:get_layer_device_map
+    "for a transformers before 4.53, where a cache was a tuple": """
+        *:*_postprocess_past_key_value
     """,
     "X-LoRA comes with a later issue": """
         *:XLora* tuners.xlora*:*
@@ -47,6 +43,7 @@ GAPS = {
         tuners.randlora.layer:UniqueBaseGrad tuners.shira.mask_functions:random_mask tuners.waveft.wave*:*
         tuners.tuners_utils:check_adapters_to_merge tuners.tuners_utils:clone_module
         tuners.tuners_utils:onload_layer *:UPCAST_DTYPES config:PeftConfigMixin
+        *:map_cache_to_layer_device_map
         utils*:_* *:set_additional_trainable_modules *:id_tensor_storage utils.integrations:*
         utils.loftq_utils:loftq_init utils.other:* utils.save_and_load:*
     """,

@@ -33,8 +33,8 @@ PARTS: dict[str, tuple[str, ...]] = {
         "fastpeft/test_laws*", "fastpeft/test_golden*", "fastpeft/test_methods_*", "fastpeft/test_lora*",
         "fastpeft/test_dora*", "fastpeft/test_init*", "fastpeft/test_life*", "fastpeft/test_combine*",
         "fastpeft/test_convert*", "fastpeft/test_compile_methods*", "fastpeft/test_optimizers*",
-        "fastpeft/test_patch*", "fastpeft/test_registry*", "fastpeft/test_shared*", "fastpeft/test_sparse*",
-        "fastpeft/test_weight_side*",
+        "fastpeft/test_patch*", "fastpeft/test_prompts*", "fastpeft/test_registry*", "fastpeft/test_shared*",
+        "fastpeft/test_sparse*", "fastpeft/test_weight_side*",
     ),
     "files": (
         "fastpeft/test_checkpoint*", "fastpeft/test_hostile_*", "fastpeft/test_hub*", "fastpeft/test_model_files*",

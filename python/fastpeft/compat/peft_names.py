@@ -70,6 +70,7 @@ HOMES = {
     "networks.flux_shadow": "DetachedFluxShadowModel",
     "networks.shadow_alone": "DetachedShadowModel",
     "networks.shadow_cache": "ShadowCache",
+    "prompts.encoder": "BasePromptEncoder",
 }
 _PATTERNS = ("TRANSFORMERS_MODELS_TO_", "is_")  # names that compat.peft_only makes by their pattern
 
@@ -83,7 +84,7 @@ _UTILS = f"{_STATE} compat.peft_only model.distributed model.prepare layer.saved
 _TYPES = "PeftType TaskType register_peft_method"
 _MODULES = {
     "auto": "model.auto",
-    "config": "CONFIG_NAME PeftConfig PeftType TaskType",
+    "config": "CONFIG_NAME PeftConfig PeftType PromptLearningConfig TaskType",
     "functional": "model.adapters get_peft_model_state_dict inject_adapter_in_model set_peft_model_state_dict",
     "helpers": "compat.peft_only recipes.kappa recipes.scaling",
     "import_utils": "is_xpu_available",
@@ -95,7 +96,7 @@ _MODULES = {
     "optimizers.loraplus": "recipes.optimizers.loraplus",
     "optimizers.riemannian": "recipes.optimizers.riemannian",
     "peft_model": "model.status model.tasks",
-    "tuners": f"model.tuner {_LORA}",
+    "tuners": f"model.tuner recipes.cartridge {_LORA}",
     "tuners.adamss.asa_callback": "recipes.adamss_callback",
     "tuners.lora.arrow": "recipes.arrow methods.lora.variants.arrow",
     "tuners.lora.conversion": "recipes.convert",
@@ -109,7 +110,7 @@ _MODULES = {
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
     "tuners.poly.router": "methods.poly",
-    "tuners.tuners_utils": "model.adapters compat.peft_only layer.layer inject.replicate model.tuner",
+    "tuners.tuners_utils": "model.adapters compat.peft_only layer.layer inject.replicate model.tuner prompts.encoder",
     "utils": f"{_UTILS} {_TYPES} NoMatchingPeftModuleError PeftError PeftWarning replace_lora_weights_loftq",
     "utils.constants": "compat.peft_only saving.folder config.targets",
     "utils.error": "NoMatchingPeftModuleError PeftError",
@@ -131,6 +132,10 @@ _METHODS = """
     trainable_tokens unilora vblora vera waveft
 """
 METHODS = tuple(_METHODS.split())
+_PROMPTS = ["cartridge", "cpt", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "prompt_tuning"]
+_MODULES |= {f"tuners.{name}{file}": f"prompts.{name}" for name in _PROMPTS for file in ("", ".config", ".model")}
+_MODULES["tuners.cartridge"] += " recipes.cartridge"
+_MODULES["tuners.cartridge.utils"] = "recipes.cartridge"
 _METHOD_PATHS = {
     f"tuners.{method}{file}": method for method in METHODS for file in ("", ".bnb", ".config", ".layer", ".model")
 }
@@ -153,6 +158,7 @@ def names(path: str) -> list[str]:
         found.update(_of_method().names(_METHOD_PATHS[path]))
     elif path == "tuners":
         found.update(n for n in package.__all__ if n.endswith(("Config", "Model")) and not n.startswith("Peft"))
+        found.update(n for n, home in homes.items() if home in [f"prompts.{name}" for name in _PROMPTS])
     return sorted(found)
 
 

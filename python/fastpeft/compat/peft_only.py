@@ -21,7 +21,7 @@ from ..inject.plan import SEQ_CLS_HEADS
 from ..layer.layer import AdapterLayer
 from ..methods.ia3 import FEEDFORWARD
 from ..methods.method import Method
-from ..methods.registry import get_method, registry
+from ..methods.registry import every_method, get_method, registry
 from ..model.tuner import BaseTuner, tuner_class
 from ..weights.find import weight_of
 
@@ -29,6 +29,7 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 SEQ_CLS_HEAD_NAMES = list(SEQ_CLS_HEADS)
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}  # for versions of transformers before
 TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {name: list(inner) for name, inner in FEEDFORWARD.items()}
 _PACKAGES = {
     "aqlm": "aqlm", "bnb": "bitsandbytes", "bnb_4bit": "bitsandbytes", "diffusers": "diffusers", "eetq": "eetq",
@@ -44,20 +45,22 @@ class _Table(Mapping[PeftType, Any]):
         self._entry = entry
 
     def __getitem__(self, key: PeftType | str) -> Any:
-        method = registry().get(PeftType(key)) if key in list(PeftType) else None
+        method = every_method().get(PeftType(key)) if key in list(PeftType) else None
         if method is None:
             raise KeyError(key)
         return self._entry(method)
 
     def __iter__(self) -> Iterator[PeftType]:
-        return iter(registry())
+        return iter(every_method())
 
     def __len__(self) -> int:
-        return len(registry())
+        return len(every_method())
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING = _Table(lambda method: method.config_class)
-PEFT_TYPE_TO_TUNER_MAPPING = PEFT_TYPE_TO_MIXED_MODEL_MAPPING = _Table(tuner_class)
+PEFT_TYPE_TO_TUNER_MAPPING = PEFT_TYPE_TO_MIXED_MODEL_MAPPING = _Table(
+    lambda method: getattr(method, "encoder_class", None) or tuner_class(method)
+)
 PEFT_TYPE_TO_PREFIX_MAPPING = _Table(lambda method: method.prefix)
 
 

@@ -1,6 +1,6 @@
 """Names and settings: configuration classes, their types, limits, patterns and targets."""
 
-from .base import CONFIG_NAME, PeftConfig
+from .base import CONFIG_NAME, PeftConfig, PromptLearningConfig
 from .types import PeftType, TaskType
 
-__all__ = ["CONFIG_NAME", "PeftConfig", "PeftType", "TaskType"]  # of PEFT's module `config`
+__all__ = ["CONFIG_NAME", "PeftConfig", "PeftType", "PromptLearningConfig", "TaskType"]  # of PEFT's module `config`

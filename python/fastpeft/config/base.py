@@ -217,6 +217,25 @@ class TargetConfig(PeftConfig):
 
 
 @dataclass
+class PromptLearningConfig(PeftConfig):
+    """Fields of every prompt.
+
+    num_virtual_tokens: the prompt's length. token_dim: the width of one, num_attention_heads and num_layers: how keys
+    and values are split; the model says them where they are None. num_transformer_submodules: 2 for an encoder and a
+    decoder, else 1. modules_to_save: modules that are trained in full and saved with the prompt.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    is_prompt_learning: ClassVar[bool] = True
+
+
+@dataclass
 class HasBias:
     """bias: which biases of the base model are trained too: "none", "all", or those of the adapted layers, which is
     "<method>_only" ("lora_only")."""

@@ -16,10 +16,11 @@ from ..layer.module_layer import ModuleLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..layer.shared_tensors import SharedDict
 from ..methods.method import Method, State
+from ..prompts.encoders import PromptEncoders
 from ..weights.base import BaseWeight, LayerInfo, innermost
 from ..weights.find import weight_of
 
-AdapterModule = AdapterLayer | ModulesToSaveWrapper
+AdapterModule = AdapterLayer | ModulesToSaveWrapper | PromptEncoders
 WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch's names of a module in a wrapper
 
 
@@ -89,8 +90,8 @@ def parts(site: Site) -> list[Site]:
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
-    """(name, module) of every adapter layer and every module that adapters train in full."""
-    return ((s.name, s.module) for s in walk(model) if isinstance(s.module, (AdapterLayer, ModulesToSaveWrapper)))
+    """(name, module) of every adapter layer, every module that adapters train in full, and the prompts."""
+    return ((s.name, s.module) for s in walk(model) if isinstance(s.module, AdapterModule))
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
@@ -138,7 +139,7 @@ def iter_adapter_tensors(
     shared: dict[str, tuple[str, AdapterDict]] = {}
     for site in walk(model):
         prefix = f"{site.name}." if site.name else ""
-        if isinstance(site.module, (AdapterLayer, ModulesToSaveWrapper)):
+        if isinstance(site.module, AdapterModule):
             for memory, file, tensor in site.module.adapter_state(adapter_name, state, prefix):
                 yield prefix + memory, prefix + file, tensor
         if isinstance(site.module, AdapterLayer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from ..methods.method import LayerInfo, Method, State
 from ..methods.registry import method_of
 from ..methods.whole import WholeMethod
 from ..weights.whole_module import WholeModule
+from ..prompts.method import PromptMethod
 from .modules import (
     LayerPlan,
     Site,
@@ -70,7 +71,7 @@ class InjectionPlan:
     """Everything that an adapter needs, made and checked, with the model as it was. `commit` puts it in."""
 
     model: nn.Module
-    config: TargetConfig
+    config: Any
     adapter: str
     method: Method
     layers: list[LayerPlan]
@@ -82,6 +83,7 @@ class InjectionPlan:
     joined: Sequence[JoinedExperts]  # the model's experts, where they were looked for
     finish: Callable[[], None]  # computes what no file holds; a plan for a file needs it before `commit`
     abandon: Callable[[], None] = lambda: None  # takes back the little that planning did to the model
+    encoder: nn.Module | None = None  # makes the prompt of a method that has one; the tuner holds it
     _before: dict[str, Any] = field(default_factory=dict)
     _frozen: list[nn.Parameter] = field(default_factory=list)
 
@@ -191,11 +193,13 @@ def _plan(
     model: nn.Module, config: Any, adapter_name: str, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool,
     loading: bool, keys: Sequence[str] | None, shapes: Mapping[str, Sequence[int]],
 ) -> InjectionPlan:  # fmt: skip
-    if not isinstance(config, TargetConfig):
+    method = method_of(config)
+    if not isinstance(config, TargetConfig) and not method.prompts:
         raise TypeError(f"{type(config).__name__} does not act on modules of a model")
     config.check_values()
-    method = method_of(config)
     method.check_config(config, loading=loading)
+    if isinstance(method, PromptMethod):
+        return _plan_prompt(model, config, adapter_name, method, low_cpu_mem_usage, loading)
     bias = getattr(config, "bias", "none")
     if bias not in ("none", "all") and not str(bias).endswith("_only"):  # "lora_only" and its kin
         raise NotImplementedError(f"Requested bias: {bias!r}, is not implemented (none, all, <method>_only).")
@@ -284,6 +288,37 @@ def _whole(site: Site, method: WholeMethod, model: nn.Module) -> Site:
         raise ValueError(f"{site.name}: {error}") from None
 
 
+def _plan_prompt(
+    model: nn.Module, config: Any, adapter_name: str, method: PromptMethod, low_cpu_mem_usage: bool, loading: bool
+) -> InjectionPlan:
+    """The plan of a prompt: its encoder, and modules that are trained in full beside it."""
+    changes = method.open_fields(config, model, None)
+    complete = copy.copy(config)
+    vars(complete).update(changes)
+    sites = {site.name: site for site in walk(model) if site.name and not inside_saved(site)}
+    saved = _plan_saved(complete, sites, {})
+    words = input_embeddings(model)
+    with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+        encoder = method.make_encoder(complete, model, words, loading).train(model.training)
+    device = next((p.device for p in (words or model).parameters()), None)
+    if not low_cpu_mem_usage and device is not None and device.type != "meta":
+        encoder.to(device)
+    copies = [_SavedPlan(site, wrapper, copied(wrapper.original_module)) for site, wrapper in saved]
+    return InjectionPlan(model, config, adapter_name, method, [], copies, [], {}, changes, {}, [], lambda: None,
+                         encoder=encoder)  # fmt: skip
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The layer that makes vectors of tokens, if the model has one."""
+    with suppress(AttributeError, NotImplementedError):
+        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+        if isinstance(found, nn.Module):
+            return found
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size)
+    return next(tables, None)
+
+
 def _within(names: Collection[str], leaders: Mapping[str, str]) -> dict[str, str]:
     return {name: leader for name, leader in leaders.items() if name in names and leader in names}
 
@@ -338,7 +373,7 @@ def _all_linear(model: nn.Module, config: TargetConfig, sites: Mapping[str, Site
 
 
 def _plan_saved(
-    config: TargetConfig, sites: Mapping[str, Site], leaders: Mapping[str, str]
+    config: Any, sites: Mapping[str, Site], leaders: Mapping[str, str]
 ) -> list[tuple[Site, ModulesToSaveWrapper]]:
     """The modules that `modules_to_save` names, and those that share a weight with one of them. PEFT matches the end of
     a name, whatever stands before it."""

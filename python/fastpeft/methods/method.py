@@ -138,8 +138,12 @@ class Method:
     adapted when no target is named, by `model.config.model_type`. patterns: fields that a layer can have its own value
     of, with the field that gives these values by pattern ({"r": "rank_pattern"}). examples: arguments of small
     configurations that between them exercise every option; the tests of the laws run over them. model_methods:
-    model_methods: ClassVar[Mapping[str, Callable[..., Any] | property]] = {}
-    forward_args: ClassVar[tuple[str, ...]] = ()
+    functions, and properties, that a model with such an adapter has, by name; each takes the tuner first. forward_args:
+    of the model's forward and `generate`, which the base model does not get. autocast: whether tensors become float32
+    on half-precision bases. repeats_shared: whether files repeat what is shared in every layer. merge_error: the class
+    of what is raised where it has no merged form. counts: fields of the configuration that are positive integers, such
+    as ranks. divisors: fields that divide sizes of the layer ({"block_size": ("in_features", "out_features")}). kernel:
+    the function of `peft_kernels` that `fused` calls.
     """
 
     peft_type: ClassVar[PeftType]
@@ -158,6 +162,7 @@ class Method:
     autocast: ClassVar[bool] = True
     needs_base_weight: ClassVar[bool] = False
     repeats_shared: ClassVar[bool] = False
+    prompts: ClassVar[bool] = False  # the adapter is a prompt of the model (`prompts/`), and in none of its layers
     counts: ClassVar[tuple[str, ...]] = ()
     divisors: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     kernel: ClassVar[str] = "lora_linear"
@@ -255,6 +260,10 @@ class Method:
 
     def file_key(self, key: str) -> str | None:
         """The key in a file for a tensor's key in memory, both without the adapter's name; None if it is in no file."""
+        return key
+
+    def base_key(self, key: str) -> str:
+        """The key in a file for a tensor of the base model's by its key in memory."""
         return key
 
     def pack(self, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""The registry of methods, by PEFT's types. A method's file registers it by being there; no list has them.
+"""The registry of methods, by PEFT's types. A method's file registers it by being there; no list has them. Prompts,
+which act on no layer, are in a room of their own (`prompts/`), which the package has loaded (`config.base.loaders`).
 
 `register` is for a method from outside of this package.
 """
@@ -11,7 +12,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import TypeVar
 
-from ..config.base import CLASSES, PeftConfig, check_is_config, class_of
+from ..config.base import CLASSES, PeftConfig, check_is_config, class_of, loaders
 from ..config.types import PeftType
 from ..config.types import peft_type as known_type
 from .method import METHODS, Method
@@ -34,8 +35,15 @@ def register(cls: type[Own]) -> type[Own]:
 
 
 def registry() -> Mapping[PeftType, Method]:
-    """Every method there is."""
+    """Every method that acts on layers."""
     load_all()
+    return {kind: method for kind, method in METHODS.items() if not method.prompts}
+
+
+def every_method() -> Mapping[PeftType, Method]:
+    """Every method there is, prompts too."""
+    for load in loaders:
+        load()
     return METHODS
 
 
@@ -52,9 +60,14 @@ def method_of(config: PeftConfig) -> Method:
     return get_method(config.peft_type).variant(config)
 
 
-@functools.cache
 def load_all() -> None:
-    """Import every method, which registers it."""
-    room = importlib.import_module(__name__.rpartition(".")[0])
+    """Import every method of a layer, which registers it."""
+    load_room(__name__.rpartition(".")[0])
+
+
+@functools.cache
+def load_room(name: str) -> None:
+    """Import every method of a room."""
+    room = importlib.import_module(name)
     for module in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
         importlib.import_module(module.name)

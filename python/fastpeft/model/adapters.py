@@ -12,8 +12,7 @@ from ..config.types import warn
 from ..files.checks import list_some
 from ..inject.modules import adapter_layers, adapter_modules
 from ..inject.plan import LOW_PRECISION
-from ..layer.module_layer import ModuleLayer
-from ..layer.saved_modules import ModulesToSaveWrapper
+from ..layer.layer import AdapterLayer
 
 
 def set_adapter(
@@ -26,7 +25,7 @@ def set_adapter(
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     modules = [module for _, module in adapter_modules(model)]
     for module in modules:
-        if isinstance(module, (ModulesToSaveWrapper, ModuleLayer)):
+        if not isinstance(module, AdapterLayer):
             module.check_active(names)
     merged = [layer for _, layer in adapter_layers(model) if layer.merged_adapters]
     if merged:
@@ -53,7 +52,7 @@ def delete_adapter(
             raise ValueError(
                 f"Cannot delete adapter {name!r} while it is merged (in {list_some(merged)}). Unmerge it first."
             )
-    layers_first = sorted(modules, key=lambda item: isinstance(item[1], ModulesToSaveWrapper))  # those know only theirs
+    layers_first = sorted(modules, key=lambda item: not isinstance(item[1], AdapterLayer))  # those know only theirs
     active = list(dict.fromkeys(name for _, module in layers_first for name in module.active_adapters))
     left = [name for name in active if name not in names]
     others = sorted({name for _, module in modules for name in module._get_available_adapters()}.difference(names))

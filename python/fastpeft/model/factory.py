@@ -55,6 +55,8 @@ def inject_adapter_in_model(
 
     state_dict: adapt the modules that its keys name (its values are not used) rather than those of the configuration.
     """
+    if method_of(peft_config).prompts:
+        raise ValueError("`create_and_replace` does not support prompt learning and adaption prompt yet.")
     tuner = tuner_class(method_of(peft_config))(
         model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
     )

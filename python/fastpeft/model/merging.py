@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from ..inject.tokens import TrainableTokensWrapper
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.registry import method_of
+from ..prompts.encoder import ENCODER
 
 
 class ModelMerging(nn.Module):
@@ -25,7 +27,12 @@ class ModelMerging(nn.Module):
     merge_errors: dict[str, float]  # of the last merge into quantised layers, by layer
 
     def adapter_modules(self) -> Iterator[tuple[str, AdapterModule]]:
-        return adapter_modules(self.model)
+        return adapter_modules(self.holder)
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module below which all adapters are: the model, or this, which has the prompts too."""
+        return self if ENCODER in self._modules else self.model
 
     def adapter_layers(self, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
         return adapter_layers(self.model, adapter)
@@ -58,6 +65,8 @@ class ModelMerging(nn.Module):
     def _layers_to_merge(self, adapter_names: Sequence[str] | None) -> list[tuple[str, AdapterLayer]]:
         """All layers, once it is clear that the adapters are there and can be merged: unloading loses those that are
         not. PEFT merges nothing, without a word, for a name that there is not."""
+        active: Any = self.active_adapters
+        self._check_no_prompt(active if adapter_names is None else adapter_names)
         layers = list(self.adapter_layers())
         for _, layer in layers:
             layer.to_merge(adapter_names)
@@ -100,7 +109,18 @@ class ModelMerging(nn.Module):
 
     def unload(self) -> nn.Module:
         """The base model without any adapter layer."""
+        if all(config.is_prompt_learning for config in self.peft_config.values()):
+            self._check_no_prompt(self.peft_config)
         return self._unload(merged=False)
+
+    def _check_no_prompt(self, names: Iterable[str]) -> None:
+        """AttributeError, which a model without such methods gives, for adapters that are prompts."""
+        configs = self.peft_config
+        if prompts := [name for name in names if name in configs and configs[name].is_prompt_learning]:
+            raise AttributeError(
+                f"{', '.join(prompts)} is a prompt, which is in no layer: it cannot be merged or unloaded. "
+                "`get_base_model()` gives the model without it."
+            )
 
     def _unload(self, merged: bool) -> nn.Module:
         for site in reversed(list(walk(self.model))):  # what is nested comes out first

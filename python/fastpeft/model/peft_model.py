@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..config.base import PeftConfig, TargetConfig, check_is_config
+from ..config.base import PeftConfig, check_is_config
 from ..config.seen_as_peft import SeenAsPeft
 from ..config.types import TaskType
 from ..files.hub import pushing
@@ -23,7 +23,7 @@ from ..saving.load import plan_loading
 from ..saving.plain_lora import as_plain_lora
 from ..saving.state_dict import get_peft_model_state_dict
 from ..weights.nf4_linear import NF4Linear
-from . import adapters, card
+from . import adapters, card, prompted, prompted_generation
 from .prepare import enable_input_gradients, is_checkpointing, is_quantized
 from .status import count_parameters, get_layer_status, get_model_status
 from .tuner import AUXILIARY_KWARGS, BaseTuner, tuner_class
@@ -137,11 +137,15 @@ class PeftModel(SeenAsPeft, nn.Module):
         tuner = self.base_model
         if now.call is None and not tuner._hooked and AUXILIARY_KWARGS.isdisjoint(kwargs):
             return tuner.model(*args, **kwargs)
+        if (rows := tuner.prompted_rows(kwargs.get("adapter_names"))) is not None:
+            return prompted.forward(tuner, rows, args, kwargs)
         with tuner._enable_peft_forward_hooks(*args, **kwargs):
             return (tuner if tuner._hooked else tuner.model)(*args, **_without(tuner.forward_args, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`. adapter_names: an adapter for each row of the inputs, which beams repeat."""
+        if (rows := self.base_model.prompted_rows(kwargs.get("adapter_names"))) is not None:
+            return prompted_generation.generate(self.base_model, rows, args, kwargs)
         base: Any = self.get_base_model()
         own = self.base_model.forward_args
         defaults = {"generation_config": getattr(base, "generation_config", None)}
@@ -168,14 +172,15 @@ class PeftModel(SeenAsPeft, nn.Module):
         check_is_config(peft_config)
         before, mode = getattr(peft_config, "modules_to_save", None), peft_config.inference_mode
         peft_config.inference_mode = mode if inference_mode is None else inference_mode
-        takes_heads = isinstance(peft_config, TargetConfig) and "modules_to_save" not in peft_config.not_in_peft
-        if cls.head_names and isinstance(peft_config, TargetConfig) and takes_heads:
+        if cls.head_names and "modules_to_save" not in getattr(peft_config, "not_in_peft", ()) and hasattr(
+            peft_config, "modules_to_save"
+        ):
             peft_config.modules_to_save = list(dict.fromkeys([*(before or ()), *cls.head_names]))
         try:
             yield
         except Exception:
             peft_config.inference_mode = mode
-            if isinstance(peft_config, TargetConfig):
+            if hasattr(peft_config, "modules_to_save"):
                 peft_config.modules_to_save = before
             raise
 
@@ -187,7 +192,13 @@ class PeftModel(SeenAsPeft, nn.Module):
         """Remove an adapter, or several. If no active one is left, the first of the others becomes active."""
         self.base_model.delete_adapter(adapter_name)
 
-    set_requires_grad = adapters.set_requires_grad
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Turn gradients of adapters on or off without changing which are active. TypeError while a prompt is active,
+        as in PEFT."""
+        if (config := self.active_peft_config).is_prompt_learning:
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            raise TypeError(f"Setting `requires_grad` is not supported for prompt learning methods like {kind}.")
+        adapters.set_requires_grad(self, adapter_names, requires_grad)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -315,7 +326,7 @@ class PeftModel(SeenAsPeft, nn.Module):
             self.base_model.add(adapter_name, config, plan=loaded.plan)
         result = loaded.fill(self, is_trainable)
         if is_trainable:
-            self.set_requires_grad(adapter_name)
+            adapters.set_requires_grad(self, adapter_name)
         return result
 
 

@@ -68,7 +68,13 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     model: a PeftModel (names then start below its tuner) or a model with injected adapters. Raises ValueError for a
     model without adapters.
     """
-    status = [_layer_status(name, module) for name, module in adapter_modules(_tuner(model))]
+    tuner = _tuner(model)
+    if isinstance(tuner, BaseTuner) and all(config.is_prompt_learning for config in tuner.peft_config.values()):
+        raise TypeError(
+            "get_layer_status() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported"
+            ": a prompt is in no layer."
+        )
+    status = [_layer_status(name, module) for name, module in adapter_modules(tuner)]
     if not status:
         raise ValueError("No adapter layers found in the model: it is no PEFT model and has no injected adapters.")
     return status

@@ -25,10 +25,11 @@ from ..inject.plan import InjectionPlan, plan_injection
 from ..layer.by_row.call import RowCall, RowValues, call_by
 from ..layer.by_row.names import check_length
 from ..layer.layer import AdapterLayer
-from ..layer.saved_modules import ModulesToSaveWrapper
 from ..layer.shared_tensors import IN_MODEL, held_containers, register_at
 from ..methods.method import Method
 from ..methods.registry import method_of, registry
+from ..prompts.encoder import ENCODER
+from ..prompts.encoders import PromptEncoders
 from ..saving.state_dict import bias_tensors
 from ..weights.read_by_module import ParameterWeight
 from . import adapters
@@ -169,9 +170,13 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         active = self.active_adapters
         train = adapter_name in active and not config.inference_mode
         modules: list[AdapterModule] = [*(p.layer for p in plan.layers), *(p.wrapper for p in plan.saved)]
+        if plan.encoder is not None:
+            if ENCODER not in self._modules:
+                self.prompt_encoder = PromptEncoders()
+            self.prompt_encoder[adapter_name] = plan.encoder
+            modules.append(self.prompt_encoder)
         for module in modules:
-            wrapper = isinstance(module, ModulesToSaveWrapper)
-            module._active_adapter = module.check_active(active) if wrapper else list(active)
+            module._active_adapter = list(active) if isinstance(module, AdapterLayer) else module.check_active(active)
             module.set_requires_grad(adapter_name, train)
         for name, bias in bias_tensors(self.model, config).items() if train else ():
             bias.requires_grad_("original_module" not in name.split("."))  # which a copy computes in the place of
@@ -183,6 +188,8 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         plan.undo()
         self._settle(plan.method)
         self.peft_config.pop(plan.adapter, None)
+        if plan.encoder is not None:
+            self.prompt_encoder.delete_adapter(plan.adapter)
         if not self.peft_config and "peft_config" in vars(self.model):
             del self.model.peft_config
 
@@ -212,7 +219,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         if missing := [name for name in names if name not in self.peft_config]:
             raise ValueError(f"Adapter {', '.join(missing)} does not exist")
-        self.active_adapter = adapters.delete_adapter(self.model, names) or []
+        self.active_adapter = adapters.delete_adapter(self.holder, names) or []
         self._settle(*(method_of(self.peft_config.pop(name)) for name in names))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -221,7 +228,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         missing = [n for n in names if n not in self.peft_config]
         if missing:
             raise ValueError(f"Adapter {missing[0]} not found. There are: {', '.join(self.peft_config)}.")
-        adapters.set_adapter(self.model, names, inference_mode)
+        adapters.set_adapter(self.holder, names, inference_mode)
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
     set_requires_grad = adapters.set_requires_grad
@@ -240,6 +247,23 @@ class BaseTuner(SeenAsPeft, ModelMerging):
                 )
         for _, module in self.adapter_modules():
             module.enable_adapters(False)
+
+    # Prompts
+
+    def prompts(self) -> dict[str, tuple[Any, Any, Any]]:
+        """The adapters that are prompts: their methods, encoders and configurations."""
+        encoders: Any = self._modules.get(ENCODER) or {}
+        return {name: (self._hooked[name], encoders[name], self.peft_config[name]) for name in encoders}
+
+    def prompted_rows(self, names: Sequence[str] | None) -> Sequence[str] | None:
+        """The adapters of a batch's rows, by default one for all, if one of them is a prompt that is on; else None."""
+        encoders: Any = self._modules.get(ENCODER)
+        if not encoders or encoders.disable_adapters:
+            return None
+        if names is None and (around := call_by(self)) is not None and not around.inside:
+            names = around.names[1]  # of `rows_assigned`
+        found: Sequence[str] = encoders.active_adapters if names is None else names
+        return found if any(name in encoders for name in found) else None
 
     # Mixed batches
 

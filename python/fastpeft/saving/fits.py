@@ -15,6 +15,7 @@ from ..inject.modules import unwrapped_name
 from ..inject.old_experts import joined_state
 from ..inject.plan import InjectionPlan
 from ..methods.computed import Computed
+from ..prompts.encoder import ENCODER
 
 
 def check_fits(
@@ -58,6 +59,8 @@ def expected_shapes(plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
     saved = [(f"{TUNER}{n}", value) for n, value in plan.shared.items() if getattr(value, "persistent", True)]
     saved += [(f"{PREFIX}{copy.site.name}", copy.module) for copy in plan.saved]
     tensors = {f"{key}{suffix}": tensor for key, value in saved for suffix, tensor in _entries(value)}
+    if plan.encoder is not None:
+        tensors |= {f"{TUNER}{ENCODER}.{key}": tensor for key, tensor in plan.encoder.state_dict().items()}
     for layer in plan.layers:
         for name, value in layer.state.items():
             for suffix, tensor in _entries(value) if layer.method.saves(layer.state, name) else ():
@@ -73,7 +76,7 @@ def _base_shapes(plan: InjectionPlan) -> tuple[dict[str, tuple[int, ...]], list[
     named = plan.model.named_parameters() if mode != "none" else ()
     tensors: dict[str, Tensor] = {n: p for n, p in named if n.endswith("bias")}
     tensors |= embedding_tensors(plan.model)
-    found = {PREFIX + _bare(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = {plan.method.base_key(PREFIX + _bare(name)): tuple(tensor.shape) for name, tensor in tensors.items()}
     if mode == "all":
         other = tuple(f"{PREFIX}{site.site.name}." for site in plan.saved)
         trained = [key for key in found if key.endswith(".bias") and not key.startswith(other)]

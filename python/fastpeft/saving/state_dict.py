@@ -24,6 +24,8 @@ from ..layer.module_layer import ModuleLayer
 from ..layer.shared_tensors import held_containers, reuse
 from ..methods.method import Method
 from ..methods.registry import method_of
+from ..prompts.encoder import ENCODER
+from ..prompts.encoders import PromptEncoders
 from .fits import embedding_tensors, is_repeated
 
 
@@ -118,6 +120,9 @@ def _fill(
             f"What follows from the tensors of adapter {adapter_name!r} in {list_some(following)} needs base weights "
             "that FullyShardedDataParallel has sharded: load the adapter before the model is wrapped."
         )
+    prompts = [m for _, m in adapter_modules(model) if isinstance(m, PromptEncoders) and adapter_name in m]
+    for module in prompts if f"{TUNER}{ENCODER}.embedding.weight" in state else ():
+        undo.callback(module.make_room(adapter_name))
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name, whole)}
     plain = bias_tensors(model, _configs(model)[adapter_name], whole) | embedding_tensors(model, whole)
     places = {key: (key, tensor) for key, tensor in plain.items()} | own
