@@ -79,7 +79,7 @@ def test_a_configuration_written_here_is_the_one_that_peft_writes(tmp_path: Any)
 
 @pytest.mark.parametrize("name", LATER_OPTIONS)
 def test_an_option_that_is_not_there_yet_is_named_and_leaves_the_model_alone(name: str) -> None:
-    value: Any = {"loftq_config": {"loftq_bits": 4}, "megatron_config": {"a": 1}}.get(name, [1])
+    value: Any = {"loftq_config": {"loftq_bits": 4}}.get(name, [1])
     model = Net(nn.Linear(4, 4))
     with pytest.raises(NotImplementedError, match=name):
         get_peft_model(model, LoraConfig(target_modules=["layer"], **{name: value}))

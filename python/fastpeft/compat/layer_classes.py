@@ -14,6 +14,7 @@ from ..model.tuner import tuner_class
 
 _LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper", "Linear4bit",
            "Linear8bitLt")  # fmt: skip
+_ENDS = ("ParallelLinear", *_LABELS)  # of names of classes
 
 
 class _HeldBy(type):
@@ -31,13 +32,13 @@ class _HeldBy(type):
 @functools.cache
 def layer_class(method: Method, name: str) -> type:
     """`isinstance(module, LoraLayer)`: true of an adapter layer with an adapter of that method."""
-    label = next((label for label in _LABELS if name.endswith(label)), None)
+    label = next((label for label in _ENDS if name.endswith(label)), None)
     return _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
 
 
 def _is_layer(method: Method, name: str) -> bool:
     """True if PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
-    whose = next((name.removesuffix(end) for end in (*_LABELS, "Layer") if name.endswith(end)), None)
+    whose = next((name.removesuffix(end) for end in (*_ENDS, "Layer") if name.endswith(end)), None)
     own = {method.model_name.removesuffix("Model").lower(), "svd" if method.model_name == "AdaLoraModel" else ""}
     return whose is not None and (whose.lower() in own or name in _LABELS)
 
