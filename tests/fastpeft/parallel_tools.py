@@ -1,7 +1,7 @@
 """One of two processes of tests/fastpeft/test_parallel.py: `parallel_tools.py RANK FOLDER`.
 
-Trains adapters on a Llama that transformers' tensor parallelism splits, and writes what each process got to FOLDER.
-`alone` does the same in one process, on the whole model.
+Trains adapters on models that transformers' tensor parallelism splits, and writes what each process got to FOLDER. The
+short form has a small model of its own, for which nothing slow is imported, the full one a Llama too.
 """
 
 from __future__ import annotations
@@ -10,29 +10,80 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fastpeft
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 ROWS = ["o_proj", "down_proj"]
 COLUMNS = [name for name in ATTENTION + MLP if name not in ROWS]
 BD = {"target_modules_bd_a": ROWS, "target_modules_bd_b": COLUMNS}
+HEAD = {"target_modules": ["embed_tokens", "lm_head", "q_proj", "o_proj"], "init_lora_weights": "gaussian"}
 CASES: dict[str, dict[str, Any]] = {
+    "net": HEAD,
+    "net-bdlora": {"target_modules": ["q_proj", "o_proj"], "use_bdlora": fastpeft.BdLoraConfig(
+        ["o_proj"], ["q_proj"], nblocks=2)},
     "lora": {"target_modules": ATTENTION + MLP},
     "bias": {"target_modules": ["q_proj", "o_proj"], "lora_bias": True, "bias": "lora_only"},
-    "head": {"target_modules": ["embed_tokens", "lm_head", "q_proj", "o_proj"], "init_lora_weights": "gaussian"},
+    "head": HEAD,
     "bdlora": {"target_modules": ATTENTION + MLP, "use_bdlora": fastpeft.BdLoraConfig(**BD, nblocks=2)},
     # blocks that do not go with the parts: three of them, and A's where B is split
     "bdlora-3": {"target_modules": MLP, "r": 6, "use_bdlora": fastpeft.BdLoraConfig(
         ["up_proj"], ["gate_proj"], nblocks=3, match_strict=False)},
 }  # fmt: skip
 IDS = torch.arange(30).view(3, 10) * 7 % 61
-if os.environ.get("PEFT_KERNELS_FULL_TESTS") != "1":
-    CASES = {case: CASES[case] for case in ("head", "bdlora")}
-LATE = {"lora", "head"} & CASES.keys()  # with a second adapter, rows of several, and merging
+SHORT = ("net", "net-bdlora")
+LATE = ("net", "lora", "head")  # with a second adapter, rows of several, and merging
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = nn.Linear(36, 66), nn.Linear(66, 36)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.o_proj(F.silu(self.q_proj(h)))
+
+
+class Net(nn.Module):
+    """As much of a language model as a plan can split; its vocabulary is divided unevenly by two."""
+
+    def __init__(self, split: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens, self.lm_head = nn.Embedding(61, 36, padding_idx=3), nn.Linear(36, 61, bias=False)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.checkpoints = False
+        if split:
+            from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+            self._device_mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+            self._tp_plan = {
+                "embed_tokens": "embedding_rowwise", "layers.*.q_proj": "colwise", "layers.*.o_proj": "rowwise",
+                "lm_head": "colwise_gather_output",
+            }  # fmt: skip
+            styles = {key.rpartition(".")[2]: style for key, style in self._tp_plan.items()}
+            named = [name for name, _ in [*self.named_parameters(), *self.named_modules()]]
+            ends = {n: [part for part in n.split(".") if part in styles] for n in named}
+            apply_tensor_parallelism(self, self._device_mesh, {n: styles[end[0]] for n, end in ends.items() if end})
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        self.checkpoints = True
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None) -> Any:
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        for layer in self.layers:
+            h = checkpoint(layer, h, use_reentrant=False) if self.checkpoints else layer(h)
+        return SimpleNamespace(logits=self.lm_head(h))
 
 
 def save_base(folder: Path) -> None:
@@ -47,15 +98,17 @@ def save_base(folder: Path) -> None:
     model = LlamaForCausalLM(config)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(p)
+            nn.init.normal_(p)
     model.save_pretrained(folder / "base")
 
 
-def base(folder: Path, split: bool, plan: dict[str, str] | None = None) -> Any:
+def base(folder: Path, split: bool, case: str) -> Any:
+    if case.startswith("net"):
+        return Net(split)
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
-    config = DistributedConfig(tp_size=2, tp_plan=plan) if split else None
+    config = DistributedConfig(tp_size=2) if split else None
     return LlamaForCausalLM.from_pretrained(folder / "base", distributed_config=config, attn_implementation="eager")
 
 
@@ -64,19 +117,19 @@ def adapted(folder: Path, case: str, split: bool, seed: int = 1) -> Any:
     config = fastpeft.LoraConfig(**{"r": 4, "lora_alpha": 6, **CASES[case]})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fastpeft.get_peft_model(base(folder, split), config)
+        return fastpeft.get_peft_model(base(folder, split, case), config)
 
 
-def state(model: Any, adapter: str = "default") -> dict[str, torch.Tensor]:
+def state(model: Any, adapter: str = "default") -> dict[str, Tensor]:
     found = fastpeft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return {key: value.clone() for key, value in found.items()}
 
 
-def whole(tensor: Any) -> torch.Tensor:
+def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def steps(model: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
+def steps(model: Any, values: dict[str, Tensor]) -> dict[str, Any]:
     """Outputs and gradients with given adapter weights, and after one step."""
     fastpeft.set_peft_model_state_dict(model, values)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -94,12 +147,12 @@ def steps(model: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"seen": seen, "output": output.detach(), "grads": grads, "after": after, "state": state(model)}
 
 
-def values_of(model: Any) -> dict[str, torch.Tensor]:
+def values_of(model: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {k: torch.randn(t.shape, generator=generator) * 0.2 for k, t in state(model).items()}
 
 
-def later(model: Any, folder: Path, case: str, values: dict[str, torch.Tensor]) -> dict[str, Any]:
+def later(model: Any, folder: Path, case: str, values: dict[str, Tensor]) -> dict[str, Any]:
     """A second adapter out of a file, rows of several, disabled and merged adapters."""
     found: dict[str, Any] = {}
     fastpeft.set_peft_model_state_dict(model, values)
@@ -144,7 +197,7 @@ def run(folder: Path, case: str, split: bool) -> dict[str, Any]:
     if split:
         dist.barrier()
         found["shapes"] = {n: tuple(getattr(p, "placements", ())) for n, p in model.named_parameters() if "lora_" in n}
-        again = fastpeft.PeftModel.from_pretrained(base(folder, True), where)
+        again = fastpeft.PeftModel.from_pretrained(base(folder, True, case), where)
         with torch.no_grad():
             found["loaded"] = again(IDS).logits
     return {**found, **(later(model.eval(), folder, case, values) if case in LATE else {})}
@@ -152,7 +205,7 @@ def run(folder: Path, case: str, split: bool) -> dict[str, Any]:
 
 def refused(folder: Path) -> list[str]:
     """Messages for what cannot follow the parts; the model stays as it was."""
-    model, found = base(folder, True), []
+    model, found = base(folder, True, "net"), []
     before = [name for name, _ in model.named_modules()]
     lora = {"target_modules": ["q_proj"]}
     configs = (
@@ -179,18 +232,18 @@ def pefts_names(folder: Path) -> list[bool]:
     from fastpeft.tuners.lora.model import get_tp_plan_and_mesh
     from fastpeft.utils.integrations import check_deepspeed_zero3_enabled, dtensor_from_local_like, gather_params_ctx
 
-    model = base(folder, True)
-    weight = model.model.layers[0].self_attn.q_proj.weight
+    model = base(folder, True, "net")
+    weight = model.layers[0].q_proj.weight
     again = dtensor_from_local_like(weight.to_local(), weight)
     with gather_params_ctx(weight):  # nothing to gather without ZeRO-3
         whole_again = torch.equal(again.full_tensor(), weight.full_tensor())
-    keys = ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "lm_head", "model.norm"]
+    keys = ["layers.1.q_proj", "layers.0.o_proj", "lm_head", "layers.0"]
     found = [get_tp_plan_and_mesh(model, key) for key in keys]
     return [
         whole_again, again.placements == weight.placements, not check_deepspeed_zero3_enabled(),
         [style for style, _ in found] == ["colwise", "rowwise", "colwise_gather_output", None],
         [mesh and mesh.mesh_dim_names for _, mesh in found] == [("tp",)] * 3 + [None],
-        get_tp_plan_and_mesh(torch.nn.Sequential(), "0") == (None, None),
+        get_tp_plan_and_mesh(nn.Sequential(), "0") == (None, None),
     ]  # fmt: skip
 
 
@@ -199,10 +252,14 @@ def main(rank: int, folder: Path) -> None:
     import megatron_tools
 
     dist.init_process_group("gloo")
-    results: dict[str, Any] = {case: run(folder, case, True) for case in CASES}
+    full = os.environ.get("PEFT_KERNELS_FULL_TESTS") == "1"
+    cases = CASES if full else SHORT
+    results: dict[str, Any] = {case: run(folder, case, True) for case in cases}
     results["refused"] = refused(folder)
     results["names"] = pefts_names(folder)
     results["megatron"] = megatron_tools.everything()
+    if full:
+        results["peft's error"] = megatron_tools.pefts_error()
     torch.save(results, folder / f"results{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Two processes over gloo, among which transformers' tensor parallelism splits a Llama, against one process; and with
+"""Two processes over gloo, among which transformers' tensor parallelism splits a model, against one process; and with
 Megatron's parallel linear layers (megatron-core's where it is installed, else stand-ins of their interface), against
 dense layers of the same weights."""
 
@@ -11,6 +11,7 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
+from forms import full, matrix
 from ranks import rendezvous, run_ranks
 from safetensors.torch import load_file
 from torch import nn
@@ -20,7 +21,7 @@ pytest.importorskip("peft")
 SCRIPT = Path(__file__).with_name("parallel_tools.py")
 assert_equal = runpy.run_path(str(SCRIPT.with_name("peft_tools.py")))["assert_equal"]
 tools = runpy.run_path(str(SCRIPT))
-CASES, LATE = tools["CASES"], tools["LATE"]
+CASES, LATE = matrix(tools["CASES"], tools["SHORT"]), tools["LATE"]
 MEGATRON = runpy.run_path(str(SCRIPT.with_name("megatron_tools.py")))["CASES"]
 pytestmark = [
     pytest.mark.slow,
@@ -32,13 +33,14 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
-    tools["save_base"](folder)
+    if full():
+        tools["save_base"](folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    return {case: tools["run"](folder, case, False) for case in CASES}
+    return {case: tools["run"](folder, case, False) for case in (tools["CASES"] if full() else tools["SHORT"])}
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +80,12 @@ def test_a_file_is_whole_and_loads_into_either_model(ranks: Any, alone: Any, fol
         assert torch.equal(value, ranks[0][case]["state"][key])
     for found in (rank[case] for rank in ranks):
         assert_equal(found["loaded"], found["after"])
-    model = fastpeft.PeftModel.from_pretrained(tools["base"](folder, False), folder / f"{case}-split")
+    model = fastpeft.PeftModel.from_pretrained(tools["base"](folder, False, case), folder / f"{case}-split")
     with torch.no_grad():
         assert_equal(model(tools["IDS"]).logits, alone[case]["after"])
 
 
-@pytest.mark.parametrize("case", sorted(LATE))
+@pytest.mark.parametrize("case", matrix(LATE, ["net"]))
 def test_rows_merging_and_a_second_adapter_are_as_in_one_process(ranks: Any, alone: Any, case: str) -> None:
     wanted = alone[case]
     for found in (rank[case] for rank in ranks):
@@ -100,21 +102,21 @@ def test_rows_merging_and_a_second_adapter_are_as_in_one_process(ranks: Any, alo
 
 
 def test_what_is_split(ranks: Any) -> None:
-    placements = {case: ranks[0][case]["shapes"] for case in CASES}
+    placements = {case: found["shapes"] for case, found in ranks[0].items() if "shapes" in found}
 
     def split(case: str, end: str) -> list[str]:
         (found,) = {tuple(map(repr, p)) for n, p in placements[case].items() if n.endswith(end)}
         return list(found)
 
     rows, columns, whole = ["Shard(dim=0)"], ["Shard(dim=1)"], []
-    assert [split("head", f"q_proj.lora_{m}.default.weight") for m in "AB"] == [whole, rows]
-    assert [split("head", f"o_proj.lora_{m}.default.weight") for m in "AB"] == [columns, whole]
-    assert [split("head", f"embed_tokens.lora_embedding_{m}.default") for m in "AB"] == [columns, whole]
-    assert [split("head", f"lm_head.lora_{m}.default.weight") for m in "AB"] == [whole, rows]
+    assert [split("net", f"q_proj.lora_{m}.default.weight") for m in "AB"] == [whole, rows]
+    assert [split("net", f"o_proj.lora_{m}.default.weight") for m in "AB"] == [columns, whole]
+    assert [split("net", f"embed_tokens.lora_embedding_{m}.default") for m in "AB"] == [columns, whole]
+    assert [split("net", f"lm_head.lora_{m}.default.weight") for m in "AB"] == [whole, rows]
     # BD-LoRA: a process has its blocks and its part of the rank alone
-    assert [split("bdlora", f"q_proj.lora_{m}.default.weight") for m in "AB"] == [rows, rows]
-    assert [split("bdlora", f"o_proj.lora_{m}.default.weight") for m in "AB"] == [rows, columns]
-    if "bdlora-3" in CASES:
+    assert [split("net-bdlora", f"q_proj.lora_{m}.default.weight") for m in "AB"] == [rows, rows]
+    assert [split("net-bdlora", f"o_proj.lora_{m}.default.weight") for m in "AB"] == [rows, columns]
+    if full():
         assert [split("bdlora-3", f"gate_proj.lora_{m}.default.weight") for m in "AB"] == [whole, whole]
 
 
@@ -165,9 +167,10 @@ def test_what_megatrons_layers_cannot_have_says_so(ranks: Any) -> None:
     assert "let Megatron's checkpoints join them" in saved
 
 
+@pytest.mark.full_form
 def test_pefts_adapters_do_not_go_into_megatrons_layers(ranks: Any) -> None:
     """PEFT 0.21.2 fails while it makes the layer, so there are no numbers of its to compare with."""
-    assert ranks[0]["megatron"]["peft"].startswith("KeyError")
+    assert ranks[0]["peft's error"].startswith("KeyError")
 
 
 def test_nothing_that_megatron_core_names_is_imported() -> None:

@@ -51,7 +51,8 @@ def get_tp_plan_and_mesh(model: nn.Module, current_key: str) -> tuple[str | None
     style = None if mesh is None else style_of(model, sites, current_key)
     if style is None or "tp" not in (mesh.mesh_dim_names or ("tp",)):
         return None, None
-    return style, mesh["tp"] if mesh.ndim > 1 else mesh
+    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    return (style, mesh) if mesh.size() > 1 else (None, None)
 
 
 def check_deepspeed_zero3_enabled() -> bool:
