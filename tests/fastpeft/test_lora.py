@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from fastpeft import LoraConfig, get_peft_model
-from fastpeft.methods.lora.lora import LATER_OPTIONS, Lora
+from fastpeft.methods.lora.lora import Lora
 from fastpeft.testing import SAMPLE_BASES
 from torch import Tensor, nn
 
@@ -75,16 +75,6 @@ def test_a_configuration_written_here_is_the_one_that_peft_writes(tmp_path: Any)
     read = fastpeft.PeftConfig.from_pretrained(tmp_path / "theirs")
     assert isinstance(read, LoraConfig)
     assert read.to_dict() == LoraConfig(**options).to_dict()
-
-
-@pytest.mark.parametrize("name", LATER_OPTIONS)
-def test_an_option_that_is_not_there_yet_is_named_and_leaves_the_model_alone(name: str) -> None:
-    value: Any = {"loftq_config": {"loftq_bits": 4}, "megatron_config": {"a": 1}}.get(name, [1])
-    model = Net(nn.Linear(4, 4))
-    with pytest.raises(NotImplementedError, match=name):
-        get_peft_model(model, LoraConfig(target_modules=["layer"], **{name: value}))
-    assert type(model.layer) is nn.Linear
-    assert model.layer.weight.requires_grad
 
 
 @pytest.mark.parametrize("init", ["a", "pissa_", "pissa_niter_x", "LORAGA"])

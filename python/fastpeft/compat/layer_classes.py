@@ -16,7 +16,7 @@ from ..model.tuner import tuner_class
 _ATTENTIONS = ("AdaptedAttention", "AdaptedAttentionGPT")  # of layers that have not the name of their method
 _LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper", "Linear4bit",
            "Linear8bitLt")  # fmt: skip
-_ALL = (*_ATTENTIONS, *_LABELS)
+_ENDS = ("ParallelLinear", *_LABELS)  # of names of classes
 
 
 class _HeldBy(type):
@@ -34,7 +34,7 @@ class _HeldBy(type):
 @functools.cache
 def layer_class(method: Method, name: str) -> type:
     """`isinstance(module, LoraLayer)`: true of an adapter layer with an adapter of that method."""
-    label = next((label for label in _ALL if name.endswith(label)), None)
+    label = next((label for label in (*_ATTENTIONS, *_ENDS) if name.endswith(label)), None)
     return _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
 
 
@@ -42,7 +42,7 @@ def _is_layer(method: Method, name: str) -> bool:
     """True if PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
     if name in _ATTENTIONS:
         return method.peft_type == PeftType.ADAPTION_PROMPT
-    whose = next((name.removesuffix(end) for end in (*_LABELS, "Layer") if name.endswith(end)), None)
+    whose = next((name.removesuffix(end) for end in (*_ENDS, "Layer") if name.endswith(end)), None)
     own = {method.model_name.removesuffix("Model").lower(), "svd" if method.model_name == "AdaLoraModel" else ""}
     return whose is not None and (whose.lower() in own or name in _LABELS)
 
@@ -55,7 +55,7 @@ def names(tuner: str) -> list[str]:
     """The names of `peft.tuners.<tuner>`: the method's configuration, its model and its layers."""
     method = _method(tuner)
     layer = method.model_name.removesuffix("Model") + "Layer"
-    own = [name for name in _ALL if _is_layer(method, name)]
+    own = [name for name in (*_ATTENTIONS, *_LABELS) if _is_layer(method, name)]
     return [method.config_class.__name__, method.model_name, layer, *own]
 
 

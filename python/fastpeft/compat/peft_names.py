@@ -32,7 +32,12 @@ HOMES = {
         get_device_map inspect_matched_modules is_xpu_available transpose update_forward_signature
         update_generate_signature update_signature
     """,
+    "compat.parallel_names": """
+        LoraEmbeddingATPHolder LoraParallelLinear TpInfo check_deepspeed_zero3_enabled gather_params_ctx
+        get_default_module_allowlist get_tp_plan_and_mesh
+    """,
     "config.base": "CONFIG_NAME",
+    "files.whole": "dtensor_from_local_like",
     "model.distributed": "fsdp_auto_wrap_policy",
     "saving.hotswap": """
         CONFIG_KEYS_TO_CHECK check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
@@ -64,6 +69,7 @@ HOMES = {
     "methods.lokr": "factorization=factorize",
     "recipes.scaling": "disable_input_dtype_casting rescale_adapter_scale",
     "methods.lora.start.corda": "CordaEigens",
+    "methods.lora.variants.bdlora": "BlockDiagonalLinear",
     "config.targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
     "inject.tokens": "TrainableTokensWrapper",
     "model.tuner": "BaseTuner MixedModel=BaseTuner",
@@ -104,6 +110,8 @@ _MODULES = {
     "tuners.lora.eva": "recipes.eva methods.lora.start.eva",
     "tuners.lora.intruders": "recipes.intruders",
     "tuners.lora.loraga": "recipes.loraga methods.lora.start.loraga",
+    "tuners.lora.tp_layer": "LoraParallelLinear get_default_module_allowlist",
+    "tuners.lora.variants": "BlockDiagonalLinear",
     "tuners.shadow": "networks.shadow_alone networks.shadow_cache",
     "tuners.shadow.diffusion_models": "networks.flux_shadow",
     "tuners.shadow.layers": "networks.shadow_alone networks.shadow_cache",
@@ -116,7 +124,9 @@ _MODULES = {
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": "saving.hotswap",
     "utils.incremental_pca": "recipes.incremental_pca",
-    "utils.integrations": "dequantize_module_weight",
+    "utils.integrations": """
+        TpInfo check_deepspeed_zero3_enabled dequantize_module_weight dtensor_from_local_like gather_params_ctx
+    """,
     "utils.loftq_utils": "recipes.loftq",
     "utils.merge_utils": "model.merge_math",
     "utils.other": _UTILS,

@@ -137,13 +137,27 @@ def copy_into(target: Any, value: Tensor) -> None:
             if torch.distributed.get_rank() == 0:
                 target.copy_(value)
         return
-    if hasattr(target, "full_tensor") and not hasattr(value, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = value.to(target.device, target.dtype)
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
     with torch.no_grad():
-        target.copy_(value)
+        target.copy_(sharded_as(target, value.to(target.device, target.dtype)))
+
+
+def sharded_as(target: Any, value: Any) -> Tensor:
+    """A whole value, which every process has, as a DTensor if `target` is one."""
+    if not hasattr(target, "full_tensor") or hasattr(value, "full_tensor"):
+        return value  # type: ignore[no-any-return]
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def dtensor_from_local_like(local_tensor: Tensor, ref: Any) -> Tensor:
+    """This process's part of a tensor as a DTensor of the shape, mesh and placements of another, `ref`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local_tensor.contiguous(), ref.device_mesh, ref.placements, run_check=False, shape=ref.shape,
+        stride=ref.stride(),
+    )  # fmt: skip
 
 
 def may_write(sharded: bool, is_main_process: bool) -> bool:

@@ -19,6 +19,7 @@ from ..methods.method import Method, State
 from ..prompts.encoders import PromptEncoders
 from ..weights.base import BaseWeight, LayerInfo, innermost
 from ..weights.find import weight_of
+from ..weights.split import is_split
 
 AdapterModule = AdapterLayer | ModulesToSaveWrapper | PromptEncoders
 WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch's names of a module in a wrapper
@@ -182,6 +183,9 @@ def checked_info(site: Site) -> LayerInfo:
             f"{site.name!r} is read by its MultiheadAttention, which never calls it: target the attention itself "
             f"({site.name.rpartition('.')[0]!r}); its adapters act on {site.child_name} too."
         )
+    if not base.parallel and is_split(base.holder):
+        what = f"{site.key or site.name!r}, a {type(site.module).__name__}"
+        raise ValueError(f"Tensor parallelism splits {what}: LoRA's `target_modules` alone can name such modules.")
     try:
         base.check()
     except ValueError as error:

@@ -30,6 +30,7 @@ from ..files.whole import copied
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
 from ..layer.module_layer import ModuleLayer
+from ..layer.parallel import layer_on
 from ..layer.saved_modules import ModulesToSaveWrapper, check_savable
 from ..layer.shared_tensors import fill_containers, held_containers
 from ..methods.base_edit import EDIT
@@ -37,8 +38,9 @@ from ..methods.computed import compute
 from ..methods.method import LayerInfo, Method, State
 from ..methods.registry import method_of
 from ..methods.whole import WholeMethod
-from ..weights.whole_module import WholeModule
 from ..prompts.method import PromptMethod
+from ..weights.split import is_split
+from ..weights.whole_module import WholeModule
 from .modules import (
     LayerPlan,
     Site,
@@ -54,6 +56,7 @@ from .modules import (
 from .old_experts import Converted, JoinedExperts, convert_targets, find_joined, without_dropout
 from .parameters import parameter_sites
 from .replicate import replicate_layers
+from .split import split_sites
 from .tokens import TokenPlan, plan_tokens
 
 LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -216,6 +219,8 @@ def _plan(
     matched.names = [n for n in matched.names if n not in converted.routers]
     leaders = method.followers(resolved, model)
     matched.names.extend(n for n, to in leaders.items() if to in matched.names and n not in matched.names)
+    if split := split_sites(model, sites, matched.names):
+        sites = {**sites, **split}
     named = [sites[name] for name in matched.names]
     if isinstance(method, WholeMethod):
         named = [_whole(site, method, model) for site in named]
@@ -251,6 +256,8 @@ def _plan(
         for info, state in zip(infos, states, strict=True):
             compute(state, low_cpu_mem_usage)
             place(state, info, autocast_adapter_dtype and method.autocast)
+            if info.base.parallel:
+                method.parted(configs.get(info.name, resolved), state, info)
             if shared:  # each layer moves what all share, as in PEFT; a quantised one's arithmetic is not its precision
                 dtype = info.dtype if info.quantized is None else torch.float32
                 place(shared, replace(info, dtype=dtype), autocast_adapter_dtype and method.autocast)
@@ -263,8 +270,8 @@ def _plan(
     for site, info, state in zip(targets, infos, states, strict=True):
         layer = site.module
         if not isinstance(layer, AdapterLayer):
-            cls = ModuleLayer if isinstance(site.base, WholeModule) else AdapterLayer
-            layer = cls(made.get(id(site.module), site.module), info.name, site.base)
+            on = ModuleLayer if isinstance(site.base, WholeModule) else layer_on
+            layer = on(made.get(id(site.module), site.module), info.name, info.base)
             made[id(site.module)] = layer
             layer.train(site.module.training)
         for child in (*shared.values(), *state.values()):
@@ -381,6 +388,8 @@ def _plan_saved(
     found = [n for n, s in sites.items() if ends and n.endswith(ends) and not isinstance(s.parent, within)]
     for name in found:
         check_savable(sites[name].module)
+        if any(is_split(m) for m in sites[name].module.modules()):
+            raise ValueError(f"modules_to_save cannot have {name!r}: tensor parallelism splits it among processes.")
     names = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
     names += [n for n, to in leaders.items() if to in names and n not in names]
     held = ((sites[name], sites[name].module) for name in names)

@@ -51,7 +51,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
         module = self._modules["base_layer"]
         if base.module is not module:
             assert module is not None
-            found = None if base.transient else weight_of(module)
+            found = None if base.transient or base.parallel else weight_of(module)
             self._base = base = found or base.of(module)
         return base
 
@@ -99,7 +99,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
             base = self.unmerged_weight()
             method, view = self.methods[adapter], self.view(adapter)
             if type(method).merged is Method.merged and not method.needs_base_weight:
-                delta = method.delta_weight(view, view, None).reshape(self.info.shape)
+                delta = method.delta_weight(view, view, None).reshape(base[0].shape)
             else:
                 delta = self.merged_weight([adapter], base)[0] - base[0]
         return delta.t() if self.base.transposed else delta
@@ -192,6 +192,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
     def no_lora_form(self, adapter: str) -> str | None:
         """The reason why no LoRA does in this layer what an adapter does; None where one can."""
         info = self.info
+        if self.base.parallel:
+            return "processes split it: save the adapter and convert it in a model that is whole"
         if info.transient or info.groups > 1 or info.kind not in ("linear", "embedding", "conv1d", "conv2d", "conv3d"):
             return f"a {type(info.module).__name__} as this one has no LoRA that could do the same"
         return self.methods[adapter].mergeable_in(self.view(adapter), info)
@@ -206,7 +208,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         wanted = self._active_adapter if adapter_names is None else adapter_names
         names = [n for n in wanted if n in self.methods and n not in self.merged_adapters]
-        if names and (any(map(is_sharded, self.parameters())) or any(map(is_unit, self.modules()))):
+        whole = self.base.parallel or not names
+        if not whole and (any(map(is_sharded, self.parameters())) or any(map(is_unit, self.modules()))):
             raise ValueError(f"{self._shown} is sharded: save the adapter and merge it in a model that is not.")
         for name in names:
             if reason := self.methods[name].mergeable_in(self.view(name), self.info):

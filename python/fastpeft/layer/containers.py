@@ -116,7 +116,8 @@ class AdapterDict(nn.Module):
             if name not in self._non_persistent_buffers_set:
                 yield "", value
         elif isinstance(value, nn.Module):
-            yield from value.state_dict(keep_vars=True).items()
+            held = value.state_dict(keep_vars=True).items()
+            yield from ((k, t) for k, t in held if isinstance(t, Tensor))  # Megatron's have an extra state, None
 
     def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of one adapter."""

@@ -118,6 +118,10 @@ class AdapterView:
             raise AttributeError(f"adapter {self._name!r} has no {name!r} in this layer") from None
         return opened(value) if isinstance(value, nn.Module) and is_apart(value) else value
 
+    def own(self, tensor: Tensor) -> Tensor:
+        """One of the adapter's tensors as this process computes with it."""
+        return self._layer.base.own(tensor)
+
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """An input in the dtype of the adapter's tensors, unless a user turned that off."""
         return x.to(dtype) if self._layer.cast_input_dtype_enabled else x
@@ -142,8 +146,9 @@ class Method:
     of the model's forward and `generate`, which the base model does not get. autocast: whether tensors become float32
     on half-precision bases. repeats_shared: whether files repeat what is shared in every layer. merge_error: the class
     of what is raised where it has no merged form. counts: fields of the configuration that are positive integers, such
-    as ranks. divisors: fields that divide sizes of the layer ({"block_size": ("in_features", "out_features")}). kernel:
-    the function of `peft_kernels` that `fused` calls.
+    as ranks. divisors: fields that divide sizes of the layer ({"block_size": ("in_features", "out_features")}).
+    parallel: values of `BaseWeight.parallel` of layers that it can adapt (`parted`). kernel: the function of
+    `peft_kernels` that `fused` calls.
     """
 
     peft_type: ClassVar[PeftType]
@@ -165,6 +170,7 @@ class Method:
     prompts: ClassVar[bool] = False  # the adapter is a prompt of the model (`prompts/`), and in none of its layers
     counts: ClassVar[tuple[str, ...]] = ()
     divisors: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    parallel: ClassVar[frozenset[str]] = frozenset()
     kernel: ClassVar[str] = "lora_linear"
 
     def __init_subclass__(cls, config: type[PeftConfig] | None = None) -> None:
@@ -194,6 +200,12 @@ class Method:
         if info.kind not in self.kinds:
             what, kinds = f"{info.name!r}, a {type(info.module).__name__}", ", ".join(sorted(self.kinds))
             raise ValueError(f"{self.peft_type.value} cannot adapt {what}: it supports layers of kind {kinds}.")
+        if info.base.parallel and info.base.parallel not in self.parallel:
+            ways = {"tensor": "tensor parallelism splits among processes", "megatron": "Megatron splits"}
+            raise ValueError(
+                f"{type(self).__name__} cannot adapt {info.name!r}, which {ways[info.base.parallel]}: plain LoRA and "
+                "BD-LoRA can (megatron_config=... on Megatron's layers). Train others in a model that is not split."
+            )
         for field, size in ((field, size) for field, sizes in self.divisors.items() for size in sizes):
             whole, part = getattr(info, size), getattr(config, field)
             if part < 1 or whole % part:
@@ -242,6 +254,9 @@ class Method:
         """One layer's entries by name, initialised: those of `tensors` that this adapter has there, values such as
         `scaling`, and modules or buffers that are not trained."""
         raise NotImplementedError
+
+    def parted(self, config: Any, state: State, info: LayerInfo) -> None:
+        """Replace entries of a new state by the parts of this process, in a `parallel` layer."""
 
     def tie(self, config: Any, adapter: str, layers: Mapping[str, AdaptedLayer], leaders: Mapping[str, str]) -> None:
         """Let layers share entries: called once, when the adapter is in all its layers, given by name. leaders: see

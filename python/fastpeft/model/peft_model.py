@@ -21,7 +21,7 @@ from ..methods.registry import method_of
 from ..saving.folder import open_adapter, save_adapter
 from ..saving.load import plan_loading
 from ..saving.plain_lora import as_plain_lora
-from ..saving.state_dict import get_peft_model_state_dict
+from ..saving.state_dict import check_writable, get_peft_model_state_dict
 from ..weights.nf4_linear import NF4Linear
 from . import adapters, card, prompted, prompted_generation
 from .prepare import enable_input_gradients, is_checkpointing, is_quantized
@@ -246,6 +246,7 @@ class PeftModel(SeenAsPeft, nn.Module):
         unknown = [name for name in selected if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters names {unknown}, there are {list(self.peft_config)}.")
+        check_writable(self)
         given = kwargs.get("state_dict")
         if not is_main_process and (given is not None or any(is_partitioned(p) for p in self.parameters())):
             return  # of what accelerate's `get_state_dict` gathers the first process alone has something

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..files.checks import PREFIX, TUNER, KeyMismatchError, list_some, mismatch, read_json, report
 from ..files.offloaded import keep, keeper, kept
-from ..files.whole import copy_into, gathered, is_sharded, state_of_units, whole_shape
+from ..files.whole import copy_into, gathered, is_sharded, sharded_as, state_of_units, whole_shape
 from ..inject.modules import WRAPPED, adapter_modules, iter_adapter_tensors
 from ..inject.old_experts import JoinedExperts, find_joined, joined_state
 from ..layer.layer import AdapterLayer
@@ -62,6 +62,17 @@ def get_peft_model_state_dict(
     if given is not None:
         _check_all_there(model, adapter_name, pairs)
     return method_of(config).pack(config, gathered({f: kept(*_place(model, m), t) for m, (f, t) in pairs.items()}))
+
+
+def check_writable(model: nn.Module) -> None:
+    """Raise ValueError for adapters of which this process has parts that only Megatron's own checkpoints join."""
+    for name, layer in adapter_modules(model):
+        base: Any = layer.base if isinstance(layer, AdapterLayer) else None
+        if base is not None and base.parallel == "megatron" and base.group.size() > 1:
+            raise ValueError(
+                f"{base.group.size()} processes share {name!r}, a {type(base.module).__name__}, and its adapter: save "
+                "each one's part (`get_peft_model_state_dict`) or let Megatron's checkpoints join them."
+            )
 
 
 def _check_all_there(model: nn.Module, adapter: str, found: Iterable[str]) -> None:
@@ -155,12 +166,12 @@ def _fill(
     if whole is not None:  # FSDP1's units put their shards of it in their places
         model.load_state_dict({memory: value for memory, (_, value) in found.items()}, strict=False)
     for memory, (target, value) in found.items() if whole is None else ():
-        if is_sharded(target):
+        if is_sharded(target) and not target.is_meta:
             copy_into(target, value)
         elif target.is_meta and keeper(_place(model, memory)[0]) is not None:
             keep(*_place(model, memory), value.to(target.dtype))
         elif low_cpu_mem_usage or target.is_meta:
-            _assign(model, memory, value, new)
+            _assign(model, memory, sharded_as(target, value), new)
         elif not isinstance(target, nn.Parameter):  # adapters may share a buffer
             _assign(model, memory, value.to(target.dtype, copy=True), new)
         else:

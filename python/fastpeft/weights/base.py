@@ -108,6 +108,7 @@ class BaseWeight:
     times: ClassVar[int] = 1  # as in LayerInfo
     attributes: ClassVar[frozenset[str]] = frozenset()  # of the module, that code asks the adapter layer for
     names: tuple[str, str | None] = ("weight", "bias")  # of the parameters that hold W and b
+    parallel: ClassVar[str] = ""  # processes compute parts of it, by "tensor" parallelism or "megatron": see split.py
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -226,6 +227,23 @@ class BaseWeight:
     def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own output."""
         return self.module(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Input of this process's part of a `parallel` layer."""
+        return x
+
+    def leave(self, y: Tensor) -> Any:
+        """Output of a `parallel` layer for that of this process's part."""
+        return y
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """An adapter's tensor as this process computes with it."""
+        return tensor
+
+    @property
+    def parameters(self) -> Any:
+        """The module's parameters by name, as kernels take them."""
+        return self.module._parameters
 
     def attribute(self, name: str) -> Any:
         """The answer of the adapter layer for one of `attributes`."""

@@ -7,13 +7,14 @@ from torch import nn
 from .base import BaseWeight
 from .bnb import Bnb4bitWeight, Bnb8bitWeight
 from .dense import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight, NormWeight
+from .megatron import MegatronWeight
 from .nf4 import Quant4bitWeight
 from .read_by_module import AttentionWeight
 
 # The more special ones first.
 STORAGES: tuple[type[BaseWeight], ...] = (
     Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, Conv1DWeight, EmbeddingWeight, ConvWeight, AttentionWeight,
-    LinearWeight, NormWeight,
+    LinearWeight, MegatronWeight, NormWeight,
 )  # fmt: skip
 
 

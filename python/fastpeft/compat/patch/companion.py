@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...layer.by_row.call import RowCall
 from ...layer.containers import AdapterDict
 from ...layer.layer import AdapterLayer
-from ...methods.lora.lora import LATER_OPTIONS, Lora
+from ...methods.lora.lora import Lora
 from ...methods.method import Method
 from ...methods.registry import get_method
 from ...weights.base import BaseWeight
@@ -185,9 +185,9 @@ def method_for(theirs: Any, config: Any) -> Method:
     """The method of an adapter in a layer, by PEFT's configuration. Raises Stays where none is here."""
     if hasattr(theirs, "trainable_tokens_delta"):  # of LoRA's `trainable_token_indices`, too
         return get_method("TRAINABLE_TOKENS")
-    for option in LATER_OPTIONS:
+    for option in ("arrow_config", "megatron_config"):  # adapters that look at each other, layers that are parts of one
         if getattr(config, option, None):
-            raise Stays(f"{option} is not there yet in fastpeft")
+            raise Stays(f"{option} is left to PEFT's own layers")
     try:
         return get_method(getattr(config.peft_type, "value", config.peft_type)).variant(config)
     except (NotImplementedError, ValueError) as error:

@@ -31,6 +31,7 @@ from ..method import AdaptedLayer, Inner, LayerInfo, Method, State
 from ..registry import registry
 from ..tied import Transposed, tied_fields, tied_names
 from . import start
+from .parts import part_out
 from .variants import SUB_CONFIGS, variant_of
 
 
@@ -84,7 +85,11 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
     _custom_modules: ClassVar[None] = None  # PEFT's injection, which takes this configuration too, asks for it
 
     def __post_init__(self) -> None:
+        if not isinstance(self.megatron_config, (dict, type(None))):  # Megatron's own object, which no file holds
+            vars(self)["runtime_fields"] = (*self.runtime_fields, "megatron_config")
         super().__post_init__()
+        if self.use_dora and self.megatron_config:
+            raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
         for name, value in [(n, v) for n, v in vars(self).items() if isinstance(v, dict) and n not in PLAIN_DICTS]:
             registry()  # the variants bring the classes
             if name in SUB_CONFIGS:  # a file has a nested configuration as a dictionary
@@ -98,8 +103,6 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
 
 
 PLAIN_DICTS = ("rank_pattern", "alpha_pattern", "loftq_config", "megatron_config", "auto_mapping")
-# Options of PEFT's LoRA that are not there yet; each is refused by name where it is set.
-LATER_OPTIONS = ("megatron_config",)
 INITS = (True, False, "gaussian", "orthogonal")
 
 
@@ -112,6 +115,7 @@ class Lora(Method):
     kinds = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d", "experts"})
     patterns: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     counts = ("r",)
+    parallel = frozenset({"tensor"})
     inits: ClassVar[tuple[str, ...]] = ()  # values of `init_lora_weights` that a variant adds
     examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3},
@@ -137,9 +141,6 @@ class Lora(Method):
 
     def check_config(self, config: LoraConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
-        for name in LATER_OPTIONS:
-            if getattr(config, name):
-                raise NotImplementedError(f"LoraConfig({name}=...) is not there yet in fastpeft.")
         init, found = config.init_lora_weights, start.start_of(config.init_lora_weights)
         if found is not None:
             if config.lora_bias:
@@ -169,6 +170,11 @@ class Lora(Method):
                 f"is divisible by groups, got r={config.r}. Choose another rank or do not target this layer."
             )
         start.check_layer(config, info)
+        if info.base.parallel and (start.start_of(config.init_lora_weights) or config.ensure_weight_tying):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} and ensure_weight_tying={config.ensure_weight_tying} "
+                f"need all of {info.name!r}, which processes split: use init_lora_weights=True without tying."
+            )
         if config.init_lora_weights == "orthogonal" and info.kind.startswith("conv"):
             raise ValueError(f"init_lora_weights='orthogonal' is for linear layers, {info.name!r} is a convolution")
         if config.lora_bias and not info.has_bias and info.transient:
@@ -223,6 +229,9 @@ class Lora(Method):
                     nn.init.zeros_(b.bias)
         return {**state, "lora_A": a, "lora_B": b}
 
+    def parted(self, config: LoraConfig, state: State, info: LayerInfo) -> None:
+        part_out(state, info)
+
     # Math
 
     def matrices(self, s: Any) -> tuple[Tensor, Tensor]:
@@ -235,9 +244,8 @@ class Lora(Method):
         return self.matrices(s)
 
     def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
-        a, b = s.get("lora_embedding_A"), s.get("lora_embedding_B")
-        if a is None:
-            a, b = self.matrices(s)
+        into = s.get("lora_embedding_A")
+        a, b = self.matrices(s) if into is None else (s.own(into), s.own(s.lora_embedding_B))
         dtype = wide(a.dtype)
         if s.get("experts"):  # ranks by expert in A, experts by rank in B
             by_expert = a.to(dtype).unflatten(0, (s.experts, -1))
@@ -250,7 +258,8 @@ class Lora(Method):
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w, b = super().merged(s, shared, w, b)
         if s.lora_bias:
-            added = s.lora_B.bias.to(w.dtype) * s.scaling
+            bias = s.lora_B.bias.to_local() if hasattr(s.lora_B.bias, "to_local") else s.lora_B.bias
+            added = bias.to(w.dtype) * s.scaling
             b = added if b is None else b + added
         return w, b
 
@@ -263,9 +272,8 @@ class Lora(Method):
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         added: Tensor
-        if s.get("lora_embedding_A") is not None:
-            low = inner.apply(x, s.lora_embedding_A)
-            added = F.linear(low, s.lora_embedding_B) * s.scaling
+        if (into := s.get("lora_embedding_A")) is not None:
+            added = F.linear(inner.apply(x, s.own(into)), s.own(s.lora_embedding_B)) * s.scaling
             return y + added
         a, b, dropout = s.lora_A, s.lora_B, s.lora_dropout
         added = b(a(dropout(s.cast(x, a.weight.dtype)))) * s.scaling
@@ -291,7 +299,7 @@ class Lora(Method):
         compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
         # Dicts rather than modules: a parameter that is replaced is seen, and a lookup costs a tenth of an attribute's.
         scaling: Any = layer.scaling
-        base_parameters = base._parameters
+        base_parameters = layer.base.parameters
         modules_a, modules_b, modules_drop = (_modules(layer, c) for c in ("lora_A", "lora_B", "lora_dropout"))
         parameters_a, parameters_b = a._parameters, b._parameters
         derived = type(self).drawn is not Lora.drawn or not type(a) is type(b) is nn.Linear

@@ -20,7 +20,7 @@ SUB_CONFIGS: dict[str, type[Any]] = {start.field: start.options for start in sta
 
 def variant(option: str, config_class: type[Any] | None = None) -> Callable[[V], V]:
     """Class decorator: the method that LoraConfig means when `asks(config, option)`; its examples join LoRA's,
-    its layers are linear unless it names other kinds.
+    its layers are linear, and no process has a part of them, unless it names other kinds and ways.
 
     config_class: of the option's value, which files hold as a dictionary; it is exported as `fastpeft.<its name>`.
     """
@@ -28,6 +28,7 @@ def variant(option: str, config_class: type[Any] | None = None) -> Callable[[V],
     def add(cls: V) -> V:
         VARIANTS[option] = cls()
         cls.kinds = vars(cls).get("kinds", Method.kinds)
+        cls.parallel = vars(cls).get("parallel", Method.parallel)
         lora: type[Method] = cls.__bases__[0]
         lora.examples = (*lora.examples, *cls.examples)
         lora.model_methods = {**lora.model_methods, **cls.model_methods}

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....config.base import check
 from ....config.seen_as_peft import SeenAsPeft
+from ....weights.split import Split
 from ...method import LayerInfo, State
 from ..lora import Lora
+from ..parts import held, part_out
 from . import variant
 
 
@@ -49,12 +52,38 @@ class BlockDiagonalLinear(nn.Module):
     def matrix(self) -> Tensor:
         return torch.block_diag(*self.weight.chunk(self.nblocks))  # type: ignore[no-any-return, no-untyped-call]
 
+    def weight_as_blockdiagonal_matrix(self) -> Tensor:
+        """The whole matrix [out_features, in_features]; PEFT's name for it."""
+        return self.matrix()
+
+
+class PartBlocks(BlockDiagonalLinear):
+    """The blocks of this process where blocks go with the parts of W: its part of the layer needs no others. Elsewhere
+    all of them (dim None), from whose matrix it takes the rows or columns that W's part has."""
+
+    def __init__(self, whole: BlockDiagonalLinear, split: Split, dim: int | None, narrow: int | None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.nblocks = whole.in_features, whole.out_features, whole.nblocks
+        self.split, self._narrow = split, narrow
+        self._own_blocks = whole.nblocks if dim is None else whole.nblocks // split.size
+        self.weight = held(split, whole.weight, dim)
+
+    def matrix(self) -> Tensor:
+        blocks = self.split.own(self.weight).chunk(self._own_blocks)
+        whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        return whole if self._narrow is None else self.split.narrowed(whole, self._narrow)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix())
+
 
 @variant("use_bdlora", BdLoraConfig)
 class BdLora(Lora):
     """A module is matched by its own name, without what it is in. Its blocks are expanded for the fused kernel: A and B
-    are small."""
+    are small. Where processes split the outputs of a layer and B has blocks, or its inputs and A has, each process has
+    its own blocks alone and its part of the rank."""
 
+    parallel = frozenset({"tensor"})
     examples: ClassVar[Any] = (
         {"r": 4, "use_bdlora": BdLoraConfig([""], None, nblocks=2)},
         {"r": 4, "use_bdlora": BdLoraConfig(None, [""], nblocks=4)},
@@ -82,6 +111,19 @@ class BdLora(Lora):
         for which, (ins, outs) in _blocked(config, info).items():
             state[f"lora_{which}"] = BlockDiagonalLinear(ins, outs, nblocks, init_zero=which == "B")
         return state
+
+    def parted(self, config: Any, state: State, info: LayerInfo) -> None:
+        split: Any = info.base.split  # type: ignore[attr-defined]
+        letter, other = "BA"[split.dim], "AB"[split.dim]  # what is split as W is, and what is not
+        wholes = {n: state[f"lora_{n}"] for n in "AB" if isinstance(state[f"lora_{n}"], BlockDiagonalLinear)}
+        fits = letter in wholes and other not in wholes and config.use_bdlora.nblocks % split.size == 0
+        for name, whole in wholes.items():
+            own = name == letter
+            state[f"lora_{name}"] = PartBlocks(
+                whole, split, 0 if own and fits else None, split.dim if own and not fits else None
+            )
+        # of the other the rank is split too: the rows of A, or the columns of B
+        part_out(state, info, {other: split.dim} if fits else {})
 
 
 def _blocked(config: Any, info: LayerInfo) -> dict[str, tuple[int, int]]:
