@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart demo-adapters test test-all test-ecosystem test-matrix test-triton-matrix test-sanitize \
-	bench gpu-report lint native setup setup-dev setup-ecosystem clean
+	peft-suite bench gpu-report lint native setup setup-dev setup-ecosystem clean
 
 # The first of these that runs, is 3.10 or newer and can make a virtual environment; 3.14 and later only if named.
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -58,6 +58,14 @@ VERSIONS ?=
 
 test-triton-matrix: setup-dev ## the Triton kernels as machine code, under four versions of Triton
 	@$(VENV_PYTHON) tools/test_matrix.py triton $(if $(VERSIONS),--versions $(VERSIONS)) -- $(ARGS)
+
+# Files of PEFT's tests, as test_config; all of them by default.
+FILES ?=
+
+peft-suite: ## PEFT's own tests with fastpeft in its place, FILES=test_config for one; results in docs/compatibility.md
+	$(SETUP) demo test lint peft-suite
+	@$(BUILD_FOR_HERE)
+	@$(VENV_PYTHON) tools/peft_suite $(FILES) $(ARGS)
 
 test-sanitize: setup-dev ## the CPU library under ASan, UBSan and TSan, on recorded calls of its whole C ABI
 	@$(BUILD_FOR_HERE)

@@ -34,6 +34,7 @@ _NAMES = {
     "inject.modules": ("adapter_modules",),
     "saving.base_state": ("get_base_model_state_dict", "set_base_model_state_dict"),
     "saving.export": ("export_for_serving", "inspect_adapter"),
+    "saving.folder": ("convert_bin",),
     "saving.load": ("load_peft_weights",),
     "saving.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "model.auto": (

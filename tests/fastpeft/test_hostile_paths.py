@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 import runpy
 import shutil
 from pathlib import Path
-from typing import Any
 
 import fastpeft
 import pytest
@@ -16,7 +14,7 @@ from fastpeft.config.base import CONFIG_NAME
 from fastpeft.config.limits import check_adapter_name
 from fastpeft.files.checks import AdapterFileError, path_inside
 from fastpeft.files.safetensors import read_header
-from fastpeft.saving.folder import PICKLE_NAME, SAFETENSORS_NAME
+from fastpeft.saving.folder import SAFETENSORS_NAME
 from safetensors.torch import load_file
 
 tools = runpy.run_path(str(Path(__file__).with_name("hostile_tools.py")))
@@ -31,46 +29,6 @@ quick = tools["quick"]
 refuse = tools["refuse"]
 snapshot = tools["snapshot"]
 write_raw = tools["write_raw"]
-
-
-class Bomb:
-    """Unpickling this creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (open, (str(self.path), "w"))
-
-
-def test_pickles_are_refused_and_never_run(folder, tmp_path):
-    mark = tmp_path / "exploded"
-    (folder / SAFETENSORS_NAME).unlink()
-    torch.save({KEY: Bomb(mark)}, folder / PICKLE_NAME)
-    refuse(folder, "allow_pickle")
-    refuse(folder, "not a file of tensors", allow_pickle=True)
-    (folder / PICKLE_NAME).write_bytes(pickle.dumps(Bomb(mark)))
-    refuse(folder, "not a file of tensors", allow_pickle=True)
-    assert not mark.exists()
-
-
-def test_an_honest_pickle_loads_when_asked(folder):
-    tensors = load_file(folder / SAFETENSORS_NAME)
-    (folder / SAFETENSORS_NAME).unlink()
-    torch.save(tensors, folder / PICKLE_NAME)
-    refuse(folder, "allow_pickle")
-    model = fastpeft.PeftModel.from_pretrained(Net(), folder, allow_pickle=True)
-    assert torch.equal(fastpeft.get_peft_model_state_dict(model)[KEY], tensors[KEY])
-
-
-def test_pickles_that_claim_more_than_they_hold(folder):
-    tensors = load_file(folder / SAFETENSORS_NAME)
-    (folder / SAFETENSORS_NAME).unlink()
-    tensors[KEY] = torch.zeros(1).expand(1 << 20, 1 << 20)
-    torch.save(tensors, folder / PICKLE_NAME)
-    refuse(folder, "claim more", allow_pickle=True)
-    torch.save([1, 2], folder / PICKLE_NAME)
-    refuse(folder, "dictionary of tensors", allow_pickle=True)
 
 
 def test_pipes_and_devices_are_not_read(folder):

@@ -209,9 +209,17 @@ def test_a_configuration_is_pushed(hub: Any, tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_saved_commits_nothing(hub: Any) -> None:
-    with pytest.raises(ValueError, match="would write a pickle"):
-        adapted(fastpeft).push_to_hub("me/lora", safe_serialization=False)
+    with pytest.raises(ValueError, match="selected_adapters names"):
+        adapted(fastpeft).push_to_hub("me/lora", selected_adapters=["other"])
     assert not hub.commits
+
+
+def test_a_pickle_is_pushed_when_asked_for(hub: Any, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="writes adapter_model.bin, a pickle"):
+        adapted(fastpeft).save_pretrained(
+            tmp_path / "lora", safe_serialization=False, push_to_hub=True, repo_id="me/lora"
+        )
+    assert [name for name in hub.commits[0]["files"] if name.startswith("adapter_model")] == ["adapter_model.bin"]
 
 
 # ---- model cards -------------------------------------------------------------------------------------------------

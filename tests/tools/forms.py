@@ -24,7 +24,7 @@ T = TypeVar("T")
 # Part -> the files of it, below tests/: `make test-all PART=simt`. A file belongs to the first part that names it.
 PARTS: dict[str, tuple[str, ...]] = {
     "ecosystem": ("fastpeft/test_ecosystem*", "fastpeft/test_examples*"),
-    "project": ("test_repo*", "test_install*", "test_cuda_build*", "test_bench*", "test_gpu_*"),
+    "project": ("test_repo*", "test_install*", "test_cuda_build*", "test_bench*", "test_gpu_*", "test_peft_suite*"),
     "simt": ("test_simt*", "test_*_simt*"),
     "triton": ("test_triton_*", "test_static*", "fastpeft/test_cli_tune*"),
     "kernels": ("test_*",),

@@ -16,7 +16,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,11 +37,14 @@ _TEMPORARY_FILE = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # target
 
 
 @contextmanager
-def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterator[Path]:
+def atomic_directory(
+    path: str | os.PathLike[str], keep: bool = True, without: Collection[str] = ()
+) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it becomes `path`, with a manifest of what was written.
 
     keep: files of an existing `path` that were not written anew stay in it (PEFT writes adapters into folders that
-    hold other things too). A folder that cannot be renamed (see `_is_pinned`) keeps them in any case. Inside of another
+    hold other things too), but for those in `without`. A folder that cannot be renamed (see `_is_pinned`) keeps what
+    is not in `without` in any case. Inside of another
     such folder there is nothing to do: that one is made whole. Raises whatever the body raises, after removing the
     temporary folder, and WriteError for a full disk, a limit of files or a read-only file system.
     """
@@ -64,7 +67,7 @@ def atomic_directory(path: str | os.PathLike[str], keep: bool = True) -> Iterato
             yield temporary
             write_manifest(temporary)
             _sync_tree(temporary)
-            _put_in_place(temporary, target, keep)
+            _put_in_place(temporary, target, keep, without)
         finally:
             spare.give_back()
             shutil.rmtree(temporary, ignore_errors=True)
@@ -85,7 +88,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
-def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
+def _put_in_place(temporary: Path, target: Path, keep: bool, without: Collection[str]) -> None:
     written = os.listdir(temporary)
     if temporary.parent != target:
         if not target.exists():
@@ -93,7 +96,7 @@ def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
             _sync(target.parent)
             return
         if keep:
-            _link_missing(target, temporary)
+            _link_missing(target, temporary, without)
         if _exchange(temporary, target):
             _sync(target.parent)
             return
@@ -103,6 +106,8 @@ def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
         if goal.is_dir() and not goal.is_symlink():
             shutil.rmtree(goal)
         os.replace(source, goal)
+    for name in without:
+        (target / name).unlink(missing_ok=True)
     _sync(target)
 
 
@@ -118,10 +123,12 @@ def _is_pinned(target: Path) -> bool:
     )
 
 
-def _link_missing(old: Path, new: Path) -> None:
+def _link_missing(old: Path, new: Path, without: Collection[str]) -> None:
     """Give `new` the entries of `old` that it lacks, by hard links (copies where the file system has none)."""
     for entry in os.scandir(old):
         goal = new / entry.name
+        if entry.name in without:
+            continue
         if entry.is_dir(follow_symlinks=False) and not os.path.lexists(goal):
             shutil.copytree(entry.path, goal, symlinks=True, copy_function=_link)
         elif not os.path.lexists(goal):

@@ -33,6 +33,7 @@ class AutoPeftModel:
 
         Where a tokenizer that lies with the adapter has more tokens than the base model, the embeddings are enlarged.
         """
+        allow_bin = bool(kwargs.pop("allow_bin", False))  # of the adapter; the base model is transformers' to read
         hub = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
         peft_config = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if cls.task_type is not None and peft_config.task_type not in (None, cls.task_type):
@@ -45,7 +46,7 @@ class AutoPeftModel:
         _make_room(model, pretrained_model_name_or_path, trusted, {"revision": revision} | hub)
         return class_for(peft_config).from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config,
-            revision=revision, **hub,
+            revision=revision, allow_bin=allow_bin, **hub,
         )  # fmt: skip
 
     @classmethod

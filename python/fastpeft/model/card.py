@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config.base import PEFT_FORMAT_VERSION
+from ..config.base import CONFIG_NAME, PEFT_FORMAT_VERSION
 from ..config.types import PeftType, TaskType, warn
 from ..files.atomic import MANIFEST_NAME, write_text
 from ..files.hub import CARD_NAME, push_to_hub
+from ..saving.folder import PICKLE_NAME, SAFETENSORS_NAME
 from .tuner import BaseTuner
 
 VERSIONS = "### Framework versions"
@@ -82,7 +83,8 @@ def push_adapters(model: Any, folder: str | os.PathLike[str], names: Iterable[st
         for name in names:
             place = "" if name == "default" else name
             os.makedirs(os.path.join(repository, place), exist_ok=True)
-            for file in ("adapter_config.json", "adapter_model.safetensors", MANIFEST_NAME):
+            found = [n for n in (SAFETENSORS_NAME, PICKLE_NAME) if os.path.isfile(os.path.join(folder, place, n))]
+            for file in (CONFIG_NAME, *found[:1], MANIFEST_NAME):
                 shutil.copyfile(os.path.join(folder, place, file), os.path.join(repository, place, file))
         if os.path.isfile(card := os.path.join(folder, CARD_NAME)):
             shutil.copyfile(card, os.path.join(repository, CARD_NAME))

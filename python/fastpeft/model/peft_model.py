@@ -229,7 +229,7 @@ class PeftModel(SeenAsPeft, nn.Module):
         """Write each adapter (or the selected ones) as `adapter_config.json` and `adapter_model.safetensors`.
 
         The adapter `default` goes into the folder itself, others into folders of their names below it. state_dict: take
-        the values from here. Pickles are not written: safe_serialization=False raises ValueError.
+        the values from here. safe_serialization: False writes `adapter_model.bin`, a pickle, with a warning.
         path_initial_model_for_weight_conversion: the folder of a PiSSA, OLoRA, CorDA or LoRA-GA adapter as it was saved
         before training; what is written is then a plain LoRA of the original base, with twice the rank. True: take what
         the adapter took from the base from this model, which knows it (for KaSA too).
@@ -240,8 +240,6 @@ class PeftModel(SeenAsPeft, nn.Module):
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle, which can run code when it is loaded")
         selected = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         unknown = [name for name in selected if name not in self.peft_config]
         if unknown:
@@ -262,7 +260,7 @@ class PeftModel(SeenAsPeft, nn.Module):
                     self.base_model, name, tensors, path_initial_model_for_weight_conversion
                 )
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
-            save_adapter(folder, tensors, self._config_for_file(config), writes)
+            save_adapter(folder, tensors, self._config_for_file(config), writes, safe_serialization)
         if writes:
             card.update_card(self, save_directory)
             if (push := pushing(kwargs, save_directory)) is not None:
@@ -293,8 +291,9 @@ class PeftModel(SeenAsPeft, nn.Module):
 
         Everything is checked before `model` is changed. config: use this instead of the file's configuration; it
         becomes the adapter's, with `inference_mode` set by is_trainable, unless an error is raised.
-        ignore_mismatched_sizes: leave out tensors of another size, with a warning. The Hub's arguments are revision,
-        subfolder, token, cache_dir, force_download, local_files_only and further ones of huggingface_hub's downloads.
+        ignore_mismatched_sizes: leave out tensors of another size, with a warning. allow_bin: also take a folder's
+        `adapter_model.bin`, which a process of its own reads as tensors only, under a memory limit. The Hub's arguments
+        are revision, subfolder, token, cache_dir, force_download, local_files_only and further ones of huggingface_hub.
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,27 +21,33 @@ from torch import Tensor
 
 from ..config.base import CONFIG_NAME, PeftConfig
 from ..config.limits import check_bytes, check_config
-from ..files import atomic
-from ..files.checks import AdapterFileError, Confined, open_regular, path_inside, read_json
+from ..files import atomic, bins
+from ..files.checks import AdapterFileError, Confined, path_inside, read_json
 from ..files.hub import find_adapter_file
 from ..files.safetensors import Header, check_finite, read_header, read_tensors
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 
+# What to do about a folder that holds a pickle.
+WAYS = (
+    "Make a safetensors file of it with `fastpeft convert-bin {}`, or pass allow_bin=True, or set "
+    f"{bins.ALLOW_ENV}=1 for a whole process: another process then reads it, as tensors only, under a memory limit"
+)
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 
 
 def save_adapter(
-    directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: Mapping[str, Any], writes: bool = True
-) -> None:
+    directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: Mapping[str, Any], writes: bool = True,
+    safe_serialization: bool = True,
+) -> None:  # fmt: skip
     """Write an adapter folder in one step: a crash leaves what was there before. Other files in the folder stay.
 
     Raises AdapterFileError for what would be refused when it is read: values of the configuration, NaN and infinity.
-    writes: False for a process that checks the same and leaves the writing to another.
+    writes: False for a process that checks the same and leaves the writing to another. safe_serialization: False writes
+    `adapter_model.bin`, with a warning, and takes away `adapter_model.safetensors`, which readers would prefer.
     """
-    from safetensors.torch import save_file
-
     check_config(config, directory)
     check_bytes(config, directory)
     check_finite(state_dict, f"{directory} is not written: the adapter cannot be used")
@@ -49,13 +56,45 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     held: set[int] = set()
     for key, value in sorted(state_dict.items()):
-        # safetensors refuses tensors that share memory, and strided ones.
+        # safetensors refuses tensors that share memory, and strided ones; torch.save writes the whole memory of a view.
         tensors[key] = value.detach() if _is_whole(value, held) else value.detach().cpu().contiguous().clone()
         held.add(tensors[key].data_ptr())
-    with atomic.atomic_directory(directory) as folder:
-        save_file(tensors, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
+    with atomic.atomic_directory(directory, without=() if safe_serialization else (SAFETENSORS_NAME,)) as folder:
+        _write_tensors(tensors, folder, safe_serialization)
         text = json.dumps(dict(config), indent=2, sort_keys=True, default=_plain)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, safe_serialization: bool) -> None:
+    if safe_serialization:
+        from safetensors.torch import save_file
+
+        save_file(tensors, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
+        return
+    warnings.warn(
+        f"safe_serialization=False writes {PICKLE_NAME}, a pickle, which can run code in programs that load it. It is "
+        "read here only where that is allowed; without safe_serialization=False a safetensors file is written.",
+        stacklevel=4,
+    )
+    torch.save(tensors, folder / PICKLE_NAME)
+
+
+def convert_bin(directory: str | os.PathLike[str]) -> int:
+    """Write the tensors of a folder's `adapter_model.bin`, which stays, as `adapter_model.safetensors` beside it.
+
+    Returns how many tensors there are. Raises AdapterFileError for a file that is no adapter's, FileNotFoundError
+    where there is none, and FileExistsError where the other is there already.
+    """
+    folder = Path(directory)
+    if not (path := folder / PICKLE_NAME).is_file():
+        raise FileNotFoundError(f"{folder} holds no {PICKLE_NAME}")
+    if (folder / SAFETENSORS_NAME).exists():
+        raise FileExistsError(f"{folder} holds {SAFETENSORS_NAME} already, which is what is read: nothing to convert")
+    tensors = _read_bin(path)
+    check_finite(tensors, path)
+    with atomic.atomic_directory(folder) as temporary:
+        _write_tensors(tensors, temporary, True)
+    return len(tensors)
 
 
 def _is_whole(tensor: Tensor, held: set[int]) -> bool:
@@ -94,16 +133,17 @@ class AdapterSource:
 
 
 def open_adapter(
-    directory: str | os.PathLike[str], subfolder: str | None = None, *, allow_pickle: bool = False, **hub: Any
+    directory: str | os.PathLike[str], subfolder: str | None = None, *, allow_bin: bool = False, **hub: Any
 ) -> AdapterSource:
     """Read and check an adapter's configuration and header.
 
     directory: a local folder, or `user/name` on the Hugging Face Hub, which needs huggingface_hub and its `hub`
     arguments (revision, token, cache_dir, local_files_only, ...; others are passed over), whose links are followed; a
-    folder that is `Confined` as that says. allow_pickle: also accept `adapter_model.bin`, through
-    torch.load(weights_only=True).
+    folder that is `Confined` as that says. allow_bin: also accept `adapter_model.bin` (see `files/bins.py`); so does
+    `FASTPEFT_ALLOW_BIN=1` in the environment.
     """
-    folder = _local_folder(directory, subfolder, allow_pickle, hub)
+    allow_bin = allow_bin or bins.allowed()
+    folder = _local_folder(directory, subfolder, allow_bin, hub)
     if not (config_path := folder / CONFIG_NAME).exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: not an adapter")
     config = read_json(config_path)
@@ -114,13 +154,10 @@ def open_adapter(
         return AdapterSource(folder, config, header.tensors, header)
     if not (pickle := folder / PICKLE_NAME).exists():
         raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_NAME}")
-    if not allow_pickle:
-        raise AdapterFileError(
-            f"{folder} holds only {PICKLE_NAME}, a pickle, which can run code when it is loaded. "
-            "If you trust it, pass allow_pickle=True (it is then read with weights_only=True)",
-            f"it holds only {PICKLE_NAME}, a pickle, which can run code when it is loaded",
-        )
-    return AdapterSource(folder, config, _read_pickle(pickle))
+    if not allow_bin:
+        rule = f"it holds only {PICKLE_NAME}, a pickle, which can run code when it is loaded"
+        raise AdapterFileError(f"{folder}: {rule}. {WAYS.format(folder)}", rule)
+    return AdapterSource(folder, config, _read_bin(pickle))
 
 
 def load_adapter_file(directory: str | os.PathLike[str], **options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -138,22 +175,14 @@ def _warn_if_changed(folder: Path | Confined) -> None:
         warnings.warn(f"{error}. Loading it all the same; save it again to refresh the manifest.", stacklevel=4)
 
 
-def _read_pickle(path: Path | Confined) -> dict[str, Tensor]:
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler raises whatever the file makes it raise
-            raise AdapterFileError(f"{path}: not a file of tensors only ({str(error).splitlines()[0][:200]})") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and type(v) is Tensor for k, v in state.items()):
-        raise AdapterFileError(f"{path}: expected a dictionary of tensors by name")
-    if sum(t.numel() * t.element_size() for t in state.values()) > size:
-        raise AdapterFileError(f"{path}: its tensors claim more than the file's {size} bytes")
-    return state
+def _read_bin(path: Path | Confined) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        bins.write_as_safetensors(path, goal := Path(folder, SAFETENSORS_NAME))
+        return read_tensors(read_header(goal))
 
 
 def _local_folder(
-    directory: str | os.PathLike[str], subfolder: str | None, allow_pickle: bool, hub: dict[str, Any]
+    directory: str | os.PathLike[str], subfolder: str | None, allow_bin: bool, hub: dict[str, Any]
 ) -> Path | Confined:
     if isinstance(directory, Confined):
         return directory
@@ -168,8 +197,8 @@ def _local_folder(
     fetched = Path(find_adapter_file(name, CONFIG_NAME, subfolder, **hub))
     try:
         find_adapter_file(name, SAFETENSORS_NAME, subfolder, **hub)
-    except ValueError:
-        if not allow_pickle:
-            raise
+    except ValueError as error:
+        if not allow_bin:
+            raise ValueError(f"{error}. If it holds {PICKLE_NAME}: {WAYS.format(fetched.parent)}") from error
         find_adapter_file(name, PICKLE_NAME, subfolder, **hub)
     return fetched.parent

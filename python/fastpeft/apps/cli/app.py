@@ -209,6 +209,20 @@ def inspect(
 
 
 @app.command()
+def convert_bin(
+    adapter: Annotated[Path, typer.Argument(metavar="FOLDER", help="Adapter folder with an adapter_model.bin.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter's pickle as safetensors beside it; a process of its own reads it, as tensors only."""
+    with session(as_json, debug) as out:
+        from fastpeft import convert_bin
+
+        result = {"folder": str(adapter), "tensors": convert_bin(adapter)}
+        out.emit(result, lambda: print(f"{adapter}: {result['tensors']} tensors, written as adapter_model.safetensors"))
+
+
+@app.command()
 def tune(
     model: Annotated[
         str | None, typer.Argument(help="Folder, Hub id, .gguf or smollm2: tune for its linear layers.")
