@@ -240,6 +240,9 @@ class Method:
     def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError for a layer's tensors from a file, by key, whose values make no sense; their shapes fit."""
 
+    def check_together(self, views: Sequence[Any]) -> None:
+        """Raise ValueError for adapters of one layer, in views, that cannot act or be merged at once."""
+
     def trains(self, s: Any, name: str) -> bool:
         """True if the entry `name` (one of `tensors`) is trained."""
         return True
