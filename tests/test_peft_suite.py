@@ -15,7 +15,8 @@ sys.path.remove(str(TOOL))
 
 XML = """<testsuites><testsuite>
 <testcase classname="tests.test_a.TestX" name="test_one[1]" time="0.1"/>
-<testcase classname="tests.test_a" name="test_two"><failure message="ValueError: r=8 is 'bad' at 0x7f&#10;more"/></testcase>
+<testcase classname="tests.test_a" name="test_two"><failure message="ValueError: r=8 is 'bad' at 0x7f&#10;more"/>
+</testcase>
 <testcase classname="tests.test_a" name="test_six"><failure message="ValueError: r=16 is 'bad' at 0x8a"/></testcase>
 <testcase classname="tests.test_a" name="test_three"><skipped message="needs a GPU"/></testcase>
 <testcase classname="tests.test_a" name="test_four"><failure message="AttributeError: no"/></testcase>
@@ -40,7 +41,9 @@ def test_results_are_read(results: Path) -> None:
 def test_failures_are_grouped_and_those_not_meant_are_told_apart(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    listed = {"test_a.py::test_four": ("private", "It patches `_x`."), "test_a.py::TestX::test_one[1]": ("wrong", "No.")}
+    listed = {
+        "test_a.py::test_four": ("private", "It patches `_x`."), "test_a.py::TestX::test_one[1]": ("wrong", "No."),
+    }  # fmt: skip
     monkeypatch.setattr(report, "not_meant", lambda: listed)
     (results / "docs").mkdir()
     assert report.show(results, ["test_a"], ["test_a", "test_b"], results) == 1

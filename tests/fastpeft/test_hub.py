@@ -343,7 +343,7 @@ def test_several_adapters_are_deleted_together() -> None:
     with pytest.raises(ValueError, match="Adapter none, never does not exist"):
         ours.delete_adapter(["a", "none", "never"])
     ours.merge_adapter(["a"])
-    with pytest.raises(ValueError, match="Cannot delete adapter 'a' while it is merged"):
+    with pytest.raises(ValueError, match=r"Cannot delete adapter.*'a'.* while they are merged"):
         ours.delete_adapter(["b", "a"])
     assert list(ours.peft_config) == ["default", "a", "b", "c"]
     ours.unmerge_adapter()

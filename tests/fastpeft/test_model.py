@@ -122,7 +122,7 @@ def test_unload_and_switching_while_merged() -> None:
     assert not ours.model.model.layers[0].self_attn.q_proj.merged
     assert_same_outputs(ours, theirs)
     ours.merge_adapter()
-    with pytest.raises(ValueError, match="while it is merged"):
+    with pytest.raises(ValueError, match="while they are merged"):
         ours.delete_adapter("other")
     with ours.disable_adapter(), torch.no_grad():
         assert torch.equal(ours(X).logits, llama()(X).logits)
@@ -139,7 +139,7 @@ def test_a_safe_merge_that_fails_leaves_every_weight(how: str, bad: float) -> No
         last.lora_A["default"].weight.fill_(bad)
         last.lora_B["default"].weight.fill_(bad)
     before = {k: v.clone() for k, v in ours.state_dict().items()}
-    with pytest.raises(ValueError, match=r"NaNs detected.*layers\.1\.mlp\.down_proj.*default"):
+    with pytest.raises(ValueError, match=r"NaNs detected.*default.*layers\.1\.mlp\.down_proj"):
         getattr(ours, how)(safe_merge=True)
     after = ours.state_dict()
     assert list(after) == list(before)
@@ -152,7 +152,7 @@ def test_a_bias_that_cannot_be_merged_is_said_before_anything_is_written() -> No
     ours, _ = pair(lora_bias=True)
     before = {k: v.clone() for k, v in ours.state_dict().items()}
     for merge in (ours.merge_adapter, ours.merge_and_unload):
-        with pytest.raises(ValueError, match="the base layer has none"):
+        with pytest.raises(ValueError, match="the base layer has no bias"):
             merge()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), ours.state_dict().values(), strict=True))
 

@@ -89,7 +89,7 @@ def test_functional_without_a_peft_model():
 
 def _merged_then_set(functional, model, layers):
     next(layer for layer in layers if "one" in layer.methods).merge()
-    with pytest.raises(ValueError, match="while it is merged"):
+    with pytest.raises(ValueError, match="while they are merged"):
         functional.delete_adapter(model, "one")
     functional.set_adapter(model, "one")
 

@@ -157,7 +157,9 @@ def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[st
             f"are left out by exclude_modules={_shown(config.exclude_modules)} or modules_to_save="
             f"{config.modules_to_save}: {list_some(matched.excluded)}."
         )
-    message = f"Target modules {_shown(config.target_modules)} not found in the base model."
+    wanted = config.target_modules  # a pattern stands there as PEFT has it, without quotation marks
+    shown = wanted[:300] if isinstance(wanted, str) else _shown(wanted)
+    message = f"Target modules {shown} not found in the base model."
     for name in ("layers_to_transform", "layers_pattern"):
         if getattr(config, name) is not None:
             message += f" Note: {name}={getattr(config, name)!r} leaves out further modules."

@@ -83,6 +83,14 @@ class NoMatchingPeftModuleError(PeftError):
     """No module of the model is one that the configuration targets."""
 
 
+class MergeError(ValueError, RuntimeError):
+    """Adapters that cannot be merged into a layer. PEFT raises now the one error, now the other."""
+
+
+class UnmixableError(ValueError, TypeError):
+    """A layer that cannot serve rows with adapters of their own. PEFT raises now the one error, now the other."""
+
+
 class PeftWarning(UserWarning):
     """Something was ignored or changed that the user should know of."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,3 +203,14 @@ def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequ
     what = "does not store its weight transposed" if asked else "stores its weight transposed"
     warn(f"fan_in_fan_out is set to {asked} but the target {what}. Setting it to {not asked}.", level=3)
     return {"fan_in_fan_out": not asked}
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The layer that makes vectors of tokens, if the model has one."""
+    with suppress(AttributeError, NotImplementedError):
+        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+        if isinstance(found, nn.Module):
+            return found
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size)
+    return next(tables, None)

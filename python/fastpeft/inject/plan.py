@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ from .modules import (
     base_of,
     checked_info,
     corrected_fan_in_fan_out,
+    input_embeddings,
     inside_saved,
     parts,
     set_child,
@@ -313,17 +314,6 @@ def _plan_prompt(
     copies = [_SavedPlan(site, wrapper, copied(wrapper.original_module)) for site, wrapper in saved]
     return InjectionPlan(model, config, adapter_name, method, [], copies, [], {}, changes, {}, [], lambda: None,
                          encoder=encoder)  # fmt: skip
-
-
-def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The layer that makes vectors of tokens, if the model has one."""
-    with suppress(AttributeError, NotImplementedError):
-        found: Any = model.get_input_embeddings()  # type: ignore[operator]
-        if isinstance(found, nn.Module):
-            return found
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size)
-    return next(tables, None)
 
 
 def _within(names: Collection[str], leaders: Mapping[str, str]) -> dict[str, str]:

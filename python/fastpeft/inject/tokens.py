@@ -39,6 +39,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper, nn.Module):
     def base_layer(self) -> nn.Module:
         return self.token_adapter.base_layer
 
+    original_module = base_layer
+
     def adapter_state(self, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
         for memory, file, tensor in self.token_adapter.adapter_state(adapter):
             yield f"token_adapter.{memory}", f"token_adapter.{file}", tensor
@@ -54,6 +56,11 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(*args, **kwargs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Those of the active adapters that train rows here."""
+        return [name for name in self.token_adapter.active_adapters if name in self.token_adapter.methods]
 
     def _get_available_adapters(self) -> set[str]:
         return self.token_adapter._get_available_adapters()
@@ -95,7 +102,7 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
                 "or in `trainable_token_indices`, not in both."
             )
         if not (found := [name for name in sites if name.endswith(end)]):
-            raise ValueError(f"Target modules ['{end}'] not found in the base model (trainable_token_indices).")
+            raise ValueError(f"Target modules {{{end!r}}} not found in the base model. (trainable_token_indices)")
         tokens.update(dict.fromkeys(found, indices))
     leaders = _leaders(tied_names(model), tokens, config)
     method, following = get_method("TRAINABLE_TOKENS"), FollowingTokens()

@@ -9,13 +9,14 @@ the host's memory where it is dense and lives on an accelerator, and packed obje
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config.types import warn
+from ..config.types import MergeError, warn
 from ..files.offloaded import brought
 from ..files.whole import is_sharded, is_unit
 from ..methods.base_edit import BaseEdit
@@ -24,6 +25,8 @@ from ..methods.method import AdapterView, Method
 from ..weights.base import BaseWeight, LayerInfo, Saved, Weight, Wrapping, widened
 from ..weights.find import weight_of
 from .containers import ActiveAdapters
+
+STILL_MERGED = "Cannot delete adapter(s) {} while they are merged. Please unmerge them first."
 
 
 class MergingLayer(ActiveAdapters, Wrapping):
@@ -63,6 +66,9 @@ class MergingLayer(ActiveAdapters, Wrapping):
     def _shown(self) -> str:
         return self.layer_name or "the layer"
 
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.methods)
+
     def view(self, adapter: str) -> AdapterView:
         """The tensors and values of one adapter, as its method sees them."""
         return AdapterView(self, adapter)  # type: ignore[arg-type]  # every MergingLayer is an AdapterLayer
@@ -93,9 +99,22 @@ class MergingLayer(ActiveAdapters, Wrapping):
             w, b = method.merged(view, view, w, b)
         return w, b
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Context in which no adapter drops or draws anything, as in evaluation, for a weight that stays."""
+        inside = {self, *self.modules()}.difference(self.base_layer.modules())
+        training = [module for module in inside if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Difference that merging an adapter alone makes to the base weight, in the layout of `base_layer.weight`."""
-        with torch.no_grad():
+        with torch.no_grad(), self._evaluating():
             base = self.unmerged_weight()
             method, view = self.methods[adapter], self.view(adapter)
             if type(method).merged is Method.merged and not method.needs_base_weight:
@@ -157,7 +176,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
                 if edits is not None:
                     unedited = self._edit(edits)
                 if merged:
-                    w, b = self.merged_weight(merged)
+                    with self._evaluating():
+                        w, b = self.merged_weight(merged)
                     if safe:
                         self._check_finite([n for n in merged if n not in self.merged_adapters], w, b)
                     unmerged = base.save() if keep else None
@@ -202,6 +222,13 @@ class MergingLayer(ActiveAdapters, Wrapping):
         """True if `convert_to_lora` can turn an adapter of this layer into a LoRA."""
         return adapter_name in self.methods and self.no_lora_form(adapter_name) is None
 
+    def check_together(self, adapters: Sequence[str]) -> None:
+        """Raise ValueError for adapters that cannot act, or be merged, at once."""
+        for of in {type(method) for method in self.methods.values()}:
+            if of.check_together is not Method.check_together:
+                views = [self.view(name) for name in adapters if type(self.methods.get(name)) is of]
+                self.methods[views[0]._name].check_together(views) if len(views) > 1 else None
+
     def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """The adapters that `merge` would merge. Raises ValueError if one of them cannot be; changes nothing."""
         if isinstance(adapter_names, str):
@@ -211,10 +238,11 @@ class MergingLayer(ActiveAdapters, Wrapping):
         whole = self.base.parallel or not names
         if not whole and (any(map(is_sharded, self.parameters())) or any(map(is_unit, self.modules()))):
             raise ValueError(f"{self._shown} is sharded: save the adapter and merge it in a model that is not.")
+        if names:
+            self.check_together([*self.merged_adapters, *names])
         for name in names:
             if reason := self.methods[name].mergeable_in(self.view(name), self.info):
-                error = self.methods[name].merge_error
-                raise error(f"Adapter {name!r} cannot be merged into {self._shown}: {reason}.")
+                raise MergeError(f"Adapter {name!r} cannot be merged into {self._shown}: {reason}.")
         return names
 
     def merge(
@@ -227,22 +255,28 @@ class MergingLayer(ActiveAdapters, Wrapping):
         the relative error that requantising made, for a quantised layer.
         """
         names = self.to_merge(adapter_names)
+        if self.merged_adapters:
+            there = f"Already following adapters were merged {','.join(self.merged_adapters)}. You are now"
+            more = f"{there} additionally merging {','.join(names)}."
+            warn(more if names else "All adapters are already merged, nothing to do.")
         return self._remake([*self.merged_adapters, *names], keep=keep, safe=safe_merge) if names else None
 
     def check_safe(self, adapter_names: Sequence[str] | None = None) -> None:
         """Raise ValueError if merging would give NaN or infinity; changes nothing."""
         names = self.to_merge(adapter_names)
         if names:
-            with torch.no_grad():
+            with torch.no_grad(), self._evaluating():
                 merged = self.merged_weight([*self.merged_adapters, *names], self.unmerged_weight())
             self._check_finite(names, *merged)
 
     def _check_finite(self, names: Sequence[str], w: Tensor, b: Tensor | None) -> None:
         stored = self.base.dtype  # a weight that is finite in float32 may overflow float16
-        for tensor in (w, b):
+        for what, tensor in (("", w), (": NaNs detected in the merged bias", b)):
             if tensor is not None and not torch.isfinite(tensor.to(stored)).all():
-                broken = f"The adapter {', '.join(names)} seems to be broken"
-                raise ValueError(f"NaNs detected in the merged weights of {self._shown}. {broken}")
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
+                    f"(in {self._shown}{what})."
+                )
 
     def unmerge(self) -> None:
         """Undo every merge: the exact bytes that the base weight had before are back."""

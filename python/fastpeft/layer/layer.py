@@ -20,7 +20,7 @@ from ..methods.base_edit import EDIT
 from ..methods.fused import Fused
 from ..methods.method import Method, State
 from ..weights.base import BaseWeight
-from .base import MergingLayer
+from .base import STILL_MERGED, MergingLayer
 from .by_row.call import RowValues, now
 from .by_row.rows import RowState
 from .compose import Composed
@@ -184,7 +184,7 @@ class AdapterLayer(MergingLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first of the others, by name, becomes active."""
         if adapter_name in self.merged_adapters:
-            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Unmerge it first.")
+            raise ValueError(STILL_MERGED.format([adapter_name]))
         self.restore_base(adapter_name)
         method = self.methods.pop(adapter_name, None)
         self._trained.discard(adapter_name)
@@ -209,6 +209,7 @@ class AdapterLayer(MergingLayer):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, in this order; only their tensors require gradients, if any do."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_together(names)
         # Only what changes is touched, so that the hundredth adapter costs no more than the first.
         for name in self._trained - set(names):
             self._set_requires_grad(name, False)
@@ -386,6 +387,9 @@ class AdapterLayer(MergingLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.base.names[0]!r}" if "parameter_name" in self.base.attributes else ""
 
     def __repr__(self) -> str:
         # As PEFT's class of the same purpose: `lora.Linear(...)`.

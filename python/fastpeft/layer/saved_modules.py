@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config.limits import BASE
 from ..config.seen_as_peft import SeenAsPeft
+from ..config.types import UnmixableError
 from ..weights.base import Wrapping
 from .by_row.call import RowNames, names_of
 from .by_row.names import check_length, grouped
@@ -147,7 +148,10 @@ class ModulesToSaveWrapper(ActiveAdapters, AuxiliaryTrainingWrapper, nn.Module):
         parts = [module(x[members], *rest, **kwargs) for module, members in modules]
         if not all(isinstance(part, Tensor) for part in parts):
             name = type(self.original_module).__name__
-            raise TypeError(f"a mixed batch needs modules that return one tensor, which {name} does not")
+            raise UnmixableError(
+                f"a mixed batch needs modules that return one tensor, which {name} does not. Mixed batching is only "
+                "supported for the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d, and others that do."
+            )
         return torch.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
 
 

@@ -144,11 +144,10 @@ class Method:
     configurations that between them exercise every option; the tests of the laws run over them. model_methods:
     functions, and properties, that a model with such an adapter has, by name; each takes the tuner first. forward_args:
     of the model's forward and `generate`, which the base model does not get. autocast: whether tensors become float32
-    on half-precision bases. repeats_shared: whether files repeat what is shared in every layer. merge_error: the class
-    of what is raised where it has no merged form. counts: fields of the configuration that are positive integers, such
-    as ranks. divisors: fields that divide sizes of the layer ({"block_size": ("in_features", "out_features")}).
-    parallel: values of `BaseWeight.parallel` of layers that it can adapt (`parted`). kernel: the function of
-    `peft_kernels` that `fused` calls.
+    on half-precision bases. repeats_shared: whether files repeat what is shared in every layer. counts: fields of the
+    configuration that are positive integers, such as ranks. divisors: fields that divide sizes of the layer
+    ({"block_size": ("in_features", "out_features")}). parallel: values of `BaseWeight.parallel` of layers that it can
+    adapt (`parted`). kernel: the function of `peft_kernels` that `fused` calls.
     """
 
     peft_type: ClassVar[PeftType]
@@ -163,7 +162,6 @@ class Method:
     model_methods: ClassVar[Mapping[str, Callable[..., Any] | property]] = {}
     forward_args: ClassVar[tuple[str, ...]] = ()
     mergeable: ClassVar[bool] = True
-    merge_error: ClassVar[type[Exception]] = ValueError
     autocast: ClassVar[bool] = True
     needs_base_weight: ClassVar[bool] = False
     repeats_shared: ClassVar[bool] = False
@@ -268,6 +266,9 @@ class Method:
 
     def check_tensors(self, info: LayerInfo, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError for a layer's tensors from a file, by key, whose values make no sense; their shapes fit."""
+
+    def check_together(self, views: Sequence[Any]) -> None:
+        """Raise ValueError for adapters of one layer, in views, that cannot act or be merged at once."""
 
     def trains(self, s: Any, name: str) -> bool:
         """True if the entry `name` (one of `tensors`) is trained."""

@@ -101,7 +101,7 @@ class Supertuning(Method, config=SupertuningConfig):
         y = sparse_update(x, inner, s.supertuning_values, s.supertuning_indices)
         if s.supertuning_rank:
             low = s.supertuning_lora_A(s.supertuning_lora_dropout(x).to(s.supertuning_lora_A.weight.dtype))
-            y = y + s.supertuning_lora_B(low) * (s.supertuning_lora_alpha / s.supertuning_rank)
+            y = (y + s.supertuning_lora_B(low) * (s.supertuning_lora_alpha / s.supertuning_rank)).to(y.dtype)
         return y
 
 

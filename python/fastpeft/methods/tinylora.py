@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,12 @@ class TinyLoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="TINYLORA")
     init_weights: bool | str = True
 
 
+def redraw(tuner: Any, config: TinyLoraConfig, adapter: str) -> None:
+    """Start v of an adapter anew, uniform, whatever `init_weights` says."""
+    for v in tuner.tinylora_v[adapter].values():
+        nn.init.uniform_(v, -config.init_v_bound, config.init_v_bound)
+
+
 class TinyLora(ProjectedMethod, FactoredMethod, config=TinyLoraConfig):
     tensors = ("tinylora_v",)
     kinds = frozenset({"linear", "embedding"})
@@ -57,6 +63,8 @@ class TinyLora(ProjectedMethod, FactoredMethod, config=TinyLoraConfig):
     seed, projections = "projection_seed", ("tinylora_P",)
     counts = ("r", "u")
     examples = ({"u": 5}, {"r": 30, "u": 3, "weight_tying": 1.0, "save_projection": False})
+
+    model_methods: ClassVar[Any] = {"_init_tinylora_v": redraw}
 
     def check_config(self, config: TinyLoraConfig, loading: bool = False) -> None:
         super().check_config(config, loading)

@@ -6,7 +6,7 @@ binary search per token; in a linear layer the outputs of these rows. The table 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,17 @@ class TrainableTokens(Method, config=TrainableTokensConfig):
         index = torch.tensor(tokens, dtype=torch.long, device="cpu")
         order = nn.Buffer(torch.stack(torch.sort(index)), persistent=False)
         return {"trainable_tokens_delta": nn.Parameter(rows), "token_indices": tokens, "trainable_tokens_order": order}
+
+    def check_together(self, views: Sequence[Any]) -> None:
+        seen: set[int] = set()
+        for s in views:
+            if twice := seen.intersection(s.token_indices):
+                raise ValueError(
+                    f"Token indices of adapter {s._name} are already defined and would result in undefined merging "
+                    f"behavior: another adapter trains {sorted(twice)} too. Only one adapter can be set at a time for "
+                    "TrainableTokensWrapper where adapters train the same rows."
+                )
+            seen.update(s.token_indices)
 
     def tie(self, config: Any, adapter: str, layers: Mapping[str, Any], leaders: Mapping[str, str]) -> None:
         for name, leader in leaders.items():

@@ -61,6 +61,12 @@ def print_saved(tuner: Any) -> None:
     print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")
 
 
+def redraw(tuner: Any, config: VBLoRAConfig, adapter: str) -> None:
+    """Start the bank of an adapter anew."""
+    bank, bound = tuner.vblora_vector_bank[adapter], config.init_vector_bank_bound
+    nn.init.uniform_(bank, -bound, bound)
+
+
 class VBLoRA(FactoredMethod, config=VBLoRAConfig):
     tensors = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
     dropout = "vblora_dropout"
@@ -74,7 +80,10 @@ class VBLoRA(FactoredMethod, config=VBLoRAConfig):
         {"r": 2, "num_vectors": 6, "vector_length": 4},
         {"r": 3, "num_vectors": 5, "vector_length": 2, "topk": 3, "save_only_topk_weights": True},
     )
-    model_methods: ClassVar[Any] = {"get_nb_savable_parameters": count_saved, "print_savable_parameters": print_saved}
+    model_methods: ClassVar[Any] = {
+        "get_nb_savable_parameters": count_saved, "print_savable_parameters": print_saved,
+        "_init_vblora_vector_bank": redraw,
+    }  # fmt: skip
 
     def check_config(self, config: VBLoRAConfig, loading: bool = False) -> None:
         super().check_config(config, loading)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config.types import warn
-from ..files.checks import list_some
 from ..inject.modules import adapter_layers, adapter_modules
 from ..inject.plan import LOW_PRECISION
+from ..layer.base import STILL_MERGED
 from ..layer.layer import AdapterLayer
 
 
@@ -27,6 +27,8 @@ def set_adapter(
     for module in modules:
         if not isinstance(module, AdapterLayer):
             module.check_active(names)
+        else:
+            module.check_together(names)
     merged = [layer for _, layer in adapter_layers(model) if layer.merged_adapters]
     if merged:
         warn("Adapter cannot be set when the model is merged. Unmerging the model first.", 2)
@@ -47,11 +49,8 @@ def delete_adapter(
     """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     modules = list(adapter_modules(model))
-    for name in names:
-        if merged := [where for where, module in modules if name in module.merged_adapters]:
-            raise ValueError(
-                f"Cannot delete adapter {name!r} while it is merged (in {list_some(merged)}). Unmerge it first."
-            )
+    if merged := sorted({name for _, module in modules for name in module.merged_adapters}.intersection(names)):
+        raise ValueError(STILL_MERGED.format(merged))
     layers_first = sorted(modules, key=lambda item: not isinstance(item[1], AdapterLayer))  # those know only theirs
     active = list(dict.fromkeys(name for _, module in layers_first for name in module.active_adapters))
     left = [name for name in active if name not in names]
@@ -61,7 +60,8 @@ def delete_adapter(
         gone = ", ".join(active)
         warn(f"Adapter {gone} was active which is now deleted. Setting active adapter to {left[0]}.", 2)
     # Chosen once for the model, not by each layer for itself: layers need not have the same adapters.
-    set_adapter(model, left)
+    if left != active:
+        set_adapter(model, left)
     for _, module in modules:
         for name in names:
             module.delete_adapter(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..inject.tokens import TrainableTokensWrapper
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.registry import method_of
+from ..methods.tied import tied_names
 from ..prompts.encoder import ENCODER
 
 
@@ -100,12 +101,16 @@ class ModelMerging(nn.Module):
         as it was.
         """
         layers = self._layers_to_merge(adapter_names)
+        tied = tied_names(self.model)
         if safe_merge:
             for _, layer in layers:
                 layer.check_safe(adapter_names)
         bar = shown(layers, "Unloading and merging model", progressbar)
         self._report_errors({name: layer.merge(adapter_names=adapter_names, keep=False) for name, layer in bar})
-        return self._unload(merged=True)
+        self._unload(merged=True)
+        self._tie(tied)
+        self._untie()
+        return self.model
 
     def unload(self) -> nn.Module:
         """The base model without any adapter layer."""
@@ -137,9 +142,15 @@ class ModelMerging(nn.Module):
             method_of(config).settled(self.model, [])
         if "peft_config" in vars(self.model):
             del self.model.peft_config
-        if merged:
-            self._untie()
         return self.model
+
+    def _tie(self, tied: Mapping[str, str]) -> None:
+        """Let modules, by name with the embeddings' name, share a weight again that a merge changed alike in both."""
+        for name, leader in tied.items():
+            one, other = (self.model.get_submodule(n) for n in (leader, name))
+            w, v = one._parameters["weight"], other._parameters["weight"]
+            if w is not None and v is not None and w is not v and w.shape == v.shape and torch.equal(w, v):
+                other._parameters["weight"] = w
 
     def _untie(self) -> None:
         """A merge into tied embeddings changes one of the two; the model's configuration must not tie them again."""

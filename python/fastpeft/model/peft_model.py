@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config.base import PeftConfig, check_is_config
 from ..config.seen_as_peft import SeenAsPeft
-from ..config.types import TaskType
+from ..config.types import TaskType, warn
 from ..files.hub import pushing
 from ..files.whole import is_partitioned, is_sharded, may_write
 from ..inject.plan import InjectionPlan
@@ -204,16 +204,20 @@ class PeftModel(SeenAsPeft, nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Context in which the model computes as its base model does. Contexts nest."""
         modules = [module for _, module in self.base_model.adapter_modules()]
-        before = [module.disable_adapters for module in modules]
+        before = {module.disable_adapters for module in modules}
+        if len(before) > 1:
+            warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. After exiting "
+                "the disable_adapter context, all adapters will be enabled.", 2,
+            )  # fmt: skip
         kept = {p for p in self.parameters() if p.requires_grad}
         self.base_model.disable_adapter_layers()
         try:
             yield
         finally:
             kept.update(p for p in self.parameters() if p.requires_grad)  # of an adapter made active meanwhile
-            for module, disabled in zip(modules, before, strict=True):
-                if not disabled:
-                    module.enable_adapters(True)
+            for module in modules if False in before else ():
+                module.enable_adapters(True)
             # Enabling trains the active adapters; what did not train before (an adapter for inference) must not now.
             for parameter in (p for module in modules for p in module.parameters()):
                 if parameter.requires_grad and parameter not in kept:

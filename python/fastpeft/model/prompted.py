@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.types import PeftType, TaskType, warn
-from ..inject.plan import input_embeddings
+from ..inject.modules import input_embeddings
 from ..layer.by_row.names import check_length
 from ..prompts.batch import Prompts, prompts_of
 from ..prompts.cache import filled_cache

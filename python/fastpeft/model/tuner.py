@@ -43,6 +43,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
     """A model with adapters in it. Keys in memory start with `model.`, below a PeftModel with `base_model.model.`."""
 
     holds_shared_adapters = True
+    uses_shared_state = False  # PEFT's: what layers share needs no tuner here, so that every method can be injected
     tuner_layer_cls = AdapterLayer
 
     def __init__(

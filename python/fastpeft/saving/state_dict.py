@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -135,7 +136,9 @@ def _fill(
     for module in prompts if f"{TUNER}{ENCODER}.embedding.weight" in state else ():
         undo.callback(module.make_room(adapter_name))
     own = {file: (memory, tensor) for memory, file, tensor in iter_adapter_tensors(model, adapter_name, whole)}
-    plain = bias_tensors(model, _configs(model)[adapter_name], whole) | embedding_tensors(model, whole)
+    # A file has what its configuration says; a state dict may bring biases that another adapter trained.
+    biases = _configs(model)[adapter_name] if where is not None else SimpleNamespace(bias="all")
+    plain = bias_tensors(model, biases, whole) | embedding_tensors(model, whole)
     places = {key: (key, tensor) for key, tensor in plain.items()} | own
     found: dict[str, tuple[Tensor, Tensor]] = {}
     unexpected, mismatched, skipped = [], [], set()

@@ -118,6 +118,7 @@ class ParameterWeight(TransientWeight):
     `is_transposed` keeps as [E, in, out]. ValueError for other parameters."""
 
     label = "ParamWrapper"
+    attributes = frozenset({"parameter_name"})
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__(module)
@@ -127,6 +128,9 @@ class ParameterWeight(TransientWeight):
             raise ValueError(f"parameter {name!r} has {dim} dimensions; only 2 and 3 (experts) are supported")
         self.kind = "linear" if dim == 2 else "experts"
         self._swapped = dim == 3 and bool(getattr(self.holder, "is_transposed", False))
+
+    def attribute(self, name: str) -> Any:
+        return self.names[0]
 
     def turned(self, w: Tensor) -> Tensor:
         return w.transpose(-1, -2) if self._swapped else w

@@ -19,6 +19,7 @@ from peft_kernels import AdapterStack, PreparedCall, QuantWeight, RowPlan, multi
 from peft_kernels.dispatch import forward_mode
 
 from ...config.limits import BASE
+from ...config.types import UnmixableError
 from ...methods.fused import Fused, FusedProjection, LowRank
 from ...methods.method import Method
 from ..compose import Composed
@@ -120,8 +121,8 @@ class Routed:
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         if layer.base.transient and len(self.groups) > 1:
-            raise ValueError(
-                f"{layer.layer_name or 'The layer'} ({layer.base.label}) does not support mixed adapter batches: it "
+            raise UnmixableError(
+                f"lora.{layer.base.label} does not support mixed adapter batches: {layer.layer_name or 'the layer'} "
                 "runs with one merged weight, so that its rows cannot have adapters of their own (`adapter_names`)."
             )
         if len(self.groups) == 1:

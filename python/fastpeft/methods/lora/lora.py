@@ -181,8 +181,8 @@ class Lora(Method):
             raise ValueError(f"lora_bias=True needs a bias beside {info.name!r}, which its module reads itself")
         if config.lora_bias and not info.has_bias and info.kind != "embedding":
             warnings.warn(
-                f"`lora_bias=True` was passed but {info.name!r} ({type(info.module).__name__}) has no bias: this "
-                "adapter cannot be merged there.",
+                f"`lora_bias=True` was passed but the targeted layer of type {type(info.module).__name__} has no bias: "
+                f"this adapter cannot be merged there (in {info.name!r}).",
                 PeftWarning,
                 stacklevel=2,
             )
@@ -267,7 +267,7 @@ class Lora(Method):
         if info.groups > 1:
             return "in a convolution with groups its update connects the groups, which the base weight cannot hold"
         if s.lora_bias and not info.has_bias:
-            return "it has a bias (lora_bias=True) and the base layer has none"
+            return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
         return None
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:

@@ -114,7 +114,6 @@ class ArrowLoraLinearLayer(nn.Module):
 class Arrow(Lora):
     examples: ClassVar[Any] = ()  # a layer needs other adapters for it to route between
     mergeable = False
-    merge_error = RuntimeError
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         return {**super().make_state(config, info, shared), "lora_arrow": ArrowLoraLinearLayer(config.arrow_config)}

@@ -56,11 +56,6 @@ class Dora(Lora):
         if config.lora_bias:
             raise ValueError("lora_bias=True is not supported for DoRA, please pass use_dora=False.")
 
-    def check_layer(self, config: Any, info: LayerInfo) -> None:
-        super().check_layer(config, info)
-        if info.groups > 1:
-            raise ValueError(f"DoRA cannot adapt {info.name!r}: its update connects the groups of the convolution.")
-
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         state = super().make_state(config, info, shared)
         a, b = (state[k] if isinstance(state[k], Tensor) else state[k].weight for k in _names(state))
@@ -72,7 +67,7 @@ class Dora(Lora):
         else:
             a, b = a.to(info.device), b.to(info.device)
             with torch.no_grad():
-                m = norms(info.base, a, b, state["scaling"])
+                m = _norms(info.base, a, b, state["scaling"])
         shape = (1, -1, *[1] * (len(info.shape) - 2)) if info.kind.startswith("conv") else (-1,)
         if config.dora_full_gradient:
             state["dora_full_gradient"] = True
@@ -88,6 +83,10 @@ class Dora(Lora):
             return s.lora_embedding_A, s.lora_embedding_B
         return super().matrices(s)
 
+    def delta_weight(self, s: Any, shared: Any, w: Tensor | None) -> Tensor:
+        grouped = _grouped_product(*self.matrices(s))
+        return super().delta_weight(s, shared, w) if grouped is None else grouped * s.scaling
+
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w = w + self.delta_weight(s, shared, None).to(w.dtype).reshape(w.shape)
         g = _gain(s, _constant(s, w.flatten(1)).norm(dim=1)).to(w.dtype)
@@ -97,11 +96,11 @@ class Dora(Lora):
         """g, over the base layer itself."""
         a, b = self.matrices(s)
         if s.training or s.get("dora_full_gradient"):
-            return _gain(s, norms(base, _constant(s, a), _constant(s, b), s.scaling))
+            return _gain(s, _norms(base, _constant(s, a), _constant(s, b), s.scaling))
         scaling = s.scaling
         tensors = [*base.tensors(), a, b, *([scaling] if isinstance(scaling, Tensor) else [])]
         kept: Cache = s.lora_magnitude_vector.norm
-        norm = kept.get(tensors, (scaling, s.version), lambda: norms(base, a, b, scaling))
+        norm = kept.get(tensors, (scaling, s.version), lambda: _norms(base, a, b, scaling))
         return _gain(s, norm)
 
     def forward(self, s: Any, shared: Any, x: Tensor, inner: Inner) -> Tensor:
@@ -190,6 +189,22 @@ class Dora(Lora):
 
 def _names(state: State) -> tuple[str, str]:
     return ("lora_A", "lora_B") if "lora_A" in state else ("lora_embedding_A", "lora_embedding_B")
+
+
+def _grouped_product(a: Tensor, b: Tensor) -> Tensor | None:
+    """The numbers that PEFT takes for B A in the norm where a convolution has groups, and with which its files were
+    trained: [out / groups, r] of B's times A, in the order of the weight's. None where there are no groups."""
+    return None if b.shape[1] == (r := a.shape[0]) else b.reshape(-1, r) @ a.reshape(r, -1)
+
+
+def _norms(base: BaseWeight, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
+    """|W + s B A| of each row."""
+    grouped = _grouped_product(a, b)
+    if grouped is None:
+        return norms(base, a, b, scaling)
+    w = base.read()[0].detach().to(wide(base.dtype)).flatten(1)
+    norm: Tensor = (w + grouped.reshape(w.shape) * scaling).norm(dim=1)
+    return norm
 
 
 def _constant(s: Any, t: Tensor) -> Tensor:
