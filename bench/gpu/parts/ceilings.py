@@ -63,8 +63,8 @@ def product(device: Device) -> dict[str, Any]:
 
 
 def bounds(device: Device) -> dict[str, Any]:
-    """What `python -m bench --device cuda` gives shares of: as `bench.machine.bounds`, of this GPU. Products of float32
-    have no bound here, and rows of them a share of bandwidth alone."""
+    """Bounds that `python -m bench --device cuda` gives shares of: as `bench.machine.bounds`, of this GPU. Products of
+    float32 have none here, and rows of them a share of bandwidth alone."""
     copied, multiplied = memory("copy", device), product(device)
     found = {"gbs": copied.get("gbs"), "gflops_bf16": 1e3 * multiplied["tflops"] if "tflops" in multiplied else None}
     return {k: v for k, v in found.items() if v is not None} | {"how": "a copy, and the vendor's largest product"}

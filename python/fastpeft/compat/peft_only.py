@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ..config.base import PeftConfig
 from ..config.targets import match_targets
-from ..config.types import PeftType
-from ..inject.plan import SEQ_CLS_HEADS
+from ..config.types import SEQ_CLS_HEADS, PeftType
 from ..layer.layer import AdapterLayer
 from ..methods.ia3 import FEEDFORWARD
 from ..methods.method import Method

@@ -75,6 +75,9 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+SEQ_CLS_HEADS = ("score", "classifier")  # names of the heads of models for sequence classification
+
+
 class PeftError(ValueError):
     """Base of the errors that a wrong configuration or model causes."""
 

@@ -24,7 +24,7 @@ from ..config.targets import (
     warn_unmatched,
     warn_unsaved,
 )
-from ..config.types import TaskType
+from ..config.types import SEQ_CLS_HEADS, TaskType
 from ..files.checks import PREFIX, TUNER, list_some
 from ..files.whole import copied
 from ..layer.containers import AdapterDict
@@ -61,7 +61,6 @@ from .split import split_sites
 from .tokens import TokenPlan, plan_tokens
 
 LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-SEQ_CLS_HEADS = ("score", "classifier")
 
 
 class _SavedPlan(NamedTuple):
@@ -288,7 +287,6 @@ def _plan(
 
 
 def _whole(site: Site, method: WholeMethod, model: nn.Module) -> Site:
-    """A target of a method that acts on whole modules."""
     inner = site.module.base_layer if isinstance(site.module, ModuleLayer) else site.module
     try:
         return replace(site, base=method.base_of(inner, model))
