@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import peft
 import torch
 from fastpeft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -28,6 +27,8 @@ def config(**options: Any) -> dict[str, Any]:
 
 
 def pair(make: Any = llama, **options: Any) -> tuple[Any, Any]:
+    import peft  # not at the top: a bare GPU machine lacks it, and runs the pool's tests
+
     torch.manual_seed(1)
     ours = get_peft_model(make(), LoraConfig(**config(**options)))
     torch.manual_seed(1)
@@ -35,6 +36,8 @@ def pair(make: Any = llama, **options: Any) -> tuple[Any, Any]:
 
 
 def add_both(ours: Any, theirs: Any, name: str, **options: Any) -> None:
+    import peft
+
     torch.manual_seed(2)
     ours.add_adapter(name, LoraConfig(**config(**options)))
     torch.manual_seed(2)
