@@ -54,7 +54,7 @@ def ranks(folder: Path, alone: Any) -> list[Any]:
 def test_outputs_gradients_and_a_step_are_those_of_one_process(ranks: Any, alone: Any, case: str) -> None:
     wanted = alone[case]
     for found in (rank[case] for rank in ranks):
-        for name in ("output", "seen", "after"):
+        for name in ("output", "seen", "norm", "after"):
             assert_equal(found[name], wanted[name])
         for name in ("grads", "state"):
             assert found[name].keys() == wanted[name].keys() != set()
@@ -91,6 +91,7 @@ def test_rows_merging_and_a_second_adapter_are_as_in_one_process(ranks: Any, alo
     for found in (rank[case] for rank in ranks):
         for name in ("rows", "second", "base", "merged", "unmerged", "unloaded"):
             assert_equal(found[name], wanted[name])
+        assert_equal(found.get("compiled", found["second"]), wanted["second"])
         assert found["row grads"].keys() == wanted["row grads"].keys() != set()
         for key, value in wanted["row grads"].items():
             assert_equal(found["row grads"][key], value)
@@ -99,6 +100,15 @@ def test_rows_merging_and_a_second_adapter_are_as_in_one_process(ranks: Any, alo
         assert not torch.equal(wanted[name], wanted["second"])
     parts = [rank[case]["delta"] for rank in ranks]
     assert_equal(torch.cat(parts), wanted["delta"])  # of a layer that is split by rows of its weight
+
+
+@pytest.mark.full_form
+def test_outputs_gradients_and_files_are_pefts_under_the_same_plan(ranks: Any) -> None:
+    for found in (rank["peft"] for rank in ranks):
+        assert_equal(*found["output"])
+        assert_equal(*found["grads"])
+        assert len(found["grads"][0]) == 20
+        assert "is invalid for input of size" in found["error"]
 
 
 def test_what_is_split(ranks: Any) -> None:
