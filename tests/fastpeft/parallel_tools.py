@@ -17,6 +17,7 @@ import fastpeft
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fastpeft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -158,7 +159,7 @@ def values_of(model: Any) -> dict[str, Tensor]:
     return {k: torch.randn(t.shape, generator=generator) * 0.2 for k, t in state(model).items()}
 
 
-def later(model: Any, folder: Path, case: str, values: dict[str, Tensor]) -> dict[str, Any]:
+def later(model: Any, folder: Path, case: str, values: dict[str, Tensor], split: bool) -> dict[str, Any]:
     """A second adapter out of a file, rows of several, disabled and merged adapters."""
     found: dict[str, Any] = {}
     fastpeft.set_peft_model_state_dict(model, values)
@@ -188,7 +189,10 @@ def later(model: Any, folder: Path, case: str, values: dict[str, Tensor]) -> dic
         model.unmerge_adapter()
         found["delta"] = layer.get_delta_weight("default")
         found["unmerged"] = model(IDS).logits
-        found["refused"] = refusal(model.add_weighted_adapter, ["default", "second"], [1, 1], "sum", "linear")
+        found["refused"] = split and [
+            refusal(model.add_weighted_adapter, ["default", "second"], [1, 1], "sum", "linear"),
+            refusal(hotswap_adapter, model, folder / f"{case}-alone", "default"),
+        ]
         model.delete_adapter("second")
         found["unloaded"] = model.merge_and_unload()(IDS).logits
     return found
@@ -208,7 +212,7 @@ def run(folder: Path, case: str, split: bool) -> dict[str, Any]:
         again = fastpeft.PeftModel.from_pretrained(base(folder, True, case), where)
         with torch.no_grad():
             found["loaded"] = again(IDS).logits
-    return {**found, **(later(model.eval(), folder, case, values) if case in LATE else {})}
+    return {**found, **(later(model.eval(), folder, case, values, split) if case in LATE else {})}
 
 
 def refused(folder: Path) -> list[str]:

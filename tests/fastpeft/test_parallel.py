@@ -95,7 +95,9 @@ def test_rows_merging_and_a_second_adapter_are_as_in_one_process(ranks: Any, alo
         assert found["row grads"].keys() == wanted["row grads"].keys() != set()
         for key, value in wanted["row grads"].items():
             assert_equal(found["row grads"][key], value)
-        assert "Save the adapters, combine them in a model that is whole" in found["refused"]
+        combining, swapping = found["refused"]
+        assert "Save the adapters, combine them in a model that is whole" in combining
+        assert "Load the adapter under another name" in swapping
     for name in ("rows", "base", "merged"):
         assert not torch.equal(wanted[name], wanted["second"])
     parts = [rank[case]["delta"] for rank in ranks]
@@ -136,7 +138,7 @@ def test_what_cannot_follow_the_parts_says_so(ranks: Any) -> None:
     assert "Vera cannot adapt" in vera
     assert "init_lora_weights=True" in pissa
     assert "modules_to_save cannot have 'lm_head'" in saved
-    assert "LoRA's `target_modules` alone" in tokens
+    assert "only a LoRA that has it in `target_modules` can follow" in tokens
 
 
 def test_pefts_names_for_split_models(ranks: Any) -> None:
