@@ -17,6 +17,7 @@ import fastpeft
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fastpeft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "net-bdlora": {"target_modules": ["q_proj", "o_proj"], "use_bdlora": fastpeft.BdLoraConfig(
         ["o_proj"], ["q_proj"], nblocks=2)},
     "lora": {"target_modules": ATTENTION + MLP},
+    "columns": {"target_modules": COLUMNS},
     "bias": {"target_modules": ["q_proj", "o_proj"], "lora_bias": True, "bias": "lora_only"},
     "head": HEAD,
     "bdlora": {"target_modules": ATTENTION + MLP, "use_bdlora": fastpeft.BdLoraConfig(**BD, nblocks=2)},
@@ -131,6 +133,8 @@ def whole(tensor: Any) -> Tensor:
 
 def steps(model: Any, values: dict[str, Tensor]) -> dict[str, Any]:
     """Outputs and gradients with given adapter weights, and after one step."""
+    from torch.distributed.tensor.experimental import implicit_replication
+
     fastpeft.set_peft_model_state_dict(model, values)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), lr=0.3)
@@ -141,10 +145,13 @@ def steps(model: Any, values: dict[str, Tensor]) -> dict[str, Any]:
     output = model(IDS).logits
     output.square().mean().backward()
     grads = {n: whole(p.grad).clone() for n, p in trained.items()}
+    with implicit_replication():  # what is whole, beside what is split
+        norm = whole(nn.utils.clip_grad_norm_(trained.values(), 1e6))
     optimizer.step()
     with torch.no_grad():
         after = model(IDS).logits
-    return {"seen": seen, "output": output.detach(), "grads": grads, "after": after, "state": state(model)}
+    found = {"seen": seen, "output": output.detach(), "norm": norm, "after": after}
+    return {**found, "grads": grads, "state": state(model)}
 
 
 def values_of(model: Any) -> dict[str, Tensor]:
@@ -152,7 +159,7 @@ def values_of(model: Any) -> dict[str, Tensor]:
     return {k: torch.randn(t.shape, generator=generator) * 0.2 for k, t in state(model).items()}
 
 
-def later(model: Any, folder: Path, case: str, values: dict[str, Tensor]) -> dict[str, Any]:
+def later(model: Any, folder: Path, case: str, values: dict[str, Tensor], split: bool) -> dict[str, Any]:
     """A second adapter out of a file, rows of several, disabled and merged adapters."""
     found: dict[str, Any] = {}
     fastpeft.set_peft_model_state_dict(model, values)
@@ -172,6 +179,8 @@ def later(model: Any, folder: Path, case: str, values: dict[str, Tensor]) -> dic
             model.eval()
         model.set_adapter("second")
         found["second"] = model(IDS).logits
+        if case == "lora":
+            found["compiled"] = torch.compile(model, backend="eager")(IDS).logits
         with model.disable_adapter():
             found["base"] = model(IDS).logits
         model.merge_adapter(["default"])
@@ -180,7 +189,10 @@ def later(model: Any, folder: Path, case: str, values: dict[str, Tensor]) -> dic
         model.unmerge_adapter()
         found["delta"] = layer.get_delta_weight("default")
         found["unmerged"] = model(IDS).logits
-        found["refused"] = refusal(model.add_weighted_adapter, ["default", "second"], [1, 1], "sum", "linear")
+        found["refused"] = split and [
+            refusal(model.add_weighted_adapter, ["default", "second"], [1, 1], "sum", "linear"),
+            refusal(hotswap_adapter, model, folder / f"{case}-alone", "default"),
+        ]
         model.delete_adapter("second")
         found["unloaded"] = model.merge_and_unload()(IDS).logits
     return found
@@ -200,7 +212,7 @@ def run(folder: Path, case: str, split: bool) -> dict[str, Any]:
         again = fastpeft.PeftModel.from_pretrained(base(folder, True, case), where)
         with torch.no_grad():
             found["loaded"] = again(IDS).logits
-    return {**found, **(later(model.eval(), folder, case, values) if case in LATE else {})}
+    return {**found, **(later(model.eval(), folder, case, values, split) if case in LATE else {})}
 
 
 def refused(folder: Path) -> list[str]:
@@ -225,6 +237,32 @@ def refusal(call: Any, *args: Any) -> str:
     except ValueError as error:
         return str(error)
     return "nothing was refused"
+
+
+def pefts(folder: Path) -> dict[str, Any]:
+    """Results of real PEFT, split alike, with the adapter that ours saved, and ours with the file that PEFT saves.
+
+    Of layers whose outputs are split: where inputs are, a forward with gradients fails in PEFT 0.21.2, which tells
+    transformers 5.23 the size of a part for the whole's."""
+    import peft
+
+    model = peft.PeftModel.from_pretrained(base(folder, True, "columns"), folder / "columns-split", is_trainable=True)
+    output = model(IDS).logits
+    output.square().mean().backward()
+    grads = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    model.save_pretrained(folder / f"pefts{dist.get_rank()}", save_embedding_layers=False)
+    dist.barrier()
+    ours = fastpeft.PeftModel.from_pretrained(base(folder, True, "columns"), folder / "pefts0", is_trainable=True)
+    again = ours(IDS).logits
+    again.square().mean().backward()
+    theirs = {n: whole(p.grad) for n, p in ours.named_parameters() if p.grad is not None}
+    rows = peft.get_peft_model(base(folder, True, "columns"), peft.LoraConfig(target_modules=["o_proj"]))
+    try:
+        rows(IDS)
+        error = ""
+    except RuntimeError as raised:
+        error = str(raised)
+    return {"output": (again.detach(), output.detach()), "grads": (theirs, grads), "error": error}
 
 
 def pefts_names(folder: Path) -> list[bool]:
@@ -259,6 +297,7 @@ def main(rank: int, folder: Path) -> None:
     results["names"] = pefts_names(folder)
     results["megatron"] = megatron_tools.everything()
     if full:
+        results["peft"] = pefts(folder)
         results["peft's error"] = megatron_tools.pefts_error()
     torch.save(results, folder / f"results{rank}.pt")
     dist.destroy_process_group()

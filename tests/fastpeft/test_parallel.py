@@ -54,7 +54,7 @@ def ranks(folder: Path, alone: Any) -> list[Any]:
 def test_outputs_gradients_and_a_step_are_those_of_one_process(ranks: Any, alone: Any, case: str) -> None:
     wanted = alone[case]
     for found in (rank[case] for rank in ranks):
-        for name in ("output", "seen", "after"):
+        for name in ("output", "seen", "norm", "after"):
             assert_equal(found[name], wanted[name])
         for name in ("grads", "state"):
             assert found[name].keys() == wanted[name].keys() != set()
@@ -91,14 +91,26 @@ def test_rows_merging_and_a_second_adapter_are_as_in_one_process(ranks: Any, alo
     for found in (rank[case] for rank in ranks):
         for name in ("rows", "second", "base", "merged", "unmerged", "unloaded"):
             assert_equal(found[name], wanted[name])
+        assert_equal(found.get("compiled", found["second"]), wanted["second"])
         assert found["row grads"].keys() == wanted["row grads"].keys() != set()
         for key, value in wanted["row grads"].items():
             assert_equal(found["row grads"][key], value)
-        assert "Save the adapters, combine them in a model that is whole" in found["refused"]
+        combining, swapping = found["refused"]
+        assert "Save the adapters, combine them in a model that is whole" in combining
+        assert "Load the adapter under another name" in swapping
     for name in ("rows", "base", "merged"):
         assert not torch.equal(wanted[name], wanted["second"])
     parts = [rank[case]["delta"] for rank in ranks]
     assert_equal(torch.cat(parts), wanted["delta"])  # of a layer that is split by rows of its weight
+
+
+@pytest.mark.full_form
+def test_outputs_gradients_and_files_are_pefts_under_the_same_plan(ranks: Any) -> None:
+    for found in (rank["peft"] for rank in ranks):
+        assert_equal(*found["output"])
+        assert_equal(*found["grads"])
+        assert len(found["grads"][0]) == 20
+        assert "is invalid for input of size" in found["error"]
 
 
 def test_what_is_split(ranks: Any) -> None:
@@ -126,7 +138,7 @@ def test_what_cannot_follow_the_parts_says_so(ranks: Any) -> None:
     assert "Vera cannot adapt" in vera
     assert "init_lora_weights=True" in pissa
     assert "modules_to_save cannot have 'lm_head'" in saved
-    assert "LoRA's `target_modules` alone" in tokens
+    assert "only a LoRA that has it in `target_modules` can follow" in tokens
 
 
 def test_pefts_names_for_split_models(ranks: Any) -> None:

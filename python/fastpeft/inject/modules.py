@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.types import warn
+from ..files.checks import list_some
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
 from ..layer.module_layer import ModuleLayer
@@ -102,6 +103,12 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tup
     return ((name, layer) for name, layer in layers if adapter is None or adapter in layer.methods)
 
 
+def check_whole(layers: Iterable[AdapterLayer], what: str, instead: str) -> None:
+    """Raise ValueError if processes split one of the layers, for what needs all of an adapter in each."""
+    if parted := [layer.layer_name for layer in layers if layer.base.parallel]:
+        raise ValueError(f"{what}: processes split {list_some(parted)}. {instead}")
+
+
 class KnownModules:
     """The modules of `adapter_modules`, looked for anew only where a module of the model is another than before."""
 
@@ -186,7 +193,7 @@ def checked_info(site: Site) -> LayerInfo:
         )
     if not base.parallel and is_split(base.holder):
         what = f"{site.key or site.name!r}, a {type(site.module).__name__}"
-        raise ValueError(f"Tensor parallelism splits {what}: LoRA's `target_modules` alone can name such modules.")
+        raise ValueError(f"Tensor parallelism splits {what}: only a LoRA that has it in `target_modules` can follow.")
     try:
         base.check()
     except ValueError as error:

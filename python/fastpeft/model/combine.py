@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config.base import check_ranks
 from ..config.limits import MAX_SCALE
 from ..config.types import PeftType, warn
-from ..files.checks import list_some
+from ..inject.modules import check_whole
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.registry import get_method, method_of
@@ -192,11 +192,8 @@ def _added(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(shared)} such instance(s)."
         )
-    if parted := [layer.layer_name for _, layer in tuner.adapter_layers() if layer.base.parallel]:
-        raise ValueError(
-            f"add_weighted_adapter: processes split {list_some(parted)}. Save the adapters, combine them in a model "
-            "that is whole, and load the result."
-        )
+    instead = "Save the adapters, combine them in a model that is whole, and load the result."
+    check_whole((layer for _, layer in tuner.adapter_layers()), "add_weighted_adapter", instead)
     saved = [n for a in adapters for n in getattr(tuner.peft_config[a], "modules_to_save", None) or ()]
     vars(config).update(modules_to_save=list(dict.fromkeys(saved)) or None)
     if hasattr(config, "bias"):

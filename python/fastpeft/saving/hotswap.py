@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config.base import PeftConfig
 from ..config.patterns import first_match
 from ..config.types import PeftType
-from ..inject.modules import adapter_layers, iter_adapter_tensors
+from ..inject.modules import adapter_layers, check_whole, iter_adapter_tensors
 from ..methods.lora.lora import LoraConfig, scaling_of
 from .folder import open_adapter
 
@@ -76,6 +76,7 @@ def hotswap_adapter_from_state_dict(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. "
             "Please unmerge the adapter first by calling `unmerge_adapter()`."
         )
+    check_whole(layers.values(), "hotswap_adapter", "Load the adapter under another name and delete this one.")
     own = {memory: tensor for memory, _, tensor in iter_adapter_tensors(bare, adapter_name)}
     if unexpected := [key for key in state_dict if key not in own]:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
@@ -150,6 +151,7 @@ def prepare_model_for_compiled_hotswap(
             "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
             "the first adapter and before loading the second adapter."
         )
+    check_whole(layers, "prepare_model_for_compiled_hotswap", "Adapters there cannot be swapped.")
     if target_rank is not None:
         of_layers = [(layer.info.groups, getattr(layer, n, {}), dim) for layer in layers for n, dim in _FACTORS]
         factors = [(factor, dim, groups) for groups, held, dim in of_layers for factor in held.values()]

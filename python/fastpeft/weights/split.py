@@ -59,6 +59,9 @@ class Split:
     def __init__(self, mesh: Any, dim: int, whole_input: bool, whole_output: bool) -> None:
         self.mesh, self.dim, self.whole_input, self.whole_output = mesh, dim, whole_input, whole_output
         self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        from torch.distributed.tensor import DTensor
+
+        self._parts: type[Any] = DTensor  # a class, since torch.compile sees no attribute of one as it is
 
     def __deepcopy__(self, memo: Any) -> Split:
         return self  # groups of processes have no copies
@@ -89,11 +92,11 @@ class Split:
 
     def own(self, tensor: Any) -> Tensor:
         """A tensor as this process computes with it: its part of a DTensor, or a whole one."""
-        return tensor.to_local() if hasattr(tensor, "to_local") else self.copied(tensor)  # type: ignore[no-any-return]
+        return tensor.to_local() if isinstance(tensor, self._parts) else self.copied(tensor)
 
     def once(self, tensor: Any) -> Tensor:
         """A tensor that all processes have alike, for a sum over them in which it should be once."""
-        whole = self.copied(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
+        whole = self.copied(tensor.to_local() if isinstance(tensor, self._parts) else tensor)
         return whole if self.rank == 0 else whole * 0
 
     def parted(self, tensor: Tensor, dim: int) -> Tensor:
