@@ -301,10 +301,11 @@ def lora_mixture(
     """`x W^T + bias + sum_i mix_i scaling_i (drop(x) A_i^T) B_i^T`; differentiable in all tensors but a 4-bit weight.
 
     x: [..., K] float32, bfloat16, float16 (float64 on the reference). weight: dense [N, K] or a `QuantWeight`.
-    a: n tensors [r_i, K] of one dtype, or [n, r, K]; b: n tensors [N, r_i] of one, or [n, N, r]. mix: [..., n], a
-    weight of each adapter, any floating dtype; its leading dimensions expand to x's ([batch, 1, n] is one per
-    sequence). scaling: a number, or n of them; as a tensor [n] on x's device it is not copied there. masked: gradients
-    of weights of exactly zero are zero, as behind a top-k; else they are the exact ones, and cost as others do.
+    a: n tensors [r_i, K] of one dtype, or [n, r, K]; b: n tensors [N, r_i] of one, or [n, N, r]; each call joins them,
+    unless a is one and b one, a view of contiguous [N, n, r]. mix: [..., n], a weight of each adapter, any floating
+    dtype; its leading dimensions expand to x's ([batch, 1, n] is one per sequence). scaling: a number, or n of them; as
+    a tensor [n] on x's device it is not copied there. masked: gradients of weights of exactly zero are zero, as behind
+    a top-k; else they are the exact ones, and cost as others do.
     dropout_p, seed: as of `lora_linear`; the adapters share a mask. Returns [..., N] in x.dtype; sums are float32.
     Under autocast x is cast to autocast's dtype. Raises ValueError or TypeError on bad arguments.
     """

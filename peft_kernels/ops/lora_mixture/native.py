@@ -47,7 +47,7 @@ def backward(
                                         nested_blocksize, *_one(a, b), s, 1.0, dropout_p, seed, False)  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else (0,))
     da, db = (t.new_empty(t.shape if need_ab else (0,)) for t in (a, b))
-    dmix = mix.new_zeros(mix.shape if need_mix else (0,))  # of adapters of rank 0 nothing is written
+    dmix = mix.new_empty(mix.shape if need_mix else (0,))
     packed = pack(torch.get_num_threads(), x, *own, s=s, dy=dy, dx=dx if need_dx else None,
                   da=da if need_ab else None, db=db if need_ab else None)  # fmt: skip
     code = native.cpu().pk_cpu_lora_mixture_backward(
