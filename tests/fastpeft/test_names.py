@@ -20,8 +20,8 @@ GAPS = {
         *:*_postprocess_past_key_value *:shift_tokens_right *:_prepare_prompt_learning_config *:_get_batch_size
         *:map_cache_to_layer_device_map utils.integrations:get_layer_device_map
     """,
-    "X-LoRA and Shadow come with a later issue": """
-        *:Shadow* tuners.shadow*:* *:XLora* tuners.xlora*:*
+    "Shadow comes with a later issue": """
+        *:Shadow* tuners.shadow*:*
     """,
     "a base layer that is not there yet": """
         tuners.lora.aqlm:* tuners.lora.awq:* tuners.lora.eetq:* tuners.lora.gptq:* tuners.lora.hqq:*
@@ -44,6 +44,7 @@ GAPS = {
         tuners.oft.layer:MultiplicativeDropoutLayer tuners.osf.utils:* tuners.poly.router:*outer
         tuners.randlora.layer:UniqueBaseGrad tuners.shira.mask_functions:random_mask tuners.waveft.wave*:*
         tuners.tuners_utils:check_adapters_to_merge tuners.tuners_utils:clone_module
+        tuners.xlora.classifier:Temperature* tuners.xlora.layer:XLora?*Layer tuners.xlora.model:convert_*
         tuners.tuners_utils:onload_layer *:UPCAST_DTYPES config:PeftConfigMixin
         utils*:_* *:set_additional_trainable_modules *:id_tensor_storage utils.integrations:*
         utils.loftq_utils:loftq_init utils.other:* utils.save_and_load:*

@@ -66,6 +66,7 @@ HOMES = {
     "methods.lora.start.corda": "CordaEigens",
     "config.targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
     "inject.tokens": "TrainableTokensWrapper",
+    "methods.xlora": "XLoraClassifier",
     "model.tuner": "BaseTuner MixedModel=BaseTuner",
 }
 _PATTERNS = ("TRANSFORMERS_MODELS_TO_", "is_")  # names that compat.peft_only makes by their pattern
@@ -104,6 +105,7 @@ _MODULES = {
     "tuners.mixed.model": "MixedModel",
     "tuners.poly.router": "methods.poly",
     "tuners.tuners_utils": "model.adapters compat.peft_only layer.layer inject.replicate model.tuner",
+    "tuners.xlora.classifier": "methods.xlora",
     "utils": f"{_UTILS} {_TYPES} NoMatchingPeftModuleError PeftError PeftWarning replace_lora_weights_loftq",
     "utils.constants": "compat.peft_only saving.folder config.targets",
     "utils.error": "NoMatchingPeftModuleError PeftError",
@@ -122,7 +124,7 @@ _MODULES = {
 _METHODS = """
     adalora adamss beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 lily ln_tuning loha lokr lora
     miss oft osf peanut poly psoft pvera randlora road shira supertuning tinylora trainable_tokens unilora vblora vera
-    waveft
+    waveft xlora
 """
 METHODS = tuple(_METHODS.split())
 _METHOD_PATHS = {
