@@ -151,3 +151,20 @@ def test_arrow_refuses_what_does_not_fit(paths: list[str], tmp_path: Path) -> No
     model.add_adapter("other", LoraConfig(r=3, target_modules=["up"], use_dora=True))
     with pytest.raises(ValueError, match="mixes plain LoRA adapters, 'other' is a Dora"):
         model(IDS)
+
+
+def test_arrow_on_a_four_bit_base(paths: list[str]) -> None:
+    quantised = fastpeft.quantize_model(Net(), skip=["gpt", "head"])
+    config = ArrowConfig(top_k=2, rng_seed=7)
+    model = create_arrow_model(quantised, paths[:-1], config).eval()
+    layer = model.base_model.model.up
+    x = torch.randn(2, 6, 24, requires_grad=True)
+    found = []
+    for cast in (True, False):  # the kernel, and the composition
+        layer.cast_input_dtype_enabled = cast
+        layer.changed()
+        y = layer(x)
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
+    for ours, expected in zip(*found, strict=True):
+        close(ours, expected, times=8)
+    assert not torch.equal(found[0][0], layer.base_layer(x))

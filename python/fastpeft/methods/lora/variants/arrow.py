@@ -115,6 +115,7 @@ class Arrow(Lora):
     examples: ClassVar[Any] = ()  # a layer needs other adapters for it to route between
     mergeable = False
     merge_error = RuntimeError
+    kernel = "lora_mixture"
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         return {**super().make_state(config, info, shared), "lora_arrow": ArrowLoraLinearLayer(config.arrow_config)}
