@@ -84,7 +84,6 @@ _NAMES = {
     ),
 }  # fmt: skip
 HOMES = {name: home for home, names in _NAMES.items() for name in names}
-_LATER = ("XLora",)
 _peft_names.install()
 
 
@@ -118,8 +117,7 @@ def __getattr__(name: str) -> Any:
     else:
         value = _of_methods().get(name) if name.endswith(("Config", "Model")) else None
     if value is None:
-        later = " (X-LoRA is not there yet)" * name.startswith(_LATER)
-        raise AttributeError(f"module 'fastpeft' has no attribute {name!r}{later}")
+        raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")
     globals()[name] = value
     return value
 

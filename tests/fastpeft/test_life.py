@@ -46,7 +46,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::fastpeft.config.types.PeftWarni
 def test_every_method_is_here() -> None:
     from fastpeft.methods.registry import registry
 
-    assert {case.kind.method.peft_type for case in CASES} == {k for k, m in registry().items() if m.examples}
+    alone = {name for name, method in registry().items() if method.examples}  # X-LoRA needs other adapters' files
+    assert {case.kind.method.peft_type for case in CASES} == alone
+    assert len(alone) >= len(registry()) - 1
 
 
 @every

@@ -16,9 +16,6 @@ GAPS = {
     "for a transformers before 4.53, where a cache was a tuple": """
         *:*_postprocess_past_key_value
     """,
-    "X-LoRA comes with a later issue": """
-        *:XLora* tuners.xlora*:*
-    """,
     "a base layer that is not there yet": """
         tuners.lora.aqlm:* tuners.lora.awq:* tuners.lora.eetq:* tuners.lora.gptq:* tuners.lora.hqq:*
         tuners.lora.inc:* tuners.lora.te:* tuners.lora.torchao:* *:GPTQLoraLinear *:SVDQuantLinear
@@ -37,6 +34,7 @@ GAPS = {
         tuners.oft.layer:MultiplicativeDropoutLayer tuners.osf.utils:* tuners.poly.router:*outer
         tuners.randlora.layer:UniqueBaseGrad tuners.shira.mask_functions:random_mask tuners.waveft.wave*:*
         tuners.tuners_utils:check_adapters_to_merge tuners.tuners_utils:clone_module
+        tuners.xlora.classifier:Temperature* tuners.xlora.layer:XLora?*Layer tuners.xlora.model:convert_*
         tuners.tuners_utils:onload_layer *:UPCAST_DTYPES config:PeftConfigMixin
         *:map_cache_to_layer_device_map
         utils*:_* *:set_additional_trainable_modules *:id_tensor_storage utils.integrations:*

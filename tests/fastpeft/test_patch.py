@@ -31,11 +31,13 @@ SHORT = [
     "tinylora", "randlora", "pvera", "shira", "miss", "adalora", "delora", "gralora", "glora", "hira", "psoft", "osf",
     "ln_tuning", "trainable_tokens", "trainable_tokens_with_lora", "lily", "peanut", "deft", "beft", "supertuning",
     "c3a", "frod", "loha_conv_effective", "alora_offsets", "bdlora", "velora", "kasa", "monteclora",
+    "poly",
 ]  # fmt: skip
 # Layers whose forward stays PEFT's, by case, and a part of the reason.
 STAYS = {
     "dora_convs": "DoRA of", "dora_embedding": "DoRA of",
     "attention": "MultiheadAttention", "c3a": "C3A", "frod": "FRoD", "hra_gs": "Gram-Schmidt",
+    "poly": "router",
     "loha_conv_effective": "Tucker",
     **dict.fromkeys(("osf", "pvera", "tinylora") if peft_is("<0.21") else (), "in another form"),
 }  # fmt: skip

@@ -45,17 +45,17 @@ def test_each_home_of_the_table_is_a_module_and_each_method_has_a_row():
 
 
 def test_what_is_in_no_row_is_in_no_module():
-    assert importlib.util.find_spec("fastpeft.tuners.xlora") is None
+    assert importlib.util.find_spec("fastpeft.tuners.nothing") is None
     assert importlib.util.find_spec("fastpeft.nothing") is None
     with pytest.raises(ImportError):
-        importlib.import_module("fastpeft.tuners.xlora")
+        importlib.import_module("fastpeft.tuners.nothing")
     for path in ("utils", "tuners", "tuners.lora", "peft_model"):
         module = importlib.import_module(f"fastpeft.{path}")
         with pytest.raises(AttributeError, match=f"'fastpeft.{path}' has no attribute 'nothing'"):
             module.nothing  # noqa: B018
         assert not hasattr(module, "__wrapped__")
     with pytest.raises(AttributeError, match="not there yet"):
-        fastpeft.tuners.XLoraConfig  # noqa: B018
+        fastpeft.tuners.ShadowConfig  # noqa: B018
 
 
 def test_attributes_lead_from_package_to_module_as_in_peft():

@@ -73,6 +73,7 @@ HOMES = {
     "methods.lora.variants.monteclora": "MontecloraSampler=Sampler",
     "config.targets": "INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",
     "inject.tokens": "TrainableTokensWrapper",
+    "methods.xlora": "XLoraClassifier",
     "model.tuner": "BaseTuner MixedModel=BaseTuner",
     "networks.flux_shadow": "DetachedFluxShadowModel",
     "networks.shadow_alone": "DetachedShadowModel",
@@ -121,6 +122,7 @@ _MODULES = {
     "tuners.mixed.model": "MixedModel",
     "tuners.poly.router": "methods.poly",
     "tuners.tuners_utils": "model.adapters compat.peft_only layer.layer inject.replicate model.tuner prompts.encoder",
+    "tuners.xlora.classifier": "methods.xlora",
     "utils": f"{_UTILS} {_TYPES} NoMatchingPeftModuleError PeftError PeftWarning replace_lora_weights_loftq",
     "utils.constants": "compat.peft_only saving.folder config.targets",
     "utils.error": "NoMatchingPeftModuleError PeftError",
@@ -141,7 +143,7 @@ _MODULES = {
 _METHODS = """
     adalora adamss adaption_prompt beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 lily ln_tuning
     loha lokr lora miss oft osf peanut poly psoft pvera randlora road shadow shira supertuning tinylora
-    trainable_tokens unilora vblora vera waveft
+    trainable_tokens unilora vblora vera waveft xlora
 """
 METHODS = tuple(_METHODS.split())
 _PROMPTS = ["cartridge", "cpt", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "prompt_tuning"]

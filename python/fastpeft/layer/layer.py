@@ -227,6 +227,9 @@ class AdapterLayer(MergingLayer):
                 if parameter.is_leaf:
                     parameter.requires_grad_(trains)
         (self._trained.add if requires_grad else self._trained.discard)(adapter)
+        for other in method.trains_along(s):
+            if other in self.methods:
+                self._set_requires_grad(other, requires_grad)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turn gradients of some adapters on or off without changing which are active."""

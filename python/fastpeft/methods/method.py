@@ -143,11 +143,12 @@ class Method:
     of, with the field that gives these values by pattern ({"r": "rank_pattern"}). examples: arguments of small
     configurations that between them exercise every option; the tests of the laws run over them. model_methods:
     functions, and properties, that a model with such an adapter has, by name; each takes the tuner first. forward_args:
-    of the model's forward and `generate`, which the base model does not get. autocast: whether tensors become float32
-    on half-precision bases. repeats_shared: whether files repeat what is shared in every layer. counts: fields of the
-    configuration that are positive integers, such as ranks. divisors: fields that divide sizes of the layer
-    ({"block_size": ("in_features", "out_features")}). parallel: values of `BaseWeight.parallel` of layers that it can
-    adapt (`parted`). kernel: the function of `peft_kernels` that `fused` calls.
+    of the model's forward and `generate`, which the base model does not get. generate_options: what the base model's
+    `generate` gets. autocast: whether tensors become float32 on half-precision bases. repeats_shared: whether files
+    repeat what is shared in every layer. counts: fields of the configuration that are positive integers, such as ranks.
+    divisors: fields that divide sizes of the layer ({"block_size": ("in_features", "out_features")}). parallel: values
+    of `BaseWeight.parallel` of layers that it can adapt (`parted`). kernel: the function of `peft_kernels` that `fused`
+    calls.
     """
 
     peft_type: ClassVar[PeftType]
@@ -161,6 +162,7 @@ class Method:
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     model_methods: ClassVar[Mapping[str, Callable[..., Any] | property]] = {}
     forward_args: ClassVar[tuple[str, ...]] = ()
+    generate_options: ClassVar[Mapping[str, Any]] = {}
     mergeable: ClassVar[bool] = True
     autocast: ClassVar[bool] = True
     needs_base_weight: ClassVar[bool] = False
@@ -236,6 +238,19 @@ class Method:
         """Modules that are adapted along with another, whose weight they have too, by name with the other's name."""
         return {}
 
+    # Optional: mixing other adapters of the layer, which come into the model first.
+
+    def mixes(self, config: Any) -> Mapping[str, str] | None:
+        """The adapters that it mixes, by the names that they get, each with its folder or repository; None: of none."""
+        return None
+
+    def check_mixed(self, name: str, method: Method, config: Any) -> None:
+        """Raise ValueError for an adapter that it cannot mix."""
+
+    def trains_along(self, s: Any) -> Sequence[str]:
+        """Other adapters of the layer that train when this one does."""
+        return ()
+
     # State: modules, parameters and buffers go into containers named after them, anything else into plain dicts.
 
     def make_shared(self, config: Any, layers: Sequence[LayerInfo]) -> State:
@@ -293,6 +308,10 @@ class Method:
     def ignores(self, config: Any, key: str) -> bool:
         """True for a file's tensor that is passed over because the configuration says that it is computed."""
         return False
+
+    def may_lack(self, config: Any, key: str) -> str | None:
+        """The reason why a file may lack a tensor, which then stays as it started; None: it may not."""
+        return None
 
     def fields_in_file(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Fields of a file's configuration that say something else than its tensors, as the tensors have them."""
@@ -361,10 +380,16 @@ class Method:
     def settled(self, model: nn.Module, layers: Sequence[Any]) -> None:
         """Called when adapters of the method have come into a model or have gone. layers: all adapter layers now."""
 
+    def before_forward(
+        self, tuner: Any, adapter: str, give: Callable[[Any], None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Called before each forward of the base model, also those of `generate`, with its arguments. give: takes a
+        value for each row, as `row_values` gives them, from now on (X-LoRA's weights)."""
+
     @property
     def hooks_model(self) -> bool:
-        own = type(self)
-        return own.row_values is not Method.row_values or own.model_output is not Method.model_output
+        names = ("row_values", "model_output", "before_forward")
+        return any(getattr(type(self), name) is not getattr(Method, name) for name in names)
 
     # Optional: speed, and scaling by a user.
 

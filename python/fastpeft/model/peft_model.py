@@ -150,7 +150,7 @@ class PeftModel(SeenAsPeft, nn.Module):
         own = self.base_model.forward_args
         defaults = {"generation_config": getattr(base, "generation_config", None)}
         with self.base_model._enable_peft_forward_hooks(*args, **{**defaults, **kwargs}):
-            return base.generate(*args, **_without(own, kwargs))
+            return base.generate(*args, **{**_without(own, kwargs), **self.base_model.generate_options})
 
     # Adapters come and go
 

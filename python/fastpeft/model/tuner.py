@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..config.types import warn
 from ..files.checks import list_some
 from ..files.offloaded import keeper
 from ..inject.modules import AdapterModule, KnownModules, adapter_modules
-from ..inject.plan import InjectionPlan, plan_injection
+from ..inject.plan import InjectionPlan
 from ..layer.by_row.call import RowCall, RowValues, call_by
 from ..layer.by_row.names import check_length
 from ..layer.layer import AdapterLayer
@@ -30,6 +30,7 @@ from ..methods.method import Method
 from ..methods.registry import method_of, registry
 from ..prompts.encoder import ENCODER
 from ..prompts.encoders import PromptEncoders
+from ..saving.load import plan_adapter
 from ..saving.state_dict import bias_tensors
 from ..weights.read_by_module import ParameterWeight
 from . import adapters
@@ -112,6 +113,11 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         """Names of arguments of a forward that the base model does not get."""
         return AUXILIARY_KWARGS.union(*(method.forward_args for method in self._hooked.values()))
 
+    @property
+    def generate_options(self) -> dict[str, Any]:
+        """Arguments that `generate` of the base model gets beside those of the call."""
+        return {name: value for method in self._hooked.values() for name, value in method.generate_options.items()}
+
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """A model's configuration as a dict; that of a model that has none says "custom"."""
@@ -141,7 +147,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
                     "to 'none' for all adapters but one."
                 )
             if plan is None:
-                plan = plan_injection(
+                plan = plan_adapter(
                     self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
                     autocast_adapter_dtype=autocast_adapter_dtype,
                     keys=None if state_dict is None else list(state_dict),
@@ -155,6 +161,8 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             if plan is not None:
                 plan.abandon()
             raise
+        if plan.method.mixes(config) is not None:
+            self.peft_config |= getattr(self.model, "peft_config", {})  # what is mixed came with the plan
         first = not self.peft_config
         plan.commit()
         if plan.shared:
@@ -277,18 +285,41 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         assigned = around if names is None and around is not None and not around.inside else None
         if assigned is not None:
             names = assigned.names[1]  # of `rows_assigned`
-        values = {}
+        values: dict[str, Any] = {}
+        before: list[tuple[str, Method]] = []
         if self._hooked:
             inputs = {"input_ids": args[0], **kwargs} if args else kwargs
             hooked = self._hooks(self.active_adapters if names is None else list(dict.fromkeys(names)))
             found = ((n, m.row_values(self.peft_config[n], inputs)) for n, m in hooked)
             values = {n: v for n, v in found if v is not None}
-        if names is None and not values and around is None:
+            before = [(n, m) for n, m in hooked if type(m).before_forward is not Method.before_forward]
+        if names is None and not values and around is None and not before:
             return nullcontext()
         graph = torch.is_grad_enabled()
+        if before:
+            call = self._row_call(names, values, _repeats(kwargs, self.model), steady=True, inside=True, graph=graph)
+            return self._measured(call, before)
         if assigned is not None and not values:
             return RowCall(self, assigned.layers, assigned.names, assigned.values, assigned.steady, True, graph)
         return self._row_call(names, values, _repeats(kwargs, self.model), steady=True, inside=True, graph=graph)
+
+    @contextmanager
+    def _measured(self, call: RowCall, methods: Sequence[tuple[str, Method]]) -> Iterator[None]:
+        """A call of the model in which each forward of the base model has values of its own (`before_forward`)."""
+
+        def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for name, method in methods if call_by(self) is call else ():  # else another thread's
+                def give(value: Any, name: str = name) -> None:
+                    for rows in call.values.values():
+                        rows[name] = value  # type: ignore[index]  # dictionaries, made for this call
+                method.before_forward(self, name, give, args, kwargs)
+
+        handle = self.model.register_forward_pre_hook(first, with_kwargs=True)
+        try:
+            with call:
+                yield
+        finally:
+            handle.remove()
 
     def rows_assigned(
         self, names: Sequence[str] | None, values: RowValues | None = None, repeats: int = 1, steady: bool = False

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config.types import PeftType
-from ..files.checks import PREFIX, TUNER, mismatch, report
+from ..config.types import PeftType, warn
+from ..files.checks import PREFIX, TUNER, list_some, mismatch, report
 from ..inject.modules import unwrapped_name
 from ..inject.old_experts import joined_state
 from ..inject.plan import InjectionPlan
@@ -32,6 +32,11 @@ def check_fits(
     every = [layer.site.name for layer in plan.layers]  # a file may repeat for each what they share
     plain = base | {f"{PREFIX}{layer}.{n}": tuple(t.shape) for layer in every for n, t in shared.items()}
     missing = [key for key in expected if key not in tensors]
+    excused = {key: reason for key in missing if (reason := plan.method.may_lack(plan.config, key))}
+    for reason in dict.fromkeys(excused.values()):
+        lost = list_some([key for key in excused if excused[key] == reason])
+        warn(f"{where} lacks {lost}, which stay as they start, at random: {reason}. Train it again and save it here.")
+    missing = [key for key in missing if key not in excused]
     biases = {_bare(key) for key in tensors}
     missing += [key for key in trained if key not in biases]
     copied = tuple(f"{PREFIX}{copy.site.name}." for copy in plan.saved)  # whose counters are no floats

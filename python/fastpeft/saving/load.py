@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.base import PeftConfig
+from ..config.base import CONFIG_NAME, PeftConfig
 from ..files.checks import PREFIX
+from ..inject.mixture import plan_mixture
+from ..inject.modules import adapter_layers
 from ..inject.plan import InjectionPlan, plan_injection
+from ..methods.method import Method
+from ..methods.registry import method_of
 from .fits import check_fits
-from .folder import AdapterSource, load_adapter_file
+from .folder import AdapterSource, load_adapter_file, open_adapter
 from .state_dict import IncompatibleKeys, fill, unpacked
 
 
@@ -64,12 +68,15 @@ def plan_loading(
     """
     header = {_renamed(key, key_mapping): info for key, info in source.tensors.items()}
     lenient = bool(options.get("ignore_mismatched_sizes", False))  # what is passed over starts as for a new adapter
+    if "adapters" in options and hasattr(config, "adapters"):
+        config.adapters = dict(options["adapters"])
     with warnings.catch_warnings():
         if not is_new:  # they came when the adapter was put in
             warnings.simplefilter("ignore")
-        plan = plan_injection(
-            model, config, adapter_name, low_cpu_mem_usage=not lenient, loading=True,
-            autocast_adapter_dtype=autocast_adapter_dtype, shapes={key: info.shape for key, info in header.items()},
+        plan = plan_adapter(
+            model, config, adapter_name, source.folder if is_new else None, is_new, low_cpu_mem_usage=not lenient,
+            loading=True, autocast_adapter_dtype=autocast_adapter_dtype,
+            shapes={key: info.shape for key, info in header.items()},
         )  # fmt: skip
     with ExitStack() as undo:
         undo.callback(plan.abandon)
@@ -78,6 +85,76 @@ def plan_loading(
         if is_new:
             undo.pop_all()
     return Loaded(source.folder, plan, tensors, lenient, is_new)
+
+
+def plan_adapter(
+    model: nn.Module, config: Any, adapter_name: str, beside: Any = None, is_new: bool = True, **options: Any
+) -> InjectionPlan:
+    """`plan_injection`, also for a method that mixes other adapters: these are put into the model first, and taken out
+    again when the plan is abandoned. beside: the folder that the configuration is from, in which they may be, too."""
+    method = method_of(config)
+    folders = method.mixes(config)
+    if folders is None:
+        return plan_injection(model, config, adapter_name, **options)
+    config.check_values()
+    method.check_config(config)
+    method.open_fields(config, model, None)
+    if not is_new:
+        return plan_mixture(model, config, adapter_name)
+    with ExitStack() as undo:
+        _put_in(model, adapter_name, method, {n: _place(beside, n, f) for n, f in folders.items()}, undo,
+                bool(options.get("autocast_adapter_dtype")))  # fmt: skip
+        plan = plan_mixture(model, config, adapter_name)
+        plan.abandon = undo.pop_all().close
+    return plan
+
+
+def _place(beside: Any, name: str, folder: str) -> Any:
+    """The folder of an adapter that is mixed: below the mixture's own, where it was saved along, or its own."""
+    here = None if beside is None else beside / name
+    if here is None or not (here / CONFIG_NAME).exists():
+        return folder
+    # PEFT 0.21 puts all sorts of tensors there
+    return here if all(key.startswith(PREFIX) for key in open_adapter(here).tensors) else folder
+
+
+def _put_in(
+    model: nn.Module, adapter_name: str, method: Method, folders: Mapping[str, Any], undo: ExitStack, autocast: bool
+) -> None:
+    """Put the adapters that another mixes into a model without adapters, whose modules are then in evaluation, as
+    after PEFT. One that an earlier mixture of that name left there is replaced."""
+    sources = {name: open_adapter(folder) for name, folder in folders.items()}
+    configs = {name: source.peft_config() for name, source in sources.items()}
+    for name, config in configs.items():
+        method.check_mixed(name, method_of(config), config)
+    before = dict(getattr(model, "peft_config", None) or {})
+    if before and (adapter_name not in before or method_of(before[adapter_name]).mixes(before[adapter_name]) is None):
+        kinds = f"{method.peft_type.value} and {', '.join(sorted({c.peft_type.value for c in before.values()}))}"
+        raise ValueError(f"Cannot combine adapters with different peft types: the model has adapters. Found {kinds}.")
+    for _, layer in adapter_layers(model):
+        layer._active_adapter = []
+        for name in before:
+            if name in layer.methods:
+                layer.delete_adapter(name)
+    undo.callback(_put_back, {module: module.training for module in model.modules()})
+    undo.callback(lambda: vars(model).pop("peft_config", None))
+    model.eval()
+    model.peft_config = configs  # type: ignore[assignment]
+    for i, (name, source) in enumerate(sources.items()):
+        configs[name].inference_mode = False
+        loaded = plan_loading(source, configs[name], model, name, None, {}, autocast)
+        undo.callback(loaded.plan.undo)
+        loaded.plan.finish()
+        loaded.plan.commit()
+        if i == 0:
+            loaded.plan.freeze_base()
+        tensors = unpacked(loaded.plan.joined, configs[name], loaded.tensors)
+        fill(model, name, tensors, low_cpu_mem_usage=True, where=source.folder)
+
+
+def _put_back(modes: Mapping[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def load_peft_weights(

@@ -158,7 +158,9 @@ def _fill(
     there = {id(target) for target, _ in found.values()}  # what layers share may be in a file once or often
     missing = [memory for memory, target in own.values() if id(target) not in there]
     if where is not None:
+        config = _configs(model)[adapter_name]
         lacking = [key for key, (_, target) in own.items() if id(target) not in there | skipped]
+        lacking = [key for key in lacking if not method_of(config).may_lack(config, key)]
         report(where, lacking, unexpected, [] if ignore_mismatched_sizes else mismatched)
         _check_values(layers, adapter_name, found, where)
     elif not ignore_mismatched_sizes:
@@ -283,6 +285,8 @@ def bias_tensors(model: nn.Module, config: Any, state: Mapping[str, Tensor] | No
 def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> bool:
     if choice != "auto":
         return bool(choice)
+    if not hasattr(config, "target_modules"):
+        return False
     trains_rows = any(getattr(config, name, None) for name in ("trainable_token_indices", "token_indices"))
     if not trains_rows and any(".base_layer." in name for name in embedding_tensors(model)):
         warnings.warn("save_embedding_layers is on: an embedding layer is targeted by the adapter", stacklevel=3)

@@ -37,7 +37,10 @@ class Kept:
         return Kept, ()
 
     def get(self, tensors: list[Tensor], make: Callable[[], Any]) -> Any:
-        """make(), without gradients, or what it gave last."""
+        """make(), without gradients, or what it gave last. In a graph it is computed there."""
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return make()
         seen = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         last = self._last
         if last is None or seen != last[1] or any(p is not q for p, q in zip(tensors, last[0], strict=True)):

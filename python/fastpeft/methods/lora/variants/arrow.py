@@ -114,6 +114,7 @@ class ArrowLoraLinearLayer(nn.Module):
 class Arrow(Lora):
     examples: ClassVar[Any] = ()  # a layer needs other adapters for it to route between
     mergeable = False
+    kernel = "lora_mixture"
 
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         return {**super().make_state(config, info, shared), "lora_arrow": ArrowLoraLinearLayer(config.arrow_config)}
@@ -122,8 +123,8 @@ class Arrow(Lora):
         return "Cannot merge an active Arrow router adapter. Remove it first"
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        given = s.cast(x, s.lora_A.weight.dtype)
-        delta: Tensor = s.lora_dropout(added(given, self._mixed(s, given)))
+        mixed = self._mixed(s, x)
+        delta: Tensor = s.lora_dropout(added(s.cast(x, mixed.a[0].dtype), mixed))
         return y + delta
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
@@ -132,7 +133,7 @@ class Arrow(Lora):
         def of(x: Tensor) -> Mixed | None:
             if type(drops) is not nn.Identity and drops.training:
                 return None
-            return self._mixed(s, s.cast(x, s.lora_A.weight.dtype))
+            return self._mixed(s, x)
 
         return fused(layer, of)
 
@@ -156,7 +157,7 @@ class Arrow(Lora):
         a, b = (self._weights(where, others, tasks, name) for name in ("lora_A", "lora_B"))
         if router.use_gks:
             a, b = router.pure(a, b, [self._weights(where, others, general, name) for name in ("lora_A", "lora_B")])
-        mix = router.weights(x, router.prototypes(a, b))
+        mix = router.weights(s.cast(x, a[0].dtype), router.prototypes(a, b))
         scaling = [others[name][1].scaling for name in tasks]
         return Mixed(*together(router._joined, a, b), mix, scaling, masked=True)
 
