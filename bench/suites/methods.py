@@ -35,7 +35,7 @@ CHEAP = {"LORA", "DORA", "KASA", "MICA", "BDLORA", "QALORA", "VELORA", "MONTECLO
          "LOHA", "LOKR", "FOURIERFT", "WAVEFT", "C3A", "MISS", "PSOFT", "IA3", "ROAD", "SHIRA"}  # fmt: skip
 FASTER = {"BOFT": 5.0, "HRA": 5.0, "OSF": 5.0, "LOHA": 2.0, "LOKR": 2.0, "FOURIERFT": 2.0, "WAVEFT": 2.0}
 # Not on a linear layer alone.
-ELSEWHERE = {"LN_TUNING", "TRAINABLE_TOKENS"}
+ELSEWHERE = {"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"}
 
 
 class Holder(nn.Module):

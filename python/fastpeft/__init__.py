@@ -70,8 +70,7 @@ _NAMES = {
     ),
 }  # fmt: skip
 HOMES = {name: home for home, names in _NAMES.items() for name in names}
-_LATER = ("AdaptionPrompt", "Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Poly", "Prefix", "Prompt", "Shadow",
-          "XLora")  # fmt: skip
+_LATER = ("Arrow", "Cartridge", "CPT", "MultitaskPrompt", "Poly", "Prefix", "Prompt", "XLora")  # fmt: skip
 _peft_names.install()
 
 
@@ -99,7 +98,7 @@ def __getattr__(name: str) -> Any:
     else:
         value = _of_methods().get(name) if name.endswith(("Config", "Model")) else None
     if value is None:
-        later = " (prompt learning, X-LoRA, Poly, Arrow and Shadow are not there yet)" * name.startswith(_LATER)
+        later = " (prompt learning, X-LoRA, Poly and Arrow are not there yet)" * name.startswith(_LATER)
         raise AttributeError(f"module 'fastpeft' has no attribute {name!r}{later}")
     globals()[name] = value
     return value

@@ -86,6 +86,13 @@ def test_rows_have_prompts_of_their_own() -> None:
         with model.disable_adapter() if name == "__base__" else torch.no_grad():
             close(mixed[i : i + 1], model(ids[i : i + 1]).logits)
     assert not torch.equal(mixed[0], mixed[2])
+    lora = {"r": 2, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False}
+    model.add_adapter("lora", fastpeft.LoraConfig(**lora))
+    rows = ["lora", "default", "other", "lora"]  # of two methods, on an attention and on layers in it
+    mixed = model.eval()(ids, adapter_names=rows).logits
+    for i, name in enumerate(rows):
+        model.set_adapter(name)
+        close(mixed[i : i + 1], model(ids[i : i + 1]).logits)
     model.base_model.set_adapter(["default", "other"])  # both act, one after the other
     assert not torch.equal(model(IDS).logits, mixed[:2])
 

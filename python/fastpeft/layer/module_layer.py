@@ -38,12 +38,11 @@ class ModuleLayer(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop("adapter_names", None) or self.rows.names
-        served: dict[str, list[int] | None] = {} if rows is None else {**grouped(rows)}
-        if rows is None:
-            served = dict.fromkeys(self._active_adapter)
-        else:
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            check_length(x, rows)
+        served: dict[str, list[int] | None] = dict.fromkeys(self._active_adapter)
+        if rows is not None:
+            check_length(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), rows)
+            groups = grouped(rows)
+            served = {**groups} if len(groups) > 1 else dict.fromkeys(groups)
         call: Any = self.base_layer
         for name, members in served.items() if not self._disable_adapters else ():
             if name in self.methods:

@@ -24,6 +24,7 @@ from .method import LayerInfo, State
 from .shadow_forward import (
     FROM_INPUT,
     Following,
+    auxiliary_states,
     check_tokens,
     first_state,
     now,
@@ -47,6 +48,7 @@ class ShadowConfig(HasInitWeights, TargetConfig, own_type="SHADOW"):
     embeddings of the tokens, where it is as wide. update_hidden_size: inner width of T and G, by default r.
     auxiliary_loss_weight: of the loss on the backbone alone."""
 
+    whole_modules = True
     by_layer = False  # `open_fields` chooses by `layers_to_transform`, whose numbers end the names of blocks
     mirrored = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
@@ -76,6 +78,7 @@ class Shadow(WholeMethod, config=ShadowConfig):
     tensors = (*OWN, *SHARED)
     model_methods: ClassVar[Any] = {
         "shadow_auxiliary_loss": shadow_auxiliary_loss, "unload_shadow": unload_shadow,
+        "auxiliary_states": auxiliary_states,
         "_resolve_shadow_head": resolve_shadow_head, "_shadow_share_embeddings": property(shared_embeddings),
         "shadow_head": property(lambda tuner: nn.ModuleDict()),  # where no adapter has one
     }  # fmt: skip
@@ -91,6 +94,14 @@ class Shadow(WholeMethod, config=ShadowConfig):
             value = getattr(config, name)
             check(config, name, value is None or (type(value) is int and value > 0), "a positive integer or None")
         check(config, "auxiliary_loss_weight", config.auxiliary_loss_weight >= 0, "0 or more")
+
+    def check_beside(self, config: ShadowConfig, others: Sequence[Any]) -> None:
+        shadows = [other for other in others if isinstance(other, ShadowConfig)]
+        if shadows and any(c.task_type == TaskType.SEQ_CLS for c in (config, *shadows)):
+            raise ValueError(
+                "Shadow does not support multiple adapters when any adapter uses sequence classification: each would "
+                "have a classifier in `modules_to_save` beside its `shadow_head`."
+            )
 
     def open_fields(self, config: ShadowConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:
         from ..networks.shadow_backbone import blocks_of

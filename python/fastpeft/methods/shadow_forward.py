@@ -102,7 +102,8 @@ class Following:
     def active(self) -> tuple[Any, str] | None:
         """The first layer that has the adapter which is active, and its name."""
         for layer in self.layers:
-            for name in layer._active_adapter if not layer._disable_adapters else ():
+            rows = layer.rows.names
+            for name in () if layer._disable_adapters else layer._active_adapter if rows is None else set(rows):
                 if _has(layer, name):
                     return layer, name
         return None
@@ -237,6 +238,17 @@ def shadow_auxiliary_loss(tuner: Any, labels: Tensor, attention_mask: Tensor | N
     of the sequences' labels. None without a forward on tokens, and where the task has no head."""
     following = _following(tuner)
     return following.loss(vars(tuner).get("_seed_shadow_state", following.last.state), labels, attention_mask)
+
+
+def auxiliary_states(tuner: Any) -> list[tuple[float, Tensor]]:
+    """(weight, states [batch, tokens, width]) of the last forward, for a training loop that makes the loss of the head
+    itself: the same loss of these is to be added with that weight."""
+    following = _following(tuner)
+    active, states = following.active(), following.last.state
+    if active is None or states is None or active[0].shadow_config[active[1]].task_type != TaskType.CAUSAL_LM:
+        return []
+    weight = active[0].shadow_config[active[1]].auxiliary_loss_weight
+    return [(weight, states)] if weight > 0 else []
 
 
 def unload_shadow(tuner: Any, adapter_name: str | None = None, copy: bool = False) -> Any:

@@ -15,7 +15,7 @@ from .state_dict import IncompatibleKeys
 
 def _original_keys(base: nn.Module) -> dict[str, str]:
     """The key in memory of each of the base model's tensors, by the key that it had."""
-    modules = dict(base.named_modules())
+    modules = dict(base.named_modules(remove_duplicate=False))  # layers share containers
     adapters = {n for n, m in modules.items() if isinstance(m, AdapterDict)}
     wrapped = {f"{n}.base_layer".lstrip(".") for n, m in modules.items() if isinstance(m, AdapterLayer)}
     wrapped |= {f"{n}.original_module".lstrip(".") for n, m in modules.items() if isinstance(m, ModulesToSaveWrapper)}
