@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig, check
+from ..config.limits import MAX_RANK
 from ..config.types import TaskType
 from ..weights.whole_module import WholeModule
 from .math.factored import dropout
@@ -37,6 +38,7 @@ from .whole import Rows, WholeMethod
 
 SHARED = ("shadow_backbone", "shadow_projection", "shadow_head")
 OWN = ("shadow_down", "shadow_up", "shadow_update_transform", "shadow_update_gate")
+MAX_LAYERS = 1024  # each takes time to make, also without memory for a file to fill
 _KEPT = "_fastpeft_shadow"  # on a block's input: the state that the block had beside it
 
 
@@ -91,8 +93,9 @@ class Shadow(WholeMethod, config=ShadowConfig):
     def check_config(self, config: ShadowConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
         for name in (*(f"shadow_{name}" for name in config.mirrored), "update_hidden_size"):
-            value = getattr(config, name)
-            check(config, name, value is None or (type(value) is int and value > 0), "a positive integer or None")
+            value, most = getattr(config, name), MAX_LAYERS if name.endswith("layers") else MAX_RANK
+            fits = value is None or (type(value) is int and 1 <= value <= most)
+            check(config, name, fits, f"a positive integer of at most {most}, or None")
         check(config, "auxiliary_loss_weight", config.auxiliary_loss_weight >= 0, "0 or more")
 
     def check_beside(self, config: ShadowConfig, others: Sequence[Any]) -> None:
@@ -216,7 +219,7 @@ class Shadow(WholeMethod, config=ShadowConfig):
             setattr(x, _KEPT, kept)
         if before is FROM_INPUT:
             before = first_state(layer, name, x, args, kwargs)
-            check_tokens(before, x)
+        check_tokens(before, x)
         before = before.to(x.device)
 
         dtype = s.shadow_down.weight.dtype
