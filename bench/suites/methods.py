@@ -35,7 +35,7 @@ CHEAP = {"LORA", "DORA", "KASA", "MICA", "BDLORA", "QALORA", "VELORA", "MONTECLO
          "LOHA", "LOKR", "FOURIERFT", "WAVEFT", "C3A", "MISS", "PSOFT", "IA3", "ROAD", "SHIRA"}  # fmt: skip
 FASTER = {"BOFT": 5.0, "HRA": 5.0, "OSF": 5.0, "LOHA": 2.0, "LOKR": 2.0, "FOURIERFT": 2.0, "WAVEFT": 2.0}
 # Not on a linear layer alone, or not called with x alone.
-ELSEWHERE = {"LN_TUNING", "POLY", "TRAINABLE_TOKENS", "XLORA"}
+ELSEWHERE = {"ADAPTION_PROMPT", "LN_TUNING", "POLY", "SHADOW", "TRAINABLE_TOKENS", "XLORA"}
 
 
 class Holder(nn.Module):

@@ -14,7 +14,12 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-from torch import Tensor, nn
+from fastpeft.apps.training.config import TrainConfig
+from fastpeft.apps.training.data import Example
+from fastpeft.apps.training.forward import CompletionLoss
+from fastpeft.apps.training.packing import collate
+from fastpeft.apps.training.run import adapter_config
+from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from peft_kernels.testing import assert_same_bits
@@ -61,8 +66,10 @@ def test_shadows_classify_as_pefts(tmp_path: Path) -> None:
     which = ("llama", "ForSequenceClassification")
     ours, theirs = beside("ShadowConfig", options, *which, labels=torch.tensor([2, 0]))
     both_ways(ours, theirs, tmp_path, *which)
-    ours.add_adapter("other", fastpeft.ShadowConfig(**options))  # PEFT refuses a second one
-    assert isinstance(ours.base_model.shadow_head["other"], nn.Linear)
+    for task in ("SEQ_CLS", "CAUSAL_LM"):
+        with pytest.raises(ValueError, match="does not support multiple adapters"):
+            ours.add_adapter("other", fastpeft.ShadowConfig(**{**options, "task_type": task}))
+    assert list(ours.peft_config) == list(ours.base_model.shadow_head) == ["default"]
 
 
 def test_a_checkpoint_is_a_backbone(tmp_path: Path) -> None:
@@ -135,6 +142,10 @@ def test_what_the_model_gives_besides() -> None:
     assert torch.equal(static, model.generate(IDS, max_new_tokens=4, do_sample=False))
     with pytest.raises(ValueError, match="rows cannot have adapters of their own"):
         model(IDS, adapter_names=["default", "__base__"])
+    with model.disable_adapter():
+        without = model(IDS).logits
+    for name, expected in (("default", out.logits), ("__base__", without)):
+        assert_same_bits(model(IDS, adapter_names=[name] * 2).logits, expected)
     assert "shadow.ShadowLayer" in repr(model)
     layer = model.get_base_model().model.layers[0]
     assert isinstance(layer, peft.tuners.shadow.ShadowLayer)
@@ -174,9 +185,34 @@ def test_an_injected_shadow_needs_no_tuner() -> None:
     close(bare(IDS, labels=IDS).loss, model(IDS, labels=IDS).loss)
 
 
+def test_fastpeft_train_adds_the_loss_of_the_shadow_alone() -> None:
+    model = shadow(auxiliary_loss_weight=0.5).train()
+    model.get_base_model().config.use_cache = False
+    batch = collate([[Example(IDS[0].tolist(), [False] + [True] * 4)]], 0)
+    loss = CompletionLoss(model)(batch) / len(batch.targets)
+    close(loss, model(IDS[:1], labels=IDS[:1]).loss)
+    model.eval()  # what is evaluated is the model
+    model.active_peft_config.auxiliary_loss_weight = 0.0
+    close(CompletionLoss(model)(batch) / len(batch.targets), model(IDS[:1], labels=IDS[:1]).loss)
+    assert model.base_model.last_shadow_loss > 0
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    ("shadow", {}), ("adaption_prompt", {"adapter_len": 2, "adapter_layers": 1}),
+])  # fmt: skip
+def test_fastpeft_train_takes_the_modules_of_the_method(method: str, options: dict[str, Any]) -> None:
+    made = adapter_config(TrainConfig(model="m", data="d", method=method, adapter=options))
+    assert made.target_modules is None
+    assert fastpeft.get_peft_model(base(), made).targeted_module_names
+    made.target_modules = "all-linear"
+    with pytest.raises(ValueError, match="acts on whole modules"):
+        fastpeft.get_peft_model(base(), made)
+
+
 @pytest.mark.parametrize(("options", "told"), [
     ({"r": 0}, "`r` should be a positive integer"),
-    ({"shadow_hidden_size": 0}, "`shadow_hidden_size` should be a positive integer or None"),
+    ({"shadow_hidden_size": 0}, "`shadow_hidden_size` should be a positive integer of at most"),
+    ({"shadow_num_hidden_layers": 10**5}, "`shadow_num_hidden_layers` should be a positive integer of at most 1024"),
     ({"auxiliary_loss_weight": -1.0}, "`auxiliary_loss_weight` should be 0 or more"),
     ({"shadow_dropout": 1.5}, "`shadow_dropout` should be in"),
     ({"layers_to_transform": [0, 3]}, r"layers_to_transform has \[3\], the model has 3 blocks"),
@@ -200,3 +236,51 @@ def test_the_blocks_of_layers_to_transform_are_chosen(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / reader.__name__)
         read = reader.PeftModel.from_pretrained(base(), tmp_path / reader.__name__).eval()
         close(read(IDS).logits, model.eval()(IDS).logits)
+
+
+# Transformers of diffusers
+
+FLUX = {
+    "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 8,
+    "num_attention_heads": 2, "joint_attention_dim": 8, "timestep_guidance_channels": 8, "mlp_ratio": 2.0,
+    "axes_dims_rope": (2, 2, 2, 2), "guidance_embeds": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"shadow_hidden_size": 8, "shadow_intermediate_size": 12, "share_embeddings": False},
+])  # fmt: skip
+def test_shadows_of_flux_are_pefts(options: dict[str, Any], tmp_path: Path) -> None:
+    flux = pytest.importorskip("diffusers").Flux2Transformer2DModel
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 4), "encoder_hidden_states": torch.randn(1, 3, 8),
+        "timestep": torch.tensor([0.5]), "img_ids": torch.zeros(1, 4, 4), "txt_ids": torch.zeros(1, 3, 4),
+        "guidance": None, "return_dict": False,
+    }  # fmt: skip
+    options = {**SHADOW, "target_modules": r"single_transformer_blocks\.\d+$", **options}
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        return flux(**FLUX)
+
+    models, seen = [], []
+    for library in (fastpeft, peft):
+        model = made()
+        torch.manual_seed(1)
+        models.append(library.get_peft_model(model, library.ShadowConfig(**options)))
+        seen.append(library.get_peft_model_state_dict(models[-1]))
+    assert seen[0].keys() == seen[1].keys()
+    for key, value in seen[0].items():
+        if not key.endswith("linear_in.weight"):
+            assert_same_bits(value, seen[1][key])
+    # Of a gated layer's two halves PEFT means to take the first rows of each, but looks for ".ff" in "ff.linear_in".
+    inner = options.get("shadow_intermediate_size", 32)
+    base_in = made().transformer_blocks[-1].ff.linear_in.weight.unflatten(0, (2, 32))
+    backbone = models[0].base_model.shadow_backbone["default"].model
+    width = backbone.transformer_blocks[0].ff.linear_in.in_features
+    assert_same_bits(backbone.transformer_blocks[0].ff.linear_in.weight, base_in[:, :inner, :width].flatten(0, 1))
+    for model, library, reader in ((models[0], fastpeft, peft), (models[1], peft, fastpeft)):
+        scattered(model, library)
+        model.save_pretrained(tmp_path / library.__name__)
+        read = reader.PeftModel.from_pretrained(made(), tmp_path / library.__name__).eval()
+        close(read(**inputs)[0], models[0](**inputs)[0])

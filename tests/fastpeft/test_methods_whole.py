@@ -86,6 +86,14 @@ def test_rows_have_prompts_of_their_own() -> None:
         with model.disable_adapter() if name == "__base__" else torch.no_grad():
             close(mixed[i : i + 1], model(ids[i : i + 1]).logits)
     assert not torch.equal(mixed[0], mixed[2])
+    lora = {"r": 2, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False}
+    model.add_adapter("lora", fastpeft.LoraConfig(**lora))
+    model.eval()
+    for rows in (["lora", "default", "other", "lora"], ["other"] * 4):  # on an attention and on layers in it
+        mixed = model(ids, adapter_names=rows).logits
+        for i, name in enumerate(rows):
+            model.set_adapter(name)
+            close(mixed[i : i + 1], model(ids[i : i + 1]).logits)
     model.base_model.set_adapter(["default", "other"])  # both act, one after the other
     assert not torch.equal(model(IDS).logits, mixed[:2])
 
@@ -118,6 +126,9 @@ def test_other_methods_have_a_place_in_the_same_model(name: str, tmp_path: Path)
         close(model(IDS).logits, alone(IDS).logits)
     close(*seen)
     assert not torch.equal(seen[0], expected)
+    second.base_model.merge_adapter(adapter_names=["lora"])
+    close(second(IDS).logits, alone(IDS).logits)
+    second.base_model.unmerge_adapter()
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         second.base_model.merge_adapter(adapter_names=["default"])
     assert_same_bits(second.unload()(IDS).logits, base()(IDS).logits)

@@ -103,6 +103,8 @@ def test_the_base_models_state_has_the_keys_that_it_had():
     assert {k: v.tolist() for k, v in state.items()} == {k: v.tolist() for k, v in before.items()}
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(**options))
     assert state.keys() == peft.get_base_model_state_dict(theirs).keys()
+    shared = fastpeft.get_peft_model(llama(), fastpeft.VeraConfig(target_modules=["q_proj"], r=2))
+    assert fastpeft.get_base_model_state_dict(shared).keys() == before.keys()
     fastpeft.set_base_model_state_dict(model, {k: v + 1 for k, v in before.items()})
     assert torch.equal(model.base_model.model.model.layers[1].self_attn.q_proj.base_layer.weight,
                        before["model.layers.1.self_attn.q_proj.weight"] + 1)  # fmt: skip

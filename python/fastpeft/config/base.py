@@ -191,6 +191,8 @@ class TargetConfig(PeftConfig):
 
     # A text in target_modules is the end of names, rather than an expression.
     text_is_end: ClassVar[bool] = False
+    # Targets are modules as a whole, rather than layers with a weight.
+    whole_modules: ClassVar[bool] = False
     # Layers are chosen among the targets by `layers_to_transform`, rather than by the method.
     by_layer: ClassVar[bool] = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
@@ -29,25 +29,26 @@ class ModuleLayer(AdapterLayer):
     def _scaling(self) -> dict[str, Any]:
         return {}  # an attention has an attribute of that name
 
-    def to_merge(self, adapter_names: Sequence[str] | None = None) -> NoReturn:
-        kinds = ", ".join(sorted({method.peft_type.value for method in self.methods.values()}))
-        raise NotImplementedError(
-            f"{self._shown} has adapters that cannot be merged ({kinds}): what they do depends on the input, and no "
-            "weight does the same. `unload()` gives the base model back."
-        )
+    def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
+        wanted = self._active_adapter if adapter_names is None else adapter_names
+        if kinds := sorted({self.methods[name].peft_type.value for name in wanted if name in self.methods}):
+            raise NotImplementedError(
+                f"{self._shown} has adapters that cannot be merged ({', '.join(kinds)}): what they do depends on the "
+                "input, and no weight does the same. `unload()` gives the base model back."
+            )
+        return []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.pop("adapter_names", None) or self.rows.names
-        served: dict[str, list[int] | None] = {} if rows is None else {**grouped(rows)}
-        if rows is None:
-            served = dict.fromkeys(self._active_adapter)
-        else:
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            check_length(x, rows)
+        served: dict[str, list[int] | None] = dict.fromkeys(self._active_adapter)
+        if rows is not None:
+            check_length(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), rows)
+            served = {**grouped(rows)}
         call: Any = self.base_layer
         for name, members in served.items() if not self._disable_adapters else ():
             if name in self.methods:
-                call = functools.partial(self._around, name, call, members)
+                whole = len(served) == 1 and self._method(name).alone  # the batch has this adapter, and can have
+                call = functools.partial(self._around, name, call, None if whole else members)
         return call(*args, **kwargs)
 
     def _around(self, name: str, inner: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from ..config.base import TargetConfig
 from ..config.types import PeftError
+from ..weights.base import innermost
 from ..weights.whole_module import WholeModule
 from .math.draws import drawn_normal
 from .method import LayerInfo, State
 from .whole import Rows, WholeMethod, added_to_rows, rows_of
 
-PROJECTIONS = {"llama": ("q_proj", "k_proj", "v_proj", "o_proj"), "gpt2": ("c_attn",)}
-PROJECTIONS["mistral"] = PROJECTIONS["llama"]
+_FOUR = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = {"llama": _FOUR, "mistral": _FOUR, "gpt2": ("c_attn",)}
 
 
 @dataclass
@@ -33,7 +34,7 @@ class AdaptionPromptConfig(TargetConfig, own_type="ADAPTION_PROMPT"):
     target_modules: the name of the attentions in their layers, "self_attn"; by default the architecture's."""
 
     not_in_peft = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    text_is_end = True
+    whole_modules = text_is_end = True
     is_adaption_prompt: ClassVar[bool] = True
 
     adapter_len: int | None = None
@@ -93,9 +94,11 @@ class AdaptionPrompt(WholeMethod, config=AdaptionPromptConfig):
         angles = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
         here, angles = rows_of(x, rows, len(x)), rows_of(angles, rows, len(x))
         prompt = s.adaption_prompt.to(x.dtype)
-        attend = _gpt2 if hasattr(module, "c_attn") else _llama
+        kind, attend = ("gpt2", _gpt2) if hasattr(module, "c_attn") else ("llama", _llama)
         y, *others = output if isinstance(output, tuple) else (output,)
-        y = added_to_rows(y, rows, attend(module, here, prompt, s.adaption_gate, angles).to(y.dtype))
+        # a row with a prompt of its own has none of the adapters on the attention's layers
+        linear = {n: getattr(module, n) if rows is None else innermost(getattr(module, n)) for n in PROJECTIONS[kind]}
+        y = added_to_rows(y, rows, attend(module, linear, here, prompt, s.adaption_gate, angles).to(y.dtype))
         return (y, *others) if isinstance(output, tuple) else y
 
 
@@ -108,19 +111,20 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return (y * gate).transpose(1, 2).flatten(2)
 
 
-def _llama(module: Any, x: Tensor, prompt: Tensor, gate: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    found = (module.q_proj(x), module.k_proj(prompt), module.v_proj(prompt))
+def _llama(
+    module: Any, linear: dict[str, Any], x: Tensor, prompt: Tensor, gate: Tensor, angles: tuple[Tensor, Tensor]
+) -> Tensor:
+    found = (linear["q_proj"](x), linear["k_proj"](prompt), linear["v_proj"](prompt))
     q, k, v = (t.unflatten(-1, (-1, module.head_dim)) for t in found)
     q = q.transpose(1, 2)
     cos, sin = (t.unsqueeze(1) for t in angles)
     first, second = q.chunk(2, dim=-1)
     q = q * cos + torch.cat((-second, first), dim=-1) * sin
-    y = _attended(q, k, v, gate)
-    return module.o_proj(y.to(x.dtype))  # type: ignore[no-any-return]
+    return linear["o_proj"](_attended(q, k, v, gate).to(x.dtype))  # type: ignore[no-any-return]
 
 
-def _gpt2(module: Any, x: Tensor, prompt: Tensor, gate: Tensor, angles: None) -> Tensor:
+def _gpt2(module: Any, linear: dict[str, Any], x: Tensor, prompt: Tensor, gate: Tensor, angles: None) -> Tensor:
     """As PEFT's, whose tokens' share does not go through `c_proj`."""
-    q = module.c_attn(x).split(module.split_size, dim=2)[0].unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-    k, v = (t.unflatten(-1, (-1, module.head_dim)) for t in module.c_attn(prompt).split(module.split_size, dim=2)[1:])
-    return _attended(q, k, v, gate)
+    found = (linear["c_attn"](x).chunk(3, dim=-1)[0], *linear["c_attn"](prompt).chunk(3, dim=-1)[1:])
+    q, k, v = (t.unflatten(-1, (-1, module.head_dim)) for t in found)
+    return _attended(q.transpose(1, 2), k, v, gate)

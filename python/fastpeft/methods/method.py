@@ -195,6 +195,9 @@ class Method:
             check_ranks(getattr(config, field), getattr(config, self.patterns.get(field, ""), None), field)
         check_probabilities(config)
 
+    def check_beside(self, config: Any, others: Sequence[Any]) -> None:
+        """Raise ValueError where a new adapter cannot be in a model that has adapters of these configurations."""
+
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         """Raise ValueError where the math makes no sense on this layer (never silently do nothing)."""
         if info.kind not in self.kinds:

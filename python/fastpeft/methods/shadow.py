@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig, check
+from ..config.limits import MAX_RANK
 from ..config.types import TaskType
 from ..weights.whole_module import WholeModule
 from .math.factored import dropout
@@ -24,6 +25,7 @@ from .method import LayerInfo, State
 from .shadow_forward import (
     FROM_INPUT,
     Following,
+    auxiliary_states,
     check_tokens,
     first_state,
     now,
@@ -36,6 +38,7 @@ from .whole import Rows, WholeMethod
 
 SHARED = ("shadow_backbone", "shadow_projection", "shadow_head")
 OWN = ("shadow_down", "shadow_up", "shadow_update_transform", "shadow_update_gate")
+MAX_LAYERS = 1024  # each takes time to make, also without memory for a file to fill
 _KEPT = "_fastpeft_shadow"  # on a block's input: the state that the block had beside it
 
 
@@ -47,6 +50,7 @@ class ShadowConfig(HasInitWeights, TargetConfig, own_type="SHADOW"):
     embeddings of the tokens, where it is as wide. update_hidden_size: inner width of T and G, by default r.
     auxiliary_loss_weight: of the loss on the backbone alone."""
 
+    whole_modules = True
     by_layer = False  # `open_fields` chooses by `layers_to_transform`, whose numbers end the names of blocks
     mirrored = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
@@ -76,6 +80,7 @@ class Shadow(WholeMethod, config=ShadowConfig):
     tensors = (*OWN, *SHARED)
     model_methods: ClassVar[Any] = {
         "shadow_auxiliary_loss": shadow_auxiliary_loss, "unload_shadow": unload_shadow,
+        "auxiliary_states": auxiliary_states,
         "_resolve_shadow_head": resolve_shadow_head, "_shadow_share_embeddings": property(shared_embeddings),
         "shadow_head": property(lambda tuner: nn.ModuleDict()),  # where no adapter has one
     }  # fmt: skip
@@ -88,9 +93,18 @@ class Shadow(WholeMethod, config=ShadowConfig):
     def check_config(self, config: ShadowConfig, loading: bool = False) -> None:
         super().check_config(config, loading)
         for name in (*(f"shadow_{name}" for name in config.mirrored), "update_hidden_size"):
-            value = getattr(config, name)
-            check(config, name, value is None or (type(value) is int and value > 0), "a positive integer or None")
+            value, most = getattr(config, name), MAX_LAYERS if name.endswith("layers") else MAX_RANK
+            fits = value is None or (type(value) is int and 1 <= value <= most)
+            check(config, name, fits, f"a positive integer of at most {most}, or None")
         check(config, "auxiliary_loss_weight", config.auxiliary_loss_weight >= 0, "0 or more")
+
+    def check_beside(self, config: ShadowConfig, others: Sequence[Any]) -> None:
+        shadows = [other for other in others if isinstance(other, ShadowConfig)]
+        if shadows and any(c.task_type == TaskType.SEQ_CLS for c in (config, *shadows)):
+            raise ValueError(
+                "Shadow does not support multiple adapters when any adapter uses sequence classification: each would "
+                "have a classifier in `modules_to_save` beside its `shadow_head`."
+            )
 
     def open_fields(self, config: ShadowConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:
         from ..networks.shadow_backbone import blocks_of
@@ -205,7 +219,7 @@ class Shadow(WholeMethod, config=ShadowConfig):
             setattr(x, _KEPT, kept)
         if before is FROM_INPUT:
             before = first_state(layer, name, x, args, kwargs)
-            check_tokens(before, x)
+        check_tokens(before, x)
         before = before.to(x.device)
 
         dtype = s.shadow_down.weight.dtype

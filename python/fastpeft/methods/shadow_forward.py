@@ -102,7 +102,8 @@ class Following:
     def active(self) -> tuple[Any, str] | None:
         """The first layer that has the adapter which is active, and its name."""
         for layer in self.layers:
-            for name in layer._active_adapter if not layer._disable_adapters else ():
+            rows = layer.rows.names
+            for name in () if layer._disable_adapters else layer._active_adapter if rows is None else set(rows):
                 if _has(layer, name):
                     return layer, name
         return None
@@ -131,7 +132,8 @@ class Following:
                     "returned, a ShadowCache."
                 )
             use_cache = given.get("use_cache")
-            this.packs = bool(getattr(module.config, "use_cache", False) if use_cache is None else use_cache)
+            config = getattr(module, "config", None)
+            this.packs = bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
             this.state, this.past = self._first(layer, name, tokens, embeds, shadow_past, this.packs, given)
             self.last.state = this.state
         now.passes.append(this)
@@ -171,24 +173,26 @@ class Following:
         loss = self.loss(self.last.state, labels, kwargs.get("attention_mask"))
         if loss is not None:
             output.shadow_loss = module.last_shadow_loss = loss.detach()
-            weight = active[0].shadow_config[active[1]].auxiliary_loss_weight
-            if weight > 0:
+            if (weight := self.config(active[1]).auxiliary_loss_weight) > 0:
                 output.loss = output.loss + weight * loss
         return output
+
+    def config(self, name: str) -> Any:
+        """The configuration of an adapter as it is now."""
+        return self.model.peft_config[name]
 
     def loss(self, state: Tensor | None, labels: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         active = self.active()
         if active is None or state is None or (head := self.head(active[1])) is None:
             return None
-        if active[0].shadow_config[active[1]].task_type == TaskType.CAUSAL_LM:
+        if self.config(active[1]).task_type == TaskType.CAUSAL_LM:
             return loss_of_tokens(head(state), labels)
         return loss_of_classes(head(of_last_token(state, attention_mask)), labels)
 
     def head(self, name: str) -> Any:
         """The head for a shadow's state: a copy of its own, or the output embeddings of a language model."""
-        s = self.with_adapter(name).view(name)
-        own = s.get("shadow_head")
-        if own is None and s.shadow_config.task_type == TaskType.CAUSAL_LM:
+        own = self.with_adapter(name).view(name).get("shadow_head")
+        if own is None and self.config(name).task_type == TaskType.CAUSAL_LM:
             return self.model.get_output_embeddings()
         return own
 
@@ -239,6 +243,17 @@ def shadow_auxiliary_loss(tuner: Any, labels: Tensor, attention_mask: Tensor | N
     return following.loss(vars(tuner).get("_seed_shadow_state", following.last.state), labels, attention_mask)
 
 
+def auxiliary_states(tuner: Any) -> list[tuple[float, Tensor]]:
+    """(weight, states [batch, tokens, width]) of the last forward, for a training loop that makes the loss of the head
+    itself: the same loss of these is to be added with that weight."""
+    following = _following(tuner)
+    active, states = following.active(), following.last.state
+    if active is None or states is None or following.config(active[1]).task_type != TaskType.CAUSAL_LM:
+        return []
+    weight = following.config(active[1]).auxiliary_loss_weight
+    return [(weight, states)] if weight > 0 else []
+
+
 def unload_shadow(tuner: Any, adapter_name: str | None = None, copy: bool = False) -> Any:
     """The shadow of an adapter (None: of the active one) as a model of transformers: its backbone, projection and head.
 
@@ -261,9 +276,8 @@ def unload_shadow(tuner: Any, adapter_name: str | None = None, copy: bool = Fals
     embeddings = tuner.model.get_input_embeddings() if s.shadow_shares else None
     if copy and embeddings is not None:
         backbone.embed_tokens, embeddings = deepcopy(embeddings), None
-    return DetachedShadowModel(
-        backbone, projection, head, s.shadow_config.task_type == TaskType.SEQ_CLS, input_embeddings=embeddings
-    )
+    classifies = following.config(name).task_type == TaskType.SEQ_CLS
+    return DetachedShadowModel(backbone, projection, head, classifies, input_embeddings=embeddings)
 
 
 def resolve_shadow_head(tuner: Any, adapter_name: str) -> Any:

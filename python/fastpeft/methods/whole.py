@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..config.targets import ALL_LINEAR
 from ..weights.whole_module import WholeModule
 from .method import Method
 
@@ -22,6 +23,11 @@ class WholeMethod(Method):
     examples = ()
     mergeable = False
     alone: ClassVar[bool] = False
+
+    def check_config(self, config: Any, loading: bool = False) -> None:
+        super().check_config(config, loading)
+        if str(config.target_modules).lower() == ALL_LINEAR:
+            raise ValueError(f"{self.peft_type.value} acts on whole modules, target_modules={ALL_LINEAR!r} names none.")
 
     def base_of(self, module: nn.Module, model: nn.Module) -> WholeModule:
         """A target as the layer's base. ValueError for a module that the method cannot act on."""

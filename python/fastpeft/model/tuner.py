@@ -146,6 +146,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
                     "Only one adapter can train the biases of the base model. When using multiple adapters, set bias "
                     "to 'none' for all adapters but one."
                 )
+            method_of(config).check_beside(config, [*self.peft_config.values()])
             if plan is None:
                 plan = plan_adapter(
                     self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,

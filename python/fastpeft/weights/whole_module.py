@@ -26,17 +26,14 @@ class WholeModule(BaseWeight):
         self.width, self.model, self.label = width, model, label
 
     def info(self, name: str = "") -> LayerInfo:
-        first = self._first
+        stored = (m for m in self.module.modules() for _ in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
+        first: Any = next(stored, nn.Identity())
+        tensors = (*first.parameters(recurse=False), *first.buffers(recurse=False))
         return LayerInfo(
             name=name, kind=self.kind, shape=self.shape, in_features=self.width, out_features=self.width,
-            has_bias=False, dtype=self.dtype, device=torch.device("cpu") if first is None else first[1], base=self,
+            has_bias=False, dtype=self.dtype, base=self,
+            device=device_of(first, tensors[0]) if tensors else torch.device("cpu"),
         )  # fmt: skip
-
-    @property
-    def _first(self) -> tuple[torch.dtype, torch.device] | None:
-        """dtype and device of the first floating-point parameter: a quantised weight is none, its scales may be."""
-        found = ((m, p) for m in self.module.modules() for p in m.parameters(recurse=False) if p.is_floating_point())
-        return next(((p.dtype, device_of(m, p)) for m, p in found), None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,8 +41,8 @@ class WholeModule(BaseWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        first = self._first
-        return torch.float32 if first is None else first[0]
+        """The first floating-point parameter's; float32 where all is quantised."""
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
     def read(self) -> Weight:
         raise TypeError(f"a {type(self.module).__name__} has no weight of its own that could be read or merged into")

@@ -35,7 +35,8 @@ class TrainConfig:
     data / eval_data: jsonl files; a line holds ``prompt`` and ``completion``, or ``messages``.
     eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
     method: the adapter's type, in any case: lora, dora (LoRA with use_dora), vera, oft, ... (docs/methods.md has all).
-    lora / adapter: fields of LoraConfig / of the configuration of another method; target_modules is "all-linear" there.
+    lora / adapter: fields of LoraConfig / of the configuration of another method; target_modules is "all-linear" there,
+        or the method's default where it acts on whole modules.
     quantize_skip: names of linear layers that stay dense.
     fast_layers: quicker forms of transformers' Llama layers (the same mathematics), wherever kernels run.
     max_length: longest example in tokens, and the length of a packed row.

@@ -51,7 +51,16 @@ class CompletionLoss:
 
     def _losses(self, batch: Batch, reduction: Literal["sum", "none"], adapters: Sequence[str] | None) -> Tensor:
         output = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        hidden: Tensor = output[0].flatten(0, 1).index_select(0, batch.where)
+        losses = self._of(output[0], batch, reduction, adapters)
+        beside = getattr(self.model, "auxiliary_states", None) if self.base.training else None
+        for weight, states in () if beside is None or reduction == "none" else beside():
+            losses = losses + weight * self._of(states, batch, reduction, adapters)
+        return losses
+
+    def _of(
+        self, states: Tensor, batch: Batch, reduction: Literal["sum", "none"], adapters: Sequence[str] | None
+    ) -> Tensor:
+        hidden: Tensor = states.flatten(0, 1).index_select(0, batch.where)
         # a head that `accelerate` switched is a plain linear with a quicker way for few rows
         if type(self.head) is torch.nn.Linear or getattr(type(self.head), "_fastpeft_accelerated", False):
             found: Tensor = chunked_cross_entropy(

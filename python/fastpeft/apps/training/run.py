@@ -132,8 +132,9 @@ def adapter_config(config: TrainConfig) -> Any:
     for key in fields:
         if key not in known:
             raise UserError(f"unknown setting {where}.{key}", nearest(str(key), known))
+    targets = {} if config_class.whole_modules else {"target_modules": "all-linear"}
     try:
-        return config_class(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **fields})
+        return config_class(**{"task_type": "CAUSAL_LM", **targets, **fields})
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{where}: {error}", f"correct the {where} settings") from error
 
