@@ -50,8 +50,9 @@ class CompletionLoss:
         return self._losses(batch, "none", adapters)
 
     def _losses(self, batch: Batch, reduction: Literal["sum", "none"], adapters: Sequence[str] | None) -> Tensor:
-        output = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        hidden: Tensor = output[0].flatten(0, 1).index_select(0, batch.where)
+        given, before = self._inputs(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        output = self.backbone(**given)[0][:, before:] if before else self.backbone(**given)[0]
+        hidden: Tensor = output.flatten(0, 1).index_select(0, batch.where)
         # a head that `accelerate` switched is a plain linear with a quicker way for few rows
         if type(self.head) is torch.nn.Linear or getattr(type(self.head), "_fastpeft_accelerated", False):
             found: Tensor = chunked_cross_entropy(
@@ -70,6 +71,11 @@ class CompletionLoss:
         # A wrapped head's logits exist in full width, so the tokens at once are what bounds them.
         losses: Tensor = cross_entropy_by_rows(logits, hidden, batch.targets, max(1, self.chunk_tokens // 8))
         return losses.sum() if reduction == "sum" else losses
+
+    def _inputs(self, **given: Any) -> tuple[dict[str, Any], int]:
+        """Arguments of the backbone, and how many tokens of a prompt they have before the input's."""
+        prompted = getattr(self.model, "prompted_inputs", None)
+        return (given, 0) if prompted is None else prompted(**given)
 
     def _cap(self, logits: Tensor) -> Tensor:
         logits = logits * self.scale
@@ -100,7 +106,8 @@ class CompletionLoss:
             apart = [collate([[e]], pad_id).to(device) for e in short]
             losses = [float(self(batch)) for batch in apart]
             for batch, loss in zip(apart, losses, strict=True):
-                logits = self.base(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+                given, before = self._inputs(input_ids=batch.input_ids, use_cache=False)
+                logits = self.base(**given).logits[0, before:].float()
                 direct = float(torch.nn.functional.cross_entropy(logits[batch.where], batch.targets, reduction="sum"))
                 if not self._close(loss, direct):
                     raise UserError(
