@@ -372,3 +372,12 @@ def test_a_file_of_another_size_is_refused_before_anything_changes(tmp_path: Any
     with pytest.raises(fastpeft.AdapterFileError, match="prompt_embeddings"):
         fastpeft.PeftModel.from_pretrained(model, tmp_path)
     assert not hasattr(model, "peft_config")
+
+
+def test_training_knows_which_methods_are_prompts() -> None:
+    from fastpeft.apps.training.config import PROMPTS as TRAINED
+    from fastpeft.methods.registry import every_method
+
+    prompts = {kind.value.lower() for kind, method in every_method().items() if method.prompts}
+    assert prompts - TRAINED == {"cpt", "multitask_prompt_tuning"}  # these need more than texts
+    assert prompts >= TRAINED

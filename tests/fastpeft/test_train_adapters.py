@@ -113,11 +113,16 @@ METHODS = {
     },
     "oft": {"method": "oft", "adapter": {"oft_block_size": 8, "target_modules": ["q_proj", "v_proj"]}},
     "head": {"lora": {"target_modules": ["q_proj", "lm_head"]}},
+    "prompt": {"method": "prompt_tuning", "adapter": {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"}},
+    "made": {"method": "p_tuning", "adapter": {"num_virtual_tokens": 4, "encoder_hidden_size": 8}},
+    "prefix": {"method": "prefix_tuning", "adapter": {"num_virtual_tokens": 5}},
     "copy": {"lora": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "learning_rate": 1e-3},
 }
 
 
-@pytest.mark.parametrize("names", [("lora", "vera", "ia3", "oft"), ("lora", "head"), ("copy", "lora")])
+@pytest.mark.parametrize("names", [
+    ("lora", "vera", "ia3", "oft"), ("lora", "head"), ("copy", "lora"), ("prompt", "lora", "made", "prefix"),
+])
 def test_methods_may_differ(world: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
     """Also where one of them adapts, or copies, the output head: the head's rows are tokens."""
     each = {name: {"data": str(world / "red.jsonl"), "batch_size": 2, **METHODS[name]} for name in names}
@@ -323,3 +328,25 @@ def test_on_the_command_line(world: Path, tmp_path: Path) -> None:
         "generate", "--adapter", str(tmp_path / "run" / "blue" / "adapter"), "--max-new-tokens", "4", "hi"
     )
     assert answer["answers"][0]["tokens"] == 4
+
+
+def test_a_prompt_s_network_goes_on_after_a_crash(world: Path, tmp_path: Path) -> None:
+    """P-tuning's file has the prompt alone; a checkpoint has what makes it, too."""
+    each = {"red": {"data": str(world / "red.jsonl"), **METHODS["made"]}}
+    settings = {"quantize": "none", "max_steps": 3, "save_every": 1}
+    whole = trainer(config(world, tmp_path / "whole", each, **settings))
+    whole.run()
+    interrupted(trainer(config(world, tmp_path / "broken", each, **settings)), 3)
+    torch.manual_seed(99)
+    resumed = trainer(config(world, tmp_path / "broken", each, **settings))
+    assert resumed.run(resume=True)["red"].resumed_from == 2
+    assert_same_bits(trained(resumed, "red"), trained(whole, "red"))
+
+
+def test_prompts_that_need_more_than_texts_are_refused(world: Path, tmp_path: Path) -> None:
+    each = {"red": {"data": str(world / "red.jsonl"), "method": "cpt"}}
+    with pytest.raises(UserError, match="cpt needs examples or tasks"):
+        trainer(config(world, tmp_path, each))
+    prompt = {"data": str(world / "red.jsonl"), "method": "p_tuning"}
+    with pytest.raises(UserError, match="packing=true"):
+        config(world, tmp_path, {"red": prompt, "blue": {"data": str(world / "blue.jsonl"), "packing": True}})

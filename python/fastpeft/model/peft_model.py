@@ -152,6 +152,12 @@ class PeftModel(SeenAsPeft, nn.Module):
         with self.base_model._enable_peft_forward_hooks(*args, **{**defaults, **kwargs}):
             return base.generate(*args, **{**_without(own, kwargs), **self.base_model.generate_options})
 
+    def prompted_inputs(self, **inputs: Any) -> tuple[dict[str, Any], int]:
+        """Arguments of the base model, or of its backbone, with the prompts of the rows, and how many tokens now stand
+        before the input's. `forward` is that of the whole model; this is for a loss of one's own."""
+        rows = self.base_model.prompted_rows(None)
+        return (inputs, 0) if rows is None else prompted.inputs(self.base_model, rows, inputs)
+
     # Adapters come and go
 
     def add_adapter(

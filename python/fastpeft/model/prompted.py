@@ -45,6 +45,15 @@ def forward(tuner: BaseTuner, rows: Sequence[str], args: tuple[Any, ...], kwargs
         return CPTEmbedding.calculate_loss(tuner(**given), cpt, types, batch.cpt)
 
 
+def inputs(tuner: BaseTuner, rows: Sequence[str], given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Arguments of a decoder with prompts, and how many tokens stand before the input's. A row is one text, which
+    begins at its first column: positions that are given are passed over."""
+    changed = {name: value for name, value in given.items() if name != "position_ids"}
+    length = length_of(changed)
+    Batch(tuner, rows, changed, None).one_model(changed)
+    return changed, length_of(changed) - length
+
+
 class Batch:
     """One call's rows and their prompts. given: its arguments, which the methods change for the model."""
 

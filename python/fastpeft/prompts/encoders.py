@@ -9,13 +9,11 @@ from torch import Tensor
 
 from ..config.types import warn
 from ..layer.containers import ActiveAdapters, AdapterDict
-from .encoder import ENCODER
 
 
 class PromptEncoders(ActiveAdapters, AdapterDict):
     """The encoder of each adapter that is a prompt. Keys in `state_dict` are `prompt_encoder.<adapter>.<tensor>`."""
 
-    adapter_layer_names = (ENCODER,)
     shared: ClassVar[dict[str, str]] = {}  # as `AdapterLayer.shared`
 
     def _get_available_adapters(self) -> set[str]:

@@ -47,8 +47,10 @@ def completed(config: Any, model: nn.Module, in_cache: bool) -> dict[str, Any]:
     for name, value in fields.items():
         if value is None:
             raise ValueError(f"Please specify `{name}` in `peft_config`")
-    if in_cache and (heads := _get(text, "num_key_value_heads")) is not None:
-        fields["num_attention_heads"], width = _key_values(text, heads, fields)
+    # as a dictionary: a model whose layers differ refuses to say it as one number
+    content = text.to_dict() if hasattr(text, "to_dict") else text
+    if in_cache and (heads := _get(content, "num_key_value_heads")) is not None:
+        fields["num_attention_heads"], width = _key_values(content, heads, fields)
         fields["token_dim"] = fields["num_attention_heads"] * width
     if fields["token_dim"] % fields["num_attention_heads"] and in_cache:
         raise ValueError(
@@ -68,13 +70,12 @@ def completed(config: Any, model: nn.Module, in_cache: bool) -> dict[str, Any]:
     return fields
 
 
-def _key_values(text: Any, heads: int, fields: Mapping[str, Any]) -> tuple[int, int]:
+def _key_values(content: Any, heads: int, fields: Mapping[str, Any]) -> tuple[int, int]:
     """(heads, width of a head) of keys and values; the widest, where layers differ (Gemma 4)."""
-    width = _get(text, "head_dim") or fields["token_dim"] // fields["num_attention_heads"]
-    if (most := _get(text, "global_head_dim")) is not None:
-        return _get(text, "num_global_key_value_heads") or heads, most
-    content = text.to_dict() if hasattr(text, "to_dict") else text
-    for layer in ((content.get("per_layer_config") or {}) if isinstance(content, Mapping) else {}).values():
+    width = _get(content, "head_dim") or fields["token_dim"] // fields["num_attention_heads"]
+    if (most := _get(content, "global_head_dim")) is not None:
+        return _get(content, "num_global_key_value_heads") or heads, most
+    for layer in (_get(content, "per_layer_config") or {}).values():
         if layer.get("head_dim", width) > width:
             heads, width = layer.get("num_key_value_heads", heads), layer["head_dim"]
     return heads, width

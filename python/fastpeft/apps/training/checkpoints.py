@@ -95,7 +95,10 @@ def save(
     from ... import atomic_directory
 
     tensors: dict[str, Tensor] = {}
-    state = pack({"optimizer": optimizer.state_dict(), "random": random_state()}, tensors)
+    state: dict[str, Any] = {"optimizer": optimizer.state_dict(), "random": random_state()}
+    if (encoder := _encoder(model, adapter)) is not None:  # an adapter's file lacks what makes its prompt
+        state["encoder"] = encoder.state_dict()
+    state = pack(state, tensors)
     folder = root / f"checkpoint-{step}"
     root.mkdir(parents=True, exist_ok=True)
     with atomic_directory(folder, keep=False) as temporary:
@@ -106,6 +109,12 @@ def save(
     for old in [p for p in numbered(root) if _step(p) <= step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _encoder(model: Any, adapter: str) -> Any:
+    """The module that makes an adapter's prompt; None of one that is no prompt."""
+    encoders = getattr(model, "prompt_encoder", None)
+    return None if encoders is None else encoders.get(adapter)
 
 
 def clear(root: Path) -> None:
@@ -172,7 +181,11 @@ def load(
             f"{folder} was written with another optimizer or another method",
             "restore optimizer, method and targets to resume, or choose another output to start anew",
         )
-    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), adapter)
+    saved = load_file(str(folder / "adapter_model.safetensors"))
+    if (encoder := _encoder(model, adapter)) is not None:
+        encoder.load_state_dict(state["encoder"])
+        saved = {key: tensor for key, tensor in saved.items() if key.startswith("base_model.")}
+    set_peft_model_state_dict(model, saved, adapter)
     optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)  # the settings of now, as those of the learning rate

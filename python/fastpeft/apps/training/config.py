@@ -26,6 +26,9 @@ def _lora_defaults() -> dict[str, Any]:
     return {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 
 
+PROMPTS = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"})  # those that training here serves
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run. Field names are the keys of the YAML file and of ``key=value`` words.
@@ -35,6 +38,7 @@ class TrainConfig:
     data / eval_data: jsonl files; a line holds ``prompt`` and ``completion``, or ``messages``.
     eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
     method: the adapter's type, in any case: lora, dora (LoRA with use_dora), vera, oft, ... (docs/methods.md has all).
+         With a prompt (prompt_tuning, p_tuning, prefix_tuning, cartridge) ``packing`` is off.
     lora / adapter: fields of LoraConfig / of the configuration of another method; target_modules is "all-linear" there,
         or the method's default where it acts on whole modules.
     quantize_skip: names of linear layers that stay dense.
@@ -98,6 +102,7 @@ class TrainConfig:
     loss_chunk_tokens: int = 1024
 
     def __post_init__(self) -> None:
+        self._unpack_for_prompts()
         if not self.data and not self.adapters:
             raise _missing("data")
         for name in ("max_length", "batch_size", "gradient_accumulation", "keep_checkpoints", "loss_chunk_vocab"):
@@ -116,6 +121,15 @@ class TrainConfig:
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("both eval_data and eval_fraction are set", "keep one of them")
         self.each()
+
+    def _unpack_for_prompts(self) -> None:
+        """Give each example a row of its own where an adapter of the run is a prompt, which stands before each row."""
+        own = [each for each in self.adapters.values() if isinstance(each, dict)]
+        if PROMPTS.isdisjoint(str(each.get("method", self.method)).lower() for each in (*own, {"method": self.method})):
+            return
+        if any(each.get("packing") for each in own):
+            raise UserError("packing=true, and an adapter of the run is a prompt", "leave packing out")
+        object.__setattr__(self, "packing", False)
 
     def each(self) -> dict[str, TrainConfig]:
         """The settings of each adapter by its name, as those of a run of it alone, in ``output/NAME``.

@@ -50,17 +50,20 @@ class CompletionLoss:
         return self._losses(batch, "none", adapters)
 
     def _losses(self, batch: Batch, reduction: Literal["sum", "none"], adapters: Sequence[str] | None) -> Tensor:
-        output = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        losses = self._of(output[0], batch, reduction, adapters)
+        given, before = self._inputs(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        losses = self._of(self.backbone(**given)[0], batch, before, reduction, adapters)
         beside = getattr(self.model, "auxiliary_states", None) if self.base.training else None
         for weight, states in () if beside is None or reduction == "none" else beside():
-            losses = losses + weight * self._of(states, batch, reduction, adapters)
+            losses = losses + weight * self._of(states, batch, before, reduction, adapters)
         return losses
 
     def _of(
-        self, states: Tensor, batch: Batch, reduction: Literal["sum", "none"], adapters: Sequence[str] | None
-    ) -> Tensor:
-        hidden: Tensor = states.flatten(0, 1).index_select(0, batch.where)
+        self, states: Tensor, batch: Batch, before: int, reduction: Literal["sum", "none"],
+        adapters: Sequence[str] | None,
+    ) -> Tensor:  # fmt: skip
+        """Losses by states of the input, and of the `before` vectors of a prompt before it."""
+        own = states[:, before:] if before else states
+        hidden: Tensor = own.flatten(0, 1).index_select(0, batch.where)
         # a head that `accelerate` switched is a plain linear with a quicker way for few rows
         if type(self.head) is torch.nn.Linear or getattr(type(self.head), "_fastpeft_accelerated", False):
             found: Tensor = chunked_cross_entropy(
@@ -79,6 +82,11 @@ class CompletionLoss:
         # A wrapped head's logits exist in full width, so the tokens at once are what bounds them.
         losses: Tensor = cross_entropy_by_rows(logits, hidden, batch.targets, max(1, self.chunk_tokens // 8))
         return losses.sum() if reduction == "sum" else losses
+
+    def _inputs(self, **given: Any) -> tuple[dict[str, Any], int]:
+        """Arguments of the backbone, and how many tokens of a prompt they have before the input's."""
+        prompted = getattr(self.model, "prompted_inputs", None)
+        return (given, 0) if prompted is None else prompted(**given)
 
     def _cap(self, logits: Tensor) -> Tensor:
         logits = logits * self.scale
@@ -109,7 +117,8 @@ class CompletionLoss:
             apart = [collate([[e]], pad_id).to(device) for e in short]
             losses = [float(self(batch)) for batch in apart]
             for batch, loss in zip(apart, losses, strict=True):
-                logits = self.base(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+                given, before = self._inputs(input_ids=batch.input_ids, use_cache=False)
+                logits = self.base(**given).logits[0, before:].float()
                 direct = float(torch.nn.functional.cross_entropy(logits[batch.where], batch.targets, reduction="sum"))
                 if not self._close(loss, direct):
                     raise UserError(

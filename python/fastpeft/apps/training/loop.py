@@ -150,7 +150,7 @@ class Trainer:
         if len(self.tracks) == 1 or names == self._used:
             return
         self.model.set_adapter(names[0])
-        self.model.set_requires_grad(names[1:])
+        self.model.base_model.set_requires_grad(names[1:])
         self._used = names
 
     def _evaluate(self, track: Track) -> float:

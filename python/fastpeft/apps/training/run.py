@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import models
-from .config import TrainConfig, nearest
+from .config import PROMPTS, TrainConfig, nearest
 from .data import Dataset, Encoder, Record, read_jsonl, too_deep
 from .errors import UserError
 from .metrics import Progress
@@ -132,9 +132,14 @@ def adapter_config(config: TrainConfig) -> Any:
     for key in fields:
         if key not in known:
             raise UserError(f"unknown setting {where}.{key}", nearest(str(key), known))
-    targets = {} if config_class.whole_modules else {"target_modules": "all-linear"}
+    if "num_virtual_tokens" in known and name not in PROMPTS:
+        raise UserError(f"the method {name} needs examples or tasks, which training here does not have",
+                        "train it with a loop of your own")  # fmt: skip
+    usual: dict[str, Any] = {"num_virtual_tokens": 20} if name in PROMPTS else {"target_modules": "all-linear"}
+    if config_class.whole_modules:
+        usual = {}
     try:
-        return config_class(**{"task_type": "CAUSAL_LM", **targets, **fields})
+        return config_class(**{"task_type": "CAUSAL_LM", **usual, **fields})
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{where}: {error}", f"correct the {where} settings") from error
 
