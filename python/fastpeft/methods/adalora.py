@@ -37,8 +37,6 @@ class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
     uncertainty. orth_reg_weight: of the orthogonality of A and B in the loss. rank_pattern: the ranks that were kept.
     """
 
-    least: ClassVar[Any] = {"orth_reg_weight": 0}
-
     rank_pattern: dict[str, Any] | None = None
     target_r: int = 8
     init_r: int = 12
@@ -54,6 +52,9 @@ class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
         super().__post_init__()
         if self.r != LoraConfig.r:
             warn("Note that `r` is not used in AdaLora and will be ignored. The rank at the start is `init_r`.")
+        if self.orth_reg_weight < 0:
+            given = f"but the value passed is {self.orth_reg_weight}"
+            raise ValueError(f"`orth_reg_weight` should be greater than or equal to 0, {given}")
         if self.total_step is None or self.total_step <= 0:
             raise ValueError(
                 f"AdaLoRA does not work when `total_step` is None, supply a value > 0. Got {self.total_step!r}."

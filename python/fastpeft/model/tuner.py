@@ -129,8 +129,8 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             biased = (getattr(c, "bias", "none") != "none" for c in self.peft_config.values())
             if getattr(config, "bias", "none") != "none" and any(biased):
                 raise ValueError(
-                    "Only one adapter can train the biases of the base model. When using multiple adapters, set bias "
-                    "to 'none' for all adapters but one."
+                    f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias "
+                    "to 'none' for all adapters but one: they would train the same biases of the base model."
                 )
             if plan is None:
                 plan = plan_injection(
