@@ -253,7 +253,7 @@ def test_low_rank_edit_is_what_it_says() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"init_lora_weights": "pissa", "r": 17}, "`r` <= min.* = 16"),
+    ({"init_lora_weights": "pissa", "r": 17}, "rank of at most 16"),
     ({"init_lora_weights": "lora_ga"}, "lora_ga_config"),
     ({"init_lora_weights": "pissa_niter_99999"}, "iterations"),
     ({"init_lora_weights": "pizza"}, "unknown"),

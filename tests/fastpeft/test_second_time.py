@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def test_what_is_no_configuration(tmp_path: Path) -> None:
     for error in (TypeError, fastpeft.AdapterFileError):
         with pytest.raises(error, match=r"The LoraConfig config .* is missing required keys: {'peft_type'}"):
             LoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("auto", ["AutoPeftModel", "AutoPeftModelForCausalLM"])
+def test_a_library_that_a_configuration_names_is_not_imported(tmp_path: Path, auto: str) -> None:
+    mapping = {"parent_library": "antigravity", "base_model_class": "system"}
+    LoraConfig(base_model_name_or_path="x/y", auto_mapping=mapping).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'antigravity' which is not in the import allowlist"):
+        getattr(fastpeft, auto).from_pretrained(tmp_path)
+    assert "antigravity" not in sys.modules
 
 
 def test_positional_arguments_of_a_seq2seq_model() -> None:
