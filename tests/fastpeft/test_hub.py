@@ -14,7 +14,7 @@ import fastpeft
 import peft
 import pytest
 import torch
-from fastpeft.config.base import PEFT_FORMAT_VERSION
+from fastpeft.config import __version__ as FORMAT
 from huggingface_hub import ModelCard
 from peft_versions import INSTALLED, needs_peft
 from torch import nn
@@ -265,7 +265,7 @@ def test_cards_are_pefts(kind: str, text: str | None, tmp_path: Path) -> None:
             model = library.get_peft_model(given, config(library, task_type="CAUSAL_LM"))
         folder = tmp_path / library.__name__
         found.append([card(model, folder, text), card(model, folder)])
-    assert found[0] == [made.replace(f"PEFT {INSTALLED}", f"PEFT {PEFT_FORMAT_VERSION}") for made in found[1]]
+    assert found[0] == [made.replace(f"PEFT {INSTALLED}", f"PEFT {FORMAT}") for made in found[1]]
     assert "library_name: peft" in found[0][0]
 
 

@@ -258,7 +258,7 @@ def test_low_rank_edit_is_what_it_says() -> None:
     ({"init_lora_weights": "pissa_niter_99999"}, "iterations"),
     ({"init_lora_weights": "pizza"}, "unknown"),
     ({"init_lora_weights": "pissa", "lora_bias": True}, "lora_bias"),
-    ({"init_lora_weights": "mica", "r": 17}, "rank of at most 16"),
+    ({"init_lora_weights": "mica", "r": 17}, "`r` <= min.* = 16"),
     ({"kasa_config": True, "r": 16}, "smaller than"),
     ({"init_lora_weights": "pissa", "kasa_config": True}, "cannot be combined"),
     ({"init_lora_weights": "loftq"}, "loftq_config"),

@@ -214,7 +214,7 @@ def test_quantised_bases(case):
         ("VERA", {"target_modules": ["emb"]}, "cannot adapt 'emb'"),
         ("PVERA", {"generator_seed": 1 << 70}, "generator_seed"),
         ("RANDLORA", {"r": -1}, "r = -1: expected"),
-        ("VBLORA", {"vector_length": 5}, "must be divisible by vector_length"),
+        ("VBLORA", {"vector_length": 5}, "must be divisible by `vector_length`"),
         ("VBLORA", {"vector_length": 8, "topk": 300}, "`topk`=300 should be at most"),
         ("UNILORA", {"theta_d_length": 0}, "theta_d_length"),
         ("UNILORA", {"theta_d_length": 10**9}, "is more than the"),

@@ -89,7 +89,7 @@ def test_one_variant_at_a_time_and_none_that_is_silently_another() -> None:
         ({"use_qalora": True, "qalora_group_size": 0}, "positive integer"),
         ({"use_bdlora": fastpeft.BdLoraConfig(["x"])}, "matches neither"),
         ({"use_bdlora": fastpeft.BdLoraConfig(["up"], ["u"])}, "matches both"),
-        ({"use_bdlora": fastpeft.BdLoraConfig(["up"], nblocks=5)}, "equal blocks"),
+        ({"use_bdlora": fastpeft.BdLoraConfig(["up"], nblocks=5)}, "divisible by nblocks=5"),
         ({"use_bdlora": fastpeft.BdLoraConfig(None, ["up"]), "lora_bias": True}, "has no bias"),
         ({"velora_config": {"num_groups": 30}}, "more than 'up' has features"),
         ({"alora_invocation_tokens": ["a"], "task_type": "CAUSAL_LM"}, "list of token ids"),

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..files.atomic import write_text
-from ..files.checks import read_json
+from ..files.checks import NotAnAdapterError, read_json
 from ..files.hub import find_adapter_file, push_to_hub, pushing
 from .limits import MAX_RANK, check_bytes, check_config, check_numbers
 from .seen_as_peft import SeenAsPeft
 from .types import PeftType, TaskType, peft_type, warn
+from .version import format_version
 
 CONFIG_NAME = "adapter_config.json"
-# The version of PEFT whose file format is written. It goes into `peft_version`, by which readers tell formats apart.
-PEFT_FORMAT_VERSION = "0.21.2"
 
 CLASSES: dict[str, type[Any]] = {}  # by the `peft_type` of their method; the methods' files fill it
 loaders: list[Callable[[], None]] = []  # import whatever defines them; the package, which stands above, adds to these
@@ -81,7 +80,7 @@ class PeftConfig(SeenAsPeft):
         if self.peft_type is not None:
             self.peft_type = peft_type(self.peft_type)
         if self.peft_version is None:
-            self.peft_version = PEFT_FORMAT_VERSION
+            self.peft_version = format_version()
         for name, values in self.choices.items():
             check_choice(self, name, *values)
         for name, least in self.least.items():
@@ -152,6 +151,11 @@ class PeftConfig(SeenAsPeft):
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: object = "adapter configuration") -> PeftConfig:
         """A configuration from a file's content, its values checked for sense before any is used."""
+        if "peft_type" not in content:
+            raise NotAnAdapterError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                f"Is {where} an adapter's?", "its configuration names no method",
+            )  # fmt: skip
         check_config(content, where)
         return cls.from_peft_type(**content)
 

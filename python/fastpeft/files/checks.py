@@ -49,6 +49,10 @@ class KeyMismatchError(AdapterFileError, RuntimeError):
     """Tensors that do not fit the model: missing, unexpected or of another size. The message lists them."""
 
 
+class NotAnAdapterError(AdapterFileError, TypeError):
+    """A configuration that is none of an adapter. PEFT raises TypeError."""
+
+
 def path_inside(root: str | os.PathLike[str], *parts: str) -> Path:
     """`root/parts...`, symbolic links followed, which must not leave `root`."""
     base = Path(root).resolve()

@@ -37,7 +37,11 @@ def parameter_sites(wanted: Sequence[str], sites: Mapping[str, Site], targeted: 
             )
         result += _chain(site, found, base) if found else []
     if lost := sorted(set(wanted) - matched):
-        raise PeftError(f"target_parameters: the model has no parameter {list_some(lost)}")
+        none = (
+            " No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+            "arguments."
+        )
+        raise PeftError(f"target_parameters: the model has no parameter {list_some(lost)}.{'' if targeted else none}")
     return result
 
 

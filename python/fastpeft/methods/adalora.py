@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.targets import DEFAULT_TARGETS, by_type
-from ..config.types import PeftWarning
+from ..config.types import warn
 from ..files.checks import PREFIX
 from .lora.lora import LoraConfig
 from .math import rank_allocator as ranks
@@ -38,8 +37,6 @@ class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
     uncertainty. orth_reg_weight: of the orthogonality of A and B in the loss. rank_pattern: the ranks that were kept.
     """
 
-    least: ClassVar[Any] = {"orth_reg_weight": 0}
-
     rank_pattern: dict[str, Any] | None = None
     target_r: int = 8
     init_r: int = 12
@@ -53,6 +50,11 @@ class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.r != LoraConfig.r:
+            warn("Note that `r` is not used in AdaLora and will be ignored. The rank at the start is `init_r`.")
+        if self.orth_reg_weight < 0:
+            given = f"but the value passed is {self.orth_reg_weight}"
+            raise ValueError(f"`orth_reg_weight` should be greater than or equal to 0, {given}")
         if self.total_step is None or self.total_step <= 0:
             raise ValueError(
                 f"AdaLoRA does not work when `total_step` is None, supply a value > 0. Got {self.total_step!r}."
@@ -97,8 +99,6 @@ class AdaLora(FactoredMethod, config=AdaLoraConfig):
             raise ValueError(f"AdaLoraConfig({odd[0]}={getattr(config, odd[0])!r}) has no meaning for AdaLoRA.")
         if config.init_lora_weights not in (True, False) and not loading:
             raise ValueError(f"AdaLoRA's init_lora_weights is a bool, got {config.init_lora_weights!r}.")
-        if config.r != 8 and not loading:
-            warnings.warn("AdaLoRA does not use `r`; its ranks are `init_r` and `target_r`.", PeftWarning, stacklevel=2)
 
     def make_state(self, config: AdaLoraConfig, info: LayerInfo, shared: Any) -> State:
         r, columns = config.init_r, math.prod(info.shape[1:])

@@ -55,10 +55,13 @@ class AdamssConfig(TargetConfig, own_type="ADAMSS"):
         super().__post_init__()
         for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent") if self.use_asa else ():
             if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive when `use_asa=True`, got {getattr(self, name)}.")
+                what = "number" if name == "asa_schedule_exponent" else "integer"
+                got = getattr(self, name)
+                raise ValueError(f"`{name}` must be a positive {what} when `use_asa=True`, got {got}.")
         if self.use_asa and self.init_warmup >= self.final_warmup:
             got = f"init_warmup={self.init_warmup} and final_warmup={self.final_warmup}"
-            raise ValueError(f"`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got {got}.")
+            why = "so that ASA has a non-empty pruning ramp"
+            raise ValueError(f"`init_warmup` must be smaller than `final_warmup` when `use_asa=True` {why}, got {got}.")
 
 
 def update_and_allocate(tuner: Any, global_step: int) -> None:

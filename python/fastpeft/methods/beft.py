@@ -34,7 +34,7 @@ class Beft(Method, config=BeftConfig):
     def check_layer(self, config: BeftConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if not info.has_bias:
-            text = f"{info.name!r} has no bias term: a BEFT adapter cannot be merged there."
+            text = f"{info.name!r} has no bias term. Note you cannot merge the BEFT adapter into the base layer."
             warnings.warn(text, PeftWarning, stacklevel=2)
 
     def make_state(self, config: BeftConfig, info: LayerInfo, shared: Any) -> State:
@@ -48,7 +48,7 @@ class Beft(Method, config=BeftConfig):
         return w, added if b is None else b + added
 
     def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
-        return None if info.has_bias else "the base layer has no bias"
+        return None if info.has_bias else "Base layer has no bias, cannot merge bias adapter"
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
         return y + s.beft_bias.view(-1, *[1] * (len(inner.info.shape) - 2))  # type: ignore[no-any-return]

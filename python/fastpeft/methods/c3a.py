@@ -38,6 +38,10 @@ class C3A(Method, config=C3AConfig):
     tensors = ("c3a_kernel",)
     default_targets = SpectrumMethod.default_targets
     patterns: ClassVar[dict[str, str]] = {"block_size": "block_size_pattern"}
+    divisor_error = (
+        "The block size should be a factor of the {side}put size. However, the {side}put size is {whole} and the block "
+        "size is {part}"
+    )
     divisors: ClassVar[dict[str, tuple[str, ...]]] = {"block_size": ("in_features", "out_features")}
     examples = (
         {"block_size": 4}, {"block_size": 2, "init_weights": "gaussian"}, {"block_size": 1, "init_weights": True},

@@ -26,7 +26,6 @@ class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_t
     init_weights: False starts with a random B."""
 
     not_in_peft = ("exclude_modules",)
-    least: ClassVar[Any] = {"gralora_k": 1}
 
     r: int = 32
     hybrid_r: int = 0
@@ -35,6 +34,9 @@ class GraloraConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_t
     gralora_k: int = 2
 
     def __post_init__(self) -> None:
+        if self.gralora_k < 1:
+            value = self.gralora_k
+            raise ValueError(f"`gralora_k` should be a positive integer value but the value passed is {value}")
         super().__post_init__()
         if self.r % self.gralora_k:
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
@@ -44,6 +46,7 @@ class Gralora(FactoredMethod, config=GraloraConfig):
     tensors = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     dropout = "gralora_dropout"
     counts = ("r",)
+    divisor_error = "{size} should be divisible by {field}, but got {whole} and {part}"
     divisors: ClassVar[dict[str, tuple[str, ...]]] = {"gralora_k": ("in_features", "out_features")}
     examples = ({"r": 4}, {"r": 8, "gralora_k": 4, "hybrid_r": 2, "alpha": 3, "init_weights": False})
 

@@ -188,6 +188,9 @@ class Method:
 
     # What is asked before anything is built. Errors here leave the model as it was.
 
+    # PEFT's words for a size that has to be a multiple of a field's value, and is not.
+    divisor_error: ClassVar[str] = "{size} ({whole}) must be divisible by {field} ({part})."
+
     def check_config(self, config: Any, loading: bool = False) -> None:
         """Raise for values that make no sense, and NotImplementedError for options that are not there yet. loading: the
         tensors will come from a file, so how they would be initialised need not be supported."""
@@ -212,7 +215,9 @@ class Method:
         for field, size in ((field, size) for field, sizes in self.divisors.items() for size in sizes):
             whole, part = getattr(info, size), getattr(config, field)
             if part < 1 or whole % part:
-                raise ValueError(f"{size} ({whole}) of {info.name!r} must be divisible by {field} ({part}).")
+                side = size.removesuffix("_features")
+                named = {"size": size, "side": side, "whole": whole, "field": field, "part": part}
+                raise ValueError(f"{self.divisor_error.format(**named)} (in {info.name!r})")
         if not info.transient:
             return
         what = f"{info.name!r}, a {type(info.module).__name__} that reads its weight itself"

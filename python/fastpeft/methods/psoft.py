@@ -56,15 +56,17 @@ class PsoftConfig(HasFanInFanOut, HasInitWeights, TargetConfig, own_type="PSOFT"
         check_probabilities(self)
         check(self, "psoft_alpha", bool(self.psoft_alpha), "other than 0, by which B would be divided")
         eps, terms, series = self.cayley_neumann_eps, self.num_cayley_neumann_terms, self.use_cayley_neumann
-        check(self, "num_cayley_neumann_terms", not series or 1 <= terms <= 100, "from 1 to 100")
-        check(self, "cayley_neumann_eps", not series or eps is None or 0.0 < eps < 1.0, "in (0, 1) when set")
+        if series and not 1 <= terms <= 100:
+            raise ValueError(f"`num_cayley_neumann_terms` must be a positive integer of at most 100, got {terms!r}")
+        if series and not (eps is None or 0.0 < eps < 1.0):
+            raise ValueError(f"`cayley_neumann_eps` must be in (0, 1) when set, got {eps!r}")
         for name, needed, used in (
             ("num_cayley_neumann_terms", "use_cayley_neumann=True", series),
             ("cayley_neumann_eps", "use_cayley_neumann=True", series),
             ("psoft_svd_lowrank_niter", "psoft_svd='lowrank'", self.psoft_svd == "lowrank"),
         ):
             if not used and getattr(self, name) != getattr(type(self), name):
-                warnings.warn(f"`{name}` is only used when `{needed}`: it is ignored.", PeftWarning, stacklevel=3)
+                warnings.warn(f"`{name}` is only used when `{needed}`. It is ignored.", PeftWarning, stacklevel=3)
 
 
 class OrthLayer(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_kernels import pair_rotate
 
-from ..config.base import HasInitWeights, TargetConfig, check
+from ..config.base import HasInitWeights, TargetConfig
 from .math.draws import normal_
 from .method import Inner, LayerInfo, Method, State
 
@@ -34,11 +34,16 @@ class RoadConfig(HasInitWeights, TargetConfig, own_type="ROAD"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "group_size", self.group_size > 0 and self.group_size % 2 == 0, "a positive multiple of 2")
+        if self.group_size <= 0 or self.group_size % 2:
+            raise ValueError(
+                f"The group_size must be divisible by 2 when using RoadLayer, but got {self.group_size}. "
+                "Choose a positive multiple of 2."
+            )
 
 
 class Road(Method, config=RoadConfig):
     tensors = ("road_theta", "road_alpha")
+    divisor_error = "The {size} of the base layer must be divisible by {field} ({part}) when using RoadLayer."
     divisors: ClassVar[dict[str, tuple[str, ...]]] = {"group_size": ("out_features",)}
     examples = (
         {"group_size": 4}, {"variant": "road_4", "group_size": 10},

@@ -75,6 +75,7 @@ class VBLoRA(FactoredMethod, config=VBLoRAConfig):
         "query_proj key_proj value_proj dense": "deberta-v2",
     })  # fmt: skip
     counts = ("r", "num_vectors", "vector_length", "topk")
+    divisor_error = "`{size}` {whole} must be divisible by `{field}` {part}"
     divisors: ClassVar[dict[str, tuple[str, ...]]] = {"vector_length": ("in_features", "out_features")}
     examples = (
         {"r": 2, "num_vectors": 6, "vector_length": 4},

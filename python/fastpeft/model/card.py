@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config.base import CONFIG_NAME, PEFT_FORMAT_VERSION
+from ..config.base import CONFIG_NAME
 from ..config.types import PeftType, TaskType, warn
+from ..config.version import format_version
 from ..files.atomic import MANIFEST_NAME, write_text
 from ..files.hub import CARD_NAME, push_to_hub
 from ..saving.folder import PICKLE_NAME, SAFETENSORS_NAME
@@ -44,7 +45,7 @@ def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str], 
     kept = {tag for tag in data.get("tags") or () if not tag.startswith(ADAPTER_OF)}
     if found := kept | set(tags) | set(getattr(base, "model_tags", None) or ()) | _own_tags(model, base):
         data["tags"] = sorted(found)
-    lines, version = card.text.splitlines(), f"- PEFT {PEFT_FORMAT_VERSION}"
+    lines, version = card.text.splitlines(), f"- PEFT {format_version()}"
     if version not in lines and VERSIONS in lines:
         lines.insert(lines.index(VERSIONS) + 2, version)
     elif version not in lines:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..config.types import TaskType
 from .peft_model import PeftModel as PeftModel
 from .peft_model import class_for as class_for
@@ -12,7 +14,9 @@ class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
 
 
 class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
-    pass
+    def generate(self, **kwargs: Any) -> Any:
+        """The base model's `generate`, with arguments by name alone, as in PEFT."""
+        return super().generate(**kwargs)
 
 
 class PeftModelForSequenceClassification(PeftModel, task=TaskType.SEQ_CLS):

@@ -56,6 +56,11 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         existing = getattr(model, "peft_config", None)
         self.peft_config: dict[str, PeftConfig] = dict(existing) if isinstance(existing, Mapping) else {}
+        if self.peft_config.pop(adapter_name, None) is not None:
+            warn(
+                f"The model has an adapter {adapter_name!r} already, which the new one replaces in the layers that it "
+                "targets; `.unload()` before takes it out.", 3,
+            )  # fmt: skip
         self.model = model
         # Adapters whose methods act on the model's forward as a whole; their names may outlive them.
         self._hooked = {n: m for n, m in ((n, method_of(c)) for n, c in self.peft_config.items()) if m.hooks_model}
@@ -143,8 +148,8 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             biased = (getattr(c, "bias", "none") != "none" for c in self.peft_config.values())
             if getattr(config, "bias", "none") != "none" and any(biased):
                 raise ValueError(
-                    "Only one adapter can train the biases of the base model. When using multiple adapters, set bias "
-                    "to 'none' for all adapters but one."
+                    f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias "
+                    "to 'none' for all adapters but one: they would train the same biases of the base model."
                 )
             method_of(config).check_beside(config, [*self.peft_config.values()])
             if plan is None:
@@ -176,7 +181,8 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         if plan.method.hooks_model:
             self._hooked[adapter_name] = plan.method
         # As PEFT does: the model knows its configurations too, so that injected models can be asked for them.
-        self.model.peft_config = self.peft_config  # type: ignore[assignment]
+        if not hasattr(type(self.model), "peft_config"):  # a PeftModel inside of another keeps its own
+            self.model.peft_config = self.peft_config  # type: ignore[assignment]
         active = self.active_adapters
         train = adapter_name in active and not config.inference_mode
         modules: list[AdapterModule] = [*(p.layer for p in plan.layers), *(p.wrapper for p in plan.saved)]

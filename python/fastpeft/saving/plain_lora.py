@@ -35,8 +35,8 @@ def as_plain_lora(
         raise ValueError(f"Adapter {adapter!r} cannot be saved as a plain LoRA of the original base.")
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ValueError(
-            "`path_initial_model_for_weight_conversion` is not supported with use_rslora=True and a rank_pattern or "
-            "alpha_pattern: scalings would change with the ranks."
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported with "
+            "use_rslora=True and a rank_pattern or alpha_pattern: scalings would change with the ranks."
         )
     known = path is True or config.kasa_config
     initial = None if known else load_adapter_file(path)[1]  # type: ignore[arg-type]

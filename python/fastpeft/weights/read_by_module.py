@@ -100,7 +100,9 @@ class AttentionWeight(TransientWeight):
 
     def check(self) -> None:
         if not self.module._qkv_same_embed_dim:
-            raise ValueError("MultiheadAttention with other widths for key or value (kdim, vdim) is not supported")
+            raise ValueError(
+                "Only same embed for query/key/value is supported as of now for MultiheadAttention (no kdim or vdim)"
+            )
 
     def parts(self) -> dict[str, BaseWeight]:
         return {"out_proj": AttentionOutWeight(self.module.out_proj)}

@@ -155,19 +155,21 @@ class Lora(Method):
             )
         if config.dora_full_gradient and not config.use_dora:
             raise ValueError("LoraConfig(dora_full_gradient=True) is an option of DoRA: pass use_dora=True with it.")
-        ranks = {"r": config.r, **{f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}}
-        for name, r in ranks.items():
+        for r in (config.r, *(config.rank_pattern or {}).values()):
             if init == "orthogonal" and r % 2:
-                raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {name}={r}.")
+                raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
 
     def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if info.transient and type(self) is not Lora:
-            raise ValueError(f"{type(self).__name__} cannot adapt {info.name!r}, a {type(info.module).__name__}.")
+            what = type(info.module).__name__
+            also = f" {what} does not support DoRA (yet), please set use_dora to False." if config.use_dora else ""
+            raise ValueError(f"{type(self).__name__} cannot adapt {info.name!r}, a {what}.{also}")
         if config.r % info.groups:
             raise ValueError(
-                f"Targeting {info.name!r}, a {type(info.module).__name__} with groups={info.groups}, needs a rank that "
-                f"is divisible by groups, got r={config.r}. Choose another rank or do not target this layer."
+                f"Targeting a {type(info.module).__name__} with groups={info.groups} and rank {config.r}. Currently, "
+                "support is limited to conv layers where the rank is divisible by groups. Either choose a different "
+                f"rank or do not target this specific layer. It is {info.name!r}."
             )
         start.check_layer(config, info)
         if info.base.parallel and (start.start_of(config.init_lora_weights) or config.ensure_weight_tying):
@@ -181,8 +183,8 @@ class Lora(Method):
             raise ValueError(f"lora_bias=True needs a bias beside {info.name!r}, which its module reads itself")
         if config.lora_bias and not info.has_bias and info.kind != "embedding":
             warnings.warn(
-                f"`lora_bias=True` was passed but the targeted layer of type {type(info.module).__name__} has no bias: "
-                f"this adapter cannot be merged there (in {info.name!r}).",
+                f"`lora_bias=True` was passed but the targeted layer of type {type(info.module).__name__} has no bias. "
+                f"The adapter cannot be merged there ({info.name!r}).",
                 PeftWarning,
                 stacklevel=2,
             )

@@ -174,8 +174,13 @@ class SpectrumMethod(Method):
     def check_count(count: Any, info: LayerInfo) -> None:
         most = info.in_features * info.out_features
         if not isinstance(count, int) or not 1 <= count <= most:
-            limits = f"a positive integer of at most in_features * out_features ({most})"
-            raise ValueError(f"{info.name!r}: `n_frequency` should be {limits}, got {count!r}")
+            limits = "a positive integer value"
+            if isinstance(count, int) and count > most:
+                limits = "less than or equal to the product of the input and output dimensions"
+            raise ValueError(
+                f"`n_frequency` should be {limits} but the value passed is {count!r} and the product is {most} "
+                f"(in {info.name!r})"
+            )
 
     @staticmethod
     def positions(count: int, config: Any, info: LayerInfo) -> Computed:

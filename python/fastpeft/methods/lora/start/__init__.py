@@ -50,7 +50,8 @@ class Start:
         if not isinstance(value, self.options | None):
             raise TypeError(f"`{self.field}` must be a `{self.options.__name__}`, a dict, or None, got {value!r}.")
         if chosen and value is None:
-            text = f"`init_lora_weights` is '{self.name}' but `{self.field}` is not specified. Using its defaults."
+            what = f"`init_lora_weights` is '{self.name}' but `{self.field}` is not specified."
+            text = f"{what} Using default {self.name.upper()} config."
             warnings.warn(text, PeftWarning, stacklevel=5)
             setattr(config, self.field, self.options())
         elif not chosen and value is not None:
@@ -107,8 +108,9 @@ def complete(config: Any) -> None:
         start.complete(config, start is chosen)
     patterns = config.rank_pattern or config.alpha_pattern
     if config.use_rslora and patterns and chosen is not None and chosen.takes_base:
-        warnings.warn("With use_rslora and a rank_pattern or alpha_pattern, this adapter cannot be saved as a plain "
-                      "LoRA of the original base (`save_pretrained(path_initial_model_for_weight_conversion=...)`).",
+        warnings.warn("Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of "
+                      f"{chosen.name} to a plain LoRA of the original base do not go together: "
+                      "`save_pretrained(path_initial_model_for_weight_conversion=...)` will be refused.",
                       PeftWarning, stacklevel=4)  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ....config.base import check
 from ....config.seen_as_peft import SeenAsPeft
 from ...method import LayerInfo, State
 from . import Start
@@ -29,8 +28,10 @@ class EvaConfig(SeenAsPeft):
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
-        check(self, "rho", self.rho >= 1.0, "at least 1.0")
-        check(self, "tau", 0.0 <= self.tau <= 1.0, "from 0.0 to 1.0")
+        if not self.rho >= 1.0:
+            raise ValueError(f"`rho` must be >= 1.0, got {self.rho!r}")
+        if not 0.0 <= self.tau <= 1.0:
+            raise ValueError(f"`tau` must be between 0.0 and 1.0. Got {self.tau!r}")
 
 
 class Eva(Start):

@@ -96,13 +96,15 @@ class BdLora(Lora):
         if len(blocked) == 2:
             raise ValueError(f"Target {info.name!r} matches both target_modules_bd_a and target_modules_bd_b.")
         if not blocked and options.match_strict:
-            lists = "neither target_modules_bd_a nor target_modules_bd_b"
-            raise ValueError(f"Target {info.name!r} matches {lists}. Set match_strict=False if this is intentional.")
+            raise ValueError(
+                f"Target {info.name!r} matches neither A nor B block-diagonal patterns (target_modules_bd_a, "
+                "target_modules_bd_b). Set match_strict=False if this is intentional."
+            )
         n = options.nblocks
         for which, sizes in blocked.items():
             if any(size % n for size in sizes):
                 what = f"{which} of {info.name!r}, from {sizes[0]} to {sizes[1]} features,"
-                raise ValueError(f"{what} cannot have nblocks={n} equal blocks.")
+                raise ValueError(f"{what} are not divisible by nblocks={n}.")
         if config.lora_bias and "B" in blocked:
             raise ValueError(f"lora_bias=True is not for {info.name!r}: a block-diagonal B has no bias.")
 

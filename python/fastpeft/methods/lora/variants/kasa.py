@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ....config.base import check
 from ....config.seen_as_peft import SeenAsPeft
 from ...base_edit import EDIT, BaseEdit
 from ...math.draws import drawn_normal
@@ -33,7 +32,8 @@ class KasaConfig(SeenAsPeft):
 
     def __post_init__(self) -> None:
         for name in ("beta", "gamma"):
-            check(self, name, getattr(self, name) >= 0, "non-negative")
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be non-negative, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Mica(Lora):
         super().check_layer(config, info)
         most = min(info.out_features, info.in_features)
         if config.r > most:
-            raise ValueError(f"MiCA requires a rank of at most {most} for {info.name!r}, got r={config.r}.")
+            raise ValueError(f"MiCA requires `r` <= min(in, out) = {most} for {info.name!r}, got r={config.r}.")
 
     def trains(self, s: Any, name: str) -> bool:
         return name in ("lora_A", "lora_embedding_A")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....config.base import check, check_choice
+from ....config.base import check_choice
 from ....config.seen_as_peft import SeenAsPeft
 from ...fused import Fused
 from ...method import AdaptedLayer, Inner, LayerInfo, State
@@ -33,7 +33,8 @@ class VeloraConfig(SeenAsPeft):
 
     def __post_init__(self) -> None:
         for name in ("num_groups", "scale"):
-            check(self, name, getattr(self, name) > 0, "positive")
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` should be positive, got {getattr(self, name)!r}.")
         check_choice(self, "init_type", "batch_average_once", "batch_average", "random")
 
 
