@@ -39,7 +39,8 @@ GAPS = {
     "a part of how PEFT computes; here it is done in another way": """
         *:dispatch_* *:RankAllocator tuners.adamss.utils:* tuners.boft.layer:*
         tuners.c3a.utils:* tuners.glora.layer:Glora*Path tuners.loha.layer:* tuners.lokr.layer:*
-        tuners.lora.monteclora:Buffered* tuners.lora.corda:* tuners.lora.dora:* tuners.lora.eva:* tuners.lora.layer:LoraVariant tuners.lora.loraga:*
+        tuners.lora.monteclora:Buffered* tuners.lora.corda:* tuners.lora.dora:* tuners.lora.eva:*
+        tuners.lora.layer:LoraVariant tuners.lora.loraga:*
         tuners.lora.variants:* tuners.lora.velora:* tuners.lycoris_utils:*
         tuners.oft.layer:MultiplicativeDropoutLayer tuners.osf.utils:* tuners.randlora.layer:UniqueBaseGrad
         tuners.shira.mask_functions:random_mask tuners.waveft.wave*:*

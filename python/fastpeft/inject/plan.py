@@ -35,6 +35,7 @@ from ..methods.base_edit import EDIT
 from ..methods.computed import compute
 from ..methods.method import LayerInfo, Method, State
 from ..methods.registry import method_of
+from .custom import new_layer, with_weight
 from .modules import (
     LayerPlan,
     Site,
@@ -214,6 +215,7 @@ def _plan(
     targets = [s for site in named if id(site.module) not in inner for s in (site, *parts(site))]
     if wanted := getattr(resolved, "target_parameters", None):
         targets += parameter_sites(wanted, sites, matched.names)
+    targets = [with_weight(site, config) for site in targets]
     if not targets:
         every = ((name, base_of(site)) for name, site in sites.items())
         raise no_match_error(resolved, matched, (n for n, b in every if b is not None and b.kind in method.kinds))
@@ -254,7 +256,8 @@ def _plan(
     for site, info, state in zip(targets, infos, states, strict=True):
         layer = site.module
         if not isinstance(layer, AdapterLayer):
-            layer = AdapterLayer(made.get(id(site.module), site.module), info.name, site.base)
+            below = made.get(id(site.module), site.module)
+            layer = new_layer(config, adapter_name, below, info.name, site.base)
             made[id(site.module)] = layer
             layer.train(site.module.training)
         for child in state.values():
