@@ -204,7 +204,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         missing = [n for n in names if n not in self.peft_config]
         if missing:
-            raise ValueError(f"Adapter {missing[0]} not found. There are: {', '.join(self.peft_config)}.")
+            raise ValueError(f"Adapter(s) {missing} not found, available adapters: {sorted(self.peft_config)}")
         adapters.set_adapter(self.model, names, inference_mode)
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
