@@ -193,7 +193,7 @@ def test_merged_adapters_and_changed_base_weights(tmp_path: Path) -> None:
     fastpeft.save_as_lora(tmp_path, model, 20)
     assert_near(reloaded(tmp_path)(X), expected)
     model = adapted(fastpeft.LoraConfig(target_modules=["lin"], r=3, init_lora_weights="pissa"))
-    with pytest.warns(PeftWarning, match="is a LoRA already"):
+    with pytest.warns(PeftWarning, match="is already a LoRA adapter"):
         fastpeft.save_as_lora(tmp_path, model, 20)
     assert_near(reloaded(tmp_path, peft)(X), model(X))
 

@@ -26,11 +26,11 @@ GAPS = {
     "a part of how PEFT computes; here it is done in another way": """
         tuners.adaption_prompt.config:* tuners.adaption_prompt.utils:* *:ShadowCarrier
         tuners.shadow.diffusion_models:*
-        *:dispatch_* tuners._buffer_dict:* *:RankAllocator tuners.adamss.utils:* tuners.boft.layer:*
+        *:dispatch_* *:RankAllocator tuners.adamss.utils:* tuners.boft.layer:*
         tuners.c3a.utils:* tuners.glora.layer:Glora*Path tuners.loha.layer:* tuners.lokr.layer:*
         tuners.lora.arrow:* tuners.lora.corda:* tuners.lora.dora:* tuners.lora.eva:* tuners.lora.layer:LoraVariant
         tuners.lora.loraga:* tuners.lora.model:add_lora_tp_hooks_dtensor
-        tuners.lora.monteclora:* tuners.lora.variants:* tuners.lora.velora:* tuners.lycoris_utils:*
+        tuners.lora.monteclora:Buffered* tuners.lora.variants:* tuners.lora.velora:* tuners.lycoris_utils:*
         tuners.oft.layer:MultiplicativeDropoutLayer tuners.osf.utils:* tuners.poly.router:*outer
         tuners.randlora.layer:UniqueBaseGrad tuners.shira.mask_functions:random_mask tuners.waveft.wave*:*
         tuners.tuners_utils:check_adapters_to_merge tuners.tuners_utils:clone_module

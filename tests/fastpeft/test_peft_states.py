@@ -212,3 +212,52 @@ def test_a_wrapper_of_a_parameter_names_it() -> None:
     model = get_peft_model(Net(), LoraConfig(target_parameters=["up.weight"]))
     assert model.model.up.parameter_name == "weight"
     assert "parameter_name='weight'" in repr(model.model.up)
+
+
+class Own(nn.Module):
+    """A linear layer of nobody's type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + 1.0
+
+
+def test_layers_of_a_users_class_go_on_modules_of_a_users_type(tmp_path: Path) -> None:
+    from fastpeft.tuners import lora
+
+    class Halved(lora.Linear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(x, *args, **kwargs) * 0.5
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), Own())
+    config = LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+    config._register_custom_module({Own: Halved})
+    with pytest.warns(UserWarning, match=r"Unsupported layer type .*Own'>' encountered, proceed at your own risk"):
+        model = get_peft_model(copy.deepcopy(base), config)
+    layer = model.model[1]
+    assert isinstance(layer, Halved)
+    assert not isinstance(model.model[0], Halved)
+    x = torch.randn(3, 8)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = (layer.base_layer(x) + x @ a.T @ b.T * layer.scaling["default"]) * 0.5
+    assert_no_worse(layer(x), expected, expected.double(), expected.double().abs() + 1)
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    other = LoraConfig.from_pretrained(tmp_path)
+    other._register_custom_module({Own: Halved})
+    loaded = fastpeft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, config=other)
+    assert_same_bits(loaded(x), y)
+    model.merge_adapter()
+    assert_no_worse(model(x), y, y.double(), y.double().abs() + 1)
+    wrong = LoraConfig(target_modules=["1"])
+    wrong._register_custom_module({Own: nn.Linear})
+    with pytest.raises(TypeError, match="should be a class that derives from"):
+        get_peft_model(copy.deepcopy(base), wrong)
+    none = LoraConfig(target_modules=["0"])
+    none._register_custom_module({nn.LSTM: Halved})
+    with pytest.raises(ValueError, match="a LSTM, has no matrix `weight`"):
+        get_peft_model(nn.Sequential(nn.LSTM(4, 4)), none)

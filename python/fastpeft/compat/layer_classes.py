@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 from ..config.types import PeftType
+from ..layer.custom import CustomLayer
 from ..layer.layer import AdapterLayer
 from ..methods.method import Method
 from ..methods.registry import registry
@@ -25,6 +26,15 @@ class _HeldBy(type):
     method: Method
     label: str | None
 
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        """A class that derives from one of these is one of layers: it derives from CustomLayer."""
+        if not any(isinstance(base, _HeldBy) for base in bases):
+            return super().__new__(cls, name, bases, namespace)
+        own = dict.fromkeys(CustomLayer if isinstance(base, _HeldBy) else base for base in bases)
+        kept = tuple(base for base in own if base is CustomLayer or not issubclass(CustomLayer, base))
+        make: Any = type(CustomLayer)
+        return make(name, kept, namespace)
+
     def __instancecheck__(cls, instance: Any) -> bool:
         if not isinstance(instance, AdapterLayer) or (cls.label is not None and instance.base.label != cls.label):
             return False
@@ -35,7 +45,8 @@ class _HeldBy(type):
 def layer_class(method: Method, name: str) -> type:
     """`isinstance(module, LoraLayer)`: true of an adapter layer with an adapter of that method."""
     label = next((label for label in (*_ATTENTIONS, *_ENDS) if name.endswith(label)), None)
-    return _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
+    made: type = _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
+    return made
 
 
 def _is_layer(method: Method, name: str) -> bool:

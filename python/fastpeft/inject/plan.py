@@ -30,7 +30,6 @@ from ..files.whole import copied
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
 from ..layer.module_layer import ModuleLayer
-from ..layer.parallel import layer_on
 from ..layer.saved_modules import ModulesToSaveWrapper, check_savable
 from ..layer.shared_tensors import fill_containers, held_containers
 from ..methods.base_edit import EDIT
@@ -40,7 +39,7 @@ from ..methods.registry import method_of
 from ..methods.whole import WholeMethod
 from ..prompts.method import PromptMethod
 from ..weights.split import is_split
-from ..weights.whole_module import WholeModule
+from .custom import new_layer, with_weight
 from .modules import (
     LayerPlan,
     Site,
@@ -228,6 +227,7 @@ def _plan(
     targets = [s for site in named if id(site.module) not in inner for s in (site, *parts(site))]
     if wanted := getattr(resolved, "target_parameters", None):
         targets += parameter_sites(wanted, sites, matched.names)
+    targets = [with_weight(site, config) for site in targets]
     if not targets:
         every = ((name, base_of(site)) for name, site in sites.items())
         raise no_match_error(resolved, matched, (n for n, b in every if b is not None and b.kind in method.kinds))
@@ -270,8 +270,8 @@ def _plan(
     for site, info, state in zip(targets, infos, states, strict=True):
         layer = site.module
         if not isinstance(layer, AdapterLayer):
-            on = ModuleLayer if isinstance(site.base, WholeModule) else layer_on
-            layer = on(made.get(id(site.module), site.module), info.name, info.base)
+            below = made.get(id(site.module), site.module)
+            layer = new_layer(config, adapter_name, below, info.name, info.base)
             made[id(site.module)] = layer
             layer.train(site.module.training)
         for child in (*shared.values(), *state.values()):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..weights.base import BaseWeight
 from .layer import AdapterLayer
 
 
@@ -19,8 +18,3 @@ class ParallelLayer(AdapterLayer):
         if base.parallel == "megatron" and ("adapter_names" in kwargs or self.rows.given()):
             raise ValueError(f"{self._shown}: LoraParallelLinear does not support mixed_batch_forward yet.")
         return base.leave(super().forward(base.enter(x), *args, **kwargs))
-
-
-def layer_on(module: nn.Module, name: str, base: BaseWeight) -> AdapterLayer:
-    """A new layer for adapters of a module, whose weight is known."""
-    return (ParallelLayer if base.parallel else AdapterLayer)(module, name, base)

@@ -110,8 +110,8 @@ class VBLoRA(FactoredMethod, config=VBLoRAConfig):
     def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor]:
         logits_a, logits_b, bank = s.vblora_logits_A, s.vblora_logits_B, shared.vblora_vector_bank
         if s.vblora_dropout.training and not torch.compiler.is_compiling() and logits_a[0, 0].isinf().any():
-            why = "training cannot be resumed from a `save_only_topk_weights` model"
-            raise RuntimeError(f"Found infinity values in VB-LoRA logits: {why}.")
+            why = "Ensure training was not resumed from a `save_only_topk_weights` model."
+            raise RuntimeError(f"Found infinity values in VB-LoRA logits. {why}")
         a, b = (_mixture(logits, bank.to(logits.device), s.topk) for logits in (logits_a, logits_b))
         return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config.types import warn
+from ..files.checks import list_some
+from ..files.offloaded import keeper
 from ..inject.modules import adapter_layers, adapter_modules
 from ..inject.plan import LOW_PRECISION
 from ..layer.base import STILL_MERGED
@@ -82,3 +84,24 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             tensors = [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]
             if any(tensor.dtype in LOW_PRECISION for tensor in tensors):
                 container.to_entry(adapter_name, None, torch.float32)
+
+
+def check_biases(model: nn.Module, mode: str) -> None:
+    """Raise ValueError if an adapter that trains biases would train those that accelerate brings for a forward."""
+    if mode in (None, "none", False):
+        return
+    if lost := [n for n, m in model.named_modules() if keeper(m) is not None and m._parameters.get("bias") is not None]:
+        raise ValueError(
+            f"bias={mode!r} would train biases that accelerate offloads, {list_some(lost)}: what a hook brings for a "
+            "forward has no gradient after it. Load the base model without offloading, or use bias='none'."
+        )
+
+
+def repeats(kwargs: Mapping[str, Any], model: nn.Module) -> int:
+    """How often `generate` repeats the rows of its inputs, given its arguments."""
+    names = ("num_beams", "num_return_sequences")
+    if not any(name in kwargs for name in (*names, "generation_config")):
+        return 1
+    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]  # what the first leaves open
+    choices = ((kwargs.get(name), *(getattr(config, name, None) for config in configs)) for name in names)
+    return max(next((count for count in some if isinstance(count, int)), 1) for some in choices)

@@ -18,8 +18,6 @@ from ..config.base import PeftConfig
 from ..config.limits import BASE
 from ..config.seen_as_peft import SeenAsPeft
 from ..config.types import warn
-from ..files.checks import list_some
-from ..files.offloaded import keeper
 from ..inject.modules import AdapterModule, KnownModules, adapter_modules
 from ..inject.plan import InjectionPlan
 from ..layer.by_row.call import RowCall, RowValues, call_by
@@ -162,7 +160,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             else:
                 plan.finish()
             trained = adapter_name in self.active_adapters and not config.inference_mode
-            _check_biases(self.model, getattr(config, "bias", "none") if trained else "none")
+            adapters.check_biases(self.model, getattr(config, "bias", "none") if trained else "none")
         except Exception:
             if plan is not None:
                 plan.abandon()
@@ -243,7 +241,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         missing = [n for n in names if n not in self.peft_config]
         if missing:
-            raise ValueError(f"Adapter {missing[0]} not found. There are: {', '.join(self.peft_config)}.")
+            raise ValueError(f"Adapter(s) {missing} not found, available adapters: {sorted(self.peft_config)}")
         adapters.set_adapter(self.holder, names, inference_mode)
         self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
@@ -304,11 +302,11 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             return nullcontext()
         graph = torch.is_grad_enabled()
         if before:
-            call = self._row_call(names, values, _repeats(kwargs, self.model), steady=True, inside=True, graph=graph)
+            call = self._row_call(names, values, adapters.repeats(kwargs, self.model), steady=True, inside=True, graph=graph)
             return self._measured(call, before)
         if assigned is not None and not values:
             return RowCall(self, assigned.layers, assigned.names, assigned.values, assigned.steady, True, graph)
-        return self._row_call(names, values, _repeats(kwargs, self.model), steady=True, inside=True, graph=graph)
+        return self._row_call(names, values, adapters.repeats(kwargs, self.model), steady=True, inside=True, graph=graph)
 
     @contextmanager
     def _measured(self, call: RowCall, methods: Sequence[tuple[str, Method]]) -> Iterator[None]:
@@ -376,27 +374,6 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         if keeps:
             self._names = rows, there
         return rows
-
-
-def _check_biases(model: nn.Module, mode: str) -> None:
-    """Raise ValueError if an adapter that trains biases would train those that accelerate brings for a forward."""
-    if mode in (None, "none", False):
-        return
-    if lost := [n for n, m in model.named_modules() if keeper(m) is not None and m._parameters.get("bias") is not None]:
-        raise ValueError(
-            f"bias={mode!r} would train biases that accelerate offloads, {list_some(lost)}: what a hook brings for a "
-            "forward has no gradient after it. Load the base model without offloading, or use bias='none'."
-        )
-
-
-def _repeats(kwargs: Mapping[str, Any], model: nn.Module) -> int:
-    """How often `generate` repeats the rows of its inputs, given its arguments."""
-    names = ("num_beams", "num_return_sequences")
-    if not any(name in kwargs for name in (*names, "generation_config")):
-        return 1
-    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]  # what the first leaves open
-    choices = ((kwargs.get(name), *(getattr(config, name, None) for config in configs)) for name in names)
-    return max(next((count for count in some if isinstance(count, int)), 1) for some in choices)
 
 
 def tuner_class(method: Method) -> type[BaseTuner]:

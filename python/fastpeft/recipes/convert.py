@@ -52,7 +52,7 @@ def convert_to_lora(
     layers = _layers(model, adapter_name)
     source = getattr(model, "peft_config", {}).get(adapter_name)
     if source is not None and source.peft_type == PeftType.LORA:
-        warn("The adapter to be converted to LoRA is a LoRA already.")
+        warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter.")
     bias = getattr(source, "bias", "none")
     if bias != "none":
         raise ValueError(f"The adapter's config sets bias={bias}: biases of the base model are no part of a LoRA.")

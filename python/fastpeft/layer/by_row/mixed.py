@@ -122,8 +122,8 @@ class Routed:
             )
         if layer.base.transient and len(self.groups) > 1:
             raise UnmixableError(
-                f"lora.{layer.base.label} does not support mixed adapter batches: {layer.layer_name or 'the layer'} "
-                "runs with one merged weight, so that its rows cannot have adapters of their own (`adapter_names`)."
+                f"lora.{layer.base.label} does not support mixed adapter batches yet. {layer.layer_name or 'It'} runs "
+                "with one merged weight, so that its rows cannot have adapters of their own (`adapter_names`)."
             )
         if len(self.groups) == 1:
             return self._alone(next(iter(self.groups)), x, args, kwargs or {})

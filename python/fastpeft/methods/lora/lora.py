@@ -82,7 +82,7 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config",)
     not_in_peft: ClassVar[tuple[str, ...]] = ("dora_full_gradient",)
-    _custom_modules: ClassVar[None] = None  # PEFT's injection, which takes this configuration too, asks for it
+    _custom_modules: ClassVar[Any] = None  # a configuration that has some has its own; PEFT's injection asks too
 
     def __post_init__(self) -> None:
         if not isinstance(self.megatron_config, (dict, type(None))):  # Megatron's own object, which no file holds
@@ -100,6 +100,12 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
         start.complete(self)
+
+
+    def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
+        """Put layers of your own on modules by their type: classes that derive from `fastpeft.tuners.lora.Linear`, by
+        the type of what is below. A type that no adapter knows needs a matrix `weight`. In no file."""
+        vars(self)["_custom_modules"] = {**(self._custom_modules or {}), **mapping}
 
 
 PLAIN_DICTS = ("rank_pattern", "alpha_pattern", "loftq_config", "megatron_config", "auto_mapping")
