@@ -302,11 +302,13 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             return nullcontext()
         graph = torch.is_grad_enabled()
         if before:
-            call = self._row_call(names, values, adapters.repeats(kwargs, self.model), steady=True, inside=True, graph=graph)
+            repeats = adapters.repeats(kwargs, self.model)
+            call = self._row_call(names, values, repeats, steady=True, inside=True, graph=graph)
             return self._measured(call, before)
         if assigned is not None and not values:
             return RowCall(self, assigned.layers, assigned.names, assigned.values, assigned.steady, True, graph)
-        return self._row_call(names, values, adapters.repeats(kwargs, self.model), steady=True, inside=True, graph=graph)
+        repeats = adapters.repeats(kwargs, self.model)
+        return self._row_call(names, values, repeats, steady=True, inside=True, graph=graph)
 
     @contextmanager
     def _measured(self, call: RowCall, methods: Sequence[tuple[str, Method]]) -> Iterator[None]:
