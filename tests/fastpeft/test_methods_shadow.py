@@ -37,8 +37,8 @@ CAUSAL = tools["CAUSAL"]
 base = tools["base"]
 put = tools["put"]
 scattered = tools["scattered"]
-grads = tools["grads"]
 close = tools["close"]
+ROUNDING = tools["ROUNDING"]
 beside = tools["beside"]
 both_ways = tools["both_ways"]
 
@@ -95,16 +95,23 @@ def checkpointed(model: Any, how: CheckpointImpl) -> None:
 def test_blocks_that_run_again_get_the_states_of_their_own_forward() -> None:
     """PEFT's get those of the last one."""
 
-    def run(change: Callable[[Any], None]) -> dict[str, Tensor]:
-        model = shadow().train()
+    def run(change: Callable[[Any], None], library: Any = fastpeft) -> dict[str, Tensor]:
+        model = scattered(put(library, "ShadowConfig", {**SHADOW, **CAUSAL}), library).train()
         model.get_base_model().config.use_cache = False
         change(model)
         one, two = (model(ids, labels=ids).loss for ids in (IDS, IDS.flip(0, 1)))
         (one - 2 * two).backward()
-        return grads(model, fastpeft)
+        named = ((name.replace("_checkpoint_wrapped_module.", ""), p.grad) for name, p in model.named_parameters())
+        return {name: grad for name, grad in named if grad is not None}
+
+    def no_reentrant(model: Any) -> None:
+        checkpointed(model, CheckpointImpl.NO_REENTRANT)
 
     expected = run(lambda model: None)
-    close(run(lambda model: checkpointed(model, CheckpointImpl.NO_REENTRANT)), expected)
+    close(run(no_reentrant), expected)
+    plain, again = run(lambda model: None, peft), run(no_reentrant, peft)
+    assert plain.keys() == again.keys()
+    assert not all(torch.allclose(again[key], grad, rtol=ROUNDING, atol=ROUNDING) for key, grad in plain.items())
     for reentrant in (True, False):
         options = {"use_reentrant": reentrant}
         close(run(lambda m, o=options: m.get_base_model().gradient_checkpointing_enable(o)), expected)
