@@ -21,6 +21,7 @@ import torch
 from fastpeft.apps.cli import run as cli_run
 from fastpeft.config.base import CLASSES
 from fastpeft.methods.method import METHODS
+from fastpeft.methods.registry import registry
 from fastpeft.model import tuner
 from forms import matrix
 from torch import nn
@@ -274,13 +275,17 @@ def test_the_command_line_lists_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def registered() -> Any:
-    """`register_peft_method`; what it registers is taken out again."""
+    """`register_peft_method`, in a package without Poly; what it registers is taken out again."""
+    registry()
     methods, classes, names = dict(METHODS), dict(CLASSES), dict(vars(tuner))
+    for table, key in ((METHODS, fastpeft.PeftType.POLY), (CLASSES, "POLY"), (vars(tuner), "PolyModel")):
+        table.pop(key, None)
     yield fastpeft.utils.register_peft_method
     for table, before in ((METHODS, methods), (CLASSES, classes), (vars(tuner), names)):
         for key in [*table]:
             if key not in before:
                 del table[key]
+        table.update(before)
 
 
 def test_a_method_of_another_package_is_trained_saved_and_loaded(registered: Any, tmp_path: Path) -> None:

@@ -119,14 +119,13 @@ def test_loading_a_file_that_does_not_fit_changes_nothing(tmp_path: Any) -> None
 
 def test_an_adapter_is_planned_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastpeft.inject import plan as inject
-    from fastpeft.model import tuner
     from fastpeft.saving import folder
     from fastpeft.saving import load as loading
 
     pair()[0].save_pretrained(tmp_path)
     calls: list[str] = []
-    for module, name in ((loading, "plan_injection"), (tuner, "plan_injection"), (inject, "find_joined"),
-                         (folder, "check_config"), (loading, "unpacked")):  # fmt: skip
+    for module, name in ((loading, "plan_injection"), (inject, "find_joined"), (folder, "check_config"),
+                         (loading, "unpacked")):  # fmt: skip
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
     model = PeftModel.from_pretrained(llama(), tmp_path)
