@@ -210,6 +210,24 @@ def test_a_prefix_is_a_view_for_all_rows() -> None:
     assert layer.keys.untyped_storage().data_ptr() == model.prompt_encoder["default"].embedding.weight.data_ptr()
 
 
+@pytest.mark.parametrize("prompt", matrix(PROMPTS, ["prompt", "lstm", "cartridge"]))
+def test_a_given_state_dict_is_what_is_saved(prompt: str, tmp_path: Any) -> None:
+    """Trainer and accelerate save so."""
+    model = made(fastpeft, prompt, "llama")
+    given = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    wanted = {key: tensor.clone() for key, tensor in fastpeft.get_peft_model_state_dict(model).items()}
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.zero_()
+    model.save_pretrained(tmp_path, state_dict=given)
+    found = fastpeft.load_peft_weights(tmp_path)
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert torch.equal(found[key], tensor)
+    with pytest.raises(fastpeft.AdapterFileError, match="lacks"):
+        fastpeft.get_peft_model_state_dict(model, {k: t for k, t in given.items() if "prompt_encoder" not in k})
+
+
 def test_life_of_prompts() -> None:
     model, ids = made(fastpeft, "prompt"), torch.arange(3, 9)[None]
     with torch.no_grad():
