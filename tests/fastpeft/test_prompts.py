@@ -138,12 +138,11 @@ def test_a_padded_row_generates_what_it_does_alone(prompt: str) -> None:
     model, ids = made(fastpeft, prompt, name), inputs(name, prompt)["input_ids"]
     mask = inputs(name, prompt)["attention_mask"]
     tasks = {"task_ids": torch.tensor([1])} if prompt == "tasks" else {}
-    for options in ({}, {"num_beams": 3}):
-        options = {**options, **tasks, "max_new_tokens": 6, "do_sample": False}
-        batch = model.generate(input_ids=ids, attention_mask=mask, output_scores=True, return_dict_in_generate=True,
-                               **options)  # fmt: skip
-        alone = model.generate(input_ids=ids[1:2, 2:], output_scores=True, return_dict_in_generate=True, **options)
-        assert batch.sequences[1, 7:].tolist() == alone.sequences[0, 5:].tolist()
+    for beams in (1, 3):
+        options = {**tasks, "num_beams": beams, "max_new_tokens": 6, "do_sample": False}
+        batch = model.generate(input_ids=ids, attention_mask=mask, **options)
+        alone = model.generate(input_ids=ids[1:2, 2:], **options)
+        assert batch[1, 7:].tolist() == alone[0, 5:].tolist()
 
 
 @pytest.mark.parametrize(("name", "prompt"), matrix(
@@ -210,6 +209,24 @@ def test_a_prefix_is_a_view_for_all_rows() -> None:
     assert layer.keys.untyped_storage().data_ptr() == model.prompt_encoder["default"].embedding.weight.data_ptr()
 
 
+@pytest.mark.parametrize("prompt", matrix(PROMPTS, ["prompt", "lstm", "cartridge"]))
+def test_a_given_state_dict_is_what_is_saved(prompt: str, tmp_path: Any) -> None:
+    """Trainer and accelerate save so."""
+    model = made(fastpeft, prompt, "llama")
+    given = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    wanted = {key: tensor.clone() for key, tensor in fastpeft.get_peft_model_state_dict(model).items()}
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.zero_()
+    model.save_pretrained(tmp_path, state_dict=given)
+    found = fastpeft.load_peft_weights(tmp_path)
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert torch.equal(found[key], tensor)
+    with pytest.raises(fastpeft.AdapterFileError, match="lacks"):
+        fastpeft.get_peft_model_state_dict(model, {k: t for k, t in given.items() if "prompt_encoder" not in k})
+
+
 def test_life_of_prompts() -> None:
     model, ids = made(fastpeft, "prompt"), torch.arange(3, 9)[None]
     with torch.no_grad():
@@ -242,8 +259,7 @@ def test_labels_of_tokens_count_where_peft_fails() -> None:
     given = inputs("bert-tokens", "prompt")
     with pytest.raises(ValueError, match="batch_size"):
         made(peft, "prompt", "bert-tokens")(**given)
-    model = made(fastpeft, "prompt", "bert-tokens")
-    found = model(**given)
+    found = made(fastpeft, "prompt", "bert-tokens")(**given)
     wanted = torch.nn.functional.cross_entropy(found.logits[:, TOKENS:].flatten(0, 1), given["labels"].flatten())
     close(found.loss, wanted)
 

@@ -84,7 +84,7 @@ def _check_all_there(model: nn.Module, adapter: str, found: Iterable[str]) -> No
         containers = dict(module.containers())
         for held in containers.keys() - module.shared.keys():
             if any(p.requires_grad for p in containers[held].parameters_of(adapter)):
-                lacking += [key for key in [f"{name}.{held}.{adapter}"] if key not in there]
+                lacking += [key for key in [".".join(filter(None, (name, held, adapter)))] if key not in there]
     if lacking:
         raise KeyMismatchError(f"the state dict lacks {list_some(sorted(lacking))} of adapter {adapter!r}")
 
