@@ -57,7 +57,7 @@ class AutoPeftModel:
         if config.task_type is None and library.partition(".")[0] != "transformers":
             raise ValueError(
                 f"The auto mapping wants to import {library!r} which is not in the import allowlist: a base model is "
-                "made of transformers' classes alone. Load it and call PeftModel.from_pretrained(model, adapter)."
+                "made of transformers' classes alone. Load it yourself, for PeftModel.from_pretrained(model, adapter)."
             )
         task = cls.task_type or config.task_type
         if task is not None:
