@@ -150,7 +150,8 @@ def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[st
         return NoMatchingPeftModuleError(
             "No modules were targeted for adaptation. All modules were excluded that "
             f"target_modules={_shown(config.target_modules)} selects: they are left out by "
-            f"exclude_modules={_shown(config.exclude_modules)} or modules_to_save={config.modules_to_save}: {list_some(matched.excluded)}."
+            f"exclude_modules={_shown(config.exclude_modules)} or modules_to_save={config.modules_to_save}: "
+            f"{list_some(matched.excluded)}."
         )
     wanted = config.target_modules  # a pattern stands there as PEFT has it, without quotation marks
     shown = wanted[:300] if isinstance(wanted, str) else _shown(wanted)
