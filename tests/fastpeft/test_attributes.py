@@ -36,9 +36,6 @@ MISSING = {
     "a table of `fastpeft.utils`": """
         tuner.target_module_mapping
     """,
-    "a layer holds what it shares itself, so that injecting without a PeftModel serves every method": """
-        tuner.uses_shared_state
-    """,
     "a start of LoRA is a class of methods/lora/start": """
         layer.corda_init layer.loftq_init layer.lora_ga_init layer.mica_init layer.olora_init layer.orthogonal_init
         layer.pissa_init layer.reset_lora_parameters

@@ -107,18 +107,18 @@ def test_rows_of_a_kind_beside_others(kind: Any, base: str) -> None:
 def test_gradients_of_a_kind_beside_others(kind: Any, base: str) -> None:
     """Of x and of every adapter: those that the rows have alone, added up."""
     layer, rows = mixed_layer(kind, base)
-    layer.set_adapter([*layer.methods])
+    layer.set_requires_grad([*layer.methods])
     x = batch(base, len(rows))
     weights = torch.randn(*x.shape[:-1], layer.out_features)
     wide = copy.deepcopy(layer).double()
     found = []
     for each, run in ((layer, together), (layer, one_by_one), (wide, one_by_one), (wide, together)):
-        each.set_adapter([*each.methods])
+        each.set_requires_grad([*each.methods])
         given = x.to(next(each.parameters()).dtype if each is layer else torch.float64).requires_grad_()
         trained = [p for _, p in sorted(each.named_parameters()) if p.requires_grad]
         y = run(each, rows, given)
         loss = (y * weights.to(y.dtype)).sum()
-        each.set_adapter([*each.methods])
+        each.set_requires_grad([*each.methods])
         found.append(torch.autograd.grad(loss, [given, *trained], allow_unused=True))
     for mine, eager, exact, mine64 in zip(*found, strict=True):
         assert (mine is None) == (exact is None)
