@@ -83,6 +83,7 @@ def test_state_dict_of_one_adapter_among_several(case: Case) -> None:
 WRONG_IN_PEFT = {
     "TrainableTokens": "drops the bias of a linear layer",
     "BOFT-1": "has butterfly factors with its CUDA extension only, elsewhere it is silently 1",
+    "Poly": "wants `task_ids` also where there is one task",
     "QaLora": "has QA-LoRA on GPTQ layers only, elsewhere it is silently plain LoRA",
 }
 

@@ -254,7 +254,8 @@ def test_adalora_on_convolutions_is_its_merged_weight() -> None:
 
 def test_adalora_refuses_what_has_no_meaning() -> None:
     for options, match in (
-        ({"total_step": None}, "total_step"), ({"tinit": 9}, "budgeting phase"), ({"orth_reg_weight": -1}, "at least"),
+        ({"total_step": None}, "total_step"), ({"tinit": 9}, "budgeting phase"),
+        ({"orth_reg_weight": -1}, "or equal to 0"),
         ({"use_dora": True}, "no meaning"), ({"use_rslora": True}, "no meaning"), ({"init_r": 0}, "init_r"),
         ({"init_lora_weights": "pissa"}, "a bool"), ({"beta1": 1.0}, "beta1"),
     ):  # fmt: skip

@@ -47,12 +47,6 @@ def test_layers_of_submodules_answer_isinstance():
     assert importlib.import_module("fastpeft.tuners").lora.layer.LoraLayer
 
 
-@pytest.mark.parametrize("name", ["PromptTuningConfig", "XLoraConfig", "PolyConfig"])
-def test_what_is_not_there_yet_says_so(name):
-    with pytest.raises(AttributeError, match="not there yet"):
-        getattr(fastpeft, name)
-
-
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
 @pytest.mark.parametrize("save", ["auto", True])

@@ -135,9 +135,9 @@ def adapter_config(config: TrainConfig) -> Any:
     if "num_virtual_tokens" in known and name not in PROMPTS:
         raise UserError(f"the method {name} needs examples or tasks, which training here does not have",
                         "train it with a loop of your own")  # fmt: skip
-    usual: dict[str, Any] = {"num_virtual_tokens": 20} if name in PROMPTS else {"target_modules": "all-linear"}
-    if config_class.whole_modules:
-        usual = {}
+    usual: dict[str, Any] = {"num_virtual_tokens": 20} if name in PROMPTS else {}
+    if not getattr(config_class, "whole_modules", True):
+        usual["target_modules"] = "all-linear"
     try:
         return config_class(**{"task_type": "CAUSAL_LM", **usual, **fields})
     except (TypeError, ValueError, NotImplementedError) as error:
