@@ -1,4 +1,5 @@
-"""Every method at PEFT's defaults on one frozen linear layer: what it costs over the layer alone, and beside PEFT.
+"""Every method at PEFT's defaults on one frozen linear layer: what it costs over the layer alone, and beside PEFT;
+prompts before a small model (prompts.py).
 
 Linear 2048, 512 tokens, float32, dropout as the defaults have it, training. FLOPs of forward and backward (gradients of
 x and of the adapter) over the frozen layer's, bytes kept for the backward over those of x, and times.
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..flops import flops_of, saved_bytes
 from ..measure import Candidate
 from ..results import Claim, Row
+from . import prompts
 
 WIDTH, TOKENS = 2048, 512
 # What PEFT's defaults need on this layer to run at all, or to be what is meant.
@@ -84,11 +86,15 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     torch.manual_seed(0)
     frozen = Holder(nn.Linear(WIDTH, WIDTH)).requires_grad_(False)
     base_flops, _ = costs(frozen, x, dy)
-    names = {**VARIANTS, **{t.value: ARGUMENTS.get(t.value, {}) for t in fastpeft.PEFT_TYPE_TO_CONFIG_MAPPING}}
+    types = [t.value for t in fastpeft.PEFT_TYPE_TO_CONFIG_MAPPING]
+
+    def chosen(kind: str) -> bool:
+        return args.methods is None or kind.lower() in {m.lower() for m in args.methods}
+
+    names = {**VARIANTS, **{name: ARGUMENTS.get(name, {}) for name in types if name not in prompts.ARGUMENTS}}
     for name, arguments in names.items():
         kind = name.split()[0]
-        chosen = args.methods is None or kind.lower() in {m.lower() for m in args.methods}
-        if kind in ELSEWHERE or not chosen:
+        if kind in ELSEWHERE or not chosen(kind):
             continue
         peft_type = "LORA" if name in VARIANTS else kind
         models = {"ours": adapted(fastpeft, peft_type, copy.deepcopy(arguments))}
@@ -112,3 +118,4 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         claims = [Claim("PEFT", ["ours"], ["PEFT"], FASTER.get(kind, 1.0)), Claim("the layer", ["ours"], ["frozen"])]
         yield Row(name, {"suite": "methods", "method": name, "width": WIDTH, "tokens": TOKENS}, {}, claims,
                   extra=extra, notes=notes, candidates=candidates)  # fmt: skip
+    yield from prompts.rows([name for name in types if name in prompts.ARGUMENTS and chosen(name)])
