@@ -21,7 +21,7 @@ import torch
 from fastpeft.apps.cli import run as cli_run
 from fastpeft.config.base import CLASSES
 from fastpeft.methods.method import METHODS
-from fastpeft.methods.registry import registry
+from fastpeft.methods.registry import every_method
 from fastpeft.model import tuner
 from forms import matrix
 from torch import nn
@@ -276,7 +276,7 @@ def test_the_command_line_lists_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def registered() -> Any:
     """`register_peft_method`, in a package without Poly; what it registers is taken out again."""
-    registry()
+    every_method()
     methods, classes, names = dict(METHODS), dict(CLASSES), dict(vars(tuner))
     for table, key in ((METHODS, fastpeft.PeftType.POLY), (CLASSES, "POLY"), (vars(tuner), "PolyModel")):
         table.pop(key, None)

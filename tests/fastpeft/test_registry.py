@@ -14,7 +14,7 @@ import pytest
 import torch
 from fastpeft.config.base import CLASSES
 from fastpeft.methods.method import METHODS, Method
-from fastpeft.methods.registry import registry
+from fastpeft.methods.registry import every_method
 from fastpeft.testing import SAMPLE_BASES, add_adapter, assert_law, make_layer
 from torch import nn
 
@@ -22,7 +22,7 @@ from torch import nn
 @pytest.fixture
 def restored() -> Iterator[None]:
     """The registry is afterwards as it was before."""
-    methods, classes = dict(registry()), dict(CLASSES)
+    methods, classes = dict(every_method()), dict(CLASSES)
     yield
     for now, before in ((METHODS, methods), (CLASSES, classes)):
         now.clear()
