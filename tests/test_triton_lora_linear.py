@@ -200,7 +200,7 @@ def test_no_worse_with_the_weight_on_either_side(name: str, left: bool) -> None:
         Case(40, 130, 192, 16, f32, p=0.05),
         Case(3, 40, 192, 512, bf16),
     ],
-    short=lambda c: c.r != 512 and c.N != 150,
+    short=lambda c: (c.M, c.r) in ((20, 64), (40, 16)) and c.N != 150,
 ), ids=str)  # fmt: skip
 def test_no_worse_with_the_tables_tiles(c: Case) -> None:
     check(c)
@@ -223,7 +223,7 @@ def test_no_worse_by_panels(name: str) -> None:
 @pytest.mark.parametrize("dtype", matrix([f32, bf16], short=[bf16]))
 @pytest.mark.usefixtures("small_tiles")
 def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
-    c = Case(33, 40, 104, 20, dtype, p=0.1)
+    c = Case(17, 33, 72, 20, dtype, p=0.1)
     i = make(c)
     with pk.use_backend("triton"):
         runs = []
