@@ -26,9 +26,9 @@ DONE = (0, 1, 5)  # pytest's: passed, failed, none collected
 
 
 def test_files() -> list[Path]:
-    """Files with `gpu` tests; simt_tools has a fixture that makes some."""
+    """Files with `gpu` tests; simt_tools and interpreter_tools have what makes some."""
     found = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [p for p in found if re.search(r"mark\.gpu|simt_tools", p.read_text(encoding="utf-8"))]
+    return [p for p in found if re.search(r"mark\.gpu|simt_tools|interpreter_tools", p.read_text(encoding="utf-8"))]
 
 
 def workers(device: Device) -> int:
