@@ -94,8 +94,11 @@ def test_lora_settings_are_checked() -> None:
     assert (other.peft_type, other.target_modules) == ("IA3", "all-linear")
     with pytest.raises(UserError, match="unknown method 'loraa'"):
         adapter_config(from_dict({**BASE, "method": "loraa"}))
-    with pytest.raises(UserError, match="method prompt_tuning is not there yet"):
-        adapter_config(from_dict({**BASE, "method": "prompt_tuning"}))
+    prompt = adapter_config(from_dict({**BASE, "method": "prompt_tuning", "adapter": {"num_virtual_tokens": 5}}))
+    assert (prompt.peft_type, prompt.num_virtual_tokens) == ("PROMPT_TUNING", 5)
+    assert adapter_config(from_dict({**BASE, "method": "p_tuning"})).num_virtual_tokens == 20
+    with pytest.raises(UserError, match="method cpt needs examples or tasks"):
+        adapter_config(from_dict({**BASE, "method": "cpt"}))
     with pytest.raises(UserError, match=r"unknown setting adapter\.r"):
         adapter_config(from_dict({**BASE, "method": "ia3", "adapter": {"r": 3}}))
     with pytest.raises(UserError, match="for other methods"):

@@ -115,7 +115,6 @@ def split(records: Records, fraction: float) -> tuple[Records, Records]:
 def adapter_config(config: TrainConfig) -> Any:
     """The adapter configuration of the run; an unknown method or field is named with the nearest known one."""
     from ... import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
-    from ... import PeftType
 
     name = config.method.lower()
     where = "lora" if name in ("lora", "dora") else "adapter"
@@ -124,8 +123,6 @@ def adapter_config(config: TrainConfig) -> Any:
     fields = config.lora | ({"use_dora": True} if name == "dora" else {}) if where == "lora" else config.adapter
     by_name = {peft_type.value.lower(): cls for peft_type, cls in CONFIGS.items()}
     config_class = by_name.get("lora" if where == "lora" else name)
-    if config_class is None and name.upper() in PeftType.__members__:
-        raise UserError(f"the method {name} is not there yet", "docs/methods.md lists those that are")
     if config_class is None:
         raise UserError(f"unknown method {config.method!r}", nearest(name, [*by_name, "dora"]))
     known = [f.name for f in dataclasses.fields(config_class)]
