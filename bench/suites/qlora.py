@@ -2,7 +2,7 @@
 
 Modes, each a process (worker.py), in turns:
   ours-*      fastpeft on its NF4 layers; `-own` with fastpeft's training loss instead of the model's;
-              `-fast` with fastpeft.recipes.decoder_layers on top, else transformers' model code as it is
+              `-fast` with fastpeft.families.switch on top, else transformers' model code as it is
   bnb-*       PEFT on bitsandbytes NF4 with double quantisation: in train mode for the step, in eval mode for decoding
   dense-*     PEFT on torch's dense layers
 bf16 and f32 are the dtypes of the model and of the computing; adapters are float32 in all of them, r = 16 on all seven

@@ -95,9 +95,9 @@ def waiting(device: Any) -> Callable[[], float]:
 def accelerate(model: Any, mode: str) -> None:
     """The additions of `-own` (fastpeft's training) and `-fast` (its decoding) to transformers' model code."""
     if mode.endswith(("-fast", "-own")):
-        from fastpeft.recipes import decoder_layers as transformers_fast
+        from fastpeft.families import switch
 
-        transformers_fast.accelerate(model)
+        switch.accelerate(model)
 
 
 def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[str, float]]:

@@ -63,7 +63,7 @@ _NAMES = {
     "recipes.corda": ("preprocess_corda",),
     "recipes.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
     "recipes.kappa": ("find_kappa_target_modules",),
-    "recipes.decoder_layers": ("use_huge_pages",),
+    "families.switch": ("use_huge_pages",),
     "recipes.loftq": ("replace_lora_weights_loftq",),
     "recipes.loraga": ("preprocess_loraga",),
     "recipes.optimizers.adamw": ("AdamW",),

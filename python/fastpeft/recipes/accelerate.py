@@ -8,10 +8,11 @@ from weakref import ref
 
 from torch import nn
 
-from . import causal_loss, decoder_layers
-from .layer_report import Table, look
+from ..families import switch
+from ..families.report import Table, look
+from ..families.ways import BY_CHOICE
+from . import causal_loss
 from .lazy_logits import Watch
-from .ways import BY_CHOICE
 
 
 @dataclass
@@ -107,17 +108,17 @@ def accelerate(model: nn.Module, layers: bool = True, loss: bool = False, huge_p
 
 def _layers(report: Acceleration, model: nn.Module, huge_pages: bool) -> None:
     try:
-        decoder_layers.accelerate(model, huge_pages)
+        switch.accelerate(model, huge_pages)
     except ValueError as error:  # no layer that is known, or no kernel for where they are
         report.reasons.append(str(error))
-    report.modules = sum(map(decoder_layers.is_switched, model.modules()))
+    report.modules = sum(map(switch.is_switched, model.modules()))
 
 
 def unaccelerate(model: nn.Module) -> int:
     """Take back all that `accelerate` did to a model: how many of its modules were changed (0: none was)."""
     count = causal_loss.take_loss(model)
     for module in model.modules():
-        if decoder_layers.is_switched(module):
-            decoder_layers.switch_back(module)
+        if switch.is_switched(module):
+            switch.switch_back(module)
             count += 1
     return count

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..families.switch import is_switched
 from ..files.whole import is_in_unit, is_partitioned
 from ..layer.layer import AdapterLayer
 from ..weights.base import is_listened_to
-from .decoder_layers import is_switched
 from .lazy_logits import LazyLogits, Watch, _Head, state_of
 
 _CACHE = {"use_cache", "past_key_values", "position_ids"}

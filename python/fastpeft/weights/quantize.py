@@ -62,12 +62,17 @@ def quantize_model(
     return model
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """True for nn.Linear itself, and for the one subclass in transformers that computes the same product: Falcon's."""
+    return type(layer) is nn.Linear or (isinstance(layer, nn.Linear) and type(layer).__name__ == "FalconLinear")
+
+
 def _plan(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
     """The names of the layers to quantise, and of those that stay dense."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     names, kept, bad = [], [], []
     for name, layer in _modules(model):
-        if type(layer) is not nn.Linear and not _is_conv1d(layer):
+        if not _is_plain(layer) and not _is_conv1d(layer):
             continue
         if uses[id(layer.weight)] > 1 or any(f".{part}." in f".{name}." for part in skip):
             kept.append(name)

@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 BY_CHOICE = {
     "attention": "torch's own attention is taken on a GPU (rotary_attention is tuned for CPUs)",
     "head": "torch's own product is taken on a GPU",
+    "layer_norm": "torch's own layer norm is one kernel each way",
 }
 
 

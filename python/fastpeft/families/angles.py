@@ -1,0 +1,76 @@
+"""Cosines and sines of rotary embeddings, in the form that this project's kernels and few torch calls take."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .description import Attention
+
+
+class Turn(NamedTuple):
+    """cos, sin: [B or 1, T, R], of features as they lie. signed: [B or 1, T, 1, R], sin with the sign of its partner's
+    share."""
+
+    cos: Tensor
+    sin: Tensor
+    signed: Tensor
+    neighbours: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [B, T, heads, D] with its first R features turned."""
+        width = self.cos.shape[-1]
+        part = x if width == x.shape[-1] else x[..., :width]
+        if self.neighbours:
+            partner = part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        else:
+            partner = torch.roll(part, width // 2, dims=-1)
+        turned = torch.addcmul(part * self.cos.unsqueeze(2), partner, self.signed)
+        return turned if part is x else torch.cat((turned, x[..., width:]), dim=-1)
+
+
+class Angles:
+    """`Turn`s of the last cosines: a model's layers share them, and a model with windows may have two kinds."""
+
+    def __init__(self) -> None:
+        self._made: tuple[tuple[Tensor, bool, Turn], ...] = ()  # of these sines; whole, as threads share it
+
+    def get(self, of: Attention, cos: Tensor, sin: Tensor) -> Turn:
+        neighbours = of.turn == "neighbours"
+        for kept, way, turn in self._made:
+            if kept is sin and way is neighbours:
+                return turn
+        turn = _made(of, cos.detach(), sin.detach(), neighbours)
+        self._made = (*self._made[-1:], (sin, neighbours, turn))
+        return turn
+
+
+def _made(of: Attention, cos: Tensor, sin: Tensor, neighbours: bool) -> Turn:
+    if of.angles == "once":
+        cos, sin = (_of_pairs(t, neighbours) for t in (cos, sin))
+    elif of.angles == "halves":
+        cos, sin = (_of_pairs(t[..., : t.shape[-1] // 2], neighbours) for t in (cos, sin))
+    if neighbours:
+        signed = sin.unflatten(-1, (-1, 2)) * sin.new_tensor((-1.0, 1.0))
+        return Turn(cos, sin, signed.flatten(-2).unsqueeze(2), True)
+    half = sin.shape[-1] // 2
+    return Turn(cos, sin, torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2), False)
+
+
+@functools.cache
+def alibi_slopes(heads: int, device: torch.device) -> Tensor:
+    """float32 [heads], of ALiBi: powers of 2^(-8 / n) for n a power of two, and every other one of 2n's for the rest."""
+
+    def powers(n: int, step: int) -> list[float]:
+        return [2.0 ** (-8.0 * i / n) for i in range(1, n + 1, step)]
+
+    whole = 2 ** int(math.log2(heads))
+    return torch.tensor([*powers(whole, 1), *powers(2 * whole, 2)[: heads - whole]], device=device)
+
+
+def _of_pairs(t: Tensor, neighbours: bool) -> Tensor:
+    return t.repeat_interleave(2, dim=-1) if neighbours else torch.cat((t, t), dim=-1)

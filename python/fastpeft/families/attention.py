@@ -1,0 +1,210 @@
+"""Self-attention of any family that is described: projections of one input in a call, norms, rotation, one op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_kernels import native_library
+from peft_kernels.shim import attention
+
+from ..weights.base import is_listened_to
+from .angles import alibi_slopes
+from .description import Attention
+from .projections import Given, linears, modules_on, projections
+from .state import State
+from .ways import Ways, ways_of
+
+MOST_SCORES = 1 << 24  # batch x heads x queries x keys that may stand at once: 64 MiB of float32
+_CACHES = ("past_key_values", "cache", "layer_past")  # where a layer keeps keys and values; `cache` since 5.24
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    for name in _CACHES:
+        found = kwargs.get(name)
+        if found is not None:
+            return found
+    return None
+
+
+def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    state: State = self._fastpeft
+    of, x = state.part, hidden_states
+    assert isinstance(of, Attention)
+    given = kwargs | dict(zip(state.names, args, strict=False)) if args else kwargs
+    cache, ways = cache_of(given), ways_of(x)
+    seen = None
+    if _serves(self, of, x, ways, given):
+        seen = state.shared.masks.seen(given.get("attention_mask"), x.shape[1], getattr(self, "is_causal", True))
+    if seen is None:
+        return _itself(self, of, state, ways, hidden_states, args, kwargs)
+    q, k, v, gate = _heads(self, of, state, x)
+    turn = None
+    if of.turn is not None and (of.turned is None or of.turned(self)):
+        turn = state.shared.angles.get(of, *given["position_embeddings"])
+    if of.normed != "turned":
+        q, k = _normed(self, of, q, k)
+    elif turn is not None:
+        q, k, turn = *_turned(turn, q, k), None
+        q, k = _normed(self, of, q, k)
+    if of.key_scale:
+        k = k * getattr(self, of.key_scale)
+    if cache is not None:
+        if turn is not None:
+            q, k, turn = *_turned(turn, q, k), None
+        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    y = attention(
+        q, k, v, scale=getattr(self, of.scale), causal=seen.causal, spans=seen.spans, keep=seen.keep,
+        slopes=alibi_slopes(q.shape[2], q.device) if of.alibi and given.get(of.alibi) is not None else None,
+        softcap=(getattr(self, of.softcap) or 0.0) if of.softcap else 0.0,
+        sinks=getattr(self, of.sinks) if of.sinks else None,
+        **({} if turn is None else {"cos": turn.cos, "sin": turn.sin, "interleaved": turn.neighbours}),
+    )  # fmt: skip
+    y = y.flatten(2)
+    if gate is not None:
+        y = y * torch.sigmoid(gate)
+    out = after(self, of.after or of.residual, _out(self, of, state, y))
+    return (out if not of.residual else given["residual"] + out), None
+
+
+def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, Any]) -> bool:
+    if not ways.attention or x.dim() != 3 or x.dtype is torch.float64 or (of.served and not of.served(self)):
+        return False
+    if _other_attention(self, of) or "read_index" in given:  # continuous batching: a row is not a sequence
+        return False
+    if given.get("output_attentions", getattr(getattr(self, "config", None), "output_attentions", False)):
+        return False
+    if of.turn is not None and given.get("position_embeddings") is None and (of.turned is None or of.turned(self)):
+        return False
+    if any(given.get(name) is not None for name in ("encoder_hidden_states", "key_value_states")):
+        return False
+    if self.training and dropout_of(self, of):
+        return False
+    if native_library().reason is not None:  # eager code would keep every score
+        batch, t = x.shape[:2]
+        return batch * head_count(self) * t * t <= MOST_SCORES or not torch.is_grad_enabled()
+    return True
+
+
+def after(self: Any, name: str, y: Tensor) -> Tensor:
+    """y after the dropout that the module has under a name: a module, or a probability."""
+    found = getattr(self, name) if name else 0.0
+    if callable(found):
+        dropped: Tensor = found(y)
+        return dropped
+    return F.dropout(y, found, self.training) if found and self.training else y
+
+
+def _other_attention(self: Any, of: Attention) -> str | None:
+    """The attention that was chosen for the model, if it was: what is usual in the family is None."""
+    config = getattr(self, "config", None)  # a module without one has one way
+    wanted: str = "eager" if config is None else config._attn_implementation
+    return None if wanted == "sdpa" or (of.eager and wanted == "eager") else wanted
+
+
+def head_count(self: Any) -> int:
+    """Heads of q."""
+    count: int = self.num_heads if hasattr(self, "num_heads") else self.config.num_attention_heads
+    return count
+
+
+def dropout_of(self: Any, of: Attention) -> float:
+    found = getattr(self, of.dropout, 0.0)
+    p: float = getattr(found, "p", found)
+    return p
+
+
+def _stacked(self: Any, state: State, x: Tensor, names: tuple[str, ...]) -> Any:
+    """Outputs of projections of one input: one call of a kernel where that serves them."""
+    layers = [getattr(self, name) for name in names]
+    if not torch.is_grad_enabled() and x.shape[1] == 1:  # decoding
+        return [y.unsqueeze(1) for y in linears(state.qkv, x[:, 0], ways_of(x).launches, *layers)]
+    found = projections(x, *layers)
+    return modules_on(x, *layers) if found is None else state.qkv(x, *found)
+
+
+def _heads(self: Any, of: Attention, state: State, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q [B, T, H, D], k and v [B, T, G, D], as views of what the projections made; the gate [B, T, H D]."""
+    d = getattr(self, of.head_size)
+    ys = _stacked(self, state, x, of.qkv)
+    gate = None
+    if len(ys) == 3:
+        q, k, v = (y.unflatten(-1, (-1, d)) for y in (_whole(self, of, ys) if of.normed == "whole" else ys))
+        if of.gated:
+            q, gate = ys[0].unflatten(-1, (-1, 2 * d)).chunk(2, dim=-1)
+            gate = gate.flatten(2)
+        return q, k, v, gate
+    order = of.order(self) if callable(of.order) else of.order
+    heads = ys[0].unflatten(-1, (-1, d))
+    queries = head_count(self)
+    groups = (heads.shape[2] - queries) // 2
+    if order == "parts":
+        q, k, v = heads.split((queries, groups, groups), dim=2)
+        return q, k, v, None
+    of_group = heads.unflatten(2, (groups, -1))  # [B, T, G, H / G + 2, D]
+    q = of_group[..., :-2, :]
+    return (q[..., 0, :] if q.shape[3] == 1 else q.flatten(2, 3)), of_group[..., -2, :], of_group[..., -1, :], None
+
+
+def _whole(self: Any, of: Attention, ys: Any) -> tuple[Tensor, Tensor, Tensor]:
+    assert of.norms is not None
+    return getattr(self, of.norms[0])(ys[0]), getattr(self, of.norms[1])(ys[1]), ys[2]
+
+
+def _normed(self: Any, of: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    if of.norms is None or of.normed == "whole":
+        return q, k
+    norms = [getattr(self, name, None) for name in of.norms]  # some models of a family have none
+    if norms[0] is None or norms[1] is None:
+        return q, k
+    if of.normed == "apart":
+        return norms[0](q.transpose(1, 2)).transpose(1, 2), norms[1](k.transpose(1, 2)).transpose(1, 2)
+    return norms[0](q), norms[1](k)
+
+
+def _turned(turn: Callable[[Tensor], Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return turn(q), turn(k)
+    both = turn(torch.cat((q, k), dim=2))  # half of the calls, which decoding waits for
+    return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
+
+
+def _out(self: Any, of: Attention, state: State, y: Tensor) -> Tensor:
+    layer = getattr(self, of.out)
+    if not torch.is_grad_enabled() and y.shape[1] == 1:
+        return linears(state.o, y[:, 0], ways_of(y).launches, layer)[0].unsqueeze(1)
+    return modules_on(y, layer)[0]
+
+
+def _itself(
+    self: Any, of: Attention, state: State, ways: Ways, x: Tensor, args: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own forward, which gets q, k and v from one call where that pays: on a GPU."""
+    found, itself = None, self
+    if ways.stack and not ways.attention and len(of.qkv) > 1:
+        found = projections(x, *(getattr(self, name) for name in of.qkv))
+    if found is not None:
+        itself = Given(self, of.qkv, x, state.qkv(x, *found))
+    result: tuple[Tensor, Tensor | None] = state.base.forward(itself, x, *args, **kwargs)
+    return result
+
+
+def why_not(self: Any, of: Attention, dtype: torch.dtype) -> str | None:
+    """Why the module's attention is the model's own code now, in words for a report."""
+    if of.served is not None and not of.served(self):
+        return "a variant of the family that is not described"
+    wanted = _other_attention(self, of)
+    if wanted is not None:
+        return f"the model asks for {wanted}"
+    if self.training and dropout_of(self, of):
+        return "its probabilities have dropout"
+    return "it is in float64" if dtype is torch.float64 else None
+
+
+def listened(self: Any, of: Attention) -> bool:
+    return any(is_listened_to(getattr(self, name)) for name in (*of.qkv, of.out))

@@ -1,0 +1,5 @@
+"""Ministral."""
+
+from ..description import Attention, Mlp, Norm, family
+
+PARTS = family("Ministral", Attention(), Mlp(), Norm())

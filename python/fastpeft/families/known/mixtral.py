@@ -1,0 +1,5 @@
+"""Mixtral."""
+
+from ..description import Attention, Norm, family
+
+PARTS = family("Mixtral", Attention(), None, Norm())

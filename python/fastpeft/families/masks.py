@@ -1,0 +1,74 @@
+"""Masks of transformers as the op `attention` takes them: the keys that a query sees, as a range wherever they are one.
+
+A mask is made once a forward and given to each layer; so is what is found here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+
+class Seen(NamedTuple):
+    """What queries see: keys up to their own (`causal`), those of `spans` [B or 1, T, 2] or of `keep` [B or 1, T, S]."""
+
+    causal: bool
+    spans: Tensor | None = None
+    keep: Tensor | None = None
+
+
+class Masks:
+    """What was found of the last few masks: a model with windows has two in a forward."""
+
+    def __init__(self) -> None:
+        self._found: tuple[tuple[ref[Tensor], int, Seen], ...] = ()  # whole, as threads share it
+
+    def seen(self, mask: Tensor | None, queries: int, causal: bool) -> Seen | None:
+        """mask: None (see `causal`), spans int32 [B or 1, 1, T, 2], bool [B or 1, 1, T, S] or a float one that is 0
+        where a key is seen and the least number elsewhere. None for a mask that says more than that."""
+        if mask is None:
+            return Seen(causal and queries > 1)  # one query is the last: it sees all
+        for kept, version, found in self._found:
+            if kept() is mask and version == mask._version:
+                return found
+        made = _read(mask)
+        if made is not None:
+            alive = tuple(entry for entry in self._found if entry[0]() is not None)
+            self._found = (*alive[-3:], (ref(mask), mask._version, made))
+        return made
+
+
+def _read(mask: Tensor) -> Seen | None:
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.requires_grad:
+        return None
+    mask = mask.detach()[:, 0]
+    if mask.dtype is torch.int32 and mask.shape[-1] == 2:
+        return Seen(False, spans=mask)
+    if mask.is_floating_point():
+        least = torch.finfo(mask.dtype).min
+        keep = mask == 0
+        if not bool((keep | (mask <= least)).all()):  # a bias
+            return None
+    elif mask.dtype is torch.bool:
+        keep = mask
+    else:
+        return None
+    spans = spans_of(keep)
+    return Seen(False, keep=keep.contiguous()) if spans is None else Seen(False, spans=spans)
+
+
+def spans_of(keep: Tensor) -> Tensor | None:
+    """int32 [B, T, 2], the first key that each query sees and the one after the last; None if there are gaps.
+
+    keep: bool [B, T, S].
+    """
+    if keep.stride(0) == 0:  # one mask, seen by all rows
+        keep = keep[:1]
+    count = keep.sum(-1, dtype=torch.int32)
+    first = keep.to(torch.uint8).argmax(-1).to(torch.int32)  # 0 where nothing is seen
+    last = (keep.shape[-1] - keep.flip(-1).to(torch.uint8).argmax(-1)).to(torch.int32)
+    end = torch.where(count > 0, last, first)
+    return torch.stack((first, end), -1) if torch.equal(end - first, count) else None

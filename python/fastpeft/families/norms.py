@@ -1,0 +1,41 @@
+"""Norms of any family that is described."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_kernels.shim import layer_norm, rms_norm
+
+from .description import Norm
+from .state import State
+from .ways import ways_of
+
+
+def norm_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    state: State = self._fastpeft
+    of = state.part
+    assert isinstance(of, Norm)
+    weight = getattr(self, "weight", None)
+    # a graph has its own fusions
+    if args or kwargs or why_not(self, of, x.dtype) or torch.compiler.is_compiling() or not ways_of(x).norm:
+        whole: Tensor = state.base.forward(self, x, *args, **kwargs)
+        return whole
+    eps = getattr(self, of.eps)
+    if of.mean:
+        return layer_norm(x, weight, getattr(self, "bias", None), eps, offset=of.offset)
+    return rms_norm(x, weight, eps, offset=of.offset)
+
+
+def why_not(self: Any, of: Norm, dtype: torch.dtype) -> str | None:
+    """Why the norm is the model's own code, in words for a report."""
+    if of.served is not None and not of.served(self):
+        return "a variant of the family that is not described"
+    weight = getattr(self, "weight", None)
+    if weight is not None and (weight.requires_grad or weight.dim() != 1):
+        return "its weight trains" if weight.requires_grad else "it has a weight for each head"
+    if dtype is torch.float64:
+        return "it is in float64"
+    return "its weight is of another dtype than its input" if weight is not None and weight.dtype is not dtype else None

@@ -1,0 +1,42 @@
+"""Which description a module of transformers has, by its class. A family's file is found by being there."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pkgutil
+
+from torch import nn
+
+from . import known
+from .description import Family, Part
+
+MODELS = "transformers.models."
+
+
+def families() -> list[str]:
+    """Names of the families that are described, which are names of folders of transformers' models."""
+    return sorted(module.name for module in pkgutil.iter_modules(known.__path__))
+
+
+@functools.cache
+def parts(name: str) -> Family:
+    """The classes of a family, by name; none of a family without a description."""
+    module = f"{known.__name__}.{name}"
+    if importlib.util.find_spec(module) is None:
+        return {}
+    found: Family = importlib.import_module(module).PARTS
+    return found
+
+
+@functools.cache
+def part_of(cls: type[nn.Module]) -> Part | None:
+    """The description of a class of transformers; None of one that has none."""
+    if cls in (nn.LayerNorm, nn.RMSNorm):
+        return None
+    module = cls.__module__
+    if not module.startswith(MODELS):
+        return None
+    folder = module.removeprefix(MODELS).split(".")[0]
+    return parts(folder).get(cls.__name__)

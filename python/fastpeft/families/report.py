@@ -1,0 +1,92 @@
+"""Which modules of a model run on which operators now, and why the others do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..weights.base import innermost, is_listened_to
+from . import attention, norms
+from .description import Attention, Mlp, Norm, Part, Together
+from .mlp import act_of
+from .projections import refusal
+from .registry import MODELS
+from .switch import is_switched, switched_as
+from .ways import BY_CHOICE, PARTS, Ways, known_ways
+
+_NAMES = {"norm": "norms", "stack": "q, k and v", "attention": "attention", "mlp": "MLPs"}
+# The end of a class's name in transformers -> what it is, of classes that no description has.
+_LIKE = {"Attention": "attention", "MLP": "MLPs", "Norm": "norms", "Experts": "experts", "Mixer": "mixers",
+         "DeltaNet": "mixers", "ShortConv": "mixers"}  # fmt: skip
+Table = Counter[tuple[str, str]]
+
+
+def look(model: nn.Module) -> tuple[Table, Table]:
+    """(served, stays): (part, operators with their backends) -> how often; (part, why not) -> how often.
+
+    As the model is now: of adapters, hooks and modes that change, the next look tells.
+    """
+    served, stays = Table(), Table()
+    dtype = _dtype(model)
+    for module in model.modules():
+        if is_switched(module) and switched_as(module) != "head":
+            _switched(served, stays, module, known_ways(_device(module), dtype), dtype)
+        elif type(module) is nn.LayerNorm:
+            stays["norms", BY_CHOICE["layer_norm"]] += 1
+        elif type(module).__module__.startswith(MODELS):
+            name = type(module).__name__
+            like = next((part for end, part in _LIKE.items() if name.endswith(end)), None)
+            if like is not None:
+                stays[like, f"{name} is not described"] += 1
+    return served, stays
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which the layers compute: that of the norms; weights of linear layers may be quantised."""
+    weights = (getattr(m, "weight", None) for m in model.modules() if "Norm" in type(m).__name__)
+    found = next((w.dtype for w in weights if isinstance(w, torch.Tensor)), None)
+    return found or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _device(module: nn.Module) -> torch.device:
+    tensor = next(iter((*module.parameters(), *module.buffers())), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _switched(served: Table, stays: Table, module: Any, ways: Ways, dtype: torch.dtype) -> None:
+    part: Part = module._fastpeft.part
+    if isinstance(part, Norm):
+        _note(served, stays, "norm", ways, norms.why_not(module, part, dtype))
+    elif isinstance(part, Mlp):
+        act = getattr(module, part.act, None)
+        why = None if act_of(act) else f"the activation is {type(act).__name__}"
+        why = "hooks listen to the activation" if act is not None and is_listened_to(act) else why
+        _note(served, stays, "mlp", ways, why or _of_linears(module, (*part.up, part.down), dtype))
+    elif isinstance(part, Attention):
+        _note(served, stays, "attention", ways, attention.why_not(module, part, dtype))
+        _note(served, stays, "stack", ways, _of_linears(innermost(module), part.qkv, dtype))
+    elif isinstance(part, Together):
+        stays["attention", f"{type(module).__bases__[0].__name__} computes it itself"] += 1
+        names = tuple(name for name in part.names if getattr(module, name, None) is not None)
+        _note(served, stays, "stack", ways, _of_linears(module, names, dtype))
+
+
+def _note(served: Table, stays: Table, part: str, ways: Ways, why: str | None) -> None:
+    why = ways.reasons.get(part, why)
+    if why is not None:
+        stays[_NAMES[part], why] += 1
+        return
+    by = ", ".join(f"{op} ({ways.by[op] or 'forced'})" for op in PARTS[part])
+    served[_NAMES[part], by] += 1
+
+
+def _of_linears(module: Any, names: tuple[str, ...], dtype: torch.dtype) -> str | None:
+    """The first layer that is called as a module, and why."""
+    for name in names:
+        why = refusal(getattr(module, name), dtype)
+        if why is not None:
+            return f"{name}: {why}"
+    return None

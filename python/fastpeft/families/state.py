@@ -1,0 +1,45 @@
+"""A switched module's part in this: its description, its own class, and what it keeps between calls."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from peft_kernels import PreparedCall, lora_linear_stacked
+
+from .angles import Angles
+from .description import Part
+from .masks import Masks
+
+
+@dataclass
+class Shared:
+    """Of all layers of a model: what the last forwards made for each of them."""
+
+    angles: Angles = field(default_factory=Angles)
+    masks: Masks = field(default_factory=Masks)
+
+
+def _call() -> PreparedCall:
+    return PreparedCall(lora_linear_stacked)
+
+
+@dataclass
+class State:
+    part: Part
+    base: Any  # the class that was there
+    shared: Shared = field(default_factory=Shared)
+    qkv: PreparedCall = field(default_factory=_call)
+    o: PreparedCall = field(default_factory=_call)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the arguments of the class's own forward after the first."""
+        return names_of(self.base.forward)
+
+
+@cache
+def names_of(forward: Any) -> list[str]:
+    return list(inspect.signature(forward).parameters)[2:]

@@ -1,0 +1,134 @@
+"""Quicker layers for models of transformers, on a CPU and on a GPU: the same mathematics in fewer and quicker calls.
+
+A module whose class is described (`known/`) gets a subclass of it with the forward of its part; `ways.py` says which
+parts are taken where a layer is. Training: q, k and v are one call that reads its input once, the MLP is one function
+that keeps its input and the first products' outputs alone, norms are one kernel each way, attention with its rotary
+embeddings is one on a CPU; on a GPU the model's own attention gets q, k and v from that call. Decoding waits for Python
+and for torch's calls between kernels more than for kernels: there are half as many, and the output head reads its
+matrix at the memory's speed. All else (families that are not described, modules with hooks on their parts, options
+beyond a description) runs transformers' own forward. Norms and attention are computed in float32 and rounded once,
+which is never less exact.
+
+Reversible: `switch_back` puts the class back. Parameters, buffers, state dicts and adapters are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_kernels import use_huge_pages
+
+from .attention import attention_forward
+from .description import Attention, Mlp, Norm, Part
+from .head import head_forward
+from .mlp import mlp_forward
+from .norms import norm_forward
+from .registry import families, part_of
+from .together import together_forward
+from .state import Shared, State
+from .ways import known_ways, ways_of
+
+_SWITCHED = "_fastpeft_accelerated"  # a class with a quicker forward has it: the name of its part
+_FORWARDS: dict[str, Any] = {
+    "attention": attention_forward, "mlp": mlp_forward, "norm": norm_forward, "stack": together_forward,
+}  # fmt: skip
+
+
+def _reduce(self: Any, protocol: int) -> Any:
+    """Pickled and copied as a module of the class that was there, with the quicker one put on again."""
+    state = {name: value for name, value in self.__dict__.items() if name != "_fastpeft"}
+    return _again, (type(self).__bases__[0],), state
+
+
+def _again(base: type) -> Any:
+    cls: Any = FAST_HEAD if base is nn.Linear else fast_class(base)
+    module = cls.__new__(cls)
+    if base is not nn.Linear:
+        part = part_of(base)
+        assert part is not None
+        module.__dict__["_fastpeft"] = State(part, base)
+    return module
+
+
+def _members(part: str, forward: Any) -> dict[str, Any]:
+    return {"forward": forward, _SWITCHED: part, "__module__": __name__, "__reduce_ex__": _reduce}
+
+
+FAST_HEAD = type("FastHead", (nn.Linear,), _members("head", head_forward))
+
+
+@cache
+def fast_class(base: type) -> type:
+    """The subclass of a described class whose forward is the quicker one."""
+    part = part_of(base)
+    assert part is not None
+    return type(f"Fast{base.__name__}", (base,), _members(part.name, _FORWARDS[part.name]))
+
+
+def is_switched(module: nn.Module) -> bool:
+    """True if it is one of the modules that `accelerate` made quicker."""
+    return _SWITCHED in type(module).__dict__
+
+
+def switched_as(module: nn.Module) -> str:
+    """The part of a model that a switched module is: "attention", "mlp", "norm", "stack" or "head"."""
+    part: str = type(module).__dict__[_SWITCHED]
+    return part
+
+
+def switch_back(module: nn.Module) -> None:
+    """Give such a module its own class again."""
+    module.__class__ = type(module).__bases__[0]
+    module.__dict__.pop("_fastpeft", None)
+
+
+def described(model: nn.Module) -> Iterator[tuple[nn.Module, Part]]:
+    """The modules of a model that have a description and run their own forward still."""
+    for module in model.modules():
+        part = None if is_switched(module) else part_of(type(module))
+        if part is not None and "forward" not in module.__dict__:  # somebody else's
+            yield module, part
+
+
+def accelerate(model: nn.Module, huge_pages: bool = True) -> list[nn.Module]:
+    """Make the described layers of a model of transformers quicker, in place (also inside a PeftModel): those changed.
+
+    huge_pages: put weights on a CPU into huge pages of memory where the system has them (`use_huge_pages`).
+    Raises ValueError when the model has no described module, and where no kernel serves those that it has; nothing was
+    changed then. A model that moves afterwards is served wherever it is.
+    """
+    found = list(described(model))
+    if not found and not any(map(is_switched, model.modules())):
+        raise ValueError(f"{type(model).__name__}: no layer of a family that is described; those are "
+                         f"{', '.join(families())}")  # fmt: skip
+    why = _nowhere(model)
+    if why is not None:
+        raise ValueError(why)
+    shared, changed = Shared(), []
+    for module, part in found:
+        module.__dict__["_fastpeft"] = State(part, type(module), shared)
+        module.__class__ = fast_class(type(module))
+        changed.append(module)
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if changed and find_head is not None else None
+    if type(head) is nn.Linear and ways_of(head.weight).head:
+        head.__class__ = FAST_HEAD
+        changed.append(head)
+    if huge_pages:
+        use_huge_pages((*model.parameters(), *model.buffers()))
+    return changed
+
+
+def _nowhere(model: nn.Module) -> str | None:
+    """Why no module can be quicker where the model's parameters are; None where each place has quicker ones."""
+    places = {(p.device, p.dtype) for p in model.parameters() if p.is_floating_point()}
+    found = {place: known_ways(*place) for place in sorted(places, key=str)}
+    if any(ways.any for ways in found.values()):
+        return None
+    return "; ".join(f"no layer is quicker on {device} in {str(dtype).removeprefix('torch.')}: {ways.why_none()}"
+                     for (device, dtype), ways in found.items()) or "the model has no parameters"  # fmt: skip

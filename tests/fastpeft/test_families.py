@@ -1,0 +1,92 @@
+"""Models of every described family: with `accelerate` no worse than without, beside float64, and undone."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+import fastpeft
+from families_tools import FAMILIES, adapted, exactly, tiny
+from fastpeft.families.registry import families
+from forms import matrix
+
+from peft_kernels.testing import assert_no_worse
+
+F32, BF16 = torch.float32, torch.bfloat16
+SHORT = ("gemma2", "phi3", "cohere")  # caps, norms with an offset and windows; fused projections; neighbours and means
+# base, adapter, training, padding, checkpointing
+SETTINGS = (
+    ("dense", "none", False, False, False), ("dense", "lora", True, True, False), ("nf4", "lora", True, False, True),
+    ("nf4", "dora", True, True, False), ("nf4", "none", False, True, False),
+)  # fmt: skip
+
+
+def compare(fast: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """assert_no_worse over a whole model: an element is one of many sums, so the largest error of each is compared."""
+    worst = [(t.double() - exact).abs().max().reshape(1) for t in (fast, plain)]
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert_no_worse(worst[0].to(fast.dtype), worst[1].to(fast.dtype), zero, exact.abs().max().reshape(1))
+
+
+def inputs(rows: int, tokens: int, padded: bool) -> dict[str, Tensor]:
+    ids = torch.randint(3, 97, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def logits_and_gradients(model: Any, given: dict[str, Tensor], trained: bool) -> tuple[Tensor, Tensor]:
+    """Logits where no padding is, and gradients of what trains, or of the embedded input."""
+    model.zero_grad()
+    seen = given["attention_mask"].bool()
+    embedded = []
+
+    def keep(module: Any, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    handle = None if trained else model.get_input_embeddings().register_forward_hook(keep)
+    logits = model(**given, use_cache=False).logits[seen]
+    if handle is not None:
+        handle.remove()
+    logits.square().mean().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None] if trained else [embedded[0].grad[seen]]
+    return logits.detach(), torch.cat([g.flatten() for g in grads])
+
+
+@pytest.mark.parametrize(("name", "dtype", "setting", "shape"), matrix(
+    itertools.product(FAMILIES, (F32, BF16), SETTINGS, ("groups", "one")),
+    lambda name, dtype, setting, shape: name in SHORT and shape == "groups" and (dtype is F32) == (setting[0] == "nf4"),
+))  # fmt: skip
+def test_outputs_and_gradients(name: str, dtype: torch.dtype, setting: Any, shape: str) -> None:
+    base, adapter, training, padded, checkpointing = setting
+    torch.manual_seed(0)
+    model = adapted(tiny(name, dtype, shape), base, adapter).train(training)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    given = inputs(2, 11, padded)
+    trained = adapter != "none"
+    plain = logits_and_gradients(model, given, trained)
+    with exactly(model) as exact_model:
+        exact = logits_and_gradients(exact_model, given, trained)
+    report = fastpeft.accelerate(model)
+    assert report.modules
+    fast = logits_and_gradients(model, given, trained)
+    for ours, theirs, right in zip(fast, plain, exact, strict=True):
+        compare(ours.to(dtype), theirs.to(dtype), right)  # adapters are float32, what is rounded is the model's dtype
+    report.remove()
+    again = logits_and_gradients(model, given, trained)
+    assert all(torch.equal(one, other) for one, other in zip(again, plain, strict=True))
+
+
+def test_every_description_has_a_model_here() -> None:
+    language_parts = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"}
+    assert set(families()) - language_parts == set(FAMILIES)
