@@ -190,7 +190,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             self.prompt_encoder[adapter_name] = plan.encoder
             modules.append(self.prompt_encoder)
         for module in modules:
-            module._active_adapter = list(active) if isinstance(module, AdapterLayer) else module.check_active(active)
+            module._active_adapter = module.check_active(active)
             module.set_requires_grad(adapter_name, train)
         for name, bias in bias_tensors(self.model, config).items() if train else ():
             bias.requires_grad_("original_module" not in name.split("."))  # which a copy computes in the place of
