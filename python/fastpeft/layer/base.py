@@ -102,7 +102,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Context in which no adapter drops or draws anything, as in evaluation, for a weight that stays."""
-        inside = {self, *self.modules()}.difference(self.base_layer.modules())
+        inside = set(self.modules()).difference(self.base_layer.modules())
         training = [module for module in inside if module.training]
         try:
             for module in training:
