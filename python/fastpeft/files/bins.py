@@ -103,9 +103,9 @@ class _Reader:
             stop.cancel()
             if not answer:  # it would take the next file for the rest of this one, where an interrupt was the reason
                 self.process.kill()
+                code = self.process.wait()
         if answer:
             return str(json.loads(answer)["problem"])
-        code = self.process.wait()
         return f"the process that read it ended with code {code} (it may take {seconds:.0f} s and a bounded memory)"
 
 
