@@ -361,6 +361,7 @@ def test_methods_that_cannot_be_run_here_are_refused(registered: Any) -> None:
         ({"name": "poly_"}, ValueError, "lower case"),
         ({"name": "mine"}, ValueError, "Unknown PEFT type: 'MINE'"),
         ({"name": "lora"}, KeyError, "already a method 'lora'"),
+        ({"name": "prompt_tuning"}, KeyError, "already a method 'prompt_tuning'"),
     ):
         with pytest.raises(error, match=text):
             registered(**{**good, **changes})

@@ -156,6 +156,21 @@ def test_memory_is_limited(folder: Path, kept: None, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.full_form
+def test_an_interrupt_leaves_no_child_that_waits_for_the_rest(
+    folder: Path, kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with as_bin(folder) as tensors:
+        with monkeypatch.context() as patched:
+            patched.setattr(bins.shutil, "copyfileobj", stop)
+            with pytest.raises(KeyboardInterrupt):
+                open_adapter(folder)
+        assert torch.equal(open_adapter(folder).read()[KEY], tensors[KEY])
+
+
+@pytest.mark.full_form
 def test_a_child_that_does_not_answer_is_ended(folder: Path, kept: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bins, "_SECONDS", 0.2)
     with as_bin(folder) as tensors:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from fastpeft import (
+    ArrowConfig,
     BOFTConfig,
     HRAConfig,
     LoraConfig,
     NF4Linear,
     OFTConfig,
+    PolyConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -79,6 +81,9 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str, bool]] = 
     "dora rows bnb": (bnb, lambda: lora(True), "no_grad", True),
     "oft": (nf4, lambda: OFTConfig(oft_block_size=4, target_modules=["lin"], init_weights=False), "no_grad", False),
     "boft": (nf4, lambda: BOFTConfig(boft_block_size=4, target_modules=["lin"], init_weights=False), "no_grad", False),
+    "poly": (lambda: nn.Linear(K, N), lambda: PolyConfig(r=3, target_modules=["lin"], init_weights=False), "no_grad",
+             False),
+    "arrow": (lambda: nn.Linear(K, N), lora, "no_grad", False),
     "hra": (nf4, lambda: HRAConfig(r=3, target_modules=["lin"], init_weights=False), "no_grad", False),
 }  # fmt: skip
 SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
@@ -88,8 +93,13 @@ def made(kept: str) -> tuple[Any, Tensor]:
     base, config, mode, rows = KEPT[kept]
     torch.manual_seed(0)
     model: Any = get_peft_model(One(base()), config(), "a")
-    if rows:
+    if rows or kept == "arrow":
         model.add_adapter("b", config())
+    if kept == "arrow":
+        router = ArrowConfig(top_k=2, rng_seed=3)
+        model.add_adapter("router", LoraConfig(r=3, target_modules=["lin"], arrow_config=router))
+        model.set_adapter("router")
+        model.set_requires_grad("a")  # for the optimizers
     for name in ("base_layer.weight", "base_layer.bias"):
         found = dict(model.get_base_model().lin.named_parameters()).get(name)
         if found is not None:
@@ -234,7 +244,7 @@ def _skip() -> None:
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("kept", KEPT)
 def test_a_write_to_an_adapter_is_seen(kept: str, write: str) -> None:
-    if write == "scale" and kept.partition(" ")[0] in ("oft", "boft", "hra"):
+    if write == "scale" and kept.partition(" ")[0] in ("oft", "boft", "hra", "poly"):
         pytest.skip("it has no scaling")
     model, x = made(kept)
     before = [run(model, x, kept) for _ in range(3)][-1]

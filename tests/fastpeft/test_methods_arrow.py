@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 from fastpeft import ArrowConfig, LoraConfig, create_arrow_model
+from fastpeft.methods.math import mixture
 from torch import Tensor, nn
 
 tools = runpy.run_path(str(Path(__file__).with_name("variants_tools.py")))
@@ -72,6 +74,7 @@ def test_the_process_generator_draws_what_it_draws_in_peft(paths: list[str]) -> 
         model = model_of(package, paths, False, rng_seed=None).eval()
         torch.manual_seed(3)
         found.append(model(IDS).detach())
+        assert torch.equal(model.train().eval()(IDS), found[-1])
     close(*found)
 
 
@@ -118,6 +121,40 @@ def test_adapters_that_come_later_take_part(paths: list[str]) -> None:
     with torch.no_grad():
         changed.mul_(-2)  # PEFT's prototypes are those of the weights that were there first
     assert not torch.equal(fewer(IDS), before)
+
+
+def test_nothing_is_kept_of_what_trains_where_elements_cannot_be_compared(
+    paths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a fused optimizer's step leaves no version."""
+
+    class Blind:
+        known = False
+
+        def __init__(self, tensors: list[Tensor]) -> None:
+            pass
+
+    def write() -> None:
+        for name, parameter in model.named_parameters():
+            if ".task_0." in name:
+                parameter.data.mul_(-2)
+
+    monkeypatch.setattr(mixture, "Fingerprint", Blind)
+    model = model_of(fastpeft, paths).eval()
+    with torch.no_grad():
+        frozen = model(IDS)
+        assert torch.equal(model(IDS), frozen)
+        model.set_requires_grad("task_0")
+        trained = [model(IDS)]
+        for _ in range(2):
+            write()
+            trained.append(model(IDS))
+        model.set_requires_grad("task_0", False)
+        assert torch.equal(model(IDS), trained[-1])
+        write()  # while it trained again, say; the mode is another in between
+        model.train().eval()
+        trained.append(model(IDS))
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(trained))
 
 
 def test_arrow_refuses_what_does_not_fit(paths: list[str], tmp_path: Path) -> None:

@@ -139,6 +139,16 @@ def test_a_forward_leaves_nothing_behind() -> None:
     assert_same_bits(model(IDS).logits, expected)
 
 
+def test_two_shadows_cannot_both_act() -> None:
+    model = shadow().eval()
+    model.add_adapter("other", fastpeft.ShadowConfig(**SHADOW, **CAUSAL))
+    expected = model(IDS).logits
+    with pytest.raises(ValueError, match=r"SHADOW requires exactly one active adapter.*\['default', 'other'\]"):
+        model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default"]
+    assert_same_bits(model(IDS).logits, expected)
+
+
 def test_what_the_model_gives_besides() -> None:
     model = shadow().eval()
     out = model(IDS, output_hidden_states=True)

@@ -152,6 +152,17 @@ def test_quicker_layers_do_not_go_around_a_prompt() -> None:
     close(got.logits, expected.logits)
 
 
+def test_an_attention_to_an_encoder_has_no_prompt() -> None:
+    """In PEFT it fails at its first forward."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 4}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, add_cross_attention=True))
+    config = fastpeft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, target_modules="crossattention")
+    with pytest.raises(ValueError, match=r"h\.0\.crossattention: .* attends to an encoder's"):
+        fastpeft.get_peft_model(model, config)
+    assert not hasattr(model, "peft_config")
+
+
 @pytest.mark.parametrize(("options", "which", "told"), [
     ({"adapter_len": 3, "adapter_layers": 4}, "llama", "more adapter layers '4' than the model has '3'"),
     ({"adapter_len": 3}, "llama", "`adapter_layers` should be a positive integer"),

@@ -121,8 +121,6 @@ def test_trained_adapters_are_loaded_from_where_they_were_saved(experts: dict[st
     close(fastpeft.PeftModel.from_pretrained(base(), tmp_path)(IDS).logits, expected)
 
 
-
-
 def test_names_of_adapters_are_free(experts: dict[str, str]) -> None:
     """PEFT activates them by these names and loads them as 0, 1, ..."""
     named = {f"expert-{name}": path for name, path in experts.items()}

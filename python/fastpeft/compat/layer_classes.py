@@ -75,13 +75,10 @@ def attribute(tuner: str, name: str) -> Any:
     method = _method(tuner)
     if name == method.model_name:
         return tuner_class(method)
-    module = importlib.import_module(type(method).__module__)
-    own = vars(module).get(name)
-    if isinstance(own, type) and own.__module__ == module.__name__:
-        return own
-    if _is_layer(method, name):
-        return layer_class(method, name)
-    return getattr(importlib.import_module(type(method).__module__), name, None)
+    home = type(method).__module__
+    own = getattr(importlib.import_module(home), name, None)
+    defined = isinstance(own, type) and own.__module__ == home
+    return layer_class(method, name) if not defined and _is_layer(method, name) else own
 
 
 def any_layer(name: str) -> type | None:

@@ -174,7 +174,7 @@ def names(path: str) -> list[str]:
         found.update(_of_method().names(_METHOD_PATHS[path]))
     elif path == "tuners":
         found.update(n for n in package.__all__ if n.endswith(("Config", "Model")) and not n.startswith("Peft"))
-        found.update(n for n, home in homes.items() if home in [f"prompts.{name}" for name in _PROMPTS])
+        found.update(n for n, home in homes.items() if home.removeprefix("prompts.") in _PROMPTS)
     return sorted(found)
 
 

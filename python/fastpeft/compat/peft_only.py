@@ -179,10 +179,10 @@ def is_xpu_available(check_device: bool = False) -> bool:
     return False
 
 
+@functools.cache
 def _own_targets(method: type[Method]) -> Any:
     """A method's table, which it has for itself from now on: who adds a model type to it adds no other method's."""
-    if "own_targets" not in vars(method):
-        method.default_targets, method.own_targets = dict(method.default_targets), True  # type: ignore[attr-defined]
+    method.default_targets = dict(method.default_targets)
     return method.default_targets
 
 
@@ -193,7 +193,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith(start) and name.endswith(end):
         for peft_type, method in registry().items():
             if peft_type.value.replace("_", "") == name[len(start) : -len(end)]:
-                return _own_targets(type(method))
+                return _own_targets(type(method))  # type: ignore[arg-type]  # mypy takes a class for its instances
     if name.startswith("is_transformers_ge_v"):
         wanted = [int(part) for part in name.removeprefix("is_transformers_ge_v").split("_")]
         return [int(part) for part in metadata.version("transformers").split(".")[: len(wanted)]] >= wanted

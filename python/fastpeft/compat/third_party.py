@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config.base import CLASSES
 from ..config.types import peft_type
-from ..methods.registry import registry
+from ..methods.registry import every_method, registry
 from ..model import tuner
 
 # What PEFT's tuner classes write anew to put their own layers into a model. Nothing here calls it.
@@ -32,8 +32,8 @@ def register_peft_method(
     if name.endswith("_") or not name.islower():
         raise ValueError(f"`name` should be in lower case letters, without '_' at its end, got {name!r}")
     kind, prefix = peft_type(name.upper()), prefix or f"{name}_"
-    if kind in registry():
-        raise KeyError(f"There is already a method {name!r} ({registry()[kind].config_class.__name__})")
+    if kind in every_method():
+        raise KeyError(f"There is already a method {name!r} ({every_method()[kind].config_class.__name__})")
     called, own_prefix = getattr(model_cls, "__name__", repr(model_cls)), getattr(model_cls, "prefix", None)
     if own_prefix not in (None, prefix):
         raise ValueError(f"`prefix` is {prefix!r}, and {called}.prefix is {own_prefix!r}: they should agree")

@@ -29,12 +29,12 @@ loaders: list[Callable[[], None]] = []  # import whatever defines them; the pack
 
 
 def class_of(peft_type: str) -> type[Any]:
-    """The configuration class of a method. NotImplementedError for a type that PEFT has and this version does not."""
+    """The configuration class of a method. NotImplementedError for a type that was added to PeftType and has none."""
     for load in loaders:
         load()
     if (found := CLASSES.get(peft_type)) is None:
         have = ", ".join(sorted(CLASSES))
-        raise NotImplementedError(f"The method {peft_type} is not there yet; this version has: {have}.")
+        raise NotImplementedError(f"No method {peft_type} is registered (`register_peft_method`); there are: {have}.")
     return found
 
 

@@ -98,13 +98,14 @@ class _Reader:
             sent.flush()
             answer = self.process.stdout.readline()
         except OSError:
-            pass  # it is gone, and says so below
+            answer = b""  # of a child that is gone
         finally:
             stop.cancel()
+            if not answer:  # it would take the next file for the rest of this one, where an interrupt was the reason
+                self.process.kill()
+                code = self.process.wait()
         if answer:
             return str(json.loads(answer)["problem"])
-        self.process.kill()
-        code = self.process.wait()
         return f"the process that read it ended with code {code} (it may take {seconds:.0f} s and a bounded memory)"
 
 

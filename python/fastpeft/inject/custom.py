@@ -52,8 +52,8 @@ def new_layer(config: Any, adapter: str, module: nn.Module, name: str, base: Bas
     """The layer that goes on a module."""
     own = custom_class(config, module)
     if own is None:
-        parted = ParallelLayer if base.parallel else AdapterLayer
-        return (ModuleLayer if isinstance(base, WholeModule) else parted)(module, name, base)
+        cls = ModuleLayer if isinstance(base, WholeModule) else ParallelLayer if base.parallel else AdapterLayer
+        return cls(module, name, base)
     if weight_of(module) is None:
         text = f"Unsupported layer type '{type(module)}' encountered, proceed at your own risk."
         warnings.warn(text, PeftWarning, stacklevel=2)

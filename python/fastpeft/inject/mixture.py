@@ -33,9 +33,9 @@ def plan_mixture(model: nn.Module, config: Any, adapter_name: str) -> InjectionP
     states = [method.make_state(config, info, view) for info in infos]
 
     def finish() -> None:
-        for info in infos[:1]:  # in the model's precision, which is not that of a quantised layer
+        if infos:  # in the model's precision, which is not that of a quantised layer
             floating = (p.dtype for p in model.parameters() if p.is_floating_point())
-            place(shared, replace(info, dtype=next(floating, torch.float32)), method.autocast)
+            place(shared, replace(infos[0], dtype=next(floating, torch.float32)), method.autocast)
         for child in shared.values():
             if isinstance(child, nn.Module):
                 child.train(model.training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..layer.module_layer import ModuleLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..layer.shared_tensors import SharedDict
 from ..methods.method import Method, State
+from ..methods.tied import embeddings_of
 from ..prompts.encoders import PromptEncoders
 from ..weights.base import BaseWeight, LayerInfo, innermost
 from ..weights.find import weight_of
@@ -214,10 +214,8 @@ def corrected_fan_in_fan_out(config: Any, sites: Mapping[str, Site], names: Sequ
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The layer that makes vectors of tokens, if the model has one."""
-    with suppress(AttributeError, NotImplementedError):
-        found: Any = model.get_input_embeddings()  # type: ignore[operator]
-        if isinstance(found, nn.Module):
-            return found
+    if (found := embeddings_of(model)) is not None:
+        return found
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size)
     return next(tables, None)

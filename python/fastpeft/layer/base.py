@@ -102,7 +102,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Context in which no adapter drops or draws anything, as in evaluation, for a weight that stays."""
-        inside = {self, *self.modules()}.difference(self.base_layer.modules())
+        inside = set(self.modules()).difference(self.base_layer.modules())
         training = [module for module in inside if module.training]
         try:
             for module in training:
@@ -222,12 +222,16 @@ class MergingLayer(ActiveAdapters, Wrapping):
         """True if `convert_to_lora` can turn an adapter of this layer into a LoRA."""
         return adapter_name in self.methods and self.no_lora_form(adapter_name) is None
 
-    def check_together(self, adapters: Sequence[str]) -> None:
-        """Raise ValueError for adapters that cannot act, or be merged, at once."""
-        for of in {type(method) for method in self.methods.values()}:
-            if of.check_together is not Method.check_together:
-                views = [self.view(name) for name in adapters if type(self.methods.get(name)) is of]
-                self.methods[views[0]._name].check_together(views) if len(views) > 1 else None
+    def check_active(self, adapter_names: Sequence[str]) -> list[str]:
+        """The adapters, as a list. Raises ValueError for those that cannot act, or be merged, at once."""
+        found: dict[type[Method], list[str]] = {}
+        for name in adapter_names if len(adapter_names) > 1 else ():
+            if name in self.methods:
+                found.setdefault(type(self.methods[name]), []).append(name)
+        for names in found.values():
+            if len(names) > 1:
+                self.methods[names[0]].check_together([self.view(name) for name in names])
+        return list(adapter_names)
 
     def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """The adapters that `merge` would merge. Raises ValueError if one of them cannot be; changes nothing."""
@@ -239,7 +243,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
         if not whole and (any(map(is_sharded, self.parameters())) or any(map(is_unit, self.modules()))):
             raise ValueError(f"{self._shown} is sharded: save the adapter and merge it in a model that is not.")
         if names:
-            self.check_together([*self.merged_adapters, *names])
+            self.check_active([*self.merged_adapters, *names])
         for name in names:
             if reason := self.methods[name].mergeable_in(self.view(name), self.info):
                 raise MergeError(f"Adapter {name!r} cannot be merged into {self._shown}: {reason}.")

@@ -208,8 +208,7 @@ class AdapterLayer(MergingLayer):
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, in this order; only their tensors require gradients, if any do."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_together(names)
+        names = self.check_active([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         # Only what changes is touched, so that the hundredth adapter costs no more than the first.
         for name in self._trained - set(names):
             self._set_requires_grad(name, False)

@@ -59,13 +59,6 @@ class ModuleLayer(AdapterLayer):
         assert isinstance(method, WholeMethod)
         return method
 
-    def check_active(self, adapter_names: Sequence[str]) -> None:
-        """Raise ValueError for adapters that cannot be active together."""
-        alone = [name for name in adapter_names if name in self.methods and self._method(name).alone]
-        if len(alone) > 1:
-            kind = self._method(alone[0]).peft_type.value
-            raise ValueError(f"{kind} requires exactly one active adapter, but got {len(alone)} adapters: {alone}.")
-
     def _set_requires_grad(self, adapter: str, requires_grad: bool) -> None:
         super()._set_requires_grad(adapter, requires_grad)
         self._method(adapter).freeze(self, adapter)

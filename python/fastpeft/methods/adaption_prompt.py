@@ -75,6 +75,11 @@ class AdaptionPrompt(WholeMethod, config=AdaptionPromptConfig):
         config: Any = model.config
         if lost := [name for name in PROJECTIONS[config.model_type] if not hasattr(module, name)]:
             raise ValueError(f"an adaption prompt needs an attention, {type(module).__name__} has no {lost[0]}")
+        if getattr(module, "is_cross_attention", False):
+            raise ValueError(
+                f"an adaption prompt stands beside a decoder's own tokens, and this {type(module).__name__} attends to "
+                "an encoder's: name other attentions in `target_modules`"
+            )
         label = "AdaptedAttentionGPT" if hasattr(module, "c_attn") else "AdaptedAttention"
         return WholeModule(module, config.hidden_size, model, label)
 
@@ -87,8 +92,6 @@ class AdaptionPrompt(WholeMethod, config=AdaptionPromptConfig):
         self, layer: Any, name: str, inner: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], rows: Rows
     ) -> Any:
         s, module = layer.view(name), layer.base_layer
-        if kwargs.get("encoder_hidden_states") is not None:
-            raise NotImplementedError("adaption prompts in an attention to an encoder are not supported")
         output = inner(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         angles = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)

@@ -94,8 +94,8 @@ class Method:
     divisor_error: ClassVar[str] = "{size} ({whole}) must be divisible by {field} ({part})."
 
     def check_config(self, config: Any, loading: bool = False) -> None:
-        """Raise for values that make no sense, and NotImplementedError for options that are not there yet. loading: the
-        tensors will come from a file, so how they would be initialised need not be supported."""
+        """Raise for values that make no sense. loading: the tensors will come from a file, so how they would be
+        initialised need not be supported."""
         for field in self.counts:
             check_ranks(getattr(config, field), getattr(config, self.patterns.get(field, ""), None), field)
         check_probabilities(config)

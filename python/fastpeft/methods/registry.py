@@ -48,7 +48,7 @@ def every_method() -> Mapping[PeftType, Method]:
 
 
 def get_method(peft_type: PeftType | str | None) -> Method:
-    """The method of a PEFT type; a clear error for types that PEFT has and this version does not."""
+    """The method of a PEFT type; a clear error for a type that has none."""
     return METHODS[class_of(known_type(peft_type).value).own_type]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config.base import HasInitWeights, TargetConfig, check
 from ..config.limits import MAX_RANK
-from ..config.types import TaskType
+from ..config.types import SEQ_CLS_HEADS, TaskType
 from ..weights.whole_module import WholeModule
 from .math.factored import dropout
 from .method import LayerInfo, State
@@ -128,7 +128,7 @@ class Shadow(WholeMethod, config=ShadowConfig):
         model: Any = layers[0].base.model  # type: ignore[attr-defined]
         backbone, projection = build(config, model)
         made = {"shadow_backbone": backbone, "shadow_projection": projection}
-        heads = [getattr(model, name, None) for name in ("score", "classifier")]
+        heads = [getattr(model, name, None) for name in SEQ_CLS_HEADS]
         head = next((head for head in heads if isinstance(head, nn.Module)), None)
         if config.task_type == TaskType.SEQ_CLS and head is not None:
             made["shadow_head"] = copy.deepcopy(getattr(head, "original_module", head))

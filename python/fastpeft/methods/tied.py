@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,13 +15,17 @@ from ..config.targets import model_config, select
 from ..config.types import PeftWarning
 
 
+def embeddings_of(model: nn.Module, side: str = "input") -> nn.Module | None:
+    """The layer that a transformers model calls its "input" or "output" embeddings; None of a model without one."""
+    with suppress(AttributeError, NotImplementedError):  # so transformers says it
+        found: Any = getattr(model, f"get_{side}_embeddings")()
+        return found if isinstance(found, nn.Module) else None
+    return None
+
+
 def embedding_name(model: nn.Module) -> str | None:
     """The name of a model's input embeddings."""
-    getter: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        embeddings = getter() if callable(getter) else None
-    except (AttributeError, NotImplementedError):
-        return None
+    embeddings = embeddings_of(model)
     return next((name for name, module in model.named_modules() if module is embeddings and name), None)
 
 

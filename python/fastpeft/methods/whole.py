@@ -29,6 +29,11 @@ class WholeMethod(Method):
         if str(config.target_modules).lower() == ALL_LINEAR:
             raise ValueError(f"{self.peft_type.value} acts on whole modules, target_modules={ALL_LINEAR!r} names none.")
 
+    def check_together(self, views: Sequence[Any]) -> None:
+        if self.alone:
+            names, kind = [s._name for s in views], self.peft_type.value
+            raise ValueError(f"{kind} requires exactly one active adapter, but got {len(names)} adapters: {names}.")
+
     def base_of(self, module: nn.Module, model: nn.Module) -> WholeModule:
         """A target as the layer's base. ValueError for a module that the method cannot act on."""
         raise NotImplementedError

@@ -334,7 +334,7 @@ class XLora(Method, config=XLoraConfig):
             a, b = ([getattr(v, name).weight for _, v in experts] for name in ("lora_A", "lora_B"))
             scaling = [view.scaling * factor for _, view in experts]
             masked = s.xlora_layers.config.top_k_lora is not None
-            return Mixed(*together(s.xlora_layers.kept, a, b), weights, scaling, masked)
+            return Mixed(*together(s.xlora_layers.kept, s.version, a, b), weights, scaling, masked)
 
         return fused(layer, of)
 

@@ -27,10 +27,7 @@ def set_adapter(
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     modules = [module for _, module in adapter_modules(model)]
     for module in modules:
-        if not isinstance(module, AdapterLayer):
-            module.check_active(names)
-        else:
-            module.check_together(names)
+        module.check_active(names)
     merged = [layer for _, layer in adapter_layers(model) if layer.merged_adapters]
     if merged:
         warn("Adapter cannot be set when the model is merged. Unmerging the model first.", 2)

@@ -74,8 +74,21 @@ class Batch:
         mixed = len(set(self.rows)) > 1
         self.cpt: Any = configs[0] if not mixed and configs[0].peft_type == PeftType.CPT else None
         self.kinds = {config.peft_type for config in configs}
+        if mixed and len({self._form(name) for name in self.rows}) > 1 and _counts_places(self.model):
+            raise ValueError(
+                f"Rows of a {type(self.model).__name__} need prompts of one length: it counts positions from the first "
+                "virtual token, so that a row with a shorter prompt would get others than alone. Pass such rows in "
+                "batches of their own."
+            )
         if any(method.in_cache for method, _, _ in of):
             self._check_cache()
+
+    def _form(self, name: str) -> tuple[bool, int]:
+        """Where a row has virtual tokens, in the cache or not, and how many."""
+        if name not in self.named:
+            return False, 0
+        method, _, config = self.named[name]
+        return method.in_cache, config.num_virtual_tokens
 
     def _check_cache(self) -> None:
         if self.model.training and is_checkpointing(self.model):
@@ -140,7 +153,7 @@ class Batch:
 
     def _positions(self, given: dict[str, Any], prompts: Prompts, length: int) -> None:
         ids = given.get("position_ids")
-        if prompts.mask is not None and _takes(self.model, "position_ids", named=True):
+        if prompts.mask is not None and _takes(self.model, "position_ids"):
             ids = torch.arange(length, device=self.device)[None] if ids is None else ids
             ids = (ids + self._own(prompts)).expand(self.count, -1)
             start = prompts.mask.cumsum(1)[:, prompts.before :] - 1
@@ -162,12 +175,16 @@ class Batch:
         if prompts.pairs is not None:
             given["past_key_values"] = filled_cache(prompts.pairs, self.model)
             if given.get("decoder_attention_mask") is not None or prompts.mask is not None:
-                extend_mask(given, "decoder_attention_mask", _only(prompts, cache=True), self.count,
-                             self._decoder_length(given))  # fmt: skip
+                self.mask_prefix(given, prompts, self._decoder_length(given))
         if prompts.embeds is not None:
             rest = self.before_encoder(given, prompts)
             if rest is not None and self.kinds - _ENCODER:
                 self._before_decoder(given, rest)
+
+    def mask_prefix(self, given: dict[str, Any], prompts: Prompts, length: int) -> None:
+        """Let the decoder's mask say what of the cache a row has. length: of the decoder's input."""
+        own = Prompts(None, prompts.pairs, None if prompts.mask is None else prompts.mask[:, : prompts.before])
+        extend_mask(given, "decoder_attention_mask", own, self.count, length)
 
     def before_encoder(self, given: dict[str, Any], prompts: Prompts) -> Tensor | None:
         """Put prompts before the encoder's input; gives what is the decoder's of them, if they have that."""
@@ -205,11 +222,6 @@ class Batch:
         return int(next(given[name].shape[1] for name in names if given.get(name) is not None))
 
 
-def _only(prompts: Prompts, cache: bool) -> Prompts:
-    mask = None if prompts.mask is None else prompts.mask[:, : prompts.before]
-    return Prompts(None, prompts.pairs, mask)
-
-
 def _task(config: Any, model: Any) -> TaskType:
     """The task of a prompt, that of its model where the configuration says none."""
     if config.task_type is not None:
@@ -233,16 +245,19 @@ def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     return {**dict(zip(_names(getattr(function, "__func__", function))[0], args, strict=False)), **kwargs}
 
 
-def _takes(model: nn.Module, name: str, named: bool = False) -> bool:
-    """True if a model's forward takes an argument, or (unless `named`) hands it on to the model inside, which does."""
+def _takes(model: nn.Module, name: str) -> bool:
+    """True if a model's forward takes an argument, or hands it on to the model inside, which does."""
     names, others = _names(type(model).forward)
-    if name in names:
-        return True
-    if not others or named:
-        inner = getattr(model, getattr(model, "base_model_prefix", ""), None) if named and others else None
-        return isinstance(inner, nn.Module) and inner is not model and name in _names(type(inner).forward)[0]
-    inner = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    return isinstance(inner, nn.Module) and inner is not model and name in _names(type(inner).forward)[0]
+    inner = getattr(model, getattr(model, "base_model_prefix", ""), None) if others else None
+    return name in names or (isinstance(inner, nn.Module) and name in _names(type(inner).forward)[0])
+
+
+def _counts_places(model: nn.Module) -> bool:
+    """True if a model tells positions by places in the sequence alone: it learns or computes a vector for each, and
+    takes no `position_ids`. Relative positions (T5) and those of the mask need none."""
+    return not _takes(model, "position_ids") and any(
+        "position" in name.rpartition(".")[2] for name, _ in model.named_modules()
+    )
 
 
 def length_of(given: Mapping[str, Any]) -> int:

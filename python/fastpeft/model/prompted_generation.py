@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config.types import warn
 from ..prompts.batch import Prompts
 from ..prompts.cache import filled_cache
+from .adapters import repeats
 from .prompted import Batch, extend_mask, length_of
 from .tuner import AUXILIARY_KWARGS, BaseTuner
 
@@ -51,14 +52,16 @@ def generate(tuner: BaseTuner, rows: Sequence[str], args: tuple[Any, ...], kwarg
 
 
 class _Settings:
-    """Settings of `generate`: its arguments, then those of the generation's configuration."""
+    """Settings of `generate`: its arguments, then those of the generation's configuration, then the model's, which
+    transformers takes for what that leaves open."""
 
     def __init__(self, given: dict[str, Any], model: Any) -> None:
-        self.given, found = given, given.get("generation_config")
+        self.given, self.model, found = given, model, given.get("generation_config")
         self.config = model.generation_config if found is None else found
 
     def __getitem__(self, name: str) -> Any:
-        return self.given[name] if self.given.get(name) is not None else getattr(self.config, name, None)
+        choices = (getattr(config, name, None) for config in (self.config, self.model.generation_config))
+        return next((value for value in (self.given.get(name), *choices) if value is not None), None)
 
     def take(self, name: str) -> Any:
         """A setting, which is then set no more."""
@@ -98,9 +101,10 @@ def _give_cache(given: dict[str, Any], settings: _Settings, batch: Batch, prompt
     """A cache with the prefix, for as many rows as beams make of each."""
     model, is_pair = batch.model, batch.model.config.is_encoder_decoder
     if is_pair and prompts.mask is not None:
-        raise NotImplementedError("Rows of an encoder-decoder cannot have different prefixes in `generate`.")
-    repeats = max(settings[name] or 1 for name in ("num_beams", "num_return_sequences"))
-    again = prompts if repeats == 1 else batch.prompts(batch.like(), repeats, decoder=is_pair)
+        ids = given.get("decoder_input_ids")
+        batch.mask_prefix(given, prompts, 1 if ids is None else ids.shape[1])  # else of the token that starts
+    each = repeats({"generation_config": None, **given}, model)
+    again = prompts if each == 1 else batch.prompts(batch.like(), each, decoder=is_pair)
     assert again.pairs is not None
     into = given.get("past_key_values")
     if settings["cache_implementation"] is not None and settings.take("cache_implementation") == "static":

@@ -6,7 +6,6 @@ A model may hold adapters of different methods: each layer composes what it has.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -81,11 +80,9 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             if name == "model":
                 raise
         for config in self.peft_config.values():
-            function = method_of(config).model_methods.get(name)
-            if isinstance(function, property):
-                return function.__get__(self)
-            if function is not None:
-                return functools.partial(function, self)
+            found: Any = method_of(config).model_methods.get(name)
+            if found is not None:
+                return found.__get__(self)  # as if the class had it: a bound method, or a property's value
         return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +187,7 @@ class BaseTuner(SeenAsPeft, ModelMerging):
             self.prompt_encoder[adapter_name] = plan.encoder
             modules.append(self.prompt_encoder)
         for module in modules:
-            module._active_adapter = list(active) if isinstance(module, AdapterLayer) else module.check_active(active)
+            module._active_adapter = module.check_active(active)
             module.set_requires_grad(adapter_name, train)
         for name, bias in bias_tensors(self.model, config).items() if train else ():
             bias.requires_grad_("original_module" not in name.split("."))  # which a copy computes in the place of
@@ -301,14 +298,11 @@ class BaseTuner(SeenAsPeft, ModelMerging):
         if names is None and not values and around is None and not before:
             return nullcontext()
         graph = torch.is_grad_enabled()
-        if before:
-            repeats = adapters.repeats(kwargs, self.model)
-            call = self._row_call(names, values, repeats, steady=True, inside=True, graph=graph)
-            return self._measured(call, before)
-        if assigned is not None and not values:
+        if assigned is not None and not values and not before:
             return RowCall(self, assigned.layers, assigned.names, assigned.values, assigned.steady, True, graph)
         repeats = adapters.repeats(kwargs, self.model)
-        return self._row_call(names, values, repeats, steady=True, inside=True, graph=graph)
+        call = self._row_call(names, values, repeats, steady=True, inside=True, graph=graph)
+        return self._measured(call, before) if before else call
 
     @contextmanager
     def _measured(self, call: RowCall, methods: Sequence[tuple[str, Method]]) -> Iterator[None]:

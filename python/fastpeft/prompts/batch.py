@@ -63,9 +63,13 @@ def prompts_of(
         else:
             embeds[name] = prompt
     if len(groups) == 1 and len(next(iter(groups.values()))) == len(rows):
-        at = {e: p.expand(len(rows), -1, -1) for e, p in embeds.items()}
-        of = {c: p.unsqueeze(2).expand(-1, -1, len(rows), -1, -1, -1) for c, p in pairs.items()}
-        return Prompts(next(iter(at.values()), None), next(iter(of.values()), None), None)
+        (name,) = groups
+        embed, pair = embeds.get(name), pairs.get(name)
+        return Prompts(
+            None if embed is None else embed.expand(len(rows), -1, -1),
+            None if pair is None else pair.unsqueeze(2).expand(-1, -1, len(rows), -1, -1, -1),
+            None,
+        )
     before = max((p.shape[-2] for p in pairs.values()), default=0)
     inserted = max((p.shape[-2] for p in embeds.values()), default=0)
     mask = torch.zeros(len(rows), before + inserted, dtype=torch.bool, device=like.device)

@@ -71,16 +71,10 @@ class CartridgeEncoder(BasePromptEncoder):
     def forward(self, indices: Tensor) -> Tensor:
         return self.weight.expand(indices.shape[0], -1, -1)
 
-    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        if prompt_embeddings.shape != self.weight.shape:
-            raise ValueError(
-                f"Invalid `prompt_embeddings` shape. Expected {tuple(self.weight.shape)}, got "
-                f"{tuple(prompt_embeddings.shape)}."
-            )
-        with torch.no_grad():
-            if self.frozen_embedding is not None:
-                self.frozen_embedding.copy_(prompt_embeddings[: self.num_frozen_tokens])
-            self.trainable_embedding.copy_(prompt_embeddings[self.num_frozen_tokens :])
+    def _fill(self, prompt_embeddings: Tensor) -> None:
+        if self.frozen_embedding is not None:
+            self.frozen_embedding.copy_(prompt_embeddings[: self.num_frozen_tokens])
+        self.trainable_embedding.copy_(prompt_embeddings[self.num_frozen_tokens :])
 
 
 class Cartridge(PromptMethod, config=CartridgeConfig):

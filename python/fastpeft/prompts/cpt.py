@@ -75,14 +75,12 @@ class CPTEmbedding(BasePromptEncoder):
         """The addition to the embeddings, with norms of at most `get_epsilon` [tokens, token_dim]."""
         return _bounded(self.config, self.delta_embedding.weight)
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def prompt(self, task_ids: Tensor | None = None) -> Tensor:
         self.delta_embedding.weight.data = self.get_projection()
         delta = self.delta_embedding.weight
         moves = (_types(self.config, delta) % 4 != 0)[:, None]  # no gradient reaches the others
-        return (self.embedding.weight.detach() + torch.where(moves, delta, delta.detach()))[indices]  # type: ignore[no-any-return]
-
-    def prompt(self, task_ids: Tensor | None = None) -> Tensor:
-        return self(torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device))  # type: ignore[no-any-return]
+        found: Tensor = self.embedding.weight.detach() + torch.where(moves, delta, delta.detach())
+        return found
 
     @staticmethod
     def calculate_loss(base_model_output: Any, labels: Tensor, cpt_type_mask: Tensor, config: Any) -> Any:

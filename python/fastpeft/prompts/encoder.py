@@ -38,7 +38,10 @@ class BasePromptEncoder(nn.Module):
                 f"{tuple(prompt_embeddings.shape)}."
             )
         with torch.no_grad():
-            target.copy_(prompt_embeddings)
+            self._fill(prompt_embeddings)
+
+    def _fill(self, prompt_embeddings: Tensor) -> None:
+        self.embedding.weight.copy_(prompt_embeddings)
 
 
 def first_tokens(ids: Sequence[int], count: int) -> list[int]:

@@ -60,6 +60,7 @@ class PromptMethod(Method):
         return True
 
     def check_config(self, config: Any, loading: bool = False) -> None:
+        super().check_config(config, loading)
         check_sizes(config)
 
     def open_fields(self, config: Any, model: nn.Module, model_type: str | None) -> dict[str, Any]:

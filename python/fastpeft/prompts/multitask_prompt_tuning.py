@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..files.checks import AdapterFileError
 from ..files.safetensors import check_finite, read_header, read_tensors
 from .encoder import PROMPT
-from .method import PromptMethod
-from .prompt_tuning import PromptEmbedding, PromptTuningConfig
+from .prompt_tuning import PromptEmbedding, PromptTuning, PromptTuningConfig
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):
@@ -105,21 +104,15 @@ def _source(config: Any) -> Mapping[str, Tensor]:
     return found
 
 
-class MultitaskPromptTuning(PromptMethod, config=MultitaskPromptTuningConfig):
+class MultitaskPromptTuning(PromptTuning, config=MultitaskPromptTuningConfig):
     encoder_class = MultitaskPromptEmbedding
-    needs_words = True
+    starts = MultitaskPromptTuningInit
     takes_tasks = True
     counts = ("num_ranks", "num_tasks")
 
     def check_config(self, config: Any, loading: bool = False) -> None:
         super().check_config(config, loading)
-        starts = [start.value for start in MultitaskPromptTuningInit]
         start = getattr(config.prompt_tuning_init, "value", config.prompt_tuning_init)
-        if start not in starts:
-            raise ValueError(f"`prompt_tuning_init` should be one of {starts}, got {start!r}")
-        for name in self.counts:
-            if type(getattr(config, name)) is not int or not 1 <= getattr(config, name) <= 1 << 16:
-                raise ValueError(f"`{name}` should be a positive integer, got {getattr(config, name)!r}")
         if start in _FROM_SOURCE and config.prompt_tuning_init_state_dict_path is None and not loading:
             raise ValueError(f"prompt_tuning_init_state_dict_path needs to be specified with {start} init method")
 

@@ -57,19 +57,14 @@ class PromptEncoder(BasePromptEncoder):
         )
 
     def forward(self, indices: Tensor) -> Tensor:
-        x: Tensor = self.embedding(indices)
-        if "mlp_head" in self._modules:
-            x = self.lstm_head(x)[0] if "lstm_head" in self._modules else x
-            x = self.mlp_head(x)
-        return x
+        return self._made(self.embedding(indices))
 
     def prompt(self, task_ids: Tensor | None = None) -> Tensor:
-        weight: Tensor = self.embedding.weight
-        if "mlp_head" not in self._modules:
-            return weight
-        x = self.lstm_head(weight[None])[0][0] if "lstm_head" in self._modules else weight
-        found: Tensor = self.mlp_head(x)
-        return found
+        return self._made(self.embedding.weight)
+
+    def _made(self, x: Tensor) -> Tensor:
+        x = self.lstm_head(x)[0] if "lstm_head" in self._modules else x
+        return self.mlp_head(x) if "mlp_head" in self._modules else x
 
     def drop_network(self) -> None:
         """Make room for what the network gave, in its place."""

@@ -40,10 +40,6 @@ class PrefixEncoder(BasePromptEncoder):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, prefix: Tensor) -> Tensor:
-        x: Tensor = self.embedding(prefix)
-        return self.transform(x) if "transform" in self._modules else x
-
     def prompt(self, task_ids: Tensor | None = None) -> Tensor:
         weight: Tensor = self.embedding.weight
         return self.transform(weight) if "transform" in self._modules else weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -78,9 +78,10 @@ def _tokens(config: Any) -> list[int]:
 class PromptTuning(PromptMethod, config=PromptTuningConfig):
     encoder_class = PromptEmbedding
     needs_words = True
+    starts: ClassVar[type[enum.Enum]] = PromptTuningInit
 
     def check_config(self, config: Any, loading: bool = False) -> None:
         super().check_config(config, loading)
-        starts = [start.value for start in PromptTuningInit]
+        starts = [start.value for start in self.starts]
         if getattr(config.prompt_tuning_init, "value", config.prompt_tuning_init) not in starts:
             raise ValueError(f"`prompt_tuning_init` should be one of {starts}, got {config.prompt_tuning_init!r}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config.base import CONFIG_NAME
 from ..config.targets import minimal_suffixes
 from ..files.checks import PREFIX, list_some
 from ..methods.lora.lora import LoraConfig
@@ -37,8 +38,8 @@ def create_arrow_model(
     paths = {f"{TASK_ADAPTER_PREFIX}{i}": path for i, path in enumerate(task_specific_adapter_paths)}
     for i, path in enumerate(general_adapter_paths or () if arrow_config.use_gks else ()):
         paths[f"{GKS_ADAPTER_PREFIX}{i}"] = path
-    sources = {name: _arguments(path, adapter_kwargs) for name, path in paths.items()}
-    headers = {name: open_adapter(found.pop("model_id"), **found).tensors for name, found in _copies(sources).items()}
+    sources = {name: _source(path, adapter_kwargs) for name, path in paths.items()}
+    headers = {name: open_adapter(folder, **options).tensors for name, (folder, options) in sources.items()}
     modules, rank = _checked(headers)
     names = [name for name, _ in base_model.named_modules() if name]
     before = arrow_config.task_adapter_names, arrow_config.gks_adapter_names
@@ -46,11 +47,11 @@ def create_arrow_model(
     try:
         arrow_config.task_adapter_names = [n for n in paths if n.startswith(TASK_ADAPTER_PREFIX)]
         arrow_config.gks_adapter_names = [n for n in paths if n.startswith(GKS_ADAPTER_PREFIX)]
-        for name, arguments in sources.items():
+        for name, (folder, options) in sources.items():
             if model is None:
-                model = PeftModel.from_pretrained(base_model, adapter_name=name, **arguments)
+                model = PeftModel.from_pretrained(base_model, folder, name, **options)
             else:
-                model.load_adapter(adapter_name=name, **arguments)
+                model.load_adapter(folder, name, **options)
         assert model is not None
         targets = sorted(minimal_suffixes(modules, names))
         model.add_adapter(ROUTER, LoraConfig(arrow_config=arrow_config, target_modules=targets, r=rank))
@@ -63,20 +64,16 @@ def create_arrow_model(
     return model
 
 
-def _copies(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: dict(arguments) for name, arguments in sources.items()}
-
-
-def _arguments(path: str, adapter_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    model_id, subfolder = _resolve_adapter_source(path)
-    found = {"subfolder": subfolder} if subfolder is not None else {}
-    return {"model_id": model_id, **found, **adapter_kwargs}
+def _source(path: str, adapter_kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """An adapter's folder or repository, and the arguments that it is read with."""
+    folder, subfolder = _resolve_adapter_source(path)
+    return folder, {**({} if subfolder is None else {"subfolder": subfolder}), **adapter_kwargs}
 
 
 def _resolve_adapter_source(path: str) -> tuple[str, str | None]:
     """(folder or repository, folder in the repository) of an adapter."""
     if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "adapter_config.json")):
+        if not os.path.isfile(os.path.join(path, CONFIG_NAME)):
             raise ValueError(f"Local adapter path '{path}' does not contain 'adapter_config.json'.")
         return path, None
     parts = path.strip("/").split("/")

@@ -65,7 +65,7 @@ def _checked(model: Any, adapter_name: str | None) -> tuple[str, Any]:
     name = model.active_adapter if adapter_name is None else adapter_name
     config = model.peft_config[name]
     if config.peft_type not in (PeftType.CARTRIDGE, PeftType.PREFIX_TUNING):
-        kind = getattr(config.peft_type, "value", config.peft_type)
+        kind = config.peft_type.value
         raise ValueError(f"Adapter '{name}' must be a CARTRIDGE or PREFIX_TUNING adapter (got {kind}).")
     if getattr(config, "prefix_projection", False):
         raise ValueError(
@@ -125,21 +125,20 @@ def compose_cartridge_adapters(
 ) -> None:  # fmt: skip
     """Write one cartridge of several, one after the other; of the frozen tokens it has the first one's.
 
-    Raises ValueError for fewer than two, for what is no cartridge, and for cartridges of different models. Pickles are
-    not written: safe_serialization=False raises ValueError.
+    Raises ValueError for fewer than two, for what is no cartridge, and for cartridges of different models.
+    safe_serialization: False writes `adapter_model.bin`, a pickle, with a warning.
     """
-    if not safe_serialization:
-        raise ValueError("safe_serialization=False would write a pickle, which can run code when it is loaded")
     if len(adapter_paths) < 2:
         raise ValueError("Need at least 2 adapters to compose.")
     loaded = [load_adapter_file(path) for path in adapter_paths]
     configs: list[Any] = [PeftConfig.from_dict(content) for content, _ in loaded]
     for path, config in zip(adapter_paths, configs, strict=True):
         if config.peft_type != PeftType.CARTRIDGE:
-            kind = getattr(config.peft_type, "value", config.peft_type)
+            kind = config.peft_type.value
             raise ValueError(f"Adapter at '{os.fspath(path)}' is not a CARTRIDGE adapter (got {kind}).")
         for name in _SAME:
             if getattr(config, name) != getattr(configs[0], name):
                 raise ValueError(f"Incompatible CARTRIDGE configs for attribute '{name}'.")
     prompt = torch.cat([tensors[PROMPT] for _, tensors in loaded])
-    save_adapter(output_path, {PROMPT: prompt}, replace(configs[0], num_virtual_tokens=len(prompt)).to_dict())
+    config = replace(configs[0], num_virtual_tokens=len(prompt)).to_dict()
+    save_adapter(output_path, {PROMPT: prompt}, config, safe_serialization=safe_serialization)

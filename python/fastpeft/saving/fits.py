@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from ..inject.modules import unwrapped_name
 from ..inject.old_experts import joined_state
 from ..inject.plan import InjectionPlan
 from ..methods.computed import Computed
+from ..methods.tied import embeddings_of
 from ..prompts.encoder import ENCODER
 
 
@@ -113,11 +113,8 @@ def embedding_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = Non
     """The base weights of a transformers model's input and output embeddings, by their keys in memory.
 
     state: as for `iter_adapter_tensors`."""
-    layers: list[Any] = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(AttributeError, NotImplementedError):  # a model without such a layer
-            layers.append(getattr(model, name)())
-    bases = [getattr(layer, "base_layer", layer) for layer in layers if isinstance(layer, nn.Module)]
+    layers = [embeddings_of(model, side) for side in ("input", "output")]
+    bases = [getattr(layer, "base_layer", layer) for layer in layers if layer is not None]
     held = {unwrapped_name(n): m for n, m in model.named_modules() if any(m is base for base in bases)}
     if state is not None:
         return {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] in held}

@@ -15,7 +15,6 @@ from torch import nn
 
 from ...methods.frod import Frod
 from ...methods.glora import Path
-from ...methods.lora.variants.arrow import Arrow
 from ...methods.lora.variants.dora import Dora, Magnitude
 from ...methods.lora.variants.monteclora import MonteClora
 from ...methods.method import Method
@@ -123,8 +122,8 @@ def limits(method: Method, layer: Any, adapter: str, base: BaseWeight) -> Iterat
         raise Stays("this version of PEFT keeps the method's tensors in another form")
     if isinstance(method, Dora) and base.kind != "linear":
         raise Stays("DoRA of a convolution or an embedding has no kernel, and PEFT's formula takes less time")
-    if isinstance(method, (Arrow, Poly)):
-        raise Stays("its router is a module of PEFT's, and rows of Poly get their tasks in another way")
+    if isinstance(method, Poly):
+        raise Stays("its router is a module of PEFT's, and its rows get their tasks in another way")
     if isinstance(method, Frod):
         raise Stays("PEFT's FRoD needs no product with the base weight, which ours does")
     if getattr(layer, "hra_apply_GS", {}).get(adapter) and not base.quantized:  # there PEFT has no product of its own

@@ -28,7 +28,7 @@ from ...weights.base import wide
 from ..fused import Fused, FusedProjection, LowRank
 from ..math.draws import drawn_normal, kaiming_, normal_
 from ..method import AdaptedLayer, Inner, LayerInfo, Method, State
-from ..registry import registry
+from ..registry import load_all
 from ..tied import Transposed, tied_fields, tied_names
 from . import start
 from .parts import part_out
@@ -48,7 +48,7 @@ _VARIANT = {"is_lora_variant": True}
 
 @dataclass
 class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
-    """Every field of PEFT's LoraConfig, with its default. Options that are not there yet raise on use, by name."""
+    """Every field of PEFT's LoraConfig, with its default."""
 
     r: int = 8
     lora_alpha: int = 8
@@ -91,7 +91,7 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
         if self.use_dora and self.megatron_config:
             raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
         for name, value in [(n, v) for n, v in vars(self).items() if isinstance(v, dict) and n not in PLAIN_DICTS]:
-            registry()  # the variants bring the classes
+            load_all()  # the variants bring the classes
             if name in SUB_CONFIGS:  # a file has a nested configuration as a dictionary
                 try:
                     setattr(self, name, SUB_CONFIGS[name](**value))
@@ -131,7 +131,7 @@ class Lora(Method):
     )
 
     def variant(self, config: LoraConfig) -> Method:
-        registry()  # finds the variants too
+        load_all()  # finds the variants too
         return variant_of(config) or self
 
     def open_fields(self, config: LoraConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:

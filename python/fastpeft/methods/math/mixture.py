@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from peft_kernels import lora_mixture
+from peft_kernels import Fingerprint, lora_mixture
 
 from ..fused import Fused
 from ..method import AdaptedLayer
@@ -28,29 +29,41 @@ class Mixed(NamedTuple):
 
 class Kept:
     """A value that stays for as long as the tensors that it came from are the same objects, in their places, and
-    nothing wrote to them. Threads may share it."""
+    nothing wrote to them. Threads may share it.
+
+    `Cache` keeps nothing where a fingerprint cannot tell, as of tensors on a GPU. There this goes by places and
+    versions, since what it keeps takes dozens of launches, and keeps nothing of tensors that train: a fused optimizer
+    leaves no version."""
 
     def __init__(self) -> None:
-        self._last: tuple[list[Tensor], list[Any], Any] | None = None
+        self._last: tuple[list[Tensor], list[Any], Fingerprint, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy has tensors of its own
         return Kept, ()
 
-    def get(self, tensors: list[Tensor], make: Callable[[], Any]) -> Any:
-        """make(), without gradients, or what it gave last. In a graph it is computed there."""
+    def get(self, tensors: list[Tensor], version: int, make: Callable[[], Any]) -> Any:
+        """make(), without gradients, or what it gave last for that version of the layer. In a graph it is computed
+        there."""
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return make()
-        seen = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        seen = [version, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)]
         last = self._last
-        if last is None or seen != last[1] or any(p is not q for p, q in zip(tensors, last[0], strict=True)):
+        if last is None or seen != last[1] or not all(map(is_, tensors, last[0])) or not _untouched(last[2], tensors):
             with torch.inference_mode(False), torch.no_grad():
-                self._last = last = list(tensors), seen, make()
-        return last[2]
+                last = list(tensors), seen, Fingerprint(tensors), make()
+            self._last = last if _untouched(last[2], tensors) else None
+        return last[3]
 
 
-def together(kept: Kept, a: list[Tensor], b: list[Tensor]) -> tuple[Any, Any]:
-    """Frozen adapters of one rank on each other, so that no call does it again; others as they are."""
+def _untouched(seen: Fingerprint, tensors: list[Tensor]) -> bool:
+    """True for tensors that nothing wrote to, by their fingerprint; where that cannot tell, if none of them trains."""
+    return seen.unchanged() if seen.known else not any(t.requires_grad for t in tensors)
+
+
+def together(kept: Kept, version: int, a: list[Tensor], b: list[Tensor]) -> tuple[Any, Any]:
+    """Frozen adapters of one rank on each other, so that no call does it again; others as they are. version: the
+    layer's."""
     every = [*a, *b]
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in every)):
         return a, b
@@ -60,7 +73,7 @@ def together(kept: Kept, a: list[Tensor], b: list[Tensor]) -> tuple[Any, Any]:
     def joined() -> tuple[Tensor, Tensor]:
         return torch.stack(a), torch.stack(b, 1).transpose(0, 1)  # B [out, n, r] in memory, as kernels read it
 
-    found: tuple[Tensor, Tensor] = kept.get(every, joined)
+    found: tuple[Tensor, Tensor] = kept.get(every, version, joined)
     return found
 
 

@@ -63,33 +63,44 @@ class ArrowLoraLinearLayer(nn.Module):
         self.task_adapter_names = list(config.task_adapter_names or ())
         self.gks_adapter_names = list(config.gks_adapter_names or ())
         self._prototypes, self._pure, self._joined = Kept(), Kept(), Kept()
+        self._starts: list[Tensor] = []  # drawn once, so that a prototype is another only where its adapter is
 
-    def top_right_singular_vec_from_BA(self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8) -> Tensor:
-        """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]."""
+    def top_right_singular_vec_from_BA(
+        self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8, start: Tensor | None = None
+    ) -> Tensor:
+        """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]. start: [in],
+        drawn by default."""
         a, b = A.float(), B.float()
-        generator = None
-        if self.rng_seed is not None:
-            generator = torch.Generator(device=a.device.type)
-            generator.manual_seed(self.rng_seed)
         gram = b.T @ b
-        v: Tensor = torch.randn(a.shape[1], device=a.device, generator=generator)
+        v: Tensor = self._drawn(a) if start is None else start.to(a.device)
         v = v / (v.norm() + eps)
         for _ in range(iters):
             v = a.T @ (gram @ (a @ v))
             v = v / (v.norm() + eps)
         return v
 
-    def prototypes(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """[n, in] of n adapters."""
-
-        def make() -> Tensor:
-            pairs = zip(a, b, strict=True)
-            return torch.stack([self.top_right_singular_vec_from_BA(p, q).to(p.dtype) for p, q in pairs])
-
-        found: Tensor = self._prototypes.get([*a, *b], make)
+    def _drawn(self, a: Tensor) -> Tensor:
+        generator = None
+        if self.rng_seed is not None:
+            generator = torch.Generator(device=a.device.type)
+            generator.manual_seed(self.rng_seed)
+        found: Tensor = torch.randn(a.shape[1], device=a.device, generator=generator)
         return found
 
-    def pure(self, a: list[Tensor], b: list[Tensor], general: list[list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    def prototypes(self, version: int, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """[n, in] of n adapters. version: the layer's."""
+
+        def make() -> Tensor:
+            self._starts += [self._drawn(p) for p in a[len(self._starts) :]]
+            each = zip(a, b, self._starts, strict=False)
+            return torch.stack([self.top_right_singular_vec_from_BA(p, q, start=v).to(p.dtype) for p, q, v in each])
+
+        found: Tensor = self._prototypes.get([*a, *b], version, make)
+        return found
+
+    def pure(
+        self, version: int, a: list[Tensor], b: list[Tensor], general: list[list[Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """A and B without the mean of the general adapters'."""
         every = [*a, *b, *general[0], *general[1]]
 
@@ -99,7 +110,7 @@ class ArrowLoraLinearLayer(nn.Module):
 
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*a, *b)):
             return made()
-        found: tuple[list[Tensor], list[Tensor]] = self._pure.get(every, made)
+        found: tuple[list[Tensor], list[Tensor]] = self._pure.get(every, version, made)
         return found
 
     def weights(self, x: Tensor, prototypes: Tensor) -> Tensor:
@@ -156,10 +167,11 @@ class Arrow(Lora):
             raise ValueError(f"{where} has no general adapter ('{GKS_ADAPTER_PREFIX}0'), which use_gks=True subtracts.")
         a, b = (self._weights(where, others, tasks, name) for name in ("lora_A", "lora_B"))
         if router.use_gks:
-            a, b = router.pure(a, b, [self._weights(where, others, general, name) for name in ("lora_A", "lora_B")])
-        mix = router.weights(s.cast(x, a[0].dtype), router.prototypes(a, b))
+            means = [self._weights(where, others, general, name) for name in ("lora_A", "lora_B")]
+            a, b = router.pure(s.version, a, b, means)
+        mix = router.weights(s.cast(x, a[0].dtype), router.prototypes(s.version, a, b))
         scaling = [others[name][1].scaling for name in tasks]
-        return Mixed(*together(router._joined, a, b), mix, scaling, masked=True)
+        return Mixed(*together(router._joined, s.version, a, b), mix, scaling, masked=True)
 
     @staticmethod
     def _weights(where: str, others: Any, names: list[str], tensor: str) -> list[Tensor]:
