@@ -20,8 +20,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import fastpeft
 from fastpeft.apps.training import models
-from fastpeft.recipes.projections import Given
-from fastpeft.recipes.ways import BY_CHOICE, known_ways, ways_of
+from fastpeft.families.projections import Given
+from fastpeft.families.ways import BY_CHOICE, known_ways, ways_of
 from fastpeft.weights.nf4_linear import NF4Linear
 from forms import matrix
 from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -90,3 +91,48 @@ def test_outputs_and_gradients(name: str, dtype: torch.dtype, setting: Any, shap
 def test_every_description_has_a_model_here() -> None:
     language_parts = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"}
     assert set(families()) - language_parts == set(FAMILIES)
+
+
+TOKENS = 32
+NO_STATIC = ("gemma4", "nemotron_h")
+
+
+def behind(model: Any, report: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the exact logits of the chosen tokens are below the largest, at most; eager's largest error."""
+    report.remove()
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in inspect.signature(model.get_base_model().forward).parameters:
+        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        eager = model(**given).logits[:, -TOKENS - 1 : -1]
+        with exactly(model) as exact_model:
+            exact = exact_model(**given).logits[:, -TOKENS - 1 : -1]
+    chosen = exact.gather(-1, ids[:, -TOKENS:, None]).squeeze(-1)
+    return (exact.amax(-1) - chosen).max(), (eager.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize(("name", "dtype", "base", "padded", "static"), matrix(
+    [(name, dtype, base, padded, static) for name in FAMILIES for dtype in (F32, BF16)
+     for base, padded, static in (("dense", False, False), ("nf4", True, False), ("dense", True, True))],
+    lambda name, dtype, base, padded, static: name in SHORT and base == "nf4" and dtype is BF16,
+))  # fmt: skip
+def test_generating(name: str, dtype: torch.dtype, base: str, padded: bool, static: bool) -> None:
+    """Greedy tokens are equal in float32; in bfloat16 each one's exact logit is as near to the largest as eager's."""
+    if static and name in NO_STATIC:
+        pytest.skip("transformers has no static cache for it")
+    torch.manual_seed(0)
+    model = adapted(tiny(name, dtype), base, "lora")
+    given = inputs(2, 8, padded)
+    options: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}
+    if static:
+        options |= {"cache_implementation": "static", "disable_compile": True}
+    plain = model.generate(**given, **options)
+    report = fastpeft.accelerate(model)
+    fast = model.generate(**given, **options)
+    assert fast.shape == plain.shape == (2, 8 + TOKENS)
+    if dtype is F32:
+        assert torch.equal(fast, plain)
+        return
+    mask = torch.cat((given["attention_mask"], torch.ones(2, TOKENS, dtype=torch.long)), -1)
+    short, error = behind(model, report, fast, mask)
+    assert short <= error

@@ -12,10 +12,10 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import fastpeft
+from fastpeft import accelerate
 from fastpeft.apps.short_attention import short_attention
+from fastpeft.families import mlp as families_mlp
 from fastpeft.layer.by_row import mixed as routing
-from fastpeft.recipes import decoder_layers as transformers_fast
-from fastpeft.recipes.decoder_layers import accelerate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_kernels import PreparedCall, lora_linear_stacked, use_backend

@@ -29,7 +29,7 @@ class Turn(NamedTuple):
             partner = part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         else:
             partner = torch.roll(part, width // 2, dims=-1)
-        turned = torch.addcmul(part * self.cos.unsqueeze(2), partner, self.signed)
+        turned = torch.addcmul(part * self.cos.unsqueeze(2), partner, self.signed).to(x.dtype)
         return turned if part is x else torch.cat((turned, x[..., width:]), dim=-1)
 
 

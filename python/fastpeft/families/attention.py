@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,13 +59,18 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
             q, k, turn = *_turned(turn, q, k), None
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
-    y = attention(
-        q, k, v, scale=getattr(self, of.scale), causal=seen.causal, spans=seen.spans, keep=seen.keep,
-        slopes=alibi_slopes(q.shape[2], q.device) if of.alibi and given.get(of.alibi) is not None else None,
-        softcap=(getattr(self, of.softcap) or 0.0) if of.softcap else 0.0,
-        sinks=getattr(self, of.sinks) if of.sinks else None,
-        **({} if turn is None else {"cos": turn.cos, "sin": turn.sin, "interleaved": turn.neighbours}),
-    )  # fmt: skip
+    scale = getattr(self, of.scale)
+    if ways.attention:
+        y = attention(
+            q, k, v, scale=scale, causal=seen.causal, spans=seen.spans, keep=seen.keep,
+            slopes=alibi_slopes(q.shape[2], q.device) if of.alibi and given.get(of.alibi) is not None else None,
+            softcap=(getattr(self, of.softcap) or 0.0) if of.softcap else 0.0,
+            sinks=getattr(self, of.sinks) if of.sinks else None,
+            **({} if turn is None else {"cos": turn.cos, "sin": turn.sin, "interleaved": turn.neighbours}),
+        )  # fmt: skip
+    else:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y, _ = _torch_attention()(self, q, k, v, given.get("attention_mask"), dropout=0.0, scaling=scale)
     y = y.flatten(2)
     if gate is not None:
         y = y * torch.sigmoid(gate)
@@ -73,7 +79,9 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
 
 
 def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, Any]) -> bool:
-    if not ways.attention or x.dim() != 3 or x.dtype is torch.float64 or (of.served and not of.served(self)):
+    if not ways.attention and not _is_token(of, x, ways, given):
+        return False
+    if x.dim() != 3 or x.dtype is torch.float64 or (of.served and not of.served(self)):
         return False
     if _other_attention(self, of) or "read_index" in given:  # continuous batching: a row is not a sequence
         return False
@@ -98,6 +106,21 @@ def after(self: Any, name: str, y: Tensor) -> Tensor:
         dropped: Tensor = found(y)
         return dropped
     return F.dropout(y, found, self.training) if found and self.training else y
+
+
+def _is_token(of: Attention, x: Tensor, ways: Ways, given: dict[str, Any]) -> bool:
+    """One token on a device whose own attention is taken: what is around it takes half of the launches here."""
+    few = ways.token and ways.launches and x.shape[1] == 1 and not torch.is_grad_enabled()
+    return few and cache_of(given) is not None and not (of.softcap or of.sinks or of.alibi)
+
+
+@functools.cache
+def _torch_attention() -> Any:
+    """`(module, q [B, heads, T, D], k, v, mask, ...) -> (y [B, T, heads, D], None)`: torch's own, as transformers asks
+    for it on each device."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def _other_attention(self: Any, of: Attention) -> str | None:

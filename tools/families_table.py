@@ -1,0 +1,71 @@
+"""Write docs/families.md from the descriptions: `python tools/families_table.py [--check]`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastpeft.families import known
+from fastpeft.families.description import Attention, Mlp, Norm, Part, Together
+from fastpeft.families.registry import families, parts
+from made_files import write_or_check
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "families.md"
+HEAD = """# Families of models
+
+`fastpeft.accelerate(model)` makes the layers of a transformers model quicker where its family is described: one file
+each in `python/fastpeft/families/known/`, which names the parts of the family's modules and holds no forward. The
+forwards are the same for all of them (`attention.py`, `mlp.py`, `norms.py` beside that folder). What a description does
+not cover stays transformers' own code; `print(fastpeft.accelerate(model))` counts it, with the reason. A family whose
+modules torch computes in one kernel already (LayerNorm) has no entry for them. Made by `python tools/families_table.py`.
+
+**A family of your own** is a file named as transformers names its folder, with `PARTS`: names of its classes and what
+they are. The words are those of `python/fastpeft/families/description.py`.
+
+| family | attention | MLP | norms |
+|---|---|---|---|
+"""
+
+
+def attention(part: Part | None) -> str:
+    if isinstance(part, Together):
+        return f"its own, around one call for {', '.join(f'`{name}`' for name in part.names)}"
+    if not isinstance(part, Attention):
+        return "its own"
+    words = ["fused q, k, v" if len(part.qkv) == 1 else "q, k, v in one call"]
+    turns = {"halves": "rotary", "neighbours": "rotary of neighbours", None: "ALiBi" if part.alibi else "no rotation"}
+    words.append(turns[part.turn] + (" in some layers" if part.turned else ""))
+    if part.norms:
+        words.append({"heads": "norms of heads", "whole": "norms of q and k", "turned": "norms after the rotation",
+                      "apart": "a norm a head"}[part.normed])  # fmt: skip
+    words += [word for word, has in (("soft cap", part.softcap), ("sinks", part.sinks), ("output gate", part.gated))
+              if has]  # fmt: skip
+    return ", ".join(words)
+
+
+def mlp(part: Mlp | None) -> str:
+    if part is None:
+        return "its own"
+    return "plain" if len(part.up) == 1 and not part.halves else "gated, fused" if part.halves else "gated"
+
+
+def norm(found: Iterable[Norm]) -> str:
+    words = {("LayerNorm" if n.mean else "RMSNorm") + (" of 1 + weight" if n.offset else "") for n in found}
+    return ", ".join(sorted(words)) or "torch's"
+
+
+def table() -> str:
+    rows = []
+    for name in families():
+        described = parts(name).values()
+        one = {kind: next((p for p in described if isinstance(p, kind)), None) for kind in (Attention, Together, Mlp)}
+        title = " ".join((importlib.import_module(f"{known.__name__}.{name}").__doc__ or "").split()).rstrip(".")
+        rows.append(f"| `{name}`: {title} | {attention(one[Attention] or one[Together])} | {mlp(one[Mlp])} | "
+                    f"{norm(p for p in described if isinstance(p, Norm))} |")  # fmt: skip
+    return HEAD + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(write_or_check({TARGET: table()}))
