@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from peft_kernels import (
     PreparedCall,
+    attention,
     lora_linear,
     lora_linear_stacked,
     native_library,
     rms_norm,
-    rotary_attention,
     swiglu,
     swiglu_mlp,
     use_huge_pages,
@@ -77,36 +77,30 @@ def _one_token(
     layer: Any, ways: Ways, x: Tensor, mask: Tensor | None, cache: Any, position_embeddings: tuple[Tensor, Tensor]
 ) -> Tensor:
     """A decoder layer for x [B, 1, H] with `cache` holding the tokens before; x [B, 1, H] out."""
-    attention, mlp, own, few = layer.self_attn, layer.mlp, layer._fastpeft_decoding, ways.launches
-    d = attention.head_dim
+    attends, mlp, own, few = layer.self_attn, layer.mlp, layer._fastpeft_decoding, ways.launches
+    d = attends.head_dim
     batch = x.shape[0]
     x = x.view(batch, -1)
     h = _norm(layer.input_layernorm, x)
-    q, k, v = linears(own.qkv, h, few, attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = linears(own.qkv, h, few, attends.q_proj, attends.k_proj, attends.v_proj)
     heads = q.shape[-1] // d
     cos, signed_sin = own.signs.get(*position_embeddings)
     qk = torch.cat((q, k), dim=-1).view(batch, -1, 1, d)
     qk = torch.addcmul(qk * cos, torch.roll(qk, d // 2, dims=-1), signed_sin)
-    keys, values = cache.update(qk[:, heads:], v.view(batch, -1, 1, d), attention.layer_idx)
+    keys, values = cache.update(qk[:, heads:], v.view(batch, -1, 1, d), attends.layer_idx)
     if ways.attention:
-        out = F.scaled_dot_product_attention(
-            # torch's bfloat16 attention on a CPU takes five times the float32 one at one query
-            qk[:, :heads].float(), keys.float(), values.float(), attn_mask=_wide(mask), scale=attention.scaling,
-            enable_gqa=keys.shape[1] != heads,
-        )  # fmt: skip
+        keep, bias = (None, mask) if mask is None or mask.dtype is not torch.bool else (mask[:, 0], None)
+        q, k, v = (t.transpose(1, 2) for t in (qk[:, :heads], keys, values))
+        out = attention(q, k, v, keep=keep, bias=bias, causal=False, scale=attends.scaling)
     else:
         attend = _torch_attention()
-        out, _ = attend(attention, qk[:, :heads], keys, values, mask, dropout=0.0, scaling=attention.scaling)
-    x = x + linears(own.o, out.to(x.dtype).view(batch, -1), few, attention.o_proj)[0]
+        out, _ = attend(attends, qk[:, :heads], keys, values, mask, dropout=0.0, scaling=attends.scaling)
+    x = x + linears(own.o, out.to(x.dtype).view(batch, -1), few, attends.o_proj)[0]
     h = _norm(layer.post_attention_layernorm, x)
     gate, up = linears(own.gate_up, h, few, mlp.gate_proj, mlp.up_proj)
     # for one row Python takes longer over an operator of ours than over torch's two calls
     active = swiglu(gate, up) if few else F.silu(gate).mul_(up)
     return (x + linears(own.down, active, few, mlp.down_proj)[0]).unsqueeze(1)
-
-
-def _wide(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.dtype is torch.bool else mask.float()
 
 
 @cache
@@ -212,8 +206,8 @@ def _attention_forward(
     ys = modules_on(hidden_states, *layers) if found is None else qkv(hidden_states, *found)
     q, k, v = (y.view(batch, t, -1, self.head_dim) for y in ys)
     # no mask means causal, as transformers' sdpa has it
-    keep = None if attention_mask is None else attention_mask[:, 0]
-    out = rotary_attention(q, k, v, *position_embeddings, keep, scale=self.scaling)
+    keep, (cos, sin) = None if attention_mask is None else attention_mask[:, 0], position_embeddings
+    out = attention(q, k, v, cos=cos, sin=sin, keep=keep, causal=keep is None, scale=self.scaling)
     return modules_on(out.view(batch, t, -1), self.o_proj)[0], None
 
 
