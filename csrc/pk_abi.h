@@ -23,7 +23,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 7
+#define PK_ABI_VERSION 8
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -182,22 +182,41 @@ PK_EXPORT int pk_cpu_rms_norm(const void *x, const void *weight, int64_t dtype, 
 PK_EXPORT int pk_cpu_rms_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype,
                                        int64_t w_dtype, int64_t rows, int64_t n, double eps, void *dx, int64_t threads);
 
-/* ---- rotary_attention (CPU library) --------------------------------------------------------------------------------
- * Self-attention with rotary embeddings: y = softmax(scale R(q) R(k)^T where seen) v, R(x) = x cos + (-x2, x1) sin
- * of the halves x1, x2 of a head. q, y, dy, dq [B, T, H, D], k, v, dk, dv [B, T, G, D] of dtype, H a multiple of G,
- * D even; cos, sin [tables, T, D] of table_dtype; keep [masks, T, T] of 0 and 1, tables and masks 1 or B; NULL: a
- * query sees the keys up to its own. lse [B, H, T]: log of the sum of exponentials, which the backward takes; inf
- * where a query sees nothing (y is 0). float32, bfloat16, float16; sums are float32. Turned q and k, and
- * probabilities, are rounded to bfloat16 where dtype is. */
-PK_EXPORT int pk_cpu_rotary_attention(const void *q, const void *k, const void *v, const void *cos, const void *sin,
-                                      const uint8_t *keep, int64_t dtype, int64_t table_dtype, int64_t B, int64_t T,
-                                      int64_t H, int64_t G, int64_t D, int64_t tables, int64_t masks, double scale,
-                                      void *y, float *lse, int64_t threads);
-PK_EXPORT int pk_cpu_rotary_attention_backward(const void *dy, const void *q, const void *k, const void *v,
-                                               const void *cos, const void *sin, const uint8_t *keep, const float *lse,
-                                               int64_t dtype, int64_t table_dtype, int64_t B, int64_t T, int64_t H,
-                                               int64_t G, int64_t D, int64_t tables, int64_t masks, double scale,
-                                               void *dq, void *dk, void *dv, int64_t threads);
+/* ---- attention (CPU library) ---------------------------------------------------------------------------------------
+ * y = softmax(scores where seen) v for q, dq [B, T, H, D], k, dk [B, S, G, D], v, dv [B, S, G, Dv], y, dy [B, T, H, Dv]
+ * of dtype, H a multiple of G, D and Dv even. Query i has the position S - T + i; of query p and key j
+ *   scores = c tanh(scale q k / c) + bias + slopes[h] (j - p), with softcap c; 0: scale q k
+ * seen: j <= p if causal; |p - j| < window unless that is 0; spans[b, i, 0] <= j < spans[b, i, 1]; keep != 0.
+ * sinks: another term exp(sinks[h]) of the softmax's denominator. lse [B, H, T]: log of the denominator, inf where a
+ * query sees nothing and has no sink (y is 0). cos, sin (S = T): the first R features of q and k are turned before, x
+ * cos + x' sin, where x' has (-b, a) of each pair (a, b): features i and R / 2 + i, or interleaved 2 i and 2 i + 1.
+ * q, k, v, dy: strides in elements (_b of a row of the batch, _t of a token, _h of a head), features dense; keep [B or
+ * 1, T, S] of 0 and 1 and bias [B or 1, H or 1, T or 1, S] as well, keys dense; strides may be 0. cos, sin [B or 1, T,
+ * R] of table_dtype and spans [B or 1, T, 2] are contiguous, cos_b and spans_b 0 where there is one for all. The rest
+ * is contiguous. float32, bfloat16, float16; sums are float32. Turned q and k, probabilities and gradients of scores
+ * are rounded to bfloat16 where dtype is, but where T is 1. The backward reads y and lse.
+ * Every field is 8 bytes wide so that Python can pack the struct in one call. */
+typedef struct pk_attention_args {
+    const void *q, *k, *v, *dy;
+    const void *cos, *sin;  /* NULL: nothing is turned */
+    const int32_t *spans;   /* this and the four below: NULL for none */
+    const uint8_t *keep;
+    const void *bias;
+    const float *slopes;    /* [H] */
+    const float *sinks;     /* [H] */
+    void *y;                /* forward: out; backward: in */
+    float *lse;             /* like y */
+    void *dq, *dk, *dv;     /* backward: out */
+    int64_t q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h;
+    int64_t keep_b, keep_t, bias_b, bias_h, bias_t, cos_b, spans_b;
+    int64_t dtype, table_dtype, bias_dtype;
+    int64_t B, T, S, H, G, D, Dv, R;
+    int64_t interleaved, causal, window, threads;
+    double scale, softcap;
+} pk_attention_args;
+PK_EXPORT int64_t pk_attention_args_size(void); /* sizeof(pk_attention_args), checked by native.py */
+PK_EXPORT int pk_cpu_attention(const pk_attention_args *args);
+PK_EXPORT int pk_cpu_attention_backward(const pk_attention_args *args);
 
 /* ---- rotations (CPU library) ----------------------------------------------------------------------------------------
  * x, y, dy, dx: [M, d] of dtype (float32, bfloat16, float16); all else float32; computed in float32 and rounded once.

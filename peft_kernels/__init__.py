@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import dispatch
 from .dispatch import BackendUnavailable, explain, use_backend
 from .formats import FP4_TABLE, NF4_TABLE, AdapterStack, QuantWeight
+from .ops.attention import attention
 from .ops.butterfly_linear import butterfly_linear
 from .ops.butterfly_rotate import block_rotate, butterfly_rotate
 from .ops.cayley import cayley
@@ -23,7 +24,6 @@ from .ops.multi_lora_linear import multi_lora_linear
 from .ops.pair_rotate import pair_rotate
 from .ops.quantize_4bit import quantize_4bit
 from .ops.rms_norm import rms_norm
-from .ops.rotary_attention import rotary_attention
 from .ops.swiglu import swiglu
 from .ops.swiglu.mlp import swiglu_mlp
 from .philox import draw_seed
@@ -63,6 +63,7 @@ __all__ = [
     "RowPlan",
     "RowProjection",
     "adamw",
+    "attention",
     "block_rotate",
     "butterfly_linear",
     "butterfly_rotate",
@@ -87,7 +88,6 @@ __all__ = [
     "pair_rotate",
     "quantize_4bit",
     "rms_norm",
-    "rotary_attention",
     "squared_row_norms",
     "swiglu",
     "swiglu_mlp",

@@ -51,9 +51,10 @@ def _one(size: int) -> bool:
 
 _CLASSES: dict[str, Callable[[int], int]] = {
     "M": rows_class, "N": _factor, "K": _factor, "L": _factor, "R": _rank, "B": int, "F": int, "G": _one, "D": int,
-    "I": int,
+    "I": int, "V": int, "X": int,
 }  # fmt: skip
-_NUMBERS = ("quant_type", "blocksize", "nested_blocksize", "terms", "nested", "transposed", "masked", "dtype")
+_NUMBERS = ("quant_type", "blocksize", "nested_blocksize", "terms", "nested", "transposed", "masked", "dtype",
+            "causal", "interleaved")  # fmt: skip
 
 
 def _fields(op: Any) -> tuple[list[str], str]:
@@ -81,8 +82,8 @@ def _fields(op: Any) -> tuple[list[str], str]:
     for i, name in enumerate(names):
         if name in _NUMBERS or name.startswith("need_"):
             texts[name] = f"a[{i}]"
-        elif name == "dropout_p":
-            texts["dropout"] = f"a[{i}] > 0.0"
+        elif name in ("dropout_p", "window", "softcap"):
+            texts[name.removesuffix("_p")] = f"a[{i}] > 0"
         elif name == "nested_absmax":
             texts["plain_scales"] = f"a[{i}] is None"
     return list(texts), "(" + "".join(f"({source})," for source in texts.values()) + ")"

@@ -24,7 +24,7 @@ import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
 from .checks import capturing
 
-ABI_VERSION = 7  # PK_ABI_VERSION of csrc/pk_abi.h
+ABI_VERSION = 8  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
 BUILD_COMMAND = "make native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype
@@ -55,8 +55,8 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_squared_norm": [c_char_p, c_int64, c_void_p, c_int64],
     "pk_cpu_rms_norm": [*[c_void_p] * 2, *[c_int64] * 4, c_double, c_void_p, c_int64],
     "pk_cpu_rms_norm_backward": [*[c_void_p] * 3, *[c_int64] * 4, c_double, c_void_p, c_int64],
-    "pk_cpu_rotary_attention": [*[c_void_p] * 6, *[c_int64] * 9, c_double, *[c_void_p] * 2, c_int64],
-    "pk_cpu_rotary_attention_backward": [*[c_void_p] * 8, *[c_int64] * 9, c_double, *[c_void_p] * 3, c_int64],
+    "pk_cpu_attention": [c_char_p],  # a pk_attention_args packed into bytes
+    "pk_cpu_attention_backward": [c_char_p],
     "pk_cpu_butterfly_rotate": [*[c_void_p] * 2, *[c_int64] * 7, c_void_p, c_int64],
     "pk_cpu_butterfly_rotate_backward": [*[c_void_p] * 3, *[c_int64] * 7, *[c_void_p] * 2, c_int64],
     "pk_cpu_butterfly_linear": [c_char_p, c_void_p, *[c_int64] * 3],
@@ -150,7 +150,8 @@ def _load_cpu() -> CDLL | str:
     lib = _load("cpu", _CPU_SIGNATURES)
     if isinstance(lib, str):
         return lib
-    lib.pk_lora_args_size.argtypes, lib.pk_lora_args_size.restype = [], c_int64
+    for name in ("pk_lora_args_size", "pk_attention_args_size"):
+        getattr(lib, name).argtypes, getattr(lib, name).restype = [], c_int64
     for name in ("pk_cpu_level", "pk_cpu_levels", "pk_cpu_openmp"):
         getattr(lib, name).argtypes, getattr(lib, name).restype = [], c_char_p
     try:
@@ -384,3 +385,8 @@ def openmp() -> str:
 def lora_args_size() -> int:
     """sizeof(pk_lora_args) of the built library: ops/lora_linear/native.py packs the same struct."""
     return int(cpu().pk_lora_args_size())
+
+
+def attention_args_size() -> int:
+    """sizeof(pk_attention_args) of the built library: ops/attention/native.py packs the same struct."""
+    return int(cpu().pk_attention_args_size())

@@ -6,8 +6,9 @@ In an operator of lists every entry has sizes of its own. A letter means the sam
 
     M rows of x, which choose code paths    T rows that choose none     N, K features    R rank
     D features that a program holds whole   B, G, F blocks of a rotation: their size, their number, factors
-    S adapters of a batch, P their ranks    Z batch, H heads, U heads of keys; C and E: 1 or Z
+    S adapters of a batch, P their ranks    Z batch, H heads, U heads of keys, C: 1 or Z
     I adapters of a mixture    L half of a pair
+    J keys, V features of a value, X features that are turned, Q the two ends of a span
     A parts of a sum    W the N of all entries of lists side by side, O of those before
 """
 
@@ -30,10 +31,10 @@ FIXED = frozenset({"absmax", "nested_absmax", "nested_code", "offset"})  # float
 Sizes = dict[str, int]
 # How a call is made where nobody made one before: the sizes, and the arguments that are no tensors.
 SIZES: Sizes = {"M": 8, "T": 8, "N": 64, "K": 128, "R": 16, "D": 32, "B": 4, "G": 32, "F": 1, "S": 2, "I": 2, "Z": 1,
-                "H": 4, "U": 2, "C": 1, "E": 1, "L": 16, "A": 1, "W": 64, "O": 0}  # fmt: skip
+                "H": 4, "U": 2, "C": 1, "L": 16, "J": 8, "V": 32, "X": 32, "Q": 2, "A": 1, "W": 64, "O": 0}  # fmt: skip
 NUMBERS: dict[str, Any] = {"quant_type": 1, "blocksize": 64, "nested_blocksize": 256, "scaling": 1.0, "dropout_p": 0.0,
                            "eps": 1e-5, "scale": 0.2, "terms": 0, "nested": True, "transposed": False,
-                           "parts": 1, "add": True}  # fmt: skip
+                           "parts": 1, "add": True, "interleaved": False, "window": 0, "softcap": 0.0}  # fmt: skip
 _OWN_DTYPE = frozenset({"x", "y", "dy", "w", "gate", "up", "dh", "h", "q", "k", "v"})  # of the call; float32 the others
 
 
@@ -81,18 +82,17 @@ def shrunk(sizes: Sizes, blocksize: int, features: int) -> Sizes:
     def cut(size: int, least: int) -> int:
         return size if size < 2 * least else least + size % least
 
-    new = {k: v for k, v in sizes.items() if k in "RDBFCELAI" and v}
-    new.update({k: min(v, most) for k, v, most in
-                ((k, sizes[k], {"M": MOST_ROWS, "T": 80, "S": 4, "Z": 2, "U": 2}[k]) for k in "MTSZU" if k in sizes)})
+    new = {k: v for k, v in sizes.items() if k in "RDBFCLAIVXQ" and v}
+    most = {"M": MOST_ROWS, "T": 80, "J": 80, "S": 4, "Z": 2, "U": 2}
+    new.update({k: min(sizes[k], most[k]) for k in most if k in sizes})
     if "N" in sizes:
         new["N"] = cut(sizes["N"], 256)
     if "R" in sizes:
         new["R"] = cut(sizes["R"], 64)
     if "H" in sizes:
         new["H"] = sizes["H"] // max(1, sizes["U"]) * new["U"]
-    for letter in "CE":
-        if letter in sizes:
-            new[letter] = 1 if sizes[letter] == 1 else new["Z"]
+    if "C" in sizes:
+        new["C"] = 1 if sizes["C"] == 1 else new["Z"]
     unit = 1
     if "B" in sizes:
         unit = sizes["B"] << (sizes.get("F", 1) - 1)
@@ -182,6 +182,7 @@ _SPECIAL: dict[str, Callable[[_Maker, tuple[int, ...], Sizes], Tensor]] = {
     "cos": _angles(torch.cos),
     "sin": _angles(torch.sin),
     "keep": lambda d, shape, _: torch.ones(shape, dtype=torch.bool, device=d.device).tril(),
+    "spans": lambda d, shape, sizes: torch.tensor([0, sizes["J"]], device=d.device).expand(shape),
     "lse": lambda d, shape, _: d.normal(*shape, factor=0.1) + math.log(max(shape[-1], 1)),
     "mix": lambda d, shape, _: d.normal(*shape, factor=0.5).clamp(min=0.0),  # with weights of zero
     "gain": lambda d, shape, _: 1 + d.normal(*shape, factor=0.1),
@@ -252,7 +253,7 @@ def call(schema: Any, spec: str, dtype: torch.dtype, device: torch.device | str 
         dims = spoken.get(name, "")
         if "Tensor" not in kind:
             named[name] = [] if name == "shape" else dtype if name == "dtype" else NUMBERS.get(name, "bool" in kind)
-        elif (dims == "" and name not in _PARTS) or name in ("bias", "keep", "base_sq"):
+        elif (dims == "" and name not in _PARTS) or name in ("bias", "keep", "base_sq", "spans", "slopes", "sinks"):
             named[name] = None
         else:
             own = name in like_x and "B" not in dims

@@ -169,13 +169,13 @@ def second(name: str, x: Tensor) -> Tensor:
         "swiglu": lambda: peft_kernels.swiglu(x, x),
         "rms_norm": lambda: peft_kernels.rms_norm(x, x.detach()[0], 1e-5),
         "swiglu_mlp": lambda: peft_kernels.swiglu_mlp(x, *parts),
-        "rotary_attention": lambda: peft_kernels.rotary_attention(*[x[None, :, None]] * 3, *angles, scale=1.0),
+        "attention": lambda: peft_kernels.attention(*[x[None, :, None]] * 3, cos=angles[0], sin=angles[1], scale=1.0),
     }
     return calls[name]()
 
 
 @pytest.mark.parametrize(
-    "name", ["lora_linear", "lora_linear_stacked", "swiglu", "swiglu_mlp", "rms_norm", "rotary_attention"]
+    "name", ["lora_linear", "lora_linear_stacked", "swiglu", "swiglu_mlp", "rms_norm", "attention"]
 )
 def test_a_second_derivative_is_refused_by_its_name(name: str) -> None:
     x = torch.randn(3, K, requires_grad=True)

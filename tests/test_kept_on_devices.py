@@ -218,7 +218,7 @@ def test_device_calls_keep_nothing() -> None:
 def test_device_kernels_pass_their_checks() -> None:
     """As on a GPU before they serve: every operator's small calls are ones that Triton serves, and right there."""
     for dtype in by_form(short=[torch.bfloat16], full_form=dispatch.FLOATS):
-        for name in by_form(short=["lora_linear", "dora_norm", "rotary_attention_backward"], full_form=ON_TRITON):
+        for name in by_form(short=["lora_linear", "dora_norm", "attention_backward"], full_form=ON_TRITON):
             backend = OPS[name].load("triton")
             assert isinstance(backend, Backend)
             here = replace(backend, devices=frozenset({"cpu"}))

@@ -49,15 +49,16 @@ def test_a_transposed_dense_weight_is_read_by_64_bit_offsets(what: str) -> None:
 def test_attention_of_many_heads_and_rows_fits_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = []
     monkeypatch.setattr(host, "launch", lambda kernel, grid, *args, **options: grids.append(grid))
-    for name in ("rotary_attention", "rotary_attention_backward"):
+    for name in ("attention", "attention_backward"):
         op = OPS[name]
         backend, args = op.load("triton"), op.sample(BF16)
         assert isinstance(backend, Backend)
         tensors = {n for n, d in samples.parse(op.sizes) if "Z" in d}
 
         def wide(batch: int) -> list[Any]:
-            return [v.expand(batch, *v.shape[1:]).to("meta") if n in tensors else v  # noqa: B023
-                    for n, v in zip(op.operands.names, args, strict=True)]  # fmt: skip  # noqa: B023
+            there = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in args]  # noqa: B023
+            return [v.expand(batch, *v.shape[1:]) if n in tensors and v is not None else v  # noqa: B023
+                    for n, v in zip(op.operands.names, there, strict=True)]  # fmt: skip  # noqa: B023
 
         backend.fn(*wide(40_000))
         reason = backend.when

@@ -190,13 +190,14 @@ def _rms_norm(c: Case) -> None:
 
 def _attention(c: Case) -> None:
     """Heads of N features, of the widest where N is more, in a row of M tokens; a quarter of them of keys."""
-    from peft_kernels.ops.rotary_attention import triton as backend
+    from peft_kernels.ops.attention import triton as backend
 
     d = min(c.N, backend.MOST)
     heads = c.K // d
-    q, k, angles = (meta(1, c.M, h, d, dtype=c.dtype) for h in (heads, heads // 4, 1))
-    backend.forward(q, k, k, angles[:, :, 0], angles[:, :, 0], None, 0.125)
-    backend.backward(q, q, k, k, angles[:, :, 0], angles[:, :, 0], None, meta(1, heads, c.M), 0.125)
+    q, k = (meta(1, c.M, h, d, dtype=c.dtype) for h in (heads, heads // 4))
+    options = (0.125, False, True, 0, 0.0)
+    backend.forward(q, k, k, *[None] * 7, *options)
+    backend.backward(q, q, k, k, q, meta(1, heads, c.M), *[None] * 6, *options)
 
 
 def _dora_forward(c: Case) -> None:
@@ -294,9 +295,9 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "squares": ("dora_norm", "norm_kernel", _squares),
     "rms_norm": ("rms_norm", "rms_norm_kernel", _rms_norm),
     "rms_norm_backward": ("rms_norm", "rms_norm_backward_kernel", _rms_norm),
-    "attention": ("rotary_attention", "forward_kernel", _attention),
-    "attention_queries": ("rotary_attention", "queries_kernel", _attention),
-    "attention_keys": ("rotary_attention", "keys_kernel", _attention),
+    "attention": ("attention", "forward_kernel", _attention),
+    "attention_queries": ("attention", "queries_kernel", _attention),
+    "attention_keys": ("attention", "keys_kernel", _attention),
     "swiglu": ("swiglu", "forward_kernel", _swiglu),
     "swiglu_backward": ("swiglu", "backward_kernel", _swiglu),
     "turned": ("lora_linear", "forward_kernel", _turned),

@@ -80,9 +80,9 @@ def work(launch: Compiled) -> Work:
         fmas = a["M"] * a["C"] * a["r"] * (2 if o["WITH_DS"] else 1)
         passes = _cdiv(a["M"], o["BM"])  # of multi_lora_linear, over the groups of rows and their parts
         return Work(fmas=fmas, passes=min(a["steps"], passes) if "steps" in a else passes / launch.grid[2], **products)
-    if "BD" in o:  # attention over half of the square of T: products of each pass, of which `queries` makes two
-        each = {"forward_kernel": 2, "queries_kernel": 5, "keys_kernel": 4}[name]
-        pairs = first.shape[0] * a["H"] * a["T"] ** 2 * (1 if o["MASKED"] else 0.5)
+    if "BD" in o:  # attention over half of the square of T: products of each pass
+        each = {"forward_kernel": 2, "queries_kernel": 3, "keys_kernel": 4}[name]
+        pairs = first.shape[0] * a["H"] * a["T"] * a["S"] * (0.5 if o["CAUSAL"] else 1)
         return Work(fmas=each * pairs * a["D"], **products)
     if "SEVERAL" in o:  # blocks of features, each multiplied by its own
         return Work(fmas=a["M"] * a["d"] * o["SIZE"], **products)

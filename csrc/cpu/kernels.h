@@ -46,18 +46,6 @@ struct PkAdamw {
     float scale, new_m, old_v, new_v, root, eps, decay, rate; /* root: 1 / sqrt(1 - beta2^step) */
 };
 
-/* rotary_attention: q, y, dy, dq [B, T, H, D]; k, v, dk, dv [B, T, G, D] of dtype; cos, sin [tables, T, D] of
- * table_dtype; keep [masks, T, T], NULL: a query sees the keys up to its own; lse [B, H, T]. dy NULL: forward. */
-struct PkAttention {
-    const void *q, *k, *v, *dy, *cos, *sin;
-    const uint8_t *keep;
-    int64_t dtype, table_dtype, B, T, H, G, D, tables, masks;
-    float scale;
-    void *y, *dq, *dk, *dv;
-    float *lse;
-    int64_t threads;
-};
-
 /* A function table per level; pk_table() is the one in use. */
 struct PkTable {
 #define PK_KERNEL(ret, name, args) ret(*name) args;

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peft_kernels import dispatch
 from peft_kernels.formats import BLOCKSIZES
+from peft_kernels.ops.attention import forward_op as attention
 from peft_kernels.ops.butterfly_linear import forward_op as butterfly_linear
 from peft_kernels.ops.cayley import forward_op as cayley
 from peft_kernels.ops.dora_linear import forward_op as dora_linear
@@ -21,7 +22,6 @@ from peft_kernels.ops.lora_linear import forward_op as lora_linear
 from peft_kernels.ops.lora_mixture import forward_op as lora_mixture
 from peft_kernels.ops.lora_shrink import STEP
 from peft_kernels.ops.multi_lora_linear import forward_op as multi_lora_linear
-from peft_kernels.ops.rotary_attention import forward_op as attention
 from peft_kernels.row_groups import RowGroups
 from peft_kernels.testing import random_quant_weight
 
@@ -356,23 +356,39 @@ def _swiglu_backward(d: Draw) -> Arguments:
     return [gate, up, d.tensor(*gate.shape, dtype=gate.dtype)]
 
 
-@maker("rotary_attention")
+@maker("attention")
 def _attention(d: Draw) -> Arguments:
     batch, tokens, groups = d.random.randint(0 if d.maybe(0.1) else 1, 3), d.size(40), d.random.randint(1, 3)
-    heads, size = groups * d.random.randint(1, 3), 2 * d.random.randint(1, 20)
+    heads, size, width = groups * d.random.randint(1, 3), *(2 * d.random.randint(1, 20) for _ in range(2))
     dtype, tables, d.calm = d.one(FLOATS), d.one((F32, F16)), True  # of infinite scores some sums have NaNs
-    shared = 1 if d.maybe(0.5) else batch
+    keys = tokens if d.maybe(0.5) else d.size(60)
+    if d.maybe(0.2):
+        tokens = 1
     q = d.tensor(batch, tokens, heads, size, dtype=dtype)
-    k, v = (d.tensor(batch, tokens, groups, size, dtype=dtype) for _ in range(2))
-    angle = torch.rand(shared, tokens, size // 2, generator=d.generator).repeat(1, 1, 2) * 6
-    keep = None
+    k, v = (d.tensor(batch, keys, groups, n, dtype=dtype) for n in (size, width))
+    cos = sin = spans = keep = bias = slopes = sinks = None
+    if keys == tokens and d.maybe(0.5):
+        half = d.random.randint(0, size // 2)
+        angle = torch.rand(1 if d.maybe(0.5) else batch, tokens, half, generator=d.generator).repeat(1, 1, 2) * 6
+        cos, sin = d.laid(angle.cos().to(tables)), d.laid(angle.sin().to(tables))
+    if d.maybe(0.3):
+        ends = torch.rand(batch, tokens, 2, generator=d.generator).sort(-1).values * (keys + 1)
+        spans = d.laid(ends.to(torch.int32).clamp(max=keys))
     if d.maybe(0.4):
-        keep = d.laid(torch.rand(1 if d.maybe(0.5) else batch, tokens, tokens, generator=d.generator) > 0.4)
-    return [q, k, v, d.laid(angle.cos().to(tables)), d.laid(angle.sin().to(tables)), keep, size**-0.5]
+        keep = d.laid(torch.rand(batch, tokens, keys, generator=d.generator) > 0.4)
+    if d.maybe(0.3):
+        bias = d.tensor(batch, heads, tokens, keys, dtype=tables)
+    if d.maybe(0.2):
+        slopes = d.laid(torch.rand(heads, generator=d.generator))
+    if d.maybe(0.3):
+        sinks = d.tensor(heads)
+    window, softcap = d.size(30) if d.maybe(0.3) else 0, 3.0 if d.maybe(0.3) else 0.0
+    tables, pairs, causal = [cos, sin, spans, keep, bias, slopes, sinks], d.maybe(0.3), d.maybe(0.6)
+    return [q, k, v, *tables, size**-0.5, pairs, causal, window, softcap]
 
 
-@maker("rotary_attention_backward")
+@maker("attention_backward")
 def _attention_backward(d: Draw) -> Arguments:
-    q, *rest, keep, scale = _attention(d)
-    lse = _kept(d, attention.reference(q, *rest, keep, scale), 1)
-    return [d.tensor(*q.shape, dtype=q.dtype), q, *rest, keep, *lse, scale]
+    args = _attention(d)
+    y, lse = (d.laid(t) for t in attention.reference(*args))
+    return [d.tensor(*y.shape, dtype=y.dtype), *args[:3], y, lse, *args[3:9], *args[10:]]

@@ -235,15 +235,27 @@ def of_elements(rng: Draw) -> None:
 def of_attention(rng: Draw) -> None:
     batch, t, groups = rng.choice((0, 1, 2)), rng.choice((0, 1, 2, 7, 16, 33, 65, 100)), rng.choice((1, 2))
     heads, d, dtype = groups * rng.choice((1, 2, 3)), rng.choice((2, 4, 6, 16, 34, 64)), rng.choice(FLOATS)
+    keys, width = t if rng.random() < 0.5 else rng.choice((0, 1, 9, 64, 300, 700)), rng.choice((2, 16, 34))
     q = leaf(numbers(rng, batch, t, heads, d, dtype=dtype))
-    k, v = (leaf(numbers(rng, batch, t, groups, d, dtype=dtype)) for _ in range(2))
-    table = rng.choice((1, batch)) if batch else 1
-    angles = torch.randn(table, t, d)
-    cos = angles.cos().to(rng.choice(FLOATS))
-    sin = angles.sin().to(cos.dtype)
-    keep = torch.rand(rng.choice((1, max(batch, 1))), t, t) < 0.6 if rng.random() < 0.5 else None
-    y = pk.rotary_attention(q, k, v, cos, sin, keep, scale=d**-0.5)
+    k, v = (leaf(numbers(rng, batch, keys, groups, n, dtype=dtype)) for n in (d, width))
+    options = {"causal": rng.random() < 0.6, "window": rng.choice((0, 0, 5, 40)), "softcap": rng.choice((0.0, 2.0))}
+    if keys == t and rng.random() < 0.6:
+        angles = torch.randn(rng.choice((1, batch)) if batch else 1, t, rng.choice((d, d // 4 * 2)))
+        cos = angles.cos().to(rng.choice(FLOATS))
+        options |= {"cos": cos, "sin": angles.sin().to(cos.dtype), "interleaved": rng.random() < 0.5}
+    if rng.random() < 0.4:
+        options["keep"] = torch.rand(rng.choice((1, max(batch, 1))), rng.choice((1, max(t, 1))), keys) < 0.6
+        options["keep"] = options["keep"] if t else options["keep"][:, :0]
+    if rng.random() < 0.3:
+        options["spans"] = (torch.rand(batch, t, 2) * (keys + 1)).int().sort(-1).values
+    if rng.random() < 0.3:
+        options["bias"] = torch.randn(1, heads, t, keys).to(rng.choice(FLOATS))
+    if rng.random() < 0.3:
+        options |= {"slopes": torch.rand(heads), "sinks": torch.randn(heads)}
+    y = pk.attention(q, k, v, scale=d**-0.5, **options)
     torch.autograd.backward(y, torch.randn_like(y))
+    with torch.no_grad():
+        pk.attention(q[:, :1], k, v, scale=d**-0.5)  # one query
 
 
 def of_quantising(rng: Draw) -> None:
@@ -303,8 +315,11 @@ def refused(_rng: Draw) -> None:
     code += [library.pk_cpu_swiglu(0, 0, dtype, n, 0, 1) for dtype, n in ((3, 4), (-1, 4), (0, -1))]
     for dtype, other, rows, n in ((3, 0, 1, 1), (0, 3, 1, 1), (0, 0, -1, 1), (0, 0, 1, 0)):
         code += [library.pk_cpu_rms_norm(0, 0, dtype, other, rows, n, 0.0, 0, 1)]
-    for dtype, batch, heads, groups, d in ((3, 1, 1, 1, 2), (0, -1, 1, 1, 2), (0, 1, 3, 2, 2), (0, 1, 1, 1, 3)):
-        code += [library.pk_cpu_rotary_attention(*[0] * 6, dtype, 0, batch, 1, heads, groups, d, 1, 1, 1.0, 0, 0, 1)]
+    # after pointers and strides: dtypes of q, angles and bias, B, T, S, H, G, D, Dv, R, interleaved, causal, window
+    good = [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0, 1, 0]
+    for at, value in ((0, 3), (3, -1), (4, -1), (5, -1), (6, 0), (7, 2), (8, 3), (9, 3), (9, 0), (13, -1)):
+        args = struct.pack("=50q2d", *[0] * 35, *good[:at], value, *good[at + 1 :], 1, 1.0, 0.0)
+        code += [library.pk_cpu_attention(args), library.pk_cpu_attention_backward(args)]
     for dtype, rows, d, b, m in ((3, 1, 4, 2, 1), (0, -1, 4, 2, 1), (0, 1, 4, 3, 1), (0, 1, 8, 2, 4), (0, 1, 4, 2, 63)):
         code += [library.pk_cpu_butterfly_rotate(0, 0, dtype, rows, d, b, m, 0, 0, 0, 1)]
     code += [library.pk_cpu_cayley(0, n, b, 0, terms, 0, 1) for n, b, terms in ((-1, 1, 0), (1, -1, 0), (1, 1, 129))]

@@ -31,7 +31,8 @@ IN, OUT, INOUT = range(3)
 INTEGER, DOUBLE, POINTER, ABSENT = range(4)
 RAW = native.DTYPES[torch.uint8]
 DATA_PTR = torch.Tensor.data_ptr
-_OTHER_RESULTS = ("pk_abi_version", "pk_lora_args_size", "pk_cpu_unchanged")  # a number that is no pk_status
+# which return a number that is no pk_status
+_OTHER_RESULTS = ("pk_abi_version", "pk_lora_args_size", "pk_attention_args_size", "pk_cpu_unchanged")
 
 
 class Function(NamedTuple):
@@ -146,7 +147,7 @@ class Call:
             return ABSENT, 0, 0
         if isinstance(value, bytes):
             block = self._add(_Block(0, 0, RAW, IN, value + b"\0" * (of_type == "const char *")))
-            if of_type in ("const pk_lora_args *", "const pk_adamw *"):
+            if of_type in ("const pk_lora_args *", "const pk_adamw *", "const pk_attention_args *"):
                 self._struct(block, of_type.split()[1])
             return POINTER, 0, block
         if name == "addresses":
@@ -198,6 +199,9 @@ class Call:
                 elif name == "pk_adamw":  # the header says how large they are
                     size = 4 if field == "step" else 4 * values["numel"]
                     to = self._pointer(values[field], IN if field == "grad" else INOUT, size)
+                elif name == "pk_attention_args":
+                    written = ("y", "lse") if self.name == "pk_cpu_attention" else ("dq", "dk", "dv")
+                    to = self._pointer(values[field], OUT if field in written else IN)
                 else:  # these can be parts of one tensor
                     known = {"s": 4 * values["M"] * values["r"], "gain": 4 * values["N"], "dgain": 4 * values["N"]}
                     to = self._pointer(values[field], self._use(field), known.get(field))

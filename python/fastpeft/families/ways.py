@@ -19,14 +19,14 @@ PARTS: dict[str, tuple[str, ...]] = {
     "norm": ("rms_norm",),
     "stack": ("lora_linear_stacked",),
     "mlp": ("lora_linear_stacked", "swiglu", "lora_linear"),
-    "attention": ("rotary_attention",),
+    "attention": ("attention",),
     "head": ("lora_linear",),
 }
 # Parts that pay with the native backend alone. Torch's attention and flash attention have kernels for each GPU, which
-# rotary_attention's Triton tiles of 64 x 16 are not; only on a CPU does torch read a head's matrix at half of the speed
+# attention's Triton tiles of 64 x 16 are not; only on a CPU does torch read a head's matrix at half of the speed
 # of memory.
 BY_CHOICE = {
-    "attention": "torch's own attention is taken on a GPU (rotary_attention is tuned for CPUs)",
+    "attention": "torch's own attention is taken on a GPU (ours is tuned for CPUs)",
     "head": "torch's own product is taken on a GPU",
     "layer_norm": "torch's own layer norm is one kernel each way",
 }

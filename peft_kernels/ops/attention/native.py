@@ -1,0 +1,109 @@
+"""The native CPU backend of attention: packs the arguments into one struct and makes one call."""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...dispatch import Backend
+from ...native import pointer
+
+_ARGS = struct.Struct("=50q2d")  # pk_attention_args of csrc/pk_abi.h
+_CODES = {t: native.DTYPES[t] for t in (torch.float32, torch.bfloat16, torch.float16)}
+_F32 = torch.float32
+
+
+def _dense(t: Tensor) -> Tensor:
+    """t with its last dimension dense, as kernels take it by any other strides."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _table(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().to(_F32).contiguous()
+
+
+def _call(
+    entry: Any, dy: Tensor | None, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cos: Tensor | None,
+    sin: Tensor | None, spans: Tensor | None, keep: Tensor | None, bias: Tensor | None, slopes: Tensor | None,
+    sinks: Tensor | None, grads: tuple[Tensor, ...], scale: float, interleaved: bool, causal: bool, window: int,
+    softcap: float,
+) -> None:  # fmt: skip
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    dy = None if dy is None else _dense(dy)
+    keep, bias = None if keep is None else _dense(keep), None if bias is None else _dense(bias)
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    spans = None if spans is None else spans.contiguous()
+    slopes, sinks = _table(slopes), _table(sinks)
+    batch, tokens, heads, d = q.shape
+    by_row = 0 if cos is None or cos.shape[0] == 1 else tokens * cos.shape[2]
+    args = _ARGS.pack(
+        *map(pointer, (q, k, v, dy, cos, sin, spans, keep, bias, slopes, sinks, y, lse)),
+        *(map(pointer, grads) if grads else (0, 0, 0)),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if dy is None else dy.stride()[:3]),
+        *((0, 0) if keep is None else keep.stride()[:2]), *((0, 0, 0) if bias is None else bias.stride()[:3]),
+        by_row, 2 * tokens,
+        _CODES[q.dtype], 0 if cos is None else _CODES[cos.dtype], 0 if bias is None else _CODES[bias.dtype],
+        batch, tokens, k.shape[1], heads, k.shape[2], d, v.shape[3], 0 if cos is None else cos.shape[2],
+        interleaved, causal, window, torch.get_num_threads(), scale, softcap,
+    )  # fmt: skip
+    native.check(entry(args))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, spans: Tensor | None, keep: Tensor | None,
+    bias: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, lse)."""
+    batch, tokens, heads, _ = q.shape
+    y, lse = q.new_empty((batch, tokens, heads, v.shape[3])), q.new_empty((batch, heads, tokens), dtype=_F32)
+    _call(native.cpu().pk_cpu_attention, None, q, k, v, y, lse, cos, sin, spans, keep, bias, slopes, sinks, (),
+          *options)  # fmt: skip
+    return y, lse
+
+
+def backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
+    tables, options = given[:6], given[6:]
+    dq, dk, dv = grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    _call(native.cpu().pk_cpu_attention_backward, dy, q, k, v, y.contiguous(), lse.contiguous(), *tables, None, grads,
+          *options)  # fmt: skip
+    return dq, dk, dv
+
+
+@lru_cache(1)
+def _mismatch() -> str | None:  # of the built library, which is loaded once
+    have = native.attention_args_size()
+    if have != _ARGS.size:
+        return f"pk_attention_args has {have} bytes, this package packs {_ARGS.size}: rebuild the library"
+    return None
+
+
+def _available() -> str | None:
+    return native.available() or _mismatch()
+
+
+def _refusal(cos: int, bias: int) -> Any:
+    """`Backend.when` of an operator in which cos and bias are those arguments."""
+
+    def reason(*args: Any) -> str | None:
+        for name, t in (("cos and sin are", args[cos]), ("bias is", args[bias])):
+            if t is not None and t.dtype not in _CODES:
+                return f"{name} {t.dtype}"
+        return None
+
+    return reason
+
+
+_CPU = frozenset({"cpu"})
+BACKENDS: dict[str, Backend] = {
+    "attention": Backend("native", forward, _CPU, available=_available, when=_refusal(3, 7)),
+    "attention_backward": Backend("native", backward, _CPU, available=_available, when=_refusal(6, 10)),
+}
