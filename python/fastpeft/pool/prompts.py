@@ -57,8 +57,9 @@ def prompt_config(content: Mapping[str, Any]) -> Any:
     config: Any = PeftConfig.from_peft_type(**{k: v for k, v in content.items() if k != "runtime_config"})
     method = method_of(config)
     method.check_config(config, loading=True)
+    task = None if config.task_type is None else TaskType(config.task_type)
     refused = {
-        f"it is for the task {config.task_type}, not CAUSAL_LM": config.task_type not in (None, TaskType.CAUSAL_LM),
+        f"it is for the task {task and task.value}, not CAUSAL_LM": task not in (None, TaskType.CAUSAL_LM),
         "it is for an encoder and a decoder": config.num_transformer_submodules == 2,
         "it trains modules of the model beside the prompt": bool(config.modules_to_save),
         "it has several tasks, and a request names none": getattr(config, "num_tasks", 1) != 1,

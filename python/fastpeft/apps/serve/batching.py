@@ -58,8 +58,8 @@ class Row:
 class Rows:
     """The rows of all requests, by request id, and what one batch needs of them.
 
-    assign: called before each forward with the slots, int64 [tokens], or None for the base alone; ended: with the ids of
-    requests that are surely in no batch any more; stepped: with the numbers of requests and of tokens in the batch;
+    assign: called before each forward with the slots, int64 [tokens], or None for the base alone; ended: with the ids
+    of requests that are surely in no batch any more; stepped: with the numbers of requests and of tokens in the batch;
     stopped: when the loop's thread ends, for whatever reason.
     """
 
