@@ -137,10 +137,10 @@ def test_requests_that_the_scheduler_computes_anew(world: Path, alone: PromptAlo
     monkeypatch.setattr(prefixes.RowScheduler, "add_waiting_request", counted)
     own = limits(max_length=128, batch_tokens=24)
     with running(world, max_resident=16, limits=own, cache_tokens=160) as server:
-        names = [*PROMPTS] * by_form(short=1, full_form=4)
-        asked = [(name, "y" * (1, 16, 31, 40)[i % 4]) for i, name in enumerate(names)]
-        for (name, text), answer in zip(asked, together(server, asked, 30), strict=True):
-            assert text_of(answer) == spelled(alone, alone.ids(name, text, 30)), (name, len(text))
+        names = by_form(short=["mlp", "prefix", "cartridge", "prompt"], full_form=[*PROMPTS] * 4)
+        asked = [(name, "y" * (31, 40, 16, 1)[i % 4]) for i, name in enumerate(names)]
+        for (name, text), answer in zip(asked, together(server, asked, 24), strict=True):
+            assert text_of(answer) == spelled(alone, alone.ids(name, text, 24)), (name, len(text))
         until(server.idle)
     assert again
 
