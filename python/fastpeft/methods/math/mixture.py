@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peft_kernels import lora_mixture
 
 from ..fused import Fused
 from ..method import AdaptedLayer
+from .cache import Cache
 
 
 class Mixed(NamedTuple):
@@ -26,31 +28,14 @@ class Mixed(NamedTuple):
     masked: bool
 
 
-class Kept:
-    """A value that stays for as long as the tensors that it came from are the same objects, in their places, and
-    nothing wrote to them. Threads may share it."""
-
-    def __init__(self) -> None:
-        self._last: tuple[list[Tensor], list[Any], Any] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy has tensors of its own
-        return Kept, ()
-
-    def get(self, tensors: list[Tensor], make: Callable[[], Any]) -> Any:
-        """make(), without gradients, or what it gave last. In a graph it is computed there."""
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                return make()
-        seen = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        last = self._last
-        if last is None or seen != last[1] or any(p is not q for p, q in zip(tensors, last[0], strict=True)):
-            with torch.inference_mode(False), torch.no_grad():
-                self._last = last = list(tensors), seen, make()
-        return last[2]
+def layer_state(s: Any) -> tuple[int, ...]:
+    """The numbers that values of a layer's adapters are kept by. A graph keeps none, and has no guard on them."""
+    return () if torch.compiler.is_compiling() else (s.version,)
 
 
-def together(kept: Kept, a: list[Tensor], b: list[Tensor]) -> tuple[Any, Any]:
-    """Frozen adapters of one rank on each other, so that no call does it again; others as they are."""
+def together(kept: Cache, state: tuple[int, ...], a: list[Tensor], b: list[Tensor]) -> tuple[Any, Any]:
+    """Frozen adapters of one rank on each other, so that no call does it again; others as they are. state:
+    `layer_state`."""
     every = [*a, *b]
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in every)):
         return a, b
@@ -60,7 +45,28 @@ def together(kept: Kept, a: list[Tensor], b: list[Tensor]) -> tuple[Any, Any]:
     def joined() -> tuple[Tensor, Tensor]:
         return torch.stack(a), torch.stack(b, 1).transpose(0, 1)  # B [out, n, r] in memory, as kernels read it
 
-    found: tuple[Tensor, Tensor] = kept.get(every, joined)
+    found: tuple[Tensor, Tensor] = kept.get(every, state, joined)
+    return found
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, held: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.of, ctx.leaves = held[0], leaves
+        return held[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [t for t in ctx.leaves if t.requires_grad]
+        found = iter(torch.autograd.grad(ctx.of, wanted, dy, retain_graph=True, allow_unused=True))
+        return None, *(next(found) if t.requires_grad else None for t in ctx.leaves)
+
+
+def apart(value: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """A tensor apart from its graph, to whose leaves its backward goes, any number of times: layers in reentrant
+    checkpoints go backward one by one, and each frees the graph that it came through."""
+    found: Tensor = _Apart.apply([value], *leaves)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ....config.base import check
 from ....config.seen_as_peft import SeenAsPeft
 from ...fused import Fused
-from ...math.mixture import Kept, Mixed, added, fused, together
+from ...math.cache import Cache
+from ...math.mixture import Mixed, added, fused, layer_state, together
 from ...method import AdaptedLayer, Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
@@ -52,6 +53,39 @@ class ArrowConfig(SeenAsPeft):
             check(self, name, good, "a list of names or None")
 
 
+def _directions(
+    a: list[Tensor], b: list[Tensor], seed: int | None, iters: int = 15, eps: float = 1e-8
+) -> Tensor:  # fmt: skip
+    """float32 [n, in]: for each of n A [r, in] and B [out, r] the direction that B A stretches most, up to its sign."""
+    starts = []
+    for one in a:
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(device=one.device.type)
+            generator.manual_seed(seed)
+        starts.append(torch.randn(one.shape[1], device=one.device, generator=generator))
+    down, up = torch.stack(a).float(), torch.stack(b).float()
+    gram = up.mT @ up
+    v = torch.stack(starts)[..., None]
+    v = v / (v.norm(dim=1, keepdim=True) + eps)
+    for _ in range(iters):
+        v = down.mT @ (gram @ (down @ v))
+        v = v / (v.norm(dim=1, keepdim=True) + eps)
+    found: Tensor = v[..., 0]
+    return found
+
+
+# A graph has no generators: there it is an operator, which computes them in each call.
+_ops: Any = torch.library.Library("fastpeft", "FRAGMENT")  # type: ignore[no-untyped-call]
+_ops.define("arrow_directions(Tensor[] a, Tensor[] b, int? seed) -> Tensor",
+            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))  # fmt: skip
+_ops.impl("arrow_directions", _directions, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastpeft::arrow_directions",
+    lambda a, b, seed: a[0].new_empty((len(a), a[0].shape[1]), dtype=torch.float32), lib=_ops,
+)  # fmt: skip
+
+
 class ArrowLoraLinearLayer(nn.Module):
     """The router of one layer: settings, and what it keeps of the adapters. task_adapter_names: those of its last
     forward."""
@@ -62,34 +96,28 @@ class ArrowLoraLinearLayer(nn.Module):
         self.use_gks, self.rng_seed = config.use_gks, config.rng_seed
         self.task_adapter_names = list(config.task_adapter_names or ())
         self.gks_adapter_names = list(config.gks_adapter_names or ())
-        self._prototypes, self._pure, self._joined = Kept(), Kept(), Kept()
+        self._prototypes, self._pure, self._joined = (Cache(by_version=True) for _ in range(3))
 
     def top_right_singular_vec_from_BA(self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8) -> Tensor:
         """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]."""
-        a, b = A.float(), B.float()
-        generator = None
-        if self.rng_seed is not None:
-            generator = torch.Generator(device=a.device.type)
-            generator.manual_seed(self.rng_seed)
-        gram = b.T @ b
-        v: Tensor = torch.randn(a.shape[1], device=a.device, generator=generator)
-        v = v / (v.norm() + eps)
-        for _ in range(iters):
-            v = a.T @ (gram @ (a @ v))
-            v = v / (v.norm() + eps)
-        return v
+        return _directions([A], [B], self.rng_seed, iters, eps)[0]
 
-    def prototypes(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """[n, in] of n adapters."""
+    def prototypes(self, state: tuple[int, ...], a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """[n, in] of n adapters of one rank. state: `layer_state`, as below."""
 
         def make() -> Tensor:
-            pairs = zip(a, b, strict=True)
-            return torch.stack([self.top_right_singular_vec_from_BA(p, q).to(p.dtype) for p, q in pairs])
+            if torch.compiler.is_compiling():
+                found: Tensor = torch.ops.fastpeft.arrow_directions(a, b, self.rng_seed)
+            else:
+                found = _directions(a, b, self.rng_seed)
+            return found.to(a[0].dtype)
 
-        found: Tensor = self._prototypes.get([*a, *b], make)
-        return found
+        kept: Tensor = self._prototypes.get([*a, *b], state, make)
+        return kept
 
-    def pure(self, a: list[Tensor], b: list[Tensor], general: list[list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    def pure(
+        self, state: tuple[int, ...], a: list[Tensor], b: list[Tensor], general: list[list[Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """A and B without the mean of the general adapters'."""
         every = [*a, *b, *general[0], *general[1]]
 
@@ -99,7 +127,7 @@ class ArrowLoraLinearLayer(nn.Module):
 
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*a, *b)):
             return made()
-        found: tuple[list[Tensor], list[Tensor]] = self._pure.get(every, made)
+        found: tuple[list[Tensor], list[Tensor]] = self._pure.get(every, state, made)
         return found
 
     def weights(self, x: Tensor, prototypes: Tensor) -> Tensor:
@@ -154,12 +182,14 @@ class Arrow(Lora):
             raise ValueError(f"{where} has {len(tasks)} LoRA adapters, expected top_k={router.top_k} at least.")
         if router.use_gks and not general:
             raise ValueError(f"{where} has no general adapter ('{GKS_ADAPTER_PREFIX}0'), which use_gks=True subtracts.")
+        state = layer_state(s)
         a, b = (self._weights(where, others, tasks, name) for name in ("lora_A", "lora_B"))
         if router.use_gks:
-            a, b = router.pure(a, b, [self._weights(where, others, general, name) for name in ("lora_A", "lora_B")])
-        mix = router.weights(s.cast(x, a[0].dtype), router.prototypes(a, b))
+            general_ones = [self._weights(where, others, general, name) for name in ("lora_A", "lora_B")]
+            a, b = router.pure(state, a, b, general_ones)
+        mix = router.weights(s.cast(x, a[0].dtype), router.prototypes(state, a, b))
         scaling = [others[name][1].scaling for name in tasks]
-        return Mixed(*together(router._joined, a, b), mix, scaling, masked=True)
+        return Mixed(*together(router._joined, state, a, b), mix, scaling, masked=True)
 
     @staticmethod
     def _weights(where: str, others: Any, names: list[str], tensor: str) -> list[Tensor]:
