@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config.base import PeftConfig, check
 from ..config.types import PeftWarning
+from ..files.whole import is_apart
 from .fused import Fused
 from .lora.lora import Lora
 from .math.cache import Cache
@@ -112,7 +113,8 @@ class XLoraClassifier(nn.Module):
         scalings: Tensor = logits.expand(-1, -1, self.n_layers, -1)
         if self.config.enable_softmax:
             scalings = torch.softmax(scalings / self.config.softmax_temperature, dim=-1)
-        if scalings.requires_grad and not torch.compiler.is_compiling():
+        units = any(map(is_apart, self.layers))  # which have their tensors, and gradients, to themselves
+        if scalings.requires_grad and not units and not torch.compiler.is_compiling():
             linear: list[Any] = [m for m in self.layers if isinstance(m, nn.Linear)]
             scalings = apart(scalings, [hidden, *(t for m in linear for t in (m.weight, m.bias))])
         self.latest = scalings
