@@ -92,8 +92,8 @@ class Net(nn.Module):
         self.embed, self.lm_head = nn.Embedding(31, width), nn.Linear(width, 31)
         self.layers = nn.ModuleList(Block(width) for _ in range(2))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.embed(ids)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embed(input_ids)
         for layer in self.layers:
             h = layer(h)
         return self.lm_head(h)  # type: ignore[no-any-return]
@@ -106,8 +106,8 @@ class Told(nn.Module):
         super().__init__()
         self.model, self.config = Net(), {"model_type": "custom"}
 
-    def forward(self, ids: Tensor, output_hidden_states: bool = False, **others: Any) -> Any:
-        y = self.model(ids)
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False, **others: Any) -> Any:
+        y = self.model(input_ids)
         return SimpleNamespace(hidden_states=(y,)) if output_hidden_states else y
 
 
@@ -165,7 +165,7 @@ def make(library: Any, case: str) -> Any:
 def step(model: nn.Module, ids: Tensor) -> Tensor:
     """A step of SGD, after which the parameters say what the gradients were."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    y: Tensor = model(ids)
+    y: Tensor = model(input_ids=ids)  # PEFT's X-LoRA wants the name
     y.double().square().mean().backward()
     optimizer.step()
     return y.detach()
@@ -243,7 +243,7 @@ def run(rank: int, folder: Path, case: str, policy: str) -> dict[str, Any]:
     found["set"] = state_of(fastpeft, target)
     model.eval()
     with torch.no_grad():
-        found["again"] = gather(model(part))
+        found["again"] = gather(model(input_ids=part))
     return found
 
 
