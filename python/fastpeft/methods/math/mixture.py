@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft_kernels import lora_mixture
+from peft_kernels import PreparedCall, lora_mixture
 
 from ..fused import Fused
 from ..method import AdaptedLayer
@@ -82,12 +82,19 @@ def added(x: Tensor, mixed: Mixed) -> Tensor:
 
 def fused(layer: AdaptedLayer, of: Callable[[Tensor], Mixed | None]) -> Fused | None:
     """The layer as one call of the kernel. of: the mixture for an input, None where the kernel does not serve."""
+    prepared = PreparedCall(lora_mixture)
+    factors: list[tuple[float, ...]] = [()]  # of the last call: the same object, for the prepared call to hold
 
     def call(x: Tensor, w: Any, bias: Tensor | None) -> Tensor | None:
         found = of(x)
         if found is None:
             return None
-        y: Tensor = lora_mixture(x, w, found.a, found.b, found.mix, found.scaling, bias, masked=found.masked)
+        scaling, last = tuple(found.scaling), factors[0]
+        if scaling == last:
+            scaling = last
+        else:
+            factors[0] = scaling
+        y: Tensor = prepared(x, w, found.a, found.b, found.mix, scaling, bias, 0.0, None, found.masked)
         return y
 
     return layer.base.fused(call)

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ....config.base import check
 from ....config.seen_as_peft import SeenAsPeft
+from ....files.whole import is_apart
 from ...fused import Fused
 from ...math.cache import Cache
 from ...math.mixture import Mixed, added, fused, layer_state, together
-from ...method import AdaptedLayer, Inner, LayerInfo, State
+from ...method import AdaptedLayer, AdapterView, Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
 
@@ -138,6 +139,16 @@ class ArrowLoraLinearLayer(nn.Module):
         return torch.softmax(chosen / self.temperature, dim=-1)
 
 
+class _Experts(NamedTuple):
+    """The adapters that a layer routes between, and the modules that have their A and B; general: those of the general
+    adapters' A, and of their B, where they are subtracted."""
+
+    views: list[AdapterView]
+    a: list[Any]
+    b: list[Any]
+    general: list[list[Any]]
+
+
 @variant("arrow_config", ArrowConfig)
 class Arrow(Lora):
     examples: ClassVar[Any] = ()  # a layer needs other adapters for it to route between
@@ -151,22 +162,42 @@ class Arrow(Lora):
         return "Cannot merge an active Arrow router adapter. Remove it first"
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        mixed = self._mixed(s, x)
+        mixed = self._mixed(s, x, self._experts(s))
         delta: Tensor = s.lora_dropout(added(s.cast(x, mixed.a[0].dtype), mixed))
         return y + delta
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         drops = s.lora_dropout
+        kept: list[_Experts] = []  # for as long as the layer does not change
 
         def of(x: Tensor) -> Mixed | None:
             if type(drops) is not nn.Identity and drops.training:
                 return None
-            return self._mixed(s, x)
+            if kept and not kept[0].a[0].weight.is_meta:  # as they are once they are offloaded
+                return self._mixed(s, x, kept[0])
+            experts = self._experts(s)
+            if not (torch.compiler.is_compiling() or is_apart(layer.lora_A) or is_apart(layer.lora_B)) and all(
+                type(module) is nn.Linear for modules in (experts.a, experts.b, *experts.general) for module in modules
+            ):
+                kept[:] = [experts]
+            return self._mixed(s, x, experts)
 
         return fused(layer, of)
 
-    def _mixed(self, s: Any, x: Tensor) -> Mixed:
-        """The adapters of the layer and their weights for x. ValueError where they do not fit together."""
+    def _mixed(self, s: Any, x: Tensor, experts: _Experts) -> Mixed:
+        """The adapters and their weights for x."""
+        router: ArrowLoraLinearLayer = s.lora_arrow
+        state = layer_state(s)
+        a, b = ([module.weight for module in modules] for modules in (experts.a, experts.b))
+        if router.use_gks:
+            general = [[module.weight for module in modules] for modules in experts.general]
+            a, b = router.pure(state, a, b, general)
+        mix = router.weights(s.cast(x, a[0].dtype), router.prototypes(state, a, b))
+        scaling = [view.scaling for view in experts.views]
+        return Mixed(*together(router._joined, state, a, b), mix, scaling, masked=True)
+
+    def _experts(self, s: Any) -> _Experts:
+        """The adapters of the layer. ValueError where they do not fit together."""
         router: ArrowLoraLinearLayer = s.lora_arrow
         others = {n: (m, view) for n, (m, view) in s.neighbours().items() if isinstance(m, Lora)}
         tasks, general = [], []
@@ -182,24 +213,20 @@ class Arrow(Lora):
             raise ValueError(f"{where} has {len(tasks)} LoRA adapters, expected top_k={router.top_k} at least.")
         if router.use_gks and not general:
             raise ValueError(f"{where} has no general adapter ('{GKS_ADAPTER_PREFIX}0'), which use_gks=True subtracts.")
-        state = layer_state(s)
-        a, b = (self._weights(where, others, tasks, name) for name in ("lora_A", "lora_B"))
-        if router.use_gks:
-            general_ones = [self._weights(where, others, general, name) for name in ("lora_A", "lora_B")]
-            a, b = router.pure(state, a, b, general_ones)
-        mix = router.weights(s.cast(x, a[0].dtype), router.prototypes(state, a, b))
-        scaling = [others[name][1].scaling for name in tasks]
-        return Mixed(*together(router._joined, state, a, b), mix, scaling, masked=True)
+        parts = ("lora_A", "lora_B")
+        a, b = (self._modules(where, others, tasks, name) for name in parts)
+        of_general = [self._modules(where, others, general, name) for name in parts] if router.use_gks else []
+        return _Experts([others[name][1] for name in tasks], a, b, of_general)
 
     @staticmethod
-    def _weights(where: str, others: Any, names: list[str], tensor: str) -> list[Tensor]:
+    def _modules(where: str, others: Any, names: list[str], part: str) -> list[nn.Module]:
         found = []
         for name in names:
             method, view = others[name]
             if type(method) is not Lora or view.lora_bias:
                 what = "one with lora_bias" if type(method) is Lora else f"a {type(method).__name__}"
                 raise ValueError(f"{where} mixes plain LoRA adapters, {name!r} is {what}.")
-            found.append(getattr(view, tensor).weight)
+            found.append(getattr(view, part))
             if (r := view.r) != (first := others[names[0]][1].r):
                 raise ValueError(f"{where}: [{name}] rank mismatch: {r} != {first} of [{names[0]}]")
         return found
