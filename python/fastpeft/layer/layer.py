@@ -278,7 +278,7 @@ class AdapterLayer(MergingLayer):
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mine = now.call is None and self.rows.idle and not torch.compiler.is_compiling()
+        mine = now.state.call is None and self.rows.idle and not torch.compiler.is_compiling()
         plan = self._plan if mine else None
         if plan is not None and not args and not kwargs:
             y = plan(x)

@@ -135,7 +135,7 @@ class PeftModel(SeenAsPeft, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: an adapter for each row of the batch ("__base__" for none)."""
         tuner = self.base_model
-        if now.call is None and not tuner._hooked and AUXILIARY_KWARGS.isdisjoint(kwargs):
+        if now.state.call is None and not tuner._hooked and AUXILIARY_KWARGS.isdisjoint(kwargs):
             return tuner.model(*args, **kwargs)
         if (rows := tuner.prompted_rows(kwargs.get("adapter_names"))) is not None:
             return prompted.forward(tuner, rows, args, kwargs)
