@@ -26,6 +26,7 @@ from . import variant
 class Alora(Lora):
     mergeable = False
     forward_args = ("alora_offsets",)
+    combined_by = "alora_invocation_tokens"
     examples: ClassVar[Any] = ({"r": 4, "alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},)
 
     def check_config(self, config: Any, loading: bool = False) -> None:
