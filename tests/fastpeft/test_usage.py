@@ -83,6 +83,19 @@ def test_a_prefix_is_not_handed_to_a_model_that_passes_over_it():
         fastpeft.get_peft_model(model, fastpeft.PrefixTuningConfig(**options))(input_ids=ids)
 
 
+def test_a_nan_that_no_weight_takes_does_not_stop_a_safe_merge():
+    """PEFT refuses it, though the merged weights are finite."""
+    config = fastpeft.UniLoraConfig(target_modules=["0"], r=1, theta_d_length=256)  # of which 8 are taken
+    model = fastpeft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+    layer = model.base_model.model[0]
+    taken = {int(i) for which in "AB" for i in getattr(layer, f"unilora_indices_{which}")["default"].flatten()}
+    theta = model.base_model.unilora_theta_d["default"].data
+    expected = layer.base_layer.weight.detach() + layer.get_delta_weight("default")
+    theta[[i for i in range(256) if i not in taken]] = float("nan")
+    assert torch.equal(model.merge_and_unload(safe_merge=True)[0].weight, expected)
+    assert len(taken) == 8
+
+
 def test_clusters_of_another_base_are_refused(tmp_path):
     """PEFT takes the tensors over, and adds a cluster's rows to others'."""
     peft = pytest.importorskip("peft")

@@ -122,6 +122,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
             method, view = self.methods[adapter], self.view(adapter)
             if type(method).merged is Method.merged and not method.needs_base_weight:
                 delta = method.delta_weight(view, view, None).reshape(base[0].shape)
+            elif not method.mergeable and (factors := method.factors(view, view, base[0])) is not None:
+                delta = (factors[1] @ factors[0]).reshape(base[0].shape)  # aLoRA's, of some tokens alone
             else:
                 delta = self.merged_weight([adapter], base)[0] - base[0]
         return delta.t() if self.base.transposed else delta

@@ -88,7 +88,7 @@ def add_weighted_lora(
         if how == "cat" or (how == "svd" and svd_clamp is None):
             a, b = _side_by_side(layer, found)
             return (a, b) if how == "cat" else _cut(merge_math.svd_of_product(a.flatten(1), b.flatten(1)), rank, None)
-        delta = mix([_update(layer, n) for n, _ in found], torch.tensor([w for _, w in found]))
+        delta = mix([layer.get_delta_weight(n) for n, _ in found], torch.tensor([w for _, w in found]))
         delta = delta.t() if layer.base.transposed else delta.flatten(1)
         return _cut(tuple(torch.linalg.svd(delta, full_matrices=False, driver=svd_driver)), rank, svd_clamp)
 
@@ -166,15 +166,6 @@ def _side_by_side(layer: AdapterLayer, found: Found) -> tuple[Tensor, Tensor]:
     pairs = [factors_of(layer, name) for name, _ in found]
     scaled = [a * weight * layer.scaling[name] for (a, _), (name, weight) in zip(pairs, found, strict=True)]
     return torch.cat(scaled, dim=0), torch.cat([b for _, b in pairs], dim=1)
-
-
-def _update(layer: AdapterLayer, adapter: str) -> Tensor:
-    """What `get_delta_weight` gives, also of an aLoRA, which has no merged form."""
-    if layer.methods[adapter].mergeable:
-        return layer.get_delta_weight(adapter)
-    a, b = _side_by_side(layer, [(adapter, 1.0)])
-    delta = (b.flatten(1) @ a.flatten(1)).reshape(layer.info.shape)
-    return delta.t() if layer.base.transposed else delta
 
 
 def _mixed_factors(layer: AdapterLayer, found: Found, mix: Mix) -> tuple[Tensor, Tensor]:
