@@ -26,8 +26,8 @@ HOMES = {
     "model.adapters": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
     "saving.folder": "SAFETENSORS_WEIGHTS_NAME=SAFETENSORS_NAME WEIGHTS_NAME=PICKLE_NAME",
     "compat.peft_only": """
-        ALLOWED_COMPUTE_DTYPES DoraCaching EMBEDDING_LAYER_NAMES MontecloraTrainerMixin SEQ_CLS_HEAD_NAMES
-        TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING _get_submodules
+        ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG DoraCaching EMBEDDING_LAYER_NAMES MontecloraTrainerMixin
+        SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING _get_submodules
         check_if_peft_model check_target_module_exists dequantize_module_weight find_parameter_name_by_module
         get_device_map inspect_matched_modules is_xpu_available transpose update_forward_signature
         update_generate_signature update_signature

@@ -25,6 +25,7 @@ from ..model.tuner import BaseTuner, tuner_class
 from ..weights.find import weight_of
 
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 SEQ_CLS_HEAD_NAMES = list(SEQ_CLS_HEADS)
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"

@@ -137,7 +137,9 @@ def warn_unmatched(
         hits = hits_of(given, adapted)
         lost[field] = [pattern for pattern in given if not hits.get(pattern)]
     for field, values in lost.items():
-        if values:
+        if values and field == "exclude_modules":
+            warn(f"You have passed exclude_modules={left_out!r} but no modules were excluded.", level=3)
+        elif values:
             warn(f"{field}: nothing in the model matches {list_some(sorted(values))}.", level=3)
 
 
@@ -166,7 +168,8 @@ def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[st
             message += f" Note: {name}={getattr(config, name)!r} leaves out further modules."
     ends = Counter(name.rpartition(".")[2] for name in possible)
     listed = [f"{end} ({count})" for end, count in ends.items()]
-    return NoMatchingPeftModuleError(f"{message} What could be targeted: {list_some(listed, 24) or 'nothing'}.")
+    could = f"What could be targeted: {list_some(listed, 24) or 'nothing'}."
+    return NoMatchingPeftModuleError(f"{message} {could} No modules were targeted for adaptation.")
 
 
 def _shown(value: object) -> str:

@@ -157,7 +157,7 @@ class AdapterLayer(MergingLayer):
         elif adapter in self.methods:
             self.restore_base(adapter)
         self.methods[adapter] = method
-        self._prefix = self._prefix or method.prefix.rstrip("_")
+        self._prefix = self._prefix or method.peft_type.value.lower()
         held = method.shares(self.info, list(shared)) if shared else {}
         for attribute, name in held.items():
             self._modules[attribute] = several = (shared or {})[name]

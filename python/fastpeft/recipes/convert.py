@@ -21,6 +21,7 @@ from ..config.types import PeftType, warn
 from ..files.checks import PREFIX
 from ..files.progress import shown
 from ..inject.modules import adapter_layers, adapter_modules, walk
+from ..inject.tokens import TrainableTokensWrapper
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.lora.lora import LoraConfig
@@ -72,6 +73,16 @@ def convert_to_lora(
     for name, module in adapter_modules(model):
         if isinstance(module, ModulesToSaveWrapper):
             state |= {f"{name}.{key}": tensor.detach() for _, key, tensor in module.adapter_state(adapter_name)}
+    tokens: dict[str, list[int]] = {}
+    for name, layer in adapter_layers(model, adapter_name):
+        if name not in layers:  # rows that a LoRA trains beside it
+            rows = {f"{name}.{key}": tensor.detach() for _, key, tensor in layer.adapter_state(adapter_name)}
+            state |= rows
+            if rows:
+                end = name.removeprefix(PREFIX).removesuffix(".token_adapter")
+                tokens[end] = list(layer.token_indices[adapter_name])
+    if source is None:
+        config.trainable_token_indices = tokens or None
     return config, state
 
 
@@ -85,8 +96,9 @@ def save_as_lora(
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
-    """The layers with the adapter, by name, if all of them can be converted."""
-    layers = dict(adapter_layers(model, adapter))
+    """The layers with the adapter, by name, if all of them can be converted; without those of rows beside it."""
+    tokens = {s.module.token_adapter for s in walk(model) if isinstance(s.module, TrainableTokensWrapper)}
+    layers = {name: layer for name, layer in adapter_layers(model, adapter) if layer not in tokens}
     if not layers:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
     reasons = {}
@@ -135,6 +147,7 @@ def _config(model: nn.Module, source: Any, rank: int | float, ranks: dict[str, i
         names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         for name in (*names, "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
             setattr(config, name, copy.copy(getattr(source, name, getattr(config, name))))
+        config.trainable_token_indices = copy.copy(getattr(source, "trainable_token_indices", None))
     else:
         config.target_modules = minimal_suffixes(ranks, [s.name.removeprefix(PREFIX) for s in walk(model) if s.name])
     for name, r in ranks.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..inject.tokens import TrainableTokensWrapper
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
@@ -19,6 +20,7 @@ def _original_keys(base: nn.Module) -> dict[str, str]:
     adapters = {n for n, m in modules.items() if isinstance(m, AdapterDict)}
     wrapped = {f"{n}.base_layer".lstrip(".") for n, m in modules.items() if isinstance(m, AdapterLayer)}
     wrapped |= {f"{n}.original_module".lstrip(".") for n, m in modules.items() if isinstance(m, ModulesToSaveWrapper)}
+    wrapped |= {f"{n}.token_adapter".lstrip(".") for n, m in modules.items() if isinstance(m, TrainableTokensWrapper)}
     found = {}
     for key in base.state_dict():
         parts = key.split(".")

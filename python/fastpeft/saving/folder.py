@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def convert_bin(directory: str | os.PathLike[str]) -> int:
         raise FileNotFoundError(f"{folder} holds no {PICKLE_NAME}")
     if (folder / SAFETENSORS_NAME).exists():
         raise FileExistsError(f"{folder} holds {SAFETENSORS_NAME} already, which is what is read: nothing to convert")
-    tensors = _read_bin(path)
+    tensors = bins.read_bin(path)
     check_finite(tensors, path)
     with atomic.atomic_directory(folder) as temporary:
         _write_tensors(tensors, temporary, True)
@@ -157,7 +156,7 @@ def open_adapter(
     if not allow_bin:
         rule = f"it holds only {PICKLE_NAME}, a pickle, which can run code when it is loaded"
         raise AdapterFileError(f"{folder}: {rule}. {WAYS.format(folder)}", rule)
-    return AdapterSource(folder, config, _read_bin(pickle))
+    return AdapterSource(folder, config, bins.read_bin(pickle))
 
 
 def load_adapter_file(directory: str | os.PathLike[str], **options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -173,12 +172,6 @@ def _warn_if_changed(folder: Path | Confined) -> None:
     except AdapterFileError as error:
         # Not an error: PEFT may have saved into the folder since. A damaged file fails the checks of its content.
         warnings.warn(f"{error}. Loading it all the same; save it again to refresh the manifest.", stacklevel=4)
-
-
-def _read_bin(path: Path | Confined) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory() as folder:
-        bins.write_as_safetensors(path, goal := Path(folder, SAFETENSORS_NAME))
-        return read_tensors(read_header(goal))
 
 
 def _local_folder(

@@ -123,6 +123,8 @@ class Lora(Method):
     counts = ("r",)
     parallel = frozenset({"tensor"})
     inits: ClassVar[tuple[str, ...]] = ()  # values of `init_lora_weights` that a variant adds
+    # Of a variant whose adapters `add_weighted_adapter` can combine: the field in which they have to agree.
+    combined_by: ClassVar[str | None] = None
     examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3},
         {"r": 6, "lora_alpha": 5, "use_rslora": True},
