@@ -1,7 +1,7 @@
 """A plugin of pytest, `-p in_place_of_peft`: `import peft` is fastpeft, before anything else is imported.
 
-With PEFT_SUITE_STUBS=1 names that the tests import and fastpeft lacks are stand-ins, so that a file that needs one can
-be collected all the same; a case that uses one, or has one among its parameters, is skipped.
+Names that the tests import and fastpeft lacks are stand-ins, so that a file that needs one can be collected all the
+same; a case that uses one, or has one among its parameters, fails, or with PEFT_SUITE_STUBS=1 is skipped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Stub(type):
 
     def _skip_or(cls, make: Any) -> Any:
         if running:
-            pytest.skip(f"not there: {cls.__doc__}")
+            (pytest.skip if STUBS else pytest.fail)(f"not there: {cls.__doc__}")
         return make()
 
 
@@ -86,17 +86,15 @@ def _fill(path: Path) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if STUBS:
-        for argument in config.args:
-            path = Path(argument.partition("::")[0])
-            for each in (path, *path.parent.glob("testing_*.py")):
-                _fill(each)
+    for argument in config.args:
+        path = Path(argument.partition("::")[0])
+        for each in (path, *path.parent.glob("testing_*.py")):
+            _fill(each)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items if STUBS else ():
-        if name := _name_of_stub(getattr(getattr(item, "callspec", None), "params", {})):
-            item.add_marker(pytest.mark.skip(reason=f"not there: {name}"))
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if name := _name_of_stub(getattr(getattr(item, "callspec", None), "params", {})):
+        _Stub._skip_or(stub(name), list)
 
 
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
