@@ -179,7 +179,8 @@ def _check_whole(parameter: str, olds: Sequence[str], count: int, hits: Mapping[
     if hits and missing:
         raise PeftError(
             f"target_modules selects {', '.join(sorted(hits))} without {', '.join(missing)}, and {parameter!r} holds "
-            "both: select all of them or none."
+            f"both: select all of them or none. Cannot convert PEFT target(s) {', '.join(sorted(hits))} without also "
+            f"targeting {', '.join(missing)} because they are fused into {parameter.rpartition('.')[2]}."
         )
 
 

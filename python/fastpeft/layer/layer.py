@@ -154,8 +154,6 @@ class AdapterLayer(MergingLayer):
         """
         if EDIT in state:
             self.edit_base(adapter, state[EDIT])
-        elif adapter in self.methods:
-            self.restore_base(adapter)
         self.methods[adapter] = method
         self._prefix = self._prefix or method.prefix.rstrip("_")
         held = method.shares(self.info, list(shared)) if shared else {}
