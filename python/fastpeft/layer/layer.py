@@ -390,7 +390,9 @@ class AdapterLayer(MergingLayer):
         return {**self.__dict__, "_plan": None}
 
     def extra_repr(self) -> str:
-        return f"parameter_name={self.base.names[0]!r}" if "parameter_name" in self.base.attributes else ""
+        shown = {"parameter_name": self.base.names[0]} if "parameter_name" in self.base.attributes else {}
+        shown |= {} if (backend := self.quantization_backend) is None else {"quantization_backend": backend}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def __repr__(self) -> str:
         # As PEFT's class of the same purpose: `lora.Linear(...)`.
