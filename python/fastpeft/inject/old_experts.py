@@ -165,6 +165,9 @@ def convert_targets(
     if not isinstance(targets, str):
         modules = [n for n, s in sites.items() if n not in routers.values() and weight_of(innermost(s.module))]
         changes["target_modules"] = {t for t in targets if t not in meant or select([t], modules)}
+    elif targets.lower() != ALL_LINEAR:  # an expression that means experts too is read once, as PEFT reads it
+        found = [n for n in match_targets(config, [*sites]).names if n not in routers.values()]
+        changes["target_modules"] = minimal_suffixes(found, sites)
     return Converted(changes, frozenset(r for p, r in routers.items() if p in hits), meant)
 
 
