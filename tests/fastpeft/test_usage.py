@@ -108,6 +108,20 @@ def test_clusters_of_another_base_are_refused(tmp_path):
         fastpeft.PeftModel.from_pretrained(bases[1], tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
+def test_embeddings_resized_after_a_model_came_from_the_hub_are_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, commit = tmp_path / "models--some--llama", "0" * 40
+    for folder in (repo / "refs", repo / "snapshots" / commit):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    model = fastpeft.get_peft_model(llama(), fastpeft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = "some/llama"
+    for size, saved in ((model.config.vocab_size, False), (7, True)):
+        (repo / "snapshots" / commit / "config.json").write_text(f'{{"vocab_size": {size}}}')
+        assert any("embed_tokens" in key for key in fastpeft.get_peft_model_state_dict(model)) == saved
+
+
 def test_functional_without_a_peft_model():
     from fastpeft import functional
 
@@ -166,7 +180,7 @@ def test_weights_of_a_file_and_its_layers(tmp_path):
     model.save_pretrained(tmp_path)
     state = fastpeft.load_peft_weights(tmp_path, device="cpu")
     assert state.keys() == fastpeft.get_peft_model_state_dict(model).keys()
-    renamed = fastpeft.load_peft_weights(tmp_path, key_mapping={"^model.layers": "layers"})
+    renamed = fastpeft.load_peft_weights(tmp_path, key_mapping={"^model.layers": "layers", "^layers": "none"})
     assert all(key.startswith("base_model.model.layers.") for key in renamed)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert not isinstance(layer, Linear4bit)

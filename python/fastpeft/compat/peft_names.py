@@ -36,6 +36,7 @@ HOMES = {
         LoraEmbeddingATPHolder LoraParallelLinear TpInfo check_deepspeed_zero3_enabled gather_params_ctx
         get_default_module_allowlist get_tp_plan_and_mesh
     """,
+    "compat.empty_weights": "init_empty_weights skip_init_on_device",
     "config.base": "CONFIG_NAME",
     "files.whole": "dtensor_from_local_like",
     "model.distributed": "fsdp_auto_wrap_policy",
@@ -131,7 +132,8 @@ _MODULES = {
     "utils.hotswap": "saving.hotswap",
     "utils.incremental_pca": "recipes.incremental_pca",
     "utils.integrations": """
-        TpInfo check_deepspeed_zero3_enabled dequantize_module_weight dtensor_from_local_like gather_params_ctx
+        TpInfo check_deepspeed_zero3_enabled compat.empty_weights dequantize_module_weight dtensor_from_local_like
+        gather_params_ctx
     """,
     "utils.loftq_utils": "recipes.loftq",
     "utils.merge_utils": "model.merge_math",

@@ -317,9 +317,12 @@ class MergingLayer(ActiveAdapters, Wrapping):
 
     def restore_base(self, adapter: str | None = None) -> None:
         """Take back what was changed for an adapter (None: for all), whatever was changed after it."""
-        left = {name: edit for name, edit in self.base_edits.items() if adapter not in (None, name)}
-        if len(left) < len(self.base_edits):
-            self._remake(self.merged_adapters, left)
+        self.set_edits({name: edit for name, edit in self.base_edits.items() if adapter not in (None, name)})
+
+    def set_edits(self, edits: Mapping[str, BaseEdit]) -> None:
+        """Make the base weight what these edits, and the adapters that are merged, make of the original."""
+        if edits != self.base_edits:
+            self._remake(self.merged_adapters, edits)
 
 
 def _edited(w: Tensor, edits: Iterable[BaseEdit]) -> Tensor:

@@ -309,6 +309,8 @@ class PeftModel(SeenAsPeft, nn.Module):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         source = open_adapter(model_id, **kwargs)
         config = source.peft_config() if config is None else config
+        if key_mapping is None and not config.is_prompt_learning:  # of files from before transformers moved modules
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         model_class = class_for(config, cls)
         with model_class._preparing(config, inference_mode=not is_trainable):
             loaded = plan_loading(source, config, model, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)

@@ -107,7 +107,7 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
             reasons[reason] = name
     if reasons:
         listed = "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
-        raise TypeError(f"Some modules on this model do not support LoRA conversion: {listed}.")
+        raise TypeError(f"Some module types on this model do not support LoRA conversion: {listed}.")
     return layers
 
 
@@ -141,7 +141,7 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
 def _config(model: nn.Module, source: Any, rank: int | float, ranks: dict[str, int]) -> LoraConfig:
     """Of the converted layers, whose names start at `model`."""
     ranks = {name.removeprefix(PREFIX): r for name, r in ranks.items()}
-    common = rank if isinstance(rank, int) else max(set(ranks.values()), key=list(ranks.values()).count)
+    common = rank if isinstance(rank, int) else 1  # each layer then has a rank of its own, as in PEFT's files
     config = LoraConfig(r=common, lora_alpha=common)
     if source is not None:
         names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
@@ -151,7 +151,7 @@ def _config(model: nn.Module, source: Any, rank: int | float, ranks: dict[str, i
     else:
         config.target_modules = minimal_suffixes(ranks, [s.name.removeprefix(PREFIX) for s in walk(model) if s.name])
     for name, r in ranks.items():
-        if r != common:
+        if r != common or isinstance(rank, float):
             # A pattern also matches the end of a name: where this name is one, it has to be the whole.
             pattern = f"^{name}" if any(other.endswith(f".{name}") for other in ranks) else name
             config.rank_pattern = {**(config.rank_pattern or {}), pattern: r}

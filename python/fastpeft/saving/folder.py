@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..config.base import CONFIG_NAME, PeftConfig
 from ..config.limits import check_bytes, check_config
+from ..config.types import warn
 from ..files import atomic, bins
-from ..files.checks import AdapterFileError, Confined, path_inside, read_json
+from ..files.checks import AdapterFileError, Confined, list_some, path_inside, read_json
 from ..files.hub import find_adapter_file
 from ..files.safetensors import Header, check_finite, read_header, read_tensors
 
@@ -37,6 +38,17 @@ WAYS = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 
 
+def _warn_of_parts(state_dict: Mapping[str, Tensor]) -> None:
+    """Warn of factors without their shape, which shards have that nobody gathered."""
+    factors = {k: tuple(t.shape) for k, t in state_dict.items() if k.endswith((".lora_A.weight", ".lora_B.weight"))}
+    if bad := [f"{key}:{shape}" for key, shape in factors.items() if len(shape) < 2 or 0 in shape]:
+        warn(
+            f"{len(bad)} LoRA tensor(s) have invalid shape: {list_some(bad, 3)}. A 1-D or zero-sized lora_A / lora_B "
+            "tensor indicates that DeepSpeed ZeRO-3 / FSDP shards were not gathered: the file will not be of use. Save "
+            "within deepspeed.zero.GatheredParameters or FullyShardedDataParallel.summon_full_params."
+        )
+
+
 def save_adapter(
     directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: Mapping[str, Any], writes: bool = True,
     safe_serialization: bool = True,
@@ -50,6 +62,7 @@ def save_adapter(
     check_config(config, directory)
     check_bytes(config, directory)
     check_finite(state_dict, f"{directory} is not written: the adapter cannot be used")
+    _warn_of_parts(state_dict)
     if not writes:
         return
     tensors: dict[str, Tensor] = {}

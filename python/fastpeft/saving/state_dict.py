@@ -9,13 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from ..files.checks import PREFIX, TUNER, KeyMismatchError, list_some, mismatch, read_json, report
+from ..files.hub import known_file
 from ..files.offloaded import keep, keeper, kept
 from ..files.whole import copy_into, gathered, is_sharded, sharded_as, state_of_units, whole_shape
 from ..inject.modules import WRAPPED, adapter_modules, iter_adapter_tensors
@@ -298,8 +298,8 @@ def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["aut
         return True
     base = getattr(config, "base_model_name_or_path", None)
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    file = Path(base) / "config.json" if base else None
-    if size is None or file is None or not file.is_file() or read_json(file).get("vocab_size", size) == size:
+    file = known_file(base, "config.json", getattr(config, "revision", None)) if base and size is not None else None
+    if file is None or read_json(file).get("vocab_size", size) == size:
         return False
     warnings.warn(
         "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
