@@ -53,6 +53,7 @@ POLICIES = ("ddp", "fsdp1", "fsdp1 orig", "fsdp1 blocks", "fsdp1 whole", "fsdp2"
 ACROSS = ("LilyConfig", "TinyLoraConfig", "UniLoraConfig", "VBLoRAConfig")
 # Their output is not a function of each row alone: PVeRA draws noise, Lily's router looks at the batch.
 BY_BATCH = ("PveraConfig", "LilyConfig")
+NOT_BESIDE = ("xlora",)  # PEFT's state dict lacks its classifier, and its draws are others
 SHORT = [
     ("all", "ddp"), ("all", "fsdp1 orig"), ("all", "fsdp1 whole"), ("all", "fsdp2"), ("dora", "fsdp1"),
     ("parameters", "fsdp1 blocks"), ("OFTConfig", "fsdp1"), ("VeraConfig", "fsdp1 blocks"), ("VBLoRAConfig", "fsdp1"),
@@ -70,7 +71,8 @@ def cases() -> list[tuple[str, str]]:
     """Those that are run; of what blocks share torch loses some, or waits for ever, in both libraries."""
     every = [(case, policy) for case in CASES for policy in POLICIES if policy != "fsdp1" or flat_together(case)]
     lost = [(case, policy) for case in ACROSS for policy in ("fsdp1 blocks", "fsdp1 orig", "fsdp2")]
-    return [pair for pair in every if pair not in lost and pair[0] not in BY_BATCH] + [(c, "fsdp1") for c in ACROSS]
+    kept = [pair for pair in every if pair not in lost and pair[0] not in BY_BATCH + NOT_BESIDE]
+    return kept + [(c, "fsdp1") for c in ACROSS]
 
 
 class Block(nn.Module):
