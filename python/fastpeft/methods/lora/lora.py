@@ -130,8 +130,7 @@ class Lora(Method):
     counts = ("r",)
     parallel = frozenset({"tensor"})
     inits: ClassVar[tuple[str, ...]] = ()  # values of `init_lora_weights` that a variant adds
-    # Of a variant whose adapters `add_weighted_adapter` can combine: the field in which they have to agree.
-    combined_by: ClassVar[str | None] = None
+    combined_by: ClassVar[str | None] = None  # of a variant that `add_weighted_adapter` can combine: the field to agree in
     examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3},
         {"r": 6, "lora_alpha": 5, "use_rslora": True},
@@ -174,8 +173,7 @@ class Lora(Method):
         start.warn_beside([config, *others])
 
     def keeps_edit(self, config: LoraConfig, info: LayerInfo) -> bool:
-        found = start.start_of(config.init_lora_weights)
-        return found is not None and found.for_edited(info)
+        return (found := start.start_of(config.init_lora_weights)) is not None and found.for_edited(info)
 
     def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
