@@ -130,7 +130,7 @@ class Lora(Method):
     counts = ("r",)
     parallel = frozenset({"tensor"})
     inits: ClassVar[tuple[str, ...]] = ()  # values of `init_lora_weights` that a variant adds
-    combined_by: ClassVar[str | None] = None  # of a variant that `add_weighted_adapter` can combine: the field to agree in
+    combined_by: ClassVar[str | None] = None  # field to agree in, where `add_weighted_adapter` combines a variant
     examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3},
         {"r": 6, "lora_alpha": 5, "use_rslora": True},

@@ -54,20 +54,21 @@ class ArrowConfig(SeenAsPeft):
             check(self, name, good, "a list of names or None")
 
 
-def _directions(
-    a: list[Tensor], b: list[Tensor], seed: int | None, iters: int = 15, eps: float = 1e-8
-) -> Tensor:  # fmt: skip
+def _drawn(a: Tensor, seed: int | None) -> Tensor:
+    """float32 [in] of an A [r, in]: where the power iteration starts."""
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(device=a.device.type)
+        generator.manual_seed(seed)
+    found: Tensor = torch.randn(a.shape[1], device=a.device, generator=generator)
+    return found
+
+
+def _directions(a: list[Tensor], b: list[Tensor], starts: list[Tensor], iters: int = 15, eps: float = 1e-8) -> Tensor:
     """float32 [n, in]: for each of n A [r, in] and B [out, r] the direction that B A stretches most, up to its sign."""
-    starts = []
-    for one in a:
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(device=one.device.type)
-            generator.manual_seed(seed)
-        starts.append(torch.randn(one.shape[1], device=one.device, generator=generator))
     down, up = torch.stack(a).float(), torch.stack(b).float()
     gram = up.mT @ up
-    v = torch.stack(starts)[..., None]
+    v = torch.stack(starts).to(down.device)[..., None]
     v = v / (v.norm(dim=1, keepdim=True) + eps)
     for _ in range(iters):
         v = down.mT @ (gram @ (down @ v))
@@ -80,7 +81,8 @@ def _directions(
 _ops: Any = torch.library.Library("fastpeft", "FRAGMENT")  # type: ignore[no-untyped-call]
 _ops.define("arrow_directions(Tensor[] a, Tensor[] b, int? seed) -> Tensor",
             tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))  # fmt: skip
-_ops.impl("arrow_directions", _directions, "CompositeExplicitAutograd")
+_ops.impl("arrow_directions", lambda a, b, seed: _directions(a, b, [_drawn(one, seed) for one in a]),
+          "CompositeExplicitAutograd")  # fmt: skip
 torch.library.register_fake(
     "fastpeft::arrow_directions",
     lambda a, b, seed: a[0].new_empty((len(a), a[0].shape[1]), dtype=torch.float32), lib=_ops,
@@ -98,10 +100,11 @@ class ArrowLoraLinearLayer(nn.Module):
         self.task_adapter_names = list(config.task_adapter_names or ())
         self.gks_adapter_names = list(config.gks_adapter_names or ())
         self._prototypes, self._pure, self._joined = (Cache(by_version=True) for _ in range(3))
+        self._starts: list[Tensor] = []  # drawn once, so that a prototype is another only where its adapter is
 
     def top_right_singular_vec_from_BA(self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8) -> Tensor:
         """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]."""
-        return _directions([A], [B], self.rng_seed, iters, eps)[0]
+        return _directions([A], [B], [_drawn(A, self.rng_seed)], iters, eps)[0]
 
     def prototypes(self, state: tuple[int, ...], a: list[Tensor], b: list[Tensor]) -> Tensor:
         """[n, in] of n adapters of one rank. state: `layer_state`, as below."""
@@ -110,7 +113,8 @@ class ArrowLoraLinearLayer(nn.Module):
             if torch.compiler.is_compiling():
                 found: Tensor = torch.ops.fastpeft.arrow_directions(a, b, self.rng_seed)
             else:
-                found = _directions(a, b, self.rng_seed)
+                self._starts += [_drawn(one, self.rng_seed) for one in a[len(self._starts) :]]
+                found = _directions(a, b, self._starts[: len(a)])
             return found.to(a[0].dtype)
 
         kept: Tensor = self._prototypes.get([*a, *b], state, make)
@@ -168,18 +172,18 @@ class Arrow(Lora):
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         drops = s.lora_dropout
-        kept: list[_Experts] = []  # for as long as the layer does not change
+        kept: list[tuple[tuple[int, ...], _Experts]] = []  # for as long as the layer does not change
 
         def of(x: Tensor) -> Mixed | None:
             if type(drops) is not nn.Identity and drops.training:
                 return None
-            if kept and not kept[0].a[0].weight.is_meta:  # as they are once they are offloaded
-                return self._mixed(s, x, kept[0])
+            if kept and kept[0][0] == layer_state(s) and not kept[0][1].a[0].weight.is_meta:  # once it is offloaded
+                return self._mixed(s, x, kept[0][1])
             experts = self._experts(s)
             if not (torch.compiler.is_compiling() or is_apart(layer.lora_A) or is_apart(layer.lora_B)) and all(
                 type(module) is nn.Linear for modules in (experts.a, experts.b, *experts.general) for module in modules
             ):
-                kept[:] = [experts]
+                kept[:] = [(layer_state(s), experts)]
             return self._mixed(s, x, experts)
 
         return fused(layer, of)
