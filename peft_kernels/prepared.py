@@ -74,6 +74,10 @@ class Prepared:
         """The call. x: as `holds` wants it."""
         raise NotImplementedError
 
+    def run_with(self, x: Tensor, own: Any) -> Any:
+        """The call of a function in `_OWN`; own: its argument of this call. None: it is the public function's."""
+        raise NotImplementedError
+
 
 _wants_gradient: Callable[[Tensor], bool] = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
@@ -94,34 +98,40 @@ _ONE_BY_ONE: dict[str, Callable[[Arguments], Arguments] | None] = {
     "lora_linear": None,
     "lora_linear_by_row": _rows,
     "lora_linear_stacked": _projections,
+    "lora_mixture": None,
     "multi_lora_linear": None,
 }
+# Of a function, the place of the argument beside x that is another one in each call, and is looked at in each.
+_OWN = {"lora_mixture": 3}
 
 
 class PreparedCall:
     """A function of this package for one layer, call after call: `call(x, *arguments)` is `function(x, *arguments)`.
 
-    function: `lora_linear`, `dora_linear`, `dora_linear_normed` or `multi_lora_linear`; `lora_linear_stacked` or
-    `lora_linear_by_row`, which are then called as `call(x, *projections)`. Without gradients each of them but
-    `dora_linear_normed` and `lora_linear_by_row` is prepared; with gradients these two, `lora_linear` and
-    `lora_linear_stacked` are, whose weights and biases are frozen then. Errors are the function's. A copy, or a pickle,
-    is a call that has not been made. Threads may share one: what it keeps is never written to.
+    function: `lora_linear`, `dora_linear`, `dora_linear_normed` or `multi_lora_linear`; `lora_mixture`, whose `mix` may
+    be another in each call; `lora_linear_stacked` or `lora_linear_by_row`, which are then called as `call(x,
+    *projections)`. Without gradients each of them but `dora_linear_normed` and `lora_linear_by_row` is prepared; with
+    gradients these two, `lora_linear` and `lora_linear_stacked` are, whose weights and biases are frozen then. Errors
+    are the function's. A copy, or a pickle, is a call that has not been made. Threads may share one: what it keeps is
+    never written to.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         name = getattr(function, "__name__", "")
         if name not in _ONE_BY_ONE:
             raise arg_error("PreparedCall", "function", f"one of {', '.join(_ONE_BY_ONE)}", repr(function))
-        self._function, self._one_by_one = function, _ONE_BY_ONE[name]
+        self._function, self._one_by_one, self._own = function, _ONE_BY_ONE[name], _OWN.get(name)
         self._last: list[Prepared | None] = [None, None]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedCall, (self._function,)
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
-        one_by_one = self._one_by_one
+        one_by_one, own = self._one_by_one, self._own
         if type(x) in PLAIN and x.is_cpu and not dispatch_observed() and in_memory(x) and not _autocasts("cpu"):
             given = arguments if one_by_one is None else one_by_one(arguments)
+            if own is not None:
+                given = (*arguments[:own], *arguments[own + 1 :])
             graph = _records()
             last = self._last[graph]
             if last is None or not last.holds(x, given):
@@ -131,7 +141,9 @@ class PreparedCall:
                     last.given = given
                 self._last[graph] = last  # whole, as other threads may take it
             if last is not None:
-                return last.run(x)
+                y = last.run(x) if own is None else last.run_with(x, arguments[own])
+                if y is not None:
+                    return y
         return self._function(x, *arguments) if one_by_one is None else self._function(x, arguments)
 
 

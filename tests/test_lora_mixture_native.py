@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from forms import matrix
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from lora_tools import BF16, F16, F32, FLOATS, LEVELS, at_level, level_fixture, needs_native, threads
 from mixture_tools import check_mixture, make_mixture
 
-from peft_kernels import native
+from peft_kernels import PreparedCall, lora_mixture, native, use_backend
 from peft_kernels.ops import lora_mixture as op
 from peft_kernels.ops.lora_linear import forward_op as single
 from peft_kernels.ops.lora_linear.native import pack
@@ -18,6 +20,35 @@ from peft_kernels.testing import assert_same_bits
 
 level = level_fixture()
 ZEROS = ("", "some", "top", "first", "all")
+
+
+@needs_native
+@pytest.mark.parametrize("scaling", [1.0, 2.0, (0.5, 2.0, 1.0)])
+def test_a_prepared_call_gives_the_same_bits(scaling: Any) -> None:
+    for n, k, dtype in ((20, 64, F32), (33, 77, BF16)):
+        c = make_mixture(6, n, k, 3, 5, quant="dense", dtype=dtype, w_dtype=dtype, bias=True)
+        w, bias, mixes = c.base.weight[0], c.base.bias, [c.mix, c.mix.flip(0)]
+        fixed = (scaling, bias)
+        call, b = PreparedCall(lora_mixture), c.b.transpose(0, 1)
+        with torch.no_grad():
+            kept = None
+            for x, mix in ((c.base.x, mixes[0]), (c.base.x, mixes[1]), (c.base.x[:1], mixes[0][:1])):
+                for given, own in ((x, mix), (x[None], mix[None])):
+                    assert_same_bits(call(given, w, c.a, b, own, *fixed), lora_mixture(given, w, c.a, b, own, *fixed))
+                    assert call._last[False] is (kept := kept or call._last[False])
+                c.a.mul_(0.5)  # values may change
+            assert kept is not None
+            wide = mixes[0][:1].double()  # what is looked at in each call, by the public function
+            assert_same_bits(call(c.base.x, w, c.a, b, wide, *fixed), lora_mixture(c.base.x, w, c.a, b, wide, *fixed))
+            with pytest.raises(ValueError, match="mix"):
+                call(c.base.x, w, c.a, b, mixes[0][:, :2], *fixed)
+            c.b.data = c.b.data.clone() * 2  # b is a view of what is elsewhere now
+            assert_same_bits(call(x, w, c.a, b, mix, *fixed), lora_mixture(x, w, c.a, b, mix, *fixed))
+            with use_backend("reference"):
+                call(x, w, c.a, b, mix, *fixed)
+            assert call._last[False] is None
+            call(x, w, [*c.a], [*b], mix, *fixed)  # one by one, which each call joins
+            assert call._last[False] is None
 
 
 # M picks the kernel: 1 to 4 rows by rows of W, up to 96 in registers, panels; 530 rows are two chunks.

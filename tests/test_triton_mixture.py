@@ -5,13 +5,12 @@ As test_triton_multi.py: `test_in_the_interpreter` starts a process on this same
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from forms import matrix
-from interpreter_tools import run_in_the_interpreter, small_tiles
+from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter, small_tiles
 from lora_tools import BF16, F16, F32
 from mixture_tools import assert_same_sums, check_mixture, make_mixture
 
@@ -21,12 +20,8 @@ from peft_kernels.testing import assert_same_bits
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
-on_device = pytest.mark.filterwarnings("ignore") if INTERPRETER else pytest.mark.gpu
 
-
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@not_interpreted
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__, "device")

@@ -24,7 +24,6 @@ from peft_kernels.testing import assert_no_worse, assert_same_bits
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-
 @not_interpreted
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:

@@ -30,7 +30,6 @@ from tests.test_kept_on_devices import (  # noqa: F401  # for the process that i
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-
 @not_interpreted
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:

@@ -18,6 +18,7 @@ PLAN: dict[str, float] = {
     "decode": 90,
     "dora_linear": 90,
     "multi_lora_linear": 120,
+    "lora_mixture": 120,
     "lora_linear_stacked": 90,
     "rotations": 60,
     "swiglu": 40,

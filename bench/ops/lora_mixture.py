@@ -53,8 +53,8 @@ def flops(k: int, n: int, m: int, adapters: int | None, backward: bool) -> float
     return found + (_flops_backward(dy, x, *rest[:8], a, True, True, True) if backward else 0)
 
 
-class _Layer:
-    """A layer's tensors: W and the adapters, of which `leaves` train."""
+class Layer:
+    """A layer's tensors: W and the adapters A [r, K] and B [N, r], which require gradients."""
 
     def __init__(self, w: Weight, k: int, n: int, dtype: torch.dtype, device: str) -> None:
         g = torch.Generator().manual_seed(5)
@@ -65,8 +65,12 @@ class _Layer:
         self.w = w
         self.a, self.b = [small(RANK, k) for _ in range(ADAPTERS)], [small(n, RANK) for _ in range(ADAPTERS)]
 
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Of all adapters, without gradients: A [n, r, K] and B [N, n, r], as the operator takes them."""
+        return torch.stack(self.a).detach(), torch.stack(self.b, 1).detach()
 
-def _call(layer: _Layer, x: Tensor, dy: Tensor | None, mix: Tensor | None, count: int, masked: bool, backend: str
+
+def _call(layer: Layer, x: Tensor, dy: Tensor | None, mix: Tensor | None, count: int, masked: bool, backend: str
           ) -> Callable[[], object]:  # fmt: skip
     """Forward; with dy forward and backward. mix None: lora_linear of `count` adapters, 0 or 1."""
     leaves = [x, *layer.a[:count], *layer.b[:count], *([] if mix is None else [mix])]
@@ -95,7 +99,7 @@ def row(kind: str, k: int, n: int, m: int, dtype: str, backward: bool, args: arg
         list(subjects.quant_copies(n, k, count, device=device)) if kind == "nf4"
         else [(torch.randn(n, k) * 0.02).to(device, t) for _ in range(count)]
     )  # fmt: skip
-    layers = [_Layer(w, k, n, t, device) for w in weights]
+    layers = [Layer(w, k, n, t, device) for w in weights]
     g = torch.Generator().manual_seed(3)
     shape = (m // TOKENS, TOKENS) if m % TOKENS == 0 else (1, m)
     x, dy = (torch.randn(*shape, d, generator=g).to(device, t) for d in (k, n))
@@ -106,7 +110,7 @@ def row(kind: str, k: int, n: int, m: int, dtype: str, backward: bool, args: arg
     refused: dict[str, str] = {}
     candidates, claims, theirs = [], [], f"PEFT, X-LoRA of {ADAPTERS}"
     grad, first = dy if backward else None, layers[0]
-    joined_a, joined_b = torch.stack(first.a).detach(), torch.stack(first.b, 1).detach()
+    joined_a, joined_b = first.joined()
     flat = weights[0].flatten() if isinstance(weights[0], QuantWeight) else (weights[0], *(None,) * 4, 0, 64, 256)
     given = (*flat, n, joined_a, joined_b, mix.detach().view(m, -1), False, None, 0.0, None)
     for backend in args.backends or default_backends(device):
@@ -145,7 +149,7 @@ def row(kind: str, k: int, n: int, m: int, dtype: str, backward: bool, args: arg
     return found
 
 
-def peft_calls(layers: list[_Layer], x: Tensor, dy: Tensor | None, mix: Tensor) -> others.Calls:
+def peft_calls(layers: list[Layer], x: Tensor, dy: Tensor | None, mix: Tensor) -> others.Calls:
     import peft
     from peft.tuners.xlora.layer import XLoraLinearLayer
 
@@ -163,21 +167,22 @@ def peft_calls(layers: list[_Layer], x: Tensor, dy: Tensor | None, mix: Tensor) 
         peft.inject_adapter_in_model(config, holder, adapter_name=f"a{i}")
     x_config = SimpleNamespace(top_k_lora=None, enable_softmax_topk=False, global_scaling_weight=1.0)
 
-    def call(layer: _Layer, target: nn.Module) -> Callable[[], object]:
+    def call(layer: Layer, target: nn.Module) -> Callable[[], object]:
         target._active_adapter = [f"a{i}" for i in range(ADAPTERS)]  # set_adapter would freeze and thaw them
         for i in range(ADAPTERS):
             target.lora_A[f"a{i}"].weight, target.lora_B[f"a{i}"].weight = (
                 nn.Parameter(t.detach().clone()) for t in (layer.a[i], layer.b[i])
             )
+        weights = mix[:, :, None].to(x.dtype)  # as its classifier gives them
         mixed = XLoraLinearLayer(SimpleNamespace(disabled=False), target, target.forward, 0, x_config)
         parts = [target.lora_A, target.lora_B]
         leaves = [x, mix, *(part[f"a{i}"].weight for part in parts for i in range(ADAPTERS))]
 
         def run() -> object:
             if dy is not None:
-                return torch.autograd.grad(mixed.forward(x, scalings=mix[:, :, None]), leaves, dy)
+                return torch.autograd.grad(mixed.forward(x, scalings=weights), leaves, dy)
             with torch.no_grad():
-                return mixed.forward(x, scalings=mix[:, :, None])
+                return mixed.forward(x, scalings=weights)
 
         return run
 

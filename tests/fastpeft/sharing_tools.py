@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,13 +42,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("LoraConfig", {**LORA, "use_dora": True}),
     "dora, all": ("LoraConfig", {**LORA, "use_dora": True, **SAVED}),
     "oft, all": ("OFTConfig", {"oft_block_size": 4, **SAVED}),
+    "arrow": ("ArrowConfig", {"top_k": 2, "rng_seed": 3}),
+    "xlora": ("XLoraConfig", {"hidden_size": 31, "xlora_depth": 1, "layerwise_scalings": True}),
 }  # fmt: skip
+TARGETS = ["q_proj", "down_proj"]
+_FOLDER = tempfile.TemporaryDirectory()
 # fsdp1: PEFT's policy, as its documentation has it, and with the options of torch; blocks, whole: other policies
 POLICIES = ("ddp", "fsdp1", "fsdp1 orig", "fsdp1 blocks", "fsdp1 whole", "fsdp2")
 # Trained tensors that several layers have: only one unit can have them, so that blocks cannot be wrapped one by one.
 ACROSS = ("LilyConfig", "TinyLoraConfig", "UniLoraConfig", "VBLoRAConfig")
 # Their output is not a function of each row alone: PVeRA draws noise, Lily's router looks at the batch.
 BY_BATCH = ("PveraConfig", "LilyConfig")
+NOT_BESIDE = ("xlora",)  # PEFT's state dict lacks its classifier, and its draws are others
 SHORT = [
     ("all", "ddp"), ("all", "fsdp1 orig"), ("all", "fsdp1 whole"), ("all", "fsdp2"), ("dora", "fsdp1"),
     ("parameters", "fsdp1 blocks"), ("OFTConfig", "fsdp1"), ("VeraConfig", "fsdp1 blocks"), ("VBLoRAConfig", "fsdp1"),
@@ -65,7 +71,8 @@ def cases() -> list[tuple[str, str]]:
     """Those that are run; of what blocks share torch loses some, or waits for ever, in both libraries."""
     every = [(case, policy) for case in CASES for policy in POLICIES if policy != "fsdp1" or flat_together(case)]
     lost = [(case, policy) for case in ACROSS for policy in ("fsdp1 blocks", "fsdp1 orig", "fsdp2")]
-    return [pair for pair in every if pair not in lost and pair[0] not in BY_BATCH] + [(c, "fsdp1") for c in ACROSS]
+    kept = [pair for pair in every if pair not in lost and pair[0] not in BY_BATCH + NOT_BESIDE]
+    return kept + [(c, "fsdp1") for c in ACROSS]
 
 
 class Block(nn.Module):
@@ -87,21 +94,69 @@ class Net(nn.Module):
         self.embed, self.lm_head = nn.Embedding(31, width), nn.Linear(width, 31)
         self.layers = nn.ModuleList(Block(width) for _ in range(2))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.embed(ids)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embed(input_ids)
         for layer in self.layers:
             h = layer(h)
         return self.lm_head(h)  # type: ignore[no-any-return]
 
 
+class Told(nn.Module):
+    """A model as X-LoRA wants it: its parts are in `model`, as transformers' are, and it tells its last states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.config = Net(), {"model_type": "custom"}
+
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False, **others: Any) -> Any:
+        y = self.model(input_ids)
+        return SimpleNamespace(hidden_states=(y,)) if output_hidden_states else y
+
+
+def lora(library: Any, seed: int, **options: Any) -> Any:
+    torch.manual_seed(seed)  # of the adapter that is made next
+    return library.LoraConfig(target_modules=TARGETS, **LORA, **options)
+
+
+@functools.cache
+def experts() -> dict[str, str]:
+    """Folders of LoRA adapters, of this process."""
+    folders = {str(i): f"{_FOLDER.name}/{i}" for i in range(3)}
+    for name, folder in folders.items():
+        config = lora(fastpeft, 20 + int(name), init_lora_weights=False)
+        fastpeft.get_peft_model(Told(), config).save_pretrained(folder)
+    return folders
+
+
+def arrow(library: Any, base: nn.Module, **options: Any) -> Any:
+    """A router over three LoRA adapters, of which the first trains."""
+    model = library.get_peft_model(base, lora(library, 1, init_lora_weights=False))
+    for i in (2, 3):
+        model.add_adapter(f"task_{i}", lora(library, i, init_lora_weights=False))
+    config = library.ArrowConfig(**options)
+    config.task_adapter_names, config.gks_adapter_names = [*model.peft_config], []
+    model.add_adapter("arrow_router", lora(library, 4, arrow_config=config))
+    model.set_adapter("arrow_router")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    return model
+
+
 def make(library: Any, case: str) -> Any:
     """The same model with the same random adapter in either library."""
     name, options = CASES[case]
-    targets = {"TrainableTokensConfig": ["embed"], "LNTuningConfig": ["norm"]}.get(name, ["q_proj", "down_proj"])
+    targets = {"TrainableTokensConfig": ["embed"], "LNTuningConfig": ["norm"]}.get(name, TARGETS)
+    if case == "xlora":
+        options = {**options, "adapters": experts()}
+    else:
+        options = {"target_modules": targets, **options}
     torch.manual_seed(0)
-    base = Net()
+    base = Told() if case == "xlora" else Net()
     torch.manual_seed(1)
-    model = library.get_peft_model(base, getattr(library, name)(**{"target_modules": targets, **options}))
+    if case == "arrow":
+        model = arrow(library, base, **CASES[case][1])
+    else:
+        model = library.get_peft_model(base, getattr(library, name)(**options))
     generator = torch.Generator().manual_seed(3)
     for _, p in sorted(model.named_parameters()):
         if p.requires_grad:
@@ -112,7 +167,7 @@ def make(library: Any, case: str) -> Any:
 def step(model: nn.Module, ids: Tensor) -> Tensor:
     """A step of SGD, after which the parameters say what the gradients were."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    y: Tensor = model(ids)
+    y: Tensor = model(input_ids=ids)  # PEFT's X-LoRA wants the name
     y.double().square().mean().backward()
     optimizer.step()
     return y.detach()
@@ -128,7 +183,7 @@ def together(library: Any, model: Any, policy: str) -> Any:
     if policy == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if policy == "fsdp2":
-        for block in model.base_model.model.layers:
+        for block in [module for module in model.modules() if isinstance(module, Block)]:
             fully_shard(block)
         return fully_shard(model)
     options: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": policy != "fsdp1"}
@@ -190,7 +245,7 @@ def run(rank: int, folder: Path, case: str, policy: str) -> dict[str, Any]:
     found["set"] = state_of(fastpeft, target)
     model.eval()
     with torch.no_grad():
-        found["again"] = gather(model(part))
+        found["again"] = gather(model(input_ids=part))
     return found
 
 

@@ -72,6 +72,22 @@ def test_the_three_ways_to_read_one(folder: Path, kept: None, monkeypatch: pytes
         convert_bin(folder)
 
 
+def test_a_prompt_starts_from_one(tmp_path: Path, kept: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastpeft.prompts.multitask_prompt_tuning import MultitaskPromptEmbedding
+
+    prompt = {"prompt_embeddings": torch.randn(2, 4)}
+    torch.save(prompt, tmp_path / PICKLE_NAME)
+    config = fastpeft.MultitaskPromptTuningConfig(
+        num_virtual_tokens=2, token_dim=4, num_transformer_submodules=1, prompt_tuning_init="ONLY_SOURCE_SHARED",
+        prompt_tuning_init_state_dict_path=str(tmp_path / PICKLE_NAME),
+    )  # fmt: skip
+    made = MultitaskPromptEmbedding(config, None)
+    assert torch.equal(made.embedding.weight, prompt["prompt_embeddings"])
+    monkeypatch.delenv(bins.ALLOW_ENV)
+    with pytest.raises(AdapterFileError, match=r"convert-bin .* FASTPEFT_ALLOW_BIN=1"):
+        MultitaskPromptEmbedding(config, None)
+
+
 def test_the_command(folder: Path, kept: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from fastpeft.apps.cli import main
 

@@ -168,6 +168,44 @@ def test_errors_are_pefts_and_change_nothing() -> None:
         both.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new")
 
 
+@pytest.mark.parametrize("how", ["linear", "cat", "svd", "ties_svd"])
+def test_aloras_of_one_invocation_are_combined_as_pefts(how: str) -> None:
+    options = {"r": 2, "target_modules": ["linear"], "alora_invocation_tokens": [1, 2]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the task is not CAUSAL_LM
+        ours, theirs = pair(options, options, {**options, "alora_invocation_tokens": [3]})
+        for model in (ours, theirs):
+            model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "new", combination_type=how, density=0.5)
+    assert_same(*({"": m.base_model.model.linear.get_delta_weight("new").detach()} for m in (ours, theirs)))
+    assert ours.peft_config["new"].alora_invocation_tokens == [1, 2]
+    with pytest.raises(ValueError, match="'a' and 'c' differ in `alora_invocation_tokens`"):
+        ours.add_weighted_adapter(["a", "c"], [1.0, 1.0], "more")
+
+
+def test_trained_rows_are_summed() -> None:
+    """PEFT leaves them as the base model has them, and those of the first adapter alone."""
+    torch.manual_seed(0)
+    model = fastpeft.get_peft_model(Net(), fastpeft.LoraConfig(target_modules=["linear"]), "a")
+    for name, rows in (("b", [0, 3]), ("c", [5, 3])):
+        model.add_adapter(name, fastpeft.LoraConfig(target_modules=["linear"], trainable_token_indices={"emb": rows}))
+    layer = model.base_model.model.emb.token_adapter
+    table = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        for name in ("b", "c"):
+            layer.trainable_tokens_delta[name].normal_()
+    model.add_weighted_adapter(["a", "b", "c"], [1.0, 0.5, -2.0], "new")
+    found = layer.merged_weight(["new"])[0].t()
+    for name, weight in (("b", 0.5), ("c", -2.0)):
+        rows = layer.token_indices[name]
+        table[rows] += weight * (layer.trainable_tokens_delta[name] - layer.base_layer.weight[rows]).detach()
+    assert_same_bits(found.detach(), table)
+    model.base_model.set_adapter(["b"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged rows: `unmerge_adapter`"):
+        model.add_weighted_adapter(["b", "c"], [1.0, 1.0], "more")
+    assert "more" not in model.peft_config
+
+
 def test_other_methods_say_that_they_do_not_combine() -> None:
     torch.manual_seed(0)
     model = fastpeft.get_peft_model(Net(), fastpeft.LoraConfig(target_modules=["linear"]), "a")

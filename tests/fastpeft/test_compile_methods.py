@@ -7,6 +7,7 @@ import runpy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fastpeft
@@ -246,6 +247,55 @@ def test_checkpointing_and_autocast_agree(options: dict[str, Any], reentrant: bo
                 assert_same_bits(ours, theirs)
             else:
                 assert_no_worse(ours, theirs, exact[i], exact[i].abs().max().expand_as(theirs))
+
+
+def test_arrow_routes_in_a_graph() -> None:
+    def experts(**options: Any) -> Any:
+        return fastpeft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, **options)
+
+    torch.manual_seed(0)
+    model = fastpeft.get_peft_model(Net(), experts(), "task_0")
+    for name in ("task_1", "task_2"):
+        model.add_adapter(name, experts())
+    model.add_adapter("router", experts(arrow_config=fastpeft.ArrowConfig(top_k=2, rng_seed=1)))
+    model.set_adapter("router")
+    compiled = _compile(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed" in name or ".task_1." in name)
+    exact = copy.deepcopy(model).double()
+    for _ in range(2):
+        for ours, theirs, true in zip(*(results(f, model, IDS) for f in (compiled, model)),
+                                      results(exact, exact, IDS), strict=True):  # fmt: skip
+            assert_no_worse(ours, theirs, true, true.abs().max().expand_as(true))
+        for each in (model, exact):  # whose prototypes are others then
+            each.base_model.model.up.lora_A["task_0"].weight.data.mul_(-2)
+
+
+class Told(Net):
+    """It tells its last states, as X-LoRA asks."""
+
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False, **others: Any) -> Any:
+        y = super().forward(input_ids)
+        return SimpleNamespace(hidden_states=(y,)) if output_hidden_states else y
+
+
+def test_xlora_weighs_in_graphs(tmp_path: Path) -> None:
+    """Several of them, as its two forwards are made around the model's."""
+    for name in "ab":
+        config = fastpeft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
+        fastpeft.get_peft_model(Told(), config).save_pretrained(tmp_path / name)
+    torch.manual_seed(0)
+    adapters = {name: str(tmp_path / name) for name in "ab"}
+    model = fastpeft.get_peft_model(Told(), fastpeft.XLoraConfig(hidden_size=24, adapters=adapters))
+    exact = copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend="aot_eager")
+    for ids in (IDS, IDS.flip(0)):
+        found = [results(f, m, ids) for f, m in ((compiled, model), (model, model), (exact, exact))]
+        for ours, theirs, true in zip(*found, strict=True):
+            assert_no_worse(ours, theirs, true, true.abs().max().expand_as(true))
+        assert not torch.equal(found[0][0], model.base_model.model(ids))
+    with model.disable_adapter():
+        assert_same_bits(compiled(IDS), model(IDS))
 
 
 def test_alora_finds_its_invocation_in_a_graph() -> None:

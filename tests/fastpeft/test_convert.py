@@ -52,6 +52,18 @@ def adapted(config: Any, library: Any = fastpeft, scale: float = 0.3) -> Any:
     return model
 
 
+def test_rows_that_train_beside_a_lora_stay_rows(tmp_path: Path) -> None:
+    options = {"target_modules": ["lin"], "r": 3, "trainable_token_indices": {"emb": [7, 2]}}
+    model = adapted(fastpeft.LoraConfig(**options))
+    config, state = fastpeft.convert_to_lora(model, 3)
+    other = fastpeft.get_peft_model(net(), config).eval()
+    assert not fastpeft.set_peft_model_state_dict(other, state).unexpected_keys
+    assert_near(other(X), model(X))
+    fastpeft.save_as_lora(tmp_path, model, 3)
+    assert_near(reloaded(tmp_path, peft)(X), model(X))
+    assert fastpeft.get_base_model_state_dict(model).keys() == net().state_dict().keys()
+
+
 def loha(library: Any = fastpeft, **options: Any) -> Any:
     return library.LoHaConfig(**{"target_modules": ["lin"], "r": 3, **options})
 

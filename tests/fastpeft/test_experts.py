@@ -68,6 +68,7 @@ def said(model: Any) -> list[Any]:
         ("mixtral", "all-linear"),
         ("qwen3", ["q_proj", "gate_proj", "up_proj", "down_proj"]),
         ("qwen3", "all-linear"),
+        ("qwen3", r".*\.(q_proj|gate_proj|up_proj|down_proj)"),
     ],
 )
 def test_new_adapters_are_pefts(name: str, targets: Any) -> None:

@@ -10,8 +10,12 @@ from typing import Any
 import fastpeft
 import fastpeft.helpers
 import fastpeft.tuners.lora.intruders
+import fastpeft.utils.incremental_pca
+import fastpeft.utils.integrations
 import peft
 import peft.helpers
+import peft.utils.incremental_pca
+import peft.utils.integrations
 import pytest
 import torch
 from torch import nn
@@ -21,6 +25,7 @@ tools = runpy.run_path(str(Path(__file__).with_name("init_tools.py")))
 X, model, wrap, tensors, nf4 = (tools[name] for name in ("X", "model", "wrap", "tensors", "nf4"))
 assert_near = tools["assert_near"]
 LIBRARIES = (fastpeft, peft)
+PCA = fastpeft.utils.incremental_pca.IncrementalPCA, peft.utils.incremental_pca.IncrementalPCA
 
 
 class Experts(nn.Module):
@@ -64,11 +69,17 @@ def test_rescaling_is_for_the_time_being() -> None:
     ours, theirs = (wrap(lib, model(), init_lora_weights=False, lora_alpha=6) for lib in LIBRARIES)
     before = ours(X)  # makes the layers' plans
     for lib, adapted in zip(LIBRARIES, (ours, theirs), strict=True):
+        held = adapted.base_model.model.first.scaling
         with lib.helpers.rescale_adapter_scale(adapted, 0.5):
             adapted.inside = adapted(X)
+            assert adapted.base_model.model.first.scaling == {"default": 0.75}
+            assert held == {"default": 1.5}
+        assert adapted.base_model.model.first.scaling == held
     assert_near(ours.inside, theirs.inside)
     assert not torch.equal(ours.inside, before)
     assert torch.equal(ours(X), before)
+    with fastpeft.helpers.rescale_adapter_scale(ours, 0.0):
+        assert torch.equal(ours(X), model()(X))
     with pytest.raises(RuntimeError, match="inside"), fastpeft.helpers.rescale_adapter_scale(ours, 0.5):
         raise RuntimeError("inside")
     assert torch.equal(ours(X), before)
@@ -76,6 +87,41 @@ def test_rescaling_is_for_the_time_being() -> None:
         pass
     with pytest.raises(ValueError, match="scaling"), fastpeft.helpers.rescale_adapter_scale(model(), 2):
         pass
+
+
+@pytest.mark.parametrize("options", [{}, {"n_components": 3}, {"n_components": 2, "batch_size": 10},
+                                     {"n_components": 3, "lowrank": True, "lowrank_seed": 7}])  # fmt: skip
+def test_principal_components_of_batches(options: dict[str, Any]) -> None:
+    rows = torch.randn(45, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)
+    ours, theirs = (IncrementalPCA(**options).fit(rows) for IncrementalPCA in PCA)
+    for name in ("components_", "singular_values_", "explained_variance_", "explained_variance_ratio_", "mean_", "var_",
+                 "noise_variance_"):  # fmt: skip
+        assert_near(getattr(ours, name), getattr(theirs, name))
+    assert_near(ours.transform(rows), theirs.transform(rows))
+    assert ours.partial_fit(rows[:9]).n_samples_seen_ == theirs.partial_fit(rows[:9]).n_samples_seen_
+    assert_near(ours.components_, theirs.components_)
+    for IncrementalPCA in PCA:
+        with pytest.raises(ValueError, match="features"):
+            IncrementalPCA().fit(rows).partial_fit(rows[:, :5])
+        with pytest.raises(ValueError, match="n_components=7 invalid for n_features=6"):
+            IncrementalPCA(7).fit(rows)
+        with pytest.raises(ValueError, match="less or equal to the batch number of samples 3"):
+            IncrementalPCA(4).partial_fit(rows[:3])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_modules_without_memory(library: Any) -> None:
+    integrations = library.utils.integrations
+    with integrations.init_empty_weights():
+        empty = nn.BatchNorm1d(4)
+        full = integrations.skip_init_on_device(model)()
+        again = nn.Linear(2, 2)
+    assert all(p.is_meta for p in (*empty.parameters(), *again.parameters()))
+    assert not any(p.is_meta for p in full.parameters())
+    assert not empty.running_mean.is_meta
+    with integrations.init_empty_weights(include_buffers=True):
+        assert nn.BatchNorm1d(4).running_mean.is_meta
+    assert not nn.Linear(2, 2).weight.is_meta
 
 
 def test_inputs_are_not_cast() -> None:

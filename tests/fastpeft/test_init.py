@@ -282,7 +282,8 @@ def test_an_edit_needs_an_unmerged_base() -> None:
         adapted.add_adapter("b", other)
     assert_same(tensors(adapted), before)
     adapted.unmerge_adapter()
-    with pytest.warns(fastpeft.PeftWarning, match="other adapters act"):
+    with pytest.warns(fastpeft.PeftWarning, match="other adapters act"), \
+         pytest.warns(fastpeft.PeftWarning, match="PiSSA changes the base weights of the model and should thus not be"):
         adapted.add_adapter("b", other)
 
 
@@ -333,3 +334,36 @@ def test_pissa_through_saved_checkpoints_of_the_whole_model() -> None:
     other.load_state_dict(adapted.state_dict())
     assert_same_bits(other(X).detach(), adapted(X).detach())
     assert_same(tensors(other.unload()), tensors(model()))
+
+
+@pytest.mark.parametrize("again", [{}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
+def test_an_adapter_in_the_place_of_another_starts_from_the_original(again: dict[str, Any], tmp_path: Path) -> None:
+    """A model that is wrapped a second time, under the same name: PEFT takes from the base what is gone already."""
+    base = model()
+    expected, before = base(X), tensors(base)
+    first = wrap(fastpeft, base, init_lora_weights="pissa")
+    residual = tensors(first)
+    with pytest.raises(ValueError, match="rank of at most"):
+        wrap(fastpeft, base, init_lora_weights="pissa", r=17)
+    assert_same(tensors(first), residual)
+    second = wrap(fastpeft, base, **again)
+    assert_near(second(X), expected)
+    train(second)
+    trained = second(X)
+    second.save_pretrained(tmp_path)
+    assert_near(fastpeft.PeftModel.from_pretrained(base, tmp_path)(X), trained)
+    assert_same(tensors(second.unload()), before)
+
+
+def test_a_lora_ga_is_loaded_onto_the_base_that_it_left(tmp_path: Path) -> None:
+    base = model()
+    options = fastpeft.LoraGAConfig(direction="ArBr")
+    config = fastpeft.LoraConfig(r=4, target_modules=["first"], init_lora_weights="lora_ga", lora_ga_config=options)
+    fastpeft.preprocess_loraga(base, config, lambda: base(X).square().mean().backward())
+    made = fastpeft.get_peft_model(base, config)
+    train(made)
+    trained = made(X)
+    made.save_pretrained(tmp_path)
+    with pytest.warns(fastpeft.PeftWarning, match="right only on the residual base"):
+        again = fastpeft.PeftModel.from_pretrained(base, tmp_path)
+    assert_near(again(X), trained)

@@ -220,6 +220,21 @@ def test_adalora_in_a_model_with_other_adapters() -> None:
           nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flip(1).flatten()))  # fmt: skip
 
 
+def test_two_adaloras_train_at_once() -> None:
+    """PEFT refuses a second one that trains. Each gives its budget out; together they are their sum."""
+    both = fastpeft.get_peft_model(Net(), AdaLoraConfig(**ADALORA), "one")
+    both.add_adapter("two", AdaLoraConfig(**{**ADALORA, "target_modules": ["up"]}))
+    both.base_model.set_adapter(["one", "two"])
+    scatter(both)
+    _train(both, range(1, 13))
+    assert both.peft_config["one"].rank_pattern.keys() == {"up.lora_E", "gpt.lora_E", "head.lora_E"}
+    assert both.peft_config["two"].rank_pattern.keys() == {"up.lora_E"}
+    layer = both.base_model.model.up
+    x = torch.randn(3, layer.in_features)
+    updates = [layer.get_delta_weight(name) for name in ("one", "two")]
+    close(layer(x), nn.functional.linear(x, layer.base_layer.weight + sum(updates), layer.base_layer.bias))
+
+
 class Inside(nn.Module):
     """A model in a `model`, as heads of transformers hold theirs."""
 

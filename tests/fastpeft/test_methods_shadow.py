@@ -243,6 +243,14 @@ def test_shadows_that_make_no_sense_are_refused(options: dict[str, Any], told: s
     assert not model._forward_hooks
 
 
+def test_shadows_act_one_at_a_time() -> None:
+    model = shadow()
+    model.add_adapter("other", fastpeft.ShadowConfig(**SHADOW, **CAUSAL))
+    with pytest.raises(ValueError, match="exactly one active adapter, but got 2: default, other"):
+        model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default"]
+
+
 def test_the_blocks_of_layers_to_transform_are_chosen(tmp_path: Path) -> None:
     """PEFT takes all, as it looks for a number with a dot after it."""
     options = {**SHADOW, **CAUSAL, "layers_to_transform": [1]}

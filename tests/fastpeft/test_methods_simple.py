@@ -106,6 +106,13 @@ def test_low_cpu_mem_usage_and_half_precision_bases() -> None:
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained(half).values())
 
 
+@pytest.mark.parametrize("name", ["Beft", "Supertuning", "Lily", "Peanut", "Adamss"])
+def test_low_cpu_mem_usage_leaves_what_trains_on_the_meta_device(name: str) -> None:
+    config = getattr(fastpeft, f"{name}Config")(target_modules=["up"])
+    empty = fastpeft.inject_adapter_in_model(config, Net(), low_cpu_mem_usage=True)
+    assert {t.device.type for t in trained(empty).values()} == {"meta"}
+
+
 def test_default_targets_are_pefts() -> None:
     tables = {"IA3": "IA3", "BEFT": "BEFT", "SHIRA": "SHIRA", "SUPERTUNING": "SUPERTUNING", "LILY": "LILY",
               "PEANUT": "PEANUT", "ADAMSS": "ADAMSS", "LN_TUNING": "LNTUNING"}  # fmt: skip

@@ -77,6 +77,7 @@ def test_rows_have_prompts_of_their_own() -> None:
             if ".other" in name:
                 p.normal_(std=0.5)
     model.eval()
+    assert {layer.active_adapters[0] for layer in model.get_layer_status()} == {"default"}
     rows = ["other", "default", "__base__", "other"]
     ids = IDS[[0, 1, 0, 1]]
     mixed = model(ids, adapter_names=rows).logits

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpeft import LoraConfig, get_peft_model
+from fastpeft import LoHaConfig, LoraConfig, get_peft_model
 from transformers import (
     LlamaForCausalLM,
 )
@@ -111,6 +111,17 @@ def test_a_second_merge_goes_on_top_of_the_first() -> None:
     assert torch.equal(ours.model.model.layers[0].self_attn.q_proj.weight, base)
     ours.merge_adapter()
     assert all(torch.equal(twice[k], v) for k, v in ours.state_dict().items())
+
+
+def test_the_status_of_methods_together() -> None:
+    """PEFT has none of a mixed model."""
+    model = get_peft_model(llama(), LoraConfig(**config()), mixed=True)
+    model.add_adapter("other", LoHaConfig(target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    status = model.get_model_status()
+    assert status.active_adapters == ["default", "other"]
+    assert status.peft_types == {"default": "LORA", "other": "LOHA"}
+    assert {layer.module_type for layer in model.get_layer_status()} <= {"lora.Linear", "lora.Embedding"}
 
 
 def test_unload_and_switching_while_merged() -> None:

@@ -223,6 +223,17 @@ def test_other_parameters_for_a_second_adapter_are_refused() -> None:
     assert_same_bits(ours(x), y)
 
 
+@pytest.mark.parametrize("options", CASES[2:], ids=str)
+def test_merged_adapters_that_are_off_leave_the_base(options: dict[str, Any]) -> None:
+    ours, _, x = pair(options)
+    found = []
+    for _ in range(2):
+        with ours.disable_adapter():
+            found.append(ours(x))
+        ours.merge_adapter()
+    assert_same_bits(*found)
+
+
 def test_attention_with_other_key_widths_is_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=6))
     with pytest.raises(ValueError, match="kdim"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fastpeft
 import peft
@@ -261,3 +261,107 @@ def test_layers_of_a_users_class_go_on_modules_of_a_users_type(tmp_path: Path) -
     none._register_custom_module({nn.LSTM: Halved})
     with pytest.raises(ValueError, match="a LSTM, has no matrix `weight`"):
         get_peft_model(nn.Sequential(nn.LSTM(4, 4)), none)
+
+
+class Tied(Net):
+    _tied_weights_keys: ClassVar[Any] = {"lm_head.weight": "emb.weight"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"tie_word_embeddings": True, "model_type": "net"}
+        self.lm_head = nn.Linear(8, 12, bias=False)
+        self.lm_head.weight = self.emb.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.emb
+
+
+@pytest.mark.parametrize("library", [fastpeft, peft])
+def test_slips_are_warned_of_as_peft_does(library: Any) -> None:
+    lora = library.LoraConfig
+    for category, match, config, net in (
+        (RuntimeWarning, r"rank_pattern keys did not match any targeted module and were ignored: \['tpyo'\]",
+         lora(target_modules=["up"], rank_pattern={"up": 2, "tpyo": 3}), Net()),
+        (RuntimeWarning, "were set but no module was matched",
+         lora(target_modules=["pu"], target_parameters=["up.weight"]), Net()),
+        (RuntimeWarning, "were set but no parameter was matched",
+         lora(target_modules=["up"], target_parameters=["pu.weight"]), Net()),
+        (UserWarning, "a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True",
+         lora(target_modules=["up"], modules_to_save=["lm_head"]), Tied()),
+        (UserWarning, "a tied layer is part of the adapter, but no implementation exists to tie the adapters",
+         library.LoHaConfig(target_modules=["lm_head"]), Tied()),
+        (UserWarning, "Adapter name 'lora' should not be contained in the prefix 'lora_'",
+         lora(target_modules=["up"]), Net()),
+    ):  # fmt: skip
+        name = "lora" if "prefix" in match else "default"
+        with pytest.warns(category, match=match):
+            library.get_peft_model(net, config, name)
+
+
+@pytest.mark.parametrize("library", [fastpeft, peft])
+def test_a_state_dict_and_a_configuration_that_differ(library: Any) -> None:
+    config = library.LoraConfig(target_modules=BOTH)
+    state = library.get_peft_model_state_dict(library.inject_adapter_in_model(config, Net()))
+    less = {key: value for key, value in state.items() if not key.startswith("up.")}
+    one = library.LoraConfig(target_modules=["up"])
+    for given, keys, match in ((config, less, r"PEFT config contained these additional target modules: \['up'\]"),
+                               (one, state, r"state_dict contained these additional target modules: \['down'\]")):
+        with pytest.warns(RuntimeWarning, match=match):
+            net = library.inject_adapter_in_model(given, Net(), state_dict=keys)
+        assert library.get_peft_model_state_dict(net).keys() == keys.keys()
+    parameters = library.LoraConfig(target_modules=[], target_parameters=["up.weight"])
+    with pytest.raises(ValueError, match="from a state_dict but the PEFT config uses `target_parameters`"):
+        library.inject_adapter_in_model(parameters, Net(), state_dict=state)
+
+
+@pytest.mark.parametrize("library", [fastpeft, peft])
+def test_shards_that_nobody_gathered_are_not_saved_silently(library: Any, tmp_path: Path) -> None:
+    model = library.get_peft_model(Net(), library.LoraConfig(target_modules=["up"]))
+    model.base_model.model.up.lora_A["default"].weight.data = torch.zeros(32)
+    with pytest.warns(UserWarning, match=r"1 LoRA tensor\(s\) have invalid shape: .*lora_A.weight:\(32,\)"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("library", [fastpeft, peft])
+def test_what_has_no_form_is_refused_as_peft_refuses_it(library: Any) -> None:
+    own = Net()
+    own.scale = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"on the top-level module is not supported \(parameter 'scale'\)"):
+        library.get_peft_model(own, library.LoraConfig(target_parameters=["scale"]))
+    grouped = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2))
+    for name, options in (("BOFTConfig", {"boft_block_size": 4}), ("HRAConfig", {"r": 4}), ("HiraConfig", {"r": 4})):
+        with pytest.raises(NotImplementedError, match=r"does not support .* layers with groups > 1"):
+            library.get_peft_model(grouped, getattr(library, name)(target_modules=["0"], **options))
+    mamba = nn.Sequential(nn.ModuleDict({"in_proj": nn.Linear(4, 4), "out_proj": nn.Linear(4, 4)}))
+    mamba.config = {"model_type": "falcon_mamba"}
+    if library is fastpeft:  # PEFT knows configurations as objects alone
+        with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba-based models"):
+            library.get_peft_model(mamba, library.LoraConfig(target_modules=["in_proj", "out_proj"]))
+        library.get_peft_model(mamba, library.LoraConfig(target_modules=["in_proj"]))
+    for options in ({"init_lora_weights": "gaussian"}, {"use_dora": True}):
+        with pytest.raises(ValueError, match="The argument lora_bias=True is"):
+            library.LoraConfig(lora_bias=True, **options)
+    for options, name in (({"use_dora": True}, "DoRA"), ({"loftq_config": {"loftq_bits": 4}}, "LOFTQ")):
+        with pytest.raises(ValueError, match=f"ADALORA does not support {name}"):
+            library.AdaLoraConfig(total_step=1, init_lora_weights="loftq" if name == "LOFTQ" else True, **options)
+    with pytest.raises(TypeError, match="must be a list of strings or None"):
+        library.LoraConfig(target_parameters="up.weight")
+
+
+@pytest.mark.parametrize("library", [fastpeft, peft])
+@pytest.mark.parametrize("config", ["LoraConfig", "VBLoRAConfig"])
+def test_modules_that_transformers_moved_since(library: Any, config: str, tmp_path: Path) -> None:
+    class Moved(nn.Module):
+        _checkpoint_conversion_mapping: ClassVar[Any] = {"^(up|down)": r"inner.\1", "^inner": "none"}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Net()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.inner(ids)  # type: ignore[no-any-return]
+
+    sizes = {"num_vectors": 4, "vector_length": 8, "r": 2} if config == "VBLoRAConfig" else {"init_lora_weights": False}
+    saved = library.get_peft_model(Net(), getattr(library, config)(target_modules=BOTH, **sizes)).eval()
+    saved.save_pretrained(tmp_path)
+    torch.testing.assert_close(library.PeftModel.from_pretrained(Moved(), tmp_path)(IDS), saved(IDS), atol=0, rtol=0)

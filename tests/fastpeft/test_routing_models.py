@@ -97,12 +97,21 @@ def test_layers_that_come_later_are_told_of_their_rows() -> None:
     assert_same_bits(after, logits(copy.deepcopy(model)))
 
 
-def test_a_whole_graph_gives_rows_their_adapters() -> None:
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
-    model.eval().add_adapter("b", LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+class Break(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_graphs_give_rows_their_adapters(whole: bool) -> None:
+    parts = [torch.nn.Linear(8, 8)] if whole else [Break(), torch.nn.Linear(8, 8), Break()]
+    model = get_peft_model(torch.nn.Sequential(*parts), LoraConfig(r=2, target_modules=["0" if whole else "1"]))
+    target = [*model.targeted_module_names]
+    model.eval().add_adapter("b", LoraConfig(r=3, target_modules=target, init_lora_weights=False))
     x, rows = torch.randn(3, 8), [["b", "default", "__base__"], ["b", "b", "default"]]
     with torch.no_grad():
-        run = torch.compile(model, backend="eager", fullgraph=True)
+        run = torch.compile(model, backend="eager", fullgraph=whole)
         for names in (*rows, *rows):
             assert_same_bits(run(x, adapter_names=names), model(x, adapter_names=names))
 

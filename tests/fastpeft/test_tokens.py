@@ -56,6 +56,11 @@ def test_trained_tokens_of_language_models(name: str, options: dict[str, Any], t
         lib.get_peft_model(llama(tied), getattr(lib, f"{name}Config")(**options)) for lib in (fastpeft, peft)
     )
     assert sorted(trained(ours)) == sorted(trained(theirs))
+    found = {n: m for n, m in theirs.named_modules() if hasattr(m, "trainable_tokens_original")}
+    for place, layer in found.items():
+        rows = ours.get_submodule(place).trainable_tokens_original
+        assert_same_bits(rows["default"], layer.trainable_tokens_original["default"])
+    assert found
     shake(theirs)
     state = peft.get_peft_model_state_dict(theirs)
     assert fastpeft.get_peft_model_state_dict(ours).keys() == state.keys()

@@ -1,5 +1,6 @@
 """Scripts written for PEFT with `import fastpeft as peft`: names and habits that no other file tries."""
 
+import copy
 import importlib
 
 import fastpeft
@@ -57,6 +58,68 @@ def test_of_embeddings_only_targeted_ones_are_saved(targets, save):
         model = package.get_peft_model(llama(), package.LoraConfig(r=2, target_modules=["q_proj", *targets]))
         states.append(package.get_peft_model_state_dict(model, save_embedding_layers=save))
     assert sorted(states[0]) == sorted(states[1])
+
+
+def test_saving_embeddings_is_said_in_pefts_words():
+    for model, target, save, told in (
+        (llama(), "embed_tokens", "auto", "Setting `save_embedding_layers` to `True` as embedding layers found in"),
+        (torch.nn.Sequential(torch.nn.Linear(4, 4)), "0", True, r"Could not identify embedding layer\(s\) because the"),
+    ):
+        model = fastpeft.get_peft_model(model, fastpeft.LoraConfig(r=2, target_modules=[target]))
+        with pytest.warns(UserWarning, match=told):
+            state = fastpeft.get_peft_model_state_dict(model, save_embedding_layers=save)
+        assert any("base_layer" in key for key in state) == (save == "auto")
+
+
+def test_a_prefix_is_not_handed_to_a_model_that_passes_over_it():
+    """PEFT hands it on, and the output is the base model's."""
+    peft = pytest.importorskip("peft")
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.DebertaModel(transformers.DebertaConfig(**sizes, intermediate_size=16)).eval()
+    ids, options = torch.tensor([[1, 2, 3]]), {"num_virtual_tokens": 2, "task_type": "FEATURE_EXTRACTION"}
+    plain = model(input_ids=ids)[0]
+    assert torch.equal(peft.get_peft_model(model, peft.PrefixTuningConfig(**options))(input_ids=ids)[0], plain)
+    with pytest.raises(ValueError, match="does not support past key values"):
+        fastpeft.get_peft_model(model, fastpeft.PrefixTuningConfig(**options))(input_ids=ids)
+
+
+def test_a_nan_that_no_weight_takes_does_not_stop_a_safe_merge():
+    """PEFT refuses it, though the merged weights are finite."""
+    config = fastpeft.UniLoraConfig(target_modules=["0"], r=1, theta_d_length=256)  # of which 8 are taken
+    model = fastpeft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+    layer = model.base_model.model[0]
+    taken = {int(i) for which in "AB" for i in getattr(layer, f"unilora_indices_{which}")["default"].flatten()}
+    theta = model.base_model.unilora_theta_d["default"].data
+    expected = layer.base_layer.weight.detach() + layer.get_delta_weight("default")
+    theta[[i for i in range(256) if i not in taken]] = float("nan")
+    assert torch.equal(model.merge_and_unload(safe_merge=True)[0].weight, expected)
+    assert len(taken) == 8
+
+
+def test_clusters_of_another_base_are_refused(tmp_path):
+    """PEFT takes the tensors over, and adds a cluster's rows to others'."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    bases = [torch.nn.Sequential(torch.nn.Linear(64, 64)) for _ in range(2)]
+    peft.get_peft_model(bases[0], peft.AdamssConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(bases[1]), tmp_path).base_model.model[0]
+    assert not torch.equal(theirs.scatter_index["default"], bases[0][0].scatter_index["default"])
+    with pytest.raises(fastpeft.files.checks.KeyMismatchError, match="size mismatch"):
+        fastpeft.PeftModel.from_pretrained(bases[1], tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
+def test_embeddings_resized_after_a_model_came_from_the_hub_are_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, commit = tmp_path / "models--some--llama", "0" * 40
+    for folder in (repo / "refs", repo / "snapshots" / commit):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    model = fastpeft.get_peft_model(llama(), fastpeft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = "some/llama"
+    for size, saved in ((model.config.vocab_size, False), (7, True)):
+        (repo / "snapshots" / commit / "config.json").write_text(f'{{"vocab_size": {size}}}')
+        assert any("embed_tokens" in key for key in fastpeft.get_peft_model_state_dict(model)) == saved
 
 
 def test_functional_without_a_peft_model():
@@ -117,7 +180,7 @@ def test_weights_of_a_file_and_its_layers(tmp_path):
     model.save_pretrained(tmp_path)
     state = fastpeft.load_peft_weights(tmp_path, device="cpu")
     assert state.keys() == fastpeft.get_peft_model_state_dict(model).keys()
-    renamed = fastpeft.load_peft_weights(tmp_path, key_mapping={"^model.layers": "layers"})
+    renamed = fastpeft.load_peft_weights(tmp_path, key_mapping={"^model.layers": "layers", "^layers": "none"})
     assert all(key.startswith("base_model.model.layers.") for key in renamed)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert not isinstance(layer, Linear4bit)

@@ -75,16 +75,24 @@ def _multi(d: Draw, m: int, k: int) -> Made:
     return [_weight(d, n, k), stack, rows, _bias(d, n)], []
 
 
+def _mixture(d: Draw, m: int, k: int) -> Made:
+    n, count, r, dtype = d.size(40, 1), d.random.randint(1, 3), d.size(8, 1), d.one(FLOATS)
+    a, b = d.values(count, r, k, dtype=dtype), d.values(n, count, r, dtype=dtype).transpose(0, 1)
+    scaling = [d.number() for _ in range(count)] if d.maybe(0.5) else d.number()
+    return [_weight(d, n, k), a, b, d.values(m, count), scaling, _bias(d, n)], []
+
+
 MAKERS: dict[str, Callable[[Draw, int, int], Made]] = {
     "dora_linear": _gained,
     "dora_linear_normed": _normed,
     "lora_linear": _lora,
     "lora_linear_by_row": _by_row,
     "lora_linear_stacked": _stacked,
+    "lora_mixture": _mixture,
     "multi_lora_linear": _multi,
 }
 _SEVERAL = ("lora_linear_by_row", "lora_linear_stacked")
-_WITHOUT_GRAPH = ("dora_linear", "multi_lora_linear")
+_WITHOUT_GRAPH = ("dora_linear", "lora_mixture", "multi_lora_linear")
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -112,7 +120,7 @@ CHANGES: dict[str, Callable[[Tensor], object]] = {
     "freed and taken": _freed_and_taken,
     "data =": lambda t: setattr(t, "data", t.data.clone() + 1),
     "data = shorter": lambda t: setattr(t, "data", t.data[:-1].clone()),
-    "data = transposed": lambda t: setattr(t, "data", t.data.t()),
+    "data = transposed": lambda t: setattr(t, "data", t.data.transpose(0, -1)),
     "data = strided": lambda t: setattr(t, "data", t.data.repeat_interleave(2, -1)[..., ::2]),
     "data = of a freed": lambda t: setattr(t, "data", _freed_half(t.data)),
     "set_": lambda t: t.set_(t.detach().clone()),  # type: ignore[call-overload]

@@ -1,7 +1,7 @@
 """A plugin of pytest, `-p in_place_of_peft`: `import peft` is fastpeft, before anything else is imported.
 
-With PEFT_SUITE_STUBS=1 names that the tests import and fastpeft lacks are stand-ins, so that a file that needs one can
-be collected all the same; a case that uses one, or has one among its parameters, is skipped.
+Names that the tests import and fastpeft lacks are stand-ins, so that a file that needs one can be collected all the
+same; a case that uses one fails. With PEFT_SUITE_STUBS=1 it is skipped, as one that has it among its parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 fastpeft.as_peft()
 
-STUBS = os.environ.get("PEFT_SUITE_STUBS") == "1"
+SKIPS = os.environ.get("PEFT_SUITE_STUBS") == "1"
 missing: set[str] = set()
 running = False
 
@@ -29,12 +29,12 @@ class _Stub(type):
     """The class of stand-ins, each of which is a class, as most names that tests import are."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._skip_or(lambda: super(_Stub, cls).__call__())
+        return cls._use_or(lambda: super(_Stub, cls).__call__())
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return cls._skip_or(lambda: stub(f"{cls.__doc__}.{name}"))
+        return cls._use_or(lambda: stub(f"{cls.__doc__}.{name}"))
 
     def __iter__(cls) -> Iterator[Any]:
         return iter(())
@@ -42,9 +42,12 @@ class _Stub(type):
     def __contains__(cls, item: object) -> bool:
         return False
 
-    def _skip_or(cls, make: Any) -> Any:
+    def __instancecheck__(cls, instance: object) -> bool:
+        return bool(cls._use_or(lambda: False))
+
+    def _use_or(cls, make: Any) -> Any:
         if running:
-            pytest.skip(f"not there: {cls.__doc__}")
+            (pytest.skip if SKIPS else pytest.fail)(f"not there: {cls.__doc__}")
         return make()
 
 
@@ -86,15 +89,14 @@ def _fill(path: Path) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if STUBS:
-        for argument in config.args:
-            path = Path(argument.partition("::")[0])
-            for each in (path, *path.parent.glob("testing_*.py")):
-                _fill(each)
+    for argument in config.args:
+        path = Path(argument.partition("::")[0])
+        for each in (path, *path.parent.glob("testing_*.py")) if path.is_file() else ():
+            _fill(each)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items if STUBS else ():
+    for item in items if SKIPS else ():
         if name := _name_of_stub(getattr(getattr(item, "callspec", None), "params", {})):
             item.add_marker(pytest.mark.skip(reason=f"not there: {name}"))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 from ...native import pointer
-from ..lora_linear.native import available, backward_arguments, forward_arguments, pack, refusal
+from ..lora_linear.native import available, backward_arguments, forward_arguments, pack, put, refusal
 
 
 def _one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +33,18 @@ def forward(
     if code:
         native.check(code)
     return y, s.view(x.shape[0], *a.shape[:2])
+
+
+def step(packed: tuple[bytes, ...], x: Tensor, n: int, sizes: tuple[int, int], mix: Tensor) -> Tensor:
+    """y [M, N] of a prepared call without gradients. x [M, K], mix [M, adapters]: contiguous; sizes: adapters, ranks;
+    packed: `lora_linear.native.fields`."""
+    m, (count, r) = x.shape[0], sizes
+    y, s = x.new_empty((m, n)), x.new_empty((m, count * r), dtype=torch.float32)
+    own = put(packed, x, None, m, y.data_ptr(), s.data_ptr())
+    code = native.cpu().pk_cpu_lora_mixture(own, mix.data_ptr(), count, 1)
+    if code:
+        native.check(code)
+    return y
 
 
 def backward(

@@ -45,7 +45,8 @@ class _HeldBy(type):
 def layer_class(method: Method, name: str) -> type:
     """`isinstance(module, LoraLayer)`: true of an adapter layer with an adapter of that method."""
     label = next((label for label in (*_ATTENTIONS, *_ENDS) if name.endswith(label)), None)
-    made: type = _HeldBy(name, (), {"method": method, "label": label, "__doc__": layer_class.__doc__})
+    own = {"method": method, "label": label, "update_layer": AdapterLayer.update_layer, "__doc__": layer_class.__doc__}
+    made: type = _HeldBy(name, (), own)
     return made
 
 

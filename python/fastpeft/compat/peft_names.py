@@ -26,8 +26,8 @@ HOMES = {
     "model.adapters": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
     "saving.folder": "SAFETENSORS_WEIGHTS_NAME=SAFETENSORS_NAME WEIGHTS_NAME=PICKLE_NAME",
     "compat.peft_only": """
-        ALLOWED_COMPUTE_DTYPES DoraCaching EMBEDDING_LAYER_NAMES MontecloraTrainerMixin SEQ_CLS_HEAD_NAMES
-        TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING _get_submodules
+        ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG DoraCaching EMBEDDING_LAYER_NAMES MontecloraTrainerMixin
+        SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING _get_submodules
         check_if_peft_model check_target_module_exists dequantize_module_weight find_parameter_name_by_module
         get_device_map inspect_matched_modules is_xpu_available transpose update_forward_signature
         update_generate_signature update_signature
@@ -36,6 +36,7 @@ HOMES = {
         LoraEmbeddingATPHolder LoraParallelLinear TpInfo check_deepspeed_zero3_enabled gather_params_ctx
         get_default_module_allowlist get_tp_plan_and_mesh
     """,
+    "compat.empty_weights": "init_empty_weights skip_init_on_device",
     "config.base": "CONFIG_NAME",
     "files.whole": "dtensor_from_local_like",
     "model.distributed": "fsdp_auto_wrap_policy",
@@ -131,7 +132,8 @@ _MODULES = {
     "utils.hotswap": "saving.hotswap",
     "utils.incremental_pca": "recipes.incremental_pca",
     "utils.integrations": """
-        TpInfo check_deepspeed_zero3_enabled dequantize_module_weight dtensor_from_local_like gather_params_ctx
+        TpInfo check_deepspeed_zero3_enabled compat.empty_weights dequantize_module_weight dtensor_from_local_like
+        gather_params_ctx
     """,
     "utils.loftq_utils": "recipes.loftq",
     "utils.merge_utils": "model.merge_math",

@@ -25,6 +25,7 @@ from ..model.tuner import BaseTuner, tuner_class
 from ..weights.find import weight_of
 
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 SEQ_CLS_HEAD_NAMES = list(SEQ_CLS_HEADS)
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -186,6 +187,12 @@ def _own_targets(method: type[Method]) -> Any:
     return method.default_targets
 
 
+def _is_at_least(package: str, name: str) -> bool:
+    """True for an installed version of at least what a name as `is_torchao_ge_v0_18_0` says."""
+    wanted = [int(part) for part in name.partition("_ge_v")[2].split("_")]
+    return [int(part) for part in metadata.version(package).split("+")[0].split(".")[: len(wanted)]] >= wanted
+
+
 def __getattr__(name: str) -> Any:
     """Names by pattern: `TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`, a method's default targets by model
     type; `is_<package>_available()`; `is_transformers_ge_v5_4_0` and the like."""
@@ -195,8 +202,9 @@ def __getattr__(name: str) -> Any:
             if peft_type.value.replace("_", "") == name[len(start) : -len(end)]:
                 return _own_targets(type(method))  # type: ignore[arg-type]  # mypy takes a class for its instances
     if name.startswith("is_transformers_ge_v"):
-        wanted = [int(part) for part in name.removeprefix("is_transformers_ge_v").split("_")]
-        return [int(part) for part in metadata.version("transformers").split(".")[: len(wanted)]] >= wanted
+        return _is_at_least("transformers", name)
+    if name.startswith("is_torchao_ge_v"):  # a function, unlike those of transformers
+        return lambda: util.find_spec("torchao") is not None and _is_at_least("torchao", name)
     package = _PACKAGES.get(name.removeprefix("is_").removesuffix("_available"))
     if package is None or name != f"is_{name[3:-10]}_available":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

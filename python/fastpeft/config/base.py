@@ -307,9 +307,9 @@ def check(config: Any, field: str, good: bool, expected: str) -> None:
         raise ValueError(f"`{field}` should be {expected}, got {getattr(config, field)!r}")
 
 
-def check_choice(config: Any, field: str, *allowed: Any) -> None:
-    """ValueError for a value that is none of those allowed."""
+def check_choice(config: Any, field: str, *allowed: Any, also: str = "") -> None:
+    """ValueError for a value that is none of those allowed. also: what PEFT says of it, after a space."""
     if getattr(config, field) not in allowed:
         *others, last = (repr(value) for value in allowed)
         valid = f"{', '.join(others)} or {last}"
-        raise ValueError(f"Invalid {field} value: {getattr(config, field)!r}. Valid values are: {valid}.")
+        raise ValueError(f"Invalid {field} value: {getattr(config, field)!r}. Valid values are: {valid}.{also}")

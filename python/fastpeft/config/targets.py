@@ -17,9 +17,11 @@ from ..files.checks import list_some, short
 from .base import TargetConfig
 from .limits import is_plain
 from .patterns import hits_of, match_names
-from .types import NoMatchingPeftModuleError, warn
+from .types import NoMatchingPeftModuleError, PeftRuntimeWarning, warn
 
 ALL_LINEAR = "all-linear"
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # types of models
+READ_BY_KERNELS = ("conv1d", "out_proj")  # modules of those
 HEADS = ("classifier", "score", "qa_outputs")  # of transformers' models for tasks
 
 
@@ -115,6 +117,18 @@ def _layer_indices(layers_pattern: Iterable[str] | str | None, names: list[str])
     return index
 
 
+def check_mamba(config: TargetConfig, model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError for LoRA and its kin on modules whose weights Mamba's fused kernels read past any adapter."""
+    model_type = model_config(model).get("model_type")
+    if model_type in MAMBA and config.peft_type in ("LORA", "ADALORA", "RANDLORA"):
+        for name in names:
+            if (end := name.rpartition(".")[2]) in READ_BY_KERNELS:
+                raise ValueError(
+                    f"Module {end!r} is incompatible with Mamba-based models (model_type={model_type!r}): their fused "
+                    f"kernels read the weight of {name!r} and would pass an adapter over. Do not target it."
+                )
+
+
 def warn_unmatched(
     config: TargetConfig, patterns: Iterable[str], names: Sequence[str], adapted: Sequence[str], meant: Collection[str]
 ) -> None:
@@ -123,7 +137,7 @@ def warn_unmatched(
     patterns: the fields that give layers values of their own. names: of all modules; adapted: of the layers that get
     the adapter; meant: targets that stand for other things than modules.
     """
-    targets, left_out = _targets(config) or (), config.exclude_modules or ()
+    targets, left_out, patterns = _targets(config) or (), config.exclude_modules or (), list(patterns)
     if isinstance(targets, str):
         there = targets.lower() == ALL_LINEAR or select(targets, names)
         lost = {"target_modules": [targets] if not there and targets not in meant else []}
@@ -137,8 +151,27 @@ def warn_unmatched(
         hits = hits_of(given, adapted)
         lost[field] = [pattern for pattern in given if not hits.get(pattern)]
     for field, values in lost.items():
+        text = f"{field}: nothing in the model matches {list_some(sorted(values))}."
+        if field in patterns:
+            text += f" The following {field} keys did not match any targeted module and were ignored: {sorted(values)}."
+        elif field == "target_modules" and not select(targets, names):
+            text += f" target_modules={short(config.target_modules, 300)} were set but no module was matched."
+        elif field == "exclude_modules":
+            text = f"You have passed exclude_modules={left_out!r} but no modules were excluded."
         if values:
-            warn(f"{field}: nothing in the model matches {list_some(sorted(values))}.", level=3)
+            warn(text, 3, PeftRuntimeWarning)
+
+
+def warn_of_difference(by_config: Collection[str], by_keys: Collection[str]) -> None:
+    """Warn where a configuration and a state dict's keys, which have the say, name different modules."""
+    found = {"PEFT config": set(by_config).difference(by_keys), "state_dict": set(by_keys).difference(by_config)}
+    listed = [f"The {what} contained these additional target modules: {sorted(n)}. " for what, n in found.items() if n]
+    if listed:
+        text = (
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+        )
+        warn(f"{text}{''.join(listed)}", 4, PeftRuntimeWarning)
 
 
 def warn_unsaved(config: TargetConfig, names: Sequence[str]) -> None:
@@ -153,7 +186,8 @@ def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[st
     """An error that says why nothing is left to adapt, and what could be named instead."""
     if matched.excluded:
         return NoMatchingPeftModuleError(
-            "No modules were targeted for adaptation. All modules were excluded that "
+            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+            "modules and excluded modules. All modules were excluded that "
             f"target_modules={_shown(config.target_modules)} selects: they are left out by "
             f"exclude_modules={_shown(config.exclude_modules)} or modules_to_save={config.modules_to_save}: "
             f"{list_some(matched.excluded)}."
@@ -166,7 +200,8 @@ def no_match_error(config: TargetConfig, matched: Matched, possible: Iterable[st
             message += f" Note: {name}={getattr(config, name)!r} leaves out further modules."
     ends = Counter(name.rpartition(".")[2] for name in possible)
     listed = [f"{end} ({count})" for end, count in ends.items()]
-    return NoMatchingPeftModuleError(f"{message} What could be targeted: {list_some(listed, 24) or 'nothing'}.")
+    could = f"What could be targeted: {list_some(listed, 24) or 'nothing'}."
+    return NoMatchingPeftModuleError(f"{message} {could} No modules were targeted for adaptation.")
 
 
 def _shown(value: object) -> str:

@@ -90,6 +90,10 @@ class MergeError(ValueError, RuntimeError):
     """Adapters that cannot be merged into a layer. PEFT raises now the one error, now the other."""
 
 
+class GroupsError(ValueError, NotImplementedError):
+    """A convolution in groups, for a method that has no form for one. PEFT raises NotImplementedError."""
+
+
 class UnmixableError(ValueError, TypeError):
     """A layer that cannot serve rows with adapters of their own. PEFT raises now the one error, now the other."""
 
@@ -98,6 +102,10 @@ class PeftWarning(UserWarning):
     """Something was ignored or changed that the user should know of."""
 
 
-def warn(message: str, level: int = 1) -> None:
+class PeftRuntimeWarning(PeftWarning, RuntimeWarning):
+    """A PeftWarning where PEFT gives a RuntimeWarning."""
+
+
+def warn(message: str, level: int = 1, category: type[PeftWarning] = PeftWarning) -> None:
     """A PeftWarning. level: 1 where it is about the call of the caller, 2 where about the call before that."""
-    warnings.warn(message, PeftWarning, stacklevel=level + 2)
+    warnings.warn(message, category, stacklevel=level + 2)

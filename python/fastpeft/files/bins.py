@@ -13,13 +13,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torch import Tensor
+
 from .checks import AdapterFileError, Confined, name_of, open_regular
+from .safetensors import read_header, read_tensors
 
 ALLOW_ENV = "FASTPEFT_ALLOW_BIN"
 SPARE_BYTES = 512 << 20  # what reading takes beside the file
@@ -30,6 +34,13 @@ _SECONDS, _BYTES_A_SECOND = 60, 20 << 20
 def allowed() -> bool:
     """`FASTPEFT_ALLOW_BIN=1` allows `.bin` files to the whole process, which then keeps one child to read them."""
     return os.environ.get(ALLOW_ENV) == "1"
+
+
+def read_bin(path: Path | Confined) -> dict[str, Tensor]:
+    """The tensors of a `.bin` file, read as `write_as_safetensors` does. Raises AdapterFileError."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_as_safetensors(path, goal := Path(folder, "read.safetensors"))
+        return read_tensors(read_header(goal))
 
 
 def write_as_safetensors(path: Path | Confined, goal: Path) -> None:

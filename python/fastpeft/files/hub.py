@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,19 @@ def find_adapter_file(
         return str(hf_hub_download(os.fspath(name_or_path), filename, subfolder=subfolder, **options))
     except Exception as error:
         raise ValueError(f"Can't find '{filename}' at '{name_or_path}': {error}") from error
+
+
+def known_file(name_or_path: str, filename: str, revision: str | None = None) -> Path | None:
+    """The path of a file in a local folder or in the Hub's cache, None where there is none. Nothing is downloaded."""
+    path = Path(name_or_path, filename)
+    if path.is_file():
+        return path
+    with suppress(ImportError, ValueError):  # a name that is no repository's
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name_or_path, filename, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+    return None
 
 
 def push_to_hub(

@@ -13,7 +13,8 @@ from ..config.limits import check_adapter_name
 from ..layer.layer import AdapterLayer
 from ..methods.registry import method_of
 from .modules import LayerPlan, checked_info, walk
-from .plan import InjectionPlan, place
+from .place import place
+from .plan import InjectionPlan
 
 
 def plan_mixture(model: nn.Module, config: Any, adapter_name: str) -> InjectionPlan:

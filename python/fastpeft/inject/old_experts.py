@@ -165,6 +165,9 @@ def convert_targets(
     if not isinstance(targets, str):
         modules = [n for n, s in sites.items() if n not in routers.values() and weight_of(innermost(s.module))]
         changes["target_modules"] = {t for t in targets if t not in meant or select([t], modules)}
+    elif targets.lower() != ALL_LINEAR:  # an expression that means experts too is read once, as PEFT reads it
+        found = [n for n in match_targets(config, [*sites]).names if n not in routers.values()]
+        changes["target_modules"] = minimal_suffixes(found, sites)
     return Converted(changes, frozenset(r for p, r in routers.items() if p in hits), meant)
 
 
@@ -179,7 +182,8 @@ def _check_whole(parameter: str, olds: Sequence[str], count: int, hits: Mapping[
     if hits and missing:
         raise PeftError(
             f"target_modules selects {', '.join(sorted(hits))} without {', '.join(missing)}, and {parameter!r} holds "
-            "both: select all of them or none."
+            f"both: select all of them or none. Cannot convert PEFT target(s) {', '.join(sorted(hits))} without also "
+            f"targeting {', '.join(missing)} because they are fused into {parameter.rpartition('.')[2]}."
         )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from ..config.types import PeftError
+from ..config.types import PeftError, PeftRuntimeWarning, warn
 from ..files.checks import list_some
 from ..layer.layer import AdapterLayer
 from ..weights.base import innermost
@@ -14,11 +14,14 @@ from ..weights.read_by_module import ParameterWeight, TransientWeight
 from .modules import Site
 
 
-def parameter_sites(wanted: Sequence[str], sites: Mapping[str, Site], targeted: Sequence[str]) -> list[Site]:
+def parameter_sites(
+    wanted: Sequence[str], sites: Mapping[str, Site], targeted: Sequence[str], of_model: Collection[str]
+) -> list[Site]:
     """A site for each parameter whose name is one of `wanted` or ends with it after a dot, innermost layer first.
 
     Layers of one module's parameters are nested in the order of the parameters, so that the last has the module's own
-    name and each before it `.base_layer` more. targeted: the modules that the same adapter wraps whole.
+    name and each before it `.base_layer` more. targeted: the modules that the same adapter wraps whole. of_model: the
+    model's own parameters, which no layer can hold.
     """
     result: list[Site] = []
     matched: set[str] = set()
@@ -33,15 +36,25 @@ def parameter_sites(wanted: Sequence[str], sites: Mapping[str, Site], targeted: 
         if found and name in targeted:
             raise ValueError(
                 f"{name!r} is named by `target_modules` and its parameters {found} by `target_parameters`: "
-                "leave one of the two out (`target_modules=[]` for no modules)."
+                f"leave one of the two out (`target_modules=[]` for no modules). Trying to wrap an `nn.Parameter` of "
+                f"layer {name!r} of type {type(base).__name__}, which is not a valid target."
             )
         result += _chain(site, found, base) if found else []
-    if lost := sorted(set(wanted) - matched):
-        none = (
-            " No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
-            "arguments."
+    lost = sorted(set(wanted) - matched)
+    if own := [name for name in lost if name in of_model]:
+        raise ValueError(
+            f"Targeting an nn.Parameter on the top-level module is not supported (parameter {own[0]!r}): no module "
+            "holds the model, whose place a layer could take."
         )
-        raise PeftError(f"target_parameters: the model has no parameter {list_some(lost)}.{'' if targeted else none}")
+    text = f"target_parameters: the model has no parameter {list_some(lost)}."
+    if lost and targeted:
+        none = "" if matched else f" target_parameters={list(wanted)} were set but no parameter was matched."
+        warn(f"{text}{none}", 4, PeftRuntimeWarning)
+    elif lost:
+        raise PeftError(
+            f"{text} No `target_modules` passed but also no `target_parameters` found. Please check the values for "
+            "these arguments."
+        )
     return result
 
 

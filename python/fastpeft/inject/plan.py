@@ -10,17 +10,19 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config.base import TargetConfig
 from ..config.limits import check_adapter_name
 from ..config.targets import (
     ALL_LINEAR,
     Matched,
+    check_mamba,
     match_targets,
     minimal_suffixes,
     model_config,
     no_match_error,
+    warn_of_difference,
     warn_unmatched,
     warn_unsaved,
 )
@@ -34,8 +36,9 @@ from ..layer.saved_modules import ModulesToSaveWrapper, check_savable
 from ..layer.shared_tensors import fill_containers, held_containers
 from ..methods.base_edit import EDIT
 from ..methods.computed import compute
-from ..methods.method import LayerInfo, Method, State
+from ..methods.method import Method, State
 from ..methods.registry import method_of
+from ..methods.tied import warn_tied
 from ..methods.whole import WholeMethod
 from ..prompts.method import PromptMethod
 from ..weights.split import is_split
@@ -55,11 +58,10 @@ from .modules import (
 )
 from .old_experts import Converted, JoinedExperts, convert_targets, find_joined, without_dropout
 from .parameters import parameter_sites
+from .place import place
 from .replicate import replicate_layers
 from .split import split_sites
 from .tokens import TokenPlan, plan_tokens
-
-LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class _SavedPlan(NamedTuple):
@@ -182,6 +184,10 @@ def plan_injection(
     with ExitStack() as undo:  # what planning does to the model is taken back on an error
         if replication:
             undo.callback(replicate_layers(model, replication))
+        for _, layer in adapter_layers(model, adapter_name):  # has one of that name, which the new one replaces
+            if adapter_name in layer.base_edits and not method_of(config).keeps_edit(config, layer.info):
+                undo.callback(layer.set_edits, layer.base_edits)
+                layer.restore_base(adapter_name)
         plan = _plan(
             model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys, shapes or {}
         )
@@ -218,6 +224,7 @@ def _plan(
     matched.names = [n for n in matched.names if n not in converted.routers]
     leaders = method.followers(resolved, model)
     matched.names.extend(n for n, to in leaders.items() if to in matched.names and n not in matched.names)
+    check_mamba(config, model, matched.names)
     if split := split_sites(model, sites, matched.names):
         sites = {**sites, **split}
     named = [sites[name] for name in matched.names]
@@ -226,7 +233,7 @@ def _plan(
     inner = {id(part.module) for site in named for part in parts(site)}  # get the adapter with what they are in
     targets = [s for site in named if id(site.module) not in inner for s in (site, *parts(site))]
     if wanted := getattr(resolved, "target_parameters", None):
-        targets += parameter_sites(wanted, sites, matched.names)
+        targets += parameter_sites(wanted, sites, matched.names, model._parameters)
     targets = [with_weight(site, config) for site in targets]
     if not targets:
         every = ((name, base_of(site)) for name, site in sites.items())
@@ -234,16 +241,17 @@ def _plan(
 
     infos = [checked_info(site) for site in targets]
     configs = method.layer_config(resolved, [info.name for info in infos])
+    saved = _plan_saved(resolved, sites, leaders)
     if loading:
         configs = without_dropout(resolved, configs, infos)
     elif keys is None:
         adapted = [info.name for info in infos]
         warn_unmatched(config, method.patterns.values(), list(sites), adapted, converted.targets)
         warn_unsaved(config, list(sites))
+        warn_tied(config, model, {*matched.names, *(site.name for site, _ in saved)})
     for info in infos:
         method.check_layer(configs.get(info.name, resolved), info)
     resolved_fan = corrected_fan_in_fan_out(config, sites, matched.names)
-    saved = _plan_saved(resolved, sites, leaders)
     with torch.device("meta") if low_cpu_mem_usage else nullcontext():
         shared = method.make_shared(resolved, infos)
         compute(shared, low_cpu_mem_usage, later=loading and low_cpu_mem_usage)
@@ -325,6 +333,11 @@ def resolve_targets(
     names = list(sites)
     resolved = copy.copy(config)
     if keys is not None:
+        if getattr(config, "target_parameters", None):
+            raise ValueError(
+                "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`, of "
+                "which the keys say nothing. Inject it without the state_dict, and load that afterwards."
+            )
         layered = (k.removeprefix(PREFIX) for k in keys)
         found = {k.rpartition("." + method.prefix)[0] for k in layered if not k.startswith(TUNER)}
         wanted = found & sites.keys()
@@ -332,6 +345,8 @@ def resolve_targets(
             raise ValueError(f"the state dict names modules that the model lacks: {list_some(lost)}")
         if config.target_modules is None:
             resolved.target_modules = minimal_suffixes(wanted, names)
+        else:
+            warn_of_difference(resolve_targets(model, config, method, sites, None)[1].names, wanted)
         return resolved, Matched([n for n in names if n in wanted], [])
     targets = config.target_modules
     if not targets and getattr(config, "target_parameters", None):
@@ -382,19 +397,3 @@ def _plan_saved(
     names += [n for n, to in leaders.items() if to in names and n not in names]
     held = ((sites[name], sites[name].module) for name in names)
     return [(s, m if isinstance(m, ModulesToSaveWrapper) else ModulesToSaveWrapper(m)) for s, m in held]
-
-
-def place(state: State, info: LayerInfo, autocast: bool) -> None:
-    """Move new tensors to their layer's device and dtype, as PEFT does; float32 for half precision if asked."""
-    for name, value in state.items():
-        if not isinstance(value, (nn.Module, Tensor)):
-            continue
-        holder = AdapterDict({"x": value})
-        on_meta = info.device.type == "meta" or any(t.is_meta for t in (*holder.parameters(), *holder.buffers()))
-        exact = getattr(value, "exact", False)  # a `Computed` that says so
-        dtype = info.dtype if info.dtype.is_floating_point and not exact else None
-        holder.to_entry("x", None if on_meta else info.device, dtype)
-        if autocast and dtype in LOW_PRECISION:
-            holder.to_entry("x", None, torch.float32)
-        keeps = getattr(value, "persistent", True)
-        state[name] = holder["x"] if keeps else nn.Buffer(holder["x"], persistent=False)

@@ -49,7 +49,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper, nn.Module):
     def weight(self) -> Any:
         """With the active rows in it, for models that read it rather than call the module."""
         layer = self.token_adapter
-        if layer.disable_adapters or layer.merged or not layer.methods.keys() & set(layer.active_adapters):
+        acts = layer.methods.keys() & set(layer.active_adapters)
+        if layer.disable_adapters != layer.merged or not (acts or layer.merged):
             return layer.weight
         w = layer.current_weight()[0]
         return w.t() if layer.base.transposed else w
@@ -86,6 +87,11 @@ class TokenPlan(LayerPlan):
     leader: str | None  # the module whose rows these are
 
 
+def embeddings_end(model: nn.Module) -> str:
+    """The end of the names of the modules whose rows a list of indices alone means."""
+    return embedding_name(model) or "embed_tokens"
+
+
 def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], targeted: Collection[str]) -> list[TokenPlan]:
     """The trained rows that a configuration asks for beside its adapter in the modules `targeted`; changes nothing."""
     if (wanted := getattr(config, "trainable_token_indices", None)) is None:
@@ -93,7 +99,7 @@ def plan_tokens(model: nn.Module, config: Any, sites: Mapping[str, Site], target
     from ..methods.registry import get_method
     from ..methods.trainable_tokens import FollowingTokens, TrainableTokensConfig
 
-    asked = dict(wanted) if isinstance(wanted, Mapping) else {embedding_name(model) or "embed_tokens": wanted}
+    asked = dict(wanted) if isinstance(wanted, Mapping) else {embeddings_end(model): wanted}
     tokens: dict[str, list[int]] = {}
     for end, indices in asked.items():
         if end in (config.modules_to_save or ()):

@@ -40,8 +40,7 @@ class MergingLayer(ActiveAdapters, Wrapping):
         self.base_layer = base_layer
         self.layer_name = name
         self.methods: dict[str, Method] = {}
-        # By adapter, in the order in which they were made; replaced, never changed.
-        self.base_edits: Mapping[str, BaseEdit] = {}
+        self.base_edits: dict[str, BaseEdit] = {}  # by adapter, in the order in which they were made
         self._base = found.of(base_layer)
         self._unedited: Saved | None = None  # the base weight from before the first edit
         self._unmerged: Saved | None = None  # the same from before the first merge
@@ -88,6 +87,10 @@ class MergingLayer(ActiveAdapters, Wrapping):
         return self._through(adapters, *self.base.read())
 
     def current_weight(self) -> Weight:
+        """W and b that the layer computes with now, for modules that read them. As a forward, it unmerges a layer whose
+        adapters are off."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
         off = self._disable_adapters or self.merged_adapters
         return self.stored_weight([] if off else [n for n in self._active_adapter if n in self.methods])
 
@@ -119,6 +122,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
             method, view = self.methods[adapter], self.view(adapter)
             if type(method).merged is Method.merged and not method.needs_base_weight:
                 delta = method.delta_weight(view, view, None).reshape(base[0].shape)
+            elif not method.mergeable and (factors := method.factors(view, view, base[0])) is not None:
+                delta = (factors[1] @ factors[0]).reshape(base[0].shape)  # aLoRA's, of some tokens alone
             else:
                 delta = self.merged_weight([adapter], base)[0] - base[0]
         return delta.t() if self.base.transposed else delta
@@ -189,7 +194,10 @@ class MergingLayer(ActiveAdapters, Wrapping):
             if p is not None and p.requires_grad != trained.get(name, p.requires_grad):
                 p.requires_grad_(trained[name])
         self._unedited, self._unmerged = unedited, unmerged
-        self.base_edits = self.base_edits if edits is None else dict(edits)
+        if edits is not None:
+            left = dict(edits)
+            self.base_edits.clear()
+            self.base_edits.update(left)
         self.merged_adapters = list(merged)
         self.changed()
         return error
@@ -309,9 +317,12 @@ class MergingLayer(ActiveAdapters, Wrapping):
 
     def restore_base(self, adapter: str | None = None) -> None:
         """Take back what was changed for an adapter (None: for all), whatever was changed after it."""
-        left = {name: edit for name, edit in self.base_edits.items() if adapter not in (None, name)}
-        if len(left) < len(self.base_edits):
-            self._remake(self.merged_adapters, left)
+        self.set_edits({name: edit for name, edit in self.base_edits.items() if adapter not in (None, name)})
+
+    def set_edits(self, edits: Mapping[str, BaseEdit]) -> None:
+        """Make the base weight what these edits, and the adapters that are merged, make of the original."""
+        if edits != self.base_edits:
+            self._remake(self.merged_adapters, edits)
 
 
 def _edited(w: Tensor, edits: Iterable[BaseEdit]) -> Tensor:

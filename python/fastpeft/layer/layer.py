@@ -154,10 +154,8 @@ class AdapterLayer(MergingLayer):
         """
         if EDIT in state:
             self.edit_base(adapter, state[EDIT])
-        elif adapter in self.methods:
-            self.restore_base(adapter)
         self.methods[adapter] = method
-        self._prefix = self._prefix or method.prefix.rstrip("_")
+        self._prefix = self._prefix or method.peft_type.value.lower()
         held = method.shares(self.info, list(shared)) if shared else {}
         for attribute, name in held.items():
             self._modules[attribute] = several = (shared or {})[name]
@@ -278,7 +276,7 @@ class AdapterLayer(MergingLayer):
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mine = now.call is None and self.rows.idle and not torch.compiler.is_compiling()
+        mine = now.state.call is None and self.rows.idle and not torch.compiler.is_compiling()
         plan = self._plan if mine else None
         if plan is not None and not args and not kwargs:
             y = plan(x)
@@ -391,7 +389,9 @@ class AdapterLayer(MergingLayer):
         return {**self.__dict__, "_plan": None}
 
     def extra_repr(self) -> str:
-        return f"parameter_name={self.base.names[0]!r}" if "parameter_name" in self.base.attributes else ""
+        shown = {"parameter_name": self.base.names[0]} if "parameter_name" in self.base.attributes else {}
+        shown |= {} if (backend := self.quantization_backend) is None else {"quantization_backend": backend}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def __repr__(self) -> str:
         # As PEFT's class of the same purpose: `lora.Linear(...)`.

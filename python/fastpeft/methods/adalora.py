@@ -50,6 +50,9 @@ class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in (("DoRA", self.use_dora), ("LOFTQ", self.loftq_config)):
+            if value:
+                raise ValueError(f"ADALORA does not support {name}.")
         if self.r != LoraConfig.r:
             warn("Note that `r` is not used in AdaLora and will be ignored. The rank at the start is `init_r`.")
         if self.orth_reg_weight < 0:
@@ -69,9 +72,9 @@ class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
             raise ValueError(f"`beta1` and `beta2` should be in (0, 1), got {self.beta1} and {self.beta2}")
 
 
-# LoRA's options that have no meaning here. PEFT refuses the first two and passes over the others.
+# LoRA's options that have no meaning here; PEFT passes over them.
 WITHOUT_MEANING = (
-    "use_dora", "loftq_config", "use_rslora", "lora_bias", "alpha_pattern", "use_qalora", "use_bdlora", "velora_config",
+    "use_rslora", "lora_bias", "alpha_pattern", "use_qalora", "use_bdlora", "velora_config",
     "monteclora_config", "kasa_config", "alora_invocation_tokens", "arrow_config", "eva_config", "corda_config",
     "lora_ga_config", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config",
 )  # fmt: skip

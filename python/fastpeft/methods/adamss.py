@@ -130,14 +130,15 @@ class Adamss(Method, config=AdamssConfig):
             u, _, v = torch.svd_lowrank(w, q=r, niter=2)
         u, v = u[:, :r], v[:, :r].T.contiguous()
         clusters = cluster(u, config.num_subspaces)
+        place = "meta" if torch.empty(0).is_meta else w.device  # what is trained comes from a file then
         a_parts, b_parts = [], []
         for rows in clusters:
             a = _directions(u[rows], config)
             back = torch.zeros(len(rows), len(a), device=w.device)
             if config.init_weights is None:
                 back.normal_().mul_(0.01)
-            a_parts.append(nn.Parameter(a.to(info.dtype)))
-            b_parts.append(nn.Parameter(back.to(info.dtype)))
+            a_parts.append(nn.Parameter(a.to(place, info.dtype)))
+            b_parts.append(nn.Parameter(back.to(place, info.dtype)))
         return {
             "adamss_A": nn.ParameterList(a_parts), "adamss_B": nn.ParameterList(b_parts), "adamss_newB": v,
             "num_subspaces": len(clusters), "scatter_index": nn.Buffer(torch.cat(clusters), persistent=False),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.base import HasFanInFanOut, TargetConfig, check_ranks
-from ..config.types import PeftWarning
+from ..config.types import GroupsError, PeftWarning
 from .math.draws import drawn_normal, kaiming_, normal_
 from .math.factored import dropout
 from .math.made_weight import as_it_is, one_token, weight_side, with_weight
@@ -52,7 +52,8 @@ class Hira(Method, config=HiraConfig):
     def check_layer(self, config: HiraConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if info.groups > 1:
-            raise ValueError(f"HIRA cannot adapt {info.name!r}: a convolution with groups={info.groups} > 1")
+            what = f"HiRA does not support {type(info.module).__name__} layers with groups > 1"
+            raise GroupsError(f"{what}: {info.name!r} has {info.groups}. Do not target it.")
 
     def make_state(self, config: HiraConfig, info: LayerInfo, shared: Any) -> State:
         embedding = info.kind == "embedding"

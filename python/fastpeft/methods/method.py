@@ -103,6 +103,10 @@ class Method:
     def check_beside(self, config: Any, others: Sequence[Any]) -> None:
         """Raise ValueError where a new adapter cannot be in a model that has adapters of these configurations."""
 
+    def keeps_edit(self, config: Any, info: LayerInfo) -> bool:
+        """True where a new adapter is for the base weight as an edit of the one that it replaces left it."""
+        return False
+
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         """Raise ValueError where the math makes no sense on this layer (never silently do nothing)."""
         if info.kind not in self.kinds:

@@ -50,10 +50,10 @@ class Miss(FactoredMethod, config=MissConfig):
         return _BAT if config.init_weights == "bat" else self
 
     def check_layer(self, config: MissConfig, info: LayerInfo) -> None:
-        super().check_layer(config, info)
         if config.r > info.in_features:
             limit = f"less than or equal to in_features ({info.in_features})"
             raise ValueError(f"`r` ({config.r}) must be {limit} in {info.name!r}")
+        super().check_layer(config, info)
         if config.init_weights == "mini" and info.out_features % config.mini_r:
             raise ValueError(f"out_features ({info.out_features}) of {info.name!r} must be divisible by `mini_r`")
 

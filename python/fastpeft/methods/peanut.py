@@ -55,7 +55,7 @@ class Peanut(Method, config=PeanutConfig):
         nn.init.zeros_(b.weight) if config.init_weights else kaiming_(b.weight)
         return {
             "peanut_A": a, "peanut_B": b, "peanut_encoders": encoders, "peanut_decoders": decoders, "r": r,
-            "depth": config.depth, "scaling": config.scaling, "act_fn": config.act_fn,
+            "depth": config.depth, "res_num": config.depth, "scaling": config.scaling, "act_fn": config.act_fn,
         }  # fmt: skip
 
     def _read(self, s: Any, w: Tensor) -> Tensor:

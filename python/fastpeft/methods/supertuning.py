@@ -46,6 +46,8 @@ class SupertuningConfig(HasInitWeights, TargetConfig, own_type="SUPERTUNING"):
             raise ValueError(f"sparsity must be in [0.0, 1.0), got {self.sparsity}")
         check_probabilities(self)
         if self.r is not None:
+            if type(self.r) is not int or self.r < 1:
+                raise ValueError(f"r must be a positive integer, got {self.r!r}.")
             check_ranks(self.r)
             self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
         elif self.lora_alpha is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -67,6 +67,19 @@ def tied_fields(config: Any, model: nn.Module) -> dict[str, Any]:
         text = f"You have requested `ensure_weight_tying`, but no tied modules {where}"
         warnings.warn(text, PeftWarning, stacklevel=5)
     return {}
+
+
+def warn_tied(config: Any, model: nn.Module, adapted: Collection[str]) -> None:
+    """Warn where an adapter changes a module whose weight another has too, and that other stays as it is."""
+    if getattr(config, "ensure_weight_tying", False) or not model_config(model).get("tie_word_embeddings", False):
+        return
+    tied = tied_names(model)
+    if not any(name in adapted for name in (*tied, *tied.values())):
+        return
+    can = hasattr(config, "ensure_weight_tying")
+    why = "`ensure_weight_tying` is not set to True" if can else "no implementation exists to tie the adapters"
+    text = f"Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but {why}."
+    warnings.warn(f"{text} Once merged, the layers no longer share a weight.", PeftWarning, stacklevel=5)
 
 
 class Transposed(nn.Module):

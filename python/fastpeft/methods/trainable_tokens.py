@@ -59,14 +59,18 @@ class TrainableTokens(Method, config=TrainableTokensConfig):
         width = info.out_features if info.kind == "embedding" else info.in_features
         # Never on the meta device: layers share rows that are few, and their order is in no file.
         rows = torch.empty(len(tokens), width, dtype=info.dtype, device="cpu")
-        w = info.base.read()[0]
-        if config.init_weights and not w.is_meta:
-            rows = (w.t() if info.kind == "embedding" else w)[tokens].detach().clone()
-        elif not config.init_weights:
+        w, kept = info.base.read()[0], {}
+        if not w.is_meta:
+            found = (w.t() if info.kind == "embedding" else w)[tokens].detach().clone()
+            kept["trainable_tokens_original"] = nn.Buffer(found, persistent=False)  # for PEFT's users alone
+        if not config.init_weights:
             rows.normal_()
+        elif kept:
+            rows = found.clone()
         index = torch.tensor(tokens, dtype=torch.long, device="cpu")
         order = nn.Buffer(torch.stack(torch.sort(index)), persistent=False)
-        return {"trainable_tokens_delta": nn.Parameter(rows), "token_indices": tokens, "trainable_tokens_order": order}
+        state = {"trainable_tokens_delta": nn.Parameter(rows), "token_indices": tokens, "trainable_tokens_order": order}
+        return {**state, **kept}
 
     def check_together(self, views: Sequence[Any]) -> None:
         seen: set[int] = set()

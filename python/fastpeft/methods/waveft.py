@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_ty
     db1 to db10, sym2 to sym10 or coif1 to coif5. use_idwt: transform, or add them where they are. init_weights: zeros,
     or small random numbers."""
 
-    choices: ClassVar[Any] = {"wavelet_family": tuple(LOW_PASS)}
-
     n_frequency: int = 2592
     scaling: float = 25.0
     wavelet_family: str = "db1"
@@ -36,6 +34,12 @@ class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_ty
     random_loc_seed: int = 777
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
     proportional_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wavelet_family not in LOW_PASS:
+            valid = f"Supported wavelet families are: {list(LOW_PASS)}"
+            raise ValueError(f"wavelet_family: Wavelet family {self.wavelet_family} not supported. {valid}")
 
 
 class WaveFT(SpectrumMethod, config=WaveFTConfig):

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from ..config.base import PeftConfig, check
 from ..config.types import PeftWarning
+from ..files.whole import is_apart
 from .fused import Fused
 from .lora.lora import Lora
-from .math.mixture import Kept, Mixed, fused, together
+from .math.cache import Cache
+from .math.mixture import Mixed, apart, fused, layer_state, together
 from .method import AdaptedLayer, AdapterView, Inner, LayerInfo, Method, State
 
 _SHARED = "internal_xlora_classifiers"  # the container, which has a classifier for each adapter
@@ -92,6 +94,12 @@ class XLoraClassifier(nn.Module):
         count = n_classes * self.n_layers if config.layerwise_scalings else n_classes
         self.layers = nn.Sequential(*layers, nn.Linear(width, count))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        first: Any = self.layers[0]  # FSDP1 takes parameters away while it computes, and leaves tensors in their places
+        found: torch.dtype = first.weight.dtype
+        return found
+
     def __getstate__(self) -> dict[str, Any]:  # a copy has no graph
         return {**self.__dict__, "latest": None, "log_scalings": []}
 
@@ -101,10 +109,14 @@ class XLoraClassifier(nn.Module):
         if hidden.dim() != 3 or hidden.shape[-1] != first.in_features:
             expected = f"[batch, tokens, hidden_size={first.in_features}]"
             raise ValueError(f"X-LoRA's classifier expected hidden states {expected}, got {tuple(hidden.shape)}.")
-        logits = self.layers(hidden.to(first.weight.dtype)).unflatten(-1, (-1, self.n_classes))
+        logits = self.layers(hidden.to(self.dtype)).unflatten(-1, (-1, self.n_classes))
         scalings: Tensor = logits.expand(-1, -1, self.n_layers, -1)
         if self.config.enable_softmax:
             scalings = torch.softmax(scalings / self.config.softmax_temperature, dim=-1)
+        units = any(map(is_apart, self.layers))  # which have their tensors, and gradients, to themselves
+        if scalings.requires_grad and not units and not torch.compiler.is_compiling():
+            linear: list[Any] = [m for m in self.layers if isinstance(m, nn.Linear)]
+            scalings = apart(scalings, [hidden, *(t for m in linear for t in (m.weight, m.bias))])
         self.latest = scalings
         if self.scalings_logging:
             self.log_scalings.append(scalings)
@@ -116,7 +128,7 @@ class XLoraLayer:
 
     def __init__(self, layer_number: int, config: XLoraConfig) -> None:
         self.layer_number, self.config = layer_number, config
-        self.kept = Kept()
+        self.kept = Cache(by_version=True)
 
     def get_maybe_topk_scalings(self, scalings: Tensor) -> Tensor:
         """This layer's weights [batch, tokens, n] of [batch, tokens, layers, n], after top-k and its softmax."""
@@ -287,7 +299,7 @@ class XLora(Method, config=XLoraConfig):
         rows, value = given.shape[:2], classifier.override_scaling_pass_value
         if _is_off(tuner):
             return give(None)
-        dtype = next(classifier.parameters()).dtype
+        dtype = classifier.dtype
         every = torch.full((), value, dtype=dtype, device=given.device)
         off = value == 0
         give([None] * rows[0] if off else every.expand(*rows, classifier.n_layers, classifier.n_classes))
@@ -334,7 +346,7 @@ class XLora(Method, config=XLoraConfig):
             a, b = ([getattr(v, name).weight for _, v in experts] for name in ("lora_A", "lora_B"))
             scaling = [view.scaling * factor for _, view in experts]
             masked = s.xlora_layers.config.top_k_lora is not None
-            return Mixed(*together(s.xlora_layers.kept, s.version, a, b), weights, scaling, masked)
+            return Mixed(*together(s.xlora_layers.kept, layer_state(s), a, b), weights, scaling, masked)
 
         return fused(layer, of)
 

@@ -12,7 +12,7 @@ from ..config.types import warn
 from ..files.checks import list_some
 from ..files.offloaded import keeper
 from ..inject.modules import adapter_layers, adapter_modules
-from ..inject.plan import LOW_PRECISION
+from ..inject.place import LOW_PRECISION
 from ..layer.base import STILL_MERGED
 from ..layer.layer import AdapterLayer
 

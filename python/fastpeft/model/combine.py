@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,9 +21,11 @@ from ..config.base import check_ranks
 from ..config.limits import MAX_SCALE
 from ..config.types import PeftType, warn
 from ..inject.modules import check_whole
+from ..inject.tokens import embeddings_end
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.registry import get_method, method_of
+from ..methods.trainable_tokens import FollowingTokens, TrainableTokens
 from . import merge_math
 
 FACTORS = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
@@ -52,11 +54,16 @@ def add_weighted_lora(
             raise ValueError(
                 f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}')"
             )
-        if config.trainable_token_indices:
-            raise ValueError(f"add_weighted_adapter cannot combine trained tokens, which adapter '{name}' has")
-        if method_of(config) is not get_method("LORA"):
+        method: Any = method_of(config)
+        first: Any = method_of(configs[0])
+        if method is not get_method("LORA") and method.combined_by is None:
+            what = type(method).__name__
+            raise ValueError(f"add_weighted_adapter adds plain LoRA adapters, and '{name}' is a {what}")
+        field = method.combined_by or first.combined_by
+        if field and getattr(config, field) != getattr(configs[0], field):
             raise ValueError(
-                f"add_weighted_adapter adds plain LoRA adapters, and '{name}' is a {type(method_of(config)).__name__}"
+                f"add_weighted_adapter combines adapters that act on the same tokens, and '{adapters[0]}' and '{name}' "
+                f"differ in `{field}`"
             )
     if svd_rank is not None:
         check_ranks(svd_rank, field="svd_rank")
@@ -91,9 +98,13 @@ def add_weighted_lora(
         r=rank, lora_alpha=rank, use_rslora=False, lora_bias=any(c.lora_bias for c in configs), rank_pattern={},
         alpha_pattern={}, target_modules=_union([c.target_modules for c in configs], "target"),
         init_lora_weights=True if edits_base else config.init_lora_weights,
+        trainable_token_indices=_every_token(tuner.model, [c.trainable_token_indices for c in configs]),
     )  # fmt: skip
     with _added(tuner, adapters, weights, adapter_name, config) as layers:
         for layer, found in layers:
+            if isinstance(layer.methods[adapter_name], TrainableTokens):
+                _sum_rows(layer, adapter_name, found)
+                continue
             for target, value in zip(factors_of(layer, adapter_name), combine(layer, found), strict=True):
                 value = value.reshape(value.shape[0], -1, *target.shape[2:])  # an SVD saw the kernel flattened
                 target.zero_()[tuple(slice(n) for n in value.shape)] = value.to(target.dtype)
@@ -124,6 +135,31 @@ def factors_of(layer: AdapterLayer, adapter: str) -> tuple[Tensor, Tensor]:
     if s.get("lora_embedding_A") is not None:
         return s.lora_embedding_A, s.lora_embedding_B
     return s.lora_A.weight, s.lora_B.weight
+
+
+def _every_token(model: Any, wanted: Sequence[Any]) -> dict[str, list[int]] | None:
+    """The rows that any of several adapters trains, by the ends of the names of their modules."""
+    found: dict[str, dict[int, None]] = {}
+    for indices in filter(None, wanted):
+        for end, own in (indices if isinstance(indices, Mapping) else {embeddings_end(model): indices}).items():
+            found.setdefault(end, {}).update(dict.fromkeys(own))
+    return {end: list(own) for end, own in found.items()} or None
+
+
+def _sum_rows(layer: AdapterLayer, adapter: str, found: Found) -> None:
+    """Trained rows: those of the base weight, as the new adapter has them, and the weighted sum of the updates. (PEFT
+    leaves them as they are in the base weight.)"""
+    if isinstance(layer.methods[adapter], FollowingTokens):
+        return  # they are another layer's
+    if layer.merged_adapters:
+        raise ValueError(f"{layer.layer_name!r} has merged rows: `unmerge_adapter` before combining them")
+    s = layer.view(adapter)
+    places, rows = {token: i for i, token in enumerate(s.token_indices)}, s.trainable_tokens_delta
+    start = rows.clone()
+    for name, weight in found:
+        other = layer.view(name)
+        at = [places[token] for token in other.token_indices]
+        rows[at] += weight * (other.trainable_tokens_delta - start[at])
 
 
 def _side_by_side(layer: AdapterLayer, found: Found) -> tuple[Tensor, Tensor]:

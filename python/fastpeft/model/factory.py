@@ -43,6 +43,8 @@ def get_peft_model(
     )  # fmt: skip
     peft_config.base_model_name_or_path = new_name
     if revision is not None:
+        if (old := peft_config.revision) not in (None, revision):
+            warn(f"peft config has already set base model revision to {old}, overwriting with revision {revision}")
         peft_config.revision = revision
     return result
 

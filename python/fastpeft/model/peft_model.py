@@ -135,7 +135,7 @@ class PeftModel(SeenAsPeft, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: an adapter for each row of the batch ("__base__" for none)."""
         tuner = self.base_model
-        if now.call is None and not tuner._hooked and AUXILIARY_KWARGS.isdisjoint(kwargs):
+        if now.state.call is None and not tuner._hooked and AUXILIARY_KWARGS.isdisjoint(kwargs):
             return tuner.model(*args, **kwargs)
         if (rows := tuner.prompted_rows(kwargs.get("adapter_names"))) is not None:
             return prompted.forward(tuner, rows, args, kwargs)
@@ -309,6 +309,8 @@ class PeftModel(SeenAsPeft, nn.Module):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         source = open_adapter(model_id, **kwargs)
         config = source.peft_config() if config is None else config
+        if key_mapping is None and not config.is_prompt_learning:  # of files from before transformers moved modules
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         model_class = class_for(config, cls)
         with model_class._preparing(config, inference_mode=not is_trainable):
             loaded = plan_loading(source, config, model, adapter_name, key_mapping, kwargs, autocast_adapter_dtype)

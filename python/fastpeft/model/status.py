@@ -68,21 +68,24 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     model: a PeftModel (names then start below its tuner) or a model with injected adapters. Raises ValueError for a
     model without adapters.
     """
-    tuner = _tuner(model)
-    if isinstance(tuner, BaseTuner) and all(config.is_prompt_learning for config in tuner.peft_config.values()):
-        raise TypeError(
-            "get_layer_status() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported"
-            ": a prompt is in no layer."
-        )
+    tuner = _tuner(model, "get_layer_status")
     status = [_layer_status(name, module) for name, module in adapter_modules(tuner)]
     if not status:
         raise ValueError("No adapter layers found in the model: it is no PEFT model and has no injected adapters.")
     return status
 
 
-def _tuner(model: nn.Module) -> nn.Module:
+def _tuner(model: nn.Module, asked: str) -> nn.Module:
+    """The tuner of a PeftModel, or the model with injected adapters; TypeError where all adapters are prompts."""
     tuner = getattr(model, "base_model", None)
-    return tuner if isinstance(tuner, BaseTuner) else model
+    if not isinstance(tuner, BaseTuner):
+        return model
+    if all(config.is_prompt_learning for config in tuner.peft_config.values()):
+        raise TypeError(
+            f"{asked}() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported: a "
+            "prompt is in no layer."
+        )
+    return tuner
 
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
@@ -115,7 +118,8 @@ def _all_same(values: Iterable[Any]) -> Any:
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The status of the adapters of a model as a whole; "irregular" where its layers disagree."""
-    layers, tuner = get_layer_status(model), _tuner(model)
+    tuner = _tuner(model, "get_model_status")
+    layers = get_layer_status(model)
     if isinstance(tuner, BaseTuner) and tuner is not model:
         base_type, tuner_type = type(tuner.model).__name__, type(tuner).__name__
         types = {name: str(getattr(c.peft_type, "value", c.peft_type)) for name, c in tuner.peft_config.items()}

@@ -146,7 +146,12 @@ class BaseTuner(SeenAsPeft, ModelMerging):
                     f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias "
                     "to 'none' for all adapters but one: they would train the same biases of the base model."
                 )
-            method_of(config).check_beside(config, [*self.peft_config.values()])
+            (method := method_of(config)).check_beside(config, [*self.peft_config.values()])
+            if isinstance(adapter_name, str) and adapter_name in method.prefix:
+                warn(
+                    f"Adapter name '{adapter_name}' should not be contained in the prefix '{method.prefix}'. PEFT "
+                    "takes keys of such an adapter for others when it loads the file."
+                )
             if plan is None:
                 plan = plan_adapter(
                     self.model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,

@@ -22,6 +22,7 @@ from .buffers import Buffers, Staged
 from .files import Registry, Signature, signature_of
 from .layers import Selector, unwrap, wrap
 from .loads import Load, Loads
+from .prompts import Prompt, Prompts
 from .sizes import plan_sizes
 from .slots import PoolStats, Resident, Slots
 
@@ -33,9 +34,11 @@ class PoolFull(RuntimeError):
 
 
 class Lease(int):
-    """The slot of an adapter, which stays there until `release`, as often as that is called; also a context manager."""
+    """The slot of an adapter, which stays there until `release`, as often as that is called; also a context manager.
+    prompt: of an adapter that is one; its keys and values go before a row's own, and in the slot is no adapter."""
 
     name: str
+    prompt: Prompt | None
     _pool: AdapterPool
     _resident: Resident
     _held: bool
@@ -43,6 +46,7 @@ class Lease(int):
     def __new__(cls, pool: AdapterPool, resident: Resident) -> Lease:
         lease = super().__new__(cls, resident.slot)
         lease._pool, lease._resident, lease._held, lease.name = pool, resident, True, resident.name
+        lease.prompt = resident.prompt
         return lease
 
     def __bool__(self) -> bool:
@@ -59,7 +63,7 @@ class Lease(int):
 
 
 class AdapterPool:
-    """Serves the LoRA adapters of a directory on one base model, `max_resident` of them at a time.
+    """Serves the adapters of a directory on one base model, `max_resident` of them at a time: LoRAs, and prompts.
 
     model: the plain base model, changed in place: the linear layers that adapters target become `AdapterLayer`s (dense,
     NF4Linear or bitsandbytes 4-bit), everything is frozen and in eval mode. Without `assign` it computes as before.
@@ -67,8 +71,10 @@ class AdapterPool:
     slots; None: as many as byte_budget has room for. byte_budget: for the stacks of all layers together. dtype: of the
     stacks, by default that of each layer's arithmetic; float32 files are rounded to it. target_modules: as in
     LoraConfig; by default whatever the directory's adapters target. max_rank: the largest rank that is served; by
-    default the largest of the directory's, up to 256, or 64. loaders: threads that read files. max_staged: adapters
-    that were read ahead and wait in CPU memory; by default max_resident.
+    default the largest of the directory's, up to 256, or 64. max_virtual_tokens: of a prompt (prompt tuning, P-tuning,
+    prefix tuning, ...), for a caller that puts `Lease.prompt` before the rows' keys and values, as `fastpeft serve`
+    does; None: the longest of the directory's, up to 2048, or 128; by default prompts are refused. loaders: threads
+    that read files. max_staged: adapters that were read ahead and wait in CPU memory; by default max_resident.
 
     Memory: see `pool_sizes`. Raises ValueError for a model or sizes that cannot be served, with the numbers. One bad
     adapter is never an error here: it is an `AdapterLoadError` for who acquires it.
@@ -85,6 +91,7 @@ class AdapterPool:
         max_rank: int | None = None,
         loaders: int = 2,
         max_staged: int | None = None,
+        max_virtual_tokens: int | None = 0,
     ) -> None:
         if directory is not None and not Path(directory).is_dir():
             raise FileNotFoundError(f"AdapterPool: directory {os.fspath(directory)!r} is no folder")
@@ -94,13 +101,15 @@ class AdapterPool:
         self._selector = Selector(model)
         sizes = plan_sizes(
             self._selector, self.registry, target_modules, max_resident, byte_budget, dtype, max_rank, loaders=loaders,
-            max_staged=max_staged,
+            max_staged=max_staged, max_virtual_tokens=max_virtual_tokens,
         )  # fmt: skip
-        self._buffers = Buffers(sizes.infos, sizes.slots, sizes.rows, sizes.max_rank, dtype)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._buffers = Buffers(sizes.infos, sizes.slots, sizes.rows, sizes.max_rank, dtype, device)
+        self._prompts, self._token_bytes = Prompts(model, sizes.max_virtual_tokens), sizes.token_bytes
         self.layers = wrap(self._selector, sizes.infos)  # nothing fails from here on
         model.requires_grad_(False).eval()
         self.max_resident = sizes.slots
-        self._slots = Slots(self._buffers, sizes.slots)
+        self._slots = Slots(self._buffers, sizes.slots, sizes.virtual_tokens)
         self._lock = threading.Condition()  # its waiters are told of every change
         most = sizes.slots if max_staged is None else max_staged
         self._loads = Loads(self._lock, self.registry, self._read, loaders, most)
@@ -243,6 +252,9 @@ class AdapterPool:
             for name in names:
                 if name is not None and name != BASE and name not in leases:
                     leases[name] = self.acquire(name, timeout)
+                    if leases[name].prompt is not None:
+                        why = "which no layer has: put the keys and values of its lease's `prompt` before the row's"
+                        raise ValueError(f"adapter {name!r} is a prompt, {why}")
             slots = [-1 if name is None or name == BASE else int(leases[name]) for name in names]
             self.assign(torch.tensor(slots, dtype=torch.int64, device=self._buffers.device))
             yield slots
@@ -299,7 +311,9 @@ class AdapterPool:
                 evictions=slots.evictions, loads=loads.read, failures=loads.failures,
                 in_flight=len(loads) - loads.ready, staged=loads.ready, waiting=len(self._queue),
                 load_seconds=loads.seconds, rows=slots.blocks.rows, rows_taken=slots.blocks.taken,
-                row_bytes=self._buffers.row_bytes, nbytes=self._buffers.nbytes,
+                row_bytes=self._buffers.row_bytes, virtual_tokens=slots.tokens,
+                virtual_tokens_taken=slots.tokens_taken,
+                nbytes=self._buffers.nbytes + slots.tokens_taken * self._token_bytes,
             )  # fmt: skip
 
     # Within the lock
@@ -323,7 +337,7 @@ class AdapterPool:
         load.missed = True
         return load
 
-    def _place(self, load: Load, staged: Staged) -> Lease | None:
+    def _place(self, load: Load, staged: Staged | Prompt) -> Lease | None:
         resident = self._slots.place(load.record.name, load.signature, staged)
         if resident is None:
             return None
@@ -333,10 +347,10 @@ class AdapterPool:
 
     # Outside of it
 
-    def _read(self, folder: Confined) -> Staged:
-        return files.read(folder, self._selector, self._buffers)
+    def _read(self, folder: Confined) -> Staged | Prompt:
+        return files.read(folder, self._selector, self._buffers, self._prompts)
 
-    def _wait_read(self, load: Load, deadline: float | None) -> Staged:
+    def _wait_read(self, load: Load, deadline: float | None) -> Staged | Prompt:
         try:
             return load.future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
         except FutureTimeout:
@@ -344,7 +358,7 @@ class AdapterPool:
         except CancelledError:
             raise RuntimeError("this AdapterPool was closed") from None
 
-    def _wait_slot(self, load: Load, staged: Staged, deadline: float | None) -> Lease | None:
+    def _wait_slot(self, load: Load, staged: Staged | Prompt, deadline: float | None) -> Lease | None:
         """A lease once a slot is free for it; None if the load is no longer the adapter's."""
         name = load.record.name
         ticket = object()

@@ -58,15 +58,17 @@ def slot_bytes(layers: int) -> int:
 class Buffers:
     """Stacks of `slots` adapters in `rows` rows, for each layer of `layers` (by name), all on one device.
 
-    dtype: of a and b; by default that of each layer's arithmetic. max_rank: an upper bound of ranks.
+    dtype: of a and b; by default that of each layer's arithmetic. max_rank: an upper bound of ranks. device: without
+    layers.
     """
 
     def __init__(
-        self, layers: Mapping[str, LayerInfo], slots: int, rows: int, max_rank: int, dtype: torch.dtype | None
-    ) -> None:
+        self, layers: Mapping[str, LayerInfo], slots: int, rows: int, max_rank: int, dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         self.layers = dict(layers)
         self.rows, self.max_rank = rows, max_rank
-        self.device = next(iter(layers.values())).device
+        self.device = next((info.device for info in layers.values()), device)
         self._order = {name: i for i, name in enumerate(layers)}
         members: dict[Group, list[tuple[str, str]]] = {}
         for name, info in layers.items():

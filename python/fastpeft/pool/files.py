@@ -15,9 +15,10 @@ from ..methods.lora.lora import Lora, LoraConfig, scaling_of
 from ..methods.registry import method_of
 from ..saving.export import beyond_plain_lora
 from ..saving.fits import check_shapes
-from ..saving.folder import SAFETENSORS_NAME, open_adapter
+from ..saving.folder import SAFETENSORS_NAME, AdapterSource, open_adapter
 from .buffers import Buffers, LayerAdapter, Staged
 from .layers import Selector
+from .prompts import Prompt, Prompts, is_prompt, prompt_config
 
 Signature = tuple[tuple[int, int, int] | None, ...]
 
@@ -149,15 +150,15 @@ def lora_config(content: Mapping[str, Any]) -> LoraConfig:
     return config
 
 
-def read_config(folder: Confined) -> LoraConfig:
-    """The checked configuration of a folder whose tensors are not looked at."""
+def read_config(folder: Confined, prompts: bool) -> Any:
+    """The checked configuration of a folder whose tensors are not looked at: of LoRA, or (prompts) of a prompt."""
     path = folder / CONFIG_NAME
     content = read_json(path)
     check_config(content, path)
-    return lora_config(content)
+    return prompt_config(content) if prompts and is_prompt(content) else lora_config(content)
 
 
-def read(folder: Confined, selector: Selector, buffers: Buffers) -> Staged:
+def read(folder: Confined, selector: Selector, buffers: Buffers, prompts: Prompts) -> Staged | Prompt:
     """Read an adapter into CPU memory, laid out for the pool, from files that lie in the pool's directory.
 
     Configuration, names, shapes, ranks and sizes are checked before a tensor is read, then the values. Files that are
@@ -166,7 +167,7 @@ def read(folder: Confined, selector: Selector, buffers: Buffers) -> Staged:
     for _ in range(_READS):
         before = signature_of(folder)
         try:
-            staged = _read(folder, selector, buffers)
+            staged = _read(folder, selector, buffers, prompts)
         except (ValueError, OSError, NotImplementedError):
             if signature_of(folder) == before:
                 raise
@@ -176,10 +177,14 @@ def read(folder: Confined, selector: Selector, buffers: Buffers) -> Staged:
     raise AdapterFileError(f"{folder} changed while it was read", "it changed while it was read; try again")
 
 
-def _read(folder: Confined, selector: Selector, buffers: Buffers) -> Staged:
+def _read(folder: Confined, selector: Selector, buffers: Buffers, prompts: Prompts) -> Staged | Prompt:
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"the folder {folder} is gone")
     source = open_adapter(folder)
+    return prompts.read(source) if prompts.most and is_prompt(source.config) else _read_lora(source, selector, buffers)
+
+
+def _read_lora(source: AdapterSource, selector: Selector, buffers: Buffers) -> Staged:
     config = lora_config(source.config)
     names = selector.names(config)
     if not names:
@@ -200,7 +205,7 @@ def _read(folder: Confined, selector: Selector, buffers: Buffers) -> Staged:
         info = buffers.layers[name]
         shapes[_key(name, "A")] = (part.r, info.in_features)
         shapes[_key(name, "B")] = (info.out_features, part.r)
-    check_shapes(shapes, source.tensors, folder)
+    check_shapes(shapes, source.tensors, source.folder)
     tensors = source.read()
     return buffers.stage({
         name: LayerAdapter(

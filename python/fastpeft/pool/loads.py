@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from ..files.checks import Confined, rule_of
 from .buffers import Staged
 from .files import AdapterLoadError, Record, Registry, Signature, signature_of
+from .prompts import Prompt
 
 MAX_REASON = 1000  # characters: a reason may quote names of a file's choice, and is kept
 
@@ -21,7 +22,7 @@ class Load:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.signature: Signature = signature_of(record.folder)
-        self.future: Future[Staged] = Future()
+        self.future: Future[Staged | Prompt] = Future()
         self.waiters = 0
         self.missed = False
 
@@ -34,8 +35,9 @@ class Loads:
     """The loads under way, by name. `lock` is held by callers of everything but what runs on the threads."""
 
     def __init__(
-        self, lock: threading.Condition, registry: Registry, read: Callable[[Confined], Staged], threads: int, most: int
-    ) -> None:
+        self, lock: threading.Condition, registry: Registry, read: Callable[[Confined], Staged | Prompt], threads: int,
+        most: int,
+    ) -> None:  # fmt: skip
         self._lock, self._registry, self._read_folder, self.most = lock, registry, read, most
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="fastpeft-pool")
         self._loads: dict[str, Load] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config.types import warn
@@ -49,6 +50,21 @@ def filled_cache(pairs: Tensor, model: Any, into: Any = None) -> Any:
         cache = EncoderDecoderCache(cache, DynamicCache())
     _to_layers(model, own)
     return cache
+
+
+def computed_pairs(model: Any, vectors: Tensor) -> Tensor:
+    """The keys and values that a decoder of transformers' computes for vectors before an input [tokens, width]:
+    [layers, 2, heads, tokens, width of a head], without gradients."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    positions = torch.arange(len(vectors), device=vectors.device)[None]
+    with torch.no_grad():
+        model.get_decoder()(
+            inputs_embeds=vectors[None], position_ids=positions, past_key_values=cache, use_cache=True
+        )
+    layers: list[Any] = cache.layers
+    return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in layers])
 
 
 def _update(cache: Any, pairs: Tensor, text: Any) -> None:

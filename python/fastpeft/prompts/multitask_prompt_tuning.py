@@ -5,11 +5,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..files import bins
 from ..files.checks import AdapterFileError
 from ..files.safetensors import check_finite, read_header, read_tensors
 from .encoder import PROMPT
@@ -94,12 +96,13 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
 def _source(config: Any) -> Mapping[str, Tensor]:
     path = config.prompt_tuning_init_state_dict_path
-    if not path.endswith(".safetensors"):
+    if not path.endswith(".safetensors") and not bins.allowed():
         raise AdapterFileError(
             f"prompt_tuning_init_state_dict_path {path!r}: a .safetensors file was expected. A pickle can run code "
-            "when it is loaded; `fastpeft convert-bin FOLDER` makes a safetensors file of one."
+            "when it is loaded; `fastpeft convert-bin FOLDER` makes a safetensors file of one, and with "
+            f"{bins.ALLOW_ENV}=1 another process reads it, as tensors only, under a memory limit."
         )
-    found = read_tensors(read_header(path))
+    found = read_tensors(read_header(path)) if path.endswith(".safetensors") else bins.read_bin(Path(path))
     check_finite(found, path)
     return found
 

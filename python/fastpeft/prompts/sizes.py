@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config.base import PromptLearningConfig
 from ..config.limits import MAX_RANK
 from ..config.types import TaskType
 
@@ -68,6 +69,13 @@ def completed(config: Any, model: nn.Module, in_cache: bool) -> dict[str, Any]:
             f"has {context} tokens. Use a shorter prompt."
         )
     return fields
+
+
+def key_value_sizes(model: nn.Module) -> dict[str, int]:
+    """The sizes of a model's keys and values, as a configuration names them: num_layers, num_attention_heads (of keys),
+    token_dim (of all their heads together). Raises ValueError for a model that does not say them."""
+    found = completed(PromptLearningConfig(num_virtual_tokens=1), model, in_cache=True)
+    return {name: found[name] for name in ("num_layers", "num_attention_heads", "token_dim")}
 
 
 def _key_values(content: Any, heads: int, fields: Mapping[str, Any]) -> tuple[int, int]:

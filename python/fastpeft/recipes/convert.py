@@ -21,6 +21,7 @@ from ..config.types import PeftType, warn
 from ..files.checks import PREFIX
 from ..files.progress import shown
 from ..inject.modules import adapter_layers, adapter_modules, walk
+from ..inject.tokens import TrainableTokensWrapper
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
 from ..methods.lora.lora import LoraConfig
@@ -72,6 +73,16 @@ def convert_to_lora(
     for name, module in adapter_modules(model):
         if isinstance(module, ModulesToSaveWrapper):
             state |= {f"{name}.{key}": tensor.detach() for _, key, tensor in module.adapter_state(adapter_name)}
+    tokens: dict[str, list[int]] = {}
+    for name, layer in adapter_layers(model, adapter_name):
+        if name not in layers:  # rows that a LoRA trains beside it
+            rows = {f"{name}.{key}": tensor.detach() for _, key, tensor in layer.adapter_state(adapter_name)}
+            state |= rows
+            if rows:
+                end = name.removeprefix(PREFIX).removesuffix(".token_adapter")
+                tokens[end] = list(layer.token_indices[adapter_name])
+    if source is None:
+        config.trainable_token_indices = tokens or None
     return config, state
 
 
@@ -85,8 +96,9 @@ def save_as_lora(
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
-    """The layers with the adapter, by name, if all of them can be converted."""
-    layers = dict(adapter_layers(model, adapter))
+    """The layers with the adapter, by name, if all of them can be converted; without those of rows beside it."""
+    tokens = {s.module.token_adapter for s in walk(model) if isinstance(s.module, TrainableTokensWrapper)}
+    layers = {name: layer for name, layer in adapter_layers(model, adapter) if layer not in tokens}
     if not layers:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
     reasons = {}
@@ -95,7 +107,7 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
             reasons[reason] = name
     if reasons:
         listed = "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
-        raise TypeError(f"Some modules on this model do not support LoRA conversion: {listed}.")
+        raise TypeError(f"Some module types on this model do not support LoRA conversion: {listed}.")
     return layers
 
 
@@ -129,16 +141,17 @@ def _convert(layer: AdapterLayer, adapter: str, rank: int | float) -> Converted:
 def _config(model: nn.Module, source: Any, rank: int | float, ranks: dict[str, int]) -> LoraConfig:
     """Of the converted layers, whose names start at `model`."""
     ranks = {name.removeprefix(PREFIX): r for name, r in ranks.items()}
-    common = rank if isinstance(rank, int) else max(set(ranks.values()), key=list(ranks.values()).count)
+    common = rank if isinstance(rank, int) else 1  # each layer then has a rank of its own, as in PEFT's files
     config = LoraConfig(r=common, lora_alpha=common)
     if source is not None:
         names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         for name in (*names, "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out"):
             setattr(config, name, copy.copy(getattr(source, name, getattr(config, name))))
+        config.trainable_token_indices = copy.copy(getattr(source, "trainable_token_indices", None))
     else:
         config.target_modules = minimal_suffixes(ranks, [s.name.removeprefix(PREFIX) for s in walk(model) if s.name])
     for name, r in ranks.items():
-        if r != common:
+        if r != common or isinstance(rank, float):
             # A pattern also matches the end of a name: where this name is one, it has to be the whole.
             pattern = f"^{name}" if any(other.endswith(f".{name}") for other in ranks) else name
             config.rank_pattern = {**(config.rank_pattern or {}), pattern: r}

@@ -18,7 +18,7 @@ from ..config.types import warn
 from ..files.checks import PREFIX
 from ..files.progress import shown
 from ..inject.modules import adapter_layers, set_child, walk
-from ..inject.plan import place
+from ..inject.place import place
 from ..model.tuner import BaseTuner
 from .incremental_pca import IncrementalPCA
 from .layers_of import target_layers
@@ -84,14 +84,14 @@ class _Watch:
         if self.pca is None:
             self.seen = x.detach()
             return
-        rows, n = x.shape[0], self.pca.n
+        rows, n = x.shape[0], self.pca.n_components
         if rows < n:
             warn(f"EVA passes over a batch of {rows} rows for {self.name}, fewer than its {n} components.")
             return
-        before = self.pca.components
-        self.pca.add(x)
+        before = getattr(self.pca, "components_", None)
+        self.pca.partial_fit(x.to(torch.float32))
         if before is not None:
-            self.converged = torch.nn.functional.cosine_similarity(self.pca.components, before) >= self.tau
+            self.converged = torch.nn.functional.cosine_similarity(self.pca.components_, before) >= self.tau
 
 
 def _gathered(x: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class _Search:
         """The budget's ranks go to the components that explain most, over all layers."""
         owners, shares = [], []
         for name, first in of.items():
-            explained = self.watches[first].pca.explained[: self.most[first]]
+            explained = self.watches[first].pca.explained_variance_ratio_[: self.most[first]]
             owners += [name] * len(explained)
             shares.append(explained)
         order = torch.cat(shares).argsort(descending=True)[: self.budget].tolist()
@@ -208,7 +208,9 @@ class _Search:
         of = self._share(next(iter(loader)), forward)
         first = {name: self.watches[name] for name in of if of[name] == name}
         for name, watch in first.items():
-            watch.pca, watch.converged = IncrementalPCA(self.most[name]), torch.zeros(self.most[name], dtype=torch.bool)
+            most = self.most[name]  # the seed is PEFT's: equal inputs give equal components
+            watch.pca = IncrementalPCA(most, lowrank=True, lowrank_seed=42)
+            watch.converged = torch.zeros(most, dtype=torch.bool)
         ranks = dict(self.most)
         passes = 2 * len(loader)  # type: ignore[arg-type]
         for i, batch in enumerate(shown(itertools.cycle(loader), "EVA", progress, leave=False)):
@@ -218,7 +220,7 @@ class _Search:
             for name, watch in first.items():
                 (watch.off if converged[name] else watch.on)()
             forward(self.model, self._feed(batch))
-            short = [name for name, watch in first.items() if watch.pca.components is None]
+            short = [name for name, watch in first.items() if not watch.pca.n_samples_seen_]
             if not short:
                 ranks = self._ranks(of)
             elif i + 1 == passes:  # PEFT goes on for ever
@@ -226,9 +228,9 @@ class _Search:
         result = {}
         for name, rank in ranks.items():
             pca = first[of[name]].pca
-            a = pca.components[:rank]
+            a = pca.components_[:rank]
             if self.config.eva_config.whiten:
-                a = a / pca.singular_values[:rank].sqrt()[:, None]
+                a = a / pca.singular_values_[:rank].sqrt()[:, None]
             result[name] = a if self.device is None else a.to(self.device)
         return result
 

@@ -36,7 +36,8 @@ def reduce_intruder_dimension(
     for name, layer in layers:
         if layer.info.kind not in ("linear", "embedding"):
             raise ValueError(f"{name}: intruder dimensions are those of a matrix, not of a {layer.base.label}")
-    peft_model.add_adapter(new_adapter_name, config)
+    single = any(factors_of(layer, old_adapter_name)[0].dtype is torch.float32 for _, layer in layers)
+    peft_model.add_adapter(new_adapter_name, config, autocast_adapter_dtype=single)  # the old one's dtype
     for name, layer in layers:
         old = factors_of(layer, old_adapter_name)
         factors = _mitigated(layer, old_adapter_name, old[0].shape[0], top_k, threshold_epsilon, mitigation_lambda)

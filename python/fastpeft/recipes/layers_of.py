@@ -36,7 +36,7 @@ def target_layers(model: nn.Module, config: Any) -> dict[str, TargetLayer]:
         if base is not None and base.kind == "linear" and not base.transient:
             found[name] = TargetLayer(base.info(name), own.get(name, resolved).r)
     if not found:
-        raise ValueError("The configuration targets no linear layer of the model.")
+        raise ValueError("No supported layers found: the configuration targets no linear layer of the model.")
     return found
 
 

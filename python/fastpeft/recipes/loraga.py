@@ -22,7 +22,8 @@ def preprocess_loraga(
     gradients are made of each layer's inputs and output gradients, and no weight need require any.
     """
     if lora_config.lora_ga_config is None:
-        raise ValueError("LoRA-GA needs LoraConfig(init_lora_weights='lora_ga', lora_ga_config=LoraGAConfig(...))")
+        config = "LoraConfig(init_lora_weights='lora_ga', lora_ga_config=LoraGAConfig(...))"
+        raise ValueError(f"If you want to use LoRA-GA, pass {config}.")
     layers = target_layers(model, lora_config)
     found = load_tensors(cache_file, [f"{name}.{GRADIENT}" for name in layers])
     if found is None:

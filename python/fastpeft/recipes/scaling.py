@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..inject.modules import adapter_layers
+from ..layer.containers import AdapterValues
 
 
 @contextmanager
@@ -19,15 +20,23 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers: list[Any] = [m for _, m in adapter_layers(model) if m._scaling]
     if not layers:
         raise ValueError("scaling is only supported for models with `LoraLayer`s")
-    before = [dict(layer.scaling) for layer in layers]
+    before = [layer.scaling for layer in layers]  # who holds on to one finds in it what it held
     try:
-        for layer, values in zip(layers, before, strict=True):
-            # In place: fused calls look scalings up in this dictionary.
-            layer.scaling.update({name: value * multiplier for name, value in values.items()})
+        for layer in layers:
+            _set_scaling(layer, AdapterValues({name: value * multiplier for name, value in layer.scaling.items()}))
         yield
     finally:
         for layer, values in zip(layers, before, strict=True):
-            layer.scaling.update({name: value for name, value in values.items() if name in layer.scaling})
+            there = layer.scaling
+            for name in values.keys() - there.keys():  # deleted meanwhile
+                del values[name]
+            values |= {name: value for name, value in there.items() if name not in values}
+            _set_scaling(layer, values)
+
+
+def _set_scaling(layer: Any, values: AdapterValues) -> None:
+    layer.scaling = values
+    layer.changed()  # its plan looks scalings up in the dictionary that it was made with
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..inject.tokens import TrainableTokensWrapper
 from ..layer.containers import AdapterDict
 from ..layer.layer import AdapterLayer
 from ..layer.saved_modules import ModulesToSaveWrapper
@@ -19,6 +20,7 @@ def _original_keys(base: nn.Module) -> dict[str, str]:
     adapters = {n for n, m in modules.items() if isinstance(m, AdapterDict)}
     wrapped = {f"{n}.base_layer".lstrip(".") for n, m in modules.items() if isinstance(m, AdapterLayer)}
     wrapped |= {f"{n}.original_module".lstrip(".") for n, m in modules.items() if isinstance(m, ModulesToSaveWrapper)}
+    wrapped |= {f"{n}.token_adapter".lstrip(".") for n, m in modules.items() if isinstance(m, TrainableTokensWrapper)}
     found = {}
     for key in base.state_dict():
         parts = key.split(".")
@@ -44,6 +46,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
     keys = _original_keys(base)
     result = IncompatibleKeys([k for k in keys if k not in state_dict], [k for k in state_dict if k not in keys])
     if strict and any(result):
-        raise RuntimeError("the base model's state dict lacks {} and has {} too many".format(*result))
+        what = "Missing keys: {}. Unexpected keys: {}.".format(*result)
+        raise RuntimeError(f"The state dict is not the base model's. {what}")
     base.load_state_dict({keys[k]: value for k, value in state_dict.items() if k in keys}, strict=False)
     return result

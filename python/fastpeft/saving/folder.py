@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from ..config.base import CONFIG_NAME, PeftConfig
 from ..config.limits import check_bytes, check_config
+from ..config.types import warn
 from ..files import atomic, bins
-from ..files.checks import AdapterFileError, Confined, path_inside, read_json
+from ..files.checks import AdapterFileError, Confined, list_some, path_inside, read_json
 from ..files.hub import find_adapter_file
 from ..files.safetensors import Header, check_finite, read_header, read_tensors
 
@@ -38,6 +38,17 @@ WAYS = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 
 
+def _warn_of_parts(state_dict: Mapping[str, Tensor]) -> None:
+    """Warn of factors without their shape, which shards have that nobody gathered."""
+    factors = {k: tuple(t.shape) for k, t in state_dict.items() if k.endswith((".lora_A.weight", ".lora_B.weight"))}
+    if bad := [f"{key}:{shape}" for key, shape in factors.items() if len(shape) < 2 or 0 in shape]:
+        warn(
+            f"{len(bad)} LoRA tensor(s) have invalid shape: {list_some(bad, 3)}. A 1-D or zero-sized lora_A / lora_B "
+            "tensor indicates that DeepSpeed ZeRO-3 / FSDP shards were not gathered: the file will not be of use. Save "
+            "within deepspeed.zero.GatheredParameters or FullyShardedDataParallel.summon_full_params."
+        )
+
+
 def save_adapter(
     directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor], config: Mapping[str, Any], writes: bool = True,
     safe_serialization: bool = True,
@@ -51,6 +62,7 @@ def save_adapter(
     check_config(config, directory)
     check_bytes(config, directory)
     check_finite(state_dict, f"{directory} is not written: the adapter cannot be used")
+    _warn_of_parts(state_dict)
     if not writes:
         return
     tensors: dict[str, Tensor] = {}
@@ -90,7 +102,7 @@ def convert_bin(directory: str | os.PathLike[str]) -> int:
         raise FileNotFoundError(f"{folder} holds no {PICKLE_NAME}")
     if (folder / SAFETENSORS_NAME).exists():
         raise FileExistsError(f"{folder} holds {SAFETENSORS_NAME} already, which is what is read: nothing to convert")
-    tensors = _read_bin(path)
+    tensors = bins.read_bin(path)
     check_finite(tensors, path)
     with atomic.atomic_directory(folder) as temporary:
         _write_tensors(tensors, temporary, True)
@@ -157,7 +169,7 @@ def open_adapter(
     if not allow_bin:
         rule = f"it holds only {PICKLE_NAME}, a pickle, which can run code when it is loaded"
         raise AdapterFileError(f"{folder}: {rule}. {WAYS.format(folder)}", rule)
-    return AdapterSource(folder, config, _read_bin(pickle))
+    return AdapterSource(folder, config, bins.read_bin(pickle))
 
 
 def load_adapter_file(directory: str | os.PathLike[str], **options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -173,12 +185,6 @@ def _warn_if_changed(folder: Path | Confined) -> None:
     except AdapterFileError as error:
         # Not an error: PEFT may have saved into the folder since. A damaged file fails the checks of its content.
         warnings.warn(f"{error}. Loading it all the same; save it again to refresh the manifest.", stacklevel=4)
-
-
-def _read_bin(path: Path | Confined) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory() as folder:
-        bins.write_as_safetensors(path, goal := Path(folder, SAFETENSORS_NAME))
-        return read_tensors(read_header(goal))
 
 
 def _local_folder(

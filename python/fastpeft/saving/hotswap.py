@@ -55,7 +55,9 @@ def hotswap_adapter(
     config: Any = source.peft_config()
     check_hotswap_configs_compatible(bare.peft_config[adapter_name], config)
     keys = {file: memory for memory, file, _ in iter_adapter_tensors(bare, adapter_name)}
-    state = {keys.get(file, file): value for file, value in source.read().items()}
+    named = (key.rpartition(".") for key in source.tensors if key not in keys)  # in errors: as it would be in memory
+    keys |= {f"{layer}.{end}": f"{layer}.{adapter_name}.{end}" for layer, _, end in named}
+    state = {keys[file]: value for file, value in source.read().items()}
     hotswap_adapter_from_state_dict(model, state, adapter_name, config)
 
 
@@ -144,7 +146,10 @@ def prepare_model_for_compiled_hotswap(
                 stacklevel=2,
             )
         elif check_compiled != "ignore":
-            raise ValueError(f"check_compiled should be 'error', 'warn' or 'ignore', got {check_compiled!r}")
+            valid = "'error', 'warn', or 'ignore'"
+            raise ValueError(
+                f"check_compiled, check_compiles should be one of {valid}, got {check_compiled!r} instead."
+            )
     layers = [m for _, m in adapter_layers(getattr(model, "_orig_mod", model)) if hasattr(m, "lora_A")]
     if not layers:
         raise ValueError(
@@ -173,8 +178,9 @@ def prepare_model_for_compiled_hotswap(
 def _check_pad(factor: Any, dim: int, groups: int, target_rank: int) -> None:
     if target_rank % groups:
         raise ValueError(
-            f"Trying to pad a LoRA adapter with groups={groups} to target rank {target_rank}, but the target rank is "
-            f"not divisible by {groups}."
+            f"Trying to pad a {type(factor).__name__} LoRA adapter with groups={groups} to target rank {target_rank}, "
+            f"but the target rank is not divisible by {groups}. Please choose a target rank that is divisible by "
+            f"{groups}."
         )
     rank = getattr(factor, "weight", factor).shape[dim] * (groups if dim else 1)
     if rank > target_rank:

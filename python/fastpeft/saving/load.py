@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.base import CONFIG_NAME, PeftConfig
-from ..files.checks import PREFIX
+from ..files.checks import PREFIX, TUNER
 from ..inject.mixture import plan_mixture
 from ..inject.modules import adapter_layers
 from ..inject.plan import InjectionPlan, plan_injection
@@ -164,7 +164,7 @@ def load_peft_weights(
     """The checked tensors of an adapter folder or Hub repository, by their keys in the file.
 
     device: where to put them; the accelerator by default, if there is one. key_mapping: expressions for keys without
-    `base_model.model.`, and what takes the place of what they match. hub: as `PeftModel.from_pretrained`.
+    `base_model.model.`, and what takes the place of what the first one matches. hub: as `PeftModel.from_pretrained`.
     """
     tensors = load_adapter_file(model_id, **hub)[1]
     return {_renamed(k, key_mapping): t.to(device or infer_device()) for k, t in tensors.items()}
@@ -177,8 +177,10 @@ def infer_device() -> str:
 
 
 def _renamed(key: str, key_mapping: Mapping[str, str] | None) -> str:
-    prefix = PREFIX if key.startswith(PREFIX) else ""
+    prefix = next((start for start in (PREFIX, TUNER) if key.startswith(start)), "")
     key = key.removeprefix(prefix)
     for old, new in (key_mapping or {}).items():
-        key = re.sub(old, new, key)
+        renamed, count = re.subn(old, new, key)
+        if count:  # the first that is found is all that counts
+            return prefix + renamed
     return prefix + key

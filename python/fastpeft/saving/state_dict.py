@@ -9,13 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from ..files.checks import PREFIX, TUNER, KeyMismatchError, list_some, mismatch, read_json, report
+from ..files.hub import known_file
 from ..files.offloaded import keep, keeper, kept
 from ..files.whole import copy_into, gathered, is_sharded, sharded_as, state_of_units, whole_shape
 from ..inject.modules import WRAPPED, adapter_modules, iter_adapter_tensors
@@ -57,6 +57,9 @@ def get_peft_model_state_dict(
     plain = bias_tensors(model, config, given)
     if _saves_embeddings(model, config, save_embedding_layers):
         tensors = embedding_tensors(model, given)
+        if not hasattr(model, "get_input_embeddings"):
+            what = "Could not identify embedding layer(s) because the model is not a 🤗 transformers model."
+            warnings.warn(f"{what} None is saved.", stacklevel=2)
         plain |= {key: tensor for key, tensor in tensors.items() if ".base_layer." in key} or tensors
     for memory, tensor in plain.items():
         pairs.setdefault(memory, (memory, tensor))
@@ -289,12 +292,17 @@ def _saves_embeddings(model: nn.Module, config: Any, choice: bool | Literal["aut
         return False
     trains_rows = any(getattr(config, name, None) for name in ("trainable_token_indices", "token_indices"))
     if not trains_rows and any(".base_layer." in name for name in embedding_tensors(model)):
-        warnings.warn("save_embedding_layers is on: an embedding layer is targeted by the adapter", stacklevel=3)
+        warnings.warn(
+            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=3
+        )
         return True
     base = getattr(config, "base_model_name_or_path", None)
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    file = Path(base) / "config.json" if base else None
-    if size is None or file is None or not file.is_file() or read_json(file).get("vocab_size", size) == size:
+    file = known_file(base, "config.json", getattr(config, "revision", None)) if base and size is not None else None
+    if file is None or read_json(file).get("vocab_size", size) == size:
         return False
-    warnings.warn("save_embedding_layers is on: the vocabulary was resized", stacklevel=3)
+    warnings.warn(
+        "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
+        stacklevel=3,
+    )
     return True

@@ -89,7 +89,7 @@ class AttentionWeight(TransientWeight):
     # What nn.TransformerEncoderLayer and others ask an attention for.
     attributes = frozenset({"embed_dim", "kdim", "vdim", "num_heads", "dropout", "batch_first", "head_dim", "out_proj",
                             "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn",
-                            "_qkv_same_embed_dim"})  # fmt: skip
+                            "merge_masks", "_qkv_same_embed_dim"})  # fmt: skip
 
     def attribute(self, name: str) -> Any:
         # False keeps TransformerEncoderLayer off a fused path that reads the base weights and passes adapters over.

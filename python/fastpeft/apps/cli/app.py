@@ -269,6 +269,9 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="The base's name; default: MODEL.")] = None,
     max_resident: Annotated[int, typer.Option(min=1, help="Adapters in memory at a time.")] = 32,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Largest rank served; default: the folder's.")] = None,
+    max_virtual_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Longest prompt served; default: the folder's, 0: no prompts.")
+    ] = None,
     target_modules: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Layers adapters may act on; default: as the folder's do.")
     ] = None,
@@ -333,8 +336,8 @@ def serve(
         )
         options = Options(
             model, adapters, nf4, served_model_name, dtype, device, host, port, max_resident, max_rank,
-            target_modules.split(",") if target_modules else None, max_length, cache_tokens, limits, bodies,
-            connections, grace, rescan, allow_runtime_adapters, access_log,
+            max_virtual_tokens, target_modules.split(",") if target_modules else None, max_length, cache_tokens,
+            limits, bodies, connections, grace, rescan, allow_runtime_adapters, access_log,
         )  # fmt: skip
 
         def human(ready: dict[str, Any]) -> None:

@@ -102,12 +102,12 @@ class Service:
     async def load_adapter(self, request: Request) -> Response:
         asked: schemas.LoadAdapter = await self.bodies.read(request, partial(schemas.parse, schemas.LoadAdapter))
         await self.adapters.load(asked.lora_name, asked.lora_path)
-        return Response(f"Success: LoRA adapter {asked.lora_name!r} added.", media_type="text/plain")
+        return Response(f"Success: adapter {asked.lora_name!r} added.", media_type="text/plain")
 
     async def unload_adapter(self, request: Request) -> Response:
         asked: schemas.UnloadAdapter = await self.bodies.read(request, partial(schemas.parse, schemas.UnloadAdapter))
         self.adapters.unload(asked.lora_name)
-        return Response(f"Success: LoRA adapter {asked.lora_name!r} removed.", media_type="text/plain")
+        return Response(f"Success: adapter {asked.lora_name!r} removed.", media_type="text/plain")
 
     async def tokenize(self, asked: schemas.Completion | schemas.Chat) -> list[int]:
         """The prompt's tokens, as training has them. What is long is done on a thread; `asked` loses its prompt."""
@@ -175,7 +175,7 @@ class Call:
         self.open = engine.admit(self.served_by, most)
         handed_over = False
         try:
-            await self._or_gone(engine.begin(self.open, ids, adapter, asked.sampling()))
+            await self._or_gone(engine.begin(self.open, ids, adapter, asked.sampling(), asked.most()))
             self.metrics.prompt.labels(self.served_by).inc(self.prompt)
             pieces = self._pieces(asked.stops(), shape.logprobs)
             if asked.stream:

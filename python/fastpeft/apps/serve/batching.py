@@ -25,8 +25,10 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchProcessor,
 )
 from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.utils import stream_context
 
-from . import attention
+from ...pool.prompts import Prompt
+from . import attention, prefixes
 from .errors import Told, told
 from .sampling import Sampling, draw, logprobs
 
@@ -35,11 +37,12 @@ logger = logging.getLogger("fastpeft.apps.serve")
 
 @dataclass
 class Row:
-    """A request's part of a batch. slot: of its adapter in the pool, -1 for the base. spared: a loop that ended by a
-    defect has left it to the next one."""
+    """A request's part of a batch. slot: of its adapter in the pool, -1 for the base. prompt: an adapter's that stands
+    before it. spared: a loop that ended by a defect has left it to the next one."""
 
     slot: int
     sampling: Sampling
+    prompt: Prompt | None = None
     spared: bool = False
     _place: int = -1
     _number: float = 0.0
@@ -55,12 +58,12 @@ class Row:
 class Rows:
     """The rows of all requests, by request id, and what one batch needs of them.
 
-    assign: called before each forward with the slots, int64 [tokens]; ended: with the ids of requests that are surely
-    in no batch any more; stepped: with the numbers of requests and of tokens in the batch; stopped: when the loop's
-    thread ends, for whatever reason.
+    assign: called before each forward with the slots, int64 [tokens], or None for the base alone; ended: with the ids
+    of requests that are surely in no batch any more; stepped: with the numbers of requests and of tokens in the batch;
+    stopped: when the loop's thread ends, for whatever reason.
     """
 
-    assign: Callable[[Tensor], None]
+    assign: Callable[[Tensor | None], None]
     ended: Callable[[list[str]], None]
     stepped: Callable[[int, int], None]
     stopped: Callable[[], None]
@@ -147,6 +150,7 @@ class RowProcessor(ContinuousBatchProcessor):
     def _compute(self, model: Any) -> None:
         ios: Any = self.inputs_and_outputs
         batch = ios.requests_in_batch
+        self._put_prompts(model, batch)
         self.rows.fill(batch, ios.num_q_tokens)
         if self.model_device.type == "cpu":
             queries = [future.query_length for future in batch]
@@ -154,6 +158,18 @@ class RowProcessor(ContinuousBatchProcessor):
             keys = [future.state.position_offset for future in batch]
             attention.current.step = attention.plan(queries, keys)
         super()._generation_step(model)
+
+    @torch.no_grad()
+    def _put_prompts(self, model: Any, batch: list[Any]) -> None:
+        """Put prompts before the requests whose first tokens are in this batch."""
+        for future in batch:
+            prompt = self.rows.by_id[future.state.request_id].prompt
+            # the position is already behind this step's tokens
+            if prompt is not None and future.state.position_offset - future.query_length == prompt.tokens:
+                if prompt.pairs is None:
+                    self.rows.assign(None)
+                with stream_context(self.inputs_and_outputs.compute_stream):
+                    prefixes.write(self.cache, future.state.request_id, prompt, model)
 
     def _fail(self, state: Any, error: Exception) -> None:
         logger.warning("request %s cannot be computed", state.request_id, exc_info=error)
@@ -221,6 +237,7 @@ class RowManager(ContinuousBatchingManager):
         config.allow_block_sharing = False
         config.use_async_batching = False
         config.return_logprobs = True
+        config.scheduler_type = "fifo"
         super().__init__(model, generation_config, config)
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
@@ -236,7 +253,9 @@ class RowManager(ContinuousBatchingManager):
             processor.__class__ = RowProcessor  # theirs makes its own class, with thirteen arguments
             runner = processor.model_runner
             runner.__class__ = RowRunner
-            processor.rows = runner.rows = self.rows  # type: ignore[attr-defined]
+            scheduler: Any = processor.scheduler
+            scheduler.__class__ = prefixes.RowScheduler
+            processor.rows = runner.rows = scheduler.rows = self.rows  # type: ignore[attr-defined]
             requests = self.continuous_batching_config.max_requests_per_batch or processor.max_batch_tokens
             if self.model.device.type == "cpu":
                 processor.cache.cache_tensor.zero_()  # takes its memory now, not page by page under load

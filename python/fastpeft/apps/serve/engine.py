@@ -23,6 +23,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from ...pool import AdapterLoadError, AdapterPool, Lease, PoolFull, UnknownAdapterError
+from ...pool.prompts import Prompt
 from .batching import Row, RowManager, Rows
 from .errors import ApiError, bad, failed, late, not_finite, overloaded, shutting_down, unknown, unusable
 from .limits import Limits
@@ -120,16 +121,18 @@ class Engine:
 
     # Requests
 
-    def check(self, ids: list[int], max_tokens: int | None) -> int:
-        """The number of tokens a request may make; ApiError for one that cannot be computed."""
-        most = self.limits.max_length
+    def check(self, ids: list[int], max_tokens: int | None, prompt: Prompt | None = None) -> int:
+        """The number of tokens a request may make, behind an adapter's prompt if there is one; ApiError for one that
+        cannot be computed."""
+        most, before = self.limits.max_length, 0 if prompt is None else prompt.tokens
         if not ids:
             raise bad("the prompt has no tokens", "prompt")
         if min(ids) < 0 or max(ids) >= self.vocabulary:
             raise bad(f"prompt: token ids must be from 0 to {self.vocabulary - 1}", "prompt")
-        room = most - len(ids)
+        room = most - before - len(ids)
         if room < 1 or (max_tokens is not None and max_tokens > room):
             asked = "" if max_tokens is None else f" and max_tokens is {max_tokens}"
+            asked += f" and the adapter puts {before} virtual tokens before it" if before else ""
             raise bad(f"the prompt has {len(ids)} tokens{asked}; together they may be at most {most}", "max_tokens",
                       "context_length_exceeded")  # fmt: skip
         return room if max_tokens is None else max_tokens
@@ -148,11 +151,18 @@ class Engine:
         rounds = 1 + len(self._open) / self.limits.max_batch
         return max(1, min(60, round(self._pace * rounds / 2)))
 
-    async def begin(self, request: _Open, ids: list[int], adapter: str | None, sampling: Sampling) -> None:
-        """Get the adapter and join the batch. Raises ApiError."""
+    async def begin(
+        self, request: _Open, ids: list[int], adapter: str | None, sampling: Sampling, max_tokens: int | None = None
+    ) -> None:
+        """Get the adapter and join the batch. max_tokens: that were asked for. Raises ApiError."""
+        lease = None
         if adapter is not None:
-            request.lease = await self._acquire(adapter, request)
-        self.rows.by_id[request.id] = Row(-1 if request.lease is None else int(request.lease), sampling)
+            lease = request.lease = await self._acquire(adapter, request)
+        prompt = None if lease is None else lease.prompt
+        if prompt is not None:
+            request.limit = self.check(ids, max_tokens, prompt)
+        slot = -1 if lease is None or prompt is not None else int(lease)
+        self.rows.by_id[request.id] = Row(slot, sampling, prompt)
         self.manager.register_result_handler(request.id, lambda output: self._arrived(request, output))
         patience = time.monotonic() + min(_PATIENCE, self.left(request))
         while not (self.alive and self._take(request, ids)):
@@ -253,7 +263,7 @@ class Engine:
 
     # On transformers' thread
 
-    def _assign(self, slots: Tensor) -> None:
+    def _assign(self, slots: Tensor | None) -> None:
         if self.pool is not None:
             self.pool.assign(slots)
 

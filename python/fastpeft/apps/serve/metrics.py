@@ -58,7 +58,9 @@ class _Pool:
                  ("loads", "Adapter files read."), ("failures", "Adapter files that could not be used."))  # fmt: skip
     _GAUGES = (("adapters", "Adapters known."), ("resident", "Adapters in slots."), ("max_resident", "Slots."),
                ("in_use", "Adapters that requests hold."), ("in_flight", "Adapters being read."),
-               ("nbytes", "Bytes of the slots."))  # fmt: skip
+               ("virtual_tokens", "Virtual tokens of prompts that may be in slots."),
+               ("virtual_tokens_taken", "Of them, those that are."),
+               ("nbytes", "Bytes of the slots and of what prompts hold."))  # fmt: skip
 
     def __init__(self, stats: Callable[[], Any]) -> None:
         self._stats = stats

@@ -56,6 +56,7 @@ class Options:
     port: int = 8000
     max_resident: int = 32
     max_rank: int | None = None
+    max_virtual_tokens: int | None = None
     target_modules: list[str] | None = None
     max_length: int | None = None
     cache_tokens: int | None = None
@@ -128,9 +129,13 @@ def _pool(model: Any, options: Options, say: Say) -> AdapterPool:
         say(f"{directory} holds no adapter yet: all linear layers are made ready for some")
         targets = "all-linear"
     say(f"preparing {options.max_resident} slots for the adapters of {directory}")
-    return AdapterPool(
-        model, directory, options.max_resident, target_modules=targets, max_rank=options.max_rank, loaders=2
-    )
+    pool = AdapterPool(
+        model, directory, options.max_resident, target_modules=targets, max_rank=options.max_rank, loaders=2,
+        max_virtual_tokens=options.max_virtual_tokens,
+    )  # fmt: skip
+    if not pool.layers:
+        say("they are prompts alone: no layer is made ready for LoRA; --target-modules does that")
+    return pool
 
 
 def _limits(model: Any, device: torch.device, dtype: torch.dtype, options: Options) -> Limits:

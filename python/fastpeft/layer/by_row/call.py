@@ -25,14 +25,21 @@ _top = _autograd._top_saved_tensors_default_hooks
 _task, _node, _number = torch._C._current_graph_task_id, torch._C._current_autograd_node, _autograd._get_sequence_nr
 
 
-class _Now(threading.local):
-    """This thread's call, and (a layer, which rows of it are computed) where not all are. Attributes of the instance,
-    as those of the class are constants to torch.compile."""
+class _State:
+    """A thread's call, and (a layer, which rows of it are computed) where not all are. Attributes of the instance, as
+    those of the class are constants to torch.compile."""
 
     def __init__(self) -> None:
         self.call: RowCall | None = None
         self.part: tuple[Any, list[int] | None] | None = None
         self.passes: list[_Pass] = []
+
+
+class _Now(threading.local):
+    """This thread's state: an object of its own, as what a graph writes into a thread-local one is lost."""
+
+    def __init__(self) -> None:
+        self.state = _State()
 
 
 class RowCall:
@@ -57,7 +64,7 @@ class RowCall:
         self._entered: list[Any] = []  # what to go back to
 
     def __enter__(self) -> None:
-        before, hooked, around = (now.call, now.part), False, current()
+        before, hooked, around = (now.state.call, now.state.part), False, current()
         if around is not self:
             self.below = around
         if not torch.compiler.is_compiling():
@@ -70,10 +77,10 @@ class RowCall:
                 _autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
                 hooked = True
         self._entered.append((before, hooked))
-        now.call, now.part = self, None
+        now.state.call, now.state.part = self, None
 
     def __exit__(self, *error: object) -> None:
-        (now.call, now.part), hooked = self._entered.pop()
+        (now.state.call, now.state.part), hooked = self._entered.pop()
         if hooked:
             self._last = _number()
             _autograd._pop_saved_tensors_default_hooks()
@@ -123,9 +130,9 @@ now = _Now()
 def _note(node: Any, task: int, call: RowCall) -> None:
     """Note down whose node is evaluated."""
     node.metadata[_NOTE] = call
-    if now.call is None:
-        now.call = _UNKNOWN
-    passes = now.passes
+    if now.state.call is None:
+        now.state.call = _UNKNOWN
+    passes = now.state.passes
     if not passes or passes[-1].task != task:
         new = _Pass(task)
         passes.append(new)  # until the pass ends
@@ -140,15 +147,15 @@ def _ended(one: _Pass, passes: list[_Pass]) -> None:
 
 def current() -> RowCall | None:
     """The call whose layers are computed now."""
-    call = now.call
+    call = now.state.call
     if call is None or torch.compiler.is_compiling():
         return call
     task = _task()
     if task != call.task:
         return _again(task)
     if call is _UNKNOWN:
-        now.call = call = None  # the backward pass is over, by an error perhaps
-        now.passes.clear()
+        now.state.call = call = None  # the backward pass is over, by an error perhaps
+        now.state.passes.clear()
     return call
 
 
@@ -161,7 +168,7 @@ def _again(task: int) -> RowCall | None:
     if _NOTE not in notes:
         notes[_NOTE] = _surrounding(node, task)
     call: RowCall | None = notes[_NOTE]
-    passes = now.passes
+    passes = now.state.passes
     if passes and passes[-1].task == task:
         passes[-1].last = call
         if call is not None and node not in passes[-1].starts:
@@ -173,7 +180,7 @@ def _surrounding(node: Any, task: int) -> RowCall | None:
     """The call of a checkpoint in another, which has its inputs from that one, not from us. Its node is one of the
     call's, or it was made while the outer function ran again (reentrant ones)."""
     number = node._sequence_nr()
-    for one in reversed(now.passes):
+    for one in reversed(now.state.passes):
         if one.task == task:
             found = [call for call in one.calls if call._first <= number < call._last]  # numbers are those of a thread
             reached = (start.metadata[_NOTE] for start in reversed(one.starts) if _leads(start, node, number))
@@ -198,7 +205,7 @@ def _leads(start: Any, node: Any, number: int) -> bool:
 
 def unnoted(make: Callable[..., T], *args: Any) -> T:
     """make(*args), a node of the graph in which no checkpoint begins: it is spared the hooks of what it saves."""
-    spared = None if now.call is None or torch.compiler.is_compiling() else _top(False)
+    spared = None if now.state.call is None or torch.compiler.is_compiling() else _top(False)
     call = None if spared is None else getattr(spared[0], "__self__", None)
     if spared is None or type(call) is not RowCall or call._hooks is not None:
         return make(*args)
@@ -240,8 +247,8 @@ def call_by(owner: Any) -> RowCall | None:
 @contextmanager
 def part(layer: Any, rows: list[int] | None) -> Iterator[None]:
     """Within this, methods see these rows of a layer alone; None: an input that is not of the batch."""
-    before, now.part = now.part, (layer, rows)
+    before, now.state.part = now.state.part, (layer, rows)
     try:
         yield
     finally:
-        now.part = before
+        now.state.part = before

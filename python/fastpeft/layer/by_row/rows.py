@@ -104,7 +104,7 @@ class RowState:
 
     def by_name(self) -> Routed | None:
         """The same where the adapters are the layer's own."""
-        if now.call is not None:
+        if now.state.call is not None:
             call = call_of(self._layer)
             names = None if call is None else call.names[call.layers[self._layer]]
             if call is not None and names is not None:
@@ -131,7 +131,7 @@ class RowState:
 
     def values_of(self, adapter: str) -> Sequence[Any] | None:
         """An adapter's values for the rows that its method sees now."""
-        part = now.part
+        part = now.state.part
         members = None
         if part is not None and part[0] is self._layer:
             if part[1] is None:

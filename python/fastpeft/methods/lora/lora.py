@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -87,6 +87,8 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
     def __post_init__(self) -> None:
         if not isinstance(self.megatron_config, (dict, type(None))):  # Megatron's own object, which no file holds
             vars(self)["runtime_fields"] = (*self.runtime_fields, "megatron_config")
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"`target_parameters` must be a list of strings or None. Got {self.target_parameters!r}.")
         super().__post_init__()
         if self.use_dora and self.megatron_config:
             raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
@@ -99,6 +101,11 @@ class LoraConfig(HasFanInFanOut, HasBias, TargetConfig, own_type="LORA"):
                     raise ValueError(f"LoraConfig({name}={value!r}): {error}") from None
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
+        if self.lora_bias and isinstance(self.init_lora_weights, str):
+            raise ValueError("The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+                             f"{self.init_lora_weights!r}.")  # fmt: skip
+        if self.lora_bias and self.use_dora:
+            raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.")
         start.complete(self)
 
 
@@ -123,6 +130,7 @@ class Lora(Method):
     counts = ("r",)
     parallel = frozenset({"tensor"})
     inits: ClassVar[tuple[str, ...]] = ()  # values of `init_lora_weights` that a variant adds
+    combined_by: ClassVar[str | None] = None  # field to agree in, where `add_weighted_adapter` combines a variant
     examples: ClassVar[Any] = (
         {"r": 4, "lora_alpha": 3},
         {"r": 6, "lora_alpha": 5, "use_rslora": True},
@@ -149,10 +157,6 @@ class Lora(Method):
         super().check_config(config, loading)
         init, found = config.init_lora_weights, start.start_of(config.init_lora_weights)
         if found is not None:
-            if config.lora_bias:
-                raise ValueError(
-                    f"lora_bias=True is only supported with init_lora_weights=True or False, got {init!r}."
-                )
             found.check_config(config)
         elif init not in (*INITS, *self.inits):
             names = (*INITS, *(s.name for s in start.starts()), "pissa_niter_<n>")
@@ -164,6 +168,12 @@ class Lora(Method):
         for r in (config.r, *(config.rank_pattern or {}).values()):
             if init == "orthogonal" and r % 2:
                 raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
+
+    def check_beside(self, config: LoraConfig, others: Sequence[Any]) -> None:
+        start.warn_beside([config, *others])
+
+    def keeps_edit(self, config: LoraConfig, info: LayerInfo) -> bool:
+        return (found := start.start_of(config.init_lora_weights)) is not None and found.for_edited(info)
 
     def check_layer(self, config: LoraConfig, info: LayerInfo) -> None:
         super().check_layer(config, info)
@@ -219,7 +229,7 @@ class Lora(Method):
             return {**state, "lora_embedding_A": nn.Parameter(into), "lora_embedding_B": nn.Parameter(back)}
         a, b = (_linear if info.kind in ("linear", "experts") else _conv)(config, info)
         init, found = config.init_lora_weights, start.start_of(config.init_lora_weights)
-        if found is not None:
+        if found is not None and not start.starts_plain(found, info):
             more = found.initialise(config, info, state["scaling"], a.weight, b.weight)
             return {**state, "lora_A": a, "lora_B": b, **more}
         with torch.no_grad():
@@ -326,6 +336,8 @@ class Lora(Method):
             scale = scaling[name]
             if isinstance(scale, Tensor):  # so that a compiled graph does not freeze it (`utils.hotswap`)
                 wb, scale = wb * scale, 1.0
+            elif not scale:
+                return None  # the base layer alone, bit for bit
             return LowRank(wa, wb, scale, drops.p if drops is not None and drops.training else 0.0)
 
         # what is made anew for each call cannot be prepared for the next

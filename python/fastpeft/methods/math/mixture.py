@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from peft_kernels import Fingerprint, lora_mixture
+from peft_kernels import PreparedCall, lora_mixture
 
 from ..fused import Fused
 from ..method import AdaptedLayer
+from .cache import Cache
 
 
 class Mixed(NamedTuple):
@@ -27,43 +28,14 @@ class Mixed(NamedTuple):
     masked: bool
 
 
-class Kept:
-    """A value that stays for as long as the tensors that it came from are the same objects, in their places, and
-    nothing wrote to them. Threads may share it.
-
-    `Cache` keeps nothing where a fingerprint cannot tell, as of tensors on a GPU. There this goes by places and
-    versions, since what it keeps takes dozens of launches, and keeps nothing of tensors that train: a fused optimizer
-    leaves no version."""
-
-    def __init__(self) -> None:
-        self._last: tuple[list[Tensor], list[Any], Fingerprint, Any] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy has tensors of its own
-        return Kept, ()
-
-    def get(self, tensors: list[Tensor], version: int, make: Callable[[], Any]) -> Any:
-        """make(), without gradients, or what it gave last for that version of the layer. In a graph it is computed
-        there."""
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                return make()
-        seen = [version, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)]
-        last = self._last
-        if last is None or seen != last[1] or not all(map(is_, tensors, last[0])) or not _untouched(last[2], tensors):
-            with torch.inference_mode(False), torch.no_grad():
-                last = list(tensors), seen, Fingerprint(tensors), make()
-            self._last = last if _untouched(last[2], tensors) else None
-        return last[3]
+def layer_state(s: Any) -> tuple[int, ...]:
+    """The numbers that values of a layer's adapters are kept by. A graph keeps none, and has no guard on them."""
+    return () if torch.compiler.is_compiling() else (s.version,)
 
 
-def _untouched(seen: Fingerprint, tensors: list[Tensor]) -> bool:
-    """True for tensors that nothing wrote to, by their fingerprint; where that cannot tell, if none of them trains."""
-    return seen.unchanged() if seen.known else not any(t.requires_grad for t in tensors)
-
-
-def together(kept: Kept, version: int, a: list[Tensor], b: list[Tensor]) -> tuple[Any, Any]:
-    """Frozen adapters of one rank on each other, so that no call does it again; others as they are. version: the
-    layer's."""
+def together(kept: Cache, state: tuple[int, ...], a: list[Tensor], b: list[Tensor]) -> tuple[Any, Any]:
+    """Frozen adapters of one rank on each other, so that no call does it again; others as they are. state:
+    `layer_state`."""
     every = [*a, *b]
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in every)):
         return a, b
@@ -73,7 +45,28 @@ def together(kept: Kept, version: int, a: list[Tensor], b: list[Tensor]) -> tupl
     def joined() -> tuple[Tensor, Tensor]:
         return torch.stack(a), torch.stack(b, 1).transpose(0, 1)  # B [out, n, r] in memory, as kernels read it
 
-    found: tuple[Tensor, Tensor] = kept.get(every, version, joined)
+    found: tuple[Tensor, Tensor] = kept.get(every, state, joined)
+    return found
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, held: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.of, ctx.leaves = held[0], leaves
+        return held[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [t for t in ctx.leaves if t.requires_grad]
+        found = iter(torch.autograd.grad(ctx.of, wanted, dy, retain_graph=True, allow_unused=True))
+        return None, *(next(found) if t.requires_grad else None for t in ctx.leaves)
+
+
+def apart(value: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """A tensor apart from its graph, to whose leaves its backward goes, any number of times: layers in reentrant
+    checkpoints go backward one by one, and each frees the graph that it came through."""
+    found: Tensor = _Apart.apply([value], *leaves)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -89,12 +82,19 @@ def added(x: Tensor, mixed: Mixed) -> Tensor:
 
 def fused(layer: AdaptedLayer, of: Callable[[Tensor], Mixed | None]) -> Fused | None:
     """The layer as one call of the kernel. of: the mixture for an input, None where the kernel does not serve."""
+    prepared = PreparedCall(lora_mixture)
+    factors: list[tuple[float, ...]] = [()]  # of the last call: the same object, for the prepared call to hold
 
     def call(x: Tensor, w: Any, bias: Tensor | None) -> Tensor | None:
         found = of(x)
         if found is None:
             return None
-        y: Tensor = lora_mixture(x, w, found.a, found.b, found.mix, found.scaling, bias, masked=found.masked)
+        scaling, last = tuple(found.scaling), factors[0]
+        if scaling == last:
+            scaling = last
+        else:
+            factors[0] = scaling
+        y: Tensor = prepared(x, w, found.a, found.b, found.mix, scaling, bias, 0.0, None, found.masked)
         return y
 
     return layer.base.fused(call)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peft_kernels import butterfly_linear, butterfly_rotate
 from peft_kernels.dispatch import forward_mode
 
+from ...config.types import GroupsError
 from ..fused import Fused
 from ..method import AdaptedLayer, Inner, LayerInfo, Method
 from .cache import Cache
@@ -71,9 +72,9 @@ class RotatesInput(Method):
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         super().check_layer(config, info)
         if info.groups > 1:
-            raise ValueError(
-                f"{self.peft_type.value} rotates all channels together and {info.name!r} keeps them in "
-                f"{info.groups} groups: do not target it."
+            raise GroupsError(
+                f"{self.peft_type.value} does not support {type(info.module).__name__} layers with groups > 1: it "
+                f"rotates all channels together and {info.name!r} keeps them in {info.groups} groups. Do not target it."
             )
 
     def merged(self, s: Any, shared: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

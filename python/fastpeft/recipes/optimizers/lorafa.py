@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...inject.modules import adapter_layers
 from ...weights.base import widened
 from .pairs import lora_pairs
 
@@ -47,12 +48,20 @@ class LoraFAOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             by_name = dict(zip(group["names"], group["params"], strict=True))
-            for (name, p), scaling in zip(by_name.items(), group["scaling_factors"], strict=True):
+            for (name, p), scaling in zip(by_name.items(), self._scalings(group), strict=True):
                 if p.grad is None:
                     continue
                 a = by_name.get(name.replace("lora_B", "lora_A")) if "lora_B" in name and p.ndim == 2 else None
                 self._update(p, p.grad if a is None else _projected(p.grad, a, scaling), group)
         return loss
+
+    def _scalings(self, group: dict[str, Any]) -> Sequence[Any]:
+        """One for each parameter; a group may still have one for all, as before PEFT 0.19."""
+        if "scaling_factors" not in group:
+            group["scaling_factors"] = [group["scaling_factor"]] * len(group["params"])
+            text = "`scaling_factor` is deprecated. Please use `scaling_factors` instead, one for each parameter."
+            warnings.warn(text, FutureWarning, stacklevel=4)
+        return list(group["scaling_factors"])
 
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -98,6 +107,9 @@ def create_lorafa_optimizer(
         warnings.warn("`use_rslora` of create_lorafa_optimizer is deprecated: the configuration decides.",
                       FutureWarning, stacklevel=2)  # fmt: skip
     scaling = {id(p): pair.scaling for pair in lora_pairs(model) for p in (pair.a, pair.b)}
+    for _, layer in adapter_layers(model):
+        tables = [getattr(layer, name, {}).items() for name in ("lora_embedding_A", "lora_embedding_B")]
+        scaling |= {id(p): layer.scaling[adapter] for table in tables for adapter, p in table}
     for name, p in model.named_parameters():
         if "lora_A" in name:
             p.requires_grad_(False)

@@ -26,10 +26,11 @@ def create_riemannian_optimizer(
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
     pairs = [pair for pair in lora_pairs(model) if pair.a.requires_grad and pair.b.requires_grad]
     if not pairs:
-        raise ValueError("create_riemannian_optimizer found no trainable pair of lora_A and lora_B in the model.")
+        raise ValueError("no trainable pair: create_riemannian_optimizer needs lora_A/lora_B parameter pairs.")
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{optimizer_cls.__name__} computes gradients inside its step, which rescaling would spoil.")
+        what = f"{optimizer_cls.__name__} requires a closure: it computes gradients inside its step"
+        raise ValueError(f"{what}, which rescaling would spoil.")
 
     class RiemannianPreconditionedOptimizer(optimizer_cls):  # type: ignore[valid-type, misc]
         @torch.no_grad()

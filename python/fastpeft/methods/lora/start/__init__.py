@@ -10,6 +10,7 @@ import functools
 import importlib
 import pkgutil
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,18 +27,21 @@ Edit = BaseEdit | None
 class Start:
     """A value of `init_lora_weights`.
 
-    name: the value. field, options: the field of LoraConfig with the start's options, and their class. takes_base: the
-    adapter takes over a part of the base weight. edits_base: the base weight changes. used: attributes of the module
-    that are of no use once the adapter is made. rank_parts: a rank of at most 1 / so much of the smaller side; 0: any.
+    name: the value; shown: its name in words. field, options: the field of LoraConfig with the start's options, and
+    their class. takes_base: the adapter takes over a part of the base weight. edits_base: the base weight changes.
+    used: attributes of the module that are of no use once the adapter is made. rank_parts: a rank of at most 1 / so
+    much of the smaller side; 0: any. others_plain: convolutions start as plain LoRAs, as embeddings do with any start.
     """
 
     name: ClassVar[str]
+    shown: ClassVar[str]
     field: ClassVar[str] = ""
     options: ClassVar[type[Any] | None] = None
     edits_base: ClassVar[bool] = True
     takes_base: ClassVar[bool] = True
     used: ClassVar[tuple[str, ...]] = ()
     rank_parts: ClassVar[int] = 1
+    others_plain: ClassVar[bool] = False
 
     def accepts(self, value: Any) -> bool:
         return bool(value == self.name)
@@ -63,6 +67,10 @@ class Start:
 
     def check_config(self, config: Any) -> None:
         """Raise ValueError for options that make no sense."""
+
+    def for_edited(self, info: LayerInfo) -> bool:
+        """True where an adapter of this start, without what it starts from, is for a base that one has edited."""
+        return False
 
     @torch.no_grad()
     def initialise(self, config: Any, info: LayerInfo, scaling: float, a: Tensor, b: Tensor) -> State:
@@ -114,13 +122,29 @@ def complete(config: Any) -> None:
                       PeftWarning, stacklevel=4)  # fmt: skip
 
 
+def warn_beside(configs: Sequence[Any]) -> None:
+    """Warn where one of several adapters of a model has a start that takes a part of the base weight."""
+    found = (start_of(getattr(config, "init_lora_weights", None)) for config in configs if len(configs) > 1)
+    if taking := next((start for start in found if start is not None and start.takes_base), None):
+        warnings.warn(
+            f"{taking.shown} changes the base weights of the model and should thus not be used with other adapters. "
+            "Save it as a plain LoRA (path_initial_model_for_weight_conversion) to use several at once.",
+            PeftWarning, stacklevel=4,
+        )  # fmt: skip
+
+
+def starts_plain(start: Start, info: LayerInfo) -> bool:
+    """True for a layer that the adapter goes into and the start is not for."""
+    return info.kind == "embedding" or (start.others_plain and info.kind.startswith("conv"))
+
+
 def check_layer(config: Any, info: LayerInfo) -> None:
     """Raise ValueError where a start makes no sense. Embeddings start as plain LoRAs, as in PEFT's files."""
     init, what = config.init_lora_weights, f"{info.name!r}, a {type(info.module).__name__}"
     start = start_of(init)
     if start is None:
         return
-    if info.kind == "embedding":
+    if starts_plain(start, info):
         text = f"init_lora_weights={init!r} is for linear layers: {what}, starts as a plain LoRA."
         warnings.warn(text, PeftWarning, stacklevel=2)
         return

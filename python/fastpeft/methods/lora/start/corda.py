@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,9 @@ class CordaConfig(SeenAsPeft):
 
     def __post_init__(self) -> None:
         check_choice(self, "corda_method", "ipm", "kpm")
+        for name in ("cache_file", "covariance_file"):
+            if isinstance(path := getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(path))
 
 
 @dataclass
@@ -44,6 +48,7 @@ class CordaEigens:
 
 class Corda(Start):
     name = "corda"
+    shown = "CorDA"
     field = "corda_config"
     options = CordaConfig
     used = (EIGENS,)

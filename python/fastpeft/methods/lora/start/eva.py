@@ -36,6 +36,7 @@ class EvaConfig(SeenAsPeft):
 
 class Eva(Start):
     name = "eva"
+    shown = "EVA"
     field = "eva_config"
     options = EvaConfig
     edits_base = takes_base = False

@@ -55,6 +55,7 @@ class QuantisedBase(BaseEdit):
 
 class LoftQ(Start):
     name = "loftq"
+    shown = "LoftQ"
     field = "loftq_config"
     takes_base = False
 

@@ -36,9 +36,11 @@ class LoraGAConfig(SeenAsPeft):
 
 class LoraGA(Start):
     name = "lora_ga"
+    shown = "LoRA-GA"
     field = "lora_ga_config"
     options = LoraGAConfig
     used = (GRADIENT,)
+    others_plain = True
     rank_parts = 2  # 2 r singular vectors of the gradient are split between A and B
 
     def complete(self, config: Any, chosen: bool) -> None:
@@ -47,7 +49,11 @@ class LoraGA(Start):
 
     def check_config(self, config: Any) -> None:
         if config.lora_ga_config is None:
-            raise ValueError("init_lora_weights='lora_ga' needs lora_ga_config=LoraGAConfig(...).")
+            what = "lora_ga_config must be provided when init_lora_weights='lora_ga'"
+            raise ValueError(f"{what}: pass lora_ga_config=LoraGAConfig(...).")
+
+    def for_edited(self, info: LayerInfo) -> bool:
+        return not hasattr(info.module, GRADIENT)
 
     def initialise(self, config: Any, info: LayerInfo, scaling: float, a: Tensor, b: Tensor) -> State:
         if hasattr(info.module, GRADIENT):

@@ -13,6 +13,7 @@ from . import Start
 
 class Olora(Start):
     name = "olora"
+    shown = "OLoRA"
 
     def factors(self, config: Any, info: LayerInfo, scaling: float, w: Tensor) -> tuple[Tensor, Tensor, None]:
         """A, the first r rows of R, and B, the first r columns of Q, for W = Q R."""

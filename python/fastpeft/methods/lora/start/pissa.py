@@ -17,6 +17,7 @@ class Pissa(Start):
     faster."""
 
     name = "pissa"
+    shown = "PiSSA"
 
     def accepts(self, value: Any) -> bool:
         return value == "pissa" or _niter(value) is not None

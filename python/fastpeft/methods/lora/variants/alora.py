@@ -26,6 +26,7 @@ from . import variant
 class Alora(Lora):
     mergeable = False
     forward_args = ("alora_offsets",)
+    combined_by = "alora_invocation_tokens"
     examples: ClassVar[Any] = ({"r": 4, "alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},)
 
     def check_config(self, config: Any, loading: bool = False) -> None:
@@ -38,6 +39,11 @@ class Alora(Lora):
 
     def mergeable_in(self, s: Any, info: LayerInfo) -> str | None:
         return "aLoRA has no merged form: it acts on the tokens from its invocation on"
+
+    def factors(self, s: Any, shared: Any, w: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if s.get("lora_A") is None or s.lora_A.weight.dim() > 2:
+            return None
+        return s.lora_A.weight, s.lora_B.weight * s.scaling
 
     def row_values(self, config: Any, inputs: Mapping[str, Any]) -> Sequence[Any] | None:
         """(offset or None, length of the sequence that it was found in, if known) of each row."""

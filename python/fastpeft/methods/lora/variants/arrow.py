@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ....config.base import check
 from ....config.seen_as_peft import SeenAsPeft
+from ....files.whole import is_apart
 from ...fused import Fused
-from ...math.mixture import Kept, Mixed, added, fused, together
-from ...method import AdaptedLayer, Inner, LayerInfo, State
+from ...math.cache import Cache
+from ...math.mixture import Mixed, added, fused, layer_state, together
+from ...method import AdaptedLayer, AdapterView, Inner, LayerInfo, State
 from ..lora import Lora
 from . import variant
 
@@ -52,6 +54,41 @@ class ArrowConfig(SeenAsPeft):
             check(self, name, good, "a list of names or None")
 
 
+def _drawn(a: Tensor, seed: int | None) -> Tensor:
+    """float32 [in] of an A [r, in]: where the power iteration starts."""
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(device=a.device.type)
+        generator.manual_seed(seed)
+    found: Tensor = torch.randn(a.shape[1], device=a.device, generator=generator)
+    return found
+
+
+def _directions(a: list[Tensor], b: list[Tensor], starts: list[Tensor], iters: int = 15, eps: float = 1e-8) -> Tensor:
+    """float32 [n, in]: for each of n A [r, in] and B [out, r] the direction that B A stretches most, up to its sign."""
+    down, up = torch.stack(a).float(), torch.stack(b).float()
+    gram = up.mT @ up
+    v = torch.stack(starts).to(down.device)[..., None]
+    v = v / (v.norm(dim=1, keepdim=True) + eps)
+    for _ in range(iters):
+        v = down.mT @ (gram @ (down @ v))
+        v = v / (v.norm(dim=1, keepdim=True) + eps)
+    found: Tensor = v[..., 0]
+    return found
+
+
+# A graph has no generators: there it is an operator, which computes them in each call.
+_ops: Any = torch.library.Library("fastpeft", "FRAGMENT")  # type: ignore[no-untyped-call]
+_ops.define("arrow_directions(Tensor[] a, Tensor[] b, int? seed) -> Tensor",
+            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))  # fmt: skip
+_ops.impl("arrow_directions", lambda a, b, seed: _directions(a, b, [_drawn(one, seed) for one in a]),
+          "CompositeExplicitAutograd")  # fmt: skip
+torch.library.register_fake(
+    "fastpeft::arrow_directions",
+    lambda a, b, seed: a[0].new_empty((len(a), a[0].shape[1]), dtype=torch.float32), lib=_ops,
+)  # fmt: skip
+
+
 class ArrowLoraLinearLayer(nn.Module):
     """The router of one layer: settings, and what it keeps of the adapters. task_adapter_names: those of its last
     forward."""
@@ -62,44 +99,29 @@ class ArrowLoraLinearLayer(nn.Module):
         self.use_gks, self.rng_seed = config.use_gks, config.rng_seed
         self.task_adapter_names = list(config.task_adapter_names or ())
         self.gks_adapter_names = list(config.gks_adapter_names or ())
-        self._prototypes, self._pure, self._joined = Kept(), Kept(), Kept()
+        self._prototypes, self._pure, self._joined = (Cache(by_version=True) for _ in range(3))
         self._starts: list[Tensor] = []  # drawn once, so that a prototype is another only where its adapter is
 
-    def top_right_singular_vec_from_BA(
-        self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8, start: Tensor | None = None
-    ) -> Tensor:
-        """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]. start: [in],
-        drawn by default."""
-        a, b = A.float(), B.float()
-        gram = b.T @ b
-        v: Tensor = self._drawn(a) if start is None else start.to(a.device)
-        v = v / (v.norm() + eps)
-        for _ in range(iters):
-            v = a.T @ (gram @ (a @ v))
-            v = v / (v.norm() + eps)
-        return v
+    def top_right_singular_vec_from_BA(self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8) -> Tensor:
+        """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]."""
+        return _directions([A], [B], [_drawn(A, self.rng_seed)], iters, eps)[0]
 
-    def _drawn(self, a: Tensor) -> Tensor:
-        generator = None
-        if self.rng_seed is not None:
-            generator = torch.Generator(device=a.device.type)
-            generator.manual_seed(self.rng_seed)
-        found: Tensor = torch.randn(a.shape[1], device=a.device, generator=generator)
-        return found
-
-    def prototypes(self, version: int, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """[n, in] of n adapters. version: the layer's."""
+    def prototypes(self, state: tuple[int, ...], a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """[n, in] of n adapters of one rank. state: `layer_state`, as below."""
 
         def make() -> Tensor:
-            self._starts += [self._drawn(p) for p in a[len(self._starts) :]]
-            each = zip(a, b, self._starts, strict=False)
-            return torch.stack([self.top_right_singular_vec_from_BA(p, q, start=v).to(p.dtype) for p, q, v in each])
+            if torch.compiler.is_compiling():
+                found: Tensor = torch.ops.fastpeft.arrow_directions(a, b, self.rng_seed)
+            else:
+                self._starts += [_drawn(one, self.rng_seed) for one in a[len(self._starts) :]]
+                found = _directions(a, b, self._starts[: len(a)])
+            return found.to(a[0].dtype)
 
-        found: Tensor = self._prototypes.get([*a, *b], version, make)
-        return found
+        kept: Tensor = self._prototypes.get([*a, *b], state, make)
+        return kept
 
     def pure(
-        self, version: int, a: list[Tensor], b: list[Tensor], general: list[list[Tensor]]
+        self, state: tuple[int, ...], a: list[Tensor], b: list[Tensor], general: list[list[Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """A and B without the mean of the general adapters'."""
         every = [*a, *b, *general[0], *general[1]]
@@ -110,7 +132,7 @@ class ArrowLoraLinearLayer(nn.Module):
 
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*a, *b)):
             return made()
-        found: tuple[list[Tensor], list[Tensor]] = self._pure.get(every, version, made)
+        found: tuple[list[Tensor], list[Tensor]] = self._pure.get(every, state, made)
         return found
 
     def weights(self, x: Tensor, prototypes: Tensor) -> Tensor:
@@ -119,6 +141,16 @@ class ArrowLoraLinearLayer(nn.Module):
         top, index = sim.topk(self.top_k, dim=-1)
         chosen = torch.full_like(sim, float("-inf")).scatter(-1, index, top)
         return torch.softmax(chosen / self.temperature, dim=-1)
+
+
+class _Experts(NamedTuple):
+    """The adapters that a layer routes between, and the modules that have their A and B; general: those of the general
+    adapters' A, and of their B, where they are subtracted."""
+
+    views: list[AdapterView]
+    a: list[Any]
+    b: list[Any]
+    general: list[list[Any]]
 
 
 @variant("arrow_config", ArrowConfig)
@@ -134,22 +166,42 @@ class Arrow(Lora):
         return "Cannot merge an active Arrow router adapter. Remove it first"
 
     def output(self, s: Any, shared: Any, x: Tensor, y: Tensor, inner: Inner) -> Tensor:
-        mixed = self._mixed(s, x)
+        mixed = self._mixed(s, x, self._experts(s))
         delta: Tensor = s.lora_dropout(added(s.cast(x, mixed.a[0].dtype), mixed))
         return y + delta
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
         drops = s.lora_dropout
+        kept: list[tuple[tuple[int, ...], _Experts]] = []  # for as long as the layer does not change
 
         def of(x: Tensor) -> Mixed | None:
             if type(drops) is not nn.Identity and drops.training:
                 return None
-            return self._mixed(s, x)
+            if kept and kept[0][0] == layer_state(s) and not kept[0][1].a[0].weight.is_meta:  # once it is offloaded
+                return self._mixed(s, x, kept[0][1])
+            experts = self._experts(s)
+            if not (torch.compiler.is_compiling() or is_apart(layer.lora_A) or is_apart(layer.lora_B)) and all(
+                type(module) is nn.Linear for modules in (experts.a, experts.b, *experts.general) for module in modules
+            ):
+                kept[:] = [(layer_state(s), experts)]
+            return self._mixed(s, x, experts)
 
         return fused(layer, of)
 
-    def _mixed(self, s: Any, x: Tensor) -> Mixed:
-        """The adapters of the layer and their weights for x. ValueError where they do not fit together."""
+    def _mixed(self, s: Any, x: Tensor, experts: _Experts) -> Mixed:
+        """The adapters and their weights for x."""
+        router: ArrowLoraLinearLayer = s.lora_arrow
+        state = layer_state(s)
+        a, b = ([module.weight for module in modules] for modules in (experts.a, experts.b))
+        if router.use_gks:
+            general = [[module.weight for module in modules] for modules in experts.general]
+            a, b = router.pure(state, a, b, general)
+        mix = router.weights(s.cast(x, a[0].dtype), router.prototypes(state, a, b))
+        scaling = [view.scaling for view in experts.views]
+        return Mixed(*together(router._joined, state, a, b), mix, scaling, masked=True)
+
+    def _experts(self, s: Any) -> _Experts:
+        """The adapters of the layer. ValueError where they do not fit together."""
         router: ArrowLoraLinearLayer = s.lora_arrow
         others = {n: (m, view) for n, (m, view) in s.neighbours().items() if isinstance(m, Lora)}
         tasks, general = [], []
@@ -165,23 +217,20 @@ class Arrow(Lora):
             raise ValueError(f"{where} has {len(tasks)} LoRA adapters, expected top_k={router.top_k} at least.")
         if router.use_gks and not general:
             raise ValueError(f"{where} has no general adapter ('{GKS_ADAPTER_PREFIX}0'), which use_gks=True subtracts.")
-        a, b = (self._weights(where, others, tasks, name) for name in ("lora_A", "lora_B"))
-        if router.use_gks:
-            means = [self._weights(where, others, general, name) for name in ("lora_A", "lora_B")]
-            a, b = router.pure(s.version, a, b, means)
-        mix = router.weights(s.cast(x, a[0].dtype), router.prototypes(s.version, a, b))
-        scaling = [others[name][1].scaling for name in tasks]
-        return Mixed(*together(router._joined, s.version, a, b), mix, scaling, masked=True)
+        parts = ("lora_A", "lora_B")
+        a, b = (self._modules(where, others, tasks, name) for name in parts)
+        of_general = [self._modules(where, others, general, name) for name in parts] if router.use_gks else []
+        return _Experts([others[name][1] for name in tasks], a, b, of_general)
 
     @staticmethod
-    def _weights(where: str, others: Any, names: list[str], tensor: str) -> list[Tensor]:
+    def _modules(where: str, others: Any, names: list[str], part: str) -> list[nn.Module]:
         found = []
         for name in names:
             method, view = others[name]
             if type(method) is not Lora or view.lora_bias:
                 what = "one with lora_bias" if type(method) is Lora else f"a {type(method).__name__}"
                 raise ValueError(f"{where} mixes plain LoRA adapters, {name!r} is {what}.")
-            found.append(getattr(view, tensor).weight)
+            found.append(getattr(view, part))
             if (r := view.r) != (first := others[names[0]][1].r):
                 raise ValueError(f"{where}: [{name}] rank mismatch: {r} != {first} of [{names[0]}]")
         return found

@@ -51,11 +51,6 @@ class Dora(Lora):
         {"r": 30, "use_dora": True, "use_rslora": True},
     )
 
-    def check_config(self, config: Any, loading: bool = False) -> None:
-        super().check_config(config, loading)
-        if config.lora_bias:
-            raise ValueError("lora_bias=True is not supported for DoRA, please pass use_dora=False.")
-
     def make_state(self, config: Any, info: LayerInfo, shared: Any) -> State:
         state = super().make_state(config, info, shared)
         a, b = (state[k] if isinstance(state[k], Tensor) else state[k].weight for k in _names(state))

@@ -18,11 +18,6 @@ class Mica(Lora):
     inits = ("mica",)
     examples: ClassVar[Any] = ({"r": 4, "lora_alpha": 3, "init_lora_weights": "mica"},)
 
-    def check_config(self, config: Any, loading: bool = False) -> None:
-        super().check_config(config, loading)
-        if config.lora_bias:
-            raise ValueError("lora_bias=True is only supported with init_lora_weights=True or False, got 'mica'.")
-
     def check_layer(self, config: Any, info: LayerInfo) -> None:
         super().check_layer(config, info)
         most = min(info.out_features, info.in_features)

@@ -35,7 +35,11 @@ class VeloraConfig(SeenAsPeft):
         for name in ("num_groups", "scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` should be positive, got {getattr(self, name)!r}.")
-        check_choice(self, "init_type", "batch_average_once", "batch_average", "random")
+        also = (
+            f" Unsupported `init_type` {self.init_type!r}. Supported values are 'batch_average_once', 'batch_average', "
+            "and 'random'."
+        )
+        check_choice(self, "init_type", "batch_average_once", "batch_average", "random", also=also)
 
 
 @variant("velora_config", VeloraConfig)
