@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels import native_library
-from peft_kernels.shim import attention
+from peft_kernels import attention, native_library
 
 from ..weights.base import is_listened_to
 from .angles import alibi_slopes
