@@ -14,6 +14,8 @@ from .ops.cayley import cayley
 from .ops.dequantize_4bit import dequantize_4bit
 from .ops.dora_linear import dora_gain, dora_linear, dora_linear_normed
 from .ops.dora_norm import dora_norm, squared_row_norms
+from .ops.gated import gated
+from .ops.gated.mlp import gated_mlp
 from .ops.householder_rotate import compact_wy, householder_rotate
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
@@ -24,8 +26,6 @@ from .ops.pair_rotate import pair_rotate
 from .ops.quantize_4bit import quantize_4bit
 from .ops.rms_norm import rms_norm
 from .ops.rotary_attention import rotary_attention
-from .ops.swiglu import swiglu
-from .ops.swiglu.mlp import swiglu_mlp
 from .philox import draw_seed
 from .row_groups import RowGroups
 
@@ -75,6 +75,8 @@ __all__ = [
     "dora_norm",
     "draw_seed",
     "explain",
+    "gated",
+    "gated_mlp",
     "householder_rotate",
     "lora_expand",
     "lora_linear",
@@ -89,8 +91,6 @@ __all__ = [
     "rms_norm",
     "rotary_attention",
     "squared_row_norms",
-    "swiglu",
-    "swiglu_mlp",
     "tuning",
     "tuning_launch",
     "tuning_user",

@@ -213,8 +213,8 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "rotary_attention_backward": (*[head] * 4, *torch.randn(2, 1, 3, 8), None, torch.ones(1, 2, 3), 0.5),
         "rms_norm": (x, torch.randn(64), 1e-5),
         "rms_norm_backward": (x, x, torch.randn(64), 1e-5),
-        "swiglu": (x, x),
-        "swiglu_backward": (x, x, x),
+        "gated": (x, x, 0, 1.0, 0.0, 0.0),
+        "gated_backward": (x, x, x, 0, 1.0, 0.0, 0.0, 0),
     }
 
 

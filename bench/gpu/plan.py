@@ -20,7 +20,7 @@ PLAN: dict[str, float] = {
     "multi_lora_linear": 120,
     "lora_linear_stacked": 90,
     "rotations": 60,
-    "swiglu": 40,
+    "gated": 40,
     "rms_norm": 40,
     "llama": 150,
     "qlora": 120,

@@ -172,12 +172,12 @@ def _update(c: Case) -> None:
     backend.expand(meta(c.M, sum(widths), dtype=c.dtype), [*s], b, *groups, [0, c.N, c.N + widths[1]], True)
 
 
-def _swiglu(c: Case) -> None:
-    from peft_kernels.ops.swiglu import triton as backend
+def _gated(c: Case) -> None:
+    from peft_kernels.ops.gated import triton as backend
 
     gate, up, dh = (meta(c.M, c.N, dtype=c.dtype) for _ in range(3))
-    backend.forward(gate, up)
-    backend.backward(gate, up, dh)
+    backend.forward(gate, up, 0, 1.0, 0.0, 0.0)
+    backend.backward(gate, up, dh, 0, 1.0, 0.0, 0.0, 0)
 
 
 def _rms_norm(c: Case) -> None:
@@ -297,8 +297,8 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "attention": ("rotary_attention", "forward_kernel", _attention),
     "attention_queries": ("rotary_attention", "queries_kernel", _attention),
     "attention_keys": ("rotary_attention", "keys_kernel", _attention),
-    "swiglu": ("swiglu", "forward_kernel", _swiglu),
-    "swiglu_backward": ("swiglu", "backward_kernel", _swiglu),
+    "gated": ("gated", "forward_kernel", _gated),
+    "gated_backward": ("gated", "backward_kernel", _gated),
     "turned": ("lora_linear", "forward_kernel", _turned),
     "rotate": ("butterfly_rotate", "rotate_kernel", _butterfly),
     "rotate_gradient": ("butterfly_rotate", "gradient_kernel", _butterfly),

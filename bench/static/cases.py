@@ -38,7 +38,7 @@ EXTRA = (
     *map(Case, ("weigh", "mixture_forward", "mixture_backward")),
     Case("plan"), Case("multi_project", M=64, p=0.0), Case("multi_forward", M=64), Case("multi_outer", ds=True),
     Case("multi_backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
-    *(Case(kernel, N=14336) for kernel in ("swiglu", "swiglu_backward", "rms_norm", "rms_norm_backward")),
+    *(Case(kernel, N=14336) for kernel in ("gated", "gated_backward", "rms_norm", "rms_norm_backward")),
     *(Case(kernel, N=64) for kernel in ("attention_queries", "attention_keys")),
 )  # fmt: skip
 # What differs little from these: where the limit leaves room, and in the whole report.

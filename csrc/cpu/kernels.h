@@ -40,6 +40,15 @@ struct PkMixture {
     float *dmix;
 };
 
+/* gated: element i of row r is at r * gate_row + i * step of gate, up_row of up, grad_row and grad_step of dgate and
+ * dup. Of a step of 2, up is gate + 1, dup dgate + 1. h, dh: [rows, n]. limit: INFINITY for none. dh NULL: forward. */
+struct PkGated {
+    const void *dh, *gate, *up;
+    int64_t dtype, rows, n, gate_row, up_row, grad_row, step, grad_step, act;
+    float alpha, limit, shift;
+    void *dgate, *dup, *h;
+};
+
 /* Constants of an AdamW step, besides the tensors: made by adamw.cpp. */
 struct PkAdamw {
     double step;

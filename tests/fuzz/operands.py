@@ -16,6 +16,7 @@ from peft_kernels.formats import BLOCKSIZES
 from peft_kernels.ops.butterfly_linear import forward_op as butterfly_linear
 from peft_kernels.ops.cayley import forward_op as cayley
 from peft_kernels.ops.dora_linear import forward_op as dora_linear
+from peft_kernels.ops.gated import RELU2, SILU, parts_of
 from peft_kernels.ops.householder_rotate import forward_op as householder
 from peft_kernels.ops.lora_linear import forward_op as lora_linear
 from peft_kernels.ops.lora_mixture import forward_op as lora_mixture
@@ -344,16 +345,22 @@ def _rms_backward(d: Draw) -> Arguments:
     return [d.tensor(*x.shape, dtype=x.dtype), x, scale, eps]
 
 
-@maker("swiglu")
-def _swiglu(d: Draw) -> Arguments:
+@maker("gated")
+def _gated(d: Draw) -> Arguments:
     shape, dtype = [d.size() for _ in range(d.random.randint(0, 3))], d.one(FLOATS)
-    return [d.tensor(*shape, dtype=dtype), d.tensor(*shape, dtype=dtype)]
+    gate, up = d.tensor(*shape, dtype=dtype), d.tensor(*shape, dtype=dtype) if d.maybe(0.7) else None
+    if shape and up is not None and d.maybe(0.3):
+        gate, up = parts_of(d.tensor(*shape[:-1], 2 * shape[-1], dtype=dtype), d.one((1, 2)))
+    act = d.random.randint(SILU, RELU2)
+    shift = d.one((0.0, 1.0)) if up is not None else 0.0
+    return [gate, up, act, d.one((1.0, 1.702)), d.one((0.0, 0.0, 0.7, 7.0)), shift]
 
 
-@maker("swiglu_backward")
-def _swiglu_backward(d: Draw) -> Arguments:
-    gate, up = _swiglu(d)
-    return [gate, up, d.tensor(*gate.shape, dtype=gate.dtype)]
+@maker("gated_backward")
+def _gated_backward(d: Draw) -> Arguments:
+    gate, up, *numbers = _gated(d)
+    fused = d.random.randint(0, 2) if up is not None and gate.dim() else 0
+    return [gate, up, d.tensor(*gate.shape, dtype=gate.dtype), *numbers, fused]
 
 
 @maker("rotary_attention")

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from peft_kernels import (
     PreparedCall,
+    gated,
+    gated_mlp,
     lora_linear,
     lora_linear_stacked,
     native_library,
     rms_norm,
     rotary_attention,
-    swiglu,
-    swiglu_mlp,
     use_huge_pages,
 )
 
@@ -101,7 +101,7 @@ def _one_token(
     h = _norm(layer.post_attention_layernorm, x)
     gate, up = linears(own.gate_up, h, few, mlp.gate_proj, mlp.up_proj)
     # for one row Python takes longer over an operator of ours than over torch's two calls
-    active = swiglu(gate, up) if few else F.silu(gate).mul_(up)
+    active = gated(gate, up) if few else F.silu(gate).mul_(up)
     return (x + linears(own.down, active, few, mlp.down_proj)[0]).unsqueeze(1)
 
 
@@ -222,10 +222,11 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     if self.config.hidden_act == "silu" and not is_listened_to(self.act_fn) and ways_of(x).mlp:
         found = projections(x, self.gate_proj, self.up_proj, self.down_proj)
         if found is not None:
-            return swiglu_mlp(x, *found)
+            gate, up, down = found
+            return gated_mlp(x, gate, up, down)
         if torch.is_grad_enabled():
-            gate, up = modules_on(x, self.gate_proj, self.up_proj)
-            y: Tensor = modules_on(swiglu(gate, up), self.down_proj)[0]
+            of_gate, of_up = modules_on(x, self.gate_proj, self.up_proj)
+            y: Tensor = modules_on(gated(of_gate, of_up), self.down_proj)[0]
             return y
     result: Tensor = self._fastpeft_base.forward(self, x)
     return result
