@@ -45,7 +45,10 @@ def _sizes(t: Tensor) -> tuple[int, int]:
 
 def forward(gate: Tensor, up: Tensor | None, act: int, alpha: float, limit: float, shift: float) -> Tensor:
     """act(gate) * up."""
-    h, laid = torch.empty_like(gate, memory_format=torch.contiguous_format), _laid(gate, up)
+    h = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if not h.numel():
+        return h  # whose parts have no addresses
+    laid = _laid(gate, up)
     native.check(native.cpu().pk_cpu_gated(
         laid.gate, laid.up, native.DTYPES[gate.dtype], *_sizes(gate), *laid.strides, act, alpha, limit, shift,
         h.data_ptr(), torch.get_num_threads(),
@@ -57,7 +60,10 @@ def backward(
     gate: Tensor, up: Tensor | None, dh: Tensor, act: int, alpha: float, limit: float, shift: float, fused: int
 ) -> tuple[Tensor, Tensor]:
     """(dgate, dup)."""
-    (first, second, *_), laid, dh = new_gradients(gate, up, fused), _laid(gate, up), dh.contiguous()
+    first, second, *_ = new_gradients(gate, up, fused)
+    if not dh.numel():
+        return first, second
+    laid, dh = _laid(gate, up), dh.contiguous()
     rows, n = _sizes(gate)
     step = 2 if fused == FUSED["pairs"] else 1
     if fused:
