@@ -23,7 +23,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 8
+#define PK_ABI_VERSION 9
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -184,13 +184,20 @@ typedef struct pk_adamw {
 PK_EXPORT int pk_cpu_adamw(const pk_adamw *list, int64_t count, const double *settings, int64_t threads);
 PK_EXPORT int pk_cpu_squared_norm(const pk_adamw *list, int64_t count, double *square, int64_t threads);
 
-/* ---- rms_norm (CPU library) ----------------------------------------------------------------------------------------
- * x, y, dy, dx [rows, n] of dtype, weight [n] of w_dtype (float32, bfloat16, float16), computed in float32:
- * y = weight * x * c with c = 1 / sqrt(mean(x^2) + eps);  dx = c (g - x c^2 mean(g x)) with g = dy * weight. */
-PK_EXPORT int pk_cpu_rms_norm(const void *x, const void *weight, int64_t dtype, int64_t w_dtype, int64_t rows,
-                              int64_t n, double eps, void *y, int64_t threads);
-PK_EXPORT int pk_cpu_rms_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype,
-                                       int64_t w_dtype, int64_t rows, int64_t n, double eps, void *dx, int64_t threads);
+/* ---- rms_norm and layer_norm (CPU library) -------------------------------------------------------------------------
+ * y = f (x - m) c + bias with c = 1 / sqrt(mean((x - m)^2) + eps), f = offset + weight, 1 without weight; m is the mean
+ * of a row where `centred` is not 0, else 0. dx = c (g - mean(g) - (x - m) c^2 mean(g (x - m))), g = dy f, without
+ * mean(g) where nothing is centred. dweight, dbias: sums over rows of dy (x - m) c and of dy. Computed in float32.
+ * y, dy, dx [rows, n] of dtype, contiguous; row r of x begins at r / inner * outer_row + r % inner * inner_row. weight
+ * and bias [n] of w_dtype; NULL: none; dtypes are float32, bfloat16 or float16. dx, dweight, dbias: NULL where not
+ * wanted; bias and dbias are NULL where nothing is centred. */
+PK_EXPORT int pk_cpu_norm(const void *x, const void *weight, const void *bias, int64_t dtype, int64_t w_dtype,
+                          int64_t rows, int64_t n, int64_t inner, int64_t inner_row, int64_t outer_row,
+                          int64_t centred, double eps, double offset, void *y, int64_t threads);
+PK_EXPORT int pk_cpu_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype, int64_t w_dtype,
+                                   int64_t rows, int64_t n, int64_t inner, int64_t inner_row, int64_t outer_row,
+                                   int64_t centred, double eps, double offset, void *dx, float *dweight, float *dbias,
+                                   int64_t threads);
 
 /* ---- rotary_attention (CPU library) --------------------------------------------------------------------------------
  * Self-attention with rotary embeddings: y = softmax(scale R(q) R(k)^T where seen) v, R(x) = x cos + (-x2, x1) sin

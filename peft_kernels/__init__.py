@@ -22,9 +22,9 @@ from .ops.lora_linear_stacked import Projection, lora_linear_stacked
 from .ops.lora_mixture import lora_mixture
 from .ops.lora_shrink import lora_expand, lora_shrink
 from .ops.multi_lora_linear import multi_lora_linear
+from .ops.norms import layer_norm, rms_norm
 from .ops.pair_rotate import pair_rotate
 from .ops.quantize_4bit import quantize_4bit
-from .ops.rms_norm import rms_norm
 from .ops.rotary_attention import rotary_attention
 from .philox import draw_seed
 from .row_groups import RowGroups
@@ -78,6 +78,7 @@ __all__ = [
     "gated",
     "gated_mlp",
     "householder_rotate",
+    "layer_norm",
     "lora_expand",
     "lora_linear",
     "lora_linear_by_row",

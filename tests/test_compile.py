@@ -168,6 +168,7 @@ def second(name: str, x: Tensor) -> Tensor:
         "lora_linear_stacked": lambda: torch.cat(peft_kernels.lora_linear_stacked(x, parts[:2])),
         "gated": lambda: peft_kernels.gated(x, x),
         "rms_norm": lambda: peft_kernels.rms_norm(x, x.detach()[0], 1e-5),
+        "layer_norm": lambda: peft_kernels.layer_norm(x, x.detach()[0], None, 1e-5),
         "gated_mlp": lambda: peft_kernels.gated_mlp(x, *parts),
         "rotary_attention": lambda: peft_kernels.rotary_attention(*[x[None, :, None]] * 3, *angles, scale=1.0),
     }

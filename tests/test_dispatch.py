@@ -211,8 +211,10 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "pair_rotate_backward": (x, x, *torch.randn(2, 64), 16, True, True),
         "rotary_attention": (*[head] * 3, *torch.randn(2, 1, 3, 8), None, 0.5),
         "rotary_attention_backward": (*[head] * 4, *torch.randn(2, 1, 3, 8), None, torch.ones(1, 2, 3), 0.5),
-        "rms_norm": (x, torch.randn(64), 1e-5),
-        "rms_norm_backward": (x, x, torch.randn(64), 1e-5),
+        "rms_norm": (x, torch.randn(64), 1e-5, 0.0),
+        "rms_norm_backward": (x, x, torch.randn(64), 1e-5, 0.0, True, True),
+        "layer_norm": (x, torch.randn(64), torch.randn(64), 1e-5),
+        "layer_norm_backward": (x, x, torch.randn(64), 1e-5, True, True),
         "gated": (x, x, 0, 1.0, 0.0, 0.0),
         "gated_backward": (x, x, x, 0, 1.0, 0.0, 0.0, 0),
     }

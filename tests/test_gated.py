@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from forms import grid
 from lora_tools import BF16, F32, FLOATS, level_fixture, needs_native, threads
 from torch import Tensor
 
@@ -64,8 +65,7 @@ def check(gate: Tensor, up: Tensor | None, dh: Tensor, numbers: Activation = SIL
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "dtype"), grid(ALL, FLOATS), ids=str)
 def test_any_size(level: str, name: str, dtype: torch.dtype) -> None:
     for i, shape in enumerate(((1,), (3, 5), (17, 33), (2, 3, 70), (9000,), (4, 20000), (0, 3), (3, 0))):
         gate, up, dh = inputs(shape, dtype)
@@ -73,8 +73,9 @@ def test_any_size(level: str, name: str, dtype: torch.dtype) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), grid(["silu", "gelu", "gelu_tanh", "quick_gelu"], [F32, BF16]), ids=str
+)
 def test_every_magnitude(level: str, name: str, dtype: torch.dtype) -> None:
     """From gates whose sigmoid is 1 to those where it leaves the normal numbers, on both sides."""
     # where the smaller side of each is the smallest normal number
@@ -140,8 +141,7 @@ def test_limit_and_shift_as_gpt_oss_has_them() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("fused", ["halves", "pairs"])
+@pytest.mark.parametrize(("fused", "dtype"), grid(["halves", "pairs"], FLOATS), ids=str)
 def test_gate_and_up_in_one_tensor(level: str, fused: str, dtype: torch.dtype) -> None:
     """They have the bits that they have apart, and one gradient; so do slices of a wider tensor, without a copy."""
     for shape in ((3, 7), (2, 3, 16), (5, 49), (300, 40)):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import grid
 from lora_tools import BF16, F32, FLOATS, needs_native, saved_bytes
 from torch import Tensor
 
@@ -96,8 +97,7 @@ def parts_of(form: str, dtype: torch.dtype) -> list[Projection]:
     return [layer(features, K, 4, dtype, 0.2, 1, form != "halves"), layer(N, F, 3, dtype, 0.1, 3, True)]
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("form", OPTIONS)
+@pytest.mark.parametrize(("form", "dtype"), grid(OPTIONS, FLOATS), ids=str)
 def test_other_forms(form: str, dtype: torch.dtype) -> None:
     # the gradient jumps at the limit, where in 16 bits the rounding of gate would decide
     options = {**OPTIONS[form], **({} if dtype is F32 else {"limit": 0.0})}

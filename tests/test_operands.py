@@ -40,8 +40,8 @@ def a_call(op: str) -> list[Any]:
     for seed in range(1000):
         args = MAKERS[op](Draw(seed, calm=True))
         tensors = [t for v in args for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
-        nested = op.startswith(("quantize", "rms", "gated", "rotary", "cayley", "house", "pair", "butterfly_rotate",
-                                "lora_shrink", "lora_expand"))  # fmt: skip
+        nested = op.startswith(("quantize", "rms", "layer", "gated", "rotary", "cayley", "house", "pair",
+                                "butterfly_rotate", "lora_shrink", "lora_expand"))  # fmt: skip
         nested = nested or (any(t.dtype is torch.uint8 for t in tensors) and 256 in [t.numel() for t in tensors])
         if nested and all(t.numel() for t in tensors):
             return args

@@ -180,12 +180,21 @@ def _gated(c: Case) -> None:
     backend.backward(gate, up, dh, 0, 1.0, 0.0, 0.0, 0)
 
 
-def _rms_norm(c: Case) -> None:
-    from peft_kernels.ops.rms_norm import triton as backend
+def _norm(c: Case, name: str, *args: Any) -> None:
+    from peft_kernels.ops.norms.triton import BACKENDS
 
     x, dy, weight = meta(c.M, c.N, dtype=c.dtype), meta(c.M, c.N, dtype=c.dtype), meta(c.N, dtype=c.dtype)
-    backend.forward(x, weight, 1e-5)
-    backend.backward(dy, x, weight, 1e-5)
+    BACKENDS[name].fn(x, weight, *args)
+    BACKENDS[f"{name}_backward"].fn(dy, x, weight, *(a for a in args if a is not None), True, name == "layer_norm")
+
+
+def _rms_norm(c: Case) -> None:
+    _norm(c, "rms_norm", 1e-5, 0.0)
+
+
+def _layer_norm(c: Case) -> None:
+    """With its weight trained."""
+    _norm(c, "layer_norm", None, 1e-5)
 
 
 def _attention(c: Case) -> None:
@@ -292,8 +301,11 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "scale": ("dora_linear", "scale_kernel", _dora_backward),
     "dora_norm": ("dora_norm", "norm_kernel", _norm),
     "squares": ("dora_norm", "norm_kernel", _squares),
-    "rms_norm": ("rms_norm", "rms_norm_kernel", _rms_norm),
-    "rms_norm_backward": ("rms_norm", "rms_norm_backward_kernel", _rms_norm),
+    "rms_norm": ("norms", "norm_kernel", _rms_norm),
+    "rms_norm_backward": ("norms", "norm_backward_kernel", _rms_norm),
+    "layer_norm": ("norms", "norm_kernel", _layer_norm),
+    "layer_norm_backward": ("norms", "norm_backward_kernel", _layer_norm),
+    "layer_norm_sums": ("norms", "sums_kernel", _layer_norm),
     "attention": ("rotary_attention", "forward_kernel", _attention),
     "attention_queries": ("rotary_attention", "queries_kernel", _attention),
     "attention_keys": ("rotary_attention", "keys_kernel", _attention),

@@ -49,6 +49,16 @@ struct PkGated {
     void *dgate, *dup, *h;
 };
 
+/* rms_norm and layer_norm (centred): row r of x begins at r / inner * outer_row + r % inner * inner_row; dy and out,
+ * which is y or dx or NULL, are [rows, n]; weight and bias of w_dtype, or NULL. dy NULL: forward. */
+struct PkNorm {
+    const void *dy, *x, *weight, *bias;
+    int64_t dtype, w_dtype, rows, n, inner, inner_row, outer_row;
+    float eps, offset;
+    bool centred;
+    void *out;
+};
+
 /* Constants of an AdamW step, besides the tensors: made by adamw.cpp. */
 struct PkAdamw {
     double step;

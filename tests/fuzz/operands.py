@@ -335,14 +335,29 @@ def _dequantize(d: Draw) -> Arguments:
 @maker("rms_norm")
 def _rms(d: Draw) -> Arguments:
     shape = [d.size(20) for _ in range(d.random.randint(0, 2))] + [d.size(300, 2)]
-    return [d.tensor(*shape, dtype=d.one(FLOATS)), d.tensor(shape[-1], dtype=d.one(FLOATS)), d.one((1e-6, 1e-5, 0.1))]
+    scale = d.tensor(shape[-1], dtype=d.one(FLOATS)) if d.maybe(0.8) else None
+    offset = d.one((0.0, 1.0)) if scale is not None else 0.0
+    return [d.tensor(*shape, dtype=d.one(FLOATS)), scale, d.one((1e-6, 1e-5, 0.1)), offset]
 
 
 @maker("rms_norm_backward")
 def _rms_backward(d: Draw) -> Arguments:
     d.calm = True
-    x, scale, eps = _rms(d)
-    return [d.tensor(*x.shape, dtype=x.dtype), x, scale, eps]
+    x, *rest = _rms(d)
+    return [d.tensor(*x.shape, dtype=x.dtype), x, *rest, d.maybe(0.8), d.maybe(0.5)]
+
+
+@maker("layer_norm")
+def _layer_norm(d: Draw) -> Arguments:
+    x, scale, eps, _ = _rms(d)
+    return [x, scale, d.tensor(x.shape[-1], dtype=F32 if scale is None else scale.dtype) if d.maybe(0.7) else None, eps]
+
+
+@maker("layer_norm_backward")
+def _layer_norm_backward(d: Draw) -> Arguments:
+    d.calm = True
+    x, scale, eps, _ = _rms(d)
+    return [d.tensor(*x.shape, dtype=x.dtype), x, scale, eps, d.maybe(0.8), d.maybe(0.5)]
 
 
 @maker("gated")

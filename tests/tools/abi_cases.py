@@ -234,8 +234,13 @@ def of_elements(rng: Draw) -> None:
     h = pk.gated(both, None, act, fused=rng.choice(("halves", "pairs")), limit=limit, shift=1.0)
     torch.autograd.backward(h, torch.randn_like(h))
     rows, n = rng.choice(ROWS), rng.choice(SIZES)
-    x, weight = leaf(numbers(rng, rows, n, dtype=dtype)), numbers(rng, n, dtype=rng.choice(FLOATS))
-    torch.autograd.backward(pk.rms_norm(x, weight, 1e-5), numbers(rng, rows, n, dtype=dtype))
+    x, weight = leaf(numbers(rng, rows, n, dtype=dtype)), leaf(numbers(rng, n, dtype=rng.choice(FLOATS)))
+    wide = leaf(numbers(rng, rows, 2, 3 * n, dtype=dtype))[..., n : 2 * n]
+    for given in (x, wide):
+        dy = torch.randn_like(given).to(dtype)
+        for trained in (weight, weight.detach(), None):
+            torch.autograd.backward(pk.rms_norm(given, trained, 1e-5, 0.0 if trained is None else 1.0), dy)
+            torch.autograd.backward(pk.layer_norm(given, trained, trained, 1e-5), dy)
 
 
 def of_attention(rng: Draw) -> None:
@@ -309,8 +314,10 @@ def refused(_rng: Draw) -> None:
     for dtype, rows, n, step, act in ((3, 1, 4, 1, 0), (-1, 1, 4, 1, 0), (0, 1, -1, 1, 0), (0, -1, 4, 1, 0),
                                       (0, 1, 4, 2, 0), (0, 1, 4, 0, 0), (0, 1, 4, 1, 5), (0, 1, 4, 1, -1)):  # fmt: skip
         code += [library.pk_cpu_gated(0, 0, dtype, rows, n, n, 0, step, act, 1.0, 0.0, 0.0, 0, 1)]
-    for dtype, other, rows, n in ((3, 0, 1, 1), (0, 3, 1, 1), (0, 0, -1, 1), (0, 0, 1, 0)):
-        code += [library.pk_cpu_rms_norm(0, 0, dtype, other, rows, n, 0.0, 0, 1)]
+    for dtype, other, rows, n, inner in ((3, 0, 1, 1, 1), (0, 3, 1, 1, 1), (0, 0, -1, 1, 1), (0, 0, 1, 0, 1),
+                                         (0, 0, 1, 1, 0)):  # fmt: skip
+        code += [library.pk_cpu_norm(0, 0, 0, dtype, other, rows, n, inner, 1, 1, 0, 0.0, 0.0, 0, 1)]
+    code += [library.pk_cpu_norm(0, 0, y.data_ptr(), 0, 0, 1, 8, 1, 8, 8, 0, 0.0, 0.0, 0, 1)]
     for dtype, batch, heads, groups, d in ((3, 1, 1, 1, 2), (0, -1, 1, 1, 2), (0, 1, 3, 2, 2), (0, 1, 1, 1, 3)):
         code += [library.pk_cpu_rotary_attention(*[0] * 6, dtype, 0, batch, 1, heads, groups, d, 1, 1, 1.0, 0, 0, 1)]
     for dtype, rows, d, b, m in ((3, 1, 4, 2, 1), (0, -1, 4, 2, 1), (0, 1, 4, 3, 1), (0, 1, 8, 2, 4), (0, 1, 4, 2, 63)):
