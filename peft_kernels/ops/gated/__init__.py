@@ -194,7 +194,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(gate: Tensor, up: Tensor | None, numbers: Activation, fused: int) -> Any:
         pair = parts_of(gate, fused) if fused else (gate, up)
-        return forward_op.op(*pair, *numbers)
+        return forward_op(*pair, *numbers)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -206,7 +206,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *dh: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         pair = parts_of(gate, ctx.fused) if ctx.fused else (gate, up)
-        dgate, dup = backward_op.op(*pair, dh[0], *ctx.numbers, ctx.fused)
+        dgate, dup = backward_op(*pair, dh[0], *ctx.numbers, ctx.fused)
         need = ctx.needs_input_grad
         return dgate if need[0] else None, dup if need[1] else None, None, None
 
@@ -248,5 +248,5 @@ def gated(
     if (torch.is_grad_enabled() and wanted) or forward_mode():
         result: Tensor = apply_function(_Gated, gate, up, numbers, joined)
         return result
-    h: Tensor = forward_op.op(*(parts_of(gate, joined) if joined else (gate, up)), *numbers)
+    h: Tensor = forward_op(*(parts_of(gate, joined) if joined else (gate, up)), *numbers)
     return h

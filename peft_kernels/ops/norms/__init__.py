@@ -157,7 +157,7 @@ layer_backward_op = Op(
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Any:
-        return rms_op.op(x, weight, eps, offset)
+        return rms_op(x, weight, eps, offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -169,14 +169,14 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), need = ctx.saved_tensors, ctx.needs_input_grad[:2]
         frozen = None if weight is None else weight.detach()
-        dx, dweight = rms_backward_op.op(dy, x, frozen, *ctx.numbers, *need)
+        dx, dweight = rms_backward_op(dy, x, frozen, *ctx.numbers, *need)
         return dx if need[0] else None, dweight.to(weight.dtype) if need[1] else None, None, None
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-        return layer_op.op(x, weight, bias, eps)
+        return layer_op(x, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,7 +189,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), need = ctx.saved_tensors, ctx.needs_input_grad[:3]
         frozen = None if weight is None else weight.detach()
-        dx, dweight, dbias = layer_backward_op.op(dy, x, frozen, ctx.eps, need[0], need[1] or need[2])
+        dx, dweight, dbias = layer_backward_op(dy, x, frozen, ctx.eps, need[0], need[1] or need[2])
         return (dx if need[0] else None, dweight.to(weight.dtype) if need[1] else None,
                 dbias.to(ctx.bias) if need[2] else None, None)  # fmt: skip
 
