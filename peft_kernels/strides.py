@@ -46,7 +46,6 @@ def with_heads(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     (how many rows follow each other at the first distance, that, the distance of such groups): heads of a slice of the
     features of a wider tensor.
     """
-    rows = max(1, t.numel() // t.shape[-1])
     if not t.is_contiguous():
         found = _levels(t, 1)
         if found is None or len(found) > 2:
@@ -54,4 +53,5 @@ def with_heads(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         elif found:
             (inner, inner_row), (_, outer_row) = found if len(found) == 2 else (found[0], (1, 0))
             return t, (inner, inner_row, outer_row)
-    return t, (rows, t.shape[-1], 0)
+    n = t.shape[-1]
+    return t, (t.numel() // n or 1, n, 0)

@@ -63,7 +63,9 @@ def check(
     got, eager = backward.op(dy, *given_back, True, True), backward.reference(dy, *given_back, True, True)
     right = backward.reference(d, *exact_back, True, True)
     assert_no_worse(got[0], eager[0], right[0], sizes)
-    rows = [t.reshape(-1, t.shape[-1]).sum(0) for t in (d.abs() * size * inverse, d.abs())]
+    # of a long row c is a root of a sum of as many terms, one after the other in each lane
+    long = 1 + x.shape[-1] / 4096
+    rows = [t.reshape(-1, t.shape[-1]).sum(0) for t in (d.abs() * size * inverse * long, d.abs())]
     for mine, theirs, best, sums in zip(got[1:], eager[1:], right[1:], rows, strict=False):
         assert mine.dtype is torch.float32
         assert_no_worse(mine, theirs, best, sums)

@@ -19,19 +19,21 @@ from ...dispatch import Op, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 
-def _check(op: str, x: Tensor, eps: float, offset: float = 0.0, **factors: Tensor | None) -> None:
+def _check(op: str, x: Tensor, eps: float) -> None:
     if not x.is_floating_point():
         raise arg_error(op, "x", "a floating-point tensor", x.dtype, TypeError)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise arg_error(op, "x", "[..., N], N at least 1", tuple(x.shape))
-    for name, t in factors.items():
-        if t is not None and tuple(t.shape) != tuple(x.shape[-1:]):
-            raise arg_error(op, name, f"[{x.shape[-1]}], one for each feature of x", tuple(t.shape))
-    check_floating(op, **{name: t for name, t in factors.items() if t is not None})
     if not eps >= 0.0:
         raise arg_error(op, "eps", "0 or above", eps)
-    if not math.isfinite(offset) or (offset and factors["weight"] is None):
-        raise arg_error(op, "offset", "finite, and 0 without the weight that it is added to", offset)
+
+
+def _check_factor(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
+    if t is None:
+        return
+    if t.shape != x.shape[-1:]:
+        raise arg_error(op, name, f"[{x.shape[-1]}], one for each feature of x", tuple(t.shape))
+    check_floating(op, **{name: t})
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -83,7 +85,10 @@ def _gradients(
 
 # ---- rms_norm -------------------------------------------------------------------------------------------------------
 def _check_rms(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> None:
-    _check("rms_norm", x, eps, offset, weight=weight)
+    _check("rms_norm", x, eps)
+    _check_factor("rms_norm", "weight", weight, x)
+    if not math.isfinite(offset) or (offset and weight is None):
+        raise arg_error("rms_norm", "offset", "finite, and 0 without the weight that it is added to", offset)
 
 
 rms_op = Op(
@@ -120,7 +125,9 @@ rms_backward_op = Op(
 
 # ---- layer_norm -----------------------------------------------------------------------------------------------------
 def _check_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    _check("layer_norm", x, eps, weight=weight, bias=bias)
+    _check("layer_norm", x, eps)
+    _check_factor("layer_norm", "weight", weight, x)
+    _check_factor("layer_norm", "bias", bias, x)
 
 
 layer_op = Op(
