@@ -23,7 +23,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 8
+#define PK_ABI_VERSION 9
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -151,12 +151,22 @@ PK_EXPORT int pk_cpu_dora_linear(const pk_lora_args *args, const float *magnitud
 /* Its backward: pk_cpu_lora_linear_backward, but dgain is the gradient of magnitude, dgain / norm. */
 PK_EXPORT int pk_cpu_dora_linear_backward(const pk_lora_args *args, const float *norm);
 
-/* ---- swiglu (CPU library) ------------------------------------------------------------------------------------------
- * h = silu(gate) * up; dgate = dh * up * silu'(gate), dup = dh * silu(gate). numel elements of dtype (float32,
- * bfloat16, float16) each, computed in float32. */
-PK_EXPORT int pk_cpu_swiglu(const void *gate, const void *up, int64_t dtype, int64_t numel, void *h, int64_t threads);
-PK_EXPORT int pk_cpu_swiglu_backward(const void *dh, const void *gate, const void *up, int64_t dtype, int64_t numel,
-                                     void *dgate, void *dup, int64_t threads);
+/* ---- gated (CPU library) -------------------------------------------------------------------------------------------
+ * h = act(min(g, limit)) * (min(max(u, -limit), limit) + shift), or act(min(g, limit)) where up is NULL, and the
+ * gradients of g and u; limit 0: none. [rows, n] elements of dtype (float32, bfloat16, float16) each, computed in
+ * float32. Element i of row r is at r * gate_row + i * step of gate, r * up_row + i * step of up, r * grad_row + i *
+ * grad_step of dgate and dup; h and dh are contiguous. A step is 1, or 2 where the two alternate: then up is gate + 1,
+ * or dup dgate + 1. dup is NULL without up.
+ * act: silu(g) = g / (1 + exp(-alpha g)); gelu(g) = g Phi(g), or with tanh g (1 + tanh(sqrt(2 / pi) (g + 0.044715
+ * g^3))) / 2; relu(g) = max(g, 0), and its square. alpha is of silu alone. */
+typedef enum pk_act { PK_SILU = 0, PK_GELU = 1, PK_GELU_TANH = 2, PK_RELU = 3, PK_RELU2 = 4 } pk_act;
+PK_EXPORT int pk_cpu_gated(const void *gate, const void *up, int64_t dtype, int64_t rows, int64_t n, int64_t gate_row,
+                           int64_t up_row, int64_t step, int64_t act, double alpha, double limit, double shift, void *h,
+                           int64_t threads);
+PK_EXPORT int pk_cpu_gated_backward(const void *dh, const void *gate, const void *up, int64_t dtype, int64_t rows,
+                                    int64_t n, int64_t gate_row, int64_t up_row, int64_t step, int64_t grad_row,
+                                    int64_t grad_step, int64_t act, double alpha, double limit, double shift,
+                                    void *dgate, void *dup, int64_t threads);
 
 /* ---- adamw (CPU library) -------------------------------------------------------------------------------------------
  * A step of AdamW (arXiv 1711.05101) over float32 tensors: with g = scale * grad and t = ++step,
@@ -174,13 +184,20 @@ typedef struct pk_adamw {
 PK_EXPORT int pk_cpu_adamw(const pk_adamw *list, int64_t count, const double *settings, int64_t threads);
 PK_EXPORT int pk_cpu_squared_norm(const pk_adamw *list, int64_t count, double *square, int64_t threads);
 
-/* ---- rms_norm (CPU library) ----------------------------------------------------------------------------------------
- * x, y, dy, dx [rows, n] of dtype, weight [n] of w_dtype (float32, bfloat16, float16), computed in float32:
- * y = weight * x * c with c = 1 / sqrt(mean(x^2) + eps);  dx = c (g - x c^2 mean(g x)) with g = dy * weight. */
-PK_EXPORT int pk_cpu_rms_norm(const void *x, const void *weight, int64_t dtype, int64_t w_dtype, int64_t rows,
-                              int64_t n, double eps, void *y, int64_t threads);
-PK_EXPORT int pk_cpu_rms_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype,
-                                       int64_t w_dtype, int64_t rows, int64_t n, double eps, void *dx, int64_t threads);
+/* ---- rms_norm and layer_norm (CPU library) -------------------------------------------------------------------------
+ * y = f (x - m) c + bias with c = 1 / sqrt(mean((x - m)^2) + eps), f = offset + weight, 1 without weight; m is the mean
+ * of a row where `centred` is not 0, else 0. dx = c (g - mean(g) - (x - m) c^2 mean(g (x - m))), g = dy f, without
+ * mean(g) where nothing is centred. dweight, dbias: sums over rows of dy (x - m) c and of dy. Computed in float32.
+ * y, dy, dx [rows, n] of dtype, contiguous; row r of x begins at r / inner * outer_row + r % inner * inner_row. weight
+ * and bias [n] of w_dtype; NULL: none; dtypes are float32, bfloat16 or float16. dx, dweight, dbias: NULL where not
+ * wanted; bias and dbias are NULL where nothing is centred. */
+PK_EXPORT int pk_cpu_norm(const void *x, const void *weight, const void *bias, int64_t dtype, int64_t w_dtype,
+                          int64_t rows, int64_t n, int64_t inner, int64_t inner_row, int64_t outer_row,
+                          int64_t centred, double eps, double offset, void *y, int64_t threads);
+PK_EXPORT int pk_cpu_norm_backward(const void *dy, const void *x, const void *weight, int64_t dtype, int64_t w_dtype,
+                                   int64_t rows, int64_t n, int64_t inner, int64_t inner_row, int64_t outer_row,
+                                   int64_t centred, double eps, double offset, void *dx, float *dweight, float *dbias,
+                                   int64_t threads);
 
 /* ---- attention (CPU library) ---------------------------------------------------------------------------------------
  * y = softmax(scores where seen) v for q, dq [B, T, H, D], k, dk [B, S, G, D], v, dv [B, S, G, Dv], y, dy [B, T, H, Dv]

@@ -15,17 +15,17 @@ from .ops.cayley import cayley
 from .ops.dequantize_4bit import dequantize_4bit
 from .ops.dora_linear import dora_gain, dora_linear, dora_linear_normed
 from .ops.dora_norm import dora_norm, squared_row_norms
+from .ops.gated import gated
+from .ops.gated.mlp import gated_mlp
 from .ops.householder_rotate import compact_wy, householder_rotate
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
 from .ops.lora_mixture import lora_mixture
 from .ops.lora_shrink import lora_expand, lora_shrink
 from .ops.multi_lora_linear import multi_lora_linear
+from .ops.norms import layer_norm, rms_norm
 from .ops.pair_rotate import pair_rotate
 from .ops.quantize_4bit import quantize_4bit
-from .ops.rms_norm import rms_norm
-from .ops.swiglu import swiglu
-from .ops.swiglu.mlp import swiglu_mlp
 from .philox import draw_seed
 from .row_groups import RowGroups
 
@@ -76,7 +76,10 @@ __all__ = [
     "dora_norm",
     "draw_seed",
     "explain",
+    "gated",
+    "gated_mlp",
     "householder_rotate",
+    "layer_norm",
     "lora_expand",
     "lora_linear",
     "lora_linear_by_row",
@@ -89,8 +92,6 @@ __all__ = [
     "quantize_4bit",
     "rms_norm",
     "squared_row_norms",
-    "swiglu",
-    "swiglu_mlp",
     "tuning",
     "tuning_launch",
     "tuning_user",

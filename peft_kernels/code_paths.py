@@ -53,7 +53,7 @@ _CLASSES: dict[str, Callable[[int], int]] = {
     "M": rows_class, "N": _factor, "K": _factor, "L": _factor, "R": _rank, "B": int, "F": int, "G": _one, "D": int,
     "I": int, "V": int, "X": int,
 }  # fmt: skip
-_NUMBERS = ("quant_type", "blocksize", "nested_blocksize", "terms", "nested", "transposed", "masked", "dtype",
+_NUMBERS = ("quant_type", "blocksize", "nested_blocksize", "terms", "nested", "transposed", "masked", "dtype", "act",
             "causal", "interleaved")  # fmt: skip
 
 

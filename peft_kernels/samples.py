@@ -34,7 +34,8 @@ SIZES: Sizes = {"M": 8, "T": 8, "N": 64, "K": 128, "R": 16, "D": 32, "B": 4, "G"
                 "H": 4, "U": 2, "C": 1, "L": 16, "J": 8, "V": 32, "X": 32, "Q": 2, "A": 1, "W": 64, "O": 0}  # fmt: skip
 NUMBERS: dict[str, Any] = {"quant_type": 1, "blocksize": 64, "nested_blocksize": 256, "scaling": 1.0, "dropout_p": 0.0,
                            "eps": 1e-5, "scale": 0.2, "terms": 0, "nested": True, "transposed": False,
-                           "parts": 1, "add": True, "interleaved": False, "window": 0, "softcap": 0.0}  # fmt: skip
+                           "parts": 1, "add": True, "interleaved": False, "window": 0, "softcap": 0.0, "act": 0,
+                           "alpha": 1.0, "offset": 0.0, "limit": 0.0, "shift": 0.0, "fused": 0}  # fmt: skip
 _OWN_DTYPE = frozenset({"x", "y", "dy", "w", "gate", "up", "dh", "h", "q", "k", "v"})  # of the call; float32 the others
 
 

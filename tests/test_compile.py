@@ -134,7 +134,7 @@ def test_func_transforms_are_right_or_say_that_they_are_not_there() -> None:
     for take in (
         lambda: torch.func.jvp(of_a, (a,), (a,)),
         lambda: torch.func.jacfwd(of_a)(a),
-        lambda: torch.func.jvp(lambda g: peft_kernels.swiglu(g, x), (x,), (x,)),
+        lambda: torch.func.jvp(lambda g: peft_kernels.gated(g, x), (x,), (x,)),
     ):
         with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward|vmap support"):
             take()
@@ -166,16 +166,17 @@ def second(name: str, x: Tensor) -> Tensor:
     calls: dict[str, Callable[[], Tensor]] = {
         "lora_linear": lambda: peft_kernels.lora_linear(x, *parts[0]),
         "lora_linear_stacked": lambda: torch.cat(peft_kernels.lora_linear_stacked(x, parts[:2])),
-        "swiglu": lambda: peft_kernels.swiglu(x, x),
+        "gated": lambda: peft_kernels.gated(x, x),
         "rms_norm": lambda: peft_kernels.rms_norm(x, x.detach()[0], 1e-5),
-        "swiglu_mlp": lambda: peft_kernels.swiglu_mlp(x, *parts),
+        "layer_norm": lambda: peft_kernels.layer_norm(x, x.detach()[0], None, 1e-5),
+        "gated_mlp": lambda: peft_kernels.gated_mlp(x, *parts),
         "attention": lambda: peft_kernels.attention(*[x[None, :, None]] * 3, cos=angles[0], sin=angles[1], scale=1.0),
     }
     return calls[name]()
 
 
 @pytest.mark.parametrize(
-    "name", ["lora_linear", "lora_linear_stacked", "swiglu", "swiglu_mlp", "rms_norm", "attention"]
+    "name", ["lora_linear", "lora_linear_stacked", "gated", "gated_mlp", "rms_norm", "attention"]
 )
 def test_a_second_derivative_is_refused_by_its_name(name: str) -> None:
     x = torch.randn(3, K, requires_grad=True)

@@ -212,10 +212,12 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "attention": (*[head] * 3, *torch.randn(2, 1, 3, 8), *[None] * 5, 0.5, False, True, 0, 0.0),
         "attention_backward": (*[head] * 5, torch.ones(1, 2, 3), *torch.randn(2, 1, 3, 8), *[None] * 4, 0.5, False,
                                True, 0, 0.0),
-        "rms_norm": (x, torch.randn(64), 1e-5),
-        "rms_norm_backward": (x, x, torch.randn(64), 1e-5),
-        "swiglu": (x, x),
-        "swiglu_backward": (x, x, x),
+        "rms_norm": (x, torch.randn(64), 1e-5, 0.0),
+        "rms_norm_backward": (x, x, torch.randn(64), 1e-5, 0.0, True, True),
+        "layer_norm": (x, torch.randn(64), torch.randn(64), 1e-5),
+        "layer_norm_backward": (x, x, torch.randn(64), 1e-5, True, True),
+        "gated": (x, x, 0, 1.0, 0.0, 0.0),
+        "gated_backward": (x, x, x, 0, 1.0, 0.0, 0.0, 0),
     }
 
 

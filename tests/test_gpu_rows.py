@@ -272,7 +272,7 @@ def test_the_bound_is_of_what_this_run_measured(tmp_path: Path) -> None:
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 MINE = ("ceilings", "panels", "decode", "lora_linear", "dora_linear", "multi_lora_linear", "lora_mixture",
-        "lora_linear_stacked", "rotations", "swiglu", "rms_norm", "llama", "qlora", "tune", "ncu",
+        "lora_linear_stacked", "rotations", "gated", "rms_norm", "llama", "qlora", "tune", "ncu",
         "others")  # fmt: skip
 NEEDS = {"llama": ("transformers", "peft"), "qlora": ("transformers", "peft"), "tune": ("triton",)}
 

@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_whole_lines_and_the_run_goes_on(tmp_path: Path) -> N
 def test_a_whole_run_names_exactly_what_was_planted(tmp_path: Path) -> None:
     """All parts, with a wrong kernel, a crash and a hang: in under ten minutes, and with the same sheet where it was
     killed at five points."""
-    faults = "limit=60,wrong=rms_norm_backward/native,crash=lora_linear/forward 64x128 M=16,hang=swiglu/M=16"
+    faults = "limit=60,wrong=rms_norm_backward/native,crash=lora_linear/forward 64x128 M=16,hang=gated/M=16"
     begin = time.monotonic()
     code, text = finished(tmp_path / "whole", faults=faults, parts=())
     assert time.monotonic() - begin < 600
@@ -142,7 +142,7 @@ def test_a_whole_run_names_exactly_what_was_planted(tmp_path: Path) -> None:
     found = answer(tmp_path / "whole")
     assert {key.rsplit(" ", 2)[0] for key in found["wrong"]} == {"rms_norm native backward"}
     failed = {title.split(": ")[0]: why for title, why in found["failed"].items()}
-    assert failed == {"lora_linear": "the process was ended by SIGSEGV", "swiglu": "did not finish in 60 s"}
+    assert failed == {"lora_linear": "the process was ended by SIGSEGV", "gated": "did not finish in 60 s"}
     assert [found[name] for name in ("loose", "unfinished", "sanitizer")] == [{}, {}, {}]
     assert found["machine"]["backends"]["native"] == "chosen"
     assert all("rms_norm" in row or "native" not in row for row in found["refused"])
@@ -168,13 +168,13 @@ def test_few_rows(): law(torch.randn(4, 8))
 def test_many_rows(): law(torch.randn(100, 8))
 def test_another():
     with pk.use_backend("native"):
-        pk.swiglu(torch.randn(2, 8), torch.randn(2, 8))
+        pk.gated(torch.randn(2, 8), torch.randn(2, 8))
 def test_no_kernel(): assert 1 + 1 == 2
 """
 CRASH = """
 def test_crash():
     with pk.use_backend("native"):
-        pk.swiglu(torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(2, 8, dtype=torch.bfloat16))
+        pk.gated(torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(2, 8, dtype=torch.bfloat16))
 def test_after(): test_another()
 """
 
@@ -199,7 +199,7 @@ def test_the_tests_judge_each_kernel_by_itself(crash: bool, tmp_path: Path) -> N
     assert found["failed"] == ({crashed: "the process was ended by SIGSEGV"} if crash else {})
     judged = Verdicts.read(tmp_path / "run")
     right = {"verdict": "passed", "passed": 1 + crash, "failed": 0}
-    assert judged.found["swiglu native forward f32 1-8"] == right
+    assert judged.found["gated native forward f32 1-8"] == right
     assert judged.wrong("rms_norm", "native", "step", "f32", 100)
     assert judged.wrong("rms_norm", "native", "forward", "f32", 9) is None
 

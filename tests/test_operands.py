@@ -40,8 +40,8 @@ def a_call(op: str) -> list[Any]:
     for seed in range(1000):
         args = MAKERS[op](Draw(seed, calm=True))
         tensors = [t for v in args for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
-        nested = op.startswith(("quantize", "rms", "swiglu", "attention", "cayley", "house", "pair", "butterfly_rotate",
-                                "lora_shrink", "lora_expand"))  # fmt: skip
+        nested = op.startswith(("quantize", "rms", "layer", "gated", "attention", "cayley", "house", "pair",
+                                "butterfly_rotate", "lora_shrink", "lora_expand"))  # fmt: skip
         nested = nested or (any(t.dtype is torch.uint8 for t in tensors) and 256 in [t.numel() for t in tensors])
         if nested and all(t.numel() for t in tensors):
             return args
@@ -182,7 +182,7 @@ def test_public_functions_read_nothing_that_is_gone(gone: str) -> None:
         lambda: pk.butterfly_rotate(lost, blocks), lambda: pk.pair_rotate(lost, torch.ones(64), torch.ones(64), 1),
         lambda: pk.householder_rotate(lost, torch.randn(64, 2)),
         lambda: pk.householder_rotate(x, change(torch.randn(64, 3))),
-        lambda: pk.rms_norm(lost, torch.ones(64), 1e-6), lambda: pk.swiglu(lost, lost),
+        lambda: pk.rms_norm(lost, torch.ones(64), 1e-6), lambda: pk.gated(lost, lost),
         lambda: pk.lora_shrink(x[0], [change(torch.randn(2, 3, 64))], rows),
         lambda: pk.lora_expand(x[0], [torch.randn(1, 5, 3)], [change(torch.randn(2, 64, 3))], rows, [0]),
         lambda: pk.squared_row_norms(change(torch.randn(24, 64))), lambda: pk.quantize_4bit(lost),

@@ -18,7 +18,7 @@ from forms import full
 from lora_tools import needs_native
 from sanitize_build import ROOT, build, run
 
-from peft_kernels import native, swiglu, use_backend
+from peft_kernels import gated, native, use_backend
 
 RELEASED = ROOT / "peft_kernels" / "lib" / "libpeft_kernels_cpu.so"
 LIBRARY = "libpeft_kernels_cpu.so"
@@ -90,11 +90,11 @@ def test_the_released_library_between_pages_that_cannot_be_read(corpus: Corpus) 
 
 def test_the_driver_finds_an_operand_that_is_too_short(few: Corpus) -> None:
     program = build("plain", "pk_replay") / "pk_replay"
-    number = few.first("pk_cpu_rms_norm_backward")
+    number = few.first("pk_cpu_norm_backward")
     for block in range(4):  # three that are read, one that is written
         done = run(program, RELEASED, few.path, "cut,end", number, block)
         assert done.returncode == 99, done.stdout
-        assert f"in record {number}, pk_cpu_rms_norm_backward" in done.stdout
+        assert f"in record {number}, pk_cpu_norm_backward" in done.stdout
 
 
 def test_the_driver_finds_other_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_the_driver_finds_other_results(tmp_path: Path, monkeypatch: pytest.Monk
     def one_call() -> Recorder:
         recorder = Recorder(tmp_path / "one")
         with recorder.recording("one"), use_backend("native"):
-            swiglu(torch.randn(5), torch.randn(5))
+            gated(torch.randn(5), torch.randn(5))
         recorder.close()
         return recorder
 
@@ -118,14 +118,14 @@ def test_the_driver_finds_other_results(tmp_path: Path, monkeypatch: pytest.Monk
     says(sound, "1 records at .* levels: 0 differences")
     code = bytearray(sound)
     code[at] = 3
-    says(code, r"pk_cpu_swiglu \(one\), level \w+, heap: returns 0, recorded 3")
+    says(code, r"pk_cpu_gated \(one\), level \w+, heap: returns 0, recorded 3")
     number = bytearray(sound)
     number[at + 8 + 1 + 4] ^= 1  # after the code, and that the result follows: the second element
     says(number, "block 2 of 20 bytes, element 1: 0x[0-9a-f]{8}, recorded 0x[0-9a-f]{8}")
-    declared = entry_points()["pk_cpu_swiglu"]
+    declared = entry_points()["pk_cpu_gated"]
     reads = declared._replace(parameters=tuple((name, "const void *" if name == "h" else of_type)
                                                for name, of_type in declared.parameters))  # fmt: skip
-    monkeypatch.setitem(entry_points(), "pk_cpu_swiglu", reads)
+    monkeypatch.setitem(entry_points(), "pk_cpu_gated", reads)
     one_call()
     says((tmp_path / "one").read_bytes(), "writes to what it reads, block 2")
 

@@ -1,4 +1,4 @@
-"""lora_linear_stacked and swiglu on Triton: in its interpreter against float64, and compiled for sm_80 and sm_90.
+"""lora_linear_stacked and gated on Triton: in its interpreter against float64, and compiled for sm_80 and sm_90.
 
 The interpreter is chosen when Triton is imported, so `test_in_the_interpreter` starts this same file in a process of
 its own; what is marked `on_device` runs there, and on a GPU where there is one.
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bench.static import report
 from peft_kernels import BackendUnavailable, Projection, lora_linear_stacked, tuning, use_backend
+from peft_kernels.ops import gated
 from peft_kernels.ops import lora_linear as single
 from peft_kernels.ops import lora_linear_stacked as op
-from peft_kernels.ops import swiglu
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 from peft_kernels.triton_lib import host
 from tests.test_kept_on_devices import (  # noqa: F401  # for the process that is here anyway
@@ -79,21 +79,40 @@ def test_device_stack_of_many_rows_takes_the_vendors_matmul(small: None) -> None
         check_stack(stack)
 
 
+NUMBERS = {"silu": (0, 1.0, 0.0, 0.0), "gelu": (1, 1.0, 0.0, 0.0), "gelu_tanh": (2, 1.0, 0.0, 0.0),
+           "relu": (3, 1.0, 0.8, 0.0), "relu2": (4, 1.0, 0.0, 0.0), "clamped": (0, 1.702, 1.0, 1.0)}  # fmt: skip
+
+
 @on_device
-@pytest.mark.parametrize("dtype", [F32, F16, torch.bfloat16], ids=str)
-def test_device_swiglu(small: None, dtype: torch.dtype) -> None:
-    for shape, scale in (((3, 5), 1.0), ((4, 1025), 4.0), ((4096,), 30.0)):
+@pytest.mark.parametrize(("name", "dtype"), grid(NUMBERS, [F32, F16, torch.bfloat16], strength=2), ids=str)
+def test_device_gated(small: None, name: str, dtype: torch.dtype) -> None:
+    numbers = NUMBERS[name]
+    for fused, (shape, scale) in enumerate((((3, 5), 1.0), ((4, 1025), 4.0), ((4096,), 9.0 if numbers[0] else 30.0))):
         gate, up, dh = (torch.randn(shape, device=DEVICE, dtype=torch.float64) for _ in range(3))
-        calls = [t.to(dtype) for t in (gate * scale, up, dh)]
+        both = torch.stack([gate * scale, up], -1).flatten(-2).to(dtype)
+        calls = [*gated.parts_of(both, 2), dh.to(dtype)]
         exact = [t.double() for t in calls]
-        assert_no_worse(swiglu.forward_op.op(*calls[:2]), swiglu.forward_op.reference(*calls[:2]),
-                        swiglu.forward_op.reference(*exact[:2]))  # fmt: skip
-        s = torch.sigmoid(exact[0])
-        size = (exact[2] * exact[1]).abs() * (s + exact[0].abs() * s * (1 - s))
-        got, eager = swiglu.backward_op.op(*calls), swiglu.backward_op.reference(*calls)
-        want = swiglu.backward_op.reference(*exact)
-        assert_no_worse(got[0], eager[0], want[0], size)
-        assert_no_worse(got[1], eager[1], want[1])
+        want = gated.forward_op.reference(*exact[:2], *numbers)
+        # the smaller side of a normal distribution, or of a sigmoid, is an exponential, whose exponent was rounded
+        exponent = exact[0].abs() + {1: exact[0].square(), 2: 0.15 * exact[0].abs() ** 3}.get(numbers[0], 0.0)
+        assert_no_worse(gated.forward_op.op(*calls[:2], *numbers), gated.forward_op.reference(*calls[:2], *numbers),
+                        want, want.abs() * (1 + exponent * (numbers[0] in (1, 2) or numbers[1] != 1.0)))  # fmt: skip
+        size = exact[2].abs() * (exact[1].abs() + abs(numbers[3])) * (1 + exact[0].abs())
+        got = gated.backward_op.op(*calls, *numbers, fused)
+        for mine, eager, right in zip(got, gated.backward_op.reference(*calls, *numbers, fused),
+                                      gated.backward_op.reference(*exact, *numbers, fused), strict=True):  # fmt: skip
+            if not fused:
+                assert_no_worse(mine, eager, right, size)
+            elif right.numel():
+                sizes = torch.zeros_like(right)
+                for part in gated.parts_of(sizes, fused):
+                    part.copy_(size.maximum(exact[2].abs() * exact[0].abs()))
+                assert_no_worse(mine, eager, right, sizes)
+        alone = gated.backward_op.op(calls[0], None, calls[2], *numbers[:3], 0.0, 0)
+        assert_no_worse(alone[0], gated.backward_op.reference(calls[0], None, calls[2], *numbers[:3], 0.0, 0)[0],
+                        gated.backward_op.reference(exact[0], None, exact[2], *numbers[:3], 0.0, 0)[0],
+                        exact[2].abs() * (1 + exact[0].abs()))  # fmt: skip
+        assert alone[1].shape == (0,)
 
 
 @not_interpreted

@@ -187,46 +187,46 @@ def test_classes_of_rows_end_where_code_paths_end() -> None:
 
 
 def test_verdicts_outlive_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    args = OPS["swiglu"].sample(torch.float32)
-    plant(monkeypatch, "swiglu", one_element)
-    OPS["swiglu"].op(*args)
+    args = OPS["gated"].sample(torch.float32)
+    plant(monkeypatch, "gated", one_element)
+    OPS["gated"].op(*args)
     (file,) = tmp_path.glob("verdicts/*.json")
     data = json.loads(file.read_text())
-    data["rows"] += [{"op": "swiglu"}, "what is this"]  # of a later format
+    data["rows"] += [{"op": "gated"}, "what is this"]  # of a later format
     file.write_text(json.dumps({**data, "format": 99, "new": 1}))
-    calls = plant(monkeypatch, "swiglu", right)
+    calls = plant(monkeypatch, "gated", right)
     with verdicts.watching("cpu"):  # knows nothing but the file
-        assert "failed its check" in reasons("swiglu", args)["native"]
-        OPS["swiglu"].op(*args)
+        assert "failed its check" in reasons("gated", args)["native"]
+        OPS["gated"].op(*args)
         assert calls[0] == 0
     program = (
         "import sys, torch; from peft_kernels import dispatch, verdicts, explain\n"
         "assert verdicts.watched == {'cuda'} and 'peft_kernels.samples' not in sys.modules\n"
-        "op = dispatch.ops()['swiglu']; args = op.sample(torch.float32)\n"
+        "op = dispatch.ops()['gated']; args = op.sample(torch.float32)\n"
         "verdicts.check = None  # nothing is checked again\n"
-        "with verdicts.watching('cpu'): assert op.choose(args).name == 'reference'; print(explain('swiglu', *args))"
+        "with verdicts.watching('cpu'): assert op.choose(args).name == 'reference'; print(explain('gated', *args))"
     )
     env = {**os.environ, verdicts.ENV: ""}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
     assert "failed its check: result 0 is wrong" in done.stdout, done.stderr
     file.write_text("{ cut")
     with verdicts.watching("cpu"):  # a file that cannot be read is no verdict
-        OPS["swiglu"].op(*args)
+        OPS["gated"].op(*args)
         assert calls[0] == 2
     assert [r["why"] for r in rows()] == [None]
     monkeypatch.setattr(verdicts, "_made_by", lambda backend, arch: "another compiler")
     with verdicts.watching("cpu"):
-        OPS["swiglu"].op(*args)
+        OPS["gated"].op(*args)
     assert calls[0] == 4
     assert len([*tmp_path.glob("verdicts/*.json")]) == 2
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "verdicts").write_text("a file")
-    calls, args = plant(monkeypatch, "swiglu", right), OPS["swiglu"].sample(torch.float32)
+    calls, args = plant(monkeypatch, "gated", right), OPS["gated"].sample(torch.float32)
     with pytest.warns(UserWarning, match="verdicts cannot be kept"):
-        OPS["swiglu"].op(*args)
-    OPS["swiglu"].op(*args)
+        OPS["gated"].op(*args)
+    OPS["gated"].op(*args)
     assert calls[0] == 3
 
 
@@ -234,35 +234,35 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch: pytest.Monke
 def test_where_nothing_can_be_checked_an_unchecked_kernel_does_not_serve(
     monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    calls, args = plant(monkeypatch, "swiglu", right), OPS["swiglu"].sample(torch.float32)
+    calls, args = plant(monkeypatch, "gated", right), OPS["gated"].sample(torch.float32)
     with monkeypatch.context() as m:
         if where == "capture":
             m.setattr(torch.cuda, "is_initialized", lambda: True)
             m.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         else:
             m.setattr(torch.compiler, "is_compiling", lambda: True)
-        with pytest.warns(UserWarning, match="swiglu: backend 'native' has no verdict on this GPU yet"):
-            assert OPS["swiglu"].choose(tuple(args)).name == "reference"
+        with pytest.warns(UserWarning, match="gated: backend 'native' has no verdict on this GPU yet"):
+            assert OPS["gated"].choose(tuple(args)).name == "reference"
         assert calls[0] == 0
-        assert "cannot be checked while" in reasons("swiglu", args)["native"]
+        assert "cannot be checked while" in reasons("gated", args)["native"]
     assert rows() == []
-    assert OPS["swiglu"].choose(tuple(args)).name == "native"  # and outside it is checked
-    assert reasons("swiglu", args)["native"] == "chosen"
+    assert OPS["gated"].choose(tuple(args)).name == "native"  # and outside it is checked
+    assert reasons("gated", args)["native"] == "chosen"
     with monkeypatch.context() as m:
         m.setattr(torch.cuda, "is_initialized", lambda: True)
         m.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert OPS["swiglu"].choose(tuple(args)).name == "native"
+        assert OPS["gated"].choose(tuple(args)).name == "native"
 
 
 def test_strict_raises_and_0_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, args = plant(monkeypatch, "swiglu", one_element), OPS["swiglu"].sample(torch.float32)
+    calls, args = plant(monkeypatch, "gated", one_element), OPS["gated"].sample(torch.float32)
     with verdicts.watching("cpu", mode="strict"):
         for _ in range(2):
-            with pytest.raises(verdicts.VerdictError, match="swiglu: backend 'native' failed its check"):
-                OPS["swiglu"].op(*args)
+            with pytest.raises(verdicts.VerdictError, match="gated: backend 'native' failed its check"):
+                OPS["gated"].op(*args)
     assert calls[0] == 1
     with verdicts.watching("cpu", mode="0"):
-        assert OPS["swiglu"].choose(tuple(args)).name == "native"
+        assert OPS["gated"].choose(tuple(args)).name == "native"
     with pytest.raises(ValueError, match=r"PEFT_KERNELS_VERIFY: .* must be 0, 1 or strict, got 'yes'"):
         verdicts._mode_of("yes")
 
@@ -271,23 +271,24 @@ def test_out_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(results: list[Tensor]) -> None:
         raise torch.OutOfMemoryError("planted")
 
-    plant(monkeypatch, "swiglu", full)
-    args = OPS["swiglu"].sample(torch.float32)
-    assert OPS["swiglu"].choose(tuple(args)).name == "reference"
+    plant(monkeypatch, "gated", full)
+    args = OPS["gated"].sample(torch.float32)
+    assert OPS["gated"].choose(tuple(args)).name == "reference"
     assert rows() == []
-    plant(monkeypatch, "swiglu", right)
-    assert OPS["swiglu"].choose(tuple(args)).name == "native"
+    plant(monkeypatch, "gated", right)
+    assert OPS["gated"].choose(tuple(args)).name == "native"
 
 
 def test_a_kernel_that_cannot_be_checked_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, "swiglu", right)
-    backend = OPS["swiglu"].load("native")
+    plant(monkeypatch, "gated", right)
+    backend = OPS["gated"].load("native")
     assert isinstance(backend, Backend)
-    monkeypatch.setitem(OPS["swiglu"]._loaded, "native", replace(backend, when=lambda x, _: "too small" * (len(x) < 81)
-                                                                or None))  # fmt: skip
+    monkeypatch.setitem(OPS["gated"]._loaded, "native", replace(backend, when=lambda x, *_: "too small" * (len(x) < 81)
+                                                               or None))  # fmt: skip
     gate = torch.randn(200, 512)
-    assert OPS["swiglu"].choose((gate, gate)).name == "reference"
-    assert "does not serve the small call" in reasons("swiglu", [gate, gate])["native"]
+    args = [gate, gate, *OPS["gated"].sample(torch.float32)[2:]]
+    assert OPS["gated"].choose(tuple(args)).name == "reference"
+    assert "does not serve the small call" in reasons("gated", args)["native"]
 
 
 def test_gpus_are_watched_and_a_cpu_is_not() -> None:

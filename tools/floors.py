@@ -14,8 +14,8 @@ KERNELS = "peft_kernels"
 PUBLIC = "fastpeft"  # the files at the top of the package: its public names
 # From the ground up: a room knows only those before it.
 FLOORS = (
-    KERNELS, "files", "config", "weights", "networks", "methods", "layer", "families", "prompts", "inject", "saving", "model",
-    "recipes", "pool", "compat", PUBLIC, "apps",
+    KERNELS, "files", "config", "weights", "networks", "methods", "layer", "families", "prompts", "inject", "saving",
+    "model", "recipes", "pool", "compat", PUBLIC, "apps",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ LLAMA_8B: dict[str, Any] = {
 LAYERS_8B = 32
 TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-OPS = ("lora_linear", "lora_linear_stacked", "swiglu", "rms_norm")  # of ours, that such a model may call
+OPS = ("lora_linear", "lora_linear_stacked", "gated", "rms_norm")  # of ours, that such a model may call
 
 
 def weights(device: Device) -> int:

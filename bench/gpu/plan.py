@@ -21,7 +21,7 @@ PLAN: dict[str, float] = {
     "lora_mixture": 120,
     "lora_linear_stacked": 90,
     "rotations": 60,
-    "swiglu": 40,
+    "gated": 40,
     "rms_norm": 40,
     "llama": 150,
     "qlora": 120,

@@ -172,20 +172,29 @@ def _update(c: Case) -> None:
     backend.expand(meta(c.M, sum(widths), dtype=c.dtype), [*s], b, *groups, [0, c.N, c.N + widths[1]], True)
 
 
-def _swiglu(c: Case) -> None:
-    from peft_kernels.ops.swiglu import triton as backend
+def _gated(c: Case) -> None:
+    from peft_kernels.ops.gated import triton as backend
 
     gate, up, dh = (meta(c.M, c.N, dtype=c.dtype) for _ in range(3))
-    backend.forward(gate, up)
-    backend.backward(gate, up, dh)
+    backend.forward(gate, up, 0, 1.0, 0.0, 0.0)
+    backend.backward(gate, up, dh, 0, 1.0, 0.0, 0.0, 0)
+
+
+def _norm(c: Case, name: str, *args: Any) -> None:
+    from peft_kernels.ops.norms.triton import BACKENDS
+
+    x, dy, weight = meta(c.M, c.N, dtype=c.dtype), meta(c.M, c.N, dtype=c.dtype), meta(c.N, dtype=c.dtype)
+    BACKENDS[name].fn(x, weight, *args)
+    BACKENDS[f"{name}_backward"].fn(dy, x, weight, *(a for a in args if a is not None), True, name == "layer_norm")
 
 
 def _rms_norm(c: Case) -> None:
-    from peft_kernels.ops.rms_norm import triton as backend
+    _norm(c, "rms_norm", 1e-5, 0.0)
 
-    x, dy, weight = meta(c.M, c.N, dtype=c.dtype), meta(c.M, c.N, dtype=c.dtype), meta(c.N, dtype=c.dtype)
-    backend.forward(x, weight, 1e-5)
-    backend.backward(dy, x, weight, 1e-5)
+
+def _layer_norm(c: Case) -> None:
+    """With its weight trained."""
+    _norm(c, "layer_norm", None, 1e-5)
 
 
 def _attention(c: Case) -> None:
@@ -293,13 +302,16 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "scale": ("dora_linear", "scale_kernel", _dora_backward),
     "dora_norm": ("dora_norm", "norm_kernel", _norm),
     "squares": ("dora_norm", "norm_kernel", _squares),
-    "rms_norm": ("rms_norm", "rms_norm_kernel", _rms_norm),
-    "rms_norm_backward": ("rms_norm", "rms_norm_backward_kernel", _rms_norm),
+    "rms_norm": ("norms", "norm_kernel", _rms_norm),
+    "rms_norm_backward": ("norms", "norm_backward_kernel", _rms_norm),
+    "layer_norm": ("norms", "norm_kernel", _layer_norm),
+    "layer_norm_backward": ("norms", "norm_backward_kernel", _layer_norm),
+    "layer_norm_sums": ("norms", "sums_kernel", _layer_norm),
     "attention": ("attention", "forward_kernel", _attention),
     "attention_queries": ("attention", "queries_kernel", _attention),
     "attention_keys": ("attention", "keys_kernel", _attention),
-    "swiglu": ("swiglu", "forward_kernel", _swiglu),
-    "swiglu_backward": ("swiglu", "backward_kernel", _swiglu),
+    "gated": ("gated", "forward_kernel", _gated),
+    "gated_backward": ("gated", "backward_kernel", _gated),
     "turned": ("lora_linear", "forward_kernel", _turned),
     "rotate": ("butterfly_rotate", "rotate_kernel", _butterfly),
     "rotate_gradient": ("butterfly_rotate", "gradient_kernel", _butterfly),

@@ -38,7 +38,8 @@ EXTRA = (
     *map(Case, ("weigh", "mixture_forward", "mixture_backward")),
     Case("plan"), Case("multi_project", M=64, p=0.0), Case("multi_forward", M=64), Case("multi_outer", ds=True),
     Case("multi_backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
-    *(Case(kernel, N=14336) for kernel in ("swiglu", "swiglu_backward", "rms_norm", "rms_norm_backward")),
+    *(Case(kernel, N=14336) for kernel in ("gated", "gated_backward", "rms_norm", "rms_norm_backward")),
+    Case("layer_norm_sums", N=4096),
     *(Case(kernel, N=64) for kernel in ("attention_queries", "attention_keys")),
 )  # fmt: skip
 # What differs little from these: where the limit leaves room, and in the whole report.
@@ -52,6 +53,7 @@ MORE = (
     Case("forward", M=128, dense=True), Case("squares"), Case("multi_forward", M=16),
     Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32), Case("multi_backward"),
     Case("multi_outer"), Case("mixture_project"), Case("mixture_outer"),
+    *(Case(kernel, N=4096) for kernel in ("layer_norm", "layer_norm_backward")),
 )  # fmt: skip
 UNALIGNED = {"forward": 1056}  # features of each kernel's case: blocks straddle the rows; odd numbers elsewhere
 

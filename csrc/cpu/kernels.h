@@ -40,6 +40,25 @@ struct PkMixture {
     float *dmix;
 };
 
+/* gated: element i of row r is at r * gate_row + i * step of gate, up_row of up, grad_row and grad_step of dgate and
+ * dup. Of a step of 2, up is gate + 1, dup dgate + 1. h, dh: [rows, n]. limit: INFINITY for none. dh NULL: forward. */
+struct PkGated {
+    const void *dh, *gate, *up;
+    int64_t dtype, rows, n, gate_row, up_row, grad_row, step, grad_step, act;
+    float alpha, limit, shift;
+    void *dgate, *dup, *h;
+};
+
+/* rms_norm and layer_norm (centred): row r of x begins at r / inner * outer_row + r % inner * inner_row; dy and out,
+ * which is y or dx or NULL, are [rows, n]; weight and bias of w_dtype, or NULL. dy NULL: forward. */
+struct PkNorm {
+    const void *dy, *x, *weight, *bias;
+    int64_t dtype, w_dtype, rows, n, inner, inner_row, outer_row;
+    float eps, offset;
+    bool centred;
+    void *out;
+};
+
 /* Constants of an AdamW step, besides the tensors: made by adamw.cpp. */
 struct PkAdamw {
     double step;

@@ -84,8 +84,8 @@ def compare(fast: list[Tensor], plain: list[Tensor], exact: list[Tensor], dtype:
 
 # Of one layer and the last norm. The embeddings are frozen: the first norm's input has no gradient, nor has q's.
 STACKED = {
-    "lora_linear_stacked.stacked_forward": 2, "lora_linear_stacked.stacked_backward": 1, "swiglu.forward": 2,
-    "swiglu.backward": 1, "rms_norm.rms_norm": 3, "rms_norm.rms_norm_backward": 2,
+    "lora_linear_stacked.stacked_forward": 2, "lora_linear_stacked.stacked_backward": 1, "gated.forward": 2,
+    "gated.backward": 1, "norms.norm": 3, "norms.norm_backward": 2,
 }  # fmt: skip
 CASES = {
     "nf4 bfloat16": (BF16, True, {}, False, STACKED),
@@ -95,10 +95,10 @@ CASES = {
     "dense float32": (F32, False, {}, False, STACKED),
     # the layer runs once more, and its input wants a gradient
     "checkpointing": (BF16, True, {"lora_dropout": 0.3}, True, STACKED | {
-        "lora_linear_stacked.stacked_forward": 4, "lora_linear_stacked.stacked_backward": 2, "swiglu.forward": 3,
-        "rms_norm.rms_norm": 5, "rms_norm.rms_norm_backward": 3}),
+        "lora_linear_stacked.stacked_forward": 4, "lora_linear_stacked.stacked_backward": 2, "gated.forward": 3,
+        "norms.norm": 5, "norms.norm_backward": 3}),
     "dora": (BF16, True, {"use_dora": True}, False, {
-        "swiglu.forward": 1, "swiglu.backward": 1, "rms_norm.rms_norm": 3, "rms_norm.rms_norm_backward": 2}),
+        "gated.forward": 1, "gated.backward": 1, "norms.norm": 3, "norms.norm_backward": 2}),
 }  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_device_generating(nf4: bool) -> None:
         fastpeft.accelerate(model)
         assert torch.equal(model.generate(**given), want)
         assert seen["lora_linear_stacked.stacked_forward"] == 2 * 2
-        assert seen["swiglu.forward"] == 2
+        assert seen["gated.forward"] == 2
         with model.disable_adapter():
             assert torch.equal(model.generate(**given), without)
 
@@ -197,11 +197,11 @@ LAUNCHES: dict[int, list[Counter[str]]] = {
             "lora_linear.outer": 14, "lora_linear.backward": 7, "lora_linear.reduce": 21, "silu_backward": 1, "mul": 2,
             "add": 7}),
         Counter(ROTATION) + Counter({  # cat, contiguous: a stack's A's side by side, and its S apart again
-            "rms_norm.rms_norm": 2, "lora_linear_stacked.stacked_forward": 2, "lora_linear.forward": 2,
-            "lora_linear.project": 4, "swiglu.forward": 1, "cat": 2, "contiguous": 5}),
+            "norms.norm": 2, "lora_linear_stacked.stacked_forward": 2, "lora_linear.forward": 2,
+            "lora_linear.project": 4, "gated.forward": 1, "cat": 2, "contiguous": 5}),
         Counter(ROTATION_BACK) + Counter({
-            "rms_norm.rms_norm_backward": 2, "lora_linear_stacked.stacked_backward": 2, "lora_linear.backward": 2,
-            "lora_linear.outer": 11, "lora_linear.reduce": 18, "swiglu.forward": 1, "swiglu.backward": 1, "add": 6,
+            "norms.norm_backward": 2, "lora_linear_stacked.stacked_backward": 2, "lora_linear.backward": 2,
+            "lora_linear.outer": 11, "lora_linear.reduce": 18, "gated.forward": 1, "gated.backward": 1, "add": 6,
             "cat": 2, "copy_": 5}),
     ],
     4096: [
@@ -211,11 +211,11 @@ LAUNCHES: dict[int, list[Counter[str]]] = {
             "lora_linear.outer": 14, "lora_linear.backward": 7, "lora_linear.reduce": 21, "silu_backward": 1, "mul": 2,
             "add": 7}),
         Counter(ROTATION) + Counter(PANELS) + Counter({
-            "rms_norm.rms_norm": 2, "lora_linear.forward": 7, "lora_linear.project": 4,
-            "swiglu.forward": 1, "cat": 2, "contiguous": 5}),
+            "norms.norm": 2, "lora_linear.forward": 7, "lora_linear.project": 4,
+            "gated.forward": 1, "cat": 2, "contiguous": 5}),
         Counter(ROTATION_BACK) + Counter(PANELS_BACK) + Counter({
-            "rms_norm.rms_norm_backward": 2, "lora_linear.backward": 7, "lora_linear.outer": 11,
-            "lora_linear.reduce": 20, "swiglu.forward": 1, "swiglu.backward": 1, "add": 6, "cat": 2, "copy_": 5}),
+            "norms.norm_backward": 2, "lora_linear.backward": 7, "lora_linear.outer": 11,
+            "lora_linear.reduce": 20, "gated.forward": 1, "gated.backward": 1, "add": 6, "cat": 2, "copy_": 5}),
     ],
 }  # fmt: skip
 
@@ -250,8 +250,8 @@ def test_launches_of_a_token() -> None:
     assert own == cache + Counter(ROTATION) + Counter(OWN_NORMS) + Counter({
         "lora_linear.project": 7, "lora_linear.forward": 7, "silu": 1, "mul": 1})  # fmt: skip
     assert fast == cache + Counter({
-        "rms_norm.rms_norm": 2, "lora_linear_stacked.stacked_forward": 2, "lora_linear.forward": 2,
-        "lora_linear.project": 4, "swiglu.forward": 1, "attention": 1, "add": 2,
+        "norms.norm": 2, "lora_linear_stacked.stacked_forward": 2, "lora_linear.forward": 2,
+        "lora_linear.project": 4, "gated.forward": 1, "attention": 1, "add": 2,
         "cat": 2 + 1, "mul": 1, "roll": 1, "addcmul": 1,  # A's of two stacks; the rotation
         "neg": 1}) + Counter({"cat": 1})  # of the rotation's sines, once for all layers  # fmt: skip
     assert (own.total(), fast.total()) == (47, 24)

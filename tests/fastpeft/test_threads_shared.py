@@ -63,22 +63,23 @@ def test_a_prepared_call_is_seen_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_bits(found[0], lora_linear(x, w))
 
 
-def test_signs_of_a_rotation_are_those_of_its_positions() -> None:
-    from fastpeft.recipes.decoder_layers import _RotarySigns
+def test_turns_of_a_rotation_are_those_of_its_angles() -> None:
+    from fastpeft.families.angles import Angles
+    from fastpeft.families.description import Attention
 
     mine, other = (torch.rand(1, 1, 4) for _ in range(2))
     came: list[bool] = []
 
-    class Signs(_RotarySigns):
+    class Shared(Angles):
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, value)
-            if name == "_made" and value is not None and not came:
+            if name == "_made" and value and not came:
                 came.append(True)
-                self.get(other, other)
+                self.get(Attention(), other, other)
 
-    signs = Signs()
+    angles = Shared()
     for _ in range(2):
-        assert_same_bits(signs.get(mine, mine)[0], mine.unsqueeze(1))
+        assert_same_bits(angles.get(Attention(), mine, mine).cos, mine)
     assert came
 
 

@@ -18,7 +18,8 @@ from .memory import Guarded
 from .operands import EXACT, MAKERS
 
 # Terms of the size of the arguments may cancel in these: dropout under a gain, W + b a, the mean taken from a gradient.
-CANCELLING = {"dora_linear", "dora_linear_normed", "rms_norm_backward", "attention_backward"}
+CANCELLING = {"dora_linear", "dora_linear_normed", "rms_norm_backward", "layer_norm", "layer_norm_backward",
+              "attention_backward"}
 BY_INDEX = ("multi_lora", "lora_shrink", "lora_expand")
 TOO_SMALL = 1e-23  # the product of a large value and of one that is lost as a subnormal
 CLEAR = (ValueError, TypeError, RuntimeError)  # NativeError, BackendUnavailable and torch's own are RuntimeErrors

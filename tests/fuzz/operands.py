@@ -17,6 +17,7 @@ from peft_kernels.ops.attention import forward_op as attention
 from peft_kernels.ops.butterfly_linear import forward_op as butterfly_linear
 from peft_kernels.ops.cayley import forward_op as cayley
 from peft_kernels.ops.dora_linear import forward_op as dora_linear
+from peft_kernels.ops.gated import RELU2, SILU, parts_of
 from peft_kernels.ops.householder_rotate import forward_op as householder
 from peft_kernels.ops.lora_linear import forward_op as lora_linear
 from peft_kernels.ops.lora_mixture import forward_op as lora_mixture
@@ -334,26 +335,47 @@ def _dequantize(d: Draw) -> Arguments:
 @maker("rms_norm")
 def _rms(d: Draw) -> Arguments:
     shape = [d.size(20) for _ in range(d.random.randint(0, 2))] + [d.size(300, 2)]
-    return [d.tensor(*shape, dtype=d.one(FLOATS)), d.tensor(shape[-1], dtype=d.one(FLOATS)), d.one((1e-6, 1e-5, 0.1))]
+    scale = d.tensor(shape[-1], dtype=d.one(FLOATS)) if d.maybe(0.8) else None
+    offset = d.one((0.0, 1.0)) if scale is not None else 0.0
+    return [d.tensor(*shape, dtype=d.one(FLOATS)), scale, d.one((1e-6, 1e-5, 0.1)), offset]
 
 
 @maker("rms_norm_backward")
 def _rms_backward(d: Draw) -> Arguments:
     d.calm = True
-    x, scale, eps = _rms(d)
-    return [d.tensor(*x.shape, dtype=x.dtype), x, scale, eps]
+    x, *rest = _rms(d)
+    return [d.tensor(*x.shape, dtype=x.dtype), x, *rest, d.maybe(0.8), d.maybe(0.5)]
 
 
-@maker("swiglu")
-def _swiglu(d: Draw) -> Arguments:
+@maker("layer_norm")
+def _layer_norm(d: Draw) -> Arguments:
+    x, scale, eps, _ = _rms(d)
+    return [x, scale, d.tensor(x.shape[-1], dtype=F32 if scale is None else scale.dtype) if d.maybe(0.7) else None, eps]
+
+
+@maker("layer_norm_backward")
+def _layer_norm_backward(d: Draw) -> Arguments:
+    d.calm = True
+    x, scale, eps, _ = _rms(d)
+    return [d.tensor(*x.shape, dtype=x.dtype), x, scale, eps, d.maybe(0.8), d.maybe(0.5)]
+
+
+@maker("gated")
+def _gated(d: Draw) -> Arguments:
     shape, dtype = [d.size() for _ in range(d.random.randint(0, 3))], d.one(FLOATS)
-    return [d.tensor(*shape, dtype=dtype), d.tensor(*shape, dtype=dtype)]
+    gate, up = d.tensor(*shape, dtype=dtype), d.tensor(*shape, dtype=dtype) if d.maybe(0.7) else None
+    if shape and up is not None and d.maybe(0.3):
+        gate, up = parts_of(d.tensor(*shape[:-1], 2 * shape[-1], dtype=dtype), d.one((1, 2)))
+    act = d.random.randint(SILU, RELU2)
+    shift = d.one((0.0, 1.0)) if up is not None else 0.0
+    return [gate, up, act, d.one((1.0, 1.702)), d.one((0.0, 0.0, 0.7, 7.0)), shift]
 
 
-@maker("swiglu_backward")
-def _swiglu_backward(d: Draw) -> Arguments:
-    gate, up = _swiglu(d)
-    return [gate, up, d.tensor(*gate.shape, dtype=gate.dtype)]
+@maker("gated_backward")
+def _gated_backward(d: Draw) -> Arguments:
+    gate, up, *numbers = _gated(d)
+    fused = d.random.randint(0, 2) if up is not None and gate.dim() else 0
+    return [gate, up, d.tensor(*gate.shape, dtype=gate.dtype), *numbers, fused]
 
 
 @maker("attention")

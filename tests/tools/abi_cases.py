@@ -225,11 +225,22 @@ def of_turned(rng: Draw) -> None:
 def of_elements(rng: Draw) -> None:
     dtype, n = rng.choice(FLOATS), rng.choice((0, *SIZES, 5000))
     gate, up, dh = (numbers(rng, n, dtype=dtype, special=0.5) for _ in range(3))
-    pk.swiglu(gate, up)
-    torch.autograd.backward(pk.swiglu(leaf(gate), leaf(up)), dh)
+    pk.gated(gate, up)
+    torch.autograd.backward(pk.gated(leaf(gate), leaf(up)), dh)
+    act, limit = rng.choice(("silu", "gelu", "gelu_tanh", "relu", "relu2")), rng.choice((0.0, 1.0))
+    torch.autograd.backward(pk.gated(leaf(gate), None, act, limit=limit), dh)
     rows, n = rng.choice(ROWS), rng.choice(SIZES)
-    x, weight = leaf(numbers(rng, rows, n, dtype=dtype)), numbers(rng, n, dtype=rng.choice(FLOATS))
-    torch.autograd.backward(pk.rms_norm(x, weight, 1e-5), numbers(rng, rows, n, dtype=dtype))
+    both = leaf(numbers(rng, rows, 2 * n, dtype=dtype))
+    h = pk.gated(both, None, act, fused=rng.choice(("halves", "pairs")), limit=limit, shift=1.0)
+    torch.autograd.backward(h, torch.randn_like(h))
+    rows, n = rng.choice(ROWS), rng.choice(SIZES)
+    x, weight = leaf(numbers(rng, rows, n, dtype=dtype)), leaf(numbers(rng, n, dtype=rng.choice(FLOATS)))
+    wide = leaf(numbers(rng, rows, 2, 3 * n, dtype=dtype))[..., n : 2 * n]
+    for given in (x, wide):
+        dy = torch.randn_like(given).to(dtype)
+        for trained in (weight, weight.detach(), None):
+            torch.autograd.backward(pk.rms_norm(given, trained, 1e-5, 0.0 if trained is None else 1.0), dy)
+            torch.autograd.backward(pk.layer_norm(given, trained, trained, 1e-5), dy)
 
 
 def of_attention(rng: Draw) -> None:
@@ -312,9 +323,13 @@ def refused(_rng: Draw) -> None:
     code += [library.pk_cpu_lora_mixture_backward(args, 0, 1, 0, 0)]
     code += [library.pk_cpu_dora_linear(args, x.data_ptr(), y.data_ptr(), y.data_ptr())]
     code += [library.pk_cpu_lora_linear_paths(args, 1, 2, 0), library.pk_cpu_lora_linear_paths(args, 1, -1, 0)]
-    code += [library.pk_cpu_swiglu(0, 0, dtype, n, 0, 1) for dtype, n in ((3, 4), (-1, 4), (0, -1))]
-    for dtype, other, rows, n in ((3, 0, 1, 1), (0, 3, 1, 1), (0, 0, -1, 1), (0, 0, 1, 0)):
-        code += [library.pk_cpu_rms_norm(0, 0, dtype, other, rows, n, 0.0, 0, 1)]
+    for dtype, rows, n, step, act in ((3, 1, 4, 1, 0), (-1, 1, 4, 1, 0), (0, 1, -1, 1, 0), (0, -1, 4, 1, 0),
+                                      (0, 1, 4, 2, 0), (0, 1, 4, 0, 0), (0, 1, 4, 1, 5), (0, 1, 4, 1, -1)):  # fmt: skip
+        code += [library.pk_cpu_gated(0, 0, dtype, rows, n, n, 0, step, act, 1.0, 0.0, 0.0, 0, 1)]
+    for dtype, other, rows, n, inner in ((3, 0, 1, 1, 1), (0, 3, 1, 1, 1), (0, 0, -1, 1, 1), (0, 0, 1, 0, 1),
+                                         (0, 0, 1, 1, 0)):  # fmt: skip
+        code += [library.pk_cpu_norm(0, 0, 0, dtype, other, rows, n, inner, 1, 1, 0, 0.0, 0.0, 0, 1)]
+    code += [library.pk_cpu_norm(0, 0, y.data_ptr(), 0, 0, 1, 8, 1, 8, 8, 0, 0.0, 0.0, 0, 1)]
     # after pointers and strides: dtypes of q, angles and bias, B, T, S, H, G, D, Dv, R, interleaved, causal, window
     good = [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0, 1, 0]
     for at, value in ((0, 3), (3, -1), (4, -1), (5, -1), (6, 0), (7, 2), (8, 3), (9, 3), (9, 0), (13, -1)):

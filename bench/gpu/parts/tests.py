@@ -20,7 +20,7 @@ from ..device import Device
 from ..faults import Faults
 
 LIMIT_S = 240  # a test, with the compilation of its kernels
-FAKE = ("test_rms_norm.py", "test_swiglu.py", "test_lora_linear.py::test_ranks")
+FAKE = ("test_norms.py", "test_gated.py", "test_lora_linear.py::test_ranks")
 MEMORY = 6 << 30  # bytes of a GPU that a process of tests may need
 DONE = (0, 1, 5)  # pytest's: passed, failed, none collected
 

@@ -63,7 +63,7 @@ def _made(of: Attention, cos: Tensor, sin: Tensor, neighbours: bool) -> Turn:
 
 @functools.cache
 def alibi_slopes(heads: int, device: torch.device) -> Tensor:
-    """float32 [heads], of ALiBi: powers of 2^(-8 / n) for n a power of two, and every other one of 2n's for the rest."""
+    """float32 [heads], of ALiBi: powers of 2^(-8 / n) for n a power of two, every other one of 2n's for the rest."""
 
     def powers(n: int, step: int) -> list[float]:
         return [2.0 ** (-8.0 * i / n) for i in range(1, n + 1, step)]

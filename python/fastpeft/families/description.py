@@ -25,14 +25,14 @@ class Part:
 class Attention(Part):
     """Self-attention. Fields are names of attributes of the module, "" where the family has no such thing.
 
-    qkv: the projections of its input: three, or one whose output is all of them. order, of one: "parts", the heads of q,
-    then those of k, then of v; "heads", a head's q, k and v side by side, or those of a group of heads with its k and v.
-    out: the projection of its output. head_size: features of a head. norms: of q and of k; normed: which vectors, "heads"
-    (each head), "whole" (all heads at once), "turned" (each head, after the rotation), "apart" (a norm a head, whose
-    module takes [B, H, T, D]).
-    turn: how a head is rotated: its halves are the pairs, its neighbours are, or not at all. angles: where that differs,
-    what the model's cosines are: "halves" (of the halves, for neighbours), "once" (each angle once). turned: says of
-    a module that it rotates. scale: factor of the scores. key_scale: factor of k. dropout: of probabilities; after:
+    qkv: the projections of its input: three, or one whose output is all of them. order, of one: "parts", the heads of
+    q, then those of k, then of v; "heads", a head's q, k and v side by side, or those of a group of heads with its k
+    and v. out: the projection of its output. head_size: features of a head. norms: of q and of k; normed: which
+    vectors, "heads" (each head), "whole" (all heads at once), "turned" (each head, after the rotation), "apart" (a norm
+    a head, whose module takes [B, H, T, D]).
+    turn: how a head is rotated: its halves are the pairs, its neighbours are, or not at all. angles: where that
+    differs, what the model's cosines are: "halves" (of the halves, for neighbours), "once" (each angle once). turned:
+    says of a module that it rotates. scale: factor of the scores. key_scale: factor of k. dropout: of probabilities; after:
     dropout of the output. softcap, sinks: of the scores. gated: q has a gate of the output beside it, head by head.
     alibi: an argument of the forward that is None or biases by ALiBi (arXiv 2108.12409); slopes are the paper's.
     residual: the forward's second argument is added to the output, after dropout of that probability.
@@ -80,7 +80,7 @@ class Mlp(Part):
 
 @dataclass(frozen=True)
 class Norm(Part):
-    """`x / rms(x) * (offset + weight)`, or, with mean, `(x - mean(x)) / std(x) * (offset + weight) + bias`.
+    """`x / rms(x) * (offset + weight)`, or, with mean, `(x - mean(x)) / std(x) * weight + bias`.
 
     eps: attribute with the number under the root.
     """

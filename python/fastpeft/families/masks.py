@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Seen(NamedTuple):
-    """What queries see: keys up to their own (`causal`), those of `spans` [B or 1, T, 2] or of `keep` [B or 1, T, S]."""
+    """The keys that queries see: up to their own (`causal`), of `spans` [B or 1, T, 2], of `keep` [B or 1, T, S]."""
 
     causal: bool
     spans: Tensor | None = None

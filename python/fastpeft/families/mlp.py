@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels.shim import gated, gated_mlp
+from peft_kernels import gated, gated_mlp
 
 from ..weights.base import is_listened_to
 from .attention import after
@@ -18,8 +18,8 @@ from .ways import ways_of
 
 # Classes of activations, of transformers and of torch -> the op's name of each.
 _ACTS = {
-    "SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GELU": "gelu", "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh", "GELUTanh": "gelu_tanh", "FastGELUActivation": "gelu_tanh", "BloomGelu": "gelu_tanh",
+    "SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh", "FastGELUActivation": "gelu_tanh", "BloomGelu": "gelu_tanh",
     "QuickGELUActivation": "quick_gelu", "ReLU": "relu", "ReLUSquaredActivation": "relu2",
 }  # fmt: skip
 
@@ -48,14 +48,14 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     up = [getattr(self, name) for name in of.up]
     if not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == 1:  # decoding
         few = ways_of(x).launches
-        h = _activated(linears(state.qkv, x[:, 0], few, *up), act, of.halves)
+        h = _activated(linears(state.qkv, x[:, 0], few, *up), act, of)
         return _added(self, of, linears(state.o, h, few, down)[0].unsqueeze(1), residual)
     found = projections(x, *up, down)
     if found is not None:
         gate, *second = found[:-1]
-        y = gated_mlp(x, gate, second[0] if second else None, found[-1], act=act, halves=of.halves)
+        y = gated_mlp(x, gate, second[0] if second else None, found[-1], act=act, fused=_fused(of))
     else:
-        y = modules_on(_activated(modules_on(x, *up), act, of.halves), down)[0]
+        y = modules_on(_activated(modules_on(x, *up), act, of), down)[0]
     return _added(self, of, y, residual)
 
 
@@ -64,8 +64,10 @@ def _added(self: Any, of: Mlp, y: Tensor, residual: Tensor | None) -> Tensor:
     return y if residual is None else residual + y
 
 
-def _activated(ys: Any, act: str, halves: bool) -> Tensor:
-    if halves:
-        return gated(*ys[0].chunk(2, dim=-1), act=act)
-    return gated(ys[0], ys[1] if len(ys) > 1 else None, act=act)
+def _fused(of: Mlp) -> str | None:
+    return "halves" if of.halves else None
+
+
+def _activated(ys: Any, act: str, of: Mlp) -> Tensor:
+    return gated(ys[0], ys[1] if len(ys) > 1 else None, act=act, fused=_fused(of))
 

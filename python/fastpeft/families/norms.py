@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels.shim import layer_norm, rms_norm
+from peft_kernels import layer_norm, rms_norm
 
 from .description import Norm
 from .state import State
@@ -25,7 +25,7 @@ def norm_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return whole
     eps = getattr(self, of.eps)
     if of.mean:
-        return layer_norm(x, weight, getattr(self, "bias", None), eps, offset=of.offset)
+        return layer_norm(x, weight, getattr(self, "bias", None), eps)
     return rms_norm(x, weight, eps, offset=of.offset)
 
 
@@ -34,8 +34,8 @@ def why_not(self: Any, of: Norm, dtype: torch.dtype) -> str | None:
     if of.served is not None and not of.served(self):
         return "a variant of the family that is not described"
     weight = getattr(self, "weight", None)
-    if weight is not None and (weight.requires_grad or weight.dim() != 1):
-        return "its weight trains" if weight.requires_grad else "it has a weight for each head"
+    if weight is not None and weight.dim() != 1:
+        return "it has a weight for each head"
     if dtype is torch.float64:
         return "it is in float64"
     return "its weight is of another dtype than its input" if weight is not None and weight.dtype is not dtype else None

@@ -18,19 +18,18 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 
 from peft_kernels import use_huge_pages
 
 from .attention import attention_forward
-from .description import Attention, Mlp, Norm, Part
+from .description import Part
 from .head import head_forward
 from .mlp import mlp_forward
 from .norms import norm_forward
 from .registry import families, part_of
-from .together import together_forward
 from .state import Shared, State
+from .together import together_forward
 from .ways import known_ways, ways_of
 
 _SWITCHED = "_fastpeft_accelerated"  # a class with a quicker forward has it: the name of its part

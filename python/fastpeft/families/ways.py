@@ -18,7 +18,7 @@ from peft_kernels.dispatch import forced_backends
 PARTS: dict[str, tuple[str, ...]] = {
     "norm": ("rms_norm",),
     "stack": ("lora_linear_stacked",),
-    "mlp": ("lora_linear_stacked", "swiglu", "lora_linear"),
+    "mlp": ("lora_linear_stacked", "gated", "lora_linear"),
     "attention": ("attention",),
     "head": ("lora_linear",),
 }
@@ -111,7 +111,7 @@ def find(device: torch.device, dtype: torch.dtype) -> Ways:
             reasons[part] = f"no kernel serves {absent[0]} ({missing[absent[0]]})"
         elif part in BY_CHOICE and any(by[op] in ("triton", "cuda") for op in whole):
             reasons[part] = BY_CHOICE[part]
-    launches = any(by[op] in ("triton", "cuda") for op in ("swiglu", "rms_norm"))
+    launches = any(by[op] in ("triton", "cuda") for op in ("gated", "rms_norm"))
     taken = {part: part not in reasons for part in PARTS}
     return Ways(**taken, launches=launches, by=by, missing=missing, reasons=reasons)
 

@@ -3,7 +3,6 @@
 from ..description import Attention, Mlp, Module, family
 
 
-
 def _order(module: Module) -> str:
     return "parts" if module.multi_query and not module.new_decoder_architecture else "heads"
 

@@ -1,109 +1,19 @@
-"""swiglu and swiglu_mlp: native at every level and the reference against float64; what the MLP keeps and gives back."""
+"""gated_mlp: against float64; what it keeps, and what it gives back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from lora_tools import BF16, F32, FLOATS, level_fixture, needs_native, saved_bytes, threads
+from forms import grid
+from lora_tools import BF16, F32, FLOATS, needs_native, saved_bytes
 from torch import Tensor
 
-from peft_kernels import Projection, QuantWeight, lora_linear, swiglu, swiglu_mlp, use_backend
-from peft_kernels.ops import swiglu as op
+from peft_kernels import Projection, QuantWeight, gated, gated_mlp, lora_linear, use_backend
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 
-level = level_fixture()
-
-
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    gate, up, dh = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
-    return (gate * scale).to(dtype), up.to(dtype), dh.to(dtype)
-
-
-def check(gate: Tensor, up: Tensor, dh: Tensor) -> None:
-    exact = [t.double() for t in (gate, up, dh)]
-    s, size = torch.sigmoid(exact[0]), [t.abs() for t in exact]
-    assert_no_worse(op.forward_op.op(gate, up), op.forward_op.reference(gate, up), op.forward_op.reference(*exact[:2]))
-    got = op.backward_op.op(gate, up, dh)
-    eager, want = op.backward_op.reference(gate, up, dh), op.backward_op.reference(*exact)
-    # silu' = s + g s (1 - s) has a zero, near which only the terms have the precision
-    assert_no_worse(got[0], eager[0], want[0], size[2] * size[1] * (s + size[0] * s * (1 - s)))
-    assert_no_worse(got[1], eager[1], want[1])
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_any_size(level: str, dtype: torch.dtype) -> None:
-    for shape in ((1,), (3, 5), (17, 33), (2, 3, 70), (9000,), (4, 20000)):
-        check(*inputs(shape, dtype))
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_every_magnitude(level: str, dtype: torch.dtype) -> None:
-    """From gates whose sigmoid is 1 to those where it leaves the normal numbers, on both sides."""
-    gate = torch.cat([torch.linspace(-87, 87, 4001), torch.logspace(-30, 4, 999), -torch.logspace(-30, 1.9, 999)])
-    check(gate.to(dtype), torch.randn(gate.shape).to(dtype), torch.randn(gate.shape).to(dtype))
-    far = torch.tensor([-90.0, -95.0, -103.0, -110.0, -1e4, -3e38], dtype=dtype)
-    h = op.forward_op.op(far, torch.ones_like(far))
-    assert_same_bits(h[3:], torch.tensor([-0.0, -0.0, -0.0], dtype=dtype))
-    # below the normal numbers a unit in the last place is the smallest number that there is
-    want = op.forward_op.reference(far.double(), torch.ones(6, dtype=torch.float64))
-    assert_no_worse(h, op.forward_op.reference(far, torch.ones_like(far)), want, torch.full((6,), 1e-30))
-
-
-@needs_native
-def test_infinities_and_nan_as_eager(level: str) -> None:
-    inf, nan = float("inf"), float("nan")
-    gate = torch.tensor([inf, nan, 1.0, inf, -1.0])
-    up = torch.tensor([2.0, 1.0, nan, -inf, inf])
-    want = torch.nn.functional.silu(gate) * up
-    assert_same_bits(swiglu(gate, up).isnan(), want.isnan())
-    assert_same_bits(swiglu(gate, up)[[0, 3, 4]], want[[0, 3, 4]])
-
-
-@needs_native
-def test_same_bits_on_one_and_two_threads(level: str) -> None:
-    gate, up, dh = inputs((50, 1001), BF16)
-    runs = []
-    for n in (1, 2):
-        with threads(n):
-            runs.append([op.forward_op.op(gate, up), *op.backward_op.op(gate, up, dh)])
-    for a, b in zip(*runs, strict=True):
-        assert_same_bits(a, b)
-
-
-@needs_native
-def test_strides_and_empty() -> None:
-    gate, up, dh = inputs((6, 10), F32)
-    want = swiglu(gate, up)
-    assert_same_bits(swiglu(gate.t().contiguous().t(), torch.cat([up, up], 1)[:, :10]), want)
-    assert swiglu(gate.t(), up.t()).is_contiguous()
-    assert_same_bits(op.backward_op.op(gate, up, dh.t().contiguous().t())[0], op.backward_op.op(gate, up, dh)[0])
-    assert swiglu(gate[:0], up[:0]).shape == (0, 10)
-
-
-@pytest.mark.slow
-def test_gradcheck_and_opcheck() -> None:
-    gate, up, _ = inputs((3, 4), torch.float64)
-    assert torch.autograd.gradcheck(swiglu, (gate.requires_grad_(), up.requires_grad_()))
-    calls = inputs((3, 4), F32)
-    torch.library.opcheck(op.forward_op.op, calls[:2])
-    torch.library.opcheck(op.backward_op.op, calls)
-
-
-def test_bad_input() -> None:
-    x = torch.randn(3, 4)
-    with pytest.raises(ValueError, match=r"swiglu: up must be \(3, 4\) like gate, got \(3, 5\)"):
-        swiglu(x, torch.randn(3, 5))
-    with pytest.raises(TypeError, match=r"swiglu: up must be torch\.float32 like gate, got torch\.bfloat16"):
-        swiglu(x, x.bfloat16())
-    with pytest.raises(TypeError, match="swiglu: gate must be a floating-point tensor"):
-        swiglu(x.long(), x.long())
-
-
-# ---- the whole MLP --------------------------------------------------------------------------------------------------
 K, F, N = 64, 128, 40
 
 
@@ -161,7 +71,7 @@ def in_double(parts: Sequence[Projection]) -> list[Projection]:
 def test_mlp(name: str, dtype: torch.dtype) -> None:
     parts = MLPS[name](dtype)
     x, dy = torch.randn(3, 5, K).to(dtype), torch.randn(3, 5, N).to(dtype)
-    got = run(swiglu_mlp, parts, x, dy)
+    got = run(gated_mlp, parts, x, dy)
     with use_backend("reference"):
         eager, want = run(by_parts, parts, x, dy), run(by_parts, in_double(parts), x.double(), dy)
     for mine, theirs, exact in zip(got, eager, want, strict=True):
@@ -170,7 +80,68 @@ def test_mlp(name: str, dtype: torch.dtype) -> None:
         zero = torch.zeros(1, dtype=torch.float64)
         assert_no_worse(worst[0].to(mine.dtype), worst[1].to(mine.dtype), zero, exact.abs().max().reshape(1))
     with torch.no_grad():
-        assert_same_bits(swiglu_mlp(x, *parts), got[0])
+        assert_same_bits(gated_mlp(x, *parts), got[0])
+
+
+# Other forms: their parts in float32 and float64 by the layers one by one
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"act": "gelu_new"},
+    "plain relu2": {"act": "relu2"},
+    "halves": {"fused": "halves"},
+    "pairs": {"fused": "pairs", "alpha": 1.702, "limit": 1.0, "shift": 1.0},
+}
+
+
+def parts_of(form: str, dtype: torch.dtype) -> list[Projection]:
+    features = F if form.startswith("plain") else 2 * F
+    return [layer(features, K, 4, dtype, 0.2, 1, form != "halves"), layer(N, F, 3, dtype, 0.1, 3, True)]
+
+
+@pytest.mark.parametrize(("form", "dtype"), grid(OPTIONS, FLOATS), ids=str)
+def test_other_forms(form: str, dtype: torch.dtype) -> None:
+    # the gradient jumps at the limit, where in 16 bits the rounding of gate would decide
+    options = {**OPTIONS[form], **({} if dtype is F32 else {"limit": 0.0})}
+
+    def whole(x: Tensor, first: Projection, down: Projection) -> Tensor:
+        return gated_mlp(x, first, None, down, **options)
+
+    def one_by_one(x: Tensor, first: Projection, down: Projection) -> Tensor:
+        return lora_linear(gated(lora_linear(x, *first), **options), *down)
+
+    parts = parts_of(form, dtype)
+    x, dy = torch.randn(3, 5, K).to(dtype), torch.randn(3, 5, N).to(dtype)
+    got = run(whole, parts, x, dy)
+    with use_backend("reference"):
+        eager, want = run(one_by_one, parts, x, dy), run(one_by_one, in_double(parts), x.double(), dy)
+    for mine, theirs, exact in zip(got, eager, want, strict=True):
+        worst = [(t.double() - exact).abs().max().reshape(1) for t in (mine, theirs)]
+        zero = torch.zeros(1, dtype=torch.float64)
+        assert_no_worse(worst[0].to(mine.dtype), worst[1].to(mine.dtype), zero, exact.abs().max().reshape(1))
+    with torch.no_grad():
+        assert_same_bits(whole(x, *parts), got[0])
+
+
+@pytest.mark.parametrize("form", ["plain", "pairs"])
+def test_gradcheck_of_other_forms(form: str) -> None:
+    parts = in_double(parts_of(form, F32))
+
+    def f(x: Tensor, *tensors: Tensor) -> Tensor:
+        left = iter(tensors)
+        first, down = (Projection(*(next(left) if isinstance(t, Tensor) and t.requires_grad else t for t in p))
+                       for p in parts)  # fmt: skip
+        return gated_mlp(x, first, None, down, **OPTIONS[form])
+
+    x = torch.randn(2, K, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(f, (x, *trained(parts)), fast_mode=True)
+
+
+@needs_native
+def test_a_fused_projection_keeps_one_tensor() -> None:
+    m, parts = 50, [layer(2 * F, K, 4, BF16, 0.0, 1), layer(N, F, 3, BF16, 0.0, 3)]
+    x = torch.randn(m, K, dtype=BF16, requires_grad=True)
+    own = [t for p in parts for t in (*p, *(p.weight.flatten() if isinstance(p.weight, QuantWeight) else ()))]
+    kept = saved_bytes(lambda: gated_mlp(x, parts[0], None, parts[1], fused="halves"), own)
+    assert kept == m * (K + 2 * F) * 2 + m * 7 * 4
 
 
 def test_gradcheck_of_the_mlp() -> None:
@@ -183,7 +154,7 @@ def test_gradcheck_of_the_mlp() -> None:
         def taken(p: Projection) -> Projection:
             return Projection(*(next(left) if isinstance(t, Tensor) and t.requires_grad else t for t in p))
 
-        return swiglu_mlp(x, *map(taken, parts))
+        return gated_mlp(x, *map(taken, parts))
 
     x = torch.randn(2, K, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(f, (x, *leaves), fast_mode=True)
@@ -197,7 +168,7 @@ def test_saves_x_gate_up_and_the_small_sums_alone() -> None:
     own = [t for p in parts for t in (*p, *(p.weight.flatten() if isinstance(p.weight, QuantWeight) else ()))]
     ys: list[Tensor] = []
     unsloth, small = m * (K + 2 * F) * 2, m * (4 + 7 + 3) * 4
-    assert saved_bytes(lambda: ys.append(swiglu_mlp(x, *parts)), own) == unsloth + small
+    assert saved_bytes(lambda: ys.append(gated_mlp(x, *parts)), own) == unsloth + small
     one_by_one = saved_bytes(lambda: by_parts(x, *parts), own)
     assert one_by_one >= unsloth + small + 2 * m * F * 2, "one by one, silu(gate) and h are kept, too"
     assert ys[0].requires_grad
@@ -207,7 +178,7 @@ def test_saves_x_gate_up_and_the_small_sums_alone() -> None:
 def test_the_backward_leaves_what_was_saved_as_it_was() -> None:
     parts = MLPS["all"](BF16)
     x = torch.randn(9, K, dtype=BF16, requires_grad=True)
-    y = swiglu_mlp(x, *parts)
+    y = gated_mlp(x, *parts)
     first = torch.autograd.grad(y.sum(), [x, *trained(parts)], retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(y.sum(), [x, *trained(parts)]), strict=True):
         assert_same_bits(a, b)
@@ -220,9 +191,9 @@ def test_checkpointed(reentrant: bool) -> None:
     parts = [p._replace(seed=None) for p in MLPS["all"](F32)]
     x = torch.randn(9, K, requires_grad=True)
     torch.manual_seed(1)
-    want = torch.autograd.grad(swiglu_mlp(x, *parts).sum(), [x, *trained(parts)])
+    want = torch.autograd.grad(gated_mlp(x, *parts).sum(), [x, *trained(parts)])
     torch.manual_seed(1)
-    torch.utils.checkpoint.checkpoint(swiglu_mlp, x, *parts, use_reentrant=reentrant).sum().backward()
+    torch.utils.checkpoint.checkpoint(gated_mlp, x, *parts, use_reentrant=reentrant).sum().backward()
     for got, exact in zip([x.grad, *(t.grad for t in trained(parts))], want, strict=True):
         assert_same_bits(got, exact)
 
@@ -231,7 +202,7 @@ def test_checkpointed(reentrant: bool) -> None:
 def test_only_down_trains_and_x_needs_nothing() -> None:
     parts = MLPS["down alone"](F32)
     x = torch.randn(9, K)
-    got = torch.autograd.grad(swiglu_mlp(x, *parts).sum(), trained(parts))
+    got = torch.autograd.grad(gated_mlp(x, *parts).sum(), trained(parts))
     with use_backend("reference"):
         eager = torch.autograd.grad(by_parts(x, *parts).sum(), trained(parts))
         double = in_double(parts)
@@ -245,24 +216,30 @@ def test_under_autocast() -> None:
     parts = MLPS["all"](F32)
     x = torch.randn(4, K)
     with torch.autocast("cpu", dtype=BF16):
-        assert_same_bits(swiglu_mlp(x, *parts), swiglu_mlp(x.to(BF16), *parts))
+        assert_same_bits(gated_mlp(x, *parts), gated_mlp(x.to(BF16), *parts))
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     parts, x, dy = MLPS["all"](F32), torch.randn(5, K), torch.randn(5, N)
     torch._dynamo.reset()
-    compiled = torch.compile(swiglu_mlp, backend="aot_eager", fullgraph=True)
-    for got, want in zip(run(compiled, parts, x, dy), run(swiglu_mlp, parts, x, dy), strict=True):
+    compiled = torch.compile(gated_mlp, backend="aot_eager", fullgraph=True)
+    for got, want in zip(run(compiled, parts, x, dy), run(gated_mlp, parts, x, dy), strict=True):
         assert_same_bits(got, want)
 
 
 def test_mlp_of_sizes_that_do_not_fit() -> None:
     gate, up, down = MLPS["none"](F32)
     x = torch.randn(3, K)
-    with pytest.raises(ValueError, match="swiglu_mlp: up must be a projection to 128 features like gate, got 40"):
-        swiglu_mlp(x, gate, Projection(random_quant_weight(40, K)), down)
-    with pytest.raises(ValueError, match=r"swiglu_mlp: down must be a projection whose weight is \[N, 128\]"):
-        swiglu_mlp(x, gate, up, Projection(random_quant_weight(40, K)))
-    with pytest.raises(ValueError, match=r"swiglu_mlp: gate must be a projection whose weight is \[N, 63\]"):
-        swiglu_mlp(x[:, :63], gate, up, down)
+    with pytest.raises(ValueError, match="gated_mlp: up must be a projection to 128 features like gate, got 40"):
+        gated_mlp(x, gate, Projection(random_quant_weight(40, K)), down)
+    with pytest.raises(ValueError, match=r"gated_mlp: down must be a projection whose weight is \[N, 128\]"):
+        gated_mlp(x, gate, up, Projection(random_quant_weight(40, K)))
+    with pytest.raises(ValueError, match="gated_mlp: gate must be a projection to 2 F features where it gives both"):
+        gated_mlp(x, Projection(random_quant_weight(41, K)), None, down, fused="pairs")
+    with pytest.raises(ValueError, match=r"gated_mlp: down must be a projection whose weight is \[N, 64\]"):
+        gated_mlp(x, gate, None, down, fused="halves")
+    with pytest.raises(ValueError, match="gated_mlp: act must be one of"):
+        gated_mlp(x, gate, up, down, "mish")
+    with pytest.raises(ValueError, match=r"gated_mlp: gate must be a projection whose weight is \[N, 63\]"):
+        gated_mlp(x[:, :63], gate, up, down)

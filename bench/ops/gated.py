@@ -1,4 +1,4 @@
-"""Rows of swiglu (the activation, bound by memory) and of swiglu_mlp (a whole MLP with LoRA, forward + backward)."""
+"""Rows of gated (the activation, bound by memory) and of gated_mlp (a whole MLP with LoRA, forward + backward)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels import Projection, lora_linear, swiglu, swiglu_mlp, use_backend
-from peft_kernels.ops.swiglu import forward_op
+from peft_kernels import Projection, gated, gated_mlp, lora_linear, use_backend
+from peft_kernels.ops.gated import Activation, forward_op
+from peft_kernels.ops.gated import activation as activation_of
 
 from .. import subjects
 from ..machine import last_cache_bytes
@@ -17,25 +19,29 @@ from ..measure import Candidate, copies_needed
 from ..results import Claim, Row
 from . import reason
 
-OP = "swiglu"
+OP = "gated"
 SIZES = [(576, 1536), (2048, 8192)]
 M = [16, 512]
 RANK = 16
+# by name: in torch, and whether up is multiplied: Llama's, Gemma's, GPT-2's, BERT's
+ACTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "silu": (F.silu, True),
+    "gelu_tanh": (lambda g: F.gelu(g, approximate="tanh"), True),
+    "gelu_new": (lambda g: F.gelu(g, approximate="tanh"), False),
+    "gelu": (F.gelu, False),
+}
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     for k, f in args.shapes or SIZES[: 1 if args.quick else None]:
         for m in args.m or (M[:1] if args.quick else M):
             for dtype in args.dtype:
-                yield from (activation(f, m, dtype, args), mlp(k, f, m, dtype, args))
-
-
-def _eager(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.nn.functional.silu(gate) * up
+                yield from (activation(act, f, m, dtype, args) for act in ACTS)
+                yield mlp(k, f, m, dtype, args)
 
 
 def _by_parts(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
-    return lora_linear(_eager(lora_linear(x, *gate), lora_linear(x, *up)), *down)
+    return lora_linear(F.silu(lora_linear(x, *gate)) * lora_linear(x, *up), *down)
 
 
 def _grad(y: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor, backend: str | None) -> Callable[[], object]:
@@ -48,22 +54,31 @@ def _grad(y: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor, backend: st
     return call
 
 
-def activation(f: int, m: int, dtype: str, args: argparse.Namespace) -> Row:
+def activation(act: str, f: int, m: int, dtype: str, args: argparse.Namespace) -> Row:
     g, t = torch.Generator().manual_seed(3), subjects.DTYPES[dtype]
     gate, up = (torch.randn(m, f, generator=g).to(t).requires_grad_() for _ in range(2))
     dh = torch.randn(m, f, generator=g).to(t)
-    candidates, refused = [], {}
+    (eager, has_up), candidates, refused = ACTS[act], [], {}
+    leaves = [gate, up] if has_up else [gate]
+    given = (*leaves, *[None] * (2 - len(leaves)))
     for backend in args.backends or ["native", "reference"]:
-        why = reason(forward_op, backend, (gate, up))
+        why = reason(forward_op, backend, (*given, *activation_of("gated", act, None, 0.0, 0.0)))
         if why is not None:
             refused[backend] = why
         else:
-            candidates.append(Candidate(backend, [_grad(lambda: swiglu(gate, up), [gate, up], dh, backend)]))
-    candidates.append(Candidate("torch", [_grad(lambda: _eager(gate, up), [gate, up], dh, None)]))
+            candidates.append(Candidate(backend, [_grad(lambda: gated(*given, act), leaves, dh, backend)]))
+
+    def in_torch() -> Tensor:
+        return eager(gate) * up if has_up else eager(gate)
+
+    candidates.append(Candidate("torch", [_grad(in_torch, leaves, dh, None)]))
     claims = [Claim("a user's", [c.name], ["torch"]) for c in candidates if c.name in ("native", "triton")]
-    case = {"op": OP, "what": "activation", "F": f, "M": m, "dtype": dtype, "refused": refused}
+    case = {"op": OP, "what": "activation", "act": act, "up": has_up, "F": f, "M": m, "dtype": dtype,
+            "refused": refused}
     # read gate, up, write h; read dh, gate, up, write dgate, dup
-    return Row(f"forward+backward {m}x{f} {dtype}", case, {}, claims, 20.0 * m * f, 8.0 * m * f * gate.element_size(),
+    passes = 8.0 if has_up else 5.0
+    title = f"{act}{' * up' if has_up else ''} forward+backward {m}x{f} {dtype}"
+    return Row(title, case, {}, claims, 20.0 * m * f, passes * m * f * gate.element_size(),
                candidates=candidates)  # fmt: skip
 
 
@@ -84,9 +99,9 @@ def mlp(k: int, f: int, m: int, dtype: str, args: argparse.Namespace) -> Row:
         leaves = [x, *(t for p in parts for t in (p.a, p.b) if t is not None)]
         return _grad(lambda: function(x, *parts), leaves, dy, backend)
 
-    candidates = []
-    for backend in [b for b in args.backends or ["native", "reference"] if reason(forward_op, b, (x, x)) is None]:
-        for label, function in ((backend, swiglu_mlp), (f"{backend}, by parts", _by_parts)):
+    candidates, sample = [], (x, x, *Activation())
+    for backend in [b for b in args.backends or ["native", "reference"] if reason(forward_op, b, sample) is None]:
+        for label, function in ((backend, gated_mlp), (f"{backend}, by parts", _by_parts)):
             candidates.append(Candidate(label, [call(function, parts, backend) for parts in models]))
     names = [c.name for c in candidates]
     claims = [Claim("by parts", [b], [f"{b}, by parts"]) for b in ("native", "triton") if b in names]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from peft_kernels import Projection, lora_linear, swiglu, swiglu_mlp
+from peft_kernels import Projection, gated, gated_mlp, lora_linear
 
 from ..device import Device
 from ..operands import bnb_product, layer, no_grad, plus_lora
 from ..rows import BY_WORTH, RANK, SCALING, Call, Row, copies, gradient, normal
 
 LIMIT_S = 120
-OP = "swiglu"
+OP = "gated"
 SIZES = (4096, 14336)
 SMALL = (64, 128)
 
@@ -44,7 +44,7 @@ def activation(device: Device, m: int, what: str) -> dict[str, Any]:
             return [gradient(lambda p=p: function(*p), p, dh) for p in pairs]  # type: ignore[misc]
         return no_grad(lambda p: function(*p), pairs)
 
-    row.ours(all_of(swiglu))
+    row.ours(all_of(gated))
     row.add("torch", all_of(lambda gate, up: silu(gate) * up))
     gate, up = (t.detach()[:256].float() for t in pairs[0])
     return row.measure(None if trains else silu(gate) * up)
@@ -68,7 +68,7 @@ def mlp(device: Device, m: int, what: str) -> dict[str, Any]:
     def by_parts(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
         return lora_linear(silu(lora_linear(x, *gate)) * lora_linear(x, *up), *down)
 
-    for suffix, function in (("", swiglu_mlp), ("by parts", by_parts)):
+    for suffix, function in (("", gated_mlp), ("by parts", by_parts)):
         if trains:
             leaves = (x, a, b, c, d)
             calls = [gradient(lambda f=function, p=p: f(x, *p), leaves, dy) for p in models]  # type: ignore[misc]
