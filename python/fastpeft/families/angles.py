@@ -26,7 +26,7 @@ class Turn(NamedTuple):
         width = self.cos.shape[-1]
         part = x if width == x.shape[-1] else x[..., :width]
         if self.neighbours:
-            partner = part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            partner = part.view(*part.shape[:-1], -1, 2).flip(-1).flatten(-2)
         else:
             partner = torch.roll(part, width // 2, dims=-1)
         turned = torch.addcmul(part * self.cos.unsqueeze(2), partner, self.signed).to(x.dtype)
@@ -55,8 +55,8 @@ def _made(of: Attention, cos: Tensor, sin: Tensor, neighbours: bool) -> Turn:
     elif of.angles == "halves":
         cos, sin = (_of_pairs(t[..., : t.shape[-1] // 2], neighbours) for t in (cos, sin))
     if neighbours:
-        signed = sin.unflatten(-1, (-1, 2)) * sin.new_tensor((-1.0, 1.0))
-        return Turn(cos, sin, signed.flatten(-2).unsqueeze(2), True)
+        signed = sin * sin.new_tensor((-1.0, 1.0)).repeat(sin.shape[-1] // 2)
+        return Turn(cos, sin, signed.unsqueeze(2), True)
     half = sin.shape[-1] // 2
     return Turn(cos, sin, torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2), False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from peft_kernels import attention, native_library
 
 from ..weights.base import is_listened_to
-from .angles import alibi_slopes
+from .angles import Turn, alibi_slopes
 from .description import Attention
 from .projections import Given, linears, modules_on, projections
 from .state import State
@@ -65,7 +64,8 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
             slopes=alibi_slopes(q.shape[2], q.device) if of.alibi and given.get(of.alibi) is not None else None,
             softcap=(getattr(self, of.softcap) or 0.0) if of.softcap else 0.0,
             sinks=getattr(self, of.sinks) if of.sinks else None,
-            **({} if turn is None else {"cos": turn.cos, "sin": turn.sin, "interleaved": turn.neighbours}),
+            cos=None if turn is None else turn.cos, sin=None if turn is None else turn.sin,
+            interleaved=turn is not None and turn.neighbours,
         )  # fmt: skip
     else:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -189,7 +189,7 @@ def _normed(self: Any, of: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Ten
     return norms[0](q), norms[1](k)
 
 
-def _turned(turn: Callable[[Tensor], Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _turned(turn: Turn, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return turn(q), turn(k)
     both = turn(torch.cat((q, k), dim=2))  # half of the calls, which decoding waits for

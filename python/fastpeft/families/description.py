@@ -32,8 +32,9 @@ class Attention(Part):
     a head, whose module takes [B, H, T, D]).
     turn: how a head is rotated: its halves are the pairs, its neighbours are, or not at all. angles: where that
     differs, what the model's cosines are: "halves" (of the halves, for neighbours), "once" (each angle once). turned:
-    says of a module that it rotates. scale: factor of the scores. key_scale: factor of k. dropout: of probabilities; after:
-    dropout of the output. softcap, sinks: of the scores. gated: q has a gate of the output beside it, head by head.
+    says of a module that it rotates. scale: factor of the scores. key_scale: factor of k. dropout: of probabilities;
+    after: dropout of the output. softcap, sinks: of the scores. gated: q has a gate of the output beside it, head by
+    head.
     alibi: an argument of the forward that is None or biases by ALiBi (arXiv 2108.12409); slopes are the paper's.
     residual: the forward's second argument is added to the output, after dropout of that probability.
     eager: transformers' fused attention cannot compute it, so a model's attention is "eager" by default.

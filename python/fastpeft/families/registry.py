@@ -31,7 +31,7 @@ def parts(name: str) -> Family:
 
 
 @functools.cache
-def part_of(cls: type[nn.Module]) -> Part | None:
+def part_of(cls: type) -> Part | None:
     """The description of a class of transformers; None of one that has none."""
     if cls in (nn.LayerNorm, nn.RMSNorm):
         return None

@@ -89,7 +89,8 @@ def switch_back(module: nn.Module) -> None:
 def described(model: nn.Module) -> Iterator[tuple[nn.Module, Part]]:
     """The modules of a model that have a description and run their own forward still."""
     for module in model.modules():
-        part = None if is_switched(module) else part_of(type(module))
+        cls: Any = type(module)
+        part = None if is_switched(module) else part_of(cls)
         if part is not None and "forward" not in module.__dict__:  # somebody else's
             yield module, part
 
@@ -111,7 +112,8 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> list[nn.Module]:
     shared, changed = Shared(), []
     for module, part in found:
         module.__dict__["_fastpeft"] = State(part, type(module), shared)
-        module.__class__ = fast_class(type(module))
+        cls: Any = type(module)
+        module.__class__ = fast_class(cls)
         changed.append(module)
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if changed and find_head is not None else None
