@@ -14,6 +14,7 @@ from .ops.cayley import cayley
 from .ops.dequantize_4bit import dequantize_4bit
 from .ops.dora_linear import dora_gain, dora_linear, dora_linear_normed
 from .ops.dora_norm import dora_norm, squared_row_norms
+from .ops.grouped_linear import grouped_linear
 from .ops.householder_rotate import compact_wy, householder_rotate
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
@@ -75,6 +76,7 @@ __all__ = [
     "dora_norm",
     "draw_seed",
     "explain",
+    "grouped_linear",
     "householder_rotate",
     "lora_expand",
     "lora_linear",
