@@ -23,7 +23,7 @@ struct PkButterfly {
     int64_t dtype, M, d, b, m, shared, transposed;
 };
 
-/* What is wrong with the arguments of a lora_linear or of its backward, said with pk_fail(); else PK_OK. */
+/* Refuses arguments that a lora_linear, or its backward, does not take, with pk_fail(); else PK_OK. */
 int pk_lora_check(const pk_lora_args *args, bool backward);
 
 /* Functions of butterfly_rotate.cpp for kernels that turn rows on their way into another product; each returns a
