@@ -175,13 +175,6 @@ def _grouped_forward(c: Case) -> None:
                     meta(ADAPTERS, c.N, c.r), 1.0, meta(ADAPTERS, c.N, dtype=c.dtype))  # fmt: skip
 
 
-def _grouped_backward(c: Case) -> None:
-    from peft_kernels.ops.grouped_linear import triton as backend
-
-    backend.backward(meta(c.M, c.N, dtype=c.dtype), meta(c.M, c.K, dtype=c.dtype), *_grouped(c),
-                     meta(ADAPTERS, c.r, c.K), meta(ADAPTERS, c.N, c.r), 1.0, True, True)  # fmt: skip
-
-
 def _update(c: Case) -> None:
     """q, k and v of a layer, each with an update of its own; x's type is the adapters'."""
     from peft_kernels.ops.lora_shrink import triton as backend
@@ -308,7 +301,6 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "mixture_outer": ("lora_linear", "outer_kernel", _mixture_backward),
     "mixture_backward": ("lora_linear", "backward_kernel", _mixture_backward),
     "grouped": ("grouped_linear", "product_kernel", _grouped_forward),
-    "grouped_backward": ("grouped_linear", "product_kernel", _grouped_backward),
     "shrink": ("lora_shrink", "shrink_kernel", _update),
     "expand": ("lora_shrink", "expand_kernel", _update),
     "dora_forward": ("lora_linear", "forward_kernel", _dora_forward),

@@ -17,7 +17,7 @@ from ...triton_lib import host
 from ..lora_linear import triton as single
 from ..multi_lora_linear import triton as multi
 
-BN, BK = 64, 64  # columns of a result, and of the sum, a program has at a time
+BN = 64  # columns of a result
 
 
 class _Groups(multi._Plan):
@@ -42,13 +42,13 @@ def _product(
     (m, depth), (n, k) = x.shape, shape
     columns, r = k if by_rows else n, 0 if low is None else low.shape[1]
     y = x.new_empty((m, columns))
-    bm = 16 if plan.each() <= 16 else 64
+    bm, bk = 16 if plan.each() <= 16 else 64, 32 if x.dtype is torch.float32 else 64  # three stages fit in 99 KiB
     strides = w.strides if w.dense else (0, *w.strides)
     b = x[:, :0].unsqueeze(0) if b is None else b
     host.launch(kernels.product_kernel, (plan.tiles(bm), single._cdiv(columns, BN)), x, *w.pointers,
                 x if low is None else low, b, x if bias is None else bias, y, plan.bounds, depth, columns, n, k, r,
                 plan.count, *strides, *b.stride(), scaling, BY_ROWS=by_rows, ADAPTER=r > 0, BIAS=bias is not None,
-                **w.constants, PRECISION=single._precision(x.dtype), BM=bm, BN=BN, BK=BK, BR=16, num_warps=4,
+                **w.constants, PRECISION=single._precision(x.dtype), BM=bm, BN=BN, BK=bk, BR=16, num_warps=4,
                 num_stages=3)  # fmt: skip
     return y
 
