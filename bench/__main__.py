@@ -12,7 +12,7 @@ from . import checks, machine, results
 from .measure import cuda_clock, threads, wall_clock
 
 OPS = ("lora_linear", "lora_linear_stacked", "multi_lora_linear", "lora_mixture", "dora_norm", "dora_linear", "gated",
-       "norms", "attention", "rotations", "quantize_4bit", "dequantize_4bit")  # fmt: skip
+       "grouped_linear", "norms", "attention", "rotations", "quantize_4bit", "dequantize_4bit")  # fmt: skip
 SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve", "chaos", "ortho",
           "dropin", "train-chaos")  # fmt: skip
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],

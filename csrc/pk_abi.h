@@ -17,13 +17,13 @@
  *   4. csrc/cpu/<op>.cpp: the exported function: checks its arguments, then calls pk_table()->name(...);
  *   5. CMakeLists.txt: <op> in PK_CPU_OPS; peft_kernels/native.py: its argtypes in _CPU_SIGNATURES.
  * The LoRA family (lora_linear, lora_linear_stacked, multi_lora_linear, dora_linear, dora_norm) shares csrc/cpu/lora/:
- * 3 and 4 are lora_linear.inc, lora_linear_backward.inc and lora_linear.cpp there.
+ * 3 and 4 are lora_linear.inc, lora_linear_backward.inc and lora_linear.cpp there; grouped_linear.cpp calls those.
  */
 #ifndef PK_ABI_H
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 9
+#define PK_ABI_VERSION 10
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -141,6 +141,17 @@ PK_EXPORT int pk_cpu_lora_linear_paths(const pk_lora_args *args, int64_t count, 
 PK_EXPORT int pk_cpu_lora_mixture(const pk_lora_args *args, const float *mix, int64_t n, int64_t masked);
 PK_EXPORT int pk_cpu_lora_mixture_backward(const pk_lora_args *args, const float *mix, int64_t n, int64_t masked,
                                            float *dmix);
+
+/* grouped_linear: a weight and an adapter for each of E groups of the rows of x. Rows offsets[e] .. offsets[e + 1] are
+ * group e's, 0 = offsets[0] <= ... <= offsets[E] <= M; offsets [E + 1]. args: one projection without gain, dropout and
+ * adapters per row, with x, y, dy, dx [M, ...] of all groups, weight [E, N, K], a, da [E, r, K], b, db [E, N, r], bias
+ * [E, N]. Rows from offsets[E] on become zero in y and dx, and so do da and db of groups without rows. 4-bit weights:
+ * [E * N, K], N * K a multiple of blocksize, and of blocksize * nested_blocksize where scales are nested. s is
+ * workspace, [M, r] float32. turned: the groups' matrices are stored with their columns first, weight [E, K, N], a, da
+ * [E, K, r], b, db [E, r, N]; a backward that wants da and db then wants dx, too. */
+PK_EXPORT int pk_cpu_grouped_linear(const pk_lora_args *args, const int64_t *offsets, int64_t E, int64_t turned);
+PK_EXPORT int pk_cpu_grouped_linear_backward(const pk_lora_args *args, const int64_t *offsets, int64_t E,
+                                             int64_t turned);
 
 /* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; x, y, s and what belongs to
  * rows of x are not read. */

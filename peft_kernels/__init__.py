@@ -17,6 +17,7 @@ from .ops.dora_linear import dora_gain, dora_linear, dora_linear_normed
 from .ops.dora_norm import dora_norm, squared_row_norms
 from .ops.gated import gated
 from .ops.gated.mlp import gated_mlp
+from .ops.grouped_linear import grouped_linear
 from .ops.householder_rotate import compact_wy, householder_rotate
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear_stacked import Projection, lora_linear_stacked
@@ -78,6 +79,7 @@ __all__ = [
     "explain",
     "gated",
     "gated_mlp",
+    "grouped_linear",
     "householder_rotate",
     "layer_norm",
     "lora_expand",

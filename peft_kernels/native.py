@@ -24,7 +24,7 @@ import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
 from .checks import capturing
 
-ABI_VERSION = 9  # PK_ABI_VERSION of csrc/pk_abi.h
+ABI_VERSION = 10  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
 BUILD_COMMAND = "make native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype
@@ -47,6 +47,8 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_squared_row_norms": [c_char_p, c_void_p],
     "pk_cpu_lora_mixture": [c_char_p, c_void_p, *[c_int64] * 2],
     "pk_cpu_lora_mixture_backward": [c_char_p, c_void_p, *[c_int64] * 2, c_void_p],
+    "pk_cpu_grouped_linear": [c_char_p, c_void_p, *[c_int64] * 2],
+    "pk_cpu_grouped_linear_backward": [c_char_p, c_void_p, *[c_int64] * 2],
     "pk_cpu_dora_linear": [c_char_p, *[c_void_p] * 3],
     "pk_cpu_dora_linear_backward": [c_char_p, c_void_p],
     "pk_cpu_gated": [*[c_void_p] * 2, *[c_int64] * 7, *[c_double] * 3, c_void_p, c_int64],

@@ -7,7 +7,7 @@ In an operator of lists every entry has sizes of its own. A letter means the sam
     M rows of x, which choose code paths    T rows that choose none     N, K features    R rank
     D features that a program holds whole   B, G, F blocks of a rotation: their size, their number, factors
     S adapters of a batch, P their ranks    Z batch, H heads, U heads of keys, C: 1 or Z
-    I adapters of a mixture    L half of a pair
+    I adapters of a mixture    L half of a pair    Y groups of rows
     J keys, V features of a value, X features that are turned, Q the two ends of a span
     A parts of a sum    W the N of all entries of lists side by side, O of those before
 """
@@ -31,7 +31,8 @@ FIXED = frozenset({"absmax", "nested_absmax", "nested_code", "offset"})  # float
 Sizes = dict[str, int]
 # How a call is made where nobody made one before: the sizes, and the arguments that are no tensors.
 SIZES: Sizes = {"M": 8, "T": 8, "N": 64, "K": 128, "R": 16, "D": 32, "B": 4, "G": 32, "F": 1, "S": 2, "I": 2, "Z": 1,
-                "H": 4, "U": 2, "C": 1, "L": 16, "J": 8, "V": 32, "X": 32, "Q": 2, "A": 1, "W": 64, "O": 0}  # fmt: skip
+                "H": 4, "U": 2, "C": 1, "L": 16, "J": 8, "V": 32, "X": 32, "Q": 2, "A": 1, "W": 64, "O": 0,
+                "Y": 3}  # fmt: skip
 NUMBERS: dict[str, Any] = {"quant_type": 1, "blocksize": 64, "nested_blocksize": 256, "scaling": 1.0, "dropout_p": 0.0,
                            "eps": 1e-5, "scale": 0.2, "terms": 0, "nested": True, "transposed": False,
                            "parts": 1, "add": True, "interleaved": False, "window": 0, "softcap": 0.0, "act": 0,
@@ -66,6 +67,8 @@ def sizes_of(spec: str, named: dict[str, Any]) -> Sizes:
         value = named[name]
         if isinstance(dims, str):
             found.setdefault(dims, int(value))
+        elif name == "offsets":
+            found["Y"] = len(value) - 1
         elif isinstance(value, Tensor) and (name not in ("weight", "packed") or not named.get("quant_type")):
             shape = (1,) * (len(dims) - value.dim()) + tuple(value.shape)
             head = math.prod(shape[: len(shape) - len(dims) + 1])
@@ -84,7 +87,7 @@ def shrunk(sizes: Sizes, blocksize: int, features: int) -> Sizes:
         return size if size < 2 * least else least + size % least
 
     new = {k: v for k, v in sizes.items() if k in "RDBFCLAIVXQ" and v}
-    most = {"M": MOST_ROWS, "T": 80, "J": 80, "S": 4, "Z": 2, "U": 2}
+    most = {"M": MOST_ROWS, "T": 80, "J": 80, "S": 4, "Z": 2, "U": 2, "Y": 4}
     new.update({k: min(sizes[k], most[k]) for k in most if k in sizes})
     if "N" in sizes:
         new["N"] = cut(sizes["N"], 256)
@@ -147,7 +150,7 @@ class _Maker:
 
 
 _KEPT = frozenset({"s", "gain", "lse", "mix"})  # in the dtype of sums
-_INDICES = frozenset({"adapters", "starts", "ranks"})
+_INDICES = frozenset({"adapters", "starts", "ranks", "offsets"})
 _PLACES = frozenset({"order", "bounds"})  # of rows in order of their adapters
 _FAN_IN = frozenset({"weight", "a", "b", "u", "v"})
 
@@ -173,6 +176,15 @@ def _integers(of: Callable[[Sizes], list[int]]) -> Callable[..., Tensor]:
     return lambda d, shape, sizes: torch.tensor(of(sizes), dtype=torch.int64, device=d.device).view(shape)
 
 
+def _offsets(d: _Maker, _: tuple[int, ...], sizes: Sizes) -> Tensor:
+    """Groups of rows that grow; the second has none, and the last row is no group's."""
+    groups, rows = sizes["Y"], max(sizes["M"] - 1, 0)
+    ends = [0, *(rows * e * e // groups**2 for e in range(1, groups + 1))]
+    if groups > 2:
+        ends[2] = ends[1]
+    return torch.tensor(ends, dtype=torch.int64, device=d.device)
+
+
 def _groups(d: _Maker, sizes: Sizes) -> Any:
     return RowGroups(_SPECIAL["adapters"](d, (sizes["M"],), sizes), sizes["S"])
 
@@ -192,6 +204,7 @@ _SPECIAL: dict[str, Callable[[_Maker, tuple[int, ...], Sizes], Tensor]] = {
     "adapters": _integers(lambda s: [i % (s["S"] + 1) - 1 for i in range(s["M"])]),
     "starts": _integers(lambda s: [sum(_ranks(s)[:i]) for i in range(s["S"])]),
     "ranks": _integers(_ranks),
+    "offsets": _offsets,
     "order": lambda d, shape, sizes: _groups(d, sizes).order,
     "bounds": lambda d, shape, sizes: _groups(d, sizes).bounds,
 }
@@ -206,7 +219,8 @@ def _entry(spec: str, named: dict[str, Any], sizes: Sizes, d: _Maker) -> dict[st
             new[name] = sizes[dims]
         elif name in ("weight", "packed") and named.get("quant_type"):
             nested = named["nested_blocksize"] if named["nested_absmax"] is not None else None
-            parts = d.weight(sizes[dims[0]], sizes[dims[1]], named["quant_type"], named["blocksize"], nested)
+            rows = math.prod(sizes[c] for c in dims[:-1])
+            parts = d.weight(rows, sizes[dims[-1]], named["quant_type"], named["blocksize"], nested)
             new.update(zip((name, *_PARTS), (*parts[:7], named["nested_blocksize"]), strict=True))
         elif isinstance(value, Tensor):
             special = "skew" if name == "q" and "B" in dims else name
@@ -263,5 +277,7 @@ def call(schema: Any, spec: str, dtype: torch.dtype, device: torch.device | str 
             of = integers or (dtype if own else kept)
             named[name] = torch.empty((0,) * len(dims), dtype=of, device=device)
     sizes = {**SIZES, "P": sum(_ranks(SIZES))}
+    if "Y" in {dim for dims in spoken.values() for dim in dims}:
+        sizes["N"] = 128  # a group's weight has whole blocks of nested scales
     entry = _entry(spec, named, sizes, _Maker(torch.device(device), 0))
     return [[entry[n]] if "List" in kind and n != "shape" else entry[n] for n, kind in types.items()]

@@ -119,7 +119,7 @@ def _calls(w: list[Any]) -> dict[str, list[Any]]:
     x, dy, a, b = torch.randn(3, 64), torch.randn(3, 8), torch.randn(2, 64), torch.randn(8, 2)
     s, blocks, gain = x @ a.t(), torch.randn(2, 16, 4, 4), torch.ones(8)
     plan = (torch.tensor([0, 0, -1]), torch.zeros(1, dtype=torch.int64), torch.tensor([2]), torch.ones(1), 2)
-    lists = [[value] for value in (*w, 8, a, b, 1.0, None, 0.0, None)]
+    lists, ends = [[value] for value in (*w, 8, a, b, 1.0, None, 0.0, None)], torch.tensor([0, 1, 3])
     return {
         "dequantize_4bit": [*w, [8, 64], torch.float32],
         "lora_linear": [x, *w, 8, a, b, 1.0, None, 0.0, None],
@@ -131,6 +131,8 @@ def _calls(w: list[Any]) -> dict[str, list[Any]]:
         "lora_mixture": [x, *w, 8, a[None], b[:, None], torch.ones(3, 1), False, None, 0.0, None],
         "lora_mixture_backward": [dy, x, *w, a[None], b[:, None], s[:, None], torch.ones(3, 1), False, 0.0, None, True,
                                   True, True],
+        "grouped_linear": [x, *w, ends, 4, torch.stack((a, a)), b.view(2, 4, 2), 1.0, None],
+        "grouped_linear_backward": [dy[:, :4], x, *w, ends, torch.stack((a, a)), b.view(2, 4, 2), 1.0, True, True],
         "squared_row_norms": [*w, 8, 64],
         "dora_norm": [*w, a, b, 1.0, None],
         "dora_linear": [x, *w, 8, a, b, gain, 1.0, None, 0.0, None, True],

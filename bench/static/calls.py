@@ -159,6 +159,22 @@ def _mixture_backward(c: Case) -> None:
     backend.backward(dy, x, *_weight(c), a, b, meta(c.M, MIXED, c.r), mix, True, c.p, seed, True, True, True)
 
 
+def _grouped(c: Case) -> list[Any]:
+    """`ADAPTERS` groups of rows with a weight and an adapter like c's each."""
+    if c.dense:
+        weight = [meta(ADAPTERS, c.N, c.K, dtype=c.dtype), None, None, None, None, 0, 64, 256]
+    else:
+        weight = [*_packed(ADAPTERS * c.N, c.K, c.blocksize)]
+    return [*weight, meta(ADAPTERS + 1, dtype=torch.int64)]
+
+
+def _grouped_forward(c: Case) -> None:
+    from peft_kernels.ops.grouped_linear import triton as backend
+
+    backend.forward(meta(c.M, c.K, dtype=c.dtype), *_grouped(c), c.N, meta(ADAPTERS, c.r, c.K),
+                    meta(ADAPTERS, c.N, c.r), 1.0, meta(ADAPTERS, c.N, dtype=c.dtype))  # fmt: skip
+
+
 def _update(c: Case) -> None:
     """q, k and v of a layer, each with an update of its own; x's type is the adapters'."""
     from peft_kernels.ops.lora_shrink import triton as backend
@@ -294,6 +310,7 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "mixture_forward": ("lora_linear", "forward_kernel", _mixture_forward),
     "mixture_outer": ("lora_linear", "outer_kernel", _mixture_backward),
     "mixture_backward": ("lora_linear", "backward_kernel", _mixture_backward),
+    "grouped": ("grouped_linear", "product_kernel", _grouped_forward),
     "shrink": ("lora_shrink", "shrink_kernel", _update),
     "expand": ("lora_shrink", "expand_kernel", _update),
     "dora_forward": ("lora_linear", "forward_kernel", _dora_forward),

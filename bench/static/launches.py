@@ -43,6 +43,11 @@ def work(launch: Compiled) -> Work:
     common: dict[str, Any] = {"bytes": nbytes(a), "blocks": blocks, "wide": False}
     products: dict[str, Any] = {**common, "wide": size == 2}
     decodes = o.get("MODE", 0) != 0
+    if "BY_ROWS" in o:  # products of groups of rows, each with its own weight
+        m, d, columns, bn, bk = first.shape[0], a["D"], a["C"], o["BN"], o["BK"]
+        return Work(weights=bn * bk if decodes else 0, tile=(o["BM"], bn, bk), fmas=m * columns * (d + a["r"]),
+                    passes=_cdiv(d, bk), loop_bytes=bn * bk * (0.5 if decodes else size) + o["BM"] * bk * size,
+                    **products)  # fmt: skip
     if "MODE" in o and "BM" in o:  # a product with a weight
         m, k, ns, rs = a["M"], a["K"], _all(a["N"]), _all(a["r"])
         n = sum(ns)

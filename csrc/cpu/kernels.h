@@ -23,6 +23,9 @@ struct PkButterfly {
     int64_t dtype, M, d, b, m, shared, transposed;
 };
 
+/* Refuses arguments that a lora_linear, or its backward, does not take, with pk_fail(); else PK_OK. */
+int pk_lora_check(const pk_lora_args *args, bool backward);
+
 /* Functions of butterfly_rotate.cpp for kernels that turn rows on their way into another product; each returns a
  * pk_status. pk_butterfly_backward adds to the sums of the blocks' gradients, [ranges][m][d / b][b][b], which
  * pk_butterfly_sums() adds up in their order: range i has the rows i * rows .. of each call. */

@@ -104,6 +104,27 @@ def _lora_backward(d: Draw) -> Arguments:
     return [dy, x, *w, a, b, s, scaling, p, seed, d.maybe(0.8), a is not None and d.maybe(0.8)]
 
 
+@maker("grouped_linear")
+def _grouped(d: Draw) -> Arguments:
+    m, n, k, dtype = _rows(d)
+    e, r = d.random.randint(1, 5), d.size(20)
+    ends = sorted(d.random.randint(0, m) for _ in range(e))
+    parts = weight(d, e * n, k, dtype)
+    if parts[5] == 0:
+        own = parts[0].dtype
+        parts[0] = d.tensor(e, k, n, dtype=own).mT if d.maybe(0.5) else d.tensor(e, n, k, dtype=own)
+    a, b = (d.tensor(e, *shape, dtype=dtype) for shape in ((r, k), (n, r)))
+    ab, bias = [a, b] if d.maybe(0.8) else [None, None], d.tensor(e, n, dtype=d.one(FLOATS)) if d.maybe(0.4) else None
+    return [d.tensor(m, k, dtype=dtype), *parts, d.integers([0, *ends]), n, *ab, d.number(), bias]
+
+
+@maker("grouped_linear_backward")
+def _grouped_backward(d: Draw) -> Arguments:
+    x, *parts, n, a, b, scaling, _ = _grouped(d)
+    dy = d.tensor(x.shape[0], n, dtype=x.dtype)
+    return [dy, x, *parts, a, b, scaling, d.maybe(0.8), a is not None and d.maybe(0.8)]
+
+
 @maker("lora_linear_stacked")
 def _stacked(d: Draw) -> Arguments:
     m, n, k, dtype = _rows(d)

@@ -64,6 +64,7 @@ Entry entries[] = {
     F(pk_abi_version), F(pk_last_error), F(pk_cpu_level), F(pk_cpu_levels), F(pk_cpu_set_level), F(pk_cpu_openmp),
     F(pk_cpu_unchanged), F(pk_lora_args_size), F(pk_cpu_lora_linear), F(pk_cpu_lora_linear_backward),
     F(pk_cpu_lora_mixture), F(pk_cpu_lora_mixture_backward),
+    F(pk_cpu_grouped_linear), F(pk_cpu_grouped_linear_backward),
     F(pk_cpu_lora_linear_paths), F(pk_cpu_squared_row_norms), F(pk_cpu_dora_linear), F(pk_cpu_dora_linear_backward),
     F(pk_cpu_gated), F(pk_cpu_gated_backward), F(pk_cpu_adamw), F(pk_cpu_squared_norm), F(pk_cpu_norm),
     F(pk_cpu_norm_backward), F(pk_attention_args_size), F(pk_cpu_attention), F(pk_cpu_attention_backward),

@@ -23,6 +23,7 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels import adamw, native
 from peft_kernels.ops import butterfly_linear, butterfly_rotate, cayley, dora_linear, householder_rotate, pair_rotate
+from peft_kernels.ops import grouped_linear as grouped
 from peft_kernels.ops import lora_linear as lora
 from peft_kernels.ops import lora_linear_stacked as stacked
 from peft_kernels.ops import lora_mixture as mixture
@@ -125,6 +126,22 @@ def of_mixture(rng: Draw) -> None:
     case.base = base  # drawn with dropout and without
     _, s = case.forward(mixture.forward_op.op)
     case.backward(mixture.backward_op.op, s, *(rng.random() < 0.8 for _ in range(3)))
+
+
+def of_groups(rng: Draw) -> None:
+    base = draw(rng, p=0.0)
+    groups, k, turned = rng.choice((1, 2, 3, 5)), base.x.shape[1], rng.random() < 0.4
+    ends = sorted(rng.randrange(len(base.x) + 1) for _ in range(groups))
+    offsets = torch.tensor([0, *ends])
+    w = numbers(rng, groups, *((k, base.n) if turned else (base.n, k)), dtype=rng.choice(FLOATS))
+    weight = [w.mT if turned else w, *[None] * 4, 0, 64, 256]
+    if rng.random() < 0.5 and base.weight[5] and groups == 1:
+        weight = [*base.weight]
+    a, b = (None if t is None else numbers(rng, groups, *t.shape, dtype=t.dtype) for t in (base.a, base.b))
+    bias = None if base.bias is None else numbers(rng, groups, base.n, dtype=base.bias.dtype)
+    grouped.forward_op.op(base.x, *weight, offsets, base.n, a, b, 0.5, bias)
+    grouped.backward_op.op(base.dy, base.x, *weight, offsets, a, b, 0.5, rng.random() < 0.8,
+                           a is not None and rng.random() < 0.8)  # fmt: skip
 
 
 def weight_of(c: Case) -> Any:
@@ -323,6 +340,10 @@ def refused(_rng: Draw) -> None:
     code += [library.pk_cpu_lora_mixture_backward(args, 0, 1, 0, 0)]
     code += [library.pk_cpu_dora_linear(args, x.data_ptr(), y.data_ptr(), y.data_ptr())]
     code += [library.pk_cpu_lora_linear_paths(args, 1, 2, 0), library.pk_cpu_lora_linear_paths(args, 1, -1, 0)]
+    ends = torch.tensor([0, 3])
+    for bad, groups in ((ends, 1), (ends - 1, 1), (ends.flip(0), 1), (ends, -1)):
+        code += [library.pk_cpu_grouped_linear(args, bad.data_ptr(), groups, 0)]
+        code += [library.pk_cpu_grouped_linear_backward(args, bad.data_ptr(), groups, 1)]
     for dtype, rows, n, step, act in ((3, 1, 4, 1, 0), (-1, 1, 4, 1, 0), (0, 1, -1, 1, 0), (0, -1, 4, 1, 0),
                                       (0, 1, 4, 2, 0), (0, 1, 4, 0, 0), (0, 1, 4, 1, 5), (0, 1, 4, 1, -1)):  # fmt: skip
         code += [library.pk_cpu_gated(0, 0, dtype, rows, n, n, 0, step, act, 1.0, 0.0, 0.0, 0, 1)]
@@ -352,7 +373,7 @@ def refused(_rng: Draw) -> None:
 # what makes calls -> how often, in the short form and in the full one
 MAKERS: dict[Callable[[Draw], None], tuple[int, int]] = {
     plain: (1, 1), refused: (1, 1), of_lora: (16, 600), of_stack: (4, 120), of_dora: (6, 120), of_multi: (6, 150),
-    of_mixture: (6, 120),
+    of_mixture: (6, 120), of_groups: (8, 150),
     of_prepared: (10, 200), of_rotations: (6, 60), of_cayley: (4, 30), of_turned: (4, 40), of_elements: (3, 30),
     of_attention: (4, 40), of_quantising: (4, 40), of_optimizer: (2, 12), of_fingerprints: (1, 4),
 }  # fmt: skip

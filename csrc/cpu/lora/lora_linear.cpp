@@ -47,7 +47,7 @@ static int check_adapters(const pk_lora_args *a, bool backward) {
     return backward && pk_wants_factors(a) && !by_pointer ? check_disjoint(a) : PK_OK;
 }
 
-static int check(const pk_lora_args *a, bool backward) {
+int pk_lora_check(const pk_lora_args *a, bool backward) {
     if (a->M < 0 || a->N < 0 || a->K < 0 || a->r < 0)
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: negative size (M %lld, N %lld, K %lld, r %lld)", (long long)a->M,
                        (long long)a->N, (long long)a->K, (long long)a->r);
@@ -85,7 +85,7 @@ static int check_stack(const pk_lora_args *args, int64_t count, bool backward) {
         if (a.x != args->x || a.dx != args->dx || a.M != args->M || a.K != args->K || a.x_dtype != args->x_dtype)
             return pk_fail(PK_ERR_ARGUMENT, "lora_linear: projections of a stack share x and dx, number %lld does not",
                            (long long)i);
-        int code = check(args + i, backward);
+        int code = pk_lora_check(args + i, backward);
         if (code) return code;
     }
     return PK_OK;
@@ -95,7 +95,7 @@ static int check_mixture(const pk_lora_args *args, const float *mix, int64_t n, 
     if (args->gain || args->adapters || n < 1 || args->r % n || (!mix && args->M > 0))
         return pk_fail(PK_ERR_ARGUMENT, "lora_mixture: no gain, no adapters per row, and weights of n adapters of as "
                        "many ranks each, got n %lld of rank %lld in all", (long long)n, (long long)args->r);
-    return check(args, backward);
+    return pk_lora_check(args, backward);
 }
 
 static int finish(int code) {
@@ -141,14 +141,14 @@ int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares) {
     pk_lora_args weight = *args; // without what belongs to rows of x
     weight.M = 0, weight.x_dtype = PK_F32, weight.gain = nullptr, weight.h = nullptr, weight.dgain = nullptr;
     weight.dropout_p = 0;
-    int code = check(&weight, true);
+    int code = pk_lora_check(&weight, true);
     return code ? code : finish(pk_table()->squared_row_norms(&weight, squares));
 }
 
 int pk_cpu_dora_linear(const pk_lora_args *args, const float *magnitude, float *gain, float *norm) {
     if (args->gain != gain || (args->N > 0 && (!gain || !magnitude || !norm)))
         return pk_fail(PK_ERR_ARGUMENT, "dora_linear: needs magnitude, norm, and a gain that is the arguments' own");
-    int code = check(args, false);
+    int code = pk_lora_check(args, false);
     if (code) return code;
     double *squares = (double *)pk_scratch(2, size_t(args->N) * 8);
     if (!squares) return finish(PK_ERR_MEMORY);

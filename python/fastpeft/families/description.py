@@ -100,6 +100,13 @@ class Together(Part):
     names: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Experts(Part):
+    """All experts of a layer as 3-D parameters. transformers' own attributes say how they lie, so nothing is named."""
+
+    name: ClassVar[str] = "experts"
+
+
 Family = Mapping[str, Part]  # name of a class -> what it is
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import known
 from .description import Family, Part
+from .experts import EXPERTS, is_experts
 
 MODELS = "transformers.models."
 
@@ -35,6 +36,8 @@ def part_of(cls: type) -> Part | None:
     """The description of a class of transformers; None of one that has none."""
     if cls in (nn.LayerNorm, nn.RMSNorm):
         return None
+    if is_experts(cls):
+        return EXPERTS
     module = cls.__module__
     if not module.startswith(MODELS):
         return None

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from ..weights.base import innermost, is_listened_to
-from . import attention, norms
-from .description import Attention, Mlp, Norm, Part, Together
+from . import attention, experts, norms
+from .description import Attention, Experts, Mlp, Norm, Part, Together
 from .mlp import act_of
 from .projections import refusal
 from .registry import MODELS
 from .switch import is_switched, switched_as
 from .ways import BY_CHOICE, PARTS, Ways, known_ways
 
-_NAMES = {"norm": "norms", "stack": "q, k and v", "attention": "attention", "mlp": "MLPs"}
+_NAMES = {"norm": "norms", "stack": "q, k and v", "attention": "attention", "mlp": "MLPs", "experts": "experts"}
 # The end of a class's name in transformers -> what it is, of classes that no description has.
 _LIKE = {"Attention": "attention", "MLP": "MLPs", "Norm": "norms", "Experts": "experts", "Mixer": "mixers",
          "DeltaNet": "mixers", "ShortConv": "mixers"}  # fmt: skip
@@ -68,6 +68,8 @@ def _switched(served: Table, stays: Table, module: Any, ways: Ways, dtype: torch
     elif isinstance(part, Attention):
         _note(served, stays, "attention", ways, attention.why_not(module, part, dtype))
         _note(served, stays, "stack", ways, _of_linears(innermost(module), part.qkv, dtype))
+    elif isinstance(part, Experts):
+        _note(served, stays, "experts", ways, experts.why_not(module))
     elif isinstance(part, Together):
         stays["attention", f"{type(module).__bases__[0].__name__} computes it itself"] += 1
         names = tuple(name for name in part.names if getattr(module, name, None) is not None)

@@ -22,8 +22,10 @@ from torch import nn
 
 from peft_kernels import use_huge_pages
 
+from ..weights.read_by_module import TAKES_FACTORS
 from .attention import attention_forward
-from .description import Part
+from .description import Experts, Part
+from .experts import experts_forward, why_not
 from .head import head_forward
 from .mlp import mlp_forward
 from .norms import norm_forward
@@ -35,6 +37,7 @@ from .ways import known_ways, ways_of
 _SWITCHED = "_fastpeft_accelerated"  # a class with a quicker forward has it: the name of its part
 _FORWARDS: dict[str, Any] = {
     "attention": attention_forward, "mlp": mlp_forward, "norm": norm_forward, "stack": together_forward,
+    "experts": experts_forward,
 }  # fmt: skip
 
 
@@ -66,7 +69,8 @@ def fast_class(base: type) -> type:
     """The subclass of a described class whose forward is the quicker one."""
     part = part_of(base)
     assert part is not None
-    return type(f"Fast{base.__name__}", (base,), _members(part.name, _FORWARDS[part.name]))
+    more = {TAKES_FACTORS: True} if isinstance(part, Experts) else {}
+    return type(f"Fast{base.__name__}", (base,), _members(part.name, _FORWARDS[part.name]) | more)
 
 
 def is_switched(module: nn.Module) -> bool:
@@ -75,7 +79,7 @@ def is_switched(module: nn.Module) -> bool:
 
 
 def switched_as(module: nn.Module) -> str:
-    """The part of a model that a switched module is: "attention", "mlp", "norm", "stack" or "head"."""
+    """The part of a model that a switched module is: "attention", "mlp", "norm", "stack", "experts" or "head"."""
     part: str = type(module).__dict__[_SWITCHED]
     return part
 
@@ -91,6 +95,8 @@ def described(model: nn.Module) -> Iterator[tuple[nn.Module, Part]]:
     for module in model.modules():
         cls: Any = type(module)
         part = None if is_switched(module) else part_of(cls)
+        if isinstance(part, Experts) and why_not(module) is not None:
+            continue
         if part is not None and "forward" not in module.__dict__:  # somebody else's
             yield module, part
 

@@ -21,6 +21,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "mlp": ("lora_linear_stacked", "gated", "lora_linear"),
     "attention": ("attention",),
     "head": ("lora_linear",),
+    "experts": ("grouped_linear",),
 }
 # Parts that pay with the native backend alone. Torch's attention and flash attention have kernels for each GPU, which
 # attention's Triton tiles of 64 x 16 are not; only on a CPU does torch read a head's matrix at half of the speed
@@ -37,9 +38,9 @@ class Ways:
     """The parts of a model that are quicker by our kernels, for x on one device in one dtype.
 
     norm: the norms; stack: q, k and v in one call; mlp: the MLP as one function; attention: the rotation and attention
-    as one kernel each way; head: the output head for few rows. launches: a call costs the launch of a kernel, so that
-    fewer of them pay; otherwise it costs Python's time. by: operator -> backend. missing: operator -> why no kernel
-    serves it. reasons: part -> why it is not taken.
+    as one kernel each way; head: the output head for few rows; experts: their products. launches: a call costs the
+    launch of a kernel, so that fewer of them pay; otherwise it costs Python's time. by: operator -> backend. missing:
+    operator -> why no kernel serves it. reasons: part -> why it is not taken.
     """
 
     norm: bool = False
@@ -47,6 +48,7 @@ class Ways:
     mlp: bool = False
     attention: bool = False
     head: bool = False
+    experts: bool = False
     launches: bool = False
     by: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
@@ -69,7 +71,8 @@ class Ways:
         return "; ".join(f"no kernel serves {', '.join(ops)} ({why})" for why, ops in by_reason.items())
 
 
-_CPU = Ways(norm=True, stack=True, mlp=True, attention=True, head=True)  # what `find` finds there, without `by`
+# What `find` finds there, without `by`.
+_CPU = Ways(norm=True, stack=True, mlp=True, attention=True, head=True, experts=True)
 _GRAPH = Ways(reasons=dict.fromkeys(PARTS, "a compiled graph has its own fusions"))
 _known: tuple[object, dict[tuple[torch.device, torch.dtype], Ways]] = None, {}
 

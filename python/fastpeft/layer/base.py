@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +85,15 @@ class MergingLayer(ActiveAdapters, Wrapping):
     def stored_weight(self, adapters: Sequence[str]) -> Weight:
         """`merged_weight` in the base weight's own dtype."""
         return self._through(adapters, *self.base.read())
+
+    def _given(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """Within this, the module below computes with these adapters: beside its parameter where it can, or in it."""
+        base: Any = self.base
+        if len(names) == 1 and base.takes_factors:
+            factors = self.methods[names[0]].expert_factors(self.view(names[0]))
+            if factors is not None:
+                return base.with_factors(factors)  # type: ignore[no-any-return]
+        return self.base.replaced(*self.stored_weight(names))
 
     def current_weight(self) -> Weight:
         """W and b that the layer computes with now, for modules that read them. As a forward, it unmerges a layer whose

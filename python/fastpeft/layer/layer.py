@@ -325,7 +325,7 @@ class AdapterLayer(MergingLayer):
 
     def _compose(self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.base.transient:
-            with self.base.alone(), self.base.replaced(*self.stored_weight(names)):
+            with self.base.alone(), self._given(names):
                 return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         composed = Composed(self, names, args, kwargs)
         y = composed(x)

@@ -315,6 +315,13 @@ class Method:
         """
         return None
 
+    def expert_factors(self, s: Any) -> tuple[Tensor, Tensor, float] | None:
+        """(A [E, r, in], B [E, out, r], scaling) of an adapter that is W + scaling B A of each expert and nothing else.
+
+        None of others: the layer computes with the merged weight of all experts then.
+        """
+        return None
+
     def scale(self, s: Any) -> float | None:
         """The scaling that the configuration gives, where the method has one (`layer.scaling`)."""
         return None

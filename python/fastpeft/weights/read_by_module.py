@@ -19,6 +19,11 @@ from ..files.offloaded import brought
 from .base import BaseWeight, Wrapping, innermost
 from .dense import LinearWeight
 
+# A module of experts whose class has this multiplies by LoRA's factors itself; it finds them in its attribute of the
+# second name, by the parameter's: (a [E, r, in], b [E, out, r], scaling).
+TAKES_FACTORS = "_takes_expert_factors"
+EXPERT_FACTORS = "_expert_factors"
+
 # Of the modules whose parameters are replaced for a call: another thread's would compute with them, or keep them.
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
@@ -43,6 +48,15 @@ class TransientWeight(BaseWeight):
     one module are nested."""
 
     transient = True
+
+    @property
+    def takes_factors(self) -> bool:
+        """True where the module can multiply by an adapter's factors beside its parameter, as `with_factors` gives."""
+        return False
+
+    def with_factors(self, factors: tuple[Tensor, Tensor, float]) -> AbstractContextManager[None]:
+        """Within this, the module computes with W + scaling B A of each expert: a [E, r, in], b [E, out, r]."""
+        raise TypeError(f"a {self.label} takes no factors")
 
     @property
     def holder(self) -> Any:
@@ -133,6 +147,20 @@ class ParameterWeight(TransientWeight):
 
     def attribute(self, name: str) -> Any:
         return self.names[0]
+
+    @property
+    def takes_factors(self) -> bool:
+        return self.kind == "experts" and getattr(type(self.holder), TAKES_FACTORS, False)
+
+    @contextmanager
+    def with_factors(self, factors: tuple[Tensor, Tensor, float]) -> Iterator[None]:
+        own = vars(self.holder).setdefault(EXPERT_FACTORS, {})
+        with brought(self.holder):
+            own[self.names[0]] = factors
+            try:
+                yield
+            finally:
+                del own[self.names[0]]
 
     def turned(self, w: Tensor) -> Tensor:
         return w.transpose(-1, -2) if self._swapped else w

@@ -31,6 +31,7 @@ from ..method import AdaptedLayer, Inner, LayerInfo, Method, State
 from ..registry import load_all
 from ..tied import Transposed, tied_fields, tied_names
 from . import start
+from .experts import by_expert, factors
 from .parts import part_out
 from .variants import SUB_CONFIGS, variant_of
 
@@ -265,10 +266,9 @@ class Lora(Method):
         into = s.get("lora_embedding_A")
         a, b = self.matrices(s) if into is None else (s.own(into), s.own(s.lora_embedding_B))
         dtype = wide(a.dtype)
-        if s.get("experts"):  # ranks by expert in A, experts by rank in B
-            by_expert = a.to(dtype).unflatten(0, (s.experts, -1))
-            return torch.baddbmm(by_expert.new_zeros(()), b.to(dtype).unflatten(1, (-1, s.experts)).permute(2, 0, 1),
-                                 by_expert, beta=0, alpha=s.scaling)  # fmt: skip
+        if s.get("experts"):
+            into, back = by_expert(a.to(dtype), b.to(dtype), s.experts)
+            return torch.baddbmm(into.new_zeros(()), back, into, beta=0, alpha=s.scaling)
         # A of a convolution is [r, in, *kernel] and B [out, r, 1, ...]: the product is that of the matrices.
         delta: Tensor = b.to(dtype).flatten(1) @ a.to(dtype).flatten(1) * s.scaling
         return delta.reshape(b.shape[0], *a.shape[1:])
@@ -354,6 +354,10 @@ class Lora(Method):
             return y
 
         return FusedProjection(run, get_weight, adapter, base_parameters, compute)
+
+    def expert_factors(self, s: Any) -> tuple[Tensor, Tensor, float] | None:
+        cls = type(self)
+        return factors(s) if cls.merged is Lora.merged and cls.delta_weight is Lora.delta_weight else None
 
 
 def _matrix(module: Any) -> Tensor:
