@@ -102,9 +102,12 @@ class ArrowLoraLinearLayer(nn.Module):
         self._prototypes, self._pure, self._joined = (Cache(by_version=True) for _ in range(3))
         self._starts: list[Tensor] = []  # drawn once, so that a prototype is another only where its adapter is
 
-    def top_right_singular_vec_from_BA(self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8) -> Tensor:
-        """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]."""
-        return _directions([A], [B], [_drawn(A, self.rng_seed)], iters, eps)[0]
+    def top_right_singular_vec_from_BA(
+        self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8, start: Tensor | None = None
+    ) -> Tensor:
+        """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]. start: [in],
+        drawn by default."""
+        return _directions([A], [B], [_drawn(A, self.rng_seed) if start is None else start], iters, eps)[0]
 
     def prototypes(self, state: tuple[int, ...], a: list[Tensor], b: list[Tensor]) -> Tensor:
         """[n, in] of n adapters of one rank. state: `layer_state`, as below."""
@@ -114,7 +117,8 @@ class ArrowLoraLinearLayer(nn.Module):
                 found: Tensor = torch.ops.fastpeft.arrow_directions(a, b, self.rng_seed)
             else:
                 self._starts += [_drawn(one, self.rng_seed) for one in a[len(self._starts) :]]
-                found = _directions(a, b, self._starts[: len(a)])
+                each = zip(a, b, self._starts, strict=False)
+                found = torch.stack([self.top_right_singular_vec_from_BA(p, q, start=v) for p, q, v in each])
             return found.to(a[0].dtype)
 
         kept: Tensor = self._prototypes.get([*a, *b], state, make)
