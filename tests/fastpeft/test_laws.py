@@ -236,7 +236,7 @@ def test_gradients_are_those_through_the_merged_weight(kind: Kind, base: str) ->
 def test_two_of_the_same_kind(kind: Kind, base: str) -> None:
     if not kind.adapts(base):
         with pytest.raises(ValueError, match=re.escape(make_layer(base).info.name)):
-            kind.variant.check_layer(kind.config, make_layer(base).info)
+            kind.variant.check_layer(kind.config(), make_layer(base).info)
         return
     layer = make_layer(base)
     for name in ("a", "b"):

@@ -112,22 +112,22 @@ def test_other_methods_have_a_place_in_the_same_model(name: str, tmp_path: Path)
     outer.save_pretrained(tmp_path / "outer")
     with warnings.catch_warnings():
         warnings.simplefilter("error", fastpeft.PeftWarning)
-        first, second = fastpeft.PeftModel.from_pretrained(base(), tmp_path / "lora", "lora"), outer
+        first, second = fastpeft.PeftModel.from_pretrained(base(), tmp_path / "lora", "plain"), outer
         first.load_adapter(tmp_path / "outer", "outer")
-        second.load_adapter(tmp_path / "lora", "lora")
+        second.load_adapter(tmp_path / "lora", "plain")
     seen = []
     for model, outer_name in ((first, "outer"), (second, "default")):
-        model.eval().base_model.set_adapter([outer_name, "lora"])
+        model.eval().base_model.set_adapter([outer_name, "plain"])
         seen.append(model(IDS).logits)
-        model.save_pretrained(tmp_path / "again", selected_adapters=["lora"])
-        assert_same_state(tmp_path / "again" / "lora", tmp_path / "lora")
+        model.save_pretrained(tmp_path / "again", selected_adapters=["plain"])
+        assert_same_state(tmp_path / "again" / "plain", tmp_path / "lora")
         model.set_adapter(outer_name)
         close(model(IDS).logits, expected)
-        model.set_adapter("lora")
+        model.set_adapter("plain")
         close(model(IDS).logits, alone(IDS).logits)
     close(*seen)
     assert not torch.equal(seen[0], expected)
-    second.base_model.merge_adapter(adapter_names=["lora"])
+    second.base_model.merge_adapter(adapter_names=["plain"])
     close(second(IDS).logits, alone(IDS).logits)
     second.base_model.unmerge_adapter()
     with pytest.raises(NotImplementedError, match="cannot be merged"):

@@ -146,7 +146,7 @@ def test_a_swap_between_check_and_use_gets_nothing(root: Path, monkeypatch: Any,
 
     monkeypatch.setattr(os.path, "realpath", then_swap)
     with pytest.raises(AdapterFileError, match="changed while it was opened"):
-        pool_files._read(pool.registry.get("mine").folder, pool._selector, pool._buffers)
+        pool_files._read(pool.registry.get("mine").folder, pool._selector, pool._buffers, pool._prompts)
     assert found
     monkeypatch.undo()
     pool.rescan()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import fastpeft
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+close = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))["close"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -61,7 +64,8 @@ def assert_rows_are_as_alone(model: Any, **how: Any) -> None:
         model.set_adapter(name)
         with torch.no_grad():
             alone = model(input_ids=IDS[i : i + 1], decoder_input_ids=START[i : i + 1]).logits
-        torch.testing.assert_close(mixed[i], alone[0], rtol=0, atol=1e-5 * float(alone.abs().max()))
+        assert alone.abs().max() > 0.25  # so that this is less than 1e-5 of the largest
+        close(mixed[i], alone[0])
         own = {key: value[i : i + 1] if isinstance(value, torch.Tensor) else value for key, value in options.items()}
         wanted = model.generate(input_ids=IDS[i : i + 1], **own)[0].tolist()
         assert new[i].tolist()[: len(wanted)] == wanted

@@ -157,7 +157,7 @@ def warn_unmatched(
         elif field == "target_modules" and not select(targets, names):
             text += f" target_modules={short(config.target_modules, 300)} were set but no module was matched."
         elif field == "exclude_modules":
-            text = f"You have passed exclude_modules={left_out!r} but no modules were excluded."
+            text += f" You have passed exclude_modules={left_out!r} but no modules were excluded."
         if values:
             warn(text, 3, PeftRuntimeWarning)
 

@@ -186,7 +186,7 @@ def plan_injection(
             undo.callback(replicate_layers(model, replication))
         for _, layer in adapter_layers(model, adapter_name):  # has one of that name, which the new one replaces
             if adapter_name in layer.base_edits and not method_of(config).keeps_edit(config, layer.info):
-                undo.callback(layer.set_edits, layer.base_edits)
+                undo.callback(layer.set_edits, dict(layer.base_edits))
                 layer.restore_base(adapter_name)
         plan = _plan(
             model, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, loading, keys, shapes or {}

@@ -52,7 +52,7 @@ class AdaLoraConfig(LoraConfig, own_type="ADALORA"):
         super().__post_init__()
         for name, value in (("DoRA", self.use_dora), ("LOFTQ", self.loftq_config)):
             if value:
-                raise ValueError(f"ADALORA does not support {name}.")
+                raise ValueError(f"ADALORA does not support {name}, which has no meaning for it.")
         if self.r != LoraConfig.r:
             warn("Note that `r` is not used in AdaLora and will be ignored. The rank at the start is `init_r`.")
         if self.orth_reg_weight < 0:

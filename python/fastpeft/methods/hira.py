@@ -53,7 +53,7 @@ class Hira(Method, config=HiraConfig):
         super().check_layer(config, info)
         if info.groups > 1:
             what = f"HiRA does not support {type(info.module).__name__} layers with groups > 1"
-            raise GroupsError(f"{what}: {info.name!r} has {info.groups}. Do not target it.")
+            raise GroupsError(f"{what}: {info.name!r} has groups={info.groups}. Do not target it.")
 
     def make_state(self, config: HiraConfig, info: LayerInfo, shared: Any) -> State:
         embedding = info.kind == "embedding"

@@ -106,10 +106,6 @@ class Shadow(WholeMethod, config=ShadowConfig):
                 "have a classifier in `modules_to_save` beside its `shadow_head`."
             )
 
-    def check_together(self, views: Sequence[Any]) -> None:
-        names = [s._name for s in views]
-        raise ValueError(f"ShadowPEFT requires exactly one active adapter, but got {len(names)}: {', '.join(names)}.")
-
     def open_fields(self, config: ShadowConfig, model: nn.Module, model_type: str | None) -> dict[str, Any]:
         from ..networks.shadow_backbone import blocks_of
 

@@ -39,7 +39,8 @@ class WaveFTConfig(HasFanInFanOut, HasBias, HasInitWeights, TargetConfig, own_ty
         super().__post_init__()
         if self.wavelet_family not in LOW_PASS:
             valid = f"Supported wavelet families are: {list(LOW_PASS)}"
-            raise ValueError(f"wavelet_family: Wavelet family {self.wavelet_family} not supported. {valid}")
+            text = f"Invalid wavelet_family value: {(name := self.wavelet_family)!r}."
+            raise ValueError(f"{text} Wavelet family {name} not supported. {valid}")
 
 
 class WaveFT(SpectrumMethod, config=WaveFTConfig):

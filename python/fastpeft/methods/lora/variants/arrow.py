@@ -64,25 +64,27 @@ def _drawn(a: Tensor, seed: int | None) -> Tensor:
     return found
 
 
-def _directions(a: list[Tensor], b: list[Tensor], starts: list[Tensor], iters: int = 15, eps: float = 1e-8) -> Tensor:
-    """float32 [n, in]: for each of n A [r, in] and B [out, r] the direction that B A stretches most, up to its sign."""
-    down, up = torch.stack(a).float(), torch.stack(b).float()
+def _direction(a: Tensor, b: Tensor, start: Tensor, iters: int = 15, eps: float = 1e-8) -> Tensor:
+    """float32 [in]: the direction that B A stretches most, up to its sign, of A [r, in] and B [out, r]."""
+    down, up = a.float(), b.float()
     gram = up.mT @ up
-    v = torch.stack(starts).to(down.device)[..., None]
-    v = v / (v.norm(dim=1, keepdim=True) + eps)
+    v: Tensor = start.to(down.device)
+    v = v / (v.norm() + eps)
     for _ in range(iters):
         v = down.mT @ (gram @ (down @ v))
-        v = v / (v.norm(dim=1, keepdim=True) + eps)
-    found: Tensor = v[..., 0]
-    return found
+        v = v / (v.norm() + eps)
+    return v
 
 
 # A graph has no generators: there it is an operator, which computes them in each call.
 _ops: Any = torch.library.Library("fastpeft", "FRAGMENT")  # type: ignore[no-untyped-call]
 _ops.define("arrow_directions(Tensor[] a, Tensor[] b, int? seed) -> Tensor",
             tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))  # fmt: skip
-_ops.impl("arrow_directions", lambda a, b, seed: _directions(a, b, [_drawn(one, seed) for one in a]),
-          "CompositeExplicitAutograd")  # fmt: skip
+_ops.impl(
+    "arrow_directions",
+    lambda a, b, seed: torch.stack([_direction(p, q, _drawn(p, seed)) for p, q in zip(a, b, strict=True)]),
+    "CompositeExplicitAutograd",
+)
 torch.library.register_fake(
     "fastpeft::arrow_directions",
     lambda a, b, seed: a[0].new_empty((len(a), a[0].shape[1]), dtype=torch.float32), lib=_ops,
@@ -102,9 +104,12 @@ class ArrowLoraLinearLayer(nn.Module):
         self._prototypes, self._pure, self._joined = (Cache(by_version=True) for _ in range(3))
         self._starts: list[Tensor] = []  # drawn once, so that a prototype is another only where its adapter is
 
-    def top_right_singular_vec_from_BA(self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8) -> Tensor:
-        """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]."""
-        return _directions([A], [B], [_drawn(A, self.rng_seed)], iters, eps)[0]
+    def top_right_singular_vec_from_BA(
+        self, A: Tensor, B: Tensor, iters: int = 15, eps: float = 1e-8, start: Tensor | None = None
+    ) -> Tensor:
+        """float32 [in]: the direction that B A stretches most, up to its sign. A: [r, in]. B: [out, r]. start: [in],
+        drawn by default."""
+        return _direction(A, B, _drawn(A, self.rng_seed) if start is None else start, iters, eps)
 
     def prototypes(self, state: tuple[int, ...], a: list[Tensor], b: list[Tensor]) -> Tensor:
         """[n, in] of n adapters of one rank. state: `layer_state`, as below."""
@@ -114,7 +119,8 @@ class ArrowLoraLinearLayer(nn.Module):
                 found: Tensor = torch.ops.fastpeft.arrow_directions(a, b, self.rng_seed)
             else:
                 self._starts += [_drawn(one, self.rng_seed) for one in a[len(self._starts) :]]
-                found = _directions(a, b, self._starts[: len(a)])
+                each = zip(a, b, self._starts, strict=False)
+                found = torch.stack([self.top_right_singular_vec_from_BA(p, q, start=v) for p, q, v in each])
             return found.to(a[0].dtype)
 
         kept: Tensor = self._prototypes.get([*a, *b], state, make)
