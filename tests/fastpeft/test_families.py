@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +15,13 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import fastpeft
-from families_tools import FAMILIES, adapted, exactly, tiny
 from fastpeft.families.registry import families
 from forms import matrix
 
 from peft_kernels.testing import assert_no_worse
 
+_tools = runpy.run_path(str(Path(__file__).with_name("families_tools.py")))
+FAMILIES, adapted, exactly, tiny = (_tools[name] for name in ("FAMILIES", "adapted", "exactly", "tiny"))
 F32, BF16 = torch.float32, torch.bfloat16
 SHORT = ("gemma2", "phi3", "cohere")  # caps, norms with an offset and windows; fused projections; neighbours and means
 # base, adapter, training, padding, checkpointing

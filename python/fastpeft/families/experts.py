@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import grouped_linear
-from peft_kernels.shim import gated
+from peft_kernels import gated, grouped_linear
 
 from ..weights.read_by_module import EXPERT_FACTORS
 from .description import Experts
