@@ -81,6 +81,11 @@ def test_the_benchmarks_are_up_to_date() -> None:
     check("benchmarks_table.py")
 
 
+@pytest.mark.skipif(not (ROOT / "python/fastpeft/files").is_dir(), reason="python/fastpeft has no families yet")
+def test_the_table_of_families_is_up_to_date() -> None:
+    check("families_table.py")
+
+
 @pytest.mark.skipif(not (ROOT / "python/fastpeft/files").is_dir(), reason="python/fastpeft has no rooms yet")
 def test_the_picture_of_the_rooms_is_up_to_date() -> None:
     check("rooms_picture.py")

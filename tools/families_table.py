@@ -19,8 +19,8 @@ HEAD = """# Families of models
 each in `python/fastpeft/families/known/`, which names the parts of the family's modules and holds no forward. The
 forwards are the same for all of them (`attention.py`, `mlp.py`, `norms.py` beside that folder). What a description does
 not cover stays transformers' own code; `print(fastpeft.accelerate(model))` counts it, with the reason. A family whose
-modules torch computes in one kernel already (LayerNorm) has no entry for them. Made by `python
-tools/families_table.py`.
+modules torch computes in one kernel already (LayerNorm) has no entry for them. `python tools/families_table.py` makes
+this page.
 
 **A family of your own** is a file named as transformers names its folder, with `PARTS`: names of its classes and what
 they are. The words are those of `python/fastpeft/families/description.py`.

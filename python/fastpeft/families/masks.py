@@ -21,7 +21,7 @@ class Seen(NamedTuple):
 
 
 class Masks:
-    """What was found of the last few masks: a model with windows has two in a forward."""
+    """Answers of the last few masks: a model with windows has two in a forward."""
 
     def __init__(self) -> None:
         self._found: tuple[tuple[ref[Tensor], int, Seen], ...] = ()  # whole, as threads share it

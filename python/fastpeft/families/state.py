@@ -22,7 +22,7 @@ class Shared:
     masks: Masks = field(default_factory=Masks)
 
 
-def _call() -> PreparedCall:
+def _new_call() -> PreparedCall:
     return PreparedCall(lora_linear_stacked)
 
 
@@ -31,8 +31,8 @@ class State:
     part: Part
     base: Any  # the class that was there
     shared: Shared = field(default_factory=Shared)
-    qkv: PreparedCall = field(default_factory=_call)
-    o: PreparedCall = field(default_factory=_call)
+    qkv: PreparedCall = field(default_factory=_new_call)
+    o: PreparedCall = field(default_factory=_new_call)
 
     @property
     def names(self) -> list[str]:

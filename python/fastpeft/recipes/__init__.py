@@ -1,1 +1,1 @@
-"""Procedures over a model: measured starts, conversions, optimizers, a quicker Llama."""
+"""Procedures over a model: measured starts, conversions, optimizers, a quicker model."""

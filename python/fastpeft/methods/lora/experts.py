@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...weights.base import is_listened_to
@@ -12,6 +13,12 @@ from ...weights.base import is_listened_to
 def by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """A [E, r, in] and B [E, out, r] of the matrices of all experts: ranks by expert in A, experts by rank in B."""
     return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+
+
+def delta_of(a: Tensor, b: Tensor, experts: int, scaling: float) -> Tensor:
+    """scaling B A of each expert, [E, out, in]."""
+    into, back = by_expert(a, b, experts)
+    return torch.baddbmm(into.new_zeros(()), back, into, beta=0, alpha=scaling)
 
 
 def factors(s: Any) -> tuple[Tensor, Tensor, float] | None:

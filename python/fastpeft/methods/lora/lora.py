@@ -31,8 +31,8 @@ from ..method import AdaptedLayer, Inner, LayerInfo, Method, State
 from ..registry import load_all
 from ..tied import Transposed, tied_fields, tied_names
 from . import start
-from .experts import by_expert, factors
-from .parts import part_out
+from .experts import delta_of, factors
+from .parts import orthogonal, part_out
 from .variants import SUB_CONFIGS, variant_of
 
 
@@ -237,7 +237,7 @@ class Lora(Method):
             if a.weight.is_meta:
                 pass  # a file will bring the numbers
             elif init == "orthogonal":
-                _orthogonal(a.weight, b.weight, info)
+                orthogonal(a.weight, b.weight, info)
             elif init is not False:
                 if init == "gaussian":
                     nn.init.normal_(a.weight, std=1 / config.r)
@@ -267,8 +267,7 @@ class Lora(Method):
         a, b = self.matrices(s) if into is None else (s.own(into), s.own(s.lora_embedding_B))
         dtype = wide(a.dtype)
         if s.get("experts"):
-            into, back = by_expert(a.to(dtype), b.to(dtype), s.experts)
-            return torch.baddbmm(into.new_zeros(()), back, into, beta=0, alpha=s.scaling)
+            return delta_of(a.to(dtype), b.to(dtype), s.experts, s.scaling)
         # A of a convolution is [r, in, *kernel] and B [out, r, 1, ...]: the product is that of the matrices.
         delta: Tensor = b.to(dtype).flatten(1) @ a.to(dtype).flatten(1) * s.scaling
         return delta.reshape(b.shape[0], *a.shape[1:])
@@ -390,15 +389,3 @@ def _conv(config: LoraConfig, info: LayerInfo) -> tuple[Any, Any]:
         padding_mode=base.padding_mode,
     )  # fmt: skip
     return a, conv(config.r, info.out_features, 1, groups=info.groups, bias=config.lora_bias)
-
-
-def _orthogonal(a: Tensor, b: Tensor, info: LayerInfo) -> None:
-    """A from the odd and B from the even rows of one orthogonal matrix: B A starts at zero, neither A nor B does.
-
-    (datta0.github.io/posts/rethink-lora-init)
-    """
-    r = a.shape[0]
-    device = a.device
-    q = torch.linalg.qr(torch.randn(r, r, device=device)).Q
-    a.copy_(torch.randn(info.in_features, r // 2, device=device).mm(q[0::2]).T / 10.0)
-    b.copy_(torch.randn(r // 2, info.out_features, device=device).T.mm(q[1::2]) / 10.0)

@@ -1,10 +1,12 @@
-"""LoRA on weights that processes split (`weights/split.py`): of B the rows, or of A the columns, as W has them."""
+"""Matrices of LoRA: parts of weights that processes split (`weights/split.py`), of B the rows, or of A the columns, as
+W has them; an orthogonal start."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,3 +61,15 @@ def part_out(state: State, info: LayerInfo, dims: Mapping[str, int] | None = Non
             state[name] = held(split, value, dim)
         elif isinstance(value, nn.Linear):  # else a variant's own
             state[name] = PartLinear(value, split, dim)
+
+
+def orthogonal(a: Tensor, b: Tensor, info: LayerInfo) -> None:
+    """A from the odd and B from the even rows of one orthogonal matrix: B A starts at zero, neither A nor B does.
+
+    (datta0.github.io/posts/rethink-lora-init)
+    """
+    r = a.shape[0]
+    device = a.device
+    q = torch.linalg.qr(torch.randn(r, r, device=device)).Q
+    a.copy_(torch.randn(info.in_features, r // 2, device=device).mm(q[0::2]).T / 10.0)
+    b.copy_(torch.randn(r // 2, info.out_features, device=device).T.mm(q[1::2]) / 10.0)
