@@ -26,7 +26,7 @@ from fastpeft.weights.nf4_linear import NF4Linear
 from forms import matrix
 from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter
 from launch_tools import kernels_run, launches, meta_is_a_gpu
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import CTRLConfig, CTRLLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peft_kernels import BackendUnavailable, dispatch, use_backend
 from peft_kernels.testing import assert_no_worse
@@ -260,8 +260,8 @@ def test_launches_of_a_token() -> None:
 @not_interpreted
 def test_reasons_are_shown() -> None:
     """Lines of `train`, `generate` and `serve` (`models.speed_up`), and the report's, where layers keep their code."""
-    assert models.speed_up(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=7))) == [
-        "nothing to accelerate: GPT2LMHeadModel: no decoder layer of Llama, nothing to accelerate"
+    assert models.speed_up(CTRLLMHeadModel(CTRLConfig(n_layer=1, n_embd=8, n_head=2, dff=8, vocab_size=7))) == [
+        "nothing to accelerate: CTRLLMHeadModel: no layer of a described family (docs/families.md)"
     ]
     (line,) = models.speed_up(llama(F32, "meta"))
     assert "no layer is quicker on meta in float32: no kernel serves" in line

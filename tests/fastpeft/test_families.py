@@ -71,7 +71,6 @@ def logits_and_gradients(model: Any, given: dict[str, Tensor], trained: bool) ->
 ))  # fmt: skip
 def test_outputs_and_gradients(name: str, dtype: torch.dtype, setting: Any, shape: str) -> None:
     base, adapter, training, padded, checkpointing = setting
-    torch.manual_seed(0)
     model = adapted(tiny(name, dtype, shape), base, adapter).train(training)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -123,7 +122,6 @@ def test_generating(name: str, dtype: torch.dtype, base: str, padded: bool, stat
     """Greedy tokens are equal in float32; in bfloat16 each one's exact logit is as near to the largest as eager's."""
     if static and name in NO_STATIC:
         pytest.skip("transformers has no static cache for it")
-    torch.manual_seed(0)
     model = adapted(tiny(name, dtype), base, "lora")
     given = inputs(2, 8, padded)
     options: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False}

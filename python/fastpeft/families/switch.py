@@ -29,7 +29,7 @@ from .experts import experts_forward, why_not
 from .head import head_forward
 from .mlp import mlp_forward
 from .norms import norm_forward
-from .registry import families, part_of
+from .registry import part_of
 from .state import Shared, State
 from .together import together_forward
 from .ways import known_ways, ways_of
@@ -110,8 +110,7 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> list[nn.Module]:
     """
     found = list(described(model))
     if not found and not any(map(is_switched, model.modules())):
-        raise ValueError(f"{type(model).__name__}: no layer of a family that is described; those are "
-                         f"{', '.join(families())}")  # fmt: skip
+        raise ValueError(f"{type(model).__name__}: no layer of a described family (docs/families.md)")
     why = _nowhere(model)
     if why is not None:
         raise ValueError(why)
