@@ -39,7 +39,7 @@ test: lint ## set up, then lint and run every test, the longest ones in a short 
 	@$(PYTEST) $(ARGS)
 
 # The parts are those of tests/tools/forms.py.
-test-all: lint ## every test in full; PART= kernels, simt, triton, fuzz, methods, files, models, training, serve or project
+test-all: lint ## every test in full; PART= kernels, simt, triton, fuzz, methods, files, families, models, training, serve or project
 	@$(BUILD_NATIVE)
 	@$(PYTEST) --full $(foreach part,$(PART),--part $(part)) $(ARGS)
 

@@ -137,3 +137,15 @@ def test_generating(name: str, dtype: torch.dtype, base: str, padded: bool, stat
     mask = torch.cat((given["attention_mask"], torch.ones(2, TOKENS, dtype=torch.long)), -1)
     short, error = behind(model, report, fast, mask)
     assert short <= error
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_training_after_inference_mode(name: str) -> None:
+    """Nothing that a forward in inference mode kept is used by a later one; a mask of it has no version to compare."""
+    model, given = tiny(name), inputs(2, 11, True)
+    seen = given["attention_mask"].bool()
+    with torch.inference_mode():
+        plain = model(**given).logits[seen]
+        fastpeft.accelerate(model)
+        compare(model(**given).logits[seen], plain, plain.double())
+    logits_and_gradients(model, given, False)

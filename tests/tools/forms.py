@@ -45,6 +45,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "fastpeft/test_train*", "fastpeft/test_demo*", "fastpeft/test_cli*", "fastpeft/test_distributed*",
         "fastpeft/test_launched*",
     ),
+    "families": ("fastpeft/test_families*", "fastpeft/test_experts*"),
     "models": ("fastpeft/test_*",),
 }  # fmt: skip
 PARTS_ROOT = Path(__file__).resolve().parents[1]

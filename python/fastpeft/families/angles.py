@@ -62,14 +62,17 @@ def _made(of: Attention, cos: Tensor, sin: Tensor, neighbours: bool) -> Turn:
 
 
 @functools.cache
-def alibi_slopes(heads: int, device: torch.device) -> Tensor:
-    """float32 [heads], of ALiBi: powers of 2^(-8 / n) for n a power of two, every other one of 2n's for the rest."""
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """ALiBi's, a number for each head: powers of 2^(-8 / n) for n a power of two, every other one of 2n's for the rest.
+
+    Numbers, as a tensor that is made once may be one of inference mode, or of a graph.
+    """
 
     def powers(n: int, step: int) -> list[float]:
         return [2.0 ** (-8.0 * i / n) for i in range(1, n + 1, step)]
 
     whole = 2 ** int(math.log2(heads))
-    return torch.tensor([*powers(whole, 1), *powers(2 * whole, 2)[: heads - whole]], device=device)
+    return (*powers(whole, 1), *powers(2 * whole, 2)[: heads - whole])
 
 
 def _of_pairs(t: Tensor, neighbours: bool) -> Tensor:

@@ -61,7 +61,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     if ways.attention:
         y = attention(
             q, k, v, scale=scale, causal=seen.causal, spans=seen.spans, keep=seen.keep,
-            slopes=alibi_slopes(q.shape[2], q.device) if of.alibi and given.get(of.alibi) is not None else None,
+            slopes=_slopes(q) if of.alibi and given.get(of.alibi) is not None else None,
             softcap=(getattr(self, of.softcap) or 0.0) if of.softcap else 0.0,
             sinks=getattr(self, of.sinks) if of.sinks else None,
             cos=None if turn is None else turn.cos, sin=None if turn is None else turn.sin,
@@ -75,6 +75,10 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         y = y * torch.sigmoid(gate)
     out = after(self, of.after or of.residual, _out(self, of, state, y))
     return (out if not of.residual else given["residual"] + out), None
+
+
+def _slopes(q: Tensor) -> Tensor:
+    return torch.tensor(alibi_slopes(q.shape[2]), device=q.device)
 
 
 def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, Any]) -> bool:

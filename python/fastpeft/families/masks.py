@@ -24,21 +24,30 @@ class Masks:
     """Answers of the last few masks: a model with windows has two in a forward."""
 
     def __init__(self) -> None:
-        self._found: tuple[tuple[ref[Tensor], int, Seen], ...] = ()  # whole, as threads share it
+        self._found: tuple[tuple[ref[Tensor], int | Tensor, Seen], ...] = ()  # whole, as threads share it
 
     def seen(self, mask: Tensor | None, queries: int, causal: bool) -> Seen | None:
         """mask: None (see `causal`), spans int32 [B or 1, 1, T, 2], bool [B or 1, 1, T, S] or a float one that is 0
         where a key is seen and the least number elsewhere. None for a mask that says more than that."""
         if mask is None:
             return Seen(causal and queries > 1)  # one query is the last: it sees all
-        for kept, version, found in self._found:
-            if kept() is mask and version == mask._version:
+        for kept, as_it_was, found in self._found:
+            if kept() is mask and _is(mask, as_it_was):
                 return found
         made = _read(mask)
         if made is not None:
             alive = tuple(entry for entry in self._found if entry[0]() is not None)
-            self._found = (*alive[-3:], (ref(mask), mask._version, made))
+            self._found = (*alive[-3:], (ref(mask), _as_it_is(mask), made))
         return made
+
+
+def _as_it_is(mask: Tensor) -> int | Tensor:
+    """A mask's version; of a tensor of inference mode, which has none, a copy."""
+    return mask.clone() if mask.is_inference() else mask._version
+
+
+def _is(mask: Tensor, as_it_was: int | Tensor) -> bool:
+    return torch.equal(mask, as_it_was) if isinstance(as_it_was, Tensor) else mask._version == as_it_was
 
 
 def _read(mask: Tensor) -> Seen | None:
