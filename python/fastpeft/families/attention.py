@@ -96,10 +96,8 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
         return False
     if self.training and dropout_of(self, of):
         return False
-    if native_library().reason is not None:  # eager code would keep every score
-        batch, t = x.shape[:2]
-        return batch * head_count(self) * t * t <= MOST_SCORES or not torch.is_grad_enabled()
-    return True
+    kept = x.shape[0] * head_count(self) * x.shape[1] ** 2 if torch.is_grad_enabled() else 0
+    return kept <= MOST_SCORES or native_library().reason is None  # eager code would keep every score
 
 
 def after(self: Any, name: str, y: Tensor) -> Tensor:
