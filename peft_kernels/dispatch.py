@@ -61,6 +61,10 @@ def forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def _type_of(t: Tensor) -> str:
+    return "cpu" if t.is_cpu else t.device.type  # the second takes twice as long
+
+
 def dispatch_observed() -> bool:
     """True if something would see an operator that torch dispatches: a compiler, trace, mode, transform or profiler."""
     return bool(
@@ -91,7 +95,7 @@ class Backend:
     def reason(self, args: tuple[Any, ...], forced: bool = False) -> str | None:
         """Why this backend cannot serve `args`; None where it can."""
         first: Tensor = args[0]
-        device = first.device.type
+        device = _type_of(first)
         if device not in self.devices and not (forced and device in self.forced_devices):
             only = " unless forced" if device in self.forced_devices else ""
             return f"does not serve {device} tensors{only}"
@@ -189,7 +193,7 @@ class Op:
             )
         self.examine(args)
         fn = self.choose(args).fn
-        device = args[0].device.type
+        device = _type_of(args[0])
         if torch.is_autocast_enabled(device):
             # the public functions have done the casts; inside, autocast would silently change the numerics
             with torch.autocast(device, enabled=False):
@@ -205,7 +209,7 @@ class Op:
 
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend that serves `args`. Raises BackendUnavailable when the forced one cannot."""
-        forced = _forced.get(self.name, _forced.get("*"))
+        forced = _forced.get(self.name, _forced.get("*")) if _forced else None
         if forced is not None:
             backend = self.load(forced)
             if forced == "reference":
@@ -218,7 +222,7 @@ class Op:
                 )
             assert isinstance(backend, Backend)
             return backend
-        device = args[0].device.type
+        device = _type_of(args[0])
         for name in _SERVING.get(device, ()):
             backend = self.load(name)
             if not isinstance(backend, Backend) or backend.reason(args) is not None:

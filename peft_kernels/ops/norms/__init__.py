@@ -19,21 +19,25 @@ from ...dispatch import Op, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 
-def _check(op: str, x: Tensor, eps: float) -> None:
+def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     if not x.is_floating_point():
         raise arg_error(op, "x", "a floating-point tensor", x.dtype, TypeError)
-    if x.dim() == 0 or x.shape[-1] == 0:
+    n = x.shape[-1] if x.dim() else 0
+    if n == 0:
         raise arg_error(op, "x", "[..., N], N at least 1", tuple(x.shape))
+    if weight is not None:
+        _check_factor(op, "weight", weight, n)
+    if bias is not None:
+        _check_factor(op, "bias", bias, n)
     if not eps >= 0.0:
         raise arg_error(op, "eps", "0 or above", eps)
 
 
-def _check_factor(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
-    if t is None:
-        return
-    if t.shape != x.shape[-1:]:
-        raise arg_error(op, name, f"[{x.shape[-1]}], one for each feature of x", tuple(t.shape))
-    check_floating(op, **{name: t})
+def _check_factor(op: str, name: str, t: Tensor, n: int) -> None:
+    if t.dim() != 1 or t.numel() != n:
+        raise arg_error(op, name, f"[{n}], one for each feature of x", tuple(t.shape))
+    if not t.is_floating_point():
+        check_floating(op, **{name: t})
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -58,20 +62,21 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, off
     return y.to(x.dtype).contiguous()
 
 
-def new_gradients(x: Tensor, need_dx: bool, need_sums: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty (dx, dweight, dbias), the last two in the dtype of sums; of no elements where they are not wanted."""
-    n = x.shape[-1] if need_sums else 0
-    sums = [x.new_empty(n, dtype=acc_dtype(x.dtype)) for _ in range(2)]
-    return _empty(x) if need_dx else x.new_empty(0), sums[0], sums[1]
+def new_gradients(x: Tensor, need_dx: bool, need_sums: bool, centred: bool) -> tuple[Tensor, ...]:
+    """Empty (dx, dweight), and dbias where centred, those in the dtype of sums; of no elements where not wanted."""
+    dx = _empty(x) if need_dx else x.new_empty(0)
+    if need_sums:
+        return dx, *(x.new_empty(x.shape[-1], dtype=acc_dtype(x.dtype)) for _ in range(1 + centred))
+    return (dx, x.new_empty(0), x.new_empty(0)) if centred else (dx, x.new_empty(0))
 
 
 def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, need_dx: bool, need_sums: bool,
     centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     h, inverse = _parts(x, eps, centred)
     d = dy.to(h.dtype)
-    dx, dweight, dbias = new_gradients(x, need_dx, need_sums)
+    dx, *sums = new_gradients(x, need_dx, need_sums, centred)
     if need_dx:
         g = d if weight is None else d * (weight.to(h.dtype) + offset)
         along = (g * h).mean(-1, keepdim=True) * inverse.square()
@@ -79,15 +84,14 @@ def _gradients(
             g = g - g.mean(-1, keepdim=True)
         dx = ((g - h * along) * inverse).to(x.dtype).contiguous()
     if need_sums:
-        dweight, dbias = (t.reshape(-1, t.shape[-1]).sum(0) for t in (d * h * inverse, d))
-    return dx, dweight, dbias
+        sums = [t.reshape(-1, t.shape[-1]).sum(0) for t in (d * h * inverse, d)[: len(sums)]]
+    return dx, *sums
 
 
 # ---- rms_norm -------------------------------------------------------------------------------------------------------
 def _check_rms(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> None:
-    _check("rms_norm", x, eps)
-    _check_factor("rms_norm", "weight", weight, x)
-    if not math.isfinite(offset) or (offset and weight is None):
+    _check("rms_norm", x, weight, None, eps)
+    if offset and (weight is None or not math.isfinite(offset)):
         raise arg_error("rms_norm", "offset", "finite, and 0 without the weight that it is added to", offset)
 
 
@@ -116,8 +120,8 @@ rms_backward_op = Op(
         "-> (Tensor, Tensor)"
     ),
     check=_check_rms_backward,
-    fake=lambda dy, x, weight, eps, offset, *need: new_gradients(x, *need)[:2],
-    reference=lambda *args: _gradients(*args, False)[:2],
+    fake=lambda dy, x, weight, eps, offset, *need: new_gradients(x, *need, False),
+    reference=lambda *args: _gradients(*args, False),
     folder=__name__,
     sizes="dy[T,D] x[T,D] weight[D]",
 )
@@ -125,9 +129,7 @@ rms_backward_op = Op(
 
 # ---- layer_norm -----------------------------------------------------------------------------------------------------
 def _check_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    _check("layer_norm", x, eps)
-    _check_factor("layer_norm", "weight", weight, x)
-    _check_factor("layer_norm", "bias", bias, x)
+    _check("layer_norm", x, weight, bias, eps)
 
 
 layer_op = Op(
@@ -154,7 +156,7 @@ layer_backward_op = Op(
         "(Tensor dy, Tensor x, Tensor? weight, float eps, bool need_dx, bool need_sums) -> (Tensor, Tensor, Tensor)"
     ),
     check=_check_layer_backward,
-    fake=lambda dy, x, weight, eps, *need: new_gradients(x, *need),
+    fake=lambda dy, x, weight, eps, *need: new_gradients(x, *need, True),
     reference=lambda dy, x, weight, eps, *need: _gradients(dy, x, weight, eps, 0.0, *need, True),
     folder=__name__,
     sizes="dy[T,D] x[T,D] weight[D]",
@@ -168,16 +170,16 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, *ctx.numbers = inputs
+        x, weight, ctx.eps, ctx.offset = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), need = ctx.saved_tensors, ctx.needs_input_grad[:2]
-        frozen = None if weight is None else weight.detach()
-        dx, dweight = rms_backward_op(dy, x, frozen, *ctx.numbers, *need)
-        return dx if need[0] else None, dweight.to(weight.dtype) if need[1] else None, None, None
+        (x, weight), (need_dx, trained, _, _) = ctx.saved_tensors, ctx.needs_input_grad
+        frozen = weight.detach() if trained else weight
+        dx, dweight = rms_backward_op(dy, x, frozen, ctx.eps, ctx.offset, need_dx, trained)
+        return dx if need_dx else None, dweight.to(weight.dtype) if trained else None, None, None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -195,15 +197,10 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), need = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        frozen = None if weight is None else weight.detach()
+        frozen = weight.detach() if need[1] else weight
         dx, dweight, dbias = layer_backward_op(dy, x, frozen, ctx.eps, need[0], need[1] or need[2])
         return (dx if need[0] else None, dweight.to(weight.dtype) if need[1] else None,
                 dbias.to(ctx.bias) if need[2] else None, None)  # fmt: skip
-
-
-def _recorded(*tensors: Tensor | None) -> bool:
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return wanted or forward_mode()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
@@ -215,7 +212,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
     computed in float32 and rounded once (transformers' Llama rounds before weight as well). Raises ValueError or
     TypeError on bad arguments.
     """
-    if _recorded(x, weight):
+    wanted = x.requires_grad or (weight is not None and weight.requires_grad)
+    if (wanted and torch.is_grad_enabled()) or forward_mode():
         result: Tensor = apply_function(_RmsNorm, x, weight, eps, offset)
         return result
     y: Tensor = rms_op(x, weight, eps, offset)
@@ -230,7 +228,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     weight, bias: [N], in dtypes of their own, or None for none. eps: 0 or above. Returns [..., N] in x.dtype,
     contiguous; computed in float32 and rounded once. Raises ValueError or TypeError on bad arguments.
     """
-    if _recorded(x, weight, bias):
+    wanted = x.requires_grad or any(t is not None and t.requires_grad for t in (weight, bias))
+    if (wanted and torch.is_grad_enabled()) or forward_mode():
         result: Tensor = apply_function(_LayerNorm, x, weight, bias, eps)
         return result
     y: Tensor = layer_op(x, weight, bias, eps)

@@ -15,65 +15,70 @@ from . import new_gradients
 _CODES = {t: native.DTYPES[t] for t in (torch.float32, torch.bfloat16, torch.float16)}
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None or not t.numel() else t.data_ptr()
-
-
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, centred: bool) -> Tensor:
+def _norm(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, bias: Tensor | None = None, centred: bool = False
+) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (x, strides), n = with_heads(x), x.shape[-1]
-    weight = weight if weight is None else weight.contiguous()
-    bias = bias if bias is None else bias.contiguous()
-    factor = bias if weight is None else weight
-    code = 0 if factor is None else _CODES[factor.dtype]
+    (x, (inner, inner_row, outer_row)), n = with_heads(x), x.shape[-1]
+    w = b = code = 0
+    if weight is not None:
+        weight = weight.contiguous()
+        w, code = weight.data_ptr(), _CODES[weight.dtype]
+    if bias is not None:
+        bias = bias.contiguous()
+        b, code = bias.data_ptr(), _CODES[bias.dtype]
     native.check(native.cpu().pk_cpu_norm(
-        x.data_ptr(), _address(weight), _address(bias), _CODES[x.dtype], code, x.numel() // n, n, *strides, centred,
-        eps, offset, y.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), w, b, _CODES[x.dtype], code, x.numel() // n, n, inner, inner_row, outer_row, centred, eps, offset,
+        y.data_ptr(), torch.get_num_threads(),
     ))  # fmt: skip
     return y
 
 
 def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, need_dx: bool, need_sums: bool,
-    centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    found, n = new_gradients(x, need_dx, need_sums), x.shape[-1]
-    dy, (x, strides), weight = dy.contiguous(), with_heads(x), None if weight is None else weight.contiguous()
-    dx, dweight, dbias = map(_address, found)
+    centred: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    found, n = new_gradients(x, need_dx, need_sums, centred), x.shape[-1]
+    dy, (x, (inner, inner_row, outer_row)) = dy.contiguous(), with_heads(x)
+    w = code = dweight = dbias = 0
+    if weight is not None:
+        weight = weight.contiguous()
+        w, code = weight.data_ptr(), _CODES[weight.dtype]
+    if need_sums:
+        dweight, dbias = found[1].data_ptr(), found[2].data_ptr() if centred else 0
     native.check(native.cpu().pk_cpu_norm_backward(
-        dy.data_ptr(), x.data_ptr(), _address(weight), _CODES[x.dtype], 0 if weight is None else _CODES[weight.dtype],
-        x.numel() // n, n, *strides, centred, eps, offset, dx, dweight, dbias if centred else 0,
-        torch.get_num_threads(),
+        dy.data_ptr(), x.data_ptr(), w, _CODES[x.dtype], code, x.numel() // n, n, inner, inner_row, outer_row, centred,
+        eps, offset, found[0].data_ptr() if need_dx else 0, dweight, dbias, torch.get_num_threads(),
     ))  # fmt: skip
     return found
+
+
+def _refusal(weight: Tensor | None, bias: Tensor | None = None) -> str | None:
+    if weight is not None and weight.dtype not in _CODES:
+        return f"weight is {weight.dtype}"
+    if bias is None:
+        return None
+    if weight is not None and weight.dtype is not bias.dtype:
+        return f"weight and bias are {weight.dtype} and {bias.dtype}"
+    return None if bias.dtype in _CODES else f"bias is {bias.dtype}"
 
 
 _CPU = frozenset({"cpu"})
 
 
-def _backend(fn: Any, of: slice) -> Backend:
-    """of: where the weight and the bias are among the arguments."""
-
-    def refusal(*args: Any) -> str | None:
-        first = None
-        for t in args[of]:
-            if t is None:
-                continue
-            if t.dtype not in _CODES:
-                return f"weight is {t.dtype}"
-            if first is not None and t.dtype is not first:
-                return f"weight and bias are {first} and {t.dtype}"
-            first = t.dtype
-        return None
-
-    return Backend("native", fn, _CPU, available=native.available, when=refusal)
+def _backend(fn: Any, when: Any) -> Backend:
+    return Backend("native", fn, _CPU, available=native.available, when=when)
 
 
 BACKENDS: dict[str, Backend] = {
-    "rms_norm": _backend(lambda x, weight, eps, offset: _norm(x, weight, None, eps, offset, False), slice(1, 2)),
-    "rms_norm_backward": _backend(lambda *args: _gradients(*args, False)[:2], slice(2, 3)),
-    "layer_norm": _backend(lambda x, weight, bias, eps: _norm(x, weight, bias, eps, 0.0, True), slice(1, 3)),
+    "rms_norm": _backend(_norm, lambda x, weight, *_: _refusal(weight)),
+    "rms_norm_backward": _backend(_gradients, lambda dy, x, weight, *_: _refusal(weight)),
+    "layer_norm": _backend(
+        lambda x, weight, bias, eps: _norm(x, weight, eps, 0.0, bias, True),
+        lambda x, weight, bias, *_: _refusal(weight, bias),
+    ),
     "layer_norm_backward": _backend(
-        lambda dy, x, weight, eps, *need: _gradients(dy, x, weight, eps, 0.0, *need, True), slice(2, 3)
+        lambda dy, x, weight, eps, *need: _gradients(dy, x, weight, eps, 0.0, *need, True),
+        lambda dy, x, weight, *_: _refusal(weight),
     ),
 }

@@ -39,10 +39,10 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, off
 def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, need_dx: bool, need_sums: bool,
     centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     from .triton_kernels import norm_backward_kernel, sums_kernel
 
-    (dx, *found), n, options = new_gradients(x, need_dx, need_sums), x.shape[-1], _options(x.shape[-1])
+    (dx, *found), n, options = new_gradients(x, need_dx, need_sums, centred), x.shape[-1], _options(x.shape[-1])
     rows, dy, (x, strides) = x.numel() // n, dy.contiguous(), with_heads(x)
     w = x if weight is None else weight.contiguous()
     # the mean of each row and 1 / its root, for the sums over rows
@@ -55,8 +55,8 @@ def _gradients(
         sums = x.new_zeros((parts, 2, n), dtype=torch.float32)
         host.launch(sums_kernel, (-(-n // COLUMNS), parts), dy, x, stats, sums, rows, n, *strides, parts,
                     R=ROWS, BLOCK=COLUMNS, num_warps=4, num_stages=1)  # fmt: skip
-        found = [*sums.sum(0).unbind(0)]
-    return dx, found[0], found[1]
+        found = [*sums.sum(0).unbind(0)][: len(found)]
+    return dx, *found
 
 
 def _refusal(x: Tensor, *args: Any) -> str | None:
@@ -65,7 +65,7 @@ def _refusal(x: Tensor, *args: Any) -> str | None:
 
 BACKENDS = host.backends({
     "rms_norm": lambda x, weight, eps, offset: _norm(x, weight, None, eps, offset, False),
-    "rms_norm_backward": lambda *args: _gradients(*args, False)[:2],
+    "rms_norm_backward": lambda *args: _gradients(*args, False),
     "layer_norm": lambda x, weight, bias, eps: _norm(x, weight, bias, eps, 0.0, True),
     "layer_norm_backward": lambda dy, x, weight, eps, *need: _gradients(dy, x, weight, eps, 0.0, *need, True),
 }, _refusal)  # fmt: skip
