@@ -25,7 +25,8 @@ class Quant4bitWeight(BaseWeight):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        return hasattr(module, "quant_weight") and hasattr(module, "set_quant_weight")
+        # `in_features`: what keeps the bytes of another module's parameter (NF4Parameter) is no layer
+        return all(hasattr(module, name) for name in ("quant_weight", "set_quant_weight", "in_features"))
 
     def quant(self) -> QuantWeight:
         with brought(self.module):

@@ -173,7 +173,7 @@ def nests(parameter: Tensor, blocksize: int) -> bool:
 
 
 def packed_parameters(model: nn.Module) -> dict[str, NF4Parameter]:
-    """What is kept in 4 bits for experts, by the paths that their dense parameters have."""
+    """The parameters of experts in 4 bits, by the paths that they have dense."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, NF4Parameter)}
     return {name.removesuffix(CHILD): module for name, module in found.items()}
 

@@ -19,7 +19,7 @@ SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
 
 
 class NF4Store(nn.Module):
-    """What holds a 4-bit weight.
+    """A module that holds a 4-bit weight.
 
     Buffers: `weight` (packed bytes, [ceil(numel / 2), 1], as bitsandbytes shapes them), `absmax`, and when nested
     `nested_absmax`, `nested_code`, `offset`. shape: of the weight.

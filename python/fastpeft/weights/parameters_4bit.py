@@ -77,6 +77,11 @@ class Packed:
     def __init__(self, module: nn.Module, name: str, store: Any) -> None:
         self.module, self.name, self.store = module, name, store
 
+    @property
+    def counted(self) -> int:
+        """Elements of what holds the bytes that is a parameter itself."""
+        return 0
+
     def quant(self) -> QuantWeight:
         return self.store.quant_weight()  # type: ignore[no-any-return]
 
@@ -108,6 +113,10 @@ class BnbPacked(Packed):
     """bitsandbytes' form: a parametrization of torch's decodes the bytes, whole, at each look."""
 
     label = "bnb 4bit"
+
+    @property
+    def counted(self) -> int:
+        return self.store._parameters["original"].numel()  # type: ignore[no-any-return]
 
     def quant(self) -> QuantWeight:
         original, state = self.save()
@@ -204,8 +213,15 @@ def quant_of(module: nn.Module, name: str) -> QuantWeight | None:
 _plain: WeakKeyDictionary[QuantWeight, QuantWeight] = WeakKeyDictionary()
 
 
-def parameter_names(module: nn.Module) -> list[str]:
-    """A module's own parameters, those in 4 bits among them."""
+def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own parameters by name, those in 4 bits as `Decoded` tensors."""
+    packed = {one.name: Decoded(one.quant()) for one in packed_in(module)}
+    return {**module._parameters, **packed}
+
+
+def packed_in(module: nn.Module) -> list[Packed]:
+    """A module's own parameters that are kept in 4 bits."""
     stores: Any = module._modules.get("parametrizations")
     names = [*module._parameters, *(() if stores is None else stores._modules)]
-    return [n for n in names if module._parameters.get(n) is not None or packed_of(module, n) is not None]
+    found = (packed_of(module, name) for name in names)
+    return [packed for packed in found if packed is not None]

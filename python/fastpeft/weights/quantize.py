@@ -139,8 +139,7 @@ def _is_conv1d(layer: nn.Module) -> bool:
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every `NF4Linear` by a dense `nn.Linear`, and experts in 4 bits by dense ones, in place; returns the
     model. Experts must not be accelerated then (ValueError)."""
-    modules: list[tuple[str, Any]] = [*model.named_modules()]
-    packed = [(name, module) for name, module in modules if isinstance(module, NF4Experts)]
+    packed: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, NF4Experts)]
     for name, module in packed:
         if is_accelerated(module):
             raise ValueError(f"dequantize_model: {name} is accelerated: call `unaccelerate(model)` first")
