@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,33 @@ def test_a_quantised_weight_equals_its_matrices() -> None:
     assert isinstance(w, QuantWeight)
 
 
+@needs_native
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", matrix(FLOATS, short=[BF16]))
+def test_a_quantised_weight_that_lies_transposed(dtype: torch.dtype, nested: bool) -> None:
+    """Kept as [E, K, N]: y comes from the operator that gives a dx otherwise, and dx from the other one."""
+    torch.manual_seed(0)
+    e, k, n, r = 3, 128, 256, 5
+    held = random_quant_weight(e * k, n, nested=nested)
+    dense, offsets = dequantize_4bit(held).view(e, k, n), torch.tensor([0, 4, 4, 37])
+    leaves = [normal(40, k, dtype=dtype), normal(e, r, k), normal(e, n, r), normal(e, n), normal(40, n, dtype=dtype)]
+
+    def run(w: Tensor | QuantWeight, given: list[Tensor], backend: str) -> list[Tensor]:
+        x, a, b, bias, dy = (t.detach().requires_grad_() for t in given)
+        with use_backend(backend):
+            y = grouped_linear(x, w, offsets, a, b, 0.5, bias, transposed=True)
+            return [y.detach(), *torch.autograd.grad(y, (x, a, b, bias), dy)]
+
+    mine = run(held, leaves, "native")
+    for one, other in zip(mine, run(replace(held, shape=(e, k, n)), leaves, "native"), strict=True):
+        assert_same_bits(one, other)
+    assert not mine[0][37:].any()
+    eager, exact = run(dense, leaves, "reference"), run(dense.double(), [t.double() for t in leaves], "reference")
+    size = run(dense.double().abs(), [t.double().abs() for t in leaves], "reference")
+    for ours, theirs, right, terms in zip(mine, eager, exact, size, strict=True):
+        assert_no_worse(ours, theirs, right, terms)
+
+
 def test_under_autocast_and_opcheck() -> None:
     c = Case((0, 2, 5), 6, 4)
     with torch.autocast("cpu", dtype=BF16):
@@ -114,12 +142,19 @@ def test_under_autocast_and_opcheck() -> None:
 def test_bad_input() -> None:
     x, w, offsets = torch.randn(5, 4), torch.randn(2, 6, 4), torch.tensor([0, 2, 5])
     a, b = torch.randn(2, 3, 4), torch.randn(2, 6, 3)
+    four, turned = random_quant_weight(2 * 8, 64, nested=False), (None, None, 1.0, None, True)
     for match, args in (
         (r"offsets must be int64 \[E \+ 1\]", (x, w, offsets.int())),
         (r"offsets must be int64 \[E \+ 1\]", (x, w, offsets[:1])),
         (r"weight must be \[1, 6, 4\], got \(2, 6, 4\)", (x, w, offsets[:2])),
         (r"weight must be \[E, N, K\]", (x, w[0], offsets)),
         (r"weight must be a QuantWeight of shape \(E \* N, K\) for 2 groups", (x, random_quant_weight(7, 64), offsets)),
+        (r"weight must be \[E, K, N\]", (x, w[0], offsets, None, None, 1.0, None, True)),
+        (r"x must be \[M, 8\]", (x, four, offsets, None, None, 1.0, None, True)),
+        (r"weight must be a QuantWeight of shape \(E \* K, N\)", (x, random_quant_weight(7, 64), offsets, *turned)),
+        (r"a must be \[2, r, 8\]", (torch.randn(5, 8), four, offsets, a, b, *turned[2:])),
+        (r"a and b must be given together", (torch.randn(5, 8), four, offsets, a, *turned[1:])),
+        (r"bias must be \[2, 64\]", (torch.randn(5, 8), four, offsets, None, None, 1.0, torch.randn(2, 8), True)),
         (r"a must be \[2, r, 4\]", (x, w, offsets, a.mT, b)),
         (r"b must be \[2, 6, 3\]", (x, w, offsets, a, b.mT)),
         (r"a and b must be given together", (x, w, offsets, a)),

@@ -221,20 +221,43 @@ def _bias_gradient(dy: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     return sums[:-1].to(dtype)
 
 
+def _product(
+    x: Tensor, flat: tuple[Any, ...], offsets: Tensor, n: int, a: Tensor | None, b: Tensor | None, scaling: float,
+    bias: Tensor | None, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """y of n columns. transposed: of a 4-bit weight whose matrices are W_e^T: the product that gives a dx otherwise,
+    with B^T and A^T as the adapter."""
+    if not transposed:
+        return forward_op(x, *flat, offsets, n, a, b, scaling, bias)  # type: ignore[no-any-return]
+    a, b = _turned(a, b)
+    y: Tensor = backward_op(x, x.new_empty((x.shape[0], n)), *flat, offsets, a, b, scaling, True, False)[0]
+    return y if bias is None else y + _of_rows(bias, offsets, y.shape[0]).to(y.dtype)
+
+
+def _turned(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return None if b is None else b.mT, None if a is None else a.mT
+
+
+def _of_rows(bias: Tensor, offsets: Tensor, m: int) -> Tensor:
+    """[M, N]: the bias of each row's group, zeros for rows of no group."""
+    groups = torch.searchsorted(offsets, torch.arange(m, device=offsets.device), right=True) - 1
+    return torch.cat((bias, bias.new_zeros((1, bias.shape[1])))).index_select(0, groups)
+
+
 class _GroupedLinear(torch.autograd.Function):
-    """forward_op's arguments -> y."""
+    """`_product` with the weight's eight parts one by one: autograd sees arguments, not what lies in them."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        return forward_op(*args)
+    def forward(x: Tensor, *args: Any) -> Any:
+        return _product(x, args[:8], *args[8:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, absmax, nested_absmax, nested_code, offset, *ints = inputs[:9]
-        offsets, _, a, b, scaling, bias = inputs[9:]
+        offsets, _, a, b, scaling, bias, transposed = inputs[9:]
         # a frozen weight without an adapter needs x in its backward for its shape only
         need_x = a is not None or weight.requires_grad
-        ctx.x_shape, ctx.ints, ctx.scaling = x.shape, ints, scaling
+        ctx.x_shape, ctx.ints, ctx.scaling, ctx.transposed = x.shape, ints, scaling, transposed
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if need_x else None, weight, absmax, nested_absmax, nested_code, offset, offsets, a, b)
@@ -242,20 +265,26 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * 15
+        grads: list[Tensor | None] = [None] * 16
         if dys[0] is None:
             return tuple(grads)
-        x, weight, absmax, nested_absmax, nested_code, offset, offsets, a, b = ctx.saved_tensors
-        dy, need = dys[0].contiguous(), ctx.needs_input_grad
+        x, *parts, offsets, a, b = ctx.saved_tensors
+        dy, need, flat = dys[0].contiguous(), ctx.needs_input_grad, (*parts, *ctx.ints)
         rows = x if x is not None else dy.new_empty(ctx.x_shape)
         need_dx, need_ab = need[0], need[11] or need[12]
-        if need_dx or need_ab:
-            dx, da, db = backward_op(dy, rows, weight, absmax, nested_absmax, nested_code, offset, *ctx.ints, offsets,
-                                     a, b, ctx.scaling, need_dx, need_ab)  # fmt: skip
+        if ctx.transposed:
+            a, b = _turned(a, b)
+            if need_dx:
+                grads[0] = forward_op(dy, *flat, offsets, rows.shape[1], a, b, ctx.scaling, None)
+            if need_ab:
+                _, da, db = backward_op(rows, dy, *flat, offsets, a, b, ctx.scaling, False, True)
+                grads[11], grads[12] = _turned(da, db)
+        elif need_dx or need_ab:
+            dx, da, db = backward_op(dy, rows, *flat, offsets, a, b, ctx.scaling, need_dx, need_ab)
             grads[0] = dx if need_dx else None
             grads[11], grads[12] = da if need[11] else None, db if need[12] else None
         if need[1]:
-            grads[1] = _weight_gradient(dy, rows, offsets, weight)
+            grads[1] = _weight_gradient(dy, rows, offsets, parts[0])
         if need[14]:
             grads[14] = _bias_gradient(dy, offsets, ctx.bias_dtype)
         return tuple(grads)
@@ -269,17 +298,19 @@ def grouped_linear(
     b: Tensor | None = None,
     scaling: float = 1.0,
     bias: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """`x W_e^T + bias_e + scaling * (x A_e^T) B_e^T` for the rows of each group e; differentiable in x, a, b, bias and
     a dense weight.
 
     x: [M, K] float32, bfloat16, float16 (float64 on the reference), the rows of group e at offsets[e] to
     offsets[e + 1]; rows from offsets[E] on give zeros. offsets: int64 [E + 1], rising from 0, on any device (one that
-    is not x's is copied there). weight: dense [E, N, K], whose last or last but one dimension is dense (experts kept as
-    [E, K, N] are `weight.mT`, and not copied), or a `QuantWeight` of [E * N, K], whose rows e N to (e + 1) N are group
-    e's. a: [E, r, K], b: [E, N, r], in a dtype of their own. bias: [E, N]. Returns [M, N] in x.dtype; sums are
-    float32. Under autocast x is cast to autocast's dtype. On a GPU nothing reads offsets, which must be right; the
-    gradient of a dense weight waits for them. Raises ValueError or TypeError on bad arguments.
+    is not x's is copied there). weight: [E, N, K], dense or a `QuantWeight` of this shape or of [E * N, K]; transposed:
+    it is kept as [E, K, N] (a `QuantWeight` of this shape or of [E * K, N]), and not copied. The last dimension of a
+    dense one, or its last but one, is dense. a: [E, r, K], b: [E, N, r], in a dtype of their own. bias: [E, N].
+    Returns [M, N] in x.dtype; sums are float32. Under autocast x is cast to autocast's dtype. On a GPU nothing reads
+    offsets, which must be right; the gradient of a dense weight waits for them. Raises ValueError or TypeError on bad
+    arguments.
     """
     op = "grouped_linear"
     x = as_autocast(op, x)
@@ -288,16 +319,45 @@ def grouped_linear(
     if offsets.dim() != 1 or offsets.shape[0] < 2:
         raise arg_error(op, "offsets", "int64 [E + 1] of a group or more", (offsets.dtype, tuple(offsets.shape)))
     e = offsets.shape[0] - 1
+    turned = False
     if isinstance(weight, QuantWeight):
-        if len(weight.shape) != 2 or weight.shape[0] % e:
-            raise arg_error(op, "weight", f"a QuantWeight of shape (E * N, K) for {e} groups", weight.shape)
-        flat, n = weight.flatten(), weight.shape[0] // e
+        shape, turned = weight.shape, transposed
+        if len(shape) == 2 and shape[0] % e == 0:
+            shape = (e, shape[0] // e, shape[1])
+        if len(shape) != 3 or shape[0] != e:
+            rows = "K, N" if turned else "N, K"
+            raise arg_error(op, "weight", f"a QuantWeight of shape (E * {rows}) for {e} groups, or (E, {rows})",
+                            weight.shape)  # fmt: skip
+        flat, n = weight.flatten(), shape[2 if turned else 1]
+        if turned:
+            _check_turned(x, shape, a, b, bias)
     else:
         if weight.dim() != 3:
-            raise arg_error(op, "weight", "[E, N, K]", tuple(weight.shape))
+            raise arg_error(op, "weight", "[E, K, N]" if transposed else "[E, N, K]", tuple(weight.shape))
+        weight = weight.mT if transposed else weight
         flat, n = (weight, None, None, None, None, 0, 64, 256), weight.shape[1]
     offsets = offsets if offsets.device == x.device else moved(op, "offsets", offsets, x.device)
-    args = (x.contiguous(), *flat, offsets, n, a, b, scaling, bias)
+    rest = (offsets, n, a, b, scaling, bias, turned)
+    x = x.contiguous()
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, flat[0], a, b, bias))
-    y: Tensor = apply_function(_GroupedLinear, *args) if wanted or forward_mode() else forward_op(*args)
-    return y
+    if wanted or forward_mode():
+        y: Tensor = apply_function(_GroupedLinear, x, *flat, *rest)
+        return y
+    return _product(x, flat, *rest)
+
+
+def _check_turned(
+    x: Tensor, shape: tuple[int, ...], a: Tensor | None, b: Tensor | None, bias: Tensor | None
+) -> None:  # fmt: skip
+    """Of a transposed 4-bit weight, whose operator sees x as a dy, and A and B in each other's places."""
+    op, (e, k, n) = "grouped_linear", shape
+    if x.shape[1] != k:
+        raise arg_error(op, "x", f"[M, {k}]", tuple(x.shape))
+    if (a is None) != (b is None):
+        raise arg_error(op, "a and b", "given together or not at all", "one of them")
+    if a is not None and (a.dim() != 3 or a.shape[0] != e or a.shape[2] != k):
+        raise arg_error(op, "a", f"[{e}, r, {k}]", tuple(a.shape))
+    if a is not None and b is not None and tuple(b.shape) != (e, n, a.shape[1]):
+        raise arg_error(op, "b", f"[{e}, {n}, {a.shape[1]}]", tuple(b.shape))
+    if bias is not None and tuple(bias.shape) != (e, n):
+        raise arg_error(op, "bias", f"[{e}, {n}]", tuple(bias.shape))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from peft_kernels import gated, grouped_linear
 
+from ..weights.parameters_4bit import quant_of
+from ..weights.quantised_rows import size_of_one
 from ..weights.read_by_module import EXPERT_FACTORS
 from .description import Experts
 from .mlp import act_of
@@ -23,16 +25,16 @@ from .ways import ways_of
 EXPERTS = Experts()
 
 
-def is_experts(cls: type[nn.Module]) -> bool:
-    """True of a class that transformers' `use_experts_implementation` marked."""
-    return hasattr(cls, "_apply_gate") and hasattr(cls.forward, "__wrapped__")
-
-
 def why_not(module: Any) -> str | None:
     """The reason why a module of such a class keeps its own forward, whatever its input is."""
     if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
         return "it does not say how its experts lie"
     for name in _names(module):
+        quant = quant_of(module, name)
+        if quant is not None:
+            if len(quant.shape) != 3 or size_of_one(quant) % quant.blocksize:
+                return f"{name}: the 4-bit blocks of an expert are not whole"
+            continue
         weight: Any = getattr(module, name, None)
         if type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 3 or not weight.is_floating_point():
             return f"{name} is no dense tensor of all experts"
@@ -77,10 +79,11 @@ def experts_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
 
 
 def _product(self: Any, name: str, x: Tensor, offsets: Tensor, factors: dict[str, Any]) -> Tensor:
-    weight = getattr(self, name)
+    quant = quant_of(self, name)
+    weight = getattr(self, name) if quant is None else quant
     a, b, scaling = factors.get(name, (None, None, 1.0))
     bias = getattr(self, f"{name}_bias") if self.has_bias else None
-    return grouped_linear(x, weight.mT if self.is_transposed else weight, offsets, a, b, scaling, bias)
+    return grouped_linear(x, weight, offsets, a, b, scaling, bias, transposed=self.is_transposed)
 
 
 def _activated(self: Any, h: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import pkgutil
 
 from torch import nn
 
+from ..weights.nf4_experts import is_experts
 from . import known
 from .description import Family, Part
-from .experts import EXPERTS, is_experts
+from .experts import EXPERTS
 
 MODELS = "transformers.models."
 

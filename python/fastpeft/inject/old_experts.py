@@ -27,6 +27,7 @@ from ..files.checks import PREFIX, KeyMismatchError, list_some
 from ..methods.method import Method
 from ..weights.base import LayerInfo, innermost
 from ..weights.find import weight_of
+from ..weights.parameters_4bit import parameters_of
 from .modules import Site, walk
 
 
@@ -93,8 +94,8 @@ def find_joined(model: nn.Module) -> list[JoinedExperts]:
     return found
 
 
-def _own(site: Site) -> dict[str, nn.Parameter | None]:
-    return innermost(site.module)._parameters
+def _own(site: Site) -> dict[str, Tensor | None]:
+    return parameters_of(innermost(site.module))
 
 
 def _plain(pattern: str) -> str:

@@ -10,6 +10,7 @@ from ..config.types import PeftError, PeftRuntimeWarning, warn
 from ..files.checks import list_some
 from ..layer.layer import AdapterLayer
 from ..weights.base import innermost
+from ..weights.parameters_4bit import parameters_of
 from ..weights.read_by_module import ParameterWeight, TransientWeight
 from .modules import Site
 
@@ -29,7 +30,7 @@ def parameter_sites(
         if name.endswith(".base_layer") and isinstance(site.parent, AdapterLayer):
             continue  # reached from the outermost layer
         base = innermost(site.module)
-        own = [n for n, p in base._parameters.items() if p is not None]
+        own = [n for n, p in parameters_of(base).items() if p is not None]
         hits = {n: [w for w in wanted if f".{name}.{n}".endswith(f".{w}")] for n in own}
         found = [n for n in own if hits[n]]
         matched.update(*hits.values())

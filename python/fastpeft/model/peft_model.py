@@ -22,7 +22,7 @@ from ..saving.folder import open_adapter, save_adapter
 from ..saving.load import plan_loading
 from ..saving.plain_lora import as_plain_lora
 from ..saving.state_dict import check_writable, get_peft_model_state_dict
-from ..weights.nf4_linear import NF4Linear
+from ..weights.nf4_store import NF4Store
 from . import adapters, card, prompted, prompted_generation
 from .prepare import enable_input_gradients, is_checkpointing, is_quantized
 from .status import count_parameters, get_layer_status, get_model_status
@@ -67,7 +67,7 @@ class PeftModel(SeenAsPeft, nn.Module):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Names of quantised weights: DDP, which asks for this, would send them to all processes in every forward."""
-        layers = [(path, module) for path, module in self.named_modules() if isinstance(module, NF4Linear)]
+        layers = [(path, module) for path, module in self.named_modules() if isinstance(module, NF4Store)]
         return [f"{path}.{name}" for path, layer in layers for name, held in layer._buffers.items() if held is not None]
 
     def __getattr__(self, name: str) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from ..inject.modules import AdapterModule, adapter_modules
 from ..layer.containers import AdapterDict
 from ..weights.nf4 import Quant4bitWeight
+from ..weights.parameters_4bit import packed_in
 from .tuner import BaseTuner
 
 Irregular = Literal["irregular"]
@@ -59,6 +60,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         # Our 4-bit layers keep their bytes in buffers, so that nothing takes them for something to train.
         if Quant4bitWeight.accepts(module):
             total += Quant4bitWeight(module).quant().numel
+        # Of experts' parameters in bitsandbytes' form the bytes are counted above.
+        total += sum(packed.quant().numel - packed.counted for packed in packed_in(module))
     return trainable, total
 
 

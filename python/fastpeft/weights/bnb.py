@@ -90,7 +90,7 @@ class Bnb4bitWeight(Quant4bitWeight):
             if w is None or w.requires_grad or hooks or pre or "forward" in own:
                 return None
             # The state object tells a requantised or repacked weight from the one that was seen last.
-            if qw is None or w is not held or w.quant_state is not state or not _is_view(qw, w, state):
+            if qw is None or w is not held or w.quant_state is not state or not is_view(qw, w, state):
                 qw = self.quant()
                 held, state = w, w.quant_state
             return qw
@@ -112,12 +112,12 @@ def quant_view(module: nn.Module) -> QuantWeight | None:
         return None
     held = _views.get(module)
     same: Any = held is not None and held[0]() is weight
-    if held is None or not same or not _is_view(held[1], weight, weight.quant_state):
+    if held is None or not same or not is_view(held[1], weight, weight.quant_state):
         _views[module] = held = ref(weight), Bnb4bitWeight(module).quant()
     return held[1]
 
 
-def _is_view(qw: QuantWeight, weight: Any, state: Any) -> bool:
+def is_view(qw: QuantWeight, weight: Any, state: Any) -> bool:
     """True while a view of a `Params4bit` shows its bytes and scales: all of them may be replaced in place."""
     if getattr(state, "packing_format_for_cpu", False) or state.absmax is not qw.absmax:
         return False

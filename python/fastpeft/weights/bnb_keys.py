@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,8 +53,11 @@ def as_modules(state: Mapping[str, Tensor]) -> nn.Module:
     return root
 
 
-def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight:
-    """The `QuantWeight` behind bitsandbytes' keys (`weight`, `weight.absmax`, ...); every one is checked first."""
+def parse_bnb_state(state: Mapping[str, Tensor], where: str = "", sizes: int = 2) -> QuantWeight:
+    """The `QuantWeight` behind bitsandbytes' keys (`weight`, `weight.absmax`, ...); every one is checked first.
+
+    sizes: of its shape, how many there are.
+    """
     packed = state["weight"]
     texts = [key for key in state if key.startswith(_STATE)]
     if len(texts) != 1:
@@ -65,8 +69,9 @@ def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight
     quant_type, blocksize, shape, dtype = (facts.get(k) for k in ("quant_type", "blocksize", "shape", "dtype"))
     if quant_type not in QUANT_TYPES or blocksize not in BLOCKSIZES or dtype not in DTYPES:
         raise AdapterFileError(f"{where}{texts[0]}: unknown quant_type, blocksize or dtype in {facts}")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n >= 0 for n in shape):
-        raise AdapterFileError(f"{where}{texts[0]}: expected a shape of two sizes, found {shape}")
+    if not isinstance(shape, list) or len(shape) != sizes or not all(type(n) is int and n >= 0 for n in shape):
+        count = {2: "two", 3: "three"}[sizes]
+        raise AdapterFileError(f"{where}{texts[0]}: expected a shape of {count} sizes, found {shape}")
 
     def need(name: str, dtype: torch.dtype, numel: int) -> Tensor:
         if (tensor := state.get(name)) is None:
@@ -79,7 +84,7 @@ def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight
 
     if packed.dtype != torch.uint8:
         packed = packed.contiguous().view(torch.uint8)  # bitsandbytes' quant_storage: the same bytes under another name
-    numel = shape[0] * shape[1]
+    numel = math.prod(shape)
     nblocks = -(-numel // blocksize)
     if packed.numel() != (numel + 1) // 2:
         raise AdapterFileError(f"{where}weight: {packed.numel()} bytes, {shape} in 4 bits needs {(numel + 1) // 2}")
@@ -94,7 +99,7 @@ def parse_bnb_state(state: Mapping[str, Tensor], where: str = "") -> QuantWeight
     return QuantWeight(
         packed=packed.detach().contiguous().view(-1, 1),
         absmax=need("weight.absmax", torch.uint8 if nested else torch.float32, nblocks),
-        shape=(shape[0], shape[1]), quant_type=quant_type, blocksize=blocksize, dtype=DTYPES[dtype],
+        shape=tuple(shape), quant_type=quant_type, blocksize=blocksize, dtype=DTYPES[dtype],
         nested_absmax=need("weight.nested_absmax", torch.float32, -(-nblocks // nested_blocksize)) if nested else None,
         nested_code=need("weight.nested_quant_map", torch.float32, 256) if nested else None,
         nested_blocksize=nested_blocksize,

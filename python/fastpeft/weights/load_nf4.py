@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from ..files.checks import AdapterFileError, list_some, mismatch, path_inside, read_json
 from ..files.safetensors import Header, read_header, read_tensors
 from .bnb_keys import DTYPES
+from .nf4_experts import NF4Parameter, dense_parameters, pack, packed_parameters
 from .nf4_linear import NF4Linear
 from .quantize import mark_quantized
 
@@ -75,7 +76,8 @@ def load_nf4_model(
     if (root / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(root)
     saved_dtype = DTYPES.get(str(quantization.get("bnb_4bit_compute_dtype")))
-    mark_quantized(model, quant_type, nested, compute_dtype or saved_dtype, kept)
+    experts = bool(packed_parameters(model))
+    mark_quantized(model, quant_type, nested, compute_dtype or saved_dtype, kept, experts)
     return model.to(device).eval()
 
 
@@ -84,19 +86,26 @@ def _swap(
 ) -> tuple[list[str], str, bool]:
     """Put an empty NF4Linear wherever the files hold a 4-bit weight; return what stays dense, the type, and nested."""
     names = {key for header in headers for key in header.tensors}
-    split = (key.partition(".weight.quant_state.bitsandbytes__") for key in names)
-    types = {module: quant_type for module, mark, quant_type in split if mark}
+    split = (key.partition(".quant_state.bitsandbytes__") for key in names)
+    types = {weight: quant_type for weight, mark, quant_type in split if mark}
     if not types:
         raise AdapterFileError("the folder holds no 4-bit weights of bitsandbytes' format")
-    for name, quant_type in types.items():
+    for weight, quant_type in types.items():
+        name, _, parameter = weight.rpartition(".")
         try:
             old: Any = model.get_submodule(name)
         except AttributeError:
             raise AdapterFileError(f"the files hold a 4-bit weight for {name}, which the model does not have") from None
+        nested = f"{weight}.nested_absmax" in names
+        if parameter in dense_parameters(old):
+            pack(old, parameter, quant_type, 64, nested)  # its block size, as the others', is in the file's data
+            continue
+        if parameter != "weight":
+            what = f"a {type(old).__name__} has no such experts"
+            raise AdapterFileError(f"the files hold a 4-bit weight {weight}: {what}")
         if type(old) is not nn.Linear and type(old).__name__ != "Conv1D":
             raise AdapterFileError(f"the files hold a 4-bit weight for {name}, a {type(old).__name__} in the model")
         out_features, in_features = old.weight.shape if type(old) is nn.Linear else reversed(old.weight.shape)
-        nested = f"{name}.weight.nested_absmax" in names
         # The block size is in the file's data; the layer is given its buffers when that is read.
         new = NF4Linear.empty(
             in_features, out_features, old.bias is not None, quant_type, nested=nested,
@@ -105,16 +114,19 @@ def _swap(
         model.set_submodule(name, new)
     kept = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     first = next(iter(types))
-    return kept, types[first], f"{first}.weight.nested_absmax" in names
+    return kept, types[first], any(f"{weight}.nested_absmax" in names for weight in types)
 
 
 def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype) -> None:
     owner = {key: header for header in headers for key in header.tensors}
     packed: dict[str, list[str]] = {name: [] for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    experts = packed_parameters(model)
+    parts_of: dict[str, list[str]] = {path: [] for path in experts}
     plain: list[str] = []
     for key in owner:
         name, mark, _ = key.partition(".weight")
-        (packed[name] if mark and name in packed else plain).append(key)
+        path = _path_of(key, experts)
+        (parts_of[path] if path else packed[name] if mark and name in packed else plain).append(key)
     for header in headers:
         state = read_tensors(header, [key for key in plain if owner[key] is header])
         cast = {key: v.to(dtype) if v.is_floating_point() else v for key, v in state.items()}
@@ -125,6 +137,16 @@ def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype) -> None:
         bias = layer._parameters.get("bias")
         parts = {key.removeprefix(name + "."): read_tensors(owner[key], [key])[key] for key in keys}
         layer.load_state_dict(parts | ({} if bias is None else {"bias": bias.detach()}), assign=True)
+    for path, keys in parts_of.items():
+        state = {"weight" + key.removeprefix(path): read_tensors(owner[key], [key])[key] for key in keys}
+        experts[path].load(state, path, assign=True)
+
+
+def _path_of(key: str, experts: Mapping[str, NF4Parameter]) -> str | None:
+    """The parameter in 4 bits that a file's tensor belongs to: its bytes, or what lies beside them."""
+    above, _, last = key.rpartition(".")
+    above = above.removesuffix(".quant_state")
+    return key if key in experts else above if last and above in experts else None
 
 
 def _check(model: nn.Module, headers: list[Header], root: Path) -> None:
@@ -136,9 +158,11 @@ def _check(model: nn.Module, headers: list[Header], root: Path) -> None:
     if extra or missing:
         keys = f"missing {list_some(missing) or 'nothing'}; unexpected {list_some(extra) or 'nothing'}"
         raise AdapterFileError(f"{root} does not fit its configuration: {keys}")
+    experts = packed_parameters(model)
     for name, info in found.items():
         # Of a 4-bit weight's parts only the bytes have a size that the configuration fixes. They may be stored under
         # another dtype, and then have another shape.
         want, same_bytes = expected[name], info.nbytes == expected[name].nbytes and info.dtype != expected[name].dtype
-        if ".weight." not in name and info.shape != want.shape and not same_bytes:
+        beside = ".weight." in name or _path_of(name, experts) not in (None, name)
+        if not beside and info.shape != want.shape and not same_bytes:
             raise AdapterFileError(f"{root}: size mismatch for {mismatch(name, info.shape, want.shape)}")

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import peft_kernels
 from peft_kernels import QuantWeight
-from peft_kernels.formats import decode_absmax
 
 from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, put_back, relative_error
+from .quantised_rows import quantised_rows
 
 
 class Quant4bitWeight(BaseWeight):
@@ -25,7 +25,8 @@ class Quant4bitWeight(BaseWeight):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        return hasattr(module, "quant_weight") and hasattr(module, "set_quant_weight")
+        # `in_features`: what keeps the bytes of another module's parameter (NF4Parameter) is no layer
+        return all(hasattr(module, name) for name in ("quant_weight", "set_quant_weight", "in_features"))
 
     def quant(self) -> QuantWeight:
         with brought(self.module):
@@ -43,7 +44,7 @@ class Quant4bitWeight(BaseWeight):
         return peft_kernels.dequantize_4bit(self.quant(), dtype=torch.float32), self.bias
 
     def rows(self, index: slice | Tensor) -> Tensor:
-        found = _rows(self.quant(), index)
+        found = quantised_rows(self.quant(), index)
         return super().rows(index) if found is None else found
 
     def write(self, w: Tensor, b: Tensor | None) -> float | None:
@@ -79,14 +80,3 @@ class Quant4bitWeight(BaseWeight):
             return None if hooks or pre or "forward" in own else quant()
 
         return weight
-
-
-def _rows(qw: QuantWeight, index: slice | Tensor) -> Tensor | None:
-    """Some rows of a 4-bit weight in float32; None where its blocks straddle rows."""
-    n, k = qw.shape
-    if k % qw.blocksize or k % 2:
-        return None
-    scales = decode_absmax(qw.absmax, qw.nested_absmax, qw.nested_code, qw.offset, qw.nested_blocksize)
-    packed = qw.packed.view(n, -1)[index].contiguous()
-    some = QuantWeight(packed, scales.view(n, -1)[index].reshape(-1), (len(packed), k), qw.quant_type, qw.blocksize)
-    return peft_kernels.dequantize_4bit(some, dtype=torch.float32)

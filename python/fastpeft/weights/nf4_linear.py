@@ -1,16 +1,13 @@
 """Our own 4-bit linear layer.
 
-`NF4Linear` holds the bytes that bitsandbytes would hold, as plain buffers: nothing hangs on a Parameter subclass, so
-the layer pickles, deep-copies and moves like any module, and its scales survive `.to(dtype)`. Its state dict has
-bitsandbytes' pre-quantised keys (`weight`, `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4`,
-...), so a saved model loads in transformers with bitsandbytes, and theirs loads here without bitsandbytes.
-
-Format and method: QLoRA (arXiv 2305.14314).
+The state dict of an `NF4Linear` has bitsandbytes' pre-quantised keys (`weight`, `weight.absmax`, `weight.quant_map`,
+`weight.quant_state.bitsandbytes__nf4`, ...), so a saved model loads in transformers with bitsandbytes, and theirs loads
+here without bitsandbytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,35 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, dequantize_4bit, lora_linear, quantize_4bit
-from peft_kernels.formats import make_tables
 
 from .bnb_keys import as_modules, bnb_state, parse_bnb_state
+from .nf4_store import NF4Store
 
-_SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
 
-
-class NF4Linear(nn.Module):
+class NF4Linear(NF4Store):
     """A frozen linear layer whose weight is stored in 4 bits: `y = x W^T + bias` with x of [..., in_features].
 
-    Buffers: `weight` (packed bytes, [ceil(in * out / 2), 1], as bitsandbytes shapes them), `absmax`, and when nested
-    `nested_absmax`, `nested_code`, `offset`. `bias` is a Parameter that needs no gradient until asked to. The output
-    has x's dtype; sums are float32. With `compute_dtype` x is cast to it first, as bitsandbytes does.
+    `bias` is a Parameter that needs no gradient until asked to. The output has x's dtype; sums are float32. With
+    `compute_dtype` x is cast to it first, as bitsandbytes does.
     """
-
-    weight: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_code: Tensor | None
-    offset: Tensor | None
 
     def __init__(
         self, weight: QuantWeight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.compute_dtype = compute_dtype
-        self.register_buffer("weight", None)
-        for name in _SCALES:
-            self.register_buffer(name, None, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.set_quant_weight(weight)
 
@@ -73,55 +58,11 @@ class NF4Linear(nn.Module):
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
         return cls(QuantWeight.from_bnb(layer.weight), bias, compute_dtype)
 
-    def quant_weight(self) -> QuantWeight:
-        """The weight as the kernels take it; shares the buffers and is rebuilt only when one of them was replaced."""
-        held: Any = self._buffers if "weight" in self._buffers else {**self._buffers, **self._parameters}
-        packed, absmax, nested_absmax = held["weight"], held["absmax"], held["nested_absmax"]
-        nested_code, offset = held["nested_code"], held["offset"]
-        last: QuantWeight | None = self.__dict__.get("_quant_weight")
-        if (
-            last is None or last.packed is not packed or last.absmax is not absmax or last.offset is not offset
-            or last.nested_absmax is not nested_absmax or last.nested_code is not nested_code
-        ):  # fmt: skip
-            last = QuantWeight(
-                packed=packed, absmax=absmax, shape=(self.out_features, self.in_features),
-                quant_type=self.quant_type, blocksize=self.blocksize, dtype=self.dtype, nested_absmax=nested_absmax,
-                nested_code=nested_code, nested_blocksize=self.nested_blocksize, offset=offset,
-            )  # fmt: skip
-            self.__dict__["_quant_weight"] = last
-        return last
-
     def set_quant_weight(self, weight: QuantWeight) -> None:
-        """Replace the weight. Its tensors are kept, not copied, so an old `quant_weight()` restores the exact bytes."""
-        if self.sharded:
-            raise ValueError("this NF4Linear is sharded: load, requantise or merge before `fully_shard_model`")
         if len(weight.shape) != 2:
             raise ValueError(f"NF4Linear needs a weight of shape (out_features, in_features), got {weight.shape}")
-        self.out_features, self.in_features = (int(n) for n in weight.shape)
-        self.quant_type, self.blocksize, self.dtype = weight.quant_type, weight.blocksize, weight.dtype
-        self.nested_blocksize = weight.nested_blocksize
-        self.weight = weight.packed.detach().view(-1, 1)
-        self.absmax = weight.absmax
-        self.nested_absmax, self.nested_code, self.offset = weight.nested_absmax, weight.nested_code, weight.offset
-        self.__dict__.pop("_quant_weight", None)
-
-    @property
-    def nested(self) -> bool:
-        return self.nested_absmax is not None
-
-    @property
-    def sharded(self) -> bool:
-        """True once `share_parameters` was called."""
-        return "weight" in self._parameters
-
-    def share_parameters(self) -> None:
-        """Hold `weight` and `absmax` as frozen parameters from now on, which FSDP2 shards; buffers it would not."""
-        for name in ("weight", "absmax"):
-            if name in self._buffers:
-                held = self._buffers.pop(name)
-                self._non_persistent_buffers_set.discard(name)
-                assert held is not None
-                self._parameters[name] = nn.Parameter(held, requires_grad=False)
+        super().set_quant_weight(weight)
+        self.out_features, self.in_features = self.shape
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor, by default in the dtype that it came in."""
@@ -135,26 +76,6 @@ class NF4Linear(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {self.quant_type}, blocksize={self.blocksize}{', nested' if self.nested else ''}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # `model.half()` and `.to(bfloat16)` reach every floating buffer; a rounded scale would be another weight.
-        stores: tuple[dict[str, Any], ...] = (self._buffers, self._parameters)
-        held = [(store, name, store.pop(name)) for store in stores for name in ("weight", *_SCALES) if name in store]
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            for store, name, old in held:
-                store[name] = old
-        for store, name, old in held:
-            if old is not None:
-                new = fn(old)
-                new = new if new.dtype == old.dtype else old.to(new.device)
-                store[name] = new if store is self._buffers else nn.Parameter(new, requires_grad=False)
-        make_tables(self.weight)  # where they are needed, before a first call that may be captured
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_quant_weight"}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -201,8 +122,4 @@ class NF4Linear(nn.Module):
         except (ValueError, TypeError) as error:
             error_msgs.append(str(error))
             return
-        if not assign:  # as for parameters: a copy on the layer's own device, not the caller's tensors
-            held = {name: getattr(weight, name) for name in ("packed", *_SCALES)}
-            own: Any = {n: t.to(self.weight.device, copy=True) for n, t in held.items() if t is not None}
-            weight = replace(weight, **own)
-        self.set_quant_weight(weight)
+        self.load_quant_weight(weight, assign)

@@ -25,17 +25,24 @@ from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES
 from ..files.checks import list_some
 from .base import has_base
 from .bnb_keys import DTYPES
+from .nf4_experts import NF4Experts, dense_parameters, is_accelerated, nests, pack, unpack, why_not_packed
 from .nf4_linear import NF4Linear
 
 METHOD = "fastpeft_nf4"
+_CONVERSIONS = "_fastpeft_conversions"  # of a model with experts in 4 bits: the conversions of its files from before
 
 
 def quantize_model(
     model: nn.Module, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
     skip: Iterable[str] = ("lm_head",), compute_dtype: torch.dtype | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None, experts: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Replace every `nn.Linear` (and GPT-2's `Conv1D`) of `model`, in place, by an `NF4Linear`; returns the model.
+
+    experts: keep the experts of mixtures in 4 bits too, which transformers has as parameters [experts, ., .] and which
+    are most of such a model. Not by default: PEFT with bitsandbytes leaves them dense, and transformers reads no file
+    that has them in 4 bits (`load_nf4_model` does). `double_quant` holds for those whose experts have whole blocks of
+    256 scales.
 
     skip: module names, whole or as dotted parts (`lm_head`, `layers.0.mlp`). Layers whose weight is shared with another
     module (a tied output head) stay dense whatever `skip` says. progress(done, total, name) is called per layer.
@@ -48,8 +55,10 @@ def quantize_model(
         raise ValueError(f"quantize_model: {quant_type!r} at blocksize {blocksize!r}, expected {expected}")
     skip = [skip] if isinstance(skip, str) else list(skip)
     names, kept = _plan(model, skip)
-    if not names:
+    packs = _plan_experts(model, skip, blocksize) if experts else []
+    if not names and not packs:
         raise ValueError(f"quantize_model: no linear layer to quantise in {type(model).__name__} (skip={skip})")
+    total = len(names) + len(packs)
     for done, name in enumerate(names, 1):
         layer: Any = model.get_submodule(name)
         dense = layer.weight.detach().t() if _is_conv1d(layer) else layer.weight.detach()
@@ -57,8 +66,15 @@ def quantize_model(
         model.set_submodule(name, NF4Linear(weight, layer.bias, compute_dtype).train(layer.training))
         del layer, dense
         if progress is not None:
-            progress(done, len(names), name)
-    mark_quantized(model, quant_type, double_quant, compute_dtype, kept)
+            progress(done, total, name)
+    for done, (name, parameter) in enumerate(packs, len(names) + 1):
+        module = model.get_submodule(name)
+        dense_experts: Any = module._parameters[parameter]
+        pack(module, parameter, quant_type, blocksize, double_quant and nests(dense_experts, blocksize))
+        del dense_experts
+        if progress is not None:
+            progress(done, total, f"{name}.{parameter}")
+    mark_quantized(model, quant_type, double_quant, compute_dtype, kept, experts)
     return model
 
 
@@ -89,13 +105,46 @@ def _plan(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
     return names, kept
 
 
+def _plan_experts(model: nn.Module, skip: list[str], blocksize: int) -> list[tuple[str, str]]:
+    """The modules of experts and their parameters to keep in 4 bits."""
+    found: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        parameters = dense_parameters(module)
+        if is_accelerated(module):
+            raise ValueError(f"quantize_model: {name} is accelerated: call `unaccelerate(model)` first")
+        if any(f".{part}." in f".{name}." for part in skip):
+            continue
+        found += [(name, parameter) for parameter in parameters]
+        for parameter in parameters:
+            weight: Any = module._parameters[parameter]
+            path = f"{name}.{parameter}"
+            if weight.is_meta:
+                raise ValueError(f"quantize_model: {path} is on the meta device; load its weights first")
+            if weight.dtype not in DTYPES.values() or not weight.detach().sum(dtype=torch.float64).isfinite():
+                raise ValueError(f"quantize_model: NaN, infinite or not float32/16 weights in {path}")
+            why = why_not_packed(path, weight, blocksize)
+            if why is not None:
+                raise ValueError(f"quantize_model: {why}")
+    if not found:
+        raise ValueError(f"quantize_model: {type(model).__name__} has no dense experts to keep in 4 bits outside of "
+                         f"skip={skip}: leave `experts` off")  # fmt: skip
+    return found
+
+
 def _is_conv1d(layer: nn.Module) -> bool:
     # By name, so that transformers need not be imported: GPT-2's linear layer, which stores [in, out].
     return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every `NF4Linear` by a dense `nn.Linear`, in place; returns the model."""
+    """Replace every `NF4Linear` by a dense `nn.Linear`, and experts in 4 bits by dense ones, in place; returns the
+    model. Experts must not be accelerated then (ValueError)."""
+    packed: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, NF4Experts)]
+    for name, module in packed:
+        if is_accelerated(module):
+            raise ValueError(f"dequantize_model: {name} is accelerated: call `unaccelerate(model)` first")
+    for _, module in packed:
+        unpack(module, dtype)
     for name, layer in _modules(model):
         if isinstance(layer, NF4Linear):
             with torch.device("meta"):
@@ -106,6 +155,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             model.set_submodule(name, dense.train(layer.training))
     for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method"):
         model.__dict__.pop(name, None)
+    conversions = model.__dict__.pop(_CONVERSIONS, None)
+    if conversions is not None:
+        model.__dict__.pop("_weight_conversions", None)
+        model.__dict__.update(conversions)
     config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -113,7 +166,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
 
 def from_bitsandbytes(model: nn.Module) -> nn.Module:
-    """Replace every bitsandbytes `Linear4bit` of `model`, in place, by an `NF4Linear` over the same bytes."""
+    """Replace every bitsandbytes `Linear4bit` of `model`, in place, by an `NF4Linear` over the same bytes. Experts that
+    bitsandbytes' parametrization keeps stay its own: `accelerate` and adapters read them as they are."""
     for name, layer in _modules(model):
         if has_base(layer, "Linear4bit", "bitsandbytes"):
             model.set_submodule(name, NF4Linear.from_bnb(layer).train(layer.training))
@@ -137,12 +191,12 @@ def _transformers_classes() -> tuple[type, type]:
 
         def __init__(
             self, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
-            skip: list[str] | None = None, compute_dtype: str | None = None, **_: Any,
+            skip: list[str] | None = None, compute_dtype: str | None = None, experts: bool = False, **_: Any,
         ) -> None:  # fmt: skip
             self.quant_method: Any = METHOD
             self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
             self.skip = ["lm_head"] if skip is None else list(skip)
-            self.compute_dtype = compute_dtype
+            self.compute_dtype, self.experts = compute_dtype, experts
 
     class NF4Quantizer(HfQuantizer):
         """Quantises after loading; afterwards tells transformers that the model trains and saves."""
@@ -153,7 +207,8 @@ def _transformers_classes() -> tuple[type, type]:
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             config: Any = self.quantization_config
             dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
-            return quantize_model(model, config.quant_type, config.blocksize, config.double_quant, config.skip, dtype)
+            return quantize_model(model, config.quant_type, config.blocksize, config.double_quant, config.skip, dtype,
+                                  experts=config.experts)  # fmt: skip
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
             model = dequantize_model(model, dtype)
@@ -184,11 +239,12 @@ def __getattr__(name: str) -> Any:  # a pickle of a quantised model looks them u
 
 
 def mark_quantized(
-    model: Any, quant_type: str, double_quant: bool, compute_dtype: torch.dtype | None, kept: list[str]
-) -> None:
+    model: Any, quant_type: str, double_quant: bool, compute_dtype: torch.dtype | None, kept: list[str],
+    experts: bool = False,
+) -> None:  # fmt: skip
     """Give a transformers model the attributes of a quantised one; any other model is left alone.
 
-    kept: names of linear layers that stay dense.
+    kept: names of linear layers that stay dense. experts: its experts are in 4 bits.
     """
     transformers: Any = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
@@ -198,8 +254,12 @@ def mark_quantized(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype or model.dtype, llm_int8_skip_modules=kept,
     )  # fmt: skip
+    if experts and _CONVERSIONS not in model.__dict__:
+        # `save_pretrained` would cut the parameters of all experts into files' tensors of one expert each
+        had = {name: value for name, value in model.__dict__.items() if name == "_weight_conversions"}
+        model.__dict__.update({_CONVERSIONS: had, "_weight_conversions": []})
     config_cls, quantizer_cls = _transformers_classes()
-    config = config_cls(quant_type=quant_type, double_quant=double_quant, skip=kept)
+    config = config_cls(quant_type=quant_type, double_quant=double_quant, skip=kept, experts=experts)
     model.hf_quantizer = quantizer_cls(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
     # transformers imports bitsandbytes to count the parameters of a model that says this.

@@ -15,9 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from peft_kernels import dequantize_4bit
+
 from ..files.offloaded import brought
-from .base import BaseWeight, Wrapping, innermost
+from .base import BaseWeight, Saved, Weight, Wrapping, innermost, relative_error, wide
 from .dense import LinearWeight
+from .parameters_4bit import Decoded, Packed, packed_of
+from .quantised_rows import quantised_rows
 
 # A module of experts whose class has this multiplies by LoRA's factors itself; it finds them in its attribute of the
 # second name, by the parameter's: (a [E, r, in], b [E, out, r], scaling).
@@ -131,7 +135,7 @@ class AttentionWeight(TransientWeight):
 
 class ParameterWeight(TransientWeight):
     """A parameter of any module, by name: 2-d as W [out, in]; 3-d as experts [E, out, in], which a module with
-    `is_transposed` keeps as [E, in, out]. ValueError for other parameters."""
+    `is_transposed` keeps as [E, in, out]; dense or in 4 bits (`parameters_4bit`). ValueError for other parameters."""
 
     label = "ParamWrapper"
     attributes = frozenset({"parameter_name"})
@@ -147,6 +151,60 @@ class ParameterWeight(TransientWeight):
 
     def attribute(self, name: str) -> Any:
         return self.names[0]
+
+    @property
+    def _packed(self) -> Packed | None:
+        return packed_of(self.holder, self.names[0])
+
+    @property
+    def quantized(self) -> str | None:  # type: ignore[override]  # a parameter's form may change
+        packed = self._packed
+        return None if packed is None else packed.label
+
+    @property
+    def tensor(self) -> Tensor:
+        packed = self._packed
+        return super().tensor if packed is None else Decoded(packed.quant())
+
+    def read(self) -> Weight:
+        packed = self._packed
+        if packed is None:
+            return super().read()
+        return self.turned(dequantize_4bit(packed.quant(), dtype=wide(packed.quant().dtype))), None
+
+    def rows(self, index: slice | Tensor) -> Tensor:
+        packed = self._packed
+        found = None if packed is None else quantised_rows(packed.quant(), index)
+        return super().rows(index) if found is None else self.turned(found).flatten(1)
+
+    def tensors(self) -> list[Tensor]:
+        packed = self._packed
+        return super().tensors() if packed is None else [t for t in packed.quant().flatten()[:5] if t is not None]
+
+    def write(self, w: Tensor, b: Tensor | None) -> float | None:
+        packed = self._packed
+        if packed is None:
+            return super().write(w, b)
+        self._write_bias(b)
+        packed.write(self.turned(w.detach()))
+        return relative_error(self.read()[0], w)
+
+    def save(self) -> Saved:
+        packed = self._packed
+        return super().save() if packed is None else {self.names[0]: packed.save()}
+
+    def restore(self, saved: Saved) -> None:
+        packed = self._packed
+        if packed is None:
+            super().restore(saved)
+        else:
+            packed.restore(saved[self.names[0]])
+
+    @contextmanager
+    def _replaced(self, new: Mapping[str, Tensor]) -> Iterator[None]:
+        packed = self._packed
+        with super()._replaced(new) if packed is None else packed.replaced(new[self.names[0]]):
+            yield
 
     @property
     def takes_factors(self) -> bool:

@@ -1,0 +1,115 @@
+"""A 4-bit weight as buffers of a module.
+
+The bytes that bitsandbytes would hold, as plain buffers: nothing hangs on a Parameter subclass, so a module pickles,
+deep-copies and moves like any other, and its scales survive `.to(dtype)`. Format: QLoRA (arXiv 2305.14314).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_kernels import QuantWeight
+from peft_kernels.formats import make_tables
+
+SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
+
+
+class NF4Store(nn.Module):
+    """A module that holds a 4-bit weight.
+
+    Buffers: `weight` (packed bytes, [ceil(numel / 2), 1], as bitsandbytes shapes them), `absmax`, and when nested
+    `nested_absmax`, `nested_code`, `offset`. shape: of the weight.
+    """
+
+    weight: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", None)
+        for name in SCALES:
+            self.register_buffer(name, None, persistent=False)
+
+    def quant_weight(self) -> QuantWeight:
+        """The weight as the kernels take it; shares the buffers and is rebuilt only when one of them was replaced."""
+        held: Any = self._buffers if "weight" in self._buffers else {**self._buffers, **self._parameters}
+        packed, absmax, nested_absmax = held["weight"], held["absmax"], held["nested_absmax"]
+        nested_code, offset = held["nested_code"], held["offset"]
+        last: QuantWeight | None = self.__dict__.get("_quant_weight")
+        if (
+            last is None or last.packed is not packed or last.absmax is not absmax or last.offset is not offset
+            or last.nested_absmax is not nested_absmax or last.nested_code is not nested_code
+        ):  # fmt: skip
+            last = QuantWeight(
+                packed=packed, absmax=absmax, shape=self.shape,
+                quant_type=self.quant_type, blocksize=self.blocksize, dtype=self.dtype, nested_absmax=nested_absmax,
+                nested_code=nested_code, nested_blocksize=self.nested_blocksize, offset=offset,
+            )  # fmt: skip
+            self.__dict__["_quant_weight"] = last
+        return last
+
+    def set_quant_weight(self, weight: QuantWeight) -> None:
+        """Replace the weight. Its tensors are kept, not copied, so an old `quant_weight()` restores the exact bytes."""
+        if self.sharded:
+            what = type(self).__name__
+            raise ValueError(f"this {what} is sharded: load, requantise or merge before `fully_shard_model`")
+        self.shape = tuple(int(n) for n in weight.shape)
+        self.quant_type, self.blocksize, self.dtype = weight.quant_type, weight.blocksize, weight.dtype
+        self.nested_blocksize = weight.nested_blocksize
+        self.weight = weight.packed.detach().view(-1, 1)
+        self.absmax = weight.absmax
+        self.nested_absmax, self.nested_code, self.offset = weight.nested_absmax, weight.nested_code, weight.offset
+        self.__dict__.pop("_quant_weight", None)
+
+    def load_quant_weight(self, weight: QuantWeight, assign: bool) -> None:
+        """Take a weight of a state dict: its tensors themselves, or (as for parameters) copies on the own device."""
+        if not assign:
+            held = {name: getattr(weight, name) for name in ("packed", *SCALES)}
+            own: Any = {n: t.to(self.weight.device, copy=True) for n, t in held.items() if t is not None}
+            weight = replace(weight, **own)
+        self.set_quant_weight(weight)
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def sharded(self) -> bool:
+        """True once `share_parameters` was called."""
+        return "weight" in self._parameters
+
+    def share_parameters(self) -> None:
+        """Hold `weight` and `absmax` as frozen parameters from now on, which FSDP2 shards; buffers it would not."""
+        for name in ("weight", "absmax"):
+            if name in self._buffers:
+                held = self._buffers.pop(name)
+                self._non_persistent_buffers_set.discard(name)
+                assert held is not None
+                self._parameters[name] = nn.Parameter(held, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `model.half()` and `.to(bfloat16)` reach every floating buffer; a rounded scale would be another weight.
+        stores: tuple[dict[str, Any], ...] = (self._buffers, self._parameters)
+        held = [(store, name, store.pop(name)) for store in stores for name in ("weight", *SCALES) if name in store]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            for store, name, old in held:
+                store[name] = old
+        for store, name, old in held:
+            if old is not None:
+                new = fn(old)
+                new = new if new.dtype == old.dtype else old.to(new.device)
+                store[name] = new if store is self._buffers else nn.Parameter(new, requires_grad=False)
+        make_tables(self.weight)  # where they are needed, before a first call that may be captured
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_quant_weight"}
