@@ -10,18 +10,20 @@ from typing import Any
 
 from . import checks, machine, results
 from .measure import cuda_clock, threads, wall_clock
+from .suites import PARTS
 
 OPS = ("lora_linear", "lora_linear_stacked", "multi_lora_linear", "lora_mixture", "dora_norm", "dora_linear", "gated",
        "grouped_linear", "norms", "attention", "rotations", "quantize_4bit", "dequantize_4bit")  # fmt: skip
 SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve", "chaos", "ortho",
-          "dropin", "train-chaos")  # fmt: skip
+          "dropin", "train-chaos", "families")  # fmt: skip
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],
            "dora": ["dora_linear", "dora_norm", "fastpeft"], "pool": ["multi_lora_linear", "pool"],
            "multi": ["multi_lora_linear", "routing"],
            "multi-train": ["multi_lora_linear", "train_adapters"],
            "serve": ["multi_lora_linear", "pool", "serve"], "ortho": ["rotations", "fastpeft"],
            "chaos": ["serve"], "dropin": ["lora_linear", "fastpeft", "causal_loss"],
-           "train-chaos": ["training_loop", "training_output"]}  # fmt: skip
+           "train-chaos": ["training_loop", "training_output"],
+           "families": ["lora_linear", "fastpeft", "causal_loss", "families"]}  # fmt: skip
 
 
 def gpu_bounds() -> dict[str, Any]:
@@ -71,12 +73,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int)
     p.add_argument("--device", default="cpu", help="of an op: cpu (the default) or cuda")
     p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, "
-                   "decode; or dropout, plain, unet")
+                   "decode; or dropout, plain, unet; of the suite families also families")
     p.add_argument("--methods", nargs="+", metavar="M", help="of the suites methods and ortho, such as boft dora")
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
     p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")
     p.add_argument("--budget-s", type=float, default=20.0, help="seconds of one row")
-    p.add_argument("--modes", nargs="+", help="of the suites qlora and dropin, such as ours-bf16 bnb-bf16")
+    p.add_argument("--modes", nargs="+", help="of the suites qlora, dropin and families, such as ours-bf16 bnb-bf16")
     p.add_argument("--step-rounds", type=int, default=7, help="steps, or generations, of each mode")
     p.add_argument("--minutes", type=float, help="of the suites chaos (default 10, with --quick 1) and train-chaos (5)")
     p.add_argument("--seed", type=int, default=0, help="of the suites chaos and train-chaos: what is drawn")
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.rounds, args.sample_s, args.budget_s = min(args.rounds, 7), min(args.sample_s, 0.01), 6.0
     only = args.only
-    args.only = only or ["forward", "train", "levels", "step", "decode", "dropout", "plain", "unet"]
+    args.only = only or PARTS
     args.threads = threads(args.threads)
     if args.against is not None:
         from .ab import compare

@@ -16,12 +16,16 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass
 class Claim:
-    """One comparison of a row: the fastest of `ours` against the fastest of `against`; target: what the issue asks."""
+    """One comparison of a row: the fastest of `ours` against the fastest of `against`; target: what the issue asks.
+
+    most: what it asks else, at most so many times bound_s, the seconds that the work takes at least."""
 
     label: str
     ours: list[str]
     against: list[str]
     target: float | None = None
+    most: float | None = None
+    bound_s: float = 0.0
 
 
 @dataclass
@@ -68,9 +72,12 @@ class Row:
             mine, other = self.best(claim.ours), self.best(claim.against)
             if mine is not None and other is not None:
                 ratio = self.stats[other].median / self.stats[mine].median
-                met = None if claim.target is None else ratio >= claim.target
+                near = claim.most is not None and self.stats[mine].median <= claim.most * claim.bound_s
+                met = None if claim.target is None else ratio >= claim.target or near
                 found.append({"claim": claim.label, "ours": mine, "against": other, "ratio": ratio,
                               "target": claim.target, "met": met})  # fmt: skip
+                if claim.bound_s:
+                    found[-1] |= {"of_bound": self.stats[mine].median / claim.bound_s, "most": claim.most}
         return found
 
 
@@ -168,7 +175,9 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
     for name in ("row", "ours", "against", "speed-up", "asked for"):
         claims.add_column(name, justify="right" if name in ("speed-up", "asked for") else "left", no_wrap=True)
     for title_of_row, r in found:
-        asked = "" if r["target"] is None else f"{r['target']:g}x {'met' if r['met'] else 'MISSED'}"
+        asked = "" if r["target"] is None else f"{r['target']:g}x"
+        asked += f" or {r['most']:g} of the bound" if r.get("most") else ""
+        asked += "" if r["target"] is None else f" {'met' if r['met'] else 'MISSED'}"
         claims.add_row(title_of_row, r["ours"], f"{r['against']} ({r['claim']})", f"{r['ratio']:.2f}x", asked)
     console.print(claims)
 

@@ -63,6 +63,16 @@ def field_of(candidate: str, key: str) -> Callable[[dict[str, Line]], str]:
     return lambda case: str(case.get(candidate, {}).get(key, ""))
 
 
+def asked_of(candidate: str) -> Callable[[dict[str, Line]], str]:
+    """`met` or `missed`: what its issue asks of a candidate; empty where nothing is asked, or tests failed."""
+
+    def cell(case: dict[str, Line]) -> str:
+        found = [each["met"] for each in case.get(candidate, {}).get("speedups", []) if each["target"] is not None]
+        return "" if not found else "met" if all(found) else "missed"
+
+    return cell
+
+
 def read(folder: Path, suites: Iterable[str]) -> tuple[dict[str, dict[str, list[Line]]], list[str]]:
     """Suite -> machine -> lines, by the names SUITE-MACHINE.jsonl, and the names of files that are called otherwise."""
     longest_first = sorted(suites, key=len, reverse=True)

@@ -41,8 +41,14 @@ def reset_peak() -> None:
         pass
 
 
-def load(mode: str, folder: str, dropout: float, device: str, adapters: int = 1) -> Any:
-    """The adapter model of a mode, `<ours|bnb|dense>-<bf16|f32>`, on a device. adapters: `default`, `a1`, `a2` ..."""
+def load(
+    mode: str, folder: str, dropout: float, device: str, adapters: int = 1, auto: str = "AutoModelForCausalLM",
+    skip: list[str] | None = None, **lora: Any,
+) -> Any:  # fmt: skip
+    """The adapter model of a mode, `<ours|bnb|dense>-<bf16|f32>`, on a device. adapters: `default`, `a1`, `a2` ...
+
+    auto: the class of transformers that loads it. skip: layers that stay dense, None: the output head. lora: fields of
+    the configuration that differ from a causal model's with Llama's layers."""
     import torch
     import transformers
 
@@ -56,17 +62,19 @@ def load(mode: str, folder: str, dropout: float, device: str, adapters: int = 1)
 
         use_kernel()
         extra = {"device_map": device, "quantization_config": transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skip,
         )}  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    model = getattr(transformers, auto).from_pretrained(folder, dtype=dtype, **extra)
     package: Any
     if kind == "ours":
         import fastpeft as package
 
-        package.quantize_model(model, "nf4", double_quant=True, skip=["lm_head"])
+        package.quantize_model(model, "nf4", double_quant=True, skip=["lm_head"] if skip is None else skip)
     else:
         import peft as package
-    options = {"r": 16, "lora_alpha": 32, "lora_dropout": dropout, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    options = {"r": 16, "lora_alpha": 32, "lora_dropout": dropout, "target_modules": TARGETS, "task_type": "CAUSAL_LM",
+               **lora}  # fmt: skip
     adapted = package.get_peft_model(model, package.LoraConfig(**options))
     for i in range(1, adapters):
         adapted.add_adapter(f"a{i}", package.LoraConfig(**options))
@@ -100,29 +108,39 @@ def accelerate(model: Any, mode: str) -> None:
         switch.accelerate(model)
 
 
-def trainer(model: Any, mode: str, rows: int, length: int) -> Callable[[], dict[str, float]]:
-    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's."""
+def tokens_of(model: Any, rows: int, length: int) -> dict[str, Any]:
+    """Inputs of a causal model: random tokens, each of which is learned."""
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, model.config.vocab_size, (rows, length), generator=generator).to(model.device)
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def trainer(model: Any, mode: str, given: dict[str, Any]) -> Callable[[], dict[str, float]]:
+    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's.
+
+    given: the model's arguments."""
     import torch
 
     model.train()
     accelerate(model, mode)
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(5)).to(model.device)
-    now = waiting(ids.device)
+    now = waiting(model.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     own = None
     if mode.endswith("-own"):
         from fastpeft.apps.training.forward import CompletionLoss
         from fastpeft.apps.training.packing import Batch
 
-        own = CompletionLoss(model)
+        own, ids = CompletionLoss(model), given["input_ids"]
+        rows, length = ids.shape
         where = torch.arange(rows * length, device=ids.device).view(rows, length)[:, :-1].flatten()
         position_ids = torch.arange(length, device=ids.device).expand(rows, length)
         batch = Batch(ids, position_ids, where, ids[:, 1:].flatten(), rows * length)
 
     def step() -> dict[str, float]:
         start = now()
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss if own is None else own(batch) / where.numel()
+        loss = model(**given).loss if own is None else own(batch) / where.numel()
         forward = now()
         loss.backward()
         backward = now()
@@ -241,7 +259,7 @@ def main() -> None:
     mixed = 16 if task["what"] == "decode-mixed" else at_once
     model = load(task["mode"], task["folder"], task["dropout"], task["device"], mixed)
     if task["what"] == "step":
-        run: Callable[[], dict[str, Any]] = trainer(model, task["mode"], task["rows"], task["length"])
+        run: Callable[[], dict[str, Any]] = trainer(model, task["mode"], tokens_of(model, task["rows"], task["length"]))
     elif task["what"] == "train-adapters":
         run = adapters_trainer(model, task["mode"], task["rows"], task["length"])
     else:
