@@ -253,13 +253,14 @@ def keys_kernel(
                                i_q[None, :], i_k[:, None], b_low[None, :], b_high[None, :], slope, T, S, keep_t, bias_t,
                                scale, softcap, KEEP, BIAS, SLOPES, SOFTCAP)  # fmt: skip
             b_p = tl.exp(b_s - b_lse[None, :])
-            b_dp = product(b_v, b_dy, BN, BM, PRECISION)
             b_kept = b_p
             if DROPOUT:
                 i_row = i_batch * H * T + i_lse
                 b_keep = tl.trans(keep_mask(p_seed, i_row, i_k0, S, threshold, BM, BN, BY_FOUR))
-                b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
                 b_kept = tl.where(b_keep, b_p * keep_scale, 0.0)
+            b_dp = product(b_v, b_dy, BN, BM, PRECISION)
+            if DROPOUT:
+                b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
             b_ds = round_to(b_p * (b_dp - b_along[None, :]) * b_by, DTYPE)
             b_dv = dot(round_to(b_kept, DTYPE), b_dy, b_dv, PRECISION)
             b_dk = dot(b_ds, b_q, b_dk, PRECISION)
