@@ -23,7 +23,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 10
+#define PK_ABI_VERSION 11
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -222,7 +222,8 @@ PK_EXPORT int pk_cpu_norm_backward(const void *dy, const void *x, const void *we
  * 1, T, S] of 0 and 1 and bias [B or 1, H or 1, T or 1, S] as well, keys dense; strides may be 0. cos, sin [B or 1, T,
  * R] of table_dtype and spans [B or 1, T, 2] are contiguous, cos_b and spans_b 0 where there is one for all. The rest
  * is contiguous. float32, bfloat16, float16; sums are float32. Turned q and k, probabilities and gradients of scores
- * are rounded to bfloat16 where dtype is, but where T is 1. The backward reads y and lse.
+ * are rounded to bfloat16 where dtype is, but where T is 1. The backward reads y and lse. dropout_p: of probabilities
+ * (lse is without it), element ((b H + h) T + i) S + j by the seed as below pk_lora_args.
  * Every field is 8 bytes wide so that Python can pack the struct in one call. */
 typedef struct pk_attention_args {
     const void *q, *k, *v, *dy;
@@ -232,6 +233,7 @@ typedef struct pk_attention_args {
     const void *bias;
     const float *slopes;    /* [H] */
     const float *sinks;     /* [H] */
+    const int64_t *seed;    /* not NULL where dropout_p > 0 */
     void *y;                /* forward: out; backward: in */
     float *lse;             /* like y */
     void *dq, *dk, *dv;     /* backward: out */
@@ -240,7 +242,7 @@ typedef struct pk_attention_args {
     int64_t dtype, table_dtype, bias_dtype;
     int64_t B, T, S, H, G, D, Dv, R;
     int64_t interleaved, causal, window, threads;
-    double scale, softcap;
+    double scale, softcap, dropout_p;
 } pk_attention_args;
 PK_EXPORT int64_t pk_attention_args_size(void); /* sizeof(pk_attention_args), checked by native.py */
 PK_EXPORT int pk_cpu_attention(const pk_attention_args *args);

@@ -24,7 +24,7 @@ import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
 from .checks import capturing
 
-ABI_VERSION = 10  # PK_ABI_VERSION of csrc/pk_abi.h
+ABI_VERSION = 11  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
 BUILD_COMMAND = "make native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype

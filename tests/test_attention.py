@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_tools import CASES, LONG, ONE, Case, check, doubled, inputs, magnitudes, options_of, run
+from attention_tools import CASES, DROPPED, LONG, ONE, Case, check, doubled, inputs, magnitudes, options_of, run
 from forms import grid
 from interpreter_tools import DEVICE, not_interpreted, on_device, run_in_the_interpreter
 from lora_tools import BF16, F32, FLOATS, level_fixture, needs_native, threads
 from torch import Tensor
 
-from peft_kernels import BackendUnavailable, attention, use_backend
+from peft_kernels import BackendUnavailable, attention, draw_seed, philox, use_backend
 from peft_kernels.ops import attention as op
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
@@ -26,7 +26,7 @@ level = level_fixture()
 @needs_native
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_any_shape(level: str, dtype: torch.dtype) -> None:
-    for case in (*CASES, *ONE):
+    for case in (*CASES, *ONE, *DROPPED):
         check(*inputs(case, dtype))
 
 
@@ -53,7 +53,7 @@ def test_what_says_the_same_gives_the_same_bits(level: str) -> None:
     spans = torch.tensor([0, 75], dtype=torch.int32).expand(2, 75, 2)
     want = run("op", dy, args)
     for others in ([*args[:6], causal, *args[7:12], False, *args[13:]], [*args[:5], spans, *args[6:]],
-                   [*args[:13], 75, args[14]]):  # fmt: skip
+                   [*args[:13], 75, *args[14:]]):  # fmt: skip
         for mine, same in zip(run("op", dy, others), want, strict=True):
             assert_same_bits(mine, same)
     start = 48  # where a block of queries begins, so that the sums are cut alike
@@ -69,7 +69,8 @@ def test_what_says_the_same_gives_the_same_bits(level: str) -> None:
 
 @needs_native
 @pytest.mark.parametrize("case", [Case(1, 70, 70, 6, 2, 16, 16, turned=16, keep=True),
-                                  Case(1, 560, 560, 6, 2, 16, 16, turned=16), ONE[0]], ids=str)  # fmt: skip
+                                  Case(1, 560, 560, 6, 2, 16, 16, turned=16, p=0.1), ONE[0], ONE[3]],
+                         ids=str)  # fmt: skip
 def test_same_bits_on_any_number_of_threads(level: str, case: Case) -> None:
     """Also where a task is a head, not a group of heads."""
     dy, args = inputs(case, BF16)
@@ -166,7 +167,7 @@ def test_gradients(dtype: torch.dtype) -> None:
 def test_gradcheck_and_opcheck() -> None:
     """The backward's formulas against differences, with every option at once and none."""
     full = Case(2, 5, 5, 4, 2, 6, 4, turned=4, rows=2, interleaved=True, window=4, spans=True, keep=True, bias=True,
-                slopes=True, softcap=1.5, sinks=True)  # fmt: skip
+                slopes=True, softcap=1.5, sinks=True, p=0.3)  # fmt: skip
     for case in (Case(2, 5, 5, 4, 2, 6, 4), full, Case(1, 3, 5, 2, 1, 4, 2, causal=False)):
         dy, args = inputs(case, F32)
         exact = doubled(args)
@@ -200,7 +201,7 @@ def test_the_reference_is_torchs_attention(case: Case) -> None:
 
 
 def test_one_graph() -> None:
-    dy, args = inputs(Case(1, 6, 6, 2, 1, 8, 8, turned=8), F32)
+    dy, args = inputs(Case(1, 6, 6, 2, 1, 8, 8, turned=8, p=0.3), F32)
     q, k, v, options = *args[:3], options_of(args)
     compiled: Callable[[Tensor], Tensor] = torch.compile(
         lambda q: attention(q, k, v, **options), backend="aot_eager", fullgraph=True
@@ -270,6 +271,10 @@ def test_bad_input() -> None:
     for name, value in (("scale", math.inf), ("softcap", -1.0), ("window", -1)):
         with pytest.raises(ValueError, match=rf"{name} must be .* got {value}"):
             call(**{name: value})
+    with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\), got 1\.0"):
+        call(dropout_p=1.0)
+    with pytest.raises(ValueError, match=r"seed must be an int64 tensor of one .* got \(torch\.float32, \(2,\)\)"):
+        call(dropout_p=0.1, seed=torch.zeros(2))
     with pytest.raises(ValueError, match=r"attention_backward: lse must be \(2, 4, 3\) in torch\.float32"):
         op.backward_op.op(dy, *args[:3], dy, torch.zeros(2, 3, 4), cos, sin, *[None] * 4, *args[10:])
 
@@ -284,6 +289,47 @@ def test_native_takes_tables_of_its_types() -> None:
         attention(*args[:3], **{**options, "bias": torch.zeros(1, 2, 5, 5, dtype=torch.float64)})
 
 
+# ---- dropout --------------------------------------------------------------------------------------------------------
+def masks(t: int, s: int, p: float, seed: Tensor, device: str = "cpu") -> list[Tensor]:
+    """Masks of forward and backward, [B H T, S]: even probabilities, of values and gradients that are one-hot."""
+    n = max(t, s) + max(t, s) % 2
+    q, k = torch.zeros(2, t, 3, 2, device=device), torch.zeros(2, s, 3, 2, device=device)
+    v, dy = (torch.eye(m, n, device=device)[None, :, None].expand(2, m, 3, n) for m in (s, t))
+    numbers = (1.0, False, False, 0, 0.0, p, seed)
+    y, lse = op.forward_op.op(q, k, v, *[None] * 7, *numbers)
+    dv = op.backward_op.op(dy, q, k, v, y, lse, *[None] * 6, *numbers)[2]
+    return [y[..., :s].transpose(1, 2).flatten(0, 2) != 0, dv[..., :t].permute(0, 2, 3, 1).flatten(0, 2) != 0]
+
+
+def check_masks(shapes: tuple[tuple[int, int], ...], device: str = "cpu") -> None:
+    seed = torch.tensor([-(2**62) + 12345], device=device)
+    for t, s in shapes:
+        want = philox.keep_mask(2 * 3 * t, s, 0.3, seed, device)
+        for mask in masks(t, s, 0.3, seed, device):
+            assert torch.equal(mask, want)
+
+
+@needs_native
+def test_drops_what_the_generator_says(level: str) -> None:
+    shapes = ((49, 133), (1, 72))
+    check_masks(shapes)
+    with use_backend("reference"):
+        check_masks(shapes)
+
+
+def test_a_seed_is_drawn_from_torchs_generator() -> None:
+    q = torch.randn(1, 9, 2, 8)
+    torch.manual_seed(5)
+    first, second = (attention(q, q, q, scale=1.0, dropout_p=0.4) for _ in range(2))
+    torch.manual_seed(5)
+    seed = draw_seed()
+    assert_same_bits(attention(q, q, q, scale=1.0, dropout_p=0.4, seed=seed), first)
+    assert not torch.equal(first, second)
+    before = torch.get_rng_state()
+    attention(q, q, q, scale=1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # ---- Triton: in its interpreter, which is chosen when Triton is imported, so in a process of its own -----------------
 @needs_triton
 @pytest.mark.slow
@@ -294,7 +340,7 @@ def test_in_the_interpreter() -> None:
 
 @needs_triton
 @on_device
-@pytest.mark.parametrize(("dtype", "case"), grid(FLOATS, [CASES[i] for i in (1, 2, 3, 4, 5, 6, 7)]), ids=str)
+@pytest.mark.parametrize(("dtype", "case"), grid(FLOATS, [*CASES[1:8], *DROPPED[:2]]), ids=str)
 def test_device(dtype: torch.dtype, case: Case) -> None:
     with use_backend("triton"):
         check(*inputs(case, dtype, DEVICE))
@@ -307,6 +353,13 @@ def test_device_no_rows(dtype: torch.dtype) -> None:
     with use_backend("triton"):
         _, args = inputs(Case(0, 4, 4, 2, 1, 8, 8), dtype, DEVICE)
         assert attention(*args[:3], scale=1.0).shape == (0, 4, 2, 8)
+
+
+@needs_triton
+@on_device
+def test_device_drops_what_the_generator_says() -> None:
+    with use_backend("triton"):
+        check_masks(((17, 21), (1, 40)), DEVICE)
 
 
 @needs_triton

@@ -97,7 +97,7 @@ def row(
     # half of the scores; a product for them and one for y, and five in the backward
     pairs = batch * heads * tokens * tokens / (2 * DOCUMENTS if packed else 2)
     passes = (heads + groups) * 2 * (3 if trains else 1)
-    given = (q, k, v, cos, sin, spans, *[None] * 4, 1.0, False, True, 0, 0.0)
+    given = (q, k, v, cos, sin, spans, *[None] * 4, 1.0, False, True, 0, 0.0, 0.0, None)
     return _row(f"{what} {batch} x {tokens}, {heads} heads {dtype}", case, given,
                 {"ours": call(_ours, spans), "torch": call(_torch, mask)}, 2 * pairs * D * (7 if trains else 2),
                 float(passes * batch * tokens * D * q.element_size()), args)  # fmt: skip
@@ -108,7 +108,7 @@ def decoding(shape: tuple[int, int, int, int], dtype: str, args: argparse.Namesp
     g, t = torch.Generator().manual_seed(3), subjects.DTYPES[dtype]
     q = torch.randn(batch, heads, 1, D, generator=g).to(t)
     k, v = (torch.randn(batch, groups, keys, D, generator=g).to(t) for _ in range(2))
-    given = (*(x.transpose(1, 2) for x in (q, k, v)), *[None] * 7, D**-0.5, False, False, 0, 0.0)
+    given = (*(x.transpose(1, 2) for x in (q, k, v)), *[None] * 7, D**-0.5, False, False, 0, 0.0, 0.0, None)
 
     def ours() -> object:
         with torch.no_grad():

@@ -213,16 +213,20 @@ def _layer_norm(c: Case) -> None:
     _norm(c, "layer_norm", None, 1e-5)
 
 
-def _attention(c: Case) -> None:
+def _attention(c: Case, p: float = 0.0) -> None:
     """Heads of N features, of the widest where N is more, in a row of M tokens; a quarter of them of keys."""
     from peft_kernels.ops.attention import triton as backend
 
     d = min(c.N, backend.MOST)
     heads = c.K // d
     q, k = (meta(1, c.M, h, d, dtype=c.dtype) for h in (heads, heads // 4))
-    options = (0.125, False, True, 0, 0.0)
+    options = (0.125, False, True, 0, 0.0, p, meta(1, dtype=torch.int64))
     backend.forward(q, k, k, *[None] * 7, *options)
     backend.backward(q, q, k, k, q, meta(1, heads, c.M), *[None] * 6, *options)
+
+
+def _dropped_attention(c: Case) -> None:
+    _attention(c, c.p)
 
 
 def _dora_forward(c: Case) -> None:
@@ -327,6 +331,9 @@ CALLS: dict[str, tuple[str, str, Callable[[Case], None]]] = {
     "attention": ("attention", "forward_kernel", _attention),
     "attention_queries": ("attention", "queries_kernel", _attention),
     "attention_keys": ("attention", "keys_kernel", _attention),
+    "attention_dropout": ("attention", "forward_kernel", _dropped_attention),
+    "attention_queries_dropout": ("attention", "queries_kernel", _dropped_attention),
+    "attention_keys_dropout": ("attention", "keys_kernel", _dropped_attention),
     "gated": ("gated", "forward_kernel", _gated),
     "gated_backward": ("gated", "backward_kernel", _gated),
     "turned": ("lora_linear", "forward_kernel", _turned),

@@ -44,6 +44,12 @@ class Draw:
         """A factor."""
         return self.one((1.0, 0.5, 2.0, -1.5, 0.0, 1e-3))
 
+    def dropout(self) -> tuple[float, Tensor | None]:
+        """Its probability, mostly none, and its seed."""
+        if self.maybe(0.7):
+            return 0.0, None
+        return self.one((0.1, 0.5, 0.75)), torch.tensor([self.random.randrange(2**62)])
+
     def values(self, *shape: int, dtype: torch.dtype = F32) -> Tensor:
         """Floating-point values: normal ones, with zeros, subnormals, large ones, infinities and NaNs at times."""
         t = torch.randn(shape, generator=self.generator, dtype=F64)

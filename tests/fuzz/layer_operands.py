@@ -85,7 +85,7 @@ def _attention(d: Draw) -> Arguments:
         sinks = d.tensor(heads)
     window, softcap = d.size(30) if d.maybe(0.3) else 0, 3.0 if d.maybe(0.3) else 0.0
     tables, pairs, causal = [cos, sin, spans, keep, bias, slopes, sinks], d.maybe(0.3), d.maybe(0.6)
-    return [q, k, v, *tables, size**-0.5, pairs, causal, window, softcap]
+    return [q, k, v, *tables, size**-0.5, pairs, causal, window, softcap, *d.dropout()]
 
 
 @maker("attention_backward")

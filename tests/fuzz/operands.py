@@ -41,12 +41,6 @@ def weight(d: Draw, n: int, k: int, dtype: torch.dtype = F32, quantised: bool | 
     return [where, *parts, *numbers]
 
 
-def _seed(d: Draw) -> tuple[float, Tensor | None]:
-    if d.maybe(0.7):
-        return 0.0, None
-    return d.one((0.1, 0.5, 0.75)), torch.tensor([d.random.randrange(2**62)])
-
-
 def _adapter(d: Draw, n: int, k: int, least: int = 0) -> Arguments:
     r, dtype = d.one((d.size(20, least), d.size(300, least))) if d.maybe(0.2) else d.size(20, least), d.one(FLOATS)
     return [d.tensor(r, k, dtype=dtype), d.tensor(n, r, dtype=d.one((dtype, F32)))]
@@ -70,7 +64,7 @@ def _kept(d: Draw, results: Any, *which: int) -> list[Tensor]:
 def _lora(d: Draw) -> Arguments:
     m, n, k, dtype = _rows(d)
     a, b = _adapter(d, n, k) if d.maybe(0.8) else (None, None)
-    return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, a, b, d.number(), _bias(d, n), *_seed(d)]
+    return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, a, b, d.number(), _bias(d, n), *d.dropout()]
 
 
 @maker("lora_linear_backward")
@@ -109,7 +103,7 @@ def _stacked(d: Draw) -> Arguments:
     for _ in range(d.random.randint(1, 4)):
         n = d.size()
         a, b = _adapter(d, n, k) if d.maybe(0.8) else (None, None)
-        calls.append([*weight(d, n, k, dtype), n, a, b, d.number(), _bias(d, n), *_seed(d)])
+        calls.append([*weight(d, n, k, dtype), n, a, b, d.number(), _bias(d, n), *d.dropout()])
     return [d.tensor(m, k, dtype=dtype), *(list(values) for values in zip(*calls, strict=True))]
 
 
@@ -145,7 +139,7 @@ def _plan(d: Draw, m: int, n: int, k: int) -> tuple[Arguments, Arguments]:
 def _multi(d: Draw) -> Arguments:
     m, n, k, dtype = _rows(d)
     stack, plan = _plan(d, m, n, k)
-    return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, *stack, *plan, _bias(d, n), *_seed(d)]
+    return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, *stack, *plan, _bias(d, n), *d.dropout()]
 
 
 @maker("multi_lora_linear_backward")
@@ -166,7 +160,7 @@ def _mixture(d: Draw) -> Arguments:
     mix[torch.rand(m, count, generator=d.generator) < d.one((0.0, 0.5, 0.95))] = 0.0
     a, b = d.tensor(count, r, k, dtype=ab), d.tensor(n, count, r, dtype=d.one((ab, F32)))
     return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, a, b, d.laid(mix), d.maybe(0.5), _bias(d, n),
-            *_seed(d)]  # fmt: skip
+            *d.dropout()]  # fmt: skip
 
 
 @maker("lora_mixture_backward")
@@ -209,7 +203,7 @@ def _expand(d: Draw) -> Arguments:
 
 @maker("dora_linear")
 def _dora(d: Draw) -> Arguments:
-    (m, n, k, dtype), (p, seed) = _rows(d), _seed(d)
+    (m, n, k, dtype), (p, seed) = _rows(d), d.dropout()
     d.calm = d.calm or p > 0.0  # h may be x W^T less the rest, which an infinity that was dropped spoils
     return [d.tensor(m, k, dtype=dtype), *weight(d, n, k, dtype), n, *_adapter(d, n, k), d.tensor(n), d.number(),
             _bias(d, n), p, seed, d.maybe(0.5)]  # fmt: skip

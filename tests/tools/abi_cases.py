@@ -280,10 +280,12 @@ def of_attention(rng: Draw) -> None:
         options["bias"] = torch.randn(1, heads, t, keys).to(rng.choice(FLOATS))
     if rng.random() < 0.3:
         options |= {"slopes": torch.rand(heads), "sinks": torch.randn(heads)}
+    if rng.random() < 0.4:
+        options |= {"dropout_p": rng.choice((0.1, 0.6)), "seed": torch.tensor([rng.randrange(2**62)])}
     y = pk.attention(q, k, v, scale=d**-0.5, **options)
     torch.autograd.backward(y, torch.randn_like(y))
     with torch.no_grad():
-        pk.attention(q[:, :1], k, v, scale=d**-0.5)  # one query
+        pk.attention(q[:, :1], k, v, scale=d**-0.5, dropout_p=rng.choice((0.0, 0.2)))  # one query
 
 
 def of_quantising(rng: Draw) -> None:
@@ -351,10 +353,11 @@ def refused(_rng: Draw) -> None:
                                          (0, 0, 1, 1, 0)):  # fmt: skip
         code += [library.pk_cpu_norm(0, 0, 0, dtype, other, rows, n, inner, 1, 1, 0, 0.0, 0.0, 0, 1)]
     code += [library.pk_cpu_norm(0, 0, y.data_ptr(), 0, 0, 1, 8, 1, 8, 8, 0, 0.0, 0.0, 0, 1)]
-    # after pointers and strides: dtypes of q, angles and bias, B, T, S, H, G, D, Dv, R, interleaved, causal, window
-    good = [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0, 1, 0]
-    for at, value in ((0, 3), (3, -1), (4, -1), (5, -1), (6, 0), (7, 2), (8, 3), (9, 3), (9, 0), (13, -1)):
-        args = struct.pack("=50q2d", *[0] * 35, *good[:at], value, *good[at + 1 :], 1, 1.0, 0.0)
+    # after pointers (no seed) and strides: 3 dtypes, B, T, S, H, G, D, Dv, R, 3 options, threads, scale, softcap, p
+    good = [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0, 1, 0, 1, 1.0, 0.0, 0.0]
+    for at, value in ((0, 3), (3, -1), (4, -1), (5, -1), (6, 0), (7, 2), (8, 3), (9, 3), (9, 0), (13, -1),
+                      (17, 0.5), (17, 1.0), (17, -0.1), (17, float("nan"))):  # fmt: skip
+        args = struct.pack("=51q3d", *[0] * 36, *good[:at], value, *good[at + 1 :])
         code += [library.pk_cpu_attention(args), library.pk_cpu_attention_backward(args)]
     for dtype, rows, d, b, m in ((3, 1, 4, 2, 1), (0, -1, 4, 2, 1), (0, 1, 4, 3, 1), (0, 1, 8, 2, 4), (0, 1, 4, 2, 63)):
         code += [library.pk_cpu_butterfly_rotate(0, 0, dtype, rows, d, b, m, 0, 0, 0, 1)]

@@ -37,6 +37,7 @@ class Case:
     slopes: bool = False
     softcap: float = 0.0
     sinks: bool = False
+    p: float = 0.0  # of dropout
 
 
 CASES = [
@@ -50,14 +51,22 @@ CASES = [
     Case(1, 90, 90, 2, 1, 32, 16, causal=False, window=21, spans=True, sinks=True),
     Case(1, 60, 20, 2, 1, 16, 16),  # the first queries come before all keys
 ]
+DROPPED = [  # rows of scores that begin at a group of four words of the generator, and not; hidden keys; all options
+    Case(1, 23, 23, 4, 2, 16, 16, turned=16, keep=True, sinks=True, p=0.1),
+    Case(1, 90, 92, 2, 1, 32, 16, causal=False, window=71, spans=True, p=0.5),
+    Case(2, 33, 70, 4, 2, 18, 34, bias=True, slopes=True, softcap=2.0, p=0.25),
+    Case(3, 1, 73, 6, 2, 16, 16, causal=False, keep=True, p=0.1),
+]
 ONE = [  # one query, whose keys and values a kernel of its own reads where they lie
     Case(3, 1, 1100, 6, 2, 64, 64),
     Case(2, 1, 530, 5, 1, 34, 18, window=515, softcap=3.0, sinks=True),
     Case(2, 1, 70, 7, 1, 16, 40, spans=True, keep=True, bias=True, slopes=True),
+    Case(2, 1, 1101, 6, 2, 16, 16, window=1000, p=0.3),
 ]
 LONG = [  # several blocks of keys, forward and backward
     Case(1, 1060, 1060, 2, 1, 16, 16, turned=16, sinks=True),
     Case(1, 70, 1300, 2, 1, 16, 32, spans=True, softcap=2.0),
+    Case(1, 70, 1301, 4, 1, 16, 32, spans=True, p=0.1),
 ]
 
 
@@ -87,7 +96,8 @@ def inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor,
     if c.sinks:
         tables[6] = torch.randn(c.h, device=device)
     dy = torch.randn(c.b, c.t, c.h, c.dv, device=device).to(dtype)
-    return dy, [q, k, v, *tables, c.d**-0.5, c.interleaved, c.causal, c.window, c.softcap]
+    seed = torch.randint(-(2**62), 2**62, (1,)) if c.p else None
+    return dy, [q, k, v, *tables, c.d**-0.5, c.interleaved, c.causal, c.window, c.softcap, c.p, seed]
 
 
 def magnitudes(dy: Tensor, args: list[Any]) -> list[Tensor]:
@@ -96,7 +106,7 @@ def magnitudes(dy: Tensor, args: list[Any]) -> list[Tensor]:
     q, k, v, cos, sin, spans, keep, bias, slopes, sinks = (
         t.double() if t is not None and t.is_floating_point() else t for t in args[:10]
     )
-    scale, interleaved, causal, window, softcap = args[10:]
+    scale, interleaved, causal, window, softcap, p_drop, seed = args[10:]
     groups = k.shape[2]
 
     def terms(x: Tensor) -> Tensor:
@@ -120,15 +130,16 @@ def magnitudes(dy: Tensor, args: list[Any]) -> list[Tensor]:
     sizes = of_q @ of_k.transpose(-1, -2) * scale + torch.where(seen, scores, 0.0).nan_to_num(0.0, 0.0, 0.0).abs()
     if bias is not None:
         sizes = sizes + bias.unflatten(1, (groups, -1)).abs()
+    kept = op._dropped(torch.ones_like(p), p_drop, seed)
     p = p * (1 + sizes + (p * sizes).sum(-1, keepdim=True))
     grad, values = dy.double().abs().transpose(1, 2).unflatten(1, (groups, -1)), v.abs().transpose(1, 2).unsqueeze(2)
-    dp = grad @ values.transpose(-1, -2)
+    dp = grad @ values.transpose(-1, -2) * kept
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
     return [
-        (p @ values).flatten(1, 2).transpose(1, 2),
+        (p * kept @ values).flatten(1, 2).transpose(1, 2),
         abs_turned(q, (ds @ of_k).flatten(1, 2).transpose(1, 2), True),
         abs_turned(k, (ds.transpose(-1, -2) @ of_q).sum(2).transpose(1, 2), True),
-        (p.transpose(-1, -2) @ grad).sum(2).transpose(1, 2),
+        ((p * kept).transpose(-1, -2) @ grad).sum(2).transpose(1, 2),
     ]
 
 
@@ -158,5 +169,5 @@ def check(dy: Tensor, args: list[Any]) -> None:
 
 def options_of(args: list[Any]) -> dict[str, Any]:
     names = ("cos", "sin", "spans", "keep", "bias", "slopes", "sinks", "scale", "interleaved", "causal", "window",
-             "softcap")  # fmt: skip
+             "softcap", "dropout_p", "seed")  # fmt: skip
     return dict(zip(names, args[3:], strict=True))

@@ -20,6 +20,8 @@ int run(const pk_attention_args &a, int backward) {
         return pk_fail(PK_ERR_ARGUMENT,
                        "attention: %lld of %lld features of %lld queries and %lld keys cannot be turned", Long(a.R),
                        Long(a.D), Long(a.T), Long(a.S));
+    if (!(a.dropout_p >= 0.0 && a.dropout_p < 1.0) || (a.dropout_p > 0.0 && !a.seed))
+        return pk_fail(PK_ERR_ARGUMENT, "attention: dropout needs a seed and p in [0, 1), got p %g", a.dropout_p);
     if (!a.B || (!a.T && !(backward && a.S))) return PK_OK;
     if (int code = pk_table()->attention(&a, backward))
         return pk_fail(code, "attention: no memory for %lld queries and %lld keys", Long(a.T), Long(a.S));

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ... import philox
 from ...checks import arg_error, check_alike
 from ...dispatch import Op, forward_mode
-from ..lora_linear import acc_dtype, apply_function, check_kept
+from ..lora_linear import acc_dtype, apply_function, check_dropout, check_kept
 
 _NAME = "attention"
 _MOST = 1 << 30  # a window of so many keys is none; positions fit 32 bits
@@ -64,9 +65,10 @@ def _check_table(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 def _check(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, spans: Tensor | None, keep: Tensor | None,
     bias: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, scale: float, interleaved: bool, causal: bool,
-    window: int, softcap: float,
+    window: int, softcap: float, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
     _check_shapes(q, k, v)
+    check_dropout(_NAME, dropout_p, seed, True)
     batch, tokens, heads, _ = q.shape
     if not -math.inf < scale < math.inf:
         raise arg_error(_NAME, "scale", "finite", scale)
@@ -164,10 +166,18 @@ def _scores(
     return scores.to(acc_dtype(q.dtype)).masked_fill(~seen, -torch.inf), slope
 
 
+def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """x [B, G, H / G, T, S] where dropout keeps it: probabilities, or their gradients."""
+    if dropout_p == 0.0:
+        return x
+    assert seed is not None
+    return philox.dropout(x.flatten(0, 3), dropout_p, seed).view(x.shape)
+
+
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, spans: Tensor | None, keep: Tensor | None,
     bias: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, scale: float, interleaved: bool, causal: bool,
-    window: int, softcap: float,
+    window: int, softcap: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     groups = k.shape[2]
     turned_q, turned_k = _grouped(_turned(q, cos, sin, interleaved), groups), _turned(k, cos, sin, interleaved)
@@ -177,12 +187,12 @@ def _reference(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(groups, -1, 1, 1))
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    p = torch.exp(scores - lse)
+    p = _dropped(torch.exp(scores - lse), dropout_p, seed)
     y = p.to(q.dtype) @ v.transpose(1, 2).unsqueeze(2)
     return y.flatten(1, 2).transpose(1, 2).contiguous(), lse.squeeze(-1).flatten(1, 2).contiguous()
 
 
-_OPTIONS = "float scale, bool interleaved, bool causal, int window, float softcap"
+_OPTIONS = "float scale, bool interleaved, bool causal, int window, float softcap, float dropout_p, Tensor? seed"
 _TABLES = "cos[C,T,X] sin[C,T,X] spans[Z,T,Q] keep[Z,T,J] bias[Z,H,T,J] slopes[H]"
 forward_op = Op(
     name=_NAME,
@@ -201,9 +211,10 @@ forward_op = Op(
 def _check_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
     spans: Tensor | None, keep: Tensor | None, bias: Tensor | None, slopes: Tensor | None, scale: float,
-    interleaved: bool, causal: bool, window: int, softcap: float,
+    interleaved: bool, causal: bool, window: int, softcap: float, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    _check(q, k, v, cos, sin, spans, keep, bias, slopes, None, scale, interleaved, causal, window, softcap)
+    _check(q, k, v, cos, sin, spans, keep, bias, slopes, None, scale, interleaved, causal, window, softcap, dropout_p,
+           seed)  # fmt: skip
     batch, tokens, heads, _ = q.shape
     check_kept(f"{_NAME}_backward", "y", y, (batch, tokens, heads, v.shape[3]), q.dtype)
     check_alike(f"{_NAME}_backward", "dy", dy, y, "y")
@@ -218,7 +229,7 @@ def _fake_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tupl
 def _reference_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
     spans: Tensor | None, keep: Tensor | None, bias: Tensor | None, slopes: Tensor | None, scale: float,
-    interleaved: bool, causal: bool, window: int, softcap: float,
+    interleaved: bool, causal: bool, window: int, softcap: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     groups, acc = k.shape[2], acc_dtype(q.dtype)
     turned_q = _grouped(_turned(q, cos, sin, interleaved), groups)
@@ -228,9 +239,10 @@ def _reference_backward(
     p = torch.exp(scores - _grouped(lse.unsqueeze(-1), groups))
     grad, values = _grouped(dy.transpose(1, 2), groups), v.transpose(1, 2).unsqueeze(2)
     along = _grouped((dy.to(acc) * y.to(acc)).sum(-1, keepdim=True).transpose(1, 2), groups)
-    ds = (p * ((grad @ values.transpose(-1, -2)).to(acc) - along) * slope).masked_fill(~seen, 0.0).to(q.dtype)
+    dp = _dropped((grad @ values.transpose(-1, -2)).to(acc), dropout_p, seed)
+    ds = (p * (dp - along) * slope).masked_fill(~seen, 0.0).to(q.dtype)
     # the sum over the heads of a group is that over their queries
-    dv = p.to(q.dtype).flatten(2, 3).transpose(-1, -2) @ grad.flatten(2, 3)
+    dv = _dropped(p, dropout_p, seed).to(q.dtype).flatten(2, 3).transpose(-1, -2) @ grad.flatten(2, 3)
     dk = ds.flatten(2, 3).transpose(-1, -2) @ turned_q.flatten(2, 3)
     dq = (ds @ turned_k).flatten(1, 2)
     return (
@@ -270,21 +282,21 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.options = inputs[10:]
+        ctx.options = inputs[10:-1]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:10], *output)
+        ctx.save_for_backward(*inputs[:10], inputs[-1], *output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, need = dys[0], ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * 15
+        grads: list[Tensor | None] = [None] * 17
         if dy is None:
             return tuple(grads)
-        q, k, v, *tables, sinks, y, lse = ctx.saved_tensors
+        q, k, v, *tables, sinks, seed, y, lse = ctx.saved_tensors
         if any(need[:3]):
-            found = backward_op.op(dy, q, k, v, y, lse, *tables, *ctx.options)
+            found = backward_op.op(dy, q, k, v, y, lse, *tables, *ctx.options, seed)
             grads[:3] = (g if wanted else None for g, wanted in zip(found, need, strict=False))
         if need[9]:
             grads[9] = _sinks_gradient(dy, y, lse, sinks)
@@ -301,7 +313,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, cos: Tensor | None = None, sin: Tensor | None = None,
     interleaved: bool = False, causal: bool = True, window: int = 0, spans: Tensor | None = None,
     keep: Tensor | None = None, bias: Tensor | None = None, slopes: Tensor | None = None, softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of T queries over S keys, differentiable in q, k, v and sinks: [B, T, H, Dv] in q.dtype, contiguous.
 
@@ -318,6 +330,8 @@ def attention(
     softcap: c > 0: c tanh(s / c) of the scaled scores. bias: [B or 1, H or 1, T or 1, S], added then, -inf where
     nothing is seen. slopes: [H], slope (j - p) added (ALiBi). sinks: [H]: exp(sink) more in the softmax's denominator.
     bias and slopes are without gradients.
+    dropout_p: probability that a probability is dropped, after the softmax; the others are multiplied by
+    1 / (1 - dropout_p). seed: int64, one element; drawn from torch's generator when it is needed and not given.
     Turned q and k, and probabilities, are rounded to q.dtype (float32 on the CPU's levels without bfloat16 products,
     and for one query); all sums and the softmax are float32. Raises ValueError or TypeError on bad arguments.
     """
@@ -331,7 +345,10 @@ def attention(
         _frozen("bias", bias)
         bias = _expanded("bias", bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     _frozen("slopes", slopes)
-    args = (q, k, v, cos, sin, spans, keep, bias, slopes, sinks, scale, interleaved, causal, window, softcap)
+    if dropout_p > 0.0 and seed is None:
+        seed = philox.draw_seed(q.device)
+    args = (q, k, v, cos, sin, spans, keep, bias, slopes, sinks, scale, interleaved, causal, window, softcap,
+            dropout_p, seed)  # fmt: skip
     wanted = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     )

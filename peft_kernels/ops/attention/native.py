@@ -13,7 +13,7 @@ from ... import native
 from ...dispatch import Backend
 from ...native import pointer
 
-_ARGS = struct.Struct("=50q2d")  # pk_attention_args of csrc/pk_abi.h
+_ARGS = struct.Struct("=51q3d")  # pk_attention_args of csrc/pk_abi.h
 _CODES = {t: native.DTYPES[t] for t in (torch.float32, torch.bfloat16, torch.float16)}
 _F32 = torch.float32
 
@@ -31,7 +31,7 @@ def _call(
     entry: Any, dy: Tensor | None, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cos: Tensor | None,
     sin: Tensor | None, spans: Tensor | None, keep: Tensor | None, bias: Tensor | None, slopes: Tensor | None,
     sinks: Tensor | None, grads: tuple[Tensor, ...], scale: float, interleaved: bool, causal: bool, window: int,
-    softcap: float,
+    softcap: float, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
     q, k, v = _dense(q), _dense(k), _dense(v)
     dy = None if dy is None else _dense(dy)
@@ -43,14 +43,14 @@ def _call(
     batch, tokens, heads, d = q.shape
     by_row = 0 if cos is None or cos.shape[0] == 1 else tokens * cos.shape[2]
     args = _ARGS.pack(
-        *map(pointer, (q, k, v, dy, cos, sin, spans, keep, bias, slopes, sinks, y, lse)),
+        *map(pointer, (q, k, v, dy, cos, sin, spans, keep, bias, slopes, sinks, seed, y, lse)),
         *(map(pointer, grads) if grads else (0, 0, 0)),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if dy is None else dy.stride()[:3]),
         *((0, 0) if keep is None else keep.stride()[:2]), *((0, 0, 0) if bias is None else bias.stride()[:3]),
         by_row, 2 * tokens,
         _CODES[q.dtype], 0 if cos is None else _CODES[cos.dtype], 0 if bias is None else _CODES[bias.dtype],
         batch, tokens, k.shape[1], heads, k.shape[2], d, v.shape[3], 0 if cos is None else cos.shape[2],
-        interleaved, causal, window, torch.get_num_threads(), scale, softcap,
+        interleaved, causal, window, torch.get_num_threads(), scale, softcap, dropout_p,
     )  # fmt: skip
     native.check(entry(args))
 

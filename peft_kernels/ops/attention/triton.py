@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import tuning
 from ...triton_lib import host
+from ..lora_linear import triton as lora
 from . import _turned, _turned_back
 
 MOST = 256  # features of a head: tiles of whole rows lie in the registers of a program
@@ -33,10 +34,11 @@ class _Call:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor | None, ...], scale: float, causal: bool,
-        window: int, softcap: float,
+        window: int, softcap: float, dropout_p: float, seed: Tensor | None,
     ) -> None:  # fmt: skip
         spans, keep, bias, slopes = tables
         keep, bias = (t if t is None else _dense(t) for t in (keep, bias))
+        drop = lora._Dropout(dropout_p, seed, k.shape[1], q)
         _, tokens, heads, d = q.shape
         dv, wide = v.shape[3], max(q.shape[3], v.shape[3])
         self.config = tuning.choose(
@@ -45,16 +47,17 @@ class _Call:
         self.tables = (
             q if spans is None else spans.contiguous(), q if keep is None else keep.view(torch.uint8),
             q if bias is None else bias, q if slopes is None else slopes.float().contiguous(),
+            drop.seed,
         )  # fmt: skip
         self.strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         self.sizes = (
             *((0, 0) if keep is None else keep.stride()[:2]), *((0, 0, 0) if bias is None else bias.stride()[:3]),
-            tokens, k.shape[1], heads, k.shape[2], d, dv, window, scale, softcap,
+            tokens, k.shape[1], heads, k.shape[2], d, dv, window, scale, softcap, *drop.arguments,
         )  # fmt: skip
         self.options = {"CAUSAL": causal, "WINDOW": window > 0, "SPANS": spans is not None, "KEEP": keep is not None,
                         "BIAS": bias is not None, "SLOPES": slopes is not None, "SOFTCAP": softcap > 0.0,
-                        "PRECISION": "ieee", "BD": _tile(d), "BV": _tile(dv), "num_warps": self.config.num_warps,
-                        "num_stages": self.config.num_stages}  # fmt: skip
+                        **drop.constants, "PRECISION": "ieee", "BD": _tile(d), "BV": _tile(dv),
+                        "num_warps": self.config.num_warps, "num_stages": self.config.num_stages}  # fmt: skip
 
     def tiles(self, keys: bool = False) -> dict[str, int]:
         """BM: queries, BN: keys. keys: a program has keys, not queries."""
@@ -64,7 +67,7 @@ class _Call:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, spans: Tensor | None, keep: Tensor | None,
     bias: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, scale: float, interleaved: bool, causal: bool,
-    window: int, softcap: float,
+    window: int, softcap: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, lse)."""
     from .triton_kernels import forward_kernel
@@ -72,7 +75,7 @@ def forward(
     batch, tokens, heads, _ = q.shape
     q, k, v = _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved), _dense(v)
     y, lse = q.new_empty((batch, tokens, heads, v.shape[3])), q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    call = _Call(q, k, v, (spans, keep, bias, slopes), scale, causal, window, softcap)
+    call = _Call(q, k, v, (spans, keep, bias, slopes), scale, causal, window, softcap, dropout_p, seed)
     tiles = call.tiles()
     host.launch(
         forward_kernel, (-(-tokens // tiles["BM"]), heads, batch), q, k, v, *call.tables,
@@ -85,7 +88,7 @@ def forward(
 def backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
     spans: Tensor | None, keep: Tensor | None, bias: Tensor | None, slopes: Tensor | None, scale: float,
-    interleaved: bool, causal: bool, window: int, softcap: float,
+    interleaved: bool, causal: bool, window: int, softcap: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv)."""
     from .triton_kernels import keys_kernel, queries_kernel
@@ -96,7 +99,7 @@ def backward(
     dy, q, k, v = _dense(dy), _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved), _dense(v)
     dq, dk = q.new_empty((batch, tokens, heads, d)), q.new_empty((batch, keys, groups, d))
     dv = q.new_empty((batch, keys, groups, dv_width))
-    call = _Call(q, k, v, (spans, keep, bias, slopes), scale, causal, window, softcap)
+    call = _Call(q, k, v, (spans, keep, bias, slopes), scale, causal, window, softcap, dropout_p, seed)
     given = (dy, q, k, v, *call.tables, lse.contiguous(), along)
     numbers = (*dy.stride()[:3], *call.strides, *call.sizes)
     tiles = call.tiles()
@@ -115,7 +118,7 @@ def _within_a_row(t: Tensor) -> int:
 
 
 def _refusal(*args: Any) -> str | None:
-    backward_of = len(args) == 17  # begins with dy
+    backward_of = len(args) == 19  # begins with dy
     q, k, v = args[1:4] if backward_of else args[:3]
     tensors = [q, k, v, args[0]]
     if max(map(_within_a_row, tensors)) >= 2**31 or max(t[:1].numel() for t in tensors) >= 2**31:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_lib.device import dot, round_to
+from ...triton_lib.device import dot, keep_mask, round_to
 
 
 @triton.jit
@@ -79,12 +79,14 @@ def product(b_x, b_z, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr)
     return dot(b_x, tl.trans(b_z), tl.zeros((M, N), tl.float32), PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def forward_kernel(
-    p_q, p_k, p_v, p_spans, p_keep, p_bias, p_slopes, p_sinks, p_y, p_lse, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    keep_b, keep_t, bias_b, bias_h, bias_t, T, S, H, G, D, DV, window, scale, softcap,
+    p_q, p_k, p_v, p_spans, p_keep, p_bias, p_slopes, p_seed, p_sinks, p_y, p_lse, q_b, q_t, q_h,
+    k_b, k_t, k_h, v_b, v_t, v_h, keep_b, keep_t, bias_b, bias_h, bias_t, T, S, H, G, D, DV, window,
+    scale, softcap, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr,
-    SLOPES: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    SLOPES: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
+    BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """y and lse of BM queries of a head. _b, _t, _h: elements from a row of the batch, a token, a head to the next."""
@@ -99,6 +101,7 @@ def forward_kernel(
     p_bias += i_batch * bias_b + i_head.to(tl.int64) * bias_h
     p_y += i_batch * T * H * DV + i_head * DV
     i_q = tl.program_id(0) * BM + tl.arange(0, BM)
+    i_row = (i_batch * H + i_head) * T + i_q
     i_d, i_v = tl.arange(0, BD), tl.arange(0, BV)
     b_q = rows(p_q, i_q, i_d, T, D, q_t)
     b_low, b_high = ranges(p_spans + i_batch * T * 2, i_q, T, S, window, CAUSAL, WINDOW, SPANS)
@@ -124,23 +127,29 @@ def forward_kernel(
         b_p = tl.exp(b_s - b_base[:, None])
         b_shrink = tl.exp(b_top - b_base)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        if DROPOUT:
+            b_p = tl.where(keep_mask(p_seed, i_row, i_k0, S, threshold, BM, BN, BY_FOUR), b_p, 0.0)
         b_v = rows(p_v, i_k, i_v, S, DV, v_t)
         b_y = dot(round_to(b_p, DTYPE), b_v, b_y * b_shrink[:, None], PRECISION)
         b_top = b_new
     b_none = b_sum == 0.0  # sees nothing
     b_inverse = tl.where(b_none, 0.0, 1.0 / tl.where(b_none, 1.0, b_sum))[:, None]
     b_lse = tl.where(b_none, float("inf"), b_top + tl.log(tl.where(b_none, 1.0, b_sum)))
-    tl.store(p_lse + (i_batch * H + i_head) * T + i_q, b_lse, mask=i_q < T)
+    tl.store(p_lse + i_row, b_lse, mask=i_q < T)
+    if DROPOUT:
+        b_inverse *= keep_scale
     p_out = p_y + i_q[:, None] * (H * DV) + i_v[None, :]
     tl.store(p_out, round_to(b_y * b_inverse, DTYPE), mask=(i_q < T)[:, None] & (i_v < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def queries_kernel(
-    p_dy, p_q, p_k, p_v, p_spans, p_keep, p_bias, p_slopes, p_lse, p_along, p_dq, dy_b, dy_t, dy_h, q_b, q_t, q_h,
-    k_b, k_t, k_h, v_b, v_t, v_h, keep_b, keep_t, bias_b, bias_h, bias_t, T, S, H, G, D, DV, window, scale, softcap,
+    p_dy, p_q, p_k, p_v, p_spans, p_keep, p_bias, p_slopes, p_seed, p_lse, p_along, p_dq, dy_b, dy_t, dy_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, keep_b, keep_t, bias_b, bias_h, bias_t, T, S, H, G, D, DV, window,
+    scale, softcap, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr,
-    SLOPES: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SLOPES: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
+    PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """dq of BM queries of a head, not turned back."""
@@ -159,9 +168,9 @@ def queries_kernel(
     i_d, i_v = tl.arange(0, BD), tl.arange(0, BV)
     b_q = rows(p_q, i_q, i_d, T, D, q_t)
     b_dy = rows(p_dy, i_q, i_v, T, DV, dy_t)
-    i_lse = (i_batch * H + i_head) * T + i_q
-    b_lse = tl.load(p_lse + i_lse, mask=i_q < T, other=float("inf"))
-    b_along = tl.load(p_along + i_lse, mask=i_q < T, other=0.0)
+    i_row = (i_batch * H + i_head) * T + i_q
+    b_lse = tl.load(p_lse + i_row, mask=i_q < T, other=float("inf"))
+    b_along = tl.load(p_along + i_row, mask=i_q < T, other=0.0)
     b_low, b_high = ranges(p_spans + i_batch * T * 2, i_q, T, S, window, CAUSAL, WINDOW, SPANS)
     b_dq = tl.zeros((BM, BD), tl.float32)
     slope = 0.0
@@ -176,18 +185,22 @@ def queries_kernel(
                            SLOPES, SOFTCAP)  # fmt: skip
         b_p = tl.exp(b_s - b_lse[:, None])
         b_dp = product(b_dy, rows(p_v, i_k, i_v, S, DV, v_t), BM, BN, PRECISION)
+        if DROPOUT:
+            b_dp = tl.where(keep_mask(p_seed, i_row, i_k0, S, threshold, BM, BN, BY_FOUR), b_dp * keep_scale, 0.0)
         b_ds = round_to(b_p * (b_dp - b_along[:, None]) * b_by, DTYPE)
         b_dq = dot(b_ds, b_k, b_dq, PRECISION)
     p_out = p_dq + i_q[:, None] * (H * D) + i_d[None, :]
     tl.store(p_out, round_to(b_dq, DTYPE), mask=(i_q < T)[:, None] & (i_d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def keys_kernel(
-    p_dy, p_q, p_k, p_v, p_spans, p_keep, p_bias, p_slopes, p_lse, p_along, p_dk, p_dv, dy_b, dy_t, dy_h, q_b, q_t, q_h,
-    k_b, k_t, k_h, v_b, v_t, v_h, keep_b, keep_t, bias_b, bias_h, bias_t, T, S, H, G, D, DV, window, scale, softcap,
+    p_dy, p_q, p_k, p_v, p_spans, p_keep, p_bias, p_slopes, p_seed, p_lse, p_along, p_dk, p_dv, dy_b, dy_t, dy_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, keep_b, keep_t, bias_b, bias_h, bias_t, T, S, H, G, D, DV, window,
+    scale, softcap, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPANS: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr,
-    SLOPES: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SLOPES: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, BY_FOUR: tl.constexpr,
+    PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """dk, not turned back, and dv of BN keys of a head: sums over its group's heads and queries, in one order."""
@@ -240,9 +253,16 @@ def keys_kernel(
                                i_q[None, :], i_k[:, None], b_low[None, :], b_high[None, :], slope, T, S, keep_t, bias_t,
                                scale, softcap, KEEP, BIAS, SLOPES, SOFTCAP)  # fmt: skip
             b_p = tl.exp(b_s - b_lse[None, :])
+            b_kept = b_p
+            if DROPOUT:
+                i_row = i_batch * H * T + i_lse
+                b_keep = tl.trans(keep_mask(p_seed, i_row, i_k0, S, threshold, BM, BN, BY_FOUR))
+                b_kept = tl.where(b_keep, b_p * keep_scale, 0.0)
             b_dp = product(b_v, b_dy, BN, BM, PRECISION)
+            if DROPOUT:
+                b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
             b_ds = round_to(b_p * (b_dp - b_along[None, :]) * b_by, DTYPE)
-            b_dv = dot(round_to(b_p, DTYPE), b_dy, b_dv, PRECISION)
+            b_dv = dot(round_to(b_kept, DTYPE), b_dy, b_dv, PRECISION)
             b_dk = dot(b_ds, b_q, b_dk, PRECISION)
     b_in = (i_k < S)[:, None]
     tl.store(p_dk + i_k[:, None] * (G * D) + i_d[None, :], round_to(b_dk, DTYPE), mask=b_in & (i_d < D)[None, :])

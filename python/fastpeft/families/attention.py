@@ -57,7 +57,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
             q, k, turn = *_turned(turn, q, k), None
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
-    scale = getattr(self, of.scale)
+    scale, dropout_p = getattr(self, of.scale), dropout_of(self, of) if self.training else 0.0
     if ways.attention:
         y = attention(
             q, k, v, scale=scale, causal=seen.causal, spans=seen.spans, keep=seen.keep,
@@ -65,11 +65,11 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
             softcap=(getattr(self, of.softcap) or 0.0) if of.softcap else 0.0,
             sinks=getattr(self, of.sinks) if of.sinks else None,
             cos=None if turn is None else turn.cos, sin=None if turn is None else turn.sin,
-            interleaved=turn is not None and turn.neighbours,
+            interleaved=turn is not None and turn.neighbours, dropout_p=dropout_p,
         )  # fmt: skip
     else:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y, _ = _torch_attention()(self, q, k, v, given.get("attention_mask"), dropout=0.0, scaling=scale)
+        y, _ = _torch_attention()(self, q, k, v, given.get("attention_mask"), dropout=dropout_p, scaling=scale)
     y = y.flatten(2)
     if gate is not None:
         y = y * torch.sigmoid(gate)
@@ -93,8 +93,6 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
     if of.turn is not None and given.get("position_embeddings") is None and (of.turned is None or of.turned(self)):
         return False
     if any(given.get(name) is not None for name in ("encoder_hidden_states", "key_value_states")):
-        return False
-    if self.training and dropout_of(self, of):
         return False
     kept = x.shape[0] * head_count(self) * x.shape[1] ** 2 if torch.is_grad_enabled() else 0
     return kept <= MOST_SCORES or native_library().reason is None  # eager code would keep every score
@@ -225,8 +223,6 @@ def why_not(self: Any, of: Attention, dtype: torch.dtype) -> str | None:
     wanted = _other_attention(self, of)
     if wanted is not None:
         return f"the model asks for {wanted}"
-    if self.training and dropout_of(self, of):
-        return "its probabilities have dropout"
     return "it is in float64" if dtype is torch.float64 else None
 
 
