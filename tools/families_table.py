@@ -31,6 +31,8 @@ they are. The words are those of `python/fastpeft/families/description.py`.
 
 
 def attention(part: Part | None) -> str:
+    if isinstance(part, Together) and part.interface:
+        return "q, k, v in one call, by transformers' interface" + (", cross-attention" if part.other else "")
     if isinstance(part, Together):
         return f"its own, around one call for {', '.join(f'`{name}`' for name in part.names)}"
     if not isinstance(part, Attention):

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_kernels import use_backend
+from peft_kernels.testing import assert_no_worse
 
 VOCABULARY = 97
 SHAPES: dict[str, dict[str, Any]] = {
@@ -150,5 +151,8 @@ def exactly(model: Any) -> Iterator[Any]:
         yield exact
 
 
-def worst(found: Tensor, exact: Tensor) -> Tensor:
-    return (found.double() - exact).abs().max()
+def compare(fast: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """assert_no_worse over a whole model: an element is one of many sums, so the largest error of each is compared."""
+    worst = [(t.double() - exact).abs().max().reshape(1) for t in (fast, plain)]
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert_no_worse(worst[0].to(fast.dtype), worst[1].to(fast.dtype), zero, exact.abs().max().reshape(1))

@@ -13,8 +13,8 @@ from peft_kernels import attention, native_library
 
 from ..weights.base import is_listened_to
 from .angles import Turn, alibi_slopes
-from .description import Attention
-from .projections import Given, linears, modules_on, projections
+from .description import Attention, Together
+from .projections import Given, in_one_call, linears, modules_on, projections
 from .state import State
 from .ways import Ways, ways_of
 
@@ -38,7 +38,9 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     cache, ways = cache_of(given), ways_of(x)
     seen = None
     if _serves(self, of, x, ways, given):
-        seen = state.shared.masks.seen(given.get("attention_mask"), x.shape[1], getattr(self, "is_causal", True))
+        causal = given.get("is_causal")
+        causal = getattr(self, "is_causal", True) if causal is None else causal
+        seen = state.shared.masks.seen(given.get("attention_mask"), x.shape[1], causal)
     if seen is None:
         return _itself(self, of, state, ways, hidden_states, args, kwargs)
     q, k, v, gate = _heads(self, of, state, x)
@@ -57,7 +59,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
             q, k, turn = *_turned(turn, q, k), None
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
-    scale, dropout_p = getattr(self, of.scale), dropout_of(self, of) if self.training else 0.0
+    scale, dropout_p = getattr(self, of.scale) if of.scale else q.shape[-1] ** -0.5, dropout_of(self, of.dropout)
     if ways.attention:
         y = attention(
             q, k, v, scale=scale, causal=seen.causal, spans=seen.spans, keep=seen.keep,
@@ -69,7 +71,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         )  # fmt: skip
     else:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y, _ = _torch_attention()(self, q, k, v, given.get("attention_mask"), dropout=dropout_p, scaling=scale)
+        y, _ = torch_attention()(self, q, k, v, given.get("attention_mask"), dropout=dropout_p, scaling=scale)
     y = y.flatten(2)
     if gate is not None:
         y = y * torch.sigmoid(gate)
@@ -86,7 +88,7 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
         return False
     if x.dim() != 3 or x.dtype is torch.float64 or (of.served and not of.served(self)):
         return False
-    if _other_attention(self, of) or "read_index" in given:  # continuous batching: a row is not a sequence
+    if other_attention(self, of.eager) or "read_index" in given:  # continuous batching: a row is not a sequence
         return False
     if given.get("output_attentions", getattr(getattr(self, "config", None), "output_attentions", False)):
         return False
@@ -94,8 +96,13 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
         return False
     if any(given.get(name) is not None for name in ("encoder_hidden_states", "key_value_states")):
         return False
-    kept = x.shape[0] * head_count(self) * x.shape[1] ** 2 if torch.is_grad_enabled() else 0
-    return kept <= MOST_SCORES or native_library().reason is None  # eager code would keep every score
+    batch, t = x.shape[:2]
+    return scores_fit(batch * head_count(self) * t * t)
+
+
+def scores_fit(count: int) -> bool:
+    """True where so many scores of an attention may stand at once, or where a kernel keeps none."""
+    return count <= MOST_SCORES or not torch.is_grad_enabled() or native_library().reason is None
 
 
 def after(self: Any, name: str, y: Tensor) -> Tensor:
@@ -114,7 +121,7 @@ def _is_token(of: Attention, x: Tensor, ways: Ways, given: dict[str, Any]) -> bo
 
 
 @functools.cache
-def _torch_attention() -> Any:
+def torch_attention() -> Any:
     """`(module, q [B, heads, T, D], k, v, mask, ...) -> (y [B, T, heads, D], None)`: torch's own, as transformers asks
     for it on each device."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -122,11 +129,14 @@ def _torch_attention() -> Any:
     return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def _other_attention(self: Any, of: Attention) -> str | None:
-    """The attention that was chosen for the model, if it was: what is usual in the family is None."""
+def other_attention(self: Any, eager: bool = False) -> str | None:
+    """The attention that was chosen for the model, if it was: what is usual in the family is None.
+
+    eager: of `Attention`.
+    """
     config = getattr(self, "config", None)  # a module without one has one way
     wanted: str = "eager" if config is None else config._attn_implementation
-    return None if wanted == "sdpa" or (of.eager and wanted == "eager") else wanted
+    return None if wanted == "sdpa" or (eager and wanted == "eager") else wanted
 
 
 def head_count(self: Any) -> int:
@@ -135,8 +145,11 @@ def head_count(self: Any) -> int:
     return count
 
 
-def dropout_of(self: Any, of: Attention) -> float:
-    found = getattr(self, of.dropout, 0.0)
+def dropout_of(self: Any, name: str) -> float:
+    """The probability of a dropout now; name: of the attribute that is its module, or the number."""
+    if not self.training:
+        return 0.0
+    found = getattr(self, name, 0.0)
     p: float = getattr(found, "p", found)
     return p
 
@@ -206,21 +219,18 @@ def _out(self: Any, of: Attention, state: State, y: Tensor) -> Tensor:
 def _itself(
     self: Any, of: Attention, state: State, ways: Ways, x: Tensor, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """The model's own forward, which gets q, k and v from one call where that pays: on a GPU."""
-    found, itself = None, self
-    if ways.stack and not ways.attention and len(of.qkv) > 1:
-        found = projections(x, *(getattr(self, name) for name in of.qkv))
-    if found is not None:
-        itself = Given(self, of.qkv, x, state.qkv(x, *found))
+    """The model's own forward, which gets q, k and v from one call."""
+    others = in_one_call(self, of.qkv, x, state.qkv) if ways.stack else {}
+    itself = Given(self, others) if others else self
     result: tuple[Tensor, Tensor | None] = state.base.forward(itself, x, *args, **kwargs)
     return result
 
 
-def why_not(self: Any, of: Attention, dtype: torch.dtype) -> str | None:
+def why_not(self: Any, of: Attention | Together, dtype: torch.dtype) -> str | None:
     """Why the module's attention is the model's own code now, in words for a report."""
     if of.served is not None and not of.served(self):
         return "a variant of the family that is not described"
-    wanted = _other_attention(self, of)
+    wanted = other_attention(self, isinstance(of, Attention) and of.eager)
     if wanted is not None:
         return f"the model asks for {wanted}"
     return "it is in float64" if dtype is torch.float64 else None

@@ -32,8 +32,8 @@ class Attention(Part):
     a head, whose module takes [B, H, T, D]).
     turn: how a head is rotated: its halves are the pairs, its neighbours are, or not at all. angles: where that
     differs, what the model's cosines are: "halves" (of the halves, for neighbours), "once" (each angle once). turned:
-    says of a module that it rotates. scale: factor of the scores. key_scale: factor of k. dropout: of probabilities;
-    after: dropout of the output. softcap, sinks: of the scores. gated: q has a gate of the output beside it, head by
+    says of a module that it rotates. scale: factor of the scores, "" for one by the root of the head's size.
+    key_scale: factor of k. dropout: of probabilities; after: dropout of the output. softcap, sinks: of the scores. gated: q has a gate of the output beside it, head by
     head.
     alibi: an argument of the forward that is None or biases by ALiBi (arXiv 2108.12409); slopes are the paper's.
     residual: the forward's second argument is added to the output, after dropout of that probability.
@@ -67,7 +67,8 @@ class Mlp(Part):
     """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))`.
 
     up: the projections of the input: gate and up, one that makes both (`halves`), or a single one. act: the module of
-    the activation. after: dropout of the output. residual: as of Attention.
+    the activation. between: dropout of what down takes; after: of the output. residual: as of Attention. cast: down
+    is given its input in the dtype of its weight.
     """
 
     name: ClassVar[str] = "mlp"
@@ -75,8 +76,21 @@ class Mlp(Part):
     down: str = "down_proj"
     act: str = "act_fn"
     halves: bool = False
+    between: str = ""
     after: str = ""
     residual: str = ""
+    cast: bool = False
+
+
+@dataclass(frozen=True)
+class Spread(Mlp):
+    """An MLP without a class of its own: its layers stand one after another in a method of a larger module.
+
+    The method stays the family's code, around the MLP as one call. up, down, act: paths from the module, such as
+    "output.dense".
+    """
+
+    method: str = "forward"
 
 
 @dataclass(frozen=True)
@@ -94,10 +108,18 @@ class Norm(Part):
 
 @dataclass(frozen=True)
 class Together(Part):
-    """A module of its own forward, in which several projections of one input are one call. names: those layers."""
+    """A module of its own forward, in which several projections of one input are one call. names: those layers.
+
+    other: an argument that all of them but the first read where it is given: cross-attention. interface: the forward
+    looks its attention up in transformers' AttentionInterface, and finds ours: caches, biases and masks are its own
+    affair. dropout: as of Attention.
+    """
 
     name: ClassVar[str] = "stack"
     names: tuple[str, ...] = ()
+    other: str = ""
+    interface: bool = False
+    dropout: str = "dropout"
 
 
 @dataclass(frozen=True)

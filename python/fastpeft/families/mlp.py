@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from peft_kernels import gated, gated_mlp
 
-from ..weights.base import is_listened_to
-from .attention import after
-from .description import Mlp
-from .projections import linears, modules_on, projections
+from ..weights.base import has_hooks, is_listened_to
+from .attention import after, dropout_of
+from .description import Mlp, Spread
+from .projections import Given, linears, modules_on, projections
 from .state import State
 from .ways import ways_of
 
@@ -41,22 +42,81 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     residual = (args[0] if args else kwargs.get("residual")) if of.residual else None
     usual = len(args) + len(kwargs) == (residual is not None)
     act = act_of(getattr(self, of.act, None)) if ways_of(x).mlp and usual else None
-    if act is None or (of.served and not of.served(self)):
+    if act is None or (of.served and not of.served(self)) or (of.cast and _is_cast(x, getattr(self, of.down))):
         whole: Tensor = state.base.forward(self, x, *args, **kwargs)
         return whole
-    down = getattr(self, of.down)
     up = [getattr(self, name) for name in of.up]
+    if of.between and dropout_of(self, of.between):
+        found = projections(x, *up)
+        ys = modules_on(x, *up) if found is None else state.qkv(x, *found)
+        y = modules_on(after(self, of.between, _activated(ys, act, of)), getattr(self, of.down))[0]
+    else:
+        y = _computed(state, of, x, act, up, getattr(self, of.down))
+    return _added(self, of, y, residual)
+
+
+def _computed(state: State, of: Mlp, x: Tensor, act: str, up: list[Any], down: Any) -> Tensor:
     if not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == 1:  # decoding
         few = ways_of(x).launches
         h = _activated(linears(state.qkv, x[:, 0], few, *up), act, of)
-        return _added(self, of, linears(state.o, h, few, down)[0].unsqueeze(1), residual)
+        return linears(state.o, h, few, down)[0].unsqueeze(1)
     found = projections(x, *up, down)
-    if found is not None:
-        gate, *second = found[:-1]
-        y = gated_mlp(x, gate, second[0] if second else None, found[-1], act=act, fused=_fused(of))
-    else:
-        y = modules_on(_activated(modules_on(x, *up), act, of), down)[0]
-    return _added(self, of, y, residual)
+    if found is None:
+        return modules_on(_activated(modules_on(x, *up), act, of), down)[0]
+    gate, *second = found[:-1]
+    y: Tensor = gated_mlp(x, gate, second[0] if second else None, found[-1], act=act, fused=_fused(of))
+    return y
+
+
+def _is_cast(x: Tensor, down: Any) -> bool:
+    dtype: torch.dtype = down.weight.dtype
+    return dtype.is_floating_point and dtype is not x.dtype
+
+
+def spread_method(base: type, of: Spread) -> Any:
+    """The method of such a class with its MLP as one call, under the signature of the family's own."""
+    own = getattr(base, of.method)
+
+    @functools.wraps(own)
+    def method(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        others = _in_one(self, self._fastpeft, of) if ways_of(x).mlp else None
+        return own(self if others is None else _given(self, others), x, *args, **kwargs)
+
+    return method
+
+
+def _in_one(self: Any, state: State, of: Spread) -> dict[str, Any] | None:
+    """Path -> a function for the layer there: the last computes the MLP of what the others hand on."""
+    act = act_of(attribute(self, of.act))
+    around = (attribute(self, path.rpartition(".")[0]) for path in (*of.up, of.act, of.down) if "." in path)
+    if act is None or (of.between and dropout_of(self, of.between)) or any(map(has_hooks, around)):
+        return None
+    up, down = [attribute(self, path) for path in of.up], attribute(self, of.down)
+
+    def whole(x: Tensor) -> Tensor:
+        return _computed(state, of, x, act, up, down)
+
+    return {of.up[0]: _handed_on, of.act: _handed_on, of.down: whole}
+
+
+def _handed_on(x: Tensor) -> Tensor:
+    return x
+
+
+def _given(module: Any, others: dict[str, Any]) -> Given:
+    own: dict[str, Any] = {}
+    below: dict[str, dict[str, Any]] = {}
+    for path, other in others.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            below.setdefault(name, {})[rest] = other
+        else:
+            own[name] = other
+    return Given(module, own | {name: _given(getattr(module, name), inner) for name, inner in below.items()})
+
+
+def attribute(module: Any, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), module)
 
 
 def _added(self: Any, of: Mlp, y: Tensor, residual: Tensor | None) -> Tensor:

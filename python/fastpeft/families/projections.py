@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,17 +125,18 @@ def linears(call: PreparedCall, x: Tensor, launches: bool, *modules: Any) -> Seq
 
 
 class Given:
-    """A module to its own forward, in which linear layers that all read one input have been computed already.
+    """A module to its own forward, with others in place of some attributes: other layers, another configuration.
 
-    So a model's own code runs on as it is, whatever it does with q, k and v, and several layers are one call. The
-    layers are asked in any order, each once; for another input, or once more, it is the layer itself that is called.
+    So a model's own code runs on as it is, and what it calls in several places is computed in one.
     """
 
-    def __init__(self, module: Any, names: Sequence[str], x: Tensor, ys: Sequence[Tensor]) -> None:
-        own = self.__dict__
-        own["_module"] = module
-        for name, y in zip(names, ys, strict=True):
-            own[name] = _Answer(getattr(module, name), x, y)
+    def __init__(self, module: Any, others: Mapping[str, Any]) -> None:
+        self.__dict__.update(others, _module=module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._module).forward(self, *args, **kwargs)
+
+    __call__ = forward
 
     def __getattr__(self, name: str) -> Any:  # of what is not in `__dict__`
         return getattr(self._module, name)
@@ -147,18 +148,45 @@ class Given:
         delattr(self._module, name)
 
 
-class _Answer:
-    """A layer whose output for x is known."""
+def in_one_call(module: Any, names: Sequence[str], x: Tensor, call: PreparedCall) -> dict[str, Any]:
+    """Layers for `Given` in place of those that all read x: the first one asked computes all of them, in one call.
 
-    def __init__(self, module: Callable[..., Any], x: Tensor, y: Tensor) -> None:
-        self._of, self._x, self._y = module, x, y
+    None of them where they are called as modules. They are asked in any order, each once; for another input, or once
+    more, it is the layer itself that is called.
+    """
+    layers = [getattr(module, name) for name in names]
+    found = projections(x, *layers) if len(names) > 1 else None
+    if found is None:
+        return {}
+    shared = _OneCall(x, call, found)
+    return {name: _Answer(layer, shared, i) for i, (name, layer) in enumerate(zip(names, layers, strict=True))}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        y = self._y if len(args) == 1 and args[0] is self._x and not kwargs else None
-        if y is None:
-            return self._of(*args, **kwargs)
-        del self.__dict__["_y"]  # let go of here, as the model's own code lets go of it
+
+class _OneCall:
+    """The outputs of layers for x, made when the first is asked for."""
+
+    def __init__(self, x: Tensor, call: PreparedCall, found: Sequence[Projection]) -> None:
+        self._x, self._call, self._found = x, call, found
+        self._ys: list[Tensor | None] = []
+
+    def take(self, index: int, x: Tensor) -> Tensor | None:
+        if x is not self._x:
+            return None
+        if not self._ys:
+            self._ys = list(self._call(x, *self._found))
+        y, self._ys[index] = self._ys[index], None  # let go of here, as the model's own code lets go of it
         return y
 
+
+class _Answer:
+    """A layer whose output for one input comes from such a call."""
+
+    def __init__(self, module: Callable[..., Any], shared: _OneCall, index: int) -> None:
+        self._of, self._shared, self._index = module, shared, index
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y = self._shared.take(self._index, args[0]) if len(args) == 1 and not kwargs else None
+        return self._of(*args, **kwargs) if y is None else y
+
     def __getattr__(self, name: str) -> Any:
-        return None if name == "_y" else getattr(self._of, name)
+        return getattr(self._of, name)

@@ -11,7 +11,7 @@ from torch import nn
 from ..weights.base import innermost, is_listened_to
 from . import attention, experts, norms
 from .description import Attention, Experts, Mlp, Norm, Part, Together
-from .mlp import act_of
+from .mlp import act_of, attribute
 from .projections import refusal
 from .registry import MODELS
 from .switch import is_switched, switched_as
@@ -39,7 +39,7 @@ def look(model: nn.Module) -> tuple[Table, Table]:
         elif type(module).__module__.startswith(MODELS):
             name = type(module).__name__
             like = next((part for end, part in _LIKE.items() if name.endswith(end)), None)
-            if like is not None:
+            if like is not None and not any(map(is_switched, module.modules())):  # what holds such a part is none
                 stays[like, f"{name} is not described"] += 1
     return served, stays
 
@@ -61,7 +61,7 @@ def _switched(served: Table, stays: Table, module: Any, ways: Ways, dtype: torch
     if isinstance(part, Norm):
         _note(served, stays, "norm", ways, norms.why_not(module, part, dtype))
     elif isinstance(part, Mlp):
-        act = getattr(module, part.act, None)
+        act = attribute(module, part.act)
         why = None if act_of(act) else f"the activation is {type(act).__name__}"
         why = "hooks listen to the activation" if act is not None and is_listened_to(act) else why
         _note(served, stays, "mlp", ways, why or _of_linears(module, (*part.up, part.down), dtype))
@@ -71,7 +71,10 @@ def _switched(served: Table, stays: Table, module: Any, ways: Ways, dtype: torch
     elif isinstance(part, Experts):
         _note(served, stays, "experts", ways, experts.why_not(module))
     elif isinstance(part, Together):
-        stays["attention", f"{type(module).__bases__[0].__name__} computes it itself"] += 1
+        if part.interface:
+            _note(served, stays, "attention", ways, attention.why_not(module, part, dtype))
+        else:
+            stays["attention", f"{type(module).__bases__[0].__name__} computes it itself"] += 1
         names = tuple(name for name in part.names if getattr(module, name, None) is not None)
         _note(served, stays, "stack", ways, _of_linears(module, names, dtype))
 
@@ -88,7 +91,7 @@ def _note(served: Table, stays: Table, part: str, ways: Ways, why: str | None) -
 def _of_linears(module: Any, names: tuple[str, ...], dtype: torch.dtype) -> str | None:
     """The first layer that is called as a module, and why."""
     for name in names:
-        why = refusal(getattr(module, name), dtype)
+        why = refusal(attribute(module, name), dtype)
         if why is not None:
             return f"{name}: {why}"
     return None

@@ -24,10 +24,10 @@ from peft_kernels import use_huge_pages
 
 from ..weights.read_by_module import TAKES_FACTORS
 from .attention import attention_forward
-from .description import Experts, Part
+from .description import Experts, Part, Spread
 from .experts import experts_forward, why_not
 from .head import head_forward
-from .mlp import mlp_forward
+from .mlp import mlp_forward, spread_method
 from .norms import norm_forward
 from .registry import part_of
 from .state import Shared, State
@@ -57,8 +57,8 @@ def _again(base: type) -> Any:
     return module
 
 
-def _members(part: str, forward: Any) -> dict[str, Any]:
-    return {"forward": forward, _SWITCHED: part, "__module__": __name__, "__reduce_ex__": _reduce}
+def _members(part: str, forward: Any, method: str = "forward") -> dict[str, Any]:
+    return {method: forward, _SWITCHED: part, "__module__": __name__, "__reduce_ex__": _reduce}
 
 
 FAST_HEAD = type("FastHead", (nn.Linear,), _members("head", head_forward))
@@ -70,7 +70,13 @@ def fast_class(base: type) -> type:
     part = part_of(base)
     assert part is not None
     more = {TAKES_FACTORS: True} if isinstance(part, Experts) else {}
-    return type(f"Fast{base.__name__}", (base,), _members(part.name, _FORWARDS[part.name]) | more)
+    forward = spread_method(base, part) if isinstance(part, Spread) else _FORWARDS[part.name]
+    return type(f"Fast{base.__name__}", (base,), _members(part.name, forward, _method(part)) | more)
+
+
+def _method(part: Part) -> str:
+    """The method of a class that its part is."""
+    return part.method if isinstance(part, Spread) else "forward"
 
 
 def is_switched(module: nn.Module) -> bool:
@@ -97,7 +103,7 @@ def described(model: nn.Module) -> Iterator[tuple[nn.Module, Part]]:
         part = None if is_switched(module) else part_of(cls)
         if isinstance(part, Experts) and why_not(module) is not None:
             continue
-        if part is not None and "forward" not in module.__dict__:  # somebody else's
+        if part is not None and _method(part) not in module.__dict__:  # somebody else's
             yield module, part
 
 

@@ -7,18 +7,22 @@ from typing import Any
 from torch import Tensor
 
 from .description import Together
-from .projections import Given, projections
+from .interface import asking
+from .projections import Given, in_one_call
 from .state import State
 from .ways import ways_of
 
 
 def together_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     state: State = self._fastpeft
-    of = state.part
+    of, x = state.part, hidden_states
     assert isinstance(of, Together)
     names = tuple(name for name in of.names if getattr(self, name, None) is not None)
-    found = None
-    if ways_of(hidden_states).stack and len(names) > 1:
-        found = projections(hidden_states, *(getattr(self, name) for name in names))
-    itself = self if found is None else Given(self, names, hidden_states, state.qkv(hidden_states, *found))
+    if of.other:
+        other = (kwargs | dict(zip(state.names, args, strict=False)) if args else kwargs).get(of.other)
+        if other is not None:
+            x, names = other, names[1:]
+    others = in_one_call(self, names, x, state.qkv) if ways_of(x).stack else {}
+    others |= asking(self, of, hidden_states)
+    itself = Given(self, others) if others else self
     return state.base.forward(itself, hidden_states, *args, **kwargs)

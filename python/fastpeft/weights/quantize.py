@@ -45,7 +45,8 @@ def quantize_model(
     256 scales.
 
     skip: module names, whole or as dotted parts (`lm_head`, `layers.0.mlp`). Layers whose weight is shared with another
-    module (a tied output head) stay dense whatever `skip` says. progress(done, total, name) is called per layer.
+    module (a tied output head) stay dense whatever `skip` says, and so do those that transformers quantises in no
+    format (`_keep_in_fp32_modules`: `wo` of T5). progress(done, total, name) is called per layer.
     First everything is checked, so that a bad layer leaves the model as it was; then one layer at a time is
     quantised and its dense weight released. A transformers model also gets the `quantization_config` and the attributes
     that Trainer and `save_pretrained` look for. Raises ValueError for unknown types, block sizes and NaN weights.
@@ -54,6 +55,7 @@ def quantize_model(
         expected = f"one of {list(QUANT_TYPES)} at one of {BLOCKSIZES}"
         raise ValueError(f"quantize_model: {quant_type!r} at blocksize {blocksize!r}, expected {expected}")
     skip = [skip] if isinstance(skip, str) else list(skip)
+    skip += getattr(model, "_keep_in_fp32_modules", None) or ()  # T5 casts what goes into wo to the dtype of its weight
     names, kept = _plan(model, skip)
     packs = _plan_experts(model, skip, blocksize) if experts else []
     if not names and not packs:
