@@ -13,7 +13,7 @@ from peft_kernels import attention, native_library
 
 from ..weights.base import is_listened_to
 from .angles import Turn, alibi_slopes
-from .description import Attention
+from .description import Attention, Together
 from .projections import Given, linears, modules_on, projections
 from .state import State
 from .ways import Ways, ways_of
@@ -59,6 +59,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
     scale = getattr(self, of.scale)
     if ways.attention:
+        k, v = seen.up_to_now(q.shape[1], k, v)
         y = attention(
             q, k, v, scale=scale, causal=seen.causal, spans=seen.spans, keep=seen.keep,
             slopes=_slopes(q) if of.alibi and given.get(of.alibi) is not None else None,
@@ -86,7 +87,7 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
         return False
     if x.dim() != 3 or x.dtype is torch.float64 or (of.served and not of.served(self)):
         return False
-    if _other_attention(self, of) or "read_index" in given:  # continuous batching: a row is not a sequence
+    if other_attention(self, of) or "read_index" in given:  # continuous batching: a row is not a sequence
         return False
     if given.get("output_attentions", getattr(getattr(self, "config", None), "output_attentions", False)):
         return False
@@ -96,10 +97,14 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
         return False
     if self.training and dropout_of(self, of):
         return False
-    if native_library().reason is not None:  # eager code would keep every score
-        batch, t = x.shape[:2]
-        return batch * head_count(self) * t * t <= MOST_SCORES or not torch.is_grad_enabled()
-    return True
+    return not too_many_scores(x.shape[0], head_count(self), x.shape[1])
+
+
+def too_many_scores(batch: int, heads: int, t: int) -> bool:
+    """True where the operator's formula in torch, which keeps every score, serves, and they are too many."""
+    if native_library().reason is None or not torch.is_grad_enabled():
+        return False
+    return batch * heads * t * t > MOST_SCORES
 
 
 def after(self: Any, name: str, y: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def _torch_attention() -> Any:
     return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def _other_attention(self: Any, of: Attention) -> str | None:
+def other_attention(self: Any, of: Attention | Together) -> str | None:
     """The attention that was chosen for the model, if it was: what is usual in the family is None."""
     config = getattr(self, "config", None)  # a module without one has one way
     wanted: str = "eager" if config is None else config._attn_implementation
@@ -224,7 +229,7 @@ def why_not(self: Any, of: Attention, dtype: torch.dtype) -> str | None:
     """Why the module's attention is the model's own code now, in words for a report."""
     if of.served is not None and not of.served(self):
         return "a variant of the family that is not described"
-    wanted = _other_attention(self, of)
+    wanted = other_attention(self, of)
     if wanted is not None:
         return f"the model asks for {wanted}"
     if self.training and dropout_of(self, of):

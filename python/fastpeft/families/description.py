@@ -67,7 +67,8 @@ class Mlp(Part):
     """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))`.
 
     up: the projections of the input: gate and up, one that makes both (`halves`), or a single one. act: the module of
-    the activation. after: dropout of the output. residual: as of Attention.
+    the activation, or the operator's name of a function that the code calls. limit: the number at which gate is cut
+    above, and up on both sides. after: dropout of the output. residual: as of Attention.
     """
 
     name: ClassVar[str] = "mlp"
@@ -75,6 +76,7 @@ class Mlp(Part):
     down: str = "down_proj"
     act: str = "act_fn"
     halves: bool = False
+    limit: str = ""
     after: str = ""
     residual: str = ""
 
@@ -94,17 +96,32 @@ class Norm(Part):
 
 @dataclass(frozen=True)
 class Together(Part):
-    """A module of its own forward, in which several projections of one input are one call. names: those layers."""
+    """A module of its own forward, in which several projections of one input are one call.
+
+    names: those layers. attends: it takes its attention from transformers' `AttentionInterface`, and gets ours; eager:
+    as of Attention.
+    """
 
     name: ClassVar[str] = "stack"
     names: tuple[str, ...] = ()
+    attends: bool = True
+    eager: bool = False
 
 
 @dataclass(frozen=True)
 class Experts(Part):
-    """All experts of a layer as 3-D parameters. transformers' own attributes say how they lie, so nothing is named."""
+    """All experts of a layer as 3-D parameters. transformers' own attributes say how they lie, so most need no words.
+
+    limit, alpha, shift: of a gate of the family's own: `act(gate) * up` with gate and up cut at a number, silu's factor
+    in the exponential, and a number added to up. every: the forward takes rows for every expert in turn, which are
+    zero where a token has not chosen it; they lie as [E, in, out], gate and up as halves.
+    """
 
     name: ClassVar[str] = "experts"
+    limit: str = ""
+    alpha: str = ""
+    shift: float = 0.0
+    every: bool = False
 
 
 Family = Mapping[str, Part]  # name of a class -> what it is

@@ -129,11 +129,14 @@ class Given:
 
     So a model's own code runs on as it is, whatever it does with q, k and v, and several layers are one call. The
     layers are asked in any order, each once; for another input, or once more, it is the layer itself that is called.
+    config: shown as the module's configuration; None: its own is.
     """
 
-    def __init__(self, module: Any, names: Sequence[str], x: Tensor, ys: Sequence[Tensor]) -> None:
+    def __init__(self, module: Any, names: Sequence[str], x: Tensor, ys: Sequence[Tensor], config: Any = None) -> None:
         own = self.__dict__
         own["_module"] = module
+        if config is not None:
+            own["config"] = config
         for name, y in zip(names, ys, strict=True):
             own[name] = _Answer(getattr(module, name), x, y)
 
