@@ -19,8 +19,14 @@ HEAD = """# Families of models
 each in `python/fastpeft/families/known/`, which names the parts of the family's modules and holds no forward. The
 forwards are the same for all of them (`attention.py`, `mlp.py`, `norms.py` beside that folder). What a description does
 not cover stays transformers' own code; `print(fastpeft.accelerate(model))` counts it, with the reason. A family whose
-modules torch computes in one kernel already (LayerNorm) has no entry for them. `python tools/families_table.py` makes
+modules torch computes in one kernel already (LayerNorm) has no entry for them. A forward that is a family's own gets
+our attention all the same where it takes one from transformers' `AttentionInterface`. Experts are served in every
+mixture that transformers marks (`use_experts_implementation`), and in Llama 4. `python tools/families_table.py` makes
 this page.
+
+A model that holds another family's text model is served with it: LLaVA and SmolVLM (Llama), Pixtral (Mistral),
+PaliGemma (Gemma), InternVL (Qwen2). transformers 5.24 has every family of Liger-Kernel 0.8.5. OPT's MLP is no module of
+its own, so it stays its layer's code.
 
 **A family of your own** is a file named as transformers names its folder, with `PARTS`: names of its classes and what
 they are. The words are those of `python/fastpeft/families/description.py`.
@@ -30,11 +36,15 @@ they are. The words are those of `python/fastpeft/families/description.py`.
 """
 
 
+def own(part: Together) -> str:
+    call = f"one call for {', '.join(f'`{name}`' for name in part.names)}"
+    return "its own, around " + " and ".join(["our attention"] * part.attends + [call] * bool(part.names)) + (
+        ", cross-attention" if part.other else "")  # fmt: skip
+
+
 def attention(part: Part | None) -> str:
-    if isinstance(part, Together) and part.interface:
-        return "q, k, v in one call, by transformers' interface" + (", cross-attention" if part.other else "")
     if isinstance(part, Together):
-        return f"its own, around one call for {', '.join(f'`{name}`' for name in part.names)}"
+        return own(part)
     if not isinstance(part, Attention):
         return "its own"
     words = ["fused q, k, v" if len(part.qkv) == 1 else "q, k, v in one call"]
@@ -48,8 +58,10 @@ def attention(part: Part | None) -> str:
     return ", ".join(words)
 
 
-def mlp(part: Mlp | None) -> str:
-    if part is None:
+def mlp(part: Part | None) -> str:
+    if isinstance(part, Together):
+        return own(part)
+    if not isinstance(part, Mlp):
         return "its own"
     return "plain" if len(part.up) == 1 and not part.halves else "gated, fused" if part.halves else "gated"
 
@@ -63,10 +75,12 @@ def table() -> str:
     rows = []
     for name in families():
         described = parts(name).values()
-        one = {kind: next((p for p in described if isinstance(p, kind)), None) for kind in (Attention, Together, Mlp)}
+        attends = [p for p in described if isinstance(p, Attention) or (isinstance(p, Together) and p.attends)]
+        mlps = [p for p in described if isinstance(p, Mlp) or (isinstance(p, Together) and not p.attends)]
         title = " ".join((importlib.import_module(f"{known.__name__}.{name}").__doc__ or "").split()).rstrip(".")
-        rows.append(f"| `{name}`: {title} | {attention(one[Attention] or one[Together])} | {mlp(one[Mlp])} | "
-                    f"{norm(p for p in described if isinstance(p, Norm))} |")  # fmt: skip
+        cells = ("; ".join(map(attention, attends)) or "its own", mlp(next(iter(mlps), None)),
+                 norm(p for p in described if isinstance(p, Norm)))  # fmt: skip
+        rows.append(f"| `{name}`: {title} | {' | '.join(cells)} |")
     return HEAD + "\n".join(rows) + "\n"
 
 

@@ -98,7 +98,8 @@ def outputs_and_gradients(model: Any, of: dict[str, Any]) -> tuple[Tensor, Tenso
     """The loss, all other numbers of the head, and the gradients of the loss for what trains."""
     model.zero_grad()
     exact = next(model.parameters()).dtype is torch.float64
-    of = {name: t.double() if exact and isinstance(t, Tensor) and t.is_floating_point() else t for name, t in of.items()}
+    floats = {name for name, t in of.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    of = {name: t.double() if exact and name in floats else t for name, t in of.items()}
     out = model(**of)
     out.loss.backward()
     heads = [t.detach().flatten() for name, t in out.items() if name.endswith(("logits", "_embeds")) or "per_" in name]

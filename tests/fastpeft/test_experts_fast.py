@@ -15,10 +15,12 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 import fastpeft
+from fastpeft.families import experts
 from fastpeft.layer.base import MergingLayer
 from fastpeft.weights.read_by_module import EXPERT_FACTORS, ParameterWeight
 from forms import matrix
 
+from peft_kernels import grouped_linear
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("families_tools.py")))
@@ -181,3 +183,28 @@ def test_factors_are_for_experts_that_take_them() -> None:
     assert weight.takes_factors
     fastpeft.unaccelerate(model)
     assert not weight.takes_factors
+
+
+def test_a_gate_of_the_familys_own_is_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("gpt_oss")
+    plain = model(IDS).logits
+    fastpeft.accelerate(model)
+    for module in experts_of(model):
+        monkeypatch.setattr(module, "_apply_gate", never)
+    close(model(IDS).logits, plain)
+
+
+def test_rows_for_every_expert_are_computed_for_the_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 gives each expert all tokens, as zeros where it is not chosen."""
+    model = tiny("llama4")
+    report = fastpeft.accelerate(model)
+    rows = []
+
+    def counted(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        rows.append(x.shape[0])
+        return grouped_linear(x, *args, **options)
+
+    monkeypatch.setattr(experts, "grouped_linear", counted)
+    model(IDS)
+    assert report.served["experts", "grouped_linear (native)"] == len(experts_of(model)) == 2
+    assert rows == [IDS.numel() * model.config.num_experts_per_tok] * 4

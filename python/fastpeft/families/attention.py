@@ -61,6 +61,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
     scale, dropout_p = getattr(self, of.scale) if of.scale else q.shape[-1] ** -0.5, dropout_of(self, of.dropout)
     if ways.attention:
+        k, v = seen.up_to_now(q.shape[1], k, v)
         y = attention(
             q, k, v, scale=scale, causal=seen.causal, spans=seen.spans, keep=seen.keep,
             slopes=_slopes(q) if of.alibi and given.get(of.alibi) is not None else None,
@@ -88,7 +89,7 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
         return False
     if x.dim() != 3 or x.dtype is torch.float64 or (of.served and not of.served(self)):
         return False
-    if other_attention(self, of.eager) or "read_index" in given:  # continuous batching: a row is not a sequence
+    if other_attention(self, of) or "read_index" in given:  # continuous batching: a row is not a sequence
         return False
     if given.get("output_attentions", getattr(getattr(self, "config", None), "output_attentions", False)):
         return False
@@ -129,14 +130,11 @@ def torch_attention() -> Any:
     return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def other_attention(self: Any, eager: bool = False) -> str | None:
-    """The attention that was chosen for the model, if it was: what is usual in the family is None.
-
-    eager: of `Attention`.
-    """
+def other_attention(self: Any, of: Attention | Together) -> str | None:
+    """The attention that was chosen for the model, if it was: what is usual in the family is None."""
     config = getattr(self, "config", None)  # a module without one has one way
     wanted: str = "eager" if config is None else config._attn_implementation
-    return None if wanted == "sdpa" or (eager and wanted == "eager") else wanted
+    return None if wanted == "sdpa" or (of.eager and wanted == "eager") else wanted
 
 
 def head_count(self: Any) -> int:
@@ -230,7 +228,7 @@ def why_not(self: Any, of: Attention | Together, dtype: torch.dtype) -> str | No
     """Why the module's attention is the model's own code now, in words for a report."""
     if of.served is not None and not of.served(self):
         return "a variant of the family that is not described"
-    wanted = other_attention(self, isinstance(of, Attention) and of.eager)
+    wanted = other_attention(self, of)
     if wanted is not None:
         return f"the model asks for {wanted}"
     return "it is in float64" if dtype is torch.float64 else None

@@ -33,8 +33,8 @@ class Attention(Part):
     turn: how a head is rotated: its halves are the pairs, its neighbours are, or not at all. angles: where that
     differs, what the model's cosines are: "halves" (of the halves, for neighbours), "once" (each angle once). turned:
     says of a module that it rotates. scale: factor of the scores, "" for one by the root of the head's size.
-    key_scale: factor of k. dropout: of probabilities; after: dropout of the output. softcap, sinks: of the scores. gated: q has a gate of the output beside it, head by
-    head.
+    key_scale: factor of k. dropout: of probabilities; after: dropout of the output. softcap, sinks: of the scores.
+    gated: q has a gate of the output beside it, head by head.
     alibi: an argument of the forward that is None or biases by ALiBi (arXiv 2108.12409); slopes are the paper's.
     residual: the forward's second argument is added to the output, after dropout of that probability.
     eager: transformers' fused attention cannot compute it, so a model's attention is "eager" by default.
@@ -67,8 +67,9 @@ class Mlp(Part):
     """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))`.
 
     up: the projections of the input: gate and up, one that makes both (`halves`), or a single one. act: the module of
-    the activation. between: dropout of what down takes; after: of the output. residual: as of Attention. cast: down
-    is given its input in the dtype of its weight.
+    the activation, or the operator's name of a function that the code calls. limit: the number at which gate is cut
+    above, and up on both sides. between: dropout of what down takes; after: of the output. residual: as of Attention.
+    cast: down is given its input in the dtype of its weight.
     """
 
     name: ClassVar[str] = "mlp"
@@ -76,6 +77,7 @@ class Mlp(Part):
     down: str = "down_proj"
     act: str = "act_fn"
     halves: bool = False
+    limit: str = ""
     between: str = ""
     after: str = ""
     residual: str = ""
@@ -110,23 +112,32 @@ class Norm(Part):
 class Together(Part):
     """A module of its own forward, in which several projections of one input are one call. names: those layers.
 
-    other: an argument that all of them but the first read where it is given: cross-attention. interface: the forward
-    looks its attention up in transformers' AttentionInterface, and finds ours: caches, biases and masks are its own
-    affair. dropout: as of Attention.
+    other: an argument that all of them but the first read where it is given: cross-attention. attends: the forward
+    looks its attention up in transformers' `AttentionInterface`, and finds ours: caches, biases and masks are its own
+    affair; eager: as of Attention.
     """
 
     name: ClassVar[str] = "stack"
     names: tuple[str, ...] = ()
     other: str = ""
-    interface: bool = False
-    dropout: str = "dropout"
+    attends: bool = True
+    eager: bool = False
 
 
 @dataclass(frozen=True)
 class Experts(Part):
-    """All experts of a layer as 3-D parameters. transformers' own attributes say how they lie, so nothing is named."""
+    """All experts of a layer as 3-D parameters. transformers' own attributes say how they lie, so most need no words.
+
+    limit, alpha, shift: of a gate of the family's own: `act(gate) * up` with gate and up cut at a number, silu's factor
+    in the exponential, and a number added to up. every: the forward takes rows for every expert in turn, which are
+    zero where a token has not chosen it; they lie as [E, in, out], gate and up as halves.
+    """
 
     name: ClassVar[str] = "experts"
+    limit: str = ""
+    alpha: str = ""
+    shift: float = 0.0
+    every: bool = False
 
 
 Family = Mapping[str, Part]  # name of a class -> what it is

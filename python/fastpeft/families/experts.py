@@ -25,10 +25,13 @@ from .ways import ways_of
 EXPERTS = Experts()
 
 
-def why_not(module: Any) -> str | None:
+def why_not(module: Any, of: Experts) -> str | None:
     """The reason why a module of such a class keeps its own forward, whatever its input is."""
-    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
+    said = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+    if not of.every and not all(hasattr(module, name) for name in said):
         return "it does not say how its experts lie"
+    if of.every and act_of(module.act_fn) is None:
+        return f"the activation is {type(module.act_fn).__name__}"
     for name in _names(module):
         quant = quant_of(module, name)
         if quant is not None:
@@ -42,59 +45,74 @@ def why_not(module: Any) -> str | None:
 
 
 def _names(module: Any) -> tuple[str, str]:
-    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
 
 def experts_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     state: State = self._fastpeft
+    of = state.part
+    assert isinstance(of, Experts)
     factors = self.__dict__.get(EXPERT_FACTORS) or {}
     given = dict(zip(state.names, args, strict=False), **kwargs)
-    routed = [given.get(name) for name in state.names[:2]]
-    usual = len(given) == 2 and hidden_states.dim() == 2 and all(isinstance(t, Tensor) for t in routed)
+    routed = [] if of.every else [given.get(name) for name in state.names[:2]]
+    usual = len(given) == len(routed) and hidden_states.dim() == 2 and all(isinstance(t, Tensor) for t in routed)
     # factors are this forward's own: they came because it takes them, and the reference serves wherever no kernel does
-    if not factors and (not usual or not ways_of(hidden_states).experts or why_not(self) is not None):
+    if not factors and (not usual or not ways_of(hidden_states).experts or why_not(self, of) is not None):
         whole: Tensor = state.base.forward(self, hidden_states, *args, **kwargs)
         return whole
     if not usual:
         raise TypeError(f"{type(self).__name__}: takes hidden_states [tokens, features], the experts of each token and "
                         "their weights where its experts have adapters")  # fmt: skip
+    if of.every:
+        return _of_every(self, of, hidden_states)
     index, weights = routed
     assert index is not None
     assert weights is not None
     chosen = index.shape[-1]
     experts, order = index.reshape(-1).sort(stable=True)
-    # of each expert its first row; those of an expert that is elsewhere (expert parallelism) have a larger number
-    numbers = torch.arange(self.num_experts + 1, device=experts.device)
-    offsets = torch.searchsorted(experts, numbers)
-    first, second = _names(self)
-    h = _product(self, first, hidden_states.index_select(0, order // chosen), offsets, factors)
-    h = _activated(self, h)
-    y = _product(self, second, h, offsets, factors)
-    if self.has_post_expert_norm:
-        y = self.post_expert_norm(y)
+    y = _experts(self, of, hidden_states.index_select(0, order // chosen), experts, factors)
     # in the order of tokens again: every row is written once
     y = torch.empty_like(y).index_copy(0, order, y).view(*index.shape, -1)
     out: Tensor = (y * weights.unsqueeze(-1)).sum(-2).to(hidden_states.dtype)
     return out
 
 
-def _product(self: Any, name: str, x: Tensor, offsets: Tensor, factors: dict[str, Any]) -> Tensor:
+def _of_every(self: Any, of: Experts, x: Tensor) -> Tensor:
+    """Of x [E T, features], the rows of each expert in turn. Rows of zeros give zeros, and zero gradients."""
+    rows = x.detach().ne(0).any(-1).nonzero().squeeze(-1)
+    y = _experts(self, of, x.index_select(0, rows), rows // (x.shape[0] // self.num_experts), {})
+    return torch.zeros_like(x).index_copy(0, rows, y)
+
+
+def _experts(self: Any, of: Experts, x: Tensor, experts: Tensor, factors: dict[str, Any]) -> Tensor:
+    """The outputs for rows x [M, features] of the experts [M], which rise."""
+    # of each expert its first row; those of an expert that is elsewhere (expert parallelism) have a larger number
+    offsets = torch.searchsorted(experts, torch.arange(self.num_experts + 1, device=experts.device))
+    first, second = _names(self)
+    h = _activated(self, of, _product(self, of, first, x, offsets, factors))
+    y = _product(self, of, second, h, offsets, factors)
+    return _tensor(self.post_expert_norm(y)) if getattr(self, "has_post_expert_norm", False) else y
+
+
+def _product(self: Any, of: Experts, name: str, x: Tensor, offsets: Tensor, factors: dict[str, Any]) -> Tensor:
     quant = quant_of(self, name)
     weight = getattr(self, name) if quant is None else quant
     a, b, scaling = factors.get(name, (None, None, 1.0))
-    bias = getattr(self, f"{name}_bias") if self.has_bias else None
-    return grouped_linear(x, weight, offsets, a, b, scaling, bias, transposed=self.is_transposed)
+    bias = getattr(self, f"{name}_bias") if getattr(self, "has_bias", False) else None
+    transposed = of.every or self.is_transposed
+    return grouped_linear(x, weight, offsets, a, b, scaling, bias, transposed=transposed)
 
 
-def _activated(self: Any, h: Tensor) -> Tensor:
-    if not self.has_gate:
-        act = act_of(self.act_fn)
+def _activated(self: Any, of: Experts, h: Tensor) -> Tensor:
+    act = act_of(self.act_fn) if hasattr(self, "act_fn") else "silu"  # a gate with an alpha has no module for it
+    if not getattr(self, "has_gate", True):
         return _tensor(self.act_fn(h) if act is None else gated(h, act=act))
-    act = act_of(self.act_fn) if _usual_gate(self) else None
-    if act is not None:
-        gate, up = h.chunk(2, dim=-1)
-        return _tensor(gated(gate, up, act=act))
-    return _tensor(self._apply_gate(h))
+    if act is None or not (of.every or of.limit or _usual_gate(self)):
+        return _tensor(self._apply_gate(h))
+    return gated(
+        h, act=act, fused="halves" if of.every or self.is_concatenated else "pairs", shift=of.shift,
+        alpha=getattr(self, of.alpha) if of.alpha else None, limit=getattr(self, of.limit) if of.limit else 0.0,
+    )  # fmt: skip
 
 
 def _tensor(t: Any) -> Tensor:

@@ -19,6 +19,11 @@ class Seen(NamedTuple):
     spans: Tensor | None = None
     keep: Tensor | None = None
 
+    def up_to_now(self, queries: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v [B, S, G, D] up to the key of the last query. A cache of a fixed size comes without a mask when it is
+        filled first, with the keys to come behind; the operator takes the queries for the last of the keys."""
+        return (k[:, :queries], v[:, :queries]) if self.causal and k.shape[1] > queries else (k, v)
+
 
 class Masks:
     """Answers of the last few masks: a model with windows has two in a forward."""

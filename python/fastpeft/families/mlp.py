@@ -6,7 +6,8 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from peft_kernels import gated, gated_mlp
 
@@ -26,7 +27,10 @@ _ACTS = {
 
 
 def act_of(module: Any) -> str | None:
-    """The op's name of an activation module; None for one that it does not have, or that hooks listen to."""
+    """The op's name of an activation, a module or torch's function; None for one that it does not have, or that hooks
+    listen to."""
+    if not isinstance(module, nn.Module):
+        return "silu" if module is F.silu else None
     if is_listened_to(module):
         return None
     name = _ACTS.get(type(module).__name__)
@@ -35,13 +39,19 @@ def act_of(module: Any) -> str | None:
     return name
 
 
+def act_in(self: Any, of: Mlp) -> str | None:
+    """The op's name of an MLP's activation, None as of `act_of`."""
+    found = attribute(self, of.act)
+    return act_of(found) if found is not None else (of.act if of.act in _ACTS.values() else None)
+
+
 def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     state: State = self._fastpeft
     of = state.part
     assert isinstance(of, Mlp)
     residual = (args[0] if args else kwargs.get("residual")) if of.residual else None
     usual = len(args) + len(kwargs) == (residual is not None)
-    act = act_of(getattr(self, of.act, None)) if ways_of(x).mlp and usual else None
+    act = act_in(self, of) if ways_of(x).mlp and usual else None
     if act is None or (of.served and not of.served(self)) or (of.cast and _is_cast(x, getattr(self, of.down))):
         whole: Tensor = state.base.forward(self, x, *args, **kwargs)
         return whole
@@ -49,22 +59,28 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if of.between and dropout_of(self, of.between):
         found = projections(x, *up)
         ys = modules_on(x, *up) if found is None else state.qkv(x, *found)
-        y = modules_on(after(self, of.between, _activated(ys, act, of)), getattr(self, of.down))[0]
+        h = _activated(ys, act, of, limit_of(self, of))
+        y = modules_on(after(self, of.between, h), getattr(self, of.down))[0]
     else:
-        y = _computed(state, of, x, act, up, getattr(self, of.down))
+        y = _computed(state, of, x, act, up, getattr(self, of.down), limit_of(self, of))
     return _added(self, of, y, residual)
 
 
-def _computed(state: State, of: Mlp, x: Tensor, act: str, up: list[Any], down: Any) -> Tensor:
+def limit_of(self: Any, of: Mlp) -> float:
+    limit: float = getattr(self, of.limit) if of.limit else 0.0
+    return limit
+
+
+def _computed(state: State, of: Mlp, x: Tensor, act: str, up: list[Any], down: Any, limit: float = 0.0) -> Tensor:
     if not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == 1:  # decoding
         few = ways_of(x).launches
-        h = _activated(linears(state.qkv, x[:, 0], few, *up), act, of)
+        h = _activated(linears(state.qkv, x[:, 0], few, *up), act, of, limit)
         return linears(state.o, h, few, down)[0].unsqueeze(1)
     found = projections(x, *up, down)
     if found is None:
-        return modules_on(_activated(modules_on(x, *up), act, of), down)[0]
+        return modules_on(_activated(modules_on(x, *up), act, of, limit), down)[0]
     gate, *second = found[:-1]
-    y: Tensor = gated_mlp(x, gate, second[0] if second else None, found[-1], act=act, fused=_fused(of))
+    y: Tensor = gated_mlp(x, gate, second[0] if second else None, found[-1], act=act, fused=_fused(of), limit=limit)
     return y
 
 
@@ -87,7 +103,7 @@ def spread_method(base: type, of: Spread) -> Any:
 
 def _in_one(self: Any, state: State, of: Spread) -> dict[str, Any] | None:
     """Path -> a function for the layer there: the last computes the MLP of what the others hand on."""
-    act = act_of(attribute(self, of.act))
+    act = act_in(self, of)
     around = (attribute(self, path.rpartition(".")[0]) for path in (*of.up, of.act, of.down) if "." in path)
     if act is None or (of.between and dropout_of(self, of.between)) or any(map(has_hooks, around)):
         return None
@@ -116,7 +132,8 @@ def _given(module: Any, others: dict[str, Any]) -> Given:
 
 
 def attribute(module: Any, path: str) -> Any:
-    return functools.reduce(getattr, path.split("."), module)
+    """The value at a path of attributes; None where there is none."""
+    return functools.reduce(lambda found, name: getattr(found, name, None), path.split("."), module)
 
 
 def _added(self: Any, of: Mlp, y: Tensor, residual: Tensor | None) -> Tensor:
@@ -128,6 +145,6 @@ def _fused(of: Mlp) -> str | None:
     return "halves" if of.halves else None
 
 
-def _activated(ys: Any, act: str, of: Mlp) -> Tensor:
-    return gated(ys[0], ys[1] if len(ys) > 1 else None, act=act, fused=_fused(of))
+def _activated(ys: Any, act: str, of: Mlp, limit: float) -> Tensor:
+    return gated(ys[0], ys[1] if len(ys) > 1 else None, act=act, fused=_fused(of), limit=limit)
 

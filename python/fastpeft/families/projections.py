@@ -166,14 +166,14 @@ class _OneCall:
     """The outputs of layers for x, made when the first is asked for."""
 
     def __init__(self, x: Tensor, call: PreparedCall, found: Sequence[Projection]) -> None:
-        self._x, self._call, self._found = x, call, found
+        self._x, self._prepared, self._found = x, call, found
         self._ys: list[Tensor | None] = []
 
     def take(self, index: int, x: Tensor) -> Tensor | None:
         if x is not self._x:
             return None
         if not self._ys:
-            self._ys = list(self._call(x, *self._found))
+            self._ys = list(self._prepared(x, *self._found))
         y, self._ys[index] = self._ys[index], None  # let go of here, as the model's own code lets go of it
         return y
 

@@ -37,10 +37,8 @@ def part_of(cls: type) -> Part | None:
     """The description of a class of transformers; None of one that has none."""
     if cls in (nn.LayerNorm, nn.RMSNorm):
         return None
-    if is_experts(cls):
-        return EXPERTS
-    module = cls.__module__
+    module, usual = cls.__module__, EXPERTS if is_experts(cls) else None
     if not module.startswith(MODELS):
-        return None
+        return usual
     folder = module.removeprefix(MODELS).split(".")[0]
-    return parts(folder).get(cls.__name__)
+    return parts(folder).get(cls.__name__, usual)

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ..weights.base import innermost, is_listened_to
-from . import attention, experts, norms
+from . import attention, experts, interface, norms
 from .description import Attention, Experts, Mlp, Norm, Part, Together
-from .mlp import act_of, attribute
+from .mlp import act_in, attribute
 from .projections import refusal
-from .registry import MODELS
+from .registry import MODELS, part_of
 from .switch import is_switched, switched_as
 from .ways import BY_CHOICE, PARTS, Ways, known_ways
 
@@ -37,11 +37,16 @@ def look(model: nn.Module) -> tuple[Table, Table]:
         elif type(module) is nn.LayerNorm:
             stays["norms", BY_CHOICE["layer_norm"]] += 1
         elif type(module).__module__.startswith(MODELS):
-            name = type(module).__name__
-            like = next((part for end, part in _LIKE.items() if name.endswith(end)), None)
+            cls: Any = type(module)
+            like, part = _like(cls), part_of(cls)
+            why = experts.why_not(module, part) if isinstance(part, Experts) else None
             if like is not None and not any(map(is_switched, module.modules())):  # what holds such a part is none
-                stays[like, f"{name} is not described"] += 1
+                stays[like, why or f"{cls.__name__} is not described"] += 1
     return served, stays
+
+
+def _like(cls: type) -> str | None:
+    return next((part for end, part in _LIKE.items() if cls.__name__.endswith(end)), None)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -62,30 +67,40 @@ def _switched(served: Table, stays: Table, module: Any, ways: Ways, dtype: torch
         _note(served, stays, "norm", ways, norms.why_not(module, part, dtype))
     elif isinstance(part, Mlp):
         act = attribute(module, part.act)
-        why = None if act_of(act) else f"the activation is {type(act).__name__}"
+        why = None if act_in(module, part) else f"the activation is {type(act).__name__}"
         why = "hooks listen to the activation" if act is not None and is_listened_to(act) else why
         _note(served, stays, "mlp", ways, why or _of_linears(module, (*part.up, part.down), dtype))
     elif isinstance(part, Attention):
         _note(served, stays, "attention", ways, attention.why_not(module, part, dtype))
         _note(served, stays, "stack", ways, _of_linears(innermost(module), part.qkv, dtype))
     elif isinstance(part, Experts):
-        _note(served, stays, "experts", ways, experts.why_not(module))
+        _note(served, stays, "experts", ways, experts.why_not(module, part))
     elif isinstance(part, Together):
-        if part.interface:
-            _note(served, stays, "attention", ways, attention.why_not(module, part, dtype))
-        else:
-            stays["attention", f"{type(module).__bases__[0].__name__} computes it itself"] += 1
-        names = tuple(name for name in part.names if getattr(module, name, None) is not None)
-        _note(served, stays, "stack", ways, _of_linears(module, names, dtype))
+        _together(served, stays, module, part, ways, dtype)
 
 
-def _note(served: Table, stays: Table, part: str, ways: Ways, why: str | None) -> None:
-    why = ways.reasons.get(part, why)
+def _together(served: Table, stays: Table, module: Any, part: Together, ways: Ways, dtype: torch.dtype) -> None:
+    base = type(module).__bases__[0]
+    if part.attends:
+        why = interface.why_not(module, part, dtype)
+        _note(served, stays, "attention", ways, why, f" in {base.__name__}'s own code")
+    else:
+        stays[_like(base) or "other layers", f"{base.__name__} computes it itself"] += 1
+    names = tuple(name for name in part.names if getattr(module, name, None) is not None)
+    if len(names) > 1:
+        why, label = _of_linears(module, names, dtype), _NAMES["stack"] if part.attends else "projections of one input"
+        _note(served, stays, "stack", ways, why, label=label)
+
+
+def _note(
+    served: Table, stays: Table, part: str, ways: Ways, why: str | None, more: str = "", label: str = ""
+) -> None:
+    label, why = label or _NAMES[part], ways.reasons.get(part, why)
     if why is not None:
-        stays[_NAMES[part], why] += 1
+        stays[label, why] += 1
         return
     by = ", ".join(f"{op} ({ways.by[op] or 'forced'})" for op in PARTS[part])
-    served[_NAMES[part], by] += 1
+    served[label, by + more] += 1
 
 
 def _of_linears(module: Any, names: tuple[str, ...], dtype: torch.dtype) -> str | None:

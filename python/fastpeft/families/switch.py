@@ -69,7 +69,7 @@ def fast_class(base: type) -> type:
     """The subclass of a described class whose forward is the quicker one."""
     part = part_of(base)
     assert part is not None
-    more = {TAKES_FACTORS: True} if isinstance(part, Experts) else {}
+    more = {TAKES_FACTORS: True} if isinstance(part, Experts) and not part.every else {}
     forward = spread_method(base, part) if isinstance(part, Spread) else _FORWARDS[part.name]
     return type(f"Fast{base.__name__}", (base,), _members(part.name, forward, _method(part)) | more)
 
@@ -101,7 +101,7 @@ def described(model: nn.Module) -> Iterator[tuple[nn.Module, Part]]:
     for module in model.modules():
         cls: Any = type(module)
         part = None if is_switched(module) else part_of(cls)
-        if isinstance(part, Experts) and why_not(module) is not None:
+        if isinstance(part, Experts) and why_not(module, part) is not None:
             continue
         if part is not None and _method(part) not in module.__dict__:  # somebody else's
             yield module, part

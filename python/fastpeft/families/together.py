@@ -1,4 +1,4 @@
-"""Modules of a forward of their own, in which several projections of one input are one call."""
+"""Modules of a forward of their own, in which several projections of one input are one call and attention is ours."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from ..description import Spread, Together
 NAMES = ("query", "key", "value")
 
 PARTS = {
-    "BertSelfAttention": Together(names=NAMES, interface=True),
-    "BertCrossAttention": Together(names=NAMES, interface=True, other="encoder_hidden_states"),
+    "BertSelfAttention": Together(names=NAMES),
+    "BertCrossAttention": Together(names=NAMES, other="encoder_hidden_states"),
     "BertLayer": Spread(
         up=("intermediate.dense",), act="intermediate.intermediate_act_fn", down="output.dense",
         method="feed_forward_chunk",

@@ -3,7 +3,7 @@
 from ..description import Spread, Together
 
 PARTS = {
-    "DisentangledSelfAttention": Together(names=("query_proj", "key_proj", "value_proj")),
+    "DisentangledSelfAttention": Together(names=("query_proj", "key_proj", "value_proj"), attends=False),
     "DebertaV2Layer": Spread(
         up=("intermediate.dense",), act="intermediate.intermediate_act_fn", down="output.dense"
     ),

@@ -1,4 +1,4 @@
-"""Gemma 4, the language part: layers share keys and values, so attention is its own code."""
+"""Gemma 4, the language part: layers share keys and values, so what is around our attention is its own code."""
 
 from ..description import Mlp, Norm, Together, family
 

@@ -1,7 +1,8 @@
-"""GLM-4V, the language part."""
+"""GLM-4V, the language part: neighbours are turned."""
 
 from ..description import Attention, Mlp, Norm, family
 
 PARTS = family(
-    "Glm4vText", Attention(), Mlp(up=("gate_up_proj",), act="activation_fn", halves=True), None, Glm4vRMSNorm=Norm()
-)
+    "Glm4vText", Attention(turn="neighbours"), Mlp(up=("gate_up_proj",), act="activation_fn", halves=True), None,
+    Glm4vRMSNorm=Norm(),
+)  # fmt: skip

@@ -1,5 +1,8 @@
-"""gpt-oss: a logit of each head sees nothing, half of the layers have windows."""
+"""gpt-oss: a logit of each head sees nothing, half of the layers have windows, experts cut their gates."""
 
-from ..description import Attention, Norm, family
+from ..description import Attention, Experts, Norm, family
 
-PARTS = family("GptOss", Attention(angles="once", sinks="sinks", eager=True), None, Norm())
+PARTS = family(
+    "GptOss", Attention(angles="once", sinks="sinks", eager=True), None, Norm(),
+    GptOssExperts=Experts(limit="limit", alpha="alpha", shift=1.0),
+)  # fmt: skip

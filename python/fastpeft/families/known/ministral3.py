@@ -1,4 +1,4 @@
-"""Ministral 3: its scores have a factor by position, so attention is its own code around one call for q, k and v."""
+"""Ministral 3: its scores have a factor by position, so what is around our attention is its own code."""
 
 from ..description import Mlp, Norm, Together, family
 

@@ -5,7 +5,7 @@ from ..description import Spread, Together
 _MLP = Spread(up=("fc1",), act="activation_fn", down="fc2", between="activation_dropout")
 
 PARTS = {
-    "WhisperAttention": Together(names=("q_proj", "k_proj", "v_proj"), other="key_value_states", interface=True),
+    "WhisperAttention": Together(names=("q_proj", "k_proj", "v_proj"), other="key_value_states"),
     "WhisperEncoderLayer": _MLP,
     "WhisperDecoderLayer": _MLP,
 }
