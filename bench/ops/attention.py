@@ -1,5 +1,5 @@
 """Rows of attention, heads of SmolLM2 and of Llama 3.2 1B: causal with rotary embeddings, forward and forward +
-backward; packed rows of eight documents; one query over a cache, as decoding has it."""
+backward; packed rows of eight documents; with dropout, heads as BERT's; one query over a cache, as decoding has it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ SHAPES = [(4, 128), (1, 512), (1, 2048), (1, 4096)]  # rows of a batch and token
 CACHES = [(1, 1024), (8, 1024), (1, 4096)]  # rows of a batch and keys of each
 PACKED = (1, 2048)
 DOCUMENTS = 8
+DROPPED = (4, 128, 12, 12)
+P = 0.1
 D = 64
 
 
@@ -36,9 +38,11 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
                 yield row((*PACKED, heads, groups), dtype, True, args, packed=True)
             for batch, keys in CACHES[: 1 if args.quick else None]:
                 yield decoding((batch, keys, heads, groups), dtype, args)
+    for dtype in args.dtype:
+        yield from (row(DROPPED, dtype, trains, args, p=P) for trains in (False, True))
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+def _torch(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """transformers' Llama with its sdpa attention: [B, T, H D]."""
 
     def turned(x: Tensor) -> Tensor:
@@ -47,13 +51,14 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tens
         return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
     out = torch.nn.functional.scaled_dot_product_attention(
-        turned(q), turned(k), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=D**-0.5, enable_gqa=True
-    )
+        turned(q), turned(k), v.transpose(1, 2), attn_mask=mask, dropout_p=p, is_causal=mask is None, scale=D**-0.5,
+        enable_gqa=True,
+    )  # fmt: skip
     return out.transpose(1, 2).flatten(2).contiguous()
 
 
-def _ours(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, spans: Tensor | None) -> Tensor:
-    return attention(q, k, v, cos=cos, sin=sin, spans=spans, scale=D**-0.5).flatten(2)
+def _ours(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, spans: Tensor | None, p: float) -> Tensor:
+    return attention(q, k, v, cos=cos, sin=sin, spans=spans, scale=D**-0.5, dropout_p=p).flatten(2)
 
 
 def _documents(tokens: int) -> tuple[Tensor, Tensor]:
@@ -73,8 +78,9 @@ def _row(name: str, case: dict[str, Any], given: tuple[Any, ...], calls: dict[st
 
 
 def row(
-    shape: tuple[int, int, int, int], dtype: str, trains: bool, args: argparse.Namespace, packed: bool = False
-) -> Row:
+    shape: tuple[int, int, int, int], dtype: str, trains: bool, args: argparse.Namespace, packed: bool = False,
+    p: float = 0.0,
+) -> Row:  # fmt: skip
     batch, tokens, heads, groups = shape
     g, t = torch.Generator().manual_seed(3), subjects.DTYPES[dtype]
     q, k, v = (torch.randn(batch, tokens, h, D, generator=g).to(t) for h in (heads, groups, groups))
@@ -87,12 +93,12 @@ def row(
 
     def call(attend: Callable[..., Tensor], seen: Tensor | None) -> Callable[[], object]:
         def once() -> object:
-            y = attend(q, k, v, cos, sin, seen)
+            y = attend(q, k, v, cos, sin, seen, p)
             return torch.autograd.grad(y, (q, k, v), dy) if trains else y
 
         return once
 
-    what = ("packed " if packed else "") + ("forward+backward" if trains else "forward")
+    what = ("packed " if packed else "dropout " if p else "") + ("forward+backward" if trains else "forward")
     case = {"what": what, "B": batch, "T": tokens, "H": heads, "G": groups, "dtype": dtype}
     # half of the scores; a product for them and one for y, and five in the backward
     pairs = batch * heads * tokens * tokens / (2 * DOCUMENTS if packed else 2)
