@@ -17,7 +17,7 @@ from torch import nn
 from ..files.checks import list_some
 from ..layer.layer import AdapterLayer
 from ..layer.shared_tensors import SharedDict
-from ..weights.nf4_linear import NF4Linear
+from ..weights.nf4_store import NF4Store
 
 Blocks = Iterable["str | type[nn.Module]"]
 
@@ -29,7 +29,8 @@ def fully_shard_model(
 
     mesh: a DeviceMesh (None: all processes). blocks: classes of the modules, by name or themselves, that are gathered
     one at a time; None: those that the model names (`_no_split_modules`), else the elements of its ModuleLists.
-    shard_quantized: shard the bytes and scales of NF4Linear layers too; False keeps them whole in every process.
+    shard_quantized: shard the bytes and scales of NF4Linear layers and of experts too; False keeps them whole in every
+    process.
     options: of `fully_shard` (reshard_after_forward, mp_policy, offload_policy, ignored_params).
 
     A block is a group with its adapters and its base weights. The root group has everything else, and what adapters
@@ -61,7 +62,7 @@ def fully_shard_model(
         left = {n: p for n, p in left.items() if p not in inside}
     _check_dtypes("what is outside of its blocks", left)
     for module in model.modules():
-        if isinstance(module, NF4Linear) and shard_quantized:
+        if isinstance(module, NF4Store) and shard_quantized:
             module.share_parameters()
         if isinstance(module, AdapterLayer):
             module.changed()  # it may hold the buffers that are parameters now
