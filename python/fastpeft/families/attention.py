@@ -14,6 +14,7 @@ from peft_kernels import attention, native_library
 from ..weights.base import is_listened_to
 from .angles import Turn, alibi_slopes
 from .description import Attention, Together
+from .masks import Seen
 from .projections import Given, in_one_call, linears, modules_on, projections
 from .state import State
 from .ways import Ways, ways_of
@@ -26,7 +27,7 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     for name in _CACHES:
         found = kwargs.get(name)
         if found is not None:
-            return found
+            return getattr(found, "self_attention_cache", found)  # of a decoder that attends to an encoder, too
     return None
 
 
@@ -61,9 +62,10 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
     scale, dropout_p = getattr(self, of.scale) if of.scale else q.shape[-1] ** -0.5, dropout_of(self, of.dropout)
     if ways.attention:
+        slopes, bias = _alibi(of, given, q, seen)
         y = attention(
             q, k, v, scale=scale, causal=seen.causal, spans=seen.spans, keep=seen.keep,
-            slopes=_slopes(q) if of.alibi and given.get(of.alibi) is not None else None,
+            slopes=slopes, bias=bias,
             softcap=(getattr(self, of.softcap) or 0.0) if of.softcap else 0.0,
             sinks=getattr(self, of.sinks) if of.sinks else None,
             cos=None if turn is None else turn.cos, sin=None if turn is None else turn.sin,
@@ -79,8 +81,17 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     return (out if not of.residual else given["residual"] + out), None
 
 
-def _slopes(q: Tensor) -> Tensor:
-    return torch.tensor(alibi_slopes(q.shape[2]), device=q.device)
+def _alibi(of: Attention, given: dict[str, Any], q: Tensor, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
+    """(slopes, bias) of the op for ALiBi, of which one says it.
+
+    transformers counts the keys that are seen, which are not those in between where a mask has holes.
+    """
+    alibi = given.get(of.alibi) if of.alibi else None
+    if alibi is None:
+        return None, None
+    if seen.keep is not None:
+        return None, alibi.view(-1, q.shape[2], 1, alibi.shape[-1])
+    return torch.tensor(alibi_slopes(q.shape[2]), device=q.device), None
 
 
 def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, Any]) -> bool:
@@ -102,7 +113,8 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
 
 def scores_fit(count: int) -> bool:
     """True where so many scores of an attention may stand at once, or where a kernel keeps none."""
-    return count <= MOST_SCORES or not torch.is_grad_enabled() or native_library().reason is None
+    few = count <= MOST_SCORES or not torch.is_grad_enabled()
+    return few or torch.compiler.is_compiling() or native_library().reason is None
 
 
 def after(self: Any, name: str, y: Tensor) -> Tensor:
