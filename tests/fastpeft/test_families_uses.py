@@ -33,14 +33,19 @@ def pair(name: str) -> tuple[Any, Any]:
     return model, fast
 
 
+def no_worse(fast: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The largest errors are compared, as elements are sums of many."""
+    worst = [(t.double() - exact).abs().max().reshape(1).to(t.dtype) for t in (fast, plain)]
+    assert_no_worse(*worst, torch.zeros(1, dtype=torch.float64), exact.abs().max().reshape(1))
+
+
 def agree(models: tuple[Any, Any], given: dict[str, Any], where: Tensor | None = None) -> None:
-    """The second's logits are no worse than the first's. The largest errors are compared: elements are sums of many."""
+    """The second's logits are no worse than the first's."""
     with exactly(models[0]) as exact_model:
         exact = exact_model(**given).logits.detach()
     plain, fast = (model(**given).logits.detach() for model in models)
     rows = slice(None) if where is None else where.bool()
-    worst = [(t.double() - exact)[rows].abs().max().reshape(1).to(t.dtype) for t in (fast, plain)]
-    assert_no_worse(*worst, torch.zeros(1, dtype=torch.float64), exact[rows].abs().max().reshape(1))
+    no_worse(fast[rows], plain[rows], exact[rows])
 
 
 def seen(kind: str) -> Tensor:
@@ -64,6 +69,26 @@ def test_attention_in_both_directions() -> None:
         for model in () if given else models:
             model.config.is_causal = False
         agree(models, {"input_ids": IDS, **given})
+
+
+def gradient(model: Any, given: dict[str, Tensor]) -> Tensor:
+    """Of a projection of keys, by a loss that leaves out what is padding."""
+    weight: Tensor = model.model.layers[0].self_attn.k_proj.weight.requires_grad_()
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    model(**given, labels=labels).loss.backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_padding_that_counts() -> None:
+    """A loss takes what stands before the first token, too: a query that sees no key. Eager code gives it the mean."""
+    model, fast = pair("gemma2")
+    given = {"input_ids": IDS, "attention_mask": HALF}
+    with torch.no_grad():
+        agree((model, fast), given)
+    with exactly(model) as exact_model:
+        exact = gradient(exact_model, given)
+    no_worse(gradient(fast, given), gradient(model, given), exact)
 
 
 def test_alibi_counts_the_keys_that_are_seen() -> None:

@@ -42,7 +42,9 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         causal = given.get("is_causal")
         causal = getattr(self, "is_causal", True) if causal is None else causal
         seen = state.shared.masks.seen(given.get("attention_mask"), x.shape[1], causal)
-    if seen is None:
+    blind = None if seen is None or of.sinks else seen.blind  # sinks take all of the softmax where no key is seen
+    # gradients of a softmax whose scores a mask has rounded away are what the model's own code makes of it
+    if seen is None or (blind is not None and torch.is_grad_enabled()):
         return _itself(self, of, state, ways, hidden_states, args, kwargs)
     q, k, v, gate = _heads(self, of, state, x)
     turn = None
@@ -71,6 +73,9 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
             cos=None if turn is None else turn.cos, sin=None if turn is None else turn.sin,
             interleaved=turn is not None and turn.neighbours, dropout_p=dropout_p,
         )  # fmt: skip
+        if blind is not None:
+            mean = v.mean(1, keepdim=True).repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+            y = torch.where(blind[..., None, None], mean, y)
     else:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y, _ = torch_attention()(self, q, k, v, given.get("attention_mask"), dropout=dropout_p, scaling=scale)

@@ -73,7 +73,7 @@ def experts_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
     if self.has_post_expert_norm:
         y = self.post_expert_norm(y)
     # in the order of tokens again: every row is written once
-    y = torch.empty_like(y).index_copy(0, order, y).view(*index.shape, -1)
+    y = torch.empty_like(y).index_copy(0, order, y).view(*index.shape, y.shape[1])
     out: Tensor = (y * weights.unsqueeze(-1)).sum(-2).to(hidden_states.dtype)
     return out
 

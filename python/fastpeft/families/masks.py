@@ -13,11 +13,16 @@ from torch import Tensor
 
 
 class Seen(NamedTuple):
-    """The keys that queries see: up to their own (`causal`), of `spans` [B or 1, T, 2], of `keep` [B or 1, T, S]."""
+    """The keys that queries see: up to their own (`causal`), of `spans` [B or 1, T, 2], of `keep` [B or 1, T, S].
+
+    blind: bool [B or 1, T], the queries that see none, where they get the mean of all values: a mask of numbers takes
+    the same from each score. None: there are none, or they get zeros.
+    """
 
     causal: bool
     spans: Tensor | None = None
     keep: Tensor | None = None
+    blind: Tensor | None = None
 
 
 class Masks:
@@ -64,7 +69,7 @@ def _read(mask: Tensor, queries: int) -> Seen | None:
     rows = _rows(mask, queries)
     if rows is None:
         return None
-    mask = rows
+    mask, blind = rows, None
     if mask.dtype is torch.int32 and mask.shape[-1] == 2:
         return Seen(False, spans=mask)
     if mask.is_floating_point():
@@ -72,12 +77,14 @@ def _read(mask: Tensor, queries: int) -> Seen | None:
         keep = mask == 0
         if not bool((keep | (mask <= least)).all()):  # a bias
             return None
+        blind = (mask == least).all(-1)
+        blind = blind if bool(blind.any()) else None
     elif mask.dtype is torch.bool:
         keep = mask
     else:
         return None
     spans = spans_of(keep)
-    return Seen(False, keep=keep.contiguous()) if spans is None else Seen(False, spans=spans)
+    return Seen(False, spans, keep.contiguous() if spans is None else None, blind)
 
 
 def spans_of(keep: Tensor) -> Tensor | None:
