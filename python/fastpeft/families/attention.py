@@ -44,7 +44,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         seen = state.shared.masks.seen(given.get("attention_mask"), x.shape[1], causal)
     blind = None if seen is None or of.sinks else seen.blind  # sinks take all of the softmax where no key is seen
     # gradients of a softmax whose scores a mask has rounded away are what the model's own code makes of it
-    if seen is None or (blind is not None and torch.is_grad_enabled()):
+    if seen is None or (blind is not None and (torch.is_grad_enabled() or self.training)):
         return _itself(self, of, state, ways, hidden_states, args, kwargs)
     q, k, v, gate = _heads(self, of, state, x)
     turn = None
