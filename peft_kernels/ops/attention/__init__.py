@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...checks import arg_error, check_alike
+from ...checks import arg_error, as_autocast, check_alike
 from ...dispatch import Op, forward_mode
 from ..lora_linear import acc_dtype, apply_function, check_dropout, check_kept
 
@@ -333,8 +333,11 @@ def attention(
     dropout_p: probability that a probability is dropped, after the softmax; the others are multiplied by
     1 / (1 - dropout_p). seed: int64, one element; drawn from torch's generator when it is needed and not given.
     Turned q and k, and probabilities, are rounded to q.dtype (float32 on the CPU's levels without bfloat16 products,
-    and for one query); all sums and the softmax are float32. Raises ValueError or TypeError on bad arguments.
+    and for one query); all sums and the softmax are float32. Under autocast q, k and v are cast to its dtype. Raises
+    ValueError or TypeError on bad arguments.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = as_autocast(_NAME, q), as_autocast(_NAME, k), as_autocast(_NAME, v)
     if cos is not None and sin is not None:
         cos, sin = cos.detach(), sin.detach()
     if spans is not None and spans.dim() == 3 and spans.shape[0] == 1:

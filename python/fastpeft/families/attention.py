@@ -14,6 +14,7 @@ from peft_kernels import attention, native_library
 from ..weights.base import is_listened_to
 from .angles import Turn, alibi_slopes
 from .description import Attention, Together
+from .masks import Seen
 from .projections import Given, in_one_call, linears, modules_on, projections
 from .state import State
 from .ways import Ways, ways_of
@@ -26,7 +27,7 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     for name in _CACHES:
         found = kwargs.get(name)
         if found is not None:
-            return found
+            return getattr(found, "self_attention_cache", found)  # of a decoder that attends to an encoder, too
     return None
 
 
@@ -41,7 +42,9 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         causal = given.get("is_causal")
         causal = getattr(self, "is_causal", True) if causal is None else causal
         seen = state.shared.masks.seen(given.get("attention_mask"), x.shape[1], causal)
-    if seen is None:
+    blind = None if seen is None or of.sinks else seen.blind  # sinks take all of the softmax where no key is seen
+    # gradients of a softmax whose scores a mask has rounded away are what the model's own code makes of it
+    if seen is None or (blind is not None and (torch.is_grad_enabled() or self.training)):
         return _itself(self, of, state, ways, hidden_states, args, kwargs)
     q, k, v, gate = _heads(self, of, state, x)
     turn = None
@@ -62,14 +65,18 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     scale, dropout_p = getattr(self, of.scale) if of.scale else q.shape[-1] ** -0.5, dropout_of(self, of.dropout)
     if ways.attention:
         k, v = seen.up_to_now(q.shape[1], k, v)
+        slopes, bias = _alibi(of, given, q, seen)
         y = attention(
             q, k, v, scale=scale, causal=seen.causal, spans=seen.spans, keep=seen.keep,
-            slopes=_slopes(q) if of.alibi and given.get(of.alibi) is not None else None,
+            slopes=slopes, bias=bias,
             softcap=(getattr(self, of.softcap) or 0.0) if of.softcap else 0.0,
             sinks=getattr(self, of.sinks) if of.sinks else None,
             cos=None if turn is None else turn.cos, sin=None if turn is None else turn.sin,
             interleaved=turn is not None and turn.neighbours, dropout_p=dropout_p,
         )  # fmt: skip
+        if blind is not None:
+            mean = v.mean(1, keepdim=True).repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+            y = torch.where(blind[..., None, None], mean, y)
     else:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y, _ = torch_attention()(self, q, k, v, given.get("attention_mask"), dropout=dropout_p, scaling=scale)
@@ -80,8 +87,17 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     return (out if not of.residual else given["residual"] + out), None
 
 
-def _slopes(q: Tensor) -> Tensor:
-    return torch.tensor(alibi_slopes(q.shape[2]), device=q.device)
+def _alibi(of: Attention, given: dict[str, Any], q: Tensor, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
+    """(slopes, bias) of the op for ALiBi, of which one says it.
+
+    transformers counts the keys that are seen, which are not those in between where a mask has holes.
+    """
+    alibi = given.get(of.alibi) if of.alibi else None
+    if alibi is None:
+        return None, None
+    if seen.keep is not None:
+        return None, alibi.view(-1, q.shape[2], 1, alibi.shape[-1])
+    return torch.tensor(alibi_slopes(q.shape[2]), device=q.device), None
 
 
 def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, Any]) -> bool:
@@ -103,7 +119,8 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
 
 def scores_fit(count: int) -> bool:
     """True where so many scores of an attention may stand at once, or where a kernel keeps none."""
-    return count <= MOST_SCORES or not torch.is_grad_enabled() or native_library().reason is None
+    few = count <= MOST_SCORES or not torch.is_grad_enabled()
+    return few or torch.compiler.is_compiling() or native_library().reason is None
 
 
 def after(self: Any, name: str, y: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def experts_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
     experts, order = index.reshape(-1).sort(stable=True)
     y = _experts(self, of, hidden_states.index_select(0, order // chosen), experts, factors)
     # in the order of tokens again: every row is written once
-    y = torch.empty_like(y).index_copy(0, order, y).view(*index.shape, -1)
+    y = torch.empty_like(y).index_copy(0, order, y).view(*index.shape, y.shape[1])
     out: Tensor = (y * weights.unsqueeze(-1)).sum(-2).to(hidden_states.dtype)
     return out
 

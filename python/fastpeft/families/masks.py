@@ -13,11 +13,16 @@ from torch import Tensor
 
 
 class Seen(NamedTuple):
-    """The keys that queries see: up to their own (`causal`), of `spans` [B or 1, T, 2], of `keep` [B or 1, T, S]."""
+    """The keys that queries see: up to their own (`causal`), of `spans` [B or 1, T, 2], of `keep` [B or 1, T, S].
+
+    blind: bool [B or 1, T], the queries that see none, where they get the mean of all values: a mask of numbers takes
+    the same from each score. None: there are none, or they get zeros.
+    """
 
     causal: bool
     spans: Tensor | None = None
     keep: Tensor | None = None
+    blind: Tensor | None = None
 
     def up_to_now(self, queries: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v [B, S, G, D] up to the key of the last query. A cache of a fixed size comes without a mask when it is
@@ -36,10 +41,13 @@ class Masks:
         where a key is seen and the least number elsewhere. None for a mask that says more than that."""
         if mask is None:
             return Seen(causal and queries > 1)  # one query is the last: it sees all
+        if torch.compiler.is_compiling():  # a graph keeps nothing, and what it computes hangs on no values
+            rows = _rows(mask, queries) if mask.dtype is torch.bool else None
+            return None if rows is None else Seen(False, keep=rows)
         for kept, as_it_was, found in self._found:
             if kept() is mask and _is(mask, as_it_was):
                 return found
-        made = _read(mask)
+        made = _read(mask, queries)
         if made is not None:
             alive = tuple(entry for entry in self._found if entry[0]() is not None)
             self._found = (*alive[-3:], (ref(mask), _as_it_is(mask), made))
@@ -55,10 +63,18 @@ def _is(mask: Tensor, as_it_was: int | Tensor) -> bool:
     return torch.equal(mask, as_it_was) if isinstance(as_it_was, Tensor) else mask._version == as_it_was
 
 
-def _read(mask: Tensor) -> Seen | None:
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.requires_grad:
+def _rows(mask: Tensor, queries: int) -> Tensor | None:
+    """[B or 1, T, S] of a mask that is the same for all heads."""
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, queries) or mask.requires_grad:
         return None
-    mask = mask.detach()[:, 0]
+    return mask.detach()[:, 0].expand(-1, queries, -1)
+
+
+def _read(mask: Tensor, queries: int) -> Seen | None:
+    rows = _rows(mask, queries)
+    if rows is None:
+        return None
+    mask, blind = rows, None
     if mask.dtype is torch.int32 and mask.shape[-1] == 2:
         return Seen(False, spans=mask)
     if mask.is_floating_point():
@@ -66,12 +82,14 @@ def _read(mask: Tensor) -> Seen | None:
         keep = mask == 0
         if not bool((keep | (mask <= least)).all()):  # a bias
             return None
+        blind = (mask == least).all(-1)
+        blind = blind if bool(blind.any()) else None
     elif mask.dtype is torch.bool:
         keep = mask
     else:
         return None
     spans = spans_of(keep)
-    return Seen(False, keep=keep.contiguous()) if spans is None else Seen(False, spans=spans)
+    return Seen(False, spans, keep.contiguous() if spans is None else None, blind)
 
 
 def spans_of(keep: Tensor) -> Tensor | None:

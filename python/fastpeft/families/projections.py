@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels import PreparedCall, Projection, QuantWeight, lora_linear
 
@@ -107,6 +107,13 @@ def _by_row(x: Tensor, modules: Sequence[Any]) -> Sequence[Tensor] | None:
     return found
 
 
+def _one_token(module: Any, x: Tensor) -> Tensor:
+    """`module(x)` for x [M, K], rows of one token: whoever listens gets [M, 1, K], as from the model's own code."""
+    if type(module) is nn.Linear and not is_listened_to(module):
+        return module(x)  # type: ignore[no-any-return]
+    return module(x.unsqueeze(1)).squeeze(1)  # type: ignore[no-any-return]
+
+
 def linears(call: PreparedCall, x: Tensor, launches: bool, *modules: Any) -> Sequence[Tensor]:
     """`module(x)` of each for x [M, K] without gradients, as one call of a kernel and without the modules around it.
 
@@ -117,7 +124,7 @@ def linears(call: PreparedCall, x: Tensor, launches: bool, *modules: Any) -> Seq
         return by_row
     found = projections(x, *modules)
     if found is None or any(p.dropout_p or not (launches or type(p.weight) is QuantWeight) for p in found):
-        return [module(x) for module in modules]
+        return [_one_token(module, x) for module in modules]
     if launches and len(found) == 1:
         return (lora_linear(x, *found[0]),)
     ys: Sequence[Tensor] = call(x, *found)

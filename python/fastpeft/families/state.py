@@ -21,6 +21,10 @@ class Shared:
     angles: Angles = field(default_factory=Angles)
     masks: Masks = field(default_factory=Masks)
 
+    def __reduce__(self) -> Any:
+        """Copied and pickled empty, once for all the layers of a copy."""
+        return Shared, ()
+
 
 def _new_call() -> PreparedCall:
     return PreparedCall(lora_linear_stacked)

@@ -44,16 +44,17 @@ _FORWARDS: dict[str, Any] = {
 def _reduce(self: Any, protocol: int) -> Any:
     """Pickled and copied as a module of the class that was there, with the quicker one put on again."""
     state = {name: value for name, value in self.__dict__.items() if name != "_fastpeft"}
-    return _again, (type(self).__bases__[0],), state
+    own: State | None = self.__dict__.get("_fastpeft")
+    return _again, (type(self).__bases__[0], None if own is None else own.shared), state
 
 
-def _again(base: type) -> Any:
+def _again(base: type, shared: Shared | None) -> Any:
     cls: Any = FAST_HEAD if base is nn.Linear else fast_class(base)
     module = cls.__new__(cls)
-    if base is not nn.Linear:
+    if shared is not None:
         part = part_of(base)
         assert part is not None
-        module.__dict__["_fastpeft"] = State(part, base)
+        module.__dict__["_fastpeft"] = State(part, base, shared)
     return module
 
 
@@ -127,7 +128,7 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> list[nn.Module]:
         module.__class__ = fast_class(cls)
         changed.append(module)
     find_head: Any = getattr(model, "get_output_embeddings", None)
-    head = find_head() if changed and find_head is not None else None
+    head = find_head() if find_head is not None else None
     if type(head) is nn.Linear and ways_of(head.weight).head:
         head.__class__ = FAST_HEAD
         changed.append(head)
