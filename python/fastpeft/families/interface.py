@@ -63,7 +63,7 @@ def attend(
     seen = None
     if _serves(query, key, kwargs):
         seen = module._fastpeft.shared.masks.seen(attention_mask, query.shape[2], causal)
-    if seen is None:
+    if seen is None or seen.blind is not None:
         found: tuple[Tensor, Tensor | None] = _own(module)(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
