@@ -6,6 +6,8 @@ Trains small models alone and shared with the other process, and writes what eac
 from __future__ import annotations
 
 import copy
+import importlib.util
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +169,34 @@ def torchs_states(rank: int) -> dict[str, Any]:
     return found
 
 
+def packed_experts() -> dict[str, Any]:
+    """A mixture with experts in 4 bits before it is sharded and after: outputs, gradients, state dicts."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    tools = runpy.run_path(str(Path(__file__).with_name("families_tools.py")))
+    model = fastpeft.quantize_model(tools["tiny"]("mixtral", layers=1), experts=True)
+    config = fastpeft.LoraConfig(r=2, target_modules=[], target_parameters=["gate_up_proj", "down_proj"],
+                                 init_lora_weights=False)  # fmt: skip
+    torch.manual_seed(0)
+    model = fastpeft.get_peft_model(model, config)
+    fastpeft.accelerate(model)
+    wanted = {name: t.clone() for name, t in model.state_dict().items()}
+    ids = torch.arange(3, 12)[None]
+    runs = [_logits_and_gradients(model, ids)]
+    fastpeft.fully_shard_model(model)
+    runs.append(_logits_and_gradients(model, ids))
+    shards = [type(p).__name__ for n, p in model.named_parameters() if "_4bit." in n]
+    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {"wanted": wanted, "found": found, "runs": runs, "shards": shards}
+
+
+def _logits_and_gradients(model: Any, ids: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    logits = model(ids, use_cache=False).logits
+    logits.square().mean().backward()
+    return [logits.detach(), *(full(p.grad).clone() for p in model.parameters() if p.grad is not None)]
+
+
 def refusal(call: Callable[..., Any], *args: Any, **options: Any) -> str:
     try:
         call(*args, **options)
@@ -244,6 +274,8 @@ def everything(rank: int, folder: Path) -> dict[Any, Any]:
         results["ddp", reentrant] = ddp(rank, reentrant)
     results["fsdp1"] = fsdp1(rank)
     results["torch's states"] = torchs_states(rank)
+    if importlib.util.find_spec("transformers") is not None:
+        results["packed experts"] = packed_experts()
     return results
 
 

@@ -133,6 +133,17 @@ def test_torchs_and_accelerates_state_dicts_of_packed_layers(results: Any) -> No
     assert_same_bits(filled, kept)
 
 
+def test_experts_in_4_bits_are_sharded(results: Any) -> None:
+    pytest.importorskip("transformers")
+    found = results["packed experts"]
+    assert found["shards"] == ["DTensor"] * 4  # bytes and scales
+    for alone, sharded in zip(*found["runs"], strict=True):
+        assert_same_bits(sharded, alone)
+    assert found["found"].keys() == found["wanted"].keys()
+    for key, value in found["wanted"].items():
+        assert_same_bits(found["found"][key], value)
+
+
 def test_a_packed_layer_shows_modules_to_distributed_checkpoints_alone() -> None:
     layer = fastpeft.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 32)))[0]
     assert {*dict(layer.keys_as_modules.named_buffers()), "weight", "bias"} == layer.state_dict().keys()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 import fastpeft
+from fastpeft.families.experts import why_not
 from fastpeft.layer.base import MergingLayer
 from fastpeft.weights.load_nf4 import load_nf4_model
 from fastpeft.weights.nf4_experts import NF4Experts, unpack
@@ -326,6 +327,7 @@ def test_what_bitsandbytes_packed(name: str, nested: bool, monkeypatch: pytest.M
     ours.load_state_dict(state)
     assert_same_bits(results(ours)[0], plain)
     model = with_lora(model)
+    assert model.get_nb_trainable_parameters() == with_lora(tiny(name)).get_nb_trainable_parameters()
     plain = results(model)
     fastpeft.accelerate(model)
     monkeypatch.setattr(MergingLayer, "stored_weight", never)
@@ -339,3 +341,13 @@ def test_what_bitsandbytes_packed(name: str, nested: bool, monkeypatch: pytest.M
     close(results(model)[0], merged)
     model.unmerge_adapter()
     assert_same_bits(results(model)[0], plain[0])
+
+
+@pytest.mark.full_form
+def test_matrices_that_share_a_block_of_scales_stay_bitsandbytes_own() -> None:
+    model = tiny("whole")
+    experts = experts_of(model)[0]
+    experts.down_proj = nn.Parameter(torch.randn(4, 7, 9), requires_grad=False)
+    by_bitsandbytes(model)
+    assert why_not(experts) == "down_proj: the 4-bit blocks of an expert are not whole"
+    assert why_not(experts_of(model)[1]) is None

@@ -39,17 +39,23 @@ def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
     return state | {_STATE + weight.quant_type: torch.tensor([*json.dumps(facts).encode()], dtype=torch.uint8)}
 
 
+class _Keys(nn.Module):
+    """Keys of a state dict as a module's attributes. A key may be both a tensor and the start of others: it is what
+    leads on then."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self._modules[name] if name in self._modules else super().__getattr__(name)
+
+
 def as_modules(state: Mapping[str, Tensor]) -> nn.Module:
     """A module that has these tensors as buffers under these names: of `weight.absmax`, its child `weight` has one."""
-    root = nn.Module()
+    root = _Keys()
     for key, tensor in state.items():
         *path, name = key.split(".")
-        owner = root
+        owner: nn.Module = root
         for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_buffer(name, tensor)
+            owner = owner._modules.setdefault(part, _Keys())  # type: ignore[assignment]
+        owner._buffers[name] = tensor
     return root
 
 

@@ -8,7 +8,7 @@ transformers' own, decoding, or `accelerate`'s, which takes the 4 bits.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight, quantize_4bit
 
-from .bnb_keys import DTYPES, bnb_state, parse_bnb_state
+from .bnb_keys import DTYPES, as_modules, bnb_state, parse_bnb_state
 from .nf4_store import NF4Store
 from .parameters_4bit import CHILD, Decoded, packed_of
 from .read_by_module import TAKES_FACTORS
@@ -70,6 +70,31 @@ class NF4Experts:
     """Of the modules that keep parameters in 4 bits: first among their class's bases, their own class the second."""
 
     _modules: dict[str, Any]
+
+    # As in NF4Linear, for torch.distributed.checkpoint, which takes keys of a state dict for names of modules.
+    def _fqn_modifiers(self) -> dict[str, str]:
+        return {name: "keys_as_modules" for name in PARAMETERS if name + CHILD in self._modules}
+
+    @property
+    def keys_as_modules(self) -> nn.Module:
+        """The state dict of what is kept in 4 bits, as modules with buffers."""
+        state: dict[str, Any] = {}
+        for name in PARAMETERS:
+            if name + CHILD in self._modules:
+                self._modules[name + CHILD]._save_to_state_dict(state, f"{name}{CHILD}.", False)
+        return as_modules(state)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        children: Any = super().named_children()  # type: ignore[misc]
+        shown = torch.distributed.is_available() and torch.distributed.is_initialized()
+        for name, module in children:
+            if not shown or not isinstance(module, NF4Parameter):
+                yield name, module
+        if shown:
+            yield "keys_as_modules", self.keys_as_modules
+
+    def children(self) -> Iterator[nn.Module]:
+        return (module for module in dict.fromkeys(self._modules.values()) if module is not None)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,

@@ -111,11 +111,11 @@ def _plan_experts(model: nn.Module, skip: list[str], blocksize: int) -> list[tup
     """The modules of experts and their parameters to keep in 4 bits."""
     found: list[tuple[str, str]] = []
     for name, module in model.named_modules():
-        parameters = dense_parameters(module)
-        if is_accelerated(module):
-            raise ValueError(f"quantize_model: {name} is accelerated: call `unaccelerate(model)` first")
         if any(f".{part}." in f".{name}." for part in skip):
             continue
+        if is_accelerated(module):
+            raise ValueError(f"quantize_model: {name} is accelerated: call `unaccelerate(model)` first")
+        parameters = dense_parameters(module)
         found += [(name, parameter) for parameter in parameters]
         for parameter in parameters:
             weight: Any = module._parameters[parameter]
