@@ -18,20 +18,6 @@ from ...dispatch import Op, forward_mode
 from ..lora_linear import acc_dtype, apply_function
 
 SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)  # pk_act
-# Activations by the names of transformers' configurations. Several are one function there, computed in another order.
-ACTS: dict[str, tuple[int, float]] = {  # which, and alpha
-    "silu": (SILU, 1.0),
-    "swish": (SILU, 1.0),
-    "quick_gelu": (SILU, 1.702),
-    "gelu": (GELU, 1.0),
-    "gelu_python": (GELU, 1.0),
-    **dict.fromkeys(
-        ("gelu_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"),
-        (GELU_TANH, 1.0),
-    ),
-    "relu": (RELU, 1.0),
-    "relu2": (RELU2, 1.0),
-}
 FUSED = {None: 0, "halves": 1, "pairs": 2}  # how gate and up lie in one tensor
 
 
@@ -47,14 +33,32 @@ class Activation(NamedTuple):
     shift: float = 0.0
 
 
+# Activations by the names of transformers' configurations. Several are one function there, computed in another order.
+ACTS: dict[str, Activation] = {
+    "silu": Activation(SILU),
+    "swish": Activation(SILU),
+    "quick_gelu": Activation(SILU, alpha=1.702),
+    "gelu": Activation(GELU),
+    "gelu_python": Activation(GELU),
+    **dict.fromkeys(
+        ("gelu_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"),
+        Activation(GELU_TANH),
+    ),
+    "relu": Activation(RELU),
+    "relu2": Activation(RELU2),
+}
+
+
 def activation(op: str, act: str, alpha: float | None, limit: float, shift: float) -> Activation:
     """The numbers of an activation by its name; errors name `op`."""
     if act not in ACTS:
         raise arg_error(op, "act", f"one of {sorted(ACTS)}", repr(act))
-    which, usual = ACTS[act]
-    if alpha is not None and which != SILU:
+    usual = ACTS[act]
+    if alpha is not None and usual.act != SILU:
         raise arg_error(op, "alpha", f"None with act {act!r}: it is silu's factor", alpha)
-    return Activation(which, usual if alpha is None else alpha, limit, shift)
+    if alpha is None and not limit and not shift:  # as a model calls it: nothing is made
+        return usual
+    return Activation(usual.act, usual.alpha if alpha is None else alpha, limit, shift)
 
 
 def _check(gate: Tensor, up: Tensor | None, act: int, alpha: float, limit: float, shift: float) -> None:

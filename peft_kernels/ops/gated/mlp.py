@@ -32,7 +32,7 @@ def _mlp(
     """(y, what the first projections gave, each one's s, the s of down)."""
     count = len(first[0])
     found = stacked.forward_op.op(rows, *first)
-    h = forward_op.op(*_pair(found[:count], fused), *numbers)
+    h = forward_op(*_pair(found[:count], fused), *numbers)
     y, s_down = single.forward_op.op(h, *(values[0] for values in last))
     return y, *found, s_down
 
@@ -73,12 +73,12 @@ class _GatedMlp(torch.autograd.Function):
         gate, up = _pair(kept[:count], ctx.fused)
         middle = len(need) // (count + 1) * count
         upward = of_x or any(need[:middle])
-        h = forward_op.op(gate, up, *ctx.activation) if ctx.need_h else gate
+        h = forward_op(gate, up, *ctx.activation) if ctx.need_h else gate
         dh, of_down = stacked.gradients(h, [dy], of_last, ctx.numbers[1], upward, need[middle:])
         if not upward:
             return (None,) * (4 + middle) + tuple(of_down)
         del h
-        grads = backward_op.op(gate, up, dh, *ctx.activation, ctx.fused)
+        grads = backward_op(gate, up, dh, *ctx.activation, ctx.fused)
         rows = x if x is not None else dy.new_empty(ctx.x_shape)
         dx, of_first = stacked.gradients(rows, grads[:count], of_pair, ctx.numbers[0], of_x, need[:middle])
         return dx, None, None, None, *of_first, *of_down

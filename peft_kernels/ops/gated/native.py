@@ -14,33 +14,34 @@ from . import FUSED, new_gradients
 
 
 class _Laid(NamedTuple):
-    """gate and up as the kernels take them: their addresses, the distances of their rows, that of their elements.
+    """gate and up as the kernels take them: their addresses, rows, features, the distances of rows and of elements.
 
     kept: the tensors that the addresses are of.
     """
 
     gate: int
     up: int
+    sizes: tuple[int, int]
     strides: tuple[int, int, int]
     kept: tuple[Tensor, ...]
 
 
-def _laid(gate: Tensor, up: Tensor | None) -> _Laid:
+def _laid(gate: Tensor, up: Tensor | None, flat: bool = False) -> _Laid:
+    """flat: what follows each other is one row."""
+    if flat and gate.is_contiguous() and (up is None or up.is_contiguous()):  # the common case, at a third of the time
+        n = gate.numel()
+        return _Laid(gate.data_ptr(), 0 if up is None else up.data_ptr(), (1, n), (n, n, 1), ())
+    n = gate.shape[-1] if gate.dim() else 1
+    sizes = gate.numel() // n, n
     if up is None:
         gate, row = with_rows(gate)
-        return _Laid(gate.data_ptr(), 0, (row, 0, 1), (gate,))
-    if gate.stride() == up.stride() and up.data_ptr() - gate.data_ptr() == gate.element_size():
-        rows, n = _sizes(gate)
-        if n > 1 and rows and (found := row_stride(gate, 2)) is not None:  # they alternate
-            both = gate.as_strided((rows, 2 * n), (found, 1))
-            return _Laid(both.data_ptr(), both.data_ptr() + both.element_size(), (found, found, 2), (both,))
+        return _Laid(gate.data_ptr(), 0, sizes, (row, 0, 1), (gate,))
+    alternate = gate.stride() == up.stride() and up.data_ptr() - gate.data_ptr() == gate.element_size()
+    if alternate and n > 1 and (found := row_stride(gate, 2)) is not None:
+        both = gate.as_strided((sizes[0], 2 * n), (found, 1))
+        return _Laid(both.data_ptr(), both.data_ptr() + both.element_size(), sizes, (found, found, 2), (both,))
     (gate, row), (up, up_row) = with_rows(gate), with_rows(up)
-    return _Laid(gate.data_ptr(), up.data_ptr(), (row, up_row, 1), (gate, up))
-
-
-def _sizes(t: Tensor) -> tuple[int, int]:
-    n = t.shape[-1] if t.dim() else 1
-    return (t.numel() // n if n else 0), n
+    return _Laid(gate.data_ptr(), up.data_ptr(), sizes, (row, up_row, 1), (gate, up))
 
 
 def forward(gate: Tensor, up: Tensor | None, act: int, alpha: float, limit: float, shift: float) -> Tensor:
@@ -48,10 +49,10 @@ def forward(gate: Tensor, up: Tensor | None, act: int, alpha: float, limit: floa
     h = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if not h.numel():
         return h  # whose parts have no addresses
-    laid = _laid(gate, up)
+    at, up_at, sizes, strides, _kept = _laid(gate, up, True)
     native.check(native.cpu().pk_cpu_gated(
-        laid.gate, laid.up, native.DTYPES[gate.dtype], *_sizes(gate), *laid.strides, act, alpha, limit, shift,
-        h.data_ptr(), torch.get_num_threads(),
+        at, up_at, native.DTYPES[gate.dtype], *sizes, *strides, act, alpha, limit, shift, h.data_ptr(),
+        torch.get_num_threads(),
     ))  # fmt: skip
     return h
 
@@ -63,16 +64,16 @@ def backward(
     first, second, *_ = new_gradients(gate, up, fused)
     if not dh.numel():
         return first, second
-    laid, dh = _laid(gate, up), dh.contiguous()
-    rows, n = _sizes(gate)
+    at, up_at, (rows, n), strides, _kept = _laid(gate, up, not fused)
+    dh = dh.contiguous()
     step = 2 if fused == FUSED["pairs"] else 1
     if fused:
         dup = first.data_ptr() + first.element_size() * (1 if step == 2 else n)
     else:
         dup = 0 if up is None else second.data_ptr()
     native.check(native.cpu().pk_cpu_gated_backward(
-        dh.data_ptr(), laid.gate, laid.up, native.DTYPES[gate.dtype], rows, n, *laid.strides, 2 * n if fused else n,
-        step, act, alpha, limit, shift, first.data_ptr(), dup, torch.get_num_threads(),
+        dh.data_ptr(), at, up_at, native.DTYPES[gate.dtype], rows, n, *strides, 2 * n if fused else n, step, act, alpha,
+        limit, shift, first.data_ptr(), dup, torch.get_num_threads(),
     ))  # fmt: skip
     return first, second
 
