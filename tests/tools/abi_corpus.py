@@ -212,7 +212,9 @@ class Call:
         if field == "gain" and self.name == "pk_cpu_dora_linear":
             return OUT
         forward = self.name in ("pk_cpu_lora_linear", "pk_cpu_lora_mixture", "pk_cpu_dora_linear",
-                                "pk_cpu_butterfly_linear")  # fmt: skip
+                                "pk_cpu_butterfly_linear", "pk_cpu_grouped_linear")  # fmt: skip
+        if field == "s" and "grouped" in self.name:
+            return INOUT  # room, of which rows without a group have no use
         written = ("y", "s", "h") if forward else ("dx", "da", "db", "dgain") if "backward" in self.name else ()
         return OUT if field in written else IN
 

@@ -51,9 +51,9 @@ def _laid(weight: Tensor, quant_type: int, a: Tensor | None, b: Tensor | None) -
     return turned, weight if turned else weight.contiguous(), *contiguous(a, b)
 
 
-def _first(t: Tensor | None, r: int) -> Tensor | None:
-    """The first group's factor as `pack` measures it: r rows."""
-    return None if t is None else t[0].reshape(r, t[0].numel() // r if r else 0)
+def _ranked(a: Tensor | None, r: int) -> Tensor | None:
+    """The factors of all groups as `pack` measures one: r rows."""
+    return None if a is None else a.view(r, a.numel() // r if r else 0)
 
 
 def forward(
@@ -69,7 +69,7 @@ def forward(
     )
     y, s = x.new_empty((x.shape[0], out_features)), x.new_empty((x.shape[0], r), dtype=_F32)
     args = pack(torch.get_num_threads(), x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
-                nested_blocksize, out_features, _first(a, r), b, scaling, bias, 0.0, None, y=y, s=s)  # fmt: skip
+                nested_blocksize, out_features, _ranked(a, r), b, scaling, bias, 0.0, None, y=y, s=s)  # fmt: skip
     native.check(native.cpu().pk_cpu_grouped_linear(args, offsets.data_ptr(), offsets.shape[0] - 1, turned))
     return y
 
@@ -93,7 +93,7 @@ def backward(
         da, db = torch.empty_like(a), torch.empty_like(b)
     dx = torch.empty_like(x) if need_dx or (turned and need_ab) else none  # turned: s comes with it
     args = pack(torch.get_num_threads(), x, weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
-                nested_blocksize, dy.shape[1], _first(a, r), b, scaling, None, 0.0, None, s=s, dy=dy, dx=dx, da=da,
+                nested_blocksize, dy.shape[1], _ranked(a, r), b, scaling, None, 0.0, None, s=s, dy=dy, dx=dx, da=da,
                 db=db)  # fmt: skip
     native.check(native.cpu().pk_cpu_grouped_linear_backward(args, offsets.data_ptr(), offsets.shape[0] - 1, turned))
     if turned and need_ab:
