@@ -14,6 +14,7 @@ from peft_kernels import attention, native_library
 from ..weights.base import is_listened_to
 from .angles import Turn, alibi_slopes
 from .description import Attention
+from .masking import serve
 from .projections import Given, linears, modules_on, projections
 from .state import State
 from .ways import Ways, ways_of
@@ -38,7 +39,11 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     cache, ways = cache_of(given), ways_of(x)
     seen = None
     if _serves(self, of, x, ways, given):
-        seen = state.shared.masks.seen(given.get("attention_mask"), x.shape[1], getattr(self, "is_causal", True))
+        mask = given.get("attention_mask")
+        if type(mask) is Tensor and state.config is None:  # a copy, whose masks do not come as spans yet
+            state.config = getattr(self, "config", None)
+            serve(self, state.config)
+        seen = state.shared.masks.seen(mask, x.shape[1], getattr(self, "is_causal", True))
     if seen is None:
         return _itself(self, of, state, ways, hidden_states, args, kwargs)
     q, k, v, gate = _heads(self, of, state, x)
@@ -57,6 +62,8 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
             q, k, turn = *_turned(turn, q, k), None
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        if seen.causal and k.shape[1] > q.shape[1]:  # without a mask a static cache is empty behind the queries
+            k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
     scale = getattr(self, of.scale)
     if ways.attention:
         y = attention(

@@ -27,6 +27,7 @@ from .attention import attention_forward
 from .description import Experts, Part
 from .experts import experts_forward, why_not
 from .head import head_forward
+from .masking import leave, serve
 from .mlp import mlp_forward
 from .norms import norm_forward
 from .registry import families, part_of
@@ -87,7 +88,9 @@ def switched_as(module: nn.Module) -> str:
 def switch_back(module: nn.Module) -> None:
     """Give such a module its own class again."""
     module.__class__ = type(module).__bases__[0]
-    module.__dict__.pop("_fastpeft", None)
+    state = module.__dict__.pop("_fastpeft", None)
+    if state is not None and state.config is not None:
+        leave(module)
 
 
 def described(model: nn.Module) -> Iterator[tuple[nn.Module, Part]]:
@@ -121,6 +124,7 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> list[nn.Module]:
         cls: Any = type(module)
         module.__class__ = fast_class(cls)
         changed.append(module)
+    _serve_masks(model)
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if changed and find_head is not None else None
     if type(head) is nn.Linear and ways_of(head.weight).head:
@@ -129,6 +133,17 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> list[nn.Module]:
     if huge_pages:
         use_huge_pages((*model.parameters(), *model.buffers()))
     return changed
+
+
+def _serve_masks(model: nn.Module) -> None:
+    for owner in model.modules():  # from the outside in: the last that has an attention module is the nearest
+        config = owner.__dict__.get("config")
+        for module in owner.modules() if config is not None else ():
+            if is_switched(module) and switched_as(module) == "attention":
+                module.__dict__["_fastpeft"].config = config
+    for module in model.modules():
+        if is_switched(module) and switched_as(module) == "attention":
+            serve(module, module.__dict__["_fastpeft"].config)
 
 
 def _nowhere(model: nn.Module) -> str | None:
