@@ -31,6 +31,14 @@ its own, so it stays its layer's code.
 **A family of your own** is a file named as transformers names its folder, with `PARTS`: names of its classes and what
 they are. The words are those of `python/fastpeft/families/description.py`.
 
+**Packed rows and padding.** Several documents in a row (`position_ids` that start again, without an `attention_mask`
+and a cache: `fastpeft train`, `DataCollatorWithFlattening`, TRL's `padding_free`), padding on either side, windows,
+chunks and caches reach attention as a range of keys for each query. No mask of T x T elements is made on a CPU where
+every layer's attention is served; a layer with code of its own gets transformers' mask, and so does the whole model
+where a query does not see a range (holes in a mask, images that see themselves), in a static cache and in a compiled
+graph (`masking.py`, `spans.py` beside that folder). Layers with a state (Mamba, linear attention, short convolutions)
+run on from one document into the next, as they do without `accelerate`.
+
 | family | attention | MLP | norms |
 |---|---|---|---|
 """

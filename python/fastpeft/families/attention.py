@@ -14,6 +14,7 @@ from peft_kernels import attention, native_library
 from ..weights.base import is_listened_to
 from .angles import Turn, alibi_slopes
 from .description import Attention, Together
+from .masking import serve
 from .masks import Seen
 from .projections import Given, in_one_call, linears, modules_on, projections
 from .state import State
@@ -39,9 +40,12 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     cache, ways = cache_of(given), ways_of(x)
     seen = None
     if _serves(self, of, x, ways, given):
-        causal = given.get("is_causal")
+        causal, mask = given.get("is_causal"), given.get("attention_mask")
         causal = getattr(self, "is_causal", True) if causal is None else causal
-        seen = state.shared.masks.seen(given.get("attention_mask"), x.shape[1], causal)
+        if type(mask) is Tensor and state.config is None:  # a copy, whose masks do not come as spans yet
+            state.config = getattr(self, "config", None)
+            serve(self, state.config)
+        seen = state.shared.masks.seen(mask, x.shape[1], causal)
     blind = None if seen is None or of.sinks else seen.blind  # sinks take all of the softmax where no key is seen
     # gradients of a softmax whose scores a mask has rounded away are what the model's own code makes of it
     if seen is None or (blind is not None and (torch.is_grad_enabled() or self.training)):

@@ -1,15 +1,19 @@
 """Masks of transformers as the op `attention` takes them: the keys that a query sees, as a range wherever they are one.
 
-A mask is made once a forward and given to each layer; so is what is found here.
+A mask is made once a forward and given to each layer; so is what is found here. A `LazyMask` (`masking.py` makes it)
+says it straight; of others it is read.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor
+
+from .lazy_tensor import LazyTensor
 
 
 class Seen(NamedTuple):
@@ -30,20 +34,59 @@ class Seen(NamedTuple):
         return (k[:, :queries], v[:, :queries]) if self.causal and k.shape[1] > queries else (k, v)
 
 
+class LazyMask(LazyTensor):
+    """A mask [B, 1, T, S] of which the spans are known, int32 [B or 1, T, 2]; `make` makes the whole of it.
+
+    As a mask of numbers it leaves queries blind whose spans are empty.
+    """
+
+    _seen: Seen
+    _make: Callable[[], Tensor]
+    _as_made: int | Tensor
+
+    @staticmethod
+    def __new__(cls, spans: Tensor, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]) -> LazyMask:
+        self: LazyMask = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=spans.device
+        )
+        none = spans[..., 0] == spans[..., 1]
+        blind = none if dtype is not torch.bool and bool(none.any()) else None
+        self._seen, self._make, self._made = Seen(False, spans=spans, blind=blind), make, None
+        return self
+
+    def made(self, why: str, shared: bool = False) -> Tensor:
+        if self._made is None:
+            self._made = self._make()
+            self._as_made = _as_it_is(self._made)
+        return self._made
+
+    @property
+    def unchanged(self) -> bool:
+        """False once somebody wrote to the whole of it."""
+        return self._made is None or _is(self._made, self._as_made)
+
+    def _lazily(self, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self if func is Tensor.contiguous and not rest and not kwargs else NotImplemented
+
+
 class Masks:
-    """Answers of the last few masks: a model with windows has two in a forward."""
+    """The last few masks, and what was found of each: a model with windows has two in a forward."""
 
     def __init__(self) -> None:
         self._found: tuple[tuple[ref[Tensor], int | Tensor, Seen], ...] = ()  # whole, as threads share it
 
     def seen(self, mask: Tensor | None, queries: int, causal: bool) -> Seen | None:
-        """mask: None (see `causal`), spans int32 [B or 1, 1, T, 2], bool [B or 1, 1, T, S] or a float one that is 0
-        where a key is seen and the least number elsewhere. None for a mask that says more than that."""
+        """mask: None (see `causal`), [B or 1, 1, T, S] of bool, or a float one that is 0 where a key is seen and the
+        least number elsewhere. None for a mask that says more than that."""
         if mask is None:
             return Seen(causal and queries > 1)  # one query is the last: it sees all
         if torch.compiler.is_compiling():  # a graph keeps nothing, and what it computes hangs on no values
             rows = _rows(mask, queries) if mask.dtype is torch.bool else None
             return None if rows is None else Seen(False, keep=rows)
+        if isinstance(mask, LazyMask):
+            if mask.unchanged:
+                return mask._seen
+            mask = mask.made("written to")
         for kept, as_it_was, found in self._found:
             if kept() is mask and _is(mask, as_it_was):
                 return found
@@ -75,8 +118,6 @@ def _read(mask: Tensor, queries: int) -> Seen | None:
     if rows is None:
         return None
     mask, blind = rows, None
-    if mask.dtype is torch.int32 and mask.shape[-1] == 2:
-        return Seen(False, spans=mask)
     if mask.is_floating_point():
         least = torch.finfo(mask.dtype).min
         keep = mask == 0

@@ -37,6 +37,7 @@ class State:
     shared: Shared = field(default_factory=Shared)
     qkv: PreparedCall = field(default_factory=_new_call)
     o: PreparedCall = field(default_factory=_new_call)
+    config: Any = None  # of the model whose forward makes its masks, once they come as spans
 
     @property
     def names(self) -> list[str]:

@@ -24,9 +24,10 @@ from peft_kernels import use_huge_pages
 
 from ..weights.read_by_module import TAKES_FACTORS
 from .attention import attention_forward
-from .description import Experts, Part, Spread
+from .description import Attention, Experts, Part, Spread, Together
 from .experts import experts_forward, why_not
 from .head import head_forward
+from .masking import leave, serve
 from .mlp import mlp_forward, spread_method
 from .norms import norm_forward
 from .registry import part_of
@@ -94,7 +95,9 @@ def switched_as(module: nn.Module) -> str:
 def switch_back(module: nn.Module) -> None:
     """Give such a module its own class again."""
     module.__class__ = type(module).__bases__[0]
-    module.__dict__.pop("_fastpeft", None)
+    state = module.__dict__.pop("_fastpeft", None)
+    if state is not None and state.config is not None:
+        leave(module)
 
 
 def described(model: nn.Module) -> Iterator[tuple[nn.Module, Part]]:
@@ -127,6 +130,7 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> list[nn.Module]:
         cls: Any = type(module)
         module.__class__ = fast_class(cls)
         changed.append(module)
+    _serve_masks(model)
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
     if type(head) is nn.Linear and ways_of(head.weight).head:
@@ -135,6 +139,23 @@ def accelerate(model: nn.Module, huge_pages: bool = True) -> list[nn.Module]:
     if huge_pages:
         use_huge_pages((*model.parameters(), *model.buffers()))
     return changed
+
+
+def _serve_masks(model: nn.Module) -> None:
+    for owner in model.modules():  # from the outside in: the last that has an attention module is the nearest
+        config = owner.__dict__.get("config")
+        for module in owner.modules() if config is not None else ():
+            if _attends(module):
+                module.__dict__["_fastpeft"].config = config
+    for module in model.modules():
+        if _attends(module):
+            serve(module, module.__dict__["_fastpeft"].config)
+
+
+def _attends(module: nn.Module) -> bool:
+    """True of a module whose attention is ours, and takes masks as spans."""
+    part = module.__dict__["_fastpeft"].part if is_switched(module) and switched_as(module) != "head" else None
+    return isinstance(part, Attention) or (isinstance(part, Together) and part.attends)
 
 
 def _nowhere(model: nn.Module) -> str | None:

@@ -18,19 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..families.lazy_tensor import LazyTensor, plain
 from . import chunked_loss
 from .chunked_loss import chunked_cross_entropy, cross_entropy_by_rows
 
-_plain = torch._C.DisableTorchFunctionSubclass  # within it torch sees the empty tensor itself
-_GETTERS = (
-    "shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_meta", "layout", "is_sparse",
-    "is_quantized", "is_nested", "is_mps", "is_xpu", "is_leaf", "grad", "grad_fn", "_backward_hooks",
-)  # fmt: skip
-_OF_THE_SHELL = {getattr(Tensor, name).__get__ for name in _GETTERS} | {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, torch.is_floating_point,
-    Tensor.is_complex, torch.is_complex, Tensor.get_device, Tensor.element_size, Tensor.is_contiguous, Tensor.__len__,
-    Tensor.__hash__, Tensor.is_inference,
-}  # fmt: skip
 _SCALING = {"mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__", "__div__", "tanh"}
 _CASTING = {"to", "float", "double", "half", "bfloat16"}
 _Step = tuple[str, Callable[[Tensor], Tensor], float]  # its name, itself, the number that it multiplies by
@@ -96,14 +87,13 @@ def state_of(module: nn.Module) -> list[Any]:
     return found
 
 
-class LazyLogits(Tensor):
+class LazyLogits(LazyTensor):
     """Logits ``steps(head(hidden))``, [*hidden.shape[:-1], V], that hold ``hidden`` alone until they are needed."""
 
     _hidden: Tensor
     _head: _Head
     _steps: tuple[_Step, ...]
     _part_of: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None
-    _made: Tensor | None
 
     @staticmethod
     def __new__(
@@ -116,35 +106,9 @@ class LazyLogits(Tensor):
         )
         self._hidden, self._head, self._steps, self._part_of, self._made = hidden, head, steps, part_of, None
         if grads:
-            with _plain():
+            with plain():
                 self.register_hook(_lost)  # type: ignore[no-untyped-call]
         return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _OF_THE_SHELL:
-            with _plain():
-                return func(*args, **kwargs)
-        if args and type(args[0]) is LazyLogits and not args[0]._stands():
-            found = args[0]._lazily(func, args[1:], kwargs)
-            if found is not NotImplemented:
-                return found
-        name = getattr(func, "__name__", str(func))
-        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
-        writes = writes or (name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__"))
-        real = torch.utils._pytree.tree_map_only(LazyLogits, lambda t: t.made(name, writes), (args, kwargs))
-        return func(*real[0], **real[1])
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as a plain function
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Calls that come here by no function of torch (those of C++) get the real tensor, too."""
-        real = torch.utils._pytree.tree_map_only(
-            LazyLogits, lambda t: t.made(str(func), False).detach(), (args, kwargs or {})
-        )
-        return func(*real[0], **real[1])
 
     def _stands(self) -> bool:
         """True if the real tensor is there, or that of which this is a part, which someone may have written to."""
@@ -192,7 +156,7 @@ class LazyLogits(Tensor):
         return self._rows(name, func, rest, kwargs)
 
     def _step(self, name: str, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with _plain():
+        with plain():
             try:
                 like = func(torch.empty(0, dtype=self.dtype, device=self.device), *rest, **kwargs)
             except (TypeError, RuntimeError):  # torch has something to say of it
