@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 import fastpeft
+from fastpeft.families.switch import is_switched, switched_as
 from forms import matrix
 
 _HERE = Path(__file__)
@@ -44,6 +45,8 @@ def layers_served(name: str) -> tuple[int, int]:
     model = adapted(tiny(name, F32), "nf4", "lora")
     served = fastpeft.accelerate(model).served
     attention = sum(n for (part, _), n in served.items() if part == "attention")
+    attention -= sum("vision" in path and is_switched(module) and switched_as(module) == "attention"
+                     for path, module in model.named_modules())  # fmt: skip
     return attention, sum(n for (part, _), n in served.items() if part in ("MLPs", "experts"))
 
 
