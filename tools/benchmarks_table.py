@@ -124,10 +124,10 @@ TABLES = [
     Table("qlora", "A QLoRA training step", "step, ",
           "SmolLM2-135M in NF4 with double quantisation, LoRA r=16 on all seven projections, float32 adapters, dropout "
           "0, a loss over every token and torch's fused AdamW in every mode. \"As a drop-in\" runs transformers' model "
-          "code and loss; \"own loss and layers\" is what `fastpeft train` uses for Llama models on a CPU."),
+          "code and loss; \"own loss and layers\" is what `fastpeft train` uses on a CPU."),
     Table("qlora", "Decoding a token", "decode, a token",
           "The same model in evaluation mode, one sequence, by `generate()`. \"Own layers\" is what `fastpeft "
-          "generate` uses for Llama models on a CPU; it replaces some of transformers' model code, reversibly."),
+          "generate` uses on a CPU; it replaces some of transformers' model code, reversibly."),
     Table("dropin", "One Trainer script", "Trainer, ",
           "SmolLM2 in bitsandbytes' NF4, LoRA r=16 on all linear layers, 4 x 128 tokens, bfloat16 with float32 "
           "adapters, by transformers' Trainer: with PEFT, with `fastpeft.patch(model)`, with `patch(model, "
@@ -303,7 +303,7 @@ def summary(folder: Path = RESULTS) -> str:
                 cells.append(f"**{duration(mine['median_s'])}**" + (f" ({faster}x)" if faster else ""))
         rows.append([item.title, *cells])
         used.append((name, lines[0]))
-    head = ["", "PEFT + bitsandbytes", "fastpeft as a drop-in", "with its own loss and Llama layers"]
+    head = ["", "PEFT + bitsandbytes", "fastpeft as a drop-in", "with its own loss and layers"]
     where = "; ".join(dict.fromkeys(machine(line, name) for name, line in used))
     which = "; ".join(dict.fromkeys(versions(line) for _, line in used))
     commits = ", ".join(dict.fromkeys(commit(line) for _, line in used))

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("transformers")
 
 import fastpeft
+from fastpeft.apps.training.data import Example
+from fastpeft.apps.training.forward import CompletionLoss
 from fastpeft.recipes import chunked_loss
 from forms import matrix
 
@@ -92,6 +94,14 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.M
             assert_no_worse(worst[0].to(dtype), worst[1].to(dtype), zero, right.abs().max().reshape(1))
         report.remove()
         assert type(model(input_ids=torch.ones(1, 2, dtype=torch.long)).logits) is Tensor
+
+
+@pytest.mark.parametrize("name", matrix(FAMILIES, ("falcon_h1",)))
+def test_training_finds_backbone_head_and_factors(name: str) -> None:
+    """`fastpeft train` refuses a model whose logits are others than it computes."""
+    torch.manual_seed(0)
+    examples = [Example(torch.randint(3, V, (n,)).tolist(), [True] * n) for n in (9, 14)]
+    CompletionLoss(tiny(name)).self_check(examples, False, 0, torch.device("cpu"))
 
 
 def test_factors_are_at_work() -> None:

@@ -13,6 +13,10 @@ from .data import Example
 from .errors import UserError
 from .packing import Batch, collate
 
+# Options of transformers' models that are factors of what the head makes, and their powers: of Cohere, Granite,
+# Falcon-H1 and Muse.
+_FACTORS = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "output_multiplier": 1}
+
 
 class CompletionLoss:
     """Computes the summed loss over a batch's learned tokens, or that of each token.
@@ -25,7 +29,8 @@ class CompletionLoss:
     def __init__(self, model: Any, chunk_vocab: int = 4096, chunk_tokens: int = 1024) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.base = base
-        self.backbone: Callable[..., Any] = base.base_model
+        # Llama 4's causal model has no part of the name that its class gives
+        self.backbone: Callable[..., Any] = getattr(base, "model", base) if base.base_model is base else base.base_model
         self.head = base.get_output_embeddings()
         self.model = model
         if self.backbone is base or self.head is None:
@@ -34,11 +39,10 @@ class CompletionLoss:
                 "use a causal language model of transformers",
             )
         config = base.config.get_text_config()
-        # The factors that the models of transformers put behind the head: Gemma 2, Cohere, Granite.
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self.scale = 1.0
+        for name, power in _FACTORS.items():
+            self.scale *= float(getattr(config, name, None) or 1.0) ** power
         self.chunk_vocab, self.chunk_tokens = chunk_vocab, chunk_tokens
 
     def __call__(self, batch: Batch) -> Tensor:
