@@ -126,6 +126,24 @@ def test_hooks_see_what_the_model_gives(name: str) -> None:
     assert calls[0] == calls[1] != []
 
 
+@pytest.mark.parametrize("part", ["q_proj", "o_proj", "gate_proj", "down_proj", "act_fn"])
+def test_a_forward_in_the_place_of_a_layers_own(part: str) -> None:
+    """As accelerate's hooks put it there."""
+    model = _tools["adapted"](tiny("llama"), "nf4", "lora" if part == "q_proj" else "none")
+    fast = copy.deepcopy(model)
+    fastpeft.accelerate(fast)
+    for one in (model, fast):
+        for name, module in one.named_modules():
+            if name.endswith(part):
+                module.forward = lambda x, own=module.forward: own(x) + 1
+    with torch.no_grad():
+        caches = [one(input_ids=IDS).past_key_values for one in (model, fast)]
+        first, second = (one(input_ids=IDS[:, :1], past_key_values=c).logits
+                         for one, c in zip((model, fast), caches, strict=True))  # fmt: skip
+    agree((model, fast), {"input_ids": IDS})
+    assert torch.equal(first.argmax(-1), second.argmax(-1))
+
+
 def test_a_decoder_of_two_caches() -> None:
     """GPT-2 beside an encoder: the cache of its self-attention is one of a pair."""
     options = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -84,12 +84,12 @@ def accelerate(model: nn.Module, layers: bool = True, loss: bool = False, huge_p
     """Let a model of transformers train and decode quicker and with less memory, in place; it may have adapters of
     fastpeft or of PEFT, or none. Numbers stay the same up to rounding.
 
-    layers: quicker decoder layers of Llama: on a CPU norms, projections, attention and MLPs, on a GPU the same around
-    torch's attention, wherever the kernels run. loss: with `labels` given the loss is
-    computed by chunks of tokens (and of the vocabulary where the head is one dense matrix), forward and backward, and
-    `logits` of the output is a tensor that is made when it is first used, [..., vocabulary] in the model's dtype. On
-    any device, for any head. huge_pages: put the weights of a model on a CPU into huge pages of memory where the
-    system has them.
+    layers: quicker layers of the families that are described (docs/families.md): on a CPU norms, projections,
+    attention, MLPs and experts, on a GPU the same around torch's attention, wherever the kernels run. loss: with
+    `labels` given the loss is computed by chunks of tokens (and of the vocabulary where the head is one dense matrix),
+    forward and backward, and `logits` of the output is a tensor that is made when it is first used, [..., vocabulary]
+    in the model's dtype. On any device, for any head. huge_pages: put the weights of a model on a CPU into huge pages
+    of memory where the system has them.
     May be called again, also for the other part. What cannot be served runs the model's own code; the returned report
     says why. Raises ValueError where nothing of what was asked for can be had, and changes nothing then.
     """

@@ -42,7 +42,7 @@ class TrainConfig:
     lora / adapter: fields of LoraConfig / of the configuration of another method; target_modules is "all-linear" there,
         or the method's default where it acts on whole modules.
     quantize_skip: names of linear layers that stay dense.
-    fast_layers: quicker forms of transformers' Llama layers (the same mathematics), wherever kernels run.
+    fast_layers: quicker layers of described families (`accelerate`; the same mathematics), wherever kernels run.
     max_length: longest example in tokens, and the length of a packed row.
     truncate: what to do with longer examples: cut the completion's end or the prompt's start, drop, or raise an error.
     template: "chat" is the tokenizer's template, "plain" joins prompt and completion, "auto" is chat if there is one.
