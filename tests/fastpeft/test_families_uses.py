@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 pytest.importorskip("transformers")
 
@@ -174,6 +175,33 @@ def test_layers_of_a_copy_share_what_a_forward_made() -> None:
         shared = {id(m._fastpeft.shared) for m in other.modules() if "_fastpeft" in m.__dict__}
         assert len(shared) == 1
         assert id(fast.model.norm._fastpeft.shared) not in shared
+
+
+class _Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def test_undone_below_a_class_that_others_made() -> None:
+    """Parametrizations and FSDP2 give a module a subclass of its class."""
+    model, fast = pair("llama")
+    for one in (model, fast):
+        for path in ("model.norm", "model.layers.0.mlp", "model.layers.0.mlp.down_proj"):
+            part = one.get_submodule(path)
+            if not hasattr(part, "weight"):
+                part.register_parameter("weight", nn.Parameter(torch.ones(1)))
+            parametrize.register_parametrization(part, "weight", _Twice())
+    agree((model, fast), {"input_ids": IDS})
+    assert fastpeft.unaccelerate(fast) == len(_accelerated(pair("llama")[1]))
+    assert _accelerated(fast) == []
+    agree((model, fast), {"input_ids": IDS})
+    for path in ("model.norm", "model.layers.0.mlp"):
+        parametrize.remove_parametrizations(fast.get_submodule(path), "weight")
+        assert type(fast.get_submodule(path)) is type(tiny("llama").get_submodule(path))
+
+
+def _accelerated(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if any(c.__name__.startswith("Fast") for c in type(m).__mro__)]
 
 
 def test_the_head_of_a_model_whose_layers_came_first() -> None:

@@ -80,7 +80,7 @@ def _switched(served: Table, stays: Table, module: Any, ways: Ways, dtype: torch
 
 
 def _together(served: Table, stays: Table, module: Any, part: Together, ways: Ways, dtype: torch.dtype) -> None:
-    base = type(module).__bases__[0]
+    base = module._fastpeft.base
     if part.attends:
         why = interface.why_not(module, part, dtype)
         _note(served, stays, "attention", ways, why, f" in {base.__name__}'s own code")
