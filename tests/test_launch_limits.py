@@ -69,6 +69,17 @@ def test_attention_of_many_heads_and_rows_fits_a_grid(monkeypatch: pytest.Monkey
     assert all(max(grid[1:]) <= host.MOST_BLOCKS for grid in grids), grids
 
 
+def test_attention_whose_result_is_wider_than_its_operands() -> None:
+    """y's heads are those of q and as wide as v's: 2^31 elements of a row, where q has 2^27 and v 2^25."""
+    backend = OPS["attention"].load("triton")
+    assert isinstance(backend, Backend)
+    for tokens, reason in ((2**17, r"2\^31 elements"), (2**16, None)):
+        q = torch.empty(1, tokens, 64, 16, device="meta")
+        k, v = (torch.empty(1, tokens, 1, n, device="meta") for n in (16, 256))
+        found = backend.when(q, k, v)
+        assert (found is None or "2^31" not in found) if reason is None else re.search(reason, str(found))
+
+
 def test_a_grid_that_no_gpu_takes_is_named() -> None:
     def kernel() -> None: ...
 

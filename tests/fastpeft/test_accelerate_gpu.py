@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import fastpeft
 from fastpeft.apps.training import models
-from fastpeft.families.projections import Given
+from fastpeft.families.projections import Given, in_one_call
 from fastpeft.families.ways import BY_CHOICE, known_ways, ways_of
 from fastpeft.weights.nf4_linear import NF4Linear
 from forms import matrix
@@ -343,18 +343,28 @@ def test_given_answers_once_for_its_own_input() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.scale = nn.Linear(2, 2), nn.Linear(2, 2), 3.0
+            self.a, self.b, self.scale = nn.Linear(64, 2), nn.Linear(64, 2), 3.0
 
         def forward(self, x: Tensor) -> Tensor:
             self.seen = self.scale
             return torch.stack((self.a(x), self.a(x), self.b(x + 1), self.b(x)))
 
-    module, x = Two(), torch.randn(4, 2)
+    module, x, calls = Two(), torch.randn(4, 64), []
+    assert in_one_call(module, ("a", "b"), x, calls.append) == {}, "layers that are called as modules"
+    fastpeft.quantize_model(module, "nf4")
     one, two = torch.zeros(4, 2), torch.ones(4, 2)
-    found = Two.forward(Given(module, ("a", "b"), x, (one, two)), x)
+
+    def call(x: Tensor, *layers: Any) -> list[Tensor]:
+        calls.append(x)
+        return [one, two]
+
+    others = in_one_call(module, ("a", "b"), x, call)
+    assert not calls, "nobody asked yet"
+    assert others["a"].weight is module.a.weight
+    found = Two.forward(Given(module, others), x)
+    assert len(calls) == 1
     assert torch.equal(found[0], one)
     assert torch.equal(found[1], module.a(x)), "a second call is the layer's"
     assert torch.equal(found[2], module.b(x + 1)), "so is that of another input"
     assert torch.equal(found[3], two)
     assert module.seen == 3.0
-    assert Given(module, ("a",), x, (one,)).a.weight is module.a.weight

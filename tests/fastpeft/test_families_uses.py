@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 pytest.importorskip("transformers")
 
@@ -126,6 +127,24 @@ def test_hooks_see_what_the_model_gives(name: str) -> None:
     assert calls[0] == calls[1] != []
 
 
+@pytest.mark.parametrize("part", ["q_proj", "o_proj", "gate_proj", "down_proj", "act_fn"])
+def test_a_forward_in_the_place_of_a_layers_own(part: str) -> None:
+    """As accelerate's hooks put it there."""
+    model = _tools["adapted"](tiny("llama"), "nf4", "lora" if part == "q_proj" else "none")
+    fast = copy.deepcopy(model)
+    fastpeft.accelerate(fast)
+    for one in (model, fast):
+        for name, module in one.named_modules():
+            if name.endswith(part):
+                module.forward = lambda x, own=module.forward: own(x) + 1
+    with torch.no_grad():
+        caches = [one(input_ids=IDS).past_key_values for one in (model, fast)]
+        first, second = (one(input_ids=IDS[:, :1], past_key_values=c).logits
+                         for one, c in zip((model, fast), caches, strict=True))  # fmt: skip
+    agree((model, fast), {"input_ids": IDS})
+    assert torch.equal(first.argmax(-1), second.argmax(-1))
+
+
 def test_a_decoder_of_two_caches() -> None:
     """GPT-2 beside an encoder: the cache of its self-attention is one of a pair."""
     options = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -156,6 +175,33 @@ def test_layers_of_a_copy_share_what_a_forward_made() -> None:
         shared = {id(m._fastpeft.shared) for m in other.modules() if "_fastpeft" in m.__dict__}
         assert len(shared) == 1
         assert id(fast.model.norm._fastpeft.shared) not in shared
+
+
+class _Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def test_undone_below_a_class_that_others_made() -> None:
+    """Parametrizations and FSDP2 give a module a subclass of its class."""
+    model, fast = pair("llama")
+    for one in (model, fast):
+        for path in ("model.norm", "model.layers.0.mlp", "model.layers.0.mlp.down_proj"):
+            part = one.get_submodule(path)
+            if not hasattr(part, "weight"):
+                part.register_parameter("weight", nn.Parameter(torch.ones(1)))
+            parametrize.register_parametrization(part, "weight", _Twice())
+    agree((model, fast), {"input_ids": IDS})
+    assert fastpeft.unaccelerate(fast) == len(_accelerated(pair("llama")[1]))
+    assert _accelerated(fast) == []
+    agree((model, fast), {"input_ids": IDS})
+    for path in ("model.norm", "model.layers.0.mlp"):
+        parametrize.remove_parametrizations(fast.get_submodule(path), "weight")
+        assert type(fast.get_submodule(path)) is type(tiny("llama").get_submodule(path))
+
+
+def _accelerated(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if any(c.__name__.startswith("Fast") for c in type(m).__mro__)]
 
 
 def test_the_head_of_a_model_whose_layers_came_first() -> None:

@@ -120,8 +120,8 @@ def _within_a_row(t: Tensor) -> int:
 def _refusal(*args: Any) -> str | None:
     backward_of = len(args) == 19  # begins with dy
     q, k, v = args[1:4] if backward_of else args[:3]
-    tensors = [q, k, v, args[0]]
-    if max(map(_within_a_row, tensors)) >= 2**31 or max(t[:1].numel() for t in tensors) >= 2**31:
+    tensors, y = [q, k, v, args[0]], q.shape[1] * q.shape[2] * v.shape[3]
+    if max(map(_within_a_row, tensors)) >= 2**31 or max(y, *(t[:1].numel() for t in tensors)) >= 2**31:
         return "2^31 elements in a row of the batch: offsets within one are 32 bits wide"
     if max(q.shape[0], q.shape[2]) > host.MOST_BLOCKS:
         return f"more than {host.MOST_BLOCKS} heads, or rows of the batch: each has blocks of a launch to itself"

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from peft_kernels import attention, native_library
 
-from ..weights.base import is_listened_to
 from .angles import Turn, alibi_slopes
 from .description import Attention, Together
 from .masking import serve
@@ -253,7 +252,3 @@ def why_not(self: Any, of: Attention | Together, dtype: torch.dtype) -> str | No
     if wanted is not None:
         return f"the model asks for {wanted}"
     return "it is in float64" if dtype is torch.float64 else None
-
-
-def listened(self: Any, of: Attention) -> bool:
-    return any(is_listened_to(getattr(self, name)) for name in (*of.qkv, of.out))

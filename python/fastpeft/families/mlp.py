@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_kernels import gated, gated_mlp
 
-from ..weights.base import has_hooks, is_listened_to
+from ..weights.base import acts_in_calls, has_hooks
 from .attention import after, dropout_of
 from .description import Mlp, Spread
 from .projections import Given, linears, modules_on, projections
@@ -31,7 +31,7 @@ def act_of(module: Any) -> str | None:
     listen to."""
     if not isinstance(module, nn.Module):
         return "silu" if module is F.silu else None
-    if is_listened_to(module):
+    if acts_in_calls(module):
         return None
     name = _ACTS.get(type(module).__name__)
     if name == "gelu" and getattr(module, "approximate", "none") == "tanh":

@@ -13,7 +13,7 @@ from peft_kernels import PreparedCall, Projection, QuantWeight, lora_linear
 from ..layer.by_row import train as trained_rows
 from ..layer.layer import AdapterLayer
 from ..methods.fused import FusedProjection
-from ..weights.base import is_listened_to
+from ..weights.base import acts_in_calls
 from ..weights.bnb import quant_view
 from ..weights.nf4_linear import NF4Linear
 
@@ -23,7 +23,7 @@ def projection(module: Any, dtype: torch.dtype) -> Projection | str:
     other than a single plain LoRA, hooks, a base that is computed in another dtype, weights that train. Layers of PEFT
     that `fastpeft.patch` took over and Linear4bit of bitsandbytes are such layers too.
     """
-    if is_listened_to(module):
+    if acts_in_calls(module):
         return _HOOKS
     if type(module) is NF4Linear:
         given = module.compute_dtype in (None, dtype)
@@ -88,7 +88,7 @@ def projections(x: Tensor, *modules: Any) -> list[Projection] | None:
 
 def modules_on(x: Tensor, *modules: Any) -> Sequence[Tensor]:
     """`module(x)` of each; adapters by row in training are one node of the graph."""
-    if all(type(module) is AdapterLayer and not is_listened_to(module) for module in modules):
+    if all(type(module) is AdapterLayer and not acts_in_calls(module) for module in modules):
         together = trained_rows.linears(x, modules)
         if together is not None:
             return together
@@ -99,7 +99,7 @@ def _by_row(x: Tensor, modules: Sequence[Any]) -> Sequence[Tensor] | None:
     """`module(x)` of layers whose rows have adapters of their own, where each is one call of a kernel; else None."""
     found = []
     for module in modules:
-        routed = module.rows.by_name() if type(module) is AdapterLayer and not is_listened_to(module) else None
+        routed = module.rows.by_name() if type(module) is AdapterLayer and not acts_in_calls(module) else None
         y = None if routed is None else routed.quick(x)
         if y is None:
             return None
@@ -109,7 +109,7 @@ def _by_row(x: Tensor, modules: Sequence[Any]) -> Sequence[Tensor] | None:
 
 def _one_token(module: Any, x: Tensor) -> Tensor:
     """`module(x)` for x [M, K], rows of one token: whoever listens gets [M, 1, K], as from the model's own code."""
-    if type(module) is nn.Linear and not is_listened_to(module):
+    if type(module) is nn.Linear and not acts_in_calls(module):
         return module(x)  # type: ignore[no-any-return]
     return module(x.unsqueeze(1)).squeeze(1)  # type: ignore[no-any-return]
 

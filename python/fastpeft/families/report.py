@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..weights.base import innermost, is_listened_to
+from ..weights.base import acts_in_calls, innermost
 from . import attention, experts, interface, norms
 from .description import Attention, Experts, Mlp, Norm, Part, Together
 from .mlp import act_in, attribute
@@ -68,7 +68,7 @@ def _switched(served: Table, stays: Table, module: Any, ways: Ways, dtype: torch
     elif isinstance(part, Mlp):
         act = attribute(module, part.act)
         why = None if act_in(module, part) else f"the activation is {type(act).__name__}"
-        why = "hooks listen to the activation" if act is not None and is_listened_to(act) else why
+        why = "hooks listen to the activation" if act is not None and acts_in_calls(act) else why
         _note(served, stays, "mlp", ways, why or _of_linears(module, (*part.up, part.down), dtype))
     elif isinstance(part, Attention):
         _note(served, stays, "attention", ways, attention.why_not(module, part, dtype))
@@ -80,7 +80,7 @@ def _switched(served: Table, stays: Table, module: Any, ways: Ways, dtype: torch
 
 
 def _together(served: Table, stays: Table, module: Any, part: Together, ways: Ways, dtype: torch.dtype) -> None:
-    base = type(module).__bases__[0]
+    base = module._fastpeft.base
     if part.attends:
         why = interface.why_not(module, part, dtype)
         _note(served, stays, "attention", ways, why, f" in {base.__name__}'s own code")

@@ -83,18 +83,26 @@ def _method(part: Part) -> str:
 
 def is_switched(module: nn.Module) -> bool:
     """True if it is one of the modules that `accelerate` made quicker."""
-    return _SWITCHED in type(module).__dict__
+    return hasattr(type(module), _SWITCHED)  # others may have made a class of it since: FSDP2, parametrizations
 
 
 def switched_as(module: nn.Module) -> str:
     """The part of a model that a switched module is: "attention", "mlp", "norm", "stack", "experts" or "head"."""
-    part: str = type(module).__dict__[_SWITCHED]
+    part: str = getattr(type(module), _SWITCHED)
     return part
 
 
+def _without(cls: type) -> type:
+    """The class without the quicker one that it is, or is made of."""
+    if _SWITCHED in cls.__dict__:
+        return cls.__bases__[0]
+    bases = tuple(_without(base) if hasattr(base, _SWITCHED) else base for base in cls.__bases__)
+    return type(cls.__name__, bases, dict(cls.__dict__))
+
+
 def switch_back(module: nn.Module) -> None:
-    """Give such a module its own class again."""
-    module.__class__ = type(module).__bases__[0]
+    """Give such a module its own class again, below what others have made of it."""
+    module.__class__ = _without(type(module))
     state = module.__dict__.pop("_fastpeft", None)
     if state is not None and state.config is not None:
         leave(module)

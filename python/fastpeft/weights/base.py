@@ -305,11 +305,15 @@ def is_listened_to(module: nn.Module) -> bool:
     )
 
 
+def acts_in_calls(module: nn.Module) -> bool:
+    """True if somebody acts in this module's calls, by hooks or by a forward in the place of its class's."""
+    return "forward" in module.__dict__ or is_listened_to(module)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """True for a module that has to be called, since somebody acts in its call: a hook, a forward of its own (those of
     accelerate bring its weight) or FSDP1, which has plain attributes in the places of its parameters."""
-    own = vars(module)
-    return is_listened_to(module) or "forward" in own or "weight" in own or is_unit(module)
+    return acts_in_calls(module) or "weight" in vars(module) or is_unit(module)
 
 
 def install(module: nn.Module, name: str, value: Tensor) -> None:

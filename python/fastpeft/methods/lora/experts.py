@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...weights.base import is_listened_to
+from ...weights.base import acts_in_calls
 
 
 def by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def delta_of(a: Tensor, b: Tensor, experts: int, scaling: float) -> Tensor:
 
 def factors(s: Any) -> tuple[Tensor, Tensor, float] | None:
     """`Method.expert_factors` of plain LoRA; None where something of it is more than two matrices and a number."""
-    plain = all(type(m) is nn.Linear and not is_listened_to(m) for m in (s.lora_A, s.lora_B))
+    plain = all(type(m) is nn.Linear and not acts_in_calls(m) for m in (s.lora_A, s.lora_B))
     drops = type(s.lora_dropout) is not nn.Identity and s.lora_dropout.p > 0
     if not plain or drops or s.lora_bias or not s.get("experts") or isinstance(s.scaling, Tensor):
         return None
