@@ -197,8 +197,8 @@ def _normed(self: Any, of: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Ten
 def _turned(turn: Turn, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return turn(q), turn(k)
-    both = turn(torch.cat((q, k), dim=2))  # half of the calls, which decoding waits for
-    return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
+    both, heads = turn(torch.cat((q, k), dim=2)), q.shape[2]  # half of the calls, which decoding waits for
+    return both.narrow(2, 0, heads), both.narrow(2, heads, k.shape[2])
 
 
 def _out(self: Any, of: Attention, state: State, y: Tensor) -> Tensor:
