@@ -13,12 +13,13 @@ from .description import Attention
 
 
 class Turn(NamedTuple):
-    """cos, sin: [B or 1, T, R], of features as they lie. signed: [B or 1, T, 1, R], sin with the sign of its partner's
-    share."""
+    """cos, sin: [B or 1, T, R], of features as they lie. of_own, of_partner: [B or 1, T, 1, R], cos, and sin with the
+    sign of the partner's share."""
 
     cos: Tensor
     sin: Tensor
-    signed: Tensor
+    of_own: Tensor
+    of_partner: Tensor
     neighbours: bool
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ class Turn(NamedTuple):
             partner = part.view(*part.shape[:-1], -1, 2).flip(-1).flatten(-2)
         else:
             partner = torch.roll(part, width // 2, dims=-1)
-        turned = torch.addcmul(part * self.cos.unsqueeze(2), partner, self.signed).to(x.dtype)
+        turned = torch.addcmul(part * self.of_own, partner, self.of_partner).to(x.dtype)
         return turned if part is x else torch.cat((turned, x[..., width:]), dim=-1)
 
 
@@ -56,9 +57,9 @@ def _made(of: Attention, cos: Tensor, sin: Tensor, neighbours: bool) -> Turn:
         cos, sin = (_of_pairs(t[..., : t.shape[-1] // 2], neighbours) for t in (cos, sin))
     if neighbours:
         signed = sin * sin.new_tensor((-1.0, 1.0)).repeat(sin.shape[-1] // 2)
-        return Turn(cos, sin, signed.unsqueeze(2), True)
+        return Turn(cos, sin, cos.unsqueeze(2), signed.unsqueeze(2), True)
     half = sin.shape[-1] // 2
-    return Turn(cos, sin, torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2), False)
+    return Turn(cos, sin, cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2), False)
 
 
 @functools.cache

@@ -173,27 +173,28 @@ def dropout_of(self: Any, name: str) -> float:
 
 
 def _stacked(self: Any, state: State, x: Tensor, names: tuple[str, ...]) -> Any:
-    """Outputs of projections of one input: one call of a kernel where that serves them."""
+    """Outputs of projections of one input, [B, T, F], or [B, F] of a token: one call of a kernel where that serves."""
     layers = [getattr(self, name) for name in names]
     if not torch.is_grad_enabled() and x.shape[1] == 1:  # decoding
-        return [y.unsqueeze(1) for y in linears(state.qkv, x[:, 0], ways_of(x).launches, *layers)]
+        return linears(state.qkv, x[:, 0], ways_of(x).launches, *layers)
     found = projections(x, *layers)
     return modules_on(x, *layers) if found is None else state.qkv(x, *found)
 
 
 def _heads(self: Any, of: Attention, state: State, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q [B, T, H, D], k and v [B, T, G, D], as views of what the projections made; the gate [B, T, H D]."""
-    d = getattr(self, of.head_size)
+    d, (batch, t, _) = getattr(self, of.head_size), x.shape
     ys = _stacked(self, state, x, of.qkv)
     gate = None
     if len(ys) == 3:
-        q, k, v = (y.unflatten(-1, (-1, d)) for y in (_whole(self, of, ys) if of.normed == "whole" else ys))
+        q, k, v = _whole(self, of, ys) if of.normed == "whole" else ys
+        q, k, v = _by_head(q, batch, t, 2 * d if of.gated else d), _by_head(k, batch, t, d), _by_head(v, batch, t, d)
         if of.gated:
-            q, gate = ys[0].unflatten(-1, (-1, 2 * d)).chunk(2, dim=-1)
+            q, gate = q.chunk(2, dim=-1)
             gate = gate.flatten(2)
         return q, k, v, gate
     order = of.order(self) if callable(of.order) else of.order
-    heads = ys[0].unflatten(-1, (-1, d))
+    heads = _by_head(ys[0], batch, t, d)
     queries = head_count(self)
     groups = (heads.shape[2] - queries) // 2
     if order == "parts":
@@ -202,6 +203,10 @@ def _heads(self: Any, of: Attention, state: State, x: Tensor) -> tuple[Tensor, T
     of_group = heads.unflatten(2, (groups, -1))  # [B, T, G, H / G + 2, D]
     q = of_group[..., :-2, :]
     return (q[..., 0, :] if q.shape[3] == 1 else q.flatten(2, 3)), of_group[..., -2, :], of_group[..., -1, :], None
+
+
+def _by_head(y: Tensor, batch: int, t: int, d: int) -> Tensor:
+    return y.view(batch, t, y.shape[-1] // d, d)  # torch's unflatten takes longer, and a token has one view less
 
 
 def _whole(self: Any, of: Attention, ys: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,8 +228,8 @@ def _normed(self: Any, of: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Ten
 def _turned(turn: Turn, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return turn(q), turn(k)
-    both = turn(torch.cat((q, k), dim=2))  # half of the calls, which decoding waits for
-    return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
+    both, heads = turn(torch.cat((q, k), dim=2)), q.shape[2]  # half of the calls, which decoding waits for
+    return both.narrow(2, 0, heads), both.narrow(2, heads, k.shape[2])
 
 
 def _out(self: Any, of: Attention, state: State, y: Tensor) -> Tensor:
