@@ -95,8 +95,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 # Seeds at which rounding chooses no other experts, and is not amplified more in one computation than in another.
-SEEDS = {"gpt_oss": 2, "deepseek_v3": 2, "deepseek_v4": 3, "llama4": 2, "qwen3_5_moe": 3, "granitemoe": 4, "glm4_moe": 1, "mamba": 2,
-         "qwen3_vl_moe": 1, "glm4v_moe": 1, "paligemma": 1}  # fmt: skip
+SEEDS = {"gpt_oss": 2, "deepseek_v3": 2, "deepseek_v4": 3, "llama4": 2, "qwen3_5_moe": 3, "granitemoe": 4,
+         "glm4_moe": 1, "mamba": 2, "qwen3_vl_moe": 1, "glm4v_moe": 1, "paligemma": 1}  # fmt: skip
 # Families of which no seed is so for all cases: the middle one of three models counts.
 OF_THREE = ("gpt_oss", "llama4", "granitemoe", "glm4_moe", "mamba", "deepseek_v2", "deepseek_v3", "deepseek_v4",
             "qwen3_vl_moe", "glm4v_moe", "paligemma")  # fmt: skip
@@ -133,7 +133,7 @@ def tiny(
     return model.to(dtype).eval().requires_grad_(False)
 
 
-# Llama 4's router is a linear layer that returns two tensors, DeepSeek-V4's o_a_proj several matrices in one; kernels of
+# Llama 4's router is a linear layer that returns two tensors, DeepSeek-V4's o_a_proj holds several matrices; kernels of
 # state spaces read weights of these two.
 NOT_ADAPTED = r".*\.(router|o_a_proj|(mamba|mixer)\.(out_proj|dt_proj))"
 
