@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import runpy
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import fastpeft
 from fastpeft.apps.training.data import Example
 from fastpeft.apps.training.forward import CompletionLoss
 from fastpeft.apps.training.packing import collate
+from fastpeft.families import masking as ours
 from fastpeft.families.masks import LazyMask, Masks
 from forms import by_form, matrix
 from transformers import DataCollatorWithFlattening
@@ -238,6 +240,19 @@ def test_layers_with_code_of_their_own_get_the_real_mask() -> None:
     largest(packed_logits(model), plain, exact)
 
 
+@pytest.fixture
+def no_others() -> Iterator[None]:
+    """No other accelerated model lives, whatever tests of other files have left."""
+    others = dict(ours._served)
+    ours._served.clear()
+    ours._remove()
+    yield
+    ours._served.update(others)
+    if others:
+        ours._install()
+
+
+@pytest.mark.usefixtures("no_others")
 def test_models_that_share_a_configuration() -> None:
     torch.manual_seed(0)
     one = tiny("mistral")
@@ -260,6 +275,7 @@ def test_models_that_share_a_configuration() -> None:
     assert masking.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is masking.sdpa_mask
 
 
+@pytest.mark.usefixtures("no_others")
 def test_nothing_is_left_of_a_model_that_is_gone() -> None:
     model, _config, _plain = served()
     del model, _config

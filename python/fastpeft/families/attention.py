@@ -194,7 +194,7 @@ def _heads(self: Any, of: Attention, state: State, x: Tensor) -> tuple[Tensor, T
             gate = gate.flatten(2)
         return q, k, v, gate
     order = of.order(self) if callable(of.order) else of.order
-    heads = _by_head(ys[0], batch, t, d)
+    heads: Any = _by_head(ys[0], batch, t, d)
     queries = head_count(self)
     groups = (heads.shape[2] - queries) // 2
     if order == "parts":
