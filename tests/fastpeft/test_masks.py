@@ -167,8 +167,8 @@ def test_a_packed_row_is_its_documents_apart(name: str) -> None:
     report = fastpeft.accelerate(model)
     squares = Squares(sum(lengths))
     fast = step(model, ids, given, squares)
-    for ours, theirs, right in zip(fast, plain, exact, strict=True):
-        largest(ours, theirs, right)
+    for one, other, right in zip(fast, plain, exact, strict=True):
+        largest(one, other, right)
     stays = any(part == "attention" for part, _ in report.stays)  # as transformers' code, which gets the mask
     assert bool(squares.seen) == stays
     report.remove()
