@@ -14,6 +14,7 @@ _TEXT = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2,
 _IMAGE = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
           "image_size": 16, "patch_size": 4}  # fmt: skip
 _BERT = {**_TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_LABELS = {"num_labels": 16}
 _DECODER = {"is_decoder": True, "add_cross_attention": True}
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8, "type_vocab_size": 0,
             "position_biased_input": False, "norm_rel_ebd": "layer_norm"}  # fmt: skip
@@ -28,9 +29,9 @@ _WHISPER = {"vocab_size": VOCABULARY, "d_model": WIDTH, "encoder_layers": 2, "de
             "begin_suppress_tokens": None}  # fmt: skip
 # Case -> the family's description, the class with a head, the options of its configuration.
 ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "bert": ("bert", "BertForSequenceClassification", _BERT),
+    "bert": ("bert", "BertForSequenceClassification", {**_BERT, **_LABELS}),
     "bert decoder": ("bert", "BertLMHeadModel", {**_BERT, **_DECODER}),
-    "roberta": ("roberta", "RobertaForTokenClassification", _BERT),
+    "roberta": ("roberta", "RobertaForTokenClassification", {**_BERT, **_LABELS}),
     "modernbert": ("modernbert", "ModernBertForMaskedLM", {
         **_TEXT, "local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2,
         "bos_token_id": 1, "eos_token_id": 2}),
@@ -38,7 +39,7 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deberta_v2 shared": ("deberta_v2", "DebertaV2ForQuestionAnswering", {**_BERT, **_DEBERTA, "share_att_key": True}),
     "t5": ("t5", "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "t5 plain": ("t5", "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "relu"}),
-    "vit": ("vit", "ViTForImageClassification", {**_IMAGE, "hidden_dropout_prob": 0.0}),
+    "vit": ("vit", "ViTForImageClassification", {**_IMAGE, **_LABELS, "hidden_dropout_prob": 0.0}),
     "clip": ("clip", "CLIPModel", {
         "text_config": {**_TEXT, "eos_token_id": VOCABULARY - 1, "projection_dim": 32},
         "vision_config": {**_IMAGE, "projection_dim": 32}, "projection_dim": 32}),
@@ -60,7 +61,7 @@ def encoder(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> An
 
 
 def given(name: str, padded: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """The input of a training step of such a model, two rows. padded: at the end of the first."""
+    """The input of a training step of such a model, two rows; padded: the end of the first is padding."""
     draw = torch.Generator().manual_seed(1)
 
     def ids(tokens: int) -> Tensor:
@@ -90,18 +91,21 @@ def given(name: str, padded: bool, dtype: torch.dtype) -> dict[str, Any]:
         found |= {"encoder_hidden_states": floats(7, WIDTH), "encoder_attention_mask": mask(7), "use_cache": False}
     if name.startswith("deberta"):
         return {**found, "start_positions": torch.tensor([1, 4]), "end_positions": torch.tensor([2, 6])}
-    labels = {"bert": torch.tensor([1, 0]), "roberta": ids(11) % 2}
+    labels = {"bert": torch.tensor([1, 0]), "roberta": ids(11) % 16}
     return {**found, "labels": labels.get(name, found["input_ids"])}
 
 
-def outputs_and_gradients(model: Any, of: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, all other numbers of the head, and the gradients of the loss for what trains."""
+def outputs_and_gradients(model: Any, step: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Outputs of the head (of CLIP before its sums), and gradients of its loss and of a random sum of that beside it.
+
+    The sum is for rounding: few numbers decide a loss, and one's error would be that of all gradients.
+    """
     model.zero_grad()
-    exact = next(model.parameters()).dtype is torch.float64
-    floats = {name for name, t in of.items() if isinstance(t, Tensor) and t.is_floating_point()}
-    of = {name: t.double() if exact and name in floats else t for name, t in of.items()}
-    out = model(**of)
-    out.loss.backward()
-    heads = [t.detach().flatten() for name, t in out.items() if name.endswith(("logits", "_embeds")) or "per_" in name]
+    if next(model.parameters()).dtype is torch.float64:
+        step = {k: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for k, t in step.items()}
+    out = model(**step)
+    heads = torch.cat([t.flatten() for name, t in out.items() if name.endswith(("logits", "_embeds"))])
+    factors = torch.randn(heads.shape, generator=torch.Generator().manual_seed(2))
+    (out.loss + heads @ factors.to(heads.dtype)).backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return out.loss.detach().reshape(1), torch.cat(heads), torch.cat(grads)
+    return heads.detach(), torch.cat(grads)
