@@ -145,6 +145,17 @@ def test_a_forward_in_the_place_of_a_layers_own(part: str) -> None:
     assert torch.equal(first.argmax(-1), second.argmax(-1))
 
 
+def test_an_activation_of_a_users_own() -> None:
+    class SiLU(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x)
+
+    models = pair("llama")
+    for layer in (layer for model in models for layer in model.model.layers):
+        layer.mlp.act_fn = SiLU()
+    agree(models, {"input_ids": IDS})
+
+
 def test_a_decoder_of_two_caches() -> None:
     """GPT-2 beside an encoder: the cache of its self-attention is one of a pair."""
     options = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

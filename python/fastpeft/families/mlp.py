@@ -33,10 +33,17 @@ def act_of(module: Any) -> str | None:
         return "silu" if module is F.silu else None
     if acts_in_calls(module):
         return None
-    name = _ACTS.get(type(module).__name__)
+    cls: Any = type(module)
+    name = _of_class(cls)
     if name == "gelu" and getattr(module, "approximate", "none") == "tanh":
         return "gelu_tanh"
     return name
+
+
+@functools.cache
+def _of_class(cls: Any) -> str | None:
+    """By a class's name; somebody's own class of that name may compute another thing."""
+    return _ACTS.get(cls.__name__) if cls.__module__.startswith(("torch.", "transformers.")) else None
 
 
 def act_in(self: Any, of: Mlp) -> str | None:
