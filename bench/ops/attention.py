@@ -36,6 +36,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
                 yield from (row((batch, tokens, heads, groups), dtype, trains, args) for trains in (False, True))
             if not args.quick:
                 yield row((*PACKED, heads, groups), dtype, True, args, packed=True)
+                yield row((DOCUMENTS, PACKED[1] // DOCUMENTS, heads, groups), dtype, True, args)  # the same, apart
             for batch, keys in CACHES[: 1 if args.quick else None]:
                 yield decoding((batch, keys, heads, groups), dtype, args)
     for dtype in args.dtype:
