@@ -20,7 +20,7 @@ def norm_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     assert isinstance(of, Norm)
     weight = getattr(self, "weight", None)
     # a graph has its own fusions
-    if args or kwargs or why_not(self, of, x.dtype) or torch.compiler.is_compiling() or not ways_of(x).norm:
+    if args or kwargs or _reason(self, of, weight, x.dtype) or torch.compiler.is_compiling() or not ways_of(x).norm:
         whole: Tensor = state.base.forward(self, x, *args, **kwargs)
         return whole
     eps = getattr(self, of.eps)
@@ -31,9 +31,12 @@ def norm_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def why_not(self: Any, of: Norm, dtype: torch.dtype) -> str | None:
     """Why the norm is the model's own code, in words for a report."""
+    return _reason(self, of, getattr(self, "weight", None), dtype)
+
+
+def _reason(self: Any, of: Norm, weight: Tensor | None, dtype: torch.dtype) -> str | None:
     if of.served is not None and not of.served(self):
         return "a variant of the family that is not described"
-    weight = getattr(self, "weight", None)
     if weight is not None and weight.dim() != 1:
         return "it has a weight for each head"
     if dtype is torch.float64:
