@@ -29,6 +29,7 @@ _LATENT = {"q_lora_rank": 384, "kv_lora_rank": 256, "qk_rope_head_dim": 32, "qk_
            "first_k_dense_replace": 1, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_WIDTH}  # fmt: skip
 _LINEAR = {**_HEAD, "linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 64,
            "linear_value_head_dim": 64}  # fmt: skip
+_FEW = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_WIDTH}
 # Family -> its options.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": _HEAD, "gemma": _HEAD, "gemma2": _HEAD, "gemma3": _HEAD, "cohere2": _HEAD, "glm": _HEAD, "glm4": _HEAD,
@@ -38,14 +39,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {**_NARROW, **_HEAD, "moe_topk": 2}, "qwen3_5_moe": {**_SHARED, **_LINEAR},
     "qwen3_next": {**_SHARED, **_LINEAR}, "llama4": {**_NARROW, **_HEAD, "intermediate_size_mlp": WIDTH},
     "deepseek_v2": {**_LATENT, "topk_method": "greedy"}, "deepseek_v3": _LATENT,
+    "deepseek_v4": {**_FEW, **_HEAD, "intermediate_size": EXPERT_WIDTH, "q_lora_rank": 384, "o_groups": 4,
+                    "o_lora_rank": 256},
+    "glm4_moe": {**_FEW, **_HEAD, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}, "granitemoe": _NARROW,
+    "lfm2_moe": {**_EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "mamba": {"intermediate_size": 2048},
     "opt": {"ffn_dim": PLAIN_WIDTH, "word_embed_proj_dim": 1024},
     "falcon": {"num_kv_heads": 4, "new_decoder_architecture": True, "ffn_hidden_size": PLAIN_WIDTH},
     "gemma4": {**_HEAD, "global_head_dim": 64, "vocab_size_per_layer_input": 32_000, "hidden_size_per_layer_input": 64},
     "falcon_h1": {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
-    "nemotron_h": {**_HEAD, "n_routed_experts": 8, "moe_intermediate_size": EXPERT_WIDTH, "num_experts_per_tok": 2,
-                   "moe_shared_expert_intermediate_size": EXPERT_WIDTH, "mamba_num_heads": 16, "ssm_state_size": 64,
-                   "layers_block_type": ["mamba", "moe", "attention", "moe"]},
+    "nemotron_h": {**_HEAD, **_FEW, "moe_shared_expert_intermediate_size": EXPERT_WIDTH, "mamba_num_heads": 16,
+                   "ssm_state_size": 64, "layers_block_type": ["mamba", "moe", "attention", "moe"]},
 }  # fmt: skip
 _ENCODER = {"num_hidden_layers": 4, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": PLAIN_WIDTH}
 _HALF = {**_ENCODER, "vocab_size": 32_000}
@@ -102,7 +107,7 @@ def configuration(family: str) -> Any:
 
     if family in OTHERS:
         return AutoConfig.for_model(family, **OTHERS[family].options)
-    kind = f"{family}_text" if f"{family}_text" in KNOWN else family
+    kind = next(kind for kind in (f"{family}_text", f"{family}_text_model", family) if kind in KNOWN)
     return AutoConfig.for_model(kind, **{**USUAL, **OPTIONS.get(family, {})})
 
 
@@ -120,7 +125,8 @@ def build(family: str, folder: Path) -> Model:
     keeps = set(model._keep_in_fp32_modules or ())  # T5's code reads the dtype of a weight; transformers keeps it dense
     skip, targets = [], []
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
+        # subclasses have products of their own: DeepSeek-V4's of several matrices
+        if type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D":
             # Llama 4's router is a linear layer that returns two tensors
             apart = id(module) in heads or name.startswith("classifier.") or name.endswith("router")
             skip += [name] * (apart or name.rpartition(".")[2] in keeps)
