@@ -196,7 +196,7 @@ def _gated(c: Case) -> None:
     backend.backward(gate, up, dh, 0, 1.0, 0.0, 0.0, 0)
 
 
-def _norm(c: Case, name: str, *args: Any) -> None:
+def _of_rows(c: Case, name: str, *args: Any) -> None:
     from peft_kernels.ops.norms.triton import BACKENDS
 
     x, dy, weight = meta(c.M, c.N, dtype=c.dtype), meta(c.M, c.N, dtype=c.dtype), meta(c.N, dtype=c.dtype)
@@ -205,12 +205,12 @@ def _norm(c: Case, name: str, *args: Any) -> None:
 
 
 def _rms_norm(c: Case) -> None:
-    _norm(c, "rms_norm", 1e-5, 0.0)
+    _of_rows(c, "rms_norm", 1e-5, 0.0)
 
 
 def _layer_norm(c: Case) -> None:
     """With its weight trained."""
-    _norm(c, "layer_norm", None, 1e-5)
+    _of_rows(c, "layer_norm", None, 1e-5)
 
 
 def _attention(c: Case, p: float = 0.0) -> None:
