@@ -16,7 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 import fastpeft
-from fastpeft.families.experts import why_not
+from fastpeft.families.experts import EXPERTS, why_not
 from fastpeft.layer.base import MergingLayer
 from fastpeft.weights.load_nf4 import load_nf4_model
 from fastpeft.weights.nf4_experts import NF4Experts, unpack
@@ -349,5 +349,5 @@ def test_matrices_that_share_a_block_of_scales_stay_bitsandbytes_own() -> None:
     experts = experts_of(model)[0]
     experts.down_proj = nn.Parameter(torch.randn(4, 7, 9), requires_grad=False)
     by_bitsandbytes(model)
-    assert why_not(experts) == "down_proj: the 4-bit blocks of an expert are not whole"
+    assert why_not(experts, EXPERTS) == "down_proj: the 4-bit blocks of an expert are not whole"
     assert why_not(experts_of(model)[1]) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import itertools
 import runpy
@@ -15,7 +16,8 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import fastpeft
-from fastpeft.families.registry import families
+from fastpeft.families import known
+from fastpeft.families.registry import families, parts
 from forms import matrix
 
 _tools = runpy.run_path(str(Path(__file__).with_name("families_tools.py")))
@@ -65,6 +67,20 @@ def test_every_description_has_a_model_here() -> None:
     others = {*runpy.run_path(str(here.with_name("vision_tools.py")))["FAMILIES"]}
     others |= {family for family, *_ in runpy.run_path(str(here.with_name("encoder_tools.py")))["ENCODERS"].values()}
     assert set(families()) - others == set(FAMILIES) - others
+
+
+@pytest.mark.parametrize("name", families())
+def test_a_description_is_a_short_file_without_a_forward(name: str) -> None:
+    """Data: functions say something of a module in one line, and imports are of the words, or of another family."""
+    text = (Path(known.__path__[0]) / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    nodes = list(ast.walk(ast.parse(text)))
+    assert not [n for n in nodes if isinstance(n, ast.AsyncFunctionDef | ast.ClassDef | ast.Import)]
+    for function in (n for n in nodes if isinstance(n, ast.FunctionDef)):
+        assert [a.arg for a in function.args.args] == ["module"]
+        assert [type(line) for line in function.body] == [ast.Return]
+    assert {n.module for n in nodes if isinstance(n, ast.ImportFrom)} <= {"description", None}
+    assert parts(name)
 
 
 TOKENS = 32
