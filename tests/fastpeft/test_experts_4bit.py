@@ -350,4 +350,4 @@ def test_matrices_that_share_a_block_of_scales_stay_bitsandbytes_own() -> None:
     experts.down_proj = nn.Parameter(torch.randn(4, 7, 9), requires_grad=False)
     by_bitsandbytes(model)
     assert why_not(experts, EXPERTS) == "down_proj: the 4-bit blocks of an expert are not whole"
-    assert why_not(experts_of(model)[1]) is None
+    assert why_not(experts_of(model)[1], EXPERTS) is None
