@@ -35,7 +35,7 @@ EXTRA = (
     Case("dora_forward", p=0.0), Case("gain", M=1), Case("drop"), Case("scale"),
     *map(Case, ("reflect", "pairs", "pairs_gradient")), *(Case(k, dtype=f32) for k in ("cayley", "cayley_backward")),
     *(Case(kernel, N=28672, K=4096) for kernel in ("stacked_forward", "stacked_backward")),
-    *map(Case, ("weigh", "mixture_forward")), Case("grouped", M=4096),
+    Case("weigh"), Case("grouped", M=4096),
     Case("plan"), Case("multi_project", M=64, p=0.0), Case("multi_forward", M=64), Case("multi_outer", ds=True),
     Case("multi_backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32),
     *(Case(kernel, N=14336) for kernel in ("gated", "gated_backward", "rms_norm", "rms_norm_backward")),
@@ -53,7 +53,7 @@ MORE = (
     Case("outer", r=64, dtype=f16, p=0.0, ds=True), Case("backward", M=128, dense=True),
     Case("forward", M=128, dense=True), Case("squares"), Case("multi_forward", M=16),
     Case("backward", N=2048, K=2048, r=64, dtype=f16, p=0.0, blocksize=32), Case("multi_backward"),
-    Case("multi_outer"), Case("mixture_project"), Case("mixture_outer"), Case("mixture_backward"),
+    Case("multi_outer"), *(Case(f"mixture_{part}") for part in ("forward", "project", "outer", "backward")),
     *(Case(kernel, N=4096) for kernel in ("layer_norm", "layer_norm_backward")),
 )  # fmt: skip
 UNALIGNED = {"forward": 1056}  # features of each kernel's case: blocks straddle the rows; odd numbers elsewhere

@@ -65,7 +65,7 @@ def work(launch: Compiled) -> Work:
             passes=min(a["steps"], _cdiv(sums, step)),
             loop_bytes=tile + bm * step * size, **products,
         )  # fmt: skip
-    if name.startswith("norm"):
+    if name.startswith("norm") and "ADAPTER" in o:  # of the rows of a weight
         weights = o["BN"] * o["BK"] if decodes else 0
         passes = min(a["steps"], _cdiv(a["K"], o["BK"]))
         common["wide"] = o["ADAPTER"]  # three products of TF32 are one of float32
