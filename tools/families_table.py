@@ -25,8 +25,7 @@ mixture that transformers marks (`use_experts_implementation`), and in Llama 4. 
 this page.
 
 A model that holds another family's text model is served with it: LLaVA and SmolVLM (Llama), Pixtral (Mistral),
-PaliGemma (Gemma), InternVL (Qwen2). transformers 5.24 has every family of Liger-Kernel 0.8.5. OPT's MLP is no module of
-its own, so it stays its layer's code.
+PaliGemma (Gemma), InternVL (Qwen2). transformers 5.24 has every family of Liger-Kernel 0.8.5.
 
 **A family of your own** is a file named as transformers names its folder, with `PARTS`: names of its classes and what
 they are. The words are those of `python/fastpeft/families/description.py`.

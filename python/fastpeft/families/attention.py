@@ -117,7 +117,7 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
     if any(given.get(name) is not None for name in ("encoder_hidden_states", "key_value_states")):
         return False
     batch, t = x.shape[:2]
-    return scores_fit(batch * head_count(self) * t * t)
+    return t == 1 or scores_fit(batch * head_count(self) * t * t)
 
 
 def scores_fit(count: int) -> bool:
