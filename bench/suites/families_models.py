@@ -125,10 +125,11 @@ def build(family: str, folder: Path) -> Model:
     keeps = set(model._keep_in_fp32_modules or ())  # T5's code reads the dtype of a weight; transformers keeps it dense
     skip, targets = [], []
     for name, module in model.named_modules():
-        # subclasses have products of their own: DeepSeek-V4's of several matrices
-        if type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D":
-            # Llama 4's router is a linear layer that returns two tensors
-            apart = id(module) in heads or name.startswith("classifier.") or name.endswith("router")
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
+            # Llama 4's router is a linear layer that returns two tensors, DeepSeek-V4's o_a_proj several matrices
+            # kernels of state spaces read the weight of out_proj
+            apart = id(module) in heads or name.startswith("classifier.") or name.endswith(
+                ("router", "o_a_proj", "mamba.out_proj", "mixer.out_proj", "mixer.dt_proj"))
             skip += [name] * (apart or name.rpartition(".")[2] in keeps)
             targets += [name] * (not apart)
     return Model(family, str(folder), auto, skip, targets)
