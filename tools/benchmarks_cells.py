@@ -95,6 +95,12 @@ def newest(lines: list[Line], row: str) -> list[Line]:
     return [line for line in mine if (line["time"], line["commit"]) == last]
 
 
+def newest_of_each(lines: list[Line], row: str) -> list[Line]:
+    """The same for each row by itself: of a suite whose rows take so long that runs have some of them."""
+    names = dict.fromkeys(line["row"] for line in lines if line["row"].startswith(row))
+    return [line for name in sorted(names) for line in newest([of for of in lines if of["row"] == name], name)]
+
+
 def cases_of(lines: list[Line]) -> Cases:
     cases: Cases = {}
     for line in lines:
@@ -126,9 +132,10 @@ def kernel_of(line: Line) -> str:
     return text.removeprefix(f"{line['machine'].get('bitsandbytes')}, ")
 
 
-def commit(line: Line) -> str:
-    text = str(line["commit"])
-    return f"{text[:-1]} with changes" if text.endswith("+") else text
+def commit(*lines: Line) -> str:
+    texts = [f"{text[:-1]} with changes" if text.endswith("+") else text
+             for text in dict.fromkeys(str(line["commit"]) for line in lines)]  # fmt: skip
+    return " and ".join(texts)
 
 
 def command(line: Line) -> str:

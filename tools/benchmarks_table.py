@@ -2,12 +2,14 @@
 `python tools/benchmarks_table.py [--check]`.
 
 Every number is a median of a run that is recorded there, with its 20th and 80th percentile. A table takes the newest
-run of its suite and machine that holds its rows; older runs in the same file are not shown.
+run of its suite and machine that holds its rows, or, of the families, the newest run of each row; older runs in the
+same file are not shown.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from benchmarks_cells import (
     grid,
     machine,
     newest,
+    newest_of_each,
     ratio_of,
     read,
     samples,
@@ -106,6 +109,7 @@ class Table:
     columns: list[Column] = field(default_factory=list)
     strip: str = ""  # left out of the name of a row
     page: str = "benchmarks.md"
+    runs: Callable[[list[Line], str], list[Line]] = newest
 
 
 def dtypes(label: str, ours: str, theirs: str) -> list[Column]:
@@ -195,10 +199,10 @@ TABLES = [
              for who in ("ours", "PEFT"))], page=LAYERS),
     Table("families", "A training step", "step, ",
           "Forward, loss, backward and AdamW on 4 x 128 tokens, every one learned; encoders on 8 rows.", OF_FAMILIES,
-          "step, ", FAMILIES),
+          "step, ", FAMILIES, newest_of_each),
     Table("families", "A decoded token", "token, ",
           "One sequence after 16 tokens, by `generate()`, the prompt not counted; PEFT in evaluation mode.",
-          OF_FAMILIES, "token, ", FAMILIES),
+          OF_FAMILIES, "token, ", FAMILIES, newest_of_each),
 ]  # fmt: skip
 
 
@@ -237,7 +241,7 @@ def section(table: Table, name: str, lines: list[Line]) -> str:
         body = grid(["", *(label for label, _ in table.columns)], rows)
     else:
         body = candidates(cases)
-    said = (f"{machine(first, name)}; {versions(first)}; commit {commit(first)}, {first['time'][:10]}; "
+    said = (f"{machine(first, name)}; {versions(first)}; commit {commit(*lines)}, {first['time'][:10]}; "
             f"`{command(first)}`, {samples(lines)}.")  # fmt: skip
     return "\n\n".join([f"## {table.title}", wrapped(table.text), wrapped(said), body])
 
@@ -247,7 +251,7 @@ def document(page: str, folder: Path = RESULTS) -> str:
     parts = [HEADS[page].rstrip()]
     for table in (t for t in TABLES if t.page == page):
         for name, lines in sorted(found.get(table.suite, {}).items()):
-            run = newest(lines, table.row)
+            run = table.runs(lines, table.row)
             if run:
                 parts.append(section(table, name, run))
     if others and page == next(iter(HEADS)):
