@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...triton_lib import host
+from ...triton_lib import host, toolchain
 from ..lora_linear import triton as single
 from ..multi_lora_linear import triton as multi
 
@@ -42,7 +42,9 @@ def _product(
     (m, depth), (n, k) = x.shape, shape
     columns, r = k if by_rows else n, 0 if low is None else low.shape[1]
     y = x.new_empty((m, columns))
-    bm, bk = 16 if plan.each() <= 16 else 64, 32 if x.dtype is torch.float32 else 64  # three stages fit in 99 KiB
+    # three stages fit in 99 KiB; 64 rows become wgmma on sm_90, the adapter's with its left operand in registers
+    wide = 64 if toolchain.of(tuning.arch_of(x.device)).wgmma_from_registers else 32
+    bm, bk = 16 if plan.each() <= 16 else wide, 32 if x.dtype is torch.float32 else 64
     strides = w.strides if w.dense else (0, *w.strides)
     b = x[:, :0].unsqueeze(0) if b is None else b
     host.launch(kernels.product_kernel, (plan.tiles(bm), single._cdiv(columns, BN)), x, *w.pointers,
