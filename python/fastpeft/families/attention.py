@@ -15,7 +15,7 @@ from .angles import Turn, alibi_slopes
 from .description import Attention, Together
 from .masking import serve
 from .masks import Seen
-from .projections import Given, in_one_call, linears, modules_on, projections
+from .projections import Given, in_one_call, linears, modules_on, stacked
 from .state import State
 from .ways import Ways, ways_of
 
@@ -178,8 +178,7 @@ def _stacked(self: Any, state: State, x: Tensor, names: tuple[str, ...]) -> Any:
     layers = [getattr(self, name) for name in names]
     if not torch.is_grad_enabled() and x.shape[1] == 1:  # decoding
         return linears(state.qkv, x.squeeze(1), ways_of(x).launches, *layers)
-    found = projections(x, *layers)
-    return modules_on(x, *layers) if found is None else state.qkv(x, *found)
+    return stacked(state.qkv, x, *layers)
 
 
 def _heads(self: Any, of: Attention, state: State, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

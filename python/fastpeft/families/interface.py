@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_kernels import attention
 
-from .attention import other_attention, scores_fit
+from .attention import scores_fit, why_not
 from .description import Together
 from .ways import ways_of
 
@@ -97,11 +97,3 @@ def _own(module: Any) -> Any:
     if wanted == "eager":
         return sys.modules[state.base.__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[wanted]
-
-
-def why_not(self: Any, of: Together, dtype: torch.dtype | None = None) -> str | None:
-    """Why the module's attention is the model's own code now, in words for a report."""
-    wanted = other_attention(self, of)
-    if wanted is not None:
-        return f"the model asks for {wanted}"
-    return "it is in float64" if dtype is torch.float64 else None

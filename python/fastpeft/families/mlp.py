@@ -14,7 +14,7 @@ from peft_kernels import gated, gated_mlp
 from ..weights.base import acts_in_calls, has_hooks
 from .attention import after, dropout_of
 from .description import Mlp, Spread
-from .projections import Given, linears, modules_on, projections
+from .projections import Given, linears, modules_on, projections, stacked
 from .state import State
 from .ways import ways_of
 
@@ -64,9 +64,7 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return whole
     up = [getattr(self, name) for name in of.up]
     if of.between and dropout_of(self, of.between):
-        found = projections(x, *up)
-        ys = modules_on(x, *up) if found is None else state.qkv(x, *found)
-        h = _activated(ys, act, of, limit_of(self, of))
+        h = _activated(stacked(state.qkv, x, *up), act, of, limit_of(self, of))
         y = modules_on(after(self, of.between, h), getattr(self, of.down))[0]
     else:
         y = _computed(state, of, x, act, up, getattr(self, of.down), limit_of(self, of))

@@ -95,6 +95,13 @@ def modules_on(x: Tensor, *modules: Any) -> Sequence[Tensor]:
     return [module(x) for module in modules]
 
 
+def stacked(call: PreparedCall, x: Tensor, *modules: Any) -> Sequence[Tensor]:
+    """`module(x)` of each: one call of a kernel where that serves them all."""
+    found = projections(x, *modules)
+    ys: Sequence[Tensor] = modules_on(x, *modules) if found is None else call(x, *found)
+    return ys
+
+
 def _by_row(x: Tensor, modules: Sequence[Any]) -> Sequence[Tensor] | None:
     """`module(x)` of layers whose rows have adapters of their own, where each is one call of a kernel; else None."""
     found = []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..weights.base import acts_in_calls, innermost
-from . import attention, experts, interface, norms
+from . import attention, experts, norms
 from .description import Attention, Experts, Mlp, Norm, Part, Together
 from .mlp import act_in, attribute
 from .projections import refusal
@@ -82,7 +82,7 @@ def _switched(served: Table, stays: Table, module: Any, ways: Ways, dtype: torch
 def _together(served: Table, stays: Table, module: Any, part: Together, ways: Ways, dtype: torch.dtype) -> None:
     base = module._fastpeft.base
     if part.attends:
-        why = interface.why_not(module, part, dtype)
+        why = attention.why_not(module, part, dtype)
         _note(served, stays, "attention", ways, why, f" in {base.__name__}'s own code")
     else:
         stays[_like(base) or "other layers", f"{base.__name__} computes it itself"] += 1
