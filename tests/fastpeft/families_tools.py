@@ -138,6 +138,14 @@ def tiny(
 NOT_ADAPTED = r".*\.(router|o_a_proj|(mamba|mixer)\.(out_proj|dt_proj))"
 
 
+def drawn(model: Any) -> Any:
+    """The model with a B of each LoRA that is not zero."""
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
 def adapted(model: Any, base: str, adapter: str) -> Any:
     """The model on a base ("dense", "nf4") with an adapter ("none", "lora", "dora") on its linear layers."""
     if base == "nf4":
@@ -146,11 +154,7 @@ def adapted(model: Any, base: str, adapter: str) -> Any:
         return model
     config = fastpeft.LoraConfig(r=4, target_modules="all-linear", use_dora=adapter == "dora",
                                  exclude_modules=NOT_ADAPTED)
-    model = fastpeft.get_peft_model(model, config)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.1)
-    return model
+    return drawn(fastpeft.get_peft_model(model, config))
 
 
 class _Exact(TorchFunctionMode):

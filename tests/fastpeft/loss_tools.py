@@ -66,16 +66,17 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Wide(TorchDispatchMode):
-    """Notes tensors that hold a score of each token for each entry of the vocabulary, or half as many."""
+    """Notes functions that make a score of each token for each entry of the vocabulary, or half as many."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int = V, tokens: int = 3 * 17) -> None:
         super().__init__()
+        self.vocabulary, self.least = vocabulary, tokens * vocabulary // 2
         self.seen: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, Tensor) and V in t.shape[-1:] and t.numel() >= 3 * 17 * V // 2:
+            if isinstance(t, Tensor) and self.vocabulary in t.shape[-1:] and t.numel() >= self.least:
                 self.seen.add(str(func))
         return out
 

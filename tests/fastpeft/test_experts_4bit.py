@@ -44,11 +44,7 @@ def packed(name: str, dtype: torch.dtype = F32, **options: Any) -> Any:
 
 
 def with_lora(model: Any) -> Any:
-    model = fastpeft.get_peft_model(model, fastpeft.LoraConfig(**LORA))
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.1)
-    return model
+    return tools["drawn"](fastpeft.get_peft_model(model, fastpeft.LoraConfig(**LORA)))
 
 
 def experts_of(model: Any) -> list[Any]:

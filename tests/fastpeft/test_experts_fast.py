@@ -25,7 +25,7 @@ from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 tools = runpy.run_path(str(Path(__file__).with_name("families_tools.py")))
 close = runpy.run_path(str(Path(__file__).with_name("peft_tools.py")))["close"]
-tiny, exactly = tools["tiny"], tools["exactly"]
+tiny, exactly, drawn = tools["tiny"], tools["exactly"], tools["drawn"]
 F32, BF16 = torch.float32, torch.bfloat16
 IDS = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
 # Weights by rows; by columns, with biases and another gate.
@@ -37,13 +37,6 @@ def with_lora(name: str, dtype: torch.dtype = F32, targets: list[str] | None = N
     config = fastpeft.LoraConfig(r=3, target_modules=[], target_parameters=targets or TARGETS[name], **options)
     model = fastpeft.get_peft_model(tiny(name, dtype), config)
     return drawn(model)
-
-
-def drawn(model: Any) -> Any:
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.1)
-    return model
 
 
 def logits_and_gradients(model: Any, ids: Tensor = IDS) -> list[Tensor]:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
@@ -24,6 +23,7 @@ from peft_kernels.testing import assert_no_worse
 
 _tools = runpy.run_path(str(Path(__file__).with_name("families_tools.py")))
 FAMILIES, V, exactly, tiny = (_tools[name] for name in ("FAMILIES", "VOCABULARY", "exactly", "tiny"))
+Wide = runpy.run_path(str(Path(__file__).with_name("loss_tools.py")))["Wide"]
 F32, BF16 = torch.float32, torch.bfloat16
 ROWS, TOKENS = 3, 19
 # What makes logits of the head's output, where a random model of the family would leave them as they are.
@@ -35,21 +35,6 @@ FACTORS: dict[str, dict[str, Any]] = {
 for _name, _factors in FACTORS.items():
     FAMILIES[_name][1].update(_factors)
 SHORT = {("gemma2", BF16), ("mixtral", F32)}  # a cap; losses of routers
-
-
-class Wide(TorchDispatchMode):
-    """Notes functions that make scores of half of all tokens for each entry of the vocabulary, or more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, Tensor) and V in t.shape[-1:] and t.numel() >= ROWS * TOKENS * V // 2:
-                self.seen.add(str(func))
-        return out
 
 
 def step(model: Any) -> list[Tensor]:
@@ -83,7 +68,7 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.M
             fastpeft.accelerate(model)
         whole = step(model)
         report = fastpeft.accelerate(model, layers=False, loss=True)
-        with Wide() as wide:
+        with Wide(V, ROWS * TOKENS) as wide:
             by_chunks = step(model)
         assert wide.seen == set()
         assert report.chunked == 1
