@@ -37,10 +37,12 @@ class Prepared:
     """A call whose arguments beside x were checked and packed.
 
     tensors: what the kernel reads of them. saved: of these, what a backward reads. frozen: those that must not want a
-    gradient. stack: more that the kernel reads, whose form never changes. given: the arguments, one by one.
+    gradient. stack: more that the kernel reads, whose form never changes. given: the arguments, one by one,
+    but for one that is another in each call; arguments: as they came, where all of them last.
     """
 
     given: Arguments
+    arguments: Arguments | None = None
 
     def __init__(
         self, x: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor] = (),
@@ -56,8 +58,7 @@ class Prepared:
         """True if it serves this call."""
         return (
             self.dtype is x.dtype and x.dim() > 0 and self.k == x.shape[-1] and self.forced is forced_backends()
-            and len(given) == len(self.given) and all(map(is_, given, self.given))
-            and places(self.tensors) == self.places
+            and (given is self.given or _same(given, self.given)) and places(self.tensors) == self.places
             and not (self.frozen and any(map(_wants_gradient, self.frozen)))
             and (not self.stack or addresses(self.stack) == self.stack_at)
         )  # fmt: skip
@@ -79,6 +80,10 @@ class Prepared:
         raise NotImplementedError
 
 
+def _same(these: Arguments, those: Arguments) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
 _wants_gradient: Callable[[Tensor], bool] = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
@@ -91,16 +96,23 @@ def _rows(arguments: Arguments) -> Arguments:
                                      for p in arguments))  # fmt: skip
 
 
-# The functions that can be prepared; for those that take a sequence of projections, their arguments one by one.
+def _mlp(arguments: Arguments) -> Arguments:
+    gate, up, down, *options = arguments
+    return (*gate, *(up or ()), *down, *options)
+
+
+# The functions that can be prepared; for those that take projections, their arguments one by one.
 _ONE_BY_ONE: dict[str, Callable[[Arguments], Arguments] | None] = {
     "dora_linear": None,
     "dora_linear_normed": None,
+    "gated_mlp": _mlp,
     "lora_linear": None,
     "lora_linear_by_row": _rows,
     "lora_linear_stacked": _projections,
     "lora_mixture": None,
     "multi_lora_linear": None,
 }
+_OF_SEVERAL = {"lora_linear_by_row", "lora_linear_stacked"}  # take a sequence of projections
 # Of a function, the place of the argument beside x that is another one in each call, and is looked at in each.
 _OWN = {"lora_mixture": 3}
 
@@ -108,9 +120,9 @@ _OWN = {"lora_mixture": 3}
 class PreparedCall:
     """A function of this package for one layer, call after call: `call(x, *arguments)` is `function(x, *arguments)`.
 
-    function: `lora_linear`, `dora_linear`, `dora_linear_normed` or `multi_lora_linear`; `lora_mixture`, whose `mix` may
-    be another in each call; `lora_linear_stacked` or `lora_linear_by_row`, which are then called as `call(x,
-    *projections)`. Without gradients each of them but `dora_linear_normed` and `lora_linear_by_row` is prepared; with
+    function: `lora_linear`, `dora_linear`, `dora_linear_normed`, `gated_mlp` or `multi_lora_linear`; `lora_mixture`,
+    whose `mix` may be another in each call; `lora_linear_stacked` or `lora_linear_by_row`, which are then called as
+    `call(x, *projections)`. Without gradients each but `dora_linear_normed` and `lora_linear_by_row` is prepared; with
     gradients these two, `lora_linear` and `lora_linear_stacked` are, whose weights and biases are frozen then. Errors
     are the function's. A copy, or a pickle, is a call that has not been made. Threads may share one: what it keeps is
     never written to.
@@ -121,6 +133,7 @@ class PreparedCall:
         if name not in _ONE_BY_ONE:
             raise arg_error("PreparedCall", "function", f"one of {', '.join(_ONE_BY_ONE)}", repr(function))
         self._function, self._one_by_one, self._own = function, _ONE_BY_ONE[name], _OWN.get(name)
+        self._several = name in _OF_SEVERAL
         self._last: list[Prepared | None] = [None, None]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -129,22 +142,25 @@ class PreparedCall:
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
         one_by_one, own = self._one_by_one, self._own
         if type(x) in PLAIN and x.is_cpu and not dispatch_observed() and in_memory(x) and not _autocasts("cpu"):
-            given = arguments if one_by_one is None else one_by_one(arguments)
-            if own is not None:
-                given = (*arguments[:own], *arguments[own + 1 :])
             graph = _records()
             last = self._last[graph]
+            if last is not None and last.arguments is not None and _same(arguments, last.arguments):
+                given = last.given
+            else:
+                given = arguments if one_by_one is None else one_by_one(arguments)
+                if own is not None:
+                    given = (*arguments[:own], *arguments[own + 1 :])
             if last is None or not last.holds(x, given):
                 bind = _bind_of(self._function, graph)
                 last = None if bind is None else bind(x, arguments)
                 if last is not None:
-                    last.given = given
+                    last.given, last.arguments = given, arguments if own is None else None
                 self._last[graph] = last  # whole, as other threads may take it
             if last is not None:
                 y = last.run(x) if own is None else last.run_with(x, arguments[own])
                 if y is not None:
                     return y
-        return self._function(x, *arguments) if one_by_one is None else self._function(x, arguments)
+        return self._function(x, arguments) if self._several else self._function(x, *arguments)
 
 
 def _bind_of(function: Callable[..., Any], graph: bool) -> Bind | None:

@@ -58,6 +58,18 @@ def _stacked(d: Draw, m: int, k: int) -> Made:
     return [Projection(*given) for given, _ in parts], [t for _, leaves in parts for t in leaves]
 
 
+def _mlp(d: Draw, m: int, k: int) -> Made:
+    features, fused = 2 * d.size(20, 1), d.one((None, "halves", "pairs"))
+
+    def one(n: int, k: int) -> Projection:
+        return Projection(_weight(d, n, k), *_factors(d, n, k), d.number(), _bias(d, n))
+
+    up = one(features, k) if fused is None and d.maybe(0.7) else None
+    down = one(d.size(40, 1), features // 2 if fused else features)
+    act, limit = d.one(("silu", "gelu", "relu2")), d.one((0.0, 2.0))
+    return [one(features, k), up, down, act, fused, None, limit, 0.0], []
+
+
 def _by_row(d: Draw, m: int, k: int) -> Made:
     n, count, dtype = d.size(40, 1), d.random.randint(1, 3), d.one(FLOATS)
     ranks = [d.size(8, 1) for _ in range(count)]
@@ -85,6 +97,7 @@ def _mixture(d: Draw, m: int, k: int) -> Made:
 MAKERS: dict[str, Callable[[Draw, int, int], Made]] = {
     "dora_linear": _gained,
     "dora_linear_normed": _normed,
+    "gated_mlp": _mlp,
     "lora_linear": _lora,
     "lora_linear_by_row": _by_row,
     "lora_linear_stacked": _stacked,
@@ -92,7 +105,7 @@ MAKERS: dict[str, Callable[[Draw, int, int], Made]] = {
     "multi_lora_linear": _multi,
 }
 _SEVERAL = ("lora_linear_by_row", "lora_linear_stacked")
-_WITHOUT_GRAPH = ("dora_linear", "lora_mixture", "multi_lora_linear")
+_WITHOUT_GRAPH = ("dora_linear", "gated_mlp", "lora_mixture", "multi_lora_linear")
 
 
 def tensors_of(value: Any) -> list[Tensor]:

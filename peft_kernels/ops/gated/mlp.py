@@ -90,7 +90,6 @@ def gated_mlp(
     up: Projection | None,
     down: Projection,
     act: str = "silu",
-    *,
     fused: str | None = None,
     alpha: float | None = None,
     limit: float = 0.0,

@@ -72,6 +72,26 @@ def backward(x: Tensor, *args: Any) -> list[Tensor]:
 
 
 # ---- prepared calls: `lora_linear.native.fields` of each projection in the place of its tensors ---------------------
+def infer(packed: Sequence[tuple[bytes, ...]], x: Tensor, sizes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    """`step` without s and seeds. Outputs of one row lie one after the other: decoding waits for each allocation."""
+    m = x.shape[0]
+    ys: Sequence[Tensor]
+    if m == 1:
+        y = x.new_empty((1, sum([n for n, _ in sizes])))
+        ys = y.split([n for n, _ in sizes], 1) if len(sizes) > 1 else (y,)
+    else:
+        ys = [x.new_empty((m, n)) for n, _ in sizes]
+    s = x.new_empty((m * sum([r for _, r in sizes]),), dtype=torch.float32)
+    at, args = s.data_ptr(), []
+    for own, y, (_, r) in zip(packed, ys, sizes, strict=True):
+        args.append(single.put(own, x, None, m, y.data_ptr(), at))
+        at += 4 * m * r
+    code = native.cpu().pk_cpu_lora_linear(b"".join(args), len(packed))
+    if code:
+        native.check(code)
+    return ys
+
+
 def step(
     packed: Sequence[tuple[bytes, ...]], x: Tensor, sizes: Sequence[tuple[int, int]], seeds: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor]]:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ...prepared import Prepared, native_serves, prepares
 from ..lora_linear import prepared as single
 from . import A, B, backward_op, each, forward_op, gradients, lora_linear_stacked, numbers_of, saved_of
-from .native import step, step_backward
+from .native import infer, step, step_backward
 
 
 class StackedCall(Prepared):
@@ -32,7 +32,7 @@ class StackedCall(Prepared):
         return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     def compute(self, x: Tensor, rows: Tensor) -> Sequence[Tensor]:
-        return step(self.packed, rows, self.sizes, (None,) * len(self.calls))[0]
+        return infer(self.packed, rows, self.sizes)
 
 
 class StackedStep(StackedCall):
@@ -120,7 +120,7 @@ def _calls(x: Tensor, projections: tuple[Any, ...], bind: Any) -> list[Any] | No
     return found if serves else None
 
 
-def _inference(x: Tensor, projections: tuple[Any, ...]) -> StackedCall | None:
+def inference(x: Tensor, projections: tuple[Any, ...]) -> StackedCall | None:
     if any(p[5] for p in projections):
         return None
     calls = _calls(x, projections, single.inference)
@@ -141,4 +141,4 @@ def _training(x: Tensor, projections: tuple[Any, ...]) -> StackedStep | None:
     return StackedStep(x, calls) if native_serves((backward_op, (row, *lists, True, need_ab))) else None
 
 
-prepares(lora_linear_stacked, _inference, _training)
+prepares(lora_linear_stacked, inference, _training)

@@ -15,7 +15,7 @@ from .angles import Turn, alibi_slopes
 from .description import Attention, Together
 from .masking import serve
 from .masks import Seen
-from .projections import Given, in_one_call, linears, modules_on, stacked
+from .projections import Given, children, in_one_call, linears, modules_on, stacked
 from .state import State
 from .ways import Ways, ways_of
 
@@ -175,7 +175,7 @@ def dropout_of(self: Any, name: str) -> float:
 
 def _stacked(self: Any, state: State, x: Tensor, names: tuple[str, ...]) -> Any:
     """Outputs of projections of one input, [B, T, F], or [B, F] of a token: one call of a kernel where that serves."""
-    layers = [getattr(self, name) for name in names]
+    layers = children(self, names)
     if not torch.is_grad_enabled() and x.shape[1] == 1:  # decoding
         return linears(state.qkv, x.squeeze(1), ways_of(x).launches, *layers)
     return stacked(state.qkv, x, *layers)
@@ -233,7 +233,7 @@ def _turned(turn: Turn, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _out(self: Any, of: Attention, state: State, y: Tensor) -> Tensor:
-    layer = getattr(self, of.out)
+    (layer,) = children(self, (of.out,))
     if not torch.is_grad_enabled() and y.shape[1] == 1:
         return linears(state.o, y.squeeze(1), ways_of(y).launches, layer)[0].unsqueeze(1)
     return modules_on(y, layer)[0]

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels import gated, gated_mlp
+from peft_kernels import QuantWeight, gated
 
 from ..weights.base import acts_in_calls, has_hooks
 from .attention import after, dropout_of
 from .description import Mlp, Spread
-from .projections import Given, linears, modules_on, projections, stacked
+from .projections import Given, children, linears, modules_on, stacked
 from .state import State
 from .ways import ways_of
 
@@ -62,12 +62,12 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if act is None or (of.served and not of.served(self)) or (of.cast and _is_cast(x, getattr(self, of.down))):
         whole: Tensor = state.base.forward(self, x, *args, **kwargs)
         return whole
-    up = [getattr(self, name) for name in of.up]
+    *up, down = children(self, (*of.up, of.down))
     if of.between and dropout_of(self, of.between):
         h = _activated(stacked(state.qkv, x, *up), act, of, limit_of(self, of))
-        y = modules_on(after(self, of.between, h), getattr(self, of.down))[0]
+        y = modules_on(after(self, of.between, h), down)[0]
     else:
-        y = _computed(state, of, x, act, up, getattr(self, of.down), limit_of(self, of))
+        y = _computed(state, of, x, act, up, down, limit_of(self, of))
     return _added(self, of, y, residual)
 
 
@@ -77,15 +77,15 @@ def limit_of(self: Any, of: Mlp) -> float:
 
 
 def _computed(state: State, of: Mlp, x: Tensor, act: str, up: list[Any], down: Any, limit: float = 0.0) -> Tensor:
-    if not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == 1:  # decoding
-        few = ways_of(x).launches
+    token, few = not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == 1, ways_of(x).launches
+    found = None if token and few else state.whole.projections(x, (*up, down))
+    if token and (found is None or not all(type(p.weight) is QuantWeight for p in found)):
         h = _activated(linears(state.qkv, x[:, 0], few, *up), act, of, limit)
         return linears(state.o, h, few, down)[0].unsqueeze(1)
-    found = projections(x, *up, down)
     if found is None:
         return modules_on(_activated(modules_on(x, *up), act, of, limit), down)[0]
     gate, *second = found[:-1]
-    y: Tensor = gated_mlp(x, gate, second[0] if second else None, found[-1], act=act, fused=_fused(of), limit=limit)
+    y: Tensor = state.mlp(x, gate, second[0] if second else None, found[-1], act, _fused(of), None, limit)
     return y
 
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import PreparedCall, Projection, QuantWeight, lora_linear
+from peft_kernels import PreparedCall, Projection, QuantWeight, lora_linear, lora_linear_stacked
 
 from ..layer.by_row import train as trained_rows
+from ..layer.by_row.call import now
 from ..layer.layer import AdapterLayer
 from ..methods.fused import FusedProjection
 from ..weights.base import acts_in_calls
-from ..weights.bnb import quant_view
+from ..weights.bnb import note_view, quant_view
+from ..weights.lookups import Lookups
 from ..weights.nf4_linear import NF4Linear
 
 
 def projection(module: Any, dtype: torch.dtype) -> Projection | str:
     """A linear layer as the kernels take it, for x of `dtype`; a reason where it has to be called as a module: adapters
     other than a single plain LoRA, hooks, a base that is computed in another dtype, weights that train. Layers of PEFT
-    that `fastpeft.patch` took over and Linear4bit of bitsandbytes are such layers too.
+    that `fastpeft.patch` took over and Linear4bit of bitsandbytes are such layers too. `_note` has its lookups.
     """
     if acts_in_calls(module):
         return _HOOKS
@@ -42,6 +46,81 @@ def projection(module: Any, dtype: torch.dtype) -> Projection | str:
         return _OTHER_DTYPE
     found = plan.projection()
     return _UNREADABLE if found is None else found
+
+
+def _note(module: Any, lookups: Lookups) -> None:
+    """Note what `projection` looks at where it finds one."""
+    lookups.calls_of(module)
+    if type(module) is NF4Linear:
+        lookups.entries(vars(module), "compute_dtype")
+        lookups.entries(module._parameters, "bias")
+        module.note(lookups)
+    elif type(module) is AdapterLayer:
+        module.note(lookups)
+        plan = module.plan()
+        if isinstance(plan, FusedProjection):
+            plan.note(lookups)
+            return
+    elif _adapter_layer(module) is None:
+        lookups.entries(vars(module), "compute_dtype")
+        lookups.entries(module._parameters, "weight", "bias")
+        note_view(module.weight, lookups)
+    else:
+        lookups.refuse()
+
+
+class Linears:
+    """Linear layers of one input, call after call. call: of them together.
+
+    What the modules said in the last call without gradients is kept, and asked for again once one of its lookups would
+    find something else: so decoding takes no Python for each layer. Copied and pickled empty.
+    """
+
+    def __init__(self) -> None:
+        self.call = PreparedCall(lora_linear_stacked)
+        self._kept: _Kept | None = None
+
+    def __reduce__(self) -> Any:
+        return Linears, ()
+
+    def projections(self, x: Tensor, modules: Sequence[Any]) -> list[Projection] | None:
+        """`projections(x, *modules)`."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or now.state.call is not None:
+            return projections(x, *modules)
+        kept = self._kept
+        if kept is None or not kept.of(x, modules):
+            found = projections(x, *modules)
+            if found is not None:
+                self._kept = _Kept(x, modules)
+            return found
+        if kept.found is not None and kept.lookups.hold():
+            return kept.found
+        found = projections(x, *modules)
+        if kept.lookups.keeps:
+            # asked for between two looks, as another thread may change the layers
+            self._kept = kept.with_these(found) if kept.lookups.hold() else None
+        return found
+
+
+class _Kept:
+    """The projections of modules, found: None until they were asked for after `lookups` were noted."""
+
+    def __init__(self, x: Tensor, modules: Sequence[Any]) -> None:
+        self._dtype, self._modules = x.dtype, modules
+        self.found: list[Projection] | None = None
+        self.lookups = Lookups()
+        for module in modules:
+            _note(module, self.lookups)
+
+    def of(self, x: Tensor, modules: Sequence[Any]) -> bool:
+        mine = self._modules
+        return self._dtype is x.dtype and len(mine) == len(modules) and all(map(is_, mine, modules))
+
+    def with_these(self, found: list[Projection] | None) -> _Kept:
+        """The same with them, as threads share what is there."""
+        new = copy.copy(self)
+        new.found = found
+        return new
 
 
 _HOOKS = "hooks listen to its calls"
@@ -86,6 +165,12 @@ def projections(x: Tensor, *modules: Any) -> list[Projection] | None:
     return found  # type: ignore[return-value]  # no str is among them
 
 
+def children(module: Any, names: Sequence[str]) -> list[Any]:
+    """Attributes of a module, which are modules as a rule: torch looks for these last."""
+    own = module._modules
+    return [own[name] if name in own else getattr(module, name) for name in names]
+
+
 def modules_on(x: Tensor, *modules: Any) -> Sequence[Tensor]:
     """`module(x)` of each; adapters by row in training are one node of the graph."""
     if all(type(module) is AdapterLayer and not acts_in_calls(module) for module in modules):
@@ -95,10 +180,10 @@ def modules_on(x: Tensor, *modules: Any) -> Sequence[Tensor]:
     return [module(x) for module in modules]
 
 
-def stacked(call: PreparedCall, x: Tensor, *modules: Any) -> Sequence[Tensor]:
+def stacked(of: Linears, x: Tensor, *modules: Any) -> Sequence[Tensor]:
     """`module(x)` of each: one call of a kernel where that serves them all."""
-    found = projections(x, *modules)
-    ys: Sequence[Tensor] = modules_on(x, *modules) if found is None else call(x, *found)
+    found = of.projections(x, modules)
+    ys: Sequence[Tensor] = modules_on(x, *modules) if found is None else of.call(x, *found)
     return ys
 
 
@@ -121,20 +206,21 @@ def _one_token(module: Any, x: Tensor) -> Tensor:
     return module(x.unsqueeze(1)).squeeze(1)  # type: ignore[no-any-return]
 
 
-def linears(call: PreparedCall, x: Tensor, launches: bool, *modules: Any) -> Sequence[Tensor]:
+def linears(of: Linears, x: Tensor, launches: bool, *modules: Any) -> Sequence[Tensor]:
     """`module(x)` of each for x [M, K] without gradients, as one call of a kernel and without the modules around it.
 
     launches: of `Ways`. A stack pays over dense weights, too, then, and one projection has kernels of its own.
     """
-    by_row = _by_row(x, modules)
-    if by_row is not None:
-        return by_row
-    found = projections(x, *modules)
+    found = of.projections(x, modules)
+    if found is None:
+        by_row = _by_row(x, modules)
+        if by_row is not None:
+            return by_row
     if found is None or any(p.dropout_p or not (launches or type(p.weight) is QuantWeight) for p in found):
         return [_one_token(module, x) for module in modules]
     if launches and len(found) == 1:
         return (lora_linear(x, *found[0]),)
-    ys: Sequence[Tensor] = call(x, *found)
+    ys: Sequence[Tensor] = of.call(x, *found)
     return ys
 
 
@@ -162,17 +248,17 @@ class Given:
         delattr(self._module, name)
 
 
-def in_one_call(module: Any, names: Sequence[str], x: Tensor, call: PreparedCall) -> dict[str, Any]:
+def in_one_call(module: Any, names: Sequence[str], x: Tensor, of: Linears) -> dict[str, Any]:
     """Layers for `Given` in place of those that all read x: the first one asked computes all of them, in one call.
 
     None of them where they are called as modules. They are asked in any order, each once; for another input, or once
     more, it is the layer itself that is called.
     """
     layers = [getattr(module, name) for name in names]
-    found = projections(x, *layers) if len(names) > 1 else None
+    found = of.projections(x, layers) if len(names) > 1 else None
     if found is None:
         return {}
-    shared = _OneCall(x, call, found)
+    shared = _OneCall(x, of.call, found)
     return {name: _Answer(layer, shared, i) for i, (name, layer) in enumerate(zip(names, layers, strict=True))}
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from peft_kernels import PreparedCall, lora_linear_stacked
+from peft_kernels import PreparedCall, gated_mlp
 
 from .angles import Angles
 from .description import Part
 from .masks import Masks
+from .projections import Linears
 
 
 @dataclass
@@ -26,17 +27,15 @@ class Shared:
         return Shared, ()
 
 
-def _new_call() -> PreparedCall:
-    return PreparedCall(lora_linear_stacked)
-
-
 @dataclass
 class State:
     part: Part
     base: Any  # the class that was there
     shared: Shared = field(default_factory=Shared)
-    qkv: PreparedCall = field(default_factory=_new_call)
-    o: PreparedCall = field(default_factory=_new_call)
+    qkv: Linears = field(default_factory=Linears)
+    o: Linears = field(default_factory=Linears)
+    whole: Linears = field(default_factory=Linears)  # of an MLP, all of them
+    mlp: PreparedCall = field(default_factory=lambda: PreparedCall(gated_mlp))
     config: Any = None  # of the model whose forward makes its masks, once they come as spans
 
     @property

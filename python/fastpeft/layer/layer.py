@@ -20,6 +20,7 @@ from ..methods.base_edit import EDIT
 from ..methods.fused import Fused
 from ..methods.method import Method, State
 from ..weights.base import BaseWeight
+from ..weights.lookups import Lookups
 from .base import STILL_MERGED, MergingLayer
 from .by_row.call import RowValues, now
 from .by_row.rows import RowState
@@ -189,19 +190,15 @@ class AdapterLayer(MergingLayer):
         if method is not None:
             for name in {*self._entries, *self.shared}:
                 container = getattr(self, name)
-                drop = container.release if isinstance(container, SharedDict) else container.pop
-                drop(adapter_name, None)
+                (container.release if isinstance(container, SharedDict) else container.pop)(adapter_name, None)
         self.changed()
         if adapter_name not in self._active_adapter:
             return
         left = [name for name in self._active_adapter if name != adapter_name]
         if not left and self.methods:
             left = [min(self.methods)]
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                PeftWarning,
-                stacklevel=2,
-            )
+            text = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}."
+            warnings.warn(text, PeftWarning, stacklevel=2)
         self.set_adapter(left)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -248,8 +245,7 @@ class AdapterLayer(MergingLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scaling to `scale` times what its configuration gives."""
-        initial = self._initial_scale(adapter)
-        if initial is not None:
+        if (initial := self._initial_scale(adapter)) is not None:
             self._scaling[adapter] = scale * initial
 
     def scale_layer(self, scale: float) -> None:
@@ -264,8 +260,7 @@ class AdapterLayer(MergingLayer):
 
     @property
     def _scaling(self) -> dict[str, Any]:
-        found: dict[str, Any] = getattr(self, "scaling", {})
-        return found
+        return getattr(self, "scaling", {})  # type: ignore[no-any-return]
 
     def _initial_scale(self, adapter: str) -> float | None:
         return self.methods[adapter].scale(self.view(adapter)) if adapter in self.methods else None
@@ -305,6 +300,13 @@ class AdapterLayer(MergingLayer):
         if not compiling:
             self._plan, self._planned = made, version
         return made
+
+    def note(self, lookups: Lookups) -> None:
+        """Note what `plan` looks at, beside the thread's own rows."""
+        lookups.entries(vars(self), "_plan", "_version")
+        lookups.entries(vars(self.rows), "_names", "stack")
+        for held in (self._scaling, *(container for _, container in self.containers())):
+            lookups.entries(getattr(held, "__dict__", {}), "version")
 
     def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         names = kwargs.pop("adapter_names", None)

@@ -28,6 +28,7 @@ from peft_kernels import QuantWeight
 
 from ..files.offloaded import brought, device_of
 from ..files.whole import is_unit
+from .lookups import Lookups
 
 Weight = tuple[Tensor, "Tensor | None"]
 Saved = dict[str, Any]  # what `BaseWeight.save` gives
@@ -273,6 +274,10 @@ class BaseWeight:
         """A function that gives the weight as `peft_kernels.lora_linear` takes it, or None while it must not be used
         (trainable, hooked). None in place of the function where it has no such form."""
         return None
+
+    def note(self, lookups: Lookups) -> None:
+        """Note what the function that `fast` gave looks at."""
+        lookups.refuse()
 
     def fused(self, call: Callable[..., Tensor | None]) -> Callable[[Tensor], Tensor | None] | None:
         """`call(x, W, bias)` as a function of x alone, with W as `fast` gives it and x in the layer's compute dtype.

@@ -17,6 +17,7 @@ from peft_kernels import QuantWeight
 
 from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, has_base, has_hooks, relative_error
+from .lookups import Lookups
 from .nf4 import Quant4bitWeight
 
 
@@ -97,6 +98,11 @@ class Bnb4bitWeight(Quant4bitWeight):
 
         return weight
 
+    def note(self, lookups: Lookups) -> None:
+        lookups.calls_of(self.module)
+        lookups.entries(self.module._parameters, "weight")
+        note_view(self.module.weight, lookups)
+
 
 _views: WeakKeyDictionary[nn.Module, tuple[ReferenceType[Tensor], QuantWeight]] = WeakKeyDictionary()
 
@@ -127,6 +133,16 @@ def is_view(qw: QuantWeight, weight: Any, state: Any) -> bool:
     ):
         return False
     return (nested is None) is (qw.nested_absmax is None) and weight.data_ptr() == qw.packed.data_ptr()  # type: ignore[no-any-return]
+
+
+def note_view(weight: Any, lookups: Lookups) -> None:
+    """Note what `is_view` looks at, and the state that it is given."""
+    state = weight.quant_state
+    lookups.entries(vars(weight), "quant_state")
+    lookups.entries(vars(state), "packing_format_for_cpu", "absmax", "nested", "state2", "offset")
+    if getattr(state, "nested", False):
+        lookups.entries(vars(state.state2), "absmax", "code")
+    lookups.memory_of(weight)
 
 
 _repacking = threading.Lock()

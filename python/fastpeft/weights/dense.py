@@ -12,6 +12,7 @@ from peft_kernels import QuantWeight
 
 from ..files.offloaded import brought
 from .base import BaseWeight
+from .lookups import Lookups
 
 
 class LinearWeight(BaseWeight):
@@ -34,6 +35,10 @@ class LinearWeight(BaseWeight):
             return None if w is None or w.requires_grad or hooks or pre or backward or "forward" in own else w
 
         return weight
+
+    def note(self, lookups: Lookups) -> None:
+        lookups.calls_of(self.module)
+        lookups.entries(self.module._parameters, *self.names)
 
 
 class Conv1DWeight(BaseWeight):

@@ -14,6 +14,8 @@ from peft_kernels import QuantWeight
 
 from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, put_back, relative_error
+from .lookups import Lookups
+from .nf4_store import NF4Store
 from .quantised_rows import quantised_rows
 
 
@@ -80,3 +82,11 @@ class Quant4bitWeight(BaseWeight):
             return None if hooks or pre or "forward" in own else quant()
 
         return weight
+
+    def note(self, lookups: Lookups) -> None:
+        module = self.module
+        lookups.calls_of(module)
+        if isinstance(module, NF4Store):
+            module.note(lookups)
+        else:
+            lookups.refuse()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from peft_kernels import QuantWeight
 from peft_kernels.formats import make_tables
 
+from .lookups import Lookups
+
 SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
 
 
@@ -54,6 +56,13 @@ class NF4Store(nn.Module):
             )  # fmt: skip
             self.__dict__["_quant_weight"] = last
         return last
+
+    def note(self, lookups: Lookups) -> None:
+        """Note what `quant_weight` looks at, after a call of it."""
+        lookups.entries(self._buffers, "weight", *SCALES)
+        lookups.entries(self.__dict__, "_quant_weight")  # dropped with each new form of the weight
+        if "weight" not in self._buffers:
+            lookups.refuse()
 
     def set_quant_weight(self, weight: QuantWeight) -> None:
         """Replace the weight. Its tensors are kept, not copied, so an old `quant_weight()` restores the exact bytes."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..files.whole import dtensor_from_local_like
 from .base import BaseWeight, Weight
 from .dense import EmbeddingWeight, LinearWeight, scaled
+from .lookups import Lookups
 
 
 class _Copied(torch.autograd.Function):
@@ -203,6 +204,9 @@ class SplitLinearWeight(SplitWeight, LinearWeight):
                 return w.to_local()  # type: ignore[no-any-return]
 
         return weight
+
+    def note(self, lookups: Lookups) -> None:
+        lookups.refuse()  # the local part is made at each call
 
     @property
     def parameters(self) -> Any:

@@ -25,6 +25,7 @@ from ...config.base import HasBias, HasFanInFanOut, TargetConfig
 from ...config.seen_as_peft import SeenAsPeft
 from ...config.types import PeftWarning
 from ...weights.base import wide
+from ...weights.lookups import Lookups
 from ..fused import Fused, FusedProjection, LowRank
 from ..math.draws import drawn_normal, kaiming_, normal_
 from ..method import AdaptedLayer, Inner, LayerInfo, Method, State
@@ -352,7 +353,15 @@ class Lora(Method):
             y: Tensor = call(x, w, *own)
             return y
 
-        return FusedProjection(run, get_weight, adapter, base_parameters, compute)
+        def note(lookups: Lookups) -> None:
+            layer.base.note(lookups)
+            for held, *keys in ((modules_a, name), (modules_b, name), (modules_drop, name), (scaling, name),
+                                (parameters_a, "weight"), (parameters_b, "weight"), (vars(dropout), "p", "training")):
+                lookups.entries(held, *keys)
+            lookups.nothing_in(*hooks)
+            lookups.keeps &= call is not lora_linear
+
+        return FusedProjection(run, get_weight, adapter, base_parameters, compute, note)
 
     def expert_factors(self, s: Any) -> tuple[Tensor, Tensor, float] | None:
         cls = type(self)
