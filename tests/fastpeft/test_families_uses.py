@@ -19,7 +19,7 @@ import fastpeft
 import transformers
 from forms import matrix
 
-from peft_kernels.testing import assert_no_worse
+from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 _tools = runpy.run_path(str(Path(__file__).with_name("families_tools.py")))
 exactly, tiny = _tools["exactly"], _tools["tiny"]
@@ -236,3 +236,11 @@ def test_the_head_of_a_model_whose_layers_came_first() -> None:
     assert type(model.lm_head) is not nn.Linear
     report.remove()
     assert type(model.lm_head) is nn.Linear
+
+
+def test_the_head_is_quantised_under_it() -> None:
+    plain, fast = (fastpeft.quantize_model(model, skip=[]) for model in pair("llama"))
+    assert type(fast.lm_head) is type(plain.lm_head) is not nn.Linear
+    assert fastpeft.unaccelerate(fast)
+    with torch.no_grad():
+        assert_same_bits(fast(IDS).logits, plain(IDS).logits)
