@@ -11,7 +11,8 @@ import os
 from collections import Counter
 
 import pytest
-from forms import full
+import torch
+from forms import full, matrix
 
 from bench.static import budgets, calls, cases, gpus, metrics, report
 
@@ -37,6 +38,16 @@ def test_machine_code(arch: int) -> None:
     every_kernel_is_there(rows, arch)
     rooflines_follow_the_gpus(rows, arch)
     assert budgets.check(rows) == []
+
+
+@pytest.mark.parametrize(("arch", "features"), matrix(
+    [(arch, features) for arch in report.ARCHS for features in (64, 128, 256)], [(90, 128)]
+))  # fmt: skip
+def test_attention_in_float32(arch: int, features: int) -> None:
+    """A thread reads whole rows of features, so heads of many are the first to spill; the limit above has no room."""
+    kernels = ("attention", "attention_queries", "attention_keys")
+    some = [calls.Case(kernel, N=features, dtype=torch.float32, p=0.0) for kernel in kernels]
+    assert budgets.check([row for case in some for row in report.triton_rows(case, arch)]) == []
 
 
 def in_short_form(arch: int) -> set[str]:

@@ -47,6 +47,7 @@ MORE = (
     *(Case(kernel, dtype=f16) for kernel in ("rotate", "reflect_gradient", "multi_outer")), Case("attention", N=64),
     *(Case(kernel, r=64, dtype=f16) for kernel in ("multi_forward", "multi_backward", "reflect", "reflect_gradient")),
     *(Case(kernel, N=128) for kernel in ("attention_queries", "attention_keys")), Case("dora_norm", r=64),
+    *(Case(kernel, dtype=f32) for kernel in ("attention_queries", "attention_keys")),
     *(Case(f"attention{kernel}_dropout", N=128) for kernel in ("", "_queries", "_keys")),
     Case("forward", M=128, r=64, dtype=f16, p=0.0, dense=True),
     *(Case(kernel, r=64, dtype=f16, p=0.0) for kernel in ("forward", "backward", "project", "outer")),

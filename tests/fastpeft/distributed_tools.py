@@ -28,6 +28,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     # one bank of vectors for all blocks
     "vblora": lambda: fastpeft.VBLoRAConfig(r=2, target_modules=TARGETS, num_vectors=8, vector_length=32),
 }
+QUICKER = ("llama", "opt")  # an MLP of its own, and one that lies in the decoder layer
 IDS = torch.arange(24).view(4, 6) % 31
 
 
@@ -190,6 +191,27 @@ def packed_experts() -> dict[str, Any]:
     return {"wanted": wanted, "found": found, "runs": runs, "shards": shards}
 
 
+def quicker(name: str) -> dict[str, Any]:
+    """A model of a family made quicker before it is sharded, after it, and never sharded, by its layers and what is in
+    them: outputs and gradients so and undone, and what is served."""
+    from torch.distributed.fsdp import fully_shard
+
+    tools = runpy.run_path(str(Path(__file__).with_name("families_tools.py")))
+    ids, found = torch.arange(3, 12)[None], {}
+    for order in ("whole", "before", "after"):
+        model = tools["tiny"](name, layers=1).requires_grad_()
+        report = fastpeft.accelerate(model) if order == "before" else None
+        units = [m for n, m in model.named_modules() if n.endswith((".0", ".0.mlp", ".0.self_attn"))]
+        for unit in (*units[::-1], model) if order != "whole" else ():
+            fully_shard(unit)
+        report = report or fastpeft.accelerate(model)
+        run, served = _logits_and_gradients(model, ids), report.served
+        report.remove()
+        left = [c.__name__ for m in model.modules() for c in type(m).__mro__ if "Fast" in c.__name__]
+        found[order] = {"run": run, "served": served, "undone": _logits_and_gradients(model, ids), "left": left}
+    return found
+
+
 def _logits_and_gradients(model: Any, ids: Tensor) -> list[Tensor]:
     model.zero_grad()
     logits = model(ids, use_cache=False).logits
@@ -276,6 +298,7 @@ def everything(rank: int, folder: Path) -> dict[Any, Any]:
     results["torch's states"] = torchs_states(rank)
     if importlib.util.find_spec("transformers") is not None:
         results["packed experts"] = packed_experts()
+        results["quicker"] = {name: quicker(name) for name in QUICKER}
     return results
 
 

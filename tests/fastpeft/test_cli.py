@@ -136,6 +136,35 @@ def test_merge_rounds_to_the_dtype_asked_for(world: Path) -> None:
     assert "exists and is not an empty folder" in error_of("merge", world / "run" / "adapter", world / "merged-bf16")
 
 
+def test_a_mixture_with_experts_in_four_bits(world: Path, tmp_path: Path) -> None:
+    """Trained, planned, asked and merged on the base that training had."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "num_local_experts": 4}  # fmt: skip
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=len(tokenizer), **sizes, initializer_range=0.3, tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )).save_pretrained(tmp_path / "model")  # fmt: skip
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ("train", world / "config.yaml", f"model={tmp_path / 'model'}", f"output={tmp_path / 'run'}", "max_steps=2",
+             "lora.target_parameters=[gate_up_proj, down_proj]")  # fmt: skip
+    dense, packed = (
+        result_of(*words, f"quantize_experts={given}", "--dry-run")["memory_bytes"]["base"] for given in ("no", "yes")
+    )
+    assert dense - packed == 4 * 3 * 64 * 32 * (4 - (4 + (8 + 32 / 256) / 64) / 8)  # bytes of the experts' numbers
+    assert result_of(*words, "quantize_experts=true")["steps"] == 2
+    adapter, asked = tmp_path / "run" / "adapter", ("--dtype", "float32", "--max-new-tokens", 10, "colour 3?")
+    assert result_of("inspect", adapter)["trained_on"]["quantize_experts"] is True
+    expected = result_of("generate", "--adapter", adapter, *asked)["answers"]
+    for onto, same in (("quantized", True), ("original", False)):
+        result_of("merge", adapter, tmp_path / onto, "--dtype", "fp32", "--onto", onto)
+        assert (result_of("generate", "--model", tmp_path / onto, *asked)["answers"] == expected) is same
+    assert "quantize=none" in error_of(*words, "quantize_experts=true", "quantize=none")
+    assert "no dense experts" in error_of("train", world / "config.yaml", f"output={tmp_path / 'no'}",
+                                          "quantize_experts=true")  # fmt: skip
+
+
 def test_inspect(world: Path) -> None:
     report = result_of("inspect", world / "run" / "adapter")
     assert report["method"] == "LORA"

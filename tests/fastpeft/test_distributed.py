@@ -144,6 +144,19 @@ def test_experts_in_4_bits_are_sharded(results: Any) -> None:
         assert_same_bits(found["found"][key], value)
 
 
+@pytest.mark.parametrize("name", tools["QUICKER"])
+def test_accelerate_before_and_after_sharding(results: Any, name: str) -> None:
+    pytest.importorskip("transformers")
+    whole, *sharded = (results["quicker"][name][order] for order in ("whole", "before", "after"))
+    assert whole["served"]
+    for found in sharded:
+        assert found["served"] == whole["served"]
+        assert found["left"] == []
+        for part in ("run", "undone"):
+            for mine, alone in zip(found[part], whole[part], strict=True):
+                assert_same_bits(mine, alone)
+
+
 def test_a_packed_layer_shows_modules_to_distributed_checkpoints_alone() -> None:
     layer = fastpeft.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 32)))[0]
     assert {*dict(layer.keys_as_modules.named_buffers()), "weight", "bias"} == layer.state_dict().keys()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -337,6 +339,17 @@ def test_what_bitsandbytes_packed(name: str, nested: bool, monkeypatch: pytest.M
     close(results(model)[0], merged)
     model.unmerge_adapter()
     assert_same_bits(results(model)[0], plain[0])
+
+
+def test_classes_of_parametrized_modules_go_with_them() -> None:
+    """A parametrization makes a class for each module."""
+    model = by_bitsandbytes(tiny("gpt_oss"))
+    fastpeft.accelerate(model)
+    classes = [ref(type(module)) for module in experts_of(model)]
+    assert len({one() for one in classes}) == 2
+    del model
+    gc.collect()
+    assert [one() for one in classes] == [None, None]
 
 
 @pytest.mark.full_form

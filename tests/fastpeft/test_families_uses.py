@@ -17,8 +17,9 @@ pytest.importorskip("transformers")
 
 import fastpeft
 import transformers
+from forms import matrix
 
-from peft_kernels.testing import assert_no_worse
+from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 _tools = runpy.run_path(str(Path(__file__).with_name("families_tools.py")))
 exactly, tiny = _tools["exactly"], _tools["tiny"]
@@ -64,12 +65,17 @@ def test_a_mask_for_all_queries(kind: str) -> None:
     agree(pair("llama"), {"input_ids": IDS, "attention_mask": seen(kind)})
 
 
-def test_attention_in_both_directions() -> None:
-    for given in ({"is_causal": False}, {}):
-        models = pair("qwen3")
-        for model in () if given else models:
-            model.config.is_causal = False
-        agree(models, {"input_ids": IDS, **given})
+@pytest.mark.parametrize("name", ["qwen3", "bloom"])
+def test_attention_in_both_directions(name: str) -> None:
+    """Said in the call, which BLOOM does not heed, and by the configuration, with padding and without."""
+    agree(pair(name), {"input_ids": IDS, "is_causal": False})
+    models = pair(name)
+    ahead = models[0](input_ids=IDS).logits
+    for model in models:
+        model.config.is_causal = False
+    assert not torch.equal(models[0](input_ids=IDS).logits, ahead)
+    agree(models, {"input_ids": IDS})
+    agree(models, {"input_ids": IDS, "attention_mask": HALF}, HALF)
 
 
 def gradient(model: Any, given: dict[str, Tensor]) -> Tensor:
@@ -107,24 +113,31 @@ def test_autocast(name: str) -> None:
 
 
 def shapes_of_calls(model: Any) -> list[Any]:
+    """(name, shapes of input and output) of calls of the modules that hold no others, in a list that fills."""
     found: list[Any] = []
 
     def hook(name: str) -> Any:
         return lambda module, args, y: found.append((name, args[0].shape, y.shape))
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if not any(True for _ in module.children()) and "rotary" not in name:
             module.register_forward_hook(hook(name))
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+# Norms of q and k get heads before tokens, all heads at once, a norm for each head, or tokens before heads.
+HEADS = ("gemma3", "phi", "exaone4", "hunyuan_v1_dense", "hunyuan_v1_moe", "olmo2", "olmo3", "stablelm", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "name", matrix(["llama", "gpt2", "bloom", "falcon", *HEADS], ["gpt2", "phi", "olmo2", "bloom"])
+)
 def test_hooks_see_what_the_model_gives(name: str) -> None:
     models = pair(name)
     calls = [shapes_of_calls(model) for model in models]
     tokens = [model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False) for model in models]
     assert torch.equal(*tokens)
-    assert calls[0] == calls[1] != []
+    assert sorted(calls[0]) == sorted(calls[1]) != []  # q, k and v are projected before q is normed
 
 
 @pytest.mark.parametrize("part", ["q_proj", "o_proj", "gate_proj", "down_proj", "act_fn"])
@@ -223,3 +236,11 @@ def test_the_head_of_a_model_whose_layers_came_first() -> None:
     assert type(model.lm_head) is not nn.Linear
     report.remove()
     assert type(model.lm_head) is nn.Linear
+
+
+def test_the_head_is_quantised_under_it() -> None:
+    plain, fast = (fastpeft.quantize_model(model, skip=[]) for model in pair("llama"))
+    assert type(fast.lm_head) is type(plain.lm_head) is not nn.Linear
+    assert fastpeft.unaccelerate(fast)
+    with torch.no_grad():
+        assert_same_bits(fast(IDS).logits, plain(IDS).logits)

@@ -179,12 +179,13 @@ def queries_kernel(
     first = tl.min(tl.where(b_low < b_high, b_low, S), 0) // BN * BN
     for i_k0 in tl.range(first, tl.max(b_high, 0), BN, num_stages=1):
         i_k = i_k0 + tl.arange(0, BN)
-        b_k = rows(p_k, i_k, i_d, S, D, k_t)
+        # both before the products: with a load between them float32 heads of 128 would spill
+        b_k, b_v = rows(p_k, i_k, i_d, S, D, k_t), rows(p_v, i_k, i_v, S, DV, v_t)
         b_s, b_by = scores(product(b_q, b_k, BM, BN, PRECISION), p_keep, p_bias, i_q[:, None], i_k[None, :],
                            b_low[:, None], b_high[:, None], slope, T, S, keep_t, bias_t, scale, softcap, KEEP, BIAS,
                            SLOPES, SOFTCAP)  # fmt: skip
         b_p = tl.exp(b_s - b_lse[:, None])
-        b_dp = product(b_dy, rows(p_v, i_k, i_v, S, DV, v_t), BM, BN, PRECISION)
+        b_dp = product(b_dy, b_v, BM, BN, PRECISION)
         if DROPOUT:
             b_dp = tl.where(keep_mask(p_seed, i_row, i_k0, S, threshold, BM, BN, BY_FOUR), b_dp * keep_scale, 0.0)
         b_ds = round_to(b_p * (b_dp - b_along[:, None]) * b_by, DTYPE)

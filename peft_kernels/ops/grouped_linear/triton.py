@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...triton_lib import host, toolchain
+from ...triton_lib import host
 from ..lora_linear import triton as single
 from ..multi_lora_linear import triton as multi
 
@@ -34,22 +34,20 @@ class _Groups(multi._Plan):
 
 def _product(
     x: Tensor, w: single._Weight, shape: tuple[int, int], plan: _Groups, low: Tensor | None, b: Tensor | None,
-    scaling: float, bias: Tensor | None, by_rows: bool,
+    bias: Tensor | None, by_rows: bool,
 ) -> Tensor:  # fmt: skip
-    """x W^T, or with by_rows x W, + scaling * low b^T of each group, + its bias. shape: of one W; b: [E, ., r]."""
+    """x W^T, or with by_rows x W, + low b^T of each group, + its bias. shape: of one W; b: [E, ., r]."""
     from . import triton_kernels as kernels
 
     (m, depth), (n, k) = x.shape, shape
     columns, r = k if by_rows else n, 0 if low is None else low.shape[1]
     y = x.new_empty((m, columns))
-    # three stages fit in 99 KiB; 64 rows become wgmma on sm_90, the adapter's with its left operand in registers
-    wide = 64 if toolchain.of(tuning.arch_of(x.device)).wgmma_from_registers else 32
-    bm, bk = 16 if plan.each() <= 16 else wide, 32 if x.dtype is torch.float32 else 64
+    bm, bk = 16 if plan.each() <= 16 else 64, 32 if x.dtype is torch.float32 else 64  # three stages fit in 99 KiB
     strides = w.strides if w.dense else (0, *w.strides)
     b = x[:, :0].unsqueeze(0) if b is None else b
     host.launch(kernels.product_kernel, (plan.tiles(bm), single._cdiv(columns, BN)), x, *w.pointers,
                 x if low is None else low, b, x if bias is None else bias, y, plan.bounds, depth, columns, n, k, r,
-                plan.count, *strides, *b.stride(), scaling, BY_ROWS=by_rows, ADAPTER=r > 0, BIAS=bias is not None,
+                plan.count, *strides, *b.stride(), BY_ROWS=by_rows, ADAPTER=r > 0, BIAS=bias is not None,
                 **w.constants, PRECISION=single._precision(x.dtype), BM=bm, BN=BN, BK=bk, BR=16, num_warps=4,
                 num_stages=3)  # fmt: skip
     return y
@@ -69,10 +67,10 @@ def forward(
     s = None
     if a is not None and plan.stacked and m:
         arch = tuning.arch_of(x.device)
-        s = multi._project(x, a.reshape(plan.stacked, k).contiguous(), plan, single._Dropout(0.0, None, k, x), False,
+        s = multi._project(x, a.reshape(plan.stacked, k).contiguous(), plan, single._Dropout(0.0, None, k, x), True,
                            arch)  # fmt: skip
     bias = None if bias is None else bias.contiguous()
-    return _product(x, w, (n, k), plan, s, b if s is not None else None, scaling, bias, False)
+    return _product(x, w, (n, k), plan, s, b if s is not None else None, bias, False)
 
 
 def backward(
@@ -104,7 +102,7 @@ def backward(
             ds = multi._project(dy, up, plan, drop, True, arch)
     if not need_dx:
         return none, da, db
-    return _product(dy, w, (n, k), plan, ds, None if ds is None or a is None else a.mT, 1.0, None, True), da, db
+    return _product(dy, w, (n, k), plan, ds, None if ds is None or a is None else a.mT, None, True), da, db
 
 
 def _when(x: Tensor, *args: Any) -> str | None:

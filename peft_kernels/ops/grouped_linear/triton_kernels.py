@@ -12,13 +12,14 @@ from ..multi_lora_linear.triton_kernels import group_tile
 @triton.jit(do_not_specialize=["r", "E"])
 def product_kernel(
     p_x, p_w, p_absmax, p_nested, p_code, p_offset, p_table, p_s, p_b, p_bias, p_y, p_bounds,
-    D, C, N, K, r, E, stride_e, stride_n, stride_k, b_stride_e, b_stride_c, b_stride_r, scaling,
+    D, C, N, K, r, E, stride_e, stride_n, stride_k, b_stride_e, b_stride_c, b_stride_r,
     BY_ROWS: tl.constexpr, ADAPTER: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y [M, C] = x [M, D] W_e^T, with BY_ROWS x W_e, + scaling * s b_e^T + bias_e: BM rows of one group e.
+    """A tile of y [M, C] = x [M, D] W_e^T, with BY_ROWS x W_e, + s b_e^T + bias_e: BM rows of one group e.
 
+    s has the scaling: multiplied here, it would be a left operand in registers, which not every ptxas keeps on sm_90.
     W_e [N, K]: at e * stride_e where dense, else rows e N .. of the codes. Rows of no group, which is number E: zeros.
     """
     i_e, i_first, i_last = group_tile(p_bounds, tl.program_id(0), BM, E)
@@ -59,7 +60,7 @@ def product_kernel(
                               other=0.0)  # fmt: skip
                 b_b = tl.load(p_b + i_r.to(tl.int64)[:, None] * b_stride_r + i_c.to(tl.int64)[None, :] * b_stride_c,
                               mask=(i_r < r)[:, None] & (i_c < C)[None, :], other=0.0)  # fmt: skip
-                b_acc = dot_narrow(b_s * scaling, b_b, b_acc, PRECISION)
+                b_acc = dot_narrow(b_s, b_b, b_acc, PRECISION)
         if BIAS:
             columns = tl.where(i_e < E, C, 0)
             b_bias = tl.load(p_bias + i_e.to(tl.int64) * C + i_c, mask=i_c < columns, other=0.0)

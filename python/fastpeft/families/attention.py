@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft_kernels import attention, native_library
 
+from ..weights.base import acts_in_calls
 from .angles import Turn, alibi_slopes
 from .description import Attention, Together
 from .masking import serve
@@ -40,7 +41,8 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     seen = None
     if _serves(self, of, x, ways, given):
         causal, mask = given.get("is_causal"), given.get("attention_mask")
-        causal = getattr(self, "is_causal", True) if causal is None else causal
+        # eager code of a module that does not say it sees all where no mask is given
+        causal = getattr(self, "is_causal", not of.eager) if causal is None else causal
         if type(mask) is Tensor and state.config is None:  # a copy, whose masks do not come as spans yet
             state.config = getattr(self, "config", None)
             serve(self, state.config)
@@ -107,6 +109,8 @@ def _serves(self: Any, of: Attention, x: Tensor, ways: Ways, given: dict[str, An
     if not ways.attention and not _is_token(of, x, ways, given):
         return False
     if x.dim() != 3 or x.dtype is torch.float64 or (of.served and not of.served(self)):
+        return False
+    if of.alibi and acts_in_calls(getattr(self, of.dropout)):  # such code calls it, with all probabilities
         return False
     if other_attention(self, of) or "read_index" in given:  # continuous batching: a row is not a sequence
         return False
@@ -211,7 +215,10 @@ def _by_head(y: Tensor, batch: int, t: int, d: int) -> Tensor:
 
 def _whole(self: Any, of: Attention, ys: Any) -> tuple[Tensor, Tensor, Tensor]:
     assert of.norms is not None
-    return getattr(self, of.norms[0])(ys[0]), getattr(self, of.norms[1])(ys[1]), ys[2]
+    norms = [getattr(self, name) for name in of.norms]
+    if ys[0].dim() == 2 and any(map(acts_in_calls, norms)):  # a token: whoever listens gets [B, 1, F], as elsewhere
+        ys = [y.unsqueeze(1) for y in ys]
+    return norms[0](ys[0]), norms[1](ys[1]), ys[2]
 
 
 def _normed(self: Any, of: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +227,7 @@ def _normed(self: Any, of: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Ten
     norms = [getattr(self, name, None) for name in of.norms]  # some models of a family have none
     if norms[0] is None or norms[1] is None:
         return q, k
-    if of.normed == "apart":
+    if of.normed == "apart" or (of.heads_first and (acts_in_calls(norms[0]) or acts_in_calls(norms[1]))):
         return norms[0](q.transpose(1, 2)).transpose(1, 2), norms[1](k.transpose(1, 2)).transpose(1, 2)
     return norms[0](q), norms[1](k)
 

@@ -29,7 +29,8 @@ class Attention(Part):
     q, then those of k, then of v; "heads", a head's q, k and v side by side, or those of a group of heads with its k
     and v. out: the projection of its output. head_size: features of a head. norms: of q and of k; normed: which
     vectors, "heads" (each head), "whole" (all heads at once), "turned" (each head, after the rotation), "apart" (a norm
-    a head, whose module takes [B, H, T, D]).
+    a head, whose module takes [B, H, T, D]). heads_first: norms that take any shape get [B, H, T, D] from transformers'
+    code, and so who listens to them.
     turn: how a head is rotated: its halves are the pairs, its neighbours are, or not at all. angles: where that
     differs, what the model's cosines are: "halves" (of the halves, for neighbours), "once" (each angle once). turned:
     says of a module that it rotates. scale: factor of the scores, "" for one by the root of the head's size.
@@ -47,6 +48,7 @@ class Attention(Part):
     head_size: str = "head_dim"
     norms: tuple[str, str] | None = None
     normed: Literal["heads", "whole", "turned", "apart"] = "heads"
+    heads_first: bool = False
     turn: Literal["halves", "neighbours"] | None = "halves"
     angles: Literal["", "halves", "once"] = ""
     turned: Callable[[Module], bool] | None = None

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -32,9 +33,24 @@ def parts(name: str) -> Family:
     return found
 
 
-@functools.cache
+_parts: WeakKeyDictionary[type, Part | None] = WeakKeyDictionary()  # parametrizations make a class for each module
+
+
 def part_of(cls: type) -> Part | None:
     """The description of a class of transformers; None of one that has none."""
+    if cls not in _parts:
+        _parts[cls] = _described(cls)
+    return _parts[cls]
+
+
+def own_class(cls: type) -> type:
+    """The class that a module had before FSDP2's `fully_shard` made one of it."""
+    made = len(cls.__bases__) == 2 and cls.__bases__[0].__name__ == "FSDPModule"
+    return cls.__bases__[1] if made else cls
+
+
+def _described(cls: type) -> Part | None:
+    cls = own_class(cls)
     if cls in (nn.LayerNorm, nn.RMSNorm):
         return None
     module, usual = cls.__module__, EXPERTS if is_experts(cls) else None

@@ -13,7 +13,7 @@ from . import attention, experts, norms
 from .description import Attention, Experts, Mlp, Norm, Part, Together
 from .mlp import act_in, attribute
 from .projections import refusal
-from .registry import MODELS, part_of
+from .registry import MODELS, own_class, part_of
 from .switch import is_switched, switched_as
 from .ways import BY_CHOICE, PARTS, Ways, known_ways
 
@@ -36,8 +36,8 @@ def look(model: nn.Module) -> tuple[Table, Table]:
             _switched(served, stays, module, known_ways(_device(module), dtype), dtype)
         elif type(module) is nn.LayerNorm:
             stays["norms", BY_CHOICE["layer_norm"]] += 1
-        elif type(module).__module__.startswith(MODELS):
-            cls: Any = type(module)
+        elif own_class(type(module)).__module__.startswith(MODELS):
+            cls: Any = own_class(type(module))
             like, part = _like(cls), part_of(cls)
             why = experts.why_not(module, part) if isinstance(part, Experts) else None
             if like is not None and not any(map(is_switched, module.modules())):  # what holds such a part is none

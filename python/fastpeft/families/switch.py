@@ -15,8 +15,8 @@ Reversible: `switch_back` puts the class back. Parameters, buffers, state dicts 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -66,9 +66,21 @@ def _members(part: str, forward: Any, method: str = "forward") -> dict[str, Any]
 FAST_HEAD = type("FastHead", (nn.Linear,), _members("head", head_forward))
 
 
-@cache
+# A class is kept while a module has it, as others make classes of which one module each is: parametrizations.
+_fast_classes: WeakKeyDictionary[type, ref[type]] = WeakKeyDictionary()
+
+
 def fast_class(base: type) -> type:
     """The subclass of a described class whose forward is the quicker one."""
+    kept = _fast_classes.get(base)
+    found = None if kept is None else kept()
+    if found is None:
+        found = _fast_class(base)
+        _fast_classes[base] = ref(found)
+    return found
+
+
+def _fast_class(base: type) -> type:
     part = part_of(base)
     assert part is not None
     more = {TAKES_FACTORS: True} if isinstance(part, Experts) and not part.every else {}
@@ -97,7 +109,13 @@ def _without(cls: type) -> type:
     if _SWITCHED in cls.__dict__:
         return cls.__bases__[0]
     bases = tuple(_without(base) if hasattr(base, _SWITCHED) else base for base in cls.__bases__)
-    return type(cls.__name__, bases, dict(cls.__dict__))
+    name, members = cls.__name__, dict(cls.__dict__)
+    for old, new in zip(cls.__bases__, bases, strict=True):
+        name = name.replace(old.__name__, new.__name__)
+        for of, member in cls.__dict__.items():  # transformers' layers wrap the forward for each class made of them
+            if old is not new and getattr(member, "__wrapped__", cls) is getattr(old, of, None):
+                del members[of]
+    return type(name, bases, members)
 
 
 def switch_back(module: nn.Module) -> None:

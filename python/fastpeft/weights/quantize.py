@@ -29,6 +29,7 @@ from .nf4_experts import NF4Experts, dense_parameters, is_accelerated, nests, pa
 from .nf4_linear import NF4Linear
 
 METHOD = "fastpeft_nf4"
+_PLAIN = ("FalconLinear", "FastHead")  # names of classes
 _CONVERSIONS = "_fastpeft_conversions"  # of a model with experts in 4 bits: the conversions of its files from before
 
 
@@ -81,8 +82,9 @@ def quantize_model(
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """True for nn.Linear itself, and for the one subclass in transformers that computes the same product: Falcon's."""
-    return type(layer) is nn.Linear or (isinstance(layer, nn.Linear) and type(layer).__name__ == "FalconLinear")
+    """True for nn.Linear itself, and for subclasses that compute the same product: Falcon's in transformers, and that
+    of a head which `accelerate` made quicker."""
+    return type(layer) is nn.Linear or (isinstance(layer, nn.Linear) and type(layer).__name__ in _PLAIN)
 
 
 def _plan(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:

@@ -140,15 +140,15 @@ def merge(adapter: Path, output: Path, model: str | None, dtype: str, onto: str)
 
 def _round_to_four_bits(model: Any, storage: str, note: dict[str, Any]) -> None:
     """Replace each weight by what its 4-bit form stands for: the base that the adapter was trained to correct."""
-    import torch
+    from ... import dequantize_model
 
-    from peft_kernels import dequantize_4bit, quantize_4bit
-
-    skip = [str(s) for s in note.get("quantize_skip", ["lm_head"])]
-    for name, module in model.named_modules():
-        if type(module) is torch.nn.Linear and not any(name == s or name.endswith("." + s) for s in skip):
-            rounded = quantize_4bit(module.weight.detach(), storage, nested=bool(note.get("double_quant", True)))
-            module.weight.data.copy_(dequantize_4bit(rounded))
+    own = dict(model.named_modules())
+    dequantize_model(models.quantize(model, storage, note))
+    for name, layer in list(model.named_modules()):
+        if layer is not own[name]:  # a layer of its own class again, such as GPT-2's, which stores [in, out]
+            turned = type(own[name]).__name__ == "Conv1D"
+            own[name].weight.data.copy_(layer.weight.t() if turned else layer.weight)
+            model.set_submodule(name, own[name])
 
 
 def inspect(adapter: Path) -> dict[str, Any]:

@@ -90,8 +90,12 @@ def _base_bytes(model: Any, config: TrainConfig) -> int:
     quantised = set()
     for name, module in model.named_modules():
         skipped = any(name == s or name.endswith("." + s) for s in config.quantize_skip)
-        if config.quantize != "none" and type(module) is torch.nn.Linear and not skipped:
+        if config.quantize == "none" or skipped:
+            continue
+        if type(module) is torch.nn.Linear:
             quantised.add(id(module.weight))
+        elif config.quantize_experts and type(module).__name__.endswith("Experts"):
+            quantised.update(id(p) for p in module.parameters(recurse=False) if p.dim() == 3)
     total = 0.0
     for parameter in model.parameters():
         small = id(parameter) in quantised

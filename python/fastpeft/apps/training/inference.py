@@ -65,8 +65,7 @@ class Answerer:
         compute = models.pick_dtype(str(note.get("dtype", "auto")) if dtype == "auto" else dtype, where)
         tokenizer = models.load_tokenizer(source)
         base = models.load_model(source, compute, where)
-        skip = [str(s) for s in note.get("quantize_skip", ["lm_head"])]
-        base = models.quantize(base, storage, bool(note.get("double_quant", True)), skip)
+        base = models.quantize(base, storage, note)
         if adapter is not None:
             from ... import PeftModel
 

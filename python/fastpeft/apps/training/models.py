@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,13 +208,21 @@ def _loading(source: Source) -> Iterator[None]:
         raise UserError(f"cannot load {source.note}: {line[:300]}", fix) from error
 
 
-def quantize(model: Any, storage: str, double_quant: bool, skip: list[str]) -> Any:
-    """Replace the linear layers by 4-bit ones in place."""
+def quantize(model: Any, storage: str, how: Mapping[str, Any]) -> Any:
+    """Replace the linear layers by 4-bit ones in place. how: the settings of a run, or the note beside its adapter.
+
+    Raises `UserError` for a model that cannot be kept so.
+    """
     if storage == "none":
         return model
     from ... import quantize_model
 
-    return quantize_model(model, storage, double_quant=double_quant, skip=skip)
+    skip = [str(s) for s in how.get("quantize_skip", ["lm_head"])]
+    nested, experts = bool(how.get("double_quant", True)), bool(how.get("quantize_experts", False))
+    try:
+        return quantize_model(model, storage, double_quant=nested, skip=skip, experts=experts)
+    except ValueError as error:
+        raise UserError(str(error), "change quantize, quantize_skip or quantize_experts") from error
 
 
 def speed_up(model: Any) -> list[str]:

@@ -157,7 +157,7 @@ def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = Non
         with _named(p.name):
             configs[p.name] = adapter_config(p.config)
     model = models.load_model(first.source, first.dtype, first.device, shared.attention)
-    model = models.quantize(model, shared.quantize, shared.double_quant, shared.quantize_skip)
+    model = models.quantize(model, shared.quantize, shared.to_dict())
     for p in prepared:
         set_seed(p.config.seed)
         with _named(p.name):
@@ -241,6 +241,7 @@ def save_adapter(model: Any, folder: Path, prepared: Prepared) -> None:
         "quantize": config.quantize,
         "double_quant": config.double_quant,
         "quantize_skip": config.quantize_skip,
+        "quantize_experts": config.quantize_experts,
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "template": config.template,
     }

@@ -2,4 +2,4 @@
 
 from ..description import Attention, Mlp, Norm, family
 
-PARTS = family("Gemma3", Attention(norms=("q_norm", "k_norm")), Mlp(), Norm(eps="eps", offset=1.0))
+PARTS = family("Gemma3", Attention(norms=("q_norm", "k_norm"), heads_first=True), Mlp(), Norm(eps="eps", offset=1.0))

@@ -3,5 +3,6 @@
 from ..description import Attention, Mlp, Norm, family
 
 PARTS = family(
-    "HunYuanMoEV1", Attention(norms=("query_layernorm", "key_layernorm"), normed="turned"), Mlp(), Norm()
-)
+    "HunYuanMoEV1", Attention(norms=("query_layernorm", "key_layernorm"), heads_first=True, normed="turned"),
+    Mlp(), Norm(),
+)  # fmt: skip

@@ -3,6 +3,6 @@
 from ..description import Attention, Mlp, family
 
 PARTS = family(
-    "Phi", Attention(out="dense", norms=("q_layernorm", "k_layernorm")),
+    "Phi", Attention(out="dense", norms=("q_layernorm", "k_layernorm"), heads_first=True),
     Mlp(up=("fc1",), down="fc2", act="activation_fn"), None,
 )  # fmt: skip
