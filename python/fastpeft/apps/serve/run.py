@@ -99,7 +99,7 @@ def load(options: Options, say: Say) -> Loaded:
     model = models.load_model(source, dtype, device)
     if options.nf4:
         say("quantising to NF4")
-        model = models.quantize(model, "nf4", True, ["lm_head"])
+        model = models.quantize(model, "nf4", {})
     pool = None if options.adapters is None else _pool(model, options, say)
     for why in models.speed_up(model):
         say(f"layers: {why}")
