@@ -76,6 +76,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan (parameters, memory, steps) and stop.")
     ] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="As --dry-run, and take three steps: time and memory; keep nothing of them.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest intact checkpoint in output.")
     ] = False,
@@ -89,7 +92,7 @@ def train(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train an adapter on a jsonl file of prompt/completion or messages.
+    """Train an adapter on jsonl files of prompt/completion or messages.
 
     Ctrl-C and SIGTERM end it after the step it is in, with a checkpoint; once more ends it at once.
 
@@ -102,8 +105,8 @@ def train(
         config = load_config(path, settings if path is None else settings[1:])
         from . import commands
 
-        if dry_run:
-            plan = commands.plan(config)
+        if dry_run or plan_only:
+            plan = commands.measured_plan(config) if plan_only else commands.plan(config)
             out.emit(plan, lambda: commands.show_plan(plan))
         else:
             result = commands.train(config, resume, restart)

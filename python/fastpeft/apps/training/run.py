@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import models
 from .config import PROMPTS, TrainConfig, nearest
-from .data import Dataset, Encoder, Record, read_jsonl, too_deep
+from .data import Dataset, Encoder
 from .errors import UserError
+from .lines import JsonLines, Records, split
 from .metrics import Progress
 from .output import ADAPTER_NAME, CURVE_NAME, METRICS_NAME, held
 
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from .loop import Result
-
-
-Records = list[tuple[str, Record]]
+    from .track import Track
 
 
 @dataclass
@@ -54,28 +53,45 @@ def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Record
     """
     each = config.each()
     if records is None:  # before the model: a bad line is found in a moment
-        records = {name: _read(one, name) for name, one in each.items()}
+        files = {name: _read(one, name) for name, one in each.items()}
+    else:
+        files = {name: [(train, held_out, None)] for name, (train, held_out) in records.items()}
     source = models.resolve(config.model)
     device = models.pick_device(config.device)
     dtype = models.pick_dtype(config.dtype, device)
     tokenizer = models.load_tokenizer(source)
     prepared = []
     for name, one in each.items():
-        train, held_out = records[name]
-        held_out = held_out[: one.max_eval_examples or None]
         with _named(name):
             encoder = Encoder(tokenizer, one.template, one.max_length, one.truncate)
-            data = encoder.dataset(train), encoder.dataset(held_out) if held_out else Dataset()
+            train = Dataset.mixed([encoder.dataset(file) for file, _, _ in files[name]], [w for *_, w in files[name]])
+            held_out = [encoder.dataset(file) for file in _limited([f for _, f, _ in files[name]], one)]
+            data = train, Dataset.mixed(held_out, [None] * len(held_out)) if held_out else Dataset()
         prepared.append(Prepared(one, source, tokenizer, device, dtype, *data, name))
     return prepared
 
 
-def _read(config: TrainConfig, name: str) -> tuple[Records, Records]:
+def _read(config: TrainConfig, name: str) -> list[tuple[Records, Records, float | None]]:
+    """(to train, held out, weight) of each file."""
     with _named(name):
-        train = read_jsonl(config.data)
+        found: list[tuple[Records, Records, float | None]] = []
+        for path, weight in config.files():
+            records = JsonLines(path)
+            train, held_out = split(records, config.eval_fraction) if config.eval_fraction else (records, [])
+            found.append((train, held_out, weight))
         if config.eval_data is not None:
-            return train, read_jsonl(config.eval_data)
-        return split(train, config.eval_fraction) if config.eval_fraction else (train, [])
+            found[0] = (found[0][0], JsonLines(config.eval_data), found[0][2])
+        return found
+
+
+def _limited(files: list[Records], config: TrainConfig) -> list[Records]:
+    """Files with something in them, of which the first records are taken: in all as many as there may be held out."""
+    files = [file for file in files if len(file)]
+    total, most = sum(map(len, files)), config.max_eval_examples
+    if not most or most >= total:
+        return files
+    ends = [most * end // total for end in itertools.accumulate(map(len, files), initial=0)]
+    return [file[: end - start] for file, start, end in zip(files, ends, ends[1:], strict=False) if end > start]
 
 
 @contextmanager
@@ -91,25 +107,6 @@ def _named(name: str) -> Iterator[None]:
         if name == "default":
             raise
         raise UserError(f"adapters.{name}: {error}", "correct its settings") from error
-
-
-def split(records: Records, fraction: float) -> tuple[Records, Records]:
-    """Divide by a hash of each record's content, so that equal records fall on one side and files may be reordered."""
-    train: Records = []
-    held_out: Records = []
-    for where, record in records:
-        try:
-            content = json.dumps(record, sort_keys=True)
-        except RecursionError:  # at the very limit of what can be read
-            raise too_deep(where) from None
-        digest = hashlib.sha256(content.encode()).digest()
-        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append((where, record))
-    if not train or not held_out:
-        raise UserError(
-            f"eval_fraction={fraction} of {len(records)} leaves {len(train)} to train, {len(held_out)} to hold out",
-            "give more records or another fraction",
-        )
-    return train, held_out
 
 
 def adapter_config(config: TrainConfig) -> Any:
@@ -194,6 +191,17 @@ def _check_alone(model: Any, name: str, several: bool) -> None:
             raise UserError(f"{where}: {what}, which the other adapters compute with", "train it in a run of its own")
 
 
+def make_tracks(prepared: Sequence[Prepared]) -> list[Track]:
+    from .samples import Samples
+    from .track import Track
+
+    pad = prepared[0].tokenizer.pad_token_id
+    return [
+        Track(p.name, p.config, p.train.examples, p.held_out.examples, pad, Samples.of(p.config, p.tokenizer))
+        for p in prepared
+    ]
+
+
 def train(
     prepared: Prepared, progress: Progress, resume: bool = False, model: Any = None, restart: bool = False
 ) -> tuple[Result, Any]:
@@ -212,14 +220,13 @@ def train_all(
     another run holds, that cannot be written, or in which there is no room left.
     """
     from .loop import Trainer
-    from .track import Track
 
     with held(config):
         if model is None:
             model = adapted_model(*prepared, say=progress.say)
         pad = prepared[0].tokenizer.pad_token_id
-        tracks = [Track(p.name, p.config, p.train.examples, p.held_out.examples, pad) for p in prepared]
-        results = Trainer(config, model, tracks, pad, prepared[0].device, progress).run(resume, restart)
+        trainer = Trainer(config, model, make_tracks(prepared), pad, prepared[0].device, progress)
+        results = trainer.run(resume, restart)
         for p in prepared:
             save_adapter(model, Path(p.config.output) / ADAPTER_NAME, p)
         metrics = Path(config.output) / METRICS_NAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ... import method_of
 from . import checkpoints
@@ -12,7 +12,8 @@ from .config import TrainConfig
 from .data import Example
 from .errors import UserError
 from .optim import gradient_norm, learning_rate, make_optimizer, set_learning_rate, update
-from .packing import Plan, eval_batches
+from .packing import HeldOut, Plan
+from .samples import Samples
 
 
 class Track:
@@ -20,15 +21,18 @@ class Track:
 
     name: of the adapter in the model. config: its settings, as of a run of it alone; its checkpoints go to
     ``config.output``. done: steps that are behind it. before, after: held-out losses, means per learned token.
+    samples: answers to the prompts of its settings, if it has any.
     """
 
     def __init__(
-        self, name: str, config: TrainConfig, examples: Sequence[Example], held_out: Sequence[Example], pad_id: int
-    ) -> None:
-        self.name, self.config, self.examples = name, config, examples
+        self, name: str, config: TrainConfig, examples: Sequence[Example | None], held_out: Sequence[Example | None],
+        pad_id: int, samples: Samples | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.config, self.samples = name, config, samples
         self.root = Path(config.output)
         self.plan = make_plan(config, examples)
-        self.held_out = eval_batches(held_out, config.max_length, max(4, config.batch_size), config.packing, pad_id)
+        self.examples = self.plan.examples
+        self.held_out = HeldOut(held_out, config.max_length, max(4, config.batch_size), config.packing, pad_id)
         self.done = self.resumed_from = self.tokens = 0
         self.before: float | None = None
         self.after: float | None = None
@@ -41,8 +45,8 @@ class Track:
 
     def passes(self, step: int) -> tuple[int, list[list[list[Example]]]]:
         """(epoch, forward passes of rows of examples) of a step."""
-        epoch, passes = self.plan.steps[step]
-        return epoch, [[[self.examples[i] for i in row] for row in rows] for rows in passes]
+        epoch, passes = self.plan.step(step)
+        return epoch, [[[cast("Example", self.examples[i]) for i in row] for row in rows] for rows in passes]
 
     def update(self, step: int, loss: float) -> dict[str, float]:
         """One optimizer step with the gradients at hand; the learning rate and the gradient's norm before clipping."""
@@ -74,13 +78,21 @@ class Track:
         finally:
             tuner.active_adapter = active
 
+    @property
+    def evaluates(self) -> bool:
+        """True if there is something held out, or a prompt to answer."""
+        return bool(len(self.held_out) or self.samples)
+
     def is_due(self, every: int, step: int) -> bool:
         """True if what is done every so many steps, and at the end, is due after ``step`` steps."""
         return step == len(self.plan) or bool(every and step % every == 0)
 
     def save(self) -> Path:
         """Write a checkpoint of where it is; returns its folder."""
-        extra = {"fingerprint": self.plan.fingerprint, "held_out_before": self.before, "held_out_after": self.after}
+        extra = {
+            "fingerprint": self.plan.fingerprint, "place": self.plan.place(self.done), "held_out_before": self.before,
+            "held_out_after": self.after,
+        }  # fmt: skip
         return checkpoints.save(
             self.root, self.done, self.model, self.optimizer, extra, self.config.keep_checkpoints, self.name
         )
@@ -103,6 +115,8 @@ class Track:
             return f"no {'intact ' if broken else ''}checkpoint in {self.root}: starting from the beginning", None
         stored = checkpoints.load(folder, self.model, self.optimizer, self.plan.fingerprint, self.name)
         self.done = self.resumed_from = stored["step"]
+        if "place" in stored["extra"]:  # else the plan finds it, step by step
+            self.plan.go_to(self.done, stored["extra"]["place"])
         self.before, self.after = stored["extra"].get("held_out_before"), stored["extra"].get("held_out_after")
         return f"resuming from {folder} (step {self.done} of {len(self.plan)})", stored["random"]
 
@@ -115,7 +129,7 @@ class Track:
             )
 
 
-def make_plan(config: TrainConfig, examples: Sequence[Example]) -> Plan:
+def make_plan(config: TrainConfig, examples: Sequence[Example | None]) -> Plan:
     return Plan(
         examples,
         seed=config.seed,
