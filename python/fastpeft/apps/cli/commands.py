@@ -47,7 +47,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         print(f"  {key}: {json.dumps(value)}")
 
 
-def train(config: TrainConfig, resume: bool, restart: bool) -> dict[str, Any]:
+def train(config: TrainConfig, resume: bool, restart: bool, trainer: str) -> dict[str, Any]:
     from ..training.metrics import Console
     from ..training.run import prepare_all, train_all
 
@@ -58,7 +58,7 @@ def train(config: TrainConfig, resume: bool, restart: bool) -> dict[str, Any]:
                 of = f"{p.name}: " if config.adapters else ""
                 lost = f"{p.train.cut} examples cut, {p.train.dropped} dropped"
                 progress.say(f"{of}max_length={p.config.max_length}: {lost}")
-        results, _ = train_all(config, prepared, progress, resume, restart=restart)
+        results, _ = train_all(config, prepared, progress, resume, restart=restart, trainer=trainer)
     root = Path(config.output)
     whole = {"output": str(root), "metrics": str(root / "metrics.jsonl"), "loss_curve": str(root / "loss.png")}
     ran = {

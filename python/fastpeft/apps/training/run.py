@@ -17,11 +17,13 @@ from .data import Dataset, Encoder, Record, read_jsonl, too_deep
 from .errors import UserError
 from .metrics import Progress
 from .output import ADAPTER_NAME, CURVE_NAME, METRICS_NAME, held
+from .preferences import PairEncoder, check_pair
+from .trainers import check_trainer
 
 if TYPE_CHECKING:
     import torch
 
-    from .loop import Result
+    from .loop import Result, Trainer
 
 
 Records = list[tuple[str, Record]]
@@ -64,7 +66,8 @@ def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Record
         train, held_out = records[name]
         held_out = held_out[: one.max_eval_examples or None]
         with _named(name):
-            encoder = Encoder(tokenizer, one.template, one.max_length, one.truncate)
+            encoding = PairEncoder if one.objective == "dpo" else Encoder
+            encoder = encoding(tokenizer, one.template, one.max_length, one.truncate)
             data = encoder.dataset(train), encoder.dataset(held_out) if held_out else Dataset()
         prepared.append(Prepared(one, source, tokenizer, device, dtype, *data, name))
     return prepared
@@ -72,9 +75,10 @@ def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Record
 
 def _read(config: TrainConfig, name: str) -> tuple[Records, Records]:
     with _named(name):
-        train = read_jsonl(config.data)
+        check = check_pair if config.objective == "dpo" else None
+        train = read_jsonl(config.data, check)
         if config.eval_data is not None:
-            return train, read_jsonl(config.eval_data)
+            return train, read_jsonl(config.eval_data, check)
         return split(train, config.eval_fraction) if config.eval_fraction else (train, [])
 
 
@@ -165,7 +169,7 @@ def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = Non
                 model = get_peft_model(model, configs[p.name], p.name)
             else:
                 model.add_adapter(p.name, configs[p.name])
-        _check_alone(model, p.name, len(prepared) > 1)
+        _check_alone(model, p.name, len(prepared) > 1, p.config.objective == "dpo")
     if shared.fast_layers:
         for why in models.speed_up(model):
             if say is not None:
@@ -173,8 +177,11 @@ def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = Non
     return model
 
 
-def _check_alone(model: Any, name: str, several: bool) -> None:
-    """Raise for what training here does not do: values by row, and with several adapters what changes their base."""
+def _check_alone(model: Any, name: str, several: bool, compared: bool) -> None:
+    """Raise for what training here does not do: values by row, and with several adapters what changes their base.
+
+    compared: the adapter is trained beside a copy of what it began as.
+    """
     from ... import Method, method_of
 
     config = model.peft_config[name]
@@ -182,8 +189,10 @@ def _check_alone(model: Any, name: str, several: bool) -> None:
     if type(method_of(config)).row_values is not Method.row_values:
         raise UserError(f"{where}: aLoRA needs an invocation in each row, which training here does not look for",
                         "leave alora_invocation_tokens out, or train it with a loop of your own")  # fmt: skip
-    if not several:
+    if not several and not compared:
         return
+    with_it = "the reference of objective=dpo computes" if compared else "the other adapters compute"
+    fix = "leave it out" if compared else "train it in a run of its own"
     edited = [layer for _, layer in model.base_model.adapter_layers() if name in layer.base_edits]
     for changes, what in (
         (getattr(config, "bias", "none") != "none", f"bias={getattr(config, 'bias', '')!r} trains the base's biases"),
@@ -191,7 +200,7 @@ def _check_alone(model: Any, name: str, several: bool) -> None:
         (bool(edited), f"{getattr(config, 'init_lora_weights', 'its initialisation')!r} edits the base's weights"),
     ):
         if changes:
-            raise UserError(f"{where}: {what}, which the other adapters compute with", "train it in a run of its own")
+            raise UserError(f"{where}: {what}, which {with_it} with", fix)
 
 
 def train(
@@ -204,22 +213,23 @@ def train(
 
 def train_all(
     config: TrainConfig, prepared: Sequence[Prepared], progress: Progress, resume: bool = False, model: Any = None,
-    restart: bool = False,
+    restart: bool = False, trainer: str = "own",
 ) -> tuple[dict[str, Result], Any]:  # fmt: skip
     """Train a run's adapters and save each to ``adapter`` in its own output; returns results by name and the model.
 
+    trainer: "own", or "hf" for that of transformers or TRL, whose checkpoints and files are the same.
     resume, restart: as of `Trainer.run`, which also says how a signal ends it. Raises UserError for an output that
     another run holds, that cannot be written, or in which there is no room left.
     """
-    from .loop import Trainer
     from .track import Track
 
+    check_trainer(config, trainer)
     with held(config):
         if model is None:
             model = adapted_model(*prepared, say=progress.say)
         pad = prepared[0].tokenizer.pad_token_id
         tracks = [Track(p.name, p.config, p.train.examples, p.held_out.examples, pad) for p in prepared]
-        results = Trainer(config, model, tracks, pad, prepared[0].device, progress).run(resume, restart)
+        results = trainer_class(trainer)(config, model, tracks, pad, prepared[0].device, progress).run(resume, restart)
         for p in prepared:
             save_adapter(model, Path(p.config.output) / ADAPTER_NAME, p)
         metrics = Path(config.output) / METRICS_NAME
@@ -228,6 +238,17 @@ def train_all(
 
             plot_losses(metrics, metrics.with_name(CURVE_NAME))
     return results, model
+
+
+def trainer_class(name: str) -> type[Trainer]:
+    """The class that trains tracks: our loop, or around transformers' trainers."""
+    if name == "hf":
+        from .hf import HFTrainer
+
+        return HFTrainer
+    from .loop import Trainer
+
+    return Trainer
 
 
 def save_adapter(model: Any, folder: Path, prepared: Prepared) -> None:
