@@ -48,7 +48,7 @@ class HFTrainer(Trainer):
             first, steps = track.done, len(track.plan)
             metrics = MetricsFile(Path(self.config.output) / METRICS_NAME, {track.name: first})
             stops = Stops(self.progress.notice)
-            following = Following(track, metrics, self.progress, self.device, stops, checkpoints.random_state())
+            following = Following(inner, metrics, self.progress, self.device, stops, checkpoints.random_state())
             inner.add_callback(following)
             inner.checkpoint = lambda: self._checkpoint(inner, track, metrics, stopping)
             self.progress.start(steps, first)

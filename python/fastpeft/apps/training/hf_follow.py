@@ -18,13 +18,14 @@ _OF_TRANSFORMERS = {"loss", "learning_rate", "grad_norm", "epoch", "eval_loss", 
 
 
 class Following(TrainerCallback):
-    """Follows the run of one track. random: the random states that its first step begins with."""
+    """Follows ``inner``, a trainer of one track. random: the random states that its first step begins with."""
 
     def __init__(
-        self, track: Track, metrics: MetricsFile, progress: Progress, device: torch.device, stops: Stops,
+        self, inner: Any, metrics: MetricsFile, progress: Progress, device: torch.device, stops: Stops,
         random: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.track, self.metrics, self.progress, self.device, self.stops = track, metrics, progress, device, stops
+        self.inner, self.metrics, self.progress, self.device, self.stops = inner, metrics, progress, device, stops
+        self.track: Track = inner.track
         self._random: dict[str, Any] | None = random
         self._ending = False
         self._line: dict[str, Any] = {}
@@ -42,20 +43,14 @@ class Following(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         track, step = self.track, state.global_step
         seconds = time.monotonic() - self._started
-        epoch, passes = track.passes(step - 1)
-        examples = [example for rows in passes for row in rows for example in row]
-        tokens = sum(map(len, examples))
-        track.done, track.tokens = step, track.tokens + tokens
-        self._line = {
-            "step": step, "epoch": epoch, "tokens": tokens, "learned_tokens": sum(e.learned for e in examples),
-            "tokens_per_s": tokens / seconds, "seconds": seconds,
-        }  # fmt: skip
-        self._ending = self.stops.asked
+        now = self.inner.now
+        track.done, track.tokens = step, track.tokens + now["tokens"]
+        self._line = {"step": step, **now, "tokens_per_s": now["tokens"] / seconds, "seconds": seconds}
         control.should_log = True
         control.should_evaluate = bool(track.held_out_examples) and track.is_due(track.config.eval_every, step)
         # With early stopping the adapter of any evaluation may be the one that is taken.
         best_may_be = control.should_evaluate and bool(track.config.early_stopping_patience)
-        control.should_save = self._ending or best_may_be or track.is_due(track.config.save_every, step)
+        control.should_save = best_may_be or track.is_due(track.config.save_every, step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: dict[str, Any] = kwargs["logs"]
@@ -72,7 +67,7 @@ class Following(TrainerCallback):
                 peak_memory_mb=peak_memory_mb(self.device), **numbers,
             )  # fmt: skip
             if not control.should_evaluate:
-                self._tell()
+                self._tell(state, control)
         elif "eval_loss" in logs:
             speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
             self._line.update({k.replace("eval_", "held_out_"): v for k, v in numbers.items() if k not in speed})
@@ -83,7 +78,7 @@ class Following(TrainerCallback):
             self.track.before = self.track.after
             self._line.update(step=0, peak_memory_mb=peak_memory_mb(self.device))
         self._line["held_out_loss"] = self.track.after
-        self._tell()
+        self._tell(state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._ending:
@@ -92,7 +87,10 @@ class Following(TrainerCallback):
             problem = f"ended after step {track.done} of {len(track.plan)}, as asked; wrote {written}"
             raise self.stops.error(problem, "go on with --resume")
 
-    def _tell(self) -> None:
+    def _tell(self, state: Any, control: Any) -> None:
+        """Write and show the line, the last that a step does before its checkpoint; see whether it is to end."""
         self.metrics.write(self._line)
         self.progress.step(self._line)
         self._line = {}
+        self._ending = self.stops.asked and state.global_step > 0
+        control.should_save |= self._ending

@@ -3,48 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from . import models
 from .config import TrainConfig
+from .data import Example
 from .errors import UserError
 from .forward import CompletionLoss
 from .packing import Batch, collate
-from .preferences import Pair
+from .preferences import columns
 from .track import Track
 
 NEVER = 10**9  # steps: what is due is decided by a callback
 
 
-class Steps(Dataset[dict[str, Any]]):
-    """The steps of a track: the forward passes of each, as ``collate`` makes one of rows of numbers of examples."""
-
-    def __init__(self, track: Track, collate: Callable[[Sequence[Sequence[int]]], dict[str, Any]]) -> None:
-        self.plan, self.collate = track.plan, collate
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        return {"passes": [self.collate(rows) for rows in self.plan.steps[step][1]]}
-
-
 class OfTrack(transformers.Trainer):
-    """What a trainer of transformers needs to run a track's steps. checkpoint: writes ours, in the place of its own."""
+    """Runs the steps of a track, whatever the loss is.
 
-    steps: Steps
+    checkpoint: writes one of ours, in the place of transformers' own. now: the numbers of the step that runs, as in its
+    line of metrics.jsonl.
+    """
+
+    track: Track
     checkpoint: Callable[[], None]
+    now: dict[str, int]
 
     def get_train_dataloader(self) -> Any:
-        loader = DataLoader(self.steps, batch_size=1, collate_fn=lambda one: one[0])
-        return self.accelerator.prepare(loader)
+        """A loader of nothing, as long as there are steps: transformers counts by it."""
+        return self.accelerator.prepare(DataLoader(range(len(self.track.plan)), batch_size=1))  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The next step of the track, made when it is needed; all of its passes are one batch to transformers."""
+        epoch, passes = self.track.passes(self.state.global_step)
+        examples = [example for rows in passes for row in rows for example in row]
+        self.now = {
+            "epoch": epoch, "tokens": sum(map(len, examples)), "learned_tokens": sum(e.learned for e in examples)
+        }  # fmt: skip
+        return [{"passes": [self.one_pass(rows) for rows in passes]}], None
+
+    def one_pass(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        """Inputs of one forward pass."""
+        raise NotImplementedError
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a step's passes; the sum of their losses, each of which has its share."""
@@ -52,10 +59,10 @@ class OfTrack(transformers.Trainer):
         self.current_gradient_accumulation_steps = len(passes)
         total = torch.zeros((), device=self.args.device)
         for one in passes:
-            total += super().training_step(model, one, self.items(passes))
+            total += super().training_step(model, one, self.items())
         return total
 
-    def items(self, passes: Sequence[dict[str, Any]]) -> int | None:
+    def items(self) -> int | None:
         """The number that the step's losses are divided by; None if each pass has a mean of its own."""
         return None
 
@@ -76,10 +83,14 @@ class CompletionTrainer(OfTrack):
     """Learns completions, by the loss of our own loop."""
 
     completion_loss: CompletionLoss
-    track: Track
+    pad_id: int
 
-    def items(self, passes: Sequence[dict[str, Any]]) -> int:
-        return sum(one["targets"].numel() for one in passes)
+    def one_pass(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        batch = collate(rows, self.pad_id)
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+
+    def items(self) -> int:
+        return self.now["learned_tokens"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -100,16 +111,11 @@ def make_trainer(
     if config.objective == "dpo":
         return _dpo(config, model, track, device)
     arguments = transformers.TrainingArguments(**_arguments(config, track, device))
-    held_out: Any = track.held_out_examples or None
-    trainer = CompletionTrainer(model, _one_device(arguments), train_dataset=track.examples, eval_dataset=held_out)
+    # The data sets are named for what transformers checks; it takes neither.
+    trainer = CompletionTrainer(model, _one_device(arguments), train_dataset=[], eval_dataset=[])
     trainer.model_accepts_loss_kwargs = True  # the loss is divided by the step's tokens already
-    trainer.completion_loss, trainer.track = loss, track
-    trainer.steps = Steps(track, lambda rows: _fields(collate([[track.examples[i] for i in r] for r in rows], pad_id)))
+    trainer.completion_loss, trainer.track, trainer.pad_id = loss, track, pad_id
     return trainer
-
-
-def _fields(batch: Batch) -> dict[str, Any]:
-    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
 
 
 def _arguments(config: TrainConfig, track: Track, device: torch.device) -> dict[str, Any]:
@@ -150,29 +156,28 @@ def _dpo(config: TrainConfig, model: Any, track: Track, device: torch.device) ->
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
-    def table(examples: Sequence[Any]) -> Any:
-        return Table.from_list([pair.columns for pair in examples if isinstance(pair, Pair)])
+        def one_pass(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
+            found: dict[str, Any] = self.data_collator([columns(example) for row in rows for example in row])
+            return found
 
+    def table(examples: Iterable[Example]) -> Any:
+        return Table.from_list([columns(example) for example in examples])
+
+    weights = [(p, p.data) for p in model.parameters() if p.requires_grad]
     try:
         arguments = DPOConfig(
-            **{"learning_rate": config.learning_rate, "max_length": None, "gradient_checkpointing": False,
+            **{"max_length": None, "gradient_checkpointing": False,
                "gradient_checkpointing_kwargs": {"use_reentrant": False},
                **_arguments(config, track, device), **config.dpo},
         )  # fmt: skip
-        weights = [(p, p.data) for p in model.parameters() if p.requires_grad]
         trainer = PreferenceTrainer(
-            model, args=_one_device(arguments), train_dataset=table(track.examples),
+            model, args=_one_device(arguments), train_dataset=table(itertools.islice(track.examples, 1)),
             eval_dataset=table(track.held_out_examples) if track.held_out_examples else None,
             processing_class=models.load_tokenizer(models.resolve(config.model)),
         )  # fmt: skip
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"objective: dpo: {' '.join(str(error).split())}", "correct the settings of dpo") from error
+        raise UserError(f"objective: dpo: {' '.join(str(error).split())}", "correct the settings") from error
     for p, data in weights:  # of an adapter on a quantised base TRL makes bfloat16
         p.data = data
-
-    def rows(numbers: Sequence[Sequence[int]]) -> dict[str, Any]:
-        found: dict[str, Any] = trainer.data_collator([trainer.train_dataset[i] for row in numbers for i in row])
-        return found
-
-    trainer.steps = Steps(track, rows)
+    trainer.track = track
     return trainer

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .data import Encoder, Example, Record, check_fields, check_messages
 from .errors import UserError
 
 
-@dataclass(frozen=True)
-class Pair(Example):
-    """Two rows one after the other: prompt and chosen answer, prompt and rejected answer; ``learn`` marks the answers.
-
-    prompt: tokens of the prompt, the same in both rows. first: tokens of the first row.
-    """
-
-    prompt: int = 0
-    first: int = 0
-
-    @property
-    def columns(self) -> dict[str, list[int]]:
-        """Token ids under the names that TRL's collator reads."""
-        return {
-            "prompt_ids": self.input_ids[: self.prompt],
-            "chosen_ids": self.input_ids[self.prompt : self.first],
-            "rejected_ids": self.input_ids[self.first + self.prompt :],
-        }
+def pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> Example:
+    """Two rows, one after the other: prompt and chosen answer, prompt and rejected answer; the answers are learned."""
+    parts = (prompt, chosen, prompt, rejected)
+    learn = [number % 2 == 1 for number, ids in enumerate(parts) for _ in ids]
+    return Example([i for ids in parts for i in ids], learn)
 
 
-def make_pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
-    learn = [ids is not prompt for ids in (prompt, chosen, prompt, rejected) for _ in ids]
-    return Pair(prompt + chosen + prompt + rejected, learn, len(prompt), len(prompt) + len(chosen))
+def columns(example: Example) -> dict[str, list[int]]:
+    """The parts of a pair, under the names that TRL's collator reads. A prompt has one token at least."""
+    ids, prompt = example.input_ids, example.learn.index(True)
+    second = example.learn.index(False, prompt)
+    return {"prompt_ids": ids[:prompt], "chosen_ids": ids[prompt:second], "rejected_ids": ids[second + prompt :]}
 
 
 def check_pair(record: object, where: str) -> None:
@@ -49,7 +36,7 @@ def check_pair(record: object, where: str) -> None:
 class PairEncoder(Encoder):
     """Turns records into pairs; each row is what `Encoder` makes of the prompt and that answer."""
 
-    def encode(self, record: Record, where: str = "record") -> Pair:
+    def encode(self, record: Record, where: str = "record") -> Example:
         check_pair(record, where)
         prompt = record["prompt"]
         rows = []
@@ -67,11 +54,12 @@ class PairEncoder(Encoder):
             raise UserError(
                 f"{where}: the chat template writes the prompt otherwise before each answer", "use template=plain"
             )
-        return make_pair(chosen[:start], chosen[start:], rejected[start:])
+        if start == 0:
+            raise UserError(f"{where}: the prompt has no token", "write a prompt, or use a template that begins a turn")
+        return pair(chosen[:start], chosen[start:], rejected[start:])
 
-    def _shorten(self, example: Example, where: str) -> Pair | None:
-        assert isinstance(example, Pair)
-        prompt, chosen, rejected = example.columns.values()
+    def _shorten(self, example: Example, where: str) -> Example | None:
+        prompt, chosen, rejected = columns(example).values()
         longest = len(prompt) + max(len(chosen), len(rejected))
         excess = longest - self.max_length
         if excess <= 0:
@@ -82,8 +70,8 @@ class PairEncoder(Encoder):
                 "raise max_length or set truncate",
             )
         if self.truncate == "prompt":
-            return make_pair(prompt[excess:], chosen, rejected) if excess < len(prompt) else None
+            return pair(prompt[excess:], chosen, rejected) if excess < len(prompt) else None
         room = self.max_length - len(prompt)
         if self.truncate == "drop" or room <= 0:
             return None
-        return make_pair(prompt, chosen[:room], rejected[:room])
+        return pair(prompt, chosen[:room], rejected[:room])

@@ -30,8 +30,7 @@ class Track:
         self.root = Path(config.output)
         self.plan = make_plan(config, examples)
         self.held_out_examples = held_out
-        layout = (config.max_length, max(4, config.batch_size), config.packing, pad_id)
-        self.held_out = [] if config.objective == "dpo" else eval_batches(held_out, *layout)
+        self.held_out = eval_batches(held_out, config.max_length, max(4, config.batch_size), config.packing, pad_id)
         self.extra: dict[str, Any] = {}
         self.resumed_extra: dict[str, Any] = {}
         self.spare: int | None = None

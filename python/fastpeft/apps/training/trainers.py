@@ -9,11 +9,14 @@ from .config import PROMPTS, TrainConfig, nearest
 from .errors import UserError
 
 TRAINERS = ("own", "hf")
+_NUMBER, _YES_NO = ("a number", (int, float)), ("true or false", (bool,))
 # Options of TRL's DPOConfig that are of its loss; all others are those of the run, or refused.
-DPO_OPTIONS = (
-    "beta", "disable_dropout", "discopop_tau", "f_alpha_divergence_coef", "f_divergence_type", "label_smoothing",
-    "ld_alpha", "loss_type", "loss_weights", "precompute_ref_log_probs", "use_weighting",
-)  # fmt: skip
+DPO_OPTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "beta": _NUMBER, "disable_dropout": _YES_NO, "discopop_tau": _NUMBER, "f_alpha_divergence_coef": _NUMBER,
+    "f_divergence_type": ("text", (str,)), "label_smoothing": _NUMBER, "ld_alpha": _NUMBER,
+    "loss_type": ("a name or a list of names", (str, list)), "loss_weights": ("a list of numbers", (list,)),
+    "use_weighting": _YES_NO,
+}  # fmt: skip
 _HF_ONLY = ("objective", "dpo", "report_to", "early_stopping_patience", "early_stopping_threshold")
 _REPORTS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
@@ -68,9 +71,12 @@ def _refuse_general(config: TrainConfig) -> None:
 
 
 def _refuse_dpo(config: TrainConfig) -> None:
-    for key in config.dpo:
+    for key, value in config.dpo.items():
         if key not in DPO_OPTIONS:
             raise UserError(f"unknown setting dpo.{key}", nearest(str(key), DPO_OPTIONS))
+        expected, types = DPO_OPTIONS[key]
+        if not isinstance(value, types) or isinstance(value, bool) != (types == (bool,)):
+            raise UserError(f"dpo.{key}: expected {expected}, got {value!r}", f"correct dpo.{key}")
     for key in changed(config, ("loss_chunk_vocab", "loss_chunk_tokens")):
         raise UserError(f"{key}: TRL computes the loss of objective=dpo by chunks of its own", f"leave {key} out")
     name = config.method.lower()
