@@ -125,4 +125,4 @@ class HFTrainer(Trainer):
         if best != track.done:
             checkpoints.put_adapter(track.root / f"checkpoint-{best}", self.model, track.name)
         track.after = track.extra["early_stopping"]["best_loss"]
-        self.progress.say(f"stopped after step {track.done}: the adapter is that of step {best}, the best evaluation")
+        self.progress.say(f"after step {track.done}: the adapter is that of step {best}, the best evaluation")
