@@ -28,6 +28,8 @@ def measured_plan(config: TrainConfig) -> dict[str, Any]:
     from ..training.metrics import Console
     from ..training.run import prepare_all
 
+    if config.objective == "dpo":
+        raise UserError("--plan takes steps of our own loop, which does not learn preferences", "use --dry-run")
     prepared = prepare_all(config)
     with Console() as progress:
         progress.say(f"taking {STEPS} steps to measure them; nothing of them is kept")
@@ -75,7 +77,7 @@ def _measured(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def train(config: TrainConfig, resume: bool, restart: bool) -> dict[str, Any]:
+def train(config: TrainConfig, resume: bool, restart: bool, trainer: str) -> dict[str, Any]:
     from ..training.metrics import Console
     from ..training.run import prepare_all, train_all
 
@@ -87,7 +89,7 @@ def train(config: TrainConfig, resume: bool, restart: bool) -> dict[str, Any]:
                 about = "about " if p.train.about else ""
                 lost = f"{about}{p.train.cut} examples cut, {p.train.dropped} dropped"
                 progress.say(f"{of}max_length={p.config.max_length}: {lost}")
-        results, _ = train_all(config, prepared, progress, resume, restart=restart)
+        results, _ = train_all(config, prepared, progress, resume, restart=restart, trainer=trainer)
     root = Path(config.output)
     whole = {"output": str(root), "metrics": str(root / "metrics.jsonl"), "loss_curve": str(root / "loss.png")}
     ran = {

@@ -19,6 +19,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Truncate = Literal["completion", "prompt", "drop", "error"]
 Template = Literal["auto", "chat", "plain"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
+Objective = Literal["sft", "dpo"]
+Report = Literal["tensorboard", "wandb"]
 OptimizerName = Literal["adamw", "adam", "sgd", "adafactor", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
 
 
@@ -58,6 +60,11 @@ class TrainConfig:
     lora_plus_ratio: learning rate of B relative to A (LoRA+, arXiv 2402.12354).
     eval_every / save_every: in optimizer steps, 0 for only at the end. An evaluation is the loss on what is held out,
         and the answers to ``sample_prompts``.
+    objective: "sft" learns the completions; "dpo" to prefer ``chosen`` to ``rejected``, without packing, by TRL.
+    dpo: options of TRL's DPOConfig (trainers.py lists them), as beta.
+    report_to: where `--trainer hf` sends its losses, beside metrics.jsonl.
+    early_stopping_patience: evaluations without a better held-out loss after which `--trainer hf` ends, 0 for never.
+    early_stopping_threshold: what is no more than this much better, is not.
     """
 
     model: str
@@ -106,9 +113,16 @@ class TrainConfig:
     keep_checkpoints: int = 2
     loss_chunk_vocab: int = 4096
     loss_chunk_tokens: int = 1024
+    objective: Objective = "sft"
+    dpo: dict[str, Any] = field(default_factory=dict)
+    report_to: list[Report] = field(default_factory=list)
+    early_stopping_patience: int = 0
+    early_stopping_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         self._unpack_for_prompts()
+        if self.objective == "dpo":  # a row for each answer
+            object.__setattr__(self, "packing", False)
         if not self.data and not self.adapters:
             raise _missing("data")
         for name in (
@@ -116,11 +130,11 @@ class TrainConfig:
             "sample_tokens",
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("max_steps", "eval_every", "save_every", "max_eval_examples", "seed"):
+        for name in ("max_steps", "eval_every", "save_every", "max_eval_examples", "seed", "early_stopping_patience"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in ("epochs", "learning_rate", "lora_plus_ratio", "epsilon"):
             _require(0 < getattr(self, name) < math.inf, name, "a positive number", getattr(self, name))
-        for name in ("weight_decay", "max_grad_norm", "warmup", "momentum"):
+        for name in ("weight_decay", "max_grad_norm", "warmup", "momentum", "early_stopping_threshold"):
             _require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
         for name in ("min_lr_ratio", "decay"):
             _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))

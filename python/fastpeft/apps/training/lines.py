@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from .errors import UserError
-from .records import Record, parse, too_deep
+from .records import Check, Record, parse, too_deep
 
 Located = tuple[str, Record]  # ``file:line`` and the record there
 Records = Sequence[Located]
@@ -69,10 +69,11 @@ class JsonLines(_Lazy):
 
     All lines are read and checked once, here; the first that cannot be learned from raises UserError, with file and
     line. Memory then holds no line. One that is another when it is read again raises, too.
+    check: as of `records.parse`.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, check: Check | None = None) -> None:
+        self.path, self._check = path, check
         file = Path(path).expanduser()
         if not file.is_file():
             raise UserError(f"data: expected a jsonl file, {path} is not a file", "give the path of an existing file")
@@ -95,7 +96,7 @@ class JsonLines(_Lazy):
 
     def _parse(self, raw: bytes, number: int) -> Located:
         where = f"{self.path}:{number}"
-        return where, parse(raw, where, "utf-8-sig" if number == 1 else "utf-8")
+        return where, parse(raw, where, "utf-8-sig" if number == 1 else "utf-8", self._check)
 
     def _read(self, index: int) -> Located:
         offset, number, checksum = self._index[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import UserError
@@ -12,10 +13,16 @@ _ROLES = ("system", "user", "assistant", "tool", "developer")
 Record = dict[str, Any]
 
 
-def parse(line: bytes, where: str, encoding: str) -> Record:
-    """The record of a line; raises UserError, which begins with ``where``, for one that cannot be learned from."""
+Check = Callable[[object, str], None]
+
+
+def parse(line: bytes, where: str, encoding: str, check: Check | None = None) -> Record:
+    """The record of a line; raises UserError, which begins with ``where``, for one that cannot be learned from.
+
+    check: raises for a record that is none; `check_record` by default.
+    """
     record = _json(line, where, encoding)
-    check_record(record, where)
+    (check or check_record)(record, where)
     return record  # type: ignore[no-any-return]
 
 
@@ -42,28 +49,32 @@ def too_deep(where: str) -> UserError:
 
 def check_record(record: object, where: str) -> None:
     """Raise unless ``record`` has ``prompt`` and ``completion``, or ``messages`` with an assistant's turn."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, got {_type(record)}", "write {...}")
-    if "messages" in record:
-        _check_messages(record["messages"], f"{where}: messages")
+    if isinstance(record, dict) and "messages" in record:
+        check_messages(record["messages"], f"{where}: messages")
         if not any(m["role"] == "assistant" for m in record["messages"]):
             raise UserError(f"{where}: no message has the role assistant", "add the answer that is to be learned")
         return
-    missing = [key for key in ("prompt", "completion") if key not in record]
+    check_fields(record, ("prompt",), ("completion",), where, "a record needs prompt and completion, or messages")
+
+
+def check_fields(record: object, prompts: Sequence[str], answers: Sequence[str], where: str, needs: str) -> None:
+    """Raise unless ``record`` has text in all of these fields, and some in the answers. needs: what it should have."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, got {_type(record)}", "write {...}")
+    missing = [key for key in (*prompts, *answers) if key not in record]
     if missing:
-        raise UserError(
-            f"{where}: missing {' and '.join(missing)} (found: {shortened(', '.join(record)) or 'nothing'})",
-            "a record needs prompt and completion, or messages",
-        )
-    for key in ("prompt", "completion"):
+        found = shortened(", ".join(record)) or "nothing"
+        raise UserError(f"{where}: missing {' and '.join(missing)} (found: {found})", needs)
+    for key in (*prompts, *answers):
         if not isinstance(record[key], str):
             raise UserError(f"{where}: expected text in {key!r}, got {_type(record[key])}", "write a string")
         check_text(record[key], f"{where}: {key}")
-    if not record["completion"].strip():
-        raise UserError(f"{where}: the completion is empty", "write what is to be learned, or remove the line")
+    for key in answers:
+        if not record[key].strip():
+            raise UserError(f"{where}: the {key} is empty", "write what is to be learned, or remove the line")
 
 
-def _check_messages(messages: object, where: str) -> None:
+def check_messages(messages: object, where: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: expected a list of messages, got {_type(messages)}", "write [{role, content}, ...]")
     for index, message in enumerate(messages):

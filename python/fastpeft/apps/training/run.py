@@ -18,11 +18,13 @@ from .errors import UserError
 from .lines import JsonLines, Records, split
 from .metrics import Progress
 from .output import ADAPTER_NAME, CURVE_NAME, METRICS_NAME, held
+from .preferences import PairEncoder, check_pair
+from .trainers import check_trainer
 
 if TYPE_CHECKING:
     import torch
 
-    from .loop import Result
+    from .loop import Result, Trainer
     from .track import Track
 
 
@@ -63,7 +65,8 @@ def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Record
     prepared = []
     for name, one in each.items():
         with _named(name):
-            encoder = Encoder(tokenizer, one.template, one.max_length, one.truncate)
+            encoding = PairEncoder if one.objective == "dpo" else Encoder
+            encoder = encoding(tokenizer, one.template, one.max_length, one.truncate)
             train = Dataset.mixed([encoder.dataset(file) for file, _, _ in files[name]], [w for *_, w in files[name]])
             held_out = [encoder.dataset(file) for file in _limited([f for _, f, _ in files[name]], one)]
             data = train, Dataset.mixed(held_out, [None] * len(held_out)) if held_out else Dataset()
@@ -74,13 +77,14 @@ def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Record
 def _read(config: TrainConfig, name: str) -> list[tuple[Records, Records, float | None]]:
     """(to train, held out, weight) of each file."""
     with _named(name):
+        check = check_pair if config.objective == "dpo" else None
         found: list[tuple[Records, Records, float | None]] = []
         for path, weight in config.files():
-            records = JsonLines(path)
+            records = JsonLines(path, check)
             train, held_out = split(records, config.eval_fraction) if config.eval_fraction else (records, [])
             found.append((train, held_out, weight))
         if config.eval_data is not None:
-            found[0] = (found[0][0], JsonLines(config.eval_data), found[0][2])
+            found[0] = (found[0][0], JsonLines(config.eval_data, check), found[0][2])
         return found
 
 
@@ -162,7 +166,7 @@ def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = Non
                 model = get_peft_model(model, configs[p.name], p.name)
             else:
                 model.add_adapter(p.name, configs[p.name])
-        _check_alone(model, p.name, len(prepared) > 1)
+        _check_alone(model, p.name, len(prepared) > 1, p.config.objective == "dpo")
     if shared.fast_layers:
         for why in models.speed_up(model):
             if say is not None:
@@ -170,8 +174,11 @@ def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = Non
     return model
 
 
-def _check_alone(model: Any, name: str, several: bool) -> None:
-    """Raise for what training here does not do: values by row, and with several adapters what changes their base."""
+def _check_alone(model: Any, name: str, several: bool, compared: bool) -> None:
+    """Raise for what training here does not do: values by row, and with several adapters what changes their base.
+
+    compared: the adapter is trained beside a copy of what it began as.
+    """
     from ... import Method, method_of
 
     config = model.peft_config[name]
@@ -179,8 +186,10 @@ def _check_alone(model: Any, name: str, several: bool) -> None:
     if type(method_of(config)).row_values is not Method.row_values:
         raise UserError(f"{where}: aLoRA needs an invocation in each row, which training here does not look for",
                         "leave alora_invocation_tokens out, or train it with a loop of your own")  # fmt: skip
-    if not several:
+    if not several and not compared:
         return
+    with_it = "the reference of objective=dpo computes" if compared else "the other adapters compute"
+    fix = "leave it out" if compared else "train it in a run of its own"
     edited = [layer for _, layer in model.base_model.adapter_layers() if name in layer.base_edits]
     for changes, what in (
         (getattr(config, "bias", "none") != "none", f"bias={getattr(config, 'bias', '')!r} trains the base's biases"),
@@ -188,7 +197,7 @@ def _check_alone(model: Any, name: str, several: bool) -> None:
         (bool(edited), f"{getattr(config, 'init_lora_weights', 'its initialisation')!r} edits the base's weights"),
     ):
         if changes:
-            raise UserError(f"{where}: {what}, which the other adapters compute with", "train it in a run of its own")
+            raise UserError(f"{where}: {what}, which {with_it} with", fix)
 
 
 def make_tracks(prepared: Sequence[Prepared]) -> list[Track]:
@@ -212,21 +221,21 @@ def train(
 
 def train_all(
     config: TrainConfig, prepared: Sequence[Prepared], progress: Progress, resume: bool = False, model: Any = None,
-    restart: bool = False,
+    restart: bool = False, trainer: str = "own",
 ) -> tuple[dict[str, Result], Any]:  # fmt: skip
     """Train a run's adapters and save each to ``adapter`` in its own output; returns results by name and the model.
 
+    trainer: "own", or "hf" for that of transformers or TRL, whose checkpoints and files are the same.
     resume, restart: as of `Trainer.run`, which also says how a signal ends it. Raises UserError for an output that
     another run holds, that cannot be written, or in which there is no room left.
     """
-    from .loop import Trainer
-
+    check_trainer(config, trainer)
     with held(config):
         if model is None:
             model = adapted_model(*prepared, say=progress.say)
         pad = prepared[0].tokenizer.pad_token_id
-        trainer = Trainer(config, model, make_tracks(prepared), pad, prepared[0].device, progress)
-        results = trainer.run(resume, restart)
+        made = trainer_class(trainer)(config, model, make_tracks(prepared), pad, prepared[0].device, progress)
+        results = made.run(resume, restart)
         for p in prepared:
             save_adapter(model, Path(p.config.output) / ADAPTER_NAME, p)
         metrics = Path(config.output) / METRICS_NAME
@@ -235,6 +244,17 @@ def train_all(
 
             plot_losses(metrics, metrics.with_name(CURVE_NAME))
     return results, model
+
+
+def trainer_class(name: str) -> type[Trainer]:
+    """The class that trains tracks: our loop, or around transformers' trainers."""
+    if name == "hf":
+        from .hf import HFTrainer
+
+        return HFTrainer
+    from .loop import Trainer
+
+    return Trainer
 
 
 def save_adapter(model: Any, folder: Path, prepared: Prepared) -> None:
