@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastpeft.apps.training.data import Encoder, Example, read_jsonl
+from fastpeft.apps.training.data import Encoder, Example
 from fastpeft.apps.training.errors import UserError
-from fastpeft.apps.training.packing import Plan, collate, rows_of_epoch
-from fastpeft.apps.training.run import split
+from fastpeft.apps.training.lines import JsonLines, split
+from fastpeft.apps.training.order import Order
+from fastpeft.apps.training.packing import Plan, collate, lay_out
 from fastpeft.apps.training.testing import make_byte_tokenizer
 
 CHAT, PLAIN = make_byte_tokenizer(chat=True), make_byte_tokenizer(chat=False)
@@ -54,7 +55,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        read_jsonl(str(file))
+        JsonLines(str(file))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -84,15 +85,15 @@ def test_blank_lines_bom_and_encoding(tmp_path: Path) -> None:
     file.write_bytes(
         b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\n  \n{"prompt": "c", "completion": "\xc3\xa9"}'
     )
-    assert [where.rpartition(":")[2] for where, _ in read_jsonl(str(file))] == ["1", "4"]
+    assert [where.rpartition(":")[2] for where, _ in JsonLines(str(file))] == ["1", "4"]
     file.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(UserError, match=r"data\.jsonl:2: not UTF-8"):
-        read_jsonl(str(file))
+        JsonLines(str(file))
     file.write_bytes(b"\n\n")
     with pytest.raises(UserError, match="holds no records"):
-        read_jsonl(str(file))
+        JsonLines(str(file))
     with pytest.raises(UserError, match="is not a file"):
-        read_jsonl(str(tmp_path / "absent.jsonl"))
+        JsonLines(str(tmp_path / "absent.jsonl"))
 
 
 def test_only_the_completion_is_learned() -> None:
@@ -159,6 +160,11 @@ def examples(count: int) -> list[Example]:
     return made
 
 
+def rows_of_epoch(lengths: list[int], epoch: int, seed: int, max_length: int, packing: bool) -> list[list[int]]:
+    order = Order([(len(lengths), None)], seed)
+    return lay_out(order.block(epoch, 0), lengths.__getitem__, order.key(epoch, 0), max_length, packing)
+
+
 def test_rows_hold_every_example_once_and_are_full() -> None:
     lengths = [len(e) for e in examples(200)]
     rows = rows_of_epoch(lengths, epoch=0, seed=3, max_length=64, packing=True)
@@ -202,5 +208,41 @@ def test_collate() -> None:
 def test_encoded_records_survive_json(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text(json.dumps({"prompt": "\u2028", "completion": "line\nbreak"}) + "\n", encoding="utf-8")
-    (_, record), = read_jsonl(str(file))  # fmt: skip
+    (_, record), = JsonLines(str(file))  # fmt: skip
     assert text(Encoder(PLAIN).encode(record), learned=True) == "line\nbreak<|end|>"
+
+
+MARKED = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}"
+    "{% if not loop.last %}{{ m['content'][:1] }}{% else %}{{ m['content'] }}{% endif %}<|end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_that_marks_what_the_assistant_writes_is_believed() -> None:
+    """Also where it rewrites earlier turns, as those do that leave out what was thought."""
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = MARKED
+    turns = [("user", "a"), ("assistant", "bcd"), ("user", "e"), ("assistant", "fgh")]
+    record = {"messages": [{"role": r, "content": c} for r, c in turns]}
+    example = Encoder(tokenizer).encode(record)
+    assert text(example, learned=True) == "b<|end|>fgh<|end|>"
+    assert text(example, learned=False) == (
+        "<|user|>a<|end|>\n<|assistant|>\n<|user|>e<|end|>\n<|assistant|>"
+    )
+    one = Encoder(tokenizer).encode({"prompt": "a", "completion": "bcd"})
+    assert one.input_ids[: one.learn.index(True)] == Encoder(tokenizer).prompt_ids("a")
+    tokenizer.chat_template = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        Encoder(tokenizer).encode(record)
+    tokenizer.chat_template = MARKED.replace("'assistant' %}{%", "'tool' %}{%")
+    with pytest.raises(UserError, match=r"d:3: the chat template marks nothing of it with \{% generation %\}"):
+        Encoder(tokenizer).encode(record, "d:3")
+
+
+def test_an_answer_that_begins_otherwise_than_it_is_asked_for_is_refused() -> None:
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = f"{tokenizer.chat_template}{{% if add_generation_prompt %}}<think>{{% endif %}}"
+    with pytest.raises(UserError, match=r"begins an answer otherwise than it asks for one \('.*<think>'"):
+        Encoder(tokenizer).encode({"prompt": "a", "completion": "b"})

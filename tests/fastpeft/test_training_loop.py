@@ -130,8 +130,8 @@ def test_accumulation_weights_by_tokens(world: Path, tmp_path: Path) -> None:
     }
     together = trainer(config(world, tmp_path, batch_size=6, **common))
     apart = trainer(config(world, tmp_path, batch_size=1, gradient_accumulation=6, **common))
-    rows = [row for rows in together.tracks[0].plan.steps[0][1] for row in rows]
-    assert rows == [row for rows in apart.tracks[0].plan.steps[0][1] for row in rows]
+    rows = [row for rows in together.tracks[0].plan.step(0)[1] for row in rows]
+    assert rows == [row for rows in apart.tracks[0].plan.step(0)[1] for row in rows]
     assert len({apart.tracks[0].examples[row[0]].learned for row in rows}) > 1
     one, six = first_step(together), first_step(apart)
     assert one[0]["learned_tokens"] == six[0]["learned_tokens"]

@@ -76,6 +76,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan (parameters, memory, steps) and stop.")
     ] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="As --dry-run, and take three steps: time and memory; keep nothing of them.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest intact checkpoint in output.")
     ] = False,
@@ -86,10 +89,13 @@ def train(
             help="Begin anew, without the earlier run's checkpoints and adapter; with --resume only if all are broken.",
         ),
     ] = False,
+    trainer: Annotated[
+        str, typer.Option(help="own, or hf: transformers' and TRL's, for DPO, reports, stopping early.")
+    ] = "own",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train an adapter on a jsonl file of prompt/completion or messages.
+    """Train an adapter on jsonl files of prompt/completion or messages.
 
     Ctrl-C and SIGTERM end it after the step it is in, with a checkpoint; once more ends it at once.
 
@@ -97,16 +103,18 @@ def train(
     """
     with session(as_json, debug) as out:
         from ..training.config import load_config
+        from ..training.trainers import check_trainer
 
         path = None if "=" in settings[0] and not Path(settings[0]).is_file() else settings[0]
         config = load_config(path, settings if path is None else settings[1:])
         from . import commands
 
-        if dry_run:
-            plan = commands.plan(config)
+        check_trainer(config, trainer)
+        if dry_run or plan_only:
+            plan = commands.measured_plan(config) if plan_only else commands.plan(config)
             out.emit(plan, lambda: commands.show_plan(plan))
         else:
-            result = commands.train(config, resume, restart)
+            result = commands.train(config, resume, restart, trainer)
             out.emit(result, lambda: commands.show_training(result))
 
 

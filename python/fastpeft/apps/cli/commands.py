@@ -21,6 +21,21 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     return describe(config, prepare_all(config))
 
 
+def measured_plan(config: TrainConfig) -> dict[str, Any]:
+    """The plan, and its first steps taken."""
+    from ..training.describe import describe
+    from ..training.measure import STEPS, measure
+    from ..training.metrics import Console
+    from ..training.run import prepare_all
+
+    if config.objective == "dpo":
+        raise UserError("--plan takes steps of our own loop, which does not learn preferences", "use --dry-run")
+    prepared = prepare_all(config)
+    with Console() as progress:
+        progress.say(f"taking {STEPS} steps to measure them; nothing of them is kept")
+        return {**describe(config, prepared), "measured": measure(config, prepared, progress)}
+
+
 def show_plan(plan: dict[str, Any]) -> None:
     adapters = plan.get("adapters", {"": plan})
     share = 100 * plan["trainable_parameters"] / plan["parameters"]
@@ -30,24 +45,39 @@ def show_plan(plan: dict[str, Any]) -> None:
         ("trainable", f"{plan['trainable_parameters']:,} ({share:.2f} %)"),
     ]
     for name, one in adapters.items():
-        of = f"{name}: " if name else ""
+        of, about = f"{name}: " if name else "", "about " if one["by_estimate"] else ""
         rows += [
             (f"{of}data", f"{one['examples']:,} examples, {one['held_out_examples']:,} held out"),
             (f"{of}tokens an epoch",
-             f"{one['tokens_per_epoch']:,}, of which learned {one['learned_tokens_per_epoch']:,}"),
-            (f"{of}too long", f"{one['examples_cut']} cut, {one['examples_dropped']} dropped"),
+             f"{about}{one['tokens_per_epoch']:,}, of which learned {one['learned_tokens_per_epoch']:,}"),
+            (f"{of}too long", f"{about}{one['examples_cut']} cut, {one['examples_dropped']} dropped"),
             (f"{of}steps", f"{one['steps']:,} over {one['epochs']} epoch(s), {one['warmup_steps']} of them warm-up"),
             (f"{of}rows a step", f"{one['rows_per_step']}, filled to {100 * one['row_fill']:.0f} %"),
         ]  # fmt: skip
     rows += [(f"memory: {name}", size(count)) for name, count in plan["memory_bytes"].items()]
     rows.append(("memory: estimate", size(plan["memory_total_bytes"])))
-    table("Plan (nothing was trained)", ("what", "value"), rows)
+    if "measured" in plan:
+        rows += _measured(plan["measured"])
+    table("Plan (nothing was kept)" if "measured" in plan else "Plan (nothing was trained)", ("what", "value"), rows)
     print("settings:")
     for key, value in plan["config"].items():
         print(f"  {key}: {json.dumps(value)}")
 
 
-def train(config: TrainConfig, resume: bool, restart: bool) -> dict[str, Any]:
+def _measured(found: dict[str, Any]) -> list[tuple[str, str]]:
+    from ..training.metrics import duration
+
+    steps = ", ".join(f"{seconds:.2f}" for seconds in found["step_seconds"])
+    return [
+        ("measured: steps", f"{steps} s, {found['tokens_per_s']:.0f} tokens/s"),
+        ("measured: memory", f"peak {size(found['peak_bytes'])} in these steps, {size(found['process_peak_bytes'])} "
+                             f"with loading the model; {size(found['empty_bytes'])} before that"),
+        ("time: estimate", f"{duration(found['seconds'])}, of it {duration(found['evaluation_seconds'])} evaluation; "
+                           f"before it {duration(found['loading_seconds'])} to load the model"),
+    ]  # fmt: skip
+
+
+def train(config: TrainConfig, resume: bool, restart: bool, trainer: str) -> dict[str, Any]:
     from ..training.metrics import Console
     from ..training.run import prepare_all, train_all
 
@@ -56,9 +86,10 @@ def train(config: TrainConfig, resume: bool, restart: bool) -> dict[str, Any]:
         for p in prepared:
             if p.train.cut or p.train.dropped:
                 of = f"{p.name}: " if config.adapters else ""
-                lost = f"{p.train.cut} examples cut, {p.train.dropped} dropped"
+                about = "about " if p.train.about else ""
+                lost = f"{about}{p.train.cut} examples cut, {p.train.dropped} dropped"
                 progress.say(f"{of}max_length={p.config.max_length}: {lost}")
-        results, _ = train_all(config, prepared, progress, resume, restart=restart)
+        results, _ = train_all(config, prepared, progress, resume, restart=restart, trainer=trainer)
     root = Path(config.output)
     whole = {"output": str(root), "metrics": str(root / "metrics.jsonl"), "loss_curve": str(root / "loss.png")}
     ran = {

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..training import models
 from ..training.config import TrainConfig
-from ..training.data import Record
 from ..training.errors import UserError
 from ..training.metrics import Console
 from ..training.output import held
+from ..training.records import Record
 from . import folder, pydocs
 
 TRAIN_PAIRS, HELD_OUT_PAIRS, ANSWER_TOKENS = 1600, 96, 40

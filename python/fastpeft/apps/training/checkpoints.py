@@ -85,8 +85,10 @@ def save(
     extra: dict[str, Any],
     keep: int,
     adapter: str = "default",
+    spare: int | None = None,
 ) -> Path:
-    """Write ``root/checkpoint-<step>`` and delete all but the ``keep`` newest up to it; ``extra`` must be json.
+    """Write ``root/checkpoint-<step>`` and delete all but the ``keep`` newest up to it, and that of step ``spare``;
+    ``extra`` must be json.
 
     Those of later steps stay: a run that was resumed from before them found them broken.
     """
@@ -106,7 +108,7 @@ def save(
         save_file(tensors, str(Path(temporary) / "training_state.safetensors"))
         text = json.dumps({"step": step, "extra": extra, "state": state})
         (Path(temporary) / "training_state.json").write_text(text, encoding="utf-8")
-    for old in [p for p in numbered(root) if _step(p) <= step][:-keep]:
+    for old in [p for p in numbered(root) if _step(p) <= step and _step(p) != spare][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -159,18 +161,13 @@ def load(
 
     Raises `UserError` when the checkpoint belongs to other data or another layout: its position means nothing there.
     """
-    from safetensors.torch import load_file
-
-    from ... import set_peft_model_state_dict
-
-    stored = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+    stored, state = _read(folder)
     if stored["extra"].get("fingerprint") != fingerprint:
         raise UserError(
             f"{folder} was written with other data or another layout "
             "(seed, max_length, packing, batch_size, gradient_accumulation)",
             "restore those settings to resume, or choose another output to start anew",
         )
-    state = unpack(stored["state"], load_file(str(folder / "training_state.safetensors")))
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     then, now = (
         [(len(group["params"]), sorted({"alpha", "betas", "momentum"} & group.keys())) for group in groups]
@@ -181,12 +178,33 @@ def load(
             f"{folder} was written with another optimizer or another method",
             "restore optimizer, method and targets to resume, or choose another output to start anew",
         )
+    _put(folder, state, model, adapter)
+    optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)  # the settings of now, as those of the learning rate
+    return {"step": int(stored["step"]), "extra": stored["extra"], "random": state["random"]}
+
+
+def put_adapter(folder: Path, model: Any, adapter: str = "default") -> None:
+    """Put a checkpoint's adapter into the model, and nothing else of it."""
+    _put(folder, _read(folder)[1], model, adapter)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is stored beside the adapter, its states with their tensors)."""
+    from safetensors.torch import load_file
+
+    stored: dict[str, Any] = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+    return stored, unpack(stored["state"], load_file(str(folder / "training_state.safetensors")))
+
+
+def _put(folder: Path, state: dict[str, Any], model: Any, adapter: str) -> None:
+    from safetensors.torch import load_file
+
+    from ... import set_peft_model_state_dict
+
     saved = load_file(str(folder / "adapter_model.safetensors"))
     if (encoder := _encoder(model, adapter)) is not None:
         encoder.load_state_dict(state["encoder"])
         saved = {key: tensor for key, tensor in saved.items() if key.startswith("base_model.")}
     set_peft_model_state_dict(model, saved, adapter)
-    optimizer.load_state_dict(state["optimizer"])
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update(own)  # the settings of now, as those of the learning rate
-    return {"step": int(stored["step"]), "extra": stored["extra"], "random": state["random"]}

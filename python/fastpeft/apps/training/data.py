@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import bisect
+import itertools
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, overload
 
 from .errors import UserError
+from .lines import Records, digest_of
+from .order import BLOCK, Order
+from .records import Record, check_record, check_text, shortened
 
-_ROLES = ("system", "user", "assistant", "tool", "developer")
+_SAMPLE = 1024  # records of a large file that are encoded to know about all
 
 
 @dataclass(frozen=True)
@@ -29,123 +35,153 @@ class Example:
         return sum(self.learn[1:])
 
 
+class Kept(Sequence[Example]):
+    """Examples in five bytes a token."""
+
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        self._ids, self._learn, self._ends = array("i"), bytearray(), array("q", [0])
+        for example in examples:
+            self.append(example)
+
+    def append(self, example: Example) -> None:
+        self._ids.extend(example.input_ids)
+        self._learn += bytes(example.learn)
+        self._ends.append(len(self._ids))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = slice(self._ends[index], self._ends[index + 1])
+        return Example(self._ids[part].tolist(), [bool(learned) for learned in self._learn[part]])
+
+
+class Lazy(Sequence["Example | None"]):
+    """Examples of records that are read and encoded when they are used; None for one that is left out.
+
+    digest: of the records.
+    """
+
+    def __init__(self, encode: Callable[[int], Example | None], count: int, digest: str) -> None:
+        self._encode, self._count, self.digest = encode, count, digest
+        self._kept, self._places = Kept(), dict[int, int | None]()
+
+    def load(self, indices: Iterable[int]) -> None:
+        """Encode these, and keep them until others are loaded."""
+        kept, places = Kept(), dict[int, int | None]()
+        for index in sorted(set(indices)):
+            example = self[index]
+            places[index] = None if example is None else len(kept)
+            if example is not None:
+                kept.append(example)
+        self._kept, self._places = kept, places
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Example | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example | None]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example | None] | None:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index in self._places:
+            place = self._places[index]
+            return None if place is None else self._kept[place]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._encode(index)
+
+
+class Corpus(Sequence["Example | None"]):
+    """The examples of one or several files, one file after the other.
+
+    files: examples and weight of each. parts: how many each has, and its weight.
+    """
+
+    def __init__(self, files: Sequence[tuple[Sequence[Example | None], float | None]]) -> None:
+        self._files = [examples for examples, _ in files]
+        self._starts = list(itertools.accumulate(map(len, self._files), initial=0))
+        self.parts = [(len(examples), weight) for examples, weight in files]
+        self.digest = " ".join(f.digest for f in self._files if isinstance(f, Lazy))
+
+    @classmethod
+    def of(cls, examples: Sequence[Example | None]) -> Corpus:
+        return examples if isinstance(examples, cls) else cls([(examples, None)])
+
+    def load(self, indices: Sequence[int]) -> None:
+        """Encode these, and keep them until others are loaded."""
+        for file, first, last in zip(self._files, self._starts, self._starts[1:], strict=False):
+            if isinstance(file, Lazy):
+                file.load(i - first for i in indices if first <= i < last)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Example | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example | None]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example | None] | None:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = bisect.bisect_right(self._starts, index) - 1
+        return self._files[file][index - self._starts[file]]
+
+
 @dataclass
 class Dataset:
-    """Examples, and what happened to those that were too long."""
+    """Examples, and what happened to those that were too long.
 
-    examples: list[Example] = field(default_factory=list)
+    cut, dropped: how many. tokens, learned: of an epoch. longest: tokens of one. about: these numbers were taken from a
+    sample, as not everything was encoded.
+    """
+
+    examples: Sequence[Example | None] = ()
     cut: int = 0
     dropped: int = 0
+    tokens: int = 0
+    learned: int = 0
+    longest: int = 0
+    about: bool = False
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(e) for e in self.examples)
-
-    @property
-    def learned(self) -> int:
-        return sum(e.learned for e in self.examples)
-
-
-Record = dict[str, Any]
-
-
-def read_jsonl(path: str) -> list[tuple[str, Record]]:
-    """The records of a jsonl file, each with ``file:line`` for messages; blank lines are skipped."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"data: expected a jsonl file, {path} is not a file", "give the path of an existing file")
-    records: list[tuple[str, Record]] = []
-    for number, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        where = f"{path}:{number}"
-        record = _parse(raw, where, "utf-8-sig" if number == 1 else "utf-8")
-        check_record(record, where)
-        records.append((where, record))
-    if not records:
-        raise UserError(f"data: {path} holds no records", "write one JSON object with prompt and completion a line")
-    return records
+    @classmethod
+    def mixed(cls, files: Sequence[Dataset], weights: Sequence[float | None]) -> Dataset:
+        """All of several files, with the weight of each."""
+        if len(files) == 1:
+            return files[0]
+        corpus = Corpus([(file.examples, weight) for file, weight in zip(files, weights, strict=True)])
+        order = Order(corpus.parts, 0)
+        often = [order.in_epoch(part) for part in range(len(files))]
+        counts = {
+            name: round(sum(getattr(file, name) * times for file, times in zip(files, often, strict=True)))
+            for name in ("tokens", "learned")
+        }
+        longest, about = max(file.longest for file in files), any(file.about for file in files)
+        cut, dropped = sum(file.cut for file in files), sum(file.dropped for file in files)
+        return cls(corpus, cut, dropped, longest=longest, about=about, **counts)
 
 
-def _parse(line: bytes, where: str, encoding: str) -> Any:
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
     try:
-        return json.loads(line.decode(encoding))
-    except UnicodeDecodeError as error:
+        yield
+    except Exception as error:  # a template is a program of the model's, which may raise anything
         raise UserError(
-            f"{where}: not UTF-8 ({error.reason} at byte {error.start})", "save the file as UTF-8"
+            f"{where}: the chat template refuses it ({type(error).__name__}: {shortened(str(error))})",
+            "write the turns that the model's template takes",
         ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno})", "write one JSON object a line"
-        ) from error
-    except RecursionError:
-        raise too_deep(where) from None
-    except ValueError as error:  # a number of more digits than Python converts
-        raise UserError(f"{where}: {error}", "write it as text, or leave it out") from error
-
-
-def too_deep(where: str) -> UserError:
-    return UserError(f"{where}: lists or objects are nested too deeply", "write one object with text in it")
-
-
-def check_record(record: object, where: str) -> None:
-    """Raise unless ``record`` has ``prompt`` and ``completion``, or ``messages`` with an assistant's turn."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, got {_type(record)}", "write {...}")
-    if "messages" in record:
-        _check_messages(record["messages"], f"{where}: messages")
-        if not any(m["role"] == "assistant" for m in record["messages"]):
-            raise UserError(f"{where}: no message has the role assistant", "add the answer that is to be learned")
-        return
-    missing = [key for key in ("prompt", "completion") if key not in record]
-    if missing:
-        raise UserError(
-            f"{where}: missing {' and '.join(missing)} (found: {_short(', '.join(record)) or 'nothing'})",
-            "a record needs prompt and completion, or messages",
-        )
-    for key in ("prompt", "completion"):
-        if not isinstance(record[key], str):
-            raise UserError(f"{where}: expected text in {key!r}, got {_type(record[key])}", "write a string")
-        check_text(record[key], f"{where}: {key}")
-    if not record["completion"].strip():
-        raise UserError(f"{where}: the completion is empty", "write what is to be learned, or remove the line")
-
-
-def _check_messages(messages: object, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: expected a list of messages, got {_type(messages)}", "write [{role, content}, ...]")
-    for index, message in enumerate(messages):
-        at = f"{where}[{index}]"
-        if not isinstance(message, dict):
-            raise UserError(
-                f"{at}: expected an object with role and content, got {_type(message)}", "write {role, content}"
-            )
-        role, content = message.get("role"), message.get("content")
-        if role not in _ROLES:
-            raise UserError(f"{at}: unknown role {_short(repr(role))}", f"use one of {', '.join(_ROLES)}")
-        if not isinstance(content, str):
-            raise UserError(f"{at}: expected text in 'content', got {_type(content)}", "write a string")
-        check_text(content, f"{at}.content")
-
-
-def check_text(text: str, where: str) -> None:
-    """Raise for half of a surrogate pair, which JSON's escapes can write and no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(text[error.start]):04x}"
-        raise UserError(
-            f"{where}: {code} at character {error.start} is half of a surrogate pair", "write the whole character"
-        ) from error
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 class Encoder:
@@ -163,28 +199,51 @@ class Encoder:
         if template == "chat" and not has_template:
             raise UserError("template=chat, but the tokenizer has no chat template", "use template=plain")
         self.chat = template == "chat" or (template == "auto" and has_template)
+        self._marks = self.chat and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
         self.max_length = max_length
         self.truncate = truncate
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
 
-    def dataset(self, records: Iterable[tuple[str, Record]]) -> Dataset:
-        """Encode all records; ``where`` of each names the line in errors."""
-        result = Dataset()
-        for where, record in records:
-            example = self.encode(record, where)
-            shorter = self._shorten(example, where)
-            if shorter is None:
+    def dataset(self, records: Records) -> Dataset:
+        """Encode records; ``where`` of each names the line in errors.
+
+        Up to `BLOCK` of them at once: they are kept, without those that are left out. More are encoded when they are
+        used, and counted by a sample from all over them.
+        """
+        count, kept = len(records), Kept()
+        result = Dataset(kept)
+        chosen: Sequence[int] = range(count)
+        if count > BLOCK:
+            result.examples = Lazy(lambda i: self._usable(*records[i])[0], count, digest_of(records))
+            result.about = True
+            chosen = [i * count // _SAMPLE for i in range(_SAMPLE)]
+        for i in chosen:
+            example, cut = self._usable(*records[i])
+            result.cut += cut
+            if example is None:
                 result.dropped += 1
                 continue
-            result.cut += len(shorter) < len(example)
-            result.examples.append(shorter)
-        if not result.examples:
+            result.tokens += len(example)
+            result.learned += example.learned
+            result.longest = max(result.longest, len(example))
+            if not result.about:
+                kept.append(example)
+        if not result.tokens:
             raise UserError(
-                f"no example is left: all {result.dropped} are longer than max_length={self.max_length}",
+                f"no example is left: all {result.dropped} {'of a sample ' if result.about else ''}are longer than "
+                f"max_length={self.max_length}",
                 "raise max_length",
             )
+        for name in ("cut", "dropped", "tokens", "learned"):
+            setattr(result, name, round(getattr(result, name) * count / len(chosen)))
         return result
+
+    def _usable(self, where: str, record: Record) -> tuple[Example | None, bool]:
+        """(an example of at most `max_length` tokens or None, True if it was cut)."""
+        example = self.encode(record, where)
+        shorter = self._shorten(example, where)
+        return shorter, shorter is not None and len(shorter) < len(example)
 
     def encode(self, record: Record, where: str = "record") -> Example:
         check_record(record, where)
@@ -210,7 +269,10 @@ class Encoder:
         return self._tokens(self._render([{"role": "user", "content": prompt}], generate=True))
 
     def _segments(self, messages: list[dict[str, str]], where: str) -> list[tuple[str, bool]]:
-        """The rendered conversation cut at the bounds of the assistant's turns."""
+        """The rendered conversation cut at the bounds of the assistant's turns: where the template marks them, else
+        where the renderings of its beginnings end."""
+        if self._marks:
+            return self._marked(messages, where)
         segments: list[tuple[str, bool]] = []
         done = ""
         for index, message in enumerate(messages):
@@ -218,23 +280,48 @@ class Encoder:
                 continue
             before = self._render(messages[:index], generate=True, where=where)
             after = self._render(messages[: index + 1], generate=False, where=where)
-            if not before.startswith(done) or not after.startswith(before):
+            if not before.startswith(done):
                 raise UserError(
                     f"{where}: the chat template rewrites earlier turns, so what is to be learned cannot be cut out",
-                    "use prompt and completion, or one assistant turn a record",
+                    "use prompt and completion, one assistant turn a record, or a template with {% generation %}",
+                )
+            if not after.startswith(before):
+                raise UserError(
+                    f"{where}: the chat template rewrites earlier turns, or begins an answer otherwise than it asks "
+                    f"for one ({shortened(repr(before[-40:]))}), so what is to be learned cannot be cut out",
+                    "use template=plain with prompt and completion, or a template with {% generation %}",
                 )
             segments += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
         return segments
 
-    def _render(self, messages: list[dict[str, str]], generate: bool, where: str = "prompt") -> str:
-        try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        except Exception as error:  # a template is a program of the model's, which may raise anything
+    def _marked(self, messages: list[dict[str, str]], where: str) -> list[tuple[str, bool]]:
+        """Segments by a template that says with ``{% generation %}`` what the assistant writes."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _refusing(where):
+            rendered: Any = render_jinja_template(
+                [[{k: v for k, v in m.items() if v is not None} for m in messages]],
+                chat_template=self.tokenizer.get_chat_template(), return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )  # fmt: skip
+        (text,), (ranges,) = rendered
+        check_text(text, where)
+        segments: list[tuple[str, bool]] = []
+        done = 0
+        for first, last in ranges:
+            segments += [(text[done:first], False), (text[first:last], True)]
+            done = last
+        if not any(learned and part for part, learned in segments):
             raise UserError(
-                f"{where}: the chat template refuses it ({type(error).__name__}: {_short(str(error))})",
-                "write the turns that the model's template takes",
-            ) from error
+                f"{where}: the chat template marks nothing of it with {{% generation %}}",
+                "correct the template, or use template=plain with prompt and completion",
+            )
+        return segments
+
+    def _render(self, messages: list[dict[str, str]], generate: bool, where: str = "prompt") -> str:
+        with _refusing(where):
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
         check_text(text, where)
         return text
 

@@ -59,18 +59,19 @@ def _adapter(prepared: Prepared, trainable: int) -> dict[str, Any]:
     from .track import make_plan
 
     config, plan = prepared.config, make_plan(prepared.config, prepared.train.examples)
-    first = [sum(len(prepared.train.examples[i]) for i in row) for rows in plan.steps[0][1] for row in rows]
+    first = [sum(len(plan.examples[i] or ()) for i in row) for rows in plan.step(0)[1] for row in rows]
     return {
         "trainable_parameters": trainable,
         "examples": len(prepared.train.examples),
         "held_out_examples": len(prepared.held_out.examples),
+        "by_estimate": plan.about or prepared.train.about,
         "tokens_per_epoch": prepared.train.tokens,
         "learned_tokens_per_epoch": prepared.train.learned,
         "examples_cut": prepared.train.cut,
         "examples_dropped": prepared.train.dropped,
         "steps": len(plan),
         "warmup_steps": warmup_steps(config, len(plan)),
-        "epochs": plan.steps[-1][0] + 1,
+        "epochs": plan.epochs,
         "rows_per_step": len(first),
         "row_fill": sum(first) / (len(first) * (config.max_length if config.packing else max(first))),
     }
@@ -106,7 +107,7 @@ def _base_bytes(model: Any, config: TrainConfig) -> int:
 def _activation_bytes(shape: Any, prepared: Prepared) -> int:
     """Bytes kept for the backward of one forward pass: about 8 hidden and 4 intermediate vectors a token and layer."""
     config = prepared.config
-    tokens = config.batch_size * (config.max_length if config.packing else max(len(e) for e in prepared.train.examples))
+    tokens = config.batch_size * (config.max_length if config.packing else prepared.train.longest)
     hidden = int(shape.hidden_size)
     layer = (8 * hidden + 4 * int(getattr(shape, "intermediate_size", None) or 4 * hidden)) * prepared.dtype.itemsize
     layers = int(shape.num_hidden_layers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -97,24 +98,28 @@ class CompletionLoss:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], device: torch.device) -> float:
+    def evaluate(self, batches: Iterable[Batch], device: torch.device) -> float:
         """Mean loss per learned token, in eval mode."""
         was_training = self.base.training
         self.base.eval()
+        total, learned = 0.0, 0
         try:
-            total = sum(float(self(batch.to(device))) for batch in batches)
+            for batch in batches:
+                total += float(self(batch.to(device)))
+                learned += batch.targets.numel()
         finally:
             self.base.train(was_training)
-        return total / max(1, sum(batch.targets.numel() for batch in batches))
+        return total / max(1, learned)
 
     @torch.no_grad()
-    def self_check(self, examples: Sequence[Example], packing: bool, pad_id: int, device: torch.device) -> None:
+    def self_check(self, examples: Iterable[Example | None], packing: bool, pad_id: int, device: torch.device) -> None:
         """Hold this model to what training assumes; raise `UserError` where it does not.
 
         On the first tokens of two examples: the loss equals the one from the model's own logits (so backbone and head
         were found right), and one packed row gives the same as two separate rows (so attention stays inside examples).
         """
-        short = [Example(e.input_ids[:24], [False] + [True] * (len(e.input_ids[:24]) - 1)) for e in examples[:2]]
+        first = itertools.islice((e.input_ids[:24] for e in examples if e is not None), 2)
+        short = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in first]
         was_training = self.base.training
         self.base.eval()
         try:

@@ -80,7 +80,7 @@ class Trainer:
         metrics = MetricsFile(Path(self.config.output) / METRICS_NAME, {t.name: t.done for t in self.tracks})
         self.progress.start(steps, first)
         try:
-            lines = [self._first_line(t) for t in self.tracks if t.done == 0 and t.held_out]
+            lines = [self._first_line(t) for t in self.tracks if t.done == 0 and t.evaluates]
             self._tell(metrics, lines)
             self.model.train()
             stops = Stops(self.progress.notice)
@@ -104,8 +104,8 @@ class Trainer:
         """A step, and what is due after it: held-out losses, lines, checkpoints, the end that a signal asked for."""
         lines = self._step(step, active)
         for track, line in zip(active, lines, strict=True):
-            if track.held_out and track.is_due(track.config.eval_every, step + 1):
-                line["held_out_loss"] = track.after = self._evaluate(track)
+            if track.evaluates and track.is_due(track.config.eval_every, step + 1):
+                self._evaluate(track, line)
         self._tell(metrics, lines)
         asked = stops.asked
         due = [track for track in active if asked or track.is_due(track.config.save_every, step + 1)]
@@ -117,8 +117,8 @@ class Trainer:
             problem = f"ended after step {step + 1} of {steps}, as asked; wrote {', '.join(written)}"
             raise stops.error(problem, "go on with --resume")
 
-    def _start(self, resume: bool, restart: bool) -> None:
-        """Check the model, make the optimizers, and go to where an earlier run was."""
+    def ready(self) -> None:
+        """Check the model against what training assumes, and set it up. Raises UserError."""
         for track in self.tracks:
             self._use([track])
             self.loss.self_check(track.examples, track.config.packing, self.pad_id, self.device)
@@ -127,6 +127,10 @@ class Trainer:
             # transformers lets the embeddings' output require gradients, for reentrant checkpoints; here it only costs.
             self.loss.base.disable_input_require_grads()
         set_seed(self.config.seed)
+
+    def _start(self, resume: bool, restart: bool) -> None:
+        """Check the model, make the optimizers, and go to where an earlier run was."""
+        self.ready()
         states = {}
         for track in self.tracks:
             self._use([track])
@@ -153,16 +157,20 @@ class Trainer:
         self.model.base_model.set_requires_grad(names[1:])
         self._used = names
 
-    def _evaluate(self, track: Track) -> float:
+    def _evaluate(self, track: Track, line: dict[str, Any]) -> None:
+        """Put an adapter's held-out loss, and its answers to its prompts, into the line of a step."""
         self._use([track])
-        return self.loss.evaluate(track.held_out, self.device)
+        if len(track.held_out):
+            line["held_out_loss"] = track.after = self.loss.evaluate(track.held_out, self.device)
+        if track.samples is not None:
+            line["samples"] = track.samples.take(self.model)
 
     def _first_line(self, track: Track) -> dict[str, Any]:
-        track.before = track.after = self._evaluate(track)
-        return {
-            **self._name(track), "step": 0, "held_out_loss": track.before,
-            "peak_memory_mb": peak_memory_mb(self.device),
-        }  # fmt: skip
+        line = {**self._name(track), "step": 0}
+        self._evaluate(track, line)
+        track.before = track.after
+        line["peak_memory_mb"] = peak_memory_mb(self.device)
+        return line
 
     def _name(self, track: Track) -> dict[str, Any]:
         return {"adapter": track.name} if self.several else {}
@@ -181,7 +189,12 @@ class Trainer:
             shown["losses"] = {line["adapter"]: line["loss"] for line in lines}
             shown["tokens_per_s"] = sum(line["tokens_per_s"] for line in lines)
         held_out = {line["adapter"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
-        self.progress.step({**shown, "held_out_loss": held_out} if held_out else shown)
+        if held_out:
+            shown["held_out_loss"] = held_out
+        shown["samples"] = [
+            {**sample, "adapter": line["adapter"]} for line in lines for sample in line.get("samples", ())
+        ]
+        self.progress.step(shown)
 
     def _step(self, step: int, active: Sequence[Track]) -> list[dict[str, Any]]:
         """A step of each adapter: its gradient is that of the mean over all learned tokens of its forward passes."""

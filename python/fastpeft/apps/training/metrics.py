@@ -117,6 +117,18 @@ def _columns(line: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people: 0:07, 12:34, 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _one_line(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= 160 else words[:160] + "..."
+
+
 class Console:
     """A rich progress bar on a terminal, a line every few seconds elsewhere; always on stderr."""
 
@@ -128,6 +140,7 @@ class Console:
         self._task: Any = None
         self._last = 0.0
         self._total = 0
+        self._began = (0.0, 0)  # when, and after which step
         self._held_out = ""
 
     def __enter__(self) -> Console:
@@ -139,15 +152,15 @@ class Console:
         self.stop()
 
     def start(self, total: int, done: int) -> None:
-        self._total = total
+        self._total, self._began = total, (time.monotonic(), done)
         if not self.console.is_terminal:
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
         self._bar = Bar(
             TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[columns]}"),
-            TimeRemainingColumn(compact=True), console=self.console,
+            console=self.console,
         )  # fmt: skip
         self._task = self._bar.add_task("training", total=total, completed=done, columns="")
         self._bar.start()
@@ -157,12 +170,24 @@ class Console:
             loss = line["held_out_loss"]
             by_name = loss.items() if isinstance(loss, dict) else [("", loss)]
             self._held_out = "  held-out" + ",".join(f" {name} {x:.3f}".replace("  ", " ") for name, x in by_name)
-        columns = _columns(line) + self._held_out
+        columns = _columns(line) + self._held_out + self._left(line["step"])
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], columns=columns)
         elif time.monotonic() - self._last > 5 or line["step"] in (0, 1, self._total) or "held_out_loss" in line:
             self._last = time.monotonic()
             self.say(f"step {line['step']}/{self._total}  {columns}")
+        for sample in line.get("samples", ()):
+            of = f"{sample['adapter']}: " if "adapter" in sample else ""
+            self.say(f"  {of}{_one_line(sample['prompt'])} -> {_one_line(sample['answer'])}")
+
+    def _left(self, step: int) -> str:
+        """The time left, by the mean of the steps so far, evaluations among them."""
+        began, first = self._began
+        if step <= first:  # the evaluation before the first step is no step
+            self._began = time.monotonic(), step
+            return ""
+        seconds = (time.monotonic() - began) / (step - first) * (self._total - step)
+        return f"  {duration(seconds)} left" if step < self._total else ""
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

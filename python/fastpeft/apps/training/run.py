@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from . import models
 from .config import PROMPTS, TrainConfig, nearest
-from .data import Dataset, Encoder, Record, read_jsonl, too_deep
+from .data import Dataset, Encoder
 from .errors import UserError
+from .lines import JsonLines, Records, split
 from .metrics import Progress
 from .output import ADAPTER_NAME, CURVE_NAME, METRICS_NAME, held
+from .preferences import PairEncoder, check_pair
+from .trainers import check_trainer
 
 if TYPE_CHECKING:
     import torch
 
-    from .loop import Result
-
-
-Records = list[tuple[str, Record]]
+    from .loop import Result, Trainer
+    from .track import Track
 
 
 @dataclass
@@ -54,28 +55,47 @@ def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Record
     """
     each = config.each()
     if records is None:  # before the model: a bad line is found in a moment
-        records = {name: _read(one, name) for name, one in each.items()}
+        files = {name: _read(one, name) for name, one in each.items()}
+    else:
+        files = {name: [(train, held_out, None)] for name, (train, held_out) in records.items()}
     source = models.resolve(config.model)
     device = models.pick_device(config.device)
     dtype = models.pick_dtype(config.dtype, device)
     tokenizer = models.load_tokenizer(source)
     prepared = []
     for name, one in each.items():
-        train, held_out = records[name]
-        held_out = held_out[: one.max_eval_examples or None]
         with _named(name):
-            encoder = Encoder(tokenizer, one.template, one.max_length, one.truncate)
-            data = encoder.dataset(train), encoder.dataset(held_out) if held_out else Dataset()
+            encoding = PairEncoder if one.objective == "dpo" else Encoder
+            encoder = encoding(tokenizer, one.template, one.max_length, one.truncate)
+            train = Dataset.mixed([encoder.dataset(file) for file, _, _ in files[name]], [w for *_, w in files[name]])
+            held_out = [encoder.dataset(file) for file in _limited([f for _, f, _ in files[name]], one)]
+            data = train, Dataset.mixed(held_out, [None] * len(held_out)) if held_out else Dataset()
         prepared.append(Prepared(one, source, tokenizer, device, dtype, *data, name))
     return prepared
 
 
-def _read(config: TrainConfig, name: str) -> tuple[Records, Records]:
+def _read(config: TrainConfig, name: str) -> list[tuple[Records, Records, float | None]]:
+    """(to train, held out, weight) of each file."""
     with _named(name):
-        train = read_jsonl(config.data)
+        check = check_pair if config.objective == "dpo" else None
+        found: list[tuple[Records, Records, float | None]] = []
+        for path, weight in config.files():
+            records = JsonLines(path, check)
+            train, held_out = split(records, config.eval_fraction) if config.eval_fraction else (records, [])
+            found.append((train, held_out, weight))
         if config.eval_data is not None:
-            return train, read_jsonl(config.eval_data)
-        return split(train, config.eval_fraction) if config.eval_fraction else (train, [])
+            found[0] = (found[0][0], JsonLines(config.eval_data, check), found[0][2])
+        return found
+
+
+def _limited(files: list[Records], config: TrainConfig) -> list[Records]:
+    """Files with something in them, of which the first records are taken: in all as many as there may be held out."""
+    files = [file for file in files if len(file)]
+    total, most = sum(map(len, files)), config.max_eval_examples
+    if not most or most >= total:
+        return files
+    ends = [most * end // total for end in itertools.accumulate(map(len, files), initial=0)]
+    return [file[: end - start] for file, start, end in zip(files, ends, ends[1:], strict=False) if end > start]
 
 
 @contextmanager
@@ -91,25 +111,6 @@ def _named(name: str) -> Iterator[None]:
         if name == "default":
             raise
         raise UserError(f"adapters.{name}: {error}", "correct its settings") from error
-
-
-def split(records: Records, fraction: float) -> tuple[Records, Records]:
-    """Divide by a hash of each record's content, so that equal records fall on one side and files may be reordered."""
-    train: Records = []
-    held_out: Records = []
-    for where, record in records:
-        try:
-            content = json.dumps(record, sort_keys=True)
-        except RecursionError:  # at the very limit of what can be read
-            raise too_deep(where) from None
-        digest = hashlib.sha256(content.encode()).digest()
-        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append((where, record))
-    if not train or not held_out:
-        raise UserError(
-            f"eval_fraction={fraction} of {len(records)} leaves {len(train)} to train, {len(held_out)} to hold out",
-            "give more records or another fraction",
-        )
-    return train, held_out
 
 
 def adapter_config(config: TrainConfig) -> Any:
@@ -165,7 +166,7 @@ def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = Non
                 model = get_peft_model(model, configs[p.name], p.name)
             else:
                 model.add_adapter(p.name, configs[p.name])
-        _check_alone(model, p.name, len(prepared) > 1)
+        _check_alone(model, p.name, len(prepared) > 1, p.config.objective == "dpo")
     if shared.fast_layers:
         for why in models.speed_up(model):
             if say is not None:
@@ -173,8 +174,11 @@ def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = Non
     return model
 
 
-def _check_alone(model: Any, name: str, several: bool) -> None:
-    """Raise for what training here does not do: values by row, and with several adapters what changes their base."""
+def _check_alone(model: Any, name: str, several: bool, compared: bool) -> None:
+    """Raise for what training here does not do: values by row, and with several adapters what changes their base.
+
+    compared: the adapter is trained beside a copy of what it began as.
+    """
     from ... import Method, method_of
 
     config = model.peft_config[name]
@@ -182,8 +186,10 @@ def _check_alone(model: Any, name: str, several: bool) -> None:
     if type(method_of(config)).row_values is not Method.row_values:
         raise UserError(f"{where}: aLoRA needs an invocation in each row, which training here does not look for",
                         "leave alora_invocation_tokens out, or train it with a loop of your own")  # fmt: skip
-    if not several:
+    if not several and not compared:
         return
+    with_it = "the reference of objective=dpo computes" if compared else "the other adapters compute"
+    fix = "leave it out" if compared else "train it in a run of its own"
     edited = [layer for _, layer in model.base_model.adapter_layers() if name in layer.base_edits]
     for changes, what in (
         (getattr(config, "bias", "none") != "none", f"bias={getattr(config, 'bias', '')!r} trains the base's biases"),
@@ -191,7 +197,18 @@ def _check_alone(model: Any, name: str, several: bool) -> None:
         (bool(edited), f"{getattr(config, 'init_lora_weights', 'its initialisation')!r} edits the base's weights"),
     ):
         if changes:
-            raise UserError(f"{where}: {what}, which the other adapters compute with", "train it in a run of its own")
+            raise UserError(f"{where}: {what}, which {with_it} with", fix)
+
+
+def make_tracks(prepared: Sequence[Prepared]) -> list[Track]:
+    from .samples import Samples
+    from .track import Track
+
+    pad = prepared[0].tokenizer.pad_token_id
+    return [
+        Track(p.name, p.config, p.train.examples, p.held_out.examples, pad, Samples.of(p.config, p.tokenizer))
+        for p in prepared
+    ]
 
 
 def train(
@@ -204,22 +221,21 @@ def train(
 
 def train_all(
     config: TrainConfig, prepared: Sequence[Prepared], progress: Progress, resume: bool = False, model: Any = None,
-    restart: bool = False,
+    restart: bool = False, trainer: str = "own",
 ) -> tuple[dict[str, Result], Any]:  # fmt: skip
     """Train a run's adapters and save each to ``adapter`` in its own output; returns results by name and the model.
 
+    trainer: "own", or "hf" for that of transformers or TRL, whose checkpoints and files are the same.
     resume, restart: as of `Trainer.run`, which also says how a signal ends it. Raises UserError for an output that
     another run holds, that cannot be written, or in which there is no room left.
     """
-    from .loop import Trainer
-    from .track import Track
-
+    check_trainer(config, trainer)
     with held(config):
         if model is None:
             model = adapted_model(*prepared, say=progress.say)
         pad = prepared[0].tokenizer.pad_token_id
-        tracks = [Track(p.name, p.config, p.train.examples, p.held_out.examples, pad) for p in prepared]
-        results = Trainer(config, model, tracks, pad, prepared[0].device, progress).run(resume, restart)
+        made = trainer_class(trainer)(config, model, make_tracks(prepared), pad, prepared[0].device, progress)
+        results = made.run(resume, restart)
         for p in prepared:
             save_adapter(model, Path(p.config.output) / ADAPTER_NAME, p)
         metrics = Path(config.output) / METRICS_NAME
@@ -228,6 +244,17 @@ def train_all(
 
             plot_losses(metrics, metrics.with_name(CURVE_NAME))
     return results, model
+
+
+def trainer_class(name: str) -> type[Trainer]:
+    """The class that trains tracks: our loop, or around transformers' trainers."""
+    if name == "hf":
+        from .hf import HFTrainer
+
+        return HFTrainer
+    from .loop import Trainer
+
+    return Trainer
 
 
 def save_adapter(model: Any, folder: Path, prepared: Prepared) -> None:
