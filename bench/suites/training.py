@@ -191,7 +191,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         yield from (products_row(SMALL, mode, args) for mode in own)
     if "llama-1b" in args.only:
         with large_model() as folder:
-            yield step_row("step", LARGE, [OWN, THEIRS], rounds_of(args), args, folder)
+            yield limit_bound(step_row("large", LARGE, [OWN, THEIRS], rounds_of(args), args, folder), LARGE)
             yield from (products_row(LARGE, mode, args, folder) for mode in own)
     for case in map(long_case, lengths):
         if "long" in args.only:
