@@ -145,7 +145,7 @@ def line(info: dict[str, Any]) -> str:
 
 
 class Peak:
-    """What the machine can do at best, measured in this process at each call. library: of `peak_library`, or None.
+    """The most that the machine can do, measured in this process at each call. library: of `peak_library`, or None.
 
     Without the library torch stands in: its best matmul (below the true peak, so percentages of it flatter) and its
     fastest sum.

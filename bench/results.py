@@ -31,7 +31,7 @@ class Claim:
 
 @dataclass
 class Limit:
-    """What an issue asks of one candidate: a value of at most `most`; other: another limit that will do as well."""
+    """A limit that an issue sets to a candidate: its value is at most `most`; other: a limit that will do as well."""
 
     label: str
     candidate: str

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from bench import machine
 from bench.results import Limit, Row, as_lines
-from bench.suites import bounds, multi_train, products, qlora, training, worker
+from bench.suites import bounds, multi_train, products, training, whole, worker
 from bench.suites.families_models import save
 
 LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # q and o, k and v, the MLP
@@ -151,7 +151,7 @@ def test_a_bound_is_the_flops_at_the_peak(model: Any) -> None:
 def test_a_worker_measures_its_bound_beside_each_step(folder: Path) -> None:
     """The whole way, in a process: the peak, the step, and the memory of the mode."""
     args = Namespace(threads=1, dropout=0.0, device="cpu", quick=True, sample_s=1e-4, model=folder, modes=None)
-    stats, last = qlora.measure("step", [training.OWN], 2, args, rows=1, length=8, warm=4)
+    stats, last = whole.measure("step", [training.OWN], 2, args, rows=1, length=8, warm=4)
     reply = last[training.OWN]
     library = machine.peak_library()
     assert len(stats[training.OWN].samples) == 2

@@ -74,7 +74,7 @@ def asked_of(candidate: str) -> Callable[[dict[str, Line]], str]:
 
 
 def limits_of(line: Line) -> str:
-    """What its issue asks of a candidate at most, and whether it is so; empty as of `asked_of`."""
+    """Limits that its issue sets to a candidate, each met or missed; empty as of `asked_of`."""
     said = []
     for limit in line.get("limits", []):
         both = [limit, limit["or"]] if "or" in limit else [limit]

@@ -30,7 +30,7 @@ from ..pipes import Process
 from ..results import Claim, Row
 from . import PARTS as ALL_PARTS
 from . import families_models as models
-from .qlora import extras
+from .whole import extras
 
 MODES = ("bnb-bf16", "ours-bf16", "ours-bf16-own")
 PARTS = {"step": "step", "decode": "token"}  # as --only names them, and the worker

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Iterator
 
 from ..results import Claim, Limit, Row
-from .qlora import OF_BOUND, WholeModel, extras, measure
+from .whole import OF_BOUND, WholeModel, extras, measure
 
 ONE = "ours-bf16-one"
 MODES = ["ours-bf16-once", "ours-bf16-after", "ours-f32-once", "ours-f32-after", "bnb-bf16-after", "bnb-f32-after"]

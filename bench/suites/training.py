@@ -20,7 +20,7 @@ from typing import Any
 
 from ..measure import Stats
 from ..results import Claim, Limit, Row
-from . import qlora
+from . import whole
 from .products import BACKWARD, DAB, DX, FORWARD, Product
 
 OWN, CKPT, THEIRS = "ours-bf16-own", "ours-bf16-own-ckpt", "bnb-bf16"
@@ -91,9 +91,9 @@ def step_row(
 ) -> Row:  # fmt: skip
     """A step in each mode. name: begins the title. kept: also what is kept for the backward."""
     modes = list(args.modes or modes)
-    stats, last = qlora.measure("step", modes, rounds, args, folder, kept=kept, **case.more)
+    stats, last = whole.measure("step", modes, rounds, args, folder, kept=kept, **case.more)
     claims = [Claim("PEFT + bitsandbytes", [m], [m.replace(OWN, THEIRS)]) for m in modes if m.startswith("ours")]
-    extra = qlora.extras(last, [*qlora.STEP_EXTRAS, "saved_mib", "held_mib"])
+    extra = whole.extras(last, [*whole.STEP_EXTRAS, "saved_mib", "held_mib"])
     row = Row(f"{name}, {case.title}", facts(name, case, args), stats, claims, extra=extra)
     for mode, most in MEMORY.get(case.length, {}).items():
         if mode in last:
@@ -122,8 +122,8 @@ def checkpointing_row(case: Case, args: argparse.Namespace) -> Row:
 
 def products_row(case: Case, mode: str, args: argparse.Namespace, folder: Path | None = None) -> Row:
     """A step of a mode in turns with each of its products alone, in one process."""
-    folder = folder or qlora.model_folder(args)
-    worker = qlora.Worker(mode, "products", folder, args, **case.more)
+    folder = folder or whole.model_folder(args)
+    worker = whole.Worker(mode, "products", folder, args, **case.more)
     try:
         found = [Product(**each) for each in worker.receive()["products"]]
         replies = [worker.run() for _ in range(rounds_of(args))]
@@ -157,13 +157,13 @@ def table(case: Case, about: dict[str, Any], found: Sequence[Product], replies: 
     attention = of([p for p in chosen if p.layers == "attention"])
     step, alone = Stats(steps), Stats(of(chosen))
     bounds = [reply["bound_s"] for reply in replies if "bound_s" in reply]
-    whole = {"step": step, **({"its bound": Stats(bounds)} if bounds else {}), "its products alone": alone,
+    sums = {"step": step, **({"its bound": Stats(bounds)} if bounds else {}), "its products alone": alone,
              "step less attention": Stats([s - a for s, a in zip(steps, attention, strict=True)])}  # fmt: skip
-    row = Row(f"products, {case.title}", about, {**whole, **each}, in_order=True)
+    row = Row(f"products, {case.title}", about, {**sums, **each}, in_order=True)
     flops = sum(p.count * p.flops for p in chosen)
-    gflops = {name: flops / stats.median / 1e9 for name, stats in whole.items() if name != "step less attention"}
+    gflops = {name: flops / stats.median / 1e9 for name, stats in sums.items() if name != "step less attention"}
     gflops |= {p.name: p.flops / each[p.name].median / 1e9 for p in found}
-    shares = {name: stats.median / step.median for name, stats in whole.items()}
+    shares = {name: stats.median / step.median for name, stats in sums.items()}
     shares |= {p.name: p.count * each[p.name].median / step.median for p in chosen}
     row.extra = {
         "M x N x K": {p.name: f"{p.m} x {p.n} x {p.k}" for p in found},
@@ -173,14 +173,14 @@ def table(case: Case, about: dict[str, Any], found: Sequence[Product], replies: 
         "of the step": {name: f"{share:.1%}" for name, share in shares.items()},
     }
     for name in ("step", "step less attention"):
-        row.notes.append(f"{row.title}: {name}: {whole[name].median / about['tokens'] * 1e6:.0f} us a token")
+        row.notes.append(f"{row.title}: {name}: {sums[name].median / about['tokens'] * 1e6:.0f} us a token")
     if bounds:
-        bound = whole["its bound"].median
+        bound = sums["its bound"].median
         other = None
         if case.by_products and alone.median > PRODUCTS_MORE * bound:
             other = Limit("times its products alone", "step", step.median / alone.median, PRODUCTS_MOST)
         row.limits.append(Limit("times the bound", "step", step.median / bound, case.most, other))
-        row.extra["of the bound"] = {name: round(whole[name].median / bound, 2) for name in whole}
+        row.extra["of the bound"] = {name: round(sums[name].median / bound, 2) for name in sums}
     return row
 
 

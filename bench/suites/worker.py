@@ -1,4 +1,4 @@
-"""One mode of the whole model in a process of its own, driven over pipes by qlora.py.
+"""One mode of the whole model in a process of its own, driven over pipes by whole.py.
 
 A process per mode, because bitsandbytes' eval mode changes its layers for good and peak memory is per process. The
 processes take turns, so a slow spell of the machine hits every mode alike. Protocol: a JSON object a line each way.
@@ -177,8 +177,8 @@ class TrainStep:
         }
 
     def kept(self) -> dict[str, float]:
-        """What a forward keeps for its backward, in MiB: the tensors that autograd saves (saved_mib), and how much more
-        memory the process holds after it (held_mib)."""
+        """MiB that a forward keeps for its backward: the tensors that autograd saves (saved_mib), and what the process
+        holds more of memory after it (held_mib)."""
         reset_peak()
         before = memory_mib("VmRSS")
         with saved_bytes(self.model, self.given["input_ids"]) as saved:
@@ -320,7 +320,7 @@ def bound(task: dict[str, Any], model: Any) -> Callable[[], dict[str, float]]:
 
 
 def job(task: dict[str, Any], model: Any) -> Callable[[], dict[str, Any]]:
-    """What is run in each turn. It ran once before, or, where the task has `warm`, did so on as many tokens a row."""
+    """The work of each turn. It ran once before, or, where the task has `warm`, did so on as many tokens a row."""
     what, mode, rows, length = (task[name] for name in ("what", "mode", "rows", "length"))
     if what in ("step", "products"):
         step = first = TrainStep(model, mode, tokens_of(model, rows, length))
