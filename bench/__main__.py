@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int)
     p.add_argument("--device", default="cpu", help="of an op: cpu (the default) or cuda")
     p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, "
-                   "products, decode (of qlora also llama-1b, long, long-products, longest, checkpointing, which run "
-                   "by name alone); or dropout, plain, unet; of the suite families also families")
+                   "products, decode (of qlora also llama-1b, llama-products, long, long-products, longest, "
+                   "checkpointing, which run by name alone); or dropout, plain, unet; of the suite families also families")
     p.add_argument("--methods", nargs="+", metavar="M", help="of the suites methods and ortho, such as boft dora")
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
     p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")

@@ -167,7 +167,7 @@ def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, titl
     from rich.table import Table
 
     # A table that goes to a file is not to be folded at 80 columns.
-    console = Console() if Console().is_terminal else Console(width=150)
+    console = Console() if Console().is_terminal else Console(width=180)
     console.print(title)
     for _, some in itertools.groupby(rows, lambda row: (row.in_order and row.title, tuple(row.extra))):
         console.print(_table(list(some), bounds))

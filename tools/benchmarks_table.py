@@ -87,8 +87,8 @@ token. BERT, RoBERTa and T5 are to be 1.2 times as fast in a step of 8 x 128 tok
 
 QLoRA steps as in [benchmarks](benchmarks.md), which says how to read a table: NF4 with double quantisation, LoRA r=16
 on all seven projections, dropout 0, a loss over every token. Made by `python tools/benchmarks_table.py` from
-`python -m bench --suite qlora --only products`, and `llama-1b`, `long`, `long-products`, `longest` or `checkpointing`
-in its place, which run by name alone; `--m 2048` chooses a row's tokens.
+`python -m bench --suite qlora --only products`, and `llama-1b`, `llama-products`, `long`, `long-products`, `longest` or
+`checkpointing` in its place, which run by name alone; `--m 2048` chooses a row's tokens.
 
 **The bound** of a step is its FLOPs at the peak of products. FLOPs: a frozen weight is multiplied forward and for the
 gradient of its input (dX), an adapter's also for its own, the output head twice; causal attention has two products

@@ -1,7 +1,7 @@
 """Steps of the suite qlora beside what the machine could do at best. All parts but the first run by name alone.
 
 products        SmolLM2, 4 x 128 tokens: a step in turns with each of its products alone, its bound, and their sum
-llama-1b        a step of a random Llama of 1.07 billion parameters, 2 x 256 tokens, and the same table
+llama-1b        a step of a random Llama of 1.07 billion parameters, 2 x 256 tokens; llama-products: the table of it
 long            steps of rows of 2,048 and of 4,096 tokens (`--m`), without and with gradient checkpointing
 long-products   the table of each of those rows
 longest         a row of 16,384 tokens with gradient checkpointing: memory
@@ -24,7 +24,6 @@ from . import whole
 from .products import BACKWARD, DAB, DX, FORWARD, Product
 
 OWN, CKPT, THEIRS = "ours-bf16-own", "ours-bf16-own-ckpt", "bnb-bf16"
-NAMED = ("llama-1b", "long", "long-products", "longest", "checkpointing")
 MIB_OF_GB = 1e9 / 2**20
 LONGEST = 16_384
 MEMORY = {4096: {OWN: 3.6, CKPT: 1.8}, LONGEST: {CKPT: 6.0}}  # GB of a process at most, by tokens of its row
@@ -189,10 +188,12 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     lengths = args.m or [2048, 4096]
     if "products" in args.only:
         yield from (products_row(SMALL, mode, args) for mode in own)
-    if "llama-1b" in args.only:
+    if {"llama-1b", "llama-products"} & set(args.only):
         with large_model() as folder:
-            yield limit_bound(step_row("large", LARGE, [OWN, THEIRS], rounds_of(args), args, folder), LARGE)
-            yield from (products_row(LARGE, mode, args, folder) for mode in own)
+            if "llama-1b" in args.only:
+                yield limit_bound(step_row("large", LARGE, [OWN, THEIRS], rounds_of(args), args, folder), LARGE)
+            if "llama-products" in args.only:
+                yield from (products_row(LARGE, mode, args, folder) for mode in own)
     for case in map(long_case, lengths):
         if "long" in args.only:
             yield limit_bound(step_row("long", case, [OWN, CKPT, THEIRS], rounds_of(args), args), case)
