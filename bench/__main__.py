@@ -67,13 +67,14 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--static", action="store_true", help="every GPU kernel as machine code; needs no GPU")
     p.add_argument("--backends", nargs="+", metavar="B", help="of an op: native, reference, triton, cuda")
     p.add_argument("--shapes", nargs="+", type=shape, metavar="INxOUT")
-    p.add_argument("--m", nargs="+", type=int, help="rows of x")
+    p.add_argument("--m", nargs="+", type=int, help="rows of x; of the long rows of qlora: tokens")
     p.add_argument("--dtype", nargs="+", choices=("f32", "bf16", "f16"), default=["bf16", "f32"])
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--threads", type=int)
     p.add_argument("--device", default="cpu", help="of an op: cpu (the default) or cuda")
     p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, "
-                   "decode; or dropout, plain, unet; of the suite families also families")
+                   "products, decode (of qlora also llama-1b, llama-products, long, long-products, longest, "
+                   "checkpointing, which run by name alone); or dropout, plain, unet; families of the suite families")
     p.add_argument("--methods", nargs="+", metavar="M", help="of the suites methods and ortho, such as boft dora")
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
     p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import platform
 import re
@@ -142,35 +144,64 @@ def line(info: dict[str, Any]) -> str:
     )
 
 
+class Peak:
+    """The most that the machine can do, measured in this process at each call. library: of `peak_library`, or None.
+
+    Without the library torch stands in: its best matmul (below the true peak, so percentages of it flatter) and its
+    fastest sum.
+    """
+
+    def __init__(self, library: Path | None) -> None:
+        self.how = "bench/peak.cpp" if library else "torch.mm and torch.sum: no C++ compiler found"
+        self._built = None if library is None else ctypes.CDLL(str(library))
+
+    def products(self, threads: int, bf16: bool) -> float:
+        """GFLOP/s of products in registers: bfloat16's dot products, or float32's FMA. 0: the CPU has none."""
+        if self._built is None:
+            a = torch.randn(1536, 1536)
+            return 0.0 if bf16 else max(2 * len(a) ** 3 / _once(lambda: a @ a) for _ in range(8)) / 1e9
+        return self._call("bf16" if bf16 else "f32", threads)
+
+    def best_products(self, threads: int, bf16: bool) -> float:
+        """The same; float32's where the CPU, or torch in the library's place, has no bfloat16."""
+        return (self.products(threads, True) if bf16 else 0.0) or self.products(threads, False)
+
+    def bandwidth(self, threads: int) -> float:
+        """GB/s of reading 256 MiB in order."""
+        if self._built is None:
+            data = torch.ones(64 << 20)
+            return max(4 * data.numel() / _once(data.sum) for _ in range(5)) / 1e9
+        return self._call("bytes", threads)
+
+    def _call(self, name: str, threads: int) -> float:
+        function = getattr(self._built, f"pk_peak_{name}")
+        function.restype = ctypes.c_double
+        return float(function(ctypes.c_int(threads)))
+
+
+@cache
+def peak_library() -> Path | None:
+    """bench/peak.cpp built for this machine, for as long as this process lives; None without a C++ compiler."""
+    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    if compiler is None:
+        return None
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, True)
+    flags = ["-O3", "-march=native", "-ffp-contract=fast", "-pthread", "-shared", "-fPIC"]
+    source, built = Path(__file__).parent / "peak.cpp", folder / "peak.so"
+    done = subprocess.run([compiler, *flags, str(source), "-o", str(built)], capture_output=True)
+    return built if done.returncode == 0 else None
+
+
 @cache
 def bounds(threads: int) -> dict[str, float | str]:
     """Measured bounds: gflops (float32 FMA in registers on all threads), gbs (reading 256 MiB), and how each was got;
-    gflops_bf16 (bfloat16 dot products) on CPUs that have them, where bench/peak.cpp can be built.
-
-    With a C++ compiler bench/peak.cpp is built and run. Without one torch stands in: its best float32 matmul (below the
-    true peak, so percentages of it flatter) and its fastest sum.
-    """
-    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-    if compiler:
-        with tempfile.TemporaryDirectory() as folder:
-            exe = str(Path(folder) / "peak")
-            flags = ["-O3", "-march=native", "-ffp-contract=fast", "-pthread"]
-            built = subprocess.run([compiler, *flags, str(Path(__file__).parent / "peak.cpp"), "-o", exe],
-                                   capture_output=True, text=True)  # fmt: skip
-            if built.returncode == 0:
-                best = [0.0, 0.0, 0.0]
-                for _ in range(2):
-                    words = subprocess.run(
-                        [exe, str(threads)], capture_output=True, text=True, check=True
-                    ).stdout.split()
-                    best = [max(old, float(word)) for old, word in zip(best, words, strict=False)]
-                dots = {"gflops_bf16": best[2]} if best[2] else {}
-                return {"gflops": best[0], "gbs": best[1], **dots, "how": "bench/peak.cpp"}
-    a = torch.randn(1536, 1536)
-    data = torch.ones(64 << 20)
-    flops = max(2 * 1536**3 / _once(lambda: a @ a) for _ in range(8)) / 1e9
-    return {"gflops": flops, "gbs": max(4 * data.numel() / _once(data.sum) for _ in range(5)) / 1e9,
-            "how": "torch.mm and torch.sum: no C++ compiler found"}  # fmt: skip
+    gflops_bf16 (bfloat16 dot products) on CPUs that have them. The better of two measurements by `Peak`."""
+    peak = Peak(peak_library())
+    bf16 = max(peak.products(threads, True) for _ in range(2))
+    return {"gflops": max(peak.products(threads, False) for _ in range(2)),
+            "gbs": max(peak.bandwidth(threads) for _ in range(2)), **({"gflops_bf16": bf16} if bf16 else {}),
+            "how": peak.how}  # fmt: skip
 
 
 def _once(call: Any) -> float:

@@ -70,54 +70,72 @@ def cuda_clock(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+class Turns:
+    """Samples of candidates, taken in turn; `stats` holds each one's seconds per call.
+
+    sample_s: a sample repeats the call until it lasts about this long. clock: times a sample.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], sample_s: float, clock: Clock = wall_clock) -> None:
+        self.candidates, self.sample_s, self.clock = candidates, sample_s, clock
+        self.stats = {c.name: Stats() for c in candidates}
+        self._position = {c.name: 0 for c in candidates}
+        self._calls: dict[str, int] = {}
+
+    def warm(self) -> None:
+        """Run each three times, and find how many calls a sample has."""
+        for c in self.candidates:
+            self._sample(c, 1)  # imports, allocations and repacking happen here
+            once = min(self._sample(c, 1) for _ in range(2))
+            self._calls[c.name] = max(1, min(4096, round(self.sample_s / max(once, 1e-7))))
+
+    def round(self, number: int) -> None:
+        """A sample of each, in rotated order."""
+        for k in range(len(self.candidates)):
+            c = self.candidates[(k + number) % len(self.candidates)]
+            self.stats[c.name].samples.append(self._sample(c, self._calls[c.name]))
+
+    def _sample(self, c: Candidate, n: int) -> float:
+        if c.enter is not None:
+            c.enter()
+        calls, count = c.calls, len(c.calls)
+
+        def run() -> None:
+            i = self._position[c.name]
+            for _ in range(n):
+                calls[i]()
+                i += 1
+                if i == count:
+                    i = 0
+            self._position[c.name] = i
+
+        return self.clock(run) / n
+
+
 def interleave(
     candidates: Sequence[Candidate], rounds: int = 15, sample_s: float = 0.02, budget_s: float = 20.0,
     clock: Clock = wall_clock,
 ) -> dict[str, Stats]:  # fmt: skip
     """Median and percentiles of every candidate.
 
-    rounds: samples of each, in rotated order. sample_s: a sample repeats the call until it lasts about this long.
-    budget_s: stop after this many seconds in all, but never with fewer than 5 rounds. clock: times a sample.
+    rounds: samples of each, in rotated order. sample_s, clock: as of `Turns`. budget_s: stop after this many seconds in
+    all, but never with fewer than 5 rounds.
     """
-    position = {c.name: 0 for c in candidates}
-    stats = {c.name: Stats() for c in candidates}
-    inner: dict[str, int] = {}
-
-    def sample(c: Candidate, n: int) -> float:
-        if c.enter is not None:
-            c.enter()
-        calls, count = c.calls, len(c.calls)
-
-        def run() -> None:
-            i = position[c.name]
-            for _ in range(n):
-                calls[i]()
-                i += 1
-                if i == count:
-                    i = 0
-            position[c.name] = i
-
-        return clock(run) / n
-
+    turns = Turns(candidates, sample_s, clock)
     begin = time.perf_counter()
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for c in candidates:
-            sample(c, 1)  # imports, allocations and repacking happen here
-            once = min(sample(c, 1) for _ in range(2))
-            inner[c.name] = max(1, min(4096, round(sample_s / max(once, 1e-7))))
+        turns.warm()
         for r in range(rounds):
-            for k in range(len(candidates)):
-                c = candidates[(k + r) % len(candidates)]
-                stats[c.name].samples.append(sample(c, inner[c.name]))
+            turns.round(r)
             if r >= 4 and time.perf_counter() - begin > budget_s:
                 break
     finally:
         if enabled:
             gc.enable()
-    return stats
+    return turns.stats
 
 
 def warm_everything(candidates: Sequence[Candidate], times: int = 1) -> None:

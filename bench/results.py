@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,29 @@ class Claim:
 
 
 @dataclass
+class Limit:
+    """A limit that an issue sets to a candidate: its value is at most `most`; other: a limit that will do as well."""
+
+    label: str
+    candidate: str
+    value: float
+    most: float
+    other: Limit | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.most or (self.other is not None and self.other.met)
+
+    def as_dict(self) -> dict[str, Any]:
+        other = {} if self.other is None else {"or": self.other.as_dict()}
+        return {"limit": self.label, "value": self.value, "most": self.most, "met": self.met, **other}
+
+    def __str__(self) -> str:
+        other = "" if self.other is None else f", or {self.other}"
+        return f"{self.label} {self.value:.4g}, at most {self.most:.4g}{other}"
+
+
+@dataclass
 class Row:
     """One row. case: what is run. stats: candidate -> Stats, once measured. flops, nbytes: of one call, for rates."""
 
@@ -44,6 +68,8 @@ class Row:
     after: Callable[[], object] | None = None
     refused: str | None = None  # why the row holds no number
     missed: bool = False  # something was wrong, not slow
+    in_order: bool = False  # candidates are shown as they were given, else the fastest first
+    limits: list[Limit] = field(default_factory=list)
 
     def refuse(self, why: str) -> Row:
         """The row as a title without numbers: tests of what it measures did not pass."""
@@ -96,6 +122,8 @@ def as_lines(rows: Sequence[Row], header: dict[str, Any], speedups: bool) -> lis
             line.update({k: v[name] for k, v in row.extra.items() if name in v})
             if speedups:
                 line["speedups"] = [r for r in row.ratios() if r["ours"] == name]
+                limits = [limit.as_dict() for limit in row.limits if limit.candidate == name]
+                line |= {"limits": limits} if limits else {}
             lines.append(line)
     return lines
 
@@ -132,54 +160,71 @@ def products_bound(bounds: dict[str, Any], candidate: str, case: dict[str, Any])
 
 
 def print_rows(rows: Sequence[Row], bounds: dict[str, Any], speedups: bool, title: str, bnb: str | None = None) -> None:
-    """Two tables: every candidate's median, p20 and p80, and share of the machine's bound; and what was claimed.
+    """Tables: every candidate's median, p20 and p80, and share of the machine's bound; and what was claimed.
 
     bnb: the version and kernel of the bitsandbytes that rows are beside."""
     from rich.console import Console
     from rich.table import Table
 
     # A table that goes to a file is not to be folded at 80 columns.
-    console = Console() if Console().is_terminal else Console(width=150)
+    console = Console() if Console().is_terminal else Console(width=180)
+    console.print(title)
+    for _, some in itertools.groupby(rows, lambda row: (row.in_order and row.title, tuple(row.extra))):
+        console.print(_table(list(some), bounds))
+    if bnb is not None:
+        console.print(f"bitsandbytes: {bnb}")
+    for why in dict.fromkeys(row.refused for row in rows if row.refused is not None):
+        console.print(f"no number: {why}")
+    for note in (n for row in rows for n in row.notes):
+        console.print(note)
+    limits = [(row.title, limit) for row in rows for limit in row.limits]
+    ratios = [(row.title, r) for row in rows for r in row.ratios()]
+    for title_of_row, limit in limits if speedups else ():
+        console.print(f"{title_of_row}: {limit.candidate}: {limit}: {'met' if limit.met else 'MISSED'}")
+    if not speedups or not ratios:
+        return
+    beside = "" if bnb is None else f"; bitsandbytes {bnb}"
+    claims = Table(title=f"speed-ups (ratio of medians, measured in turns in this run{beside})")
+    for name in ("row", "ours", "against", "speed-up", "asked for"):
+        claims.add_column(name, justify="right" if name in ("speed-up", "asked for") else "left", no_wrap=True)
+    for title_of_row, r in ratios:
+        asked = "" if r["target"] is None else f"{r['target']:g}x"
+        asked += f" or {r['most']:g} of the bound" if r.get("most") else ""
+        asked += "" if r["target"] is None else f" {'met' if r['met'] else 'MISSED'}"
+        claims.add_row(title_of_row, r["ours"], f"{r['against']} ({r['claim']})", f"{r['ratio']:.2f}x", asked)
+    console.print(claims)
+
+
+def _table(rows: Sequence[Row], bounds: dict[str, Any]) -> Any:
+    """A table of rows whose extra values have the same names; one that is shown in order is a table of its own."""
+    from rich.table import Table
+
     extras = list(dict.fromkeys(k for row in rows for k in row.extra))
     ours = {name for row in rows for claim in row.claims for name in claim.ours}
     rates = any(row.flops for row in rows)
-    table = Table(title=title, caption=None if bnb is None else f"bitsandbytes: {bnb}")
-    table.add_column("row", no_wrap=True)
-    table.add_column("candidate", no_wrap=True)
+    alone = rows[0].in_order
+    table = Table(title=rows[0].title if alone else None)
+    for name in ("candidate",) if alone else ("row", "candidate"):
+        table.add_column(name, no_wrap=True)
     for name in ("median", "p20 .. p80", *(("GFLOP/s", "GB/s", "of bound") if rates else ()), *extras):
         table.add_column(name, justify="right", no_wrap=True)
     gbs = float(bounds.get("gbs") or 0)
     for row in rows:
         if row.refused is not None:
             table.add_row(row.title, "no number: tests failed")
-        for i, (name, s) in enumerate(sorted(row.stats.items(), key=lambda item: item[1].median)):
+        found = row.stats.items()
+        for i, (name, s) in enumerate(found if alone else sorted(found, key=lambda item: item[1].median)):
             rate, speed = (row.flops or 0.0) / s.median / 1e9, row.nbytes / s.median / 1e9
             gflops = products_bound(bounds, name, row.case)
             share = max(rate / gflops if gflops else 0.0, speed / gbs if gbs else 0.0)
-            cells = [row.title if i == 0 else "", f"[bold]{name}[/bold]" if name in ours else name, duration(s.median),
-                     f"{duration(s.at(0.2))} .. {duration(s.at(0.8))}"]  # fmt: skip
+            cells = [] if alone else [row.title if i == 0 else ""]
+            cells += [f"[bold]{name}[/bold]" if name in ours else name, duration(s.median),
+                      f"{duration(s.at(0.2))} .. {duration(s.at(0.8))}"]  # fmt: skip
             if rates:
                 cells += [f"{rate:.1f}", f"{speed:.1f}", f"{share:.0%}"]
             table.add_row(*cells, *(str(row.extra.get(k, {}).get(name, "")) for k in extras))
         table.add_section()
-    console.print(table)
-    for why in dict.fromkeys(row.refused for row in rows if row.refused is not None):
-        console.print(f"no number: {why}")
-    for note in (n for row in rows for n in row.notes):
-        console.print(note)
-    found = [(row.title, r) for row in rows for r in row.ratios()]
-    if not speedups or not found:
-        return
-    beside = "" if bnb is None else f"; bitsandbytes {bnb}"
-    claims = Table(title=f"speed-ups (ratio of medians, measured in turns in this run{beside})")
-    for name in ("row", "ours", "against", "speed-up", "asked for"):
-        claims.add_column(name, justify="right" if name in ("speed-up", "asked for") else "left", no_wrap=True)
-    for title_of_row, r in found:
-        asked = "" if r["target"] is None else f"{r['target']:g}x"
-        asked += f" or {r['most']:g} of the bound" if r.get("most") else ""
-        asked += "" if r["target"] is None else f" {'met' if r['met'] else 'MISSED'}"
-        claims.add_row(title_of_row, r["ours"], f"{r['against']} ({r['claim']})", f"{r['ratio']:.2f}x", asked)
-    console.print(claims)
+    return table
 
 
 def plot_rows(rows: Sequence[Row], path: Path, title: str) -> None:

@@ -15,7 +15,7 @@ from forms import matrix
 
 from bench.measure import Stats
 from bench.results import Claim, Row
-from bench.suites import PARTS, families, families_bounds, families_models, families_worker
+from bench.suites import PARTS, bounds, families, families_models, families_worker
 
 # widths that bitsandbytes can repack: multiples of 64
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -60,7 +60,7 @@ def test_a_target_is_met_by_speed_or_by_the_bound(theirs: float, bound: float, m
 def test_bounds_of_a_model(small: None, tmp_path: Path) -> None:
     """Each linear layer twice, an adapter thrice, the output head too; bytes as they are stored."""
     model = loaded("llama", "ours-bf16", tmp_path).model
-    found = families_bounds.costs(model, 2, 8)
+    found = bounds.costs(model, 2, 8)
     shapes = 2 * [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
     weights, adapters = sum(k * n for k, n in shapes), 16 * sum(k + n for k, n in shapes)
     products = 2 * 16 * (2 * (weights + 96 * 64) + 3 * adapters)
@@ -74,12 +74,12 @@ def test_bounds_of_a_model(small: None, tmp_path: Path) -> None:
 def test_experts_count_as_a_token_has_them(small: None, tmp_path: Path) -> None:
     model = loaded("mixtral", "ours-bf16", tmp_path).model
     experts = [m for m in model.modules() if type(m).__name__ == "MixtralExperts"]
-    whole = families_bounds.costs(model, 1, 1)
+    whole = bounds.costs(model, 1, 1)
     for module in experts:
         module.forward = None
         module.__class__ = type("Other", (type(module),), {})  # no longer counted
     weights = 2 * 3 * 64 * families_models.EXPERT_WIDTH
-    without = families_bounds.costs(model, 1, 1)
+    without = bounds.costs(model, 1, 1)
     assert whole["step_flops"] - without["step_flops"] == 2 * 2 * 2 * weights  # 2 of 8 experts, forward and backward
     assert whole["token_bytes"] - without["token_bytes"] == 2 * 2 * weights
 

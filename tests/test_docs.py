@@ -150,6 +150,16 @@ def test_a_ratio_needs_tests_that_passed(tool: Any, tmp_path: Path) -> None:
     assert cells.ratio_of(["ours"], ["PEFT"])({"PEFT": theirs}) == ""
 
 
+def test_a_limit_is_shown_with_both_ways_to_meet_it(tool: Any, tmp_path: Path) -> None:
+    ways = {"limit": "times the bound", "value": 1.8, "most": 1.5, "met": True,
+            "or": {"limit": "times its products alone", "value": 1.2, "most": 1.25, "met": True}}  # fmt: skip
+    steps = [line(name, s, row="products, SmolLM2-135M, 4 x 128 tokens") for name, s in (("step", 2.0), ("o: dX", 1.0))]
+    write(tmp_path, "qlora-zen9-2threads.jsonl", {**steps[0], "limits": [ways], "calls": 30}, steps[1])
+    text = tool("benchmarks_table").document("benchmarks_training.md", tmp_path)
+    said = "1.80 times the bound of 1.50 or 1.20 times its products alone of 1.25: met |"
+    assert text.index(f"| step | 2.00 s (1.00 to 4.00) | 30 | {said}") < text.index("| o: dX | 1.00 s"), "in order"
+
+
 def test_a_missing_row_of_the_readme_is_named(tool: Any, tmp_path: Path) -> None:
     write(tmp_path, "qlora-zen9-2threads.jsonl", line("ours-bf16", 1.5))
     with pytest.raises(SystemExit, match=r"'Trainer, dropout 0\.05': run --suite dropin"):

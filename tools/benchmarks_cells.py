@@ -73,6 +73,16 @@ def asked_of(candidate: str) -> Callable[[dict[str, Line]], str]:
     return cell
 
 
+def limits_of(line: Line) -> str:
+    """Limits that its issue sets to a candidate, each met or missed; empty as of `asked_of`."""
+    said = []
+    for limit in line.get("limits", []):
+        both = [limit, limit["or"]] if "or" in limit else [limit]
+        asked = " or ".join(f"{digits(each['value'])} {each['limit']} of {digits(each['most'])}" for each in both)
+        said.append(f"{asked}: {'met' if limit['met'] else 'missed'}")
+    return "; ".join(said)
+
+
 def read(folder: Path, suites: Iterable[str]) -> tuple[dict[str, dict[str, list[Line]]], list[str]]:
     """Suite -> machine -> lines, by the names SUITE-MACHINE.jsonl, and the names of files that are called otherwise."""
     longest_first = sorted(suites, key=len, reverse=True)

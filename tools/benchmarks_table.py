@@ -1,9 +1,9 @@
-"""Write docs/benchmarks.md, its pages of layers and of families and the README's table from the runs in bench/results:
+"""Write docs/benchmarks.md, its further pages and the README's table from the runs in bench/results:
 `python tools/benchmarks_table.py [--check]`.
 
 Every number is a median of a run that is recorded there, with its 20th and 80th percentile. A table takes the newest
-run of its suite and machine that holds its rows, or, of the families, the newest run of each row; older runs in the
-same file are not shown.
+run of its suite and machine that holds its rows, or, of the families and of training, the newest run of each row; older
+runs in the same file are not shown.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks_cells import (
     fastest,
     field_of,
     grid,
+    limits_of,
     machine,
     newest,
     newest_of_each,
@@ -50,7 +51,8 @@ BEGIN, END = "<!-- made by tools/benchmarks_table.py: begin -->", "<!-- made by 
 HEADS = {"benchmarks.md": """# Benchmarks
 
 Whole models, DoRA, mixed batches and rotations; single layers and every method are in
-[benchmarks_layers](benchmarks_layers.md), families of models in [benchmarks_families](benchmarks_families.md). Made by
+[benchmarks_layers](benchmarks_layers.md), families of models in [benchmarks_families](benchmarks_families.md), a
+training step beside its bound and its products in [benchmarks_training](benchmarks_training.md). Made by
 `python tools/benchmarks_table.py` from the runs in `bench/results`; a test holds the files to them.
 
 A cell is a median with its 20th and 80th percentile in brackets. The candidates of a row take turns within one run. How
@@ -81,6 +83,33 @@ bfloat16 peak that was measured in the same run; that of a token is the bytes of
 memory. In the 20 families that are used most, in our judgement, `accelerate` is to be 1.5 times as fast as PEFT on
 bitsandbytes in a step and twice in a token, or to take at most 1.6 times the bound of the step, twice that of the
 token. BERT, RoBERTa and T5 are to be 1.2 times as fast in a step of 8 x 128 tokens, ViT, CLIP and Whisper no slower.
+""", "benchmarks_training.md": """# A training step beside its bound
+
+QLoRA steps as in [benchmarks](benchmarks.md), which says how to read a table: NF4 with double quantisation, LoRA r=16
+on all seven projections, dropout 0, a loss over every token. Made by `python tools/benchmarks_table.py` from
+`python -m bench --suite qlora --only products`, and `llama-1b`, `llama-products`, `long`, `long-products`, `longest` or
+`checkpointing` in its place, which run by name alone; `--m 2048` chooses a row's tokens.
+
+**The bound** of a step is its FLOPs at the peak of products. FLOPs: a frozen weight is multiplied forward and for the
+gradient of its input (dX), an adapter's also for its own, the output head twice; causal attention has two products
+forward and four backward over the positions that are seen. What is computed again (scores in attention's backward,
+layers under gradient checkpointing) does not count, nor do norms, the softmax of the loss and all else that is no
+product. The peak is what the instructions for bfloat16's dot products (float32: FMA) give in registers on all threads;
+each process measures it before each of its steps (`bench/peak.cpp`), as a virtual machine's speed changes by the
+minute. "Of the bound" 1.5 is a step of 1.5 times that time.
+
+**The table of products** is from one process, in which a step and each product alone take turns. A product goes through
+copies of its weight, 4-bit with an adapter of its own, that no cache holds together; its input is warm, as in a step.
+M x N x K is of the frozen weight (of dA and dB: of their rank), layers of one input are one call, as in the model. The
+last dimension of attention's is a head's. "Forward" and "dX" have the adapter in them, "no adapter" is the frozen
+weight alone. "Its products alone" adds up forward and backward, calls times median, where a backward counts as one call
+or as dX and dA, dB apart, whichever takes less: those that have a share in "of the step". "Step less attention" is the
+step without attention's two calls.
+
+Asked is at most 1.5 times the bound (Llama: 1.35), or, where the products alone take more than 1.2 times the bound,
+1.25 times their time; of long rows 1.6 times the bound. Gradient checkpointing is to take at most 1.35 times a step
+without it and to keep at most 0.45 of the activations: `saved_mib` are the tensors that autograd saves in a forward,
+`held_mib` how much more memory the process has after it.
 """}
 
 MODES = {
@@ -89,6 +118,9 @@ MODES = {
     "ours-bf16-fast": "fastpeft, bfloat16, own layers", "ours-f32-fast": "fastpeft, float32, own layers",
     "ours-bf16": "fastpeft, bfloat16, as a drop-in", "ours-f32": "fastpeft, float32, as a drop-in",
     "bnb-bf16": "PEFT + bitsandbytes, bfloat16", "bnb-f32": "PEFT + bitsandbytes, float32",
+    "ours-bf16-own-ckpt": "fastpeft, bfloat16, own loss and layers, checkpointing",
+    "bnb-bf16-ckpt": "PEFT + bitsandbytes, bfloat16, checkpointing",
+    "ours-bf16-one": "fastpeft, bfloat16, one adapter with all tokens",
     "dense-bf16": "PEFT on dense weights, bfloat16", "dense-f32": "PEFT on dense weights, float32",
     "ours-bf16-once": "fastpeft, bfloat16, at once", "ours-f32-once": "fastpeft, float32, at once",
     "ours-bf16-after": "fastpeft, bfloat16, one after another",
@@ -117,7 +149,7 @@ def dtypes(label: str, ours: str, theirs: str) -> list[Column]:
             ("ratio", ratio_of([ours], [theirs]))]  # fmt: skip
 
 
-LAYERS, FAMILIES = "benchmarks_layers.md", "benchmarks_families.md"
+LAYERS, FAMILIES, TRAINING = "benchmarks_layers.md", "benchmarks_families.md", "benchmarks_training.md"
 OF_FAMILIES: list[Column] = [
     ("PEFT + bitsandbytes", time_of("bnb-bf16")), ("fastpeft", time_of("ours-bf16")),
     ("with `accelerate`", time_of("ours-bf16-own")), ("PEFT's speed = 1", ratio_of(["ours-bf16-own"], ["bnb-bf16"])),
@@ -203,14 +235,24 @@ TABLES = [
     Table("families", "A decoded token", "token, ",
           "One sequence after 16 tokens, by `generate()`, the prompt not counted; PEFT in evaluation mode.",
           OF_FAMILIES, "token, ", FAMILIES, newest_of_each),
+    *(Table("qlora", title, row, text, page=TRAINING, runs=newest_of_each) for title, row, text in (
+        ("The products of a step", "products, SmolLM2-135M, 4 x 128", ""),
+        ("A larger model", "large, ",
+         "A random Llama of 1.07 billion parameters: 16 layers of hidden size 2048, MLPs of 8192, 32 heads of 64 over "
+         "8, a tied vocabulary of 49,152."),
+        ("The products of its step", "products, Llama", ""),
+        ("Long rows", "long, ", "One row. Memory is the peak of the process."),
+        ("The products of long rows", "products, SmolLM2-135M, 1 x", ""),
+        ("Gradient checkpointing", "checkpointing, ", ""))),
 ]  # fmt: skip
 
 
-EXTRAS = {"forward": "forward s", "backward": "backward s", "cpu_s": "CPU s", "tokens/s": "tokens/s",
-          "peak_mib": "peak MiB"}  # fmt: skip
+EXTRAS = {"bound_s": "bound s", "forward": "forward s", "backward": "backward s", "cpu_s": "CPU s",
+          "tokens/s": "tokens/s", "peak_mib": "peak MiB"}  # fmt: skip
 KNOWN = {"candidate", "row", "bench", "suite", "time", "commit", "machine", "bounds", "speedups", "median_s", "min_s",
          "p20_s", "p80_s", "samples", "what", "r", "tokens", "dropout", "gflops", "gbs", "loss", "command", "bnb",
-         "K", "N", "M", "base", "adapters", "requests", "resident", "rounds"}  # fmt: skip
+         "K", "N", "M", "base", "adapters", "requests", "resident", "rounds", "limits", "model", "rows", "length",
+         "mode", "peak_gflops"}  # fmt: skip
 
 
 def shown(value: Any) -> str:
@@ -218,14 +260,16 @@ def shown(value: Any) -> str:
 
 
 def candidates(cases: Cases) -> str:
-    """A row for each candidate, the fastest first, with what else its line says."""
+    """A row for each candidate, the fastest first, with what else its line says; products in their order."""
     lines = [line for case in cases.values() for line in case.values()]
     keys = [*EXTRAS, *dict.fromkeys(k for line in lines for k in sorted(line) if k not in KNOWN and k not in EXTRAS)]
     rows = []
     for title, case in cases.items():
-        for name, line in sorted(case.items(), key=lambda item: item[1]["median_s"]):
-            rows.append([title, MODES.get(name, name), spread(line), *(shown(line.get(k, "")) for k in keys)])
-    labels = ["median", *(EXTRAS.get(k, k) for k in keys)]
+        in_order = title.startswith("products, ")
+        for name, line in case.items() if in_order else sorted(case.items(), key=lambda item: item[1]["median_s"]):
+            cells = [spread(line), *(shown(line.get(k, "")) for k in keys), limits_of(line)]
+            rows.append([title, MODES.get(name, name), *cells])
+    labels = ["median", *(EXTRAS.get(k, k) for k in keys), "asked at most"]
     if len(cases) == 1:
         return grid([next(iter(cases)), *labels], [row[1:] for row in rows])
     return grid(["", "", *labels], rows)

@@ -18,7 +18,7 @@ from typing import Any
 from .. import machine, results
 from ..measure import Stats
 from ..pipes import Process
-from ..suites import qlora
+from ..suites import whole
 from . import checkouts
 
 ROUNDS_AGAIN = 15
@@ -147,7 +147,7 @@ class Comparison:
                 if title is not None:
                     return
 
-    def whole_models(self) -> list[qlora.WholeModel]:
+    def whole_models(self) -> list[whole.WholeModel]:
         """The suite's rows of whole models, with our modes alone."""
         module = importlib.import_module(f"bench.suites.{self.args.suite.replace('-', '_')}")
         found = []
@@ -156,14 +156,14 @@ class Comparison:
             modes = [m for m in row.modes if m.startswith("ours") and (not self.args.modes or m in self.args.modes)]
             tokens = row.more.get("length")
             if (self.only is None or part in self.only) and (tokens is None or tokens in (self.args.m or [tokens])):
-                found.append(qlora.WholeModel(row.title, row.what, modes, row.more))
+                found.append(whole.WholeModel(row.title, row.what, modes, row.more))
         return found
 
-    def model(self, row: qlora.WholeModel, mode: str, rounds: int) -> Line:
-        folder = qlora.model_folder(self.args)
+    def model(self, row: whole.WholeModel, mode: str, rounds: int) -> Line:
+        folder = whole.model_folder(self.args)
 
-        def start(side: str, checkout: Path) -> qlora.Worker:
-            return qlora.Worker(mode, row.what, folder, self.args, checkout, **row.more)
+        def start(side: str, checkout: Path) -> whole.Worker:
+            return whole.Worker(mode, row.what, folder, self.args, checkout, **row.more)
 
         with checkouts.sides(start, self.a, self.b) as running:
             for worker in running.values():

@@ -1,3 +1,4 @@
 """Suites: the issue's tables of layers, and the whole model."""
 
-PARTS = ["forward", "train", "levels", "step", "decode", "dropout", "plain", "unet"]  # as --only names them
+# As --only names them; a suite may have more, which run where they are named alone.
+PARTS = ["forward", "train", "levels", "step", "products", "decode", "dropout", "plain", "unet"]

@@ -29,9 +29,9 @@ from typing import Any
 from ..measure import Stats
 from ..results import Row
 from .pool import write_adapters
-from .qlora import model_folder
 from .serve import Clients, Server
 from .serve_clients import PROMPTS
+from .whole import model_folder
 
 HONEST, HOSTILE, ADAPTERS, RESIDENT, FILES = 12, 3, 8, 4, 128
 TOKENS = 12

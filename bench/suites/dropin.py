@@ -21,7 +21,7 @@ from ..machine import ROOT
 from ..measure import Candidate, Stats
 from ..pipes import Process
 from ..results import Claim, Row
-from .qlora import extras, model_folder
+from .whole import extras, model_folder
 
 VARIANTS = ("PEFT", "patch", "patch, layers, loss", "PEFT, layers, loss", "ours")
 TARGETS = {  # by dropout: how much faster than PEFT the issue asks

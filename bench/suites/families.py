@@ -8,7 +8,7 @@ AdamW. A token is one of a sequence by `generate()`, without the prompt.
   ours-bf16      fastpeft on its NF4 layers, in transformers' model code
   ours-bf16-own  the same after `accelerate(model, loss=True)`
 A step's bound is its products at the machine's bfloat16 peak, a token's the bytes of its weights at the speed of memory
-(families_bounds.py). The families that are used most have a target (MARKED): so much faster than PEFT, or so near to
+(bounds.py). The families that are used most have a target (MARKED): so much faster than PEFT, or so near to
 the bound. Encoders train on 8 x 128 tokens, ViT and CLIP on 8 images. `--only llama gemma2 step` runs some of it. A
 mode is a process (families_worker.py); the processes take turns.
 """
@@ -30,7 +30,7 @@ from ..pipes import Process
 from ..results import Claim, Row
 from . import PARTS as ALL_PARTS
 from . import families_models as models
-from .qlora import extras
+from .whole import extras
 
 MODES = ("bnb-bf16", "ours-bf16", "ours-bf16-own")
 PARTS = {"step": "step", "decode": "token"}  # as --only names them, and the worker

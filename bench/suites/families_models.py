@@ -111,16 +111,24 @@ def configuration(family: str) -> Any:
     return AutoConfig.for_model(kind, **{**USUAL, **OPTIONS.get(family, {})})
 
 
-def build(family: str, folder: Path) -> Model:
-    """Make a random bfloat16 model and save it in a folder. Errors are transformers'."""
+def save(config: Any, auto: str, folder: Path) -> Any:
+    """A random bfloat16 model of a class of transformers, which it saves in a folder. Errors are transformers'."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    auto = OTHERS[family].auto if family in OTHERS else "AutoModelForCausalLM"
     torch.manual_seed(0)
-    model = getattr(transformers, auto).from_config(configuration(family), dtype=torch.bfloat16)
+    model = getattr(transformers, auto).from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    return model
+
+
+def build(family: str, folder: Path) -> Model:
+    """Make a random bfloat16 model and save it in a folder. Errors are transformers'."""
+    import torch
+
+    auto = OTHERS[family].auto if family in OTHERS else "AutoModelForCausalLM"
+    model = save(configuration(family), auto, folder)
     heads = {id(m) for m in (model.get_output_embeddings(), getattr(model, "classifier", None))}
     keeps = set(model._keep_in_fp32_modules or ())  # T5's code reads the dtype of a weight; transformers keeps it dense
     skip, targets = [], []

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..pipes import driven
 from . import worker
-from .families_bounds import costs
+from .bounds import costs
 
 OWN = "-own"
 
@@ -103,7 +103,7 @@ class Loaded:
         task = self.task
         if what == "step":
             given = inputs(self.model, task["family"], task["rows"], task["length"])
-            return worker.trainer(self.model, self.mode.removesuffix(OWN), given)
+            return worker.TrainStep(self.model, self.mode.removesuffix(OWN), given)
         self.model.eval()
         return one_token(self.model, task["tokens"])
 

@@ -20,7 +20,7 @@ from .. import subjects
 from ..machine import last_cache_bytes
 from ..measure import Candidate, copies_needed, warm_everything
 from ..results import Claim, Row
-from .qlora import WholeModel, extras, measure
+from .whole import WholeModel, extras, measure
 
 # (in, out): SmolLM2's, and a wide one
 SHAPES = [(576, 576), (576, 192), (576, 1536), (1536, 576), (2048, 2048)]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..measure import Stats
 from ..results import Row
-from .qlora import model_folder
+from .whole import model_folder
 from .worker import memory_mib
 
 TARGETS = ("q_proj", "v_proj")

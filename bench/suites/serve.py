@@ -30,7 +30,7 @@ from ..machine import ROOT
 from ..measure import Stats
 from ..results import Row
 from .pool import write_adapters
-from .qlora import model_folder
+from .whole import model_folder
 
 CLIENTS, KILLED, ADAPTERS, RESIDENT = 64, 16, 64, 32
 CORRUPT = ["cut", "empty", "no-json", "wrong-shape"]

@@ -1,4 +1,4 @@
-"""One mode of the whole model in a process of its own, driven over pipes by qlora.py.
+"""One mode of the whole model in a process of its own, driven over pipes by whole.py.
 
 A process per mode, because bitsandbytes' eval mode changes its layers for good and peak memory is per process. The
 processes take turns, so a slow spell of the machine hits every mode alike. Protocol: a JSON object a line each way.
@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..flops import saved_bytes
+from ..machine import Peak
+from ..measure import Turns
 from ..pipes import driven
+from . import products
+from .bounds import costs
 
+CHECKPOINTING = "-ckpt"  # behind a mode
 PROMPT = "What does the os module of Python do? Explain it at length."
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -117,36 +124,51 @@ def tokens_of(model: Any, rows: int, length: int) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def trainer(model: Any, mode: str, given: dict[str, Any]) -> Callable[[], dict[str, float]]:
-    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's.
+class TrainStep:
+    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's; `-ckpt`
+    behind that computes each decoder layer again in the backward.
 
     given: the model's arguments."""
-    import torch
 
-    model.train()
-    accelerate(model, mode)
-    now = waiting(model.device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    own = None
-    if mode.endswith("-own"):
-        from fastpeft.apps.training.forward import CompletionLoss
-        from fastpeft.apps.training.packing import Batch
+    def __init__(self, model: Any, mode: str, given: dict[str, Any]) -> None:
+        import torch
 
-        own, ids = CompletionLoss(model), given["input_ids"]
-        rows, length = ids.shape
-        where = torch.arange(rows * length, device=ids.device).view(rows, length)[:, :-1].flatten()
-        position_ids = torch.arange(length, device=ids.device).expand(rows, length)
-        batch = Batch(ids, position_ids, where, ids[:, 1:].flatten(), rows * length)
+        self.model, self.given = model, given
+        own = mode.removesuffix(CHECKPOINTING)
+        model.train()
+        accelerate(model, own)
+        if own != mode:
+            base = model.get_base_model()
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.disable_input_require_grads()  # for reentrant checkpoints; here it only costs
+        self._now = waiting(model.device)
+        self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        self._own: Any = None
+        if own.endswith("-own"):
+            from fastpeft.apps.training.forward import CompletionLoss
+            from fastpeft.apps.training.packing import Batch
 
-    def step() -> dict[str, float]:
-        start = now()
-        loss = model(**given).loss if own is None else own(batch) / where.numel()
-        forward = now()
+            ids = given["input_ids"]
+            rows, length = ids.shape
+            where = torch.arange(rows * length, device=ids.device).view(rows, length)[:, :-1].flatten()
+            position_ids = torch.arange(length, device=ids.device).expand(rows, length)
+            self._batch = Batch(ids, position_ids, where, ids[:, 1:].flatten(), rows * length)
+            self._own = CompletionLoss(model)
+
+    def loss(self) -> Any:
+        if self._own is None:
+            return self.model(**self.given).loss
+        return self._own(self._batch) / self._batch.targets.numel()
+
+    def __call__(self) -> dict[str, float]:
+        start = self._now()
+        loss = self.loss()
+        forward = self._now()
         loss.backward()
-        backward = now()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        end = now()
+        backward = self._now()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        end = self._now()
         return {
             "s": end - start,
             "forward": forward - start,
@@ -154,11 +176,23 @@ def trainer(model: Any, mode: str, given: dict[str, Any]) -> Callable[[], dict[s
             "loss": float(loss.detach()),
         }
 
-    return step
+    def kept(self) -> dict[str, float]:
+        """MiB that a forward keeps for its backward: the tensors that autograd saves (saved_mib), and what the process
+        holds more of memory after it (held_mib)."""
+        reset_peak()
+        before = memory_mib("VmRSS")
+        with saved_bytes(self.model, self.given["input_ids"]) as saved:
+            loss = self.loss()
+        reset_peak()
+        after = memory_mib("VmRSS")
+        del loss
+        held = {} if before is None or after is None else {"held_mib": after - before}
+        return {"saved_mib": saved[0] / 2**20, **held}
 
 
 def adapters_trainer(model: Any, mode: str, adapters: int, length: int) -> Callable[[], dict[str, float]]:
-    """A step of each adapter with a row of `length` tokens: of all at once, or `-after` as runs of one at a time."""
+    """A step of each adapter with a row of `length` tokens: of all at once, or `-after` as runs of one at a time; or
+    `-one` step of one adapter with all the rows."""
     import torch
 
     model.train()
@@ -192,7 +226,8 @@ def adapters_trainer(model: Any, mode: str, adapters: int, length: int) -> Calla
 
 
 def _loop_steps(model: Any, mode: str, ids: Any) -> Callable[[], float]:
-    """Steps of fastpeft's training loop: one with a row of `ids` for each adapter, or `-after` one a row."""
+    """Steps of fastpeft's training loop: one with a row of `ids` for each adapter, or `-after` one a row, or one of
+    `-one` adapter with all rows."""
     import itertools
 
     from fastpeft.apps.training.config import TrainConfig
@@ -204,7 +239,8 @@ def _loop_steps(model: Any, mode: str, ids: Any) -> Callable[[], float]:
     accelerate(model, "-own")
     rows = [Example(row, [True] * len(row)) for row in ids.tolist()]
     names = list(model.peft_config)
-    config = TrainConfig(model="-", data="-", packing=False, max_steps=10_000, learning_rate=1e-4)
+    batch = len(rows) if mode.endswith("-one") else 1
+    config = TrainConfig(model="-", data="-", packing=False, max_steps=10_000, learning_rate=1e-4, batch_size=batch)
     given = [[row] for row in rows] if mode.endswith("-once") else [rows]
     tracks = [Track(name, config, own, [], 0) for name, own in zip(names, given, strict=True)]
     trainer = Trainer(config, model, tracks, 0, model.device, Silent())
@@ -214,7 +250,7 @@ def _loop_steps(model: Any, mode: str, ids: Any) -> Callable[[], float]:
     count = itertools.count()
 
     def steps() -> float:
-        lines = [line for _ in given[0] for line in trainer._step(next(count), tracks)]
+        lines = [line for _ in given[0][::batch] for line in trainer._step(next(count), tracks)]
         return sum(line["loss"] for line in lines) / len(lines)
 
     return steps
@@ -249,6 +285,59 @@ def decoder(model: Any, mode: str, folder: str, tokens: int, rows: int = 1) -> C
     return decode
 
 
+class Products:
+    """A step and, in turns with it, each of its products alone (products.py)."""
+
+    def __init__(self, model: Any, step: TrainStep, task: dict[str, Any]) -> None:
+        self.step, self.rounds = step, 0
+        self.timed = products.timed(model, task["rows"], task["length"], task["dropout"])
+        self.turns = Turns([candidate for _, candidate in self.timed], task["sample_s"])
+        self.turns.warm()
+
+    def about(self) -> dict[str, Any]:
+        return {"products": [asdict(product) for product, _ in self.timed]}
+
+    def __call__(self) -> dict[str, Any]:
+        done = self.step()
+        self.turns.round(self.rounds)
+        self.rounds += 1
+        return {**done, "each": {name: stats.samples[-1] for name, stats in self.turns.stats.items()}}
+
+
+def bound(task: dict[str, Any], model: Any) -> Callable[[], dict[str, float]]:
+    """Measures this process's peak of products, and the seconds of a step at it; nothing where no bound is known."""
+    if not task.get("peak") or task["what"] not in ("step", "train-adapters", "products"):
+        return dict
+    adapters = len(model.peft_config)
+    flops = costs(model, task["rows"], task["length"], adapters)["step_flops"]
+    peak, bf16 = Peak(Path(task["peak"])), "-bf16" in task["mode"]
+
+    def measured() -> dict[str, float]:
+        rate = peak.best_products(task["threads"], bf16)
+        return {"peak_gflops": rate, "bound_s": flops / 1e9 / rate}
+
+    return measured
+
+
+def job(task: dict[str, Any], model: Any) -> Callable[[], dict[str, Any]]:
+    """The work of each turn. It ran once before, or, where the task has `warm`, did so on as many tokens a row."""
+    what, mode, rows, length = (task[name] for name in ("what", "mode", "rows", "length"))
+    if what in ("step", "products"):
+        step = first = TrainStep(model, mode, tokens_of(model, rows, length))
+        if task.get("warm", length) < length:
+            first = TrainStep(model, mode, tokens_of(model, rows, task["warm"]))
+        reset_peak()
+        first()
+        return Products(model, step, task) if what == "products" else step
+    if what == "train-adapters":
+        run: Callable[[], dict[str, Any]] = adapters_trainer(model, mode, rows, length)
+    else:
+        run = decoder(model, mode, task["folder"], task["tokens"], len(model.peft_config))
+    reset_peak()
+    run()
+    return run
+
+
 def main() -> None:
     task, told, reply = driven()
     import torch
@@ -258,24 +347,20 @@ def main() -> None:
     at_once = task["rows"] if task["what"] == "train-adapters" and task["mode"].endswith("-once") else 1
     mixed = 16 if task["what"] == "decode-mixed" else at_once
     model = load(task["mode"], task["folder"], task["dropout"], task["device"], mixed)
-    if task["what"] == "step":
-        run: Callable[[], dict[str, Any]] = trainer(model, task["mode"], tokens_of(model, task["rows"], task["length"]))
-    elif task["what"] == "train-adapters":
-        run = adapters_trainer(model, task["mode"], task["rows"], task["length"])
-    else:
-        run = decoder(model, task["mode"], task["folder"], task["tokens"], mixed)
-    reset_peak()
+    ceiling = bound(task, model)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    run()
-    reply({"ready": True})
+    run = job(task, model)
+    about = run.about() if isinstance(run, Products) else {}
+    reply({"ready": True, **about, **(run.kept() if task.get("kept") and isinstance(run, TrainStep) else {})})
     for _ in told:
+        least = ceiling()
         # seconds of all threads: on a busy machine it says more than the clock does
         before = time.process_time()
         done = run()
         done["cpu_s"] = (time.process_time() - before) / done.get("tokens", 1)
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mib("VmHWM")
-        reply({**done, "peak_mib": peak})
+        reply({**done, **least, "peak_mib": peak})
 
 
 if __name__ == "__main__":

@@ -7,16 +7,17 @@ from typing import Any
 from torch import nn
 
 
-def costs(model: Any, rows: int, length: int) -> dict[str, float]:
+def costs(model: Any, rows: int, length: int, adapters_in_turns: int = 1) -> dict[str, float]:
     """step_flops: of one training step of rows x length tokens; token_bytes: of one decoded token; quantized: layers in
     4 bits; trained: trainable numbers.
 
     A frozen weight is multiplied forward and for the gradient of its input, an adapter's also for its own gradient.
     Attention: two products forward and four backward over the positions that are seen. Experts count by those that a
-    token has. Embeddings, norms, state spaces and convolutions count nothing: what is left out makes the bound lower.
+    token has; adapters_in_turns: so many of equal size, of which a token has one. Embeddings, norms, state spaces and
+    convolutions count nothing, nor does what is computed again: what is left out makes the bound lower.
     """
-    frozen = adapters = bytes_read = heads = 0.0
-    quantized = trained = 0
+    frozen = adapters = bytes_read = 0.0
+    quantized = trained = heads = 0
     config = model.config.get_text_config()
     for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -34,10 +35,23 @@ def costs(model: Any, rows: int, length: int) -> dict[str, float]:
             bytes_read += sum(p.nbytes for p in own)
         elif type(module).__name__.endswith("Attention") and "." in name:
             heads += config.num_attention_heads
-    features = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    attention = 6 * 2 * features * rows * length * (length + 1) / 2
-    step = 2.0 * rows * length * (2 * frozen + 3 * adapters) + attention
+    attention = ATTENTION * attention_flops(heads * head_size(config), rows, length)
+    step = 2.0 * rows * length * (2 * frozen + 3 * adapters / adapters_in_turns) + attention
     return {"step_flops": step, "token_bytes": bytes_read, "quantized": quantized, "trained": trained}
+
+
+FORWARD, BACKWARD = 2, 4  # products of attention
+ATTENTION = FORWARD + BACKWARD
+
+
+def attention_flops(features: int, rows: int, length: int) -> float:
+    """Of one product of causal attention: over the positions that are seen. features: of all heads that ask."""
+    return 2.0 * features * rows * length * (length + 1) / 2
+
+
+def head_size(config: Any) -> int:
+    """Features of a head of attention."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _is_experts(module: nn.Module) -> bool:
