@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from functools import cache
@@ -189,7 +190,9 @@ def peak_library() -> Path | None:
     atexit.register(shutil.rmtree, folder, True)
     flags = ["-O3", "-march=native", "-ffp-contract=fast", "-pthread", "-shared", "-fPIC"]
     source, built = Path(__file__).parent / "peak.cpp", folder / "peak.so"
-    done = subprocess.run([compiler, *flags, str(source), "-o", str(built)], capture_output=True)
+    # the library by name: CXX may be gcc, which does not link it by itself
+    libraries = ["-lstdc++"] if sys.platform == "linux" else []
+    done = subprocess.run([compiler, *flags, str(source), "-o", str(built), *libraries], capture_output=True)
     return built if done.returncode == 0 else None
 
 

@@ -106,11 +106,13 @@ _ONE_BY_ONE: dict[str, Callable[[Arguments], Arguments] | None] = {
     "dora_linear": None,
     "dora_linear_normed": None,
     "gated_mlp": _mlp,
+    "layer_norm": None,
     "lora_linear": None,
     "lora_linear_by_row": _rows,
     "lora_linear_stacked": _projections,
     "lora_mixture": None,
     "multi_lora_linear": None,
+    "rms_norm": None,
 }
 _OF_SEVERAL = {"lora_linear_by_row", "lora_linear_stacked"}  # take a sequence of projections
 # Of a function, the place of the argument beside x that is another one in each call, and is looked at in each.
@@ -120,9 +122,10 @@ _OWN = {"lora_mixture": 3}
 class PreparedCall:
     """A function of this package for one layer, call after call: `call(x, *arguments)` is `function(x, *arguments)`.
 
-    function: `lora_linear`, `dora_linear`, `dora_linear_normed`, `gated_mlp` or `multi_lora_linear`; `lora_mixture`,
-    whose `mix` may be another in each call; `lora_linear_stacked` or `lora_linear_by_row`, which are then called as
-    `call(x, *projections)`. Without gradients each but `dora_linear_normed` and `lora_linear_by_row` is prepared; with
+    function: `lora_linear`, `dora_linear`, `dora_linear_normed`, `gated_mlp`, `multi_lora_linear`, `rms_norm` or
+    `layer_norm`; `lora_mixture`, whose `mix` may be another in each call; `lora_linear_stacked` or
+    `lora_linear_by_row`, which are then called as `call(x, *projections)`. Arguments beside x have their places.
+    Without gradients each but `dora_linear_normed` and `lora_linear_by_row` is prepared; with
     gradients these two, `lora_linear` and `lora_linear_stacked` are, whose weights and biases are frozen then. Errors
     are the function's. A copy, or a pickle, is a call that has not been made. Threads may share one: what it keeps is
     never written to.

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import fastpeft
 from fastpeft.apps.training import models
-from fastpeft.families.projections import Given, in_one_call
+from fastpeft.families.projections import Given, Linears, in_one_call
 from fastpeft.families.ways import BY_CHOICE, known_ways, ways_of
 from fastpeft.weights.nf4_linear import NF4Linear
 from forms import matrix
@@ -350,7 +350,9 @@ def test_given_answers_once_for_its_own_input() -> None:
             return torch.stack((self.a(x), self.a(x), self.b(x + 1), self.b(x)))
 
     module, x, calls = Two(), torch.randn(4, 64), []
-    assert in_one_call(module, ("a", "b"), x, calls.append) == {}, "layers that are called as modules"
+    of = Linears()
+    of.call = calls.append
+    assert in_one_call(module, ("a", "b"), x, of) == {}, "layers that are called as modules"
     fastpeft.quantize_model(module, "nf4")
     one, two = torch.zeros(4, 2), torch.ones(4, 2)
 
@@ -358,7 +360,8 @@ def test_given_answers_once_for_its_own_input() -> None:
         calls.append(x)
         return [one, two]
 
-    others = in_one_call(module, ("a", "b"), x, call)
+    of.call = call
+    others = in_one_call(module, ("a", "b"), x, of)
     assert not calls, "nobody asked yet"
     assert others["a"].weight is module.a.weight
     found = Two.forward(Given(module, others), x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import itertools
 import runpy
@@ -132,10 +133,11 @@ def test_generating(name: str, dtype: torch.dtype, base: str, padded: bool, stat
 def test_training_after_inference_mode(name: str) -> None:
     """Nothing that a forward in inference mode kept is used by a later one; a mask of it has no version to compare."""
     model, given = tiny(name), inputs(2, 11, True)
-    seen = given["attention_mask"].bool()
+    given["attention_mask"] = given["attention_mask"].flip(-1)  # BLOOM's blind queries are NaN in float64
+    seen, wide = given["attention_mask"].bool(), copy.deepcopy(model).double()
     with torch.inference_mode():
-        plain = model(**given).logits[seen]
+        plain, exact = model(**given).logits[seen], wide(**given).logits[seen]
         fastpeft.accelerate(model)
-        fast, exact = model(**given).logits[seen], plain.double()
+        fast = model(**given).logits[seen]
         compare([[(worst(fast, exact), worst(plain, exact), exact.abs().max())]], F32)
     logits_and_gradients(model, given, False)

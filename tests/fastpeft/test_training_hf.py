@@ -109,7 +109,7 @@ def test_either_trainer_goes_on_from_the_others_checkpoint(begun: str, ended: st
 
 
 STOPPING = {
-    "learning_rate": 0.5, "schedule": "constant", "eval_every": 1, "save_every": 0, "max_steps": 12,
+    "learning_rate": 0.1, "schedule": "constant", "eval_every": 1, "save_every": 0, "max_steps": 24,
     "early_stopping_patience": 3, "keep_checkpoints": 1,
 }  # fmt: skip
 
@@ -119,7 +119,7 @@ def stopped_early(world: Path, output: Path) -> tuple[int, Any]:
     result, _, told = train(config(world, output, **STOPPING))
     held_out = told.column("held_out_loss")[1:]  # after each step
     best = int(held_out.argmin()) + 1
-    assert result.steps == len(held_out) == best + 3 < 12
+    assert result.steps == len(held_out) == best + 3 < 24
     assert torch.tensor(result.held_out_after) == held_out.min()
     assert f"the adapter is that of step {best}" in told.said[-1]
     return best, result
@@ -149,7 +149,7 @@ def test_early_stopping_goes_on_counting(world: Path, tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)
 
     settings = config(world, tmp_path / "parts", **STOPPING)
-    with pytest.raises(Interrupted, match=f"ended after step {best + 1} of 12.* go on with --resume"):
+    with pytest.raises(Interrupted, match=f"ended after step {best + 1} of 24.* go on with --resume"):
         train(settings, "hf", Lines(interrupt))
     parts, _, _ = train(settings, resume=True)
     assert (parts.resumed_from, parts.steps) == (best + 1, result.steps)

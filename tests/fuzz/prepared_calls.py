@@ -70,6 +70,16 @@ def _mlp(d: Draw, m: int, k: int) -> Made:
     return [one(features, k), up, down, act, fused, None, limit, 0.0], []
 
 
+def _rms(d: Draw, m: int, k: int) -> Made:
+    weight = d.values(k, dtype=d.one(FLOATS)) if d.maybe(0.8) else None
+    return [weight, 1e-5, d.one((0.0, 1.0)) if weight is not None else 0.0], []
+
+
+def _layer(d: Draw, m: int, k: int) -> Made:
+    dtype = d.one(FLOATS)
+    return [*(d.values(k, dtype=dtype) if d.maybe(0.7) else None for _ in range(2)), 1e-5], []
+
+
 def _by_row(d: Draw, m: int, k: int) -> Made:
     n, count, dtype = d.size(40, 1), d.random.randint(1, 3), d.one(FLOATS)
     ranks = [d.size(8, 1) for _ in range(count)]
@@ -98,14 +108,16 @@ MAKERS: dict[str, Callable[[Draw, int, int], Made]] = {
     "dora_linear": _gained,
     "dora_linear_normed": _normed,
     "gated_mlp": _mlp,
+    "layer_norm": _layer,
     "lora_linear": _lora,
     "lora_linear_by_row": _by_row,
     "lora_linear_stacked": _stacked,
     "lora_mixture": _mixture,
     "multi_lora_linear": _multi,
+    "rms_norm": _rms,
 }
 _SEVERAL = ("lora_linear_by_row", "lora_linear_stacked")
-_WITHOUT_GRAPH = ("dora_linear", "gated_mlp", "lora_mixture", "multi_lora_linear")
+_WITHOUT_GRAPH = ("dora_linear", "gated_mlp", "layer_norm", "lora_mixture", "multi_lora_linear", "rms_norm")
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -34,6 +34,23 @@ def _norm(
     return y
 
 
+# ---- prepared calls -------------------------------------------------------------------------------------------------
+def fields(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
+    """The arguments of `pk_cpu_norm` that stay from call to call: addresses of weight and bias, codes of dtypes."""
+    factor = weight if bias is None else bias
+    return (native.pointer(weight), native.pointer(bias), _CODES[x.dtype], 0 if factor is None else _CODES[factor.dtype])
+
+
+def step(x: Tensor, n: int, packed: tuple[int, ...], numbers: tuple[bool, float, float]) -> Tensor:
+    """y of x [..., N], contiguous. numbers: centred, eps and offset."""
+    y, rows = torch.empty_like(x), x.numel() // n
+    code = native.cpu().pk_cpu_norm(x.data_ptr(), *packed, rows, n, rows or 1, n, 0, *numbers, y.data_ptr(),
+                                    torch.get_num_threads())  # fmt: skip
+    if code:
+        native.check(code)
+    return y
+
+
 def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, need_dx: bool, need_sums: bool,
     centred: bool = False,

@@ -134,5 +134,5 @@ def pair_rotate(x: Tensor, first: Tensor, second: Tensor, half: int) -> Tensor:
     if (torch.is_grad_enabled() and any(t.requires_grad for t in (x, first, second))) or forward_mode():
         y: Tensor = apply_function(_PairRotate, rows, first, second, half)
     else:
-        y = forward_op.op(rows, first, second, half)
+        y = forward_op(rows, first, second, half)
     return y if x.dim() == 2 else y.reshape(x.shape)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels import layer_norm, rms_norm
+from peft_kernels import PreparedCall, layer_norm, rms_norm
 
 from .description import Norm
 from .state import State
@@ -18,15 +18,20 @@ def norm_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     state: State = self._fastpeft
     of = state.part
     assert isinstance(of, Norm)
-    weight = getattr(self, "weight", None)
+    own = self._parameters
+    weight = own["weight"] if "weight" in own else getattr(self, "weight", None)
     # a graph has its own fusions
     if args or kwargs or _reason(self, of, weight, x.dtype) or torch.compiler.is_compiling() or not ways_of(x).norm:
         whole: Tensor = state.base.forward(self, x, *args, **kwargs)
         return whole
     eps = getattr(self, of.eps)
-    if of.mean:
-        return layer_norm(x, weight, getattr(self, "bias", None), eps)
-    return rms_norm(x, weight, eps, offset=of.offset)
+    given = (weight, getattr(self, "bias", None), eps) if of.mean else (weight, eps, of.offset)
+    function: Any = layer_norm if of.mean else rms_norm
+    if torch.is_grad_enabled():
+        return function(x, *given)  # type: ignore[no-any-return]
+    if state.norm is None:
+        state.norm = PreparedCall(function)
+    return state.norm(x, *given)  # type: ignore[no-any-return]
 
 
 def why_not(self: Any, of: Norm, dtype: torch.dtype) -> str | None:

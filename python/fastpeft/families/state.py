@@ -36,6 +36,7 @@ class State:
     o: Linears = field(default_factory=Linears)
     whole: Linears = field(default_factory=Linears)  # of an MLP, all of them
     mlp: PreparedCall = field(default_factory=lambda: PreparedCall(gated_mlp))
+    norm: PreparedCall | None = None  # made when it is first called
     config: Any = None  # of the model whose forward makes its masks, once they come as spans
 
     @property
