@@ -38,7 +38,8 @@ def _norm(
 def fields(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
     """The arguments of `pk_cpu_norm` that stay from call to call: addresses of weight and bias, codes of dtypes."""
     factor = weight if bias is None else bias
-    return (native.pointer(weight), native.pointer(bias), _CODES[x.dtype], 0 if factor is None else _CODES[factor.dtype])
+    code = 0 if factor is None else _CODES[factor.dtype]
+    return native.pointer(weight), native.pointer(bias), _CODES[x.dtype], code
 
 
 def step(x: Tensor, n: int, packed: tuple[int, ...], numbers: tuple[bool, float, float]) -> Tensor:
