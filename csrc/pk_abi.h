@@ -198,10 +198,10 @@ PK_EXPORT int pk_cpu_squared_norm(const pk_adamw *list, int64_t count, double *s
 /* ---- softmax_slice (CPU library) -----------------------------------------------------------------------------------
  * Columns start .. start + width of the scores of a softmax that is made slice by slice. before and after, [3, rows]:
  * each row's largest score m, the sum of exp(score - m) and the target's score, of the slices so far; at first
- * -INFINITY, 0 and any. scores, p: [rows, width] of dtype (float32, bfloat16, float16), contiguous; a score is an element times
- * scale, p = exp(score - m), and 0 at the target. targets [rows]: a column of all of them. rescale [rows]: what earlier
- * sums of p are multiplied by, exp(m before - m). In float32; p is rounded after it was summed. p may be scores, and
- * after before. */
+ * -INFINITY, 0 and any. scores, p: [rows, width] of dtype (float32, bfloat16, float16), contiguous; a score is an
+ * element times scale, p = exp(score - m), and 0 at the target. targets [rows]: a column of all of them. rescale
+ * [rows]: what earlier sums of p are multiplied by, exp(m before - m). In float32; p is rounded after it was summed. p
+ * may be scores, and after before. */
 PK_EXPORT int pk_cpu_softmax_slice(const void *scores, int64_t dtype, int64_t rows, int64_t width,
                                    const int64_t *targets, int64_t start, double scale, const float *before, void *p,
                                    float *after, float *rescale, int64_t threads);
