@@ -29,7 +29,7 @@ def reason(parameters: Iterable[Tensor]) -> str | None:
 
 
 class Kept:
-    """What was looked at of parameters and their state, from one step to the next.
+    """Parameters and their state as the library takes them, from one step to the next.
 
     It holds while they are the same objects of the same sizes, contiguous, with their memory where it was: hundreds of
     small tensors that no cache holds take as long to look at as to update.
