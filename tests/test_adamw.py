@@ -128,3 +128,59 @@ def test_other_gradients_and_parameters() -> None:
             AdamW([torch.nn.Parameter(wrong)], **OPTIONS)
     with pytest.raises(ValueError, match="dense float32 gradients"):
         adamw.norm([torch.randn(3, dtype=torch.float64)])
+
+
+def test_what_is_kept_between_steps_follows_every_change() -> None:
+    """Other moments, other memory, other sizes and forms of the same objects: each step is that of a new optimizer."""
+
+    def other_moments(optimizer: Any, p: Tensor) -> None:
+        optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"] * 2
+
+    def other_memory(optimizer: Any, p: Tensor) -> None:
+        optimizer.state[p]["exp_avg_sq"].data = optimizer.state[p]["exp_avg_sq"] * 3
+        p.data = p.data.clone()
+
+    def smaller(optimizer: Any, p: Tensor) -> None:
+        for t in (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]):
+            t.data = t.data[:4]  # where it was
+
+    def loaded(optimizer: Any, p: Tensor) -> None:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    def less_often(optimizer: Any, p: Tensor) -> None:
+        optimizer.param_groups[0]["params"][0].grad = None
+
+    for change in (other_moments, other_memory, smaller, loaded, less_often):
+        g = torch.Generator().manual_seed(5)
+        start = [torch.randn(6, 4, generator=g) for _ in range(3)]
+        found = []
+        for keeps in (True, False):
+            parameters = [torch.nn.Parameter(t.clone()) for t in start]
+            optimizer = AdamW(parameters, **OPTIONS)
+            for step in range(4):
+                for p in parameters:
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+                if step == 2:
+                    change(optimizer, parameters[1])
+                    parameters[1].grad = torch.ones_like(parameters[1])
+                if not keeps:
+                    optimizer.__dict__.pop("_kept", None)
+                norm = optimizer.norm([p.grad for p in parameters if p.grad is not None])
+                optimizer.step(scale=1.0 / norm)
+            found.append([p.detach() for p in parameters] + [optimizer.state[p]["exp_avg"] for p in parameters])
+        for mine, other in zip(*found, strict=True):
+            assert_same_bits(mine, other)
+
+
+def test_what_lies_otherwise_since_the_last_step_is_refused() -> None:
+    p = torch.nn.Parameter(torch.randn(6, 6))
+    optimizer = AdamW([p], **OPTIONS)
+    p.grad = torch.randn(6, 6)
+    optimizer.step()
+    before, p.data = p.data, p.data.t()  # the same memory
+    with pytest.raises(ValueError, match="contiguous float32"):
+        optimizer.step()
+    p.data = before
+    p.grad.data = torch.randn(3, 6)
+    with pytest.raises(ValueError, match="of one size"):
+        optimizer.step()

@@ -6,12 +6,14 @@ import struct
 from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import c_double, c_void_p, cast, pointer
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from .. import native
 from ..checks import check_memory
+from ..native import addresses
 
 _F32 = torch.float32
 _POINTER, _SIZE, _CONTIGUOUS = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
@@ -26,35 +28,82 @@ def reason(parameters: Iterable[Tensor]) -> str | None:
     return native.available()
 
 
-def squared_norm(gradients: Sequence[Tensor]) -> float:
-    kept = _dense(gradients)
-    numbers = _columns(len(kept), {1: map(_POINTER, kept), 5: map(_SIZE, kept)})
-    square = c_double()
-    code = native.cpu().pk_cpu_squared_norm(
-        numbers.tobytes(), len(kept), cast(pointer(square), c_void_p), torch.get_num_threads()
-    )
-    native.check(code)
-    return square.value
+class Kept:
+    """Parameters and their state as the library takes them, from one step to the next.
+
+    It holds while they are the same objects of the same sizes, contiguous, with their memory where it was: hundreds of
+    small tensors that no cache holds take as long to look at as to update.
+    """
+
+    def __init__(self) -> None:
+        self._columns: Sequence[Sequence[Tensor]] = ((), (), (), ())
+        self._places: list[int] = []
+        self._sizes: list[int] = []
+        self._numbers = array("q")
+        self._seen: tuple[Sequence[Tensor], list[int]] = ((), [])
+
+    def squared_norm(self, gradients: Sequence[Tensor]) -> float:
+        """The square of `adamw.norm`; `update` need not look at these gradients again."""
+        dense = _dense(gradients)
+        at = addresses(dense)
+        self._seen = (gradients, at) if dense is gradients else ((), [])
+        square = c_double()
+        numbers = _columns(len(dense), {1: at, 5: map(_SIZE, dense)})
+        code = native.cpu().pk_cpu_squared_norm(
+            numbers.tobytes(), len(dense), cast(pointer(square), c_void_p), torch.get_num_threads()
+        )
+        native.check(code)
+        return square.value
+
+    def update(
+        self, p: Sequence[Tensor], given: Sequence[Tensor], m: Sequence[Tensor], v: Sequence[Tensor],
+        step: Sequence[Tensor], settings: tuple[float, ...],
+    ) -> None:  # fmt: skip
+        columns, (seen, at), self._seen = (p, m, v, step), self._seen, ((), [])
+        if not p:
+            return
+        if not (all(map(_alike, columns, self._columns)) and _places(columns) == self._places):
+            self._columns = ((), (), (), ())  # until these are looked at
+            sizes = _checked(*columns)
+            self._sizes, self._places = sizes, _places(columns)
+            self._numbers = _columns(len(p), {i: map(_POINTER, t) for i, t in zip((0, 2, 3, 4), columns, strict=True)})
+            self._numbers[5::6] = array("q", sizes)
+            self._columns = columns
+        g = given if _alike(given, seen) and addresses(given) == at else _dense(given)  # copies live until the return
+        if [*map(_SIZE, g)] != self._sizes:
+            raise ValueError(_SIZES)
+        self._numbers[1::6] = array("q", addresses(g))
+        packed = struct.pack("=6d", *settings)
+        native.check(native.cpu().pk_cpu_adamw(self._numbers.tobytes(), len(p), packed, torch.get_num_threads()))
+        torch.autograd.graph.increment_version(p)  # a backward pass with the old values is refused
 
 
-def update(tensors: Sequence[tuple[Tensor, ...]], settings: tuple[float, ...]) -> None:
-    if not tensors:
-        return
-    # whole columns at a time: there are hundreds of small tensors, and a loop over them takes as long as the update
-    p, given, m, v, step = zip(*tensors, strict=True)
-    g = _dense(given)  # copies live until the call returns
+_SIZES = "adamw.update: a parameter, its gradient and moments of one size, and a step of one expected"
+
+
+def _alike(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
+def _places(columns: Sequence[Sequence[Tensor]]) -> list[int]:
+    """Where tensors are and of what size, whether they are contiguous; whole columns at a time, as a loop over
+    hundreds of small tensors takes as long as the update."""
+    found: list[int] = []
+    for column in columns:
+        found += [*map(_POINTER, column), *map(_SIZE, column), *map(_CONTIGUOUS, column)]
+    return found
+
+
+def _checked(p: Sequence[Tensor], m: Sequence[Tensor], v: Sequence[Tensor], step: Sequence[Tensor]) -> list[int]:
+    """Their sizes. Raises ValueError unless the library may read and write all of them."""
     sizes = [*map(_SIZE, p)]
-    if any([*map(_SIZE, column)] != sizes for column in (g, m, v)) or any(n != 1 for n in map(_SIZE, step)):
-        raise ValueError("adamw.update: a parameter, its gradient and moments of one size, and a step of one expected")
+    if any([*map(_SIZE, column)] != sizes for column in (m, v)) or any(n != 1 for n in map(_SIZE, step)):
+        raise ValueError(_SIZES)
     if not _all_plain((*p, *m, *v, *step)):
         raise ValueError("adamw.update: contiguous float32 tensors of a CPU expected")
     for name, column in (("parameter", p), ("exp_avg", m), ("exp_avg_sq", v), ("step", step)):
         _in_memory("adamw.update", name, column)
-    numbers = _columns(len(p), {i: map(_POINTER, column) for i, column in enumerate((p, g, m, v, step))})
-    numbers[5::6] = array("q", sizes)
-    packed = struct.pack("=6d", *settings)
-    native.check(native.cpu().pk_cpu_adamw(numbers.tobytes(), len(p), packed, torch.get_num_threads()))
-    torch.autograd.graph.increment_version(p)  # a backward pass with the old values is refused
+    return sizes
 
 
 def _columns(count: int, columns: dict[int, Iterable[int]]) -> array[int]:

@@ -107,7 +107,8 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 def gradient_norm(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> float:
     """The norm over all gradients, before clipping."""
     if isinstance(optimizer, AdamW):
-        return adamw.norm(gradients)
+        found: float = optimizer.norm(gradients)
+        return found
     return float(torch.nn.utils.get_total_norm(gradients))
 
 

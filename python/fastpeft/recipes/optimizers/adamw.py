@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,15 +31,15 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for group, kept in zip(self.param_groups, self._kept_of_groups(), strict=True):
             tensors = []
             for p in group["params"]:
-                if p.grad is not None:
+                if (g := p.grad) is not None:
                     state = self.state[p] or self._begin(p)
-                    tensors.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+                    tensors.append((p, g, state["exp_avg"], state["exp_avg_sq"], state["step"]))
             adamw.update(
                 tensors, float(group["lr"]), group["betas"], group["eps"], group["weight_decay"],
-                -scale if group["maximize"] else scale,
+                -scale if group["maximize"] else scale, kept,
             )  # fmt: skip
         return loss
 
@@ -48,3 +48,12 @@ class AdamW(torch.optim.AdamW):
         state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         return state
+
+    def norm(self, gradients: Sequence[Tensor]) -> float:
+        """The norm over gradients; those of the only group need not be looked at again in the step that follows."""
+        return adamw.norm(gradients, self._kept_of_groups()[0])
+
+    def _kept_of_groups(self) -> list[adamw.Kept]:
+        kept: list[adamw.Kept] = self.__dict__.setdefault("_kept", [])  # torch neither copies nor pickles it
+        kept += [adamw.Kept() for _ in range(len(self.param_groups) - len(kept))]
+        return kept[: len(self.param_groups)]
