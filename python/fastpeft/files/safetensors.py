@@ -18,6 +18,7 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 1 << 16  # LoRA on every expert of a large mixture has 46 thousand, and a header of about 9 MB
 MAX_DIMS = 8
 MAX_ELEMENTS = 1 << 48  # counted as if no dimension were 0
+_PIECE = 1 << 20
 
 # The names that the safetensors format gives to dtypes.
 DTYPES: dict[str, torch.dtype] = {
@@ -123,15 +124,24 @@ def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str
     return tensors
 
 
+def is_unchanged(header: Header) -> bool:
+    """True while the file has the size and the time that it had when its header was read."""
+    with open_regular(header.path) as file:
+        return _stamp(file) == header.stamp
+
+
 def check_finite(tensors: Mapping[str, torch.Tensor], where: object) -> None:
     """Raise if a floating-point tensor holds NaN or infinity, and name the tensors that do."""
-    if bad := [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _all_finite(tensor)]:
+    if bad := [name for name, tensor in tensors.items() if tensor.is_floating_point() and not all_finite(tensor)]:
         rule = "NaN or infinite values"
         raise AdapterFileError(f"{where}: {rule} in {list_some(bad)}", f"{rule} in {len(bad)} of its tensors")
 
 
-def _all_finite(tensor: torch.Tensor) -> bool:
+def all_finite(tensor: torch.Tensor) -> bool:
+    """True if no value is NaN or infinite. tensor: of any floating dtype; takes little memory beside it."""
     if tensor.dtype.itemsize == 1:
         tensor = tensor.to(torch.float32)
-    # One sum per tensor instead of a mask the size of the tensor; only a sum that overflows needs the mask.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float64))) or bool(torch.isfinite(tensor).all())
+    # One sum a piece instead of a mask the size of the tensor (float64 holds the sum of any float32 values); only a sum
+    # that overflows needs the mask. In pieces, since torch makes a float64 copy of all that it sums so.
+    pieces = tensor.reshape(-1).split(_PIECE)
+    return all(bool(p.sum(dtype=torch.float64).isfinite()) or bool(torch.isfinite(p).all()) for p in pieces)

@@ -12,14 +12,12 @@ import torch
 from torch import nn
 
 from ..files.checks import AdapterFileError, list_some, mismatch, path_inside, read_json
-from ..files.safetensors import Header, read_header, read_tensors
+from ..files.safetensors import Header, read_tensors
+from ..files.shards import check_index, read_shards, weight_map
 from .bnb_keys import DTYPES
 from .nf4_experts import NF4Parameter, dense_parameters, pack, packed_parameters
 from .nf4_linear import NF4Linear
 from .quantize import mark_quantized
-
-# A shard's header names every tensor of a part of the model; 100 MB is the format's own limit.
-_MAX_MODEL_HEADER = 100_000_000
 
 
 @contextmanager
@@ -63,10 +61,9 @@ def load_nf4_model(
     auto_class = auto_class or transformers.AutoModelForCausalLM
     with _parameters_on_meta():
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
-    index, files = root / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        files = sorted({str(f) for f in read_json(index, 64 << 20).get("weight_map", {}).values()})
-    headers = [read_header(path_inside(root, f), _MAX_MODEL_HEADER, 1 << 20) for f in files]
+    index = weight_map(root)
+    headers = read_shards(path_inside(root, file) for file in sorted({*index.values()} or {"model.safetensors"}))
+    check_index(headers, index)
     kept, quant_type, nested = _swap(model, headers, dtype, compute_dtype)
     _check(model, headers, root)
     _fill(model, headers, dtype)
