@@ -39,12 +39,13 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def load_nf4_model(
     directory: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype | None = None, auto_class: Any = None,
+    compute_dtype: torch.dtype | None = None, auto_class: Any = None, **options: Any,
 ) -> Any:  # fmt: skip
     """Load a folder with a 4-bit model, saved by transformers with bitsandbytes or by us, into `NF4Linear` layers.
 
     bitsandbytes is not needed, and the dense weights never exist. dtype: of the layers that are not quantised (default:
     the configuration's). compute_dtype: as in `NF4Linear`. auto_class: `transformers.AutoModelForCausalLM` by default.
+    options: further ones of its `from_config`, such as attn_implementation.
     Every header is read and checked against the model before a tensor is. No code from the folder runs. Raises
     AdapterFileError when the folder holds no 4-bit weights or does not fit its configuration.
     """
@@ -60,7 +61,7 @@ def load_nf4_model(
     dtype = dtype or config.dtype or torch.float32
     auto_class = auto_class or transformers.AutoModelForCausalLM
     with _parameters_on_meta():
-        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     index = weight_map(root)
     headers = read_shards(path_inside(root, file) for file in sorted({*index.values()} or {"model.safetensors"}))
     check_index(headers, index)

@@ -151,13 +151,13 @@ class Streaming:
     def _own_memory(self) -> None:
         """Give the dense parameters memory of their own: of a mapped file that is cut short they would crash us."""
         replaced: dict[int, tuple[Tensor, nn.Parameter]] = {}  # by the id of the first, which so stays in use
+        held = {info.dtype for header in self._headers for info in header.tensors.values()}
         for module in self._model.modules():
             for name, parameter in module._parameters.items():
-                if type(parameter) is not nn.Parameter or parameter.device.type != "cpu":
+                # of another dtype than the files have, it is a copy already
+                if type(parameter) is not nn.Parameter or parameter.dtype not in held or parameter.device.type != "cpu":
                     continue
                 if id(parameter) not in replaced:
-                    if parameter.untyped_storage().nbytes() <= parameter.nbytes:  # else a part of a file
-                        continue
                     new = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
                     replaced[id(parameter)] = parameter, new
                     self._mapped.release()

@@ -94,12 +94,9 @@ def load(options: Options, say: Say) -> Loaded:
     source = models.resolve(options.model)
     device = models.pick_device(options.device)
     dtype = models.pick_dtype(options.dtype, device)
-    say(f"loading {source.note}")
+    say(f"loading {source.note}{', quantising it to NF4' if options.nf4 else ''}")
     tokenizer = models.load_tokenizer(source)
-    model = models.load_model(source, dtype, device)
-    if options.nf4:
-        say("quantising to NF4")
-        model = models.quantize(model, "nf4", {})
+    model = models.load_base(source, dtype, device, "nf4" if options.nf4 else "none", {})
     pool = None if options.adapters is None else _pool(model, options, say)
     for why in models.speed_up(model):
         say(f"layers: {why}")

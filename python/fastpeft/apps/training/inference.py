@@ -64,8 +64,7 @@ class Answerer:
         where = models.pick_device(device)
         compute = models.pick_dtype(str(note.get("dtype", "auto")) if dtype == "auto" else dtype, where)
         tokenizer = models.load_tokenizer(source)
-        base = models.load_model(source, compute, where)
-        base = models.quantize(base, storage, note)
+        base = models.load_base(source, compute, where, storage, note)
         if adapter is not None:
             from ... import PeftModel
 

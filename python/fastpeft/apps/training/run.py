@@ -157,8 +157,8 @@ def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = Non
     for p in prepared:
         with _named(p.name):
             configs[p.name] = adapter_config(p.config)
-    model = models.load_model(first.source, first.dtype, first.device, shared.attention)
-    model = models.quantize(model, shared.quantize, shared.to_dict())
+    how = shared.to_dict()
+    model = models.load_base(first.source, first.dtype, first.device, shared.quantize, how, shared.attention)
     for p in prepared:
         set_seed(p.config.seed)
         with _named(p.name):
