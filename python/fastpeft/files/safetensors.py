@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -19,6 +20,7 @@ MAX_TENSORS = 1 << 16  # LoRA on every expert of a large mixture has 46 thousand
 MAX_DIMS = 8
 MAX_ELEMENTS = 1 << 48  # counted as if no dimension were 0
 _PIECE = 1 << 20
+_ALIGNED = 64  # bytes of a line of the processor's cache
 
 # The names that the safetensors format gives to dtypes.
 DTYPES: dict[str, torch.dtype] = {
@@ -145,3 +147,44 @@ def all_finite(tensor: torch.Tensor) -> bool:
     # that overflows needs the mask. In pieces, since torch makes a float64 copy of all that it sums so.
     pieces = tensor.reshape(-1).split(_PIECE)
     return all(bool(p.sum(dtype=torch.float64).isfinite()) or bool(torch.isfinite(p).all()) for p in pieces)
+
+
+def map_tensors(header: Header) -> dict[str, torch.Tensor]:
+    """Tensors of a checked file as views of it, mapped into memory: read when they are used, and what is written to
+    them stays in this process. Those that the file does not align for their dtype are copies.
+
+    For files that nobody changes while they are in use: one that is cut short later would crash us.
+    """
+    whole = torch.from_file(os.fspath(header.path), shared=False, size=header.stamp[0], dtype=torch.uint8)
+    if not is_unchanged(header):
+        rule = "changed while it was read"
+        raise AdapterFileError(f"{header.path}: {rule}", f"{name_of(header.path)}: {rule}")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, info in header.tensors.items():
+        begin = header.begins[name]
+        data = whole[begin : begin + info.nbytes]
+        data = data.clone() if begin % info.dtype.itemsize else data
+        tensors[name] = data.view(info.dtype).view(info.shape)
+    return tensors
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file tensor by tensor, with no second copy of them in memory (the library's own makes one).
+
+    Whoever maps it finds every tensor aligned for its dtype, and those of whole 64 bytes at multiples of 64.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda n: (tensors[n].nbytes % _ALIGNED != 0, -tensors[n].dtype.itemsize))
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        described[name] = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape),
+                           "data_offsets": [begin, end]}  # fmt: skip
+    text = json.dumps(described).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNED)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            data = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(memoryview(data.view(torch.uint8).numpy()))
