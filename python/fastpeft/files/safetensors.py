@@ -145,7 +145,8 @@ def all_finite(tensor: torch.Tensor) -> bool:
         tensor = tensor.to(torch.float32)
     # One sum a piece instead of a mask the size of the tensor (float64 holds the sum of any float32 values); only a sum
     # that overflows needs the mask. In pieces, since torch makes a float64 copy of all that it sums so.
-    pieces = tensor.reshape(-1).split(_PIECE)
+    flat = tensor.reshape(-1)
+    pieces = (flat[start : start + _PIECE] for start in range(0, flat.numel(), _PIECE))
     return all(bool(p.sum(dtype=torch.float64).isfinite()) or bool(torch.isfinite(p).all()) for p in pieces)
 
 
@@ -187,4 +188,4 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             data = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(data.view(torch.uint8).numpy()))
+            file.write(data.view(torch.uint8).numpy().data)

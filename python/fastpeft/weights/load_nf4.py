@@ -45,8 +45,8 @@ def load_nf4_model(
 
     bitsandbytes is not needed, and the dense weights never exist. dtype: of the layers that are not quantised (default:
     the configuration's). compute_dtype: as in `NF4Linear`. auto_class: `transformers.AutoModelForCausalLM` by default.
-    mapped: the weights stay in the files, mapped into memory (`map_tensors`): a model larger than memory opens, and none
-    is read before it is used. options: further ones of `from_config`, such as attn_implementation.
+    mapped: the weights stay in their files, mapped into memory (`map_tensors`): a model larger than memory opens, and
+    none is read before it is used. options: further ones of `from_config`, such as attn_implementation.
     Every header is read and checked against the model before a tensor is. No code from the folder runs. Raises
     AdapterFileError when the folder holds no 4-bit weights or does not fit its configuration.
     """

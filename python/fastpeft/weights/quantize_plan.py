@@ -37,10 +37,12 @@ def skipped(model: nn.Module, skip: Iterable[str] | str) -> list[str]:
 def linear_layers(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
     """The names of the layers to quantise, and of those that stay dense. Values are not looked at."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    names, kept = [], []
+    names: list[str] = []
+    kept: list[str] = []
     for name, layer in modules_of(model):
         if is_plain(layer) or is_conv1d(layer):
-            shared = uses[id(layer.weight)] > 1
+            weight: Any = layer.weight
+            shared = uses[id(weight)] > 1
             (kept if shared or _is_in(name, skip) else names).append(name)
     return names, kept
 

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from ..files.checks import AdapterFileError, list_some, mismatch
 from ..files.mapped import MappedFiles
-from ..files.safetensors import Header, is_unchanged
+from ..files.safetensors import is_unchanged
 from ..files.shards import check_index, read_shards, weight_map
 from . import quantize_plan as plan
 from .nf4_experts import nests, pack, why_not_packed
 from .nf4_store import SCALES, NF4Store
+
+_READY = "_is_hf_initialized"  # transformers' mark of modules and tensors that have their values
 
 
 class Streaming:
@@ -109,7 +111,9 @@ class Streaming:
                 self._note(module, child)
 
     def _note(self, module: nn.Module, store: NF4Store) -> None:
-        module.__dict__["_is_hf_initialized"] = True
+        # not to be given random values: some models begin with those of a layer's own, some with those of a layer's part
+        module.__dict__[_READY] = True
+        store.weight.__dict__[_READY] = True
         # transformers makes buffers that are in no file anew (rotary tables), which the scales must not be taken for
         store._non_persistent_buffers_set.clear()
         self._made.append(store)
@@ -132,6 +136,7 @@ class Streaming:
             self._check_missing()
         for store in self._made:
             store._non_persistent_buffers_set.update(SCALES)
+            store.weight.__dict__.pop(_READY, None)
             bias = store._parameters.get("bias")
             if bias is not None:
                 bias.requires_grad_(False)

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,7 +202,7 @@ def _loading(source: Source) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or type(error).__name__ == "WriteError":
             raise
         line = " ".join(str(error).split())
         fix = "check the name and the network, or give a local folder"
@@ -213,19 +213,20 @@ def _loading(source: Source) -> Iterator[None]:
 
 def load_base(
     source: Source, dtype: torch.dtype, device: torch.device, storage: str, how: Mapping[str, Any],
-    attention: str = "auto",
+    attention: str = "auto", cache: bool = False, say: Callable[[str], object] | None = None,
 ) -> Any:  # fmt: skip
     """A base as `load_model` gives it, quantised tensor by tensor while it is read: its dense form never exists.
 
     storage: none, nf4 or fp4. how: the settings of a run, or the note beside its adapter. A folder that bitsandbytes
-    quantised to that type is taken as it is. Raises `UserError` for a model that cannot be kept so, and for a broken
-    file by its name.
+    quantised to that type is taken as it is. cache: keep the quantised model, or open the one that was kept, mapped;
+    `say` is told which. Raises `UserError` for a model that cannot be kept so, for a broken file by its name, and where
+    there is no room for what is to be kept.
     """
     if storage == "none":
         return load_model(source, dtype, device, attention)
     import transformers
 
-    from ... import load_nf4_model, nf4_config
+    from ... import WriteError, load_cached_model, load_nf4_model, nf4_config
 
     extra = {} if attention == "auto" else {"attn_implementation": attention}
     settings = quantisation(storage, how)
@@ -234,18 +235,28 @@ def load_base(
             if (held := _quantised_already(source)) is not None:
                 if held != storage:
                     raise UserError(f"{source.note} holds {held} weights, quantize={storage}", f"set quantize={held}")
-                model: Any = load_nf4_model(_folder(source), dtype, **extra)
+                model: Any = load_nf4_model(_folder(source), dtype, mapped=cache, **extra)
+            elif cache:
+                root = Path(_folder(source)).resolve()
+                model = load_cached_model(root, _kept(root), dtype, say=say, settings=settings, **extra)
             else:
                 config = nf4_config(**settings, strict=True)
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     source.location, dtype=dtype, quantization_config=config, **extra
                 )
+    except WriteError as error:
+        raise UserError(str(error), "make room there, set XDG_CACHE_HOME, or leave cache_quantized off") from error
     except UserError as error:
         if "quantize_model: " in error.problem or "nf4_config: " in error.problem:
             raise UserError(error.problem, "change quantize, quantize_skip or quantize_experts") from error
         raise
     model.requires_grad_(False)
     return model.to(device).eval()
+
+
+def _kept(root: Path) -> Path:
+    """Where a folder's quantised model is kept."""
+    return cache_root() / "quantised" / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}"
 
 
 def quantisation(storage: str, how: Mapping[str, Any]) -> dict[str, Any]:
