@@ -33,6 +33,7 @@ from .streaming_tools import measured
 
 transformers = pytest.importorskip("transformers")
 SHARD = "20KB"
+IDS = torch.arange(24).reshape(2, 12)
 
 
 def llama(tie: bool = False, bias: bool = False, **options: Any) -> Any:
@@ -117,7 +118,7 @@ def test_experts(tmp_path: Path, name: str, experts: bool) -> None:
 
 
 def test_a_new_head_is_quantised_too(tmp_path: Path) -> None:
-    """What is in no file is made by transformers and quantised afterwards, as before; `strict` refuses it."""
+    """A layer of no file is made by transformers and quantised afterwards, as before; `strict` refuses it."""
     llama().save_pretrained(tmp_path)
     auto: Any = transformers.AutoModelForSequenceClassification
     model = auto.from_pretrained(tmp_path, quantization_config=nf4_config())

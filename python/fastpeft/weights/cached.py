@@ -61,7 +61,7 @@ def load_cached_model(
 
 
 def identity(root: Path, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a quantised model is made of: names, sizes and times of the files, what the configuration says, settings."""
+    """The source of a quantised model: names, sizes and times of its files, its configuration's hash, settings."""
     files = sorted(file for pattern in ("*.safetensors", "*.bin", "*.index.json") for file in root.glob(pattern))
     stats = {file.name: file.stat() for file in files}
     described = (root / "config.json").read_bytes()

@@ -111,7 +111,7 @@ class Streaming:
                 self._note(module, child)
 
     def _note(self, module: nn.Module, store: NF4Store) -> None:
-        # not to be given random values: some models begin with those of a layer's own, some with those of a layer's part
+        # not to be given random values: models ask modules, or their parts
         module.__dict__[_READY] = True
         store.weight.__dict__[_READY] = True
         # transformers makes buffers that are in no file anew (rotary tables), which the scales must not be taken for
