@@ -20,6 +20,7 @@ _NAMES = {
     "config.base": ("CONFIG_NAME", "PeftConfig", "PromptLearningConfig", "TargetConfig"),
     "config.limits": ("check_adapter_name",),
     "config.types": ("NoMatchingPeftModuleError", "PeftError", "PeftType", "PeftWarning", "TaskType"),
+    "weights.cached": ("load_cached_model",),
     "weights.load_nf4": ("load_nf4_model",),
     "weights.nf4_linear": ("NF4Linear",),
     "weights.quantize": ("dequantize_model", "from_bitsandbytes", "nf4_config", "quantize_model"),

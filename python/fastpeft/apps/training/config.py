@@ -48,6 +48,7 @@ class TrainConfig:
         or the method's default where it acts on whole modules.
     quantize_skip: names of linear layers that stay dense.
     quantize_experts: keep the experts of a mixture in 4 bits, too; lora.target_parameters puts adapters on them.
+    cache_quantized: keep the quantised base in the cache folder; later runs open it by mapping, in a moment.
     fast_layers: quicker forms of the layers of transformers' models (the same mathematics), wherever kernels run.
     max_length: longest example in tokens, and the length of a packed row.
     truncate: what to do with longer examples: cut the completion's end or the prompt's start, drop, or raise an error.
@@ -84,6 +85,7 @@ class TrainConfig:
     double_quant: bool = True
     quantize_skip: list[str] = field(default_factory=lambda: ["lm_head"])
     quantize_experts: bool = False
+    cache_quantized: bool = False
     dtype: DType = "auto"
     device: str = "auto"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -143,6 +145,8 @@ class TrainConfig:
         _require(0 <= self.eval_fraction < 1, "eval_fraction", "at least 0 and below 1", self.eval_fraction)
         ok = len(self.betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas)
         _require(ok, "betas", "two numbers, each at least 0 and below 1", self.betas)
+        if self.cache_quantized and self.quantize == "none":
+            raise UserError("cache_quantized=true, and quantize=none", "choose nf4 or fp4, or leave it out")
         if self.quantize_experts and self.quantize == "none":
             raise UserError("quantize_experts=true, and quantize=none", "choose nf4 or fp4, or leave the experts dense")
         if self.eval_data is not None and self.eval_fraction:
@@ -184,8 +188,8 @@ class TrainConfig:
 
 # What the adapters of a run have in common: there is one base, and one forward pass for all of them.
 SHARED = (
-    "model", "adapters", "output", "quantize", "double_quant", "quantize_skip", "quantize_experts", "dtype", "device",
-    "attention", "fast_layers", "gradient_checkpointing", "loss_chunk_vocab", "loss_chunk_tokens",
+    "model", "adapters", "output", "quantize", "double_quant", "quantize_skip", "quantize_experts", "cache_quantized",
+    "dtype", "device", "attention", "fast_layers", "gradient_checkpointing", "loss_chunk_vocab", "loss_chunk_tokens",
 )  # fmt: skip
 
 
