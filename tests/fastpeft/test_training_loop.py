@@ -217,9 +217,24 @@ def test_every_optimizer_learns(world: Path, tmp_path: Path, optimizer: str) -> 
     assert result.held_out_after < 0.985 * result.held_out_before
 
 
-def test_eight_bit_optimizers_say_what_they_need(world: Path, tmp_path: Path) -> None:
-    t = trainer(config(world, tmp_path, optimizer="adamw_8bit"))
-    with pytest.raises(UserError, match="for GPUs only; use optimizer=adamw"):
+def test_eight_bit_optimizers_resume_exactly(world: Path, tmp_path: Path) -> None:
+    """With states of 8 bits: what has at least 4096 elements."""
+    pytest.importorskip("bitsandbytes")
+    for optimizer, rate in (("adamw_8bit", 1e-2), ("lion_8bit", 1e-3)):
+        output = tmp_path / optimizer
+        given: dict[str, Any] = {"optimizer": optimizer, "learning_rate": rate, "lora": {"r": 64}, "save_every": 2}
+        whole = trainer(config(world, output / "whole", max_steps=4, **given))
+        whole.run()
+        states = whole.tracks[0].optimizer.state.values()
+        assert any(state["state1"].dtype is torch.uint8 for state in states)
+        interrupted(trainer(config(world, output / "parts", max_steps=4, **given)), at=3)
+        trainer(config(world, output / "parts", max_steps=4, **given)).run(resume=True)
+        assert losses(output / "parts") == losses(output / "whole")
+
+
+def test_a_paged_optimizer_is_for_a_gpu(world: Path, tmp_path: Path) -> None:
+    t = trainer(config(world, tmp_path, optimizer="paged_adamw_8bit"))
+    with pytest.raises(UserError, match="memory, and the model is in the host's; use optimizer=adamw_8bit"):
         t.run()
 
 

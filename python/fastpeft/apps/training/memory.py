@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from ... import offload_activations
+from .config import TrainConfig
+from .errors import UserError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
@@ -24,3 +30,16 @@ def keep_freed_memory() -> bool:
         and mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         and mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     )
+
+
+def offloading(config: TrainConfig, model: Any) -> AbstractContextManager[Any]:
+    """The context of a forward pass by ``offload_activations``. Raises UserError where there is no such place."""
+    if config.offload_activations == "none":
+        return nullcontext()
+    try:
+        made: AbstractContextManager[Any] = offload_activations(
+            model, config.offload_activations, config.offload_folder
+        )
+        return made
+    except (ValueError, OSError) as error:
+        raise UserError(str(error), "choose another offload_activations or offload_folder") from error
