@@ -62,7 +62,7 @@ class Trainer:
         self.config, self.model, self.tracks = config, model, list(tracks)
         self.pad_id, self.device, self.progress = pad_id, device, progress
         if device.type == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(but_large=config.gradient_checkpointing)
         self.offload = offloading(config, model)
         self.loss = CompletionLoss(model, config.loss_chunk_vocab, config.loss_chunk_tokens)
         self.several = bool(config.adapters)
