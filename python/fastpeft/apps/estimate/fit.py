@@ -81,7 +81,7 @@ def _more_rows(
 
 
 def _told(config: TrainConfig, fits: TrainConfig) -> dict[str, Any]:
-    """What the command has to set: what differs from the defaults, as ``key`` or ``lora.key``."""
+    """Settings that the command has to have: what differs from the defaults, as ``key`` or ``lora.key``."""
     plain = TrainConfig(model=config.model, data="-")
     told: dict[str, Any] = {}
     for key, value in fits.to_dict().items():
