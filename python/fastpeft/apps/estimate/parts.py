@@ -19,7 +19,6 @@ from ..training.packing import Batch
 from . import shapes, trace
 
 HEAP = 1.2  # bytes that the C library's heap holds for one of activations that are kept: pieces lie between others
-LOADING = 100_000_000  # bytes that reading a model takes beside the model and its largest tensor
 _SMALL = 4096  # elements: bitsandbytes keeps the states of smaller tensors in float32
 _STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
 
@@ -30,14 +29,15 @@ def estimate(config: TrainConfig, base: Any, dtype: torch.dtype, process: int, b
     base: transformers' configuration. process: bytes of the process beside its model (0 on a GPU).
     ``memory_bytes`` sums up to ``step_peak_bytes``; ``activations`` are what lives at the step's highest point beside
     the model, its adapters, gradients and states; ``heap`` what the C library holds between them. ``kept_bytes`` is
-    what waits for the backward pass, with gradient checkpointing and without (both).
+    what waits for the backward pass, with gradient checkpointing and without (both), where the method has both.
     """
     started = time.monotonic()
     shape, found = _traced(config, base, dtype)
     kept = {config.gradient_checkpointing: found.kept}
     if both:
         other = replace(config, gradient_checkpointing=not config.gradient_checkpointing, offload_activations="none")
-        kept[other.gradient_checkpointing] = _traced(other, base, dtype)[1].kept
+        with contextlib.suppress(ValueError):  # a prefix is refused with checkpoints
+            kept[other.gradient_checkpointing] = _traced(other, base, dtype)[1].kept
     trained = [p for p in shape.model.parameters() if p.requires_grad]
     adapters = shapes.bytes_of(shape.model) - shape.base_bytes
     gradients = sum(p.nbytes for p in trained)
@@ -52,7 +52,8 @@ def estimate(config: TrainConfig, base: Any, dtype: torch.dtype, process: int, b
     if process and not config.gradient_checkpointing:
         memory["heap"] = round((HEAP - 1) * memory["activations"])
     step = sum(memory.values())
-    loading = process + shape.base_bytes + adapters + 2 * shape.largest + LOADING
+    # a tensor that is quantised is there beside what becomes of it; others are mapped, and read when they are needed
+    loading = process + shape.base_bytes + adapters + (0 if config.quantize == "none" else shape.largest)
     return {
         "parameters": shape.parameters,
         "trainable_parameters": sum(p.numel() for p in trained),
