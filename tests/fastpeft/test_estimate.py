@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -32,8 +33,13 @@ BASE = transformers.LlamaConfig(
     vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
-OTHERS = ["adaption_prompt", "cpt", "multitask_prompt_tuning", "poly", "xlora", "mixture"]  # need more than a model
-MORE = {"adalora": "adapter.total_step=10", "boft": "adapter.boft_block_size=4", "oft": "adapter.oft_block_size=32"}
+VALUES = ["adamss", "frod", "shira"]  # shapes come from weights
+OTHERS = [*VALUES, "adaption_prompt", "cpt", "multitask_prompt_tuning", "poly", "xlora"]  # need more than a model
+MORE = {
+    "adalora": "adapter.total_step=10", "boft": "adapter.boft_block_size=4", "oft": "adapter.oft_block_size=32",
+    "c3a": "adapter.block_size=32", "vblora": "adapter.vector_length=32",
+    "trainable_tokens": "adapter.token_indices=[1,2]",
+}  # fmt: skip
 
 
 def settings(*words: str) -> TrainConfig:
@@ -67,7 +73,7 @@ def test_every_method_is_estimated(method: str) -> None:
 
 @pytest.mark.parametrize("words", matrix(
     ["method=lora", "method=dora", "quantize=none", "gradient_checkpointing=true", "method=vera",
-     "method=boft adapter.boft_block_size=4", "method=ia3", "fast_layers=false"],
+     "method=boft adapter.boft_block_size=4", "method=ia3"],
     short=("method=lora", "quantize=none"),
 ))  # fmt: skip
 def test_a_step_without_memory_keeps_what_a_real_one_keeps(words: str) -> None:
@@ -76,7 +82,7 @@ def test_a_step_without_memory_keeps_what_a_real_one_keeps(words: str) -> None:
     kept = []
     shape = shapes.run_shape(config, BASE, torch.float32)
     torch.manual_seed(0)
-    model: Any = transformers.AutoModelForCausalLM.from_config(BASE).requires_grad_(False)
+    model: Any = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(BASE)).requires_grad_(False)
     if config.quantize != "none":
         model = quantize_model(model)
     model = get_peft_model(model, adapter_config(config))
@@ -167,7 +173,19 @@ def test_what_fits_is_a_command(world: Path) -> None:
     assert "no settings of this model fit" in done.output
 
 
+@pytest.mark.parametrize("method", VALUES)
+def test_methods_whose_shapes_come_from_weights_say_so(method: str) -> None:
+    with pytest.raises(UserError, match=r"depend on the values of the model's weights.*--plan"):
+        parts.estimate(settings(f"method={method}", "quantize=none"), BASE, torch.float32, 0)
+
+
 def test_bad_input_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="quantize_experts: experts are estimated as dense"):
+        parts.estimate(settings("quantize_experts=true"), BASE, torch.float32, 0)
+    other = copy.deepcopy(BASE)
+    other.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UserError, match="quantised by gptq"):
+        parts.estimate(settings(), other, torch.float32, 0)
     assert [parse_size(t) for t in ("24GB", "1.5 GiB", "7")] == [24 * 10**9, 3 << 29, 7]
     for text in ("much", "1.2.3GB"):
         with pytest.raises(UserError, match="expected a size"):

@@ -19,6 +19,7 @@ from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.memory import offloading
 from fastpeft.apps.training.metrics import Silent, read_metrics
 from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
+from forms import matrix
 from torch import nn
 
 from peft_kernels.testing import assert_same_bits
@@ -140,7 +141,7 @@ def settings(world: Path, output: Path, **changes: Any) -> Any:
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("trainer", ["own", "hf", "several"])
+@pytest.mark.parametrize("trainer", matrix(["own", "hf", "several"], short=("own", "several")))
 def test_a_run_is_the_same_bits(world: Path, tmp_path: Path, trainer: str) -> None:
     losses = []
     for place in ("none", "disk"):

@@ -82,21 +82,34 @@ def states(optimizer: str, parameter: Tensor) -> int:
 
 def _traced(config: TrainConfig, base: Any, dtype: torch.dtype) -> tuple[shapes.Shape, trace.Trace]:
     """The run's model, and a forward and a backward pass of it."""
-    shape = shapes.run_shape(config, base, dtype)
-    model, rows = shape.model, config.batch_size * len(config.each())
-    with shape.mode, _unchecked():
-        ids = torch.zeros(rows, config.max_length, dtype=torch.long)
-        positions = torch.arange(config.max_length).expand(rows, -1)
-        where = torch.arange(rows * (config.max_length - 1))
-        batch = Batch(ids, positions, where, where.clone(), rows * config.max_length)
-        loss = CompletionLoss(model, config.loss_chunk_vocab, config.loss_chunk_tokens)
+    with _values_wanted(), _unchecked():
+        shape = shapes.run_shape(config, base, dtype)
+        model, rows = shape.model, config.batch_size * len(config.each())
         square = config.max_length if config.fast_layers else 0
-        try:
+        with shape.mode:
+            ids = torch.zeros(rows, config.max_length, dtype=torch.long)
+            positions = torch.arange(config.max_length).expand(rows, -1)
+            where = torch.arange(rows * (config.max_length - 1))
+            batch = Batch(ids, positions, where, where.clone(), rows * config.max_length)
+            loss = CompletionLoss(model, config.loss_chunk_vocab, config.loss_chunk_tokens)
             found = trace.step(model, lambda: loss(batch), square, config.offload_activations != "none")
-        except torch._subclasses.fake_tensor.UnsupportedFakeTensorException as error:
-            raise UserError(f"a step cannot be traced without values: {str(error)[:200]}",
-                            "use fastpeft train --plan, which takes three steps") from error  # fmt: skip
     return shape, found
+
+
+@contextlib.contextmanager
+def _values_wanted() -> Iterator[None]:
+    """Inside, what needs the values of weights is a UserError: AdaMSS, FRoD and SHiRA, whose shapes come from them."""
+    errors = torch._subclasses.fake_tensor
+    try:
+        yield
+    except (
+        errors.DynamicOutputShapeException, errors.DataDependentOutputException, errors.UnsupportedFakeTensorException,
+        NotImplementedError, ValueError,
+    ) as error:  # fmt: skip
+        if isinstance(error, ValueError) and "meta device" not in str(error):
+            raise
+        raise UserError("this run's tensors depend on the values of the model's weights, which are not read",
+                        "use fastpeft train --plan, which takes three steps") from error  # fmt: skip
 
 
 @contextlib.contextmanager

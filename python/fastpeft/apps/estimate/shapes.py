@@ -69,7 +69,7 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
     import transformers
 
     shape = copy.deepcopy(base)
-    vars(shape).pop("quantization_config", None)
+    _check(config, vars(shape).pop("quantization_config", None))
     auto: Any = transformers.AutoModelForCausalLM
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
@@ -103,6 +103,19 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
             model.set_adapter(names[0])
             model.base_model.set_requires_grad(names[1:])
     return Shape(model.train(), mode, parameters, largest, base_bytes)
+
+
+def _check(config: TrainConfig, stored: Any) -> None:
+    """Refuse what would be estimated wrongly. stored: the model's ``quantization_config``, if it has one."""
+    if config.quantize_experts:
+        raise UserError("quantize_experts: experts are estimated as dense", "leave it out, or use train --plan")
+    if stored is None:
+        return
+    own: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    if not own.get("load_in_4bit") or config.quantize == "none":
+        how = str(own.get("quant_method", "an unknown method"))
+        raise UserError(f"a model that is quantised by {how} is not estimated with quantize={config.quantize}",
+                        "4-bit models of bitsandbytes are, with quantize=nf4")  # fmt: skip
 
 
 def _in_four_bits(model: Any, config: TrainConfig, dtype: torch.dtype) -> None:
