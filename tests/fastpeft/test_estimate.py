@@ -168,6 +168,8 @@ def test_what_fits_is_a_command(world: Path) -> None:
     )  # fmt: skip
     assert again["peak_bytes"] == found["peak_bytes"]
     assert given["batch_size"] * given.get("gradient_accumulation", 1) == 64
+    prefix = run(*words, "method=prefix_tuning", "--gpu", "24GB", "--fit", f"{room}B")  # takes no checkpoints
+    assert "gradient_checkpointing" not in prefix["fit"]["settings"]
     done = CliRunner().invoke(app, ["estimate", *words, "--gpu", "24GB", "--fit", "1MB"])
     assert done.exit_code == 1
     assert "no settings of this model fit" in done.output

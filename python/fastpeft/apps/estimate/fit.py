@@ -13,6 +13,7 @@ from ..training.errors import UserError
 from .parts import estimate
 
 _SHORTEST, _LARGEST_BATCH = 128, 64
+_PREFIXES = frozenset({"prefix_tuning", "cartridge"})  # keys and values in a cache, which checkpoints have not
 
 
 def fitting(
@@ -40,7 +41,8 @@ def fitting(
 def _attempts(config: TrainConfig) -> Iterator[dict[str, Any]]:
     changes: dict[str, Any] = {}
     yield changes
-    if not config.gradient_checkpointing:
+    checkpoints = _PREFIXES.isdisjoint(one.method.lower() for one in config.each().values())
+    if checkpoints and not config.gradient_checkpointing:
         changes = {**changes, "gradient_checkpointing": True}
         yield changes
     if config.quantize == "none":
@@ -52,7 +54,7 @@ def _attempts(config: TrainConfig) -> Iterator[dict[str, Any]]:
         passes = config.gradient_accumulation * -(-config.batch_size // rows)
         changes = {**changes, "batch_size": rows, "gradient_accumulation": passes}
         yield changes
-    if config.offload_activations == "none":
+    if checkpoints and config.offload_activations == "none":
         changes = {**changes, "offload_activations": "disk"}
         yield changes
     rank = config.lora.get("r") if config.method.lower() in ("lora", "dora") else None
