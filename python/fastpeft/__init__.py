@@ -68,6 +68,7 @@ _NAMES = {
     "families.switch": ("use_huge_pages",),
     "recipes.loftq": ("replace_lora_weights_loftq",),
     "recipes.loraga": ("preprocess_loraga",),
+    "recipes.offload_activations": ("OffloadActivations", "offload_activations"),
     "recipes.optimizers.adamw": ("AdamW",),
     "compat.patch.patching": ("patch", "unpatch"),
     "pool": ("AdapterLoadError", "AdapterPool", "PoolFull"),

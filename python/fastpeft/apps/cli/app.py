@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..serve.limits import BodyLimits, ConnectionLimits, Limits
-from .output import progress_bar, session, size, table, utf8_streams
+from .estimate import command as estimate_command
+from .output import Debug, Json, progress_bar, session, size, table, utf8_streams
 
 app = typer.Typer(
     name="fastpeft",
@@ -19,8 +20,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; progress goes to stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Cached = Annotated[
     bool, typer.Option("--cache-quantized", help="Keep the quantised base; later runs open it by mapping, in a moment.")
 ]
@@ -119,6 +118,9 @@ def train(
         else:
             result = commands.train(config, resume, restart, trainer)
             out.emit(result, lambda: commands.show_training(result))
+
+
+app.command("estimate")(estimate_command)
 
 
 @app.command()
