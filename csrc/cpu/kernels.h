@@ -101,7 +101,7 @@ enum { PK_SCRATCH_SLOTS = 19, PK_SHARED_SLOTS = 8, PK_OUTER_SLOT = 16 };
 void *pk_scratch(int slot, size_t bytes);
 void pk_scratch_trim(int first = 0, int end = PK_OUTER_SLOT);
 
-/* The 16 values of NF4 and FP4 in code order (the C twin of peft_kernels/formats.py; a test compares them). */
+/* The 16 values of NF4 and FP4 in code order (the C twin of peft_kernels/formats/tables.py; a test compares them). */
 extern const float pk_nf4_table[16];
 extern const float pk_fp4_table[16];
 #endif
