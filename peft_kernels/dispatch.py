@@ -31,6 +31,7 @@ ORDER = ("cuda", "triton", "native", "reference")
 # which backends serve unasked where; others are not even imported, so that a CPU never pays for triton
 _SERVING: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("native",)}
 FOUR_BIT = frozenset({0, 1, 2})  # numbers of formats: a dense weight, NF4, FP4
+ALL_FORMATS = FOUR_BIT | frozenset(NUMBERS)
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 # types of arguments that torch's dispatcher passes on as they are
