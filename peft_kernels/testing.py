@@ -136,7 +136,7 @@ def _random_blocks(n: int, k: int, of: Format, seed: int, dtype: torch.dtype) ->
     for byte in of.halves:
         d = (torch.randn(shape[0], generator=g) * size).to(torch.float16)
         blocks[:, byte : byte + 2] = d.view(torch.uint8).view(-1, 2)
-    return QuantWeight.gguf(blocks.view(n, -1), of.name, (n, k), dtype)
+    return QuantWeight.gguf(blocks.view(n, k // of.blocksize * of.block_bytes), of.name, (n, k), dtype)
 
 
 def random_affine_weight(

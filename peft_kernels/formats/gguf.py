@@ -69,8 +69,9 @@ def half_at(blocks: Tensor, byte: int) -> Tensor:
 
 def low_then_high(quants: Tensor, width: int) -> Tensor:
     """uint8 codes [n, 2 * bytes]: of each `width` bytes the low nibbles, then the high ones."""
-    some = quants.reshape(quants.shape[0], -1, width)
-    return torch.stack((some & 15, some >> 4), dim=2).reshape(quants.shape[0], -1)
+    blocks, size = quants.shape
+    some = quants.reshape(blocks, size // width, width)
+    return torch.stack((some & 15, some >> 4), dim=2).reshape(blocks, 2 * size)
 
 
 def bits(t: Tensor, shifts: range) -> Tensor:

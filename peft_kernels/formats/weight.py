@@ -106,6 +106,8 @@ class QuantWeight:
         """
         n = self.shape[0]
         size = self.numel // max(1, n)  # elements of one
+        if not size:
+            return None
 
         def some(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.reshape(n, -1)[index]
