@@ -28,7 +28,8 @@ static inline bool pk_in_groups(int64_t quant_type) { return quant_type > PK_FP4
 
 /* Columns of a block of GGUF; 1 of integers. */
 static inline int64_t pk_block_columns(int64_t quant_type) {
-    return quant_type < PK_Q4_0 ? 1 : quant_type == PK_Q4_K || quant_type == PK_Q5_K || quant_type == PK_Q6_K ? 256 : 32;
+    if (quant_type < PK_Q4_0) return 1;
+    return quant_type >= PK_Q4_K && quant_type <= PK_Q6_K ? 256 : 32;
 }
 
 /* Bytes of a row of K columns of a format in groups; of half a byte too few in PK_INT4 where K is odd. */

@@ -368,8 +368,6 @@ def refused(_rng: Draw) -> None:
     for dtype, n, block in ((3, 8, 64), (0, -1, 64), (0, 8, 48), (0, 8, 64)):
         code += [library.pk_cpu_quantize_4bit(0, dtype, n, block, 0, 0, 0, 0, 1)]
     code += [library.pk_cpu_quantize_absmax(0, n, 0, block, 0, 0, 0, 1) for n, block in ((4, 0), (-1, 256), (4, 256))]
-    for kind, block, n, dtype in ((0, 64, 8, 0), (1, 48, 8, 0), (1, 64, -1, 0), (1, 64, 8, 3), (1, 64, 8, 0)):
-        code += [library.pk_cpu_dequantize_4bit(0, 0, 0, 0, 0, kind, block, 256, n, dtype, 0, 1)]
     code += refused_formats(library)
     code += [library.pk_cpu_adamw(bytes(48), -1, bytes(48), 1), library.pk_cpu_squared_norm(bytes(48), -1, 0, 1)]
     assert all(code), code
@@ -378,9 +376,9 @@ def refused(_rng: Draw) -> None:
 # what makes calls -> how often, in the short form and in the full one
 MAKERS: dict[Callable[[Draw], None], tuple[int, int]] = {
     plain: (1, 1), refused: (1, 1), of_lora: (16, 600), of_stack: (4, 120), of_dora: (6, 120), of_multi: (6, 150),
-    of_mixture: (6, 120), of_groups: (8, 150),
-    of_prepared: (10, 200), of_rotations: (6, 60), of_cayley: (4, 30), of_turned: (4, 40), of_elements: (3, 30),
-    of_attention: (4, 40), of_quantising: (4, 40), of_formats: (6, 90), of_optimizer: (2, 12), of_fingerprints: (1, 4),
+    of_mixture: (6, 120), of_groups: (8, 150), of_prepared: (10, 200), of_rotations: (6, 60), of_cayley: (4, 30),
+    of_turned: (4, 40), of_elements: (3, 30), of_attention: (4, 40), of_quantising: (4, 40), of_formats: (6, 90),
+    of_optimizer: (2, 12), of_fingerprints: (1, 4),
 }  # fmt: skip
 
 

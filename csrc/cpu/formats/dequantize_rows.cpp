@@ -30,8 +30,10 @@ int pk_groups_check(const pk_lora_args *a) {
     if (a->blocksize < 1) return pk_fail(PK_ERR_ARGUMENT, "groups must be of 1 column or more");
     if (a->w_dtype < PK_F32 || a->w_dtype > PK_F16 || (!a->absmax && a->N > 0 && a->K > 0) ||
         (a->nested_absmax && a->nested_blocksize != PK_U8 && a->nested_blocksize != a->w_dtype))
-        return pk_fail(PK_ERR_ARGUMENT, "integers by group need scales of float32, bfloat16 or float16, and zeros of "
-                       "their dtype or uint8, got %lld and %lld", (long long)a->w_dtype, (long long)a->nested_blocksize);
+        return pk_fail(PK_ERR_ARGUMENT,
+                       "integers by group need scales of float32, bfloat16 or float16, and zeros of their dtype or "
+                       "uint8, got %lld and %lld",
+                       (long long)a->w_dtype, (long long)a->nested_blocksize);
     const int32_t *index = (const int32_t *)a->nested_code;
     uint64_t groups = uint64_t((a->K + a->blocksize - 1) / a->blocksize);
     bool fit = true;
@@ -45,8 +47,8 @@ int pk_groups_check(const pk_lora_args *a) {
 
 extern "C" int pk_cpu_dequantize_rows(const void *weight, const void *absmax, const void *nested_absmax,
                                       const void *nested_code, const void *offset, int64_t quant_type,
-                                      int64_t blocksize, int64_t nested_blocksize, int64_t w_dtype, int64_t N, int64_t K,
-                                      int64_t out_dtype, void *out, int64_t threads) {
+                                      int64_t blocksize, int64_t nested_blocksize, int64_t w_dtype, int64_t N,
+                                      int64_t K, int64_t out_dtype, void *out, int64_t threads) {
     if (!pk_in_groups(quant_type) || quant_type > PK_MXFP4 || N < 0 || K < 0 || out_dtype < PK_F32 ||
         out_dtype > PK_F16 || (!out && N > 0 && K > 0))
         return pk_fail(PK_ERR_ARGUMENT, "dequantize_rows: bad arguments (format %lld, N %lld, K %lld, out_dtype %lld)",
@@ -60,7 +62,8 @@ extern "C" int pk_cpu_dequantize_rows(const void *weight, const void *absmax, co
     if (int code = pk_groups_check(&args)) return code;
     if (N == 0 || K == 0) return PK_OK;
     const int64_t task = 65536; /* elements; a multiple of every block */
-    Job job = {&args, K < task ? task / K : 1, K < task ? K : task, K < task ? 1 : (K + task - 1) / task, out_dtype, out};
+    bool many = K < task;
+    Job job = {&args, many ? task / K : 1, many ? K : task, many ? 1 : (K + task - 1) / task, out_dtype, out};
     pk_parallel((N + job.rows - 1) / job.rows * job.parts, threads, run, &job);
     return PK_OK;
 }

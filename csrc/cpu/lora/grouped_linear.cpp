@@ -123,8 +123,9 @@ int check(const pk_lora_args *args, const int64_t *offsets, int64_t E, bool is_t
                            "of x, got %lld at place %lld", (long long)args->M, (long long)offsets[e], (long long)e);
     if (args->quant_type != PK_DENSE) {
         int64_t unit = args->blocksize * (args->nested_code ? args->nested_blocksize : 1);
+        bool halves = args->quant_type <= PK_INT4; // of a byte
         if (pk_in_groups(args->quant_type)) unit = 1;
-        if (is_turned || (E > 1 && (args->N * args->K % unit || (args->N * args->K % 2 && args->quant_type <= PK_INT4))))
+        if (is_turned || (E > 1 && (args->N * args->K % unit || (halves && args->N * args->K % 2))))
             return pk_fail(PK_ERR_ARGUMENT, "grouped_linear: a group's 4-bit weight must be whole blocks, %lld, row "
                            "after row", (long long)unit);
     }
