@@ -45,7 +45,14 @@ typedef enum pk_status {
 
 typedef enum pk_dtype { PK_F32 = 0, PK_BF16 = 1, PK_F16 = 2, PK_F64 = 3, PK_U8 = 4 } pk_dtype;
 
-typedef enum pk_quant_type { PK_DENSE = 0, PK_NF4 = 1, PK_FP4 = 2 } pk_quant_type;
+/* Formats of weights: those of peft_kernels/formats/known, which says what they are. The CUDA library has the first
+ * three. */
+typedef enum pk_quant_type {
+    PK_DENSE = 0, PK_NF4 = 1, PK_FP4 = 2,
+    PK_INT4 = 3, PK_INT8 = 4, PK_UINT8 = 5, /* integers by group */
+    PK_Q4_0 = 6, PK_Q4_1 = 7, PK_Q5_0 = 8, PK_Q5_1 = 9, PK_Q8_0 = 10, PK_Q4_K = 11, PK_Q5_K = 12, PK_Q6_K = 13,
+    PK_IQ4_NL = 14, PK_MXFP4 = 15 /* GGUF */
+} pk_quant_type;
 
 PK_EXPORT int pk_abi_version(void);
 PK_EXPORT const char *pk_last_error(void); /* never NULL; "" before the first failure of this thread */
@@ -81,6 +88,10 @@ PK_EXPORT int pk_cpu_unchanged(const int64_t *addresses, int64_t count, int64_t 
  * Quantised weights: N*K codes, two a byte, high nibble = even element of the flat row-major order, absmax per
  * `blocksize` elements of that order. absmax is float32, or uint8 codes when nested_code != NULL: then
  * absmax[i] = nested_code[codes[i]] * nested_absmax[i / nested_blocksize] + *offset.
+ * NF4 and FP4 are these. GGUF: weight is the blocks, row after row, and K a multiple of theirs; the other parts are not
+ * read. Integers by group, G = ceil(K / blocksize) groups a row: weight is the codes, absmax [N, G] scales of w_dtype,
+ * nested_absmax [N, G] zeros whose dtype is nested_blocksize (PK_U8 or w_dtype), offset [N, G] shifts of w_dtype, and
+ * nested_code int32 [K] groups of columns; the last three may be NULL.
  * Dropout: element e = row * K + col is dropped iff word e & 3 of Philox4x32-10(key = seed, counter = e >> 2) is below
  * min(round(p * 2^32), 2^32 - 1); kept elements are multiplied by 1 / (1 - p).
  * Every field is 8 bytes wide so that Python can pack the struct in one call. */
@@ -314,6 +325,11 @@ PK_EXPORT int pk_cpu_dequantize_4bit(const uint8_t *packed, const void *absmax, 
                                      const float *nested_code, const float *offset, int64_t quant_type,
                                      int64_t blocksize, int64_t nested_blocksize, int64_t numel, int64_t out_dtype,
                                      void *out, int64_t threads);
+/* The same of the other formats, whose parts are those of a pk_lora_args: out [N, K]. */
+PK_EXPORT int pk_cpu_dequantize_rows(const void *weight, const void *absmax, const void *nested_absmax,
+                                     const void *nested_code, const void *offset, int64_t quant_type,
+                                     int64_t blocksize, int64_t nested_blocksize, int64_t w_dtype, int64_t N, int64_t K,
+                                     int64_t out_dtype, void *out, int64_t threads);
 
 /* ---- CUDA library --------------------------------------------------------------------------------------------------
  * The same functions on device memory of GPU `device`, put on `stream` (a cudaStream_t; NULL is the default stream).

@@ -71,6 +71,7 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_pair_rotate": [*[c_void_p] * 3, *[c_int64] * 4, c_void_p, c_int64],
     "pk_cpu_pair_rotate_backward": [*[c_void_p] * 4, *[c_int64] * 4, *[c_void_p] * 3, c_int64],
     "pk_cpu_dequantize_4bit": [*[c_void_p] * 5, *[c_int64] * 5, c_void_p, c_int64],
+    "pk_cpu_dequantize_rows": [*[c_void_p] * 5, *[c_int64] * 7, c_void_p, c_int64],
 }
 # Which look at what other threads of Python may change: these wait while they run. Any result.
 _CPU_HOLDING: dict[str, list[Any]] = {

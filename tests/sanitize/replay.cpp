@@ -73,6 +73,7 @@ Entry entries[] = {
     F(pk_cpu_butterfly_linear_backward), F(pk_cpu_cayley), F(pk_cpu_cayley_backward), F(pk_cpu_householder_rotate),
     F(pk_cpu_householder_rotate_backward), F(pk_cpu_pair_rotate), F(pk_cpu_pair_rotate_backward),
     F(pk_cpu_quantize_4bit), F(pk_cpu_quantize_absmax), F(pk_cpu_dequantize_4bit),
+    F(pk_cpu_dequantize_rows),
 };
 #undef F
 
