@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels import attention, native_library
+from peft_kernels import attention, native_library, rotary
 
 from ..weights.base import acts_in_calls
 from .angles import Turn, alibi_slopes
@@ -233,10 +233,7 @@ def _normed(self: Any, of: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Ten
 
 
 def _turned(turn: Turn, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return turn(q), turn(k)
-    both, heads = turn(torch.cat((q, k), dim=2)), q.shape[2]  # half of the calls, which decoding waits for
-    return both.narrow(2, 0, heads), both.narrow(2, heads, k.shape[2])
+    return rotary(q, k, turn.cos, turn.sin, interleaved=turn.neighbours)
 
 
 def _out(self: Any, of: Attention, state: State, y: Tensor) -> Tensor:
