@@ -5,27 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import PLAIN, check_memory
-from ...dispatch import dispatch_observed, forced_backends
-from . import _check_angles, _check_shapes, _partner
-
-_NATIVE = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
-
-def _native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """True where the native library turns them: on a CPU, where nothing records or watches torch's operators."""
-    if not (q.is_cpu and k.is_cpu and cos.is_cpu and sin.is_cpu) or q.dtype not in _NATIVE or cos.dtype not in _NATIVE:
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, cos, sin)):
-        return False
-    if dispatch_observed() or not PLAIN.issuperset(map(type, (q, k, cos, sin))):
-        return False
-    forced = forced_backends()
-    if forced and forced.get("attention", forced.get("*")) not in (None, "native"):
-        return False
-    from ... import native
-
-    return native.available() is None
+from . import _check_angles, _check_shapes, _partner, directly
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -39,10 +19,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool 
     """
     _check_shapes(q, k, k)
     _check_angles(q, k, cos, sin)
-    if _native(q, k, cos, sin):
+    if directly(q, k, cos, sin):
         from .native import turned
 
-        check_memory("rotary", q=q, k=k, cos=cos, sin=sin)
         return turned(q, k, cos, sin, interleaved)
     heads, r = q.shape[2], cos.shape[2]
     both = torch.cat((q, k), dim=2)  # half of the calls, which a token waits for
