@@ -269,6 +269,8 @@ typedef struct pk_attention_args {
 PK_EXPORT int64_t pk_attention_args_size(void); /* sizeof(pk_attention_args), checked by native.py */
 PK_EXPORT int pk_cpu_attention(const pk_attention_args *args);
 PK_EXPORT int pk_cpu_attention_backward(const pk_attention_args *args);
+/* q and k (T = S) turned by cos and sin alone, rounded once: dq [B, T, H, D] and dk [B, T, G, D], contiguous. */
+PK_EXPORT int pk_cpu_rotary(const pk_attention_args *args);
 
 /* ---- rotations (CPU library) ----------------------------------------------------------------------------------------
  * x, y, dy, dx: [M, d] of dtype (float32, bfloat16, float16); all else float32; computed in float32 and rounded once.

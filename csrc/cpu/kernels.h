@@ -71,6 +71,8 @@ struct PkGated {
     void *dgate, *dup, *h;
 };
 
+enum PkAttention { PK_ATTENTION, PK_ATTENTION_BACKWARD, PK_ROTARY }; // what a pk_attention_args asks for
+
 /* rms_norm and layer_norm (centred): row r of x begins at r / inner * outer_row + r % inner * inner_row; dy and out,
  * which is y or dx or NULL, are [rows, n]; weight and bias of w_dtype, or NULL. dy NULL: forward. */
 struct PkNorm {

@@ -12,6 +12,7 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _get, _address = dict.get, Tensor.data_ptr
 
@@ -26,6 +27,7 @@ class Lookups:
         self._keys: list[Any] = []
         self._values: list[Any] = []
         self._empty: list[Collection[Any]] = []
+        self._hooks = RemovableHandle.next_id  # rises with each hook that torch registers, wherever
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
 
@@ -45,7 +47,7 @@ class Lookups:
     def calls_of(self, module: nn.Module) -> None:
         """Nobody acts in a module's calls (`acts_in_calls`)."""
         self.entries(module.__dict__, "forward")
-        self.nothing_in(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+        self._empty += (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
                         module._backward_pre_hooks)  # fmt: skip
 
     def memory_of(self, tensor: Tensor) -> None:
@@ -60,6 +62,15 @@ class Lookups:
     def hold(self) -> bool:
         """True if each of them would find the same now."""
         return (
-            all(map(is_, map(_get, self._dicts, self._keys), self._values)) and not any(self._empty)
+            all(map(is_, map(_get, self._dicts, self._keys), self._values))
+            and (self._hooks == RemovableHandle.next_id or self._unhooked())
             and (not self._tensors or [*map(_address, self._tensors)] == self._addresses)
-        )  # fmt: skip
+        )
+
+    def _unhooked(self) -> bool:
+        """Look at the hooks, as some were registered since."""
+        now = RemovableHandle.next_id
+        if any(self._empty):
+            return False
+        self._hooks = now
+        return True
