@@ -5,10 +5,8 @@
  *     next failing call there. Nothing exits, prints or throws.
  *   - Pointers are to contiguous row-major memory that the caller owns; a pointer to something absent is NULL.
  *   - Sizes are int64_t counts of elements unless the name says bytes. dtype arguments are pk_dtype codes.
- *   - `threads` is the number of threads that the call may use, from torch.get_num_threads(). Results never depend on
- *     it.
- *   - Any change to a signature, a struct or a meaning below raises PK_ABI_VERSION; peft_kernels/native.py has its
- *     twin.
+ *   - `threads` is of the call at most, from torch.get_num_threads(). Results never depend on it.
+ *   - Any change to a signature, a struct or a meaning below raises PK_ABI_VERSION and its twin in native.py.
  *
  * Adding a function to the CPU library (five places, each one line or one file):
  *   1. here: its declaration, with shapes and units;
@@ -45,13 +43,10 @@ typedef enum pk_status {
 
 typedef enum pk_dtype { PK_F32 = 0, PK_BF16 = 1, PK_F16 = 2, PK_F64 = 3, PK_U8 = 4 } pk_dtype;
 
-/* Formats of weights: those of peft_kernels/formats/known, which says what they are. The CUDA library has the first
- * three. */
+/* Formats of weights: peft_kernels/formats/known. 3 to 5: integers by group; from 6 on: GGUF. CUDA has the first 3. */
 typedef enum pk_quant_type {
-    PK_DENSE = 0, PK_NF4 = 1, PK_FP4 = 2,
-    PK_INT4 = 3, PK_INT8 = 4, PK_UINT8 = 5, /* integers by group */
-    PK_Q4_0 = 6, PK_Q4_1 = 7, PK_Q5_0 = 8, PK_Q5_1 = 9, PK_Q8_0 = 10, PK_Q4_K = 11, PK_Q5_K = 12, PK_Q6_K = 13,
-    PK_IQ4_NL = 14, PK_MXFP4 = 15 /* GGUF */
+    PK_DENSE = 0, PK_NF4 = 1, PK_FP4 = 2, PK_INT4 = 3, PK_INT8 = 4, PK_UINT8 = 5, PK_Q4_0 = 6, PK_Q4_1 = 7, PK_Q5_0 = 8,
+    PK_Q5_1 = 9, PK_Q8_0 = 10, PK_Q4_K = 11, PK_Q5_K = 12, PK_Q6_K = 13, PK_IQ4_NL = 14, PK_MXFP4 = 15
 } pk_quant_type;
 
 PK_EXPORT int pk_abi_version(void);
@@ -59,15 +54,12 @@ PK_EXPORT const char *pk_last_error(void); /* never NULL; "" before the first fa
 
 /* ---- instruction set levels (CPU library) ------------------------------------------------------------------------ */
 PK_EXPORT const char *pk_cpu_level(void);            /* the level in use: scalar, avx2, avx512 or avx512bf16 */
-/* all levels that this CPU and build have, comma separated, rising */
-PK_EXPORT const char *pk_cpu_levels(void);
+PK_EXPORT const char *pk_cpu_levels(void);           /* all that this CPU and build have, comma separated, rising */
 PK_EXPORT int pk_cpu_set_level(const char *name);    /* NULL or "": the best one. For tests: not while kernels run */
-/* path of the OpenMP runtime in use; "" when there is none (serial) */
-PK_EXPORT const char *pk_cpu_openmp(void);
+PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runtime in use; "" for none (serial) */
 
 /* ---- memory (CPU library) ------------------------------------------------------------------------------------------
- * Many places that are in no cache, at once: 1 where each of `count` places of 1, 2, 4 or 8 `bytes` is as in
- * content [count], else 0. */
+ * Many places that are in no cache, at once: 1 where `count` places of 1, 2, 4 or 8 `bytes` are content [count]. */
 PK_EXPORT int pk_cpu_unchanged(const int64_t *addresses, int64_t count, int64_t bytes, const void *content);
 
 /* ---- lora_linear (CPU library) -----------------------------------------------------------------------------------
@@ -164,8 +156,7 @@ PK_EXPORT int pk_cpu_grouped_linear(const pk_lora_args *args, const int64_t *off
 PK_EXPORT int pk_cpu_grouped_linear_backward(const pk_lora_args *args, const int64_t *offsets, int64_t E,
                                              int64_t turned);
 
-/* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; x, y, s and what belongs to
- * rows of x are not read. */
+/* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; no rows of x are read. */
 PK_EXPORT int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares);
 /* DoRA's forward with the norm of this weight: norm[n] = |row n of weight + scaling * b a|, at least FLT_MIN; gain[n] =
  * magnitude[n] / norm[n]; then pk_cpu_lora_linear with that gain, which args->gain points to. */
@@ -194,8 +185,7 @@ PK_EXPORT int pk_cpu_gated_backward(const void *dh, const void *gate, const void
  * A step of AdamW (arXiv 1711.05101) over float32 tensors: with g = scale * grad and t = ++step,
  *   p -= lr decay p;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;
  *   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
- * settings: lr, beta1, beta2, eps, decay, scale. The norm is of `grad`, summed over the tensors; the rest is not
- * read. */
+ * settings: lr, beta1, beta2, eps, decay, scale. The norm is of `grad` alone, summed over the tensors. */
 typedef struct pk_adamw {
     float *p;
     const float *grad;
@@ -211,8 +201,7 @@ PK_EXPORT int pk_cpu_squared_norm(const pk_adamw *list, int64_t count, double *s
  * each row's largest score m, the sum of exp(score - m) and the target's score, of the slices so far; at first
  * -INFINITY, 0 and any. scores, p: [rows, width] of dtype (float32, bfloat16, float16), contiguous; a score is an
  * element times scale, p = exp(score - m), and 0 at the target. targets [rows]: a column of all of them. rescale
- * [rows]: what earlier sums of p are multiplied by, exp(m before - m). In float32; p is rounded after it was summed. p
- * may be scores, and after before. */
+ * [rows]: exp(m before - m), for earlier sums of p. In float32; p is rounded once summed; it may be scores. */
 PK_EXPORT int pk_cpu_softmax_slice(const void *scores, int64_t dtype, int64_t rows, int64_t width,
                                    const int64_t *targets, int64_t start, double scale, const float *before, void *p,
                                    float *after, float *rescale, int64_t threads);
@@ -362,8 +351,7 @@ enum { PK_CUDA_STACK = 4 };
 PK_EXPORT int pk_cuda_lora_stacked_workspace(const pk_lora_args *args, int64_t count, int64_t *bytes);
 PK_EXPORT int pk_cuda_lora_linear_stacked(const pk_lora_args *args, int64_t count, int64_t device, void *stream);
 PK_EXPORT int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t device, void *stream);
-/* As pk_cpu_squared_row_norms, of quantised weights; K is cut into `parts`: squares [parts][N], to be added in
- * order. */
+/* As pk_cpu_squared_row_norms, of quantised weights; of K in parts: squares [parts][N], to be added in order. */
 PK_EXPORT int pk_cuda_squared_row_norms(const pk_lora_args *args, double *squares, int64_t parts, int64_t device,
                                         void *stream);
 /* ---- rotations (CUDA library): x, y, dy, dx and what they are as in the CPU library, d below 2^24 -------------------

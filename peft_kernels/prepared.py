@@ -71,9 +71,9 @@ class Prepared:
             and in_memory(x) and in_memory(dy)
         )  # fmt: skip
 
-    def again(self, x: Tensor) -> bool:
-        """True if it serves the call with the same arguments for this x, which is `servable`."""
-        return self.holds(x, self.given)
+    def serves(self, x: Tensor) -> bool:
+        """True if it serves the call with the same arguments for this x."""
+        return servable(x) and self.holds(x, self.given)
 
     def run(self, x: Tensor) -> Any:
         """The call. x: as `holds` wants it."""

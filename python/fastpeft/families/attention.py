@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels import attention, native_library, rotary
-from peft_kernels.prepared import servable
 
 from ..weights.base import acts_in_calls
 from .angles import Turn, alibi_slopes
@@ -189,7 +188,7 @@ def dropout_of(self: Any, name: str) -> float:
 
 def _stacked(self: Any, state: State, x: Tensor, names: tuple[str, ...], token: Token | None) -> Any:
     """Outputs of projections of one input, [B, T, F], or [B, F] of a token: one call of a kernel where that serves."""
-    if token is not None and servable(rows := x.squeeze(1)) and token.qkv.again(rows):
+    if token is not None and token.qkv.serves(rows := x.squeeze(1)):
         return token.qkv.run(rows)
     layers = children(self, names)
     if not torch.is_grad_enabled() and x.shape[1] == 1:  # decoding
@@ -251,7 +250,7 @@ def _turned(turn: Turn, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _out(self: Any, of: Attention, state: State, y: Tensor, token: Token | None) -> Tensor:
-    if token is not None and servable(rows := y.squeeze(1)) and token.out.again(rows):
+    if token is not None and token.out.serves(rows := y.squeeze(1)):
         found: Tensor = token.out.run(rows)[0]
         return found.unsqueeze(1)
     (layer,) = children(self, (of.out,))

@@ -18,7 +18,7 @@ _get, _address = dict.get, Tensor.data_ptr
 
 
 class Lookups:
-    """Entries of dicts, containers that held nothing, and places of tensors. keeps: false once a lookup was none of
+    """Entries of dicts, hooks that there were none of, and places of tensors. keeps: false once a lookup was none of
     these, so that nothing may be kept."""
 
     def __init__(self) -> None:
@@ -41,14 +41,15 @@ class Lookups:
             self._keys.append(key)
             self._values.append(held.get(key))
 
-    def nothing_in(self, *containers: Collection[Any]) -> None:
+    def no_hooks(self, *containers: Collection[Any]) -> None:
+        """Containers of hooks that torch registers, which hold none."""
         self._empty.extend(containers)
 
     def calls_of(self, module: nn.Module) -> None:
         """Nobody acts in a module's calls (`acts_in_calls`)."""
         self.entries(module.__dict__, "forward")
-        self._empty += (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-                        module._backward_pre_hooks)  # fmt: skip
+        self.no_hooks(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+                      module._backward_pre_hooks)  # fmt: skip
 
     def memory_of(self, tensor: Tensor) -> None:
         """A tensor is where it is, in memory that others may give it."""
