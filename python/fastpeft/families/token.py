@@ -8,6 +8,7 @@ tenth of the time, and whatever else changes makes `serves` false: the layer loo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from peft_kernels import QuantWeight
 from ..layer.by_row.call import now
 from ..weights.lookups import Lookups
 from .description import Attention
-from .projections import Linears, note, projections
+from .projections import Linears, note, projection, projections
 from .ways import ways_of
 
 _UNTRUE = ("output_attentions", "encoder_hidden_states", "key_value_states")  # are not given
@@ -86,6 +87,9 @@ class Tokens:
         self._pause = _PAUSE
         if of.alibi or module.training or type(x) is not Tensor or hasattr(cache, "self_attention_cache"):
             return
+        named = [module._modules.get(name) for name in (*of.qkv, of.out)]
+        if not all(map(_in_a_kernel, named, repeat(x.dtype))):  # else there is nothing to note of it
+            return
         token = Token(module, of, x, given, cache)
         if any(map(given.get, token.untrue)) or not token.lookups.keeps:
             return
@@ -94,6 +98,10 @@ class Tokens:
         # asked for between two looks, as another thread may change the layers
         if token.qkv is not None and token.out is not None and token.lookups.hold():
             self.kept, self._pause = token, 0
+
+
+def _in_a_kernel(layer: Any, dtype: torch.dtype) -> bool:
+    return layer is not None and not isinstance(projection(layer, dtype), str)
 
 
 def _prepared(linears: Linears, x: Tensor, layers: Sequence[Any]) -> Any:
