@@ -9,9 +9,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
 
 from .checks import AdapterFileError, list_some, name_of, open_regular, parse_json, short
 
@@ -66,7 +71,7 @@ def read_header(
         raise broken(f"its header describes more than {max_tensors} tensors")
     try:
         # numpy, of which nothing is used: for torch the library would also map the file into memory
-        with _private(start + text, stamp[0]) as copy, safe_open(copy, framework="np") as opened:
+        with _private(path, start + text, stamp[0]) as copy, safe_open(copy, framework="np") as opened:
             metadata = opened.metadata()
             parts = {name: opened.get_slice(name) for name in opened.offset_keys()}
             found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
@@ -92,9 +97,13 @@ def _stamp(file: BinaryIO) -> tuple[int, int]:
 
 
 @contextmanager
-def _private(head: bytes, size: int) -> Iterator[str]:
+def _private(path: Any, head: bytes, size: int) -> Iterator[str]:
     """A file for a library that opens files by their names: our copy of a header and as long as the file it is from.
-    Nobody exchanges it or cuts it short meanwhile, which would crash whoever has it mapped into memory."""
+    Nobody exchanges it or cuts it short meanwhile, which would crash whoever has it mapped into memory. The file itself
+    where the process may not have files of that length (RLIMIT_FSIZE): what is there can be read all the same."""
+    if resource is not None and 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < max(size, len(head)):
+        yield os.fspath(path)
+        return
     if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
         handle = os.memfd_create("header", os.MFD_CLOEXEC)
         with os.fdopen(handle, "wb") as file:
