@@ -16,7 +16,8 @@ from peft_kernels.testing import assert_no_worse, assert_same_bits
 level = level_fixture("reference")
 # B, T, H, G, D, R, rows of angles, interleaved
 SHAPES = [(1, 1, 1, 1, 2, 2, 1, False), (3, 1, 6, 2, 64, 64, 3, False), (2, 5, 4, 2, 34, 16, 1, True),
-          (1, 40, 8, 8, 80, 48, 1, False), (2, 3, 2, 1, 18, 18, 2, True), (0, 4, 2, 1, 16, 16, 1, False)]  # fmt: skip
+          (1, 40, 8, 8, 80, 48, 1, False), (2, 3, 2, 1, 18, 18, 2, True), (0, 4, 2, 1, 16, 16, 1, False),
+          (2, 0, 2, 1, 16, 16, 1, False), (2, 3, 2, 1, 6, 0, 1, True)]  # fmt: skip
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, of_angles: torch.dtype | None = None) -> tuple[Tensor, ...]:

@@ -287,6 +287,9 @@ def of_attention(rng: Draw) -> None:
     torch.autograd.backward(y, torch.randn_like(y))
     with torch.no_grad():
         pk.attention(q[:, :1], k, v, scale=d**-0.5, dropout_p=rng.choice((0.0, 0.2)))  # one query
+        angles = torch.randn(rng.choice((1, batch)) if batch else 1, t, rng.choice((d, d // 4 * 2)))
+        cos = angles.cos().to(rng.choice(FLOATS))
+        pk.rotary(q, q[:, :, :1], cos, angles.sin().to(cos.dtype), interleaved=rng.random() < 0.5)
 
 
 def of_quantising(rng: Draw) -> None:

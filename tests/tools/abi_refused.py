@@ -42,7 +42,7 @@ def refused(_rng: object) -> None:
     for at, value in ((0, 3), (3, -1), (4, -1), (5, -1), (6, 0), (7, 2), (8, 3), (9, 3), (9, 0), (13, -1),
                       (17, 0.5), (17, 1.0), (17, -0.1), (17, float("nan"))):  # fmt: skip
         args = struct.pack("=51q3d", *[0] * 36, *good[:at], value, *good[at + 1 :])
-        code += [library.pk_cpu_attention(args), library.pk_cpu_attention_backward(args)]
+        code += [library.pk_cpu_attention(args), library.pk_cpu_attention_backward(args), library.pk_cpu_rotary(args)]
     for dtype, rows, d, b, m in ((3, 1, 4, 2, 1), (0, -1, 4, 2, 1), (0, 1, 4, 3, 1), (0, 1, 8, 2, 4), (0, 1, 4, 2, 63)):
         code += [library.pk_cpu_butterfly_rotate(0, 0, dtype, rows, d, b, m, 0, 0, 0, 1)]
     code += [library.pk_cpu_cayley(0, n, b, 0, terms, 0, 1) for n, b, terms in ((-1, 1, 0), (1, -1, 0), (1, 1, 129))]
