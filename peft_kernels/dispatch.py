@@ -208,11 +208,12 @@ class Op:
 
     def refusal(self, backend: Backend, args: tuple[Any, ...], forced: bool = False) -> str | None:
         """Why a backend cannot serve `args`; None where it can."""
-        if self._format_at is not None:
-            of = args[self._format_at]
-            for number in (of,) if type(of) is int else of:
-                if number not in backend.formats:
-                    return f"does not read weights in {NUMBERS[number].name}"
+        at = self._format_at
+        if at is not None:
+            of = args[at]  # a list of them in operators of lists
+            if of not in backend.formats if type(of) is int else not backend.formats.issuperset(of):
+                number = of if type(of) is int else next(n for n in of if n not in backend.formats)
+                return f"does not read weights in {NUMBERS[number].name}"
         return backend.reason(args, forced)
 
     def resolve(self, *args: Any) -> Callable[..., Any]:

@@ -39,6 +39,16 @@ static inline int64_t pk_row_bytes(int64_t quant_type, int64_t K) {
     return quant_type < PK_Q4_0 ? K : K / pk_block_columns(quant_type) * block[quant_type - PK_Q4_0];
 }
 
+/* A weight in a format in groups: row n of the codes is at n * row_bytes. */
+struct PkCodes {
+    int64_t type, row_bytes, group, groups; /* columns of a group of integers, and how many a row has */
+    const void *scales, *zeros, *shifts;
+    const int32_t *index;
+    int64_t scale_dtype, zero_dtype;
+    bool fast; /* integers: groups of a multiple of 16 columns, in their order, and rows of whole bytes */
+};
+PkCodes pk_codes_of(const pk_lora_args *args);
+
 /* Refuses arguments that a lora_linear, or its backward, does not take, with pk_fail(); else PK_OK. */
 int pk_lora_check(const pk_lora_args *args, bool backward);
 

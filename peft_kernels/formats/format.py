@@ -47,8 +47,8 @@ class Format:
     """A format of quantised weights.
 
     name: of `QuantWeight.quant_type`. number: `quant_type` of schemas and of the native libraries.
-    check(op, parts, shape, name): an error (`checks.arg_error`) unless the parts have the dtypes and sizes that a
-    weight of `shape` has; name: what the caller calls `packed`. It reads no values.
+    check(op, *parts, shape, name): an error (`checks.arg_error`) unless the parts have the dtypes and sizes that a
+    weight of `shape` has; name: what the caller calls `packed`. It reads no values, and runs before every call.
     decode(parts, shape): the weight by the format's definition, float32, plain torch: the oracle of every kernel.
     wrong(parts, shape): the reason why these values are no weight's, a scale that is not finite for one; None where
     there is none. It reads all scales, so it is for when a weight is made or loaded.
@@ -59,7 +59,7 @@ class Format:
 
     name: str
     number: int
-    check: Callable[[str, Parts, Shape, str], None]
+    check: Callable[..., None]
     decode: Callable[[Parts, Shape], Tensor]
     wrong: Callable[[Parts, Shape], str | None]
     quantize: Callable[[Tensor, int], Parts] | None = None

@@ -16,8 +16,10 @@ from ..checks import arg_error
 from .format import Format, Parts, Shape, check_absent, not_finite, rows_of
 
 
-def _check(of: str, elements: int, size: int, op: str, parts: Parts, shape: Shape, name: str) -> None:
-    packed, absmax, nested_absmax, nested_code, offset, blocksize, _ = parts
+def _check(
+    of: str, elements: int, size: int, op: str, packed: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None,
+    nested_code: Tensor | None, offset: Tensor | None, blocksize: int, _: int, shape: Shape, name: str,
+) -> None:  # fmt: skip
     check_absent(op, of, absmax=absmax, nested_absmax=nested_absmax, nested_code=nested_code, offset=offset)
     if blocksize != elements:
         raise arg_error(op, "blocksize", f"{elements} for {of}", blocksize)

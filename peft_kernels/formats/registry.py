@@ -56,10 +56,10 @@ def check_parts(
     them. name: what the caller calls `packed`. Devices and memory are every operator's (`checks.Operands`)."""
     if packed.dtype is not torch.uint8:
         raise arg_error(op, name, "uint8", packed.dtype, TypeError)
-    found = format_of(op, quant_type)
+    found = NUMBERS.get(quant_type) or format_of(op, quant_type)
     if any(n < 0 for n in shape):
         raise arg_error(op, "shape", "of sizes of 0 or more", tuple(shape))
-    found.check(op, Parts(packed, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize), shape, name)
+    found.check(op, packed, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize, shape, name)
 
 
 _find()

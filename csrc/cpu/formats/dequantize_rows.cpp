@@ -45,6 +45,19 @@ int pk_groups_check(const pk_lora_args *a) {
     return PK_OK;
 }
 
+PkCodes pk_codes_of(const pk_lora_args *args) {
+    PkCodes w;
+    memset(&w, 0, sizeof w);
+    w.type = args->quant_type, w.row_bytes = pk_row_bytes(args->quant_type, args->K);
+    if (w.type > PK_UINT8) return w;
+    w.group = args->blocksize, w.groups = (args->K + w.group - 1) / w.group;
+    w.scales = args->absmax, w.zeros = args->nested_absmax, w.shifts = args->offset;
+    w.index = (const int32_t *)args->nested_code;
+    w.scale_dtype = args->w_dtype, w.zero_dtype = args->nested_blocksize;
+    w.fast = !w.index && w.group % 16 == 0 && (w.type != PK_INT4 || args->K % 2 == 0);
+    return w;
+}
+
 extern "C" int pk_cpu_dequantize_rows(const void *weight, const void *absmax, const void *nested_absmax,
                                       const void *nested_code, const void *offset, int64_t quant_type,
                                       int64_t blocksize, int64_t nested_blocksize, int64_t w_dtype, int64_t N,

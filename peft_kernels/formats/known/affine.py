@@ -34,8 +34,10 @@ def groups_of(shape: Shape, blocksize: int) -> int:
     return ceil_div(rows_of(shape)[1], blocksize)
 
 
-def _check(of: str, op: str, parts: Parts, shape: Shape, name: str) -> None:
-    packed, scales, zeros, index, shifts, blocksize, _ = parts
+def _check(
+    of: str, op: str, packed: Tensor, scales: Tensor | None, zeros: Tensor | None, index: Tensor | None,
+    shifts: Tensor | None, blocksize: int, _: int, shape: Shape, name: str,
+) -> None:  # fmt: skip
     if blocksize < 1:
         raise arg_error(op, "blocksize", "at least 1", blocksize)
     rows, columns = rows_of(shape)

@@ -47,8 +47,10 @@ def _decode(number: int, parts: Parts, shape: Shape) -> Tensor:
     return (table(number, parts.packed.device)[codes] * scale).reshape(tuple(shape))
 
 
-def _check(op: str, parts: Parts, shape: Shape, name: str) -> None:
-    packed, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize = parts
+def _check(
+    op: str, packed: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, blocksize: int, nested_blocksize: int, shape: Shape, name: str,
+) -> None:  # fmt: skip
     if blocksize not in BLOCKSIZES:
         raise arg_error(op, "blocksize", f"one of {BLOCKSIZES}", blocksize)
     numel = math.prod(shape)
