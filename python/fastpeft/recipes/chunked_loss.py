@@ -98,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         product = hidden.dtype if native_products and _multiplies(hidden) else dtype
-        head = _Head(weight, bias, scale, softcap, chunk_vocab, dtype, product, min(chunk_tokens, hidden.shape[0]))
+        head = _Head(weight, bias, scale, softcap, chunk_vocab, dtype, product)
         losses = torch.empty(hidden.shape[:1], dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
@@ -135,27 +135,20 @@ def _multiplies(hidden: Tensor) -> bool:
 
 
 class _Head:
-    """The projection to the vocabulary, slice by slice. dtype: of the softmax and all sums; product: of the factors;
-    tokens: at once, at most. All slices have the same memory: what is freed between them the system may take back, and
-    filling new pages with zeros takes longer than the softmax."""
+    """The projection to the vocabulary, slice by slice. dtype: of the softmax and all sums; product: of the factors."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, chunk: int, dtype: torch.dtype,
-        product: torch.dtype, tokens: int,
+        product: torch.dtype,
     ) -> None:  # fmt: skip
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.scale, self.softcap, self.chunk, self.dtype, self.product = scale, softcap, chunk, dtype, product
-        size = tokens * min(chunk, weight.shape[0])
-        self._room = torch.empty(size, dtype=dtype, device=weight.device)
-        self._factors = self._room if product is dtype else torch.empty(size, dtype=product, device=weight.device)
 
     def _logits(self, h: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits of one slice [n, v], the slice of the weight, and tanh(z / softcap) where there is a cap."""
         rows = slice(start, start + self.chunk)
         w = self.weight[rows].to(self.product)
-        n, v = len(h), len(w)
-        product = torch.mm(h, w.t(), out=self._factors[: n * v].view(n, v))
-        z = product if self.product is self.dtype else self._room[: n * v].view(n, v).copy_(product)
+        z = (h @ w.t()).to(self.dtype)
         if self.bias is not None:
             z += self.bias[rows].to(self.dtype)
         if self.scale != 1.0:
@@ -190,8 +183,7 @@ class _Head:
                 if self.product is self.dtype:
                     mean = torch.addmm(mean.mul_(rescale.unsqueeze(1)), p, w)
                 else:
-                    factors = self._factors[: p.numel()].view(p.shape).copy_(p)  # the product is in p by now
-                    mean.mul_(rescale.unsqueeze(1)).add_(factors @ w)
+                    mean.mul_(rescale.unsqueeze(1)).add_(p.to(self.product) @ w)
             top = higher
         log_sum = top + torch.log(total)
         losses = log_sum - at_target
