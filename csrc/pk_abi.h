@@ -23,7 +23,7 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 11
+#define PK_ABI_VERSION 12
 
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
@@ -194,6 +194,17 @@ typedef struct pk_adamw {
 } pk_adamw;
 PK_EXPORT int pk_cpu_adamw(const pk_adamw *list, int64_t count, const double *settings, int64_t threads);
 PK_EXPORT int pk_cpu_squared_norm(const pk_adamw *list, int64_t count, double *square, int64_t threads);
+
+/* ---- softmax_slice (CPU library) -----------------------------------------------------------------------------------
+ * Columns start .. start + width of the scores of a softmax that is made slice by slice. before and after, [3, rows]:
+ * each row's largest score m, the sum of exp(score - m) and the target's score, of the slices so far; at first
+ * -INFINITY, 0 and any. scores, p: [rows, width] of dtype (float32, bfloat16, float16), contiguous; a score is an
+ * element times scale, p = exp(score - m), and 0 at the target. targets [rows]: a column of all of them. rescale
+ * [rows]: what earlier sums of p are multiplied by, exp(m before - m). In float32; p is rounded after it was summed. p
+ * may be scores, and after before. */
+PK_EXPORT int pk_cpu_softmax_slice(const void *scores, int64_t dtype, int64_t rows, int64_t width,
+                                   const int64_t *targets, int64_t start, double scale, const float *before, void *p,
+                                   float *after, float *rescale, int64_t threads);
 
 /* ---- rms_norm and layer_norm (CPU library) -------------------------------------------------------------------------
  * y = f (x - m) c + bias with c = 1 / sqrt(mean((x - m)^2) + eps), f = offset + weight, 1 without weight; m is the mean

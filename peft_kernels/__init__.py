@@ -31,7 +31,7 @@ from .philox import draw_seed
 from .row_groups import RowGroups
 
 if TYPE_CHECKING:
-    from . import adamw, tuning, tuning_launch, tuning_user, verdicts
+    from . import adamw, softmax_slice, tuning, tuning_launch, tuning_user, verdicts
     from .fingerprint import Fingerprint
     from .huge_pages import use_huge_pages
     from .native import NativeLibrary, native_library
@@ -93,6 +93,7 @@ __all__ = [
     "pair_rotate",
     "quantize_4bit",
     "rms_norm",
+    "softmax_slice",
     "squared_row_norms",
     "tuning",
     "tuning_launch",
@@ -106,7 +107,7 @@ dispatch.check_environment()  # the ops are known now, so a misspelt one can be 
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("adamw", "tuning", "tuning_launch", "tuning_user", "verdicts"):
+    if name in ("adamw", "softmax_slice", "tuning", "tuning_launch", "tuning_user", "verdicts"):
         return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

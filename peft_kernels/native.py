@@ -24,7 +24,7 @@ import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
 from .checks import capturing
 
-ABI_VERSION = 11  # PK_ABI_VERSION of csrc/pk_abi.h
+ABI_VERSION = 12  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
 BUILD_COMMAND = "make native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype
@@ -55,6 +55,7 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_gated_backward": [*[c_void_p] * 3, *[c_int64] * 9, *[c_double] * 3, *[c_void_p] * 2, c_int64],
     "pk_cpu_adamw": [c_char_p, c_int64, c_char_p, c_int64],
     "pk_cpu_squared_norm": [c_char_p, c_int64, c_void_p, c_int64],
+    "pk_cpu_softmax_slice": [c_void_p, *[c_int64] * 3, c_void_p, c_int64, c_double, *[c_void_p] * 4, c_int64],
     "pk_cpu_norm": [*[c_void_p] * 3, *[c_int64] * 8, *[c_double] * 2, c_void_p, c_int64],
     "pk_cpu_norm_backward": [*[c_void_p] * 3, *[c_int64] * 8, *[c_double] * 2, *[c_void_p] * 3, c_int64],
     "pk_cpu_attention": [c_char_p],  # a pk_attention_args packed into bytes

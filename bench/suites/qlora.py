@@ -5,7 +5,7 @@ Modes, each a process (worker.py), in turns:
               `-fast` with fastpeft.families.switch on top, else transformers' model code as it is
   bnb-*       PEFT on bitsandbytes NF4 with double quantisation: in train mode for the step, in eval mode for decoding
   dense-*     PEFT on torch's dense layers
-  *-ckpt      with gradient checkpointing of each decoder layer
+  *-ckpt      with gradient checkpointing of each decoder layer; `-some`: of all but every third
 bf16 and f32 are the dtypes of the model and of the computing; adapters are float32 in all of them, r = 16 on all seven
 projections. The loss is over every token, the optimizer torch's fused AdamW, which Trainer takes as well.
 

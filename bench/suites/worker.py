@@ -19,7 +19,7 @@ from ..pipes import driven
 from . import products
 from .bounds import costs
 
-CHECKPOINTING = "-ckpt"  # behind a mode
+CHECKPOINTING, SOME = "-ckpt", "-some"  # behind a mode: of each layer, or of all but every third
 PROMPT = "What does the os module of Python do? Explain it at length."
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -126,7 +126,7 @@ def tokens_of(model: Any, rows: int, length: int) -> dict[str, Any]:
 
 class TrainStep:
     """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's; `-ckpt`
-    behind that computes each decoder layer again in the backward.
+    behind that computes each decoder layer again in the backward, `-some` all but every third.
 
     given: the model's arguments."""
 
@@ -134,10 +134,14 @@ class TrainStep:
         import torch
 
         self.model, self.given = model, given
-        own = mode.removesuffix(CHECKPOINTING)
+        own = mode.removesuffix(CHECKPOINTING).removesuffix(SOME)
         model.train()
         accelerate(model, own)
-        if own != mode:
+        if mode.endswith(SOME):
+            from fastpeft.recipes.checkpointing import checkpoint_layers
+
+            checkpoint_layers(model)
+        elif own != mode:
             base = model.get_base_model()
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.disable_input_require_grads()  # for reentrant checkpoints; here it only costs

@@ -62,6 +62,18 @@ struct PkNorm {
     void *out;
 };
 
+/* softmax_slice: see pk_abi.h. */
+struct PkSoftmaxSlice {
+    const void *scores;
+    int64_t dtype, rows, width;
+    const int64_t *targets;
+    int64_t start;
+    float scale;
+    const float *before;
+    void *p;
+    float *after, *rescale;
+};
+
 /* Constants of an AdamW step, besides the tensors: made by adamw.cpp. */
 struct PkAdamw {
     double step;

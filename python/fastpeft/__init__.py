@@ -58,6 +58,7 @@ _NAMES = {
     ),
     "recipes.accelerate": ("accelerate", "unaccelerate"),
     "recipes.arrow": ("create_arrow_model",),
+    "recipes.checkpointing": ("checkpoint_layers",),
     "recipes.chunked_loss": ("chunked_cross_entropy", "cross_entropy_by_rows"),
     "recipes.convert": ("convert_to_lora", "save_as_lora"),
     "recipes.corda": ("preprocess_corda",),

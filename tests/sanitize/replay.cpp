@@ -67,6 +67,7 @@ Entry entries[] = {
     F(pk_cpu_grouped_linear), F(pk_cpu_grouped_linear_backward),
     F(pk_cpu_lora_linear_paths), F(pk_cpu_squared_row_norms), F(pk_cpu_dora_linear), F(pk_cpu_dora_linear_backward),
     F(pk_cpu_gated), F(pk_cpu_gated_backward), F(pk_cpu_adamw), F(pk_cpu_squared_norm), F(pk_cpu_norm),
+    F(pk_cpu_softmax_slice),
     F(pk_cpu_norm_backward), F(pk_attention_args_size), F(pk_cpu_attention), F(pk_cpu_attention_backward),
     F(pk_cpu_butterfly_rotate), F(pk_cpu_butterfly_rotate_backward), F(pk_cpu_butterfly_linear),
     F(pk_cpu_butterfly_linear_backward), F(pk_cpu_cayley), F(pk_cpu_cayley_backward), F(pk_cpu_householder_rotate),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import random
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import dora_tools
 import torch
 from abi_corpus import Recorder, entry_points
+from abi_refused import refused
 from lora_tools import BF16, F32, FLOATS, Case, Stack, make
 from mixture_tools import make_mixture
 from multi_tools import make_multi
@@ -21,7 +21,7 @@ from rotation_tools import make_blocks, skew_blocks
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import adamw, native
+from peft_kernels import adamw, native, softmax_slice
 from peft_kernels.ops import butterfly_linear, butterfly_rotate, cayley, dora_linear, householder_rotate, pair_rotate
 from peft_kernels.ops import grouped_linear as grouped
 from peft_kernels.ops import lora_linear as lora
@@ -306,6 +306,15 @@ def of_optimizer(rng: Draw) -> None:
     adamw.update(states, 1e-3, (0.9, 0.999), 1e-8, rng.choice((0.0, 0.01)), rng.choice((1.0, 0.3)))
 
 
+def of_softmax(rng: Draw) -> None:
+    rows, width = rng.choice((0, *SIZES)), rng.choice(SIZES)
+    targets = torch.randint(-1, 3 * width, (rows,))
+    state = softmax_slice.begin(targets)
+    for start in (0, width):
+        scores = numbers(rng, rows, width, dtype=rng.choice(FLOATS), special=0.1)
+        softmax_slice.add(state, scores, targets, start, rng.choice((1.0, 0.3)))
+
+
 def of_fingerprints(rng: Draw) -> None:
     tensors = [numbers(rng, rng.choice(SIZES), 3, dtype=t) for t in (F32, BF16, torch.float64)]
     tensors += [torch.arange(rng.choice(SIZES), dtype=torch.uint8), torch.randn(9, 40).t()[::3], torch.tensor(1.0)]
@@ -327,58 +336,13 @@ def plain(_rng: Draw) -> None:
     library.pk_last_error()
 
 
-def refused(_rng: Draw) -> None:
-    """Arguments that the library refuses before it reads or writes through any pointer."""
-    library, x, code = native.cpu(), torch.randn(2, 32), []
-    y = torch.empty(2, 8)
-    good = list(struct.unpack("=29q2d13q", pack(1, x, torch.randn(8, 32), None, None, None, None, 0, 64, 256, 8, None,
-                                                None, 1.0, None, 0.0, None, y=y)))  # fmt: skip
-    for at, value in ((16, -1), (17, -1), (18, -1), (19, -1), (20, 3), (20, -1), (23, 4), (23, -1), (24, 3), (19, 2)):
-        args = struct.pack("=29q2d13q", *good[:at], value, *good[at + 1 :])
-        code += [library.pk_cpu_lora_linear(args, 1), library.pk_cpu_lora_linear_backward(args, 1)]
-    args = struct.pack("=29q2d13q", *good)
-    code += [library.pk_cpu_lora_linear(args, n) for n in (0, -1, 17)]
-    code += [library.pk_cpu_lora_mixture(args, 0, 1, 0), library.pk_cpu_lora_mixture(args, x.data_ptr(), 0, 0)]
-    code += [library.pk_cpu_lora_mixture_backward(args, 0, 1, 0, 0)]
-    code += [library.pk_cpu_dora_linear(args, x.data_ptr(), y.data_ptr(), y.data_ptr())]
-    code += [library.pk_cpu_lora_linear_paths(args, 1, 2, 0), library.pk_cpu_lora_linear_paths(args, 1, -1, 0)]
-    ends = torch.tensor([0, 3])
-    for bad, groups in ((ends, 1), (ends - 1, 1), (ends.flip(0), 1), (ends, -1)):
-        code += [library.pk_cpu_grouped_linear(args, bad.data_ptr(), groups, 0)]
-        code += [library.pk_cpu_grouped_linear_backward(args, bad.data_ptr(), groups, 1)]
-    for dtype, rows, n, step, act in ((3, 1, 4, 1, 0), (-1, 1, 4, 1, 0), (0, 1, -1, 1, 0), (0, -1, 4, 1, 0),
-                                      (0, 1, 4, 2, 0), (0, 1, 4, 0, 0), (0, 1, 4, 1, 5), (0, 1, 4, 1, -1)):  # fmt: skip
-        code += [library.pk_cpu_gated(0, 0, dtype, rows, n, n, 0, step, act, 1.0, 0.0, 0.0, 0, 1)]
-    for dtype, other, rows, n, inner in ((3, 0, 1, 1, 1), (0, 3, 1, 1, 1), (0, 0, -1, 1, 1), (0, 0, 1, 0, 1),
-                                         (0, 0, 1, 1, 0)):  # fmt: skip
-        code += [library.pk_cpu_norm(0, 0, 0, dtype, other, rows, n, inner, 1, 1, 0, 0.0, 0.0, 0, 1)]
-    code += [library.pk_cpu_norm(0, 0, y.data_ptr(), 0, 0, 1, 8, 1, 8, 8, 0, 0.0, 0.0, 0, 1)]
-    # after pointers (no seed) and strides: 3 dtypes, B, T, S, H, G, D, Dv, R, 3 options, threads, scale, softcap, p
-    good = [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0, 0, 1, 0, 1, 1.0, 0.0, 0.0]
-    for at, value in ((0, 3), (3, -1), (4, -1), (5, -1), (6, 0), (7, 2), (8, 3), (9, 3), (9, 0), (13, -1),
-                      (17, 0.5), (17, 1.0), (17, -0.1), (17, float("nan"))):  # fmt: skip
-        args = struct.pack("=51q3d", *[0] * 36, *good[:at], value, *good[at + 1 :])
-        code += [library.pk_cpu_attention(args), library.pk_cpu_attention_backward(args)]
-    for dtype, rows, d, b, m in ((3, 1, 4, 2, 1), (0, -1, 4, 2, 1), (0, 1, 4, 3, 1), (0, 1, 8, 2, 4), (0, 1, 4, 2, 63)):
-        code += [library.pk_cpu_butterfly_rotate(0, 0, dtype, rows, d, b, m, 0, 0, 0, 1)]
-    code += [library.pk_cpu_cayley(0, n, b, 0, terms, 0, 1) for n, b, terms in ((-1, 1, 0), (1, -1, 0), (1, 1, 129))]
-    code += [library.pk_cpu_householder_rotate(0, 0, 0, *sizes, 0, 0, 1) for sizes in ((3, 1, 1, 1), (0, 1, 1, -1))]
-    code += [library.pk_cpu_pair_rotate(0, 0, 0, *sizes, 0, 1) for sizes in ((3, 1, 2, 1), (0, 1, 3, 1), (0, 1, 2, 0))]
-    for dtype, n, block in ((3, 8, 64), (0, -1, 64), (0, 8, 48), (0, 8, 64)):
-        code += [library.pk_cpu_quantize_4bit(0, dtype, n, block, 0, 0, 0, 0, 1)]
-    code += [library.pk_cpu_quantize_absmax(0, n, 0, block, 0, 0, 0, 1) for n, block in ((4, 0), (-1, 256), (4, 256))]
-    for kind, block, n, dtype in ((0, 64, 8, 0), (1, 48, 8, 0), (1, 64, -1, 0), (1, 64, 8, 3), (1, 64, 8, 0)):
-        code += [library.pk_cpu_dequantize_4bit(0, 0, 0, 0, 0, kind, block, 256, n, dtype, 0, 1)]
-    code += [library.pk_cpu_adamw(bytes(48), -1, bytes(48), 1), library.pk_cpu_squared_norm(bytes(48), -1, 0, 1)]
-    assert all(code), code
-
-
 # what makes calls -> how often, in the short form and in the full one
 MAKERS: dict[Callable[[Draw], None], tuple[int, int]] = {
     plain: (1, 1), refused: (1, 1), of_lora: (16, 600), of_stack: (4, 120), of_dora: (6, 120), of_multi: (6, 150),
     of_mixture: (6, 120), of_groups: (8, 150),
     of_prepared: (10, 200), of_rotations: (6, 60), of_cayley: (4, 30), of_turned: (4, 40), of_elements: (3, 30),
-    of_attention: (4, 40), of_quantising: (4, 40), of_optimizer: (2, 12), of_fingerprints: (1, 4),
+    of_attention: (4, 40), of_quantising: (4, 40), of_optimizer: (2, 12), of_softmax: (3, 40),
+    of_fingerprints: (1, 4),
 }  # fmt: skip
 
 

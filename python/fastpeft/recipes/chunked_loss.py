@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from peft_kernels import softmax_slice
+
 CHUNK_VOCAB, CHUNK_TOKENS = 4096, 1024
 WHOLE_TOKENS = 128  # at a time, where all of a token's scores are made
 
@@ -161,6 +163,9 @@ class _Head:
     def sweep(self, h: Tensor, targets: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Losses [n], logs of the softmax's denominators [n], and the gradients of the losses for ``h`` [n, H]."""
         n = h.shape[0]
+        plain = self.bias is None and self.softcap is None and self.dtype is torch.float32
+        if plain and softmax_slice.reason(h) is None:
+            return self._finished(h, targets, *self._swept(h, targets, need_gradient))
         top = torch.full((n,), -torch.inf, dtype=self.dtype, device=h.device)
         total = torch.zeros(n, dtype=self.dtype, device=h.device)
         at_target = torch.zeros(n, dtype=self.dtype, device=h.device)
@@ -185,6 +190,33 @@ class _Head:
                 else:
                     mean.mul_(rescale.unsqueeze(1)).add_(p.to(self.product) @ w)
             top = higher
+        return self._finished(h, targets, top, total, at_target, slope, mean)
+
+    def _swept(
+        self, h: Tensor, targets: Tensor, need_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The sums of a sweep, where scores are products alone and the CPU library makes their exponentials: it reads a
+        slice twice, where calls of torch go through it ten times."""
+        state, rows = softmax_slice.begin(targets), self.weight.shape[0]
+        room = h.new_empty(h.shape[0] * min(self.chunk, rows))  # taken from the system once, not for each slice
+        mean = torch.zeros(h.shape, dtype=self.dtype) if need_gradient else None
+        for start in range(0, rows, self.chunk):
+            w = self.weight[start : start + self.chunk].to(self.product)
+            p = room[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
+            torch.mm(h, w.t(), out=p)
+            rescale = softmax_slice.add(state, p, targets, start, self.scale)
+            if mean is not None and self.product is self.dtype:
+                mean = torch.addmm(mean.mul_(rescale.unsqueeze(1)), p, w)
+            elif mean is not None:
+                mean.mul_(rescale.unsqueeze(1)).add_(p @ w)
+        top, total, at_target = state
+        return top, total, at_target, torch.ones(()), mean
+
+    def _finished(
+        self, h: Tensor, targets: Tensor, top: Tensor, total: Tensor, at_target: Tensor, slope: Tensor,
+        mean: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """`sweep`'s results of its sums: `mean` is that of exp(score - top) times the rows of the weight."""
         log_sum = top + torch.log(total)
         losses = log_sum - at_target
         if mean is None:
