@@ -15,7 +15,7 @@ from .suites import PARTS
 OPS = ("lora_linear", "lora_linear_stacked", "multi_lora_linear", "lora_mixture", "dora_norm", "dora_linear", "gated",
        "grouped_linear", "norms", "attention", "rotations", "quantize_4bit", "dequantize_4bit")  # fmt: skip
 SUITES = ("layers", "qlora", "methods", "dora", "pool", "multi", "multi-train", "serve", "chaos", "ortho",
-          "dropin", "train-chaos", "families")  # fmt: skip
+          "dropin", "train-chaos", "families", "load")  # fmt: skip
 CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "methods": ["fastpeft"],
            "dora": ["dora_linear", "dora_norm", "fastpeft"], "pool": ["multi_lora_linear", "pool"],
            "multi": ["multi_lora_linear", "routing"],
@@ -23,7 +23,8 @@ CHECKED = {"layers": ["lora_linear"], "qlora": ["lora_linear", "fastpeft"], "met
            "serve": ["multi_lora_linear", "pool", "serve"], "ortho": ["rotations", "fastpeft"],
            "chaos": ["serve"], "dropin": ["lora_linear", "fastpeft", "causal_loss"],
            "train-chaos": ["training_loop", "training_output"],
-           "families": ["lora_linear", "fastpeft", "causal_loss", "families"]}  # fmt: skip
+           "families": ["lora_linear", "fastpeft", "causal_loss", "families"],
+           "load": ["streaming_load", "cached_models"]}  # fmt: skip
 
 
 def gpu_bounds() -> dict[str, Any]:
@@ -74,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="of an op: cpu (the default) or cuda")
     p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, "
                    "products, decode (of qlora also llama-1b, llama-products, long, long-products, longest, "
-                   "checkpointing, which run by name alone); or dropout, plain, unet; families of the suite families")
+                   "checkpointing, which run by name alone; of load llama-7b); or dropout, plain, unet; families of "
+                   "the suite families")
     p.add_argument("--methods", nargs="+", metavar="M", help="of the suites methods and ortho, such as boft dora")
     p.add_argument("--rounds", type=int, default=15, help="samples of each candidate")
     p.add_argument("--sample-s", type=float, default=0.02, help="seconds of one sample")

@@ -5,10 +5,8 @@
  *     next failing call there. Nothing exits, prints or throws.
  *   - Pointers are to contiguous row-major memory that the caller owns; a pointer to something absent is NULL.
  *   - Sizes are int64_t counts of elements unless the name says bytes. dtype arguments are pk_dtype codes.
- *   - `threads` is the number of threads that the call may use, from torch.get_num_threads(). Results never depend on
- *     it.
- *   - Any change to a signature, a struct or a meaning below raises PK_ABI_VERSION; peft_kernels/native.py has its
- *     twin.
+ *   - `threads` is of the call at most, from torch.get_num_threads(). Results never depend on it.
+ *   - Any change to a signature, a struct or a meaning below raises PK_ABI_VERSION and its twin in native.py.
  *
  * Adding a function to the CPU library (five places, each one line or one file):
  *   1. here: its declaration, with shapes and units;
@@ -45,22 +43,23 @@ typedef enum pk_status {
 
 typedef enum pk_dtype { PK_F32 = 0, PK_BF16 = 1, PK_F16 = 2, PK_F64 = 3, PK_U8 = 4 } pk_dtype;
 
-typedef enum pk_quant_type { PK_DENSE = 0, PK_NF4 = 1, PK_FP4 = 2 } pk_quant_type;
+/* Formats of weights: peft_kernels/formats/known. 3 to 5: integers by group; from 6 on: GGUF. CUDA has the first 3. */
+typedef enum pk_quant_type {
+    PK_DENSE = 0, PK_NF4 = 1, PK_FP4 = 2, PK_INT4 = 3, PK_INT8 = 4, PK_UINT8 = 5, PK_Q4_0 = 6, PK_Q4_1 = 7, PK_Q5_0 = 8,
+    PK_Q5_1 = 9, PK_Q8_0 = 10, PK_Q4_K = 11, PK_Q5_K = 12, PK_Q6_K = 13, PK_IQ4_NL = 14, PK_MXFP4 = 15
+} pk_quant_type;
 
 PK_EXPORT int pk_abi_version(void);
 PK_EXPORT const char *pk_last_error(void); /* never NULL; "" before the first failure of this thread */
 
 /* ---- instruction set levels (CPU library) ------------------------------------------------------------------------ */
 PK_EXPORT const char *pk_cpu_level(void);            /* the level in use: scalar, avx2, avx512 or avx512bf16 */
-/* all levels that this CPU and build have, comma separated, rising */
-PK_EXPORT const char *pk_cpu_levels(void);
+PK_EXPORT const char *pk_cpu_levels(void);           /* all that this CPU and build have, comma separated, rising */
 PK_EXPORT int pk_cpu_set_level(const char *name);    /* NULL or "": the best one. For tests: not while kernels run */
-/* path of the OpenMP runtime in use; "" when there is none (serial) */
-PK_EXPORT const char *pk_cpu_openmp(void);
+PK_EXPORT const char *pk_cpu_openmp(void);           /* path of the OpenMP runtime in use; "" for none (serial) */
 
 /* ---- memory (CPU library) ------------------------------------------------------------------------------------------
- * Many places that are in no cache, at once: 1 where each of `count` places of 1, 2, 4 or 8 `bytes` is as in
- * content [count], else 0. */
+ * Many places that are in no cache, at once: 1 where `count` places of 1, 2, 4 or 8 `bytes` are content [count]. */
 PK_EXPORT int pk_cpu_unchanged(const int64_t *addresses, int64_t count, int64_t bytes, const void *content);
 
 /* ---- lora_linear (CPU library) -----------------------------------------------------------------------------------
@@ -81,6 +80,10 @@ PK_EXPORT int pk_cpu_unchanged(const int64_t *addresses, int64_t count, int64_t 
  * Quantised weights: N*K codes, two a byte, high nibble = even element of the flat row-major order, absmax per
  * `blocksize` elements of that order. absmax is float32, or uint8 codes when nested_code != NULL: then
  * absmax[i] = nested_code[codes[i]] * nested_absmax[i / nested_blocksize] + *offset.
+ * NF4 and FP4 are these. GGUF: weight is the blocks, row after row, and K a multiple of theirs; the other parts are not
+ * read. Integers by group, G = ceil(K / blocksize) groups a row: weight is the codes, absmax [N, G] scales of w_dtype,
+ * nested_absmax [N, G] zeros whose dtype is nested_blocksize (PK_U8 or w_dtype), offset [N, G] shifts of w_dtype, and
+ * nested_code int32 [K] groups of columns; the last three may be NULL.
  * Dropout: element e = row * K + col is dropped iff word e & 3 of Philox4x32-10(key = seed, counter = e >> 2) is below
  * min(round(p * 2^32), 2^32 - 1); kept elements are multiplied by 1 / (1 - p).
  * Every field is 8 bytes wide so that Python can pack the struct in one call. */
@@ -153,8 +156,7 @@ PK_EXPORT int pk_cpu_grouped_linear(const pk_lora_args *args, const int64_t *off
 PK_EXPORT int pk_cpu_grouped_linear_backward(const pk_lora_args *args, const int64_t *offsets, int64_t E,
                                              int64_t turned);
 
-/* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; x, y, s and what belongs to
- * rows of x are not read. */
+/* squares[n] = |row n of weight + scaling * b a|^2 (r = 0: of weight), summed in double; no rows of x are read. */
 PK_EXPORT int pk_cpu_squared_row_norms(const pk_lora_args *args, double *squares);
 /* DoRA's forward with the norm of this weight: norm[n] = |row n of weight + scaling * b a|, at least FLT_MIN; gain[n] =
  * magnitude[n] / norm[n]; then pk_cpu_lora_linear with that gain, which args->gain points to. */
@@ -183,8 +185,7 @@ PK_EXPORT int pk_cpu_gated_backward(const void *dh, const void *gate, const void
  * A step of AdamW (arXiv 1711.05101) over float32 tensors: with g = scale * grad and t = ++step,
  *   p -= lr decay p;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;
  *   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
- * settings: lr, beta1, beta2, eps, decay, scale. The norm is of `grad`, summed over the tensors; the rest is not
- * read. */
+ * settings: lr, beta1, beta2, eps, decay, scale. The norm is of `grad` alone, summed over the tensors. */
 typedef struct pk_adamw {
     float *p;
     const float *grad;
@@ -200,8 +201,7 @@ PK_EXPORT int pk_cpu_squared_norm(const pk_adamw *list, int64_t count, double *s
  * each row's largest score m, the sum of exp(score - m) and the target's score, of the slices so far; at first
  * -INFINITY, 0 and any. scores, p: [rows, width] of dtype (float32, bfloat16, float16), contiguous; a score is an
  * element times scale, p = exp(score - m), and 0 at the target. targets [rows]: a column of all of them. rescale
- * [rows]: what earlier sums of p are multiplied by, exp(m before - m). In float32; p is rounded after it was summed. p
- * may be scores, and after before. */
+ * [rows]: exp(m before - m), for earlier sums of p. In float32; p is rounded once summed; it may be scores. */
 PK_EXPORT int pk_cpu_softmax_slice(const void *scores, int64_t dtype, int64_t rows, int64_t width,
                                    const int64_t *targets, int64_t start, double scale, const float *before, void *p,
                                    float *after, float *rescale, int64_t threads);
@@ -258,6 +258,8 @@ typedef struct pk_attention_args {
 PK_EXPORT int64_t pk_attention_args_size(void); /* sizeof(pk_attention_args), checked by native.py */
 PK_EXPORT int pk_cpu_attention(const pk_attention_args *args);
 PK_EXPORT int pk_cpu_attention_backward(const pk_attention_args *args);
+/* q and k (T = S) turned by cos and sin alone, rounded once: dq [B, T, H, D] and dk [B, T, G, D], contiguous. */
+PK_EXPORT int pk_cpu_rotary(const pk_attention_args *args);
 
 /* ---- rotations (CPU library) ----------------------------------------------------------------------------------------
  * x, y, dy, dx: [M, d] of dtype (float32, bfloat16, float16); all else float32; computed in float32 and rounded once.
@@ -314,6 +316,11 @@ PK_EXPORT int pk_cpu_dequantize_4bit(const uint8_t *packed, const void *absmax, 
                                      const float *nested_code, const float *offset, int64_t quant_type,
                                      int64_t blocksize, int64_t nested_blocksize, int64_t numel, int64_t out_dtype,
                                      void *out, int64_t threads);
+/* The same of the other formats, whose parts are those of a pk_lora_args: out [N, K]. */
+PK_EXPORT int pk_cpu_dequantize_rows(const void *weight, const void *absmax, const void *nested_absmax,
+                                     const void *nested_code, const void *offset, int64_t quant_type,
+                                     int64_t blocksize, int64_t nested_blocksize, int64_t w_dtype, int64_t N, int64_t K,
+                                     int64_t out_dtype, void *out, int64_t threads);
 
 /* ---- CUDA library --------------------------------------------------------------------------------------------------
  * The same functions on device memory of GPU `device`, put on `stream` (a cudaStream_t; NULL is the default stream).
@@ -344,8 +351,7 @@ enum { PK_CUDA_STACK = 4 };
 PK_EXPORT int pk_cuda_lora_stacked_workspace(const pk_lora_args *args, int64_t count, int64_t *bytes);
 PK_EXPORT int pk_cuda_lora_linear_stacked(const pk_lora_args *args, int64_t count, int64_t device, void *stream);
 PK_EXPORT int pk_cuda_lora_linear_backward(const pk_lora_args *args, int64_t device, void *stream);
-/* As pk_cpu_squared_row_norms, of quantised weights; K is cut into `parts`: squares [parts][N], to be added in
- * order. */
+/* As pk_cpu_squared_row_norms, of quantised weights; of K in parts: squares [parts][N], to be added in order. */
 PK_EXPORT int pk_cuda_squared_row_norms(const pk_lora_args *args, double *squares, int64_t parts, int64_t device,
                                         void *stream);
 /* ---- rotations (CUDA library): x, y, dy, dx and what they are as in the CPU library, d below 2^24 -------------------

@@ -9,6 +9,7 @@ from . import dispatch
 from .dispatch import BackendUnavailable, explain, use_backend
 from .formats import FP4_TABLE, NF4_TABLE, AdapterStack, QuantWeight
 from .ops.attention import attention
+from .ops.attention.rotary import rotary
 from .ops.butterfly_linear import butterfly_linear
 from .ops.butterfly_rotate import block_rotate, butterfly_rotate
 from .ops.cayley import cayley
@@ -93,6 +94,7 @@ __all__ = [
     "pair_rotate",
     "quantize_4bit",
     "rms_norm",
+    "rotary",
     "softmax_slice",
     "squared_row_norms",
     "tuning",

@@ -23,12 +23,15 @@ from torch.autograd import forward_ad
 
 from . import verdicts
 from .checks import PLAIN, Operands, arg_error
+from .formats import NUMBERS
 
 NAMESPACE = "peft_kernels"
 ENV = "PEFT_KERNELS_BACKEND"
 ORDER = ("cuda", "triton", "native", "reference")
 # which backends serve unasked where; others are not even imported, so that a CPU never pays for triton
 _SERVING: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("native",)}
+FOUR_BIT = frozenset({0, 1, 2})  # numbers of formats: a dense weight, NF4, FP4
+ALL_FORMATS = FOUR_BIT | frozenset(NUMBERS)
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 # types of arguments that torch's dispatcher passes on as they are
@@ -79,7 +82,8 @@ class Backend:
     fn takes the op's positional arguments. devices: types it serves unasked; forced_devices: types it serves only when
     forced (Triton's interpreter on CPU tensors). dtypes: of the op's first tensor. min_capability: least CUDA compute
     capability. package: a module that must be importable. available(): a reason why it can serve nothing at all here.
-    when(*args): a reason why it cannot serve these arguments; None where it can.
+    when(*args): a reason why it cannot serve these arguments; None where it can. formats: numbers of those of weights
+    (`formats.NUMBERS`) that it reads.
     """
 
     name: str
@@ -91,6 +95,7 @@ class Backend:
     package: str | None = None
     available: Callable[[], str | None] | None = None
     when: Callable[..., str | None] | None = None
+    formats: frozenset[int] = FOUR_BIT
 
     def reason(self, args: tuple[Any, ...], forced: bool = False) -> str | None:
         """Why this backend cannot serve `args`; None where it can."""
@@ -146,6 +151,7 @@ class Op:
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self.op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self.operands = Operands(self.name, self.op._schema)  # type: ignore[attr-defined]
+        self._format_at = self.operands.names.index("quant_type") if "quant_type" in self.operands.names else None
         _ops[self.name] = self
 
     def sample(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Any]:
@@ -200,6 +206,15 @@ class Op:
                 return fn(*args)
         return fn(*args)
 
+    def refusal(self, backend: Backend, args: tuple[Any, ...], forced: bool = False) -> str | None:
+        """Why a backend cannot serve `args`; None where it can."""
+        if self._format_at is not None:
+            of = args[self._format_at]
+            for number in (of,) if type(of) is int else of:
+                if number not in backend.formats:
+                    return f"does not read weights in {NUMBERS[number].name}"
+        return backend.reason(args, forced)
+
     def resolve(self, *args: Any) -> Callable[..., Any]:
         """The function that computes the operator for `args`, which it checks, and for others of their shapes, dtypes
         and devices while `forced_backends()` is the same object: a caller with hundreds of equal calls a step asks
@@ -215,7 +230,7 @@ class Op:
             if forced == "reference":
                 assert isinstance(backend, Backend)
                 return backend
-            why = backend if isinstance(backend, str) else backend.reason(args, forced=True)
+            why = backend if isinstance(backend, str) else self.refusal(backend, args, forced=True)
             if why is not None:
                 raise BackendUnavailable(
                     f"{self.name}: backend {forced!r} was forced and cannot serve this call: {why}"
@@ -225,7 +240,7 @@ class Op:
         device = _type_of(args[0])
         for name in _SERVING.get(device, ()):
             backend = self.load(name)
-            if not isinstance(backend, Backend) or backend.reason(args) is not None:
+            if not isinstance(backend, Backend) or self.refusal(backend, args) is not None:
                 continue
             if device not in verdicts.watched or verdicts.refusal(self, backend, args) is None:
                 return backend
@@ -243,7 +258,7 @@ class Op:
             backend = self.load(name)
             why = backend if isinstance(backend, str) else None
             if isinstance(backend, Backend) and name != "reference":
-                why = backend.reason(args, forced=forced == name)
+                why = self.refusal(backend, args, forced=forced == name)
                 if why is None and forced is None and args[0].device.type in verdicts.watched:
                     why = verdicts.seen(self, backend, args)
             if why is None and forced is not None and forced != name:

@@ -60,6 +60,7 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_norm_backward": [*[c_void_p] * 3, *[c_int64] * 8, *[c_double] * 2, *[c_void_p] * 3, c_int64],
     "pk_cpu_attention": [c_char_p],  # a pk_attention_args packed into bytes
     "pk_cpu_attention_backward": [c_char_p],
+    "pk_cpu_rotary": [c_char_p],
     "pk_cpu_butterfly_rotate": [*[c_void_p] * 2, *[c_int64] * 7, c_void_p, c_int64],
     "pk_cpu_butterfly_rotate_backward": [*[c_void_p] * 3, *[c_int64] * 7, *[c_void_p] * 2, c_int64],
     "pk_cpu_butterfly_linear": [c_char_p, c_void_p, *[c_int64] * 3],
@@ -71,6 +72,7 @@ _CPU_SIGNATURES: dict[str, list[Any]] = {
     "pk_cpu_pair_rotate": [*[c_void_p] * 3, *[c_int64] * 4, c_void_p, c_int64],
     "pk_cpu_pair_rotate_backward": [*[c_void_p] * 4, *[c_int64] * 4, *[c_void_p] * 3, c_int64],
     "pk_cpu_dequantize_4bit": [*[c_void_p] * 5, *[c_int64] * 5, c_void_p, c_int64],
+    "pk_cpu_dequantize_rows": [*[c_void_p] * 5, *[c_int64] * 7, c_void_p, c_int64],
 }
 # Which look at what other threads of Python may change: these wait while they run. Any result.
 _CPU_HOLDING: dict[str, list[Any]] = {

@@ -71,6 +71,10 @@ class Prepared:
             and in_memory(x) and in_memory(dy)
         )  # fmt: skip
 
+    def serves(self, x: Tensor) -> bool:
+        """True if it serves the call with the same arguments for this x."""
+        return servable(x) and self.holds(x, self.given)
+
     def run(self, x: Tensor) -> Any:
         """The call. x: as `holds` wants it."""
         raise NotImplementedError
@@ -78,6 +82,13 @@ class Prepared:
     def run_with(self, x: Tensor, own: Any) -> Any:
         """The call of a function in `_OWN`; own: its argument of this call. None: it is the public function's."""
         raise NotImplementedError
+
+
+def servable(x: Tensor) -> bool:
+    """True of an x that a prepared call may take: on a CPU, and nothing watches or changes torch's operators."""
+    return (
+        type(x) in PLAIN and x.is_cpu and not dispatch_observed() and in_memory(x) and not _autocasts("cpu")
+    )  # fmt: skip
 
 
 def _same(these: Arguments, those: Arguments) -> bool:
@@ -142,27 +153,32 @@ class PreparedCall:
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedCall, (self._function,)
 
-    def __call__(self, x: Tensor, *arguments: Any) -> Any:
-        one_by_one, own = self._one_by_one, self._own
-        if type(x) in PLAIN and x.is_cpu and not dispatch_observed() and in_memory(x) and not _autocasts("cpu"):
-            graph = _records()
-            last = self._last[graph]
-            if last is not None and last.arguments is not None and _same(arguments, last.arguments):
-                given = last.given
-            else:
-                given = arguments if one_by_one is None else one_by_one(arguments)
-                if own is not None:
-                    given = (*arguments[:own], *arguments[own + 1 :])
-            if last is None or not last.holds(x, given):
-                bind = _bind_of(self._function, graph)
-                last = None if bind is None else bind(x, arguments)
-                if last is not None:
-                    last.given, last.arguments = given, arguments if own is None else None
-                self._last[graph] = last  # whole, as other threads may take it
+    def ready(self, x: Tensor, *arguments: Any) -> Prepared | None:
+        """The prepared call that serves x with these arguments, now; None where the function has to be called."""
+        if not servable(x):
+            return None
+        one_by_one, own, graph = self._one_by_one, self._own, _records()
+        last = self._last[graph]
+        if last is not None and last.arguments is not None and _same(arguments, last.arguments):
+            given = last.given
+        else:
+            given = arguments if one_by_one is None else one_by_one(arguments)
+            if own is not None:
+                given = (*arguments[:own], *arguments[own + 1 :])
+        if last is None or not last.holds(x, given):
+            bind = _bind_of(self._function, graph)
+            last = None if bind is None else bind(x, arguments)
             if last is not None:
-                y = last.run(x) if own is None else last.run_with(x, arguments[own])
-                if y is not None:
-                    return y
+                last.given, last.arguments = given, arguments if own is None else None
+            self._last[graph] = last  # whole, as other threads may take it
+        return last
+
+    def __call__(self, x: Tensor, *arguments: Any) -> Any:
+        last = self.ready(x, *arguments)
+        if last is not None:
+            y = last.run(x) if self._own is None else last.run_with(x, arguments[self._own])
+            if y is not None:
+                return y
         return self._function(x, arguments) if self._several else self._function(x, *arguments)
 
 

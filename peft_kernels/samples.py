@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import QUANT_NAMES
+from .formats import format_of
 from .row_groups import RowGroups
 from .testing import random_quant_weight
 
@@ -141,9 +141,11 @@ class _Maker:
     def weight(self, n: int, k: int, quant_type: int, blocksize: int, nested_blocksize: int | None) -> list[Any]:
         """Parts of a 4-bit weight in the order of schemas; nested_blocksize: None where it is not nested."""
         nested = nested_blocksize is not None
-        w = random_quant_weight(n, k, quant_type=QUANT_NAMES[quant_type], blocksize=blocksize, nested=nested)
+        w = random_quant_weight(n, k, quant_type=format_of("samples", quant_type).name, blocksize=blocksize,
+                                nested=nested)  # fmt: skip
         parts = list(w.flatten())
-        if nested_blocksize is not None:
+        if w.nested and nested_blocksize is not None:
+            assert w.absmax is not None
             parts[2] = 0.02 + 0.01 * torch.rand(-(-w.absmax.numel() // nested_blocksize))
             parts[7] = nested_blocksize
         return [t.to(self.device) if isinstance(t, Tensor) else t for t in parts]

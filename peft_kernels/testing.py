@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import QuantWeight
+from .formats import FORMATS, QUANT_TYPES, Format, QuantWeight
 
 
 def truncation_floor(exact: Tensor, magnitude: Tensor, terms: int) -> Tensor:
@@ -93,7 +93,17 @@ def random_quant_weight(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> QuantWeight:
-    """A random, valid 4-bit weight made without any quantiser (every code and scale occurs)."""
+    """A random, valid weight of any format made without a quantiser (every code and scale occurs).
+
+    blocksize, nested: not of GGUF's blocks. Groups of integers have zeros where the format commonly has them; others
+    are `random_affine_weight`'s.
+    """
+    known = FORMATS[quant_type]
+    if known.blocksize is not None:
+        return _random_blocks(n, k, known, seed, dtype)
+    if quant_type not in QUANT_TYPES:
+        zeros = None if quant_type == "int8" else "codes"
+        return random_affine_weight(n, k, quant_type, blocksize, zeros=zeros, seed=seed, dtype=dtype)
     g = torch.Generator().manual_seed(seed)
     packed = torch.randint(0, 256, ((n * k + 1) // 2,), generator=g, dtype=torch.int64).to(torch.uint8)
     nblocks = -(-(n * k) // blocksize)
@@ -112,3 +122,41 @@ def random_quant_weight(
         nested_blocksize=256,
         offset=torch.tensor(0.06),
     )
+
+
+def _random_blocks(n: int, k: int, of: Format, seed: int, dtype: torch.dtype) -> QuantWeight:
+    assert of.blocksize is not None
+    assert of.block_bytes is not None
+    g = torch.Generator().manual_seed(seed)
+    shape = (n * k // of.blocksize, of.block_bytes)
+    blocks = torch.randint(0, 256, shape, generator=g, dtype=torch.int64).to(torch.uint8)
+    if of.name == "mxfp4":
+        blocks[:, 0] = torch.randint(118, 124, (shape[0],), generator=g).to(torch.uint8)
+    size = 0.001 if of.blocksize == 256 else 0.01
+    for byte in of.halves:
+        d = (torch.randn(shape[0], generator=g) * size).to(torch.float16)
+        blocks[:, byte : byte + 2] = d.view(torch.uint8).view(-1, 2)
+    return QuantWeight.gguf(blocks.view(n, k // of.blocksize * of.block_bytes), of.name, (n, k), dtype)
+
+
+def random_affine_weight(
+    n: int, k: int, quant_type: str = "int4", blocksize: int = 64, *, zeros: str | None = "codes",
+    shifts: bool = False, act_order: bool = False, scales: torch.dtype = torch.float16, seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> QuantWeight:  # fmt: skip
+    """A random weight of integers by group. zeros: "codes" (uint8), "values" (of the scales' dtype) or None."""
+    g = torch.Generator().manual_seed(seed)
+    groups = -(-k // blocksize)
+    count = (n * k + 1) // 2 if quant_type == "int4" else n * k
+    packed = torch.randint(0, 256, (count,), generator=g, dtype=torch.int64).to(torch.uint8)
+    scale = (torch.rand(n, groups, generator=g) * 0.02 + 0.005).to(scales)
+    most, zero = 16 if quant_type == "int4" else 256, None
+    if zeros is not None:
+        zero = torch.rand(n, groups, generator=g) * (most - 1)
+        zero = zero.round().to(torch.uint8) if zeros == "codes" else zero.to(scales)
+    shift = (torch.randn(n, groups, generator=g) * 0.01).to(scales) if shifts else None
+    index = None
+    if act_order:
+        index = (torch.arange(k, dtype=torch.int32) // blocksize)[torch.randperm(k, generator=g)]
+    return QuantWeight.affine(packed, scale, (n, k), quant_type, blocksize, zeros=zero, shifts=shift, index=index,
+                              dtype=dtype)  # fmt: skip

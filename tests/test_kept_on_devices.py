@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft_kernels import dispatch, formats, quantize_4bit, use_backend, verdicts
 from peft_kernels.checks import moved
 from peft_kernels.dispatch import Backend
+from peft_kernels.formats import tables
 from peft_kernels.ops.lora_linear import cuda as lora_cuda
 from peft_kernels.ops.lora_linear import triton as lora_triton
 from peft_kernels.ops.quantize_4bit import levels
@@ -39,7 +40,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_tables", {k: v for k, v in formats._tables.items() if k.type == "cpu"})
+    monkeypatch.setattr(tables, "_tables", {k: v for k, v in tables._tables.items() if k.type == "cpu"})
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -47,18 +48,18 @@ def _tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tables_are_made_with_the_weight_and_by_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(formats, "_tables", {})
+    monkeypatch.setattr(tables, "_tables", {})
     w = random_quant_weight(8, 64)
-    assert set(formats._tables) == {cpu}
+    assert set(tables._tables) == {cpu}
     first = formats.table(1)
     assert formats.table(1) is first
     w.to("cpu")
     assert formats.table(1) is first
-    monkeypatch.setattr(formats, "_tables", {})
+    monkeypatch.setattr(tables, "_tables", {})
     for _ in range(2):  # of raw tensors: made for the call, and not kept
         assert formats.table(2).tolist() == pytest.approx(formats.TABLES[2])
         assert formats.pair_table(1, "cpu").shape == (256,)
-    assert formats._tables == {}
+    assert tables._tables == {}
 
 
 def test_a_call_under_capture_finds_its_tables_or_says_why_not(
@@ -66,29 +67,29 @@ def test_a_call_under_capture_finds_its_tables_or_says_why_not(
 ) -> None:
     w = random_quant_weight(8, 64).flatten()
     formats.decode_4bit(*w, (8, 64))  # they are there
-    monkeypatch.setattr(formats, "_tables", {})
+    monkeypatch.setattr(tables, "_tables", {})
     with pytest.raises(RuntimeError, match=r"tables of 4-bit codes are not on cpu, .* make the QuantWeight"):
         formats.decode_4bit(*w, (8, 64))
     formats.make_tables(w[0])  # is no place to make them
-    assert formats._tables == {}
+    assert tables._tables == {}
 
 
 def test_no_table_is_a_fake_one() -> None:
-    before = dict(formats._tables)
+    before = dict(tables._tables)
     with FakeTensorMode():
         random_quant_weight(8, 64).flatten()
     random_quant_weight(8, 64).to("meta")
-    assert formats._tables == before
-    assert all(type(t) is Tensor for made in formats._tables.values() for pair in made.values() for t in pair)
+    assert tables._tables == before
+    assert all(type(t) is Tensor for made in tables._tables.values() for pair in made.values() for t in pair)
 
 
 def test_a_moved_layer_has_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastpeft.weights.nf4_linear import NF4Linear
 
     layer = NF4Linear(quantize_4bit(torch.randn(8, 64)))
-    monkeypatch.setattr(formats, "_tables", {})
+    monkeypatch.setattr(tables, "_tables", {})
     layer.to("cpu")
-    assert set(formats._tables) == {torch.device("cpu")}
+    assert set(tables._tables) == {torch.device("cpu")}
 
 
 # ---- what a call copies to the device -------------------------------------------------------------------------------

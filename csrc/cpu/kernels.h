@@ -23,8 +23,27 @@ struct PkButterfly {
     int64_t dtype, M, d, b, m, shared, transposed;
 };
 
+/* True of formats whose rows are groups of columns: all but dense weights, NF4 and FP4. */
+static inline bool pk_in_groups(int64_t quant_type) { return quant_type > PK_FP4; }
+
+/* Columns of a block of GGUF; 1 of integers. */
+static inline int64_t pk_block_columns(int64_t quant_type) {
+    if (quant_type < PK_Q4_0) return 1;
+    return quant_type >= PK_Q4_K && quant_type <= PK_Q6_K ? 256 : 32;
+}
+
+/* Bytes of a row of K columns of a format in groups; of half a byte too few in PK_INT4 where K is odd. */
+static inline int64_t pk_row_bytes(int64_t quant_type, int64_t K) {
+    static const int64_t block[] = {18, 20, 22, 24, 34, 144, 176, 210, 18, 17}; /* from PK_Q4_0 */
+    if (quant_type == PK_INT4) return K / 2;
+    return quant_type < PK_Q4_0 ? K : K / pk_block_columns(quant_type) * block[quant_type - PK_Q4_0];
+}
+
 /* Refuses arguments that a lora_linear, or its backward, does not take, with pk_fail(); else PK_OK. */
 int pk_lora_check(const pk_lora_args *args, bool backward);
+
+/* The same of the parts of a weight in groups. */
+int pk_groups_check(const pk_lora_args *args);
 
 /* Functions of butterfly_rotate.cpp for kernels that turn rows on their way into another product; each returns a
  * pk_status. pk_butterfly_backward adds to the sums of the blocks' gradients, [ranges][m][d / b][b][b], which
@@ -51,6 +70,8 @@ struct PkGated {
     float alpha, limit, shift;
     void *dgate, *dup, *h;
 };
+
+enum PkAttention { PK_ATTENTION, PK_ATTENTION_BACKWARD, PK_ROTARY }; // what a pk_attention_args asks for
 
 /* rms_norm and layer_norm (centred): row r of x begins at r / inner * outer_row + r % inner * inner_row; dy and out,
  * which is y or dx or NULL, are [rows, n]; weight and bias of w_dtype, or NULL. dy NULL: forward. */
@@ -113,7 +134,7 @@ enum { PK_SCRATCH_SLOTS = 19, PK_SHARED_SLOTS = 8, PK_OUTER_SLOT = 16 };
 void *pk_scratch(int slot, size_t bytes);
 void pk_scratch_trim(int first = 0, int end = PK_OUTER_SLOT);
 
-/* The 16 values of NF4 and FP4 in code order (the C twin of peft_kernels/formats.py; a test compares them). */
+/* The 16 values of NF4 and FP4 in code order (the C twin of peft_kernels/formats/tables.py; a test compares them). */
 extern const float pk_nf4_table[16];
 extern const float pk_fp4_table[16];
 #endif

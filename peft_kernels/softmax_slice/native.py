@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import check_memory, in_memory
+from ..checks import PLAIN, check_memory, in_memory
+from ..dispatch import dispatch_observed
 
 STATE = torch.float32
 _SCORES, _TARGETS = frozenset((torch.float32, torch.bfloat16, torch.float16)), frozenset((torch.int64,))
@@ -16,7 +17,7 @@ def reason(scores: Tensor) -> str | None:
     """Why the library cannot add such scores; None where it can."""
     if scores.dtype not in _SCORES or not scores.is_cpu:
         return f"takes float32, bfloat16 and float16 of a CPU, not {scores.dtype} on {scores.device}"
-    if torch.compiler.is_compiling() or not in_memory(scores):
+    if dispatch_observed() or type(scores) not in PLAIN or not in_memory(scores):
         return "takes tensors in memory, as no graph that is traced has them"
     return native.available()
 

@@ -203,17 +203,21 @@ def test_layers_of_bitsandbytes() -> None:
 
 
 def test_lookups() -> None:
-    held, several = {"a": 1}, [object()]
+    held, module, other = {"a": 1}, torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     lookups = Lookups()
     lookups.entries(held, "a", "b")
-    several.clear()
-    lookups.nothing_in(several)
+    lookups.calls_of(module)
     assert lookups.keeps
     assert lookups.hold()
     held["b"] = 2
     assert not lookups.hold()
     del held["b"]
-    several.append(held)
+    other.register_forward_hook(print)
+    assert lookups.hold()
+    hook = module.register_forward_pre_hook(print)
     assert not lookups.hold()
+    assert not lookups.hold()
+    hook.remove()
+    assert lookups.hold()
     lookups.entries(type("NoDict", (), {})(), "a")
     assert not lookups.keeps

@@ -109,7 +109,8 @@ def test_idle_connections_keep_nobody_out(patient: Running) -> None:
     before = refused(patient, "made_room")
     idle = [Client(patient, own=f"127.0.0.{2 + i % 4}") for i in range(20)]
     until(lambda: refused(patient, "made_room") == before + 12)
-    assert patient.metric("fastpeft_open_connections") <= 8
+    # the one that asks is a ninth until another has gone
+    until(lambda: patient.metric("fastpeft_open_connections") <= 8)
     assert asks(patient) == 200
     assert [one.answer()[0] for one in idle[:3]] == [408] * 3  # those that came first made room
     assert httpx.get(f"http://127.0.0.1:{patient.port}/health").status_code == 200

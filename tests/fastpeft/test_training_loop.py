@@ -22,6 +22,7 @@ from fastpeft.apps.training.optim import learning_rate
 from fastpeft.apps.training.packing import collate
 from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
 from fastpeft.apps.training.track import Track
+from forms import matrix
 from torch import Tensor
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
@@ -217,9 +218,23 @@ def test_every_optimizer_learns(world: Path, tmp_path: Path, optimizer: str) -> 
     assert result.held_out_after < 0.985 * result.held_out_before
 
 
-def test_eight_bit_optimizers_say_what_they_need(world: Path, tmp_path: Path) -> None:
-    t = trainer(config(world, tmp_path, optimizer="adamw_8bit"))
-    with pytest.raises(UserError, match="for GPUs only; use optimizer=adamw"):
+@pytest.mark.parametrize("optimizer", matrix(["adamw_8bit", "lion_8bit"], short=("adamw_8bit",)))
+def test_eight_bit_optimizers_resume_exactly(world: Path, tmp_path: Path, optimizer: str) -> None:
+    """With states of 8 bits: what has at least 4096 elements."""
+    pytest.importorskip("bitsandbytes")
+    given: dict[str, Any] = {"optimizer": optimizer, "learning_rate": 1e-3, "lora": {"r": 64}, "save_every": 2}
+    whole = trainer(config(world, tmp_path / "whole", max_steps=4, **given))
+    whole.run()
+    states = whole.tracks[0].optimizer.state.values()
+    assert any(state["state1"].dtype is torch.uint8 for state in states)
+    interrupted(trainer(config(world, tmp_path / "parts", max_steps=4, **given)), at=3)
+    trainer(config(world, tmp_path / "parts", max_steps=4, **given)).run(resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_paged_optimizer_is_for_a_gpu(world: Path, tmp_path: Path) -> None:
+    t = trainer(config(world, tmp_path, optimizer="paged_adamw_8bit"))
+    with pytest.raises(UserError, match="memory, and the model is in the host's; use optimizer=adamw_8bit"):
         t.run()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels.formats import BLOCKSIZES
+from peft_kernels.formats import BLOCKSIZES, FORMATS
 from peft_kernels.ops.butterfly_linear import forward_op as butterfly_linear
 from peft_kernels.ops.cayley import forward_op as cayley
 from peft_kernels.ops.dora_linear import forward_op as dora_linear
@@ -17,7 +17,7 @@ from peft_kernels.ops.lora_mixture import forward_op as lora_mixture
 from peft_kernels.ops.lora_shrink import STEP
 from peft_kernels.ops.multi_lora_linear import forward_op as multi_lora_linear
 from peft_kernels.row_groups import RowGroups
-from peft_kernels.testing import random_quant_weight
+from peft_kernels.testing import random_affine_weight, random_quant_weight
 
 from . import layer_operands  # noqa: F401  # their makers
 from .draws import F32, FLOATS, Draw
@@ -30,6 +30,8 @@ def weight(d: Draw, n: int, k: int, dtype: torch.dtype = F32, quantised: bool | 
         quantised = d.maybe(0.6)
     if not quantised:
         return [d.tensor(n, k, dtype=d.one((dtype, *FLOATS))), None, None, None, None, 0, 64, 256]
+    if d.maybe(0.5):
+        return _in_groups(d, n, k)
     w = random_quant_weight(n, k, quant_type=d.one(("nf4", "fp4")), blocksize=d.one((*BLOCKSIZES[:3], 4096)),
                             nested=d.maybe(0.6), seed=d.random.randrange(2**30))  # fmt: skip
     packed, absmax, nested_absmax, nested_code, offset, *numbers = w.flatten()
@@ -41,6 +43,23 @@ def weight(d: Draw, n: int, k: int, dtype: torch.dtype = F32, quantised: bool | 
     return [where, *parts, *numbers]
 
 
+def _in_groups(d: Draw, n: int, k: int) -> Arguments:
+    """Integers by group of any sort, or blocks of GGUF where K has whole ones; the blocks lie anywhere in memory."""
+    fit = [name for name, known in FORMATS.items() if known.blocksize and k % known.blocksize == 0]
+    if k and fit and d.maybe(0.8):
+        w = random_quant_weight(n, k, quant_type=d.one(fit), seed=d.random.randrange(2**30))
+    else:
+        w = random_affine_weight(
+            n, k, d.one(("int4", "int8", "uint8")), d.one((16, 32, 64, 7, max(k, 1))), shifts=d.maybe(0.3),
+            zeros=d.one(("codes", "values", None)), act_order=d.maybe(0.3), scales=d.one(FLOATS),
+            seed=d.random.randrange(2**30),
+        )  # fmt: skip
+    packed, *parts = w.flatten()
+    where = packed if d.place is None else d.place.empty(packed.numel(), torch.uint8, d.maybe(0.7)).copy_(
+        packed.reshape(-1))  # fmt: skip
+    return [where, *(d.laid(t) if isinstance(t, Tensor) else t for t in parts)]
+
+
 def _adapter(d: Draw, n: int, k: int, least: int = 0) -> Arguments:
     r, dtype = d.one((d.size(20, least), d.size(300, least))) if d.maybe(0.2) else d.size(20, least), d.one(FLOATS)
     return [d.tensor(r, k, dtype=dtype), d.tensor(n, r, dtype=d.one((dtype, F32)))]
@@ -48,7 +67,8 @@ def _adapter(d: Draw, n: int, k: int, least: int = 0) -> Arguments:
 
 def _rows(d: Draw) -> tuple[int, int, int, torch.dtype]:
     """(M, N, K, dtype of x)"""
-    return d.size(), d.size(), d.size(130), d.one(FLOATS)
+    k = d.one((32, 64, 160, 256, 512)) if d.maybe(0.3) else d.size(130)
+    return d.size(), d.size(), k, d.one(FLOATS)
 
 
 def _bias(d: Draw, n: int) -> Tensor | None:

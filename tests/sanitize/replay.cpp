@@ -69,10 +69,12 @@ Entry entries[] = {
     F(pk_cpu_gated), F(pk_cpu_gated_backward), F(pk_cpu_adamw), F(pk_cpu_squared_norm), F(pk_cpu_norm),
     F(pk_cpu_softmax_slice),
     F(pk_cpu_norm_backward), F(pk_attention_args_size), F(pk_cpu_attention), F(pk_cpu_attention_backward),
+    F(pk_cpu_rotary),
     F(pk_cpu_butterfly_rotate), F(pk_cpu_butterfly_rotate_backward), F(pk_cpu_butterfly_linear),
     F(pk_cpu_butterfly_linear_backward), F(pk_cpu_cayley), F(pk_cpu_cayley_backward), F(pk_cpu_householder_rotate),
     F(pk_cpu_householder_rotate_backward), F(pk_cpu_pair_rotate), F(pk_cpu_pair_rotate_backward),
     F(pk_cpu_quantize_4bit), F(pk_cpu_quantize_absmax), F(pk_cpu_dequantize_4bit),
+    F(pk_cpu_dequantize_rows),
 };
 #undef F
 

@@ -14,6 +14,7 @@ import dora_tools
 import torch
 from abi_corpus import Recorder, entry_points
 from abi_refused import refused
+from format_cases import of_formats
 from lora_tools import BF16, F32, FLOATS, Case, Stack, make
 from mixture_tools import make_mixture
 from multi_tools import make_multi
@@ -341,7 +342,7 @@ MAKERS: dict[Callable[[Draw], None], tuple[int, int]] = {
     plain: (1, 1), refused: (1, 1), of_lora: (16, 600), of_stack: (4, 120), of_dora: (6, 120), of_multi: (6, 150),
     of_mixture: (6, 120), of_groups: (8, 150),
     of_prepared: (10, 200), of_rotations: (6, 60), of_cayley: (4, 30), of_turned: (4, 40), of_elements: (3, 30),
-    of_attention: (4, 40), of_quantising: (4, 40), of_optimizer: (2, 12), of_softmax: (3, 40),
+    of_attention: (4, 40), of_quantising: (4, 40), of_formats: (6, 90), of_optimizer: (2, 12), of_softmax: (3, 40),
     of_fingerprints: (1, 4),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import torch
+from format_cases import refused_formats
 
 from peft_kernels import native
 from peft_kernels.ops.lora_linear.native import pack
@@ -50,8 +51,7 @@ def refused(_rng: object) -> None:
     for dtype, n, block in ((3, 8, 64), (0, -1, 64), (0, 8, 48), (0, 8, 64)):
         code += [library.pk_cpu_quantize_4bit(0, dtype, n, block, 0, 0, 0, 0, 1)]
     code += [library.pk_cpu_quantize_absmax(0, n, 0, block, 0, 0, 0, 1) for n, block in ((4, 0), (-1, 256), (4, 256))]
-    for kind, block, n, dtype in ((0, 64, 8, 0), (1, 48, 8, 0), (1, 64, -1, 0), (1, 64, 8, 3), (1, 64, 8, 0)):
-        code += [library.pk_cpu_dequantize_4bit(0, 0, 0, 0, 0, kind, block, 256, n, dtype, 0, 1)]
+    code += refused_formats(library)
     code += [library.pk_cpu_adamw(bytes(48), -1, bytes(48), 1), library.pk_cpu_squared_norm(bytes(48), -1, 0, 1)]
     code += [library.pk_cpu_softmax_slice(0, *sizes, 0, 0, 1.0, 0, 0, 0, 0, 1)
              for sizes in ((3, 1, 1), (-1, 1, 1), (0, -1, 1), (0, 1, 0))]  # fmt: skip

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_kernels import dispatch, formats, tuning
+from peft_kernels import dispatch, tuning
+from peft_kernels.formats import tables
 from peft_kernels.triton_lib import host
 
 _NO_LAUNCH = {"empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided"}  # nothing is computed
@@ -91,7 +92,7 @@ def meta_is_a_gpu(capability: int = 90) -> Iterator[None]:
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))
         stack.enter_context(patch.dict(dispatch._SERVING, meta=("triton",)))
         meta = torch.device("meta")  # on a GPU they were made with the weights
-        stack.enter_context(patch.dict(formats._tables, {meta: formats._make(meta)}))
+        stack.enter_context(patch.dict(tables._tables, {meta: tables._make(meta)}))
         for op in dispatch.ops().values():
             backend = op.load("triton")
             if isinstance(backend, dispatch.Backend):

@@ -5,7 +5,7 @@ namespace {
 bool bad_float(int64_t dtype) { return dtype < PK_F32 || dtype > PK_F16; }
 typedef long long Long;
 
-int run(const pk_attention_args &a, int backward) {
+int run(const pk_attention_args &a, PkAttention what) {
     if (bad_float(a.dtype) || (a.cos && bad_float(a.table_dtype)) || (a.bias && bad_float(a.bias_dtype)))
         return pk_fail(PK_ERR_ARGUMENT,
                        "attention: dtypes must be float32, bfloat16 or float16, got %d, %d for the angles, %d for bias",
@@ -22,8 +22,8 @@ int run(const pk_attention_args &a, int backward) {
                        Long(a.D), Long(a.T), Long(a.S));
     if (!(a.dropout_p >= 0.0 && a.dropout_p < 1.0) || (a.dropout_p > 0.0 && !a.seed))
         return pk_fail(PK_ERR_ARGUMENT, "attention: dropout needs a seed and p in [0, 1), got p %g", a.dropout_p);
-    if (!a.B || (!a.T && !(backward && a.S))) return PK_OK;
-    if (int code = pk_table()->attention(&a, backward))
+    if (!a.B || (!a.T && !(what == PK_ATTENTION_BACKWARD && a.S))) return PK_OK;
+    if (int code = pk_table()->attention(&a, what))
         return pk_fail(code, "attention: no memory for %lld queries and %lld keys", Long(a.T), Long(a.S));
     return PK_OK;
 }
@@ -31,6 +31,10 @@ int run(const pk_attention_args &a, int backward) {
 
 extern "C" {
 int64_t pk_attention_args_size(void) { return int64_t(sizeof(pk_attention_args)); }
-int pk_cpu_attention(const pk_attention_args *args) { return run(*args, 0); }
-int pk_cpu_attention_backward(const pk_attention_args *args) { return run(*args, 1); }
+int pk_cpu_attention(const pk_attention_args *args) { return run(*args, PK_ATTENTION); }
+int pk_cpu_attention_backward(const pk_attention_args *args) { return run(*args, PK_ATTENTION_BACKWARD); }
+int pk_cpu_rotary(const pk_attention_args *args) {
+    if (!args->cos || !args->sin) return pk_fail(PK_ERR_ARGUMENT, "rotary: no angles");
+    return run(*args, PK_ROTARY);
+}
 }

@@ -40,6 +40,13 @@ pk_lora_args group(const Grouped &t, int64_t e, int64_t threads) {
         advance(g.weight, e * matrix * size_of(g.w_dtype));
         return g;
     }
+    if (pk_in_groups(g.quant_type)) {
+        int64_t size = size_of(g.w_dtype), scales = g.blocksize > 0 ? (g.K + g.blocksize - 1) / g.blocksize * g.N : 0;
+        advance(g.weight, g.quant_type == PK_INT4 ? e * matrix / 2 : e * g.N * pk_row_bytes(g.quant_type, g.K));
+        advance(g.absmax, e * scales * size), advance(g.offset, e * scales * size);
+        advance(g.nested_absmax, e * scales * (g.nested_blocksize == PK_U8 ? 1 : size));
+        return g;
+    }
     int64_t blocks = matrix / g.blocksize;
     advance(g.weight, e * matrix / 2), advance(g.absmax, e * blocks * (g.nested_code ? 1 : 4));
     if (g.nested_code) advance(g.nested_absmax, e * (blocks / g.nested_blocksize) * 4);
@@ -116,7 +123,9 @@ int check(const pk_lora_args *args, const int64_t *offsets, int64_t E, bool is_t
                            "of x, got %lld at place %lld", (long long)args->M, (long long)offsets[e], (long long)e);
     if (args->quant_type != PK_DENSE) {
         int64_t unit = args->blocksize * (args->nested_code ? args->nested_blocksize : 1);
-        if (is_turned || (E > 1 && (args->N * args->K % unit || args->N * args->K % 2)))
+        bool halves = args->quant_type <= PK_INT4; // of a byte
+        if (pk_in_groups(args->quant_type)) unit = 1;
+        if (is_turned || (E > 1 && (args->N * args->K % unit || (halves && args->N * args->K % 2))))
             return pk_fail(PK_ERR_ARGUMENT, "grouped_linear: a group's 4-bit weight must be whole blocks, %lld, row "
                            "after row", (long long)unit);
     }

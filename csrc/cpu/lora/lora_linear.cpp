@@ -54,13 +54,17 @@ int pk_lora_check(const pk_lora_args *a, bool backward) {
     if (a->x_dtype < PK_F32 || a->x_dtype > PK_F16)
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: x_dtype must be float32, bfloat16 or float16, got %d",
                        int(a->x_dtype));
-    if (a->quant_type < PK_DENSE || a->quant_type > PK_FP4)
+    if (a->quant_type < PK_DENSE || a->quant_type > PK_MXFP4)
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unknown quant_type %d", int(a->quant_type));
     if (a->quant_type == PK_DENSE && (a->w_dtype < PK_F32 || a->w_dtype > PK_F16))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: unsupported dtype of a dense weight, %d", int(a->w_dtype));
-    if (a->quant_type != PK_DENSE && (a->blocksize <= 0 || (a->nested_code && a->nested_blocksize <= 0)))
+    bool in_groups = pk_in_groups(a->quant_type);
+    if (in_groups)
+        if (int code = pk_groups_check(a)) return code;
+    if (a->quant_type != PK_DENSE && !in_groups &&
+        (a->blocksize <= 0 || (a->nested_code && a->nested_blocksize <= 0)))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: blocksizes must be positive");
-    if (a->quant_type != PK_DENSE && a->nested_code && (!a->nested_absmax || !a->offset))
+    if (a->quant_type != PK_DENSE && !in_groups && a->nested_code && (!a->nested_absmax || !a->offset))
         return pk_fail(PK_ERR_ARGUMENT, "lora_linear: nested scales need nested_absmax and offset");
     bool empty = a->adapters && !pk_adapters_by_pointer(a) && !a->P;
     if (a->r > 0 && ((!a->a && a->K > 0 && !empty) || (!a->b && a->N > 0 && !empty) || a->a_dtype > PK_F16 ||

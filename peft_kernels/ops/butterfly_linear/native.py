@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import native
 from ...dispatch import Backend
-from ..lora_linear.native import available, backward_arguments, forward_arguments, pack, refusal
+from ..lora_linear.native import backend, backward_arguments, forward_arguments, pack, refusal
 
 _NONE = (None, None, 1.0)  # a, b, scaling
 
@@ -58,8 +58,7 @@ def backward(dy: Tensor, x: Tensor, blocks: Tensor, *args: Any) -> tuple[Tensor,
     return dx, dblocks.to(blocks.dtype), dgain
 
 
-_CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "butterfly_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
-    "butterfly_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
+    "butterfly_linear": backend(forward, _when_forward),
+    "butterfly_linear_backward": backend(backward, _when_backward),
 }

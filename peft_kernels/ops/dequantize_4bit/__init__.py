@@ -1,10 +1,10 @@
-"""dequantize_4bit: NF4 or FP4 bytes back to floats, nested scales decoded on the way.
+"""dequantize_4bit: a quantised weight of any format back to floats, nested scales decoded on the way.
 
-The value is the float32 product `table[code] * absmax`, rounded once more where the output is narrower than float32;
-`absmax` of a nested weight is `nested_code[code] * nested_absmax + offset`, product and sum each rounded to float32.
-Every backend gives these bits. They are also bitsandbytes' wherever its CPU kernel is right: with AVX-512, that one
-starts a new block at each row, so it reads wrong scales when the last dimension is not a multiple of the blocksize.
-Format: `formats.py`.
+The value of NF4 and FP4 is the float32 product `table[code] * absmax`; `absmax` of a nested weight is
+`nested_code[code] * nested_absmax + offset`, product and sum each rounded to float32. That of the others is in
+`formats/known`. It is rounded once more where the output is narrower than float32. Every backend gives these bits. They
+are also bitsandbytes' wherever its CPU kernel is right: with AVX-512, that one starts a new block at each row, so it
+reads wrong scales when the last dimension is not a multiple of the blocksize.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def refuse_dtype(*args: object) -> str | None:
 
 
 def _check(
-    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: Tensor | None,
-    quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
 ) -> None:  # fmt: skip
     check_parts("dequantize_4bit", packed, absmax, nested_absmax, nested_code, offset, quant_type, blocksize,
                 nested_blocksize, tuple(shape))  # fmt: skip
@@ -35,15 +35,15 @@ def _check(
 
 
 def _fake(
-    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: Tensor | None,
-    quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return packed.new_empty(shape, dtype=dtype)
 
 
 def _reference(
-    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_code: Tensor | None, offset: Tensor | None,
-    quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return decode_4bit(
         packed, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, tuple(shape)
@@ -53,7 +53,7 @@ def _reference(
 op = Op(
     name="dequantize_4bit",
     schema=(
-        "(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int quant_type, "
+        "(Tensor packed, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int quant_type, "
         "int blocksize, int nested_blocksize, SymInt[] shape, ScalarType dtype) -> Tensor"
     ),
     check=_check,

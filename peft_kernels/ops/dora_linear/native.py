@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 from ...native import pointer
-from ..lora_linear.native import available, backward_arguments, forward_arguments, pack, put, refusal
+from ..lora_linear.native import backend, backward_arguments, forward_arguments, pack, put, refusal
 
 _NO_RANK = "does not serve adapters of rank 0"
 
@@ -126,9 +126,8 @@ def step_backward(
     return dx, da if need_a else None, db if need_b else None, dm
 
 
-_CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "dora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
-    "dora_linear_normed": Backend("native", normed, _CPU, available=available, when=_when_forward),
-    "dora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
+    "dora_linear": backend(forward, _when_forward),
+    "dora_linear_normed": backend(normed, _when_forward),
+    "dora_linear_backward": backend(backward, _when_backward),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import FLOATS, Backend
 from ...formats import contiguous
-from ..lora_linear.native import available, pack, refusal
+from ..lora_linear.native import backend, pack, refusal
 
 
 def _squares(weight: tuple[Any, ...], n: int, a: Tensor | None, b: Tensor | None, scaling: float, k: int) -> Tensor:
@@ -56,7 +56,6 @@ def _strided(weight: Tensor, quant_type: int) -> str | None:
 
 _DTYPES = FLOATS | {torch.uint8}
 BACKENDS: dict[str, Backend] = {
-    "squared_row_norms": Backend("native", squared_row_norms, frozenset({"cpu"}), dtypes=_DTYPES, available=available,
-                                 when=_when_squares),
-    "dora_norm": Backend("native", dora_norm, frozenset({"cpu"}), dtypes=_DTYPES, available=available, when=_when),
+    "squared_row_norms": backend(squared_row_norms, _when_squares, dtypes=_DTYPES),
+    "dora_norm": backend(dora_norm, _when, dtypes=_DTYPES),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import native
 from ...dispatch import Backend
 from ...formats import contiguous
-from ..lora_linear.native import available, pack, refusal
+from ..lora_linear.native import backend, pack, refusal
 
 _F32 = torch.float32
 
@@ -20,8 +20,10 @@ def _refusal(
     a: Tensor | None, b: Tensor | None, bias: Tensor | None,
 ) -> str | None:  # fmt: skip
     unit = blocksize * (nested_blocksize if nested else 1)
+    if quant_type > 2:  # groups and blocks are of columns of a row
+        unit = 2 if quant_type == 3 else 1
     if quant_type and groups > 1 and n * k % unit:
-        return f"the weight of a group, {n} x {k}, is no multiple of {unit} elements, which have their scales together"
+        return f"the weight of a group, {n} x {k}, is no multiple of {unit} elements, which are stored together"
     return refusal(weight, quant_type, a, b, bias)
 
 
@@ -101,8 +103,7 @@ def backward(
     return dx if need_dx else none, da, db
 
 
-_CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "grouped_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
-    "grouped_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
+    "grouped_linear": backend(forward, _when_forward),
+    "grouped_linear_backward": backend(backward, _when_backward),
 }

@@ -35,7 +35,6 @@ def dense_weight(
     """W as [n, k] in `dtype`: what eager code computes with (decoded in float32, then rounded once)."""
     if quant_type == 0:
         return weight.to(dtype)
-    assert absmax is not None
     shape = (n, k)
     return decode_4bit(
         weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, shape

@@ -7,7 +7,7 @@ so that matters.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...dispatch import Backend
+from ...dispatch import ALL_FORMATS, FLOATS, Backend
 from ...formats import contiguous
 from ...native import pointer
 
@@ -77,6 +77,9 @@ def pack(
     plan: adapters, starts, ranks, scaling and max_rank of `multi_lora_linear`, whose `native` does without starts.
     """
     nested = nested_absmax is not None and nested_absmax.numel() > 0  # a weight of no elements has none to point to
+    w_dtype = _CODES.get(weight.dtype, 0)
+    if quant_type > 2:
+        nested, (w_dtype, nested_blocksize) = True, group_dtypes(absmax, nested_absmax)
     m, k = x.shape
     r, many = 0 if a is None else a.shape[0], (0,) * 7
     if plan is not None:
@@ -87,10 +90,15 @@ def pack(
         pointer(nested_code) if nested else 0, pointer(offset) if nested else 0, pointer(a), pointer(b),
         pointer(bias), pointer(seed),
         pointer(y), pointer(s), pointer(dy), pointer(dx), pointer(da), pointer(db), m, n, k, r, quant_type, blocksize,
-        nested_blocksize, _CODES[x.dtype], _CODES.get(weight.dtype, 0), 0 if a is None else _CODES[a.dtype],
+        nested_blocksize, _CODES[x.dtype], w_dtype, 0 if a is None else _CODES[a.dtype],
         0 if b is None else _CODES[b.dtype], 0 if bias is None else _CODES[bias.dtype], threads, scaling, dropout_p,
         pointer(gain), pointer(h), pointer(dgain), *many,
     )  # fmt: skip
+
+
+def group_dtypes(scales: Tensor | None, zeros: Tensor | None) -> tuple[int, int]:
+    """(w_dtype, nested_blocksize) of pk_lora_args for a weight in groups: the dtypes of its scales and its zeros."""
+    return (0 if scales is None else native.DTYPES[scales.dtype]), (4 if zeros is None else native.DTYPES[zeros.dtype])
 
 
 _STEP = struct.Struct("=q64s8q88sq16s3q80s")  # pk_lora_args, what a step changes apart from the rest
@@ -206,8 +214,14 @@ def step_backward(
     return dx, da if need_a else None, db if need_b else None
 
 
-_CPU = frozenset({"cpu"})
+def backend(
+    fn: Callable[..., Any], when: Callable[..., str | None], dtypes: frozenset[torch.dtype] = FLOATS
+) -> Backend:
+    """The native `Backend` of an operator that reads a weight, which may be in any format."""
+    return Backend("native", fn, frozenset({"cpu"}), dtypes, available=available, when=when, formats=ALL_FORMATS)
+
+
 BACKENDS: dict[str, Backend] = {
-    "lora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
-    "lora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
+    "lora_linear": backend(forward, _when_forward),
+    "lora_linear_backward": backend(backward, _when_backward),
 }

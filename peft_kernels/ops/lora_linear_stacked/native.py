@@ -134,8 +134,7 @@ def step_backward(
     return dx, grads
 
 
-_CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "lora_linear_stacked": Backend("native", forward, _CPU, available=single.available, when=_when_forward),
-    "lora_linear_stacked_backward": Backend("native", backward, _CPU, available=single.available, when=_when_backward),
+    "lora_linear_stacked": single.backend(forward, _when_forward),
+    "lora_linear_stacked_backward": single.backend(backward, _when_backward),
 }

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...dispatch import Backend
 from ...native import pointer
-from ..lora_linear.native import available, backward_arguments, forward_arguments, pack, put, refusal
+from ..lora_linear.native import backend, backward_arguments, forward_arguments, pack, put, refusal
 
 
 def _one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +77,7 @@ def _when_backward(dy: Tensor, x: Tensor, *args: Any) -> str | None:
     return refusal(args[0], args[5], args[8], args[9], None)
 
 
-_CPU = frozenset({"cpu"})
 BACKENDS = {
-    "lora_mixture": Backend("native", forward, _CPU, available=available, when=_when_forward),
-    "lora_mixture_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
+    "lora_mixture": backend(forward, _when_forward),
+    "lora_mixture_backward": backend(backward, _when_backward),
 }

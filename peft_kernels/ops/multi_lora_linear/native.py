@@ -20,7 +20,7 @@ from ... import native
 from ...dispatch import Backend
 from ...formats import contiguous
 from ...native import pointer
-from ..lora_linear.native import available, fields, pack, put, refusal
+from ..lora_linear.native import backend, fields, pack, put, refusal
 from ..lora_linear.native import forward as alone
 from . import backward_op, check_values, forward_op
 
@@ -97,10 +97,9 @@ def backward(
     return dx, da, db
 
 
-_CPU = frozenset({"cpu"})
 BACKENDS: dict[str, Backend] = {
-    "multi_lora_linear": Backend("native", forward, _CPU, available=available, when=_when_forward),
-    "multi_lora_linear_backward": Backend("native", backward, _CPU, available=available, when=_when_backward),
+    "multi_lora_linear": backend(forward, _when_forward),
+    "multi_lora_linear_backward": backend(backward, _when_backward),
 }
 
 

@@ -2,7 +2,8 @@
 
 Per block of `blocksize` elements, flat row-major: absmax = max |w|, code = nearest table entry of w * (1 / absmax)
 (w / absmax in a last block that is not full), all in float32. Nested: offset = mean(absmax); absmax - offset is
-quantised to 8 bits in blocks of its own. Format: `formats.py`; rounding: `levels.py`. QLoRA: arXiv 2305.14314.
+quantised to 8 bits in blocks of its own. Format: `formats/known/four_bit.py`; rounding:
+`levels.py`. QLoRA: arXiv 2305.14314.
 
 Blocks of zeros have absmax 0 and decode to zeros; a last, partial block has an absmax of at least 1e-38 instead. Values
 that are not finite poison their block and no other: a NaN makes absmax NaN and the whole block decodes to NaN; an

@@ -13,25 +13,11 @@ from .description import Attention
 
 
 class Turn(NamedTuple):
-    """cos, sin: [B or 1, T, R], of features as they lie. of_own, of_partner: [B or 1, T, 1, R], cos, and sin with the
-    sign of the partner's share."""
+    """cos, sin: [B or 1, T, R], of features as they lie; neighbours: features 2 i and 2 i + 1 are a pair."""
 
     cos: Tensor
     sin: Tensor
-    of_own: Tensor
-    of_partner: Tensor
     neighbours: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [B, T, heads, D] with its first R features turned."""
-        width = self.cos.shape[-1]
-        part = x if width == x.shape[-1] else x[..., :width]
-        if self.neighbours:
-            partner = part.view(*part.shape[:-1], -1, 2).flip(-1).flatten(-2)
-        else:
-            partner = torch.roll(part, width // 2, dims=-1)
-        turned = torch.addcmul(part * self.of_own, partner, self.of_partner).to(x.dtype)
-        return turned if part is x else torch.cat((turned, x[..., width:]), dim=-1)
 
 
 class Angles:
@@ -55,11 +41,7 @@ def _made(of: Attention, cos: Tensor, sin: Tensor, neighbours: bool) -> Turn:
         cos, sin = (_of_pairs(t, neighbours) for t in (cos, sin))
     elif of.angles == "halves":
         cos, sin = (_of_pairs(t[..., : t.shape[-1] // 2], neighbours) for t in (cos, sin))
-    if neighbours:
-        signed = sin * sin.new_tensor((-1.0, 1.0)).repeat(sin.shape[-1] // 2)
-        return Turn(cos, sin, cos.unsqueeze(2), signed.unsqueeze(2), True)
-    half = sin.shape[-1] // 2
-    return Turn(cos, sin, cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2), False)
+    return Turn(cos, sin, neighbours)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels import attention, native_library
+from peft_kernels import attention, native_library, rotary
 
 from ..weights.base import acts_in_calls
 from .angles import Turn, alibi_slopes
@@ -18,6 +18,7 @@ from .masking import serve
 from .masks import Seen
 from .projections import Given, children, in_one_call, linears, modules_on, stacked
 from .state import State
+from .token import Token
 from .ways import Ways, ways_of
 
 MOST_SCORES = 1 << 24  # batch x heads x queries x keys that may stand at once: 64 MiB of float32
@@ -36,13 +37,19 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     state: State = self._fastpeft
     of, x = state.part, hidden_states
     assert isinstance(of, Attention)
-    given = kwargs | dict(zip(state.names, args, strict=False)) if args else kwargs
-    cache, ways = cache_of(given), ways_of(x)
-    seen = None
-    if _serves(self, of, x, ways, given):
-        causal, mask = given.get("is_causal"), given.get("attention_mask")
+    token = state.tokens.kept
+    if token is not None and not args and token.serves(of, self, x, kwargs):
+        given, ways, cache, causal, served = kwargs, token.ways, kwargs[token.cache], token.causal, True
+    else:
+        token, given = None, kwargs | dict(zip(state.names, args, strict=False)) if args else kwargs
+        cache, ways = cache_of(given), ways_of(x)
+        served = _serves(self, of, x, ways, given)
         # eager code of a module that does not say it sees all where no mask is given
-        causal = getattr(self, "is_causal", not of.eager) if causal is None else causal
+        wanted = given.get("is_causal")
+        causal = getattr(self, "is_causal", not of.eager) if wanted is None else wanted
+    seen = None
+    if served:
+        mask = given.get("attention_mask")
         if type(mask) is Tensor and state.config is None:  # a copy, whose masks do not come as spans yet
             state.config = getattr(self, "config", None)
             serve(self, state.config)
@@ -51,7 +58,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     # gradients of a softmax whose scores a mask has rounded away are what the model's own code makes of it
     if seen is None or (blind is not None and (torch.is_grad_enabled() or self.training)):
         return _itself(self, of, state, ways, hidden_states, args, kwargs)
-    q, k, v, gate = _heads(self, of, state, x)
+    q, k, v, gate = _heads(self, of, state, x, token)
     turn = None
     if of.turn is not None and (of.turned is None or of.turned(self)):
         turn = state.shared.angles.get(of, *given["position_embeddings"])
@@ -88,7 +95,9 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     y = y.flatten(2)
     if gate is not None:
         y = y * torch.sigmoid(gate)
-    out = after(self, of.after or of.residual, _out(self, of, state, y))
+    if token is None and x.shape[1] == 1 and cache is not None and not torch.is_grad_enabled() and not ways.launches:
+        state.tokens.keep(self, of, state.qkv, state.o, x, y.squeeze(1), given, cache)
+    out = after(self, of.after or of.residual, _out(self, of, state, y, token))
     return (out if not of.residual else given["residual"] + out), None
 
 
@@ -177,18 +186,22 @@ def dropout_of(self: Any, name: str) -> float:
     return p
 
 
-def _stacked(self: Any, state: State, x: Tensor, names: tuple[str, ...]) -> Any:
+def _stacked(self: Any, state: State, x: Tensor, names: tuple[str, ...], token: Token | None) -> Any:
     """Outputs of projections of one input, [B, T, F], or [B, F] of a token: one call of a kernel where that serves."""
+    if token is not None and token.qkv.serves(rows := x.squeeze(1)):
+        return token.qkv.run(rows)
     layers = children(self, names)
     if not torch.is_grad_enabled() and x.shape[1] == 1:  # decoding
         return linears(state.qkv, x.squeeze(1), ways_of(x).launches, *layers)
     return stacked(state.qkv, x, *layers)
 
 
-def _heads(self: Any, of: Attention, state: State, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _heads(
+    self: Any, of: Attention, state: State, x: Tensor, token: Token | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q [B, T, H, D], k and v [B, T, G, D], as views of what the projections made; the gate [B, T, H D]."""
     d, (batch, t, _) = getattr(self, of.head_size), x.shape
-    ys = _stacked(self, state, x, of.qkv)
+    ys = _stacked(self, state, x, of.qkv, token)
     gate = None
     if len(ys) == 3:
         q, k, v = _whole(self, of, ys) if of.normed == "whole" else ys
@@ -233,13 +246,13 @@ def _normed(self: Any, of: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Ten
 
 
 def _turned(turn: Turn, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return turn(q), turn(k)
-    both, heads = turn(torch.cat((q, k), dim=2)), q.shape[2]  # half of the calls, which decoding waits for
-    return both.narrow(2, 0, heads), both.narrow(2, heads, k.shape[2])
+    return rotary(q, k, turn.cos, turn.sin, interleaved=turn.neighbours)
 
 
-def _out(self: Any, of: Attention, state: State, y: Tensor) -> Tensor:
+def _out(self: Any, of: Attention, state: State, y: Tensor, token: Token | None) -> Tensor:
+    if token is not None and token.out.serves(rows := y.squeeze(1)):
+        found: Tensor = token.out.run(rows)[0]
+        return found.unsqueeze(1)
     (layer,) = children(self, (of.out,))
     if not torch.is_grad_enabled() and y.shape[1] == 1:
         return linears(state.o, y.squeeze(1), ways_of(y).launches, layer)[0].unsqueeze(1)

@@ -25,7 +25,7 @@ from ..weights.nf4_linear import NF4Linear
 def projection(module: Any, dtype: torch.dtype) -> Projection | str:
     """A linear layer as the kernels take it, for x of `dtype`; a reason where it has to be called as a module: adapters
     other than a single plain LoRA, hooks, a base that is computed in another dtype, weights that train. Layers of PEFT
-    that `fastpeft.patch` took over and Linear4bit of bitsandbytes are such layers too. `_note` has its lookups.
+    that `fastpeft.patch` took over and Linear4bit of bitsandbytes are such layers too. `note` has its lookups.
     """
     if acts_in_calls(module):
         return _HOOKS
@@ -48,7 +48,7 @@ def projection(module: Any, dtype: torch.dtype) -> Projection | str:
     return _UNREADABLE if found is None else found
 
 
-def _note(module: Any, lookups: Lookups) -> None:
+def note(module: Any, lookups: Lookups) -> None:
     """Note what `projection` looks at where it finds one."""
     lookups.calls_of(module)
     if type(module) is NF4Linear:
@@ -110,7 +110,7 @@ class _Kept:
         self.found: list[Projection] | None = None
         self.lookups = Lookups()
         for module in modules:
-            _note(module, self.lookups)
+            note(module, self.lookups)
 
     def of(self, x: Tensor, modules: Sequence[Any]) -> bool:
         mine = self._modules

@@ -13,6 +13,7 @@ from .angles import Angles
 from .description import Part
 from .masks import Masks
 from .projections import Linears
+from .token import Tokens
 
 
 @dataclass
@@ -34,6 +35,7 @@ class State:
     shared: Shared = field(default_factory=Shared)
     qkv: Linears = field(default_factory=Linears)
     o: Linears = field(default_factory=Linears)
+    tokens: Tokens = field(default_factory=Tokens)  # of attention
     whole: Linears = field(default_factory=Linears)  # of an MLP, all of them
     mlp: PreparedCall = field(default_factory=lambda: PreparedCall(gated_mlp))
     norm: PreparedCall | None = None  # made when it is first called

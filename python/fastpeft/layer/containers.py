@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ..config.seen_as_peft import SeenAsPeft
 
+# How often entries of any container of this process came, went or were others: one number to look at for all of them.
+CHANGES = {"containers": 0}
+
 
 class AdapterDict(nn.Module):
     """Parameters, buffers and modules by adapter name, side by side.
@@ -48,6 +51,7 @@ class AdapterDict(nn.Module):
 
     def _changed(self) -> None:
         self.__dict__["version"] = self.version + 1
+        CHANGES["containers"] += 1
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "training":
@@ -153,6 +157,7 @@ def _counted(name: str) -> Any:
 
     def changed(self: AdapterValues, *args: Any, **named: Any) -> Any:
         self.version += 1
+        CHANGES["containers"] += 1
         return method(self, *args, **named)
 
     return changed

@@ -25,7 +25,7 @@ from .base import STILL_MERGED, MergingLayer
 from .by_row.call import RowValues, now
 from .by_row.rows import RowState
 from .compose import Composed
-from .containers import AdapterDict, AdapterValues
+from .containers import CHANGES, AdapterDict, AdapterValues
 from .seen_layers import layer_classes
 from .shared_tensors import SharedDict
 
@@ -305,8 +305,7 @@ class AdapterLayer(MergingLayer):
         """Note what `plan` looks at, beside the thread's own rows."""
         lookups.entries(vars(self), "_plan", "_version")
         lookups.entries(vars(self.rows), "_names", "stack")
-        for held in (self._scaling, *(container for _, container in self.containers())):
-            lookups.entries(getattr(held, "__dict__", {}), "version")
+        lookups.entries(CHANGES, "containers")
 
     def _forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         names = kwargs.pop("adapter_names", None)

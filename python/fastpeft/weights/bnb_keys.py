@@ -23,6 +23,7 @@ def bnb_state(weight: QuantWeight) -> dict[str, Tensor]:
     """Entries that bitsandbytes saves beside `weight`: scales, the code table, and a json text as a uint8 tensor."""
     facts: dict[str, Any] = {name: getattr(weight, name) for name in ("quant_type", "blocksize")}
     facts |= {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
+    assert weight.absmax is not None
     # Clones: safetensors and transformers take tensors that share memory for tied weights and drop all but one.
     state = {
         "weight.absmax": weight.absmax.detach(),

@@ -12,14 +12,12 @@ import torch
 from torch import nn
 
 from ..files.checks import AdapterFileError, list_some, mismatch, path_inside, read_json
-from ..files.safetensors import Header, read_header, read_tensors
+from ..files.safetensors import Header, map_tensors, read_tensors
+from ..files.shards import check_index, read_shards, weight_map
 from .bnb_keys import DTYPES
 from .nf4_experts import NF4Parameter, dense_parameters, pack, packed_parameters
 from .nf4_linear import NF4Linear
 from .quantize import mark_quantized
-
-# A shard's header names every tensor of a part of the model; 100 MB is the format's own limit.
-_MAX_MODEL_HEADER = 100_000_000
 
 
 @contextmanager
@@ -41,12 +39,14 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def load_nf4_model(
     directory: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype | None = None, auto_class: Any = None,
+    compute_dtype: torch.dtype | None = None, auto_class: Any = None, mapped: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """Load a folder with a 4-bit model, saved by transformers with bitsandbytes or by us, into `NF4Linear` layers.
 
     bitsandbytes is not needed, and the dense weights never exist. dtype: of the layers that are not quantised (default:
     the configuration's). compute_dtype: as in `NF4Linear`. auto_class: `transformers.AutoModelForCausalLM` by default.
+    mapped: the weights stay in their files, mapped into memory (`map_tensors`): a model larger than memory opens, and
+    none is read before it is used. options: further ones of `from_config`, such as attn_implementation.
     Every header is read and checked against the model before a tensor is. No code from the folder runs. Raises
     AdapterFileError when the folder holds no 4-bit weights or does not fit its configuration.
     """
@@ -62,14 +62,13 @@ def load_nf4_model(
     dtype = dtype or config.dtype or torch.float32
     auto_class = auto_class or transformers.AutoModelForCausalLM
     with _parameters_on_meta():
-        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
-    index, files = root / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        files = sorted({str(f) for f in read_json(index, 64 << 20).get("weight_map", {}).values()})
-    headers = [read_header(path_inside(root, f), _MAX_MODEL_HEADER, 1 << 20) for f in files]
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+    index = weight_map(root)
+    headers = read_shards(path_inside(root, file) for file in sorted({*index.values()} or {"model.safetensors"}))
+    check_index(headers, index)
     kept, quant_type, nested = _swap(model, headers, dtype, compute_dtype)
     _check(model, headers, root)
-    _fill(model, headers, dtype)
+    _fill(model, headers, dtype, mapped)
     model.tie_weights()
     if left := [name for name, p in model.named_parameters() if p.is_meta]:
         raise AdapterFileError(f"{root}: no tensor for {list_some(left)}")
@@ -117,8 +116,15 @@ def _swap(
     return kept, types[first], any(f"{weight}.nested_absmax" in names for weight in types)
 
 
-def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype) -> None:
+def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype, mapped: bool) -> None:
     owner = {key: header for header in headers for key in header.tensors}
+    views = {key: tensor for header in headers for key, tensor in map_tensors(header).items()} if mapped else None
+
+    def read(keys: list[str]) -> dict[str, torch.Tensor]:
+        if views is not None:
+            return {key: views[key] for key in keys}
+        return {key: read_tensors(owner[key], [key])[key] for key in keys}
+
     packed: dict[str, list[str]] = {name: [] for name, m in model.named_modules() if isinstance(m, NF4Linear)}
     experts = packed_parameters(model)
     parts_of: dict[str, list[str]] = {path: [] for path in experts}
@@ -128,17 +134,17 @@ def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype) -> None:
         path = _path_of(key, experts)
         (parts_of[path] if path else packed[name] if mark and name in packed else plain).append(key)
     for header in headers:
-        state = read_tensors(header, [key for key in plain if owner[key] is header])
+        state = read([key for key in plain if owner[key] is header])
         cast = {key: v.to(dtype) if v.is_floating_point() else v for key, v in state.items()}
         model.load_state_dict(cast, strict=False, assign=True)
     # A layer's parts may lie in two shards.
     for name, keys in packed.items():
         layer = model.get_submodule(name)
         bias = layer._parameters.get("bias")
-        parts = {key.removeprefix(name + "."): read_tensors(owner[key], [key])[key] for key in keys}
+        parts = {key.removeprefix(name + "."): part for key, part in read(keys).items()}
         layer.load_state_dict(parts | ({} if bias is None else {"bias": bias.detach()}), assign=True)
     for path, keys in parts_of.items():
-        state = {"weight" + key.removeprefix(path): read_tensors(owner[key], [key])[key] for key in keys}
+        state = {"weight" + key.removeprefix(path): part for key, part in read(keys).items()}
         experts[path].load(state, path, assign=True)
 
 

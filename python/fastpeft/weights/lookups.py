@@ -12,12 +12,13 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _get, _address = dict.get, Tensor.data_ptr
 
 
 class Lookups:
-    """Entries of dicts, containers that held nothing, and places of tensors. keeps: false once a lookup was none of
+    """Entries of dicts, hooks that there were none of, and places of tensors. keeps: false once a lookup was none of
     these, so that nothing may be kept."""
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class Lookups:
         self._keys: list[Any] = []
         self._values: list[Any] = []
         self._empty: list[Collection[Any]] = []
+        self._hooks = RemovableHandle.next_id  # rises with each hook that torch registers, wherever
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
 
@@ -39,14 +41,15 @@ class Lookups:
             self._keys.append(key)
             self._values.append(held.get(key))
 
-    def nothing_in(self, *containers: Collection[Any]) -> None:
+    def no_hooks(self, *containers: Collection[Any]) -> None:
+        """Containers of hooks that torch registers, which hold none."""
         self._empty.extend(containers)
 
     def calls_of(self, module: nn.Module) -> None:
         """Nobody acts in a module's calls (`acts_in_calls`)."""
         self.entries(module.__dict__, "forward")
-        self.nothing_in(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-                        module._backward_pre_hooks)  # fmt: skip
+        self.no_hooks(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+                      module._backward_pre_hooks)  # fmt: skip
 
     def memory_of(self, tensor: Tensor) -> None:
         """A tensor is where it is, in memory that others may give it."""
@@ -60,6 +63,15 @@ class Lookups:
     def hold(self) -> bool:
         """True if each of them would find the same now."""
         return (
-            all(map(is_, map(_get, self._dicts, self._keys), self._values)) and not any(self._empty)
+            all(map(is_, map(_get, self._dicts, self._keys), self._values))
+            and (self._hooks == RemovableHandle.next_id or self._unhooked())
             and (not self._tensors or [*map(_address, self._tensors)] == self._addresses)
-        )  # fmt: skip
+        )
+
+    def _unhooked(self) -> bool:
+        """Look at the hooks, as some were registered since."""
+        now = RemovableHandle.next_id
+        if any(self._empty):
+            return False
+        self._hooks = now
+        return True

@@ -73,6 +73,7 @@ class NF4Store(nn.Module):
         self.quant_type, self.blocksize, self.dtype = weight.quant_type, weight.blocksize, weight.dtype
         self.nested_blocksize = weight.nested_blocksize
         self.weight = weight.packed.detach().view(-1, 1)
+        assert weight.absmax is not None
         self.absmax = weight.absmax
         self.nested_absmax, self.nested_code, self.offset = weight.nested_absmax, weight.nested_code, weight.offset
         self.__dict__.pop("_quant_weight", None)

@@ -204,6 +204,7 @@ def quant_of(module: nn.Module, name: str) -> QuantWeight | None:
         return weight
     plain = _plain.get(weight)
     if plain is None:
+        assert weight.absmax is not None
         scales = decode_absmax(weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset,
                                weight.nested_blocksize)  # fmt: skip
         plain = _plain[weight] = replace(weight, absmax=scales, nested_absmax=None, nested_code=None, offset=None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -19,17 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_kernels import quantize_4bit
-from peft_kernels.formats import BLOCKSIZES, QUANT_TYPES
-
-from ..files.checks import list_some
+from . import quantize_plan as plan
 from .base import has_base
-from .bnb_keys import DTYPES
-from .nf4_experts import NF4Experts, dense_parameters, is_accelerated, nests, pack, unpack, why_not_packed
+from .nf4_experts import NF4Experts, is_accelerated, nests, pack, packed_parameters, unpack
 from .nf4_linear import NF4Linear
+from .quantize_plan import check_format, modules_of, skipped
+from .streaming import Streaming
 
 METHOD = "fastpeft_nf4"
-_PLAIN = ("FalconLinear", "FastHead")  # names of classes
 _CONVERSIONS = "_fastpeft_conversions"  # of a model with experts in 4 bits: the conversions of its files from before
 
 
@@ -52,22 +48,32 @@ def quantize_model(
     quantised and its dense weight released. A transformers model also gets the `quantization_config` and the attributes
     that Trainer and `save_pretrained` look for. Raises ValueError for unknown types, block sizes and NaN weights.
     """
-    if quant_type not in QUANT_TYPES or blocksize not in BLOCKSIZES:
-        expected = f"one of {list(QUANT_TYPES)} at one of {BLOCKSIZES}"
-        raise ValueError(f"quantize_model: {quant_type!r} at blocksize {blocksize!r}, expected {expected}")
-    skip = [skip] if isinstance(skip, str) else list(skip)
-    skip += getattr(model, "_keep_in_fp32_modules", None) or ()  # T5 casts what goes into wo to the dtype of its weight
-    names, kept = _plan(model, skip)
-    packs = _plan_experts(model, skip, blocksize) if experts else []
-    if not names and not packs:
-        raise ValueError(f"quantize_model: no linear layer to quantise in {type(model).__name__} (skip={skip})")
+    check_format(quant_type, blocksize)
+    names = skipped(model, skip)
+    if not quantize_rest(model, quant_type, blocksize, double_quant, names, compute_dtype, progress, experts):
+        raise ValueError(f"quantize_model: no linear layer to quantise in {type(model).__name__} (skip={names})")
+    return model
+
+
+def quantize_rest(
+    model: nn.Module, quant_type: str, blocksize: int, double_quant: bool, skip: list[str],
+    compute_dtype: torch.dtype | None, progress: Callable[[int, int, str], None] | None, experts: bool,
+) -> int:  # fmt: skip
+    """`quantize_model` of a model that may have some layers in 4 bits already; how many it quantised. skip: all names
+    to pass over."""
+    names, kept = plan.linear_layers(model, skip)
+    plan.check_layers(model, names)
+    packs = plan.experts(model, skip) if experts else []
+    if experts and not packs and not packed_parameters(model):
+        raise ValueError(f"quantize_model: {type(model).__name__} has no dense experts to keep in 4 bits outside of "
+                         f"skip={skip}: leave `experts` off")  # fmt: skip
+    plan.check_experts(model, packs, blocksize)
     total = len(names) + len(packs)
     for done, name in enumerate(names, 1):
         layer: Any = model.get_submodule(name)
-        dense = layer.weight.detach().t() if _is_conv1d(layer) else layer.weight.detach()
-        weight = quantize_4bit(dense.contiguous(), quant_type, blocksize, double_quant)
-        model.set_submodule(name, NF4Linear(weight, layer.bias, compute_dtype).train(layer.training))
-        del layer, dense
+        new = plan.quantised(layer, layer.weight.detach(), quant_type, blocksize, double_quant, compute_dtype)
+        model.set_submodule(name, new)
+        del layer
         if progress is not None:
             progress(done, total, name)
     for done, (name, parameter) in enumerate(packs, len(names) + 1):
@@ -78,66 +84,7 @@ def quantize_model(
         if progress is not None:
             progress(done, total, f"{name}.{parameter}")
     mark_quantized(model, quant_type, double_quant, compute_dtype, kept, experts)
-    return model
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """True for nn.Linear itself, and for subclasses that compute the same product: Falcon's in transformers, and that
-    of a head which `accelerate` made quicker."""
-    return type(layer) is nn.Linear or (isinstance(layer, nn.Linear) and type(layer).__name__ in _PLAIN)
-
-
-def _plan(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
-    """The names of the layers to quantise, and of those that stay dense."""
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    names, kept, bad = [], [], []
-    for name, layer in _modules(model):
-        if not _is_plain(layer) and not _is_conv1d(layer):
-            continue
-        if uses[id(layer.weight)] > 1 or any(f".{part}." in f".{name}." for part in skip):
-            kept.append(name)
-            continue
-        names.append(name)
-        weight: Any = layer.weight
-        if weight.is_meta:
-            raise ValueError(f"quantize_model: {name} is on the meta device; load its weights first")
-        # One pass and no mask; float64 holds the sum of any float32 values.
-        if weight.dtype not in DTYPES.values() or not weight.detach().sum(dtype=torch.float64).isfinite():
-            bad.append(name)
-    if bad:
-        raise ValueError(f"quantize_model: NaN, infinite or not float32/16 weights in {list_some(bad)}")
-    return names, kept
-
-
-def _plan_experts(model: nn.Module, skip: list[str], blocksize: int) -> list[tuple[str, str]]:
-    """The modules of experts and their parameters to keep in 4 bits."""
-    found: list[tuple[str, str]] = []
-    for name, module in model.named_modules():
-        if any(f".{part}." in f".{name}." for part in skip):
-            continue
-        if is_accelerated(module):
-            raise ValueError(f"quantize_model: {name} is accelerated: call `unaccelerate(model)` first")
-        parameters = dense_parameters(module)
-        found += [(name, parameter) for parameter in parameters]
-        for parameter in parameters:
-            weight: Any = module._parameters[parameter]
-            path = f"{name}.{parameter}"
-            if weight.is_meta:
-                raise ValueError(f"quantize_model: {path} is on the meta device; load its weights first")
-            if weight.dtype not in DTYPES.values() or not weight.detach().sum(dtype=torch.float64).isfinite():
-                raise ValueError(f"quantize_model: NaN, infinite or not float32/16 weights in {path}")
-            why = why_not_packed(path, weight, blocksize)
-            if why is not None:
-                raise ValueError(f"quantize_model: {why}")
-    if not found:
-        raise ValueError(f"quantize_model: {type(model).__name__} has no dense experts to keep in 4 bits outside of "
-                         f"skip={skip}: leave `experts` off")  # fmt: skip
-    return found
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    # By name, so that transformers need not be imported: GPT-2's linear layer, which stores [in, out].
-    return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
+    return total
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -149,7 +96,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             raise ValueError(f"dequantize_model: {name} is accelerated: call `unaccelerate(model)` first")
     for _, module in packed:
         unpack(module, dtype)
-    for name, layer in _modules(model):
+    for name, layer in modules_of(model):
         if isinstance(layer, NF4Linear):
             with torch.device("meta"):
                 dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
@@ -172,15 +119,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 def from_bitsandbytes(model: nn.Module) -> nn.Module:
     """Replace every bitsandbytes `Linear4bit` of `model`, in place, by an `NF4Linear` over the same bytes. Experts that
     bitsandbytes' parametrization keeps stay its own: `accelerate` and adapters read them as they are."""
-    for name, layer in _modules(model):
+    for name, layer in modules_of(model):
         if has_base(layer, "Linear4bit", "bitsandbytes"):
             model.set_submodule(name, NF4Linear.from_bnb(layer).train(layer.training))
     return model
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules below `model` by name, a shared one by each of its names."""
-    return [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
 
 
 @cache
@@ -191,28 +133,58 @@ def _transformers_classes() -> tuple[type, type]:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class NF4Config(QuantizationConfigMixin):
-        """Arguments of `quantize_model`, for `from_pretrained(..., quantization_config=...)`."""
+        """Arguments of `quantize_model`, for `from_pretrained(..., quantization_config=...)`.
+
+        strict: raise AdapterFileError for a tensor that is missing or has another size than the model's, with the name
+        of its file; else transformers says of most that they were given random values.
+        """
 
         def __init__(
             self, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
-            skip: list[str] | None = None, compute_dtype: str | None = None, experts: bool = False, **_: Any,
+            skip: list[str] | None = None, compute_dtype: str | None = None, experts: bool = False,
+            strict: bool = False, **_: Any,
         ) -> None:  # fmt: skip
             self.quant_method: Any = METHOD
             self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
             self.skip = ["lm_head"] if skip is None else list(skip)
-            self.compute_dtype, self.experts = compute_dtype, experts
+            self.compute_dtype, self.experts, self.strict = compute_dtype, experts, strict
 
     class NF4Quantizer(HfQuantizer):
-        """Quantises after loading; afterwards tells transformers that the model trains and saves."""
+        """Quantises while transformers loads, tensor by tensor; afterwards tells it that the model trains and saves."""
 
         requires_calibration = False
         is_trainable = is_compileable = True
+        quantized_element_size = 0.5
+        streaming: Streaming | None = None
+
+        def update_device_map(self, device_map: Any) -> Any:
+            if isinstance(device_map, dict) and "disk" in device_map.values():
+                raise ValueError("nf4_config: a device_map with parts on disk; name devices, or cpu, for all of them")
+            return device_map
+
+        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
+            config: Any = self.quantization_config
+            check_format(config.quant_type, config.blocksize)
+            self.streaming = Streaming(model, checkpoint_files or [], config)
+            return model
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            return self.streaming is not None and self.streaming.takes(param_name)
+
+        def get_quantize_ops(self) -> Any:
+            return self.streaming
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             config: Any = self.quantization_config
+            done = 0 if self.streaming is None else self.streaming.finish()
+            self.streaming = None
             dtype = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
-            return quantize_model(model, config.quant_type, config.blocksize, config.double_quant, config.skip, dtype,
-                                  experts=config.experts)  # fmt: skip
+            names = skipped(model, config.skip)
+            done += quantize_rest(model, config.quant_type, config.blocksize, config.double_quant, names, dtype, None,
+                                  config.experts)  # fmt: skip
+            if not done:
+                raise ValueError(f"nf4_config: no linear layer to quantise in {type(model).__name__} (skip={names})")
+            return model
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
             model = dequantize_model(model, dtype)

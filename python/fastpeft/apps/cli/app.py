@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..serve.limits import BodyLimits, ConnectionLimits, Limits
-from .output import progress_bar, session, size, table, utf8_streams
+from .estimate import command as estimate_command
+from .output import Debug, Json, progress_bar, session, size, table, utf8_streams
 
 app = typer.Typer(
     name="fastpeft",
@@ -19,8 +20,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; progress goes to stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Cached = Annotated[
+    bool, typer.Option("--cache-quantized", help="Keep the quantised base; later runs open it by mapping, in a moment.")
+]
 _LIMITS, _BODIES, _CONNECTIONS = Limits(), BodyLimits(), ConnectionLimits()
 
 
@@ -118,6 +120,9 @@ def train(
             out.emit(result, lambda: commands.show_training(result))
 
 
+app.command("estimate")(estimate_command)
+
+
 @app.command()
 def generate(
     prompts: Annotated[
@@ -132,6 +137,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     quantize: Annotated[str, typer.Option(help="auto (as trained), none, nf4 or fp4.")] = "auto",
+    cache_quantized: Cached = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
     template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
@@ -146,13 +152,9 @@ def generate(
 
         texts = [sys.stdin.read().strip() if p == "-" else p for p in prompts]
         answerer = Answerer.load(
-            model,
-            None if adapter is None else str(adapter),
-            quantize=quantize,
-            dtype=dtype,
-            device=device,
-            template=template,
-        )
+            model, None if adapter is None else str(adapter), quantize=quantize, dtype=dtype, device=device,
+            template=template, cache_quantized=cache_quantized, say=lambda line: print(line, file=sys.stderr),
+        )  # fmt: skip
         for why in answerer.slow:
             print(f"layers: {why}", file=sys.stderr)
         answers = answerer.answer(texts, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -270,6 +272,7 @@ def serve(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, .gguf or smollm2.")],
     adapters: Annotated[Path | None, typer.Option(help="Folder of adapter folders, asked for by name.")] = None,
     nf4: Annotated[bool, typer.Option("--nf4", help="Quantise the base to 4 bits.")] = False,
+    cache_quantized: Cached = False,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from here alone.")] = (
         "127.0.0.1"
     ),
@@ -346,6 +349,7 @@ def serve(
             model, adapters, nf4, served_model_name, dtype, device, host, port, max_resident, max_rank,
             max_virtual_tokens, target_modules.split(",") if target_modules else None, max_length, cache_tokens,
             limits, bodies, connections, grace, rescan, allow_runtime_adapters, access_log,
+            cache_quantized,
         )  # fmt: skip
 
         def human(ready: dict[str, Any]) -> None:

@@ -8,12 +8,14 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from ..training.stop import Interrupted, Terminated, handled, terminate
 
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; progress goes to stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 USER_ERROR, INTERNAL_ERROR = 1, 3
 # What libraries raise for bad input; anything else is a defect and says so.
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)

@@ -67,6 +67,7 @@ class Options:
     rescan: float = 10.0
     by_request: bool = False
     access_log: bool = False
+    cache_quantized: bool = False
 
 
 @dataclass
@@ -94,12 +95,12 @@ def load(options: Options, say: Say) -> Loaded:
     source = models.resolve(options.model)
     device = models.pick_device(options.device)
     dtype = models.pick_dtype(options.dtype, device)
-    say(f"loading {source.note}")
+    say(f"loading {source.note}{', quantising it to NF4' if options.nf4 else ''}")
     tokenizer = models.load_tokenizer(source)
-    model = models.load_model(source, dtype, device)
-    if options.nf4:
-        say("quantising to NF4")
-        model = models.quantize(model, "nf4", {})
+    if options.cache_quantized and not options.nf4:
+        raise UserError("--cache-quantized, and the base is not quantised", "give --nf4 as well")
+    storage = "nf4" if options.nf4 else "none"
+    model = models.load_base(source, dtype, device, storage, {}, cache=options.cache_quantized, say=say)
     pool = None if options.adapters is None else _pool(model, options, say)
     for why in models.speed_up(model):
         say(f"layers: {why}")
@@ -109,8 +110,7 @@ def load(options: Options, say: Say) -> Loaded:
     if pool is not None and name in pool:
         say(f"warning: adapter {name!r} has the base model's name and cannot be asked for; see --served-model-name")
     adapters = Adapters(engine, name, options.adapters, options.by_request, options.rescan)
-    storage = "NF4" if options.nf4 else "dense"
-    note = f"{source.note}, {storage}, {str(dtype).removeprefix('torch.')} on {device}"
+    note = f"{source.note}, {'NF4' if options.nf4 else 'dense'}, {str(dtype).removeprefix('torch.')} on {device}"
     return Loaded(Service(engine, tokenizer, adapters, options.bodies), note, name, pool)
 
 

@@ -100,7 +100,11 @@ def save(
     state: dict[str, Any] = {"optimizer": optimizer.state_dict(), "random": random_state()}
     if (encoder := _encoder(model, adapter)) is not None:  # an adapter's file lacks what makes its prompt
         state["encoder"] = encoder.state_dict()
-    state = pack(state, tensors)
+    state, seen = pack(state, tensors), set()
+    for name, tensor in tensors.items():  # safetensors wants each in memory of its own
+        if tensor.untyped_storage() in seen:  # the tables of 8-bit optimizers are those of all parameters
+            tensors[name] = tensor.clone()
+        seen.add(tensor.untyped_storage())
     folder = root / f"checkpoint-{step}"
     root.mkdir(parents=True, exist_ok=True)
     with atomic_directory(folder, keep=False) as temporary:

@@ -20,6 +20,7 @@ Truncate = Literal["completion", "prompt", "drop", "error"]
 Template = Literal["auto", "chat", "plain"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
 Objective = Literal["sft", "dpo"]
+Offload = Literal["none", "cpu", "disk"]
 Report = Literal["tensorboard", "wandb"]
 OptimizerName = Literal["adamw", "adam", "sgd", "adafactor", "rmsprop", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
 
@@ -48,11 +49,14 @@ class TrainConfig:
         or the method's default where it acts on whole modules.
     quantize_skip: names of linear layers that stay dense.
     quantize_experts: keep the experts of a mixture in 4 bits, too; lora.target_parameters puts adapters on them.
+    cache_quantized: keep the quantised base in the cache folder; later runs open it by mapping, in a moment.
     fast_layers: quicker forms of the layers of transformers' models (the same mathematics), wherever kernels run.
     max_length: longest example in tokens, and the length of a packed row.
     truncate: what to do with longer examples: cut the completion's end or the prompt's start, drop, or raise an error.
     template: "chat" is the tokenizer's template, "plain" joins prompt and completion, "auto" is chat if there is one.
     batch_size: rows in one forward pass; a step uses ``gradient_accumulation`` such passes.
+    offload_activations: where the inputs of checkpointed layers wait for the backward pass: in the host's memory (cpu,
+        of a GPU) or in a scratch file (disk) in ``offload_folder``, by default the system's for temporary files.
     max_steps: optimizer steps, 0 for as many as ``epochs`` gives.
     warmup: steps when >= 1, a share of all steps when below 1.
     min_lr_ratio: the learning rate ends at this share of its peak.
@@ -84,6 +88,7 @@ class TrainConfig:
     double_quant: bool = True
     quantize_skip: list[str] = field(default_factory=lambda: ["lm_head"])
     quantize_experts: bool = False
+    cache_quantized: bool = False
     dtype: DType = "auto"
     device: str = "auto"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -95,6 +100,8 @@ class TrainConfig:
     batch_size: int = 1
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    offload_activations: Offload = "none"
+    offload_folder: str | None = None
     epochs: float = 1.0
     max_steps: int = 0
     learning_rate: float = 2e-4
@@ -143,8 +150,13 @@ class TrainConfig:
         _require(0 <= self.eval_fraction < 1, "eval_fraction", "at least 0 and below 1", self.eval_fraction)
         ok = len(self.betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas)
         _require(ok, "betas", "two numbers, each at least 0 and below 1", self.betas)
+        if self.cache_quantized and self.quantize == "none":
+            raise UserError("cache_quantized=true, and quantize=none", "choose nf4 or fp4, or leave it out")
         if self.quantize_experts and self.quantize == "none":
             raise UserError("quantize_experts=true, and quantize=none", "choose nf4 or fp4, or leave the experts dense")
+        if self.offload_activations != "none" and not self.gradient_checkpointing:
+            raise UserError(f"offload_activations={self.offload_activations} without gradient_checkpointing",
+                            "set gradient_checkpointing=true, which leaves little to move")  # fmt: skip
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("both eval_data and eval_fraction are set", "keep one of them")
         self.files()
@@ -184,8 +196,9 @@ class TrainConfig:
 
 # What the adapters of a run have in common: there is one base, and one forward pass for all of them.
 SHARED = (
-    "model", "adapters", "output", "quantize", "double_quant", "quantize_skip", "quantize_experts", "dtype", "device",
-    "attention", "fast_layers", "gradient_checkpointing", "loss_chunk_vocab", "loss_chunk_tokens",
+    "model", "adapters", "output", "quantize", "double_quant", "quantize_skip", "quantize_experts", "cache_quantized",
+    "dtype", "device", "attention", "fast_layers", "gradient_checkpointing", "offload_activations", "offload_folder",
+    "loss_chunk_vocab", "loss_chunk_tokens",
 )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ class HFTrainer(Trainer):
             warnings.simplefilter("ignore", FutureWarning)  # of TRL's ways to call transformers
             # TRL takes the adapter as it is now for the reference: before a checkpoint is loaded into it.
             inner = make_trainer(self.config, self.model, track, self.device, self.loss, self.pad_id)
+            inner.offload = self.offload
             self._start(resume, restart)
             inner.args.eval_on_start = track.done == 0 and track.evaluates
             inner.remove_callback(PrinterCallback)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ class CompletionTrainer(OfTrack):
 
     completion_loss: CompletionLoss
     pad_id: int
+    offload: AbstractContextManager[Any]
 
     def one_pass(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
         batch = collate(rows, self.pad_id)
@@ -102,7 +104,8 @@ class CompletionTrainer(OfTrack):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        return self.completion_loss(Batch(**inputs)) / num_items_in_batch
+        with self.offload:
+            return self.completion_loss(Batch(**inputs)) / num_items_in_batch
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not self.track.held_out_examples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,13 @@ class Answerer:
         dtype: str = "auto",
         device: str = "auto",
         template: str = "auto",
+        cache_quantized: bool = False,
+        say: Callable[[str], object] | None = None,
     ) -> Answerer:
-        """Load the base (by default the adapter's own, quantised as in its training) and the adapter on it."""
+        """Load the base (by default the adapter's own, quantised as in its training) and the adapter on it.
+
+        cache_quantized, say: as `cache` and `say` of `models.load_base`.
+        """
         note = adapter_note(adapter) if adapter is not None else {}
         name = model or base_of(adapter, note)
         for given, value, choices in (
@@ -64,8 +69,7 @@ class Answerer:
         where = models.pick_device(device)
         compute = models.pick_dtype(str(note.get("dtype", "auto")) if dtype == "auto" else dtype, where)
         tokenizer = models.load_tokenizer(source)
-        base = models.load_model(source, compute, where)
-        base = models.quantize(base, storage, note)
+        base = models.load_base(source, compute, where, storage, note, cache=cache_quantized, say=say)
         if adapter is not None:
             from ... import PeftModel
 

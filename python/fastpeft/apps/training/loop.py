@@ -15,7 +15,7 @@ from . import checkpoints
 from .config import TrainConfig
 from .data import Example
 from .forward import CompletionLoss
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, offloading
 from .metrics import MetricsFile, Progress, peak_memory_mb
 from .output import CURVE_NAME, METRICS_NAME
 from .packing import collate
@@ -62,7 +62,8 @@ class Trainer:
         self.config, self.model, self.tracks = config, model, list(tracks)
         self.pad_id, self.device, self.progress = pad_id, device, progress
         if device.type == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(but_large=config.gradient_checkpointing)
+        self.offload = offloading(config, model)
         self.loss = CompletionLoss(model, config.loss_chunk_vocab, config.loss_chunk_tokens)
         self.several = bool(config.adapters)
         self._used: list[str] = []
@@ -228,12 +229,13 @@ class Trainer:
         """
         batch = collate([row for _, rows, _ in parts for row in rows], self.pad_id).to(self.device)
         if len(self._used) <= 1:  # the only one, or the only active one: the model's quickest way
-            loss = self.loss(batch) / parts[0][2]
+            with self.offload:
+                loss = self.loss(batch) / parts[0][2]
             loss.backward()  # type: ignore[no-untyped-call]  # torch's has no types
             return [float(loss.detach())]
         counts = [_learned(rows) for _, rows, _ in parts]
         of_tokens = [name for (name, _, _), count in zip(parts, counts, strict=True) for _ in range(count)]
-        with self.model.base_model.rows_assigned([name for name, rows, _ in parts for _ in rows]):
+        with self.offload, self.model.base_model.rows_assigned([name for name, rows, _ in parts for _ in rows]):
             by_token = torch.split(self.loss.by_token(batch, of_tokens), counts)
             means = torch.stack([losses.sum() / part[2] for losses, part in zip(by_token, parts, strict=True)])
             means.sum().backward()  # type: ignore[no-untyped-call]

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,14 +109,16 @@ def _converted(file: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars or advice from transformers: ours is the only bar, and stdout may be JSON."""
+def quiet_transformers(bar: bool = False) -> Iterator[None]:
+    """No advice from transformers, and no progress bars of its own but for what takes long (`bar`) at a terminal: ours
+    is the only one else, and stdout may be JSON."""
     import transformers
 
     logging: Any = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not (bar and sys.stderr.isatty()):
+        logging.disable_progress_bar()
     try:
         yield
     finally:
@@ -199,7 +202,7 @@ def _loading(source: Source) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or type(error).__name__ == "WriteError":
             raise
         line = " ".join(str(error).split())
         fix = "check the name and the network, or give a local folder"
@@ -208,8 +211,84 @@ def _loading(source: Source) -> Iterator[None]:
         raise UserError(f"cannot load {source.note}: {line[:300]}", fix) from error
 
 
+def load_base(
+    source: Source, dtype: torch.dtype, device: torch.device, storage: str, how: Mapping[str, Any],
+    attention: str = "auto", cache: bool = False, say: Callable[[str], object] | None = None,
+) -> Any:  # fmt: skip
+    """A base as `load_model` gives it, quantised tensor by tensor while it is read: its dense form never exists.
+
+    storage: none, nf4 or fp4. how: the settings of a run, or the note beside its adapter. A folder that bitsandbytes
+    quantised to that type is taken as it is. cache: keep the quantised model, or open the one that was kept, mapped;
+    `say` is told which. Raises `UserError` for a model that cannot be kept so, for a broken file by its name, and where
+    there is no room for what is to be kept.
+    """
+    if storage == "none":
+        return load_model(source, dtype, device, attention)
+    import transformers
+
+    from ... import WriteError, load_cached_model, load_nf4_model, nf4_config
+
+    extra = {} if attention == "auto" else {"attn_implementation": attention}
+    settings = quantisation(storage, how)
+    try:
+        with quiet_transformers(bar=True), _loading(source):
+            if (held := _quantised_already(source)) is not None:
+                if held != storage:
+                    raise UserError(f"{source.note} holds {held} weights, quantize={storage}", f"set quantize={held}")
+                model: Any = load_nf4_model(_folder(source), dtype, mapped=cache, **extra)
+            elif cache:
+                root = Path(_folder(source)).resolve()
+                model = load_cached_model(root, _kept(root), dtype, say=say, settings=settings, **extra)
+            else:
+                config = nf4_config(**settings, strict=True)
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    source.location, dtype=dtype, quantization_config=config, **extra
+                )
+    except WriteError as error:
+        raise UserError(str(error), "make room there, set XDG_CACHE_HOME, or leave cache_quantized off") from error
+    except UserError as error:
+        if "quantize_model: " in error.problem or "nf4_config: " in error.problem:
+            raise UserError(error.problem, "change quantize, quantize_skip or quantize_experts") from error
+        raise
+    model.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def _kept(root: Path) -> Path:
+    """Where a folder's quantised model is kept."""
+    return cache_root() / "quantised" / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}"
+
+
+def quantisation(storage: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `quantize_model` for a storage and settings as those of `load_base`."""
+    return {
+        "quant_type": storage,
+        "double_quant": bool(how.get("double_quant", True)),
+        "skip": [str(s) for s in how.get("quantize_skip", ["lm_head"])],
+        "experts": bool(how.get("quantize_experts", False)),
+    }
+
+
+def _quantised_already(source: Source) -> str | None:
+    """nf4 or fp4, where bitsandbytes quantised a source to 4 bits."""
+    import transformers
+
+    settings, _ = transformers.PreTrainedConfig.get_config_dict(source.location)
+    found = settings.get("quantization_config") or {}
+    return str(found.get("bnb_4bit_quant_type", "fp4")) if found.get("load_in_4bit") else None
+
+
+def _folder(source: Source) -> str:
+    """The folder of a source's files; those of the Hub are fetched."""
+    if Path(source.location).is_dir():
+        return source.location
+    from huggingface_hub import snapshot_download
+
+    return str(snapshot_download(source.location, allow_patterns=["*.json", "*.safetensors"]))
+
+
 def quantize(model: Any, storage: str, how: Mapping[str, Any]) -> Any:
-    """Replace the linear layers by 4-bit ones in place. how: the settings of a run, or the note beside its adapter.
+    """Replace the linear layers of a loaded model by 4-bit ones in place. storage, how: as of `load_base`.
 
     Raises `UserError` for a model that cannot be kept so.
     """
@@ -217,10 +296,8 @@ def quantize(model: Any, storage: str, how: Mapping[str, Any]) -> Any:
         return model
     from ... import quantize_model
 
-    skip = [str(s) for s in how.get("quantize_skip", ["lm_head"])]
-    nested, experts = bool(how.get("double_quant", True)), bool(how.get("quantize_experts", False))
     try:
-        return quantize_model(model, storage, double_quant=nested, skip=skip, experts=experts)
+        return quantize_model(model, **quantisation(storage, how))
     except ValueError as error:
         raise UserError(str(error), "change quantize, quantize_skip or quantize_experts") from error
 

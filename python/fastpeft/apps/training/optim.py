@@ -14,6 +14,8 @@ from ... import AdamW
 from .config import TrainConfig
 from .errors import UserError
 
+_LEAST_8BIT = 4096  # elements: bitsandbytes keeps the states of smaller tensors in float32
+
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], config: TrainConfig) -> list[dict[str, Any]]:
     """Groups by weight decay (none for biases and norms) and by LoRA+ ratio; ``scale`` multiplies the learning rate."""
@@ -56,8 +58,10 @@ def make_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], config: Trai
 def _eight_bit(
     name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    if not groups[0]["params"][0].is_cuda:
-        raise UserError(f"optimizer={name}: bitsandbytes has 8-bit optimizers for GPUs only", "use optimizer=adamw")
+    device = groups[0]["params"][0].device
+    if name.startswith("paged") and device.type == "cpu":
+        raise UserError(f"optimizer={name} pages states out of a GPU's memory, and the model is in the host's",
+                        f"use optimizer={name.removeprefix('paged_')}")  # fmt: skip
     try:
         import bitsandbytes
     except ImportError as error:
@@ -67,6 +71,14 @@ def _eight_bit(
     classes = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "lion_8bit": "Lion8bit"}
     extra = {} if name == "lion_8bit" else {"eps": config.epsilon}
     make = getattr(bitsandbytes.optim, classes[name])
+    probe = torch.nn.Parameter(torch.zeros(_LEAST_8BIT, device=device))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        make([probe], lr=lr, betas=betas, **extra).step()
+    except (NotImplementedError, RuntimeError, AttributeError, AssertionError, NameError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"optimizer={name}: bitsandbytes {bitsandbytes.__version__} does not run it on {device.type}: "
+                        f"{line}", "update bitsandbytes, or use optimizer=adamw") from error  # fmt: skip
     optimizer: torch.optim.Optimizer = make(groups, lr=lr, betas=betas, **extra)
     return optimizer
 

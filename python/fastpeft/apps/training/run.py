@@ -145,8 +145,8 @@ def adapter_config(config: TrainConfig) -> Any:
 def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = None) -> Any:
     """The quantised base with fresh adapters, each seeded as alone, so that a resumed run starts from the same tensors.
 
-    say: is told why layers keep transformers' own code, a line each. Raises `UserError` for an adapter that would
-    change the base under the others.
+    say: is told why layers keep transformers' own code, and what is kept of the base, a line each. Raises `UserError`
+    for an adapter that would change the base under the others.
     """
     from ... import get_peft_model
     from .loop import set_seed
@@ -157,8 +157,10 @@ def adapted_model(*prepared: Prepared, say: Callable[[str], object] | None = Non
     for p in prepared:
         with _named(p.name):
             configs[p.name] = adapter_config(p.config)
-    model = models.load_model(first.source, first.dtype, first.device, shared.attention)
-    model = models.quantize(model, shared.quantize, shared.to_dict())
+    model = models.load_base(
+        first.source, first.dtype, first.device, shared.quantize, shared.to_dict(), shared.attention,
+        shared.cache_quantized, say,
+    )  # fmt: skip
     for p in prepared:
         set_seed(p.config.seed)
         with _named(p.name):

@@ -77,6 +77,8 @@ def _refuse_dpo(config: TrainConfig) -> None:
         expected, types = DPO_OPTIONS[key]
         if not isinstance(value, types) or isinstance(value, bool) != (types == (bool,)):
             raise UserError(f"dpo.{key}: expected {expected}, got {value!r}", f"correct dpo.{key}")
+    if config.offload_activations != "none":
+        raise UserError("offload_activations with objective=dpo, whose forward passes are TRL's", "leave it out")
     for key in changed(config, ("loss_chunk_vocab", "loss_chunk_tokens")):
         raise UserError(f"{key}: TRL computes the loss of objective=dpo by chunks of its own", f"leave {key} out")
     name = config.method.lower()

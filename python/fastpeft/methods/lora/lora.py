@@ -358,7 +358,7 @@ class Lora(Method):
             for held, *keys in ((modules_a, name), (modules_b, name), (modules_drop, name), (scaling, name),
                                 (parameters_a, "weight"), (parameters_b, "weight"), (vars(dropout), "p", "training")):
                 lookups.entries(held, *keys)
-            lookups.nothing_in(*hooks)
+            lookups.no_hooks(*hooks)
             lookups.keeps &= call is not lora_linear
 
         return FusedProjection(run, get_weight, adapter, base_parameters, compute, note)
