@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _check_angles, _check_shapes, _partner, directly
+from . import _check_angles, _check_shapes, directly
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,20 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool 
     heads, r = q.shape[2], cos.shape[2]
     both = torch.cat((q, k), dim=2)  # half of the calls, which a token waits for
     part = both if r == both.shape[3] else both[..., :r]
-    done = torch.addcmul(part * cos.unsqueeze(2), _partner(part, interleaved), sin.unsqueeze(2)).to(q.dtype)
+    turned_part = part * cos.unsqueeze(2)
+    of_a, of_b = _pairs(sin.unsqueeze(2), interleaved)
+    (a, b), (to_a, to_b) = _pairs(part, interleaved), _pairs(turned_part, interleaved)
+    to_a.addcmul_(b, of_a, value=-1)
+    to_b.addcmul_(a, of_b)
+    done = turned_part.to(q.dtype)
     if part is not both:
         done = torch.cat((done, both[..., r:]), dim=-1)
     return done[:, :, :heads], done[:, :, heads:]
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first features of all pairs, and the second ones: views."""
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
