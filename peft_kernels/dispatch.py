@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import verdicts
-from .checks import PLAIN, Operands, arg_error
+from .checks import PLAIN, Operands, arg_error, in_memory
 from .formats import NUMBERS
 
 NAMESPACE = "peft_kernels"
@@ -73,6 +73,15 @@ def dispatch_observed() -> bool:
     return bool(
         _compiling() or forward_ad._current_level >= 0 or _modes() or _transforms() or _profiled() or _tracing()
     )
+
+
+def servable(*tensors: Tensor) -> bool:
+    """True of tensors in a CPU's memory where nothing watches or changes torch's operators: a kernel that is called
+    straight sees what it would see through torch."""
+    return (
+        not dispatch_observed() and not torch.is_autocast_enabled("cpu") and PLAIN.issuperset(map(type, tensors))
+        and all(t.is_cpu and in_memory(t) for t in tensors)
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -223,9 +232,14 @@ class Op:
         self.examine(args)
         return self.choose(args).fn
 
+    @property
+    def forced(self) -> str | None:
+        """The backend that is forced for this operator now."""
+        return _forced.get(self.name, _forced.get("*")) if _forced else None
+
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend that serves `args`. Raises BackendUnavailable when the forced one cannot."""
-        forced = _forced.get(self.name, _forced.get("*")) if _forced else None
+        forced = self.forced
         if forced is not None:
             backend = self.load(forced)
             if forced == "reference":
@@ -252,7 +266,7 @@ class Op:
     def explain(self, *args: Any) -> dict[str, str]:
         """For each backend why it cannot serve `args`; "chosen" for the one that does, "able" for those after it."""
         self.examine(args)
-        forced = _forced.get(self.name, _forced.get("*"))
+        forced = self.forced
         report: dict[str, str] = {}
         chosen = False
         for name in ORDER:

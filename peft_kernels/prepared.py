@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from .checks import PLAIN, arg_error, in_memory
-from .dispatch import BackendUnavailable, Op, dispatch_observed, forced_backends
+from .dispatch import BackendUnavailable, Op, dispatch_observed, forced_backends, servable
 from .native import addresses, places
 
-_autocasts, _records = torch.is_autocast_enabled, torch.is_grad_enabled  # torch's modules take longer than these
+_records = torch.is_grad_enabled  # torch's module takes longer than this
 Arguments = tuple[Any, ...]
 Bind = Callable[[Tensor, Arguments], "Prepared | None"]
 _binds: dict[Callable[..., Any], tuple[Bind | None, Bind | None]] = {}  # without gradients, and with them
@@ -82,13 +82,6 @@ class Prepared:
     def run_with(self, x: Tensor, own: Any) -> Any:
         """The call of a function in `_OWN`; own: its argument of this call. None: it is the public function's."""
         raise NotImplementedError
-
-
-def servable(x: Tensor) -> bool:
-    """True of an x that a prepared call may take: on a CPU, and nothing watches or changes torch's operators."""
-    return (
-        type(x) in PLAIN and x.is_cpu and not dispatch_observed() and in_memory(x) and not _autocasts("cpu")
-    )  # fmt: skip
 
 
 def _same(these: Arguments, those: Arguments) -> bool:

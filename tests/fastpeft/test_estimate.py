@@ -24,7 +24,7 @@ from fastpeft.apps.training.forward import CompletionLoss
 from fastpeft.apps.training.optim import make_optimizer
 from fastpeft.apps.training.packing import Batch
 from fastpeft.apps.training.run import adapter_config
-from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
+from fastpeft.apps.training.testing import make_tiny_run
 from forms import by_form, matrix
 from typer.testing import CliRunner
 
@@ -131,10 +131,7 @@ def test_states_of_optimizers(optimizer: str) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_tiny_model(folder / "model")
-    write_jsonl(folder / "data.jsonl", 4)
-    return folder
+    return make_tiny_run(tmp_path_factory.mktemp("world"), 4)
 
 
 def run(*words: str) -> dict[str, Any]:

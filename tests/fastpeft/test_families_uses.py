@@ -169,7 +169,8 @@ def test_an_activation_of_a_users_own() -> None:
     agree(models, {"input_ids": IDS})
 
 
-def test_a_decoder_of_two_caches() -> None:
+@pytest.mark.parametrize("in_4_bits", [False, True])
+def test_a_decoder_of_two_caches(in_4_bits: bool) -> None:
     """GPT-2 beside an encoder: the cache of its self-attention is one of a pair."""
     options = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -177,6 +178,8 @@ def test_a_decoder_of_two_caches() -> None:
     config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, add_cross_attention=True,
                                      bos_token_id=1, eos_token_id=None)  # fmt: skip
     model = transformers.EncoderDecoderModel(encoder=encoder, decoder=transformers.GPT2LMHeadModel(config)).eval()
+    if in_4_bits:
+        fastpeft.quantize_model(model, "nf4", skip=["lm_head"])
     given = {"input_ids": IDS, "decoder_start_token_id": 1, "pad_token_id": 0, "max_new_tokens": 8, "do_sample": False}
     plain = model.generate(**given)
     fastpeft.accelerate(model)

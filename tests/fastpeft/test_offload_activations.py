@@ -18,7 +18,7 @@ from fastpeft.apps.training.config import from_dict
 from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.memory import offloading
 from fastpeft.apps.training.metrics import Silent, read_metrics
-from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
+from fastpeft.apps.training.testing import make_tiny_run
 from forms import matrix
 from torch import nn
 
@@ -128,10 +128,7 @@ def test_bad_places_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_tiny_model(folder / "model", hidden=128)
-    write_jsonl(folder / "data.jsonl", 40)
-    return folder
+    return make_tiny_run(tmp_path_factory.mktemp("world"), 40, hidden=128)
 
 
 def settings(world: Path, output: Path, **changes: Any) -> Any:

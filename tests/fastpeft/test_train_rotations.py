@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastpeft.apps.cli.app import app
 from fastpeft.apps.training.metrics import read_metrics
-from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
+from fastpeft.apps.training.testing import make_tiny_run
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -23,10 +23,7 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_tiny_model(folder / "model", hidden=64)
-    write_jsonl(folder / "data.jsonl", 40)
-    return folder
+    return make_tiny_run(tmp_path_factory.mktemp("world"), 40, hidden=64)
 
 
 def result_of(*args: object) -> Any:

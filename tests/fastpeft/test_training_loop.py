@@ -20,7 +20,7 @@ from fastpeft.apps.training.loop import Trainer
 from fastpeft.apps.training.metrics import Silent, read_metrics
 from fastpeft.apps.training.optim import learning_rate
 from fastpeft.apps.training.packing import collate
-from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
+from fastpeft.apps.training.testing import make_tiny_run
 from fastpeft.apps.training.track import Track
 from forms import matrix
 from torch import Tensor
@@ -32,10 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_tiny_model(folder / "model")
-    write_jsonl(folder / "data.jsonl", 40)
-    return folder
+    return make_tiny_run(tmp_path_factory.mktemp("world"), 40)
 
 
 def config(world: Path, output: Path, **changes: Any) -> TrainConfig:

@@ -22,7 +22,7 @@ from fastpeft.apps.training.loop import Trainer
 from fastpeft.apps.training.metrics import Console, Silent, read_metrics
 from fastpeft.apps.training.output import held
 from fastpeft.apps.training.stop import Interrupted, Terminated
-from fastpeft.apps.training.testing import make_tiny_model, write_jsonl
+from fastpeft.apps.training.testing import make_tiny_run
 from fastpeft.apps.training.track import Track
 from forms import matrix
 from typer.testing import CliRunner, Result
@@ -39,10 +39,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_tiny_model(folder / "model", layers=1)
-    write_jsonl(folder / "data.jsonl", 12)
-    return folder
+    return make_tiny_run(tmp_path_factory.mktemp("world"), 12, layers=1)
 
 
 def config(world: Path, output: Path, **changes: Any) -> TrainConfig:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import philox
-from ...checks import PLAIN, arg_error, as_autocast, check_alike, in_memory
-from ...dispatch import Op, dispatch_observed, forced_backends, forward_mode
+from ...checks import arg_error, as_autocast, check_alike, in_memory
+from ...dispatch import Op, forward_mode, servable
 from ..lora_linear import acc_dtype, apply_function, check_dropout, check_kept
 
 _NAME = "attention"
@@ -309,27 +309,16 @@ def _frozen(name: str, t: Tensor | None) -> None:
                         "one that wants them: pass detach(), or attend in torch")  # fmt: skip
 
 
-_NATIVE = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
-
-def _given(t: Tensor | None) -> bool:
-    return t is not None
-
-
 def directly(*tensors: Tensor) -> bool:
-    """True where the native library computes with these as they come, and the dispatcher would add its time alone: on a
-    CPU, where nothing records gradients and nothing watches torch's operators, and no other backend is forced."""
-    if dispatch_observed() or not PLAIN.issuperset(map(type, tensors)) or torch.is_autocast_enabled("cpu"):
+    """True where the native library computes with these as they come, and the dispatcher would add its time alone."""
+    if not servable(*tensors) or forward_op.forced not in (None, "native"):
         return False
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if not t.is_cpu or t.dtype not in _NATIVE or (grad and t.requires_grad) or not in_memory(t):
-            return False
-    forced = forced_backends()
-    if forced and forced.get(_NAME, forced.get("*", "native")) != "native":
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
     backend = forward_op.load("native")
-    return not isinstance(backend, str) and backend.available() is None
+    return not isinstance(backend, str) and backend.dtypes.issuperset(t.dtype for t in tensors) and (
+        backend.available is None or backend.available() is None
+    )
 
 
 def attention(
@@ -372,13 +361,14 @@ def attention(
         bias = _expanded("bias", bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     _frozen("slopes", slopes)
     plain = bias is None and slopes is None and keep is None and cos is None and sin is None and dropout_p == 0.0
-    if plain and q.dim() == 4 and q.shape[1] == 1 and directly(*filter(_given, (q, k, v, sinks))):
+    if plain and q.dim() == 4 and q.shape[1] == 1 and directly(*(t for t in (q, k, v, sinks) if t is not None)):
         # a token, which waits for Python
-        _check(q, k, v, None, None, spans, None, None, None, sinks, scale, False, causal, window, softcap, 0.0, None)
-        if k.numel() and v.numel() and (spans is None or (type(spans) is Tensor and spans.is_cpu and in_memory(spans))):
-            from .native import one_query
+        args = (q, k, v, None, None, spans, None, None, None, sinks, scale, False, causal, window, softcap, 0.0, None)
+        _check(*args)
+        if spans is None or (type(spans) is Tensor and spans.is_cpu and in_memory(spans)):
+            from .native import forward
 
-            return one_query(q, k, v, spans, sinks, scale, causal, window, softcap)
+            return forward(*args)[0]
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(q.device)
     args = (q, k, v, cos, sin, spans, keep, bias, slopes, sinks, scale, interleaved, causal, window, softcap,

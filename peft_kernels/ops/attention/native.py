@@ -79,28 +79,6 @@ def backward(
     return dq, dk, dv
 
 
-def one_query(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, sinks: Tensor | None, scale: float, causal: bool,
-    window: int, softcap: float,
-) -> Tensor:  # fmt: skip
-    """y of `attention` for T = 1 with these options alone. spans: int32 [B, 1, 2]."""
-    batch, _, heads, d = q.shape
-    _, keys, groups, dv = v.shape
-    q, k, v, sinks = _dense(q), _dense(k), _dense(v), None if sinks is None else _table(sinks)
-    spans = None if spans is None else spans.contiguous()
-    y, lse = q.new_empty((batch, 1, heads, dv)), q.new_empty((batch, heads, 1), dtype=_F32)
-    args = _ARGS.pack(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, 0, 0, pointer(spans), 0, 0, 0, pointer(sinks), 0, y.data_ptr(),
-        lse.data_ptr(), 0, 0, 0, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0, 0, 0, 0, 0, 0, 0, 0, 2,
-        _CODES[q.dtype], 0, 0, batch, 1, keys, heads, groups, d, dv, 0, 0, causal, window, torch.get_num_threads(),
-        scale, softcap, 0.0,
-    )  # fmt: skip
-    code = native.cpu().pk_cpu_attention(args)
-    if code:
-        native.check(code)
-    return y
-
-
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """(q [B, T, H, D], k [B, T, G, D]) of `rotary`, contiguous."""
     batch, tokens, heads, d = q.shape

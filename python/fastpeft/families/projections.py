@@ -62,6 +62,9 @@ def note(module: Any, lookups: Lookups) -> None:
             plan.note(lookups)
             return
     elif _adapter_layer(module) is None:
+        if quant_view(module) is None:  # nothing to find
+            lookups.refuse()
+            return
         lookups.entries(vars(module), "compute_dtype")
         lookups.entries(module._parameters, "weight", "bias")
         note_view(module.weight, lookups)

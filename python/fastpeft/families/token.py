@@ -8,7 +8,6 @@ tenth of the time, and whatever else changes makes `serves` false: the layer loo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from peft_kernels import QuantWeight
 from ..layer.by_row.call import now
 from ..weights.lookups import Lookups
 from .description import Attention
-from .projections import Linears, note, projection, projections
+from .projections import Linears, note, projections
 from .ways import ways_of
 
 _UNTRUE = ("output_attentions", "encoder_hidden_states", "key_value_states")  # are not given
@@ -30,23 +29,25 @@ class Token:
     """The prepared calls `qkv` and `out` of a layer for one token, and what has to be as it was. causal: of the call's
     mask. cache: the name of the argument that is the cache."""
 
-    def __init__(self, module: Any, of: Attention, x: Tensor, given: dict[str, Any], cache: Any) -> None:
+    def __init__(self, module: Any, of: Attention, x: Tensor, given: dict[str, Any], cache: str) -> None:
         self.lookups = Lookups()
         note_attention(module, of, self.lookups)
-        self.ways, self.names = ways_of(x), frozenset(given)
+        self.ways, self.dtype, self.names = ways_of(x), x.dtype, frozenset(given)
         self.untrue = [name for name in _UNTRUE if name in given]
-        self.cache = next(name for name, value in given.items() if value is cache)
+        self.cache = cache
         causal = given.get("is_causal")
         self.causal: bool = getattr(module, "is_causal", not of.eager) if causal is None else causal
-        self.cache_type = type(cache)
+        self.cache_type = type(given[cache])
         self.qkv: Any = None
         self.out: Any = None
 
     def serves(self, of: Attention, module: Any, x: Tensor, given: dict[str, Any]) -> bool:
         """True of a call that is like the one that this was made of."""
         return (
-            x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and now.state.call is None
+            x.dim() == 3 and x.shape[1] == 1 and x.dtype is self.dtype
+            and not torch.is_grad_enabled() and now.state.call is None
             and given.keys() == self.names and type(given[self.cache]) is self.cache_type
+            and (of.turn is None or given.get("position_embeddings") is not None)
             and ways_of(x) is self.ways and not any(map(given.get, self.untrue))
             and (of.served is None or of.served(module)) and self.lookups.hold()
         )  # fmt: skip
@@ -61,10 +62,11 @@ def note_attention(module: Any, of: Attention, lookups: Lookups) -> None:
                         "output_attentions")  # fmt: skip
     lookups.entries(module._modules, *of.qkv, of.out)
     for name in (*of.qkv, of.out):
-        if name in module._modules:
-            note(module._modules[name], lookups)
-        else:
+        layer = module._modules.get(name)
+        if layer is None:
             lookups.refuse()
+        else:
+            note(layer, lookups)
 
 
 class Tokens:
@@ -85,12 +87,10 @@ class Tokens:
             self._pause -= 1
             return
         self._pause = _PAUSE
-        if of.alibi or module.training or type(x) is not Tensor or hasattr(cache, "self_attention_cache"):
+        named = next((name for name, value in given.items() if value is cache), None)  # None: it is part of another
+        if of.alibi or module.training or type(x) is not Tensor or named is None:
             return
-        named = [module._modules.get(name) for name in (*of.qkv, of.out)]
-        if not all(map(_in_a_kernel, named, repeat(x.dtype))):  # else there is nothing to note of it
-            return
-        token = Token(module, of, x, given, cache)
+        token = Token(module, of, x, given, named)
         if any(map(given.get, token.untrue)) or not token.lookups.keeps:
             return
         token.qkv = _prepared(qkv, x.squeeze(1), [module._modules[name] for name in of.qkv])
@@ -98,10 +98,6 @@ class Tokens:
         # asked for between two looks, as another thread may change the layers
         if token.qkv is not None and token.out is not None and token.lookups.hold():
             self.kept, self._pause = token, 0
-
-
-def _in_a_kernel(layer: Any, dtype: torch.dtype) -> bool:
-    return layer is not None and not isinstance(projection(layer, dtype), str)
 
 
 def _prepared(linears: Linears, x: Tensor, layers: Sequence[Any]) -> Any:

@@ -57,3 +57,10 @@ def write_jsonl(path: Path, count: int = 40) -> Path:
     records = [{"prompt": f"colour {i}?", "completion": f"It is {words[i % 5]}" + "!" * (i % 7)} for i in range(count)]
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
+
+
+def make_tiny_run(folder: Path, count: int = 40, **model: Any) -> Path:
+    """``folder`` with what a run needs: ``model`` of `make_tiny_model`, and ``data.jsonl`` of ``count`` records."""
+    make_tiny_model(folder / "model", **model)
+    write_jsonl(folder / "data.jsonl", count)
+    return folder

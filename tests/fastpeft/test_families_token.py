@@ -1,0 +1,127 @@
+"""A token's attention is kept from one call to the next: whatever is changed under it, the layer looks again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import fastpeft
+import pytest
+import torch
+import transformers
+from fastpeft.families.token import Tokens
+from torch import Tensor, nn
+
+from peft_kernels.testing import assert_same_bits
+
+IDS = torch.arange(3, 12).view(1, -1)
+
+
+def model() -> Any:
+    """A Llama of two layers in 4 bits with two adapters, accelerated."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    base = fastpeft.quantize_model(transformers.LlamaForCausalLM(config), "nf4", skip=["lm_head"])
+    settings = {"target_modules": "all-linear", "init_lora_weights": False, "lora_dropout": 0.5}
+    found = fastpeft.get_peft_model(base, fastpeft.LoraConfig(r=4, **settings)).eval()
+    found.add_adapter("other", fastpeft.LoraConfig(r=2, **settings))
+    fastpeft.accelerate(found)
+    return found
+
+
+def attention(found: Any) -> Any:
+    return found.get_base_model().model.layers[0].self_attn
+
+
+def tokens(found: Any) -> list[Tokens]:
+    layers = found.get_base_model().model.layers
+    return [layer.self_attn._fastpeft.tokens for layer in layers]
+
+
+def token(found: Any, cache: Any, **options: Any) -> Tensor:
+    """Logits of a token after what is in a cache, which stays as it was."""
+    with torch.no_grad():
+        return found(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(cache), **options).logits  # type: ignore[no-any-return]
+
+
+def fresh(found: Any, cache: Any, **options: Any) -> Tensor:
+    """`token` with nothing kept, so that everything is looked at."""
+    for layer in found.get_base_model().model.layers:
+        layer.self_attn._fastpeft.tokens = Tokens()
+    return token(found, cache, **options)
+
+
+def begun(found: Any) -> Any:
+    with torch.no_grad():
+        cache = found(input_ids=IDS, use_cache=True).past_key_values
+    for _ in range(2):
+        token(found, cache)
+    assert all(one.kept is not None for one in tokens(found))
+    return cache
+
+
+def _data(found: Any) -> None:
+    attention(found).q_proj.lora_A["default"].weight.data = torch.randn(4, 64)
+
+
+def _replaced(found: Any) -> None:
+    attention(found).o_proj.lora_B["default"].weight = nn.Parameter(torch.randn(64, 4))
+
+
+def _entry(found: Any) -> None:
+    attention(found).v_proj.scaling["default"] = 7.0
+
+
+def _layer(found: Any) -> None:
+    attention(found).k_proj = copy.deepcopy(attention(found).v_proj)
+
+
+def _hook(found: Any) -> None:
+    attention(found).q_proj.register_forward_hook(lambda _module, _args, y: 2 * y)
+
+
+def _inner_hook(found: Any) -> None:
+    attention(found).o_proj.lora_A["default"].register_forward_hook(lambda _module, _args, y: 2 * y)
+
+
+def _eager(found: Any) -> None:
+    attention(found).config._attn_implementation = "eager"
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "data": _data, "replaced": _replaced, "scaling": _entry, "layer": _layer, "hook": _hook, "inner hook": _inner_hook,
+    "eager": _eager, "disabled": lambda m: m.base_model.disable_adapter_layers(),
+    "another adapter": lambda m: m.set_adapter("other"), "merged": lambda m: m.merge_adapter(),
+    "nothing": lambda m: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_seen(change: str) -> None:
+    found = model()
+    cache = begun(found)
+    before = token(found, cache)
+    CHANGES[change](found)
+    after = token(found, cache)
+    assert_same_bits(after, fresh(found, cache))
+    if change not in ("eager", "merged"):  # the same but for rounding
+        assert torch.equal(after, before) == (change == "nothing")
+
+
+@pytest.mark.parametrize("options", [
+    {"attention_mask": torch.ones(1, 10, dtype=torch.long)}, {"output_attentions": True},
+    {"attention_mask": torch.tensor([[0] * 5 + [1] * 5])}, {"position_ids": torch.tensor([[3]])},
+], ids=str)  # fmt: skip
+def test_other_arguments_are_seen(options: dict[str, Any]) -> None:
+    found = model()
+    cache = begun(found)
+    after = token(found, cache, **options)
+    assert_same_bits(after, fresh(found, cache, **options))
+
+
+def test_copies_and_pickles_keep_nothing() -> None:
+    found = model()
+    begun(found)
+    assert all(one.kept is None for one in tokens(copy.deepcopy(found)))
