@@ -16,8 +16,7 @@ from fastpeft import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 from fastpeft import get_peft_model, quantize_model
 from fastpeft.apps.cli.app import app
 from fastpeft.apps.cli.estimate import parse_size
-from fastpeft.apps.estimate import machines, parts, shapes
-from fastpeft.apps.estimate.process import process_bytes
+from fastpeft.apps.estimate import machines, parts, process, shapes
 from fastpeft.apps.training.config import PROMPTS, TrainConfig, load_config
 from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.forward import CompletionLoss
@@ -167,6 +166,7 @@ def test_what_fits_is_a_command(world: Path) -> None:
     assert given["batch_size"] * given.get("gradient_accumulation", 1) == 64
     prefix = run(*words, "method=prefix_tuning", "--gpu", "24GB", "--fit", f"{room}B")  # takes no checkpoints
     assert "gradient_checkpointing" not in prefix["fit"]["settings"]
+    words[1:] = ["max_length=128", "batch_size=1"]  # little is left to try
     done = CliRunner().invoke(app, ["estimate", *words, "--gpu", "24GB", "--fit", "1MB"])
     assert done.exit_code == 1
     assert "no settings of this model fit" in done.output
@@ -208,9 +208,15 @@ def test_the_table_of_models_is_current(monkeypatch: pytest.MonkeyPatch) -> None
         assert memory_table.row(name) in text, "run python tools/memory_table.py"
 
 
+def test_the_process_takes_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    process._step()
+    assert int(capsys.readouterr().out) > 0
+
+
+@pytest.mark.full_form
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_process_is_measured() -> None:
     """A process that takes a step is larger than one that imports torch."""
     program = "import torch; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert process_bytes() > 1024 * int(done.stdout)
+    assert process.process_bytes() > 1024 * int(done.stdout)
