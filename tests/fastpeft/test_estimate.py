@@ -20,6 +20,7 @@ from fastpeft.apps.estimate import machines, parts, process, shapes
 from fastpeft.apps.training.config import PROMPTS, TrainConfig, load_config
 from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.forward import CompletionLoss
+from fastpeft.apps.training.memory import enable_checkpoints
 from fastpeft.apps.training.optim import make_optimizer
 from fastpeft.apps.training.packing import Batch
 from fastpeft.apps.training.run import adapter_config
@@ -32,6 +33,7 @@ BASE = transformers.LlamaConfig(
     vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
+SOME_LAYERS = "gradient_checkpointing=true checkpointing_keeps=0.5"
 VALUES = ["adamss", "frod", "shira"]  # shapes come from weights
 OTHERS = [*VALUES, "adaption_prompt", "cpt", "multitask_prompt_tuning", "poly", "xlora"]  # need more than a model
 MORE = {
@@ -72,8 +74,8 @@ def test_every_method_is_estimated(method: str) -> None:
 
 @pytest.mark.parametrize("words", matrix(
     ["method=lora", "method=dora", "quantize=none", "gradient_checkpointing=true", "method=vera",
-     "method=boft adapter.boft_block_size=4", "method=ia3"],
-    short=("method=lora", "quantize=none"),
+     "method=boft adapter.boft_block_size=4", "method=ia3", SOME_LAYERS],
+    short=("method=lora", "quantize=none", SOME_LAYERS),
 ))  # fmt: skip
 def test_a_step_without_memory_keeps_what_a_real_one_keeps(words: str) -> None:
     """Bytes that autograd keeps of the backbone's forward, by hooks of saved tensors, in both."""
@@ -87,9 +89,7 @@ def test_a_step_without_memory_keeps_what_a_real_one_keeps(words: str) -> None:
     model = get_peft_model(model, adapter_config(config))
     if config.fast_layers:
         shapes.models.speed_up(model)
-    if config.gradient_checkpointing:
-        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.get_base_model().disable_input_require_grads()
+    enable_checkpoints(config, model.get_base_model())
     assert shapes.bytes_of(model) == shapes.bytes_of(shape.model)
     for one, mode in ((shape.model, shape.mode), (model.train(), torch.no_grad())):
         sizes = {}
@@ -158,6 +158,8 @@ def test_what_fits_is_a_command(world: Path) -> None:
     assert found["peak_bytes"] <= room
     assert "gradient_checkpointing=true" in found["fit"]["command"]
     given = found["fit"]["settings"]
+    some = run(*words, "gradient_checkpointing=true", "checkpointing_keeps=0.5", "--gpu", "24GB")["kept_bytes"]
+    assert whole["kept_bytes"]["with checkpointing"] < some["with checkpointing"] < some["without"]
     again = parts.estimate(
         load_config(None, [f"model={world / 'model'}", "data=-d-", *found["fit"]["command"].split()[4:]]),
         shapes.configuration(str(world / "model")), torch.bfloat16, machines.CUDA_BYTES, both=False,
