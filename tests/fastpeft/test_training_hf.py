@@ -41,6 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {}, "dora, dense": {"method": "dora", "quantize": "none"}, "one row each": {"packing": False},
     "checkpointing": {"gradient_checkpointing": True}, "no clipping": {"max_grad_norm": 0.0},
+    "some layers": {"gradient_checkpointing": True, "checkpointing_keeps": 0.5},
     "clipping": {"max_grad_norm": 0.05}, "lora+": {"lora_plus_ratio": 8.0, "weight_decay": 0.1},
     "adafactor": {"optimizer": "adafactor"}, "chunks": {"loss_chunk_vocab": 64, "loss_chunk_tokens": 8},
     "slow layers": {"fast_layers": False}, "vera": {"method": "vera", "adapter": {"r": 8}},

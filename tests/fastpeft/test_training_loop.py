@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastpeft.apps.training.data import Example
 from fastpeft.apps.training.errors import UserError
 from fastpeft.apps.training.forward import CompletionLoss
 from fastpeft.apps.training.loop import Trainer
+from fastpeft.apps.training.memory import enable_checkpoints
 from fastpeft.apps.training.metrics import Silent, read_metrics
 from fastpeft.apps.training.optim import learning_rate
 from fastpeft.apps.training.packing import collate
@@ -140,14 +142,30 @@ def test_accumulation_weights_by_tokens(world: Path, tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_no_bit(world: Path, tmp_path: Path) -> None:
-    """With dropout: the recomputation drops the same elements."""
+    """With dropout: the recomputation drops the same elements; of all layers, and of one of two."""
     plain = trainer(config(world, tmp_path / "a", max_steps=3))
     plain.run()
-    saving = trainer(config(world, tmp_path / "b", max_steps=3, gradient_checkpointing=True))
-    saving.run()
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    for a, b in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
-        assert_same_bits(a, b)
+    for keeps, checkpointed in ((0.0, [True, True]), (0.5, [True, False])):
+        where = tmp_path / str(keeps)
+        saving = trainer(config(world, where, max_steps=3, gradient_checkpointing=True, checkpointing_keeps=keeps))
+        saving.run()
+        layers = saving.loss.base.model.layers
+        assert sorted((layer.gradient_checkpointing for layer in layers), reverse=True) == checkpointed
+        assert losses(tmp_path / "a") == losses(where)
+        for a, b in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
+            assert_same_bits(a, b)
+
+
+def test_shares_of_layers_that_are_none_are_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpointing_keeps: expected a share .* below 1, got 36"):
+        config(world, tmp_path, gradient_checkpointing=True, checkpointing_keeps=36)
+    with pytest.raises(UserError, match=r"checkpointing_keeps=0\.36 without gradient_checkpointing"):
+        config(world, tmp_path, checkpointing_keeps=0.36)
+    some = config(world, tmp_path, gradient_checkpointing=True, checkpointing_keeps=0.36)
+    nothing = dict.fromkeys(("gradient_checkpointing_enable", "disable_input_require_grads"), lambda **_: None)
+    base = types.SimpleNamespace(**nothing, modules=list)
+    with pytest.raises(UserError, match=r"checkpointing_keeps: .* has no layers that checkpoint themselves"):
+        enable_checkpoints(some, base)
 
 
 def losses(folder: Path) -> list[tuple[Any, ...]]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
 
+from ... import checkpoint_layers
 from ..training.config import TrainConfig
 from ..training.errors import UserError
 from .parts import estimate
 
 _SHORTEST, _LARGEST_BATCH = 128, 64
+_KEEPS = signature(checkpoint_layers).parameters["keeps"].default
 _PREFIXES = frozenset({"prefix_tuning", "cartridge"})  # keys and values in a cache, which checkpoints have not
 
 
@@ -21,14 +24,19 @@ def fitting(
 ) -> tuple[TrainConfig, dict[str, Any], dict[str, Any]]:
     """Settings whose peak is at most `room` bytes: (the run's, what to set for them, their estimate).
 
-    In this order, until they fit: gradient checkpointing, 4 bits, fewer rows (more passes a step make up for them),
-    activations on disk, a lower rank, shorter rows. Where the given settings fit, as many more rows as do. Raises
-    UserError where nothing fits.
+    In this order, until they fit: gradient checkpointing of some layers, then of all, 4 bits, fewer rows (more passes a
+    step make up for them), activations on disk, a lower rank, shorter rows. Where the given settings fit, as many more
+    rows as do. Raises UserError where nothing fits.
     """
     least = None
     for changes in _attempts(config):
         tried = replace(config, **changes)
-        found = estimate(tried, base, dtype, process, both=False)
+        try:
+            found = estimate(tried, base, dtype, process, both=False)
+        except UserError:
+            if not changes.get("checkpointing_keeps"):
+                raise
+            continue  # its layers checkpoint together or not at all
         least = found["peak_bytes"] if least is None else min(least, found["peak_bytes"])
         if found["peak_bytes"] <= room:
             tried, found = _more_rows(config, tried, found, base, dtype, process, room)
@@ -43,7 +51,9 @@ def _attempts(config: TrainConfig) -> Iterator[dict[str, Any]]:
     yield changes
     checkpoints = _PREFIXES.isdisjoint(one.method.lower() for one in config.each().values())
     if checkpoints and not config.gradient_checkpointing:
-        changes = {**changes, "gradient_checkpointing": True}
+        yield {**changes, "gradient_checkpointing": True, "checkpointing_keeps": _KEEPS}
+    if checkpoints and (not config.gradient_checkpointing or config.checkpointing_keeps):
+        changes = {**changes, "gradient_checkpointing": True, "checkpointing_keeps": 0.0}
         yield changes
     if config.quantize == "none":
         changes = {**changes, "quantize": "nf4"}

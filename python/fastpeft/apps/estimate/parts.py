@@ -35,7 +35,8 @@ def estimate(config: TrainConfig, base: Any, dtype: torch.dtype, process: int, b
     shape, found = _traced(config, base, dtype)
     kept = {config.gradient_checkpointing: found.kept}
     if both:
-        other = replace(config, gradient_checkpointing=not config.gradient_checkpointing, offload_activations="none")
+        other = replace(config, gradient_checkpointing=not config.gradient_checkpointing, checkpointing_keeps=0.0,
+                        offload_activations="none")  # fmt: skip
         with contextlib.suppress(ValueError):  # a prefix is refused with checkpoints
             kept[other.gradient_checkpointing] = _traced(other, base, dtype)[1].kept
     trained = [p for p in shape.model.parameters() if p.requires_grad]

@@ -16,6 +16,7 @@ from ... import NF4Linear, get_peft_model
 from ..training import models
 from ..training.config import TrainConfig
 from ..training.errors import UserError
+from ..training.memory import enable_checkpoints
 from ..training.run import adapter_config
 
 _PLAIN = ("FalconLinear", "Conv1D")  # linear layers of transformers by name, beside torch's own
@@ -94,10 +95,7 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
     with mode:
         if config.fast_layers:
             models.speed_up(model)
-        if config.gradient_checkpointing:
-            inner = model.get_base_model()
-            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            inner.disable_input_require_grads()
+        enable_checkpoints(config, model.get_base_model())
         names = list(config.each())
         if len(names) > 1:
             model.set_adapter(names[0])

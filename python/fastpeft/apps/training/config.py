@@ -55,6 +55,8 @@ class TrainConfig:
     truncate: what to do with longer examples: cut the completion's end or the prompt's start, drop, or raise an error.
     template: "chat" is the tokenizer's template, "plain" joins prompt and completion, "auto" is chat if there is one.
     batch_size: rows in one forward pass; a step uses ``gradient_accumulation`` such passes.
+    gradient_checkpointing: keep each layer's input alone for the backward pass, and compute the layer again there.
+    checkpointing_keeps: share of the layers, evenly spread, that keep what they compute nonetheless.
     offload_activations: where the inputs of checkpointed layers wait for the backward pass: in the host's memory (cpu,
         of a GPU) or in a scratch file (disk) in ``offload_folder``, by default the system's for temporary files.
     max_steps: optimizer steps, 0 for as many as ``epochs`` gives.
@@ -100,6 +102,7 @@ class TrainConfig:
     batch_size: int = 1
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    checkpointing_keeps: float = 0.0
     offload_activations: Offload = "none"
     offload_folder: str | None = None
     epochs: float = 1.0
@@ -147,6 +150,8 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < math.inf, name, "0 or more", getattr(self, name))
         for name in ("min_lr_ratio", "decay"):
             _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+        share = self.checkpointing_keeps
+        _require(0 <= share < 1, "checkpointing_keeps", "a share of the layers, at least 0 and below 1", share)
         _require(0 <= self.eval_fraction < 1, "eval_fraction", "at least 0 and below 1", self.eval_fraction)
         ok = len(self.betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas)
         _require(ok, "betas", "two numbers, each at least 0 and below 1", self.betas)
@@ -154,6 +159,9 @@ class TrainConfig:
             raise UserError("cache_quantized=true, and quantize=none", "choose nf4 or fp4, or leave it out")
         if self.quantize_experts and self.quantize == "none":
             raise UserError("quantize_experts=true, and quantize=none", "choose nf4 or fp4, or leave the experts dense")
+        if self.checkpointing_keeps and not self.gradient_checkpointing:
+            raise UserError(f"checkpointing_keeps={self.checkpointing_keeps} without gradient_checkpointing",
+                            "set gradient_checkpointing=true, or leave it out: every layer keeps then")  # fmt: skip
         if self.offload_activations != "none" and not self.gradient_checkpointing:
             raise UserError(f"offload_activations={self.offload_activations} without gradient_checkpointing",
                             "set gradient_checkpointing=true, which leaves little to move")  # fmt: skip
@@ -197,8 +205,8 @@ class TrainConfig:
 # What the adapters of a run have in common: there is one base, and one forward pass for all of them.
 SHARED = (
     "model", "adapters", "output", "quantize", "double_quant", "quantize_skip", "quantize_experts", "cache_quantized",
-    "dtype", "device", "attention", "fast_layers", "gradient_checkpointing", "offload_activations", "offload_folder",
-    "loss_chunk_vocab", "loss_chunk_tokens",
+    "dtype", "device", "attention", "fast_layers", "gradient_checkpointing", "checkpointing_keeps",
+    "offload_activations", "offload_folder", "loss_chunk_vocab", "loss_chunk_tokens",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from . import checkpoints
 from .config import TrainConfig
 from .data import Example
 from .forward import CompletionLoss
-from .memory import keep_freed_memory, offloading
+from .memory import enable_checkpoints, keep_freed_memory, offloading
 from .metrics import MetricsFile, Progress, peak_memory_mb
 from .output import CURVE_NAME, METRICS_NAME
 from .packing import collate
@@ -123,10 +123,7 @@ class Trainer:
         for track in self.tracks:
             self._use([track])
             self.loss.self_check(track.examples, track.config.packing, self.pad_id, self.device)
-        if self.config.gradient_checkpointing:
-            self.loss.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # transformers lets the embeddings' output require gradients, for reentrant checkpoints; here it only costs.
-            self.loss.base.disable_input_require_grads()
+        enable_checkpoints(self.config, self.loss.base)
         set_seed(self.config.seed)
 
     def _start(self, resume: bool, restart: bool) -> None:

@@ -7,7 +7,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from ... import offload_activations
+from ... import checkpoint_layers, offload_activations
 from .config import TrainConfig
 from .errors import UserError
 
@@ -33,6 +33,23 @@ def keep_freed_memory(but_large: bool = False) -> bool:
         and mallopt(_MMAP_THRESHOLD, _LARGE if but_large else _LARGEST_MMAP_THRESHOLD)
         and mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     )
+
+
+def enable_checkpoints(config: TrainConfig, base: Any) -> None:
+    """Let the layers of a model of transformers be computed again in the backward, as ``gradient_checkpointing`` and
+    ``checkpointing_keeps`` say. Raises UserError for a share of layers of a model that checkpoints none by themselves.
+    """
+    if not config.gradient_checkpointing:
+        return
+    if config.checkpointing_keeps:
+        try:
+            checkpoint_layers(base, config.checkpointing_keeps)
+        except ValueError as error:
+            raise UserError(f"checkpointing_keeps: {error}", "leave checkpointing_keeps out") from error
+        return
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers lets the embeddings' output require gradients, for reentrant checkpoints; here it only costs
+    base.disable_input_require_grads()
 
 
 def offloading(config: TrainConfig, model: Any) -> AbstractContextManager[Any]:

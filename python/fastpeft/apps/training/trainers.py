@@ -43,6 +43,9 @@ def check_trainer(config: TrainConfig, trainer: str) -> None:
             ("peft", "TRL knows an adapter by PEFT's classes, and takes its start as the reference"),
         ):  # fmt: skip
             _need(package, "objective: dpo", why)
+    if config.quantize != "none":
+        _need("peft", f"--trainer hf with quantize={config.quantize}",
+              "without it transformers' Trainer takes no adapter on a 4-bit base")  # fmt: skip
 
 
 def changed(config: TrainConfig, names: tuple[str, ...]) -> list[str]:
