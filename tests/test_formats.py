@@ -192,6 +192,18 @@ def test_a_backend_that_does_not_read_a_format_says_so() -> None:
 
 
 @pytest.mark.parametrize("name", GGUF)
+def test_a_single_block_may_begin_at_an_odd_byte(name: str) -> None:
+    columns = FORMATS[name].blocksize
+    assert columns is not None
+    w = random_quant_weight(1, columns, quant_type=name)
+    memory = torch.zeros(w.packed.numel() + 1, dtype=torch.uint8)
+    memory[1:] = w.packed.view(-1)
+    odd = QuantWeight.gguf(memory[1:], name, (1, columns))
+    with use_backend("reference"):
+        assert_same_bits(dequantize_4bit(odd), dequantize_4bit(w))
+
+
+@pytest.mark.parametrize("name", GGUF)
 def test_mapped_memory_is_read_where_it_lies(name: str, tmp_path: Path) -> None:
     w = random_quant_weight(8, 256, quant_type=name)
     path = tmp_path / "blocks"

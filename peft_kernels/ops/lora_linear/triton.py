@@ -76,7 +76,8 @@ class _Weight:
             table = (formats.pair_table if pair else formats.table)(quant_type, weight.device)
         absmax = weight if absmax is None else absmax
         second = (nested_absmax, nested_code, offset) if nested else (absmax, absmax, absmax)
-        if mode >= _FORMAT:  # each may be absent
+        if mode >= _FORMAT:  # each may be absent; a group of more columns than there are is a row
+            blocksize = min(blocksize, max(k, 1))
             second = tuple(absmax if t is None else t for t in (nested_absmax, nested_code, offset))
             nested = sum(1 << i for i, t in enumerate((nested_absmax, nested_code, offset)) if t is not None)
         self.pointers = (weight, absmax, *second, table)
