@@ -86,6 +86,10 @@ def _fields(op: Any) -> tuple[list[str], str]:
             texts[name.removesuffix("_p")] = f"a[{i}] > 0"
         elif name == "nested_absmax":
             texts["plain_scales"] = f"a[{i}] is None"
+    if "nested_absmax" in names and "quant_type" in names:  # integers by group: their parts, and of what type
+        at = {n: f"a[{names.index(n)}]" for n in ("quant_type", "absmax", "nested_absmax", "nested_code", "offset")}
+        parts = ", ".join(f"None if {at[n]} is None else {at[n]}.dtype" for n in list(at)[1:])
+        texts["parts"] = f"({parts}) if {at['quant_type']} in (3, 4, 5) else None"
     return list(texts), "(" + "".join(f"({source})," for source in texts.values()) + ")"
 
 

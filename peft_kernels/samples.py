@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .formats import format_of
 from .row_groups import RowGroups
-from .testing import random_quant_weight
+from .testing import random_affine_weight, random_quant_weight
 
 MOST_ROWS = 8193  # of M: beyond every number of rows where a code path ends
 _PARTS = ("absmax", "nested_absmax", "nested_code", "offset", "quant_type", "blocksize", "nested_blocksize")
@@ -138,11 +138,24 @@ class _Maker:
         factor = 1.0 if name not in _FAN_IN or len(shape) < 2 else max(shape[-1], 1) ** -0.5
         return self.normal(*shape, dtype=dtype, factor=factor)
 
-    def weight(self, n: int, k: int, quant_type: int, blocksize: int, nested_blocksize: int | None) -> list[Any]:
-        """Parts of a 4-bit weight in the order of schemas; nested_blocksize: None where it is not nested."""
-        nested = nested_blocksize is not None
-        w = random_quant_weight(n, k, quant_type=format_of("samples", quant_type).name, blocksize=blocksize,
-                                nested=nested)  # fmt: skip
+    def weight(
+        self, n: int, k: int, quant_type: int, blocksize: int, nested_blocksize: int | None,
+        like: dict[str, Any] | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """Parts of a quantised weight in the order of schemas; nested_blocksize: None where it is not nested.
+
+        like: arguments of a call, whose integers by group have the same parts of the same types.
+        """
+        nested, of = nested_blocksize is not None, format_of("samples", quant_type).name
+        if like is not None and of in ("int4", "int8", "uint8"):
+            zeros = like["nested_absmax"]
+            w = random_affine_weight(
+                n, k, of, blocksize, shifts=like["offset"] is not None, act_order=like["nested_code"] is not None,
+                zeros=None if zeros is None else "codes" if zeros.dtype is torch.uint8 else "values",
+                scales=like["absmax"].dtype,
+            )  # fmt: skip
+        else:
+            w = random_quant_weight(n, k, quant_type=of, blocksize=blocksize, nested=nested)
         parts = list(w.flatten())
         if w.nested and nested_blocksize is not None:
             assert w.absmax is not None
@@ -222,7 +235,7 @@ def _entry(spec: str, named: dict[str, Any], sizes: Sizes, d: _Maker) -> dict[st
         elif name in ("weight", "packed") and named.get("quant_type"):
             nested = named["nested_blocksize"] if named["nested_absmax"] is not None else None
             rows = math.prod(sizes[c] for c in dims[:-1])
-            parts = d.weight(rows, sizes[dims[-1]], named["quant_type"], named["blocksize"], nested)
+            parts = d.weight(rows, sizes[dims[-1]], named["quant_type"], named["blocksize"], nested, named)
             new.update(zip((name, *_PARTS), (*parts[:7], named["nested_blocksize"]), strict=True))
         elif isinstance(value, Tensor):
             special = "skew" if name == "q" and "B" in dims else name

@@ -186,9 +186,21 @@ def test_every_operator_that_takes_a_weight_takes_this_format(name: str) -> None
 def test_a_backend_that_does_not_read_a_format_says_so() -> None:
     w = random_quant_weight(64, 256, quant_type="q4_k")
     call = (torch.randn(3, 256), *w.flatten(), 64, None, None, 1.0, None, 0.0, None)
-    assert "does not read weights in q4_k" in dispatch.explain("lora_linear", *call)["triton"]
-    with use_backend("triton"), pytest.raises(dispatch.BackendUnavailable, match="does not read weights in q4_k"):
+    assert "does not read weights in q4_k" in dispatch.explain("lora_linear", *call)["cuda"]
+    with use_backend("cuda"), pytest.raises(dispatch.BackendUnavailable, match="does not read weights in q4_k"):
         lora_linear(call[0], w)
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_a_single_block_may_begin_at_an_odd_byte(name: str) -> None:
+    columns = FORMATS[name].blocksize
+    assert columns is not None
+    w = random_quant_weight(1, columns, quant_type=name)
+    memory = torch.zeros(w.packed.numel() + 1, dtype=torch.uint8)
+    memory[1:] = w.packed.view(-1)
+    odd = QuantWeight.gguf(memory[1:], name, (1, columns))
+    with use_backend("reference"):
+        assert_same_bits(dequantize_4bit(odd), dequantize_4bit(w))
 
 
 @pytest.mark.parametrize("name", GGUF)

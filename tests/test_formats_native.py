@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
+from format_ops import CALLS, IN_GROUPS, A, B, K, N, hold, some
 from forms import grid
-from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import AdapterStack, Projection, QuantWeight, dequantize_4bit, native, use_backend
+from peft_kernels import dequantize_4bit, native, use_backend
 from peft_kernels.formats import FORMATS
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_affine_weight, random_quant_weight
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 LEVELS = [] if native.available() else list(native.levels())
-IN_GROUPS = sorted(name for name, known in FORMATS.items() if known.number > 2)
-N, K, E = 40, 512, 2
-Weight = QuantWeight | Tensor
 
 
 @pytest.fixture
@@ -29,75 +26,13 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_level(before)
 
 
-def some(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
-
-
-A, B, BIAS = some(4, K, seed=1).abs(), some(N, 4, seed=2).abs(), some(N, seed=3)
-
-
-def stacked(x: Tensor, w: Weight) -> Tensor:
-    dense = some(24, K, seed=9).abs().to(x.dtype)
-    return torch.cat(pk.lora_linear_stacked(x, [Projection(w, A, B), Projection(dense), Projection(w)]), -1)
-
-
-def multi(x: Tensor, w: Weight) -> Tensor:
-    stack = AdapterStack.pack([(A, B, 0.5), (A[:2], B[:, :2], 1.0)])
-    return pk.multi_lora_linear(x, w, stack, torch.arange(len(x)) % 3 - 1)
-
-
-def grouped(x: Tensor, w: Weight) -> Tensor:
-    offsets = torch.tensor([0, len(x) // 2, len(x)])
-    return pk.grouped_linear(x, w, offsets, A.expand(E, 4, K), B[: N // E].expand(E, N // E, 4))
-
-
-def dora(x: Tensor, w: Weight) -> Tensor:
-    return pk.dora_linear(x, w, A, B, BIAS.abs() + 1, None, 0.5, BIAS, 0.2, torch.tensor([3]))
-
-
-CALLS: dict[str, Callable[[Tensor, Weight], Tensor]] = {
-    "lora_linear": lambda x, w: pk.lora_linear(x, w, A, B, 0.5, BIAS),
-    "lora_linear_stacked": stacked,
-    "multi_lora_linear": multi,
-    "lora_mixture": lambda x, w: pk.lora_mixture(x, w, [A, A], [B, B], some(len(x), 2).abs()),
-    "dora_linear": dora,
-    "butterfly_linear": lambda x, w: pk.butterfly_linear(x, w, torch.eye(32).expand(1, K // 32, 32, 32) * 0.9, BIAS),
-    "grouped_linear": grouped,
-}
-
-
-def both(
-    call: Callable[[Tensor, Weight], Tensor], x: Tensor, w: Weight, positive: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(y, dx); positive: of a dy without signs"""
-    x = x.clone().requires_grad_()
-    y = call(x, w)
-    dy = some(*y.shape, seed=7).to(y.dtype)
-    (dx,) = torch.autograd.grad(y, x, dy.abs() if positive else dy)
-    return y.detach(), dx
-
-
-def hold(call: Callable[[Tensor, Weight], Tensor], x: Tensor, w: QuantWeight) -> None:
-    with use_backend("reference"):
-        eager = both(call, x, w)
-        dense = dequantize_4bit(w, torch.float64)
-        if w.shape == (N, K) and call is grouped:
-            dense = dense.view(E, N // E, K)
-        exact = both(call, x.double(), dense)
-        size = both(call, x.double().abs(), dense.abs(), True)
-    with use_backend("native"):
-        got = both(call, x, w)
-    for actual, plain, want, magnitude in zip(got, eager, exact, size, strict=True):
-        assert_no_worse(actual, plain, want, magnitude.abs() + want.abs())
-
-
 @pytest.mark.parametrize(
     ("name", "op", "level", "rows", "dtype"),
     grid(IN_GROUPS, list(CALLS), LEVELS, [1, 3, 7, 70], [torch.float32, torch.bfloat16], strength=1),
     indirect=["level"],
 )
 def test_operators(name: str, op: str, level: str, rows: int, dtype: torch.dtype) -> None:
-    hold(CALLS[op], some(rows, K, seed=rows).to(dtype), random_quant_weight(N, K, quant_type=name, seed=4))
+    hold(CALLS[op], some(rows, K, seed=rows).to(dtype), random_quant_weight(N, K, quant_type=name, seed=4), "native")
 
 
 @pytest.mark.parametrize(("name", "level"), grid(sorted(FORMATS), LEVELS, strength=1), indirect=["level"])
@@ -123,7 +58,7 @@ def test_integers_with_an_order_of_their_own(quant_type: str, scales: torch.dtyp
     for zeros, shifts, order, group in cases:
         w = random_affine_weight(N, K, quant_type, group, zeros=zeros, shifts=shifts, act_order=order, scales=scales)
         for rows in (1, 6, 70):
-            hold(CALLS["lora_linear"], some(rows, K), w)
+            hold(CALLS["lora_linear"], some(rows, K), w, "native")
 
 
 def test_norms_of_rows() -> None:

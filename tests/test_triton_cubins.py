@@ -15,6 +15,7 @@ import torch
 from forms import full, matrix
 
 from bench.static import budgets, calls, cases, gpus, metrics, report
+from peft_kernels.formats import FORMATS
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
@@ -47,6 +48,14 @@ def test_attention_in_float32(arch: int, features: int) -> None:
     """A thread reads whole rows of features, so heads of many are the first to spill; the limit above has no room."""
     kernels = ("attention", "attention_queries", "attention_keys")
     some = [calls.Case(kernel, N=features, dtype=torch.float32, p=0.0) for kernel in kernels]
+    assert budgets.check([row for case in some for row in report.triton_rows(case, arch)]) == []
+
+
+@pytest.mark.parametrize(("arch", "name"), matrix(
+    [(arch, name) for arch in (80, 90) for name in sorted(FORMATS) if FORMATS[name].number > 2], [(90, "int4")]
+))  # fmt: skip
+def test_formats(arch: int, name: str) -> None:
+    some = [calls.Case(kernel, M=16, N=1024, K=1024, quant_type=name) for kernel in ("forward", "backward")]
     assert budgets.check([row for case in some for row in report.triton_rows(case, arch)]) == []
 
 

@@ -35,6 +35,7 @@ CASES = {
     "nf4": lambda t: Case((0, 1, 2), 70, 128, dtype=t, weight="nf4", r=20),
     "dense": lambda t: Case((0, 2, 70), 31, 77, dtype=t, w_dtype=t, r=3, ab=t),
     "turned": lambda t: Case((0, 5, 9), 70, 90, dtype=t, weight="turned", w_dtype=t),
+    "no rows": lambda t: Case((0, 0, 0), 30, 64, dtype=t, weight="nf4"),
     "the base alone": lambda t: Case((0, 5, 9), 30, 64, dtype=t, weight="nf4", r=0, bias=False),
 }
 
@@ -42,7 +43,8 @@ CASES = {
 @on_device
 @pytest.mark.parametrize(("name", "dtype"), matrix(
     [(name, dtype) for name in CASES for dtype in (F32, F16, BF16)],
-    short=[("nested", BF16), ("nf4", F32), ("dense", F16), ("turned", BF16), ("the base alone", F32)],
+    short=[("nested", BF16), ("nf4", F32), ("dense", F16), ("turned", BF16),
+           ("the base alone", F32), ("no rows", BF16)],
 ))  # fmt: skip
 def test_device_cases(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

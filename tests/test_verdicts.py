@@ -22,7 +22,7 @@ import peft_kernels
 from peft_kernels import dispatch, native, samples, tuning, use_backend, verdicts
 from peft_kernels.code_paths import rows_class
 from peft_kernels.dispatch import Backend, Op
-from peft_kernels.testing import assert_same_bits
+from peft_kernels.testing import assert_same_bits, random_affine_weight
 
 OPS = dispatch.ops()
 Spoil = Callable[[list[Tensor]], None]
@@ -168,6 +168,22 @@ def test_small_calls_take_the_path_of_the_call(name: str) -> None:
         assert code_paths.of(op, small) == code_paths.of(op, large)
         weight = small[names.index("weight")]
         assert (weight[0] if stacked else weight).numel() < 600 * 2100
+
+
+def test_small_calls_have_the_parts_of_the_call() -> None:
+    from peft_kernels import code_paths
+
+    op, seen = OPS["lora_linear"], set()
+    parts = [(None, False, False), ("codes", True, False), ("values", False, True)]
+    for name, (zeros, shifts, order) in zip(("int4", "int8", "uint8"), parts, strict=True):
+        for each in (parts[0], (zeros, shifts, order)):
+            w = random_affine_weight(80, 200, name, 48, zeros=each[0], shifts=each[1], act_order=each[2])
+            call = [torch.randn(3, 200), *w.flatten(), 80, None, None, 1.0, None, 0.0, None]
+            small = samples.like(op.operands.names, op.sizes, call, verdicts._FEATURES[0])
+            op.examine(small)
+            assert code_paths.of(op, small) == code_paths.of(op, call)
+            seen.add(code_paths.of(op, call))
+    assert len(seen) == 5  # int4 without parts is both
 
 
 def test_classes_of_rows_end_where_code_paths_end() -> None:

@@ -35,6 +35,7 @@ class Case:
     p: float = 0.05
     dense: bool = False
     blocksize: int = 64
+    quant_type: str = "nf4"
     ds: bool = False
     row: int | None = None
     first: bool = True
@@ -47,6 +48,7 @@ class Case:
     @property
     def title(self) -> str:
         kind = " dense" if self.dense else "" if self.blocksize == 64 else f" blocks of {self.blocksize}"
+        kind += "" if self.quant_type == "nf4" else f" {self.quant_type}"
         drop = "" if self.p else " p=0"
         return f"{self.M} {self.K}x{self.N} r{self.r} {_SHORT[self.dtype]}{kind}{drop}"
 
@@ -56,14 +58,15 @@ def meta(*shape: int, dtype: torch.dtype = f32) -> Tensor:
 
 
 @cache
-def _packed(n: int, k: int, blocksize: int) -> tuple[Any, ...]:
-    return tuple(random_quant_weight(n, k, blocksize=blocksize, nested=True).to("meta").flatten())
+def _packed(n: int, k: int, blocksize: int, quant_type: str = "nf4") -> tuple[Any, ...]:
+    w = random_quant_weight(n, k, quant_type=quant_type, blocksize=blocksize, nested=True)
+    return tuple(w.to("meta").flatten())
 
 
 def _weight(c: Case) -> tuple[Any, ...]:
     if c.dense:
         return meta(c.N, c.K, dtype=c.dtype), None, None, None, None, 0, 64, 256
-    return _packed(c.N, c.K, c.blocksize)
+    return _packed(c.N, c.K, c.blocksize, c.quant_type)
 
 
 def _forward(c: Case) -> None:

@@ -17,6 +17,7 @@ from .registry import FORMATS, NUMBERS, check_parts, decode_4bit, format_of
 from .stacks import AdapterStack
 from .tables import (
     FP4_TABLE,
+    HAVE_TABLE,
     NF4_TABLE,
     QUANT_NAMES,
     QUANT_TYPES,
@@ -28,10 +29,10 @@ from .tables import (
 from .weight import QuantWeight
 
 __all__ = [
-    "BLOCKSIZES", "FORMATS", "FP4_TABLE", "NF4_TABLE", "NUMBERS", "QUANT_NAMES", "QUANT_TYPES", "TABLES",
-    "AdapterStack", "FlatWeight", "Format", "Parts", "QuantWeight", "check_parts", "contiguous", "decode_4bit",
-    "decode_absmax", "format_of", "from_awq", "from_bnb_int8", "from_gptq", "from_hqq", "from_torchao", "make_tables",
-    "pack_nibbles", "pair_table", "table",
+    "BLOCKSIZES", "FORMATS", "FP4_TABLE", "HAVE_TABLE", "NF4_TABLE", "NUMBERS", "QUANT_NAMES", "QUANT_TYPES",
+    "TABLES", "AdapterStack", "FlatWeight", "Format", "Parts", "QuantWeight", "check_parts", "contiguous",
+    "decode_4bit", "decode_absmax", "format_of", "from_awq", "from_bnb_int8", "from_gptq", "from_hqq",
+    "from_torchao", "make_tables", "pack_nibbles", "pair_table", "table",
 ]  # fmt: skip
 
 

@@ -66,7 +66,9 @@ def block_format(
 
 def half_at(blocks: Tensor, byte: int) -> Tensor:
     """float32 [n, 1]: the float16 at this byte of every block."""
-    return blocks[:, byte : byte + 2].contiguous().view(torch.float16).to(torch.float32)
+    # cloned, as `contiguous` leaves a single block where it lies, which may be at an odd byte
+    half = blocks[:, byte : byte + 2].clone(memory_format=torch.contiguous_format)
+    return half.view(torch.float16).to(torch.float32)
 
 
 def low_then_high(quants: Tensor, width: int) -> Tensor:

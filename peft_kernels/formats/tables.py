@@ -33,6 +33,7 @@ QUANT_NAMES: dict[int, str] = {v: k for k, v in QUANT_TYPES.items()}
 TABLES: dict[int, tuple[float, ...]] = {1: NF4_TABLE, 2: FP4_TABLE}
 IQ4_NL, MXFP4 = 14, 15  # numbers of formats
 _ALL: dict[int, tuple[float, ...]] = {**TABLES, IQ4_NL: IQ4_NL_TABLE, MXFP4: MXFP4_TABLE}
+HAVE_TABLE = frozenset(_ALL)  # numbers of the formats whose codes have one
 
 _tables: dict[torch.device, dict[int, tuple[Tensor, Tensor]]] = {}
 

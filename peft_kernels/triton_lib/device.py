@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from .formats import decode
+
 # read when Triton is imported, like Triton's own decision to interpret
 INTERPRET: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -17,6 +19,7 @@ DENSE: tl.constexpr = tl.constexpr(0)
 PAIR_ROWS: tl.constexpr = tl.constexpr(1)
 PAIR_ANY: tl.constexpr = tl.constexpr(2)
 ELEMENT: tl.constexpr = tl.constexpr(3)
+FORMAT: tl.constexpr = tl.constexpr(16)  # and more: the number of a format of `formats.py`
 
 
 @triton.jit
@@ -203,7 +206,8 @@ def load_weight(
     """The tile W[i_n0 : i_n0 + R, i_k0 : i_k0 + C] in DTYPE, zero outside [N, K]. i_k0 is a multiple of C.
 
     MODE: DENSE; PAIR_ROWS (rows start at a block: one scale per row and block); PAIR_ANY (rows start at a byte: a scale
-    per byte); ELEMENT (anything, exact to float32: a code and a scale per element).
+    per byte); ELEMENT (anything, exact to float32: a code and a scale per element); FORMAT + its number (`formats.py`,
+    exact; b_table is the pointer to the 16 values of codes there, as in ELEMENT).
     EVEN_N, EVEN_K: the caller's word that N is a multiple of R, K of C. Masks cost an instruction in ten otherwise.
     """
     i_n = i_n0 + tl.arange(0, R)
@@ -223,6 +227,10 @@ def load_weight(
         b_value = tl.load(b_table + b_code)
         b_scale = load_absmax(p_absmax, p_nested, p_code, p_offset, i_e // BLOCKSIZE, b_mask, NESTED, NESTED_BLOCKSIZE)
         b_w = round_to(tl.where(b_mask, b_value * b_scale, 0.0), DTYPE)
+    elif MODE >= 16:
+        b_mask = b_row & ((i_k0 + tl.arange(0, C)[None, :] < K) | EVEN_K)
+        b_w = round_to(decode(p_w, p_absmax, p_nested, p_code, p_offset, b_table, i_n, i_k0, b_row, b_mask, K, R, C,
+                              MODE - 16, BLOCKSIZE, NESTED), DTYPE)  # fmt: skip
     else:
         i_byte = i_k0 // 2 + tl.arange(0, C // 2)[None, :]
         b_mask = b_row & ((i_byte < K // 2) | EVEN_K)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import tuning
-from ..dispatch import FLOATS, Backend
+from ..dispatch import FLOATS, FOUR_BIT, Backend
 
+READS = FOUR_BIT | frozenset(range(3, 16))  # numbers of formats that `load_weight` of device.py decodes
 MOST_BLOCKS = 65535  # of a grid along y, and along z; along x there can be 2^31 - 1
 
 
@@ -65,7 +66,7 @@ def backends(
     return {
         name: Backend(
             "triton", function, devices=frozenset({"cuda"}), dtypes=dtypes, forced_devices=frozenset({"cpu"}),
-            min_capability=(8, 0), package="triton", available=missing, when=when,
+            min_capability=(8, 0), package="triton", available=missing, when=when, formats=READS,
         )
         for name, function in functions.items()
     }  # fmt: skip

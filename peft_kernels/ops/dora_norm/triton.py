@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import formats, tuning
 from ...dispatch import FLOATS
 from ...triton_lib import host
-from ..lora_linear.triton import _cdiv, _options, _rank_tile, _split
+from ..lora_linear.triton import _cdiv, _options, _rank_tile, _split, _Weight
 
 
 def _sums(
@@ -27,23 +27,18 @@ def _sums(
     r = 0 if a is None else a.shape[0]
     if n == 0 or k == 0:
         return torch.zeros((n,), dtype=torch.float64, device=weight.device)
-    nested = quant_type != 0 and nested_absmax is not None
-    absmax, nested_absmax, nested_code, offset = formats.contiguous(absmax, nested_absmax, nested_code, offset)
-    table = weight if quant_type == 0 else formats.table(quant_type, weight.device)
-    absmax = weight if absmax is None else absmax
-    second = (nested_absmax, nested_code, offset) if nested else (absmax, absmax, absmax)
-    halves = quant_type != 0 and k % blocksize == 0
+    w = _Weight(weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, n, k,
+                torch.float32)  # fmt: skip
+    halves = quant_type in formats.QUANT_NAMES and k % blocksize == 0
     arch = tuning.arch_of(weight.device)
     c = tuning.choose("dora_norm", arch, tuning.Shape(n, n, k, r, 32, halves, blocksize))
     br = _rank_tile(r, c.BR)
     parts, steps = _split(k, c.BK, _cdiv(n, c.BN), c.programs, 4)
     out = torch.empty((parts, n), dtype=torch.float64, device=weight.device)
     host.launch(
-        norm_kernel, (_cdiv(n, c.BN), parts), weight, absmax, *second, table,
+        norm_kernel, (_cdiv(n, c.BN), parts), *w.pointers,
         weight if a is None else a.contiguous(), weight if b is None else b.contiguous(), out, n, k, r,
-        *(weight.stride() if quant_type == 0 else (k, 1)), steps, scaling, ADAPTER=r > 0, HALVES=halves,
-        MODE=3 if quant_type else 0, BLOCKSIZE=blocksize, NESTED=nested, NESTED_BLOCKSIZE=nested_blocksize, BN=c.BN,
-        BK=c.BK, BR=br, **_options(c),
+        *w.strides, steps, scaling, ADAPTER=r > 0, HALVES=halves, **w.constants, BN=c.BN, BK=c.BK, BR=br, **_options(c),
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
 

@@ -42,6 +42,8 @@ def _product(
     (m, depth), (n, k) = x.shape, shape
     columns, r = k if by_rows else n, 0 if low is None else low.shape[1]
     y = x.new_empty((m, columns))
+    if not m:
+        return y
     bm, bk = 16 if plan.each() <= 16 else 64, 32 if x.dtype is torch.float32 else 64  # three stages fit in 99 KiB
     strides = w.strides if w.dense else (0, *w.strides)
     b = x[:, :0].unsqueeze(0) if b is None else b

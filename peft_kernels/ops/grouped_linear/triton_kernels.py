@@ -29,7 +29,7 @@ def product_kernel(
         i_c0 = tl.program_id(1) * BN
         i_c = i_c0 + tl.arange(0, BN)
         b_table = table_of(p_table, MODE)
-        if MODE == 3:
+        if MODE >= 3:
             b_table = p_table
         i_row = tl.zeros((), tl.int32)
         if MODE == 0:

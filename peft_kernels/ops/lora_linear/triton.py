@@ -22,7 +22,7 @@ from .. import dequantize_4bit as decoding
 from . import panels
 
 _LARGE = 128 * 128  # elements of a tile of y
-_DENSE, _PAIR_ROWS, _PAIR_ANY, _ELEMENT = 0, 1, 2, 3  # as in triton_lib/device.py
+_DENSE, _PAIR_ROWS, _PAIR_ANY, _ELEMENT, _FORMAT = 0, 1, 2, 3, 16  # as in triton_lib/device.py
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -49,6 +49,8 @@ def weight_mode(quant_type: int, n: int, k: int, blocksize: int, dtype: torch.dt
     """How the kernels read the weight; see `triton_lib/device.py`."""
     if quant_type == 0:
         return _DENSE
+    if quant_type > 2:
+        return _FORMAT + quant_type
     if dtype is torch.float32 or k % 2:
         return _ELEMENT  # float32 decodes exactly; rows of odd length start in the middle of a byte
     return _PAIR_ROWS if k % blocksize == 0 else _PAIR_ANY
@@ -64,17 +66,20 @@ class _Weight:
     ) -> None:  # fmt: skip
         native.say_misaligned(weight=weight)
         mode = weight_mode(quant_type, n, k, blocksize, dtype)
-        nested = mode != _DENSE and nested_absmax is not None
+        nested: int = mode != _DENSE and nested_absmax is not None
         absmax, nested_absmax, nested_code, offset = formats.contiguous(absmax, nested_absmax, nested_code, offset)
         self.parts = (weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize)
-        if mode == _DENSE:
-            table = absmax = weight
-            self.strides = weight.stride()
-        else:
+        self.strides = weight.stride() if mode == _DENSE else (k, 1)
+        table = weight
+        if quant_type in formats.HAVE_TABLE:
             pair = mode in (_PAIR_ROWS, _PAIR_ANY)
             table = (formats.pair_table if pair else formats.table)(quant_type, weight.device)
-            self.strides = (k, 1)
+        absmax = weight if absmax is None else absmax
         second = (nested_absmax, nested_code, offset) if nested else (absmax, absmax, absmax)
+        if mode >= _FORMAT:  # each may be absent; a group of more columns than there are is a row
+            blocksize = min(blocksize, max(k, 1))
+            second = tuple(absmax if t is None else t for t in (nested_absmax, nested_code, offset))
+            nested = sum(1 << i for i, t in enumerate((nested_absmax, nested_code, offset)) if t is not None)
         self.pointers = (weight, absmax, *second, table)
         self.plain = mode == _PAIR_ROWS or (mode == _DENSE and 1 in self.strides)
         self.blocksize, self.shape, self.dtype = blocksize, (n, k), dtype

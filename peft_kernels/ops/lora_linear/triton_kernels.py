@@ -108,7 +108,7 @@ def add_output(
             b_x = load_turned(p_x, p_turn, b_row, i_k0, K, b_row.shape[0], BK, TURN, ONE_TURN, EVEN_K, LEFT)
         else:
             b_x = tl.load(p_xt + i_k, mask=(i_k < K) | EVEN_K, other=0.0)
-        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
+        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE >= 3 else b_table, i_n0, i_k0,
                           N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
                           p_x.dtype.element_ty, EVEN_N, EVEN_K)  # fmt: skip
         if LEFT:
@@ -194,7 +194,7 @@ def add_input(
         i_n0 = i_step * BN
         i_n = (i_n0 + tl.arange(0, BN))[:, None]
         b_dy = tl.load(p_dyt + i_n, mask=(i_n < N) | EVEN_N, other=0.0)
-        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, i_n0, i_k0,
+        b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE >= 3 else b_table, i_n0, i_k0,
                           N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
                           p_dy.dtype.element_ty, EVEN_N, EVEN_K)  # fmt: skip
         if LEFT:
@@ -353,7 +353,7 @@ def decode_kernel(
     b_table = tl.arange(0, 1)
     if MODE == 1 or MODE == 2:
         b_table = tl.load(p_table + tl.arange(0, 256)).to(tl.uint32, bitcast=True)
-    b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE == 3 else b_table, first_n + i_n0,
+    b_w = load_weight(p_w, p_absmax, p_nested, p_code, p_offset, p_table if MODE >= 3 else b_table, first_n + i_n0,
                       first_k + i_k0, N, K, stride_n, stride_k, BN, BK, MODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE,
                       p_out.dtype.element_ty)  # fmt: skip
     i_n = i_n0 + tl.arange(0, BN)[:, None]
