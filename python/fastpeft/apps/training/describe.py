@@ -15,12 +15,13 @@ from .run import Prepared, adapter_config
 def describe(config: TrainConfig, prepared: Sequence[Prepared]) -> dict[str, Any]:
     """The plan of a run. Builds the model without weights; a run of several adapters has ``adapters`` by name."""
     from ... import get_peft_model
+    from ...model.status import count_parameters
 
     started = time.monotonic()
     first = prepared[0]
     model = models.empty_model(first.source, first.dtype)
     base_bytes = _base_bytes(model, config)
-    total = sum(p.numel() for p in model.parameters())
+    total = count_parameters(model)[1]
     shape = model.config.get_text_config()
     adapters = {}
     for p in prepared:
@@ -87,6 +88,8 @@ def _base_bytes(model: Any, config: TrainConfig) -> int:
     """Bytes of the frozen weights: 4 bits and the scales for what will be quantised, the dtype for the rest."""
     import torch
 
+    if config.quantize == "gguf":
+        return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
     scale_bits = (8 + 32 / 256) / 64 if config.double_quant else 32 / 64
     quantised = set()
     for name, module in model.named_modules():
