@@ -11,8 +11,8 @@ from torch import nn
 from ..inject.modules import AdapterModule, adapter_modules
 from ..layer.containers import AdapterDict
 from ..weights.nf4 import Quant4bitWeight
-from ..weights.quant_embedding import QuantEmbedding
 from ..weights.parameters_4bit import packed_in
+from ..weights.quant_embedding import QuantEmbedding
 from .tuner import BaseTuner
 
 Irregular = Literal["irregular"]

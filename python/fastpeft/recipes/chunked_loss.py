@@ -39,7 +39,8 @@ def chunked_cross_entropy(
     """``-log softmax(logits)[target]``, float32 (float64 for float64 ``hidden``): its sum over tokens, or each [N].
 
     hidden [N, H]; weight [V, H], dense or quantised (decoded a slice at a time); bias [V]; targets [N] int64 in
-    0..V-1. ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)`` where given.
+    0..V-1. ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)`` where
+    given.
     native_products: multiply hidden states of bfloat16 in it (float32 sums; float16 on an accelerator as well) instead
     of in float32: twice as fast, and as exact as the model's own head.
     Differentiable in hidden, and with "sum" in weight and bias (a second sweep, made only when needed). With "none" a

@@ -54,7 +54,8 @@ class Naming:
         from transformers import modeling_gguf_pytorch_utils as own
 
         architecture = str(file.values.get("general.architecture"))
-        processor = own.TENSOR_PROCESSORS.get(architecture, own.TensorProcessor)(config=model.config.to_dict())
+        make: Any = own.TENSOR_PROCESSORS.get(architecture, own.TensorProcessor)
+        processor = make(config=model.config.to_dict())
         prefix = model.base_model_prefix
         inner = getattr(model, prefix, None)
         try:
@@ -102,9 +103,10 @@ class Naming:
 def blocks(
     file: GGUFFile, naming: Naming, name: str, shape: tuple[int, ...], dtype: torch.dtype, empty: bool = False
 ) -> QuantWeight | None:  # fmt: skip
-    """A matrix as it lies in the file; a copy of its bytes in another order where llama.cpp has its rows so. None for
-    floats, and where transformers changes more than the order. empty: on the meta device, nothing is read. Raises AdapterFileError for one of another shape, and
-    for types that kernels do not read.
+    """A matrix as it lies in the file; a copy of its bytes in another order where llama.cpp has its rows so.
+
+    None for floats, and where transformers changes more than the order. empty: on the meta device, nothing is read.
+    Raises AdapterFileError for one of another shape, and for types that kernels do not read.
     """
     found = file.tensors[name]
     if found.quant in _FLOATS:

@@ -1,7 +1,8 @@
 """A quantised weight as buffers of a module.
 
-The bytes that its owner holds (bitsandbytes, a GGUF file), as plain buffers: nothing hangs on a Parameter subclass, so a module pickles,
-deep-copies and moves like any other, and its scales survive `.to(dtype)`. Format: QLoRA (arXiv 2305.14314).
+The bytes that its owner holds (bitsandbytes, a GGUF file), as plain buffers: nothing hangs on a Parameter subclass, so
+a module pickles, deep-copies and moves like any other, and its scales survive `.to(dtype)`. Format of NF4: QLoRA (arXiv
+2305.14314).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class NF4Store(nn.Module):
 
     def load_parts(self, state: dict[str, Any], prefix: str, assign: bool) -> None:
         """Take what `save_parts` and `weight` gave. ValueError or TypeError where it does not fit this layer."""
-        parts = {name: state.get(prefix + name) for name in SCALES}
+        parts: dict[str, Any] = {name: state.get(prefix + name) for name in SCALES}
         packed = state[prefix + "weight"]
         self.load_quant_weight(replace(self.quant_weight(), packed=packed, **parts), assign)
 

@@ -71,7 +71,8 @@ def _run(output: Path, settings: TrainConfig) -> dict[str, Any]:
 
     clock, steps = folder.Clock(), settings.max_steps
     with Console() as progress:
-        progress.say(f"quickstart: SmolLM2-135M-Instruct as its GGUF file lies, LoRA r=16, {steps} steps; results go to {output}")
+        of = "SmolLM2-135M-Instruct as its GGUF file lies"
+        progress.say(f"quickstart: {of}, LoRA r=16, {steps} steps; results go to {output}")
         progress.say("reading Python's own documentation")
         train, held_out = pydocs.split(pydocs.pairs())
         shown = five(held_out)

@@ -13,7 +13,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ... import NF4Linear, get_peft_model
-from ...model.status import count_parameters
 from ..training import gguf_base, models
 from ..training.config import TrainConfig
 from ..training.errors import UserError
@@ -73,7 +72,7 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
     _check(config, vars(shape).pop("quantization_config", None))
     if config.quantize == gguf_base.STORAGE:
         model = models.empty_model(models.resolve(config.model, config.quantize), dtype)
-        return _with_adapters(config, model, count_parameters(model)[1], 0)
+        return _with_adapters(config, model, gguf_base.elements(model), 0)
     auto: Any = transformers.AutoModelForCausalLM
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from . import models
+from . import gguf_base, models
 from .config import TrainConfig
 from .run import Prepared, adapter_config
 
@@ -15,13 +15,12 @@ from .run import Prepared, adapter_config
 def describe(config: TrainConfig, prepared: Sequence[Prepared]) -> dict[str, Any]:
     """The plan of a run. Builds the model without weights; a run of several adapters has ``adapters`` by name."""
     from ... import get_peft_model
-    from ...model.status import count_parameters
 
     started = time.monotonic()
     first = prepared[0]
     model = models.empty_model(first.source, first.dtype)
     base_bytes = _base_bytes(model, config)
-    total = count_parameters(model)[1]
+    total = gguf_base.elements(model)
     shape = model.config.get_text_config()
     adapters = {}
     for p in prepared:

@@ -24,7 +24,8 @@ class CompletionLoss:
 
     model: a transformers causal language model, or an adapter model around one.
     A plain linear head, dense or quantised, goes through `chunked_cross_entropy`. A head that something wraps (an
-    adapter on ``lm_head``, a trained copy) is called on ``chunk_tokens`` tokens at a time and recomputed in the backward pass.
+    adapter on ``lm_head``, a trained copy) is called on ``chunk_tokens`` tokens at a time and recomputed in the
+    backward pass.
     """
 
     def __init__(self, model: Any, chunk_vocab: int = 4096, chunk_tokens: int = 1024) -> None:

@@ -59,3 +59,10 @@ def load(path: Path, dtype: torch.dtype, device: torch.device | str, attention: 
 def told(say: Callable[[str], object] | None, path: Path) -> None:
     if say is not None:
         say(f"using {path.name} as it lies")
+
+
+def elements(model: Any) -> int:
+    """Elements of a base's parameters and quantised weights, what is shared once."""
+    held = {id(m._buffers.get("weight", m)): m.quant_weight().numel for m in model.modules()
+            if hasattr(m, "quant_weight")}  # fmt: skip
+    return sum(p.numel() for p in model.parameters()) + sum(held.values())

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import gguf_base
 from .errors import UserError
-from .gguf_base import PACKAGED, find_packaged_gguf
+from .gguf_base import PACKAGED as PACKAGED
+from .gguf_base import find_packaged_gguf as find_packaged_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -229,7 +230,8 @@ def load_base(
 ) -> Any:  # fmt: skip
     """A base as `load_model` gives it, quantised tensor by tensor while it is read: its dense form never exists.
 
-    storage: none, nf4, fp4, or gguf for a file as it lies. how: the settings of a run, or the note beside its adapter. A folder that bitsandbytes
+    storage: none, nf4, fp4, or gguf for a file as it lies. how: the settings of a run, or the note beside its adapter.
+    A folder that bitsandbytes
     quantised to that type is taken as it is. cache: keep the quantised model, or open the one that was kept, mapped;
     `say` is told which. Raises `UserError` for a model that cannot be kept so, for a broken file by its name, and where
     there is no room for what is to be kept.
