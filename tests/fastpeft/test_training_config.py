@@ -51,7 +51,7 @@ def test_config_round_trips() -> None:
         ({"epochs": float("inf")}, "epochs: expected a positive number"),
         ({"schedule": "cosin"}, "wsd, got 'cosin'; did you mean 'cosine'?"),
         ({"optimizer": "adam8"}, "optimizer: expected one of"),
-        ({"quantize": "int8"}, "quantize: expected one of none, nf4, fp4, got 'int8'"),
+        ({"quantize": "int8"}, "quantize: expected one of auto, none, nf4, fp4, gguf, got 'int8'"),
         ({"betas": [0.9]}, "betas: expected two numbers"),
         ({"betas": 0.9}, "betas: expected a list, got 0.9"),
         ({"lora": 3}, "lora: expected a mapping, got 3"),

@@ -12,6 +12,7 @@ from ..inject.modules import AdapterModule, adapter_modules
 from ..layer.containers import AdapterDict
 from ..weights.nf4 import Quant4bitWeight
 from ..weights.parameters_4bit import packed_in
+from ..weights.quant_embedding import QuantEmbedding
 from .tuner import BaseTuner
 
 Irregular = Literal["irregular"]
@@ -56,10 +57,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
             count *= 2 * parameter.element_size()
         total += count
         trainable += count if parameter.requires_grad else 0
+    seen: set[int] = set()  # of bytes that an embedding and its head share
     for module in model.modules():
-        # Our 4-bit layers keep their bytes in buffers, so that nothing takes them for something to train.
-        if Quant4bitWeight.accepts(module):
-            total += Quant4bitWeight(module).quant().numel
+        # Our quantised layers keep their bytes in buffers, so that nothing takes them for something to train.
+        if Quant4bitWeight.accepts(module) or isinstance(module, QuantEmbedding):
+            held = id(module._buffers.get("weight", module))
+            total += 0 if held in seen else Quant4bitWeight(module).quant().numel
+            seen.add(held)
         # Of experts' parameters in bitsandbytes' form the bytes are counted above.
         total += sum(packed.quant().numel - packed.counted for packed in packed_in(module))
     return trainable, total

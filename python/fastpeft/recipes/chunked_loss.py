@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from peft_kernels import softmax_slice
+from peft_kernels import QuantWeight, dequantize_4bit, softmax_slice
 
 CHUNK_VOCAB, CHUNK_TOKENS = 4096, 1024
 WHOLE_TOKENS = 128  # at a time, where all of a token's scores are made
@@ -25,7 +25,7 @@ WHOLE_TOKENS = 128  # at a time, where all of a token's scores are made
 
 def chunked_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantWeight,
     targets: Tensor,
     bias: Tensor | None = None,
     *,
@@ -38,14 +38,15 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """``-log softmax(logits)[target]``, float32 (float64 for float64 ``hidden``): its sum over tokens, or each [N].
 
-    hidden [N, H]; weight [V, H]; bias [V]; targets [N] int64 in 0..V-1.
-    ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)`` where given.
+    hidden [N, H]; weight [V, H], dense or quantised (decoded a slice at a time); bias [V]; targets [N] int64 in
+    0..V-1. ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = softcap * tanh(z / softcap)`` where
+    given.
     native_products: multiply hidden states of bfloat16 in it (float32 sums; float16 on an accelerator as well) instead
     of in float32: twice as fast, and as exact as the model's own head.
     Differentiable in hidden, and with "sum" in weight and bias (a second sweep, made only when needed). With "none" a
     weight or bias that trains is a ValueError: their gradients are made before it is known how tokens are weighted.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.dim() != 2 or len(weight.shape) != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [N, H] and weight [V, H] expected, got {list(hidden.shape)} and {list(weight.shape)}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets [{hidden.shape[0]}] expected, got {list(targets.shape)}")
@@ -53,7 +54,8 @@ def chunked_cross_entropy(
         raise ValueError(
             f"targets must lie in 0..{weight.shape[0] - 1}, got {int(targets.min())}..{int(targets.max())}"
         )
-    if reduction == "none" and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+    trained = (t for t in (weight, bias) if isinstance(t, Tensor) and t.requires_grad)
+    if reduction == "none" and any(True for _ in trained):
         raise ValueError('reduction="none" needs a frozen weight and bias; use "sum" to train the head')
     with torch.autocast(hidden.device.type, enabled=False):  # products and sums are in the dtypes that are named here
         result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's apply has no types
@@ -87,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantWeight,
         bias: Tensor | None,
         targets: Tensor,
         scale: float,
@@ -103,8 +105,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head = _Head(weight, bias, scale, softcap, chunk_vocab, dtype, product)
         losses = torch.empty(hidden.shape[:1], dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-        grad_bias = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if need_bias else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if need_weight else None
+        grad_bias = torch.zeros(weight.shape[:1], dtype=dtype, device=hidden.device) if need_bias else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h, t = hidden[rows].detach().to(product), targets[rows]
@@ -115,7 +117,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 head.weight_gradients(h, t, log_sum, grad_weight, grad_bias)
         ctx.gradients = (
             grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_weight is None or not isinstance(weight, Tensor) else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
         return losses.sum() if reduction == "sum" else losses
@@ -140,16 +142,26 @@ class _Head:
     """The projection to the vocabulary, slice by slice. dtype: of the softmax and all sums; product: of the factors."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, chunk: int, dtype: torch.dtype,
-        product: torch.dtype,
+        self, weight: Tensor | QuantWeight, bias: Tensor | None, scale: float, softcap: float | None, chunk: int,
+        dtype: torch.dtype, product: torch.dtype,
     ) -> None:  # fmt: skip
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.weight = weight.detach() if isinstance(weight, Tensor) else weight
+        self.bias = None if bias is None else bias.detach()
         self.scale, self.softcap, self.chunk, self.dtype, self.product = scale, softcap, chunk, dtype, product
+
+    def _rows(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight in a dtype."""
+        if isinstance(self.weight, Tensor):
+            return self.weight[index].to(dtype)
+        some = self.weight.take(index)
+        if some is None:  # blocks of NF4 that straddle rows
+            return dequantize_4bit(self.weight, dtype)[index]
+        return dequantize_4bit(some, dtype)
 
     def _logits(self, h: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits of one slice [n, v], the slice of the weight, and tanh(z / softcap) where there is a cap."""
         rows = slice(start, start + self.chunk)
-        w = self.weight[rows].to(self.product)
+        w = self._rows(rows, self.product)
         z = (h @ w.t()).to(self.dtype)
         if self.bias is not None:
             z += self.bias[rows].to(self.dtype)
@@ -201,7 +213,7 @@ class _Head:
         room = h.new_empty(h.shape[0] * min(self.chunk, rows))  # taken from the system once, not for each slice
         mean = torch.zeros(h.shape, dtype=self.dtype) if need_gradient else None
         for start in range(0, rows, self.chunk):
-            w = self.weight[start : start + self.chunk].to(self.product)
+            w = self._rows(slice(start, start + self.chunk), self.product)
             p = room[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
             torch.mm(h, w.t(), out=p)
             rescale = softmax_slice.add(state, p, targets, start, self.scale)
@@ -223,7 +235,7 @@ class _Head:
             return losses, log_sum, None
         mean /= total.unsqueeze(1)
         # softmax - 1 at the target as expm1, which keeps the digits of a confident prediction
-        mean += self.weight[targets].to(self.dtype) * (torch.expm1(at_target - log_sum) * slope).unsqueeze(1)
+        mean += self._rows(targets, self.dtype) * (torch.expm1(at_target - log_sum) * slope).unsqueeze(1)
         return losses, log_sum, mean.mul_(self.scale)
 
     def weight_gradients(

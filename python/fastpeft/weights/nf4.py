@@ -11,12 +11,31 @@ from torch import Tensor, nn
 
 import peft_kernels
 from peft_kernels import QuantWeight
+from peft_kernels.formats import FORMATS, QUANT_TYPES
 
+from ..files.gguf_file import quantised_blocks
 from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, put_back, relative_error
 from .lookups import Lookups
 from .nf4_store import NF4Store
 from .quantised_rows import quantised_rows
+
+
+def requantised(w: Tensor, like: QuantWeight) -> QuantWeight:
+    """W, float32, in the format of `like`, which is not NF4 or FP4; blocks of GGUF by the package gguf. ValueError
+    where only the owner's files have the format."""
+    known = FORMATS[like.quant_type]
+    if known.quantize is not None:
+        parts = known.quantize(w, like.blocksize)
+        return QuantWeight(
+            parts.packed, parts.absmax, like.shape, like.quant_type, parts.blocksize, like.dtype, parts.nested_absmax,
+            parts.nested_code, parts.nested_blocksize, parts.offset,
+        )  # fmt: skip
+    made = None if known.blocksize is None else quantised_blocks(w, like.quant_type)
+    if made is None:
+        raise ValueError(f"a merge has to quantise to {like.quant_type} again, and there is no quantiser for it: merge "
+                         "onto a dense base, or keep the adapter beside it")  # fmt: skip
+    return QuantWeight.gguf(made, like.quant_type, like.shape, like.dtype)
 
 
 class Quant4bitWeight(BaseWeight):
@@ -56,6 +75,9 @@ class Quant4bitWeight(BaseWeight):
         return relative_error(self.read()[0], w)
 
     def _store(self, w: Tensor, like: QuantWeight) -> None:
+        if like.quant_type not in QUANT_TYPES:
+            self._replace(requantised(w, like))
+            return
         new = peft_kernels.quantize_4bit(
             w, quant_type=like.quant_type, blocksize=like.blocksize, nested=like.nested,
             nested_blocksize=like.nested_blocksize,

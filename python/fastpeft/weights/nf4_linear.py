@@ -1,4 +1,4 @@
-"""Our own 4-bit linear layer.
+"""Our own quantised linear layer: NF4 and FP4, and the other formats of `peft_kernels.formats`.
 
 The state dict of an `NF4Linear` has bitsandbytes' pre-quantised keys (`weight`, `weight.absmax`, `weight.quant_map`,
 `weight.quant_state.bitsandbytes__nf4`, ...), so a saved model loads in transformers with bitsandbytes, and theirs loads
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from peft_kernels import QuantWeight, dequantize_4bit, lora_linear, quantize_4bit
 
 from .bnb_keys import as_modules, bnb_state, parse_bnb_state
-from .nf4_store import NF4Store
+from .nf4_store import SCALES, NF4Store
 
 
 class NF4Linear(NF4Store):
-    """A frozen linear layer whose weight is stored in 4 bits: `y = x W^T + bias` with x of [..., in_features].
+    """A frozen linear layer over a quantised weight: `y = x W^T + bias` with x of [..., in_features].
+
+    The weight may have any format of `QuantWeight`, blocks of a mapped GGUF file too; NF4 and FP4 are what
+    `quantize_model` makes.
 
     `bias` is a Parameter that needs no gradient until asked to. The output has x's dtype; sums are float32. With
     `compute_dtype` x is cast to it first, as bitsandbytes does.
@@ -79,6 +82,9 @@ class NF4Linear(NF4Store):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.is_bnb:
+            self.save_parts(destination, prefix)
+            return
         destination.pop(prefix + "absmax", None)  # of a sharded layer; its key is bitsandbytes'
         destination.update({prefix + key: value for key, value in bnb_state(self.quant_weight()).items()})
 
@@ -106,6 +112,8 @@ class NF4Linear(NF4Store):
     ) -> None:  # fmt: skip
         mine = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix + "weight")}
         others = {k: v for k, v in state_dict.items() if not k.startswith(prefix + "weight")}
+        if not self.is_bnb:
+            others = {k: v for k, v in others.items() if k not in {prefix + name for name in SCALES}}
         assign = self.weight.is_meta or local_metadata.get("assign_to_params_buffers", False)
         metadata = {**local_metadata, "assign_to_params_buffers": assign}
         lacking: list[str] = []
@@ -115,6 +123,9 @@ class NF4Linear(NF4Store):
             missing_keys.append(prefix + "weight")
             return
         try:
+            if not self.is_bnb:
+                self.load_parts(state_dict, prefix, assign)
+                return
             weight = parse_bnb_state(mine, prefix)
             if tuple(weight.shape) != (shape := (self.out_features, self.in_features)):
                 found = f"a 4-bit weight of {tuple(weight.shape)}, the layer is {shape}"

@@ -1,7 +1,8 @@
-"""A 4-bit weight as buffers of a module.
+"""A quantised weight as buffers of a module.
 
-The bytes that bitsandbytes would hold, as plain buffers: nothing hangs on a Parameter subclass, so a module pickles,
-deep-copies and moves like any other, and its scales survive `.to(dtype)`. Format: QLoRA (arXiv 2305.14314).
+The bytes that its owner holds (bitsandbytes, a GGUF file), as plain buffers: nothing hangs on a Parameter subclass, so
+a module pickles, deep-copies and moves like any other, and its scales survive `.to(dtype)`. Format of NF4: QLoRA (arXiv
+2305.14314).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_kernels import QuantWeight
-from peft_kernels.formats import make_tables
+from peft_kernels.formats import QUANT_TYPES, make_tables
 
 from .lookups import Lookups
 
@@ -21,14 +22,14 @@ SCALES = ("absmax", "nested_absmax", "nested_code", "offset")
 
 
 class NF4Store(nn.Module):
-    """A module that holds a 4-bit weight.
+    """A module that holds a quantised weight of any format of `peft_kernels.formats`.
 
     Buffers: `weight` (packed bytes, [ceil(numel / 2), 1], as bitsandbytes shapes them), `absmax`, and when nested
     `nested_absmax`, `nested_code`, `offset`. shape: of the weight.
     """
 
     weight: Tensor
-    absmax: Tensor
+    absmax: Tensor | None
     nested_absmax: Tensor | None
     nested_code: Tensor | None
     offset: Tensor | None
@@ -73,7 +74,6 @@ class NF4Store(nn.Module):
         self.quant_type, self.blocksize, self.dtype = weight.quant_type, weight.blocksize, weight.dtype
         self.nested_blocksize = weight.nested_blocksize
         self.weight = weight.packed.detach().view(-1, 1)
-        assert weight.absmax is not None
         self.absmax = weight.absmax
         self.nested_absmax, self.nested_code, self.offset = weight.nested_absmax, weight.nested_code, weight.offset
         self.__dict__.pop("_quant_weight", None)
@@ -88,7 +88,22 @@ class NF4Store(nn.Module):
 
     @property
     def nested(self) -> bool:
-        return self.nested_absmax is not None
+        return self.nested_absmax is not None and self.is_bnb
+
+    @property
+    def is_bnb(self) -> bool:
+        """True of NF4 and FP4, whose keys of a state dict are bitsandbytes'."""
+        return self.quant_type in QUANT_TYPES
+
+    def save_parts(self, destination: dict[str, Any], prefix: str) -> None:
+        """Put the parts beside `weight` into a state dict, of a format that has no keys of bitsandbytes."""
+        destination.update({prefix + name: t for name in SCALES if (t := self._buffers.get(name)) is not None})
+
+    def load_parts(self, state: dict[str, Any], prefix: str, assign: bool) -> None:
+        """Take what `save_parts` and `weight` gave. ValueError or TypeError where it does not fit this layer."""
+        parts: dict[str, Any] = {name: state.get(prefix + name) for name in SCALES}
+        packed = state[prefix + "weight"]
+        self.load_quant_weight(replace(self.quant_weight(), packed=packed, **parts), assign)
 
     @property
     def sharded(self) -> bool:

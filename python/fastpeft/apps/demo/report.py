@@ -17,7 +17,7 @@ def report(summary: dict[str, Any]) -> str:
     """The run in Markdown: numbers, curve, answers, and how to go on."""
     share = 100 * summary["trainable_parameters"] / summary["parameters"]
     facts = [
-        ("Model", f"{summary['model']}, linear layers in NF4 with double quantisation"),
+        ("Model", f"{summary['model']}, as its GGUF file lies"),
         ("Adapter", f"LoRA r=16 on all linear layers: {summary['trainable_parameters']:,} parameters ({share:.1f} %)"),
         ("Data", f"Python's own documentation: {summary['training_examples']:,} pairs, "
                  f"{summary['held_out_examples']} held out"),

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ... import NF4Linear, get_peft_model
-from ..training import models
+from ..training import gguf_base, models
 from ..training.config import TrainConfig
 from ..training.errors import UserError
 from ..training.memory import enable_checkpoints
@@ -71,6 +71,9 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
 
     shape = copy.deepcopy(base)
     _check(config, vars(shape).pop("quantization_config", None))
+    if config.quantize == gguf_base.STORAGE:
+        model = models.empty_model(models.resolve(config.model, config.quantize), dtype)
+        return _with_adapters(config, model, gguf_base.elements(model), 0)
     auto: Any = transformers.AutoModelForCausalLM
     extra = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
@@ -84,6 +87,11 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
     largest = max(p.nbytes for p in model.parameters())
     if config.quantize != "none":
         _in_four_bits(model, config, dtype)
+    return _with_adapters(config, model, parameters, largest)
+
+
+def _with_adapters(config: TrainConfig, model: Any, parameters: int, largest: int) -> Shape:
+    """The shape of a run with this base on the meta device."""
     base_bytes = bytes_of(model)
     for name, one in config.each().items():
         if not hasattr(model, "peft_config"):

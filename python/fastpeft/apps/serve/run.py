@@ -22,6 +22,7 @@ import uvicorn
 from ...pool import AdapterPool
 from ..training import models
 from ..training.errors import UserError
+from ..training.gguf_base import names_gguf
 from ..training.inference import end_tokens
 from .adapters import Adapters
 from .api import Service
@@ -35,6 +36,7 @@ Say = Callable[[str], None]
 # shape of weight, 1024 of them: a gigabyte after some minutes. 128 are enough for the sizes of now, and one that is
 # missing costs a millisecond. Read at the first product.
 _ONEDNN_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+_STORED = {"nf4": "NF4", "gguf": "as it lies"}
 _CACHED = 512  # tokens of the cache for each request of a batch, if nothing else is said
 _BACKLOG = 2048  # connections that the system keeps until they are accepted
 _SPARE = 4  # connections beside those of requests, for /health and the like
@@ -92,14 +94,14 @@ def load(options: Options, say: Say) -> Loaded:
         raise UserError("--allow-runtime-adapters needs a directory of adapters", "give --adapters DIR")
     if options.bodies.max_body > min(options.bodies.client_memory, options.bodies.body_memory):
         raise UserError("--max-body is more than --client-memory or --body-memory", "lower it or raise those")
-    source = models.resolve(options.model)
+    storage = "nf4" if options.nf4 else "gguf" if names_gguf(options.model) else "none"
+    source = models.resolve(options.model, storage)
     device = models.pick_device(options.device)
     dtype = models.pick_dtype(options.dtype, device)
     say(f"loading {source.note}{', quantising it to NF4' if options.nf4 else ''}")
     tokenizer = models.load_tokenizer(source)
     if options.cache_quantized and not options.nf4:
         raise UserError("--cache-quantized, and the base is not quantised", "give --nf4 as well")
-    storage = "nf4" if options.nf4 else "none"
     model = models.load_base(source, dtype, device, storage, {}, cache=options.cache_quantized, say=say)
     pool = None if options.adapters is None else _pool(model, options, say)
     for why in models.speed_up(model):
@@ -110,7 +112,7 @@ def load(options: Options, say: Say) -> Loaded:
     if pool is not None and name in pool:
         say(f"warning: adapter {name!r} has the base model's name and cannot be asked for; see --served-model-name")
     adapters = Adapters(engine, name, options.adapters, options.by_request, options.rescan)
-    note = f"{source.note}, {'NF4' if options.nf4 else 'dense'}, {str(dtype).removeprefix('torch.')} on {device}"
+    note = f"{source.note}, {_STORED.get(storage, 'dense')}, {str(dtype).removeprefix('torch.')} on {device}"
     return Loaded(Service(engine, tokenizer, adapters, options.bodies), note, name, pool)
 
 

@@ -13,8 +13,9 @@ from typing import Any, Literal, cast
 
 from ... import check_adapter_name
 from .errors import UserError
+from .gguf_base import check_unused, storage_of
 
-Quantize = Literal["none", "nf4", "fp4"]
+Quantize = Literal["auto", "none", "nf4", "fp4", "gguf"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Truncate = Literal["completion", "prompt", "drop", "error"]
 Template = Literal["auto", "chat", "plain"]
@@ -86,7 +87,7 @@ class TrainConfig:
     method: str = "lora"
     lora: dict[str, Any] = field(default_factory=_lora_defaults)
     adapter: dict[str, Any] = field(default_factory=dict)
-    quantize: Quantize = "nf4"
+    quantize: Quantize = "auto"
     double_quant: bool = True
     quantize_skip: list[str] = field(default_factory=lambda: ["lm_head"])
     quantize_experts: bool = False
@@ -132,6 +133,7 @@ class TrainConfig:
     early_stopping_threshold: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "quantize", storage_of(self.model, self.quantize))
         self._unpack_for_prompts()
         if self.objective == "dpo":  # a row for each answer
             object.__setattr__(self, "packing", False)
@@ -155,6 +157,8 @@ class TrainConfig:
         _require(0 <= self.eval_fraction < 1, "eval_fraction", "at least 0 and below 1", self.eval_fraction)
         ok = len(self.betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas)
         _require(ok, "betas", "two numbers, each at least 0 and below 1", self.betas)
+        if self.quantize == "gguf":
+            check_unused(self.to_dict())
         if self.cache_quantized and self.quantize == "none":
             raise UserError("cache_quantized=true, and quantize=none", "choose nf4 or fp4, or leave it out")
         if self.quantize_experts and self.quantize == "none":

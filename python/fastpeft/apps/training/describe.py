@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from . import models
+from . import gguf_base, models
 from .config import TrainConfig
 from .run import Prepared, adapter_config
 
@@ -20,7 +20,7 @@ def describe(config: TrainConfig, prepared: Sequence[Prepared]) -> dict[str, Any
     first = prepared[0]
     model = models.empty_model(first.source, first.dtype)
     base_bytes = _base_bytes(model, config)
-    total = sum(p.numel() for p in model.parameters())
+    total = gguf_base.elements(model)
     shape = model.config.get_text_config()
     adapters = {}
     for p in prepared:
@@ -87,6 +87,8 @@ def _base_bytes(model: Any, config: TrainConfig) -> int:
     """Bytes of the frozen weights: 4 bits and the scales for what will be quantised, the dtype for the rest."""
     import torch
 
+    if config.quantize == "gguf":
+        return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
     scale_bits = (8 + 32 / 256) / 64 if config.double_quant else 32 / 64
     quantised = set()
     for name, module in model.named_modules():

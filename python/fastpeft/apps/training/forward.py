@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ... import chunked_cross_entropy, cross_entropy_by_rows
+from ... import NF4Linear, chunked_cross_entropy, cross_entropy_by_rows
 from .data import Example
 from .errors import UserError
 from .packing import Batch, collate
@@ -23,8 +23,9 @@ class CompletionLoss:
     """Computes the summed loss over a batch's learned tokens, or that of each token.
 
     model: a transformers causal language model, or an adapter model around one.
-    A plain linear head goes through `chunked_cross_entropy`. A head that something wraps (an adapter on ``lm_head``, a
-    trained copy) is called on ``chunk_tokens`` tokens at a time and recomputed in the backward pass.
+    A plain linear head, dense or quantised, goes through `chunked_cross_entropy`. A head that something wraps (an
+    adapter on ``lm_head``, a trained copy) is called on ``chunk_tokens`` tokens at a time and recomputed in the
+    backward pass.
     """
 
     def __init__(self, model: Any, chunk_vocab: int = 4096, chunk_tokens: int = 1024) -> None:
@@ -70,9 +71,11 @@ class CompletionLoss:
         own = states[:, before:] if before else states
         hidden: Tensor = own.flatten(0, 1).index_select(0, batch.where)
         # a head that `accelerate` switched is a plain linear with a quicker way for few rows
-        if type(self.head) is torch.nn.Linear or getattr(type(self.head), "_fastpeft_accelerated", False):
+        quantised = type(self.head) is NF4Linear and self.head.compute_dtype in (None, hidden.dtype)
+        if type(self.head) is torch.nn.Linear or getattr(type(self.head), "_fastpeft_accelerated", False) or quantised:
+            weight = self.head.quant_weight() if quantised else self.head.weight
             found: Tensor = chunked_cross_entropy(
-                hidden, self.head.weight, batch.targets, self.head.bias, scale=self.scale, softcap=self.softcap,
+                hidden, weight, batch.targets, self.head.bias, scale=self.scale, softcap=self.softcap,
                 chunk_vocab=self.chunk_vocab, chunk_tokens=self.chunk_tokens, native_products=True,
                 reduction=reduction,
             )  # fmt: skip

@@ -185,7 +185,7 @@ def _dpo(config: TrainConfig, model: Any, track: Track, device: torch.device) ->
         trainer = PreferenceTrainer(
             model, args=_one_device(arguments), train_dataset=table(itertools.islice(filter(None, track.examples), 1)),
             eval_dataset=table(track.held_out_examples) if track.held_out_examples else [],
-            processing_class=models.load_tokenizer(models.resolve(config.model)),
+            processing_class=models.load_tokenizer(models.resolve(config.model, config.quantize)),
         )  # fmt: skip
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"objective: dpo: {' '.join(str(error).split())}", "correct the settings") from error

@@ -12,6 +12,7 @@ from . import models
 from .config import nearest
 from .data import Encoder
 from .errors import UserError
+from .gguf_base import names_gguf, storage_of
 
 _BATCH = 8
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -57,15 +58,16 @@ class Answerer:
         note = adapter_note(adapter) if adapter is not None else {}
         name = model or base_of(adapter, note)
         for given, value, choices in (
-            ("quantize", quantize, ("auto", "none", "nf4", "fp4")),
+            ("quantize", quantize, ("auto", "none", "nf4", "fp4", "gguf")),
             ("dtype", dtype, _DTYPES),
         ):
             if value not in choices:
                 raise UserError(
                     f"{given}: expected one of {', '.join(choices)}, got {value!r}", nearest(value, choices)
                 )
-        storage = str(note.get("quantize", "none")) if quantize == "auto" else quantize
-        source = models.resolve(name)
+        usual = "gguf" if names_gguf(name) else "none"
+        storage = storage_of(name, str(note.get("quantize", usual)) if quantize == "auto" else quantize)
+        source = models.resolve(name, storage)
         where = models.pick_device(device)
         compute = models.pick_dtype(str(note.get("dtype", "auto")) if dtype == "auto" else dtype, where)
         tokenizer = models.load_tokenizer(source)
@@ -77,7 +79,8 @@ class Answerer:
         base.eval()
         slow = models.speed_up(base)
         chosen = str(note.get("template", "auto")) if template == "auto" else template
-        text = f"{source.note}, {storage if storage != 'none' else 'dense'}, {str(compute).removeprefix('torch.')}"
+        stored = {"none": "dense", "gguf": "as it lies"}.get(storage, storage)
+        text = f"{source.note}, {stored}, {str(compute).removeprefix('torch.')}"
         return cls(base, tokenizer, chosen, text, slow)
 
     def answer(

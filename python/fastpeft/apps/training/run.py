@@ -58,7 +58,7 @@ def prepare_all(config: TrainConfig, records: Mapping[str, tuple[Records, Record
         files = {name: _read(one, name) for name, one in each.items()}
     else:
         files = {name: [(train, held_out, None)] for name, (train, held_out) in records.items()}
-    source = models.resolve(config.model)
+    source = models.resolve(config.model, config.quantize)
     device = models.pick_device(config.device)
     dtype = models.pick_dtype(config.dtype, device)
     tokenizer = models.load_tokenizer(source)

@@ -1,0 +1,148 @@
+"""A GGUF file's tensors as the layers of transformers' model: which is whose, and in which order its rows lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peft_kernels import QuantWeight
+from peft_kernels.formats import FORMATS
+
+from ..files.checks import list_some, mismatch, short
+from ..files.gguf_file import GGUFFile
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_UNUSED = ("rope_freqs.weight",)  # transformers computes them
+
+
+def is_known(quant: str) -> bool:
+    """True of a type of ggml that kernels read as it lies."""
+    known = FORMATS.get(quant.lower())
+    return known is not None and known.blocksize is not None
+
+
+class _Flat:
+    """A model as transformers' function of names reads it, without its children: for each of them it would make the
+    whole table again, which takes seconds."""
+
+    def __init__(self, of: nn.Module, model: Any) -> None:
+        self.config, self.state_dict = model.config, of.state_dict
+
+    def named_children(self) -> list[Any]:
+        return []
+
+
+@dataclass
+class Naming:
+    """transformers' own tables for a file and a model: names of tensors, and what its reader does to their values.
+
+    names: the model's by the file's. processor: transformers' `TensorProcessor` of the architecture. found: tensors
+    that it put aside for names of its own (experts).
+    """
+
+    names: dict[str, str]
+    processor: Any
+    found: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, file: GGUFFile, model: Any) -> Naming:
+        """Raises AdapterFileError for an architecture that transformers does not read from GGUF files."""
+        from transformers import modeling_gguf_pytorch_utils as own
+
+        architecture = str(file.values.get("general.architecture"))
+        make: Any = own.TENSOR_PROCESSORS.get(architecture, own.TensorProcessor)
+        processor = make(config=model.config.to_dict())
+        prefix = model.base_model_prefix
+        inner = getattr(model, prefix, None)
+        try:
+            # a file's names may be those of the causal model, or of the model within it
+            names = dict(own.get_gguf_hf_weights_map(_Flat(model, model), processor))
+            if isinstance(inner, nn.Module):
+                within = own.get_gguf_hf_weights_map(_Flat(inner, model), processor, qual_name=f"{prefix}.")
+                names = {**within, **names}
+            return cls(names, processor)
+        except NotImplementedError as error:
+            raise file.wrong(str(error).partition("\n")[0]) from None
+
+    def processed(self, name: str, values: Any) -> Any:
+        """Values as transformers would have them, or None where they went into `found`."""
+        done = self.processor.process(
+            weights=values, name=name, tensor_key_mapping=self.names, parsed_parameters={"tensors": self.found}
+        )
+        return done.weights if done.name == name else None
+
+    def rows(self, name: str, count: int) -> Tensor | None:
+        """The order in which a matrix' rows are taken, int64 [count]; empty where they lie so. None where transformers
+        does more to the values than to order rows. The numbers of the rows go through its own code."""
+        numbers = np.arange(count).reshape(count, 1)
+        before = dict(self.found)
+        try:
+            done = self.processed(name, numbers.copy())
+        except (ValueError, IndexError, KeyError, TypeError):
+            done = None
+        if len(self.found) != len(before):
+            self.found = before
+            return None
+        if done is None or done.size != count or 1 not in done.shape:
+            return None
+        order = np.ascontiguousarray(done).reshape(count)
+        if not np.array_equal(np.sort(order), numbers.reshape(count)):
+            return None
+        in_order = np.array_equal(order, numbers.reshape(count))
+        return torch.empty(0, dtype=torch.int64) if in_order else torch.from_numpy(order.astype(np.int64))
+
+    def check(self, file: GGUFFile) -> list[str]:
+        """Names of tensors that the model has no place for."""
+        return [name for name in file.tensors if name not in self.names and name not in _UNUSED]
+
+
+def blocks(
+    file: GGUFFile, naming: Naming, name: str, shape: tuple[int, ...], dtype: torch.dtype, empty: bool = False
+) -> QuantWeight | None:  # fmt: skip
+    """A matrix as it lies in the file; a copy of its bytes in another order where llama.cpp has its rows so.
+
+    None for floats, and where transformers changes more than the order. empty: on the meta device, nothing is read.
+    Raises AdapterFileError for one of another shape, and for types that kernels do not read.
+    """
+    found = file.tensors[name]
+    if found.quant in _FLOATS:
+        return None
+    if not is_known(found.quant):
+        names = sorted(f.name.upper() for f in FORMATS.values() if f.blocksize)
+        raise file.wrong(f"tensor {short(name)} is in {found.quant}, and layers hold {', '.join(names)}: quantize=nf4 "
+                         "converts the file")  # fmt: skip
+    if found.shape != shape:
+        raise file.wrong(f"size mismatch for {mismatch(name, found.shape, shape)}")
+    order = naming.rows(name, shape[0])
+    if order is None:
+        return None
+    if empty:
+        return QuantWeight.gguf(torch.empty(found.nbytes, dtype=torch.uint8, device="meta"), found.quant, shape, dtype)
+    weight = QuantWeight.gguf(file.bytes_of(name), found.quant, shape, dtype)
+    return weight.take(order) if len(order) else weight
+
+
+def dense(file: GGUFFile, naming: Naming, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A tensor's values in `dtype` in memory of their own; None where it is a part of others. Raises AdapterFileError
+    for another shape."""
+    values = naming.processed(name, file.dense(name))
+    if values is None:
+        return None
+    made = torch.tensor(np.ascontiguousarray(values)).to(dtype)
+    if tuple(made.shape) != shape:
+        raise file.wrong(f"size mismatch for {mismatch(name, made.shape, shape)}")
+    return made
+
+
+def check_places(file: GGUFFile, naming: Naming, model: nn.Module) -> None:
+    """Raise AdapterFileError for tensors that the model has no place for, and for experts in blocks."""
+    if left := naming.check(file):
+        raise file.wrong(f"the model has no place for its {list_some(left)}")
+    experts = [n for n, t in file.tensors.items() if len(t.shape) > 2 and t.quant not in _FLOATS]
+    if experts:
+        raise file.wrong(f"experts are not held as they lie in the file ({list_some(experts, 2)}): quantize=nf4 "
+                         "converts it")  # fmt: skip
