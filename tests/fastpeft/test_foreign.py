@@ -67,7 +67,8 @@ def test_the_base_is_what_its_owner_says_it_is(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("base", "kind"),
-    matrix([(b, k) for b in STAND_INS for k in EXAMPLES], lambda base, k: base in ("gptq-act-order", "te") and str(k) in SHORT),
+    matrix([(b, k) for b in STAND_INS for k in EXAMPLES],
+           lambda base, kind: base in ("gptq-act-order", "te") and str(kind) in SHORT),  # fmt: skip
     ids=str,
 )
 def test_every_method_keeps_the_law(base: str, kind: Any) -> None:
