@@ -68,7 +68,7 @@ def test_the_base_is_what_its_owner_says_it_is(name: str) -> None:
 @pytest.mark.parametrize(
     ("base", "kind"),
     matrix([(b, k) for b in STAND_INS for k in EXAMPLES],
-           lambda base, kind: base in ("gptq-act-order", "te") and str(kind) in SHORT),  # fmt: skip
+           lambda base, kind: base in ("gptq-act-order", "te") and str(kind) in SHORT),
     ids=str,
 )
 def test_every_method_keeps_the_law(base: str, kind: Any) -> None:
