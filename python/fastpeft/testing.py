@@ -93,6 +93,12 @@ def assert_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> None:
     Both are computed in float64 and must agree to float32's resolution, so that only a wrong formula can fail. The
     merge is also carried out, and taken back byte for byte. A quantised base is compared with its decoded weight.
     """
+    forward = assert_forward_law(layer, names, x)
+    assert_merge_and_back(layer, names, x.double() if x.is_floating_point() else x, forward)
+
+
+def assert_forward_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> Tensor:
+    """The first half of `assert_law`, which nothing is merged for; returns forward(x), in float64."""
     layer.double()
     if x.is_floating_point():
         x = x.double()
@@ -111,7 +117,7 @@ def assert_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> None:
         magnitude = base.apply(positive, w0.abs() + (w - w0).abs(), None if b is None else b.abs()).abs()
         assert_no_worse(forward.float(), eager, exact, magnitude)
         assert not torch.equal(exact, base.apply(x, w0, b0)), "the adapter does nothing, so the law says nothing"
-        assert_merge_and_back(layer, names, x, forward)
+        return forward
 
 
 def assert_merge_and_back(layer: AdapterLayer, names: Sequence[str], x: Tensor, forward: Tensor) -> None:

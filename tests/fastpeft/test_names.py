@@ -16,13 +16,6 @@ GAPS = {
     "for a transformers before 4.53, where a cache was a tuple": """
         *:*_postprocess_past_key_value
     """,
-    "a base layer that is not there yet": """
-        tuners.lora.aqlm:* tuners.lora.awq:* tuners.lora.eetq:* tuners.lora.gptq:* tuners.lora.hqq:*
-        tuners.lora.inc:* tuners.lora.te:* tuners.lora.torchao:* *:GPTQLoraLinear *:SVDQuantLinear
-        *:get_gptqmodel_quant_linear utils.quantization_utils:* utils:get_quantization_config
-        *:get_quantization_kwargs *:quantization_extra_repr
-        *:resolve_quantization_backend
-    """,
     "a part of how PEFT computes; here it is done in another way": """
         tuners.adaption_prompt.config:* tuners.adaption_prompt.utils:* *:ShadowCarrier
         tuners.shadow.diffusion_models:*

@@ -13,11 +13,14 @@ from ..layer.layer import AdapterLayer
 from ..methods.method import Method
 from ..methods.registry import registry
 from ..model.tuner import tuner_class
+from .peft_names import FOREIGN
 
 _ATTENTIONS = ("AdaptedAttention", "AdaptedAttentionGPT")  # of layers that have not the name of their method
 _LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper", "Linear4bit",
            "Linear8bitLt")  # fmt: skip
 _ENDS = ("ParallelLinear", *_LABELS)  # of names of classes
+_ADALORA = {"SVDQuantLinear": FOREIGN["gptq"]}  # one, over GPTQ's weights
+_LINEAR = (FOREIGN["torchao"], FOREIGN["inc"])  # which are PEFT's `lora.Linear` as well
 
 
 class _HeldBy(type):
@@ -36,7 +39,10 @@ class _HeldBy(type):
         return make(name, kept, namespace)
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        if not isinstance(instance, AdapterLayer) or (cls.label is not None and instance.base.label != cls.label):
+        if not isinstance(instance, AdapterLayer):
+            return False
+        label = instance.base.label
+        if cls.label not in (None, label) and not (cls.label == "Linear" and label in _LINEAR):
             return False
         return any(m.peft_type == cls.method.peft_type for m in instance.methods.values())
 
@@ -44,7 +50,8 @@ class _HeldBy(type):
 @functools.cache
 def layer_class(method: Method, name: str) -> type:
     """`isinstance(module, LoraLayer)`: true of an adapter layer with an adapter of that method."""
-    label = next((label for label in (*_ATTENTIONS, *_ENDS) if name.endswith(label)), None)
+    own_label = name if name in FOREIGN.values() else _ADALORA.get(name)
+    label = own_label or next((label for label in (*_ATTENTIONS, *_ENDS) if name.endswith(label)), None)
     own = {"method": method, "label": label, "update_layer": AdapterLayer.update_layer, "__doc__": layer_class.__doc__}
     made: type = _HeldBy(name, (), own)
     return made
@@ -54,6 +61,10 @@ def _is_layer(method: Method, name: str) -> bool:
     """True if PEFT has a class of layers `name` for a method: `Linear`, `Linear4bit`, `HRALinear`, `LoraLayer`."""
     if name in _ATTENTIONS:
         return method.peft_type == PeftType.ADAPTION_PROMPT
+    if name in FOREIGN.values():
+        return method.peft_type == PeftType.LORA
+    if name in _ADALORA:
+        return method.peft_type == PeftType.ADALORA
     whose = next((name.removesuffix(end) for end in (*_ENDS, "Layer") if name.endswith(end)), None)
     own = {method.model_name.removesuffix("Model").lower(), "svd" if method.model_name == "AdaLoraModel" else ""}
     return whose is not None and (whose.lower() in own or name in _LABELS)
@@ -67,7 +78,7 @@ def names(tuner: str) -> list[str]:
     """The names of `peft.tuners.<tuner>`: the method's configuration, its model and its layers."""
     method = _method(tuner)
     layer = method.model_name.removesuffix("Model") + "Layer"
-    own = [name for name in (*_ATTENTIONS, *_LABELS) if _is_layer(method, name)]
+    own = [name for name in (*_ATTENTIONS, *_LABELS, *FOREIGN.values(), *_ADALORA) if _is_layer(method, name)]
     return [method.config_class.__name__, method.model_name, layer, *own]
 
 

@@ -32,6 +32,11 @@ HOMES = {
         get_device_map inspect_matched_modules is_xpu_available transpose update_forward_signature
         update_generate_signature update_signature
     """,
+    "compat.quantization": """
+        Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend TorchaoBackend
+        get_gptqmodel_quant_linear get_quantization_config get_quantization_kwargs quantization_extra_repr
+        resolve_quantization_backend
+    """,
     "compat.parallel_names": """
         LoraEmbeddingATPHolder LoraParallelLinear TpInfo check_deepspeed_zero3_enabled gather_params_ctx
         get_default_module_allowlist get_tp_plan_and_mesh
@@ -90,6 +95,7 @@ _LORA = """
     save_as_lora
 """
 _STATE = "saving.base_state saving.folder saving.load saving.state_dict"
+_QUANTISED = "get_gptqmodel_quant_linear get_quantization_config"
 _UTILS = f"{_STATE} compat.peft_only model.distributed model.prepare layer.saved_modules config.targets inject.tokens"
 _TYPES = "PeftType TaskType register_peft_method"
 _MODULES = {
@@ -126,7 +132,9 @@ _MODULES = {
     "tuners.poly.router": "methods.poly",
     "tuners.tuners_utils": "model.adapters compat.peft_only layer.layer inject.replicate model.tuner prompts.encoder",
     "tuners.xlora.classifier": "methods.xlora",
-    "utils": f"{_UTILS} {_TYPES} NoMatchingPeftModuleError PeftError PeftWarning replace_lora_weights_loftq",
+    "utils": f"""
+        {_UTILS} {_TYPES} compat.quantization NoMatchingPeftModuleError PeftError PeftWarning replace_lora_weights_loftq
+    """,
     "utils.constants": "compat.peft_only saving.folder config.targets",
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": "saving.hotswap",
@@ -137,8 +145,9 @@ _MODULES = {
     """,
     "utils.loftq_utils": "recipes.loftq",
     "utils.merge_utils": "model.merge_math",
-    "utils.other": _UTILS,
+    "utils.other": f"{_UTILS} {_QUANTISED}",
     "utils.peft_types": _TYPES,
+    "utils.quantization_utils": "compat.quantization",
     "utils.save_and_load": _STATE,
     "utils.transformers_weight_conversion": "compat.transformers_keys",
     "utils.warning": "PeftWarning",
@@ -157,6 +166,10 @@ _MODULES["tuners.cartridge.utils"] = "recipes.cartridge"
 _METHOD_PATHS = {
     f"tuners.{method}{file}": method for method in METHODS for file in ("", ".bnb", ".config", ".layer", ".model")
 }
+# PEFT's files of LoRA over weights of other quantisers, and the class of layers in each
+FOREIGN = {"gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear", "hqq": "HqqLoraLinear", "torchao": "TorchaoLoraLinear",
+           "aqlm": "AqlmLoraLinear", "eetq": "EetqLoraLinear", "inc": "IncLoraLinear", "te": "TeLinear"}  # fmt: skip
+_METHOD_PATHS |= {f"tuners.lora.{file}": "lora" for file in FOREIGN} | {"tuners.adalora.gptq": "adalora"}
 _METHOD_PATHS |= {f"tuners.shadow.{file}": "shadow" for file in ("diffusion_models", "layers")}
 PATHS = {*_MODULES, *_METHOD_PATHS}
 _HOME = {name.partition("=")[0]: (home, name) for home, names in HOMES.items() for name in names.split()}

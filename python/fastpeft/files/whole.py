@@ -38,6 +38,8 @@ def is_in_unit(module: nn.Module) -> bool:
     """True for a module whose own tensors are kept by an FSDP1 unit around it: in its flat parameter, or as plain
     attributes in the parameters' places."""
     flat = any(hasattr(p, "_fsdp_flattened") for p in module._parameters.values())
+    if "W_q" in module._parameters:  # HQQ keeps its bias as a plain attribute by itself
+        return flat
     return flat or any(isinstance(vars(module).get(name), Tensor) for name in ("weight", "bias"))
 
 

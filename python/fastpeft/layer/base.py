@@ -259,6 +259,8 @@ class MergingLayer(ActiveAdapters, Wrapping):
         whole = self.base.parallel or not names
         if not whole and (any(map(is_sharded, self.parameters())) or any(map(is_unit, self.modules()))):
             raise ValueError(f"{self._shown} is sharded: save the adapter and merge it in a model that is not.")
+        if names and self.base.refusal:
+            raise MergeError(f"Adapters cannot be merged into {self._shown}: {self.base.refusal}.")
         if names:
             self.check_active([*self.merged_adapters, *names])
         for name in names:

@@ -54,7 +54,7 @@ class AdapterLayer(MergingLayer):
     # What it is
 
     def peft_classes(self) -> tuple[type, ...]:
-        return layer_classes((m.peft_type.value for m in self.methods.values()), self._base.label)
+        return layer_classes((m.peft_type.value for m in self.methods.values()), self._base.label, self._base.quantized)
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer

@@ -105,6 +105,7 @@ class BaseWeight:
     label: str = "Linear"  # as in PEFT's `lora.Linear`
     quantized: ClassVar[str | None] = None  # PEFT's name of the backend
     fan_in_fan_out: ClassVar[bool] = False  # the module stores W transposed
+    refusal: ClassVar[str | None] = None  # the reason why nothing can be merged into it
     transient: ClassVar[bool] = False  # the module reads the weight itself: see read_by_module.py
     times: ClassVar[int] = 1  # as in LayerInfo
     attributes: ClassVar[frozenset[str]] = frozenset()  # of the module, that code asks the adapter layer for
@@ -284,7 +285,7 @@ class BaseWeight:
 
         The function returns None while W must not be used; None in its place where it has no such W.
         """
-        get_weight, parameters = self.fast(), self.module._parameters
+        get_weight, parameters = self.fast(), self.parameters
         compute = getattr(self.module, "compute_dtype", None) if self.quantized else None
         if get_weight is None:
             return None

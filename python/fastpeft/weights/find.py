@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
+from .aqlm import AqlmWeight
 from .base import BaseWeight
 from .bnb import Bnb4bitWeight, Bnb8bitWeight
 from .dense import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight, NormWeight
+from .gptq import AwqOpaqueWeight, AwqWeight, GptqOpaqueWeight, GptqWeight
+from .hqq import HqqDecodedWeight, HqqWeight
 from .megatron import MegatronWeight
 from .nf4 import Quant4bitWeight
+from .own_forward import EetqWeight, IncWeight, TeWeight
 from .read_by_module import AttentionWeight
+from .torchao import TorchaoDecodedWeight, TorchaoWeight
 
 # The more special ones first.
 STORAGES: tuple[type[BaseWeight], ...] = (
-    Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, Conv1DWeight, EmbeddingWeight, ConvWeight, AttentionWeight,
-    LinearWeight, MegatronWeight, NormWeight,
+    Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, GptqWeight, AwqWeight, AwqOpaqueWeight, GptqOpaqueWeight, HqqWeight,
+    HqqDecodedWeight, TorchaoWeight, TorchaoDecodedWeight, AqlmWeight, EetqWeight, IncWeight, TeWeight, Conv1DWeight,
+    EmbeddingWeight, ConvWeight, AttentionWeight, LinearWeight, MegatronWeight, NormWeight,
 )  # fmt: skip
 
 
