@@ -32,11 +32,16 @@ static inline int64_t pk_block_columns(int64_t quant_type) {
     return quant_type >= PK_Q4_K && quant_type <= PK_Q6_K ? 256 : 32;
 }
 
+/* Bytes of a block of GGUF. */
+static constexpr int64_t pk_block_bytes(int64_t quant_type) {
+    constexpr int64_t block[] = {18, 20, 22, 24, 34, 144, 176, 210, 18, 17}; /* from PK_Q4_0 */
+    return block[quant_type - PK_Q4_0];
+}
+
 /* Bytes of a row of K columns of a format in groups; of half a byte too few in PK_INT4 where K is odd. */
 static inline int64_t pk_row_bytes(int64_t quant_type, int64_t K) {
-    static const int64_t block[] = {18, 20, 22, 24, 34, 144, 176, 210, 18, 17}; /* from PK_Q4_0 */
     if (quant_type == PK_INT4) return K / 2;
-    return quant_type < PK_Q4_0 ? K : K / pk_block_columns(quant_type) * block[quant_type - PK_Q4_0];
+    return quant_type < PK_Q4_0 ? K : K / pk_block_columns(quant_type) * pk_block_bytes(quant_type);
 }
 
 /* A weight in a format in groups: row n of the codes is at n * row_bytes. */
@@ -48,6 +53,30 @@ struct PkCodes {
     bool fast; /* integers: groups of a multiple of 16 columns, in their order, and rows of whole bytes */
 };
 PkCodes pk_codes_of(const pk_lora_args *args);
+
+/* 1-4 rows of x times a weight in groups, see formats/few_rows.inc. x: [M][ldx] float, zeros beyond K. X: x as few_pack()
+ * lays it out for the weight's format, with room for pk_few_room() floats; words: as pairs of bfloat16. */
+struct PkFew {
+    const PkCodes *w;
+    const uint8_t *codes;
+    int64_t K, M, ldx;
+    const float *x;
+    float *X;
+    bool words;
+};
+enum PkFewLayout { PK_FEW_BYTES, PK_FEW_IN_ORDER, PK_FEW_BLOCKS, PK_FEW_SUPERBLOCKS, PK_FEW_LAYOUTS };
+
+/* The order in which a format's nibbles meet x; PK_FEW_BYTES of formats that become bytes and have no X. */
+static inline PkFewLayout pk_few_layout(int64_t quant_type) {
+    if (quant_type == PK_INT4) return PK_FEW_IN_ORDER;
+    if (quant_type == PK_Q4_K) return PK_FEW_SUPERBLOCKS;
+    bool blocks = quant_type == PK_Q4_0 || quant_type == PK_Q4_1 || quant_type == PK_IQ4_NL || quant_type == PK_MXFP4;
+    return blocks ? PK_FEW_BLOCKS : PK_FEW_BYTES;
+}
+static inline bool pk_few_serves(const PkCodes &w, int64_t K) {
+    return K > 0 && (w.type > PK_UINT8 || (w.fast && K % 32 == 0));
+}
+static inline int64_t pk_few_room(int64_t M, int64_t ldx) { return M * ldx / 4 * 5; }
 
 /* Refuses arguments that a lora_linear, or its backward, does not take, with pk_fail(); else PK_OK. */
 int pk_lora_check(const pk_lora_args *args, bool backward);

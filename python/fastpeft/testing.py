@@ -108,7 +108,7 @@ def assert_forward_law(layer: AdapterLayer, names: Sequence[str], x: Tensor) -> 
     with torch.no_grad():
         w0, b0 = (None if t is None else t.double() for t in base.read())
         assert w0 is not None
-        forward = layer(x)
+        forward: Tensor = layer(x)
         w, b = layer.merged_weight(names, (w0, b0))
         exact = base.apply(x, w, b)
         single = x.float() if x.is_floating_point() else x

@@ -43,7 +43,8 @@ class AqlmWeight(DecodedWeight):
         places = codes.to(torch.int64) % size + torch.arange(count, device=codes.device) * size
         vectors = F.embedding_bag(places.reshape(-1, count), books.reshape(count * size, -1).float(), mode="sum")
         blocks = vectors.view(rows, columns, out_group, in_group) * module.scales.detach().float()
-        return blocks.transpose(1, 2).reshape(rows * out_group, columns * in_group)
+        dense: Tensor = blocks.transpose(1, 2).reshape(rows * out_group, columns * in_group)
+        return dense
 
     def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module = self.module

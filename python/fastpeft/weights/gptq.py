@@ -47,16 +47,10 @@ def _plain(module: nn.Module, kernels: tuple[str, ...], shape: tuple[int, int]) 
     )  # fmt: skip
 
 
-class _Gptq:
-    label, quantized, refusal = "GPTQLoraLinear", "gptq", _REFUSAL.format("GPTQ")
-
-
-class _Awq:
-    label, quantized, refusal = "AwqLoraLinear", "awq", _REFUSAL.format("AWQ")
-
-
-class GptqWeight(_Gptq, CodedWeight):
+class GptqWeight(CodedWeight):
     """GPTQ of 4 or 8 bits, with and without act-order: the codes are repacked once, in a copy of them."""
+
+    label, quantized, refusal = "GPTQLoraLinear", "gptq", _REFUSAL.format("GPTQ")
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -80,8 +74,10 @@ class GptqWeight(_Gptq, CodedWeight):
                          int(module.group_size), zero_offset=2 - int(stored))  # fmt: skip
 
 
-class AwqWeight(_Awq, CodedWeight):
+class AwqWeight(CodedWeight):
     """AWQ of 4 bits in the layout of its GEMM kernel: the codes are repacked once, in a copy of them."""
+
+    label, quantized, refusal = "AwqLoraLinear", "awq", _REFUSAL.format("AWQ")
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -98,8 +94,10 @@ class AwqWeight(_Awq, CodedWeight):
         return from_awq(module.qweight, module.qzeros, narrowed(module.scales), int(module.group_size))
 
 
-class GptqOpaqueWeight(_Gptq, OpaqueWeight):
+class GptqOpaqueWeight(OpaqueWeight):
     """GPTQ of other bits and of other kernels, and whatever else gptqmodel serves."""
+
+    label, quantized, refusal = "GPTQLoraLinear", "gptq", _REFUSAL.format("GPTQ")
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -107,7 +105,8 @@ class GptqOpaqueWeight(_Gptq, OpaqueWeight):
 
     @property
     def tensor(self) -> Tensor:
-        return next(t for t in (*self.module.buffers(), *self.module.parameters()))
+        found: Tensor = next(t for t in (*self.module.buffers(), *self.module.parameters()))
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,10 +114,10 @@ class GptqOpaqueWeight(_Gptq, OpaqueWeight):
         return scales.dtype if scales is not None and scales.is_floating_point() else torch.float32
 
 
-class AwqOpaqueWeight(_Awq, GptqOpaqueWeight):
+class AwqOpaqueWeight(GptqOpaqueWeight):
     """AWQ of other kernels."""
 
-    label, quantized, refusal = _Awq.label, _Awq.quantized, _Awq.refusal
+    label, quantized, refusal = "AwqLoraLinear", "awq", _REFUSAL.format("AWQ")
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

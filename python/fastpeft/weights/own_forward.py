@@ -65,7 +65,8 @@ class TeWeight(OpaqueWeight):
 
     @property
     def tensor(self) -> Tensor:
-        return next(p for p in self.module.parameters() if p.dim() == 2)
+        found: Tensor = next(p for p in self.module.parameters() if p.dim() == 2)
+        return found
 
     @property
     def shape(self) -> tuple[int, ...]:
