@@ -65,4 +65,5 @@ def elements(model: Any) -> int:
     """Elements of a base's parameters and quantised weights, what is shared once."""
     held: dict[int, int] = {id(m._buffers.get("weight", m)): m.quant_weight().numel for m in model.modules()
             if hasattr(m, "quant_weight")}  # fmt: skip
-    return sum((p.numel() for p in model.parameters()), sum(held.values()))
+    total: int = sum(p.numel() for p in model.parameters()) + sum(held.values())
+    return total
