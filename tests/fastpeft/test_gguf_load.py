@@ -22,6 +22,7 @@ from fastpeft.files.gguf_file import GGUFFile, GGUFPackageError, read_gguf
 from fastpeft.model.status import count_parameters
 from fastpeft.weights.nf4_linear import NF4Linear
 from fastpeft.weights.quant_embedding import QuantEmbedding
+from forms import matrix
 
 from peft_kernels import dequantize_4bit, use_backend
 from peft_kernels.testing import assert_no_worse, assert_same_bits
@@ -44,8 +45,10 @@ def decoded(path: Path, dtype: torch.dtype = torch.float32) -> Any:
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("quant", [*QUANTISED, "F16", "BF16"])
+@pytest.mark.parametrize(("quant", "tie"), matrix(
+    [(quant, tie) for quant in (*QUANTISED, "F16", "BF16") for tie in (True, False)],
+    short=[("Q4_1", True), ("Q8_0", False), ("F16", True)],
+))  # fmt: skip
 def test_it_is_what_transformers_decodes(tmp_path: Path, quant: str, tie: bool) -> None:
     floats = quant not in QUANTISED
     path = tiny_gguf(tmp_path / "x.gguf", types=quant, tie=tie, embedding="F32" if floats else "Q8_0")
