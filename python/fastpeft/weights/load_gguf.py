@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..files.checks import list_some
 from ..files.gguf_file import GGUFFile, read_gguf
 from .gguf_layers import Naming, blocks, check_places, dense
-from .load_nf4 import _parameters_on_meta as parameters_on_meta
+from .load_nf4 import parameters_on_meta
 from .nf4_linear import NF4Linear
 from .quant_embedding import QuantEmbedding
 from .quantize_plan import is_conv1d, is_plain

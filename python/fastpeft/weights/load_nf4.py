@@ -21,7 +21,7 @@ from .quantize import mark_quantized
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Modules built inside get their parameters without storage; buffers (rotary tables) are made as usual."""
     register = nn.Module.register_parameter
 
@@ -61,7 +61,7 @@ def load_nf4_model(
     vars(config).pop("quantization_config", None)
     dtype = dtype or config.dtype or torch.float32
     auto_class = auto_class or transformers.AutoModelForCausalLM
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     index = weight_map(root)
     headers = read_shards(path_inside(root, file) for file in sorted({*index.values()} or {"model.safetensors"}))
