@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "files.atomic": ("atomic_directory", "atomic_file", "newest_valid", "remove_leftovers"),
     "files.checks": ("AdapterFileError",),
+    "files.gguf_report": ("inspect_gguf",),
     "files.write_errors": ("WriteError", "named_write_errors"),
     "config.base": ("CONFIG_NAME", "PeftConfig", "PromptLearningConfig", "TargetConfig"),
     "config.limits": ("check_adapter_name",),

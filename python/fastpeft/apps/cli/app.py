@@ -205,12 +205,12 @@ def merge(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a GGUF file of a model or an adapter.")],
     keys: Annotated[bool, typer.Option("--keys", help="List every tensor.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show an adapter's method, ranks, keys, size and where it can be served. Loads no model."""
+    """Show an adapter's method, ranks, keys, size and where it can be served; a GGUF file's too. Loads no model."""
     with session(as_json, debug) as out:
         from . import commands
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..training import models
+from ..training import gguf_base, models
 from ..training.config import TrainConfig
 from ..training.errors import UserError
 from .output import size, table
@@ -183,11 +183,13 @@ def _round_to_four_bits(model: Any, storage: str, note: dict[str, Any]) -> None:
 
 
 def inspect(adapter: Path) -> dict[str, Any]:
-    from ... import inspect_adapter
+    from ... import inspect_adapter, inspect_gguf
     from ..training.inference import adapter_note
 
+    if adapter.is_file() and gguf_base.names_gguf(str(adapter)):
+        return dict(inspect_gguf(adapter))
     if not adapter.is_dir():
-        raise UserError(f"{adapter} is not a folder", "give the folder of an adapter")
+        raise UserError(f"{adapter} is not a folder", "give the folder of an adapter, or a .gguf file")
     note = adapter_note(str(adapter))
     result: dict[str, Any] = dict(inspect_adapter(str(adapter)))
     if note:
@@ -197,6 +199,9 @@ def inspect(adapter: Path) -> dict[str, Any]:
 
 def show_inspection(result: dict[str, Any], with_keys: bool) -> None:
     """The report as a table; ``with_keys`` adds every tensor."""
+    if "architecture" in result:
+        _show_gguf(result, with_keys)
+        return
     rows = [
         ("method", str(result["method"])),
         ("base model", str(result["base_model"])),
@@ -215,6 +220,27 @@ def show_inspection(result: dict[str, Any], with_keys: bool) -> None:
     table(result["path"], ("what", "value"), rows)
     if with_keys:
         table("tensors", ("key", "shape"), [(k, "x".join(map(str, s))) for k, s in result["tensors"].items()])
+
+
+def _show_gguf(result: dict[str, Any], with_keys: bool) -> None:
+    rows = [("GGUF", f"{result['type']}, architecture {result['architecture']}"), ("name", str(result["name"]))]
+    if (adapter := result["adapter"]) is not None:
+        rows += [
+            ("method", str(adapter["method"])),
+            ("alpha", str(adapter["alpha"])),
+            ("ranks", _counts(adapter["ranks"], "modules")),
+            ("scalings", _counts(adapter["scalings"], "modules")),
+            ("targets", _counts(adapter["targets"], "modules")),
+        ]
+    rows += [(f"type {name}", f"{one['tensors']} tensors, {one['elements']:,} elements, {size(one['bytes'])}")
+             for name, one in result["types"].items()]  # fmt: skip
+    rows.append(("size", f"{len(result['tensors'])} tensors, {result['elements']:,} elements, {size(result['bytes'])} "
+                         f"of {size(result['file_bytes'])}"))  # fmt: skip
+    table(result["path"], ("what", "value"), rows)
+    if with_keys:
+        table("tensors", ("name", "shape", "type"), [
+            (name, "x".join(map(str, one["shape"])), one["type"]) for name, one in result["tensors"].items()
+        ])  # fmt: skip
 
 
 def _counts(counts: dict[Any, int], of: str) -> str:
