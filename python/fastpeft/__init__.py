@@ -38,6 +38,7 @@ _NAMES = {
     "saving.base_state": ("get_base_model_state_dict", "set_base_model_state_dict"),
     "saving.export": ("export_for_serving", "inspect_adapter"),
     "saving.folder": ("convert_bin",),
+    "saving.gguf_lora": ("export_gguf_lora",),
     "saving.load": ("load_peft_weights",),
     "saving.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "model.auto": (

@@ -9,6 +9,7 @@ import typer
 
 from ..serve.limits import BodyLimits, ConnectionLimits, Limits
 from .estimate import command as estimate_command
+from .export import command as export_command
 from .output import Debug, Json, progress_bar, session, size, table, utf8_streams
 
 app = typer.Typer(
@@ -216,6 +217,9 @@ def inspect(
 
         result = commands.inspect(adapter)
         out.emit(result, lambda: commands.show_inspection(result, keys))
+
+
+app.command("export")(export_command)
 
 
 @app.command()
