@@ -11,6 +11,7 @@ import pytest
 import torch
 from fastpeft import (
     LoraConfig,
+    PeftModel,
     VeraConfig,
     WriteError,
     adapter_modules,
@@ -23,6 +24,7 @@ from fastpeft.files.gguf_file import read_gguf
 from fastpeft.weights.gguf_names import GGUFNames
 from typer.testing import CliRunner
 
+from peft_kernels import dequantize_4bit, use_backend
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 gguf = pytest.importorskip("gguf")
@@ -207,3 +209,45 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "lora.gguf", "x.gguf"]
     export_gguf_lora(model, base, out)
     assert result_of("inspect", out)["type"] == "adapter"
+
+
+# --- merged models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "F16"])
+def test_a_merged_model_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
+    """Changed matrices are the merged ones, rounded once; keys, tokenizer and all else are the base's bytes."""
+    monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "cache"))
+    base, out = tiny_gguf(tmp_path / "x.gguf"), tmp_path / "merged.gguf"
+    adapted(base, tmp_path / "adapter", target_modules=["q_proj", "k_proj", "up_proj"])
+    said = result_of("merge", tmp_path / "adapter", out, "--gguf", quant)
+    assert (said["changed"], said["tensors"]) == (6, 20)
+    before, after = as_read(base), as_read(out)
+    numbers = ("general.file_type", "GGUF.kv_count")
+    assert {k: v for k, v in after[0].items() if k not in numbers} == {
+        k: v for k, v in before[0].items() if k not in numbers
+    }
+    assert list(after[1]) == list(before[1])
+    changed = ("attn_q.weight", "attn_k.weight", "ffn_up.weight")
+    for name, one in before[1].items():
+        if not name.endswith(changed):
+            assert_same_bits(after[1][name], one)
+    dense = PeftModel.from_pretrained(decoded(base), str(tmp_path / "adapter")).merge_and_unload()
+    kind = gguf.GGMLQuantizationType[quant]
+    model = load_gguf_model(out)
+    for path, layer in model.named_modules():
+        if not path.endswith(("q_proj", "k_proj", "up_proj")):
+            continue
+        merged = dense.get_submodule(path).weight.detach().numpy()
+        want = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(merged, kind), kind))
+        if quant == "F16":
+            found = layer.weight.detach()
+        else:
+            with use_backend("reference"):
+                found = dequantize_4bit(layer.quant_weight(), torch.float32)
+        assert_same_bits(found, want)
+    assert "exists" in run("merge", tmp_path / "adapter", out, "--gguf", quant, code=1)
+    words = ("merge", tmp_path / "adapter", tmp_path / "o.gguf", "--gguf")
+    assert "convert_hf_to_gguf.py" in run(*words, quant, "--model", tmp_path, code=1)
+    assert "expected one of F16, Q4_0, Q8_0" in run(*words, "Q3", code=1)
+    assert not (tmp_path / "o.gguf").exists()

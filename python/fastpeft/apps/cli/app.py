@@ -181,13 +181,14 @@ def generate(
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the full model.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the full model; with --gguf a file.")],
     model: Annotated[str | None, typer.Option(help="Base model; default: the adapter's own.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     onto: Annotated[
         str,
         typer.Option(help="original: the base as published. quantized: the base as rounded to 4 bits in training."),
     ] = "original",
+    gguf: Annotated[str | None, typer.Option(help="Q8_0, Q4_0 or F16: one GGUF file, of a base that is one.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -195,7 +196,7 @@ def merge(
     with session(as_json, debug) as out:
         from . import commands
 
-        result = commands.merge(adapter, output, model, dtype, onto)
+        result = commands.merge(adapter, output, model, dtype, onto, gguf)
         out.emit(
             result,
             lambda: print(
