@@ -54,8 +54,8 @@ struct PkCodes {
 };
 PkCodes pk_codes_of(const pk_lora_args *args);
 
-/* 1-4 rows of x times a weight in groups, see formats/few_rows.inc. x: [M][ldx] float, zeros beyond K. X: x as few_pack()
- * lays it out for the weight's format, with room for pk_few_room() floats; words: as pairs of bfloat16. */
+/* 1-4 rows of x times a weight in groups, see formats/few_rows.inc. x: [M][ldx] float, zeros beyond K. X: x as
+ * few_pack() lays it out for the weight's format, with room for pk_few_room() floats; words: pairs of bfloat16. */
 struct PkFew {
     const PkCodes *w;
     const uint8_t *codes;

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "files.atomic": ("atomic_directory", "atomic_file", "newest_valid", "remove_leftovers"),
     "files.checks": ("AdapterFileError",),
+    "files.gguf_report": ("inspect_gguf",),
     "files.write_errors": ("WriteError", "named_write_errors"),
     "config.base": ("CONFIG_NAME", "PeftConfig", "PromptLearningConfig", "TargetConfig"),
     "config.limits": ("check_adapter_name",),
@@ -37,6 +38,8 @@ _NAMES = {
     "saving.base_state": ("get_base_model_state_dict", "set_base_model_state_dict"),
     "saving.export": ("export_for_serving", "inspect_adapter"),
     "saving.folder": ("convert_bin",),
+    "saving.gguf_lora": ("export_gguf_lora",),
+    "saving.gguf_merged": ("save_merged_gguf",),
     "saving.load": ("load_peft_weights",),
     "saving.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "model.auto": (

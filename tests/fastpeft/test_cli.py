@@ -214,7 +214,7 @@ def environment() -> dict[str, str]:
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     """Start-up is what it imports: 380 modules, a fifth of a second. Seconds would tell what else the machine does."""
     for words, listed in (
-        ((), ("quickstart", "train", "generate", "merge", "inspect", "serve", "doctor")),
+        ((), ("quickstart", "train", "generate", "merge", "inspect", "export", "serve", "doctor")),
         (("train",), ()),
     ):
         code = f"""

@@ -141,20 +141,32 @@ def export_for_serving(adapter: Any, out: str | os.PathLike[str], adapter_name: 
     the scaling that most layers have becomes alpha / r, and in the others B takes up the quotient, rounded once. Raises
     ValueError for what no such adapter can say (DoRA, biases, modules_to_save, embeddings): merge those instead.
     """
-    if isinstance(adapter, (str, os.PathLike)):
-        config, state = load_adapter_file(adapter)
-    else:
-        config = adapter.peft_config[adapter_name].to_dict()
-        state = get_peft_model_state_dict(adapter, adapter_name=adapter_name, save_embedding_layers=False)
+    config, state = read_adapter(adapter, adapter_name)
     if reasons := beyond_plain_lora(config, state):
         raise ValueError(f"this adapter has no serving-safe form, merge it into the model: {'; '.join(reasons)}")
+    folded, result = fold(config, state)
+    save_adapter(out, folded, result)
+    return result
+
+
+def read_adapter(adapter: Any, adapter_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors, by file keys, of a PeftModel's adapter or of a folder."""
+    if isinstance(adapter, (str, os.PathLike)):
+        return load_adapter_file(adapter)
+    config = adapter.peft_config[adapter_name].to_dict()
+    return config, get_peft_model_state_dict(adapter, adapter_name=adapter_name, save_embedding_layers=False)
+
+
+def fold(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (by file keys) and the configuration of a plain LoRA with one r and one alpha, as
+    `export_for_serving` writes them."""
     ranks = {key.removesuffix(_A_SUFFIX): int(t.shape[0]) for key, t in state.items() if key.endswith(_A_SUFFIX)}
     scalings = _scalings(config, ranks)
     r = max(ranks.values())
     common = Counter(scalings.values()).most_common(1)[0][0]
     alpha = common * r
-    # Servers take alpha for an integer; where it is none, scale by 1 and let B hold the scaling.
-    alpha = int(alpha) if alpha == int(alpha) and alpha / r == common else r
+    # Servers take alpha for an integer; where it is none, or 0, scale by 1 and let B hold the scaling.
+    alpha = int(alpha) if alpha and alpha == int(alpha) and alpha / r == common else r
     folded: dict[str, Tensor] = {}
     for name, rank in ranks.items():
         a, b = state[name + _A_SUFFIX], state[name + _B_SUFFIX]
@@ -165,5 +177,4 @@ def export_for_serving(adapter: Any, out: str | os.PathLike[str], adapter_name: 
         folded[name + _B_SUFFIX] = torch.cat([b, b.new_zeros(b.shape[0], r - rank)], dim=1)
     result = {**config, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "r": r, "lora_alpha": alpha,
               "init_lora_weights": True, "inference_mode": True}  # fmt: skip
-    save_adapter(out, folded, result)
-    return result
+    return folded, result

@@ -51,22 +51,27 @@ class Naming:
     @classmethod
     def of(cls, file: GGUFFile, model: Any) -> Naming:
         """Raises AdapterFileError for an architecture that transformers does not read from GGUF files."""
+        try:
+            return cls.made(str(file.values.get("general.architecture")), model)
+        except NotImplementedError as error:
+            raise file.wrong(str(error).partition("\n")[0]) from None
+
+    @classmethod
+    def made(cls, architecture: str, model: Any) -> Naming:
+        """Of a model without a file. Raises NotImplementedError as transformers does."""
         from transformers import modeling_gguf_pytorch_utils as own
 
-        architecture = str(file.values.get("general.architecture"))
         make: Any = own.TENSOR_PROCESSORS.get(architecture, own.TensorProcessor)
         processor = make(config=model.config.to_dict())
         prefix = model.base_model_prefix
         inner = getattr(model, prefix, None)
-        try:
-            # a file's names may be those of the causal model, or of the model within it
-            names = dict(own.get_gguf_hf_weights_map(_Flat(model, model), processor))
-            if isinstance(inner, nn.Module):
-                within = own.get_gguf_hf_weights_map(_Flat(inner, model), processor, qual_name=f"{prefix}.")
-                names = {**within, **names}
-            return cls(names, processor)
-        except NotImplementedError as error:
-            raise file.wrong(str(error).partition("\n")[0]) from None
+        model_type = architecture if architecture == "llama" else None  # Mistral's family has these names, too
+        # a file's names may be those of the causal model, or of the model within it
+        names = dict(own.get_gguf_hf_weights_map(_Flat(model, model), processor, model_type))
+        if isinstance(inner, nn.Module):
+            within = own.get_gguf_hf_weights_map(_Flat(inner, model), processor, model_type, qual_name=f"{prefix}.")
+            names = {**within, **names}
+        return cls(names, processor)
 
     def processed(self, name: str, values: Any) -> Any:
         """Values as transformers would have them, or None where they went into `found`."""

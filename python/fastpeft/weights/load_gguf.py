@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..files.checks import list_some
 from ..files.gguf_file import GGUFFile, read_gguf
 from .gguf_layers import Naming, blocks, check_places, dense
-from .load_nf4 import parameters_on_meta
+from .gguf_names import empty_model
 from .nf4_linear import NF4Linear
 from .quant_embedding import QuantEmbedding
 from .quantize_plan import is_conv1d, is_plain
@@ -31,18 +30,9 @@ def load_gguf_model(
     order. Nobody should write into the file while its model is open. Raises AdapterFileError for a file that is broken
     or does not fit, and GGUFPackageError without the package gguf.
     """
-    import transformers
-
     file = read_gguf(path)
-    root = Path(path).absolute()
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(str(root.parent), gguf_file=root.name)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise file.wrong(f"transformers cannot read its configuration: {' '.join(str(error).split())[:200]}") from error
     dtype = dtype or torch.float32
-    auto_class = auto_class or transformers.AutoModelForCausalLM
-    with parameters_on_meta():
-        model = auto_class.from_config(config, dtype=dtype, **options)
+    model = empty_model(file, auto_class, dtype, **options)
     naming = Naming.of(file, model)
     check_places(file, naming, model)
     _fill(model, file, naming, dtype, torch.device(device).type == "meta")

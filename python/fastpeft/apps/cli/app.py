@@ -9,6 +9,7 @@ import typer
 
 from ..serve.limits import BodyLimits, ConnectionLimits, Limits
 from .estimate import command as estimate_command
+from .export import command as export_command
 from .output import Debug, Json, progress_bar, session, size, table, utf8_streams
 
 app = typer.Typer(
@@ -180,13 +181,14 @@ def generate(
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the full model.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the full model; with --gguf a file.")],
     model: Annotated[str | None, typer.Option(help="Base model; default: the adapter's own.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     onto: Annotated[
         str,
         typer.Option(help="original: the base as published. quantized: the base as rounded to 4 bits in training."),
     ] = "original",
+    gguf: Annotated[str | None, typer.Option(help="Q8_0, Q4_0 or F16: one GGUF file, of a base that is one.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -194,7 +196,7 @@ def merge(
     with session(as_json, debug) as out:
         from . import commands
 
-        result = commands.merge(adapter, output, model, dtype, onto)
+        result = commands.merge(adapter, output, model, dtype, onto, gguf)
         out.emit(
             result,
             lambda: print(
@@ -205,17 +207,20 @@ def merge(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a GGUF file of a model or an adapter.")],
     keys: Annotated[bool, typer.Option("--keys", help="List every tensor.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show an adapter's method, ranks, keys, size and where it can be served. Loads no model."""
+    """Show an adapter's method, ranks, keys, size and where it can be served; a GGUF file's too. Loads no model."""
     with session(as_json, debug) as out:
         from . import commands
 
         result = commands.inspect(adapter)
         out.emit(result, lambda: commands.show_inspection(result, keys))
+
+
+app.command("export")(export_command)
 
 
 @app.command()

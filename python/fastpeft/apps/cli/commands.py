@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..training import models
+from ..training import gguf_base, models
 from ..training.config import TrainConfig
 from ..training.errors import UserError
 from .output import size, table
@@ -127,30 +127,43 @@ def show_training(result: dict[str, Any]) -> None:
     print(f"adapter: {result['adapter']}   curve: {result['loss_curve']}   metrics: {result['metrics']}")
 
 
-def merge(adapter: Path, output: Path, model: str | None, dtype: str, onto: str) -> dict[str, Any]:
-    """Merge in float32 and round once, to ``dtype``; the folder appears whole or not at all."""
+def merge(
+    adapter: Path, output: Path, model: str | None, dtype: str, onto: str, gguf: str | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Merge in float32 and round once, to ``dtype``, or to ``gguf``, a type of GGUF files; the folder, or the file,
+    appears whole or not at all."""
     from ..training.inference import adapter_note, base_of
 
     if dtype not in _DTYPES:
         raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}", "use --dtype bf16")
     if onto not in ("original", "quantized"):
         raise UserError(f"onto: expected original or quantized, got {onto!r}", "use --onto original")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (gguf or not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder", "choose another output")
     note = adapter_note(str(adapter))
     storage = str(note.get("quantize", "none"))
     if onto == "quantized" and storage == "none":
         raise UserError(f"{adapter} was not trained here on a quantised base", "use --onto original")
-    source = models.resolve(model or base_of(str(adapter), note))
+    name = model or base_of(str(adapter), note)
+    if gguf and not gguf_base.names_gguf(name):
+        raise UserError(f"--gguf takes keys and tokenizer from the base's GGUF file, and {name} is none",
+                        "merge into a folder, and convert it by llama.cpp's convert_hf_to_gguf.py")  # fmt: skip
+    source = models.resolve(name)
 
     import torch
 
-    from ... import PeftModel, atomic_directory
+    from ... import PeftModel, atomic_directory, save_merged_gguf
 
     base = models.load_model(source, torch.float32, torch.device("cpu"))
     if onto == "quantized":
         _round_to_four_bits(base, storage, note)
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    if gguf:
+        with models.quiet_transformers():
+            made = save_merged_gguf(merged, models.resolve(name, "gguf").location, output, gguf)
+        return {"output": str(output), "base": source.note, "adapter": str(adapter), "onto": onto, "dtype": gguf,
+                "parameters": sum(p.numel() for p in merged.parameters()), "bytes": output.stat().st_size,
+                **made}  # fmt: skip
     chosen: torch.dtype = getattr(torch, _DTYPES[dtype])
     merged = merged.to(chosen)
     merged.config.dtype = chosen
@@ -183,11 +196,13 @@ def _round_to_four_bits(model: Any, storage: str, note: dict[str, Any]) -> None:
 
 
 def inspect(adapter: Path) -> dict[str, Any]:
-    from ... import inspect_adapter
+    from ... import inspect_adapter, inspect_gguf
     from ..training.inference import adapter_note
 
+    if adapter.is_file() and gguf_base.names_gguf(str(adapter)):
+        return dict(inspect_gguf(adapter))
     if not adapter.is_dir():
-        raise UserError(f"{adapter} is not a folder", "give the folder of an adapter")
+        raise UserError(f"{adapter} is not a folder", "give the folder of an adapter, or a .gguf file")
     note = adapter_note(str(adapter))
     result: dict[str, Any] = dict(inspect_adapter(str(adapter)))
     if note:
@@ -197,6 +212,9 @@ def inspect(adapter: Path) -> dict[str, Any]:
 
 def show_inspection(result: dict[str, Any], with_keys: bool) -> None:
     """The report as a table; ``with_keys`` adds every tensor."""
+    if "architecture" in result:
+        _show_gguf(result, with_keys)
+        return
     rows = [
         ("method", str(result["method"])),
         ("base model", str(result["base_model"])),
@@ -215,6 +233,27 @@ def show_inspection(result: dict[str, Any], with_keys: bool) -> None:
     table(result["path"], ("what", "value"), rows)
     if with_keys:
         table("tensors", ("key", "shape"), [(k, "x".join(map(str, s))) for k, s in result["tensors"].items()])
+
+
+def _show_gguf(result: dict[str, Any], with_keys: bool) -> None:
+    rows = [("GGUF", f"{result['type']}, architecture {result['architecture']}"), ("name", str(result["name"]))]
+    if (adapter := result["adapter"]) is not None:
+        rows += [
+            ("method", str(adapter["method"])),
+            ("alpha", str(adapter["alpha"])),
+            ("ranks", _counts(adapter["ranks"], "modules")),
+            ("scalings", _counts(adapter["scalings"], "modules")),
+            ("targets", _counts(adapter["targets"], "modules")),
+        ]
+    rows += [(f"type {name}", f"{one['tensors']} tensors, {one['elements']:,} elements, {size(one['bytes'])}")
+             for name, one in result["types"].items()]  # fmt: skip
+    rows.append(("size", f"{len(result['tensors'])} tensors, {result['elements']:,} elements, {size(result['bytes'])} "
+                         f"of {size(result['file_bytes'])}"))  # fmt: skip
+    table(result["path"], ("what", "value"), rows)
+    if with_keys:
+        table("tensors", ("name", "shape", "type"), [
+            (name, "x".join(map(str, one["shape"])), one["type"]) for name, one in result["tensors"].items()
+        ])  # fmt: skip
 
 
 def _counts(counts: dict[Any, int], of: str) -> str:
