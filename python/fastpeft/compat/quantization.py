@@ -102,7 +102,7 @@ def quantization_extra_repr(module: nn.Module) -> str:
 
 
 def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
-    """Arguments that PEFT hands from a model to its quantised layers: torchao's `get_apply_tensor_subclass`, or nothing."""
+    """Arguments of PEFT for quantised layers of a model: torchao's `get_apply_tensor_subclass`, or none."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     name = "get_apply_tensor_subclass"
     return {name: getattr(config, name)} if hasattr(config, name) else {}
