@@ -102,7 +102,7 @@ def quantization_extra_repr(module: nn.Module) -> str:
 
 
 def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
-    """What PEFT hands from a model to its quantised layers: torchao's `get_apply_tensor_subclass`, or nothing."""
+    """Settings that PEFT hands to a model's quantised layers: torchao's `get_apply_tensor_subclass`, or nothing."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     name = "get_apply_tensor_subclass"
     return {name: getattr(config, name)} if hasattr(config, name) else {}
