@@ -3,6 +3,7 @@ served by the programs, and errors that name a broken file."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,16 @@ def test_merging_requantises_and_unmerging_restores_the_bytes(tmp_path: Path, qu
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, NF4Linear):
             assert_same_bits(module.weight, before[name.replace(".base_layer", "") + ".weight"])
+
+
+def test_the_base_is_not_written_as_a_folder(tmp_path: Path) -> None:
+    base = load_gguf_model(tiny_gguf(tmp_path / "x.gguf"))
+    for model in (base, copy.deepcopy(base)):
+        with pytest.raises(ValueError, match=r"x\.gguf is not written as a folder: .*gguf_file=name"):
+            model.save_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "base").exists()
 
 
 # --- the programs ---------------------------------------------------------------------------------------------------

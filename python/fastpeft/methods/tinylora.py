@@ -120,14 +120,19 @@ class TinyLora(ProjectedMethod, FactoredMethod, config=TinyLoraConfig):
 
 def _svd(info: LayerInfo, r: int) -> tuple[Tensor, Tensor]:
     """A and B, in the precision of the weight's own values. Kept as long as the weight, for its next adapter."""
-    weight: Any = info.module.weight
-    found = _SVDS.get(weight)
-    if found is not None and found[0] == r and found[1].data_ptr() == weight.data_ptr() and found[2].unchanged():
+    lying = info.base.tensors()
+    found = _SVDS.get(lying[0])
+    # memory last: only plain tensors on the CPU are ever unchanged, and others may have none
+    if found is not None and found[0] == r and found[2].unchanged() and _places(found[1]) == _places(lying):
         return found[3].clone(), found[4].clone()
     w = info.base.read()[0].detach()
     w = w.t() if info.kind == "embedding" else w
     u, s, vh = torch.linalg.svd(w.float(), full_matrices=False)
     u, vh, root = u[:, :r].to(w.dtype), vh[:r].to(w.dtype), torch.sqrt(s[:r].to(w.dtype))
-    held = [t.detach() for t in info.base.tensors()]  # the weight itself would hold its own entry for good
-    _SVDS[weight] = r, weight.detach(), Fingerprint(held), root[:, None] * vh, u * root
+    held = [t.detach() for t in lying]  # the first one itself would hold its own entry for good
+    _SVDS[lying[0]] = r, held, Fingerprint(held), root[:, None] * vh, u * root
     return root[:, None] * vh, u * root
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]

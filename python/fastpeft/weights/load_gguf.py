@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,19 @@ def load_gguf_model(
     model.requires_grad_(False)
     model.name_or_path = model.config._name_or_path = str(path)
     _tie(model)
+    model.save_pretrained = partial(_save, model)
     return _shared(model.to(device).eval())
+
+
+def _save(model: Any, *args: Any, **options: Any) -> Any:
+    """Save adapters that transformers' own `add_adapter` put in; ValueError where the base itself would be written,
+    whose blocks no reader of folders knows."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return type(model).save_pretrained(model, *args, **options)
+    raise ValueError(
+        f"save_pretrained: a model over the blocks of {model.name_or_path} is not written as a folder: keep the file "
+        "and save adapters, or load a dense model by transformers' from_pretrained(folder, gguf_file=name)"
+    )
 
 
 def _fill(model: nn.Module, file: GGUFFile, naming: Naming, dtype: torch.dtype, empty: bool) -> None:

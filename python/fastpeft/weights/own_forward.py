@@ -46,7 +46,7 @@ class IncWeight(OpaqueWeight):
     @property
     def dtype(self) -> torch.dtype:
         kept = self.module.weight.dtype
-        return kept if kept in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
+        return kept if kept.is_floating_point and kept.itemsize > 1 else torch.bfloat16
 
 
 class TeWeight(OpaqueWeight):
