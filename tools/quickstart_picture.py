@@ -54,7 +54,7 @@ def draw(summary: dict[str, Any], metrics: list[dict[str, Any]], target: Path) -
         asked = re.search(r"`([^`]+)`", answer["prompt"])
         texts = (asked.group(1) if asked else answer["prompt"], answer["before"], answer["after"])
         for (x, width, title), text in zip(COLUMNS, texts, strict=True):
-            lines = textwrap.wrap(" ".join(text.split()), width, max_lines=5, placeholder=" …")
+            lines = textwrap.wrap(" ".join(text.split()), width, max_lines=4, placeholder=" …")
             style = {"family": "DejaVu Sans Mono", "fontsize": 8} if title == "asked" else {"fontsize": 8.5}
             color = MUTED if title == "before" else INK
             table.text(x, y - 0.012, "\n".join(lines), va="top", color=color, linespacing=1.25, **style)
