@@ -21,6 +21,7 @@ from fastpeft.files import gguf_file
 from fastpeft.files.checks import AdapterFileError
 from fastpeft.files.gguf_file import GGUFFile, GGUFPackageError, read_gguf
 from fastpeft.model.status import count_parameters
+from fastpeft.pool.prompts import token_bytes
 from fastpeft.weights.nf4_linear import NF4Linear
 from fastpeft.weights.quant_embedding import QuantEmbedding
 from forms import matrix
@@ -169,6 +170,14 @@ def test_train_generate_and_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run("generate", "--adapter", adapter, "--max-new-tokens", "4", "colour 3?", "--json")
     run("inspect", adapter, "--json")
     assert not (tmp_path / "cache").exists()  # nothing was converted
+
+
+def test_a_server_knows_the_size_of_a_token(tmp_path: Path) -> None:
+    """Keys and values are of the activations' dtype, which a table in blocks has, too."""
+    model = load_gguf_model(tiny_gguf(tmp_path / "x.gguf"), torch.bfloat16)
+    config = model.config
+    heads = config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
+    assert token_bytes(model) == 2 * config.num_hidden_layers * heads * 2
 
 
 # --- broken files ---------------------------------------------------------------------------------------------------

@@ -133,5 +133,6 @@ def token_bytes(model: Any) -> int:
 def _dtype(model: Any) -> torch.dtype:
     """The dtype of a model's activations, as its input embeddings have it."""
     words: Any = input_embeddings(model)
-    found: torch.dtype = next(p.dtype for p in words.parameters() if p.is_floating_point())
+    quantised = getattr(words, "out_dtype", None)  # of a `QuantEmbedding`, which has no floats
+    found: torch.dtype = quantised or next(p.dtype for p in words.parameters() if p.is_floating_point())
     return found
