@@ -33,7 +33,7 @@ def save_merged_gguf(
     if quant not in FILE_TYPES:
         raise ValueError(f"gguf: expected one of {', '.join(FILE_TYPES)}, got {quant!r}")
     file = read_gguf(base)
-    names = GGUFNames.of(base)
+    names = GGUFNames.of(file)
     check_places(file, names.naming, names.model)
     state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     parts: dict[str, GGUFPart] = {}
@@ -73,8 +73,7 @@ def _changed(
     turned = names.to_file(name, w.float().cpu().contiguous())
     if turned is None or tuple(turned.shape) != file.tensors[name].shape:
         raise file.wrong(f"it has other values for {key} than transformers, not only another order")
-    gguf = gguf_package()
-    kept = turned
+    gguf, kept = gguf_package(), turned
     chosen = quant if kept.dim() == 2 else "F32"
 
     def make() -> Any:

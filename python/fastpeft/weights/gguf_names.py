@@ -28,11 +28,11 @@ class GGUFNames:
                        if (name in file.tensors if file is not None else key not in tied)}  # fmt: skip
 
     @classmethod
-    def of(cls, base: str | os.PathLike[str]) -> GGUFNames:
-        """base: a GGUF file, or a folder or Hub id of a configuration. Reads no weight. Raises ValueError for a family
-        whose files are not known to be as transformers' tables say."""
-        file = read_gguf(base) if is_gguf(base) else None
-        if file is not None:
+    def of(cls, base: GGUFFile | str | os.PathLike[str]) -> GGUFNames:
+        """base: a GGUF file, read or not, or a folder or Hub id of a configuration. Reads no weight. Raises ValueError
+        for a family whose files are not known to be as transformers' tables say."""
+        if isinstance(base, GGUFFile) or is_gguf(base):
+            file = base if isinstance(base, GGUFFile) else read_gguf(base)
             model = empty_model(file)
             return cls(str(file.values["general.architecture"]), Naming.of(file, model), model, file)
         import transformers
