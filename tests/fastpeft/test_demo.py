@@ -164,6 +164,16 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         models.resolve("smollm2")
 
 
+@pytest.mark.parametrize("storage", ["gguf", "nf4"])
+def test_without_the_package_gguf_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, storage: str) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package gguf"):
+        models.resolve(str(file), storage)
+
+
 def test_the_cache_goes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "a"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))

