@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -56,6 +57,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = invoke("train", folder / "config.yaml", "save_every=4")
     assert done.exit_code == 0, done.output
     return folder
+
+
+def test_without_matplotlib_a_run_has_no_curve_and_says_so(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *p: None if name == "matplotlib" else found(name, *p))
+    done = invoke("train", "--json", world / "config.yaml", f"output={world / 'plain'}", "max_steps=1")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["loss_curve"] is None
+    assert "no loss.png is drawn: pip install matplotlib" in done.stderr
+    assert (world / "plain" / "adapter").is_dir()
+    assert not (world / "plain" / "loss.png").exists()
 
 
 def test_training_writes_what_it_promises(world: Path) -> None:

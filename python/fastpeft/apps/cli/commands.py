@@ -79,6 +79,7 @@ def _measured(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def train(config: TrainConfig, resume: bool, restart: bool, trainer: str) -> dict[str, Any]:
     from ..training.metrics import Console
+    from ..training.output import CURVE_NAME, METRICS_NAME
     from ..training.run import prepare_all, train_all
 
     with Console() as progress:
@@ -91,7 +92,9 @@ def train(config: TrainConfig, resume: bool, restart: bool, trainer: str) -> dic
                 progress.say(f"{of}max_length={p.config.max_length}: {lost}")
         results, _ = train_all(config, prepared, progress, resume, restart=restart, trainer=trainer)
     root = Path(config.output)
-    whole = {"output": str(root), "metrics": str(root / "metrics.jsonl"), "loss_curve": str(root / "loss.png")}
+    curve = root / CURVE_NAME  # not there where matplotlib is not
+    whole = {"output": str(root), "metrics": str(root / METRICS_NAME),
+             "loss_curve": str(curve) if curve.exists() else None}  # fmt: skip
     ran = {
         p.name: {
             "adapter": str(Path(p.config.output) / "adapter"),
@@ -121,10 +124,10 @@ def show_training(result: dict[str, Any]) -> None:
             print(f"{of}{one['steps']} steps, {one['tokens']:,} tokens   adapter: {one['adapter']}")
     if "adapters" in result:
         print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s")
-        print(f"curves: {result['loss_curve']}   metrics: {result['metrics']}")
+        print(f"curves: {result['loss_curve'] or 'none'}   metrics: {result['metrics']}")
         return
     print(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
-    print(f"adapter: {result['adapter']}   curve: {result['loss_curve']}   metrics: {result['metrics']}")
+    print(f"adapter: {result['adapter']}   curve: {result['loss_curve'] or 'none'}   metrics: {result['metrics']}")
 
 
 def merge(
