@@ -1,4 +1,5 @@
-"""A token's attention is kept from one call to the next: whatever is changed under it, the layer looks again."""
+"""A token's attention is kept from one call to the next: whatever is changed under it, the layer looks again. A token's
+experts are sorted without torch."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import fastpeft
 import pytest
 import torch
 import transformers
+from fastpeft.families import experts
 from fastpeft.families.token import Tokens
 from torch import Tensor, nn
 
@@ -125,3 +127,32 @@ def test_copies_and_pickles_keep_nothing() -> None:
     found = model()
     begun(found)
     assert all(one.kept is None for one in tokens(copy.deepcopy(found)))
+
+
+@pytest.mark.parametrize("index", [[[5, 2]], [[1, 1], [0, 6], [6, 1]], [[7, 3, 0]], [[9, 4], [4, 8]]])
+def test_few_tokens_are_sorted_as_many_are(index: list[list[int]]) -> None:
+    """Numbers from 7 on are experts that are elsewhere."""
+    given = torch.tensor(index)
+    few, many = (sort(given, 7) for sort in (experts._sorted_few, experts._sorted))
+    for mine, theirs in zip(few, many, strict=True):
+        assert_same_bits(mine, theirs)
+    rows, offsets, places = few
+    assert torch.equal(given.flatten()[places.argsort()], given.flatten().sort().values)
+    assert torch.equal(rows[places].view_as(given), torch.arange(len(given))[:, None].expand_as(given))
+    assert offsets.tolist() == [int((given < e).sum()) for e in range(8)]
+
+
+def test_few_tokens_have_the_bits_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=1,
+                                        num_local_experts=5, num_experts_per_tok=3)  # fmt: skip
+    found = transformers.MixtralForCausalLM(config)
+    fastpeft.accelerate(found)
+    module, x = found.model.layers[0].mlp.experts, torch.randn(experts.FEW, 64)
+    index, weights = torch.stack([torch.randperm(5)[:3] for _ in x]), torch.rand(len(x), 3)
+    sort, seen = experts._sorted_few, []
+    monkeypatch.setattr(experts, "_sorted_few", lambda *given: seen.append(1) or sort(*given))
+    few = module(x, index, weights)
+    monkeypatch.setattr(experts, "FEW", 0)
+    assert_same_bits(few, module(x, index, weights))
+    assert len(seen) == 1

@@ -7,12 +7,14 @@ lie; one forward serves them all, so no family describes its experts. Adapters o
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_kernels import gated, grouped_linear
+from peft_kernels.dispatch import servable
 
 from ..weights.parameters_4bit import quant_of
 from ..weights.quantised_rows import size_of_one
@@ -23,6 +25,7 @@ from .state import State
 from .ways import ways_of
 
 EXPERTS = Experts()
+FEW = 4  # tokens whose experts are sorted by Python: each of torch's calls takes as long
 
 
 def why_not(module: Any, of: Experts) -> str | None:
@@ -68,26 +71,50 @@ def experts_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
     index, weights = routed
     assert index is not None
     assert weights is not None
-    chosen = index.shape[-1]
-    experts, order = index.reshape(-1).sort(stable=True)
-    y = _experts(self, of, hidden_states.index_select(0, order // chosen), experts, factors)
-    # in the order of tokens again: every row is written once
-    y = torch.empty_like(y).index_copy(0, order, y).view(*index.shape, y.shape[1])
+    few = len(hidden_states) <= FEW and servable(hidden_states, index)
+    rows, offsets, places = (_sorted_few if few else _sorted)(index, self.num_experts)
+    y = _experts(self, of, hidden_states.index_select(0, rows), offsets, factors)
+    y = y.index_select(0, places).view(*index.shape, y.shape[1])  # in the order of tokens again
     out: Tensor = (y * weights.unsqueeze(-1)).sum(-2).to(hidden_states.dtype)
     return out
+
+
+def _sorted(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts of each token, index [tokens, chosen], in order: (the token of each row, of each expert its first
+    row, the row of each choice). An expert that is elsewhere (expert parallelism) has a larger number: its rows are the
+    last, and of no group."""
+    experts, order = index.reshape(-1).sort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return order // index.shape[-1], _offsets(experts, num_experts), places
+
+
+def _sorted_few(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`_sorted` without torch."""
+    experts, chosen = index.reshape(-1).tolist(), index.shape[-1]
+    order = sorted(range(len(experts)), key=experts.__getitem__)
+    rows, places = [i // chosen for i in order], [0] * len(order)
+    counts = [0] * (num_experts + 1)
+    for place, i in enumerate(order):
+        places[i] = place
+        if experts[i] < num_experts:
+            counts[experts[i] + 1] += 1
+    return torch.tensor(rows), torch.tensor([*accumulate(counts)]), torch.tensor(places)
+
+
+def _offsets(experts: Tensor, num_experts: int) -> Tensor:
+    return torch.searchsorted(experts, torch.arange(num_experts + 1, device=experts.device))
 
 
 def _of_every(self: Any, of: Experts, x: Tensor) -> Tensor:
     """Of x [E T, features], the rows of each expert in turn. Rows of zeros give zeros, and zero gradients."""
     rows = x.detach().ne(0).any(-1).nonzero().squeeze(-1)
-    y = _experts(self, of, x.index_select(0, rows), rows // (x.shape[0] // self.num_experts), {})
+    offsets = _offsets(rows // (x.shape[0] // self.num_experts), self.num_experts)
+    y = _experts(self, of, x.index_select(0, rows), offsets, {})
     return torch.zeros_like(x).index_copy(0, rows, y)
 
 
-def _experts(self: Any, of: Experts, x: Tensor, experts: Tensor, factors: dict[str, Any]) -> Tensor:
-    """The outputs for rows x [M, features] of the experts [M], which rise."""
-    # of each expert its first row; those of an expert that is elsewhere (expert parallelism) have a larger number
-    offsets = torch.searchsorted(experts, torch.arange(self.num_experts + 1, device=experts.device))
+def _experts(self: Any, of: Experts, x: Tensor, offsets: Tensor, factors: dict[str, Any]) -> Tensor:
+    """The outputs for rows x [M, features], those of each expert in turn."""
     first, second = _names(self)
     h = _activated(self, of, _product(self, of, first, x, offsets, factors))
     y = _product(self, of, second, h, offsets, factors)
