@@ -76,6 +76,9 @@ def test_resume_after_the_end_changes_nothing(world: Path) -> None:
     result = result_of("train", world / "config.yaml", "--resume")
     assert result["resumed_from"] == 8
     assert (world / "run" / "metrics.jsonl").read_bytes() == before
+    said = invoke("train", world / "config.yaml", "--resume").stdout
+    assert said.startswith("the run is finished: all 8 steps were taken before")
+    assert " tokens in " not in said
 
 
 def test_dry_run_trains_nothing(world: Path) -> None:

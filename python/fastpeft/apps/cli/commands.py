@@ -113,7 +113,11 @@ def train(config: TrainConfig, resume: bool, restart: bool, trainer: str) -> dic
 
 
 def show_training(result: dict[str, Any]) -> None:
-    for name, one in result.get("adapters", {"": result}).items():
+    ran = result.get("adapters", {"": result})
+    if result["tokens"] == 0 and all(one["resumed_from"] >= one["steps"] for one in ran.values()):
+        _show_finished(ran)
+        return
+    for name, one in ran.items():
         of = f"{name}: " if name else ""
         if one["held_out_before"] is not None and one["held_out_after"] is not None:
             print(f"{of}held-out loss {one['held_out_before']:.4f} -> {one['held_out_after']:.4f}")
@@ -127,15 +131,27 @@ def show_training(result: dict[str, Any]) -> None:
     print(f"adapter: {result['adapter']}   curve: {result['loss_curve']}   metrics: {result['metrics']}")
 
 
+def _show_finished(ran: dict[str, Any]) -> None:
+    """Say of a run that was resumed after its last step that there was nothing to do."""
+    for name, one in ran.items():
+        of = f"{name}: " if name else ""
+        print(f"{of}the run is finished: all {one['steps']} steps were taken before, and none is left")
+        print(f"{of}adapter: {one['adapter']}")
+    print("for more steps, raise epochs or max_steps; to begin anew, use --restart")
+
+
 def merge(
     adapter: Path, output: Path, model: str | None, dtype: str, onto: str, gguf: str | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """Merge in float32 and round once, to ``dtype``, or to ``gguf``, a type of GGUF files; the folder, or the file,
     appears whole or not at all."""
+    from ... import MERGED_GGUF_TYPES
     from ..training.inference import adapter_note, base_of
 
     if dtype not in _DTYPES:
         raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}", "use --dtype bf16")
+    if gguf and gguf not in MERGED_GGUF_TYPES:
+        raise UserError(f"gguf: expected one of {', '.join(MERGED_GGUF_TYPES)}, got {gguf!r}", "use --gguf Q8_0")
     if onto not in ("original", "quantized"):
         raise UserError(f"onto: expected original or quantized, got {onto!r}", "use --onto original")
     if output.exists() and (gguf or not output.is_dir() or any(output.iterdir())):
