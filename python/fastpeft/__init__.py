@@ -25,7 +25,9 @@ _NAMES = {
     "weights.load_gguf": ("load_gguf_model",),
     "weights.load_nf4": ("load_nf4_model",),
     "weights.nf4_linear": ("NF4Linear",),
-    "weights.quantize": ("dequantize_model", "from_bitsandbytes", "nf4_config", "quantize_model"),
+    "weights.quantize": (
+        "dequantize_model", "from_bitsandbytes", "nf4_config", "quantize_model", "quantized_skeleton",
+    ),
     "methods.lora.lora": ("LoraRuntimeConfig",),
     "methods.lora.start.corda": ("CordaConfig",),
     "methods.lora.start.eva": ("EvaConfig",),

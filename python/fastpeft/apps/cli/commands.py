@@ -15,7 +15,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
-    from ..training.describe import describe
+    from ..estimate.describe import describe
     from ..training.run import prepare_all
 
     return describe(config, prepare_all(config))
@@ -23,7 +23,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 
 def measured_plan(config: TrainConfig) -> dict[str, Any]:
     """The plan, and its first steps taken."""
-    from ..training.describe import describe
+    from ..estimate.describe import describe
     from ..training.measure import STEPS, measure
     from ..training.metrics import Console
     from ..training.run import prepare_all
@@ -55,7 +55,11 @@ def show_plan(plan: dict[str, Any]) -> None:
             (f"{of}rows a step", f"{one['rows_per_step']}, filled to {100 * one['row_fill']:.0f} %"),
         ]  # fmt: skip
     rows += [(f"memory: {name}", size(count)) for name, count in plan["memory_bytes"].items()]
-    rows.append(("memory: estimate", size(plan["memory_total_bytes"])))
+    if "memory_unknown" in plan:
+        rows.append(("memory: estimate", f"none: {plan['memory_unknown']}"))
+    else:
+        rows += [("memory: peak of loading", size(plan["loading_peak_bytes"])),
+                 ("memory: estimate of a step", size(plan["memory_total_bytes"]))]  # fmt: skip
     if "measured" in plan:
         rows += _measured(plan["measured"])
     table("Plan (nothing was kept)" if "measured" in plan else "Plan (nothing was trained)", ("what", "value"), rows)
@@ -114,30 +118,26 @@ def train(config: TrainConfig, resume: bool, restart: bool, trainer: str) -> dic
 
 def show_training(result: dict[str, Any]) -> None:
     ran = result.get("adapters", {"": result})
-    if result["tokens"] == 0 and all(one["resumed_from"] >= one["steps"] for one in ran.values()):
-        _show_finished(ran)
-        return
+    finished = result["tokens"] == 0 and all(one["resumed_from"] >= one["steps"] for one in ran.values())
+    if finished:
+        print("the run is finished: it took all its steps before, and nothing was trained")
     for name, one in ran.items():
         of = f"{name}: " if name else ""
         if one["held_out_before"] is not None and one["held_out_after"] is not None:
             print(f"{of}held-out loss {one['held_out_before']:.4f} -> {one['held_out_after']:.4f}")
         if name:
-            print(f"{of}{one['steps']} steps, {one['tokens']:,} tokens   adapter: {one['adapter']}")
+            did = f"all {one['steps']} steps" if finished else f"{one['steps']} steps, {one['tokens']:,} tokens"
+            print(f"{of}{did}   adapter: {one['adapter']}")
+    if finished:
+        print("for more steps, raise epochs or max_steps; --restart begins anew")
     if "adapters" in result:
-        print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s")
+        if not finished:
+            print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s")
         print(f"curves: {result['loss_curve']}   metrics: {result['metrics']}")
         return
-    print(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
+    if not finished:
+        print(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
     print(f"adapter: {result['adapter']}   curve: {result['loss_curve']}   metrics: {result['metrics']}")
-
-
-def _show_finished(ran: dict[str, Any]) -> None:
-    """Say of a run that was resumed after its last step that there was nothing to do."""
-    for name, one in ran.items():
-        of = f"{name}: " if name else ""
-        print(f"{of}the run is finished: all {one['steps']} steps were taken before, and none is left")
-        print(f"{of}adapter: {one['adapter']}")
-    print("for more steps, raise epochs or max_steps; to begin anew, use --restart")
 
 
 def merge(
