@@ -40,7 +40,7 @@ def estimated(name: str, length: int) -> dict[str, Any]:
         num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
     )  # fmt: skip
     config = TrainConfig(model=name, data="-", max_length=length, gradient_checkpointing=True)
-    return estimate(config, base, torch.bfloat16, CUDA_BYTES, both=False)
+    return estimate(config, base, torch.bfloat16, CUDA_BYTES, both=False, on_gpu=True)
 
 
 def row(name: str) -> str:

@@ -25,7 +25,9 @@ _NAMES = {
     "weights.load_gguf": ("load_gguf_model",),
     "weights.load_nf4": ("load_nf4_model",),
     "weights.nf4_linear": ("NF4Linear",),
-    "weights.quantize": ("dequantize_model", "from_bitsandbytes", "nf4_config", "quantize_model"),
+    "weights.quantize": (
+        "dequantize_model", "from_bitsandbytes", "nf4_config", "quantize_model", "quantized_skeleton",
+    ),
     "methods.lora.lora": ("LoraRuntimeConfig",),
     "methods.lora.start.corda": ("CordaConfig",),
     "methods.lora.start.eva": ("EvaConfig",),
@@ -39,7 +41,7 @@ _NAMES = {
     "saving.export": ("export_for_serving", "inspect_adapter"),
     "saving.folder": ("convert_bin",),
     "saving.gguf_lora": ("export_gguf_lora",),
-    "saving.gguf_merged": ("save_merged_gguf",),
+    "saving.gguf_merged": ("MERGED_GGUF_TYPES", "save_merged_gguf"),
     "saving.load": ("load_peft_weights",),
     "saving.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "model.auto": (

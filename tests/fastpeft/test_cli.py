@@ -88,6 +88,9 @@ def test_resume_after_the_end_changes_nothing(world: Path) -> None:
     result = result_of("train", world / "config.yaml", "--resume")
     assert result["resumed_from"] == 8
     assert (world / "run" / "metrics.jsonl").read_bytes() == before
+    said = invoke("train", world / "config.yaml", "--resume").stdout
+    assert said.startswith("the run is finished")
+    assert " tokens in " not in said
 
 
 def test_dry_run_trains_nothing(world: Path) -> None:
@@ -101,6 +104,13 @@ def test_dry_run_trains_nothing(world: Path) -> None:
         p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(world / "model").parameters()
     )
     assert plan["memory_total_bytes"] == sum(plan["memory_bytes"].values())
+    some = result_of("train", world / "config.yaml", "gradient_checkpointing=true", "checkpointing_keeps=0.5",
+                     "--dry-run")["memory_bytes"]  # fmt: skip
+    every = result_of("train", world / "config.yaml", "gradient_checkpointing=true", "--dry-run")["memory_bytes"]
+    assert every["activations"] < some["activations"] < plan["memory_bytes"]["activations"]
+    unknown = result_of("train", world / "config.yaml", "method=shira", "adapter.r=4", "quantize=none", "--dry-run")
+    assert (unknown["memory_bytes"], unknown["memory_total_bytes"]) == ({}, None)
+    assert "depend on the values" in unknown["memory_unknown"]
     assert invoke("train", world / "config.yaml", f"output={world / 'dry'}", "--dry-run").exit_code == 0
 
 
@@ -163,7 +173,7 @@ def test_a_mixture_with_experts_in_four_bits(world: Path, tmp_path: Path) -> Non
     dense, packed = (
         result_of(*words, f"quantize_experts={given}", "--dry-run")["memory_bytes"]["base"] for given in ("no", "yes")
     )
-    assert dense - packed == 4 * 3 * 64 * 32 * (4 - (4 + (8 + 32 / 256) / 64) / 8)  # bytes of the experts' numbers
+    assert dense - packed == 4 * 3 * 64 * 32 * (4 - (4 + 32 / 64) / 8)  # bytes of the experts' numbers
     assert result_of(*words, "quantize_experts=true")["steps"] == 2
     adapter, asked = tmp_path / "run" / "adapter", ("--dtype", "float32", "--max-new-tokens", 10, "colour 3?")
     assert result_of("inspect", adapter)["trained_on"]["quantize_experts"] is True

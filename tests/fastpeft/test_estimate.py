@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from fastpeft import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
-from fastpeft import get_peft_model, quantize_model
+from fastpeft import get_peft_model, quantize_model, quantized_skeleton
 from fastpeft.apps.cli.app import app
 from fastpeft.apps.cli.estimate import parse_size
 from fastpeft.apps.estimate import machines, parts, process, shapes
@@ -181,7 +181,7 @@ def test_methods_whose_shapes_come_from_weights_say_so(method: str) -> None:
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="quantize_experts: experts are estimated as dense"):
+    with pytest.raises(UserError, match="no dense experts"):
         parts.estimate(settings("quantize_experts=true"), BASE, torch.float32, 0)
     other = copy.deepcopy(BASE)
     other.quantization_config = {"quant_method": "gptq", "bits": 4}
@@ -208,6 +208,51 @@ def test_the_table_of_models_is_current(monkeypatch: pytest.MonkeyPatch) -> None
     text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     for name in names:
         assert memory_table.row(name) in text, "run python tools/memory_table.py"
+
+
+def test_only_a_cpu_has_a_heap() -> None:
+    for words, on_gpu, has in (((), False, True), ((), True, False), (("gradient_checkpointing=true",), False, False)):
+        found = parts.estimate(settings(*words), BASE, torch.float32, 1000, both=False, on_gpu=on_gpu)
+        assert ("heap" in found["memory_bytes"]) is has
+
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "experts"),
+    [
+        (transformers.LlamaConfig(**SMALL, vocab_size=96, intermediate_size=96), False),
+        (transformers.FalconConfig(**SMALL, vocab_size=96), False),  # a subclass of nn.Linear
+        (transformers.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=96), False),  # Conv1D, a tied head
+        (transformers.Qwen3MoeConfig(**SMALL, **MIXTURE, vocab_size=96, head_dim=16), True),
+    ],
+    ids=["llama", "falcon", "gpt2", "mixture"],
+)
+def test_a_skeleton_has_the_layers_of_a_quantised_model(config: Any, experts: bool) -> None:
+    models = []
+    for device, quantise in (("cpu", quantize_model), ("meta", quantized_skeleton)):
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        models.append(quantise(model, skip=["lm_head", "layers.1"], experts=experts))
+    real, empty = ({n: (t.shape, t.dtype) for n, t in (*m.named_parameters(), *m.named_buffers())} for m in models)
+    assert real == empty
+    assert [(n, type(m).__name__) for n, m in models[0].named_modules()] == [
+        (n, type(m).__name__) for n, m in models[1].named_modules()
+    ]
+    assert shapes.bytes_of(models[0]) == shapes.bytes_of(models[1])
+
+
+def test_a_mixture_is_estimated() -> None:
+    base = transformers.Qwen3MoeConfig(**SMALL, **MIXTURE, vocab_size=96, head_dim=16)
+    dense, packed = (
+        parts.estimate(settings(f"quantize_experts={given}"), base, torch.float32, 0, both=False)["memory_bytes"]
+        for given in ("no", "yes")
+    )
+    numbers = 2 * 4 * 3 * 64 * 64  # of all experts, which are too small for scales in 8 bits
+    assert dense["base"] - packed["base"] == numbers * (4 - (4 + 32 / 64) / 8)
+    assert dense["adapter"] == packed["adapter"]
 
 
 def test_the_process_takes_a_step(capsys: pytest.CaptureFixture[str]) -> None:

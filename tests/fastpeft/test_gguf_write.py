@@ -249,5 +249,6 @@ def test_a_merged_model_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "exists" in run("merge", tmp_path / "adapter", out, "--gguf", quant, code=1)
     words = ("merge", tmp_path / "adapter", tmp_path / "o.gguf", "--gguf")
     assert "convert_hf_to_gguf.py" in run(*words, quant, "--model", tmp_path, code=1)
+    words = ("merge", tmp_path / "no-adapter-yet", *words[2:])  # refused before anything is looked at
     assert "expected one of F16, Q4_0, Q8_0" in run(*words, "Q3", code=1)
     assert not (tmp_path / "o.gguf").exists()

@@ -307,7 +307,7 @@ def test_long_pairs(tmp_path: Path) -> None:
 
 
 def test_pairs_are_read_and_planned(world: Path, tmp_path: Path) -> None:
-    from fastpeft.apps.training.describe import describe
+    from fastpeft.apps.estimate.describe import describe
 
     settings = config(world, tmp_path, objective="dpo")
     assert settings.packing is False

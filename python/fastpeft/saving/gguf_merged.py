@@ -17,7 +17,7 @@ from ..weights.gguf_layers import Naming, check_places, dense
 from ..weights.gguf_names import GGUFNames
 from ..weights.quantize_plan import is_conv1d
 
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama.cpp's `general.file_type` of a file in such a type
+MERGED_GGUF_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama.cpp's `general.file_type` of a file in such a type
 
 
 def save_merged_gguf(
@@ -30,8 +30,8 @@ def save_merged_gguf(
     do are float32, and all else is copied byte for byte. Raises ValueError for what the file has no place for, and
     WriteError where there is no room; nothing is written then.
     """
-    if quant not in FILE_TYPES:
-        raise ValueError(f"gguf: expected one of {', '.join(FILE_TYPES)}, got {quant!r}")
+    if quant not in MERGED_GGUF_TYPES:
+        raise ValueError(f"gguf: expected one of {', '.join(MERGED_GGUF_TYPES)}, got {quant!r}")
     file = read_gguf(base)
     names = GGUFNames.of(file)
     check_places(file, names.naming, names.model)
@@ -49,7 +49,7 @@ def save_merged_gguf(
     homes = {id(state[key]) for name, key in names.naming.names.items() if name in file.tensors and key in state}
     if lost := [key for key, value in state.items() if id(value) not in homes]:
         raise file.wrong(f"it has no place for {list_some(lost)} of the merged model")
-    values = {**values_of(file), "general.file_type": GGUFValue(FILE_TYPES[quant], "UINT32")}
+    values = {**values_of(file), "general.file_type": GGUFValue(MERGED_GGUF_TYPES[quant], "UINT32")}
     write_gguf_file(out, names.architecture, values, parts)
     file.check_unchanged()
     return {"changed": len(parts) - kept, "tensors": len(parts)}

@@ -63,11 +63,43 @@ def quantize_rest(
     to pass over."""
     names, kept = plan.linear_layers(model, skip)
     plan.check_layers(model, names)
-    packs = plan.experts(model, skip) if experts else []
-    if experts and not packs and not packed_parameters(model):
+    packs = _experts(model, skip) if experts else []
+    plan.check_experts(model, packs, blocksize)
+    _replace(model, names, packs, quant_type, blocksize, double_quant, compute_dtype, progress)
+    mark_quantized(model, quant_type, double_quant, compute_dtype, kept, experts)
+    return len(names) + len(packs)
+
+
+def quantized_skeleton(
+    model: nn.Module, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
+    skip: Iterable[str] = ("lm_head",), experts: bool = False,
+) -> nn.Module:  # fmt: skip
+    """A model on the meta device as `quantize_model` leaves one with values, in place: the same layers in the same
+    formats, without values. For what is worked out from shapes. Raises ValueError as `quantize_model` does, but for
+    values."""
+    check_format(quant_type, blocksize)
+    over = skipped(model, skip)
+    names, kept = plan.linear_layers(model, over)
+    packs = _experts(model, over) if experts else []
+    plan.check_blocks(model, packs, blocksize)
+    _replace(model, names, packs, quant_type, blocksize, double_quant, None, None)
+    mark_quantized(model, quant_type, double_quant, None, kept, experts)
+    return model
+
+
+def _experts(model: nn.Module, skip: list[str]) -> list[tuple[str, str]]:
+    """The experts to keep in 4 bits. ValueError where there are none, neither dense nor in 4 bits already."""
+    packs = plan.experts(model, skip)
+    if not packs and not packed_parameters(model):
         raise ValueError(f"quantize_model: {type(model).__name__} has no dense experts to keep in 4 bits outside of "
                          f"skip={skip}: leave `experts` off")  # fmt: skip
-    plan.check_experts(model, packs, blocksize)
+    return packs
+
+
+def _replace(
+    model: nn.Module, names: list[str], packs: list[tuple[str, str]], quant_type: str, blocksize: int,
+    double_quant: bool, compute_dtype: torch.dtype | None, progress: Callable[[int, int, str], None] | None,
+) -> None:  # fmt: skip
     total = len(names) + len(packs)
     for done, name in enumerate(names, 1):
         layer: Any = model.get_submodule(name)
@@ -83,8 +115,6 @@ def quantize_rest(
         del dense_experts
         if progress is not None:
             progress(done, total, f"{name}.{parameter}")
-    mark_quantized(model, quant_type, double_quant, compute_dtype, kept, experts)
-    return total
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

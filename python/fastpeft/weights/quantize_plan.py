@@ -85,7 +85,14 @@ def check_experts(model: nn.Module, found: list[tuple[str, str]], blocksize: int
             raise ValueError(f"quantize_model: {path} is on the meta device; load its weights first")
         if not is_quantisable(weight.detach()):
             raise ValueError(f"quantize_model: NaN, infinite or not float32/16 weights in {path}")
-        why = why_not_packed(path, weight, blocksize)
+    check_blocks(model, found, blocksize)
+
+
+def check_blocks(model: nn.Module, found: list[tuple[str, str]], blocksize: int) -> None:
+    """Raise ValueError that names a parameter of experts whose size has no form in 4 bits. Values are not looked at."""
+    for name, parameter in found:
+        weight: Any = model.get_submodule(name)._parameters[parameter]
+        why = why_not_packed(f"{name}.{parameter}", weight, blocksize)
         if why is not None:
             raise ValueError(f"quantize_model: {why}")
 

@@ -15,7 +15,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
-    from ..training.describe import describe
+    from ..estimate.describe import describe
     from ..training.run import prepare_all
 
     return describe(config, prepare_all(config))
@@ -23,7 +23,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 
 def measured_plan(config: TrainConfig) -> dict[str, Any]:
     """The plan, and its first steps taken."""
-    from ..training.describe import describe
+    from ..estimate.describe import describe
     from ..training.measure import STEPS, measure
     from ..training.metrics import Console
     from ..training.run import prepare_all
@@ -55,7 +55,11 @@ def show_plan(plan: dict[str, Any]) -> None:
             (f"{of}rows a step", f"{one['rows_per_step']}, filled to {100 * one['row_fill']:.0f} %"),
         ]  # fmt: skip
     rows += [(f"memory: {name}", size(count)) for name, count in plan["memory_bytes"].items()]
-    rows.append(("memory: estimate", size(plan["memory_total_bytes"])))
+    if "memory_unknown" in plan:
+        rows.append(("memory: estimate", f"none: {plan['memory_unknown']}"))
+    else:
+        rows += [("memory: peak of loading", size(plan["loading_peak_bytes"])),
+                 ("memory: estimate of a step", size(plan["memory_total_bytes"]))]  # fmt: skip
     if "measured" in plan:
         rows += _measured(plan["measured"])
     table("Plan (nothing was kept)" if "measured" in plan else "Plan (nothing was trained)", ("what", "value"), rows)
@@ -116,17 +120,26 @@ def train(config: TrainConfig, resume: bool, restart: bool, trainer: str) -> dic
 
 
 def show_training(result: dict[str, Any]) -> None:
-    for name, one in result.get("adapters", {"": result}).items():
+    ran = result.get("adapters", {"": result})
+    finished = result["tokens"] == 0 and all(one["resumed_from"] >= one["steps"] for one in ran.values())
+    if finished:
+        print("the run is finished: it took all its steps before, and nothing was trained")
+    for name, one in ran.items():
         of = f"{name}: " if name else ""
         if one["held_out_before"] is not None and one["held_out_after"] is not None:
             print(f"{of}held-out loss {one['held_out_before']:.4f} -> {one['held_out_after']:.4f}")
         if name:
-            print(f"{of}{one['steps']} steps, {one['tokens']:,} tokens   adapter: {one['adapter']}")
+            did = f"all {one['steps']} steps" if finished else f"{one['steps']} steps, {one['tokens']:,} tokens"
+            print(f"{of}{did}   adapter: {one['adapter']}")
+    if finished:
+        print("for more steps, raise epochs or max_steps; --restart begins anew")
     if "adapters" in result:
-        print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s")
+        if not finished:
+            print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s")
         print(f"curves: {result['loss_curve'] or 'none'}   metrics: {result['metrics']}")
         return
-    print(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
+    if not finished:
+        print(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
     print(f"adapter: {result['adapter']}   curve: {result['loss_curve'] or 'none'}   metrics: {result['metrics']}")
 
 
@@ -135,10 +148,13 @@ def merge(
 ) -> dict[str, Any]:  # fmt: skip
     """Merge in float32 and round once, to ``dtype``, or to ``gguf``, a type of GGUF files; the folder, or the file,
     appears whole or not at all."""
+    from ... import MERGED_GGUF_TYPES
     from ..training.inference import adapter_note, base_of
 
     if dtype not in _DTYPES:
         raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}", "use --dtype bf16")
+    if gguf and gguf not in MERGED_GGUF_TYPES:
+        raise UserError(f"gguf: expected one of {', '.join(MERGED_GGUF_TYPES)}, got {gguf!r}", "use --gguf Q8_0")
     if onto not in ("original", "quantized"):
         raise UserError(f"onto: expected original or quantized, got {onto!r}", "use --onto original")
     if output.exists() and (gguf or not output.is_dir() or any(output.iterdir())):

@@ -75,9 +75,9 @@ def estimate(config: TrainConfig, gpu: str | None, fit: str | None) -> dict[str,
     base = configuration(config.model)
     changed: dict[str, Any] = {}
     if fit is not None:
-        config, changed, found = fitting(config, base, dtype, process, parse_size(fit))
+        config, changed, found = fitting(config, base, dtype, process, parse_size(fit), card is not None)
     else:
-        found = of_run(config, base, dtype, process)
+        found = of_run(config, base, dtype, process, on_gpu=card is not None)
     result: dict[str, Any] = {"model": config.model, "quantize": config.quantize, "method": config.method, **found}
     if fit is not None:
         words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]

@@ -16,6 +16,9 @@ from ..training.stop import Interrupted, Terminated, handled, terminate
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; progress goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Cached = Annotated[
+    bool, typer.Option("--cache-quantized", help="Keep the quantised base; later runs open it by mapping, in a moment.")
+]
 USER_ERROR, INTERNAL_ERROR = 1, 3
 # What libraries raise for bad input; anything else is a defect and says so.
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)

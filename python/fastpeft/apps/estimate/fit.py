@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -20,7 +20,7 @@ _PREFIXES = frozenset({"prefix_tuning", "cartridge"})  # keys and values in a ca
 
 
 def fitting(
-    config: TrainConfig, base: Any, dtype: torch.dtype, process: int, room: int
+    config: TrainConfig, base: Any, dtype: torch.dtype, process: int, room: int, on_gpu: bool = False
 ) -> tuple[TrainConfig, dict[str, Any], dict[str, Any]]:
     """Settings whose peak is at most `room` bytes: (the run's, what to set for them, their estimate).
 
@@ -28,19 +28,23 @@ def fitting(
     step make up for them), activations on disk, a lower rank, shorter rows. Where the given settings fit, as many more
     rows as do. Raises UserError where nothing fits.
     """
+
+    def at_peak(tried: TrainConfig) -> dict[str, Any]:
+        return estimate(tried, base, dtype, process, both=False, on_gpu=on_gpu)
+
     least = None
     for changes in _attempts(config):
         tried = replace(config, **changes)
         try:
-            found = estimate(tried, base, dtype, process, both=False)
+            found = at_peak(tried)
         except UserError:
             if not changes.get("checkpointing_keeps"):
                 raise
             continue  # its layers checkpoint together or not at all
         least = found["peak_bytes"] if least is None else min(least, found["peak_bytes"])
         if found["peak_bytes"] <= room:
-            tried, found = _more_rows(config, tried, found, base, dtype, process, room)
-            return tried, _told(config, tried), estimate(tried, base, dtype, process)
+            tried, found = _more_rows(config, tried, found, at_peak, room)
+            return tried, _told(config, tried), estimate(tried, base, dtype, process, on_gpu=on_gpu)
     needed = (least or 0) / 1e9
     raise UserError(f"no settings of this model fit {room / 1e9:.2f} GB: the least found takes {needed:.2f} GB",
                     "choose a smaller model or a larger machine")  # fmt: skip
@@ -79,13 +83,13 @@ def _attempts(config: TrainConfig) -> Iterator[dict[str, Any]]:
 
 
 def _more_rows(
-    config: TrainConfig, fits: TrainConfig, found: dict[str, Any], base: Any, dtype: torch.dtype, process: int,
+    config: TrainConfig, fits: TrainConfig, found: dict[str, Any], at_peak: Callable[[TrainConfig], dict[str, Any]],
     room: int,
 ) -> tuple[TrainConfig, dict[str, Any]]:  # fmt: skip
     """Twice the rows as long as they fit, where none were taken away."""
     while fits.batch_size >= config.batch_size and fits.batch_size < _LARGEST_BATCH:
         more = replace(fits, batch_size=2 * fits.batch_size)
-        tried = estimate(more, base, dtype, process, both=False)
+        tried = at_peak(more)
         if tried["peak_bytes"] > room:
             break
         fits, found = more, tried

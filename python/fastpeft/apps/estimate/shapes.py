@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ... import NF4Linear, get_peft_model
+from ... import get_peft_model, quantized_skeleton
 from ..training import gguf_base, models
 from ..training.config import TrainConfig
 from ..training.errors import UserError
 from ..training.memory import enable_checkpoints
 from ..training.run import adapter_config
-
-_PLAIN = ("FalconLinear", "Conv1D")  # linear layers of transformers by name, beside torch's own
 
 
 def configuration(model: str) -> Any:
@@ -86,7 +83,10 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
     parameters = sum(p.numel() for p in model.parameters())
     largest = max(p.nbytes for p in model.parameters())
     if config.quantize != "none":
-        _in_four_bits(model, config, dtype)
+        try:
+            quantized_skeleton(model, **models.quantisation(config.quantize, config.to_dict()))
+        except ValueError as error:
+            raise UserError(str(error), models.QUANTISATION_FIX) from error
     return _with_adapters(config, model, parameters, largest)
 
 
@@ -113,8 +113,6 @@ def _with_adapters(config: TrainConfig, model: Any, parameters: int, largest: in
 
 def _check(config: TrainConfig, stored: Any) -> None:
     """Refuse what would be estimated wrongly. stored: the model's ``quantization_config``, if it has one."""
-    if config.quantize_experts:
-        raise UserError("quantize_experts: experts are estimated as dense", "leave it out, or use train --plan")
     if stored is None:
         return
     own: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
@@ -122,21 +120,6 @@ def _check(config: TrainConfig, stored: Any) -> None:
         how = str(own.get("quant_method", "an unknown method"))
         raise UserError(f"a model that is quantised by {how} is not estimated with quantize={config.quantize}",
                         "4-bit models of bitsandbytes are, with quantize=nf4")  # fmt: skip
-
-
-def _in_four_bits(model: Any, config: TrainConfig, dtype: torch.dtype) -> None:
-    """Linear layers as `quantize_model` replaces them: not those that share a weight, nor what is to be skipped."""
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    skip = [*config.quantize_skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear and type(layer).__name__ not in _PLAIN:
-            continue
-        if uses[id(layer.weight)] > 1 or any(f".{part}." in f".{name}." for part in skip):
-            continue
-        n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-        model.set_submodule(name, NF4Linear.empty(
-            k, n, layer.bias is not None, config.quantize, nested=config.double_quant, dtype=dtype
-        ))  # fmt: skip
 
 
 def _give_shapes(model: nn.Module, mode: FakeTensorMode) -> None:

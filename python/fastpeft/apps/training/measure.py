@@ -33,7 +33,7 @@ def measure(config: TrainConfig, prepared: Sequence[Prepared], progress: Progres
     """
     state = checkpoints.random_state()
     try:
-        empty, started = _now(prepared[0].device), time.monotonic()
+        empty, started = memory_now(prepared[0].device), time.monotonic()
         model = adapted_model(*prepared, say=progress.say)
         loading = time.monotonic() - started
         tracks, device = make_tracks(prepared), prepared[0].device
@@ -113,7 +113,7 @@ def _watch(device: torch.device) -> Callable[[], int]:
     return lambda: _of_status("VmHWM")
 
 
-def _now(device: torch.device) -> int:
+def memory_now(device: torch.device) -> int:
     """Memory that is held now, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTISATION_FIX = "change quantize, quantize_skip or quantize_experts"
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ def load_base(
         raise UserError(str(error), "make room there, set XDG_CACHE_HOME, or leave cache_quantized off") from error
     except UserError as error:
         if "quantize_model: " in error.problem or "nf4_config: " in error.problem:
-            raise UserError(error.problem, "change quantize, quantize_skip or quantize_experts") from error
+            raise UserError(error.problem, QUANTISATION_FIX) from error
         raise
     model.requires_grad_(False)
     return model.to(device).eval()
@@ -329,7 +330,7 @@ def quantize(model: Any, storage: str, how: Mapping[str, Any]) -> Any:
     try:
         return quantize_model(model, **quantisation(storage, how))
     except ValueError as error:
-        raise UserError(str(error), "change quantize, quantize_skip or quantize_experts") from error
+        raise UserError(str(error), QUANTISATION_FIX) from error
 
 
 def speed_up(model: Any) -> list[str]:
