@@ -7,7 +7,7 @@ format is a `Format` in a module of `known`, which is found by being there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,7 +52,8 @@ class Format:
     decode(parts, shape): the weight by the format's definition, float32, plain torch: the oracle of every kernel.
     wrong(parts, shape): the reason why these values are no weight's, a scale that is not finite for one; None where
     there is none. It reads all scales, so it is for when a weight is made or loaded.
-    quantize(w, blocksize): the parts for w, of any floating dtype; None: only the owner's files hold such weights.
+    quantize(w, blocksize): the parts for w, of any floating dtype and finite, with the bits of the owner's code;
+    blocksize None: what the owner takes. Absent where only the owner's files hold such weights.
     blocksize: of a weight, where it cannot be another. block_bytes: of a block with its scales inside.
     halves: the bytes of a block where a float16 begins.
     """
@@ -62,7 +63,7 @@ class Format:
     check: Callable[..., None]
     decode: Callable[[Parts, Shape], Tensor]
     wrong: Callable[[Parts, Shape], str | None]
-    quantize: Callable[[Tensor, int], Parts] | None = None
+    quantize: Callable[[Tensor, int | None], Parts] | None = None
     blocksize: int | None = None
     block_bytes: int | None = None
     halves: tuple[int, ...] = ()
@@ -93,6 +94,13 @@ def not_finite(**tensors: Tensor | None) -> str | None:
 def rows_of(shape: Shape) -> tuple[int, int]:
     """(rows, columns) of a weight whose groups or blocks are of columns of a row."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) else (1, 1)
+
+
+def pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of the rows, of about 2^20 elements each: what is made of one at a time stays small."""
+    step = max(1, (1 << 20) // max(1, columns))
+    for first in range(0, rows, step):
+        yield slice(first, first + step)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import arg_error
-from .format import Format, Parts, Shape, check_absent, not_finite, rows_of
+from .format import Format, Parts, Shape, check_absent, not_finite, pieces, rows_of
 
 
 def _check(
@@ -47,16 +47,19 @@ def block_format(
     """The `Format` of blocks.
 
     values(blocks [n, size] uint8): float32 [n, elements]. halves: the bytes of a block where a float16 begins.
-    quantize(w [n, elements] float32): the blocks.
+    quantize(w [n, elements] float32): the blocks, with the bits that the package gguf gives them.
     """
 
-    def parts_of(w: Tensor, blocksize: int) -> Parts:
-        if blocksize != elements or w.dim() < 1 or w.shape[-1] % elements:
+    def parts_of(w: Tensor, blocksize: int | None) -> Parts:
+        if (blocksize or elements) != elements or w.dim() < 1 or w.shape[-1] % elements:
             raise arg_error("quantize", "w", f"of rows in blocks of {elements} for {name}", (tuple(w.shape), blocksize))
         assert quantize is not None
-        blocks = quantize(w.to(torch.float32).reshape(-1, elements).contiguous())
-        return Parts(blocks.reshape(*w.shape[:-1], w.shape[-1] // elements * size), None, None, None, None,
-                     elements, 256)  # fmt: skip
+        flat, blocks = w.reshape(-1, elements), w.numel() // elements
+        out = w.new_empty((blocks, size), dtype=torch.uint8)
+        for some in pieces(blocks, elements):
+            out[some] = quantize(flat[some].to(torch.float32))
+        out = out.reshape(*w.shape[:-1], w.shape[-1] // elements * size)
+        return Parts(out, None, None, None, None, elements, 256)
 
     return Format(
         name, number, partial(_check, name, elements, size), partial(_decode, size, values),
@@ -81,3 +84,19 @@ def low_then_high(quants: Tensor, width: int) -> Tensor:
 def bits(t: Tensor, shifts: range) -> Tensor:
     """[n, len(shifts), bytes]: the bytes shifted right by each."""
     return torch.stack([t >> s for s in shifts], dim=1)
+
+
+def half_bytes(t: Tensor) -> Tensor:
+    """uint8 [n, 2]: float32 [n, 1] as float16."""
+    return t.to(torch.float16).view(torch.uint8)
+
+
+def inverse(t: Tensor) -> Tensor:
+    """1 / t; 0 where t is 0, or so small that there is no such float32."""
+    found = 1 / t
+    return torch.where(found.isinf(), 0.0, found)
+
+
+def halves_packed(codes: Tensor) -> Tensor:
+    """uint8 [n, 16] of codes [n, 32]: element j below, 16 + j above, each in four bits."""
+    return (codes[:, :16] & 15) | (codes[:, 16:] << 4)

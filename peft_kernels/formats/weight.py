@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import arg_error, check_memory
-from .format import FlatWeight, Parts
+from .format import FlatWeight, Parts, pieces, rows_of
 from .known.four_bit import decode_absmax
 from .registry import FORMATS, check_parts
 from .tables import QUANT_TYPES, make_tables
@@ -136,6 +136,35 @@ class QuantWeight:
                                              self.shape)  # fmt: skip
         if why is not None:
             raise ValueError(f"{name}: {why}")
+
+    @classmethod
+    def quantize(cls, w: Tensor, quant_type: str = "nf4", blocksize: int | None = None) -> QuantWeight:
+        """`w` in a format that has a quantiser, with the bits of the owner's: a weight of w's shape and dtype.
+
+        quant_type: "nf4" and "fp4" as bitsandbytes makes them; "int4" and "uint8" as HQQ, "int8" as torchao does; and
+        "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4" as the package gguf. blocksize: columns a group; None: what the
+        owner takes, 64 of NF4, FP4 and HQQ, a row of int8. w: floating, of rows of whole groups. Not differentiable.
+        ValueError of values that are not finite or beyond the format's scales, and of formats without a quantiser.
+        """
+        known = FORMATS.get(quant_type)
+        able = sorted(f.name for f in FORMATS.values() if f.quantize)
+        if known is None or known.name not in able:
+            raise arg_error("QuantWeight.quantize", "quant_type", f"one of {able}, which have a quantiser",
+                            repr(quant_type))  # fmt: skip
+        if not w.is_floating_point():
+            raise arg_error("QuantWeight.quantize", "w", "a floating-point tensor", w.dtype, TypeError)
+        w = w.detach()
+        rows, columns = rows_of(w.shape)
+        flat = w.reshape(rows, columns)
+        bad = sum(int((~flat[some].isfinite()).sum()) for some in pieces(rows, columns))
+        if bad:
+            raise ValueError(f"QuantWeight.quantize: w holds {bad} values that are not finite")
+        assert known.quantize is not None
+        parts = known.quantize(w, blocksize)
+        made = cls(parts.packed, parts.absmax, tuple(w.shape), known.name, parts.blocksize, w.dtype,
+                   parts.nested_absmax, parts.nested_code, parts.nested_blocksize, parts.offset)  # fmt: skip
+        made.check_values(f"QuantWeight.quantize: w has values too large for {known.name}")
+        return made
 
     @classmethod
     def affine(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ...checks import arg_error
+from ..by_group import to_hqq, to_int8
 from ..format import Format, Parts, Shape, ceil_div, check_size, nibbles, not_finite, rows_of
 
 SCALES = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,6 +99,7 @@ def _wrong(parts: Parts, shape: Shape) -> str | None:
 
 
 FORMATS = [
-    Format(of, number, partial(_check, of), partial(_decode, of), _wrong)
-    for number, of in ((3, "int4"), (4, "int8"), (5, "uint8"))
+    Format("int4", 3, partial(_check, "int4"), partial(_decode, "int4"), _wrong, partial(to_hqq, 4)),
+    Format("int8", 4, partial(_check, "int8"), partial(_decode, "int8"), _wrong, to_int8),
+    Format("uint8", 5, partial(_check, "uint8"), partial(_decode, "uint8"), _wrong, partial(to_hqq, 8)),
 ]

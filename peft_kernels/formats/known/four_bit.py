@@ -81,4 +81,12 @@ def _wrong(parts: Parts, _: Shape) -> str | None:
                       offset=parts.offset)  # fmt: skip
 
 
-FORMATS = [Format(name, number, _check, partial(_decode, number), _wrong) for name, number in QUANT_TYPES.items()]
+def _quantize(number: int, w: Tensor, blocksize: int | None) -> Parts:
+    blocksize = 64 if blocksize is None else blocksize
+    # by its registered name: the operator's module imports this one
+    packed, absmax, *_ = torch.ops.peft_kernels.quantize_4bit(w, number, blocksize, False, 256)
+    return Parts(packed, absmax, None, None, None, blocksize, 256)
+
+
+FORMATS = [Format(name, number, _check, partial(_decode, number), _wrong, partial(_quantize, number))
+           for name, number in QUANT_TYPES.items()]  # fmt: skip

@@ -97,17 +97,6 @@ def gguf_package() -> Any:
     return gguf
 
 
-def quantised_blocks(w: Tensor, quant: str) -> Tensor | None:
-    """The bytes of a matrix, float32 [N, K], in a type of ggml, [N, bytes]; None where the package gguf has no
-    quantiser for it."""
-    gguf = gguf_package()
-    try:
-        made = gguf.quants.quantize(w.detach().float().cpu().numpy(), gguf.GGMLQuantizationType[quant.upper()])
-    except NotImplementedError:
-        return None
-    return torch.from_numpy(made).to(w.device)
-
-
 def is_gguf(path: str | os.PathLike[str]) -> bool:
     """True of a file that begins as GGUF files do."""
     try:

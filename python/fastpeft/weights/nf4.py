@@ -13,7 +13,6 @@ import peft_kernels
 from peft_kernels import QuantWeight
 from peft_kernels.formats import FORMATS, QUANT_TYPES
 
-from ..files.gguf_file import quantised_blocks
 from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, put_back, relative_error
 from .lookups import Lookups
@@ -22,20 +21,11 @@ from .quantised_rows import quantised_rows
 
 
 def requantised(w: Tensor, like: QuantWeight) -> QuantWeight:
-    """W, float32, in the format of `like`, which is not NF4 or FP4; blocks of GGUF by the package gguf. ValueError
-    where only the owner's files have the format."""
-    known = FORMATS[like.quant_type]
-    if known.quantize is not None:
-        parts = known.quantize(w, like.blocksize)
-        return QuantWeight(
-            parts.packed, parts.absmax, like.shape, like.quant_type, parts.blocksize, like.dtype, parts.nested_absmax,
-            parts.nested_code, parts.nested_blocksize, parts.offset,
-        )  # fmt: skip
-    made = None if known.blocksize is None else quantised_blocks(w, like.quant_type)
-    if made is None:
+    """W, float32, in the format of `like`, which is not NF4 or FP4. ValueError where only the owner's files have it."""
+    if FORMATS[like.quant_type].quantize is None:
         raise ValueError(f"a merge has to quantise to {like.quant_type} again, and there is no quantiser for it: merge "
                          "onto a dense base, or keep the adapter beside it")  # fmt: skip
-    return QuantWeight.gguf(made, like.quant_type, like.shape, like.dtype)
+    return replace(QuantWeight.quantize(w, like.quant_type, like.blocksize), dtype=like.dtype)
 
 
 class Quant4bitWeight(BaseWeight):
