@@ -256,5 +256,5 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gguf_file.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(GGUFPackageError, match="pip install gguf"):
         load_gguf_model(path)
-    with pytest.raises(UserError, match="need the package gguf"):
-        models.load_base(models.resolve(str(path), "gguf"), torch.float32, torch.device("cpu"), "gguf", {})
+    with pytest.raises(UserError, match="needs the package gguf"):
+        models.resolve(str(path), "gguf")
