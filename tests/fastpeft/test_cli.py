@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -100,6 +101,18 @@ def test_dry_run_trains_nothing(world: Path) -> None:
     assert (unknown["memory_bytes"], unknown["memory_total_bytes"]) == ({}, None)
     assert "depend on the values" in unknown["memory_unknown"]
     assert invoke("train", world / "config.yaml", f"output={world / 'dry'}", "--dry-run").exit_code == 0
+
+
+def test_without_matplotlib_there_is_no_curve(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else real(name, *a))
+    done = invoke("train", world / "config.yaml", f"output={tmp_path / 'run'}", "max_steps=1")
+    assert done.exit_code == 0, done.output
+    assert "loss.png is not drawn: pip install matplotlib" in done.stderr
+    assert not (tmp_path / "run" / "loss.png").exists()
+    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 def test_generate(world: Path) -> None:

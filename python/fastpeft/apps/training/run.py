@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -241,7 +242,9 @@ def train_all(
         for p in prepared:
             save_adapter(model, Path(p.config.output) / ADAPTER_NAME, p)
         metrics = Path(config.output) / METRICS_NAME
-        if metrics.stat().st_size:
+        if importlib.util.find_spec("matplotlib") is None:
+            progress.say(f"{CURVE_NAME} is not drawn: pip install matplotlib")
+        elif metrics.stat().st_size:
             from .plot import plot_losses
 
             plot_losses(metrics, metrics.with_name(CURVE_NAME))
