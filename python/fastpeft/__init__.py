@@ -28,6 +28,7 @@ _NAMES = {
     "weights.quantize": (
         "dequantize_model", "from_bitsandbytes", "nf4_config", "quantize_model", "quantized_skeleton",
     ),
+    "weights.quantize_tables": ("quantize_embeddings",),
     "methods.lora.lora": ("LoraRuntimeConfig",),
     "methods.lora.start.corda": ("CordaConfig",),
     "methods.lora.start.eva": ("EvaConfig",),

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_kernels import dequantize_4bit
+
 from . import quantize_plan as plan
 from .base import has_base
 from .nf4_experts import NF4Experts, is_accelerated, nests, pack, packed_parameters, unpack
 from .nf4_linear import NF4Linear
+from .quant_embedding import QuantEmbedding
 from .quantize_plan import check_format, modules_of, skipped
 from .streaming import Streaming
 
@@ -118,8 +121,8 @@ def _replace(
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every `NF4Linear` by a dense `nn.Linear`, and experts in 4 bits by dense ones, in place; returns the
-    model. Experts must not be accelerated then (ValueError)."""
+    """Replace every `NF4Linear` by a dense `nn.Linear`, an embedding in 8 bits by a dense one, and experts in 4 bits
+    by dense ones, in place; returns the model. Experts must not be accelerated then (ValueError)."""
     packed: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, NF4Experts)]
     for name, module in packed:
         if is_accelerated(module):
@@ -134,6 +137,15 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             if layer.bias is not None:
                 dense.bias = nn.Parameter(layer.bias.detach().to(dense.weight.dtype), requires_grad=False)
             model.set_submodule(name, dense.train(layer.training))
+        elif isinstance(layer, QuantEmbedding):
+            if layer.scale is not None:
+                raise ValueError(f"dequantize_model: {name} multiplies its rows by {layer.scale}; no plain table does")
+            table = dequantize_4bit(layer.quant_weight(), dtype)
+            with torch.device("meta"):
+                rows = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+            rows.weight = nn.Parameter(table, requires_grad=False)
+            model.set_submodule(name, rows.train(layer.training))
+    model.__dict__.pop("save_pretrained", None)  # of embeddings in 8 bits
     for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method"):
         model.__dict__.pop(name, None)
     conversions = model.__dict__.pop(_CONVERSIONS, None)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ... import get_peft_model, quantized_skeleton
+from ... import get_peft_model, quantize_embeddings, quantized_skeleton
 from ..training import gguf_base, models
 from ..training.config import TrainConfig
 from ..training.errors import UserError
@@ -85,6 +85,8 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
     if config.quantize != "none":
         try:
             quantized_skeleton(model, **models.quantisation(config.quantize, config.to_dict()))
+            if config.quantize_embeddings:  # after the model was read
+                largest = max(largest, quantize_embeddings(model))
         except ValueError as error:
             raise UserError(str(error), models.QUANTISATION_FIX) from error
     return _with_adapters(config, model, parameters, largest)

@@ -50,6 +50,7 @@ class TrainConfig:
         or the method's default where it acts on whole modules.
     quantize_skip: names of linear layers that stay dense.
     quantize_experts: keep the experts of a mixture in 4 bits, too; lora.target_parameters puts adapters on them.
+    quantize_embeddings: keep the embedding, and the head where it is not in 4 bits, in 8 bits.
     cache_quantized: keep the quantised base in the cache folder; later runs open it by mapping, in a moment.
     fast_layers: quicker forms of the layers of transformers' models (the same mathematics), wherever kernels run.
     max_length: longest example in tokens, and the length of a packed row.
@@ -91,6 +92,7 @@ class TrainConfig:
     double_quant: bool = True
     quantize_skip: list[str] = field(default_factory=lambda: ["lm_head"])
     quantize_experts: bool = False
+    quantize_embeddings: bool = False
     cache_quantized: bool = False
     dtype: DType = "auto"
     device: str = "auto"
@@ -161,6 +163,9 @@ class TrainConfig:
             check_unused(self.to_dict())
         if self.cache_quantized and self.quantize == "none":
             raise UserError("cache_quantized=true, and quantize=none", "choose nf4 or fp4, or leave it out")
+        if self.quantize_embeddings and (self.quantize == "none" or self.cache_quantized):
+            other = "quantize=none" if self.quantize == "none" else "cache_quantized=true, which keeps no such tables"
+            raise UserError(f"quantize_embeddings=true, and {other}", "choose nf4 or fp4 without a cache")
         if self.quantize_experts and self.quantize == "none":
             raise UserError("quantize_experts=true, and quantize=none", "choose nf4 or fp4, or leave the experts dense")
         if self.checkpointing_keeps and not self.gradient_checkpointing:
@@ -208,9 +213,9 @@ class TrainConfig:
 
 # What the adapters of a run have in common: there is one base, and one forward pass for all of them.
 SHARED = (
-    "model", "adapters", "output", "quantize", "double_quant", "quantize_skip", "quantize_experts", "cache_quantized",
-    "dtype", "device", "attention", "fast_layers", "gradient_checkpointing", "checkpointing_keeps",
-    "offload_activations", "offload_folder", "loss_chunk_vocab", "loss_chunk_tokens",
+    "model", "adapters", "output", "quantize", "double_quant", "quantize_skip", "quantize_experts",
+    "quantize_embeddings", "cache_quantized", "dtype", "device", "attention", "fast_layers", "gradient_checkpointing",
+    "checkpointing_keeps", "offload_activations", "offload_folder", "loss_chunk_vocab", "loss_chunk_tokens",
 )  # fmt: skip
 
 

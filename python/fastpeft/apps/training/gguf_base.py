@@ -43,7 +43,7 @@ def storage_of(model: str, asked: str) -> str:
 
 def check_unused(settings: Mapping[str, Any]) -> None:
     """Raise UserError for settings of a quantisation that does not happen."""
-    for name in ("cache_quantized", "quantize_experts"):
+    for name in ("cache_quantized", "quantize_experts", "quantize_embeddings"):
         if settings.get(name):
             raise UserError(f"{name}=true, and a GGUF file is used as it lies", "leave it out, or set quantize=nf4")
 

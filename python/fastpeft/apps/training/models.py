@@ -261,6 +261,8 @@ def load_base(
 
     extra = {} if attention == "auto" else {"attn_implementation": attention}
     settings = quantisation(storage, how)
+    if cache and how.get("quantize_embeddings"):
+        raise UserError("the quantised model that is kept has no embeddings in 8 bits", "leave out --cache-quantized")
     try:
         with quiet_transformers(bar=True), _loading(source):
             if (held := _quantised_already(source)) is not None:
@@ -282,7 +284,19 @@ def load_base(
             raise UserError(error.problem, QUANTISATION_FIX) from error
         raise
     model.requires_grad_(False)
-    return model.to(device).eval()
+    return _tables(model.to(device).eval(), how)
+
+
+def _tables(model: Any, how: Mapping[str, Any]) -> Any:
+    """The model with its embedding and head in 8 bits, where the settings ask for it."""
+    from ... import quantize_embeddings
+
+    if how.get("quantize_embeddings"):
+        try:
+            quantize_embeddings(model)
+        except (ValueError, ImportError) as error:
+            raise UserError(str(error), "leave quantize_embeddings out") from error
+    return model
 
 
 def _kept(root: Path) -> Path:
@@ -328,9 +342,10 @@ def quantize(model: Any, storage: str, how: Mapping[str, Any]) -> Any:
     from ... import quantize_model
 
     try:
-        return quantize_model(model, **quantisation(storage, how))
+        quantize_model(model, **quantisation(storage, how))
     except ValueError as error:
         raise UserError(str(error), QUANTISATION_FIX) from error
+    return _tables(model, how)
 
 
 def speed_up(model: Any) -> list[str]:

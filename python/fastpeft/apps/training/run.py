@@ -274,6 +274,7 @@ def save_adapter(model: Any, folder: Path, prepared: Prepared) -> None:
         "double_quant": config.double_quant,
         "quantize_skip": config.quantize_skip,
         "quantize_experts": config.quantize_experts,
+        "quantize_embeddings": config.quantize_embeddings,
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "template": config.template,
     }

@@ -1,0 +1,84 @@
+"""The embedding of a model, and its output head, in 8 bits: GGUF's Q8_0, blocks of 32 with a scale each."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels import QuantWeight
+
+from .nf4_linear import NF4Linear
+from .quant_embedding import QuantEmbedding
+from .quantize_plan import is_plain, is_quantisable
+
+_QUANT, _BLOCK, _BYTES = "q8_0", 32, 34
+
+
+def quantize_embeddings(model: Any) -> int:
+    """Replace a model's token embedding, and its output head where that is dense, by layers in 8 bits, in place.
+
+    A head that shares the embedding's table shares its bytes from then on. A head in 4 bits stays so. On the meta
+    device the layers have no values. Returns the bytes of the dense tables. Afterwards `save_pretrained` is an error:
+    no reader of folders knows such tables. Raises ValueError, with the model as it was, for a model without an
+    embedding, tables of other classes, rows that are no whole blocks of 32, NaN and infinities.
+    """
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(words) is not nn.Embedding and not hasattr(words, "embed_scale"):
+        raise ValueError(f"quantize_embeddings: the embedding is a {type(words).__name__}, not a plain table")
+    holders = {name: m for name, m in model.named_modules(remove_duplicate=False)
+               if m is words or (m is head and is_plain(m)) or m._parameters.get("weight") is words.weight}  # fmt: skip
+    for name, module in holders.items():
+        _check(name, module)
+    made: dict[int, tuple[Tensor, NF4Linear | QuantEmbedding]] = {}
+    for name, module in holders.items():
+        dense = module.weight
+        first = made.get(id(dense))
+        new = _layer(module, _quantised(dense.detach()) if first is None else first[1].quant_weight())
+        if first is None:
+            made[id(dense)] = dense, new
+        else:  # one tensor for all
+            new._buffers["weight"] = first[1]._buffers["weight"]
+        model.set_submodule(name, new.train(module.training))
+    model.save_pretrained = partial(_save, model)
+    return sum(dense.nbytes for dense, _ in made.values())
+
+
+def _check(name: str, module: Any) -> None:
+    """Raise ValueError for what has no form in 8 bits."""
+    table = isinstance(module, nn.Embedding) and module.max_norm is None
+    if not table and not is_plain(module):
+        raise ValueError(f"quantize_embeddings: {name}, a {type(module).__name__}, reads the table in its own way")
+    weight = module.weight
+    if weight.shape[-1] % _BLOCK:
+        raise ValueError(f"quantize_embeddings: rows of {weight.shape[-1]} elements in {name} are no whole blocks of "
+                         f"{_BLOCK}")  # fmt: skip
+    if not weight.is_meta and not is_quantisable(weight.detach()):
+        raise ValueError(f"quantize_embeddings: NaN, infinite or not float32/16 weights in {name}")
+
+
+def _quantised(dense: Tensor) -> QuantWeight:
+    if not dense.is_meta:
+        return QuantWeight.quantize(dense, _QUANT)
+    rows, width = dense.shape
+    packed = dense.new_empty((rows, width // _BLOCK * _BYTES), dtype=torch.uint8)
+    return QuantWeight.gguf(packed, _QUANT, (rows, width), dense.dtype)
+
+
+def _layer(module: Any, weight: QuantWeight) -> NF4Linear | QuantEmbedding:
+    if is_plain(module):
+        return NF4Linear(weight, module.bias)
+    scale = getattr(module, "scalar_embed_scale", None)
+    if scale is None and (own := getattr(module, "embed_scale", None)) is not None:
+        scale = float(own)
+    return QuantEmbedding(weight, weight.dtype, module.padding_idx, scale)
+
+
+def _save(model: Any, *args: Any, **options: Any) -> Any:
+    """Save adapters that transformers' own `add_adapter` put in; ValueError where the base itself would be written."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return type(model).save_pretrained(model, *args, **options)
+    raise ValueError("save_pretrained: a model with embeddings in 8 bits is not written as a folder: save adapters, or "
+                     "merge them into the dense model")  # fmt: skip
