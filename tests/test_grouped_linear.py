@@ -42,6 +42,21 @@ def test_odd_sizes(level: str, weight: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", matrix(FLOATS, short=[BF16]))
+@pytest.mark.parametrize("w_dtype", matrix(FLOATS, short=[BF16, F32]))
+def test_few_rows_of_turned_weights(level: str, w_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """turned_rows.inc: one to four rows a group, without adapters."""
+    torch.manual_seed(0)
+    for n, k in ((1, 1), (33, 65), (256, 40), (700, 9)):
+        check(Case((0, 1, 3, 6, 10, 10), n, k, dtype=dtype, weight="turned", w_dtype=w_dtype, r=0, bias=n > 1, rest=1))
+    c = Case((0, 3), 700, 64, dtype=dtype, weight="turned", w_dtype=w_dtype, r=0)
+    with threads(1):
+        one = c.forward(op.forward_op.op)
+    with threads(3):
+        assert_same_bits(one, c.forward(op.forward_op.op))
+
+
+@needs_native
 @pytest.mark.parametrize("weight", ["dense", "turned", "nf4"])
 def test_same_bits_on_any_threads_and_as_lora_linear(level: str, weight: str) -> None:
     c = Case(MANY, 64, 128, dtype=BF16, weight=weight, w_dtype=BF16)

@@ -5,7 +5,8 @@
  * where there are too few for the threads.
  *
  * A weight that is stored with its columns first is the weight of the transposed layer: its y is that layer's dx, and
- * its dx that layer's y. With b^T for a and a^T for b the adapter is transposed, too. */
+ * its dx that layer's y. With b^T for a and a^T for b the adapter is transposed, too. Few rows have a kernel of
+ * their own there (turned_rows.inc). */
 #include <string.h>
 
 #include "../kernels.h"
@@ -79,6 +80,7 @@ int run(const pk_lora_args &g, bool is_turned, bool backward) {
         }
         return table->lora_linear_backward(&g, 1);
     }
+    if (!backward && table->turned_rows_serve(&g)) return table->turned_rows(&g);
     pk_lora_args o = turned(g);
     if (!backward) {
         o.dy = g.x, o.dx = g.y;
