@@ -51,7 +51,7 @@ def torchao(kind: str) -> tuple[nn.Module, Tensor]:
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
     module = linear()
     config = {"int8": lambda: quantization.Int8WeightOnlyConfig(version=2),
-              "float8": quantization.Float8WeightOnlyConfig}[kind]()  # fmt: skip
+              "float8": quantization.Float8WeightOnlyConfig, "intx": quantization.IntxWeightOnlyConfig}[kind]()
     quantization.quantize_(module, config)
     return module, module.weight.dequantize().float()  # type: ignore[operator]
 
@@ -114,9 +114,17 @@ def test_merging_requantises_by_the_package(name: str) -> None:
     assert_same_bits(layer(x).detach(), before)
 
 
-@pytest.mark.parametrize("name", ["gptq", "aqlm"])
+def test_a_torchao_tensor_that_cannot_be_made_again_refuses_a_merge() -> None:
+    model = adapted(torchao("intx")[0])
+    before = model.base_model.model[0].base_layer.weight
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_adapter()
+    assert model.base_model.model[0].base_layer.weight is before
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-2bit", "aqlm"])
 def test_merging_is_refused_before_anything_changes(name: str) -> None:
-    model = adapted(LAYERS[name]()[0])
+    model = adapted(gptq(2)[0] if name == "gptq-2bit" else LAYERS[name]()[0])
     before = [t.clone() for t in model.base_model.model[0].base_layer.state_dict().values()]
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_adapter()

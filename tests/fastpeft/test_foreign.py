@@ -255,6 +255,31 @@ def test_a_layer_that_normalises_has_no_weight_for_methods_that_change_it() -> N
         base.read()
 
 
+@pytest.mark.parametrize("awq_of", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_read_by_its_forward_is_not_rounded_by_its_bias(dtype: torch.dtype, awq_of: bool) -> None:
+    """W and a bias a thousand times as large, in one sum of the layer's dtype."""
+    base: Any = named("gptqmodel.nn_modules.qlinear", "AWQuantLinear" if awq_of else "BaseQuantLinear")
+    module: Any = named("gptqmodel.nn_modules.qlinear.marlin", "MarlinLinear", foreign["_Own"], base)()
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 4, (32, 64), generator=generator) - 2  # of 2 bits
+    module.exact, module.in_features, module.out_features, module.bits = codes.double() / 256, 64, 32, 2
+    module.register_buffer("scales", torch.ones(1, dtype=dtype))
+    module.register_buffer("bias", torch.randn(32, generator=generator).to(dtype))
+    found = weight_of(module)
+    assert type(found).__name__ == ("AwqOpaqueWeight" if awq_of else "GptqOpaqueWeight")
+    assert found is not None
+    assert found.dtype is dtype
+    eye = torch.eye(64, dtype=dtype)
+    unscaled = (module(eye).float() - module.bias.float()).t()
+    exact = module.exact
+    error = (found.read()[0].double() - exact).abs().max()
+    assert error < (unscaled.double() - exact).abs().max() / 32
+    # what a product of the layer itself is rounded to: its sum with the bias, in its dtype
+    size = 1 + exact.abs() + module.bias.double().abs().unsqueeze(1) / 256
+    assert_no_worse(found.read()[0].to(dtype), exact.to(dtype), exact, size)
+
+
 def test_settings_of_quantised_models() -> None:
     model = nn.Module()
     assert fastpeft.utils.get_quantization_config(model, "gptq") is None

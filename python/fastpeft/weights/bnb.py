@@ -9,14 +9,13 @@ from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
 
 import peft_kernels
 from peft_kernels import QuantWeight
 
 from ..files.offloaded import brought
-from .base import BaseWeight, Saved, Weight, has_base, has_hooks, relative_error
+from .base import BaseWeight, Saved, has_base, has_hooks
 from .lookups import Lookups
 from .nf4 import Quant4bitWeight
 
@@ -165,64 +164,3 @@ def undo_cpu_packing(weight: Any) -> None:
         state.absmax, state.nested, state.state2 = scales, False, None
         weight.data = data
         weight.quant_state = state  # last: who sees it takes the bytes as they are
-
-
-class Bnb8bitWeight(BaseWeight):
-    """Linear8bitLt: int8 rows with a float32 scale each, W = CB * SCB / 127."""
-
-    modules = ("Linear8bitLt", "bitsandbytes")
-    label, quantized = "Linear8bitLt", "bnb 8bit"
-
-    @property
-    def _packed(self) -> bool:
-        return self.module.weight.dtype is torch.int8
-
-    @property
-    def _scales(self) -> Any:
-        return self.module.state.SCB if self.module.state.SCB is not None else self.module.weight.SCB
-
-    def check(self) -> None:
-        if not self._packed and not self.module.state.has_fp16_weights:
-            raise ValueError("a bitsandbytes Linear8bitLt that is not quantised: move the model to its device first")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self._packed else super().dtype
-
-    def read(self) -> Weight:
-        return (self.rows(slice(None)), self.bias) if self._packed else super().read()
-
-    def rows(self, index: slice | Tensor) -> Tensor:
-        if not self._packed:
-            return super().rows(index)
-        decoded: Tensor = self.module.weight.data[index].float() * (self._scales[index].float() / 127.0).unsqueeze(1)
-        return decoded
-
-    def tensors(self) -> list[Tensor]:
-        return [self.module.weight, self._scales] if self._packed else super().tensors()
-
-    def write(self, w: Tensor, b: Tensor | None) -> float | None:
-        if not self._packed:
-            return super().write(w, b)
-        bnb: Any = importlib.import_module("bitsandbytes")
-        w = w.detach().to(torch.float32)
-        self._replace(bnb.nn.Int8Params(w.to("cpu"), requires_grad=False, has_fp16_weights=False))
-        self._write_bias(b)
-        return relative_error(self.read()[0], w)
-
-    def _replace(self, weight: Any) -> None:
-        """Install an int8 weight; the layer's own state takes its scales over on the next forward."""
-        self.module._parameters["weight"] = weight.to(self.module.weight.device)
-        state = self.module.state
-        state.CB, state.SCB = None, None
-        state.reset_grads()
-
-    def save(self) -> Saved:
-        return {**super().save(), **({"SCB": self._scales} if self._packed else {})}
-
-    def restore(self, saved: Saved) -> None:
-        super().restore(saved)
-        if "SCB" in saved:
-            weight = saved["weight"]
-            weight.CB, weight.SCB = weight.data, saved["SCB"]
-            self._replace(weight)

@@ -6,7 +6,8 @@ from torch import nn
 
 from .aqlm import AqlmWeight
 from .base import BaseWeight
-from .bnb import Bnb4bitWeight, Bnb8bitWeight
+from .bnb import Bnb4bitWeight
+from .bnb_int8 import Bnb8bitFloatWeight, Bnb8bitWeight
 from .dense import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight, NormWeight
 from .gptq import AwqOpaqueWeight, AwqWeight, GptqOpaqueWeight, GptqWeight
 from .hqq import HqqDecodedWeight, HqqWeight
@@ -18,9 +19,10 @@ from .torchao import TorchaoDecodedWeight, TorchaoWeight
 
 # The more special ones first.
 STORAGES: tuple[type[BaseWeight], ...] = (
-    Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, GptqWeight, AwqWeight, AwqOpaqueWeight, GptqOpaqueWeight, HqqWeight,
-    HqqDecodedWeight, TorchaoWeight, TorchaoDecodedWeight, AqlmWeight, EetqWeight, IncWeight, TeWeight, Conv1DWeight,
-    EmbeddingWeight, ConvWeight, AttentionWeight, LinearWeight, MegatronWeight, NormWeight,
+    Quant4bitWeight, Bnb4bitWeight, Bnb8bitWeight, Bnb8bitFloatWeight, GptqWeight, AwqWeight, AwqOpaqueWeight,
+    GptqOpaqueWeight, HqqWeight, HqqDecodedWeight, TorchaoWeight, TorchaoDecodedWeight, AqlmWeight, EetqWeight,
+    IncWeight, TeWeight, Conv1DWeight, EmbeddingWeight, ConvWeight, AttentionWeight, LinearWeight, MegatronWeight,
+    NormWeight,
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -124,6 +124,7 @@ class CodedWeight(ForeignWeight, Quant4bitWeight):
     one of them was replaced, moved or written to."""
 
     names = ("qweight", "bias")
+    refusal: ClassVar[str | None] = None
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -187,14 +188,17 @@ class OpaqueWeight(DecodedWeight):
     """A layer of which only its forward is known, which is linear in x: W is its answer to the rows of the identity."""
 
     refusal = "only its package can store a weight in it"
+    # W is rounded together with the bias, in the layer's dtype: times this, a power of two, the bias takes fewer of
+    # its bits. 1 where the layer quantises its inputs, which would not be the same for large ones.
+    factor: ClassVar[float] = 256.0
 
     def decoded(self) -> Tensor:
-        dtype = self.dtype
-        eye = torch.eye(self.shape[1], dtype=dtype, device=self.tensor.device)
+        dtype, bias = self.dtype, self.bias
+        factor = 1.0 if bias is None else self.factor
+        eye = torch.eye(self.shape[1], dtype=dtype, device=self.tensor.device) * factor
         with torch.no_grad(), torch.autocast(eye.device.type, enabled=False):
-            y: Tensor = self.call(eye)
-            bias = self.bias
-            return (y if bias is None else y.float() - bias.float()).t().float()
+            y = self.call(eye).float()
+            return ((y if bias is None else y - bias.float()) / factor).t()
 
     def call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.module(x, *args, **kwargs)  # type: ignore[no-any-return]

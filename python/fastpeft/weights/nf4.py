@@ -22,10 +22,17 @@ from .quantised_rows import quantised_rows
 
 def requantised(w: Tensor, like: QuantWeight) -> QuantWeight:
     """W, float32, in the format of `like`, which is not NF4 or FP4. ValueError where only the owner's files have it."""
-    if FORMATS[like.quant_type].quantize is None:
-        raise ValueError(f"a merge has to quantise to {like.quant_type} again, and there is no quantiser for it: merge "
-                         "onto a dense base, or keep the adapter beside it")  # fmt: skip
+    if (reason := no_quantiser(like.quant_type)) is not None:
+        raise ValueError(reason)
     return replace(QuantWeight.quantize(w, like.quant_type, like.blocksize), dtype=like.dtype)
+
+
+def no_quantiser(quant_type: str) -> str | None:
+    """The reason why nothing can be merged into a weight of this format; None where it can be quantised again."""
+    if FORMATS[quant_type].quantize is not None:
+        return None
+    return (f"a merge has to quantise to {quant_type} again, and there is no quantiser for it: merge onto a dense "
+            "base, or keep the adapter beside it")  # fmt: skip
 
 
 class Quant4bitWeight(BaseWeight):
@@ -38,6 +45,10 @@ class Quant4bitWeight(BaseWeight):
     def accepts(cls, module: nn.Module) -> bool:
         # `in_features`: what keeps the bytes of another module's parameter (NF4Parameter) is no layer
         return all(hasattr(module, name) for name in ("quant_weight", "set_quant_weight", "in_features"))
+
+    @property
+    def refusal(self) -> str | None:  # type: ignore[override]
+        return no_quantiser(self.quant().quant_type)
 
     def quant(self) -> QuantWeight:
         with brought(self.module):

@@ -38,6 +38,7 @@ class IncWeight(OpaqueWeight):
 
     label, quantized = "IncLoraLinear", "inc"
     names = ("weight", "bias")
+    factor = 1.0
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -54,6 +55,7 @@ class TeWeight(OpaqueWeight):
     adapters act on it as it comes, as in PEFT, and methods that change W refuse."""
 
     label, quantized = "TeLinear", "te"
+    factor = 1.0  # in float8 recipes
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

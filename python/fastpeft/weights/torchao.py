@@ -32,15 +32,17 @@ class _Torchao(ForeignWeight):
     def dtype(self) -> torch.dtype:
         return self.module.weight.dtype  # type: ignore[no-any-return]
 
+    @property
+    def refusal(self) -> str | None:  # type: ignore[override]
+        of: Any = type(self.module.weight)
+        if hasattr(of, "from_hp") and _settings(self.module.weight) is not None:
+            return None
+        return f"torchao's {of.__name__} cannot be made again from a dense weight"
+
     def store(self, w: Tensor) -> None:
-        module = self.module
-        old = module.weight
-        make = getattr(type(old), "from_hp", None)
-        settings = _settings(old)
-        if make is None or settings is None:
-            raise TypeError(f"torchao's {type(old).__name__} cannot be made again from a dense weight")
-        new: Any = make(w.to(old.device, old.dtype), **settings)
-        module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+        old = self.module.weight
+        new: Any = type(old).from_hp(w.to(old.device, old.dtype), **(_settings(old) or {}))
+        self.module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
 
     def save(self) -> Saved:
         return {name: self.module._parameters.get(name) for name in self.names if name}
@@ -71,7 +73,7 @@ def _settings(tensor: Any) -> dict[str, Any] | None:
     return {"granularity": found, "mapping_type": kind, "act_quant_kwargs": tensor.act_quant_kwargs}
 
 
-class TorchaoWeight(_Torchao, CodedWeight):
+class TorchaoWeight(_Torchao, CodedWeight):  # type: ignore[misc, override]
     """Int8Tensor, whose bytes are shared, Int4Tensor and IntxUnpackedToInt8Tensor: weights only."""
 
     names = _Torchao.names
