@@ -136,9 +136,9 @@ def test_few_tokens_are_sorted_as_many_are(index: list[list[int]]) -> None:
     few, many = (sort(given, 7) for sort in (experts._sorted_few, experts._sorted))
     for mine, theirs in zip(few, many, strict=True):
         assert_same_bits(mine, theirs)
-    rows, offsets, places = few
-    assert torch.equal(given.flatten()[places.argsort()], given.flatten().sort().values)
-    assert torch.equal(rows[places].view_as(given), torch.arange(len(given))[:, None].expand_as(given))
+    rows, offsets, order = few
+    assert torch.equal(given.flatten()[order], given.flatten().sort().values)
+    assert torch.equal(rows[order.argsort()].view_as(given), torch.arange(len(given))[:, None].expand_as(given))
     assert offsets.tolist() == [int((given < e).sum()) for e in range(8)]
 
 

@@ -72,33 +72,31 @@ def experts_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
     assert index is not None
     assert weights is not None
     few = len(hidden_states) <= FEW and servable(hidden_states, index)
-    rows, offsets, places = (_sorted_few if few else _sorted)(index, self.num_experts)
+    rows, offsets, order = (_sorted_few if few else _sorted)(index, self.num_experts)
     y = _experts(self, of, hidden_states.index_select(0, rows), offsets, factors)
-    y = y.index_select(0, places).view(*index.shape, y.shape[1])  # in the order of tokens again
+    # in the order of tokens again: every row is written once
+    y = torch.empty_like(y).index_copy(0, order, y).view(*index.shape, y.shape[1])
     out: Tensor = (y * weights.unsqueeze(-1)).sum(-2).to(hidden_states.dtype)
     return out
 
 
 def _sorted(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The experts of each token, index [tokens, chosen], in order: (the token of each row, of each expert its first
-    row, the row of each choice). An expert that is elsewhere (expert parallelism) has a larger number: its rows are the
-    last, and of no group."""
+    row, the choice that each row is of). An expert that is elsewhere (expert parallelism) has a larger number: its rows
+    are the last, and of no group."""
     experts, order = index.reshape(-1).sort(stable=True)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return order // index.shape[-1], _offsets(experts, num_experts), places
+    return order // index.shape[-1], _offsets(experts, num_experts), order
 
 
 def _sorted_few(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """`_sorted` without torch."""
     experts, chosen = index.reshape(-1).tolist(), index.shape[-1]
     order = sorted(range(len(experts)), key=experts.__getitem__)
-    rows, places = [i // chosen for i in order], [0] * len(order)
     counts = [0] * (num_experts + 1)
-    for place, i in enumerate(order):
-        places[i] = place
-        if experts[i] < num_experts:
-            counts[experts[i] + 1] += 1
-    return torch.tensor(rows), torch.tensor([*accumulate(counts)]), torch.tensor(places)
+    for expert in experts:
+        if expert < num_experts:
+            counts[expert + 1] += 1
+    return torch.tensor([i // chosen for i in order]), torch.tensor([*accumulate(counts)]), torch.tensor(order)
 
 
 def _offsets(experts: Tensor, num_experts: int) -> Tensor:
