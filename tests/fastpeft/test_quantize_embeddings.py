@@ -121,3 +121,13 @@ def test_a_run_and_its_base(tmp_path: Path) -> None:
     assert result_of("generate", "--model", tmp_path / "merged", *asked)["answers"] == told
     done = CliRunner().invoke(app, ["generate", "--adapter", found["adapter"], "--cache-quantized", "hi"])
     assert "no embeddings in 8 bits" in done.output
+
+
+def test_a_head_beyond_the_scales_leaves_the_embedding_as_it_was() -> None:
+    model = llama(tie=False)
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head.weight[3, 3] = 1e30
+    with pytest.raises(ValueError, match="values too large for q8_0"):
+        quantize_embeddings(model)
+    assert model.get_input_embeddings() is words
+    assert model.get_output_embeddings() is head

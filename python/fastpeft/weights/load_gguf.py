@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from .gguf_names import empty_model
 from .nf4_linear import NF4Linear
 from .quant_embedding import QuantEmbedding
 from .quantize_plan import is_conv1d, is_plain
+from .unsaved import refuse_saving
 
 
 def load_gguf_model(
@@ -41,19 +41,9 @@ def load_gguf_model(
     model.requires_grad_(False)
     model.name_or_path = model.config._name_or_path = str(path)
     _tie(model)
-    model.save_pretrained = partial(_save, model)
+    why = f"a model over the blocks of {model.name_or_path} is not written as a folder: keep the file and save adapters"
+    refuse_saving(model, why + ", or load a dense model by transformers' from_pretrained(folder, gguf_file=name)")
     return _shared(model.to(device).eval())
-
-
-def _save(model: Any, *args: Any, **options: Any) -> Any:
-    """Save adapters that transformers' own `add_adapter` put in; ValueError where the base itself would be written,
-    whose blocks no reader of folders knows."""
-    if getattr(model, "_hf_peft_config_loaded", False):
-        return type(model).save_pretrained(model, *args, **options)
-    raise ValueError(
-        f"save_pretrained: a model over the blocks of {model.name_or_path} is not written as a folder: keep the file "
-        "and save adapters, or load a dense model by transformers' from_pretrained(folder, gguf_file=name)"
-    )
 
 
 def _fill(model: nn.Module, file: GGUFFile, naming: Naming, dtype: torch.dtype, empty: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from peft_kernels import QuantWeight
 from .nf4_linear import NF4Linear
 from .quant_embedding import QuantEmbedding
 from .quantize_plan import is_plain, is_quantisable
+from .unsaved import refuse_saving
 
 _QUANT, _BLOCK, _BYTES = "q8_0", 32, 34
 
@@ -32,18 +32,16 @@ def quantize_embeddings(model: Any) -> int:
                if m is words or (m is head and is_plain(m)) or m._parameters.get("weight") is words.weight}  # fmt: skip
     for name, module in holders.items():
         _check(name, module)
-    made: dict[int, tuple[Tensor, NF4Linear | QuantEmbedding]] = {}
+    dense = {id(module.weight): module.weight for module in holders.values()}
+    made = {key: _quantised(weight.detach()) for key, weight in dense.items()}  # all of them before the model changes
+    first: dict[int, NF4Linear | QuantEmbedding] = {}
     for name, module in holders.items():
-        dense = module.weight
-        first = made.get(id(dense))
-        new = _layer(module, _quantised(dense.detach()) if first is None else first[1].quant_weight())
-        if first is None:
-            made[id(dense)] = dense, new
-        else:  # one tensor for all
-            new._buffers["weight"] = first[1]._buffers["weight"]
+        new = _layer(module, made[id(module.weight)])
+        new._buffers["weight"] = first.setdefault(id(module.weight), new)._buffers["weight"]  # one tensor for all
         model.set_submodule(name, new.train(module.training))
-    model.save_pretrained = partial(_save, model)
-    return sum(dense.nbytes for dense, _ in made.values())
+    refuse_saving(model, "a model with embeddings in 8 bits is not written as a folder: save adapters, or merge them "
+                  "into the dense model")  # fmt: skip
+    return sum(weight.nbytes for weight in dense.values())
 
 
 def _check(name: str, module: Any) -> None:
@@ -74,11 +72,3 @@ def _layer(module: Any, weight: QuantWeight) -> NF4Linear | QuantEmbedding:
     if scale is None and (own := getattr(module, "embed_scale", None)) is not None:
         scale = float(own)
     return QuantEmbedding(weight, weight.dtype, module.padding_idx, scale)
-
-
-def _save(model: Any, *args: Any, **options: Any) -> Any:
-    """Save adapters that transformers' own `add_adapter` put in; ValueError where the base itself would be written."""
-    if getattr(model, "_hf_peft_config_loaded", False):
-        return type(model).save_pretrained(model, *args, **options)
-    raise ValueError("save_pretrained: a model with embeddings in 8 bits is not written as a folder: save adapters, or "
-                     "merge them into the dense model")  # fmt: skip
