@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,11 +29,14 @@ def beside_python() -> dict[str, str]:
 
 def run_ranks(
     script: Path, folder: Path, *arguments: str, own: Mapping[str, str] | None = None, count: int = 2,
-    timeout: int = 300,
+    timeout: int = 900,
 ) -> None:  # fmt: skip
-    """`script RANK FOLDER ARGUMENTS...` once for each rank, at the same time. own: of the environment."""
+    """`script RANK FOLDER ARGUMENTS...` once for each rank, at the same time. own: of the environment.
+
+    timeout: seconds, many times what they take on two idle cores; who has not ended by then says where it stands.
+    """
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "tests" / "tools")))
-    common = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(own or {})}
+    common = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **(own or {})}
     logs = [folder / f"log{rank}" for rank in range(count)]
     started = []
     for rank, log in enumerate(logs):
@@ -42,7 +47,12 @@ def run_ranks(
     try:
         codes = [process.wait(timeout=timeout) for process in started]
     finally:
+        for process in started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGABRT)  # upon which faulthandler writes the stacks
         for process, log in zip(started, logs, strict=True):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
             process.kill()
             print(log.read_text()[-4000:])
     assert codes == [0] * count
