@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
-K, ROUNDS = 16, by_form(short=8, full_form=60)
+K, ROUNDS = 16, by_form(short=3, full_form=60)
 X = torch.randn(4, K, generator=torch.Generator().manual_seed(1))
 ROWS: list[list[str] | None] = [
     ["a", "b", "__base__", "dora"], ["b", "b", "a", "a"], ["dora", "__base__", "b", "b"], None,
