@@ -28,7 +28,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("name", "op", "level", "rows", "dtype"),
-    grid(IN_GROUPS, list(CALLS), LEVELS, [1, 3, 7, 70], [torch.float32, torch.bfloat16], strength=1),
+    grid(IN_GROUPS, list(CALLS), LEVELS, [1, 3, 7, 14, 70], [torch.float32, torch.bfloat16], strength=1),
     indirect=["level"],
 )
 def test_operators(name: str, op: str, level: str, rows: int, dtype: torch.dtype) -> None:
@@ -58,6 +58,20 @@ def test_integers_with_an_order_of_their_own(quant_type: str, scales: torch.dtyp
     for zeros, shifts, order, group in cases:
         w = random_affine_weight(N, K, quant_type, group, zeros=zeros, shifts=shifts, act_order=order, scales=scales)
         for rows in (1, 6, 70):
+            hold(CALLS["lora_linear"], some(rows, K), w, "native")
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "level", "zeros", "shifts"),
+    grid(["int4", "int8", "uint8"], LEVELS, ["codes", "values", None], [False, True], strength=1),
+    indirect=["level"],
+)
+def test_few_rows_of_integers_in_groups_of_any_size(
+    quant_type: str, level: str, zeros: str | None, shifts: bool
+) -> None:
+    for group in (16, 48, 64, K):
+        w = random_affine_weight(N, K, quant_type, group, zeros=zeros, shifts=shifts)
+        for rows in (1, 4, 6, 16):
             hold(CALLS["lora_linear"], some(rows, K), w, "native")
 
 

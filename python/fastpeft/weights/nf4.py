@@ -21,9 +21,12 @@ from .quantised_rows import quantised_rows
 
 
 def requantised(w: Tensor, like: QuantWeight) -> QuantWeight:
-    """W, float32, in the format of `like`, which is not NF4 or FP4. ValueError where only the owner's files have it."""
+    """W, float32, in the format of `like`, which is not NF4 or FP4, and with scales of its dtype. ValueError where only
+    the owner's files have the format."""
     if (reason := no_quantiser(like.quant_type)) is not None:
         raise ValueError(reason)
+    if like.absmax is not None and like.absmax.is_floating_point():
+        w = w.to(like.absmax.dtype)
     return replace(QuantWeight.quantize(w, like.quant_type, like.blocksize), dtype=like.dtype)
 
 
