@@ -151,7 +151,7 @@ def write_family(
 
 
 def add_keys(writer: Any, config: Any) -> None:
-    """What every architecture has."""
+    """Keys that every architecture has."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(getattr(config, "max_position_embeddings", 256))
     writer.add_embedding_length(config.hidden_size)

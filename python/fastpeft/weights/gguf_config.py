@@ -116,7 +116,7 @@ def _mixtral(config: Any, keys: Mapping[str, Any]) -> Any:
 
 
 def _rotations(file: GGUFFile, keys: Mapping[str, Any], config: Any) -> None:
-    """What turns q and k: its base, how many columns of a head, and how positions are scaled."""
+    """Settings of what turns q and k: its base, how many columns of a head, and how positions are scaled."""
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return
