@@ -22,6 +22,7 @@ _NAMES = {
     "config.limits": ("check_adapter_name",),
     "config.types": ("NoMatchingPeftModuleError", "PeftError", "PeftType", "PeftWarning", "TaskType"),
     "weights.cached": ("load_cached_model",),
+    "weights.gguf_config": ("gguf_config",),
     "weights.load_gguf": ("load_gguf_model",),
     "weights.load_nf4": ("load_nf4_model",),
     "weights.nf4_linear": ("NF4Linear",),

@@ -143,15 +143,15 @@ def test_a_lora_for_llama_cpp(tmp_path: Path, name: str) -> None:
 
 
 def test_a_lora_of_a_folder(tmp_path: Path) -> None:
-    """The same file by the base's folder as by its GGUF file; a family that is known by its file alone is refused."""
+    """The same file by the base's folder as by its GGUF file; a family without such files is refused."""
     base = tiny_gguf(tmp_path / "x.gguf")
     adapted(base, tmp_path / "adapter")
     transformers.AutoConfig.from_pretrained(str(tmp_path), gguf_file="x.gguf").save_pretrained(tmp_path / "folder")
     for model, out in ((base, "a.gguf"), (tmp_path / "folder", "b.gguf")):
         export_gguf_lora(str(tmp_path / "adapter"), model, tmp_path / out)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    transformers.GPT2Config().save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="family 'gpt2' is known by its GGUF file alone"):
+    transformers.OPTConfig().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="family 'opt' is not known as a GGUF file; those that are: llama, mistral"):
         export_gguf_lora(str(tmp_path / "adapter"), tmp_path / "other", tmp_path / "c.gguf")
 
 

@@ -34,7 +34,7 @@ def save_merged_gguf(
         raise ValueError(f"gguf: expected one of {', '.join(MERGED_GGUF_TYPES)}, got {quant!r}")
     file = read_gguf(base)
     names = GGUFNames.of(file)
-    check_places(file, names.naming, names.model)
+    check_places(file, names.naming)
     state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     parts: dict[str, GGUFPart] = {}
     kept = 0
