@@ -19,6 +19,7 @@ from fastpeft import (
     load_gguf_model,
     save_merged_gguf,
 )  # fmt: skip
+from fastpeft.apps.training.models import load_tokenizer, resolve
 from fastpeft.files.checks import AdapterFileError
 from fastpeft.files.gguf_file import read_gguf
 from fastpeft.weights.gguf_config import ARCHITECTURES
@@ -160,6 +161,17 @@ def test_a_merged_model_as_a_file(tmp_path: Path, name: str) -> None:
     assert len(changed) == len(targets)
     for one in old.tensors.keys() - changed:
         assert_same_bits(new.bytes_of(one), old.bytes_of(one))
+
+
+@pytest.mark.parametrize("name", matrix(FAMILIES, ("llama", "gemma3")))
+def test_its_tokenizer_is_the_one_of_transformers(tmp_path: Path, name: str) -> None:
+    path = write_family(name, tiny_model(name), tmp_path / "x.gguf")
+    own: Any = load_tokenizer(resolve(str(path), "gguf"))
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(str(tmp_path), gguf_file=path.name)
+    assert type(own) is type(theirs)
+    assert own.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert own.special_tokens_map == theirs.special_tokens_map
+    assert own("a b, c") == theirs("a b, c")
 
 
 def test_experts_are_blocks_and_go_in_and_out(tmp_path: Path) -> None:
