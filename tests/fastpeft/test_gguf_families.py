@@ -17,8 +17,11 @@ from fastpeft import (
     get_peft_model,
     gguf_config,
     load_gguf_model,
+    save_merged_gguf,
 )  # fmt: skip
+from fastpeft.apps.training.models import load_tokenizer, resolve
 from fastpeft.files.checks import AdapterFileError
+from fastpeft.files.gguf_file import read_gguf
 from fastpeft.weights.gguf_config import ARCHITECTURES
 from fastpeft.weights.gguf_names import GGUFNames
 from fastpeft.weights.nf4_experts import packed_parameters
@@ -133,6 +136,42 @@ def test_a_lora_adds_to_the_files_tensors_what_it_adds_to_the_models(tmp_path: P
         found = read[f"{key}.lora_b"] @ read[f"{key}.lora_a"] * (said["alpha"] / said["r"])
         eager = layer.scaling["default"] * (b @ a)
         assert_no_worse(found, in_file(eager), in_file(exact), in_file(size))
+
+
+@pytest.mark.parametrize("name", matrix(FAMILIES, ("qwen3moe",)))
+def test_a_merged_model_as_a_file(tmp_path: Path, name: str) -> None:
+    """A tensor at a time: those with an adapter are the merged ones, rounded once; the model stays as it was."""
+    made = tiny_model(name)
+    base, out = write_family(name, made, tmp_path / "x.gguf"), tmp_path / "merged.gguf"
+    ends = ("q_proj", "k_proj", "qkv_proj", "c_attn", "query_key_value")
+    targets = [path for path, _ in made.named_modules() if path.endswith(ends)]
+    model = get_peft_model(load_gguf_model(base), LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    before = model(IDS).logits
+    said = save_merged_gguf(model, base, out, "F16")
+    assert_same_bits(model(IDS).logits, before)
+    old, new = read_gguf(base), read_gguf(out)
+    assert (said["changed"], said["tensors"]) == (len(targets), len(old.tensors))
+    merged = load_gguf_model(out)
+    for path, layer in adapter_modules(model):
+        own = merged.get_submodule(path.removeprefix("base_model.model.")).weight.detach()
+        want = layer.merged_apart()[0].half().float()
+        turned = type(made.get_submodule(path.removeprefix("base_model.model."))).__name__ == "Conv1D"
+        assert_same_bits(own.T.contiguous() if turned else own, want)
+    changed = {name for name in old.tensors if new.tensors[name].quant != old.tensors[name].quant}
+    assert len(changed) == len(targets)
+    for one in old.tensors.keys() - changed:
+        assert_same_bits(new.bytes_of(one), old.bytes_of(one))
+
+
+@pytest.mark.parametrize("name", matrix(FAMILIES, ("llama", "gemma3")))
+def test_its_tokenizer_is_the_one_of_transformers(tmp_path: Path, name: str) -> None:
+    path = write_family(name, tiny_model(name), tmp_path / "x.gguf")
+    own: Any = load_tokenizer(resolve(str(path), "gguf"))
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(str(tmp_path), gguf_file=path.name)
+    assert type(own) is type(theirs)
+    assert own.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert own.special_tokens_map == theirs.special_tokens_map
+    assert own("a b, c") == theirs("a b, c")
 
 
 def test_experts_are_blocks_and_go_in_and_out(tmp_path: Path) -> None:

@@ -36,13 +36,6 @@ class Source:
         """The file, where a GGUF is used as it lies."""
         return Path(self.location) if self.location.endswith(".gguf") else None
 
-    @property
-    def pretrained(self) -> dict[str, str]:
-        """Arguments of transformers' `from_pretrained` of configurations and tokenizers."""
-        if self.gguf is None:
-            return {"pretrained_model_name_or_path": self.location}
-        return {"pretrained_model_name_or_path": str(self.gguf.parent), "gguf_file": self.gguf.name}
-
 
 def cache_root() -> Path:
     """The cache folder, as ``peft_kernels.tuning_user`` has it."""
@@ -185,7 +178,10 @@ def load_tokenizer(source: Source) -> Any:
     import transformers
 
     with quiet_transformers(), _loading(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source.pretrained)
+        if source.gguf is not None:
+            tokenizer = gguf_base.tokenizer(source.gguf)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.location)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
