@@ -121,9 +121,10 @@ def _swap(
 
 def _has_tables(model: Any, headers: list[Header]) -> bool:
     """True where the files hold the embedding in 8 bits, as `load_cached_model` keeps it."""
-    words = model.get_input_embeddings()
-    key = next(f"{name}.weight" for name, module in model.named_modules() if module is words)
-    return any(key in header.tensors and header.tensors[key].dtype is torch.uint8 for header in headers)
+    found = {key: info.dtype for header in headers for key, info in header.tensors.items()}
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    held = [name for name in tables if found.get(f"{name}.weight") is torch.uint8]
+    return bool(held) and model.get_submodule(held[0]) is model.get_input_embeddings()
 
 
 def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype, mapped: bool) -> None:

@@ -43,8 +43,8 @@ class Streaming:
         packs = plan.experts(model, skip) if how.experts else []
         self._experts = {f"{name}.{parameter}" for name, parameter in packs}
         self._headers = read_shards(f for f in files if str(f).endswith(".safetensors"))
-        keys = {key for header in self._headers for key in header.tensors} if how.embeddings else set()
-        self._tables = read_tables(model, keys)
+        keys = {key for header in self._headers for key in header.tensors}
+        self._tables = read_tables(model, keys) if how.embeddings else {}
         self._linear -= self._tables.keys()
         self._missing: set[str] | None = None
         self._ties: dict[str, str] = {}
