@@ -13,6 +13,7 @@ import torch
 import transformers
 from fastpeft import (
     LoraConfig,
+    PrefixTuningConfig,
     dequantize_model,
     get_peft_model,
     load_cached_model,
@@ -219,3 +220,15 @@ def test_a_server_and_settings_that_fit(tmp_path: Path) -> None:
         loaded.close()
     with pytest.raises(UserError, match="--quantize-embeddings, and the base is not quantised"):
         serving.load(replace(options, nf4=False), lambda line: None)
+
+
+def test_a_prefix_before_a_quantised_table() -> None:
+    model = llama(True)
+    quantize_embeddings(model)
+    logits = []
+    for base in (model, dequantize_model(copy.deepcopy(model))):
+        torch.manual_seed(1)
+        found = get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+        logits.append(found(input_ids=IDS).logits)
+    exact = logits[1].double()
+    assert_no_worse(*logits, exact, exact.abs().max().expand_as(exact))

@@ -40,7 +40,7 @@ def fitting(
         tried = replace(config, **changes)
         try:
             found = at_peak(tried)
-        except UserError:
+        except (UserError, ValueError, TypeError):
             if changes.get("checkpointing_keeps"):
                 continue  # its layers checkpoint together or not at all
             if not tried.quantize_embeddings or config.quantize_embeddings:
