@@ -81,8 +81,8 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
     if config.quantize != "none":
         try:
             quantized_skeleton(model, **models.quantisation(config.quantize, config.to_dict()))
-            if config.quantize_embeddings:  # after the model was read
-                largest = max(largest, quantize_embeddings(model))
+            if config.quantize_embeddings:
+                quantize_embeddings(model)
         except ValueError as error:
             raise UserError(str(error), models.QUANTISATION_FIX) from error
     return _with_adapters(config, model, parameters, largest)

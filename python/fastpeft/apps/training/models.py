@@ -257,8 +257,8 @@ def load_base(
 
     extra = {} if attention == "auto" else {"attn_implementation": attention}
     settings = quantisation(storage, how)
-    if cache and how.get("quantize_embeddings"):
-        raise UserError("the quantised model that is kept has no embeddings in 8 bits", "leave out --cache-quantized")
+    if how.get("quantize_embeddings"):
+        settings = {**settings, "embeddings": True}
     try:
         with quiet_transformers(bar=True), _loading(source):
             if (held := _quantised_already(source)) is not None:
@@ -276,6 +276,8 @@ def load_base(
     except WriteError as error:
         raise UserError(str(error), "make room there, set XDG_CACHE_HOME, or leave cache_quantized off") from error
     except UserError as error:
+        if "quantize_embeddings: " in error.problem:
+            raise UserError(error.problem, "leave quantize_embeddings out") from error
         if "quantize_model: " in error.problem or "nf4_config: " in error.problem:
             raise UserError(error.problem, QUANTISATION_FIX) from error
         raise
@@ -287,7 +289,7 @@ def _tables(model: Any, how: Mapping[str, Any]) -> Any:
     """The model with its embedding and head in 8 bits, where the settings ask for it."""
     from ... import quantize_embeddings
 
-    if how.get("quantize_embeddings"):
+    if how.get("quantize_embeddings") and not hasattr(model.get_input_embeddings(), "quant_weight"):  # while read
         try:
             quantize_embeddings(model)
         except (ValueError, ImportError) as error:
