@@ -173,6 +173,8 @@ def merge(
         made = _merge_in_file(adapter, output, name, gguf)
         if made is not None:
             return {"output": str(output), "adapter": str(adapter), "onto": onto, "dtype": gguf, **made}
+    elif gguf:
+        _say_dense(f"--onto quantized merges onto the base in {storage}")
     source = models.resolve(name)
 
     import torch
