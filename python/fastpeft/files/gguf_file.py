@@ -85,6 +85,11 @@ class GGUFFile:
         except NotImplementedError:
             raise self.wrong(f"no decoder for tensor {short(name)} in {found.quant}") from None
 
+    def check_finite(self, name: str, values: Tensor) -> None:
+        """Raise AdapterFileError where a tensor's values are NaN or infinite."""
+        if not bool(values.isfinite().all()):
+            raise self.wrong(f"tensor {short(name)} has NaN or infinite values")
+
     def wrong(self, rule: str) -> AdapterFileError:
         """The error that names this file."""
         return AdapterFileError(f"{self.path}: {rule}", f"{name_of(self.path)}: {rule}")
