@@ -60,7 +60,7 @@ def estimate(
         memory["heap"] = round((HEAP - 1) * memory["activations"])
     step = sum(memory.values())
     # a tensor that is quantised is there beside what becomes of it; others are mapped, and read when they are needed
-    loading = process + shape.base_bytes + adapters + (0 if config.quantize == "none" else shape.largest)
+    loading = process + shape.base_bytes + adapters + shape.beside
     return {
         "parameters": shape.parameters,
         "trainable_parameters": sum(p.numel() for p in trained),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -42,14 +43,14 @@ def configuration(model: str) -> Any:
 class Shape:
     """The model of a run on a CPU without memory, with its adapters, and the mode to compute with it.
 
-    parameters: of the base before it was quantised; largest: bytes of its largest tensor then. base_bytes: of the base
-    as the run has it.
+    parameters: of the base before it was quantised. beside: bytes beside the finished model at the highest point of
+    loading. base_bytes: of the base as the run has it.
     """
 
     model: Any
     mode: FakeTensorMode
     parameters: int
-    largest: int
+    beside: int
     base_bytes: int
 
 
@@ -76,8 +77,9 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
         raise UserError(f"not a causal language model that transformers knows: {str(error)[:200]}",
                         "give one with config.json") from error  # fmt: skip
     model.requires_grad_(False)
-    parameters = sum(p.numel() for p in model.parameters())
-    largest = max(p.nbytes for p in model.parameters())
+    before = {name: p.numel() for name, p in model.named_parameters()}
+    stored = base.dtype if isinstance(base.dtype, torch.dtype) else dtype
+    beside = _joined(config.model, model, stored)
     if config.quantize != "none":
         try:
             quantized_skeleton(model, **models.quantisation(config.quantize, config.to_dict()))
@@ -85,10 +87,24 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
                 quantize_embeddings(model)
         except ValueError as error:
             raise UserError(str(error), models.QUANTISATION_FIX) from error
-    return _with_adapters(config, model, parameters, largest)
+        dense = {name for name, _ in model.named_parameters()}
+        beside = max(n * (stored if name in dense else dtype).itemsize for name, n in before.items())
+    return _with_adapters(config, model, sum(before.values()), beside)
 
 
-def _with_adapters(config: TrainConfig, model: Any, parameters: int, largest: int) -> Shape:
+def _joined(folder: str, model: Any, stored: torch.dtype) -> int:
+    """Bytes that a dense model takes beside itself while it is loaded: its file, mapped, where that is of another dtype
+    and so read for a copy; and the experts that a folder has one by one, which are put together when all are there."""
+    keys: set[str] = set()
+    for file in Path(folder).expanduser().glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            keys.update(opened.keys())
+    own: dict[str, torch.Tensor] = dict(model.named_parameters())
+    experts = sum(p.nbytes for name, p in own.items() if p.dim() == 3 and name not in keys)
+    return experts if stored is model.dtype else experts + stored.itemsize * sum(p.numel() for p in own.values())
+
+
+def _with_adapters(config: TrainConfig, model: Any, parameters: int, beside: int) -> Shape:
     """The shape of a run with this base on the meta device."""
     base_bytes = bytes_of(model)
     for name, one in config.each().items():
@@ -106,7 +122,7 @@ def _with_adapters(config: TrainConfig, model: Any, parameters: int, largest: in
         if len(names) > 1:
             model.set_adapter(names[0])
             model.base_model.set_requires_grad(names[1:])
-    return Shape(model.train(), mode, parameters, largest, base_bytes)
+    return Shape(model.train(), mode, parameters, beside, base_bytes)
 
 
 def _check(config: TrainConfig, stored: Any) -> None:
