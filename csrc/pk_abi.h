@@ -341,9 +341,9 @@ PK_EXPORT int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax,
 /* The same of int4, any parts: out [N, K]. Of args the weight alone is read. */
 PK_EXPORT int pk_cuda_dequantize_rows(const pk_lora_args *args, int64_t out_dtype, void *out, int64_t device,
                                       void *stream);
-/* lora_linear of one projection: quantised weights, x of bfloat16 or float16, blocksizes that are powers of two, of int4
- * by which K can be divided, without nested_code. M at most 512, in the backward 64; a gain without dropout only. bytes:
- * of the workspace that the call with these arguments needs, 0 for none. */
+/* lora_linear of one projection: quantised weights, x of bfloat16 or float16, blocksizes that are powers of two (int4:
+ * and divide K; no nested_code). M at most 512, in the backward 64; a gain without dropout only. bytes: of the
+ * workspace that the call with these arguments needs, 0 for none. */
 PK_EXPORT int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t backward, int64_t *bytes);
 PK_EXPORT int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, void *stream);
 /* The forward of up to PK_CUDA_STACK projections of one x: args[count], which share x, x_dtype, M, K; the workspace is

@@ -51,8 +51,8 @@ __device__ __forceinline__ void decode_any(const Call &c, const float *table, co
     }
 }
 
-/* ALIGNED: K is a multiple of 8 and words of codes are aligned, so that a lane's 8 weights are one of them. GROUPS: integers by group, of
- * whole words. */
+/* ALIGNED: K is a multiple of 8 and words of codes are aligned, so that a lane's 8 weights are one of them. GROUPS:
+ * integers by group. */
 template <bool ALIGNED, bool ADAPTER, bool GROUPS>
 __global__ void __launch_bounds__(THREADS, 2)
     norm_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {

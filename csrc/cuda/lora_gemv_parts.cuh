@@ -44,8 +44,8 @@ template <typename T> __device__ __forceinline__ void store(const Layer &l, int6
     static_cast<T *>(l.y)[member * l.N + n] = pk_rounded<T>(sum);
 }
 
-/* s[member] . b[n] over r columns: a team of 8 lanes has row n of W, each lane another member. Lanes of rows that do not
- * exist (not `real`) only take part in the shuffles. s is what the launch before this one wrote: by plain loads. */
+/* s[member] . b[n] over r columns: a team of 8 lanes has row n of W, each lane another member. Lanes of rows that do
+ * not exist (not `real`) only take part in the shuffles. s is what the launch before this one wrote: by plain loads. */
 __device__ __forceinline__ float low_rank(const Call &c, const float *s, const void *b, int b_dtype, int r, int64_t n,
                                           int member, bool real) {
     float low[TEAM] = {};

@@ -1,6 +1,6 @@
-/* Weights of integers by group as the kernels of lora_linear take them (groups.cuh): float32 scales, c, and the sums of x
- * over groups, in one launch for all projections of a call. Each call makes them anew: kept, they would take an eighth of
- * the codes' memory at 128 columns a group, and could be those of parts that have changed since. */
+/* Weights of integers by group as the kernels of lora_linear take them (groups.cuh): float32 scales, c, and the sums of
+ * x over groups, in one launch for all projections of a call. Each call makes them anew: kept, they would take an
+ * eighth of the codes' memory at 128 columns a group, and could be those of parts that have changed since. */
 #include "groups.cuh"
 #include "lora.cuh"
 

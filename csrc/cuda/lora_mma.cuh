@@ -26,8 +26,8 @@ struct Factors {
     float scaling;
 };
 
-/* sums += scaling * s b^T of s [M, r] and b [N, r], in three products of the halves: float32 adapters lose
- * nothing that shows in a 16-bit y. s goes through `room` of shared memory as fragments, so that it is split once for all warps. */
+/* sums += scaling * s b^T of s [M, r] and b [N, r], in three products of the halves: float32 adapters lose nothing that
+ * shows in a 16-bit y. s goes through `room` of shared memory as fragments, so that it is split once for all warps. */
 template <typename C>
 __device__ __forceinline__ void start(const Problem &p, const Factors &f, char *room, typename C::Sums &acc, int group,
                                       int n, int m0) {
