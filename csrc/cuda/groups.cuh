@@ -37,7 +37,7 @@ __device__ __forceinline__ float pk_group_value(const PkGroups &g, const PkGroup
     return g.shifts ? __fadd_rn(v, group.shift) : v;
 }
 
-/* What stands beside the table's product once lora_groups.cu has been there: NULL, 0 where c is 0 everywhere. */
+/* The factors beside the table's product, as lora_groups.cu leaves them: NULL, 0 where c is 0 everywhere. */
 struct PkBeside {
     const float *sums, *c; /* of x [M, G] (in the forward), and [N, G] */
     int count;             /* G */
