@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--threads", type=int)
     p.add_argument("--device", default="cpu", help="of an op: cpu (the default) or cuda")
-    p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels; or step, "
+    p.add_argument("--only", nargs="+", help="parts of a suite: forward, train, levels, formats; or step, "
                    "products, decode (of qlora also llama-1b, llama-products, long, long-products, longest, "
                    "checkpointing, which run by name alone; of load llama-7b); or dropout, plain, unet; families of "
                    "the suite families")

@@ -26,13 +26,17 @@ def quant_copies(
 ) -> list[QuantWeight]:
     """`count` copies of one random 4-bit weight [n, k]."""
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
-    q = quantize_4bit(w, quant_type, nested=nested).to(device)
+    return copies_of(quantize_4bit(w, quant_type, nested=nested).to(device), count)
+
+
+def copies_of(q: QuantWeight, count: int) -> list[QuantWeight]:
+    """`count` copies of a weight in any format."""
 
     def own(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.clone()
 
     return [
-        replace(q, packed=q.packed.clone(), absmax=q.absmax.clone(), nested_absmax=own(q.nested_absmax))
+        replace(q, packed=q.packed.clone(), absmax=own(q.absmax), nested_absmax=own(q.nested_absmax))
         for _ in range(count)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import mul
 from typing import Any
 
 import torch
@@ -50,9 +51,8 @@ def in_memory(t: Tensor) -> bool:
         return True
     end = t.storage_offset() + count
     if not t.is_contiguous():
-        end += 1 - count
-        for n, stride in zip(t.shape, t.stride(), strict=True):
-            end += (n - 1) * stride
+        strides = t.stride()
+        end += 1 - count + sum(map(mul, t.shape, strides)) - sum(strides)
     return t.untyped_storage().nbytes() >= end * t.itemsize
 
 

@@ -42,6 +42,7 @@ _PLAIN_ARGUMENTS = PLAIN | {int, float, bool, type(None)}
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _profiled, _compiling = torch._C._autograd._profiler_enabled, torch.compiler.is_compiling
 _tracing = torch._C._get_tracing_state  # of torch.jit.trace
+_autocast = torch.is_autocast_enabled
 
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]  # torch's is not annotated
 _ops: dict[str, Op] = {}
@@ -79,10 +80,12 @@ def dispatch_observed() -> bool:
 def servable(*tensors: Tensor) -> bool:
     """True of tensors in a CPU's memory where nothing watches or changes torch's operators: a kernel that is called
     straight sees what it would see through torch."""
-    return (
-        not dispatch_observed() and not torch.is_autocast_enabled("cpu") and PLAIN.issuperset(map(type, tensors))
-        and all(t.is_cpu and in_memory(t) for t in tensors)
-    )  # fmt: skip
+    if dispatch_observed() or _autocast("cpu") or not PLAIN.issuperset(map(type, tensors)):
+        return False
+    for t in tensors:  # noqa: SIM110  # a generator takes as long as the checks
+        if not (t.is_cpu and in_memory(t)):
+            return False
+    return True
 
 
 @dataclass(frozen=True)

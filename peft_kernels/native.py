@@ -317,11 +317,6 @@ def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [*map(torch.Tensor.data_ptr, tensors)]
 
 
-def places(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
-    """Where in memory, and in which form: `t.data = other` changes them under the same object."""
-    return [(t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for t in tensors]
-
-
 class Samples:
     """A few elements of tensors on the CPU, as they were. Their memory must be there whenever they are compared."""
 

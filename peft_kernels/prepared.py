@@ -22,15 +22,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from .checks import PLAIN, arg_error, in_memory
 from .dispatch import BackendUnavailable, Op, dispatch_observed, forced_backends, servable
-from .native import addresses, places
+from .native import addresses
 
 _records = torch.is_grad_enabled  # torch's module takes longer than this
 Arguments = tuple[Any, ...]
 Bind = Callable[[Tensor, Arguments], "Prepared | None"]
 _binds: dict[Callable[..., Any], tuple[Bind | None, Bind | None]] = {}  # without gradients, and with them
+
+
+class Places:
+    """Tensors as they are now: where in memory, and in which form. `t.data = other` changes them under the same object.
+
+    Their form is what graphs of torch are guarded by: types, dtypes, sizes, strides, whether gradients are wanted, and
+    the dispatcher's state. One call in C++ looks at them in a fifth of the time that Python's attributes take.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._addresses = tensors, addresses(tensors)
+        sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
+        guards: Any = TensorGuards
+        self._alike: Callable[..., bool] = guards(
+            *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+        ).check
+
+    def unchanged(self) -> bool:
+        return addresses(self._tensors) == self._addresses and self._alike(*self._tensors)
 
 
 class Prepared:
@@ -49,7 +69,7 @@ class Prepared:
         frozen: Sequence[Tensor | None] = (), stack: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
         self.forced, self.dtype, self.k = forced_backends(), x.dtype, x.shape[-1]
-        self.tensors, self.places = tensors, places(tensors)
+        self.tensors, self.places = tensors, Places(tensors)
         self.saved, self.addresses = saved, addresses(saved)
         self.stack, self.stack_at = stack, addresses(stack)
         self.frozen = [t for t in frozen if t is not None]
@@ -58,7 +78,7 @@ class Prepared:
         """True if it serves this call."""
         return (
             self.dtype is x.dtype and x.dim() > 0 and self.k == x.shape[-1] and self.forced is forced_backends()
-            and (given is self.given or _same(given, self.given)) and places(self.tensors) == self.places
+            and (given is self.given or _same(given, self.given)) and self.places.unchanged()
             and not (self.frozen and any(map(_wants_gradient, self.frozen)))
             and (not self.stack or addresses(self.stack) == self.stack_at)
         )  # fmt: skip

@@ -28,7 +28,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("name", "op", "level", "rows", "dtype"),
-    grid(IN_GROUPS, list(CALLS), LEVELS, [1, 3, 7, 70], [torch.float32, torch.bfloat16], strength=1),
+    grid(IN_GROUPS, list(CALLS), LEVELS, [1, 3, 7, 14, 70], [torch.float32, torch.bfloat16], strength=1),
     indirect=["level"],
 )
 def test_operators(name: str, op: str, level: str, rows: int, dtype: torch.dtype) -> None:
@@ -59,6 +59,19 @@ def test_integers_with_an_order_of_their_own(quant_type: str, scales: torch.dtyp
         w = random_affine_weight(N, K, quant_type, group, zeros=zeros, shifts=shifts, act_order=order, scales=scales)
         for rows in (1, 6, 70):
             hold(CALLS["lora_linear"], some(rows, K), w, "native")
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "level", "zeros", "shifts", "group"),
+    grid(["int4", "int8", "uint8"], LEVELS, ["codes", "values", None], [False, True], [16, 48, 64, K], strength=1),
+    indirect=["level"],
+)
+def test_few_rows_of_integers_in_groups_of_any_size(
+    quant_type: str, level: str, zeros: str | None, shifts: bool, group: int
+) -> None:
+    w = random_affine_weight(N, K, quant_type, group, zeros=zeros, shifts=shifts)
+    for rows in (4, 6):
+        hold(CALLS["lora_linear"], some(rows, K), w, "native")
 
 
 def test_norms_of_rows() -> None:

@@ -11,7 +11,7 @@ from forms import grid
 from lora_tools import BF16, F32, FLOATS, needs_native, saved_bytes
 from torch import Tensor
 
-from peft_kernels import Projection, QuantWeight, gated, gated_mlp, lora_linear, use_backend
+from peft_kernels import PreparedCall, Projection, QuantWeight, gated, gated_mlp, lora_linear, use_backend
 from peft_kernels.testing import assert_no_worse, assert_same_bits, random_quant_weight
 
 K, F, N = 64, 128, 40
@@ -119,6 +119,25 @@ def test_other_forms(form: str, dtype: torch.dtype) -> None:
         assert_no_worse(worst[0].to(mine.dtype), worst[1].to(mine.dtype), zero, exact.abs().max().reshape(1))
     with torch.no_grad():
         assert_same_bits(whole(x, *parts), got[0])
+
+
+@needs_native
+@pytest.mark.parametrize(("form", "dtype"), grid(["two", *OPTIONS], FLOATS), ids=str)
+def test_a_prepared_token_has_the_bits_of_the_function(form: str, dtype: torch.dtype) -> None:
+    made = MLPS["all"](dtype) if form == "two" else parts_of(form, dtype)
+    first, *up, down = (p._replace(dropout_p=0.0, seed=None) for p in made)
+    call, options = PreparedCall(gated_mlp), OPTIONS.get(form, {})
+    with torch.no_grad():
+        for shape in (1, 1, K), (1, K), (K,), (2, K), (0, K):
+            x, parts = torch.randn(shape).to(dtype), (first, up[0] if up else None, down)
+            assert_same_bits(call(x, *parts, *every_option(**options)), gated_mlp(x, *parts, **options))
+            if x.numel():
+                assert call.ready(x, *parts, *every_option(**options)) is not None
+
+
+def every_option(act: str = "silu", fused: str | None = None, alpha: float | None = None, limit: float = 0.0,
+                 shift: float = 0.0) -> tuple[Any, ...]:  # fmt: skip
+    return act, fused, alpha, limit, shift
 
 
 @pytest.mark.parametrize("form", ["plain", "pairs"])

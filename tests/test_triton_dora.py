@@ -20,6 +20,7 @@ import peft_kernels as pk
 from peft_kernels import tuning
 from peft_kernels.ops import dora_linear as linear_op
 from peft_kernels.ops import dora_norm as norm_op
+from peft_kernels.ops import lora_linear as lora_op
 from peft_kernels.testing import assert_no_worse, assert_same_bits
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -83,6 +84,19 @@ def test_norms_of_nothing() -> None:
         exact = w.double().norm(dim=1)
         assert_no_worse(pk.dora_norm(w, a, b), exact.float(), exact)
         assert pk.squared_row_norms(w).shape == (n,)
+
+
+@on_device
+def test_a_dense_weight_has_no_blocks() -> None:
+    """Their sizes are of no meaning there, and any number may come."""
+    w, x = torch.randn(31, 104, device=DEVICE), torch.randn(3, 104, device=DEVICE)
+    parts = (None, None, None, None, 0)
+    first = norm_op.squares_op.op(w, *parts, 64, 256, 31, 104)
+    y, _ = lora_op.forward_op.op(x, w, *parts, 64, 256, 31, None, None, 1.0, None, 0.0, None)
+    for sizes in ((-1, 256), (0, 0), (7, -3)):
+        assert_same_bits(norm_op.squares_op.op(w, *parts, *sizes, 31, 104), first)
+        again, _ = lora_op.forward_op.op(x, w, *parts, *sizes, 31, None, None, 1.0, None, 0.0, None)
+        assert_same_bits(again, y)
 
 
 @on_device

@@ -195,6 +195,13 @@ TABLES = [
     Table("layers", "Instruction sets", "levels ", "The same layer's forward, float32, at a forced level.",
           [("AVX2", time_of("avx2")), ("AVX-512", time_of("avx512")), ("ratio", ratio_of(["avx512"], ["avx2"]))],
           "levels ", LAYERS),
+    Table("layers", "Weights in other formats", "formats ",
+          "A layer whose weight has another format beside the same layer in NF4 with plain scales; forward+backward is "
+          "with LoRA r=16. A ratio of 1 is NF4's speed.",
+          [column for label, d in (("bfloat16", "bf16"), ("float32", "f32")) for column in (
+              (f"NF4, {label}", time_of(f"NF4 {d}")), (f"this, {label}", time_of(f"ours {d}")),
+              ("ratio", ratio_of([f"ours {d}"], [f"NF4 {d}"])))],
+          "formats ", LAYERS),
     Table("dora", "DoRA, forward and backward", "train ",
           "r=16, the norm included, M tokens, dropout p. PEFT runs on bitsandbytes where the base is NF4.",
           [("our DoRA", time_of("DoRA")), ("our LoRA", time_of("LoRA")), ("PEFT's DoRA", time_of("PEFT DoRA")),

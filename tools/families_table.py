@@ -36,7 +36,9 @@ chunks and caches reach attention as a range of keys for each query. No mask of 
 every layer's attention is served; a layer with code of its own gets transformers' mask, and so does the whole model
 where a query does not see a range (holes in a mask, images that see themselves), in a static cache and in a compiled
 graph (`masking.py`, `spans.py` beside that folder). Layers with a state (Mamba, linear attention, short convolutions)
-run on from one document into the next, as they do without `accelerate`.
+run on from one document into the next, as they do without `accelerate`. A generated token sees all the keys and has no
+mask: where transformers' fused attention has none, and in Gemma 2 and gpt-oss, whose own eager code adds a mask only if
+it is given one. Padding and a full window bring it back.
 
 | family | attention | MLP | norms |
 |---|---|---|---|

@@ -1,4 +1,5 @@
-"""The checked table of layers: 4-bit forward, and QLoRA forward + backward, beside bitsandbytes and PEFT.
+"""The checked table of layers: 4-bit forward, and QLoRA forward + backward, beside bitsandbytes and PEFT; and weights
+of other formats beside NF4.
 
 bitsandbytes has two ways on a CPU, and both are run: in eval mode (AVX512-BF16 CPUs) Linear4bit repacks its weight once
 and multiplies in bf16 whatever the dtype of x; else it decodes the whole weight and calls torch's matmul.
@@ -20,6 +21,8 @@ from ..results import Claim, Row
 SHAPES = [(4096, 4096), (576, 576), (576, 1536), (1536, 576), (2048, 8192)]
 FORWARD_M = [1, 4, 16, 64, 128, 256, 512]
 TRAIN_M = [16, 64, 256, 512]
+FORMATS = ("q4_0", "q4_1", "q4_k", "q6_k", "q8_0", "mxfp4", "int4", "int8", "uint8")
+FORMAT_M = [1, 8, 512]
 
 
 def forward_target(m: int) -> float:
@@ -95,6 +98,36 @@ def level_row(k: int, n: int, m: int, args: argparse.Namespace) -> Row | None:
                after=lambda: native.set_level(None))  # fmt: skip
 
 
+def format_row(name: str, k: int, n: int, m: int, train: bool, args: argparse.Namespace) -> Row:
+    """A layer whose weight has the format `name` beside one in NF4 with plain scales: forward, or with LoRA of r=16
+    forward and backward."""
+    import fastpeft
+
+    from peft_kernels.testing import random_quant_weight
+
+    count = copies_needed(n * k // 2, last_cache_bytes(), 8 if args.quick else 32)
+    weights = {"NF4": subjects.quant_copies(n, k, count, nested=False),
+               "ours": subjects.copies_of(random_quant_weight(n, k, quant_type=name), count)}  # fmt: skip
+    candidates = []
+    for dtype_name, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32)):
+        g = torch.Generator().manual_seed(2)
+        x, dy = torch.randn(m, k, generator=g).to(dtype), torch.randn(m, n, generator=g).to(dtype)
+        for label, copies in weights.items():
+            layers = [subjects.our_layer(q) for q in copies]
+            if train:
+                layers = subjects.with_adapter(fastpeft, layers, 16, 0.0, True)
+                calls = [subjects.step_call(layer, x, dy) for layer in layers]
+            else:
+                calls = [subjects.forward_call(layer, x) for layer in layers]
+            candidates.append(Candidate(f"{label} {dtype_name}", calls))
+    what = "forward+backward" if train else "forward"
+    case = {"suite": "layers", "what": f"{name} {what}", "K": k, "N": n, "M": m}
+    claims = [Claim(f"NF4's speed = 1, {d}", [f"ours {d}"], [f"NF4 {d}"], 1 / 1.15 if train else None)
+              for d in ("bf16", "f32")]  # fmt: skip
+    return Row(f"formats {name} {k}x{n} M={m} {what}", case, {}, claims, (4.0 if train else 2.0) * m * n * k,
+               weights["ours"][0].nbytes + m * (n + k) * 4, candidates=candidates)  # fmt: skip
+
+
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     shapes = args.shapes or ([(576, 1536), (4096, 4096)] if args.quick else SHAPES)
     forward = args.m or ([1, 16, 128] if args.quick else FORWARD_M)
@@ -107,6 +140,12 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             for dropout in (0.0, 0.05):
                 if "train" in args.only:
                     yield train_row(k, n, m, dropout, args)
+    for name in FORMATS if "formats" in args.only else ():
+        k, n = args.shapes[0] if args.shapes else (2048, 2048)
+        for m in args.m or FORMAT_M:
+            yield format_row(name, k, n, m, False, args)
+        for m in args.m or FORMAT_M[-1:]:
+            yield format_row(name, k, n, m, True, args)
     for k, n in shapes[:2]:
         for m in (1, 16, 256):
             if "levels" in args.only and (row := level_row(k, n, m, args)) is not None:

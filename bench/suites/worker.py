@@ -126,7 +126,8 @@ def tokens_of(model: Any, rows: int, length: int) -> dict[str, Any]:
 
 class TrainStep:
     """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's; `-ckpt`
-    behind that computes each decoder layer again in the backward, `-some` all but every third.
+    behind that computes each decoder layer again in the backward, `-some` all but every third. `-own` alone keeps freed
+    memory in the process, as `fastpeft train` does.
 
     given: the model's arguments."""
 
@@ -150,8 +151,11 @@ class TrainStep:
         self._own: Any = None
         if own.endswith("-own"):
             from fastpeft.apps.training.forward import CompletionLoss
+            from fastpeft.apps.training.memory import keep_freed_memory
             from fastpeft.apps.training.packing import Batch
 
+            if own == mode and model.device.type == "cpu":
+                keep_freed_memory()
             ids = given["input_ids"]
             rows, length = ids.shape
             where = torch.arange(rows * length, device=ids.device).view(rows, length)[:, :-1].flatten()

@@ -54,8 +54,9 @@ struct PkCodes {
 };
 PkCodes pk_codes_of(const pk_lora_args *args);
 
-/* 1-4 rows of x times a weight in groups, see formats/few_rows.inc. x: [M][ldx] float, zeros beyond K. X: x as
- * few_pack() lays it out for the weight's format, with room for pk_few_room() floats; words: pairs of bfloat16. */
+/* 1-4 rows of x times a weight in groups, see formats/few_rows.inc, and lora/few_passes.inc for up to 16, four at a
+ * time. x: [M][ldx] float, zeros beyond K. X: x as few_pack() lays it out for the weight's format, with room for
+ * pk_few_room() floats; words: pairs of bfloat16. */
 struct PkFew {
     const PkCodes *w;
     const uint8_t *codes;
@@ -64,12 +65,13 @@ struct PkFew {
     float *X;
     bool words;
 };
-enum PkFewLayout { PK_FEW_BYTES, PK_FEW_IN_ORDER, PK_FEW_BLOCKS, PK_FEW_SUPERBLOCKS, PK_FEW_LAYOUTS };
+enum PkFewLayout { PK_FEW_BYTES, PK_FEW_IN_ORDER, PK_FEW_BLOCKS, PK_FEW_SUPERBLOCKS, PK_FEW_FOURS, PK_FEW_LAYOUTS };
 
-/* The order in which a format's nibbles meet x; PK_FEW_BYTES of formats that become bytes and have no X. */
+/* The order in which a format's codes meet x; PK_FEW_BYTES of formats that become bytes and have no X. */
 static inline PkFewLayout pk_few_layout(int64_t quant_type) {
     if (quant_type == PK_INT4) return PK_FEW_IN_ORDER;
     if (quant_type == PK_Q4_K) return PK_FEW_SUPERBLOCKS;
+    if (quant_type == PK_Q6_K) return PK_FEW_FOURS;
     bool blocks = quant_type == PK_Q4_0 || quant_type == PK_Q4_1 || quant_type == PK_IQ4_NL || quant_type == PK_MXFP4;
     return blocks ? PK_FEW_BLOCKS : PK_FEW_BYTES;
 }

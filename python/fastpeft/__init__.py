@@ -22,6 +22,7 @@ _NAMES = {
     "config.limits": ("check_adapter_name",),
     "config.types": ("NoMatchingPeftModuleError", "PeftError", "PeftType", "PeftWarning", "TaskType"),
     "weights.cached": ("load_cached_model",),
+    "weights.gguf_config": ("gguf_config",),
     "weights.load_gguf": ("load_gguf_model",),
     "weights.load_nf4": ("load_nf4_model",),
     "weights.nf4_linear": ("NF4Linear",),
@@ -42,7 +43,7 @@ _NAMES = {
     "saving.export": ("export_for_serving", "inspect_adapter"),
     "saving.folder": ("convert_bin",),
     "saving.gguf_lora": ("export_gguf_lora",),
-    "saving.gguf_merged": ("MERGED_GGUF_TYPES", "save_merged_gguf"),
+    "saving.gguf_merged": ("MERGED_GGUF_TYPES", "needs_dense_merge", "save_merged_gguf"),
     "saving.load": ("load_peft_weights",),
     "saving.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "model.auto": (

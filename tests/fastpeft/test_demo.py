@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -143,6 +144,23 @@ def test_quickstart_from_start_to_end(tiny: Path, monkeypatch: pytest.MonkeyPatc
         return [(m["step"], m.get("loss"), m.get("held_out_loss")) for m in read_metrics(folder / "metrics.jsonl")]
 
     assert curve(tiny / "broken") == curve(output)
+
+
+def test_without_matplotlib_there_is_no_curve_and_a_word_of_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *p: None if name == "matplotlib" else found(name, *p))
+    for name in ("matplotlib", "matplotlib.backends.backend_agg", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(quickstart, "_in_fresh_process", in_this_process)
+    output = tiny / "runs"
+    quickstart.show(quickstart.run(output, 1))
+    said = capsys.readouterr()
+    assert "no loss.png is drawn: pip install matplotlib" in said.err
+    assert "also there: metrics.jsonl, adapter/" in said.out
+    assert "loss.png" not in (output / "report.md").read_text()
+    assert not (output / "loss.png").exists()
 
 
 def in_this_process(adapter: Path, prompts: list[str]) -> list[str]:

@@ -20,12 +20,16 @@ from peft_kernels.testing import assert_same_bits
 IDS = torch.arange(3, 12).view(1, -1)
 
 
-def model() -> Any:
-    """A Llama of two layers in 4 bits with two adapters, accelerated."""
+def model(family: str = "Llama") -> Any:
+    """A model of two layers in 4 bits with two adapters, accelerated."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    base = fastpeft.quantize_model(transformers.LlamaForCausalLM(config), "nf4", skip=["lm_head"])
+    options = {"head_dim": 16} if family == "Qwen3" else {}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, **options,
+    )  # fmt: skip
+    base = getattr(transformers, f"{family}ForCausalLM")(config)
+    base = fastpeft.quantize_model(base, "nf4", skip=["lm_head"])
     settings = {"target_modules": "all-linear", "init_lora_weights": False, "lora_dropout": 0.5}
     found = fastpeft.get_peft_model(base, fastpeft.LoraConfig(r=4, **settings)).eval()
     found.add_adapter("other", fastpeft.LoraConfig(r=2, **settings))
@@ -110,6 +114,47 @@ def test_changes_are_seen(change: str) -> None:
     assert_same_bits(after, fresh(found, cache))
     if change not in ("eager", "merged"):  # the same but for rounding
         assert torch.equal(after, before) == (change == "nothing")
+
+
+def _norm_data(found: Any) -> None:
+    attention(found).q_norm.weight.data = torch.randn(16)
+
+
+def _norm_weight(found: Any) -> None:
+    attention(found).k_norm.weight = nn.Parameter(torch.randn(16))
+
+
+def _norm_hook(found: Any) -> None:
+    attention(found).q_norm.register_forward_hook(lambda _module, _args, y: 2 * y)
+
+
+def _norm_forward(found: Any) -> None:
+    norm = attention(found).k_norm
+    norm.forward = lambda x: x
+
+
+def _norm(found: Any) -> None:
+    attention(found).q_norm = copy.deepcopy(attention(found).k_norm)
+    attention(found).q_norm.weight.data *= 3
+
+
+def _norm_eps(found: Any) -> None:
+    attention(found).q_norm.variance_epsilon = 1.0
+
+
+@pytest.mark.parametrize("change", [_norm_data, _norm_weight, _norm_hook, _norm_forward, _norm, _norm_eps])
+def test_changes_of_norms_are_seen(change: Callable[[Any], None]) -> None:
+    found = model("Qwen3")
+    cache = begun(found)
+    assert all(one.kept is not None and one.kept.norms is not None for one in tokens(found))
+    before = token(found, cache)
+    assert_same_bits(before, fresh(found, cache))
+    for _ in range(2):
+        token(found, cache)
+    change(found)
+    after = token(found, cache)
+    assert_same_bits(after, fresh(found, cache))
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("options", [

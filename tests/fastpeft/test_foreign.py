@@ -16,6 +16,7 @@ from fastpeft.layer.layer import AdapterLayer
 from fastpeft.testing import add_adapter, assert_forward_law, assert_merge_and_back
 from fastpeft.weights.find import weight_of
 from forms import matrix
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_kernels import QuantWeight
@@ -46,7 +47,7 @@ def made(name: str) -> nn.Module:
 
 
 def adapted(base: nn.Module, **options: Any) -> Any:
-    config = LoraConfig(target_modules=["0"], init_lora_weights=False, **{"r": 4, **options})
+    config = LoraConfig(target_modules=["0"], **{"init_lora_weights": False, "r": 4, **options})
     return get_peft_model(nn.Sequential(base), config).eval()
 
 
@@ -290,3 +291,50 @@ def test_settings_of_quantised_models() -> None:
     assert fastpeft.utils.get_quantization_config(model, "awq") is None
     assert fastpeft.utils.get_gptqmodel_quant_linear(None) is None
     assert resolve_quantization_backend(nn.Linear(2, 2)) is None
+
+
+def test_adapters_on_awq_are_not_rounded_to_the_dtype_of_its_weight() -> None:
+    """gptqmodel's layers have a `compute_dtype`, float16, which is W's: x and the adapter are float32, as in PEFT."""
+    module: Any = awq()
+    module.compute_dtype = torch.float16
+    model = adapted(module)
+    layer, x = model.base_model.model[0], torch.randn(5, 64, requires_grad=True)
+    a, b, seed = layer.lora_A["default"].weight, layer.lora_B["default"].weight, torch.randn(5, 32)
+    found = [y := model(x), *torch.autograd.grad((y * seed).sum(), (x, a, b))]
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        xs, aa, bb = (t.detach().to(dtype).requires_grad_() for t in (x, a, b))
+        y = product(xs, module.exact, None, dtype) + layer.scaling["default"] * (xs @ aa.t() @ bb.t())
+        return [y, *torch.autograd.grad((y * seed.to(dtype)).sum(), (xs, aa, bb))]
+
+    for ours, eager, want in zip(found, results(torch.float32), results(torch.float64), strict=True):
+        assert_no_worse(ours, eager, want, want.detach().abs().max().expand_as(want))
+
+
+def test_gptqs_own_decoding_is_read_where_the_kernel_leaves_the_codes_as_they_were() -> None:
+    base: Any = named("gptqmodel.nn_modules.qlinear", "BaseQuantLinear")
+    module: Any = named("gptqmodel.nn_modules.qlinear.torch", "TorchLinear", foreign["_Own"], base)()
+    codes = torch.randint(-2, 2, (32, 64), generator=torch.Generator().manual_seed(0))
+    module.exact, module.in_features, module.out_features, module.bits = codes.double() / 256, 64, 32, 2
+    module.register_buffer("scales", torch.ones(1, dtype=torch.float16))
+    module.register_buffer("bias", torch.full((32,), 1000.0).half())
+    module.dequantize_weight = lambda: module.exact.half().t()
+    found = weight_of(module)
+    assert found is not None
+    assert_same_bits(found.read()[0], module.exact.float())
+
+
+@pytest.mark.parametrize("name", ["gptq", "hqq", "eetq"])
+def test_loftq_starts_from_what_any_quantiser_lost(name: str, tmp_path: Path) -> None:
+    module: Any = made(name)
+    generator = torch.Generator().manual_seed(0)
+    lost = 0.01 * torch.randn(32, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+    w = (module.exact + lost).float()
+    save_file({"0.weight": w.contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="replace_lora_weights_loftq"):
+        adapted(made(name), init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+    model = adapted(module, lora_alpha=4)  # as in PEFT, B A is that start whatever it is scaled by
+    fastpeft.replace_lora_weights_loftq(model, str(tmp_path))
+    delta = model.base_model.model[0].get_delta_weight("default")
+    size = w.abs().max().expand_as(w) * len(w)  # of the terms of a singular value decomposition
+    assert_no_worse(delta.detach(), w - module.exact.float(), lost.double(), size)

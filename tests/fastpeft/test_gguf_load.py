@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fastpeft.model.status import count_parameters
 from fastpeft.pool.prompts import token_bytes
 from fastpeft.weights.nf4_linear import NF4Linear
 from fastpeft.weights.quant_embedding import QuantEmbedding
-from forms import matrix
+from forms import by_form, matrix
 
 from peft_kernels import dequantize_4bit, use_backend
 from peft_kernels.testing import assert_no_worse, assert_same_bits
@@ -230,6 +231,26 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=message) as told:
         models.load_base(source, torch.float32, torch.device("cpu"), "gguf", {})
     assert told.value.fix == "give a whole GGUF file of a causal language model"
+
+
+def test_any_byte_of_a_header(tmp_path: Path) -> None:
+    """Cut off anywhere, or with another byte anywhere: a header or an AdapterFileError that names the file."""
+    path = tiny_gguf(tmp_path / "x.gguf")
+    data = path.read_bytes()
+    end = min(tensor.begin for tensor in read_gguf(path).tensors.values())
+    draw = random.Random(0)
+    step = by_form(short=29, full_form=5)
+    for at in range(0, end, step):
+        flipped = data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
+        for changed in (data[:at], flipped):
+            path.write_bytes(changed)
+            said, found = "", None
+            try:
+                found = read_gguf(path)
+            except AdapterFileError as error:
+                said = str(error)
+            assert (found is None and str(path) in said) or len(changed) == len(data)
+            assert found is None or all(t.begin + t.nbytes <= len(data) for t in found.tensors.values())
 
 
 def test_a_file_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from fastpeft import (
     export_gguf_lora,
     get_peft_model,
     load_gguf_model,
+    save_merged_gguf,
 )  # fmt: skip
 from fastpeft.apps.cli.app import app
 from fastpeft.files.gguf_file import read_gguf
@@ -143,15 +144,15 @@ def test_a_lora_for_llama_cpp(tmp_path: Path, name: str) -> None:
 
 
 def test_a_lora_of_a_folder(tmp_path: Path) -> None:
-    """The same file by the base's folder as by its GGUF file; a family that is known by its file alone is refused."""
+    """The same file by the base's folder as by its GGUF file; a family without such files is refused."""
     base = tiny_gguf(tmp_path / "x.gguf")
     adapted(base, tmp_path / "adapter")
     transformers.AutoConfig.from_pretrained(str(tmp_path), gguf_file="x.gguf").save_pretrained(tmp_path / "folder")
     for model, out in ((base, "a.gguf"), (tmp_path / "folder", "b.gguf")):
         export_gguf_lora(str(tmp_path / "adapter"), model, tmp_path / out)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    transformers.GPT2Config().save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="family 'gpt2' is known by its GGUF file alone"):
+    transformers.OPTConfig().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="family 'opt' is not known as a GGUF file; those that are: llama, mistral"):
         export_gguf_lora(str(tmp_path / "adapter"), tmp_path / "other", tmp_path / "c.gguf")
 
 
@@ -222,6 +223,7 @@ def test_a_merged_model_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     adapted(base, tmp_path / "adapter", target_modules=["q_proj", "k_proj", "up_proj"])
     said = result_of("merge", tmp_path / "adapter", out, "--gguf", quant)
     assert (said["changed"], said["tensors"]) == (6, 20)
+    assert not (tmp_path / "cache").exists()  # nothing was converted
     before, after = as_read(base), as_read(out)
     numbers = ("general.file_type", "GGUF.kv_count")
     assert {k: v for k, v in after[0].items() if k not in numbers} == {
@@ -252,3 +254,18 @@ def test_a_merged_model_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     words = ("merge", tmp_path / "no-adapter-yet", *words[2:])  # refused before anything is looked at
     assert "expected one of F16, Q4_0, Q8_0" in run(*words, "Q3", code=1)
     assert not (tmp_path / "o.gguf").exists()
+
+
+def test_what_needs_a_dense_base_is_merged_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings that are trained in full; a line says so."""
+    monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path / "cache"))
+    base, out = tiny_gguf(tmp_path / "x.gguf", tie=False), tmp_path / "merged.gguf"
+    model = adapted(base, tmp_path / "adapter", dense=True, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="lm_head is trained in full: merge on a dense base"):
+        save_merged_gguf(model, base, out, "Q8_0")
+    words = ["merge", tmp_path / "adapter", out, "--gguf", "Q8_0", "--model", base]
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exit_code == 0, done.output
+    assert "lm_head is trained in full: the base is converted to float32" in done.stderr
+    assert read_gguf(out).tensors["blk.0.attn_q.weight"].quant == "Q8_0"
+    assert list((tmp_path / "cache").iterdir())

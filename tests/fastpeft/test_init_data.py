@@ -292,7 +292,7 @@ def test_replacing_reads_sharded_files_and_stays_in_their_folder(tmp_path: Any) 
     index.write_text('{"weight_map": {"first.weight": "../a.safetensors"}}')
     with pytest.raises(ValueError, match="leaves its folder"):
         fastpeft.replace_lora_weights_loftq(adapted, str(tmp_path))
-    with pytest.raises(ValueError, match="no 4-bit layer"):
+    with pytest.raises(ValueError, match="no quantised layer"):
         fastpeft.replace_lora_weights_loftq(wrap(fastpeft, model()), str(tmp_path))
 
 

@@ -79,6 +79,36 @@ def test_merging_requantises_reports_its_error_and_comes_back_byte_for_byte(base
     assert layer._unmerged is None, "merge_and_unload must not keep the old weight"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("quant_type", "blocksize"), [("int4", 64), ("int8", None), ("int8", 32), ("uint8", 32)])
+def test_merging_into_integers_keeps_their_form(quant_type: str, blocksize: int | None, dtype: torch.dtype) -> None:
+    base = QuantWeight.quantize(torch.randn(96, 64).to(dtype) * 0.1, quant_type, blocksize)
+    model = get_peft_model(
+        nn.Sequential(NF4Linear(base)), LoraConfig(target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    layer = model.base_model.model[0]
+    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
+    wanted = layer.merged_weight(["default"])[0].detach()
+    with pytest.warns(PeftWarning, match="requantising"):
+        model.merge_adapter()
+    got = layer.base_layer.quant_weight()
+    assert (got.quant_type, got.blocksize, got.shape, got.dtype) == (
+        base.quant_type, base.blocksize, base.shape, base.dtype
+    )  # fmt: skip
+    after = layer.base_layer.state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in after.items()} == {k: (v.shape, v.dtype) for k, v in before.items()}
+    assert base.absmax is not None
+    once = QuantWeight.quantize(wanted.to(base.absmax.dtype), quant_type, blocksize)
+    assert_same_bits(layer.base.read()[0], dequantize_4bit(once, torch.float32))
+    x, exact = torch.randn(3, 64), dequantize_4bit(got, torch.float64)
+    size = nn.functional.linear(x.abs(), exact.abs().float())
+    eager = nn.functional.linear(x, exact.float())
+    assert_no_worse(model(x).detach(), eager, nn.functional.linear(x.double(), exact), size)
+    model.unmerge_adapter()
+    for key, value in layer.base_layer.state_dict().items():
+        assert_same_bits(value, before[key])
+
+
 @pytest.mark.parametrize("base", QUANTISED)
 def test_merging_one_after_the_other_rounds_once(base: str) -> None:
     layer = lora_layer(QUANTISED[base](), "ab")

@@ -87,6 +87,25 @@ def test_ranges_are_what_the_masks_say(name: str, attention: str) -> None:
         assert found._made is not None
 
 
+@pytest.mark.parametrize(("family", "without"), [("gemma2", True), ("gpt_oss", True), ("bloom", False),
+                                                  ("mistral", False)])  # fmt: skip
+def test_one_query_of_eager_attention(family: str, without: bool) -> None:
+    """Goes without a mask where the family's own code adds one only where it is given one, and nothing is padded."""
+    model = tiny(family)
+    model.config._attn_implementation = "eager"
+    fastpeft.accelerate(model)
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 6, 16), torch.zeros(1, 2, 6, 16), 0)
+    for tokens, padded in itertools.product((1, 3), (0, 2)):
+        attended = torch.ones(1, 6 + tokens, dtype=torch.long)
+        attended[:, :padded] = 0
+        found = masking.create_causal_mask(
+            config=model.config, inputs_embeds=torch.zeros(1, tokens, 64), attention_mask=attended,
+            past_key_values=cache,
+        )  # fmt: skip
+        assert (found is None) == (without and tokens == 1 and not padded)
+
+
 def positions(*lengths: int) -> Tensor:
     return torch.cat([torch.arange(n) for n in lengths])[None]
 

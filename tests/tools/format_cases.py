@@ -15,16 +15,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def of_formats(rng: random.Random) -> None:
-    name, rows = rng.choice([*FORMATS]), rng.choice((1, 5, 700))
+    name, rows = rng.choice([*FORMATS]), rng.choice((1, 5, 67, 700))
     if name in ("int4", "int8", "uint8"):
-        weight = random_affine_weight(rows, rng.choice((1, 31, 64, 130)), name, rng.choice((7, 32, 64)),
+        columns, group = rng.choice((1, 31, 64, 96, 130, 160)), rng.choice((7, 16, 32, 48, 64))
+        weight = random_affine_weight(rows, columns, name, group,
                                       zeros=rng.choice(("codes", "values", None)), shifts=rng.random() < 0.3,
                                       act_order=rng.random() < 0.3, scales=rng.choice(FLOATS))  # fmt: skip
     else:
         weight = random_quant_weight(rows, rng.choice((256, 768)), quant_type=name, blocksize=32)
     pk.dequantize_4bit(weight, rng.choice(FLOATS))
     if rows < 100:
-        x = torch.randn(rng.choice((1, 3, 9)), weight.shape[1], requires_grad=True)
+        x = torch.randn(rng.choice((1, 3, 4, 6, 9, 16)), weight.shape[1]).to(rng.choice(FLOATS)).requires_grad_()
         pk.lora_linear(x, weight).sum().backward()
 
 

@@ -38,19 +38,9 @@ def write_gguf(
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     if tokenizer is not None:
-        tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
-        tokens += ["!!"] * (config.vocab_size - len(tokens))  # what the one merge makes
-        special = set(tokenizer.all_special_tokens) | {t for t in tokens if t.startswith("<|")}
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list(tokens)
-        writer.add_token_types([3 if token in special else 1 for token in tokens])
-        writer.add_token_merges(["! !"])
-        writer.add_eos_token_id(tokenizer.eos_token_id)
-        writer.add_pad_token_id(tokenizer.pad_token_id)
-        if tokenizer.chat_template:
-            writer.add_chat_template(tokenizer.chat_template)
+        add_tokenizer(writer, tokenizer, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    tensors: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for key, value in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -59,9 +49,36 @@ def write_gguf(
         if "attn_q." in name or "attn_k." in name:
             heads = config.num_attention_heads if "attn_q." in name else config.num_key_value_heads
             array = llama_rows(array, heads)
+        arrays[name] = array
+    add_tensors(writer, arrays, types, embedding, change)
+    return path
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
+    """A byte-level tokenizer of `size` tokens."""
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
+    tokens += ["!!"] * (size - len(tokens))  # what the one merge makes
+    special = set(tokenizer.all_special_tokens) | {t for t in tokens if t.startswith("<|")}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges(["! !"])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def add_tensors(
+    writer: Any, arrays: Mapping[str, Any], types: Types, embedding: str,
+    change: Callable[[dict[str, Any]], object] | None = None,
+) -> None:  # fmt: skip
+    """Tensors by their names in the file, matrices in their types; the file is whole then."""
+    ends = types if isinstance(types, Mapping) else {"": types}
+    tensors: dict[str, Any] = {}
+    for name, array in arrays.items():
         quant = "F32"
-        if array.ndim == 2:
-            ends = types if isinstance(types, Mapping) else {"": types}
+        if array.ndim > 1:
             quant = embedding if name == "token_embd.weight" else next(q for e, q in ends.items() if e in name)
         tensors[name] = array, quant
     if change is not None:
@@ -73,7 +90,6 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def tiny_gguf(path: Path, seed: int = 0, tie: bool = True, **options: Any) -> Path:

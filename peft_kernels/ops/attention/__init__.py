@@ -25,15 +25,16 @@ _MOST = 1 << 30  # a window of so many keys is none; positions fit 32 bits
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    of_q, of_k, of_v = q.shape, k.shape, v.shape  # once: a token waits for each of torch's attributes
     if not q.is_floating_point():
         raise arg_error(_NAME, "q", "a floating-point tensor", q.dtype, TypeError)
-    if q.dim() != 4 or q.shape[2] == 0 or q.shape[3] == 0 or q.shape[3] % 2:
-        raise arg_error(_NAME, "q", "[B, T, H, D] with H at least 1 and D even", tuple(q.shape))
-    batch, _, heads, d = q.shape
-    if k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, d) or not k.shape[2] or heads % k.shape[2]:
-        raise arg_error(_NAME, "k", f"[{batch}, S, G, {d}] with {heads} a multiple of G", tuple(k.shape))
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] == 0 or v.shape[3] % 2:
-        raise arg_error(_NAME, "v", f"[{', '.join(map(str, k.shape[:3]))}, Dv] with Dv even", tuple(v.shape))
+    if len(of_q) != 4 or of_q[2] == 0 or of_q[3] == 0 or of_q[3] % 2:
+        raise arg_error(_NAME, "q", "[B, T, H, D] with H at least 1 and D even", tuple(of_q))
+    batch, _, heads, d = of_q
+    if len(of_k) != 4 or of_k[0] != batch or of_k[3] != d or not of_k[2] or heads % of_k[2]:
+        raise arg_error(_NAME, "k", f"[{batch}, S, G, {d}] with {heads} a multiple of G", tuple(of_k))
+    if len(of_v) != 4 or of_v[:3] != of_k[:3] or of_v[3] == 0 or of_v[3] % 2:
+        raise arg_error(_NAME, "v", f"[{', '.join(map(str, of_k[:3]))}, Dv] with Dv even", tuple(of_v))
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype:
             raise arg_error(_NAME, name, f"{q.dtype} like q", t.dtype, TypeError)
@@ -46,13 +47,15 @@ def _check_angles(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None) -> None
     if k.shape[1] != tokens:
         raise arg_error(_NAME, "cos", f"None where {tokens} queries meet {k.shape[1]} keys (turn q and k before)",
                         tuple(cos.shape))  # fmt: skip
+    expected, expected_dtype = cos.shape, cos.dtype
     for name, t in (("cos", cos), ("sin", sin)):
+        shape = t.shape
         if not t.is_floating_point():
             raise arg_error(_NAME, name, "a floating-point tensor", t.dtype, TypeError)
-        if t.dim() != 3 or t.shape[0] not in (1, batch) or t.shape[1] != tokens or t.shape[2] > d or t.shape[2] % 2:
-            raise arg_error(_NAME, name, f"[{batch} or 1, {tokens}, R] with R even and at most {d}", tuple(t.shape))
-        if t.dtype != cos.dtype or t.shape != cos.shape:
-            raise arg_error(_NAME, name, f"{cos.dtype} {tuple(cos.shape)} like cos", f"{t.dtype} {tuple(t.shape)}")
+        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] != tokens or shape[2] > d or shape[2] % 2:
+            raise arg_error(_NAME, name, f"[{batch} or 1, {tokens}, R] with R even and at most {d}", tuple(shape))
+        if t.dtype != expected_dtype or shape != expected:
+            raise arg_error(_NAME, name, f"{cos.dtype} {tuple(cos.shape)} like cos", f"{t.dtype} {tuple(shape)}")
 
 
 def _check_table(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, text: str) -> None:
@@ -309,6 +312,9 @@ def _frozen(name: str, t: Tensor | None) -> None:
                         "one that wants them: pass detach(), or attend in torch")  # fmt: skip
 
 
+_dtype_of: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
 def directly(*tensors: Tensor) -> bool:
     """True where the native library computes with these as they come, and the dispatcher would add its time alone."""
     if not servable(*tensors) or forward_op.forced not in (None, "native"):
@@ -316,7 +322,7 @@ def directly(*tensors: Tensor) -> bool:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
     backend = forward_op.load("native")
-    return not isinstance(backend, str) and backend.dtypes.issuperset(t.dtype for t in tensors) and (
+    return not isinstance(backend, str) and backend.dtypes.issuperset(map(_dtype_of, tensors)) and (
         backend.available is None or backend.available() is None
     )
 
@@ -348,27 +354,26 @@ def attention(
     and for one query); all sums and the softmax are float32. Under autocast q, k and v are cast to its dtype. Raises
     ValueError or TypeError on bad arguments.
     """
+    plain = bias is None and slopes is None and keep is None and cos is None and sin is None and dropout_p == 0.0
+    if plain and q.dim() == 4 and q.shape[1] == 1 and directly(*((q, k, v) if sinks is None else (q, k, v, sinks))):
+        # a token, which waits for Python
+        spans = _of_each(spans, q)
+        _check(q, k, v, None, None, spans, None, None, None, sinks, scale, False, causal, window, softcap, 0.0, None)
+        if spans is None or (type(spans) is Tensor and spans.is_cpu and in_memory(spans)):
+            from .native import token
+
+            return token(q, k, v, spans, sinks, scale, causal, window, softcap)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = as_autocast(_NAME, q), as_autocast(_NAME, k), as_autocast(_NAME, v)
     if cos is not None and sin is not None:
         cos, sin = cos.detach(), sin.detach()
-    if spans is not None and spans.dim() == 3 and spans.shape[0] == 1:
-        spans = spans.expand(q.shape[0], -1, -1)
+    spans = _of_each(spans, q)
     if keep is not None and keep.dim() == 3 and k.dim() == 4 and q.dim() == 4:
         keep = _expanded("keep", keep, (q.shape[0], q.shape[1], k.shape[1]))
     if bias is not None and bias.dim() == 4 and k.dim() == 4 and q.dim() == 4:
         _frozen("bias", bias)
         bias = _expanded("bias", bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     _frozen("slopes", slopes)
-    plain = bias is None and slopes is None and keep is None and cos is None and sin is None and dropout_p == 0.0
-    if plain and q.dim() == 4 and q.shape[1] == 1 and directly(*(t for t in (q, k, v, sinks) if t is not None)):
-        # a token, which waits for Python
-        args = (q, k, v, None, None, spans, None, None, None, sinks, scale, False, causal, window, softcap, 0.0, None)
-        _check(*args)
-        if spans is None or (type(spans) is Tensor and spans.is_cpu and in_memory(spans)):
-            from .native import forward
-
-            return forward(*args)[0]
     if dropout_p > 0.0 and seed is None:
         seed = philox.draw_seed(q.device)
     args = (q, k, v, cos, sin, spans, keep, bias, slopes, sinks, scale, interleaved, causal, window, softcap,
@@ -381,6 +386,11 @@ def attention(
         return result
     y: Tensor = forward_op(*args)[0]
     return y
+
+
+def _of_each(spans: Tensor | None, q: Tensor) -> Tensor | None:
+    """Spans of each row of the batch."""
+    return spans.expand(len(q), -1, -1) if spans is not None and spans.dim() == 3 and len(spans) == 1 else spans
 
 
 def _expanded(name: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -31,7 +31,7 @@ def _sums(
                 torch.float32)  # fmt: skip
     halves = quant_type in formats.QUANT_NAMES and k % blocksize == 0
     arch = tuning.arch_of(weight.device)
-    c = tuning.choose("dora_norm", arch, tuning.Shape(n, n, k, r, 32, halves, blocksize))
+    c = tuning.choose("dora_norm", arch, tuning.Shape(n, n, k, r, 32, halves, w.blocksize))
     br = _rank_tile(r, c.BR)
     parts, steps = _split(k, c.BK, _cdiv(n, c.BN), c.programs, 4)
     out = torch.empty((parts, n), dtype=torch.float64, device=weight.device)

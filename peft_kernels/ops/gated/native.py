@@ -57,6 +57,19 @@ def forward(gate: Tensor, up: Tensor | None, act: int, alpha: float, limit: floa
     return h
 
 
+def row(y: Tensor, n: int, up: int, act: int, alpha: float, limit: float, shift: float) -> Tensor:
+    """`forward` [1, n] of one row, y contiguous, that begins with gate. up: the element of y where up begins; 1: the
+    two alternate; 0: there is none."""
+    h, at, step = y.new_empty((1, n)), y.data_ptr(), 2 if up == 1 else 1
+    code = native.cpu().pk_cpu_gated(
+        at, up and at + up * y.element_size(), native.DTYPES[y.dtype], 1, n, step * n, step * n, step, act, alpha,
+        limit, shift, h.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if code:
+        native.check(code)
+    return h
+
+
 def backward(
     gate: Tensor, up: Tensor | None, dh: Tensor, act: int, alpha: float, limit: float, shift: float, fused: int
 ) -> tuple[Tensor, Tensor]:

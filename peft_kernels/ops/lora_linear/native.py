@@ -196,6 +196,39 @@ def step(
     return y, s
 
 
+_ROW = "q72s2q128sq120s"  # pk_lora_args, what a call of one row without gradients changes apart from the rest
+_ONE = bytes(32) + struct.pack("=q", 1)  # dy, dx, da, db and m
+
+
+class Row:
+    """Projections of one row without gradients and dropout, call after call: a token waits for Python, so that all that
+    stays is packed once, and outputs are one tensor. Never written to, as threads may share it.
+
+    packed: `fields` of each; sizes: (n, r) of each; itemsize: bytes of an element of x.
+    """
+
+    def __init__(self, packed: Sequence[tuple[bytes, ...]], sizes: Sequence[tuple[int, int]], itemsize: int) -> None:
+        self._pack, self._count = struct.Struct("=" + _ROW * len(packed)).pack, len(packed)
+        self._each: list[tuple[bytes, int, int, bytes, bytes]] = []
+        n = r = 0
+        for (tensors, widths, factors, last), (own_n, own_r) in zip(packed, sizes, strict=True):
+            self._each.append((tensors + bytes(8), n * itemsize, 4 * r, _ONE + widths, factors + bytes(24) + last))
+            n, r = n + own_n, r + own_r
+        self._n, self._r = (1, n), (r,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Every y, one after the other, [1, N]; x of K elements, contiguous."""
+        y, s = x.new_empty(self._n), x.new_empty(self._r, dtype=_F32)
+        x_at, y_at, s_at, threads = x.data_ptr(), y.data_ptr(), s.data_ptr(), torch.get_num_threads()
+        args: list[Any] = []
+        for tensors, n, r, sizes, rest in self._each:
+            args += x_at, tensors, y_at + n, s_at + r, sizes, threads, rest
+        code = native.cpu().pk_cpu_lora_linear(self._pack(*args), self._count)
+        if code:
+            native.check(code)
+        return y
+
+
 def step_backward(
     fields: tuple[bytes, ...], dy: Tensor, x: Tensor, s: Tensor, seed: Tensor | None, a: Tensor, b: Tensor,
     need: Sequence[bool],

@@ -66,6 +66,7 @@ class _Weight:
     ) -> None:  # fmt: skip
         native.say_misaligned(weight=weight)
         mode = weight_mode(quant_type, n, k, blocksize, dtype)
+        blocksize, nested_blocksize = (blocksize, nested_blocksize) if quant_type else (64, 256)  # dense: not read
         nested: int = mode != _DENSE and nested_absmax is not None
         absmax, nested_absmax, nested_code, offset = formats.contiguous(absmax, nested_absmax, nested_code, offset)
         self.parts = (weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize)
@@ -83,9 +84,8 @@ class _Weight:
         self.pointers = (weight, absmax, *second, table)
         self.plain = mode == _PAIR_ROWS or (mode == _DENSE and 1 in self.strides)
         self.blocksize, self.shape, self.dtype = blocksize, (n, k), dtype
-        self.constants: dict[str, Any] = {
-            "MODE": mode, "BLOCKSIZE": blocksize, "NESTED": nested, "NESTED_BLOCKSIZE": nested_blocksize,
-        }  # fmt: skip
+        sizes = {"BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize}
+        self.constants: dict[str, Any] = {"MODE": mode, "NESTED": nested, **sizes}
 
     @property
     def dense(self) -> bool:

@@ -73,14 +73,9 @@ def backward(x: Tensor, *args: Any) -> list[Tensor]:
 
 # ---- prepared calls: `lora_linear.native.fields` of each projection in the place of its tensors ---------------------
 def infer(packed: Sequence[tuple[bytes, ...]], x: Tensor, sizes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
-    """`step` without s and seeds. Outputs of one row lie one after the other: decoding waits for each allocation."""
+    """`step` without s and seeds."""
     m = x.shape[0]
-    ys: Sequence[Tensor]
-    if m == 1:
-        y = x.new_empty((1, sum([n for n, _ in sizes])))
-        ys = y.split([n for n, _ in sizes], 1) if len(sizes) > 1 else (y,)
-    else:
-        ys = [x.new_empty((m, n)) for n, _ in sizes]
+    ys = [x.new_empty((m, n)) for n, _ in sizes]
     s = x.new_empty((m * sum([r for _, r in sizes]),), dtype=torch.float32)
     at, args = s.data_ptr(), []
     for own, y, (_, r) in zip(packed, ys, sizes, strict=True):

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ...prepared import Prepared, native_serves, prepares
 from ..lora_linear import prepared as single
+from ..lora_linear.native import Row
 from . import A, B, backward_op, each, forward_op, gradients, lora_linear_stacked, numbers_of, saved_of
 from .native import infer, step, step_backward
 
@@ -24,7 +25,8 @@ class StackedCall(Prepared):
 
         super().__init__(x, joined("tensors"), joined("saved"), joined("frozen"))
         self.calls, self.packed = calls, [call.packed for call in calls]
-        self.sizes = [(call.n, call.r) for call in calls]
+        self.sizes, self.widths = [(call.n, call.r) for call in calls], [call.n for call in calls]
+        self.row = Row(self.packed, self.sizes, x.element_size())
 
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
         rows = (x if x.dim() == 2 else x.reshape(-1, self.k)).contiguous()
@@ -32,6 +34,9 @@ class StackedCall(Prepared):
         return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     def compute(self, x: Tensor, rows: Tensor) -> Sequence[Tensor]:
+        if rows.shape[0] == 1:  # outputs lie one after the other: decoding waits for each allocation
+            y = self.row(rows)
+            return y.split(self.widths, 1) if len(self.widths) > 1 else (y,)
         return infer(self.packed, rows, self.sizes)
 
 

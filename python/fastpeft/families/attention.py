@@ -63,10 +63,10 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     if of.turn is not None and (of.turned is None or of.turned(self)):
         turn = state.shared.angles.get(of, *given["position_embeddings"])
     if of.normed != "turned":
-        q, k = _normed(self, of, q, k)
+        q, k = _normed(self, of, q, k, token)
     elif turn is not None:
         q, k, turn = *_turned(turn, q, k), None
-        q, k = _normed(self, of, q, k)
+        q, k = _normed(self, of, q, k, token)
     if of.key_scale:
         k = k * getattr(self, of.key_scale)
     if cache is not None:
@@ -234,9 +234,15 @@ def _whole(self: Any, of: Attention, ys: Any) -> tuple[Tensor, Tensor, Tensor]:
     return norms[0](ys[0]), norms[1](ys[1]), ys[2]
 
 
-def _normed(self: Any, of: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _normed(self: Any, of: Attention, q: Tensor, k: Tensor, token: Token | None) -> tuple[Tensor, Tensor]:
     if of.norms is None or of.normed == "whole":
         return q, k
+    if token is not None and token.norms is not None:
+        of_q, of_k = token.norms
+        if of_q.serves(q) and of_k.serves(k):
+            made_q, made_k = of_q.run(q), of_k.run(k)
+            if made_q is not None and made_k is not None:  # in memory as they come
+                return made_q, made_k
     norms = [getattr(self, name, None) for name in of.norms]  # some models of a family have none
     if norms[0] is None or norms[1] is None:
         return q, k

@@ -17,6 +17,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from .description import Attention
 from .masks import LazyMask
 from .spans import mask_spans
 from .ways import known_ways
@@ -69,6 +70,13 @@ def _is_served(config: Any) -> bool:
     return any(module() is not None for module in _modules(config))
 
 
+def _adds_masks(config: Any) -> bool:
+    """True where eager code adds the mask that it is given, and nothing where it is given none: that of families whose
+    attention is eager by default. Others' may count on a mask, and so does ALiBi."""
+    parts = [module.__dict__["_fastpeft"].part for found in _modules(config) if (module := found()) is not None]
+    return all(isinstance(part, Attention) and part.eager and not part.alibi for part in parts)
+
+
 def _install() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as functions
 
@@ -119,12 +127,12 @@ class _Mask:
 
     def _goes_without(self, kwargs: dict[str, Any]) -> bool:
         """True where transformers leaves the mask out, no position being padding: attention that is causal, or that
-        sees all, without one."""
+        sees all, without one. And for one query, the last, of eager attention, which sees all the keys."""
         size, queries, keys = kwargs.get("local_size"), kwargs["q_length"], kwargs["kv_length"]
         if size is not None and keys >= size:
             return False
-        causal = self.name == "sdpa" and kwargs.get("allow_is_causal_skip") and queries in (1, keys)
-        return bool(causal or kwargs.get("allow_is_bidirectional_skip"))
+        served = queries in (1, keys) if self.name == "sdpa" else queries == 1 and _adds_masks(kwargs["config"])
+        return bool((kwargs.get("allow_is_causal_skip") and served) or kwargs.get("allow_is_bidirectional_skip"))
 
 
 def _is_usual(kwargs: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from peft_kernels import QuantWeight
 from ..layer.by_row.call import now
 from ..weights.lookups import Lookups
 from .description import Attention
+from .norms import prepared
 from .projections import Linears, note, projections
 from .ways import ways_of
 
@@ -26,8 +27,8 @@ _PAUSE = 64  # calls from one that could not be kept to the next that is tried
 
 
 class Token:
-    """The prepared calls `qkv` and `out` of a layer for one token, and what has to be as it was. causal: of the call's
-    mask. cache: the name of the argument that is the cache."""
+    """The prepared calls `qkv`, `out` and `norms` of a layer for one token, and what has to be as it was. causal: of
+    the call's mask. cache: the name of the argument that is the cache."""
 
     def __init__(self, module: Any, of: Attention, x: Tensor, given: dict[str, Any], cache: str) -> None:
         self.lookups = Lookups()
@@ -40,6 +41,7 @@ class Token:
         self.cache_type = type(given[cache])
         self.qkv: Any = None
         self.out: Any = None
+        self.norms: tuple[Any, Any] | None = None  # of q and of k
 
     def serves(self, of: Attention, module: Any, x: Tensor, given: dict[str, Any]) -> bool:
         """True of a call that is like the one that this was made of."""
@@ -95,9 +97,21 @@ class Tokens:
             return
         token.qkv = _prepared(qkv, x.squeeze(1), [module._modules[name] for name in of.qkv])
         token.out = _prepared(out, y, [module._modules[of.out]])
+        token.norms = _norms(module, of, x, token.lookups)
         # asked for between two looks, as another thread may change the layers
         if token.qkv is not None and token.out is not None and token.lookups.hold():
             self.kept, self._pause = token, 0
+
+
+def _norms(module: Any, of: Attention, x: Tensor, lookups: Lookups) -> tuple[Any, Any] | None:
+    """The prepared calls of the norms of each head of q and k; None where they are called as modules."""
+    if of.norms is None or of.normed not in ("heads", "turned"):
+        return None
+    norms = [module._modules.get(name) for name in of.norms]
+    heads = x.new_empty((1, getattr(module, of.head_size)))
+    found = [None if norm is None else prepared(norm, heads, lookups) for norm in norms]
+    lookups.entries(module._modules, *of.norms)
+    return None if None in found else (found[0], found[1])
 
 
 def _prepared(linears: Linears, x: Tensor, layers: Sequence[Any]) -> Any:

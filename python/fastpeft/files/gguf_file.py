@@ -1,6 +1,6 @@
 """GGUF files: their header and table of tensors, checked before a tensor is used, and tensors as views of the file.
 
-The package `gguf` reads the header. Values stay in the file, mapped into memory.
+The package `gguf` knows the types and decodes them. Values stay in the file, mapped into memory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .checks import AdapterFileError, name_of, open_regular, short
+from .gguf_header import MAGIC, read_header
 
-MAGIC = b"GGUF"
+FLOATS = ("F32", "F16", "BF16", "F64")  # types that are no blocks
 
 
 class GGUFPackageError(AdapterFileError, ImportError):
@@ -40,12 +41,13 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A checked header. tensors: by their names in the file. values: of its keys, the tokenizer's left out. stamp: size
-    and time of the file that was read."""
+    """A checked header. tensors: by their names in the file. values: of its keys, the tokenizer's lists left out.
+    tokens: how many its tokenizer has, None without one. stamp: size and time of the file that was read."""
 
     path: str
     tensors: dict[str, GGUFTensor]
     values: dict[str, Any]
+    tokens: int | None
     stamp: tuple[int, int]
     _views: list[Tensor] = field(default_factory=list)
 
@@ -120,29 +122,28 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
     with open_regular(where) as file:
         stamp = _stamp(file.fileno())
-        if file.read(4) != MAGIC:
-            raise wrong("no GGUF file: it does not begin with GGUF")
     try:
-        reader = gguf.GGUFReader(where)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError) as error:
-        raise wrong(f"truncated, or no GGUF file that the package gguf reads ({short(str(error))})") from None
-    if str(getattr(reader, "byte_order", "I")) == "S":
-        raise wrong("its byte order is not this machine's")
+        header = read_header(where)
+    except ValueError as error:
+        raise wrong(str(error)) from None
     tensors: dict[str, GGUFTensor] = {}
-    for one in reader.tensors:
-        found = GGUFTensor(one.name, one.tensor_type.name, tuple(int(n) for n in reversed(one.shape.tolist())),
-                           int(one.data_offset), int(one.n_bytes))  # fmt: skip
-        elements, size = gguf.GGML_QUANT_SIZES[one.tensor_type]
-        count = math.prod(found.shape)
-        if not found.shape or found.shape[-1] % elements or found.nbytes != count // elements * size:
-            raise wrong(f"tensor {short(one.name)}: {found.nbytes} bytes for {found.shape} in {found.quant}")
-        if found.begin < 0 or found.begin + found.nbytes > stamp[0]:
+    for one in header.tensors:
+        try:
+            kind = gguf.GGMLQuantizationType(one.quant)
+        except ValueError:
+            raise wrong(f"tensor {short(one.name)} is of type {one.quant}, which the package gguf does not know: a "
+                        "newer one may (pip install -U gguf)") from None  # fmt: skip
+        elements, size = gguf.GGML_QUANT_SIZES[kind]
+        shape = tuple(reversed(one.sizes))
+        count = math.prod(shape)
+        if not shape or shape[-1] % elements:
+            raise wrong(f"tensor {short(one.name)}: {shape} has no form in {kind.name}, whose blocks have {elements}")
+        found = GGUFTensor(one.name, kind.name, shape, one.begin, count // elements * size)
+        if found.begin + found.nbytes > stamp[0]:
             raise wrong(f"truncated: tensor {short(one.name)} ends at byte {found.begin + found.nbytes}, the file has "
                         f"{stamp[0]}")  # fmt: skip
         tensors[one.name] = found
-    values = {key: one.contents() for key, one in reader.fields.items()
-              if not key.startswith(("tokenizer.", "GGUF."))}  # fmt: skip
-    made = GGUFFile(where, tensors, values, stamp)
+    made = GGUFFile(where, tensors, header.values, header.tokens, stamp)
     made.check_unchanged()
     return made
 

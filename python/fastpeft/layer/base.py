@@ -82,6 +82,20 @@ class MergingLayer(ActiveAdapters, Wrapping):
         w = widened(w)
         return self._through(adapters, w, None if b is None else b.to(w.dtype))
 
+    @property
+    def acting(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self._active_adapter if name in self.methods]
+
+    def merged_apart(self) -> Weight:
+        """W and b, in at least float32, with the active adapters merged, to be written elsewhere: the layer stays as it
+        is, and may be one that nothing can be merged into. Raises ValueError for NaN and infinity, and for adapters
+        that cannot be merged."""
+        with torch.no_grad(), self._evaluating():
+            w, b = self.merged_weight(self.check_active(self.acting), self.unmerged_weight())
+        self._check_finite(self.acting, w, b)
+        return w, b
+
     def stored_weight(self, adapters: Sequence[str]) -> Weight:
         """`merged_weight` in the base weight's own dtype."""
         return self._through(adapters, *self.base.read())

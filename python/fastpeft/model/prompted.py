@@ -109,7 +109,9 @@ class Batch:
     def like(self) -> Tensor:
         """A tensor of the dtype and on the device of the model's activations."""
         words = input_embeddings(self.model)
-        return next(p for p in (words or self.model).parameters() if p.is_floating_point())
+        # a quantised table has no parameters
+        owners: list[nn.Module] = [self.model] if words is None else [words, self.model]
+        return next(p for owner in owners for p in owner.parameters() if p.is_floating_point())
 
     def words(self, given: dict[str, Any]) -> Tensor:
         """The vectors of the input, in place of its tokens."""

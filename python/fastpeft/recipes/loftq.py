@@ -17,8 +17,9 @@ def replace_lora_weights_loftq(
     peft_model: nn.Module, model_path: str | None = None, adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:  # fmt: skip
-    """Start a LoRA on a 4-bit base from what quantising lost: B A is close to W - dequantised(W). DoRA's m follows.
+    """Start a LoRA on a quantised base from what quantising lost: B A is close to W - dequantised(W). DoRA's m follows.
 
+    The base may be quantised in any way (PEFT: by bitsandbytes, in 4 bits).
     model_path: the safetensors file of the unquantised model, or its folder (files may be sharded); None: where the
     Hub's cache has the model. callback: called with the model and the module's name after each replacement, which is
     taken back if it returns False; without it all are kept.
@@ -28,10 +29,10 @@ def replace_lora_weights_loftq(
         raise TypeError(f"{type(peft_model).__name__} is not a PeftModel")
     layers = [
         (name, layer) for name, layer in tuner.adapter_layers()
-        if layer.base.quantized in ("nf4", "bnb 4bit") and hasattr(layer, "lora_A") and adapter_name in layer.lora_A
+        if layer.base.quantized is not None and hasattr(layer, "lora_A") and adapter_name in layer.lora_A
     ]  # fmt: skip
     if not layers:
-        raise ValueError(f"The model has no 4-bit layer with a LoRA named {adapter_name!r}.")
+        raise ValueError(f"The model has no quantised layer with a LoRA named {adapter_name!r}.")
     tensors = ModelTensors(model_path, tuner.model)
     with torch.no_grad():
         for name, layer in layers:

@@ -24,10 +24,10 @@ def export_gguf_lora(
 ) -> dict[str, Any]:  # fmt: skip
     """Write a LoRA adapter as a GGUF file in float32; return its architecture, alpha, r and names of tensors.
 
-    adapter: a PeftModel or a folder. base: its base as a GGUF file, or as a folder or Hub id of the families llama,
-    mistral, qwen2 and qwen3; only headers are read. llama.cpp multiplies by alpha / r: rsLoRA and patterns are folded
-    as `export_for_serving` does. Rows of B are in the order of the base's file. Raises ValueError for what no such
-    file can say (DoRA, other methods, modules_to_save, embeddings) and for layers that the file does not have, and
+    adapter: a PeftModel or a folder. base: its base as a GGUF file, or as a folder or Hub id of a family that is read
+    from such files; only headers are read. llama.cpp multiplies by alpha / r: rsLoRA and patterns are folded as
+    `export_for_serving` does. Rows of B are in the order of the base's file. Raises ValueError for what no such file
+    can say (DoRA, other methods, modules_to_save, embeddings) and for layers that the file does not have, and
     WriteError where there is no room; nothing is written then.
     """
     config, state = read_adapter(adapter, adapter_name)

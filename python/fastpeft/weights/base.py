@@ -175,6 +175,11 @@ class BaseWeight:
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
+    @property
+    def computes_in(self) -> torch.dtype | None:
+        """The dtype that a quantised layer computes in whatever x has; None for that of x."""
+        return getattr(self.module, "compute_dtype", None) if self.quantized else None
+
     def features(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """out_features and in_features of a W of this shape."""
         return shape[-2], shape[-1]
@@ -286,7 +291,7 @@ class BaseWeight:
         The function returns None while W must not be used; None in its place where it has no such W.
         """
         get_weight, parameters = self.fast(), self.parameters
-        compute = getattr(self.module, "compute_dtype", None) if self.quantized else None
+        compute = self.computes_in
         if get_weight is None:
             return None
 

@@ -158,7 +158,7 @@ class CodedWeight(ForeignWeight, Quant4bitWeight):
         module = self.module
         if args or kwargs or acts_in_calls(module):
             return module(x, *args, **kwargs)  # type: ignore[no-any-return]
-        compute = getattr(module, "compute_dtype", None) or x.dtype
+        compute = self.computes_in or x.dtype
         bias = None if (b := self.bias) is None else b.to(compute)
         return peft_kernels.lora_linear(x.to(compute), self.quant(), bias=bias).to(x.dtype)
 

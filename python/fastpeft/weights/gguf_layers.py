@@ -13,10 +13,9 @@ from peft_kernels import QuantWeight
 from peft_kernels.formats import FORMATS
 
 from ..files.checks import list_some, mismatch, short
-from ..files.gguf_file import GGUFFile
-
-_FLOATS = ("F32", "F16", "BF16", "F64")
-_UNUSED = ("rope_freqs.weight",)  # transformers computes them
+from ..files.gguf_file import FLOATS, GGUFFile
+from .gguf_config import ROTATIONS
+from .gguf_experts import Experts, experts_of
 
 
 def is_known(quant: str) -> bool:
@@ -40,12 +39,13 @@ class _Flat:
 class Naming:
     """transformers' own tables for a file and a model: names of tensors, and what its reader does to their values.
 
-    names: the model's by the file's. processor: transformers' `TensorProcessor` of the architecture. found: tensors
-    that it put aside for names of its own (experts).
+    names: the model's by the file's. processor: transformers' `TensorProcessor` of the architecture. experts: those of
+    the model, whose tensors are not among the names. found: tensors that it put aside for names of its own.
     """
 
     names: dict[str, str]
     processor: Any
+    experts: list[Experts] = field(default_factory=list)
     found: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -71,7 +71,9 @@ class Naming:
         if isinstance(inner, nn.Module):
             within = own.get_gguf_hf_weights_map(_Flat(inner, model), processor, model_type, qual_name=f"{prefix}.")
             names = {**within, **names}
-        return cls(names, processor)
+        experts = experts_of(model)
+        held = {one.key for one in experts}
+        return cls({name: key for name, key in names.items() if key not in held}, processor, experts)
 
     def processed(self, name: str, values: Any) -> Any:
         """Values as transformers would have them, or None where they went into `found`."""
@@ -102,7 +104,8 @@ class Naming:
 
     def check(self, file: GGUFFile) -> list[str]:
         """Names of tensors that the model has no place for."""
-        return [name for name in file.tensors if name not in self.names and name not in _UNUSED]
+        experts = {name for one in self.experts for name in one.names}
+        return [name for name in file.tensors if name not in self.names.keys() | experts and name not in ROTATIONS]
 
 
 def blocks(
@@ -114,7 +117,7 @@ def blocks(
     Raises AdapterFileError for one of another shape, and for types that kernels do not read.
     """
     found = file.tensors[name]
-    if found.quant in _FLOATS:
+    if found.quant in FLOATS:
         return None
     if not is_known(found.quant):
         names = sorted(f.name.upper() for f in FORMATS.values() if f.blocksize)
@@ -143,11 +146,7 @@ def dense(file: GGUFFile, naming: Naming, name: str, shape: tuple[int, ...], dty
     return made
 
 
-def check_places(file: GGUFFile, naming: Naming, model: nn.Module) -> None:
-    """Raise AdapterFileError for tensors that the model has no place for, and for experts in blocks."""
+def check_places(file: GGUFFile, naming: Naming) -> None:
+    """Raise AdapterFileError for tensors that the model has no place for."""
     if left := naming.check(file):
         raise file.wrong(f"the model has no place for its {list_some(left)}")
-    experts = [n for n, t in file.tensors.items() if len(t.shape) > 2 and t.quant not in _FLOATS]
-    if experts:
-        raise file.wrong(f"experts are not held as they lie in the file ({list_some(experts, 2)}): quantize=nf4 "
-                         "converts it")  # fmt: skip

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..files.gguf_file import GGUFFile, is_gguf, read_gguf
+from .gguf_config import ARCHITECTURES, gguf_config, turn_frequencies
 from .gguf_layers import Naming
 from .load_nf4 import parameters_on_meta
 from .quantize_plan import is_conv1d
-
-# Families of folders whose layers llama.cpp has as transformers' tables say, by their name in transformers.
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 class GGUFNames:
@@ -38,9 +35,11 @@ class GGUFNames:
         import transformers
 
         config: Any = transformers.AutoConfig.from_pretrained(base)
-        if config.model_type not in _ARCHITECTURES:
-            raise ValueError(f"a base of family {config.model_type!r} is known by its GGUF file alone: give that file")
-        architecture = _ARCHITECTURES[config.model_type]
+        architecture = next((a for a, families in ARCHITECTURES.items() if config.model_type in families), None)
+        if architecture is None:
+            known = ", ".join(family for families in ARCHITECTURES.values() for family in families)
+            raise ValueError(f"a base of family {config.model_type!r} is not known as a GGUF file; those that are: "
+                             f"{known}")  # fmt: skip
         model = _empty(config)
         return cls(architecture, Naming.made(architecture, model), model, None)
 
@@ -65,16 +64,10 @@ class GGUFNames:
 
 
 def empty_model(file: GGUFFile, auto_class: Any = None, dtype: torch.dtype | None = None, **options: Any) -> Any:
-    """transformers' model of a file, its parameters on the meta device. Raises AdapterFileError where transformers
-    cannot read its configuration."""
-    import transformers
-
-    root = Path(file.path).absolute()
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(str(root.parent), gguf_file=root.name)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise file.wrong(f"transformers cannot read its configuration: {' '.join(str(error).split())[:200]}") from error
-    return _empty(config, auto_class, dtype=dtype or torch.float32, **options)
+    """transformers' model of a file, its parameters on the meta device. Raises AdapterFileError as `gguf_config`."""
+    model = _empty(gguf_config(file), auto_class, dtype=dtype or torch.float32, **options)
+    turn_frequencies(file, model)
+    return model
 
 
 def _empty(config: Any, auto_class: Any = None, **options: Any) -> Any:

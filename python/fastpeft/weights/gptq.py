@@ -86,6 +86,10 @@ class AwqWeight(CodedWeight):
         n, k = module.out_features, module.in_features
         return _plain(module, _AWQ, (int(k), int(n) // 8))  # type: ignore[arg-type]
 
+    @property
+    def computes_in(self) -> torch.dtype | None:
+        return None  # gptqmodel's `compute_dtype` is that of W: x and adapters are not rounded to it
+
     def lying(self) -> list[Tensor]:
         return [self.module.qweight, self.module.qzeros, self.module.scales]
 
@@ -95,13 +99,23 @@ class AwqWeight(CodedWeight):
 
 
 class GptqOpaqueWeight(OpaqueWeight):
-    """GPTQ of other bits and of other kernels, and whatever else gptqmodel serves."""
+    """GPTQ of other bits and of other kernels, and whatever else gptqmodel serves. W is gptqmodel's own decoding where
+    the kernel leaves the codes as they were loaded."""
 
     label, quantized, refusal = "GPTQLoraLinear", "gptq", _REFUSAL.format("GPTQ")
+    computes_in = None  # x goes to the layer's own forward as it comes
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         return is_gptq(module)
+
+    def decoded(self) -> Tensor:
+        own = getattr(self.module, "dequantize_weight", None)
+        if own is None or type(self.module).__name__ not in _GPTQ:
+            return super().decoded()
+        with torch.no_grad():
+            w: Tensor = own()
+        return w.t()
 
     @property
     def tensor(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..files.checks import list_some
 from ..files.gguf_file import GGUFFile, read_gguf
+from .gguf_experts import fill_experts
 from .gguf_layers import Naming, blocks, check_places, dense
 from .gguf_names import empty_model
 from .nf4_linear import NF4Linear
@@ -35,7 +36,7 @@ def load_gguf_model(
     dtype = dtype or torch.float32
     model = empty_model(file, auto_class, dtype, **options)
     naming = Naming.of(file, model)
-    check_places(file, naming, model)
+    check_places(file, naming)
     _fill(model, file, naming, dtype, torch.device(device).type == "meta")
     file.check_unchanged()
     model.requires_grad_(False)
@@ -78,6 +79,9 @@ def _fill(model: nn.Module, file: GGUFFile, naming: Naming, dtype: torch.dtype, 
         module = model.get_submodule(path)
         module._parameters[parameter] = nn.Parameter(value.to(dtype), requires_grad=False)
         given.add(key)
+    for one in naming.experts:
+        fill_experts(model, file, one, dtype, empty)
+        given.add(one.key)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if left := [name for name, p in model.named_parameters() if p.is_meta and name not in given and name not in tied]:
         raise file.wrong(f"it has no tensor for {list_some(left)}")

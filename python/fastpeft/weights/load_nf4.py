@@ -18,6 +18,7 @@ from .bnb_keys import DTYPES
 from .nf4_experts import NF4Parameter, dense_parameters, pack, packed_parameters
 from .nf4_linear import NF4Linear
 from .quantize import mark_quantized
+from .quantize_tables import finish_tables
 
 
 @contextmanager
@@ -66,6 +67,8 @@ def load_nf4_model(
     index = weight_map(root)
     headers = read_shards(path_inside(root, file) for file in sorted({*index.values()} or {"model.safetensors"}))
     check_index(headers, index)
+    if _has_tables(model, headers):
+        finish_tables(model)
     kept, quant_type, nested = _swap(model, headers, dtype, compute_dtype)
     _check(model, headers, root)
     _fill(model, headers, dtype, mapped)
@@ -116,6 +119,14 @@ def _swap(
     return kept, types[first], any(f"{weight}.nested_absmax" in names for weight in types)
 
 
+def _has_tables(model: Any, headers: list[Header]) -> bool:
+    """True where the files hold the embedding in 8 bits, as `load_cached_model` keeps it."""
+    found = {key: info.dtype for header in headers for key, info in header.tensors.items()}
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    held = [name for name in tables if found.get(f"{name}.weight") is torch.uint8]
+    return bool(held) and model.get_submodule(held[0]) is model.get_input_embeddings()
+
+
 def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype, mapped: bool) -> None:
     owner = {key: header for header in headers for key in header.tensors}
     views = {key: tensor for header in headers for key, tensor in map_tensors(header).items()} if mapped else None
@@ -139,6 +150,8 @@ def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype, mapped: b
         model.load_state_dict(cast, strict=False, assign=True)
     # A layer's parts may lie in two shards.
     for name, keys in packed.items():
+        if not keys:  # a head over the embedding's bytes: tied
+            continue
         layer = model.get_submodule(name)
         bias = layer._parameters.get("bias")
         parts = {key.removeprefix(name + "."): part for key, part in read(keys).items()}

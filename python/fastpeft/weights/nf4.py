@@ -11,28 +11,13 @@ from torch import Tensor, nn
 
 import peft_kernels
 from peft_kernels import QuantWeight
-from peft_kernels.formats import FORMATS, QUANT_TYPES
+from peft_kernels.formats import QUANT_TYPES
 
 from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, put_back, relative_error
 from .lookups import Lookups
 from .nf4_store import NF4Store
-from .quantised_rows import quantised_rows
-
-
-def requantised(w: Tensor, like: QuantWeight) -> QuantWeight:
-    """W, float32, in the format of `like`, which is not NF4 or FP4. ValueError where only the owner's files have it."""
-    if (reason := no_quantiser(like.quant_type)) is not None:
-        raise ValueError(reason)
-    return replace(QuantWeight.quantize(w, like.quant_type, like.blocksize), dtype=like.dtype)
-
-
-def no_quantiser(quant_type: str) -> str | None:
-    """The reason why nothing can be merged into a weight of this format; None where it can be quantised again."""
-    if FORMATS[quant_type].quantize is not None:
-        return None
-    return (f"a merge has to quantise to {quant_type} again, and there is no quantiser for it: merge onto a dense "
-            "base, or keep the adapter beside it")  # fmt: skip
+from .quantised_rows import no_quantiser, quantised_rows, requantised
 
 
 class Quant4bitWeight(BaseWeight):

@@ -1,4 +1,4 @@
-"""Experts of a mixture whose parameters are kept in 4 bits.
+"""Experts of a mixture whose parameters are kept in 4 bits, or in blocks of a GGUF file.
 
 A module of experts gets a subclass of its class, which reads each of these parameters as a `Decoded` tensor and has the
 state dict keys that bitsandbytes' parametrization gives (`gate_up_proj`, `gate_up_proj.absmax`, ...). Its forward stays
@@ -53,6 +53,9 @@ class NF4Parameter(NF4Store):
         weight = self.quant_weight()
         known = weight if weight.dtype in DTYPES.values() else replace(weight, dtype=torch.float32)
         destination[name] = self.weight if keep_vars else self.weight.detach()
+        if not self.is_bnb:
+            self.save_parts(destination, f"{name}.")
+            return
         destination.update({name + key.removeprefix("weight"): value for key, value in bnb_state(known).items()})
 
     def _load_from_state_dict(self, *_: Any) -> None:
@@ -60,6 +63,9 @@ class NF4Parameter(NF4Store):
 
     def load(self, state: dict[str, Tensor], where: str, assign: bool) -> None:
         """Take a weight from bitsandbytes' keys (`weight`, `weight.absmax`, ...). ValueError where they do not fit."""
+        if not self.is_bnb:
+            self.load_parts({key.removeprefix("weight."): value for key, value in state.items()}, "", assign)
+            return
         weight = parse_bnb_state(state, where, sizes=3)
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"size mismatch for {where}: a 4-bit weight of {tuple(weight.shape)}, here {self.shape}")
@@ -173,7 +179,12 @@ def pack(module: nn.Module, name: str, quant_type: str, blocksize: int, nested: 
     """Keep a dense parameter of experts in 4 bits."""
     parameters: dict[str, Any] = module._parameters
     dense = parameters[name].detach()
-    weight = quantize_4bit(dense.contiguous(), quant_type, blocksize, nested)
+    hold(module, name, quantize_4bit(dense.contiguous(), quant_type, blocksize, nested))
+
+
+def hold(module: nn.Module, name: str, weight: QuantWeight) -> None:
+    """Keep a quantised weight in the place of a dense parameter of experts."""
+    parameters: dict[str, Any] = module._parameters
     parameters[name] = None
     module._modules[name + CHILD] = NF4Parameter(weight).train(module.training)
     if not isinstance(module, NF4Experts):

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from peft_kernels import QuantWeight, dequantize_4bit, quantize_4bit
-from peft_kernels.formats import decode_absmax
+from peft_kernels.formats import QUANT_TYPES, decode_absmax
 
 from .bnb import is_view
 from .nf4_store import NF4Store
-from .quantised_rows import quantised_rows, size_of_one
+from .quantised_rows import quantised_rows, requantised, size_of_one
 
 CHILD = "_4bit"  # after the parameter's name: that of the module below that keeps its bytes, in our form
 
@@ -93,9 +93,11 @@ class Packed:
         self.store.set_quant_weight(replace(saved.to(self.quant().device), dtype=self.quant().dtype))
 
     def write(self, w: Tensor) -> None:
-        like = self.quant()
-        new = quantize_4bit(w.to(torch.float32).contiguous(), like.quant_type, like.blocksize, like.nested,
-                            like.nested_blocksize)  # fmt: skip
+        like, w = self.quant(), w.to(torch.float32).contiguous()
+        if like.quant_type in QUANT_TYPES:
+            new = quantize_4bit(w, like.quant_type, like.blocksize, like.nested, like.nested_blocksize)
+        else:
+            new = requantised(w, like)
         self.store.set_quant_weight(replace(new.to(like.device), dtype=like.dtype))
 
     @contextmanager

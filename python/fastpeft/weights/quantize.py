@@ -26,6 +26,7 @@ from .nf4_experts import NF4Experts, is_accelerated, nests, pack, packed_paramet
 from .nf4_linear import NF4Linear
 from .quant_embedding import QuantEmbedding
 from .quantize_plan import check_format, modules_of, skipped
+from .quantize_tables import finish_tables
 from .streaming import Streaming
 
 METHOD = "fastpeft_nf4"
@@ -177,6 +178,7 @@ def _transformers_classes() -> tuple[type, type]:
     class NF4Config(QuantizationConfigMixin):
         """Arguments of `quantize_model`, for `from_pretrained(..., quantization_config=...)`.
 
+        embeddings: the tables too, as `quantize_embeddings` does.
         strict: raise AdapterFileError for a tensor that is missing or has another size than the model's, with the name
         of its file; else transformers says of most that they were given random values.
         """
@@ -184,12 +186,13 @@ def _transformers_classes() -> tuple[type, type]:
         def __init__(
             self, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True,
             skip: list[str] | None = None, compute_dtype: str | None = None, experts: bool = False,
-            strict: bool = False, **_: Any,
+            strict: bool = False, embeddings: bool = False, **_: Any,
         ) -> None:  # fmt: skip
             self.quant_method: Any = METHOD
             self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
             self.skip = ["lm_head"] if skip is None else list(skip)
             self.compute_dtype, self.experts, self.strict = compute_dtype, experts, strict
+            self.embeddings = embeddings
 
     class NF4Quantizer(HfQuantizer):
         """Quantises while transformers loads, tensor by tensor; afterwards tells it that the model trains and saves."""
@@ -224,6 +227,8 @@ def _transformers_classes() -> tuple[type, type]:
             names = skipped(model, config.skip)
             done += quantize_rest(model, config.quant_type, config.blocksize, config.double_quant, names, dtype, None,
                                   config.experts)  # fmt: skip
+            if config.embeddings:
+                finish_tables(model)
             if not done:
                 raise ValueError(f"nf4_config: no linear layer to quantise in {type(model).__name__} (skip={names})")
             return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,22 +27,68 @@ def quantize_embeddings(model: Any) -> int:
     embedding, tables of other classes, rows that are no whole blocks of 32, NaN and infinities.
     """
     words, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(words) is not nn.Embedding and not hasattr(words, "embed_scale"):
+    done = isinstance(words, QuantEmbedding)  # while it was read
+    if not done and type(words) is not nn.Embedding and not hasattr(words, "embed_scale"):
         raise ValueError(f"quantize_embeddings: the embedding is a {type(words).__name__}, not a plain table")
+    plain = () if done else (words,)
     holders = {name: m for name, m in model.named_modules(remove_duplicate=False)
-               if m is words or (m is head and is_plain(m)) or m._parameters.get("weight") is words.weight}  # fmt: skip
+               if m in plain or (m is head and is_plain(m)) or m._parameters.get("weight") is words.weight}  # fmt: skip
     for name, module in holders.items():
         _check(name, module)
     dense = {id(module.weight): module.weight for module in holders.values()}
-    made = {key: _quantised(weight.detach()) for key, weight in dense.items()}  # all of them before the model changes
-    first: dict[int, NF4Linear | QuantEmbedding] = {}
-    for name, module in holders.items():
-        new = _layer(module, made[id(module.weight)])
-        new._buffers["weight"] = first.setdefault(id(module.weight), new)._buffers["weight"]  # one tensor for all
-        model.set_submodule(name, new.train(module.training))
+    # all of them before the model changes
+    made = {key: quantised_table(weight.detach()) for key, weight in dense.items()}
+    for key, weight in made.items():
+        put_table(model, [name for name, module in holders.items() if id(module.weight) == key], weight)
+    refuse(model)
+    return sum(weight.nbytes for weight in dense.values())
+
+
+def finish_tables(model: Any) -> None:
+    """`quantize_embeddings` of what reading left dense, where it did; `save_pretrained` is an error from then on."""
+    if not isinstance(model.get_input_embeddings(), QuantEmbedding) or is_plain(model.get_output_embeddings()):
+        quantize_embeddings(model)
+    refuse(model)
+
+
+def refuse(model: Any) -> None:
+    """Make `save_pretrained` of a model with such tables an error."""
     refuse_saving(model, "a model with embeddings in 8 bits is not written as a folder: save adapters, or merge them "
                   "into the dense model")  # fmt: skip
-    return sum(weight.nbytes for weight in dense.values())
+
+
+def read_tables(model: Any, keys: Iterable[str]) -> dict[str, list[str]]:
+    """Of a model on the meta device the names of the tables that can be quantised while `keys` are read from files: the
+    key of each, and the modules that hold it. Not a tied one whose files have another of its names.
+
+    What is left is for `quantize_embeddings`, once the model is read. Raises ValueError as it does."""
+    words, head, found = model.get_input_embeddings(), model.get_output_embeddings(), {}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if module is not words and not (module is head and is_plain(module)):
+            continue
+        key, others = f"{name}.weight", [other for other, own in tied.items() if own == f"{name}.weight"]
+        if key in tied or key not in keys or any(other in keys for other in others):
+            continue
+        names = [name, *(other.removesuffix(".weight") for other in others)]
+        for held in names:
+            _check(held, modules[held])
+        found[key] = names
+    return found
+
+
+def put_table(model: Any, names: list[str], weight: QuantWeight) -> list[NF4Linear | QuantEmbedding]:
+    """Put layers over one quantised table, of which there is one tensor, in the place of the dense ones of `names`."""
+    made: list[NF4Linear | QuantEmbedding] = []
+    for name in names:
+        module = model.get_submodule(name)
+        new = _layer(module, weight)
+        if made:
+            new._buffers["weight"] = made[0]._buffers["weight"]
+        model.set_submodule(name, new.train(module.training))
+        made.append(new)
+    return made
 
 
 def _check(name: str, module: Any) -> None:
@@ -57,7 +104,8 @@ def _check(name: str, module: Any) -> None:
         raise ValueError(f"quantize_embeddings: NaN, infinite or not float32/16 weights in {name}")
 
 
-def _quantised(dense: Tensor) -> QuantWeight:
+def quantised_table(dense: Tensor) -> QuantWeight:
+    """A dense table [rows, width] in 8 bits; on the meta device without values."""
     if not dense.is_meta:
         return QuantWeight.quantize(dense, _QUANT)
     rows, width = dense.shape

@@ -21,7 +21,7 @@ from ..files.offloaded import brought
 from .base import BaseWeight, Saved, Weight, Wrapping, innermost, relative_error, wide
 from .dense import LinearWeight
 from .parameters_4bit import Decoded, Packed, packed_of
-from .quantised_rows import quantised_rows
+from .quantised_rows import no_quantiser, quantised_rows
 
 # A module of experts whose class has this multiplies by LoRA's factors itself; it finds them in its attribute of the
 # second name, by the parameter's: (a [E, r, in], b [E, out, r], scaling).
@@ -155,6 +155,11 @@ class ParameterWeight(TransientWeight):
     @property
     def _packed(self) -> Packed | None:
         return packed_of(self.holder, self.names[0])
+
+    @property
+    def refusal(self) -> str | None:  # type: ignore[override]
+        packed = self._packed
+        return None if packed is None else no_quantiser(packed.quant().quant_type)
 
     @property
     def quantized(self) -> str | None:  # type: ignore[override]  # a parameter's form may change

@@ -21,6 +21,7 @@ from ..files.shards import check_index, read_shards, weight_map
 from . import quantize_plan as plan
 from .nf4_experts import nests, pack, why_not_packed
 from .nf4_store import SCALES, NF4Store
+from .quantize_tables import put_table, quantised_table, read_tables
 
 _READY = "_is_hf_initialized"  # transformers' mark of modules and tensors that have their values
 
@@ -42,7 +43,11 @@ class Streaming:
         packs = plan.experts(model, skip) if how.experts else []
         self._experts = {f"{name}.{parameter}" for name, parameter in packs}
         self._headers = read_shards(f for f in files if str(f).endswith(".safetensors"))
+        keys = {key for header in self._headers for key in header.tensors}
+        self._tables = read_tables(model, keys) if how.embeddings else {}
+        self._linear -= self._tables.keys()
         self._missing: set[str] | None = None
+        self._ties: dict[str, str] = {}
         self._problems: list[str] = []
         self._made: list[NF4Store] = []
         if self._headers:
@@ -65,8 +70,8 @@ class Streaming:
                     raise AdapterFileError(f"{header.path}: size mismatch for {found}")
 
     def takes(self, name: str) -> bool:
-        """True of a parameter that is to be in 4 bits."""
-        return name in self._linear or name in self._experts
+        """True of a parameter that is to be quantised."""
+        return name in self._linear or name in self._experts or name in self._tables
 
     def convert(
         self, input_dict: dict[str, Any], missing_keys: set[str] | None = None, **_: Any
@@ -94,6 +99,16 @@ class Streaming:
             self._problems.append(f"{self._file_of(name)}: NaN, infinite or not float32/16 weights in {name}")
             return
         how = self._how
+        if name in self._tables:
+            try:
+                table = quantised_table(value)
+            except ValueError as error:
+                self._problems.append(f"{self._file_of(name)}: {error}")
+                return
+            for holder in put_table(self._model, self._tables[name], table):
+                self._note(holder, holder)
+            self._tied_again()
+            return
         if name in self._linear:
             dtype = None if how.compute_dtype is None else getattr(torch, how.compute_dtype)
             new = plan.quantised(module, value, how.quant_type, how.blocksize, how.double_quant, dtype)
@@ -109,6 +124,14 @@ class Streaming:
         for child in module.children():
             if isinstance(child, NF4Store) and child not in self._made:
                 self._note(module, child)
+
+    def _tied_again(self) -> None:
+        """Hide from transformers what is tied to a table already: it would look for parameters."""
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        for target in [target for target, own in tied.items() if own in self._tables]:
+            self._ties[target] = tied.pop(target)
+            if self._missing is not None:
+                self._missing.discard(target)
 
     def _note(self, module: nn.Module, store: NF4Store) -> None:
         # not to be given random values: models ask modules, or their parts
@@ -134,6 +157,8 @@ class Streaming:
                 raise AdapterFileError(f"{header.path}: changed while it was read")
         if self._how.strict:
             self._check_missing()
+        if self._ties:
+            self._model.all_tied_weights_keys.update(self._ties)
         for store in self._made:
             store._non_persistent_buffers_set.update(SCALES)
             store.weight.__dict__.pop(_READY, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,13 @@ def merge(
     if gguf and not gguf_base.names_gguf(name):
         raise UserError(f"--gguf takes keys and tokenizer from the base's GGUF file, and {name} is none",
                         "merge into a folder, and convert it by llama.cpp's convert_hf_to_gguf.py")  # fmt: skip
+    # onto the file's own values, unless the base was another in training
+    if gguf and (onto == "original" or storage == gguf_base.STORAGE):
+        made = _merge_in_file(adapter, output, name, gguf)
+        if made is not None:
+            return {"output": str(output), "adapter": str(adapter), "onto": onto, "dtype": gguf, **made}
+    elif gguf:
+        _say_dense(f"--onto quantized merges onto the base in {storage}")
     source = models.resolve(name)
 
     import torch
@@ -199,6 +207,31 @@ def merge(
         "parameters": sum(p.numel() for p in merged.parameters()),
         "bytes": sum(f.stat().st_size for f in output.rglob("*") if f.is_file()),
     }
+
+
+def _merge_in_file(adapter: Path, output: Path, name: str, gguf: str) -> dict[str, Any] | None:
+    """Merge a tensor at a time, over the base's blocks; None, and a line that says why, where that cannot be."""
+    import torch
+
+    from ... import PeftConfig, PeftModel, needs_dense_merge, save_merged_gguf
+
+    source = models.resolve(name, gguf_base.STORAGE)
+    if (reason := needs_dense_merge(PeftConfig.from_pretrained(str(adapter)))) is not None:
+        _say_dense(reason)
+        return None
+    base = models.load_base(source, torch.float32, torch.device("cpu"), gguf_base.STORAGE, {})
+    count = gguf_base.elements(base)
+    model = PeftModel.from_pretrained(base, str(adapter))
+    if (reason := needs_dense_merge(model)) is not None:
+        _say_dense(reason)
+        return None
+    with models.quiet_transformers():
+        made = save_merged_gguf(model, source.location, output, gguf)
+    return {"base": source.note, "parameters": count, "bytes": output.stat().st_size, **made}
+
+
+def _say_dense(reason: str) -> None:
+    print(f"{reason}: the base is converted to float32, and merged as a whole", file=sys.stderr)
 
 
 def _round_to_four_bits(model: Any, storage: str, note: dict[str, Any]) -> None:

@@ -18,6 +18,9 @@ def command(
     adapters: Annotated[Path | None, typer.Option(help="Folder of adapter folders, asked for by name.")] = None,
     nf4: Annotated[bool, typer.Option("--nf4", help="Quantise the base to 4 bits.")] = False,
     cache_quantized: Cached = False,
+    quantize_embeddings: Annotated[
+        bool, typer.Option("--quantize-embeddings", help="With --nf4: embedding and head in 8 bits.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from here alone.")] = (
         "127.0.0.1"
     ),
@@ -94,7 +97,7 @@ def command(
             model, adapters, nf4, served_model_name, dtype, device, host, port, max_resident, max_rank,
             max_virtual_tokens, target_modules.split(",") if target_modules else None, max_length, cache_tokens,
             limits, bodies, connections, grace, rescan, allow_runtime_adapters, access_log,
-            cache_quantized,
+            cache_quantized, quantize_embeddings,
         )  # fmt: skip
 
         def human(ready: dict[str, Any]) -> None:

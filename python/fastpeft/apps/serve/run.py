@@ -70,6 +70,7 @@ class Options:
     by_request: bool = False
     access_log: bool = False
     cache_quantized: bool = False
+    quantize_embeddings: bool = False
 
 
 @dataclass
@@ -102,7 +103,10 @@ def load(options: Options, say: Say) -> Loaded:
     tokenizer = models.load_tokenizer(source)
     if options.cache_quantized and not options.nf4:
         raise UserError("--cache-quantized, and the base is not quantised", "give --nf4 as well")
-    model = models.load_base(source, dtype, device, storage, {}, cache=options.cache_quantized, say=say)
+    if options.quantize_embeddings and not options.nf4:
+        raise UserError("--quantize-embeddings, and the base is not quantised", "give --nf4 as well")
+    how = {"quantize_embeddings": options.quantize_embeddings}
+    model = models.load_base(source, dtype, device, storage, how, cache=options.cache_quantized, say=say)
     pool = None if options.adapters is None else _pool(model, options, say)
     for why in models.speed_up(model):
         say(f"layers: {why}")

@@ -163,9 +163,8 @@ class TrainConfig:
             check_unused(self.to_dict())
         if self.cache_quantized and self.quantize == "none":
             raise UserError("cache_quantized=true, and quantize=none", "choose nf4 or fp4, or leave it out")
-        if self.quantize_embeddings and (self.quantize == "none" or self.cache_quantized):
-            other = "quantize=none" if self.quantize == "none" else "cache_quantized=true, which keeps no such tables"
-            raise UserError(f"quantize_embeddings=true, and {other}", "choose nf4 or fp4 without a cache")
+        if self.quantize_embeddings and self.quantize == "none":
+            raise UserError("quantize_embeddings=true, and quantize=none", "choose nf4 or fp4, or leave it out")
         if self.quantize_experts and self.quantize == "none":
             raise UserError("quantize_experts=true, and quantize=none", "choose nf4 or fp4, or leave the experts dense")
         if self.checkpointing_keeps and not self.gradient_checkpointing:

@@ -56,6 +56,22 @@ def load(path: Path, dtype: torch.dtype, device: torch.device | str, attention: 
     return load_gguf_model(path, dtype, device, **extra)
 
 
+def tokenizer(path: Path) -> Any:
+    """The tokenizer of a file, of the class that transformers' AutoTokenizer has for it, which would read every token
+    of the vocabulary twice to find out. Errors are ValueErrors that name the file."""
+    import transformers
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    from ... import gguf_config
+
+    family = gguf_config(path).model_type
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.absolute().parent), "gguf_file": path.name}
+    if TOKENIZER_MAPPING_NAMES.get(family):
+        return transformers.AutoTokenizer.from_pretrained(**where, tokenizer_type=family)
+    general: Any = getattr(transformers, "TokenizersBackend", transformers.AutoTokenizer)  # transformers 4 has none
+    return general.from_pretrained(**where)
+
+
 def told(say: Callable[[str], object] | None, path: Path) -> None:
     if say is not None:
         say(f"using {path.name} as it lies")

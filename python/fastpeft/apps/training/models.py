@@ -36,13 +36,6 @@ class Source:
         """The file, where a GGUF is used as it lies."""
         return Path(self.location) if self.location.endswith(".gguf") else None
 
-    @property
-    def pretrained(self) -> dict[str, str]:
-        """Arguments of transformers' `from_pretrained` of configurations and tokenizers."""
-        if self.gguf is None:
-            return {"pretrained_model_name_or_path": self.location}
-        return {"pretrained_model_name_or_path": str(self.gguf.parent), "gguf_file": self.gguf.name}
-
 
 def cache_root() -> Path:
     """The cache folder, as ``peft_kernels.tuning_user`` has it."""
@@ -185,7 +178,10 @@ def load_tokenizer(source: Source) -> Any:
     import transformers
 
     with quiet_transformers(), _loading(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source.pretrained)
+        if source.gguf is not None:
+            tokenizer = gguf_base.tokenizer(source.gguf)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.location)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -261,8 +257,8 @@ def load_base(
 
     extra = {} if attention == "auto" else {"attn_implementation": attention}
     settings = quantisation(storage, how)
-    if cache and how.get("quantize_embeddings"):
-        raise UserError("the quantised model that is kept has no embeddings in 8 bits", "leave out --cache-quantized")
+    if how.get("quantize_embeddings"):
+        settings = {**settings, "embeddings": True}
     try:
         with quiet_transformers(bar=True), _loading(source):
             if (held := _quantised_already(source)) is not None:
@@ -280,6 +276,8 @@ def load_base(
     except WriteError as error:
         raise UserError(str(error), "make room there, set XDG_CACHE_HOME, or leave cache_quantized off") from error
     except UserError as error:
+        if "quantize_embeddings: " in error.problem:
+            raise UserError(error.problem, "leave quantize_embeddings out") from error
         if "quantize_model: " in error.problem or "nf4_config: " in error.problem:
             raise UserError(error.problem, QUANTISATION_FIX) from error
         raise
@@ -291,7 +289,7 @@ def _tables(model: Any, how: Mapping[str, Any]) -> Any:
     """The model with its embedding and head in 8 bits, where the settings ask for it."""
     from ... import quantize_embeddings
 
-    if how.get("quantize_embeddings"):
+    if how.get("quantize_embeddings") and not hasattr(model.get_input_embeddings(), "quant_weight"):  # while read
         try:
             quantize_embeddings(model)
         except (ValueError, ImportError) as error:

@@ -329,7 +329,7 @@ def stacked(layer: RowHost, stack: AdapterStack, adapters: Tensor) -> Fused:
             f"{where}, a {type(base).__name__}, cannot have a stack of adapters: it needs a linear layer, dense or in "
             "4 bits, that peft_kernels.multi_lora_linear can compute."
         )
-    compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
+    compute = layer.base.computes_in
     parameters = base._parameters
 
     def run(x: Tensor) -> Tensor:

@@ -303,7 +303,7 @@ class Lora(Method):
     # Speed
 
     def fused(self, layer: AdaptedLayer, s: Any, shared: Any) -> Fused | None:
-        name, base = s._name, layer.base_layer
+        name = s._name
         if layer.base.kind != "linear" or s.get("lora_embedding_A") is not None or s.lora_bias:
             return None
         weight = layer.base.fast()
@@ -314,7 +314,7 @@ class Lora(Method):
             return None
         get_weight = weight
         drops = dropout if type(dropout) is nn.Dropout else None
-        compute = getattr(base, "compute_dtype", None) if layer.base.quantized else None
+        compute = layer.base.computes_in
         # Dicts rather than modules: a parameter that is replaced is seen, and a lookup costs a tenth of an attribute's.
         scaling: Any = layer.scaling
         base_parameters = layer.base.parameters
