@@ -32,7 +32,7 @@ demo-adapters: setup ## set up, then train three adapters at once: their styles 
 	@$(BUILD_FOR_HERE)
 	@.venv/bin/fastpeft demo-adapters $(ARGS)
 
-PYTEST = $(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal
+PYTEST = $(VENV_PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal --durations=30 --durations-min=3
 
 test: lint ## set up, then lint and run every test, the longest ones in a short form
 	@$(BUILD_NATIVE)

@@ -150,9 +150,9 @@ class PreparedCall:
     `layer_norm`; `lora_mixture`, whose `mix` may be another in each call; `lora_linear_stacked` or
     `lora_linear_by_row`, which are then called as `call(x, *projections)`. Arguments beside x have their places.
     Without gradients each but `dora_linear_normed` and `lora_linear_by_row` is prepared; with
-    gradients these two, `lora_linear` and `lora_linear_stacked` are, whose weights and biases are frozen then. Errors
-    are the function's. A copy, or a pickle, is a call that has not been made. Threads may share one: what it keeps is
-    never written to.
+    gradients these two, `lora_linear`, `lora_linear_stacked`, `gated_mlp` and the norms are, whose weights and biases
+    are frozen then. Errors are the function's. A copy, or a pickle, is a call that has not been made. Threads may share
+    one: what it keeps is never written to.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

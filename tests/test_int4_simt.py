@@ -10,7 +10,7 @@ import dora_tools
 import multi_tools
 import pytest
 import torch
-from forms import grid, matrix, share
+from forms import by_form, grid, matrix, share
 from lora_tools import BF16, F16, FLOATS, Case, Stack, check, make
 from torch import Tensor
 
@@ -233,7 +233,7 @@ def test_no_races(races) -> None:
 
 @pytest.mark.slow
 def test_nothing_out_of_bounds() -> None:
-    one_of_each = "(split or stacked) and simt-8"
+    one_of_each = by_form(short="stacked and simt-8", full_form="(split or stacked) and simt-8")
     tools["under_asan"](__file__, "-k", f"rows_are_decoded or norms or anywhere or {one_of_each}")
 
 

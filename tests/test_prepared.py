@@ -16,9 +16,12 @@ from peft_kernels import (
     RowPlan,
     RowProjection,
     dora_linear_normed,
+    gated_mlp,
+    layer_norm,
     lora_linear,
     lora_linear_by_row,
     lora_linear_stacked,
+    rms_norm,
     use_backend,
 )
 from peft_kernels.testing import assert_same_bits, random_quant_weight
@@ -79,7 +82,29 @@ def by_row(p: float) -> Case:
     return Case(lora_linear_by_row, parts, [*a, *b, *c, *d])
 
 
-CASES = [lora, dora, stacked, by_row]
+def mlp(p: float) -> Case:
+    a, b, c, d = leaf(4, K), leaf(24, 4), leaf(2, 24, dtype=BF16), leaf(40, 2, dtype=BF16)
+    gate = Projection(random_quant_weight(24, K, nested=True), a, b, 0.5, torch.randn(24), p)
+    up, down = Projection(torch.randn(24, K)), Projection(random_quant_weight(40, 24), c, d, 2.0, None, p / 2)
+    return Case(gated_mlp, [gate, up, down, "gelu"], [a, b, c, d])
+
+
+def fused_mlp(p: float) -> Case:
+    """Gate and up as one, and no adapter behind them."""
+    a, b = leaf(4, K), leaf(48, 4)
+    gate = Projection(random_quant_weight(48, K), a, b, 0.5, None, p)
+    return Case(gated_mlp, [gate, None, Projection(torch.randn(40, 24)), "silu", "pairs", None, 2.0, 1.0], [a, b])
+
+
+def rms(p: float) -> Case:
+    return Case(rms_norm, [torch.randn(K).to(BF16), 1e-5, 1.0], [])
+
+
+def layer(p: float) -> Case:
+    return Case(layer_norm, [torch.randn(K), torch.randn(K), 1e-5], [])
+
+
+CASES = [lora, dora, stacked, by_row, mlp, fused_mlp, rms, layer]
 each_case = pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 
 
@@ -161,9 +186,9 @@ def test_tensors_in_other_places(make: Callable[[float], Case]) -> None:
     for t in case.leaves:
         t.data = torch.randn_like(t)
         same(case, call, torch.randn(3, K))
-    t = case.leaves[0]
-    t.data = t.data.t().contiguous().t()  # by columns, which the kernel cannot read in place
-    same(case, call, torch.randn(3, K), prepared=False)
+    for t in case.leaves[:1]:
+        t.data = t.data.t().contiguous().t()  # by columns, which the kernel cannot read in place
+        same(case, call, torch.randn(3, K), prepared=False)
 
 
 @each_case

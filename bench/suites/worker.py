@@ -125,9 +125,9 @@ def tokens_of(model: Any, rows: int, length: int) -> dict[str, Any]:
 
 
 class TrainStep:
-    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's; `-ckpt`
-    behind that computes each decoder layer again in the backward, `-some` all but every third. `-own` alone keeps freed
-    memory in the process, as `fastpeft train` does.
+    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's, which on a
+    CPU takes AdamW from there, too; `-ckpt` behind that computes each decoder layer again in the backward, `-some` all
+    but every third. `-own` alone keeps freed memory in the process, as `fastpeft train` does.
 
     given: the model's arguments."""
 
@@ -147,15 +147,20 @@ class TrainStep:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.disable_input_require_grads()  # for reentrant checkpoints; here it only costs
         self._now = waiting(model.device)
-        self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         self._own: Any = None
         if own.endswith("-own"):
             from fastpeft.apps.training.forward import CompletionLoss
             from fastpeft.apps.training.memory import keep_freed_memory
             from fastpeft.apps.training.packing import Batch
 
-            if own == mode and model.device.type == "cpu":
-                keep_freed_memory()
+            if model.device.type == "cpu":
+                import fastpeft
+
+                self._optimizer = fastpeft.AdamW(trained, lr=1e-4)
+                if own == mode:
+                    keep_freed_memory()
             ids = given["input_ids"]
             rows, length = ids.shape
             where = torch.arange(rows * length, device=ids.device).view(rows, length)[:, :-1].flatten()

@@ -72,6 +72,19 @@ def test_every_method_is_estimated(method: str) -> None:
     )  # fmt: skip
 
 
+def test_work_of_dora_on_layers_with_biases() -> None:
+    """That of LoRA, and of the norms; dropout computes W x once more."""
+    base = transformers.OPTConfig(
+        vocab_size=512, hidden_size=64, ffn_dim=128, num_hidden_layers=2, word_embed_proj_dim=64, num_attention_heads=4,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    lora, dora, dropped = (
+        parts.estimate(settings(*words), base, torch.float32, 0, both=False)["step_flops"]
+        for words in (("method=lora",), ("method=dora",), ("method=dora", "lora.lora_dropout=0.1"))
+    )
+    assert lora < dora < 1.5 * lora < dropped
+
+
 @pytest.mark.parametrize("words", matrix(
     ["method=lora", "method=dora", "quantize=none", "gradient_checkpointing=true", "method=vera",
      "method=boft adapter.boft_block_size=4", "method=ia3", SOME_LAYERS],

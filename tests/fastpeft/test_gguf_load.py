@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,15 @@ def other_type(data: bytes, number: int) -> bytes:
     return data[:at] + number.to_bytes(4, "little") + data[at + 4 :]
 
 
+def with_nan(data: bytes, name: str) -> bytes:
+    """The same file, in which the first block of a tensor has NaN as its scale, a float16."""
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+        file.write(data)
+        file.flush()
+        begin = read_gguf(file.name).tensors[name].begin
+    return data[:begin] + b"\x00\x7e" + data[begin + 2 :]
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "no GGUF file"),
     "other": (bytes_changed(lambda data: b"GGML" + data[4:]), "no GGUF file"),
@@ -210,6 +220,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "type_of_others": (rewritten(lambda t: t.update({UP: (np.zeros((64, 256), np.float32), "TQ1_0")})), "is in TQ1_0"),
     "shape": (rewritten(lambda t: t.update({UP: (np.zeros((32, 32), np.float32), "Q4_1")})), "size mismatch for"),
     "norm": (rewritten(lambda t: t.update({"output_norm.weight": (np.zeros(31, np.float32), "F32")})), "size mismatch"),
+    "scale": (bytes_changed(lambda data: with_nan(data, UP)), "the scale at byte 0 of a block holds 1 values"),
+    "scale_of_a_copy": (bytes_changed(lambda data: with_nan(data, "blk.0.attn_q.weight")), "attn_q.weight': the scale"),
+    "scale_of_the_table": (bytes_changed(lambda data: with_nan(data, "token_embd.weight")), "token_embd"),
+    "nan": (rewritten(lambda t: t["output_norm.weight"][0].fill(np.nan)), "'output_norm.weight' has NaN or infinite"),
     "lacks": (rewritten(lambda t: t.pop(UP)), r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight"),
     "more": (rewritten(lambda t: t.update({"blk.7.x.weight": (np.zeros(32, np.float32), "F32")})), "no place for"),
     "experts": (

@@ -14,6 +14,8 @@ import transformers
 from fastpeft import (
     LoraConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     dequantize_model,
     get_peft_model,
     load_cached_model,
@@ -222,13 +224,19 @@ def test_a_server_and_settings_that_fit(tmp_path: Path) -> None:
         serving.load(replace(options, nf4=False), lambda line: None)
 
 
-def test_a_prefix_before_a_quantised_table() -> None:
+@pytest.mark.parametrize("config", [
+    PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"),
+    PromptEncoderConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+], ids=["prefix", "random", "sample", "p_tuning"])  # fmt: skip
+def test_a_prompt_before_a_quantised_table(config: Any) -> None:
     model = llama(True)
     quantize_embeddings(model)
     logits = []
     for base in (model, dequantize_model(copy.deepcopy(model))):
         torch.manual_seed(1)
-        found = get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+        found = get_peft_model(base, copy.deepcopy(config)).eval()
         logits.append(found(input_ids=IDS).logits)
     exact = logits[1].double()
     assert_no_worse(*logits, exact, exact.abs().max().expand_as(exact))

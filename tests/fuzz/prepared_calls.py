@@ -66,8 +66,9 @@ def _mlp(d: Draw, m: int, k: int) -> Made:
 
     up = one(features, k) if fused is None and d.maybe(0.7) else None
     down = one(d.size(40, 1), features // 2 if fused else features)
-    act, limit = d.one(("silu", "gelu", "relu2")), d.one((0.0, 2.0))
-    return [one(features, k), up, down, act, fused, None, limit, 0.0], []
+    act, limit, gate = d.one(("silu", "gelu", "relu2")), d.one((0.0, 2.0)), one(features, k)
+    leaves = [t for p in (gate, up, down) if p is not None for t in (p.a, p.b) if t is not None]
+    return [gate, up, down, act, fused, None, limit, 0.0], leaves
 
 
 def _rms(d: Draw, m: int, k: int) -> Made:
@@ -117,7 +118,7 @@ MAKERS: dict[str, Callable[[Draw, int, int], Made]] = {
     "rms_norm": _rms,
 }
 _SEVERAL = ("lora_linear_by_row", "lora_linear_stacked")
-_WITHOUT_GRAPH = ("dora_linear", "gated_mlp", "layer_norm", "lora_mixture", "multi_lora_linear", "rms_norm")
+_WITHOUT_GRAPH = ("dora_linear", "lora_mixture", "multi_lora_linear")
 
 
 def tensors_of(value: Any) -> list[Tensor]:

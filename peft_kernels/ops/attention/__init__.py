@@ -281,7 +281,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return forward_op.op(*args)
+        return forward_op(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -299,7 +299,7 @@ class _Attention(torch.autograd.Function):
             return tuple(grads)
         q, k, v, *tables, sinks, seed, y, lse = ctx.saved_tensors
         if any(need[:3]):
-            found = backward_op.op(dy, q, k, v, y, lse, *tables, *ctx.options, seed)
+            found = backward_op(dy, q, k, v, y, lse, *tables, *ctx.options, seed)
             grads[:3] = (g if wanted else None for g, wanted in zip(found, need, strict=False))
         if need[9]:
             grads[9] = _sinks_gradient(dy, y, lse, sinks)

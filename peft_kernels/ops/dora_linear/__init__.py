@@ -62,7 +62,7 @@ def _reference(
 
 def _flops(x: Tensor, *rest: Any) -> int:
     assert base.forward_op.flops is not None
-    return base.forward_op.flops(x, *rest) * (1 if rest[13] == 0.0 else 2)
+    return base.forward_op.flops(x, *rest) * (1 if rest[14] == 0.0 else 2)
 
 
 forward_op = Op(

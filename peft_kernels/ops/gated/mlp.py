@@ -6,6 +6,7 @@ recomputed. That is what unsloth's LoRA_MLP keeps (X, e, g), but for s, which it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..lora_linear_stacked import Projection, lists_of
 from . import Activation, activation, backward_op, forward_op, fused_as, parts_of
 
 
-def _pair(ys: list[Tensor], fused: int) -> tuple[Tensor, Tensor | None]:
+def pair_of(ys: Sequence[Tensor], fused: int) -> tuple[Tensor, Tensor | None]:
     """gate and up of what the first projections gave."""
     if fused:
         return parts_of(ys[0], fused)
@@ -32,7 +33,7 @@ def _mlp(
     """(y, what the first projections gave, each one's s, the s of down)."""
     count = len(first[0])
     found = stacked.forward_op.op(rows, *first)
-    h = forward_op(*_pair(found[:count], fused), *numbers)
+    h = forward_op(*pair_of(found[:count], fused), *numbers)
     y, s_down = single.forward_op.op(h, *(values[0] for values in last))
     return y, *found, s_down
 
@@ -70,7 +71,7 @@ class _GatedMlp(torch.autograd.Function):
         count, saved = ctx.counts[0], ctx.saved_tensors
         x, *of_pair = saved[: ctx.counts[1]]
         kept, of_last = saved[ctx.counts[1] :], saved[ctx.counts[1] + count :]
-        gate, up = _pair(kept[:count], ctx.fused)
+        gate, up = pair_of(kept[:count], ctx.fused)
         middle = len(need) // (count + 1) * count
         upward = of_x or any(need[:middle])
         h = forward_op(gate, up, *ctx.activation) if ctx.need_h else gate

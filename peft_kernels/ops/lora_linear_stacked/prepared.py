@@ -50,6 +50,13 @@ class StackedStep(StackedCall):
         self.adapted = [i for i, call in enumerate(calls) if call.a is not None]
         self.factors = [t for i in self.adapted for t in (calls[i].a, calls[i].b)]
 
+    def wanted(self, need: Sequence[bool]) -> list[Any]:
+        """Of every projection whether a and b want gradients; need: of `factors`."""
+        wanted: list[Any] = [(False, False)] * len(self.calls)
+        for place, i in enumerate(self.adapted):
+            wanted[i] = need[2 * place : 2 * place + 2]
+        return wanted
+
     def compute(self, x: Tensor, rows: Tensor) -> Sequence[Tensor]:
         seeds = [call.seed(x) if call.dropout_p else None for call in self.calls]
         ys: Sequence[Tensor] = _apply(rows, self, seeds, *self.factors)
@@ -79,19 +86,16 @@ class _Step(torch.autograd.Function):
         ss, seeds, saved = rest[:n], rest[n : 2 * n], rest[2 * n :]
         given = [dy for dy in dys if type(dy) is Tensor]
         if len(given) == n and call.holds_backward(given[0], x, saved) and all(map(Tensor.is_contiguous, ss)):
-            wanted: list[Any] = [(False, False)] * n
-            for place, i in enumerate(call.adapted):
-                wanted[i] = need[2 * place : 2 * place + 2]
-            dx, grads = step_backward(call.packed, given, x, ss, seeds, call.factors, need_dx, wanted)
+            dx, grads = step_backward(call.packed, given, x, ss, seeds, call.factors, need_dx, call.wanted(need))
             return dx, None, None, *grads
-        return _by_the_operator(call, dys, x, ss, seeds, saved, need_dx, need)
+        return by_the_operator(call, dys, x, ss, seeds, saved, need_dx, need)
 
 
 # what Function.apply does but for the cases that `dispatch_observed` tells of
 _apply = super(torch.autograd.Function, _Step).apply
 
 
-def _by_the_operator(
+def by_the_operator(
     call: StackedStep, dys: Sequence[Tensor | None], x: Tensor, ss: Sequence[Tensor], seeds: Sequence[Tensor | None],
     saved: Sequence[Tensor], need_dx: bool, need: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
@@ -132,9 +136,10 @@ def inference(x: Tensor, projections: tuple[Any, ...]) -> StackedCall | None:
     return None if calls is None else StackedCall(x, calls)
 
 
-def _training(x: Tensor, projections: tuple[Any, ...]) -> StackedStep | None:
+def training(x: Tensor, projections: tuple[Any, ...]) -> StackedStep | None:
+    """A step's call; without any adapter, too, which of itself is no reason to prepare one."""
     calls = _calls(x, projections, single.training)
-    if calls is None or all(call.a is None for call in calls):
+    if calls is None:
         return None
     row = x.detach().new_empty((1, x.shape[-1]))
     fields = []
@@ -144,6 +149,11 @@ def _training(x: Tensor, projections: tuple[Any, ...]) -> StackedStep | None:
                        single.a_seed(c.dropout_p), c.a is not None))  # fmt: skip
     *lists, need_ab = ([*values] for values in each(fields))
     return StackedStep(x, calls) if native_serves((backward_op, (row, *lists, True, need_ab))) else None
+
+
+def _training(x: Tensor, projections: tuple[Any, ...]) -> StackedStep | None:
+    call = training(x, projections)
+    return call if call is not None and call.adapted else None
 
 
 prepares(lora_linear_stacked, inference, _training)

@@ -52,6 +52,19 @@ def step(x: Tensor, n: int, packed: tuple[int, ...], numbers: tuple[bool, float,
     return y
 
 
+def step_backward(dy: Tensor, x: Tensor, n: int, packed: tuple[int, ...], numbers: tuple[bool, float, float]) -> Tensor:
+    """dx of `step`, where weight and bias are frozen."""
+    dy, dx, rows = dy.contiguous(), torch.empty_like(x), x.numel() // n
+    weight, _, *codes = packed
+    code = native.cpu().pk_cpu_norm_backward(
+        dy.data_ptr(), x.data_ptr(), weight, *codes, rows, n, rows or 1, n, 0, *numbers, dx.data_ptr(), 0, 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if code:
+        native.check(code)
+    return dx
+
+
 def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, need_dx: bool, need_sums: bool,
     centred: bool = False,

@@ -11,11 +11,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checks import AdapterFileError, name_of, open_regular, short
 from .gguf_header import MAGIC, read_header
+from .mapped import map_bytes
 
 FLOATS = ("F32", "F16", "BF16", "F64")  # types that are no blocks
 
@@ -55,7 +55,7 @@ class GGUFFile:
         """The bytes of the whole file, uint8: mapped, read when they are used; what is written to them stays in this
         process. Raises AdapterFileError where the file changed since its header was read."""
         if not self._views:
-            self._views.append(torch.from_file(self.path, shared=False, size=self.stamp[0], dtype=torch.uint8))
+            self._views.append(map_bytes(self.path, self.stamp[0]))
         self.check_unchanged()
         return self._views[0]
 
@@ -84,6 +84,11 @@ class GGUFFile:
             return gguf.dequantize(data.reshape(rows, -1), kind).reshape(found.shape)
         except NotImplementedError:
             raise self.wrong(f"no decoder for tensor {short(name)} in {found.quant}") from None
+
+    def check_finite(self, name: str, values: Tensor) -> None:
+        """Raise AdapterFileError where a tensor's values are NaN or infinite."""
+        if not bool(values.isfinite().all()):
+            raise self.wrong(f"tensor {short(name)} has NaN or infinite values")
 
     def wrong(self, rule: str) -> AdapterFileError:
         """The error that names this file."""

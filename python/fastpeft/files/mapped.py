@@ -1,8 +1,9 @@
-"""Pages of files that are mapped into this process, given back while the mapping stays."""
+"""Files mapped into this process, also those larger than memory, and their pages given back while the mapping stays."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_DONTNEED = 4  # of Linux' mman.h
+import torch
+
+_DONTNEED, _NORESERVE = 4, getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux' mman.h; Python has the second from 3.13
 _MAPS = "/proc/self/maps"
+
+
+def map_bytes(path: str | os.PathLike[str], size: int) -> torch.Tensor:
+    """The first `size` bytes of a file, uint8: read when they are used; what is written to them stays in this process.
+
+    A file larger than memory is mapped, too: Linux would set memory aside for all that may be written to such a
+    mapping, and refuse it, so it is told not to. Raises OSError where the file is shorter.
+    """
+    if not sys.platform.startswith("linux"):
+        return torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
+    with open(path, "rb") as file:
+        flags, allowed = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        try:
+            mapping = mmap.mmap(file.fileno(), size, flags, allowed)
+        except ValueError as error:
+            raise OSError(f"{os.fspath(path)}: {error}") from error
+    return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 class MappedFiles:

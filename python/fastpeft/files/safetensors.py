@@ -19,6 +19,7 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 from .checks import AdapterFileError, list_some, name_of, open_regular, parse_json, short
+from .mapped import map_bytes
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 1 << 16  # LoRA on every expert of a large mixture has 46 thousand, and a header of about 9 MB
@@ -165,7 +166,7 @@ def map_tensors(header: Header) -> dict[str, torch.Tensor]:
 
     For files that nobody changes while they are in use: one that is cut short later would crash us.
     """
-    whole = torch.from_file(os.fspath(header.path), shared=False, size=header.stamp[0], dtype=torch.uint8)
+    whole = map_bytes(header.path, header.stamp[0])
     if not is_unchanged(header):
         rule = "changed while it was read"
         raise AdapterFileError(f"{header.path}: {rule}", f"{name_of(header.path)}: {rule}")

@@ -56,3 +56,9 @@ def rows_of(words: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         found: Tensor = words(ids.to(words.weight.device))
         return found.detach().clone().to(torch.float32)
+
+
+def size_of(words: Any) -> tuple[int, int]:
+    """(tokens, width) of input embeddings; those of a quantised table are not its tensor's."""
+    tokens, width = words.quant_weight().shape if hasattr(words, "quant_weight") else words.weight.shape
+    return tokens, width

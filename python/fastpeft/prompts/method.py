@@ -13,7 +13,7 @@ from ..files.checks import PREFIX, TUNER
 from ..methods.method import Method
 from .batch import prompts_of
 from .cache import filled_cache
-from .encoder import ENCODER, PROMPT
+from .encoder import ENCODER, PROMPT, size_of
 from .sizes import check_sizes, completed
 
 
@@ -79,7 +79,7 @@ class PromptMethod(Method):
         elif words is None:
             raise ValueError(f"{type(model).__name__} has no input embeddings, before which {self.peft_type.value} "
                              "puts its prompt.")  # fmt: skip
-        elif (width := words.weight.shape[-1]) != config.token_dim and words.weight.numel():
+        elif words.weight.numel() and (width := size_of(words)[1]) != config.token_dim:
             raise ValueError(f"`token_dim` should be the width of the input embeddings, {width}, got "
                              f"{config.token_dim}.")  # fmt: skip
         made = copy.copy(config)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config.base import PromptLearningConfig
-from .encoder import BasePromptEncoder, first_tokens, rows_of
+from .encoder import BasePromptEncoder, first_tokens, rows_of, size_of
 from .method import PromptMethod
 
 
@@ -53,13 +53,13 @@ class PromptEmbedding(BasePromptEncoder):
         if config.inference_mode or word_embeddings is None or self.embedding.weight.is_meta:
             return
         if config.prompt_tuning_init == "SAMPLE_VOCAB":
-            ids = torch.randint(0, word_embeddings.weight.shape[0], (total,))
+            ids = torch.randint(0, size_of(word_embeddings)[0], (total,))
         elif config.prompt_tuning_init == "TEXT":
             ids = torch.tensor(first_tokens(_tokens(config), total))
-            if ids.max() >= word_embeddings.weight.shape[0]:
+            if ids.max() >= (tokens := size_of(word_embeddings)[0]):
                 raise ValueError(
                     f"the tokenizer {config.tokenizer_name_or_path!r} gives token {int(ids.max())}, and the model has "
-                    f"{word_embeddings.weight.shape[0]}: it is the tokenizer of another model"
+                    f"{tokens}: it is the tokenizer of another model"
                 )
         else:
             return

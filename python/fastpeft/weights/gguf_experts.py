@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_kernels import QuantWeight
 
-from ..files.checks import list_some, mismatch
+from ..files.checks import list_some, mismatch, short
 from ..files.gguf_file import FLOATS, GGUFFile
 from .nf4_experts import dense_parameters, hold
 
@@ -47,7 +47,7 @@ def experts_of(model: nn.Module) -> list[Experts]:
 def fill_experts(model: nn.Module, file: GGUFFile, one: Experts, dtype: torch.dtype, empty: bool) -> None:
     """Put a file's experts into the module, blocks as blocks: those of `down_proj` as they lie, a copy of the others,
     whose gate and up rows lie apart. empty: on the meta device, nothing is read. Raises AdapterFileError for what is
-    not there, has other sizes, or lies in two types."""
+    not there, has other sizes, lies in two types, or is not finite."""
     module: Any = model.get_submodule(one.path)
     shape = tuple(module._parameters[one.parameter].shape)
     if lost := [name for name in one.names if name not in file.tensors]:
@@ -61,12 +61,17 @@ def fill_experts(model: nn.Module, file: GGUFFile, one: Experts, dtype: torch.dt
     if types <= set(FLOATS):
         if not empty:
             dense = [torch.from_numpy(np.array(file.dense(name))).to(dtype) for name in one.names]
+            for name, values in zip(one.names, dense, strict=True):
+                file.check_finite(name, values)
             module._parameters[one.parameter] = nn.Parameter(torch.cat(dense, 1), requires_grad=False)
         return
     if len(types) > 1:
         raise file.wrong(f"{list_some(one.names)} are in {' and '.join(sorted(types))}, and one parameter holds both: "
                          "quantize=nf4 converts the file")  # fmt: skip
-    hold(module, one.parameter, QuantWeight.gguf(_blocks(file, one, empty), types.pop(), shape, dtype))
+    weight = QuantWeight.gguf(_blocks(file, one, empty), types.pop(), shape, dtype)
+    if not empty:
+        check_scales(file, one.names[0], weight)
+    hold(module, one.parameter, weight)
 
 
 def _blocks(file: GGUFFile, one: Experts, empty: bool) -> Tensor:
@@ -76,3 +81,11 @@ def _blocks(file: GGUFFile, one: Experts, empty: bool) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device="meta")
     parts = [file.bytes_of(name) for name in one.names]
     return parts[0] if len(parts) == 1 else torch.cat([part.view(count, -1) for part in parts], 1).view(-1)
+
+
+def check_scales(file: GGUFFile, name: str, weight: QuantWeight) -> None:
+    """Raise AdapterFileError where a tensor's scales are NaN or infinite. Reads the blocks once."""
+    try:
+        weight.check_values(f"tensor {short(name)}")
+    except ValueError as error:
+        raise file.wrong(str(error)) from None

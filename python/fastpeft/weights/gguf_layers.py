@@ -15,7 +15,7 @@ from peft_kernels.formats import FORMATS
 from ..files.checks import list_some, mismatch, short
 from ..files.gguf_file import FLOATS, GGUFFile
 from .gguf_config import ROTATIONS
-from .gguf_experts import Experts, experts_of
+from .gguf_experts import Experts, check_scales, experts_of
 
 
 def is_known(quant: str) -> bool:
@@ -114,7 +114,8 @@ def blocks(
     """A matrix as it lies in the file; a copy of its bytes in another order where llama.cpp has its rows so.
 
     None for floats, and where transformers changes more than the order. empty: on the meta device, nothing is read.
-    Raises AdapterFileError for one of another shape, and for types that kernels do not read.
+    Raises AdapterFileError for one of another shape, for types that kernels do not read, and for scales that are NaN or
+    infinite.
     """
     found = file.tensors[name]
     if found.quant in FLOATS:
@@ -131,18 +132,20 @@ def blocks(
     if empty:
         return QuantWeight.gguf(torch.empty(found.nbytes, dtype=torch.uint8, device="meta"), found.quant, shape, dtype)
     weight = QuantWeight.gguf(file.bytes_of(name), found.quant, shape, dtype)
+    check_scales(file, name, weight)
     return weight.take(order) if len(order) else weight
 
 
 def dense(file: GGUFFile, naming: Naming, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
     """A tensor's values in `dtype` in memory of their own; None where it is a part of others. Raises AdapterFileError
-    for another shape."""
+    for another shape, for NaN and infinity."""
     values = naming.processed(name, file.dense(name))
     if values is None:
         return None
     made = torch.tensor(np.ascontiguousarray(values)).to(dtype)
     if tuple(made.shape) != shape:
         raise file.wrong(f"size mismatch for {mismatch(name, made.shape, shape)}")
+    file.check_finite(name, made)
     return made
 
 
