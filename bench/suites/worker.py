@@ -125,9 +125,9 @@ def tokens_of(model: Any, rows: int, length: int) -> dict[str, Any]:
 
 
 class TrainStep:
-    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's, which on a
-    CPU takes AdamW from there, too; `-ckpt` behind that computes each decoder layer again in the backward, `-some` all
-    but every third. `-own` alone keeps freed memory in the process, as `fastpeft train` does.
+    """One whole step: forward, loss, backward, AdamW. The loss is the model's own, or with `-own` fastpeft's, which on
+    a CPU takes AdamW from there, too; `-ckpt` behind that computes each decoder layer again in the backward, `-some`
+    all but every third. `-own` alone keeps freed memory in the process, as `fastpeft train` does.
 
     given: the model's arguments."""
 

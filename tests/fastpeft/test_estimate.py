@@ -73,7 +73,7 @@ def test_every_method_is_estimated(method: str) -> None:
 
 
 def test_work_of_dora_on_layers_with_biases() -> None:
-    """That of LoRA, and of the norms; dropout computes W x once more."""
+    """Work of LoRA, and of the norms; dropout computes W x once more."""
     base = transformers.OPTConfig(
         vocab_size=512, hidden_size=64, ffn_dim=128, num_hidden_layers=2, word_embed_proj_dim=64, num_attention_heads=4,
         max_position_embeddings=128,
