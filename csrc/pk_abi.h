@@ -21,14 +21,12 @@
 #define PK_ABI_H
 #include <stdint.h>
 
-#define PK_ABI_VERSION 12
-
+#define PK_ABI_VERSION 13
 #if defined(_WIN32)
 #define PK_EXPORT __declspec(dllexport)
 #else
 #define PK_EXPORT __attribute__((visibility("default")))
 #endif
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -43,7 +41,7 @@ typedef enum pk_status {
 
 typedef enum pk_dtype { PK_F32 = 0, PK_BF16 = 1, PK_F16 = 2, PK_F64 = 3, PK_U8 = 4 } pk_dtype;
 
-/* Formats of weights: peft_kernels/formats/known. 3 to 5: integers by group; from 6 on: GGUF. CUDA has the first 3. */
+/* Formats of weights: peft_kernels/formats/known. 3 to 5: integers by group; from 6 on: GGUF. CUDA has the first 4. */
 typedef enum pk_quant_type {
     PK_DENSE = 0, PK_NF4 = 1, PK_FP4 = 2, PK_INT4 = 3, PK_INT8 = 4, PK_UINT8 = 5, PK_Q4_0 = 6, PK_Q4_1 = 7, PK_Q5_0 = 8,
     PK_Q5_1 = 9, PK_Q8_0 = 10, PK_Q4_K = 11, PK_Q5_K = 12, PK_Q6_K = 13, PK_IQ4_NL = 14, PK_MXFP4 = 15
@@ -340,9 +338,12 @@ PK_EXPORT int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax,
                                       const float *nested_code, const float *offset, const float *table,
                                       int64_t blocksize, int64_t nested_blocksize, int64_t numel, int64_t out_dtype,
                                       void *out, int64_t device, void *stream);
-/* lora_linear of one projection: quantised weights, x of bfloat16 or float16, blocksizes that are powers of two. M
- * at most 512, in the backward 64; a gain without dropout only. bytes: of the workspace that the call with these
- * arguments needs, 0 for none. */
+/* The same of int4, any parts: out [N, K]. Of args the weight alone is read. */
+PK_EXPORT int pk_cuda_dequantize_rows(const pk_lora_args *args, int64_t out_dtype, void *out, int64_t device,
+                                      void *stream);
+/* lora_linear of one projection: quantised weights, x of bfloat16 or float16, blocksizes that are powers of two (int4:
+ * and divide K; no nested_code). M at most 512, in the backward 64; a gain without dropout only. bytes: of the
+ * workspace that the call with these arguments needs, 0 for none. */
 PK_EXPORT int pk_cuda_lora_workspace(const pk_lora_args *args, int64_t backward, int64_t *bytes);
 PK_EXPORT int pk_cuda_lora_linear(const pk_lora_args *args, int64_t device, void *stream);
 /* The forward of up to PK_CUDA_STACK projections of one x: args[count], which share x, x_dtype, M, K; the workspace is
@@ -393,7 +394,6 @@ PK_EXPORT int pk_cuda_cayley(const float *q, int64_t blocks, int64_t b, const fl
                              int64_t device, void *stream);
 PK_EXPORT int pk_cuda_cayley_backward(const float *q, const float *r, const float *dr, int64_t blocks, int64_t b,
                                       const float *weights, int64_t n, float *dq, int64_t device, void *stream);
-
 #ifdef __cplusplus
 }
 #endif

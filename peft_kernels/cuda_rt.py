@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import FLOATS, Backend
+from .dispatch import FLOATS, FOUR_BIT, INT4, Backend
 
+READS = FOUR_BIT | {INT4}  # numbers of formats of weights; dense ones are refused where they come
 _BLOCKS = 264  # a launch should have: two on each multiprocessor of a large GPU, and the same number on every GPU
 
 
@@ -53,6 +54,7 @@ def backend(
         forced_devices=frozenset({"cpu"}),
         min_capability=(8, 0),
         when=refuse,
+        formats=READS,
     )
 
 

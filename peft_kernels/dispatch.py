@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from . import verdicts
 from .checks import PLAIN, Operands, arg_error, in_memory
-from .formats import NUMBERS
+from .formats import FORMATS, NUMBERS
 
 NAMESPACE = "peft_kernels"
 ENV = "PEFT_KERNELS_BACKEND"
@@ -31,6 +31,7 @@ ORDER = ("cuda", "triton", "native", "reference")
 # which backends serve unasked where; others are not even imported, so that a CPU never pays for triton
 _SERVING: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("native",)}
 FOUR_BIT = frozenset({0, 1, 2})  # numbers of formats: a dense weight, NF4, FP4
+INT4 = FORMATS["int4"].number
 ALL_FORMATS = FOUR_BIT | frozenset(NUMBERS)
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 

@@ -24,7 +24,7 @@ import torch  # first: its OpenMP runtime is the one that the CPU library uses
 
 from .checks import capturing
 
-ABI_VERSION = 12  # PK_ABI_VERSION of csrc/pk_abi.h
+ABI_VERSION = 13  # PK_ABI_VERSION of csrc/pk_abi.h
 LEVEL_ENV = "PEFT_KERNELS_CPU_LEVEL"
 BUILD_COMMAND = "make native"
 DTYPES: dict[torch.dtype, int] = {  # pk_dtype
@@ -85,6 +85,7 @@ _CUDA_SIGNATURES: dict[str, list[Any]] = {
     "pk_cuda_quantize_4bit": [c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_void_p],
     "pk_cuda_quantize_absmax": [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_void_p],
     "pk_cuda_dequantize_4bit": [*[c_void_p] * 6, *[c_int64] * 4, c_void_p, c_int64, c_void_p],
+    "pk_cuda_dequantize_rows": [c_char_p, c_int64, c_void_p, c_int64, c_void_p],
     "pk_cuda_lora_workspace": [c_char_p, c_int64, c_void_p],
     "pk_cuda_lora_linear": [c_char_p, c_int64, c_void_p],
     "pk_cuda_lora_linear_backward": [c_char_p, c_int64, c_void_p],

@@ -301,7 +301,7 @@ def test_errors_name_what_came(simt) -> None:
         call(x=c.x.float())
     with pytest.raises(native.NativeError, match="M must be at most 512, got 513"):
         call(x=c.x.expand(513, -1))
-    with pytest.raises(native.NativeError, match="the weight must be NF4 or FP4, got 0"):
+    with pytest.raises(native.NativeError, match="the weight must be NF4, FP4 or int4, got 0"):
         call(*using(5, 0))
     with pytest.raises(native.NativeError, match="blocksize must be a power of two from 32 to 4096, got 48"):
         call(*using(6, 48))

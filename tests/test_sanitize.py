@@ -18,7 +18,7 @@ from forms import full
 from lora_tools import needs_native
 from sanitize_build import ROOT, build, run
 
-from peft_kernels import gated, native, use_backend
+from peft_kernels import gated, native, rotary, use_backend
 
 RELEASED = ROOT / "peft_kernels" / "lib" / "libpeft_kernels_cpu.so"
 LIBRARY = "libpeft_kernels_cpu.so"
@@ -128,6 +128,20 @@ def test_the_driver_finds_other_results(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(entry_points(), "pk_cpu_gated", reads)
     one_call()
     says((tmp_path / "one").read_bytes(), "writes to what it reads, block 2")
+
+
+def test_a_part_beside_its_whole_is_no_shorter_operand(tmp_path: Path) -> None:
+    """Both begin at one address; another call may be given the part alone."""
+    recorder = Recorder(tmp_path / "calls")
+    whole, angles = torch.randn(1, 3, 4, 6), torch.randn(1, 3, 6)
+    with recorder.recording("both"), torch.no_grad(), use_backend("native"):
+        rotary(whole, whole[:, :, :1], angles.cos(), angles.sin())
+        rotary(whole[:, :2], whole[:, :2, :1], angles[:, :2].cos(), angles[:, :2].sin())
+    recorder.close()
+    q_sizes = [one.sizes[1] for one in recorder.calls if one.name == "pk_cpu_rotary"]  # behind the arguments
+    assert q_sizes == [4 * 3 * 4 * 6, 4 * 2 * 4 * 6]
+    done = run(build("plain", "pk_replay") / "pk_replay", RELEASED, tmp_path / "calls", "heap,end,start")
+    assert "0 differences" in done.stdout, done.stdout
 
 
 @pytest.mark.full_form

@@ -105,7 +105,7 @@ def _mma(arguments: tuple[str, ...], arch: int) -> Fact:
 
 
 def _norm(arguments: tuple[str, ...], arch: int) -> Fact:
-    """<aligned, with an adapter>, of rank 16."""
+    """<aligned, with an adapter, integers by group>, of rank 16."""
     return Fact("dora_norm", bytes=WEIGHT, fmas=16 * N * K if arguments[1] == "1" else 0, wide=False)
 
 
@@ -166,6 +166,7 @@ def _other(op: str) -> Callable[[tuple[str, ...], int], Fact]:
 # Kernels that decode for the sake of shapes that no model has (any), or nothing at all, have no loop to speak of.
 FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "dequantize_kernel": _dequantize,
+    "rows_kernel": _other("dequantize_4bit"),
     "quantize_kernel": _other("quantize_4bit"),
     "absmax_kernel": _other("quantize_4bit"),
     "gemv_kernel": _gemv,
@@ -186,7 +187,7 @@ FACTS: dict[str, Callable[[tuple[str, ...], int], Fact]] = {
     "cayley_backward_kernel": _cayley(4),
     "expand_kernel": _other("multi_lora_linear"),
     **{f"{name}_kernel": _by_adapters for name in ("project", "outer")},
-    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "sum", "gain")},
+    **{f"{name}_kernel": _other("lora_linear") for name in ("any", "sum", "gain", "groups")},
 }
 
 

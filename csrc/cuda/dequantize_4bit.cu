@@ -1,7 +1,9 @@
 /* dequantize_4bit on the GPU: bound by the bytes that it writes, so the layout follows the stores. A thread takes 4
  * packed bytes, 8 elements, one aligned 16-byte store of the 16-bit types (two of float32); neighbouring threads take
- * neighbouring words. The table lies in shared memory (16 floats in 16 banks: no conflicts). */
+ * neighbouring words. The table lies in shared memory (16 floats in 16 banks: no conflicts). Integers by group, whose
+ * rows begin groups, have a kernel of their own. */
 #include "common.cuh"
+#include "groups.cuh"
 #include "ptx.cuh"
 #include "scales.cuh"
 
@@ -102,7 +104,83 @@ void launch(const uint8_t *packed, const PkScales &scales, const PkTable &values
     const auto kernel = aligned ? dequantize_kernel<T, true> : dequantize_kernel<T, false>;
     PK_LAUNCH(kernel, grid, THREADS, stream, c, static_cast<T *>(out));
 }
+
+/* Integers by group: a block has ROW columns of a row. The groups of columns may be given by an index. */
+constexpr int ROW_THREADS = 128, ROW = 8 * ROW_THREADS;
+struct Rows {
+    const uint8_t *packed;
+    PkGroups parts;
+    const int32_t *index; /* [K], or NULL */
+    int64_t K, size, groups;
+    unsigned blocks; /* of a row */
+};
+
+/* WORDS: a thread's 8 elements are an aligned word of codes, in one group, and an aligned store. */
+template <typename T, bool WORDS>
+__global__ void __launch_bounds__(ROW_THREADS) rows_kernel(const __grid_constant__ Rows c, T *__restrict__ out) {
+    const int64_t n = blockIdx.x / c.blocks, k = int64_t(blockIdx.x % c.blocks) * ROW + 8 * threadIdx.x;
+    if (k >= c.K) return;
+    const int64_t e = n * c.K + k;
+    float v[8];
+    if constexpr (WORDS) {
+        const uint32_t raw = __ldg(reinterpret_cast<const uint32_t *>(c.packed + e / 2));
+        const int64_t at = n * c.groups + static_cast<uint32_t>(k) / static_cast<uint32_t>(c.size);
+        const PkGroup group = pk_group(c.parts, at);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = pk_group_value(c.parts, group, raw >> (8 * (i / 2) + (i % 2 ? 0 : 4)) & 15u);
+        store8(out + e, v);
+    } else {
+        for (int i = 0; i < 8 && k + i < c.K; ++i) {
+            const unsigned nibble = (c.packed[(e + i) / 2] >> ((e + i) % 2 ? 0 : 4)) & 15u;
+            const int64_t g = c.index ? __ldg(c.index + k + i) : (k + i) / c.size;
+            const bool known = g >= 0 && g < c.groups; /* NaN where the index was overwritten */
+            const PkGroup nothing = {__uint_as_float(0x7fc00000u), 0.0f, 0.0f};
+            const PkGroup group = known ? pk_group(c.parts, n * c.groups + g) : nothing;
+            out[e + i] = pk_rounded<T>(pk_group_value(c.parts, group, nibble));
+        }
+    }
+}
+
+template <typename T> void launch_rows(const Rows &c, int64_t N, void *out, cudaStream_t stream) {
+    const bool words = c.K % 8 == 0 && c.size % 8 == 0 && !c.index && pk_aligned(c.packed, 4) && pk_aligned(out, 16);
+    const auto kernel = words ? rows_kernel<T, true> : rows_kernel<T, false>;
+    PK_LAUNCH(kernel, static_cast<unsigned>(N * c.blocks), ROW_THREADS, stream, c, static_cast<T *>(out));
+}
 } // namespace
+
+extern "C" int pk_cuda_dequantize_rows(const pk_lora_args *args, int64_t out_dtype, void *out, int64_t device,
+                                       void *stream) {
+    const char *what = "dequantize_rows";
+    const auto is_float = [](int64_t dtype) { return dtype == PK_F32 || dtype == PK_BF16 || dtype == PK_F16; };
+    const auto fail = [what](const char *text, int64_t got) {
+        return pk_fail(PK_ERR_ARGUMENT, "%s: %s, got %lld", what, text, static_cast<long long>(got));
+    };
+    if (!args) return pk_fail(PK_ERR_ARGUMENT, "%s: no arguments", what);
+    const pk_lora_args &a = *args;
+    if (a.quant_type != PK_INT4) return fail("the weight must be int4", a.quant_type);
+    if (!is_float(out_dtype)) return fail("out_dtype must be float32, bfloat16 or float16", out_dtype);
+    if (!is_float(a.w_dtype)) return fail("scales must be float32, bfloat16 or float16", a.w_dtype);
+    if (a.nested_absmax && a.nested_blocksize != PK_U8 && a.nested_blocksize != a.w_dtype)
+        return fail("zeros must be uint8 or of the dtype of scales", a.nested_blocksize);
+    if (a.blocksize < 1) return fail("blocksize must be at least 1", a.blocksize);
+    if (a.N < 0 || a.K < 0 || a.K > INT32_MAX) return fail("N and K must be from 0, K below 2^31", a.N < 0 ? a.N : a.K);
+    if (a.N == 0 || a.K == 0) return PK_OK;
+    if (!a.weight || !a.absmax || !out) return pk_fail(PK_ERR_ARGUMENT, "%s: a pointer is NULL", what);
+    const int64_t blocks = (a.K + ROW - 1) / ROW;
+    if (a.N > INT32_MAX / blocks) return fail("N must be below 2^31 / ceil(K / 1024)", a.N);
+    if (int code = pk_cuda_use(device, what)) return code;
+    const Rows c = {static_cast<const uint8_t *>(a.weight), pk_groups_of(a),
+                    reinterpret_cast<const int32_t *>(a.nested_code), a.K, a.blocksize,
+                    (a.K + a.blocksize - 1) / a.blocksize, static_cast<unsigned>(blocks)};
+    cudaStream_t on = static_cast<cudaStream_t>(stream);
+    if (out_dtype == PK_F32)
+        launch_rows<float>(c, a.N, out, on);
+    else if (out_dtype == PK_BF16)
+        launch_rows<__nv_bfloat16>(c, a.N, out, on);
+    else
+        launch_rows<__half>(c, a.N, out, on);
+    return pk_cuda_check(cudaGetLastError(), what);
+}
 
 extern "C" int pk_cuda_dequantize_4bit(const uint8_t *packed, const void *absmax, const float *nested_absmax,
                                        const float *nested_code, const float *offset, const float *table,

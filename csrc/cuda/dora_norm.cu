@@ -4,6 +4,9 @@
  * A warp has 4 rows and, in a step, 256 columns, 8 neighbours a lane: one word of codes a row, the next ones under way.
  * A part of a lies in shared memory for the 32 rows of a block. Squares are added in pairs of float32, whose sum has
  * the bits of float64 at the speed of float32; lanes meet in float64, always in the same order. */
+#include <type_traits>
+
+#include "groups.cuh"
 #include "lora.cuh"
 #include "ptx.cuh"
 #include "scales.cuh"
@@ -15,6 +18,7 @@ const char *const what = "squared_row_norms";
 struct Call {
     const uint8_t *packed;
     PkScales scales;
+    PkGroups groups;
     const void *a, *b;
     double *out; /* [parts][N] */
     int64_t N, K;
@@ -31,6 +35,7 @@ __device__ __forceinline__ void add(float &high, float &low, float v) {
 }
 
 /* The 8 weights of row n from column k on, zeros past the end, element by element: any K and alignment. */
+template <bool GROUPS>
 __device__ __forceinline__ void decode_any(const Call &c, const float *table, const float *code, float offset,
                                            int64_t n, int64_t k, float (&w)[8]) {
 #pragma unroll
@@ -38,12 +43,17 @@ __device__ __forceinline__ void decode_any(const Call &c, const float *table, co
         w[i] = 0.0f;
         if (n >= c.N || k + i >= c.K) continue;
         const int64_t e = n * c.K + k + i;
-        w[i] = __fmul_rn(table[(c.packed[e / 2] >> (e % 2 ? 0 : 4)) & 15], pk_scale(c.scales, code, offset, e));
+        const unsigned nibble = (c.packed[e / 2] >> (e % 2 ? 0 : 4)) & 15;
+        if constexpr (GROUPS)
+            w[i] = pk_group_value(c.groups, pk_group(c.groups, e >> c.scales.block_shift), nibble);
+        else
+            w[i] = __fmul_rn(table[nibble], pk_scale(c.scales, code, offset, e));
     }
 }
 
-/* ALIGNED: K is a multiple of 8 and words of codes are aligned, so that a lane's 8 weights are one of them. */
-template <bool ALIGNED, bool ADAPTER>
+/* ALIGNED: K is a multiple of 8 and words of codes are aligned, so that a lane's 8 weights are one of them. GROUPS:
+ * integers by group. */
+template <bool ALIGNED, bool ADAPTER, bool GROUPS>
 __global__ void __launch_bounds__(THREADS, 2)
     norm_kernel(const __grid_constant__ Call c, const __grid_constant__ PkTable values) {
     __shared__ float table[16], code[256];
@@ -62,14 +72,17 @@ __global__ void __launch_bounds__(THREADS, 2)
     for (int step = first; step < last; ++step) {
         const int64_t k = static_cast<int64_t>(step) * COLUMNS + 8 * lane;
         uint32_t raw[RT];
-        PkRawScale scale[RT];
+        std::conditional_t<GROUPS, PkGroup, PkRawScale> scale[RT];
         const bool real = k < c.K;
         if (ALIGNED && real) { /* asked for now, needed after the products */
 #pragma unroll
             for (int i = 0; i < RT; ++i) { /* rows past the end repeat the last one */
                 const int64_t e = min(n0 + i, c.N - 1) * c.K + k;
                 raw[i] = __ldg(reinterpret_cast<const uint32_t *>(c.packed + e / 2));
-                scale[i] = pk_fetch_scale(c.scales, static_cast<uint32_t>(e >> c.scales.block_shift));
+                if constexpr (GROUPS)
+                    scale[i] = pk_group(c.groups, e >> c.scales.block_shift);
+                else
+                    scale[i] = pk_fetch_scale(c.scales, static_cast<uint32_t>(e >> c.scales.block_shift));
             }
         }
         float update[RT][8] = {};
@@ -108,12 +121,18 @@ __global__ void __launch_bounds__(THREADS, 2)
         for (int row = 0; row < RT; ++row) {
             float w[8];
             if (ALIGNED) {
-                const float factor = pk_finish_scale(scale[row], code, offset);
+                float factor = 0.0f;
+                if constexpr (!GROUPS) factor = pk_finish_scale(scale[row], code, offset);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) /* byte i / 2, the even element in its high nibble */
-                    w[i] = __fmul_rn(table[raw[row] >> (8 * (i / 2) + (i % 2 ? 0 : 4)) & 15u], factor);
+                for (int i = 0; i < 8; ++i) { /* byte i / 2, the even element in its high nibble */
+                    const unsigned nibble = raw[row] >> (8 * (i / 2) + (i % 2 ? 0 : 4)) & 15u;
+                    if constexpr (GROUPS)
+                        w[i] = pk_group_value(c.groups, scale[row], nibble);
+                    else
+                        w[i] = __fmul_rn(table[nibble], factor);
+                }
             } else {
-                decode_any(c, table, code, offset, n0 + row, k, w);
+                decode_any<GROUPS>(c, table, code, offset, n0 + row, k, w);
             }
             if (ADAPTER) { /* to be rounded to float32: pairs from one lot of 8 to the next are enough */
                 float sum = 0.0f;
@@ -141,6 +160,11 @@ __global__ void __launch_bounds__(THREADS, 2)
         if (lane == 0 && n0 + row < c.N) c.out[blockIdx.y * c.N + n0 + row] = sum;
     }
 }
+
+template <bool GROUPS> auto kernel_of(bool aligned, bool adapter) {
+    if (adapter) return aligned ? norm_kernel<true, true, GROUPS> : norm_kernel<false, true, GROUPS>;
+    return aligned ? norm_kernel<true, false, GROUPS> : norm_kernel<false, false, GROUPS>;
+}
 } // namespace
 
 extern "C" int pk_cuda_squared_row_norms(const pk_lora_args *args, double *squares, int64_t parts, int64_t device,
@@ -158,14 +182,15 @@ extern "C" int pk_cuda_squared_row_norms(const pk_lora_args *args, double *squar
     if (int code = pk_cuda_use(device, what)) return code;
     Call c = {};
     c.packed = static_cast<const uint8_t *>(a.weight), c.out = squares, c.N = a.N, c.K = a.K;
+    const bool groups = a.quant_type == PK_INT4;
     c.scales = pk_scales_of(a.absmax, a.nested_absmax, a.nested_code, a.offset, a.blocksize, a.nested_blocksize);
+    if (groups) c.groups = pk_groups_of(a);
     c.a = a.a, c.b = a.b, c.r = static_cast<int>(a.r);
     c.a_dtype = static_cast<int>(a.a_dtype), c.b_dtype = static_cast<int>(a.b_dtype);
     c.a_fast = a.K % 8 == 0 && pk_aligned(a.a, 16), c.scaling = static_cast<float>(a.scaling);
     const bool aligned = a.K % 8 == 0 && pk_aligned(a.weight, 4);
-    const PkTable table = a.table ? pk_table_of(a.table) : PkTable{};
-    const auto kernel = a.r > 0 ? (aligned ? norm_kernel<true, true> : norm_kernel<false, true>)
-                                : (aligned ? norm_kernel<true, false> : norm_kernel<false, false>);
+    const PkTable table = pk_table_of(a);
+    const auto kernel = groups ? kernel_of<true>(aligned, a.r > 0) : kernel_of<false>(aligned, a.r > 0);
     const dim3 grid(static_cast<unsigned>((a.N + ROWS - 1) / ROWS), static_cast<unsigned>(parts));
     PK_LAUNCH(kernel, grid, THREADS, static_cast<cudaStream_t>(stream), c, table);
     return pk_cuda_check(cudaGetLastError(), what);

@@ -21,6 +21,13 @@ struct PkRoom {
     float *parts;
 };
 
+/* Weights of integers by group in the form that all below take (groups.cuh): of `count` projections of one x, args come
+ * to have float32 scales as absmax, c as nested_absmax and the sums of x (backward: none) as offset, both NULL where c
+ * is 0 everywhere; others stay as they are. `room`: as many bytes as the first says, 16-byte aligned. Nothing is
+ * launched where that is 0. In lora_groups.cu. */
+int64_t pk_lora_groups_bytes(const pk_lora_args *args, int count, bool backward);
+int pk_lora_groups(pk_lora_args *args, int count, float *room, bool backward, cudaStream_t stream);
+
 /* y = x W^T + bias + scaling * s b^T for PK_GEMV_ROWS < M <= PK_MMA_ROWS, from s (float32 [M, r]).
  * With a gain y = gain * h + bias, where h is the rest, and goes to args.h unless that is NULL; so in pk_lora_gemv.
  * start: NULL, or float32 [M, N] in place of scaling * s b^T, of a single projection.

@@ -3,6 +3,7 @@
  * written, rounded, for dy W alone; elsewhere the gain multiplies b and the rows of db. No dense W, no atomics;
  * every sum has one order. */
 #include "dropout.cuh"
+#include "groups.cuh"
 #include "lora.cuh"
 #include "row_groups.cuh"
 #include "values.cuh"
@@ -18,9 +19,11 @@ struct Sum {
     int64_t K;
     int M, r, splits, a_dtype;
     PkDropout drop;
+    const float *beside; /* NULL, or dy c [M, groups], of integers by group */
+    int groups, size;    /* size: columns of one, a multiple of 4 */
 };
 
-/* dx = sum of the parts + drop'(ds a). A thread has 4 columns of ROWS rows. */
+/* dx = sum of the parts + drop'(ds a), and what groups have beside them. A thread has 4 columns of ROWS rows. */
 template <typename T> __global__ void __launch_bounds__(THREADS) sum_kernel(const __grid_constant__ Sum s) {
     constexpr int ROWS = 4;
     const int64_t k = 4 * (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x);
@@ -44,10 +47,11 @@ template <typename T> __global__ void __launch_bounds__(THREADS) sum_kernel(cons
         if (m0 + m >= s.M) return;
         const int64_t e = (m0 + m) * s.K + k;
         const uint32_t keep = s.drop.seed ? pk_keep<4>(s.drop, seed, e) : 15u;
+        const float beside = s.beside ? s.beside[(m0 + m) * int64_t(s.groups) + k / s.size] : 0.0f;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (k + i >= s.K) continue;
-            float sum = 0.0f;
+            float sum = beside;
             for (int p = 0; p < s.splits; ++p) sum += s.parts[int64_t(p) * s.M * s.K + e + i];
             if (keep >> i & 1) sum += s.drop.keep * low[m][i];
             static_cast<T *>(s.dx)[e + i] = pk_rounded<T>(sum);
@@ -128,16 +132,38 @@ __global__ void __launch_bounds__(THREADS)
     if (dgain) dgain[n] = sum;
 }
 
-/* The workspace: ds, dh, the parts of dx. */
+/* The workspace: ds, dh, what groups of integers have beside the product, the parts of dx. */
 int64_t ds_floats(const pk_lora_args &a) { return a.r > 0 ? (a.M * a.r + 3) / 4 * 4 : 0; }
 int64_t dh_floats(const pk_lora_args &a) { return a.gain && a.dx ? (a.M * a.N + 7) / 8 * 4 : 0; }
 
-template <typename T> int launch_dx(const pk_lora_args &a, const float *ds, cudaStream_t stream) {
+/* As many as there are where each has a zero or a shift. */
+int64_t groups_floats(const pk_lora_args &a) {
+    return a.dx && a.quant_type == PK_INT4 ? (a.M * (a.K / a.blocksize) + 3) / 4 * 4 : 0;
+}
+
+/* out [M, G] = dy c, by the text that makes ds. */
+int project_groups(const pk_lora_args &a, const PkBeside &beside, float *out, cudaStream_t stream) {
+    pk_lora_args own = a;
+    own.b = beside.c, own.b_dtype = PK_F32, own.r = beside.count, own.scaling = 1.0;
+    own.gain = nullptr, own.adapters = nullptr;
+    return pk_lora_project_backward(own, out, stream);
+}
+
+template <typename T> int launch_dx(const pk_lora_args &given, const float *ds, cudaStream_t stream) {
+    pk_lora_args a = given;
+    float *room = a.workspace + ds_floats(a) + dh_floats(a), *const sums = room;
+    room += groups_floats(a);
+    const int64_t bytes = pk_lora_groups_bytes(&a, 1, true);
+    if (int code = pk_lora_groups(&a, 1, room, true, stream)) return code;
+    const PkBeside beside = pk_beside_of(a);
+    if (beside.count)
+        if (int code = project_groups(a, beside, sums, stream)) return code;
     const int splits = pk_lora_dx_splits(a);
-    float *const parts = a.workspace + ds_floats(a) + dh_floats(a);
+    float *const parts = room + bytes / 4;
     if (int code = pk_lora_dx(a, parts, stream)) return code;
     Sum s = {parts, ds, a.a, a.dx, a.K, static_cast<int>(a.M), static_cast<int>(a.r), splits,
-             static_cast<int>(a.a_dtype), pk_dropout_of(a)};
+             static_cast<int>(a.a_dtype), pk_dropout_of(a), beside.count ? sums : nullptr, beside.count,
+             static_cast<int>(a.blocksize)};
     if (a.adapters) { /* what they add is one more part */
         if (int code = pk_lora_expand(a, ds, true, parts + splits * a.M * a.K, stream)) return code;
         s.r = 0, s.splits += 1;
@@ -189,7 +215,8 @@ template <typename T> int backward(const pk_lora_args &a, cudaStream_t stream) {
 
 int64_t pk_lora_backward_workspace(const pk_lora_args &a) {
     const int64_t parts = a.dx ? (pk_lora_dx_splits(a) + (a.adapters ? 1 : 0)) * a.M * a.K : 0;
-    return 4 * (parts + ds_floats(a) + dh_floats(a));
+    return 4 * (parts + ds_floats(a) + dh_floats(a) + groups_floats(a)) +
+           (a.dx ? pk_lora_groups_bytes(&a, 1, true) : 0);
 }
 
 int pk_lora_backward(const pk_lora_args &a, cudaStream_t stream) {

@@ -321,7 +321,7 @@ template <typename T, int BM, How HOW>
 void launch(Dx &in, const pk_lora_args &a, unsigned splits, cudaStream_t stream) {
     using L = Layout<BM, HOW>;
     const float factor = pk_table_factor(a.quant_type, a.x_dtype);
-    in.table = pk_table_of(a.table, factor), in.unscale = 1.0f / factor;
+    in.table = pk_table_of(a, factor), in.unscale = 1.0f / factor;
     in.last_unit = static_cast<uint32_t>((a.N * a.K - 1) / L::UNIT), in.unit_shift = pk_log2(a.blocksize / L::UNIT);
     auto kernel = dx_kernel<T, BM, HOW>;
     const dim3 grid(static_cast<unsigned>(pk_ceil_div(a.K, COLUMNS)), splits, (in.M + BM - 1) / BM);
@@ -332,7 +332,7 @@ template <typename T> void launch_all(Dx &in, const pk_lora_args &a, unsigned sp
     /* small gradients times scales are too small for float16 */
     constexpr How USUAL = std::is_same_v<T, __half> ? WEIGHTS : GRADIENTS;
     if (!by_chunks(a)) {
-        in.table = a.table ? pk_table_of(a.table) : PkTable{};
+        in.table = pk_table_of(a);
         auto kernel = any_kernel<T>;
         const dim3 grid(static_cast<unsigned>(pk_ceil_div(a.K, THREADS)), splits, (in.M + ANY_ROWS - 1) / ANY_ROWS);
         PK_LAUNCH(kernel, grid, THREADS, stream, in);

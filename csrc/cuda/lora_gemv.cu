@@ -12,118 +12,12 @@
  * of columns; rows beyond that, which no usual shape has, read W again.
  *
  * The table has a copy per lane (32 KB): a lane reads its own bank, so no look-up conflicts with another. */
-#include "lora.cuh"
-#include "ptx.cuh"
-#include "row_groups.cuh"
-#include "scales.cuh"
+#include "lora_gemv_parts.cuh"
 
 namespace {
-constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 32, STEP = 128, TEAM = THREADS / ROWS;
-static_assert(TEAM == PK_GEMV_ROWS, "in the epilogue a row of W has a lane for each row of x");
+using namespace gemv;
 
 __device__ const uint4 zeros[4] = {}; /* what lanes without a row of x multiply by */
-
-struct Layer { /* of one projection */
-    const uint8_t *packed;
-    PkScales scales;
-    const float *s;
-    const void *b, *bias;
-    const float *gain; /* or NULL */
-    void *y, *h;       /* h: with a gain, or NULL */
-    float *parts;      /* [splits][M][N], with `arrived` */
-    int64_t N;
-    int r, b_dtype, bias_dtype;
-    float scaling;
-};
-struct Call {
-    Layer layer[PK_STACK];
-    PkBlocks blocks;
-    const void *x;
-    unsigned *arrived; /* NULL, or where blocks share rows of W: per block x, zero */
-    int64_t K;
-    int M;
-    int steps; /* of STEP columns, in a split */
-    int share; /* 2^share neighbouring t lie in one block of the format */
-    float unscale; /* 1 / what the table is multiplied by */
-    PkRoutes routes;
-};
-
-/* The last steps: from h[member, n]. */
-template <typename T> __device__ __forceinline__ void store(const Layer &l, int64_t n, int member, float sum) {
-    if (l.h) static_cast<T *>(l.h)[member * l.N + n] = pk_rounded<T>(sum);
-    if (l.gain) sum *= __ldg(l.gain + n);
-    if (l.bias) sum += pk_load_as(l.bias, l.bias_dtype, n);
-    static_cast<T *>(l.y)[member * l.N + n] = pk_rounded<T>(sum);
-}
-
-/* y[member, n] = gain[n] * (sum + scaling * s[member] . b[n]) + bias[n]: a team of 8 lanes has row n of W, lane
- * `member` of it brings the sum of x's row `member`. Lanes of rows that do not exist only take part in the shuffles.
- * s is what the launch before this one wrote: by plain loads. */
-template <typename T>
-__device__ __forceinline__ void finish(const Call &c, const Layer &l, int64_t n, int member, float sum) {
-    const bool real = n < l.N;
-    float low[TEAM] = {};
-    for (int j = member; j < l.r && real; j += TEAM) {
-        const float b = pk_load_as(l.b, l.b_dtype, n * l.r + j);
-#pragma unroll
-        for (int m = 0; m < TEAM; ++m)
-            if (m < c.M) low[m] += l.s[m * l.r + j] * b;
-    }
-    float mine = 0.0f;
-#pragma unroll
-    for (int m = 0; m < TEAM; ++m) {
-        if (m >= c.M || l.r == 0) continue; /* alike for all lanes */
-#pragma unroll
-        for (int d = TEAM / 2; d > 0; d /= 2) low[m] += __shfl_xor_sync(0xffffffffu, low[m], d);
-        mine = m == member ? low[m] : mine;
-    }
-    if (!real || member >= c.M) return;
-    store<T>(l, n, member, sum + l.scaling * mine);
-}
-
-/* The same where each row of x has its own part of b, [P, N]: a lane for each n and member, neighbours in n. DEPTH
- * loads are under way. */
-template <typename T, int DEPTH>
-__device__ __forceinline__ void finish(const Layer &l, const PkRoute &route, int64_t n, int member, float sum) {
-    float low = 0.0f;
-    for (int j0 = 0; j0 < route.rank; j0 += DEPTH) {
-        float b[DEPTH], s[DEPTH];
-        pk_load_column<DEPTH>(l.b, l.b_dtype, (route.start + j0) * l.N + n, l.N, route.rank - j0, b);
-        pk_load_column<DEPTH>(l.s + member * l.r, PK_F32, j0, 1, route.rank - j0, s);
-#pragma unroll
-        for (int j = 0; j < DEPTH; ++j) low += s[j] * b[j];
-    }
-    store<T>(l, n, member, sum + route.scaling * low);
-}
-/* Which of a block's rows of W, and which row of x, a thread finishes. */
-__device__ __forceinline__ int row_of(const Call &c) {
-    return static_cast<int>(c.routes.adapters ? threadIdx.x % ROWS : threadIdx.x / TEAM);
-}
-__device__ __forceinline__ int member_of(const Call &c) {
-    return static_cast<int>(c.routes.adapters ? threadIdx.x / ROWS : threadIdx.x % TEAM);
-}
-
-/* Hands over this block's sums; true in the last block of these rows to arrive, which gets the sum of all, added in
- * their order whoever is last. The counter ends as it began. */
-__device__ __forceinline__ bool add_parts(const Call &c, const Layer &l, unsigned *flag, int64_t n, int member,
-                                          float &sum) {
-    const bool real = n < l.N && member < c.M;
-    float *const own = l.parts + member * l.N + n;
-    const int64_t part = c.M * l.N;
-    if (real) own[blockIdx.y * part] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        *flag = atomicAdd(c.arrived + blockIdx.x, 1u) + 1 == gridDim.y;
-        __threadfence();
-        if (*flag) atomicExch(c.arrived + blockIdx.x, 0u);
-    }
-    __syncthreads();
-    if (!*flag) return false;
-    sum = 0.0f;
-    for (unsigned p = 0; real && p < gridDim.y; ++p) sum += pk_load_fresh(own + p * part);
-    return true;
-}
 
 template <typename T, int SETS, bool NESTED>
 __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1)
@@ -334,11 +228,11 @@ template <typename T> void launch_all(const PkStack &stack, Call &c, bool after,
     if (!whole_runs(a)) {
         auto kernel = any_kernel<T>;
         const unsigned blocks = static_cast<unsigned>(blocks_of(stack, WARPS));
-        PK_LAUNCH_AFTER(after, kernel, blocks, THREADS, 0, stream, c, pk_table_of(a.table));
+        PK_LAUNCH_AFTER(after, kernel, blocks, THREADS, 0, stream, c, pk_table_of(a));
         return;
     }
     const float factor = pk_table_factor(a.quant_type, a.x_dtype);
-    const PkTable table = pk_table_of(a.table, factor);
+    const PkTable table = pk_table_of(a, factor);
     c.unscale = 1.0f / factor;
     const int64_t steps = (c.K + STEP - 1) / STEP, splits = splits_of(stack);
     c.steps = static_cast<int>((steps + splits - 1) / splits);
@@ -352,6 +246,8 @@ template <typename T> void launch_all(const PkStack &stack, Call &c, bool after,
             const pk_lora_args &own = *stack.layer[i];
             Layer &l = c.layer[i];
             l.y = static_cast<T *>(own.y) + m * own.N, l.s = own.s + m * own.r;
+            l.beside = pk_beside_of(own);
+            if (l.beside.count) l.beside.sums += static_cast<int64_t>(m) * l.beside.count;
             l.h = own.gain && own.h ? static_cast<T *>(own.h) + m * own.N : nullptr;
         }
         c.routes.adapters = a.adapters ? a.adapters + m : nullptr;
@@ -386,6 +282,7 @@ int pk_lora_gemv(const PkStack &stack, PkRoom room, bool after, cudaStream_t str
         l.s = a.s, l.b = a.b, l.bias = a.bias, l.gain = a.gain, l.h = a.gain ? a.h : nullptr;
         l.N = a.N, l.r = static_cast<int>(a.r), l.scaling = static_cast<float>(a.scaling);
         l.b_dtype = static_cast<int>(a.b_dtype), l.bias_dtype = static_cast<int>(a.bias_dtype);
+        l.beside = pk_beside_of(a);
         l.parts = room.parts, room.parts += splits * a.M * a.N;
         counter.add(blocks_of(a, whole_runs(first) ? ROWS : WARPS));
     }

@@ -20,14 +20,23 @@ int pk_lora_check(const pk_lora_args *a, const char *what) {
                        static_cast<long long>(a->r));
     if (a->N > INT32_MAX || a->K > INT32_MAX) return fail("N and K must be below 2^31", a->N > a->K ? a->N : a->K);
     if (a->x_dtype != PK_BF16 && a->x_dtype != PK_F16) return fail("x_dtype must be bfloat16 or float16", a->x_dtype);
-    if (a->quant_type != PK_NF4 && a->quant_type != PK_FP4) return fail("the weight must be NF4 or FP4", a->quant_type);
+    const bool groups = a->quant_type == PK_INT4;
+    if (a->quant_type != PK_NF4 && a->quant_type != PK_FP4 && !groups)
+        return fail("the weight must be NF4, FP4 or int4", a->quant_type);
     if (a->blocksize < 32 || a->blocksize > 4096 || !pk_power_of_two(a->blocksize))
         return fail("blocksize must be a power of two from 32 to 4096", a->blocksize);
-    if (a->nested_code && !pk_power_of_two(a->nested_blocksize))
+    if (groups) {
+        if (a->K % a->blocksize) return fail("K must be a multiple of blocksize where groups are of columns", a->K);
+        if (a->nested_code) return pk_fail(PK_ERR_ARGUMENT, "%s: serves groups of neighbouring columns only", what);
+        if (!is_float(a->w_dtype)) return fail("scales must be float32, bfloat16 or float16", a->w_dtype);
+        if (a->nested_absmax && a->nested_blocksize != PK_U8 && a->nested_blocksize != a->w_dtype)
+            return fail("zeros must be uint8 or of the dtype of scales", a->nested_blocksize);
+    }
+    if (!groups && a->nested_code && !pk_power_of_two(a->nested_blocksize))
         return fail("nested_blocksize must be a power of two", a->nested_blocksize);
-    if (a->nested_code && (!a->nested_absmax || !a->offset))
+    if (!groups && a->nested_code && (!a->nested_absmax || !a->offset))
         return pk_fail(PK_ERR_ARGUMENT, "%s: nested scales need nested_absmax and offset", what);
-    if (a->N > 0 && a->K > 0 && (!a->weight || !a->absmax || !a->table))
+    if (a->N > 0 && a->K > 0 && (!a->weight || !a->absmax || (!a->table && !groups)))
         return pk_fail(PK_ERR_ARGUMENT, "%s: weight, absmax or table is NULL", what);
     if (a->r > 0 && (!is_float(a->a_dtype) || !is_float(a->b_dtype)))
         return fail("a and b must be float32, bfloat16 or float16", is_float(a->a_dtype) ? a->b_dtype : a->a_dtype);
@@ -84,7 +93,8 @@ struct Call {
     int count = 0, stacks = 0;
     PkStack stack[PK_STACK];
     PkNeed need[PK_STACK];
-    int64_t counters = 0, workspace = 0; /* bytes: the start of sums, all counters, the parts */
+    /* bytes: groups of integers, the start of sums, all counters, the parts */
+    int64_t groups = 0, counters = 0, workspace = 0;
     bool projects = false;
     const pk_lora_args &first() const { return args[0]; }
 };
@@ -123,7 +133,8 @@ void plan(const pk_lora_args *args, int64_t count, Call &call) {
         if (k == call.stacks) call.stack[call.stacks++].count = 0;
         call.stack[k].layer[call.stack[k].count++] = &a;
     }
-    call.workspace = start_bytes(call.first());
+    call.groups = pk_lora_groups_bytes(call.args, call.count, false);
+    call.workspace = call.groups + start_bytes(call.first());
     const auto need_of = call.first().M > PK_GEMV_ROWS ? pk_lora_mma_need : pk_lora_gemv_need;
     for (int k = 0; k < call.stacks; ++k) {
         call.need[k] = need_of(call.stack[k]);
@@ -141,10 +152,11 @@ int check_backward(const pk_lora_args &a) {
     return PK_OK;
 }
 
-int forward(const Call &call, cudaStream_t on) {
+int forward(Call &call, cudaStream_t on) {
     const pk_lora_args &first = call.first();
-    char *room = reinterpret_cast<char *>(first.workspace);
-    float *const start = start_bytes(first) ? first.workspace : nullptr;
+    if (int code = pk_lora_groups(call.args, call.count, first.workspace, false, on)) return code;
+    char *const room = reinterpret_cast<char *>(first.workspace) + call.groups;
+    float *const start = start_bytes(first) ? reinterpret_cast<float *>(room) : nullptr;
     char *counters = room + start_bytes(first), *parts = counters + call.counters;
     if (call.projects) {
         PkStack all = {{}, call.count};
@@ -153,8 +165,9 @@ int forward(const Call &call, cudaStream_t on) {
     }
     if (start)
         if (int code = pk_lora_expand(first, first.s, false, start, on)) return code;
-    /* indices of adapters may have been written just now: they are read when the launch before has ended */
-    const bool after = call.projects && !first.adapters;
+    /* scales of groups and indices of adapters may have been written just now: they are read when the launch before
+     * has ended */
+    const bool after = call.projects && !first.adapters && !call.groups;
     for (int k = 0; k < call.stacks; ++k) {
         const PkRoom own = {reinterpret_cast<unsigned *>(counters), reinterpret_cast<float *>(parts)};
         counters += call.need[k].counters, parts += call.need[k].parts;

@@ -96,14 +96,14 @@ int pk_lora_mma(const PkStack &stack, const float *start, PkRoom room, bool afte
         p.b = a.b, p.bias = a.bias, p.s = a.s, p.start = start, p.y = static_cast<uint16_t *>(a.y);
         p.gain = a.gain, p.h = a.gain ? static_cast<uint16_t *>(a.h) : nullptr;
         p.M = static_cast<int>(a.M), p.N = static_cast<int>(a.N), p.K = static_cast<int>(a.K);
-        p.r = start ? 0 : static_cast<int>(a.r);
+        p.r = start ? 0 : static_cast<int>(a.r), p.beside = pk_beside_of(a);
         p.m_tiles = static_cast<int>(todo.m_tiles), p.split = todo.split.parts;
         p.x_row = static_cast<uint32_t>(a.K * 2), p.codes_row = static_cast<uint32_t>(a.K / 2);
         p.last_unit = static_cast<uint32_t>((a.N * a.K - 1) / 32);
         p.shift = pk_log2(a.blocksize) - (pk_lora_mma_general(a) ? 0 : 5);
         p.b_dtype = static_cast<int>(a.b_dtype), p.bias_dtype = static_cast<int>(a.bias_dtype);
         p.scaling = static_cast<float>(a.scaling);
-        p.table = pk_table_of(a.table, factor), p.unscale = 1.0f / factor;
+        p.table = pk_table_of(a, factor), p.unscale = 1.0f / factor;
         if (p.split > 1) p.partial = reinterpret_cast<float4 *>(room.parts);
         if (p.split > 1 && !todo.split.apart) p.arrived = room.counters;
         counter.add(n_tiles(a, todo) * todo.m_tiles);

@@ -19,22 +19,29 @@ __device__ __forceinline__ uint4 halves(const void *p, int dtype, int row, int r
     return {high[0], high[1], low[0], low[1]};
 }
 
-/* sums += scaling * s b^T, in three products of the halves: float32 adapters lose nothing that shows
- * in a 16-bit y. s goes through `room` of shared memory as fragments, so that it is split once for all warps. */
+struct Factors {
+    const float *s;
+    const void *b;
+    int r, b_dtype;
+    float scaling;
+};
+
+/* sums += scaling * s b^T of s [M, r] and b [N, r], in three products of the halves: float32 adapters lose nothing that
+ * shows in a 16-bit y. s goes through `room` of shared memory as fragments, so that it is split once for all warps. */
 template <typename C>
-__device__ __forceinline__ void start(const Problem &p, char *room, typename C::Sums &acc, int group, int n,
-                                      int m0) {
+__device__ __forceinline__ void start(const Problem &p, const Factors &f, char *room, typename C::Sums &acc, int group,
+                                      int n, int m0) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
-    for (int r0 = 0; r0 < p.r; r0 += 16 * C::WK) { /* 16 for each group */
+    for (int r0 = 0; r0 < f.r; r0 += 16 * C::WK) { /* 16 for each group */
 #pragma unroll 1
         for (int i = warp; i < C::BM / 8 * C::WK; i += THREADS / 32)
-            at<uint4>(room, (i * 32 + lane) * 16) = halves(p.s, PK_F32, m0 + 8 * (i / C::WK) + g, p.M,
-                                                           r0 + 16 * (i % C::WK) + 4 * t, p.r, p.scaling);
+            at<uint4>(room, (i * 32 + lane) * 16) = halves(f.s, PK_F32, m0 + 8 * (i / C::WK) + g, p.M,
+                                                           r0 + 16 * (i % C::WK) + 4 * t, f.r, f.scaling);
         uint32_t high[2][4], low[2][4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint4 v = halves(p.b, p.b_dtype, n + 8 * i, p.N, r0 + 16 * group + 4 * t, p.r, 1.0f);
+            const uint4 v = halves(f.b, f.b_dtype, n + 8 * i, p.N, r0 + 16 * group + 4 * t, f.r, 1.0f);
             high[i / 2][i % 2] = v.x, high[i / 2][i % 2 + 2] = v.y;
             low[i / 2][i % 2] = v.z, low[i / 2][i % 2 + 2] = v.w;
         }
@@ -187,14 +194,16 @@ template <typename C> struct Place {
           part(part), n0(tile / p.m_tiles * C::BN), m0(tile % p.m_tiles * C::BM), n(n0 + warp * 32 + g) {}
 };
 
-/* Adds the low-rank term, or what stands for it. room: of shared memory. */
+/* Adds the low-rank term, or what stands for it, and what groups of integers have beside the sums. room: of shared
+ * memory. */
 template <typename C>
 __device__ __forceinline__ void add_low_rank(const Problem &p, char *room, typename C::Sums &acc, const Place<C> &at) {
     if (at.part != 0) return;
-    if (!p.start)
-        start<C>(p, room, acc, at.group, at.n, at.m0);
-    else if (at.group == 0)
-        start_from<C>(p, acc, at.n, at.m0);
+#pragma unroll 1
+    for (int i = p.beside.count ? 0 : 1; i < 2; ++i) /* one text for both */
+        start<C>(p, i == 0 ? Factors{p.beside.sums, p.beside.c, p.beside.count, PK_F32, 1.0f}
+                           : Factors{p.s, p.b, p.r, p.b_dtype, p.scaling}, room, acc, at.group, at.n, at.m0);
+    if (p.start && at.group == 0) start_from<C>(p, acc, at.n, at.m0);
 }
 
 /* From the sums to y. */

@@ -14,6 +14,7 @@
  * once: its code's value, the scale, the product). Blocks of 32, and rows of whole 32 but not 64, have two scales in
  * 64 (HALVES). */
 #pragma once
+#include "groups.cuh"
 #include "lora.cuh"
 #include "pair_table.cuh"
 #include "scales.cuh"
@@ -32,6 +33,7 @@ struct Problem {
     float4 *partial;   /* split > 1: [tile][part][BM / 4][threads of a K group] */
     unsigned *arrived; /* split > 1: per tile, zero; NULL where another kernel adds the parts; both of all tiles of the
                         * stack */
+    PkBeside beside;
     int M, N, K, r, m_tiles, split;
     uint32_t x_row, codes_row; /* bytes */
     uint32_t last_unit;        /* of W; 32 elements */

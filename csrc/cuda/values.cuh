@@ -11,11 +11,19 @@ inline PkTable pk_table_of(const float *values, float factor = 1.0f) {
     for (int k = 0; k < 16; ++k) t.value[k] = values[k] * factor;
     return t;
 }
+/* Of a weight of pk_lora_args; integers by group have the values -8 .. 7 (groups.cuh). */
+inline PkTable pk_table_of(const pk_lora_args &a, float factor = 1.0f) {
+    if (a.table && a.quant_type != PK_INT4) return pk_table_of(a.table, factor);
+    PkTable t = {};
+    for (int k = 0; a.quant_type == PK_INT4 && k < 16; ++k) t.value[k] = static_cast<float>(k - 8) * factor;
+    return t;
+}
 /* Factor of a table that is rounded to 16 bits (PK_BF16 or PK_F16), to be divided by later. All weights of one code
  * have one rounding error, so where x has a mean they add up: with these factors their own mean, over the codes of
  * normal weights at any block size and over codes that are as frequent, is a fifteenth of what it is without
- * (bfloat16; tests/test_lora_mma_simt.py). FP4's values are exact. */
+ * (bfloat16; tests/test_lora_mma_simt.py). FP4's values and integers are exact. */
 inline float pk_table_factor(int64_t quant_type, int64_t dtype) {
+    if (quant_type == PK_INT4) return 1.0f;
     if (quant_type == PK_FP4) return 0x1.02p+0f;
     return dtype == PK_BF16 ? 0x1.bc868p+0f : 0x1.637b2p+0f;
 }

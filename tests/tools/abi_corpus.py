@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -85,9 +86,11 @@ def _structs(name: str, content: bytes) -> list[dict[str, int]]:
 
 
 class Memory:
-    """The memory of the tensors whose addresses were asked for, which stay alive as long."""
+    """The memory of the tensors whose addresses were asked for, which stay alive as long. Of those that begin at one
+    address the longest is found that one call asked for, since a part can be an operand beside its whole."""
 
     def __init__(self) -> None:
+        self.of_this_call: set[int] = set()
         self._spans: dict[int, tuple[int, int]] = {}
         self._sorted: list[int] = []
         self._alive: list[torch.Tensor] = []
@@ -97,7 +100,10 @@ class Memory:
         address = DATA_PTR(t)
         if address:
             last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-            self._spans[address] = ((last + 1) * t.element_size(), native.DTYPES.get(t.dtype, RAW))
+            span = (last + 1) * t.element_size(), native.DTYPES.get(t.dtype, RAW)
+            asked = address in self.of_this_call
+            self._spans[address] = max(span, self._spans[address], key=itemgetter(0)) if asked else span
+            self.of_this_call.add(address)
             self._alive.append(t)
         return address
 
@@ -271,6 +277,7 @@ class Recorder:
     def call(self, name: str, given: Sequence[Any]) -> Any:
         function = getattr(self._library, name)
         call, results, result = Call(self.memory, name, given), {}, None
+        self.memory.of_this_call.clear()
         contents = [None if block.use == OUT else block.now() for block in call.blocks]
         for level in self._levels:
             self._library.pk_cpu_set_level(level.encode())

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...cuda_rt import backend, launching
+from ...cuda_rt import backend, launching, queue
+from ...dispatch import INT4
 from ...formats import contiguous, table
+from ...formats.format import ceil_div, rows_of
+from ..lora_linear.native import pack
 from . import refuse_dtype
 
 Parts = tuple[Any, ...]  # packed, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize
@@ -21,6 +24,8 @@ def dequantize_4bit(
     quant_type: int, blocksize: int, nested_blocksize: int, shape: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     out = packed.new_empty(shape, dtype=dtype)
+    if quant_type == INT4:
+        return _decode_groups(out, 0, *contiguous(packed, absmax, nested_absmax, nested_code, offset), blocksize)
     nested = (None, None, None) if nested_absmax is None else (nested_absmax, nested_code, offset)
     parts = contiguous(packed, absmax, *nested)
     return _decode(out, 0, *parts, quant_type, blocksize, nested_blocksize)
@@ -46,9 +51,27 @@ def _decode(
     return out
 
 
+def _decode_groups(
+    out: Tensor, first: int, packed: Tensor, scales: Tensor, zeros: Tensor | None, index: Tensor | None,
+    shifts: Tensor | None, blocksize: int,
+) -> Tensor:  # fmt: skip
+    """Rows first, ... of a weight of integers of 4 bits by group, as many as `out` has. first: where a byte begins."""
+    rows, columns = rows_of(out.shape)
+    if first:
+        at = first * ceil_div(columns, blocksize)
+        scales, zeros, shifts = (None if t is None else t.view(-1)[at:] for t in (scales, zeros, shifts))
+        packed = packed.view(-1)[first * columns // 2 :]
+    x = torch.empty((0, columns), dtype=torch.bfloat16, device=out.device)  # no rows: only its width is read
+    args = pack(0, x, packed, scales, zeros, index, shifts, INT4, blocksize, 0, rows, None, None, 1.0, None, 0.0, None)
+    queue("pk_cuda_dequantize_rows", packed, args, native.DTYPES[out.dtype], out.data_ptr())
+    return out
+
+
 def rows_apart(columns: int, parts: Parts) -> int:
     """The rows of a weight of so many columns between those that begin with a block of every kind of scales."""
-    *_, blocksize, nested_blocksize = parts
+    *_, quant_type, blocksize, nested_blocksize = parts
+    if quant_type == INT4:
+        return 1 + columns % 2
     block = blocksize if parts[2] is None else blocksize * nested_blocksize
     return block // math.gcd(block, columns)
 
@@ -59,6 +82,8 @@ def decode_rows(rows: range, columns: int, memory: Tensor, parts: Parts) -> Tens
     rows.start: a multiple of `rows_apart`. parts: as of `dequantize_4bit`, contiguous.
     """
     out = memory[: len(rows) * columns].view(len(rows), columns)
+    if parts[5] == INT4:
+        return _decode_groups(out, rows.start, *parts[:5], parts[6])
     return _decode(out, rows.start * columns, *parts)
 
 

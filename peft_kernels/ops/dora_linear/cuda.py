@@ -17,12 +17,14 @@ _DROPOUT = "serves no dropout, which takes a second product with the weight"
 
 def _when_forward(x: Tensor, *args: Any) -> str | None:
     *weight, _, a, b, _gain, _scaling, bias, dropout_p, _seed, _h = args
-    return _DROPOUT if dropout_p > 0.0 else refuse_rows(ROWS, x) or refuse_weight(*weight, a, b, bias)
+    why = _DROPOUT if dropout_p > 0.0 else refuse_rows(ROWS, x)
+    return why or refuse_weight(*weight, x.shape[1], a, b, bias)
 
 
 def _when_backward(dy: Tensor, x: Tensor, *args: Any) -> str | None:
     *weight, a, b, _gain, _h, _s, _scaling, dropout_p, _seed, _dx, _ab, _dgain = args
-    return _DROPOUT if dropout_p > 0.0 else refuse_rows(BACKWARD_ROWS, x) or refuse_weight(*weight, a, b, None)
+    why = _DROPOUT if dropout_p > 0.0 else refuse_rows(BACKWARD_ROWS, x)
+    return why or refuse_weight(*weight, x.shape[1], a, b, None)
 
 
 def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,11 +46,11 @@ def dora_norm(*args: Any) -> Tensor:
 
 
 def _when_squares(*args: Any) -> str | None:
-    return refuse_weight(*args[:8], None, None, None)
+    return refuse_weight(*args[:8], args[9], None, None, None)
 
 
 def _when(*args: Any) -> str | None:
-    return refuse_weight(*args[:10], None)
+    return refuse_weight(*args[:8], args[8].shape[1], *args[8:10], None)
 
 
 BACKENDS = {

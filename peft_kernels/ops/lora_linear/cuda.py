@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import native
 from ...checks import moved
 from ...cuda_rt import backend, launching
+from ...dispatch import INT4
 from ...formats import table
 from .native import backward_arguments, forward_arguments, pack, refusal
 
@@ -33,12 +34,20 @@ def refuse_rows(most: int, x: Tensor) -> str | None:
 
 def refuse_weight(
     weight: Tensor, absmax: Tensor | None, nested_absmax: Tensor | None, nested_code: Tensor | None,
-    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, a: Tensor | None, b: Tensor | None,
-    bias: Tensor | None,
+    offset: Tensor | None, quant_type: int, blocksize: int, nested_blocksize: int, columns: int, a: Tensor | None,
+    b: Tensor | None, bias: Tensor | None,
 ) -> str | None:  # fmt: skip
     if quant_type == 0:
         return "serves 4-bit weights only, this one is dense"
-    if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
+    if quant_type == INT4:
+        if nested_code is not None:
+            return "serves groups of neighbouring columns only, this weight has an index of groups (act-order)"
+        if not (32 <= blocksize <= 4096 and blocksize & (blocksize - 1) == 0) or columns % blocksize:
+            return (
+                "serves groups of a power of two from 32 to 4096 columns that divide a row, "
+                f"these are of {blocksize} in {columns}"
+            )
+    elif nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
         return f"serves nested blocksizes that are powers of two, this one is {nested_blocksize}"
     return refusal(weight, quant_type, a, b, bias)
 
@@ -49,7 +58,7 @@ def _when_forward(
     a: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> str | None:  # fmt: skip
     return refuse_rows(ROWS, x) or refuse_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type,
-                                                 blocksize, nested_blocksize, a, b, bias)  # fmt: skip
+                                                 blocksize, nested_blocksize, x.shape[1], a, b, bias)  # fmt: skip
 
 
 def _when_backward(
@@ -59,13 +68,15 @@ def _when_backward(
     need_dx: bool, need_ab: bool,
 ) -> str | None:  # fmt: skip
     return refuse_rows(BACKWARD_ROWS, dy) or refuse_weight(
-        weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, a, b, None
+        weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, x.shape[1], a, b,
+        None,
     )
 
 
 def with_tail(packed: bytes, quant_type: int, workspace: int = 0, workspace_bytes: int = 0) -> bytes:
     """pk_lora_args from `pack`, with the fields of the GPU: the table of the codes and the workspace."""
-    own = _OWN.pack(table(quant_type, "cpu").data_ptr(), workspace, workspace_bytes)
+    values = 0 if quant_type == INT4 else table(quant_type, "cpu").data_ptr()
+    own = _OWN.pack(values, workspace, workspace_bytes)
     return packed[:_OWN_AT] + own + packed[_OWN_AT + _OWN.size :]
 
 

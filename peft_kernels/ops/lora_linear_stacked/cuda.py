@@ -23,7 +23,8 @@ def _when(x: Tensor, *lists: list[Any]) -> str | None:
         return f"does not serve more than {MOST} projections at once"
     why = single.refuse_rows(ROWS, x)
     for i, values in enumerate(each(lists)):
-        if why is None and (why := single.refuse_weight(*values[:8], *values[9:11], values[12])) is not None:
+        weight = (*values[:8], x.shape[1], *values[9:11], values[12])
+        if why is None and (why := single.refuse_weight(*weight)) is not None:
             why = f"{why} (projection {i})"
     return why
 

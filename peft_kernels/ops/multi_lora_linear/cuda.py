@@ -23,7 +23,7 @@ def _when_forward(
     bias: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> str | None:  # fmt: skip
     return refuse_rows(ROWS, x) or refuse_weight(weight, absmax, nested_absmax, nested_code, offset, quant_type,
-                                                 blocksize, nested_blocksize, a, b, bias)  # fmt: skip
+                                                 blocksize, nested_blocksize, x.shape[1], a, b, bias)  # fmt: skip
 
 
 def _when_backward(
@@ -33,7 +33,8 @@ def _when_backward(
     dropout_p: float, seed: Tensor | None, need_dx: bool, need_ab: bool,
 ) -> str | None:  # fmt: skip
     return refuse_rows(BACKWARD_ROWS, dy) or refuse_weight(
-        weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, a, b, None
+        weight, absmax, nested_absmax, nested_code, offset, quant_type, blocksize, nested_blocksize, x.shape[1], a, b,
+        None,
     )
 
 
