@@ -65,6 +65,16 @@ def test_a_mask_for_all_queries(kind: str) -> None:
     agree(pair("llama"), {"input_ids": IDS, "attention_mask": seen(kind)})
 
 
+@pytest.mark.parametrize("name", matrix(["gemma2", "gpt_oss", "deepseek_v4"], ["gemma2"]))
+def test_a_mask_of_bools_that_eager_code_adds(name: str) -> None:
+    """As numbers, so that it hides no key: the same with `accelerate`, whatever the user meant."""
+    models = pair(name)
+    ahead = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    given = {"input_ids": IDS, "attention_mask": ahead, "use_cache": False}
+    assert not torch.equal(models[0](**given).logits, models[0](input_ids=IDS, use_cache=False).logits)
+    agree(models, given)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "bloom"])
 def test_attention_in_both_directions(name: str) -> None:
     """Said in the call, which BLOOM does not heed, and by the configuration, with padding and without."""

@@ -53,7 +53,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         if type(mask) is Tensor and state.config is None:  # a copy, whose masks do not come as spans yet
             state.config = getattr(self, "config", None)
             serve(self, state.config)
-        seen = state.shared.masks.seen(mask, x.shape[1], causal)
+        seen = None if adds_bools(of, state.config, mask) else state.shared.masks.seen(mask, x.shape[1], causal)
     blind = None if seen is None or of.sinks else seen.blind  # sinks take all of the softmax where no key is seen
     # gradients of a softmax whose scores a mask has rounded away are what the model's own code makes of it
     if seen is None or (blind is not None and (torch.is_grad_enabled() or self.training)):
@@ -168,6 +168,13 @@ def other_attention(self: Any, of: Attention | Together) -> str | None:
     config = getattr(self, "config", None)  # a module without one has one way
     wanted: str = "eager" if config is None else config._attn_implementation
     return None if wanted == "sdpa" or (of.eager and wanted == "eager") else wanted
+
+
+def adds_bools(of: Attention | Together, config: Any, mask: Tensor | None) -> bool:
+    """True where the module's own code adds a mask of bools to the scores, as numbers: it hides no key then."""
+    if mask is None or not of.eager or mask.dtype is not torch.bool:
+        return False
+    return config is None or config._attn_implementation == "eager"  # a module without one has one way
 
 
 def head_count(self: Any) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_kernels import attention
 
-from .attention import scores_fit, why_not
+from .attention import adds_bools, scores_fit, why_not
 from .description import Together
 from .ways import ways_of
 
@@ -61,7 +61,8 @@ def attend(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     seen = None
-    if _serves(query, key, kwargs):
+    bools = adds_bools(module._fastpeft.part, module.config._config, attention_mask)
+    if not bools and _serves(query, key, kwargs):
         seen = module._fastpeft.shared.masks.seen(attention_mask, query.shape[2], causal)
     if seen is None or seen.blind is not None:
         found: tuple[Tensor, Tensor | None] = _own(module)(
