@@ -152,10 +152,16 @@ def _fill(model: nn.Module, headers: list[Header], dtype: torch.dtype, mapped: b
     for name, keys in packed.items():
         if not keys:  # a head over the embedding's bytes: tied
             continue
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         bias = layer._parameters.get("bias")
         parts = {key.removeprefix(name + "."): part for key, part in read(keys).items()}
         layer.load_state_dict(parts | ({} if bias is None else {"bias": bias.detach()}), assign=True)
+        weight = layer.quant_weight()
+        if weight.absmax is not None:  # of others all blocks would be read; they are our own, of checked weights
+            try:
+                weight.check_values(f"{owner[keys[0]].path}: {name}")
+            except ValueError as error:
+                raise AdapterFileError(str(error)) from None
     for path, keys in parts_of.items():
         state = {"weight" + key.removeprefix(path): part for key, part in read(keys).items()}
         experts[path].load(state, path, assign=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -132,6 +133,12 @@ class CompletionLoss:
                 given, before = self._inputs(input_ids=batch.input_ids, use_cache=False)
                 logits = self.base(**given).logits[0, before:].float()
                 direct = float(torch.nn.functional.cross_entropy(logits[batch.where], batch.targets, reduction="sum"))
+                if not math.isfinite(direct):
+                    raise UserError(
+                        f"{type(self.base).__name__}: its loss is {direct} before any training: weights are NaN or "
+                        "infinite, or too large for this dtype",
+                        "give a sound model",
+                    )
                 if not self._close(loss, direct):
                     raise UserError(
                         f"{type(self.base).__name__}: loss over backbone and head is {loss:.5f}, "

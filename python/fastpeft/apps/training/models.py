@@ -215,12 +215,20 @@ def empty_model(source: Source, dtype: torch.dtype) -> Any:
 @contextlib.contextmanager
 def _loading(source: Source) -> Iterator[None]:
     """Turn what loading raises into one line."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError) or type(error).__name__ == "WriteError":
             raise
         line = " ".join(str(error).split())
+        if isinstance(error, SafetensorError):
+            line = _broken(source) or line
+        elif isinstance(error, RuntimeError) and not isinstance(error, (OSError, ValueError)):
+            if "ignore_mismatched_sizes" not in line:
+                raise
+            line = "its files have tensors of other sizes than its config.json says"
         if isinstance(error, ImportError):
             raise UserError(f"cannot load {source.note}: {line[:300]}", "pip install gguf") from error
         fix = "check the name and the network, or give a local folder"
@@ -229,6 +237,19 @@ def _loading(source: Source) -> Iterator[None]:
             if source.gguf is not None:
                 fix = "give a whole GGUF file of a causal language model"
         raise UserError(f"cannot load {source.note}: {line[:300]}", fix) from error
+
+
+def _broken(source: Source) -> str:
+    """The first safetensors file of a folder that cannot be opened, and why; "" where all can."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(source.location).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            return f"{file}: {error}"
+    return ""
 
 
 def load_base(
