@@ -61,6 +61,9 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     state: State = self._fastpeft
     of = state.part
     assert isinstance(of, Mlp)
+    token = state.mlp_token.kept
+    if token is not None and not args and not kwargs and token.serves(self, of, x):
+        return after(self, of.after, token.call.run(x))
     residual = (args[0] if args else kwargs.get("residual")) if of.residual else None
     usual = len(args) + len(kwargs) == (residual is not None)
     act = act_in(self, of) if ways_of(x).mlp and usual else None
@@ -73,6 +76,8 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = modules_on(after(self, of.between, h), down)[0]
     else:
         y = _computed(state, of, x, act, up, down, limit_of(self, of))
+        if x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and state.mlp_token.due():
+            state.mlp_token.kept = _token(self, state, of, x)
     return _added(self, of, y, residual)
 
 
