@@ -33,6 +33,10 @@ class StackedCall(Prepared):
         ys = self.compute(x, rows)
         return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
+    def joined(self, row: Tensor) -> Tensor:
+        """Every y of one row x [1, K], one after the other, [1, N] with N the sum of all."""
+        return self.row(row.contiguous())
+
     def compute(self, x: Tensor, rows: Tensor) -> Sequence[Tensor]:
         if rows.shape[0] == 1:  # outputs lie one after the other: decoding waits for each allocation
             y = self.row(rows)

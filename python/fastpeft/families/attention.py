@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels import attention, native_library, rotary
 
@@ -96,7 +96,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     if gate is not None:
         y = y * torch.sigmoid(gate)
     if token is None and x.shape[1] == 1 and cache is not None and not torch.is_grad_enabled() and not ways.launches:
-        state.tokens.keep(self, of, state.qkv, state.o, x, y.squeeze(1), given, cache)
+        state.tokens.keep(self, of, state.qkv, state.o, x, y.squeeze(1), given, cache, head_count(self))
     out = after(self, of.after or of.residual, _out(self, of, state, y, token))
     return (out if not of.residual else given["residual"] + out), None
 
@@ -142,6 +142,8 @@ def scores_fit(count: int) -> bool:
 def after(self: Any, name: str, y: Tensor) -> Tensor:
     """y after the dropout that the module has under a name: a module, or a probability."""
     found = getattr(self, name) if name else 0.0
+    if type(found) is nn.Dropout and not (found.training or acts_in_calls(found)):
+        return y
     if callable(found):
         dropped: Tensor = found(y)
         return dropped
@@ -193,10 +195,8 @@ def dropout_of(self: Any, name: str) -> float:
     return p
 
 
-def _stacked(self: Any, state: State, x: Tensor, names: tuple[str, ...], token: Token | None) -> Any:
+def _stacked(self: Any, state: State, x: Tensor, names: tuple[str, ...]) -> Any:
     """Outputs of projections of one input, [B, T, F], or [B, F] of a token: one call of a kernel where that serves."""
-    if token is not None and token.qkv.serves(rows := x.squeeze(1)):
-        return token.qkv.run(rows)
     layers = children(self, names)
     if not torch.is_grad_enabled() and x.shape[1] == 1:  # decoding
         return linears(state.qkv, x.squeeze(1), ways_of(x).launches, *layers)
@@ -208,7 +208,13 @@ def _heads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q [B, T, H, D], k and v [B, T, G, D], as views of what the projections made; the gate [B, T, H D]."""
     d, (batch, t, _) = getattr(self, of.head_size), x.shape
-    ys = _stacked(self, state, x, of.qkv, token)
+    if token is not None and token.qkv.serves(rows := x.squeeze(1)):
+        if token.heads is not None and batch == 1:  # lie one after the other
+            q, k, v = torch.split_with_sizes(token.qkv.joined(rows).view(1, 1, -1, d), token.heads, 2)
+            return q, k, v, None
+        ys = token.qkv.run(rows)
+    else:
+        ys = _stacked(self, state, x, of.qkv)
     gate = None
     if len(ys) == 3:
         q, k, v = _whole(self, of, ys) if of.normed == "whole" else ys

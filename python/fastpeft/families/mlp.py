@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels import QuantWeight, gated
+from peft_kernels import Projection, QuantWeight, gated
 
+from ..layer.by_row.call import now
 from ..weights.base import acts_in_calls, has_hooks
+from ..weights.lookups import Lookups
 from .attention import after, dropout_of
 from .description import Mlp, Spread
-from .projections import Given, children, linears, modules_on, stacked
+from .projections import Given, children, linears, modules_on, projections, stacked
 from .state import State
+from .token import MlpToken, in_4_bits, note_mlp
 from .ways import ways_of
 
 # Classes of activations, of transformers and of torch -> the op's name of each.
@@ -56,6 +61,9 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     state: State = self._fastpeft
     of = state.part
     assert isinstance(of, Mlp)
+    token = state.mlp_token.kept
+    if token is not None and not args and not kwargs and token.serves(self, of, x):
+        return after(self, of.after, token.call.run(x))
     residual = (args[0] if args else kwargs.get("residual")) if of.residual else None
     usual = len(args) + len(kwargs) == (residual is not None)
     act = act_in(self, of) if ways_of(x).mlp and usual else None
@@ -68,7 +76,31 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = modules_on(after(self, of.between, h), down)[0]
     else:
         y = _computed(state, of, x, act, up, down, limit_of(self, of))
+        if x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and state.mlp_token.due():
+            state.mlp_token.kept = _token(self, state, of, x)
     return _added(self, of, y, residual)
+
+
+def _token(self: Any, state: State, of: Mlp, x: Tensor) -> MlpToken | None:
+    """What is kept of a token's call, x [B, 1, K] without gradients; None where something else may be looked at."""
+    if of.residual or of.cast or torch.compiler.is_compiling() or now.state.call is not None:
+        return None
+    lookups = Lookups()
+    note_mlp(self, of, lookups)
+    act = act_in(self, of)
+    *up, down = children(self, (*of.up, of.down))
+    found = projections(x, *up, down)
+    if act is None or self.training or ways_of(x).launches or not lookups.keeps or not in_4_bits(found):
+        return None
+    call = state.mlp.ready(x, *_arguments(of, found, act, limit_of(self, of)))
+    # looked at once more, as another thread may change the layers
+    return MlpToken(call, lookups, x) if call is not None and lookups.hold() else None
+
+
+def _arguments(of: Mlp, found: list[Projection], act: str, limit: float) -> tuple[Any, ...]:
+    """Of `gated_mlp`, after x."""
+    gate, *second = found[:-1]
+    return gate, second[0] if second else None, found[-1], act, _fused(of), None, limit
 
 
 def limit_of(self: Any, of: Mlp) -> float:
@@ -84,8 +116,7 @@ def _computed(state: State, of: Mlp, x: Tensor, act: str, up: list[Any], down: A
         return linears(state.o, h, few, down)[0].unsqueeze(1)
     if found is None:
         return modules_on(_activated(modules_on(x, *up), act, of, limit), down)[0]
-    gate, *second = found[:-1]
-    y: Tensor = state.mlp(x, gate, second[0] if second else None, found[-1], act, _fused(of), None, limit)
+    y: Tensor = state.mlp(x, *_arguments(of, found, act, limit))
     return y
 
 
@@ -97,13 +128,49 @@ def _is_cast(x: Tensor, down: Any) -> bool:
 def spread_method(base: type, of: Spread) -> Any:
     """The method of such a class with its MLP as one call, under the signature of the family's own."""
     own = getattr(base, of.method)
+    plain = not of.between and not any("." in path for path in (*of.up, of.act, of.down))
+    names = _reads(own) if plain else frozenset()
 
     @functools.wraps(own)
     def method(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        others = _in_one(self, self._fastpeft, of) if ways_of(x).mlp else None
-        return own(self if others is None else _given(self, others), x, *args, **kwargs)
+        state: State = self._fastpeft
+        if not ways_of(x).mlp:
+            return own(self, x, *args, **kwargs)
+        quick = plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        given: Any = state.given.now() if quick else None
+        if given is None:
+            lookups, read = _noted(self, of, names) if quick else (None, {})
+            others = _in_one(self, state, of)
+            given = self if others is None else _given(self, read | others)
+            if lookups is not None:
+                state.given.keep(lookups, None if others is None else given)
+        return own(given, x, *args, **kwargs)
 
     return method
+
+
+def _reads(method: Any) -> frozenset[str]:
+    """Attributes, of whatever objects, that a method's code reads and never writes."""
+    steps = [*dis.get_instructions(inspect.unwrap(method))]
+    written = {step.argval for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")}
+    return frozenset(step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD")) - written
+
+
+def _noted(module: Any, of: Spread, names: frozenset[str]) -> tuple[Lookups, dict[str, Any]]:
+    """Lookups of what `_in_one` looks at and of the attributes of these names, and these attributes."""
+    lookups, read = Lookups(), {}
+    for held in (module._modules, module.__dict__):
+        for name in names & held.keys():
+            lookups.entries(held, name)
+            read[name] = held[name]
+    lookups.entries(module._modules, *of.up, of.act, of.down)
+    act = module._modules.get(of.act)
+    if act is None:
+        lookups.refuse()
+    else:
+        lookups.calls_of(act)
+        lookups.entries(vars(act), "approximate")
+    return lookups, read
 
 
 def _in_one(self: Any, state: State, of: Spread) -> dict[str, Any] | None:

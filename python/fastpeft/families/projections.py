@@ -251,6 +251,26 @@ class Given:
         delattr(self._module, name)
 
 
+class KeptGiven:
+    """A module's `Given`, call after call: decoding waits for each object that is made again, and for each attribute
+    that is looked for in two modules. Copied and pickled empty."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Lookups, Given] | None = None  # whole, as threads share it
+
+    def __reduce__(self) -> Any:
+        return KeptGiven, ()
+
+    def now(self) -> Given | None:
+        """What was kept, if it still holds."""
+        kept = self._kept
+        return kept[1] if kept is not None and kept[0].hold() else None
+
+    def keep(self, lookups: Lookups, given: Given | None) -> None:
+        """lookups: made before `given`, as another thread may change the module."""
+        self._kept = (lookups, given) if given is not None and lookups.keeps and lookups.hold() else None
+
+
 def in_one_call(module: Any, names: Sequence[str], x: Tensor, of: Linears) -> dict[str, Any]:
     """Layers for `Given` in place of those that all read x: the first one asked computes all of them, in one call.
 

@@ -12,8 +12,8 @@ from peft_kernels import PreparedCall, gated_mlp
 from .angles import Angles
 from .description import Part
 from .masks import Masks
-from .projections import Linears
-from .token import Tokens
+from .projections import KeptGiven, Linears
+from .token import MlpTokens, Tokens
 
 
 @dataclass
@@ -37,7 +37,9 @@ class State:
     o: Linears = field(default_factory=Linears)
     tokens: Tokens = field(default_factory=Tokens)  # of attention
     whole: Linears = field(default_factory=Linears)  # of an MLP, all of them
+    mlp_token: MlpTokens = field(default_factory=MlpTokens)
     mlp: PreparedCall = field(default_factory=lambda: PreparedCall(gated_mlp))
+    given: KeptGiven = field(default_factory=KeptGiven)  # of a module whose MLP lies in it
     norm: PreparedCall | None = None  # made when it is first called
     config: Any = None  # of the model whose forward makes its masks, once they come as spans
 

@@ -26,7 +26,7 @@ from ..weights.read_by_module import TAKES_FACTORS
 from .attention import attention_forward
 from .description import Attention, Experts, Part, Spread, Together
 from .experts import experts_forward, why_not
-from .head import head_forward
+from .head import CALL, head_forward
 from .masking import leave, serve
 from .mlp import mlp_forward, spread_method
 from .norms import norm_forward
@@ -44,7 +44,7 @@ _FORWARDS: dict[str, Any] = {
 
 def _reduce(self: Any, protocol: int) -> Any:
     """Pickled and copied as a module of the class that was there, with the quicker one put on again."""
-    state = {name: value for name, value in self.__dict__.items() if name != "_fastpeft"}
+    state = {name: value for name, value in self.__dict__.items() if name not in ("_fastpeft", CALL)}
     own: State | None = self.__dict__.get("_fastpeft")
     return _again, (type(self).__bases__[0], None if own is None else own.shared), state
 
@@ -121,6 +121,7 @@ def _without(cls: type) -> type:
 def switch_back(module: nn.Module) -> None:
     """Give such a module its own class again, below what others have made of it."""
     module.__class__ = _without(type(module))
+    module.__dict__.pop(CALL, None)
     state = module.__dict__.pop("_fastpeft", None)
     if state is not None and state.config is not None:
         leave(module)

@@ -1,4 +1,4 @@
-"""A token's attention, call after call: what its layer looked at in the last one, looked at again in one go.
+"""A token's attention and MLP, call after call: what a layer looked at in the last one, looked at again in one go.
 
 Decoding waits for Python: whether attention is ours, which tensors a kernel takes for each projection, in which form
 they are. All of that is the same from one token to the next but for x, the cache and the mask. `Lookups` says so in a
@@ -8,16 +8,16 @@ tenth of the time, and whatever else changes makes `serves` false: the layer loo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from peft_kernels import QuantWeight
+from peft_kernels import Projection, QuantWeight
 
 from ..layer.by_row.call import now
 from ..weights.lookups import Lookups
-from .description import Attention
+from .description import Attention, Mlp
 from .norms import prepared
 from .projections import Linears, note, projections
 from .ways import ways_of
@@ -42,6 +42,7 @@ class Token:
         self.qkv: Any = None
         self.out: Any = None
         self.norms: tuple[Any, Any] | None = None  # of q and of k
+        self.heads: list[int] | None = None  # of q, k and v where they lie so, one after the other
 
     def serves(self, of: Attention, module: Any, x: Tensor, given: dict[str, Any]) -> bool:
         """True of a call that is like the one that this was made of."""
@@ -82,8 +83,9 @@ class Tokens:
         return Tokens, ()
 
     def keep(self, module: Any, of: Attention, qkv: Linears, out: Linears, x: Tensor, y: Tensor,
-             given: dict[str, Any], cache: Any) -> None:  # fmt: skip
-        """Keep what a call without gradients has looked at. x: its token [B, 1, K]; y: what `out` was given, [B, N]."""
+             given: dict[str, Any], cache: Any, queries: int) -> None:  # fmt: skip
+        """Keep what a call without gradients has looked at. x: its token [B, 1, K]; y: what `out` was given, [B, N];
+        queries: the heads of q."""
         self.kept = None
         if self._pause:
             self._pause -= 1
@@ -97,10 +99,27 @@ class Tokens:
             return
         token.qkv = _prepared(qkv, x.squeeze(1), [module._modules[name] for name in of.qkv])
         token.out = _prepared(out, y, [module._modules[of.out]])
+        token.heads = _heads(module, of, token.qkv, queries, token.lookups)
         token.norms = _norms(module, of, x, token.lookups)
         # asked for between two looks, as another thread may change the layers
         if token.qkv is not None and token.out is not None and token.lookups.hold():
             self.kept, self._pause = token, 0
+
+
+def _heads(module: Any, of: Attention, qkv: Any, queries: int, lookups: Lookups) -> list[int] | None:
+    """The heads of q, of k and of v where the prepared call makes them one after the other; else None."""
+    d = module.__dict__.get(of.head_size)
+    if qkv is None or d is None or of.gated or of.normed == "whole":
+        return None
+    lookups.entries(module.__dict__, of.head_size)
+    if len(qkv.widths) == 3:
+        return [n // d for n in qkv.widths] if not any(n % d for n in qkv.widths) else None
+    if of.order != "parts" or len(qkv.widths) > 1:
+        return None
+    lookups.entries(module.__dict__, "num_heads")
+    lookups.entries(vars(module.__dict__.get("config", module)), "num_attention_heads")
+    groups = (qkv.widths[0] // d - queries) // 2
+    return [queries, groups, groups]
 
 
 def _norms(module: Any, of: Attention, x: Tensor, lookups: Lookups) -> tuple[Any, Any] | None:
@@ -117,6 +136,60 @@ def _norms(module: Any, of: Attention, x: Tensor, lookups: Lookups) -> tuple[Any
 def _prepared(linears: Linears, x: Tensor, layers: Sequence[Any]) -> Any:
     """The prepared call of layers in 4 bits; None where they are called otherwise."""
     found = projections(x, *layers)
-    if found is None or any(p.dropout_p or type(p.weight) is not QuantWeight for p in found):
-        return None
-    return linears.call.ready(x, *found)
+    return linears.call.ready(x, *found) if in_4_bits(found) else None
+
+
+def in_4_bits(found: Sequence[Projection] | None) -> TypeGuard[list[Projection]]:
+    """True of projections that one kernel takes without gradients: weights in few bits, and no dropout."""
+    return found is not None and not any(p.dropout_p or type(p.weight) is not QuantWeight for p in found)
+
+
+class MlpToken:
+    """The prepared call of an MLP for one token, and what has to be as it was."""
+
+    def __init__(self, call: Any, lookups: Lookups, x: Tensor) -> None:
+        self.call, self.lookups, self.dtype, self.ways = call, lookups, x.dtype, ways_of(x)
+
+    def serves(self, module: Any, of: Mlp, x: Tensor) -> bool:
+        """True of a call that is like the one that this was made of."""
+        return (
+            x.dim() == 3 and x.shape[1] == 1 and x.dtype is self.dtype
+            and not torch.is_grad_enabled() and now.state.call is None and ways_of(x) is self.ways
+            and (of.served is None or of.served(module)) and self.lookups.hold() and self.call.serves(x)
+        )  # fmt: skip
+
+
+def note_mlp(module: Any, of: Mlp, lookups: Lookups) -> None:
+    """Note what says that a module's MLP is ours, its activation, and which layers are around it."""
+    lookups.entries(module.__dict__, "training", "_fastpeft", of.act, of.limit)
+    lookups.entries(module._modules, *of.up, of.down, of.act)
+    act = module._modules.get(of.act)
+    if act is not None:
+        lookups.calls_of(act)
+        lookups.entries(vars(act), "approximate")
+    elif of.act not in module.__dict__ and hasattr(module, of.act):  # of its class
+        lookups.refuse()
+    if "." in of.act or (of.limit and of.limit not in module.__dict__):
+        lookups.refuse()
+    for name in (*of.up, of.down):
+        layer = module._modules.get(name)
+        if layer is None:
+            lookups.refuse()
+        else:
+            note(layer, lookups)
+
+
+class MlpTokens:
+    """The `MlpToken` of a layer, once there is one. Copied and pickled empty."""
+
+    def __init__(self) -> None:
+        self.kept: MlpToken | None = None
+        self._pause = 0
+
+    def __reduce__(self) -> Any:
+        return MlpTokens, ()
+
+    def due(self) -> bool:
+        """True of a call that may be kept: not of those that follow one that could not."""
+        self._pause = (self._pause or _PAUSE) - 1
+        return self.kept is not None or self._pause == _PAUSE - 1
