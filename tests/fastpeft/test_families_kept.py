@@ -1,5 +1,5 @@
-"""What an MLP, a layer that holds one, heads of one projection and the output head keep between tokens: whatever is
-changed under it is seen in the next."""
+"""An MLP, a layer that holds one, heads of one projection and the output head are kept between tokens: whatever is
+changed under them is seen in the next."""
 
 from __future__ import annotations
 
