@@ -1,5 +1,4 @@
-"""What an MLP, a layer that holds one, heads of one projection and the output head keep between tokens: whatever is
-changed under it is seen in the next."""
+"""Projections that are kept between tokens: whatever is changed under them, the modules say it again."""
 
 from __future__ import annotations
 
@@ -10,223 +9,215 @@ from typing import Any
 import fastpeft
 import pytest
 import torch
-import transformers
-from fastpeft.families.head import CALL
-from fastpeft.families.projections import KeptGiven
-from fastpeft.families.token import MlpTokens, Tokens
+from fastpeft.families.projections import Linears, linears
+from fastpeft.weights.lookups import Lookups
 from torch import Tensor, nn
 
+from peft_kernels import quantize_4bit
 from peft_kernels.testing import assert_same_bits
 
-IDS = torch.arange(3, 12).view(1, -1)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "Llama": {"intermediate_size": 96, "num_key_value_heads": 2},
-    "Phi3": {"intermediate_size": 96, "num_key_value_heads": 2, "pad_token_id": 0},
-    "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "GPT2": {},
-}
-MLPS = ("Llama", "Phi3", "GPT2")
+K, N = 64, 48
 
 
-def model(family: str) -> Any:
-    """A model of two layers in 4 bits with an adapter, accelerated."""
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(K, N), nn.Linear(K, 2 * N, bias=False)
+
+
+def model(quantized: bool = True) -> Any:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=False,
-        **OPTIONS[family],
-    )  # fmt: skip
-    cls = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
-    base = fastpeft.quantize_model(getattr(transformers, cls)(config), "nf4", skip=["lm_head"])
-    settings = {"target_modules": "all-linear", "init_lora_weights": False, "lora_dropout": 0.5}
-    found = fastpeft.get_peft_model(base, fastpeft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings)).eval()
-    fastpeft.accelerate(found)
+    two = Two()
+    if quantized:
+        fastpeft.quantize_model(two, "nf4", skip=[])
+    config = fastpeft.LoraConfig(r=4, lora_dropout=0.5, target_modules=["q", "k"], init_lora_weights=False)
+    found = fastpeft.get_peft_model(two, config).eval()
+    found.add_adapter("other", fastpeft.LoraConfig(r=2, target_modules=["q", "k"], init_lora_weights=False))
     return found
 
 
-def states(found: Any) -> list[Any]:
-    return [m.__dict__["_fastpeft"] for m in found.modules() if "_fastpeft" in m.__dict__]
-
-
-def parts(found: Any) -> tuple[Any, str, str, str, str]:
-    """Of the first layer: the module that has the MLP's layers, names of the first, the activation, the last; and of
-    the attention's first layer."""
-    base = found.get_base_model()
-    if hasattr(base, "transformer"):
-        return base.transformer.h[0].mlp, "c_fc", "act", "c_proj", "c_attn"
-    layers = getattr(base.model, "decoder", base.model).layers
-    if hasattr(layers[0], "fc1"):
-        return layers[0], "fc1", "activation_fn", "fc2", "q_proj"
-    if hasattr(layers[0].mlp, "gate_up_proj"):
-        return layers[0].mlp, "gate_up_proj", "activation_fn", "down_proj", "qkv_proj"
-    return layers[0].mlp, "gate_proj", "act_fn", "down_proj", "q_proj"
-
-
-def token(found: Any, cache: Any) -> Tensor:
-    """Logits of a token after what is in a cache, which stays as it was."""
-    with torch.no_grad():
-        return found(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(cache)).logits  # type: ignore[no-any-return]
-
-
-def fresh(found: Any, cache: Any) -> Tensor:
-    """`token` with nothing kept."""
-    for state in states(found):
-        state.tokens, state.mlp_token, state.given = Tokens(), MlpTokens(), KeptGiven()
-    found.get_base_model().lm_head.__dict__.pop(CALL, None)
-    return token(found, cache)
-
-
-def begun(found: Any) -> Any:
-    with torch.no_grad():
-        cache = found(input_ids=IDS, use_cache=True).past_key_values
-    for _ in range(2):
-        token(found, cache)
-    return cache
-
-
-def _act(found: Any) -> None:
-    of, _, act, *_ = parts(found)
-    setattr(of, act, nn.Sigmoid())
-
-
-def _act_served(found: Any) -> None:
-    of, _, act, *_ = parts(found)
-    setattr(of, act, nn.GELU())
-
-
-def _act_hook(found: Any) -> None:
-    of, _, act, *_ = parts(found)
-    getattr(of, act).register_forward_hook(lambda _module, _args, y: 2 * y)
-
-
-def _first(found: Any) -> None:
-    of, up, *_ = parts(found)
-    layer = copy.deepcopy(getattr(of, up))
-    layer.lora_A["default"].weight.data.mul_(3)
-    setattr(of, up, layer)
-
-
-def _last_hook(found: Any) -> None:
-    of, _, _, down, _ = parts(found)
-    getattr(of, down).register_forward_pre_hook(lambda _module, args: (2 * args[0],))
-
-
-def _last_forward(found: Any) -> None:
-    of, _, _, down, _ = parts(found)
-    own = getattr(of, down).forward
-    getattr(of, down).forward = lambda x: 2 * own(x)
+def layers(found: Any) -> tuple[Any, Any]:
+    return found.base_model.model.q, found.base_model.model.k
 
 
 def _data(found: Any) -> None:
-    of, up, *_ = parts(found)
-    getattr(of, up).lora_A["default"].weight.data = torch.randn(4, 64)
+    layers(found)[0].lora_A["default"].weight.data = torch.randn(4, K)
 
 
-def _in_place(found: Any) -> None:
-    of, up, *_ = parts(found)
+def _replaced(found: Any) -> None:
+    layers(found)[0].lora_B["default"].weight = nn.Parameter(torch.randn(N, 4))
+
+
+def _requantized(found: Any) -> None:
+    layers(found)[0].base_layer.set_quant_weight(quantize_4bit(torch.randn(N, K), "nf4", 64, True))
+
+
+def _absmax(found: Any) -> None:
+    base = layers(found)[0].base_layer
+    base.nested_absmax = base.nested_absmax * 2
+
+
+def _bias(found: Any) -> None:
+    layers(found)[0].base_layer.bias = nn.Parameter(torch.randn(N))
+
+
+def _scaled(found: Any) -> None:
+    layers(found)[0].scaling["default"] = 3.0
+
+
+def _hook(found: Any) -> None:
+    layers(found)[1].register_forward_hook(lambda module, args, y: y + 1)
+
+
+def _inner_hook(found: Any) -> None:
+    layers(found)[0].lora_A["default"].register_forward_hook(lambda module, args, y: y + 1)
+
+
+def _base_hook(found: Any) -> None:
+    layers(found)[0].base_layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def _forward(found: Any) -> None:
+    layer = layers(found)[1]
+    own = layer.forward
+    layer.forward = lambda x: own(x) * 2
+
+
+def _rows(found: Any) -> None:
+    for layer in layers(found):
+        layer.set_rows(["other"])
+
+
+def _scattered(found: Any) -> None:
+    layers(found)[0].base_layer.compute_dtype = torch.bfloat16
+    layers(found)[0].changed()
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "another adapter": lambda m: m.set_adapter("other"),
+    "both": lambda m: m.base_model.set_adapter(["default", "other"]),
+    "deleted": lambda m: m.delete_adapter("default"),
+    "disabled": lambda m: m.base_model.disable_adapter_layers(),
+    "merged": lambda m: m.merge_adapter(),
+    "a parameter's data": _data, "a parameter": _replaced, "another 4-bit weight": _requantized, "scales": _absmax,
+    "a bias": _bias, "a scaling": _scaled, "a hook": _hook, "a hook inside": _inner_hook,
+    "a hook of the base": _base_hook, "a forward": _forward, "rows": _rows, "another dtype of computing": _scattered,
+    "values": lambda m: layers(m)[0].lora_A["default"].weight.data.mul_(2),
+    "no scaling": lambda m: layers(m)[0].scaling.update(default=0.0),
+    "cast": lambda m: m.to(torch.float32).bfloat16().float(),
+}  # fmt: skip
+
+
+def kept(of: Linears) -> bool:
+    return of._kept is not None and of._kept.found is not None and of._kept.lookups.hold()
+
+
+def apart(x: Tensor, found: Any) -> list[Tensor]:
+    return [layer(x.unsqueeze(1)).squeeze(1) for layer in layers(found)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(change: str) -> None:
+    found, of, x = model(), Linears(), torch.randn(1, K)
     with torch.no_grad():
-        getattr(of, up).lora_B["default"].weight.mul_(2)
+        for _ in range(3):
+            first = linears(of, x, False, *layers(found))
+        assert kept(of)
+        before = apart(x, found)
+        for got, expected in zip(first, before, strict=True):
+            assert_same_bits(got, expected)
+        CHANGES[change](found)
+        for _ in range(3):
+            expected_now = apart(x, found)
+            for got, expected in zip(linears(of, x, False, *layers(found)), expected_now, strict=True):
+                assert_same_bits(got, expected)
+        changed = any(not torch.equal(a, b) for a, b in zip(before, expected_now, strict=True))
+    assert changed or change == "cast"
 
 
-def _scaling(found: Any) -> None:
-    of, _, _, down, _ = parts(found)
-    getattr(of, down).scaling["default"] = 7.0
-
-
-def _head_weight(found: Any) -> None:
-    found.get_base_model().lm_head.weight = nn.Parameter(torch.randn(64, 64))
-
-
-def _head_data(found: Any) -> None:
-    found.get_base_model().lm_head.weight.data = torch.randn(64, 64)
-
-
-def _head_in_place(found: Any) -> None:
+def test_dropout_of_a_layer_in_training_is_not_left_out() -> None:
+    found, of, x = model(), Linears(), torch.randn(1, K)
     with torch.no_grad():
-        found.get_base_model().lm_head.weight.mul_(2)
+        for _ in range(3):
+            linears(of, x, False, *layers(found))
+        assert kept(of)
+        found.train()
+        draws = [linears(of, x, False, *layers(found))[0] for _ in range(4)]
+    assert not all(torch.equal(draws[0], other) for other in draws[1:])
 
 
-def _head_bias(found: Any) -> None:
-    found.get_base_model().lm_head.bias = nn.Parameter(torch.randn(64))
+def test_a_call_with_rows_of_its_own() -> None:
+    found, of, x = model(), Linears(), torch.randn(1, K)
+    with torch.no_grad():
+        for _ in range(3):
+            linears(of, x, False, *layers(found))
+        with found.base_model.rows_assigned(["other"]):
+            expected = apart(x, found)
+            for got, want in zip(linears(of, x, False, *layers(found)), expected, strict=True):
+                assert_same_bits(got, want)
+        assert kept(of)
 
 
-CHANGES: list[Callable[[Any], Any]] = [
-    _act, _act_served, _act_hook, _first, _last_hook, _last_forward, _data, _in_place, _scaling, _head_weight,
-    _head_data, _head_in_place, _head_bias, lambda m: m.base_model.disable_adapter_layers(),
-]  # fmt: skip
+def test_other_modules_and_another_dtype() -> None:
+    found, other, of, x = model(), model(), Linears(), torch.randn(1, K)
+    _data(other)
+    with torch.no_grad():
+        for given in (found, other, found):
+            for _ in range(2):
+                for got, want in zip(linears(of, x, False, *layers(given)), apart(x, given), strict=True):
+                    assert_same_bits(got, want)
+        assert linears(of, x.bfloat16(), False, *layers(found))[0].dtype is torch.bfloat16
 
 
-def seen(found: Any, change: Callable[[Any], Any]) -> None:
-    cache = begun(found)
-    before = token(found, cache)
-    assert_same_bits(before, fresh(found, cache))
-    for _ in range(2):
-        token(found, cache)
-    change(found)
-    after = token(found, cache)
-    assert_same_bits(after, fresh(found, cache))
-    assert not torch.equal(after, before)
+def test_with_gradients_nothing_is_kept() -> None:
+    found, of = model(), Linears()
+    for _ in range(3):
+        of.projections(torch.randn(1, K), layers(found))
+    assert of._kept is None
 
 
-@pytest.mark.parametrize("family", OPTIONS)
-def test_changes_are_seen(family: str) -> None:
-    found = model(family)
-    for change in CHANGES:
-        seen(copy.deepcopy(found), change)
+def test_a_copy_keeps_nothing() -> None:
+    found, of = model(), Linears()
+    with torch.no_grad():
+        for _ in range(3):
+            linears(of, torch.randn(1, K), False, *layers(found))
+    assert kept(of)
+    assert copy.deepcopy(of)._kept is None
 
 
-@pytest.mark.parametrize("family", OPTIONS)
-def test_what_is_kept(family: str) -> None:
-    found = model(family)
-    begun(found)
-    kept = states(found)
-    assert any(state.tokens.kept is not None and state.tokens.kept.heads is not None for state in kept)
-    assert any(state.mlp_token.kept is not None for state in kept) == (family in MLPS)
-    assert any(state.given.now() is not None for state in kept) == (family == "OPT")
-    assert CALL in found.get_base_model().lm_head.__dict__
-    other = copy.deepcopy(found)
-    assert all(s.mlp_token.kept is None and s.given.now() is None and s.tokens.kept is None for s in states(other))
-    assert CALL not in other.get_base_model().lm_head.__dict__
-    fastpeft.unaccelerate(found)
-    assert CALL not in found.get_base_model().lm_head.__dict__
+def test_layers_of_bitsandbytes() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    one = bnb.nn.Linear4bit(K, N, compute_dtype=None, quant_type="nf4")
+    one.load_state_dict({"weight": torch.randn(N, K), "bias": torch.randn(N)})
+    one, of, x = one.to("cpu"), Linears(), torch.randn(1, K)
+    with torch.no_grad():
+        first = [linears(of, x, False, one)[0] for _ in range(3)]
+        assert kept(of)
+        for held, name, turn in (one.weight, "data", torch.flipud), (one.weight.quant_state, "absmax", torch.square):
+            setattr(held, name, turn(getattr(held, name)))
+            now = [linears(of, x, False, one)[0] for _ in range(3)]
+            assert not torch.equal(first[0], now[0])
+            assert_same_bits(now[2], now[0])
+            first = now
 
 
-def test_attributes_of_a_layer_that_holds_its_mlp() -> None:
-    def last(found: Any) -> Any:
-        return found.get_base_model().model.decoder.layers[0]
-
-    def norms(found: Any) -> None:
-        last(found).do_layer_norm_before = False
-
-    def norm(found: Any) -> None:
-        last(found).final_layer_norm = nn.Identity()
-
-    def norm_hook(found: Any) -> None:
-        last(found).final_layer_norm.register_forward_hook(lambda _module, _args, y: 2 * y)
-
-    for change in (norms, norm, norm_hook):
-        seen(model("OPT"), change)
-
-
-def test_a_batch_of_tokens() -> None:
-    for family in ("Phi3", "GPT2"):
-        found = model(family)
-        with torch.no_grad():
-            ids = torch.cat((IDS, IDS.flip(1)))
-            cache = found(input_ids=ids, use_cache=True).past_key_values
-            rows = [found(input_ids=ids[:, :1], past_key_values=copy.deepcopy(cache)).logits for _ in range(3)]
-        assert_same_bits(rows[2], rows[0])
-
-
-@pytest.mark.parametrize("family", OPTIONS)
-def test_training_and_autocast_after_tokens(family: str) -> None:
-    found = model(family)
-    cache = begun(found)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        after = token(found, cache)
-        assert_same_bits(after, fresh(found, cache))
-    begun(found)
-    found.train()
-    torch.manual_seed(1)
-    one = token(found, cache)
-    torch.manual_seed(1)
-    assert_same_bits(one, fresh(found, cache))
+def test_lookups() -> None:
+    held, module, other = {"a": 1}, torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    lookups = Lookups()
+    lookups.entries(held, "a", "b")
+    lookups.calls_of(module)
+    assert lookups.keeps
+    assert lookups.hold()
+    held["b"] = 2
+    assert not lookups.hold()
+    del held["b"]
+    other.register_forward_hook(print)
+    assert lookups.hold()
+    hook = module.register_forward_pre_hook(print)
+    assert not lookups.hold()
+    assert not lookups.hold()
+    hook.remove()
+    assert lookups.hold()
+    lookups.entries(type("NoDict", (), {})(), "a")
+    assert not lookups.keeps

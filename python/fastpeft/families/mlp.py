@@ -82,7 +82,7 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _token(self: Any, state: State, of: Mlp, x: Tensor) -> MlpToken | None:
-    """What is kept of a token's call, x [B, 1, K] without gradients; None where something else may be looked at."""
+    """The call of a token as it is kept, x [B, 1, K] without gradients; None where something else may be looked at."""
     if of.residual or of.cast or torch.compiler.is_compiling() or now.state.call is not None:
         return None
     lookups = Lookups()

@@ -262,7 +262,7 @@ class KeptGiven:
         return KeptGiven, ()
 
     def now(self) -> Given | None:
-        """What was kept, if it still holds."""
+        """The one that was kept, if it still holds."""
         kept = self._kept
         return kept[1] if kept is not None and kept[0].hold() else None
 
