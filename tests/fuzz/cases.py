@@ -141,10 +141,12 @@ def unchanged(kept: list[tuple[Tensor, Tensor]]) -> bool:
     return all(torch.equal(bytes_of(t), bytes_of(copy)) for t, copy in kept if t.numel())
 
 
-def differs(actual: Tensor, eager: Tensor, exact: Tensor, bits: bool, roughly: bool = False) -> str | None:
+def differs(
+    actual: Tensor, eager: Tensor, exact: Tensor, bits: bool, roughly: bool = False, terms: float = 0.0
+) -> str | None:
     """Why a result is wrong: where float64 and eager code in the same dtype have finite values, it is as near as eager
     code is, by the largest of them; where both have none, it has none. Subnormals may be lost. roughly: to 1 %, of
-    arguments at which everything cancels."""
+    arguments at which everything cancels. terms: of the sums behind them the largest, with all terms absolute."""
     if actual.shape != eager.shape or actual.dtype != eager.dtype:
         return f"{actual.dtype} {tuple(actual.shape)}, expected {eager.dtype} {tuple(eager.shape)}"
     if not actual.numel() or actual.is_meta:
@@ -165,7 +167,7 @@ def differs(actual: Tensor, eager: Tensor, exact: Tensor, bits: bool, roughly: b
     x, e, a = x[sure], e[sure], a[sure]
     if not a.isfinite().all():
         return f"{a[~a.isfinite()][0]} where {x[~a.isfinite()][0]} belongs"
-    allowed = 4 * (e - x).abs().max() + 256 * info.eps * x.abs().max()
+    allowed = 4 * (e - x).abs().max() + 256 * info.eps * max(float(x.abs().max()), terms)
     allowed = allowed + max(4 * info.tiny * info.eps, TOO_SMALL) + (1e-2 * (1 + x.abs().max()) if roughly else 0.0)
     error = (a - x).abs()
     if (error > allowed).any():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from forms import by_form
 from lora_tools import needs_native
 
@@ -39,6 +40,18 @@ def test_nothing_breaks(what: str, cases: int) -> None:
     done = fuzz("--what", what, "--cases", str(cases), "--minutes", "20")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert done.stdout == f"{what}: {cases} cases from seed 0, 0 failures\n"
+
+
+def test_prepared_calls_are_held_to_the_terms_of_their_sums() -> None:
+    """A sum of 40 terms cancels: the order of the terms decides of its last digits, a lost term of all."""
+    terms = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    terms[-1] -= terms.sum() - 1e-3
+    call, exact = prepared_calls._compare, terms.double().sum().float()[None]
+    for order, found in ((terms.flip(0).cumsum(0)[-1:], False), (terms[:-1].sum()[None], True)):
+        said = call([order], [exact], None, lambda: [terms.abs().sum()[None]])
+        assert bool(said) == found, said
+    assert call([exact + 1e-5], [exact], None, lambda: [exact])
+    assert prepared_calls.case(7195) is None
 
 
 def test_a_crash_is_a_failure_of_its_case() -> None:
