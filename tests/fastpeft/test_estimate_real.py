@@ -29,7 +29,7 @@ GPT2 = {"vocab_size": 50257, "n_embd": 1024, "n_layer": 14, "n_head": 16, "n_pos
 LORA4 = "lora.r=4 lora.target_modules=[q_proj,v_proj]"
 MIXTURE = {"head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
 
-# type of model, what differs from LLAMA (of GPT-2: all of it), settings
+# type of model, what differs from LLAMA (of GPT-2 and OPT: all of it), settings
 DRAWN: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2-lora": ("gpt2", GPT2, "max_length=1024 dtype=float32 lora.r=32"),
     "gpt2-loha": (
@@ -72,6 +72,18 @@ DRAWN: dict[str, tuple[str, dict[str, Any], str]] = {
         "llama", {"num_hidden_layers": 12, "tie_word_embeddings": True},
         "max_length=300 batch_size=3 method=vera adapter.r=256 dtype=float32 quantize=none optimizer=sgd",
     ),
+    "opt-dora": (
+        "opt", {"vocab_size": 50272, "hidden_size": 1024, "num_hidden_layers": 12, "ffn_dim": 4096,
+                "num_attention_heads": 16, "max_position_embeddings": 2048, "word_embed_proj_dim": 1024},
+        "max_length=1024 method=dora dtype=float32 lora.r=8 packing=false",
+    ),
+    "phi3-prompt": (
+        "phi3", {"num_key_value_heads": 16},
+        "batch_size=3 method=prompt_tuning adapter.num_virtual_tokens=40 dtype=float32",
+    ),
+    "mistral-boft": (
+        "mistral", {}, "method=boft adapter.boft_block_size=8 dtype=float32 quantize=fp4 optimizer=adafactor",
+    ),
     "gguf": ("llama", {"num_hidden_layers": 20}, "max_length=1024 dtype=float32"),
 }  # fmt: skip
 
@@ -79,7 +91,7 @@ DRAWN: dict[str, tuple[str, dict[str, Any], str]] = {
 def make_model(name: str, folder: Path) -> Path:
     """A model of random bfloat16 weights: a folder, or a file of Q4_0."""
     kind, changes, _ = DRAWN[name]
-    sizes = changes if kind == "gpt2" else {**LLAMA, **changes}
+    sizes = changes if kind in ("gpt2", "opt") else {**LLAMA, **changes}
     config = transformers.AutoConfig.for_model(kind, **sizes, bos_token_id=0, eos_token_id=0, pad_token_id=1)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
