@@ -12,13 +12,12 @@ import pytest
 import torch
 import transformers
 from fastpeft.families.head import CALL
-from fastpeft.families.projections import KeptGiven
-from fastpeft.families.token import MlpTokens, Tokens
-from torch import Tensor, nn
+from torch import nn
 
 from peft_kernels.testing import assert_same_bits
 
-IDS = torch.arange(3, 12).view(1, -1)
+from .token_tools import IDS, begun, fresh, seen, states, token
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "Llama": {"intermediate_size": 96, "num_key_value_heads": 2},
     "Phi3": {"intermediate_size": 96, "num_key_value_heads": 2, "pad_token_id": 0},
@@ -43,10 +42,6 @@ def model(family: str) -> Any:
     return found
 
 
-def states(found: Any) -> list[Any]:
-    return [m.__dict__["_fastpeft"] for m in found.modules() if "_fastpeft" in m.__dict__]
-
-
 def parts(found: Any) -> tuple[Any, str, str, str, str]:
     """Of the first layer: the module that has the MLP's layers, names of the first, the activation, the last; and of
     the attention's first layer."""
@@ -59,28 +54,6 @@ def parts(found: Any) -> tuple[Any, str, str, str, str]:
     if hasattr(layers[0].mlp, "gate_up_proj"):
         return layers[0].mlp, "gate_up_proj", "activation_fn", "down_proj", "qkv_proj"
     return layers[0].mlp, "gate_proj", "act_fn", "down_proj", "q_proj"
-
-
-def token(found: Any, cache: Any) -> Tensor:
-    """Logits of a token after what is in a cache, which stays as it was."""
-    with torch.no_grad():
-        return found(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(cache)).logits  # type: ignore[no-any-return]
-
-
-def fresh(found: Any, cache: Any) -> Tensor:
-    """`token` with nothing kept."""
-    for state in states(found):
-        state.tokens, state.mlp_token, state.given = Tokens(), MlpTokens(), KeptGiven()
-    found.get_base_model().lm_head.__dict__.pop(CALL, None)
-    return token(found, cache)
-
-
-def begun(found: Any) -> Any:
-    with torch.no_grad():
-        cache = found(input_ids=IDS, use_cache=True).past_key_values
-    for _ in range(2):
-        token(found, cache)
-    return cache
 
 
 def _act(found: Any) -> None:
@@ -153,18 +126,6 @@ CHANGES: list[Callable[[Any], Any]] = [
     _act, _act_served, _act_hook, _first, _last_hook, _last_forward, _data, _in_place, _scaling, _head_weight,
     _head_data, _head_in_place, _head_bias, lambda m: m.base_model.disable_adapter_layers(),
 ]  # fmt: skip
-
-
-def seen(found: Any, change: Callable[[Any], Any]) -> None:
-    cache = begun(found)
-    before = token(found, cache)
-    assert_same_bits(before, fresh(found, cache))
-    for _ in range(2):
-        token(found, cache)
-    change(found)
-    after = token(found, cache)
-    assert_same_bits(after, fresh(found, cache))
-    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("family", OPTIONS)

@@ -13,11 +13,12 @@ import torch
 import transformers
 from fastpeft.families import experts
 from fastpeft.families.token import Tokens
-from torch import Tensor, nn
+from torch import nn
 
 from peft_kernels.testing import assert_same_bits
 
-IDS = torch.arange(3, 12).view(1, -1)
+from . import token_tools
+from .token_tools import fresh, seen, token
 
 
 def model(family: str = "Llama") -> Any:
@@ -46,24 +47,8 @@ def tokens(found: Any) -> list[Tokens]:
     return [layer.self_attn._fastpeft.tokens for layer in layers]
 
 
-def token(found: Any, cache: Any, **options: Any) -> Tensor:
-    """Logits of a token after what is in a cache, which stays as it was."""
-    with torch.no_grad():
-        return found(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(cache), **options).logits  # type: ignore[no-any-return]
-
-
-def fresh(found: Any, cache: Any, **options: Any) -> Tensor:
-    """`token` with nothing kept, so that everything is looked at."""
-    for layer in found.get_base_model().model.layers:
-        layer.self_attn._fastpeft.tokens = Tokens()
-    return token(found, cache, **options)
-
-
 def begun(found: Any) -> Any:
-    with torch.no_grad():
-        cache = found(input_ids=IDS, use_cache=True).past_key_values
-    for _ in range(2):
-        token(found, cache)
+    cache = token_tools.begun(found)
     assert all(one.kept is not None for one in tokens(found))
     return cache
 
@@ -145,16 +130,9 @@ def _norm_eps(found: Any) -> None:
 @pytest.mark.parametrize("change", [_norm_data, _norm_weight, _norm_hook, _norm_forward, _norm, _norm_eps])
 def test_changes_of_norms_are_seen(change: Callable[[Any], None]) -> None:
     found = model("Qwen3")
-    cache = begun(found)
+    begun(found)
     assert all(one.kept is not None and one.kept.norms is not None for one in tokens(found))
-    before = token(found, cache)
-    assert_same_bits(before, fresh(found, cache))
-    for _ in range(2):
-        token(found, cache)
-    change(found)
-    after = token(found, cache)
-    assert_same_bits(after, fresh(found, cache))
-    assert not torch.equal(after, before)
+    seen(found, change)
 
 
 @pytest.mark.parametrize("options", [

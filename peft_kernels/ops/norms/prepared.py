@@ -65,8 +65,6 @@ class _Step(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _Step).apply
 
 
-
-
 def _rms(x: Tensor, arguments: tuple[Any, ...]) -> NormCall | None:
     weight, eps, offset = (*arguments, 0.0)[:3]
     row = x.detach().new_empty((1, x.shape[-1]))

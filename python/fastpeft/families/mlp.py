@@ -150,7 +150,8 @@ def spread_method(base: type, of: Spread) -> Any:
 
 
 def _reads(method: Any) -> frozenset[str]:
-    """Attributes, of whatever objects, that a method's code reads and never writes."""
+    """Attributes, of whatever objects, that a method's code reads and never writes. A `Given` that is kept holds them
+    itself: each would else be looked for in two modules, for every token."""
     steps = [*dis.get_instructions(inspect.unwrap(method))]
     written = {step.argval for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")}
     return frozenset(step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD")) - written

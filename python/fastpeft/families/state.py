@@ -13,7 +13,7 @@ from .angles import Angles
 from .description import Part
 from .masks import Masks
 from .projections import KeptGiven, Linears
-from .token import MlpTokens, Tokens
+from .token import Kept, MlpToken, Tokens
 
 
 @dataclass
@@ -37,7 +37,7 @@ class State:
     o: Linears = field(default_factory=Linears)
     tokens: Tokens = field(default_factory=Tokens)  # of attention
     whole: Linears = field(default_factory=Linears)  # of an MLP, all of them
-    mlp_token: MlpTokens = field(default_factory=MlpTokens)
+    mlp_token: Kept[MlpToken] = field(default_factory=Kept)
     mlp: PreparedCall = field(default_factory=lambda: PreparedCall(gated_mlp))
     given: KeptGiven = field(default_factory=KeptGiven)  # of a module whose MLP lies in it
     norm: PreparedCall | None = None  # made when it is first called

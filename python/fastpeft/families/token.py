@@ -8,7 +8,7 @@ tenth of the time, and whatever else changes makes `serves` false: the layer loo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, Generic, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,8 +63,13 @@ def note_attention(module: Any, of: Attention, lookups: Lookups) -> None:
     if config is not None:
         lookups.entries(vars(config), "_attn_implementation_internal", "_attn_implementation", "_output_attentions",
                         "output_attentions")  # fmt: skip
-    lookups.entries(module._modules, *of.qkv, of.out)
-    for name in (*of.qkv, of.out):
+    _note_layers(module, (*of.qkv, of.out), lookups)
+
+
+def _note_layers(module: Any, names: Sequence[str], lookups: Lookups) -> None:
+    """Note a module's layers of these names; nothing is kept where one of them is not there."""
+    lookups.entries(module._modules, *names)
+    for name in names:
         layer = module._modules.get(name)
         if layer is None:
             lookups.refuse()
@@ -72,25 +77,37 @@ def note_attention(module: Any, of: Attention, lookups: Lookups) -> None:
             note(layer, lookups)
 
 
-class Tokens:
-    """The `Token` of a layer, once there is one. Copied and pickled empty."""
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """A layer's kept calls, from one token to the next, once there are any. Copied and pickled empty."""
 
     def __init__(self) -> None:
-        self.kept: Token | None = None
+        self.kept: T | None = None
         self._pause = 0
 
     def __reduce__(self) -> Any:
-        return Tokens, ()
+        return type(self), ()
+
+    def due(self) -> bool:
+        """True of a call that may be kept: not of those that follow one that could not. What was kept is no longer."""
+        if self.kept is None and self._pause:
+            self._pause -= 1
+            return False
+        self.kept, self._pause = None, _PAUSE
+        return True
+
+
+class Tokens(Kept[Token]):
+    """The `Token` of a layer."""
 
     def keep(self, module: Any, of: Attention, qkv: Linears, out: Linears, x: Tensor, y: Tensor,
              given: dict[str, Any], cache: Any, queries: int) -> None:  # fmt: skip
         """Keep what a call without gradients has looked at. x: its token [B, 1, K]; y: what `out` was given, [B, N];
         queries: the heads of q."""
-        self.kept = None
-        if self._pause:
-            self._pause -= 1
+        if not self.due():
             return
-        self._pause = _PAUSE
         named = next((name for name, value in given.items() if value is cache), None)  # None: it is part of another
         if of.alibi or module.training or type(x) is not Tensor or named is None:
             return
@@ -103,7 +120,7 @@ class Tokens:
         token.norms = _norms(module, of, x, token.lookups)
         # asked for between two looks, as another thread may change the layers
         if token.qkv is not None and token.out is not None and token.lookups.hold():
-            self.kept, self._pause = token, 0
+            self.kept = token
 
 
 def _heads(module: Any, of: Attention, qkv: Any, queries: int, lookups: Lookups) -> list[int] | None:
@@ -162,7 +179,7 @@ class MlpToken:
 def note_mlp(module: Any, of: Mlp, lookups: Lookups) -> None:
     """Note what says that a module's MLP is ours, its activation, and which layers are around it."""
     lookups.entries(module.__dict__, "training", "_fastpeft", of.act, of.limit)
-    lookups.entries(module._modules, *of.up, of.down, of.act)
+    lookups.entries(module._modules, of.act)
     act = module._modules.get(of.act)
     if act is not None:
         lookups.calls_of(act)
@@ -171,25 +188,4 @@ def note_mlp(module: Any, of: Mlp, lookups: Lookups) -> None:
         lookups.refuse()
     if "." in of.act or (of.limit and of.limit not in module.__dict__):
         lookups.refuse()
-    for name in (*of.up, of.down):
-        layer = module._modules.get(name)
-        if layer is None:
-            lookups.refuse()
-        else:
-            note(layer, lookups)
-
-
-class MlpTokens:
-    """The `MlpToken` of a layer, once there is one. Copied and pickled empty."""
-
-    def __init__(self) -> None:
-        self.kept: MlpToken | None = None
-        self._pause = 0
-
-    def __reduce__(self) -> Any:
-        return MlpTokens, ()
-
-    def due(self) -> bool:
-        """True of a call that may be kept: not of those that follow one that could not."""
-        self._pause = (self._pause or _PAUSE) - 1
-        return self.kept is not None or self._pause == _PAUSE - 1
+    _note_layers(module, (*of.up, of.down), lookups)
